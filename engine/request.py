@@ -1,0 +1,80 @@
+"""What goes into the engine and what comes out: requests, their parameters, completions."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the tokens of one request are chosen and when it ends.
+
+    A request ends at the first of: a stop id (kept in the output), `max_new_tokens`,
+    `max_positions` (prompt included), the model's own limit.
+    """
+
+    temperature: float = 0.0  # 0 is greedy; top_k, top_p and seed then do nothing
+    top_k: int = 0  # 0 keeps every token
+    top_p: float = 1.0  # nucleus: the smallest set of tokens with at least this probability
+    seed: int = 0  # the same seed gives the same tokens, whatever else is in the batch
+    max_new_tokens: int | None = None
+    max_positions: int | None = None
+    stop_ids: frozenset[int] = frozenset()  # besides the checkpoint's own
+    ignore_eos: bool = False  # ignore the checkpoint's own stop ids (`stop_ids` still count)
+    logprobs: int | None = None  # None: no log-probabilities; n: the token's and the n likeliest
+
+    def __post_init__(self) -> None:
+        """Raise ValueError naming the first parameter that is out of range."""
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 or more, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (all tokens) or more, not {self.top_k}")
+        for name in ("max_new_tokens", "max_positions"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more, not {value}")
+        if self.logprobs is not None and not 0 <= self.logprobs <= 20:
+            raise ValueError(f"logprobs must be from 0 to 20, not {self.logprobs}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt, as token ids, and how to continue it.
+
+    `on_token` is called with each new token id as soon as it is known, stop tokens included;
+    returning True ends the request there (finish reason "stop"). It is how stop strings, which
+    need text, and streaming are done without the engine knowing text.
+    """
+
+    prompt_ids: Sequence[int]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    request_id: int = 0  # the caller's own; comes back in the completion
+    on_token: Callable[[int], bool | None] | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural-log probabilities at one output position, before temperature and truncation."""
+
+    logprob: float  # of the chosen token
+    top: tuple[tuple[int, float], ...]  # (token id, log-probability), likeliest first
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The result of one request. Times are seconds on `time.perf_counter`'s clock."""
+
+    request_id: int
+    token_ids: list[int]  # output only; a stop token is kept
+    finish_reason: FinishReason
+    error: str | None = None  # one sentence, set when finish_reason is "error"
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # prompt tokens whose KV came from the prefix cache
+    logprobs: list[TokenLogprobs] | None = None
+    arrived: float = 0.0  # taken by the engine
+    first_token: float = 0.0  # the first output token was known
+    finished: float = 0.0
