@@ -1,0 +1,43 @@
+"""The building blocks of a decoder layer. Parameters start as shapes and are filled by `weights`."""
+
+import torch
+
+from model import ops
+
+
+def declare(*shape: int) -> torch.Tensor:
+    """A parameter that has a shape and no storage yet."""
+    return torch.empty(shape, device="meta")
+
+
+class Linear:
+    """x [tokens, inputs] → [tokens, outputs]; the weight is packed for its device once loaded."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool):
+        self.weight = declare(outputs, inputs)
+        self.bias = declare(outputs) if bias else None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
+class RMSNorm:
+    """Root-mean-square normalisation over the last dimension."""
+
+    def __init__(self, size: int, eps: float):
+        self.weight = declare(size)
+        self.eps = eps
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class Mlp:
+    """Dense SwiGLU MLP; gate and up are one linear, gate rows first."""
+
+    def __init__(self, hidden: int, size: int, bias: bool):
+        self.gate_up = Linear(hidden, 2 * size, bias)
+        self.down = Linear(size, hidden, bias)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(ops.swiglu(self.gate_up(x), None, 1.0))

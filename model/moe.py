@@ -1,0 +1,54 @@
+"""Sparse mixture-of-experts MLP: router, grouping by expert, experts, weighted sum."""
+
+from collections.abc import Sequence
+
+import torch
+
+from model import ops
+from model.config import ModelConfig
+from model.layers import Linear, declare
+
+
+class Experts:
+    """The experts of one layer; rows of `gate_up` are gate first, then up, in every family."""
+
+    def __init__(self, count: int, hidden: int, size: int, biases: bool):
+        self.gate_up: torch.Tensor | Sequence[torch.Tensor] = declare(count, 2 * size, hidden)
+        self.down: torch.Tensor | Sequence[torch.Tensor] = declare(count, hidden, size)
+        self.gate_up_bias = declare(count, 2 * size) if biases else None
+        self.down_bias = declare(count, hidden) if biases else None
+
+
+class Moe:
+    """top_k of the experts for each token, summed with the router's weights."""
+
+    def __init__(self, config: ModelConfig):
+        if config.moe is None:
+            raise ValueError("the model has no experts")
+        self.config = config.moe
+        self.limit, self.alpha = config.swiglu_limit, config.swiglu_alpha
+        self.router = Linear(config.hidden_size, self.config.num_experts, self.config.biases)
+        self.experts = Experts(
+            self.config.num_experts,
+            config.hidden_size,
+            self.config.intermediate_size,
+            self.config.biases,
+        )
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [tokens, hidden] → [tokens, hidden]."""
+        config, experts = self.config, self.experts
+        chosen, weights = ops.route(
+            self.router(x), config.top_k, config.softmax_after_top_k, config.normalize
+        )
+        return ops.experts(
+            x,
+            chosen,
+            weights,
+            experts.gate_up,
+            experts.gate_up_bias,
+            experts.down,
+            experts.down_bias,
+            self.limit,
+            self.alpha,
+        )

@@ -1,0 +1,152 @@
+"""Every op in plain torch: the definition that kernels are checked against.
+
+Written to be plainly right, in float32 inside, on any device; speed is no concern here.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from model.batch import ForwardBatch, GroupTables
+
+# The 16 values of FP4 E2M1 by code: bit 3 is the sign (OCP Microscaling Formats 1.0, 5.3.3).
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+MXFP4_BLOCK = 32  # values that share one scale
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [tokens, in], weight [out, in], bias [out] → [tokens, out]."""
+    return F.linear(x, weight, bias)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [..., size] divided by its root mean square over the last dimension, times weight."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * weight.float()).to(x.dtype)
+
+
+def rotate(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+    """Half-split rotation: x [tokens, heads, head_dim], cos_sin [tokens, head_dim]."""
+    cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def write_kv(kv: torch.Tensor, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Store key and value [tokens, kv_heads, head_dim] in kv [2, blocks, block_size, …]."""
+    flat = kv.flatten(1, 2)
+    flat[0].index_copy_(0, slots, key)
+    flat[1].index_copy_(0, slots, value)
+
+
+def attention(
+    query: torch.Tensor,
+    kv: torch.Tensor,
+    batch: ForwardBatch,
+    group: GroupTables,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Causal attention of each sequence's new tokens over its paged KV.
+
+    query [tokens, heads, head_dim] (heads ordered kv_head-major, so that head h reads KV head
+    h // (heads / kv_heads)); kv [2, blocks, block_size, kv_heads, head_dim]; sinks [heads] or
+    None → [tokens, heads, head_dim]. Scores are scaled by head_dim^-½. A sink is one more column
+    of the softmax, after scaling, that is then dropped.
+    """
+    _, heads, head_dim = query.shape
+    kv_heads = kv.shape[3]
+    out = torch.empty_like(query)
+    first = 0
+    for row, (count, context) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
+        key, value = kv[:, group.block_table[row]].flatten(1, 2)[:, :context].float()
+        q = query[first : first + count].float().unflatten(1, (kv_heads, heads // kv_heads))
+        scores = torch.einsum("qhgd,khd->hgqk", q, key) * head_dim**-0.5
+        at = torch.arange(context, device=query.device)
+        age = at[context - count :, None] - at[None, :]  # 0 for the token itself
+        seen = age >= 0
+        if group.window is not None:
+            seen &= age < group.window
+        scores = scores.masked_fill(~seen, float("-inf"))
+        if sinks is not None:
+            column = sinks.float().view(kv_heads, -1, 1, 1).expand(-1, -1, count, 1)
+            scores = torch.cat((scores, column), dim=-1)
+        shares = scores.softmax(-1)[..., :context]
+        # Values nobody may see can be anything, NaN included, and 0 · NaN is NaN.
+        value = value.masked_fill(~seen.any(0)[:, None, None], 0.0)
+        mixed = torch.einsum("hgqk,khd->qhgd", shares, value)
+        out[first : first + count] = mixed.flatten(1, 2).to(query.dtype)
+        first += count
+    return out
+
+
+def swiglu(gate_up: torch.Tensor, limit: float | None, alpha: float) -> torch.Tensor:
+    """gate_up [tokens, 2 · size], gate first → [tokens, size].
+
+    Plain: silu(gate) · up. With a limit (gpt-oss): gate clamped from above, up on both sides,
+    gate · sigmoid(alpha · gate) · (up + 1).
+    """
+    gate, up = gate_up.chunk(2, dim=-1)
+    if limit is None:
+        return F.silu(gate) * up
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+
+
+def route(
+    logits: torch.Tensor, top_k: int, softmax_after_top_k: bool, normalize: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Router logits [tokens, experts] → (experts int64, weights float32), both [tokens, top_k]."""
+    logits = logits.float()
+    if softmax_after_top_k:
+        chosen, experts = logits.topk(top_k, dim=-1)
+        return experts, chosen.softmax(-1)
+    weights, experts = logits.softmax(-1).topk(top_k, dim=-1)
+    if normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return experts, weights
+
+
+def experts(
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor | Sequence[torch.Tensor],
+    gate_up_bias: torch.Tensor | None,
+    down: torch.Tensor | Sequence[torch.Tensor],
+    down_bias: torch.Tensor | None,
+    limit: float | None,
+    alpha: float,
+) -> torch.Tensor:
+    """Weighted sum of each token's experts.
+
+    x [tokens, hidden], chosen and weights [tokens, top_k]; for each expert gate_up
+    [2 · size, hidden], down [hidden, size] and their biases; limit and alpha as in `swiglu` →
+    [tokens, hidden].
+    """
+    out = torch.zeros_like(x, dtype=torch.float32)
+    for expert in range(len(gate_up)):
+        token, rank = torch.where(chosen == expert)
+        inner = F.linear(x[token], gate_up[expert], _row(gate_up_bias, expert))
+        result = F.linear(swiglu(inner, limit, alpha), down[expert], _row(down_bias, expert))
+        out.index_add_(0, token, result.float() * weights[token, rank, None].float())
+    return out.to(x.dtype)
+
+
+def _row(bias: torch.Tensor | None, expert: int) -> torch.Tensor | None:
+    return None if bias is None else bias[expert]
+
+
+def dequantize_mxfp4(
+    blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """MXFP4 → dense: blocks uint8 [..., groups, 16], scales uint8 [..., groups] → [..., groups·32].
+
+    Two values a byte, low nibble first; a scale is a power of two, E8M0 with bias 127 (OCP
+    Microscaling Formats 1.0, 5.2 and 5.3.3).
+    """
+    values = torch.tensor([*FP4_VALUES, *(-v for v in FP4_VALUES)], device=blocks.device)
+    pairs = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)
+    dense = values[pairs.int()] * torch.exp2(scales.float() - 127).unsqueeze(-1)
+    return dense.flatten(-2).to(dtype)

@@ -1,0 +1,62 @@
+"""The one decoder of every family: what differs between them is in the config."""
+
+from collections.abc import Sequence
+
+import torch
+
+from model.attention import Attention
+from model.batch import ForwardBatch
+from model.config import LayerConfig, ModelConfig
+from model.layers import Linear, Mlp, RMSNorm, declare
+from model.moe import Moe
+from model.rope import rope_table
+
+
+class Layer:
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig):
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp: Moe | Mlp
+        if layer.sparse:
+            self.mlp = Moe(config)
+        else:
+            self.mlp = Mlp(config.hidden_size, config.intermediate_size, config.mlp_bias)
+
+
+class Transformer:
+    """Token embedding, layers, final norm and head. Weights come from `weights.load`."""
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        self.embedding = declare(config.vocab_size, config.hidden_size)
+        self.layers = [Layer(config, layer) for layer in config.layers]
+        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.rope = torch.empty(0)  # float32 [positions, head_dim], see prepare_rope
+
+    def prepare_rope(self, positions: int, device: torch.device) -> None:
+        """Tabulate cos and sin for positions up to (not including) `positions`."""
+        self.rope = rope_table(self.config.rope, self.config.head_dim, positions).to(device)
+
+    def __call__(
+        self,
+        batch: ForwardBatch,
+        caches: Sequence[torch.Tensor],
+        places: Sequence[tuple[int, int]],
+    ) -> torch.Tensor:
+        """Logits [rows, vocab] of the rows the batch asks for.
+
+        caches: KV tensors [2, blocks, block_size, kv_heads, head_dim], written in place.
+        places: for each layer, which group's tables and which cache are its own.
+        """
+        x = self.embedding[batch.token_ids]
+        cos_sin = self.rope[batch.positions].to(x.dtype)
+        for layer, (group, cache) in zip(self.layers, places, strict=True):
+            x = x + layer.attention(
+                layer.attention_norm(x), cos_sin, caches[cache], batch, batch.groups[group]
+            )
+            x = x + layer.mlp(layer.mlp_norm(x))
+        return self.head(self.final_norm(x[batch.logits_rows]))

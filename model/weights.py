@@ -1,0 +1,392 @@
+"""safetensors → parameters: checked against the config first, then streamed piece by piece.
+
+Each tensor of the checkpoint is a piece of one parameter (q, k and v of one fused weight, an
+expert of a stack). A parameter is allocated at its first piece and packed for its device at its
+last, so that never more than one parameter stands twice.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from model import ops
+from model.config import CheckpointError, ModelConfig, read_json
+from model.layers import Linear
+from model.moe import Experts, Moe
+from model.transformer import Transformer
+
+_FLOATS = ("BF16", "F16", "F32")
+# Mapped pages count as resident until the file is closed: close it about this often.
+_REOPEN_BYTES = 512 << 20
+# Stored by old exports, derived from the config here.
+_IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
+
+
+@dataclass
+class _Parameter:
+    """A tensor attribute of the model that is being filled."""
+
+    owner: Any
+    attribute: str
+    pieces_left: int = 0
+
+    def begin(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """The parameter's storage, allocated at first use."""
+        value: torch.Tensor = getattr(self.owner, self.attribute)
+        if value.is_meta:
+            value = torch.empty(value.shape, dtype=dtype, device=device)
+            setattr(self.owner, self.attribute, value)
+        return value
+
+    def complete(self) -> None:
+        """Bring a filled parameter into the form its op is fastest with."""
+        value = getattr(self.owner, self.attribute)
+        if isinstance(self.owner, Linear) and self.attribute == "weight":
+            setattr(self.owner, self.attribute, ops.pack(value))
+        elif isinstance(self.owner, Experts) and value.dim() == 3:
+            setattr(self.owner, self.attribute, ops.pack_experts(value))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Tensors of the checkpoint that together fill a part of one parameter."""
+
+    sources: dict[str, tuple[tuple[int, ...], tuple[str, ...]]]  # name → shape, allowed dtypes
+    parameter: _Parameter
+    write: Callable[..., None]  # (parameter storage, *source tensors)
+
+
+def load(
+    model: Transformer, checkpoint: str | Path, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Fill the model's parameters from a checkpoint directory; returns bytes read.
+
+    Raises CheckpointError for a missing, extra or misshapen tensor and for unreadable files,
+    before any large read.
+    """
+    pieces = _pieces(model)
+    with contextlib.ExitStack() as stack:
+        files = _Files(Path(checkpoint), stack)
+        _check(pieces, files, model.config)
+        # In file order, so that a file is read once, front to back.
+        pieces.sort(key=lambda piece: files.order(next(iter(piece.sources))))
+        for piece in pieces:
+            tensors = [files.read(name) for name in piece.sources]
+            piece.write(piece.parameter.begin(dtype, device), *tensors)
+            piece.parameter.pieces_left -= 1
+            if not piece.parameter.pieces_left:
+                piece.parameter.complete()
+            del tensors
+            files.relax()
+        _tie_head(model)
+        return files.bytes_read
+
+
+def load_dummy(model: Transformer, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
+    """Fill the parameters with random values of a usual size, for timing."""
+    generator = torch.Generator(device).manual_seed(seed)
+    for parameter in {id(p.parameter): p.parameter for p in _pieces(model)}.values():
+        value = parameter.begin(dtype, device)
+        if value.dim() > 1:
+            value.uniform_(-0.03, 0.03, generator=generator)
+        else:
+            value.fill_(1.0 if parameter.attribute == "weight" else 0.0)
+        parameter.complete()
+    _tie_head(model)
+
+
+def _tie_head(model: Transformer) -> None:
+    if model.config.tie_word_embeddings:
+        model.head.weight = ops.pack(model.embedding)
+
+
+class _Files:
+    """The safetensors files of a checkpoint and which tensor is in which."""
+
+    def __init__(self, folder: Path, stack: contextlib.ExitStack):
+        self.folder, self._stack = folder, stack
+        self._open: dict[str, Any] = {}
+        self._unmapped = 0
+        self.bytes_read = 0
+        index = folder / "model.safetensors.index.json"
+        if (folder / "model.safetensors").is_file():
+            names = {name: "model.safetensors" for name in self._keys("model.safetensors")}
+        elif index.is_file():
+            names = self._read_index(index)
+        else:
+            raise CheckpointError(
+                f"{folder}: holds neither model.safetensors nor model.safetensors.index.json"
+            )
+        self.file_of = names
+        self._order = {name: i for i, name in enumerate(sorted(names, key=lambda n: (names[n], n)))}
+
+    def _read_index(self, index: Path) -> dict[str, str]:
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(f, str) for f in names.values()):
+            raise CheckpointError(f"{index}: 'weight_map' must map tensor names to file names")
+        for name in sorted(set(names.values())):
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise CheckpointError(f"{index}: {name!r} is not a file of this directory")
+            if not (self.folder / name).is_file():
+                raise CheckpointError(f"{self.folder / name}: missing, but the index names it")
+        stored = {tensor: file for file in set(names.values()) for tensor in self._keys(file)}
+        for tensor, file in names.items():
+            if stored.get(tensor) != file:
+                raise CheckpointError(f"{self.folder / file}: tensor {tensor!r} is missing")
+        # A shard may hold a tensor that the index forgot: it is reported as extra.
+        return stored
+
+    def _keys(self, file: str) -> list[str]:
+        return list(self._handle(file).keys())
+
+    def _handle(self, file: str) -> Any:
+        if file not in self._open:
+            with self._clear_errors(file):
+                self._open[file] = self._stack.enter_context(
+                    safe_open(self.folder / file, framework="pt")
+                )
+        return self._open[file]
+
+    @contextlib.contextmanager
+    def _clear_errors(self, file: str) -> Iterator[None]:
+        try:
+            yield
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{self.folder / file}: damaged or truncated ({error}); fetch it again"
+            ) from None
+
+    def order(self, name: str) -> int:
+        """Where a tensor stands when files are read one after the other."""
+        return self._order[name]
+
+    def describe(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype of a tensor, from the file's header."""
+        file = self.file_of[name]
+        with self._clear_errors(file):
+            view = self._handle(file).get_slice(name)
+            return tuple(view.get_shape()), view.get_dtype()
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor, mapped from its file."""
+        file = self.file_of[name]
+        with self._clear_errors(file):
+            tensor: torch.Tensor = self._handle(file).get_tensor(name)
+        size = tensor.numel() * tensor.element_size()
+        self.bytes_read += size
+        self._unmapped += size
+        return tensor
+
+    def relax(self) -> None:
+        """Let go of what has been mapped, once it is much."""
+        if self._unmapped > _REOPEN_BYTES:
+            self._stack.close()
+            self._open.clear()
+            self._unmapped = 0
+
+
+def _check(pieces: list[_Piece], files: _Files, config: ModelConfig) -> None:
+    expected = {name: want for piece in pieces for name, want in piece.sources.items()}
+    for name, (shape, dtypes) in expected.items():
+        if name not in files.file_of:
+            raise CheckpointError(
+                f"{files.folder}: tensor {name!r} of shape {list(shape)} is missing"
+            )
+        found, dtype = files.describe(name)
+        if found != shape:
+            raise CheckpointError(
+                f"{files.folder / files.file_of[name]}: tensor {name!r} has shape {list(found)},"
+                f" config.json makes it {list(shape)}"
+            )
+        if dtype not in dtypes:
+            raise CheckpointError(
+                f"{files.folder / files.file_of[name]}: tensor {name!r} has dtype {dtype},"
+                f" expected {' or '.join(dtypes)}"
+            )
+    for name in files.file_of:
+        spare_head = name == "lm_head.weight" and config.tie_word_embeddings
+        if name not in expected and not spare_head and not name.endswith(_IGNORED_SUFFIXES):
+            raise CheckpointError(
+                f"{files.folder / files.file_of[name]}: tensor {name!r} is not part of a"
+                f" {config.model_type} model of this config.json"
+            )
+
+
+class _Builder:
+    """Collects the pieces of every parameter."""
+
+    def __init__(self) -> None:
+        self.pieces: list[_Piece] = []
+        self._parameters: dict[tuple[int, str], _Parameter] = {}
+
+    def add(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        owner: Any,
+        attribute: str,
+        write: Callable[..., None] | None = None,
+    ) -> None:
+        """One floating-point tensor that fills (a part of) an attribute of owner."""
+        self.add_sources({name: (shape, _FLOATS)}, owner, attribute, write or _whole)
+
+    def add_sources(
+        self,
+        sources: dict[str, tuple[tuple[int, ...], tuple[str, ...]]],
+        owner: Any,
+        attribute: str,
+        write: Callable[..., None],
+    ) -> None:
+        """Several tensors that fill it together."""
+        key = (id(owner), attribute)
+        parameter = self._parameters.setdefault(key, _Parameter(owner, attribute))
+        parameter.pieces_left += 1
+        self.pieces.append(_Piece(sources, parameter, write))
+
+    def linear(self, prefix: str, owner: Linear, outputs: int, inputs: int, first: int = 0) -> None:
+        """A linear of the checkpoint that is rows [first, first + outputs) of ours."""
+        write = _rows(first, outputs)
+        self.add(f"{prefix}.weight", (outputs, inputs), owner, "weight", write)
+        if owner.bias is not None:
+            self.add(f"{prefix}.bias", (outputs,), owner, "bias", write)
+
+
+def _whole(target: torch.Tensor, source: torch.Tensor) -> None:
+    target.copy_(source)
+
+
+def _rows(first: int, count: int) -> Callable[..., None]:
+    def write(target: torch.Tensor, source: torch.Tensor) -> None:
+        target[first : first + count].copy_(source)
+
+    return write
+
+
+def _expert_rows(expert: int, first: int, count: int) -> Callable[..., None]:
+    def write(target: torch.Tensor, source: torch.Tensor) -> None:
+        target[expert, first : first + count].copy_(source)
+
+    return write
+
+
+def _pieces(model: Transformer) -> list[_Piece]:
+    """Every tensor that a Hugging Face checkpoint of this config holds, and where it goes."""
+    config, builder = model.config, _Builder()
+    hidden, vocab = config.hidden_size, config.vocab_size
+    builder.add("model.embed_tokens.weight", (vocab, hidden), model, "embedding")
+    builder.add("model.norm.weight", (hidden,), model.final_norm, "weight")
+    if not config.tie_word_embeddings:
+        builder.add("lm_head.weight", (vocab, hidden), model.head, "weight")
+    q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    for i, layer in enumerate(model.layers):
+        prefix = f"model.layers.{i}"
+        for name, norm in (
+            ("input_layernorm", layer.attention_norm),
+            ("post_attention_layernorm", layer.mlp_norm),
+        ):
+            builder.add(f"{prefix}.{name}.weight", (hidden,), norm, "weight")
+        attention, own = layer.attention, f"{prefix}.self_attn"
+        builder.linear(f"{own}.q_proj", attention.qkv, q_width, hidden)
+        builder.linear(f"{own}.k_proj", attention.qkv, kv_width, hidden, q_width)
+        builder.linear(f"{own}.v_proj", attention.qkv, kv_width, hidden, q_width + kv_width)
+        builder.linear(f"{own}.o_proj", attention.out, hidden, q_width)
+        if attention.q_norm is not None and attention.k_norm is not None:
+            builder.add(f"{own}.q_norm.weight", (config.head_dim,), attention.q_norm, "weight")
+            builder.add(f"{own}.k_norm.weight", (config.head_dim,), attention.k_norm, "weight")
+        if attention.sinks is not None:
+            builder.add(f"{own}.sinks", (config.num_heads,), attention, "sinks")
+        if isinstance(layer.mlp, Moe):
+            _expert_pieces(builder, prefix, layer.mlp, config)
+        else:
+            size = config.intermediate_size
+            builder.linear(f"{prefix}.mlp.gate_proj", layer.mlp.gate_up, size, hidden)
+            builder.linear(f"{prefix}.mlp.up_proj", layer.mlp.gate_up, size, hidden, size)
+            builder.linear(f"{prefix}.mlp.down_proj", layer.mlp.down, hidden, size)
+    return builder.pieces
+
+
+def _expert_pieces(builder: _Builder, prefix: str, moe: Moe, config: ModelConfig) -> None:
+    hidden, size, count = config.hidden_size, moe.config.intermediate_size, moe.config.num_experts
+    experts = moe.experts
+    if config.model_type == "gpt_oss":
+        builder.linear(f"{prefix}.mlp.router", moe.router, count, hidden)
+        stack = f"{prefix}.mlp.experts"
+        builder.add(
+            f"{stack}.gate_up_proj_bias",
+            (count, 2 * size),
+            experts,
+            "gate_up_bias",
+            lambda target, source: _split_gate_up(target, source, 1),
+        )
+        builder.add(f"{stack}.down_proj_bias", (count, hidden), experts, "down_bias")
+        for name, outputs, inputs, attribute in (
+            ("gate_up_proj", 2 * size, hidden, "gate_up"),
+            ("down_proj", hidden, size, "down"),
+        ):
+            if config.mxfp4_experts:
+                groups = inputs // 32
+                sources = {
+                    f"{stack}.{name}_blocks": ((count, outputs, groups, 16), ("U8",)),
+                    f"{stack}.{name}_scales": ((count, outputs, groups), ("U8",)),
+                }
+                builder.add_sources(sources, experts, attribute, _from_mxfp4(attribute))
+            else:
+                builder.add(
+                    f"{stack}.{name}",
+                    (count, inputs, outputs),
+                    experts,
+                    attribute,
+                    _from_transposed(attribute),
+                )
+        return
+    if config.model_type == "mixtral":
+        own, gate, up, down = f"{prefix}.block_sparse_moe", "w1", "w3", "w2"
+    else:
+        own, gate, up, down = f"{prefix}.mlp", "gate_proj", "up_proj", "down_proj"
+    builder.linear(f"{own}.gate", moe.router, count, hidden)
+    for e in range(count):
+        one = f"{own}.experts.{e}"
+        for name, first in ((gate, 0), (up, size)):
+            write = _expert_rows(e, first, size)
+            builder.add(f"{one}.{name}.weight", (size, hidden), experts, "gate_up", write)
+        write = _expert_rows(e, 0, hidden)
+        builder.add(f"{one}.{down}.weight", (hidden, size), experts, "down", write)
+
+
+def _split_gate_up(target: torch.Tensor, source: torch.Tensor, dim: int) -> None:
+    """gpt-oss alternates gate and up rows; ours are all gate rows, then all up rows."""
+    pairs = source.unflatten(dim, (-1, 2)).unbind(dim + 1)
+    for half, part in zip(target.chunk(2, dim), pairs, strict=True):
+        half.copy_(part)
+
+
+def _from_transposed(attribute: str) -> Callable[..., None]:
+    """gpt-oss's dense experts are stored [expert, in, out]."""
+
+    def write(target: torch.Tensor, source: torch.Tensor) -> None:
+        for mine, theirs in zip(target, source, strict=True):
+            if attribute == "gate_up":
+                _split_gate_up(mine, theirs.t(), 0)
+            else:
+                mine.copy_(theirs.t())
+
+    return write
+
+
+def _from_mxfp4(attribute: str) -> Callable[..., None]:
+    """Expert by expert, so that only one stands unpacked besides its place."""
+
+    def write(target: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor) -> None:
+        for mine, block, scale in zip(target, blocks, scales, strict=True):
+            dense = ops.dequantize_mxfp4(block, scale, target.dtype)
+            if attribute == "gate_up":
+                _split_gate_up(mine, dense, 0)
+            else:
+                mine.copy_(dense)
+
+    return write
