@@ -84,7 +84,8 @@ class ModelConfig:
 # Keys that cannot change what a forward pass computes (training, bookkeeping, generation).
 _HARMLESS = frozenset(
     """architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward dtype
-    eos_token_id id2label initializer_range is_decoder is_encoder_decoder keys_to_ignore_at_inference
+    eos_token_id id2label initializer_range is_decoder is_encoder_decoder 
+    keys_to_ignore_at_inference
     label2id max_length name_or_path output_attentions output_hidden_states output_router_logits
     pad_token_id pretraining_tp problem_type return_dict router_aux_loss_coef router_jitter_noise
     sep_token_id task_specific_params tokenizer_class torch_dtype torchscript transformers_version

@@ -1,4 +1,4 @@
-"""The building blocks of a decoder layer. Parameters start as shapes and are filled by `weights`."""
+"""The building blocks of a decoder layer; parameters are shapes until `weights` fills them."""
 
 import torch
 

@@ -52,11 +52,14 @@ class _Parameter:
             setattr(self.owner, self.attribute, ops.pack_experts(value))
 
 
+_Sources = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]  # name → shape, allowed dtypes
+
+
 @dataclass(frozen=True)
 class _Piece:
     """Tensors of the checkpoint that together fill a part of one parameter."""
 
-    sources: dict[str, tuple[tuple[int, ...], tuple[str, ...]]]  # name → shape, allowed dtypes
+    sources: _Sources
     parameter: _Parameter
     write: Callable[..., None]  # (parameter storage, *source tensors)
 
@@ -115,7 +118,7 @@ class _Files:
         self.bytes_read = 0
         index = folder / "model.safetensors.index.json"
         if (folder / "model.safetensors").is_file():
-            names = {name: "model.safetensors" for name in self._keys("model.safetensors")}
+            names = dict.fromkeys(self._keys("model.safetensors"), "model.safetensors")
         elif index.is_file():
             names = self._read_index(index)
         else:
@@ -237,7 +240,7 @@ class _Builder:
 
     def add_sources(
         self,
-        sources: dict[str, tuple[tuple[int, ...], tuple[str, ...]]],
+        sources: _Sources,
         owner: Any,
         attribute: str,
         write: Callable[..., None],
@@ -330,7 +333,7 @@ def _expert_pieces(builder: _Builder, prefix: str, moe: Moe, config: ModelConfig
         ):
             if config.mxfp4_experts:
                 groups = inputs // 32
-                sources = {
+                sources: _Sources = {
                     f"{stack}.{name}_blocks": ((count, outputs, groups, 16), ("U8",)),
                     f"{stack}.{name}_scales": ((count, outputs, groups), ("U8",)),
                 }

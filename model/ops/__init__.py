@@ -78,5 +78,5 @@ def experts(
     alpha: float,
 ) -> torch.Tensor:
     """Weighted sum of each token's experts; shapes in `reference.experts`."""
-    run = cpu.experts if x.device.type == "cpu" else reference.experts
-    return run(x, chosen, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha)
+    arguments = (x, chosen, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha)
+    return cpu.experts(*arguments) if x.device.type == "cpu" else reference.experts(*arguments)

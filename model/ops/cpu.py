@@ -35,9 +35,9 @@ def experts(
     x: torch.Tensor,
     chosen: torch.Tensor,
     weights: torch.Tensor,
-    gate_up: Sequence[torch.Tensor],
+    gate_up: torch.Tensor | Sequence[torch.Tensor],
     gate_up_bias: torch.Tensor | None,
-    down: Sequence[torch.Tensor],
+    down: torch.Tensor | Sequence[torch.Tensor],
     down_bias: torch.Tensor | None,
     limit: float | None,
     alpha: float,
@@ -117,7 +117,7 @@ def attention(
     if group.plan is None:
         group.plan = _make_plan(batch, group, kv.shape[2], query.dtype)
     plan: _Plan = group.plan
-    tokens, heads, head_dim = query.shape
+    heads, head_dim = query.shape[1:]
     kv_heads = kv.shape[3]
     shared = heads // kv_heads
     keys, values = kv.flatten(3).flatten(1, 2)
@@ -182,7 +182,7 @@ def _make_plan(
         start = 0 if group.window is None else max(0, begin - group.window + 1)
         at = torch.arange(start, end)
         slots = group.block_table[row][at // block_size] * block_size + at % block_size
-        mask = None
+        mask: torch.Tensor | None = None
         if start < begin or (group.window is not None and group.window < end):
             age = torch.arange(begin, end).unsqueeze(1) - at
             hidden = age < 0

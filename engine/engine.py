@@ -1,0 +1,294 @@
+"""The engine: warm_up, then generate (requests in, completions out as they finish), then finish."""
+
+import itertools
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from engine.kv_cache import KVCache
+from engine.memory import available_bytes
+from engine.request import Completion, FinishReason, Request
+from engine.runner import ModelRunner
+from engine.scheduler import Chunk, Scheduler, Sequence
+from model import load_config
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass
+class EngineStats:
+    """Counters since the engine was made; times in seconds."""
+
+    steps: int = 0
+    prompt_tokens: int = 0  # of finished requests
+    cached_tokens: int = 0  # of those, found in the prefix cache
+    output_tokens: int = 0
+    preemptions: int = 0
+    batch_sum: int = 0  # sequences a step, summed over steps
+    peak_batch: int = 0
+    kv_blocks: int = 0
+    kv_bytes: int = 0
+    peak_kv_blocks: int = 0
+    warm_up_s: float = 0.0
+    inference_s: float = 0.0
+    finish_s: float = 0.0
+
+
+class Engine:
+    """Runs requests of one checkpoint on one device, continuously batched.
+
+        with Engine("data/model") as engine:
+            for completion in engine.generate([Request([1, 2, 3])]):
+                print(completion.token_ids)
+
+    Arguments left at None are chosen for the device. Raises CheckpointError for a checkpoint that
+    cannot be used and ValueError for a setting out of range.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        max_batch_size: int | None = None,
+        max_batch_tokens: int | None = None,
+        kv_memory: int | None = None,
+        block_size: int = 16,
+        prefix_cache: bool = True,
+        dummy_weights: bool = False,
+    ):
+        self.checkpoint = Path(checkpoint)
+        self.config = load_config(checkpoint)
+        self.device = _device(device)
+        self.dtype = _dtype(dtype, self.config.dtype, self.device)
+        on_cpu = self.device.type == "cpu"
+        self.max_batch_size = _at_least_1("max_batch_size", max_batch_size, 64 if on_cpu else 256)
+        self.max_batch_tokens = _at_least_1(
+            "max_batch_tokens", max_batch_tokens, 2048 if on_cpu else 8192
+        )
+        self.block_size = _at_least_1("block_size", block_size, 16)
+        self.kv_memory = kv_memory
+        self.prefix_cache = prefix_cache
+        self.dummy_weights = dummy_weights
+        self.stats = EngineStats()
+        self.max_positions = self.config.max_positions  # less where the KV pool is smaller
+        self._runner = ModelRunner(self.config, self.device, self.dtype)
+        self._scheduler: Scheduler | None = None
+        self._generating = False
+
+    def __enter__(self) -> "Engine":
+        self.warm_up()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.finish()
+
+    def warm_up(self) -> None:
+        """Load the weights, size the KV pool from the memory that is left, and allocate it."""
+        if self._scheduler is not None:
+            return
+        start = time.perf_counter()
+        self._runner.load(self.checkpoint, self.dummy_weights)
+        blocks = self._pool_blocks()
+        cache = KVCache(self._runner.groups, blocks, self.block_size, self.prefix_cache)
+        limit = min(self.config.max_positions, cache.capacity(self.max_batch_tokens))
+        if limit < 1:
+            raise ValueError(
+                f"a KV pool of {blocks} blocks is too small for one token; raise kv_memory"
+            )
+        self.max_positions = limit
+        self._runner.allocate(blocks, self.block_size, limit)
+        self._scheduler = Scheduler(cache, self.max_batch_size, self.max_batch_tokens)
+        self.stats.kv_blocks = blocks - 1
+        self.stats.kv_bytes = blocks * self._runner.block_bytes(self.block_size)
+        self.stats.warm_up_s += time.perf_counter() - start
+
+    def finish(self) -> None:
+        """Give weights and KV memory back. The engine can be warmed up again."""
+        start = time.perf_counter()
+        self._scheduler = None
+        self._runner.free()
+        if self.device.type != "cpu":
+            torch.cuda.empty_cache()
+        self.stats.finish_s += time.perf_counter() - start
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Run the requests; yields each completion as it finishes, in any order.
+
+        Requests are taken from the iterable as there is room for them. One that cannot run comes
+        back with finish reason "error" and harms no other. Closing the iterator cancels the rest.
+        """
+        self.warm_up()
+        scheduler = self._scheduler
+        if scheduler is None or self._generating:
+            raise RuntimeError("generate() is already running on this engine")
+        self._generating = True
+        start = time.perf_counter()
+        source = iter(requests)
+        complete = False
+        try:
+            more = True
+            while more or scheduler.running or scheduler.waiting:
+                room = self.max_batch_size - len(scheduler.waiting)
+                taken = list(itertools.islice(source, room)) if more and room > 0 else []
+                more = more and len(taken) == max(room, 0)
+                for request in taken:
+                    sequence = self._sequence(request, scheduler)
+                    if isinstance(sequence, Completion):
+                        yield sequence
+                    else:
+                        scheduler.add(sequence)
+                if scheduler.running or scheduler.waiting:
+                    yield from self._step(scheduler)
+            complete = True
+        finally:
+            if not complete:
+                # Whatever stopped us may have left a step half computed.
+                for sequence in [*scheduler.running, *scheduler.waiting]:
+                    scheduler.finish(sequence)
+                scheduler.cache.forget_prefixes()
+            self._generating = False
+            self.stats.inference_s += time.perf_counter() - start
+
+    def _step(self, scheduler: Scheduler) -> list[Completion]:
+        chunks = scheduler.schedule()
+        self._count(chunks, scheduler)
+        tokens, logprobs = self._runner.run(chunks)
+        now = time.perf_counter()
+        done = []
+        sampled = zip(tokens, logprobs, strict=True)
+        for chunk in chunks:
+            if not chunk.samples:
+                continue
+            token, chosen = next(sampled)
+            reason = chunk.sequence.append(token, chosen, now)
+            if reason is not None:
+                done.append(self._complete(chunk.sequence, reason, now, scheduler))
+        return done
+
+    def _complete(
+        self, sequence: Sequence, reason: FinishReason, now: float, scheduler: Scheduler
+    ) -> Completion:
+        scheduler.finish(sequence)
+        completion = sequence.completion(reason, now)
+        self.stats.prompt_tokens += completion.prompt_tokens
+        self.stats.cached_tokens += completion.cached_tokens
+        self.stats.output_tokens += len(completion.token_ids)
+        return completion
+
+    def _count(self, chunks: list[Chunk], scheduler: Scheduler) -> None:
+        stats = self.stats
+        stats.steps += 1
+        stats.batch_sum += len(chunks)
+        stats.peak_batch = max(stats.peak_batch, len(chunks))
+        stats.peak_kv_blocks = max(stats.peak_kv_blocks, scheduler.cache.num_used)
+        stats.preemptions = scheduler.preemptions
+
+    def _sequence(self, request: Request, scheduler: Scheduler) -> Sequence | Completion:
+        """A queued form of the request, or the completion that says why it cannot run."""
+        now = time.perf_counter()
+        params = request.params
+        limit = min(self.max_positions, params.max_positions or self.max_positions)
+        problem = _problem(request, limit, self.config.vocab_size)
+        if problem is not None:
+            return Completion(
+                request.request_id,
+                [],
+                "error",
+                problem,
+                prompt_tokens=len(request.prompt_ids),
+                arrived=now,
+                first_token=now,
+                finished=now,
+            )
+        if params.max_new_tokens is not None:
+            limit = min(limit, len(request.prompt_ids) + params.max_new_tokens)
+        own = frozenset[int]() if params.ignore_eos else self.config.stop_ids
+        return Sequence(
+            request,
+            list(request.prompt_ids),
+            limit,
+            own | params.stop_ids,
+            scheduler.cache.new_tables(),
+            now,
+            logprobs=None if params.logprobs is None else [],
+        )
+
+    def _pool_blocks(self) -> int:
+        """Blocks of the KV pool: what memory allows, but no more than the batch can ever use."""
+        block = self._runner.block_bytes(self.block_size)
+        if self.kv_memory is not None:
+            blocks = self.kv_memory // block
+            if blocks < len(self._runner.groups) + 1:
+                least = (len(self._runner.groups) + 1) * block
+                raise ValueError(
+                    f"kv_memory of {self.kv_memory} bytes holds {blocks} blocks of {block} bytes;"
+                    f" at least {least} bytes are needed"
+                )
+            return blocks
+        # On a CPU the rest of the machine needs memory too, and untouched blocks cost nothing.
+        share = 0.4 if self.device.type == "cpu" else 0.9
+        affordable = int(available_bytes(self.device) * share) // block
+        per_sequence = -(-self.config.max_positions // self.block_size) * len(self._runner.groups)
+        useful = 2 * self.max_batch_size * per_sequence  # twice: room for cached prefixes
+        if affordable < len(self._runner.groups) + 1:
+            raise MemoryError(
+                f"no memory left for KV: {affordable * block} bytes of the"
+                f" {available_bytes(self.device)} available; use a smaller model or dtype"
+            )
+        return 1 + min(affordable, useful)
+
+
+def _problem(request: Request, limit: int, vocab_size: int) -> str | None:
+    """Why a request cannot run, in one sentence."""
+    ids = request.prompt_ids
+    if not len(ids):
+        return "the prompt is empty"
+    if len(ids) >= limit:
+        return (
+            f"the prompt has {len(ids)} tokens, which leaves no room for output within the limit"
+            f" of {limit} positions"
+        )
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        return f"the prompt has token ids outside the vocabulary of {vocab_size}"
+    return None
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} does not exist: torch sees {torch.cuda.device_count()}")
+    return device
+
+
+def _dtype(name: str, own: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        # float16 is slow on CPUs, and bfloat16 has at least its range.
+        name = "bfloat16" if own == "float16" and device.type == "cpu" else own
+    if name not in _DTYPES:
+        raise ValueError(f"dtype must be auto, {', '.join(_DTYPES)}, not {name!r}")
+    return _DTYPES[name]
+
+
+def _at_least_1(name: str, value: int | None, default: int) -> int:
+    value = default if value is None else value
+    if value < 1:
+        raise ValueError(f"{name} must be 1 or more, not {value}")
+    return value

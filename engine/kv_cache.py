@@ -1,0 +1,251 @@
+"""The paged KV cache as integers: blocks, who holds them, and which prefix each one contains.
+
+Layers that share an attention window form a group and have block tables of their own; all groups
+draw from one pool, since every block has the same size. Block tables are at absolute positions: a
+group with a sliding window gives blocks behind it back and keeps the null block in their place,
+so a cached prefix is usable as long as the blocks within the window are still there.
+
+    positions      0 ........ 16 ....... 32 ....... 48 ....... 64
+    full group     [ 3        | 4        | 9        | 12       ]
+    window 16      [ 0 (null) | 0 (null) | 10       | 13       ]
+"""
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+NULL_BLOCK = 0
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers that keep their KV in the same blocks; layer i of the group uses cache tensor i."""
+
+    window: int | None
+    layers: tuple[int, ...]
+
+
+def group_layers(windows: SequenceOf[int | None]) -> list[LayerGroup]:
+    """Group layers by window, in groups of one size so that blocks are interchangeable.
+
+    The size is that of the smallest kind, so a kind with k times as many layers becomes k groups
+    (a group may be short by some layers, whose share of its blocks then stays unused).
+    """
+    kinds: dict[int | None, list[int]] = {}
+    for layer, window in enumerate(windows):
+        kinds.setdefault(window, []).append(layer)
+    size = min(len(layers) for layers in kinds.values())
+    if max(len(layers) for layers in kinds.values()) < 1.5 * size:
+        size = max(len(layers) for layers in kinds.values())
+    return [
+        LayerGroup(window, tuple(layers[i : i + size]))
+        for window, layers in kinds.items()
+        for i in range(0, len(layers), size)
+    ]
+
+
+@dataclass
+class BlockTables:
+    """One sequence's blocks: a table a group, and the chain of digests of its full blocks."""
+
+    tables: list[array]
+    digests: list[bytes] = field(default_factory=list)
+    freed: list[int] = field(default_factory=list)  # blocks already given back, by group
+    indexed: int = 0  # full blocks entered in the prefix index
+
+
+class KVCache:
+    """Block pool with reference counts, a prefix index and least-recently-used eviction."""
+
+    def __init__(
+        self,
+        groups: SequenceOf[LayerGroup],
+        num_blocks: int,
+        block_size: int,
+        prefix_cache: bool = True,
+    ):
+        """A pool of num_blocks blocks, the null block included."""
+        self.groups = groups
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        self._prefix_cache = prefix_cache
+        self._references = [0] * num_blocks
+        self._entry: list[tuple[int, bytes] | None] = [None] * num_blocks  # its place in the index
+        self._index: list[dict[bytes, int]] = [{} for _ in groups]
+        # Blocks nobody holds, next to be used first: unknown contents before cached prefixes.
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be handed out now."""
+        return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that sequences hold."""
+        return self.num_blocks - 1 - len(self._free)
+
+    def new_tables(self) -> BlockTables:
+        """Empty tables for a sequence."""
+        return BlockTables([array("q") for _ in self.groups], freed=[0] * len(self.groups))
+
+    def capacity(self, max_chunk: int) -> int:
+        """Most positions that one sequence alone can reach, in chunks of at most max_chunk."""
+        usable = self.num_blocks - 1
+        full = sum(group.window is None for group in self.groups)
+        # What windows need at most: a chunk and the window before it, neither on a block boundary.
+        windowed = sum(
+            -(-(group.window + max_chunk) // self.block_size) + 1
+            for group in self.groups
+            if group.window is not None
+        )
+        if not full and usable >= windowed:
+            return 1 << 60
+        blocks = usable // len(self.groups)  # were no window to free anything
+        if full:
+            blocks = max(blocks, (usable - windowed) // full)
+        return blocks * self.block_size
+
+    def blocks_for(self, tables: BlockTables, end: int) -> int:
+        """New blocks needed to hold positions up to (not including) `end`."""
+        wanted = -(-end // self.block_size)
+        return sum(max(0, wanted - len(table)) for table in tables.tables)
+
+    def allocate(self, tables: BlockTables, start: int, end: int) -> bool:
+        """Extend the tables to hold [start, end), after giving back what lies behind windows.
+
+        False, with nothing newly allocated, when the pool has too few free blocks.
+        """
+        self._free_behind_windows(tables, start)
+        if self.blocks_for(tables, end) > len(self._free):
+            return False
+        wanted = -(-end // self.block_size)
+        for table in tables.tables:
+            while len(table) < wanted:
+                table.append(self._take())
+        return True
+
+    def release(self, tables: BlockTables) -> None:
+        """Give every block back, the last first: prefixes are worth more than tails."""
+        for table in tables.tables:
+            for block in reversed(table):
+                self._drop(block)
+            del table[:]
+        tables.freed = [0] * len(self.groups)
+        tables.indexed = 0  # the digests stay: they depend on the tokens alone
+
+    def match_prefix(self, tables: BlockTables, tokens: SequenceOf[int]) -> int:
+        """Fill empty tables with the longest cached prefix; returns its length in tokens.
+
+        At least the last token is left to compute. Groups without a window need every block of
+        the prefix, groups with one only those the next token can still see.
+        """
+        if not self._prefix_cache:
+            return 0
+        longest = (len(tokens) - 1) // self.block_size
+        best = 0
+        runs = [0] * len(self.groups)  # blocks in a row that are cached, up to the current one
+        for count in range(1, longest + 1):
+            digest = self._digest(tables, tokens, count - 1)
+            for g, group in enumerate(self.groups):
+                if digest in self._index[g]:
+                    runs[g] += 1
+                elif group.window is None:
+                    runs[g] = -1
+                    break
+                else:
+                    runs[g] = 0
+            if -1 in runs:
+                break
+            if all(
+                run >= count - self._first_seen(group, count * self.block_size)
+                for run, group in zip(runs, self.groups, strict=True)
+            ):
+                best = count
+        for g, group in enumerate(self.groups):
+            first = self._first_seen(group, best * self.block_size)
+            table = tables.tables[g]
+            table.extend([NULL_BLOCK] * first)
+            tables.freed[g] = first
+            for i in range(first, best):
+                block = self._index[g][tables.digests[i]]
+                if not self._references[block]:
+                    del self._free[block]
+                self._references[block] += 1
+                table.append(block)
+        tables.indexed = best
+        return best * self.block_size
+
+    def index_full_blocks(
+        self, tables: BlockTables, tokens: SequenceOf[int], computed: int
+    ) -> None:
+        """Enter the blocks that positions below `computed` fill in the prefix index.
+
+        Called when the step that computes them is scheduled: within a step all KV is written
+        before any is read, so requests of the same step can already share.
+        """
+        if not self._prefix_cache:
+            return
+        for i in range(tables.indexed, computed // self.block_size):
+            digest = self._digest(tables, tokens, i)
+            for g, index in enumerate(self._index):
+                block = tables.tables[g][i]
+                if block != NULL_BLOCK and digest not in index:
+                    index[digest] = block
+                    self._entry[block] = (g, digest)
+            tables.indexed = i + 1
+
+    def forget_prefixes(self) -> None:
+        """Empty the prefix index: what blocks hold is no longer certain."""
+        for index in self._index:
+            for block in index.values():
+                self._entry[block] = None
+            index.clear()
+
+    def _digest(self, tables: BlockTables, tokens: SequenceOf[int], i: int) -> bytes:
+        """Digest of tokens up to the end of block i: 128 bits, so that no two prefixes share it."""
+        digests = tables.digests
+        while len(digests) <= i:
+            first = len(digests) * self.block_size
+            own = array("q", tokens[first : first + self.block_size]).tobytes()
+            before = digests[-1] if digests else b""
+            digests.append(hashlib.blake2b(before + own, digest_size=16).digest())
+        return digests[i]
+
+    def _first_seen(self, group: LayerGroup, position: int) -> int:
+        """The first block that a token at `position` (or later) can still see."""
+        if group.window is None:
+            return 0
+        return max(0, position - group.window + 1) // self.block_size
+
+    def _free_behind_windows(self, tables: BlockTables, start: int) -> None:
+        for g, group in enumerate(self.groups):
+            if group.window is None:
+                continue
+            table = tables.tables[g]
+            first = min(self._first_seen(group, start), len(table))
+            for i in range(tables.freed[g], first):
+                self._drop(table[i])
+                table[i] = NULL_BLOCK
+            tables.freed[g] = max(first, tables.freed[g])
+
+    def _take(self) -> int:
+        block, _ = self._free.popitem(last=False)
+        entry = self._entry[block]
+        if entry is not None:
+            group, digest = entry
+            del self._index[group][digest]
+            self._entry[block] = None
+        self._references[block] = 1
+        return block
+
+    def _drop(self, block: int) -> None:
+        if block == NULL_BLOCK:
+            return
+        self._references[block] -= 1
+        if not self._references[block]:
+            self._free[block] = None
+            if self._entry[block] is None:
+                self._free.move_to_end(block, last=False)

@@ -1,0 +1,222 @@
+"""Tiny random checkpoints of every family, and what `transformers` makes of them."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+
+from model.ops.reference import FP4_VALUES, dequantize_mxfp4
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 150_000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
+
+
+def _gpt_oss() -> Any:
+    return tf.GptOssConfig(
+        **_COMMON,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=6,
+        num_experts_per_tok=3,
+        sliding_window=20,
+        max_position_embeddings=512,
+        rope_parameters={**_YARN, "truncate": False},
+    )
+
+
+# name → config; every one has unequal query and KV heads, contexts and windows below 200.
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "qwen2": lambda: tf.Qwen2Config(
+        **_COMMON,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    ),
+    "qwen2-window-yarn": lambda: tf.Qwen2Config(
+        **_COMMON,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        use_sliding_window=True,
+        sliding_window=24,
+        max_window_layers=3,
+        rope_parameters=_YARN,
+    ),
+    "qwen3": lambda: tf.Qwen3Config(
+        **_COMMON,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+    ),
+    "qwen3_moe": lambda: tf.Qwen3MoeConfig(
+        **_COMMON,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        moe_intermediate_size=32,
+        num_experts=6,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+        max_position_embeddings=512,
+    ),
+    "qwen3_moe-unnormalized": lambda: tf.Qwen3MoeConfig(
+        **_COMMON,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        moe_intermediate_size=32,
+        num_experts=6,
+        num_experts_per_tok=2,
+        norm_topk_prob=False,
+        decoder_sparse_step=2,
+        max_position_embeddings=512,
+    ),
+    "llama-llama3-rope": lambda: tf.LlamaConfig(
+        **_COMMON,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500_000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "llama-biases-linear-rope": lambda: tf.LlamaConfig(
+        **_COMMON,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=True,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0},
+    ),
+    "mistral": lambda: tf.MistralConfig(
+        **_COMMON,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=24,
+        max_position_embeddings=512,
+    ),
+    "mixtral": lambda: tf.MixtralConfig(
+        **_COMMON,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=6,
+        num_experts_per_tok=2,
+        sliding_window=None,
+        max_position_embeddings=512,
+    ),
+    "gpt_oss": _gpt_oss,
+}
+
+
+def write_checkpoint(folder: Path, name: str, max_shard_size: str = "5GB") -> Path:
+    """A float32 checkpoint with weights wide enough that attention and experts matter."""
+    config = FAMILIES[name]()
+    torch.manual_seed(sum(map(ord, name)))
+    model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter_name, value in model.named_parameters():
+            if value.dim() > 1:
+                value.normal_(0, 0.4 if "embed" in parameter_name else 0.18)
+            elif "bias" in parameter_name or "sinks" in parameter_name:
+                value.normal_(0, 0.5)
+            else:
+                value.uniform_(0.5, 1.5)
+    model.generation_config.eos_token_id = 0
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change (or with None remove) keys of a checkpoint's config.json."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for key, value in changes.items():
+        config.pop(key, None)
+        if value is not None:
+            config[key] = value
+    path.write_text(json.dumps(config))
+
+
+def quantize_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight [..., in] → blocks uint8 [..., in / 32, 16] and scales uint8 [..., in / 32]."""
+    groups = weight.float().unflatten(-1, (-1, 32))
+    exponent = torch.floor(torch.log2(groups.abs().amax(-1, keepdim=True))) - 2
+    scaled = groups / torch.exp2(exponent)
+    nearest = (scaled.abs().unsqueeze(-1) - torch.tensor(FP4_VALUES)).abs().argmin(-1)
+    code = nearest.to(torch.uint8) | ((scaled < 0).to(torch.uint8) << 3)
+    return code[..., 0::2] | (code[..., 1::2] << 4), (exponent.squeeze(-1) + 127).to(torch.uint8)
+
+
+def write_mxfp4_pair(packed: Path, dense: Path) -> None:
+    """A gpt-oss checkpoint with MXFP4 experts, and the same with them dequantised."""
+    write_checkpoint(packed, "gpt_oss")
+    write_checkpoint(dense, "gpt_oss")
+    mine: dict[str, torch.Tensor] = {}
+    theirs: dict[str, torch.Tensor] = {}
+    for name, value in load_file(packed / "model.safetensors").items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            blocks, scales = quantize_mxfp4(value.transpose(-1, -2).contiguous())
+            mine[name + "_blocks"], mine[name + "_scales"] = blocks, scales
+            unpacked = dequantize_mxfp4(blocks, scales, torch.float32)
+            theirs[name] = unpacked.transpose(-1, -2).contiguous()
+        else:
+            mine[name] = theirs[name] = value
+    save_file(mine, packed / "model.safetensors", metadata={"format": "pt"})
+    save_file(theirs, dense / "model.safetensors", metadata={"format": "pt"})
+    edit_config(packed, quantization_config={"quant_method": "mxfp4"})
+
+
+@dataclass
+class Peer:
+    """A checkpoint in transformers: float32, eager attention, greedy."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.model = tf.AutoModelForCausalLM.from_pretrained(
+            self.folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+
+    @torch.inference_mode()
+    def logits(self, ids: list[int]) -> torch.Tensor:
+        """Logits [tokens, vocab]."""
+        return self.model(torch.tensor([ids])).logits[0]
+
+    def is_greedy(self, prompt: list[int], output: list[int]) -> bool:
+        """Whether each output token is the likeliest after all before it.
+
+        One pass over prompt and output shows what decoding token by token would.
+        """
+        best = self.logits([*prompt, *output[:-1]]).argmax(-1).tolist()
+        return best[len(prompt) - 1 :] == output
