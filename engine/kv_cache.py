@@ -37,7 +37,7 @@ def group_layers(windows: SequenceOf[int | None]) -> list[LayerGroup]:
     for layer, window in enumerate(windows):
         kinds.setdefault(window, []).append(layer)
     size = min(len(layers) for layers in kinds.values())
-    if max(len(layers) for layers in kinds.values()) < 1.5 * size:
+    if max(len(layers) for layers in kinds.values()) <= 1.5 * size:
         size = max(len(layers) for layers in kinds.values())
     return [
         LayerGroup(window, tuple(layers[i : i + size]))

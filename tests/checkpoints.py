@@ -73,9 +73,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     ),
     "qwen3_moe": lambda: tf.Qwen3MoeConfig(
         **_COMMON,
+        head_dim=32,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,
         moe_intermediate_size=32,
         num_experts=6,
         num_experts_per_tok=2,
@@ -85,9 +85,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     ),
     "qwen3_moe-unnormalized": lambda: tf.Qwen3MoeConfig(
         **_COMMON,
+        head_dim=32,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,
         moe_intermediate_size=32,
         num_experts=6,
         num_experts_per_tok=2,

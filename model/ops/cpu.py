@@ -172,8 +172,8 @@ def _make_plan(
         table = group.block_table[:singles]
         blocks = table.gather(1, (at // block_size).clamp(max=table.shape[1] - 1))
         slots = torch.where(seen, blocks * block_size + at % block_size, 0)
-        mask = torch.zeros(at.shape, dtype=dtype).masked_fill(~seen, _NEG_INF)
-        single = _Single(slots.flatten(), mask[:, None, None])
+        bias = torch.zeros(at.shape, dtype=dtype).masked_fill(~seen, _NEG_INF)
+        single = _Single(slots.flatten(), bias[:, None, None])
     chunks = []
     first = singles
     for row in range(singles, len(batch.query_lens)):
