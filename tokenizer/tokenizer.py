@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers.processors import TemplateProcessing
 
 from tokenizer.chat import ChatTemplate
 from tokenizer.errors import TokenizerError
@@ -44,7 +43,9 @@ class Tokenizer:
         """Read a directory with a tokenizer.json, or such a file by its own name.
 
         tokenizer_config.json, special_tokens_map.json and chat_template.jinja beside it are
-        used where they exist. Raises TokenizerError.
+        used where they exist. What goes before and after a text is tokenizer.json's to say, as
+        in transformers 5: `add_bos_token` in the config counts for nothing. Raises
+        TokenizerError.
         """
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
@@ -58,7 +59,6 @@ class Tokenizer:
         config = _read_json(folder / "tokenizer_config.json")
         special_tokens = _special_tokens(_read_json(folder / "special_tokens_map.json"))
         special_tokens |= _special_tokens(config)
-        _set_sequence_ends(backend, config, special_tokens)
         return cls(backend, special_tokens, ChatTemplate.load(folder, config, special_tokens))
 
     @property
@@ -110,26 +110,3 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
         if name.endswith("_token") and isinstance(content, str):
             found[name] = content
     return found
-
-
-def _set_sequence_ends(
-    backend: tokenizers.Tokenizer, config: Mapping[str, Any], special_tokens: Mapping[str, str]
-) -> None:
-    """Let `add_bos_token` and `add_eos_token` overrule the post-processor, where they are given.
-
-    As transformers 5 does (`TokenizersBackend.update_post_processor`): either key replaces the
-    post-processor of tokenizer.json; a missing one then counts as false.
-    """
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    parts, used = ["$A"], []
-    for end in ("bos", "eos"):
-        token = special_tokens.get(f"{end}_token")
-        if not config.get(f"add_{end}_token") or token is None:
-            continue
-        token_id = backend.token_to_id(token)
-        if token_id is None:
-            raise TokenizerError(f"the tokenizer's {end}_token {token!r} is not in its vocabulary")
-        parts.insert(0 if end == "bos" else len(parts), token)
-        used.append((token, token_id))
-    backend.post_processor = TemplateProcessing(single=parts, special_tokens=used)
