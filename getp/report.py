@@ -1,6 +1,7 @@
 """The throughput report of a job: a table to read and JSON to keep."""
 
 import json
+import math
 import platform
 import resource
 import sys
@@ -108,7 +109,7 @@ def quantile(values: Sequence[float], share: float) -> float | None:
     if not values:
         return None
     ordered = sorted(values)
-    return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
+    return ordered[max(math.ceil(share * len(ordered)), 1) - 1]
 
 
 def final_line(measured: Measurements) -> str:

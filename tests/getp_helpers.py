@@ -91,7 +91,7 @@ class FakeEngine:
 
     def __init__(
         self,
-        answer: Callable[[Sequence[int]], Sequence[int]] = list,
+        answer: Callable[[Sequence[int]], Iterable[int]] = list,
         max_positions: int = 4096,
         batch: int = 4,
     ) -> None:
@@ -135,7 +135,7 @@ class FakeEngine:
         if limit < 1:
             return Completion(request.request_id, [], "error", "the prompt is too long")
         ids: list[int] = []
-        for token_id in self._answer(prompt)[: min(limit, params.max_new_tokens or 10**9)]:
+        for token_id in islice(self._answer(prompt), min(limit, params.max_new_tokens or 10**9)):
             ids.append(token_id)
             self.stats.output_tokens += 1
             ended = request.on_token is not None and request.on_token(token_id)
@@ -157,7 +157,7 @@ class FakeEngine:
 
 
 def fake_engine(
-    answer: Callable[[Sequence[int]], Sequence[int]] = list, max_positions: int = 4096
+    answer: Callable[[Sequence[int]], Iterable[int]] = list, max_positions: int = 4096
 ) -> "Engine":
     """A FakeEngine where the type checker wants an engine."""
     return cast("Engine", FakeEngine(answer, max_positions))
