@@ -20,11 +20,12 @@ from getp.files import (
     errors_path,
     read_numbered_text,
     write_errors,
+    write_report,
     write_token_file,
 )
 from getp.progress import progress
 from getp.prompts import chat_template, encode_prompt, request_seed
-from getp.report import Measurements, final_line, print_report, write_report
+from getp.report import Measurements, final_line, print_report
 from tokenizer import Tokenizer, TokenizerError
 
 if TYPE_CHECKING:

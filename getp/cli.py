@@ -101,12 +101,14 @@ def _eval(options: SimpleNamespace) -> int:
     _need(options, "input", "-i/--input FILE")
     if options.reference is None and options.expected is None:
         raise UsageProblem("mode eval needs --reference FILE or --expected FILE")
-    from getp import evaluate, report
+    from getp import evaluate, files
 
+    if options.report is not None:
+        files.check_writable(options.report, inputs=[options.input])
     tokenizer = _load_tokenizer(options) if options.expected is not None else None
     outcome = evaluate.evaluate(options.input, options.reference, options.expected, tokenizer)
     if options.report is not None:
-        report.write_report(options.report, outcome)
+        files.write_report(options.report, outcome)
     return 0
 
 
@@ -154,9 +156,8 @@ def _sampling_params(options: SimpleNamespace, tokenizer: "Tokenizer") -> "Sampl
     seed = options.seed
     if seed is None and options.temperature > 0:
         seed = secrets.randbelow(2**32)
-        print(f"getp: seed {seed}", file=sys.stderr)
     try:
-        return SamplingParams(
+        params = SamplingParams(
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
@@ -168,6 +169,9 @@ def _sampling_params(options: SimpleNamespace, tokenizer: "Tokenizer") -> "Sampl
         )
     except ValueError as error:  # what a range cannot say: inf, nan
         raise UsageProblem(str(error)) from error
+    if seed != options.seed:
+        print(f"getp: seed {seed}", file=sys.stderr)
+    return params
 
 
 def _checkpoint(options: SimpleNamespace) -> Path:

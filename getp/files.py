@@ -8,11 +8,11 @@ import os
 import re
 import sys
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 from getp.errors import GetpError
 
@@ -125,6 +125,12 @@ def write_errors(path: str, failed: Iterable[FailedRequest]) -> None:
     with writing(path) as file:
         for error in failed:
             file.write(json.dumps(asdict(error), ensure_ascii=False).encode() + b"\n")
+
+
+def write_report(path: str, report: Mapping[str, Any]) -> None:
+    """Write what a mode reports as one JSON object."""
+    with writing(path) as file:
+        file.write(json.dumps(report, indent=2).encode() + b"\n")
 
 
 @contextmanager

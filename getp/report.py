@@ -1,6 +1,5 @@
 """The throughput report of a job: a table to read and JSON to keep."""
 
-import json
 import math
 import platform
 import resource
@@ -16,7 +15,6 @@ from rich.table import Table
 
 from engine import Completion
 from getp import __version__
-from getp.files import writing
 
 if TYPE_CHECKING:
     from engine import Engine
@@ -118,12 +116,6 @@ def final_line(measured: Measurements) -> str:
         f"elapsed time(s): {measured.inference_s:.6f}, "
         f"achieved throughput TPS (tok/s): {measured.output_tok_s:.6f}"
     )
-
-
-def write_report(path: str, report: Report) -> None:
-    """Write the report as JSON."""
-    with writing(path) as file:
-        file.write(json.dumps(report, indent=2).encode() + b"\n")
 
 
 def print_report(report: Report) -> None:
