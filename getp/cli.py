@@ -178,7 +178,7 @@ def _checkpoint(options: SimpleNamespace) -> Path:
     """Return the given checkpoint, else the embedded model: in the package, or in the source."""
     if options.checkpoint is not None:
         return Path(options.checkpoint)
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).parent
     for folder in (package / "data" / "model", package.parent / "data" / "model"):
         if folder.is_dir():
             return folder

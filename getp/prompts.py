@@ -13,8 +13,8 @@ def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
     if tokenizer.template is None:
         raise GetpError(
             "this checkpoint has no chat template (neither a chat_template.jinja nor one in "
-            "tokenizer_config.json): give a tokenizer directory that has one with -z, or use "
-            "-m generate --raw"
+            "tokenizer_config.json): name a tokenizer directory that has one with -z/--tokenizer, "
+            "or go without it (--raw; chat cannot)"
         )
     return tokenizer.template
 

@@ -103,6 +103,20 @@ def test_a_checkpoint_that_does_not_exist_is_named(capsys: pytest.CaptureFixture
     assert "/no/model" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("data", ["data/model", "getp/data/model"])
+def test_the_embedded_model_is_found_in_the_source_and_in_an_installation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], data: str
+) -> None:
+    monkeypatch.setattr(cli, "load_engine", lambda options: FakeEngine())
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "getp" / "cli.py"))
+    assert cli.run(["-i", "hi"]) == 1
+    assert "the embedded model is missing" in capsys.readouterr().err
+    (tmp_path / data).parent.mkdir(parents=True)
+    write_tokenizer(tmp_path / data)
+    assert cli.run(["-i", "hi"]) == 0
+    assert capsys.readouterr().out == "hi\n"
+
+
 def test_a_job_from_the_command_line(
     checkpoint: str, prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

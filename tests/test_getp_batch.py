@@ -1,5 +1,6 @@
 import json
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -203,3 +204,18 @@ def test_what_follows_the_last_prompt_is_warned_about(
 ) -> None:
     run(job(tmp_path, b"1\na\nb\nc\n"))
     assert "ignoring 2 lines after the 1 prompts" in capsys.readouterr().err
+
+
+def test_a_log_gets_a_line_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("getp.progress._LINE_EVERY_S", 0.02)
+
+    def slow(prompt: Sequence[int]) -> Sequence[int]:
+        time.sleep(0.05)
+        return prompt
+
+    run(job(tmp_path, b"3\na\nb\nc\n"), fake_engine(slow))
+    lines = capsys.readouterr().err.splitlines()
+    form = r"[0-3] of 3 requests, \d+ tok/s(, about \d+ s left)?"
+    assert len([line for line in lines if re.fullmatch(form, line)]) >= 2
