@@ -57,9 +57,9 @@ def read(job: Job) -> list[Prompt]:
     prompts, ignored = read_numbered_text(job.input)
     if ignored:
         _say(f"warning: {job.input}: ignoring {ignored} lines after the {len(prompts)} prompts")
-    check_writable(job.output, inputs=[job.input])
+    check_writable(job.output, [job.input])
     if job.report is not None:
-        check_writable(job.report, inputs=[job.input])
+        check_writable(job.report, [job.input, job.output])
     return prompts
 
 

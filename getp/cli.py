@@ -92,7 +92,7 @@ def _decode(options: SimpleNamespace) -> int:
     from getp import evaluate, files
 
     output = options.output or files.STANDARD
-    files.check_writable(output, inputs=[options.input])
+    files.check_writable(output, [options.input])
     evaluate.decode_file(options.input, output, _load_tokenizer(options), options.line)
     return 0
 
@@ -104,7 +104,7 @@ def _eval(options: SimpleNamespace) -> int:
     from getp import evaluate, files
 
     if options.report is not None:
-        files.check_writable(options.report, inputs=[options.input])
+        files.check_writable(options.report, [options.input])
     tokenizer = _load_tokenizer(options) if options.expected is not None else None
     outcome = evaluate.evaluate(options.input, options.reference, options.expected, tokenizer)
     if options.report is not None:

@@ -163,14 +163,13 @@ def writing(path: str) -> Iterator[BinaryIO]:
         raise GetpError(f"cannot write {path}: {error.strerror}") from error
 
 
-def check_writable(path: str, inputs: Sequence[str] = ()) -> None:
-    """Raise GetpError now if `path` cannot be written later, or if it is one of `inputs`."""
+def check_writable(path: str, others: Sequence[str] = ()) -> None:
+    """Raise GetpError now if `path` cannot be written later, or is one of the job's other files."""
     if path == STANDARD:
         return
     target = Path(os.path.realpath(path))
-    for other in inputs:
-        if other != STANDARD and target.is_file() and target.samefile(other):
-            raise GetpError(f"cannot write {path}: it is the input")
+    if any(other != STANDARD and Path(os.path.realpath(other)) == target for other in others):
+        raise GetpError(f"cannot write {path}: the job uses this file for something else, too")
     if target.exists() and not target.is_file() and not target.is_dir():
         return  # a pipe or a device
     probe = target.with_name(f".{target.name}.{os.getpid()}.tmp")

@@ -69,6 +69,18 @@ def metaspace() -> tokenizers.Tokenizer:
     return backend
 
 
+@cache
+def metaspace_by_words() -> tokenizers.Tokenizer:
+    """The same vocabulary, with the Metaspace steps that newer files have in place of those."""
+    backend = tokenizers.Tokenizer.from_str(metaspace().to_str())
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first"), decoders.Fuse()]
+    )
+    return backend
+
+
 def small_tokenizer(template: str | None = CHAT_TEMPLATE) -> Tokenizer:
     """The byte-level one with harmony's markers and a chat template."""
     tokens = {"bos_token": "<bos>", "eos_token": "<eos>"}

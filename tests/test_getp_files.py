@@ -149,11 +149,13 @@ def test_results_are_written_through_links_and_into_pipes_and_devices(tmp_path: 
 
 def test_what_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None:
     source = numbered(tmp_path, b"0\n")
-    with pytest.raises(GetpError, match="it is the input"):
-        check_writable(source, inputs=[source])
+    (tmp_path / "link").symlink_to(source)
+    for path in (source, str(tmp_path / "link")):
+        with pytest.raises(GetpError, match="for something else, too"):
+            check_writable(path, ["-", source])
     with pytest.raises(GetpError, match=r"cannot write .*No such file"):
         check_writable(str(tmp_path / "nowhere" / "out.txt"))
     with pytest.raises(GetpError, match="it is a directory"):
         check_writable(str(tmp_path))
-    check_writable(str(tmp_path / "new.txt"), inputs=[source])
+    check_writable(str(tmp_path / "new.txt"), [source])
     assert not (tmp_path / "new.txt").exists()
