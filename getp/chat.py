@@ -27,7 +27,7 @@ Ctrl-C stops an answer; what it said so far stays in the conversation."""
 class Settings:
     """How to ask."""
 
-    params: SamplingParams  # the seed is the session's; each answer has its own
+    params: SamplingParams  # the seed is the chat's; each answer has its own
     stops: tuple[str, ...] = ()
     chat: bool = False  # through the chat template
     system: str | None = None

@@ -17,7 +17,7 @@ import click
 
 from getp.clickext import Command, refuse_other_modes
 from getp.errors import GetpError, Interrupted, UsageProblem
-from getp.options import options
+from getp.options import with_options
 
 if TYPE_CHECKING:
     from engine import Engine, SamplingParams
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
-@options
+@with_options
 @click.pass_context
 def command(ctx: click.Context, **given: Any) -> int:
     """Run language models on files of prompts as fast as the hardware allows.

@@ -15,7 +15,7 @@ _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 _Decorator = Callable[[Any], Any]
 
 
-def options(function: _Decorated) -> _Decorated:
+def with_options(function: _Decorated) -> _Decorated:
     """Decorate a click command with all arguments and options."""
     for decorate in reversed(_ALL):
         function = decorate(function)
