@@ -1,0 +1,7 @@
+"""What a user asks for: the command line, files of prompts, chat, results and reports.
+
+Owns text, files and the terminal; never touches tensors. `getp.cli` is the command and
+`getp.batch` the main job.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,56 @@
+"""The text of one answer while its tokens come."""
+
+from collections.abc import Sequence
+
+from tokenizer import HarmonyParser, StopStrings, StreamDecoder, Tokenizer
+from tokenizer.harmony import FINAL, ChannelText, speaks_harmony
+
+
+class Answer:
+    """Turns an answer's tokens into text, apart by channel, up to the first stop string.
+
+    `chat` says that the prompt came from a chat template: then gpt-oss answers in channels.
+    Everything of any other answer is in the channel `final`. Stop strings are looked for in
+    `final` alone: thinking about one is not saying it.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int], chat: bool, stops: Sequence[str]
+    ) -> None:
+        harmony = chat and speaks_harmony(tokenizer)
+        self._parser = HarmonyParser(tokenizer, prompt_ids) if harmony else None
+        self._decoder = StreamDecoder(tokenizer)
+        self._stops = StopStrings(stops)
+        self._final: list[str] = []
+        self.stopped = False
+
+    @property
+    def text(self) -> str:
+        """The final text so far, as far as it was given out."""
+        return "".join(self._final)
+
+    def push(self, token_id: int) -> ChannelText | None:
+        """Take the next token; return the text it adds, if any. Sets `stopped`."""
+        if self._parser is not None:
+            return self._watch(self._parser.push(token_id))
+        return self._watch(ChannelText(FINAL, self._decoder.push(token_id)))
+
+    def flush(self) -> list[ChannelText]:
+        """Return the text that was held back, when the answer has ended."""
+        if self.stopped:
+            return []
+        if self._parser is not None:
+            last = self._watch(self._parser.flush())
+        else:
+            last = self._watch(ChannelText(FINAL, self._decoder.flush()))
+        held = ChannelText(FINAL, "" if self.stopped else self._stops.flush())
+        self._final.append(held.text)
+        return [piece for piece in (last, held) if piece and piece.text]
+
+    def _watch(self, piece: ChannelText | None) -> ChannelText | None:
+        if piece is None or piece.channel != FINAL:
+            return piece
+        result = self._stops.push(piece.text)
+        self.stopped = result.stopped
+        self._final.append(result.text)
+        return ChannelText(FINAL, result.text) if result.text else None

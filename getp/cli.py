@@ -1,0 +1,249 @@
+"""The command line: options → settings, one function a mode.
+
+torch takes a second to import, so what needs it is imported by the mode that does: a typing
+mistake is answered at once.
+"""
+
+import os
+import secrets
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from getp.clickext import Command, refuse_other_modes
+from getp.errors import GetpError, Interrupted, UsageProblem
+from getp.options import with_options
+
+if TYPE_CHECKING:
+    from engine import Engine, SamplingParams
+    from tokenizer import Tokenizer
+
+
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@with_options
+@click.pass_context
+def command(ctx: click.Context, **given: Any) -> int:
+    """Run language models on files of prompts as fast as the hardware allows.
+
+    CHECKPOINT is a Hugging Face model directory. Without one, the small model that comes with
+    getp runs.
+    """
+    refuse_other_modes(ctx, given["mode"])
+    modes = {
+        "generate": _generate,
+        "chat": _chat,
+        "getp": _getp,
+        "decode": _decode,
+        "eval": _eval,
+    }
+    return modes[given["mode"]](SimpleNamespace(**given))
+
+
+def _getp(options: SimpleNamespace) -> int:
+    _need(options, "input", "-i/--input FILE")
+    _need(options, "output", "-o/--output FILE")
+    _check_system(options)
+    from getp import batch
+
+    tokenizer = _load_tokenizer(options)
+    job = batch.Job(
+        input=options.input,
+        output=options.output,
+        checkpoint=_checkpoint_name(options),
+        params=_sampling_params(options, tokenizer),
+        stops=options.stop,
+        chat=bool(options.chat_template),
+        system=options.system,
+        report=options.report,
+    )
+    prompts = batch.read(job)
+    return batch.run_job(job, prompts, tokenizer, load_engine(options))
+
+
+def _generate(options: SimpleNamespace) -> int:
+    _check_system(options)
+    from getp import chat
+
+    text = chat.prompt_text(options.input)
+    tokenizer = _load_tokenizer(options)
+    settings = _chat_settings(options, tokenizer, bool(options.chat_template))
+    chat.generate(settings, text, tokenizer, load_engine(options))
+    return 0
+
+
+def _chat(options: SimpleNamespace) -> int:
+    if options.chat_template is False:
+        raise UsageProblem("--raw does nothing in mode chat: a chat needs the chat template")
+    from getp import chat
+
+    tokenizer = _load_tokenizer(options)
+    settings = _chat_settings(options, tokenizer, True)
+    chat.chat(settings, options.input, tokenizer, load_engine(options))
+    return 0
+
+
+def _decode(options: SimpleNamespace) -> int:
+    _need(options, "input", "-i/--input FILE")
+    from getp import evaluate, files
+
+    output = options.output or files.STANDARD
+    files.check_writable(output, [options.input])
+    evaluate.decode_file(options.input, output, _load_tokenizer(options), options.line)
+    return 0
+
+
+def _eval(options: SimpleNamespace) -> int:
+    _need(options, "input", "-i/--input FILE")
+    if options.reference is None and options.expected is None:
+        raise UsageProblem("mode eval needs --reference FILE or --expected FILE")
+    from getp import evaluate, files
+
+    if options.report is not None:
+        files.check_writable(options.report, [options.input])
+    tokenizer = _load_tokenizer(options) if options.expected is not None else None
+    outcome = evaluate.evaluate(options.input, options.reference, options.expected, tokenizer)
+    if options.report is not None:
+        files.write_report(options.report, outcome)
+    return 0
+
+
+def load_engine(options: SimpleNamespace) -> "Engine":
+    """Make the engine the options ask for; it loads its weights when it warms up."""
+    import torch
+
+    from engine import Engine
+
+    if options.device.startswith("cuda"):
+        index, count = torch.device(options.device).index or 0, torch.cuda.device_count()
+        if index >= count:
+            raise UsageProblem(f"--device {options.device}: torch finds {count} GPUs here")
+    return Engine(
+        _checkpoint(options),
+        device=options.device,
+        dtype=options.dtype,
+        max_batch_size=options.max_batch_size,
+        max_batch_tokens=options.max_batch_tokens,
+        kv_memory=options.kv_memory,
+        block_size=options.block_size,
+        prefix_cache=not options.no_prefix_cache,
+        dummy_weights=options.dummy_weights,
+    )
+
+
+def _load_tokenizer(options: SimpleNamespace) -> "Tokenizer":
+    from tokenizer import Tokenizer
+
+    return Tokenizer.load(options.tokenizer or _checkpoint(options))
+
+
+def _chat_settings(options: SimpleNamespace, tokenizer: "Tokenizer", chat: bool) -> Any:
+    from getp.chat import Settings
+
+    params = _sampling_params(options, tokenizer)
+    return Settings(params, stops=options.stop, chat=chat, system=options.system)
+
+
+def _sampling_params(options: SimpleNamespace, tokenizer: "Tokenizer") -> "SamplingParams":
+    from engine import SamplingParams
+
+    if "" in options.stop:
+        raise UsageProblem("--stop must not be empty")
+    seed = options.seed
+    if seed is None and options.temperature > 0:
+        seed = secrets.randbelow(2**32)
+    try:
+        params = SamplingParams(
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=seed or 0,
+            max_new_tokens=options.max_new_tokens,
+            max_positions=options.steps or None,
+            stop_ids=frozenset() if options.ignore_eos else tokenizer.stop_ids,
+            ignore_eos=options.ignore_eos,
+        )
+    except ValueError as error:  # what a range cannot say: inf, nan
+        raise UsageProblem(str(error)) from error
+    if seed != options.seed:
+        print(f"getp: seed {seed}", file=sys.stderr)
+    return params
+
+
+def _checkpoint(options: SimpleNamespace) -> Path:
+    """Return the given checkpoint, else the embedded model: in the package, or in the source."""
+    if options.checkpoint is not None:
+        return Path(options.checkpoint)
+    package = Path(__file__).parent
+    for folder in (package / "data" / "model", package.parent / "data" / "model"):
+        if folder.is_dir():
+            return folder
+    raise GetpError("the embedded model is missing from this installation: give a CHECKPOINT")
+
+
+def _checkpoint_name(options: SimpleNamespace) -> str:
+    if options.checkpoint is None:
+        return "the embedded model"
+    return Path(options.checkpoint).resolve().name
+
+
+def _need(options: SimpleNamespace, name: str, shown: str) -> None:
+    if getattr(options, name) is None:
+        raise UsageProblem(f"mode {options.mode} needs {shown}")
+
+
+def _check_system(options: SimpleNamespace) -> None:
+    if options.system is not None and not options.chat_template:
+        raise UsageProblem(f"-y/--system needs --chat-template in mode {options.mode}")
+
+
+def run(args: Sequence[str]) -> int:
+    """Run the command line and return its exit status; errors become one line each."""
+    try:
+        status = command.main(list(args), prog_name="getp", standalone_mode=False)
+        sys.stdout.flush()
+        return status or 0
+    except BrokenPipeError:  # the reader has gone: `getp … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except click.ClickException as error:
+        return _fail(error.format_message(), error.exit_code, hint=True)
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted", Interrupted.exit_code)
+    except Exception as error:
+        if "--debug" in args:
+            traceback.print_exc()
+        status = error.exit_code if isinstance(error, GetpError) else 1
+        return _fail(_message(error), status, hint=isinstance(error, UsageProblem))
+
+
+def _message(error: Exception) -> str:
+    from tokenizer import TokenizerError
+
+    if isinstance(error, (GetpError, TokenizerError, OSError)):
+        return str(error)
+    from model import CheckpointError
+
+    if isinstance(error, CheckpointError):
+        return str(error)
+    return f"{type(error).__name__}: {error} (--debug shows where)"
+
+
+def _fail(message: str, status: int, hint: bool = False) -> int:
+    line = " ".join(message.split())
+    print(f"getp: error: {line}", file=sys.stderr)
+    if hint:
+        print("getp --help lists the options", file=sys.stderr)
+    return status
+
+
+def main() -> None:
+    """Be the `getp` command."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        # A model writes any character and a pipe brings any byte; neither may end the program.
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    sys.exit(run(sys.argv[1:]))

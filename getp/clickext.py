@@ -1,0 +1,78 @@
+"""How our options differ from click's: they come in groups, and belong to modes."""
+
+import re
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from getp.errors import UsageProblem
+
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+class Option(click.Option):
+    """An option that knows its heading in the help and the modes it means something in."""
+
+    def __init__(self, *args: Any, group: str, modes: tuple[str, ...] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = group
+        self.modes = modes  # none: every mode
+
+
+class Command(click.Command):
+    """A command whose help lists the options by group."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write one section for each group, in the order in which they were declared."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                group = parameter.group if isinstance(parameter, Option) else "Help"
+                groups.setdefault(group, []).append(record)
+        for group, records in groups.items():
+            with formatter.section(group):
+                formatter.write_dl(records)
+
+
+def refuse_other_modes(ctx: click.Context, mode: str) -> None:
+    """Raise UsageProblem if an option was given that does nothing in this mode."""
+    for parameter in ctx.command.params:
+        if not isinstance(parameter, Option) or not parameter.modes or mode in parameter.modes:
+            continue
+        if ctx.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE:
+            raise UsageProblem(
+                f"{'/'.join(parameter.opts)} does nothing in mode {mode}, "
+                f"only in {', '.join(parameter.modes)}"
+            )
+
+
+class Size(click.ParamType):
+    """Bytes: `4GiB`, `512MiB`, `2GB` or a plain number."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number of bytes."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]*)", str(value).strip().lower())
+        if match is None or match[2] not in _UNITS or (size := float(match[1])) <= 0:
+            self.fail(
+                f"{value!r} is not a size: a number of bytes, or one with KiB, MiB, GiB, "
+                "KB, MB or GB behind it, such as 4GiB",
+                param,
+                ctx,
+            )
+        return int(size * _UNITS[match[2]])
+
+
+class Device(click.ParamType):
+    """`auto`, `cpu`, `cuda` or `cuda:1` (torch calls AMD's GPUs cuda too)."""
+
+    name = "DEVICE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the value as it is."""
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+            self.fail(f"{value!r} is not one of auto, cpu, cuda, cuda:0, cuda:1, …", param, ctx)
+        return str(value)

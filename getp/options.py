@@ -1,0 +1,173 @@
+"""Every option of the command line, in the order of the help."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from getp import __version__
+from getp.clickext import Device, Option, Size
+
+MODES = ("generate", "chat", "getp", "decode", "eval")
+_ASKING = ("generate", "chat", "getp")  # the modes that run the model
+
+_Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
+_Decorator = Callable[[Any], Any]
+
+
+def with_options(function: _Decorated) -> _Decorated:
+    """Decorate a click command with all arguments and options."""
+    for decorate in reversed(_ALL):
+        function = decorate(function)
+    return function
+
+
+def _in(group: str, modes: tuple[str, ...] = ()) -> Callable[..., _Decorator]:
+    """Return click.option for one group of options, for these modes (none: all)."""
+
+    def option(*names: str, **rest: Any) -> _Decorator:
+        return click.option(*names, cls=Option, group=group, **{"modes": modes, **rest})
+
+    return option
+
+
+_job = _in("Job")
+_prompt = _in("Prompt", _ASKING)
+_sampling = _in("Sampling", _ASKING)
+_length = _in("Length", _ASKING)
+_engine = _in("Engine", _ASKING)
+_help = _in("Help")
+
+_ALL: tuple[_Decorator, ...] = (
+    click.argument("checkpoint", required=False, type=click.Path(exists=True, file_okay=False)),
+    _job(
+        "-m",
+        "--mode",
+        type=click.Choice(MODES),
+        default="generate",
+        show_default=True,
+        help="generate: one answer. chat: a conversation. getp: a file of prompts. "
+        "decode: a token file to text. eval: a token file against a reference.",
+    ),
+    _job(
+        "-i",
+        "--input",
+        metavar="FILE|TEXT",
+        help="getp, decode, eval: a file (-: standard input). generate, chat: the prompt.",
+    ),
+    _job(
+        "-o",
+        "--output",
+        metavar="FILE",
+        modes=("getp", "decode"),
+        help="Result file (-: standard output).",
+    ),
+    _job(
+        "--report",
+        metavar="FILE.json",
+        modes=("getp", "eval"),
+        help="Write the report as JSON as well.",
+    ),
+    _job(
+        "--line",
+        type=int,
+        modes=("decode",),
+        help="decode: only this line, from 1. Otherwise all, one a line, with newlines inside "
+        "a text written as \\n.",
+    ),
+    _job("--reference", metavar="FILE", modes=("eval",), help="eval: a token file to agree with."),
+    _job(
+        "--expected",
+        metavar="FILE",
+        modes=("eval",),
+        help="eval: the expected texts, one a line (a first line with their number is allowed).",
+    ),
+    _prompt(
+        "-z",
+        "--tokenizer",
+        type=click.Path(exists=True),
+        modes=(),
+        help="Another tokenizer.json or directory.  [default: the checkpoint's]",
+    ),
+    _prompt("-y", "--system", metavar="TEXT", help="System prompt (with the chat template)."),
+    _prompt(
+        "--chat-template/--raw",
+        "chat_template",
+        default=None,
+        help="Put prompts into the checkpoint's chat template, or take them as they are.  "
+        "[default: raw, in chat the template]",
+    ),
+    _sampling(
+        "-t",
+        "--temperature",
+        type=click.FloatRange(min=0),
+        default=0.0,
+        show_default=True,
+        help="0 is greedy.",
+    ),
+    _sampling(
+        "-p",
+        "--top-p",
+        type=click.FloatRange(0, 1, min_open=True),
+        default=0.9,
+        show_default=True,
+        help="Sample from the likeliest tokens that together have this probability.",
+    ),
+    _sampling(
+        "--top-k",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        help="Sample from this many likeliest tokens; 0: from all.",
+    ),
+    _sampling(
+        "-s",
+        "--seed",
+        type=click.IntRange(0, 2**63 - 1),
+        help="The same seed samples the same.  [default: random, printed]",
+    ),
+    _length(
+        "-n",
+        "--steps",
+        type=click.IntRange(min=0),
+        default=1024,
+        show_default=True,
+        help="Most positions of one request, prompt included; 0: the model's limit.",
+    ),
+    _length("--max-new-tokens", type=click.IntRange(min=1), help="Most tokens of one answer."),
+    _length(
+        "--stop",
+        metavar="TEXT",
+        multiple=True,
+        help="End an answer at this text. May be repeated.",
+    ),
+    _length("--ignore-eos", is_flag=True, help="Go on after stop tokens, for timing."),
+    _engine(
+        "--device",
+        type=Device(),
+        default="auto",
+        show_default=True,
+        help="auto, cpu, cuda or cuda:1.",
+    ),
+    _engine(
+        "--dtype",
+        type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+        default="auto",
+        show_default=True,
+        help="What to compute in.",
+    ),
+    _engine("--max-batch-size", type=click.IntRange(min=1), help="Most requests at a time."),
+    _engine("--max-batch-tokens", type=click.IntRange(min=1), help="Most tokens in one step."),
+    _engine("--kv-memory", type=Size(), help="Memory for the KV cache, such as 4GiB."),
+    _engine(
+        "--block-size",
+        type=click.IntRange(min=1),
+        default=16,
+        show_default=True,
+        help="Positions in one block of the KV cache.",
+    ),
+    _engine("--no-prefix-cache", is_flag=True, help="Compute equal beginnings of prompts again."),
+    _engine("--dummy-weights", is_flag=True, help="Random weights from config.json, for timing."),
+    _help("--debug", is_flag=True, help="Show where an error came from."),
+    click.version_option(__version__, prog_name="getp", message="%(prog)s %(version)s"),
+)

@@ -1,0 +1,182 @@
+"""The throughput report of a job: a table to read and JSON to keep."""
+
+import math
+import platform
+import resource
+import sys
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from engine import Completion
+from getp import __version__
+
+if TYPE_CHECKING:
+    from engine import Engine
+
+Report = dict[str, Any]
+"""What `--report` writes. Times are in seconds, memory in bytes; None is "not measured"."""
+
+
+def _doubles() -> "array[float]":
+    return array("d")
+
+
+@dataclass
+class Measurements:
+    """What the completions of a job add up to, kept small for jobs of millions."""
+
+    done: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    warm_up_s: float = 0.0
+    inference_s: float = 0.0
+    finish_s: float = 0.0
+    _ttft_s: "array[float]" = field(default_factory=_doubles)  # time to the first token
+    _per_token_s: "array[float]" = field(default_factory=_doubles)  # between tokens, a mean each
+
+    @property
+    def output_tok_s(self) -> float:
+        """Output tokens over the seconds of inference: the number a job is judged by."""
+        return self._rate(self.output_tokens)
+
+    def add(self, completion: Completion) -> None:
+        """Count a request that succeeded."""
+        tokens = len(completion.token_ids)
+        self.done += 1
+        self.prompt_tokens += completion.prompt_tokens
+        self.cached_tokens += completion.cached_tokens
+        self.output_tokens += tokens
+        if tokens:
+            self._ttft_s.append(completion.first_token - completion.arrived)
+        if tokens > 1:
+            decoding = completion.finished - completion.first_token
+            self._per_token_s.append(decoding / (tokens - 1))
+
+    def report(self, engine: "Engine", checkpoint: str) -> Report:
+        """Put everything together, after the engine has finished."""
+        stats, device = engine.stats, engine.device
+        on_gpu = device.type == "cuda"
+        return {
+            "checkpoint": checkpoint,
+            "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+            "dtype": str(engine.dtype).removeprefix("torch."),
+            "versions": {
+                "getp": __version__,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+            },
+            "requests_done": self.done,
+            "requests_failed": self.failed,
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "output_tokens": self.output_tokens,
+            "warm_up_s": self.warm_up_s,
+            "inference_s": self.inference_s,
+            "finish_s": self.finish_s,
+            "output_tok_s": self.output_tok_s,
+            "total_tok_s": self._rate(self.prompt_tokens + self.output_tokens),
+            "ttft_median_s": quantile(self._ttft_s, 0.5),
+            "ttft_p99_s": quantile(self._ttft_s, 0.99),
+            "per_token_median_s": quantile(self._per_token_s, 0.5),
+            "per_token_p99_s": quantile(self._per_token_s, 0.99),
+            "steps": stats.steps,
+            "mean_batch": _ratio(stats.batch_sum, stats.steps),
+            "peak_batch": stats.peak_batch,
+            "preemptions": stats.preemptions,
+            "kv_bytes": stats.kv_bytes,
+            "peak_kv_use": _ratio(stats.peak_kv_blocks, stats.kv_blocks),
+            "prefix_hit_rate": _ratio(self.cached_tokens, self.prompt_tokens),
+            "peak_memory_bytes": _peak_memory(),
+            "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None,
+        }
+
+    def _rate(self, tokens: int) -> float:
+        return tokens / self.inference_s if self.inference_s > 0 else 0.0
+
+
+def quantile(values: Sequence[float], share: float) -> float | None:
+    """Return the smallest value that at least `share` of all do not exceed; None without any."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    return ordered[max(math.ceil(share * len(ordered)), 1) - 1]
+
+
+def final_line(measured: Measurements) -> str:
+    """Return the last line of a job, as the original prints it for scripts."""
+    return (
+        f"elapsed time(s): {measured.inference_s:.6f}, "
+        f"achieved throughput TPS (tok/s): {measured.output_tok_s:.6f}"
+    )
+
+
+def print_report(report: Report) -> None:
+    """Print the report as a table on standard error, where it disturbs no script."""
+    table = Table(show_header=False, title=f"getp on {report['checkpoint']}", title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in _rows(report):
+        table.add_row(name, value)
+    Console(stderr=True).print(table)
+
+
+def _rows(r: Report) -> list[tuple[str, str]]:
+    versions = ", ".join(f"{name} {version}" for name, version in r["versions"].items())
+    memory = _size(r["peak_memory_bytes"])
+    if r["peak_gpu_memory_bytes"] is not None:
+        memory += f", on the GPU {_size(r['peak_gpu_memory_bytes'])}"
+    return [
+        ("requests", f"{r['requests_done']:,} done, {r['requests_failed']:,} failed"),
+        (
+            "tokens",
+            f"{r['prompt_tokens']:,} prompt ({r['cached_tokens']:,} cached, "
+            f"{r['prefix_hit_rate']:.1%}), {r['output_tokens']:,} output",
+        ),
+        (
+            "time",
+            f"warm-up {r['warm_up_s']:.2f} s, inference {r['inference_s']:.2f} s, "
+            f"finish {r['finish_s']:.2f} s",
+        ),
+        (
+            "throughput",
+            f"{r['output_tok_s']:,.1f} output tok/s, {r['total_tok_s']:,.1f} with prompts",
+        ),
+        ("first token", _latency(r["ttft_median_s"], r["ttft_p99_s"])),
+        ("each further token", _latency(r["per_token_median_s"], r["per_token_p99_s"])),
+        ("batch", f"mean {r['mean_batch']:.1f}, peak {r['peak_batch']} over {r['steps']:,} steps"),
+        (
+            "KV cache",
+            f"{_size(r['kv_bytes'])}, peak use {r['peak_kv_use']:.1%}, "
+            f"{r['preemptions']:,} preemptions",
+        ),
+        ("peak memory", memory),
+        ("run on", f"{r['device']}, {r['dtype']}; {versions}"),
+    ]
+
+
+def _latency(median: float | None, p99: float | None) -> str:
+    if median is None or p99 is None:
+        return "not measured"
+    return f"median {median * 1e3:,.1f} ms, 99th percentile {p99 * 1e3:,.1f} ms"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _ratio(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
+
+
+def _peak_memory() -> int:
+    """Return the most memory the process ever had resident, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

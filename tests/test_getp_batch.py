@@ -1,0 +1,221 @@
+import json
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from getp_helpers import FakeEngine, fake_engine, small_tokenizer
+
+from engine import SamplingParams
+from getp import batch
+from getp.batch import SOME_FAILED, Job
+from getp.errors import GetpError, Interrupted
+from getp.prompts import request_seed
+from getp.report import quantile
+
+TOKENIZER = small_tokenizer()
+FINAL_LINE = r"elapsed time\(s\): \d+\.\d{6}, achieved throughput TPS \(tok/s\): \d+\.\d{6}"
+
+
+def job(tmp_path: Path, data: bytes, **changes: Any) -> Job:
+    (tmp_path / "input.txt").write_bytes(data)
+    given: dict[str, Any] = {
+        "input": str(tmp_path / "input.txt"),
+        "output": str(tmp_path / "output.txt"),
+        "checkpoint": "small",
+        "params": SamplingParams(max_positions=1024, stop_ids=TOKENIZER.stop_ids),
+    }
+    return Job(**{**given, **changes})
+
+
+def run(job: Job, engine: Any = None) -> int:
+    engine = engine or fake_engine()
+    return batch.run_job(job, batch.read(job), TOKENIZER, engine)
+
+
+def ids(text: str) -> list[int]:
+    return TOKENIZER.encode(text)
+
+
+def errors(job: Job) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(f"{job.output}.errors.jsonl").open()]
+
+
+def test_tokens_are_written_in_input_order_whatever_finishes_first(tmp_path: Path) -> None:
+    texts = [f"prompt {n}" for n in range(11)]
+    work = job(tmp_path, "\n".join(["11", *texts]).encode())
+    assert run(work) == 0
+    rows = Path(work.output).read_text().splitlines()
+    assert rows == [" ".join(map(str, ids(text))) for text in texts]
+
+
+def test_the_last_line_on_standard_output_is_for_scripts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(job(tmp_path, b"2\nab\ncd\n"))
+    out, err = capsys.readouterr()
+    assert re.fullmatch(FINAL_LINE + "\n", out)
+    assert "output tok/s" in err
+
+
+def test_tokens_on_standard_output_are_alone_there(
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    assert run(job(tmp_path, b"2\nab\n\n", output="-")) == SOME_FAILED
+    out, err = capfdbinary.readouterr()
+    assert out == " ".join(map(str, ids("ab"))).encode() + b"\n\n"
+    assert b"line 3 failed: the prompt is empty" in err
+    assert re.search(FINAL_LINE.encode(), err)
+
+
+def test_a_bad_request_fails_alone(tmp_path: Path) -> None:
+    long = "x" * 50
+    data = b"5\nfirst\n\n\xff\n" + long.encode() + b"\nlast\n"
+    work = job(tmp_path, data, params=SamplingParams(max_positions=30))
+    assert run(work) == SOME_FAILED
+    rows = Path(work.output).read_text().split("\n")
+    assert [bool(row) for row in rows] == [True, False, False, False, True, False]
+    assert [(e["line"], e["index"], e["code"]) for e in errors(work)] == [
+        (3, 1, "empty_prompt"),
+        (4, 2, "invalid_utf8"),
+        (5, 3, "request_error"),
+    ]
+    assert errors(work)[2]["message"] == "the prompt is too long"
+
+
+def test_errors_of_an_earlier_run_do_not_stay(tmp_path: Path) -> None:
+    bad = job(tmp_path, b"1\n\n")
+    assert run(bad) == SOME_FAILED
+    assert errors(bad)
+    assert run(job(tmp_path, b"1\ngood\n")) == 0
+    assert not Path(f"{bad.output}.errors.jsonl").exists()
+
+
+def test_a_job_of_nothing_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    work = job(tmp_path, b"0\n")
+    assert run(work) == 0
+    assert Path(work.output).read_bytes() == b""
+    assert capsys.readouterr().out.endswith("(tok/s): 0.000000\n")
+
+
+def test_stop_tokens_are_written_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (eos,) = TOKENIZER.stop_ids
+    work = job(tmp_path, b"1\nab\n", report=str(tmp_path / "report.json"))
+    run(work, fake_engine(lambda prompt: [*ids("cd"), eos, *ids("never")]))
+    assert Path(work.output).read_text().split() == [*map(str, ids("cd")), str(eos)]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["output_tokens"] == len(ids("cd")) + 1
+
+
+def test_a_stop_string_ends_a_request_with_the_token_that_completes_it(tmp_path: Path) -> None:
+    work = job(tmp_path, b"1\nab\n", stops=("o W", "never"))
+    said = ids("hello World again")
+    run(work, fake_engine(lambda prompt: said))
+    row = [int(word) for word in Path(work.output).read_text().split()]
+    assert row == said[: len(row)]
+    assert "o W" in TOKENIZER.decode(row)
+    assert "o W" not in TOKENIZER.decode(row[:-1])
+
+
+def test_prompts_can_go_through_the_chat_template(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    run(job(tmp_path, b"1\nhi\n", chat=True, system="be kind"), engine)
+    expected = (
+        "<|start|>system<|message|>be kind<|end|>"
+        "<|start|>user<|message|>hi<|end|><|start|>assistant"
+    )
+    assert TOKENIZER.decode(engine.requests[0].prompt_ids, skip_special=False) == expected
+
+
+def test_equal_prompts_have_their_own_seeds_and_the_same_in_the_next_run(tmp_path: Path) -> None:
+    seeds = []
+    for _ in range(2):
+        engine = FakeEngine()
+        run(job(tmp_path, b"3\na\na\na\n", params=SamplingParams(seed=5)), engine)
+        seeds.append({r.request_id: r.params.seed for r in engine.requests})
+    assert seeds[0] == seeds[1]
+    assert len(set(seeds[0].values())) == 3
+
+
+def test_seeds_of_neighbouring_jobs_do_not_repeat_each_other() -> None:
+    seeds = {request_seed(seed, index) for seed in range(50) for index in range(50)}
+    assert len(seeds) == 2500
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_the_report_adds_up(tmp_path: Path) -> None:
+    work = job(tmp_path, b"3\nab\n\ncd\n", report=str(tmp_path / "report.json"))
+    run(work)
+    report = json.loads((tmp_path / "report.json").read_text())
+    count = len(ids("ab")) + len(ids("cd"))
+    assert report["requests_done"] == 2
+    assert report["requests_failed"] == 1
+    assert report["prompt_tokens"] == report["output_tokens"] == count
+    assert report["cached_tokens"] == 4
+    assert report["prefix_hit_rate"] == pytest.approx(4 / count)
+    assert report["ttft_median_s"] == report["ttft_p99_s"] == 0.5
+    assert report["per_token_median_s"] == pytest.approx(0.5 / (len(ids("ab")) - 1))
+    assert report["output_tok_s"] == pytest.approx(count / report["inference_s"])
+    assert report["mean_batch"] == 2.0
+    assert report["peak_kv_use"] == 0.25
+    assert report["peak_memory_bytes"] > 2**20
+    assert report["dtype"] == "float32"
+    assert set(report["versions"]) == {"getp", "python", "torch"}
+
+
+@pytest.mark.parametrize(
+    ("values", "share", "expected"),
+    [([], 0.5, None), ([3.0], 0.99, 3.0), ([3.0, 1.0, 2.0], 0.5, 2.0), (range(100), 0.99, 98)],
+)
+def test_quantiles(values: Sequence[float], share: float, expected: float | None) -> None:
+    assert quantile(values, share) == expected
+
+
+def test_ctrl_c_says_how_many_were_done_and_frees_the_engine(tmp_path: Path) -> None:
+    calls = 0
+
+    def answer(prompt: Sequence[int]) -> Sequence[int]:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return prompt
+
+    work, engine = job(tmp_path, b"5\na\nb\nc\nd\ne\n"), FakeEngine(answer)
+    with pytest.raises(Interrupted, match=r"2 of 5 requests were done; .*output.txt was not"):
+        run(work, engine)
+    assert not engine.warm
+    assert not Path(work.output).exists()
+
+
+def test_without_a_chat_template_the_job_ends_before_the_model_loads(tmp_path: Path) -> None:
+    work, engine = job(tmp_path, b"1\na\n", chat=True), FakeEngine()
+    with pytest.raises(GetpError, match="no chat template"):
+        batch.run_job(work, batch.read(work), small_tokenizer(None), engine)  # type: ignore[arg-type]
+    assert engine.stats.steps == 0
+
+
+def test_what_follows_the_last_prompt_is_warned_about(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(job(tmp_path, b"1\na\nb\nc\n"))
+    assert "ignoring 2 lines after the 1 prompts" in capsys.readouterr().err
+
+
+def test_a_log_gets_a_line_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("getp.progress._LINE_EVERY_S", 0.02)
+
+    def slow(prompt: Sequence[int]) -> Sequence[int]:
+        time.sleep(0.05)
+        return prompt
+
+    run(job(tmp_path, b"3\na\nb\nc\n"), fake_engine(slow))
+    lines = capsys.readouterr().err.splitlines()
+    form = r"[0-3] of 3 requests, \d+ tok/s(, about \d+ s left)?"
+    assert len([line for line in lines if re.fullmatch(form, line)]) >= 2

@@ -1,0 +1,22 @@
+"""Text to token ids and back: tokenizer.json, streaming, chat templates, harmony channels.
+
+A leaf: it imports none of our other packages and knows nothing of models, files of prompts or
+terminals. The main class is `Tokenizer`.
+"""
+
+from tokenizer.chat import ChatTemplate, Message
+from tokenizer.errors import TokenizerError
+from tokenizer.harmony import HarmonyParser, answer_text
+from tokenizer.stream import StopStrings, StreamDecoder
+from tokenizer.tokenizer import Tokenizer
+
+__all__ = [
+    "ChatTemplate",
+    "HarmonyParser",
+    "Message",
+    "StopStrings",
+    "StreamDecoder",
+    "Tokenizer",
+    "TokenizerError",
+    "answer_text",
+]

@@ -1,0 +1,112 @@
+"""A checkpoint's tokenizer: its tokenizer.json and the small files that lie beside it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from tokenizer.chat import ChatTemplate
+from tokenizer.errors import TokenizerError
+
+
+class Tokenizer:
+    """Encodes and decodes as `transformers` does with the same files.
+
+    `special_tokens` maps names to text (`bos_token`: `<s>`), `template` is the chat template or
+    None, `stop_ids` holds the id of the end-of-sequence token, if there is one.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: Mapping[str, str] | None = None,
+        template: ChatTemplate | None = None,
+    ) -> None:
+        # A prompt is never cut or padded, whatever the file was last saved with.
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.special_tokens = dict(special_tokens or {})
+        self.template = template
+        self.special_ids = frozenset(
+            token_id
+            for token_id, token in backend.get_added_tokens_decoder().items()
+            if token.special
+        )
+        eos_id = self.token_id(self.special_tokens.get("eos_token", ""))
+        self.stop_ids = frozenset() if eos_id is None else frozenset({eos_id})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Read a directory with a tokenizer.json, or such a file by its own name.
+
+        tokenizer_config.json, special_tokens_map.json and chat_template.jinja beside it are
+        used where they exist. What goes before and after a text is tokenizer.json's to say, as
+        in transformers 5: `add_bos_token` in the config counts for nothing. Raises
+        TokenizerError.
+        """
+        path = Path(path)
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if not file.is_file():
+            raise TokenizerError(f"no tokenizer here: {file} does not exist")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise TokenizerError(f"{file} is not a usable tokenizer.json: {error}") from error
+        folder = file.parent
+        config = _read_json(folder / "tokenizer_config.json")
+        special_tokens = _special_tokens(_read_json(folder / "special_tokens_map.json"))
+        special_tokens |= _special_tokens(config)
+        return cls(backend, special_tokens, ChatTemplate.load(folder, config, special_tokens))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    def token_id(self, token: str) -> int | None:
+        """Return the id of exactly this token, or None."""
+        return self._backend.token_to_id(token)
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Return the ids of `text`.
+
+        `special` adds what the tokenizer puts around a text (Llama's first token, say). Text
+        from a chat template has it already: pass False. Raises TokenizerError.
+        """
+        try:
+            return self._backend.encode(text, add_special_tokens=special).ids
+        except Exception as error:  # lone surrogates: TypeError; the rest is bare Exception
+            raise TokenizerError(f"the text cannot be encoded: {error}") from error
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Return the text of `ids`; ids without a token give nothing. Raises TokenizerError."""
+        try:
+            return self._backend.decode(ids, skip_special_tokens=skip_special)
+        except Exception as error:  # an id below 0 or above 32 bits: OverflowError
+            raise TokenizerError(f"the token ids cannot be decoded: {error}") from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """Return the JSON object in `file`, empty if there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TokenizerError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{file} must hold a JSON object")
+    return value
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the `…_token` entries; each is a string, or an object with the string inside."""
+    found = {}
+    for name, value in config.items():
+        content = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(content, str):
+            found[name] = content
+    return found
