@@ -8,11 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from getp_helpers import FakeEngine, write_tokenizer
 
 import getp
 from getp import cli
 from getp.files import read_token_file
+from tests.getp_helpers import FakeEngine, write_tokenizer
 
 ROOT = Path(__file__).parents[1]
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from getp_helpers import FakeEngine, fake_engine, small_tokenizer
 
 from engine import SamplingParams
 from getp import batch
@@ -14,6 +13,7 @@ from getp.batch import SOME_FAILED, Job
 from getp.errors import GetpError, Interrupted
 from getp.prompts import request_seed
 from getp.report import quantile
+from tests.getp_helpers import FakeEngine, fake_engine, small_tokenizer
 
 TOKENIZER = small_tokenizer()
 FINAL_LINE = r"elapsed time\(s\): \d+\.\d{6}, achieved throughput TPS \(tok/s\): \d+\.\d{6}"

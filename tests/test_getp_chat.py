@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
-from getp_helpers import FakeEngine, fake_engine, metaspace, small_tokenizer
 
 from engine import SamplingParams
 from getp import chat
 from getp.chat import Settings
 from getp.errors import GetpError, Interrupted, UsageProblem
 from getp.terminal import Screen
+from tests.getp_helpers import FakeEngine, fake_engine, metaspace, small_tokenizer
 from tokenizer import Tokenizer
 from tokenizer.harmony import ChannelText
 

@@ -2,11 +2,11 @@ import json
 from pathlib import Path
 
 import pytest
-from getp_helpers import small_tokenizer
 
 from getp.errors import GetpError, UsageProblem
 from getp.evaluate import compare_tokens, decode_file, evaluate
 from getp.files import write_token_file
+from tests.getp_helpers import small_tokenizer
 
 TOKENIZER = small_tokenizer()
 HARMONY = "<|channel|>final<|message|>42<|return|>"

@@ -82,7 +82,7 @@ class HistoryRunner:
 
 @st.composite
 def loads(draw: st.DrawFn) -> dict[str, Any]:
-    windows = draw(
+    windows: list[int | None] = draw(
         st.sampled_from([[None], [None, 7], [5], [None, 3, 12], [1, None]]), label="windows"
     )
     prompts = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=40)
@@ -96,7 +96,7 @@ def loads(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "windows": windows,
         "block_size": draw(st.integers(1, 8), label="block_size"),
-        "blocks": draw(st.integers(len(windows) + 1, 60), label="blocks"),
+        "blocks": draw(st.integers(4, 60), label="blocks"),
         "max_batch_size": draw(st.integers(1, 6), label="max_batch_size"),
         "max_batch_tokens": draw(st.integers(1, 50), label="max_batch_tokens"),
         "prefix_cache": draw(st.booleans(), label="prefix_cache"),

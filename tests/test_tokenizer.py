@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from getp_helpers import TEXTS, metaspace, small_tokenizer, write_tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from tests.getp_helpers import TEXTS, metaspace, small_tokenizer, write_tokenizer
 from tokenizer import Tokenizer, TokenizerError
 
 

@@ -2,8 +2,8 @@ import json
 from pathlib import Path
 
 import pytest
-from getp_helpers import CHAT_TEMPLATE, small_tokenizer, write_tokenizer
 
+from tests.getp_helpers import CHAT_TEMPLATE, small_tokenizer, write_tokenizer
 from tokenizer import ChatTemplate, HarmonyParser, Tokenizer, TokenizerError, answer_text
 from tokenizer.harmony import speaks_harmony
 
@@ -114,7 +114,7 @@ def test_the_answer_is_the_text_of_the_final_channel(prompt: str, answer: str, t
 
 
 def test_a_tokenizer_without_the_markers_has_plain_answers() -> None:
-    from getp_helpers import metaspace
+    from tests.getp_helpers import metaspace
 
     plain = Tokenizer(metaspace())
     assert not speaks_harmony(plain)

@@ -2,10 +2,10 @@ import codecs
 import itertools
 
 import pytest
-from getp_helpers import byte_level, metaspace, metaspace_by_words
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.getp_helpers import byte_level, metaspace, metaspace_by_words
 from tokenizer import StopStrings, StreamDecoder, Tokenizer
 
 BYTE_LEVEL = Tokenizer(byte_level())
