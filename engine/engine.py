@@ -69,7 +69,7 @@ class Engine:
         on_cpu = self.device.type == "cpu"
         self.max_batch_size = _at_least_1("max_batch_size", max_batch_size, 64 if on_cpu else 256)
         self.max_batch_tokens = _at_least_1(
-            "max_batch_tokens", max_batch_tokens, 2048 if on_cpu else 8192
+            "max_batch_tokens", max_batch_tokens, 512 if on_cpu else 8192
         )
         self.block_size = _at_least_1("block_size", block_size, 16)
         self.kv_memory = kv_memory
