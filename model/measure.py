@@ -1,0 +1,167 @@
+"""Measure this machine: the Device called `local`, kept with its date in the user's cache."""
+
+import datetime
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.hardware import Device
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LONG_ENOUGH_S = 0.05  # for a product whose time is not mostly its start
+_BIGGEST_PRODUCT = 8192
+_RUNS = 3  # the best of these counts: a peak is what the machine can do undisturbed
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found, and when (ISO date)."""
+
+    device: Device
+    date: str
+    hardware: str  # what the driver or the processor calls itself
+
+
+def local_device(fresh: bool = False) -> Measured:
+    """Return this machine's GPU, or else its CPU, from the cache or measured now (seconds)."""
+    target = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    hardware = hardware_name(target)
+    key = f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    cache = _read_cache()
+    found = None if fresh else _parse(cache.get(key), hardware)
+    if found is None:
+        cache[key] = measure(target)
+        _write_cache(cache)
+        found = _parse(cache[key], hardware)
+        assert found is not None  # it is what measure has just returned
+    return found
+
+
+def measure(target: torch.device) -> dict[str, Any]:
+    """Measure the peak of matrix products by dtype, read bandwidth and the cost of a launch."""
+    dtypes = ["float32", "bfloat16", *(["float16"] if target.type == "cuda" else [])]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "peaks": {dtype: _product_rate(target, _DTYPES[dtype]) for dtype in dtypes},
+        "bandwidth": _read_rate(target),
+        "launch_s": _launch_time(target),
+        "memory": _memory(target),
+    }
+
+
+def hardware_name(target: torch.device) -> str:
+    """Return what the GPU or the processor calls itself."""
+    if target.type == "cuda":
+        return torch.cuda.get_device_name(target)
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _best(function: Callable[[], Any], target: torch.device, runs: int = _RUNS) -> float:
+    """Seconds of the fastest of some runs, after one to warm up."""
+    times = []
+    for _ in range(runs + 1):
+        _wait(target)
+        start = time.perf_counter()
+        function()
+        _wait(target)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def _product_rate(target: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the largest square product that is worth its time."""
+    size, rate = 512, 0.0
+    while True:
+        a = torch.randn(size, size, device=target).to(dtype)
+        seconds = _best(lambda a=a: a @ a, target)  # type: ignore[misc]
+        rate = max(rate, 2 * size**3 / seconds)
+        if seconds > _LONG_ENOUGH_S or size >= _BIGGEST_PRODUCT:
+            return rate
+        size *= 2
+
+
+def _read_rate(target: torch.device) -> float:
+    """Bytes a second of summing up more than fits into any cache."""
+    values = torch.zeros((1 << 30 if target.type == "cuda" else 1 << 28) // 4, device=target)
+    return values.numel() * 4 / _best(values.sum, target)
+
+
+def _launch_time(target: torch.device, launches: int = 1000) -> float:
+    value = torch.zeros(1, device=target)
+
+    def launch() -> None:
+        for _ in range(launches):
+            value.add_(1)
+
+    return _best(launch, target) / launches
+
+
+def _memory(target: torch.device) -> int:
+    if target.type == "cuda":
+        return int(torch.cuda.get_device_properties(target).total_memory)
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 8 << 30
+
+
+def _wait(target: torch.device) -> None:
+    if target.type == "cuda":
+        torch.cuda.synchronize(target)
+
+
+def _parse(entry: Any, hardware: str) -> Measured | None:
+    """A cache entry as a Device; None if it is not one."""
+    try:
+        peaks = {str(dtype): float(peak) for dtype, peak in entry["peaks"].items()}
+        device = Device(
+            "local",
+            peaks,
+            vector=peaks["float32"],
+            special=peaks["float32"] / 16,
+            bandwidth=float(entry["bandwidth"]),
+            memory=int(entry["memory"]),
+            source=f"measured on {hardware}, {entry['date']}",
+            launch_s=float(entry["launch_s"]),
+        )
+        return Measured(device, str(entry["date"]), hardware)
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return None
+
+
+def _cache_file() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "getp" / "hardware.json"
+
+
+def _read_cache() -> dict[str, Any]:
+    try:
+        found = json.loads(_cache_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write_cache(cache: dict[str, Any]) -> None:
+    """Keep it if that is possible: where there is no cache, one measures again."""
+    file = _cache_file()
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(cache, indent=2), encoding="utf-8")
+        os.replace(temporary, file)
+    except OSError:
+        temporary.unlink(missing_ok=True)
