@@ -357,9 +357,7 @@ class _Shard:
         written, reduce = self.work.tokens * self.config.hidden_size, self._all_reduce
         read = pairs * self.config.hidden_size
         return [
-            self.op(
-                "gate_up_proj", gate_up, weights[0], read + 2 * pairs * size, gate_up_launches
-            ),
+            self.op("gate_up_proj", gate_up, weights[0], read + 2 * pairs * size, gate_up_launches),
             self.op("activation", activation, 0, 3 * pairs * size, 1),
             self.op(
                 "down_proj",

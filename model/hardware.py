@@ -208,6 +208,11 @@ def find_device(name: str) -> Device:
     raise UnknownDeviceError(f"no GPU {name!r} is known{hint} Known: {names}, local")
 
 
+def is_device(name: str) -> bool:
+    """Whether `name` is what a user may call a device: of the table, `local` or `all`."""
+    return _key(name) in {"local", "all", *_SHORT, *(_key(device.name) for device in DEVICES)}
+
+
 def device_of_driver(driver_name: str) -> Device | None:
     """Return the device of the table that a driver calls `driver_name`."""
     name = _DRIVER_NAMES.get(driver_name)

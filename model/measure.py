@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from model.hardware import Device
+from model.hardware import Device, device_of_driver
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LONG_ENOUGH_S = 0.05  # for a product whose time is not mostly its start
@@ -28,20 +28,36 @@ class Measured:
     date: str
     hardware: str  # what the driver or the processor calls itself
 
+    def is_a(self, device: Device) -> bool:
+        """Whether the machine measured is this device of the table."""
+        return device_of_driver(self.hardware) == device
 
-def local_device(fresh: bool = False) -> Measured:
+
+def local_device() -> Measured:
     """Return this machine's GPU, or else its CPU, from the cache or measured now (seconds)."""
-    target = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    hardware = hardware_name(target)
-    key = f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    cache = _read_cache()
-    found = None if fresh else _parse(cache.get(key), hardware)
+    found = cached_device()
     if found is None:
-        cache[key] = measure(target)
-        _write_cache(cache)
-        found = _parse(cache[key], hardware)
+        target = _target()
+        entry = measure(target)
+        _write_cache({**_read_cache(), _cache_key(target): entry})
+        found = _parse(entry, hardware_name(target))
         assert found is not None  # it is what measure has just returned
     return found
+
+
+def cached_device() -> Measured | None:
+    """Return this machine as it was measured before; None if it was not."""
+    target = _target()
+    return _parse(_read_cache().get(_cache_key(target)), hardware_name(target))
+
+
+def _target() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _cache_key(target: torch.device) -> str:
+    threads = f", {torch.get_num_threads()} threads" if target.type == "cpu" else ""
+    return f"{hardware_name(target)}{threads}, torch {torch.__version__}"
 
 
 def measure(target: torch.device) -> dict[str, Any]:
