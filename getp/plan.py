@@ -271,8 +271,9 @@ def _gpu_table(plan: Plan) -> Table:
 def _notes(plan: Plan) -> str:
     work = plan.work
     lines = [
-        "Time is the longest of computing, moving bytes and launching kernels, at the peaks of",
-        "the datasheets: no program is faster. MFU and MBU are what is then in use.",
+        "Time is the longest of computing, moving bytes and launching kernels one by one, at the",
+        "datasheet's peaks; MFU and MBU are what is then in use. Fusion and graph capture lift a",
+        "launch bound, nothing lifts the others.",
     ]
     lines += [
         f"{found.device.name}: {found.device.source}, a launch {seconds(found.device.launch_s)}"
