@@ -116,81 +116,10 @@ def _eval(options: SimpleNamespace) -> int:
 
 
 def _plan(options: SimpleNamespace) -> int:
-    from getp import plan, plot
-
-    if options.plot is not None:
-        if options.plot == "-" and options.format == "json":
-            raise UsageProblem("--plot - would draw between the JSON: name a file")
-        plot.check_plot(options.plot)
-    model = plan.find_model(_checkpoint(options))
-    if options.input is not None:
-        return _plan_job(options, model)
-    if options.price:
-        raise UsageProblem("--price needs -i/--input FILE: it is a job that has a price")
-    made = plan.make_plan(
-        model,
-        plan.find_gpus(options.gpu),
-        phase=options.phase or "decode",
-        batch=options.batch or 1,
-        query=options.query,
-        context=options.context,
-        dtype=options.dtype,
-        tensor_parallel=options.tensor_parallel,
-        fused=options.fused,
-    )
-    if options.plot is not None:
-        plan.write_plot(made, options.plot)
-    if options.format == "json":
-        plan.print_json(plan.as_json(made))
-    elif options.plot != "-":
-        plan.print_plan(made)
-    return 0
-
-
-def _plan_job(options: SimpleNamespace, model: Any) -> int:
-    for name in ("phase", "batch", "query", "context", "plot", "fused"):
-        if getattr(options, name):
-            raise UsageProblem(f"--{name} plans one step; with -i/--input a job is predicted")
-    from getp import plan, plan_job
-
-    dtype = model.config.dtype if options.dtype == "auto" else options.dtype
-    gpus = plan.find_gpus(options.gpu)
-    prices = list(options.price) * (len(gpus) if len(options.price) == 1 else 1)
-    if prices and len(prices) != len(gpus):
-        raise UsageProblem(f"--price: {len(prices)} prices for {len(gpus)} GPUs")
-    lengths, counted = _prompt_lengths(options)
-    job = plan_job.make_job(
-        lengths, model.config.max_positions, options.steps, options.max_new_tokens
-    )
-    limits = plan_job.Limits(
-        options.max_batch_size or plan_job.Limits.max_batch_size,
-        options.max_batch_tokens or plan_job.Limits.max_batch_tokens,
-        options.tensor_parallel,
-    )
-    found = [
-        plan_job.predict(model, job, gpu, dtype, limits, plan_job.efficiency_of(gpu, dtype), price)
-        for gpu, price in zip(gpus, prices or [None] * len(gpus), strict=True)
-    ]
-    if options.format == "json":
-        plan.print_json(plan_job.as_json(model, job, dtype, limits, found))
-    else:
-        plan_job.print_job(model, job, dtype, limits, found, counted)
-    return 0
-
-
-def _prompt_lengths(options: SimpleNamespace) -> tuple[list[int], str]:
-    """Return the tokens of each prompt, and how they were counted."""
     _check_system(options)
-    from getp.files import read_numbered_text
+    from getp import cli_plan
 
-    texts = [prompt.text or "" for prompt in read_numbered_text(options.input)[0]]
-    if options.tokenizer is None and not _checkpoint(options).is_dir():
-        return [-(-len(text.encode()) // 4) for text in texts], "taken as 4 bytes each"
-    from getp.prompts import encode_prompt
-
-    tokenizer = _load_tokenizer(options)
-    chat = bool(options.chat_template)
-    return [len(encode_prompt(tokenizer, text, chat, options.system)) for text in texts], "counted"
+    return cli_plan.run(options, _checkpoint(options))
 
 
 def load_engine(options: SimpleNamespace) -> "Engine":

@@ -3,7 +3,6 @@
 With `-i` it predicts a whole job instead: see `getp.plan_job`.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -78,10 +77,13 @@ def find_gpus(names: Sequence[str]) -> list[Device]:
 
 def _find_gpu(name: str) -> Device:
     if name.lower() == LOCAL:
-        from model.measure import local_device
+        from model.measure import cached_device, local_device
 
-        print("getp: measuring this machine, unless that is done already", file=sys.stderr)
-        return local_device().device
+        found = cached_device()
+        if found is None:
+            print("getp: measuring this machine, for the first time", file=sys.stderr)
+            found = local_device()
+        return found.device
     try:
         return find_device(name)
     except UnknownDeviceError as error:
@@ -167,11 +169,6 @@ def print_plan(plan: Plan) -> None:
     console.print(_summary(plan), soft_wrap=True)
     console.print(_gpu_table(plan))
     console.print(_notes(plan), style="dim", soft_wrap=True)
-
-
-def print_json(value: Any) -> None:
-    """Print one JSON object."""
-    print(json.dumps(value, indent=2))
 
 
 def write_plot(plan: Plan, path: str) -> None:

@@ -1,11 +1,10 @@
 """The roofline as a picture. Needs matplotlib, which getp does not install by itself."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from getp.errors import GetpError, UsageProblem
-from getp.roofline_text import intensity_range, plotted
+from getp.roofline_text import LETTERS, grouped, intensity_range, plotted, wrapped
 from model.cost import Op
 from model.hardware import Device
 
@@ -15,7 +14,8 @@ FORMATS = (".png", ".svg", ".pdf")
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F")
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)), (0, (3, 3)))
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_ONE_LABEL = 0.06  # decades of intensity within which operations share a label
+_ONE_LABEL = 0.06  # decades of intensity within which operations share a letter
+_CAPTION_COLUMNS = 110
 
 
 def check_plot(path: str) -> None:
@@ -74,30 +74,18 @@ def draw_roofline(
         )
         axes.plot([], [], color=colour, linestyle=style, marker=mark, markerfacecolor="white",
                   label=f"{device.name} (ridge {ridge:,.0f})")  # fmt: skip
-    for names, value in _labels(points):
+    groups = grouped(points, _ONE_LABEL)
+    for letter, (_, value) in zip(LETTERS, groups, strict=False):
         axes.axvline(value, color="#999999", linewidth=0.6, linestyle=(0, (1, 2)), zorder=1)
-        axes.annotate(
-            names, (value, 0.02), xycoords=("data", "axes fraction"), rotation=90,
-            ha="right", va="bottom", fontsize=8,
-        )  # fmt: skip
+        axes.annotate(letter, (value, 1.01), xycoords=("data", "axes fraction"), ha="center")
     axes.set(xscale="log", yscale="log", xlim=(10.0**low, 10.0**high))
-    axes.set_xlabel("intensity (FLOPs a byte)")
+    named = [f"{letter} {names}" for letter, (names, _) in zip(LETTERS, groups, strict=False)]
+    axes.set_xlabel("intensity (FLOPs a byte)\n" + "\n".join(wrapped("", named, _CAPTION_COLUMNS)))
     axes.set_ylabel("FLOP/s")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=10, pad=20)
     axes.grid(which="major", color="#dddddd", linewidth=0.6)
     axes.legend(loc="upper left", fontsize=8, framealpha=1)
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:
         raise GetpError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _labels(points: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
-    """Group operations of nearly the same intensity, so that their names do not overlap."""
-    groups: list[list[tuple[str, float]]] = []
-    for point in sorted(points, key=lambda point: point[1]):
-        if groups and math.log10(point[1] / groups[-1][0][1]) < _ONE_LABEL:
-            groups[-1].append(point)
-        else:
-            groups.append([point])
-    return [(", ".join(name for name, _ in group), group[0][1]) for group in groups]

@@ -9,7 +9,7 @@ from model.hardware import Device
 
 _HEIGHT = 16
 _MARGIN = 8  # columns left of the axis
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _DIGITS = "123456789"
 
 
@@ -21,6 +21,17 @@ def plotted(ops: Sequence[Op]) -> list[tuple[str, float]]:
         if flops and op.bytes.total:
             found.append((op.name, flops / op.bytes.total))
     return found
+
+
+def grouped(points: Sequence[tuple[str, float]], decades: float) -> list[tuple[str, float]]:
+    """Join operations within so many decades of intensity under one label, from left to right."""
+    groups: list[list[tuple[str, float]]] = []
+    for point in sorted(points, key=lambda point: point[1]):
+        if groups and math.log10(point[1] / groups[-1][0][1]) < decades:
+            groups[-1].append(point)
+        else:
+            groups.append([point])
+    return [(" + ".join(name for name, _ in group), group[0][1]) for group in groups]
 
 
 def intensity_range(
@@ -36,6 +47,7 @@ def roofline_text(ops: Sequence[Op], devices: Sequence[Device], dtype: str, widt
     points, devices = plotted(ops), devices[: len(_DIGITS)]
     low, high = intensity_range(points, [device.ridge(dtype) for device in devices])
     columns = max(20, min(width, 120) - _MARGIN - 1)
+    points = grouped(points, (high - low) / columns)  # one letter for what is in one place
     top = math.log10(max(device.peak(dtype) for device in devices) * 1.2)
     bottom = math.log10(min(device.bandwidth for device in devices)) + low
     grid = [[" "] * columns for _ in range(_HEIGHT)]
@@ -50,7 +62,7 @@ def roofline_text(ops: Sequence[Op], devices: Sequence[Device], dtype: str, widt
         for column in range(columns):
             row, _ = place(device, low + column * (high - low) / (columns - 1))
             grid[row][column] = mark
-    for letter, (_, value) in zip(_LETTERS, points, strict=False):
+    for letter, (_, value) in zip(LETTERS, points, strict=False):
         for device in devices:
             row, column = place(device, math.log10(value))
             grid[row][column] = letter
@@ -61,10 +73,10 @@ def roofline_text(ops: Sequence[Op], devices: Sequence[Device], dtype: str, widt
         lines.append(f"{label:>{_MARGIN - 1}} |" + "".join(row_of_marks).rstrip())
     lines.append(" " * _MARGIN + "+" + "-" * columns)
     lines.append(_axis(low, high, columns))
-    names = [f"{letter} {name}" for letter, (name, _) in zip(_LETTERS, points, strict=False)]
+    names = [f"{letter} {name}" for letter, (name, _) in zip(LETTERS, points, strict=False)]
     roofs = [f"{mark} {device.name}" for mark, device in zip(_DIGITS, devices, strict=False)]
     return "\n".join(
-        [*lines, *_wrapped("roofs: ", roofs, width), *_wrapped("on them: ", names, width)]
+        [*lines, *wrapped("roofs: ", roofs, width), *wrapped("on them: ", names, width)]
     )
 
 
@@ -78,7 +90,8 @@ def _axis(low: int, high: int, columns: int) -> str:
     return "".join(line).rstrip() + "\n" + " " * (_MARGIN + 1) + "FLOPs a byte"
 
 
-def _wrapped(head: str, words: Sequence[str], width: int) -> list[str]:
+def wrapped(head: str, words: Sequence[str], width: int) -> list[str]:
+    """Return `head` and the words, with commas, in lines of at most `width` columns."""
     lines, line = [], head
     for number, word in enumerate(words):
         piece = word + (", " if number < len(words) - 1 else "")

@@ -1,4 +1,8 @@
-"""Numbers as people read them in tables."""
+"""Numbers as people read them in tables, and as programs read them."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
 
 _STEPS = ("", "k", "M", "G", "T", "P", "E", "Z")
 
@@ -32,3 +36,8 @@ def seconds(value: float) -> str:
 def percent(share: float) -> str:
     """Return a share as per cent with one decimal."""
     return f"{share:.1%}"
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Print one JSON object on standard output."""
+    print(json.dumps(value, indent=2))
