@@ -15,10 +15,11 @@ from rich.table import Table
 from getp.errors import GetpError, UsageProblem
 from getp.units import percent, quantity, seconds
 from model.config import ModelConfig, load_config, parse_config, read_json
-from model.cost import Op, Phase, Workload, activation_accesses, operations, parameter_bytes, total
+from model.cost import activation_accesses, operations, parameter_bytes, total
 from model.hardware import DEVICES, Device, UnknownDeviceError, find_device
 from model.roofline import Bound, bound, largest_batch
 from model.shapes import SHAPES, named_config
+from model.workload import Op, Phase, Workload
 
 LOCAL = "local"
 DEFAULT_GPUS = ("A100 SXM 80GB", "H100 SXM", "H200", "B200", "MI300X", "MI355X")

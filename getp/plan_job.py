@@ -15,9 +15,10 @@ from rich.table import Table
 from getp.errors import GetpError, UsageProblem
 from getp.plan import LOCAL, Model
 from getp.units import percent, seconds
-from model.cost import Workload, check_tensor_parallel, operations, total
+from model.cost import check_tensor_parallel, operations, total
 from model.hardware import Device
 from model.roofline import bound, largest_batch
+from model.workload import Workload
 
 ASSUMED_EFFICIENCY = 0.7
 """Share of a datasheet's peak and bandwidth that good kernels reach."""

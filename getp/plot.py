@@ -5,8 +5,8 @@ from pathlib import Path
 
 from getp.errors import GetpError, UsageProblem
 from getp.roofline_text import LETTERS, grouped, intensity_range, plotted, wrapped
-from model.cost import Op
 from model.hardware import Device
+from model.workload import Op
 
 FORMATS = (".png", ".svg", ".pdf")
 # Okabe and Ito's colours, which the colour-blind can tell apart, darkest first; the line styles

@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 
 from getp.units import quantity
-from model.cost import Op
 from model.hardware import Device
+from model.workload import Op
 
 _HEIGHT = 16
 _MARGIN = 8  # columns left of the axis

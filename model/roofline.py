@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from model.config import ModelConfig
-from model.cost import Op, Workload, kv_bytes_per_sequence, parameter_bytes
+from model.cost import kv_bytes_per_sequence, parameter_bytes
 from model.hardware import Device
+from model.workload import Op, Workload
 
 USABLE_MEMORY = 0.9  # of a GPU's memory, by weights and KV; the rest for activations and torch
 

@@ -5,9 +5,10 @@ from collections.abc import Callable
 import pytest
 
 from model import flops
-from model.cost import Op, Workload, activation_accesses, operations, total
+from model.cost import activation_accesses, operations, total
 from model.hardware import LAUNCH_S, find_device
 from model.shapes import named_config
+from model.workload import Op, Workload
 
 MIB = 2**20
 
