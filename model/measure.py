@@ -33,11 +33,11 @@ class Measured:
         return device_of_driver(self.hardware) == device
 
 
-def local_device() -> Measured:
-    """Return this machine's GPU, or else its CPU, from the cache or measured now (seconds)."""
-    found = cached_device()
+def local_device(target: torch.device | None = None) -> Measured:
+    """Return the device, from the cache or measured now (seconds); None: the GPU, else the CPU."""
+    target = target or _target()
+    found = cached_device(target)
     if found is None:
-        target = _target()
         entry = measure(target)
         _write_cache({**_read_cache(), _cache_key(target): entry})
         found = _parse(entry, hardware_name(target))
@@ -45,9 +45,9 @@ def local_device() -> Measured:
     return found
 
 
-def cached_device() -> Measured | None:
-    """Return this machine as it was measured before; None if it was not."""
-    target = _target()
+def cached_device(target: torch.device | None = None) -> Measured | None:
+    """Return the device as it was measured before; None if it was not."""
+    target = target or _target()
     return _parse(_read_cache().get(_cache_key(target)), hardware_name(target))
 
 
