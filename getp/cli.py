@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from getp import EMBEDDED
 from getp.clickext import Command, refuse_other_modes
 from getp.errors import GetpError, Interrupted, UsageProblem
 from getp.options import with_options
@@ -208,7 +209,7 @@ def _check_checkpoint_and_dtype(checkpoint: str | None, dtype: str, ctx: click.C
 
 def _checkpoint_name(options: SimpleNamespace) -> str:
     if options.checkpoint is None:
-        return "the embedded model"
+        return EMBEDDED
     return Path(options.checkpoint).resolve().name
 
 

@@ -1,9 +1,10 @@
 """The options of mode plan → one step or a whole job, and how it is shown."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from getp import plan, plan_job, plot
+from getp import EMBEDDED, plan, plan_job, plot
 from getp.errors import UsageProblem
 from getp.files import read_numbered_text
 from getp.units import print_json
@@ -21,7 +22,7 @@ def run(options: SimpleNamespace, checkpoint: Path) -> int:
             raise UsageProblem("--plot - would draw between the JSON: name a file")
         plot.check_plot(options.plot)
     made = plan.make_plan(
-        plan.find_model(checkpoint),
+        _model(options, checkpoint),
         plan.find_gpus(options.gpu),
         phase=options.phase or "decode",
         batch=options.batch or 1,
@@ -44,7 +45,7 @@ def _job(options: SimpleNamespace, checkpoint: Path) -> int:
     for name in ("phase", "batch", "query", "context", "plot", "fused"):
         if getattr(options, name):
             raise UsageProblem(f"--{name} plans one step; with -i/--input a job is predicted")
-    model = plan.find_model(checkpoint)
+    model = _model(options, checkpoint)
     gpus = plan.find_gpus(options.gpu)
     prices = _prices(options.price, gpus)
     lengths, counted = _prompt_lengths(options, checkpoint)
@@ -59,13 +60,18 @@ def _job(options: SimpleNamespace, checkpoint: Path) -> int:
     )
     found = []
     for gpu, price in zip(gpus, prices, strict=True):
-        efficiency = plan_job.efficiency_of(gpu, dtype)
+        efficiency = plan_job.efficiency_of(gpu, dtype, model)
         found.append(plan_job.predict(model, job, gpu, dtype, limits, efficiency, price))
     if options.format == "json":
         print_json(plan_job.as_json(model, job, dtype, limits, found))
     else:
         plan_job.print_job(model, job, dtype, limits, found, counted)
     return 0
+
+
+def _model(options: SimpleNamespace, checkpoint: Path) -> plan.Model:
+    model = plan.find_model(checkpoint)
+    return model if options.checkpoint is not None else replace(model, name=EMBEDDED)
 
 
 def _prices(given: tuple[float, ...], gpus: list[Device]) -> list[float | None]:

@@ -10,11 +10,13 @@ from model.config import ModelConfig
 from model.cost import operations, total
 from model.flops import Flops
 from model.hardware import Device, device_of_driver
-from model.measure import hardware_name, local_device
+from model.measure import hardware_name, local_device, note_reached
 from model.workload import Bytes, Workload
 
 if TYPE_CHECKING:
     from engine import Engine
+
+_LONG_ENOUGH_S = 1.0  # for its start not to count
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,12 @@ def run_cost(config: ModelConfig, dtype: str, stats: EngineStats) -> tuple[Flops
     tokens = max(1, round((stats.decode_tokens + stats.prefill_tokens) / stats.steps))
     step = total(operations(config, Workload("decode", tokens, 1, 1, dtype)))
     return cost, moved + Bytes(step.bytes.weights) * stats.steps
+
+
+def remember(engine: "Engine", model: str, found: Explanation, inference_s: float) -> None:
+    """Keep what a run reached for `-m plan -i` to predict with, if it was long enough to count."""
+    if found.limit_share is not None and inference_s >= _LONG_ENOUGH_S:
+        note_reached(engine.device, model, found.limit_share)
 
 
 def as_report(found: Explanation) -> dict[str, float | str | None]:

@@ -156,17 +156,24 @@ def _mean_context(job: Job) -> int:
     return max(1, round(positions / tokens))
 
 
-def efficiency_of(device: Device, dtype: str) -> Efficiency:
-    """Return what was measured where the device is this machine's, else what is assumed."""
-    if device.name == LOCAL:
-        return Efficiency(1.0, 1.0, f"peaks {device.source}")
-    from model.measure import cached_device
+def efficiency_of(device: Device, dtype: str, model: Model) -> Efficiency:
+    """Return what was reached where the device is this machine's, else what is assumed.
 
+    The last run of the model here knows best; then the peaks measured here, at full use.
+    """
+    from model.measure import cached_device, reached
+
+    run = reached(device, model.name)
+    if run is not None:
+        share, date = run
+        return Efficiency(share, share, f"reached by the last run of {model.name} here, {date}")
+    if device.name == LOCAL:
+        return Efficiency(1.0, 1.0, f"peaks {device.source}, taken as reached by every step")
     found = cached_device()
     if found is not None and found.is_a(device):
         compute = min(1.0, found.device.peak(dtype) / device.peak(dtype))
         memory = min(1.0, found.device.bandwidth / device.bandwidth)
-        return Efficiency(compute, memory, found.device.source)
+        return Efficiency(compute, memory, f"peaks {found.device.source}")
     return Efficiency(ASSUMED_EFFICIENCY, ASSUMED_EFFICIENCY, "assumed")
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from engine import Completion
 from getp import __version__
-from getp.explain import as_report, explain
+from getp.explain import as_report, explain, remember
 
 if TYPE_CHECKING:
     from engine import Engine
@@ -65,6 +65,8 @@ class Measurements:
         """Put everything together, after the engine has finished."""
         stats, device = engine.stats, engine.device
         on_gpu = device.type == "cuda"
+        explanation = explain(engine, self.inference_s, self.done)
+        remember(engine, checkpoint, explanation, self.inference_s)
         return {
             "checkpoint": checkpoint,
             "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
@@ -95,7 +97,7 @@ class Measurements:
             "kv_bytes": stats.kv_bytes,
             "peak_kv_use": _ratio(stats.peak_kv_blocks, stats.kv_blocks),
             "prefix_hit_rate": _ratio(self.cached_tokens, self.prompt_tokens),
-            **as_report(explain(engine, self.inference_s, self.done)),
+            **as_report(explanation),
             "peak_memory_bytes": _peak_memory(),
             "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None,
         }

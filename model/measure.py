@@ -17,6 +17,7 @@ from model.hardware import Device, device_of_driver
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LONG_ENOUGH_S = 0.05  # for a product whose time is not mostly its start
 _BIGGEST_PRODUCT = 8192
+_RUNS_KEY = "runs"  # in the cache, beside the machines
 _RUNS = 3  # the best of these counts: a peak is what the machine can do undisturbed
 
 
@@ -55,9 +56,38 @@ def _target() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _run_key(target: torch.device, model: str) -> str:
+    return f"{model} on {_cache_key(target)}"
+
+
 def _cache_key(target: torch.device) -> str:
     threads = f", {torch.get_num_threads()} threads" if target.type == "cpu" else ""
     return f"{hardware_name(target)}{threads}, torch {torch.__version__}"
+
+
+def note_reached(target: torch.device, model: str, share: float) -> None:
+    """Keep which share of the device's limit a run of `model` reached, for later predictions."""
+    cache = _read_cache()
+    runs = cache.get(_RUNS_KEY)
+    date = datetime.date.today().isoformat()
+    entry = {_run_key(target, model): {"share": share, "date": date}}
+    _write_cache({**cache, _RUNS_KEY: {**(runs if isinstance(runs, dict) else {}), **entry}})
+
+
+def reached(device: Device, model: str) -> tuple[float, str] | None:
+    """Return the share that the last run of `model` on this machine reached, and its date.
+
+    None if there was no run, or if `device` is not this machine's.
+    """
+    target = _target()
+    if device.name != "local" and device_of_driver(hardware_name(target)) != device:
+        return None
+    try:
+        entry = _read_cache()[_RUNS_KEY][_run_key(target, model)]
+        share, date = float(entry["share"]), str(entry["date"])
+    except (TypeError, KeyError, ValueError):
+        return None
+    return (min(share, 1.0), date) if share > 0 else None
 
 
 def measure(target: torch.device) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from getp import cli
 from getp.units import quantity, seconds
@@ -254,6 +255,24 @@ def test_local_is_measured_once_and_says_when(
     (tmp_path / "getp" / "hardware.json").write_text('{"broken": ')
     planned(capsys, "qwen2-0.5b", "--gpu", "local")
     assert len(calls) == 2
+
+
+def test_a_run_here_tells_later_predictions_what_it_reached(
+    prompts: str, tmp_path: Path, capsys: Printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpu = torch.device("cpu")
+    entry = {"date": "2030-01-02", "peaks": {"float32": 1e11}, "bandwidth": 1e10}
+    measure._write_cache({measure._cache_key(cpu): entry | {"launch_s": 0, "memory": 2**34}})
+    args = ["qwen2-0.5b", "-i", prompts, "--gpu", "local", "A10"]
+    before, other = planned(capsys, *args)["gpus"]
+    assert "measured on" in before["efficiency"]["source"]
+    measure.note_reached(cpu, "qwen2-0.5b", 0.25)
+    after, other_after = planned(capsys, *args)["gpus"]
+    assert after["efficiency"]["compute"] == after["efficiency"]["memory"] == 0.25
+    assert "last run of qwen2-0.5b here" in after["efficiency"]["source"]
+    assert after["seconds"] == pytest.approx(4 * before["seconds"])
+    assert other == other_after
 
 
 def test_this_machine_can_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
