@@ -38,6 +38,15 @@ class EngineStats:
     kv_blocks: int = 0
     kv_bytes: int = 0
     peak_kv_blocks: int = 0
+    decode_tokens: int = 0  # computed, one of a sequence in a step
+    decode_context: int = 0  # positions that these attended, without windows
+    prefill_chunks: int = 0  # of more than one token
+    prefill_tokens: int = 0
+    prefill_context: int = 0  # lengths at the ends of the chunks
+    kv_full_steps: int = 0  # steps in which requests waited for blocks alone
+    short_steps: int = 0  # steps that had room for more requests than there were
+    schedule_s: float = 0.0
+    model_s: float = 0.0  # the model's steps, sampling included
     warm_up_s: float = 0.0
     inference_s: float = 0.0
     finish_s: float = 0.0
@@ -166,10 +175,14 @@ class Engine:
             self.stats.inference_s += time.perf_counter() - start
 
     def _step(self, scheduler: Scheduler) -> list[Completion]:
+        start = time.perf_counter()
         chunks = scheduler.schedule()
         self._count(chunks, scheduler)
+        planned = time.perf_counter()
         tokens, logprobs = self._runner.run(chunks)
         now = time.perf_counter()
+        self.stats.schedule_s += planned - start
+        self.stats.model_s += now - planned
         done = []
         sampled = zip(tokens, logprobs, strict=True)
         for chunk in chunks:
@@ -198,6 +211,20 @@ class Engine:
         stats.peak_batch = max(stats.peak_batch, len(chunks))
         stats.peak_kv_blocks = max(stats.peak_kv_blocks, scheduler.cache.num_used)
         stats.preemptions = scheduler.preemptions
+        decoded = [chunk.end for chunk in chunks if chunk.end - chunk.start == 1]
+        stats.decode_tokens += len(decoded)
+        stats.decode_context += sum(decoded)
+        computed = len(decoded)
+        for chunk in chunks[len(decoded) :]:  # single tokens come first
+            computed += chunk.end - chunk.start
+            stats.prefill_chunks += 1
+            stats.prefill_tokens += chunk.end - chunk.start
+            stats.prefill_context += chunk.end
+        if len(scheduler.running) < self.max_batch_size and computed < self.max_batch_tokens:
+            if scheduler.waiting:
+                stats.kv_full_steps += 1
+            else:
+                stats.short_steps += 1
 
     def _sequence(self, request: Request, scheduler: Scheduler) -> Sequence | Completion:
         """A queued form of the request, or the completion that says why it cannot run."""

@@ -5,3 +5,6 @@ Owns text, files and the terminal; never touches tensors. `getp.cli` is the comm
 """
 
 __version__ = "0.1.0"
+
+EMBEDDED = "the embedded model"
+"""What reports call the model that comes with getp."""

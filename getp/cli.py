@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from getp import EMBEDDED
 from getp.clickext import Command, refuse_other_modes
 from getp.errors import GetpError, Interrupted, UsageProblem
 from getp.options import with_options
@@ -34,12 +35,15 @@ def command(ctx: click.Context, **given: Any) -> int:
     getp runs.
     """
     refuse_other_modes(ctx, given["mode"])
+    if given["mode"] != "plan":
+        _check_checkpoint_and_dtype(given["checkpoint"], given["dtype"], ctx)
     modes = {
         "generate": _generate,
         "chat": _chat,
         "getp": _getp,
         "decode": _decode,
         "eval": _eval,
+        "plan": _plan,
     }
     return modes[given["mode"]](SimpleNamespace(**given))
 
@@ -110,6 +114,13 @@ def _eval(options: SimpleNamespace) -> int:
     if options.report is not None:
         files.write_report(options.report, outcome)
     return 0
+
+
+def _plan(options: SimpleNamespace) -> int:
+    _check_system(options)
+    from getp import cli_plan
+
+    return cli_plan.run(options, _checkpoint(options))
 
 
 def load_engine(options: SimpleNamespace) -> "Engine":
@@ -185,9 +196,20 @@ def _checkpoint(options: SimpleNamespace) -> Path:
     raise GetpError("the embedded model is missing from this installation: give a CHECKPOINT")
 
 
+def _check_checkpoint_and_dtype(checkpoint: str | None, dtype: str, ctx: click.Context) -> None:
+    """Refuse what only a plan can do without: the weights, and units for float8."""
+    if checkpoint is not None:
+        argument = next(p for p in ctx.command.params if p.name == "checkpoint")
+        click.Path(exists=True, file_okay=False).convert(checkpoint, argument, ctx)
+    if dtype == "float8":
+        raise UsageProblem(
+            "--dtype float8 is for mode plan; computed in are 'bfloat16', 'float16', 'float32'"
+        )
+
+
 def _checkpoint_name(options: SimpleNamespace) -> str:
     if options.checkpoint is None:
-        return "the embedded model"
+        return EMBEDDED
     return Path(options.checkpoint).resolve().name
 
 

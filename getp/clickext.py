@@ -7,6 +7,7 @@ import click
 from click.core import ParameterSource
 
 from getp.errors import UsageProblem
+from model.hardware import is_device
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -21,7 +22,16 @@ class Option(click.Option):
 
 
 class Command(click.Command):
-    """A command whose help lists the options by group."""
+    """A command whose help lists the options by group, and whose --gpu takes several names."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read `--gpu A10 V100` as two: a word after a GPU that is one itself."""
+        spread: list[str] = []
+        for word in args:
+            if spread[-2:-1] == ["--gpu"] and not word.startswith("-") and is_device(word):
+                spread.append("--gpu")
+            spread.append(word)
+        return super().parse_args(ctx, spread)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write one section for each group, in the order in which they were declared."""
@@ -76,3 +86,16 @@ class Device(click.ParamType):
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
             self.fail(f"{value!r} is not one of auto, cpu, cuda, cuda:0, cuda:1, …", param, ctx)
         return str(value)
+
+
+class Dtype(click.Choice[str]):
+    """A number format by torch's name or the usual short one; float8 for plans alone."""
+
+    _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "float8"}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__(["auto", "bfloat16", "float16", "float32", "float8"])
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return torch's name."""
+        return super().convert(self._SHORT.get(str(value), value), param, ctx)

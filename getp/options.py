@@ -6,10 +6,12 @@ from typing import Any, TypeVar
 import click
 
 from getp import __version__
-from getp.clickext import Device, Option, Size
+from getp.clickext import Device, Dtype, Option, Size
 
-MODES = ("generate", "chat", "getp", "decode", "eval")
+MODES = ("generate", "chat", "getp", "decode", "eval", "plan")
 _ASKING = ("generate", "chat", "getp")  # the modes that run the model
+_COUNTING = (*_ASKING, "plan")  # and the one that foresees what they would take
+_MANY = 2**20  # more of anything in one step is a mistake
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 _Decorator = Callable[[Any], Any]
@@ -32,14 +34,15 @@ def _in(group: str, modes: tuple[str, ...] = ()) -> Callable[..., _Decorator]:
 
 
 _job = _in("Job")
-_prompt = _in("Prompt", _ASKING)
+_prompt = _in("Prompt", _COUNTING)
 _sampling = _in("Sampling", _ASKING)
 _length = _in("Length", _ASKING)
 _engine = _in("Engine", _ASKING)
+_plan = _in("Plan", ("plan",))
 _help = _in("Help")
 
 _ALL: tuple[_Decorator, ...] = (
-    click.argument("checkpoint", required=False, type=click.Path(exists=True, file_okay=False)),
+    click.argument("checkpoint", required=False),
     _job(
         "-m",
         "--mode",
@@ -47,13 +50,14 @@ _ALL: tuple[_Decorator, ...] = (
         default="generate",
         show_default=True,
         help="generate: one answer. chat: a conversation. getp: a file of prompts. "
-        "decode: a token file to text. eval: a token file against a reference.",
+        "decode: a token file to text. eval: a token file against a reference. "
+        "plan: what a step or a job costs and how fast GPUs can do it.",
     ),
     _job(
         "-i",
         "--input",
         metavar="FILE|TEXT",
-        help="getp, decode, eval: a file (-: standard input). generate, chat: the prompt.",
+        help="getp, decode, eval, plan: a file (-: standard input). generate, chat: the prompt.",
     ),
     _job(
         "-o",
@@ -132,9 +136,15 @@ _ALL: tuple[_Decorator, ...] = (
         type=click.IntRange(min=0),
         default=1024,
         show_default=True,
+        modes=_COUNTING,
         help="Most positions of one request, prompt included; 0: the model's limit.",
     ),
-    _length("--max-new-tokens", type=click.IntRange(min=1), help="Most tokens of one answer."),
+    _length(
+        "--max-new-tokens",
+        type=click.IntRange(min=1),
+        modes=_COUNTING,
+        help="Most tokens of one answer.",
+    ),
     _length(
         "--stop",
         metavar="TEXT",
@@ -151,13 +161,24 @@ _ALL: tuple[_Decorator, ...] = (
     ),
     _engine(
         "--dtype",
-        type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+        type=Dtype(),
         default="auto",
         show_default=True,
-        help="What to compute in.",
+        modes=_COUNTING,
+        help="What to compute in: auto, bfloat16, float16, float32; in plan also float8.",
     ),
-    _engine("--max-batch-size", type=click.IntRange(min=1), help="Most requests at a time."),
-    _engine("--max-batch-tokens", type=click.IntRange(min=1), help="Most tokens in one step."),
+    _engine(
+        "--max-batch-size",
+        type=click.IntRange(min=1),
+        modes=_COUNTING,
+        help="Most requests at a time.",
+    ),
+    _engine(
+        "--max-batch-tokens",
+        type=click.IntRange(min=1),
+        modes=_COUNTING,
+        help="Most tokens in one step.",
+    ),
     _engine("--kv-memory", type=Size(), help="Memory for the KV cache, such as 4GiB."),
     _engine(
         "--block-size",
@@ -168,6 +189,54 @@ _ALL: tuple[_Decorator, ...] = (
     ),
     _engine("--no-prefix-cache", is_flag=True, help="Compute equal beginnings of prompts again."),
     _engine("--dummy-weights", is_flag=True, help="Random weights from config.json, for timing."),
+    _plan(
+        "--phase",
+        type=click.Choice(["prefill", "decode", "backward"]),
+        help="Which step to plan.  [default: decode]",
+    ),
+    _plan("--batch", type=click.IntRange(1, _MANY), help="Sequences in it.  [default: 1]"),
+    _plan(
+        "--query",
+        type=click.IntRange(1, _MANY),
+        help="New tokens of each.  [default: 1 in decode, else 1024]",
+    ),
+    _plan(
+        "--context",
+        type=click.IntRange(1, _MANY),
+        help="Positions of each, new ones included.  [default: 1024 in decode, else the query]",
+    ),
+    _plan(
+        "--tensor-parallel",
+        type=click.IntRange(1, 1024),
+        default=1,
+        metavar="N",
+        help="Split the model over N GPUs; figures are one's.",
+    ),
+    _plan("--fused", is_flag=True, help="Activations stay on the chip within a layer's blocks."),
+    _plan(
+        "--gpu",
+        metavar="NAME",
+        multiple=True,
+        help="A GPU of the table, local (this machine, measured) or all. May be repeated.",
+    ),
+    _plan(
+        "--price",
+        type=click.FloatRange(min=0),
+        multiple=True,
+        help="Of a GPU for an hour, with -i; one for all, or one for each --gpu.",
+    ),
+    _plan(
+        "--format",
+        type=click.Choice(["text", "json"]),
+        default="text",
+        show_default=True,
+        help="How to print it.",
+    ),
+    _plan(
+        "--plot",
+        metavar="FILE.png|.svg",
+        help="Draw the roofline with the operations on it (-: on the terminal).",
+    ),
     _help("--debug", is_flag=True, help="Show where an error came from."),
     click.version_option(__version__, prog_name="getp", message="%(prog)s %(version)s"),
 )

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from engine import Completion
 from getp import __version__
+from getp.explain import as_report, explain, remember
 
 if TYPE_CHECKING:
     from engine import Engine
@@ -64,6 +65,8 @@ class Measurements:
         """Put everything together, after the engine has finished."""
         stats, device = engine.stats, engine.device
         on_gpu = device.type == "cuda"
+        explanation = explain(engine, self.inference_s, self.done)
+        remember(engine, checkpoint, explanation, self.inference_s)
         return {
             "checkpoint": checkpoint,
             "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
@@ -94,6 +97,7 @@ class Measurements:
             "kv_bytes": stats.kv_bytes,
             "peak_kv_use": _ratio(stats.peak_kv_blocks, stats.kv_blocks),
             "prefix_hit_rate": _ratio(self.cached_tokens, self.prompt_tokens),
+            **as_report(explanation),
             "peak_memory_bytes": _peak_memory(),
             "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None,
         }
@@ -157,8 +161,22 @@ def _rows(r: Report) -> list[tuple[str, str]]:
             f"{_size(r['kv_bytes'])}, peak use {r['peak_kv_use']:.1%}, "
             f"{r['preemptions']:,} preemptions",
         ),
+        *_efficiency(r),
         ("peak memory", memory),
         ("run on", f"{r['device']}, {r['dtype']}; {versions}"),
+    ]
+
+
+def _efficiency(r: Report) -> list[tuple[str, str]]:
+    if r["limit_share"] is None:
+        return []
+    return [
+        (
+            "efficiency",
+            f"{r['limit_share']:.1%} of what the device can do, bound by {r['bound']}; "
+            f"MFU {r['mfu']:.1%}, MBU {r['mbu']:.1%} ({r['peaks']})",
+        ),
+        ("largest loss", r["largest_loss"]),
     ]
 
 

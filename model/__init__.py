@@ -1,10 +1,23 @@
 """What is computed: config, weights and the decoder of every family.
 
 Knows tensors and nothing of requests or text. The main class is `Transformer`; `load_config`
-and `weights.load` bring a Hugging Face directory into it.
+and `weights.load` bring a Hugging Face directory into it. What it costs (`cost`, `hardware`,
+`roofline`) is pure arithmetic on a config, so torch is imported only with `Transformer`.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from model.config import CheckpointError, ModelConfig, load_config
-from model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from model.transformer import Transformer
 
 __all__ = ["CheckpointError", "ModelConfig", "Transformer", "load_config"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Transformer":
+        from model.transformer import Transformer
+
+        return Transformer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -100,13 +100,13 @@ _MAX_JSON_BYTES = 64 << 20  # no config is near this; a file this large is somet
 
 
 class _Keys:
-    """The keys of one config.json, each error naming the file."""
+    """The keys of one config.json, each error naming the file or whatever it came from."""
 
-    def __init__(self, path: Path, values: dict[str, Any]):
-        self.path, self.values = path, values
+    def __init__(self, source: str | Path, values: dict[str, Any]):
+        self.source, self.values = source, values
 
     def fail(self, problem: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {problem}")
+        return CheckpointError(f"{self.source}: {problem}")
 
     def get(self, key: str, default: Any = None) -> Any:
         value = self.values.get(key)
@@ -171,16 +171,27 @@ def load_config(checkpoint: str | Path) -> ModelConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder}: holds no config.json, so it is no checkpoint")
-    keys = _Keys(path, read_json(path))
-    family = keys.get("model_type")
-    if family not in _FAMILIES:
-        known = ", ".join(sorted(_FAMILIES))
-        raise keys.fail(f"model_type {family!r} is not supported; known: {known}")
-    stop_ids = _stop_ids(keys)
+    stop_ids: frozenset[int] = frozenset()
     generation = folder / "generation_config.json"
     if generation.is_file():
-        stop_ids |= _stop_ids(_Keys(generation, read_json(generation)))
+        stop_ids = _stop_ids(_Keys(generation, read_json(generation)))
+    return parse_config(read_json(path), path, stop_ids)
+
+
+def parse_config(
+    values: dict[str, Any], source: str | Path, stop_ids: frozenset[int] = frozenset()
+) -> ModelConfig:
+    """The content of a config.json → ModelConfig; `source` is what errors name.
+
+    `stop_ids` join those of the config itself. Raises CheckpointError as load_config does.
+    """
+    keys = _Keys(source, values)
+    family = keys.get("model_type")
+    if not isinstance(family, str) or family not in _FAMILIES:
+        known = ", ".join(sorted(_FAMILIES))
+        raise keys.fail(f"model_type {family!r} is not supported; known: {known}")
     own_keys, build = _FAMILIES[family]
+    stop_ids |= _stop_ids(keys)
     keys.refuse_unknown(_COMMON | own_keys)
     return build(keys, stop_ids)
 
@@ -286,7 +297,7 @@ def _rope(keys: _Keys, default_theta: float) -> RopeConfig:
         if not isinstance(found, dict) or any(isinstance(v, dict) for v in found.values()):
             raise keys.fail(f"'{key}' must be one set of parameters for all layers, not {found!r}")
         values |= {k: v for k, v in found.items() if v is not None}
-    rope = _Keys(keys.path, values)
+    rope = _Keys(keys.source, values)
     theta = rope.number("rope_theta", keys.number("rope_theta", default_theta))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _ROPE_KEYS:

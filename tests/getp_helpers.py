@@ -2,17 +2,18 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 import tokenizers
 import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from engine import Completion, Request
+from engine import Completion, EngineStats, Request
+from model.shapes import named_config
 from tokenizer import ChatTemplate, Tokenizer
 
 if TYPE_CHECKING:
@@ -107,12 +108,11 @@ class FakeEngine:
         max_positions: int = 4096,
         batch: int = 4,
     ) -> None:
-        self.config = SimpleNamespace(max_positions=max_positions, stop_ids=frozenset())
+        config = named_config("qwen2-0.5b")
+        self.config = replace(config, max_positions=max_positions, stop_ids=frozenset())
+        self.max_batch_size = batch
         self.device, self.dtype = torch.device("cpu"), torch.float32
-        self.stats = SimpleNamespace(
-            steps=0, batch_sum=0, peak_batch=0, preemptions=0, kv_bytes=2**20, kv_blocks=8,
-            peak_kv_blocks=2, output_tokens=0,
-        )  # fmt: skip
+        self.stats = EngineStats(kv_bytes=2**20, kv_blocks=8, peak_kv_blocks=2)
         self.requests: list[Request] = []
         self.warm = False
         self._answer = answer

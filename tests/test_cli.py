@@ -46,7 +46,7 @@ def test_help_lists_every_option_in_groups_and_imports_no_torch() -> None:
     )
     assert done.returncode == 0
     titles = re.findall(r"^(\w+):$", done.stdout, re.MULTILINE)
-    assert titles == ["Job", "Prompt", "Sampling", "Length", "Engine", "Help"]
+    assert titles == ["Job", "Prompt", "Sampling", "Length", "Engine", "Plan", "Help"]
 
 
 def test_the_version_is_that_of_the_package() -> None:

@@ -1,0 +1,94 @@
+"""The options of mode plan → one step or a whole job, and how it is shown."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+from getp import EMBEDDED, plan, plan_job, plot
+from getp.errors import UsageProblem
+from getp.files import read_numbered_text
+from getp.units import print_json
+from model.hardware import Device
+
+
+def run(options: SimpleNamespace, checkpoint: Path) -> int:
+    """Plan what the options ask for; return the exit status. Raises GetpError."""
+    if options.input is not None:
+        return _job(options, checkpoint)
+    if options.price:
+        raise UsageProblem("--price needs -i/--input FILE: it is a job that has a price")
+    if options.plot is not None:
+        if options.plot == "-" and options.format == "json":
+            raise UsageProblem("--plot - would draw between the JSON: name a file")
+        plot.check_plot(options.plot)
+    made = plan.make_plan(
+        _model(options, checkpoint),
+        plan.find_gpus(options.gpu),
+        phase=options.phase or "decode",
+        batch=options.batch or 1,
+        query=options.query,
+        context=options.context,
+        dtype=options.dtype,
+        tensor_parallel=options.tensor_parallel,
+        fused=options.fused,
+    )
+    if options.plot is not None:
+        plan.write_plot(made, options.plot)
+    if options.format == "json":
+        print_json(plan.as_json(made))
+    elif options.plot != "-":
+        plan.print_plan(made)
+    return 0
+
+
+def _job(options: SimpleNamespace, checkpoint: Path) -> int:
+    for name in ("phase", "batch", "query", "context", "plot", "fused"):
+        if getattr(options, name):
+            raise UsageProblem(f"--{name} plans one step; with -i/--input a job is predicted")
+    model = _model(options, checkpoint)
+    gpus = plan.find_gpus(options.gpu)
+    prices = _prices(options.price, gpus)
+    lengths, counted = _prompt_lengths(options, checkpoint)
+    job = plan_job.make_job(
+        lengths, model.config.max_positions, options.steps, options.max_new_tokens
+    )
+    dtype = model.config.dtype if options.dtype == "auto" else options.dtype
+    limits = plan_job.Limits(
+        options.max_batch_size or plan_job.Limits.max_batch_size,
+        options.max_batch_tokens or plan_job.Limits.max_batch_tokens,
+        options.tensor_parallel,
+    )
+    found = []
+    for gpu, price in zip(gpus, prices, strict=True):
+        efficiency = plan_job.efficiency_of(gpu, dtype, model)
+        found.append(plan_job.predict(model, job, gpu, dtype, limits, efficiency, price))
+    if options.format == "json":
+        print_json(plan_job.as_json(model, job, dtype, limits, found))
+    else:
+        plan_job.print_job(model, job, dtype, limits, found, counted)
+    return 0
+
+
+def _model(options: SimpleNamespace, checkpoint: Path) -> plan.Model:
+    model = plan.find_model(checkpoint)
+    return model if options.checkpoint is not None else replace(model, name=EMBEDDED)
+
+
+def _prices(given: tuple[float, ...], gpus: list[Device]) -> list[float | None]:
+    """One price for every GPU, or one for each."""
+    if len(given) not in (0, 1, len(gpus)):
+        raise UsageProblem(f"--price: {len(given)} prices for {len(gpus)} GPUs")
+    return [*given] if len(given) == len(gpus) else [*(given or (None,))] * len(gpus)
+
+
+def _prompt_lengths(options: SimpleNamespace, checkpoint: Path) -> tuple[list[int], str]:
+    """Return the tokens of each prompt, and how they were counted."""
+    texts = [prompt.text or "" for prompt in read_numbered_text(options.input)[0]]
+    if options.tokenizer is None and not checkpoint.is_dir():
+        return [-(-len(text.encode()) // 4) for text in texts], "taken as 4 bytes each"
+    from getp.prompts import encode_prompt
+    from tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(options.tokenizer or checkpoint)
+    chat = bool(options.chat_template)
+    return [len(encode_prompt(tokenizer, text, chat, options.system)) for text in texts], "counted"

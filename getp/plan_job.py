@@ -1,0 +1,249 @@
+"""Mode plan with `-i`: how long a file of prompts takes on each GPU, and what that costs.
+
+The job is taken apart into prefill steps full of prompts and decode steps at the mean batch and
+context that its lengths lead to; each step is bounded as in `model.roofline`, with compute and
+memory slowed by the efficiency assumed. Scheduling, sampling and the host are not in it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from getp.errors import GetpError, UsageProblem
+from getp.plan import LOCAL, Model
+from getp.units import percent, seconds
+from model.cost import check_tensor_parallel, operations, total
+from model.hardware import Device
+from model.roofline import bound, largest_batch
+from model.workload import Workload
+
+ASSUMED_EFFICIENCY = 0.7
+"""Share of a datasheet's peak and bandwidth that good kernels reach."""
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Shares of a device's peak and bandwidth that a job is expected to reach, and why."""
+
+    compute: float
+    memory: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job's lengths in tokens: of each prompt, and of the output each is allowed."""
+
+    prompts: Sequence[int]
+    outputs: Sequence[int]
+    refused: int = 0  # prompts that leave no room for output
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(self.prompts)
+
+    @property
+    def output_tokens(self) -> int:
+        return sum(self.outputs)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the engine is allowed, as in mode getp."""
+
+    max_batch_size: int = 256
+    max_batch_tokens: int = 8192
+    tensor_parallel: int = 1
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A job on one device; no seconds where the model does not fit."""
+
+    name: str
+    efficiency: Efficiency
+    prefill_steps: int = 0
+    prefill_s: float = 0.0
+    decode_steps: int = 0
+    decode_s: float = 0.0
+    decode_bound: str | None = None
+    mean_batch: float = 0.0
+    seconds: float | None = None
+    tok_s: float | None = None
+    price: float | None = None
+
+
+def make_job(
+    prompts: Sequence[int], max_positions: int, steps: int, max_new_tokens: int | None
+) -> Job:
+    """Return the job in which every prompt's output runs to its limit. Raises GetpError."""
+    limit = min(max_positions, steps or max_positions)
+    fitting = [length for length in prompts if 0 < length < limit]
+    if not fitting:
+        raise GetpError(f"none of the {len(prompts)} prompts leaves room within {limit} positions")
+    outputs = [min(limit - length, max_new_tokens or limit) for length in fitting]
+    return Job(fitting, outputs, len(prompts) - len(fitting))
+
+
+def predict(
+    model: Model,
+    job: Job,
+    device: Device,
+    dtype: str,
+    limits: Limits,
+    efficiency: Efficiency,
+    price: float | None = None,
+) -> Prediction:
+    """Predict a job on a device at `price` an hour. Raises UsageProblem for a bad split."""
+    config, count, parts = model.config, len(job.prompts), limits.tensor_parallel
+    try:
+        check_tensor_parallel(config, parts)
+    except ValueError as error:
+        raise UsageProblem(f"--tensor-parallel: {error}") from None
+
+    def step_time(work: Workload) -> tuple[float, str]:
+        found = bound(total(operations(config, work)), device, dtype, work.tokens)
+        compute, memory = found.compute_s / efficiency.compute, found.memory_s / efficiency.memory
+        longest = max(compute, memory, found.launch_s)
+        limit = "compute" if longest == compute else "memory" if longest == memory else "launch"
+        return longest, limit
+
+    mean_prompt = max(1, round(job.prompt_tokens / count))
+    longest = round((job.prompt_tokens + job.output_tokens) / count)
+    room = largest_batch(config, Workload("decode", 1, 1, longest, dtype, parts), device)
+    if room < 1:
+        return Prediction(device.name, efficiency)
+    together = min(count, max(1, limits.max_batch_tokens // mean_prompt))
+    prefill_steps = -(-count // together)
+    prefill = Workload("prefill", together, mean_prompt, mean_prompt, dtype, parts, causal=True)
+    prefill_s = step_time(prefill)[0] * count / together
+    decoded = job.output_tokens - count  # the prefill gives each request's first token
+    decode_steps, decode_s, decode_bound, batch = 0, 0.0, None, 0.0
+    if decoded:
+        most = min(count, room, limits.max_batch_size)
+        decode_steps = max(-(-decoded // most), max(job.outputs) - 1)
+        batch = decoded / decode_steps
+        context = _mean_context(job)
+        work = Workload("decode", max(1, round(batch)), 1, context, dtype, parts)
+        once, decode_bound = step_time(work)
+        decode_s = once * decode_steps
+    whole = prefill_s + decode_s
+    return Prediction(
+        device.name,
+        efficiency,
+        prefill_steps,
+        prefill_s,
+        decode_steps,
+        decode_s,
+        decode_bound,
+        batch,
+        whole,
+        job.output_tokens / whole,
+        None if price is None else price * parts * whole / 3600,
+    )
+
+
+def _mean_context(job: Job) -> int:
+    """Return the context of a decoded token, over all of them."""
+    tokens = positions = 0
+    for prompt, output in zip(job.prompts, job.outputs, strict=True):
+        more = output - 1  # at lengths prompt + 1 … prompt + more, the token itself counted
+        tokens += more
+        positions += more * prompt + more * (more + 1) // 2
+    return max(1, round(positions / tokens))
+
+
+def efficiency_of(device: Device, dtype: str, model: Model) -> Efficiency:
+    """Return what was reached where the device is this machine's, else what is assumed.
+
+    The last run of the model here knows best; then the peaks measured here, at full use.
+    """
+    from model.measure import cached_device, reached
+
+    run = reached(device, model.name)
+    if run is not None:
+        share, date = run
+        return Efficiency(share, share, f"reached by the last run of {model.name} here, {date}")
+    if device.name == LOCAL:
+        return Efficiency(1.0, 1.0, f"peaks {device.source}, taken as reached by every step")
+    found = cached_device()
+    if found is not None and found.is_a(device):
+        compute = min(1.0, found.device.peak(dtype) / device.peak(dtype))
+        memory = min(1.0, found.device.bandwidth / device.bandwidth)
+        return Efficiency(compute, memory, f"peaks {found.device.source}")
+    return Efficiency(ASSUMED_EFFICIENCY, ASSUMED_EFFICIENCY, "assumed")
+
+
+def as_json(
+    model: Model, job: Job, dtype: str, limits: Limits, found: Sequence[Prediction]
+) -> dict[str, Any]:
+    """Return what `--format json` prints of a predicted job."""
+    return {
+        "model": model.name,
+        "dtype": dtype,
+        "requests": len(job.prompts),
+        "requests_refused": job.refused,
+        "prompt_tokens": job.prompt_tokens,
+        "output_tokens": job.output_tokens,
+        **asdict(limits),
+        "gpus": [asdict(prediction) for prediction in found],
+    }
+
+
+def print_job(
+    model: Model, job: Job, dtype: str, limits: Limits, found: Sequence[Prediction], counted: str
+) -> None:
+    """Print the predictions as a table on standard output."""
+    console = Console(highlight=False)
+    console.print(
+        f"{model.name}, {dtype}: {len(job.prompts):,} requests, {job.prompt_tokens:,} prompt "
+        f"tokens ({counted}), {job.output_tokens:,} output tokens at most",
+        style="bold",
+        soft_wrap=True,
+    )
+    if job.refused:
+        console.print(f"{job.refused:,} prompts leave no room for output and are left out")
+    table = Table(box=None, padding=(0, 0, 0, 1), header_style="bold")
+    table.add_column("GPU", no_wrap=True)
+    priced = any(prediction.price is not None for prediction in found)
+    names = ["prefill", "decode", "batch", "bound by", "time", "tok/s", "efficiency"]
+    for name in [*names, *(["price"] if priced else [])]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in found:
+        table.add_row(one.name, *_cells(one, priced))
+    console.print(table)
+    console.print(_notes(found, limits), style="dim", soft_wrap=True)
+
+
+def _cells(one: Prediction, priced: bool) -> list[str]:
+    reached = f"{percent(one.efficiency.compute)}/{percent(one.efficiency.memory)}"
+    if one.seconds is None or one.tok_s is None:
+        return ["", "", "", "", "does not fit", "", ""]
+    cells = [
+        seconds(one.prefill_s),
+        seconds(one.decode_s),
+        f"{one.mean_batch:,.1f}",
+        one.decode_bound or "-",
+        seconds(one.seconds),
+        f"{one.tok_s:,.0f}",
+        reached,
+    ]
+    return [*cells, f"{one.price:,.4f}" if one.price is not None else "-"] if priced else cells
+
+
+def _notes(found: Sequence[Prediction], limits: Limits) -> str:
+    lines = [
+        f"Every request runs to its limit; at most {limits.max_batch_size} at a time, "
+        f"{limits.max_batch_tokens} tokens a step.",
+        "Efficiency: share of the peak FLOP/s / of the bandwidth that is taken to be reached:",
+    ]
+    lines += dict.fromkeys(
+        f"  {one.name if one.efficiency.source != 'assumed' else 'GPUs not measured here'}: "
+        f"{one.efficiency.source}"
+        for one in found
+    )
+    lines.append("Scheduling, sampling, the host and what GPUs send each other are not counted.")
+    return "\n" + "\n".join(lines)

@@ -1,0 +1,65 @@
+"""How fast a device can do a step at best, and what stops it from being faster.
+
+The roofline model (Williams, Waterman, Patterson 2009) with kernel launches as a third limit:
+each of compute, memory and launches is taken to overlap the others perfectly, so the longest one
+is the time.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from model.config import ModelConfig
+from model.cost import kv_bytes_per_sequence, parameter_bytes
+from model.hardware import Device
+from model.workload import Op, Workload
+
+USABLE_MEMORY = 0.9  # of a GPU's memory, by weights and KV; the rest for activations and torch
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The best a device can do; times in seconds, shares of the device's peaks from 0 to 1."""
+
+    device: Device
+    limit: Literal["compute", "memory", "launch"]
+    compute_s: float
+    memory_s: float
+    launch_s: float
+    tok_s: float
+    mfu: float  # matrix FLOPs over peak: model FLOPs utilization
+    mbu: float  # bytes over bandwidth: memory bandwidth utilization
+
+    @property
+    def seconds(self) -> float:
+        """Time of the step."""
+        return max(self.compute_s, self.memory_s, self.launch_s)
+
+
+def bound(step: Op, device: Device, dtype: str, tokens: int) -> Bound:
+    """Bound a step, given the total of its operations and the tokens it computes."""
+    compute = max(
+        step.flops.matrix / device.peak(dtype),
+        step.flops.vector / device.vector,
+        step.flops.special / device.special,
+    )
+    memory = step.bytes.total / device.bandwidth
+    launch = step.launches * device.launch_s
+    seconds = max(compute, memory, launch)
+    return Bound(
+        device,
+        "compute" if compute == seconds else "memory" if memory == seconds else "launch",
+        compute,
+        memory,
+        launch,
+        tok_s=tokens / seconds,
+        mfu=step.flops.matrix / device.peak(dtype) / seconds,
+        mbu=memory / seconds,
+    )
+
+
+def largest_batch(config: ModelConfig, work: Workload, device: Device) -> int:
+    """Sequences of the workload's context that fit beside the weights; 0 if not even one."""
+    parts = work.tensor_parallel
+    weights = parameter_bytes(config, work.dtype, parts)
+    room = int(device.memory * USABLE_MEMORY) - weights
+    return max(0, room // kv_bytes_per_sequence(config, work.context, work.dtype, parts))
