@@ -13,6 +13,7 @@ import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from engine import Completion, Request
+from getp.files import token_line, writing
 from tokenizer import ChatTemplate, Tokenizer
 
 if TYPE_CHECKING:
@@ -96,6 +97,13 @@ def write_tokenizer(folder: Path, template: str | None = CHAT_TEMPLATE) -> Path:
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)
     return folder
+
+
+def write_tokens(path: str, rows: Iterable[Sequence[int]]) -> None:
+    """Write a token file."""
+    with writing(path) as file:
+        for row in rows:
+            file.write(token_line(row) + b"\n")
 
 
 class FakeEngine:
