@@ -14,7 +14,8 @@ def texts_by_channel(
     stops: Sequence[str] = (),
 ) -> dict[str, str]:
     """Return the text of a finished answer: that of each channel, cut at the first stop string."""
-    if not stops and not (chat and speaks_harmony(tokenizer)):
+    in_channels = chat and speaks_harmony(tokenizer)
+    if not stops and not in_channels:
         return {FINAL: tokenizer.decode(token_ids)}  # at once, which costs much less
     answer = Answer(tokenizer, prompt_ids, chat, stops)
     pieces = []
@@ -26,6 +27,8 @@ def texts_by_channel(
     for piece in [*pieces, *answer.flush()]:
         if piece is not None:
             texts[piece.channel] = texts.get(piece.channel, "") + piece.text
+    if in_channels and not texts and tokenizer.token_id("<|channel|>") not in token_ids:
+        return {FINAL: tokenizer.decode(token_ids)}  # it kept to no form: lose nothing of it
     return texts
 
 

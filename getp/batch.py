@@ -112,7 +112,8 @@ def open_journal(job: Job, source: Source, engine: "Engine") -> Journal:
     path = f"{os.path.realpath(job.output)}.journal"
     check_writable(path, [job.input])
     journal = Journal(path, header, source.total, job.flush_s, job.restart)
-    remove_leftovers(job.output)
+    for file in (job.output, errors_path(job.output)):
+        remove_leftovers(file)
     if journal.damaged:
         say(f"getp: warning: {path}: {journal.damaged} damaged records; their requests run again")
     if journal.done:
