@@ -54,9 +54,14 @@ class ChatTemplate:
         file = folder / "chat_template.jinja"
         source = config.get("chat_template")
         if file.is_file():
-            source = file.read_text(encoding="utf-8")
+            try:
+                # In bytes up to four times as many as characters.
+                with open(file, "rb") as opened:
+                    source = opened.read(4 * _LONGEST_SOURCE + 1).decode("utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise TokenizerError(f"{file} cannot be read: {error}") from error
         elif isinstance(source, list):  # several, by name
-            named = {entry["name"]: entry["template"] for entry in source}
+            named = {e.get("name"): e.get("template") for e in source if isinstance(e, dict)}
             source = named.get("default")
         return cls(source, special_tokens) if isinstance(source, str) else None
 
