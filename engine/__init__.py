@@ -4,7 +4,15 @@ Owns the schedule, the KV cache and the step loop; never touches files, text or 
 The main class is `Engine`.
 """
 
-from engine.engine import Engine, EngineStats
+from engine.engine import Engine, EngineError, EngineStats
 from engine.request import Completion, Request, SamplingParams, TokenLogprobs
 
-__all__ = ["Completion", "Engine", "EngineStats", "Request", "SamplingParams", "TokenLogprobs"]
+__all__ = [
+    "Completion",
+    "Engine",
+    "EngineError",
+    "EngineStats",
+    "Request",
+    "SamplingParams",
+    "TokenLogprobs",
+]

@@ -16,6 +16,11 @@ from engine.runner import ModelRunner
 from engine.scheduler import Chunk, Scheduler, Sequence
 from model import load_config
 
+
+class EngineError(ValueError):
+    """The engine cannot run as it was asked to; the message says what to change."""
+
+
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -46,7 +51,7 @@ class Engine:
                 print(completion.token_ids)
 
     Arguments left at None are chosen for the device. Raises CheckpointError for a checkpoint that
-    cannot be used and ValueError for a setting out of range.
+    cannot be used and EngineError for settings that cannot work here.
     """
 
     def __init__(
@@ -69,7 +74,7 @@ class Engine:
         on_cpu = self.device.type == "cpu"
         self.max_batch_size = _at_least_1("max_batch_size", max_batch_size, 64 if on_cpu else 256)
         self.max_batch_tokens = _at_least_1(
-            "max_batch_tokens", max_batch_tokens, 2048 if on_cpu else 8192
+            "max_batch_tokens", max_batch_tokens, 512 if on_cpu else 8192
         )
         self.block_size = _at_least_1("block_size", block_size, 16)
         self.kv_memory = kv_memory
@@ -103,7 +108,7 @@ class Engine:
         cache = KVCache(self._runner.groups, blocks, self.block_size, self.prefix_cache)
         limit = min(self.config.max_positions, cache.capacity(self.max_batch_tokens))
         if limit < 1:
-            raise ValueError(
+            raise EngineError(
                 f"a KV pool of {blocks} blocks is too small for one token; raise kv_memory"
             )
         self.max_positions = limit
@@ -231,7 +236,7 @@ class Engine:
             blocks = self.kv_memory // block
             if blocks < len(self._runner.groups) + 1:
                 least = (len(self._runner.groups) + 1) * block
-                raise ValueError(
+                raise EngineError(
                     f"kv_memory of {self.kv_memory} bytes holds {blocks} blocks of {block} bytes;"
                     f" at least {least} bytes are needed"
                 )
@@ -242,7 +247,7 @@ class Engine:
         per_sequence = -(-self.config.max_positions // self.block_size) * len(self._runner.groups)
         useful = 2 * self.max_batch_size * per_sequence  # twice: room for cached prefixes
         if affordable < len(self._runner.groups) + 1:
-            raise MemoryError(
+            raise EngineError(
                 f"no memory left for KV: {affordable * block} bytes of the"
                 f" {available_bytes(self.device)} available; use a smaller model or dtype"
             )
@@ -270,11 +275,11 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}") from None
+        raise EngineError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}") from None
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}")
+        raise EngineError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r} does not exist: torch sees {torch.cuda.device_count()}")
+        raise EngineError(f"device {name!r} does not exist: torch sees {torch.cuda.device_count()}")
     return device
 
 
@@ -283,12 +288,12 @@ def _dtype(name: str, own: str, device: torch.device) -> torch.dtype:
         # float16 is slow on CPUs, and bfloat16 has at least its range.
         name = "bfloat16" if own == "float16" and device.type == "cpu" else own
     if name not in _DTYPES:
-        raise ValueError(f"dtype must be auto, {', '.join(_DTYPES)}, not {name!r}")
+        raise EngineError(f"dtype must be auto, {', '.join(_DTYPES)}, not {name!r}")
     return _DTYPES[name]
 
 
 def _at_least_1(name: str, value: int | None, default: int) -> int:
     value = default if value is None else value
     if value < 1:
-        raise ValueError(f"{name} must be 1 or more, not {value}")
+        raise EngineError(f"{name} must be 1 or more, not {value}")
     return value

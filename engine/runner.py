@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from engine.kv_cache import LayerGroup, group_layers
+from engine.kv_cache import NULL_BLOCK, LayerGroup, group_layers
 from engine.request import TokenLogprobs
 from engine.sampler import sample
 from engine.scheduler import Chunk
@@ -50,9 +50,13 @@ class ModelRunner:
         self._block_size = block_size
         shape = (2, num_blocks, block_size, self.config.num_kv_heads, self.config.head_dim)
         self._caches = [
-            torch.zeros(shape, dtype=self.dtype, device=self.device)
+            torch.empty(shape, dtype=self.dtype, device=self.device)
             for _ in range(max(len(group.layers) for group in self.groups))
         ]
+        # Only the null block is ever read before it is written; memory of the others is not
+        # touched, so on a CPU a large pool costs nothing until it is used.
+        for cache in self._caches:
+            cache[:, NULL_BLOCK].zero_()
         self._model.prepare_rope(max_positions, self.device)
 
     def free(self) -> None:

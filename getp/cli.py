@@ -236,9 +236,10 @@ def _message(error: Exception) -> str:
 
     if isinstance(error, (GetpError, TokenizerError, OSError)):
         return str(error)
+    from engine import EngineError
     from model import CheckpointError
 
-    if isinstance(error, CheckpointError):
+    if isinstance(error, (CheckpointError, EngineError)):
         return str(error)
     return f"{type(error).__name__}: {error} (--debug shows where)"
 

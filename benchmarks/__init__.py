@@ -1,0 +1,1 @@
+"""Timings against peers and against limits; see each file."""

@@ -1,0 +1,217 @@
+"""The engine's results do not depend on how requests were batched, cut, cached or preempted."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine import Completion, Engine, Request, SamplingParams
+from tests.checkpoints import Peer
+
+
+def load() -> list[Request]:
+    """Greedy and sampled requests of many lengths, half of them with a shared beginning."""
+    draw = random.Random(5)
+    shared = draw.choices(range(1, 512), k=70)
+    requests = []
+    for i in range(10):
+        own = draw.choices(range(1, 512), k=draw.randint(1, 60))
+        params = SamplingParams(
+            temperature=0.0 if i % 3 else 0.8,
+            top_p=0.9,
+            seed=i,
+            max_new_tokens=draw.randint(5, 60),
+            ignore_eos=True,
+        )
+        requests.append(Request(shared + own if i % 2 else own, params, i))
+    return requests
+
+
+def run(folder: Path, requests: list[Request], **settings: Any) -> tuple[dict[int, Any], Engine]:
+    engine = Engine(folder, dtype="float32", **{"kv_memory": 32 << 20, **settings})
+    with engine:
+        return {c.request_id: c.token_ids for c in engine.generate(requests)}, engine
+
+
+# few_blocks: room for one request of the longest kind and little more.
+@pytest.mark.parametrize(
+    ("name", "few_blocks"), [("gpt_oss", 21), ("qwen2-window-yarn", 44), ("qwen3_moe", 14)]
+)
+def test_alone_batched_chunked_cached_and_preempted_give_the_same_tokens(
+    name: str, few_blocks: int, checkpoint: Callable[[str], Path]
+) -> None:
+    folder, requests = checkpoint(name), load()
+    alone, _ = run(folder, requests, max_batch_size=1, prefix_cache=False)
+    assert sorted(alone) == list(range(10))
+
+    batched, engine = run(folder, requests, prefix_cache=False)
+    assert engine.stats.peak_batch == 10
+    assert batched == alone
+
+    chunked, engine = run(folder, requests, max_batch_tokens=13, prefix_cache=False)
+    assert chunked == alone
+
+    cached, engine = run(folder, requests * 2)
+    assert engine.stats.cached_tokens > 500
+    assert cached == alone
+
+    block = engine.stats.kv_bytes // (engine.stats.kv_blocks + 1)
+    small = few_blocks * block
+    preempted, engine = run(folder, requests, kv_memory=small, max_batch_tokens=64)
+    assert engine.stats.preemptions > 0
+    assert preempted == alone
+
+
+def test_stale_nan_in_freed_blocks_harms_nobody(checkpoint: Callable[[str], Path]) -> None:
+    requests = load()
+    expected, _ = run(checkpoint("gpt_oss"), requests)
+    engine = Engine(checkpoint("gpt_oss"), dtype="float32", kv_memory=32 << 20)
+    with engine:
+        for cache in engine._runner._caches:
+            cache[:, 1:] = float("nan")
+        assert {c.request_id: c.token_ids for c in engine.generate(requests)} == expected
+
+
+def test_a_stop_id_ends_the_output_and_is_kept(checkpoint: Callable[[str], Path]) -> None:
+    request = Request([5, 6, 7], SamplingParams(max_new_tokens=20, ignore_eos=True))
+    free = run(checkpoint("qwen2"), [request])[0][0]
+    at = next(i for i in range(3, 20) if free[i] not in free[:i])
+    params = SamplingParams(max_new_tokens=20, ignore_eos=True, stop_ids=frozenset({free[at]}))
+    with Engine(checkpoint("qwen2"), dtype="float32", kv_memory=32 << 20) as engine:
+        (done,) = engine.generate([Request([5, 6, 7], params)])
+        assert done.token_ids == free[: at + 1]
+        assert done.finish_reason == "stop"
+        # The checkpoint's own stop id counts unless it is to be ignored.
+        engine.config = engine.config.__class__(
+            **{**vars(engine.config), "stop_ids": frozenset({free[at]})}
+        )
+        (done,) = engine.generate([Request([5, 6, 7], SamplingParams(max_new_tokens=20))])
+        assert done.token_ids == free[: at + 1]
+
+
+def test_on_token_sees_every_token_and_can_end_the_request(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    seen: list[int] = []
+
+    def on_token(token: int) -> bool:
+        seen.append(token)
+        return len(seen) == 7
+
+    params = SamplingParams(max_new_tokens=20, ignore_eos=True)
+    with Engine(checkpoint("qwen2"), dtype="float32", kv_memory=32 << 20) as engine:
+        (done,) = engine.generate([Request([5, 6, 7], params, on_token=on_token)])
+    assert done.token_ids == seen
+    assert len(seen) == 7
+    assert done.finish_reason == "stop"
+
+
+def test_limits_count_new_tokens_and_positions(checkpoint: Callable[[str], Path]) -> None:
+    def length(**limits: int) -> tuple[int, str]:
+        params = SamplingParams(ignore_eos=True, **limits)  # type: ignore[arg-type]
+        (done,) = engine.generate([Request([5, 6, 7], params)])
+        return len(done.token_ids), done.finish_reason
+
+    with Engine(checkpoint("qwen2"), dtype="float32", kv_memory=32 << 20) as engine:
+        assert length(max_new_tokens=4) == (4, "length")
+        assert length(max_positions=10) == (7, "length")
+        assert length(max_new_tokens=4, max_positions=6) == (3, "length")
+        assert length() == (512 - 3, "length")
+
+
+def test_logprobs_are_those_of_the_model(
+    checkpoint: Callable[[str], Path], peer: Callable[[str], Peer]
+) -> None:
+    prompt = [9, 8, 7, 6]
+    params = SamplingParams(max_new_tokens=5, ignore_eos=True, logprobs=3)
+    with Engine(checkpoint("qwen3"), dtype="float32", kv_memory=32 << 20) as engine:
+        (done,) = engine.generate([Request(prompt, params)])
+    expected = peer("qwen3").logits([*prompt, *done.token_ids]).log_softmax(-1)[3:-1]
+    assert done.logprobs is not None
+    for row, token, found in zip(expected, done.token_ids, done.logprobs, strict=True):
+        assert found.logprob == pytest.approx(float(row[token]), abs=1e-4)
+        values, ids = row.topk(3)
+        assert [i for i, _ in found.top] == ids.tolist()
+        assert [v for _, v in found.top] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+def test_finish_gives_the_memory_back_and_the_engine_can_start_again(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    engine = Engine(checkpoint("qwen2"), dtype="float32", kv_memory=32 << 20)
+    request = Request([5, 6, 7], SamplingParams(max_new_tokens=5))
+    with engine:
+        first = list(engine.generate([request]))
+        assert engine._runner._caches
+    assert not engine._runner._caches
+    assert engine._runner._model is None
+    with engine:
+        assert next(engine.generate([request])).token_ids == first[0].token_ids
+
+
+def test_requests_are_taken_only_as_there_is_room(checkpoint: Callable[[str], Path]) -> None:
+    taken = 0
+
+    def requests() -> Any:
+        nonlocal taken
+        for i in range(100):
+            taken += 1
+            yield Request([1 + i], SamplingParams(max_new_tokens=3, ignore_eos=True), i)
+
+    with Engine(
+        checkpoint("qwen2"), dtype="float32", kv_memory=32 << 20, max_batch_size=4
+    ) as engine:
+        done: list[Completion] = []
+        for completion in engine.generate(requests()):
+            done.append(completion)
+            assert taken <= len(done) + 2 * 4
+    assert len(done) == 100
+
+
+def test_dummy_weights_need_nothing_but_the_config(
+    tmp_path: Path, checkpoint: Callable[[str], Path]
+) -> None:
+    (tmp_path / "config.json").write_bytes((checkpoint("gpt_oss") / "config.json").read_bytes())
+    with Engine(tmp_path, dummy_weights=True, kv_memory=8 << 20) as engine:
+        (done,) = engine.generate([Request([1, 2], SamplingParams(max_new_tokens=4))])
+    assert len(done.token_ids) == 4
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"dtype": "int4"}, "dtype must be auto"),
+        ({"device": "tpu"}, "device must be auto"),
+        ({"block_size": 0}, "block_size must be 1 or more"),
+        ({"max_batch_size": 0}, "max_batch_size must be 1 or more"),
+    ],
+)
+def test_a_wrong_setting_is_named(
+    setting: dict[str, Any], message: str, checkpoint: Callable[[str], Path]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Engine(checkpoint("qwen2"), **setting)
+
+
+def test_too_little_kv_memory_says_how_much_is_needed(checkpoint: Callable[[str], Path]) -> None:
+    engine = Engine(checkpoint("qwen2"), dtype="float32", kv_memory=100)
+    with pytest.raises(ValueError, match=r"kv_memory of 100 bytes.*at least \d+ bytes"):
+        engine.warm_up()
+
+
+def test_bfloat16_stays_near_float32(checkpoint: Callable[[str], Path]) -> None:
+    """Packed weights and bfloat16 attention: the same distribution, coarser."""
+    params = SamplingParams(max_new_tokens=1, logprobs=1)
+    requests = [Request(r.prompt_ids, params, r.request_id) for r in load()]
+    found: list[dict[int, float]] = []
+    for dtype in ("float32", "bfloat16"):
+        with Engine(checkpoint("qwen2"), dtype=dtype, kv_memory=32 << 20) as engine:
+            done = list(engine.generate(requests))
+        assert all(c.logprobs for c in done)
+        found.append({c.request_id: c.logprobs[0].top[0][1] for c in done if c.logprobs})
+    wide = torch.tensor([found[0][i] for i in range(10)])
+    half = torch.tensor([found[1][i] for i in range(10)])
+    assert (wide - half).abs().mean() < 0.2

@@ -1,0 +1,104 @@
+"""Draws are right in distribution, keyed by seed and position, and the same in any batch."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine import SamplingParams
+from engine import sampler as module
+from engine.sampler import keyed_uniform, sample
+
+
+def draw(logits: torch.Tensor, count: int, **params: float) -> torch.Tensor:
+    """`count` draws from one distribution, seeds 0, 1, 2, …"""
+    rows = [SamplingParams(seed=i, **params) for i in range(count)]  # type: ignore[arg-type]
+    tokens, _ = sample(logits.expand(count, -1), rows, [7] * count)
+    return torch.tensor(tokens)
+
+
+def test_draws_follow_the_softmax_at_a_temperature() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5])
+    for temperature in (0.5, 1.0, 2.0):
+        tokens = draw(logits, 20_000, temperature=temperature)
+        found = tokens.bincount(minlength=5) / len(tokens)
+        torch.testing.assert_close(found, (logits / temperature).softmax(0), rtol=0, atol=0.012)
+
+
+def test_top_k_and_top_p_keep_the_right_tokens_and_their_proportions() -> None:
+    logits = torch.tensor([3.0, 2.0, 1.0, 0.0, -1.0])
+    shares = logits.softmax(0)
+    found = draw(logits, 8000, temperature=1.0, top_k=2).bincount(minlength=5) / 8000
+    expected = torch.where(torch.arange(5) < 2, shares, 0.0) / shares[:2].sum()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+    # Shares 0.64, 0.24, 0.09 …: 0.7 needs two tokens, 0.6 one, 0.9 three.
+    for top_p, kept in ((0.6, 1), (0.7, 2), (0.9, 3), (1.0, 5)):
+        assert draw(logits, 4000, temperature=1.0, top_p=top_p).unique().tolist() == list(
+            range(kept)
+        )
+    both = draw(logits, 2000, temperature=1.0, top_k=3, top_p=0.95)
+    assert both.unique().tolist() == [0, 1, 2]
+
+
+def test_a_nucleus_larger_than_the_candidates_is_drawn_from_in_full() -> None:
+    logits = torch.zeros(3000)
+    tokens = draw(logits, 4000, temperature=1.0, top_p=0.95)
+    assert len(tokens.unique()) > 1500
+
+
+def test_few_candidates_and_a_full_sort_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(2000, generator=torch.Generator().manual_seed(1)) * 4
+    few = draw(logits, 500, temperature=0.7, top_p=0.8)
+    monkeypatch.setattr(module, "_CANDIDATES", 2000)
+    assert draw(logits, 500, temperature=0.7, top_p=0.8).tolist() == few.tolist()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 2**63 - 1), min_size=2, max_size=8), st.data())
+def test_a_draw_does_not_depend_on_the_rest_of_the_batch(
+    seeds: list[int], data: st.DataObject
+) -> None:
+    generator = torch.Generator().manual_seed(len(seeds))
+    logits = torch.randn(len(seeds), 600, generator=generator) * data.draw(st.floats(0.1, 5))
+    params = [
+        SamplingParams(
+            seed=seed,
+            temperature=data.draw(st.sampled_from([0.0, 0.7, 1.5])),
+            top_k=data.draw(st.sampled_from([0, 1, 40, 500])),
+            top_p=data.draw(st.sampled_from([0.3, 0.95, 1.0])),
+        )
+        for seed in seeds
+    ]
+    together, _ = sample(logits, params, [3] * len(seeds))
+    alone = [sample(logits[i : i + 1], [params[i]], [3])[0][0] for i in range(len(seeds))]
+    assert together == alone
+
+
+def test_greedy_takes_the_likeliest_token() -> None:
+    logits = torch.randn(5, 100, generator=torch.Generator().manual_seed(0))
+    tokens, logprobs = sample(logits, [SamplingParams()] * 5, [0] * 5)
+    assert tokens == logits.argmax(-1).tolist()
+    assert logprobs == [None] * 5
+
+
+def test_uniform_numbers_are_uniform_and_differ_by_seed_and_position() -> None:
+    seeds = torch.arange(300).repeat_interleave(300)
+    positions = torch.arange(300).repeat(300)
+    u = keyed_uniform(seeds, positions)
+    assert ((u >= 0) & (u < 1)).all()
+    assert len(u.unique()) == len(u)
+    counts = (u * 100).long().bincount(minlength=100).double()
+    assert ((counts - 900) ** 2 / 900).sum() < 160  # chi-square, 99 degrees of freedom
+    grid = u.view(300, 300)
+    for a, b in ((grid[:-1], grid[1:]), (grid[:, :-1], grid[:, 1:])):
+        pair = torch.stack((a.flatten(), b.flatten()))
+        assert torch.corrcoef(pair)[0, 1].abs() < 0.015
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value"),
+    [("temperature", -1), ("top_p", 0), ("top_p", 1.5), ("top_k", -1), ("max_new_tokens", 0)],
+)
+def test_a_parameter_out_of_range_is_named(parameter: str, value: float) -> None:
+    with pytest.raises(ValueError, match=parameter):
+        SamplingParams(**{parameter: value})  # type: ignore[arg-type]
