@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine import SamplingParams
 from getp.errors import GetpError
-from getp.files import read_token_file
+from getp.files import read_token_file, writing
 from getp.inputs import scan
 from getp.journal import Journal
 from getp.tasks import Defaults, Failure, Task, TaskReader
-from model import CheckpointError, load_config
+from model import CheckpointError, Transformer, load_config, weights
 from tests.getp_helpers import CHAT_TEMPLATE, byte_level, small_tokenizer, write_tokenizer
 from tokenizer import ChatTemplate, Tokenizer, TokenizerError
 
@@ -101,8 +102,6 @@ def test_jsonl_with_odd_fields(tmp_path: Path, record: Any, body: Any) -> None:
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
 @given(st.data())
 def test_damaged_packed_files(suffix: str, tmp_path: Path, data: st.DataObject) -> None:
-    from getp.files import writing
-
     path = tmp_path / f"in.jsonl.{suffix}"
     with writing(str(path)) as file:
         file.write((json.dumps(GOOD) + "\n").encode() * 5)
@@ -167,6 +166,27 @@ def test_config_json(
     good = (checkpoint("gpt_oss") / "config.json").read_bytes()
     (tmp_path / "config.json").write_bytes(data.draw(damaged(good)))
     _refused_at_most(lambda: load_config(tmp_path), CheckpointError)
+
+
+@given(st.data())
+def test_safetensors_and_their_index(
+    tmp_path: Path, checkpoint: Callable[[str], Path], data: st.DataObject
+) -> None:
+    good = checkpoint("qwen2")
+    shard, index = tmp_path / "a.safetensors", tmp_path / "model.safetensors.index.json"
+    whole = (good / "model.safetensors").read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    names = [name for name in json.loads(whole[8:header]) if name != "__metadata__"]
+    map_ = json.dumps({"weight_map": dict.fromkeys(names, shard.name)}).encode()
+    in_index = data.draw(st.booleans())
+    index.write_bytes(data.draw(damaged(map_)) if in_index else map_)
+    shard.write_bytes(whole if in_index else data.draw(damaged(whole[:header])) + whole[header:])
+    config = load_config(good)
+
+    def load() -> None:
+        weights.load(Transformer(config), tmp_path, torch.float32, torch.device("cpu"))
+
+    _refused_at_most(load, CheckpointError)
 
 
 def _refused_at_most(step: Callable[[], object], error: type[Exception]) -> None:
