@@ -6,6 +6,32 @@ from tokenizer import HarmonyParser, StopStrings, StreamDecoder, Tokenizer
 from tokenizer.harmony import FINAL, ChannelText, speaks_harmony
 
 
+def texts_by_channel(
+    tokenizer: Tokenizer,
+    token_ids: Sequence[int],
+    prompt_ids: Sequence[int],
+    chat: bool,
+    stops: Sequence[str] = (),
+) -> dict[str, str]:
+    """Return the text of a finished answer: that of each channel, cut at the first stop string."""
+    in_channels = chat and speaks_harmony(tokenizer)
+    if not stops and not in_channels:
+        return {FINAL: tokenizer.decode(token_ids)}  # at once, which costs much less
+    answer = Answer(tokenizer, prompt_ids, chat, stops)
+    pieces = []
+    for token_id in token_ids:
+        pieces.append(answer.push(token_id))
+        if answer.stopped:
+            break
+    texts: dict[str, str] = {}
+    for piece in [*pieces, *answer.flush()]:
+        if piece is not None:
+            texts[piece.channel] = texts.get(piece.channel, "") + piece.text
+    if in_channels and not texts and tokenizer.token_id("<|channel|>") not in token_ids:
+        return {FINAL: tokenizer.decode(token_ids)}  # it kept to no form: lose nothing of it
+    return texts
+
+
 class Answer:
     """Turns an answer's tokens into text, apart by channel, up to the first stop string.
 

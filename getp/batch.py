@@ -1,38 +1,35 @@
 """The main job: read → warm_up → inference → finish → write → report."""
 
+import json
+import os
 import sys
+import tempfile
 import time
-from array import array
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-from engine import Completion, Request, SamplingParams
+from engine import Completion, Request
+from getp.ahead import Ahead
 from getp.answer import Answer
-from getp.errors import GetpError, Interrupted
-from getp.files import (
-    STANDARD,
-    FailedRequest,
-    Prompt,
-    TokenIds,
-    check_writable,
-    errors_path,
-    read_numbered_text,
-    write_errors,
-    write_report,
-    write_token_file,
-)
+from getp.errors import SOME_FAILED, GetpError, Interrupted
+from getp.files import STANDARD, check_writable, in_place, remove_leftovers, write_report
+from getp.inputs import Source, scan
+from getp.journal import Journal
 from getp.progress import progress
-from getp.prompts import chat_template, encode_prompt, request_seed
+from getp.prompts import chat_template
 from getp.report import Measurements, final_line, print_report
-from tokenizer import Tokenizer, TokenizerError
+from getp.results import Renderer, errors_path, output_form, write_results
+from getp.stopping import ParkedError, Stopping
+from getp.tasks import Defaults, Failure, Task, TaskReader
+from getp.terminal import say
+from tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from engine import Engine
 
-SOME_FAILED = 3
-"""Exit status of a job that ran to its end with some requests failed."""
+_TOKENS_AHEAD = 1 << 19  # prompt tokens that may wait for the engine
 
 
 @dataclass(frozen=True)
@@ -42,167 +39,258 @@ class Job:
     input: str
     output: str
     checkpoint: str  # its name, for the report
-    params: SamplingParams  # of every request; the seed is the job's
-    stops: tuple[str, ...] = ()
-    chat: bool = False  # put each prompt into the chat template
-    system: str | None = None
+    defaults: Defaults
+    seed_given: bool = True  # else one that an earlier run has drawn is taken
+    identity: Mapping[str, str] = field(default_factory=dict)  # fingerprints of what runs
     report: str | None = None
+    restart: bool = False
+    flush_s: float = 1.0
+    grace_s: float = 10.0
+    max_errors: int | None = None
 
 
-def read(job: Job) -> list[Prompt]:
-    """Read the prompts and see that the results can be written. Raises GetpError.
+def read(job: Job) -> Source:
+    """Make the first pass over the input and see that results can be written. Raises GetpError.
 
     Comes before anything slow: whoever mistypes a path learns it at once.
     """
-    prompts, ignored = read_numbered_text(job.input)
-    if ignored:
-        _say(f"warning: {job.input}: ignoring {ignored} lines after the {len(prompts)} prompts")
+    source = scan(job.input)
+    if source.ignored:
+        say(
+            f"getp: warning: {source.name}: ignoring {source.ignored} lines after the "
+            f"{source.total} prompts"
+        )
     check_writable(job.output, [job.input])
     if job.report is not None:
         check_writable(job.report, [job.input, job.output])
-    return prompts
+    return source
 
 
-def run_job(job: Job, prompts: list[Prompt], tokenizer: Tokenizer, engine: "Engine") -> int:
-    """Do the whole job; return the exit status. Raises Interrupted on Ctrl-C."""
-    if job.chat:
+def run_job(job: Job, source: Source, tokenizer: Tokenizer, engine: "Engine") -> int:
+    """Do the whole job; return the exit status. Raises Interrupted when a signal ends it."""
+    if job.defaults.chat:
         chat_template(tokenizer)  # its absence is one error, not one for each request
-    measured = Measurements()
-    results = Results(prompts, measured)
-    try:
-        measured.warm_up_s = _seconds(engine.warm_up)
+    with ExitStack() as stack:
+        stopping = stack.enter_context(Stopping(job.grace_s))
+        journal = stack.enter_context(open_journal(job, source, engine))
+        run = Run(job, source, tokenizer, engine, journal, stopping)
         try:
-            measured.inference_s = _seconds(lambda: inference(job, tokenizer, engine, results))
-        finally:
-            measured.finish_s = _seconds(engine.finish)
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"interrupted: {results.finished} of {len(prompts)} requests were done; "
-            f"{job.output} was not written"
-        ) from None
-    results.write(job.output)
-    report = measured.report(engine, job.checkpoint)
+            run.requests()
+        except (KeyboardInterrupt, Interrupted):
+            raise stopping.interrupted(f"interrupted: {run.how_to_go_on()}") from None
+        except Exception:
+            say(f"getp: {run.how_to_go_on()}")
+            raise
+        write_results(journal, source.total, job.output, run.renderer.form)
+        journal.remove()
+    if journal.failed and not in_place(job.output):
+        where = job.output if run.renderer.form == "jsonl" else errors_path(job.output)
+        say(f"getp: {journal.failed} of {source.total} requests failed: see {where}")
+    report = run.measured.report(engine, job.checkpoint)
     if job.report is not None:
         write_report(job.report, report)
     print_report(report)
-    # Tokens on standard output are a file of tokens: the line for scripts must not be in it.
-    print(final_line(measured), file=sys.stderr if job.output == STANDARD else sys.stdout)
-    return SOME_FAILED if results.failed else 0
+    # Results on standard output are a file: the line for scripts must not be in it.
+    line = final_line(run.measured)
+    print(line, file=sys.stderr if job.output == STANDARD else sys.stdout)
+    return SOME_FAILED if journal.failed else 0
 
 
-class Results:
-    """The token ids of every request in input order, and the requests that failed."""
+def open_journal(job: Job, source: Source, engine: "Engine") -> Journal:
+    """Open the journal beside the output; a temporary one where the output is no file."""
+    header = {
+        "fingerprint": _fingerprint(job, source, engine),
+        "seed": job.defaults.params.seed,
+        "created": int(os.environ.get("SOURCE_DATE_EPOCH") or time.time()),
+    }
+    if in_place(job.output):
+        descriptor, path = tempfile.mkstemp(".journal", "getp-")
+        os.close(descriptor)
+        journal = Journal(path, header, source.total, job.flush_s)
+        journal.remove()  # the name alone: it lives as long as we do
+        return journal
+    path = f"{os.path.realpath(job.output)}.journal"
+    check_writable(path, [job.input])
+    journal = Journal(path, header, source.total, job.flush_s, job.restart)
+    for file in (job.output, errors_path(job.output)):
+        remove_leftovers(file)
+    if journal.damaged:
+        say(f"getp: warning: {path}: {journal.damaged} damaged records; their requests run again")
+    if journal.done:
+        say(f"getp: going on: {journal.done} of {source.total} requests are done already")
+    if journal.header["seed"] != job.defaults.params.seed:
+        say(f"getp: seed {journal.header['seed']}, as the run before")
+    return journal
 
-    def __init__(self, prompts: list[Prompt], measured: Measurements) -> None:
-        self.prompts = prompts
-        self.failed: list[FailedRequest] = []
-        self._rows: list[TokenIds | None] = [None] * len(prompts)
-        self._measured = measured
 
-    @property
-    def finished(self) -> int:
-        """Requests that succeeded so far."""
-        return self._measured.done
+def _fingerprint(job: Job, source: Source, engine: "Engine") -> dict[str, Any]:
+    """Return what must be the same for results to be of one job, by name, as JSON has it."""
+    params = asdict(job.defaults.params)
+    if not job.seed_given:
+        params["seed"] = "random"
+    params["stop_ids"] = sorted(params["stop_ids"])
+    named = {
+        "input": source.digest,
+        "input format": source.kind,
+        "output format": output_form(job.output, source),
+        **job.identity,
+        "device": engine.device.type,
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        **params,
+        "stop": job.defaults.stops,
+        "chat template": job.defaults.chat,
+        "system": job.defaults.system,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(named))
+    return plain
 
-    def take(self, completion: Completion) -> None:
+
+class Run:
+    """One process's share of a job: from the first request that is not done to the last."""
+
+    def __init__(
+        self, job: Job, source: Source, tokenizer: Tokenizer, engine: "Engine",
+        journal: Journal, stopping: Stopping,
+    ) -> None:  # fmt: skip
+        self._job = job
+        self._source = source
+        self._tokenizer = tokenizer
+        self._engine = engine
+        self._journal = journal
+        self._stopping = stopping
+        self.measured = Measurements(resumed=journal.done)
+        header = journal.header
+        params = replace(job.defaults.params, seed=header["seed"])
+        self._defaults = replace(job.defaults, params=params)
+        form = output_form(job.output, source)
+        name = json.dumps(header["fingerprint"], sort_keys=True)
+        self.renderer = Renderer(form, tokenizer, job.checkpoint, name, header["created"])
+        self._running: dict[int, tuple[Task, list[str]]] = {}  # tasks and their troubles
+
+    def requests(self) -> None:
+        """Run everything that is not done. Raises Interrupted, GetpError."""
+        if self._journal.done == self._source.total:
+            return
+        self.measured.warm_up_s = _seconds(self._engine.warm_up)
+        try:
+            self._stopping.patient = True
+            self.measured.inference_s = _seconds(self._inference)
+        finally:
+            self._stopping.patient = False
+            self.measured.finish_s = _seconds(self._engine.finish)
+        if self._journal.done < self._source.total:
+            raise self._stopping.interrupted("stopped")
+
+    def how_to_go_on(self) -> str:
+        """Return what is safe after a run that ended early, and what to do."""
+        done = f"{self._journal.done} of {self._source.total} requests are done"
+        if in_place(self._job.output):
+            return f"{done}, but lost: a job can be gone on with only where -o names a file"
+        return f"{done} and kept in {self._journal.path}; the same command goes on from there"
+
+    def _inference(self) -> None:
+        """Run every request through the engine, which takes them as it has room."""
+        stats = self._engine.stats
+        left = self._source.total - self._journal.done
+        with (
+            progress(left, lambda: stats.output_tokens) as advance,
+            Ahead(self._tasks(), _cost, _TOKENS_AHEAD) as tasks,
+        ):
+            admitted = self._admitted(tasks.until(lambda: self._stopping.asked), advance)
+            completions = self._engine.generate(admitted)
+            try:
+                for completion in completions:
+                    self._take(completion)
+                    advance()
+            except ParkedError:
+                return
+            finally:
+                if isinstance(completions, Iterator) and hasattr(completions, "close"):
+                    completions.close()
+
+    def _tasks(self) -> Iterator[Task | Failure]:
+        """Read what is not done yet. Runs in the thread that works ahead."""
+        reader = TaskReader(self._source.kind, self._defaults, self._tokenizer)
+        with closing(self._source.lines()) as lines:
+            for line in lines:
+                task = reader.read(line, needed=line.index not in self._journal)
+                if task is not None and line.index not in self._journal:
+                    yield task
+
+    def _admitted(
+        self, tasks: Iterator[Task | Failure], advance: Callable[[], None]
+    ) -> Iterator[Request]:
+        """Yield a request for each task; those that cannot be asked fail here, alone."""
+        for task in tasks:
+            if isinstance(task, Failure):
+                self._fail(task)
+                advance()
+                continue
+            troubles: list[str] = []
+            self._running[task.index] = task, troubles
+            on_token = self._watcher(task, troubles)
+            yield Request(task.prompt_ids, task.params, task.index, on_token)
+
+    def _watcher(self, task: Task, troubles: list[str]) -> Callable[[int], bool]:
+        """Return what is told each token: it ends a request at a stop string.
+
+        The token that completes the string is kept, as a stop token is.
+        """
+        answer = None
+        if task.stops:  # else no text is needed while tokens come
+            answer = Answer(self._tokenizer, task.prompt_ids, task.chat, task.stops)
+        check = self._stopping.check
+
+        def on_token(token_id: int) -> bool:
+            check()
+            if answer is None:
+                return False
+            try:
+                answer.push(token_id)
+            except Exception as error:  # this request's trouble, nobody else's
+                troubles.append(f"{type(error).__name__}: {error}")
+                return True
+            return answer.stopped
+
+        return on_token
+
+    def _take(self, completion: Completion) -> None:
         """Keep what the engine gave back, in whatever order."""
-        index = completion.request_id
+        task, troubles = self._running.pop(completion.request_id)
         if completion.finish_reason in ("error", "cancelled"):
             message = completion.error or "the request was cancelled"
-            return self.fail(index, f"request_{completion.finish_reason}", message)
-        self._rows[index] = array("i", completion.token_ids)
-        self._measured.add(completion)
+            return self._fail(_failure(task, f"request_{completion.finish_reason}", message))
+        if not troubles:
+            try:
+                line = self.renderer.done(task, completion)
+            except Exception as error:
+                troubles.append(f"{type(error).__name__}: {error}")
+        if troubles:
+            return self._fail(_failure(task, "internal_error", troubles[0]))
+        self._journal.append(task.index, True, line)
+        self.measured.add(completion)
 
-    def fail(self, index: int, code: str, message: str) -> None:
+    def _fail(self, failure: Failure) -> None:
         """Note a request that came to nothing; the others are not concerned."""
-        self._measured.failed += 1
-        self.failed.append(FailedRequest(self.prompts[index].line, index, code, message))
-
-    def write(self, output: str) -> None:
-        """Write the errors, then the token ids: once those are there, all is there."""
-        self.failed.sort(key=lambda failed: failed.index)
-        if output == STANDARD:
-            for failed in self.failed:
-                _say(f"line {failed.line} failed: {failed.message}")
-        elif self.failed:
-            write_errors(errors_path(output), self.failed)
-            _say(
-                f"{len(self.failed)} of {len(self.prompts)} requests failed: "
-                f"see {errors_path(output)}"
+        self._journal.append(failure.index, False, self.renderer.failed(failure))
+        self.measured.failed += 1
+        most = self._job.max_errors
+        if most is not None and self._journal.failed > most:
+            raise GetpError(
+                f"{self._journal.failed} requests have failed, more than --max-errors {most}; "
+                f"the last one: line {failure.line}: {failure.message}"
             )
-        else:
-            _remove(errors_path(output))
-        write_token_file(output, (row or () for row in self._rows))
 
 
-def inference(job: Job, tokenizer: Tokenizer, engine: "Engine", results: Results) -> None:
-    """Run every request through the engine, which takes them as it has room."""
-    with progress(len(results.prompts), lambda: engine.stats.output_tokens) as advance:
-        for completion in engine.generate(build_requests(job, tokenizer, results, advance)):
-            results.take(completion)
-            advance()
+def _failure(task: Task, code: str, message: str) -> Failure:
+    return Failure(task.index, task.line, task.custom_id, code, message)
 
 
-def build_requests(
-    job: Job, tokenizer: Tokenizer, results: Results, advance: Callable[[], None]
-) -> Iterator[Request]:
-    """Yield a request for each prompt that can be asked; the others fail here, alone."""
-    for index, prompt in enumerate(results.prompts):
-        try:
-            ids = _encode(job, tokenizer, prompt)
-        except _BadPromptError as error:
-            results.fail(index, error.code, str(error))
-            advance()
-            continue
-        params = replace(job.params, seed=request_seed(job.params.seed, index))
-        yield Request(ids, params, index, _stop_watcher(job, tokenizer, ids))
-
-
-class _BadPromptError(Exception):
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-def _encode(job: Job, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    if prompt.text is None:
-        raise _BadPromptError("invalid_utf8", "the prompt is not valid UTF-8")
-    if not prompt.text:
-        raise _BadPromptError("empty_prompt", "the prompt is empty")
-    try:
-        return encode_prompt(tokenizer, prompt.text, job.chat, job.system)
-    except TokenizerError as error:
-        raise _BadPromptError("not_encodable", str(error)) from error
-
-
-def _stop_watcher(
-    job: Job, tokenizer: Tokenizer, prompt_ids: list[int]
-) -> Callable[[int], bool] | None:
-    """Return what ends a request at a stop string; its last token is kept, as a stop token is."""
-    if not job.stops:
-        return None  # then no text is needed while tokens come
-    answer = Answer(tokenizer, prompt_ids, job.chat, job.stops)
-
-    def on_token(token_id: int) -> bool:
-        answer.push(token_id)
-        return answer.stopped
-
-    return on_token
+def _cost(task: Task | Failure) -> int:
+    return len(task.prompt_ids) + 64 if isinstance(task, Task) else 64
 
 
 def _seconds(step: Callable[[], None]) -> float:
     started = time.perf_counter()
     step()
     return time.perf_counter() - started
-
-
-def _remove(path: str) -> None:
-    """Remove what an earlier run may have left."""
-    try:
-        Path(path).unlink(missing_ok=True)
-    except OSError as error:
-        raise GetpError(f"cannot remove {path}: {error.strerror}") from error
-
-
-def _say(message: str) -> None:
-    print(f"getp: {message}", file=sys.stderr)

@@ -19,6 +19,7 @@ from getp import EMBEDDED
 from getp.clickext import Command, refuse_other_modes
 from getp.errors import GetpError, Interrupted, UsageProblem
 from getp.options import with_options
+from getp.terminal import say
 
 if TYPE_CHECKING:
     from engine import Engine, SamplingParams
@@ -52,21 +53,30 @@ def _getp(options: SimpleNamespace) -> int:
     _need(options, "input", "-i/--input FILE")
     _need(options, "output", "-o/--output FILE")
     _check_system(options)
-    from getp import batch
+    from getp import batch, fingerprint
+    from getp.tasks import Defaults
 
     tokenizer = _load_tokenizer(options)
+    params = _sampling_params(options, tokenizer)
     job = batch.Job(
         input=options.input,
         output=options.output,
         checkpoint=_checkpoint_name(options),
-        params=_sampling_params(options, tokenizer),
-        stops=options.stop,
-        chat=bool(options.chat_template),
-        system=options.system,
+        defaults=Defaults(params, options.stop, bool(options.chat_template), options.system),
+        seed_given=options.seed is not None,
+        identity={
+            "checkpoint": fingerprint.of_checkpoint(_checkpoint(options)),
+            "tokenizer": fingerprint.of_tokenizer(Path(options.tokenizer or _checkpoint(options))),
+            "weights": "dummy" if options.dummy_weights else "the checkpoint's",
+        },
         report=options.report,
+        restart=options.restart,
+        flush_s=options.flush_interval,
+        grace_s=options.grace,
+        max_errors=options.max_errors,
     )
-    prompts = batch.read(job)
-    return batch.run_job(job, prompts, tokenizer, load_engine(options))
+    source = batch.read(job)
+    return batch.run_job(job, source, tokenizer, load_engine(options))
 
 
 def _generate(options: SimpleNamespace) -> int:
@@ -235,7 +245,7 @@ def run(args: Sequence[str]) -> int:
     except click.ClickException as error:
         return _fail(error.format_message(), error.exit_code, hint=True)
     except (click.Abort, KeyboardInterrupt):
-        return _fail("interrupted", Interrupted.exit_code)
+        return _fail("interrupted", Interrupted("").exit_code)
     except Exception as error:
         if "--debug" in args:
             traceback.print_exc()
@@ -257,10 +267,9 @@ def _message(error: Exception) -> str:
 
 
 def _fail(message: str, status: int, hint: bool = False) -> int:
-    line = " ".join(message.split())
-    print(f"getp: error: {line}", file=sys.stderr)
+    say(f"getp: error: {' '.join(message.split())}")
     if hint:
-        print("getp --help lists the options", file=sys.stderr)
+        say("getp --help lists the options")
     return status
 
 

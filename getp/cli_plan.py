@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 from getp import EMBEDDED, plan, plan_job, plot
 from getp.errors import UsageProblem
-from getp.files import read_numbered_text
+from getp.inputs import scan
 from getp.units import print_json
 from model.hardware import Device
 
@@ -82,13 +82,15 @@ def _prices(given: tuple[float, ...], gpus: list[Device]) -> list[float | None]:
 
 
 def _prompt_lengths(options: SimpleNamespace, checkpoint: Path) -> tuple[list[int], str]:
-    """Return the tokens of each prompt, and how they were counted."""
-    texts = [prompt.text or "" for prompt in read_numbered_text(options.input)[0]]
+    """Return the tokens of each prompt, and how they were counted; bad requests are left out."""
+    source = scan(options.input)
     if options.tokenizer is None and not checkpoint.is_dir():
-        return [-(-len(text.encode()) // 4) for text in texts], "taken as 4 bytes each"
-    from getp.prompts import encode_prompt
+        return [-(-len(line.data or b"") // 4) for line in source.lines()], "taken as 4 bytes each"
+    from engine import SamplingParams
+    from getp.tasks import Defaults, Task, TaskReader
     from tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.load(options.tokenizer or checkpoint)
-    chat = bool(options.chat_template)
-    return [len(encode_prompt(tokenizer, text, chat, options.system)) for text in texts], "counted"
+    defaults = Defaults(SamplingParams(), chat=bool(options.chat_template), system=options.system)
+    reader = TaskReader(source.kind, defaults, Tokenizer.load(options.tokenizer or checkpoint))
+    tasks = map(reader.read, source.lines())
+    return [len(task.prompt_ids) for task in tasks if isinstance(task, Task)], "counted"

@@ -1,4 +1,12 @@
-"""What the command line tells a user in one line."""
+"""What the command line tells a user in one line, and the exit statuses.
+
+0: all done. 1: the job or the program failed. 2: wrong options. 3: the job ran to its end, but
+some of its requests failed. 128 + N: ended by signal N (130: Ctrl-C).
+"""
+
+import signal
+
+SOME_FAILED = 3
 
 
 class GetpError(Exception):
@@ -14,6 +22,8 @@ class UsageProblem(GetpError):
 
 
 class Interrupted(GetpError):
-    """The user pressed Ctrl-C."""
+    """The user pressed Ctrl-C, or another signal asked for the end."""
 
-    exit_code = 130  # what a shell reports for SIGINT
+    def __init__(self, message: str, number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number  # as a shell reports it

@@ -1,97 +1,115 @@
-"""The files of a job: numbered text in, token ids out, errors beside them.
+"""Files as bytes: opened by suffix, read line by line, written whole or not at all.
 
-A path of `-` is standard input or standard output.
+A path of `-` is standard input or standard output; `.gz` and `.zst` are compressed.
 """
 
+import gzip
+import io
 import json
 import os
 import re
 import sys
+import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias, cast
+
+import zstandard
 
 from getp.errors import GetpError
 
 STANDARD = "-"
+LONGEST_LINE = 64 << 20  # bytes; what is longer is no prompt
 _BOM = b"\xef\xbb\xbf"
-_COUNT = re.compile(rb"[0-9]{1,12}")
 _TOKEN_ID = re.compile(rb"[0-9]{1,10}")
 _BIGGEST_ID = 2**31 - 1
 
 TokenIds: TypeAlias = "array[int]"
-"""The ids of one completion, four bytes each: a job keeps them all until it is written."""
+"""The ids of one completion, four bytes each."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One line of the input. `text` is None when the line is no UTF-8."""
+@contextmanager
+def opened(path: str) -> Iterator[BinaryIO]:
+    """Open a file (or standard input) for reading, unpacked. Raises GetpError, also while read."""
+    name = "standard input" if path == STANDARD else path
+    try:
+        with ExitStack() as stack:
+            if path == STANDARD:
+                yield sys.stdin.buffer
+                return
+            file: BinaryIO = stack.enter_context(open(path, "rb"))
+            if path.endswith(".gz"):
+                file = cast(BinaryIO, stack.enter_context(gzip.GzipFile(fileobj=file)))
+            elif path.endswith(".zst"):
+                file = cast(BinaryIO, io.BufferedReader(_ZstdReader(file), 1 << 17))
+            yield file
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        raise GetpError(f"cannot read {name}: {_reason(error)}") from error
 
-    line: int  # in the file, from 1
-    text: str | None
 
+class _ZstdReader(io.RawIOBase):
+    """Unpacks frame after frame; unlike the library's own, an end inside a frame is an error."""
 
-@dataclass(frozen=True, slots=True)
-class FailedRequest:
-    """One line of the errors file."""
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._frame: Any = None  # None between two frames
+        self._packed = b""
+        self._unpacked = b""
 
-    line: int  # of the input file, from 1
-    index: int  # of the request, from 0
-    code: str
-    message: str
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer with what comes next; 0 at the end."""
+        while not self._unpacked:
+            # Little at a time: 4 KiB can unpack to 128 MiB, but not to more.
+            self._packed = self._packed or self._file.read(1 << 12)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("the file ends inside a zstd frame")
+                return 0
+            if self._frame is None:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._unpacked = self._frame.decompress(self._packed)
+            self._packed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        count = min(len(buffer), len(self._unpacked))
+        buffer[:count] = self._unpacked[:count]
+        self._unpacked = self._unpacked[count:]
+        return count
 
 
 def read_bytes(path: str) -> bytes:
     """Return a whole file, or all of standard input for `-`. Raises GetpError."""
-    try:
-        return sys.stdin.buffer.read() if path == STANDARD else Path(path).read_bytes()
-    except OSError as error:
-        raise GetpError(f"cannot read {path}: {error.strerror}") from error
+    with opened(path) as file:
+        return file.read()
 
 
-def split_lines(data: bytes) -> list[bytes]:
-    r"""Split at `\n` alone and drop one `\r` before it; the last `\n` begins no line.
+def lines_of(file: BinaryIO) -> Iterator[bytes | None]:
+    r"""Yield lines, split at `\n` alone and one `\r` before it dropped; None: too long.
 
     str.splitlines would also split at U+2028 and friends, which prompts do contain.
     """
-    lines = data.removeprefix(_BOM).split(b"\n")
-    if not lines[-1]:
-        lines.pop()
-    return [line.removesuffix(b"\r") for line in lines]
+    start = True
+    while line := file.readline(LONGEST_LINE):
+        if start:
+            line, start = line.removeprefix(_BOM), False
+            if not line:
+                return
+        if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+            while line and not line.endswith(b"\n"):
+                line = file.readline(LONGEST_LINE)
+            yield None
+        else:
+            yield line.removesuffix(b"\n").removesuffix(b"\r")
 
 
-def read_numbered_text(path: str) -> tuple[list[Prompt], int]:
-    """Read prompts: line 1 is N, then N prompts, one a line.
-
-    Returns them with the number of lines after the Nth, which are ignored. A line that is not
-    UTF-8 spoils only its own request. Raises GetpError naming the line that is wrong or missing.
-    """
-    name = "standard input" if path == STANDARD else path
-    lines = split_lines(read_bytes(path))
-    first = lines[0].strip() if lines else b""
-    if not _COUNT.fullmatch(first):
-        shown = first[:40].decode("utf-8", "replace")
-        raise GetpError(f"{name}, line 1: must be the number of prompts, not {shown!r}")
-    count, found = int(first), len(lines) - 1
-    if found < count:
-        raise GetpError(
-            f"{name}, line {found + 2}: missing; line 1 promises {count} prompts, "
-            f"but only {found} follow"
-        )
-    prompts = [
-        Prompt(number, _text(line)) for number, line in enumerate(lines[1 : count + 1], start=2)
-    ]
-    return prompts, found - count
-
-
-def _text(line: bytes) -> str | None:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError:
-        return None
+def split_lines(data: bytes) -> list[bytes]:
+    """Return the lines of a small file, as `lines_of` yields them."""
+    return [line for line in lines_of(io.BytesIO(data)) if line is not None]
 
 
 def read_token_file(path: str) -> list[TokenIds]:
@@ -108,23 +126,17 @@ def read_token_file(path: str) -> list[TokenIds]:
     return rows
 
 
-def write_token_file(path: str, rows: Iterable[Sequence[int]]) -> None:
-    """Write token ids separated by one space, one request a line; an empty one has failed."""
-    with writing(path) as file:
-        for ids in rows:
-            file.write(b"%s\n" % " ".join(map(str, ids)).encode())
+def token_line(ids: Sequence[int]) -> bytes:
+    """Return one line of a token file, without its end: ids separated by one space."""
+    return " ".join(map(str, ids)).encode()
 
 
-def errors_path(output: str) -> str:
-    """Return where the errors of the job that writes `output` go."""
-    return f"{output}.errors.jsonl"
-
-
-def write_errors(path: str, failed: Iterable[FailedRequest]) -> None:
-    """Write one JSON object a line."""
-    with writing(path) as file:
-        for error in failed:
-            file.write(json.dumps(asdict(error), ensure_ascii=False).encode() + b"\n")
+def json_line(value: object) -> bytes:
+    """Return `value` as JSON on one line of UTF-8; lone surrogates stay escaped."""
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, separators=(",", ":")).encode()
 
 
 def write_report(path: str, report: Mapping[str, Any]) -> None:
@@ -145,22 +157,52 @@ def writing(path: str) -> Iterator[BinaryIO]:
         sys.stdout.buffer.flush()
         return
     target = Path(os.path.realpath(path))  # through a link, so that the link stays
-    in_place = target.exists() and not target.is_file()
-    temporary = target if in_place else target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target if in_place(path) else _temporary(target)
     try:
         try:
             with open(temporary, "wb") as file:
-                yield file
+                with _packed(file, path) as packed:
+                    yield packed
                 file.flush()
-                if not in_place:
+                if temporary != target:
                     os.fsync(file.fileno())
-            if not in_place:
+            if temporary != target:
                 os.replace(temporary, target)
+                sync_folder(target.parent)
         finally:
-            if not in_place:
+            if temporary != target:
                 temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise GetpError(f"cannot write {path}: {error.strerror}") from error
+        raise GetpError(f"cannot write {path}: {_reason(error)}") from error
+
+
+@contextmanager
+def _packed(file: BinaryIO, path: str) -> Iterator[BinaryIO]:
+    if path.endswith(".gz"):
+        # Neither name nor time inside: the same results are the same bytes.
+        with gzip.GzipFile("", "wb", 6, file, mtime=0) as packed:
+            yield cast(BinaryIO, packed)
+    elif path.endswith(".zst"):
+        with zstandard.ZstdCompressor(write_checksum=True).stream_writer(
+            file, closefd=False
+        ) as writer:
+            yield cast(BinaryIO, writer)
+    else:
+        yield file
+
+
+def in_place(path: str) -> bool:
+    """Whether `path` is no file that could be replaced: standard output, a pipe, a device."""
+    return path == STANDARD or (os.path.exists(path) and not os.path.isfile(path))
+
+
+def sync_folder(folder: Path) -> None:
+    """See that names made, changed or removed in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_writable(path: str, others: Sequence[str] = ()) -> None:
@@ -170,13 +212,29 @@ def check_writable(path: str, others: Sequence[str] = ()) -> None:
     target = Path(os.path.realpath(path))
     if any(other != STANDARD and Path(os.path.realpath(other)) == target for other in others):
         raise GetpError(f"cannot write {path}: the job uses this file for something else, too")
-    if target.exists() and not target.is_file() and not target.is_dir():
-        return  # a pipe or a device
-    probe = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    if in_place(path) and not target.is_dir():
+        return
+    probe = _temporary(target)
     try:
         if target.is_dir():
             raise IsADirectoryError(0, "it is a directory")
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise GetpError(f"cannot write {path}: {error.strerror}") from error
+        raise GetpError(f"cannot write {path}: {_reason(error)}") from error
+
+
+def remove_leftovers(path: str) -> None:
+    """Remove the unfinished files of processes that were killed while they wrote `path`."""
+    target = Path(os.path.realpath(path))
+    for file in target.parent.iterdir():
+        if re.fullmatch(rf"\.{re.escape(target.name)}\.[0-9]+\.tmp", file.name):
+            file.unlink(missing_ok=True)
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{os.getpid()}.tmp")
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

@@ -73,6 +73,35 @@ _ALL: tuple[_Decorator, ...] = (
         help="Write the report as JSON as well.",
     ),
     _job(
+        "--restart",
+        is_flag=True,
+        modes=("getp",),
+        help="Begin again instead of going on where an earlier run of this job ended.",
+    ),
+    _job(
+        "--max-errors",
+        type=click.IntRange(min=0),
+        modes=("getp",),
+        help="End the job when more requests than this have failed.  [default: never]",
+    ),
+    _job(
+        "--flush-interval",
+        type=click.FloatRange(min=0),
+        default=1.0,
+        show_default=True,
+        modes=("getp",),
+        help="Seconds until a finished request is safe from a power failure; 0: at once. "
+        "From the end of the process it is safe at once.",
+    ),
+    _job(
+        "--grace",
+        type=click.FloatRange(min=0),
+        default=10.0,
+        show_default=True,
+        modes=("getp",),
+        help="Seconds that running requests have to finish after Ctrl-C or SIGTERM.",
+    ),
+    _job(
         "--line",
         type=int,
         modes=("decode",),

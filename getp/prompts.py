@@ -1,6 +1,7 @@
 """From a prompt's text to its token ids and its seed."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from getp.errors import GetpError
 from tokenizer import ChatTemplate, Message, Tokenizer
@@ -19,9 +20,12 @@ def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
     return tokenizer.template
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Return the prompt that asks for the next answer of a conversation."""
-    text = chat_template(tokenizer).render(messages)
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **variables: Any) -> list[int]:
+    """Return the prompt that asks for the next answer of a conversation.
+
+    `variables` are further names for the template.
+    """
+    text = chat_template(tokenizer).render(messages, **variables)
     return tokenizer.encode(text, special=False)  # the template has put the first token there
 
 

@@ -24,14 +24,31 @@ Report = dict[str, Any]
 """What `--report` writes. Times are in seconds, memory in bytes; None is "not measured"."""
 
 
-def _doubles() -> "array[float]":
-    return array("d")
+class Sample:
+    """Numbers of which only evenly spaced ones are kept once there are many: flat memory."""
+
+    def __init__(self, most: int = 1 << 16) -> None:
+        self.values = array("d")
+        self._most = most
+        self._step, self._skipped = 1, 0
+
+    def add(self, value: float) -> None:
+        """Keep a number, or skip it."""
+        self._skipped += 1
+        if self._skipped < self._step:
+            return
+        self._skipped = 0
+        self.values.append(value)
+        if len(self.values) == self._most:
+            self.values = self.values[1::2]
+            self._step *= 2
 
 
 @dataclass
 class Measurements:
     """What the completions of a job add up to, kept small for jobs of millions."""
 
+    resumed: int = 0  # requests that an earlier run had finished; they count nowhere else
     done: int = 0
     failed: int = 0
     prompt_tokens: int = 0
@@ -40,8 +57,8 @@ class Measurements:
     warm_up_s: float = 0.0
     inference_s: float = 0.0
     finish_s: float = 0.0
-    _ttft_s: "array[float]" = field(default_factory=_doubles)  # time to the first token
-    _per_token_s: "array[float]" = field(default_factory=_doubles)  # between tokens, a mean each
+    _ttft_s: Sample = field(default_factory=Sample)  # time to the first token
+    _per_token_s: Sample = field(default_factory=Sample)  # between tokens, a mean each
 
     @property
     def output_tok_s(self) -> float:
@@ -56,10 +73,10 @@ class Measurements:
         self.cached_tokens += completion.cached_tokens
         self.output_tokens += tokens
         if tokens:
-            self._ttft_s.append(completion.first_token - completion.arrived)
+            self._ttft_s.add(completion.first_token - completion.arrived)
         if tokens > 1:
             decoding = completion.finished - completion.first_token
-            self._per_token_s.append(decoding / (tokens - 1))
+            self._per_token_s.add(decoding / (tokens - 1))
 
     def report(self, engine: "Engine", checkpoint: str) -> Report:
         """Put everything together, after the engine has finished."""
@@ -76,6 +93,7 @@ class Measurements:
                 "python": platform.python_version(),
                 "torch": torch.__version__,
             },
+            "requests_resumed": self.resumed,
             "requests_done": self.done,
             "requests_failed": self.failed,
             "prompt_tokens": self.prompt_tokens,
@@ -86,10 +104,10 @@ class Measurements:
             "finish_s": self.finish_s,
             "output_tok_s": self.output_tok_s,
             "total_tok_s": self._rate(self.prompt_tokens + self.output_tokens),
-            "ttft_median_s": quantile(self._ttft_s, 0.5),
-            "ttft_p99_s": quantile(self._ttft_s, 0.99),
-            "per_token_median_s": quantile(self._per_token_s, 0.5),
-            "per_token_p99_s": quantile(self._per_token_s, 0.99),
+            "ttft_median_s": quantile(self._ttft_s.values, 0.5),
+            "ttft_p99_s": quantile(self._ttft_s.values, 0.99),
+            "per_token_median_s": quantile(self._per_token_s.values, 0.5),
+            "per_token_p99_s": quantile(self._per_token_s.values, 0.99),
             "steps": stats.steps,
             "mean_batch": _ratio(stats.batch_sum, stats.steps),
             "peak_batch": stats.peak_batch,
@@ -137,8 +155,11 @@ def _rows(r: Report) -> list[tuple[str, str]]:
     memory = _size(r["peak_memory_bytes"])
     if r["peak_gpu_memory_bytes"] is not None:
         memory += f", on the GPU {_size(r['peak_gpu_memory_bytes'])}"
+    requests = f"{r['requests_done']:,} done, {r['requests_failed']:,} failed"
+    if r["requests_resumed"]:
+        requests += f" (and {r['requests_resumed']:,} ended in an earlier run)"
     return [
-        ("requests", f"{r['requests_done']:,} done, {r['requests_failed']:,} failed"),
+        ("requests", requests),
         (
             "tokens",
             f"{r['prompt_tokens']:,} prompt ({r['cached_tokens']:,} cached, "

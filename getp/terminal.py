@@ -15,8 +15,13 @@ _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 def say(message: str) -> None:
-    """Write a line of our own, on standard error: standard output is for answers."""
-    print(message, file=sys.stderr, flush=True)
+    """Write a line of our own, on standard error: standard output is for answers.
+
+    It may quote a prompt or a file's name, so control characters are left out. A terminal that
+    has been closed must not end a job.
+    """
+    with suppress(OSError):
+        print(_CONTROL.sub("", message), file=sys.stderr, flush=True)
 
 
 class Screen:

@@ -13,6 +13,7 @@ import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from engine import Completion, EngineStats, Request
+from getp.files import token_line, writing
 from model.shapes import named_config
 from tokenizer import ChatTemplate, Tokenizer
 
@@ -97,6 +98,13 @@ def write_tokenizer(folder: Path, template: str | None = CHAT_TEMPLATE) -> Path:
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)
     return folder
+
+
+def write_tokens(path: str, rows: Iterable[Sequence[int]]) -> None:
+    """Write a token file."""
+    with writing(path) as file:
+        for row in rows:
+            file.write(token_line(row) + b"\n")
 
 
 class FakeEngine:

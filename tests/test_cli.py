@@ -73,6 +73,8 @@ def test_the_version_is_that_of_the_package() -> None:
         (["--stop", ""], ["--stop", "empty"]),
         (["--line", "1"], ["--line", "mode generate", "decode"]),
         (["-o", "x"], ["-o/--output", "mode generate", "getp, decode"]),
+        (["--restart"], ["--restart", "mode generate", "getp"]),
+        (["--max-errors", "-1"], ["'--max-errors'", "-1", "x>=0"]),
         (["-y", "be kind"], ["-y/--system", "--chat-template"]),
         (["-i", ""], ["-i/--input", "empty"]),
         (["-m", "chat", "--raw"], ["--raw", "mode chat"]),

@@ -9,10 +9,11 @@ import pytest
 
 from engine import SamplingParams
 from getp import batch
-from getp.batch import SOME_FAILED, Job
-from getp.errors import GetpError, Interrupted
+from getp.batch import Job
+from getp.errors import SOME_FAILED, GetpError, Interrupted
 from getp.prompts import request_seed
 from getp.report import quantile
+from getp.tasks import Defaults
 from tests.getp_helpers import FakeEngine, fake_engine, small_tokenizer
 
 TOKENIZER = small_tokenizer()
@@ -25,9 +26,14 @@ def job(tmp_path: Path, data: bytes, **changes: Any) -> Job:
         "input": str(tmp_path / "input.txt"),
         "output": str(tmp_path / "output.txt"),
         "checkpoint": "small",
+    }
+    defaults: dict[str, Any] = {
         "params": SamplingParams(max_positions=1024, stop_ids=TOKENIZER.stop_ids),
     }
-    return Job(**{**given, **changes})
+    for name in ("params", "stops", "chat", "system"):
+        if name in changes:
+            defaults[name] = changes.pop(name)
+    return Job(**{**given, **changes}, defaults=Defaults(**defaults))
 
 
 def run(job: Job, engine: Any = None) -> int:
@@ -186,7 +192,9 @@ def test_ctrl_c_says_how_many_were_done_and_frees_the_engine(tmp_path: Path) -> 
         return prompt
 
     work, engine = job(tmp_path, b"5\na\nb\nc\nd\ne\n"), FakeEngine(answer)
-    with pytest.raises(Interrupted, match=r"2 of 5 requests were done; .*output.txt was not"):
+    with pytest.raises(
+        Interrupted, match=r"2 of 5 requests are done and kept in .*output.txt.journal"
+    ):
         run(work, engine)
     assert not engine.warm
     assert not Path(work.output).exists()

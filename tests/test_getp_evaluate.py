@@ -5,15 +5,14 @@ import pytest
 
 from getp.errors import GetpError, UsageProblem
 from getp.evaluate import compare_tokens, decode_file, evaluate
-from getp.files import write_token_file
-from tests.getp_helpers import small_tokenizer
+from tests.getp_helpers import small_tokenizer, write_tokens
 
 TOKENIZER = small_tokenizer()
 HARMONY = "<|channel|>final<|message|>42<|return|>"
 
 
 def tokens(path: Path, *texts: str) -> str:
-    write_token_file(str(path), [TOKENIZER.encode(text) for text in texts])
+    write_tokens(str(path), [TOKENIZER.encode(text) for text in texts])
     return str(path)
 
 

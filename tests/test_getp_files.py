@@ -9,14 +9,13 @@ from hypothesis import strategies as st
 
 from getp.errors import GetpError
 from getp.files import (
-    FailedRequest,
     check_writable,
-    read_numbered_text,
     read_token_file,
     split_lines,
-    write_errors,
-    write_token_file,
+    writing,
 )
+from getp.inputs import Line, scan
+from tests.getp_helpers import write_tokens
 
 
 def numbered(tmp_path: Path, data: bytes) -> str:
@@ -40,22 +39,19 @@ def test_prompts_come_back_as_they_were_written(
     assert read == [str(len(prompts)), *prompts]
 
 
+def read(path: str) -> list[Line]:
+    return list(scan(path).lines())
+
+
 def test_only_a_newline_separates_prompts(tmp_path: Path) -> None:
     odd = "one\u2028still one\x0b\x0c\x85\r!"
-    prompts, ignored = read_numbered_text(numbered(tmp_path, f"2\r\n{odd}\r\ntwo".encode()))
-    assert [prompt.text for prompt in prompts] == [odd, "two"]
-    assert [prompt.line for prompt in prompts] == [2, 3]
-    assert ignored == 0
+    found = read(numbered(tmp_path, f"2\r\n{odd}\r\ntwo".encode()))
+    assert found == [Line(0, 2, odd.encode()), Line(1, 3, b"two")]
 
 
 def test_a_byte_order_mark_is_no_part_of_the_number(tmp_path: Path) -> None:
-    prompts, _ = read_numbered_text(numbered(tmp_path, b"\xef\xbb\xbf1\n\xef\xbb\xbfa\n"))
-    assert [prompt.text for prompt in prompts] == ["\ufeffa"]
-
-
-def test_a_line_that_is_not_utf8_spoils_only_itself(tmp_path: Path) -> None:
-    prompts, _ = read_numbered_text(numbered(tmp_path, b"3\na\n\xff\xfe\n\xc3\xa9\n"))
-    assert [prompt.text for prompt in prompts] == ["a", None, "é"]
+    (line,) = read(numbered(tmp_path, b"\xef\xbb\xbf1\n\xef\xbb\xbfa\n"))
+    assert line.data == "\ufeffa".encode()
 
 
 @pytest.mark.parametrize(
@@ -71,8 +67,65 @@ def test_a_line_that_is_not_utf8_spoils_only_itself(tmp_path: Path) -> None:
 def test_lines_after_the_last_prompt_are_ignored(
     tmp_path: Path, data: bytes, prompts: int, ignored: int
 ) -> None:
-    found, rest = read_numbered_text(numbered(tmp_path, data))
-    assert (len(found), rest) == (prompts, ignored)
+    source = scan(numbered(tmp_path, data))
+    assert (source.total, source.ignored) == (prompts, ignored)
+    assert len(list(source.lines())) == prompts
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "kind"),
+    [
+        ("a.jsonl", b"nonsense", "jsonl"),
+        ("a.txt", b"0", "text"),
+        ("a", b' {"prompt": "x"}', "jsonl"),
+        ("a", b"0\n", "text"),
+    ],
+)
+def test_the_kind_is_told_by_name_or_else_by_the_first_character(
+    tmp_path: Path, name: str, data: bytes, kind: str
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    assert scan(str(tmp_path / name)).kind == kind
+
+
+def test_blank_lines_of_jsonl_are_no_requests(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\n{1}\n \r\n{2}")
+    assert read(str(tmp_path / "a.jsonl")) == [Line(0, 2, b"{1}"), Line(1, 4, b"{2}")]
+
+
+def test_a_line_of_any_length_costs_no_more_than_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("getp.files.LONGEST_LINE", 10)
+    path = numbered(tmp_path, b"3\n" + b"x" * 95 + b"\n123456789\n1234567890")
+    assert [line.data for line in read(path)] == [None, b"123456789", None]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_files_are_packed_and_unpacked_by_suffix(tmp_path: Path, suffix: str) -> None:
+    path = str(tmp_path / f"a.jsonl{suffix}")
+    for _ in range(2):
+        with writing(path) as file:
+            file.write(b"one\ntwo\n" * 1000)
+    first = Path(path).read_bytes()
+    assert (len(first) < 1000) == bool(suffix)
+    source = scan(path)
+    assert (source.kind, source.total) == ("jsonl", 2000)
+    with writing(path) as file:
+        file.write(b"one\ntwo\n" * 1000)
+    assert Path(path).read_bytes() == first
+    if suffix:
+        Path(path).write_bytes(first[:-3])
+        with pytest.raises(GetpError, match=r"cannot read .*a.jsonl"):
+            scan(path)
+
+
+def test_an_input_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> None:
+    path = numbered(tmp_path, b"3\na\nb\nc\n")
+    source = scan(path)
+    numbered(tmp_path, b"3\na\n")
+    with pytest.raises(GetpError, match="was changed while it was read"):
+        list(source.lines())
 
 
 @pytest.mark.parametrize(
@@ -90,19 +143,19 @@ def test_lines_after_the_last_prompt_are_ignored(
 )
 def test_a_wrong_file_is_refused_naming_the_line(tmp_path: Path, data: bytes, message: str) -> None:
     with pytest.raises(GetpError, match=message):
-        read_numbered_text(numbered(tmp_path, data))
+        scan(numbered(tmp_path, data))
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(GetpError, match=r"cannot read .*nowhere.*No such file"):
-        read_numbered_text(str(tmp_path / "nowhere"))
+        scan(str(tmp_path / "nowhere"))
     with pytest.raises(GetpError, match="directory"):
-        read_numbered_text(str(tmp_path))
+        scan(str(tmp_path))
 
 
 def test_token_files_are_exact_to_the_last_space(tmp_path: Path) -> None:
     path = str(tmp_path / "out.txt")
-    write_token_file(path, [[1, 22, 333], [], [7]])
+    write_tokens(path, [[1, 22, 333], [], [7]])
     assert Path(path).read_bytes() == b"1 22 333\n\n7\n"
     assert [list(row) for row in read_token_file(path)] == [[1, 22, 333], [], [7]]
 
@@ -111,14 +164,6 @@ def test_token_files_are_exact_to_the_last_space(tmp_path: Path) -> None:
 def test_a_word_that_is_no_token_id_is_refused_naming_the_line(tmp_path: Path, word: str) -> None:
     with pytest.raises(GetpError, match=f"line 2: '{word}' is no token id"):
         read_token_file(numbered(tmp_path, f"1 2\n3 {word}\n".encode()))
-
-
-def test_errors_are_one_json_object_a_line(tmp_path: Path) -> None:
-    path = tmp_path / "out.errors.jsonl"
-    write_errors(str(path), [FailedRequest(4, 2, "empty_prompt", "the prompt is «empty»")])
-    assert path.read_text(encoding="utf-8") == (
-        '{"line": 4, "index": 2, "code": "empty_prompt", "message": "the prompt is «empty»"}\n'
-    )
 
 
 def test_a_result_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -130,7 +175,7 @@ def test_a_result_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        write_token_file(str(target), rows())
+        write_tokens(str(target), rows())
     assert target.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out.txt"]
 
@@ -139,11 +184,11 @@ def test_results_are_written_through_links_and_into_pipes_and_devices(tmp_path: 
     target, link = tmp_path / "out.txt", tmp_path / "link"
     link.symlink_to(target)
     check_writable(str(link))
-    write_token_file(str(link), [[1]])
+    write_tokens(str(link), [[1]])
     assert link.is_symlink()
     assert target.read_text() == "1\n"
     check_writable("/dev/null")
-    write_token_file("/dev/null", [[1]])
+    write_tokens("/dev/null", [[1]])
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
 

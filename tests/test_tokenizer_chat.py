@@ -4,7 +4,14 @@ from pathlib import Path
 import pytest
 
 from tests.getp_helpers import CHAT_TEMPLATE, small_tokenizer, write_tokenizer
-from tokenizer import ChatTemplate, HarmonyParser, Tokenizer, TokenizerError, answer_text
+from tokenizer import (
+    ChatTemplate,
+    HarmonyParser,
+    TemplateError,
+    Tokenizer,
+    TokenizerError,
+    answer_text,
+)
 from tokenizer.harmony import speaks_harmony
 
 TALK = [
@@ -120,3 +127,42 @@ def test_a_tokenizer_without_the_markers_has_plain_answers() -> None:
     assert not speaks_harmony(plain)
     assert speaks_harmony(small_tokenizer())
     assert answer_text(plain, plain.encode("a bad head")) == "a bad head"
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}", "round"),
+        ("{% for i in range(999999999) %}{% endfor %}", "too big"),
+        ("{{ 'x' * 999999999 }}", "more than"),
+        ("{{ 999999999 * [1] }}", "more than"),
+        ("{{ 99 ** 99999 }}", "power"),
+        ("{{ '%*d' % (999999999, 1) }}", "width"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+        ("{{ messages.__class__.__mro__ }}", "unsafe"),
+        ("{{ ''.__class__.__base__.__subclasses__() }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        (
+            "{% for i in range(70000) %}{{ 'x' * 1000 }}{% endfor %}",
+            "more than",
+        ),
+    ],
+)
+def test_a_template_has_limits_and_no_way_out(template: str, words: str) -> None:
+    with pytest.raises(TemplateError, match=words):
+        ChatTemplate(template).render(TALK)
+
+
+def test_a_template_that_is_no_template_is_refused(tmp_path: Path) -> None:
+    for source in ("{% for x in", "{% for x in y recursive %}{% endfor %}", "x" * 2**21):
+        with pytest.raises(TokenizerError, match="chat template is"):
+            ChatTemplate(source)
+    folder = write_tokenizer(tmp_path)
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(TokenizerError, match=r"chat_template.jinja cannot be read"):
+        Tokenizer.load(folder)
+
+
+def test_a_template_says_which_names_it_asks_for() -> None:
+    assert "reasoning_effort" in ChatTemplate("{{ reasoning_effort }}").variables
+    assert "reasoning_effort" not in ChatTemplate(CHAT_TEMPLATE).variables

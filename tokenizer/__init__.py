@@ -5,7 +5,7 @@ terminals. The main class is `Tokenizer`.
 """
 
 from tokenizer.chat import ChatTemplate, Message
-from tokenizer.errors import TokenizerError
+from tokenizer.errors import TemplateError, TokenizerError
 from tokenizer.harmony import HarmonyParser, answer_text
 from tokenizer.stream import StopStrings, StreamDecoder
 from tokenizer.tokenizer import Tokenizer
@@ -16,6 +16,7 @@ __all__ = [
     "Message",
     "StopStrings",
     "StreamDecoder",
+    "TemplateError",
     "Tokenizer",
     "TokenizerError",
     "answer_text",

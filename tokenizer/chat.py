@@ -2,22 +2,29 @@
 
 The environment and the names a template sees are those of transformers'
 `apply_chat_template`, so the templates on the Hub run unchanged. They are other people's
-programs: they run in Jinja's sandbox.
+programs: they run in Jinja's sandbox, and every loop, text and number of theirs has a limit.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from tokenizer.errors import TokenizerError
+from tokenizer.errors import TemplateError, TokenizerError
+
+_LONGEST_SOURCE = 1 << 20  # characters; templates on the Hub have up to some ten thousand
+_LONGEST_TEXT = 64 << 20  # of what one expression makes, and of the whole
+_WIDE = re.compile(r"%[^a-zA-Z%]*(\*|\d{6})")
+_MOST_TURNS = 1 << 20  # of all loops of one rendering together
 
 Message = Mapping[str, Any]
 """One turn: {"role": "system" | "user" | "assistant", "content": text}, and what a template
@@ -29,9 +36,14 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
         self._special_tokens = dict(special_tokens or {})
+        if len(source) > _LONGEST_SOURCE:
+            raise TokenizerError(f"the chat template is longer than {_LONGEST_SOURCE} characters")
         try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateError as error:
+            self._environment = _environment()
+            tree = self._environment.parse(source)
+            self.variables = frozenset(jinja2.meta.find_undeclared_variables(tree))
+            self._template = self._environment.from_string(_limited(tree))
+        except (jinja2.TemplateError, RecursionError, MemoryError, ValueError) as error:
             raise TokenizerError(f"the chat template is not valid: {error}") from error
 
     @classmethod
@@ -42,9 +54,14 @@ class ChatTemplate:
         file = folder / "chat_template.jinja"
         source = config.get("chat_template")
         if file.is_file():
-            source = file.read_text(encoding="utf-8")
+            try:
+                # In bytes up to four times as many as characters.
+                with open(file, "rb") as opened:
+                    source = opened.read(4 * _LONGEST_SOURCE + 1).decode("utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise TokenizerError(f"{file} cannot be read: {error}") from error
         elif isinstance(source, list):  # several, by name
-            named = {entry["name"]: entry["template"] for entry in source}
+            named = {e.get("name"): e.get("template") for e in source if isinstance(e, dict)}
             source = named.get("default")
         return cls(source, special_tokens) if isinstance(source, str) else None
 
@@ -53,17 +70,69 @@ class ChatTemplate:
     ) -> str:
         """Return the conversation as text, ending where the assistant's answer begins.
 
-        `variables` are further names for the template (`reasoning_effort="low"`, …). Raises
-        TokenizerError with the template's own words when it refuses the conversation.
+        `variables` are further names for the template (`reasoning_effort="low"`, …); those it
+        asks about are in `self.variables`. Raises TemplateError with the template's own words
+        when it refuses the conversation.
         """
         names: dict[str, Any] = {"tools": None, "documents": None, **self._special_tokens}
         names |= variables
+        names |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        self._environment.turns_left = _MOST_TURNS
+        pieces, length = [], 0
         try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **names
-            )
+            for piece in self._template.generate(names):
+                pieces.append(piece)
+                length += len(piece)
+                _check_length(length)
         except Exception as error:  # a template is a program: it can raise anything
-            raise TokenizerError(f"the chat template refused the conversation: {error}") from error
+            raise TemplateError(f"the chat template refused the conversation: {error}") from error
+        return "".join(pieces)
+
+
+def _limited(tree: jinja2.nodes.Template) -> jinja2.nodes.Template:
+    """Let every loop of a template count its turns."""
+    for loop in list(tree.find_all(jinja2.nodes.For)):
+        if loop.recursive:
+            raise jinja2.TemplateError("recursive loops are not supported")
+        count = jinja2.nodes.EnvironmentAttribute("count_turns")  # no template can shadow it
+        loop.iter = jinja2.nodes.Call(count, [loop.iter], [], None, None)
+    return tree
+
+
+def _check_length(length: int) -> None:
+    if length > _LONGEST_TEXT:
+        raise TemplateError(f"it makes a text of more than {_LONGEST_TEXT} characters")
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, with limits on what an operator can make."""
+
+    intercepted_binops = frozenset({"*", "**", "+", "%"})
+    turns_left = _MOST_TURNS
+
+    def count_turns(self, values: Iterable[Any]) -> Iterator[Any]:
+        """Yield the values of a loop while turns are left."""
+        for value in values:
+            self.turns_left -= 1
+            if self.turns_left < 0:
+                raise TemplateError(f"its loops go round more than {_MOST_TURNS} times")
+            yield value
+
+    def call_binop(
+        self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
+    ) -> Any:
+        """Apply an operator unless the result would be enormous."""
+        if operator == "*":
+            for one, other in ((left, right), (right, left)):
+                if hasattr(one, "__len__") and isinstance(other, int):
+                    _check_length(len(one) * other)
+        elif operator == "**" and not (abs(left) <= 2**32 and abs(right) <= 64):
+            raise TemplateError("a power in it is too large")
+        elif operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
+            _check_length(len(left) + len(right))
+        elif operator == "%" and isinstance(left, str) and _WIDE.search(left):
+            raise TemplateError("it formats to a width that is given elsewhere, or enormous")
+        return super().call_binop(context, operator, left, right)
 
 
 class _Generation(jinja2.ext.Extension):
@@ -77,9 +146,9 @@ class _Generation(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+def _environment() -> _Environment:
     """Return the environment that templates on the Hub are written for."""
-    environment = ImmutableSandboxedEnvironment(
+    environment = _Environment(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_Generation, jinja2.ext.loopcontrols],

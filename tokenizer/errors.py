@@ -6,3 +6,7 @@ class TokenizerError(Exception):
 
     The message is one sentence for the user.
     """
+
+
+class TemplateError(TokenizerError):
+    """A chat template that refused a conversation, or went beyond its limits."""

@@ -10,6 +10,8 @@ import tokenizers
 from tokenizer.chat import ChatTemplate
 from tokenizer.errors import TokenizerError
 
+_LARGEST_JSON = 64 << 20  # bytes; tokenizer_config.json may list every added token
+
 
 class Tokenizer:
     """Encodes and decodes as `transformers` does with the same files.
@@ -94,8 +96,10 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
+        if file.stat().st_size > _LARGEST_JSON:
+            raise TokenizerError(f"{file} is larger than {_LARGEST_JSON} bytes")
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TokenizerError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise TokenizerError(f"{file} must hold a JSON object")

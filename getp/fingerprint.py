@@ -1,0 +1,43 @@
+"""What identifies a checkpoint and a tokenizer: their contents, wherever they lie."""
+
+import hashlib
+from pathlib import Path
+
+_WHOLE = 64 << 20  # bytes up to which a file is read in full
+_SAMPLES, _SAMPLE = 64, 64 << 10  # else this many pieces of this size, evenly spaced
+
+_CHECKPOINT_FILES = ("config.json", "generation_config.json", "*.safetensors")
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
+)  # fmt: skip
+
+
+def of_checkpoint(folder: Path) -> str:
+    """Return the fingerprint of a checkpoint's configuration and weights.
+
+    Of large weight files only samples are read: training changes every part of them.
+    """
+    return _of_files(folder, _CHECKPOINT_FILES)
+
+
+def of_tokenizer(path: Path) -> str:
+    """Return the fingerprint of a tokenizer's files; `path` is their directory or the first."""
+    if path.is_dir():
+        return _of_files(path, _TOKENIZER_FILES)
+    return _of_files(path.parent, (path.name, *_TOKENIZER_FILES[1:]))
+
+
+def _of_files(folder: Path, patterns: tuple[str, ...]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for pattern in patterns:
+        for file in sorted(folder.glob(pattern)):
+            size = file.stat().st_size
+            digest.update(f"{file.name}\0{size}\0".encode())
+            with open(file, "rb") as opened:
+                if size <= _WHOLE:
+                    digest.update(opened.read())
+                    continue
+                for sample in range(_SAMPLES):
+                    opened.seek((size - _SAMPLE) * sample // (_SAMPLES - 1))
+                    digest.update(opened.read(_SAMPLE))
+    return digest.hexdigest()
