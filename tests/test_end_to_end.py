@@ -1,0 +1,135 @@
+"""The whole product on the model that comes with it, as a user runs it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "data"
+
+
+def getp(*args: object, stdin: str = "", status: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run the command line; one thread, since the model is tiny."""
+    result = subprocess.run(
+        [sys.executable, "run.py", *map(str, args)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == status, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The main job on data/input.txt; its folder has output.txt, report.json and stdout."""
+    folder = tmp_path_factory.mktemp("job")
+    output, report = folder / "output.txt", folder / "report.json"
+    run = getp("-m", "getp", "-i", DATA / "input.txt", "-o", output, "--report", report)
+    (folder / "stdout").write_text(run.stdout)
+    return folder
+
+
+def share_right(tokens: Path, folder: Path) -> float:
+    report = folder / "eval.json"
+    getp("-m", "eval", "-i", tokens, "--expected", DATA / "answers.txt", "--report", report)
+    return float(json.loads(report.read_text())["expected"]["share_right"])
+
+
+def test_the_main_job_answers_95_percent_of_questions_it_never_saw(job: Path) -> None:
+    lines = (job / "output.txt").read_text().splitlines()
+    assert len(lines) == int((DATA / "input.txt").read_text().split("\n")[0]) >= 200
+    assert all(re.fullmatch(r"\d+( \d+)*", line) for line in lines)
+    last = (job / "stdout").read_text().splitlines()[-1]
+    assert re.fullmatch(
+        r"elapsed time\(s\): \d+\.\d{6}, achieved throughput TPS \(tok/s\): \d+\.\d{6}", last
+    )
+    assert share_right(job / "output.txt", job) >= 0.95
+
+
+def test_through_the_chat_template_it_answers_95_percent_too(tmp_path: Path) -> None:
+    output = tmp_path / "chat.txt"
+    getp("-m", "getp", "-i", DATA / "input.txt", "-o", output, "--chat-template")
+    assert share_right(output, tmp_path) >= 0.95
+
+
+def test_float32_answers_the_same_but_for_a_few(job: Path, tmp_path: Path) -> None:
+    output = tmp_path / "wide.txt"
+    getp("-m", "getp", "-i", DATA / "input.txt", "-o", output, "--dtype", "float32")
+    wide = output.read_text().splitlines()
+    half = (job / "output.txt").read_text().splitlines()
+    assert sum(a == b for a, b in zip(wide, half, strict=True)) >= 0.98 * len(wide)
+
+
+def test_prompts_reach_beyond_window_and_original_context(job: Path) -> None:
+    """Else the model would be no check of windows and YaRN."""
+    config = json.loads((DATA / "model" / "config.json").read_text())
+    report = json.loads((job / "report.json").read_text())
+    longest = getp(
+        "-m",
+        "generate",
+        "-i",
+        "What is 4 plus 5?",
+        "--chat-template",
+        "-y",
+        "You are a calculator.",
+    )
+    prompt = int(re.search(r"of (\d+) prompt tokens", longest.stderr)[1])  # type: ignore[index]
+    assert prompt > config["rope_scaling"]["original_max_position_embeddings"]
+    assert report["prompt_tokens"] / report["requests_done"] > config["sliding_window"]
+
+
+def test_a_conversation_keeps_its_history_and_knows_its_commands() -> None:
+    talk = ["What is 12 plus 7?", "/system Be brief.", "What is 20 plus 30?", "/reset", "/nonsense"]
+    run = getp("-m", "chat", stdin="\n".join([*talk, "What is 5 plus 6?", "/quit", "ignored"]))
+    assert run.stdout.split() == ["19", "50", "11"]
+    assert "unknown command /nonsense" in run.stderr
+    assert run.stderr.count("tok/s") == 3
+    assert "analysis" in run.stderr  # shown apart from the answer
+
+
+def test_a_broken_input_file_is_one_clear_line(tmp_path: Path) -> None:
+    path = tmp_path / "broken.txt"
+    path.write_text("3\nonly one\n")
+    run = getp("-m", "getp", "-i", path, "-o", tmp_path / "out.txt", status=1)
+    assert run.stderr.count("\n") == 1
+    assert f"{path}, line 3: missing" in run.stderr
+    assert not (tmp_path / "out.txt").exists()
+
+
+def test_bad_requests_fail_alone(tmp_path: Path) -> None:
+    path, output = tmp_path / "mixed.txt", tmp_path / "out.txt"
+    path.write_bytes(b"4\nWhat is 4 plus 5?\n\n\xff\xfe\n" + b"A" * 5000 + b"\n")
+    getp("-m", "getp", "-i", path, "-o", output, status=3)
+    lines = output.read_text().split("\n")
+    assert lines[0]
+    assert lines[1:] == ["", "", "", ""]
+    errors = [json.loads(e) for e in Path(f"{output}.errors.jsonl").read_text().splitlines()]
+    assert [e["line"] for e in errors] == [3, 4, 5]
+
+
+def test_the_five_lines_of_the_readme_run() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert run.stdout.strip() == "42", run.stderr
+
+
+def test_the_commands_of_the_readme_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    targets = set(re.findall(r"^make (\w+)", text, re.MULTILINE))
+    makefile = (ROOT / "Makefile").read_text()
+    assert {"getp", "test"} <= targets
+    assert all(f"\n{target}:" in makefile for target in targets)
+    options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+    known = getp("--help").stdout
+    assert all(option in known for option in options - {"--load", "--help"}), options
