@@ -366,10 +366,11 @@ def split_parameters(network: Network) -> tuple[list[Tensor], list[Tensor]]:
 class Recipe:
     """How long and how fast to train. Fractions are of all steps."""
 
-    steps: int = 6000
+    steps: int = 5000
     workers: int = 2
     tokens: int = 3072  # of each worker, in one step
-    lr: float = 3e-3
+    muon_lr: float = 5e-3
+    adam_lr: float = 3e-3
     warmup: float = 0.01
     decay: float = 0.4
     quantise_after: float = 0.25
@@ -379,9 +380,9 @@ class Recipe:
 
 
 def rate(recipe: Recipe, step: int) -> float:
-    """Learning rate at a step: warm-up, flat, then down to zero in a line."""
+    """Share of the learning rate at a step: warm-up, flat, then down to zero in a line."""
     done = step / recipe.steps
-    return recipe.lr * min(1.0, done / recipe.warmup + 0.01, (1 - done) / recipe.decay)
+    return min(1.0, done / recipe.warmup + 0.01, (1 - done) / recipe.decay)
 
 
 def solved(logits: Tensor, batch: Batch) -> Tensor:
@@ -450,8 +451,10 @@ def train(worker: int, recipe: Recipe, shape: Shape, state: Path | None) -> None
     tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
     network = Network(shape)
     matrices, others = split_parameters(network)
-    muon = Muon(matrices, recipe.lr)
-    adam = torch.optim.AdamW(others, recipe.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    muon = Muon(matrices, recipe.muon_lr)
+    adam = torch.optim.AdamW(
+        others, recipe.adam_lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
     error = dict.fromkeys(all_kinds(), 1.0)  # running share of wrong training completions
     weights = {kind: share(kind) for kind in error}
     first = 1
@@ -475,9 +478,9 @@ def train(worker: int, recipe: Recipe, shape: Shape, state: Path | None) -> None
         if recipe.workers > 1:
             average_gradients(matrices + others)
         torch.nn.utils.clip_grad_norm_(others, 1.0)
-        for optimizer in (muon, adam):
+        for optimizer, peak in ((muon, recipe.muon_lr), (adam, recipe.adam_lr)):
             for group in optimizer.param_groups:
-                group["lr"] = rate(recipe, step)
+                group["lr"] = peak * rate(recipe, step)
             optimizer.step()
             optimizer.zero_grad()
         for kind, good in zip(batch.kinds, solved(logits, batch).tolist(), strict=True):
