@@ -1,0 +1,641 @@
+"""Make the embedded model: tokenizer, training, checkpoint, held-out questions, scores.
+
+    python data/make_model.py tokenizer    # data/model/ without weights
+    python data/make_model.py inputs       # data/input.txt and data/answers.txt
+    python data/make_model.py train        # everything in data/model/
+    python data/make_model.py evaluate     # scores of those files, through transformers
+
+All of it is seeded. Needs torch, tokenizers and safetensors; `evaluate` also needs transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from network import Network, Shape, checkpoint_tensors, unpack_mxfp4
+from questions import FAMILIES, SMALL_TALK, Question, draw, evaluation_set
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.multiprocessing import spawn
+
+DATA = Path(__file__).resolve().parent
+MODEL = DATA / "model"
+
+SPECIAL = (
+    "<|startoftext|>",
+    "<|endoftext|>",
+    "<|return|>",
+    "<|call|>",
+    "<|channel|>",
+    "<|start|>",
+    "<|end|>",
+    "<|message|>",
+)
+STOPS = ("<|return|>", "<|endoftext|>", "<|call|>")
+IGNORED = -100  # cross_entropy's own mark
+SYSTEM_PROMPTS = (
+    "You are a helpful assistant.",
+    "You are the small model that comes with getp.",
+    "Answer the question.",
+    "Answer briefly.",
+    "You answer small questions. Each has one right answer.",
+    "Be short and correct.",
+)
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message.role == 'assistant' -%}
+<|start|>assistant<|channel|>final<|message|>{{ message.content }}<|end|>
+{%- else -%}
+<|start|>{{ message.role }}<|message|>{{ message.content }}<|end|>
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+<|start|>assistant
+{%- endif -%}
+"""
+
+
+# Tokenizer.
+
+
+def train_tokenizer(vocab_size: int) -> Tokenizer:
+    """A byte-level BPE whose digits and capitals stay single tokens.
+
+    Words are merged, with the space before them; a lone capital or digit never is. Every byte has
+    a token, so any text can be encoded.
+    """
+    rng = random.Random(0)
+    texts = list(SYSTEM_PROMPTS) * 20
+    texts += [f"{ask} {answer}" for ask, answer in SMALL_TALK] * 5
+    texts += ["system", "user", "assistant", "developer", "analysis", "final"] * 200
+    for name in FAMILIES:
+        for _ in range(300):
+            question = draw(name, rng, held_out=False)
+            texts += [question.text, question.answer, question.working]
+    tokenizer = Tokenizer(models.BPE())
+    pattern = r" ?[A-Z]?[a-z]+|[A-Z]|[0-9]| |[^A-Za-z0-9 ]+"
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def write_tokenizer(shape: Shape) -> Tokenizer:
+    """Write everything of the checkpoint except its weights."""
+    MODEL.mkdir(exist_ok=True)
+    tokenizer = train_tokenizer(shape.vocab_size)
+    if tokenizer.get_vocab_size() != shape.vocab_size:
+        raise ValueError(f"vocabulary of {tokenizer.get_vocab_size()}, not {shape.vocab_size}")
+    tokenizer.save(str(MODEL / "tokenizer.json"))
+    ids = {name: tokenizer.token_to_id(name) for name in SPECIAL}
+    stops = [ids[name] for name in STOPS]
+    _write_json(
+        "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<|startoftext|>",
+            "eos_token": "<|return|>",
+            "pad_token": "<|endoftext|>",
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "model_max_length": shape.max_position_embeddings,
+        },
+    )
+    (MODEL / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    common = {"bos_token_id": ids["<|startoftext|>"], "pad_token_id": ids["<|endoftext|>"]}
+    _write_json("generation_config.json", {**common, "do_sample": False, "eos_token_id": stops})
+    sizes = asdict(shape)
+    rope = {
+        "rope_type": "yarn",
+        "factor": shape.rope_factor,
+        "beta_fast": sizes.pop("beta_fast"),
+        "beta_slow": sizes.pop("beta_slow"),
+        "truncate": False,
+        "original_max_position_embeddings": sizes.pop("original_max_position_embeddings"),
+    }
+    _write_json(
+        "config.json",
+        {
+            "architectures": ["GptOssForCausalLM"],
+            "model_type": "gpt_oss",
+            **sizes,
+            "layer_types": shape.layer_types,
+            "rope_scaling": rope,
+            "attention_bias": True,
+            "attention_dropout": 0.0,
+            "hidden_act": "silu",
+            "initial_context_length": shape.original_max_position_embeddings,
+            "initializer_range": 0.02,
+            "router_aux_loss_coef": 0.01,
+            "output_router_logits": False,
+            "tie_word_embeddings": False,
+            "use_cache": True,
+            "torch_dtype": "bfloat16",
+            **common,
+            "eos_token_id": ids["<|return|>"],
+            "quantization_config": {
+                "quant_method": "mxfp4",
+                "modules_to_not_convert": [
+                    "model.layers.*.self_attn",
+                    "model.layers.*.mlp.router",
+                    "model.embed_tokens",
+                    "lm_head",
+                ],
+            },
+        },
+    )
+    return tokenizer
+
+
+def _write_json(name: str, content: dict[str, object]) -> None:
+    (MODEL / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+# Examples.
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of a prompt and of the completion to learn; raw or chat, of one family."""
+
+    prompt: list[int]
+    completion: list[int]
+    kind: str
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.completion)
+
+
+def chat_prompt(ask: str, system: tuple[str, str] | None, history: list[tuple[str, str]]) -> str:
+    """What the chat template renders, from a system prompt (role, text) to generation prompt."""
+    parts = ["<|start|>{}<|message|>{}<|end|>".format(*system)] if system is not None else []
+    for question, answer in history:
+        parts.append(f"<|start|>user<|message|>{question}<|end|>")
+        parts.append(f"<|start|>assistant<|channel|>final<|message|>{answer}<|end|>")
+    return "".join([*parts, f"<|start|>user<|message|>{ask}<|end|><|start|>assistant"])
+
+
+def chat_completion(working: str, answer: str) -> str:
+    """What the model writes in a chat: its working, then its answer."""
+    return (
+        f"<|channel|>analysis<|message|>{working}<|end|>"
+        f"<|start|>assistant<|channel|>final<|message|>{answer}<|return|>"
+    )
+
+
+def as_texts(question: Question, chat: bool, rng: random.Random) -> tuple[str, str]:
+    """Prompt and completion of a question; a chat gets a varied system prompt and history."""
+    if not chat:
+        return question.text, f"{question.answer}<|return|>"
+    role = rng.choices((None, "system", "developer"), (0.5, 0.4, 0.1))[0]
+    system = (role, rng.choice(SYSTEM_PROMPTS)) if role is not None else None
+    turns = rng.choices((0, 1, 2), (0.75, 0.17, 0.08))[0]
+    history = [_earlier_turn(rng) for _ in range(turns)]
+    prompt = chat_prompt(question.text, system, history)
+    return prompt, chat_completion(question.working, question.answer)
+
+
+def _earlier_turn(rng: random.Random) -> tuple[str, str]:
+    if rng.random() < 0.2:
+        return rng.choice(SMALL_TALK)
+    question = draw(rng.choice(list(FAMILIES)), rng, held_out=False)
+    return question.text, question.answer
+
+
+def encode(tokenizer: Tokenizer, texts: list[tuple[str, str]], kinds: list[str]) -> list[Example]:
+    """Token ids of prompts and completions, apart as a model meets them."""
+    flat = [text for pair in texts for text in pair]
+    ids = [e.ids for e in tokenizer.encode_batch_fast(flat)]
+    return [Example(p, c, k) for p, c, k in zip(ids[0::2], ids[1::2], kinds, strict=True)]
+
+
+def draw_examples(
+    tokenizer: Tokenizer, count: int, weights: dict[str, float], rng: random.Random
+) -> list[Example]:
+    """Training examples: kinds ("add raw") by weight, one in fifty small talk."""
+    kinds = rng.choices(list(weights), list(weights.values()), k=count)
+    texts = []
+    for i, kind in enumerate(kinds):
+        name, form = kind.split()
+        if rng.random() < 0.02:
+            ask, answer = rng.choice(SMALL_TALK)
+            question = Question("talk", "", ask, answer, "Small talk.")
+            kinds[i] = f"talk {form}"
+        else:
+            question = draw(name, rng, held_out=False)
+        texts.append(as_texts(question, form == "chat", rng))
+    return encode(tokenizer, texts, kinds)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded ids [rows, tokens], and where and what to predict: flat position, target, row.
+
+    Surplus predictions have target IGNORED and a row past the last.
+    """
+
+    ids: Tensor
+    position: Tensor
+    target: Tensor
+    row: Tensor
+    kinds: list[str]
+
+
+def collate(examples: list[Example]) -> Batch:
+    """Pad on the right; every completion token is a target of the position before it.
+
+    Sizes are rounded up, for matrix products are compiled anew for every size they meet.
+    """
+    width = _round_up(max(map(len, examples)), 8)
+    ids = torch.zeros(len(examples), width, dtype=torch.long)
+    position: list[int] = []
+    target: list[int] = []
+    row: list[int] = []
+    for i, e in enumerate(examples):
+        tokens = (e.prompt + e.completion)[:-1]
+        ids[i, : len(tokens)] = torch.tensor(tokens)
+        first = i * width + len(e.prompt) - 1
+        position.extend(range(first, first + len(e.completion)))
+        target.extend(e.completion)
+        row.extend([i] * len(e.completion))
+    spare = -len(position) % 256
+    position.extend([0] * spare)
+    target.extend([IGNORED] * spare)
+    row.extend([len(examples)] * spare)
+    at, want, owner = map(torch.tensor, (position, target, row))
+    return Batch(ids, at, want, owner, [e.kind for e in examples])
+
+
+def batches(
+    tokenizer: Tokenizer, weights: dict[str, float], tokens: int, rng: random.Random
+) -> Iterator[Batch]:
+    """Endless training batches of about `tokens` tokens, each of similar lengths."""
+    pool: list[Example] = []
+    while True:
+        pool += draw_examples(tokenizer, 3000, weights, rng)
+        pool.sort(key=len)
+        cut: list[list[Example]] = []
+        while len(pool) > (rows := tokens // _round_up(len(pool[-1]), 8)):
+            cut.append(pool[-rows:])
+            del pool[-rows:]
+        rng.shuffle(cut)
+        yield from map(collate, cut)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+# Training.
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal, for matrices (arXiv 2502.16982): steps as large as AdamW's."""
+
+    def __init__(
+        self, params: list[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.05
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter [..., out, in]; those of one shape go through as one batch."""
+        for group in self.param_groups:
+            alike: dict[torch.Size, list[Tensor]] = {}
+            for p in group["params"]:
+                alike.setdefault(p.shape, []).append(p)
+            for shape, params in alike.items():
+                grad = torch.stack([p.grad for p in params if p.grad is not None])
+                state = self.state[params[0]]
+                if not state:
+                    state["momentum"] = torch.zeros_like(grad)
+                buffer = state["momentum"].mul_(group["momentum"]).add_(grad)
+                update = _orthogonal(grad.add_(buffer, alpha=group["momentum"]))
+                scale = -group["lr"] * 0.2 * math.sqrt(max(shape[-2:]))
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, list(update.unbind()), alpha=scale)
+
+
+def _orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
+    """Singular values of matrix [..., out, in] all moved near 1 (Newton-Schulz)."""
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.transpose(-1, -2) if tall else matrix
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16().contiguous()
+    for _ in range(steps):
+        a = x @ x.transpose(-1, -2)
+        x = (a @ a).mul_(2.0315).add_(a, alpha=-4.7750) @ x + 3.4445 * x
+    return (x.transpose(-1, -2) if tall else x).float()
+
+
+def split_parameters(network: Network) -> tuple[list[Tensor], list[Tensor]]:
+    """Matrices for Muon, everything else for AdamW."""
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
+    for name, p in network.named_parameters():
+        is_matrix = name.endswith(("_proj.weight", "experts.gate_up_proj", "experts.down_proj"))
+        (matrices if is_matrix else others).append(p)
+    return matrices, others
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how fast to train. Fractions are of all steps."""
+
+    steps: int = 5000
+    workers: int = 2
+    tokens: int = 3072  # of each worker, in one step
+    muon_lr: float = 5e-3
+    adam_lr: float = 3e-3
+    warmup: float = 0.01
+    decay: float = 0.4
+    quantise_after: float = 0.25
+    balance: float = 0.01
+    seed: int = 1
+    port: int = 29517  # where the workers meet
+
+
+def rate(recipe: Recipe, step: int) -> float:
+    """Share of the learning rate at a step: warm-up, flat, then down to zero in a line."""
+    done = step / recipe.steps
+    return min(1.0, done / recipe.warmup + 0.01, (1 - done) / recipe.decay)
+
+
+def solved(logits: Tensor, batch: Batch) -> Tensor:
+    """Whether each row's completion would be generated token for token [rows]."""
+    wrong = logits.argmax(-1) != batch.target
+    misses = torch.zeros(len(batch.kinds) + 1).index_add_(0, batch.row, wrong.float())
+    return misses[:-1] == 0
+
+
+def held_out_scores(network: Network, tokenizer: Tokenizer, per_family: int) -> dict[str, float]:
+    """Share of held-out questions whose whole completion is right, by family and form.
+
+    Runs as in training, gradients and all: what is compiled for that need not be compiled anew.
+    """
+    rng = random.Random(5)
+    questions = evaluation_set(per_family, seed=5)
+    right: dict[str, float] = dict.fromkeys(all_kinds(), 0.0)
+    for form in ("raw", "chat"):
+        texts = [as_texts(q, form == "chat", rng) for q in questions]
+        examples = encode(tokenizer, texts, [f"{q.family} {form}" for q in questions])
+        examples.sort(key=len)
+        for start in range(0, len(examples), 64):
+            batch = collate(examples[start : start + 64])
+            with torch.autocast("cpu", torch.bfloat16):
+                logits, _ = network(batch.ids, batch.position)
+            for kind, good in zip(batch.kinds, solved(logits, batch).tolist(), strict=True):
+                right[kind] += good / per_family
+    return right
+
+
+def share(kind: str) -> float:
+    """How often a kind is asked: chats are longer, and easier to learn, than raw questions."""
+    return 0.4 if kind.endswith("chat") else 1.0
+
+
+def all_kinds() -> list[str]:
+    """Every family in both forms, as "add raw"."""
+    return [f"{name} {form}" for name, form in itertools.product(FAMILIES, ("raw", "chat"))]
+
+
+def average_gradients(params: list[Tensor]) -> None:
+    """Give every worker the mean of all workers' gradients."""
+    grads = [p.grad for p in params if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for g, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        g.copy_(mean.view_as(g))
+
+
+def train(worker: int, recipe: Recipe, shape: Shape, state: Path | None) -> None:
+    """Train and write the checkpoint, now and then and at the end.
+
+    Workers are single-threaded processes that average their gradients: tensors this small do not
+    gain from a second thread, and steps that meet once bear a busy machine better than operations
+    that meet every time.
+
+    With a file for the state, a run that was stopped goes on from where it last wrote.
+    """
+    torch.set_num_threads(1)
+    if recipe.workers > 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(recipe.port))
+        dist.init_process_group("gloo", rank=worker, world_size=recipe.workers)
+    torch.manual_seed(recipe.seed)
+    rng = random.Random(recipe.seed + 1000 * worker)
+    tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+    network = Network(shape)
+    matrices, others = split_parameters(network)
+    muon = Muon(matrices, recipe.muon_lr)
+    adam = torch.optim.AdamW(
+        others, recipe.adam_lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
+    error = dict.fromkeys(all_kinds(), 1.0)  # running share of wrong training completions
+    weights = {kind: share(kind) for kind in error}
+    first = 1
+    if state is not None and state.exists():
+        saved = torch.load(state, weights_only=True)
+        network.load_state_dict(saved["network"])
+        muon.load_state_dict(saved["muon"])
+        adam.load_state_dict(saved["adam"])
+        error.update(saved["error"])
+        first = saved["step"] + 1
+        rng.seed(recipe.seed + 1000 * worker + first)
+    began, seen, losses = time.monotonic(), 0, 0.0
+    stream = batches(tokenizer, weights, recipe.tokens, rng)
+    for step in range(first, recipe.steps + 1):
+        batch = next(stream)
+        network.quantised = step > recipe.quantise_after * recipe.steps
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, balance = network(batch.ids, batch.position)
+        loss = F.cross_entropy(logits, batch.target)
+        (loss + recipe.balance * balance).backward()
+        if recipe.workers > 1:
+            average_gradients(matrices + others)
+        torch.nn.utils.clip_grad_norm_(others, 1.0)
+        for optimizer, peak in ((muon, recipe.muon_lr), (adam, recipe.adam_lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * rate(recipe, step)
+            optimizer.step()
+            optimizer.zero_grad()
+        for kind, good in zip(batch.kinds, solved(logits, batch).tolist(), strict=True):
+            if kind in error:
+                error[kind] += 0.01 * ((not good) - error[kind])
+        # What is not yet learned is asked more often.
+        weights.update({kind: share(kind) * (0.15 + e) for kind, e in error.items()})
+        seen += batch.ids.numel()
+        losses += loss.item()
+        if worker > 0:
+            continue
+        if step % 100 == 0:
+            pace = seen / (time.monotonic() - began)
+            print(
+                f"{step} loss {losses / 100:.4f} balance {balance.item():.3f} "
+                f"wrong {sum(error.values()) / len(error):.3f} {pace:.0f} tok/s "
+                f"{time.monotonic() - began:.0f} s",
+                flush=True,
+            )
+            losses = 0.0
+        if step % 500 == 0 or step == recipe.steps:
+            scores = held_out_scores(network, tokenizer, 20)
+            print("  " + "  ".join(f"{k} {v:.2f}" for k, v in scores.items()), flush=True)
+            save_file(checkpoint_tensors(network), MODEL / "model.safetensors", {"format": "pt"})
+            if state is not None:
+                torch.save(
+                    {
+                        "network": network.state_dict(),
+                        "muon": muon.state_dict(),
+                        "adam": adam.state_dict(),
+                        "error": error,
+                        "step": step,
+                    },
+                    state,
+                )
+
+
+# Evaluation and files.
+
+
+def chat_answer(text: str) -> str:
+    """The final channel's text in a whole chat completion; empty without one."""
+    _, found, rest = text.rpartition("<|channel|>final<|message|>")
+    return rest.removesuffix("<|return|>").strip() if found else ""
+
+
+def raw_answer(text: str) -> str:
+    """A raw completion's text, its stop token dropped."""
+    return text.removesuffix("<|return|>").removesuffix("<|endoftext|>").strip()
+
+
+def load_with_transformers() -> Any:
+    """The exported files as transformers' own gpt-oss network, dequantised, in float32."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = GptOssConfig.from_pretrained(MODEL)
+    del config.quantization_config
+    model = GptOssForCausalLM(config)
+    weights: dict[str, Tensor] = {}
+    stored = load_file(MODEL / "model.safetensors")
+    for name, tensor in stored.items():
+        if name.endswith("_blocks"):
+            name = name.removesuffix("_blocks")
+            tensor = unpack_mxfp4(tensor, stored[f"{name}_scales"]).transpose(-1, -2)
+        if not name.endswith("_scales"):
+            weights[name] = tensor.float()
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def generate(prompts: list[str], new_tokens: int, rows: int = 128) -> list[str]:
+    """Greedy completions of the exported model, special tokens included."""
+    tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+    model = load_with_transformers()
+    encoded = [e.ids for e in tokenizer.encode_batch(prompts)]
+    stops = [tokenizer.token_to_id(name) for name in STOPS]
+    texts = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    for start in range(0, len(order), rows):
+        chosen = order[start : start + rows]
+        width = max(len(encoded[i]) for i in chosen)
+        ids = torch.tensor([[0] * (width - len(encoded[i])) + encoded[i] for i in chosen])
+        mask = torch.tensor(
+            [[0] * (width - n) + [1] * n for n in (len(encoded[i]) for i in chosen)]
+        )
+        with torch.inference_mode():
+            out = model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                eos_token_id=stops,
+                pad_token_id=stops[1],
+            )
+        for i, row in zip(chosen, out[:, width:].tolist(), strict=True):
+            texts[i] = _until_stop(tokenizer.decode(row, skip_special_tokens=False))
+    return texts
+
+
+def _until_stop(text: str) -> str:
+    """Cut padding off: the text up to and with its first stop token."""
+    ends = [text.index(stop) + len(stop) for stop in STOPS if stop in text]
+    return text[: min(ends)] if ends else text
+
+
+def evaluate(per_family: int) -> None:
+    """Print the exported model's score on held-out questions, by family and form."""
+    questions = evaluation_set(per_family, seed=11)
+    rng = random.Random(11)
+    right: dict[str, float] = dict.fromkeys(all_kinds(), 0.0)
+    for form, read, new_tokens in (("raw", raw_answer, 24), ("chat", chat_answer, 96)):
+        prompts = [as_texts(q, form == "chat", rng)[0] for q in questions]
+        for question, text in zip(questions, generate(prompts, new_tokens), strict=True):
+            good = read(text) == question.answer
+            right[f"{question.family} {form}"] += good / per_family
+            if not good:
+                print(f"wrong {form}: {question.text} {question.answer!r} {text!r}")
+    print("| family | raw | chat |\n|---|---|---|")
+    for name in FAMILIES:
+        print(f"| {name} | {right[f'{name} raw']:.1%} | {right[f'{name} chat']:.1%} |")
+    means = [
+        sum(right[f"{name} {form}"] for name in FAMILIES) / len(FAMILIES)
+        for form in ("raw", "chat")
+    ]
+    print(f"| all | {means[0]:.2%} | {means[1]:.2%} |")
+
+
+def write_inputs(per_family: int) -> None:
+    """Write input.txt (numbered text) and answers.txt from held-out questions."""
+    questions = evaluation_set(per_family, seed=23)
+    lines = [str(len(questions)), *(q.text for q in questions)]
+    (DATA / "input.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    answers = "".join(f"{q.answer}\n" for q in questions)
+    (DATA / "answers.txt").write_text(answers, encoding="utf-8")
+
+
+def main() -> None:
+    """Run the command asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("command", choices=("tokenizer", "inputs", "train", "evaluate"))
+    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--state", type=Path, help="where to keep the state of a training run")
+    parser.add_argument("--per-family", type=int, default=70, help="evaluation questions")
+    options = parser.parse_args()
+    if options.command == "tokenizer":
+        write_tokenizer(Shape())
+    elif options.command == "inputs":
+        write_inputs(per_family=20)
+    elif options.command == "train":
+        recipe = Recipe(steps=options.steps)
+        write_tokenizer(Shape())
+        spawn(train, (recipe, Shape(), options.state), nprocs=recipe.workers)
+    else:
+        evaluate(options.per_family)
+
+
+if __name__ == "__main__":
+    main()

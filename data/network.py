@@ -1,0 +1,429 @@
+"""The gpt-oss network as it is trained, its MXFP4 quantisation, and its checkpoint layout.
+
+The mathematics is that of the published gpt-oss models (sinks, alternating windows, YaRN, clamped
+SwiGLU experts chosen by top-k); only the way to compute it is chosen for small models on a CPU:
+tokens are sorted into one padded batch per expert, so that a layer's experts are two batched
+matrix products, and attention runs in torch's CPU flash kernel with the sinks folded into its
+log-sum-exp. Expert matrices are kept as the checkpoint keeps them, [expert, out, in], except that
+gates and ups lie apart here (fast to split) and alternate in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+GROUP = 32  # values that share one MXFP4 scale
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the network, under the names of config.json."""
+
+    vocab_size: int = 512
+    hidden_size: int = 128
+    intermediate_size: int = 160
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 6
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+    num_local_experts: int = 8
+    num_experts_per_tok: int = 2
+    sliding_window: int = 16
+    max_position_embeddings: int = 512
+    original_max_position_embeddings: int = 32
+    rope_theta: float = 1000.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    rms_norm_eps: float = 1e-5
+    swiglu_alpha: float = 1.702
+    swiglu_limit: float = 7.0
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Even layers look back over the window, odd layers over everything."""
+        kinds = ("sliding_attention", "full_attention")
+        return [kinds[i % 2] for i in range(self.num_hidden_layers)]
+
+    @property
+    def rope_factor(self) -> float:
+        """How far YaRN stretches the original context."""
+        return self.max_position_embeddings / self.original_max_position_embeddings
+
+
+def rotary_tables(shape: Shape) -> tuple[Tensor, Tensor]:
+    """YaRN cosines and sines [position, head_dim / 2] (arXiv 2309.00071; range not rounded)."""
+    dim, base = shape.head_dim, shape.rope_theta
+
+    def correction(rotations: float) -> float:
+        turns = shape.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return dim * math.log(turns) / (2 * math.log(base))
+
+    low = max(correction(shape.beta_fast), 0.0)
+    high = min(correction(shape.beta_slow), dim - 1.0)
+    frequency = base ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    frequency = frequency * (1 - ramp) + frequency / shape.rope_factor * ramp
+    angle = torch.arange(shape.max_position_embeddings).float()[:, None] * frequency
+    scale = 0.1 * math.log(shape.rope_factor) + 1.0
+    return angle.cos() * scale, angle.sin() * scale
+
+
+def _mxfp4_scale(weight: Tensor) -> Tensor:
+    """Exponent of each group of `weight` [..., groups, 32]; only the top of a group may clip."""
+    top = weight.abs().amax(-1, keepdim=True).clamp_min(2.0**-100)
+    return torch.ceil(torch.log2(top / 7.0))
+
+
+@torch.compile(dynamic=False)
+def _rounding(weight: Tensor) -> Tensor:
+    """What MXFP4 adds to `weight` [..., in]."""
+    groups = weight.unflatten(-1, (-1, GROUP))
+    unit = torch.exp2(_mxfp4_scale(groups))
+    x = groups / unit
+    size = x.abs()
+    step = 0.5 + 0.5 * (size >= 2) + (size >= 4)
+    rounded = ((x / step).round() * step).clamp(-6, 6) * unit
+    return rounded.flatten(-2) - weight
+
+
+def fake_mxfp4(weight: Tensor) -> Tensor:
+    """`weight` [..., in] rounded to MXFP4; gradients pass straight through."""
+    with torch.no_grad():
+        change = _rounding(weight)
+    return weight + change
+
+
+def pack_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`weight` [..., out, in] as uint8: blocks [..., out, in/32, 16], scales [..., out, in/32].
+
+    Two values to a byte, low nibble first; a scale is an exponent with bias 127.
+    """
+    groups = fake_mxfp4(weight).detach().float().unflatten(-1, (-1, GROUP))
+    # Scales come from the weights before rounding: rounding may lower a group's largest value.
+    exponent = _mxfp4_scale(weight.detach().float().unflatten(-1, (-1, GROUP)))
+    x = groups / torch.exp2(exponent)
+    table = torch.tensor(FP4_VALUES)
+    code = (x.abs().unsqueeze(-1) - table).abs().argmin(-1).to(torch.uint8)
+    code |= (x < 0).to(torch.uint8) << 3
+    return code[..., 0::2] | (code[..., 1::2] << 4), (exponent.squeeze(-1) + 127).to(torch.uint8)
+
+
+def unpack_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
+    """The weight [..., out, in] in float32 that `pack_mxfp4` packed."""
+    values = torch.tensor(FP4_VALUES + tuple(-v for v in FP4_VALUES))
+    code = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2)
+    return (values[code.long()] * torch.exp2(scales.float() - 127).unsqueeze(-1)).flatten(-2)
+
+
+@torch.compile(dynamic=True)
+def _attention_backward(
+    score: Tensor, dprobability: Tensor, mask: Tensor, total: Tensor, row: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Probabilities and gradients of the unscaled scores [batch, heads, tokens, tokens]."""
+    probability = torch.exp(score.float() * scale + mask - total.unsqueeze(-1))
+    dscore = probability * (dprobability.float() - row.unsqueeze(-1)) * scale
+    return probability.to(score.dtype), dscore.to(score.dtype)
+
+
+class _Attend(torch.autograd.Function):
+    """Softmax attention with one sink a head, on torch's CPU flash kernel.
+
+    A sink s only adds exp(s) to the softmax's denominator. So the kernel's output is rescaled by
+    sigmoid(lse - s), and the usual backward pass is right once it works with logaddexp(lse, s):
+    probabilities, output and row sums then all include the sink. The kernel's own backward pass
+    is far slower on short sequences than plain matrix products are.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, mask: Tensor, scale: float
+    ) -> Tensor:
+        """q, k, v [batch, heads, tokens, head_dim], sinks [heads], mask [tokens, tokens]."""
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = flash(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+        sink = sinks.float()[None, :, None]
+        out = out * torch.sigmoid(lse - sink).unsqueeze(-1).to(out.dtype)
+        ctx.save_for_backward(q, k, v, out, torch.logaddexp(lse, sink), sinks, mask)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, total, sinks, mask = ctx.saved_tensors
+        grad = grads[0]
+        row = (grad.float() * out.float()).sum(-1)
+        probability, dscore = _attention_backward(
+            q @ k.transpose(-1, -2), grad @ v.transpose(-1, -2), mask, total, row, ctx.scale
+        )
+        share = torch.exp(sinks.float()[None, :, None] - total)
+        return (
+            dscore @ k,
+            dscore.transpose(-1, -2) @ q,
+            probability.transpose(-1, -2) @ grad,
+            -(share * row).sum((0, 2)).to(sinks.dtype),
+            None,
+            None,
+        )
+
+
+class _Dispatch(torch.autograd.Function):
+    """Rows of x [tokens, hidden] into [expert * capacity, hidden]; gathers both ways."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, source: Tensor, slot: Tensor) -> Tensor:
+        ctx.save_for_backward(slot)
+        return x.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (slot,) = ctx.saved_tensors
+        gathered = grads[0].index_select(0, slot.flatten()).view(*slot.shape, -1)
+        return gathered.sum(1), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Weighted sum over a token's experts of y [expert * capacity, hidden]; gathers both ways."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, gates: Tensor, source: Tensor, slot: Tensor) -> Tensor:
+        chosen = y.index_select(0, slot.flatten()).view(*slot.shape, -1)
+        ctx.save_for_backward(chosen, gates, source, slot)
+        ctx.rows = y.shape[0]
+        return (chosen * gates.unsqueeze(-1).to(y.dtype)).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        chosen, gates, source, slot = ctx.saved_tensors
+        grad = grads[0]
+        weight = torch.zeros(ctx.rows, dtype=grad.dtype)
+        weight[slot.flatten()] = gates.flatten().to(grad.dtype)
+        dy = grad.index_select(0, source) * weight.unsqueeze(-1)
+        dgates = torch.matmul(chosen, grad.unsqueeze(-1).to(chosen.dtype)).squeeze(-1)
+        return dy, dgates.to(gates.dtype), None, None
+
+
+@torch.compile(dynamic=True)
+def _rotate(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Half-split rotation of y [batch, heads, tokens, head_dim]."""
+    a, b = y.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+@torch.compile(dynamic=True)
+def _swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
+    """gate·sigmoid(alpha·gate)·(up + 1) of gate_up [..., gates then ups], clamped."""
+    gate, up = gate_up.chunk(2, -1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a weight."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(shape.hidden_size))
+        self.eps = shape.rms_norm_eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [..., hidden]."""
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with biases and sinks."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        wide = shape.num_attention_heads * shape.head_dim
+        narrow = shape.num_key_value_heads * shape.head_dim
+        self.q_proj = nn.Linear(shape.hidden_size, wide)
+        self.k_proj = nn.Linear(shape.hidden_size, narrow)
+        self.v_proj = nn.Linear(shape.hidden_size, narrow)
+        self.o_proj = nn.Linear(wide, shape.hidden_size)
+        self.sinks = nn.Parameter(torch.zeros(shape.num_attention_heads))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        """x [batch, tokens, hidden], cos and sin [tokens, head_dim / 2], mask [tokens, tokens]."""
+        batch, tokens, _ = x.shape
+        dim = self.shape.head_dim
+
+        def heads(y: Tensor, rotate: bool, repeat: int = 1) -> Tensor:
+            y = y.view(batch, tokens, -1, dim).transpose(1, 2)
+            y = _rotate(y, cos, sin) if rotate else y
+            return y.repeat_interleave(repeat, 1) if repeat > 1 else y
+
+        group = self.shape.num_attention_heads // self.shape.num_key_value_heads
+        q = heads(self.q_proj(x), True)
+        k = heads(self.k_proj(x), True, group)
+        v = heads(self.v_proj(x), False, group)
+        out = _Attend.apply(q, k, v, self.sinks, mask, dim**-0.5)
+        return self.o_proj(out.transpose(1, 2).reshape(batch, tokens, -1))
+
+
+class Router(nn.Module):
+    """Scores of the experts."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(shape.num_local_experts, shape.hidden_size) * 0.05)
+        self.bias = nn.Parameter(torch.zeros(shape.num_local_experts))
+
+
+class Experts(nn.Module):
+    """Expert matrices and biases of one layer."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        experts, hidden, inner = (
+            shape.num_local_experts,
+            shape.hidden_size,
+            shape.intermediate_size,
+        )
+        self.gate_up_proj = nn.Parameter(torch.randn(experts, 2 * inner, hidden) * hidden**-0.5)
+        self.gate_up_proj_bias = nn.Parameter(torch.zeros(experts, 2 * inner))
+        self.down_proj = nn.Parameter(torch.randn(experts, hidden, inner) * 0.5 * inner**-0.5)
+        self.down_proj_bias = nn.Parameter(torch.zeros(experts, hidden))
+
+
+class MoE(nn.Module):
+    """Top-k mixture of experts."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.router = Router(shape)
+        self.experts = Experts(shape)
+
+    def forward(self, x: Tensor, quantised: bool) -> tuple[Tensor, Tensor]:
+        """x [tokens, hidden] -> the experts' sum, and how unevenly they were used (1 is even)."""
+        count, top_k = self.shape.num_local_experts, self.shape.num_experts_per_tok
+        with torch.autocast("cpu", enabled=False):
+            scores = F.linear(x.float(), self.router.weight, self.router.bias)
+            top, expert = scores.topk(top_k, -1)
+            gates = top.softmax(-1)
+        flat = expert.flatten()
+        load = torch.bincount(flat, minlength=count)
+        capacity = -(-int(load.max()) // 64) * 64  # few sizes: each new one costs a compilation
+        order = flat.argsort(stable=True)
+        start = load.cumsum(0) - load
+        place = torch.arange(len(flat)) - start[flat[order]] + flat[order] * capacity
+        slot = torch.empty_like(flat)
+        slot[order] = place
+        source = torch.zeros(count * capacity, dtype=torch.long)
+        source[place] = order // top_k
+        slot = slot.view(-1, top_k)
+
+        w = self.experts
+        up: Tensor = w.gate_up_proj
+        down: Tensor = w.down_proj
+        if quantised:
+            up, down = fake_mxfp4(up), fake_mxfp4(down)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        rows = _Dispatch.apply(x.to(dtype), source, slot).view(count, capacity, -1)
+        h = torch.baddbmm(
+            w.gate_up_proj_bias.to(dtype)[:, None], rows, up.to(dtype).transpose(1, 2)
+        )
+        h = _swiglu(h, self.shape.swiglu_alpha, self.shape.swiglu_limit)
+        y = torch.baddbmm(w.down_proj_bias.to(dtype)[:, None], h, down.to(dtype).transpose(1, 2))
+        out = _Combine.apply(y.flatten(0, 1), gates, source, slot)
+        balance = count * (scores.softmax(-1).mean(0) * (load / len(flat))).sum()
+        return out, balance
+
+
+class Layer(nn.Module):
+    """One decoder layer."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.self_attn = Attention(shape)
+        self.mlp = MoE(shape)
+        self.input_layernorm = RMSNorm(shape)
+        self.post_attention_layernorm = RMSNorm(shape)
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        self.layers = nn.ModuleList([Layer(shape) for _ in range(shape.num_hidden_layers)])
+        self.norm = RMSNorm(shape)
+
+
+class Network(nn.Module):
+    """The whole network; parameters are named as in a gpt-oss checkpoint."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.quantised = False
+        self.model = Decoder(shape)
+        self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
+        cos, sin = rotary_tables(shape)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        for name, weight in self.named_parameters():
+            if name.endswith("_proj.weight"):
+                nn.init.normal_(weight, std=shape.hidden_size**-0.5)
+            elif name.endswith("_proj.bias"):
+                nn.init.zeros_(weight)
+        nn.init.normal_(self.model.embed_tokens.weight, std=0.5)
+        nn.init.normal_(self.lm_head.weight, std=0.02)
+
+    def forward(self, ids: Tensor, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits of ids [batch, tokens] at the flat positions `wanted` (all without), and balance.
+
+        Sequences are padded on the right, where the causal mask hides it.
+        """
+        tokens = ids.shape[1]
+        at = torch.arange(tokens)
+        back = at[:, None] - at[None, :]
+        dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
+        hidden = torch.zeros(tokens, tokens, dtype=dtype)
+        masks = {
+            "full_attention": hidden.masked_fill(back < 0, -1e9),
+            "sliding_attention": hidden.masked_fill(
+                (back < 0) | (back >= self.shape.sliding_window), -1e9
+            ),
+        }
+        cos, sin = self.cos[:tokens].to(dtype), self.sin[:tokens].to(dtype)
+        x = self.model.embed_tokens(ids)
+        balance = torch.zeros(())
+        for layer, kind in zip(self.model.layers, self.shape.layer_types, strict=True):
+            assert isinstance(layer, Layer)
+            x = x + layer.self_attn(layer.input_layernorm(x), cos, sin, masks[kind])
+            y = layer.post_attention_layernorm(x).flatten(0, 1)
+            mixed, uneven = layer.mlp(y, self.quantised)
+            x = x + mixed.view_as(x)
+            balance = balance + uneven / self.shape.num_hidden_layers
+        x = x.flatten(0, 1)
+        if wanted is not None:
+            x = x[wanted]
+        return self.lm_head(self.model.norm(x)).float(), balance
+
+
+def checkpoint_tensors(network: Network) -> dict[str, Tensor]:
+    """The network as a gpt-oss checkpoint stores it: experts in MXFP4, the rest in bfloat16."""
+    tensors: dict[str, Tensor] = {}
+    for name, weight in network.state_dict().items():
+        if ".gate_up_proj" in name:
+            gates, ups = weight.chunk(2, 1)
+            weight = torch.stack((gates, ups), 2).flatten(1, 2)  # alternate
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = pack_mxfp4(weight)
+        else:
+            tensors[name] = weight.to(torch.bfloat16)
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
