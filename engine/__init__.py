@@ -4,8 +4,13 @@ Owns the schedule, the KV cache and the step loop; never touches files, text or 
 The main class is `Engine`.
 """
 
-from engine.engine import Engine, EngineError, EngineStats
-from engine.request import Completion, Request, SamplingParams, TokenLogprobs
+import warnings
+
+# torch says so at import where NumPy is not installed; nothing here needs it.
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+
+from engine.engine import Engine, EngineError, EngineStats  # noqa: E402
+from engine.request import Completion, Request, SamplingParams, TokenLogprobs  # noqa: E402
 
 __all__ = [
     "Completion",

@@ -21,6 +21,10 @@ class EngineError(ValueError):
     """The engine cannot run as it was asked to; the message says what to change."""
 
 
+# Hidden size below which an op is too small to be shared: a second thread gains nothing, and on a
+# busy machine each op waits for it.
+_NARROW = 512
+
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -94,6 +98,7 @@ class Engine:
         self._runner = ModelRunner(self.config, self.device, self.dtype)
         self._scheduler: Scheduler | None = None
         self._generating = False
+        self._threads = torch.get_num_threads()
 
     def __enter__(self) -> "Engine":
         self.warm_up()
@@ -112,6 +117,9 @@ class Engine:
         if self._scheduler is not None:
             return
         start = time.perf_counter()
+        self._threads = torch.get_num_threads()
+        if self.device.type == "cpu" and self.config.hidden_size < _NARROW:
+            torch.set_num_threads(1)
         self._runner.load(self.checkpoint, self.dummy_weights)
         blocks = self._pool_blocks()
         cache = KVCache(self._runner.groups, blocks, self.block_size, self.prefix_cache)
@@ -132,6 +140,7 @@ class Engine:
         start = time.perf_counter()
         self._scheduler = None
         self._runner.free()
+        torch.set_num_threads(self._threads)
         if self.device.type != "cpu":
             torch.cuda.empty_cache()
         self.stats.finish_s += time.perf_counter() - start
