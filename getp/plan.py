@@ -14,8 +14,9 @@ from rich.table import Table
 
 from getp.errors import GetpError, UsageProblem
 from getp.units import percent, quantity, seconds
-from model.config import ModelConfig, load_config, parse_config, read_json
+from model.config import ModelConfig, read_json
 from model.cost import activation_accesses, operations, parameter_bytes, total
+from model.families import load_config, parse_config
 from model.hardware import DEVICES, Device, UnknownDeviceError, find_device
 from model.roofline import Bound, bound, largest_batch
 from model.shapes import SHAPES, named_config

@@ -7,7 +7,8 @@ and `weights.load` bring a Hugging Face directory into it. What it costs (`cost`
 
 from typing import TYPE_CHECKING, Any
 
-from model.config import CheckpointError, ModelConfig, load_config
+from model.config import CheckpointError, ModelConfig
+from model.families import load_config
 
 if TYPE_CHECKING:
     from model.transformer import Transformer

@@ -5,7 +5,8 @@ For planning without a download. From each model's page on Hugging Face.
 
 from typing import Any
 
-from model.config import ModelConfig, parse_config
+from model.config import ModelConfig
+from model.families import parse_config
 
 
 def _gpt_oss(layers: int, experts: int) -> dict[str, Any]:

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.config import CheckpointError, parse_config
+from model.config import CheckpointError
 from model.cost import distinct_experts, kv_bytes_per_sequence, operations, parameter_bytes, total
+from model.families import parse_config
 from model.hardware import DEVICES, UnknownDeviceError, find_device
 from model.roofline import bound, largest_batch
 from model.shapes import SHAPES, named_config
