@@ -1,13 +1,13 @@
 """What bounds a measured step, and what would help: each change with its gain from the cost model.
 
-A step's time is taken as three parts: launches, the host's own work, and kernels. Changes lower
-one of them; what kernels would take scales with their roofline limit, summed over operations.
+A change saves launches, bytes or the host's time, or scales what each part took beyond its launches
+with the part's roofline limit.
 """
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from getp.profile import HOST_PARTS, Profile
+from getp.profile import HOST_PARTS, Component, Profile
 from getp.units import percent, seconds
 from model.cost import operations, total
 from model.roofline import largest_batch
@@ -138,16 +138,24 @@ def _host(found: Profile) -> list[Advice]:
 
 def _kernels(found: Profile) -> list[Advice]:
     """The operation that takes longest beyond its limit on this device."""
-    beyond = [
-        (found.seconds_of(part.name) - _limit(found, [part.op], found.work.dtype), part)
-        for part in found.components
-        if part.op.layer_count
-    ]
-    saved, part = max(beyond, key=lambda pair: pair[0])
-    if part.launches:
-        saved -= launch_seconds(found) * part.launches / found.launches
-    share = _limit(found, [part.op], found.work.dtype) / found.seconds_of(part.name)
-    return [_saving(found, f"a faster {part.name}: now {percent(share)} of its limit", saved)]
+    known = [part for part in found.components if part.op.layer_count]
+    limits = {part.name: _limit(found, [part.op], found.work.dtype) for part in known}
+    worst = max(known, key=lambda part: _own_seconds(found, part) - limits[part.name])
+    own, limit = _own_seconds(found, worst), limits[worst.name]
+    if own <= limit:
+        return []
+    return [_saving(found, f"a faster {worst.name}: now {percent(limit / own)} of its limit",
+                    own - limit)]  # fmt: skip
+
+
+def _own_seconds(found: Profile, part: Component) -> float:
+    """Seconds of a part without its launches; of the host's parts all."""
+    taken = found.seconds_of(part.name)
+    if part.name in HOST_PARTS:
+        return taken
+    if part.busy_s is not None:
+        return part.busy_s
+    return max(0.0, taken - launch_seconds(found) * part.launches / max(1, found.launches))
 
 
 def _larger_batch(found: Profile) -> list[Advice]:
@@ -176,12 +184,20 @@ def _smaller_dtype(found: Profile) -> list[Advice]:
 
 
 def _predicted(found: Profile, work: Workload) -> float:
-    """Seconds of another step: launches stay, the host's work grows with the batch."""
-    launch, host = launch_seconds(found), found.seconds_of(*HOST_PARTS)
-    now = _limit(found, found.ops, found.work.dtype)
-    then = _limit(found, _operations(found, work), work.dtype)
-    kernels = max(0.0, found.step_s - launch - host)
-    return launch + host * work.batch / found.work.batch + kernels * then / now
+    """Seconds of another step of as many launches.
+
+    A part takes as many times as long as its limit does; one that the cost model does not know,
+    as it has times as many tokens.
+    """
+    ops = {op.name: op for op in _operations(found, work)}
+    step = launch_seconds(found)
+    for part in found.components:
+        growth = work.tokens / found.work.tokens
+        if part.op.layer_count:
+            now = _limit(found, [part.op], found.work.dtype)
+            growth = _limit(found, [ops[part.name]], work.dtype) / now
+        step += _own_seconds(found, part) * growth
+    return step
 
 
 def _operations(found: Profile, work: Workload) -> list[Op]:

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -101,18 +101,25 @@ def count_launches(
     if trace is not None:
         profiler.export_chrome_trace(trace)
     names = {OTHER, *AFTER_INNER.values(), *(part.name for part in parts)}
+    return add_up(profiler.events(), names, on_gpu)
+
+
+def add_up(events: Iterable[Any], names: Container[str], on_gpu: bool) -> Launches:
+    """Count torch's profiler events by the part that they ran in."""
     found = Launches(defaultdict(int), defaultdict(float) if on_gpu else None)
-    for event in profiler.events():
+    for event in events:
         if event.device_type != DeviceType.CPU:
-            continue
+            continue  # a kernel: it is among those of the operation that launched it
         top = event
         while top.cpu_parent is not None:
             top = top.cpu_parent
         if top.name not in names:
             continue
         if found.busy_s is not None:
-            found.count[top.name] += len(event.kernels)
-            found.busy_s[top.name] += sum(k.duration for k in event.kernels) * 1e-6
+            # A part has an image of itself on the GPU, which is no kernel.
+            kernels = [kernel for kernel in event.kernels if kernel.name not in names]
+            found.count[top.name] += len(kernels)
+            found.busy_s[top.name] += sum(kernel.duration for kernel in kernels) * 1e-6
         elif event.cpu_parent is top and "::" in event.name:
             found.count[top.name] += 1
     return found

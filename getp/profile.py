@@ -18,7 +18,7 @@ from model.parts import OTHER, Part
 from model.workload import Bytes, Op, Phase, Workload
 
 WARM_UP_STEPS = 2
-MIN_STEPS, MAX_STEPS = 5, 50
+MIN_STEPS, MAX_STEPS = 8, 60
 MEASURE_S = 5.0  # no step begins later, beyond the least number
 
 # Not of the cost model; the first two are the host's.
@@ -170,11 +170,11 @@ def measure(
     ):
         alone.append(_seconds(step, device))
         followed.append(time_parts(step, parts, device))
-    kept = _middle(followed, [sum(one.values()) for one in followed])
+    kept = _undisturbed(followed, [sum(one.values()) for one in followed])
     names = {name for one in kept for name in one}
     mean = {name: sum(one.get(name, 0.0) for one in kept) / len(kept) for name in names}
-    undisturbed = _middle(alone, alone)
-    return Times(sum(undisturbed) / len(undisturbed), mean, len(alone))
+    fastest = _undisturbed(alone, alone)
+    return Times(sum(fastest) / len(fastest), mean, len(alone))
 
 
 def _seconds(step: Step, device: torch.device) -> float:
@@ -185,8 +185,7 @@ def _seconds(step: Step, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _middle(values: list[_Value], order: list[float]) -> list[_Value]:
-    """The middle half of the values in this order: neither warm-up nor a neighbour's burst."""
+def _undisturbed(values: list[_Value], order: list[float]) -> list[_Value]:
+    """The first quarter of the values in this order: what else the machine does only adds."""
     ranked = [value for _, value in sorted(zip(order, values, strict=True), key=lambda p: p[0])]
-    cut = len(ranked) // 4
-    return ranked[cut : len(ranked) - cut]
+    return ranked[: max(1, len(ranked) // 4)]

@@ -147,5 +147,9 @@ def _advice_table(advice: list[Advice]) -> Table:
     for name in ("step", "tok/s", "gain"):
         table.add_column(name, justify="right", no_wrap=True)
     for one in advice:
-        table.add_row(one.change, seconds(one.step_s), f"{one.tok_s:,.1f}", f"{one.gain:+.0%}")
+        table.add_row(one.change, seconds(one.step_s), f"{one.tok_s:,.1f}", _gain(one.gain))
     return table
+
+
+def _gain(gain: float) -> str:
+    return f"{gain:+.0%}" if gain < 1 else f"{1 + gain:.1f} times"

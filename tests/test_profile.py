@@ -5,20 +5,24 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from engine import Engine, EngineError, Request, SamplingParams
 from engine.probe import Probe
 from getp import cli
 from getp.advice import advise, judge
-from getp.follow import Launches, following, time_parts
+from getp.follow import Launches, add_up, following, time_parts
 from getp.profile import Profile, Times, assemble, measure
 from model import ops
+from model.cost import parameter_bytes
 from model.hardware import find_device
 from model.parts import Part
+from model.roofline import USABLE_MEMORY
 from model.shapes import named_config
 from model.workload import Workload
 
@@ -90,12 +94,15 @@ def test_parts_are_within_5_percent_of_the_step_of_a_mid_size_model(tmp_path: Pa
     (tmp_path / "config.json").write_text(json.dumps(config))
     with Engine(tmp_path, device="cpu", max_batch_size=8, dummy_weights=True) as engine:
         probe = Probe(engine, batch=8, query=1, context=256)
-        for _ in range(4):  # a busy machine may disturb one kind of step more than the other
-            times = measure(probe.step, probe.parts(), CPU, limit_s=0.8)
-            if abs(times.slowdown) < 0.05:
+        alone, parts = float("inf"), {"": float("inf")}
+        for _ in range(12):  # other programs only ever add: the fastest counts
+            times = measure(probe.step, probe.parts(), CPU, limit_s=0.3)
+            alone = min(alone, times.alone_s)
+            parts = min(parts, times.parts, key=lambda one: sum(one.values()))
+            if abs(sum(parts.values()) / alone - 1) < 0.03:
                 break
-        assert sum(times.parts.values()) == pytest.approx(times.alone_s, rel=0.05)
-        assert times.parts["other"] < 0.1 * times.alone_s
+        assert sum(parts.values()) == pytest.approx(alone, rel=0.05)
+        assert parts["other"] < 0.1 * alone
 
 
 def test_following_a_step_leaves_nothing_behind(checkpoint: Callable[[str], Path]) -> None:
@@ -129,6 +136,25 @@ def test_own_time_after_an_inner_part_has_another_name() -> None:
         experts.activate()
     assert seen == ["gate_up_proj", "activation", "down_proj", "other", "activation", "other"]
     assert not vars(experts)
+
+
+def test_kernels_count_where_they_were_launched() -> None:
+    def event(name: str, parent: Any = None, *kernels: tuple[str, float]) -> Any:
+        launched = [SimpleNamespace(name=kernel, duration=us) for kernel, us in kernels]
+        return SimpleNamespace(
+            name=name, cpu_parent=parent, kernels=launched, device_type=DeviceType.CPU
+        )
+
+    part = event("attention", None, ("attention", 99.0), ("triton_decode", 30.0))
+    outer = event("aten::linear", part)
+    inner = event("aten::addmm", outer, ("gemm", 20.0), ("splitk_reduce", 5.0))
+    stray = event("aten::empty", None, ("memset", 1.0))
+    kernel = SimpleNamespace(name="gemm", cpu_parent=None, device_type=DeviceType.CUDA)
+    events = [part, outer, inner, stray, kernel]
+    found = add_up(events, {"attention"}, on_gpu=True)
+    assert found.count == {"attention": 3}
+    assert found.busy_s == pytest.approx({"attention": 55e-6})
+    assert add_up(events, {"attention"}, on_gpu=False) == Launches({"attention": 1})
 
 
 def test_a_probe_repeats_one_step_at_one_length(checkpoint: Callable[[str], Path]) -> None:
@@ -213,13 +239,14 @@ def test_the_largest_need_is_the_verdict(
     assert verdict.bound == bound
 
 
-def test_a_larger_batch_helps_until_it_computes_or_is_full() -> None:
-    def best(found: Profile) -> str:
-        return next(a.change for a in advise(found) if a.change.startswith("a batch"))
+def test_a_larger_batch_helps_until_it_is_no_faster_or_memory_is_full() -> None:
+    def best(found: Profile) -> list[str]:
+        return [a.change for a in advise(found) if a.change.startswith("a batch")]
 
-    assert int(best(bottleneck()).split()[3].replace(",", "")) >= 32
-    small = replace(RTX3090, memory=2 * 10**9)
-    assert int(best(bottleneck(device=small)).split()[3].replace(",", "")) <= 64
+    assert best(bottleneck()) == ["a batch of 16 instead of 1"]
+    weights, sequence = parameter_bytes(QWEN2, "bfloat16"), 1000 * 2 * 2 * 64 * 2 * 24
+    full = replace(RTX3090, memory=round((weights + 5 * sequence) / USABLE_MEMORY))
+    assert best(bottleneck(device=full)) == ["a batch of 4 instead of 1"]
 
 
 def test_what_a_profile_cannot_do_is_refused(
