@@ -45,6 +45,7 @@ def command(ctx: click.Context, **given: Any) -> int:
         "decode": _decode,
         "eval": _eval,
         "plan": _plan,
+        "profile": _profile,
     }
     return modes[given["mode"]](SimpleNamespace(**given))
 
@@ -131,6 +132,12 @@ def _plan(options: SimpleNamespace) -> int:
     from getp import cli_plan
 
     return cli_plan.run(options, _checkpoint(options))
+
+
+def _profile(options: SimpleNamespace) -> int:
+    from getp import cli_profile
+
+    return cli_profile.run(options, _checkpoint(options), _checkpoint_name(options), load_engine)
 
 
 def load_engine(options: SimpleNamespace) -> "Engine":

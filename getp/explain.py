@@ -38,7 +38,7 @@ def explain(engine: "Engine", inference_s: float, requests: int) -> Explanation:
     """
     if not engine.stats.steps or not inference_s:
         return Explanation()
-    device = _device(engine.device)
+    device = peaks_of(engine.device)
     dtype = str(engine.dtype).removeprefix("torch.")
     return explain_counts(
         engine.config, dtype, device, engine.stats, inference_s, requests, engine.max_batch_size
@@ -168,6 +168,7 @@ def _small_batch(
     return stats.model_s * decoding * saved, f"decode ran at batch {batch:.0f} of {most}: {why}"
 
 
-def _device(target: torch.device) -> Device:
+def peaks_of(target: torch.device) -> Device:
+    """Return the device of the table that this is, else what is measured of it."""
     known = device_of_driver(hardware_name(target)) if target.type == "cuda" else None
     return known or local_device(target).device

@@ -8,9 +8,10 @@ import click
 from getp import __version__
 from getp.clickext import Device, Dtype, Option, Size
 
-MODES = ("generate", "chat", "getp", "decode", "eval", "plan")
+MODES = ("generate", "chat", "getp", "decode", "eval", "plan", "profile")
 _ASKING = ("generate", "chat", "getp")  # the modes that run the model
 _COUNTING = (*_ASKING, "plan")  # and the one that foresees what they would take
+_MEASURED = (*_ASKING, "profile")  # and the one that measures it
 _MANY = 2**20  # more of anything in one step is a mistake
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
@@ -37,8 +38,9 @@ _job = _in("Job")
 _prompt = _in("Prompt", _COUNTING)
 _sampling = _in("Sampling", _ASKING)
 _length = _in("Length", _ASKING)
-_engine = _in("Engine", _ASKING)
+_engine = _in("Engine", _MEASURED)
 _plan = _in("Plan", ("plan",))
+_step = _in("Plan", ("plan", "profile"))
 _help = _in("Help")
 
 _ALL: tuple[_Decorator, ...] = (
@@ -51,7 +53,8 @@ _ALL: tuple[_Decorator, ...] = (
         show_default=True,
         help="generate: one answer. chat: a conversation. getp: a file of prompts. "
         "decode: a token file to text. eval: a token file against a reference. "
-        "plan: what a step or a job costs and how fast GPUs can do it.",
+        "plan: what a step or a job costs and how fast GPUs can do it. "
+        "profile: where the time of a step goes, measured, and what would help.",
     ),
     _job(
         "-i",
@@ -193,7 +196,7 @@ _ALL: tuple[_Decorator, ...] = (
         type=Dtype(),
         default="auto",
         show_default=True,
-        modes=_COUNTING,
+        modes=(*_COUNTING, "profile"),
         help="What to compute in: auto, bfloat16, float16, float32; in plan also float8.",
     ),
     _engine(
@@ -218,18 +221,18 @@ _ALL: tuple[_Decorator, ...] = (
     ),
     _engine("--no-prefix-cache", is_flag=True, help="Compute equal beginnings of prompts again."),
     _engine("--dummy-weights", is_flag=True, help="Random weights from config.json, for timing."),
-    _plan(
+    _step(
         "--phase",
         type=click.Choice(["prefill", "decode", "backward"]),
-        help="Which step to plan.  [default: decode]",
+        help="Which step to plan; prefill or decode to profile.  [default: decode]",
     ),
-    _plan("--batch", type=click.IntRange(1, _MANY), help="Sequences in it.  [default: 1]"),
-    _plan(
+    _step("--batch", type=click.IntRange(1, _MANY), help="Sequences in it.  [default: 1]"),
+    _step(
         "--query",
         type=click.IntRange(1, _MANY),
         help="New tokens of each.  [default: 1 in decode, else 1024]",
     ),
-    _plan(
+    _step(
         "--context",
         type=click.IntRange(1, _MANY),
         help="Positions of each, new ones included.  [default: 1024 in decode, else the query]",
@@ -242,7 +245,7 @@ _ALL: tuple[_Decorator, ...] = (
         help="Split the model over N GPUs; figures are one's.",
     ),
     _plan("--fused", is_flag=True, help="Activations stay on the chip within a layer's blocks."),
-    _plan(
+    _step(
         "--gpu",
         metavar="NAME",
         multiple=True,
@@ -254,7 +257,7 @@ _ALL: tuple[_Decorator, ...] = (
         multiple=True,
         help="Of a GPU for an hour, with -i; one for all, or one for each --gpu.",
     ),
-    _plan(
+    _step(
         "--format",
         type=click.Choice(["text", "json"]),
         default="text",
@@ -265,6 +268,9 @@ _ALL: tuple[_Decorator, ...] = (
         "--plot",
         metavar="FILE.png|.svg",
         help="Draw the roofline with the operations on it (-: on the terminal).",
+    ),
+    _in("Plan", ("profile",))(
+        "--trace", metavar="FILE.json", help="Write a Chrome trace of one step, part by part."
     ),
     _help("--debug", is_flag=True, help="Show where an error came from."),
     click.version_option(__version__, prog_name="getp", message="%(prog)s %(version)s"),

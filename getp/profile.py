@@ -1,0 +1,191 @@
+"""Mode profile: where a step's time goes, measured, beside what the cost model says it needs."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TypeVar, cast
+
+import torch
+
+from engine import Engine
+from engine.probe import Probe
+from getp.follow import Launches, Step, count_launches, time_parts
+from model.config import ModelConfig
+from model.cost import operations
+from model.flops import Flops
+from model.hardware import Device
+from model.parts import OTHER, Part
+from model.workload import Bytes, Op, Phase, Workload
+
+WARM_UP_STEPS = 2
+MIN_STEPS, MAX_STEPS = 8, 60
+MEASURE_S = 5.0  # no step begins later, beyond the least number
+
+# Not of the cost model; the first two are the host's.
+HOST_PARTS = ("scheduling", "batch_preparation")
+_ORDER = (
+    *HOST_PARTS,
+    *"embedding input_norm qkv_proj rope kv_write attention o_proj post_norm router".split(),
+    *"gate_up_proj activation down_proj final_norm lm_head sampling".split(),
+    OTHER,
+)
+
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of a step: left alone, and followed, the parts of which add up to it."""
+
+    alone_s: float
+    parts: dict[str, float]
+    steps: int = 1  # measured of each kind
+
+    @property
+    def followed_s(self) -> float:
+        """The step while it is followed."""
+        return sum(self.parts.values())
+
+    @property
+    def slowdown(self) -> float:
+        """By which share following slows the step; noise can make it negative."""
+        return self.followed_s / self.alone_s - 1
+
+
+@dataclass(frozen=True)
+class Component:
+    """One part of the step: what it took, and what the cost model says of it."""
+
+    name: str
+    seconds: float
+    launches: int
+    busy_s: float | None  # on a GPU: what its kernels ran
+    op: Op  # all zero for what the cost model does not know
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A measured step on a device."""
+
+    config: ModelConfig
+    work: Workload
+    device: Device
+    on_gpu: bool
+    times: Times
+    components: list[Component]
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of the step, nothing following it."""
+        return self.times.alone_s
+
+    @property
+    def tok_s(self) -> float:
+        """Tokens computed a second."""
+        return self.work.tokens / self.step_s
+
+    @property
+    def launches(self) -> int:
+        """Kernels (on a CPU: operations) of the step."""
+        return sum(part.launches for part in self.components)
+
+    @property
+    def ops(self) -> list[Op]:
+        """What the cost model says of the step."""
+        return [part.op for part in self.components if part.op.layer_count]
+
+    def seconds_of(self, *names: str) -> float:
+        """Seconds of these parts, of the step that nothing follows."""
+        return self._scale * sum(part.seconds for part in self.components if part.name in names)
+
+    @property
+    def busy_s(self) -> float | None:
+        """Seconds that the GPU ran kernels; None on a CPU."""
+        busy = [part.busy_s for part in self.components if part.busy_s is not None]
+        return sum(busy) if busy else None
+
+    @property
+    def _scale(self) -> float:
+        return self.times.alone_s / self.times.followed_s
+
+
+def profile(
+    engine: Engine,
+    device: Device,
+    *,
+    phase: str,
+    batch: int,
+    query: int,
+    context: int,
+    trace: str | None = None,
+) -> Profile:
+    """Measure the step on a warm engine. Raises EngineError if it has no room for it."""
+    probe = Probe(engine, batch, query, context)
+    times = measure(probe.step, probe.parts(), engine.device)
+    launches = count_launches(probe.step, probe.parts(), engine.device, trace)
+    dtype = str(engine.dtype).removeprefix("torch.")
+    # MXFP4 experts are widened as they are loaded: what a step reads is dense.
+    config = replace(engine.config, mxfp4_experts=False)
+    work = Workload(cast(Phase, phase), batch, query, context, dtype, causal=True)
+    return assemble(config, work, device, engine.device.type == "cuda", times, launches)
+
+
+def assemble(
+    config: ModelConfig,
+    work: Workload,
+    device: Device,
+    on_gpu: bool,
+    times: Times,
+    launches: Launches,
+) -> Profile:
+    """Put what was measured beside what the cost model says."""
+    ops = {op.name: op for op in operations(config, work)}
+    found = times.parts.keys() | ops.keys()
+    components = [
+        Component(
+            name,
+            times.parts.get(name, 0.0),
+            launches.count.get(name, 0),
+            None if launches.busy_s is None else launches.busy_s.get(name, 0.0),
+            ops.get(name, Op(name, 0, Flops(), Bytes(), 0)),
+        )
+        for name in _ORDER
+        if name in found
+    ]
+    return Profile(config, work, device, on_gpu, times, components)
+
+
+def measure(
+    step: Step, parts: Iterable[Part], device: torch.device, limit_s: float = MEASURE_S
+) -> Times:
+    """Run the step alone and followed by turns, so that a slower minute slows both."""
+    parts = list(parts)
+    for _ in range(WARM_UP_STEPS):
+        step()
+    alone: list[float] = []
+    followed: list[dict[str, float]] = []
+    start = time.perf_counter()
+    while len(alone) < MIN_STEPS or (
+        len(alone) < MAX_STEPS and time.perf_counter() - start < limit_s
+    ):
+        alone.append(_seconds(step, device))
+        followed.append(time_parts(step, parts, device))
+    kept = _undisturbed(followed, [sum(one.values()) for one in followed])
+    names = {name for one in kept for name in one}
+    mean = {name: sum(one.get(name, 0.0) for one in kept) / len(kept) for name in names}
+    fastest = _undisturbed(alone, alone)
+    return Times(sum(fastest) / len(fastest), mean, len(alone))
+
+
+def _seconds(step: Step, device: torch.device) -> float:
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _undisturbed(values: list[_Value], order: list[float]) -> list[_Value]:
+    """The first quarter of the values in this order: what else the machine does only adds."""
+    ranked = [value for _, value in sorted(zip(order, values, strict=True), key=lambda p: p[0])]
+    return ranked[: max(1, len(ranked) // 4)]
