@@ -32,7 +32,7 @@ def run(
     from getp.plan import find_gpus
     from getp.profile import profile
     from getp.profile_text import as_json, print_profile
-    from model.config import load_config
+    from model.families import load_config
 
     gpus = find_gpus(options.gpu or _DEFAULT_GPUS)
     # The sizes first, for they are the engine's too.
