@@ -3,14 +3,14 @@
 import itertools
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
 from engine.kv_cache import KVCache
-from engine.memory import available_bytes
+from engine.memory import Needs, available_bytes, is_out_of_memory
 from engine.request import Completion, FinishReason, Request
 from engine.runner import ModelRunner
 from engine.scheduler import Chunk, Scheduler, Sequence
@@ -108,12 +108,34 @@ class Engine:
         self.finish()
 
     def warm_up(self) -> None:
-        """Load the weights, size the KV pool from the memory that is left, and allocate it."""
+        """Load the weights, size the KV pool from the memory that is left, and allocate it.
+
+        Raises EngineError, before anything is loaded, if memory is too small for what is asked.
+        """
         if self._scheduler is not None:
             return
         start = time.perf_counter()
-        self._runner.load(self.checkpoint, self.dummy_weights)
-        blocks = self._pool_blocks()
+        needs = Needs.of(
+            self.config, self.device, self.dtype, self.max_batch_size, self.max_batch_tokens
+        )
+        least = (len(self._runner.groups) + 1) * self._runner.block_bytes(self.block_size)
+        self._check_memory(needs, max(least, self.kv_memory or 0))
+        try:
+            self._runner.load(self.checkpoint, self.dummy_weights)
+            self._start(needs, least)
+        except Exception as error:
+            self._runner.free()
+            if not is_out_of_memory(error):
+                raise
+            raise EngineError(
+                f"out of memory while the model was loaded, and {available_bytes(self.device)}"
+                " bytes are available now; lower --kv-memory, or use a smaller model or --dtype"
+            ) from error
+        self.stats.warm_up_s += time.perf_counter() - start
+
+    def _start(self, needs: Needs, least: int) -> None:
+        """Size the KV pool, at least so many bytes, and allocate it."""
+        blocks = self._pool_blocks(needs, least)
         cache = KVCache(self._runner.groups, blocks, self.block_size, self.prefix_cache)
         limit = min(self.config.max_positions, cache.capacity(self.max_batch_tokens))
         if limit < 1:
@@ -125,7 +147,6 @@ class Engine:
         self._scheduler = Scheduler(cache, self.max_batch_size, self.max_batch_tokens)
         self.stats.kv_blocks = blocks - 1
         self.stats.kv_bytes = blocks * self._runner.block_bytes(self.block_size)
-        self.stats.warm_up_s += time.perf_counter() - start
 
     def finish(self) -> None:
         """Give weights and KV memory back. The engine can be warmed up again."""
@@ -256,29 +277,33 @@ class Engine:
             logprobs=None if params.logprobs is None else [],
         )
 
-    def _pool_blocks(self) -> int:
+    def _check_memory(self, needs: Needs, kv: int) -> None:
+        """Raise EngineError, with the arithmetic, if a run would need more than there is."""
+        available = available_bytes(self.device)
+        given = self.kv_memory is not None
+        shortage = needs.shortage(kv, given, available, self.device, self.dtype)
+        if shortage is not None:
+            raise EngineError(shortage)
+
+    def _pool_blocks(self, needs: Needs, least: int) -> int:
         """Blocks of the KV pool: what memory allows, but no more than the batch can ever use."""
         block = self._runner.block_bytes(self.block_size)
         if self.kv_memory is not None:
-            blocks = self.kv_memory // block
-            if blocks < len(self._runner.groups) + 1:
-                least = (len(self._runner.groups) + 1) * block
+            if self.kv_memory < least:
                 raise EngineError(
-                    f"kv_memory of {self.kv_memory} bytes holds {blocks} blocks of {block} bytes;"
-                    f" at least {least} bytes are needed"
+                    f"kv_memory of {self.kv_memory} bytes holds {self.kv_memory // block} blocks of"
+                    f" {block} bytes; at least {least} bytes are needed"
                 )
-            return blocks
+            return self.kv_memory // block
+        loaded = replace(needs, weights=0)
+        self._check_memory(loaded, least)
         # On a CPU the rest of the machine needs memory too, and untouched blocks cost nothing.
         share = 0.4 if self.device.type == "cpu" else 0.9
-        affordable = int(available_bytes(self.device) * share) // block
+        left = available_bytes(self.device) - loaded.total
+        affordable = max(least, int(left * share)) // block
         per_sequence = -(-self.config.max_positions // self.block_size) * len(self._runner.groups)
         useful = 2 * self.max_batch_size * per_sequence  # twice: room for cached prefixes
-        if affordable < len(self._runner.groups) + 1:
-            raise EngineError(
-                f"no memory left for KV: {affordable * block} bytes of the"
-                f" {available_bytes(self.device)} available; use a smaller model or dtype"
-            )
-        return 1 + min(affordable, useful)
+        return 1 + min(affordable - 1, useful)
 
 
 def _problem(request: Request, limit: int, vocab_size: int) -> str | None:
