@@ -1,8 +1,10 @@
 """The engine: warm_up, then generate (requests in, completions out as they finish), then finish."""
 
 import itertools
+import logging
 import time
-from collections.abc import Iterable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +23,7 @@ class EngineError(ValueError):
     """The engine cannot run as it was asked to; the message says what to change."""
 
 
+_log = logging.getLogger(__name__)
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -33,6 +36,7 @@ class EngineStats:
     cached_tokens: int = 0  # of those, found in the prefix cache
     output_tokens: int = 0
     preemptions: int = 0
+    back_offs: int = 0  # steps that ran out of memory and were taken back
     batch_sum: int = 0  # sequences a step, summed over steps
     peak_batch: int = 0
     kv_blocks: int = 0
@@ -75,6 +79,7 @@ class Engine:
         block_size: int = 16,
         prefix_cache: bool = True,
         dummy_weights: bool = False,
+        notice: Callable[[str], None] = _log.warning,
     ):
         self.checkpoint = Path(checkpoint)
         self.config = load_config(checkpoint)
@@ -90,6 +95,7 @@ class Engine:
         self.prefix_cache = prefix_cache
         self.dummy_weights = dummy_weights
         self.stats = EngineStats()
+        self._notice = notice  # told what a user should know of a run that goes on
         self.max_positions = self.config.max_positions  # less where the KV pool is smaller
         self._runner = ModelRunner(self.config, self.device, self.dtype)
         self._scheduler: Scheduler | None = None
@@ -198,10 +204,17 @@ class Engine:
     def _step(self, scheduler: Scheduler) -> list[Completion]:
         start = time.perf_counter()
         chunks = scheduler.schedule()
-        self._count(chunks, scheduler)
         planned = time.perf_counter()
-        tokens, logprobs = self._runner.run(chunks)
+        try:
+            tokens, logprobs = self._runner.run(chunks)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self._back_off(chunks, scheduler, error)
+            return []
+        scheduler.calm()
         now = time.perf_counter()
+        self._count(chunks, scheduler)
         self.stats.schedule_s += planned - start
         self.stats.model_s += now - planned
         done = []
@@ -214,6 +227,25 @@ class Engine:
             if reason is not None:
                 done.append(self._complete(chunk.sequence, reason, now, scheduler))
         return done
+
+    def _back_off(self, chunks: list[Chunk], scheduler: Scheduler, error: Exception) -> None:
+        """Go on with half of a step that ran out of memory. Raises EngineError for the least."""
+        count = len(chunks)
+        tokens = sum(chunk.end - chunk.start for chunk in chunks)
+        if not scheduler.back_off(chunks):
+            raise EngineError(
+                f"out of memory in a step of one token ({available_bytes(self.device)} bytes are"
+                " available); lower --kv-memory, or use a smaller model or --dtype"
+            ) from error
+        self.stats.back_offs += 1
+        # The tensors of the failed step live as long as the frames in its traceback.
+        traceback.clear_frames(error.__traceback__)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._notice(
+            f"out of memory in a step of {count} requests and {tokens} tokens; going on with at"
+            f" most {scheduler.max_batch_size} and {scheduler.max_batch_tokens}"
+        )
 
     def _complete(
         self, sequence: Sequence, reason: FinishReason, now: float, scheduler: Scheduler
@@ -241,7 +273,8 @@ class Engine:
             stats.prefill_chunks += 1
             stats.prefill_tokens += chunk.end - chunk.start
             stats.prefill_context += chunk.end
-        if len(scheduler.running) < self.max_batch_size and computed < self.max_batch_tokens:
+        limits = scheduler.max_batch_size, scheduler.max_batch_tokens
+        if len(scheduler.running) < limits[0] and computed < limits[1]:
             if scheduler.waiting:
                 stats.kv_full_steps += 1
             else:

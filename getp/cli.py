@@ -153,6 +153,7 @@ def load_engine(options: SimpleNamespace) -> "Engine":
         block_size=options.block_size,
         prefix_cache=not options.no_prefix_cache,
         dummy_weights=options.dummy_weights,
+        notice=lambda message: say(f"getp: warning: {message}"),
     )
 
 

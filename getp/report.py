@@ -112,6 +112,7 @@ class Measurements:
             "mean_batch": _ratio(stats.batch_sum, stats.steps),
             "peak_batch": stats.peak_batch,
             "preemptions": stats.preemptions,
+            "back_offs": stats.back_offs,
             "kv_bytes": stats.kv_bytes,
             "peak_kv_use": _ratio(stats.peak_kv_blocks, stats.kv_blocks),
             "prefix_hit_rate": _ratio(self.cached_tokens, self.prompt_tokens),

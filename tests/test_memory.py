@@ -12,6 +12,7 @@ from engine import Engine, EngineError
 from engine import engine as module
 from engine.memory import Needs, is_out_of_memory, size
 from model.shapes import named_config
+from tests.test_engine import load
 
 CPU = torch.device("cpu")
 
@@ -123,3 +124,38 @@ def test_sizes_are_rounded_down_and_can_be_given_to_options() -> None:
     assert [size(n) for n in (17, 2048, 3 << 20, (1 << 31) - 1)] == [
         "17B", "2.00KiB", "3.00MiB", "1.99GiB",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+    ],
+)
+def test_a_run_out_of_memory_backs_off_says_so_and_gives_the_same_tokens(
+    error: Exception, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = load()
+    said: list[str] = []
+    with Engine(
+        checkpoint("gpt_oss"), dtype="float32", kv_memory=32 << 20, notice=said.append
+    ) as engine:
+        expected = {c.request_id: c.token_ids for c in engine.generate(requests)}
+        steps, run = 0, engine._runner.run
+
+        def failing(chunks: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            if steps in (3, 20, 21):
+                for cache in engine._runner._caches:  # nothing half written may be read
+                    cache[:, 1:] = float("nan")
+                raise error
+            return run(chunks)
+
+        monkeypatch.setattr(engine._runner, "run", failing)
+        assert {c.request_id: c.token_ids for c in engine.generate(requests)} == expected
+    assert engine.stats.back_offs == 3
+    assert len(said) == 3
+    assert "going on with at most 5 and" in said[0]
