@@ -74,6 +74,7 @@ def _getp(options: SimpleNamespace) -> int:
         flush_s=options.flush_interval,
         grace_s=options.grace,
         max_errors=options.max_errors,
+        schedule=options.schedule,
     )
     source = batch.read(job)
     return batch.run_job(job, source, tokenizer, load_engine(options))
