@@ -39,6 +39,7 @@ class Sample:
     seconds: float
     requests: int
     rate: float  # since the sample before
+    cpu_us: float  # of a request, likewise: does not depend on who else uses the machine
     rss_mib: float
 
 
@@ -67,6 +68,7 @@ class IdleEngine:
         """Yield the completions of each batch, the last first."""
         waiting, done = iter(requests), 0
         started = last = time.perf_counter()
+        last_cpu = time.process_time()
         while together := list(islice(waiting, _BATCH)):
             now = time.perf_counter()
             for request in reversed(together):
@@ -84,16 +86,16 @@ class IdleEngine:
             self.stats.output_tokens += sum(len(request.prompt_ids) for request in together)
             before, done = done, done + len(together)
             if done // self.every > before // self.every:
-                now = time.perf_counter()
-                rate = self.every / (now - last)
-                self._note(Sample(now - started, done, rate, _resident_mib()))
-                last = now
+                now, cpu = time.perf_counter(), time.process_time()
+                rate, cpu_us = self.every / (now - last), (cpu - last_cpu) * 1e6 / self.every
+                self._note(Sample(now - started, done, rate, cpu_us, _resident_mib()))
+                last, last_cpu = now, cpu
 
     def _note(self, sample: Sample) -> None:
         self.samples.append(sample)
         print(
             f"{sample.seconds:8.1f} s {sample.requests:12,} requests {sample.rate:10,.0f} /s "
-            f"{sample.rss_mib:8.1f} MiB",
+            f"{sample.cpu_us:7.1f} us CPU each {sample.rss_mib:8.1f} MiB",
             flush=True,
         )
 
@@ -134,18 +136,18 @@ def soak(folder: Path, requests: int, schedule: Any, form: str) -> dict[str, Any
         lines = sum(1 for _ in results)
     if status or lines != requests:
         raise SystemExit(f"status {status}, {lines} lines of {requests}")
-    rates = [sample.rate for sample in engine.samples]
+    cpu = [sample.cpu_us for sample in engine.samples]
     memory = [sample.rss_mib for sample in engine.samples]
-    half = len(rates) // 2
+    half = len(cpu) // 2
     return {
         "requests": requests,
         "seconds": round(seconds, 1),
         "requests_per_s": round(requests / seconds),
-        "rate_first_half": round(sum(rates[:half]) / max(1, half)),
-        "rate_second_half": round(sum(rates[half:]) / max(1, len(rates) - half)),
+        "cpu_us_first_half": round(sum(cpu[:half]) / max(1, half), 1),
+        "cpu_us_second_half": round(sum(cpu[half:]) / max(1, len(cpu) - half), 1),
         "rss_mib_first": round(memory[0], 1),
         "rss_mib_last": round(memory[-1], 1),
-        "bytes_a_request": round((memory[-1] - memory[0]) * 2**20 / (requests * 0.95), 1),
+        "rss_mib_most": round(max(memory), 1),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "tokenizers": tokenizers.__version__,

@@ -250,7 +250,7 @@ def run(args: Sequence[str]) -> int:
         return _fail("interrupted", Interrupted("").exit_code)
     except Exception as error:
         if "--debug" in args:
-            traceback.print_exc()
+            say(traceback.format_exc())
         status = error.exit_code if isinstance(error, GetpError) else 1
         return _fail(_message(error), status, hint=isinstance(error, UsageProblem))
 
