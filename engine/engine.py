@@ -1,15 +1,17 @@
 """The engine: warm_up, then generate (requests in, completions out as they finish), then finish."""
 
 import itertools
+import logging
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from engine.kv_cache import KVCache
-from engine.memory import available_bytes
+from engine.memory import Needs, available_bytes, is_out_of_memory
 from engine.request import Completion, FinishReason, Request
 from engine.runner import ModelRunner
 from engine.scheduler import Chunk, Scheduler, Sequence
@@ -19,6 +21,8 @@ from model import load_config
 class EngineError(ValueError):
     """The engine cannot run as it was asked to; the message says what to change."""
 
+
+_log = logging.getLogger(__name__)
 
 # Hidden size below which an op is too small to be shared: a second thread gains nothing, and on a
 # busy machine each op waits for it.
@@ -36,6 +40,7 @@ class EngineStats:
     cached_tokens: int = 0  # of those, found in the prefix cache
     output_tokens: int = 0
     preemptions: int = 0
+    back_offs: int = 0  # steps that ran out of memory and were taken back
     batch_sum: int = 0  # sequences a step, summed over steps
     peak_batch: int = 0
     kv_blocks: int = 0
@@ -78,6 +83,7 @@ class Engine:
         block_size: int = 16,
         prefix_cache: bool = True,
         dummy_weights: bool = False,
+        notice: Callable[[str], None] = _log.warning,
     ):
         self.checkpoint = Path(checkpoint)
         self.config = load_config(checkpoint)
@@ -93,6 +99,7 @@ class Engine:
         self.prefix_cache = prefix_cache
         self.dummy_weights = dummy_weights
         self.stats = EngineStats()
+        self._notice = notice  # told what a user should know of a run that goes on
         self.max_positions = self.config.max_positions  # less where the KV pool is smaller
         self._runner = ModelRunner(self.config, self.device, self.dtype)
         self._scheduler: Scheduler | None = None
@@ -107,15 +114,37 @@ class Engine:
         self.finish()
 
     def warm_up(self) -> None:
-        """Load the weights, size the KV pool from the memory that is left, and allocate it."""
+        """Load the weights, size the KV pool from the memory that is left, and allocate it.
+
+        Raises EngineError, before anything is loaded, if memory is too small for what is asked.
+        """
         if self._scheduler is not None:
             return
         start = time.perf_counter()
+        needs = Needs.of(
+            self.config, self.device, self.dtype, self.max_batch_size, self.max_batch_tokens
+        )
+        least = (len(self._runner.groups) + 1) * self._runner.block_bytes(self.block_size)
+        self._check_memory(needs, max(least, self.kv_memory or 0))
         self._threads = torch.get_num_threads()
         if self.device.type == "cpu" and self.config.hidden_size < _NARROW:
             torch.set_num_threads(1)
-        self._runner.load(self.checkpoint, self.dummy_weights)
-        blocks = self._pool_blocks()
+        try:
+            self._runner.load(self.checkpoint, self.dummy_weights)
+            self._start(needs, least)
+        except Exception as error:
+            self._runner.free()
+            if not is_out_of_memory(error):
+                raise
+            raise EngineError(
+                f"out of memory while the model was loaded, and {available_bytes(self.device)}"
+                " bytes are available now; lower --kv-memory, or use a smaller model or --dtype"
+            ) from error
+        self.stats.warm_up_s += time.perf_counter() - start
+
+    def _start(self, needs: Needs, least: int) -> None:
+        """Size the KV pool, at least so many bytes, and allocate it."""
+        blocks = self._pool_blocks(needs, least)
         cache = KVCache(self._runner.groups, blocks, self.block_size, self.prefix_cache)
         limit = min(self.config.max_positions, cache.capacity(self.max_batch_tokens))
         if limit < 1:
@@ -127,7 +156,6 @@ class Engine:
         self._scheduler = Scheduler(cache, self.max_batch_size, self.max_batch_tokens)
         self.stats.kv_blocks = blocks - 1
         self.stats.kv_bytes = blocks * self._runner.block_bytes(self.block_size)
-        self.stats.warm_up_s += time.perf_counter() - start
 
     def finish(self) -> None:
         """Give weights and KV memory back. The engine can be warmed up again."""
@@ -180,10 +208,17 @@ class Engine:
     def _step(self, scheduler: Scheduler) -> list[Completion]:
         start = time.perf_counter()
         chunks = scheduler.schedule()
-        self._count(chunks, scheduler)
         planned = time.perf_counter()
-        tokens, logprobs = self._runner.run(chunks)
+        try:
+            tokens, logprobs = self._runner.run(chunks)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self._back_off(chunks, scheduler, error)
+            return []
+        scheduler.calm()
         now = time.perf_counter()
+        self._count(chunks, scheduler)
         self.stats.schedule_s += planned - start
         self.stats.model_s += now - planned
         done = []
@@ -196,6 +231,25 @@ class Engine:
             if reason is not None:
                 done.append(self._complete(chunk.sequence, reason, now, scheduler))
         return done
+
+    def _back_off(self, chunks: list[Chunk], scheduler: Scheduler, error: Exception) -> None:
+        """Go on with half of a step that ran out of memory. Raises EngineError for the least."""
+        count = len(chunks)
+        tokens = sum(chunk.end - chunk.start for chunk in chunks)
+        if not scheduler.back_off(chunks):
+            raise EngineError(
+                f"out of memory in a step of one token ({available_bytes(self.device)} bytes are"
+                " available); lower --kv-memory, or use a smaller model or --dtype"
+            ) from error
+        self.stats.back_offs += 1
+        # The tensors of the failed step live as long as the frames in its traceback.
+        traceback.clear_frames(error.__traceback__)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._notice(
+            f"out of memory in a step of {count} requests and {tokens} tokens; going on with at"
+            f" most {scheduler.max_batch_size} and {scheduler.max_batch_tokens}"
+        )
 
     def _complete(
         self, sequence: Sequence, reason: FinishReason, now: float, scheduler: Scheduler
@@ -223,7 +277,8 @@ class Engine:
             stats.prefill_chunks += 1
             stats.prefill_tokens += chunk.end - chunk.start
             stats.prefill_context += chunk.end
-        if len(scheduler.running) < self.max_batch_size and computed < self.max_batch_tokens:
+        limits = scheduler.max_batch_size, scheduler.max_batch_tokens
+        if len(scheduler.running) < limits[0] and computed < limits[1]:
             if scheduler.waiting:
                 stats.kv_full_steps += 1
             else:
@@ -259,29 +314,33 @@ class Engine:
             logprobs=None if params.logprobs is None else [],
         )
 
-    def _pool_blocks(self) -> int:
+    def _check_memory(self, needs: Needs, kv: int) -> None:
+        """Raise EngineError, with the arithmetic, if a run would need more than there is."""
+        available = available_bytes(self.device)
+        given = self.kv_memory is not None
+        shortage = needs.shortage(kv, given, available, self.device, self.dtype)
+        if shortage is not None:
+            raise EngineError(shortage)
+
+    def _pool_blocks(self, needs: Needs, least: int) -> int:
         """Blocks of the KV pool: what memory allows, but no more than the batch can ever use."""
         block = self._runner.block_bytes(self.block_size)
         if self.kv_memory is not None:
-            blocks = self.kv_memory // block
-            if blocks < len(self._runner.groups) + 1:
-                least = (len(self._runner.groups) + 1) * block
+            if self.kv_memory < least:
                 raise EngineError(
-                    f"kv_memory of {self.kv_memory} bytes holds {blocks} blocks of {block} bytes;"
-                    f" at least {least} bytes are needed"
+                    f"kv_memory of {self.kv_memory} bytes holds {self.kv_memory // block} blocks of"
+                    f" {block} bytes; at least {least} bytes are needed"
                 )
-            return blocks
+            return self.kv_memory // block
+        loaded = replace(needs, weights=0)
+        self._check_memory(loaded, least)
         # On a CPU the rest of the machine needs memory too, and untouched blocks cost nothing.
         share = 0.4 if self.device.type == "cpu" else 0.9
-        affordable = int(available_bytes(self.device) * share) // block
+        left = available_bytes(self.device) - loaded.total
+        affordable = max(least, int(left * share)) // block
         per_sequence = -(-self.config.max_positions // self.block_size) * len(self._runner.groups)
         useful = 2 * self.max_batch_size * per_sequence  # twice: room for cached prefixes
-        if affordable < len(self._runner.groups) + 1:
-            raise EngineError(
-                f"no memory left for KV: {affordable * block} bytes of the"
-                f" {available_bytes(self.device)} available; use a smaller model or dtype"
-            )
-        return 1 + min(affordable, useful)
+        return 1 + min(affordable - 1, useful)
 
 
 def _problem(request: Request, limit: int, vocab_size: int) -> str | None:

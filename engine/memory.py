@@ -1,9 +1,116 @@
-"""How much memory there is to use, on the device and under the limits of a container."""
+"""What a run needs of memory, how much there is, and whether a failure was for want of it.
+
+What there is counts on the device and under the limits of a container.
+"""
 
 import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+
+from model import ModelConfig
+from model.cost import parameter_bytes
+
+# A logit where every row is sorted in full to find its nucleus: float32, sorted float32 values and
+# int64 ids, three float64 rows of shares at once, masks. As `sampler.sample` does it.
+_SAMPLING_BYTES = 48
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a run needs besides its KV cache, at the largest step there can be.
+
+    What the CPU's attention gathers of a layer's KV is not in it: it grows with the lengths that
+    requests reach, and `is_out_of_memory` is there for it.
+    """
+
+    weights: int
+    activations: int
+    logits: int
+
+    @classmethod
+    def of(
+        cls,
+        config: ModelConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_batch_size: int,
+        max_batch_tokens: int,
+    ) -> "Needs":
+        """From shapes alone, so that it is known before the weights are read."""
+        item, on_cpu = dtype.itemsize, device.type == "cpu"
+        # MXFP4 experts become dense as they are loaded.
+        name = str(dtype).removeprefix("torch.")
+        weights = parameter_bytes(replace(config, mxfp4_experts=False), name)
+        if on_cpu and dtype == torch.bfloat16 and config.tie_word_embeddings:
+            weights += config.vocab_size * config.hidden_size * item  # the head, packed
+        weights += 4 * config.max_positions * config.head_dim  # the rotary table
+        rows = min(max_batch_size, max_batch_tokens)
+        return cls(
+            weights,
+            max_batch_tokens * _activation_bytes(config, item),
+            rows * config.vocab_size * (item + _SAMPLING_BYTES),
+        )
+
+    @property
+    def total(self) -> int:
+        """All of it together."""
+        return self.weights + self.activations + self.logits
+
+    def shortage(
+        self, kv: int, kv_given: bool, available: int, device: torch.device, dtype: torch.dtype
+    ) -> str | None:
+        """The arithmetic and what to change, if with `kv` bytes of KV cache it does not fit."""
+        needed = self.total + kv
+        if needed <= available:
+            return None
+        if self.weights >= available:
+            advice = "use a smaller model" + (
+                " or --dtype bfloat16" if dtype == torch.float32 else ""
+            )
+        elif kv_given and self.total < available:
+            advice = f"lower --kv-memory to {size(available - self.total)} or less"
+        else:
+            advice = "lower --max-batch-tokens (activations) or --max-batch-size (logits)"
+        return (
+            f"not enough memory on {device}: weights {size(self.weights)} + KV cache "
+            f"{'' if kv_given else 'at least '}{size(kv)} + activations {size(self.activations)} + "
+            f"logits {size(self.logits)} = {size(needed)}, and {size(available)} are available; "
+            f"{advice}"
+        )
+
+
+def size(count: int) -> str:
+    """Bytes for people, such as "1.50GiB": rounded down, and in the form that options take."""
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if count >= unit:
+            return f"{count * 100 // unit / 100:.2f}{name}"
+    return f"{count}B"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that an allocation failed, in any of the ways there are."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    words = ("allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def _activation_bytes(config: ModelConfig, item: int) -> int:
+    """Of one token, at the widest place of a layer; what a step makes is freed as it goes."""
+    hidden, moe = config.hidden_size, config.moe
+    query = config.num_heads * config.head_dim
+    key = config.num_kv_heads * config.head_dim
+    # The stream and its norm; then QKV and what is rotated, attention's result and its projection.
+    attention = item * (2 * hidden + 2 * (query + 2 * key) + query + hidden)
+    mlp = 0
+    if any(not layer.sparse for layer in config.layers):
+        mlp = item * (3 * hidden + 4 * config.intermediate_size)  # gate and up, and two of a half
+    if moe is not None:
+        pair = item * (2 * hidden + 4 * moe.intermediate_size) + 2 * 4 * hidden  # float32 sums
+        mlp = max(mlp, item * 3 * hidden + moe.top_k * pair)
+    return max(attention, mlp)
 
 
 def available_bytes(device: torch.device) -> int:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from engine.kv_cache import BlockTables, KVCache
 from engine.request import Completion, FinishReason, Request, TokenLogprobs
 
+_CALM_STEPS = 128  # before the limits grow again after a lack of memory
+
 
 @dataclass(eq=False)
 class Sequence:
@@ -82,6 +84,13 @@ class Scheduler:
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)
     preemptions: int = 0
+    back_offs: int = 0
+    _calm_steps: int = 0  # since the limits last changed
+    _full_limits: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        """Remember the limits that hold while there is memory."""
+        self._full_limits = self.max_batch_size, self.max_batch_tokens
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; it must be able to run alone (`KVCache.capacity`)."""
@@ -113,6 +122,38 @@ class Scheduler:
             budget -= chunk.end - chunk.start
         chunks.sort(key=lambda chunk: chunk.end - chunk.start > 1)  # stable
         return chunks
+
+    def back_off(self, chunks: list[Chunk]) -> bool:
+        """Take back a step that ran out of memory and halve the limits; False: it was the least.
+
+        What the step wrote of KV is not certain, nor is what was found in the prefix index since;
+        so everything that runs starts again, in the same order.
+        """
+        tokens = sum(chunk.end - chunk.start for chunk in chunks)
+        if tokens <= 1:
+            return False
+        while self.running:
+            self._preempt_last()
+        self.cache.forget_prefixes()
+        self.max_batch_size = max(1, len(chunks) // 2)
+        self.max_batch_tokens = max(1, tokens // 2)
+        self.back_offs += 1
+        self._calm_steps = 0
+        return True
+
+    def calm(self) -> None:
+        """Note a step that had memory enough: after many, the limits grow again.
+
+        Each back-off makes the wait twice as long: one whose cause stays is soon hardly met.
+        """
+        size, tokens = self._full_limits
+        if (self.max_batch_size, self.max_batch_tokens) == self._full_limits:
+            return
+        self._calm_steps += 1
+        if self._calm_steps >= _CALM_STEPS << self.back_offs:
+            self.max_batch_size = min(size, 2 * self.max_batch_size)
+            self.max_batch_tokens = min(tokens, 2 * self.max_batch_tokens)
+            self._calm_steps = 0
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out and give its blocks back, wherever it is."""

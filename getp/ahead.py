@@ -12,13 +12,22 @@ _Item = TypeVar("_Item")
 class Ahead(Generic[_Item]):
     """Iterates over `items` in a thread and keeps what comes, up to a total cost, until taken.
 
-    An exception of theirs is raised where the items are taken.
+    An exception of theirs is raised where the items are taken. With `arrange` they are taken in
+    windows, each as full as the total cost allows, in the order that it gives a window.
     """
 
-    def __init__(self, items: Iterable[_Item], cost: Callable[[_Item], int], most: int) -> None:
+    def __init__(
+        self,
+        items: Iterable[_Item],
+        cost: Callable[[_Item], int],
+        most: int,
+        arrange: Callable[[list[_Item]], list[_Item]] | None = None,
+    ) -> None:
         self._items = items
         self._cost = cost
         self._most = most
+        self._arrange = arrange
+        self._window: deque[_Item] = deque()  # arranged, and next to be taken
         self._kept: deque[_Item] = deque()
         self._kept_cost = 0
         self._changed = threading.Condition()
@@ -45,20 +54,37 @@ class Ahead(Generic[_Item]):
     def until(self, stopped: Callable[[], bool]) -> Iterator[_Item]:
         """Yield the items, in order, until their end or until `stopped`."""
         while not stopped():
+            if self._window:
+                yield self._window.popleft()
+                continue
             with self._changed:
                 # With a limit, so that a signal is noticed while nothing comes.
-                self._changed.wait_for(lambda: self._kept or self._ended, timeout=0.1)
-                if self._kept:
-                    item = self._kept.popleft()
-                    self._kept_cost -= self._cost(item)
-                    self._changed.notify_all()
+                self._changed.wait_for(lambda: self._ready() or self._ended, timeout=0.1)
+                if self._kept and (self._ready() or self._ended):
+                    self._take()
                 elif not self._ended:
                     continue
                 elif self._error is not None:
                     raise self._error
                 else:
                     return
-            yield item
+
+    def _ready(self) -> bool:
+        if self._arrange is None:
+            return bool(self._kept)
+        return self._kept_cost >= self._most
+
+    def _take(self) -> None:
+        """Move what may be taken now to the window."""
+        if self._arrange is None:
+            item = self._kept.popleft()
+            self._kept_cost -= self._cost(item)
+            self._window.append(item)
+        else:
+            self._window.extend(self._arrange(list(self._kept)))
+            self._kept.clear()
+            self._kept_cost = 0
+        self._changed.notify_all()
 
     def _work(self) -> None:
         try:

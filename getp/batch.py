@@ -21,6 +21,7 @@ from getp.progress import progress
 from getp.prompts import chat_template
 from getp.report import Measurements, final_line, print_report
 from getp.results import Renderer, errors_path, output_form, write_results
+from getp.schedule import Schedule, together
 from getp.stopping import ParkedError, Stopping
 from getp.tasks import Defaults, Failure, Task, TaskReader
 from getp.terminal import say
@@ -47,6 +48,7 @@ class Job:
     flush_s: float = 1.0
     grace_s: float = 10.0
     max_errors: int | None = None
+    schedule: Schedule = "throughput"
 
 
 def read(job: Job) -> Source:
@@ -171,13 +173,15 @@ class Run:
         """Run everything that is not done. Raises Interrupted, GetpError."""
         if self._journal.done == self._source.total:
             return
-        self.measured.warm_up_s = _seconds(self._engine.warm_up)
-        try:
-            self._stopping.patient = True
-            self.measured.inference_s = _seconds(self._inference)
-        finally:
-            self._stopping.patient = False
-            self.measured.finish_s = _seconds(self._engine.finish)
+        arrange = together if self._job.schedule == "throughput" else None
+        with Ahead(self._tasks(), _cost, _TOKENS_AHEAD, arrange) as tasks:
+            self.measured.warm_up_s = _seconds(self._engine.warm_up)
+            try:
+                self._stopping.patient = True
+                self.measured.inference_s = _seconds(lambda: self._inference(tasks))
+            finally:
+                self._stopping.patient = False
+                self.measured.finish_s = _seconds(self._engine.finish)
         if self._journal.done < self._source.total:
             raise self._stopping.interrupted("stopped")
 
@@ -188,14 +192,11 @@ class Run:
             return f"{done}, but lost: a job can be gone on with only where -o names a file"
         return f"{done} and kept in {self._journal.path}; the same command goes on from there"
 
-    def _inference(self) -> None:
+    def _inference(self, tasks: Ahead[Task | Failure]) -> None:
         """Run every request through the engine, which takes them as it has room."""
         stats = self._engine.stats
         left = self._source.total - self._journal.done
-        with (
-            progress(left, lambda: stats.output_tokens) as advance,
-            Ahead(self._tasks(), _cost, _TOKENS_AHEAD) as tasks,
-        ):
+        with progress(left, lambda: stats.output_tokens) as advance:
             admitted = self._admitted(tasks.until(lambda: self._stopping.asked), advance)
             completions = self._engine.generate(admitted)
             try:

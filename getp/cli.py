@@ -75,6 +75,7 @@ def _getp(options: SimpleNamespace) -> int:
         flush_s=options.flush_interval,
         grace_s=options.grace,
         max_errors=options.max_errors,
+        schedule=options.schedule,
     )
     source = batch.read(job)
     return batch.run_job(job, source, tokenizer, load_engine(options))
@@ -160,6 +161,7 @@ def load_engine(options: SimpleNamespace) -> "Engine":
         block_size=options.block_size,
         prefix_cache=not options.no_prefix_cache,
         dummy_weights=options.dummy_weights,
+        notice=lambda message: say(f"getp: warning: {message}"),
     )
 
 
@@ -255,7 +257,7 @@ def run(args: Sequence[str]) -> int:
         return _fail("interrupted", Interrupted("").exit_code)
     except Exception as error:
         if "--debug" in args:
-            traceback.print_exc()
+            say(traceback.format_exc())
         status = error.exit_code if isinstance(error, GetpError) else 1
         return _fail(_message(error), status, hint=isinstance(error, UsageProblem))
 

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, TypeAlias, cast
 import zstandard
 
 from getp.errors import GetpError
+from getp.terminal import visible
 
 STANDARD = "-"
 LONGEST_LINE = 64 << 20  # bytes; what is longer is no prompt
@@ -153,7 +154,8 @@ def writing(path: str) -> Iterator[BinaryIO]:
     """
     if path == STANDARD:
         sys.stdout.flush()
-        yield sys.stdout.buffer
+        with _shown(sys.stdout.buffer) as shown:
+            yield shown
         sys.stdout.buffer.flush()
         return
     target = Path(os.path.realpath(path))  # through a link, so that the link stays
@@ -161,8 +163,8 @@ def writing(path: str) -> Iterator[BinaryIO]:
     try:
         try:
             with open(temporary, "wb") as file:
-                with _packed(file, path) as packed:
-                    yield packed
+                with _packed(file, path) as packed, _shown(packed) as shown:
+                    yield shown
                 file.flush()
                 if temporary != target:
                     os.fsync(file.fileno())
@@ -174,6 +176,17 @@ def writing(path: str) -> Iterator[BinaryIO]:
                 temporary.unlink(missing_ok=True)
     except OSError as error:
         raise GetpError(f"cannot write {path}: {_reason(error)}") from error
+
+
+@contextmanager
+def _shown(file: BinaryIO) -> Iterator[BinaryIO]:
+    """Yield the file, or if it is a terminal, what leaves out the control characters of a text."""
+    if not file.isatty():
+        yield file
+        return
+    text = io.BytesIO()
+    yield text
+    file.write(visible(text.getvalue().decode("utf-8", "replace")).encode())
 
 
 @contextmanager

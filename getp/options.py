@@ -105,6 +105,16 @@ _ALL: tuple[_Decorator, ...] = (
         help="Seconds that running requests have to finish after Ctrl-C or SIGTERM.",
     ),
     _job(
+        "--schedule",
+        type=click.Choice(["throughput", "first"]),
+        default="throughput",
+        show_default=True,
+        modes=("getp",),
+        help="throughput: of the requests read ahead, those that share a beginning run together, "
+        "long answers early. first: in the order of the input, so that its first results come "
+        "first. The result is the same.",
+    ),
+    _job(
         "--line",
         type=int,
         modes=("decode",),

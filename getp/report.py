@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from engine import Completion
 from getp import __version__
 from getp.explain import as_report, explain, remember
+from getp.terminal import visible
 
 if TYPE_CHECKING:
     from engine import Engine
@@ -112,6 +114,7 @@ class Measurements:
             "mean_batch": _ratio(stats.batch_sum, stats.steps),
             "peak_batch": stats.peak_batch,
             "preemptions": stats.preemptions,
+            "back_offs": stats.back_offs,
             "kv_bytes": stats.kv_bytes,
             "peak_kv_use": _ratio(stats.peak_kv_blocks, stats.kv_blocks),
             "prefix_hit_rate": _ratio(self.cached_tokens, self.prompt_tokens),
@@ -142,7 +145,8 @@ def final_line(measured: Measurements) -> str:
 
 def print_report(report: Report) -> None:
     """Print the report as a table on standard error, where it disturbs no script."""
-    table = Table(show_header=False, title=f"getp on {report['checkpoint']}", title_justify="left")
+    title = f"getp on {escape(visible(report['checkpoint']))}"
+    table = Table(show_header=False, title=title, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
     for name, value in _rows(report):

@@ -14,6 +14,11 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newlin
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 
+def visible(text: str) -> str:
+    """Return `text` without what a terminal takes for a command."""
+    return _CONTROL.sub("", text)
+
+
 def say(message: str) -> None:
     """Write a line of our own, on standard error: standard output is for answers.
 
@@ -21,7 +26,7 @@ def say(message: str) -> None:
     has been closed must not end a job.
     """
     with suppress(OSError):
-        print(_CONTROL.sub("", message), file=sys.stderr, flush=True)
+        print(visible(message), file=sys.stderr, flush=True)
 
 
 class Screen:
@@ -66,7 +71,7 @@ class Screen:
         self._channel, self._last = None, "\n"
 
     def _write(self, stream: TextIO, text: str) -> None:
-        shown = _CONTROL.sub("", text) if stream.isatty() else text
+        shown = visible(text) if stream.isatty() else text
         stream.write(shown)
         stream.flush()
         self._last = shown[-1:] or self._last

@@ -1,5 +1,7 @@
+import io
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -204,3 +206,20 @@ def test_what_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None
         check_writable(str(tmp_path))
     check_writable(str(tmp_path / "new.txt"), [source])
     assert not (tmp_path / "new.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("terminal", "shown"), [(True, "a[31mb\u4f60\n"), (False, "a\x1b[31mb\u4f60\n")]
+)
+def test_a_terminal_gets_no_control_characters_of_a_text(
+    terminal: bool, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Buffer(io.BytesIO):
+        def isatty(self) -> bool:
+            return terminal
+
+    out = Buffer()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out))
+    with writing("-") as file:
+        file.write("a\x1b[31mb\u4f60\n".encode())
+    assert out.getvalue().decode() == shown

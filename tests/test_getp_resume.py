@@ -201,7 +201,7 @@ def test_the_first_signal_lets_running_requests_finish_and_admits_no_more(tmp_pa
     engine = FakeEngine(answer)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted, match=r"4 of 40 requests are done and kept in") as stopped:
-        run(job(tmp_path, 40), engine)
+        run(job(tmp_path, 40, schedule="first"), engine)
     assert stopped.value.exit_code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
     assert run(job(tmp_path, 40)) == SOME_FAILED
@@ -215,8 +215,9 @@ def test_what_does_not_finish_in_time_is_left_for_the_next_run(tmp_path: Path) -
             yield 9
 
     started = time.monotonic()
+    work = job(tmp_path, 40, grace_s=0.2, schedule="first")
     with pytest.raises(Interrupted, match="0 of 40 requests are done"):
-        run(job(tmp_path, 40, grace_s=0.2), FakeEngine(answer, max_positions=10**9))
+        run(work, FakeEngine(answer, max_positions=10**9))
     assert time.monotonic() - started < 5
 
 

@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine import Completion, Engine, Request, SamplingParams
+from engine import Completion, Engine, EngineError, Request, SamplingParams
 from engine.kv_cache import NULL_BLOCK, KVCache, LayerGroup, group_layers
 from engine.scheduler import Chunk
 from tests.checkpoints import FAMILIES
@@ -38,6 +38,7 @@ class HistoryRunner:
         self.slots: dict[tuple[int, int], bytes] = {}
         self.steps = 0
         self.fail_at = -1
+        self.most_tokens = 1 << 60  # more in a step and memory is out
 
     def load(self, checkpoint: Path, dummy: bool) -> None: ...
 
@@ -67,6 +68,10 @@ class HistoryRunner:
                     self.slots[place] = bytes([g]) + history(chunk.sequence.tokens[: at + 1])
         if self.steps == self.fail_at:
             raise RuntimeError("the device is gone")
+        if sum(lengths) > self.most_tokens:
+            for place in written:
+                self.slots[place] = b"half written"
+            raise torch.OutOfMemoryError("CUDA out of memory.")
         for chunk in chunks:
             for g, (group, table) in enumerate(
                 zip(self.groups, chunk.sequence.tables.tables, strict=True)
@@ -197,6 +202,59 @@ def test_a_failing_step_or_a_closed_iterator_leaves_a_whole_pool(
     assert_pool_is_whole(engine)
     # What the interrupted steps may have left half written is not found by anybody.
     run(engine, load["requests"])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(load=loads(), most=st.integers(1, 12), calm=st.sampled_from([1, 128]))
+def test_a_step_out_of_memory_is_taken_back_and_every_request_ends_right(
+    config_folder: Path, load: dict[str, Any], most: int, calm: int
+) -> None:
+    expected_engine, _ = make_engine(config_folder, load)
+    expected = run(expected_engine, load["requests"])
+    engine, runner = make_engine(config_folder, load)
+    said: list[str] = []
+    engine._notice = said.append
+    runner.most_tokens = most
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.scheduler._CALM_STEPS", calm)
+        done = run(engine, load["requests"])
+    assert {i: c.token_ids for i, c in done.items()} == {
+        i: c.token_ids for i, c in expected.items()
+    }
+    assert_pool_is_whole(engine)
+    assert len(said) == engine.stats.back_offs
+    assert all("out of memory" in message for message in said)
+    assert engine.stats.peak_batch <= most
+
+
+def test_limits_grow_again_once_there_is_memory(config_folder: Path) -> None:
+    load = {"windows": [None], "block_size": 4, "blocks": 400, "prefix_cache": True}
+    load |= {"max_batch_size": 8, "max_batch_tokens": 64}
+    engine, runner = make_engine(config_folder, load)
+    engine._notice = lambda message: None
+    runner.most_tokens = 2
+    run(engine, [([1] * 6, 4)] * 8)
+    scheduler = engine._scheduler
+    assert scheduler is not None
+    assert (scheduler.max_batch_size, scheduler.max_batch_tokens) != (8, 64)
+    backed_off = engine.stats.back_offs
+    runner.most_tokens = 1 << 60
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.scheduler._CALM_STEPS", 1)
+        run(engine, [([1] * 6, 40)] * 100)
+    assert (scheduler.max_batch_size, scheduler.max_batch_tokens) == (8, 64)
+    assert engine.stats.back_offs == backed_off
+
+
+def test_no_memory_for_one_token_is_an_error(config_folder: Path) -> None:
+    load = {"windows": [None], "block_size": 4, "blocks": 40, "prefix_cache": True}
+    load |= {"max_batch_size": 4, "max_batch_tokens": 64}
+    engine, runner = make_engine(config_folder, load)
+    engine._notice = lambda message: None
+    runner.most_tokens = 0
+    with pytest.raises(EngineError, match=r"out of memory in a step of one token.*--kv-memory"):
+        run(engine, [([1, 2, 3, 4], 5)] * 3)
+    assert_pool_is_whole(engine)
 
 
 def test_a_request_is_preempted_when_blocks_run_out_and_still_ends(config_folder: Path) -> None:

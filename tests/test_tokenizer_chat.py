@@ -139,6 +139,44 @@ def test_a_tokenizer_without_the_markers_has_plain_answers() -> None:
         ("{{ 99 ** 99999 }}", "power"),
         ("{{ '%*d' % (999999999, 1) }}", "width"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+        (
+            "{% set n = namespace(x='xx') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}"
+            "{% endfor %}",
+            "more than",
+        ),
+        (
+            "{% set n = namespace(x='xx') %}{% for i in range(60) %}"
+            "{% set y %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = y %}{% endfor %}",
+            "more than",
+        ),
+        (
+            "{% set n = namespace(x='xx') %}{% for i in range(60) %}"
+            "{% set n.x = n.x | replace('x', 'xxx') %}{% endfor %}",
+            "more than",
+        ),
+        (
+            "{% set n = namespace(x='xx') %}{% for i in range(60) %}"
+            "{% set n.x = n.x.replace('x', 'xxx') %}{% endfor %}",
+            "more than",
+        ),
+        (
+            "{% set x = 'x' * 1000000 %}{% for i in range(1000) %}{% set y = x ~ i %}{% endfor %}",
+            "more than",
+        ),
+        ("{{ 'x' | center(999999999) }}", "more than"),
+        ("{{ 'x'.ljust(999999999) }}", "more than"),
+        ("{{ 'x'.zfill(width=999999999) }}", "more than"),
+        ("{{ 'x\ny' | indent(999999999) }}", "more than"),
+        ("{{ '\t'.expandtabs(999999999) }}", "more than"),
+        ("{{ range(90000) | join('x' * 9000) }}", "more than"),
+        ("{{ ('x' * 9000).join(['a'] * 90000) }}", "more than"),
+        ("{{ ('{0}' * 90000).format('x' * 9000) }}", "more than"),
+        ("{{ '{:999999999}'.format(1) }}", "width"),
+        ("{{ ('%s' * 2) % ('x' * 60000000, 'y') }}", "more than"),
+        ("{{ '%999999999d' | format(1) }}", "width"),
+        ("{{ 'x'.translate({120: 'y' * 999}) }}", "translates"),
+        ("{{ [1] | batch(999999999, 0) | list }}", "more than"),
+        ("{{ lipsum(999999) }}", "undefined"),
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
         ("{{ ''.__class__.__base__.__subclasses__() }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
@@ -151,6 +189,28 @@ def test_a_tokenizer_without_the_markers_has_plain_answers() -> None:
 def test_a_template_has_limits_and_no_way_out(template: str, words: str) -> None:
     with pytest.raises(TemplateError, match=words):
         ChatTemplate(template).render(TALK)
+
+
+def test_what_is_limited_still_does_what_it_did() -> None:
+    for template, text in {
+        "{{ 'a' ~ 1 ~ none }}": "a1None",
+        "{{ 'a-b-c' | replace('-', '+') }}{{ 'a-b-c'.replace('-', '', 1) }}": "a+b+cab-c",
+        "{{ 'a-b' | replace(old='-', new='') }}": "ab",
+        "{{ [1, 2] | join(', ') }}{{ messages | join('/', attribute='role') }}": None,
+        "{{ ', '.join(['a', 'b']) }}{{ 'x'.center(3) }}{{ 'x' | center(3) }}": "a, b x  x ",
+        "{{ 'a\nb' | indent(2) }}{{ 'a\nb' | indent('> ', true) }}": "a\n  b> a\n> b",
+        "{{ '{:>4}|{}'.format(1, 'x') }}{{ '%03d %s' % (7, 'y') }}": "   1|x007 y",
+        "{{ '%s and %s' | format(1, 2) }}": "1 and 2",
+        "{{ [1, 2, 3] | batch(2, 0) | list }}": "[[1, 2], [3, 0]]",
+        "{% set x %}a{{ 'b' }}{% endset %}{{ x ~ x }}": "abab",
+        "{% macro m(x) %}<{{ x }}>{% endmacro %}{{ m(1) ~ m('y') }}": "<1><y>",
+        "{{ '  a '.strip() }}{{ 'a,b'.split(',') | length }}": "a2",
+    }.items():
+        found = ChatTemplate(template).render(TALK)
+        if text is not None:
+            assert found == text
+        else:
+            assert found == "1, 2" + "/".join(str(message["role"]) for message in TALK)
 
 
 def test_a_template_that_is_no_template_is_refused(tmp_path: Path) -> None:

@@ -6,8 +6,7 @@ programs: they run in Jinja's sandbox, and every loop, text and number of theirs
 """
 
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,14 +16,12 @@ import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tokenizer.errors import TemplateError, TokenizerError
+from tokenizer.sandbox import Sandbox
 
 _LONGEST_SOURCE = 1 << 20  # characters; templates on the Hub have up to some ten thousand
-_LONGEST_TEXT = 64 << 20  # of what one expression makes, and of the whole
-_WIDE = re.compile(r"%[^a-zA-Z%]*(\*|\d{6})")
-_MOST_TURNS = 1 << 20  # of all loops of one rendering together
+_LONGEST_TEXT = 64 << 20  # characters that a rendering may have
 
 Message = Mapping[str, Any]
 """One turn: {"role": "system" | "user" | "assistant", "content": text}, and what a template
@@ -42,7 +39,7 @@ class ChatTemplate:
             self._environment = _environment()
             tree = self._environment.parse(source)
             self.variables = frozenset(jinja2.meta.find_undeclared_variables(tree))
-            self._template = self._environment.from_string(_limited(tree))
+            self._template = self._environment.from_string(self._environment.limit(tree))
         except (jinja2.TemplateError, RecursionError, MemoryError, ValueError) as error:
             raise TokenizerError(f"the chat template is not valid: {error}") from error
 
@@ -77,62 +74,17 @@ class ChatTemplate:
         names: dict[str, Any] = {"tools": None, "documents": None, **self._special_tokens}
         names |= variables
         names |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        self._environment.turns_left = _MOST_TURNS
+        self._environment.begin()
         pieces, length = [], 0
         try:
             for piece in self._template.generate(names):
                 pieces.append(piece)
                 length += len(piece)
-                _check_length(length)
+                if length > _LONGEST_TEXT:
+                    raise TemplateError(f"it makes a text of more than {_LONGEST_TEXT} characters")
         except Exception as error:  # a template is a program: it can raise anything
             raise TemplateError(f"the chat template refused the conversation: {error}") from error
         return "".join(pieces)
-
-
-def _limited(tree: jinja2.nodes.Template) -> jinja2.nodes.Template:
-    """Let every loop of a template count its turns."""
-    for loop in list(tree.find_all(jinja2.nodes.For)):
-        if loop.recursive:
-            raise jinja2.TemplateError("recursive loops are not supported")
-        count = jinja2.nodes.EnvironmentAttribute("count_turns")  # no template can shadow it
-        loop.iter = jinja2.nodes.Call(count, [loop.iter], [], None, None)
-    return tree
-
-
-def _check_length(length: int) -> None:
-    if length > _LONGEST_TEXT:
-        raise TemplateError(f"it makes a text of more than {_LONGEST_TEXT} characters")
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, with limits on what an operator can make."""
-
-    intercepted_binops = frozenset({"*", "**", "+", "%"})
-    turns_left = _MOST_TURNS
-
-    def count_turns(self, values: Iterable[Any]) -> Iterator[Any]:
-        """Yield the values of a loop while turns are left."""
-        for value in values:
-            self.turns_left -= 1
-            if self.turns_left < 0:
-                raise TemplateError(f"its loops go round more than {_MOST_TURNS} times")
-            yield value
-
-    def call_binop(
-        self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
-    ) -> Any:
-        """Apply an operator unless the result would be enormous."""
-        if operator == "*":
-            for one, other in ((left, right), (right, left)):
-                if hasattr(one, "__len__") and isinstance(other, int):
-                    _check_length(len(one) * other)
-        elif operator == "**" and not (abs(left) <= 2**32 and abs(right) <= 64):
-            raise TemplateError("a power in it is too large")
-        elif operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
-            _check_length(len(left) + len(right))
-        elif operator == "%" and isinstance(left, str) and _WIDE.search(left):
-            raise TemplateError("it formats to a width that is given elsewhere, or enormous")
-        return super().call_binop(context, operator, left, right)
 
 
 class _Generation(jinja2.ext.Extension):
@@ -146,9 +98,9 @@ class _Generation(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _environment() -> _Environment:
+def _environment() -> Sandbox:
     """Return the environment that templates on the Hub are written for."""
-    environment = _Environment(
+    environment = Sandbox(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_Generation, jinja2.ext.loopcontrols],
