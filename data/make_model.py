@@ -5,7 +5,18 @@
     python data/make_model.py train        # everything in data/model/
     python data/make_model.py evaluate     # scores of those files, through transformers
 
-All of it is seeded. Needs torch, tokenizers and safetensors; `evaluate` also needs transformers.
+Needs torch with a C++ compiler (parts are compiled), tokenizers and safetensors; `evaluate` also
+needs transformers. All of it is seeded.
+
+The checkpoint in the repository took 5,700 steps, 35 million tokens: about 50 minutes of two CPU
+cores, shared with other work. It was trained in rounds that went on from a saved state (`--state`):
+1,500 steps with Muon at 3e-3, then 5e-3; the last 700 steps, on what was still wrong, with the
+schedule stretched from 5,000 to 5,700 steps and 0.05 instead of 0.15 as the floor of a kind's
+weight; all rounds also drew differences below 10. A remake in one round is alike, not the same
+bytes.
+
+Held-out questions right, greedy, exported files in float32, 100 a family: raw 99.4 % (lowest
+family 98 %), chat 99.3 % (lowest 97 %). README.md has them by family.
 """
 
 from __future__ import annotations
@@ -366,7 +377,7 @@ def split_parameters(network: Network) -> tuple[list[Tensor], list[Tensor]]:
 class Recipe:
     """How long and how fast to train. Fractions are of all steps."""
 
-    steps: int = 5000
+    steps: int = 5700
     workers: int = 2
     tokens: int = 3072  # of each worker, in one step
     muon_lr: float = 5e-3
@@ -487,7 +498,7 @@ def train(worker: int, recipe: Recipe, shape: Shape, state: Path | None) -> None
             if kind in error:
                 error[kind] += 0.01 * ((not good) - error[kind])
         # What is not yet learned is asked more often.
-        weights.update({kind: share(kind) * (0.15 + e) for kind, e in error.items()})
+        weights.update({kind: share(kind) * (0.05 + e) for kind, e in error.items()})
         seen += batch.ids.numel()
         losses += loss.item()
         if worker > 0:
@@ -588,7 +599,7 @@ def _until_stop(text: str) -> str:
 
 def evaluate(per_family: int) -> None:
     """Print the exported model's score on held-out questions, by family and form."""
-    questions = evaluation_set(per_family, seed=11)
+    questions = evaluation_set(per_family, seed=31)
     rng = random.Random(11)
     right: dict[str, float] = dict.fromkeys(all_kinds(), 0.0)
     for form, read, new_tokens in (("raw", raw_answer, 24), ("chat", chat_answer, 96)):
