@@ -1,11 +1,21 @@
 """Make the embedded model: tokenizer, training, checkpoint, held-out questions, scores.
 
-    python data/make_model.py tokenizer    # data/model/ without weights
-    python data/make_model.py inputs       # data/input.txt and data/answers.txt
-    python data/make_model.py train        # everything in data/model/
-    python data/make_model.py evaluate     # scores of those files, through transformers
+    python data/make_model.py inputs      # data/input.txt and data/answers.txt
+    python data/make_model.py train       # everything in data/model/, overwriting it
+    python data/make_model.py evaluate    # scores of those files, through transformers
 
-All of it is seeded. Needs torch, tokenizers and safetensors; `evaluate` also needs transformers.
+Needs torch with a C++ compiler (parts are compiled), tokenizers and safetensors; `evaluate` also
+needs transformers. All of it is seeded.
+
+The checkpoint in the repository took 5,700 steps, 35 million tokens: about 40 minutes of processor
+time on each of two cores (AMX). It was trained in rounds that went on from a saved state
+(`--state`): 1,500 steps with Muon at 3e-3, then 5e-3; the last 700 steps, on what was still wrong,
+with the schedule stretched from 5,000 to 5,700 steps and 0.05 instead of 0.15 as the floor of a
+kind's weight; all rounds also drew differences below 10. A remake in one round is alike, not the
+same bytes.
+
+Held-out questions right, greedy, exported files in float32, 100 a family: raw 99.4 % (lowest
+family 98 %), chat 99.3 % (lowest 97 %). README.md has them by family.
 """
 
 from __future__ import annotations
@@ -366,7 +376,7 @@ def split_parameters(network: Network) -> tuple[list[Tensor], list[Tensor]]:
 class Recipe:
     """How long and how fast to train. Fractions are of all steps."""
 
-    steps: int = 5000
+    steps: int = 5700
     workers: int = 2
     tokens: int = 3072  # of each worker, in one step
     muon_lr: float = 5e-3
@@ -487,7 +497,7 @@ def train(worker: int, recipe: Recipe, shape: Shape, state: Path | None) -> None
             if kind in error:
                 error[kind] += 0.01 * ((not good) - error[kind])
         # What is not yet learned is asked more often.
-        weights.update({kind: share(kind) * (0.15 + e) for kind, e in error.items()})
+        weights.update({kind: share(kind) * (0.05 + e) for kind, e in error.items()})
         seen += batch.ids.numel()
         losses += loss.item()
         if worker > 0:
@@ -588,7 +598,7 @@ def _until_stop(text: str) -> str:
 
 def evaluate(per_family: int) -> None:
     """Print the exported model's score on held-out questions, by family and form."""
-    questions = evaluation_set(per_family, seed=11)
+    questions = evaluation_set(per_family, seed=31)
     rng = random.Random(11)
     right: dict[str, float] = dict.fromkeys(all_kinds(), 0.0)
     for form, read, new_tokens in (("raw", raw_answer, 24), ("chat", chat_answer, 96)):
@@ -620,14 +630,12 @@ def write_inputs(per_family: int) -> None:
 def main() -> None:
     """Run the command asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("command", choices=("tokenizer", "inputs", "train", "evaluate"))
+    parser.add_argument("command", choices=("inputs", "train", "evaluate"))
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--state", type=Path, help="where to keep the state of a training run")
     parser.add_argument("--per-family", type=int, default=70, help="evaluation questions")
     options = parser.parse_args()
-    if options.command == "tokenizer":
-        write_tokenizer(Shape())
-    elif options.command == "inputs":
+    if options.command == "inputs":
         write_inputs(per_family=20)
     elif options.command == "train":
         recipe = Recipe(steps=options.steps)

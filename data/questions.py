@@ -111,8 +111,10 @@ def _draw_sum(rng: random.Random) -> Fields:
 
 
 def _draw_difference(rng: random.Random) -> Fields:
-    a, b = sorted((_number(rng, 2), _number(rng, 2)), reverse=True)
-    return {"a": str(a), "b": str(b)}
+    while True:  # below 10, the raw answer is mostly wrong, and near
+        a, b = sorted((_number(rng, 2), _number(rng, 2)), reverse=True)
+        if a - b >= 10:
+            return {"a": str(a), "b": str(b)}
 
 
 def _draw_comparison(rng: random.Random) -> Fields:
