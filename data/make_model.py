@@ -1,19 +1,18 @@
 """Make the embedded model: tokenizer, training, checkpoint, held-out questions, scores.
 
-    python data/make_model.py tokenizer    # data/model/ without weights
-    python data/make_model.py inputs       # data/input.txt and data/answers.txt
-    python data/make_model.py train        # everything in data/model/
-    python data/make_model.py evaluate     # scores of those files, through transformers
+    python data/make_model.py inputs      # data/input.txt and data/answers.txt
+    python data/make_model.py train       # everything in data/model/, overwriting it
+    python data/make_model.py evaluate    # scores of those files, through transformers
 
 Needs torch with a C++ compiler (parts are compiled), tokenizers and safetensors; `evaluate` also
 needs transformers. All of it is seeded.
 
-The checkpoint in the repository took 5,700 steps, 35 million tokens: about 50 minutes of two CPU
-cores, shared with other work. It was trained in rounds that went on from a saved state (`--state`):
-1,500 steps with Muon at 3e-3, then 5e-3; the last 700 steps, on what was still wrong, with the
-schedule stretched from 5,000 to 5,700 steps and 0.05 instead of 0.15 as the floor of a kind's
-weight; all rounds also drew differences below 10. A remake in one round is alike, not the same
-bytes.
+The checkpoint in the repository took 5,700 steps, 35 million tokens: about 40 minutes of processor
+time on each of two cores (AMX). It was trained in rounds that went on from a saved state
+(`--state`): 1,500 steps with Muon at 3e-3, then 5e-3; the last 700 steps, on what was still wrong,
+with the schedule stretched from 5,000 to 5,700 steps and 0.05 instead of 0.15 as the floor of a
+kind's weight; all rounds also drew differences below 10. A remake in one round is alike, not the
+same bytes.
 
 Held-out questions right, greedy, exported files in float32, 100 a family: raw 99.4 % (lowest
 family 98 %), chat 99.3 % (lowest 97 %). README.md has them by family.
@@ -631,14 +630,12 @@ def write_inputs(per_family: int) -> None:
 def main() -> None:
     """Run the command asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("command", choices=("tokenizer", "inputs", "train", "evaluate"))
+    parser.add_argument("command", choices=("inputs", "train", "evaluate"))
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--state", type=Path, help="where to keep the state of a training run")
     parser.add_argument("--per-family", type=int, default=70, help="evaluation questions")
     options = parser.parse_args()
-    if options.command == "tokenizer":
-        write_tokenizer(Shape())
-    elif options.command == "inputs":
+    if options.command == "inputs":
         write_inputs(per_family=20)
     elif options.command == "train":
         recipe = Recipe(steps=options.steps)
