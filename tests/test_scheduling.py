@@ -66,11 +66,11 @@ class HistoryRunner:
                     written.add(place)
                     # All groups share the pool: a block belongs to one group at a time.
                     self.slots[place] = bytes([g]) + history(chunk.sequence.tokens[: at + 1])
-        if self.steps == self.fail_at:
-            raise RuntimeError("the device is gone")
-        if sum(lengths) > self.most_tokens:
+        if self.steps == self.fail_at or sum(lengths) > self.most_tokens:
             for place in written:
                 self.slots[place] = b"half written"
+            if self.steps == self.fail_at:
+                raise RuntimeError("the device is gone")
             raise torch.OutOfMemoryError("CUDA out of memory.")
         for chunk in chunks:
             for g, (group, table) in enumerate(
