@@ -31,11 +31,6 @@ class Sequence:
     logprobs: list[TokenLogprobs] | None = None
     admitted: bool = False
 
-    @property
-    def num_output(self) -> int:
-        """Output tokens so far."""
-        return len(self.tokens) - len(self.request.prompt_ids)
-
     def append(self, token: int, logprobs: TokenLogprobs | None, now: float) -> FinishReason | None:
         """Add an output token; the reason why the sequence ends with it, or None."""
         self.tokens.append(token)

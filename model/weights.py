@@ -18,6 +18,7 @@ from model import ops
 from model.config import CheckpointError, ModelConfig, read_json
 from model.layers import Linear
 from model.moe import Experts, Moe
+from model.ops.reference import MXFP4_BLOCK
 from model.transformer import Transformer
 
 _FLOATS = ("BF16", "F16", "F32")
@@ -66,8 +67,8 @@ class _Piece:
 
 def load(
     model: Transformer, checkpoint: str | Path, dtype: torch.dtype, device: torch.device
-) -> int:
-    """Fill the model's parameters from a checkpoint directory; returns bytes read.
+) -> None:
+    """Fill the model's parameters from a checkpoint directory.
 
     Raises CheckpointError for a missing, extra or misshapen tensor and for unreadable files,
     before any large read.
@@ -87,7 +88,6 @@ def load(
             del tensors
             files.relax()
         _tie_head(model)
-        return files.bytes_read
 
 
 def load_dummy(model: Transformer, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
@@ -115,7 +115,6 @@ class _Files:
         self.folder, self._stack = folder, stack
         self._open: dict[str, Any] = {}
         self._unmapped = 0
-        self.bytes_read = 0
         index = folder / "model.safetensors.index.json"
         if (folder / "model.safetensors").is_file():
             names = dict.fromkeys(self._keys("model.safetensors"), "model.safetensors")
@@ -180,9 +179,7 @@ class _Files:
         file = self.file_of[name]
         with self._clear_errors(file):
             tensor: torch.Tensor = self._handle(file).get_tensor(name)
-        size = tensor.numel() * tensor.element_size()
-        self.bytes_read += size
-        self._unmapped += size
+        self._unmapped += tensor.numel() * tensor.element_size()
         return tensor
 
     def relax(self) -> None:
@@ -332,7 +329,7 @@ def _expert_pieces(builder: _Builder, prefix: str, moe: Moe, config: ModelConfig
             ("down_proj", hidden, size, "down"),
         ):
             if config.mxfp4_experts:
-                groups = inputs // 32
+                groups = inputs // MXFP4_BLOCK
                 sources: _Sources = {
                     f"{stack}.{name}_blocks": ((count, outputs, groups, 16), ("U8",)),
                     f"{stack}.{name}_scales": ((count, outputs, groups), ("U8",)),
