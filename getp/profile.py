@@ -25,7 +25,7 @@ MEASURE_S = 5.0  # no step begins later, beyond the least number
 HOST_PARTS = ("scheduling", "batch_preparation")
 _ORDER = (
     *HOST_PARTS,
-    *"embedding input_norm qkv_proj rope kv_write attention o_proj post_norm router".split(),
+    *"embedding input_norm qkv_proj rope attention o_proj post_norm router".split(),
     *"gate_up_proj activation down_proj final_norm lm_head sampling".split(),
     OTHER,
 )

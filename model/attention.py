@@ -5,7 +5,7 @@ import torch
 from model import ops
 from model.batch import ForwardBatch, GroupTables
 from model.config import ModelConfig
-from model.layers import Linear, RMSNorm, declare
+from model.layers import Linear, declare
 
 
 class Attention:
@@ -18,8 +18,9 @@ class Attention:
         qkv_width = width + 2 * self.kv_heads * self.head_dim
         self.qkv = Linear(config.hidden_size, qkv_width, config.qkv_bias)
         self.out = Linear(width, config.hidden_size, config.o_bias)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.eps = config.rms_norm_eps
+        self.q_norm = declare(self.head_dim) if config.qk_norm else None
+        self.k_norm = declare(self.head_dim) if config.qk_norm else None
         self.sinks = declare(self.heads) if config.sinks else None
 
     def __call__(
@@ -30,13 +31,11 @@ class Attention:
         batch: ForwardBatch,
         group: GroupTables,
     ) -> torch.Tensor:
-        """x [tokens, hidden], cos_sin [tokens, head_dim], kv as in ops.attention → as x."""
+        """x [tokens, hidden], the rest as in ops.rotate_and_write and ops.attention → as x."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        turned, value = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
+        norms = None
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = turned.split((self.heads, self.kv_heads), dim=1)
-            turned = torch.cat((self.q_norm(query), self.k_norm(key)), dim=1)
-        query, key = ops.rotate(turned, cos_sin).split((self.heads, self.kv_heads), dim=1)
-        ops.write_kv(kv, group.slots, key, value)
+            norms = self.q_norm, self.k_norm
+        query = ops.rotate_and_write(qkv, cos_sin, kv, group.slots, self.heads, norms, self.eps)
         mixed = ops.attention(query, kv, batch, group, self.sinks)
         return self.out(mixed.flatten(1))

@@ -22,14 +22,17 @@ class Linear:
 
 
 class RMSNorm:
-    """Root-mean-square normalisation over the last dimension."""
+    """Root-mean-square normalisation of the residual stream, after adding to it."""
 
     def __init__(self, size: int, eps: float):
         self.weight = declare(size)
         self.eps = eps
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.rms_norm(x, self.weight, self.eps)
+    def __call__(
+        self, x: torch.Tensor, delta: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x, delta [tokens, size] → (x + delta, its norm); no delta: (x, its norm)."""
+        return ops.add_rms_norm(x, delta, self.weight, self.eps)
 
 
 class Mlp:

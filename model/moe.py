@@ -1,22 +1,27 @@
 """Sparse mixture-of-experts MLP: router, grouping by expert, experts, weighted sum."""
 
-from collections.abc import Sequence
-
 import torch
 
 from model import ops
 from model.config import ModelConfig
 from model.layers import Linear, declare
+from model.ops.reference import MXFP4_BLOCK
 
 
 class Experts:
     """The experts of one layer; rows of `gate_up` are gate first, then up, in every family."""
 
-    def __init__(self, count: int, hidden: int, size: int, biases: bool):
-        self.gate_up: torch.Tensor | Sequence[torch.Tensor] = declare(count, 2 * size, hidden)
-        self.down: torch.Tensor | Sequence[torch.Tensor] = declare(count, hidden, size)
+    def __init__(self, count: int, hidden: int, size: int, biases: bool, mxfp4: bool):
+        weights = _declare_mxfp4 if mxfp4 else declare
+        self.gate_up: ops.ExpertWeights = weights(count, 2 * size, hidden)
+        self.down: ops.ExpertWeights = weights(count, hidden, size)
         self.gate_up_bias = declare(count, 2 * size) if biases else None
         self.down_bias = declare(count, hidden) if biases else None
+
+
+def _declare_mxfp4(count: int, outputs: int, inputs: int) -> ops.Mxfp4:
+    groups = inputs // MXFP4_BLOCK
+    return ops.Mxfp4(declare(count, outputs, groups, 16), declare(count, outputs, groups))
 
 
 class Moe:
@@ -33,6 +38,7 @@ class Moe:
             config.hidden_size,
             self.config.intermediate_size,
             self.config.biases,
+            config.mxfp4_experts,
         )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

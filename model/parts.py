@@ -32,8 +32,7 @@ def decoder_parts(model: Transformer) -> list[Part]:
     parts = [
         Part(model, "final_norm", "final_norm"),
         Part(model, "head", "lm_head"),
-        Part(ops, "rotate", "rope"),
-        Part(ops, "write_kv", "kv_write"),
+        Part(ops, "rotate_and_write", "rope"),
         Part(ops, "attention", "attention"),
         Part(ops, "swiglu", "activation"),
         Part(reference, "swiglu", "activation"),  # the one that experts call
@@ -48,8 +47,6 @@ def decoder_parts(model: Transformer) -> list[Part]:
             Part(attention, "out", "o_proj"),
             Part(layer, "mlp_norm", "post_norm"),
         ]
-        if attention.q_norm is not None:
-            parts += [Part(attention, "q_norm", "rope"), Part(attention, "k_norm", "rope")]
         if isinstance(mlp, Moe):
             parts.append(Part(mlp, "router", "router"))
         elif isinstance(mlp, Mlp):

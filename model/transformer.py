@@ -53,10 +53,13 @@ class Transformer:
         places: for each layer, which group's tables and which cache are its own.
         """
         x = self.embedding[batch.token_ids]
-        cos_sin = self.rope[batch.positions].to(x.dtype)
+        cos_sin = self.rope[batch.positions]
+        delta: torch.Tensor | None = None
         for layer, (group, cache) in zip(self.layers, places, strict=True):
-            x = x + layer.attention(
-                layer.attention_norm(x), cos_sin, caches[cache], batch, batch.groups[group]
-            )
-            x = x + layer.mlp(layer.mlp_norm(x))
-        return self.head(self.final_norm(x[batch.logits_rows]))
+            x, normed = layer.attention_norm(x, delta)
+            delta = layer.attention(normed, cos_sin, caches[cache], batch, batch.groups[group])
+            x, normed = layer.mlp_norm(x, delta)
+            delta = layer.mlp(normed)
+        rows = batch.logits_rows
+        _, normed = self.final_norm(x[rows], None if delta is None else delta[rows])
+        return self.head(normed)

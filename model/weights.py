@@ -36,21 +36,27 @@ class _Parameter:
     attribute: str
     pieces_left: int = 0
 
-    def begin(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def begin(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor | ops.Mxfp4:
         """The parameter's storage, allocated at first use."""
-        value: torch.Tensor = getattr(self.owner, self.attribute)
-        if value.is_meta:
-            value = torch.empty(value.shape, dtype=dtype, device=device)
+        value: torch.Tensor | ops.Mxfp4 = getattr(self.owner, self.attribute)
+        if value.device.type == "meta":
+            if isinstance(value, ops.Mxfp4):
+                value = ops.Mxfp4(
+                    torch.empty(value.blocks.shape, dtype=torch.uint8, device=device),
+                    torch.empty(value.scales.shape, dtype=torch.uint8, device=device),
+                )
+            else:
+                value = torch.empty(value.shape, dtype=dtype, device=device)
             setattr(self.owner, self.attribute, value)
         return value
 
-    def complete(self) -> None:
+    def complete(self, dtype: torch.dtype) -> None:
         """Bring a filled parameter into the form its op is fastest with."""
         value = getattr(self.owner, self.attribute)
         if isinstance(self.owner, Linear) and self.attribute == "weight":
             setattr(self.owner, self.attribute, ops.pack(value))
-        elif isinstance(self.owner, Experts) and value.dim() == 3:
-            setattr(self.owner, self.attribute, ops.pack_experts(value))
+        elif isinstance(self.owner, Experts) and not self.attribute.endswith("bias"):
+            setattr(self.owner, self.attribute, ops.pack_experts(value, dtype))
 
 
 _Sources = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]  # name → shape, allowed dtypes
@@ -84,7 +90,7 @@ def load(
             piece.write(piece.parameter.begin(dtype, device), *tensors)
             piece.parameter.pieces_left -= 1
             if not piece.parameter.pieces_left:
-                piece.parameter.complete()
+                piece.parameter.complete(dtype)
             del tensors
             files.relax()
         _tie_head(model)
@@ -95,11 +101,14 @@ def load_dummy(model: Transformer, dtype: torch.dtype, device: torch.device, see
     generator = torch.Generator(device).manual_seed(seed)
     for parameter in {id(p.parameter): p.parameter for p in _pieces(model)}.values():
         value = parameter.begin(dtype, device)
-        if value.dim() > 1:
+        if isinstance(value, ops.Mxfp4):
+            value.blocks.random_(0, 256, generator=generator)
+            value.scales.fill_(120)  # values of up to 6 · 2⁻⁷
+        elif value.dim() > 1:
             value.uniform_(-0.03, 0.03, generator=generator)
         else:
-            value.fill_(1.0 if parameter.attribute == "weight" else 0.0)
-        parameter.complete()
+            value.fill_(1.0 if parameter.attribute.endswith(("weight", "norm")) else 0.0)
+        parameter.complete(dtype)
     _tie_head(model)
 
 
@@ -296,8 +305,8 @@ def _pieces(model: Transformer) -> list[_Piece]:
         builder.linear(f"{own}.v_proj", attention.qkv, kv_width, hidden, q_width + kv_width)
         builder.linear(f"{own}.o_proj", attention.out, hidden, q_width)
         if attention.q_norm is not None and attention.k_norm is not None:
-            builder.add(f"{own}.q_norm.weight", (config.head_dim,), attention.q_norm, "weight")
-            builder.add(f"{own}.k_norm.weight", (config.head_dim,), attention.k_norm, "weight")
+            builder.add(f"{own}.q_norm.weight", (config.head_dim,), attention, "q_norm")
+            builder.add(f"{own}.k_norm.weight", (config.head_dim,), attention, "k_norm")
         if attention.sinks is not None:
             builder.add(f"{own}.sinks", (config.num_heads,), attention, "sinks")
         if isinstance(layer.mlp, Moe):
@@ -379,14 +388,11 @@ def _from_transposed(attribute: str) -> Callable[..., None]:
 
 
 def _from_mxfp4(attribute: str) -> Callable[..., None]:
-    """Expert by expert, so that only one stands unpacked besides its place."""
-
-    def write(target: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor) -> None:
-        for mine, block, scale in zip(target, blocks, scales, strict=True):
-            dense = ops.dequantize_mxfp4(block, scale, target.dtype)
+    def write(target: ops.Mxfp4, blocks: torch.Tensor, scales: torch.Tensor) -> None:
+        for mine, theirs in ((target.blocks, blocks), (target.scales, scales)):
             if attribute == "gate_up":
-                _split_gate_up(mine, dense, 0)
+                _split_gate_up(mine, theirs, 1)
             else:
-                mine.copy_(dense)
+                mine.copy_(theirs)
 
     return write

@@ -121,7 +121,7 @@ def test_experts_equal_the_reference(
     )
     expected = reference.experts(x, chosen, shares, *arguments)
     up, up_bias, down, *rest = arguments
-    packed = (ops.pack_experts(up), up_bias, ops.pack_experts(down), *rest)
+    packed = (ops.pack_experts(up, dtype), up_bias, ops.pack_experts(down, dtype), *rest)
     found = ops.experts(x, chosen, shares, *packed)
     torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
@@ -161,9 +161,11 @@ def test_mxfp4_unpacks_low_nibble_first_with_power_of_two_scales() -> None:
     blocks = torch.zeros(1, 1, 16, dtype=torch.uint8)
     blocks[0, 0, 0] = 0x1 | (0xF << 4)  # 0.5, then -6
     blocks[0, 0, 15] = 0x7 | (0x8 << 4)  # 6, then -0
-    dense = ops.dequantize_mxfp4(blocks, torch.tensor([[128]], dtype=torch.uint8), torch.float32)
+    dense = reference.dequantize_mxfp4(
+        blocks, torch.tensor([[128]], dtype=torch.uint8), torch.float32
+    )
     assert dense.shape == (1, 32)
     assert dense[0, :2].tolist() == [1.0, -12.0]
     assert dense[0, 30:].tolist() == [12.0, 0.0]
-    tiny = ops.dequantize_mxfp4(blocks, torch.tensor([[0]], dtype=torch.uint8), torch.float32)
+    tiny = reference.dequantize_mxfp4(blocks, torch.tensor([[0]], dtype=torch.uint8), torch.float32)
     assert float(tiny[0, 0]) == 2.0**-128

@@ -1,56 +1,81 @@
 """The operations of the decoder: one public function each.
 
-`reference` holds the definitions in plain torch, with shapes; `cpu` the forms that are faster on
-a CPU. A function here picks by the device its tensors are on.
+`reference` holds the definitions in plain torch, with shapes; the other modules hold the forms
+that are faster on a kind of device. A function here picks by the device its tensors are on.
 """
 
-from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 
 from model.batch import ForwardBatch, GroupTables
 from model.ops import cpu, reference
-from model.ops.reference import (
-    dequantize_mxfp4,
-    rms_norm,
-    rotate,
-    route,
-    swiglu,
-    write_kv,
-)
+from model.ops.reference import ExpertWeights, Mxfp4
 
 __all__ = [
+    "ExpertWeights",
+    "Mxfp4",
+    "add_rms_norm",
     "attention",
-    "dequantize_mxfp4",
     "experts",
     "linear",
     "pack",
     "pack_experts",
-    "rms_norm",
-    "rotate",
+    "rotate_and_write",
     "route",
     "swiglu",
-    "write_kv",
 ]
+
+_BY_DEVICE: dict[str, ModuleType] = {"cpu": cpu}
+
+
+def _of(device: torch.device) -> ModuleType:
+    return _BY_DEVICE.get(device.type, reference)
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
-    """A linear's weight [out, in] in the layout that `linear` is fastest with on its device."""
-    return cpu.pack(weight) if weight.device.type == "cpu" else weight
+    """A linear's weight [out, in] in the form that `linear` is fastest with on its device."""
+    packed: torch.Tensor = _of(weight.device).pack(weight)
+    return packed
 
 
-def pack_experts(weights: torch.Tensor) -> torch.Tensor | Sequence[torch.Tensor]:
-    """Weights [experts, out, in] in the form that `experts` is fastest with on their device."""
-    if weights.device.type == "cpu":
-        return [cpu.pack(weight) for weight in weights]
-    return weights
+def pack_experts(weights: torch.Tensor | Mxfp4, dtype: torch.dtype) -> ExpertWeights:
+    """Weights [experts, out, in] in the form that `experts` is fastest with on their device.
+
+    dtype is that of the activations; MXFP4 becomes dense where no kernel reads it packed.
+    """
+    packed: ExpertWeights = _of(weights.device).pack_experts(weights, dtype)
+    return packed
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [tokens, in], weight [out, in] (plain or from `pack`), bias [out] → [tokens, out]."""
-    if x.device.type == "cpu":
-        return cpu.linear(x, weight, bias)
-    return reference.linear(x, weight, bias)
+    out: torch.Tensor = _of(x.device).linear(x, weight, bias)
+    return out
+
+
+def add_rms_norm(
+    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and delta [tokens, size] → (their sum, its RMSNorm); without a delta the sum is x."""
+    summed, normed = _of(x.device).add_rms_norm(x, delta, weight, eps)
+    return summed, normed
+
+
+def rotate_and_write(
+    qkv: torch.Tensor,
+    cos_sin: torch.Tensor,
+    kv: torch.Tensor,
+    slots: torch.Tensor,
+    heads: int,
+    norms: tuple[torch.Tensor, torch.Tensor] | None,
+    eps: float,
+) -> torch.Tensor:
+    """QK norms, rotary and the write to the KV cache; shapes in `reference.rotate_and_write`."""
+    query: torch.Tensor = _of(qkv.device).rotate_and_write(
+        qkv, cos_sin, kv, slots, heads, norms, eps
+    )
+    return query
 
 
 def attention(
@@ -61,22 +86,37 @@ def attention(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention over paged KV; shapes in `reference.attention`."""
-    if query.device.type == "cpu":
-        return cpu.attention(query, kv, batch, group, sinks)
-    return reference.attention(query, kv, batch, group, sinks)
+    out: torch.Tensor = _of(query.device).attention(query, kv, batch, group, sinks)
+    return out
+
+
+def swiglu(gate_up: torch.Tensor, limit: float | None, alpha: float) -> torch.Tensor:
+    """gate_up [tokens, 2 · size] → [tokens, size]; the two forms are in `reference.swiglu`."""
+    out: torch.Tensor = _of(gate_up.device).swiglu(gate_up, limit, alpha)
+    return out
+
+
+def route(
+    logits: torch.Tensor, top_k: int, softmax_after_top_k: bool, normalize: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Router logits [tokens, experts] → (experts, weights), both [tokens, top_k]."""
+    chosen, weights = _of(logits.device).route(logits, top_k, softmax_after_top_k, normalize)
+    return chosen, weights
 
 
 def experts(
     x: torch.Tensor,
     chosen: torch.Tensor,
     weights: torch.Tensor,
-    gate_up: torch.Tensor | Sequence[torch.Tensor],
+    gate_up: ExpertWeights,
     gate_up_bias: torch.Tensor | None,
-    down: torch.Tensor | Sequence[torch.Tensor],
+    down: ExpertWeights,
     down_bias: torch.Tensor | None,
     limit: float | None,
     alpha: float,
 ) -> torch.Tensor:
     """Weighted sum of each token's experts; shapes in `reference.experts`."""
-    arguments = (x, chosen, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha)
-    return cpu.experts(*arguments) if x.device.type == "cpu" else reference.experts(*arguments)
+    out: torch.Tensor = _of(x.device).experts(
+        x, chosen, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha
+    )
+    return out

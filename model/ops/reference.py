@@ -4,6 +4,7 @@ Written to be plainly right, in float32 inside, on any device; speed is no conce
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,45 @@ from model.batch import ForwardBatch, GroupTables
 # The 16 values of FP4 E2M1 by code: bit 3 is the sign (OCP Microscaling Formats 1.0, 5.3.3).
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 MXFP4_BLOCK = 32  # values that share one scale
+
+
+@dataclass(frozen=True)
+class Mxfp4:
+    """Weights [experts, out, in] as MXFP4: 32 values along `in` share a power-of-two scale."""
+
+    blocks: torch.Tensor  # uint8 [experts, out, in / 32, 16], two values a byte, low nibble first
+    scales: torch.Tensor  # uint8 [experts, out, in / 32], E8M0 with bias 127
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.blocks.device
+
+    def __len__(self) -> int:
+        """Return the number of experts."""
+        return len(self.blocks)
+
+    def __getitem__(self, expert: int) -> "Mxfp4":
+        """Return the weights of one expert, still packed."""
+        return Mxfp4(self.blocks[expert], self.scales[expert])
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the values."""
+        return dequantize_mxfp4(self.blocks, self.scales, dtype)
+
+
+ExpertWeights = torch.Tensor | Sequence[torch.Tensor] | Mxfp4
+"""[experts, out, in], as stacked, as one (packed) tensor an expert, or as MXFP4."""
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """The weight as it is."""
+    return weight
+
+
+def pack_experts(weights: torch.Tensor | Mxfp4, dtype: torch.dtype) -> ExpertWeights:
+    """The weights as they are."""
+    return weights
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -27,11 +67,44 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return (wide * weight.float()).to(x.dtype)
 
 
+def add_rms_norm(
+    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and delta [tokens, size] → (their sum, its RMSNorm); without a delta the sum is x."""
+    summed = x if delta is None else x + delta
+    return summed, rms_norm(summed, weight, eps)
+
+
+def rotate_and_write(
+    qkv: torch.Tensor,
+    cos_sin: torch.Tensor,
+    kv: torch.Tensor,
+    slots: torch.Tensor,
+    heads: int,
+    norms: tuple[torch.Tensor, torch.Tensor] | None,
+    eps: float,
+) -> torch.Tensor:
+    """What lies between the QKV projection and attention.
+
+    qkv [tokens, heads + 2 · kv_heads, head_dim]: the first `heads` are queries, then keys, then
+    values. Queries and keys are normalised per head (norms: their weights [head_dim]) and
+    rotated by cos_sin, float32 [tokens, head_dim]; keys and values are stored at slots, int64
+    [tokens], of kv [2, blocks, block_size, kv_heads, head_dim] → query [tokens, heads, head_dim].
+    """
+    kv_heads = kv.shape[3]
+    query, key, value = qkv.split((heads, kv_heads, kv_heads), dim=1)
+    if norms is not None:
+        query, key = rms_norm(query, norms[0], eps), rms_norm(key, norms[1], eps)
+    write_kv(kv, slots, rotate(key, cos_sin), value)
+    return rotate(query, cos_sin)
+
+
 def rotate(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
-    """Half-split rotation: x [tokens, heads, head_dim], cos_sin [tokens, head_dim]."""
+    """Half-split rotation: x [tokens, heads, head_dim], cos_sin float32 [tokens, head_dim]."""
     cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(x.dtype)
 
 
 def write_kv(kv: torch.Tensor, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -112,9 +185,9 @@ def experts(
     x: torch.Tensor,
     chosen: torch.Tensor,
     weights: torch.Tensor,
-    gate_up: torch.Tensor | Sequence[torch.Tensor],
+    gate_up: ExpertWeights,
     gate_up_bias: torch.Tensor | None,
-    down: torch.Tensor | Sequence[torch.Tensor],
+    down: ExpertWeights,
     down_bias: torch.Tensor | None,
     limit: float | None,
     alpha: float,
@@ -128,10 +201,15 @@ def experts(
     out = torch.zeros_like(x, dtype=torch.float32)
     for expert in range(len(gate_up)):
         token, rank = torch.where(chosen == expert)
-        inner = F.linear(x[token], gate_up[expert], _row(gate_up_bias, expert))
-        result = F.linear(swiglu(inner, limit, alpha), down[expert], _row(down_bias, expert))
+        inner = F.linear(x[token], _dense(gate_up[expert], x.dtype), _row(gate_up_bias, expert))
+        inner = swiglu(inner, limit, alpha)
+        result = F.linear(inner, _dense(down[expert], x.dtype), _row(down_bias, expert))
         out.index_add_(0, token, result.float() * weights[token, rank, None].float())
     return out.to(x.dtype)
+
+
+def _dense(weight: torch.Tensor | Mxfp4, dtype: torch.dtype) -> torch.Tensor:
+    return weight.dense(dtype) if isinstance(weight, Mxfp4) else weight
 
 
 def _row(bias: torch.Tensor | None, expert: int) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""The ops whose CPU form differs from the reference, on oneDNN and torch's flash attention.
+"""CPU forms of the ops on oneDNN and torch's flash attention, for where no native kernel fits.
 
 Weights are held in oneDNN's blocked layout (1.5 to 2.4 times the speed of plain rows at decode
 sizes). Paged KV is gathered once a layer with indices that are derived once a step; slots that
@@ -31,13 +31,22 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     return torch.nn.functional.linear(x, weight, bias)
 
 
+def pack_experts(
+    weights: torch.Tensor | reference.Mxfp4, dtype: torch.dtype
+) -> Sequence[torch.Tensor]:
+    """Each expert's weights from `pack`; MXFP4 becomes dense, one expert after the other."""
+    if isinstance(weights, reference.Mxfp4):
+        return [pack(weights[expert].dense(dtype)) for expert in range(len(weights))]
+    return [pack(weight) for weight in weights]
+
+
 def experts(
     x: torch.Tensor,
     chosen: torch.Tensor,
     weights: torch.Tensor,
-    gate_up: torch.Tensor | Sequence[torch.Tensor],
+    gate_up: Sequence[torch.Tensor],
     gate_up_bias: torch.Tensor | None,
-    down: torch.Tensor | Sequence[torch.Tensor],
+    down: Sequence[torch.Tensor],
     down_bias: torch.Tensor | None,
     limit: float | None,
     alpha: float,
