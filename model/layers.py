@@ -14,7 +14,7 @@ class Linear:
     """x [tokens, inputs] → [tokens, outputs]; the weight is packed for its device once loaded."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool):
-        self.weight = declare(outputs, inputs)
+        self.weight: ops.Weight = declare(outputs, inputs)
         self.bias = declare(outputs) if bias else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

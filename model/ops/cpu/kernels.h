@@ -1,0 +1,959 @@
+// The kernels' bodies, included once for each instruction set (WIDE: AVX-512 with BF16).
+// Vectors are GCC's, 64 bytes whatever the processor: a narrower one takes several registers.
+
+typedef float floats __attribute__((vector_size(64)));     // 16
+typedef int32_t ints __attribute__((vector_size(64)));     // 16, or 32 bf16 in pairs
+typedef int16_t halves __attribute__((vector_size(32)));   // 16 bf16
+typedef float floats_at __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t ints_at __attribute__((vector_size(64), aligned(1), may_alias));
+typedef int16_t halves_at __attribute__((vector_size(32), aligned(1), may_alias));
+
+INLINE floats load(const float* at) { return *(const floats_at*)at; }
+INLINE void store(float* at, floats value) { *(floats_at*)at = value; }
+INLINE ints load_pairs(const void* at) { return *(const ints_at*)at; }
+// Keeps a loaded vector in its register: GCC would load it again for each use.
+INLINE void hold([[maybe_unused]] ints& value) {
+#if WIDE
+  asm("" : "+v"(value));
+#endif
+}
+
+INLINE floats splat(float value) { return value - floats{}; }
+
+INLINE floats widen(const bf16* at) {
+  typedef uint16_t unsigned_halves __attribute__((vector_size(32)));
+  const halves narrow = *(const halves_at*)at;
+  return (floats)(__builtin_convertvector((unsigned_halves)narrow, ints) << 16);
+}
+
+INLINE float widen_one(bf16 value) {
+  uint32_t bits = (uint32_t)value << 16;
+  float wide;
+  memcpy(&wide, &bits, 4);
+  return wide;
+}
+
+INLINE bf16 narrow_one(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return (bf16)((bits >> 16) | 0x40);
+  return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest, ties to even
+}
+
+INLINE void narrow(bf16* at, floats value) {
+#if WIDE
+  *(halves_at*)at = (halves)_mm512_cvtneps_pbh((__m512)value);
+#else
+  const ints bits = (ints)value;
+  const ints even = bits + 0x7fff + ((bits >> 16) & 1);
+  const ints quiet = bits | 0x400000;
+  const ints is_nan = (bits & 0x7fffffff) > 0x7f800000;
+  const ints chosen = ((is_nan & quiet) | (~is_nan & even)) >> 16;
+  *(halves_at*)at = __builtin_convertvector(chosen, halves);
+#endif
+}
+
+INLINE float sum(floats value) {
+#if WIDE
+  return _mm512_reduce_add_ps((__m512)value);
+#else
+  float total = 0;
+  for (int i = 0; i < 16; i++) total += value[i];
+  return total;
+#endif
+}
+
+// acc + the products of two bf16 pairs a lane.
+INLINE floats dot(floats acc, ints a, ints b) {
+#if WIDE
+  return (floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#else
+  const int32_t high = (int32_t)0xffff0000;
+  acc += (floats)(a << 16) * (floats)(b << 16);
+  acc += (floats)(a & high) * (floats)(b & high);
+  return acc;
+#endif
+}
+
+// e to the power of x: 2^n times a polynomial (Taylor's, of degree 6, on half an octave each side:
+// relative error below 2e-7).
+INLINE floats exponential(floats x) {
+  x = x < -87.0f ? splat(-87.0f) : x;
+  x = x > 88.0f ? splat(88.0f) : x;
+  const floats scaled = x * 1.44269504088896f;
+  const floats shifted = scaled + 12582912.0f;  // 1.5 · 2²³: rounds to an integer
+  const ints n = (ints)shifted - 0x4b400000;
+  const floats rest = (scaled - (shifted - 12582912.0f)) * 0.693147180559945f;
+  floats p = rest * (1.0f / 720) + (1.0f / 120);
+  p = p * rest + (1.0f / 24);
+  p = p * rest + (1.0f / 6);
+  p = p * rest + 0.5f;
+  p = p * rest + 1.0f;
+  p = p * rest + 1.0f;
+  return (floats)((ints)p + (n << 23));
+}
+
+INLINE floats activate(floats gate, floats up, Swiglu how) {
+  if (!how.clamped) return gate / (1.0f + exponential(-gate)) * up;
+  gate = gate > how.limit ? splat(how.limit) : gate;
+  up = up > how.limit ? splat(how.limit) : up;
+  up = up < -how.limit ? splat(-how.limit) : up;
+  return gate / (1.0f + exponential(-how.alpha * gate)) * (up + 1.0f);
+}
+
+// ---- Matrix multiplication: c [count, 32] = a [count, inputs] times one panel ----
+
+#if WIDE
+constexpr int MOST_ROWS = 12;  // that share one pass over a panel; their sums stay in registers
+#else
+constexpr int MOST_ROWS = 2;
+#endif
+
+template <int COUNT>
+INLINE void rows_times_panel(const bf16* a, int64_t stride, const bf16* panel, int64_t inputs,
+                             float* c) {
+  floats acc[COUNT][2] = {};
+  for (int64_t k = 0; k < inputs; k += 2) {
+    ints low = load_pairs(panel + k * PANEL), high = load_pairs(panel + k * PANEL + PANEL);
+    hold(low);
+    hold(high);
+    __builtin_prefetch(panel + k * PANEL + 2048);
+    __builtin_prefetch(panel + k * PANEL + 2048 + PANEL);
+#pragma GCC unroll 12
+    for (int r = 0; r < COUNT; r++) {
+      int32_t pair;
+      memcpy(&pair, a + r * stride + k, 4);
+      ints both = pair - ints{};
+      hold(both);
+      acc[r][0] = dot(acc[r][0], both, low);
+      acc[r][1] = dot(acc[r][1], both, high);
+    }
+  }
+  for (int r = 0; r < COUNT; r++) {
+    store(c + r * PANEL, acc[r][0]);
+    store(c + r * PANEL + 16, acc[r][1]);
+  }
+}
+
+// Calls `f` with `count`, from 1 to MOST, as a constant.
+template <int MOST, typename F>
+INLINE void with_constant(int64_t count, F f) {
+  if constexpr (MOST > 1) {
+    if (count < MOST) return with_constant<MOST - 1>(count, f);
+  }
+  f(std::integral_constant<int, MOST>());
+}
+
+__attribute__((noinline)) static void dot_block(const bf16* a, int64_t stride, int64_t count,
+                                                const bf16* panel, int64_t inputs, float* c) {
+  const int64_t passes = (count + MOST_ROWS - 1) / MOST_ROWS;
+  const int64_t each = (count + passes - 1) / passes;
+  for (int64_t row = 0; row < count; row += each) {
+    with_constant<MOST_ROWS>(std::min(each, count - row), [&](auto constant) {
+      rows_times_panel<constant.value>(a + row * stride, stride, panel, inputs, c + row * PANEL);
+    });
+  }
+}
+
+#if WIDE
+struct TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes_a_row[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Tiles 0 to 3 hold sums, 4 and 5 rows of a, 6 and 7 the panel's two halves.
+INLINE void configure_tiles(int64_t count) {
+  TileConfig config;
+  const uint8_t first = (uint8_t)std::min<int64_t>(count, 16);
+  const uint8_t second = count > 16 ? (uint8_t)(count - 16) : first;
+  for (int tile = 0; tile < 8; tile++) config.bytes_a_row[tile] = 64;
+  config.rows[0] = config.rows[1] = config.rows[4] = first;
+  config.rows[2] = config.rows[3] = config.rows[5] = second;
+  config.rows[6] = config.rows[7] = 16;
+  _tile_loadconfig(&config);
+}
+
+// As dot_block, for tiles that are configured for `count` of at most 32 rows.
+__attribute__((noinline)) static void tile_block(const bf16* a, int64_t stride, int64_t count,
+                                                 const bf16* panel, int64_t inputs, float* c) {
+  _tile_zero(0);
+  _tile_zero(1);
+  if (count > 16) {
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < inputs; k += 32) {
+      _tile_loadd(6, panel + k * PANEL, 128);
+      _tile_loadd(4, a + k, stride * 2);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, panel + k * PANEL + 32, 128);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, a + 16 * stride + k, stride * 2);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+      for (int line = 0; line < 32; line++) __builtin_prefetch(panel + k * PANEL + 2048 + line * 32);
+    }
+    _tile_stored(2, c + 16 * PANEL, 128);
+    _tile_stored(3, c + 16 * PANEL + 16, 128);
+  } else {
+    for (int64_t k = 0; k < inputs; k += 32) {
+      _tile_loadd(4, a + k, stride * 2);
+      _tile_loadd(6, panel + k * PANEL, 128);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, panel + k * PANEL + 32, 128);
+      _tile_dpbf16ps(1, 4, 7);
+      for (int line = 0; line < 32; line++) __builtin_prefetch(panel + k * PANEL + 2048 + line * 32);
+    }
+  }
+  _tile_stored(0, c, 128);
+  _tile_stored(1, c + 16, 128);
+}
+
+// The sixteen values of FP4 E2M1 as bf16, twice: a look-up takes the low five bits of its index.
+alignas(64) static const uint16_t FP4[32] = {
+    0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,
+    0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0,
+    0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,
+    0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0};
+
+INLINE floats power_of_two(const uint8_t* scales) {
+  const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)scales));
+  return (floats)_mm512_slli_epi32(wide, 23);
+}
+
+constexpr int MOST_ROWS_MXFP4 = 6;
+
+// As rows_times_panel, from codes: a group's sum is scaled once.
+template <int COUNT>
+INLINE void rows_times_codes(const bf16* a, int64_t stride, const uint8_t* codes,
+                             const uint8_t* scales, int64_t inputs, float* c) {
+  const __m512i table = _mm512_load_si512(FP4);
+  floats acc[COUNT][2] = {};
+  for (int64_t k = 0; k < inputs; k += GROUP) {
+    floats part[COUNT][2] = {};
+    for (int unit = 0; unit < 8; unit++) {
+      const __m512i words = _mm512_loadu_si512(codes + k * 16 + unit * 64);
+      __builtin_prefetch(codes + k * 16 + unit * 64 + 4096);
+      const ints v0 = (ints)_mm512_permutexvar_epi16(words, table);
+      const ints v1 = (ints)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
+      const ints v2 = (ints)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table);
+      const ints v3 = (ints)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table);
+#pragma GCC unroll 6
+      for (int r = 0; r < COUNT; r++) {
+        int32_t pair[2];
+        memcpy(pair, a + r * stride + k + unit * 4, 8);
+        ints first = pair[0] - ints{}, second = pair[1] - ints{};
+        hold(first);
+        hold(second);
+        part[r][0] = dot(dot(part[r][0], first, v0), second, v2);
+        part[r][1] = dot(dot(part[r][1], first, v1), second, v3);
+      }
+    }
+    const floats low = power_of_two(scales + k), high = power_of_two(scales + k + 16);
+    for (int r = 0; r < COUNT; r++) {
+      acc[r][0] += part[r][0] * low;
+      acc[r][1] += part[r][1] * high;
+    }
+  }
+  for (int r = 0; r < COUNT; r++) {
+    store(c + r * PANEL, acc[r][0]);
+    store(c + r * PANEL + 16, acc[r][1]);
+  }
+}
+
+__attribute__((noinline)) static void code_block(const bf16* a, int64_t stride, int64_t count,
+                                                 const uint8_t* codes, const uint8_t* scales,
+                                                 int64_t inputs, float* c) {
+  const int64_t passes = (count + MOST_ROWS_MXFP4 - 1) / MOST_ROWS_MXFP4;
+  const int64_t each = (count + passes - 1) / passes;
+  for (int64_t row = 0; row < count; row += each) {
+    with_constant<MOST_ROWS_MXFP4>(std::min(each, count - row), [&](auto constant) {
+      rows_times_codes<constant.value>(a + row * stride, stride, codes, scales, inputs,
+                                       c + row * PANEL);
+    });
+  }
+}
+#endif
+
+// A panel of MXFP4 as bf16. Scales are added to the exponents, which stay in bf16's range: small
+// scales are raised in pack_mxfp4, large ones refused in native.py.
+static void unpack(const uint8_t* codes, const uint8_t* scales, int64_t inputs, bf16* panel) {
+#if WIDE
+  const __m512i table = _mm512_load_si512(FP4), magnitude = _mm512_set1_epi16(0x7fff);
+  for (int64_t k = 0; k < inputs; k += GROUP) {
+    __m512i shift[2];
+    for (int half = 0; half < 2; half++) {
+      const __m512i wide =
+          _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(scales + k + half * 16)));
+      const __m512i exponent = _mm512_and_si512(
+          _mm512_slli_epi32(_mm512_sub_epi32(wide, _mm512_set1_epi32(127)), 7),
+          _mm512_set1_epi32(0xffff));
+      shift[half] = _mm512_or_si512(exponent, _mm512_slli_epi32(exponent, 16));
+    }
+    for (int unit = 0; unit < 8; unit++) {
+      __m512i words = _mm512_loadu_si512(codes + k * 16 + unit * 64);
+      __builtin_prefetch(codes + k * 16 + unit * 64 + 4096);
+      for (int i = 0; i < 4; i++) {
+        const __m512i value = _mm512_permutexvar_epi16(words, table);
+        const __mmask32 any = _mm512_test_epi16_mask(value, magnitude);
+        _mm512_storeu_si512(panel + (k + unit * 4) * PANEL + i * 32,
+                            _mm512_mask_add_epi16(value, any, value, shift[i & 1]));
+        words = _mm512_srli_epi16(words, 4);
+      }
+    }
+  }
+#else
+  static const uint16_t magnitudes[8] = {0x0000, 0x3f00, 0x3f80, 0x3fc0,
+                                         0x4000, 0x4040, 0x4080, 0x40c0};
+  for (int64_t k = 0; k < inputs; k += GROUP) {
+    for (int unit = 0; unit < 8; unit++) {
+      const uint16_t* words = (const uint16_t*)(codes + k * 16 + unit * 64);
+      for (int i = 0; i < 4; i++) {
+        bf16* to = panel + (k + unit * 4) * PANEL + i * 32;
+        for (int lane = 0; lane < 32; lane++) {
+          const int code = words[lane] >> (4 * i) & 15;
+          const int shift = (int)scales[k + (i & 1) * 16 + lane / 2] - 127;
+          const int value = magnitudes[code & 7] + (code & 7 ? shift * 128 : 0);
+          to[lane] = (bf16)(value | (code & 8) << 12);
+        }
+      }
+    }
+  }
+#endif
+}
+
+// One panel of a weight, brought into the form that a number of rows is multiplied with.
+struct Panel {
+  const bf16* dense = nullptr;
+  const uint8_t *codes = nullptr, *scales = nullptr;
+};
+
+INLINE Panel panel_of(const Weight& weight, int64_t index, [[maybe_unused]] int64_t rows,
+                      bf16* scratch) {
+  Panel panel;
+  if (!weight.scales) {
+    panel.dense = (const bf16*)weight.data + index * PANEL * weight.inputs;
+    return panel;
+  }
+  panel.codes = (const uint8_t*)weight.data + index * PANEL * weight.inputs / 2;
+  panel.scales = weight.scales + index * weight.inputs;
+#if WIDE
+  if (rows <= (use_amx ? MOST_ROWS_MXFP4 : 2 * MOST_ROWS_MXFP4)) return panel;
+#endif
+  unpack(panel.codes, panel.scales, weight.inputs, scratch);
+  panel.dense = scratch;
+  return panel;
+}
+
+INLINE bf16* scratch_for(int64_t values) {
+  static thread_local std::vector<bf16> scratch;
+  if ((int64_t)scratch.size() < values + 32) scratch.resize(values + 32);
+  return (bf16*)(((uintptr_t)scratch.data() + 63) & ~(uintptr_t)63);
+}
+
+constexpr int64_t LEAST_ROWS_AMX = 8;  // fewer are done sooner by dot products
+
+// c [count, 32] for at most ROWS rows. `tiles`: the rows that the tiles are configured for now.
+INLINE void multiply(const bf16* a, int64_t stride, int64_t count, const Panel& panel,
+                     int64_t inputs, float* c, [[maybe_unused]] int64_t& tiles) {
+#if WIDE
+  if (!panel.dense) return code_block(a, stride, count, panel.codes, panel.scales, inputs, c);
+  if (use_amx && count >= LEAST_ROWS_AMX) {
+    if (tiles != count) configure_tiles(tiles = count);
+    return tile_block(a, stride, count, panel.dense, inputs, c);
+  }
+#endif
+  dot_block(a, stride, count, panel.dense, inputs, c);
+}
+
+INLINE void release_tiles([[maybe_unused]] int64_t tiles) {
+#if WIDE
+  if (tiles) _tile_release();
+#endif
+}
+
+INLINE void add_bias(const Weight& weight, int64_t panel, int64_t count, float* c) {
+  if (!weight.bias) return;
+  const int64_t first = panel * PANEL, own = std::min(PANEL, weight.outputs - first);
+  float bias[PANEL] = {};
+  for (int64_t i = 0; i < own; i++) bias[i] = widen_one(weight.bias[first + i]);
+  const floats low = load(bias), high = load(bias + 16);
+  for (int64_t r = 0; r < count; r++) {
+    store(c + r * PANEL, load(c + r * PANEL) + low);
+    store(c + r * PANEL + 16, load(c + r * PANEL + 16) + high);
+  }
+}
+
+INLINE void write_row(const float* c, bf16* out, int64_t own) {
+  if (own >= PANEL) {
+    narrow(out, load(c));
+    narrow(out + 16, load(c + 16));
+  } else {
+    for (int64_t i = 0; i < own; i++) out[i] = narrow_one(c[i]);
+  }
+}
+
+// Rows of `a` that stay in a core's second-level cache beside a panel.
+INLINE int64_t rows_in_cache(int64_t inputs) {
+  return std::max<int64_t>(ROWS, ((1 << 20) / (2 * inputs)) / ROWS * ROWS);
+}
+
+static void linear(const Weight& weight, const bf16* x, int64_t rows, bf16* out, int threads) {
+  const int64_t inputs = weight.inputs, outputs = weight.outputs;
+  const int64_t panels = (outputs + PANEL - 1) / PANEL;
+  const int64_t most = rows_in_cache(inputs), spans = (rows + most - 1) / most;
+  const int64_t items = panels * spans, chunk = std::max<int64_t>(1, items / (8 * threads));
+  if (rows * outputs * inputs < 1 << 17) threads = 1;
+#pragma omp parallel num_threads(threads)
+  {
+    alignas(64) float c[ROWS * PANEL];
+    bf16* scratch = weight.scales ? scratch_for(inputs * PANEL) : nullptr;
+    int64_t tiles = 0;
+#pragma omp for schedule(dynamic, chunk) nowait
+    for (int64_t item = 0; item < items; item++) {
+      const int64_t index = item % panels, first = item / panels * most;
+      const int64_t last = std::min(rows, first + most), own = outputs - index * PANEL;
+      const Panel panel = panel_of(weight, index, last - first, scratch);
+      for (int64_t row = first; row < last; row += ROWS) {
+        const int64_t count = std::min(ROWS, last - row);
+        multiply(x + row * inputs, inputs, count, panel, inputs, c, tiles);
+        add_bias(weight, index, count, c);
+        for (int64_t r = 0; r < count; r++)
+          write_row(c + r * PANEL, out + (row + r) * outputs + index * PANEL, own);
+      }
+    }
+    release_tiles(tiles);
+  }
+}
+
+// ---- Packing ----
+
+static void pack(bf16* to, int64_t inputs, int64_t first, int64_t count, const bf16* from,
+                 int64_t row_stride, int64_t column_stride, int threads) {
+  const int64_t begin = first / PANEL, end = (first + count + PANEL - 1) / PANEL;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t panel = begin; panel < end; panel++) {
+    const int64_t low = std::max(first, panel * PANEL);
+    const int64_t high = std::min(first + count, (panel + 1) * PANEL);
+    bf16* mine = to + panel * PANEL * inputs;
+    // In spans of inputs that fit the first-level cache, whichever way the source runs.
+    for (int64_t span = 0; span < inputs; span += 128) {
+      const int64_t stop = std::min(inputs, span + 128);
+      if (column_stride == 1) {
+        for (int64_t n = low; n < high; n++) {
+          const bf16* row = from + (n - first) * row_stride;
+          bf16* out = mine + (n - panel * PANEL) * 2;
+          for (int64_t k = span; k < stop; k += 2) memcpy(out + k * PANEL, row + k, 4);
+        }
+      } else {
+        for (int64_t k = span; k < stop; k++) {
+          const bf16* column = from + k * column_stride;
+          bf16* out = mine + (k & ~1) * PANEL + (k & 1);
+          for (int64_t n = low; n < high; n++)
+            out[(n - panel * PANEL) * 2] = column[(n - first) * row_stride];
+        }
+      }
+    }
+  }
+}
+
+// codes [count, inputs / 2] and scales [count, inputs / 32], each `row_step` rows from the next.
+static void pack_mxfp4(uint8_t* to, uint8_t* to_scales, int64_t inputs, int64_t first,
+                       int64_t count, const uint8_t* codes, const uint8_t* scales,
+                       int64_t row_step, int threads) {
+  const int64_t begin = first / PANEL, end = (first + count + PANEL - 1) / PANEL;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t panel = begin; panel < end; panel++) {
+    const int64_t low = std::max(first, panel * PANEL);
+    const int64_t high = std::min(first + count, (panel + 1) * PANEL);
+    for (int64_t n = low; n < high; n++) {
+      const int64_t output = n - panel * PANEL, half = output / 16, lane = output % 16 * 2;
+      const uint8_t* row = codes + (n - first) * row_step * inputs / 2;
+      const uint8_t* row_scales = scales + (n - first) * row_step * inputs / GROUP;
+      uint8_t* mine = to + panel * PANEL * inputs / 2;
+      for (int64_t group = 0; group < inputs / GROUP; group++) {
+        // The smallest ones would leave bf16's exponents; what they scale is nil either way.
+        to_scales[panel * inputs + group * GROUP + output] = std::max<uint8_t>(row_scales[group], 4);
+        for (int unit = 0; unit < 8; unit++) {
+          // Four inputs, two bytes: pair 0 goes to nibbles `half` of two words, pair 1 to those
+          // two further.
+          const uint8_t a = row[group * 16 + unit * 2], b = row[group * 16 + unit * 2 + 1];
+          uint16_t* words = (uint16_t*)(mine + group * 512 + unit * 64);
+          const uint16_t keep = (uint16_t) ~(half ? 0xf0f0 : 0x0f0f);
+          const int shift = (int)half * 4;
+          const uint16_t even = (uint16_t)(((a & 15) | (b & 15) << 8) << shift);
+          const uint16_t odd = (uint16_t)(((a >> 4) | (b >> 4) << 8) << shift);
+          words[lane] = (uint16_t)((words[lane] & keep) | even);
+          words[lane + 1] = (uint16_t)((words[lane + 1] & keep) | odd);
+        }
+      }
+    }
+  }
+}
+
+// ---- Norm, rotary, activation, router, argmax ----
+
+static void add_rms_norm(const bf16* x, const bf16* delta, const bf16* weight, int64_t rows,
+                         int64_t size, float eps, bf16* out_sum, bf16* normed, int threads) {
+  if (rows * size < 1 << 14) threads = 1;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t row = 0; row < rows; row++) {
+    const bf16* from = x + row * size;
+    if (delta) {
+      bf16* to = out_sum + row * size;
+      for (int64_t i = 0; i < size; i += 16)
+        narrow(to + i, widen(from + i) + widen(delta + row * size + i));
+      from = to;
+    }
+    floats squares = {};
+    for (int64_t i = 0; i < size; i += 16) {
+      const floats value = widen(from + i);
+      squares += value * value;
+    }
+    const float factor = 1.0f / std::sqrt(sum(squares) / (float)size + eps);
+    for (int64_t i = 0; i < size; i += 16)
+      narrow(normed + row * size + i, widen(from + i) * factor * widen(weight + i));
+  }
+}
+
+INLINE void rotate_head(const bf16* from, const bf16* norm, float eps, const float* cos,
+                        const float* sin, int64_t head_dim, bf16* to) {
+  float factor = 1;
+  if (norm) {
+    floats squares = {};
+    for (int64_t i = 0; i < head_dim; i += 16) {
+      const floats value = widen(from + i);
+      squares += value * value;
+    }
+    factor = 1.0f / std::sqrt(sum(squares) / (float)head_dim + eps);
+  }
+  const int64_t half = head_dim / 2;
+  for (int64_t i = 0; i < half; i += 16) {
+    floats first = widen(from + i), second = widen(from + half + i);
+    if (norm) {
+      first = first * factor * widen(norm + i);
+      second = second * factor * widen(norm + half + i);
+    }
+    narrow(to + i, first * load(cos + i) - second * load(sin + i));
+    narrow(to + half + i, second * load(cos + i) + first * load(sin + i));
+  }
+}
+
+static void rotate_and_write(const bf16* qkv, const float* cos_sin, bf16* kv, int64_t kv_half,
+                             const int64_t* slots, const bf16* q_norm, const bf16* k_norm,
+                             float eps, int64_t tokens, int64_t heads, int64_t kv_heads,
+                             int64_t head_dim, bf16* query, int threads) {
+  if (tokens * heads * head_dim < 1 << 13) threads = 1;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t token = 0; token < tokens; token++) {
+    const bf16* from = qkv + token * (heads + 2 * kv_heads) * head_dim;
+    const float *cos = cos_sin + token * head_dim, *sin = cos + head_dim / 2;
+    for (int64_t head = 0; head < heads; head++, from += head_dim)
+      rotate_head(from, q_norm, eps, cos, sin, head_dim,
+                  query + (token * heads + head) * head_dim);
+    bf16* to = kv + slots[token] * kv_heads * head_dim;
+    for (int64_t head = 0; head < kv_heads; head++, from += head_dim)
+      rotate_head(from, k_norm, eps, cos, sin, head_dim, to + head * head_dim);
+    memcpy(to + kv_half, from, (size_t)(kv_heads * head_dim) * 2);
+  }
+}
+
+static void swiglu(const bf16* gate_up, int64_t rows, int64_t size, Swiglu how, bf16* out,
+                   int threads) {
+  if (rows * size < 1 << 13) threads = 1;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t row = 0; row < rows; row++) {
+    const bf16 *gate = gate_up + row * 2 * size, *up = gate + size;
+    for (int64_t i = 0; i < size; i += 16)
+      narrow(out + row * size + i, activate(widen(gate + i), widen(up + i), how));
+  }
+}
+
+static void route(const bf16* logits, int64_t rows, int64_t experts, int64_t top_k, bool after,
+                  bool normalize, int64_t* chosen, float* weights) {
+  std::vector<float> values((size_t)experts);
+  for (int64_t row = 0; row < rows; row++) {
+    int64_t* ids = chosen + row * top_k;
+    float* shares = weights + row * top_k;
+    for (int64_t e = 0; e < experts; e++) values[(size_t)e] = widen_one(logits[row * experts + e]);
+    float top = -INFINITY, total = 0;
+    for (float value : values) top = std::max(top, value);
+    if (!after)
+      for (float value : values) total += std::exp(value - top);
+    float kept = 0;
+    for (int64_t k = 0; k < top_k; k++) {
+      const int64_t best = std::max_element(values.begin(), values.end()) - values.begin();
+      ids[k] = best;
+      shares[k] = std::exp(values[(size_t)best] - top);
+      kept += shares[k];
+      values[(size_t)best] = -INFINITY;
+    }
+    const float divisor = after || normalize ? kept : total;
+    for (int64_t k = 0; k < top_k; k++) shares[k] /= divisor;
+  }
+}
+
+static void argmax(const bf16* logits, int64_t rows, int64_t size, int64_t* out, int threads) {
+  if (rows * size < 1 << 14) threads = 1;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t row = 0; row < rows; row++) {
+    const bf16* values = logits + row * size;
+    floats most = splat(-INFINITY);
+    const int64_t whole = size / 16 * 16;
+    for (int64_t i = 0; i < whole; i += 16) {
+      const floats value = widen(values + i);
+      most = value > most ? value : most;
+    }
+    float top = -INFINITY;
+    for (int lane = 0; lane < 16; lane++) top = std::max(top, most[lane]);
+    for (int64_t i = whole; i < size; i++) top = std::max(top, widen_one(values[i]));
+    int64_t at = 0;
+    while (at < size && widen_one(values[at]) != top) at++;
+    out[row] = at < size ? at : 0;  // all NaN: as good as any
+  }
+}
+
+// ---- Attention over paged KV ----
+
+constexpr int64_t TILE = 64;       // positions taken at once
+constexpr int64_t MOST_QUERY = 32; // (token, head) rows that share a KV head and a pass
+
+// keys of 16 positions [16, head_dim] → [head_dim / 2, 16, 2]
+INLINE void transpose_keys(const bf16* const* rows, int64_t head_dim, bf16* to) {
+#if WIDE
+  for (int64_t span = 0; span < head_dim; span += 32) {
+    __m512i r[16], t[16];
+    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(rows[i] + span);
+    for (int i = 0; i < 8; i++) {
+      t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+      t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; i++) {
+      r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+      r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+      r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+      r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+      t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+      t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+      t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+      t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+      _mm512_storeu_si512(to + (span / 2 + i) * 32, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+      _mm512_storeu_si512(to + (span / 2 + i + 8) * 32, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
+      _mm512_storeu_si512(to + (span / 2 + i + 4) * 32,
+                          _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
+      _mm512_storeu_si512(to + (span / 2 + i + 12) * 32,
+                          _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
+    }
+  }
+#else
+  for (int i = 0; i < 16; i++)
+    for (int64_t k = 0; k < head_dim; k += 2) memcpy(to + k * 16 + i * 2, rows[i] + k, 4);
+#endif
+}
+
+template <int COUNT>
+INLINE void score_rows(const bf16* const* query, const bf16* keys, int64_t head_dim, float scale,
+                       float* scores) {
+  floats acc[COUNT] = {};
+  for (int64_t k = 0; k < head_dim; k += 2) {
+    ints pairs = load_pairs(keys + k * 16);
+    hold(pairs);
+#pragma GCC unroll 8
+    for (int r = 0; r < COUNT; r++) {
+      int32_t pair;
+      memcpy(&pair, query[r] + k, 4);
+      acc[r] = dot(acc[r], pair - ints{}, pairs);
+    }
+  }
+  for (int r = 0; r < COUNT; r++) store(scores + r * TILE, acc[r] * scale);
+}
+
+template <int COUNT, int VECTORS>
+INLINE void mix_rows(const float* shares, const bf16* const* values, int64_t count, float* out,
+                     int64_t stride) {
+  floats acc[COUNT][VECTORS];
+  for (int r = 0; r < COUNT; r++)
+    for (int v = 0; v < VECTORS; v++) acc[r][v] = load(out + r * stride + v * 16);
+  for (int64_t i = 0; i < count; i++) {
+    floats value[VECTORS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++) value[v] = widen(values[i] + v * 16);
+#pragma GCC unroll 4
+    for (int r = 0; r < COUNT; r++) {
+      const floats share = splat(shares[r * TILE + i]);
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; v++) acc[r][v] += share * value[v];
+    }
+  }
+  for (int r = 0; r < COUNT; r++)
+    for (int v = 0; v < VECTORS; v++) store(out + r * stride + v * 16, acc[r][v]);
+}
+
+// Rows (token, head of the group) of one sequence and KV head, over all that they may see.
+static void attend(const bf16* const* query, const int64_t* ends, const float* sinks, int64_t rows,
+                   const bf16* kv, int64_t kv_half, const int32_t* table, int64_t block_size,
+                   int64_t stride, int64_t head_dim, int64_t window, bf16* const* out) {
+  const int64_t end = ends[rows - 1];
+  const int64_t begin = window ? std::max<int64_t>(0, ends[0] - window) : 0;
+  const float scale = 1.0f / std::sqrt((float)head_dim);
+  alignas(64) bf16 keys[TILE * 256];
+  alignas(64) float scores[MOST_QUERY * TILE];
+  alignas(64) float mixed[MOST_QUERY * 256];
+  float top[MOST_QUERY], total[MOST_QUERY];
+  const bf16 *key_rows[TILE], *value_rows[TILE];
+  for (int64_t r = 0; r < rows; r++) {
+    top[r] = sinks ? sinks[r] : -INFINITY;
+    total[r] = sinks ? 1 : 0;
+  }
+  memset(mixed, 0, (size_t)(rows * head_dim) * 4);
+  for (int64_t at = begin; at < end; at += TILE) {
+    const int64_t count = std::min(TILE, end - at);
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t position = at + i;
+      const int64_t slot = table[position / block_size] * block_size + position % block_size;
+      key_rows[i] = kv + slot * stride;
+      value_rows[i] = key_rows[i] + kv_half;
+    }
+    for (int64_t i = count; i < (count + 15) / 16 * 16; i++) key_rows[i] = key_rows[0];
+    for (int64_t i = 0; i < count; i += 16) {
+      transpose_keys(key_rows + i, head_dim, keys);
+      for (int64_t r = 0; r < rows; r += 8)
+        with_constant<8>(std::min<int64_t>(8, rows - r), [&](auto constant) {
+          score_rows<constant.value>(query + r, keys, head_dim, scale, scores + r * TILE + i);
+        });
+    }
+    for (int64_t r = 0; r < rows; r++) {
+      // What this row may see of the tile: [from, to).
+      const int64_t to = std::min(count, ends[r] - at);
+      const int64_t from = window ? std::max<int64_t>(0, ends[r] - window - at) : 0;
+      float* row = scores + r * TILE;
+      for (int64_t i = 0; i < std::min(from, count); i++) row[i] = -INFINITY;
+      for (int64_t i = std::max<int64_t>(0, to); i < (count + 15) / 16 * 16; i++)
+        row[i] = -INFINITY;
+      floats most = load(row);
+      for (int64_t i = 16; i < count; i += 16) {
+        const floats value = load(row + i);
+        most = value > most ? value : most;
+      }
+      float best = top[r];
+      for (int lane = 0; lane < 16; lane++) best = std::max(best, most[lane]);
+      if (best == -INFINITY) {  // nothing to see yet
+        for (int64_t i = 0; i < count; i++) row[i] = 0;
+        continue;
+      }
+      floats sums = {};
+      for (int64_t i = 0; i < count; i += 16) {
+        const floats value = load(row + i);
+        const floats share = value == -INFINITY ? splat(0) : exponential(value - best);
+        store(row + i, share);
+        sums += share;
+      }
+      if (best > top[r]) {
+        const float shrink = std::exp(top[r] - best);
+        total[r] *= shrink;
+        for (int64_t i = 0; i < head_dim; i += 16)
+          store(mixed + r * head_dim + i, load(mixed + r * head_dim + i) * shrink);
+        top[r] = best;
+      }
+      total[r] += sum(sums);
+    }
+    for (int64_t r = 0; r < rows; r += 4)
+      with_constant<4>(std::min<int64_t>(4, rows - r), [&](auto constant) {
+        for (int64_t part = 0; part < head_dim; part += 64) {
+          const bf16* part_rows[TILE];
+          for (int64_t i = 0; i < count; i++) part_rows[i] = value_rows[i] + part;
+          if (head_dim - part >= 64)
+            mix_rows<constant.value, 4>(scores + r * TILE, part_rows, count,
+                                        mixed + r * head_dim + part, head_dim);
+          else
+            for (int64_t v = part; v < head_dim; v += 32) {
+              for (int64_t i = 0; i < count; i++) part_rows[i] = value_rows[i] + v;
+              mix_rows<constant.value, 2>(scores + r * TILE, part_rows, count,
+                                          mixed + r * head_dim + v, head_dim);
+            }
+        }
+      });
+  }
+  for (int64_t r = 0; r < rows; r++) {
+    const float factor = total[r] > 0 ? 1 / total[r] : 0;
+    for (int64_t i = 0; i < head_dim; i += 16)
+      narrow(out[r] + i, load(mixed + r * head_dim + i) * factor);
+  }
+}
+
+static void attention(const bf16* query, const bf16* kv, int64_t kv_half, const int32_t* table,
+                      int64_t width, const int32_t* starts, const int32_t* seen,
+                      const bf16* sinks, int64_t sequences, int64_t heads, int64_t kv_heads,
+                      int64_t head_dim, int64_t block_size, int64_t window, bf16* out,
+                      int threads) {
+  const int64_t group = heads / kv_heads;
+  struct Item {
+    int64_t sequence, first, last, head, heads;
+  };
+  static thread_local std::vector<Item> items;
+  items.clear();
+  // Every row of an item shares a KV head; a group with more heads than rows fit is cut.
+  const int64_t own = std::min(group, MOST_QUERY), tokens = std::max<int64_t>(1, MOST_QUERY / own);
+  int64_t work = 0;
+  for (int64_t s = 0; s < sequences; s++) {
+    const int64_t count = starts[s + 1] - starts[s];
+    work += count * std::min<int64_t>(seen[s], window ? window + count : seen[s]);
+    for (int64_t first = 0; first < count; first += tokens)
+      for (int64_t head = 0; head < heads; head += group)
+        for (int64_t part = 0; part < group; part += own)
+          items.push_back({s, first, std::min(count, first + tokens), head + part,
+                           std::min(own, group - part)});
+  }
+  if (work * heads * head_dim < 1 << 16) threads = 1;
+  const Item* all = items.data();
+  const int64_t count = (int64_t)items.size();
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (int64_t i = 0; i < count; i++) {
+    const Item item = all[i];
+    const bf16* rows[MOST_QUERY];
+    bf16* outs[MOST_QUERY];
+    int64_t ends[MOST_QUERY], n = 0;
+    float own_sinks[MOST_QUERY];
+    const int64_t s = item.sequence, before = seen[s] - (starts[s + 1] - starts[s]);
+    for (int64_t token = item.first; token < item.last; token++)
+      for (int64_t head = item.head; head < item.head + item.heads; head++, n++) {
+        const int64_t offset = ((starts[s] + token) * heads + head) * head_dim;
+        rows[n] = query + offset;
+        outs[n] = out + offset;
+        ends[n] = before + token + 1;
+        own_sinks[n] = sinks ? widen_one(sinks[head]) : 0;
+      }
+    attend(rows, ends, sinks ? own_sinks : nullptr, n, kv + item.head / group * head_dim, kv_half,
+           table + s * width, block_size, kv_heads * head_dim, head_dim, window, outs);
+  }
+}
+
+// ---- Experts ----
+
+// Pairs (token, rank) in order of their expert.
+struct Grouped {
+  std::vector<int64_t> starts, pairs;
+};
+
+static const Grouped& group_pairs(const int64_t* chosen, int64_t pairs, int64_t experts) {
+  static thread_local Grouped grouped;
+  grouped.starts.assign((size_t)experts + 1, 0);
+  grouped.pairs.resize((size_t)pairs);
+  for (int64_t i = 0; i < pairs; i++) grouped.starts[(size_t)chosen[i] + 1]++;
+  for (int64_t e = 0; e < experts; e++) grouped.starts[(size_t)e + 1] += grouped.starts[(size_t)e];
+  static thread_local std::vector<int64_t> next;
+  next = grouped.starts;
+  for (int64_t i = 0; i < pairs; i++) grouped.pairs[(size_t)next[(size_t)chosen[i]]++] = i;
+  return grouped;
+}
+
+// What one thread does at a time: a panel (or a pair of them) of one expert, for a span of rows.
+struct ExpertItem {
+  int64_t expert, panel, first, last;
+};
+
+static const std::vector<ExpertItem>& expert_items(const Grouped& grouped, int64_t experts,
+                                                   int64_t panels, int64_t most) {
+  static thread_local std::vector<ExpertItem> items;
+  items.clear();
+  for (int64_t e = 0; e < experts; e++)
+    for (int64_t first = grouped.starts[(size_t)e]; first < grouped.starts[(size_t)e + 1];
+         first += most)
+      for (int64_t panel = 0; panel < panels; panel++)
+        items.push_back({e, panel, first, std::min(grouped.starts[(size_t)e + 1], first + most)});
+  return items;
+}
+
+// x [tokens, inputs] → inner [tokens · top_k, outputs / 2], in order of experts.
+static void experts_up(const Weight* experts, int64_t count, const bf16* x, int64_t tokens,
+                       const int64_t* chosen, int64_t top_k, Swiglu how, bf16* inner,
+                       int threads) {
+  const int64_t pairs = tokens * top_k, inputs = experts->inputs, size = experts->outputs / 2;
+  const Grouped& grouped = group_pairs(chosen, pairs, count);
+  const auto& items = expert_items(grouped, count, size / PANEL, rows_in_cache(inputs));
+  const int64_t total = (int64_t)items.size(), chunk = std::max<int64_t>(1, total / (16 * threads));
+  static thread_local std::vector<bf16> gathered_rows;
+  gathered_rows.resize((size_t)(pairs * inputs));
+  bf16* gathered = gathered_rows.data();
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < pairs; i++)
+      memcpy(gathered + i * inputs, x + grouped.pairs[(size_t)i] / top_k * inputs,
+             (size_t)inputs * 2);
+    alignas(64) float gate[ROWS * PANEL], up[ROWS * PANEL];
+    bf16* scratch = experts->scales ? scratch_for(2 * inputs * PANEL) : nullptr;
+    int64_t tiles = 0;
+#pragma omp for schedule(dynamic, chunk) nowait
+    for (int64_t i = 0; i < total; i++) {
+      const ExpertItem item = items[(size_t)i];
+      const Weight& weight = experts[item.expert];
+      const int64_t rows = item.last - item.first, partner = item.panel + size / PANEL;
+      const Panel gates = panel_of(weight, item.panel, rows, scratch);
+      const Panel ups = panel_of(weight, partner, rows, scratch + inputs * PANEL);
+      for (int64_t row = item.first; row < item.last; row += ROWS) {
+        const int64_t n = std::min(ROWS, item.last - row);
+        multiply(gathered + row * inputs, inputs, n, gates, inputs, gate, tiles);
+        multiply(gathered + row * inputs, inputs, n, ups, inputs, up, tiles);
+        add_bias(weight, item.panel, n, gate);
+        add_bias(weight, partner, n, up);
+        for (int64_t r = 0; r < n; r++)
+          for (int64_t v = 0; v < PANEL; v += 16)
+            narrow(inner + (row + r) * size + item.panel * PANEL + v,
+                   activate(load(gate + r * PANEL + v), load(up + r * PANEL + v), how));
+      }
+    }
+    release_tiles(tiles);
+  }
+}
+
+// inner from experts_up → out [tokens, outputs]: each token's results times weights [tokens,
+// top_k], added in the order of its choices, so that a sum does not depend on who else is there.
+static void experts_down(const Weight* experts, int64_t count, const bf16* inner, int64_t tokens,
+                         const int64_t* chosen, const float* weights, int64_t top_k, bf16* out,
+                         int threads) {
+  const int64_t pairs = tokens * top_k, inputs = experts->inputs, outputs = experts->outputs;
+  const int64_t panels = (outputs + PANEL - 1) / PANEL, width = panels * PANEL;
+  const Grouped& grouped = group_pairs(chosen, pairs, count);
+  const auto& items = expert_items(grouped, count, panels, rows_in_cache(inputs));
+  const int64_t total = (int64_t)items.size(), chunk = std::max<int64_t>(1, total / (16 * threads));
+  static thread_local std::vector<float> result_rows;
+  result_rows.resize((size_t)(pairs * width));
+  float* results = result_rows.data();
+#pragma omp parallel num_threads(threads)
+  {
+    alignas(64) float c[ROWS * PANEL];
+    bf16* scratch = experts->scales ? scratch_for(inputs * PANEL) : nullptr;
+    int64_t tiles = 0;
+#pragma omp for schedule(dynamic, chunk)
+    for (int64_t i = 0; i < total; i++) {
+      const ExpertItem item = items[(size_t)i];
+      const Weight& weight = experts[item.expert];
+      const Panel panel = panel_of(weight, item.panel, item.last - item.first, scratch);
+      for (int64_t row = item.first; row < item.last; row += ROWS) {
+        const int64_t n = std::min(ROWS, item.last - row);
+        multiply(inner + row * inputs, inputs, n, panel, inputs, c, tiles);
+        add_bias(weight, item.panel, n, c);
+        for (int64_t r = 0; r < n; r++) {
+          const int64_t pair = grouped.pairs[(size_t)(row + r)];
+          float* to = results + pair * width + item.panel * PANEL;
+          store(to, load(c + r * PANEL) * weights[pair]);
+          store(to + 16, load(c + r * PANEL + 16) * weights[pair]);
+        }
+      }
+    }
+    release_tiles(tiles);
+#pragma omp for schedule(static)
+    for (int64_t token = 0; token < tokens; token++)
+      for (int64_t at = 0; at < outputs; at += 16) {
+        floats added = load(results + token * top_k * width + at);
+        for (int64_t k = 1; k < top_k; k++)
+          added += load(results + (token * top_k + k) * width + at);
+        narrow(out + token * outputs + at, added);
+      }
+  }
+}
