@@ -5,6 +5,7 @@ from collections.abc import Sequence as SequenceOf
 import torch
 
 from engine.request import SamplingParams, TokenLogprobs
+from model import ops
 
 # Nearly always these hold the whole nucleus; a row whose nucleus is larger is sorted in full.
 _CANDIDATES = 256
@@ -18,7 +19,7 @@ def sample(
     logits [rows, vocab]; positions [rows]: the index that the new token will have in its
     sequence, which together with the request's seed decides the draw.
     """
-    tokens = logits.argmax(-1)
+    tokens = ops.argmax(logits)
     drawn = [row for row, p in enumerate(params) if p.temperature > 0]
     if drawn:
         tokens[drawn] = _draw(

@@ -43,4 +43,5 @@ class Mlp:
         self.down = Linear(size, hidden, bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(ops.swiglu(self.gate_up(x), None, 1.0))
+        gate_up = self.gate_up
+        return self.down(ops.gated_linear(x, gate_up.weight, gate_up.bias, None, 1.0))

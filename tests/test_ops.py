@@ -229,12 +229,24 @@ def test_rotary_with_kv_write_equals_the_reference(
 
 
 @pytest.mark.parametrize("limit", [None, 1.0])
-def test_swiglu_equals_the_reference(limit: float | None, dtype: torch.dtype) -> None:
-    gate_up = rand(9, 192, dtype=dtype) * 3
-    gate_up[0, :4] = torch.tensor([100.0, -100.0, 0.0, 50.0])
-    expected = reference.swiglu(gate_up.float(), limit, 1.702)
-    found = ops.swiglu(gate_up, limit, 1.702)
-    torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=1e-2)
+@pytest.mark.parametrize("rows", [1, 9, 40])
+@pytest.mark.parametrize("size", [48, 96])
+def test_a_gated_linear_equals_the_reference(
+    size: int, rows: int, limit: float | None, dtype: torch.dtype
+) -> None:
+    x, weight = rand(rows, 64, dtype=dtype), rand(2 * size, 64, seed=1, dtype=dtype)
+    bias = rand(2 * size, seed=2, dtype=dtype)
+    bias[:3] = torch.tensor([100.0, -100.0, 50.0])
+    expected = reference.gated_linear(x.float(), weight.float(), bias.float(), limit, 1.702)
+    found = ops.gated_linear(x, ops.pack(weight), bias, limit, 1.702)
+    torch.testing.assert_close(found.float(), expected, rtol=3e-2, atol=5e-2)
+
+
+def test_argmax_takes_the_first_of_the_largest(dtype: torch.dtype) -> None:
+    logits = rand(3, 1037, dtype=dtype)
+    logits[0, 5] = logits[0, 1030] = logits[1, 1036] = 90
+    logits[2, 17] = logits[2, 800] = 91
+    assert ops.argmax(logits).tolist() == [5, 1036, 17]
 
 
 @pytest.mark.parametrize(("after", "normalize"), [(True, False), (False, True), (False, False)])
@@ -293,7 +305,7 @@ def test_routers_weigh_as_their_families_do() -> None:
 def test_gpt_oss_swiglu_clamps_gate_above_and_up_on_both_sides() -> None:
     gate = torch.tensor([[9.0, -9.0, 1.0]])
     up = torch.tensor([[-9.0, 9.0, 0.5]])
-    found = ops.swiglu(torch.cat((gate, up), -1), 7.0, 1.702)
+    found = reference.swiglu(torch.cat((gate, up), -1), 7.0, 1.702)
     clamped_gate, clamped_up = torch.tensor([[7.0, -9.0, 1.0]]), torch.tensor([[-7.0, 7.0, 0.5]])
     expected = clamped_gate * torch.sigmoid(1.702 * clamped_gate) * (clamped_up + 1)
     torch.testing.assert_close(found, expected)

@@ -20,15 +20,16 @@ __all__ = [
     "Packed",
     "Weight",
     "add_rms_norm",
+    "argmax",
     "attention",
     "empty_weight",
     "experts",
+    "gated_linear",
     "linear",
     "pack",
     "pack_experts",
     "rotate_and_write",
     "route",
-    "swiglu",
 ]
 
 Weight = torch.Tensor | Packed
@@ -114,9 +115,21 @@ def attention(
     return out
 
 
-def swiglu(gate_up: torch.Tensor, limit: float | None, alpha: float) -> torch.Tensor:
-    """gate_up [tokens, 2 · size] → [tokens, size]; the two forms are in `reference.swiglu`."""
-    out: torch.Tensor = _of(gate_up.device).swiglu(gate_up, limit, alpha)
+def gated_linear(
+    x: torch.Tensor,
+    weight: Weight,
+    bias: torch.Tensor | None,
+    limit: float | None,
+    alpha: float,
+) -> torch.Tensor:
+    """x [tokens, in] → SwiGLU of its gates and ups [tokens, size]; forms in `reference.swiglu`."""
+    out: torch.Tensor = _of(x.device).gated_linear(x, weight, bias, limit, alpha)
+    return out
+
+
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """logits [rows, vocab] → the first largest of each, int64 [rows]."""
+    out: torch.Tensor = _of(logits.device).argmax(logits)
     return out
 
 

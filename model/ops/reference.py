@@ -88,6 +88,22 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     return F.linear(x, weight, bias)
 
 
+def gated_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    limit: float | None,
+    alpha: float,
+) -> torch.Tensor:
+    """`linear` to [tokens, 2 · size], then `swiglu` → [tokens, size]."""
+    return swiglu(linear(x, weight, bias), limit, alpha)
+
+
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """logits [rows, vocab] → the first largest of each, int64 [rows]."""
+    return logits.argmax(-1)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [..., size] divided by its root mean square over the last dimension, times weight."""
     wide = x.float()

@@ -94,10 +94,24 @@ def attention(
     return (native if fits else plain).attention(query, kv, batch, group, sinks)
 
 
-def swiglu(gate_up: torch.Tensor, limit: float | None, alpha: float) -> torch.Tensor:
-    """As reference.swiglu."""
-    which = native if _native(gate_up, (gate_up.shape[1], 32)) else reference
-    return which.swiglu(gate_up, limit, alpha)
+def gated_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor | Packed,
+    bias: torch.Tensor | None,
+    limit: float | None,
+    alpha: float,
+) -> torch.Tensor:
+    """As reference.gated_linear."""
+    if not isinstance(weight, Packed):
+        return reference.swiglu(plain.linear(x, weight, bias), limit, alpha)
+    if weight.shape[0] % (2 * native.PANEL):
+        return reference.swiglu(native.linear(x, weight, bias), limit, alpha)
+    return native.gated_linear(x, weight, bias, limit, alpha)
+
+
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """As reference.argmax."""
+    return native.argmax(logits) if _native(logits) else reference.argmax(logits)
 
 
 def route(

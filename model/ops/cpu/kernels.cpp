@@ -140,9 +140,9 @@ void getp_attention(const bf16* query, const bf16* kv, int64_t kv_half, const in
        head_dim, block_size, window, out, threads);
 }
 
-void getp_swiglu(const bf16* gate_up, int64_t rows, int64_t size, int clamped, float limit,
-                 float alpha, bf16* out, int threads) {
-  CALL(swiglu, gate_up, rows, size, Swiglu{clamped != 0, limit, alpha}, out, threads);
+void getp_gated_linear(const Weight* weight, const bf16* x, int64_t rows, int clamped, float limit,
+                       float alpha, bf16* out, int threads) {
+  CALL(gated_linear, *weight, x, rows, Swiglu{clamped != 0, limit, alpha}, out, threads);
 }
 
 void getp_route(const bf16* logits, int64_t rows, int64_t experts, int64_t top_k, int after,

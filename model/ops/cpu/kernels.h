@@ -21,9 +21,13 @@ INLINE void hold([[maybe_unused]] ints& value) {
 INLINE floats splat(float value) { return value - floats{}; }
 
 INLINE floats widen(const bf16* at) {
+#if WIDE
+  return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)at)), 16);
+#else
   typedef uint16_t unsigned_halves __attribute__((vector_size(32)));
   const halves narrow = *(const halves_at*)at;
   return (floats)(__builtin_convertvector((unsigned_halves)narrow, ints) << 16);
+#endif
 }
 
 INLINE float widen_one(bf16 value) {
@@ -60,6 +64,16 @@ INLINE float sum(floats value) {
   float total = 0;
   for (int i = 0; i < 16; i++) total += value[i];
   return total;
+#endif
+}
+
+INLINE float largest(floats value) {
+#if WIDE
+  return _mm512_reduce_max_ps((__m512)value);
+#else
+  float most = value[0];
+  for (int i = 1; i < 16; i++) most = std::max(most, value[i]);
+  return most;
 #endif
 }
 
@@ -426,6 +440,48 @@ static void linear(const Weight& weight, const bf16* x, int64_t rows, bf16* out,
   }
 }
 
+// One panel of gates and the panel of what they gate, for rows [first, last) of x [rows, inputs]:
+// out [rows, outputs / 2]. The first half of the outputs are gates.
+INLINE void gated_block(const Weight& weight, int64_t index, const bf16* x, int64_t first,
+                        int64_t last, Swiglu how, bf16* out, bf16* scratch, int64_t& tiles) {
+  const int64_t inputs = weight.inputs, size = weight.outputs / 2;
+  const int64_t partner = index + size / PANEL;
+  alignas(64) float gate[ROWS * PANEL], up[ROWS * PANEL];
+  const Panel gates = panel_of(weight, index, last - first, scratch);
+  const Panel ups = panel_of(weight, partner, last - first, scratch + inputs * PANEL);
+  for (int64_t row = first; row < last; row += ROWS) {
+    const int64_t count = std::min(ROWS, last - row);
+    multiply(x + row * inputs, inputs, count, gates, inputs, gate, tiles);
+    multiply(x + row * inputs, inputs, count, ups, inputs, up, tiles);
+    add_bias(weight, index, count, gate);
+    add_bias(weight, partner, count, up);
+    for (int64_t r = 0; r < count; r++)
+      for (int64_t v = 0; v < PANEL; v += 16)
+        narrow(out + (row + r) * size + index * PANEL + v,
+               activate(load(gate + r * PANEL + v), load(up + r * PANEL + v), how));
+  }
+}
+
+static void gated_linear(const Weight& weight, const bf16* x, int64_t rows, Swiglu how, bf16* out,
+                         int threads) {
+  const int64_t inputs = weight.inputs, panels = weight.outputs / 2 / PANEL;
+  const int64_t most = rows_in_cache(inputs), items = panels * ((rows + most - 1) / most);
+  const int64_t chunk = std::max<int64_t>(1, items / (8 * threads));
+  if (rows * weight.outputs * inputs < 1 << 17) threads = 1;
+#pragma omp parallel num_threads(threads)
+  {
+    bf16* scratch = weight.scales ? scratch_for(2 * inputs * PANEL) : nullptr;
+    int64_t tiles = 0;
+#pragma omp for schedule(dynamic, chunk) nowait
+    for (int64_t item = 0; item < items; item++) {
+      const int64_t first = item / panels * most;
+      gated_block(weight, item % panels, x, first, std::min(rows, first + most), how, out, scratch,
+                  tiles);
+    }
+    release_tiles(tiles);
+  }
+}
+
 // ---- Packing ----
 
 static void pack(bf16* to, int64_t inputs, int64_t first, int64_t count, const bf16* from,
@@ -491,7 +547,7 @@ static void pack_mxfp4(uint8_t* to, uint8_t* to_scales, int64_t inputs, int64_t 
   }
 }
 
-// ---- Norm, rotary, activation, router, argmax ----
+// ---- Norm, rotary, router, argmax ----
 
 static void add_rms_norm(const bf16* x, const bf16* delta, const bf16* weight, int64_t rows,
                          int64_t size, float eps, bf16* out_sum, bf16* normed, int threads) {
@@ -558,17 +614,6 @@ static void rotate_and_write(const bf16* qkv, const float* cos_sin, bf16* kv, in
   }
 }
 
-static void swiglu(const bf16* gate_up, int64_t rows, int64_t size, Swiglu how, bf16* out,
-                   int threads) {
-  if (rows * size < 1 << 13) threads = 1;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t row = 0; row < rows; row++) {
-    const bf16 *gate = gate_up + row * 2 * size, *up = gate + size;
-    for (int64_t i = 0; i < size; i += 16)
-      narrow(out + row * size + i, activate(widen(gate + i), widen(up + i), how));
-  }
-}
-
 static void route(const bf16* logits, int64_t rows, int64_t experts, int64_t top_k, bool after,
                   bool normalize, int64_t* chosen, float* weights) {
   std::vector<float> values((size_t)experts);
@@ -604,8 +649,7 @@ static void argmax(const bf16* logits, int64_t rows, int64_t size, int64_t* out,
       const floats value = widen(values + i);
       most = value > most ? value : most;
     }
-    float top = -INFINITY;
-    for (int lane = 0; lane < 16; lane++) top = std::max(top, most[lane]);
+    float top = largest(most);
     for (int64_t i = whole; i < size; i++) top = std::max(top, widen_one(values[i]));
     int64_t at = 0;
     while (at < size && widen_one(values[at]) != top) at++;
@@ -615,8 +659,9 @@ static void argmax(const bf16* logits, int64_t rows, int64_t size, int64_t* out,
 
 // ---- Attention over paged KV ----
 
-constexpr int64_t TILE = 64;       // positions taken at once
-constexpr int64_t MOST_QUERY = 32; // (token, head) rows that share a KV head and a pass
+constexpr int64_t TILE = 64;        // positions taken at once
+constexpr int64_t MOST_QUERY = 32;  // (token, head) rows that share a KV head and a pass
+constexpr int64_t MOST_MIXED = 64 * 256;
 
 // keys of 16 positions [16, head_dim] → [head_dim / 2, 16, 2]
 INLINE void transpose_keys(const bf16* const* rows, int64_t head_dim, bf16* to) {
@@ -693,95 +738,135 @@ INLINE void mix_rows(const float* shares, const bf16* const* values, int64_t cou
     for (int v = 0; v < VECTORS; v++) store(out + r * stride + v * 16, acc[r][v]);
 }
 
-// Rows (token, head of the group) of one sequence and KV head, over all that they may see.
-static void attend(const bf16* const* query, const int64_t* ends, const float* sinks, int64_t rows,
-                   const bf16* kv, int64_t kv_half, const int32_t* table, int64_t block_size,
-                   int64_t stride, int64_t head_dim, int64_t window, bf16* const* out) {
-  const int64_t end = ends[rows - 1];
-  const int64_t begin = window ? std::max<int64_t>(0, ends[0] - window) : 0;
-  const float scale = 1.0f / std::sqrt((float)head_dim);
-  alignas(64) bf16 keys[TILE * 256];
-  alignas(64) float scores[MOST_QUERY * TILE];
-  alignas(64) float mixed[MOST_QUERY * 256];
-  float top[MOST_QUERY], total[MOST_QUERY];
-  const bf16 *key_rows[TILE], *value_rows[TILE];
-  for (int64_t r = 0; r < rows; r++) {
-    top[r] = sinks ? sinks[r] : -INFINITY;
-    total[r] = sinks ? 1 : 0;
+// Turns a row's scores of a tile, of which it may see [from, to), into shares relative to the
+// largest score so far, and brings what was summed before to the same measure.
+INLINE void take_shares(float* row, int64_t count, int64_t from, int64_t to, float& top,
+                        float& total, float* mixed, int64_t head_dim) {
+  for (int64_t i = 0; i < std::min(from, count); i++) row[i] = -INFINITY;
+  for (int64_t i = std::max<int64_t>(0, to); i < (count + 15) / 16 * 16; i++) row[i] = -INFINITY;
+  floats most = load(row);
+  for (int64_t i = 16; i < count; i += 16) {
+    const floats value = load(row + i);
+    most = value > most ? value : most;
   }
-  memset(mixed, 0, (size_t)(rows * head_dim) * 4);
+  const float best = std::max(top, largest(most));
+  if (best == -INFINITY) {  // nothing to see yet
+    for (int64_t i = 0; i < count; i++) row[i] = 0;
+    return;
+  }
+  floats sums = {};
+  for (int64_t i = 0; i < count; i += 16) {
+    const floats value = load(row + i);
+    const floats share = value == -INFINITY ? splat(0) : exponential(value - best);
+    store(row + i, share);
+    sums += share;
+  }
+  if (best > top) {
+    const float shrink = top == -INFINITY ? 0 : std::exp(top - best);
+    total *= shrink;
+    for (int64_t i = 0; i < head_dim; i += 16) store(mixed + i, load(mixed + i) * shrink);
+    top = best;
+  }
+  total += sum(sums);
+}
+
+// What one thread attends at once: some tokens of a sequence, for KV heads that lie side by side.
+struct AttentionItem {
+  int64_t sequence, first, last, kv_head, kv_heads;
+};
+
+struct AttentionSize {
+  int64_t heads, kv_heads, head_dim, block_size, window;
+};
+
+static void attend(const bf16* query, bf16* out, const AttentionItem& item, int64_t before,
+                   const AttentionSize& size, const bf16* kv, int64_t kv_half,
+                   const int32_t* table, const bf16* sinks) {
+  const int64_t head_dim = size.head_dim, group = size.heads / size.kv_heads;
+  const int64_t rows = (item.last - item.first) * group;  // of one KV head, by token
+  const int64_t end = before + item.last, window = size.window;
+  const int64_t begin = window ? std::max<int64_t>(0, before + item.first + 1 - window) : 0;
+  const int64_t stride = size.kv_heads * head_dim;
+  const float scale = 1.0f / std::sqrt((float)head_dim);
+  alignas(64) bf16 keys[16 * 256];
+  alignas(64) float scores[MOST_QUERY * TILE];
+  alignas(64) float mixed[MOST_MIXED];
+  float top[MOST_MIXED / 32], total[MOST_MIXED / 32];
+  const bf16* query_rows[MOST_QUERY];
+  const bf16 *key_rows[TILE], *value_rows[TILE], *part_rows[TILE];
+  int64_t offsets[2][TILE];  // of this tile's positions and of the next one's, in a cache
+  const auto find = [&](int64_t from, int64_t* to) {
+    for (int64_t i = 0; i < std::min(TILE, end - from); i++) {
+      const int64_t position = from + i, block = table[position / size.block_size];
+      to[i] = (block * size.block_size + position % size.block_size) * stride +
+              item.kv_head * head_dim;
+    }
+  };
+  find(begin, offsets[0]);
+  int64_t ends[MOST_QUERY];
+  for (int64_t r = 0; r < rows; r++) ends[r] = before + item.first + r / group + 1;
+  for (int64_t i = 0; i < rows * item.kv_heads; i++) {
+    const int64_t head = (item.kv_head + i / rows) * group + i % rows % group;
+    top[i] = sinks ? widen_one(sinks[head]) : -INFINITY;
+    total[i] = sinks ? 1 : 0;
+  }
+  memset(mixed, 0, (size_t)(item.kv_heads * rows * head_dim) * 4);
   for (int64_t at = begin; at < end; at += TILE) {
-    const int64_t count = std::min(TILE, end - at);
+    const int64_t count = std::min(TILE, end - at), padded = (count + 15) / 16 * 16;
+    const int64_t *here = offsets[(at - begin) / TILE % 2], ahead = std::min(TILE, end - at - TILE);
+    int64_t* next = offsets[((at - begin) / TILE + 1) % 2];
+    find(at + TILE, next);
     for (int64_t i = 0; i < count; i++) {
-      const int64_t position = at + i;
-      const int64_t slot = table[position / block_size] * block_size + position % block_size;
-      key_rows[i] = kv + slot * stride;
+      key_rows[i] = kv + here[i];
       value_rows[i] = key_rows[i] + kv_half;
     }
-    for (int64_t i = count; i < (count + 15) / 16 * 16; i++) key_rows[i] = key_rows[0];
-    for (int64_t i = 0; i < count; i += 16) {
-      transpose_keys(key_rows + i, head_dim, keys);
-      for (int64_t r = 0; r < rows; r += 8)
-        with_constant<8>(std::min<int64_t>(8, rows - r), [&](auto constant) {
-          score_rows<constant.value>(query + r, keys, head_dim, scale, scores + r * TILE + i);
-        });
-    }
-    for (int64_t r = 0; r < rows; r++) {
-      // What this row may see of the tile: [from, to).
-      const int64_t to = std::min(count, ends[r] - at);
-      const int64_t from = window ? std::max<int64_t>(0, ends[r] - window - at) : 0;
-      float* row = scores + r * TILE;
-      for (int64_t i = 0; i < std::min(from, count); i++) row[i] = -INFINITY;
-      for (int64_t i = std::max<int64_t>(0, to); i < (count + 15) / 16 * 16; i++)
-        row[i] = -INFINITY;
-      floats most = load(row);
-      for (int64_t i = 16; i < count; i += 16) {
-        const floats value = load(row + i);
-        most = value > most ? value : most;
-      }
-      float best = top[r];
-      for (int lane = 0; lane < 16; lane++) best = std::max(best, most[lane]);
-      if (best == -INFINITY) {  // nothing to see yet
-        for (int64_t i = 0; i < count; i++) row[i] = 0;
-        continue;
-      }
-      floats sums = {};
+    for (int64_t i = count; i < padded; i++) key_rows[i] = key_rows[0];
+    for (int64_t own = 0; own < item.kv_heads; own++) {
+      const int64_t head = (item.kv_head + own) * group;
+      for (int64_t r = 0; r < rows; r++)
+        query_rows[r] =
+            query + ((item.first + r / group) * size.heads + head + r % group) * head_dim;
       for (int64_t i = 0; i < count; i += 16) {
-        const floats value = load(row + i);
-        const floats share = value == -INFINITY ? splat(0) : exponential(value - best);
-        store(row + i, share);
-        sums += share;
+        // The pages lie anywhere, which no hardware foresees: values wanted soon, keys later.
+        for (int64_t j = i; j < std::min(count, i + 16); j++)
+          for (int64_t d = 0; d < head_dim; d += 32) __builtin_prefetch(value_rows[j] + d);
+        for (int64_t j = i; j < std::min(ahead, i + 16); j++)
+          for (int64_t d = 0; d < head_dim; d += 32)
+            __builtin_prefetch(kv + next[j] + own * head_dim + d, 0, 2);
+        transpose_keys(key_rows + i, head_dim, keys);
+        for (int64_t r = 0; r < rows; r += 8)
+          with_constant<8>(std::min<int64_t>(8, rows - r), [&](auto constant) {
+            score_rows<constant.value>(query_rows + r, keys, head_dim, scale,
+                                       scores + r * TILE + i);
+          });
       }
-      if (best > top[r]) {
-        const float shrink = std::exp(top[r] - best);
-        total[r] *= shrink;
-        for (int64_t i = 0; i < head_dim; i += 16)
-          store(mixed + r * head_dim + i, load(mixed + r * head_dim + i) * shrink);
-        top[r] = best;
+      float *own_mixed = mixed + own * rows * head_dim;
+      for (int64_t r = 0; r < rows; r++)
+        take_shares(scores + r * TILE, count, window ? ends[r] - window - at : 0, ends[r] - at,
+                    top[own * rows + r], total[own * rows + r], own_mixed + r * head_dim, head_dim);
+      for (int64_t part = 0; part < head_dim; part += 32) {
+        const bool wide = head_dim - part >= 64;
+        for (int64_t i = 0; i < count; i++) part_rows[i] = value_rows[i] + part;
+        for (int64_t r = 0; r < rows; r += 4)
+          with_constant<4>(std::min<int64_t>(4, rows - r), [&](auto constant) {
+            float* to = own_mixed + r * head_dim + part;
+            if (wide)
+              mix_rows<constant.value, 4>(scores + r * TILE, part_rows, count, to, head_dim);
+            else
+              mix_rows<constant.value, 2>(scores + r * TILE, part_rows, count, to, head_dim);
+          });
+        if (wide) part += 32;
       }
-      total[r] += sum(sums);
+      for (int64_t i = 0; i < padded; i++) key_rows[i] += head_dim;
+      for (int64_t i = 0; i < count; i++) value_rows[i] += head_dim;
     }
-    for (int64_t r = 0; r < rows; r += 4)
-      with_constant<4>(std::min<int64_t>(4, rows - r), [&](auto constant) {
-        for (int64_t part = 0; part < head_dim; part += 64) {
-          const bf16* part_rows[TILE];
-          for (int64_t i = 0; i < count; i++) part_rows[i] = value_rows[i] + part;
-          if (head_dim - part >= 64)
-            mix_rows<constant.value, 4>(scores + r * TILE, part_rows, count,
-                                        mixed + r * head_dim + part, head_dim);
-          else
-            for (int64_t v = part; v < head_dim; v += 32) {
-              for (int64_t i = 0; i < count; i++) part_rows[i] = value_rows[i] + v;
-              mix_rows<constant.value, 2>(scores + r * TILE, part_rows, count,
-                                          mixed + r * head_dim + v, head_dim);
-            }
-        }
-      });
   }
-  for (int64_t r = 0; r < rows; r++) {
-    const float factor = total[r] > 0 ? 1 / total[r] : 0;
-    for (int64_t i = 0; i < head_dim; i += 16)
-      narrow(out[r] + i, load(mixed + r * head_dim + i) * factor);
+  for (int64_t i = 0; i < rows * item.kv_heads; i++) {
+    const int64_t r = i % rows, head = (item.kv_head + i / rows) * group + r % group;
+    bf16* to = out + ((item.first + r / group) * size.heads + head) * head_dim;
+    const float factor = total[i] > 0 ? 1 / total[i] : 0;
+    for (int64_t d = 0; d < head_dim; d += 16)
+      narrow(to + d, load(mixed + i * head_dim + d) * factor);
   }
 }
 
@@ -790,45 +875,30 @@ static void attention(const bf16* query, const bf16* kv, int64_t kv_half, const 
                       const bf16* sinks, int64_t sequences, int64_t heads, int64_t kv_heads,
                       int64_t head_dim, int64_t block_size, int64_t window, bf16* out,
                       int threads) {
-  const int64_t group = heads / kv_heads;
-  struct Item {
-    int64_t sequence, first, last, head, heads;
-  };
-  static thread_local std::vector<Item> items;
+  const AttentionSize size{heads, kv_heads, head_dim, block_size, window};
+  const int64_t group = heads / kv_heads, tokens = std::max<int64_t>(1, MOST_QUERY / group);
+  static thread_local std::vector<AttentionItem> items;
   items.clear();
-  // Every row of an item shares a KV head; a group with more heads than rows fit is cut.
-  const int64_t own = std::min(group, MOST_QUERY), tokens = std::max<int64_t>(1, MOST_QUERY / own);
+  // Heads that lie side by side are read together, as long as there is work for every thread.
+  int64_t span = std::min(kv_heads, MOST_MIXED / (head_dim * std::min(group * tokens, MOST_QUERY)));
+  while (span > 1 && sequences * kv_heads / span < 4 * threads) span /= 2;
   int64_t work = 0;
   for (int64_t s = 0; s < sequences; s++) {
     const int64_t count = starts[s + 1] - starts[s];
     work += count * std::min<int64_t>(seen[s], window ? window + count : seen[s]);
     for (int64_t first = 0; first < count; first += tokens)
-      for (int64_t head = 0; head < heads; head += group)
-        for (int64_t part = 0; part < group; part += own)
-          items.push_back({s, first, std::min(count, first + tokens), head + part,
-                           std::min(own, group - part)});
+      for (int64_t head = 0; head < kv_heads; head += span)
+        items.push_back({s, first, std::min(count, first + tokens), head,
+                         std::min(span, kv_heads - head)});
   }
   if (work * heads * head_dim < 1 << 16) threads = 1;
-  const Item* all = items.data();
+  const AttentionItem* all = items.data();
   const int64_t count = (int64_t)items.size();
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
   for (int64_t i = 0; i < count; i++) {
-    const Item item = all[i];
-    const bf16* rows[MOST_QUERY];
-    bf16* outs[MOST_QUERY];
-    int64_t ends[MOST_QUERY], n = 0;
-    float own_sinks[MOST_QUERY];
-    const int64_t s = item.sequence, before = seen[s] - (starts[s + 1] - starts[s]);
-    for (int64_t token = item.first; token < item.last; token++)
-      for (int64_t head = item.head; head < item.head + item.heads; head++, n++) {
-        const int64_t offset = ((starts[s] + token) * heads + head) * head_dim;
-        rows[n] = query + offset;
-        outs[n] = out + offset;
-        ends[n] = before + token + 1;
-        own_sinks[n] = sinks ? widen_one(sinks[head]) : 0;
-      }
-    attend(rows, ends, sinks ? own_sinks : nullptr, n, kv + item.head / group * head_dim, kv_half,
-           table + s * width, block_size, kv_heads * head_dim, head_dim, window, outs);
+    const int64_t s = all[i].sequence, offset = (int64_t)starts[s] * heads * head_dim;
+    attend(query + offset, out + offset, all[i], seen[s] - (starts[s + 1] - starts[s]), size, kv,
+           kv_half, table + s * width, sinks);
   }
 }
 
@@ -885,27 +955,13 @@ static void experts_up(const Weight* experts, int64_t count, const bf16* x, int6
     for (int64_t i = 0; i < pairs; i++)
       memcpy(gathered + i * inputs, x + grouped.pairs[(size_t)i] / top_k * inputs,
              (size_t)inputs * 2);
-    alignas(64) float gate[ROWS * PANEL], up[ROWS * PANEL];
     bf16* scratch = experts->scales ? scratch_for(2 * inputs * PANEL) : nullptr;
     int64_t tiles = 0;
 #pragma omp for schedule(dynamic, chunk) nowait
     for (int64_t i = 0; i < total; i++) {
       const ExpertItem item = items[(size_t)i];
-      const Weight& weight = experts[item.expert];
-      const int64_t rows = item.last - item.first, partner = item.panel + size / PANEL;
-      const Panel gates = panel_of(weight, item.panel, rows, scratch);
-      const Panel ups = panel_of(weight, partner, rows, scratch + inputs * PANEL);
-      for (int64_t row = item.first; row < item.last; row += ROWS) {
-        const int64_t n = std::min(ROWS, item.last - row);
-        multiply(gathered + row * inputs, inputs, n, gates, inputs, gate, tiles);
-        multiply(gathered + row * inputs, inputs, n, ups, inputs, up, tiles);
-        add_bias(weight, item.panel, n, gate);
-        add_bias(weight, partner, n, up);
-        for (int64_t r = 0; r < n; r++)
-          for (int64_t v = 0; v < PANEL; v += 16)
-            narrow(inner + (row + r) * size + item.panel * PANEL + v,
-                   activate(load(gate + r * PANEL + v), load(up + r * PANEL + v), how));
-      }
+      gated_block(experts[item.expert], item.panel, gathered, item.first, item.last, how, inner,
+                  scratch, tiles);
     }
     release_tiles(tiles);
   }

@@ -37,7 +37,7 @@ _SIGNATURES = {
     "attention": (
         *[_Pointer] * 2, _Int, _Pointer, _Int, *[_Pointer] * 3, *[_Int] * 6, _Pointer, _Flag,
     ),
-    "swiglu": (_Pointer, *[_Int] * 2, _Flag, *[_Float] * 2, _Pointer, _Flag),
+    "gated_linear": (*[_Pointer] * 2, _Int, _Flag, *[_Float] * 2, _Pointer, _Flag),
     "route": (_Pointer, *[_Int] * 3, *[_Flag] * 2, *[_Pointer] * 2),
     "experts_up": (
         _Pointer, _Int, _Pointer, _Int, _Pointer, _Int, _Flag, *[_Float] * 2, _Pointer, _Flag,
@@ -278,13 +278,18 @@ def attention(
     return out
 
 
-def swiglu(gate_up: torch.Tensor, limit: float | None, alpha: float) -> torch.Tensor:
-    """As reference.swiglu, for a size that 16 divides."""
-    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-    out = gate_up.new_empty(rows, size)
-    _kernels().getp_swiglu(
-        gate_up.data_ptr(), rows, size, limit is not None, limit or 0.0, alpha, out.data_ptr(),
-        torch.get_num_threads(),
+def gated_linear(
+    x: torch.Tensor,
+    weight: Packed,
+    bias: torch.Tensor | None,
+    limit: float | None,
+    alpha: float,
+) -> torch.Tensor:
+    """As reference.gated_linear, for a size that 32 divides."""
+    out = x.new_empty(x.shape[0], weight.shape[0] // 2)
+    _kernels().getp_gated_linear(
+        weight.structs(bias), x.data_ptr(), x.shape[0], limit is not None, limit or 0.0, alpha,
+        out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
