@@ -91,6 +91,6 @@ def _prompt_lengths(options: SimpleNamespace, checkpoint: Path) -> tuple[list[in
     from tokenizer import Tokenizer
 
     defaults = Defaults(SamplingParams(), chat=bool(options.chat_template), system=options.system)
-    reader = TaskReader(source.kind, defaults, Tokenizer.load(options.tokenizer or checkpoint))
+    reader = TaskReader(source, defaults, Tokenizer.load(options.tokenizer or checkpoint))
     tasks = map(reader.read, source.lines())
     return [len(task.prompt_ids) for task in tasks if isinstance(task, Task)], "counted"

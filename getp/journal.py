@@ -47,7 +47,7 @@ class Journal:
         self.damaged = 0  # records that were found broken; their requests run again
         self._total = total
         self._flush_s = flush_s
-        self._offsets = array("q")  # where a request's record begins; -1: it has none
+        self._offsets = array("q", [-1]) * total  # where a request's record begins; -1: it has none
         self._closed, self._unsynced = threading.Event(), False
         self._trouble: OSError | None = None
         self._file = self._locked(path)
@@ -78,7 +78,7 @@ class Journal:
         self.close()
 
     def __contains__(self, index: int) -> bool:
-        return index < len(self._offsets) and self._offsets[index] >= 0
+        return self._offsets[index] >= 0
 
     def append(self, index: int, ok: bool, line: bytes) -> None:
         """Keep a finished request. When this returns, a killed process loses nothing of it."""
@@ -208,9 +208,6 @@ class Journal:
     def _note(self, index: int, offset: int, ok: bool) -> None:
         if index in self:
             return
-        missing = index + 1 - len(self._offsets)
-        if missing > 0:
-            self._offsets.extend([-1] * missing)
         self._offsets[index] = offset
         self.done += 1
         self.failed += not ok

@@ -69,7 +69,7 @@ def damaged(draw: st.DrawFn, good: bytes) -> bytes:
 def read_all(path: Path) -> None:
     try:
         source = scan(str(path))
-        reader = TaskReader(source.kind, Defaults(SamplingParams()), TOKENIZER)
+        reader = TaskReader(source, Defaults(SamplingParams()), TOKENIZER)
         tasks = [reader.read(line) for line in source.lines()]
     except GetpError:
         return
