@@ -74,17 +74,16 @@ def test_jsonl_with_odd_fields(tmp_path: Path, record: Any, body: Any) -> None:
     read_all(tmp_path / "in.jsonl")
 
 
-@given(st.data())
-def test_a_safetensors_header(
-    tmp_path: Path, checkpoint: Callable[[str], Path], data: st.DataObject
-) -> None:
-    folder = checkpoint_copy(checkpoint("qwen2"), tmp_path / "copy")
-    safetensors_header(folder, data.draw(damaged(header_of(folder))))
+@pytest.fixture
+def copied(tmp_path: Path, checkpoint: Callable[[str], Path]) -> Path:
+    return checkpoint_copy(checkpoint("qwen2"), tmp_path / "copy")
 
 
 @given(st.data())
-def test_a_safetensors_index(
-    tmp_path: Path, checkpoint: Callable[[str], Path], data: st.DataObject
-) -> None:
-    folder = checkpoint_copy(checkpoint("qwen2"), tmp_path / "copy")
-    safetensors_index(folder, data.draw(damaged(index_of(header_of(folder)))))
+def test_a_safetensors_header(copied: Path, data: st.DataObject) -> None:
+    safetensors_header(copied, data.draw(damaged(header_of(copied))))
+
+
+@given(st.data())
+def test_a_safetensors_index(copied: Path, data: st.DataObject) -> None:
+    safetensors_index(copied, data.draw(damaged(index_of(header_of(copied)))))
