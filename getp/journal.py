@@ -169,13 +169,12 @@ class Journal:
             os.fsync(self._file.fileno())
             sync_folder(Path(self.path).absolute().parent)
             return header
-        content = _content(first)
-        if content is None:
+        found = _header(first)
+        if found is None or found.keys() != header.keys():
             raise GetpError(
                 f"{self.path}: the first line is damaged, so nothing tells which job this is the "
                 "journal of; --restart starts over"
             )
-        found: Header = json.loads(content)
         self._compare(found["fingerprint"], header["fingerprint"])
         self._scan()
         return found
@@ -238,6 +237,17 @@ class Journal:
             f"cannot use the journal {self.path}: {error.strerror}{safe}. When that is put right "
             "(disk full: make room), the same command goes on"
         )
+
+
+def _header(line: bytes) -> Header | None:
+    """Return what a first line says of its job; None if it is damaged, or no journal's."""
+    try:
+        found = json.loads(_content(line) or b"")
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(found, dict) and isinstance(found.get("fingerprint"), dict):
+        return found
+    return None
 
 
 def _framed(content: bytes) -> bytes:

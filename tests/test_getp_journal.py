@@ -1,5 +1,6 @@
 import errno
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,17 @@ def test_a_damaged_first_line_is_refused(tmp_path: Path) -> None:
         journal(tmp_path)
     with journal(tmp_path, restart=True) as made:
         assert made.done == 0
+
+
+@pytest.mark.parametrize(
+    "content", [b"1 + 3", b"[]", b"{}", b'{"fingerprint": 3, "seed": 1}', b'{"fingerprint": {}}']
+)
+def test_a_first_line_that_is_whole_but_no_journals_is_refused(
+    content: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "j").write_bytes(b"%08x %s\n" % (zlib.crc32(content), content))
+    with pytest.raises(GetpError, match=r"first line is damaged.*--restart"):
+        journal(tmp_path)
 
 
 def test_another_job_is_refused_naming_both_values(tmp_path: Path) -> None:
