@@ -13,6 +13,8 @@ from model.hardware import Device
 
 def run(options: SimpleNamespace, checkpoint: Path) -> int:
     """Plan what the options ask for; return the exit status. Raises GetpError."""
+    if options.measure:
+        plan.measure_again()
     if options.input is not None:
         return _job(options, checkpoint)
     if options.price:

@@ -77,6 +77,14 @@ def find_gpus(names: Sequence[str]) -> list[Device]:
     return list(devices.values())
 
 
+def measure_again() -> None:
+    """Measure this machine, whatever was measured before."""
+    from model.measure import local_device
+
+    print("getp: measuring this machine", file=sys.stderr)
+    local_device(again=True)
+
+
 def _find_gpu(name: str) -> Device:
     if name.lower() == LOCAL:
         from model.measure import cached_device, local_device
@@ -275,9 +283,13 @@ def _notes(plan: Plan) -> str:
         "launch bound, nothing lifts the others.",
     ]
     lines += [
-        f"{found.device.name}: {found.device.source}, a launch {seconds(found.device.launch_s)}"
+        f"{found.device.name}: {found.device.source}"
+        + (
+            f", a launch {seconds(found.device.launch_s)}; --measure measures it again"
+            if found.device.name == LOCAL
+            else ""
+        )
         for found in plan.bounds
-        if found.device.name == LOCAL
     ]
     lines += [
         f"* {found.device.name} computes {work.dtype} as {found.device.computes_in(work.dtype)}."

@@ -255,6 +255,8 @@ def test_local_is_measured_once_and_says_when(
     (tmp_path / "getp" / "hardware.json").write_text('{"broken": ')
     planned(capsys, "qwen2-0.5b", "--gpu", "local")
     assert len(calls) == 2
+    planned(capsys, "qwen2-0.5b", "--gpu", "local", "--measure")
+    assert len(calls) == 3
 
 
 def test_a_run_here_tells_later_predictions_what_it_reached(
