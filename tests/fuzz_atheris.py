@@ -38,7 +38,7 @@ def main() -> None:
     work.mkdir(exist_ok=True)
     target = targets[name]
     (corpus / "good").write_bytes(target.good)
-    limits = ["-timeout=10", "-rss_limit_mb=4096", "-max_len=65536"]
+    limits = ["-timeout=120", "-rss_limit_mb=4096", "-max_len=65536"]
     arguments = [sys.argv[0], str(corpus), *limits, f"-artifact_prefix={folder}/", *sys.argv[3:]]
     atheris.Setup(arguments, lambda data: target.use(work, data))
     atheris.Fuzz()

@@ -26,10 +26,10 @@ from tests.fuzz_targets import (
 
 _SLOW_DISK = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 settings.register_profile(
-    "check", max_examples=60, deadline=5000, suppress_health_check=_SLOW_DISK, derandomize=True
+    "check", max_examples=60, deadline=60_000, suppress_health_check=_SLOW_DISK, derandomize=True
 )
 settings.register_profile(
-    "long", max_examples=2000, deadline=5000, suppress_health_check=_SLOW_DISK
+    "long", max_examples=2000, deadline=60_000, suppress_health_check=_SLOW_DISK
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "check"))
 

@@ -86,7 +86,7 @@ def test_a_first_line_that_is_whole_but_no_journals_is_refused(
 
 def test_another_job_is_refused_naming_both_values(tmp_path: Path) -> None:
     some(tmp_path)
-    other = {"fingerprint": {"temperature": 0.7, "input": "abc"}}
+    other = {"fingerprint": {"temperature": 0.7, "input": "abc"}, "seed": 1}
     with pytest.raises(GetpError, match=r"temperature was 0\.0 and is 0\.7\..*--restart"):
         journal(tmp_path, other)
     with journal(tmp_path, other, restart=True) as made:
