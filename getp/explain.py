@@ -180,7 +180,7 @@ def _beyond_the_limit(
         ),
         (
             rest,
-            f"{rest / inference_s:.0%} of the time kernels and sampling took longer than the "
+            f"{rest / inference_s:.0%} of the time went to kernels and sampling beyond what the "
             "device needs at its peak",
         ),
     ]
