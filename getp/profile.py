@@ -173,7 +173,7 @@ def measure(
         alone.append(_seconds(step, device))
         followed.append(time_parts(step, parts, device))
         times, taken = _times(alone, followed), time.perf_counter() - start
-        settled = taken > limit_s / 4 and abs(times.slowdown) < _AGREED
+        settled = taken > limit_s / 8 and abs(times.slowdown) < _AGREED
         if len(alone) >= MIN_STEPS and (settled or taken > limit_s):
             return times
 
