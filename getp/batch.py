@@ -211,7 +211,7 @@ class Run:
 
     def _tasks(self) -> Iterator[Task | Failure]:
         """Read what is not done yet. Runs in the thread that works ahead."""
-        reader = TaskReader(self._source.kind, self._defaults, self._tokenizer)
+        reader = TaskReader(self._source, self._defaults, self._tokenizer)
         with closing(self._source.lines()) as lines:
             for line in lines:
                 task = reader.read(line, needed=line.index not in self._journal)

@@ -261,6 +261,11 @@ _ALL: tuple[_Decorator, ...] = (
         multiple=True,
         help="A GPU of the table, local (this machine, measured) or all. May be repeated.",
     ),
+    _step(
+        "--measure",
+        is_flag=True,
+        help="Measure this machine again, best while nothing else runs: its peaks are kept.",
+    ),
     _plan(
         "--price",
         type=click.FloatRange(min=0),

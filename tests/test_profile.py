@@ -99,15 +99,9 @@ def test_parts_are_within_5_percent_of_the_step_of_a_mid_size_model(
     (tmp_path / "config.json").write_text(json.dumps(config))
     with Engine(tmp_path, device="cpu", max_batch_size=8, dummy_weights=True) as engine:
         probe = Probe(engine, batch=8, query=1, context=256)
-        alone, parts = float("inf"), {"": float("inf")}
-        for _ in range(12):  # caches are shared, so the fastest counts
-            times = measure(probe.step, probe.parts(), CPU, limit_s=0.3)
-            alone = min(alone, times.alone_s)
-            parts = min(parts, times.parts, key=lambda one: sum(one.values()))
-            if abs(sum(parts.values()) / alone - 1) < 0.03:
-                break
-        assert sum(parts.values()) == pytest.approx(alone, rel=0.05)
-        assert parts["other"] < 0.1 * alone
+        times = measure(probe.step, probe.parts(), CPU, limit_s=30)  # mostly far less
+    assert sum(times.parts.values()) == pytest.approx(times.alone_s, rel=0.05)
+    assert times.parts["other"] < 0.1 * times.alone_s
 
 
 def test_following_a_step_leaves_nothing_behind(checkpoint: Callable[[str], Path]) -> None:
