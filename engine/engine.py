@@ -4,6 +4,7 @@ import itertools
 import logging
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,8 @@ from engine.kv_cache import KVCache
 from engine.memory import Needs, available_bytes, is_out_of_memory
 from engine.request import Completion, FinishReason, Request
 from engine.runner import ModelRunner
-from engine.scheduler import Chunk, Scheduler, Sequence
+from engine.sampler import Sampled
+from engine.scheduler import Scheduler, Sequence, Step
 from model import load_config
 
 
@@ -104,6 +106,10 @@ class Engine:
         self._runner = ModelRunner(self.config, self.device, self.dtype)
         self._scheduler: Scheduler | None = None
         self._generating = False
+        # Steps launched whose tokens are not read yet, and how many there may be while the next
+        # one is scheduled: what a GPU is given before it is through keeps it busy.
+        self._launched: deque[tuple[Step, Sampled]] = deque()
+        self._ahead = 0 if on_cpu else 1
         self._threads = torch.get_num_threads()
 
     def __enter__(self) -> "Engine":
@@ -152,7 +158,7 @@ class Engine:
                 f"a KV pool of {blocks} blocks is too small for one token; raise kv_memory"
             )
         self.max_positions = limit
-        self._runner.allocate(blocks, self.block_size, limit)
+        self._runner.allocate(blocks, self.block_size, limit, self.max_batch_size)
         self._scheduler = Scheduler(cache, self.max_batch_size, self.max_batch_tokens)
         self.stats.kv_blocks = blocks - 1
         self.stats.kv_bytes = blocks * self._runner.block_bytes(self.block_size)
@@ -199,44 +205,60 @@ class Engine:
         finally:
             if not complete:
                 # Whatever stopped us may have left a step half computed.
-                for sequence in [*scheduler.running, *scheduler.waiting]:
-                    scheduler.finish(sequence)
+                scheduler.finish([*scheduler.running, *scheduler.waiting])
                 scheduler.cache.forget_prefixes()
+            self._launched.clear()
             self._generating = False
             self.stats.inference_s += time.perf_counter() - start
 
     def _step(self, scheduler: Scheduler) -> list[Completion]:
+        """Launch a step and read those that were launched long enough before."""
         start = time.perf_counter()
-        chunks = scheduler.schedule()
+        step = scheduler.schedule()
         planned = time.perf_counter()
+        self.stats.schedule_s += planned - start
+        if not step.size:
+            return self._read(scheduler)
         try:
-            tokens, logprobs = self._runner.run(chunks)
+            sampled = self._runner.launch(step)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            self._back_off(chunks, scheduler, error)
-            return []
+            done = self._read(scheduler)
+            self._back_off(step, scheduler, error)
+            return done
+        self.stats.model_s += time.perf_counter() - planned
         scheduler.calm()
-        now = time.perf_counter()
-        self._count(chunks, scheduler)
-        self.stats.schedule_s += planned - start
-        self.stats.model_s += now - planned
+        self._count(step, scheduler)
+        self._launched.append((step, sampled))
+        return self._read(scheduler, self._ahead)
+
+    def _read(self, scheduler: Scheduler, ahead: int = 0) -> list[Completion]:
+        """Read the launched steps but the last `ahead`; the completions that they bring."""
         done = []
-        sampled = zip(tokens, logprobs, strict=True)
-        for chunk in chunks:
-            if not chunk.samples:
-                continue
-            token, chosen = next(sampled)
-            reason = chunk.sequence.append(token, chosen, now)
-            if reason is not None:
-                done.append(self._complete(chunk.sequence, reason, now, scheduler))
+        while len(self._launched) > ahead:
+            step, sampled = self._launched.popleft()
+            start = time.perf_counter()
+            tokens, logprobs = sampled.read()
+            now = time.perf_counter()
+            self.stats.model_s += now - start
+            ended = []
+            for i, (sequence, token) in enumerate(zip(step.sampling(), tokens, strict=True)):
+                if sequence.finished:  # its end was not known when this step was launched
+                    continue
+                reason = sequence.append(token, now)
+                if sequence.logprobs is not None:
+                    sequence.logprobs.append(logprobs[i])
+                if reason is not None:
+                    ended.append(sequence)
+                    done.append(self._complete(sequence, reason, now))
+            if ended:
+                scheduler.finish(ended)
         return done
 
-    def _back_off(self, chunks: list[Chunk], scheduler: Scheduler, error: Exception) -> None:
+    def _back_off(self, step: Step, scheduler: Scheduler, error: Exception) -> None:
         """Go on with half of a step that ran out of memory. Raises EngineError for the least."""
-        count = len(chunks)
-        tokens = sum(chunk.end - chunk.start for chunk in chunks)
-        if not scheduler.back_off(chunks):
+        if not scheduler.back_off(step):
             raise EngineError(
                 f"out of memory in a step of one token ({available_bytes(self.device)} bytes are"
                 " available); lower --kv-memory, or use a smaller model or --dtype"
@@ -247,36 +269,37 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self._notice(
-            f"out of memory in a step of {count} requests and {tokens} tokens; going on with at"
-            f" most {scheduler.max_batch_size} and {scheduler.max_batch_tokens}"
+            f"out of memory in a step of {step.size} requests and {step.tokens} tokens; going on"
+            f" with at most {scheduler.max_batch_size} and {scheduler.max_batch_tokens}"
         )
 
-    def _complete(
-        self, sequence: Sequence, reason: FinishReason, now: float, scheduler: Scheduler
-    ) -> Completion:
-        scheduler.finish(sequence)
+    def _complete(self, sequence: Sequence, reason: FinishReason, now: float) -> Completion:
         completion = sequence.completion(reason, now)
         self.stats.prompt_tokens += completion.prompt_tokens
         self.stats.cached_tokens += completion.cached_tokens
         self.stats.output_tokens += len(completion.token_ids)
         return completion
 
-    def _count(self, chunks: list[Chunk], scheduler: Scheduler) -> None:
+    def _count(self, step: Step, scheduler: Scheduler) -> None:
         stats = self.stats
         stats.steps += 1
-        stats.batch_sum += len(chunks)
-        stats.peak_batch = max(stats.peak_batch, len(chunks))
+        stats.batch_sum += step.size
+        stats.peak_batch = max(stats.peak_batch, step.size)
         stats.peak_kv_blocks = max(stats.peak_kv_blocks, scheduler.cache.num_used)
         stats.preemptions = scheduler.preemptions
-        decoded = [chunk.end for chunk in chunks if chunk.end - chunk.start == 1]
-        stats.decode_tokens += len(decoded)
-        stats.decode_context += sum(decoded)
-        computed = len(decoded)
-        for chunk in chunks[len(decoded) :]:  # single tokens come first
-            computed += chunk.end - chunk.start
-            stats.prefill_chunks += 1
-            stats.prefill_tokens += chunk.end - chunk.start
-            stats.prefill_context += chunk.end
+        stats.decode_tokens += len(step.decodes)
+        stats.decode_context += sum(step.ends[: len(step.decodes)])
+        computed = len(step.decodes)
+        for chunk in step.chunks:
+            tokens = chunk.end - chunk.start
+            computed += tokens
+            if tokens == 1:
+                stats.decode_tokens += 1
+                stats.decode_context += chunk.end
+            else:
+                stats.prefill_chunks += 1
+                stats.prefill_tokens += tokens
+                stats.prefill_context += chunk.end
         limits = scheduler.max_batch_size, scheduler.max_batch_tokens
         if len(scheduler.running) < limits[0] and computed < limits[1]:
             if scheduler.waiting:

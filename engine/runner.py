@@ -1,21 +1,24 @@
-"""A step's chunks → ForwardBatch → logits → next tokens. Owns the model and the KV tensors."""
+"""A step → ForwardBatch → logits → next tokens. Owns the model and the KV tensors."""
 
 import itertools
-from collections.abc import Sequence as SequenceOf
+from array import array
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from engine.kv_cache import NULL_BLOCK, LayerGroup, group_layers
-from engine.request import TokenLogprobs
-from engine.sampler import sample
-from engine.scheduler import Chunk
+from engine.sampler import Sampled, Sampler, put
+from engine.scheduler import Sequence, Step
 from model import ModelConfig, Transformer, weights
 from model.batch import ForwardBatch, GroupTables
 
 
 class ModelRunner:
-    """The model on its device. Holds no state of requests but what is in the KV tensors."""
+    """The model on its device, and by row what running sequences have there.
+
+    That is their KV, their block tables and, in the sampler, their last tokens.
+    """
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype):
         self.config, self.device, self.dtype = config, device, dtype
@@ -26,7 +29,12 @@ class ModelRunner:
                 self._places[layer] = (g, i)
         self._model: Transformer | None = None
         self._caches: list[torch.Tensor] = []
+        self._sampler: Sampler | None = None
         self._block_size = 0
+        # For each group int32 [rows, blocks of a sequence]: written as arrays, read as tensors.
+        self._tables: list[array] = []
+        self._views: list[torch.Tensor] = []
+        self._width = 0
 
     def load(self, checkpoint: Path, dummy: bool) -> None:
         """Load the weights (random ones if dummy). Raises CheckpointError."""
@@ -43,8 +51,10 @@ class ModelRunner:
         heads, size = self.config.num_kv_heads, self.config.head_dim
         return 2 * layers * block_size * heads * size * self.dtype.itemsize
 
-    def allocate(self, num_blocks: int, block_size: int, max_positions: int) -> None:
-        """Allocate the KV tensors and the rotary table."""
+    def allocate(
+        self, num_blocks: int, block_size: int, max_positions: int, max_batch_size: int
+    ) -> None:
+        """Allocate the KV tensors, the rotary table and what there is for each row."""
         if self._model is None:
             raise RuntimeError("load() comes before allocate()")
         self._block_size = block_size
@@ -58,61 +68,102 @@ class ModelRunner:
         for cache in self._caches:
             cache[:, NULL_BLOCK].zero_()
         self._model.prepare_rope(max_positions, self.device)
+        self._sampler = Sampler(max_batch_size, self.device)
+        self._width = -(-max_positions // block_size)
+        self._tables = [array("i", bytes(4 * max_batch_size * self._width)) for _ in self.groups]
+        self._views = [
+            torch.frombuffer(table, dtype=torch.int32).view(-1, self._width)
+            for table in self._tables
+        ]
 
     def free(self) -> None:
         """Drop weights and KV."""
         self._model = None
+        self._sampler = None
         self._caches = []
+        self._tables, self._views = [], []
 
     @torch.inference_mode()
-    def run(self, chunks: SequenceOf[Chunk]) -> tuple[list[int], list[TokenLogprobs | None]]:
-        """Compute the chunks; the next token (and logprobs) of each chunk that samples."""
-        if self._model is None:
+    def launch(self, step: Step) -> Sampled:
+        """Start the step; gives the next token of each of `step.sampling()`, to be read later."""
+        if self._model is None or self._sampler is None:
             raise RuntimeError("the engine is not warmed up")
-        logits = self._model(self._batch(chunks), self._caches, self._places)
-        sequences = [chunk.sequence for chunk in chunks if chunk.samples]
-        return sample(
-            logits,
-            [sequence.request.params for sequence in sequences],
-            [len(sequence.tokens) for sequence in sequences],
-        )
+        self._note_blocks(step.grown)
+        batch, rows, positions = self._batch(step, self._sampler.last)
+        logits = self._model(batch, self._caches, self._places)
+        entering = [c.sequence for c in step.chunks if c.samples and not c.sequence.greedy]
+        if entering:
+            self._sampler.enter(
+                [sequence.row for sequence in entering],
+                [sequence.request.params for sequence in entering],
+            )
+        special = {i: s.request.params for i, s in enumerate(step.sampling()) if not s.greedy}
+        return self._sampler.sample(logits, rows, positions, special)
 
-    def _batch(self, chunks: SequenceOf[Chunk]) -> ForwardBatch:
-        query_lens = [chunk.end - chunk.start for chunk in chunks]
-        ends = list(itertools.accumulate(query_lens))
-        token_ids: list[int] = []
-        for chunk in chunks:
-            token_ids += chunk.sequence.tokens[chunk.start : chunk.end]
-        singles = sum(length == 1 for length in query_lens)
-        positions = torch.tensor([chunk.start for chunk in chunks[:singles]], dtype=torch.int64)
-        if singles < len(chunks):
-            ranges = [torch.arange(chunk.start, chunk.end) for chunk in chunks[singles:]]
+    def _note_blocks(self, sequences: Iterable[Sequence]) -> None:
+        for sequence in sequences:
+            first = sequence.row * self._width
+            for flat, table in zip(self._tables, sequence.tables.tables, strict=True):
+                flat[first : first + len(table)] = table
+
+    def _batch(
+        self, step: Step, last: torch.Tensor
+    ) -> tuple[ForwardBatch, torch.Tensor, torch.Tensor]:
+        """The step's batch, and of each sequence that samples its row and the new token's index.
+
+        last int64 [rows]: the token that each row sampled last.
+        """
+        decodes, chunks, size = len(step.decodes), step.chunks, step.size
+        query_lens = [1] * decodes + [chunk.end - chunk.start for chunk in chunks]
+        singles = query_lens.count(1)  # which come first
+        rows = _tensor(
+            [sequence.row for sequence in step.decodes] + [chunk.sequence.row for chunk in chunks]
+        )
+        ends = _tensor(step.ends)
+        positions, owners = ends[:singles] - 1, torch.arange(size)
+        query_ends = owners + 1
+        if singles < size:
+            ranges = [torch.arange(chunk.start, chunk.end) for chunk in chunks[singles - decodes :]]
             positions = torch.cat((positions, *ranges))
-        rows = torch.repeat_interleave(torch.tensor(query_lens))
+            lengths = _tensor(query_lens)
+            owners, query_ends = owners.repeat_interleave(lengths), lengths.cumsum(0)
         blocks, offsets = positions // self._block_size, positions % self._block_size
+        width = -(-max(step.ends) // self._block_size)
         groups = []
-        for g, group in enumerate(self.groups):
-            tables = [chunk.sequence.tables.tables[g] for chunk in chunks]
-            width = max(map(len, tables))
-            padded = b"".join(table.tobytes() + bytes(8 * (width - len(table))) for table in tables)
-            table = torch.frombuffer(bytearray(padded), dtype=torch.int64).view(-1, width)
-            slots = table[rows, blocks] * self._block_size + offsets
-            table = table.int()
-            groups.append(GroupTables(group.window, table.to(self.device), slots.to(self.device)))
-        return ForwardBatch(
-            token_ids=torch.tensor(token_ids, device=self.device),
-            positions=positions.to(self.device),
+        for group, tables in zip(self.groups, self._views, strict=True):
+            table = tables[:, :width].index_select(0, rows)
+            slots = table[owners, blocks] * self._block_size + offsets
+            groups.append(GroupTables(group.window, self._put(table), self._put(slots)))
+        on_device = self._put(rows)
+        token_ids = last[on_device[:decodes]]
+        if chunks:
+            known = [chunk.sequence.tokens[chunk.start : chunk.end] for chunk in chunks]
+            fresh = _tensor(itertools.chain.from_iterable(known))
+            token_ids = torch.cat((token_ids, self._put(fresh)))
+        samples = [chunk.samples for chunk in chunks]
+        logits_rows, seen = query_ends - 1, ends.int()
+        sampling_rows, next_positions = on_device, self._put(seen)
+        if not all(samples):
+            kept = torch.tensor([True] * decodes + samples)
+            logits_rows = logits_rows[kept]
+            sampling_rows, next_positions = self._put(rows[kept]), self._put(seen[kept])
+        batch = ForwardBatch(
+            token_ids=token_ids,
+            positions=self._put(positions),
             query_lens=query_lens,
-            context_lens=[chunk.end for chunk in chunks],
+            context_lens=step.ends,
             num_single=singles,
             groups=tuple(groups),
-            logits_rows=torch.tensor(
-                [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.samples],
-                dtype=torch.int64,
-                device=self.device,
-            ),
-            query_starts=torch.tensor([0, *ends], dtype=torch.int32, device=self.device),
-            seen=torch.tensor(
-                [chunk.end for chunk in chunks], dtype=torch.int32, device=self.device
-            ),
+            logits_rows=self._put(logits_rows),
+            query_starts=self._put(torch.nn.functional.pad(query_ends, (1, 0)).int()),
+            seen=self._put(seen),
         )
+        return batch, sampling_rows, next_positions
+
+    def _put(self, values: torch.Tensor) -> torch.Tensor:
+        return put(values, self.device)
+
+
+def _tensor(values: Iterable[int]) -> torch.Tensor:
+    """As torch.tensor(values), which takes eight times as long."""
+    return torch.frombuffer(array("q", values), dtype=torch.int64)

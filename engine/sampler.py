@@ -1,58 +1,165 @@
 """Logits → next tokens. Randomness is keyed, so a result does not depend on the batch."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 
 import torch
 
 from engine.request import SamplingParams, TokenLogprobs
 
-# Nearly always these hold the whole nucleus; a row whose nucleus is larger is sorted in full.
+# Nearly always these hold the whole nucleus; a row whose nucleus is larger is drawn in full.
 _CANDIDATES = 256
 
+_BLOCK = 1024  # of the vocabulary, searched at once for its likeliest token
 
-def sample(
-    logits: torch.Tensor, params: SequenceOf[SamplingParams], positions: SequenceOf[int]
-) -> tuple[list[int], list[TokenLogprobs | None]]:
-    """The next token of each row, and log-probabilities where they are asked for.
 
-    logits [rows, vocab]; positions [rows]: the index that the new token will have in its
-    sequence, which together with the request's seed decides the draw.
+def put(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on the device, without waiting for either."""
+    if device.type == "cpu":
+        return values
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+class Sampled:
+    """Tokens that a step samples, on their way to the host."""
+
+    def __init__(
+        self,
+        tokens: torch.Tensor,
+        likeliest: tuple[torch.Tensor, ...] = (),
+        wanted: Mapping[int, int] | None = None,
+    ):
+        """tokens int64 [rows]; likeliest: for the wanted rows, log-probabilities as in `read`."""
+        self._wanted = wanted or {}
+        self._tensors = (tokens, *likeliest)
+        self._event: torch.cuda.Event | None = None
+        if tokens.device.type == "cuda":
+            copies = [torch.empty_like(t, device="cpu", pin_memory=True) for t in self._tensors]
+            for copy, tensor in zip(copies, self._tensors, strict=True):
+                copy.copy_(tensor, non_blocking=True)
+            self._tensors = tuple(copies)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> tuple[list[int], dict[int, TokenLogprobs]]:
+        """Wait for the step; each row's token, and log-probabilities by row where asked for."""
+        if self._event is not None:
+            self._event.synchronize()
+        tokens = self._tensors[0].tolist()
+        if not self._wanted:
+            return tokens, {}
+        chosen, values, ids = (tensor.tolist() for tensor in self._tensors[1:])
+        return tokens, {
+            row: TokenLogprobs(
+                chosen[i], tuple(zip(ids[i][:count], values[i][:count], strict=True))
+            )
+            for i, (row, count) in enumerate(self._wanted.items())
+        }
+
+
+class Sampler:
+    """Each running sequence's last token and parameters, by its row, on the device."""
+
+    def __init__(self, rows: int, device: torch.device):
+        self.last = torch.zeros(rows, dtype=torch.int64, device=device)  # token sampled last
+        self._device = device
+        self._heat_and_top_p = torch.ones(rows, 2, device=device)
+        self._top_k_and_seed = torch.zeros(rows, 2, dtype=torch.int64, device=device)
+
+    def enter(self, rows: SequenceOf[int], params: SequenceOf[SamplingParams]) -> None:
+        """Sequences whose tokens are drawn take these rows."""
+        at = put(torch.tensor(rows), self._device)
+        floats = torch.tensor([(p.temperature, p.top_p) for p in params])
+        ints = torch.tensor([(p.top_k, p.seed & (2**63 - 1)) for p in params])
+        self._heat_and_top_p.index_copy_(0, at, put(floats, self._device))
+        self._top_k_and_seed.index_copy_(0, at, put(ints, self._device))
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        special: Mapping[int, SamplingParams],
+    ) -> Sampled:
+        """The next token of each sequence; it becomes the last of its row.
+
+        logits [n, vocab]; rows int64 [n]: the sequences' own; positions [n]: the index that the
+        new token will have in its sequence, which together with the request's seed decides the
+        draw; special: by index below n, those who want more than the likeliest token.
+        """
+        tokens = _likeliest(logits)
+        drawn = [i for i, params in special.items() if params.temperature > 0]
+        if len(drawn) == len(logits):
+            tokens = self._draw(logits, rows, positions)
+        elif drawn:
+            at = put(torch.tensor(drawn), self._device)
+            tokens.index_copy_(0, at, self._draw(logits[at], rows[at], positions[at]))
+        self.last.index_copy_(0, rows, tokens)
+        wanted = {i: p.logprobs for i, p in special.items() if p.logprobs is not None}
+        if not wanted:
+            return Sampled(tokens)
+        at = put(torch.tensor(list(wanted)), self._device)
+        logprobs = logits[at].float().log_softmax(-1)
+        chosen = logprobs.gather(1, tokens[at].unsqueeze(1)).squeeze(1)
+        values, ids = logprobs.topk(min(max(wanted.values()), logprobs.shape[1]))
+        return Sampled(tokens, (chosen, values, ids), wanted)
+
+    def _draw(
+        self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        heat, top_p = self._heat_and_top_p[rows].split(1, dim=1)
+        top_k, seeds = self._top_k_and_seed[rows].split(1, dim=1)
+        vocab = logits.shape[1]
+        top_k = torch.where(top_k == 0, vocab, top_k)
+        uniform = keyed_uniform(seeds, positions.long().unsqueeze(1))
+        logits = logits.float() / heat
+        total = logits.logsumexp(-1, keepdim=True)
+        values, ids = logits.topk(min(_CANDIDATES, vocab), dim=-1)
+        tokens = _pick(values, ids, total, top_k, top_p, uniform)
+        if vocab == values.shape[1]:
+            return tokens
+        # A row is judged by itself alone, so that its path does not depend on the others either.
+        held = (values - total).exp().sum(-1, keepdim=True)
+        enough = (held >= top_p) | (top_k <= values.shape[1])
+        if self._device.type != "cpu":  # where to ask whether all are enough would be to wait
+            full = _pick_in_full(logits, total, top_k, top_p, uniform)
+            return torch.where(enough.squeeze(1), tokens, full)
+        rest = (~enough).flatten().nonzero().flatten()
+        if len(rest):
+            tokens[rest] = _pick_in_full(
+                logits[rest], total[rest], top_k[rest], top_p[rest], uniform[rest]
+            )
+        return tokens
+
+
+def _likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """`logits.argmax(-1)`, the first of equal ones; logits [rows, vocab].
+
+    On a CPU only `amax` reads at the speed of memory: it finds the block, and another look there
+    finds the place. Over a large vocabulary argmax is seven times as slow, a tenth of a step.
     """
-    tokens = logits.argmax(-1)
-    drawn = [row for row, p in enumerate(params) if p.temperature > 0]
-    if drawn:
-        tokens[drawn] = _draw(
-            logits[drawn], [params[r] for r in drawn], [positions[r] for r in drawn]
-        )
-    logprobs: list[TokenLogprobs | None] = [None] * len(params)
-    for row, p in enumerate(params):
-        if p.logprobs is not None:
-            logprobs[row] = _logprobs(logits[row], int(tokens[row]), p.logprobs)
-    return tokens.tolist(), logprobs
+    vocab = logits.shape[1]
+    if logits.device.type != "cpu" or vocab < 2 * _BLOCK:
+        return logits.max(-1).indices
+    whole = vocab // _BLOCK * _BLOCK
+    highest = logits[:, :whole].unflatten(1, (-1, _BLOCK)).amax(-1)
+    if whole < vocab:
+        highest = torch.cat((highest, logits[:, whole:].amax(-1, keepdim=True)), dim=1)
+    first = (highest.max(-1, keepdim=True).indices * _BLOCK).clamp(max=vocab - _BLOCK)
+    within = logits.gather(1, first + torch.arange(_BLOCK)).max(-1, keepdim=True).indices
+    return (first + within).squeeze(1)
 
 
-def _draw(
-    logits: torch.Tensor, params: SequenceOf[SamplingParams], positions: SequenceOf[int]
+def _pick_in_full(
+    logits: torch.Tensor,
+    total: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    uniform: torch.Tensor,
 ) -> torch.Tensor:
-    device, vocab = logits.device, logits.shape[1]
-    heat = torch.tensor([p.temperature for p in params], device=device).unsqueeze(1)
-    logits = logits.float() / heat
-    uniform = keyed_uniform(
-        torch.tensor([p.seed & (2**63 - 1) for p in params], device=device),
-        torch.tensor(positions, device=device),
-    ).unsqueeze(1)
-    top_k = torch.tensor([p.top_k or vocab for p in params], device=device).unsqueeze(1)
-    top_p = torch.tensor([p.top_p for p in params], device=device).unsqueeze(1)
-    total = logits.logsumexp(-1, keepdim=True)
-    values, ids = logits.topk(min(_CANDIDATES, vocab), dim=-1)
-    enough = ((values - total).exp().sum(-1, keepdim=True) >= top_p) | (top_k <= values.shape[1])
-    tokens = _pick(values, ids, total, top_k, top_p, uniform)
-    # A row is judged by itself alone, so that its path does not depend on the others either.
-    rest = (~enough).flatten().nonzero().flatten()
-    if len(rest) and vocab > values.shape[1]:
-        values, ids = logits[rest].sort(descending=True, stable=True)
-        tokens[rest] = _pick(values, ids, total[rest], top_k[rest], top_p[rest], uniform[rest])
-    return tokens
+    """As `_pick`, from all of the vocabulary: logits [rows, vocab] in its order."""
+    values, ids = logits.sort(descending=True, stable=True)
+    return _pick(values, ids, total, top_k, top_p, uniform)
 
 
 def _pick(
@@ -93,11 +200,3 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * -4658895280553007687
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * -7723592293110705685
     return x ^ (x >> 31 & (1 << 33) - 1)
-
-
-def _logprobs(logits: torch.Tensor, token: int, top: int) -> TokenLogprobs:
-    logprobs = logits.float().log_softmax(-1)
-    values, ids = logprobs.topk(min(top, len(logprobs)))
-    return TokenLogprobs(
-        float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    )

@@ -1,5 +1,7 @@
 """Draws are right in distribution, keyed by seed and position, and the same in any batch."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,20 @@ from hypothesis import strategies as st
 
 from engine import SamplingParams
 from engine import sampler as module
-from engine.sampler import keyed_uniform, sample
+from engine.sampler import Sampler, keyed_uniform
+
+
+def sample(
+    logits: torch.Tensor, params: list[SamplingParams], positions: list[int]
+) -> tuple[list[int], dict[int, Any]]:
+    """The next tokens of as many sequences, which stand in rows in reverse."""
+    rows = list(reversed(range(len(params))))
+    sampler = Sampler(len(rows), logits.device)
+    sampler.enter(rows, params)
+    special = dict(enumerate(params))
+    found = sampler.sample(logits, torch.tensor(rows), torch.tensor(positions), special).read()
+    assert sampler.last.tolist() == found[0][::-1]
+    return found
 
 
 def draw(logits: torch.Tensor, count: int, **params: float) -> torch.Tensor:
@@ -78,7 +93,18 @@ def test_greedy_takes_the_likeliest_token() -> None:
     logits = torch.randn(5, 100, generator=torch.Generator().manual_seed(0))
     tokens, logprobs = sample(logits, [SamplingParams()] * 5, [0] * 5)
     assert tokens == logits.argmax(-1).tolist()
-    assert logprobs == [None] * 5
+    assert logprobs == {}
+
+
+@pytest.mark.parametrize("vocab", [1, 700, 2048, 5000, 151_936])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_equally_likely_tokens_the_first_is_taken(vocab: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    for levels in (1, 3, 1000):
+        logits = torch.randint(levels, (40, vocab), generator=generator).to(dtype)
+        logits[:3, -1] = logits.max() + 2
+        tokens, _ = sample(logits, [SamplingParams()] * 40, [0] * 40)
+        assert tokens == logits.argmax(-1).tolist()
 
 
 def test_uniform_numbers_are_uniform_and_differ_by_seed_and_position() -> None:
