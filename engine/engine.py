@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from engine.graphs import gpu_capture
 from engine.kv_cache import KVCache
 from engine.memory import Needs, available_bytes, is_out_of_memory
 from engine.request import Completion, FinishReason, Request
@@ -57,7 +58,8 @@ class EngineStats:
     short_steps: int = 0  # steps that had room for more requests than there were
     schedule_s: float = 0.0
     model_s: float = 0.0  # the model's steps, sampling included
-    warm_up_s: float = 0.0
+    warm_up_s: float = 0.0  # capture included
+    capture_s: float = 0.0  # of decode steps as graphs, and compiling what they run
     inference_s: float = 0.0
     finish_s: float = 0.0
 
@@ -122,6 +124,7 @@ class Engine:
     def warm_up(self) -> None:
         """Load the weights, size the KV pool from the memory that is left, and allocate it.
 
+        On a GPU the largest step is run to see what it takes, and decode steps are captured.
         Raises EngineError, before anything is loaded, if memory is too small for what is asked.
         """
         if self._scheduler is not None:
@@ -150,6 +153,8 @@ class Engine:
 
     def _start(self, needs: Needs, least: int) -> None:
         """Size the KV pool, at least so many bytes, and allocate it."""
+        if self.device.type == "cuda":
+            needs = self._measured(needs)
         blocks = self._pool_blocks(needs, least)
         cache = KVCache(self._runner.groups, blocks, self.block_size, self.prefix_cache)
         limit = min(self.config.max_positions, cache.capacity(self.max_batch_tokens))
@@ -159,12 +164,34 @@ class Engine:
             )
         self.max_positions = limit
         self._runner.allocate(blocks, self.block_size, limit, self.max_batch_size)
+        if self.device.type == "cuda":
+            start = time.perf_counter()
+            self._runner.capture(gpu_capture())
+            self.stats.capture_s += time.perf_counter() - start
         self._scheduler = Scheduler(cache, self.max_batch_size, self.max_batch_tokens)
         self.stats.kv_blocks = blocks - 1
         self.stats.kv_bytes = blocks * self._runner.block_bytes(self.block_size)
 
+    def _measured(self, needs: Needs) -> Needs:
+        """The needs, with what the largest step took on this device in place of estimates."""
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self._runner.run_largest(
+            self.max_batch_size,
+            self.max_batch_tokens,
+            min(self.config.max_positions, self.max_batch_tokens),
+            self.block_size,
+        )
+        step = torch.cuda.max_memory_allocated(self.device) - before
+        torch.cuda.empty_cache()
+        # Captured steps have memory of their own: a decode step's, and the logits that they share.
+        rows = min(self.max_batch_size, self.max_batch_tokens)
+        logits = 2 * rows * self.config.vocab_size * self.dtype.itemsize
+        decode = needs.activations * rows // self.max_batch_tokens
+        return Needs(needs.weights, max(step, 0) + decode, logits)
+
     def finish(self) -> None:
-        """Give weights and KV memory back. The engine can be warmed up again."""
+        """Give weights, KV memory and captured steps back. The engine can be warmed up again."""
         start = time.perf_counter()
         self._scheduler = None
         self._runner.free()

@@ -12,7 +12,8 @@ class Probe:
     """`batch` sequences of random tokens, each about to compute the last `query` of `context`.
 
     What lies before is in the KV cache already, as random values: nothing is prefilled. The step
-    is the engine's own, from the schedule to the sampled tokens. Raises EngineError where the
+    is the engine's own, from the schedule to the sampled tokens, but never replayed as a graph,
+    whose parts nobody can follow. Raises EngineError where the
     engine has no room for it.
     """
 
@@ -31,6 +32,7 @@ class Probe:
         ids = torch.randint(
             engine.config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(0)
         )
+        runner._graphs = None
         scheduler.running = [self._sequence(i, tokens) for i, tokens in enumerate(ids.tolist())]
         tables = [table for sequence in scheduler.running for table in sequence.tables.tables]
         last = max(max(table) for table in tables)

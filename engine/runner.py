@@ -2,16 +2,20 @@
 
 import itertools
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
-from engine.kv_cache import NULL_BLOCK, LayerGroup, group_layers
-from engine.sampler import Sampled, Sampler, put
-from engine.scheduler import Sequence, Step
+from engine.graphs import Capture, DecodeGraphs, padding
+from engine.kv_cache import NULL_BLOCK, BlockTables, LayerGroup, group_layers
+from engine.request import Request, SamplingParams
+from engine.sampler import Sampled, Sampler, pin, put
+from engine.scheduler import Chunk, Sequence, Step
 from model import ModelConfig, Transformer, weights
 from model.batch import ForwardBatch, GroupTables
+
+Place = Callable[[torch.Tensor, torch.device], torch.Tensor]
 
 
 class ModelRunner:
@@ -30,6 +34,7 @@ class ModelRunner:
         self._model: Transformer | None = None
         self._caches: list[torch.Tensor] = []
         self._sampler: Sampler | None = None
+        self._graphs: DecodeGraphs | None = None
         self._block_size = 0
         # For each group int32 [rows, blocks of a sequence]: written as arrays, read as tensors.
         self._tables: list[array] = []
@@ -54,11 +59,14 @@ class ModelRunner:
     def allocate(
         self, num_blocks: int, block_size: int, max_positions: int, max_batch_size: int
     ) -> None:
-        """Allocate the KV tensors, the rotary table and what there is for each row."""
+        """Allocate the KV tensors, the rotary table and what there is for each row.
+
+        One block and one row more than asked for are those of padding.
+        """
         if self._model is None:
             raise RuntimeError("load() comes before allocate()")
         self._block_size = block_size
-        shape = (2, num_blocks, block_size, self.config.num_kv_heads, self.config.head_dim)
+        shape = (2, num_blocks + 1, block_size, self.config.num_kv_heads, self.config.head_dim)
         self._caches = [
             torch.empty(shape, dtype=self.dtype, device=self.device)
             for _ in range(max(len(group.layers) for group in self.groups))
@@ -68,17 +76,63 @@ class ModelRunner:
         for cache in self._caches:
             cache[:, NULL_BLOCK].zero_()
         self._model.prepare_rope(max_positions, self.device)
-        self._sampler = Sampler(max_batch_size, self.device)
+        self._sampler = Sampler(max_batch_size + 1, self.device)
         self._width = -(-max_positions // block_size)
-        self._tables = [array("i", bytes(4 * max_batch_size * self._width)) for _ in self.groups]
+        rows = array("i", bytes(4 * max_batch_size * self._width))
+        rows += array("i", [num_blocks]) * self._width
+        self._tables = [rows[:] for _ in self.groups]
         self._views = [
             torch.frombuffer(table, dtype=torch.int32).view(-1, self._width)
             for table in self._tables
         ]
 
+    def run_largest(
+        self, max_batch_size: int, max_batch_tokens: int, max_positions: int, block_size: int
+    ) -> None:
+        """Run the step that needs the most memory and wait for it: every row sampled in full.
+
+        Leaves nothing allocated. It reads and writes the null block alone.
+        """
+        self.allocate(1, block_size, max_positions, max_batch_size)
+        size = min(max_batch_size, max_batch_tokens)
+        length = min(max_batch_tokens // size, max_positions)
+        step, params = Step(), SamplingParams(temperature=1, top_p=0.9, logprobs=20)
+        for row in range(size):
+            blocks = array("i", [NULL_BLOCK]) * -(-length // block_size)
+            tokens, tables = [0] * length, BlockTables([blocks] * len(self.groups))
+            request = Request(tokens, params)
+            sequence = Sequence(request, tokens, length + 1, frozenset(), tables, 0.0, row=row)
+            step.grown.append(sequence)
+            step.chunks.append(Chunk(sequence, 0, length, samples=True))
+            step.ends.append(length)
+        self.launch(step).read()
+        self._deallocate()
+
+    @torch.inference_mode()
+    def capture(self, capture: Capture) -> None:
+        """Capture the steps in which every sequence decodes; `launch` then replays them."""
+        if self._sampler is None:
+            raise RuntimeError("allocate() comes before capture()")
+        most, block = len(self._sampler.last) - 1, self._caches[0].shape[1] - 1
+        windows = [group.window for group in self.groups]
+        self._graphs = DecodeGraphs(
+            self._forward,
+            padding(most, windows, self._width, block, block * self._block_size, self.device),
+            torch.empty(most, self.config.vocab_size, dtype=self.dtype, device=self.device),
+            capture,
+        )
+
+    def _forward(self, batch: ForwardBatch) -> torch.Tensor:
+        assert self._model is not None
+        return self._model(batch, self._caches, self._places)
+
     def free(self) -> None:
-        """Drop weights and KV."""
+        """Drop weights, KV and what was captured."""
         self._model = None
+        self._deallocate()
+
+    def _deallocate(self) -> None:
+        self._graphs = None
         self._sampler = None
         self._caches = []
         self._tables, self._views = [], []
@@ -89,8 +143,13 @@ class ModelRunner:
         if self._model is None or self._sampler is None:
             raise RuntimeError("the engine is not warmed up")
         self._note_blocks(step.grown)
-        batch, rows, positions = self._batch(step, self._sampler.last)
-        logits = self._model(batch, self._caches, self._places)
+        if self._graphs is None or step.chunks:
+            batch, rows, positions = self._batch(step, self._sampler.last, step.size, put)
+            logits = self._forward(batch)
+        else:
+            size = self._graphs.size(step.size)
+            batch, rows, positions = self._batch(step, self._sampler.last, size, pin)
+            logits = self._graphs(batch)[: step.size]
         entering = [c.sequence for c in step.chunks if c.samples and not c.sequence.greedy]
         if entering:
             self._sampler.enter(
@@ -107,19 +166,20 @@ class ModelRunner:
                 flat[first : first + len(table)] = table
 
     def _batch(
-        self, step: Step, last: torch.Tensor
+        self, step: Step, last: torch.Tensor, size: int, place: Place
     ) -> tuple[ForwardBatch, torch.Tensor, torch.Tensor]:
         """The step's batch, and of each sequence that samples its row and the new token's index.
 
-        last int64 [rows]: the token that each row sampled last.
+        last int64 [rows]: the token that each row sampled last; size: sequences, with those that
+        pad a step of decodes; place: what is done with tensors made on the host.
         """
-        decodes, chunks, size = len(step.decodes), step.chunks, step.size
-        query_lens = [1] * decodes + [chunk.end - chunk.start for chunk in chunks]
+        decodes, chunks, pad = len(step.decodes), step.chunks, size - step.size
+        query_lens = [1] * decodes + [chunk.end - chunk.start for chunk in chunks] + [1] * pad
         singles = query_lens.count(1)  # which come first
-        rows = _tensor(
-            [sequence.row for sequence in step.decodes] + [chunk.sequence.row for chunk in chunks]
-        )
-        ends = _tensor(step.ends)
+        context_lens = step.ends + [1] * pad
+        rows_of = [sequence.row for sequence in step.decodes]
+        rows_of += [chunk.sequence.row for chunk in chunks] + [len(last) - 1] * pad
+        rows, ends = _tensor(rows_of), _tensor(context_lens)
         positions, owners = ends[:singles] - 1, torch.arange(size)
         query_ends = owners + 1
         if singles < size:
@@ -128,40 +188,36 @@ class ModelRunner:
             lengths = _tensor(query_lens)
             owners, query_ends = owners.repeat_interleave(lengths), lengths.cumsum(0)
         blocks, offsets = positions // self._block_size, positions % self._block_size
-        width = -(-max(step.ends) // self._block_size)
+        width = -(-max(context_lens) // self._block_size)
         groups = []
         for group, tables in zip(self.groups, self._views, strict=True):
             table = tables[:, :width].index_select(0, rows)
             slots = table[owners, blocks] * self._block_size + offsets
-            groups.append(GroupTables(group.window, self._put(table), self._put(slots)))
-        on_device = self._put(rows)
-        token_ids = last[on_device[:decodes]]
+            groups.append(
+                GroupTables(group.window, place(table, self.device), place(slots, self.device))
+            )
+        logits_rows, sampling, seen = query_ends - 1, rows[: step.size], ends.int()
+        upto = seen[: step.size]
+        if not all(chunk.samples for chunk in chunks):
+            kept = torch.tensor([True] * decodes + [chunk.samples for chunk in chunks])
+            logits_rows, sampling, upto = logits_rows[kept], sampling[kept], upto[kept]
+        token_ids = last[put(rows[:decodes] if chunks else rows, self.device)]
         if chunks:
             known = [chunk.sequence.tokens[chunk.start : chunk.end] for chunk in chunks]
             fresh = _tensor(itertools.chain.from_iterable(known))
-            token_ids = torch.cat((token_ids, self._put(fresh)))
-        samples = [chunk.samples for chunk in chunks]
-        logits_rows, seen = query_ends - 1, ends.int()
-        sampling_rows, next_positions = on_device, self._put(seen)
-        if not all(samples):
-            kept = torch.tensor([True] * decodes + samples)
-            logits_rows = logits_rows[kept]
-            sampling_rows, next_positions = self._put(rows[kept]), self._put(seen[kept])
+            token_ids = torch.cat((token_ids, put(fresh, self.device)))
         batch = ForwardBatch(
             token_ids=token_ids,
-            positions=self._put(positions),
+            positions=place(positions, self.device),
             query_lens=query_lens,
-            context_lens=step.ends,
+            context_lens=context_lens,
             num_single=singles,
             groups=tuple(groups),
-            logits_rows=self._put(logits_rows),
-            query_starts=self._put(torch.nn.functional.pad(query_ends, (1, 0)).int()),
-            seen=self._put(seen),
+            logits_rows=place(logits_rows, self.device),
+            query_starts=place(torch.nn.functional.pad(query_ends, (1, 0)).int(), self.device),
+            seen=place(seen, self.device),
         )
-        return batch, sampling_rows, next_positions
-
-    def _put(self, values: torch.Tensor) -> torch.Tensor:
-        return put(values, self.device)
+        return batch, put(sampling, self.device), put(upto, self.device)
 
 
 def _tensor(values: Iterable[int]) -> torch.Tensor:

@@ -15,9 +15,12 @@ _BLOCK = 1024  # of the vocabulary, searched at once for its likeliest token
 
 def put(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of the host on the device, without waiting for either."""
-    if device.type == "cpu":
-        return values
-    return values.pin_memory().to(device, non_blocking=True)
+    return pin(values, device).to(device, non_blocking=True)
+
+
+def pin(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host where the device can copy it from while the host goes on."""
+    return values if device.type == "cpu" else values.pin_memory()
 
 
 class Sampled:
