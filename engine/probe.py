@@ -13,8 +13,7 @@ class Probe:
 
     What lies before is in the KV cache already, as random values: nothing is prefilled. The step
     is the engine's own, from the schedule to the sampled tokens, but never replayed as a graph,
-    whose parts nobody can follow. Raises EngineError where the
-    engine has no room for it.
+    whose parts nobody can follow. Raises EngineError where the engine has no room for it.
     """
 
     def __init__(self, engine: Engine, batch: int, query: int, context: int):

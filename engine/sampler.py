@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
+from functools import partial
 
 import torch
 
 from engine.request import SamplingParams, TokenLogprobs
 
-# Nearly always these hold the whole nucleus; a row whose nucleus is larger is drawn in full.
+# Nearly always these hold the whole nucleus; a row whose nucleus is larger is sorted in full.
 _CANDIDATES = 256
 
 _BLOCK = 1024  # of the vocabulary, searched at once for its likeliest token
@@ -66,6 +67,8 @@ class Sampler:
     def __init__(self, rows: int, device: torch.device):
         self.last = torch.zeros(rows, dtype=torch.int64, device=device)  # token sampled last
         self._device = device
+        # Whether a look at the logits may decide what is done: a GPU would have to be waited for.
+        self._may_look = device.type == "cpu"
         self._heat_and_top_p = torch.ones(rows, 2, device=device)
         self._top_k_and_seed = torch.zeros(rows, 2, dtype=torch.int64, device=device)
 
@@ -91,12 +94,18 @@ class Sampler:
         draw; special: by index below n, those who want more than the likeliest token.
         """
         tokens = _likeliest(logits)
-        drawn = [i for i, params in special.items() if params.temperature > 0]
-        if len(drawn) == len(logits):
-            tokens = self._draw(logits, rows, positions)
-        elif drawn:
-            at = put(torch.tensor(drawn), self._device)
-            tokens.index_copy_(0, at, self._draw(logits[at], rows[at], positions[at]))
+        drawn = {i: params for i, params in special.items() if params.temperature > 0}
+        cut = {i: p for i, p in drawn.items() if p.top_k or p.top_p < 1}
+        few = all(0 < params.top_k <= _CANDIDATES for params in cut.values())
+        for indices, draw in (
+            (list(cut), partial(self._draw_cut, few=few)),
+            ([i for i in drawn if i not in cut], self._draw_any),
+        ):
+            if len(indices) == len(logits):
+                tokens = draw(logits, rows, positions)
+            elif indices:
+                at = put(torch.tensor(indices), self._device)
+                tokens.index_copy_(0, at, draw(logits[at], rows[at], positions[at]))
         self.last.index_copy_(0, rows, tokens)
         wanted = {i: p.logprobs for i, p in special.items() if p.logprobs is not None}
         if not wanted:
@@ -107,31 +116,43 @@ class Sampler:
         values, ids = logprobs.topk(min(max(wanted.values()), logprobs.shape[1]))
         return Sampled(tokens, (chosen, values, ids), wanted)
 
-    def _draw(
+    def _draw_any(
         self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
+        """Draw from all of the vocabulary, in its own order; arguments as in `sample`."""
+        heat = self._heat_and_top_p[rows, :1]
+        upto = (logits / heat).softmax(-1).cumsum(-1, dtype=torch.float64)
+        uniform = keyed_uniform(self._top_k_and_seed[rows, 1:], positions.long().unsqueeze(1))
+        whole = upto[:, -1:]
+        at = (uniform * whole).minimum(whole.nextafter(torch.zeros_like(whole)))
+        return torch.searchsorted(upto, at, right=True).squeeze(1)
+
+    def _draw_cut(
+        self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, few: bool
+    ) -> torch.Tensor:
+        """Draw from what top-k and top-p leave; few: all that top-k leaves are candidates."""
         heat, top_p = self._heat_and_top_p[rows].split(1, dim=1)
         top_k, seeds = self._top_k_and_seed[rows].split(1, dim=1)
         vocab = logits.shape[1]
         top_k = torch.where(top_k == 0, vocab, top_k)
         uniform = keyed_uniform(seeds, positions.long().unsqueeze(1))
-        logits = logits.float() / heat
-        total = logits.logsumexp(-1, keepdim=True)
+        total = (logits / heat).logsumexp(-1, keepdim=True)
         values, ids = logits.topk(min(_CANDIDATES, vocab), dim=-1)
+        values = values / heat
         tokens = _pick(values, ids, total, top_k, top_p, uniform)
-        if vocab == values.shape[1]:
+        if few or vocab == values.shape[1]:
             return tokens
         # A row is judged by itself alone, so that its path does not depend on the others either.
-        held = (values - total).exp().sum(-1, keepdim=True)
-        enough = (held >= top_p) | (top_k <= values.shape[1])
-        if self._device.type != "cpu":  # where to ask whether all are enough would be to wait
-            full = _pick_in_full(logits, total, top_k, top_p, uniform)
-            return torch.where(enough.squeeze(1), tokens, full)
-        rest = (~enough).flatten().nonzero().flatten()
-        if len(rest):
-            tokens[rest] = _pick_in_full(
-                logits[rest], total[rest], top_k[rest], top_p[rest], uniform[rest]
-            )
+        enough = ((values - total).exp().sum(-1, keepdim=True) >= top_p) | (top_k <= _CANDIDATES)
+        rest = slice(None)
+        if self._may_look:
+            rest = (~enough).flatten().nonzero().flatten()
+            if not len(rest):
+                return tokens
+        values, ids = logits[rest].sort(descending=True, stable=True)
+        values = values / heat[rest]
+        full = _pick(values, ids, total[rest], top_k[rest], top_p[rest], uniform[rest])
+        tokens[rest] = torch.where(enough[rest].squeeze(1), tokens[rest], full)
         return tokens
 
 
@@ -151,18 +172,6 @@ def _likeliest(logits: torch.Tensor) -> torch.Tensor:
     first = (highest.max(-1, keepdim=True).indices * _BLOCK).clamp(max=vocab - _BLOCK)
     within = logits.gather(1, first + torch.arange(_BLOCK)).max(-1, keepdim=True).indices
     return (first + within).squeeze(1)
-
-
-def _pick_in_full(
-    logits: torch.Tensor,
-    total: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    uniform: torch.Tensor,
-) -> torch.Tensor:
-    """As `_pick`, from all of the vocabulary: logits [rows, vocab] in its order."""
-    values, ids = logits.sort(descending=True, stable=True)
-    return _pick(values, ids, total, top_k, top_p, uniform)
 
 
 def _pick(

@@ -13,11 +13,15 @@ from engine.sampler import Sampler, keyed_uniform
 
 
 def sample(
-    logits: torch.Tensor, params: list[SamplingParams], positions: list[int]
+    logits: torch.Tensor,
+    params: list[SamplingParams],
+    positions: list[int],
+    may_look: bool = True,
 ) -> tuple[list[int], dict[int, Any]]:
     """The next tokens of as many sequences, which stand in rows in reverse."""
     rows = list(reversed(range(len(params))))
     sampler = Sampler(len(rows), logits.device)
+    sampler._may_look = may_look
     sampler.enter(rows, params)
     special = dict(enumerate(params))
     found = sampler.sample(logits, torch.tensor(rows), torch.tensor(positions), special).read()
@@ -68,6 +72,15 @@ def test_few_candidates_and_a_full_sort_draw_the_same(monkeypatch: pytest.Monkey
     assert draw(logits, 500, temperature=0.7, top_p=0.8).tolist() == few.tolist()
 
 
+def test_a_draw_from_all_tokens_never_takes_an_impossible_one() -> None:
+    logits = torch.full((2000, 700), float("-inf"))
+    logits[:, 5:9] = torch.tensor([0.0, -200.0, 1.0, 0.0])  # the second's share underflows
+    tokens, _ = sample(
+        logits, [SamplingParams(temperature=1, seed=i) for i in range(2000)], [0] * 2000
+    )
+    assert sorted(set(tokens)) == [5, 7, 8]
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 2**63 - 1), min_size=2, max_size=8), st.data())
 def test_a_draw_does_not_depend_on_the_rest_of_the_batch(
@@ -87,6 +100,8 @@ def test_a_draw_does_not_depend_on_the_rest_of_the_batch(
     together, _ = sample(logits, params, [3] * len(seeds))
     alone = [sample(logits[i : i + 1], [params[i]], [3])[0][0] for i in range(len(seeds))]
     assert together == alone
+    # Nor on whether the rows that need a full sort are found out first.
+    assert sample(logits, params, [3] * len(seeds), may_look=False)[0] == alone
 
 
 def test_greedy_takes_the_likeliest_token() -> None:
