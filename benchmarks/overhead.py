@@ -1,9 +1,10 @@
-"""What a step costs outside the model: `python -m benchmarks.overhead`.
+"""What a step costs outside the model: `python -m benchmarks.overhead [--checkpoint DIR]`.
 
 The engine is the real one, its model returns ready logits: what is left is scheduling, batch
 preparation, sampling (greedy, over a tiny vocabulary) and bookkeeping. Each size is timed on a
 fresh engine and once more after many requests have finished. Prints microseconds a sequence a
-step as a table, then one JSON object as its last line.
+step as a table, then one JSON object as its last line. With a checkpoint, a real one, it prints
+instead what share of the ragged load's time is not the model's.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.loads import make_load
 from engine import Engine, Request, SamplingParams
 
 _VOCAB = 16  # so that looking for the likeliest token takes no time
@@ -66,7 +68,7 @@ class Stopwatch:
             try:
                 return inner(*args)
             finally:
-                self.seconds[name] += time.perf_counter() - start
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
         setattr(owner, attribute, timed)
 
@@ -82,11 +84,8 @@ def measure(folder: Path, size: int, finished: int) -> dict[str, float]:
         kv_memory=1 << 30,
     )
     with engine:
-        runner, watch = engine._runner, Stopwatch()
-        runner._model = ReadyLogits(size)  # type: ignore[assignment]
-        watch.watch(engine._scheduler, "schedule", "scheduling")
-        watch.watch(runner, "_batch", "batch_preparation")
-        watch.watch(runner._sampler, "sample", "sampling")
+        engine._runner._model = ReadyLogits(size)  # type: ignore[assignment]
+        watch = _watch(engine)
         _run(engine, max(size, finished), 2)
         before = dict(watch.seconds)
         steps = engine.stats.batch_sum
@@ -99,6 +98,33 @@ def measure(folder: Path, size: int, finished: int) -> dict[str, float]:
     return {"total": whole * 1e6 / steps} | {
         name: value * 1e6 / steps for name, value in found.items()
     }
+
+
+def share(checkpoint: str) -> dict[str, float]:
+    """Shares of the ragged load's time: the model's, and the others by part."""
+    prompts, outputs = make_load("ragged")
+    with Engine(checkpoint, device="cpu", prefix_cache=False) as engine:
+        watch = _watch(engine)
+        watch.watch(engine._runner, "_forward", "model")
+        requests = [
+            Request(prompt, SamplingParams(max_new_tokens=count, ignore_eos=True), i)
+            for i, (prompt, count) in enumerate(zip(prompts, outputs, strict=True))
+        ]
+        start = time.perf_counter()
+        for _ in engine.generate(requests):
+            pass
+        whole = time.perf_counter() - start
+    watch.seconds["bookkeeping"] = whole - sum(watch.seconds.values())
+    found = {name: round(seconds / whole, 5) for name, seconds in watch.seconds.items()}
+    return {"seconds": round(whole, 2), "outside": round(1 - found["model"], 5)} | found
+
+
+def _watch(engine: Engine) -> Stopwatch:
+    watch = Stopwatch()
+    watch.watch(engine._scheduler, "schedule", "scheduling")
+    watch.watch(engine._runner, "_batch", "batch_preparation")
+    watch.watch(engine._runner._sampler, "sample", "sampling")
+    return watch
 
 
 def _run(engine: Engine, requests: int, output: int) -> None:
@@ -114,7 +140,11 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[16, 64, 256, 1024])
     parser.add_argument("--finished", type=int, default=20_000, help="requests before the second")
     parser.add_argument("--rounds", type=int, default=3, help="the fastest one counts")
+    parser.add_argument("--checkpoint", help="a real model, on the ragged load")
     options = parser.parse_args()
+    if options.checkpoint:
+        print(json.dumps({"ragged": share(options.checkpoint)}))
+        return
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -129,6 +129,9 @@ class Engine:
         """
         if self._scheduler is not None:
             return
+        if self.device.type == "cuda" and self.device.index is not None:
+            # Streams, graphs and kernels belong to the current device.
+            torch.cuda.set_device(self.device)
         start = time.perf_counter()
         needs = Needs.of(
             self.config, self.device, self.dtype, self.max_batch_size, self.max_batch_tokens

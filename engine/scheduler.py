@@ -4,6 +4,9 @@ One token budget serves prefill chunks and decodes together: running sequences f
 arrival, then new ones while budget, batch size and blocks last. Admission does not reserve the
 output; when blocks run out, the sequence that arrived last is preempted and recomputed later
 (most of it from the prefix cache).
+
+A step may be scheduled before the tokens of the one before it are known: that a sequence has met
+a stop token is then noticed a step late, and what was computed of it meanwhile is dropped.
 """
 
 from collections import deque
