@@ -6,7 +6,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,54 +14,19 @@ import torch
 from engine.graphs import gpu_capture
 from engine.kv_cache import KVCache
 from engine.memory import Needs, available_bytes, is_out_of_memory
-from engine.request import Completion, FinishReason, Request
+from engine.request import Completion, Request
 from engine.runner import ModelRunner
 from engine.sampler import Sampled
 from engine.scheduler import Scheduler, Sequence, Step
+from engine.settings import EngineError, at_least_1, device_named, dtype_named
+from engine.stats import EngineStats
 from model import load_config
-
-
-class EngineError(ValueError):
-    """The engine cannot run as it was asked to; the message says what to change."""
-
 
 _log = logging.getLogger(__name__)
 
 # Hidden size below which an op is too small to be shared: a second thread gains nothing, and on a
 # busy machine each op waits for it.
 _NARROW = 512
-
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-@dataclass
-class EngineStats:
-    """Counters since the engine was made; times in seconds."""
-
-    steps: int = 0
-    prompt_tokens: int = 0  # of finished requests
-    cached_tokens: int = 0  # of those, found in the prefix cache
-    output_tokens: int = 0
-    preemptions: int = 0
-    back_offs: int = 0  # steps that ran out of memory and were taken back
-    batch_sum: int = 0  # sequences a step, summed over steps
-    peak_batch: int = 0
-    kv_blocks: int = 0
-    kv_bytes: int = 0
-    peak_kv_blocks: int = 0
-    decode_tokens: int = 0  # computed, one of a sequence in a step
-    decode_context: int = 0  # positions that these attended, without windows
-    prefill_chunks: int = 0  # of more than one token
-    prefill_tokens: int = 0
-    prefill_context: int = 0  # lengths at the ends of the chunks
-    kv_full_steps: int = 0  # steps in which requests waited for blocks alone
-    short_steps: int = 0  # steps that had room for more requests than there were
-    schedule_s: float = 0.0
-    model_s: float = 0.0  # the model's steps, sampling included
-    warm_up_s: float = 0.0  # capture included
-    capture_s: float = 0.0  # of decode steps as graphs, and compiling what they run
-    inference_s: float = 0.0
-    finish_s: float = 0.0
 
 
 class Engine:
@@ -91,14 +56,14 @@ class Engine:
     ):
         self.checkpoint = Path(checkpoint)
         self.config = load_config(checkpoint)
-        self.device = _device(device)
-        self.dtype = _dtype(dtype, self.config.dtype, self.device)
+        self.device = device_named(device)
+        self.dtype = dtype_named(dtype, self.config.dtype, self.device)
         on_cpu = self.device.type == "cpu"
-        self.max_batch_size = _at_least_1("max_batch_size", max_batch_size, 64 if on_cpu else 256)
-        self.max_batch_tokens = _at_least_1(
+        self.max_batch_size = at_least_1("max_batch_size", max_batch_size, 64 if on_cpu else 256)
+        self.max_batch_tokens = at_least_1(
             "max_batch_tokens", max_batch_tokens, 512 if on_cpu else 8192
         )
-        self.block_size = _at_least_1("block_size", block_size, 16)
+        self.block_size = at_least_1("block_size", block_size, 16)
         self.kv_memory = kv_memory
         self.prefix_cache = prefix_cache
         self.dummy_weights = dummy_weights
@@ -259,7 +224,7 @@ class Engine:
             return done
         self.stats.model_s += time.perf_counter() - planned
         scheduler.calm()
-        self._count(step, scheduler)
+        self.stats.count(step, scheduler)
         self._launched.append((step, sampled))
         return self._read(scheduler, self._ahead)
 
@@ -281,7 +246,8 @@ class Engine:
                     sequence.logprobs.append(logprobs[i])
                 if reason is not None:
                     ended.append(sequence)
-                    done.append(self._complete(sequence, reason, now))
+                    done.append(sequence.completion(reason, now))
+                    self.stats.count_finished(done[-1])
             if ended:
                 scheduler.finish(ended)
         return done
@@ -302,40 +268,6 @@ class Engine:
             f"out of memory in a step of {step.size} requests and {step.tokens} tokens; going on"
             f" with at most {scheduler.max_batch_size} and {scheduler.max_batch_tokens}"
         )
-
-    def _complete(self, sequence: Sequence, reason: FinishReason, now: float) -> Completion:
-        completion = sequence.completion(reason, now)
-        self.stats.prompt_tokens += completion.prompt_tokens
-        self.stats.cached_tokens += completion.cached_tokens
-        self.stats.output_tokens += len(completion.token_ids)
-        return completion
-
-    def _count(self, step: Step, scheduler: Scheduler) -> None:
-        stats = self.stats
-        stats.steps += 1
-        stats.batch_sum += step.size
-        stats.peak_batch = max(stats.peak_batch, step.size)
-        stats.peak_kv_blocks = max(stats.peak_kv_blocks, scheduler.cache.num_used)
-        stats.preemptions = scheduler.preemptions
-        stats.decode_tokens += len(step.decodes)
-        stats.decode_context += sum(step.ends[: len(step.decodes)])
-        computed = len(step.decodes)
-        for chunk in step.chunks:
-            tokens = chunk.end - chunk.start
-            computed += tokens
-            if tokens == 1:
-                stats.decode_tokens += 1
-                stats.decode_context += chunk.end
-            else:
-                stats.prefill_chunks += 1
-                stats.prefill_tokens += tokens
-                stats.prefill_context += chunk.end
-        limits = scheduler.max_batch_size, scheduler.max_batch_tokens
-        if len(scheduler.running) < limits[0] and computed < limits[1]:
-            if scheduler.waiting:
-                stats.kv_full_steps += 1
-            else:
-                stats.short_steps += 1
 
     def _sequence(self, request: Request, scheduler: Scheduler) -> Sequence | Completion:
         """A queued form of the request, or the completion that says why it cannot run."""
@@ -409,33 +341,3 @@ def _problem(request: Request, limit: int, vocab_size: int) -> str | None:
     if min(ids) < 0 or max(ids) >= vocab_size:
         return f"the prompt has token ids outside the vocabulary of {vocab_size}"
     return None
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise EngineError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise EngineError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise EngineError(f"device {name!r} does not exist: torch sees {torch.cuda.device_count()}")
-    return device
-
-
-def _dtype(name: str, own: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        # float16 is slow on CPUs, and bfloat16 has at least its range.
-        name = "bfloat16" if own == "float16" and device.type == "cpu" else own
-    if name not in _DTYPES:
-        raise EngineError(f"dtype must be auto, {', '.join(_DTYPES)}, not {name!r}")
-    return _DTYPES[name]
-
-
-def _at_least_1(name: str, value: int | None, default: int) -> int:
-    value = default if value is None else value
-    if value < 1:
-        raise EngineError(f"{name} must be 1 or more, not {value}")
-    return value

@@ -2,9 +2,10 @@
 
 import torch
 
-from engine.engine import Engine, EngineError
+from engine.engine import Engine
 from engine.request import Request, SamplingParams
 from engine.scheduler import Sequence
+from engine.settings import EngineError
 from model.parts import Part, decoder_parts
 
 
