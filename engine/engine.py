@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from engine.graphs import gpu_capture
+from engine.graphs import Capture, gpu_capture
 from engine.kv_cache import KVCache
 from engine.memory import Needs, available_bytes, is_out_of_memory
 from engine.request import Completion, Request
@@ -77,6 +77,7 @@ class Engine:
         # one is scheduled: what a GPU is given before it is through keeps it busy.
         self._launched: deque[tuple[Step, Sampled]] = deque()
         self._ahead = 0 if on_cpu else 1
+        self._make_capture = None if on_cpu else gpu_capture
         self._threads = torch.get_num_threads()
 
     def __enter__(self) -> "Engine":
@@ -132,13 +133,22 @@ class Engine:
             )
         self.max_positions = limit
         self._runner.allocate(blocks, self.block_size, limit, self.max_batch_size)
-        if self.device.type == "cuda":
-            start = time.perf_counter()
-            self._runner.capture(gpu_capture())
-            self.stats.capture_s += time.perf_counter() - start
+        if self._make_capture is not None:
+            self._capture(self._make_capture())
         self._scheduler = Scheduler(cache, self.max_batch_size, self.max_batch_tokens)
         self.stats.kv_blocks = blocks - 1
         self.stats.kv_bytes = blocks * self._runner.block_bytes(self.block_size)
+
+    def _capture(self, capture: Capture) -> None:
+        """Capture decode steps; where that cannot be, say so and go on without."""
+        start = time.perf_counter()
+        try:
+            self._runner.capture(capture)
+        except (RuntimeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
+            self._notice(f"decode steps are not replayed as graphs: {error}")
+        self.stats.capture_s += time.perf_counter() - start
 
     def _measured(self, needs: Needs) -> Needs:
         """The needs, with what the largest step took on this device in place of estimates."""

@@ -101,7 +101,7 @@ class Sampler:
             (list(cut), partial(self._draw_cut, few=few)),
             ([i for i in drawn if i not in cut], self._draw_any),
         ):
-            if len(indices) == len(logits):
+            if indices and len(indices) == len(logits):
                 tokens = draw(logits, rows, positions)
             elif indices:
                 at = put(torch.tensor(indices), self._device)

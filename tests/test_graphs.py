@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import Engine
+from engine import Engine, EngineError, Request, SamplingParams
 from engine.graphs import Capture, Compute, sizes
 from engine.kv_cache import NULL_BLOCK
 from model.batch import ForwardBatch
@@ -101,3 +102,90 @@ def test_the_largest_step_can_be_run_and_leaves_nothing(checkpoint: Callable[[st
         assert rows == [(64, engine.config.vocab_size)]
         assert not runner._caches
         assert runner._sampler is None
+
+
+def test_a_step_that_cannot_be_captured_is_said_and_run_without(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    said: list[str] = []
+
+    def capture(compute: Compute) -> Compute:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    engine = Engine(checkpoint("qwen2"), kv_memory=8 << 20, notice=said.append)
+    engine._make_capture = lambda: capture
+    with engine:
+        (done,) = engine.generate([Request([1, 2], SamplingParams(max_new_tokens=4))])
+    assert len(done.token_ids) == 4
+    assert said == [
+        "decode steps are not replayed as graphs: operation not permitted when stream is capturing"
+    ]
+    assert engine.stats.capture_s > 0
+
+    def full(compute: Compute) -> Compute:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    engine._make_capture = lambda: full
+    with pytest.raises(EngineError, match="out of memory while the model was loaded"):
+        engine.warm_up()
+
+
+class NoQuestions(TorchDispatchMode):
+    """Refuses every operation whose result on a GPU would have to be waited for."""
+
+    asked = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "bincount")
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> torch.Tensor:
+        assert not any(name in str(func) for name in self.asked), func
+        if "aten.index.Tensor" in str(func):
+            assert all(index is None or index.dtype != torch.bool for index in args[1])
+        result: torch.Tensor = func(*args, **(kwargs or {}))
+        return result
+
+
+def test_a_decode_step_is_launched_without_asking_the_device(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    """Whatever the requests want: tokens are only looked at when they are read."""
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.7},
+        {"temperature": 0.7, "top_p": 0.999},
+        {"temperature": 0.7, "top_k": 30, "logprobs": 2},
+        {"logprobs": 5},
+    ]
+    requests = [
+        Request(
+            [5, 6, 7 + i], SamplingParams(max_new_tokens=20, seed=i, ignore_eos=True, **kind), i
+        )
+        for i, kind in enumerate(kinds)
+    ]
+    with Engine(checkpoint("gpt_oss"), dtype="float32", kv_memory=32 << 20) as engine:
+        expected = {c.request_id: c.token_ids for c in engine.generate(requests)}
+        runner, guarded = engine._runner, 0
+        engine._ahead = 1
+        assert runner._sampler is not None
+        runner._sampler._may_look = False
+        launch, forward = runner.launch, runner._forward
+
+        def unguarded(batch: ForwardBatch) -> torch.Tensor:
+            with torch.utils._python_dispatch._disable_current_modes():
+                return forward(batch)
+
+        def launch_guarded(step: Any) -> Any:
+            nonlocal guarded
+            if step.chunks:
+                return launch(step)
+            guarded += 1
+            with NoQuestions():
+                return launch(step)
+
+        runner._forward = unguarded  # type: ignore[method-assign]
+        runner.launch = launch_guarded  # type: ignore[method-assign]
+        assert {c.request_id: c.token_ids for c in engine.generate(requests)} == expected
+        assert guarded == 19
+        runner._sampler._may_look = True
+        with pytest.raises(AssertionError, match="nonzero"):
+            list(engine.generate(requests))
