@@ -1,6 +1,6 @@
 """Logits → next tokens. Randomness is keyed, so a result does not depend on the batch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from functools import partial
 
@@ -11,7 +11,7 @@ from engine.request import SamplingParams, TokenLogprobs
 # Nearly always these hold the whole nucleus; a row whose nucleus is larger is sorted in full.
 _CANDIDATES = 256
 
-_BLOCK = 1024  # of the vocabulary, searched at once for its likeliest token
+_BLOCK = 1024  # tokens of the vocabulary that are looked at together
 
 
 def put(values: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -121,11 +121,12 @@ class Sampler:
     ) -> torch.Tensor:
         """Draw from all of the vocabulary, in its own order; arguments as in `sample`."""
         heat = self._heat_and_top_p[rows, :1]
-        upto = (logits / heat).softmax(-1).cumsum(-1, dtype=torch.float64)
+        shares = (logits.float() / heat).softmax(-1)
         uniform = keyed_uniform(self._top_k_and_seed[rows, 1:], positions.long().unsqueeze(1))
-        whole = upto[:, -1:]
-        at = (uniform * whole).minimum(whole.nextafter(torch.zeros_like(whole)))
-        return torch.searchsorted(upto, at, right=True).squeeze(1)
+        blocks = _by_block(shares, torch.sum).double()
+        block, at = _locate(blocks, uniform * blocks.sum(-1, keepdim=True))
+        place, _ = _locate(_block(shares, block, 0.0).double(), at)
+        return (block * _BLOCK + place).squeeze(1)
 
     def _draw_cut(
         self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, few: bool
@@ -136,9 +137,9 @@ class Sampler:
         vocab = logits.shape[1]
         top_k = torch.where(top_k == 0, vocab, top_k)
         uniform = keyed_uniform(seeds, positions.long().unsqueeze(1))
-        total = (logits / heat).logsumexp(-1, keepdim=True)
+        total = (logits.float() / heat).logsumexp(-1, keepdim=True)
         values, ids = logits.topk(min(_CANDIDATES, vocab), dim=-1)
-        values = values / heat
+        values = values.float() / heat
         tokens = _pick(values, ids, total, top_k, top_p, uniform)
         if few or vocab == values.shape[1]:
             return tokens
@@ -150,7 +151,7 @@ class Sampler:
             if not len(rest):
                 return tokens
         values, ids = logits[rest].sort(descending=True, stable=True)
-        values = values / heat[rest]
+        values = values.float() / heat[rest]
         full = _pick(values, ids, total[rest], top_k[rest], top_p[rest], uniform[rest])
         tokens[rest] = torch.where(enough[rest].squeeze(1), tokens[rest], full)
         return tokens
@@ -162,16 +163,40 @@ def _likeliest(logits: torch.Tensor) -> torch.Tensor:
     On a CPU only `amax` reads at the speed of memory: it finds the block, and another look there
     finds the place. Over a large vocabulary argmax is seven times as slow, a tenth of a step.
     """
-    vocab = logits.shape[1]
-    if logits.device.type != "cpu" or vocab < 2 * _BLOCK:
+    if logits.device.type != "cpu" or logits.shape[1] < 2 * _BLOCK:
         return logits.max(-1).indices
-    whole = vocab // _BLOCK * _BLOCK
-    highest = logits[:, :whole].unflatten(1, (-1, _BLOCK)).amax(-1)
-    if whole < vocab:
-        highest = torch.cat((highest, logits[:, whole:].amax(-1, keepdim=True)), dim=1)
-    first = (highest.max(-1, keepdim=True).indices * _BLOCK).clamp(max=vocab - _BLOCK)
-    within = logits.gather(1, first + torch.arange(_BLOCK)).max(-1, keepdim=True).indices
-    return (first + within).squeeze(1)
+    block = _by_block(logits, torch.amax).max(-1, keepdim=True).indices
+    place = _block(logits, block, float("-inf")).max(-1, keepdim=True).indices
+    return (block * _BLOCK + place).squeeze(1)
+
+
+def _by_block(values: torch.Tensor, reduce: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """Reduce each block of values [rows, vocab]: [rows, blocks], the last one may be short."""
+    whole = values.shape[1] // _BLOCK * _BLOCK
+    found = []
+    if whole:
+        found.append(reduce(values[:, :whole].unflatten(1, (-1, _BLOCK)), -1))
+    if whole < values.shape[1]:
+        found.append(reduce(values[:, whole:], -1, keepdim=True))
+    return torch.cat(found, dim=1)
+
+
+def _block(values: torch.Tensor, block: torch.Tensor, beyond: float) -> torch.Tensor:
+    """Of values [rows, vocab] each row's own block [rows, 1]; `beyond` past the vocabulary."""
+    places = block * _BLOCK + torch.arange(_BLOCK, device=values.device)
+    vocab = values.shape[1]
+    return values.gather(1, places.clamp(max=vocab - 1)).masked_fill(places >= vocab, beyond)
+
+
+def _locate(shares: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the running sum of shares float64 [rows, n] passes `at` [rows, 1].
+
+    Both results are [rows, 1]: the place, whose share is never 0, and what is left of `at` there.
+    """
+    upto = shares.cumsum(-1)
+    at = at.clamp(min=0).minimum(upto[:, -1:].nextafter(at.new_zeros(())))
+    place = torch.searchsorted(upto, at, right=True)
+    return place, at - (upto - shares).gather(1, place)
 
 
 def _pick(

@@ -44,6 +44,15 @@ def test_draws_follow_the_softmax_at_a_temperature() -> None:
         torch.testing.assert_close(found, (logits / temperature).softmax(0), rtol=0, atol=0.012)
 
 
+def test_draws_from_a_large_vocabulary_follow_the_softmax_in_every_block() -> None:
+    """Also in the last block, which is short, and at the ends of the others."""
+    logits = torch.full((5000,), -30.0)
+    likely = [0, 1023, 1024, 2500, 4095, 4096, 4999]
+    logits[likely] = torch.tensor([0.0, 1.0, -1.0, 0.5, 0.0, 2.0, 1.0])
+    found = draw(logits, 20_000, temperature=1.0).bincount(minlength=5000) / 20_000
+    torch.testing.assert_close(found, logits.softmax(0), rtol=0, atol=0.012)
+
+
 def test_top_k_and_top_p_keep_the_right_tokens_and_their_proportions() -> None:
     logits = torch.tensor([3.0, 2.0, 1.0, 0.0, -1.0])
     shares = logits.softmax(0)
