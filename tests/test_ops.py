@@ -242,13 +242,6 @@ def test_a_gated_linear_equals_the_reference(
     torch.testing.assert_close(found.float(), expected, rtol=3e-2, atol=5e-2)
 
 
-def test_argmax_takes_the_first_of_the_largest(dtype: torch.dtype) -> None:
-    logits = rand(3, 1037, dtype=dtype)
-    logits[0, 5] = logits[0, 1030] = logits[1, 1036] = 90
-    logits[2, 17] = logits[2, 800] = 91
-    assert ops.argmax(logits).tolist() == [5, 1036, 17]
-
-
 @pytest.mark.parametrize(("after", "normalize"), [(True, False), (False, True), (False, False)])
 def test_routers_equal_the_reference(after: bool, normalize: bool, dtype: torch.dtype) -> None:
     logits = torch.stack([torch.randperm(16) for _ in range(9)]).to(dtype) / 4

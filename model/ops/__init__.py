@@ -20,7 +20,6 @@ __all__ = [
     "Packed",
     "Weight",
     "add_rms_norm",
-    "argmax",
     "attention",
     "empty_weight",
     "experts",
@@ -124,12 +123,6 @@ def gated_linear(
 ) -> torch.Tensor:
     """x [tokens, in] → SwiGLU of its gates and ups [tokens, size]; forms in `reference.swiglu`."""
     out: torch.Tensor = _of(x.device).gated_linear(x, weight, bias, limit, alpha)
-    return out
-
-
-def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """logits [rows, vocab] → the first largest of each, int64 [rows]."""
-    out: torch.Tensor = _of(logits.device).argmax(logits)
     return out
 
 

@@ -99,11 +99,6 @@ def gated_linear(
     return swiglu(linear(x, weight, bias), limit, alpha)
 
 
-def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """logits [rows, vocab] → the first largest of each, int64 [rows]."""
-    return logits.argmax(-1)
-
-
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [..., size] divided by its root mean square over the last dimension, times weight."""
     wide = x.float()

@@ -109,11 +109,6 @@ def gated_linear(
     return native.gated_linear(x, weight, bias, limit, alpha)
 
 
-def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """As reference.argmax."""
-    return native.argmax(logits) if _native(logits) else reference.argmax(logits)
-
-
 def route(
     logits: torch.Tensor, top_k: int, softmax_after_top_k: bool, normalize: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:

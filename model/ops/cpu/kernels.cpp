@@ -162,8 +162,4 @@ void getp_experts_down(const Weight* experts, int64_t count, const bf16* inner, 
                        int threads) {
   CALL(experts_down, experts, count, inner, tokens, chosen, weights, top_k, out, threads);
 }
-
-void getp_argmax(const bf16* logits, int64_t rows, int64_t size, int64_t* out, int threads) {
-  CALL(argmax, logits, rows, size, out, threads);
-}
 }

@@ -547,7 +547,7 @@ static void pack_mxfp4(uint8_t* to, uint8_t* to_scales, int64_t inputs, int64_t 
   }
 }
 
-// ---- Norm, rotary, router, argmax ----
+// ---- Norm, rotary, router ----
 
 static void add_rms_norm(const bf16* x, const bf16* delta, const bf16* weight, int64_t rows,
                          int64_t size, float eps, bf16* out_sum, bf16* normed, int threads) {
@@ -635,25 +635,6 @@ static void route(const bf16* logits, int64_t rows, int64_t experts, int64_t top
     }
     const float divisor = after || normalize ? kept : total;
     for (int64_t k = 0; k < top_k; k++) shares[k] /= divisor;
-  }
-}
-
-static void argmax(const bf16* logits, int64_t rows, int64_t size, int64_t* out, int threads) {
-  if (rows * size < 1 << 14) threads = 1;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t row = 0; row < rows; row++) {
-    const bf16* values = logits + row * size;
-    floats most = splat(-INFINITY);
-    const int64_t whole = size / 16 * 16;
-    for (int64_t i = 0; i < whole; i += 16) {
-      const floats value = widen(values + i);
-      most = value > most ? value : most;
-    }
-    float top = largest(most);
-    for (int64_t i = whole; i < size; i++) top = std::max(top, widen_one(values[i]));
-    int64_t at = 0;
-    while (at < size && widen_one(values[at]) != top) at++;
-    out[row] = at < size ? at : 0;  // all NaN: as good as any
   }
 }
 

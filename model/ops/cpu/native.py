@@ -45,7 +45,6 @@ _SIGNATURES = {
     "experts_down": (
         _Pointer, _Int, _Pointer, _Int, *[_Pointer] * 2, _Int, _Pointer, _Flag,
     ),
-    "argmax": (_Pointer, *[_Int] * 2, _Pointer, _Flag),
 }  # fmt: skip
 
 
@@ -340,13 +339,4 @@ def experts_down(
         down.structs(bias), len(down), inner.data_ptr(), tokens, chosen.data_ptr(),
         weights.data_ptr(), top_k, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return out
-
-
-def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """The first of the largest values of each row [rows, size] → int64 [rows]."""
-    out = torch.empty(logits.shape[0], dtype=torch.int64)
-    _kernels().getp_argmax(
-        logits.data_ptr(), *logits.shape, out.data_ptr(), torch.get_num_threads()
-    )
     return out
