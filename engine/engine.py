@@ -88,7 +88,7 @@ class Engine:
         self.checkpoint = Path(checkpoint)
         self.config = load_config(checkpoint)
         self.device = _device(device)
-        self.dtype = _dtype(dtype, self.config.dtype, self.device)
+        self.dtype = choose_dtype(dtype, self.config.dtype, self.device)
         on_cpu = self.device.type == "cpu"
         self.max_batch_size = _at_least_1("max_batch_size", max_batch_size, 64 if on_cpu else 256)
         self.max_batch_tokens = _at_least_1(
@@ -167,10 +167,11 @@ class Engine:
             torch.cuda.empty_cache()
         self.stats.finish_s += time.perf_counter() - start
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+    def generate(self, requests: Iterable[Request | None]) -> Iterator[Completion]:
         """Run the requests; yields each completion as it finishes, in any order.
 
-        Requests are taken from the iterable as there is room for them. One that cannot run comes
+        Requests are taken from the iterable as there is room for them; None from it means that
+        there is none just now: it is asked again after the next step. One that cannot run comes
         back with finish reason "error" and harms no other. Closing the iterator cancels the rest.
         """
         self.warm_up()
@@ -185,8 +186,7 @@ class Engine:
             more = True
             while more or scheduler.running or scheduler.waiting:
                 room = self.max_batch_size - len(scheduler.waiting)
-                taken = list(itertools.islice(source, room)) if more and room > 0 else []
-                more = more and len(taken) == max(room, 0)
+                taken, more = _take(source, room) if more else ([], False)
                 for request in taken:
                     sequence = self._sequence(request, scheduler)
                     if isinstance(sequence, Completion):
@@ -343,6 +343,16 @@ class Engine:
         return 1 + min(affordable - 1, useful)
 
 
+def _take(source: Iterator[Request | None], room: int) -> tuple[list[Request], bool]:
+    """Up to `room` requests that are there now, and whether more may come."""
+    taken: list[Request] = []
+    for request in itertools.islice(source, max(room, 0)):
+        if request is None:
+            return taken, True
+        taken.append(request)
+    return taken, len(taken) == max(room, 0)
+
+
 def _problem(request: Request, limit: int, vocab_size: int) -> str | None:
     """Why a request cannot run, in one sentence."""
     ids = request.prompt_ids
@@ -372,7 +382,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, own: str, device: torch.device) -> torch.dtype:
+def choose_dtype(name: str, own: str, device: torch.device) -> torch.dtype:
+    """The dtype that `name` stands for where the checkpoint has `own`. Raises EngineError."""
     if name == "auto":
         # float16 is slow on CPUs, and bfloat16 has at least its range.
         name = "bfloat16" if own == "float16" and device.type == "cpu" else own
