@@ -257,7 +257,7 @@ class Cluster:
         cause = getattr(error, "cause", None)
         if not member.ready and isinstance(cause, EngineError | CheckpointError | GetpError):
             raise cause  # the next start would end in the same way
-        reason = " ".join(str(cause or error).split())[:400]
+        reason = _reason(cause or error)
         self._session.ray.kill(member.actor)
         lost = self._dispatcher.leave(member.index, time.perf_counter())
         member.rerun += len(lost)
@@ -268,9 +268,9 @@ class Cluster:
         if member.deaths_in_a_row >= _MOST_DEATHS:
             held = ", ".join(map(str, lost[:8])) + (" …" if lost[8:] else "")
             raise GetpError(
-                f"replica {member.index} died {member.deaths_in_a_row} times in a row"
-                f"{f' while it held the requests {held} (counted from 0)' if lost else ''}, the "
-                f"last time of: {reason}"
+                f"replica {member.index} died {member.deaths_in_a_row} times in a row, the last "
+                f"time {f'with the requests {held} (counted from 0)' if lost else 'at its start'}: "
+                f"{reason}"
             )
         say(
             f"getp: warning: replica {member.index} died and is started again, {len(lost)} "
@@ -301,6 +301,16 @@ class Cluster:
         self._dispatcher = Dispatcher()
         self._dispatcher.busy_s = busy
         self._running = False
+
+
+def _reason(error: BaseException) -> str:
+    """Return why a replica died, in one line: Ray says it in the middle of many."""
+    text = " ".join(str(error).split())
+    if "The actor is dead because " in text:
+        text = text.split("The actor is dead because ")[1].split(" Some common causes")[0]
+    else:
+        text = f"{type(error).__name__}: {text}"
+    return text[:400]
 
 
 def _asked(request: Request) -> tuple[Any, ...]:

@@ -52,7 +52,7 @@ class Dispatcher(Generic[Item]):
         self._open: set[int] = set()  # replicas with room
         self._room = 0  # of all replicas together
         self._again: deque[tuple[int, Item]] = deque()  # of dead replicas: dealt before others
-        self._suspects: deque[tuple[int, Item]] = deque()  # lost twice and more: dealt after all
+        self._suspects: deque[tuple[int, Item]] = deque()  # lost twice and more: dealt last, alone
 
     def join(self, replica: int, window: int) -> None:
         """Begin to deal to a replica, which holds so many requests at most."""
@@ -63,8 +63,8 @@ class Dispatcher(Generic[Item]):
     def leave(self, replica: int, now: float) -> list[int]:
         """Take out a dead replica; return the ids of what it held, which others will get.
 
-        A request that two replicas died with may be what they died of: it runs last, so that it
-        does not take one replica after another from the others.
+        A request that two replicas died with may be what they died of: it runs last and alone, so
+        that it does not take one replica after another from the others.
         """
         left = self._replicas.pop(replica, None)
         if left is None:
@@ -100,11 +100,10 @@ class Dispatcher(Generic[Item]):
         waiting = deque(new)
         waiting.extendleft(reversed(self._again))
         self._again.clear()
-        if last:
-            waiting.extend(self._suspects)
-            self._suspects.clear()
         dealt: defaultdict[int, list[Item]] = defaultdict(list)
         if not waiting:
+            if last and self._suspects:
+                self._deal_suspects(dealt, now)
             return dealt
         emptiest = [(self._load(index), index) for index in self._open]
         heapq.heapify(emptiest)
@@ -112,18 +111,11 @@ class Dispatcher(Generic[Item]):
         while waiting and emptiest:
             _, index = heapq.heappop(emptiest)
             replica = self._replicas[index]
-            if not replica.requests:
-                replica.since = now
             count = min(run, replica.window - len(replica.requests), len(waiting))
             for _ in range(count):
-                request_id, item = waiting.popleft()
-                replica.requests[request_id] = item
-                dealt[index].append(item)
-            self._room -= count
+                dealt[index].append(self._give(index, waiting.popleft(), now))
             if len(replica.requests) < replica.window:
                 heapq.heappush(emptiest, (self._load(index), index))
-            else:
-                self._open.discard(index)
         self._again.extend(waiting)  # more had died than there is room for
         return dealt
 
@@ -138,6 +130,22 @@ class Dispatcher(Generic[Item]):
             if not holder.requests:
                 self.busy_s[replica] += now - holder.since
         return items
+
+    def _deal_suspects(self, dealt: dict[int, list[Item]], now: float) -> None:
+        """Give each idle replica one of them."""
+        for index in sorted(self._open):
+            if self._suspects and not self._replicas[index].requests:
+                dealt[index] = [self._give(index, self._suspects.popleft(), now)]
+
+    def _give(self, index: int, request: tuple[int, Item], now: float) -> Item:
+        replica = self._replicas[index]
+        if not replica.requests:
+            replica.since = now
+        replica.requests[request[0]] = request[1]
+        self._room -= 1
+        if len(replica.requests) == replica.window:
+            self._open.discard(index)
+        return request[1]
 
     def _load(self, index: int) -> float:
         replica = self._replicas[index]

@@ -1,5 +1,6 @@
 """One replica: an engine in a process of its own, fed in chunks. Knows nothing of Ray."""
 
+import os
 import pickle
 import socket
 import threading
@@ -40,6 +41,7 @@ class Started:
     """What a replica says of itself when its engine is warm."""
 
     host: str
+    pid: int
     device: str
     max_batch_size: int
 
@@ -90,7 +92,7 @@ class Replica:
         threading.Thread(target=self._work, daemon=True).start()
         device = self._engine.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        return Started(host, name, self._engine.max_batch_size)
+        return Started(host, os.getpid(), name, self._engine.max_batch_size)
 
     def submit(self, chunk: bytes) -> None:
         """Take a pickled list of `Asked`."""
