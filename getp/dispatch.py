@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item")
 
 _RUNS = 8  # in so many runs a replica gets what is dealt to it at once
+_AT_ONCE = 128  # requests at most that are dealt to a replica at once
 
 
 def window(batch: int) -> int:
@@ -26,9 +27,9 @@ def window(batch: int) -> int:
 def linger_s(replicas: int) -> float:
     """Return how long a replica keeps a result so that others go with it.
 
-    With it the driver takes at most 2,000 messages a second, however many replicas there are.
+    With it the driver takes at most 1,000 messages a second, however many replicas there are.
     """
-    return max(0.01, 0.0005 * replicas)
+    return max(0.01, 0.001 * replicas)
 
 
 @dataclass
@@ -85,7 +86,7 @@ class Dispatcher(Generic[Item]):
 
         Dealt part by part, requests that come slowly reach every replica at the same time.
         """
-        return max(0, min(self._room, 32 * len(self._open)) - len(self._again))
+        return max(0, min(self._room, _AT_ONCE * len(self._open)) - len(self._again))
 
     def deal(
         self, new: Sequence[tuple[int, Item]], last: bool, now: float

@@ -13,8 +13,9 @@ def replicas_report(cluster: Cluster, inference_s: float) -> dict[str, Any]:
     members = cluster.members
     device = members[0].started.device if members[0].started else cluster.device.type
     busy = [seconds / inference_s if inference_s else 0.0 for seconds in cluster.busy_s]
+    hosts = f"{cluster.hosts} hosts" if cluster.hosts > 1 else "one host"
     return {
-        "device": f"{len(members)} replicas on {cluster.hosts} hosts, {device} each",
+        "device": f"{len(members)} replicas on {hosts}, {device} each",
         "peak_gpu_memory_bytes": max(each.peak_gpu_memory for each in members) or None,
         "balance": sum(busy) / len(busy),
         "replicas": [

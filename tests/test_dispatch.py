@@ -49,7 +49,7 @@ def test_every_request_ends_once_whatever_dies(
             assert items == [held[index].pop(each) for each in ids]
             done += ids
     assert sorted(done) == list(range(total))
-    assert dispatcher.wanted == min(replicas * size, 32 * replicas)
+    assert dispatcher.wanted == replicas * size
     assert all(busy <= now for busy in dispatcher.busy_s.values())
 
 
@@ -105,7 +105,7 @@ def test_the_time_that_a_replica_had_requests_is_counted() -> None:
 
 
 def test_the_driver_takes_a_bounded_number_of_messages() -> None:
-    assert all(count / linger_s(count) <= 2000 for count in (1, 20, 64, 1024, 4096))
+    assert all(count / linger_s(count) <= 1000 for count in (1, 20, 64, 1024, 4096))
 
 
 @pytest.mark.parametrize(
