@@ -178,10 +178,11 @@ class Engine:
             torch.cuda.empty_cache()
         self.stats.finish_s += time.perf_counter() - start
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+    def generate(self, requests: Iterable[Request | None]) -> Iterator[Completion]:
         """Run the requests; yields each completion as it finishes, in any order.
 
-        Requests are taken from the iterable as there is room for them. One that cannot run comes
+        Requests are taken from the iterable as there is room for them; None from it means that
+        there is none just now: it is asked again after the next step. One that cannot run comes
         back with finish reason "error" and harms no other. Closing the iterator cancels the rest.
         """
         self.warm_up()
@@ -196,8 +197,7 @@ class Engine:
             more = True
             while more or scheduler.running or scheduler.waiting:
                 room = self.max_batch_size - len(scheduler.waiting)
-                taken = list(itertools.islice(source, room)) if more and room > 0 else []
-                more = more and len(taken) == max(room, 0)
+                taken, more = _take(source, room) if more else ([], False)
                 for request in taken:
                     sequence = self._sequence(request, scheduler)
                     if isinstance(sequence, Completion):
@@ -336,6 +336,16 @@ class Engine:
         per_sequence = -(-self.config.max_positions // self.block_size) * len(self._runner.groups)
         useful = 2 * self.max_batch_size * per_sequence  # twice: room for cached prefixes
         return 1 + min(affordable - 1, useful)
+
+
+def _take(source: Iterator[Request | None], room: int) -> tuple[list[Request], bool]:
+    """Up to `room` requests that are there now, and whether more may come."""
+    taken: list[Request] = []
+    for request in itertools.islice(source, max(room, 0)):
+        if request is None:
+            return taken, True
+        taken.append(request)
+    return taken, len(taken) == max(room, 0)
 
 
 def _problem(request: Request, limit: int, vocab_size: int) -> str | None:

@@ -100,6 +100,22 @@ def test_a_stop_id_ends_the_output_and_is_kept(
         assert done.token_ids == free[: at + 1]
 
 
+def test_requests_that_come_later_join_the_running_batch(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    requests = [
+        Request([5, 6, 7 + i], SamplingParams(max_new_tokens=20, ignore_eos=True), i)
+        for i in range(3)
+    ]
+    expected, _ = run(checkpoint("qwen2"), requests)
+    with Engine(checkpoint("qwen2"), dtype="float32", kv_memory=32 << 20) as engine:
+        source = [requests[0], None, None, requests[1], None, requests[2]]
+        done = {c.request_id: c.token_ids for c in engine.generate(source)}
+    assert done == expected
+    assert engine.stats.peak_batch == 3
+    assert engine.stats.steps == 23  # the last one begins three steps after the first
+
+
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_on_token_sees_every_token_and_can_end_the_request(
     ahead: int,
