@@ -1,5 +1,6 @@
 """The engine: warm_up, then generate (requests in, completions out as they finish), then finish."""
 
+import contextlib
 import itertools
 import logging
 import time
@@ -20,7 +21,7 @@ from engine.sampler import Sampled
 from engine.scheduler import Scheduler, Sequence, Step
 from engine.settings import EngineError, at_least_1, device_named, dtype_named
 from engine.stats import EngineStats
-from model import load_config
+from model import load_config, ops
 
 _log = logging.getLogger(__name__)
 
@@ -135,6 +136,10 @@ class Engine:
         self._runner.allocate(blocks, self.block_size, limit, self.max_batch_size)
         if self._make_capture is not None:
             self._capture(self._make_capture())
+        elif (recorder := ops.recorder(self.dtype)) is not None:
+            # A model of which torch computes a part cannot be recorded; it only takes longer.
+            with contextlib.suppress(RuntimeError):
+                self._runner.capture(recorder, ahead_of_time=False)
         self._scheduler = Scheduler(cache, self.max_batch_size, self.max_batch_tokens)
         self.stats.kv_blocks = blocks - 1
         self.stats.kv_bytes = blocks * self._runner.block_bytes(self.block_size)

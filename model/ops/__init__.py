@@ -11,7 +11,7 @@ import torch
 
 from model.batch import ForwardBatch, GroupTables
 from model.ops import cpu, reference
-from model.ops.cpu import Packed
+from model.ops.cpu import Packed, recorder
 from model.ops.reference import Mxfp4
 
 __all__ = [
@@ -24,9 +24,11 @@ __all__ = [
     "empty_weight",
     "experts",
     "gated_linear",
+    "gather",
     "linear",
     "pack",
     "pack_experts",
+    "recorder",
     "rotate_and_write",
     "route",
 ]
@@ -70,6 +72,12 @@ def pack_experts(weights: torch.Tensor | Mxfp4 | Packed, dtype: torch.dtype) -> 
     """
     packed: ExpertWeights = _of(weights.device).pack_experts(weights, dtype)
     return packed
+
+
+def gather(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """table [rows, size], ids int64 [tokens], all of them rows → [tokens, size]."""
+    out: torch.Tensor = _of(table.device).gather(table, ids)
+    return out
 
 
 def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -7,7 +7,8 @@ import torch
 from model.batch import ForwardBatch, GroupTables
 from model.ops import reference
 from model.ops.cpu import native, plain
-from model.ops.cpu.native import Packed
+from model.ops.cpu.calls import Recorder, library
+from model.ops.cpu.packed import PANEL, Packed
 from model.ops.reference import MXFP4_BLOCK, Mxfp4
 
 
@@ -16,7 +17,7 @@ def _native(x: torch.Tensor, *multiples: tuple[int, int]) -> bool:
     return (
         x.dtype == torch.bfloat16
         and not any(size % unit for size, unit in multiples)
-        and native.library() is not None
+        and library() is not None
     )
 
 
@@ -27,8 +28,8 @@ def empty_weight(
     *stack, outputs, inputs = like.shape
     fits = dtype == torch.bfloat16 and not inputs % MXFP4_BLOCK
     if stack:  # experts, whose outputs are taken panel by panel
-        fits = fits and not outputs % (parts * native.PANEL)
-    if fits and native.library() is not None:
+        fits = fits and not outputs % (parts * PANEL)
+    if fits and library() is not None:
         return Packed.empty(like.shape, isinstance(like, Mxfp4))
     return reference.empty_weight(like, dtype, device, parts)
 
@@ -49,6 +50,17 @@ def pack_experts(
 ) -> Sequence[torch.Tensor] | Packed:
     """As ops.pack_experts."""
     return weights if isinstance(weights, Packed) else plain.pack_experts(weights, dtype)
+
+
+def recorder(dtype: torch.dtype) -> Recorder | None:
+    """What records computations of this dtype to be done again; None where it cannot be."""
+    return Recorder() if dtype == torch.bfloat16 and library() is not None else None
+
+
+def gather(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """As reference.gather."""
+    which = native if library() is not None and table.is_contiguous() else reference
+    return which.gather(table, ids)
 
 
 def linear(
@@ -104,7 +116,7 @@ def gated_linear(
     """As reference.gated_linear."""
     if not isinstance(weight, Packed):
         return reference.swiglu(plain.linear(x, weight, bias), limit, alpha)
-    if weight.shape[0] % (2 * native.PANEL):
+    if weight.shape[0] % (2 * PANEL):
         return reference.swiglu(native.linear(x, weight, bias), limit, alpha)
     return native.gated_linear(x, weight, bias, limit, alpha)
 
