@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from engine import Completion, Engine, Request, SamplingParams
+from model.ops.cpu import library
 from tests.checkpoints import Peer
 
 
@@ -33,7 +34,7 @@ def load() -> list[Request]:
 def run(
     folder: Path, requests: list[Request], ahead: int = 0, **settings: Any
 ) -> tuple[dict[int, Any], Engine]:
-    engine = Engine(folder, dtype="float32", **{"kv_memory": 32 << 20, **settings})
+    engine = Engine(folder, **{"dtype": "float32", "kv_memory": 32 << 20, **settings})
     engine._ahead = ahead
     with engine:
         return {c.request_id: c.token_ids for c in engine.generate(requests)}, engine
@@ -67,6 +68,31 @@ def test_alone_batched_chunked_cached_and_preempted_give_the_same_tokens(
     preempted, engine = run(folder, requests, ahead, kv_memory=small, max_batch_tokens=64)
     assert engine.stats.preemptions > 0
     assert preempted == alone
+
+
+@pytest.mark.parametrize("name", ["gpt_oss-wide", "qwen3", "qwen3_moe"])
+def test_in_bfloat16_too_where_kernels_do_it_all(
+    name: str, checkpoint: Callable[[str], Path]
+) -> None:
+    """The native kernels add up a row in one order, whoever else is in the batch."""
+    if library() is None:
+        pytest.skip("no native kernels were built here")
+    folder, requests = checkpoint(name), load()
+    settings: dict[str, Any] = {"dtype": "bfloat16", "max_batch_size": 1, "prefix_cache": False}
+    with Engine(folder, kv_memory=32 << 20, **settings) as engine:
+        assert engine._runner._graphs is not None  # recorded: no op is left to torch
+        engine._runner._graphs = None
+        alone = {c.request_id: c.token_ids for c in engine.generate(requests)}
+    settings["max_batch_size"] = 10
+    batched, engine = run(folder, requests, **settings)
+    assert engine.stats.peak_batch == 10
+    assert batched == alone
+    chunked, _ = run(folder, requests, max_batch_tokens=13, **settings)
+    assert chunked == alone
+    settings["prefix_cache"] = True
+    cached, engine = run(folder, requests * 2, **settings)
+    assert engine.stats.cached_tokens > 500
+    assert cached == alone
 
 
 def test_stale_nan_in_freed_blocks_harms_nobody(checkpoint: Callable[[str], Path]) -> None:
