@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 VARIABLE = "GETP_CPU_KERNELS"
 LEVELS = ("none", "avx2", "avx512", "amx")
@@ -107,6 +106,12 @@ def call(op: str, *arguments: Any) -> None:
         _recorder.note(op, arguments)
 
 
+def leave_to_torch() -> None:
+    """To be called before torch computes an op: RuntimeError if that is being recorded."""
+    if _recorder is not None:
+        raise RuntimeError("an op of the decoder is not one of the native kernels")
+
+
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Uninitialised memory for a kernel's result."""
     if _recorder is not None:
@@ -119,7 +124,7 @@ class Recorder:
 
     Between kernels Python costs more than a small kernel does, the more so as weights that stream
     by push it out of the caches. Everything that the computation does must be kernels, over
-    memory that stays where it is; RuntimeError if torch computes something on the way.
+    memory that stays where it is; RuntimeError if an op is left to torch.
     """
 
     def __init__(self) -> None:
@@ -134,8 +139,7 @@ class Recorder:
         self._calls = []
         _recorder = self
         try:
-            with _OnlyViews():
-                result = compute()
+            result = compute()
         finally:
             _recorder = None
         record = struct.Struct(f"{_MOST_ARGUMENTS + 1}q")
@@ -186,14 +190,3 @@ def _tensor(buffer: mmap.mmap, shape: tuple[int, ...], dtype: torch.dtype) -> to
 
 def _address(buffer: mmap.mmap) -> int:
     return torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
-
-
-class _OnlyViews(TorchDispatchMode):
-    """Refuses whatever computes: it would be missing when the recording is replayed."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        returns = func._schema.returns
-        if not all(r.alias_info is not None and not r.alias_info.is_write for r in returns):
-            raise RuntimeError(f"{func} is not one of the kernels")
-        return result

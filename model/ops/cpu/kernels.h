@@ -460,27 +460,35 @@ static void pack_mxfp4(uint8_t* to, uint8_t* to_scales, int64_t inputs, int64_t 
   for (int64_t panel = begin; panel < end; panel++) {
     const int64_t low = std::max(first, panel * PANEL);
     const int64_t high = std::min(first + count, (panel + 1) * PANEL);
-    for (int64_t n = low; n < high; n++) {
-      const int64_t output = n - panel * PANEL, half = output / 16, lane = output % 16 * 2;
-      const uint8_t* row = codes + (n - first) * row_step * inputs / 2;
-      const uint8_t* row_scales = scales + (n - first) * row_step * inputs / GROUP;
-      uint8_t* mine = to + panel * PANEL * inputs / 2;
-      for (int64_t group = 0; group < inputs / GROUP; group++) {
+    // Outputs o and o + 16 share a 32-bit place: four nibbles each, of the four inputs of a unit.
+    uint32_t keep[16];
+    const uint8_t* rows[PANEL];
+    for (int64_t o = 0; o < PANEL; o++) {
+      const int64_t n = panel * PANEL + o;
+      rows[o] = n < low || n >= high ? nullptr : codes + (n - first) * row_step * inputs / 2;
+    }
+    for (int o = 0; o < 16; o++)
+      keep[o] = (rows[o] ? 0 : 0x0f0f0f0f) | (rows[o + 16] ? 0 : 0xf0f0f0f0);
+    for (int64_t group = 0; group < inputs / GROUP; group++) {
+      uint16_t bytes[8][PANEL] = {};  // a unit's two bytes of each output
+      for (int64_t o = 0; o < PANEL; o++) {
+        if (!rows[o]) continue;
+        uint16_t own[8];
+        memcpy(own, rows[o] + group * 16, 16);
+        for (int unit = 0; unit < 8; unit++) bytes[unit][o] = own[unit];
+        const int64_t n = panel * PANEL + o - first;
         // Smaller ones would leave bf16's exponents; below 2^-60 they scale to nil.
-        to_scales[panel * inputs + group * GROUP + output] = std::max<uint8_t>(row_scales[group], 64);
-        for (int unit = 0; unit < 8; unit++) {
-          // Four inputs, two bytes: pair 0 goes to nibbles `half` of two words, pair 1 to those
-          // two further.
-          const uint8_t a = row[group * 16 + unit * 2], b = row[group * 16 + unit * 2 + 1];
-          uint16_t* words = (uint16_t*)(mine + group * 512 + unit * 64);
-          const uint16_t keep = (uint16_t) ~(half ? 0xf0f0 : 0x0f0f);
-          const int shift = (int)half * 4;
-          const uint16_t even = (uint16_t)(((a & 15) | (b & 15) << 8) << shift);
-          const uint16_t odd = (uint16_t)(((a >> 4) | (b >> 4) << 8) << shift);
-          words[lane] = (uint16_t)((words[lane] & keep) | even);
-          words[lane + 1] = (uint16_t)((words[lane + 1] & keep) | odd);
-        }
+        to_scales[panel * inputs + group * GROUP + o] =
+            std::max<uint8_t>(scales[n * row_step * inputs / GROUP + group], 64);
       }
+      uint32_t* words = (uint32_t*)(to + panel * PANEL * inputs / 2 + group * 512);
+      for (int unit = 0; unit < 8; unit++, words += 16)
+        for (int o = 0; o < 16; o++) {
+          const uint32_t a = bytes[unit][o], b = bytes[unit][o + 16];
+          const uint32_t low_half = (a & 0x0f0f) | (a >> 4 & 0x0f0f) << 16;
+          const uint32_t high_half = (b & 0x0f0f) | (b >> 4 & 0x0f0f) << 16;
+          words[o] = (words[o] & keep[o]) | low_half | high_half << 4;
+        }
     }
   }
 }

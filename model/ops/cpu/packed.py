@@ -1,6 +1,9 @@
 """Weights in the layout of the kernels."""
 
+import contextlib
 import ctypes
+import math
+import mmap
 from collections.abc import Sequence
 
 import torch
@@ -39,13 +42,13 @@ class Packed:
         *stack, outputs, inputs = shape
         panels = (*stack, -(-outputs // PANEL))
         if not mxfp4:
-            data = torch.empty(*panels, inputs // 2, PANEL, 2, dtype=torch.bfloat16)
+            data = _empty((*panels, inputs // 2, PANEL, 2), torch.bfloat16)
             if outputs % PANEL:
                 data[..., -1, :, :, :] = 0  # outputs that nobody will write
             return cls(data, None, tuple(shape))
         groups = inputs // MXFP4_BLOCK
-        data = torch.empty(*panels, groups, 512, dtype=torch.uint8)
-        scales = torch.empty(*panels, groups, PANEL, dtype=torch.uint8)
+        data = _empty((*panels, groups, 512), torch.uint8)
+        scales = _empty((*panels, groups, PANEL), torch.uint8)
         if outputs % PANEL:
             data[..., -1, :, :], scales[..., -1, :, :] = 0, 127
         return cls(data, scales, tuple(shape))
@@ -90,6 +93,16 @@ class Packed:
                 struct.outputs, struct.inputs = self.shape[-2:]
             self._structs, self._bias = made, bias
         return ctypes.addressof(self._structs)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Uninitialised memory, in huge pages where the system has them: fewer faults and misses."""
+    count = math.prod(shape)
+    memory = mmap.mmap(-1, count * dtype.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
 
 
 def _at(stack: torch.Tensor, index: int, count: int) -> int:
