@@ -97,6 +97,7 @@ class ModelRunner:
             padded = b"".join(table.tobytes() + bytes(8 * (width - len(table))) for table in tables)
             table = torch.frombuffer(bytearray(padded), dtype=torch.int64).view(-1, width)
             slots = table[rows, blocks] * self._block_size + offsets
+            table = table.int()
             groups.append(GroupTables(group.window, table.to(self.device), slots.to(self.device)))
         return ForwardBatch(
             token_ids=torch.tensor(token_ids, device=self.device),
@@ -109,5 +110,9 @@ class ModelRunner:
                 [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.samples],
                 dtype=torch.int64,
                 device=self.device,
+            ),
+            query_starts=torch.tensor([0, *ends], dtype=torch.int32, device=self.device),
+            seen=torch.tensor(
+                [chunk.end for chunk in chunks], dtype=torch.int32, device=self.device
             ),
         )

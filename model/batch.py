@@ -15,7 +15,7 @@ class GroupTables:
     """
 
     window: int | None
-    block_table: torch.Tensor  # int64 [sequences, blocks]: block ids at absolute positions
+    block_table: torch.Tensor  # int32 [sequences, blocks]: block ids at absolute positions
     slots: torch.Tensor  # int64 [tokens]: block · block_size + offset that each token writes
     plan: Any = field(default=None, repr=False)  # what the device's attention derives once a step
 
@@ -26,6 +26,9 @@ class ForwardBatch:
 
     Every sequence writes its new tokens' KV before anything attends, layer by layer, so a
     sequence may read blocks that another one fills in the same step.
+
+    Lengths are there twice: as lists for ops that loop over sequences on the host, as tensors on
+    the device for kernels. A captured step is replayed with new tensors, so kernels read these.
     """
 
     token_ids: torch.Tensor  # int64 [tokens]
@@ -35,3 +38,5 @@ class ForwardBatch:
     num_single: int  # the first sequences, whose query length is 1
     groups: tuple[GroupTables, ...]
     logits_rows: torch.Tensor  # int64 [rows]: the tokens whose logits are wanted
+    query_starts: torch.Tensor  # int32 [sequences + 1]: each one's first token, then `tokens`
+    seen: torch.Tensor  # int32 [sequences]: `context_lens`

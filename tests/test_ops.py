@@ -24,14 +24,15 @@ def paged(
     ids = iter(
         (torch.randperm(sum(blocks), generator=torch.Generator().manual_seed(3)) + 1).tolist()
     )
-    table = torch.zeros(len(lengths), max(blocks), dtype=torch.int64)
+    table = torch.zeros(len(lengths), max(blocks), dtype=torch.int32)
     for row, count in enumerate(blocks):
         for i in range(count):
             table[row, i] = next(ids)
         if window is not None:  # what lies behind the window has been given back
             query, context = lengths[row]
             table[row, : max(0, context - query - window + 1) // block_size] = 0
-    tokens = sum(query for query, _ in lengths)
+    starts = torch.tensor([0, *(query for query, _ in lengths)]).cumsum(0)
+    tokens = int(starts[-1])
     empty = torch.zeros(tokens, dtype=torch.int64)
     batch = ForwardBatch(
         empty,
@@ -41,6 +42,8 @@ def paged(
         sum(query == 1 for query, _ in lengths),
         (),
         empty,
+        starts.int(),
+        torch.tensor([context for _, context in lengths], dtype=torch.int32),
     )
     return batch, GroupTables(window, table, empty), sum(blocks) + 1
 
