@@ -84,6 +84,7 @@ SECTIONS: dict[str, Section] = {
     "score": Section(_check("score", "of answers right"), 60, "the embedded model's score"),
     "attention": Section(_times("time_attention"), 60, "attention alone"),
     "experts": Section(_times("time_experts"), 60, "grouped products alone"),
+    "fusions": Section(_times("time_fusions"), 60, "norm with linear and MLP, fused and not"),
     "qwen2": Section(
         _load("qwen2-0.5b", "context_load", (1, 1000, 400), 20), 40, "batch 1, context 1000"
     ),

@@ -7,11 +7,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -113,6 +114,35 @@ def time_experts(limits: Limits) -> Iterator[Row]:
             yield Row(title, moved / spent / 1e12, "TB/s", moved / spent / limits.copy, "copy")
             rate = 2 * 3 * size * size * tokens * top_k / spent
             yield Row(title, rate / 1e12, "TFLOP/s", rate / limits.product, "product")
+
+
+def time_fusions(limits: Limits) -> Iterator[Row]:
+    """Norm with linear and with MLP, in one kernel and in steps, by rows; weights read a second."""
+    from model.ops.triton import fused, tiles
+
+    own = tiles.tiles(CUDA)
+    for name in ("qwen2-0.5b", "llama-3-8b"):
+        shape = SHAPES[name]
+        size, inner = shape["hidden_size"], shape["intermediate_size"]
+        groups = shape["num_attention_heads"] + 2 * shape["num_key_value_heads"]
+        qkv = rand(groups * size // shape["num_attention_heads"], size, dtype=torch.bfloat16)
+        norm = rand(size, dtype=torch.bfloat16)
+        up, down = (rand(*s, dtype=torch.bfloat16) for s in ((2 * inner, size), (size, inner)))
+        for rows in (1, 2, 4, 8, 16, 32, 64):
+            x = rand(rows, size, dtype=torch.bfloat16)
+            calls = {
+                "norm + QKV": (partial(fused.norm_linear, x, x, norm, 1e-6, qkv, None), [qkv]),
+                "norm + gate/up": (partial(fused.norm_linear, x, x, norm, 1e-6, up, None), [up]),
+                "norm + MLP": (partial(fused.norm_mlp, x, x, norm, 1e-6, up, down), [up, down]),
+            }
+            for title, (call, read) in calls.items():
+                for kind, bound in (("in steps", 0), ("fused", 64)):
+                    with patch.object(
+                        fused, "tiles", lambda _, n=bound: replace(own, fused_rows=n)
+                    ):
+                        rate = sum(w.nbytes for w in read) / seconds_of(call)
+                    full = f"{name} {title}, {rows} rows, {kind}"
+                    yield Row(full, rate / 1e12, "TB/s", rate / limits.copy, "copy")
 
 
 def nano_load() -> tuple[list[list[int]], list[int]]:

@@ -7,7 +7,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from model import ModelConfig
 from model.batch import ForwardBatch, GroupTables
 from model.ops import reference
 from model.ops import triton as ops
-from model.ops.triton import tiles
+from model.ops.triton import fused, tiles
 from model.shapes import named_config
 
 # Bytes of shared memory that one program may take.
@@ -88,10 +88,12 @@ def launches(architecture: str, models: tuple[str, ...] = MODELS) -> list[Launch
     def record(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kw: Any) -> None:
         found[_launch(kernel, args, kw)] = None
 
+    own = replace(tiles.TILES[architecture], fused_rows=64)
     with (
         patch.object(JITFunction, "run", record),
         patch.object(tiles, "architecture", lambda device: architecture),
         patch("model.ops.triton.attention.processors", lambda device: 132),
+        patch("model.ops.triton.fused.tiles", lambda device: own),
     ):
         for model in models:
             config = named_config(model)
@@ -148,8 +150,11 @@ def _calls(config: ModelConfig, rows: int) -> Iterator[Callable[[], Any]]:
             tokens = query[: singles or rows]
             yield partial(ops.attention, tokens, kv, batch, tables, sinks)
     if config.moe is None:
-        gate_up = _empty(rows, 2 * config.intermediate_size)
+        size = config.intermediate_size
+        gate_up, weights = _empty(rows, 2 * size), (_empty(2 * size, hidden), _empty(hidden, size))
         yield lambda: ops.swiglu(gate_up, None, 1.0)
+        yield lambda: fused.norm_linear(x, x, norm, 1e-5, weights[0], None)
+        yield lambda: fused.norm_mlp(x, x, norm, 1e-5, *weights)
         return
     moe, limit, alpha = config.moe, config.swiglu_limit, config.swiglu_alpha
     count, size = moe.num_experts, moe.intermediate_size

@@ -4,6 +4,7 @@ Not collected by itself: TRITON_INTERPRET must be set before Triton is imported,
 test_triton.py runs this file in a process of its own.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from engine import Engine, Request, SamplingParams
 from model import ops
 from model.batch import ForwardBatch, GroupTables
 from model.ops import cpu, reference, triton
-from model.ops.triton import grouping
+from model.ops.triton import fused as fused_ops
+from model.ops.triton import grouping, tiles
 from model.ops.triton.tiles import Tile
 from tests.checkpoints import quantize_mxfp4
 from tests.test_end_to_end import DATA
@@ -221,6 +223,28 @@ def test_every_code_and_scale_of_mxfp4_is_unpacked_exactly() -> None:
         found = triton.experts(x, zero, one, packed, None, down, None, None, 1.0)
         dense = packed.dense(torch.float32)[0, :32] @ x[0]
         assert torch.equal(found, down.dense(torch.float32)[0].T * dense[0])
+
+
+@pytest.mark.parametrize("rows", [1, 17])
+@pytest.mark.parametrize("fused", [False, True])
+def test_norm_with_linear_and_with_mlp(
+    rows: int, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = replace(tiles.tiles(torch.device("cpu")), fused_rows=64 if fused else 0)
+    monkeypatch.setattr(fused_ops, "tiles", lambda device: own)
+    size, inner = 112, 144
+    x, delta, norm = rand(rows, size), rand(rows, size, seed=1), rand(size, seed=2)
+    weight, bias = rand(80, size, seed=3) * 0.2, rand(80, seed=4)
+    expected_sum, normed = reference.add_rms_norm(x, delta, norm, 1e-5)
+    for column in (None, bias):
+        summed, out = fused_ops.norm_linear(x, delta, norm, 1e-5, weight, column)
+        assert torch.equal(summed, expected_sum)
+        close(out, reference.linear(normed, weight, column), 3)
+    gate_up, down = rand(2 * inner, size, seed=5) * 0.2, rand(size, inner, seed=6) * 0.2
+    summed, out = fused_ops.norm_mlp(x, delta, norm, 1e-5, gate_up, down)
+    assert torch.equal(summed, expected_sum)
+    inside = reference.swiglu(reference.linear(normed, gate_up, None), None, 1.0)
+    close(out, reference.linear(inside, down, None), 5)
 
 
 def test_results_do_not_depend_on_the_batch() -> None:

@@ -92,7 +92,7 @@ def _with_sink(top, total, mixed, sink):
     return mixed * (shrink / total)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _decode(
     query_ptr,
     kv_ptr,
@@ -197,7 +197,7 @@ def _combine(
     tl.store(target, out.to(out_ptr.dtype.element_ty), dim < DIM)
 
 
-@triton.jit(do_not_specialize=["singles", "sequences"])
+@triton.jit(do_not_specialize=["table_stride", "singles", "sequences"])
 def _prefill(
     query_ptr,
     kv_ptr,

@@ -38,6 +38,7 @@ class Tiles:
     prefill_wide: Tile  # the same for larger heads
     experts: tuple[Tile, ...]  # by rising m: the first that holds an expert's mean rows is used
     mxfp4: tuple[Tile, ...]  # the same for packed weights
+    fused: Tile = Tile(16, 32, 128, 4, 3)  # norm with linear or MLP; m is not used
     fused_rows: int = 0  # up to this many rows norms and MLPs are fused; 0: not measured
 
 
@@ -46,7 +47,7 @@ _HOPPER = Tiles(
     prefill=Tile(128, 64, 0, 8, 4),
     prefill_wide=Tile(128, 64, 0, 8, 4),
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
-    mxfp4=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
+    mxfp4=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
 )
 _AMPERE = Tiles(
     decode=Tile(16, 64, 0, 4, 4),
@@ -61,6 +62,7 @@ _CDNA = Tiles(
     prefill_wide=Tile(128, 32, 0, 8, 2),
     experts=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2), Tile(128, 64, 64, 8, 2)),
     mxfp4=(Tile(16, 64, 128, 4, 2), Tile(64, 64, 64, 4, 2), Tile(128, 64, 64, 8, 2)),
+    fused=Tile(16, 16, 32, 4, 2),
 )
 _SMALL = Tiles(
     decode=Tile(16, 32, 0, 4, 2),
@@ -68,6 +70,7 @@ _SMALL = Tiles(
     prefill_wide=Tile(64, 32, 0, 8, 2),
     experts=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 32, 4, 2)),
     mxfp4=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2)),
+    fused=Tile(16, 32, 32, 4, 2),
 )
 TILES: dict[str, Tiles] = {
     "sm_80": _AMPERE,
