@@ -6,8 +6,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -87,9 +89,30 @@ def _comparisons(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, torch.
                 triton.swiglu(gates, limit, 1.702),
                 reference.swiglu(gates.float(), limit, 1.702),
             )
+    yield from _fusions(dtype)
     yield from _attention(dtype)
     for tokens in (1, 20, 500):
         yield from _experts(tokens, dtype)
+
+
+def _fusions(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    from model.ops.triton import fused, tiles
+
+    own = replace(tiles.tiles(CUDA), fused_rows=64)
+    size, inner = 896, 4864
+    up, down = rand(2 * inner, size, dtype=dtype, scale=0.03), rand(size, inner, dtype=dtype)
+    norm, bias = rand(size, dtype=dtype), rand(2 * inner, dtype=dtype)
+    for rows in (1, 9, 64):
+        x, delta = rand(rows, size, dtype=dtype), rand(rows, size, dtype=dtype)
+        summed, normed = reference.add_rms_norm(x, delta, norm, 1e-6)
+        gates = reference.linear(normed.float(), up.float(), None)
+        with patch.object(fused, "tiles", lambda device: own):
+            found = fused.norm_linear(x, delta, norm, 1e-6, up, bias)
+            whole = fused.norm_mlp(x, delta, norm, 1e-6, up, down)
+        yield f"norm + linear, {rows} rows: sum", found[0], summed
+        yield f"norm + linear, {rows} rows", found[1], gates + bias.float()
+        expected = reference.linear(reference.swiglu(gates, None, 1.0), down.float(), None)
+        yield f"norm + MLP, {rows} rows", whole[1], expected
 
 
 def _attention(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
