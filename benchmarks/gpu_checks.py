@@ -75,6 +75,7 @@ def check_kernels() -> int:
 def _comparisons(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """(What is compared, from the kernel, from the definition)."""
     from model.ops import triton
+    from model.ops.triton.norm import swiglu
 
     for tokens, size in ((1, 896), (7, 2880), (300, 4096)):
         x, delta, weight = (rand(n, size, dtype=dtype) for n in (tokens, tokens, 1))
@@ -86,7 +87,7 @@ def _comparisons(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, torch.
             gates = rand(tokens, 2 * size, dtype=dtype, scale=3)
             yield (
                 f"swiglu {limit}",
-                triton.swiglu(gates, limit, 1.702),
+                swiglu(gates, limit, 1.702),
                 reference.swiglu(gates.float(), limit, 1.702),
             )
     yield from _fusions(dtype)

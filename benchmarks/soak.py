@@ -3,8 +3,8 @@
 Everything but the model is real: the input is scanned, streamed and tokenized ahead, each request
 is scheduled, answered, rendered and put into the journal, and the result file is written. Prints
 requests finished, the rate since the last line and the resident memory as time goes by, then one
-JSON line. The rate must not drift, and memory may grow only by what the job keeps of a request:
-its journal offset and its id's hash.
+JSON line. The rate must not drift, nor memory grow: what the job keeps of each request (its
+journal offset and its id's hash) is taken at the start.
 """
 
 import argparse

@@ -9,8 +9,10 @@ import warnings
 # torch says so at import where NumPy is not installed; nothing here needs it.
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
-from engine.engine import Engine, EngineError, EngineStats  # noqa: E402
+from engine.engine import Engine  # noqa: E402
 from engine.request import Completion, Request, SamplingParams, TokenLogprobs  # noqa: E402
+from engine.settings import EngineError  # noqa: E402
+from engine.stats import EngineStats  # noqa: E402
 
 __all__ = [
     "Completion",

@@ -4,60 +4,29 @@ import itertools
 import logging
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from engine.graphs import Capture, gpu_capture
 from engine.kv_cache import KVCache
 from engine.memory import Needs, available_bytes, is_out_of_memory
-from engine.request import Completion, FinishReason, Request
+from engine.request import Completion, Request
 from engine.runner import ModelRunner
-from engine.scheduler import Chunk, Scheduler, Sequence
+from engine.sampler import Sampled
+from engine.scheduler import Scheduler, Sequence, Step
+from engine.settings import EngineError, at_least_1, device_named, dtype_named
+from engine.stats import EngineStats
 from model import load_config
-
-
-class EngineError(ValueError):
-    """The engine cannot run as it was asked to; the message says what to change."""
-
 
 _log = logging.getLogger(__name__)
 
 # Hidden size below which an op is too small to be shared: a second thread gains nothing, and on a
 # busy machine each op waits for it.
 _NARROW = 512
-
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-@dataclass
-class EngineStats:
-    """Counters since the engine was made; times in seconds."""
-
-    steps: int = 0
-    prompt_tokens: int = 0  # of finished requests
-    cached_tokens: int = 0  # of those, found in the prefix cache
-    output_tokens: int = 0
-    preemptions: int = 0
-    back_offs: int = 0  # steps that ran out of memory and were taken back
-    batch_sum: int = 0  # sequences a step, summed over steps
-    peak_batch: int = 0
-    kv_blocks: int = 0
-    kv_bytes: int = 0
-    peak_kv_blocks: int = 0
-    decode_tokens: int = 0  # computed, one of a sequence in a step
-    decode_context: int = 0  # positions that these attended, without windows
-    prefill_chunks: int = 0  # of more than one token
-    prefill_tokens: int = 0
-    prefill_context: int = 0  # lengths at the ends of the chunks
-    kv_full_steps: int = 0  # steps in which requests waited for blocks alone
-    short_steps: int = 0  # steps that had room for more requests than there were
-    schedule_s: float = 0.0
-    model_s: float = 0.0  # the model's steps, sampling included
-    warm_up_s: float = 0.0
-    inference_s: float = 0.0
-    finish_s: float = 0.0
 
 
 class Engine:
@@ -87,14 +56,14 @@ class Engine:
     ):
         self.checkpoint = Path(checkpoint)
         self.config = load_config(checkpoint)
-        self.device = _device(device)
-        self.dtype = _dtype(dtype, self.config.dtype, self.device)
+        self.device = device_named(device)
+        self.dtype = dtype_named(dtype, self.config.dtype, self.device)
         on_cpu = self.device.type == "cpu"
-        self.max_batch_size = _at_least_1("max_batch_size", max_batch_size, 64 if on_cpu else 256)
-        self.max_batch_tokens = _at_least_1(
+        self.max_batch_size = at_least_1("max_batch_size", max_batch_size, 64 if on_cpu else 256)
+        self.max_batch_tokens = at_least_1(
             "max_batch_tokens", max_batch_tokens, 512 if on_cpu else 8192
         )
-        self.block_size = _at_least_1("block_size", block_size, 16)
+        self.block_size = at_least_1("block_size", block_size, 16)
         self.kv_memory = kv_memory
         self.prefix_cache = prefix_cache
         self.dummy_weights = dummy_weights
@@ -104,6 +73,11 @@ class Engine:
         self._runner = ModelRunner(self.config, self.device, self.dtype)
         self._scheduler: Scheduler | None = None
         self._generating = False
+        # Steps launched whose tokens are not read yet, and how many there may be while the next
+        # one is scheduled: what a GPU is given before it is through keeps it busy.
+        self._launched: deque[tuple[Step, Sampled]] = deque()
+        self._ahead = 0 if on_cpu else 1
+        self._make_capture = None if on_cpu else gpu_capture
         self._threads = torch.get_num_threads()
 
     def __enter__(self) -> "Engine":
@@ -116,10 +90,14 @@ class Engine:
     def warm_up(self) -> None:
         """Load the weights, size the KV pool from the memory that is left, and allocate it.
 
+        On a GPU the largest step is run to see what it takes, and decode steps are captured.
         Raises EngineError, before anything is loaded, if memory is too small for what is asked.
         """
         if self._scheduler is not None:
             return
+        if self.device.type == "cuda" and self.device.index is not None:
+            # Streams, graphs and kernels belong to the current device.
+            torch.cuda.set_device(self.device)
         start = time.perf_counter()
         needs = Needs.of(
             self.config, self.device, self.dtype, self.max_batch_size, self.max_batch_tokens
@@ -144,6 +122,8 @@ class Engine:
 
     def _start(self, needs: Needs, least: int) -> None:
         """Size the KV pool, at least so many bytes, and allocate it."""
+        if self.device.type == "cuda":
+            needs = self._measured(needs)
         blocks = self._pool_blocks(needs, least)
         cache = KVCache(self._runner.groups, blocks, self.block_size, self.prefix_cache)
         limit = min(self.config.max_positions, cache.capacity(self.max_batch_tokens))
@@ -152,13 +132,44 @@ class Engine:
                 f"a KV pool of {blocks} blocks is too small for one token; raise kv_memory"
             )
         self.max_positions = limit
-        self._runner.allocate(blocks, self.block_size, limit)
+        self._runner.allocate(blocks, self.block_size, limit, self.max_batch_size)
+        if self._make_capture is not None:
+            self._capture(self._make_capture())
         self._scheduler = Scheduler(cache, self.max_batch_size, self.max_batch_tokens)
         self.stats.kv_blocks = blocks - 1
         self.stats.kv_bytes = blocks * self._runner.block_bytes(self.block_size)
 
+    def _capture(self, capture: Capture) -> None:
+        """Capture decode steps; where that cannot be, say so and go on without."""
+        start = time.perf_counter()
+        try:
+            self._runner.capture(capture)
+        except (RuntimeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
+            self._notice(f"decode steps are not replayed as graphs: {error}")
+        self.stats.capture_s += time.perf_counter() - start
+
+    def _measured(self, needs: Needs) -> Needs:
+        """The needs, with what the largest step took on this device in place of estimates."""
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self._runner.run_largest(
+            self.max_batch_size,
+            self.max_batch_tokens,
+            min(self.config.max_positions, self.max_batch_tokens),
+            self.block_size,
+        )
+        step = torch.cuda.max_memory_allocated(self.device) - before
+        torch.cuda.empty_cache()
+        # Captured steps have memory of their own: a decode step's, and the logits that they share.
+        rows = min(self.max_batch_size, self.max_batch_tokens)
+        logits = 2 * rows * self.config.vocab_size * self.dtype.itemsize
+        decode = needs.activations * rows // self.max_batch_tokens
+        return Needs(needs.weights, max(step, 0) + decode, logits)
+
     def finish(self) -> None:
-        """Give weights and KV memory back. The engine can be warmed up again."""
+        """Give weights, KV memory and captured steps back. The engine can be warmed up again."""
         start = time.perf_counter()
         self._scheduler = None
         self._runner.free()
@@ -167,10 +178,11 @@ class Engine:
             torch.cuda.empty_cache()
         self.stats.finish_s += time.perf_counter() - start
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+    def generate(self, requests: Iterable[Request | None]) -> Iterator[Completion]:
         """Run the requests; yields each completion as it finishes, in any order.
 
-        Requests are taken from the iterable as there is room for them. One that cannot run comes
+        Requests are taken from the iterable as there is room for them; None from it means that
+        there is none just now: it is asked again after the next step. One that cannot run comes
         back with finish reason "error" and harms no other. Closing the iterator cancels the rest.
         """
         self.warm_up()
@@ -185,8 +197,7 @@ class Engine:
             more = True
             while more or scheduler.running or scheduler.waiting:
                 room = self.max_batch_size - len(scheduler.waiting)
-                taken = list(itertools.islice(source, room)) if more and room > 0 else []
-                more = more and len(taken) == max(room, 0)
+                taken, more = _take(source, room) if more else ([], False)
                 for request in taken:
                     sequence = self._sequence(request, scheduler)
                     if isinstance(sequence, Completion):
@@ -199,44 +210,61 @@ class Engine:
         finally:
             if not complete:
                 # Whatever stopped us may have left a step half computed.
-                for sequence in [*scheduler.running, *scheduler.waiting]:
-                    scheduler.finish(sequence)
+                scheduler.finish([*scheduler.running, *scheduler.waiting])
                 scheduler.cache.forget_prefixes()
+            self._launched.clear()
             self._generating = False
             self.stats.inference_s += time.perf_counter() - start
 
     def _step(self, scheduler: Scheduler) -> list[Completion]:
+        """Launch a step and read those that were launched long enough before."""
         start = time.perf_counter()
-        chunks = scheduler.schedule()
+        step = scheduler.schedule()
         planned = time.perf_counter()
+        self.stats.schedule_s += planned - start
+        if not step.size:
+            return self._read(scheduler)
         try:
-            tokens, logprobs = self._runner.run(chunks)
+            sampled = self._runner.launch(step)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            self._back_off(chunks, scheduler, error)
-            return []
+            done = self._read(scheduler)
+            self._back_off(step, scheduler, error)
+            return done
+        self.stats.model_s += time.perf_counter() - planned
         scheduler.calm()
-        now = time.perf_counter()
-        self._count(chunks, scheduler)
-        self.stats.schedule_s += planned - start
-        self.stats.model_s += now - planned
+        self.stats.count(step, scheduler)
+        self._launched.append((step, sampled))
+        return self._read(scheduler, self._ahead)
+
+    def _read(self, scheduler: Scheduler, ahead: int = 0) -> list[Completion]:
+        """Read the launched steps but the last `ahead`; the completions that they bring."""
         done = []
-        sampled = zip(tokens, logprobs, strict=True)
-        for chunk in chunks:
-            if not chunk.samples:
-                continue
-            token, chosen = next(sampled)
-            reason = chunk.sequence.append(token, chosen, now)
-            if reason is not None:
-                done.append(self._complete(chunk.sequence, reason, now, scheduler))
+        while len(self._launched) > ahead:
+            step, sampled = self._launched.popleft()
+            start = time.perf_counter()
+            tokens, logprobs = sampled.read()
+            now = time.perf_counter()
+            self.stats.model_s += now - start
+            ended = []
+            for i, (sequence, token) in enumerate(zip(step.sampling(), tokens, strict=True)):
+                if sequence.finished:  # its end was not known when this step was launched
+                    continue
+                reason = sequence.append(token, now)
+                if sequence.logprobs is not None:
+                    sequence.logprobs.append(logprobs[i])
+                if reason is not None:
+                    ended.append(sequence)
+                    done.append(sequence.completion(reason, now))
+                    self.stats.count_finished(done[-1])
+            if ended:
+                scheduler.finish(ended)
         return done
 
-    def _back_off(self, chunks: list[Chunk], scheduler: Scheduler, error: Exception) -> None:
+    def _back_off(self, step: Step, scheduler: Scheduler, error: Exception) -> None:
         """Go on with half of a step that ran out of memory. Raises EngineError for the least."""
-        count = len(chunks)
-        tokens = sum(chunk.end - chunk.start for chunk in chunks)
-        if not scheduler.back_off(chunks):
+        if not scheduler.back_off(step):
             raise EngineError(
                 f"out of memory in a step of one token ({available_bytes(self.device)} bytes are"
                 " available); lower --kv-memory, or use a smaller model or --dtype"
@@ -247,42 +275,9 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self._notice(
-            f"out of memory in a step of {count} requests and {tokens} tokens; going on with at"
-            f" most {scheduler.max_batch_size} and {scheduler.max_batch_tokens}"
+            f"out of memory in a step of {step.size} requests and {step.tokens} tokens; going on"
+            f" with at most {scheduler.max_batch_size} and {scheduler.max_batch_tokens}"
         )
-
-    def _complete(
-        self, sequence: Sequence, reason: FinishReason, now: float, scheduler: Scheduler
-    ) -> Completion:
-        scheduler.finish(sequence)
-        completion = sequence.completion(reason, now)
-        self.stats.prompt_tokens += completion.prompt_tokens
-        self.stats.cached_tokens += completion.cached_tokens
-        self.stats.output_tokens += len(completion.token_ids)
-        return completion
-
-    def _count(self, chunks: list[Chunk], scheduler: Scheduler) -> None:
-        stats = self.stats
-        stats.steps += 1
-        stats.batch_sum += len(chunks)
-        stats.peak_batch = max(stats.peak_batch, len(chunks))
-        stats.peak_kv_blocks = max(stats.peak_kv_blocks, scheduler.cache.num_used)
-        stats.preemptions = scheduler.preemptions
-        decoded = [chunk.end for chunk in chunks if chunk.end - chunk.start == 1]
-        stats.decode_tokens += len(decoded)
-        stats.decode_context += sum(decoded)
-        computed = len(decoded)
-        for chunk in chunks[len(decoded) :]:  # single tokens come first
-            computed += chunk.end - chunk.start
-            stats.prefill_chunks += 1
-            stats.prefill_tokens += chunk.end - chunk.start
-            stats.prefill_context += chunk.end
-        limits = scheduler.max_batch_size, scheduler.max_batch_tokens
-        if len(scheduler.running) < limits[0] and computed < limits[1]:
-            if scheduler.waiting:
-                stats.kv_full_steps += 1
-            else:
-                stats.short_steps += 1
 
     def _sequence(self, request: Request, scheduler: Scheduler) -> Sequence | Completion:
         """A queued form of the request, or the completion that says why it cannot run."""
@@ -343,6 +338,16 @@ class Engine:
         return 1 + min(affordable - 1, useful)
 
 
+def _take(source: Iterator[Request | None], room: int) -> tuple[list[Request], bool]:
+    """Up to `room` requests that are there now, and whether more may come."""
+    taken: list[Request] = []
+    for request in itertools.islice(source, max(room, 0)):
+        if request is None:
+            return taken, True
+        taken.append(request)
+    return taken, len(taken) == max(room, 0)
+
+
 def _problem(request: Request, limit: int, vocab_size: int) -> str | None:
     """Why a request cannot run, in one sentence."""
     ids = request.prompt_ids
@@ -356,33 +361,3 @@ def _problem(request: Request, limit: int, vocab_size: int) -> str | None:
     if min(ids) < 0 or max(ids) >= vocab_size:
         return f"the prompt has token ids outside the vocabulary of {vocab_size}"
     return None
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise EngineError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise EngineError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise EngineError(f"device {name!r} does not exist: torch sees {torch.cuda.device_count()}")
-    return device
-
-
-def _dtype(name: str, own: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        # float16 is slow on CPUs, and bfloat16 has at least its range.
-        name = "bfloat16" if own == "float16" and device.type == "cpu" else own
-    if name not in _DTYPES:
-        raise EngineError(f"dtype must be auto, {', '.join(_DTYPES)}, not {name!r}")
-    return _DTYPES[name]
-
-
-def _at_least_1(name: str, value: int | None, default: int) -> int:
-    value = default if value is None else value
-    if value < 1:
-        raise EngineError(f"{name} must be 1 or more, not {value}")
-    return value

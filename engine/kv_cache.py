@@ -50,7 +50,8 @@ def group_layers(windows: SequenceOf[int | None]) -> list[LayerGroup]:
 class BlockTables:
     """One sequence's blocks: a table a group, and the chain of digests of its full blocks."""
 
-    tables: list[array]
+    tables: list[array]  # of int32
+    room: int = 0  # positions that the tables hold
     digests: list[bytes] = field(default_factory=list)
     freed: list[int] = field(default_factory=list)  # blocks already given back, by group
     indexed: int = 0  # full blocks entered in the prefix index
@@ -89,7 +90,7 @@ class KVCache:
 
     def new_tables(self) -> BlockTables:
         """Empty tables for a sequence."""
-        return BlockTables([array("q") for _ in self.groups], freed=[0] * len(self.groups))
+        return BlockTables([array("i") for _ in self.groups], freed=[0] * len(self.groups))
 
     def capacity(self, max_chunk: int) -> int:
         """Most positions that one sequence alone can reach, in chunks of at most max_chunk."""
@@ -125,6 +126,7 @@ class KVCache:
         for table in tables.tables:
             while len(table) < wanted:
                 table.append(self._take())
+        tables.room = max(tables.room, wanted * self.block_size)
         return True
 
     def release(self, tables: BlockTables) -> None:
@@ -133,6 +135,7 @@ class KVCache:
             for block in reversed(table):
                 self._drop(block)
             del table[:]
+        tables.room = 0
         tables.freed = [0] * len(self.groups)
         tables.indexed = 0  # the digests stay: they depend on the tokens alone
 
@@ -175,6 +178,7 @@ class KVCache:
                     del self._free[block]
                 self._references[block] += 1
                 table.append(block)
+        tables.room = best * self.block_size
         tables.indexed = best
         return best * self.block_size
 
@@ -183,8 +187,8 @@ class KVCache:
     ) -> None:
         """Enter the blocks that positions below `computed` fill in the prefix index.
 
-        Called when the step that computes them is scheduled: within a step all KV is written
-        before any is read, so requests of the same step can already share.
+        May be called when the step that computes them is scheduled: within a step all KV is
+        written before any is read, so requests of the same step can already share.
         """
         if not self._prefix_cache:
             return

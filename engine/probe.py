@@ -2,10 +2,10 @@
 
 import torch
 
-from engine import runner as runner_module
-from engine.engine import Engine, EngineError
+from engine.engine import Engine
 from engine.request import Request, SamplingParams
 from engine.scheduler import Sequence
+from engine.settings import EngineError
 from model.parts import Part, decoder_parts
 
 
@@ -13,8 +13,8 @@ class Probe:
     """`batch` sequences of random tokens, each about to compute the last `query` of `context`.
 
     What lies before is in the KV cache already, as random values: nothing is prefilled. The step
-    is the engine's own, from the schedule to the sampled tokens. Raises EngineError where the
-    engine has no room for it.
+    is the engine's own, from the schedule to the sampled tokens, but never replayed as a graph,
+    whose parts nobody can follow. Raises EngineError where the engine has no room for it.
     """
 
     def __init__(self, engine: Engine, batch: int, query: int, context: int):
@@ -32,7 +32,8 @@ class Probe:
         ids = torch.randint(
             engine.config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(0)
         )
-        scheduler.running = [self._sequence(row) for row in ids.tolist()]
+        runner._graphs = None
+        scheduler.running = [self._sequence(i, tokens) for i, tokens in enumerate(ids.tolist())]
         tables = [table for sequence in scheduler.running for table in sequence.tables.tables]
         last = max(max(table) for table in tables)
         for cache in runner._caches:
@@ -41,9 +42,12 @@ class Probe:
     def step(self) -> None:
         """Run the step."""
         self._engine._step(self._scheduler)
+        self._engine._read(self._scheduler)
         for sequence in self._scheduler.running:
-            sequence.computed = self._start
             del sequence.tokens[self._context :]
+            sequence.computed, sequence.length = self._start, self._context
+            # The first step gives the runner the blocks and a token to go on from.
+            sequence.decoding = self._context - self._start == 1
 
     def parts(self) -> list[Part]:
         """Return the parts of the step: the engine's, and the decoder's within."""
@@ -53,11 +57,11 @@ class Probe:
             Part(self._scheduler, "schedule", "scheduling"),
             Part(runner, "_batch", "batch_preparation"),
             Part(runner, "_model", "embedding"),
-            Part(runner_module, "sample", "sampling"),
+            Part(runner._sampler, "sample", "sampling"),
             *decoder_parts(runner._model),
         ]
 
-    def _sequence(self, tokens: list[int]) -> Sequence:
+    def _sequence(self, row: int, tokens: list[int]) -> Sequence:
         cache = self._scheduler.cache
         tables, size = cache.new_tables(), cache.block_size
         # Block by block, as they would have grown: those behind a window are given back.
@@ -72,5 +76,5 @@ class Probe:
         request = Request(tokens, SamplingParams(ignore_eos=True))
         limit = self._context + 2  # never reached: a step adds one token, which is taken back
         return Sequence(
-            request, tokens, limit, frozenset(), tables, arrived=0.0, computed=self._start
+            request, tokens, limit, frozenset(), tables, arrived=0.0, computed=self._start, row=row
         )

@@ -1,21 +1,28 @@
-"""A step's chunks → ForwardBatch → logits → next tokens. Owns the model and the KV tensors."""
+"""A step → ForwardBatch → logits → next tokens. Owns the model and the KV tensors."""
 
 import itertools
-from collections.abc import Sequence as SequenceOf
+from array import array
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
-from engine.kv_cache import NULL_BLOCK, LayerGroup, group_layers
-from engine.request import TokenLogprobs
-from engine.sampler import sample
-from engine.scheduler import Chunk
+from engine.graphs import Capture, DecodeGraphs, padding
+from engine.kv_cache import NULL_BLOCK, BlockTables, LayerGroup, group_layers
+from engine.request import Request, SamplingParams
+from engine.sampler import Sampled, Sampler, pin, put
+from engine.scheduler import Chunk, Sequence, Step
 from model import ModelConfig, Transformer, weights
 from model.batch import ForwardBatch, GroupTables
 
+Place = Callable[[torch.Tensor, torch.device], torch.Tensor]
+
 
 class ModelRunner:
-    """The model on its device. Holds no state of requests but what is in the KV tensors."""
+    """The model on its device, and by row what running sequences have there.
+
+    That is their KV, their block tables and, in the sampler, their last tokens.
+    """
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype):
         self.config, self.device, self.dtype = config, device, dtype
@@ -26,7 +33,13 @@ class ModelRunner:
                 self._places[layer] = (g, i)
         self._model: Transformer | None = None
         self._caches: list[torch.Tensor] = []
+        self._sampler: Sampler | None = None
+        self._graphs: DecodeGraphs | None = None
         self._block_size = 0
+        # For each group int32 [rows, blocks of a sequence]: written as arrays, read as tensors.
+        self._tables: list[array] = []
+        self._views: list[torch.Tensor] = []
+        self._width = 0
 
     def load(self, checkpoint: Path, dummy: bool) -> None:
         """Load the weights (random ones if dummy). Raises CheckpointError."""
@@ -43,12 +56,17 @@ class ModelRunner:
         heads, size = self.config.num_kv_heads, self.config.head_dim
         return 2 * layers * block_size * heads * size * self.dtype.itemsize
 
-    def allocate(self, num_blocks: int, block_size: int, max_positions: int) -> None:
-        """Allocate the KV tensors and the rotary table."""
+    def allocate(
+        self, num_blocks: int, block_size: int, max_positions: int, max_batch_size: int
+    ) -> None:
+        """Allocate the KV tensors, the rotary table and what there is for each row.
+
+        One block and one row more than asked for are those of padding.
+        """
         if self._model is None:
             raise RuntimeError("load() comes before allocate()")
         self._block_size = block_size
-        shape = (2, num_blocks, block_size, self.config.num_kv_heads, self.config.head_dim)
+        shape = (2, num_blocks + 1, block_size, self.config.num_kv_heads, self.config.head_dim)
         self._caches = [
             torch.empty(shape, dtype=self.dtype, device=self.device)
             for _ in range(max(len(group.layers) for group in self.groups))
@@ -58,61 +76,150 @@ class ModelRunner:
         for cache in self._caches:
             cache[:, NULL_BLOCK].zero_()
         self._model.prepare_rope(max_positions, self.device)
+        self._sampler = Sampler(max_batch_size + 1, self.device)
+        self._width = -(-max_positions // block_size)
+        rows = array("i", bytes(4 * max_batch_size * self._width))
+        rows += array("i", [num_blocks]) * self._width
+        self._tables = [rows[:] for _ in self.groups]
+        self._views = [
+            torch.frombuffer(table, dtype=torch.int32).view(-1, self._width)
+            for table in self._tables
+        ]
 
-    def free(self) -> None:
-        """Drop weights and KV."""
-        self._model = None
-        self._caches = []
+    def run_largest(
+        self, max_batch_size: int, max_batch_tokens: int, max_positions: int, block_size: int
+    ) -> None:
+        """Run the step that needs the most memory and wait for it: every row sampled in full.
+
+        Leaves nothing allocated. It reads and writes the null block alone.
+        """
+        self.allocate(1, block_size, max_positions, max_batch_size)
+        size = min(max_batch_size, max_batch_tokens)
+        length = min(max_batch_tokens // size, max_positions)
+        step, params = Step(), SamplingParams(temperature=1, top_p=0.9, logprobs=20)
+        for row in range(size):
+            blocks = array("i", [NULL_BLOCK]) * -(-length // block_size)
+            tokens, tables = [0] * length, BlockTables([blocks] * len(self.groups))
+            request = Request(tokens, params)
+            sequence = Sequence(request, tokens, length + 1, frozenset(), tables, 0.0, row=row)
+            step.grown.append(sequence)
+            step.chunks.append(Chunk(sequence, 0, length, samples=True))
+            step.ends.append(length)
+        self.launch(step).read()
+        self._deallocate()
 
     @torch.inference_mode()
-    def run(self, chunks: SequenceOf[Chunk]) -> tuple[list[int], list[TokenLogprobs | None]]:
-        """Compute the chunks; the next token (and logprobs) of each chunk that samples."""
-        if self._model is None:
-            raise RuntimeError("the engine is not warmed up")
-        logits = self._model(self._batch(chunks), self._caches, self._places)
-        sequences = [chunk.sequence for chunk in chunks if chunk.samples]
-        return sample(
-            logits,
-            [sequence.request.params for sequence in sequences],
-            [len(sequence.tokens) for sequence in sequences],
+    def capture(self, capture: Capture) -> None:
+        """Capture the steps in which every sequence decodes; `launch` then replays them."""
+        if self._sampler is None:
+            raise RuntimeError("allocate() comes before capture()")
+        most, block = len(self._sampler.last) - 1, self._caches[0].shape[1] - 1
+        windows = [group.window for group in self.groups]
+        self._graphs = DecodeGraphs(
+            self._forward,
+            padding(most, windows, self._width, block, block * self._block_size, self.device),
+            torch.empty(most, self.config.vocab_size, dtype=self.dtype, device=self.device),
+            capture,
         )
 
-    def _batch(self, chunks: SequenceOf[Chunk]) -> ForwardBatch:
-        query_lens = [chunk.end - chunk.start for chunk in chunks]
-        ends = list(itertools.accumulate(query_lens))
-        token_ids: list[int] = []
-        for chunk in chunks:
-            token_ids += chunk.sequence.tokens[chunk.start : chunk.end]
-        singles = sum(length == 1 for length in query_lens)
-        positions = torch.tensor([chunk.start for chunk in chunks[:singles]], dtype=torch.int64)
-        if singles < len(chunks):
-            ranges = [torch.arange(chunk.start, chunk.end) for chunk in chunks[singles:]]
+    def _forward(self, batch: ForwardBatch) -> torch.Tensor:
+        assert self._model is not None
+        return self._model(batch, self._caches, self._places)
+
+    def free(self) -> None:
+        """Drop weights, KV and what was captured."""
+        self._model = None
+        self._deallocate()
+
+    def _deallocate(self) -> None:
+        self._graphs = None
+        self._sampler = None
+        self._caches = []
+        self._tables, self._views = [], []
+
+    @torch.inference_mode()
+    def launch(self, step: Step) -> Sampled:
+        """Start the step; gives the next token of each of `step.sampling()`, to be read later."""
+        if self._model is None or self._sampler is None:
+            raise RuntimeError("the engine is not warmed up")
+        self._note_blocks(step.grown)
+        if self._graphs is None or step.chunks:
+            batch, rows, positions = self._batch(step, self._sampler.last, step.size, put)
+            logits = self._forward(batch)
+        else:
+            size = self._graphs.size(step.size)
+            batch, rows, positions = self._batch(step, self._sampler.last, size, pin)
+            logits = self._graphs(batch)[: step.size]
+        entering = [c.sequence for c in step.chunks if c.samples and not c.sequence.greedy]
+        if entering:
+            self._sampler.enter(
+                [sequence.row for sequence in entering],
+                [sequence.request.params for sequence in entering],
+            )
+        special = {i: s.request.params for i, s in enumerate(step.sampling()) if not s.greedy}
+        return self._sampler.sample(logits, rows, positions, special)
+
+    def _note_blocks(self, sequences: Iterable[Sequence]) -> None:
+        for sequence in sequences:
+            first = sequence.row * self._width
+            for flat, table in zip(self._tables, sequence.tables.tables, strict=True):
+                flat[first : first + len(table)] = table
+
+    def _batch(
+        self, step: Step, last: torch.Tensor, size: int, place: Place
+    ) -> tuple[ForwardBatch, torch.Tensor, torch.Tensor]:
+        """The step's batch, and of each sequence that samples its row and the new token's index.
+
+        last int64 [rows]: the token that each row sampled last; size: sequences, with those that
+        pad a step of decodes; place: what is done with tensors made on the host.
+        """
+        decodes, chunks, pad = len(step.decodes), step.chunks, size - step.size
+        query_lens = [1] * decodes + [chunk.end - chunk.start for chunk in chunks] + [1] * pad
+        singles = query_lens.count(1)  # which come first
+        context_lens = step.ends + [1] * pad
+        rows_of = [sequence.row for sequence in step.decodes]
+        rows_of += [chunk.sequence.row for chunk in chunks] + [len(last) - 1] * pad
+        rows, ends = _tensor(rows_of), _tensor(context_lens)
+        positions, owners = ends[:singles] - 1, torch.arange(size)
+        query_ends = owners + 1
+        if singles < size:
+            ranges = [torch.arange(chunk.start, chunk.end) for chunk in chunks[singles - decodes :]]
             positions = torch.cat((positions, *ranges))
-        rows = torch.repeat_interleave(torch.tensor(query_lens))
+            lengths = _tensor(query_lens)
+            owners, query_ends = owners.repeat_interleave(lengths), lengths.cumsum(0)
         blocks, offsets = positions // self._block_size, positions % self._block_size
+        width = -(-max(context_lens) // self._block_size)
         groups = []
-        for g, group in enumerate(self.groups):
-            tables = [chunk.sequence.tables.tables[g] for chunk in chunks]
-            width = max(map(len, tables))
-            padded = b"".join(table.tobytes() + bytes(8 * (width - len(table))) for table in tables)
-            table = torch.frombuffer(bytearray(padded), dtype=torch.int64).view(-1, width)
-            slots = table[rows, blocks] * self._block_size + offsets
-            table = table.int()
-            groups.append(GroupTables(group.window, table.to(self.device), slots.to(self.device)))
-        return ForwardBatch(
-            token_ids=torch.tensor(token_ids, device=self.device),
-            positions=positions.to(self.device),
+        for group, tables in zip(self.groups, self._views, strict=True):
+            table = tables[:, :width].index_select(0, rows)
+            slots = table[owners, blocks] * self._block_size + offsets
+            groups.append(
+                GroupTables(group.window, place(table, self.device), place(slots, self.device))
+            )
+        logits_rows, sampling, seen = query_ends - 1, rows[: step.size], ends.int()
+        upto = seen[: step.size]
+        if not all(chunk.samples for chunk in chunks):
+            kept = torch.tensor([True] * decodes + [chunk.samples for chunk in chunks])
+            logits_rows, sampling, upto = logits_rows[kept], sampling[kept], upto[kept]
+        token_ids = last[put(rows[:decodes] if chunks else rows, self.device)]
+        if chunks:
+            known = [chunk.sequence.tokens[chunk.start : chunk.end] for chunk in chunks]
+            fresh = _tensor(itertools.chain.from_iterable(known))
+            token_ids = torch.cat((token_ids, put(fresh, self.device)))
+        batch = ForwardBatch(
+            token_ids=token_ids,
+            positions=place(positions, self.device),
             query_lens=query_lens,
-            context_lens=[chunk.end for chunk in chunks],
+            context_lens=context_lens,
             num_single=singles,
             groups=tuple(groups),
-            logits_rows=torch.tensor(
-                [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.samples],
-                dtype=torch.int64,
-                device=self.device,
-            ),
-            query_starts=torch.tensor([0, *ends], dtype=torch.int32, device=self.device),
-            seen=torch.tensor(
-                [chunk.end for chunk in chunks], dtype=torch.int32, device=self.device
-            ),
+            logits_rows=place(logits_rows, self.device),
+            query_starts=place(torch.nn.functional.pad(query_ends, (1, 0)).int(), self.device),
+            seen=place(seen, self.device),
         )
+        return batch, put(sampling, self.device), put(upto, self.device)
+
+
+def _tensor(values: Iterable[int]) -> torch.Tensor:
+    """As torch.tensor(values), which takes eight times as long."""
+    return torch.frombuffer(array("q", values), dtype=torch.int64)

@@ -1,6 +1,8 @@
 """Logits → next tokens. Randomness is keyed, so a result does not depend on the batch."""
 
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
+from functools import partial
 
 import torch
 
@@ -9,50 +11,192 @@ from engine.request import SamplingParams, TokenLogprobs
 # Nearly always these hold the whole nucleus; a row whose nucleus is larger is sorted in full.
 _CANDIDATES = 256
 
-
-def sample(
-    logits: torch.Tensor, params: SequenceOf[SamplingParams], positions: SequenceOf[int]
-) -> tuple[list[int], list[TokenLogprobs | None]]:
-    """The next token of each row, and log-probabilities where they are asked for.
-
-    logits [rows, vocab]; positions [rows]: the index that the new token will have in its
-    sequence, which together with the request's seed decides the draw.
-    """
-    tokens = logits.argmax(-1)
-    drawn = [row for row, p in enumerate(params) if p.temperature > 0]
-    if drawn:
-        tokens[drawn] = _draw(
-            logits[drawn], [params[r] for r in drawn], [positions[r] for r in drawn]
-        )
-    logprobs: list[TokenLogprobs | None] = [None] * len(params)
-    for row, p in enumerate(params):
-        if p.logprobs is not None:
-            logprobs[row] = _logprobs(logits[row], int(tokens[row]), p.logprobs)
-    return tokens.tolist(), logprobs
+_BLOCK = 1024  # tokens of the vocabulary that are looked at together
 
 
-def _draw(
-    logits: torch.Tensor, params: SequenceOf[SamplingParams], positions: SequenceOf[int]
-) -> torch.Tensor:
-    device, vocab = logits.device, logits.shape[1]
-    heat = torch.tensor([p.temperature for p in params], device=device).unsqueeze(1)
-    logits = logits.float() / heat
-    uniform = keyed_uniform(
-        torch.tensor([p.seed & (2**63 - 1) for p in params], device=device),
-        torch.tensor(positions, device=device),
-    ).unsqueeze(1)
-    top_k = torch.tensor([p.top_k or vocab for p in params], device=device).unsqueeze(1)
-    top_p = torch.tensor([p.top_p for p in params], device=device).unsqueeze(1)
-    total = logits.logsumexp(-1, keepdim=True)
-    values, ids = logits.topk(min(_CANDIDATES, vocab), dim=-1)
-    enough = ((values - total).exp().sum(-1, keepdim=True) >= top_p) | (top_k <= values.shape[1])
-    tokens = _pick(values, ids, total, top_k, top_p, uniform)
-    # A row is judged by itself alone, so that its path does not depend on the others either.
-    rest = (~enough).flatten().nonzero().flatten()
-    if len(rest) and vocab > values.shape[1]:
+def put(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on the device, without waiting for either."""
+    return pin(values, device).to(device, non_blocking=True)
+
+
+def pin(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host where the device can copy it from while the host goes on."""
+    return values if device.type == "cpu" else values.pin_memory()
+
+
+class Sampled:
+    """Tokens that a step samples, on their way to the host."""
+
+    def __init__(
+        self,
+        tokens: torch.Tensor,
+        likeliest: tuple[torch.Tensor, ...] = (),
+        wanted: Mapping[int, int] | None = None,
+    ):
+        """tokens int64 [rows]; likeliest: for the wanted rows, log-probabilities as in `read`."""
+        self._wanted = wanted or {}
+        self._tensors = (tokens, *likeliest)
+        self._event: torch.cuda.Event | None = None
+        if tokens.device.type == "cuda":
+            copies = [torch.empty_like(t, device="cpu", pin_memory=True) for t in self._tensors]
+            for copy, tensor in zip(copies, self._tensors, strict=True):
+                copy.copy_(tensor, non_blocking=True)
+            self._tensors = tuple(copies)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> tuple[list[int], dict[int, TokenLogprobs]]:
+        """Wait for the step; each row's token, and log-probabilities by row where asked for."""
+        if self._event is not None:
+            self._event.synchronize()
+        tokens = self._tensors[0].tolist()
+        if not self._wanted:
+            return tokens, {}
+        chosen, values, ids = (tensor.tolist() for tensor in self._tensors[1:])
+        return tokens, {
+            row: TokenLogprobs(
+                chosen[i], tuple(zip(ids[i][:count], values[i][:count], strict=True))
+            )
+            for i, (row, count) in enumerate(self._wanted.items())
+        }
+
+
+class Sampler:
+    """Each running sequence's last token and parameters, by its row, on the device."""
+
+    def __init__(self, rows: int, device: torch.device):
+        self.last = torch.zeros(rows, dtype=torch.int64, device=device)  # token sampled last
+        self._device = device
+        # Whether a look at the logits may decide what is done: a GPU would have to be waited for.
+        self._may_look = device.type == "cpu"
+        self._heat_and_top_p = torch.ones(rows, 2, device=device)
+        self._top_k_and_seed = torch.zeros(rows, 2, dtype=torch.int64, device=device)
+
+    def enter(self, rows: SequenceOf[int], params: SequenceOf[SamplingParams]) -> None:
+        """Sequences whose tokens are drawn take these rows."""
+        at = put(torch.tensor(rows), self._device)
+        floats = torch.tensor([(p.temperature, p.top_p) for p in params])
+        ints = torch.tensor([(p.top_k, p.seed & (2**63 - 1)) for p in params])
+        self._heat_and_top_p.index_copy_(0, at, put(floats, self._device))
+        self._top_k_and_seed.index_copy_(0, at, put(ints, self._device))
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        special: Mapping[int, SamplingParams],
+    ) -> Sampled:
+        """The next token of each sequence; it becomes the last of its row.
+
+        logits [n, vocab]; rows int64 [n]: the sequences' own; positions [n]: the index that the
+        new token will have in its sequence, which together with the request's seed decides the
+        draw; special: by index below n, those who want more than the likeliest token.
+        """
+        tokens = _likeliest(logits)
+        drawn = {i: params for i, params in special.items() if params.temperature > 0}
+        cut = {i: p for i, p in drawn.items() if p.top_k or p.top_p < 1}
+        few = all(0 < params.top_k <= _CANDIDATES for params in cut.values())
+        for indices, draw in (
+            (list(cut), partial(self._draw_cut, few=few)),
+            ([i for i in drawn if i not in cut], self._draw_any),
+        ):
+            if indices and len(indices) == len(logits):
+                tokens = draw(logits, rows, positions)
+            elif indices:
+                at = put(torch.tensor(indices), self._device)
+                tokens.index_copy_(0, at, draw(logits[at], rows[at], positions[at]))
+        self.last.index_copy_(0, rows, tokens)
+        wanted = {i: p.logprobs for i, p in special.items() if p.logprobs is not None}
+        if not wanted:
+            return Sampled(tokens)
+        at = put(torch.tensor(list(wanted)), self._device)
+        logprobs = logits[at].float().log_softmax(-1)
+        chosen = logprobs.gather(1, tokens[at].unsqueeze(1)).squeeze(1)
+        values, ids = logprobs.topk(min(max(wanted.values()), logprobs.shape[1]))
+        return Sampled(tokens, (chosen, values, ids), wanted)
+
+    def _draw_any(
+        self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Draw from all of the vocabulary, in its own order; arguments as in `sample`."""
+        heat = self._heat_and_top_p[rows, :1]
+        shares = (logits.float() / heat).softmax(-1)
+        uniform = keyed_uniform(self._top_k_and_seed[rows, 1:], positions.long().unsqueeze(1))
+        blocks = _by_block(shares, torch.sum).double()
+        block, at = _locate(blocks, uniform * blocks.sum(-1, keepdim=True))
+        place, _ = _locate(_block(shares, block, 0.0).double(), at)
+        return (block * _BLOCK + place).squeeze(1)
+
+    def _draw_cut(
+        self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, few: bool
+    ) -> torch.Tensor:
+        """Draw from what top-k and top-p leave; few: all that top-k leaves are candidates."""
+        heat, top_p = self._heat_and_top_p[rows].split(1, dim=1)
+        top_k, seeds = self._top_k_and_seed[rows].split(1, dim=1)
+        vocab = logits.shape[1]
+        top_k = torch.where(top_k == 0, vocab, top_k)
+        uniform = keyed_uniform(seeds, positions.long().unsqueeze(1))
+        total = (logits.float() / heat).logsumexp(-1, keepdim=True)
+        values, ids = logits.topk(min(_CANDIDATES, vocab), dim=-1)
+        values = values.float() / heat
+        tokens = _pick(values, ids, total, top_k, top_p, uniform)
+        if few or vocab == values.shape[1]:
+            return tokens
+        # A row is judged by itself alone, so that its path does not depend on the others either.
+        enough = ((values - total).exp().sum(-1, keepdim=True) >= top_p) | (top_k <= _CANDIDATES)
+        rest = slice(None)
+        if self._may_look:
+            rest = (~enough).flatten().nonzero().flatten()
+            if not len(rest):
+                return tokens
         values, ids = logits[rest].sort(descending=True, stable=True)
-        tokens[rest] = _pick(values, ids, total[rest], top_k[rest], top_p[rest], uniform[rest])
-    return tokens
+        values = values.float() / heat[rest]
+        full = _pick(values, ids, total[rest], top_k[rest], top_p[rest], uniform[rest])
+        tokens[rest] = torch.where(enough[rest].squeeze(1), tokens[rest], full)
+        return tokens
+
+
+def _likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """`logits.argmax(-1)`, the first of equal ones; logits [rows, vocab].
+
+    On a CPU only `amax` reads at the speed of memory: it finds the block, and another look there
+    finds the place. Over a large vocabulary argmax is seven times as slow, a tenth of a step.
+    """
+    if logits.device.type != "cpu" or logits.shape[1] < 2 * _BLOCK:
+        return logits.max(-1).indices
+    block = _by_block(logits, torch.amax).max(-1, keepdim=True).indices
+    place = _block(logits, block, float("-inf")).max(-1, keepdim=True).indices
+    return (block * _BLOCK + place).squeeze(1)
+
+
+def _by_block(values: torch.Tensor, reduce: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """Reduce each block of values [rows, vocab]: [rows, blocks], the last one may be short."""
+    whole = values.shape[1] // _BLOCK * _BLOCK
+    found = []
+    if whole:
+        found.append(reduce(values[:, :whole].unflatten(1, (-1, _BLOCK)), -1))
+    if whole < values.shape[1]:
+        found.append(reduce(values[:, whole:], -1, keepdim=True))
+    return torch.cat(found, dim=1)
+
+
+def _block(values: torch.Tensor, block: torch.Tensor, beyond: float) -> torch.Tensor:
+    """Of values [rows, vocab] each row's own block [rows, 1]; `beyond` past the vocabulary."""
+    places = block * _BLOCK + torch.arange(_BLOCK, device=values.device)
+    vocab = values.shape[1]
+    return values.gather(1, places.clamp(max=vocab - 1)).masked_fill(places >= vocab, beyond)
+
+
+def _locate(shares: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the running sum of shares float64 [rows, n] passes `at` [rows, 1].
+
+    Both results are [rows, 1]: the place, whose share is never 0, and what is left of `at` there.
+    """
+    upto = shares.cumsum(-1)
+    at = at.clamp(min=0).minimum(upto[:, -1:].nextafter(at.new_zeros(())))
+    place = torch.searchsorted(upto, at, right=True)
+    return place, at - (upto - shares).gather(1, place)
 
 
 def _pick(
@@ -93,11 +237,3 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * -4658895280553007687
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * -7723592293110705685
     return x ^ (x >> 31 & (1 << 33) - 1)
-
-
-def _logprobs(logits: torch.Tensor, token: int, top: int) -> TokenLogprobs:
-    logprobs = logits.float().log_softmax(-1)
-    values, ids = logprobs.topk(min(top, len(logprobs)))
-    return TokenLogprobs(
-        float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    )

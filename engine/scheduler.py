@@ -4,6 +4,9 @@ One token budget serves prefill chunks and decodes together: running sequences f
 arrival, then new ones while budget, batch size and blocks last. Admission does not reserve the
 output; when blocks run out, the sequence that arrived last is preempted and recomputed later
 (most of it from the prefix cache).
+
+A step may be scheduled before the tokens of the one before it are known: that a sequence has met
+a stop token is then noticed a step late, and what was computed of it meanwhile is dropped.
 """
 
 from collections import deque
@@ -15,29 +18,38 @@ from engine.request import Completion, FinishReason, Request, TokenLogprobs
 _CALM_STEPS = 128  # before the limits grow again after a lack of memory
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """A request in the engine: its tokens so far and how far their KV is computed."""
 
     request: Request
-    tokens: list[int]  # prompt, then output
+    tokens: list[int]  # prompt, then output, as far as it is known
     max_tokens: int  # length at which it ends
     stop_ids: frozenset[int]
     tables: BlockTables
     arrived: float
-    computed: int = 0
+    length: int = 0  # of `tokens` and those that the launched steps sample
+    computed: int = 0  # tokens whose KV the launched steps compute
+    row: int = -1  # its place among those that run, whose blocks and last token the runner keeps
+    greedy: bool = True  # wants the likeliest token and no more
+    decoding: bool = False  # the token to compute next is the one its last step samples
+    finished: bool = False
     cached: int = 0  # prompt tokens found in the prefix cache when first admitted
     first_token: float = 0.0
     logprobs: list[TokenLogprobs] | None = None
     admitted: bool = False
 
-    def append(self, token: int, logprobs: TokenLogprobs | None, now: float) -> FinishReason | None:
+    def __post_init__(self) -> None:
+        """Nothing is on its way yet."""
+        self.length = len(self.tokens)
+        params = self.request.params
+        self.greedy = params.temperature == 0 and params.logprobs is None
+
+    def append(self, token: int, now: float) -> FinishReason | None:
         """Add an output token; the reason why the sequence ends with it, or None."""
         self.tokens.append(token)
         if not self.first_token:
             self.first_token = now
-        if self.logprobs is not None and logprobs is not None:
-            self.logprobs.append(logprobs)
         told_to_stop = self.request.on_token is not None and self.request.on_token(token)
         if token in self.stop_ids or told_to_stop:
             return "stop"
@@ -61,12 +73,39 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens [start, end) of a sequence, to be computed in one step."""
+    """Tokens [start, end) of a sequence, all of them known, to be computed in one step."""
 
     sequence: Sequence
     start: int
     end: int
     samples: bool  # the step yields the sequence's next token
+
+
+@dataclass
+class Step:
+    """What one step computes: a token of each decoding sequence, then chunks, the shortest first.
+
+    A decoding sequence's token is the one it sampled last, which the host need not know yet.
+    """
+
+    decodes: list[Sequence] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)  # those of a single token come first
+    ends: list[int] = field(default_factory=list)  # positions up to which each sequence gets
+    grown: list[Sequence] = field(default_factory=list)  # those whose block tables have changed
+
+    @property
+    def size(self) -> int:
+        """Sequences."""
+        return len(self.ends)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens computed."""
+        return len(self.decodes) + sum(chunk.end - chunk.start for chunk in self.chunks)
+
+    def sampling(self) -> list[Sequence]:
+        """The sequences that get a next token, in order."""
+        return self.decodes + [chunk.sequence for chunk in self.chunks if chunk.samples]
 
 
 @dataclass
@@ -82,55 +121,68 @@ class Scheduler:
     back_offs: int = 0
     _calm_steps: int = 0  # since the limits last changed
     _full_limits: tuple[int, int] = (0, 0)
+    _rows: list[int] = field(default_factory=list)  # that no running sequence has
 
     def __post_init__(self) -> None:
         """Remember the limits that hold while there is memory."""
         self._full_limits = self.max_batch_size, self.max_batch_tokens
+        self._rows = list(reversed(range(self.max_batch_size)))
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; it must be able to run alone (`KVCache.capacity`)."""
         self.waiting.append(sequence)
 
-    def schedule(self) -> list[Chunk]:
-        """The next step: sequences with a single token first, then chunks. Allocates blocks."""
-        budget, chunks = self.max_batch_tokens, []
-        preempted = False
-        at = 0
-        while at < len(self.running) and budget:
-            sequence = self.running[at]
-            start = sequence.computed
-            end = min(len(sequence.tokens), start + budget)
-            while not self.cache.allocate(sequence.tables, start, end):
-                preempted = True
-                if self._preempt_last() is sequence:
-                    break
-            else:
-                chunks.append(self._plan(sequence, end))
-                budget -= end - start
-                at += 1
-        while not preempted and self.waiting and budget and len(self.running) < self.max_batch_size:
-            chunk = self._admit(self.waiting[0], budget)
-            if chunk is None:
-                break
-            self.running.append(self.waiting.popleft())
-            chunks.append(chunk)
-            budget -= chunk.end - chunk.start
-        chunks.sort(key=lambda chunk: chunk.end - chunk.start > 1)  # stable
-        return chunks
+    def schedule(self) -> Step:
+        """The next step; empty while all that run wait for their last token. Allocates blocks.
 
-    def back_off(self, chunks: list[Chunk]) -> bool:
+        Of the steps before, all but the last must be known (`Sequence.append`).
+        """
+        step = Step()
+        decodes, ends = step.decodes, step.ends
+        budget, preemptions = self.max_batch_tokens, self.preemptions
+        for sequence in self.running:  # which preemption shortens at its end
+            if not budget:
+                break
+            start = sequence.computed
+            if not sequence.decoding:
+                end = min(sequence.length, start + budget)
+                if self._make_room(sequence, start, end, step):
+                    self._plan(sequence, end, step)
+                    budget -= end - start
+            elif sequence.length < sequence.max_tokens and (
+                start < sequence.tables.room or self._make_room(sequence, start, start + 1, step)
+            ):
+                sequence.computed = start + 1
+                sequence.length = start + 2
+                decodes.append(sequence)
+                ends.append(start + 1)
+                budget -= 1
+        if preemptions == self.preemptions:
+            while self.waiting and budget and len(self.running) < self.max_batch_size:
+                tokens = self._admit(self.waiting[0], budget, step)
+                if not tokens:
+                    break
+                self.running.append(self.waiting.popleft())
+                budget -= tokens
+        step.chunks.sort(key=lambda chunk: chunk.end - chunk.start > 1)  # stable
+        ends += [chunk.end for chunk in step.chunks]
+        return step
+
+    def back_off(self, step: Step) -> bool:
         """Take back a step that ran out of memory and halve the limits; False: it was the least.
 
-        What the step wrote of KV is not certain, nor is what was found in the prefix index since;
-        so everything that runs starts again, in the same order.
+        The steps before it must be known. What the step wrote of KV is not certain, nor is what
+        was found in the prefix index since; so everything that runs starts again, in the same
+        order.
         """
-        tokens = sum(chunk.end - chunk.start for chunk in chunks)
+        tokens = step.tokens
         if tokens <= 1:
             return False
         while self.running:
-            self._preempt_last()
+            victim = self._preempt_last()
+            victim.length = len(victim.tokens)
         self.cache.forget_prefixes()
-        self.max_batch_size = max(1, len(chunks) // 2)
+        self.max_batch_size = max(1, step.size // 2)
         self.max_batch_tokens = max(1, tokens // 2)
         self.back_offs += 1
         self._calm_steps = 0
@@ -150,37 +202,64 @@ class Scheduler:
             self.max_batch_tokens = min(tokens, 2 * self.max_batch_tokens)
             self._calm_steps = 0
 
-    def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out and give its blocks back, wherever it is."""
-        if sequence in self.running:
-            self.running.remove(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
-        self.cache.release(sequence.tables)
+    def finish(self, sequences: list[Sequence]) -> None:
+        """Take sequences out and give their blocks back, wherever they are.
 
-    def _plan(self, sequence: Sequence, end: int) -> Chunk:
-        chunk = Chunk(sequence, sequence.computed, end, end == len(sequence.tokens))
+        A launched step may still compute them: whoever gets the blocks runs after it.
+        """
+        for sequence in sequences:
+            sequence.finished = True
+            if sequence.row < 0:
+                self.waiting.remove(sequence)
+            else:
+                self._leave(sequence)
+        self.running = [sequence for sequence in self.running if not sequence.finished]
+
+    def _leave(self, sequence: Sequence) -> None:
+        known = min(sequence.computed, len(sequence.tokens))
+        self.cache.index_full_blocks(sequence.tables, sequence.tokens, known)
+        self.cache.release(sequence.tables)
+        self._rows.append(sequence.row)
+        sequence.row = -1
+        sequence.computed = 0
+        sequence.decoding = False
+
+    def _make_room(self, sequence: Sequence, start: int, end: int, step: Step) -> bool:
+        """Allocate [start, end), if need be at the cost of the last to arrive; False: of itself."""
+        # All tokens below are known by now, which those that the block's last step sampled were
+        # not when it was scheduled.
+        self.cache.index_full_blocks(sequence.tables, sequence.tokens, start)
+        while not self.cache.allocate(sequence.tables, start, end):
+            if self._preempt_last() is sequence:
+                return False
+        step.grown.append(sequence)
+        return True
+
+    def _plan(self, sequence: Sequence, end: int, step: Step) -> None:
+        samples = end == sequence.length
+        step.chunks.append(Chunk(sequence, sequence.computed, end, samples))
         sequence.computed = end
+        sequence.decoding = samples
+        sequence.length += samples
         self.cache.index_full_blocks(sequence.tables, sequence.tokens, end)
-        return chunk
 
     def _preempt_last(self) -> Sequence:
         victim = self.running.pop()
-        self.cache.release(victim.tables)
-        victim.computed = 0
+        self._leave(victim)
         self.waiting.appendleft(victim)
         self.preemptions += 1
         return victim
 
-    def _admit(self, sequence: Sequence, budget: int) -> Chunk | None:
-        """Start a waiting sequence if its first chunk fits and the running ones keep room.
+    def _admit(self, sequence: Sequence, budget: int, step: Step) -> int:
+        """Start a waiting sequence; how many tokens of it, 0 if there is no room.
 
-        The room: blocks for the rest of the prompt, and one a running sequence, so that an
-        admission is not followed at once by a preemption.
+        Its first chunk must fit, and the running ones keep room: blocks for the rest of the
+        prompt, and one a running sequence, so that an admission is not followed at once by a
+        preemption.
         """
         room = len(self.running)
         if self.cache.num_free < room:
-            return None
+            return 0
         cached = self.cache.match_prefix(sequence.tables, sequence.tokens)
         end = min(len(sequence.tokens), cached + budget)
         if room:
@@ -189,9 +268,12 @@ class Scheduler:
         fits = needed + room <= self.cache.num_free
         if not fits or not self.cache.allocate(sequence.tables, cached, end):
             self.cache.release(sequence.tables)
-            return None
+            return 0
+        sequence.row = self._rows.pop()
         sequence.computed = cached
         if not sequence.admitted:
             sequence.admitted = True
             sequence.cached = min(cached, len(sequence.request.prompt_ids))
-        return self._plan(sequence, end)
+        step.grown.append(sequence)
+        self._plan(sequence, end, step)
+        return end - cached

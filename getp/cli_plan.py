@@ -13,6 +13,8 @@ from model.hardware import Device
 
 def run(options: SimpleNamespace, checkpoint: Path) -> int:
     """Plan what the options ask for; return the exit status. Raises GetpError."""
+    if options.measure:
+        plan.measure_again()
     if options.input is not None:
         return _job(options, checkpoint)
     if options.price:
@@ -91,6 +93,6 @@ def _prompt_lengths(options: SimpleNamespace, checkpoint: Path) -> tuple[list[in
     from tokenizer import Tokenizer
 
     defaults = Defaults(SamplingParams(), chat=bool(options.chat_template), system=options.system)
-    reader = TaskReader(source.kind, defaults, Tokenizer.load(options.tokenizer or checkpoint))
+    reader = TaskReader(source, defaults, Tokenizer.load(options.tokenizer or checkpoint))
     tasks = map(reader.read, source.lines())
     return [len(task.prompt_ids) for task in tasks if isinstance(task, Task)], "counted"

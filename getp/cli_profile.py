@@ -33,6 +33,7 @@ def run(
     from getp.profile import profile
     from getp.profile_text import as_json, print_profile
     from model.families import load_config
+    from model.measure import local_device
 
     gpus = find_gpus(options.gpu or _DEFAULT_GPUS)
     # The sizes first, for they are the engine's too.
@@ -42,6 +43,8 @@ def run(
     sizes = {"max_batch_size": batch, "max_batch_tokens": batch * query}
     engine = load_engine(SimpleNamespace(**{**vars(options), **sizes}))
     with engine:
+        if options.measure:
+            local_device(engine.device, again=True)
         found = profile(
             engine,
             peaks_of(engine.device),

@@ -62,12 +62,7 @@ def explain_counts(
         *_time_outside(stats, inference_s),
         _recomputing(stats, inference_s, requests),
         _small_batch(config, dtype, device, stats, max_batch_size),
-        (
-            stats.model_s - limit,
-            f"the model's steps took {stats.model_s / limit:.1f} times as long as "
-            f"{'computing' if compute >= memory else 'reading memory'} at the device's peak: "
-            "kernels, launches and sampling",
-        ),
+        *_beyond_the_limit(config, dtype, device, stats, inference_s, limit),
     ]
     return Explanation(
         mfu=compute / inference_s,
@@ -166,6 +161,29 @@ def _small_batch(
     decoding = stats.decode_tokens / (stats.decode_tokens + stats.prefill_tokens)
     why = "KV memory was full" if stats.kv_full_steps > stats.short_steps else "no more requests"
     return stats.model_s * decoding * saved, f"decode ran at batch {batch:.0f} of {most}: {why}"
+
+
+def _beyond_the_limit(
+    config: ModelConfig, dtype: str, device: Device, stats: EngineStats, inference_s: float,
+    limit: float,
+) -> list[tuple[float, str]]:  # fmt: skip
+    """What the model's steps took beyond the device's limit: starting operations, and the rest."""
+    beyond = max(0.0, stats.model_s - limit)
+    launches = total(operations(config, Workload("decode", 1, 1, 1, dtype))).launches
+    launching = min(beyond, stats.steps * launches * device.launch_s)
+    rest = beyond - launching
+    return [
+        (
+            launching,
+            f"{launching / inference_s:.0%} of the time went to starting {launches:,} operations "
+            "a step one by one",
+        ),
+        (
+            rest,
+            f"{rest / inference_s:.0%} of the time went to kernels and sampling beyond what the "
+            "device needs at its peak",
+        ),
+    ]
 
 
 def peaks_of(target: torch.device) -> Device:

@@ -47,7 +47,7 @@ class Journal:
         self.damaged = 0  # records that were found broken; their requests run again
         self._total = total
         self._flush_s = flush_s
-        self._offsets = array("q")  # where a request's record begins; -1: it has none
+        self._offsets = array("q", [-1]) * total  # where a request's record begins; -1: it has none
         self._closed, self._unsynced = threading.Event(), False
         self._trouble: OSError | None = None
         self._file = self._locked(path)
@@ -78,7 +78,7 @@ class Journal:
         self.close()
 
     def __contains__(self, index: int) -> bool:
-        return index < len(self._offsets) and self._offsets[index] >= 0
+        return self._offsets[index] >= 0
 
     def append(self, index: int, ok: bool, line: bytes) -> None:
         """Keep a finished request. When this returns, a killed process loses nothing of it."""
@@ -169,13 +169,12 @@ class Journal:
             os.fsync(self._file.fileno())
             sync_folder(Path(self.path).absolute().parent)
             return header
-        content = _content(first)
-        if content is None:
+        found = _header(first)
+        if found is None or found.keys() != header.keys():
             raise GetpError(
                 f"{self.path}: the first line is damaged, so nothing tells which job this is the "
                 "journal of; --restart starts over"
             )
-        found: Header = json.loads(content)
         self._compare(found["fingerprint"], header["fingerprint"])
         self._scan()
         return found
@@ -208,9 +207,6 @@ class Journal:
     def _note(self, index: int, offset: int, ok: bool) -> None:
         if index in self:
             return
-        missing = index + 1 - len(self._offsets)
-        if missing > 0:
-            self._offsets.extend([-1] * missing)
         self._offsets[index] = offset
         self.done += 1
         self.failed += not ok
@@ -241,6 +237,17 @@ class Journal:
             f"cannot use the journal {self.path}: {error.strerror}{safe}. When that is put right "
             "(disk full: make room), the same command goes on"
         )
+
+
+def _header(line: bytes) -> Header | None:
+    """Return what a first line says of its job; None if it is damaged, or no journal's."""
+    try:
+        found = json.loads(_content(line) or b"")
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(found, dict) and isinstance(found.get("fingerprint"), dict):
+        return found
+    return None
 
 
 def _framed(content: bytes) -> bytes:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import click
 
 from getp import __version__
-from getp.clickext import Device, Dtype, Option, Size
+from getp.clickext import Device, Dtype, Option, Replicas, Size
 
 MODES = ("generate", "chat", "getp", "decode", "eval", "plan", "profile")
 _ASKING = ("generate", "chat", "getp")  # the modes that run the model
@@ -231,6 +231,21 @@ _ALL: tuple[_Decorator, ...] = (
     ),
     _engine("--no-prefix-cache", is_flag=True, help="Compute equal beginnings of prompts again."),
     _engine("--dummy-weights", is_flag=True, help="Random weights from config.json, for timing."),
+    _engine(
+        "--replicas",
+        type=Replicas(),
+        modes=("getp",),
+        help="Run N engines, each on a GPU of its own, or share out the cores; auto: one for each "
+        "GPU, else one a host. Needs Ray: pip install 'getp[cluster]'.  [default: one engine, "
+        "without Ray]",
+    ),
+    _engine(
+        "--ray-address",
+        metavar="HOST:PORT",
+        modes=("getp",),
+        help="Run the replicas on this Ray cluster (auto: the one of this host).  [default: a "
+        "Ray of its own, on this host]",
+    ),
     _step(
         "--phase",
         type=click.Choice(["prefill", "decode", "backward"]),
@@ -260,6 +275,11 @@ _ALL: tuple[_Decorator, ...] = (
         metavar="NAME",
         multiple=True,
         help="A GPU of the table, local (this machine, measured) or all. May be repeated.",
+    ),
+    _step(
+        "--measure",
+        is_flag=True,
+        help="Measure this machine again, best while nothing else runs: its peaks are kept.",
     ),
     _plan(
         "--price",

@@ -15,7 +15,13 @@ from rich.table import Table
 from getp.errors import GetpError, UsageProblem
 from getp.units import percent, quantity, seconds
 from model.config import ModelConfig, read_json
-from model.cost import activation_accesses, operations, parameter_bytes, total
+from model.cost import (
+    activation_accesses,
+    check_tensor_parallel,
+    operations,
+    parameter_bytes,
+    total,
+)
 from model.families import load_config, parse_config
 from model.hardware import DEVICES, Device, UnknownDeviceError, find_device
 from model.roofline import Bound, bound, largest_batch
@@ -77,6 +83,14 @@ def find_gpus(names: Sequence[str]) -> list[Device]:
     return list(devices.values())
 
 
+def measure_again() -> None:
+    """Measure this machine, whatever was measured before."""
+    from model.measure import local_device
+
+    print("getp: measuring this machine", file=sys.stderr)
+    local_device(again=True)
+
+
 def _find_gpu(name: str) -> Device:
     if name.lower() == LOCAL:
         from model.measure import cached_device, local_device
@@ -111,13 +125,14 @@ def make_plan(
     query = query or (1 if phase == "decode" else min(_DEFAULT_QUERY, context or _DEFAULT_QUERY))
     context = context or max(query, 1024 if phase == "decode" else query)
     dtype = model.config.dtype if dtype == "auto" else dtype
+    if query > context:
+        raise UsageProblem(f"--query {query} is more than --context {context}")
     try:
-        work = Workload(
-            cast(Phase, phase), batch, query, context, dtype, tensor_parallel, fused=fused
-        )
-        ops = operations(model.config, work)
+        check_tensor_parallel(model.config, tensor_parallel)
     except ValueError as error:
-        raise UsageProblem(str(error)) from None
+        raise UsageProblem(f"--tensor-parallel: {error}") from None
+    work = Workload(cast(Phase, phase), batch, query, context, dtype, tensor_parallel, fused=fused)
+    ops = operations(model.config, work)
     if context > model.config.max_positions:
         print(
             f"getp: warning: a context of {context} is beyond the {model.config.max_positions} "
@@ -275,9 +290,13 @@ def _notes(plan: Plan) -> str:
         "launch bound, nothing lifts the others.",
     ]
     lines += [
-        f"{found.device.name}: {found.device.source}, a launch {seconds(found.device.launch_s)}"
+        f"{found.device.name}: {found.device.source}"
+        + (
+            f", a launch {seconds(found.device.launch_s)}; --measure measures it again"
+            if found.device.name == LOCAL
+            else ""
+        )
         for found in plan.bounds
-        if found.device.name == LOCAL
     ]
     lines += [
         f"* {found.device.name} computes {work.dtype} as {found.device.computes_in(work.dtype)}."

@@ -18,8 +18,9 @@ from model.parts import OTHER, Part
 from model.workload import Bytes, Op, Phase, Workload
 
 WARM_UP_STEPS = 2
-MIN_STEPS, MAX_STEPS = 8, 60
-MEASURE_S = 5.0  # no step begins later, beyond the least number
+MIN_STEPS = 8
+MEASURE_S = 10.0  # no step begins later, beyond the least number
+_AGREED = 0.03  # the parts and the step being so close, nothing disturbs them
 
 # Not of the cost model; the first two are the host's.
 HOST_PARTS = ("scheduling", "batch_preparation")
@@ -158,18 +159,27 @@ def assemble(
 def measure(
     step: Step, parts: Iterable[Part], device: torch.device, limit_s: float = MEASURE_S
 ) -> Times:
-    """Run the step alone and followed by turns, so that a slower minute slows both."""
+    """Run the step alone and followed by turns, so that a slower minute slows both.
+
+    Goes on until they agree: on a busy machine that takes more steps.
+    """
     parts = list(parts)
     for _ in range(WARM_UP_STEPS):
         step()
     alone: list[float] = []
     followed: list[dict[str, float]] = []
     start = time.perf_counter()
-    while len(alone) < MIN_STEPS or (
-        len(alone) < MAX_STEPS and time.perf_counter() - start < limit_s
-    ):
+    while True:
         alone.append(_seconds(step, device))
         followed.append(time_parts(step, parts, device))
+        times, taken = _times(alone, followed), time.perf_counter() - start
+        settled = taken > limit_s / 8 and abs(times.slowdown) < _AGREED
+        if len(alone) >= MIN_STEPS and (settled or taken > limit_s):
+            return times
+
+
+def _times(alone: list[float], followed: list[dict[str, float]]) -> Times:
+    """The mean of the steps that nothing disturbed, and of their parts."""
     kept = _undisturbed(followed, [sum(one.values()) for one in followed])
     names = {name for one in kept for name in one}
     mean = {name: sum(one.get(name, 0.0) for one in kept) / len(kept) for name in names}

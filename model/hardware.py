@@ -1,8 +1,10 @@
 """Peaks of known GPUs: what a roofline is drawn from.
 
 Peaks are dense (datasheets like to print them doubled, "with sparsity") and with float32
-accumulation, from the vendor's document named as each device's source. `model.measure` makes a
-Device of the machine itself.
+accumulation, from the vendor's document named as each device's source. On 2026-11-20 they were
+compared with what others quote from those documents, which could not be opened themselves; a
+source says so where nobody was found to quote it. `model.measure` makes a Device of the machine
+itself.
 """
 
 import difflib
@@ -104,8 +106,8 @@ def _mi300(name: str, gb_s: float, gb: int) -> Device:
 
 DEVICES: tuple[Device, ...] = (
     _device(
-        "V100", "NVIDIA V100 datasheet (SXM2)", half=125, single=15.7, vector=15.7, gb_s=900,
-        gb=32, special_share=8, bfloat16=False,
+        "V100", "NVIDIA V100 datasheet (SXM2), not checked again", half=125, single=15.7,
+        vector=15.7, gb_s=900, gb=32, special_share=8, bfloat16=False,
     ),
     _device(
         "A10", "NVIDIA A10 datasheet", half=125, tfloat32=62.5, single=31.2, vector=31.2,
@@ -120,22 +122,24 @@ DEVICES: tuple[Device, ...] = (
         vector=91.6, gb_s=864, gb=48,
     ),
     _device(
-        "RTX 3090", "NVIDIA Ampere GA102 whitepaper", half=71, tfloat32=35.6, single=35.6,
-        vector=35.6, gb_s=936, gb=24,
+        "RTX 3090", "NVIDIA Ampere GA102 whitepaper, tensor cores not checked again", half=71,
+        tfloat32=35.6, single=35.6, vector=35.6, gb_s=936, gb=24,
     ),
     _device(
         "RTX 4090", "NVIDIA Ada architecture whitepaper", half=165.2, float8=330.3,
         tfloat32=82.6, single=82.6, vector=82.6, gb_s=1008, gb=24,
     ),
     _device(
-        "H100 PCIe", "NVIDIA H100 datasheet", half=756, float8=1513, tfloat32=378, single=51,
-        vector=51, gb_s=2000, gb=80,
+        "H100 PCIe", "NVIDIA H100 datasheet, not checked again", half=756, float8=1513,
+        tfloat32=378, single=51, vector=51, gb_s=2000, gb=80,
     ),
     _hopper("H100 SXM", "NVIDIA H100 datasheet", 3350, 80),
     _hopper("H200", "NVIDIA H200 datasheet (SXM)", 4800, 141),
     _device(
-        "B200", "NVIDIA HGX B200 datasheet", half=2250, float8=4500, float4=9000,
-        tfloat32=1125, single=75, vector=75, gb_s=8000, gb=180,
+        # Early documents promise 192 GB and 8 TB/s; the driver reports 7,680 bits at 3,996 MHz.
+        "B200", "an eighth of NVIDIA's HGX B200 table; bandwidth from its driver (pytorch/ao 4002)",
+        half=2250, float8=4500, float4=9000, tfloat32=1125, single=75, vector=75, gb_s=7672,
+        gb=180,
     ),
     _device(
         "MI250", "AMD Instinct MI250 data sheet", half=362.1, single=90.5, vector=45.3,
@@ -148,7 +152,9 @@ DEVICES: tuple[Device, ...] = (
     _mi300("MI300X", 5300, 192),
     _mi300("MI325X", 6000, 256),
     _device(
-        "MI355X", "AMD Instinct MI355X data sheet", half=2516.6, float8=5033.2, float4=10_066.3,
+        # 256 compute units of 8,192 float8 FLOPs a clock (AMD at ISSCC 2026) at 2.4 GHz.
+        "MI355X", "AMD Instinct MI355X announcements; the rest by ratio to float8",
+        half=2516.6, float8=5033.2, float4=10_066.3,
         single=157.3, vector=157.3, gb_s=8000, gb=288,
     ),
 )  # fmt: skip

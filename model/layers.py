@@ -14,7 +14,7 @@ class Linear:
     """x [tokens, inputs] → [tokens, outputs]; the weight is packed for its device once loaded."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool):
-        self.weight = declare(outputs, inputs)
+        self.weight: ops.Weight = declare(outputs, inputs)
         self.bias = declare(outputs) if bias else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -43,4 +43,5 @@ class Mlp:
         self.down = Linear(size, hidden, bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(ops.swiglu(self.gate_up(x), None, 1.0))
+        gate_up = self.gate_up
+        return self.down(ops.gated_linear(x, gate_up.weight, gate_up.bias, None, 1.0))

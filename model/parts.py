@@ -9,6 +9,7 @@ from model import ops
 from model.layers import Mlp
 from model.moe import Moe
 from model.ops import reference
+from model.ops.cpu import native
 from model.transformer import Transformer
 
 OTHER = "other"
@@ -34,8 +35,9 @@ def decoder_parts(model: Transformer) -> list[Part]:
         Part(model, "head", "lm_head"),
         Part(ops, "rotate_and_write", "rope"),
         Part(ops, "attention", "attention"),
-        Part(ops, "swiglu", "activation"),
-        Part(reference, "swiglu", "activation"),  # the one that experts call
+        Part(ops, "gated_linear", "gate_up_proj"),
+        Part(reference, "swiglu", "activation"),  # where no kernel does it on the way
+        Part(native, "experts_down", "down_proj"),
         Part(ops, "route", "router"),
         Part(ops, "experts", "gate_up_proj"),
     ]
@@ -50,5 +52,5 @@ def decoder_parts(model: Transformer) -> list[Part]:
         if isinstance(mlp, Moe):
             parts.append(Part(mlp, "router", "router"))
         elif isinstance(mlp, Mlp):
-            parts += [Part(mlp, "gate_up", "gate_up_proj"), Part(mlp, "down", "down_proj")]
+            parts.append(Part(mlp, "down", "down_proj"))
     return parts

@@ -36,15 +36,23 @@ class _Parameter:
     attribute: str
     pieces_left: int = 0
 
-    def begin(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor | ops.Mxfp4:
+    @property
+    def is_matrix(self) -> bool:
+        """Whether a linear or experts multiply by it: devices have forms of their own for these."""
+        if isinstance(self.owner, Linear):
+            return self.attribute == "weight"
+        return isinstance(self.owner, Experts) and not self.attribute.endswith("bias")
+
+    def begin(
+        self, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor | ops.Mxfp4 | ops.Packed:
         """The parameter's storage, allocated at first use."""
-        value: torch.Tensor | ops.Mxfp4 = getattr(self.owner, self.attribute)
+        value: torch.Tensor | ops.Mxfp4 | ops.Packed = getattr(self.owner, self.attribute)
         if value.device.type == "meta":
-            if isinstance(value, ops.Mxfp4):
-                value = ops.Mxfp4(
-                    torch.empty(value.blocks.shape, dtype=torch.uint8, device=device),
-                    torch.empty(value.scales.shape, dtype=torch.uint8, device=device),
-                )
+            assert not isinstance(value, ops.Packed)
+            if self.is_matrix:
+                parts = 2 if self.attribute == "gate_up" else 1
+                value = ops.empty_weight(value, dtype, device, parts)
             else:
                 value = torch.empty(value.shape, dtype=dtype, device=device)
             setattr(self.owner, self.attribute, value)
@@ -52,11 +60,11 @@ class _Parameter:
 
     def complete(self, dtype: torch.dtype) -> None:
         """Bring a filled parameter into the form its op is fastest with."""
-        value = getattr(self.owner, self.attribute)
-        if isinstance(self.owner, Linear) and self.attribute == "weight":
-            setattr(self.owner, self.attribute, ops.pack(value))
-        elif isinstance(self.owner, Experts) and not self.attribute.endswith("bias"):
-            setattr(self.owner, self.attribute, ops.pack_experts(value, dtype))
+        if self.is_matrix:
+            value = getattr(self.owner, self.attribute)
+            experts = isinstance(self.owner, Experts)
+            packed = ops.pack_experts(value, dtype) if experts else ops.pack(value)
+            setattr(self.owner, self.attribute, packed)
 
 
 _Sources = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]  # name → shape, allowed dtypes
@@ -87,7 +95,12 @@ def load(
         pieces.sort(key=lambda piece: files.order(next(iter(piece.sources))))
         for piece in pieces:
             tensors = [files.read(name) for name in piece.sources]
-            piece.write(piece.parameter.begin(dtype, device), *tensors)
+            try:
+                piece.write(piece.parameter.begin(dtype, device), *tensors)
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{checkpoint}: {' and '.join(piece.sources)}: {error}"
+                ) from None
             piece.parameter.pieces_left -= 1
             if not piece.parameter.pieces_left:
                 piece.parameter.complete(dtype)
@@ -101,9 +114,8 @@ def load_dummy(model: Transformer, dtype: torch.dtype, device: torch.device, see
     generator = torch.Generator(device).manual_seed(seed)
     for parameter in {id(p.parameter): p.parameter for p in _pieces(model)}.values():
         value = parameter.begin(dtype, device)
-        if isinstance(value, ops.Mxfp4):
-            value.blocks.random_(0, 256, generator=generator)
-            value.scales.fill_(120)  # values of up to 6 · 2⁻⁷
+        if not isinstance(value, torch.Tensor):
+            value.random_(generator)
         elif value.dim() > 1:
             value.uniform_(-0.03, 0.03, generator=generator)
         else:
@@ -278,7 +290,7 @@ def _rows(first: int, count: int) -> Callable[..., None]:
 
 def _expert_rows(expert: int, first: int, count: int) -> Callable[..., None]:
     def write(target: torch.Tensor, source: torch.Tensor) -> None:
-        target[expert, first : first + count].copy_(source)
+        target[expert][first : first + count].copy_(source)
 
     return write
 
@@ -330,7 +342,7 @@ def _expert_pieces(builder: _Builder, prefix: str, moe: Moe, config: ModelConfig
             (count, 2 * size),
             experts,
             "gate_up_bias",
-            lambda target, source: _split_gate_up(target, source, 1),
+            lambda target, source: _split_gate_up(target.t(), source.t()),
         )
         builder.add(f"{stack}.down_proj_bias", (count, hidden), experts, "down_bias")
         for name, outputs, inputs, attribute in (
@@ -367,32 +379,33 @@ def _expert_pieces(builder: _Builder, prefix: str, moe: Moe, config: ModelConfig
         builder.add(f"{one}.{down}.weight", (hidden, size), experts, "down", write)
 
 
-def _split_gate_up(target: torch.Tensor, source: torch.Tensor, dim: int) -> None:
+def _split_gate_up(target: Any, source: Any) -> None:
     """gpt-oss alternates gate and up rows; ours are all gate rows, then all up rows."""
-    pairs = source.unflatten(dim, (-1, 2)).unbind(dim + 1)
-    for half, part in zip(target.chunk(2, dim), pairs, strict=True):
-        half.copy_(part)
+    size = len(target) // 2
+    target[:size].copy_(source[0::2])
+    target[size:].copy_(source[1::2])
 
 
 def _from_transposed(attribute: str) -> Callable[..., None]:
     """gpt-oss's dense experts are stored [expert, in, out]."""
 
     def write(target: torch.Tensor, source: torch.Tensor) -> None:
-        for mine, theirs in zip(target, source, strict=True):
+        for expert in range(len(source)):
             if attribute == "gate_up":
-                _split_gate_up(mine, theirs.t(), 0)
+                _split_gate_up(target[expert], source[expert].t())
             else:
-                mine.copy_(theirs.t())
+                target[expert].copy_(source[expert].t())
 
     return write
 
 
 def _from_mxfp4(attribute: str) -> Callable[..., None]:
-    def write(target: ops.Mxfp4, blocks: torch.Tensor, scales: torch.Tensor) -> None:
-        for mine, theirs in ((target.blocks, blocks), (target.scales, scales)):
+    def write(target: ops.Mxfp4 | ops.Packed, blocks: torch.Tensor, scales: torch.Tensor) -> None:
+        source = ops.Mxfp4(blocks, scales)
+        for expert in range(len(source)):
             if attribute == "gate_up":
-                _split_gate_up(mine, theirs, 1)
+                _split_gate_up(target[expert], source[expert])
             else:
-                mine.copy_(theirs)
+                target[expert].copy_(source[expert])
 
     return write

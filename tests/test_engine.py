@@ -30,37 +30,41 @@ def load() -> list[Request]:
     return requests
 
 
-def run(folder: Path, requests: list[Request], **settings: Any) -> tuple[dict[int, Any], Engine]:
+def run(
+    folder: Path, requests: list[Request], ahead: int = 0, **settings: Any
+) -> tuple[dict[int, Any], Engine]:
     engine = Engine(folder, dtype="float32", **{"kv_memory": 32 << 20, **settings})
+    engine._ahead = ahead
     with engine:
         return {c.request_id: c.token_ids for c in engine.generate(requests)}, engine
 
 
 # few_blocks: room for one request of the longest kind and little more.
+@pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize(
     ("name", "few_blocks"), [("gpt_oss", 21), ("qwen2-window-yarn", 44), ("qwen3_moe", 14)]
 )
 def test_alone_batched_chunked_cached_and_preempted_give_the_same_tokens(
-    name: str, few_blocks: int, checkpoint: Callable[[str], Path]
+    name: str, few_blocks: int, ahead: int, checkpoint: Callable[[str], Path]
 ) -> None:
     folder, requests = checkpoint(name), load()
     alone, _ = run(folder, requests, max_batch_size=1, prefix_cache=False)
     assert sorted(alone) == list(range(10))
 
-    batched, engine = run(folder, requests, prefix_cache=False)
+    batched, engine = run(folder, requests, ahead, prefix_cache=False)
     assert engine.stats.peak_batch == 10
     assert batched == alone
 
-    chunked, engine = run(folder, requests, max_batch_tokens=13, prefix_cache=False)
+    chunked, engine = run(folder, requests, ahead, max_batch_tokens=13, prefix_cache=False)
     assert chunked == alone
 
-    cached, engine = run(folder, requests * 2)
+    cached, engine = run(folder, requests * 2, ahead)
     assert engine.stats.cached_tokens > 500
     assert cached == alone
 
     block = engine.stats.kv_bytes // (engine.stats.kv_blocks + 1)
     small = few_blocks * block
-    preempted, engine = run(folder, requests, kv_memory=small, max_batch_tokens=64)
+    preempted, engine = run(folder, requests, ahead, kv_memory=small, max_batch_tokens=64)
     assert engine.stats.preemptions > 0
     assert preempted == alone
 
@@ -75,12 +79,16 @@ def test_stale_nan_in_freed_blocks_harms_nobody(checkpoint: Callable[[str], Path
         assert {c.request_id: c.token_ids for c in engine.generate(requests)} == expected
 
 
-def test_a_stop_id_ends_the_output_and_is_kept(checkpoint: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_stop_id_ends_the_output_and_is_kept(
+    ahead: int, checkpoint: Callable[[str], Path]
+) -> None:
     request = Request([5, 6, 7], SamplingParams(max_new_tokens=20, ignore_eos=True))
     free = run(checkpoint("qwen2"), [request])[0][0]
     at = next(i for i in range(3, 20) if free[i] not in free[:i])
     params = SamplingParams(max_new_tokens=20, ignore_eos=True, stop_ids=frozenset({free[at]}))
     with Engine(checkpoint("qwen2"), dtype="float32", kv_memory=32 << 20) as engine:
+        engine._ahead = ahead
         (done,) = engine.generate([Request([5, 6, 7], params)])
         assert done.token_ids == free[: at + 1]
         assert done.finish_reason == "stop"
@@ -92,7 +100,25 @@ def test_a_stop_id_ends_the_output_and_is_kept(checkpoint: Callable[[str], Path]
         assert done.token_ids == free[: at + 1]
 
 
+def test_requests_that_come_later_join_the_running_batch(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    requests = [
+        Request([5, 6, 7 + i], SamplingParams(max_new_tokens=20, ignore_eos=True), i)
+        for i in range(3)
+    ]
+    expected, _ = run(checkpoint("qwen2"), requests)
+    with Engine(checkpoint("qwen2"), dtype="float32", kv_memory=32 << 20) as engine:
+        source = [requests[0], None, None, requests[1], None, requests[2]]
+        done = {c.request_id: c.token_ids for c in engine.generate(source)}
+    assert done == expected
+    assert engine.stats.peak_batch == 3
+    assert engine.stats.steps == 23  # the last one begins three steps after the first
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
 def test_on_token_sees_every_token_and_can_end_the_request(
+    ahead: int,
     checkpoint: Callable[[str], Path],
 ) -> None:
     seen: list[int] = []
@@ -103,39 +129,49 @@ def test_on_token_sees_every_token_and_can_end_the_request(
 
     params = SamplingParams(max_new_tokens=20, ignore_eos=True)
     with Engine(checkpoint("qwen2"), dtype="float32", kv_memory=32 << 20) as engine:
+        engine._ahead = ahead
         (done,) = engine.generate([Request([5, 6, 7], params, on_token=on_token)])
     assert done.token_ids == seen
     assert len(seen) == 7
     assert done.finish_reason == "stop"
 
 
-def test_limits_count_new_tokens_and_positions(checkpoint: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_limits_count_new_tokens_and_positions(
+    ahead: int, checkpoint: Callable[[str], Path]
+) -> None:
     def length(**limits: int) -> tuple[int, str]:
         params = SamplingParams(ignore_eos=True, **limits)  # type: ignore[arg-type]
         (done,) = engine.generate([Request([5, 6, 7], params)])
         return len(done.token_ids), done.finish_reason
 
     with Engine(checkpoint("qwen2"), dtype="float32", kv_memory=32 << 20) as engine:
+        engine._ahead = ahead
         assert length(max_new_tokens=4) == (4, "length")
         assert length(max_positions=10) == (7, "length")
         assert length(max_new_tokens=4, max_positions=6) == (3, "length")
         assert length() == (512 - 3, "length")
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
 def test_logprobs_are_those_of_the_model(
-    checkpoint: Callable[[str], Path], peer: Callable[[str], Peer]
+    ahead: int, checkpoint: Callable[[str], Path], peer: Callable[[str], Peer]
 ) -> None:
     prompt = [9, 8, 7, 6]
     params = SamplingParams(max_new_tokens=5, ignore_eos=True, logprobs=3)
+    others = [Request([5] * n, SamplingParams(max_new_tokens=n), n) for n in range(1, 5)]
     with Engine(checkpoint("qwen3"), dtype="float32", kv_memory=32 << 20) as engine:
-        (done,) = engine.generate([Request(prompt, params)])
+        engine._ahead = ahead
+        found = list(engine.generate([*others, Request(prompt, params)]))
+    assert [completion.logprobs for completion in found if completion.request_id] == [None] * 4
+    (done,) = (completion for completion in found if not completion.request_id)
     expected = peer("qwen3").logits([*prompt, *done.token_ids]).log_softmax(-1)[3:-1]
     assert done.logprobs is not None
-    for row, token, found in zip(expected, done.token_ids, done.logprobs, strict=True):
-        assert found.logprob == pytest.approx(float(row[token]), abs=1e-4)
+    for row, token, seen in zip(expected, done.token_ids, done.logprobs, strict=True):
+        assert seen.logprob == pytest.approx(float(row[token]), abs=1e-4)
         values, ids = row.topk(3)
-        assert [i for i, _ in found.top] == ids.tolist()
-        assert [v for _, v in found.top] == pytest.approx(values.tolist(), abs=1e-4)
+        assert [i for i, _ in seen.top] == ids.tolist()
+        assert [v for _, v in seen.top] == pytest.approx(values.tolist(), abs=1e-4)
 
 
 def test_finish_gives_the_memory_back_and_the_engine_can_start_again(

@@ -55,7 +55,8 @@ def test_utilization_and_bound_of_a_run() -> None:
 @pytest.mark.parametrize(
     ("stats", "inference_s", "most", "sentence"),
     [
-        (DECODING, 1.0, 32, "1.7 times as long as reading memory"),
+        (DECODING, 1.0, 32, "36% of the time went to starting 483 operations"),
+        (replace(DECODING, model_s=3.0), 3.0, 32, "69% of the time went to kernels and sampling"),
         (DECODING, 4.0, 32, "75% of the time the device waited for prompts"),
         (replace(DECODING, schedule_s=2.0), 3.0, 32, "67% of the time .* the scheduler"),
         (DECODING, 1.0, 256, "batch 32 of 256: no more requests"),

@@ -228,6 +228,6 @@ def test_a_template_that_refuses_fails_its_request_alone(tmp_path: Path) -> None
 
 
 def test_seen_ids_are_a_set() -> None:
-    seen = SeenIds()
+    seen = SeenIds(5000)
     assert all(seen.add(str(index)) for index in range(5000))
     assert not any(seen.add(str(index)) for index in range(5000))

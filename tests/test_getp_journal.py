@@ -1,5 +1,6 @@
 import errno
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,9 +73,20 @@ def test_a_damaged_first_line_is_refused(tmp_path: Path) -> None:
         assert made.done == 0
 
 
+@pytest.mark.parametrize(
+    "content", [b"1 + 3", b"[]", b"{}", b'{"fingerprint": 3, "seed": 1}', b'{"fingerprint": {}}']
+)
+def test_a_first_line_that_is_whole_but_no_journals_is_refused(
+    content: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "j").write_bytes(b"%08x %s\n" % (zlib.crc32(content), content))
+    with pytest.raises(GetpError, match=r"first line is damaged.*--restart"):
+        journal(tmp_path)
+
+
 def test_another_job_is_refused_naming_both_values(tmp_path: Path) -> None:
     some(tmp_path)
-    other = {"fingerprint": {"temperature": 0.7, "input": "abc"}}
+    other = {"fingerprint": {"temperature": 0.7, "input": "abc"}, "seed": 1}
     with pytest.raises(GetpError, match=r"temperature was 0\.0 and is 0\.7\..*--restart"):
         journal(tmp_path, other)
     with journal(tmp_path, other, restart=True) as made:

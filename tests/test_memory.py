@@ -134,8 +134,9 @@ def test_sizes_are_rounded_down_and_can_be_given_to_options() -> None:
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
     ],
 )
+@pytest.mark.parametrize("ahead", [0, 1])
 def test_a_run_out_of_memory_backs_off_says_so_and_gives_the_same_tokens(
-    error: Exception, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    error: Exception, ahead: int, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = load()
     said: list[str] = []
@@ -143,18 +144,19 @@ def test_a_run_out_of_memory_backs_off_says_so_and_gives_the_same_tokens(
         checkpoint("gpt_oss"), dtype="float32", kv_memory=32 << 20, notice=said.append
     ) as engine:
         expected = {c.request_id: c.token_ids for c in engine.generate(requests)}
-        steps, run = 0, engine._runner.run
+        engine._ahead = ahead
+        steps, launch = 0, engine._runner.launch
 
-        def failing(chunks: Any) -> Any:
+        def failing(step: Any) -> Any:
             nonlocal steps
             steps += 1
             if steps in (3, 20, 21):
                 for cache in engine._runner._caches:  # nothing half written may be read
                     cache[:, 1:] = float("nan")
                 raise error
-            return run(chunks)
+            return launch(step)
 
-        monkeypatch.setattr(engine._runner, "run", failing)
+        monkeypatch.setattr(engine._runner, "launch", failing)
         assert {c.request_id: c.token_ids for c in engine.generate(requests)} == expected
     assert engine.stats.back_offs == 3
     assert len(said) == 3

@@ -1,5 +1,7 @@
 """Every op's CPU form against the reference, over the shapes that break things."""
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,8 +10,28 @@ import torch
 from model import ops
 from model.batch import ForwardBatch, GroupTables
 from model.ops import cpu, reference
+from model.ops.cpu import native
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+
+
+@pytest.fixture(params=["float32", *(f"bfloat16-{level}" for level in native.LEVELS)])
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.dtype]:
+    """Each dtype on each path: torch alone, and the kernels of each instruction set."""
+    name, _, level = request.param.partition("-")
+    kernels = native.library()
+    if level in ("", "none"):
+        monkeypatch.setattr(native, "library", lambda: None)
+        yield getattr(torch, name)
+        return
+    if kernels is None:
+        pytest.skip("no native kernels were built here")
+    best = kernels.getp_best_level()
+    if native.LEVELS.index(level) > best:
+        pytest.skip(f"this processor has no {level}")
+    kernels.getp_use_level(native.LEVELS.index(level))
+    yield getattr(torch, name)
+    kernels.getp_use_level(best)
 
 
 def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -48,7 +70,6 @@ def paged(
     return batch, GroupTables(window, table, empty), sum(blocks) + 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("window", [None, 5, 16, 40])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (7, 1)])
@@ -59,9 +80,12 @@ def paged(
         [(1, 33), (1, 1), (1, 16)],
         [(9, 9)],
         [(1, 50), (1, 17), (20, 20), (7, 40), (2, 2)],
+        [(1, 200), (1, 65), (1, 64), (70, 190), (3, 130)],
     ],
 )
+@pytest.mark.parametrize("head_dim", [16, 96])
 def test_attention_equals_the_reference(
+    head_dim: int,
     lengths: list[tuple[int, int]],
     heads: tuple[int, int],
     window: int | None,
@@ -69,8 +93,8 @@ def test_attention_equals_the_reference(
     dtype: torch.dtype,
 ) -> None:
     batch, group, blocks = paged(lengths, window, block_size=8)
-    query = rand(sum(q for q, _ in lengths), heads[0], 16, dtype=dtype)
-    kv = rand(2, blocks, 8, heads[1], 16, seed=1, dtype=dtype)
+    query = rand(sum(q for q, _ in lengths), heads[0], head_dim, dtype=dtype)
+    kv = rand(2, blocks, 8, heads[1], head_dim, seed=1, dtype=dtype)
     kv[:, 0] = 0
     # Behind a sequence's end and in blocks of nobody there may be anything.
     for row, (_, context) in enumerate(lengths):
@@ -101,7 +125,6 @@ def test_query_heads_share_the_kv_head_of_their_group() -> None:
     assert out[0, :, 0].tolist() == [1, 1, 1, 2, 2, 2]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("tokens", [1, 2, 33])
 @pytest.mark.parametrize("unbalanced", [False, True])
@@ -124,17 +147,138 @@ def test_experts_equal_the_reference(
     )
     expected = reference.experts(x, chosen, shares, *arguments)
     up, up_bias, down, *rest = arguments
-    packed = (ops.pack_experts(up, dtype), up_bias, ops.pack_experts(down, dtype), *rest)
+    packed = (filled(up, dtype, 2), up_bias, filled(down, dtype), *rest)
     found = ops.experts(x, chosen, shares, *packed)
     torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("rows", [1, 3, 32, 100])
+def filled(weights: Any, dtype: torch.dtype, parts: int = 1) -> Any:
+    """Experts as a checkpoint's are loaded, row by row."""
+    empty: Any = ops.empty_weight(weights, dtype, torch.device("cpu"), parts)
+    for expert in range(len(weights)):
+        for first, last in ((0, 7), (7, weights.shape[1])):
+            empty[expert][first:last].copy_(weights[expert][first:last])
+    return ops.pack_experts(empty, dtype)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 40, 300])
+def test_mxfp4_experts_equal_the_dense_reference(tokens: int, dtype: torch.dtype) -> None:
+    count, hidden, size, top_k = 4, 96, 64, 3
+    generator = torch.Generator().manual_seed(0)
+
+    def mxfp4(outputs: int, inputs: int) -> ops.Mxfp4:
+        shape = (count, outputs, inputs // 32)
+        blocks = torch.randint(256, (*shape, 16), dtype=torch.uint8, generator=generator)
+        # One scale below those that are told apart: what it scales is nil.
+        scales = torch.randint(118, 124, shape, dtype=torch.uint8, generator=generator)
+        scales[0, 0, 0] = 0
+        return ops.Mxfp4(blocks, scales)
+
+    x = rand(tokens, hidden, dtype=dtype)
+    chosen, shares = reference.route(rand(tokens, count, seed=1), top_k, True, False)
+    up, down = mxfp4(2 * size, hidden), mxfp4(hidden, size)
+    wide = [weights.dense(torch.float32) for weights in (up, down)]
+    expected = reference.experts(
+        x.float(), chosen, shares, wide[0], None, wide[1], None, 7.0, 1.702
+    )
+    packed = filled(up, dtype, 2), None, filled(down, dtype), None, 7.0, 1.702
+    found = ops.experts(x, chosen, shares, *packed)
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(
+        found.float() / scale, expected / scale, rtol=0, atol=TOLERANCE[dtype] / 2
+    )
+
+
+def test_an_mxfp4_scale_out_of_range_is_refused() -> None:
+    if native.library() is None:
+        pytest.skip("no native kernels were built here")
+    weights = ops.Mxfp4(
+        torch.zeros(1, 64, 1, 16, dtype=torch.uint8), torch.full((1, 64, 1), 251).to(torch.uint8)
+    )
+    with pytest.raises(ValueError, match="MXFP4 scale is above"):
+        filled(weights, torch.bfloat16, 2)
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_norm_with_residual_equals_the_reference(delta: bool, dtype: torch.dtype) -> None:
+    x = rand(5, 96, dtype=dtype)
+    arguments = (rand(5, 96, seed=1, dtype=dtype) if delta else None, rand(96, seed=2).to(dtype))
+    expected = reference.add_rms_norm(x, *arguments, 1e-5)
+    for found, wanted in zip(ops.add_rms_norm(x, *arguments, 1e-5), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("head_dim", [16, 32, 128])
+def test_rotary_with_kv_write_equals_the_reference(
+    head_dim: int, norms: bool, dtype: torch.dtype
+) -> None:
+    tokens, heads, kv_heads = 7, 6, 2
+    qkv = rand(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
+    angle = rand(tokens, head_dim // 2, seed=1)
+    turn = torch.cat((angle.cos(), angle.sin()), -1)
+    slots = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:tokens]
+    weights = None
+    if norms:
+        weights = rand(head_dim, seed=2, dtype=dtype), rand(head_dim, seed=3, dtype=dtype)
+    mine, theirs = (torch.zeros(2, 5, 8, kv_heads, head_dim, dtype=dtype) for _ in range(2))
+    found = ops.rotate_and_write(qkv, turn, mine, slots, heads, weights, 1e-6)
+    expected = reference.rotate_and_write(qkv, turn, theirs, slots, heads, weights, 1e-6)
+    for one, other in ((found, expected), (mine, theirs)):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("limit", [None, 1.0])
+@pytest.mark.parametrize("rows", [1, 9, 40])
+@pytest.mark.parametrize("size", [48, 96])
+def test_a_gated_linear_equals_the_reference(
+    size: int, rows: int, limit: float | None, dtype: torch.dtype
+) -> None:
+    x, weight = rand(rows, 64, dtype=dtype), rand(2 * size, 64, seed=1, dtype=dtype)
+    bias = rand(2 * size, seed=2, dtype=dtype)
+    bias[:3] = torch.tensor([100.0, -100.0, 50.0])
+    expected = reference.gated_linear(x.float(), weight.float(), bias.float(), limit, 1.702)
+    found = ops.gated_linear(x, ops.pack(weight), bias, limit, 1.702)
+    torch.testing.assert_close(found.float(), expected, rtol=3e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize(("after", "normalize"), [(True, False), (False, True), (False, False)])
+def test_routers_equal_the_reference(after: bool, normalize: bool, dtype: torch.dtype) -> None:
+    logits = torch.stack([torch.randperm(16) for _ in range(9)]).to(dtype) / 4
+    expected = reference.route(logits, 4, after, normalize)
+    for found, wanted in zip(ops.route(logits, 4, after, normalize), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_the_level_of_the_kernels_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.VARIABLE, "none")
+    assert native.library.__wrapped__() is None
+    monkeypatch.setenv(native.VARIABLE, "sse")
+    with pytest.raises(ValueError, match="must be none, avx2, avx512, amx, not 'sse'"):
+        native.library.__wrapped__()
+
+
+def test_without_the_kernels_there_is_one_notice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv(native.VARIABLE, raising=False)
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    with pytest.warns(UserWarning, match="they were not built"):
+        assert native.library.__wrapped__() is None
+    (tmp_path / "_kernels.so").write_bytes(b"not a library")
+    with pytest.warns(UserWarning, match="does not load"):
+        assert native.library.__wrapped__() is None
+
+
+@pytest.mark.parametrize("rows", [1, 3, 12, 13, 32, 47, 700])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_packed_linear_equals_the_plain_one(rows: int, bias: bool) -> None:
-    x = rand(rows, 96, dtype=torch.bfloat16)
-    weight = rand(160, 96, seed=1, dtype=torch.bfloat16)
-    column = rand(160, seed=2, dtype=torch.bfloat16) if bias else None
+@pytest.mark.parametrize("outputs", [160, 8])
+def test_a_packed_linear_equals_the_plain_one(
+    outputs: int, rows: int, bias: bool, dtype: torch.dtype
+) -> None:
+    x = rand(rows, 96, dtype=dtype)
+    weight = rand(outputs, 96, seed=1, dtype=dtype)
+    column = rand(outputs, seed=2, dtype=dtype) if bias else None
     found = ops.linear(x, ops.pack(weight), column)
     torch.testing.assert_close(found, reference.linear(x, weight, column), rtol=2e-2, atol=2e-1)
 
@@ -154,7 +298,7 @@ def test_routers_weigh_as_their_families_do() -> None:
 def test_gpt_oss_swiglu_clamps_gate_above_and_up_on_both_sides() -> None:
     gate = torch.tensor([[9.0, -9.0, 1.0]])
     up = torch.tensor([[-9.0, 9.0, 0.5]])
-    found = ops.swiglu(torch.cat((gate, up), -1), 7.0, 1.702)
+    found = reference.swiglu(torch.cat((gate, up), -1), 7.0, 1.702)
     clamped_gate, clamped_up = torch.tensor([[7.0, -9.0, 1.0]]), torch.tensor([[-7.0, 7.0, 0.5]])
     expected = clamped_gate * torch.sigmoid(1.702 * clamped_gate) * (clamped_up + 1)
     torch.testing.assert_close(found, expected)

@@ -103,6 +103,8 @@ def test_several_gpus_may_follow_one_option(capsys: Printed) -> None:
     ("args", "words"),
     [
         (["none"], ["no model 'none'", "config.json", "llama-3-8b"]),
+        (["qwen2-0.5b", "--query", "5", "--context", "3"], ["--query 5", "--context 3"]),
+        (["qwen2-0.5b", "--tensor-parallel", "3"], ["--tensor-parallel", "14 heads", "3 GPUs"]),
         (["qwen2-0.5b", "--gpu", "H1000"], ["--gpu", "'H1000'", "did you mean", "MI355X", "local"]),
         (["qwen2-0.5b", "--batch", "0"], ["'--batch'", "1<=x"]),
         (["qwen2-0.5b", "--context", "99999999999"], ["'--context'", "x<=1048576"]),
@@ -255,6 +257,8 @@ def test_local_is_measured_once_and_says_when(
     (tmp_path / "getp" / "hardware.json").write_text('{"broken": ')
     planned(capsys, "qwen2-0.5b", "--gpu", "local")
     assert len(calls) == 2
+    planned(capsys, "qwen2-0.5b", "--gpu", "local", "--measure")
+    assert len(calls) == 3
 
 
 def test_a_run_here_tells_later_predictions_what_it_reached(

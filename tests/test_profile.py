@@ -99,15 +99,9 @@ def test_parts_are_within_5_percent_of_the_step_of_a_mid_size_model(
     (tmp_path / "config.json").write_text(json.dumps(config))
     with Engine(tmp_path, device="cpu", max_batch_size=8, dummy_weights=True) as engine:
         probe = Probe(engine, batch=8, query=1, context=256)
-        alone, parts = float("inf"), {"": float("inf")}
-        for _ in range(12):  # caches are shared, so the fastest counts
-            times = measure(probe.step, probe.parts(), CPU, limit_s=0.3)
-            alone = min(alone, times.alone_s)
-            parts = min(parts, times.parts, key=lambda one: sum(one.values()))
-            if abs(sum(parts.values()) / alone - 1) < 0.03:
-                break
-        assert sum(parts.values()) == pytest.approx(alone, rel=0.05)
-        assert parts["other"] < 0.1 * alone
+        times = measure(probe.step, probe.parts(), CPU, limit_s=30)  # mostly far less
+    assert sum(times.parts.values()) == pytest.approx(times.alone_s, rel=0.05)
+    assert times.parts["other"] < 0.1 * times.alone_s
 
 
 def test_following_a_step_leaves_nothing_behind(checkpoint: Callable[[str], Path]) -> None:
@@ -121,10 +115,10 @@ def test_following_a_step_leaves_nothing_behind(checkpoint: Callable[[str], Path
 
 
 def test_a_step_that_fails_leaves_nothing_behind() -> None:
-    original = ops.swiglu
-    with pytest.raises(TypeError), following([Part(ops, "swiglu", "rope")], print):
-        ops.swiglu()  # type: ignore[call-arg]
-    assert ops.swiglu is original
+    original = ops.route
+    with pytest.raises(TypeError), following([Part(ops, "route", "rope")], print):
+        ops.route()  # type: ignore[call-arg]
+    assert ops.route is original
 
 
 def test_own_time_after_an_inner_part_has_another_name() -> None:
@@ -273,5 +267,5 @@ def test_a_profile_reads_as_an_analysis(
     args = [str(checkpoint("qwen2")), "-m", "profile", "--context", "30", "--gpu", "A10"]
     assert cli.run([*args, "--dummy-weights"]) == 0
     text = capsys.readouterr().out
-    for words in ("tok/s", "gate_up_proj", "kv write", "-bound:", "what would help", "A10 "):
+    for words in ("tok/s", "gate_up_proj", "rope", "-bound:", "what would help", "A10 "):
         assert words in text

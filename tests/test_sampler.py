@@ -1,5 +1,7 @@
 """Draws are right in distribution, keyed by seed and position, and the same in any batch."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,24 @@ from hypothesis import strategies as st
 
 from engine import SamplingParams
 from engine import sampler as module
-from engine.sampler import keyed_uniform, sample
+from engine.sampler import Sampler, keyed_uniform
+
+
+def sample(
+    logits: torch.Tensor,
+    params: list[SamplingParams],
+    positions: list[int],
+    may_look: bool = True,
+) -> tuple[list[int], dict[int, Any]]:
+    """The next tokens of as many sequences, which stand in rows in reverse."""
+    rows = list(reversed(range(len(params))))
+    sampler = Sampler(len(rows), logits.device)
+    sampler._may_look = may_look
+    sampler.enter(rows, params)
+    special = dict(enumerate(params))
+    found = sampler.sample(logits, torch.tensor(rows), torch.tensor(positions), special).read()
+    assert sampler.last.tolist() == found[0][::-1]
+    return found
 
 
 def draw(logits: torch.Tensor, count: int, **params: float) -> torch.Tensor:
@@ -23,6 +42,15 @@ def test_draws_follow_the_softmax_at_a_temperature() -> None:
         tokens = draw(logits, 20_000, temperature=temperature)
         found = tokens.bincount(minlength=5) / len(tokens)
         torch.testing.assert_close(found, (logits / temperature).softmax(0), rtol=0, atol=0.012)
+
+
+def test_draws_from_a_large_vocabulary_follow_the_softmax_in_every_block() -> None:
+    """Also in the last block, which is short, and at the ends of the others."""
+    logits = torch.full((5000,), -30.0)
+    likely = [0, 1023, 1024, 2500, 4095, 4096, 4999]
+    logits[likely] = torch.tensor([0.0, 1.0, -1.0, 0.5, 0.0, 2.0, 1.0])
+    found = draw(logits, 20_000, temperature=1.0).bincount(minlength=5000) / 20_000
+    torch.testing.assert_close(found, logits.softmax(0), rtol=0, atol=0.012)
 
 
 def test_top_k_and_top_p_keep_the_right_tokens_and_their_proportions() -> None:
@@ -53,6 +81,15 @@ def test_few_candidates_and_a_full_sort_draw_the_same(monkeypatch: pytest.Monkey
     assert draw(logits, 500, temperature=0.7, top_p=0.8).tolist() == few.tolist()
 
 
+def test_a_draw_from_all_tokens_never_takes_an_impossible_one() -> None:
+    logits = torch.full((2000, 700), float("-inf"))
+    logits[:, 5:9] = torch.tensor([0.0, -200.0, 1.0, 0.0])  # the second's share underflows
+    tokens, _ = sample(
+        logits, [SamplingParams(temperature=1, seed=i) for i in range(2000)], [0] * 2000
+    )
+    assert sorted(set(tokens)) == [5, 7, 8]
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 2**63 - 1), min_size=2, max_size=8), st.data())
 def test_a_draw_does_not_depend_on_the_rest_of_the_batch(
@@ -72,13 +109,26 @@ def test_a_draw_does_not_depend_on_the_rest_of_the_batch(
     together, _ = sample(logits, params, [3] * len(seeds))
     alone = [sample(logits[i : i + 1], [params[i]], [3])[0][0] for i in range(len(seeds))]
     assert together == alone
+    # Nor on whether the rows that need a full sort are found out first.
+    assert sample(logits, params, [3] * len(seeds), may_look=False)[0] == alone
 
 
 def test_greedy_takes_the_likeliest_token() -> None:
     logits = torch.randn(5, 100, generator=torch.Generator().manual_seed(0))
     tokens, logprobs = sample(logits, [SamplingParams()] * 5, [0] * 5)
     assert tokens == logits.argmax(-1).tolist()
-    assert logprobs == [None] * 5
+    assert logprobs == {}
+
+
+@pytest.mark.parametrize("vocab", [1, 700, 2048, 5000, 151_936])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_equally_likely_tokens_the_first_is_taken(vocab: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    for levels in (1, 3, 1000):
+        logits = torch.randint(levels, (40, vocab), generator=generator).to(dtype)
+        logits[:3, -1] = logits.max() + 2
+        tokens, _ = sample(logits, [SamplingParams()] * 40, [0] * 40)
+        assert tokens == logits.argmax(-1).tolist()
 
 
 def test_uniform_numbers_are_uniform_and_differ_by_seed_and_position() -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from engine import Completion, Engine, EngineError, Request, SamplingParams
 from engine.kv_cache import NULL_BLOCK, KVCache, LayerGroup, group_layers
-from engine.scheduler import Chunk
+from engine.scheduler import Step
 from tests.checkpoints import FAMILIES
 
 VOCAB = 5  # few tokens, so that prefixes often coincide
@@ -30,13 +30,27 @@ def next_token(tokens: Sequence[int]) -> int:
     return history(tokens)[0] % VOCAB
 
 
+class Sampled(list[int]):
+    """Tokens of a launched step."""
+
+    def read(self) -> tuple[list[int], dict[int, Any]]:
+        return list(self), {}
+
+
 class HistoryRunner:
-    """A runner whose KV slots hold histories, checked whenever they are read."""
+    """A runner whose KV slots hold histories, checked whenever they are read.
+
+    As the real one it knows blocks only from when they were said to have changed, and goes on
+    from the tokens that it sampled, which the sequence itself may not know yet.
+    """
 
     def __init__(self, groups: list[LayerGroup], block_size: int):
         self.groups, self.block_size = groups, block_size
         self.slots: dict[tuple[int, int], bytes] = {}
+        self.tables: dict[int, list[list[int]]] = {}  # of each row
+        self.last: dict[int, int] = {}  # sampled, of each row
         self.steps = 0
+        self.unknown = 0  # decodes of a token that the sequence did not know
         self.fail_at = -1
         self.most_tokens = 1 << 60  # more in a step and memory is out
 
@@ -45,44 +59,70 @@ class HistoryRunner:
     def block_bytes(self, block_size: int) -> int:
         return 1
 
-    def allocate(self, num_blocks: int, block_size: int, max_positions: int) -> None: ...
+    def allocate(
+        self, num_blocks: int, block_size: int, max_positions: int, max_batch_size: int
+    ) -> None:
+        self.rows = range(max_batch_size)
 
     def free(self) -> None: ...
 
-    def run(self, chunks: Sequence[Chunk]) -> tuple[list[int], list[None]]:
+    def place(self, row: int, group: int, at: int) -> tuple[int, int]:
+        block = self.tables[row][group][at // self.block_size]
+        assert block != NULL_BLOCK
+        return block, at % self.block_size
+
+    def launch(self, step: Step) -> Sampled:
         self.steps += 1
-        lengths = [chunk.end - chunk.start for chunk in chunks]
+        for sequence in step.grown:
+            self.tables[sequence.row] = [list(table) for table in sequence.tables.tables]
+        pieces: list[tuple[int, list[int], int, bool]] = []  # row, tokens, start, samples
+        for sequence in step.decodes:
+            tokens = sequence.tokens[: sequence.computed]
+            if len(tokens) < sequence.computed:
+                tokens.append(self.last[sequence.row])
+                self.unknown += 1
+            assert len(tokens) == sequence.computed
+            assert tokens[-1] == self.last[sequence.row]
+            pieces.append((sequence.row, tokens, sequence.computed - 1, True))
+        for chunk in step.chunks:
+            tokens = chunk.sequence.tokens[: chunk.end]
+            assert len(tokens) == chunk.end
+            pieces.append((chunk.sequence.row, tokens, chunk.start, chunk.samples))
+        lengths = [len(tokens) - start for _, tokens, start, _ in pieces]
         assert lengths == sorted(lengths, key=lambda length: length > 1), "single tokens first"
-        assert len({id(chunk.sequence) for chunk in chunks}) == len(chunks)
+        assert step.ends == [len(tokens) for _, tokens, _, _ in pieces]
+        assert (step.size, step.tokens) == (len(pieces), sum(lengths))
+        rows = {row for row, *_ in pieces}
+        assert len(rows) == len(pieces)
+        assert rows <= set(self.rows)
         written: set[tuple[int, int]] = set()
-        for chunk in chunks:
-            assert chunk.start < chunk.end
-            for g, table in enumerate(chunk.sequence.tables.tables):
-                for at in range(chunk.start, chunk.end):
-                    block = table[at // self.block_size]
-                    assert block != NULL_BLOCK
-                    place = (block, at % self.block_size)
+        for row, tokens, start, _ in pieces:
+            assert start < len(tokens)
+            for g in range(len(self.groups)):
+                for at in range(start, len(tokens)):
+                    place = self.place(row, g, at)
                     assert place not in written, "two tokens write one slot"
                     written.add(place)
                     # All groups share the pool: a block belongs to one group at a time.
-                    self.slots[place] = bytes([g]) + history(chunk.sequence.tokens[: at + 1])
+                    self.slots[place] = bytes([g]) + history(tokens[: at + 1])
         if self.steps == self.fail_at or sum(lengths) > self.most_tokens:
             for place in written:
                 self.slots[place] = b"half written"
             if self.steps == self.fail_at:
                 raise RuntimeError("the device is gone")
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        for chunk in chunks:
-            for g, (group, table) in enumerate(
-                zip(self.groups, chunk.sequence.tables.tables, strict=True)
-            ):
-                first = 0 if group.window is None else max(0, chunk.start - group.window + 1)
-                for at in range(first, chunk.end):
-                    block = table[at // self.block_size]
-                    held = self.slots[block, at % self.block_size]
-                    assert held == bytes([g]) + history(chunk.sequence.tokens[: at + 1])
-        tokens = [next_token(c.sequence.tokens) for c in chunks if c.samples]
-        return tokens, [None] * len(tokens)
+        sampled = Sampled()
+        for row, tokens, start, samples in pieces:
+            for g, group in enumerate(self.groups):
+                first = 0 if group.window is None else max(0, start - group.window + 1)
+                for at in range(first, len(tokens)):
+                    held = self.slots[self.place(row, g, at)]
+                    assert held == bytes([g]) + history(tokens[: at + 1])
+            if samples:
+                self.last[row] = next_token(tokens)
+                sampled.append(self.last[row])
+        assert len(sampled) == len(step.sampling())
+        return sampled
 
 
 @st.composite
@@ -105,6 +145,8 @@ def loads(draw: st.DrawFn) -> dict[str, Any]:
         "max_batch_size": draw(st.integers(1, 6), label="max_batch_size"),
         "max_batch_tokens": draw(st.integers(1, 50), label="max_batch_tokens"),
         "prefix_cache": draw(st.booleans(), label="prefix_cache"),
+        "ahead": draw(st.integers(0, 1), label="steps ahead"),
+        "stop_ids": draw(st.frozensets(st.integers(0, VOCAB - 1), max_size=1), label="stop_ids"),
         "requests": [([*head, *tail], count) for head, tail, count in requests],
     }
 
@@ -128,11 +170,18 @@ def make_engine(folder: Path, load: dict[str, Any]) -> tuple[Engine, HistoryRunn
     groups = [LayerGroup(window, (i,)) for i, window in enumerate(load["windows"])]
     runner = HistoryRunner(groups, load["block_size"])
     engine._runner = runner  # type: ignore[assignment]
+    engine._ahead = load.get("ahead", 0)
     return engine, runner
 
 
-def run(engine: Engine, requests: list[tuple[list[int], int]]) -> dict[int, Completion]:
-    params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for _, n in requests]
+def run(
+    engine: Engine,
+    requests: list[tuple[list[int], int]],
+    stop_ids: frozenset[int] = frozenset(),
+) -> dict[int, Completion]:
+    params = [
+        SamplingParams(max_new_tokens=n, ignore_eos=True, stop_ids=stop_ids) for _, n in requests
+    ]
     return {
         done.request_id: done
         for done in engine.generate(
@@ -150,6 +199,8 @@ def assert_pool_is_whole(engine: Engine) -> None:
     assert cache.num_used == 0
     assert set(cache._references) == {0}
     assert sorted(cache._free) == list(range(1, cache.num_blocks))
+    assert sorted(scheduler._rows) == list(range(engine.max_batch_size))
+    assert not engine._launched
     entered = [(g, digest) for g, index in enumerate(cache._index) for digest in index]
     assert sorted(entered) == sorted(entry for entry in cache._entry if entry is not None)
 
@@ -160,7 +211,7 @@ def test_every_request_ends_right_and_no_block_is_lost(
     config_folder: Path, load: dict[str, Any]
 ) -> None:
     engine, _ = make_engine(config_folder, load)
-    done = run(engine, load["requests"])
+    done = run(engine, load["requests"], load["stop_ids"])
     assert sorted(done) == list(range(len(load["requests"])))
     for i, (prompt, count) in enumerate(load["requests"]):
         result = done[i]
@@ -170,12 +221,15 @@ def test_every_request_ends_right_and_no_block_is_lost(
         expected = list(prompt)
         for _ in range(min(count, engine.max_positions - len(prompt))):
             expected.append(next_token(expected))
+            if expected[-1] in load["stop_ids"]:
+                break
         assert result.token_ids == expected[len(prompt) :]
-        assert result.finish_reason == "length"
+        stopped = expected[-1] in load["stop_ids"]
+        assert result.finish_reason == ("stop" if stopped else "length")
         assert result.cached_tokens < len(prompt)
     assert_pool_is_whole(engine)
     # The same again over what the cache now holds.
-    again = run(engine, load["requests"])
+    again = run(engine, load["requests"], load["stop_ids"])
     assert {i: c.token_ids for i, c in again.items()} == {i: c.token_ids for i, c in done.items()}
     assert_pool_is_whole(engine)
     assert engine.stats.peak_batch <= load["max_batch_size"]
@@ -191,7 +245,7 @@ def test_a_failing_step_or_a_closed_iterator_leaves_a_whole_pool(
     engine, runner = make_engine(config_folder, load)
     runner.fail_at = at
     try:
-        run(engine, load["requests"])
+        run(engine, load["requests"], load["stop_ids"])
     except RuntimeError as error:
         assert "device is gone" in str(error)  # noqa: PT017 - it may also not happen
         assert_pool_is_whole(engine)
@@ -201,7 +255,7 @@ def test_a_failing_step_or_a_closed_iterator_leaves_a_whole_pool(
     iterator.close()  # type: ignore[attr-defined]
     assert_pool_is_whole(engine)
     # What the interrupted steps may have left half written is not found by anybody.
-    run(engine, load["requests"])
+    run(engine, load["requests"], load["stop_ids"])
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -210,14 +264,14 @@ def test_a_step_out_of_memory_is_taken_back_and_every_request_ends_right(
     config_folder: Path, load: dict[str, Any], most: int, calm: int
 ) -> None:
     expected_engine, _ = make_engine(config_folder, load)
-    expected = run(expected_engine, load["requests"])
+    expected = run(expected_engine, load["requests"], load["stop_ids"])
     engine, runner = make_engine(config_folder, load)
     said: list[str] = []
     engine._notice = said.append
     runner.most_tokens = most
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("engine.scheduler._CALM_STEPS", calm)
-        done = run(engine, load["requests"])
+        done = run(engine, load["requests"], load["stop_ids"])
     assert {i: c.token_ids for i, c in done.items()} == {
         i: c.token_ids for i, c in expected.items()
     }
@@ -270,6 +324,28 @@ def test_a_request_is_preempted_when_blocks_run_out_and_still_ends(config_folder
     done = run(engine, [([i] * 8, 30) for i in range(4)])
     assert engine.stats.preemptions > 0
     assert [len(done[i].token_ids) for i in range(4)] == [30] * 4
+
+
+def test_a_step_is_scheduled_before_the_tokens_of_the_last_are_known(config_folder: Path) -> None:
+    load: dict[str, Any] = {
+        "windows": [None],
+        "block_size": 4,
+        "blocks": 100,
+        "max_batch_size": 3,
+        "max_batch_tokens": 64,
+        "prefix_cache": True,
+        "ahead": 1,
+    }
+    engine, runner = make_engine(config_folder, load)
+    run(engine, [([1, 2, 3], 10)] * 3)
+    assert runner.steps == 10
+    assert runner.unknown == 3 * 9
+    # One that stops is computed once more, in a step whose token nobody gets.
+    params = SamplingParams(max_new_tokens=10, ignore_eos=True)
+    done = list(engine.generate([Request([1, 2, 3], params, on_token=lambda token: True)]))
+    assert [len(completion.token_ids) for completion in done] == [1]
+    assert runner.steps == 12
+    assert_pool_is_whole(engine)
 
 
 def test_equal_prompts_admitted_in_one_step_share_their_blocks(config_folder: Path) -> None:

@@ -88,3 +88,12 @@ def test_special_tokens_are_left_out_of_decoded_text_unless_asked_for() -> None:
     assert tokenizer.decode(ids) == "fox"
     assert tokenizer.decode(ids, skip_special=False) == "fox<eos>"
     assert tokenizer.decode([tokenizer.vocab_size + 5]) == ""
+
+
+def test_a_file_at_which_the_library_panics_is_refused(tmp_path: Path) -> None:
+    file = write_tokenizer(tmp_path) / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["continuing_subword_prefix"] = "longer than any token"
+    file.write_text(json.dumps(content))
+    with pytest.raises(TokenizerError, match=r"not a usable tokenizer\.json.*out of range"):
+        Tokenizer.load(file)

@@ -11,6 +11,7 @@ from tokenizer import (
     Tokenizer,
     TokenizerError,
     answer_text,
+    sandbox,
 )
 from tokenizer.harmony import speaks_harmony
 
@@ -191,6 +192,67 @@ def test_a_template_has_limits_and_no_way_out(template: str, words: str) -> None
         ChatTemplate(template).render(TALK)
 
 
+@pytest.mark.parametrize(
+    "step",
+    [
+        "{% set n.x = [n.x, n.x] %}",
+        "{% set n.x = (n.x, n.x) %}",
+        "{% set n.x = {1: n.x, 2: n.x} %}",
+        "{% set n.x = [n.x] * 2 %}",
+        "{% set n.x = [n.x] + [n.x] %}",
+        "{% set n.x = dict(a=n.x, b=n.x) %}",
+        "{% set n.x = [1] | batch(9, n.x) | list %}",
+        "{% set n.x = [{}, {}] | map(attribute='y', default=n.x) | list %}",
+        "{% macro m() %}{% set n.x = varargs %}{% endmacro %}{{ m(n.x, n.x) }}",
+        "{% macro m() %}{% set n.x = kwargs %}{% endmacro %}{{ m(a=n.x, b=n.x) }}",
+        "{% macro m() %}{% set n.x = varargs %}{{ caller() }}{% endmacro %}"
+        "{% call m(n.x, n.x) %}{% endcall %}",
+    ],
+)
+@pytest.mark.parametrize("use", ["{{ n.x }}", "{{ n.x | tojson }}", "{{ n.x == [n.x] }}"])
+def test_a_list_in_a_list_in_a_list_may_not_grow_without_end(step: str, use: str) -> None:
+    loop = f"{{% for i in range(60) %}}{step}{{% endfor %}}"
+    with pytest.raises(TemplateError, match="more than"):
+        ChatTemplate("{% set n = namespace(x=[1]) %}" + loop + use).render(TALK)
+
+
+def test_namespaces_that_hold_each_other_are_not_written_out() -> None:
+    steps = "".join(
+        f"{{% set n{i} = namespace() %}}{{% set n{i}.a = n{i - 1} %}}{{% set n{i}.b = n{i - 1} %}}"
+        for i in range(1, 60)
+    )
+    assert ChatTemplate(f"{{% set n0 = 1 %}}{steps}{{{{ n59 }}}}").render(TALK) == "<namespace>"
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (
+            "{% set n = namespace(x=3) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}"
+            "{% endfor %}",
+            "number in it is too large",
+        ),
+        ("{{ ('f' * 100000) | int(0, 16) // 3 }}", "number in it is too large"),
+        (
+            "{% set n = namespace(x=[1]) %}{% for i in range(500) %}{% set n.x = [n.x] %}"
+            "{% endfor %}{{ [n.x] * 9999 | int }}{{ ([n.x] * 9999) | tojson(indent=9999) }}",
+            "more than",
+        ),
+        (
+            "{% set x = 'x' * 9000000 %}{% for i in range(100000) %}{% if x | upper == 'y' %}"
+            "{% endif %}{% endfor %}",
+            "more than 1 seconds",
+        ),
+    ],
+)
+def test_neither_numbers_nor_time_are_without_end(
+    template: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "_MOST_SECONDS", 1.0)
+    with pytest.raises(TemplateError, match=words):
+        ChatTemplate(template).render(TALK)
+
+
 def test_what_is_limited_still_does_what_it_did() -> None:
     for template, text in {
         "{{ 'a' ~ 1 ~ none }}": "a1None",
@@ -204,6 +266,11 @@ def test_what_is_limited_still_does_what_it_did() -> None:
         "{{ [1, 2, 3] | batch(2, 0) | list }}": "[[1, 2], [3, 0]]",
         "{% set x %}a{{ 'b' }}{% endset %}{{ x ~ x }}": "abab",
         "{% macro m(x) %}<{{ x }}>{% endmacro %}{{ m(1) ~ m('y') }}": "<1><y>",
+        "{% filter upper %}a{{ 'b' | lower }}{% endfilter %}": "AB",
+        "{{ {'a': [1, (2, 3)]} | tojson }}": '{"a": [1, [2, 3]]}',
+        "{{ [1] | tojson(indent=1) }}": "[\n 1\n]",
+        "{% for a, b in [(1, 2)] %}{{ a + b }}{% endfor %}{% set c, d = 3, 4 %}{{ c * d }}": "312",
+        "{{ 7 // 2 - 1 / 2 }}{{ 2 in [1, 2] and 1 is odd }}": "2.5True",
         "{{ '  a '.strip() }}{{ 'a,b'.split(',') | length }}": "a2",
     }.items():
         found = ChatTemplate(template).render(TALK)

@@ -24,6 +24,7 @@ from model.batch import ForwardBatch, GroupTables
 from model.ops import reference
 from model.ops import triton as ops
 from model.ops.triton import fused, tiles
+from model.ops.triton.norm import swiglu
 from model.shapes import named_config
 
 # Bytes of shared memory that one program may take.
@@ -152,7 +153,7 @@ def _calls(config: ModelConfig, rows: int) -> Iterator[Callable[[], Any]]:
     if config.moe is None:
         size = config.intermediate_size
         gate_up, weights = _empty(rows, 2 * size), (_empty(2 * size, hidden), _empty(hidden, size))
-        yield lambda: ops.swiglu(gate_up, None, 1.0)
+        yield lambda: swiglu(gate_up, None, 1.0)
         yield lambda: fused.norm_linear(x, x, norm, 1e-5, weights[0], None)
         yield lambda: fused.norm_mlp(x, x, norm, 1e-5, *weights)
         return

@@ -16,6 +16,7 @@ from model.batch import ForwardBatch, GroupTables
 from model.ops import cpu, reference, triton
 from model.ops.triton import fused as fused_ops
 from model.ops.triton import grouping, tiles
+from model.ops.triton.norm import swiglu
 from model.ops.triton.tiles import Tile
 from tests.checkpoints import quantize_mxfp4
 from tests.test_end_to_end import DATA
@@ -140,7 +141,7 @@ def test_rows_that_only_fill_a_batch_attend_to_nothing() -> None:
 @pytest.mark.parametrize("limit", [None, 7.0])
 def test_swiglu(limit: float | None, dtype: torch.dtype) -> None:
     gate_up = rand(5, 2 * 96, dtype=dtype) * 6
-    close(triton.swiglu(gate_up, limit, 1.702), reference.swiglu(gate_up, limit, 1.702), 2)
+    close(swiglu(gate_up, limit, 1.702), reference.swiglu(gate_up, limit, 1.702), 2)
 
 
 @pytest.mark.parametrize(("after", "normalize"), [(True, False), (False, True), (False, False)])

@@ -18,10 +18,9 @@ import jinja2.nodes
 import jinja2.parser
 
 from tokenizer.errors import TemplateError, TokenizerError
-from tokenizer.sandbox import Sandbox
+from tokenizer.sandbox import LONGEST_TEXT, Sandbox
 
 _LONGEST_SOURCE = 1 << 20  # characters; templates on the Hub have up to some ten thousand
-_LONGEST_TEXT = 64 << 20  # characters that a rendering may have
 
 Message = Mapping[str, Any]
 """One turn: {"role": "system" | "user" | "assistant", "content": text}, and what a template
@@ -80,8 +79,8 @@ class ChatTemplate:
             for piece in self._template.generate(names):
                 pieces.append(piece)
                 length += len(piece)
-                if length > _LONGEST_TEXT:
-                    raise TemplateError(f"it makes a text of more than {_LONGEST_TEXT} characters")
+                if length > LONGEST_TEXT:
+                    raise TemplateError(f"it makes a text of more than {LONGEST_TEXT} characters")
         except Exception as error:  # a template is a program: it can raise anything
             raise TemplateError(f"the chat template refused the conversation: {error}") from error
         return "".join(pieces)
@@ -119,13 +118,18 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     # Jinja's own filter escapes <, >, & and ', which no model was trained on.
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
+    encoder = json.JSONEncoder(
+        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+    if indent is None:
+        return encoder.encode(value)
+    pieces, length = [], 0
+    for piece in encoder.iterencode(value):  # deep inside a line is mostly its indent
+        pieces.append(piece)
+        length += len(piece)
+        if length > LONGEST_TEXT:
+            raise TemplateError(f"it makes a text of more than {LONGEST_TEXT} characters")
+    return "".join(pieces)
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -1,7 +1,8 @@
 """A checkpoint's tokenizer: its tokenizer.json and the small files that lie beside it."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,8 @@ class Tokenizer:
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
             raise TokenizerError(f"no tokenizer here: {file} does not exist")
-        try:
+        with _library(f"{file} is not a usable tokenizer.json"):
             backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
-            raise TokenizerError(f"{file} is not a usable tokenizer.json: {error}") from error
         folder = file.parent
         config = _read_json(folder / "tokenizer_config.json")
         special_tokens = _special_tokens(_read_json(folder / "special_tokens_map.json"))
@@ -78,17 +77,28 @@ class Tokenizer:
         `special` adds what the tokenizer puts around a text (Llama's first token, say). Text
         from a chat template has it already: pass False. Raises TokenizerError.
         """
-        try:
+        with _library("the text cannot be encoded"):  # lone surrogates
             return self._backend.encode(text, add_special_tokens=special).ids
-        except Exception as error:  # lone surrogates: TypeError; the rest is bare Exception
-            raise TokenizerError(f"the text cannot be encoded: {error}") from error
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Return the text of `ids`; ids without a token give nothing. Raises TokenizerError."""
-        try:
+        with _library("the token ids cannot be decoded"):  # below 0 or above 32 bits
             return self._backend.decode(ids, skip_special_tokens=skip_special)
-        except Exception as error:  # an id below 0 or above 32 bits: OverflowError
-            raise TokenizerError(f"the token ids cannot be decoded: {error}") from error
+
+
+@contextmanager
+def _library(trouble: str) -> Iterator[None]:
+    """Make a TokenizerError of what the library raises: mostly bare Exception.
+
+    Where its Rust panics it raises a class of its own that is no Exception and has no name to
+    import.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerError(f"{trouble}: {error}") from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:

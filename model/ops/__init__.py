@@ -4,6 +4,7 @@
 that are faster on a kind of device. A function here picks by the device its tensors are on.
 """
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -11,21 +12,31 @@ import torch
 
 from model.batch import ForwardBatch, GroupTables
 from model.ops import cpu, reference
-from model.ops.reference import ExpertWeights, Mxfp4
+from model.ops.cpu import Packed
+from model.ops.reference import Mxfp4
 
 __all__ = [
     "ExpertWeights",
     "Mxfp4",
+    "Packed",
+    "Weight",
     "add_rms_norm",
     "attention",
+    "empty_weight",
     "experts",
+    "gated_linear",
     "linear",
     "pack",
     "pack_experts",
     "rotate_and_write",
     "route",
-    "swiglu",
 ]
+
+Weight = torch.Tensor | Packed
+"""A linear's weight [out, in]."""
+
+ExpertWeights = torch.Tensor | Sequence[torch.Tensor] | Mxfp4 | Packed
+"""[experts, out, in]: stacked, one (packed) tensor an expert, MXFP4, or a device's own form."""
 
 _BY_DEVICE: dict[str, ModuleType] = {"cpu": cpu}
 
@@ -46,14 +57,27 @@ def _find(kind: str) -> ModuleType:
     return reference
 
 
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    """A linear's weight [out, in] in the form that `linear` is fastest with on its device."""
-    packed: torch.Tensor = _of(weight.device).pack(weight)
+def empty_weight(
+    like: torch.Tensor | Mxfp4, dtype: torch.dtype, device: torch.device, parts: int = 1
+) -> torch.Tensor | Mxfp4 | Packed:
+    """Storage for a weight [out, in] or experts [experts, out, in], to be filled by rows.
+
+    Filled as a tensor is, `weight[first:last].copy_(source)`, and then brought into its final form
+    by `pack` or `pack_experts`. parts: how many equal parts of the outputs are used together, as
+    gate and up are.
+    """
+    empty: torch.Tensor | Mxfp4 | Packed = _of(device).empty_weight(like, dtype, device, parts)
+    return empty
+
+
+def pack(weight: Weight) -> Weight:
+    """A filled weight [out, in] in the form that `linear` is fastest with on its device."""
+    packed: Weight = _of(weight.device).pack(weight)
     return packed
 
 
-def pack_experts(weights: torch.Tensor | Mxfp4, dtype: torch.dtype) -> ExpertWeights:
-    """Weights [experts, out, in] in the form that `experts` is fastest with on their device.
+def pack_experts(weights: torch.Tensor | Mxfp4 | Packed, dtype: torch.dtype) -> ExpertWeights:
+    """Filled weights [experts, out, in] in the form that `experts` is fastest with.
 
     dtype is that of the activations; MXFP4 becomes dense where no kernel reads it packed.
     """
@@ -61,7 +85,7 @@ def pack_experts(weights: torch.Tensor | Mxfp4, dtype: torch.dtype) -> ExpertWei
     return packed
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [tokens, in], weight [out, in] (plain or from `pack`), bias [out] → [tokens, out]."""
     out: torch.Tensor = _of(x.device).linear(x, weight, bias)
     return out
@@ -103,9 +127,15 @@ def attention(
     return out
 
 
-def swiglu(gate_up: torch.Tensor, limit: float | None, alpha: float) -> torch.Tensor:
-    """gate_up [tokens, 2 · size] → [tokens, size]; the two forms are in `reference.swiglu`."""
-    out: torch.Tensor = _of(gate_up.device).swiglu(gate_up, limit, alpha)
+def gated_linear(
+    x: torch.Tensor,
+    weight: Weight,
+    bias: torch.Tensor | None,
+    limit: float | None,
+    alpha: float,
+) -> torch.Tensor:
+    """x [tokens, in] → SwiGLU of its gates and ups [tokens, size]; forms in `reference.swiglu`."""
+    out: torch.Tensor = _of(x.device).gated_linear(x, weight, bias, limit, alpha)
     return out
 
 

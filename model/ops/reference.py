@@ -32,9 +32,25 @@ class Mxfp4:
         """Return the number of experts."""
         return len(self.blocks)
 
-    def __getitem__(self, expert: int) -> "Mxfp4":
-        """Return the weights of one expert, still packed."""
-        return Mxfp4(self.blocks[expert], self.scales[expert])
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the values: experts, out, in."""
+        *outer, groups = self.scales.shape
+        return *outer, groups * MXFP4_BLOCK
+
+    def __getitem__(self, index: int | slice) -> "Mxfp4":
+        """Return one expert, or one expert's rows."""
+        return Mxfp4(self.blocks[index], self.scales[index])
+
+    def copy_(self, source: "Mxfp4") -> None:
+        """Take the values of another."""
+        self.blocks.copy_(source.blocks)
+        self.scales.copy_(source.scales)
+
+    def random_(self, generator: torch.Generator) -> None:
+        """Fill with random values of a usual size."""
+        self.blocks.random_(0, 256, generator=generator)
+        self.scales.fill_(120)  # values of up to 6 · 2⁻⁷
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the values."""
@@ -43,6 +59,18 @@ class Mxfp4:
 
 ExpertWeights = torch.Tensor | Sequence[torch.Tensor] | Mxfp4
 """[experts, out, in], as stacked, as one (packed) tensor an expert, or as MXFP4."""
+
+
+def empty_weight(
+    like: torch.Tensor | Mxfp4, dtype: torch.dtype, device: torch.device, parts: int
+) -> torch.Tensor | Mxfp4:
+    """Plain storage of the same shape."""
+    if isinstance(like, Mxfp4):
+        return Mxfp4(
+            torch.empty(like.blocks.shape, dtype=torch.uint8, device=device),
+            torch.empty(like.scales.shape, dtype=torch.uint8, device=device),
+        )
+    return torch.empty(like.shape, dtype=dtype, device=device)
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
@@ -58,6 +86,17 @@ def pack_experts(weights: torch.Tensor | Mxfp4, dtype: torch.dtype) -> ExpertWei
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [tokens, in], weight [out, in], bias [out] → [tokens, out]."""
     return F.linear(x, weight, bias)
+
+
+def gated_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    limit: float | None,
+    alpha: float,
+) -> torch.Tensor:
+    """`linear` to [tokens, 2 · size], then `swiglu` → [tokens, size]."""
+    return swiglu(linear(x, weight, bias), limit, alpha)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -1,16 +1,137 @@
-"""The ops on a CPU."""
+"""The ops on a CPU: native kernels for bfloat16 where they were built, torch for the rest."""
 
-from model.ops.cpu.plain import attention, experts, linear, pack, pack_experts
-from model.ops.reference import add_rms_norm, rotate_and_write, route, swiglu
+from collections.abc import Sequence
 
-__all__ = [
-    "add_rms_norm",
-    "attention",
-    "experts",
-    "linear",
-    "pack",
-    "pack_experts",
-    "rotate_and_write",
-    "route",
-    "swiglu",
-]
+import torch
+
+from model.batch import ForwardBatch, GroupTables
+from model.ops import reference
+from model.ops.cpu import native, plain
+from model.ops.cpu.native import Packed
+from model.ops.reference import MXFP4_BLOCK, Mxfp4
+
+
+def _native(x: torch.Tensor, *multiples: tuple[int, int]) -> bool:
+    """Whether the kernels take bfloat16 of these sizes, each with what must divide it."""
+    return (
+        x.dtype == torch.bfloat16
+        and not any(size % unit for size, unit in multiples)
+        and native.library() is not None
+    )
+
+
+def empty_weight(
+    like: torch.Tensor | Mxfp4, dtype: torch.dtype, device: torch.device, parts: int
+) -> torch.Tensor | Mxfp4 | Packed:
+    """As ops.empty_weight."""
+    *stack, outputs, inputs = like.shape
+    fits = dtype == torch.bfloat16 and not inputs % MXFP4_BLOCK
+    if stack:  # experts, whose outputs are taken panel by panel
+        fits = fits and not outputs % (parts * native.PANEL)
+    if fits and native.library() is not None:
+        return Packed.empty(like.shape, isinstance(like, Mxfp4))
+    return reference.empty_weight(like, dtype, device, parts)
+
+
+def pack(weight: torch.Tensor | Packed) -> torch.Tensor | Packed:
+    """As ops.pack."""
+    if isinstance(weight, Packed):
+        return weight
+    if _native(weight, (weight.shape[1], MXFP4_BLOCK)):
+        packed = Packed.empty(weight.shape, False)
+        packed.copy_(weight)
+        return packed
+    return plain.pack(weight)
+
+
+def pack_experts(
+    weights: torch.Tensor | Mxfp4 | Packed, dtype: torch.dtype
+) -> Sequence[torch.Tensor] | Packed:
+    """As ops.pack_experts."""
+    return weights if isinstance(weights, Packed) else plain.pack_experts(weights, dtype)
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor | Packed, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """As reference.linear."""
+    if isinstance(weight, Packed):
+        return native.linear(x, weight, bias)
+    return plain.linear(x, weight, bias)
+
+
+def add_rms_norm(
+    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As reference.add_rms_norm."""
+    which = native if _native(x, (x.shape[1], 16)) else reference
+    return which.add_rms_norm(x, delta, weight, eps)
+
+
+def rotate_and_write(
+    qkv: torch.Tensor,
+    cos_sin: torch.Tensor,
+    kv: torch.Tensor,
+    slots: torch.Tensor,
+    heads: int,
+    norms: tuple[torch.Tensor, torch.Tensor] | None,
+    eps: float,
+) -> torch.Tensor:
+    """As reference.rotate_and_write."""
+    which = native if _native(qkv, (qkv.shape[2], 32)) else reference
+    return which.rotate_and_write(qkv, cos_sin, kv, slots, heads, norms, eps)
+
+
+def attention(
+    query: torch.Tensor,
+    kv: torch.Tensor,
+    batch: ForwardBatch,
+    group: GroupTables,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """As reference.attention."""
+    fits = query.shape[2] <= native.MAX_HEAD_DIM and _native(query, (query.shape[2], 32))
+    return (native if fits else plain).attention(query, kv, batch, group, sinks)
+
+
+def gated_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor | Packed,
+    bias: torch.Tensor | None,
+    limit: float | None,
+    alpha: float,
+) -> torch.Tensor:
+    """As reference.gated_linear."""
+    if not isinstance(weight, Packed):
+        return reference.swiglu(plain.linear(x, weight, bias), limit, alpha)
+    if weight.shape[0] % (2 * native.PANEL):
+        return reference.swiglu(native.linear(x, weight, bias), limit, alpha)
+    return native.gated_linear(x, weight, bias, limit, alpha)
+
+
+def route(
+    logits: torch.Tensor, top_k: int, softmax_after_top_k: bool, normalize: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As reference.route."""
+    which = native if _native(logits) else reference
+    return which.route(logits, top_k, softmax_after_top_k, normalize)
+
+
+def experts(
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: Sequence[torch.Tensor] | Packed,
+    gate_up_bias: torch.Tensor | None,
+    down: Sequence[torch.Tensor] | Packed,
+    down_bias: torch.Tensor | None,
+    limit: float | None,
+    alpha: float,
+) -> torch.Tensor:
+    """As reference.experts."""
+    if isinstance(gate_up, Packed) and isinstance(down, Packed):
+        inner = native.experts_up(x, chosen, gate_up, gate_up_bias, limit, alpha)
+        return native.experts_down(inner, chosen, weights, down, down_bias)
+    assert not isinstance(gate_up, Packed)  # both are, or neither
+    assert not isinstance(down, Packed)
+    return plain.experts(x, chosen, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha)

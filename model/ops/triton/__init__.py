@@ -1,12 +1,13 @@
 """The ops as Triton kernels, one source for NVIDIA and AMD: torch's device type "cuda".
 
-Matrix products of dense layers stay with torch (cuBLAS, hipBLASLt).
+Matrix products of dense layers stay with torch (cuBLAS, hipBLASLt), which takes their weights as
+they are; the kernels of experts take theirs stacked, and MXFP4 packed.
 """
 
 import torch
 import torch.nn.functional as F
 
-from model.ops.reference import ExpertWeights, Mxfp4
+from model.ops.reference import empty_weight, pack, pack_experts
 from model.ops.triton.attention import attention
 from model.ops.triton.experts import experts
 from model.ops.triton.norm import add_rms_norm, swiglu
@@ -16,26 +17,28 @@ from model.ops.triton.route import route
 __all__ = [
     "add_rms_norm",
     "attention",
+    "empty_weight",
     "experts",
+    "gated_linear",
     "linear",
     "pack",
     "pack_experts",
     "rotate_and_write",
     "route",
-    "swiglu",
 ]
-
-
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    """The weight as it is: torch's libraries take it so."""
-    return weight
-
-
-def pack_experts(weights: torch.Tensor | Mxfp4, dtype: torch.dtype) -> ExpertWeights:
-    """The weights as they are: kernels read them stacked, and MXFP4 packed."""
-    return weights
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """As `reference.linear`."""
     return F.linear(x, weight, bias)
+
+
+def gated_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    limit: float | None,
+    alpha: float,
+) -> torch.Tensor:
+    """As `reference.gated_linear`."""
+    return swiglu(F.linear(x, weight, bias), limit, alpha)

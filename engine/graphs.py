@@ -1,0 +1,154 @@
+"""Decode steps of fixed sizes, captured once and replayed: one launch instead of hundreds.
+
+A captured step reads its inputs from buffers that stay where they are. A batch is padded to the
+next size there is, with rows that write to a block of their own and whose logits nobody reads.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from model.batch import ForwardBatch, GroupTables
+
+Compute = Callable[[], torch.Tensor]
+Capture = Callable[[Compute], Compute]
+"""Makes of a computation one that does the same again, over what its buffers then hold."""
+
+
+def sizes(most: int) -> list[int]:
+    """Batch sizes to capture for batches of up to `most`: 1, 2, 4, multiples of 8, `most`."""
+    return sorted({size for size in (1, 2, 4, *range(8, most, 8)) if size < most} | {most})
+
+
+class DecodeGraphs:
+    """One captured step a size, all over the same buffers."""
+
+    def __init__(
+        self,
+        forward: Callable[[ForwardBatch], torch.Tensor],
+        buffers: ForwardBatch,
+        logits: torch.Tensor,
+        capture: Capture,
+    ):
+        """Capture `forward` for batches as long as the buffers and for smaller ones.
+
+        buffers: a batch that can run as it is, one token a sequence (`padding`); logits
+        [sequences, vocab]: where results are put, since what is allocated in one capture is used
+        again by the next.
+        """
+        self.sizes = sizes(len(buffers.seen))
+        self._inputs = {size: _first(buffers, size) for size in self.sizes}
+        self._logits = logits
+        self._replay: dict[int, Compute] = {}
+        for size in reversed(self.sizes):  # the smaller ones fit where the largest was
+            compute = partial(self._compute, forward, self._inputs[size])
+            self._replay[size] = capture(compute)
+
+    def size(self, sequences: int) -> int:
+        """The size that a batch of so many sequences is to be padded to."""
+        return next(size for size in self.sizes if size >= sequences)
+
+    def __call__(self, batch: ForwardBatch) -> torch.Tensor:
+        """Logits [sequences, vocab] of a batch of one of the sizes, valid until the next call.
+
+        Its tensors may be on the host; none of this waits for the device if they are pinned.
+        """
+        size = len(batch.seen)
+        inputs = self._inputs[size]
+        pairs = [
+            (inputs.token_ids, batch.token_ids),
+            (inputs.positions, batch.positions),
+            (inputs.seen, batch.seen),
+        ]
+        for mine, given in zip(inputs.groups, batch.groups, strict=True):
+            width = given.block_table.shape[1]
+            pairs += [(mine.block_table[:, :width], given.block_table), (mine.slots, given.slots)]
+        for buffer, values in pairs:
+            buffer.copy_(values, non_blocking=True)
+        return self._replay[size]()
+
+    def _compute(
+        self, forward: Callable[[ForwardBatch], torch.Tensor], inputs: ForwardBatch
+    ) -> torch.Tensor:
+        return self._logits[: len(inputs.seen)].copy_(forward(inputs))
+
+
+def padding(
+    sequences: int,
+    windows: list[int | None],
+    width: int,
+    block: int,
+    slot: int,
+    device: torch.device,
+) -> ForwardBatch:
+    """A batch of sequences of one token each, all in one slot of one block.
+
+    width: of the block tables. What changes from step to step is not in its lists, so that a
+    capture cannot hold on to it.
+    """
+
+    def full(shape: tuple[int, ...], value: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.full(shape, value, dtype=dtype, device=device)
+
+    return ForwardBatch(
+        token_ids=full((sequences,), 0, torch.int64),
+        positions=full((sequences,), 0, torch.int64),
+        query_lens=[1] * sequences,
+        context_lens=[],
+        num_single=sequences,
+        groups=tuple(
+            GroupTables(
+                window,
+                full((sequences, width), block, torch.int32),
+                full((sequences,), slot, torch.int64),
+            )
+            for window in windows
+        ),
+        logits_rows=torch.arange(sequences, device=device),
+        query_starts=torch.arange(sequences + 1, dtype=torch.int32, device=device),
+        seen=full((sequences,), 1, torch.int32),
+    )
+
+
+def _first(batch: ForwardBatch, count: int) -> ForwardBatch:
+    """The batch's first sequences, in the same memory."""
+    return replace(
+        batch,
+        token_ids=batch.token_ids[:count],
+        positions=batch.positions[:count],
+        query_lens=batch.query_lens[:count],
+        num_single=count,
+        groups=tuple(
+            GroupTables(group.window, group.block_table[:count], group.slots[:count])
+            for group in batch.groups
+        ),
+        logits_rows=batch.logits_rows[:count],
+        query_starts=batch.query_starts[: count + 1],
+        seen=batch.seen[:count],
+    )
+
+
+def gpu_capture() -> Capture:
+    """Capture as CUDA graphs (HIP graphs on AMD), which share their memory."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(compute: Compute) -> Compute:
+        # Once before: kernels are compiled and libraries set up, which cannot be captured.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            compute()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            result = compute()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return result
+
+        return replay
+
+    return capture

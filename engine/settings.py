@@ -1,0 +1,42 @@
+"""What an engine can be asked for, and what it says where it cannot."""
+
+import torch
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class EngineError(ValueError):
+    """The engine cannot run as it was asked to; the message says what to change."""
+
+
+def device_named(name: str) -> torch.device:
+    """auto, cpu, cuda or cuda:N. Raises EngineError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise EngineError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise EngineError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise EngineError(f"device {name!r} does not exist: torch sees {torch.cuda.device_count()}")
+    return device
+
+
+def dtype_named(name: str, own: str, device: torch.device) -> torch.dtype:
+    """Which type to compute in; own: the checkpoint's. Raises EngineError."""
+    if name == "auto":
+        # float16 is slow on CPUs, and bfloat16 has at least its range.
+        name = "bfloat16" if own == "float16" and device.type == "cpu" else own
+    if name not in _DTYPES:
+        raise EngineError(f"dtype must be auto, {', '.join(_DTYPES)}, not {name!r}")
+    return _DTYPES[name]
+
+
+def at_least_1(name: str, value: int | None, default: int) -> int:
+    """The value, or the default for None. Raises EngineError."""
+    value = default if value is None else value
+    if value < 1:
+        raise EngineError(f"{name} must be 1 or more, not {value}")
+    return value

@@ -1,0 +1,69 @@
+"""What the engine counts, for reports."""
+
+from dataclasses import dataclass
+
+from engine.request import Completion
+from engine.scheduler import Scheduler, Step
+
+
+@dataclass
+class EngineStats:
+    """Counters since the engine was made; times in seconds."""
+
+    steps: int = 0
+    prompt_tokens: int = 0  # of finished requests
+    cached_tokens: int = 0  # of those, found in the prefix cache
+    output_tokens: int = 0
+    preemptions: int = 0
+    back_offs: int = 0  # steps that ran out of memory and were taken back
+    batch_sum: int = 0  # sequences a step, summed over steps
+    peak_batch: int = 0
+    kv_blocks: int = 0
+    kv_bytes: int = 0
+    peak_kv_blocks: int = 0
+    decode_tokens: int = 0  # computed, one of a sequence in a step
+    decode_context: int = 0  # positions that these attended, without windows
+    prefill_chunks: int = 0  # of more than one token
+    prefill_tokens: int = 0
+    prefill_context: int = 0  # lengths at the ends of the chunks
+    kv_full_steps: int = 0  # steps in which requests waited for blocks alone
+    short_steps: int = 0  # steps that had room for more requests than there were
+    schedule_s: float = 0.0
+    model_s: float = 0.0  # the model's steps, sampling included
+    warm_up_s: float = 0.0  # capture included
+    capture_s: float = 0.0  # of decode steps as graphs, and compiling what they run
+    inference_s: float = 0.0
+    finish_s: float = 0.0
+
+    def count(self, step: Step, scheduler: Scheduler) -> None:
+        """Count a step that was launched."""
+        self.steps += 1
+        self.batch_sum += step.size
+        self.peak_batch = max(self.peak_batch, step.size)
+        self.peak_kv_blocks = max(self.peak_kv_blocks, scheduler.cache.num_used)
+        self.preemptions = scheduler.preemptions
+        self.decode_tokens += len(step.decodes)
+        self.decode_context += sum(step.ends[: len(step.decodes)])
+        computed = len(step.decodes)
+        for chunk in step.chunks:
+            tokens = chunk.end - chunk.start
+            computed += tokens
+            if tokens == 1:
+                self.decode_tokens += 1
+                self.decode_context += chunk.end
+            else:
+                self.prefill_chunks += 1
+                self.prefill_tokens += tokens
+                self.prefill_context += chunk.end
+        limits = scheduler.max_batch_size, scheduler.max_batch_tokens
+        if len(scheduler.running) < limits[0] and computed < limits[1]:
+            if scheduler.waiting:
+                self.kv_full_steps += 1
+            else:
+                self.short_steps += 1
+
+    def count_finished(self, completion: Completion) -> None:
+        """Count a request that is through."""
+        self.prompt_tokens += completion.prompt_tokens
+        self.cached_tokens += completion.cached_tokens
+        self.output_tokens += len(completion.token_ids)

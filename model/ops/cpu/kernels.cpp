@@ -1,0 +1,165 @@
+// The decoder's operations on a CPU, in bfloat16 and MXFP4: plain C functions, called by native.py.
+//
+// The bodies are in kernels.h and are compiled once for any processor of the architecture (on x86:
+// with AVX2) and once for AVX-512 with BF16; AMX is used within the latter where there is one.
+// OpenMP comes from the runtime that torch has loaded: this library is not linked to one.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+using bf16 = uint16_t;
+
+// A weight [outputs, inputs]: panels of 32 outputs; within a panel the values of two inputs stand
+// side by side, for all outputs: bf16 [panels, inputs / 2, 32, 2].
+// MXFP4, by panel and group of 32 inputs: 512 bytes of codes, in 8 units of 32 16-bit words. The
+// nibbles of a word, from the low one, belong to four vectors of bf16: two pairs of inputs, each
+// for outputs 0 to 15 and 16 to 31. Scales: uint8 [panels, groups, 32].
+struct Weight {
+  const void* data;
+  const uint8_t* scales;  // null: bf16
+  const bf16* bias;       // [outputs] or null
+  int64_t outputs, inputs;
+};
+
+constexpr int64_t PANEL = 32;  // outputs
+constexpr int64_t GROUP = 32;  // inputs that share a scale in MXFP4
+constexpr int64_t ROWS = 32;   // rows of a block
+
+struct Swiglu {
+  bool clamped;
+  float limit, alpha;
+};
+
+static bool use_amx = false;
+
+#if defined(__x86_64__)
+#define WIDE 0
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi2")
+namespace narrow {
+#include "kernels.h"
+}
+#pragma GCC pop_options
+#undef WIDE
+#define WIDE 1
+#pragma GCC push_options
+#pragma GCC target( \
+    "avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")
+namespace wide {
+#include "kernels.h"
+}
+#pragma GCC pop_options
+#else
+#define WIDE 0
+namespace narrow {
+#include "kernels.h"
+}
+#endif
+
+static bool is_wide = false;
+
+// What this processor can do: 0 nothing of ours, 1 the narrow kernels, 2 AVX-512 BF16, 3 AMX too.
+extern "C" int getp_best_level() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+  unsigned a, b, c, d;
+  if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
+      !__builtin_cpu_supports("avx512dq") || !__get_cpuid_count(7, 1, &a, &b, &c, &d) ||
+      !(a & (1u << 5)))
+    return 1;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & (1u << 22)) || !(d & (1u << 24))) return 2;
+  constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 ? 3 : 2;
+#else
+  return 1;
+#endif
+}
+
+extern "C" void getp_use_level(int level) {
+  is_wide = level >= 2;
+  use_amx = level >= 3;
+}
+
+#if defined(__x86_64__)
+#define CALL(function, ...) (is_wide ? wide::function(__VA_ARGS__) : narrow::function(__VA_ARGS__))
+#else
+#define CALL(function, ...) narrow::function(__VA_ARGS__)
+#endif
+
+extern "C" {
+
+void getp_pack(bf16* to, int64_t inputs, int64_t first, int64_t count, const bf16* from,
+               int64_t row_stride, int64_t column_stride, int threads) {
+  CALL(pack, to, inputs, first, count, from, row_stride, column_stride, threads);
+}
+
+void getp_pack_mxfp4(uint8_t* to, uint8_t* to_scales, int64_t inputs, int64_t first, int64_t count,
+                     const uint8_t* codes, const uint8_t* scales, int64_t row_step, int threads) {
+  CALL(pack_mxfp4, to, to_scales, inputs, first, count, codes, scales, row_step, threads);
+}
+
+void getp_linear(const Weight* weight, const bf16* x, int64_t rows, bf16* out, int threads) {
+  CALL(linear, *weight, x, rows, out, threads);
+}
+
+void getp_add_rms_norm(const bf16* x, const bf16* delta, const bf16* weight, int64_t rows,
+                       int64_t size, float eps, bf16* sum, bf16* normed, int threads) {
+  CALL(add_rms_norm, x, delta, weight, rows, size, eps, sum, normed, threads);
+}
+
+void getp_rotate_and_write(const bf16* qkv, const float* cos_sin, bf16* kv, int64_t kv_half,
+                           const int64_t* slots, const bf16* q_norm, const bf16* k_norm, float eps,
+                           int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                           bf16* query, int threads) {
+  CALL(rotate_and_write, qkv, cos_sin, kv, kv_half, slots, q_norm, k_norm, eps, tokens, heads,
+       kv_heads, head_dim, query, threads);
+}
+
+void getp_attention(const bf16* query, const bf16* kv, int64_t kv_half, const int32_t* table,
+                    int64_t width, const int32_t* starts, const int32_t* seen, const bf16* sinks,
+                    int64_t sequences, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                    int64_t block_size, int64_t window, bf16* out, int threads) {
+  CALL(attention, query, kv, kv_half, table, width, starts, seen, sinks, sequences, heads, kv_heads,
+       head_dim, block_size, window, out, threads);
+}
+
+void getp_gated_linear(const Weight* weight, const bf16* x, int64_t rows, int clamped, float limit,
+                       float alpha, bf16* out, int threads) {
+  CALL(gated_linear, *weight, x, rows, Swiglu{clamped != 0, limit, alpha}, out, threads);
+}
+
+void getp_route(const bf16* logits, int64_t rows, int64_t experts, int64_t top_k, int after,
+                int normalize, int64_t* chosen, float* weights) {
+  CALL(route, logits, rows, experts, top_k, after != 0, normalize != 0, chosen, weights);
+}
+
+void getp_experts_up(const Weight* experts, int64_t count, const bf16* x, int64_t tokens,
+                     const int64_t* chosen, int64_t top_k, int clamped, float limit, float alpha,
+                     bf16* inner, int threads) {
+  CALL(experts_up, experts, count, x, tokens, chosen, top_k,
+       Swiglu{clamped != 0, limit, alpha}, inner, threads);
+}
+
+void getp_experts_down(const Weight* experts, int64_t count, const bf16* inner, int64_t tokens,
+                       const int64_t* chosen, const float* weights, int64_t top_k, bf16* out,
+                       int threads) {
+  CALL(experts_down, experts, count, inner, tokens, chosen, weights, top_k, out, threads);
+}
+}

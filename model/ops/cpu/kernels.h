@@ -1,0 +1,933 @@
+// The kernels' bodies, included once for each instruction set (WIDE: AVX-512 with BF16).
+// Vectors are GCC's, 64 bytes whatever the processor: a narrower one takes several registers.
+
+typedef float floats __attribute__((vector_size(64)));     // 16
+typedef int32_t ints __attribute__((vector_size(64)));     // 16, or 32 bf16 in pairs
+typedef int16_t halves __attribute__((vector_size(32)));   // 16 bf16
+typedef float floats_at __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t ints_at __attribute__((vector_size(64), aligned(1), may_alias));
+typedef int16_t halves_at __attribute__((vector_size(32), aligned(1), may_alias));
+
+INLINE floats load(const float* at) { return *(const floats_at*)at; }
+INLINE void store(float* at, floats value) { *(floats_at*)at = value; }
+INLINE ints load_pairs(const void* at) { return *(const ints_at*)at; }
+// Keeps a loaded vector in its register: GCC would load it again for each use.
+INLINE void hold([[maybe_unused]] ints& value) {
+#if WIDE
+  asm("" : "+v"(value));
+#endif
+}
+
+INLINE floats splat(float value) { return value - floats{}; }
+
+INLINE floats widen(const bf16* at) {
+#if WIDE
+  return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)at)), 16);
+#else
+  typedef uint16_t unsigned_halves __attribute__((vector_size(32)));
+  const halves narrow = *(const halves_at*)at;
+  return (floats)(__builtin_convertvector((unsigned_halves)narrow, ints) << 16);
+#endif
+}
+
+INLINE float widen_one(bf16 value) {
+  uint32_t bits = (uint32_t)value << 16;
+  float wide;
+  memcpy(&wide, &bits, 4);
+  return wide;
+}
+
+INLINE bf16 narrow_one(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return (bf16)((bits >> 16) | 0x40);
+  return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest, ties to even
+}
+
+INLINE void narrow(bf16* at, floats value) {
+#if WIDE
+  *(halves_at*)at = (halves)_mm512_cvtneps_pbh((__m512)value);
+#else
+  const ints bits = (ints)value;
+  const ints even = bits + 0x7fff + ((bits >> 16) & 1);
+  const ints quiet = bits | 0x400000;
+  const ints is_nan = (bits & 0x7fffffff) > 0x7f800000;
+  const ints chosen = ((is_nan & quiet) | (~is_nan & even)) >> 16;
+  *(halves_at*)at = __builtin_convertvector(chosen, halves);
+#endif
+}
+
+INLINE float sum(floats value) {
+#if WIDE
+  return _mm512_reduce_add_ps((__m512)value);
+#else
+  float total = 0;
+  for (int i = 0; i < 16; i++) total += value[i];
+  return total;
+#endif
+}
+
+INLINE float largest(floats value) {
+#if WIDE
+  return _mm512_reduce_max_ps((__m512)value);
+#else
+  float most = value[0];
+  for (int i = 1; i < 16; i++) most = std::max(most, value[i]);
+  return most;
+#endif
+}
+
+// acc + the products of two bf16 pairs a lane.
+INLINE floats dot(floats acc, ints a, ints b) {
+#if WIDE
+  return (floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#else
+  const int32_t high = (int32_t)0xffff0000;
+  acc += (floats)(a << 16) * (floats)(b << 16);
+  acc += (floats)(a & high) * (floats)(b & high);
+  return acc;
+#endif
+}
+
+// e to the power of x: 2^n times a polynomial (Taylor's, of degree 6, on half an octave each side:
+// relative error below 2e-7).
+INLINE floats exponential(floats x) {
+  x = x < -87.0f ? splat(-87.0f) : x;
+  x = x > 88.0f ? splat(88.0f) : x;
+  const floats scaled = x * 1.44269504088896f;
+  const floats shifted = scaled + 12582912.0f;  // 1.5 · 2²³: rounds to an integer
+  const ints n = (ints)shifted - 0x4b400000;
+  const floats rest = (scaled - (shifted - 12582912.0f)) * 0.693147180559945f;
+  floats p = rest * (1.0f / 720) + (1.0f / 120);
+  p = p * rest + (1.0f / 24);
+  p = p * rest + (1.0f / 6);
+  p = p * rest + 0.5f;
+  p = p * rest + 1.0f;
+  p = p * rest + 1.0f;
+  return (floats)((ints)p + (n << 23));
+}
+
+INLINE floats activate(floats gate, floats up, Swiglu how) {
+  if (!how.clamped) return gate / (1.0f + exponential(-gate)) * up;
+  gate = gate > how.limit ? splat(how.limit) : gate;
+  up = up > how.limit ? splat(how.limit) : up;
+  up = up < -how.limit ? splat(-how.limit) : up;
+  return gate / (1.0f + exponential(-how.alpha * gate)) * (up + 1.0f);
+}
+
+// ---- Matrix multiplication: c [count, 32] = a [count, inputs] times one panel ----
+
+#if WIDE
+constexpr int MOST_ROWS = 12;  // that share one pass over a panel; their sums stay in registers
+#else
+constexpr int MOST_ROWS = 2;
+#endif
+
+template <int COUNT>
+INLINE void rows_times_panel(const bf16* a, int64_t stride, const bf16* panel, int64_t inputs,
+                             float* c, bool more) {
+  floats acc[COUNT][2] = {};
+  if (more)
+    for (int r = 0; r < COUNT; r++) {
+      acc[r][0] = load(c + r * PANEL);
+      acc[r][1] = load(c + r * PANEL + 16);
+    }
+  for (int64_t k = 0; k < inputs; k += 2) {
+    ints low = load_pairs(panel + k * PANEL), high = load_pairs(panel + k * PANEL + PANEL);
+    hold(low);
+    hold(high);
+    __builtin_prefetch(panel + k * PANEL + 2048);
+    __builtin_prefetch(panel + k * PANEL + 2048 + PANEL);
+#pragma GCC unroll 12
+    for (int r = 0; r < COUNT; r++) {
+      int32_t pair;
+      memcpy(&pair, a + r * stride + k, 4);
+      ints both = pair - ints{};
+      hold(both);
+      acc[r][0] = dot(acc[r][0], both, low);
+      acc[r][1] = dot(acc[r][1], both, high);
+    }
+  }
+  for (int r = 0; r < COUNT; r++) {
+    store(c + r * PANEL, acc[r][0]);
+    store(c + r * PANEL + 16, acc[r][1]);
+  }
+}
+
+// Calls `f` with `count`, from 1 to MOST, as a constant.
+template <int MOST, typename F>
+INLINE void with_constant(int64_t count, F f) {
+  if constexpr (MOST > 1) {
+    if (count < MOST) return with_constant<MOST - 1>(count, f);
+  }
+  f(std::integral_constant<int, MOST>());
+}
+
+__attribute__((noinline)) static void dot_block(const bf16* a, int64_t stride, int64_t count,
+                                                const bf16* panel, int64_t inputs, float* c,
+                                                bool more) {
+  const int64_t passes = (count + MOST_ROWS - 1) / MOST_ROWS;
+  const int64_t each = (count + passes - 1) / passes;
+  for (int64_t row = 0; row < count; row += each) {
+    with_constant<MOST_ROWS>(std::min(each, count - row), [&](auto constant) {
+      rows_times_panel<constant.value>(a + row * stride, stride, panel, inputs, c + row * PANEL,
+                                       more);
+    });
+  }
+}
+
+#if WIDE
+struct TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes_a_row[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Tiles 0 to 3 hold sums, 4 and 5 rows of a, 6 and 7 the panel's two halves.
+INLINE void configure_tiles(int64_t count) {
+  TileConfig config;
+  const uint8_t first = (uint8_t)std::min<int64_t>(count, 16);
+  const uint8_t second = count > 16 ? (uint8_t)(count - 16) : first;
+  for (int tile = 0; tile < 8; tile++) config.bytes_a_row[tile] = 64;
+  config.rows[0] = config.rows[1] = config.rows[4] = first;
+  config.rows[2] = config.rows[3] = config.rows[5] = second;
+  config.rows[6] = config.rows[7] = 16;
+  _tile_loadconfig(&config);
+}
+
+// As dot_block, for tiles that are configured for `count` of at most 32 rows.
+__attribute__((noinline)) static void tile_block(const bf16* a, int64_t stride, int64_t count,
+                                                 const bf16* panel, int64_t inputs, float* c,
+                                                 bool more) {
+  const bool both = count > 16;
+  if (more) {
+    _tile_loadd(0, c, 128);
+    _tile_loadd(1, c + 16, 128);
+    if (both) {
+      _tile_loadd(2, c + 16 * PANEL, 128);
+      _tile_loadd(3, c + 16 * PANEL + 16, 128);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < inputs; k += 32) {
+    _tile_loadd(6, panel + k * PANEL, 128);
+    _tile_loadd(4, a + k, stride * 2);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, panel + k * PANEL + 32, 128);
+    _tile_dpbf16ps(1, 4, 7);
+    if (both) {
+      _tile_loadd(5, a + 16 * stride + k, stride * 2);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, 128);
+  _tile_stored(1, c + 16, 128);
+  if (both) {
+    _tile_stored(2, c + 16 * PANEL, 128);
+    _tile_stored(3, c + 16 * PANEL + 16, 128);
+  }
+}
+#endif
+
+#if WIDE
+// The sixteen values of FP4 E2M1 as bf16, twice: a look-up takes the low five bits of its index.
+// Zero is 2^-60: next to any other value nil, and its exponent has room for a scale to be added.
+alignas(64) static const uint16_t FP4[32] = {
+    0x2180, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,
+    0xa180, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0,
+    0x2180, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,
+    0xa180, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0};
+#endif
+
+// A panel of MXFP4 as bf16. Scales are added to the exponents, which stay in bf16's range: small
+// scales are raised in pack_mxfp4, large ones refused in native.py.
+static void unpack(const uint8_t* codes, const uint8_t* scales, int64_t inputs, bf16* panel) {
+#if WIDE
+  const __m512i table = _mm512_load_si512(FP4);
+  for (int64_t k = 0; k < inputs; k += GROUP) {
+    __m512i shift[2];
+    for (int half = 0; half < 2; half++) {
+      const __m512i wide =
+          _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(scales + k + half * 16)));
+      const __m512i exponent = _mm512_and_si512(
+          _mm512_slli_epi32(_mm512_sub_epi32(wide, _mm512_set1_epi32(127)), 7),
+          _mm512_set1_epi32(0xffff));
+      shift[half] = _mm512_or_si512(exponent, _mm512_slli_epi32(exponent, 16));
+    }
+    for (int unit = 0; unit < 8; unit++) {
+      __m512i words = _mm512_loadu_si512(codes + k * 16 + unit * 64);
+      __builtin_prefetch(codes + k * 16 + unit * 64 + 4096);
+      for (int i = 0; i < 4; i++) {
+        const __m512i value = _mm512_permutexvar_epi16(words, table);
+        _mm512_storeu_si512(panel + (k + unit * 4) * PANEL + i * 32,
+                            _mm512_add_epi16(value, shift[i & 1]));
+        words = _mm512_srli_epi16(words, 4);
+      }
+    }
+  }
+#else
+  static const uint16_t magnitudes[8] = {0x0000, 0x3f00, 0x3f80, 0x3fc0,
+                                         0x4000, 0x4040, 0x4080, 0x40c0};
+  for (int64_t k = 0; k < inputs; k += GROUP) {
+    for (int unit = 0; unit < 8; unit++) {
+      const uint16_t* words = (const uint16_t*)(codes + k * 16 + unit * 64);
+      for (int i = 0; i < 4; i++) {
+        bf16* to = panel + (k + unit * 4) * PANEL + i * 32;
+        for (int lane = 0; lane < 32; lane++) {
+          const int code = words[lane] >> (4 * i) & 15;
+          const int shift = (int)scales[k + (i & 1) * 16 + lane / 2] - 127;
+          const int value = magnitudes[code & 7] + (code & 7 ? shift * 128 : 0);
+          to[lane] = (bf16)(value | (code & 8) << 12);
+        }
+      }
+    }
+  }
+#endif
+}
+
+// Memory of a thread's own, kept from call to call.
+template <typename T>
+INLINE T* scratch_for(int64_t values) {
+  static thread_local std::vector<T> scratch;
+  if ((int64_t)scratch.size() < values + 64) scratch.resize((size_t)values + 64);
+  return (T*)(((uintptr_t)scratch.data() + 63) & ~(uintptr_t)63);
+}
+
+// c [count, 32], or what is more of it, for at most ROWS rows. `tiles`: the rows that the tiles
+// are configured for now.
+INLINE void multiply(const bf16* a, int64_t stride, int64_t count, const bf16* panel,
+                     int64_t inputs, float* c, bool more, [[maybe_unused]] int64_t& tiles) {
+#if WIDE
+  if (use_amx) {
+    if (tiles != count) configure_tiles(tiles = count);
+    return tile_block(a, stride, count, panel, inputs, c, more);
+  }
+#endif
+  dot_block(a, stride, count, panel, inputs, c, more);
+}
+
+// Inputs that are taken at once: their part of a panel stays in the first-level cache for all rows.
+constexpr int64_t SPAN = 256;
+
+// c [rows, 32] = x [rows, inputs] times one panel, plus its bias. A row's products are added up in
+// the same order whatever the number of rows: a result does not depend on the batch.
+static void rows_times_weight(const Weight& weight, int64_t index, const bf16* x, int64_t rows,
+                              float* c, int64_t& tiles) {
+  alignas(64) bf16 unpacked[SPAN * PANEL];
+  const int64_t inputs = weight.inputs;
+  const int64_t step = rows > ROWS || weight.scales ? SPAN : inputs;
+  for (int64_t k = 0; k < inputs; k += step) {
+    const int64_t width = std::min(step, inputs - k);
+    const bf16* panel = (const bf16*)weight.data + (index * inputs + k) * PANEL;
+    if (weight.scales) {
+      const int64_t at = index * inputs + k;
+      unpack((const uint8_t*)weight.data + at * PANEL / 2, weight.scales + at, width, unpacked);
+      panel = unpacked;
+    }
+    for (int64_t row = 0; row < rows; row += ROWS)
+      multiply(x + row * inputs + k, inputs, std::min(ROWS, rows - row), panel, width,
+               c + row * PANEL, k > 0, tiles);
+  }
+  if (!weight.bias) return;
+  const int64_t first = index * PANEL, own = std::min(PANEL, weight.outputs - first);
+  float bias[PANEL] = {};
+  for (int64_t i = 0; i < own; i++) bias[i] = widen_one(weight.bias[first + i]);
+  const floats low = load(bias), high = load(bias + 16);
+  for (int64_t r = 0; r < rows; r++) {
+    store(c + r * PANEL, load(c + r * PANEL) + low);
+    store(c + r * PANEL + 16, load(c + r * PANEL + 16) + high);
+  }
+}
+
+INLINE void release_tiles([[maybe_unused]] int64_t tiles) {
+#if WIDE
+  if (tiles) _tile_release();
+#endif
+}
+
+INLINE void write_row(const float* c, bf16* out, int64_t own) {
+  if (own >= PANEL) {
+    narrow(out, load(c));
+    narrow(out + 16, load(c + 16));
+  } else {
+    for (int64_t i = 0; i < own; i++) out[i] = narrow_one(c[i]);
+  }
+}
+
+// Rows of `a` that stay in a core's second-level cache beside a panel.
+INLINE int64_t rows_in_cache(int64_t inputs) {
+  return std::max<int64_t>(ROWS, ((1 << 20) / (2 * inputs)) / ROWS * ROWS);
+}
+
+static void linear(const Weight& weight, const bf16* x, int64_t rows, bf16* out, int threads) {
+  const int64_t inputs = weight.inputs, outputs = weight.outputs;
+  const int64_t panels = (outputs + PANEL - 1) / PANEL;
+  const int64_t most = rows_in_cache(inputs), spans = (rows + most - 1) / most;
+  const int64_t items = panels * spans, chunk = std::max<int64_t>(1, items / (8 * threads));
+  if (rows * outputs * inputs < 1 << 17) threads = 1;
+#pragma omp parallel num_threads(threads)
+  {
+    float* c = scratch_for<float>(most * PANEL);
+    int64_t tiles = 0;
+#pragma omp for schedule(dynamic, chunk) nowait
+    for (int64_t item = 0; item < items; item++) {
+      const int64_t index = item % panels, first = item / panels * most;
+      const int64_t count = std::min(most, rows - first), own = outputs - index * PANEL;
+      rows_times_weight(weight, index, x + first * inputs, count, c, tiles);
+      for (int64_t r = 0; r < count; r++)
+        write_row(c + r * PANEL, out + (first + r) * outputs + index * PANEL, own);
+    }
+    release_tiles(tiles);
+  }
+}
+
+// One panel of gates and the panel of what they gate, for rows [first, last) of x [rows, inputs]:
+// out [rows, outputs / 2]. The first half of the outputs are gates.
+static void gated_block(const Weight& weight, int64_t index, const bf16* x, int64_t first,
+                        int64_t last, Swiglu how, bf16* out, float* c, int64_t& tiles) {
+  const int64_t size = weight.outputs / 2, rows = last - first;
+  float *gate = c, *up = c + rows * PANEL;
+  rows_times_weight(weight, index, x + first * weight.inputs, rows, gate, tiles);
+  rows_times_weight(weight, index + size / PANEL, x + first * weight.inputs, rows, up, tiles);
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t v = 0; v < PANEL; v += 16)
+      narrow(out + (first + r) * size + index * PANEL + v,
+             activate(load(gate + r * PANEL + v), load(up + r * PANEL + v), how));
+}
+
+static void gated_linear(const Weight& weight, const bf16* x, int64_t rows, Swiglu how, bf16* out,
+                         int threads) {
+  const int64_t inputs = weight.inputs, panels = weight.outputs / 2 / PANEL;
+  const int64_t most = rows_in_cache(inputs), items = panels * ((rows + most - 1) / most);
+  const int64_t chunk = std::max<int64_t>(1, items / (8 * threads));
+  if (rows * weight.outputs * inputs < 1 << 17) threads = 1;
+#pragma omp parallel num_threads(threads)
+  {
+    float* c = scratch_for<float>(2 * most * PANEL);
+    int64_t tiles = 0;
+#pragma omp for schedule(dynamic, chunk) nowait
+    for (int64_t item = 0; item < items; item++) {
+      const int64_t first = item / panels * most;
+      gated_block(weight, item % panels, x, first, std::min(rows, first + most), how, out, c,
+                  tiles);
+    }
+    release_tiles(tiles);
+  }
+}
+
+// ---- Packing ----
+
+static void pack(bf16* to, int64_t inputs, int64_t first, int64_t count, const bf16* from,
+                 int64_t row_stride, int64_t column_stride, int threads) {
+  const int64_t begin = first / PANEL, end = (first + count + PANEL - 1) / PANEL;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t panel = begin; panel < end; panel++) {
+    const int64_t low = std::max(first, panel * PANEL);
+    const int64_t high = std::min(first + count, (panel + 1) * PANEL);
+    bf16* mine = to + panel * PANEL * inputs;
+    // In spans of inputs that fit the first-level cache, whichever way the source runs.
+    for (int64_t span = 0; span < inputs; span += 128) {
+      const int64_t stop = std::min(inputs, span + 128);
+      if (column_stride == 1) {
+        for (int64_t n = low; n < high; n++) {
+          const bf16* row = from + (n - first) * row_stride;
+          bf16* out = mine + (n - panel * PANEL) * 2;
+          for (int64_t k = span; k < stop; k += 2) memcpy(out + k * PANEL, row + k, 4);
+        }
+      } else {
+        for (int64_t k = span; k < stop; k++) {
+          const bf16* column = from + k * column_stride;
+          bf16* out = mine + (k & ~1) * PANEL + (k & 1);
+          for (int64_t n = low; n < high; n++)
+            out[(n - panel * PANEL) * 2] = column[(n - first) * row_stride];
+        }
+      }
+    }
+  }
+}
+
+// codes [count, inputs / 2] and scales [count, inputs / 32], each `row_step` rows from the next.
+static void pack_mxfp4(uint8_t* to, uint8_t* to_scales, int64_t inputs, int64_t first,
+                       int64_t count, const uint8_t* codes, const uint8_t* scales,
+                       int64_t row_step, int threads) {
+  const int64_t begin = first / PANEL, end = (first + count + PANEL - 1) / PANEL;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t panel = begin; panel < end; panel++) {
+    const int64_t low = std::max(first, panel * PANEL);
+    const int64_t high = std::min(first + count, (panel + 1) * PANEL);
+    for (int64_t n = low; n < high; n++) {
+      const int64_t output = n - panel * PANEL, half = output / 16, lane = output % 16 * 2;
+      const uint8_t* row = codes + (n - first) * row_step * inputs / 2;
+      const uint8_t* row_scales = scales + (n - first) * row_step * inputs / GROUP;
+      uint8_t* mine = to + panel * PANEL * inputs / 2;
+      for (int64_t group = 0; group < inputs / GROUP; group++) {
+        // Smaller ones would leave bf16's exponents; below 2^-60 they scale to nil.
+        to_scales[panel * inputs + group * GROUP + output] = std::max<uint8_t>(row_scales[group], 64);
+        for (int unit = 0; unit < 8; unit++) {
+          // Four inputs, two bytes: pair 0 goes to nibbles `half` of two words, pair 1 to those
+          // two further.
+          const uint8_t a = row[group * 16 + unit * 2], b = row[group * 16 + unit * 2 + 1];
+          uint16_t* words = (uint16_t*)(mine + group * 512 + unit * 64);
+          const uint16_t keep = (uint16_t) ~(half ? 0xf0f0 : 0x0f0f);
+          const int shift = (int)half * 4;
+          const uint16_t even = (uint16_t)(((a & 15) | (b & 15) << 8) << shift);
+          const uint16_t odd = (uint16_t)(((a >> 4) | (b >> 4) << 8) << shift);
+          words[lane] = (uint16_t)((words[lane] & keep) | even);
+          words[lane + 1] = (uint16_t)((words[lane + 1] & keep) | odd);
+        }
+      }
+    }
+  }
+}
+
+// ---- Norm, rotary, router ----
+
+static void add_rms_norm(const bf16* x, const bf16* delta, const bf16* weight, int64_t rows,
+                         int64_t size, float eps, bf16* out_sum, bf16* normed, int threads) {
+  if (rows * size < 1 << 14) threads = 1;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t row = 0; row < rows; row++) {
+    const bf16* from = x + row * size;
+    if (delta) {
+      bf16* to = out_sum + row * size;
+      for (int64_t i = 0; i < size; i += 16)
+        narrow(to + i, widen(from + i) + widen(delta + row * size + i));
+      from = to;
+    }
+    floats squares = {};
+    for (int64_t i = 0; i < size; i += 16) {
+      const floats value = widen(from + i);
+      squares += value * value;
+    }
+    const float factor = 1.0f / std::sqrt(sum(squares) / (float)size + eps);
+    for (int64_t i = 0; i < size; i += 16)
+      narrow(normed + row * size + i, widen(from + i) * factor * widen(weight + i));
+  }
+}
+
+INLINE void rotate_head(const bf16* from, const bf16* norm, float eps, const float* cos,
+                        const float* sin, int64_t head_dim, bf16* to) {
+  float factor = 1;
+  if (norm) {
+    floats squares = {};
+    for (int64_t i = 0; i < head_dim; i += 16) {
+      const floats value = widen(from + i);
+      squares += value * value;
+    }
+    factor = 1.0f / std::sqrt(sum(squares) / (float)head_dim + eps);
+  }
+  const int64_t half = head_dim / 2;
+  for (int64_t i = 0; i < half; i += 16) {
+    floats first = widen(from + i), second = widen(from + half + i);
+    if (norm) {
+      first = first * factor * widen(norm + i);
+      second = second * factor * widen(norm + half + i);
+    }
+    narrow(to + i, first * load(cos + i) - second * load(sin + i));
+    narrow(to + half + i, second * load(cos + i) + first * load(sin + i));
+  }
+}
+
+static void rotate_and_write(const bf16* qkv, const float* cos_sin, bf16* kv, int64_t kv_half,
+                             const int64_t* slots, const bf16* q_norm, const bf16* k_norm,
+                             float eps, int64_t tokens, int64_t heads, int64_t kv_heads,
+                             int64_t head_dim, bf16* query, int threads) {
+  if (tokens * heads * head_dim < 1 << 13) threads = 1;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t token = 0; token < tokens; token++) {
+    const bf16* from = qkv + token * (heads + 2 * kv_heads) * head_dim;
+    const float *cos = cos_sin + token * head_dim, *sin = cos + head_dim / 2;
+    for (int64_t head = 0; head < heads; head++, from += head_dim)
+      rotate_head(from, q_norm, eps, cos, sin, head_dim,
+                  query + (token * heads + head) * head_dim);
+    bf16* to = kv + slots[token] * kv_heads * head_dim;
+    for (int64_t head = 0; head < kv_heads; head++, from += head_dim)
+      rotate_head(from, k_norm, eps, cos, sin, head_dim, to + head * head_dim);
+    memcpy(to + kv_half, from, (size_t)(kv_heads * head_dim) * 2);
+  }
+}
+
+static void route(const bf16* logits, int64_t rows, int64_t experts, int64_t top_k, bool after,
+                  bool normalize, int64_t* chosen, float* weights) {
+  std::vector<float> values((size_t)experts);
+  for (int64_t row = 0; row < rows; row++) {
+    int64_t* ids = chosen + row * top_k;
+    float* shares = weights + row * top_k;
+    for (int64_t e = 0; e < experts; e++) values[(size_t)e] = widen_one(logits[row * experts + e]);
+    float top = -INFINITY, total = 0;
+    for (float value : values) top = std::max(top, value);
+    if (!after)
+      for (float value : values) total += std::exp(value - top);
+    float kept = 0;
+    for (int64_t k = 0; k < top_k; k++) {
+      const int64_t best = std::max_element(values.begin(), values.end()) - values.begin();
+      ids[k] = best;
+      shares[k] = std::exp(values[(size_t)best] - top);
+      kept += shares[k];
+      values[(size_t)best] = -INFINITY;
+    }
+    const float divisor = after || normalize ? kept : total;
+    for (int64_t k = 0; k < top_k; k++) shares[k] /= divisor;
+  }
+}
+
+// ---- Attention over paged KV ----
+
+constexpr int64_t TILE = 64;        // positions taken at once
+constexpr int64_t MOST_QUERY = 32;  // (token, head) rows that share a KV head and a pass
+constexpr int64_t MOST_MIXED = 64 * 256;
+
+// keys of 16 positions [16, head_dim] → [head_dim / 2, 16, 2]
+INLINE void transpose_keys(const bf16* const* rows, int64_t head_dim, bf16* to) {
+#if WIDE
+  for (int64_t span = 0; span < head_dim; span += 32) {
+    __m512i r[16], t[16];
+    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(rows[i] + span);
+    for (int i = 0; i < 8; i++) {
+      t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+      t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; i++) {
+      r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+      r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+      r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+      r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+      t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+      t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+      t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+      t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+      _mm512_storeu_si512(to + (span / 2 + i) * 32, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+      _mm512_storeu_si512(to + (span / 2 + i + 8) * 32, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
+      _mm512_storeu_si512(to + (span / 2 + i + 4) * 32,
+                          _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
+      _mm512_storeu_si512(to + (span / 2 + i + 12) * 32,
+                          _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
+    }
+  }
+#else
+  for (int i = 0; i < 16; i++)
+    for (int64_t k = 0; k < head_dim; k += 2) memcpy(to + k * 16 + i * 2, rows[i] + k, 4);
+#endif
+}
+
+template <int COUNT>
+INLINE void score_rows(const bf16* const* query, const bf16* keys, int64_t head_dim, float scale,
+                       float* scores) {
+  floats acc[COUNT] = {};
+  for (int64_t k = 0; k < head_dim; k += 2) {
+    ints pairs = load_pairs(keys + k * 16);
+    hold(pairs);
+#pragma GCC unroll 8
+    for (int r = 0; r < COUNT; r++) {
+      int32_t pair;
+      memcpy(&pair, query[r] + k, 4);
+      acc[r] = dot(acc[r], pair - ints{}, pairs);
+    }
+  }
+  for (int r = 0; r < COUNT; r++) store(scores + r * TILE, acc[r] * scale);
+}
+
+template <int COUNT, int VECTORS>
+INLINE void mix_rows(const float* shares, const bf16* const* values, int64_t count, float* out,
+                     int64_t stride) {
+  floats acc[COUNT][VECTORS];
+  for (int r = 0; r < COUNT; r++)
+    for (int v = 0; v < VECTORS; v++) acc[r][v] = load(out + r * stride + v * 16);
+  for (int64_t i = 0; i < count; i++) {
+    floats value[VECTORS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++) value[v] = widen(values[i] + v * 16);
+#pragma GCC unroll 4
+    for (int r = 0; r < COUNT; r++) {
+      const floats share = splat(shares[r * TILE + i]);
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; v++) acc[r][v] += share * value[v];
+    }
+  }
+  for (int r = 0; r < COUNT; r++)
+    for (int v = 0; v < VECTORS; v++) store(out + r * stride + v * 16, acc[r][v]);
+}
+
+// Turns a row's scores of a tile, of which it may see [from, to), into shares relative to the
+// largest score so far, and brings what was summed before to the same measure.
+INLINE void take_shares(float* row, int64_t count, int64_t from, int64_t to, float& top,
+                        float& total, float* mixed, int64_t head_dim) {
+  for (int64_t i = 0; i < std::min(from, count); i++) row[i] = -INFINITY;
+  for (int64_t i = std::max<int64_t>(0, to); i < (count + 15) / 16 * 16; i++) row[i] = -INFINITY;
+  floats most = load(row);
+  for (int64_t i = 16; i < count; i += 16) {
+    const floats value = load(row + i);
+    most = value > most ? value : most;
+  }
+  const float best = std::max(top, largest(most));
+  if (best == -INFINITY) {  // nothing to see yet
+    for (int64_t i = 0; i < count; i++) row[i] = 0;
+    return;
+  }
+  floats sums = {};
+  for (int64_t i = 0; i < count; i += 16) {
+    const floats value = load(row + i);
+    const floats share = value == -INFINITY ? splat(0) : exponential(value - best);
+    store(row + i, share);
+    sums += share;
+  }
+  if (best > top) {
+    const float shrink = top == -INFINITY ? 0 : std::exp(top - best);
+    total *= shrink;
+    for (int64_t i = 0; i < head_dim; i += 16) store(mixed + i, load(mixed + i) * shrink);
+    top = best;
+  }
+  total += sum(sums);
+}
+
+// What one thread attends at once: some tokens of a sequence, for KV heads that lie side by side.
+struct AttentionItem {
+  int64_t sequence, first, last, kv_head, kv_heads;
+};
+
+struct AttentionSize {
+  int64_t heads, kv_heads, head_dim, block_size, window;
+};
+
+static void attend(const bf16* query, bf16* out, const AttentionItem& item, int64_t before,
+                   const AttentionSize& size, const bf16* kv, int64_t kv_half,
+                   const int32_t* table, const bf16* sinks) {
+  const int64_t head_dim = size.head_dim, group = size.heads / size.kv_heads;
+  const int64_t rows = (item.last - item.first) * group;  // of one KV head, by token
+  const int64_t end = before + item.last, window = size.window;
+  // A multiple of TILE, so that sums are added up in the same order in any chunk.
+  const int64_t begin =
+      window ? std::max<int64_t>(0, before + item.first + 1 - window) / TILE * TILE : 0;
+  const int64_t stride = size.kv_heads * head_dim;
+  const float scale = 1.0f / std::sqrt((float)head_dim);
+  alignas(64) bf16 keys[16 * 256];
+  alignas(64) float scores[MOST_QUERY * TILE];
+  alignas(64) float mixed[MOST_MIXED];
+  float top[MOST_MIXED / 32], total[MOST_MIXED / 32];
+  const bf16* query_rows[MOST_QUERY];
+  const bf16 *key_rows[TILE], *value_rows[TILE], *part_rows[TILE];
+  int64_t offsets[2][TILE];  // of this tile's positions and of the next one's, in a cache
+  const auto find = [&](int64_t from, int64_t* to) {
+    for (int64_t i = 0; i < std::min(TILE, end - from); i++) {
+      const int64_t position = from + i, block = table[position / size.block_size];
+      to[i] = (block * size.block_size + position % size.block_size) * stride +
+              item.kv_head * head_dim;
+    }
+  };
+  find(begin, offsets[0]);
+  int64_t ends[MOST_QUERY];
+  for (int64_t r = 0; r < rows; r++) ends[r] = before + item.first + r / group + 1;
+  for (int64_t i = 0; i < rows * item.kv_heads; i++) {
+    const int64_t head = (item.kv_head + i / rows) * group + i % rows % group;
+    top[i] = sinks ? widen_one(sinks[head]) : -INFINITY;
+    total[i] = sinks ? 1 : 0;
+  }
+  memset(mixed, 0, (size_t)(item.kv_heads * rows * head_dim) * 4);
+  for (int64_t at = begin; at < end; at += TILE) {
+    const int64_t count = std::min(TILE, end - at), padded = (count + 15) / 16 * 16;
+    const int64_t *here = offsets[(at - begin) / TILE % 2], ahead = std::min(TILE, end - at - TILE);
+    int64_t* next = offsets[((at - begin) / TILE + 1) % 2];
+    find(at + TILE, next);
+    for (int64_t i = 0; i < count; i++) {
+      key_rows[i] = kv + here[i];
+      value_rows[i] = key_rows[i] + kv_half;
+    }
+    for (int64_t i = count; i < padded; i++) key_rows[i] = key_rows[0];
+    for (int64_t own = 0; own < item.kv_heads; own++) {
+      const int64_t head = (item.kv_head + own) * group;
+      for (int64_t r = 0; r < rows; r++)
+        query_rows[r] =
+            query + ((item.first + r / group) * size.heads + head + r % group) * head_dim;
+      for (int64_t i = 0; i < count; i += 16) {
+        // The pages lie anywhere, which no hardware foresees: values wanted soon, keys later.
+        for (int64_t j = i; j < std::min(count, i + 16); j++)
+          for (int64_t d = 0; d < head_dim; d += 32) __builtin_prefetch(value_rows[j] + d);
+        for (int64_t j = i; j < std::min(ahead, i + 16); j++)
+          for (int64_t d = 0; d < head_dim; d += 32)
+            __builtin_prefetch(kv + next[j] + own * head_dim + d, 0, 2);
+        transpose_keys(key_rows + i, head_dim, keys);
+        for (int64_t r = 0; r < rows; r += 8)
+          with_constant<8>(std::min<int64_t>(8, rows - r), [&](auto constant) {
+            score_rows<constant.value>(query_rows + r, keys, head_dim, scale,
+                                       scores + r * TILE + i);
+          });
+      }
+      float *own_mixed = mixed + own * rows * head_dim;
+      for (int64_t r = 0; r < rows; r++)
+        take_shares(scores + r * TILE, count, window ? ends[r] - window - at : 0, ends[r] - at,
+                    top[own * rows + r], total[own * rows + r], own_mixed + r * head_dim, head_dim);
+      for (int64_t part = 0; part < head_dim; part += 32) {
+        const bool wide = head_dim - part >= 64;
+        for (int64_t i = 0; i < count; i++) part_rows[i] = value_rows[i] + part;
+        for (int64_t r = 0; r < rows; r += 4)
+          with_constant<4>(std::min<int64_t>(4, rows - r), [&](auto constant) {
+            float* to = own_mixed + r * head_dim + part;
+            if (wide)
+              mix_rows<constant.value, 4>(scores + r * TILE, part_rows, count, to, head_dim);
+            else
+              mix_rows<constant.value, 2>(scores + r * TILE, part_rows, count, to, head_dim);
+          });
+        if (wide) part += 32;
+      }
+      for (int64_t i = 0; i < padded; i++) key_rows[i] += head_dim;
+      for (int64_t i = 0; i < count; i++) value_rows[i] += head_dim;
+    }
+  }
+  for (int64_t i = 0; i < rows * item.kv_heads; i++) {
+    const int64_t r = i % rows, head = (item.kv_head + i / rows) * group + r % group;
+    bf16* to = out + ((item.first + r / group) * size.heads + head) * head_dim;
+    const float factor = total[i] > 0 ? 1 / total[i] : 0;
+    for (int64_t d = 0; d < head_dim; d += 16)
+      narrow(to + d, load(mixed + i * head_dim + d) * factor);
+  }
+}
+
+static void attention(const bf16* query, const bf16* kv, int64_t kv_half, const int32_t* table,
+                      int64_t width, const int32_t* starts, const int32_t* seen,
+                      const bf16* sinks, int64_t sequences, int64_t heads, int64_t kv_heads,
+                      int64_t head_dim, int64_t block_size, int64_t window, bf16* out,
+                      int threads) {
+  const AttentionSize size{heads, kv_heads, head_dim, block_size, window};
+  const int64_t group = heads / kv_heads, tokens = std::max<int64_t>(1, MOST_QUERY / group);
+  static thread_local std::vector<AttentionItem> items;
+  items.clear();
+  // Heads that lie side by side are read together, as long as there is work for every thread.
+  int64_t span = std::min(kv_heads, MOST_MIXED / (head_dim * std::min(group * tokens, MOST_QUERY)));
+  while (span > 1 && sequences * kv_heads / span < 4 * threads) span /= 2;
+  int64_t work = 0;
+  for (int64_t s = 0; s < sequences; s++) {
+    const int64_t count = starts[s + 1] - starts[s];
+    work += count * std::min<int64_t>(seen[s], window ? window + count : seen[s]);
+    for (int64_t first = 0; first < count; first += tokens)
+      for (int64_t head = 0; head < kv_heads; head += span)
+        items.push_back({s, first, std::min(count, first + tokens), head,
+                         std::min(span, kv_heads - head)});
+  }
+  if (work * heads * head_dim < 1 << 16) threads = 1;
+  const AttentionItem* all = items.data();
+  const int64_t count = (int64_t)items.size();
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t s = all[i].sequence, offset = (int64_t)starts[s] * heads * head_dim;
+    attend(query + offset, out + offset, all[i], seen[s] - (starts[s + 1] - starts[s]), size, kv,
+           kv_half, table + s * width, sinks);
+  }
+}
+
+// ---- Experts ----
+
+// Pairs (token, rank) in order of their expert.
+struct Grouped {
+  std::vector<int64_t> starts, pairs;
+};
+
+static const Grouped& group_pairs(const int64_t* chosen, int64_t pairs, int64_t experts) {
+  static thread_local Grouped grouped;
+  grouped.starts.assign((size_t)experts + 1, 0);
+  grouped.pairs.resize((size_t)pairs);
+  for (int64_t i = 0; i < pairs; i++) grouped.starts[(size_t)chosen[i] + 1]++;
+  for (int64_t e = 0; e < experts; e++) grouped.starts[(size_t)e + 1] += grouped.starts[(size_t)e];
+  static thread_local std::vector<int64_t> next;
+  next = grouped.starts;
+  for (int64_t i = 0; i < pairs; i++) grouped.pairs[(size_t)next[(size_t)chosen[i]]++] = i;
+  return grouped;
+}
+
+// What one thread does at a time: a panel (or a pair of them) of one expert, for a span of rows.
+struct ExpertItem {
+  int64_t expert, panel, first, last;
+};
+
+static const std::vector<ExpertItem>& expert_items(const Grouped& grouped, int64_t experts,
+                                                   int64_t panels, int64_t most) {
+  static thread_local std::vector<ExpertItem> items;
+  items.clear();
+  for (int64_t e = 0; e < experts; e++)
+    for (int64_t first = grouped.starts[(size_t)e]; first < grouped.starts[(size_t)e + 1];
+         first += most)
+      for (int64_t panel = 0; panel < panels; panel++)
+        items.push_back({e, panel, first, std::min(grouped.starts[(size_t)e + 1], first + most)});
+  return items;
+}
+
+// x [tokens, inputs] → inner [tokens · top_k, outputs / 2], in order of experts.
+static void experts_up(const Weight* experts, int64_t count, const bf16* x, int64_t tokens,
+                       const int64_t* chosen, int64_t top_k, Swiglu how, bf16* inner,
+                       int threads) {
+  const int64_t pairs = tokens * top_k, inputs = experts->inputs, size = experts->outputs / 2;
+  const Grouped& grouped = group_pairs(chosen, pairs, count);
+  const int64_t most = rows_in_cache(inputs);
+  const auto& items = expert_items(grouped, count, size / PANEL, most);
+  const int64_t total = (int64_t)items.size(), chunk = std::max<int64_t>(1, total / (16 * threads));
+  static thread_local std::vector<bf16> gathered_rows;
+  gathered_rows.resize((size_t)(pairs * inputs));
+  bf16* gathered = gathered_rows.data();
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < pairs; i++)
+      memcpy(gathered + i * inputs, x + grouped.pairs[(size_t)i] / top_k * inputs,
+             (size_t)inputs * 2);
+    float* c = scratch_for<float>(2 * most * PANEL);
+    int64_t tiles = 0;
+#pragma omp for schedule(dynamic, chunk) nowait
+    for (int64_t i = 0; i < total; i++) {
+      const ExpertItem item = items[(size_t)i];
+      gated_block(experts[item.expert], item.panel, gathered, item.first, item.last, how, inner, c,
+                  tiles);
+    }
+    release_tiles(tiles);
+  }
+}
+
+// inner from experts_up → out [tokens, outputs]: each token's results times weights [tokens,
+// top_k], added in the order of its choices, so that a sum does not depend on who else is there.
+static void experts_down(const Weight* experts, int64_t count, const bf16* inner, int64_t tokens,
+                         const int64_t* chosen, const float* weights, int64_t top_k, bf16* out,
+                         int threads) {
+  const int64_t pairs = tokens * top_k, inputs = experts->inputs, outputs = experts->outputs;
+  const int64_t panels = (outputs + PANEL - 1) / PANEL, width = panels * PANEL;
+  const Grouped& grouped = group_pairs(chosen, pairs, count);
+  const int64_t most = rows_in_cache(inputs);
+  const auto& items = expert_items(grouped, count, panels, most);
+  const int64_t total = (int64_t)items.size(), chunk = std::max<int64_t>(1, total / (16 * threads));
+  static thread_local std::vector<float> result_rows;
+  result_rows.resize((size_t)(pairs * width));
+  float* results = result_rows.data();
+#pragma omp parallel num_threads(threads)
+  {
+    float* c = scratch_for<float>(most * PANEL);
+    int64_t tiles = 0;
+#pragma omp for schedule(dynamic, chunk)
+    for (int64_t i = 0; i < total; i++) {
+      const ExpertItem item = items[(size_t)i];
+      const int64_t rows = item.last - item.first;
+      rows_times_weight(experts[item.expert], item.panel, inner + item.first * inputs, rows, c,
+                        tiles);
+      for (int64_t r = 0; r < rows; r++) {
+        const int64_t pair = grouped.pairs[(size_t)(item.first + r)];
+        float* to = results + pair * width + item.panel * PANEL;
+        store(to, load(c + r * PANEL) * weights[pair]);
+        store(to + 16, load(c + r * PANEL + 16) * weights[pair]);
+      }
+    }
+    release_tiles(tiles);
+#pragma omp for schedule(static)
+    for (int64_t token = 0; token < tokens; token++)
+      for (int64_t at = 0; at < outputs; at += 16) {
+        floats added = load(results + token * top_k * width + at);
+        for (int64_t k = 1; k < top_k; k++)
+          added += load(results + (token * top_k + k) * width + at);
+        narrow(out + token * outputs + at, added);
+      }
+  }
+}

@@ -1,0 +1,191 @@
+"""Decode steps at fixed sizes give the same results: padding harms nobody.
+
+In place of a GPU's graphs stands a function that computes over the same buffers again.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine import Engine, EngineError, Request, SamplingParams
+from engine.graphs import Capture, Compute, sizes
+from engine.kv_cache import NULL_BLOCK
+from model.batch import ForwardBatch
+from tests.test_engine import load
+
+
+class FromTensors:
+    """A model that takes every length from the batch's tensors, as kernels of a graph do."""
+
+    def __init__(self, model: Any):
+        self._model = model
+
+    def __call__(self, batch: ForwardBatch, *rest: Any) -> torch.Tensor:
+        fresh = replace(
+            batch,
+            query_lens=batch.query_starts.diff().tolist(),
+            context_lens=batch.seen.tolist(),
+            groups=tuple(replace(group, plan=None) for group in batch.groups),
+        )
+        logits: torch.Tensor = self._model(fresh, *rest)
+        return logits
+
+
+def recording(replays: Counter[int]) -> Capture:
+    """Captures that count how often each size is replayed."""
+
+    def capture(compute: Compute) -> Compute:
+        size = len(compute())  # as a GPU's capture, which runs it before
+
+        def replay() -> torch.Tensor:
+            replays[size] += 1
+            return compute()
+
+        return replay
+
+    return capture
+
+
+def test_sizes_are_few_and_reach_the_largest() -> None:
+    assert sizes(1) == [1]
+    assert sizes(3) == [1, 2, 3]
+    assert sizes(8) == [1, 2, 4, 8]
+    assert sizes(20) == [1, 2, 4, 8, 16, 20]
+    assert sizes(256) == [1, 2, 4, *range(8, 257, 8)]
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen2-window-yarn", "qwen3_moe"])
+def test_steps_replayed_at_fixed_sizes_give_the_same_tokens(
+    name: str, ahead: int, checkpoint: Callable[[str], Path]
+) -> None:
+    requests = load()
+    settings: dict[str, Any] = {"dtype": "float32", "kv_memory": 32 << 20, "max_batch_size": 10}
+    with Engine(checkpoint(name), **settings) as engine:
+        expected = {c.request_id: c.token_ids for c in engine.generate(requests)}
+    with Engine(checkpoint(name), **settings) as engine:
+        runner, replays = engine._runner, Counter[int]()
+        engine._ahead = ahead
+        runner._model = FromTensors(runner._model)  # type: ignore[assignment]
+        runner.capture(recording(replays))
+        for cache in runner._caches:
+            cache[:, 1:] = float("nan")
+        found = {c.request_id: c.token_ids for c in engine.generate(requests)}
+        assert all(not cache[:, NULL_BLOCK].any() for cache in runner._caches)
+    assert found == expected
+    assert runner._graphs is None
+    assert len(replays) >= 4
+    assert sum(replays.values()) > 50
+    assert set(replays) <= {1, 2, 4, 8, 10}
+
+
+def test_the_largest_step_can_be_run_and_leaves_nothing(checkpoint: Callable[[str], Path]) -> None:
+    with Engine(checkpoint("gpt_oss"), dtype="float32", kv_memory=32 << 20) as engine:
+        runner = engine._runner
+        rows: list[torch.Size] = []
+        model: Any = runner._model
+
+        def watched(batch: ForwardBatch, *rest: Any) -> torch.Tensor:
+            assert batch.token_ids.shape == (64 * (300 // 64),)
+            rows.append(model(batch, *rest).shape)
+            return torch.zeros(rows[-1])
+
+        watched.prepare_rope = model.prepare_rope  # type: ignore[attr-defined]
+        runner._model = watched  # type: ignore[assignment]
+        runner.run_largest(64, 300, 200, 16)
+        assert rows == [(64, engine.config.vocab_size)]
+        assert not runner._caches
+        assert runner._sampler is None
+
+
+def test_a_step_that_cannot_be_captured_is_said_and_run_without(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    said: list[str] = []
+
+    def capture(compute: Compute) -> Compute:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    engine = Engine(checkpoint("qwen2"), kv_memory=8 << 20, notice=said.append)
+    engine._make_capture = lambda: capture
+    with engine:
+        (done,) = engine.generate([Request([1, 2], SamplingParams(max_new_tokens=4))])
+    assert len(done.token_ids) == 4
+    assert said == [
+        "decode steps are not replayed as graphs: operation not permitted when stream is capturing"
+    ]
+    assert engine.stats.capture_s > 0
+
+    def full(compute: Compute) -> Compute:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    engine._make_capture = lambda: full
+    with pytest.raises(EngineError, match="out of memory while the model was loaded"):
+        engine.warm_up()
+
+
+class NoQuestions(TorchDispatchMode):
+    """Refuses every operation whose result on a GPU would have to be waited for."""
+
+    asked = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "bincount")
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> torch.Tensor:
+        assert not any(name in str(func) for name in self.asked), func
+        if "aten.index.Tensor" in str(func):
+            assert all(index is None or index.dtype != torch.bool for index in args[1])
+        result: torch.Tensor = func(*args, **(kwargs or {}))
+        return result
+
+
+def test_a_decode_step_is_launched_without_asking_the_device(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    """Whatever the requests want: tokens are only looked at when they are read."""
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.7},
+        {"temperature": 0.7, "top_p": 0.999},
+        {"temperature": 0.7, "top_k": 30, "logprobs": 2},
+        {"logprobs": 5},
+    ]
+    requests = [
+        Request(
+            [5, 6, 7 + i], SamplingParams(max_new_tokens=20, seed=i, ignore_eos=True, **kind), i
+        )
+        for i, kind in enumerate(kinds)
+    ]
+    with Engine(checkpoint("gpt_oss"), dtype="float32", kv_memory=32 << 20) as engine:
+        expected = {c.request_id: c.token_ids for c in engine.generate(requests)}
+        runner, guarded = engine._runner, 0
+        engine._ahead = 1
+        assert runner._sampler is not None
+        runner._sampler._may_look = False
+        launch, forward = runner.launch, runner._forward
+
+        def unguarded(batch: ForwardBatch) -> torch.Tensor:
+            with torch.utils._python_dispatch._disable_current_modes():
+                return forward(batch)
+
+        def launch_guarded(step: Any) -> Any:
+            nonlocal guarded
+            if step.chunks:
+                return launch(step)
+            guarded += 1
+            with NoQuestions():
+                return launch(step)
+
+        runner._forward = unguarded  # type: ignore[method-assign]
+        runner.launch = launch_guarded  # type: ignore[method-assign]
+        assert {c.request_id: c.token_ids for c in engine.generate(requests)} == expected
+        assert guarded == 19
+        runner._sampler._may_look = True
+        with pytest.raises(AssertionError, match="nonzero"):
+            list(engine.generate(requests))
