@@ -5,6 +5,7 @@ that are faster on a kind of device. A function here picks by the device its ten
 """
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -43,7 +44,19 @@ _BY_DEVICE: dict[str, ModuleType] = {"cpu": cpu}
 
 
 def _of(device: torch.device) -> ModuleType:
-    return _BY_DEVICE.get(device.type, reference)
+    if device.type not in _BY_DEVICE:
+        _BY_DEVICE[device.type] = _find(device.type)
+    return _BY_DEVICE[device.type]
+
+
+def _find(kind: str) -> ModuleType:
+    """The kernels for a type of device; torch's "cuda" is AMD's too, where it is built for HIP."""
+    if kind == "cuda" and find_spec("triton") is not None:
+        # Only here: torch for CPUs comes without Triton.
+        from model.ops import triton
+
+        return triton
+    return reference
 
 
 def empty_weight(
