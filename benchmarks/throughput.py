@@ -10,7 +10,7 @@ import json
 import platform
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -129,7 +129,7 @@ def breakdown(engine: Engine, requests: list[Request]) -> dict[str, float]:
     """Run the requests again; seconds by group of parts."""
     engine._runner._graphs = None
     sparse = engine.config.moe is not None
-    spent = Counter[str]()
+    spent: dict[str, float] = defaultdict(float)
     current, since = "everything else", time.perf_counter()
 
     def switch(name: str) -> None:
@@ -145,7 +145,7 @@ def breakdown(engine: Engine, requests: list[Request]) -> dict[str, float]:
     with following(parts_of(engine), switch):
         list(engine.generate(requests))
     switch("other")
-    return dict(spent)
+    return spent
 
 
 if __name__ == "__main__":

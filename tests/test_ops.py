@@ -1,6 +1,8 @@
 """Every op's CPU form against the reference, over the shapes that break things."""
 
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +250,17 @@ def test_routers_equal_the_reference(after: bool, normalize: bool, dtype: torch.
     expected = reference.route(logits, 4, after, normalize)
     for found, wanted in zip(ops.route(logits, 4, after, normalize), expected, strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+def test_every_kind_of_device_has_every_op() -> None:
+    ours = {name for name in ops.__all__ if callable(getattr(ops, name)) and name[0].islower()}
+    ours.remove("recorder")
+    wanted = {"cpu": cpu, "reference": reference}
+    if find_spec("triton") is not None:
+        wanted["triton"] = import_module("model.ops.triton")
+    assert len(ours) > 10
+    missing = {k: ours - set(vars(module)) for k, module in wanted.items()}
+    assert missing == {kind: set() for kind in wanted}
 
 
 def test_the_level_of_the_kernels_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

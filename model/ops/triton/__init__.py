@@ -7,7 +7,7 @@ they are; the kernels of experts take theirs stacked, and MXFP4 packed.
 import torch
 import torch.nn.functional as F
 
-from model.ops.reference import empty_weight, pack, pack_experts
+from model.ops.reference import empty_weight, gather, pack, pack_experts
 from model.ops.triton.attention import attention
 from model.ops.triton.experts import experts
 from model.ops.triton.norm import add_rms_norm, swiglu
@@ -20,6 +20,7 @@ __all__ = [
     "empty_weight",
     "experts",
     "gated_linear",
+    "gather",
     "linear",
     "pack",
     "pack_experts",
