@@ -58,6 +58,11 @@ def pack_experts(
     return weights if isinstance(weights, Packed) else plain.pack_experts(weights, dtype)
 
 
+def keeps_mxfp4(dtype: torch.dtype) -> bool:
+    """As ops.keeps_mxfp4."""
+    return dtype == torch.bfloat16 and library() is not None
+
+
 def recorder(dtype: torch.dtype) -> Recorder | None:
     """What records computations of this dtype to be done again; None where it cannot be."""
     return Recorder() if dtype == torch.bfloat16 and library() is not None else None
