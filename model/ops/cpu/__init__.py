@@ -113,7 +113,9 @@ def attention(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """As reference.attention."""
-    fits = query.shape[2] <= native.MAX_HEAD_DIM and _native(query, (query.shape[2], 32))
+    _, heads, head_dim = query.shape
+    fits = heads // kv.shape[3] <= native.MAX_GROUP and head_dim <= native.MAX_HEAD_DIM
+    fits = fits and _native(query, (head_dim, 32))
     return (native if fits else _torch(plain)).attention(query, kv, batch, group, sinks)
 
 
