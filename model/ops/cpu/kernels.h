@@ -195,10 +195,9 @@ INLINE void configure_tiles(int64_t count) {
   _tile_loadconfig(&config);
 }
 
-// As dot_block, for tiles that are configured for `count` of at most 32 rows; step: from 32 inputs
-// of a row to the next 32.
-__attribute__((noinline)) static void tile_block(const bf16* a, int64_t stride, int64_t step,
-                                                 int64_t count, const bf16* panel, int64_t inputs, float* c,
+// As dot_block, for tiles that are configured for `count` of at most 32 rows.
+__attribute__((noinline)) static void tile_block(const bf16* a, int64_t stride, int64_t count,
+                                                 const bf16* panel, int64_t inputs, float* c,
                                                  bool more) {
   const bool both = count > 16;
   if (more) {
@@ -214,7 +213,7 @@ __attribute__((noinline)) static void tile_block(const bf16* a, int64_t stride, 
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t k = 0; k < inputs; k += 32, a += step) {
+  for (int64_t k = 0; k < inputs; k += 32, a += 32) {
     _tile_loadd(6, panel + k * PANEL, 128);
     _tile_loadd(4, a, stride * 2);
     _tile_dpbf16ps(0, 4, 6);
@@ -299,24 +298,17 @@ INLINE T* scratch_for(int64_t values) {
   return (T*)(((uintptr_t)scratch.data() + 63) & ~(uintptr_t)63);
 }
 
-// Rows of a matrix, as they stand in memory.
-struct Rows {
-  const bf16* at;
-  int64_t stride;  // from a row to the next
-  int64_t step;    // from 32 inputs of a row to the next 32
-};
-
 // c [count, 32], or what is more of it, for at most ROWS rows. `tiles`: the rows that the tiles
 // are configured for now.
-INLINE void multiply(const Rows& a, int64_t count, const bf16* panel, int64_t inputs, float* c,
-                     bool more, [[maybe_unused]] int64_t& tiles) {
+INLINE void multiply(const bf16* a, int64_t stride, int64_t count, const bf16* panel,
+                     int64_t inputs, float* c, bool more, [[maybe_unused]] int64_t& tiles) {
 #if WIDE
   if (use_amx) {
     if (tiles != count) configure_tiles(tiles = count);
-    return tile_block(a.at, a.stride, a.step, count, panel, inputs, c, more);
+    return tile_block(a, stride, count, panel, inputs, c, more);
   }
 #endif
-  dot_block(a.at, a.stride, count, panel, inputs, c, more);
+  dot_block(a, stride, count, panel, inputs, c, more);
 }
 
 // Inputs that are taken at once: their part of a panel stays in the first-level cache for all rows.
@@ -324,7 +316,7 @@ constexpr int64_t SPAN = 256;
 
 // c [rows, 32] = x [rows, inputs] times one panel, plus its bias. A row's products are added up in
 // the same order whatever the number of rows: a result does not depend on the batch.
-static void rows_times_weight(const Weight& weight, int64_t index, const Rows& x, int64_t rows,
+static void rows_times_weight(const Weight& weight, int64_t index, const bf16* x, int64_t rows,
                               float* c, int64_t& tiles) {
   alignas(64) bf16 unpacked[SPAN * PANEL];
   const int64_t inputs = weight.inputs;
@@ -338,8 +330,8 @@ static void rows_times_weight(const Weight& weight, int64_t index, const Rows& x
       panel = unpacked;
     }
     for (int64_t row = 0; row < rows; row += ROWS)
-      multiply({x.at + row * inputs + k / 32 * x.step, x.stride, x.step},
-               std::min(ROWS, rows - row), panel, width, c + row * PANEL, k > 0, tiles);
+      multiply(x + row * inputs + k, inputs, std::min(ROWS, rows - row), panel, width,
+               c + row * PANEL, k > 0, tiles);
   }
   if (!weight.bias) return;
   const int64_t first = index * PANEL, own = std::min(PANEL, weight.outputs - first);
@@ -356,26 +348,6 @@ INLINE void release_tiles([[maybe_unused]] int64_t tiles) {
 #if WIDE
   if (tiles) _tile_release();
 #endif
-}
-
-// Many rows of x [rows, inputs] in the order in which tiles load them: blocks of ROWS rows, of each
-// 32 inputs at a time. Few rows, and rows for dot products, as they are.
-static Rows arrange(const bf16* x, int64_t rows, int64_t inputs, int threads) {
-  if (!use_amx || rows < 2 * ROWS) return {x, inputs, 32};
-  static thread_local std::vector<bf16> arranged;
-  arranged.resize((size_t)((rows + ROWS - 1) / ROWS * ROWS * inputs));
-  bf16* to = arranged.data();
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t row = 0; row < rows; row++) {
-    bf16* own = to + row / ROWS * ROWS * inputs + row % ROWS * 32;
-    for (int64_t k = 0; k < inputs; k += 32)
-      memcpy(own + k * ROWS, x + row * inputs + k, 64);
-  }
-  return {to, 32, ROWS * 32};
-}
-
-INLINE Rows rows_from(const Rows& all, int64_t first, int64_t inputs) {
-  return {all.at + first * inputs, all.stride, all.step};
 }
 
 INLINE void write_row(const float* c, bf16* out, int64_t own) {
@@ -398,7 +370,6 @@ static void linear(const Weight& weight, const bf16* x, int64_t rows, bf16* out,
   const int64_t most = rows_in_cache(inputs), spans = (rows + most - 1) / most;
   const int64_t items = panels * spans, chunk = std::max<int64_t>(1, items / (8 * threads));
   if (rows * outputs * inputs < 1 << 17) threads = 1;
-  const Rows all = arrange(x, rows, inputs, threads);
 #pragma omp parallel num_threads(threads)
   {
     float* c = scratch_for<float>(most * PANEL);
@@ -407,7 +378,7 @@ static void linear(const Weight& weight, const bf16* x, int64_t rows, bf16* out,
     for (int64_t item = 0; item < items; item++) {
       const int64_t index = item % panels, first = item / panels * most;
       const int64_t count = std::min(most, rows - first), own = outputs - index * PANEL;
-      rows_times_weight(weight, index, rows_from(all, first, inputs), count, c, tiles);
+      rows_times_weight(weight, index, x + first * inputs, count, c, tiles);
       for (int64_t r = 0; r < count; r++)
         write_row(c + r * PANEL, out + (first + r) * outputs + index * PANEL, own);
     }
@@ -417,11 +388,11 @@ static void linear(const Weight& weight, const bf16* x, int64_t rows, bf16* out,
 
 // One panel of gates and the panel of what they gate, for rows [first, last) of x [rows, inputs]:
 // out [rows, outputs / 2]. The first half of the outputs are gates.
-static void gated_block(const Weight& weight, int64_t index, const Rows& x, int64_t first,
+static void gated_block(const Weight& weight, int64_t index, const bf16* x, int64_t first,
                         int64_t last, Swiglu how, bf16* out, float* c, int64_t& tiles) {
   const int64_t size = weight.outputs / 2, rows = last - first;
   float *gate = c, *up = c + rows * PANEL;
-  const Rows own = rows_from(x, first, weight.inputs);
+  const bf16* own = x + first * weight.inputs;
   rows_times_weight(weight, index, own, rows, gate, tiles);
   rows_times_weight(weight, index + size / PANEL, own, rows, up, tiles);
   for (int64_t r = 0; r < rows; r++)
@@ -436,7 +407,6 @@ static void gated_linear(const Weight& weight, const bf16* x, int64_t rows, Swig
   const int64_t most = rows_in_cache(inputs), items = panels * ((rows + most - 1) / most);
   const int64_t chunk = std::max<int64_t>(1, items / (8 * threads));
   if (rows * weight.outputs * inputs < 1 << 17) threads = 1;
-  const Rows all = arrange(x, rows, inputs, threads);
 #pragma omp parallel num_threads(threads)
   {
     float* c = scratch_for<float>(2 * most * PANEL);
@@ -444,7 +414,7 @@ static void gated_linear(const Weight& weight, const bf16* x, int64_t rows, Swig
 #pragma omp for schedule(dynamic, chunk) nowait
     for (int64_t item = 0; item < items; item++) {
       const int64_t first = item / panels * most;
-      gated_block(weight, item % panels, all, first, std::min(rows, first + most), how, out, c,
+      gated_block(weight, item % panels, x, first, std::min(rows, first + most), how, out, c,
                   tiles);
     }
     release_tiles(tiles);
@@ -939,7 +909,6 @@ static void experts_up(const Weight* experts, int64_t count, const bf16* x, int6
   static thread_local std::vector<bf16> gathered_rows;
   gathered_rows.resize((size_t)(pairs * inputs));
   bf16* gathered = gathered_rows.data();
-  const Rows all{gathered, inputs, 32};
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
@@ -951,7 +920,7 @@ static void experts_up(const Weight* experts, int64_t count, const bf16* x, int6
 #pragma omp for schedule(dynamic, chunk) nowait
     for (int64_t i = 0; i < total; i++) {
       const ExpertItem item = items[(size_t)i];
-      gated_block(experts[item.expert], item.panel, all, item.first, item.last, how, inner, c,
+      gated_block(experts[item.expert], item.panel, gathered, item.first, item.last, how, inner, c,
                   tiles);
     }
     release_tiles(tiles);
@@ -981,7 +950,7 @@ static void experts_down(const Weight* experts, int64_t count, const bf16* inner
       const ExpertItem item = items[(size_t)i];
       const int64_t rows = item.last - item.first;
       rows_times_weight(experts[item.expert], item.panel,
-                        {inner + item.first * inputs, inputs, 32}, rows, c, tiles);
+                        inner + item.first * inputs, rows, c, tiles);
       for (int64_t r = 0; r < rows; r++) {
         const int64_t pair = grouped.pairs[(size_t)(item.first + r)];
         float* to = results + pair * width + item.panel * PANEL;
