@@ -92,7 +92,8 @@ def _share_openmp() -> None:
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.exists() else []
     loaded = {line.split()[-1] for line in lines if Path(line.split()[-1]).name.startswith(names)}
-    ctypes.CDLL(min(loaded) if loaded else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+    own = [path for path in loaded if "torch" in path] or [*loaded, "libgomp.so.1"]
+    ctypes.CDLL(own[0], mode=ctypes.RTLD_GLOBAL)
 
 
 _recorder: "Recorder | None" = None
