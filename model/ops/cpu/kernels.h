@@ -177,13 +177,18 @@ __attribute__((noinline)) static void dot_block(const bf16* a, int64_t stride, i
 }
 
 #if WIDE
-// The sixteen values of FP4 E2M1 as bf16, twice: a look-up takes the low five bits of its index.
-// Zero is 2^-60: next to any other value nil, and its exponent has room for a scale to be added.
+// The sixteen values of FP4 E2M1 as bf16, less the bias of a scale's exponent (127 << 7), twice: a
+// look-up takes the low five bits of its index. Zero is 2^-60: next to any other value nil, and its
+// exponent has room for a scale to be added.
 alignas(64) static const uint16_t FP4[32] = {
-    0x2180, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,
-    0xa180, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0,
-    0x2180, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,
-    0xa180, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0};
+    0xe200, 0xff80, 0x0000, 0x0040, 0x0080, 0x00c0, 0x0100, 0x0140,
+    0x6200, 0x7f80, 0x8000, 0x8040, 0x8080, 0x80c0, 0x8100, 0x8140,
+    0xe200, 0xff80, 0x0000, 0x0040, 0x0080, 0x00c0, 0x0100, 0x0140,
+    0x6200, 0x7f80, 0x8000, 0x8040, 0x8080, 0x80c0, 0x8100, 0x8140};
+// Of a lane's copy of 16 bytes, those of its four outputs to the high halves of two words each.
+#define TO_WORDS(a) 0x80, a, 0x80, a, 0x80, a + 1, 0x80, a + 1, 0x80, a + 2, 0x80, a + 2, 0x80, a + 3, 0x80, a + 3
+alignas(64) static const uint8_t SPREAD[64] = {TO_WORDS(0), TO_WORDS(4), TO_WORDS(8), TO_WORDS(12)};
+#undef TO_WORDS
 #endif
 
 // A panel's 32 inputs from MXFP4 to bf16. Scales are added to the exponents, which stay in bf16's
@@ -191,14 +196,12 @@ alignas(64) static const uint16_t FP4[32] = {
 INLINE void unpack_group(const uint8_t* codes, const uint8_t* scales, bf16* to) {
 #if WIDE
   const __m512i table = _mm512_load_si512(FP4);
+  const __m512i spread = _mm512_load_si512(SPREAD);
   __m512i shift[2];
   for (int half = 0; half < 2; half++) {
-    const __m512i wide =
-        _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(scales + half * 16)));
-    const __m512i exponent =
-        _mm512_and_si512(_mm512_slli_epi32(_mm512_sub_epi32(wide, _mm512_set1_epi32(127)), 7),
-                         _mm512_set1_epi32(0xffff));
-    shift[half] = _mm512_or_si512(exponent, _mm512_slli_epi32(exponent, 16));
+    const __m128i own = _mm_loadu_si128((const __m128i*)(scales + half * 16));
+    const __m512i high = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(own), spread);
+    shift[half] = _mm512_srli_epi16(high, 1);
   }
 #pragma GCC unroll 8
   for (int unit = 0; unit < 8; unit++) {
@@ -387,7 +390,7 @@ INLINE void multiply(const Rows& x, int64_t inputs, int64_t k, int64_t width, co
 
 // Inputs that are taken at once: their part of a panel stays in the first-level cache for all rows.
 constexpr int64_t SPAN = 256;
-constexpr int64_t FETCHED = 128;  // inputs ahead of those that are multiplied, where each comes once
+constexpr int64_t FETCHED = 32;  // inputs ahead of those that are multiplied, where each comes once
 
 // c [rows, 32] = x [rows, inputs] times one panel, plus its bias. A row's products are added up in
 // the same order whatever the number of rows: a result does not depend on the batch. c has room for
