@@ -144,9 +144,33 @@ def experts(
     down_bias: torch.Tensor | None,
     limit: float | None,
     alpha: float,
+    first: int | None = None,
 ) -> torch.Tensor:
-    """Weighted sum of each token's experts; shapes in `reference.experts`."""
-    out: torch.Tensor = _of(x.device).experts(
-        x, chosen, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha
-    )
-    return out
+    """Weighted sum of each token's experts; shapes in `reference.experts`.
+
+    first: `chosen` counts more experts than are here, and these are those from `first` on; the
+    part of the others is left out.
+    """
+    run = _of(x.device).experts
+    if first is None:
+        out: torch.Tensor = run(
+            x, chosen, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha
+        )
+        return out
+    # As a batch in which every token has one expert: those of the tokens that have one here.
+    own = chosen - first
+    token, rank = torch.where((own >= 0) & (own < len(gate_up)))
+    parts = x.new_zeros(*chosen.shape, x.shape[1])
+    if len(token):
+        parts[token, rank] = run(
+            x[token],
+            own[token, rank].unsqueeze(1),
+            weights[token, rank].unsqueeze(1),
+            gate_up,
+            gate_up_bias,
+            down,
+            down_bias,
+            limit,
+            alpha,
+        )
+    return parts.sum(1, dtype=torch.float32).to(x.dtype)
