@@ -25,17 +25,19 @@ class Link:
     """A rank's connections: a shard to compute with, and messages between hosts."""
 
     def __init__(self, rank: int, size: int, store: Any, device: torch.device, one_host: bool):
-        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._timeout = NEVER
-        # A host's own name need not lead to it.
-        where = {"hostname": "127.0.0.1"} if one_host else {}
-        options._devices = [dist.ProcessGroupGloo.create_device(**where)]
-        own = dist.PrefixStore("host", store)
-        self._host: Any = dist.ProcessGroupGloo(own, rank, size, options)
+        own, make = dist.PrefixStore("host", store), dist.ProcessGroupGloo
+        self._host: Any
+        if one_host:  # whose name need not lead to it
+            options = make._Options()  # type: ignore[attr-defined]
+            options._timeout = NEVER
+            options._devices = [make.create_device(hostname="127.0.0.1")]
+            self._host = make(own, rank, size, options)
+        else:
+            self._host = make(own, rank, size, timeout=NEVER)
         group = self._host
         if device.type == "cuda":  # on AMD, torch calls RCCL so, too
-            make: Any = dist.ProcessGroupNCCL
-            group = make(dist.PrefixStore("device", store), rank, size, make.Options())
+            nccl: Any = dist.ProcessGroupNCCL
+            group = nccl(dist.PrefixStore("device", store), rank, size, nccl.Options())
         self._group, self._device = group, device
         self._first = dist.BroadcastOptions()
         self._first.rootRank = 0
@@ -119,17 +121,26 @@ def is_connection(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
-def torchrun_rank() -> int | None:
-    """This process's rank if torchrun has started it with others; None if not."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "MASTER_PORT" not in os.environ:
-        return None
-    return int(os.environ.get("RANK", "0"))
+def post(store: Any, key: str, text: str) -> None:
+    """Put a text into a store, and see that it has come there: this process may end then."""
+    store.set(key, text)
+    store.get(key)
+
+
+def torchrun_size() -> int:
+    """How many processes torchrun has started together; 1 if it was not torchrun."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def torchrun_rank() -> int:
+    """This process's place among them."""
+    return int(os.environ["RANK"]) if torchrun_size() > 1 else 0
 
 
 def torchrun_store() -> Any:
-    """The store that all processes of torchrun reach."""
+    """The store that all of them reach."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    master = not agent and int(os.environ["RANK"]) == 0
-    run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"getp/{run}", dist.TCPStore(host, port, is_master=master))
+    master = not agent and torchrun_rank() == 0
+    store = dist.TCPStore(host, port, is_master=master, multi_tenant=True)
+    return dist.PrefixStore(f"getp/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

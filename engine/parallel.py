@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from engine.graphs import Capture
-from engine.link import PEER_LOST, Link, described, is_connection, torchrun_rank, torchrun_store
+from engine.link import PEER_LOST, Link, described, is_connection, torchrun_size, torchrun_store
 from engine.memory import is_out_of_memory
 from engine.request import SamplingParams
 from engine.runner import ModelRunner
@@ -66,9 +66,9 @@ class Ranks:
         """Start the other ranks and connect to them. Raises EngineError."""
         if self.link is not None:
             return
-        launched = torchrun_rank()
+        launched = torchrun_size() == self.size
         try:
-            if launched is None:
+            if not launched:
                 self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
                 for rank in range(1, self.size):
                     self._processes.append(_spawn(rank, self.size, self._store.port, device))
@@ -76,7 +76,7 @@ class Ranks:
                 self._store = torchrun_store()
                 self._store.set("device", device.type)
             self._wait_for_all()
-            self.link = Link(0, self.size, self._store, device, launched is None)
+            self.link = Link(0, self.size, self._store, device, one_host=not launched)
         except BaseException:
             self.close()
             raise

@@ -14,7 +14,17 @@ import torch
 import torch.distributed as dist
 
 from engine.graphs import gpu_capture
-from engine.link import NEVER, PEER_LOST, Link, described, is_connection, torchrun_store
+from engine.link import (
+    NEVER,
+    PEER_LOST,
+    Link,
+    described,
+    is_connection,
+    post,
+    torchrun_rank,
+    torchrun_size,
+    torchrun_store,
+)
 from engine.runner import ModelRunner
 from engine.settings import dtype_named
 from engine.work import Work
@@ -57,20 +67,20 @@ def serve(link: Link, device: torch.device) -> None:
 
 def serve_torchrun() -> None:
     """Be the rank that torchrun made this process; returns when rank 0 is through."""
-    store, rank = torchrun_store(), int(os.environ["RANK"])
+    store = torchrun_store()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     store.wait(["device"], NEVER)
     kind = store.get("device").decode()
     if kind != "none":
         device = _device(kind, int(os.environ["LOCAL_RANK"]))
-        _serve_as(rank, int(os.environ["WORLD_SIZE"]), store, device, one_host=False)
+        _serve_as(torchrun_rank(), torchrun_size(), store, device, one_host=False)
 
 
 def dismiss_torchrun() -> None:
     """Let ranks that torchrun started, and that rank 0 did not need, end."""
     store = torchrun_store()
     if not store.check(["device"]):
-        store.set("device", "none")
+        post(store, "device", "none")
 
 
 def _device(kind: str, number: int) -> torch.device:
@@ -88,7 +98,7 @@ def _serve_as(rank: int, size: int, store: Any, device: torch.device, one_host: 
         if is_connection(error):
             os._exit(PEER_LOST)
         with contextlib.suppress(Exception):
-            store.set(f"error/{rank}", described(error).replace("\n", ": ", 1))
+            post(store, f"error/{rank}", described(error).replace("\n", ": ", 1))
         os._exit(1)
 
 

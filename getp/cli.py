@@ -145,8 +145,21 @@ def load_engine(options: SimpleNamespace) -> "Engine":
     """Make the engine the options ask for; it loads its weights when it warms up."""
     import torch
 
-    from engine import Engine
+    from engine import Engine, link
+    from model import load_config
+    from model.cost import check_tensor_parallel
 
+    ranks = link.torchrun_size()
+    if ranks > 1 and options.tensor_parallel not in (None, ranks):
+        raise UsageProblem(
+            f"--tensor-parallel {options.tensor_parallel}, but torchrun has started {ranks} "
+            "processes: leave the option out"
+        )
+    ranks = options.tensor_parallel or ranks
+    try:
+        check_tensor_parallel(load_config(_checkpoint(options)), ranks)
+    except ValueError as error:
+        raise UsageProblem(f"--tensor-parallel {ranks}: {error}") from None
     if options.device.startswith("cuda"):
         index, count = torch.device(options.device).index or 0, torch.cuda.device_count()
         if index >= count:
@@ -161,6 +174,7 @@ def load_engine(options: SimpleNamespace) -> "Engine":
         block_size=options.block_size,
         prefix_cache=not options.no_prefix_cache,
         dummy_weights=options.dummy_weights,
+        tensor_parallel=ranks,
         notice=lambda message: say(f"getp: warning: {message}"),
     )
 
@@ -287,4 +301,20 @@ def main() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         # A model writes any character and a pipe brings any byte; neither may end the program.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(_with_torchrun(sys.argv[1:]))
+
+
+def _with_torchrun(args: Sequence[str]) -> int:
+    """Run the command line; of several processes that torchrun started, the first one does."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # nothing to import torch for
+        return run(args)
+    from engine import link, rank
+
+    if link.torchrun_rank():
+        rank.serve_torchrun()
+        return 0
+    try:
+        return run(args)
+    finally:
+        if link.torchrun_size() > 1:
+            rank.dismiss_torchrun()

@@ -31,7 +31,7 @@ def run(options: SimpleNamespace, checkpoint: Path) -> int:
         query=options.query,
         context=options.context,
         dtype=options.dtype,
-        tensor_parallel=options.tensor_parallel,
+        tensor_parallel=options.tensor_parallel or 1,
         fused=options.fused,
     )
     if options.plot is not None:
@@ -58,7 +58,7 @@ def _job(options: SimpleNamespace, checkpoint: Path) -> int:
     limits = plan_job.Limits(
         options.max_batch_size or plan_job.Limits.max_batch_size,
         options.max_batch_tokens or plan_job.Limits.max_batch_tokens,
-        options.tensor_parallel,
+        options.tensor_parallel or 1,
     )
     found = []
     for gpu, price in zip(gpus, prices, strict=True):

@@ -89,6 +89,7 @@ class Measurements:
         return {
             "checkpoint": checkpoint,
             "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+            "tensor_parallel": engine.tensor_parallel,
             "dtype": str(engine.dtype).removeprefix("torch."),
             "versions": {
                 "getp": __version__,
@@ -159,6 +160,7 @@ def _rows(r: Report) -> list[tuple[str, str]]:
     memory = _size(r["peak_memory_bytes"])
     if r["peak_gpu_memory_bytes"] is not None:
         memory += f", on the GPU {_size(r['peak_gpu_memory_bytes'])}"
+    ranks = f", tensor parallel over {r['tensor_parallel']}" if r["tensor_parallel"] > 1 else ""
     requests = f"{r['requests_done']:,} done, {r['requests_failed']:,} failed"
     if r["requests_resumed"]:
         requests += f" (and {r['requests_resumed']:,} ended in an earlier run)"
@@ -188,7 +190,7 @@ def _rows(r: Report) -> list[tuple[str, str]]:
         ),
         *_efficiency(r),
         ("peak memory", memory),
-        ("run on", f"{r['device']}, {r['dtype']}; {versions}"),
+        ("run on", f"{r['device']}{ranks}, {r['dtype']}; {versions}"),
     ]
 
 
