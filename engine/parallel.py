@@ -147,17 +147,18 @@ class Ranks:
         if link is not None and listening:
             with contextlib.suppress(RuntimeError):
                 link.send_call("end", ())
+                link.reports("")
         else:
             for process in self._processes:
                 process.kill()
         for process in self._processes:
-            assert process.stdin is not None
-            process.stdin.close()
             try:
                 process.wait(_DYING_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            assert process.stdin is not None
+            process.stdin.close()
         self._processes = []
         self._store = None
 

@@ -42,6 +42,9 @@ def serve(link: Link, device: torch.device) -> None:
             continue
         name, args = told
         if name == "end":
+            # Rank 0 waits to hear that this has come, and may be gone before it hears us.
+            with contextlib.suppress(RuntimeError):
+                link.reports("")
             return
         report = ""
         try:
@@ -100,10 +103,11 @@ def _serve_as(rank: int, size: int, store: Any, device: torch.device, one_host: 
         with contextlib.suppress(Exception):
             post(store, f"error/{rank}", described(error).replace("\n", ": ", 1))
         os._exit(1)
+    os._exit(0)  # there is nothing to clean up, and threads that wait need not be woken
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+    os.read(sys.stdin.fileno(), 1)
     os._exit(PEER_LOST)
 
 
