@@ -63,7 +63,11 @@ def _job(options: SimpleNamespace, checkpoint: Path) -> int:
     found = []
     for gpu, price in zip(gpus, prices, strict=True):
         efficiency = plan_job.efficiency_of(gpu, dtype, model)
-        found.append(plan_job.predict(model, job, gpu, dtype, limits, efficiency, price))
+        for parts, replicas in plan_job.layouts(model, limits.tensor_parallel):
+            shared = replace(limits, tensor_parallel=parts)
+            found.append(
+                plan_job.predict(model, job, gpu, dtype, shared, efficiency, price, replicas)
+            )
     if options.format == "json":
         print_json(plan_job.as_json(model, job, dtype, limits, found))
     else:

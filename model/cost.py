@@ -11,7 +11,7 @@ All figures are integers from the config alone; nothing here imports torch. How 
   layer reads its input once and writes the results of its two blocks (roofline-prefill-decode).
 - The head runs for rows that need logits: one a sequence in prefill, every token otherwise.
 - Of a mixture's experts only those are read that some token is expected to choose.
-- With tensor parallelism the figures are one GPU's; what GPUs send each other is not counted.
+- With tensor parallelism the figures are one GPU's; what GPUs send each other is in `links`.
 """
 
 from collections import Counter

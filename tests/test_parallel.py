@@ -323,7 +323,7 @@ class InThreads(Ranks):
         del link
 
 
-@pytest.mark.parametrize("other", [40 << 20, 400 << 20])
+@pytest.mark.parametrize("other", [40 << 20, 60 << 20])
 def test_kv_blocks_are_as_many_as_every_rank_has_room_for(
     other: int, folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
