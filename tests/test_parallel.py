@@ -346,13 +346,13 @@ def test_captured_steps_exchange_as_others_do(
     name: str, folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = run(folder(name), load())
-    load_weights = ModelRunner.load
+    capture = ModelRunner.capture
 
-    def load_for_replay(self: ModelRunner, *args: Any) -> None:
-        load_weights(self, *args)
+    def capture_from_tensors(self: ModelRunner, *args: Any) -> None:
         self._model = FromTensors(self._model)  # type: ignore[assignment]
+        capture(self, *args)
 
-    monkeypatch.setattr(ModelRunner, "load", load_for_replay)
+    monkeypatch.setattr(ModelRunner, "capture", capture_from_tensors)
     mine, theirs = Counter[int](), Counter[int]()
     ranks = InThreads(monkeypatch, theirs)
     engine = Engine(folder(name), dtype="float32", kv_memory=16 << 20, ranks=ranks)
