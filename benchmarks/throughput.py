@@ -1,13 +1,17 @@
 """Time one load on a checkpoint: `python benchmarks/throughput.py CHECKPOINT --load ragged`.
 
-Prints a table, then one JSON object as its last line. Start-up (loading, packing, a first small
-request) is outside the time, as it is for the other engines.
+Prints tables, then one JSON object as its last line. Start-up (loading, packing, a first small
+request) is outside the time, as it is for the other engines. Beside the figure stands the share of
+the machine's own limits, which are measured in the same run, and where the time of the steps went:
+the load runs once more for that, every part followed and nothing replayed.
 """
 
 import json
 import platform
 import sys
 import time
+from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -19,7 +23,24 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.loads import Load, make_load
-from engine import Engine, Request, SamplingParams
+from engine import Engine, EngineStats, Request, SamplingParams
+from engine.probe import parts_of
+from getp.explain import run_cost
+from getp.follow import following
+from model import measure
+
+# Where a part of the decoder belongs; the rest is "everything else".
+_GROUPS = {
+    "qkv_proj": "GEMMs",
+    "o_proj": "GEMMs",
+    "attention": "attention",
+    "rope": "attention",
+    "router": "experts",
+    "lm_head": "head",
+    "sampling": "sampling",
+    "scheduling": "scheduling",
+    "batch_preparation": "scheduling",
+}
 
 
 @click.command()
@@ -29,8 +50,15 @@ from engine import Engine, Request, SamplingParams
 @click.option("--device", default="auto", show_default=True)
 @click.option("--prefix-cache/--no-prefix-cache", default=False, show_default=True)
 @click.option("--dummy-weights", is_flag=True, help="Random weights from config.json alone.")
+@click.option("--parts/--no-parts", default=True, show_default=True, help="Where the time went.")
 def main(
-    checkpoint: str, kind: Load, dtype: str, device: str, prefix_cache: bool, dummy_weights: bool
+    checkpoint: str,
+    kind: Load,
+    dtype: str,
+    device: str,
+    prefix_cache: bool,
+    dummy_weights: bool,
+    parts: bool,
 ) -> None:
     """Run a load and print output tokens a second."""
     prompts, outputs = make_load(kind)
@@ -46,7 +74,7 @@ def main(
         warm = SamplingParams(max_new_tokens=4, ignore_eos=True)
         list(engine.generate([Request(prompts[0], warm)]))
         start_up = time.perf_counter() - start
-        before = engine.stats.steps, engine.stats.batch_sum
+        engine.stats = EngineStats(kv_bytes=engine.stats.kv_bytes)
         requests = [
             Request(prompt, SamplingParams(max_new_tokens=count, ignore_eos=True), i)
             for i, (prompt, count) in enumerate(zip(prompts, outputs, strict=True))
@@ -54,28 +82,70 @@ def main(
         start = time.perf_counter()
         done = list(engine.generate(requests))
         seconds = time.perf_counter() - start
+        stats = replace(engine.stats)
+        peaks = measure.measure(engine.device)
+        shares = breakdown(engine, requests) if parts else {}
     tokens = sum(len(completion.token_ids) for completion in done)
-    steps = engine.stats.steps - before[0]
-    result = {
+    name = str(engine.dtype).removeprefix("torch.")
+    flops, moved = run_cost(engine.held_config, name, stats)
+    compute, memory = flops.matrix / peaks["peaks"][name], moved.total / peaks["bandwidth"]
+    result: dict[str, object] = {
         "load": kind,
         "checkpoint": Path(checkpoint).name,
-        "dtype": str(engine.dtype).removeprefix("torch."),
+        "dtype": name,
         "start_up_s": round(start_up, 2),
         "output_tokens": tokens,
         "seconds": round(seconds, 3),
         "tok_s": round(tokens / seconds, 1),
-        "steps": steps,
-        "mean_batch": round((engine.stats.batch_sum - before[1]) / steps, 1),
-        "preemptions": engine.stats.preemptions,
+        "gemm_peak_gflop_s": round(peaks["peaks"][name] / 1e9),
+        "read_bandwidth_gb_s": round(peaks["bandwidth"] / 1e9, 1),
+        "of_gemm_peak": round(compute / seconds, 3),
+        "of_bandwidth": round(memory / seconds, 3),
+        # Prefill is bound by the one and decoding by the other, so both add up.
+        "of_limit": round((compute + memory) / seconds, 3),
+        "steps": stats.steps,
+        "mean_batch": round(stats.batch_sum / stats.steps, 1),
+        "preemptions": stats.preemptions,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
     }
     table = Table("figure", "value", title=f"{result['checkpoint']}, {kind}")
-    for name, value in result.items():
-        table.add_row(name, str(value))
-    Console().print(table)
+    for figure, value in result.items():
+        table.add_row(figure, str(value))
+    console = Console()
+    console.print(table)
+    if shares:
+        table = Table("of a step", "share", "ms", title="where the time went, followed")
+        for group, spent in sorted(shares.items(), key=lambda pair: -pair[1]):
+            share = spent / sum(shares.values())
+            table.add_row(group, f"{share:.1%}", f"{spent / stats.steps * 1e3:.2f}")
+        console.print(table)
+        result["breakdown"] = {g: round(s / sum(shares.values()), 4) for g, s in shares.items()}
     print(json.dumps(result))
+
+
+def breakdown(engine: Engine, requests: list[Request]) -> dict[str, float]:
+    """Run the requests again; seconds by group of parts."""
+    engine._runner._graphs = None
+    sparse = engine.config.moe is not None
+    spent: dict[str, float] = defaultdict(float)
+    current, since = "everything else", time.perf_counter()
+
+    def switch(name: str) -> None:
+        nonlocal current, since
+        now = time.perf_counter()
+        spent[current] += now - since
+        since = now
+        if name in ("gate_up_proj", "activation", "down_proj"):
+            current = "experts" if sparse else "GEMMs"
+        else:
+            current = _GROUPS.get(name, "everything else")
+
+    with following(parts_of(engine), switch):
+        list(engine.generate(requests))
+    switch("other")
+    return spent
 
 
 if __name__ == "__main__":

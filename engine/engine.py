@@ -1,5 +1,6 @@
 """The engine: warm_up, then generate (requests in, completions out as they finish), then finish."""
 
+import contextlib
 import itertools
 import logging
 import time
@@ -19,9 +20,16 @@ from engine.request import Completion, Request
 from engine.runner import ModelRunner
 from engine.sampler import Sampled
 from engine.scheduler import Scheduler, Sequence, Step
-from engine.settings import EngineError, at_least_1, check_ranks, device_named, dtype_named
+from engine.settings import (
+    EngineError,
+    at_least_1,
+    check_ranks,
+    device_named,
+    dtype_named,
+    held_config,
+)
 from engine.stats import EngineStats
-from model import load_config
+from model import load_config, ops
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +74,7 @@ class Engine:
         if self.tensor_parallel > 1:
             self.device = check_ranks(self.config, self.tensor_parallel, self.device)
         self.dtype = dtype_named(dtype, self.config.dtype, self.device)
+        self.held_config = held_config(self.config, self.device, self.dtype)
         on_cpu = self.device.type == "cpu"
         self.max_batch_size = at_least_1("max_batch_size", max_batch_size, 64 if on_cpu else 256)
         self.max_batch_tokens = at_least_1(
@@ -114,7 +123,7 @@ class Engine:
             torch.cuda.set_device(self.device)
         start = time.perf_counter()
         needs = Needs.of(
-            self.config,
+            self.held_config,
             self.device,
             self.dtype,
             self.max_batch_size,
@@ -175,6 +184,11 @@ class Engine:
         self._runner.allocate(blocks, self.block_size, limit, self.max_batch_size)
         if self._make_capture is not None:
             self._capture(self._make_capture())
+        elif self.tensor_parallel == 1 and (recorder := ops.recorder(self.dtype)) is not None:
+            # A model of which torch computes a part cannot be recorded; it only takes longer.
+            # Nor can what ranks tell each other.
+            with contextlib.suppress(RuntimeError):
+                self._runner.capture(recorder, ahead_of_time=False)
         self._scheduler = Scheduler(cache, self.max_batch_size, self.max_batch_tokens)
         self.stats.kv_blocks = blocks - 1
         self.stats.kv_bytes = blocks * self._runner.block_bytes(self.block_size)
@@ -217,10 +231,11 @@ class Engine:
             torch.cuda.empty_cache()
         self.stats.finish_s += time.perf_counter() - start
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+    def generate(self, requests: Iterable[Request | None]) -> Iterator[Completion]:
         """Run the requests; yields each completion as it finishes, in any order.
 
-        Requests are taken from the iterable as there is room for them. One that cannot run comes
+        Requests are taken from the iterable as there is room for them; None from it means that
+        there is none just now: it is asked again after the next step. One that cannot run comes
         back with finish reason "error" and harms no other. Closing the iterator cancels the rest.
         """
         self.warm_up()
@@ -235,8 +250,7 @@ class Engine:
             more = True
             while more or scheduler.running or scheduler.waiting:
                 room = self.max_batch_size - len(scheduler.waiting)
-                taken = list(itertools.islice(source, room)) if more and room > 0 else []
-                more = more and len(taken) == max(room, 0)
+                taken, more = _take(source, room) if more else ([], False)
                 for request in taken:
                     sequence = self._sequence(request, scheduler)
                     if isinstance(sequence, Completion):
@@ -375,6 +389,16 @@ class Engine:
         per_sequence = -(-self.config.max_positions // self.block_size) * len(self._runner.groups)
         useful = 2 * self.max_batch_size * per_sequence  # twice: room for cached prefixes
         return 1 + min(affordable - 1, useful)
+
+
+def _take(source: Iterator[Request | None], room: int) -> tuple[list[Request], bool]:
+    """Up to `room` requests that are there now, and whether more may come."""
+    taken: list[Request] = []
+    for request in itertools.islice(source, max(room, 0)):
+        if request is None:
+            return taken, True
+        taken.append(request)
+    return taken, len(taken) == max(room, 0)
 
 
 def _problem(request: Request, limit: int, vocab_size: int) -> str | None:

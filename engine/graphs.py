@@ -1,9 +1,12 @@
 """Decode steps of fixed sizes, captured once and replayed: one launch instead of hundreds.
 
+On a GPU as its graphs, on a CPU as a list of the kernels' calls.
+
 A captured step reads its inputs from buffers that stay where they are. A batch is padded to the
 next size there is, with rows that write to a block of their own and whose logits nobody reads.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,7 +17,8 @@ from model.batch import ForwardBatch, GroupTables
 
 Compute = Callable[[], torch.Tensor]
 Capture = Callable[[Compute], Compute]
-"""Makes of a computation one that does the same again, over what its buffers then hold."""
+"""Makes of a computation one that does the same again, over what its buffers then hold; over what
+they hold now, if it is called at once."""
 
 
 def sizes(most: int) -> list[int]:
@@ -29,26 +33,35 @@ class DecodeGraphs:
         self,
         forward: Callable[[ForwardBatch], torch.Tensor],
         buffers: ForwardBatch,
-        logits: torch.Tensor,
+        logits: torch.Tensor | None,
         capture: Capture,
     ):
         """Capture `forward` for batches as long as the buffers and for smaller ones.
 
         buffers: a batch that can run as it is, one token a sequence (`padding`); logits
         [sequences, vocab]: where results are put, since what is allocated in one capture is used
-        again by the next.
+        again by the next. Without logits every size is captured, each when it is first met, and
+        the capture sees to its results: for where captures cost no more than a step.
         """
-        self.sizes = sizes(len(buffers.seen))
+        most = len(buffers.seen)
+        self.sizes = list(range(1, most + 1)) if logits is None else sizes(most)
         self._inputs = {size: _first(buffers, size) for size in self.sizes}
-        self._logits = logits
+        self._forward, self._logits, self._capture = forward, logits, capture
         self._replay: dict[int, Compute] = {}
+        if logits is None:
+            self._captured(1)()  # whether it can be done shows now
+            return
         for size in reversed(self.sizes):  # the smaller ones fit where the largest was
-            compute = partial(self._compute, forward, self._inputs[size])
-            self._replay[size] = capture(compute)
+            self._captured(size)
+
+    def _captured(self, size: int) -> Compute:
+        if size not in self._replay:
+            self._replay[size] = self._capture(partial(self._compute, self._inputs[size]))
+        return self._replay[size]
 
     def size(self, sequences: int) -> int:
         """The size that a batch of so many sequences is to be padded to."""
-        return next(size for size in self.sizes if size >= sequences)
+        return self.sizes[bisect_left(self.sizes, sequences)]
 
     def __call__(self, batch: ForwardBatch) -> torch.Tensor:
         """Logits [sequences, vocab] of a batch of one of the sizes, valid until the next call.
@@ -67,12 +80,11 @@ class DecodeGraphs:
             pairs += [(mine.block_table[:, :width], given.block_table), (mine.slots, given.slots)]
         for buffer, values in pairs:
             buffer.copy_(values, non_blocking=True)
-        return self._replay[size]()
+        return self._captured(size)()
 
-    def _compute(
-        self, forward: Callable[[ForwardBatch], torch.Tensor], inputs: ForwardBatch
-    ) -> torch.Tensor:
-        return self._logits[: len(inputs.seen)].copy_(forward(inputs))
+    def _compute(self, inputs: ForwardBatch) -> torch.Tensor:
+        logits = self._forward(inputs)
+        return logits if self._logits is None else self._logits[: len(inputs.seen)].copy_(logits)
 
 
 def padding(

@@ -4,7 +4,7 @@ What there is counts on the device and under the limits of a container.
 """
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -41,12 +41,11 @@ class Needs:
     ) -> "Needs":
         """From shapes alone, so that it is known before the weights are read.
 
-        Of several ranks what rank 0 needs, which has everyone's logits.
+        config: as the weights are held (`Engine.held_config`). Of several ranks what rank 0 needs,
+        which has everyone's logits.
         """
         item, on_cpu = dtype.itemsize, device.type == "cpu"
-        # MXFP4 experts become dense as they are loaded.
-        name = str(dtype).removeprefix("torch.")
-        weights = parameter_bytes(replace(config, mxfp4_experts=False), name, ranks)
+        weights = parameter_bytes(config, str(dtype).removeprefix("torch."), ranks)
         if on_cpu and dtype == torch.bfloat16 and config.tie_word_embeddings:
             head = config.vocab_size * config.hidden_size * item  # packed, besides the embedding
             weights += head // ranks

@@ -51,15 +51,7 @@ class Probe:
 
     def parts(self) -> list[Part]:
         """Return the parts of the step: the engine's, and the decoder's within."""
-        runner = self._runner
-        assert runner._model is not None
-        return [
-            Part(self._scheduler, "schedule", "scheduling"),
-            Part(runner, "_batch", "batch_preparation"),
-            Part(runner, "_model", "embedding"),
-            Part(runner._sampler, "sample", "sampling"),
-            *decoder_parts(runner._model),
-        ]
+        return parts_of(self._engine)
 
     def _sequence(self, row: int, tokens: list[int]) -> Sequence:
         cache = self._scheduler.cache
@@ -78,3 +70,17 @@ class Probe:
         return Sequence(
             request, tokens, limit, frozenset(), tables, arrived=0.0, computed=self._start, row=row
         )
+
+
+def parts_of(engine: Engine) -> list[Part]:
+    """Return the parts of an engine's steps; those that were captured go by as one."""
+    scheduler, runner = engine._scheduler, engine._runner
+    assert scheduler is not None
+    assert runner._model is not None
+    return [
+        Part(scheduler, "schedule", "scheduling"),
+        Part(runner, "_batch", "batch_preparation"),
+        Part(runner, "_model", "embedding"),
+        Part(runner._sampler, "sample", "sampling"),
+        *decoder_parts(runner._model),
+    ]

@@ -122,8 +122,11 @@ class ModelRunner:
         self.deallocate()
 
     @torch.inference_mode()
-    def capture(self, capture: Capture) -> None:
-        """Capture the steps in which every sequence decodes; `launch` then replays them."""
+    def capture(self, capture: Capture, ahead_of_time: bool = True) -> None:
+        """Capture the steps in which every sequence decodes; `launch` then replays them.
+
+        Ahead of time: a few sizes now, else every size when it is first met.
+        """
         if self._sampler is None:
             raise RuntimeError("allocate() comes before capture()")
         most, block = len(self._sampler.last) - 1, self._caches[0].shape[1] - 1
@@ -132,7 +135,9 @@ class ModelRunner:
         self._graphs = DecodeGraphs(
             self._forward,
             padding(most, windows, self._width, block, block * self._block_size, self.device),
-            torch.empty(most, part.stop - part.start, dtype=self.dtype, device=self.device),
+            torch.empty(most, part.stop - part.start, dtype=self.dtype, device=self.device)
+            if ahead_of_time
+            else None,
             capture,
         )
 

@@ -1,10 +1,11 @@
 """What an engine can be asked for, and what it says where it cannot."""
 
 import os
+from dataclasses import replace
 
 import torch
 
-from model.config import ModelConfig
+from model import ModelConfig, ops
 from model.cost import check_tensor_parallel
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -66,3 +67,13 @@ def check_ranks(config: ModelConfig, size: int, device: torch.device) -> torch.d
             f"tensor parallelism takes {here} GPUs here: torch sees {torch.cuda.device_count()}"
         )
     return torch.device("cuda", 0)
+
+
+def held_config(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> ModelConfig:
+    """The config as the weights are held, which is not always as they are stored.
+
+    What a step reads depends on it: MXFP4 becomes dense where no kernel takes it packed.
+    """
+    if config.mxfp4_experts and not ops.keeps_mxfp4(device, dtype):
+        return replace(config, mxfp4_experts=False)
+    return config

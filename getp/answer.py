@@ -1,6 +1,6 @@
 """The text of one answer while its tokens come."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tokenizer import HarmonyParser, StopStrings, StreamDecoder, Tokenizer
 from tokenizer.harmony import FINAL, ChannelText, speaks_harmony
@@ -30,6 +30,46 @@ def texts_by_channel(
     if in_channels and not texts and tokenizer.token_id("<|channel|>") not in token_ids:
         return {FINAL: tokenizer.decode(token_ids)}  # it kept to no form: lose nothing of it
     return texts
+
+
+class Watcher:
+    """Is told each token of a request and ends it at a stop string.
+
+    The token that completes the string is kept, as a stop token is. `check` is called at every
+    token and may raise. What goes wrong with the text is this request's trouble, nobody else's:
+    it ends the request and is kept in `trouble`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        chat: bool,
+        stops: tuple[str, ...],
+        check: Callable[[], None] | None = None,
+    ) -> None:
+        self.chat = chat
+        self.stops = stops
+        self.check = check
+        self.trouble: str | None = None
+        self._tokenizer = tokenizer
+        self._prompt_ids = prompt_ids
+        self._answer: Answer | None = None
+
+    def __call__(self, token_id: int) -> bool:
+        """Return whether the request ends with this token."""
+        if self.check is not None:
+            self.check()
+        if not self.stops:  # no text is needed while tokens come
+            return False
+        try:
+            if self._answer is None:
+                self._answer = Answer(self._tokenizer, self._prompt_ids, self.chat, self.stops)
+            self._answer.push(token_id)
+        except Exception as error:
+            self.trouble = f"{type(error).__name__}: {error}"
+            return True
+        return self._answer.stopped
 
 
 class Answer:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine import Completion, Request
 from getp.ahead import Ahead
-from getp.answer import Answer
+from getp.answer import Watcher
 from getp.errors import SOME_FAILED, GetpError, Interrupted
 from getp.files import STANDARD, check_writable, in_place, remove_leftovers, write_report
 from getp.inputs import Source, scan
@@ -29,6 +29,7 @@ from tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from engine import Engine
+    from getp.cluster import Cluster
 
 _TOKENS_AHEAD = 1 << 19  # prompt tokens that may wait for the engine
 
@@ -68,7 +69,7 @@ def read(job: Job) -> Source:
     return source
 
 
-def run_job(job: Job, source: Source, tokenizer: Tokenizer, engine: "Engine") -> int:
+def run_job(job: Job, source: Source, tokenizer: Tokenizer, engine: "Engine | Cluster") -> int:
     """Do the whole job; return the exit status. Raises Interrupted when a signal ends it."""
     if job.defaults.chat:
         chat_template(tokenizer)  # its absence is one error, not one for each request
@@ -98,7 +99,7 @@ def run_job(job: Job, source: Source, tokenizer: Tokenizer, engine: "Engine") ->
     return SOME_FAILED if journal.failed else 0
 
 
-def open_journal(job: Job, source: Source, engine: "Engine") -> Journal:
+def open_journal(job: Job, source: Source, engine: "Engine | Cluster") -> Journal:
     """Open the journal beside the output; a temporary one where the output is no file."""
     header = {
         "fingerprint": _fingerprint(job, source, engine),
@@ -125,7 +126,7 @@ def open_journal(job: Job, source: Source, engine: "Engine") -> Journal:
     return journal
 
 
-def _fingerprint(job: Job, source: Source, engine: "Engine") -> dict[str, Any]:
+def _fingerprint(job: Job, source: Source, engine: "Engine | Cluster") -> dict[str, Any]:
     """Return what must be the same for results to be of one job, by name, as JSON has it."""
     params = asdict(job.defaults.params)
     if not job.seed_given:
@@ -151,7 +152,7 @@ class Run:
     """One process's share of a job: from the first request that is not done to the last."""
 
     def __init__(
-        self, job: Job, source: Source, tokenizer: Tokenizer, engine: "Engine",
+        self, job: Job, source: Source, tokenizer: Tokenizer, engine: "Engine | Cluster",
         journal: Journal, stopping: Stopping,
     ) -> None:  # fmt: skip
         self._job = job
@@ -167,7 +168,7 @@ class Run:
         form = output_form(job.output, source)
         name = json.dumps(header["fingerprint"], sort_keys=True)
         self.renderer = Renderer(form, tokenizer, job.checkpoint, name, header["created"])
-        self._running: dict[int, tuple[Task, list[str]]] = {}  # tasks and their troubles
+        self._running: dict[int, tuple[Task, Watcher]] = {}
 
     def requests(self) -> None:
         """Run everything that is not done. Raises Interrupted, GetpError."""
@@ -194,9 +195,8 @@ class Run:
 
     def _inference(self, tasks: Ahead[Task | Failure]) -> None:
         """Run every request through the engine, which takes them as it has room."""
-        stats = self._engine.stats
         left = self._source.total - self._journal.done
-        with progress(left, lambda: stats.output_tokens) as advance:
+        with progress(left, lambda: self._engine.stats.output_tokens) as advance:
             admitted = self._admitted(tasks.until(lambda: self._stopping.asked), advance)
             completions = self._engine.generate(admitted)
             try:
@@ -227,47 +227,26 @@ class Run:
                 self._fail(task)
                 advance()
                 continue
-            troubles: list[str] = []
-            self._running[task.index] = task, troubles
-            on_token = self._watcher(task, troubles)
-            yield Request(task.prompt_ids, task.params, task.index, on_token)
-
-    def _watcher(self, task: Task, troubles: list[str]) -> Callable[[int], bool]:
-        """Return what is told each token: it ends a request at a stop string.
-
-        The token that completes the string is kept, as a stop token is.
-        """
-        answer = None
-        if task.stops:  # else no text is needed while tokens come
-            answer = Answer(self._tokenizer, task.prompt_ids, task.chat, task.stops)
-        check = self._stopping.check
-
-        def on_token(token_id: int) -> bool:
-            check()
-            if answer is None:
-                return False
-            try:
-                answer.push(token_id)
-            except Exception as error:  # this request's trouble, nobody else's
-                troubles.append(f"{type(error).__name__}: {error}")
-                return True
-            return answer.stopped
-
-        return on_token
+            watcher = Watcher(
+                self._tokenizer, task.prompt_ids, task.chat, task.stops, self._stopping.check
+            )
+            self._running[task.index] = task, watcher
+            yield Request(task.prompt_ids, task.params, task.index, watcher)
 
     def _take(self, completion: Completion) -> None:
         """Keep what the engine gave back, in whatever order."""
-        task, troubles = self._running.pop(completion.request_id)
+        task, watcher = self._running.pop(completion.request_id)
         if completion.finish_reason in ("error", "cancelled"):
             message = completion.error or "the request was cancelled"
             return self._fail(_failure(task, f"request_{completion.finish_reason}", message))
-        if not troubles:
+        trouble = watcher.trouble
+        if trouble is None:
             try:
                 line = self.renderer.done(task, completion)
             except Exception as error:
-                troubles.append(f"{type(error).__name__}: {error}")
-        if troubles:
-            return self._fail(_failure(task, "internal_error", troubles[0]))
+                trouble = f"{type(error).__name__}: {error}"
+        if trouble is not None:
+            return self._fail(_failure(task, "internal_error", trouble))
         self._journal.append(task.index, True, line)
         self.measured.add(completion)
 

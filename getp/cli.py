@@ -8,7 +8,9 @@ import os
 import secrets
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,7 @@ from getp.terminal import say
 
 if TYPE_CHECKING:
     from engine import Engine, SamplingParams
+    from getp.cluster import Cluster
     from tokenizer import Tokenizer
 
 
@@ -54,6 +57,8 @@ def _getp(options: SimpleNamespace) -> int:
     _need(options, "input", "-i/--input FILE")
     _need(options, "output", "-o/--output FILE")
     _check_system(options)
+    if options.ray_address is not None and options.replicas is None:
+        raise UsageProblem("--ray-address needs --replicas N or --replicas auto")
     from getp import batch, fingerprint
     from getp.tasks import Defaults
 
@@ -78,7 +83,10 @@ def _getp(options: SimpleNamespace) -> int:
         schedule=options.schedule,
     )
     source = batch.read(job)
-    return batch.run_job(job, source, tokenizer, load_engine(options))
+    if options.replicas is None:
+        return batch.run_job(job, source, tokenizer, load_engine(options))
+    with closing(_load_cluster(options)) as cluster:
+        return batch.run_job(job, source, tokenizer, cluster)
 
 
 def _generate(options: SimpleNamespace) -> int:
@@ -166,17 +174,39 @@ def load_engine(options: SimpleNamespace) -> "Engine":
             raise UsageProblem(f"--device {options.device}: torch finds {count} GPUs here")
     return Engine(
         _checkpoint(options),
-        device=options.device,
-        dtype=options.dtype,
-        max_batch_size=options.max_batch_size,
-        max_batch_tokens=options.max_batch_tokens,
-        kv_memory=options.kv_memory,
-        block_size=options.block_size,
-        prefix_cache=not options.no_prefix_cache,
-        dummy_weights=options.dummy_weights,
         tensor_parallel=ranks,
+        **_engine_settings(options),
         notice=lambda message: say(f"getp: warning: {message}"),
     )
+
+
+def _load_cluster(options: SimpleNamespace) -> "Cluster":
+    """Make the replicas the options ask for; they load their weights when they warm up."""
+    from getp.cluster import Cluster
+
+    return Cluster(
+        _checkpoint(options),
+        Path(options.tokenizer or _checkpoint(options)),
+        options.replicas or None,
+        address=options.ray_address,
+        gpus_each=options.tensor_parallel or 1,
+        tensor_parallel=options.tensor_parallel or 1,
+        **_engine_settings(options),
+    )
+
+
+def _engine_settings(options: SimpleNamespace) -> dict[str, Any]:
+    """Return what the options say of an engine, as its arguments."""
+    return {
+        "device": options.device,
+        "dtype": options.dtype,
+        "max_batch_size": options.max_batch_size,
+        "max_batch_tokens": options.max_batch_tokens,
+        "kv_memory": options.kv_memory,
+        "block_size": options.block_size,
+        "prefix_cache": not options.no_prefix_cache,
+        "dummy_weights": options.dummy_weights,
+    }
 
 
 def _load_tokenizer(options: SimpleNamespace) -> "Tokenizer":
@@ -258,6 +288,7 @@ def _check_system(options: SimpleNamespace) -> None:
 
 def run(args: Sequence[str]) -> int:
     """Run the command line and return its exit status; errors become one line each."""
+    warnings.showwarning = _warn
     try:
         status = command.main(list(args), prog_name="getp", standalone_mode=False)
         sys.stdout.flush()
@@ -274,6 +305,10 @@ def run(args: Sequence[str]) -> int:
             say(traceback.format_exc())
         status = error.exit_code if isinstance(error, GetpError) else 1
         return _fail(_message(error), status, hint=isinstance(error, UsageProblem))
+
+
+def _warn(message: Warning | str, *where: object) -> None:
+    say(f"getp: warning: {message}")
 
 
 def _message(error: Exception) -> str:

@@ -88,6 +88,20 @@ class Device(click.ParamType):
         return str(value)
 
 
+class Replicas(click.ParamType):
+    """A number of replicas, or `auto`, which is 0 here."""
+
+    name = "N|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number."""
+        if value == "auto":
+            return 0
+        if not re.fullmatch(r"0*[1-9]\d{0,4}", str(value)):
+            self.fail(f"{value!r} is neither a number from 1 to 99999 nor auto", param, ctx)
+        return int(value)
+
+
 class Dtype(click.Choice[str]):
     """A number format by torch's name or the usual short one; float8 for plans alone."""
 

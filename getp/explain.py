@@ -43,9 +43,15 @@ def explain(engine: "Engine", inference_s: float, requests: int) -> Explanation:
     # Ranks on a CPU share what it can do; a GPU each has its own, and a part of the work.
     parts = 1 if engine.device.type == "cpu" else engine.tensor_parallel
     return explain_counts(
-        engine.config, dtype, device, engine.stats, inference_s, requests, engine.max_batch_size,
+        engine.held_config,
+        dtype,
+        device,
+        engine.stats,
+        inference_s,
+        requests,
+        engine.max_batch_size,
         parts,
-    )  # fmt: skip
+    )
 
 
 def explain_counts(

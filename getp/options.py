@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import click
 
 from getp import __version__
-from getp.clickext import Device, Dtype, Option, Size
+from getp.clickext import Device, Dtype, Option, Replicas, Size
 
 MODES = ("generate", "chat", "getp", "decode", "eval", "plan", "profile")
 _ASKING = ("generate", "chat", "getp")  # the modes that run the model
@@ -240,6 +240,21 @@ _ALL: tuple[_Decorator, ...] = (
         "[default: 1]",
     ),
     _engine("--dummy-weights", is_flag=True, help="Random weights from config.json, for timing."),
+    _engine(
+        "--replicas",
+        type=Replicas(),
+        modes=("getp",),
+        help="Run N engines, each on a GPU of its own, or share out the cores; auto: one for each "
+        "GPU, else one a host. Needs Ray: pip install 'getp[cluster]'.  [default: one engine, "
+        "without Ray]",
+    ),
+    _engine(
+        "--ray-address",
+        metavar="HOST:PORT",
+        modes=("getp",),
+        help="Run the replicas on this Ray cluster (auto: the one of this host).  [default: a "
+        "Ray of its own, on this host]",
+    ),
     _step(
         "--phase",
         type=click.Choice(["prefill", "decode", "backward"]),

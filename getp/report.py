@@ -21,6 +21,7 @@ from getp.terminal import visible
 
 if TYPE_CHECKING:
     from engine import Engine
+    from getp.cluster import Cluster
 
 Report = dict[str, Any]
 """What `--report` writes. Times are in seconds, memory in bytes; None is "not measured"."""
@@ -80,15 +81,21 @@ class Measurements:
             decoding = completion.finished - completion.first_token
             self._per_token_s.add(decoding / (tokens - 1))
 
-    def report(self, engine: "Engine", checkpoint: str) -> Report:
+    def report(self, engine: "Engine | Cluster", checkpoint: str) -> Report:
         """Put everything together, after the engine has finished."""
-        stats, device = engine.stats, engine.device
-        on_gpu = device.type == "cuda"
-        explanation = explain(engine, self.inference_s, self.done)
-        remember(engine, checkpoint, explanation, self.inference_s)
+        from getp.report_replicas import Cluster, explain_replicas, replicas_report
+
+        stats = engine.stats
+        if isinstance(engine, Cluster):
+            explanation = explain_replicas(engine, self.inference_s, self.done)
+            where = replicas_report(engine, self.inference_s)
+        else:
+            explanation = explain(engine, self.inference_s, self.done)
+            remember(engine, checkpoint, explanation, self.inference_s)
+            where = _one_engine(engine.device)
         return {
             "checkpoint": checkpoint,
-            "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+            **where,
             "tensor_parallel": engine.tensor_parallel,
             "dtype": str(engine.dtype).removeprefix("torch."),
             "versions": {
@@ -120,12 +127,22 @@ class Measurements:
             "peak_kv_use": _ratio(stats.peak_kv_blocks, stats.kv_blocks),
             "prefix_hit_rate": _ratio(self.cached_tokens, self.prompt_tokens),
             **as_report(explanation),
-            "peak_memory_bytes": _peak_memory(),
-            "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None,
+            "peak_memory_bytes": peak_memory(),
         }
 
     def _rate(self, tokens: int) -> float:
         return tokens / self.inference_s if self.inference_s > 0 else 0.0
+
+
+def _one_engine(device: torch.device) -> Report:
+    """Return the part of the report that is another one with replicas."""
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+        "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None,
+        "balance": None,
+        "replicas": None,
+    }
 
 
 def quantile(values: Sequence[float], share: float) -> float | None:
@@ -189,6 +206,7 @@ def _rows(r: Report) -> list[tuple[str, str]]:
             f"{r['preemptions']:,} preemptions",
         ),
         *_efficiency(r),
+        *_replicas(r),
         ("peak memory", memory),
         ("run on", f"{r['device']}{ranks}, {r['dtype']}; {versions}"),
     ]
@@ -207,6 +225,28 @@ def _efficiency(r: Report) -> list[tuple[str, str]]:
     ]
 
 
+def _replicas(r: Report) -> list[tuple[str, str]]:
+    if r["replicas"] is None:
+        return []
+    rows = [("balance", f"replicas had requests {r['balance']:.1%} of the time")]
+    for one in r["replicas"]:
+        deaths = ""
+        if one["deaths"]:
+            deaths = (
+                f"; died {one['deaths']} times, left {one['requests_left_to_others']:,} requests "
+                "to others"
+            )
+        rows.append(
+            (
+                f"replica {one['replica']}",
+                f"{one['requests']:,} requests, {one['output_tokens']:,} output tokens, "
+                f"{one['output_tok_s']:,.1f} tok/s, batch {one['mean_batch']:.1f}, busy "
+                f"{one['busy']:.1%}, {_size(one['peak_memory_bytes'])} on {one['host']}{deaths}",
+            )
+        )
+    return rows
+
+
 def _latency(median: float | None, p99: float | None) -> str:
     if median is None or p99 is None:
         return "not measured"
@@ -221,7 +261,7 @@ def _ratio(part: int, whole: int) -> float:
     return part / whole if whole else 0.0
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """Return the most memory the process ever had resident, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from model import ops
 from model.attention import Attention
 from model.batch import ForwardBatch
 from model.config import LayerConfig, ModelConfig
@@ -59,20 +60,22 @@ class Transformer:
         places: for each layer, which group's tables and which cache are its own.
         """
         x = self._embed(batch.token_ids)
-        cos_sin = self.rope[batch.positions]
+        cos_sin = ops.gather(self.rope, batch.positions)
         delta: torch.Tensor | None = None
         for layer, (group, cache) in zip(self.layers, places, strict=True):
             x, normed = layer.attention_norm(x, delta)
             delta = layer.attention(normed, cos_sin, caches[cache], batch, batch.groups[group])
             x, normed = layer.mlp_norm(x, delta)
             delta = layer.mlp(normed)
-        rows = batch.logits_rows
-        _, normed = self.final_norm(x[rows], None if delta is None else delta[rows])
+        if len(batch.logits_rows) < len(x):
+            x = ops.gather(x, batch.logits_rows)
+            delta = None if delta is None else ops.gather(delta, batch.logits_rows)
+        _, normed = self.final_norm(x, delta)
         return self.head(normed)
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         if self.shard.size == 1:
-            return self.embedding[token_ids]
+            return ops.gather(self.embedding, token_ids)
         own = token_ids - self._tokens.start
         elsewhere = (own < 0) | (own >= len(self.embedding))
         x = self.embedding[own.masked_fill(elsewhere, 0)]

@@ -31,12 +31,12 @@ _YARN = {
 }
 
 
-def _gpt_oss() -> Any:
+def _gpt_oss(head_dim: int = 16) -> Any:
     return tf.GptOssConfig(
         **_COMMON,
         num_attention_heads=6,
         num_key_value_heads=2,
-        head_dim=16,
+        head_dim=head_dim,
         num_local_experts=6,
         num_experts_per_tok=3,
         sliding_window=20,
@@ -47,6 +47,7 @@ def _gpt_oss() -> Any:
 
 # name → config; every one has unequal query and KV heads, contexts and windows below 200.
 FAMILIES: dict[str, Callable[[], Any]] = {
+    "gpt_oss-wide": lambda: _gpt_oss(32),
     "qwen2": lambda: tf.Qwen2Config(
         **_COMMON,
         num_attention_heads=4,

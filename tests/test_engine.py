@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from engine import Completion, Engine, Request, SamplingParams
+from model.ops.cpu import library
 from tests.checkpoints import Peer
 
 
@@ -33,7 +34,7 @@ def load() -> list[Request]:
 def run(
     folder: Path, requests: list[Request], ahead: int = 0, **settings: Any
 ) -> tuple[dict[int, Any], Engine]:
-    engine = Engine(folder, dtype="float32", **{"kv_memory": 32 << 20, **settings})
+    engine = Engine(folder, **{"dtype": "float32", "kv_memory": 32 << 20, **settings})
     engine._ahead = ahead
     with engine:
         return {c.request_id: c.token_ids for c in engine.generate(requests)}, engine
@@ -69,6 +70,31 @@ def test_alone_batched_chunked_cached_and_preempted_give_the_same_tokens(
     assert preempted == alone
 
 
+@pytest.mark.parametrize("name", ["gpt_oss-wide", "qwen3", "qwen3_moe"])
+def test_in_bfloat16_too_where_kernels_do_it_all(
+    name: str, checkpoint: Callable[[str], Path]
+) -> None:
+    """The native kernels add up a row in one order, whoever else is in the batch."""
+    if library() is None:
+        pytest.skip("no native kernels were built here")
+    folder, requests = checkpoint(name), load()
+    settings: dict[str, Any] = {"dtype": "bfloat16", "max_batch_size": 1, "prefix_cache": False}
+    with Engine(folder, kv_memory=32 << 20, **settings) as engine:
+        assert engine._runner._graphs is not None  # recorded: no op is left to torch
+        engine._runner._graphs = None
+        alone = {c.request_id: c.token_ids for c in engine.generate(requests)}
+    settings["max_batch_size"] = 10
+    batched, engine = run(folder, requests, **settings)
+    assert engine.stats.peak_batch == 10
+    assert batched == alone
+    chunked, _ = run(folder, requests, max_batch_tokens=13, **settings)
+    assert chunked == alone
+    settings["prefix_cache"] = True
+    cached, engine = run(folder, requests * 2, **settings)
+    assert engine.stats.cached_tokens > 500
+    assert cached == alone
+
+
 def test_stale_nan_in_freed_blocks_harms_nobody(checkpoint: Callable[[str], Path]) -> None:
     requests = load()
     expected, _ = run(checkpoint("gpt_oss"), requests)
@@ -98,6 +124,22 @@ def test_a_stop_id_ends_the_output_and_is_kept(
         )
         (done,) = engine.generate([Request([5, 6, 7], SamplingParams(max_new_tokens=20))])
         assert done.token_ids == free[: at + 1]
+
+
+def test_requests_that_come_later_join_the_running_batch(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    requests = [
+        Request([5, 6, 7 + i], SamplingParams(max_new_tokens=20, ignore_eos=True), i)
+        for i in range(3)
+    ]
+    expected, _ = run(checkpoint("qwen2"), requests)
+    with Engine(checkpoint("qwen2"), dtype="float32", kv_memory=32 << 20) as engine:
+        source = [requests[0], None, None, requests[1], None, requests[2]]
+        done = {c.request_id: c.token_ids for c in engine.generate(source)}
+    assert done == expected
+    assert engine.stats.peak_batch == 3
+    assert engine.stats.steps == 23  # the last one begins three steps after the first
 
 
 @pytest.mark.parametrize("ahead", [0, 1])

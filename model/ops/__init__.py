@@ -5,13 +5,14 @@ that are faster on a kind of device. A function here picks by the device its ten
 """
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 
 from model.batch import ForwardBatch, GroupTables
 from model.ops import cpu, reference
-from model.ops.cpu import Packed
+from model.ops.cpu import Packed, recorder
 from model.ops.reference import Mxfp4
 
 __all__ = [
@@ -24,9 +25,12 @@ __all__ = [
     "empty_weight",
     "experts",
     "gated_linear",
+    "gather",
+    "keeps_mxfp4",
     "linear",
     "pack",
     "pack_experts",
+    "recorder",
     "rotate_and_write",
     "route",
 ]
@@ -41,7 +45,19 @@ _BY_DEVICE: dict[str, ModuleType] = {"cpu": cpu}
 
 
 def _of(device: torch.device) -> ModuleType:
-    return _BY_DEVICE.get(device.type, reference)
+    if device.type not in _BY_DEVICE:
+        _BY_DEVICE[device.type] = _find(device.type)
+    return _BY_DEVICE[device.type]
+
+
+def _find(kind: str) -> ModuleType:
+    """The kernels for a type of device; torch's "cuda" is AMD's too, where it is built for HIP."""
+    if kind == "cuda" and find_spec("triton") is not None:
+        # Only here: torch for CPUs comes without Triton.
+        from model.ops import triton
+
+        return triton
+    return reference
 
 
 def empty_weight(
@@ -70,6 +86,18 @@ def pack_experts(weights: torch.Tensor | Mxfp4 | Packed, dtype: torch.dtype) -> 
     """
     packed: ExpertWeights = _of(weights.device).pack_experts(weights, dtype)
     return packed
+
+
+def gather(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """table [rows, size], ids int64 [tokens], all of them rows → [tokens, size]."""
+    out: torch.Tensor = _of(table.device).gather(table, ids)
+    return out
+
+
+def keeps_mxfp4(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether MXFP4 experts stay packed on the device; else they become dense as they load."""
+    keeps: bool = _of(device).keeps_mxfp4(dtype)
+    return keeps
 
 
 def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -1,13 +1,15 @@
 """The ops on a CPU: native kernels for bfloat16 where they were built, torch for the rest."""
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 
 from model.batch import ForwardBatch, GroupTables
 from model.ops import reference
 from model.ops.cpu import native, plain
-from model.ops.cpu.native import Packed
+from model.ops.cpu.calls import Recorder, leave_to_torch, library
+from model.ops.cpu.packed import PANEL, Packed
 from model.ops.reference import MXFP4_BLOCK, Mxfp4
 
 
@@ -16,8 +18,13 @@ def _native(x: torch.Tensor, *multiples: tuple[int, int]) -> bool:
     return (
         x.dtype == torch.bfloat16
         and not any(size % unit for size, unit in multiples)
-        and native.library() is not None
+        and library() is not None
     )
+
+
+def _torch(module: ModuleType) -> ModuleType:
+    leave_to_torch()
+    return module
 
 
 def empty_weight(
@@ -27,8 +34,8 @@ def empty_weight(
     *stack, outputs, inputs = like.shape
     fits = dtype == torch.bfloat16 and not inputs % MXFP4_BLOCK
     if stack:  # experts, whose outputs are taken panel by panel
-        fits = fits and not outputs % (parts * native.PANEL)
-    if fits and native.library() is not None:
+        fits = fits and not outputs % (parts * PANEL)
+    if fits and library() is not None:
         return Packed.empty(like.shape, isinstance(like, Mxfp4))
     return reference.empty_weight(like, dtype, device, parts)
 
@@ -51,20 +58,36 @@ def pack_experts(
     return weights if isinstance(weights, Packed) else plain.pack_experts(weights, dtype)
 
 
+def keeps_mxfp4(dtype: torch.dtype) -> bool:
+    """As ops.keeps_mxfp4."""
+    return dtype == torch.bfloat16 and library() is not None
+
+
+def recorder(dtype: torch.dtype) -> Recorder | None:
+    """What records computations of this dtype to be done again; None where it cannot be."""
+    return Recorder() if dtype == torch.bfloat16 and library() is not None else None
+
+
+def gather(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """As reference.gather."""
+    which = native if library() is not None and table.is_contiguous() else _torch(reference)
+    return which.gather(table, ids)
+
+
 def linear(
     x: torch.Tensor, weight: torch.Tensor | Packed, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """As reference.linear."""
     if isinstance(weight, Packed):
         return native.linear(x, weight, bias)
-    return plain.linear(x, weight, bias)
+    return _torch(plain).linear(x, weight, bias)
 
 
 def add_rms_norm(
     x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As reference.add_rms_norm."""
-    which = native if _native(x, (x.shape[1], 16)) else reference
+    which = native if _native(x, (x.shape[1], 16)) else _torch(reference)
     return which.add_rms_norm(x, delta, weight, eps)
 
 
@@ -78,7 +101,7 @@ def rotate_and_write(
     eps: float,
 ) -> torch.Tensor:
     """As reference.rotate_and_write."""
-    which = native if _native(qkv, (qkv.shape[2], 32)) else reference
+    which = native if _native(qkv, (qkv.shape[2], 32)) else _torch(reference)
     return which.rotate_and_write(qkv, cos_sin, kv, slots, heads, norms, eps)
 
 
@@ -90,8 +113,10 @@ def attention(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """As reference.attention."""
-    fits = query.shape[2] <= native.MAX_HEAD_DIM and _native(query, (query.shape[2], 32))
-    return (native if fits else plain).attention(query, kv, batch, group, sinks)
+    _, heads, head_dim = query.shape
+    fits = heads // kv.shape[3] <= native.MAX_GROUP and head_dim <= native.MAX_HEAD_DIM
+    fits = fits and _native(query, (head_dim, 32))
+    return (native if fits else _torch(plain)).attention(query, kv, batch, group, sinks)
 
 
 def gated_linear(
@@ -103,9 +128,9 @@ def gated_linear(
 ) -> torch.Tensor:
     """As reference.gated_linear."""
     if not isinstance(weight, Packed):
-        return reference.swiglu(plain.linear(x, weight, bias), limit, alpha)
-    if weight.shape[0] % (2 * native.PANEL):
-        return reference.swiglu(native.linear(x, weight, bias), limit, alpha)
+        return _torch(reference).swiglu(plain.linear(x, weight, bias), limit, alpha)
+    if weight.shape[0] % (2 * PANEL):
+        return _torch(reference).swiglu(native.linear(x, weight, bias), limit, alpha)
     return native.gated_linear(x, weight, bias, limit, alpha)
 
 
@@ -113,7 +138,7 @@ def route(
     logits: torch.Tensor, top_k: int, softmax_after_top_k: bool, normalize: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As reference.route."""
-    which = native if _native(logits) else reference
+    which = native if _native(logits) else _torch(reference)
     return which.route(logits, top_k, softmax_after_top_k, normalize)
 
 
@@ -134,4 +159,6 @@ def experts(
         return native.experts_down(inner, chosen, weights, down, down_bias)
     assert not isinstance(gate_up, Packed)  # both are, or neither
     assert not isinstance(down, Packed)
-    return plain.experts(x, chosen, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha)
+    return _torch(plain).experts(
+        x, chosen, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha
+    )

@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -162,4 +163,56 @@ void getp_experts_down(const Weight* experts, int64_t count, const bf16* inner, 
                        int threads) {
   CALL(experts_down, experts, count, inner, tokens, chosen, weights, top_k, out, threads);
 }
+
+void getp_gather(const uint8_t* table, int64_t bytes, const int64_t* ids, int64_t count,
+                 uint8_t* out) {
+  for (int64_t i = 0; i < count; i++)
+    memcpy(out + i * bytes, table + ids[i] * bytes, (size_t)bytes);
+}
+
+// A recorded call: the number of an operation, in the order of calls.py, and its arguments.
+struct Call {
+  int64_t op, arguments[16];
+};
+
+}
+
+// Calls one of the functions above with arguments of its own types.
+template <typename... T, size_t... I>
+static void apply(void (*function)(T...), const int64_t* a, std::index_sequence<I...>) {
+  const auto as = [](auto* type, int64_t bits) {
+    using Type = std::remove_pointer_t<decltype(type)>;
+    if constexpr (std::is_same_v<Type, float>) {
+      const int32_t low = (int32_t)bits;
+      float value;
+      memcpy(&value, &low, 4);
+      return value;
+    } else {
+      return (Type)bits;
+    }
+  };
+  function(as((T*)nullptr, a[I])...);
+}
+
+template <typename... T>
+static void apply(void (*function)(T...), const int64_t* arguments) {
+  static_assert(sizeof...(T) <= 16);
+  apply(function, arguments, std::index_sequence_for<T...>());
+}
+
+extern "C" void getp_replay(const Call* calls, int64_t count) {
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t* a = calls[i].arguments;
+    switch (calls[i].op) {
+      case 0: apply(getp_linear, a); break;
+      case 1: apply(getp_gated_linear, a); break;
+      case 2: apply(getp_gather, a); break;
+      case 3: apply(getp_add_rms_norm, a); break;
+      case 4: apply(getp_rotate_and_write, a); break;
+      case 5: apply(getp_attention, a); break;
+      case 6: apply(getp_route, a); break;
+      case 7: apply(getp_experts_up, a); break;
+      case 8: apply(getp_experts_down, a); break;
+    }
+  }
 }

@@ -125,8 +125,13 @@ constexpr int MOST_ROWS = 2;
 
 template <int COUNT>
 INLINE void rows_times_panel(const bf16* a, int64_t stride, const bf16* panel, int64_t inputs,
-                             float* c) {
+                             float* c, bool more) {
   floats acc[COUNT][2] = {};
+  if (more)
+    for (int r = 0; r < COUNT; r++) {
+      acc[r][0] = load(c + r * PANEL);
+      acc[r][1] = load(c + r * PANEL + 16);
+    }
   for (int64_t k = 0; k < inputs; k += 2) {
     ints low = load_pairs(panel + k * PANEL), high = load_pairs(panel + k * PANEL + PANEL);
     hold(low);
@@ -159,12 +164,14 @@ INLINE void with_constant(int64_t count, F f) {
 }
 
 __attribute__((noinline)) static void dot_block(const bf16* a, int64_t stride, int64_t count,
-                                                const bf16* panel, int64_t inputs, float* c) {
+                                                const bf16* panel, int64_t inputs, float* c,
+                                                bool more) {
   const int64_t passes = (count + MOST_ROWS - 1) / MOST_ROWS;
   const int64_t each = (count + passes - 1) / passes;
   for (int64_t row = 0; row < count; row += each) {
     with_constant<MOST_ROWS>(std::min(each, count - row), [&](auto constant) {
-      rows_times_panel<constant.value>(a + row * stride, stride, panel, inputs, c + row * PANEL);
+      rows_times_panel<constant.value>(a + row * stride, stride, panel, inputs, c + row * PANEL,
+                                       more);
     });
   }
 }
@@ -190,110 +197,58 @@ INLINE void configure_tiles(int64_t count) {
 
 // As dot_block, for tiles that are configured for `count` of at most 32 rows.
 __attribute__((noinline)) static void tile_block(const bf16* a, int64_t stride, int64_t count,
-                                                 const bf16* panel, int64_t inputs, float* c) {
-  _tile_zero(0);
-  _tile_zero(1);
-  if (count > 16) {
+                                                 const bf16* panel, int64_t inputs, float* c,
+                                                 bool more) {
+  const bool both = count > 16;
+  if (more) {
+    _tile_loadd(0, c, 128);
+    _tile_loadd(1, c + 16, 128);
+    if (both) {
+      _tile_loadd(2, c + 16 * PANEL, 128);
+      _tile_loadd(3, c + 16 * PANEL + 16, 128);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t k = 0; k < inputs; k += 32) {
-      _tile_loadd(6, panel + k * PANEL, 128);
-      _tile_loadd(4, a + k, stride * 2);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, panel + k * PANEL + 32, 128);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, a + 16 * stride + k, stride * 2);
+  }
+  for (int64_t k = 0; k < inputs; k += 32, a += 32) {
+    _tile_loadd(6, panel + k * PANEL, 128);
+    _tile_loadd(4, a, stride * 2);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, panel + k * PANEL + 32, 128);
+    _tile_dpbf16ps(1, 4, 7);
+    if (both) {
+      _tile_loadd(5, a + 16 * stride, stride * 2);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
-      for (int line = 0; line < 32; line++) __builtin_prefetch(panel + k * PANEL + 2048 + line * 32);
-    }
-    _tile_stored(2, c + 16 * PANEL, 128);
-    _tile_stored(3, c + 16 * PANEL + 16, 128);
-  } else {
-    for (int64_t k = 0; k < inputs; k += 32) {
-      _tile_loadd(4, a + k, stride * 2);
-      _tile_loadd(6, panel + k * PANEL, 128);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, panel + k * PANEL + 32, 128);
-      _tile_dpbf16ps(1, 4, 7);
-      for (int line = 0; line < 32; line++) __builtin_prefetch(panel + k * PANEL + 2048 + line * 32);
     }
   }
   _tile_stored(0, c, 128);
   _tile_stored(1, c + 16, 128);
+  if (both) {
+    _tile_stored(2, c + 16 * PANEL, 128);
+    _tile_stored(3, c + 16 * PANEL + 16, 128);
+  }
 }
+#endif
 
+#if WIDE
 // The sixteen values of FP4 E2M1 as bf16, twice: a look-up takes the low five bits of its index.
+// Zero is 2^-60: next to any other value nil, and its exponent has room for a scale to be added.
 alignas(64) static const uint16_t FP4[32] = {
-    0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,
-    0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0,
-    0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,
-    0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0};
-
-INLINE floats power_of_two(const uint8_t* scales) {
-  const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)scales));
-  return (floats)_mm512_slli_epi32(wide, 23);
-}
-
-constexpr int MOST_ROWS_MXFP4 = 6;
-
-// As rows_times_panel, from codes: a group's sum is scaled once.
-template <int COUNT>
-INLINE void rows_times_codes(const bf16* a, int64_t stride, const uint8_t* codes,
-                             const uint8_t* scales, int64_t inputs, float* c) {
-  const __m512i table = _mm512_load_si512(FP4);
-  floats acc[COUNT][2] = {};
-  for (int64_t k = 0; k < inputs; k += GROUP) {
-    floats part[COUNT][2] = {};
-    for (int unit = 0; unit < 8; unit++) {
-      const __m512i words = _mm512_loadu_si512(codes + k * 16 + unit * 64);
-      __builtin_prefetch(codes + k * 16 + unit * 64 + 4096);
-      const ints v0 = (ints)_mm512_permutexvar_epi16(words, table);
-      const ints v1 = (ints)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
-      const ints v2 = (ints)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table);
-      const ints v3 = (ints)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table);
-#pragma GCC unroll 6
-      for (int r = 0; r < COUNT; r++) {
-        int32_t pair[2];
-        memcpy(pair, a + r * stride + k + unit * 4, 8);
-        ints first = pair[0] - ints{}, second = pair[1] - ints{};
-        hold(first);
-        hold(second);
-        part[r][0] = dot(dot(part[r][0], first, v0), second, v2);
-        part[r][1] = dot(dot(part[r][1], first, v1), second, v3);
-      }
-    }
-    const floats low = power_of_two(scales + k), high = power_of_two(scales + k + 16);
-    for (int r = 0; r < COUNT; r++) {
-      acc[r][0] += part[r][0] * low;
-      acc[r][1] += part[r][1] * high;
-    }
-  }
-  for (int r = 0; r < COUNT; r++) {
-    store(c + r * PANEL, acc[r][0]);
-    store(c + r * PANEL + 16, acc[r][1]);
-  }
-}
-
-__attribute__((noinline)) static void code_block(const bf16* a, int64_t stride, int64_t count,
-                                                 const uint8_t* codes, const uint8_t* scales,
-                                                 int64_t inputs, float* c) {
-  const int64_t passes = (count + MOST_ROWS_MXFP4 - 1) / MOST_ROWS_MXFP4;
-  const int64_t each = (count + passes - 1) / passes;
-  for (int64_t row = 0; row < count; row += each) {
-    with_constant<MOST_ROWS_MXFP4>(std::min(each, count - row), [&](auto constant) {
-      rows_times_codes<constant.value>(a + row * stride, stride, codes, scales, inputs,
-                                       c + row * PANEL);
-    });
-  }
-}
+    0x2180, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,
+    0xa180, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0,
+    0x2180, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,
+    0xa180, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0};
 #endif
 
 // A panel of MXFP4 as bf16. Scales are added to the exponents, which stay in bf16's range: small
 // scales are raised in pack_mxfp4, large ones refused in native.py.
 static void unpack(const uint8_t* codes, const uint8_t* scales, int64_t inputs, bf16* panel) {
 #if WIDE
-  const __m512i table = _mm512_load_si512(FP4), magnitude = _mm512_set1_epi16(0x7fff);
+  const __m512i table = _mm512_load_si512(FP4);
   for (int64_t k = 0; k < inputs; k += GROUP) {
     __m512i shift[2];
     for (int half = 0; half < 2; half++) {
@@ -309,9 +264,8 @@ static void unpack(const uint8_t* codes, const uint8_t* scales, int64_t inputs, 
       __builtin_prefetch(codes + k * 16 + unit * 64 + 4096);
       for (int i = 0; i < 4; i++) {
         const __m512i value = _mm512_permutexvar_epi16(words, table);
-        const __mmask32 any = _mm512_test_epi16_mask(value, magnitude);
         _mm512_storeu_si512(panel + (k + unit * 4) * PANEL + i * 32,
-                            _mm512_mask_add_epi16(value, any, value, shift[i & 1]));
+                            _mm512_add_epi16(value, shift[i & 1]));
         words = _mm512_srli_epi16(words, 4);
       }
     }
@@ -336,66 +290,64 @@ static void unpack(const uint8_t* codes, const uint8_t* scales, int64_t inputs, 
 #endif
 }
 
-// One panel of a weight, brought into the form that a number of rows is multiplied with.
-struct Panel {
-  const bf16* dense = nullptr;
-  const uint8_t *codes = nullptr, *scales = nullptr;
-};
-
-INLINE Panel panel_of(const Weight& weight, int64_t index, [[maybe_unused]] int64_t rows,
-                      bf16* scratch) {
-  Panel panel;
-  if (!weight.scales) {
-    panel.dense = (const bf16*)weight.data + index * PANEL * weight.inputs;
-    return panel;
-  }
-  panel.codes = (const uint8_t*)weight.data + index * PANEL * weight.inputs / 2;
-  panel.scales = weight.scales + index * weight.inputs;
-#if WIDE
-  if (rows <= (use_amx ? MOST_ROWS_MXFP4 : 2 * MOST_ROWS_MXFP4)) return panel;
-#endif
-  unpack(panel.codes, panel.scales, weight.inputs, scratch);
-  panel.dense = scratch;
-  return panel;
+// Memory of a thread's own, kept from call to call.
+template <typename T>
+INLINE T* scratch_for(int64_t values) {
+  static thread_local std::vector<T> scratch;
+  if ((int64_t)scratch.size() < values + 64) scratch.resize((size_t)values + 64);
+  return (T*)(((uintptr_t)scratch.data() + 63) & ~(uintptr_t)63);
 }
 
-INLINE bf16* scratch_for(int64_t values) {
-  static thread_local std::vector<bf16> scratch;
-  if ((int64_t)scratch.size() < values + 32) scratch.resize(values + 32);
-  return (bf16*)(((uintptr_t)scratch.data() + 63) & ~(uintptr_t)63);
-}
-
-constexpr int64_t LEAST_ROWS_AMX = 8;  // fewer are done sooner by dot products
-
-// c [count, 32] for at most ROWS rows. `tiles`: the rows that the tiles are configured for now.
-INLINE void multiply(const bf16* a, int64_t stride, int64_t count, const Panel& panel,
-                     int64_t inputs, float* c, [[maybe_unused]] int64_t& tiles) {
+// c [count, 32], or what is more of it, for at most ROWS rows. `tiles`: the rows that the tiles
+// are configured for now.
+INLINE void multiply(const bf16* a, int64_t stride, int64_t count, const bf16* panel,
+                     int64_t inputs, float* c, bool more, [[maybe_unused]] int64_t& tiles) {
 #if WIDE
-  if (!panel.dense) return code_block(a, stride, count, panel.codes, panel.scales, inputs, c);
-  if (use_amx && count >= LEAST_ROWS_AMX) {
+  if (use_amx) {
     if (tiles != count) configure_tiles(tiles = count);
-    return tile_block(a, stride, count, panel.dense, inputs, c);
+    return tile_block(a, stride, count, panel, inputs, c, more);
   }
 #endif
-  dot_block(a, stride, count, panel.dense, inputs, c);
+  dot_block(a, stride, count, panel, inputs, c, more);
+}
+
+// Inputs that are taken at once: their part of a panel stays in the first-level cache for all rows.
+constexpr int64_t SPAN = 256;
+
+// c [rows, 32] = x [rows, inputs] times one panel, plus its bias. A row's products are added up in
+// the same order whatever the number of rows: a result does not depend on the batch.
+static void rows_times_weight(const Weight& weight, int64_t index, const bf16* x, int64_t rows,
+                              float* c, int64_t& tiles) {
+  alignas(64) bf16 unpacked[SPAN * PANEL];
+  const int64_t inputs = weight.inputs;
+  const int64_t step = rows > ROWS || weight.scales ? SPAN : inputs;
+  for (int64_t k = 0; k < inputs; k += step) {
+    const int64_t width = std::min(step, inputs - k);
+    const bf16* panel = (const bf16*)weight.data + (index * inputs + k) * PANEL;
+    if (weight.scales) {
+      const int64_t at = index * inputs + k;
+      unpack((const uint8_t*)weight.data + at * PANEL / 2, weight.scales + at, width, unpacked);
+      panel = unpacked;
+    }
+    for (int64_t row = 0; row < rows; row += ROWS)
+      multiply(x + row * inputs + k, inputs, std::min(ROWS, rows - row), panel, width,
+               c + row * PANEL, k > 0, tiles);
+  }
+  if (!weight.bias) return;
+  const int64_t first = index * PANEL, own = std::min(PANEL, weight.outputs - first);
+  float bias[PANEL] = {};
+  for (int64_t i = 0; i < own; i++) bias[i] = widen_one(weight.bias[first + i]);
+  const floats low = load(bias), high = load(bias + 16);
+  for (int64_t r = 0; r < rows; r++) {
+    store(c + r * PANEL, load(c + r * PANEL) + low);
+    store(c + r * PANEL + 16, load(c + r * PANEL + 16) + high);
+  }
 }
 
 INLINE void release_tiles([[maybe_unused]] int64_t tiles) {
 #if WIDE
   if (tiles) _tile_release();
 #endif
-}
-
-INLINE void add_bias(const Weight& weight, int64_t panel, int64_t count, float* c) {
-  if (!weight.bias) return;
-  const int64_t first = panel * PANEL, own = std::min(PANEL, weight.outputs - first);
-  float bias[PANEL] = {};
-  for (int64_t i = 0; i < own; i++) bias[i] = widen_one(weight.bias[first + i]);
-  const floats low = load(bias), high = load(bias + 16);
-  for (int64_t r = 0; r < count; r++) {
-    store(c + r * PANEL, load(c + r * PANEL) + low);
-    store(c + r * PANEL + 16, load(c + r * PANEL + 16) + high);
-  }
 }
 
 INLINE void write_row(const float* c, bf16* out, int64_t own) {
@@ -420,21 +372,15 @@ static void linear(const Weight& weight, const bf16* x, int64_t rows, bf16* out,
   if (rows * outputs * inputs < 1 << 17) threads = 1;
 #pragma omp parallel num_threads(threads)
   {
-    alignas(64) float c[ROWS * PANEL];
-    bf16* scratch = weight.scales ? scratch_for(inputs * PANEL) : nullptr;
+    float* c = scratch_for<float>(most * PANEL);
     int64_t tiles = 0;
 #pragma omp for schedule(dynamic, chunk) nowait
     for (int64_t item = 0; item < items; item++) {
       const int64_t index = item % panels, first = item / panels * most;
-      const int64_t last = std::min(rows, first + most), own = outputs - index * PANEL;
-      const Panel panel = panel_of(weight, index, last - first, scratch);
-      for (int64_t row = first; row < last; row += ROWS) {
-        const int64_t count = std::min(ROWS, last - row);
-        multiply(x + row * inputs, inputs, count, panel, inputs, c, tiles);
-        add_bias(weight, index, count, c);
-        for (int64_t r = 0; r < count; r++)
-          write_row(c + r * PANEL, out + (row + r) * outputs + index * PANEL, own);
-      }
+      const int64_t count = std::min(most, rows - first), own = outputs - index * PANEL;
+      rows_times_weight(weight, index, x + first * inputs, count, c, tiles);
+      for (int64_t r = 0; r < count; r++)
+        write_row(c + r * PANEL, out + (first + r) * outputs + index * PANEL, own);
     }
     release_tiles(tiles);
   }
@@ -442,24 +388,17 @@ static void linear(const Weight& weight, const bf16* x, int64_t rows, bf16* out,
 
 // One panel of gates and the panel of what they gate, for rows [first, last) of x [rows, inputs]:
 // out [rows, outputs / 2]. The first half of the outputs are gates.
-INLINE void gated_block(const Weight& weight, int64_t index, const bf16* x, int64_t first,
-                        int64_t last, Swiglu how, bf16* out, bf16* scratch, int64_t& tiles) {
-  const int64_t inputs = weight.inputs, size = weight.outputs / 2;
-  const int64_t partner = index + size / PANEL;
-  alignas(64) float gate[ROWS * PANEL], up[ROWS * PANEL];
-  const Panel gates = panel_of(weight, index, last - first, scratch);
-  const Panel ups = panel_of(weight, partner, last - first, scratch + inputs * PANEL);
-  for (int64_t row = first; row < last; row += ROWS) {
-    const int64_t count = std::min(ROWS, last - row);
-    multiply(x + row * inputs, inputs, count, gates, inputs, gate, tiles);
-    multiply(x + row * inputs, inputs, count, ups, inputs, up, tiles);
-    add_bias(weight, index, count, gate);
-    add_bias(weight, partner, count, up);
-    for (int64_t r = 0; r < count; r++)
-      for (int64_t v = 0; v < PANEL; v += 16)
-        narrow(out + (row + r) * size + index * PANEL + v,
-               activate(load(gate + r * PANEL + v), load(up + r * PANEL + v), how));
-  }
+static void gated_block(const Weight& weight, int64_t index, const bf16* x, int64_t first,
+                        int64_t last, Swiglu how, bf16* out, float* c, int64_t& tiles) {
+  const int64_t size = weight.outputs / 2, rows = last - first;
+  float *gate = c, *up = c + rows * PANEL;
+  const bf16* own = x + first * weight.inputs;
+  rows_times_weight(weight, index, own, rows, gate, tiles);
+  rows_times_weight(weight, index + size / PANEL, own, rows, up, tiles);
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t v = 0; v < PANEL; v += 16)
+      narrow(out + (first + r) * size + index * PANEL + v,
+             activate(load(gate + r * PANEL + v), load(up + r * PANEL + v), how));
 }
 
 static void gated_linear(const Weight& weight, const bf16* x, int64_t rows, Swiglu how, bf16* out,
@@ -470,12 +409,12 @@ static void gated_linear(const Weight& weight, const bf16* x, int64_t rows, Swig
   if (rows * weight.outputs * inputs < 1 << 17) threads = 1;
 #pragma omp parallel num_threads(threads)
   {
-    bf16* scratch = weight.scales ? scratch_for(2 * inputs * PANEL) : nullptr;
+    float* c = scratch_for<float>(2 * most * PANEL);
     int64_t tiles = 0;
 #pragma omp for schedule(dynamic, chunk) nowait
     for (int64_t item = 0; item < items; item++) {
       const int64_t first = item / panels * most;
-      gated_block(weight, item % panels, x, first, std::min(rows, first + most), how, out, scratch,
+      gated_block(weight, item % panels, x, first, std::min(rows, first + most), how, out, c,
                   tiles);
     }
     release_tiles(tiles);
@@ -522,27 +461,35 @@ static void pack_mxfp4(uint8_t* to, uint8_t* to_scales, int64_t inputs, int64_t 
   for (int64_t panel = begin; panel < end; panel++) {
     const int64_t low = std::max(first, panel * PANEL);
     const int64_t high = std::min(first + count, (panel + 1) * PANEL);
-    for (int64_t n = low; n < high; n++) {
-      const int64_t output = n - panel * PANEL, half = output / 16, lane = output % 16 * 2;
-      const uint8_t* row = codes + (n - first) * row_step * inputs / 2;
-      const uint8_t* row_scales = scales + (n - first) * row_step * inputs / GROUP;
-      uint8_t* mine = to + panel * PANEL * inputs / 2;
-      for (int64_t group = 0; group < inputs / GROUP; group++) {
-        // The smallest ones would leave bf16's exponents; what they scale is nil either way.
-        to_scales[panel * inputs + group * GROUP + output] = std::max<uint8_t>(row_scales[group], 4);
-        for (int unit = 0; unit < 8; unit++) {
-          // Four inputs, two bytes: pair 0 goes to nibbles `half` of two words, pair 1 to those
-          // two further.
-          const uint8_t a = row[group * 16 + unit * 2], b = row[group * 16 + unit * 2 + 1];
-          uint16_t* words = (uint16_t*)(mine + group * 512 + unit * 64);
-          const uint16_t keep = (uint16_t) ~(half ? 0xf0f0 : 0x0f0f);
-          const int shift = (int)half * 4;
-          const uint16_t even = (uint16_t)(((a & 15) | (b & 15) << 8) << shift);
-          const uint16_t odd = (uint16_t)(((a >> 4) | (b >> 4) << 8) << shift);
-          words[lane] = (uint16_t)((words[lane] & keep) | even);
-          words[lane + 1] = (uint16_t)((words[lane + 1] & keep) | odd);
-        }
+    // Outputs o and o + 16 share a 32-bit place: four nibbles each, of the four inputs of a unit.
+    uint32_t keep[16];
+    const uint8_t* rows[PANEL];
+    for (int64_t o = 0; o < PANEL; o++) {
+      const int64_t n = panel * PANEL + o;
+      rows[o] = n < low || n >= high ? nullptr : codes + (n - first) * row_step * inputs / 2;
+    }
+    for (int o = 0; o < 16; o++)
+      keep[o] = (rows[o] ? 0 : 0x0f0f0f0f) | (rows[o + 16] ? 0 : 0xf0f0f0f0);
+    for (int64_t group = 0; group < inputs / GROUP; group++) {
+      uint16_t bytes[8][PANEL] = {};  // a unit's two bytes of each output
+      for (int64_t o = 0; o < PANEL; o++) {
+        if (!rows[o]) continue;
+        uint16_t own[8];
+        memcpy(own, rows[o] + group * 16, 16);
+        for (int unit = 0; unit < 8; unit++) bytes[unit][o] = own[unit];
+        const int64_t n = panel * PANEL + o - first;
+        // Smaller ones would leave bf16's exponents; below 2^-60 they scale to nil.
+        to_scales[panel * inputs + group * GROUP + o] =
+            std::max<uint8_t>(scales[n * row_step * inputs / GROUP + group], 64);
       }
+      uint32_t* words = (uint32_t*)(to + panel * PANEL * inputs / 2 + group * 512);
+      for (int unit = 0; unit < 8; unit++, words += 16)
+        for (int o = 0; o < 16; o++) {
+          const uint32_t a = bytes[unit][o], b = bytes[unit][o + 16];
+          const uint32_t low_half = (a & 0x0f0f) | (a >> 4 & 0x0f0f) << 16;
+          const uint32_t high_half = (b & 0x0f0f) | (b >> 4 & 0x0f0f) << 16;
+          words[o] = (words[o] & keep[o]) | low_half | high_half << 4;
+        }
     }
   }
 }
@@ -682,8 +629,7 @@ INLINE void transpose_keys(const bf16* const* rows, int64_t head_dim, bf16* to) 
 }
 
 template <int COUNT>
-INLINE void score_rows(const bf16* const* query, const bf16* keys, int64_t head_dim, float scale,
-                       float* scores) {
+INLINE void score_rows(const bf16* query, const bf16* keys, int64_t head_dim, float* scores) {
   floats acc[COUNT] = {};
   for (int64_t k = 0; k < head_dim; k += 2) {
     ints pairs = load_pairs(keys + k * 16);
@@ -691,11 +637,39 @@ INLINE void score_rows(const bf16* const* query, const bf16* keys, int64_t head_
 #pragma GCC unroll 8
     for (int r = 0; r < COUNT; r++) {
       int32_t pair;
-      memcpy(&pair, query[r] + k, 4);
+      memcpy(&pair, query + r * head_dim + k, 4);
       acc[r] = dot(acc[r], pair - ints{}, pairs);
     }
   }
-  for (int r = 0; r < COUNT; r++) store(scores + r * TILE, acc[r] * scale);
+  for (int r = 0; r < COUNT; r++) store(scores + r * TILE, acc[r]);
+}
+
+// scores [rows, 16 of TILE] of query [rows, head_dim] with 16 transposed keys.
+INLINE void score(const bf16* query, const bf16* keys, int64_t rows, int64_t head_dim,
+                  float* scores, [[maybe_unused]] int64_t& tiles) {
+#if WIDE
+  if (use_amx) {
+    if (tiles != rows) configure_tiles(tiles = rows);
+    _tile_zero(0);
+    _tile_zero(2);
+    for (int64_t k = 0; k < head_dim; k += 32) {
+      _tile_loadd(6, keys + k * 16, 64);
+      _tile_loadd(4, query + k, head_dim * 2);
+      _tile_dpbf16ps(0, 4, 6);
+      if (rows > 16) {
+        _tile_loadd(5, query + 16 * head_dim + k, head_dim * 2);
+        _tile_dpbf16ps(2, 5, 6);
+      }
+    }
+    _tile_stored(0, scores, TILE * 4);
+    if (rows > 16) _tile_stored(2, scores + 16 * TILE, TILE * 4);
+    return;
+  }
+#endif
+  for (int64_t r = 0; r < rows; r += 8)
+    with_constant<8>(std::min<int64_t>(8, rows - r), [&](auto constant) {
+      score_rows<constant.value>(query + r * head_dim, keys, head_dim, scores + r * TILE);
+    });
 }
 
 template <int COUNT, int VECTORS>
@@ -721,8 +695,9 @@ INLINE void mix_rows(const float* shares, const bf16* const* values, int64_t cou
 
 // Turns a row's scores of a tile, of which it may see [from, to), into shares relative to the
 // largest score so far, and brings what was summed before to the same measure.
-INLINE void take_shares(float* row, int64_t count, int64_t from, int64_t to, float& top,
-                        float& total, float* mixed, int64_t head_dim) {
+INLINE void take_shares(float* row, float scale, int64_t count, int64_t from, int64_t to,
+                        float& top, float& total, float* mixed, int64_t head_dim) {
+  for (int64_t i = 0; i < count; i += 16) store(row + i, load(row + i) * scale);
   for (int64_t i = 0; i < std::min(from, count); i++) row[i] = -INFINITY;
   for (int64_t i = std::max<int64_t>(0, to); i < (count + 15) / 16 * 16; i++) row[i] = -INFINITY;
   floats most = load(row);
@@ -762,18 +737,20 @@ struct AttentionSize {
 
 static void attend(const bf16* query, bf16* out, const AttentionItem& item, int64_t before,
                    const AttentionSize& size, const bf16* kv, int64_t kv_half,
-                   const int32_t* table, const bf16* sinks) {
+                   const int32_t* table, const bf16* sinks, int64_t& tiles) {
   const int64_t head_dim = size.head_dim, group = size.heads / size.kv_heads;
   const int64_t rows = (item.last - item.first) * group;  // of one KV head, by token
   const int64_t end = before + item.last, window = size.window;
-  const int64_t begin = window ? std::max<int64_t>(0, before + item.first + 1 - window) : 0;
+  // A multiple of TILE, so that sums are added up in the same order in any chunk.
+  const int64_t begin =
+      window ? std::max<int64_t>(0, before + item.first + 1 - window) / TILE * TILE : 0;
   const int64_t stride = size.kv_heads * head_dim;
   const float scale = 1.0f / std::sqrt((float)head_dim);
   alignas(64) bf16 keys[16 * 256];
   alignas(64) float scores[MOST_QUERY * TILE];
   alignas(64) float mixed[MOST_MIXED];
   float top[MOST_MIXED / 32], total[MOST_MIXED / 32];
-  const bf16* query_rows[MOST_QUERY];
+  alignas(64) bf16 queries[MOST_QUERY * 256];
   const bf16 *key_rows[TILE], *value_rows[TILE], *part_rows[TILE];
   int64_t offsets[2][TILE];  // of this tile's positions and of the next one's, in a cache
   const auto find = [&](int64_t from, int64_t* to) {
@@ -804,9 +781,9 @@ static void attend(const bf16* query, bf16* out, const AttentionItem& item, int6
     for (int64_t i = count; i < padded; i++) key_rows[i] = key_rows[0];
     for (int64_t own = 0; own < item.kv_heads; own++) {
       const int64_t head = (item.kv_head + own) * group;
-      for (int64_t r = 0; r < rows; r++)
-        query_rows[r] =
-            query + ((item.first + r / group) * size.heads + head + r % group) * head_dim;
+      for (int64_t token = item.first; token < item.last; token++)
+        memcpy(queries + (token - item.first) * group * head_dim,
+               query + (token * size.heads + head) * head_dim, (size_t)(group * head_dim) * 2);
       for (int64_t i = 0; i < count; i += 16) {
         // The pages lie anywhere, which no hardware foresees: values wanted soon, keys later.
         for (int64_t j = i; j < std::min(count, i + 16); j++)
@@ -815,15 +792,11 @@ static void attend(const bf16* query, bf16* out, const AttentionItem& item, int6
           for (int64_t d = 0; d < head_dim; d += 32)
             __builtin_prefetch(kv + next[j] + own * head_dim + d, 0, 2);
         transpose_keys(key_rows + i, head_dim, keys);
-        for (int64_t r = 0; r < rows; r += 8)
-          with_constant<8>(std::min<int64_t>(8, rows - r), [&](auto constant) {
-            score_rows<constant.value>(query_rows + r, keys, head_dim, scale,
-                                       scores + r * TILE + i);
-          });
+        score(queries, keys, rows, head_dim, scores + i, tiles);
       }
       float *own_mixed = mixed + own * rows * head_dim;
       for (int64_t r = 0; r < rows; r++)
-        take_shares(scores + r * TILE, count, window ? ends[r] - window - at : 0, ends[r] - at,
+        take_shares(scores + r * TILE, scale, count, window ? ends[r] - window - at : 0, ends[r] - at,
                     top[own * rows + r], total[own * rows + r], own_mixed + r * head_dim, head_dim);
       for (int64_t part = 0; part < head_dim; part += 32) {
         const bool wide = head_dim - part >= 64;
@@ -875,11 +848,16 @@ static void attention(const bf16* query, const bf16* kv, int64_t kv_half, const 
   if (work * heads * head_dim < 1 << 16) threads = 1;
   const AttentionItem* all = items.data();
   const int64_t count = (int64_t)items.size();
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t i = 0; i < count; i++) {
-    const int64_t s = all[i].sequence, offset = (int64_t)starts[s] * heads * head_dim;
-    attend(query + offset, out + offset, all[i], seen[s] - (starts[s + 1] - starts[s]), size, kv,
-           kv_half, table + s * width, sinks);
+#pragma omp parallel num_threads(threads)
+  {
+    int64_t tiles = 0;
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t s = all[i].sequence, offset = (int64_t)starts[s] * heads * head_dim;
+      attend(query + offset, out + offset, all[i], seen[s] - (starts[s + 1] - starts[s]), size, kv,
+             kv_half, table + s * width, sinks, tiles);
+    }
+    release_tiles(tiles);
   }
 }
 
@@ -925,7 +903,8 @@ static void experts_up(const Weight* experts, int64_t count, const bf16* x, int6
                        int threads) {
   const int64_t pairs = tokens * top_k, inputs = experts->inputs, size = experts->outputs / 2;
   const Grouped& grouped = group_pairs(chosen, pairs, count);
-  const auto& items = expert_items(grouped, count, size / PANEL, rows_in_cache(inputs));
+  const int64_t most = rows_in_cache(inputs);
+  const auto& items = expert_items(grouped, count, size / PANEL, most);
   const int64_t total = (int64_t)items.size(), chunk = std::max<int64_t>(1, total / (16 * threads));
   static thread_local std::vector<bf16> gathered_rows;
   gathered_rows.resize((size_t)(pairs * inputs));
@@ -936,13 +915,13 @@ static void experts_up(const Weight* experts, int64_t count, const bf16* x, int6
     for (int64_t i = 0; i < pairs; i++)
       memcpy(gathered + i * inputs, x + grouped.pairs[(size_t)i] / top_k * inputs,
              (size_t)inputs * 2);
-    bf16* scratch = experts->scales ? scratch_for(2 * inputs * PANEL) : nullptr;
+    float* c = scratch_for<float>(2 * most * PANEL);
     int64_t tiles = 0;
 #pragma omp for schedule(dynamic, chunk) nowait
     for (int64_t i = 0; i < total; i++) {
       const ExpertItem item = items[(size_t)i];
-      gated_block(experts[item.expert], item.panel, gathered, item.first, item.last, how, inner,
-                  scratch, tiles);
+      gated_block(experts[item.expert], item.panel, gathered, item.first, item.last, how, inner, c,
+                  tiles);
     }
     release_tiles(tiles);
   }
@@ -956,31 +935,27 @@ static void experts_down(const Weight* experts, int64_t count, const bf16* inner
   const int64_t pairs = tokens * top_k, inputs = experts->inputs, outputs = experts->outputs;
   const int64_t panels = (outputs + PANEL - 1) / PANEL, width = panels * PANEL;
   const Grouped& grouped = group_pairs(chosen, pairs, count);
-  const auto& items = expert_items(grouped, count, panels, rows_in_cache(inputs));
+  const int64_t most = rows_in_cache(inputs);
+  const auto& items = expert_items(grouped, count, panels, most);
   const int64_t total = (int64_t)items.size(), chunk = std::max<int64_t>(1, total / (16 * threads));
   static thread_local std::vector<float> result_rows;
   result_rows.resize((size_t)(pairs * width));
   float* results = result_rows.data();
 #pragma omp parallel num_threads(threads)
   {
-    alignas(64) float c[ROWS * PANEL];
-    bf16* scratch = experts->scales ? scratch_for(inputs * PANEL) : nullptr;
+    float* c = scratch_for<float>(most * PANEL);
     int64_t tiles = 0;
 #pragma omp for schedule(dynamic, chunk)
     for (int64_t i = 0; i < total; i++) {
       const ExpertItem item = items[(size_t)i];
-      const Weight& weight = experts[item.expert];
-      const Panel panel = panel_of(weight, item.panel, item.last - item.first, scratch);
-      for (int64_t row = item.first; row < item.last; row += ROWS) {
-        const int64_t n = std::min(ROWS, item.last - row);
-        multiply(inner + row * inputs, inputs, n, panel, inputs, c, tiles);
-        add_bias(weight, item.panel, n, c);
-        for (int64_t r = 0; r < n; r++) {
-          const int64_t pair = grouped.pairs[(size_t)(row + r)];
-          float* to = results + pair * width + item.panel * PANEL;
-          store(to, load(c + r * PANEL) * weights[pair]);
-          store(to + 16, load(c + r * PANEL + 16) * weights[pair]);
-        }
+      const int64_t rows = item.last - item.first;
+      rows_times_weight(experts[item.expert], item.panel,
+                        inner + item.first * inputs, rows, c, tiles);
+      for (int64_t r = 0; r < rows; r++) {
+        const int64_t pair = grouped.pairs[(size_t)(item.first + r)];
+        float* to = results + pair * width + item.panel * PANEL;
+        store(to, load(c + r * PANEL) * weights[pair]);
+        store(to + 16, load(c + r * PANEL + 16) * weights[pair]);
       }
     }
     release_tiles(tiles);

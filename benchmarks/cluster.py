@@ -1,0 +1,133 @@
+"""What the driver of replicas can do: `python -m benchmarks.cluster --requests 200000`.
+
+The replicas are real Ray actors, their engines do nothing: each request is answered with its own
+prompt, at once, 2,048 at a time, so that two stand for a cluster. First the way back alone, from
+requests that are ready to journaled results; then a whole job: reading, tokenizing, scheduling,
+sending, taking, the journal, the result file. CPU time is the driver process's, all its threads
+together, Ray's among them. Prints one JSON line.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from engine import Completion, EngineStats, Request, SamplingParams
+from getp import batch
+from getp.answer import Watcher
+from getp.cluster import Cluster
+from getp.files import token_line
+from getp.journal import Journal
+from getp.report import Measurements
+from getp.tasks import Defaults
+from tokenizer import Tokenizer
+
+_MODEL = Path(__file__).resolve().parent.parent / "data" / "model"
+
+
+@dataclass
+class NoEngine:
+    """Has an engine's interface and no model."""
+
+    checkpoint: str
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    max_batch_size: int = 2048
+    stats: EngineStats = field(default_factory=EngineStats)
+
+    def warm_up(self) -> None:
+        """Need nothing."""
+
+    def generate(self, requests: Iterable[Request | None]) -> Iterator[Completion]:
+        """Answer each request with its prompt."""
+        for request in requests:
+            if request is not None:
+                ids = list(request.prompt_ids)
+                self.stats.output_tokens += len(ids)
+                yield Completion(request.request_id, ids, "length", prompt_tokens=len(ids))
+
+
+def make(checkpoint: str, **settings: Any) -> NoEngine:
+    """Make one, whatever the settings."""
+    return NoEngine(checkpoint)
+
+
+def the_way_back(folder: Path, replicas: Cluster, count: int, tokens: int) -> dict[str, float]:
+    """Time ready requests from `generate` to the journal."""
+    tokenizer = Tokenizer.load(_MODEL)
+    requests = []
+    for index in range(count):
+        ids, params = [index % 1000] * tokens, SamplingParams(seed=index)
+        requests.append(Request(ids, params, index, Watcher(tokenizer, ids, False, ())))
+    measured = Measurements()
+    with Journal(str(folder / "journal"), {"fingerprint": {}}, count, flush_s=1.0) as journal:
+        clock = _Clock()
+        for done in replicas.generate(requests):
+            journal.append(done.request_id, True, token_line(done.token_ids))
+            measured.add(done)
+        found = clock.read(count)
+        assert journal.done == measured.done == count
+    return found
+
+
+def whole_job(folder: Path, replicas: Cluster, count: int) -> dict[str, float]:
+    """Time a job from its file to its result."""
+    source, output = folder / "input.txt", folder / "output.txt"
+    with open(source, "w") as file:
+        file.write(f"{count}\n")
+        file.writelines(f"What is {index} plus {index % 77}?\n" for index in range(count))
+    job = batch.Job(str(source), str(output), "nothing", Defaults(SamplingParams(seed=1)))
+    clock = _Clock()
+    status = batch.run_job(job, batch.read(job), Tokenizer.load(_MODEL), replicas)
+    found = clock.read(count)
+    assert not status
+    assert output.read_bytes().count(b"\n") == count
+    return found
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def read(self, count: int) -> dict[str, float]:
+        """Return what a number of requests took since."""
+        wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
+        return {
+            "seconds": round(wall, 2),
+            "requests_per_s": round(count / wall),
+            "requests_per_driver_cpu_s": round(count / cpu),
+            "driver_cpu_us": round(cpu * 1e6 / count, 1),
+        }
+
+
+def main() -> int:
+    """Measure both and print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=200_000)
+    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=100, help="of each prompt and answer")
+    options = parser.parse_args()
+    engines: Any = make
+    replicas = Cluster(_MODEL, _MODEL, options.replicas, dtype="float32", make_engine=engines)
+    found: dict[str, Any] = {"requests": options.requests, "replicas": options.replicas}
+    with tempfile.TemporaryDirectory() as name:
+        replicas.warm_up()
+        found["tokens"] = options.tokens
+        found["the_way_back"] = the_way_back(Path(name), replicas, options.requests, options.tokens)
+        found["whole_job"] = whole_job(Path(name), replicas, options.requests)
+    replicas.close()
+    found |= {"ray": ray.__version__, "python": platform.python_version()}
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,221 @@
+"""Check and time getp on a GPU: `python benchmarks/gpu.py`, under ten minutes, no network.
+
+Checks come first, then times on dummy weights at true shapes, each with its share of what this
+GPU was measured to do. Every section runs in a process of its own with a time limit, so that one
+that fails or hangs costs no other; the exit status is 1 if any did, 2 without a GPU. Prints a
+table, then one JSON object as its last line.
+"""
+
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if TYPE_CHECKING:
+    from benchmarks.gpu_times import Limits, Row
+
+_NEEDED = ("torch", "triton", "safetensors", "tokenizers", "click", "rich", "jinja2", "zstandard")
+_MARK = "section result: "
+
+
+@dataclass(frozen=True)
+class Section:
+    """What is run in one process: a function of the limits that yields rows."""
+
+    run: "Callable[[Limits], Iterator[Row]]"
+    limit_s: float
+    what: str
+
+
+def _check(name: str, unit: str) -> "Callable[[Limits], Iterator[Row]]":
+    def run(limits: "Limits") -> "Iterator[Row]":
+        from benchmarks import gpu_checks
+        from benchmarks.gpu_times import Row
+
+        yield Row(f"check of {name}: passed", float(getattr(gpu_checks, f"check_{name}")()), unit)
+
+    return run
+
+
+def _measured(limits: "Limits") -> "Iterator[Row]":
+    from benchmarks.gpu_times import Row, measure_limits
+
+    found = measure_limits()
+    yield Row("copy", found.copy / 1e12, "TB/s")
+    yield Row("bf16 product", found.product / 1e12, "TFLOP/s")
+
+
+def _times(function: str, *arguments: Any, limited: bool = True) -> Any:
+    """A section that is one function of gpu_times."""
+
+    def run(limits: "Limits") -> "Iterator[Row]":
+        from benchmarks import gpu_times
+
+        yield from getattr(gpu_times, function)(*arguments, *([limits] if limited else []))
+
+    return run
+
+
+def _load(
+    model: str, load: str, sizes: tuple[int, ...], most_s: float, batch_size: int = 256
+) -> "Callable[[Limits], Iterator[Row]]":
+    def run(limits: "Limits") -> "Iterator[Row]":
+        from benchmarks import gpu_times
+
+        requests = getattr(gpu_times, load)(*sizes)
+        yield from gpu_times.time_load(model, requests, limits, most_s, batch_size)
+
+    return run
+
+
+SECTIONS: dict[str, Section] = {
+    "limits": Section(_measured, 40, "copy bandwidth and bf16 matrix product"),
+    "kernels": Section(_check("kernels", "comparisons"), 120, "each kernel against its definition"),
+    "parity": Section(_check("parity", "models"), 90, "tiny models: the CPU's tokens"),
+    "score": Section(_check("score", "of answers right"), 60, "the embedded model's score"),
+    "attention": Section(_times("time_attention"), 60, "attention alone"),
+    "experts": Section(_times("time_experts"), 60, "grouped products alone"),
+    "fusions": Section(_times("time_fusions"), 60, "norm with linear and MLP, fused and not"),
+    "qwen2": Section(
+        _load("qwen2-0.5b", "context_load", (1, 1000, 400), 20), 40, "batch 1, context 1000"
+    ),
+    "launches": Section(_times("count_launches", "qwen2-0.5b", limited=False), 40, "launches"),
+    "nano": Section(_load("qwen3-0.6b", "nano_load", (), 40), 70, "the nano-vllm load"),
+    "gpt-oss-1": Section(
+        _load("gpt-oss-20b", "context_load", (1, 500, 400), 20), 60, "gpt-oss-20b, batch 1"
+    ),
+    "gpt-oss": Section(
+        _load("gpt-oss-20b", "short_load", (4096, 1024), 100, 1024), 150, "4096 short prompts"
+    ),
+    "llama-1": Section(
+        _load("llama-3-8b", "context_load", (1, 1000, 200), 20), 50, "Llama-3-8B, batch 1"
+    ),
+    "llama": Section(
+        _load("llama-3-8b", "context_load", (256, 512, 256), 40), 70, "Llama-3-8B, batch 256"
+    ),
+    "transformers": Section(_times("time_transformers", 64, 128, limited=False), 60, "beside it"),
+    "vllm": Section(_times("time_vllm", limited=False), 120, "beside it, where installed"),
+}
+
+
+def missing() -> list[str]:
+    """What is needed and cannot be imported."""
+    return [name for name in _NEEDED if find_spec(name) is None]
+
+
+def run_section(name: str, limits: dict[str, float]) -> None:
+    """In a process of its own: print each row as it is known."""
+    from benchmarks.gpu_times import Limits
+
+    for row in SECTIONS[name].run(Limits(**limits)):
+        print(_MARK + json.dumps(asdict(row)), flush=True)
+
+
+def start_section(
+    name: str, limits: dict[str, float], limit_s: float
+) -> tuple[list[dict[str, Any]], str | None]:
+    """Run a section in a process → (its rows, what went wrong)."""
+    command = [sys.executable, __file__, "--run", name, json.dumps(limits)]
+    problem = None
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
+        output = result.stdout
+        if result.returncode:
+            lines = result.stderr.strip().splitlines() or [f"status {result.returncode}"]
+            problem = lines[-1][:300]
+            print(result.stderr[-3000:], file=sys.stderr)
+    except subprocess.TimeoutExpired as error:
+        output = (error.stdout or b"").decode() if isinstance(error.stdout, bytes) else ""
+        problem = f"stopped after {limit_s:.0f} s"
+    rows = [json.loads(line[len(_MARK) :]) for line in output.splitlines() if _MARK in line[:20]]
+    return rows, problem
+
+
+def main() -> None:
+    """Choose sections, run them, print what came of them."""
+    if sys.argv[1:2] == ["--run"]:
+        run_section(sys.argv[2], json.loads(sys.argv[3]))
+        return
+    absent = missing()
+    if absent:
+        print(f"gpu.py needs {', '.join(absent)}: not installed here", file=sys.stderr)
+        raise SystemExit(2)
+    _command()
+
+
+def _command() -> None:
+    import click
+
+    @click.command(help=__doc__)
+    @click.option(
+        "--section",
+        "chosen",
+        type=click.Choice(list(SECTIONS)),
+        multiple=True,
+        help="Only this one (may be given again); limits are always measured.",
+    )
+    @click.option("--budget", default=570.0, show_default=True, help="Seconds for all of it.")
+    def command(chosen: tuple[str, ...], budget: float) -> None:
+        import torch
+
+        if not torch.cuda.is_available():
+            print("gpu.py: torch finds no GPU here", file=sys.stderr)
+            raise SystemExit(2)
+        raise SystemExit(_run_all(chosen or tuple(SECTIONS), budget))
+
+    command()
+
+
+def _figure(row: dict[str, Any]) -> str:
+    value = row["value"]
+    return f"{value:,.0f} {row['unit']}" if value >= 1000 else f"{value:.4g} {row['unit']}"
+
+
+def _run_all(chosen: tuple[str, ...], budget: float) -> int:
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    end = time.monotonic() + budget
+    limits = {"copy": math.nan, "product": math.nan}
+    table = Table("section", "what", "figure", "share of the limit")
+    results: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "sections": {},
+    }
+    failed = False
+    for name in dict.fromkeys(("limits", *chosen)):
+        started, left = time.monotonic(), end - time.monotonic()
+        rows, problem = [], "no time left"
+        if left > 5:
+            found = start_section(name, limits, min(left, SECTIONS[name].limit_s))
+            rows, problem = found[0], found[1] or ""
+        failed |= bool(problem)
+        if name == "limits" and len(rows) == 2:
+            limits = {"copy": rows[0]["value"] * 1e12, "product": rows[1]["value"] * 1e12}
+        for row in rows:
+            share = "" if row["share"] is None else f"{row['share']:.1%} of {row['of']}"
+            table.add_row(name, row["name"], _figure(row), share)
+        if problem:
+            table.add_row(name, SECTIONS[name].what, "FAILED", problem)
+        spent = round(time.monotonic() - started, 1)
+        results["sections"][name] = {"rows": rows, "problem": problem or None, "seconds": spent}
+        print(f"{name}: {problem or 'done'}, {spent} s", file=sys.stderr, flush=True)
+    Console(width=140).print(table)
+    print(json.dumps(results))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""What must hold on a GPU before its times mean anything; called by gpu.py."""
+
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from engine import Engine, Request, SamplingParams
+from model.batch import ForwardBatch, GroupTables
+from model.ops import reference
+
+ROOT = Path(__file__).resolve().parent.parent
+CUDA = torch.device("cuda")
+# Against the definition, relative to the largest value: products round their inputs to 8 bits.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+
+class CheckError(Exception):
+    """A result is not what it should be; the message says which and by how much."""
+
+
+def rand(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    """Normal values on the GPU, from the default generator."""
+    return (torch.randn(shape, device=CUDA) * scale).to(dtype)
+
+
+def paged_batch(
+    lengths: list[tuple[int, int]], window: int | None, block_size: int = 16
+) -> tuple[ForwardBatch, GroupTables, int]:
+    """Sequences of (new tokens, context) over scattered blocks; the number of blocks."""
+    counts = [-(-context // block_size) for _, context in lengths]
+    blocks = torch.randperm(sum(counts)) + 1
+    table = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
+    for row, ids in enumerate(blocks.split(counts)):
+        table[row, : len(ids)] = ids
+    queries = [query for query, _ in lengths]
+    contexts = [context for _, context in lengths]
+    starts = torch.tensor([0, *queries]).cumsum(0).int().to(CUDA)
+    none = torch.zeros(0, dtype=torch.int64, device=CUDA)
+    seen = torch.tensor(contexts, dtype=torch.int32, device=CUDA)
+    singles = sum(query == 1 for query in queries)
+    batch = ForwardBatch(none, none, queries, contexts, singles, (), none, starts, seen)
+    return batch, GroupTables(window, table.to(CUDA), none), sum(counts) + 1
+
+
+def random_mxfp4(experts: int, outputs: int, inputs: int) -> reference.Mxfp4:
+    """Random codes at scales that keep products near one."""
+    blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), device=CUDA)
+    scales = torch.randint(119, 123, (experts, outputs, inputs // 32), device=CUDA)
+    return reference.Mxfp4(blocks.to(torch.uint8), scales.to(torch.uint8))
+
+
+def check_kernels() -> int:
+    """Every kernel against its definition, both on the GPU → how many comparisons."""
+    torch.manual_seed(0)
+    count = 0
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, found, expected in _comparisons(dtype):
+            error = (found.float() - expected.float()).abs().max()
+            error /= expected.float().abs().max().clamp(min=1e-6)
+            if not float(error) <= _TOLERANCE[dtype]:  # NaN is an error too
+                raise CheckError(f"{name}, {dtype}: off by {float(error):.1e} of the largest value")
+            count += 1
+    return count
+
+
+def _comparisons(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """(What is compared, from the kernel, from the definition)."""
+    from model.ops import triton
+    from model.ops.triton.norm import swiglu
+
+    for tokens, size in ((1, 896), (7, 2880), (300, 4096)):
+        x, delta, weight = (rand(n, size, dtype=dtype) for n in (tokens, tokens, 1))
+        found = triton.add_rms_norm(x, delta, weight[0], 1e-5)
+        expected = reference.add_rms_norm(x, delta, weight[0], 1e-5)
+        yield f"sum {size}", found[0], expected[0]
+        yield f"norm {size}", found[1], expected[1]
+        for limit in (None, 7.0):
+            gates = rand(tokens, 2 * size, dtype=dtype, scale=3)
+            yield (
+                f"swiglu {limit}",
+                swiglu(gates, limit, 1.702),
+                reference.swiglu(gates.float(), limit, 1.702),
+            )
+    yield from _fusions(dtype)
+    yield from _attention(dtype)
+    for tokens in (1, 20, 500):
+        yield from _experts(tokens, dtype)
+
+
+def _fusions(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    from model.ops.triton import fused, tiles
+
+    own = replace(tiles.tiles(CUDA), fused_rows=64)
+    size, inner = 896, 4864
+    up, down = rand(2 * inner, size, dtype=dtype, scale=0.03), rand(size, inner, dtype=dtype)
+    norm, bias = rand(size, dtype=dtype), rand(2 * inner, dtype=dtype)
+    for rows in (1, 9, 64):
+        x, delta = rand(rows, size, dtype=dtype), rand(rows, size, dtype=dtype)
+        summed, normed = reference.add_rms_norm(x, delta, norm, 1e-6)
+        gates = reference.linear(normed.float(), up.float(), None)
+        with patch.object(fused, "tiles", lambda device: own):
+            found = fused.norm_linear(x, delta, norm, 1e-6, up, bias)
+            whole = fused.norm_mlp(x, delta, norm, 1e-6, up, down)
+        yield f"norm + linear, {rows} rows: sum", found[0], summed
+        yield f"norm + linear, {rows} rows", found[1], gates + bias.float()
+        expected = reference.linear(reference.swiglu(gates, None, 1.0), down.float(), None)
+        yield f"norm + MLP, {rows} rows", whole[1], expected
+
+
+def _attention(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    from model.ops import triton
+
+    lengths = [(1, 1), (1, 1000), (1, 129), (1, 1), (300, 300), (77, 500)]
+    for heads, kv_heads, dim in ((64, 8, 64), (16, 8, 128), (14, 2, 64), (6, 2, 32)):
+        norms = (rand(dim, dtype=dtype), rand(dim, dtype=dtype))
+        qkv, angles = rand(50, heads + 2 * kv_heads, dim, dtype=dtype), torch.rand(50, dim).to(CUDA)
+        slots = torch.randperm(160, device=CUDA)[:50]
+        stores = [torch.zeros(2, 10, 16, kv_heads, dim, dtype=dtype, device=CUDA) for _ in "ab"]
+        for norm in (None, norms):
+            found = triton.rotate_and_write(qkv, angles, stores[0], slots, heads, norm, 1e-5)
+            want = reference.rotate_and_write(qkv, angles, stores[1], slots, heads, norm, 1e-5)
+            yield f"rotary {dim}", found, want
+            yield f"KV write {dim}", stores[0], stores[1]
+        for window in (None, 128):
+            for sinks in (None, rand(heads, dtype=dtype)):
+                batch, group, blocks = paged_batch(lengths, window)
+                kv = rand(2, blocks, 16, kv_heads, dim, dtype=dtype)
+                query = rand(sum(q for q, _ in lengths), heads, dim, dtype=dtype)
+                found = triton.attention(query, kv, batch, group, sinks)
+                want = reference.attention(query, kv, batch, group, sinks)
+                yield f"attention {heads}/{kv_heads} {dim} window {window}", found, want
+
+
+def _experts(tokens: int, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    from model.ops import triton
+
+    count, hidden, size, top_k = 16, 736, 480, 4
+    x, logits = rand(tokens, hidden, dtype=dtype), rand(tokens, count, dtype=dtype)
+    logits[:, 5:9] += 2  # some experts get more
+    for after in (True, False):
+        found, want = (m.route(logits, top_k, after, True) for m in (triton, reference))
+        yield f"router {after}", found[1], want[1]
+    chosen, shares = reference.route(logits, top_k, True, False)
+    packed = random_mxfp4(count, 2 * size, hidden), random_mxfp4(count, hidden, size)
+    dense = tuple(weight.dense(dtype) for weight in packed)
+    biases = rand(count, 2 * size, dtype=dtype), rand(count, hidden, dtype=dtype)
+    # The kernels add up in float32, so it is float32 that they are compared with.
+    up, up_bias, down, down_bias = (t.float() for t in (dense[0], biases[0], dense[1], biases[1]))
+    expected = reference.experts(
+        x.float(), chosen, shares, up, up_bias, down, down_bias, 7.0, 1.702
+    )
+    for name, weights in (("dense", dense), ("MXFP4", packed)):
+        found = triton.experts(
+            x, chosen, shares, weights[0], biases[0], weights[1], biases[1], 7.0, 1.702
+        )
+        yield f"{name} experts, {tokens} tokens", found, expected
+
+
+def check_parity() -> int:
+    """Tiny models of every family: the CPU's greedy tokens, in float32 → how many families."""
+    from tests.checkpoints import FAMILIES, write_checkpoint, write_mxfp4_pair
+
+    draw = random.Random(0)
+    prompts = [draw.choices(range(1, 512), k=size) for size in (100, 3, 40)]
+    params = SamplingParams(max_new_tokens=32, ignore_eos=True)
+    requests = [Request(prompt, params, i) for i, prompt in enumerate(prompts)]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [write_checkpoint(Path(folder) / name, name) for name in FAMILIES]
+        packed = Path(folder) / "mxfp4"
+        write_mxfp4_pair(packed, Path(folder) / "dense")
+        for path in (*paths, packed):
+            tokens = []
+            for device in ("cpu", "cuda"):
+                with Engine(path, device=device, dtype="float32", kv_memory=16 << 20) as engine:
+                    done = {c.request_id: c.token_ids for c in engine.generate(requests)}
+                    tokens.append(done)
+            if tokens[0] != tokens[1]:
+                raise CheckError(f"{path.name}: the GPU's greedy tokens are not the CPU's")
+    return len(paths) + 1
+
+
+def check_score() -> float:
+    """The embedded model's share of right answers, through the command line."""
+    with tempfile.TemporaryDirectory() as folder:
+        output, report = Path(folder) / "output.txt", Path(folder) / "eval.json"
+        data = ROOT / "data"
+        _getp("-m", "getp", "-i", data / "input.txt", "-o", output, "--device", "cuda")
+        _getp("-m", "eval", "-i", output, "--expected", data / "answers.txt", "--report", report)
+        share = float(json.loads(report.read_text())["expected"]["share_right"])
+    if share < 0.95:
+        raise CheckError(f"the embedded model answers {share:.1%}, 95% expected")
+    return share
+
+
+def _getp(*arguments: Any) -> None:
+    result = subprocess.run(
+        [sys.executable, "run.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+    )
+    if result.returncode:
+        raise CheckError(result.stderr.strip()[-500:])

@@ -1,0 +1,52 @@
+"""The ops as Triton kernels, one source for NVIDIA and AMD: torch's device type "cuda".
+
+Matrix products of dense layers stay with torch (cuBLAS, hipBLASLt), which takes their weights as
+they are; the kernels of experts take theirs stacked, and MXFP4 packed.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from model.ops.reference import (
+    empty_weight,
+    gather,
+    keeps_mxfp4,
+    pack,
+    pack_experts,
+)
+from model.ops.triton.attention import attention
+from model.ops.triton.experts import experts
+from model.ops.triton.norm import add_rms_norm, swiglu
+from model.ops.triton.rotary import rotate_and_write
+from model.ops.triton.route import route
+
+__all__ = [
+    "add_rms_norm",
+    "attention",
+    "empty_weight",
+    "experts",
+    "gated_linear",
+    "gather",
+    "keeps_mxfp4",
+    "linear",
+    "pack",
+    "pack_experts",
+    "rotate_and_write",
+    "route",
+]
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """As `reference.linear`."""
+    return F.linear(x, weight, bias)
+
+
+def gated_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    limit: float | None,
+    alpha: float,
+) -> torch.Tensor:
+    """As `reference.gated_linear`."""
+    return swiglu(F.linear(x, weight, bias), limit, alpha)

@@ -1,0 +1,413 @@
+"""Attention over paged KV: single tokens with the KV split over programs, chunks of many tokens.
+
+A program serves all query heads of one KV head, so that keys and values are read once for them:
+its rows are (query, head of the group) pairs. Lengths, starts and block tables come from tensors
+only; grids depend on numbers of rows and widths, so a captured launch fits every later step.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from model.batch import ForwardBatch, GroupTables
+from model.ops.triton.tiles import Tile, for_dtype, processors, tiles
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_MAX_SPLITS = 32
+
+
+@triton.jit
+def _attend(
+    top,
+    total,
+    mixed,
+    query,
+    position,
+    kv_ptr,
+    value_offset,
+    table_ptr,
+    kv_head,
+    first,
+    last,
+    MASKED: tl.constexpr,
+    SCALE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Online softmax of rows (query [rows, BLOCK_D], position [rows]) over keys [first, last).
+
+    Carries the scores' maximum (base 2), the sum of shares and the mixed values. MASKED: some
+    rows may not see all of these keys; otherwise every row sees all, and they fill whole tiles.
+    """
+    dim = tl.arange(0, BLOCK_D)
+    for start in tl.range(first, last, BLOCK_N):
+        at = start + tl.arange(0, BLOCK_N)
+        if MASKED:
+            block = tl.load(table_ptr + at // BLOCK_SIZE, at < last, other=0)
+        else:
+            block = tl.load(table_ptr + at // BLOCK_SIZE)
+        slot = block.to(tl.int64) * BLOCK_SIZE + at % BLOCK_SIZE
+        source = kv_ptr + (slot * KV_HEADS + kv_head)[:, None] * DIM + dim[None, :]
+        # What lies outside may be anything, NaN included, and 0 · NaN is NaN: load zeros there.
+        if MASKED:
+            inside = (at < last)[:, None] & (dim < DIM)[None, :]
+            key = tl.load(source, inside, other=0.0)
+            value = tl.load(source + value_offset, inside, other=0.0)
+        elif BLOCK_D != DIM:
+            key = tl.load(source, (dim < DIM)[None, :], other=0.0)
+            value = tl.load(source + value_offset, (dim < DIM)[None, :], other=0.0)
+        else:
+            key = tl.load(source)
+            value = tl.load(source + value_offset)
+        scores = tl.dot(query, key.T, input_precision=PRECISION) * (SCALE * _LOG2E)
+        if MASKED:
+            age = position[:, None] - at[None, :]
+            seen = (age >= 0) & (at < last)[None, :]
+            if WINDOW is not None:
+                seen = seen & (age < WINDOW)
+            scores = tl.where(seen, scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        # A row that has seen nothing yet has no maximum to subtract.
+        base = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher
+        shares = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(top - base)
+        total = total * shrink + tl.sum(shares, 1)
+        mixed = mixed * shrink[:, None]
+        mixed = tl.dot(shares.to(value.dtype), value, mixed, input_precision=PRECISION)
+        top = higher
+    return top, total, mixed
+
+
+@triton.jit
+def _with_sink(top, total, mixed, sink):
+    """Add one more column of the softmax, whose value is zero, and divide by the sum of shares."""
+    higher = tl.maximum(top, sink)
+    shrink = tl.exp2(top - higher)
+    total = total * shrink + tl.exp2(sink - higher)
+    return mixed * (shrink / total)[:, None]
+
+
+@triton.jit(do_not_specialize=["table_stride"])
+def _decode(
+    query_ptr,
+    kv_ptr,
+    value_offset,
+    table_ptr,
+    table_stride,
+    seen_ptr,
+    sinks_ptr,
+    out_ptr,
+    mixed_ptr,
+    stats_ptr,
+    SCALE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SINKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One token's group of heads over a part of its KV; grid (KV_HEADS, rows, SPLITS).
+
+    query, out [rows, heads, DIM], seen int32 [rows]. With one split out is final; with more,
+    mixed float32 [rows, heads, SPLITS, DIM] and stats float32 [2, rows, heads, SPLITS] (maximum
+    in base 2, sum of shares) are left for `_combine`.
+    """
+    kv_head, row, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    rows = tl.num_programs(1)
+    member = tl.arange(0, BLOCK_M)
+    head = kv_head * GROUP + member
+    dim = tl.arange(0, BLOCK_D)
+    ours = (member < GROUP)[:, None] & (dim < DIM)[None, :]
+    place = (row * (KV_HEADS * GROUP) + head)[:, None] * DIM + dim[None, :]
+    query = tl.load(query_ptr + place, ours, other=0.0)
+
+    seen = tl.load(seen_ptr + row)
+    begin = 0 if WINDOW is None else tl.maximum(seen - WINDOW, 0)
+    share = tl.cdiv(tl.cdiv(seen - begin, SPLITS), BLOCK_N) * BLOCK_N
+    first = begin + split * share
+    last = tl.minimum(first + share, seen)
+    position = tl.zeros((BLOCK_M,), tl.int32) + seen - 1
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    mixed = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    top, total, mixed = _attend(
+        top, total, mixed, query, position, kv_ptr, value_offset, table_ptr + row * table_stride,
+        kv_head, first, last, True, SCALE, WINDOW, KV_HEADS, DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N,
+        PRECISION,
+    )  # fmt: skip
+    if SPLITS == 1:
+        if SINKS:
+            sink = tl.load(sinks_ptr + head, member < GROUP, other=0.0).to(tl.float32) * _LOG2E
+            mixed = _with_sink(top, total, mixed, sink)
+        else:
+            mixed = mixed / tl.where(total == 0, 1.0, total)[:, None]
+        tl.store(out_ptr + place, mixed.to(query.dtype), ours)
+    else:
+        place = (row * (KV_HEADS * GROUP) + head) * SPLITS + split
+        tl.store(mixed_ptr + place[:, None] * DIM + dim[None, :], mixed, ours)
+        tl.store(stats_ptr + place, top, member < GROUP)
+        sums = stats_ptr + rows.to(tl.int64) * (KV_HEADS * GROUP * SPLITS)
+        tl.store(sums + place, total, member < GROUP)
+
+
+@triton.jit
+def _combine(
+    mixed_ptr,
+    stats_ptr,
+    sinks_ptr,
+    out_ptr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SINKS: tl.constexpr,
+):
+    """The splits of one head put together, its sink added once; grid (HEADS, rows)."""
+    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    rows = tl.num_programs(1)
+    split = tl.arange(0, SPLITS)
+    dim = tl.arange(0, BLOCK_D)
+    place = (row * HEADS + head) * SPLITS + split
+    top = tl.load(stats_ptr + place)
+    total = tl.load(stats_ptr + rows.to(tl.int64) * (HEADS * SPLITS) + place)
+    source = mixed_ptr + place[:, None] * DIM + dim[None, :]
+    mixed = tl.load(source, (dim < DIM)[None, :], other=0.0)
+    highest = tl.max(top, 0)
+    if SINKS:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * _LOG2E
+        highest = tl.maximum(highest, sink)
+    highest = tl.where(highest == float("-inf"), 0.0, highest)
+    shrink = tl.exp2(top - highest)
+    whole = tl.sum(total * shrink, 0)
+    if SINKS:
+        whole += tl.exp2(sink - highest)
+    out = tl.sum(mixed * shrink[:, None], 0) / tl.where(whole == 0, 1.0, whole)
+    target = out_ptr + (row * HEADS + head) * DIM + dim
+    tl.store(target, out.to(out_ptr.dtype.element_ty), dim < DIM)
+
+
+@triton.jit(do_not_specialize=["table_stride", "singles", "sequences"])
+def _prefill(
+    query_ptr,
+    kv_ptr,
+    value_offset,
+    table_ptr,
+    table_stride,
+    starts_ptr,
+    seen_ptr,
+    sinks_ptr,
+    out_ptr,
+    singles,
+    sequences,
+    SCALE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SINKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A tile of one sequence's queries over its KV; grid (KV_HEADS, tiles).
+
+    Sequences [singles, sequences) are served, one tile more than their queries fill being kept
+    for each: sequence s begins with tile (its first query / queries a tile) + s, so that a tile
+    finds its sequence by bisection. starts int32 [sequences + 1], seen int32 [sequences].
+    """
+    QUERIES: tl.constexpr = BLOCK_M // GROUP
+    kv_head, tile = tl.program_id(0), tl.program_id(1)
+    low, high = singles, sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        begins = (tl.load(starts_ptr + middle) - singles) // QUERIES + middle - singles
+        if begins <= tile:
+            low = middle
+        else:
+            high = middle
+    start = tl.load(starts_ptr + low)
+    count = tl.load(starts_ptr + low + 1) - start
+    skipped = (tile - ((start - singles) // QUERIES + low - singles)) * QUERIES
+    if skipped >= count:
+        return
+
+    member = tl.arange(0, BLOCK_M)
+    turn = skipped + member // GROUP
+    head = kv_head * GROUP + member % GROUP
+    dim = tl.arange(0, BLOCK_D)
+    row_ours = (member < QUERIES * GROUP) & (turn < count)
+    ours = row_ours[:, None] & (dim < DIM)[None, :]
+    place = ((start + turn).to(tl.int64) * (KV_HEADS * GROUP) + head)[:, None] * DIM + dim[None, :]
+    query = tl.load(query_ptr + place, ours, other=0.0)
+
+    before = tl.load(seen_ptr + low) - count
+    position = before + turn
+    first = 0
+    if WINDOW is not None:
+        first = tl.maximum(before + skipped - WINDOW + 1, 0)
+    last = before + tl.minimum(skipped + QUERIES, count)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    mixed = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    table_ptr += low.to(tl.int64) * table_stride
+    if WINDOW is None:
+        # Up to the first query's position every row sees every key.
+        whole = (before + skipped + 1) // BLOCK_N * BLOCK_N
+        top, total, mixed = _attend(
+            top, total, mixed, query, position, kv_ptr, value_offset, table_ptr, kv_head, 0,
+            whole, False, SCALE, WINDOW, KV_HEADS, DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N, PRECISION,
+        )  # fmt: skip
+        first = whole
+    top, total, mixed = _attend(
+        top, total, mixed, query, position, kv_ptr, value_offset, table_ptr, kv_head, first, last,
+        True, SCALE, WINDOW, KV_HEADS, DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    if SINKS:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * _LOG2E
+        mixed = _with_sink(top, total, mixed, sink)
+    else:
+        mixed = mixed / tl.where(total == 0, 1.0, total)[:, None]
+    tl.store(out_ptr + place, mixed.to(query.dtype), ours)
+
+
+def attention(
+    query: torch.Tensor,
+    kv: torch.Tensor,
+    batch: ForwardBatch,
+    group: GroupTables,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As `reference.attention`; a sequence of length 0 (it only fills a batch) gives zeros."""
+    query = query.contiguous()
+    out = torch.empty_like(query)
+    sequences, singles = batch.seen.shape[0], batch.num_single
+    if singles:
+        _attend_singles(query, kv, batch, group, sinks, out)
+    if sequences > singles:
+        _attend_chunks(query, kv, batch, group, sinks, out)
+    return out
+
+
+def splits_of(rows: int, kv_heads: int, longest: int, tile: Tile, device: torch.device) -> int:
+    """Into how many parts the KV of a token is cut: enough to keep the device busy, a power of 2.
+
+    longest: no row sees more keys.
+    """
+    wanted = 2 * processors(device) // (rows * kv_heads)
+    most = min(_MAX_SPLITS, wanted, triton.cdiv(longest, tile.n))
+    return 1 << max(0, most.bit_length() - 1)
+
+
+def _attend_singles(
+    query: torch.Tensor,
+    kv: torch.Tensor,
+    batch: ForwardBatch,
+    group: GroupTables,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    rows = batch.num_single
+    _, heads, dim = query.shape
+    _, _, block_size, kv_heads, _ = kv.shape
+    tile = for_dtype(tiles(query.device).decode, query.dtype)
+    longest = group.block_table.shape[1] * block_size
+    longest = longest if group.window is None else min(longest, group.window)
+    splits = splits_of(rows, kv_heads, longest, tile, query.device)
+    mixed = stats = out
+    if splits > 1:
+        mixed = query.new_empty(rows, heads, splits, dim, dtype=torch.float32)
+        stats = query.new_empty(2, rows, heads, splits, dtype=torch.float32)
+    block_d = max(16, triton.next_power_of_2(dim))
+    _decode[(kv_heads, rows, splits)](
+        query,
+        kv,
+        kv.stride(0),
+        group.block_table,
+        group.block_table.stride(0),
+        batch.seen,
+        query if sinks is None else sinks,
+        out,
+        mixed,
+        stats,
+        SCALE=dim**-0.5,
+        WINDOW=group.window,
+        KV_HEADS=kv_heads,
+        GROUP=heads // kv_heads,
+        DIM=dim,
+        BLOCK_M=max(16, triton.next_power_of_2(heads // kv_heads)),
+        BLOCK_D=block_d,
+        BLOCK_SIZE=block_size,
+        BLOCK_N=tile.n,
+        SPLITS=splits,
+        SINKS=sinks is not None,
+        PRECISION="ieee",
+        **tile.options,
+    )
+    if splits > 1:
+        _combine[(heads, rows)](
+            mixed,
+            stats,
+            query if sinks is None else sinks,
+            out,
+            HEADS=heads,
+            DIM=dim,
+            BLOCK_D=block_d,
+            SPLITS=splits,
+            SINKS=sinks is not None,
+            num_warps=2,
+        )
+
+
+def _attend_chunks(
+    query: torch.Tensor,
+    kv: torch.Tensor,
+    batch: ForwardBatch,
+    group: GroupTables,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    sequences, singles = batch.seen.shape[0], batch.num_single
+    tokens, heads, dim = query.shape
+    _, _, block_size, kv_heads, _ = kv.shape
+    own = tiles(query.device)
+    tile = for_dtype(own.prefill if dim <= 64 else own.prefill_wide, query.dtype)
+    height = max(tile.m, triton.next_power_of_2(heads // kv_heads))
+    queries = height // (heads // kv_heads)
+    _prefill[(kv_heads, (tokens - singles) // queries + sequences - singles)](
+        query,
+        kv,
+        kv.stride(0),
+        group.block_table,
+        group.block_table.stride(0),
+        batch.query_starts,
+        batch.seen,
+        query if sinks is None else sinks,
+        out,
+        singles,
+        sequences,
+        SCALE=dim**-0.5,
+        WINDOW=group.window,
+        KV_HEADS=kv_heads,
+        GROUP=heads // kv_heads,
+        DIM=dim,
+        BLOCK_M=height,
+        BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        BLOCK_SIZE=block_size,
+        BLOCK_N=tile.n,
+        SINKS=sinks is not None,
+        PRECISION="ieee",
+        **tile.options,
+    )

@@ -1,0 +1,288 @@
+"""Mixture-of-experts MLP as two grouped matrix products over rows sorted by expert.
+
+Outputs are the rows of a tile and tokens its columns: at decode a few tokens then fill the short
+side of the matrix instruction, and weights unpacked from MXFP4 go into it from registers.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from model.ops.reference import ExpertWeights, Mxfp4
+from model.ops.triton.grouping import group_by_expert
+from model.ops.triton.mxfp4 import unpack
+from model.ops.triton.norm import gated
+from model.ops.triton.tiles import Tile, for_dtype, tiles, vendor
+
+
+@triton.jit
+def _find(starts_ptr, block, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Which expert's rows row block `block` holds → (expert, first row, end of its rows).
+
+    Every expert's rows fill whole blocks; behind the last one the expert is EXPERTS.
+    """
+    expert = tl.arange(0, BLOCK_E)
+    start = tl.load(starts_ptr + expert, expert < EXPERTS, other=0)
+    end = tl.load(starts_ptr + expert + 1, expert < EXPERTS, other=0)
+    blocks = (end - start + BLOCK_M - 1) // BLOCK_M
+    upto = tl.cumsum(blocks, 0)
+    found = tl.sum(((upto <= block) & (expert < EXPERTS)).to(tl.int32), 0)
+    before = tl.sum(tl.where(expert < found, blocks, 0), 0)
+    inside = found < EXPERTS
+    first = tl.load(starts_ptr + found, inside, other=0) + (block - before) * BLOCK_M
+    end = tl.load(starts_ptr + found + 1, inside, other=0)
+    return found, first, end
+
+
+@triton.jit
+def _weights(
+    weight_ptr,
+    scale_ptr,
+    out,
+    k,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PACKED: tl.constexpr,
+    VENDOR: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Rows `out` [BLOCK_N] and columns [k, k + BLOCK_K) of a weight [OUT, IN] or MXFP4."""
+    whole: tl.constexpr = IN % BLOCK_K == 0
+    row = out[:, None].to(tl.int64)
+    inside = (out < OUT)[:, None]
+    if PACKED:
+        byte = k // 2 + tl.arange(0, BLOCK_K // 2)
+        group = k // 32 + tl.arange(0, BLOCK_K // 32)
+        kept = inside if whole else inside & (byte < IN // 2)[None, :]
+        pairs = tl.load(weight_ptr + row * (IN // 2) + byte[None, :], kept, other=0)
+        kept = inside if whole else inside & (group < IN // 32)[None, :]
+        scales = tl.load(scale_ptr + row * (IN // 32) + group[None, :], kept, other=0)
+        return unpack(pairs, scales, VENDOR, DTYPE)
+    else:  # not after it: the compiler would see both returns
+        at = k + tl.arange(0, BLOCK_K)
+        kept = inside if whole else inside & (at < IN)[None, :]
+        return tl.load(weight_ptr + row * IN + at[None, :], kept, other=0.0)
+
+
+@triton.jit
+def _gate_up(
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    bias_ptr,
+    order_ptr,
+    starts_ptr,
+    out_ptr,
+    TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PACKED: tl.constexpr,
+    BIAS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    VENDOR: tl.constexpr,
+):
+    """SwiGLU of gate and up of a tile; grid (⌈SIZE / BLOCK_N⌉, row blocks).
+
+    x [tokens, HIDDEN], weight [EXPERTS, 2 · SIZE, HIDDEN] (gate rows first) and its scales, bias
+    [EXPERTS, 2 · SIZE], order and starts as in `grouping` → out [pairs by expert, SIZE].
+    """
+    expert, first, end = _find(starts_ptr, tl.program_id(1), EXPERTS, BLOCK_E, BLOCK_M)
+    if expert >= EXPERTS:
+        return
+    out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = first + tl.arange(0, BLOCK_M)
+    token = tl.load(order_ptr + row, row < end, other=0) // TOP_K
+    dtype = x_ptr.dtype.element_ty
+    source = x_ptr + token[:, None].to(tl.int64) * HIDDEN
+    weight_ptr += expert.to(tl.int64) * (2 * SIZE * HIDDEN // (2 if PACKED else 1))
+    up_ptr = weight_ptr + SIZE * HIDDEN // (2 if PACKED else 1)
+    scale_ptr += expert.to(tl.int64) * (2 * SIZE * HIDDEN // 32)
+    up_scale_ptr = scale_ptr + SIZE * HIDDEN // 32
+    gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for k in tl.range(0, HIDDEN, BLOCK_K):
+        at = k + tl.arange(0, BLOCK_K)
+        kept = (row < end)[:, None]
+        if HIDDEN % BLOCK_K != 0:
+            kept = kept & (at < HIDDEN)[None, :]
+        x = tl.load(source + at[None, :], kept, other=0.0).T
+        w = _weights(weight_ptr, scale_ptr, out, k, SIZE, HIDDEN, BLOCK_K, PACKED, VENDOR, dtype)
+        gate = tl.dot(w, x, gate, input_precision="ieee")
+        w = _weights(up_ptr, up_scale_ptr, out, k, SIZE, HIDDEN, BLOCK_K, PACKED, VENDOR, dtype)
+        up = tl.dot(w, x, up, input_precision="ieee")
+    if BIAS:
+        bias_ptr += expert * (2 * SIZE) + out
+        gate += tl.load(bias_ptr, out < SIZE, other=0.0).to(tl.float32)[:, None]
+        up += tl.load(bias_ptr + SIZE, out < SIZE, other=0.0).to(tl.float32)[:, None]
+    target = out_ptr + row[None, :].to(tl.int64) * SIZE + out[:, None]
+    kept = (row < end)[None, :] & (out < SIZE)[:, None]
+    tl.store(target, gated(gate, up, LIMIT, ALPHA).to(dtype), kept)
+
+
+@triton.jit
+def _down(
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    bias_ptr,
+    shares_ptr,
+    order_ptr,
+    starts_ptr,
+    out_ptr,
+    EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PACKED: tl.constexpr,
+    BIAS: tl.constexpr,
+    VENDOR: tl.constexpr,
+):
+    """Down projection of a tile, times the router's weights; grid (⌈HIDDEN / BLOCK_N⌉, row blocks).
+
+    x [pairs by expert, SIZE], weight [EXPERTS, HIDDEN, SIZE] and its scales, bias
+    [EXPERTS, HIDDEN], shares float32 [pairs] → out [pairs, HIDDEN], pairs in their first order.
+    """
+    expert, first, end = _find(starts_ptr, tl.program_id(1), EXPERTS, BLOCK_E, BLOCK_M)
+    if expert >= EXPERTS:
+        return
+    out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = first + tl.arange(0, BLOCK_M)
+    dtype = x_ptr.dtype.element_ty
+    source = x_ptr + row[:, None].to(tl.int64) * SIZE
+    weight_ptr += expert.to(tl.int64) * (HIDDEN * SIZE // (2 if PACKED else 1))
+    scale_ptr += expert.to(tl.int64) * (HIDDEN * SIZE // 32)
+    mixed = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for k in tl.range(0, SIZE, BLOCK_K):
+        at = k + tl.arange(0, BLOCK_K)
+        kept = (row < end)[:, None]
+        if SIZE % BLOCK_K != 0:
+            kept = kept & (at < SIZE)[None, :]
+        x = tl.load(source + at[None, :], kept, other=0.0).T
+        w = _weights(weight_ptr, scale_ptr, out, k, HIDDEN, SIZE, BLOCK_K, PACKED, VENDOR, dtype)
+        mixed = tl.dot(w, x, mixed, input_precision="ieee")
+    if BIAS:
+        bias = tl.load(bias_ptr + expert * HIDDEN + out, out < HIDDEN, other=0.0)
+        mixed += bias.to(tl.float32)[:, None]
+    pair = tl.load(order_ptr + row, row < end, other=0)
+    mixed *= tl.load(shares_ptr + pair, row < end, other=0.0)[None, :]
+    target = out_ptr + pair[None, :].to(tl.int64) * HIDDEN + out[:, None]
+    tl.store(target, mixed.to(dtype), (row < end)[None, :] & (out < HIDDEN)[:, None])
+
+
+@triton.jit
+def _sum(pairs_ptr, out_ptr, TOP_K: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
+    """pairs [tokens · TOP_K, HIDDEN] → out [tokens, HIDDEN], always summed in the same order."""
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(TOP_K):
+        source = pairs_ptr + (token * TOP_K + k) * HIDDEN + at
+        total += tl.load(source, at < HIDDEN, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * HIDDEN + at, total.to(out_ptr.dtype.element_ty), at < HIDDEN)
+
+
+def row_blocks(pairs: int, experts: int, height: int) -> int:
+    """The most blocks of `height` rows that `pairs` rows of some of the experts can fill."""
+    used = min(pairs, experts)
+    return used + (pairs - used) // height
+
+
+def _tile(x: torch.Tensor, pairs: int, experts: int, packed: bool) -> Tile:
+    """The first tile that holds the rows an expert gets on average."""
+    own = tiles(x.device)
+    choices = own.mxfp4 if packed else own.experts
+    fitting = [tile for tile in choices if tile.m * experts >= pairs]
+    return for_dtype(fitting[0] if fitting else choices[-1], x.dtype)
+
+
+def experts(
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: ExpertWeights,
+    gate_up_bias: torch.Tensor | None,
+    down: ExpertWeights,
+    down_bias: torch.Tensor | None,
+    limit: float | None,
+    alpha: float,
+) -> torch.Tensor:
+    """As `reference.experts`, for stacked or MXFP4 weights."""
+    x = x.contiguous()
+    (tokens, hidden), (_, top_k) = x.shape, chosen.shape
+    if not tokens:
+        return torch.empty_like(x)
+    up_weight, up_scale = _parts(gate_up)
+    down_weight, down_scale = _parts(down)
+    count, packed = len(gate_up), isinstance(gate_up, Mxfp4)
+    size = up_weight.shape[1] // 2
+    pairs = tokens * top_k
+    tile = _tile(x, pairs, count, packed)
+    order, starts = group_by_expert(chosen, count)
+    shared: dict[str, Any] = {
+        "EXPERTS": count,
+        "BLOCK_E": triton.next_power_of_2(count),
+        "HIDDEN": hidden,
+        "SIZE": size,
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "BLOCK_K": tile.k,
+        "PACKED": packed,
+        "VENDOR": vendor(x.device),
+        **tile.options,
+    }
+    blocks = row_blocks(pairs, count, tile.m)
+    inner = x.new_empty(pairs, size)
+    _gate_up[(triton.cdiv(size, tile.n), blocks)](
+        x,
+        up_weight,
+        up_scale,
+        x if gate_up_bias is None else gate_up_bias,
+        order,
+        starts,
+        inner,
+        TOP_K=top_k,
+        BIAS=gate_up_bias is not None,
+        LIMIT=limit,
+        ALPHA=alpha,
+        **shared,
+    )
+    parts = x.new_empty(pairs, hidden)
+    _down[(triton.cdiv(hidden, tile.n), blocks)](
+        inner,
+        down_weight,
+        down_scale,
+        x if down_bias is None else down_bias,
+        weights.contiguous(),
+        order,
+        starts,
+        parts,
+        BIAS=down_bias is not None,
+        **shared,
+    )
+    out = torch.empty_like(x)
+    block = min(1024, triton.next_power_of_2(hidden))
+    _sum[(tokens, triton.cdiv(hidden, block))](
+        parts, out, TOP_K=top_k, HIDDEN=hidden, BLOCK=block, num_warps=4
+    )
+    return out
+
+
+def _parts(weights: ExpertWeights) -> tuple[torch.Tensor, torch.Tensor]:
+    """(Values or blocks, scales); dense weights have none, and stand for them."""
+    if isinstance(weights, Mxfp4):
+        return weights.blocks, weights.scales
+    if not isinstance(weights, torch.Tensor):
+        raise TypeError("the kernels take stacked weights or MXFP4")
+    return weights, weights

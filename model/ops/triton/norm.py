@@ -1,0 +1,103 @@
+"""RMSNorm of the residual stream and SwiGLU: one pass over their rows each."""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _add_rms_norm(
+    x_ptr,
+    delta_ptr,
+    weight_ptr,
+    sum_ptr,
+    out_ptr,
+    eps,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_DELTA: tl.constexpr,
+):
+    """x, delta, sum, out [tokens, SIZE], weight [SIZE]; grid (tokens,)."""
+    row = tl.program_id(0).to(tl.int64) * SIZE
+    at = tl.arange(0, BLOCK)
+    inside = at < SIZE
+    x = tl.load(x_ptr + row + at, inside, other=0.0)
+    if HAS_DELTA:
+        delta = tl.load(delta_ptr + row + at, inside, other=0.0)
+        # The sum is rounded as it is stored: its norm is that of what the next layer reads.
+        x = (x.to(tl.float32) + delta.to(tl.float32)).to(x.dtype)
+        tl.store(sum_ptr + row + at, x, inside)
+    wide = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide) / SIZE + eps)
+    weight = tl.load(weight_ptr + at, inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row + at, (wide * scale * weight).to(x.dtype), inside)
+
+
+def add_rms_norm(
+    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `reference.add_rms_norm`."""
+    x = x.contiguous()
+    tokens, size = x.shape
+    out = torch.empty_like(x)
+    summed = x if delta is None else torch.empty_like(x)
+    if tokens:
+        block = triton.next_power_of_2(size)
+        _add_rms_norm[(tokens,)](
+            x,
+            x if delta is None else delta.contiguous(),
+            weight,
+            summed,
+            out,
+            eps,
+            SIZE=size,
+            BLOCK=block,
+            HAS_DELTA=delta is not None,
+            num_warps=min(8, max(1, block // 512)),
+        )
+    return summed, out
+
+
+@triton.jit
+def gated(gate, up, LIMIT: tl.constexpr, ALPHA: tl.constexpr):
+    """float32 gate and up of one shape → SwiGLU, plain (LIMIT None) or gpt-oss's."""
+    if LIMIT is not None:
+        gate = tl.minimum(gate, LIMIT)
+        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1
+        gate = gate * tl.sigmoid(ALPHA * gate)
+    else:
+        gate = gate * tl.sigmoid(gate)
+    return gate * up
+
+
+@triton.jit
+def _swiglu(
+    gate_up_ptr,
+    out_ptr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+):
+    """gate_up [tokens, 2 · SIZE] → out [tokens, SIZE]; grid (tokens, ⌈SIZE / BLOCK⌉)."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < SIZE
+    source = gate_up_ptr + row * 2 * SIZE + at
+    gate = tl.load(source, inside, other=0.0)
+    up = tl.load(source + SIZE, inside, other=0.0)
+    out = gated(gate.to(tl.float32), up.to(tl.float32), LIMIT, ALPHA)
+    tl.store(out_ptr + row * SIZE + at, out.to(gate.dtype), inside)
+
+
+def swiglu(gate_up: torch.Tensor, limit: float | None, alpha: float) -> torch.Tensor:
+    """As `reference.swiglu`."""
+    gate_up = gate_up.contiguous()
+    tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(tokens, size)
+    if tokens:
+        block = min(1024, triton.next_power_of_2(size))
+        _swiglu[(tokens, triton.cdiv(size, block))](
+            gate_up, out, SIZE=size, BLOCK=block, LIMIT=limit, ALPHA=alpha, num_warps=4
+        )
+    return out

@@ -1,0 +1,109 @@
+"""What lies between the QKV projection and attention, in one pass over q, k and v."""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _rotate_and_write(
+    qkv_ptr,
+    cos_sin_ptr,
+    kv_ptr,
+    slots_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    out_ptr,
+    value_offset,
+    eps,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    NORMS: tl.constexpr,
+):
+    """A block of heads of one token; grid (tokens, ⌈(HEADS + 2 · KV_HEADS) / BLOCK_H⌉).
+
+    qkv [tokens, HEADS + 2 · KV_HEADS, DIM], cos_sin float32 [tokens, DIM], kv [2, slots,
+    KV_HEADS, DIM] with the values value_offset behind the keys, out [tokens, HEADS, DIM].
+    HALF is DIM / 2 padded.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    half = tl.arange(0, HALF)
+    turning = half < DIM // 2
+    is_query = head < HEADS
+    is_value = head >= HEADS + KV_HEADS
+    ours = (head < HEADS + 2 * KV_HEADS)[:, None] & turning[None, :]
+
+    source = qkv_ptr + token * (HEADS + 2 * KV_HEADS) * DIM + head[:, None] * DIM + half[None, :]
+    first = tl.load(source, ours, other=0.0)
+    second = tl.load(source + DIM // 2, ours, other=0.0)
+    dtype = first.dtype
+    a, b = first.to(tl.float32), second.to(tl.float32)
+    if NORMS:
+        scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / DIM + eps)[:, None]
+        # q and k have weights of their own; of v nothing normalised is kept.
+        queries = is_query[:, None] & turning[None, :]
+        keys = (head >= HEADS)[:, None] & turning[None, :]
+        zero = tl.zeros((BLOCK_H, 1), tl.int32)
+        q_norm, k_norm = q_norm_ptr + half[None, :] + zero, k_norm_ptr + half[None, :] + zero
+        low = tl.load(q_norm, queries, other=0.0).to(tl.float32)
+        low += tl.load(k_norm, keys, other=0.0).to(tl.float32)
+        high = tl.load(q_norm + DIM // 2, queries, other=0.0).to(tl.float32)
+        high += tl.load(k_norm + DIM // 2, keys, other=0.0).to(tl.float32)
+        # Rounded as a norm of its own would be.
+        a = (a * scale * low).to(dtype).to(tl.float32)
+        b = (b * scale * high).to(dtype).to(tl.float32)
+    cos = tl.load(cos_sin_ptr + token * DIM + half, turning, other=0.0)[None, :]
+    sin = tl.load(cos_sin_ptr + token * DIM + DIM // 2 + half, turning, other=0.0)[None, :]
+    left = tl.where(is_value[:, None], first, (a * cos - b * sin).to(dtype))
+    right = tl.where(is_value[:, None], second, (b * cos + a * sin).to(dtype))
+
+    target = out_ptr + (token * HEADS + head[:, None]) * DIM + half[None, :]
+    tl.store(target, left, ours & is_query[:, None])
+    tl.store(target + DIM // 2, right, ours & is_query[:, None])
+    slot = tl.load(slots_ptr + token)
+    kv_head = tl.where(is_value, head - HEADS - KV_HEADS, head - HEADS)
+    target = kv_ptr + (slot * KV_HEADS + kv_head[:, None]) * DIM + half[None, :]
+    target += tl.where(is_value, value_offset, 0)[:, None]
+    written = ours & (head >= HEADS)[:, None]
+    tl.store(target, left, written)
+    tl.store(target + DIM // 2, right, written)
+
+
+def rotate_and_write(
+    qkv: torch.Tensor,
+    cos_sin: torch.Tensor,
+    kv: torch.Tensor,
+    slots: torch.Tensor,
+    heads: int,
+    norms: tuple[torch.Tensor, torch.Tensor] | None,
+    eps: float,
+) -> torch.Tensor:
+    """As `reference.rotate_and_write`."""
+    qkv = qkv.contiguous()
+    tokens, width, dim = qkv.shape
+    out = qkv.new_empty(tokens, heads, dim)
+    if tokens:
+        block = min(8, triton.next_power_of_2(width))
+        _rotate_and_write[(tokens, triton.cdiv(width, block))](
+            qkv,
+            cos_sin.contiguous(),
+            kv,
+            slots,
+            norms[0] if norms else qkv,
+            norms[1] if norms else qkv,
+            out,
+            kv.stride(0),
+            eps,
+            HEADS=heads,
+            KV_HEADS=kv.shape[3],
+            DIM=dim,
+            HALF=triton.next_power_of_2(dim // 2),
+            BLOCK_H=block,
+            NORMS=norms is not None,
+            num_warps=2,
+        )
+    return out

@@ -1,0 +1,79 @@
+"""The router: the top-k experts of each token and their weights, in one pass."""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _route(
+    logits_ptr,
+    chosen_ptr,
+    weights_ptr,
+    tokens,
+    EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    AFTER_TOP_K: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):
+    """logits [tokens, EXPERTS] → chosen int64, weights float32 [tokens, TOP_K]; BLOCK_T each."""
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    expert = tl.arange(0, BLOCK_E)
+    rank = tl.arange(0, BLOCK_K)
+    inside = (token < tokens)[:, None] & (expert < EXPERTS)[None, :]
+    source = logits_ptr + token[:, None].to(tl.int64) * EXPERTS + expert[None, :]
+    logits = tl.load(source, inside, other=0.0).to(tl.float32)
+    logits = tl.where((expert < EXPERTS)[None, :], logits, float("-inf"))
+    highest = tl.max(logits, 1)[:, None]
+    everything = tl.sum(tl.exp(logits - highest), 1)
+
+    chosen = tl.zeros((BLOCK_T, BLOCK_K), tl.int32)
+    values = tl.full((BLOCK_T, BLOCK_K), float("-inf"), tl.float32)
+    for k in tl.static_range(TOP_K):
+        best = tl.argmax(logits, 1)
+        # Rows of NaN have no largest: whatever is found must be an expert all the same.
+        best = tl.minimum(best, EXPERTS - 1)
+        value = tl.max(logits, 1)
+        here = (rank == k)[None, :]
+        chosen = tl.where(here, best[:, None], chosen)
+        values = tl.where(here, value[:, None], values)
+        logits = tl.where(expert[None, :] == best[:, None], float("-inf"), logits)
+    shares = tl.exp(values - highest)
+    if AFTER_TOP_K or NORMALIZE:  # the same: the sum over all experts cancels
+        shares = shares / tl.sum(shares, 1)[:, None]
+    else:
+        shares = shares / everything[:, None]
+    place = token[:, None].to(tl.int64) * TOP_K + rank[None, :]
+    kept = (token < tokens)[:, None] & (rank < TOP_K)[None, :]
+    tl.store(chosen_ptr + place, chosen.to(tl.int64), kept)
+    tl.store(weights_ptr + place, shares, kept)
+
+
+def route(
+    logits: torch.Tensor, top_k: int, softmax_after_top_k: bool, normalize: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `reference.route`; of equal logits the lower expert comes first."""
+    logits = logits.contiguous()
+    tokens, count = logits.shape
+    chosen = logits.new_empty(tokens, top_k, dtype=torch.int64)
+    weights = logits.new_empty(tokens, top_k, dtype=torch.float32)
+    if tokens:
+        block = 4
+        _route[(triton.cdiv(tokens, block),)](
+            logits,
+            chosen,
+            weights,
+            tokens,
+            EXPERTS=count,
+            BLOCK_E=triton.next_power_of_2(count),
+            BLOCK_T=block,
+            TOP_K=top_k,
+            BLOCK_K=triton.next_power_of_2(top_k),
+            AFTER_TOP_K=softmax_after_top_k,
+            NORMALIZE=normalize,
+            num_warps=4,
+        )
+    return chosen, weights

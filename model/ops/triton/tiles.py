@@ -1,0 +1,119 @@
+"""Tile sizes, warps and pipeline stages by architecture: the one place to tune.
+
+Rows are chosen by hand from what a target's shared memory and registers hold; nothing is tuned
+while a job runs. An architecture that is not listed uses the smallest tiles.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """m rows (tokens), n columns (keys or outputs), k of the contraction.
+
+    Of the stages of attention one goes to looking up blocks: 4 prefetch two tiles of KV.
+    """
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What a kernel launch takes."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of one architecture; k of attention is the head size and not used."""
+
+    decode: Tile  # attention of single tokens; m is the least height of a matrix product
+    prefill: Tile  # attention of chunks, head size up to 64
+    prefill_wide: Tile  # the same for larger heads
+    experts: tuple[Tile, ...]  # by rising m: the first that holds an expert's mean rows is used
+    mxfp4: tuple[Tile, ...]  # the same for packed weights
+    fused: Tile = Tile(16, 32, 128, 4, 3)  # norm with linear or MLP; m is not used
+    fused_rows: int = 0  # up to this many rows norms and MLPs are fused; 0: not measured
+
+
+_HOPPER = Tiles(
+    decode=Tile(16, 64, 0, 4, 4),
+    prefill=Tile(128, 64, 0, 8, 4),
+    prefill_wide=Tile(128, 64, 0, 8, 4),
+    experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
+    mxfp4=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
+)
+_AMPERE = Tiles(
+    decode=Tile(16, 64, 0, 4, 4),
+    prefill=Tile(64, 64, 0, 4, 4),
+    prefill_wide=Tile(128, 32, 0, 8, 4),
+    experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)),
+    mxfp4=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)),
+)
+_CDNA = Tiles(
+    decode=Tile(16, 64, 0, 4, 2),
+    prefill=Tile(128, 32, 0, 8, 2),
+    prefill_wide=Tile(128, 32, 0, 8, 2),
+    experts=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2), Tile(128, 64, 64, 8, 2)),
+    mxfp4=(Tile(16, 64, 128, 4, 2), Tile(64, 64, 64, 4, 2), Tile(128, 64, 64, 8, 2)),
+    fused=Tile(16, 16, 32, 4, 2),
+)
+_SMALL = Tiles(
+    decode=Tile(16, 32, 0, 4, 2),
+    prefill=Tile(64, 32, 0, 4, 2),
+    prefill_wide=Tile(64, 32, 0, 8, 2),
+    experts=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 32, 4, 2)),
+    mxfp4=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2)),
+    fused=Tile(16, 32, 32, 4, 2),
+)
+TILES: dict[str, Tiles] = {
+    "sm_80": _AMPERE,
+    "sm_90": _HOPPER,
+    "sm_100": _HOPPER,
+    "gfx90a": _CDNA,
+    "gfx942": _CDNA,
+    "gfx950": _CDNA,
+    "gfx1201": _SMALL,
+}
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """Its name as compilers spell it: sm_90, gfx942; "none" where kernels are interpreted."""
+    if device.type != "cuda":
+        return "none"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def vendor(device: torch.device) -> str:
+    """Whose instructions a kernel may use: "nvidia", "amd" or "none"."""
+    return {"sm": "nvidia", "gf": "amd"}.get(architecture(device)[:2], "none")
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """How many programs run at once, about: multiprocessors or compute units."""
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def tiles(device: torch.device) -> Tiles:
+    """The tiles of the device's architecture."""
+    return TILES.get(architecture(device), _SMALL)
+
+
+def for_dtype(tile: Tile, dtype: torch.dtype) -> Tile:
+    """The tile where an element takes 2 bytes; a small one in float32, which only checks use."""
+    if dtype.itemsize <= 2:
+        return tile
+    return Tile(min(tile.m, 32), min(tile.n, 32), min(tile.k, 32), 4, 1)

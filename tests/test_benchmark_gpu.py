@@ -1,0 +1,84 @@
+"""What of benchmarks/gpu.py can be tested without a GPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_times
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_in_one_line() -> None:
+    result = subprocess.run(
+        [sys.executable, "benchmarks/gpu.py"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not result.stdout
+
+
+def test_the_nano_vllm_load_is_the_published_one() -> None:
+    prompts, outputs = gpu_times.nano_load()
+    assert len(prompts) == len(outputs) == 256
+    assert sum(outputs) == 133_966
+    assert {100 <= len(prompt) <= 1024 for prompt in prompts} == {True}
+
+
+def test_other_loads_end_where_they_should() -> None:
+    prompts, outputs = gpu_times.short_load(50, 1024)
+    assert {len(p) + n for p, n in zip(prompts, outputs, strict=True)} == {1024}
+    prompts, outputs = gpu_times.context_load(2, 1000, 400)
+    assert [len(p) for p in prompts] == [800, 800]
+    assert outputs == [400, 400]
+
+
+def run_all(
+    outcomes: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, dict[str, Any]]:
+    def section(name: str, limits: dict[str, float], limit_s: float) -> Any:
+        assert limit_s <= gpu.SECTIONS[name].limit_s
+        return outcomes.get(name, ([], None))
+
+    monkeypatch.setattr(gpu, "start_section", section)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    status = gpu._run_all(tuple(gpu.SECTIONS), 570)
+    return status, json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_a_failing_section_stops_no_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"name": "decode", "value": 2.0, "unit": "TB/s", "share": 0.5, "of": "copy"}
+    outcomes = {"kernels": ([], "went wrong"), "attention": ([row], None)}
+    status, results = run_all(outcomes, monkeypatch, capsys)
+    assert status == 1
+    assert results["sections"]["kernels"]["problem"] == "went wrong"
+    assert results["sections"]["attention"]["rows"] == [row]
+    assert set(results["sections"]) == set(gpu.SECTIONS)
+
+
+def test_all_well_is_status_0(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_all({}, monkeypatch, capsys)[0] == 0
+
+
+def test_a_section_that_hangs_is_stopped_and_one_that_fails_says_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "section.py"
+    monkeypatch.setattr(gpu, "__file__", str(script))
+    row = gpu._MARK + json.dumps({"name": "first"})
+    script.write_text(f"import time\nprint({row!r}, flush=True)\ntime.sleep(60)")
+    rows, problem = gpu.start_section("nano", {}, 2)
+    assert rows == [{"name": "first"}]
+    assert problem == "stopped after 2 s"
+    script.write_text("raise ValueError('the reason')")
+    assert gpu.start_section("nano", {}, 30) == ([], "ValueError: the reason")

@@ -1,0 +1,61 @@
+"""The Triton kernels without a GPU: their numbers in the interpreter, their code by compiling."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from model import ops
+from model.ops import reference
+
+ROOT = Path(__file__).resolve().parent.parent
+FULL = "GETP_TEST_ALL_KERNELS"  # set: every kernel for every model and target, not a selection
+
+
+def test_without_triton_gpus_run_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "find_spec", lambda name: None)
+    assert ops._find("cuda") is reference
+    assert ops._find("mps") is reference
+
+
+def test_a_run_on_the_cpu_never_imports_triton_kernels() -> None:
+    code = "import sys, engine, getp.cli; assert 'model.ops.triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_kernels_equal_their_references_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "tests/triton_interpreter.py"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-5000:]
+
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx950", "gfx1201")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_compile_and_fit_their_targets(architecture: str) -> None:
+    pytest.importorskip("triton")
+    from tests.triton_compiler import LIMITS, compile_launch, launches
+
+    chosen = launches(architecture)
+    if FULL not in os.environ:  # of each kernel the last: the largest tiles
+        chosen = list({x.kernel.__name__: x for x in chosen}.values())
+    for launch in chosen:
+        compiled = compile_launch(launch, architecture)
+        assert compiled.shared <= LIMITS[architecture], f"{launch}: {compiled.shared} bytes"
+        assert not compiled.spills, f"{launch}: {compiled.spills} spilled"
+
+
+def test_every_architecture_of_the_table_is_compiled_for() -> None:
+    pytest.importorskip("triton")
+    from model.ops.triton.tiles import TILES
+
+    assert set(TILES) == set(ARCHITECTURES)

@@ -1,0 +1,293 @@
+"""Every Triton kernel against its reference, in Triton's interpreter.
+
+Not collected by itself: TRITON_INTERPRET must be set before Triton is imported, so
+test_triton.py runs this file in a process of its own.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from engine import Engine, Request, SamplingParams
+from model import ops
+from model.batch import ForwardBatch, GroupTables
+from model.ops import cpu, reference, triton
+from model.ops.triton import fused as fused_ops
+from model.ops.triton import grouping, tiles
+from model.ops.triton.norm import swiglu
+from model.ops.triton.tiles import Tile
+from tests.checkpoints import quantize_mxfp4
+from tests.test_end_to_end import DATA
+from tests.test_ops import paged, rand
+from tokenizer import Tokenizer
+
+# Two bytes an element takes the tiles of real use; the interpreter multiplies no bfloat16.
+DTYPES = [torch.float32, torch.float16]
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, slack: float = 1.0) -> None:
+    tolerance = TOLERANCE[expected.dtype] * slack
+    assert torch.isfinite(expected.float()).all()
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [64, 896, 2880])
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_norm_and_residual(tokens: int, size: int, dtype: torch.dtype) -> None:
+    x, delta = rand(tokens, size, dtype=dtype), rand(tokens, size, seed=1, dtype=dtype)
+    weight = rand(size, seed=2, dtype=dtype)
+    for change in (None, delta):
+        summed, normed = triton.add_rms_norm(x, change, weight, 1e-5)
+        expected_sum, expected = reference.add_rms_norm(x, change, weight, 1e-5)
+        close(summed, expected_sum)  # the interpreter truncates to bfloat16
+        close(normed, expected)
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("dim", [32, 64, 80, 128])
+@pytest.mark.parametrize("heads", [(4, 4), (7, 1), (6, 2)])
+def test_rotary_norms_and_kv_write(heads: tuple[int, int], dim: int, norms: bool) -> None:
+    tokens, (queries, kv_heads) = 5, heads
+    qkv = rand(tokens, queries + 2 * kv_heads, dim)
+    cos_sin = rand(tokens, dim, seed=1)
+    weights = (rand(dim, seed=2), rand(dim, seed=3)) if norms else None
+    slots = torch.tensor([9, 3, 4, 15, 12])
+    expected_kv, found_kv = (torch.full((2, 4, 4, kv_heads, dim), 7.0) for _ in range(2))
+    expected = reference.rotate_and_write(qkv, cos_sin, expected_kv, slots, queries, weights, 1e-5)
+    found = triton.rotate_and_write(qkv, cos_sin, found_kv, slots, queries, weights, 1e-5)
+    close(found, expected)
+    close(found_kv, expected_kv)
+
+
+def attend(
+    lengths: list[tuple[int, int]],
+    heads: tuple[int, int],
+    dim: int,
+    window: int | None,
+    sinks: bool,
+    dtype: torch.dtype = torch.float32,
+    block_size: int = 8,
+) -> None:
+    batch, group, blocks = paged(lengths, window, block_size)
+    query = rand(sum(q for q, _ in lengths), heads[0], dim, dtype=dtype)
+    kv = rand(2, blocks + 3, block_size, heads[1], dim, seed=1, dtype=dtype)
+    kv[:, blocks:] = float("nan")
+    # Behind a sequence's end and window, and in the blocks of nobody, there may be anything.
+    for row, (count, context) in enumerate(lengths):
+        if context % block_size:
+            last = group.block_table[row, context // block_size]
+            kv[:, last, context % block_size :] = float("nan")
+        if window is not None:
+            for at in range(max(0, context - count - window + 1)):
+                kv[:, group.block_table[row, at // block_size], at % block_size] = float("nan")
+    kv[:, 0] = 0
+    column = rand(heads[0], seed=2, dtype=dtype) * 2 if sinks else None
+    expected = reference.attention(query, kv, batch, group, column)
+    close(triton.attention(query, kv, batch, group, column), expected)
+
+
+MIXED = [(1, 50), (1, 17), (20, 20), (7, 40), (2, 2)]
+
+
+@pytest.mark.parametrize("window", [None, 5, 40])
+@pytest.mark.parametrize(("heads", "sinks"), [((2, 2), True), ((6, 2), False), ((7, 1), True)])
+@pytest.mark.parametrize("lengths", [[(1, 1)], [(1, 170), (1, 1), (1, 16)], [(70, 70)], MIXED])
+def test_attention(
+    lengths: list[tuple[int, int]], heads: tuple[int, int], window: int | None, sinks: bool
+) -> None:
+    attend(lengths, heads, 32, window, sinks)
+
+
+@pytest.mark.parametrize("dim", [16, 64, 80, 128])
+def test_attention_of_head_sizes(dim: int) -> None:
+    attend(MIXED, (8, 2), dim, 24, True)
+    attend(MIXED, (8, 2), dim, None, False, torch.float16, 16)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_splits_of_the_kv_count_a_sink_once(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    original = triton.attention.__globals__["splits_of"]
+
+    def counted(*arguments: Any) -> int:
+        used.append(original(*arguments))
+        return int(used[-1])
+
+    # Sixteen processors, so that some of these rows are split and some are not.
+    monkeypatch.setitem(triton.attention.__globals__, "processors", lambda device: 16)
+    monkeypatch.setitem(triton.attention.__globals__, "splits_of", counted)
+    lengths = [(1, 300), (1, 40), (1, 1), (1, 33), (1, 129)][:rows]
+    for sinks in (False, True):
+        attend(lengths, (6, 2), 32, None, sinks)
+        attend(lengths, (6, 2), 32, 100, sinks)
+    assert used == {1: [8, 4, 8, 4], 2: [8, 4, 8, 4], 5: [2] * 4}[rows]
+
+
+def test_rows_that_only_fill_a_batch_attend_to_nothing() -> None:
+    batch, group, blocks = paged([(1, 9), (1, 5)], None, 8)
+    batch.seen[1] = 0
+    query, kv = rand(2, 4, 32), rand(2, blocks, 8, 2, 32, seed=1)
+    for sinks in (None, rand(4, seed=2)):
+        out = triton.attention(query, kv, batch, group, sinks)
+        assert not out[1].any()
+        assert out[0].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("limit", [None, 7.0])
+def test_swiglu(limit: float | None, dtype: torch.dtype) -> None:
+    gate_up = rand(5, 2 * 96, dtype=dtype) * 6
+    close(swiglu(gate_up, limit, 1.702), reference.swiglu(gate_up, limit, 1.702), 2)
+
+
+@pytest.mark.parametrize(("after", "normalize"), [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize(("count", "top_k"), [(8, 2), (6, 3), (128, 8)])
+def test_router(count: int, top_k: int, after: bool, normalize: bool) -> None:
+    logits = rand(9, count)
+    chosen, weights = triton.route(logits, top_k, after, normalize)
+    expected, shares = reference.route(logits, top_k, after, normalize)
+    assert torch.equal(chosen, expected)
+    close(weights, shares)
+
+
+def test_a_row_of_nan_is_routed_to_experts_that_exist() -> None:
+    chosen, _ = triton.route(torch.full((1, 6), float("nan")), 3, True, False)
+    assert chosen.min() >= 0
+    assert chosen.max() < 6
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 64, 150])
+def test_grouping_sorts_pairs_by_expert_and_keeps_their_order(tokens: int) -> None:
+    chosen = torch.randint(0, 5, (tokens, 2), generator=torch.Generator().manual_seed(0))
+    order, starts = grouping.group_by_expert(chosen, 6)
+    flat = chosen.flatten()
+    assert order.tolist() == flat.argsort(stable=True).tolist()
+    assert starts.tolist() == [int((flat < e).sum()) for e in range(7)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "biases", "unbalanced"),
+    [
+        (0, torch.float32, False, False),
+        (1, torch.float32, True, False),
+        (33, torch.float32, True, True),
+        (100, torch.float32, False, False),
+        (1, torch.float16, False, False),
+        (70, torch.float16, True, True),
+    ],
+)
+def test_experts(
+    tokens: int, dtype: torch.dtype, biases: bool, unbalanced: bool, packed: bool
+) -> None:
+    count, hidden, size, top_k = 6, 96, 160, 2
+    x = rand(tokens, hidden, dtype=dtype)
+    logits = rand(tokens, count, seed=1)
+    if unbalanced:  # everything to two experts, nothing to the others
+        logits[:, 2:] -= 100
+    chosen, shares = reference.route(logits, top_k, True, False)
+    gate_up: Any = rand(count, 2 * size, hidden, seed=2, dtype=dtype) * 0.2
+    down: Any = rand(count, hidden, size, seed=4, dtype=dtype) * 0.2
+    wide_up, wide_down = gate_up.float(), down.float()
+    if packed:
+        gate_up, down = (reference.Mxfp4(*quantize_mxfp4(w)) for w in (gate_up, down))
+        wide_up, wide_down = gate_up.dense(torch.float32), down.dense(torch.float32)
+    up_bias = rand(count, 2 * size, seed=3, dtype=dtype) if biases else None
+    down_bias = rand(count, hidden, seed=5, dtype=dtype) if biases else None
+    form = (7.0, 1.702) if biases else (None, 1.0)
+    found = triton.experts(x, chosen, shares, gate_up, up_bias, down, down_bias, *form)
+    # The kernels add up in float32, so it is float32 that they are compared with.
+    wide_biases = [None if b is None else b.float() for b in (up_bias, down_bias)]
+    expected = reference.experts(
+        x.float(), chosen, shares, wide_up, wide_biases[0], wide_down, wide_biases[1], *form
+    )
+    close(found, expected.to(dtype), 3)
+
+
+def test_every_code_and_scale_of_mxfp4_is_unpacked_exactly() -> None:
+    """Through the experts: weights that one-hot inputs read out, at usual and odd scales."""
+    codes = torch.arange(256, dtype=torch.uint8).view(16, 16)  # every pair of codes
+    for exponent in (70, 120, 131):
+        scales = torch.full((1, 64, 1), exponent, dtype=torch.uint8)
+        down = reference.Mxfp4(codes.repeat(4, 1).view(1, 64, 1, 16), scales)
+        gate_up = torch.zeros(1, 64, 64)
+        # gate = 30 makes silu the identity, up is the one-hot input
+        gate_up[0, :32, 32:] = 30 * torch.eye(32)
+        gate_up[0, 32:, :32] = torch.eye(32)
+        x = torch.cat((torch.eye(32), torch.ones(32, 32)), 1)
+        zero, one = torch.zeros(32, 1, dtype=torch.int64), torch.ones(32, 1)
+        packed = reference.Mxfp4(*quantize_mxfp4(gate_up))
+        found = triton.experts(x, zero, one, packed, None, down, None, None, 1.0)
+        dense = packed.dense(torch.float32)[0, :32] @ x[0]
+        assert torch.equal(found, down.dense(torch.float32)[0].T * dense[0])
+
+
+@pytest.mark.parametrize("rows", [1, 17])
+@pytest.mark.parametrize("fused", [False, True])
+def test_norm_with_linear_and_with_mlp(
+    rows: int, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = replace(tiles.tiles(torch.device("cpu")), fused_rows=64 if fused else 0)
+    monkeypatch.setattr(fused_ops, "tiles", lambda device: own)
+    size, inner = 112, 144
+    x, delta, norm = rand(rows, size), rand(rows, size, seed=1), rand(size, seed=2)
+    weight, bias = rand(80, size, seed=3) * 0.2, rand(80, seed=4)
+    expected_sum, normed = reference.add_rms_norm(x, delta, norm, 1e-5)
+    for column in (None, bias):
+        summed, out = fused_ops.norm_linear(x, delta, norm, 1e-5, weight, column)
+        assert torch.equal(summed, expected_sum)
+        close(out, reference.linear(normed, weight, column), 3)
+    gate_up, down = rand(2 * inner, size, seed=5) * 0.2, rand(size, inner, seed=6) * 0.2
+    summed, out = fused_ops.norm_mlp(x, delta, norm, 1e-5, gate_up, down)
+    assert torch.equal(summed, expected_sum)
+    inside = reference.swiglu(reference.linear(normed, gate_up, None), None, 1.0)
+    close(out, reference.linear(inside, down, None), 5)
+
+
+def test_results_do_not_depend_on_the_batch() -> None:
+    count, hidden, size = 6, 64, 64
+    gate_up = rand(count, 2 * size, hidden, seed=2) * 0.2
+    down = rand(count, hidden, size, seed=4) * 0.2
+    x = rand(40, hidden)
+    chosen, shares = reference.route(rand(40, count, seed=1), 3, True, False)
+    rest = (gate_up, None, down, None, None, 1.0)
+    whole = triton.experts(x, chosen, shares, *rest)
+    for row in (0, 17, 39):
+        part = slice(row, row + 1)
+        assert torch.equal(
+            triton.experts(x[part], chosen[part], shares[part], *rest)[0], whole[row]
+        )
+
+
+def test_nothing_is_read_from_the_lists_of_a_batch() -> None:
+    """A captured step is replayed with other tensors: only those may matter."""
+    batch, group, blocks = paged([(1, 9), (5, 7)], None, 8)
+    query, kv = rand(6, 4, 32), rand(2, blocks, 8, 2, 32, seed=1)
+    expected = triton.attention(query, kv, batch, group, None)
+    lists: Any = None
+    stripped = ForwardBatch(**{**vars(batch), "query_lens": lists, "context_lens": lists})
+    tables = GroupTables(None, group.block_table, group.slots)
+    assert torch.equal(triton.attention(query, kv, stripped, tables, None), expected)
+
+
+def test_the_model_of_the_repository_gives_the_same_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """MXFP4 experts, sinks and windows through every kernel; a prompt longer than the window."""
+    ids = Tokenizer.load(DATA / "model").encode("What is 17 plus 25? What is")
+    params = SamplingParams(max_new_tokens=3, ignore_eos=True)
+    # Large tiles are fewer programs, and those are what takes the interpreter its time.
+    large = Tile(16, 128, 128, 4, 1)
+    monkeypatch.setitem(triton.experts.__globals__, "for_dtype", lambda tile, dtype: large)
+    requests = [Request(ids, params, 0), Request(ids[:3], params, 1)]
+    tokens = []
+    for kernels in (cpu, triton):
+        monkeypatch.setitem(ops._BY_DEVICE, "cpu", kernels)
+        with Engine(DATA / "model", dtype="float32", kv_memory=1 << 20) as engine:
+            found = {c.request_id: c.token_ids for c in engine.generate(requests)}
+            tokens.append(found)
+    assert tokens[0] == tokens[1]
