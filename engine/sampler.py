@@ -175,7 +175,9 @@ class Sampler:
         if few or vocab == values.shape[1]:
             return tokens
         # A row is judged by itself alone, so that its path does not depend on the others either.
-        enough = ((values - total).exp().sum(-1, keepdim=True) >= top_p) | (top_k <= _CANDIDATES)
+        # Where top-k keeps more than the candidates, top-p is a share of more than they hold.
+        held = (values - total).exp().sum(-1, keepdim=True) >= top_p
+        enough = (held & (top_k >= vocab)) | (top_k <= _CANDIDATES)
         rest = slice(None)
         if self._may_look:
             rest = (~enough).flatten().nonzero().flatten()

@@ -288,7 +288,7 @@ def _check_system(options: SimpleNamespace) -> None:
 
 def run(args: Sequence[str]) -> int:
     """Run the command line and return its exit status; errors become one line each."""
-    warnings.showwarning = _warn
+    warnings.showwarning = _warn  # type: ignore[assignment]
     try:
         status = command.main(list(args), prog_name="getp", standalone_mode=False)
         sys.stdout.flush()

@@ -76,11 +76,15 @@ def test_a_nucleus_larger_than_the_candidates_is_drawn_from_in_full() -> None:
     assert len(tokens.unique()) > 1500
 
 
-def test_few_candidates_and_a_full_sort_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = torch.randn(2000, generator=torch.Generator().manual_seed(1)) * 4
-    few = draw(logits, 500, temperature=0.7, top_p=0.8)
+# 600: more than the candidates hold, and top-p is a share of what it leaves.
+@pytest.mark.parametrize(("top_k", "width"), [(0, 4), (600, 1)])
+def test_few_candidates_and_a_full_sort_draw_the_same(
+    top_k: int, width: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = torch.randn(2000, generator=torch.Generator().manual_seed(1)) * width
+    few = draw(logits, 500, temperature=0.7, top_k=top_k, top_p=0.5)
     monkeypatch.setattr(module, "_CANDIDATES", 2000)
-    assert draw(logits, 500, temperature=0.7, top_p=0.8).tolist() == few.tolist()
+    assert draw(logits, 500, temperature=0.7, top_k=top_k, top_p=0.5).tolist() == few.tolist()
 
 
 def test_a_draw_from_all_tokens_never_takes_an_impossible_one() -> None:

@@ -147,7 +147,10 @@ class Recorder:
         unused = [0] * (_MOST_ARGUMENTS + 1)
         recorded = b"".join(record.pack(*(c + unused)[: len(unused)]) for c in self._calls)
         count, shape, dtype = len(self._calls), result.shape, result.dtype
-        buffer = next(b for b in self._buffers if _address(b) == result.data_ptr())
+        found = [b for b in self._buffers if _address(b) == result.data_ptr()]
+        if not found:
+            raise RuntimeError("the result is not of the native kernels")
+        buffer = found[0]
         first: torch.Tensor | None = result
 
         def again() -> torch.Tensor:
