@@ -9,10 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.memory import available_bytes
+from engine.memory import available_bytes, is_out_of_memory
 from engine.work import Work
 from model.shard import Shard
 
+OUT_OF_MEMORY = "lower --max-batch-tokens, --max-batch-size or --kv-memory, or take more GPUs"
 PEER_LOST = 3  # exit status of a rank that has lost another
 NEVER = timedelta(days=365)  # ranks wait as long as a user does; a peer that dies is noticed
 
@@ -112,7 +113,8 @@ class Link:
 
 def described(error: Exception) -> str:
     """What a rank reports of an error: its type, then its text."""
-    return f"{type(error).__name__}\n{error}"
+    remedy = f"; {OUT_OF_MEMORY}" if is_out_of_memory(error) else ""
+    return f"{type(error).__name__}\n{error}{remedy}"
 
 
 def is_connection(error: Exception) -> bool:

@@ -23,7 +23,15 @@ import torch
 import torch.distributed as dist
 
 from engine.graphs import Capture
-from engine.link import PEER_LOST, Link, described, is_connection, torchrun_size, torchrun_store
+from engine.link import (
+    OUT_OF_MEMORY,
+    PEER_LOST,
+    Link,
+    described,
+    is_connection,
+    torchrun_size,
+    torchrun_store,
+)
 from engine.memory import is_out_of_memory
 from engine.request import SamplingParams
 from engine.runner import ModelRunner
@@ -111,6 +119,8 @@ class Ranks:
             try:
                 result = own()
             except Exception as caught:
+                if is_out_of_memory(caught):
+                    raise  # the others may be waiting for a result that will not come
                 error = caught
             reports = self.link.reports("" if error is None else described(error))
         if error is not None:
@@ -135,8 +145,8 @@ class Ranks:
                 raise lost from error
             if is_out_of_memory(error):
                 raise EngineError(
-                    "out of memory in a step that ranks share, which cannot be taken back; lower "
-                    "--max-batch-tokens, --max-batch-size or --kv-memory"
+                    f"out of memory in what {self.size} ranks do together, which cannot be taken"
+                    f" back; {OUT_OF_MEMORY}"
                 ) from error
             raise
         self._listening = True
@@ -230,10 +240,16 @@ class LeadRunner(ModelRunner):
         super().run_largest(*sizes)  # which allocates and computes on all of them
         self._on_all("deallocate")
 
-    def capture(self, capture: Capture) -> None:
-        """As ModelRunner.capture, on every rank, or on none if one cannot."""
+    def capture(self, capture: Capture, ahead_of_time: bool = True) -> None:
+        """As ModelRunner.capture, on every rank, or on none if one cannot.
+
+        Whether all can is asked first: to capture is to exchange, and a rank that cannot do so
+        would be waited for.
+        """
+        self._ranks.call("prepare_capture", (), lambda: None)
+        own = ModelRunner.capture
         try:
-            self._ranks.call("capture", (), lambda: ModelRunner.capture(self, capture))
+            self._ranks.call("capture", (ahead_of_time,), lambda: own(self, capture, ahead_of_time))
         except Exception:
             if self._ranks.link is not None:
                 self._on_all("uncapture")

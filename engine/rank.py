@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.graphs import gpu_capture
+from engine.graphs import Capture, gpu_capture
 from engine.link import (
     NEVER,
     PEER_LOST,
@@ -25,6 +25,7 @@ from engine.link import (
     torchrun_size,
     torchrun_store,
 )
+from engine.memory import is_out_of_memory
 from engine.runner import ModelRunner
 from engine.settings import dtype_named
 from engine.work import Work
@@ -34,6 +35,7 @@ from model import load_config
 def serve(link: Link, device: torch.device) -> None:
     """Do what rank 0 says until it says "end". Raises what goes wrong in a step."""
     runner: ModelRunner | None = None
+    capture: Capture | None = None
     while True:
         told = link.receive(0 if runner is None else len(runner.groups))
         if isinstance(told, Work):
@@ -56,14 +58,17 @@ def serve(link: Link, device: torch.device) -> None:
                 runner = ModelRunner(config, device, dtype_named(dtype, dtype, device), link.shard)
             elif name == "available":
                 link.available()
+            elif name == "prepare_capture":
+                capture = gpu_capture()
             elif name == "capture":
                 assert runner is not None
-                runner.capture(gpu_capture())
+                assert capture is not None
+                runner.capture(capture, *args)
             else:
                 getattr(runner, name)(*args)
         except Exception as error:
-            if is_connection(error):
-                raise
+            if is_connection(error) or is_out_of_memory(error):
+                raise  # the others may be waiting for a result that will not come
             report = described(error)
         link.reports(report)
 

@@ -302,6 +302,29 @@ def test_what_goes_wrong_on_another_rank_is_said(ranks: Callable[[int], Ranks]) 
     assert not own.listening
 
 
+def test_out_of_memory_on_any_rank_ends_the_run_with_what_helps(
+    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine(folder("qwen2"), dtype="float32", tensor_parallel=2) as engine:
+        with pytest.raises(EngineError, match=r"rank 1 of 2 died.* lower --max-batch-tokens"):
+            engine._ranks.call("allocate", (1 << 40, 16, 64, 4), lambda: None)
+        assert not engine._ranks.listening
+    with Engine(folder("qwen2"), dtype="float32", tensor_parallel=2) as engine:
+        forward, steps = engine._runner._forward, Counter[str]()
+
+        def fail_at_the_third(batch: Any) -> torch.Tensor:
+            steps["run"] += 1
+            if steps["run"] == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return forward(batch)
+
+        monkeypatch.setattr(engine._runner, "_forward", fail_at_the_third)
+        (process,) = engine._ranks._processes
+        with pytest.raises(EngineError, match=r"2 ranks do together.* lower --max-batch-tokens"):
+            list(engine.generate(load()))
+        assert process.returncode is not None
+
+
 class InThreads(Ranks):
     """Two ranks in one process."""
 
