@@ -154,8 +154,6 @@ def load_engine(options: SimpleNamespace) -> "Engine":
     import torch
 
     from engine import Engine, link
-    from model import load_config
-    from model.cost import check_tensor_parallel
 
     ranks = link.torchrun_size()
     if ranks > 1 and options.tensor_parallel not in (None, ranks):
@@ -164,10 +162,7 @@ def load_engine(options: SimpleNamespace) -> "Engine":
             "processes: leave the option out"
         )
     ranks = options.tensor_parallel or ranks
-    try:
-        check_tensor_parallel(load_config(_checkpoint(options)), ranks)
-    except ValueError as error:
-        raise UsageProblem(f"--tensor-parallel {ranks}: {error}") from None
+    _check_ranks(options, ranks)
     if options.device.startswith("cuda"):
         index, count = torch.device(options.device).index or 0, torch.cuda.device_count()
         if index >= count:
@@ -180,16 +175,33 @@ def load_engine(options: SimpleNamespace) -> "Engine":
     )
 
 
+def _check_ranks(options: SimpleNamespace, ranks: int) -> None:
+    """Raise UsageProblem where the model cannot be shared among so many."""
+    from model import load_config
+    from model.cost import check_tensor_parallel
+
+    try:
+        check_tensor_parallel(load_config(_checkpoint(options)), ranks)
+    except ValueError as error:
+        raise UsageProblem(f"--tensor-parallel {ranks}: {error}") from None
+
+
 def _load_cluster(options: SimpleNamespace) -> "Cluster":
     """Make the replicas the options ask for; they load their weights when they warm up."""
+    from engine import link
     from getp.cluster import Cluster
 
+    if link.torchrun_size() > 1:
+        raise UsageProblem(
+            "--replicas starts its processes itself: leave torchrun out, and give "
+            "--tensor-parallel N to share each replica's model among N"
+        )
+    _check_ranks(options, options.tensor_parallel or 1)
     return Cluster(
         _checkpoint(options),
         Path(options.tokenizer or _checkpoint(options)),
         options.replicas or None,
         address=options.ray_address,
-        gpus_each=options.tensor_parallel or 1,
         tensor_parallel=options.tensor_parallel or 1,
         **_engine_settings(options),
     )
