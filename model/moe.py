@@ -61,6 +61,6 @@ class Moe:
             experts.down_bias,
             self.limit,
             self.alpha,
-            None if self.shard.size == 1 else self.shard.part(config.num_experts).start,
+            self.shard,
         )
         return self.shard.sum(own)

@@ -14,6 +14,7 @@ from model.batch import ForwardBatch, GroupTables
 from model.ops import cpu, reference
 from model.ops.cpu import Packed, recorder
 from model.ops.reference import Mxfp4
+from model.shard import ALONE, Shard
 
 __all__ = [
     "ExpertWeights",
@@ -172,33 +173,13 @@ def experts(
     down_bias: torch.Tensor | None,
     limit: float | None,
     alpha: float,
-    first: int | None = None,
+    shard: Shard = ALONE,
 ) -> torch.Tensor:
     """Weighted sum of each token's experts; shapes in `reference.experts`.
 
-    first: `chosen` counts more experts than are here, and these are those from `first` on; the
-    part of the others is left out.
+    With a shard, these are its part of the experts that `chosen` counts, and the result is theirs.
     """
-    run = _of(x.device).experts
-    if first is None:
-        out: torch.Tensor = run(
-            x, chosen, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha
-        )
-        return out
-    # As a batch in which every token has one expert: those of the tokens that have one here.
-    own = chosen - first
-    token, rank = torch.where((own >= 0) & (own < len(gate_up)))
-    parts = x.new_zeros(*chosen.shape, x.shape[1])
-    if len(token):
-        parts[token, rank] = run(
-            x[token],
-            own[token, rank].unsqueeze(1),
-            weights[token, rank].unsqueeze(1),
-            gate_up,
-            gate_up_bias,
-            down,
-            down_bias,
-            limit,
-            alpha,
-        )
-    return parts.sum(1, dtype=torch.float32).to(x.dtype)
+    out: torch.Tensor = _of(x.device).experts(
+        x, chosen, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha, shard
+    )
+    return out
