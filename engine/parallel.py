@@ -56,6 +56,8 @@ class Ranks:
         self.link: Link | None = None
         self._store: Any = None
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._watcher: threading.Thread | None = None
+        self._closing = threading.Event()
         # Whether all ranks wait for a message. When an exception comes in between they do not,
         # and nothing can be told them any more.
         self._listening = False
@@ -89,8 +91,10 @@ class Ranks:
             self.close()
             raise
         self._listening = True
-        if self._processes:
-            threading.Thread(target=self._watch, args=(self.link,), daemon=True).start()
+        if device.type == "cuda":
+            self._closing.clear()
+            self._watcher = threading.Thread(target=self._watch, args=(self.link,), daemon=True)
+            self._watcher.start()
 
     def _wait_for_all(self) -> None:
         names = [f"here/{rank}" for rank in range(1, self.size)]
@@ -154,6 +158,10 @@ class Ranks:
     def close(self) -> None:
         """End the other ranks: as told if they listen, else at once."""
         link, listening, self.link = self.link, self.listening, None
+        if self._watcher is not None:  # at the end of the program it must not be inside torch
+            self._closing.set()
+            self._watcher.join(_DYING_S)
+            self._watcher = None
         if link is not None and listening:
             with contextlib.suppress(RuntimeError):
                 link.send_call("end", ())
@@ -170,28 +178,27 @@ class Ranks:
             assert process.stdin is not None
             process.stdin.close()
         self._processes = []
-        self._store = None
 
     def _lost(self, what: str) -> EngineError | None:
         """Which rank broke the connection, and why; None if all are well."""
-        end = time.monotonic() + _DYING_S
-        while time.monotonic() < end and self._processes:
-            found = self._first_dead()
-            if found is not None:
-                return EngineError(f"rank {found[0]} of {self.size} {what}: {found[1]}")
+        end = time.monotonic() + (_DYING_S if self._processes else 0)
+        while (found := self._first_dead()) is None and time.monotonic() < end:
             time.sleep(0.05)
-        return None
+        if found is not None:
+            return EngineError(f"rank {found[0]} of {self.size} {what}: {found[1]}")
+        if self._processes:
+            return None
+        return EngineError(f"one of {self.size} ranks {what}; torchrun says which")
 
     def _first_dead(self) -> tuple[int, str] | None:
         """The rank that is the cause: others end only because they lost it."""
-        dead = [(i + 1, p.poll()) for i, p in enumerate(self._processes) if p.poll() is not None]
-        for rank, status in dead:
-            if status == PEER_LOST:
-                continue
+        for rank in range(1, self.size):
             key = f"error/{rank}"
             if self._store.check([key]):
                 return rank, self._store.get(key).decode()
-            assert status is not None
+            status = self._processes[rank - 1].poll() if self._processes else None
+            if status is None or status == PEER_LOST:
+                continue
             if status < 0:
                 return rank, f"killed by signal {-status} ({signal.Signals(-status).name})"
             return rank, f"it ended with status {status}"
@@ -199,12 +206,11 @@ class Ranks:
 
     def _watch(self, link: Link) -> None:
         """Break off what a GPU waits for when a rank has died: it would wait for ever."""
-        while self.link is link:
-            if self._first_dead() is not None:
-                with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError):  # of a store or a device that is gone
+            while not self._closing.wait(0.2):
+                if self._first_dead() is not None:
                     link.abort()
-                return
-            time.sleep(0.2)
+                    return
 
 
 class LeadRunner(ModelRunner):

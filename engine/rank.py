@@ -105,8 +105,11 @@ def _serve_as(rank: int, size: int, store: Any, device: torch.device, one_host: 
     except Exception as error:
         if is_connection(error):
             os._exit(PEER_LOST)
+        text = described(error).replace("\n", ": ", 1)
+        if not one_host:  # torchrun ends rank 0 perhaps before it can say why
+            print(f"getp: rank {rank}: {text}", file=sys.stderr, flush=True)
         with contextlib.suppress(Exception):
-            post(store, f"error/{rank}", described(error).replace("\n", ": ", 1))
+            post(store, f"error/{rank}", text)
         os._exit(1)
     os._exit(0)  # there is nothing to clean up, and threads that wait need not be woken
 

@@ -325,6 +325,23 @@ def test_out_of_memory_on_any_rank_ends_the_run_with_what_helps(
         assert process.returncode is not None
 
 
+def test_what_a_gpu_waits_for_is_broken_off_when_a_rank_has_died(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own, aborted = Ranks(2), threading.Event()
+    own.start(CPU)
+    assert own.link is not None
+    monkeypatch.setattr(own.link, "abort", aborted.set)
+    own._watcher = threading.Thread(target=own._watch, args=(own.link,), daemon=True)
+    own._watcher.start()
+    assert not aborted.wait(0.5)
+    own._processes[0].kill()
+    assert aborted.wait(30)
+    own._listening = False
+    own.close()
+    assert own._watcher is None
+
+
 class InThreads(Ranks):
     """Two ranks in one process."""
 

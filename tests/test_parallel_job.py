@@ -1,6 +1,7 @@
 """Jobs of several ranks, as a user runs them: the same bytes, and no process left behind."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -58,6 +59,36 @@ def test_torchrun_does_as_the_option(alone: Path, tmp_path: Path) -> None:
     assert output.read_bytes() == alone.read_bytes()
 
 
+def test_a_rank_of_torchrun_that_is_killed_ends_the_job(alone: Path, tmp_path: Path) -> None:
+    output, log = tmp_path / "o.txt", tmp_path / "log"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    with open(log, "wb") as file:
+        job = subprocess.Popen(
+            [*torchrun, *command(output, "--max-batch-size", 2)[1:]],
+            cwd=ROOT,
+            env=environment(),
+            stdout=file,
+            stderr=file,
+        )
+    wait_for_results(output, 5, job, log)
+    first, other = sorted(children(job.pid), key=rank_of_torchrun)
+    os.kill(other, signal.SIGKILL)
+    assert job.wait(60) == 1
+    wait_for_the_end_of(first)
+    # torchrun names it; the first may have been ended, too, before it could say a word.
+    assert re.search(r"rank +: 1 .*\n *exitcode +: -9", log.read_text())
+    assert not output.exists()
+    assert "are done already" in getp(*command(output)[2:]).stderr
+    assert output.read_bytes() == alone.read_bytes()
+
+
+def rank_of_torchrun(pid: int) -> bytes:
+    """A process's RANK."""
+    words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    (rank,) = [word for word in words if word.startswith(b"RANK=")]
+    return rank
+
+
 def test_a_number_that_cannot_be_is_a_wrong_option(tmp_path: Path) -> None:
     run = getp(*command(tmp_path / "o.txt", "--tensor-parallel", 4)[2:], status=2)
     assert "--tensor-parallel 4: 6 heads (2 KV), 8 experts" in run.stderr
@@ -102,9 +133,7 @@ def test_a_disturbed_job_ends_at_once_and_goes_on_later(
             stderr=log,
             start_new_session=True,  # a process group of its own, as a shell gives it
         )
-        while not journal.exists() or journal.read_bytes().count(b"\n") < 20:
-            assert job.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.02)
+        wait_for_results(output, 20, job, tmp_path / "log")
         (other,) = children(job.pid)
         disturb(job, other)
         assert job.wait(60) == status
@@ -116,6 +145,14 @@ def test_a_disturbed_job_ends_at_once_and_goes_on_later(
     assert "are done already" in resumed.stderr
     assert done >= 19
     assert output.read_bytes() == alone.read_bytes()
+
+
+def wait_for_results(output: Path, count: int, job: "subprocess.Popen[bytes]", log: Path) -> None:
+    """Until the journal has so many lines."""
+    journal = Path(f"{output}.journal")
+    while not journal.exists() or journal.read_bytes().count(b"\n") < count:
+        assert job.poll() is None, log.read_text()
+        time.sleep(0.02)
 
 
 def children(pid: int) -> list[int]:
