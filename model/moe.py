@@ -61,6 +61,6 @@ class Moe:
             experts.down_bias,
             self.limit,
             self.alpha,
-            self.shard,
+            (self.shard.rank, self.shard.size),
         )
         return self.shard.sum(own)

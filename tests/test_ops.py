@@ -13,7 +13,6 @@ from model import ops
 from model.batch import ForwardBatch, GroupTables
 from model.ops import cpu, reference
 from model.ops.cpu import calls
-from model.shard import Shard
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
@@ -167,10 +166,10 @@ def test_shares_of_experts_add_up_to_all(tokens: int, dtype: torch.dtype) -> Non
     expected = reference.experts(x, chosen, shares, up, None, down, None, *form)
     added = torch.zeros(tokens, hidden)
     for rank in range(ranks):
-        own, shard = slice(2 * rank, 2 * rank + 2), Shard(rank, ranks)
-        part = reference.experts(x, chosen, shares, up[own], None, down[own], None, *form, shard)
+        own, which = slice(2 * rank, 2 * rank + 2), (rank, ranks)
+        part = reference.experts(x, chosen, shares, up[own], None, down[own], None, *form, which)
         packed = filled(up[own], dtype, 2), None, filled(down[own], dtype), None, *form
-        found = ops.experts(x, chosen, shares, *packed, shard)
+        found = ops.experts(x, chosen, shares, *packed, which)
         torch.testing.assert_close(found, part, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
         assert bool(found.any()) is bool((chosen // 2 == rank).any())
         added += part.float()

@@ -18,7 +18,6 @@ from model.ops.triton import fused as fused_ops
 from model.ops.triton import grouping, tiles
 from model.ops.triton.norm import swiglu
 from model.ops.triton.tiles import Tile
-from model.shard import Shard
 from tests.checkpoints import quantize_mxfp4
 from tests.test_end_to_end import DATA
 from tests.test_ops import paged, rand
@@ -215,13 +214,13 @@ def test_experts(
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("tokens", [1, 100])
-def test_a_shard_of_the_experts(tokens: int, rank: int) -> None:
-    count, hidden, size, shard = 6, 96, 160, Shard(rank, 2)
+def test_a_part_of_the_experts(tokens: int, rank: int) -> None:
+    count, hidden, size = 6, 96, 160
     x, logits = rand(tokens, hidden), rand(tokens, count, seed=1)
     logits[:, 3 * rank] -= 100
     chosen, shares = reference.route(logits, 2, True, False)
     up, down = rand(3, 2 * size, hidden, seed=2) * 0.2, rand(3, hidden, size, seed=4) * 0.2
-    rest = up, rand(3, 2 * size, seed=3), down, rand(3, hidden, seed=5), 7.0, 1.702, shard
+    rest = up, rand(3, 2 * size, seed=3), down, rand(3, hidden, seed=5), 7.0, 1.702, (rank, 2)
     expected = reference.experts(x, chosen, shares, *rest)
     torch.use_deterministic_algorithms(True)  # what is not written is NaN
     try:

@@ -14,7 +14,6 @@ from model.batch import ForwardBatch, GroupTables
 from model.ops import cpu, reference
 from model.ops.cpu import Packed, recorder
 from model.ops.reference import Mxfp4
-from model.shard import ALONE, Shard
 
 __all__ = [
     "ExpertWeights",
@@ -173,13 +172,14 @@ def experts(
     down_bias: torch.Tensor | None,
     limit: float | None,
     alpha: float,
-    shard: Shard = ALONE,
+    part: tuple[int, int] = (0, 1),
 ) -> torch.Tensor:
     """Weighted sum of each token's experts; shapes in `reference.experts`.
 
-    With a shard, these are its part of the experts that `chosen` counts, and the result is theirs.
+    part: these are so many-th, counted from 0, of so many equal parts of the experts that `chosen`
+    counts, and the result is theirs.
     """
     out: torch.Tensor = _of(x.device).experts(
-        x, chosen, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha, shard
+        x, chosen, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha, part
     )
     return out

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 from model.batch import ForwardBatch, GroupTables
-from model.shard import ALONE, Shard
 
 # The 16 values of FP4 E2M1 by code: bit 3 is the sign (OCP Microscaling Formats 1.0, 5.3.3).
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -241,9 +240,9 @@ def experts(
     down_bias: torch.Tensor | None,
     limit: float | None,
     alpha: float,
-    shard: Shard = ALONE,
+    part: tuple[int, int] = (0, 1),
 ) -> torch.Tensor:
-    """Weighted sum of each token's experts, of those that are the shard's.
+    """Weighted sum of each token's experts, of those in the part (which, of how many).
 
     x [tokens, hidden], chosen and weights [tokens, top_k]; for each expert gate_up
     [2 · size, hidden], down [hidden, size] and their biases; limit and alpha as in `swiglu` →
@@ -251,7 +250,7 @@ def experts(
     """
     out = torch.zeros_like(x, dtype=torch.float32)
     for expert in range(len(gate_up)):
-        token, rank = torch.where(chosen == shard.rank * len(gate_up) + expert)
+        token, rank = torch.where(chosen == part[0] * len(gate_up) + expert)
         inner = F.linear(x[token], _dense(gate_up[expert], x.dtype), _row(gate_up_bias, expert))
         inner = swiglu(inner, limit, alpha)
         result = F.linear(inner, _dense(down[expert], x.dtype), _row(down_bias, expert))

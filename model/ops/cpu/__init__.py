@@ -11,7 +11,6 @@ from model.ops.cpu import native, plain
 from model.ops.cpu.calls import Recorder, leave_to_torch, library
 from model.ops.cpu.packed import PANEL, Packed
 from model.ops.reference import MXFP4_BLOCK, Mxfp4
-from model.shard import ALONE, Shard
 
 
 def _native(x: torch.Tensor, *multiples: tuple[int, int]) -> bool:
@@ -153,17 +152,17 @@ def experts(
     down_bias: torch.Tensor | None,
     limit: float | None,
     alpha: float,
-    shard: Shard,
+    part: tuple[int, int] = (0, 1),
 ) -> torch.Tensor:
     """As reference.experts."""
-    if shard.size > 1:
+    if part[1] > 1:
         # As a batch in which every token has one expert: those of the tokens that have one here.
-        own = chosen - shard.rank * len(gate_up)
+        own = chosen - part[0] * len(gate_up)
         token, rank = torch.where((own >= 0) & (own < len(gate_up)))
         parts = x.new_zeros(*chosen.shape, x.shape[1])
         if len(token):
             one, share = own[token, rank].unsqueeze(1), weights[token, rank].unsqueeze(1)
-            rest = gate_up, gate_up_bias, down, down_bias, limit, alpha, ALONE
+            rest = gate_up, gate_up_bias, down, down_bias, limit, alpha
             parts[token, rank] = experts(x[token], one, share, *rest)
         return parts.sum(1, dtype=torch.float32).to(x.dtype)
     if isinstance(gate_up, Packed) and isinstance(down, Packed):

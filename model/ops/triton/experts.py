@@ -15,7 +15,6 @@ from model.ops.triton.grouping import group_by_expert
 from model.ops.triton.mxfp4 import unpack
 from model.ops.triton.norm import gated
 from model.ops.triton.tiles import Tile, for_dtype, tiles, vendor
-from model.shard import ALONE, Shard
 
 
 @triton.jit
@@ -232,7 +231,7 @@ def experts(
     down_bias: torch.Tensor | None,
     limit: float | None,
     alpha: float,
-    shard: Shard = ALONE,
+    part: tuple[int, int] = (0, 1),
 ) -> torch.Tensor:
     """As `reference.experts`, for stacked or MXFP4 weights."""
     x, chosen = x.contiguous(), chosen.contiguous()
@@ -244,8 +243,8 @@ def experts(
     count, packed = len(gate_up), isinstance(gate_up, Mxfp4)
     size = up_weight.shape[1] // 2
     pairs = tokens * top_k
-    tile = _tile(x, pairs, count * shard.size, packed)
-    first = shard.rank * count
+    tile = _tile(x, pairs, count * part[1], packed)
+    first = part[0] * count
     order, starts = group_by_expert(chosen, first, count)
     shared: dict[str, Any] = {
         "EXPERTS": count,
