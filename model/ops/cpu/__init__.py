@@ -166,8 +166,9 @@ def experts(
             parts[token, rank] = experts(x[token], one, share, *rest)
         return parts.sum(1, dtype=torch.float32).to(x.dtype)
     if isinstance(gate_up, Packed) and isinstance(down, Packed):
-        inner = native.experts_up(x, chosen, gate_up, gate_up_bias, limit, alpha)
-        return native.experts_down(inner, chosen, weights, down, down_bias)
+        return native.experts(
+            x, chosen, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha
+        )
     assert not isinstance(gate_up, Packed)  # both are, or neither
     assert not isinstance(down, Packed)
     return _torch(plain).experts(
