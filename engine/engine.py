@@ -15,11 +15,19 @@ import torch
 from engine.graphs import Capture, gpu_capture
 from engine.kv_cache import KVCache
 from engine.memory import Needs, available_bytes, is_out_of_memory
+from engine.parallel import LeadRunner, Ranks
 from engine.request import Completion, Request
 from engine.runner import ModelRunner
 from engine.sampler import Sampled
 from engine.scheduler import Scheduler, Sequence, Step
-from engine.settings import EngineError, at_least_1, device_named, dtype_named, held_config
+from engine.settings import (
+    EngineError,
+    at_least_1,
+    check_ranks,
+    device_named,
+    dtype_named,
+    held_config,
+)
 from engine.stats import EngineStats
 from model import load_config, ops
 
@@ -37,8 +45,10 @@ class Engine:
             for completion in engine.generate([Request([1, 2, 3])]):
                 print(completion.token_ids)
 
-    Arguments left at None are chosen for the device. Raises CheckpointError for a checkpoint that
-    cannot be used and EngineError for settings that cannot work here.
+    Arguments left at None are chosen for the device. With tensor_parallel, so many processes
+    compute the model together, each on a GPU of its own or with its share of the cores; `ranks`
+    are such processes that an earlier engine had and a later one may have. Raises CheckpointError
+    for a checkpoint that cannot be used and EngineError for settings that cannot work here.
     """
 
     def __init__(
@@ -53,11 +63,16 @@ class Engine:
         block_size: int = 16,
         prefix_cache: bool = True,
         dummy_weights: bool = False,
+        tensor_parallel: int = 1,
+        ranks: Ranks | None = None,
         notice: Callable[[str], None] = _log.warning,
     ):
         self.checkpoint = Path(checkpoint)
         self.config = load_config(checkpoint)
+        self.tensor_parallel = ranks.size if ranks is not None else tensor_parallel
         self.device = device_named(device)
+        if self.tensor_parallel > 1:
+            self.device = check_ranks(self.config, self.tensor_parallel, self.device)
         self.dtype = dtype_named(dtype, self.config.dtype, self.device)
         self.held_config = held_config(self.config, self.device, self.dtype)
         on_cpu = self.device.type == "cpu"
@@ -72,7 +87,13 @@ class Engine:
         self.stats = EngineStats()
         self._notice = notice  # told what a user should know of a run that goes on
         self.max_positions = self.config.max_positions  # less where the KV pool is smaller
-        self._runner = ModelRunner(self.config, self.device, self.dtype)
+        self._ranks = ranks or Ranks(self.tensor_parallel)
+        self._keep_ranks = ranks is not None
+        self._runner = (
+            LeadRunner(self.config, self.device, self.dtype, self._ranks)
+            if self.tensor_parallel > 1
+            else ModelRunner(self.config, self.device, self.dtype)
+        )
         self._scheduler: Scheduler | None = None
         self._generating = False
         # Steps launched whose tokens are not read yet, and how many there may be while the next
@@ -102,18 +123,22 @@ class Engine:
             torch.cuda.set_device(self.device)
         start = time.perf_counter()
         needs = Needs.of(
-            self.held_config, self.device, self.dtype, self.max_batch_size, self.max_batch_tokens
+            self.held_config,
+            self.device,
+            self.dtype,
+            self.max_batch_size,
+            self.max_batch_tokens,
+            self.tensor_parallel,
         )
         least = (len(self._runner.groups) + 1) * self._runner.block_bytes(self.block_size)
-        self._check_memory(needs, max(least, self.kv_memory or 0))
         self._threads = torch.get_num_threads()
-        if self.device.type == "cpu" and self.config.hidden_size < _NARROW:
-            torch.set_num_threads(1)
         try:
+            self._take_threads()
+            self._check_memory(needs, max(least, self.kv_memory or 0))
             self._runner.load(self.checkpoint, self.dummy_weights)
             self._start(needs, least)
-        except Exception as error:
-            self._runner.free()
+        except BaseException as error:
+            self._free()
             if not is_out_of_memory(error):
                 raise
             raise EngineError(
@@ -121,6 +146,28 @@ class Engine:
                 " bytes are available now; lower --kv-memory, or use a smaller model or --dtype"
             ) from error
         self.stats.warm_up_s += time.perf_counter() - start
+
+    def _take_threads(self) -> None:
+        """Set how many threads compute on a CPU, and bring the other ranks up with as many."""
+        threads = max(1, self._threads // self.tensor_parallel)
+        if self.config.hidden_size < _NARROW:
+            threads = 1
+        if self.device.type == "cpu":
+            torch.set_num_threads(threads)
+        if isinstance(self._runner, LeadRunner):
+            self._runner.connect(self.checkpoint, threads)
+
+    def _free(self) -> None:
+        self._runner.free()
+        if not self._keep_ranks:
+            self._ranks.close()
+        torch.set_num_threads(self._threads)
+
+    def _available(self) -> int:
+        """Bytes that can still be allocated, here and on every other rank."""
+        if isinstance(self._runner, LeadRunner):
+            return self._runner.available()
+        return available_bytes(self.device)
 
     def _start(self, needs: Needs, least: int) -> None:
         """Size the KV pool, at least so many bytes, and allocate it."""
@@ -137,8 +184,9 @@ class Engine:
         self._runner.allocate(blocks, self.block_size, limit, self.max_batch_size)
         if self._make_capture is not None:
             self._capture(self._make_capture())
-        elif (recorder := ops.recorder(self.dtype)) is not None:
+        elif self.tensor_parallel == 1 and (recorder := ops.recorder(self.dtype)) is not None:
             # A model of which torch computes a part cannot be recorded; it only takes longer.
+            # Nor can what ranks tell each other.
             with contextlib.suppress(RuntimeError):
                 self._runner.capture(recorder, ahead_of_time=False)
         self._scheduler = Scheduler(cache, self.max_batch_size, self.max_batch_tokens)
@@ -178,8 +226,7 @@ class Engine:
         """Give weights, KV memory and captured steps back. The engine can be warmed up again."""
         start = time.perf_counter()
         self._scheduler = None
-        self._runner.free()
-        torch.set_num_threads(self._threads)
+        self._free()
         if self.device.type != "cpu":
             torch.cuda.empty_cache()
         self.stats.finish_s += time.perf_counter() - start
@@ -317,7 +364,7 @@ class Engine:
 
     def _check_memory(self, needs: Needs, kv: int) -> None:
         """Raise EngineError, with the arithmetic, if a run would need more than there is."""
-        available = available_bytes(self.device)
+        available = self._available()
         given = self.kv_memory is not None
         shortage = needs.shortage(kv, given, available, self.device, self.dtype)
         if shortage is not None:
@@ -337,7 +384,7 @@ class Engine:
         self._check_memory(loaded, least)
         # On a CPU the rest of the machine needs memory too, and untouched blocks cost nothing.
         share = 0.4 if self.device.type == "cpu" else 0.9
-        left = available_bytes(self.device) - loaded.total
+        left = self._available() - loaded.total
         affordable = max(least, int(left * share)) // block
         per_sequence = -(-self.config.max_positions // self.block_size) * len(self._runner.groups)
         useful = 2 * self.max_batch_size * per_sequence  # twice: room for cached prefixes

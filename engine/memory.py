@@ -37,21 +37,24 @@ class Needs:
         dtype: torch.dtype,
         max_batch_size: int,
         max_batch_tokens: int,
+        ranks: int = 1,
     ) -> "Needs":
         """From shapes alone, so that it is known before the weights are read.
 
-        config: as the weights are held (`Engine.held_config`).
+        config: as the weights are held (`Engine.held_config`). Of several ranks what rank 0 needs,
+        which has everyone's logits.
         """
         item, on_cpu = dtype.itemsize, device.type == "cpu"
-        weights = parameter_bytes(config, str(dtype).removeprefix("torch."))
+        weights = parameter_bytes(config, str(dtype).removeprefix("torch."), ranks)
         if on_cpu and dtype == torch.bfloat16 and config.tie_word_embeddings:
-            weights += config.vocab_size * config.hidden_size * item  # the head, packed
+            head = config.vocab_size * config.hidden_size * item  # packed, besides the embedding
+            weights += head // ranks
         weights += 4 * config.max_positions * config.head_dim  # the rotary table
         rows = min(max_batch_size, max_batch_tokens)
         return cls(
             weights,
-            max_batch_tokens * _activation_bytes(config, item),
-            rows * config.vocab_size * (item + _SAMPLING_BYTES),
+            max_batch_tokens * _activation_bytes(config, item, ranks),
+            rows * config.vocab_size * (item * (3 if ranks > 1 else 1) + _SAMPLING_BYTES),
         )
 
     @property
@@ -98,16 +101,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
-def _activation_bytes(config: ModelConfig, item: int) -> int:
+def _activation_bytes(config: ModelConfig, item: int, ranks: int) -> int:
     """Of one token, at the widest place of a layer; what a step makes is freed as it goes."""
     hidden, moe = config.hidden_size, config.moe
-    query = config.num_heads * config.head_dim
-    key = config.num_kv_heads * config.head_dim
+    query = config.num_heads // ranks * config.head_dim
+    key = max(1, config.num_kv_heads // ranks) * config.head_dim
     # The stream and its norm; then QKV and what is rotated, attention's result and its projection.
     attention = item * (2 * hidden + 2 * (query + 2 * key) + query + hidden)
     mlp = 0
     if any(not layer.sparse for layer in config.layers):
-        mlp = item * (3 * hidden + 4 * config.intermediate_size)  # gate and up, and two of a half
+        mlp = item * (
+            3 * hidden + 4 * config.intermediate_size // ranks
+        )  # gate and up, and two of a half
     if moe is not None:
         pair = item * (2 * hidden + 4 * moe.intermediate_size) + 2 * 4 * hidden  # float32 sums
         mlp = max(mlp, item * 3 * hidden + moe.top_k * pair)

@@ -1,8 +1,7 @@
 """A step → ForwardBatch → logits → next tokens. Owns the model and the KV tensors."""
 
-import itertools
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,8 +11,10 @@ from engine.kv_cache import NULL_BLOCK, BlockTables, LayerGroup, group_layers
 from engine.request import Request, SamplingParams
 from engine.sampler import Sampled, Sampler, pin, put
 from engine.scheduler import Chunk, Sequence, Step
+from engine.work import Work
 from model import ModelConfig, Transformer, weights
 from model.batch import ForwardBatch, GroupTables
+from model.shard import ALONE, Shard
 
 Place = Callable[[torch.Tensor, torch.device], torch.Tensor]
 
@@ -21,11 +22,18 @@ Place = Callable[[torch.Tensor, torch.device], torch.Tensor]
 class ModelRunner:
     """The model on its device, and by row what running sequences have there.
 
-    That is their KV, their block tables and, in the sampler, their last tokens.
+    That is their KV, their block tables and, in the sampler, their last tokens. With a shard, it
+    is one rank's part of it: every rank's runner is told the same, in the same order.
     """
 
-    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype):
-        self.config, self.device, self.dtype = config, device, dtype
+    def __init__(
+        self,
+        config: ModelConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        shard: Shard = ALONE,
+    ):
+        self.config, self.device, self.dtype, self.shard = config, device, dtype, shard
         self.groups: list[LayerGroup] = group_layers([layer.window for layer in config.layers])
         self._places = [(0, 0)] * len(config.layers)
         for g, group in enumerate(self.groups):
@@ -43,7 +51,7 @@ class ModelRunner:
 
     def load(self, checkpoint: Path, dummy: bool) -> None:
         """Load the weights (random ones if dummy). Raises CheckpointError."""
-        model = Transformer(self.config)
+        model = Transformer(self.config, self.shard)
         if dummy:
             weights.load_dummy(model, self.dtype, self.device)
         else:
@@ -53,8 +61,13 @@ class ModelRunner:
     def block_bytes(self, block_size: int) -> int:
         """Bytes of one KV block over all layers of a group."""
         layers = max(len(group.layers) for group in self.groups)
-        heads, size = self.config.num_kv_heads, self.config.head_dim
+        heads, size = self._kv_heads, self.config.head_dim
         return 2 * layers * block_size * heads * size * self.dtype.itemsize
+
+    @property
+    def _kv_heads(self) -> int:
+        part = self.shard.kv_part(self.config.num_kv_heads)
+        return part.stop - part.start
 
     def allocate(
         self, num_blocks: int, block_size: int, max_positions: int, max_batch_size: int
@@ -66,7 +79,7 @@ class ModelRunner:
         if self._model is None:
             raise RuntimeError("load() comes before allocate()")
         self._block_size = block_size
-        shape = (2, num_blocks + 1, block_size, self.config.num_kv_heads, self.config.head_dim)
+        shape = (2, num_blocks + 1, block_size, self._kv_heads, self.config.head_dim)
         self._caches = [
             torch.empty(shape, dtype=self.dtype, device=self.device)
             for _ in range(max(len(group.layers) for group in self.groups))
@@ -76,7 +89,7 @@ class ModelRunner:
         for cache in self._caches:
             cache[:, NULL_BLOCK].zero_()
         self._model.prepare_rope(max_positions, self.device)
-        self._sampler = Sampler(max_batch_size + 1, self.device)
+        self._sampler = Sampler(max_batch_size + 1, self.device, self.shard, self.config.vocab_size)
         self._width = -(-max_positions // block_size)
         rows = array("i", bytes(4 * max_batch_size * self._width))
         rows += array("i", [num_blocks]) * self._width
@@ -106,7 +119,7 @@ class ModelRunner:
             step.chunks.append(Chunk(sequence, 0, length, samples=True))
             step.ends.append(length)
         self.launch(step).read()
-        self._deallocate()
+        self.deallocate()
 
     @torch.inference_mode()
     def capture(self, capture: Capture, ahead_of_time: bool = True) -> None:
@@ -118,10 +131,11 @@ class ModelRunner:
             raise RuntimeError("allocate() comes before capture()")
         most, block = len(self._sampler.last) - 1, self._caches[0].shape[1] - 1
         windows = [group.window for group in self.groups]
+        part = self.shard.vocab_part(self.config.vocab_size)
         self._graphs = DecodeGraphs(
             self._forward,
             padding(most, windows, self._width, block, block * self._block_size, self.device),
-            torch.empty(most, self.config.vocab_size, dtype=self.dtype, device=self.device)
+            torch.empty(most, part.stop - part.start, dtype=self.dtype, device=self.device)
             if ahead_of_time
             else None,
             capture,
@@ -134,27 +148,23 @@ class ModelRunner:
     def free(self) -> None:
         """Drop weights, KV and what was captured."""
         self._model = None
-        self._deallocate()
+        self.deallocate()
 
-    def _deallocate(self) -> None:
-        self._graphs = None
+    def deallocate(self) -> None:
+        """Drop all but the weights."""
+        self.uncapture()
         self._sampler = None
         self._caches = []
         self._tables, self._views = [], []
 
-    @torch.inference_mode()
+    def uncapture(self) -> None:
+        """Drop captured steps: what they did is computed anew."""
+        self._graphs = None
+
     def launch(self, step: Step) -> Sampled:
         """Start the step; gives the next token of each of `step.sampling()`, to be read later."""
         if self._model is None or self._sampler is None:
             raise RuntimeError("the engine is not warmed up")
-        self._note_blocks(step.grown)
-        if self._graphs is None or step.chunks:
-            batch, rows, positions = self._batch(step, self._sampler.last, step.size, put)
-            logits = self._forward(batch)
-        else:
-            size = self._graphs.size(step.size)
-            batch, rows, positions = self._batch(step, self._sampler.last, size, pin)
-            logits = self._graphs(batch)[: step.size]
         entering = [c.sequence for c in step.chunks if c.samples and not c.sequence.greedy]
         if entering:
             self._sampler.enter(
@@ -162,33 +172,46 @@ class ModelRunner:
                 [sequence.request.params for sequence in entering],
             )
         special = {i: s.request.params for i, s in enumerate(step.sampling()) if not s.greedy}
-        return self._sampler.sample(logits, rows, positions, special)
+        return self.compute(Work.of(step, bool(special)), special)
 
-    def _note_blocks(self, sequences: Iterable[Sequence]) -> None:
-        for sequence in sequences:
-            first = sequence.row * self._width
-            for flat, table in zip(self._tables, sequence.tables.tables, strict=True):
+    @torch.inference_mode()
+    def compute(self, work: Work, special: Mapping[int, SamplingParams]) -> Sampled:
+        """Start the work; special as in `Sampler.sample`, and known to rank 0 alone."""
+        assert self._sampler is not None
+        self._note_blocks(work)
+        if self._graphs is None or work.starts:
+            batch, rows, positions = self._batch(work, self._sampler.last, work.size, put)
+            logits = self._forward(batch)
+        else:
+            size = self._graphs.size(work.size)
+            batch, rows, positions = self._batch(work, self._sampler.last, size, pin)
+            logits = self._graphs(batch)[: work.size]
+        return self._sampler.sample(logits, rows, positions, special, work.drawn)
+
+    def _note_blocks(self, work: Work) -> None:
+        for row, tables in work.tables:
+            first = row * self._width
+            for flat, table in zip(self._tables, tables, strict=True):
                 flat[first : first + len(table)] = table
 
     def _batch(
-        self, step: Step, last: torch.Tensor, size: int, place: Place
+        self, work: Work, last: torch.Tensor, size: int, place: Place
     ) -> tuple[ForwardBatch, torch.Tensor, torch.Tensor]:
-        """The step's batch, and of each sequence that samples its row and the new token's index.
+        """The work's batch, and of each sequence that samples its row and the new token's index.
 
         last int64 [rows]: the token that each row sampled last; size: sequences, with those that
         pad a step of decodes; place: what is done with tensors made on the host.
         """
-        decodes, chunks, pad = len(step.decodes), step.chunks, size - step.size
-        query_lens = [1] * decodes + [chunk.end - chunk.start for chunk in chunks] + [1] * pad
+        decodes, pad = work.decodes, size - work.size
+        chunks = list(zip(work.starts, work.ends[decodes:], strict=True))
+        query_lens = [1] * decodes + [end - start for start, end in chunks] + [1] * pad
         singles = query_lens.count(1)  # which come first
-        context_lens = step.ends + [1] * pad
-        rows_of = [sequence.row for sequence in step.decodes]
-        rows_of += [chunk.sequence.row for chunk in chunks] + [len(last) - 1] * pad
-        rows, ends = _tensor(rows_of), _tensor(context_lens)
+        context_lens = [*work.ends, *[1] * pad]
+        rows, ends = _tensor([*work.rows, *[len(last) - 1] * pad]), _tensor(context_lens)
         positions, owners = ends[:singles] - 1, torch.arange(size)
         query_ends = owners + 1
         if singles < size:
-            ranges = [torch.arange(chunk.start, chunk.end) for chunk in chunks[singles - decodes :]]
+            ranges = [torch.arange(start, end) for start, end in chunks[singles - decodes :]]
             positions = torch.cat((positions, *ranges))
             lengths = _tensor(query_lens)
             owners, query_ends = owners.repeat_interleave(lengths), lengths.cumsum(0)
@@ -201,16 +224,14 @@ class ModelRunner:
             groups.append(
                 GroupTables(group.window, place(table, self.device), place(slots, self.device))
             )
-        logits_rows, sampling, seen = query_ends - 1, rows[: step.size], ends.int()
-        upto = seen[: step.size]
-        if not all(chunk.samples for chunk in chunks):
-            kept = torch.tensor([True] * decodes + [chunk.samples for chunk in chunks])
+        logits_rows, sampling, seen = query_ends - 1, rows[: work.size], ends.int()
+        upto = seen[: work.size]
+        if not all(work.samples):
+            kept = torch.tensor([1] * decodes + [*work.samples]).bool()
             logits_rows, sampling, upto = logits_rows[kept], sampling[kept], upto[kept]
         token_ids = last[put(rows[:decodes] if chunks else rows, self.device)]
         if chunks:
-            known = [chunk.sequence.tokens[chunk.start : chunk.end] for chunk in chunks]
-            fresh = _tensor(itertools.chain.from_iterable(known))
-            token_ids = torch.cat((token_ids, put(fresh, self.device)))
+            token_ids = torch.cat((token_ids, put(_tensor(work.tokens), self.device)))
         batch = ForwardBatch(
             token_ids=token_ids,
             positions=place(positions, self.device),

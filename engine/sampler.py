@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from engine.request import SamplingParams, TokenLogprobs
+from model.shard import ALONE, Shard
 
 # Nearly always these hold the whole nucleus; a row whose nucleus is larger is sorted in full.
 _CANDIDATES = 256
@@ -62,9 +63,14 @@ class Sampled:
 
 
 class Sampler:
-    """Each running sequence's last token and parameters, by its row, on the device."""
+    """Each running sequence's last token and parameters, by its row, on the device.
 
-    def __init__(self, rows: int, device: torch.device):
+    Of several ranks, all look for the likeliest token in their part of the vocabulary; rank 0
+    alone knows parameters, and where they count it draws from everyone's logits.
+    """
+
+    def __init__(self, rows: int, device: torch.device, shard: Shard = ALONE, vocab: int = 0):
+        self._shard, self._vocab = shard, vocab  # vocab: tokens that the ranks share out
         self.last = torch.zeros(rows, dtype=torch.int64, device=device)  # token sampled last
         self._device = device
         # Whether a look at the logits may decide what is done: a GPU would have to be waited for.
@@ -86,13 +92,46 @@ class Sampler:
         rows: torch.Tensor,
         positions: torch.Tensor,
         special: Mapping[int, SamplingParams],
+        drawn: bool,
     ) -> Sampled:
-        """The next token of each sequence; it becomes the last of its row.
+        """The next token of each sequence; it becomes the last of its row, on every rank.
 
-        logits [n, vocab]; rows int64 [n]: the sequences' own; positions [n]: the index that the
-        new token will have in its sequence, which together with the request's seed decides the
-        draw; special: by index below n, those who want more than the likeliest token.
+        logits [n, this rank's part of the vocabulary]; rows int64 [n]: the sequences' own;
+        positions [n]: the index that the new token will have in its sequence, which together with
+        the request's seed decides the draw; special: by index below n, those who want more than
+        the likeliest token; drawn: whether there are such.
         """
+        shard = self._shard
+        if not drawn:
+            tokens = _likeliest(logits)
+            if shard.size > 1:
+                values = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
+                tokens = shard.likeliest(values, tokens, self._vocab)
+            self.last.index_copy_(0, rows, tokens)
+            return Sampled(tokens)
+        logits = shard.vocab_columns(logits, self._vocab)
+        if shard.rank == 0:
+            tokens = self._choose(logits, rows, positions, special)
+        else:
+            tokens = torch.empty_like(rows)
+        self.last.index_copy_(0, rows, shard.from_first(tokens))
+        wanted = {i: p.logprobs for i, p in special.items() if p.logprobs is not None}
+        if not wanted:
+            return Sampled(tokens)
+        at = put(torch.tensor(list(wanted)), self._device)
+        logprobs = logits[at].float().log_softmax(-1)
+        chosen = logprobs.gather(1, tokens[at].unsqueeze(1)).squeeze(1)
+        values, ids = logprobs.topk(min(max(wanted.values()), logprobs.shape[1]))
+        return Sampled(tokens, (chosen, values, ids), wanted)
+
+    def _choose(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        special: Mapping[int, SamplingParams],
+    ) -> torch.Tensor:
+        """The next token of each sequence, from logits [n, vocab]."""
         tokens = _likeliest(logits)
         drawn = {i: params for i, params in special.items() if params.temperature > 0}
         cut = {i: p for i, p in drawn.items() if p.top_k or p.top_p < 1}
@@ -106,15 +145,7 @@ class Sampler:
             elif indices:
                 at = put(torch.tensor(indices), self._device)
                 tokens.index_copy_(0, at, draw(logits[at], rows[at], positions[at]))
-        self.last.index_copy_(0, rows, tokens)
-        wanted = {i: p.logprobs for i, p in special.items() if p.logprobs is not None}
-        if not wanted:
-            return Sampled(tokens)
-        at = put(torch.tensor(list(wanted)), self._device)
-        logprobs = logits[at].float().log_softmax(-1)
-        chosen = logprobs.gather(1, tokens[at].unsqueeze(1)).squeeze(1)
-        values, ids = logprobs.topk(min(max(wanted.values()), logprobs.shape[1]))
-        return Sampled(tokens, (chosen, values, ids), wanted)
+        return tokens
 
     def _draw_any(
         self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor

@@ -1,10 +1,12 @@
 """What an engine can be asked for, and what it says where it cannot."""
 
+import os
 from dataclasses import replace
 
 import torch
 
 from model import ModelConfig, ops
+from model.cost import check_tensor_parallel
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -44,6 +46,27 @@ def at_least_1(name: str, value: int | None, default: int) -> int:
     if value < 1:
         raise EngineError(f"{name} must be 1 or more, not {value}")
     return value
+
+
+def check_ranks(config: ModelConfig, size: int, device: torch.device) -> torch.device:
+    """Where rank 0 of so many computes. Raises EngineError if there cannot be so many."""
+    try:
+        check_tensor_parallel(config, size)
+    except ValueError as error:
+        raise EngineError(f"tensor parallelism of {size}: {error}") from None
+    if device.type == "cpu":
+        return device
+    if device.index is not None:
+        raise EngineError(
+            f"device {device} is one GPU, and tensor parallelism takes {size}: give cuda, and"
+            " choose them with CUDA_VISIBLE_DEVICES or HIP_VISIBLE_DEVICES"
+        )
+    here = min(size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))  # with torchrun, several hosts
+    if here > torch.cuda.device_count():
+        raise EngineError(
+            f"tensor parallelism takes {here} GPUs here: torch sees {torch.cuda.device_count()}"
+        )
+    return torch.device("cuda", 0)
 
 
 def held_config(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> ModelConfig:

@@ -153,28 +153,56 @@ def load_engine(options: SimpleNamespace) -> "Engine":
     """Make the engine the options ask for; it loads its weights when it warms up."""
     import torch
 
-    from engine import Engine
+    from engine import Engine, link
 
+    ranks = link.torchrun_size()
+    if ranks > 1 and options.tensor_parallel not in (None, ranks):
+        raise UsageProblem(
+            f"--tensor-parallel {options.tensor_parallel}, but torchrun has started {ranks} "
+            "processes: leave the option out"
+        )
+    ranks = options.tensor_parallel or ranks
+    _check_ranks(options, ranks)
     if options.device.startswith("cuda"):
         index, count = torch.device(options.device).index or 0, torch.cuda.device_count()
         if index >= count:
             raise UsageProblem(f"--device {options.device}: torch finds {count} GPUs here")
     return Engine(
         _checkpoint(options),
+        tensor_parallel=ranks,
         **_engine_settings(options),
         notice=lambda message: say(f"getp: warning: {message}"),
     )
 
 
+def _check_ranks(options: SimpleNamespace, ranks: int) -> None:
+    """Raise UsageProblem where the model cannot be shared among so many."""
+    from model import load_config
+    from model.cost import check_tensor_parallel
+
+    try:
+        check_tensor_parallel(load_config(_checkpoint(options)), ranks)
+    except ValueError as error:
+        raise UsageProblem(f"--tensor-parallel {ranks}: {error}") from None
+
+
 def _load_cluster(options: SimpleNamespace) -> "Cluster":
     """Make the replicas the options ask for; they load their weights when they warm up."""
+    from engine import link
     from getp.cluster import Cluster
 
+    if link.torchrun_size() > 1:
+        raise UsageProblem(
+            "--replicas starts its processes itself: leave torchrun out, and give "
+            "--tensor-parallel N to share each replica's model among N"
+        )
+    _check_ranks(options, options.tensor_parallel or 1)
     return Cluster(
         _checkpoint(options),
         Path(options.tokenizer or _checkpoint(options)),
         options.replicas or None,
         address=options.ray_address,
+        tensor_parallel=options.tensor_parallel or 1,
         **_engine_settings(options),
     )
 
@@ -320,4 +348,20 @@ def main() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         # A model writes any character and a pipe brings any byte; neither may end the program.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(_with_torchrun(sys.argv[1:]))
+
+
+def _with_torchrun(args: Sequence[str]) -> int:
+    """Run the command line; of several processes that torchrun started, the first one does."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # nothing to import torch for
+        return run(args)
+    from engine import link, rank
+
+    if link.torchrun_rank():
+        rank.serve_torchrun()
+        return 0
+    try:
+        return run(args)
+    finally:
+        if link.torchrun_size() > 1:
+            rank.dismiss_torchrun()

@@ -31,7 +31,7 @@ def run(options: SimpleNamespace, checkpoint: Path) -> int:
         query=options.query,
         context=options.context,
         dtype=options.dtype,
-        tensor_parallel=options.tensor_parallel,
+        tensor_parallel=options.tensor_parallel or 1,
         fused=options.fused,
     )
     if options.plot is not None:
@@ -58,12 +58,16 @@ def _job(options: SimpleNamespace, checkpoint: Path) -> int:
     limits = plan_job.Limits(
         options.max_batch_size or plan_job.Limits.max_batch_size,
         options.max_batch_tokens or plan_job.Limits.max_batch_tokens,
-        options.tensor_parallel,
+        options.tensor_parallel or 1,
     )
     found = []
     for gpu, price in zip(gpus, prices, strict=True):
         efficiency = plan_job.efficiency_of(gpu, dtype, model)
-        found.append(plan_job.predict(model, job, gpu, dtype, limits, efficiency, price))
+        for parts, replicas in plan_job.layouts(model, limits.tensor_parallel):
+            shared = replace(limits, tensor_parallel=parts)
+            found.append(
+                plan_job.predict(model, job, gpu, dtype, shared, efficiency, price, replicas)
+            )
     if options.format == "json":
         print_json(plan_job.as_json(model, job, dtype, limits, found))
     else:

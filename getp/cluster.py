@@ -58,10 +58,10 @@ class Member:
 class Cluster:
     """Has the interface of `Engine`: warm_up, generate, finish, stats, config, device, dtype.
 
-    `replicas` None: one for each `gpus_each` GPUs there are, or for each host. `address` is that
-    of a running Ray cluster; without one, Ray is started here and stopped by `close`. `settings`
-    go to `make_engine` with the checkpoint's path, in every replica. Raises UsageProblem,
-    GetpError, CheckpointError and EngineError.
+    `replicas` None: one for each `tensor_parallel` GPUs there are, or for each host. `address` is
+    that of a running Ray cluster; without one, Ray is started here and stopped by `close`.
+    `settings` go to `make_engine` with the checkpoint's path, in every replica. Raises
+    UsageProblem, GetpError, CheckpointError and EngineError.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Cluster:
         replicas: int | None = None,
         *,
         address: str | None = None,
-        gpus_each: int = 1,
+        tensor_parallel: int = 1,
         device: str = "auto",
         dtype: str = "auto",
         make_engine: Callable[..., Engine] = Engine,
@@ -80,13 +80,14 @@ class Cluster:
         self.config = load_config(checkpoint)
         self._session = Session(address)
         try:
-            self.places = find_places(self._session.hosts(), replicas, device, gpus_each)
+            self.places = find_places(self._session.hosts(), replicas, device, tensor_parallel)
         except BaseException:
             self._session.close()
             raise
         self.hosts = 1
         self.device = torch.device("cuda" if self.places.gpus else "cpu")
         self.dtype = dtype_named(dtype, self.config.dtype, self.device)
+        self.tensor_parallel = tensor_parallel
         self.held_config = held_config(self.config, self.device, self.dtype)
         self.max_batch_size = 0  # of a replica, when they are warm
         self.members = [Member(index) for index in range(self.places.replicas)]
@@ -96,7 +97,12 @@ class Cluster:
             fingerprint.of_checkpoint(checkpoint),
             __version__,
             make_engine,
-            {**settings, "device": self.device.type, "dtype": dtype},
+            {
+                **settings,
+                "device": self.device.type,
+                "dtype": dtype,
+                "tensor_parallel": tensor_parallel,
+            },
         )
         self._dispatcher: Dispatcher[Request] = Dispatcher()
         self._events: queue.SimpleQueue[

@@ -40,6 +40,8 @@ def explain(engine: "Engine", inference_s: float, requests: int) -> Explanation:
         return Explanation()
     device = peaks_of(engine.device)
     dtype = str(engine.dtype).removeprefix("torch.")
+    # Ranks on a CPU share what it can do; a GPU each has its own, and a part of the work.
+    parts = 1 if engine.device.type == "cpu" else engine.tensor_parallel
     return explain_counts(
         engine.held_config,
         dtype,
@@ -48,6 +50,7 @@ def explain(engine: "Engine", inference_s: float, requests: int) -> Explanation:
         inference_s,
         requests,
         engine.max_batch_size,
+        parts,
     )
 
 
@@ -59,9 +62,10 @@ def explain_counts(
     inference_s: float,
     requests: int,
     max_batch_size: int,
+    tensor_parallel: int = 1,
 ) -> Explanation:
-    """Explain a run from the engine's counters."""
-    cost, moved = run_cost(config, dtype, stats)
+    """Explain a run from the engine's counters; of several GPUs, what one of them did."""
+    cost, moved = run_cost(config, dtype, stats, tensor_parallel)
     compute, memory = cost.matrix / device.peak(dtype), moved.total / device.bandwidth
     limit = max(compute, memory)
     losses = [
@@ -80,7 +84,9 @@ def explain_counts(
     )
 
 
-def run_cost(config: ModelConfig, dtype: str, stats: EngineStats) -> tuple[Flops, Bytes]:
+def run_cost(
+    config: ModelConfig, dtype: str, stats: EngineStats, tensor_parallel: int = 1
+) -> tuple[Flops, Bytes]:
     """Work out FLOPs and bytes of all steps, activations staying on the chip where they can.
 
     Decoded tokens count at their mean context and prefill chunks at their mean size, which is
@@ -89,23 +95,25 @@ def run_cost(config: ModelConfig, dtype: str, stats: EngineStats) -> tuple[Flops
     cost, moved = Flops(), Bytes()
     if stats.decode_tokens:
         context = max(1, round(stats.decode_context / stats.decode_tokens))
-        step = total(operations(config, _work("decode", 1, context, dtype)))
+        step = total(operations(config, _work("decode", 1, context, dtype, tensor_parallel)))
         cost += step.flops * stats.decode_tokens
         moved += Bytes(0, step.bytes.activations, step.bytes.kv) * stats.decode_tokens
     if stats.prefill_chunks:
         query = max(1, round(stats.prefill_tokens / stats.prefill_chunks))
         context = max(query, round(stats.prefill_context / stats.prefill_chunks))
-        step = total(operations(config, _work("prefill", query, context, dtype)))
+        step = total(operations(config, _work("prefill", query, context, dtype, tensor_parallel)))
         cost += step.flops * stats.prefill_chunks
         moved += Bytes(0, step.bytes.activations, step.bytes.kv) * stats.prefill_chunks
     tokens = max(1, round((stats.decode_tokens + stats.prefill_tokens) / stats.steps))
-    step = total(operations(config, Workload("decode", tokens, 1, 1, dtype)))
+    step = total(operations(config, Workload("decode", tokens, 1, 1, dtype, tensor_parallel)))
     return cost, moved + Bytes(step.bytes.weights) * stats.steps
 
 
 def remember(engine: "Engine", model: str, found: Explanation, inference_s: float) -> None:
     """Keep what a run reached for `-m plan -i` to predict with, if it was long enough to count."""
-    if found.limit_share is not None and inference_s >= _LONG_ENOUGH_S:
+    if found.limit_share is None or engine.tensor_parallel > 1:
+        return  # what GPUs send each other would be counted as a GPU's own slowness
+    if inference_s >= _LONG_ENOUGH_S:
         note_reached(engine.device, model, found.limit_share)
 
 
@@ -114,10 +122,10 @@ def as_report(found: Explanation) -> dict[str, float | str | None]:
     return asdict(found)
 
 
-def _work(phase: str, query: int, context: int, dtype: str) -> Workload:
+def _work(phase: str, query: int, context: int, dtype: str, tensor_parallel: int) -> Workload:
     return Workload(
-        "prefill" if phase == "prefill" else "decode", 1, query, context, dtype, fused=True,
-        causal=True,
+        "prefill" if phase == "prefill" else "decode", 1, query, context, dtype, tensor_parallel,
+        fused=True, causal=True,
     )  # fmt: skip
 
 

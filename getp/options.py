@@ -230,6 +230,15 @@ _ALL: tuple[_Decorator, ...] = (
         help="Positions in one block of the KV cache.",
     ),
     _engine("--no-prefix-cache", is_flag=True, help="Compute equal beginnings of prompts again."),
+    _engine(
+        "--tensor-parallel",
+        type=click.IntRange(1, 1024),
+        metavar="N",
+        modes=_COUNTING,
+        help="Share the model out among N GPUs, or N processes on a CPU. `torchrun "
+        "--nproc-per-node N` does the same. In plan, figures of an operation are one GPU's.  "
+        "[default: 1]",
+    ),
     _engine("--dummy-weights", is_flag=True, help="Random weights from config.json, for timing."),
     _engine(
         "--replicas",
@@ -261,13 +270,6 @@ _ALL: tuple[_Decorator, ...] = (
         "--context",
         type=click.IntRange(1, _MANY),
         help="Positions of each, new ones included.  [default: 1024 in decode, else the query]",
-    ),
-    _plan(
-        "--tensor-parallel",
-        type=click.IntRange(1, 1024),
-        default=1,
-        metavar="N",
-        help="Split the model over N GPUs; figures are one's.",
     ),
     _plan("--fused", is_flag=True, help="Activations stay on the chip within a layer's blocks."),
     _step(

@@ -3,6 +3,7 @@
 With `-i` it predicts a whole job instead: see `getp.plan_job`.
 """
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from model.cost import (
 )
 from model.families import load_config, parse_config
 from model.hardware import DEVICES, Device, UnknownDeviceError, find_device
+from model.links import LINKS, Exchange, exchange
 from model.roofline import Bound, bound, largest_batch
 from model.shapes import SHAPES, named_config
 from model.workload import Op, Phase, Workload
@@ -50,6 +52,16 @@ class Plan:
     ops: list[Op]
     total: Op
     bounds: list[Bound]
+
+    @property
+    def exchanges(self) -> dict[int, Exchange]:
+        """What one GPU would send, by how many share the model."""
+        config, found = self.model.config, {}
+        for ranks in {2, 4, 8, self.work.tensor_parallel} - {1}:
+            with contextlib.suppress(ValueError):
+                check_tensor_parallel(config, ranks)
+                found[ranks] = exchange(config, self.work, ranks)
+        return dict(sorted(found.items()))
 
 
 def find_model(given: Path) -> Model:
@@ -140,7 +152,8 @@ def make_plan(
             file=sys.stderr,
         )
     step = total(ops)
-    bounds = [bound(step, device, dtype, work.tokens) for device in gpus]
+    sent = exchange(model.config, work)
+    bounds = [bound(step, device, dtype, work.tokens, sent) for device in gpus]
     return Plan(model, work, ops, step, bounds)
 
 
@@ -158,11 +171,21 @@ def as_json(plan: Plan) -> dict[str, Any]:
             {"name": op.name, "layer_count": op.layer_count, **_figures(op)} for op in plan.ops
         ],
         "total": _figures(plan.total),
+        "tensor_parallel": work.tensor_parallel,
+        "exchange": {
+            str(ranks): {
+                **asdict(sent),
+                "seconds": {link.name: sent.seconds(link) for link in LINKS.values()},
+            }
+            for ranks, sent in plan.exchanges.items()
+        },
         "gpus": [
             {
                 "name": found.device.name,
                 "bound": found.limit,
                 "seconds": found.seconds,
+                "link": found.device.link.name,
+                "link_s": found.link_s,
                 "tok_s": found.tok_s,
                 "mfu": found.mfu,
                 "mbu": found.mbu,
@@ -185,6 +208,8 @@ def print_plan(plan: Plan) -> None:
     console.print(_operations_table(plan))
     console.print(_summary(plan), soft_wrap=True)
     console.print(_gpu_table(plan))
+    if plan.exchanges and not plan.work.backward:
+        console.print(_exchange_table(plan))
     console.print(_notes(plan), style="dim", soft_wrap=True)
 
 
@@ -263,6 +288,10 @@ def _gpu_table(plan: Plan) -> Table:
     table = Table(box=None, padding=(0, 0, 0, 1), header_style="bold")
     table.add_column("GPU", no_wrap=True)
     table.add_column("bound by")
+    shared = plan.work.tensor_parallel > 1
+    if shared:
+        table.add_column("link", no_wrap=True)
+        table.add_column("sending", justify="right", no_wrap=True)
     for name in ("time", "tok/s", "MFU", "MBU", "ridge", "batch that fits"):
         table.add_column(name, justify="right", no_wrap=True)
     work = plan.work
@@ -272,6 +301,7 @@ def _gpu_table(plan: Plan) -> Table:
         table.add_row(
             device.name + ("*" if device.computes_in(work.dtype) != work.dtype else ""),
             found.limit,
+            *([device.link.name, seconds(found.link_s)] if shared else []),
             seconds(found.seconds),
             f"{found.tok_s:,.0f}" if found.tok_s >= 100 else f"{found.tok_s:.2f}",
             percent(found.mfu),
@@ -303,6 +333,25 @@ def _notes(plan: Plan) -> str:
         for found in plan.bounds
         if found.device.computes_in(work.dtype) != work.dtype
     ]
+    lines += [
+        "Sending adds to a step's time: bytes over what a GPU can send, and an assumed latency",
+        "of each collective.",
+    ]
     if work.tensor_parallel > 1:
-        lines.append("What the GPUs send each other is not counted.")
+        links = dict.fromkeys(found.device.link for found in plan.bounds)
+        lines += [f"{link.name}: {link.source}" for link in links]
     return "\n" + "\n".join(lines)
+
+
+def _exchange_table(plan: Plan) -> Table:
+    """What a step's collectives take on every link, by how many GPUs share the model."""
+    table = Table(box=None, padding=(0, 0, 0, 1), header_style="bold")
+    table.add_column("sending, a step", no_wrap=True)
+    for ranks in plan.exchanges:
+        table.add_column(f"{ranks} GPUs", justify="right", no_wrap=True)
+    sent = plan.exchanges.values()
+    table.add_row("collectives", *(f"{each.collectives}" for each in sent))
+    table.add_row("bytes from each GPU", *(f"{quantity(each.bytes)}B" for each in sent))
+    for link in LINKS.values():
+        table.add_row(link.name, *(seconds(each.seconds(link)) for each in sent))
+    return table

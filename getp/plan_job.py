@@ -2,11 +2,13 @@
 
 The job is taken apart into prefill steps full of prompts and decode steps at the mean batch and
 context that its lengths lead to; each step is bounded as in `model.roofline`, with compute and
-memory slowed by the efficiency assumed. Scheduling, sampling and the host are not in it.
+memory slowed by the efficiency assumed. Scheduling, sampling and the host are not in it. Several
+GPUs share the model, or run replicas that share the requests, or some of both.
 """
 
+import contextlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +19,7 @@ from getp.plan import LOCAL, Model
 from getp.units import percent, seconds
 from model.cost import check_tensor_parallel, operations, total
 from model.hardware import Device
+from model.links import exchange
 from model.roofline import bound, largest_batch
 from model.workload import Workload
 
@@ -74,6 +77,9 @@ class Prediction:
     seconds: float | None = None
     tok_s: float | None = None
     price: float | None = None
+    tensor_parallel: int = 1
+    replicas: int = 1
+    link_s: float = 0.0  # of it, GPUs sending to each other
 
 
 def make_job(
@@ -96,30 +102,47 @@ def predict(
     limits: Limits,
     efficiency: Efficiency,
     price: float | None = None,
+    replicas: int = 1,
 ) -> Prediction:
-    """Predict a job on a device at `price` an hour. Raises UsageProblem for a bad split."""
+    """Predict a job on GPUs of a kind at `price` an hour each, on the longest of the replicas.
+
+    Raises UsageProblem for a bad split.
+    """
+    if replicas > 1:
+        share = Job(job.prompts[::replicas], job.outputs[::replicas])
+        one = predict(model, share, device, dtype, limits, efficiency, price)
+        if one.seconds is None:
+            return replace(one, replicas=replicas)
+        return replace(
+            one,
+            replicas=replicas,
+            tok_s=job.output_tokens / one.seconds,
+            price=None if one.price is None else one.price * replicas,
+        )
     config, count, parts = model.config, len(job.prompts), limits.tensor_parallel
     try:
         check_tensor_parallel(config, parts)
     except ValueError as error:
         raise UsageProblem(f"--tensor-parallel: {error}") from None
 
-    def step_time(work: Workload) -> tuple[float, str]:
+    def step_time(work: Workload) -> tuple[float, str, float]:
+        sent = exchange(config, work).seconds(device.link)
         found = bound(total(operations(config, work)), device, dtype, work.tokens)
         compute, memory = found.compute_s / efficiency.compute, found.memory_s / efficiency.memory
         longest = max(compute, memory, found.launch_s)
         limit = "compute" if longest == compute else "memory" if longest == memory else "launch"
-        return longest, limit
+        return longest + sent, "link" if sent > longest else limit, sent
 
     mean_prompt = max(1, round(job.prompt_tokens / count))
     longest = round((job.prompt_tokens + job.output_tokens) / count)
     room = largest_batch(config, Workload("decode", 1, 1, longest, dtype, parts), device)
     if room < 1:
-        return Prediction(device.name, efficiency)
+        return Prediction(device.name, efficiency, tensor_parallel=parts)
     together = min(count, max(1, limits.max_batch_tokens // mean_prompt))
     prefill_steps = -(-count // together)
     prefill = Workload("prefill", together, mean_prompt, mean_prompt, dtype, parts, causal=True)
-    prefill_s = step_time(prefill)[0] * count / together
+    prefill_once, _, sent = step_time(prefill)
+    prefill_s, link_s = prefill_once * count / together, sent * count / together
     decoded = job.output_tokens - count  # the prefill gives each request's first token
     decode_steps, decode_s, decode_bound, batch = 0, 0.0, None, 0.0
     if decoded:
@@ -128,8 +151,9 @@ def predict(
         batch = decoded / decode_steps
         context = _mean_context(job)
         work = Workload("decode", max(1, round(batch)), 1, context, dtype, parts)
-        once, decode_bound = step_time(work)
+        once, decode_bound, sent = step_time(work)
         decode_s = once * decode_steps
+        link_s += sent * decode_steps
     whole = prefill_s + decode_s
     return Prediction(
         device.name,
@@ -143,6 +167,8 @@ def predict(
         whole,
         job.output_tokens / whole,
         None if price is None else price * parts * whole / 3600,
+        parts,
+        link_s=link_s,
     )
 
 
@@ -209,13 +235,46 @@ def print_job(
     table = Table(box=None, padding=(0, 0, 0, 1), header_style="bold")
     table.add_column("GPU", no_wrap=True)
     priced = any(prediction.price is not None for prediction in found)
+    several = any(one.tensor_parallel * one.replicas > 1 for one in found)
+    if several:
+        table.add_column("as", no_wrap=True)
     names = ["prefill", "decode", "batch", "bound by", "time", "tok/s", "efficiency"]
     for name in [*names, *(["price"] if priced else [])]:
         table.add_column(name, justify="right", no_wrap=True)
     for one in found:
-        table.add_row(one.name, *_cells(one, priced))
+        table.add_row(one.name, *([_layout(one)] if several else []), *_cells(one, priced))
     console.print(table)
     console.print(_notes(found, limits), style="dim", soft_wrap=True)
+
+
+def _layout(one: Prediction) -> str:
+    """How the GPUs are used: as engine's and cluster's options have it."""
+    parts = []
+    if one.replicas > 1:
+        parts.append(f"{one.replicas} replicas")
+    if one.tensor_parallel > 1:
+        parts.append(
+            f"TP={one.tensor_parallel}, {percent(one.link_s / (one.seconds or 1))} sending"
+        )
+    return " × ".join(parts) or "1 GPU"
+
+
+def layouts(model: Model, gpus: int) -> list[tuple[int, int]]:
+    """Every (tensor parallel, replicas) of so many GPUs that the model allows, most shared first.
+
+    Raises UsageProblem if the model cannot be shared by all of them.
+    """
+    try:
+        check_tensor_parallel(model.config, gpus)
+    except ValueError as error:
+        raise UsageProblem(f"--tensor-parallel: {error}") from None
+    found = []
+    for parts in range(gpus, 0, -1):
+        with contextlib.suppress(ValueError):
+            check_tensor_parallel(model.config, parts)
+            if gpus % parts == 0:
+                found.append((parts, gpus // parts))
+    return found
 
 
 def _cells(one: Prediction, priced: bool) -> list[str]:
@@ -245,5 +304,5 @@ def _notes(found: Sequence[Prediction], limits: Limits) -> str:
         f"{one.efficiency.source}"
         for one in found
     )
-    lines.append("Scheduling, sampling, the host and what GPUs send each other are not counted.")
+    lines.append("Scheduling, sampling and the host are not counted.")
     return "\n" + "\n".join(lines)

@@ -96,6 +96,7 @@ class Measurements:
         return {
             "checkpoint": checkpoint,
             **where,
+            "tensor_parallel": engine.tensor_parallel,
             "dtype": str(engine.dtype).removeprefix("torch."),
             "versions": {
                 "getp": __version__,
@@ -176,6 +177,7 @@ def _rows(r: Report) -> list[tuple[str, str]]:
     memory = _size(r["peak_memory_bytes"])
     if r["peak_gpu_memory_bytes"] is not None:
         memory += f", on the GPU {_size(r['peak_gpu_memory_bytes'])}"
+    ranks = f", tensor parallel over {r['tensor_parallel']}" if r["tensor_parallel"] > 1 else ""
     requests = f"{r['requests_done']:,} done, {r['requests_failed']:,} failed"
     if r["requests_resumed"]:
         requests += f" (and {r['requests_resumed']:,} ended in an earlier run)"
@@ -206,7 +208,7 @@ def _rows(r: Report) -> list[tuple[str, str]]:
         *_efficiency(r),
         *_replicas(r),
         ("peak memory", memory),
-        ("run on", f"{r['device']}, {r['dtype']}; {versions}"),
+        ("run on", f"{r['device']}{ranks}, {r['dtype']}; {versions}"),
     ]
 
 

@@ -5,19 +5,24 @@ import torch
 from model import ops
 from model.batch import ForwardBatch, GroupTables
 from model.config import ModelConfig
-from model.layers import Linear, declare
+from model.layers import Linear, RowLinear, declare
+from model.shard import ALONE, Shard
 
 
 class Attention:
-    """Grouped-query attention with what the family adds: biases, QK norms, sinks, a window."""
+    """Grouped-query attention with what the family adds: biases, QK norms, sinks, a window.
 
-    def __init__(self, config: ModelConfig):
-        self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
+    Heads are those of this rank.
+    """
+
+    def __init__(self, config: ModelConfig, shard: Shard = ALONE):
+        self.heads = config.num_heads // shard.size
+        self.kv_heads = max(1, config.num_kv_heads // shard.size)
         self.head_dim = config.head_dim
         width = self.heads * self.head_dim
         qkv_width = width + 2 * self.kv_heads * self.head_dim
         self.qkv = Linear(config.hidden_size, qkv_width, config.qkv_bias)
-        self.out = Linear(width, config.hidden_size, config.o_bias)
+        self.out = RowLinear(width, config.hidden_size, config.o_bias, shard)
         self.eps = config.rms_norm_eps
         self.q_norm = declare(self.head_dim) if config.qk_norm else None
         self.k_norm = declare(self.head_dim) if config.qk_norm else None

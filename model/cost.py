@@ -11,7 +11,7 @@ All figures are integers from the config alone; nothing here imports torch. How 
   layer reads its input once and writes the results of its two blocks (roofline-prefill-decode).
 - The head runs for rows that need logits: one a sequence in prefill, every token otherwise.
 - Of a mixture's experts only those are read that some token is expected to choose.
-- With tensor parallelism the figures are one GPU's; what GPUs send each other is not counted.
+- With tensor parallelism the figures are one GPU's; what GPUs send each other is in `links`.
 """
 
 from collections import Counter
@@ -25,14 +25,32 @@ _MXFP4_VALUES, _MXFP4_BYTES = 32, 17  # a block: 16 bytes of values and one scal
 
 
 def check_tensor_parallel(config: ModelConfig, size: int) -> None:
-    """Raise ValueError if the model cannot be split over so many GPUs."""
+    """Raise ValueError, which says what is possible, if so many GPUs cannot share the model."""
+    if _can_be_split(config, size):
+        return
+    possible = [n for n in range(1, config.num_heads + 1) if _can_be_split(config, n)]
+    parts = [f"{config.num_heads} heads ({config.num_kv_heads} KV)"]
+    if any(not layer.sparse for layer in config.layers):
+        parts.append(f"MLPs of {config.intermediate_size}")
+    if config.moe is not None:
+        parts.append(f"{config.moe.num_experts} experts")
+    raise ValueError(
+        f"{', '.join(parts)} cannot be split over {size} GPUs; possible: "
+        f"{', '.join(map(str, possible))}"
+    )
+
+
+def _can_be_split(config: ModelConfig, size: int) -> bool:
+    """Whether heads, experts and MLPs come out even, and every GPU gets some vocabulary."""
     kv, moe = config.num_kv_heads, config.moe
-    if config.num_heads % size or (kv % size and size % kv):
-        raise ValueError(f"{config.num_heads} heads ({kv} KV) cannot be split over {size} GPUs")
-    if moe is not None and moe.num_experts % size:
-        raise ValueError(f"{moe.num_experts} experts cannot be split over {size} GPUs")
-    if any(not layer.sparse for layer in config.layers) and config.intermediate_size % size:
-        raise ValueError(f"an MLP of {config.intermediate_size} cannot be split over {size} GPUs")
+    dense = any(not layer.sparse for layer in config.layers)
+    return not (
+        config.num_heads % size
+        or (kv % size and size % kv)
+        or (moe is not None and moe.num_experts % size)
+        or (dense and config.intermediate_size % size)
+        or (size - 1) * -(-config.vocab_size // size) >= config.vocab_size
+    )
 
 
 def distinct_experts(num_experts: int, top_k: int, tokens: int) -> float:

@@ -12,6 +12,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from model.links import LINKS, Link
+
 LAUNCH_S = 7.5e-6
 """Seconds to launch a kernel, from bottleneck-analysis: no datasheet has it, for it is mostly the
 host's. A captured graph needs a fraction of it; `local` measures its own."""
@@ -38,6 +40,7 @@ class Device:
     memory: int
     source: str
     launch_s: float = LAUNCH_S
+    link: Link = LINKS["PCIe 4"]  # to others of its kind in one host
 
     def computes_in(self, dtype: str) -> str:
         """Return the dtype that matrix products of `dtype` run in here."""
@@ -67,6 +70,7 @@ def _device(
     gb: int,
     special_share: int = 16,
     bfloat16: bool = True,
+    link: str = "PCIe 4",
     **others: float,
 ) -> Device:
     """Figures in TFLOP/s, GB/s and GB. `special_share`: vector FLOPs for one exponential."""
@@ -79,44 +83,45 @@ def _device(
         gb_s * 1e9,
         gb * 10**9,
         source,
+        link=LINKS[link],
     )
 
 
-def _a100(name: str, gb_s: float, gb: int) -> Device:
+def _a100(name: str, gb_s: float, gb: int, link: str) -> Device:
     # 64 float32 lanes and 16 special function units in a multiprocessor; later ones have 128.
     return _device(
         name, "NVIDIA A100 datasheet", half=312, tfloat32=156, single=19.5, vector=19.5,
-        gb_s=gb_s, gb=gb, special_share=8,
+        gb_s=gb_s, gb=gb, special_share=8, link=link,
     )  # fmt: skip
 
 
 def _hopper(name: str, source: str, gb_s: float, gb: int) -> Device:
     return _device(
         name, source, half=989.4, float8=1978.9, tfloat32=494.7, single=66.9, vector=66.9,
-        gb_s=gb_s, gb=gb,
+        gb_s=gb_s, gb=gb, link="NVLink 4",
     )  # fmt: skip
 
 
 def _mi300(name: str, gb_s: float, gb: int) -> Device:
     return _device(
         name, f"AMD Instinct {name} data sheet", half=1307.4, float8=2614.9, tfloat32=653.7,
-        single=163.4, vector=163.4, gb_s=gb_s, gb=gb,
+        single=163.4, vector=163.4, gb_s=gb_s, gb=gb, link="Infinity Fabric 4",
     )  # fmt: skip
 
 
 DEVICES: tuple[Device, ...] = (
     _device(
         "V100", "NVIDIA V100 datasheet (SXM2), not checked again", half=125, single=15.7,
-        vector=15.7, gb_s=900, gb=32, special_share=8, bfloat16=False,
+        vector=15.7, gb_s=900, gb=32, special_share=8, bfloat16=False, link="NVLink 2",
     ),
     _device(
         "A10", "NVIDIA A10 datasheet", half=125, tfloat32=62.5, single=31.2, vector=31.2,
         gb_s=600, gb=24,
     ),
-    _a100("A100 SXM 40GB", 1555, 40),
-    _a100("A100 SXM 80GB", 2039, 80),
-    _a100("A100 PCIe 40GB", 1555, 40),
-    _a100("A100 PCIe 80GB", 1935, 80),
+    _a100("A100 SXM 40GB", 1555, 40, "NVLink 3"),
+    _a100("A100 SXM 80GB", 2039, 80, "NVLink 3"),
+    _a100("A100 PCIe 40GB", 1555, 40, "PCIe 4"),
+    _a100("A100 PCIe 80GB", 1935, 80, "PCIe 4"),
     _device(
         "L40S", "NVIDIA L40S datasheet", half=362.05, float8=733, tfloat32=183, single=91.6,
         vector=91.6, gb_s=864, gb=48,
@@ -131,7 +136,7 @@ DEVICES: tuple[Device, ...] = (
     ),
     _device(
         "H100 PCIe", "NVIDIA H100 datasheet, not checked again", half=756, float8=1513,
-        tfloat32=378, single=51, vector=51, gb_s=2000, gb=80,
+        tfloat32=378, single=51, vector=51, gb_s=2000, gb=80, link="PCIe 5",
     ),
     _hopper("H100 SXM", "NVIDIA H100 datasheet", 3350, 80),
     _hopper("H200", "NVIDIA H200 datasheet (SXM)", 4800, 141),
@@ -139,15 +144,15 @@ DEVICES: tuple[Device, ...] = (
         # Early documents promise 192 GB and 8 TB/s; the driver reports 7,680 bits at 3,996 MHz.
         "B200", "an eighth of NVIDIA's HGX B200 table; bandwidth from its driver (pytorch/ao 4002)",
         half=2250, float8=4500, float4=9000, tfloat32=1125, single=75, vector=75, gb_s=7672,
-        gb=180,
+        gb=180, link="NVLink 5",
     ),
     _device(
         "MI250", "AMD Instinct MI250 data sheet", half=362.1, single=90.5, vector=45.3,
-        gb_s=3276.8, gb=128,
+        gb_s=3276.8, gb=128, link="Infinity Fabric 3",
     ),
     _device(  # what a program sees as one GPU
         "MI250 die", "AMD Instinct MI250 data sheet, halved", half=181.05, single=45.25,
-        vector=22.65, gb_s=1638.4, gb=64,
+        vector=22.65, gb_s=1638.4, gb=64, link="Infinity Fabric 3",
     ),
     _mi300("MI300X", 5300, 192),
     _mi300("MI325X", 6000, 256),
@@ -155,7 +160,7 @@ DEVICES: tuple[Device, ...] = (
         # 256 compute units of 8,192 float8 FLOPs a clock (AMD at ISSCC 2026) at 2.4 GHz.
         "MI355X", "AMD Instinct MI355X announcements; the rest by ratio to float8",
         half=2516.6, float8=5033.2, float4=10_066.3,
-        single=157.3, vector=157.3, gb_s=8000, gb=288,
+        single=157.3, vector=157.3, gb_s=8000, gb=288, link="Infinity Fabric 4+",
     ),
 )  # fmt: skip
 

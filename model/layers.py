@@ -3,6 +3,7 @@
 import torch
 
 from model import ops
+from model.shard import ALONE, Shard
 
 
 def declare(*shape: int) -> torch.Tensor:
@@ -19,6 +20,21 @@ class Linear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return ops.linear(x, self.weight, self.bias)
+
+
+class RowLinear(Linear):
+    """A linear whose inputs are shared out among ranks: what each makes of its own is summed.
+
+    `inputs` are this rank's. One rank adds the bias, which every rank keeps.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, shard: Shard = ALONE):
+        super().__init__(inputs, outputs, bias)
+        self.shard = shard
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        bias = self.bias if self.shard.rank == 0 else None
+        return self.shard.sum(ops.linear(x, self.weight, bias))
 
 
 class RMSNorm:
@@ -38,9 +54,10 @@ class RMSNorm:
 class Mlp:
     """Dense SwiGLU MLP; gate and up are one linear, gate rows first."""
 
-    def __init__(self, hidden: int, size: int, bias: bool):
-        self.gate_up = Linear(hidden, 2 * size, bias)
-        self.down = Linear(size, hidden, bias)
+    def __init__(self, hidden: int, size: int, bias: bool, shard: Shard = ALONE):
+        own = size // shard.size
+        self.gate_up = Linear(hidden, 2 * own, bias)
+        self.down = RowLinear(own, hidden, bias, shard)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         gate_up = self.gate_up

@@ -6,6 +6,7 @@ from model import ops
 from model.config import ModelConfig
 from model.layers import Linear, declare
 from model.ops.reference import MXFP4_BLOCK
+from model.shard import ALONE, Shard
 
 
 class Experts:
@@ -25,16 +26,19 @@ def _declare_mxfp4(count: int, outputs: int, inputs: int) -> ops.Mxfp4:
 
 
 class Moe:
-    """top_k of the experts for each token, summed with the router's weights."""
+    """top_k of the experts for each token, summed with the router's weights.
 
-    def __init__(self, config: ModelConfig):
+    Ranks share the experts out, each of them whole, and every rank has the router.
+    """
+
+    def __init__(self, config: ModelConfig, shard: Shard = ALONE):
         if config.moe is None:
             raise ValueError("the model has no experts")
-        self.config = config.moe
+        self.config, self.shard = config.moe, shard
         self.limit, self.alpha = config.swiglu_limit, config.swiglu_alpha
         self.router = Linear(config.hidden_size, self.config.num_experts, self.config.biases)
         self.experts = Experts(
-            self.config.num_experts,
+            self.config.num_experts // shard.size,
             config.hidden_size,
             self.config.intermediate_size,
             self.config.biases,
@@ -47,7 +51,7 @@ class Moe:
         chosen, weights = ops.route(
             self.router(x), config.top_k, config.softmax_after_top_k, config.normalize
         )
-        return ops.experts(
+        own = ops.experts(
             x,
             chosen,
             weights,
@@ -57,4 +61,6 @@ class Moe:
             experts.down_bias,
             self.limit,
             self.alpha,
+            (self.shard.rank, self.shard.size),
         )
+        return self.shard.sum(own)

@@ -2,17 +2,19 @@
 
 The roofline model (Williams, Waterman, Patterson 2009) with kernel launches as a third limit:
 each of compute, memory and launches is taken to overlap the others perfectly, so the longest one
-is the time.
+is the time. What GPUs send each other comes on top.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from model.config import ModelConfig
 from model.cost import kv_bytes_per_sequence, parameter_bytes
 from model.hardware import Device
+from model.links import NOTHING, Exchange
 from model.workload import Op, Workload
 
+Limit = Literal["compute", "memory", "launch", "link"]
 USABLE_MEMORY = 0.9  # of a GPU's memory, by weights and KV; the rest for activations and torch
 
 
@@ -21,22 +23,23 @@ class Bound:
     """The best a device can do; times in seconds, shares of the device's peaks from 0 to 1."""
 
     device: Device
-    limit: Literal["compute", "memory", "launch"]
+    limit: Limit
     compute_s: float
     memory_s: float
     launch_s: float
     tok_s: float
     mfu: float  # matrix FLOPs over peak: model FLOPs utilization
     mbu: float  # bytes over bandwidth: memory bandwidth utilization
+    link_s: float = 0.0  # sending to other GPUs
 
     @property
     def seconds(self) -> float:
         """Time of the step."""
-        return max(self.compute_s, self.memory_s, self.launch_s)
+        return max(self.compute_s, self.memory_s, self.launch_s) + self.link_s
 
 
-def bound(step: Op, device: Device, dtype: str, tokens: int) -> Bound:
-    """Bound a step, given the total of its operations and the tokens it computes."""
+def bound(step: Op, device: Device, dtype: str, tokens: int, sent: Exchange = NOTHING) -> Bound:
+    """Bound a step, given the total of its operations, its tokens and what a GPU sends."""
     compute = max(
         step.flops.matrix / device.peak(dtype),
         step.flops.vector / device.vector,
@@ -44,17 +47,24 @@ def bound(step: Op, device: Device, dtype: str, tokens: int) -> Bound:
     )
     memory = step.bytes.total / device.bandwidth
     launch = step.launches * device.launch_s
-    seconds = max(compute, memory, launch)
+    link = sent.seconds(device.link)
+    longest = max(compute, memory, launch, link)
+    seconds = max(compute, memory, launch) + link
     return Bound(
         device,
-        "compute" if compute == seconds else "memory" if memory == seconds else "launch",
+        _name(longest, compute=compute, memory=memory, launch=launch, link=link),
         compute,
         memory,
         launch,
         tok_s=tokens / seconds,
         mfu=step.flops.matrix / device.peak(dtype) / seconds,
         mbu=memory / seconds,
+        link_s=link,
     )
+
+
+def _name(longest: float, **limits: float) -> Limit:
+    return cast(Limit, next(name for name, seconds in limits.items() if seconds == longest))
 
 
 def largest_batch(config: ModelConfig, work: Workload, device: Device) -> int:

@@ -11,31 +11,37 @@ from model.config import LayerConfig, ModelConfig
 from model.layers import Linear, Mlp, RMSNorm, declare
 from model.moe import Moe
 from model.rope import rope_table
+from model.shard import ALONE, Shard
 
 
 class Layer:
     """Pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: LayerConfig):
+    def __init__(self, config: ModelConfig, layer: LayerConfig, shard: Shard = ALONE):
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, shard)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp: Moe | Mlp
         if layer.sparse:
-            self.mlp = Moe(config)
+            self.mlp = Moe(config, shard)
         else:
-            self.mlp = Mlp(config.hidden_size, config.intermediate_size, config.mlp_bias)
+            self.mlp = Mlp(config.hidden_size, config.intermediate_size, config.mlp_bias, shard)
 
 
 class Transformer:
-    """Token embedding, layers, final norm and head. Weights come from `weights.load`."""
+    """Token embedding, layers, final norm and head. Weights come from `weights.load`.
 
-    def __init__(self, config: ModelConfig):
-        self.config = config
-        self.embedding = declare(config.vocab_size, config.hidden_size)
-        self.layers = [Layer(config, layer) for layer in config.layers]
+    With a shard, what one rank has of them; ranks exchange results as they go.
+    """
+
+    def __init__(self, config: ModelConfig, shard: Shard = ALONE):
+        self.config, self.shard = config, shard
+        self._tokens = shard.vocab_part(config.vocab_size)
+        vocab = self._tokens.stop - self._tokens.start
+        self.embedding = declare(vocab, config.hidden_size)
+        self.layers = [Layer(config, layer, shard) for layer in config.layers]
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Linear(config.hidden_size, vocab, bias=False)
         self.rope = torch.empty(0)  # float32 [positions, head_dim], see prepare_rope
 
     def prepare_rope(self, positions: int, device: torch.device) -> None:
@@ -48,12 +54,12 @@ class Transformer:
         caches: Sequence[torch.Tensor],
         places: Sequence[tuple[int, int]],
     ) -> torch.Tensor:
-        """Logits [rows, vocab] of the rows the batch asks for.
+        """Logits [rows, vocab] of the rows the batch asks for; vocab is this rank's part of it.
 
         caches: KV tensors [2, blocks, block_size, kv_heads, head_dim], written in place.
         places: for each layer, which group's tables and which cache are its own.
         """
-        x = ops.gather(self.embedding, batch.token_ids)
+        x = self._embed(batch.token_ids)
         cos_sin = ops.gather(self.rope, batch.positions)
         delta: torch.Tensor | None = None
         for layer, (group, cache) in zip(self.layers, places, strict=True):
@@ -66,3 +72,11 @@ class Transformer:
             delta = None if delta is None else ops.gather(delta, batch.logits_rows)
         _, normed = self.final_norm(x, delta)
         return self.head(normed)
+
+    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        if self.shard.size == 1:
+            return ops.gather(self.embedding, token_ids)
+        own = token_ids - self._tokens.start
+        elsewhere = (own < 0) | (own >= len(self.embedding))
+        x = self.embedding[own.masked_fill(elsewhere, 0)]
+        return self.shard.sum(x.masked_fill_(elsewhere.unsqueeze(1), 0))

@@ -2,7 +2,8 @@
 
 Each tensor of the checkpoint is a piece of one parameter (q, k and v of one fused weight, an
 expert of a stack). A parameter is allocated at its first piece and packed for its device at its
-last, so that never more than one parameter stands twice.
+last, so that never more than one parameter stands twice. Where ranks share the model, each reads
+its own part of every tensor and no more.
 """
 
 import contextlib
@@ -15,10 +16,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from model import ops
+from model.attention import Attention
 from model.config import CheckpointError, ModelConfig, read_json
 from model.layers import Linear
 from model.moe import Experts, Moe
 from model.ops.reference import MXFP4_BLOCK
+from model.shard import Shard
 from model.transformer import Transformer
 
 _FLOATS = ("BF16", "F16", "F32")
@@ -68,6 +71,8 @@ class _Parameter:
 
 
 _Sources = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]  # name → shape, allowed dtypes
+_Cut = tuple[slice, ...]  # of a tensor's first dimensions; none: all of it
+_ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ class _Piece:
     sources: _Sources
     parameter: _Parameter
     write: Callable[..., None]  # (parameter storage, *source tensors)
+    cut: _Cut = ()  # the part of each source tensor that is read
 
 
 def load(
@@ -87,14 +93,15 @@ def load(
     Raises CheckpointError for a missing, extra or misshapen tensor and for unreadable files,
     before any large read.
     """
-    pieces = _pieces(model)
+    builder = _pieces(model)
+    pieces = builder.pieces
     with contextlib.ExitStack() as stack:
         files = _Files(Path(checkpoint), stack)
-        _check(pieces, files, model.config)
+        _check(builder, files, model.config)
         # In file order, so that a file is read once, front to back.
         pieces.sort(key=lambda piece: files.order(next(iter(piece.sources))))
         for piece in pieces:
-            tensors = [files.read(name) for name in piece.sources]
+            tensors = [files.read(name, piece.cut) for name in piece.sources]
             try:
                 piece.write(piece.parameter.begin(dtype, device), *tensors)
             except ValueError as error:
@@ -111,8 +118,10 @@ def load(
 
 def load_dummy(model: Transformer, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
     """Fill the parameters with random values of a usual size, for timing."""
-    generator = torch.Generator(device).manual_seed(seed)
-    for parameter in {id(p.parameter): p.parameter for p in _pieces(model)}.values():
+    generator = torch.Generator(device)
+    parameters = {id(p.parameter): p.parameter for p in _pieces(model).pieces}
+    for number, parameter in enumerate(parameters.values()):
+        generator.manual_seed(seed + number)  # what every rank has is the same on every rank
         value = parameter.begin(dtype, device)
         if not isinstance(value, torch.Tensor):
             value.random_(generator)
@@ -195,11 +204,12 @@ class _Files:
             view = self._handle(file).get_slice(name)
             return tuple(view.get_shape()), view.get_dtype()
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor, mapped from its file."""
+    def read(self, name: str, cut: _Cut = ()) -> torch.Tensor:
+        """The tensor, mapped from its file; of a part, that part alone is read."""
         file = self.file_of[name]
         with self._clear_errors(file):
-            tensor: torch.Tensor = self._handle(file).get_tensor(name)
+            handle = self._handle(file)
+            tensor: torch.Tensor = handle.get_slice(name)[cut] if cut else handle.get_tensor(name)
         self._unmapped += tensor.numel() * tensor.element_size()
         return tensor
 
@@ -211,8 +221,10 @@ class _Files:
             self._unmapped = 0
 
 
-def _check(pieces: list[_Piece], files: _Files, config: ModelConfig) -> None:
-    expected = {name: want for piece in pieces for name, want in piece.sources.items()}
+def _check(builder: "_Builder", files: _Files, config: ModelConfig) -> None:
+    expected = dict(builder.elsewhere)
+    for piece in builder.pieces:
+        expected |= piece.sources
     for name, (shape, dtypes) in expected.items():
         if name not in files.file_of:
             raise CheckpointError(
@@ -243,6 +255,7 @@ class _Builder:
 
     def __init__(self) -> None:
         self.pieces: list[_Piece] = []
+        self.elsewhere: _Sources = {}  # tensors that other ranks read
         self._parameters: dict[tuple[int, str], _Parameter] = {}
 
     def add(
@@ -252,9 +265,13 @@ class _Builder:
         owner: Any,
         attribute: str,
         write: Callable[..., None] | None = None,
+        cut: _Cut = (),
     ) -> None:
-        """One floating-point tensor that fills (a part of) an attribute of owner."""
-        self.add_sources({name: (shape, _FLOATS)}, owner, attribute, write or _whole)
+        """One floating-point tensor that fills (a part of) an attribute of owner.
+
+        cut: the part of it that is this rank's; none: all of it.
+        """
+        self.add_sources({name: (shape, _FLOATS)}, owner, attribute, write or _whole, cut)
 
     def add_sources(
         self,
@@ -262,19 +279,34 @@ class _Builder:
         owner: Any,
         attribute: str,
         write: Callable[..., None],
+        cut: _Cut = (),
     ) -> None:
-        """Several tensors that fill it together."""
+        """Several tensors that fill it together, each of them cut."""
         key = (id(owner), attribute)
         parameter = self._parameters.setdefault(key, _Parameter(owner, attribute))
         parameter.pieces_left += 1
-        self.pieces.append(_Piece(sources, parameter, write))
+        # A cut that cuts nothing away is none: a whole tensor is mapped and not copied.
+        shape, _ = next(iter(sources.values()))
+        if all(part.indices(n) == (0, n, 1) for part, n in zip(cut, shape, strict=False)):
+            cut = ()
+        self.pieces.append(_Piece(sources, parameter, write, cut))
 
-    def linear(self, prefix: str, owner: Linear, outputs: int, inputs: int, first: int = 0) -> None:
-        """A linear of the checkpoint that is rows [first, first + outputs) of ours."""
-        write = _rows(first, outputs)
-        self.add(f"{prefix}.weight", (outputs, inputs), owner, "weight", write)
+    def linear(
+        self,
+        prefix: str,
+        owner: Linear,
+        outputs: int,
+        inputs: int,
+        first: int = 0,
+        rows: slice = _ALL,
+        columns: slice = _ALL,
+    ) -> None:
+        """These rows and columns of a linear of the checkpoint, which are ours from `first` on."""
+        start, stop, _ = rows.indices(outputs)
+        write = _rows(first, stop - start)
+        self.add(f"{prefix}.weight", (outputs, inputs), owner, "weight", write, (rows, columns))
         if owner.bias is not None:
-            self.add(f"{prefix}.bias", (outputs,), owner, "bias", write)
+            self.add(f"{prefix}.bias", (outputs,), owner, "bias", write, (rows,))
 
 
 def _whole(target: torch.Tensor, source: torch.Tensor) -> None:
@@ -295,15 +327,15 @@ def _expert_rows(expert: int, first: int, count: int) -> Callable[..., None]:
     return write
 
 
-def _pieces(model: Transformer) -> list[_Piece]:
+def _pieces(model: Transformer) -> _Builder:
     """Every tensor that a Hugging Face checkpoint of this config holds, and where it goes."""
-    config, builder = model.config, _Builder()
+    config, shard, builder = model.config, model.shard, _Builder()
     hidden, vocab = config.hidden_size, config.vocab_size
-    builder.add("model.embed_tokens.weight", (vocab, hidden), model, "embedding")
+    own = (shard.vocab_part(vocab),)
+    builder.add("model.embed_tokens.weight", (vocab, hidden), model, "embedding", cut=own)
     builder.add("model.norm.weight", (hidden,), model.final_norm, "weight")
     if not config.tie_word_embeddings:
-        builder.add("lm_head.weight", (vocab, hidden), model.head, "weight")
-    q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        builder.add("lm_head.weight", (vocab, hidden), model.head, "weight", cut=own)
     for i, layer in enumerate(model.layers):
         prefix = f"model.layers.{i}"
         for name, norm in (
@@ -311,29 +343,42 @@ def _pieces(model: Transformer) -> list[_Piece]:
             ("post_attention_layernorm", layer.mlp_norm),
         ):
             builder.add(f"{prefix}.{name}.weight", (hidden,), norm, "weight")
-        attention, own = layer.attention, f"{prefix}.self_attn"
-        builder.linear(f"{own}.q_proj", attention.qkv, q_width, hidden)
-        builder.linear(f"{own}.k_proj", attention.qkv, kv_width, hidden, q_width)
-        builder.linear(f"{own}.v_proj", attention.qkv, kv_width, hidden, q_width + kv_width)
-        builder.linear(f"{own}.o_proj", attention.out, hidden, q_width)
-        if attention.q_norm is not None and attention.k_norm is not None:
-            builder.add(f"{own}.q_norm.weight", (config.head_dim,), attention, "q_norm")
-            builder.add(f"{own}.k_norm.weight", (config.head_dim,), attention, "k_norm")
-        if attention.sinks is not None:
-            builder.add(f"{own}.sinks", (config.num_heads,), attention, "sinks")
+        _attention_pieces(builder, f"{prefix}.self_attn", layer.attention, config, shard)
         if isinstance(layer.mlp, Moe):
             _expert_pieces(builder, prefix, layer.mlp, config)
         else:
-            size = config.intermediate_size
-            builder.linear(f"{prefix}.mlp.gate_proj", layer.mlp.gate_up, size, hidden)
-            builder.linear(f"{prefix}.mlp.up_proj", layer.mlp.gate_up, size, hidden, size)
-            builder.linear(f"{prefix}.mlp.down_proj", layer.mlp.down, hidden, size)
-    return builder.pieces
+            size, part = config.intermediate_size, shard.part(config.intermediate_size)
+            gate_up, mlp = layer.mlp.gate_up, f"{prefix}.mlp"
+            builder.linear(f"{mlp}.gate_proj", gate_up, size, hidden, 0, part)
+            builder.linear(f"{mlp}.up_proj", gate_up, size, hidden, size // shard.size, part)
+            builder.linear(f"{mlp}.down_proj", layer.mlp.down, hidden, size, columns=part)
+    return builder
+
+
+def _attention_pieces(
+    builder: _Builder, prefix: str, attention: Attention, config: ModelConfig, shard: Shard
+) -> None:
+    hidden, head_dim = config.hidden_size, config.head_dim
+    heads, kv_heads = shard.part(config.num_heads), shard.kv_part(config.num_kv_heads)
+    q_width, kv_width = config.num_heads * head_dim, config.num_kv_heads * head_dim
+    q_own, kv_own = attention.heads * head_dim, attention.kv_heads * head_dim
+    queries = slice(heads.start * head_dim, heads.stop * head_dim)
+    keys = slice(kv_heads.start * head_dim, kv_heads.stop * head_dim)
+    qkv = attention.qkv
+    builder.linear(f"{prefix}.q_proj", qkv, q_width, hidden, 0, queries)
+    builder.linear(f"{prefix}.k_proj", qkv, kv_width, hidden, q_own, keys)
+    builder.linear(f"{prefix}.v_proj", qkv, kv_width, hidden, q_own + kv_own, keys)
+    builder.linear(f"{prefix}.o_proj", attention.out, hidden, q_width, columns=queries)
+    if attention.q_norm is not None and attention.k_norm is not None:
+        builder.add(f"{prefix}.q_norm.weight", (head_dim,), attention, "q_norm")
+        builder.add(f"{prefix}.k_norm.weight", (head_dim,), attention, "k_norm")
+    if attention.sinks is not None:
+        builder.add(f"{prefix}.sinks", (config.num_heads,), attention, "sinks", cut=(heads,))
 
 
 def _expert_pieces(builder: _Builder, prefix: str, moe: Moe, config: ModelConfig) -> None:
     hidden, size, count = config.hidden_size, moe.config.intermediate_size, moe.config.num_experts
-    experts = moe.experts
+    experts, own = moe.experts, moe.shard.part(count)
     if config.model_type == "gpt_oss":
         builder.linear(f"{prefix}.mlp.router", moe.router, count, hidden)
         stack = f"{prefix}.mlp.experts"
@@ -343,8 +388,9 @@ def _expert_pieces(builder: _Builder, prefix: str, moe: Moe, config: ModelConfig
             experts,
             "gate_up_bias",
             lambda target, source: _split_gate_up(target.t(), source.t()),
+            (own,),
         )
-        builder.add(f"{stack}.down_proj_bias", (count, hidden), experts, "down_bias")
+        builder.add(f"{stack}.down_proj_bias", (count, hidden), experts, "down_bias", cut=(own,))
         for name, outputs, inputs, attribute in (
             ("gate_up_proj", 2 * size, hidden, "gate_up"),
             ("down_proj", hidden, size, "down"),
@@ -355,7 +401,7 @@ def _expert_pieces(builder: _Builder, prefix: str, moe: Moe, config: ModelConfig
                     f"{stack}.{name}_blocks": ((count, outputs, groups, 16), ("U8",)),
                     f"{stack}.{name}_scales": ((count, outputs, groups), ("U8",)),
                 }
-                builder.add_sources(sources, experts, attribute, _from_mxfp4(attribute))
+                builder.add_sources(sources, experts, attribute, _from_mxfp4(attribute), (own,))
             else:
                 builder.add(
                     f"{stack}.{name}",
@@ -363,20 +409,26 @@ def _expert_pieces(builder: _Builder, prefix: str, moe: Moe, config: ModelConfig
                     experts,
                     attribute,
                     _from_transposed(attribute),
+                    (own,),
                 )
         return
     if config.model_type == "mixtral":
-        own, gate, up, down = f"{prefix}.block_sparse_moe", "w1", "w3", "w2"
+        block, gate, up, down = f"{prefix}.block_sparse_moe", "w1", "w3", "w2"
     else:
-        own, gate, up, down = f"{prefix}.mlp", "gate_proj", "up_proj", "down_proj"
-    builder.linear(f"{own}.gate", moe.router, count, hidden)
+        block, gate, up, down = f"{prefix}.mlp", "gate_proj", "up_proj", "down_proj"
+    builder.linear(f"{block}.gate", moe.router, count, hidden)
     for e in range(count):
-        one = f"{own}.experts.{e}"
-        for name, first in ((gate, 0), (up, size)):
-            write = _expert_rows(e, first, size)
-            builder.add(f"{one}.{name}.weight", (size, hidden), experts, "gate_up", write)
-        write = _expert_rows(e, 0, hidden)
-        builder.add(f"{one}.{down}.weight", (hidden, size), experts, "down", write)
+        for name, shape, attribute, first in (
+            (gate, (size, hidden), "gate_up", 0),
+            (up, (size, hidden), "gate_up", size),
+            (down, (hidden, size), "down", 0),
+        ):
+            tensor = f"{block}.experts.{e}.{name}.weight"
+            if own.start <= e < own.stop:
+                write = _expert_rows(e - own.start, first, shape[0])
+                builder.add(tensor, shape, experts, attribute, write)
+            else:
+                builder.elsewhere[tensor] = (shape, _FLOATS)
 
 
 def _split_gate_up(target: Any, source: Any) -> None:

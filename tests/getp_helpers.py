@@ -120,6 +120,7 @@ class FakeEngine:
         self.config = replace(config, max_positions=max_positions, stop_ids=frozenset())
         self.held_config = self.config
         self.max_batch_size = batch
+        self.tensor_parallel = 1
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.stats = EngineStats(kv_bytes=2**20, kv_blocks=8, peak_kv_blocks=2)
         self.requests: list[Request] = []

@@ -130,18 +130,33 @@ def test_one_two_and_four_replicas_give_the_tokens_of_one_engine(
 
 
 class KilledOnce(Cluster):
-    """Loses its first replica to SIGKILL when the first results are there."""
+    """Loses its first replica, or a rank of it, to SIGKILL when the first results are there."""
 
     def _collected(self, member: Member, answer: bytes) -> list[Completion]:
         done = super()._collected(member, answer)
         first = self.members[0]
         if done and not first.deaths and first.started is not None and first.life == 1:
+            pid = first.started.pid
             with contextlib.suppress(ProcessLookupError):  # dead already, and not yet missed
-                os.kill(first.started.pid, signal.SIGKILL)
+                os.kill(pid if self.tensor_parallel == 1 else rank_of(pid), signal.SIGKILL)
         return done
 
 
+def rank_of(pid: int) -> int:
+    """The process that a replica of two ranks has started. Raises ProcessLookupError."""
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in children.read_text().split():
+            if b"engine.rank" in Path(f"/proc/{child}/cmdline").read_bytes():
+                return int(child)
+    raise ProcessLookupError
+
+
+@pytest.mark.parametrize(
+    ("ranks", "reason"), [(1, "replica 0 died"), (2, "rank 1 of 2 died: killed by signal 9")]
+)
 def test_a_replica_killed_mid_job_changes_no_byte_and_nothing_comes_twice(
+    ranks: int,
+    reason: str,
     one_ray: str,
     tmp_path: Path,
     wanted: bytes,
@@ -158,7 +173,7 @@ def test_a_replica_killed_mid_job_changes_no_byte_and_nothing_comes_twice(
     monkeypatch.setattr(Journal, "append", counted)
     work = job(tmp_path, mixed(60))
     work = batch.replace(work, report=str(tmp_path / "report.json"))
-    replicas = KilledOnce(MODEL, MODEL, 2, **SMALL)
+    replicas = KilledOnce(MODEL, MODEL, 2, tensor_parallel=ranks, **SMALL)
     assert run(work, replicas) == SOME_FAILED
     replicas.close()
     assert Path(work.output).read_bytes() == wanted
@@ -173,6 +188,7 @@ def test_a_replica_killed_mid_job_changes_no_byte_and_nothing_comes_twice(
     assert 0 < report["balance"] <= 1
     shown = capsys.readouterr().err
     assert "replica 0 died and is started again" in shown
+    assert reason in shown
     assert "died 1 times" in " ".join(shown.split())
 
 
@@ -287,6 +303,19 @@ def test_an_address_without_replicas_is_refused(
     status, error = fails(capsys, tmp_path, "--ray-address", "auto")
     assert status == 2
     assert "--ray-address needs --replicas" in error
+
+
+def test_ranks_that_cannot_be_and_those_of_torchrun_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, error = fails(capsys, tmp_path, "--replicas", "2", "--tensor-parallel", "4")
+    assert status == 2
+    assert "--tensor-parallel 4: 6 heads (2 KV), 8 experts" in error
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, error = fails(capsys, tmp_path, "--replicas", "2")
+    assert status == 2
+    assert "leave torchrun out" in error
 
 
 def test_gpus_that_are_not_there_are_refused(

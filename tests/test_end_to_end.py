@@ -132,5 +132,5 @@ def test_the_commands_of_the_readme_exist() -> None:
     assert all(f"\n{target}:" in makefile for target in targets)
     options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
     known = getp("--help").stdout
-    others = {"--load", "--help", "--head", "--port", "--address"}  # of a benchmark, of ray start
+    others = {"--load", "--help", "--head", "--port", "--address", "--nproc-per-node"}  # of others
     assert all(option in known for option in options - others), options

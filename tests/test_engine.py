@@ -238,7 +238,9 @@ def test_dummy_weights_need_nothing_but_the_config(
 ) -> None:
     (tmp_path / "config.json").write_bytes((checkpoint("gpt_oss") / "config.json").read_bytes())
     with Engine(tmp_path, dummy_weights=True, kv_memory=8 << 20) as engine:
-        (done,) = engine.generate([Request([1, 2], SamplingParams(max_new_tokens=4))])
+        (done,) = engine.generate(
+            [Request([1, 2], SamplingParams(max_new_tokens=4, ignore_eos=True))]
+        )
     assert len(done.token_ids) == 4
 
 

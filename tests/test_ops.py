@@ -154,6 +154,30 @@ def test_experts_equal_the_reference(
     torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_shares_of_experts_add_up_to_all(tokens: int, dtype: torch.dtype) -> None:
+    count, hidden, size, ranks = 6, 32, 64, 3
+    x, logits = rand(tokens, hidden, dtype=dtype), rand(tokens, count, seed=1)
+    logits[:, 2:4] -= 100  # nothing to those of rank 1
+    chosen, shares = reference.route(logits, 2, True, False)
+    up = rand(count, 2 * size, hidden, seed=2, dtype=dtype) * 0.2
+    down = rand(count, hidden, size, seed=4, dtype=dtype) * 0.2
+    form = 7.0, 1.702
+    expected = reference.experts(x, chosen, shares, up, None, down, None, *form)
+    added = torch.zeros(tokens, hidden)
+    for rank in range(ranks):
+        own, which = slice(2 * rank, 2 * rank + 2), (rank, ranks)
+        part = reference.experts(x, chosen, shares, up[own], None, down[own], None, *form, which)
+        packed = filled(up[own], dtype, 2), None, filled(down[own], dtype), None, *form
+        found = ops.experts(x, chosen, shares, *packed, which)
+        torch.testing.assert_close(found, part, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+        assert bool(found.any()) is bool((chosen // 2 == rank).any())
+        added += part.float()
+    torch.testing.assert_close(
+        added, expected.float(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+    )
+
+
 def filled(weights: Any, dtype: torch.dtype, parts: int = 1) -> Any:
     """Experts as a checkpoint's are loaded, row by row."""
     empty: Any = ops.empty_weight(weights, dtype, torch.device("cpu"), parts)

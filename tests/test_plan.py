@@ -32,7 +32,7 @@ def test_a_plan_in_json_has_every_operation_and_their_sum(capsys: Printed) -> No
     settings = {key: plan[key] for key in ("model", "phase", "batch", "query", "context", "dtype")}
     assert list(settings.values()) == ["gpt-oss-20b", "decode", 7, 1, 1024, "bfloat16"]
     assert [op["name"] for op in plan["ops"]] == OPS
-    assert list(plan) == [*settings, "ops", "total", "gpus"]
+    assert list(plan) == [*settings, "ops", "total", "tensor_parallel", "exchange", "gpus"]
     for op in plan["ops"]:
         assert list(op) == ["name", "layer_count", "flops", "bytes", "launches"]
         assert op["layer_count"] == (1 if op["name"] in (OPS[0], *OPS[-2:]) else 24)
@@ -44,7 +44,8 @@ def test_a_plan_in_json_has_every_operation_and_their_sum(capsys: Printed) -> No
         for kind in kinds:
             assert plan["total"][group][kind] == sum(op[group][kind] for op in plan["ops"])
     (gpu,) = plan["gpus"]
-    assert list(gpu) == ["name", "bound", "seconds", "tok_s", "mfu", "mbu", "ridge", "intensity"]
+    keys = "name bound seconds link link_s tok_s mfu mbu ridge intensity"
+    assert list(gpu) == keys.split()
     moved = sum(plan["total"]["bytes"].values())
     assert gpu["intensity"] == plan["total"]["flops"]["matrix"] / moved
 

@@ -24,7 +24,9 @@ def sample(
     sampler._may_look = may_look
     sampler.enter(rows, params)
     special = dict(enumerate(params))
-    found = sampler.sample(logits, torch.tensor(rows), torch.tensor(positions), special).read()
+    found = sampler.sample(
+        logits, torch.tensor(rows), torch.tensor(positions), special, bool(special)
+    ).read()
     assert sampler.last.tolist() == found[0][::-1]
     return found
 

@@ -163,10 +163,14 @@ def test_a_row_of_nan_is_routed_to_experts_that_exist() -> None:
 @pytest.mark.parametrize("tokens", [1, 7, 64, 150])
 def test_grouping_sorts_pairs_by_expert_and_keeps_their_order(tokens: int) -> None:
     chosen = torch.randint(0, 5, (tokens, 2), generator=torch.Generator().manual_seed(0))
-    order, starts = grouping.group_by_expert(chosen, 6)
+    order, starts = grouping.group_by_expert(chosen, 0, 6)
     flat = chosen.flatten()
     assert order.tolist() == flat.argsort(stable=True).tolist()
     assert starts.tolist() == [int((flat < e).sum()) for e in range(7)]
+    order, starts = grouping.group_by_expert(chosen, 1, 3)  # of 5
+    before, here = int((flat < 1).sum()), int(((flat >= 1) & (flat < 4)).sum())
+    assert starts.tolist() == [int((flat < e).sum()) - before for e in range(1, 5)]
+    assert order[:here].tolist() == flat.argsort(stable=True)[before : before + here].tolist()
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -206,6 +210,23 @@ def test_experts(
         x.float(), chosen, shares, wide_up, wide_biases[0], wide_down, wide_biases[1], *form
     )
     close(found, expected.to(dtype), 3)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("tokens", [1, 100])
+def test_a_part_of_the_experts(tokens: int, rank: int) -> None:
+    count, hidden, size = 6, 96, 160
+    x, logits = rand(tokens, hidden), rand(tokens, count, seed=1)
+    logits[:, 3 * rank] -= 100
+    chosen, shares = reference.route(logits, 2, True, False)
+    up, down = rand(3, 2 * size, hidden, seed=2) * 0.2, rand(3, hidden, size, seed=4) * 0.2
+    rest = up, rand(3, 2 * size, seed=3), down, rand(3, hidden, seed=5), 7.0, 1.702, (rank, 2)
+    expected = reference.experts(x, chosen, shares, *rest)
+    torch.use_deterministic_algorithms(True)  # what is not written is NaN
+    try:
+        close(triton.experts(x, chosen, shares, *rest), expected, 3)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_every_code_and_scale_of_mxfp4_is_unpacked_exactly() -> None:

@@ -172,9 +172,14 @@ def experts(
     down_bias: torch.Tensor | None,
     limit: float | None,
     alpha: float,
+    part: tuple[int, int] = (0, 1),
 ) -> torch.Tensor:
-    """Weighted sum of each token's experts; shapes in `reference.experts`."""
+    """Weighted sum of each token's experts; shapes in `reference.experts`.
+
+    part: these are so many-th, counted from 0, of so many equal parts of the experts that `chosen`
+    counts, and the result is theirs.
+    """
     out: torch.Tensor = _of(x.device).experts(
-        x, chosen, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha
+        x, chosen, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha, part
     )
     return out

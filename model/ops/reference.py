@@ -240,8 +240,9 @@ def experts(
     down_bias: torch.Tensor | None,
     limit: float | None,
     alpha: float,
+    part: tuple[int, int] = (0, 1),
 ) -> torch.Tensor:
-    """Weighted sum of each token's experts.
+    """Weighted sum of each token's experts, of those in the part (which, of how many).
 
     x [tokens, hidden], chosen and weights [tokens, top_k]; for each expert gate_up
     [2 · size, hidden], down [hidden, size] and their biases; limit and alpha as in `swiglu` →
@@ -249,7 +250,7 @@ def experts(
     """
     out = torch.zeros_like(x, dtype=torch.float32)
     for expert in range(len(gate_up)):
-        token, rank = torch.where(chosen == expert)
+        token, rank = torch.where(chosen == part[0] * len(gate_up) + expert)
         inner = F.linear(x[token], _dense(gate_up[expert], x.dtype), _row(gate_up_bias, expert))
         inner = swiglu(inner, limit, alpha)
         result = F.linear(inner, _dense(down[expert], x.dtype), _row(down_bias, expert))

@@ -152,8 +152,19 @@ def experts(
     down_bias: torch.Tensor | None,
     limit: float | None,
     alpha: float,
+    part: tuple[int, int] = (0, 1),
 ) -> torch.Tensor:
     """As reference.experts."""
+    if part[1] > 1:
+        # As a batch in which every token has one expert: those of the tokens that have one here.
+        own = chosen - part[0] * len(gate_up)
+        token, rank = torch.where((own >= 0) & (own < len(gate_up)))
+        parts = x.new_zeros(*chosen.shape, x.shape[1])
+        if len(token):
+            one, share = own[token, rank].unsqueeze(1), weights[token, rank].unsqueeze(1)
+            rest = gate_up, gate_up_bias, down, down_bias, limit, alpha
+            parts[token, rank] = experts(x[token], one, share, *rest)
+        return parts.sum(1, dtype=torch.float32).to(x.dtype)
     if isinstance(gate_up, Packed) and isinstance(down, Packed):
         return native.experts(
             x, chosen, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha

@@ -181,15 +181,29 @@ def _down(
     tl.store(target, mixed.to(dtype), (row < end)[None, :] & (out < HIDDEN)[:, None])
 
 
-@triton.jit
-def _sum(pairs_ptr, out_ptr, TOP_K: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
-    """pairs [tokens · TOP_K, HIDDEN] → out [tokens, HIDDEN], always summed in the same order."""
+@triton.jit(do_not_specialize=["first"])
+def _sum(
+    pairs_ptr,
+    chosen_ptr,
+    out_ptr,
+    first,
+    TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """pairs [tokens · TOP_K, HIDDEN] → out [tokens, HIDDEN], always summed in the same order.
+
+    Only pairs whose expert, from chosen [tokens · TOP_K], is one of EXPERTS from `first` on.
+    """
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(TOP_K):
-        source = pairs_ptr + (token * TOP_K + k) * HIDDEN + at
-        total += tl.load(source, at < HIDDEN, other=0.0).to(tl.float32)
+        pair = token * TOP_K + k
+        own = tl.load(chosen_ptr + pair) - first
+        kept = (at < HIDDEN) & (own >= 0) & (own < EXPERTS)
+        total += tl.load(pairs_ptr + pair * HIDDEN + at, kept, other=0.0).to(tl.float32)
     tl.store(out_ptr + token * HIDDEN + at, total.to(out_ptr.dtype.element_ty), at < HIDDEN)
 
 
@@ -217,9 +231,10 @@ def experts(
     down_bias: torch.Tensor | None,
     limit: float | None,
     alpha: float,
+    part: tuple[int, int] = (0, 1),
 ) -> torch.Tensor:
     """As `reference.experts`, for stacked or MXFP4 weights."""
-    x = x.contiguous()
+    x, chosen = x.contiguous(), chosen.contiguous()
     (tokens, hidden), (_, top_k) = x.shape, chosen.shape
     if not tokens:
         return torch.empty_like(x)
@@ -228,8 +243,9 @@ def experts(
     count, packed = len(gate_up), isinstance(gate_up, Mxfp4)
     size = up_weight.shape[1] // 2
     pairs = tokens * top_k
-    tile = _tile(x, pairs, count, packed)
-    order, starts = group_by_expert(chosen, count)
+    tile = _tile(x, pairs, count * part[1], packed)
+    first = part[0] * count
+    order, starts = group_by_expert(chosen, first, count)
     shared: dict[str, Any] = {
         "EXPERTS": count,
         "BLOCK_E": triton.next_power_of_2(count),
@@ -274,7 +290,15 @@ def experts(
     out = torch.empty_like(x)
     block = min(1024, triton.next_power_of_2(hidden))
     _sum[(tokens, triton.cdiv(hidden, block))](
-        parts, out, TOP_K=top_k, HIDDEN=hidden, BLOCK=block, num_warps=4
+        parts,
+        chosen,
+        out,
+        first,
+        TOP_K=top_k,
+        EXPERTS=count,
+        HIDDEN=hidden,
+        BLOCK=block,
+        num_warps=4,
     )
     return out
 
