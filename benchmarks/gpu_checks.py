@@ -94,6 +94,7 @@ def _comparisons(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, torch.
     yield from _attention(dtype)
     for tokens in (1, 20, 500):
         yield from _experts(tokens, dtype)
+    yield from _draws(dtype)
 
 
 def _fusions(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
@@ -163,6 +164,29 @@ def _experts(tokens: int, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tenso
             x, chosen, shares, weights[0], biases[0], weights[1], biases[1], 7.0, 1.702
         )
         yield f"{name} experts, {tokens} tokens", found, expected
+
+
+def draw_arguments(rows: int, vocab: int, dtype: torch.dtype) -> list[Any]:
+    """Logits and the arguments of `ops.draw`: mixed limits, nuclei of a few tokens and of many."""
+    logits = rand(rows, vocab, dtype=torch.float32) * torch.linspace(0.5, 4, rows).to(CUDA)[:, None]
+    row = torch.arange(rows, device=CUDA)
+    uniform = torch.rand(rows, dtype=torch.float64, device=CUDA)
+    top_p = torch.where(row % 5 == 4, 1.0, 0.5 + 0.09 * (row % 5))
+    return [logits.to(dtype), torch.full((rows,), 0.8, device=CUDA), row % 3 * 40, top_p, uniform]
+
+
+def _draws(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Logits of the tokens drawn: tokens next to each other in order are all but equal."""
+    from model.ops import triton
+
+    for rows, vocab in ((1, 201_088), (200, 151_936), (64, 1000)):
+        logits, heat, top_k, top_p, uniform = draw_arguments(rows, vocab, dtype)
+        for limit in (None, top_k):
+            found = triton.draw(logits, heat, limit, top_p, uniform)
+            want = reference.draw(logits, heat, limit, top_p, uniform)
+            at = torch.stack((found, want), 1)
+            found, want = logits.float().gather(1, at).unbind(1)
+            yield f"draws, {rows} rows of {vocab}", found, want
 
 
 def check_parity() -> int:

@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.gpu_checks import CUDA, paged_batch, rand, random_mxfp4
+from benchmarks.gpu_checks import CUDA, draw_arguments, paged_batch, rand, random_mxfp4
 from engine import Engine, EngineStats, Request, SamplingParams
 from getp.explain import run_cost
 from model.ops import reference
@@ -143,6 +143,23 @@ def time_fusions(limits: Limits) -> Iterator[Row]:
                         rate = sum(w.nbytes for w in read) / seconds_of(call)
                     full = f"{name} {title}, {rows} rows, {kind}"
                     yield Row(full, rate / 1e12, "TB/s", rate / limits.copy, "copy")
+
+
+def time_draws(limits: Limits) -> Iterator[Row]:
+    """Top-k and top-p over gpt-oss's vocabulary, beside the sort that they do without."""
+    from model.ops import triton
+
+    for rows in (1, 32, 256):
+        logits, heat, top_k, top_p, uniform = draw_arguments(rows, 201_088, torch.bfloat16)
+        calls = {
+            "top-p": partial(triton.draw, logits, heat, None, top_p, uniform),
+            "top-k and top-p": partial(triton.draw, logits, heat, top_k, top_p, uniform),
+            "torch.sort alone": partial(torch.sort, logits, descending=True, stable=True),
+        }
+        for title, call in calls.items():
+            spent = seconds_of(call)
+            once = logits.nbytes / spent / limits.copy  # as if the logits were read once
+            yield Row(f"draw of {rows} rows: {title}", spent * 1e6, "us", once, "copy")
 
 
 def nano_load() -> tuple[list[list[int]], list[int]]:

@@ -82,3 +82,11 @@ def test_a_section_that_hangs_is_stopped_and_one_that_fails_says_why(
     assert problem == "stopped after 2 s"
     script.write_text("raise ValueError('the reason')")
     assert gpu.start_section("nano", {}, 30) == ([], "ValueError: the reason")
+
+
+def test_no_section_of_ours_can_take_another_s_time() -> None:
+    peers = ("transformers", "vllm")
+    limits = [s.limit_s for name, s in gpu.SECTIONS.items() if name not in peers]
+    assert sum(limits) <= gpu.BUDGET_S < 600
+    assert list(gpu.SECTIONS)[:4] == ["limits", "kernels", "parity", "score"]
+    assert tuple(gpu.SECTIONS)[-2:] == peers

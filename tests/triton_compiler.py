@@ -94,6 +94,7 @@ def launches(architecture: str, models: tuple[str, ...] = MODELS) -> list[Launch
         patch.object(JITFunction, "run", record),
         patch.object(tiles, "architecture", lambda device: architecture),
         patch("model.ops.triton.attention.processors", lambda device: 132),
+        patch("model.ops.triton.draw.processors", lambda device: 132),
         patch("model.ops.triton.fused.tiles", lambda device: own),
     ):
         for model in models:
@@ -134,6 +135,12 @@ def _calls(config: ModelConfig, rows: int) -> Iterator[Callable[[], Any]]:
     """The ops of the config's different layers, as a step of `rows` tokens calls them."""
     hidden, heads, dim = config.hidden_size, config.num_heads, config.head_dim
     x, norm = _empty(rows, hidden), _empty(hidden)
+    samples = min(rows, 512)
+    logits = _empty(samples, config.vocab_size)
+    floats, top_k = _empty(samples, dtype=torch.float32), _empty(samples, dtype=torch.int64)
+    uniform = _empty(samples, dtype=torch.float64)
+    for limit in (None, top_k):
+        yield partial(ops.draw, logits, floats, limit, floats, uniform)
     yield lambda: ops.add_rms_norm(x, None, norm, 1e-5)
     yield lambda: ops.add_rms_norm(x, x, norm, 1e-5)
     kv = _empty(2, 60_000, 16, config.num_kv_heads, dim)
@@ -159,8 +166,8 @@ def _calls(config: ModelConfig, rows: int) -> Iterator[Callable[[], Any]]:
         return
     moe, limit, alpha = config.moe, config.swiglu_limit, config.swiglu_alpha
     count, size = moe.num_experts, moe.intermediate_size
-    logits = _empty(rows, count)
-    yield lambda: ops.route(logits, moe.top_k, moe.softmax_after_top_k, moe.normalize)
+    scores = _empty(rows, count)
+    yield lambda: ops.route(scores, moe.top_k, moe.softmax_after_top_k, moe.normalize)
     chosen = _empty(rows, moe.top_k, dtype=torch.int64)
     shares = _empty(rows, moe.top_k, dtype=torch.float32)
     biases = (_empty(count, 2 * size), _empty(count, hidden)) if moe.biases else (None, None)

@@ -22,6 +22,7 @@ __all__ = [
     "Weight",
     "add_rms_norm",
     "attention",
+    "draw",
     "empty_weight",
     "experts",
     "gated_linear",
@@ -171,3 +172,15 @@ def experts(
         x, chosen, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha
     )
     return out
+
+
+def draw(
+    logits: torch.Tensor,
+    heat: torch.Tensor,
+    top_k: torch.Tensor | None,
+    top_p: torch.Tensor,
+    uniform: torch.Tensor,
+) -> torch.Tensor:
+    """A token of each row of logits [rows, vocab] by top-k and top-p; as `reference.draw`."""
+    tokens: torch.Tensor = _of(logits.device).draw(logits, heat, top_k, top_p, uniform)
+    return tokens

@@ -9,6 +9,7 @@ from model.batch import ForwardBatch, GroupTables
 from model.ops import reference
 from model.ops.cpu import native, plain
 from model.ops.cpu.calls import Recorder, leave_to_torch, library
+from model.ops.cpu.draw import draw as draw
 from model.ops.cpu.packed import PANEL, Packed
 from model.ops.reference import MXFP4_BLOCK, Mxfp4
 

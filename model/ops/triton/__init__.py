@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from model.ops.reference import empty_weight, gather, pack, pack_experts
 from model.ops.triton.attention import attention
+from model.ops.triton.draw import draw
 from model.ops.triton.experts import experts
 from model.ops.triton.norm import add_rms_norm, swiglu
 from model.ops.triton.rotary import rotate_and_write
@@ -17,6 +18,7 @@ from model.ops.triton.route import route
 __all__ = [
     "add_rms_norm",
     "attention",
+    "draw",
     "empty_weight",
     "experts",
     "gated_linear",
