@@ -151,7 +151,7 @@ def time_draws(limits: Limits) -> Iterator[Row]:
 
     for rows in (1, 32, 256):
         logits, heat, top_k, top_p, uniform = draw_arguments(rows, 201_088, torch.bfloat16)
-        calls = {
+        calls: dict[str, Callable[[], Any]] = {
             "top-p": partial(triton.draw, logits, heat, None, top_p, uniform),
             "top-k and top-p": partial(triton.draw, logits, heat, top_k, top_p, uniform),
             "torch.sort alone": partial(torch.sort, logits, descending=True, stable=True),

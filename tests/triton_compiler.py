@@ -139,8 +139,8 @@ def _calls(config: ModelConfig, rows: int) -> Iterator[Callable[[], Any]]:
     logits = _empty(samples, config.vocab_size)
     floats, top_k = _empty(samples, dtype=torch.float32), _empty(samples, dtype=torch.int64)
     uniform = _empty(samples, dtype=torch.float64)
-    for limit in (None, top_k):
-        yield partial(ops.draw, logits, floats, limit, floats, uniform)
+    for kept in (None, top_k):
+        yield partial(ops.draw, logits, floats, kept, floats, uniform)
     yield lambda: ops.add_rms_norm(x, None, norm, 1e-5)
     yield lambda: ops.add_rms_norm(x, x, norm, 1e-5)
     kv = _empty(2, 60_000, 16, config.num_kv_heads, dim)
