@@ -87,7 +87,7 @@ def main(
         shares = breakdown(engine, requests) if parts else {}
     tokens = sum(len(completion.token_ids) for completion in done)
     name = str(engine.dtype).removeprefix("torch.")
-    flops, moved = run_cost(engine.config, name, stats)
+    flops, moved = run_cost(engine.held_config, name, stats)
     compute, memory = flops.matrix / peaks["peaks"][name], moved.total / peaks["bandwidth"]
     result: dict[str, object] = {
         "load": kind,

@@ -19,7 +19,7 @@ from engine.request import Completion, Request
 from engine.runner import ModelRunner
 from engine.sampler import Sampled
 from engine.scheduler import Scheduler, Sequence, Step
-from engine.settings import EngineError, at_least_1, device_named, dtype_named
+from engine.settings import EngineError, at_least_1, device_named, dtype_named, held_config
 from engine.stats import EngineStats
 from model import load_config, ops
 
@@ -59,6 +59,7 @@ class Engine:
         self.config = load_config(checkpoint)
         self.device = device_named(device)
         self.dtype = dtype_named(dtype, self.config.dtype, self.device)
+        self.held_config = held_config(self.config, self.device, self.dtype)
         on_cpu = self.device.type == "cpu"
         self.max_batch_size = at_least_1("max_batch_size", max_batch_size, 64 if on_cpu else 256)
         self.max_batch_tokens = at_least_1(
@@ -101,7 +102,7 @@ class Engine:
             torch.cuda.set_device(self.device)
         start = time.perf_counter()
         needs = Needs.of(
-            self.config, self.device, self.dtype, self.max_batch_size, self.max_batch_tokens
+            self.held_config, self.device, self.dtype, self.max_batch_size, self.max_batch_tokens
         )
         least = (len(self._runner.groups) + 1) * self._runner.block_bytes(self.block_size)
         self._check_memory(needs, max(least, self.kv_memory or 0))

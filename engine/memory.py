@@ -4,7 +4,7 @@ What there is counts on the device and under the limits of a container.
 """
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -38,11 +38,12 @@ class Needs:
         max_batch_size: int,
         max_batch_tokens: int,
     ) -> "Needs":
-        """From shapes alone, so that it is known before the weights are read."""
+        """From shapes alone, so that it is known before the weights are read.
+
+        config: as the weights are held (`Engine.held_config`).
+        """
         item, on_cpu = dtype.itemsize, device.type == "cpu"
-        # MXFP4 experts become dense as they are loaded.
-        name = str(dtype).removeprefix("torch.")
-        weights = parameter_bytes(replace(config, mxfp4_experts=False), name)
+        weights = parameter_bytes(config, str(dtype).removeprefix("torch."))
         if on_cpu and dtype == torch.bfloat16 and config.tie_word_embeddings:
             weights += config.vocab_size * config.hidden_size * item  # the head, packed
         weights += 4 * config.max_positions * config.head_dim  # the rotary table

@@ -1,6 +1,10 @@
 """What an engine can be asked for, and what it says where it cannot."""
 
+from dataclasses import replace
+
 import torch
+
+from model import ModelConfig, ops
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -40,3 +44,13 @@ def at_least_1(name: str, value: int | None, default: int) -> int:
     if value < 1:
         raise EngineError(f"{name} must be 1 or more, not {value}")
     return value
+
+
+def held_config(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> ModelConfig:
+    """The config as the weights are held, which is not always as they are stored.
+
+    What a step reads depends on it: MXFP4 becomes dense where no kernel takes it packed.
+    """
+    if config.mxfp4_experts and not ops.keeps_mxfp4(device, dtype):
+        return replace(config, mxfp4_experts=False)
+    return config

@@ -8,6 +8,7 @@ import os
 import secrets
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -271,6 +272,7 @@ def _check_system(options: SimpleNamespace) -> None:
 
 def run(args: Sequence[str]) -> int:
     """Run the command line and return its exit status; errors become one line each."""
+    warnings.showwarning = _warn  # type: ignore[assignment]
     try:
         status = command.main(list(args), prog_name="getp", standalone_mode=False)
         sys.stdout.flush()
@@ -287,6 +289,10 @@ def run(args: Sequence[str]) -> int:
             say(traceback.format_exc())
         status = error.exit_code if isinstance(error, GetpError) else 1
         return _fail(_message(error), status, hint=isinstance(error, UsageProblem))
+
+
+def _warn(message: Warning | str, *where: object) -> None:
+    say(f"getp: warning: {message}")
 
 
 def _message(error: Exception) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from engine import Completion, Engine, EngineError, EngineStats, Request
-from engine.settings import dtype_named
+from engine.settings import dtype_named, held_config
 from getp import __version__, fingerprint
 from getp.answer import Watcher
 from getp.dispatch import Dispatcher, linger_s, window
@@ -87,6 +87,7 @@ class Cluster:
         self.hosts = 1
         self.device = torch.device("cuda" if self.places.gpus else "cpu")
         self.dtype = dtype_named(dtype, self.config.dtype, self.device)
+        self.held_config = held_config(self.config, self.device, self.dtype)
         self.max_batch_size = 0  # of a replica, when they are warm
         self.members = [Member(index) for index in range(self.places.replicas)]
         self._setup = Setup(

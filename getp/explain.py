@@ -41,7 +41,13 @@ def explain(engine: "Engine", inference_s: float, requests: int) -> Explanation:
     device = peaks_of(engine.device)
     dtype = str(engine.dtype).removeprefix("torch.")
     return explain_counts(
-        engine.config, dtype, device, engine.stats, inference_s, requests, engine.max_batch_size
+        engine.held_config,
+        dtype,
+        device,
+        engine.stats,
+        inference_s,
+        requests,
+        engine.max_batch_size,
     )
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar, cast
 
 import torch
@@ -125,10 +125,8 @@ def profile(
     times = measure(probe.step, probe.parts(), engine.device)
     launches = count_launches(probe.step, probe.parts(), engine.device, trace)
     dtype = str(engine.dtype).removeprefix("torch.")
-    # MXFP4 experts are widened as they are loaded: what a step reads is dense.
-    config = replace(engine.config, mxfp4_experts=False)
     work = Workload(cast(Phase, phase), batch, query, context, dtype, causal=True)
-    return assemble(config, work, device, engine.device.type == "cuda", times, launches)
+    return assemble(engine.held_config, work, device, engine.device.type == "cuda", times, launches)
 
 
 def assemble(

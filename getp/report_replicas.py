@@ -40,7 +40,7 @@ def explain_replicas(cluster: Cluster, inference_s: float, requests: int) -> Exp
     )
     dtype = str(cluster.dtype).removeprefix("torch.")
     return explain_counts(
-        cluster.config, dtype, together, stats, inference_s, requests, cluster.max_batch_size
+        cluster.held_config, dtype, together, stats, inference_s, requests, cluster.max_batch_size
     )
 
 

@@ -118,6 +118,7 @@ class FakeEngine:
     ) -> None:
         config = named_config("qwen2-0.5b")
         self.config = replace(config, max_positions=max_positions, stop_ids=frozenset())
+        self.held_config = self.config
         self.max_batch_size = batch
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.stats = EngineStats(kv_bytes=2**20, kv_blocks=8, peak_kv_blocks=2)

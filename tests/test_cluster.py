@@ -1,5 +1,6 @@
 """Replicas on Ray: the same results as one engine's, whatever dies."""
 
+import contextlib
 import json
 import os
 import re
@@ -135,7 +136,8 @@ class KilledOnce(Cluster):
         done = super()._collected(member, answer)
         first = self.members[0]
         if done and not first.deaths and first.started is not None and first.life == 1:
-            os.kill(first.started.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # dead already, and not yet missed
+                os.kill(first.started.pid, signal.SIGKILL)
         return done
 
 

@@ -49,7 +49,7 @@ def test_a_model_with_every_tensor_counted_is_as_large_as_the_one_loaded(
                     todo += thing
                 elif type(thing).__module__.startswith("model.") and hasattr(thing, "__dict__"):
                     todo += vars(thing).values()
-        counted = Needs.of(engine.config, CPU, torch.float32, 64, 512).weights
+        counted = Needs.of(engine.held_config, CPU, torch.float32, 64, 512).weights
         assert counted == pytest.approx(sum(found.values()), rel=0.02)
 
 
@@ -91,7 +91,7 @@ def test_the_kv_pool_leaves_room_for_activations_and_logits(
 ) -> None:
     monkeypatch.setattr(module, "available_bytes", lambda device: 40 << 20)
     with Engine(checkpoint("qwen2"), dtype="float32") as engine:
-        need = Needs.of(engine.config, CPU, torch.float32, 64, 512)
+        need = Needs.of(engine.held_config, CPU, torch.float32, 64, 512)
         left = (40 << 20) - need.activations - need.logits
         assert 0 < engine.stats.kv_bytes <= 0.4 * left
 

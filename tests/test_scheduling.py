@@ -59,6 +59,9 @@ class HistoryRunner:
     def block_bytes(self, block_size: int) -> int:
         return 1
 
+    def capture(self, *_: Any, **__: Any) -> None:
+        raise RuntimeError("a stand-in calls no kernels")
+
     def allocate(
         self, num_blocks: int, block_size: int, max_positions: int, max_batch_size: int
     ) -> None:

@@ -285,6 +285,12 @@ def cut(rows: int, vocab: int, dtype: torch.dtype) -> list[Any]:
     return [logits, heat, top_k, top_p.clamp(max=1), uniform]
 
 
+def smaller_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows take several blocks of several parts, the last of them not in full."""
+    for name, size in (("_BLOCK", 32), ("_PART", 16)):
+        monkeypatch.setitem(triton.draw.__globals__, name, size)
+
+
 def draw_both(logits: torch.Tensor, heat: Any, top_k: Any, top_p: Any, uniform: Any) -> None:
     """Also as if some rows had been without top-k from the start."""
     for limit in (None, top_k):
@@ -297,7 +303,7 @@ def draw_both(logits: torch.Tensor, heat: Any, top_k: Any, top_p: Any, uniform: 
 def test_a_draw_is_that_of_the_full_sort(
     vocab: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(triton.draw.__globals__, "_BLOCK", 32)  # vocabularies are no multiples
+    smaller_blocks(monkeypatch)
     logits, heat, top_k, top_p, uniform = cut(8, vocab, dtype)
     top_k[1], top_k[2], top_k[3], top_k[5] = 1, 0, 3 * vocab, min(3, vocab)
     top_p[2], top_p[3], top_p[4] = 1, 0.001, 1
@@ -339,7 +345,7 @@ def test_rows_of_nan_and_of_minus_infinity_give_tokens_that_exist(top_k: Any) ->
 
 
 def test_a_draw_does_not_depend_on_how_rows_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(triton.draw.__globals__, "_BLOCK", 32)
+    smaller_blocks(monkeypatch)
     logits, *rest = cut(6, 200, torch.bfloat16)
     logits[:3] = logits[:3].clamp(max=2)  # many equal ones, in every part of a row
     tokens = []

@@ -27,6 +27,7 @@ __all__ = [
     "experts",
     "gated_linear",
     "gather",
+    "keeps_mxfp4",
     "linear",
     "pack",
     "pack_experts",
@@ -92,6 +93,12 @@ def gather(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """table [rows, size], ids int64 [tokens], all of them rows → [tokens, size]."""
     out: torch.Tensor = _of(table.device).gather(table, ids)
     return out
+
+
+def keeps_mxfp4(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether MXFP4 experts stay packed on the device; else they become dense as they load."""
+    keeps: bool = _of(device).keeps_mxfp4(dtype)
+    return keeps
 
 
 def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -99,6 +99,11 @@ def gated_linear(
     return swiglu(linear(x, weight, bias), limit, alpha)
 
 
+def keeps_mxfp4(dtype: torch.dtype) -> bool:
+    """Each expert is made dense when it is used."""
+    return True
+
+
 def gather(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """table [rows, size], ids int64 [tokens], all of them rows → [tokens, size]."""
     return table[ids]

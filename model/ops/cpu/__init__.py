@@ -59,6 +59,11 @@ def pack_experts(
     return weights if isinstance(weights, Packed) else plain.pack_experts(weights, dtype)
 
 
+def keeps_mxfp4(dtype: torch.dtype) -> bool:
+    """As ops.keeps_mxfp4."""
+    return dtype == torch.bfloat16 and library() is not None
+
+
 def recorder(dtype: torch.dtype) -> Recorder | None:
     """What records computations of this dtype to be done again; None where it cannot be."""
     return Recorder() if dtype == torch.bfloat16 and library() is not None else None
@@ -109,7 +114,9 @@ def attention(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """As reference.attention."""
-    fits = query.shape[2] <= native.MAX_HEAD_DIM and _native(query, (query.shape[2], 32))
+    _, heads, head_dim = query.shape
+    fits = heads // kv.shape[3] <= native.MAX_GROUP and head_dim <= native.MAX_HEAD_DIM
+    fits = fits and _native(query, (head_dim, 32))
     return (native if fits else _torch(plain)).attention(query, kv, batch, group, sinks)
 
 

@@ -92,7 +92,8 @@ def _share_openmp() -> None:
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.exists() else []
     loaded = {line.split()[-1] for line in lines if Path(line.split()[-1]).name.startswith(names)}
-    ctypes.CDLL(min(loaded) if loaded else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+    own = [path for path in loaded if "torch" in path] or [*loaded, "libgomp.so.1"]
+    ctypes.CDLL(own[0], mode=ctypes.RTLD_GLOBAL)
 
 
 _recorder: "Recorder | None" = None
@@ -146,7 +147,10 @@ class Recorder:
         unused = [0] * (_MOST_ARGUMENTS + 1)
         recorded = b"".join(record.pack(*(c + unused)[: len(unused)]) for c in self._calls)
         count, shape, dtype = len(self._calls), result.shape, result.dtype
-        buffer = next(b for b in self._buffers if _address(b) == result.data_ptr())
+        found = [b for b in self._buffers if _address(b) == result.data_ptr()]
+        if not found:
+            raise RuntimeError("the result is not of the native kernels")
+        buffer = found[0]
         first: torch.Tensor | None = result
 
         def again() -> torch.Tensor:

@@ -213,14 +213,14 @@ __attribute__((noinline)) static void tile_block(const bf16* a, int64_t stride, 
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t k = 0; k < inputs; k += 32) {
+  for (int64_t k = 0; k < inputs; k += 32, a += 32) {
     _tile_loadd(6, panel + k * PANEL, 128);
-    _tile_loadd(4, a + k, stride * 2);
+    _tile_loadd(4, a, stride * 2);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, panel + k * PANEL + 32, 128);
     _tile_dpbf16ps(1, 4, 7);
     if (both) {
-      _tile_loadd(5, a + 16 * stride + k, stride * 2);
+      _tile_loadd(5, a + 16 * stride, stride * 2);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
@@ -392,8 +392,9 @@ static void gated_block(const Weight& weight, int64_t index, const bf16* x, int6
                         int64_t last, Swiglu how, bf16* out, float* c, int64_t& tiles) {
   const int64_t size = weight.outputs / 2, rows = last - first;
   float *gate = c, *up = c + rows * PANEL;
-  rows_times_weight(weight, index, x + first * weight.inputs, rows, gate, tiles);
-  rows_times_weight(weight, index + size / PANEL, x + first * weight.inputs, rows, up, tiles);
+  const bf16* own = x + first * weight.inputs;
+  rows_times_weight(weight, index, own, rows, gate, tiles);
+  rows_times_weight(weight, index + size / PANEL, own, rows, up, tiles);
   for (int64_t r = 0; r < rows; r++)
     for (int64_t v = 0; v < PANEL; v += 16)
       narrow(out + (first + r) * size + index * PANEL + v,
@@ -628,8 +629,7 @@ INLINE void transpose_keys(const bf16* const* rows, int64_t head_dim, bf16* to) 
 }
 
 template <int COUNT>
-INLINE void score_rows(const bf16* const* query, const bf16* keys, int64_t head_dim, float scale,
-                       float* scores) {
+INLINE void score_rows(const bf16* query, const bf16* keys, int64_t head_dim, float* scores) {
   floats acc[COUNT] = {};
   for (int64_t k = 0; k < head_dim; k += 2) {
     ints pairs = load_pairs(keys + k * 16);
@@ -637,11 +637,39 @@ INLINE void score_rows(const bf16* const* query, const bf16* keys, int64_t head_
 #pragma GCC unroll 8
     for (int r = 0; r < COUNT; r++) {
       int32_t pair;
-      memcpy(&pair, query[r] + k, 4);
+      memcpy(&pair, query + r * head_dim + k, 4);
       acc[r] = dot(acc[r], pair - ints{}, pairs);
     }
   }
-  for (int r = 0; r < COUNT; r++) store(scores + r * TILE, acc[r] * scale);
+  for (int r = 0; r < COUNT; r++) store(scores + r * TILE, acc[r]);
+}
+
+// scores [rows, 16 of TILE] of query [rows, head_dim] with 16 transposed keys.
+INLINE void score(const bf16* query, const bf16* keys, int64_t rows, int64_t head_dim,
+                  float* scores, [[maybe_unused]] int64_t& tiles) {
+#if WIDE
+  if (use_amx) {
+    if (tiles != rows) configure_tiles(tiles = rows);
+    _tile_zero(0);
+    _tile_zero(2);
+    for (int64_t k = 0; k < head_dim; k += 32) {
+      _tile_loadd(6, keys + k * 16, 64);
+      _tile_loadd(4, query + k, head_dim * 2);
+      _tile_dpbf16ps(0, 4, 6);
+      if (rows > 16) {
+        _tile_loadd(5, query + 16 * head_dim + k, head_dim * 2);
+        _tile_dpbf16ps(2, 5, 6);
+      }
+    }
+    _tile_stored(0, scores, TILE * 4);
+    if (rows > 16) _tile_stored(2, scores + 16 * TILE, TILE * 4);
+    return;
+  }
+#endif
+  for (int64_t r = 0; r < rows; r += 8)
+    with_constant<8>(std::min<int64_t>(8, rows - r), [&](auto constant) {
+      score_rows<constant.value>(query + r * head_dim, keys, head_dim, scores + r * TILE);
+    });
 }
 
 template <int COUNT, int VECTORS>
@@ -667,8 +695,9 @@ INLINE void mix_rows(const float* shares, const bf16* const* values, int64_t cou
 
 // Turns a row's scores of a tile, of which it may see [from, to), into shares relative to the
 // largest score so far, and brings what was summed before to the same measure.
-INLINE void take_shares(float* row, int64_t count, int64_t from, int64_t to, float& top,
-                        float& total, float* mixed, int64_t head_dim) {
+INLINE void take_shares(float* row, float scale, int64_t count, int64_t from, int64_t to,
+                        float& top, float& total, float* mixed, int64_t head_dim) {
+  for (int64_t i = 0; i < count; i += 16) store(row + i, load(row + i) * scale);
   for (int64_t i = 0; i < std::min(from, count); i++) row[i] = -INFINITY;
   for (int64_t i = std::max<int64_t>(0, to); i < (count + 15) / 16 * 16; i++) row[i] = -INFINITY;
   floats most = load(row);
@@ -708,7 +737,7 @@ struct AttentionSize {
 
 static void attend(const bf16* query, bf16* out, const AttentionItem& item, int64_t before,
                    const AttentionSize& size, const bf16* kv, int64_t kv_half,
-                   const int32_t* table, const bf16* sinks) {
+                   const int32_t* table, const bf16* sinks, int64_t& tiles) {
   const int64_t head_dim = size.head_dim, group = size.heads / size.kv_heads;
   const int64_t rows = (item.last - item.first) * group;  // of one KV head, by token
   const int64_t end = before + item.last, window = size.window;
@@ -721,7 +750,7 @@ static void attend(const bf16* query, bf16* out, const AttentionItem& item, int6
   alignas(64) float scores[MOST_QUERY * TILE];
   alignas(64) float mixed[MOST_MIXED];
   float top[MOST_MIXED / 32], total[MOST_MIXED / 32];
-  const bf16* query_rows[MOST_QUERY];
+  alignas(64) bf16 queries[MOST_QUERY * 256];
   const bf16 *key_rows[TILE], *value_rows[TILE], *part_rows[TILE];
   int64_t offsets[2][TILE];  // of this tile's positions and of the next one's, in a cache
   const auto find = [&](int64_t from, int64_t* to) {
@@ -752,9 +781,9 @@ static void attend(const bf16* query, bf16* out, const AttentionItem& item, int6
     for (int64_t i = count; i < padded; i++) key_rows[i] = key_rows[0];
     for (int64_t own = 0; own < item.kv_heads; own++) {
       const int64_t head = (item.kv_head + own) * group;
-      for (int64_t r = 0; r < rows; r++)
-        query_rows[r] =
-            query + ((item.first + r / group) * size.heads + head + r % group) * head_dim;
+      for (int64_t token = item.first; token < item.last; token++)
+        memcpy(queries + (token - item.first) * group * head_dim,
+               query + (token * size.heads + head) * head_dim, (size_t)(group * head_dim) * 2);
       for (int64_t i = 0; i < count; i += 16) {
         // The pages lie anywhere, which no hardware foresees: values wanted soon, keys later.
         for (int64_t j = i; j < std::min(count, i + 16); j++)
@@ -763,15 +792,11 @@ static void attend(const bf16* query, bf16* out, const AttentionItem& item, int6
           for (int64_t d = 0; d < head_dim; d += 32)
             __builtin_prefetch(kv + next[j] + own * head_dim + d, 0, 2);
         transpose_keys(key_rows + i, head_dim, keys);
-        for (int64_t r = 0; r < rows; r += 8)
-          with_constant<8>(std::min<int64_t>(8, rows - r), [&](auto constant) {
-            score_rows<constant.value>(query_rows + r, keys, head_dim, scale,
-                                       scores + r * TILE + i);
-          });
+        score(queries, keys, rows, head_dim, scores + i, tiles);
       }
       float *own_mixed = mixed + own * rows * head_dim;
       for (int64_t r = 0; r < rows; r++)
-        take_shares(scores + r * TILE, count, window ? ends[r] - window - at : 0, ends[r] - at,
+        take_shares(scores + r * TILE, scale, count, window ? ends[r] - window - at : 0, ends[r] - at,
                     top[own * rows + r], total[own * rows + r], own_mixed + r * head_dim, head_dim);
       for (int64_t part = 0; part < head_dim; part += 32) {
         const bool wide = head_dim - part >= 64;
@@ -823,11 +848,16 @@ static void attention(const bf16* query, const bf16* kv, int64_t kv_half, const 
   if (work * heads * head_dim < 1 << 16) threads = 1;
   const AttentionItem* all = items.data();
   const int64_t count = (int64_t)items.size();
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t i = 0; i < count; i++) {
-    const int64_t s = all[i].sequence, offset = (int64_t)starts[s] * heads * head_dim;
-    attend(query + offset, out + offset, all[i], seen[s] - (starts[s + 1] - starts[s]), size, kv,
-           kv_half, table + s * width, sinks);
+#pragma omp parallel num_threads(threads)
+  {
+    int64_t tiles = 0;
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t s = all[i].sequence, offset = (int64_t)starts[s] * heads * head_dim;
+      attend(query + offset, out + offset, all[i], seen[s] - (starts[s + 1] - starts[s]), size, kv,
+             kv_half, table + s * width, sinks, tiles);
+    }
+    release_tiles(tiles);
   }
 }
 
@@ -919,8 +949,8 @@ static void experts_down(const Weight* experts, int64_t count, const bf16* inner
     for (int64_t i = 0; i < total; i++) {
       const ExpertItem item = items[(size_t)i];
       const int64_t rows = item.last - item.first;
-      rows_times_weight(experts[item.expert], item.panel, inner + item.first * inputs, rows, c,
-                        tiles);
+      rows_times_weight(experts[item.expert], item.panel,
+                        inner + item.first * inputs, rows, c, tiles);
       for (int64_t r = 0; r < rows; r++) {
         const int64_t pair = grouped.pairs[(size_t)(item.first + r)];
         float* to = results + pair * width + item.panel * PANEL;

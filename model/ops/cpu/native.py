@@ -7,6 +7,7 @@ from model.ops.cpu.calls import call, empty
 from model.ops.cpu.packed import Packed
 
 MAX_HEAD_DIM = 256
+MAX_GROUP = 32  # query heads of a KV head
 
 
 def linear(x: torch.Tensor, weight: Packed, bias: torch.Tensor | None) -> torch.Tensor:

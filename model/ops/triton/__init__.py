@@ -7,7 +7,13 @@ they are; the kernels of experts take theirs stacked, and MXFP4 packed.
 import torch
 import torch.nn.functional as F
 
-from model.ops.reference import empty_weight, gather, pack, pack_experts
+from model.ops.reference import (
+    empty_weight,
+    gather,
+    keeps_mxfp4,
+    pack,
+    pack_experts,
+)
 from model.ops.triton.attention import attention
 from model.ops.triton.draw import draw
 from model.ops.triton.experts import experts
@@ -23,6 +29,7 @@ __all__ = [
     "experts",
     "gated_linear",
     "gather",
+    "keeps_mxfp4",
     "linear",
     "pack",
     "pack_experts",
