@@ -131,13 +131,7 @@ class Sampler:
         heat, top_p = self._heat_and_top_p[rows].unbind(1)
         top_k, seeds = self._top_k_and_seed[rows].unbind(1)
         uniform = keyed_uniform(seeds, positions.long())
-        return ops.draw(
-            logits,
-            heat.contiguous(),
-            top_k.contiguous() if by_count else None,
-            top_p.contiguous(),
-            uniform,
-        )
+        return ops.draw(logits, heat, top_k if by_count else None, top_p, uniform)
 
 
 def _likeliest(logits: torch.Tensor) -> torch.Tensor:

@@ -279,7 +279,9 @@ def draw(
     uniform: torch.Tensor,
 ) -> torch.Tensor:
     """As `reference.draw`, for vocabularies of up to a million tokens."""
-    logits = logits.contiguous()
+    logits, heat, top_p = logits.contiguous(), heat.contiguous(), top_p.contiguous()
+    top_k = None if top_k is None else top_k.contiguous()
+    uniform = uniform.contiguous()
     rows, vocab = logits.shape
     tokens = logits.new_empty(rows, dtype=torch.int64)
     if not rows:
