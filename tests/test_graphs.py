@@ -3,6 +3,7 @@
 In place of a GPU's graphs stands a function that computes over the same buffers again.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import Engine, EngineError, Request, SamplingParams
+from engine import Engine, EngineError, EngineStats, Request, SamplingParams
 from engine.graphs import Capture, Compute, sizes
 from engine.kv_cache import NULL_BLOCK
 from model.batch import ForwardBatch
@@ -114,21 +115,40 @@ def test_a_step_that_cannot_be_captured_is_said_and_run_without(
         raise RuntimeError("operation not permitted when stream is capturing")
 
     engine = Engine(checkpoint("qwen2"), kv_memory=8 << 20, notice=said.append)
-    engine._make_capture = lambda: capture
+    engine._make_capture = lambda stats: capture
     with engine:
         (done,) = engine.generate([Request([1, 2], SamplingParams(max_new_tokens=4))])
     assert len(done.token_ids) == 4
     assert said == [
         "decode steps are not replayed as graphs: operation not permitted when stream is capturing"
     ]
-    assert engine.stats.capture_s > 0
 
     def full(compute: Compute) -> Compute:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    engine._make_capture = lambda: full
+    engine._make_capture = lambda stats: full
     with pytest.raises(EngineError, match="out of memory while the model was loaded"):
         engine.warm_up()
+
+
+def test_times_of_loading_compiling_and_capturing_are_told_apart(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    def capturing(stats: EngineStats) -> Capture:
+        def capture(compute: Compute) -> Compute:
+            stats.compile_s += 1000.0  # as said by the capture, which alone can know
+            time.sleep(0.01)
+            return compute
+
+        return capture
+
+    engine = Engine(checkpoint("qwen2"), kv_memory=8 << 20, max_batch_size=2)
+    engine._make_capture = capturing
+    with engine:
+        stats = engine.stats
+    assert stats.compile_s == 2000
+    assert 0.02 <= stats.capture_s + 2000 < stats.warm_up_s
+    assert 0 < stats.load_s < stats.warm_up_s
 
 
 class NoQuestions(TorchDispatchMode):

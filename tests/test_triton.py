@@ -1,6 +1,7 @@
 """The Triton kernels without a GPU: their numbers in the interpreter, their code by compiling."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,13 @@ def test_kernels_equal_their_references_in_the_interpreter() -> None:
 
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx950", "gfx1201")
+
+
+def test_nothing_is_tuned_while_a_job_runs() -> None:
+    """Tiles come from the table; neither Triton's tuner nor torch's is ever asked."""
+    sources = [p for folder in ("model", "engine", "getp") for p in (ROOT / folder).rglob("*.py")]
+    tuners = re.compile(r"autotune|cudnn\.benchmark|tunable|torch\.compile")
+    assert [p for p in sources if tuners.search(p.read_text())] == []
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
