@@ -12,7 +12,6 @@ from model import ops
 from model.ops import reference
 
 ROOT = Path(__file__).resolve().parent.parent
-FULL = "GETP_TEST_ALL_KERNELS"  # set: every kernel for every model and target, not a selection
 
 
 def test_without_triton_gpus_run_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,11 +50,16 @@ def test_nothing_is_tuned_while_a_job_runs() -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_compile_and_fit_their_targets(architecture: str) -> None:
     pytest.importorskip("triton")
+    from model.ops.triton.tiles import TILES
     from tests.triton_compiler import LIMITS, compile_launch, launches
 
     chosen = launches(architecture)
-    if FULL not in os.environ:  # of each kernel the last: the largest tiles
-        chosen = list({x.kernel.__name__: x for x in chosen}.values())
+    experts = [dict(x.constants) for x in chosen if x.kernel.__name__ == "_gate_up"]
+    assert {(x["PACKED"], x["BLOCK_M"]) for x in experts} == {
+        (packed, tile.m)
+        for packed, choices in enumerate((TILES[architecture].experts, TILES[architecture].mxfp4))
+        for tile in choices
+    }
     for launch in chosen:
         compiled = compile_launch(launch, architecture)
         assert compiled.shared <= LIMITS[architecture], f"{launch}: {compiled.shared} bytes"

@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from model import ModelConfig
 from model.batch import ForwardBatch, GroupTables
+from model.families import parse_config
 from model.ops import reference
 from model.ops import triton as ops
 from model.ops.triton import fused, tiles
@@ -37,8 +38,30 @@ LIMITS = {
     "gfx950": 160 << 10,
     "gfx1201": 64 << 10,
 }
-MODELS = ("gpt-oss-20b", "qwen3-0.6b", "llama-3-8b", "qwen2-0.5b")
-ROWS = (1, 64, 512, 4096)
+# Qwen3-30B-A3B: experts without biases and with plain SwiGLU, many of them.
+_QWEN3_MOE = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151_936,
+    "max_position_embeddings": 40_960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "torch_dtype": "bfloat16",
+}
+CONFIGS = (
+    *map(named_config, ("gpt-oss-20b", "qwen3-0.6b", "llama-3-8b", "qwen2-0.5b")),
+    parse_config(_QWEN3_MOE, "qwen3-30b-a3b"),
+)
+ROWS = (1, 32, 64, 512, 4096)  # of each choice by the number of rows at least one
 _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -82,8 +105,8 @@ def target(architecture: str) -> GPUTarget:
     return GPUTarget("hip", architecture, 32 if architecture.startswith("gfx1") else 64)
 
 
-def launches(architecture: str, models: tuple[str, ...] = MODELS) -> list[Launch]:
-    """Every different launch of the models' layers at the sizes of ROWS."""
+def launches(architecture: str) -> list[Launch]:
+    """Every different launch of the layers of CONFIGS at the sizes of ROWS."""
     found: dict[Launch, None] = {}
 
     def record(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kw: Any) -> None:
@@ -97,8 +120,7 @@ def launches(architecture: str, models: tuple[str, ...] = MODELS) -> list[Launch
         patch("model.ops.triton.draw.processors", lambda device: 132),
         patch("model.ops.triton.fused.tiles", lambda device: own),
     ):
-        for model in models:
-            config = named_config(model)
+        for config in CONFIGS:
             for rows in ROWS:
                 for call in _calls(config, rows):
                     call()

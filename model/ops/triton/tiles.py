@@ -4,7 +4,7 @@ Rows are chosen by hand from what a target's shared memory and registers hold; n
 while a job runs. An architecture that is not listed uses the smallest tiles.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -49,12 +49,17 @@ _HOPPER = Tiles(
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
     mxfp4=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
 )
+_BLACKWELL = replace(  # with 64 of k, 128 experts without a limit spilled
+    _HOPPER,
+    experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 128, 4, 2), Tile(128, 128, 64, 8, 3)),
+)
 _AMPERE = Tiles(
     decode=Tile(16, 64, 0, 4, 4),
     prefill=Tile(64, 64, 0, 4, 4),
     prefill_wide=Tile(128, 32, 0, 8, 4),
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)),
     mxfp4=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)),
+    fused=Tile(16, 32, 64, 4, 3),
 )
 _CDNA = Tiles(
     decode=Tile(16, 64, 0, 4, 2),
@@ -75,7 +80,7 @@ _SMALL = Tiles(
 TILES: dict[str, Tiles] = {
     "sm_80": _AMPERE,
     "sm_90": _HOPPER,
-    "sm_100": _HOPPER,
+    "sm_100": _BLACKWELL,
     "gfx90a": _CDNA,
     "gfx942": _CDNA,
     "gfx950": _CDNA,
