@@ -24,7 +24,7 @@ from model.batch import ForwardBatch, GroupTables
 from model.families import parse_config
 from model.ops import reference
 from model.ops import triton as ops
-from model.ops.triton import fused, tiles
+from model.ops.triton import tiles
 from model.ops.triton.norm import swiglu
 from model.shapes import named_config
 
@@ -112,7 +112,7 @@ def launches(architecture: str) -> list[Launch]:
     def record(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kw: Any) -> None:
         found[_launch(kernel, args, kw)] = None
 
-    own = replace(tiles.TILES[architecture], fused_rows=64)
+    own = replace(tiles.TILES[architecture], fused_qkv=64, fused_mlp=64)
     with (
         patch.object(JITFunction, "run", record),
         patch.object(tiles, "architecture", lambda device: architecture),
@@ -181,10 +181,13 @@ def _calls(config: ModelConfig, rows: int) -> Iterator[Callable[[], Any]]:
             yield partial(ops.attention, tokens, kv, batch, tables, sinks)
     if config.moe is None:
         size = config.intermediate_size
-        gate_up, weights = _empty(rows, 2 * size), (_empty(2 * size, hidden), _empty(hidden, size))
+        gate_up, up, down = _empty(rows, 2 * size), _empty(2 * size, hidden), _empty(hidden, size)
         yield lambda: swiglu(gate_up, None, 1.0)
-        yield lambda: fused.norm_linear(x, x, norm, 1e-5, weights[0], None)
-        yield lambda: fused.norm_mlp(x, x, norm, 1e-5, *weights)
+        width = (heads + 2 * config.num_kv_heads) * dim
+        for out, bias in ((width, config.qkv_bias), (2 * size, config.mlp_bias)):
+            column = _empty(out) if bias else None
+            yield partial(ops.norm_qkv, x, x, norm, 1e-5, _empty(out, hidden), column)
+        yield lambda: ops.norm_mlp(x, x, norm, 1e-5, up, None, down, None)
         return
     moe, limit, alpha = config.moe, config.swiglu_limit, config.swiglu_alpha
     count, size = moe.num_experts, moe.intermediate_size
@@ -194,8 +197,10 @@ def _calls(config: ModelConfig, rows: int) -> Iterator[Callable[[], Any]]:
     shares = _empty(rows, moe.top_k, dtype=torch.float32)
     biases = (_empty(count, 2 * size), _empty(count, hidden)) if moe.biases else (None, None)
     dense = (_empty(count, 2 * size, hidden), _empty(count, hidden, size))
-    for up, down in (dense, (_packed(dense[0]), _packed(dense[1]))):
-        yield partial(ops.experts, x, chosen, shares, up, biases[0], down, biases[1], limit, alpha)
+    for first, second in (dense, (_packed(dense[0]), _packed(dense[1]))):
+        yield partial(
+            ops.experts, x, chosen, shares, first, biases[0], second, biases[1], limit, alpha
+        )
 
 
 def _packed(weight: torch.Tensor) -> reference.Mxfp4:

@@ -4,7 +4,9 @@ Not collected by itself: TRITON_INTERPRET must be set before Triton is imported,
 test_triton.py runs this file in a process of its own.
 """
 
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from model.ops.triton import fused as fused_ops
 from model.ops.triton import grouping, tiles
 from model.ops.triton.norm import swiglu
 from model.ops.triton.tiles import Tile
-from tests.checkpoints import quantize_mxfp4
+from tests.checkpoints import quantize_mxfp4, write_checkpoint
 from tests.test_end_to_end import DATA
 from tests.test_ops import paged, rand
 from tokenizer import Tokenizer
@@ -226,26 +228,76 @@ def test_every_code_and_scale_of_mxfp4_is_unpacked_exactly() -> None:
         assert torch.equal(found, down.dense(torch.float32)[0].T * dense[0])
 
 
-@pytest.mark.parametrize("rows", [1, 17])
-@pytest.mark.parametrize("fused", [False, True])
-def test_norm_with_linear_and_with_mlp(
-    rows: int, fused: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own = replace(tiles.tiles(torch.device("cpu")), fused_rows=64 if fused else 0)
+def fuse(monkeypatch: pytest.MonkeyPatch, **limits: Any) -> None:
+    """Up to how many rows norms are in one kernel with what follows, as if it had been measured."""
+    own = replace(tiles.tiles(torch.device("cpu")), **limits)
     monkeypatch.setattr(fused_ops, "tiles", lambda device: own)
+
+
+@pytest.mark.parametrize("rows", [1, 17])
+def test_norm_with_linear_and_with_mlp(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     size, inner = 112, 144
     x, delta, norm = rand(rows, size), rand(rows, size, seed=1), rand(size, seed=2)
     weight, bias = rand(80, size, seed=3) * 0.2, rand(80, seed=4)
     expected_sum, normed = reference.add_rms_norm(x, delta, norm, 1e-5)
+    fuse(monkeypatch, fused_qkv=17)
     for column in (None, bias):
-        summed, out = fused_ops.norm_linear(x, delta, norm, 1e-5, weight, column)
-        assert torch.equal(summed, expected_sum)
-        close(out, reference.linear(normed, weight, column), 3)
+        found = triton.norm_qkv(x, delta, norm, 1e-5, weight, column)
+        assert found is not None
+        assert torch.equal(found[0], expected_sum)
+        close(found[1], reference.linear(normed, weight, column), 3)
     gate_up, down = rand(2 * inner, size, seed=5) * 0.2, rand(size, inner, seed=6) * 0.2
-    summed, out = fused_ops.norm_mlp(x, delta, norm, 1e-5, gate_up, down)
-    assert torch.equal(summed, expected_sum)
-    inside = reference.swiglu(reference.linear(normed, gate_up, None), None, 1.0)
-    close(out, reference.linear(inside, down, None), 5)
+    for limit in ("fused_gate_up", "fused_mlp"):
+        fuse(monkeypatch, **{limit: 17})
+        for up_bias, down_bias in ((None, None), (rand(2 * inner, seed=7), rand(size, seed=8))):
+            found = triton.norm_mlp(x, delta, norm, 1e-5, gate_up, up_bias, down, down_bias)
+            if up_bias is not None and limit == "fused_mlp":
+                assert found is None  # the kernel takes none
+                continue
+            assert found is not None
+            assert torch.equal(found[0], expected_sum)
+            inside = reference.swiglu(reference.linear(normed, gate_up, up_bias), None, 1.0)
+            close(found[1], reference.linear(inside, down, down_bias), 5)
+
+
+def test_nothing_is_fused_beyond_its_limit_nor_where_nobody_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, norm, weight = rand(5, 32), rand(32), rand(64, 32)
+    rest = norm, 1e-5, weight, None
+    assert triton.norm_qkv(x, x, *rest) is None
+    assert triton.norm_mlp(x, x, *rest, weight[:32], None) is None
+    fuse(monkeypatch, fused_qkv=4, fused_gate_up=4, fused_mlp=4)
+    assert triton.norm_qkv(x, x, *rest) is None
+    assert triton.norm_mlp(x, x, *rest, weight[:32], None) is None
+    for delta in (None, x):  # before the first layer there is nothing to add
+        assert (triton.norm_qkv(x[:4], delta, *rest) is None) == (delta is None)
+
+
+def test_a_model_with_its_norms_fused_gives_the_same_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+    for name in ("_linear", "_mlp"):
+        original = getattr(fused_ops, name)
+
+        def counted(*arguments: Any, name: str = name, original: Any = original) -> Any:
+            called.append(name)
+            return original(*arguments)
+
+        monkeypatch.setattr(fused_ops, name, counted)
+    checkpoint = write_checkpoint(tmp_path / "qwen2", "qwen2")
+    fuse(monkeypatch, fused_qkv=4, fused_mlp=4)
+    requests = [Request([5, 6, 7], SamplingParams(max_new_tokens=3, ignore_eos=True))]
+    tokens = []
+    for kernels in (cpu, triton):
+        monkeypatch.setitem(ops._BY_DEVICE, "cpu", kernels)
+        with Engine(checkpoint, dtype="float32", kv_memory=1 << 20) as engine:
+            tokens.append([c.token_ids for c in engine.generate(requests)])
+            layers = len(engine.config.layers)
+    assert tokens[0] == tokens[1]
+    # Of the three steps' layers, the first has a norm of the embedding alone.
+    assert Counter(called) == {"_linear": 3 * (layers - 1), "_mlp": 3 * layers}
 
 
 def test_results_do_not_depend_on_the_batch() -> None:

@@ -29,6 +29,8 @@ __all__ = [
     "gather",
     "keeps_mxfp4",
     "linear",
+    "norm_mlp",
+    "norm_qkv",
     "pack",
     "pack_experts",
     "recorder",
@@ -113,6 +115,41 @@ def add_rms_norm(
     """x and delta [tokens, size] → (their sum, its RMSNorm); without a delta the sum is x."""
     summed, normed = _of(x.device).add_rms_norm(x, delta, weight, eps)
     return summed, normed
+
+
+def norm_qkv(
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    norm: torch.Tensor,
+    eps: float,
+    weight: Weight,
+    bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """`add_rms_norm`, then `linear` → (the sum, the linear), where one kernel does both faster.
+
+    None where none does: then it is to be done in steps.
+    """
+    found: tuple[torch.Tensor, torch.Tensor] | None = _of(x.device).norm_qkv(
+        x, delta, norm, eps, weight, bias
+    )
+    return found
+
+
+def norm_mlp(
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    norm: torch.Tensor,
+    eps: float,
+    gate_up: Weight,
+    gate_up_bias: torch.Tensor | None,
+    down: Weight,
+    down_bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """`add_rms_norm`, then plain `gated_linear` and `linear`; → (the sum, the MLP), as norm_qkv."""
+    found: tuple[torch.Tensor, torch.Tensor] | None = _of(x.device).norm_mlp(
+        x, delta, norm, eps, gate_up, gate_up_bias, down, down_bias
+    )
+    return found
 
 
 def rotate_and_write(

@@ -17,6 +17,7 @@ from model.ops.reference import (
 from model.ops.triton.attention import attention
 from model.ops.triton.draw import draw
 from model.ops.triton.experts import experts
+from model.ops.triton.fused import norm_mlp, norm_qkv
 from model.ops.triton.norm import add_rms_norm, swiglu
 from model.ops.triton.rotary import rotate_and_write
 from model.ops.triton.route import route
@@ -31,6 +32,8 @@ __all__ = [
     "gather",
     "keeps_mxfp4",
     "linear",
+    "norm_mlp",
+    "norm_qkv",
     "pack",
     "pack_experts",
     "rotate_and_write",

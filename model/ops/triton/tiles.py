@@ -39,7 +39,11 @@ class Tiles:
     experts: tuple[Tile, ...]  # by rising m: the first that holds an expert's mean rows is used
     mxfp4: tuple[Tile, ...]  # the same for packed weights
     fused: Tile = Tile(16, 32, 128, 4, 3)  # norm with linear or MLP; m is not used
-    fused_rows: int = 0  # up to this many rows norms and MLPs are fused; 0: not measured
+    # Up to how many rows (64 at most) a norm and what follows are one kernel, where `gpu.py
+    # --section fusions` found that faster; 0: not measured.
+    fused_qkv: int = 0
+    fused_gate_up: int = 0
+    fused_mlp: int = 0
 
 
 _HOPPER = Tiles(
