@@ -69,6 +69,7 @@ def _compare(comparisons: Callable[[torch.dtype], Iterator[Comparison]]) -> Iter
         name = "none"
         try:
             for name, found, expected in comparisons(dtype):
+                print(f"{name}, {dtype}", file=sys.stderr, flush=True)  # where it hangs, if it does
                 error = (found.float() - expected.float()).abs().max()
                 error /= expected.float().abs().max().clamp(min=1e-6)
                 right = float(error) <= _TOLERANCE[dtype]  # NaN is an error too
@@ -237,6 +238,7 @@ def check_parity() -> Iterator[str | None]:
     requests = [Request(prompt, params, i) for i, prompt in enumerate(prompts)]
     with tempfile.TemporaryDirectory() as folder:
         for name in ("mxfp4", *FAMILIES):
+            print(name, file=sys.stderr, flush=True)
             path, tokens = Path(folder) / name, list[Any]()
             try:
                 if name == "mxfp4":

@@ -96,7 +96,9 @@ def test_results_are_shown_and_kept_section_by_section(
     assert all(f"of {name}" in "".join(shown) for name in ("limits", "check-norms", "nano"))
 
 
-def test_a_check_tells_all_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_tells_all_that_is_wrong_and_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def comparisons(dtype: torch.dtype) -> Iterator[gpu_checks.Comparison]:
         ones = torch.ones(3, dtype=dtype)
         yield "first", ones * 2, ones
@@ -117,6 +119,7 @@ def test_a_check_tells_all_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> Non
         "first, torch.float32: off by 1.0e+00 of the most",
         "third, torch.float32: off by nan of the most",
     ]
+    assert capsys.readouterr().err.splitlines()[-1] == "third, torch.float32"
 
 
 def test_a_section_that_hangs_is_stopped_and_one_that_fails_says_why(

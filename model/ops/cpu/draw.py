@@ -15,7 +15,7 @@ def draw(
     top_p: torch.Tensor,
     uniform: torch.Tensor,
 ) -> torch.Tensor:
-    """As `reference.draw`."""
+    """As `reference.draw`, but for the order of equal logits, which is that of `topk`."""
     column, top_k = heat.unsqueeze(1), reference.counts_kept(logits, top_k)
     total = (logits.float() / column).logsumexp(-1, keepdim=True)
     values, ids = logits.topk(min(_CANDIDATES, logits.shape[1]), dim=-1)
