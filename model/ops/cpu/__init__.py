@@ -158,8 +158,9 @@ def experts(
 ) -> torch.Tensor:
     """As reference.experts."""
     if isinstance(gate_up, Packed) and isinstance(down, Packed):
-        inner = native.experts_up(x, chosen, gate_up, gate_up_bias, limit, alpha)
-        return native.experts_down(inner, chosen, weights, down, down_bias)
+        return native.experts(
+            x, chosen, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha
+        )
     assert not isinstance(gate_up, Packed)  # both are, or neither
     assert not isinstance(down, Packed)
     return _torch(plain).experts(

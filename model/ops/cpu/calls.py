@@ -24,7 +24,7 @@ LEVELS = ("none", "avx2", "avx512", "amx")
 with BF16, and that with AMX."""
 
 _Pointer, _Int, _Flag, _Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-# In the order of `Op` in kernels.cpp.
+# The first ones are numbered as in kernels.cpp's getp_replay.
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "linear": (*[_Pointer] * 2, _Int, _Pointer, _Flag),
     "gated_linear": (*[_Pointer] * 2, _Int, _Flag, *[_Float] * 2, _Pointer, _Flag),
@@ -37,10 +37,10 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
         *[_Pointer] * 2, _Int, _Pointer, _Int, *[_Pointer] * 3, *[_Int] * 6, _Pointer, _Flag,
     ),
     "route": (_Pointer, *[_Int] * 3, *[_Flag] * 2, *[_Pointer] * 2),
-    "experts_up": (
-        _Pointer, _Int, _Pointer, _Int, _Pointer, _Int, _Flag, *[_Float] * 2, _Pointer, _Flag,
+    "experts": (
+        *[_Pointer] * 2, _Int, _Pointer, _Int, *[_Pointer] * 2, _Int, _Flag, *[_Float] * 2,
+        _Pointer, _Flag,
     ),
-    "experts_down": (_Pointer, _Int, _Pointer, _Int, *[_Pointer] * 2, _Int, _Pointer, _Flag),
     "pack": (_Pointer, _Int, _Int, _Int, _Pointer, _Int, _Int, _Flag),
     "pack_mxfp4": (*[_Pointer] * 2, *[_Int] * 3, *[_Pointer] * 2, _Int, _Flag),
 }  # fmt: skip

@@ -151,17 +151,11 @@ void getp_route(const bf16* logits, int64_t rows, int64_t experts, int64_t top_k
   CALL(route, logits, rows, experts, top_k, after != 0, normalize != 0, chosen, weights);
 }
 
-void getp_experts_up(const Weight* experts, int64_t count, const bf16* x, int64_t tokens,
-                     const int64_t* chosen, int64_t top_k, int clamped, float limit, float alpha,
-                     bf16* inner, int threads) {
-  CALL(experts_up, experts, count, x, tokens, chosen, top_k,
-       Swiglu{clamped != 0, limit, alpha}, inner, threads);
-}
-
-void getp_experts_down(const Weight* experts, int64_t count, const bf16* inner, int64_t tokens,
-                       const int64_t* chosen, const float* weights, int64_t top_k, bf16* out,
-                       int threads) {
-  CALL(experts_down, experts, count, inner, tokens, chosen, weights, top_k, out, threads);
+void getp_experts(const Weight* ups, const Weight* downs, int64_t count, const bf16* x,
+                  int64_t tokens, const int64_t* chosen, const float* weights, int64_t top_k,
+                  int clamped, float limit, float alpha, bf16* out, int threads) {
+  CALL(experts, ups, downs, count, x, tokens, chosen, weights, top_k,
+       Swiglu{clamped != 0, limit, alpha}, out, threads);
 }
 
 void getp_gather(const uint8_t* table, int64_t bytes, const int64_t* ids, int64_t count,
@@ -211,8 +205,7 @@ extern "C" void getp_replay(const Call* calls, int64_t count) {
       case 4: apply(getp_rotate_and_write, a); break;
       case 5: apply(getp_attention, a); break;
       case 6: apply(getp_route, a); break;
-      case 7: apply(getp_experts_up, a); break;
-      case 8: apply(getp_experts_down, a); break;
+      case 7: apply(getp_experts, a); break;
     }
   }
 }

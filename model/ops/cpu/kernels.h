@@ -177,64 +177,6 @@ __attribute__((noinline)) static void dot_block(const bf16* a, int64_t stride, i
 }
 
 #if WIDE
-struct TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes_a_row[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// Tiles 0 to 3 hold sums, 4 and 5 rows of a, 6 and 7 the panel's two halves.
-INLINE void configure_tiles(int64_t count) {
-  TileConfig config;
-  const uint8_t first = (uint8_t)std::min<int64_t>(count, 16);
-  const uint8_t second = count > 16 ? (uint8_t)(count - 16) : first;
-  for (int tile = 0; tile < 8; tile++) config.bytes_a_row[tile] = 64;
-  config.rows[0] = config.rows[1] = config.rows[4] = first;
-  config.rows[2] = config.rows[3] = config.rows[5] = second;
-  config.rows[6] = config.rows[7] = 16;
-  _tile_loadconfig(&config);
-}
-
-// As dot_block, for tiles that are configured for `count` of at most 32 rows.
-__attribute__((noinline)) static void tile_block(const bf16* a, int64_t stride, int64_t count,
-                                                 const bf16* panel, int64_t inputs, float* c,
-                                                 bool more) {
-  const bool both = count > 16;
-  if (more) {
-    _tile_loadd(0, c, 128);
-    _tile_loadd(1, c + 16, 128);
-    if (both) {
-      _tile_loadd(2, c + 16 * PANEL, 128);
-      _tile_loadd(3, c + 16 * PANEL + 16, 128);
-    }
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  for (int64_t k = 0; k < inputs; k += 32, a += 32) {
-    _tile_loadd(6, panel + k * PANEL, 128);
-    _tile_loadd(4, a, stride * 2);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, panel + k * PANEL + 32, 128);
-    _tile_dpbf16ps(1, 4, 7);
-    if (both) {
-      _tile_loadd(5, a + 16 * stride, stride * 2);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-  _tile_stored(0, c, 128);
-  _tile_stored(1, c + 16, 128);
-  if (both) {
-    _tile_stored(2, c + 16 * PANEL, 128);
-    _tile_stored(3, c + 16 * PANEL + 16, 128);
-  }
-}
-#endif
-
-#if WIDE
 // The sixteen values of FP4 E2M1 as bf16, twice: a look-up takes the low five bits of its index.
 // Zero is 2^-60: next to any other value nil, and its exponent has room for a scale to be added.
 alignas(64) static const uint16_t FP4[32] = {
@@ -244,51 +186,145 @@ alignas(64) static const uint16_t FP4[32] = {
     0xa180, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0};
 #endif
 
-// A panel of MXFP4 as bf16. Scales are added to the exponents, which stay in bf16's range: small
-// scales are raised in pack_mxfp4, large ones refused in native.py.
-static void unpack(const uint8_t* codes, const uint8_t* scales, int64_t inputs, bf16* panel) {
+// A panel's 32 inputs from MXFP4 to bf16. Scales are added to the exponents, which stay in bf16's
+// range: small scales are raised in pack_mxfp4, large ones refused in packed.py.
+INLINE void unpack_group(const uint8_t* codes, const uint8_t* scales, bf16* to) {
 #if WIDE
   const __m512i table = _mm512_load_si512(FP4);
-  for (int64_t k = 0; k < inputs; k += GROUP) {
-    __m512i shift[2];
-    for (int half = 0; half < 2; half++) {
-      const __m512i wide =
-          _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(scales + k + half * 16)));
-      const __m512i exponent = _mm512_and_si512(
-          _mm512_slli_epi32(_mm512_sub_epi32(wide, _mm512_set1_epi32(127)), 7),
-          _mm512_set1_epi32(0xffff));
-      shift[half] = _mm512_or_si512(exponent, _mm512_slli_epi32(exponent, 16));
-    }
-    for (int unit = 0; unit < 8; unit++) {
-      __m512i words = _mm512_loadu_si512(codes + k * 16 + unit * 64);
-      __builtin_prefetch(codes + k * 16 + unit * 64 + 4096);
-      for (int i = 0; i < 4; i++) {
-        const __m512i value = _mm512_permutexvar_epi16(words, table);
-        _mm512_storeu_si512(panel + (k + unit * 4) * PANEL + i * 32,
-                            _mm512_add_epi16(value, shift[i & 1]));
-        words = _mm512_srli_epi16(words, 4);
-      }
+  __m512i shift[2];
+  for (int half = 0; half < 2; half++) {
+    const __m512i wide =
+        _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(scales + half * 16)));
+    const __m512i exponent =
+        _mm512_and_si512(_mm512_slli_epi32(_mm512_sub_epi32(wide, _mm512_set1_epi32(127)), 7),
+                         _mm512_set1_epi32(0xffff));
+    shift[half] = _mm512_or_si512(exponent, _mm512_slli_epi32(exponent, 16));
+  }
+#pragma GCC unroll 8
+  for (int unit = 0; unit < 8; unit++) {
+    __m512i words = _mm512_loadu_si512(codes + unit * 64);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      const __m512i value = _mm512_permutexvar_epi16(words, table);
+      _mm512_storeu_si512(to + (unit * 4 + i) * 32, _mm512_add_epi16(value, shift[i & 1]));
+      words = _mm512_srli_epi16(words, 4);
     }
   }
 #else
   static const uint16_t magnitudes[8] = {0x0000, 0x3f00, 0x3f80, 0x3fc0,
                                          0x4000, 0x4040, 0x4080, 0x40c0};
-  for (int64_t k = 0; k < inputs; k += GROUP) {
-    for (int unit = 0; unit < 8; unit++) {
-      const uint16_t* words = (const uint16_t*)(codes + k * 16 + unit * 64);
-      for (int i = 0; i < 4; i++) {
-        bf16* to = panel + (k + unit * 4) * PANEL + i * 32;
-        for (int lane = 0; lane < 32; lane++) {
-          const int code = words[lane] >> (4 * i) & 15;
-          const int shift = (int)scales[k + (i & 1) * 16 + lane / 2] - 127;
-          const int value = magnitudes[code & 7] + (code & 7 ? shift * 128 : 0);
-          to[lane] = (bf16)(value | (code & 8) << 12);
-        }
+  for (int unit = 0; unit < 8; unit++) {
+    const uint16_t* words = (const uint16_t*)(codes + unit * 64);
+    for (int i = 0; i < 4; i++) {
+      bf16* out = to + (unit * 4 + i) * 32;
+      for (int lane = 0; lane < 32; lane++) {
+        const int code = words[lane] >> (4 * i) & 15;
+        const int shift = (int)scales[(i & 1) * 16 + lane / 2] - 127;
+        const int value = magnitudes[code & 7] + (code & 7 ? shift * 128 : 0);
+        out[lane] = (bf16)(value | (code & 8) << 12);
       }
     }
   }
 #endif
 }
+
+#if WIDE
+struct TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes_a_row[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Tiles 0 to 3 hold sums, 4 and 5 rows of a, 6 and 7 the panel's two halves.
+INLINE void configure_tiles(int64_t rows) {
+  TileConfig config;
+  for (int tile = 0; tile < 8; tile++) {
+    config.bytes_a_row[tile] = 64;
+    config.rows[tile] = tile < 6 ? (uint8_t)rows : 16;
+  }
+  asm volatile("" : : "r"(&config) : "memory");  // the intrinsic does not say that it reads it
+  _tile_loadconfig(&config);
+}
+
+// Up to 16 rows as the tiles load them: `stride` values from row to row, `step` from 32 inputs to
+// the next.
+struct TileRows {
+  const bf16* data;
+  int64_t stride, step;
+};
+
+// What is wanted soon: `lines` cache lines of it are fetched each 32 inputs. All at once, as many as
+// a core can wait for would keep the others, and the loads that follow, waiting.
+struct Ahead {
+  const char* at;
+  int64_t lines;
+};
+
+// c [32, 32], or what is more of it: two tiles' rows (or one's: `second.data` null) times a panel
+// of bf16, or of MXFP4's codes with their scales, unpacked one group ahead. Intel's intrinsics do not
+// say what memory the tiles are loaded from: barriers keep stores before them.
+template <bool MXFP4>
+__attribute__((noinline)) static void tile_block(const TileRows first, const TileRows second,
+                                                 const void* data, const uint8_t* scales,
+                                                 int64_t inputs, float* c, bool more,
+                                                 Ahead& ahead) {
+  const bf16* panel = (const bf16*)data;
+  const uint8_t* codes = (const uint8_t*)data;
+  alignas(64) bf16 unpacked[MXFP4 ? 4 * GROUP * PANEL : 1];
+  if (MXFP4) unpack_group(codes, scales, unpacked);
+  asm volatile("" : : : "memory");
+  const bf16 *a = first.data, *b = second.data;
+  if (more) {
+    _tile_loadd(0, c, 128);
+    _tile_loadd(1, c + 16, 128);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+  }
+  if (b && more) {
+    _tile_loadd(2, c + 16 * PANEL, 128);
+    _tile_loadd(3, c + 16 * PANEL + 16, 128);
+  } else if (b) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  const char* wanted = ahead.at;
+  for (int64_t k = 0; k < inputs; k += 32) {
+    for (int64_t line = 0; line < ahead.lines; line++, wanted += 64)
+      __builtin_prefetch(wanted, 0, 2);
+    if (MXFP4) {
+      panel = unpacked + k % (4 * GROUP) * PANEL;
+      const int64_t next = std::min(k + GROUP, inputs - GROUP);
+      unpack_group(codes + next * PANEL / 2, scales + next,
+                   unpacked + (k + GROUP) % (4 * GROUP) * PANEL);
+      asm volatile("" : : : "memory");
+    } else {
+      panel = (const bf16*)data + k * PANEL;
+    }
+    _tile_loadd(6, panel, 128);
+    _tile_loadd(4, a, first.stride * 2);
+    a += first.step;
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, panel + 32, 128);
+    _tile_dpbf16ps(1, 4, 7);
+    if (b) {
+      _tile_loadd(5, b, second.stride * 2);
+      b += second.step;
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    // A store now and then: the first after a while without any takes a thousand cycles.
+    if (k / 32 % 8 == 7) _tile_stored(0, c, 128);
+  }
+  ahead.at = wanted;
+  _tile_stored(0, c, 128);
+  _tile_stored(1, c + 16, 128);
+  if (b) {
+    _tile_stored(2, c + 16 * PANEL, 128);
+    _tile_stored(3, c + 16 * PANEL + 16, 128);
+  }
+}
+#endif
 
 // Memory of a thread's own, kept from call to call.
 template <typename T>
@@ -298,41 +334,94 @@ INLINE T* scratch_for(int64_t values) {
   return (T*)(((uintptr_t)scratch.data() + 63) & ~(uintptr_t)63);
 }
 
-// c [count, 32], or what is more of it, for at most ROWS rows. `tiles`: the rows that the tiles
-// are configured for now.
-INLINE void multiply(const bf16* a, int64_t stride, int64_t count, const bf16* panel,
-                     int64_t inputs, float* c, bool more, [[maybe_unused]] int64_t& tiles) {
+// Rows that are multiplied: [count, inputs], one after the other or as `place` arranges them.
+struct Rows {
+  const bf16* data;
+  int64_t count;
+  bool arranged;
+};
+
+// Where row r of `count` has its inputs from k on (a multiple of 32) when they are arranged for the
+// tiles: by 16 rows, in each the rows' next 32 inputs one after the other.
+INLINE int64_t arranged_at(int64_t r, int64_t count, int64_t inputs, int64_t k) {
+  const int64_t first = r / 16 * 16;
+  return first * inputs + k * std::min<int64_t>(16, count - first) + r % 16 * 32;
+}
+
+#if WIDE
+// Sixteen rows from `first` on, of which those beyond the last are whatever lies there: what is
+// arranged runs on behind them; otherwise the last 16 rows are taken, some of them again.
+INLINE TileRows tile_of(const Rows& x, int64_t first, int64_t inputs, int64_t k) {
+  const int64_t own = std::min<int64_t>(16, x.count - first);
+  if (x.arranged) return {x.data + first * inputs + k * own, 32, 32 * own};
+  return {x.data + std::max<int64_t>(0, std::min(first, x.count - 16)) * inputs + k, inputs, 32};
+}
+#endif
+
+// c [count, 32], or what is more of it, from `width` inputs from k on, times their part of a panel,
+// which is MXFP4 if it has scales (for at most ROWS rows).
+INLINE void multiply(const Rows& x, int64_t inputs, int64_t k, int64_t width, const void* panel,
+                     [[maybe_unused]] const uint8_t* scales, float* c,
+                     [[maybe_unused]] const void* next, [[maybe_unused]] int64_t lines,
+                     [[maybe_unused]] int64_t& tiles) {
 #if WIDE
   if (use_amx) {
-    if (tiles != count) configure_tiles(tiles = count);
-    return tile_block(a, stride, count, panel, inputs, c, more);
+    const int64_t rows = std::min<int64_t>(16, x.count), blocks = (x.count + ROWS - 1) / ROWS;
+    if (tiles != rows) configure_tiles(tiles = rows);
+    Ahead ahead{(const char*)next, (lines + blocks - 1) / blocks};
+    for (int64_t row = 0; row < x.count; row += ROWS) {
+      const TileRows first = tile_of(x, row, inputs, k);
+      const TileRows second = row + 16 < x.count ? tile_of(x, row + 16, inputs, k) : TileRows{};
+      if (scales)
+        tile_block<true>(first, second, panel, scales, width, c + row * PANEL, k > 0, ahead);
+      else
+        tile_block<false>(first, second, panel, nullptr, width, c + row * PANEL, k > 0, ahead);
+    }
+    return;
   }
 #endif
-  dot_block(a, stride, count, panel, inputs, c, more);
+  for (int64_t row = 0; row < x.count; row += ROWS)
+    dot_block(x.data + row * inputs + k, inputs, std::min(ROWS, x.count - row), (const bf16*)panel,
+              width, c + row * PANEL, k > 0);
 }
 
 // Inputs that are taken at once: their part of a panel stays in the first-level cache for all rows.
 constexpr int64_t SPAN = 256;
+constexpr int64_t FETCHED = 128;  // inputs ahead of those that are multiplied, where each comes once
 
 // c [rows, 32] = x [rows, inputs] times one panel, plus its bias. A row's products are added up in
-// the same order whatever the number of rows: a result does not depend on the batch.
-static void rows_times_weight(const Weight& weight, int64_t index, const bf16* x, int64_t rows,
-                              float* c, int64_t& tiles) {
+// the same order whatever the number of rows: a result does not depend on the batch. c has room for
+// a multiple of 16 rows.
+static void rows_times_weight(const Weight& weight, int64_t index, const Rows& x, float* c,
+                              int64_t& tiles) {
   alignas(64) bf16 unpacked[SPAN * PANEL];
-  const int64_t inputs = weight.inputs;
-  const int64_t step = rows > ROWS || weight.scales ? SPAN : inputs;
+  const int64_t inputs = weight.inputs, rows = x.count;
+  const bool once = rows <= ROWS && (use_amx || !weight.scales);  // each input's part is used once
+  const int64_t step = once ? inputs : SPAN;
   for (int64_t k = 0; k < inputs; k += step) {
-    const int64_t width = std::min(step, inputs - k);
-    const bf16* panel = (const bf16*)weight.data + (index * inputs + k) * PANEL;
-    if (weight.scales) {
-      const int64_t at = index * inputs + k;
-      unpack((const uint8_t*)weight.data + at * PANEL / 2, weight.scales + at, width, unpacked);
-      panel = unpacked;
+    const int64_t width = std::min(step, inputs - k), at = index * inputs + k;
+    if (!weight.scales) {
+      const bf16* panel = (const bf16*)weight.data + at * PANEL;
+      multiply(x, inputs, k, width, panel, nullptr, c, panel + (once ? FETCHED : width) * PANEL, 32,
+               tiles);
+      continue;
     }
-    for (int64_t row = 0; row < rows; row += ROWS)
-      multiply(x + row * inputs + k, inputs, std::min(ROWS, rows - row), panel, width,
-               c + row * PANEL, k > 0, tiles);
+    const uint8_t *codes = (const uint8_t*)weight.data + at * PANEL / 2, *scales = weight.scales + at;
+    const uint8_t* next = codes + SPAN * PANEL / 2;
+    if (once) {
+      multiply(x, inputs, k, width, codes, scales, c, next, 8, tiles);
+      continue;
+    }
+    for (int64_t i = 0; i < width; i += GROUP)
+      unpack_group(codes + i * PANEL / 2, scales + i, unpacked + i * PANEL);
+    multiply(x, inputs, k, width, unpacked, nullptr, c, next, 8, tiles);
   }
+#if WIDE
+  const int64_t over = use_amx && rows > 16 && !x.arranged ? -rows & 15 : 0;
+  if (over)
+    memmove(c + (rows + over - 16) * PANEL, c + (rows + 2 * over - 16) * PANEL,
+            (size_t)((16 - over) * PANEL) * 4);
+#endif
   if (!weight.bias) return;
   const int64_t first = index * PANEL, own = std::min(PANEL, weight.outputs - first);
   float bias[PANEL] = {};
@@ -378,7 +467,7 @@ static void linear(const Weight& weight, const bf16* x, int64_t rows, bf16* out,
     for (int64_t item = 0; item < items; item++) {
       const int64_t index = item % panels, first = item / panels * most;
       const int64_t count = std::min(most, rows - first), own = outputs - index * PANEL;
-      rows_times_weight(weight, index, x + first * inputs, count, c, tiles);
+      rows_times_weight(weight, index, {x + first * inputs, count, false}, c, tiles);
       for (int64_t r = 0; r < count; r++)
         write_row(c + r * PANEL, out + (first + r) * outputs + index * PANEL, own);
     }
@@ -386,19 +475,20 @@ static void linear(const Weight& weight, const bf16* x, int64_t rows, bf16* out,
   }
 }
 
-// One panel of gates and the panel of what they gate, for rows [first, last) of x [rows, inputs]:
-// out [rows, outputs / 2]. The first half of the outputs are gates.
-static void gated_block(const Weight& weight, int64_t index, const bf16* x, int64_t first,
-                        int64_t last, Swiglu how, bf16* out, float* c, int64_t& tiles) {
-  const int64_t size = weight.outputs / 2, rows = last - first;
-  float *gate = c, *up = c + rows * PANEL;
-  const bf16* own = x + first * weight.inputs;
-  rows_times_weight(weight, index, own, rows, gate, tiles);
-  rows_times_weight(weight, index + size / PANEL, own, rows, up, tiles);
-  for (int64_t r = 0; r < rows; r++)
+// One panel of gates and the panel of what they gate, for rows x [count, inputs]: out [count,
+// outputs / 2], arranged as x is. The first half of the outputs are gates.
+static void gated_block(const Weight& weight, int64_t index, const Rows& x, Swiglu how, bf16* out,
+                        float* c, int64_t& tiles) {
+  const int64_t size = weight.outputs / 2;
+  float *gate = c, *up = c + (x.count + 15) / 16 * 16 * PANEL;
+  rows_times_weight(weight, index, x, gate, tiles);
+  rows_times_weight(weight, index + size / PANEL, x, up, tiles);
+  for (int64_t r = 0; r < x.count; r++) {
+    bf16* to = x.arranged ? out + arranged_at(r, x.count, size, index * PANEL)
+                          : out + r * size + index * PANEL;
     for (int64_t v = 0; v < PANEL; v += 16)
-      narrow(out + (first + r) * size + index * PANEL + v,
-             activate(load(gate + r * PANEL + v), load(up + r * PANEL + v), how));
+      narrow(to + v, activate(load(gate + r * PANEL + v), load(up + r * PANEL + v), how));
+  }
 }
 
 static void gated_linear(const Weight& weight, const bf16* x, int64_t rows, Swiglu how, bf16* out,
@@ -414,8 +504,9 @@ static void gated_linear(const Weight& weight, const bf16* x, int64_t rows, Swig
 #pragma omp for schedule(dynamic, chunk) nowait
     for (int64_t item = 0; item < items; item++) {
       const int64_t first = item / panels * most;
-      gated_block(weight, item % panels, x, first, std::min(rows, first + most), how, out, c,
-                  tiles);
+      gated_block(weight, item % panels,
+                  {x + first * inputs, std::min(most, rows - first), false}, how,
+                  out + first * weight.outputs / 2, c, tiles);
     }
     release_tiles(tiles);
   }
@@ -649,7 +740,9 @@ INLINE void score(const bf16* query, const bf16* keys, int64_t rows, int64_t hea
                   float* scores, [[maybe_unused]] int64_t& tiles) {
 #if WIDE
   if (use_amx) {
-    if (tiles != rows) configure_tiles(tiles = rows);
+    asm volatile("" : : : "memory");
+    const int64_t own = std::min<int64_t>(16, rows);
+    if (tiles != own) configure_tiles(tiles = own);
     _tile_zero(0);
     _tile_zero(2);
     for (int64_t k = 0; k < head_dim; k += 32) {
@@ -897,75 +990,81 @@ static const std::vector<ExpertItem>& expert_items(const Grouped& grouped, int64
   return items;
 }
 
-// x [tokens, inputs] → inner [tokens · top_k, outputs / 2], in order of experts.
-static void experts_up(const Weight* experts, int64_t count, const bf16* x, int64_t tokens,
-                       const int64_t* chosen, int64_t top_k, Swiglu how, bf16* inner,
-                       int threads) {
-  const int64_t pairs = tokens * top_k, inputs = experts->inputs, size = experts->outputs / 2;
-  const Grouped& grouped = group_pairs(chosen, pairs, count);
-  const int64_t most = rows_in_cache(inputs);
-  const auto& items = expert_items(grouped, count, size / PANEL, most);
-  const int64_t total = (int64_t)items.size(), chunk = std::max<int64_t>(1, total / (16 * threads));
-  static thread_local std::vector<bf16> gathered_rows;
-  gathered_rows.resize((size_t)(pairs * inputs));
-  bf16* gathered = gathered_rows.data();
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < pairs; i++)
-      memcpy(gathered + i * inputs, x + grouped.pairs[(size_t)i] / top_k * inputs,
-             (size_t)inputs * 2);
-    float* c = scratch_for<float>(2 * most * PANEL);
-    int64_t tiles = 0;
-#pragma omp for schedule(dynamic, chunk) nowait
-    for (int64_t i = 0; i < total; i++) {
-      const ExpertItem item = items[(size_t)i];
-      gated_block(experts[item.expert], item.panel, gathered, item.first, item.last, how, inner, c,
-                  tiles);
+// One expert's rows of x in the order of its pairs, arranged if tiles multiply them.
+static void gather_rows(const bf16* x, int64_t inputs, const int64_t* pairs, int64_t count,
+                        int64_t top_k, bf16* to) {
+  for (int64_t r = 0; r < count; r++) {
+    const bf16* from = x + pairs[r] / top_k * inputs;
+    if (!use_amx) {
+      memcpy(to + r * inputs, from, (size_t)inputs * 2);
+      continue;
     }
-    release_tiles(tiles);
+    for (int64_t k = 0; k < inputs; k += 32)
+      memcpy(to + arranged_at(r, count, inputs, k), from + k, 64);
   }
 }
 
-// inner from experts_up → out [tokens, outputs]: each token's results times weights [tokens,
-// top_k], added in the order of its choices, so that a sum does not depend on who else is there.
-static void experts_down(const Weight* experts, int64_t count, const bf16* inner, int64_t tokens,
-                         const int64_t* chosen, const float* weights, int64_t top_k, bf16* out,
-                         int threads) {
-  const int64_t pairs = tokens * top_k, inputs = experts->inputs, outputs = experts->outputs;
-  const int64_t panels = (outputs + PANEL - 1) / PANEL, width = panels * PANEL;
+// x [tokens, inputs] → out [tokens, outputs]: each token's chosen experts [tokens, top_k] times
+// their weights, added in the experts' order, so that a sum does not depend on who else is there.
+static void experts(const Weight* ups, const Weight* downs, int64_t count, const bf16* x,
+                    int64_t tokens, const int64_t* chosen, const float* weights, int64_t top_k,
+                    Swiglu how, bf16* out, int threads) {
+  const int64_t pairs = tokens * top_k, inputs = ups->inputs, size = ups->outputs / 2;
   const Grouped& grouped = group_pairs(chosen, pairs, count);
-  const int64_t most = rows_in_cache(inputs);
-  const auto& items = expert_items(grouped, count, panels, most);
+  const auto& items = expert_items(grouped, count, size / PANEL, rows_in_cache(inputs));
   const int64_t total = (int64_t)items.size(), chunk = std::max<int64_t>(1, total / (16 * threads));
-  static thread_local std::vector<float> result_rows;
-  result_rows.resize((size_t)(pairs * width));
-  float* results = result_rows.data();
+  static thread_local std::vector<bf16> gathered_rows, inner_rows;
+  // What is read beyond the last rows of an expert: see tile_of.
+  gathered_rows.resize((size_t)(pairs * inputs + 512));
+  inner_rows.resize((size_t)(pairs * size + 512));
+  bf16 *gathered = gathered_rows.data(), *inner = inner_rows.data();
+  // Panels that share a pass over the rows, in a core's cache with their sums.
+  const int64_t outputs = downs->outputs, panels = (outputs + PANEL - 1) / PANEL;
+  const int64_t side_by_side = std::clamp<int64_t>(panels / (2 * threads), 1, 8);
+  const int64_t most = std::min(pairs, std::max(rows_in_cache(inputs), rows_in_cache(size)));
+  const int64_t room = (most + 15) / 16 * 32 * PANEL;
 #pragma omp parallel num_threads(threads)
   {
-    float* c = scratch_for<float>(most * PANEL);
+    float* c = scratch_for<float>(room + side_by_side * tokens * PANEL);
     int64_t tiles = 0;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t e = 0; e < count; e++) {
+      const int64_t start = grouped.starts[(size_t)e];
+      gather_rows(x, inputs, grouped.pairs.data() + start, grouped.starts[(size_t)e + 1] - start,
+                  top_k, gathered + start * inputs);
+    }
 #pragma omp for schedule(dynamic, chunk)
     for (int64_t i = 0; i < total; i++) {
       const ExpertItem item = items[(size_t)i];
-      const int64_t rows = item.last - item.first;
-      rows_times_weight(experts[item.expert], item.panel,
-                        inner + item.first * inputs, rows, c, tiles);
-      for (int64_t r = 0; r < rows; r++) {
-        const int64_t pair = grouped.pairs[(size_t)(item.first + r)];
-        float* to = results + pair * width + item.panel * PANEL;
-        store(to, load(c + r * PANEL) * weights[pair]);
-        store(to + 16, load(c + r * PANEL + 16) * weights[pair]);
+      gated_block(ups[item.expert], item.panel,
+                  {gathered + item.first * inputs, item.last - item.first, use_amx}, how,
+                  inner + item.first * size, c, tiles);
+    }
+    float* sums = c + room;
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t begin = 0; begin < panels; begin += side_by_side) {
+      const int64_t end = std::min(panels, begin + side_by_side);
+      memset(sums, 0, (size_t)((end - begin) * tokens * PANEL) * 4);
+      for (int64_t e = 0; e < count; e++) {
+        const int64_t stop = grouped.starts[(size_t)e + 1];
+        for (int64_t first = grouped.starts[(size_t)e]; first < stop; first += most) {
+          const Rows rows{inner + first * size, std::min(most, stop - first), use_amx};
+          for (int64_t panel = begin; panel < end; panel++) {
+            rows_times_weight(downs[e], panel, rows, c, tiles);
+            for (int64_t r = 0; r < rows.count; r++) {
+              const int64_t pair = grouped.pairs[(size_t)(first + r)];
+              float* to = sums + ((panel - begin) * tokens + pair / top_k) * PANEL;
+              store(to, load(to) + load(c + r * PANEL) * weights[pair]);
+              store(to + 16, load(to + 16) + load(c + r * PANEL + 16) * weights[pair]);
+            }
+          }
+        }
       }
+      for (int64_t panel = begin; panel < end; panel++)
+        for (int64_t token = 0; token < tokens; token++)
+          write_row(sums + ((panel - begin) * tokens + token) * PANEL,
+                    out + token * outputs + panel * PANEL, outputs - panel * PANEL);
     }
     release_tiles(tiles);
-#pragma omp for schedule(static)
-    for (int64_t token = 0; token < tokens; token++)
-      for (int64_t at = 0; at < outputs; at += 16) {
-        floats added = load(results + token * top_k * width + at);
-        for (int64_t k = 1; k < top_k; k++)
-          added += load(results + (token * top_k + k) * width + at);
-        narrow(out + token * outputs + at, added);
-      }
   }
 }

@@ -113,39 +113,25 @@ def route(
     return chosen, weights
 
 
-def experts_up(
+def experts(
     x: torch.Tensor,
     chosen: torch.Tensor,
+    weights: torch.Tensor,
     gate_up: Packed,
-    bias: torch.Tensor | None,
+    gate_up_bias: torch.Tensor | None,
+    down: Packed,
+    down_bias: torch.Tensor | None,
     limit: float | None,
     alpha: float,
 ) -> torch.Tensor:
-    """The first half of `experts` → [tokens · top_k, size], rows in order of their expert."""
+    """As reference.experts; a token's experts are added in their order."""
     tokens, top_k = chosen.shape
-    inner = empty((tokens * top_k, gate_up.shape[1] // 2), x.dtype)
+    out = empty((tokens, down.shape[1]), x.dtype)
     call(
-        "experts_up",
-        gate_up.described(bias), len(gate_up), x.data_ptr(), tokens, chosen.data_ptr(), top_k,
-        limit is not None, limit or 0.0, alpha, inner.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return inner
-
-
-def experts_down(
-    inner: torch.Tensor,
-    chosen: torch.Tensor,
-    weights: torch.Tensor,
-    down: Packed,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """The second half of `experts`: inner from `experts_up` → [tokens, hidden]."""
-    tokens, top_k = chosen.shape
-    out = empty((tokens, down.shape[1]), inner.dtype)
-    call(
-        "experts_down",
-        down.described(bias), len(down), inner.data_ptr(), tokens, chosen.data_ptr(),
-        weights.data_ptr(), top_k, out.data_ptr(), torch.get_num_threads(),
+        "experts",
+        gate_up.described(gate_up_bias), down.described(down_bias), len(down), x.data_ptr(),
+        tokens, chosen.data_ptr(), weights.data_ptr(), top_k, limit is not None, limit or 0.0,
+        alpha, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
