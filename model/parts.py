@@ -9,7 +9,6 @@ from model import ops
 from model.layers import Mlp
 from model.moe import Moe
 from model.ops import reference
-from model.ops.cpu import native
 from model.transformer import Transformer
 
 OTHER = "other"
@@ -37,7 +36,6 @@ def decoder_parts(model: Transformer) -> list[Part]:
         Part(ops, "attention", "attention"),
         Part(ops, "gated_linear", "gate_up_proj"),
         Part(reference, "swiglu", "activation"),  # where no kernel does it on the way
-        Part(native, "experts_down", "down_proj"),
         Part(ops, "route", "router"),
         Part(ops, "experts", "gate_up_proj"),
     ]
