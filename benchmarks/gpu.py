@@ -3,16 +3,22 @@
 Checks come first, then times on dummy weights at true shapes, each with its share of what this
 GPU was measured to do. Every section runs in a process of its own with a time limit, so that one
 that fails or hangs costs no other; the exit status is 1 if any did, 2 without a GPU. Prints a
-table, then one JSON object as its last line.
+table of each section when it is through, and one JSON object as its last line; with --results the
+object is in a file too, written again after each section. The parity of models needs transformers,
+the score zstandard.
 """
 
 import json
 import math
+import os
 import platform
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,9 +27,11 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from benchmarks.gpu_times import Limits, Row
 
-_NEEDED = ("torch", "triton", "safetensors", "tokenizers", "click", "rich", "jinja2", "zstandard")
+_NEEDED = ("torch", "triton", "safetensors", "tokenizers", "click", "rich", "jinja2")
 _MARK = "section result: "
 
 
@@ -36,14 +44,27 @@ class Section:
     what: str
 
 
-def _check(name: str, unit: str) -> "Callable[[Limits], Iterator[Row]]":
+def _check(name: str) -> "Callable[[Limits], Iterator[Row]]":
+    """A section that is one check: all of its comparisons, whatever comes of the first."""
+
     def run(limits: "Limits") -> "Iterator[Row]":
         from benchmarks import gpu_checks
         from benchmarks.gpu_times import Row
 
-        yield Row(f"check of {name}: passed", float(getattr(gpu_checks, f"check_{name}")()), unit)
+        found = list(getattr(gpu_checks, f"check_{name}")())
+        problems = [problem for problem in found if problem is not None]
+        yield Row(f"check of {name}", len(found) - len(problems), f"of {len(found)} right")
+        if problems:
+            raise gpu_checks.CheckError("; ".join(problems))
 
     return run
+
+
+def _score(limits: "Limits") -> "Iterator[Row]":
+    from benchmarks.gpu_checks import check_score
+    from benchmarks.gpu_times import Row
+
+    yield Row("check of the score", check_score(), "of answers right")
 
 
 def _measured(limits: "Limits") -> "Iterator[Row]":
@@ -77,31 +98,39 @@ def _load(
     return run
 
 
+# The most valuable first: what must be right, then the loads, then kernels alone and peers. All
+# limits but those of the peers, which may not be there, add up to less than the budget.
+BUDGET_S = 570.0
 SECTIONS: dict[str, Section] = {
-    "limits": Section(_measured, 40, "copy bandwidth and bf16 matrix product"),
-    "kernels": Section(_check("kernels", "comparisons"), 120, "each kernel against its definition"),
-    "parity": Section(_check("parity", "models"), 90, "tiny models: the CPU's tokens"),
-    "score": Section(_check("score", "of answers right"), 60, "the embedded model's score"),
-    "attention": Section(_times("time_attention"), 60, "attention alone"),
-    "experts": Section(_times("time_experts"), 60, "grouped products alone"),
-    "fusions": Section(_times("time_fusions"), 60, "norm with linear and MLP, fused and not"),
-    "qwen2": Section(
-        _load("qwen2-0.5b", "context_load", (1, 1000, 400), 20), 40, "batch 1, context 1000"
-    ),
-    "launches": Section(_times("count_launches", "qwen2-0.5b", limited=False), 40, "launches"),
-    "nano": Section(_load("qwen3-0.6b", "nano_load", (), 40), 70, "the nano-vllm load"),
-    "gpt-oss-1": Section(
-        _load("gpt-oss-20b", "context_load", (1, 500, 400), 20), 60, "gpt-oss-20b, batch 1"
-    ),
+    "limits": Section(_measured, 25, "copy bandwidth and bf16 matrix product"),
+    "check-norms": Section(_check("norms"), 15, "norms and SwiGLU against their definitions"),
+    "check-attention": Section(_check("attention"), 30, "attention, rotary and KV against theirs"),
+    "check-experts": Section(_check("experts"), 20, "router and experts against theirs"),
+    "check-draws": Section(_check("draws"), 20, "top-k and top-p against theirs"),
+    "check-fusions": Section(_check("fusions"), 20, "fused norms against theirs"),
+    "parity": Section(_check("parity"), 45, "tiny models, captured: the CPU's tokens"),
+    "score": Section(_score, 25, "the embedded model's score"),
     "gpt-oss": Section(
-        _load("gpt-oss-20b", "short_load", (4096, 1024), 100, 1024), 150, "4096 short prompts"
+        _load("gpt-oss-20b", "short_load", (4096, 1024), 40, 1024), 75, "4096 short prompts"
     ),
+    "nano": Section(_load("qwen3-0.6b", "nano_load", (), 30), 50, "the nano-vllm load"),
+    "gpt-oss-1": Section(
+        _load("gpt-oss-20b", "context_load", (1, 500, 400), 10), 35, "gpt-oss-20b, batch 1"
+    ),
+    "qwen2": Section(
+        _load("qwen2-0.5b", "context_load", (1, 1000, 400), 10), 25, "batch 1, context 1000"
+    ),
+    "launches": Section(_times("count_launches", "qwen2-0.5b", limited=False), 20, "launches"),
     "llama-1": Section(
-        _load("llama-3-8b", "context_load", (1, 1000, 200), 20), 50, "Llama-3-8B, batch 1"
+        _load("llama-3-8b", "context_load", (1, 1000, 200), 10), 30, "Llama-3-8B, batch 1"
     ),
     "llama": Section(
-        _load("llama-3-8b", "context_load", (256, 512, 256), 40), 70, "Llama-3-8B, batch 256"
+        _load("llama-3-8b", "context_load", (256, 512, 256), 20), 40, "Llama-3-8B, batch 256"
     ),
+    "attention": Section(_times("time_attention"), 25, "attention alone"),
+    "experts": Section(_times("time_experts"), 25, "grouped products alone"),
+    "fusions": Section(_times("time_fusions"), 25, "norm with linear and MLP, fused and not"),
+    "draws": Section(_times("time_draws"), 15, "top-k and top-p, beside a sort"),
     "transformers": Section(_times("time_transformers", 64, 128, limited=False), 60, "beside it"),
     "vllm": Section(_times("time_vllm", limited=False), 120, "beside it, where installed"),
 }
@@ -126,16 +155,25 @@ def start_section(
     """Run a section in a process → (its rows, what went wrong)."""
     command = [sys.executable, __file__, "--run", name, json.dumps(limits)]
     problem = None
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
-        output = result.stdout
-        if result.returncode:
-            lines = result.stderr.strip().splitlines() or [f"status {result.returncode}"]
-            problem = lines[-1][:300]
-            print(result.stderr[-3000:], file=sys.stderr)
-    except subprocess.TimeoutExpired as error:
-        output = (error.stdout or b"").decode() if isinstance(error.stdout, bytes) else ""
-        problem = f"stopped after {limit_s:.0f} s"
+    # Files, and a session of its own: what a section has started may outlive it, and hold pipes.
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdout=out, stderr=log, start_new_session=True)
+        try:
+            status = process.wait(limit_s)
+            problem = f"status {status}" if status else None
+        except subprocess.TimeoutExpired:
+            problem = f"stopped after {limit_s:.0f} s"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        out.seek(0)
+        log.seek(0)
+        output, said = out.read(), log.read().strip()
+    if problem:
+        print(said[-3000:], file=sys.stderr)
+        if said:
+            problem += f": {said.splitlines()[-1][:1000]}"
     rows = [json.loads(line[len(_MARK) :]) for line in output.splitlines() if _MARK in line[:20]]
     return rows, problem
 
@@ -163,14 +201,15 @@ def _command() -> None:
         multiple=True,
         help="Only this one (may be given again); limits are always measured.",
     )
-    @click.option("--budget", default=570.0, show_default=True, help="Seconds for all of it.")
-    def command(chosen: tuple[str, ...], budget: float) -> None:
+    @click.option("--budget", default=BUDGET_S, show_default=True, help="Seconds for all of it.")
+    @click.option("--results", type=click.Path(path_type=Path), help="File for the JSON object.")
+    def command(chosen: tuple[str, ...], budget: float, results: Path | None) -> None:
         import torch
 
         if not torch.cuda.is_available():
             print("gpu.py: torch finds no GPU here", file=sys.stderr)
             raise SystemExit(2)
-        raise SystemExit(_run_all(chosen or tuple(SECTIONS), budget))
+        raise SystemExit(_run_all(chosen or tuple(SECTIONS), budget, results))
 
     command()
 
@@ -180,17 +219,17 @@ def _figure(row: dict[str, Any]) -> str:
     return f"{value:,.0f} {row['unit']}" if value >= 1000 else f"{value:.4g} {row['unit']}"
 
 
-def _run_all(chosen: tuple[str, ...], budget: float) -> int:
+def _run_all(chosen: tuple[str, ...], budget: float, file: Path | None = None) -> int:
     import torch
+    import triton
     from rich.console import Console
-    from rich.table import Table
 
     end = time.monotonic() + budget
     limits = {"copy": math.nan, "product": math.nan}
-    table = Table("section", "what", "figure", "share of the limit")
     results: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
+        "triton": triton.__version__,
         "python": platform.python_version(),
         "sections": {},
     }
@@ -204,17 +243,27 @@ def _run_all(chosen: tuple[str, ...], budget: float) -> int:
         failed |= bool(problem)
         if name == "limits" and len(rows) == 2:
             limits = {"copy": rows[0]["value"] * 1e12, "product": rows[1]["value"] * 1e12}
-        for row in rows:
-            share = "" if row["share"] is None else f"{row['share']:.1%} of {row['of']}"
-            table.add_row(name, row["name"], _figure(row), share)
-        if problem:
-            table.add_row(name, SECTIONS[name].what, "FAILED", problem)
         spent = round(time.monotonic() - started, 1)
         results["sections"][name] = {"rows": rows, "problem": problem or None, "seconds": spent}
-        print(f"{name}: {problem or 'done'}, {spent} s", file=sys.stderr, flush=True)
-    Console(width=140).print(table)
+        Console(width=140).print(_table(f"{name}, {spent} s", SECTIONS[name].what, rows, problem))
+        sys.stdout.flush()
+        if file is not None:
+            file.write_text(json.dumps(results))
     print(json.dumps(results))
     return 1 if failed else 0
+
+
+def _table(title: str, what: str, rows: list[dict[str, Any]], problem: str) -> "Table":
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("what", "figure", "share of the limit", title=title, title_justify="left")
+    for row in rows:
+        share = "" if row["share"] is None else f"{row['share']:.1%} of {row['of']}"
+        table.add_row(escape(row["name"]), _figure(row), share)
+    if problem:
+        table.add_row(what, "FAILED", escape(problem))
+    return table
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,22 +58,52 @@ def random_mxfp4(experts: int, outputs: int, inputs: int) -> reference.Mxfp4:
     return reference.Mxfp4(blocks.to(torch.uint8), scales.to(torch.uint8))
 
 
-def check_kernels() -> int:
-    """Every kernel against its definition, both on the GPU → how many comparisons."""
-    torch.manual_seed(0)
-    count = 0
-    for dtype in (torch.float32, torch.bfloat16):
-        for name, found, expected in _comparisons(dtype):
-            error = (found.float() - expected.float()).abs().max()
-            error /= expected.float().abs().max().clamp(min=1e-6)
-            if not float(error) <= _TOLERANCE[dtype]:  # NaN is an error too
-                raise CheckError(f"{name}, {dtype}: off by {float(error):.1e} of the largest value")
-            count += 1
-    return count
+Comparison = tuple[str, torch.Tensor, torch.Tensor]
+"""What is compared, from the kernel, from the definition."""
 
 
-def _comparisons(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """(What is compared, from the kernel, from the definition)."""
+def _compare(comparisons: Callable[[torch.dtype], Iterator[Comparison]]) -> Iterator[str | None]:
+    """Of each comparison what is wrong, or None; an exception ends those of its dtype alone."""
+    for dtype in (torch.bfloat16, torch.float32):
+        torch.manual_seed(0)
+        name = "none"
+        try:
+            for name, found, expected in comparisons(dtype):
+                print(f"{name}, {dtype}", file=sys.stderr, flush=True)  # where it hangs, if it does
+                error = (found.float() - expected.float()).abs().max()
+                error /= expected.float().abs().max().clamp(min=1e-6)
+                right = float(error) <= _TOLERANCE[dtype]  # NaN is an error too
+                yield None if right else f"{name}, {dtype}: off by {float(error):.1e} of the most"
+        except Exception as error:
+            yield f"{dtype}, after {name}: {type(error).__name__}: {str(error)[:300]}"
+
+
+def check_norms() -> Iterator[str | None]:
+    """Sums, norms and SwiGLU."""
+    return _compare(_norms)
+
+
+def check_fusions() -> Iterator[str | None]:
+    """Norms in one kernel with what follows."""
+    return _compare(_fusions)
+
+
+def check_attention() -> Iterator[str | None]:
+    """Rotary, the write to the KV cache and attention."""
+    return _compare(_attention)
+
+
+def check_experts() -> Iterator[str | None]:
+    """Router and experts, dense and MXFP4."""
+    return _compare(_experts)
+
+
+def check_draws() -> Iterator[str | None]:
+    """Top-k, top-p and the draw."""
+    return _compare(_draws)
+
+
+def _norms(dtype: torch.dtype) -> Iterator[Comparison]:
     from model.ops import triton
     from model.ops.triton.norm import swiglu
 
@@ -90,33 +120,39 @@ def _comparisons(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, torch.
                 swiglu(gates, limit, 1.702),
                 reference.swiglu(gates.float(), limit, 1.702),
             )
-    yield from _fusions(dtype)
-    yield from _attention(dtype)
-    for tokens in (1, 20, 500):
-        yield from _experts(tokens, dtype)
 
 
-def _fusions(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+def fused_limits(**limits: Any) -> Any:
+    """A context in which norms are fused up to so many rows, and not where nothing is said."""
     from model.ops.triton import fused, tiles
 
-    own = replace(tiles.tiles(CUDA), fused_rows=64)
+    none: dict[str, Any] = {"fused_qkv": 0, "fused_gate_up": 0, "fused_mlp": 0}
+    own = replace(tiles.tiles(CUDA), **(none | limits))
+    return patch.object(fused, "tiles", lambda device: own)
+
+
+def _fusions(dtype: torch.dtype) -> Iterator[Comparison]:
+    from model.ops import triton
+
     size, inner = 896, 4864
     up, down = rand(2 * inner, size, dtype=dtype, scale=0.03), rand(size, inner, dtype=dtype)
     norm, bias = rand(size, dtype=dtype), rand(2 * inner, dtype=dtype)
-    for rows in (1, 9, 64):
+    for rows in (1, 9, 17, 64):
         x, delta = rand(rows, size, dtype=dtype), rand(rows, size, dtype=dtype)
         summed, normed = reference.add_rms_norm(x, delta, norm, 1e-6)
         gates = reference.linear(normed.float(), up.float(), None)
-        with patch.object(fused, "tiles", lambda device: own):
-            found = fused.norm_linear(x, delta, norm, 1e-6, up, bias)
-            whole = fused.norm_mlp(x, delta, norm, 1e-6, up, down)
+        with fused_limits(fused_qkv=64, fused_mlp=64):
+            found = triton.norm_qkv(x, delta, norm, 1e-6, up, bias)
+            whole = triton.norm_mlp(x, delta, norm, 1e-6, up, None, down, None)
+        assert found is not None
+        assert whole is not None
         yield f"norm + linear, {rows} rows: sum", found[0], summed
         yield f"norm + linear, {rows} rows", found[1], gates + bias.float()
         expected = reference.linear(reference.swiglu(gates, None, 1.0), down.float(), None)
         yield f"norm + MLP, {rows} rows", whole[1], expected
 
 
-def _attention(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+def _attention(dtype: torch.dtype) -> Iterator[Comparison]:
     from model.ops import triton
 
     lengths = [(1, 1), (1, 1000), (1, 129), (1, 1), (300, 300), (77, 500)]
@@ -130,17 +166,21 @@ def _attention(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, torch.Te
             want = reference.rotate_and_write(qkv, angles, stores[1], slots, heads, norm, 1e-5)
             yield f"rotary {dim}", found, want
             yield f"KV write {dim}", stores[0], stores[1]
-        for window in (None, 128):
-            for sinks in (None, rand(heads, dtype=dtype)):
-                batch, group, blocks = paged_batch(lengths, window)
-                kv = rand(2, blocks, 16, kv_heads, dim, dtype=dtype)
-                query = rand(sum(q for q, _ in lengths), heads, dim, dtype=dtype)
-                found = triton.attention(query, kv, batch, group, sinks)
-                want = reference.attention(query, kv, batch, group, sinks)
-                yield f"attention {heads}/{kv_heads} {dim} window {window}", found, want
+        for window, sinks in ((None, None), (128, rand(heads, dtype=dtype))):
+            batch, group, blocks = paged_batch(lengths, window)
+            kv = rand(2, blocks, 16, kv_heads, dim, dtype=dtype)
+            query = rand(sum(q for q, _ in lengths), heads, dim, dtype=dtype)
+            found = triton.attention(query, kv, batch, group, sinks)
+            want = reference.attention(query, kv, batch, group, sinks)
+            yield f"attention {heads}/{kv_heads} {dim} window {window}", found, want
 
 
-def _experts(tokens: int, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+def _experts(dtype: torch.dtype) -> Iterator[Comparison]:
+    for tokens in (1, 20, 500):
+        yield from _experts_of(tokens, dtype)
+
+
+def _experts_of(tokens: int, dtype: torch.dtype) -> Iterator[Comparison]:
     from model.ops import triton
 
     count, hidden, size, top_k = 16, 736, 480, 4
@@ -165,8 +205,31 @@ def _experts(tokens: int, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tenso
         yield f"{name} experts, {tokens} tokens", found, expected
 
 
-def check_parity() -> int:
-    """Tiny models of every family: the CPU's greedy tokens, in float32 → how many families."""
+def draw_arguments(rows: int, vocab: int, dtype: torch.dtype) -> list[Any]:
+    """Logits and the arguments of `ops.draw`: mixed limits, nuclei of a few tokens and of many."""
+    logits = rand(rows, vocab, dtype=torch.float32) * torch.linspace(0.5, 4, rows).to(CUDA)[:, None]
+    row = torch.arange(rows, device=CUDA)
+    uniform = torch.rand(rows, dtype=torch.float64, device=CUDA)
+    top_p = torch.where(row % 5 == 4, 1.0, 0.5 + 0.09 * (row % 5))
+    return [logits.to(dtype), torch.full((rows,), 0.8, device=CUDA), row % 3 * 40, top_p, uniform]
+
+
+def _draws(dtype: torch.dtype) -> Iterator[Comparison]:
+    """Logits of the tokens drawn: tokens next to each other in order are all but equal."""
+    from model.ops import triton
+
+    for rows, vocab in ((1, 201_088), (200, 151_936), (64, 1000)):
+        logits, heat, top_k, top_p, uniform = draw_arguments(rows, vocab, dtype)
+        for limit in (None, top_k):
+            found = triton.draw(logits, heat, limit, top_p, uniform)
+            want = reference.draw(logits, heat, limit, top_p, uniform)
+            at = torch.stack((found, want), 1)
+            found, want = logits.float().gather(1, at).unbind(1)
+            yield f"draws, {rows} rows of {vocab}", found, want
+
+
+def check_parity() -> Iterator[str | None]:
+    """Tiny models of every family: the CPU's greedy tokens, in float32, decode steps captured."""
     from tests.checkpoints import FAMILIES, write_checkpoint, write_mxfp4_pair
 
     draw = random.Random(0)
@@ -174,18 +237,24 @@ def check_parity() -> int:
     params = SamplingParams(max_new_tokens=32, ignore_eos=True)
     requests = [Request(prompt, params, i) for i, prompt in enumerate(prompts)]
     with tempfile.TemporaryDirectory() as folder:
-        paths = [write_checkpoint(Path(folder) / name, name) for name in FAMILIES]
-        packed = Path(folder) / "mxfp4"
-        write_mxfp4_pair(packed, Path(folder) / "dense")
-        for path in (*paths, packed):
-            tokens = []
-            for device in ("cpu", "cuda"):
-                with Engine(path, device=device, dtype="float32", kv_memory=16 << 20) as engine:
-                    done = {c.request_id: c.token_ids for c in engine.generate(requests)}
-                    tokens.append(done)
-            if tokens[0] != tokens[1]:
-                raise CheckError(f"{path.name}: the GPU's greedy tokens are not the CPU's")
-    return len(paths) + 1
+        for name in ("mxfp4", *FAMILIES):
+            print(name, file=sys.stderr, flush=True)
+            path, tokens = Path(folder) / name, list[Any]()
+            try:
+                if name == "mxfp4":
+                    write_mxfp4_pair(path, Path(folder) / "dense")
+                else:
+                    write_checkpoint(path, name)
+                for device in ("cpu", "cuda"):
+                    with Engine(
+                        path, device=device, dtype="float32", kv_memory=16 << 20, max_batch_size=4
+                    ) as engine:
+                        tokens.append(
+                            {c.request_id: c.token_ids for c in engine.generate(requests)}
+                        )
+                yield None if tokens[0] == tokens[1] else f"{name}: the tokens are not the CPU's"
+            except Exception as error:
+                yield f"{name}: {type(error).__name__}: {str(error)[:300]}"
 
 
 def check_score() -> float:

@@ -1,26 +1,37 @@
 """What gpu.py times: kernels alone and loads on dummy weights at true shapes."""
 
 import json
+import math
 import random
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
-from benchmarks.gpu_checks import CUDA, paged_batch, rand, random_mxfp4
+from benchmarks.gpu_checks import (
+    CUDA,
+    draw_arguments,
+    fused_limits,
+    paged_batch,
+    rand,
+    random_mxfp4,
+)
 from engine import Engine, EngineStats, Request, SamplingParams
+from engine.probe import Probe
 from getp.explain import run_cost
+from model.layers import Mlp
 from model.ops import reference
-from model.shapes import SHAPES
+from model.shapes import SHAPES, named_config
+from model.transformer import Layer
 
 
 @dataclass(frozen=True)
@@ -117,32 +128,70 @@ def time_experts(limits: Limits) -> Iterator[Row]:
 
 
 def time_fusions(limits: Limits) -> Iterator[Row]:
-    """Norm with linear and with MLP, in one kernel and in steps, by rows; weights read a second."""
-    from model.ops.triton import fused, tiles
+    """A layer's norms with what follows, in steps and fused, by rows; weights read a second.
 
-    own = tiles.tiles(CUDA)
+    Then up to how many rows each fusion is faster: of all models the least belongs in `Tiles`.
+    """
     for name in ("qwen2-0.5b", "llama-3-8b"):
-        shape = SHAPES[name]
-        size, inner = shape["hidden_size"], shape["intermediate_size"]
-        groups = shape["num_attention_heads"] + 2 * shape["num_key_value_heads"]
-        qkv = rand(groups * size // shape["num_attention_heads"], size, dtype=torch.bfloat16)
-        norm = rand(size, dtype=torch.bfloat16)
-        up, down = (rand(*s, dtype=torch.bfloat16) for s in ((2 * inner, size), (size, inner)))
-        for rows in (1, 2, 4, 8, 16, 32, 64):
-            x = rand(rows, size, dtype=torch.bfloat16)
-            calls = {
-                "norm + QKV": (partial(fused.norm_linear, x, x, norm, 1e-6, qkv, None), [qkv]),
-                "norm + gate/up": (partial(fused.norm_linear, x, x, norm, 1e-6, up, None), [up]),
-                "norm + MLP": (partial(fused.norm_mlp, x, x, norm, 1e-6, up, down), [up, down]),
-            }
-            for title, (call, read) in calls.items():
-                for kind, bound in (("in steps", 0), ("fused", 64)):
-                    with patch.object(
-                        fused, "tiles", lambda _, n=bound: replace(own, fused_rows=n)
-                    ):
-                        rate = sum(w.nbytes for w in read) / seconds_of(call)
-                    full = f"{name} {title}, {rows} rows, {kind}"
-                    yield Row(full, rate / 1e12, "TB/s", rate / limits.copy, "copy")
+        layer = _random_layer(name)
+        assert isinstance(layer.mlp, Mlp)
+        mlp = (layer.mlp.gate_up, layer.mlp.down)
+        parts = (
+            ("QKV", layer.project, (layer.attention.qkv,), ("fused_qkv",)),
+            ("MLP", layer.feed_forward, mlp, ("fused_gate_up", "fused_mlp")),
+        )
+        for title, call, linears, fields_of in parts:
+            read = sum(2 * math.prod(linear.weight.shape) for linear in linears)
+            wins = dict.fromkeys(fields_of, 0)
+            losing = set[str]()
+            for rows in (1, 2, 4, 8, 16, 32, 64):
+                x = rand(rows, layer.mlp_norm.weight.numel(), dtype=torch.bfloat16)
+                steps = math.inf
+                for kind in ("in steps", *fields_of):
+                    with fused_limits(**({kind: 64} if kind in wins else {})):
+                        spent = seconds_of(partial(call, x, x))
+                    full = f"{name} norm + {title}, {rows} rows, {kind}"
+                    share = read / spent / limits.copy
+                    yield Row(full, read / spent / 1e12, "TB/s", share, "copy")
+                    if kind not in wins:
+                        steps = spent
+                    elif spent >= steps:
+                        losing.add(kind)
+                    elif kind not in losing:
+                        wins[kind] = rows
+            for kind, most in wins.items():
+                yield Row(f"{name}: {kind} is faster up to", most, "rows")
+
+
+def _random_layer(name: str) -> Layer:
+    """The first layer of a well-known dense model on the GPU, in bf16."""
+    config = named_config(name)
+    layer = Layer(config, config.layers[0])
+    assert isinstance(layer.mlp, Mlp)
+    for norm in (layer.attention_norm, layer.mlp_norm):
+        norm.weight = rand(*norm.weight.shape, dtype=torch.bfloat16)
+    for linear in (layer.attention.qkv, layer.mlp.gate_up, layer.mlp.down):
+        linear.weight = rand(*linear.weight.shape, dtype=torch.bfloat16, scale=0.02)
+        if linear.bias is not None:
+            linear.bias = rand(*linear.bias.shape, dtype=torch.bfloat16)
+    return layer
+
+
+def time_draws(limits: Limits) -> Iterator[Row]:
+    """Top-k and top-p over gpt-oss's vocabulary, beside the sort that they do without."""
+    from model.ops import triton
+
+    for rows in (1, 32, 256):
+        logits, heat, top_k, top_p, uniform = draw_arguments(rows, 201_088, torch.bfloat16)
+        calls: dict[str, Callable[[], Any]] = {
+            "top-p": partial(triton.draw, logits, heat, None, top_p, uniform),
+            "top-k and top-p": partial(triton.draw, logits, heat, top_k, top_p, uniform),
+            "torch.sort alone": partial(torch.sort, logits, descending=True, stable=True),
+        }
+        for title, call in calls.items():
+            spent = seconds_of(call)
+            once = logits.nbytes / spent / limits.copy  # as if the logits were read once
+            yield Row(f"draw of {rows} rows: {title}", spent * 1e6, "us", once, "copy")
 
 
 def nano_load() -> tuple[list[list[int]], list[int]]:
@@ -217,12 +266,37 @@ def time_load(
         }
         stats = EngineStats(**grown)
         cost, moved = run_cost(engine.config, "bfloat16", stats)
-    # Each request's first token comes from its last chunk, the others from decodes.
-    tokens = stats.decode_tokens + stats.prefill_chunks
-    title = f"{name}, {len(prompts)} requests" + ("" if done == len(prompts) else f" ({done} done)")
-    least, of = max((moved.total / limits.copy, "copy"), (cost.matrix / limits.product, "product"))
-    yield Row(title, tokens / spent, "tok/s", least / spent, of)
-    yield Row(f"{title}: time outside the model", 1 - stats.model_s / spent, "of it")
+        # Each request's first token comes from its last chunk, the others from decodes.
+        tokens = stats.decode_tokens + stats.prefill_chunks
+        all_of = "" if done == len(prompts) else f" ({done} done)"
+        title = f"{name}, {len(prompts)} requests{all_of}"
+        least, of = max(
+            (moved.total / limits.copy, "copy"), (cost.matrix / limits.product, "product")
+        )
+        yield Row(title, tokens / spent, "tok/s", least / spent, of)
+        yield Row(f"{title}: time outside the model", 1 - stats.model_s / spent, "of it")
+        yield Row(f"{title}: compiling", engine.stats.compile_s, "s")
+        yield Row(f"{title}: capturing", engine.stats.capture_s, "s")
+        middle = sorted(len(p) + n // 2 for p, n in zip(prompts, outputs, strict=True))
+        yield from profile_step(engine, middle[len(middle) // 2])
+
+
+def profile_step(engine: Engine, context: int) -> Iterator[Row]:
+    """The kernels that take most of a decode step of the largest batch, not replayed."""
+    from torch.profiler import ProfilerActivity, profile
+
+    probe = Probe(engine, engine.max_batch_size, 1, context)
+    probe.step()
+    count, spent = 4, Counter[str]()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(count):
+            probe.step()
+        torch.cuda.synchronize()
+    for event in found.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            spent[event.name] += event.time_range.elapsed_us()
+    for name, us in spent.most_common(8):
+        yield Row(f"a step's {name[:60]}", us / count, "us", us / spent.total(), "its kernels")
 
 
 def count_launches(name: str) -> Iterator[Row]:
@@ -267,8 +341,9 @@ def time_transformers(requests: int, outputs: int) -> Iterator[Row]:
     )
     model.generate_batch(inputs=prompts[:4], generation_config=settings)
     start = time.perf_counter()
-    model.generate_batch(inputs=prompts, generation_config=settings)
-    rate = requests * outputs / (time.perf_counter() - start)
+    done = model.generate_batch(inputs=prompts, generation_config=settings)
+    spent = time.perf_counter() - start
+    rate = sum(len(output.generated_tokens) for output in done.values()) / spent
     title = f"transformers {transformers.__version__}, {requests} requests, {outputs} out each"
     yield Row(title, rate, "tok/s")
 

@@ -135,7 +135,9 @@ class Engine:
         try:
             self._take_threads()
             self._check_memory(needs, max(least, self.kv_memory or 0))
+            loading = time.perf_counter()
             self._runner.load(self.checkpoint, self.dummy_weights)
+            self.stats.load_s += time.perf_counter() - loading
             self._start(needs, least)
         except BaseException as error:
             self._free()
@@ -183,7 +185,7 @@ class Engine:
         self.max_positions = limit
         self._runner.allocate(blocks, self.block_size, limit, self.max_batch_size)
         if self._make_capture is not None:
-            self._capture(self._make_capture())
+            self._capture(self._make_capture(self.stats))
         elif self.tensor_parallel == 1 and (recorder := ops.recorder(self.dtype)) is not None:
             # A model of which torch computes a part cannot be recorded; it only takes longer.
             # Nor can what ranks tell each other.
@@ -195,18 +197,19 @@ class Engine:
 
     def _capture(self, capture: Capture) -> None:
         """Capture decode steps; where that cannot be, say so and go on without."""
-        start = time.perf_counter()
+        start, compiled = time.perf_counter(), self.stats.compile_s
         try:
             self._runner.capture(capture)
         except (RuntimeError, ValueError) as error:
             if is_out_of_memory(error):
                 raise
             self._notice(f"decode steps are not replayed as graphs: {error}")
-        self.stats.capture_s += time.perf_counter() - start
+        compiling = self.stats.compile_s - compiled
+        self.stats.capture_s += time.perf_counter() - start - compiling
 
     def _measured(self, needs: Needs) -> Needs:
         """The needs, with what the largest step took on this device in place of estimates."""
-        before = torch.cuda.memory_allocated(self.device)
+        start, before = time.perf_counter(), torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         self._runner.run_largest(
             self.max_batch_size,
@@ -214,6 +217,7 @@ class Engine:
             min(self.config.max_positions, self.max_batch_tokens),
             self.block_size,
         )
+        self.stats.compile_s += time.perf_counter() - start
         step = torch.cuda.max_memory_allocated(self.device) - before
         torch.cuda.empty_cache()
         # Captured steps have memory of their own: a decode step's, and the logits that they share.

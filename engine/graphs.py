@@ -6,6 +6,7 @@ A captured step reads its inputs from buffers that stay where they are. A batch 
 next size there is, with rows that write to a block of their own and whose logits nobody reads.
 """
 
+import time
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ from functools import partial
 
 import torch
 
+from engine.stats import EngineStats
 from model.batch import ForwardBatch, GroupTables
 
 Compute = Callable[[], torch.Tensor]
@@ -142,17 +144,22 @@ def _first(batch: ForwardBatch, count: int) -> ForwardBatch:
     )
 
 
-def gpu_capture() -> Capture:
-    """Capture as CUDA graphs (HIP graphs on AMD), which share their memory."""
+def gpu_capture(stats: EngineStats) -> Capture:
+    """Capture as CUDA graphs (HIP graphs on AMD), which share their memory.
+
+    Counts in stats what the first run of each step took, before its capture.
+    """
     pool = torch.cuda.graph_pool_handle()
 
     def capture(compute: Compute) -> Compute:
         # Once before: kernels are compiled and libraries set up, which cannot be captured.
+        start = time.perf_counter()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             compute()
-        torch.cuda.current_stream().wait_stream(stream)
+        stream.synchronize()
+        stats.compile_s += time.perf_counter() - start
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             result = compute()

@@ -28,6 +28,7 @@ from engine.link import (
 from engine.memory import is_out_of_memory
 from engine.runner import ModelRunner
 from engine.settings import dtype_named
+from engine.stats import EngineStats
 from engine.work import Work
 from model import load_config
 
@@ -59,7 +60,7 @@ def serve(link: Link, device: torch.device) -> None:
             elif name == "available":
                 link.available()
             elif name == "prepare_capture":
-                capture = gpu_capture()
+                capture = gpu_capture(EngineStats())  # rank 0 counts for all
             elif name == "capture":
                 assert runner is not None
                 assert capture is not None

@@ -7,10 +7,8 @@ from functools import partial
 import torch
 
 from engine.request import SamplingParams, TokenLogprobs
+from model import ops
 from model.shard import ALONE, Shard
-
-# Nearly always these hold the whole nucleus; a row whose nucleus is larger is sorted in full.
-_CANDIDATES = 256
 
 _BLOCK = 1024  # tokens of the vocabulary that are looked at together
 
@@ -73,8 +71,6 @@ class Sampler:
         self._shard, self._vocab = shard, vocab  # vocab: tokens that the ranks share out
         self.last = torch.zeros(rows, dtype=torch.int64, device=device)  # token sampled last
         self._device = device
-        # Whether a look at the logits may decide what is done: a GPU would have to be waited for.
-        self._may_look = device.type == "cpu"
         self._heat_and_top_p = torch.ones(rows, 2, device=device)
         self._top_k_and_seed = torch.zeros(rows, 2, dtype=torch.int64, device=device)
 
@@ -135,9 +131,9 @@ class Sampler:
         tokens = _likeliest(logits)
         drawn = {i: params for i, params in special.items() if params.temperature > 0}
         cut = {i: p for i, p in drawn.items() if p.top_k or p.top_p < 1}
-        few = all(0 < params.top_k <= _CANDIDATES for params in cut.values())
+        by_count = any(params.top_k for params in cut.values())
         for indices, draw in (
-            (list(cut), partial(self._draw_cut, few=few)),
+            (list(cut), partial(self._draw_cut, by_count=by_count)),
             ([i for i in drawn if i not in cut], self._draw_any),
         ):
             if indices and len(indices) == len(logits):
@@ -160,34 +156,13 @@ class Sampler:
         return (block * _BLOCK + place).squeeze(1)
 
     def _draw_cut(
-        self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, few: bool
+        self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, by_count: bool
     ) -> torch.Tensor:
-        """Draw from what top-k and top-p leave; few: all that top-k leaves are candidates."""
-        heat, top_p = self._heat_and_top_p[rows].split(1, dim=1)
-        top_k, seeds = self._top_k_and_seed[rows].split(1, dim=1)
-        vocab = logits.shape[1]
-        top_k = torch.where(top_k == 0, vocab, top_k)
-        uniform = keyed_uniform(seeds, positions.long().unsqueeze(1))
-        total = (logits.float() / heat).logsumexp(-1, keepdim=True)
-        values, ids = logits.topk(min(_CANDIDATES, vocab), dim=-1)
-        values = values.float() / heat
-        tokens = _pick(values, ids, total, top_k, top_p, uniform)
-        if few or vocab == values.shape[1]:
-            return tokens
-        # A row is judged by itself alone, so that its path does not depend on the others either.
-        # Where top-k keeps more than the candidates, top-p is a share of more than they hold.
-        held = (values - total).exp().sum(-1, keepdim=True) >= top_p
-        enough = (held & (top_k >= vocab)) | (top_k <= _CANDIDATES)
-        rest = slice(None)
-        if self._may_look:
-            rest = (~enough).flatten().nonzero().flatten()
-            if not len(rest):
-                return tokens
-        values, ids = logits[rest].sort(descending=True, stable=True)
-        values = values.float() / heat[rest]
-        full = _pick(values, ids, total[rest], top_k[rest], top_p[rest], uniform[rest])
-        tokens[rest] = torch.where(enough[rest].squeeze(1), tokens[rest], full)
-        return tokens
+        """Draw from what top-k and top-p leave; by_count: top-k is asked for in some row."""
+        heat, top_p = self._heat_and_top_p[rows].unbind(1)
+        top_k, seeds = self._top_k_and_seed[rows].unbind(1)
+        uniform = keyed_uniform(seeds, positions.long())
+        return ops.draw(logits, heat, top_k if by_count else None, top_p, uniform)
 
 
 def _likeliest(logits: torch.Tensor) -> torch.Tensor:
@@ -230,31 +205,6 @@ def _locate(shares: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch
     at = at.clamp(min=0).minimum(upto[:, -1:].nextafter(at.new_zeros(())))
     place = torch.searchsorted(upto, at, right=True)
     return place, at - (upto - shares).gather(1, place)
-
-
-def _pick(
-    values: torch.Tensor,
-    ids: torch.Tensor,
-    total: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    uniform: torch.Tensor,
-) -> torch.Tensor:
-    """Inverse of the cumulative distribution over tokens in order of probability.
-
-    values, ids [rows, candidates] descending; the others [rows, 1] → token ids [rows].
-    Top-k comes first and top-p is a share of what it leaves, as elsewhere.
-    """
-    shares = (values - total).exp().double()
-    rank = torch.arange(values.shape[1], device=values.device)
-    shares = shares.masked_fill(rank >= top_k, 0.0)
-    whole = torch.where(top_k <= values.shape[1], shares.sum(-1, keepdim=True), 1.0)
-    before = shares.cumsum(-1) - shares
-    shares = shares.masked_fill((before >= top_p * whole) & (rank > 0), 0.0)
-    upto = shares.cumsum(-1)
-    chosen = (upto <= uniform * upto[:, -1:]).sum(-1, keepdim=True)
-    last = (shares > 0).sum(-1, keepdim=True) - 1  # rounding may point behind the last kept one
-    return ids.gather(1, torch.minimum(chosen, last)).squeeze(1)
 
 
 def keyed_uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

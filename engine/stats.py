@@ -30,8 +30,10 @@ class EngineStats:
     short_steps: int = 0  # steps that had room for more requests than there were
     schedule_s: float = 0.0
     model_s: float = 0.0  # the model's steps, sampling included
-    warm_up_s: float = 0.0  # capture included
-    capture_s: float = 0.0  # of decode steps as graphs, and compiling what they run
+    warm_up_s: float = 0.0  # the next three included
+    load_s: float = 0.0  # weights, onto the device
+    compile_s: float = 0.0  # steps run for the first time, which compiles a GPU's kernels
+    capture_s: float = 0.0  # of decode steps as graphs, but for that
     inference_s: float = 0.0
     finish_s: float = 0.0
 

@@ -31,7 +31,8 @@ _MOST_DEATHS = 3  # of a replica in a row, none of its requests finished in betw
 _WAIT_S = 0.1  # for results, until signals are looked at
 _PATIENCE_S = 30.0  # until a user is told that replicas do not start
 
-_MEANS = ("schedule_s", "model_s", "warm_up_s", "inference_s", "finish_s")
+_STARTING = ("warm_up_s", "load_s", "compile_s", "capture_s")
+_MEANS = ("schedule_s", "model_s", *_STARTING, "inference_s", "finish_s")
 _LARGEST = ("peak_batch",)
 
 

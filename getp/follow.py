@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ def following(parts: Iterable[Part], switch: Callable[[str], None]) -> Iterator[
     running = [OTHER]
 
     def followed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        @wraps(function)  # its attributes too: a linear's weight is asked for beside it
         def call(*args: Any, **kwargs: Any) -> Any:
             running.append(name)
             switch(name)

@@ -110,6 +110,9 @@ class Measurements:
             "cached_tokens": self.cached_tokens,
             "output_tokens": self.output_tokens,
             "warm_up_s": self.warm_up_s,
+            "load_s": stats.load_s,
+            "compile_s": stats.compile_s,
+            "capture_s": stats.capture_s,
             "inference_s": self.inference_s,
             "finish_s": self.finish_s,
             "output_tok_s": self.output_tok_s,
@@ -190,8 +193,8 @@ def _rows(r: Report) -> list[tuple[str, str]]:
         ),
         (
             "time",
-            f"warm-up {r['warm_up_s']:.2f} s, inference {r['inference_s']:.2f} s, "
-            f"finish {r['finish_s']:.2f} s",
+            f"warm-up {r['warm_up_s']:.2f} s ({_starting(r)}), "
+            f"inference {r['inference_s']:.2f} s, finish {r['finish_s']:.2f} s",
         ),
         (
             "throughput",
@@ -210,6 +213,12 @@ def _rows(r: Report) -> list[tuple[str, str]]:
         ("peak memory", memory),
         ("run on", f"{r['device']}{ranks}, {r['dtype']}; {versions}"),
     ]
+
+
+def _starting(r: Report) -> str:
+    """What the warm-up went to; nothing is compiled or captured on a CPU."""
+    parts = {"load": r["load_s"], "compile": r["compile_s"], "capture": r["capture_s"]}
+    return ", ".join(f"{n} {s:.2f}" for n, s in parts.items() if s or n == "load")
 
 
 def _efficiency(r: Report) -> list[tuple[str, str]]:

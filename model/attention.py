@@ -30,14 +30,18 @@ class Attention:
 
     def __call__(
         self,
-        x: torch.Tensor,
+        qkv: torch.Tensor,
         cos_sin: torch.Tensor,
         kv: torch.Tensor,
         batch: ForwardBatch,
         group: GroupTables,
     ) -> torch.Tensor:
-        """x [tokens, hidden], the rest as in ops.rotate_and_write and ops.attention → as x."""
-        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        """Rotary, KV write, attention and the output's projection.
+
+        qkv [tokens, (heads + 2 · kv_heads) · head_dim] from `self.qkv`, the rest as in
+        ops.rotate_and_write and ops.attention → [tokens, hidden].
+        """
+        qkv = qkv.unflatten(-1, (-1, self.head_dim))
         norms = None
         if self.q_norm is not None and self.k_norm is not None:
             norms = self.q_norm, self.k_norm

@@ -27,6 +27,32 @@ class Layer:
         else:
             self.mlp = Mlp(config.hidden_size, config.intermediate_size, config.mlp_bias, shard)
 
+    def project(
+        self, x: torch.Tensor, delta: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x, delta [tokens, hidden] → (x + delta, QKV of its norm)."""
+        norm, qkv = self.attention_norm, self.attention.qkv
+        fused = ops.norm_qkv(x, delta, norm.weight, norm.eps, qkv.weight, qkv.bias)
+        if fused is not None:
+            return fused
+        x, normed = norm(x, delta)
+        return x, qkv(normed)
+
+    def feed_forward(
+        self, x: torch.Tensor, delta: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x, delta [tokens, hidden] → (x + delta, the MLP of its norm)."""
+        norm, mlp = self.mlp_norm, self.mlp
+        if isinstance(mlp, Mlp) and mlp.down.shard.size == 1:  # ranks add up what down gives
+            up, down = mlp.gate_up, mlp.down
+            fused = ops.norm_mlp(
+                x, delta, norm.weight, norm.eps, up.weight, up.bias, down.weight, down.bias
+            )
+            if fused is not None:
+                return fused
+        x, normed = norm(x, delta)
+        return x, mlp(normed)
+
 
 class Transformer:
     """Token embedding, layers, final norm and head. Weights come from `weights.load`.
@@ -63,10 +89,9 @@ class Transformer:
         cos_sin = ops.gather(self.rope, batch.positions)
         delta: torch.Tensor | None = None
         for layer, (group, cache) in zip(self.layers, places, strict=True):
-            x, normed = layer.attention_norm(x, delta)
-            delta = layer.attention(normed, cos_sin, caches[cache], batch, batch.groups[group])
-            x, normed = layer.mlp_norm(x, delta)
-            delta = layer.mlp(normed)
+            x, qkv = layer.project(x, delta)
+            delta = layer.attention(qkv, cos_sin, caches[cache], batch, batch.groups[group])
+            x, delta = layer.feed_forward(x, delta)
         if len(batch.logits_rows) < len(x):
             x = ops.gather(x, batch.logits_rows)
             delta = None if delta is None else ops.gather(delta, batch.logits_rows)

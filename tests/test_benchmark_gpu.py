@@ -3,13 +3,16 @@
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_times
+from benchmarks import gpu, gpu_checks, gpu_times
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,7 +43,10 @@ def test_other_loads_end_where_they_should() -> None:
 
 
 def run_all(
-    outcomes: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    outcomes: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    file: Path | None = None,
 ) -> tuple[int, dict[str, Any]]:
     def section(name: str, limits: dict[str, float], limit_s: float) -> Any:
         assert limit_s <= gpu.SECTIONS[name].limit_s
@@ -48,7 +54,7 @@ def run_all(
 
     monkeypatch.setattr(gpu, "start_section", section)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    status = gpu._run_all(tuple(gpu.SECTIONS), 570)
+    status = gpu._run_all(tuple(gpu.SECTIONS), 570, file)
     return status, json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
@@ -56,10 +62,10 @@ def test_a_failing_section_stops_no_other(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     row = {"name": "decode", "value": 2.0, "unit": "TB/s", "share": 0.5, "of": "copy"}
-    outcomes = {"kernels": ([], "went wrong"), "attention": ([row], None)}
+    outcomes = {"check-norms": ([], "went wrong"), "attention": ([row], None)}
     status, results = run_all(outcomes, monkeypatch, capsys)
     assert status == 1
-    assert results["sections"]["kernels"]["problem"] == "went wrong"
+    assert results["sections"]["check-norms"]["problem"] == "went wrong"
     assert results["sections"]["attention"]["rows"] == [row]
     assert set(results["sections"]) == set(gpu.SECTIONS)
 
@@ -68,6 +74,52 @@ def test_all_well_is_status_0(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_all({}, monkeypatch, capsys)[0] == 0
+
+
+def test_results_are_shown_and_kept_section_by_section(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A run that is killed in its midst loses only what was under way."""
+    file, seen = tmp_path / "results.json", list[int]()
+
+    def section(name: str, limits: dict[str, float], limit_s: float) -> Any:
+        if name != "limits":
+            seen.append(len(json.loads(file.read_text())["sections"]))
+        return [{"name": f"of {name}", "value": 1.0, "unit": "s", "share": None, "of": ""}], None
+
+    monkeypatch.setattr(gpu, "start_section", section)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert gpu._run_all(("check-norms", "nano"), 570, file) == 0
+    assert seen == [1, 2]
+    *shown, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last) == json.loads(file.read_text())
+    assert all(f"of {name}" in "".join(shown) for name in ("limits", "check-norms", "nano"))
+
+
+def test_a_check_tells_all_that_is_wrong_and_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def comparisons(dtype: torch.dtype) -> Iterator[gpu_checks.Comparison]:
+        ones = torch.ones(3, dtype=dtype)
+        yield "first", ones * 2, ones
+        yield "second", ones, ones
+        if dtype == torch.bfloat16:
+            raise RuntimeError("no kernel image")
+        yield "third", ones * torch.nan, ones
+
+    check = partial(gpu_checks._compare, comparisons)
+    monkeypatch.setattr(gpu_checks, "check_norms", check)
+    rows = gpu.SECTIONS["check-norms"].run(gpu_times.Limits(1.0, 1.0))
+    assert next(rows).name == "check of norms"
+    with pytest.raises(gpu_checks.CheckError) as caught:
+        next(rows)
+    assert str(caught.value).split("; ") == [
+        "first, torch.bfloat16: off by 1.0e+00 of the most",
+        "torch.bfloat16, after second: RuntimeError: no kernel image",
+        "first, torch.float32: off by 1.0e+00 of the most",
+        "third, torch.float32: off by nan of the most",
+    ]
+    assert capsys.readouterr().err.splitlines()[-1] == "third, torch.float32"
 
 
 def test_a_section_that_hangs_is_stopped_and_one_that_fails_says_why(
@@ -81,4 +133,33 @@ def test_a_section_that_hangs_is_stopped_and_one_that_fails_says_why(
     assert rows == [{"name": "first"}]
     assert problem == "stopped after 2 s"
     script.write_text("raise ValueError('the reason')")
-    assert gpu.start_section("nano", {}, 30) == ([], "ValueError: the reason")
+    assert gpu.start_section("nano", {}, 30) == ([], "status 1: ValueError: the reason")
+
+
+def test_what_a_section_leaves_running_ends_with_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script, pid = tmp_path / "section.py", tmp_path / "pid"
+    monkeypatch.setattr(gpu, "__file__", str(script))
+    script.write_text(
+        "import pathlib, subprocess\n"
+        "child = subprocess.Popen(['sleep', '60'])\n"
+        f"pathlib.Path({str(pid)!r}).write_text(str(child.pid))"
+    )
+    start = time.monotonic()
+    assert gpu.start_section("nano", {}, 30) == ([], None)
+    assert time.monotonic() - start < 30
+    state = Path(f"/proc/{pid.read_text()}/stat")
+    while state.exists() and state.read_text().split()[2] != "Z":
+        assert time.monotonic() - start < 30
+        time.sleep(0.01)
+
+
+def test_no_section_of_ours_can_take_another_s_time() -> None:
+    peers = ("transformers", "vllm")
+    limits = [s.limit_s for name, s in gpu.SECTIONS.items() if name not in peers]
+    assert sum(limits) <= gpu.BUDGET_S < 600
+    names = ("norms", "attention", "experts", "draws", "fusions")
+    checks = ["limits", *(f"check-{name}" for name in names), "parity", "score"]
+    assert list(gpu.SECTIONS)[: len(checks)] == checks
+    assert tuple(gpu.SECTIONS)[-2:] == peers

@@ -173,6 +173,17 @@ def test_the_report_adds_up(tmp_path: Path) -> None:
     assert set(report["versions"]) == {"getp", "python", "torch"}
 
 
+def test_the_report_says_what_the_warm_up_went_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = FakeEngine()
+    engine.stats.load_s, engine.stats.compile_s = 1.5, 2.25
+    run(job(tmp_path, b"1\nab\n", report=str(tmp_path / "report.json")), engine)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["load_s"], report["compile_s"], report["capture_s"]) == (1.5, 2.25, 0.0)
+    assert "s (load 1.50, compile 2.25), inference" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("values", "share", "expected"),
     [([], 0.5, None), ([3.0], 0.99, 3.0), ([3.0, 1.0, 2.0], 0.5, 2.0), (range(100), 0.99, 98)],

@@ -347,7 +347,7 @@ class InThreads(Ranks):
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, replays: Counter[int]) -> None:
         super().__init__(2)
-        monkeypatch.setattr(rank, "gpu_capture", lambda: recording(replays))
+        monkeypatch.setattr(rank, "gpu_capture", lambda stats: recording(replays))
         store = dist.HashStore()
         self._other = threading.Thread(
             target=lambda: rank.serve(Link(1, 2, store, CPU, True), CPU), daemon=True
@@ -396,7 +396,7 @@ def test_captured_steps_exchange_as_others_do(
     mine, theirs = Counter[int](), Counter[int]()
     ranks = InThreads(monkeypatch, theirs)
     engine = Engine(folder(name), dtype="float32", kv_memory=16 << 20, ranks=ranks)
-    engine._make_capture = lambda: recording(mine)
+    engine._make_capture = lambda stats: recording(mine)
     with engine:
         found = {c.request_id: c.token_ids for c in engine.generate(load())}
     ranks.close()
@@ -414,7 +414,8 @@ def test_steps_are_captured_by_every_rank_or_by_none(
     engine = Engine(
         folder("qwen2"), dtype="float32", kv_memory=16 << 20, ranks=ranks(2), notice=said.append
     )
-    engine._make_capture = lambda: recording(replays)  # the other rank, on a CPU, has no graphs
+    # The other rank, on a CPU, has no graphs.
+    engine._make_capture = lambda stats: recording(replays)
     with engine:
         found = {c.request_id: c.token_ids for c in engine.generate(load())}
     assert found == {i: c.token_ids for i, c in expected.items()}

@@ -8,20 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import SamplingParams
-from engine import sampler as module
 from engine.sampler import Sampler, keyed_uniform
+from model import ops
+from model.ops import reference
 
 
 def sample(
-    logits: torch.Tensor,
-    params: list[SamplingParams],
-    positions: list[int],
-    may_look: bool = True,
+    logits: torch.Tensor, params: list[SamplingParams], positions: list[int]
 ) -> tuple[list[int], dict[int, Any]]:
     """The next tokens of as many sequences, which stand in rows in reverse."""
     rows = list(reversed(range(len(params))))
     sampler = Sampler(len(rows), logits.device)
-    sampler._may_look = may_look
     sampler.enter(rows, params)
     special = dict(enumerate(params))
     found = sampler.sample(
@@ -76,15 +73,23 @@ def test_a_nucleus_larger_than_the_candidates_is_drawn_from_in_full() -> None:
     assert len(tokens.unique()) > 1500
 
 
-# 600: more than the candidates hold, and top-p is a share of what it leaves.
-@pytest.mark.parametrize(("top_k", "width"), [(0, 4), (600, 1)])
-def test_few_candidates_and_a_full_sort_draw_the_same(
-    top_k: int, width: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    logits = torch.randn(2000, generator=torch.Generator().manual_seed(1)) * width
-    few = draw(logits, 500, temperature=0.7, top_k=top_k, top_p=0.5)
-    monkeypatch.setattr(module, "_CANDIDATES", 2000)
-    assert draw(logits, 500, temperature=0.7, top_k=top_k, top_p=0.5).tolist() == few.tolist()
+def test_few_candidates_and_a_full_sort_draw_the_same() -> None:
+    rows, generator = 500, torch.Generator().manual_seed(1)
+    logits = torch.randn(rows, 2000, generator=generator) * torch.linspace(0.1, 4, rows)[:, None]
+    heat, top_p = torch.full((rows,), 0.7), torch.full((rows,), 0.8)
+    top_k = torch.arange(rows) % 5 * 200
+    uniform = torch.rand(rows, dtype=torch.float64, generator=generator)
+    for limit in (None, top_k):
+        found = ops.draw(logits, heat, limit, top_p, uniform)
+        assert torch.equal(found, reference.draw(logits, heat, limit, top_p, uniform))
+
+
+def test_a_row_of_nan_gives_a_token_that_exists() -> None:
+    one = torch.ones(2)
+    for limit in (None, torch.tensor([0, 3])):
+        found = ops.draw(torch.full((2, 700), torch.nan), one, limit, one / 2, one.double() / 2)
+        assert found.min() >= 0
+        assert found.max() < 700
 
 
 def test_a_draw_from_all_tokens_never_takes_an_impossible_one() -> None:
@@ -115,8 +120,6 @@ def test_a_draw_does_not_depend_on_the_rest_of_the_batch(
     together, _ = sample(logits, params, [3] * len(seeds))
     alone = [sample(logits[i : i + 1], [params[i]], [3])[0][0] for i in range(len(seeds))]
     assert together == alone
-    # Nor on whether the rows that need a full sort are found out first.
-    assert sample(logits, params, [3] * len(seeds), may_look=False)[0] == alone
 
 
 def test_greedy_takes_the_likeliest_token() -> None:

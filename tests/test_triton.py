@@ -1,6 +1,7 @@
 """The Triton kernels without a GPU: their numbers in the interpreter, their code by compiling."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,6 @@ from model import ops
 from model.ops import reference
 
 ROOT = Path(__file__).resolve().parent.parent
-FULL = "GETP_TEST_ALL_KERNELS"  # set: every kernel for every model and target, not a selection
 
 
 def test_without_triton_gpus_run_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,14 +40,26 @@ def test_kernels_equal_their_references_in_the_interpreter() -> None:
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx950", "gfx1201")
 
 
+def test_nothing_is_tuned_while_a_job_runs() -> None:
+    """Tiles come from the table; neither Triton's tuner nor torch's is ever asked."""
+    sources = [p for folder in ("model", "engine", "getp") for p in (ROOT / folder).rglob("*.py")]
+    tuners = re.compile(r"autotune|cudnn\.benchmark|tunable|torch\.compile")
+    assert [p for p in sources if tuners.search(p.read_text())] == []
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_compile_and_fit_their_targets(architecture: str) -> None:
     pytest.importorskip("triton")
+    from model.ops.triton.tiles import TILES
     from tests.triton_compiler import LIMITS, compile_launch, launches
 
     chosen = launches(architecture)
-    if FULL not in os.environ:  # of each kernel the last: the largest tiles
-        chosen = list({x.kernel.__name__: x for x in chosen}.values())
+    experts = [dict(x.constants) for x in chosen if x.kernel.__name__ == "_gate_up"]
+    assert {(x["PACKED"], x["BLOCK_M"]) for x in experts} == {
+        (packed, tile.m)
+        for packed, choices in enumerate((TILES[architecture].experts, TILES[architecture].mxfp4))
+        for tile in choices
+    }
     for launch in chosen:
         compiled = compile_launch(launch, architecture)
         assert compiled.shared <= LIMITS[architecture], f"{launch}: {compiled.shared} bytes"

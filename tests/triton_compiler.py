@@ -21,9 +21,10 @@ from triton.runtime.jit import JITFunction
 
 from model import ModelConfig
 from model.batch import ForwardBatch, GroupTables
+from model.families import parse_config
 from model.ops import reference
 from model.ops import triton as ops
-from model.ops.triton import fused, tiles
+from model.ops.triton import tiles
 from model.ops.triton.norm import swiglu
 from model.shapes import named_config
 
@@ -37,8 +38,30 @@ LIMITS = {
     "gfx950": 160 << 10,
     "gfx1201": 64 << 10,
 }
-MODELS = ("gpt-oss-20b", "qwen3-0.6b", "llama-3-8b", "qwen2-0.5b")
-ROWS = (1, 64, 512, 4096)
+# Qwen3-30B-A3B: experts without biases and with plain SwiGLU, many of them.
+_QWEN3_MOE = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151_936,
+    "max_position_embeddings": 40_960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "torch_dtype": "bfloat16",
+}
+CONFIGS = (
+    *map(named_config, ("gpt-oss-20b", "qwen3-0.6b", "llama-3-8b", "qwen2-0.5b")),
+    parse_config(_QWEN3_MOE, "qwen3-30b-a3b"),
+)
+ROWS = (1, 32, 64, 512, 4096)  # of each choice by the number of rows at least one
 _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -82,22 +105,22 @@ def target(architecture: str) -> GPUTarget:
     return GPUTarget("hip", architecture, 32 if architecture.startswith("gfx1") else 64)
 
 
-def launches(architecture: str, models: tuple[str, ...] = MODELS) -> list[Launch]:
-    """Every different launch of the models' layers at the sizes of ROWS."""
+def launches(architecture: str) -> list[Launch]:
+    """Every different launch of the layers of CONFIGS at the sizes of ROWS."""
     found: dict[Launch, None] = {}
 
     def record(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kw: Any) -> None:
         found[_launch(kernel, args, kw)] = None
 
-    own = replace(tiles.TILES[architecture], fused_rows=64)
+    own = replace(tiles.TILES[architecture], fused_qkv=64, fused_mlp=64)
     with (
         patch.object(JITFunction, "run", record),
         patch.object(tiles, "architecture", lambda device: architecture),
         patch("model.ops.triton.attention.processors", lambda device: 132),
+        patch("model.ops.triton.draw.processors", lambda device: 132),
         patch("model.ops.triton.fused.tiles", lambda device: own),
     ):
-        for model in models:
-            config = named_config(model)
+        for config in CONFIGS:
             for rows in ROWS:
                 for call in _calls(config, rows):
                     call()
@@ -134,6 +157,12 @@ def _calls(config: ModelConfig, rows: int) -> Iterator[Callable[[], Any]]:
     """The ops of the config's different layers, as a step of `rows` tokens calls them."""
     hidden, heads, dim = config.hidden_size, config.num_heads, config.head_dim
     x, norm = _empty(rows, hidden), _empty(hidden)
+    samples = min(rows, 512)
+    logits = _empty(samples, config.vocab_size)
+    floats, top_k = _empty(samples, dtype=torch.float32), _empty(samples, dtype=torch.int64)
+    uniform = _empty(samples, dtype=torch.float64)
+    for kept in (None, top_k):
+        yield partial(ops.draw, logits, floats, kept, floats, uniform)
     yield lambda: ops.add_rms_norm(x, None, norm, 1e-5)
     yield lambda: ops.add_rms_norm(x, x, norm, 1e-5)
     kv = _empty(2, 60_000, 16, config.num_kv_heads, dim)
@@ -152,21 +181,26 @@ def _calls(config: ModelConfig, rows: int) -> Iterator[Callable[[], Any]]:
             yield partial(ops.attention, tokens, kv, batch, tables, sinks)
     if config.moe is None:
         size = config.intermediate_size
-        gate_up, weights = _empty(rows, 2 * size), (_empty(2 * size, hidden), _empty(hidden, size))
+        gate_up, up, down = _empty(rows, 2 * size), _empty(2 * size, hidden), _empty(hidden, size)
         yield lambda: swiglu(gate_up, None, 1.0)
-        yield lambda: fused.norm_linear(x, x, norm, 1e-5, weights[0], None)
-        yield lambda: fused.norm_mlp(x, x, norm, 1e-5, *weights)
+        width = (heads + 2 * config.num_kv_heads) * dim
+        for out, bias in ((width, config.qkv_bias), (2 * size, config.mlp_bias)):
+            column = _empty(out) if bias else None
+            yield partial(ops.norm_qkv, x, x, norm, 1e-5, _empty(out, hidden), column)
+        yield lambda: ops.norm_mlp(x, x, norm, 1e-5, up, None, down, None)
         return
     moe, limit, alpha = config.moe, config.swiglu_limit, config.swiglu_alpha
     count, size = moe.num_experts, moe.intermediate_size
-    logits = _empty(rows, count)
-    yield lambda: ops.route(logits, moe.top_k, moe.softmax_after_top_k, moe.normalize)
+    scores = _empty(rows, count)
+    yield lambda: ops.route(scores, moe.top_k, moe.softmax_after_top_k, moe.normalize)
     chosen = _empty(rows, moe.top_k, dtype=torch.int64)
     shares = _empty(rows, moe.top_k, dtype=torch.float32)
     biases = (_empty(count, 2 * size), _empty(count, hidden)) if moe.biases else (None, None)
     dense = (_empty(count, 2 * size, hidden), _empty(count, hidden, size))
-    for up, down in (dense, (_packed(dense[0]), _packed(dense[1]))):
-        yield partial(ops.experts, x, chosen, shares, up, biases[0], down, biases[1], limit, alpha)
+    for first, second in (dense, (_packed(dense[0]), _packed(dense[1]))):
+        yield partial(
+            ops.experts, x, chosen, shares, first, biases[0], second, biases[1], limit, alpha
+        )
 
 
 def _packed(weight: torch.Tensor) -> reference.Mxfp4:

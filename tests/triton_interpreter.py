@@ -4,7 +4,9 @@ Not collected by itself: TRITON_INTERPRET must be set before Triton is imported,
 test_triton.py runs this file in a process of its own.
 """
 
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from model.ops.triton import fused as fused_ops
 from model.ops.triton import grouping, tiles
 from model.ops.triton.norm import swiglu
 from model.ops.triton.tiles import Tile
-from tests.checkpoints import quantize_mxfp4
+from tests.checkpoints import quantize_mxfp4, write_checkpoint
 from tests.test_end_to_end import DATA
 from tests.test_ops import paged, rand
 from tokenizer import Tokenizer
@@ -247,26 +249,76 @@ def test_every_code_and_scale_of_mxfp4_is_unpacked_exactly() -> None:
         assert torch.equal(found, down.dense(torch.float32)[0].T * dense[0])
 
 
-@pytest.mark.parametrize("rows", [1, 17])
-@pytest.mark.parametrize("fused", [False, True])
-def test_norm_with_linear_and_with_mlp(
-    rows: int, fused: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own = replace(tiles.tiles(torch.device("cpu")), fused_rows=64 if fused else 0)
+def fuse(monkeypatch: pytest.MonkeyPatch, **limits: Any) -> None:
+    """Up to how many rows norms are in one kernel with what follows, as if it had been measured."""
+    own = replace(tiles.tiles(torch.device("cpu")), **limits)
     monkeypatch.setattr(fused_ops, "tiles", lambda device: own)
+
+
+@pytest.mark.parametrize("rows", [1, 17])
+def test_norm_with_linear_and_with_mlp(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     size, inner = 112, 144
     x, delta, norm = rand(rows, size), rand(rows, size, seed=1), rand(size, seed=2)
     weight, bias = rand(80, size, seed=3) * 0.2, rand(80, seed=4)
     expected_sum, normed = reference.add_rms_norm(x, delta, norm, 1e-5)
+    fuse(monkeypatch, fused_qkv=17)
     for column in (None, bias):
-        summed, out = fused_ops.norm_linear(x, delta, norm, 1e-5, weight, column)
-        assert torch.equal(summed, expected_sum)
-        close(out, reference.linear(normed, weight, column), 3)
+        found = triton.norm_qkv(x, delta, norm, 1e-5, weight, column)
+        assert found is not None
+        assert torch.equal(found[0], expected_sum)
+        close(found[1], reference.linear(normed, weight, column), 3)
     gate_up, down = rand(2 * inner, size, seed=5) * 0.2, rand(size, inner, seed=6) * 0.2
-    summed, out = fused_ops.norm_mlp(x, delta, norm, 1e-5, gate_up, down)
-    assert torch.equal(summed, expected_sum)
-    inside = reference.swiglu(reference.linear(normed, gate_up, None), None, 1.0)
-    close(out, reference.linear(inside, down, None), 5)
+    for limit in ("fused_gate_up", "fused_mlp"):
+        fuse(monkeypatch, **{limit: 17})
+        for up_bias, down_bias in ((None, None), (rand(2 * inner, seed=7), rand(size, seed=8))):
+            found = triton.norm_mlp(x, delta, norm, 1e-5, gate_up, up_bias, down, down_bias)
+            if up_bias is not None and limit == "fused_mlp":
+                assert found is None  # the kernel takes none
+                continue
+            assert found is not None
+            assert torch.equal(found[0], expected_sum)
+            inside = reference.swiglu(reference.linear(normed, gate_up, up_bias), None, 1.0)
+            close(found[1], reference.linear(inside, down, down_bias), 5)
+
+
+def test_nothing_is_fused_beyond_its_limit_nor_where_nobody_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, norm, weight = rand(5, 32), rand(32), rand(64, 32)
+    rest = norm, 1e-5, weight, None
+    assert triton.norm_qkv(x, x, *rest) is None
+    assert triton.norm_mlp(x, x, *rest, weight[:32], None) is None
+    fuse(monkeypatch, fused_qkv=4, fused_gate_up=4, fused_mlp=4)
+    assert triton.norm_qkv(x, x, *rest) is None
+    assert triton.norm_mlp(x, x, *rest, weight[:32], None) is None
+    for delta in (None, x):  # before the first layer there is nothing to add
+        assert (triton.norm_qkv(x[:4], delta, *rest) is None) == (delta is None)
+
+
+def test_a_model_with_its_norms_fused_gives_the_same_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+    for name in ("_linear", "_mlp"):
+        original = getattr(fused_ops, name)
+
+        def counted(*arguments: Any, name: str = name, original: Any = original) -> Any:
+            called.append(name)
+            return original(*arguments)
+
+        monkeypatch.setattr(fused_ops, name, counted)
+    checkpoint = write_checkpoint(tmp_path / "qwen2", "qwen2")
+    fuse(monkeypatch, fused_qkv=4, fused_mlp=4)
+    requests = [Request([5, 6, 7], SamplingParams(max_new_tokens=3, ignore_eos=True))]
+    tokens = []
+    for kernels in (cpu, triton):
+        monkeypatch.setitem(ops._BY_DEVICE, "cpu", kernels)
+        with Engine(checkpoint, dtype="float32", kv_memory=1 << 20) as engine:
+            tokens.append([c.token_ids for c in engine.generate(requests)])
+            layers = len(engine.config.layers)
+    assert tokens[0] == tokens[1]
+    # Of the three steps' layers, the first has a norm of the embedding alone.
+    assert Counter(called) == {"_linear": 3 * (layers - 1), "_mlp": 3 * layers}
 
 
 def test_results_do_not_depend_on_the_batch() -> None:
@@ -293,6 +345,92 @@ def test_nothing_is_read_from_the_lists_of_a_batch() -> None:
     stripped = ForwardBatch(**{**vars(batch), "query_lens": lists, "context_lens": lists})
     tables = GroupTables(None, group.block_table, group.slots)
     assert torch.equal(triton.attention(query, kv, stripped, tables, None), expected)
+
+
+def cut(rows: int, vocab: int, dtype: torch.dtype) -> list[Any]:
+    """Logits with ties, and other arguments of a draw, a random one for each row."""
+    logits = rand(rows, vocab, dtype=dtype) * 4
+    logits[: rows // 2] = logits[: rows // 2].round()
+    draws = torch.Generator().manual_seed(vocab)
+    heat, top_p = (torch.rand(rows, generator=draws) + x for x in (0.5, 0.01))
+    uniform = torch.rand(rows, dtype=torch.float64, generator=draws)
+    top_k = torch.randint(0, 2 * vocab, (rows,), generator=draws)
+    return [logits, heat, top_k, top_p.clamp(max=1), uniform]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows take several blocks of several parts, the last of them not in full."""
+    for name, size in (("_BLOCK", 32), ("_PART", 16)):
+        monkeypatch.setitem(triton.draw.__globals__, name, size)
+
+
+def draw_both(logits: torch.Tensor, heat: Any, top_k: Any, top_p: Any, uniform: Any) -> None:
+    """Also as if some rows had been without top-k from the start."""
+    for limit in (None, top_k):
+        expected = reference.draw(logits, heat, limit, top_p, uniform)
+        assert torch.equal(triton.draw(logits, heat, limit, top_p, uniform), expected)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [1, 7, 130])
+def test_a_draw_is_that_of_the_full_sort(vocab: int, dtype: torch.dtype) -> None:
+    logits, heat, top_k, top_p, uniform = cut(8, vocab, dtype)
+    top_k[1], top_k[2], top_k[3], top_k[5] = 1, 0, 3 * vocab, min(3, vocab)
+    top_p[2], top_p[3], top_p[4] = 1, 0.001, 1
+    uniform[3:5] = torch.tensor([0, 1 - 2.0**-53])
+    logits[4] /= 4  # so that the last is no less than what counts as nothing
+    logits[6, 1:] = float("-inf")
+    draw_both(logits, heat, top_k, top_p, uniform)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_of_equal_logits_the_first_are_kept_and_drawn() -> None:
+    logits = torch.zeros(4, 40)
+    logits[1] = -0.0
+    logits[1, ::2] = 0.0
+    logits[2, 3::4] = 1.0
+    logits[3] = float("-inf")
+    logits[3, [8, 30]] = 2.0
+    heat, uniform = torch.ones(4), torch.tensor([0.999, 0.37, 0.62, 0.5]).double()
+    draw_both(logits, heat, torch.tensor([5, 0, 17, 1]), torch.tensor([1, 0.5, 0.9, 1]), uniform)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_draws_follow_what_top_k_and_top_p_leave() -> None:
+    rows, logits = 40, torch.tensor([0.0, 2.0, 1.0, 1.5, -1.0, 0.5]).bfloat16()
+    # Uniform numbers at equal distances: counts are off by one at most.
+    uniform = (torch.arange(rows).double() + 0.5) / rows
+    arguments = (torch.ones(rows), torch.full((rows,), 4), torch.full((rows,), 0.85), uniform)
+    counts = triton.draw(logits.expand(rows, -1), *arguments).bincount(minlength=6)
+    # 0.85 of the first four needs three of them, of all six it would need four.
+    kept = logits.exp() * torch.tensor([0, 1, 1, 1, 0, 0])
+    assert (counts - rows * kept / kept.sum()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("top_k", [None, torch.tensor([0, 3, 3])])
+def test_rows_of_nan_and_of_minus_infinity_give_tokens_that_exist(top_k: Any) -> None:
+    logits = torch.full((3, 70), float("nan"))
+    logits[1] = float("-inf")
+    logits[2, 5] = 1.0
+    found = triton.draw(logits, torch.ones(3), top_k, torch.ones(3), torch.ones(3).double() * 0.7)
+    assert found.min() >= 0
+    assert found.max() < 70
+    assert found[2] == 5  # of numbers and NaN, a number
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_draw_does_not_depend_on_how_rows_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, *rest = cut(6, 200, torch.bfloat16)
+    logits[:3] = logits[:3].clamp(max=2)  # many equal ones, in every part of a row
+    tokens = []
+    for count in (1, 3, 64):
+        monkeypatch.setitem(triton.draw.__globals__, "processors", lambda _, n=count: n)
+        tokens.append(triton.draw(logits, *rest))
+    assert torch.equal(tokens[0], tokens[1])
+    assert torch.equal(tokens[0], tokens[2])
+    assert torch.equal(tokens[0], reference.draw(logits, *rest))
 
 
 def test_the_model_of_the_repository_gives_the_same_tokens(

@@ -22,12 +22,15 @@ __all__ = [
     "Weight",
     "add_rms_norm",
     "attention",
+    "draw",
     "empty_weight",
     "experts",
     "gated_linear",
     "gather",
     "keeps_mxfp4",
     "linear",
+    "norm_mlp",
+    "norm_qkv",
     "pack",
     "pack_experts",
     "recorder",
@@ -114,6 +117,41 @@ def add_rms_norm(
     return summed, normed
 
 
+def norm_qkv(
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    norm: torch.Tensor,
+    eps: float,
+    weight: Weight,
+    bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """`add_rms_norm`, then `linear` → (the sum, the linear), where one kernel does both faster.
+
+    None where none does: then it is to be done in steps.
+    """
+    found: tuple[torch.Tensor, torch.Tensor] | None = _of(x.device).norm_qkv(
+        x, delta, norm, eps, weight, bias
+    )
+    return found
+
+
+def norm_mlp(
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    norm: torch.Tensor,
+    eps: float,
+    gate_up: Weight,
+    gate_up_bias: torch.Tensor | None,
+    down: Weight,
+    down_bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """`add_rms_norm`, then plain `gated_linear` and `linear`; → (the sum, the MLP), as norm_qkv."""
+    found: tuple[torch.Tensor, torch.Tensor] | None = _of(x.device).norm_mlp(
+        x, delta, norm, eps, gate_up, gate_up_bias, down, down_bias
+    )
+    return found
+
+
 def rotate_and_write(
     qkv: torch.Tensor,
     cos_sin: torch.Tensor,
@@ -183,3 +221,15 @@ def experts(
         x, chosen, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha, part
     )
     return out
+
+
+def draw(
+    logits: torch.Tensor,
+    heat: torch.Tensor,
+    top_k: torch.Tensor | None,
+    top_p: torch.Tensor,
+    uniform: torch.Tensor,
+) -> torch.Tensor:
+    """A token of each row of logits [rows, vocab] by top-k and top-p; as `reference.draw`."""
+    tokens: torch.Tensor = _of(logits.device).draw(logits, heat, top_k, top_p, uniform)
+    return tokens

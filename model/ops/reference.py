@@ -124,6 +124,13 @@ def add_rms_norm(
     return summed, rms_norm(summed, weight, eps)
 
 
+def in_steps(*arguments: object) -> None:
+    """As norm_qkv and norm_mlp of ops: no kernel does a norm together with what follows."""
+
+
+norm_qkv = norm_mlp = in_steps
+
+
 def rotate_and_write(
     qkv: torch.Tensor,
     cos_sin: torch.Tensor,
@@ -278,3 +285,63 @@ def dequantize_mxfp4(
     pairs = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)
     dense = values[pairs.int()] * torch.exp2(scales.float() - 127).unsqueeze(-1)
     return dense.flatten(-2).to(dtype)
+
+
+def draw(
+    logits: torch.Tensor,
+    heat: torch.Tensor,
+    top_k: torch.Tensor | None,
+    top_p: torch.Tensor,
+    uniform: torch.Tensor,
+) -> torch.Tensor:
+    """A token of each row from what top-k and then top-p leave of its softmax.
+
+    logits [rows, vocab]; for each row heat float32, the temperature, above 0; top_k int64, how
+    many tokens may be drawn, 0 for all (None: all in every row); top_p float32, the share of what
+    top-k leaves that the likeliest of them must reach; uniform float64 in [0, 1) → int64 [rows].
+
+    Tokens are in order of probability, of equal ones the lower first, for both limits and for the
+    draw: the inverse of the cumulative distribution at `uniform`. This order costs nothing more,
+    as both limits need it, and a draw from the likeliest few never depends on how many follow.
+    A row of NaN gives some token that exists.
+    """
+    values, ids = logits.sort(descending=True, stable=True)
+    values = values.float() / heat.unsqueeze(1)
+    total = values.logsumexp(-1, keepdim=True)
+    return pick(values, ids, total, counts_kept(logits, top_k), top_p, uniform)
+
+
+def counts_kept(logits: torch.Tensor, top_k: torch.Tensor | None) -> torch.Tensor:
+    """top_k int64 [rows] as in `draw`, with the size of the vocabulary where it is no limit."""
+    rows, vocab = logits.shape
+    if top_k is None:
+        return torch.full((rows,), vocab, device=logits.device)
+    return torch.where(top_k == 0, vocab, top_k)
+
+
+def pick(
+    values: torch.Tensor,
+    ids: torch.Tensor,
+    total: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    uniform: torch.Tensor,
+) -> torch.Tensor:
+    """As `draw`, from the likeliest candidates of each row.
+
+    values [rows, candidates] descending, by temperature, ids int64 of the same shape; total
+    [rows, 1]: logsumexp of the values of all tokens; top_k from `counts_kept`. If candidates are
+    not all tokens, they must be as many as top-k or, where that is no limit, reach top-p.
+    """
+    shares = (values - total).exp().double()
+    rank = torch.arange(values.shape[1], device=values.device)
+    top_k = top_k.unsqueeze(1)
+    shares = shares.masked_fill(rank >= top_k, 0.0)
+    whole = torch.where(top_k <= values.shape[1], shares.sum(-1, keepdim=True), 1.0)
+    before = shares.cumsum(-1) - shares
+    shares = shares.masked_fill((before >= top_p.unsqueeze(1) * whole) & (rank > 0), 0.0)
+    upto = shares.cumsum(-1)
+    chosen = (upto <= uniform.unsqueeze(1) * upto[:, -1:]).sum(-1, keepdim=True)
+    # Rounding may point behind the last kept one, and NaN has none.
+    last = ((shares > 0).sum(-1, keepdim=True) - 1).clamp(min=0)
+    return ids.gather(1, torch.minimum(chosen, last)).squeeze(1)

@@ -9,8 +9,11 @@ from model.batch import ForwardBatch, GroupTables
 from model.ops import reference
 from model.ops.cpu import native, plain
 from model.ops.cpu.calls import Recorder, leave_to_torch, library
+from model.ops.cpu.draw import draw as draw
 from model.ops.cpu.packed import PANEL, Packed
 from model.ops.reference import MXFP4_BLOCK, Mxfp4
+from model.ops.reference import norm_mlp as norm_mlp
+from model.ops.reference import norm_qkv as norm_qkv
 
 
 def _native(x: torch.Tensor, *multiples: tuple[int, int]) -> bool:

@@ -15,7 +15,9 @@ from model.ops.reference import (
     pack_experts,
 )
 from model.ops.triton.attention import attention
+from model.ops.triton.draw import draw
 from model.ops.triton.experts import experts
+from model.ops.triton.fused import norm_mlp, norm_qkv
 from model.ops.triton.norm import add_rms_norm, swiglu
 from model.ops.triton.rotary import rotate_and_write
 from model.ops.triton.route import route
@@ -23,12 +25,15 @@ from model.ops.triton.route import route
 __all__ = [
     "add_rms_norm",
     "attention",
+    "draw",
     "empty_weight",
     "experts",
     "gated_linear",
     "gather",
     "keeps_mxfp4",
     "linear",
+    "norm_mlp",
+    "norm_qkv",
     "pack",
     "pack_experts",
     "rotate_and_write",

@@ -2,8 +2,8 @@
 
 For few rows, where a launch costs more than an activation read again by every program. The row's
 scale is a factor of the whole product, so a program need not know it before it multiplies. Up to
-how many rows this wins is measured (`Tiles.fused_rows`); above, and where nobody has measured it,
-the same is done in steps.
+how many rows this wins is to be measured (`Tiles.fused_qkv` and the like): above, and where nobody
+has, the functions here return None, and the decoder goes in steps.
 """
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from model.ops.triton.norm import add_rms_norm, gated, swiglu
+from model.ops.triton.norm import gated, swiglu
 from model.ops.triton.tiles import for_dtype, tiles
 
 _SLICE = 32  # of the MLP's inner size that one program computes
@@ -149,7 +149,43 @@ def _sum_parts(parts_ptr, out_ptr, slices, stride, BLOCK_S: tl.constexpr, BLOCK:
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), at < stride)
 
 
-def norm_linear(
+def norm_qkv(
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    norm: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """As ops.norm_qkv."""
+    if delta is None or not 0 < len(x) <= tiles(x.device).fused_qkv:
+        return None
+    return _linear(x, delta, norm, eps, weight, bias)
+
+
+def norm_mlp(
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    norm: torch.Tensor,
+    eps: float,
+    gate_up: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down: torch.Tensor,
+    down_bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """As ops.norm_mlp: one kernel without biases, or the norm with gate and up."""
+    if delta is None or not len(x):
+        return None
+    own = tiles(x.device)
+    if len(x) <= own.fused_mlp and gate_up_bias is None and down_bias is None:
+        return _mlp(x, delta, norm, eps, gate_up, down)
+    if len(x) > own.fused_gate_up:
+        return None
+    summed, gates = _linear(x, delta, norm, eps, gate_up, gate_up_bias)
+    return summed, F.linear(swiglu(gates, None, 1.0), down, down_bias)
+
+
+def _linear(
     x: torch.Tensor,
     delta: torch.Tensor,
     norm: torch.Tensor,
@@ -159,9 +195,6 @@ def norm_linear(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x, delta [rows, size], norm [size], weight [out, size] → (x + delta, its norm · weight)."""
     rows, size = x.shape
-    if not 0 < rows <= tiles(x.device).fused_rows:
-        summed, normed = add_rms_norm(x, delta, norm, eps)
-        return summed, F.linear(normed, weight, bias)
     tile = for_dtype(tiles(x.device).fused, x.dtype)
     summed, out = torch.empty_like(x), x.new_empty(rows, len(weight))
     _norm_linear[(triton.cdiv(len(weight), tile.n),)](
@@ -185,7 +218,7 @@ def norm_linear(
     return summed, out
 
 
-def norm_mlp(
+def _mlp(
     x: torch.Tensor,
     delta: torch.Tensor,
     norm: torch.Tensor,
@@ -198,9 +231,6 @@ def norm_mlp(
     The MLP is plain SwiGLU without biases, over the norm of the sum.
     """
     rows, size = x.shape
-    if not 0 < rows <= tiles(x.device).fused_rows:
-        summed, normed = add_rms_norm(x, delta, norm, eps)
-        return summed, F.linear(swiglu(F.linear(normed, gate_up), None, 1.0), down)
     tile = for_dtype(tiles(x.device).fused, x.dtype)
     inner = down.shape[1]
     slices = triton.cdiv(inner, _SLICE)

@@ -4,7 +4,7 @@ Rows are chosen by hand from what a target's shared memory and registers hold; n
 while a job runs. An architecture that is not listed uses the smallest tiles.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -39,7 +39,11 @@ class Tiles:
     experts: tuple[Tile, ...]  # by rising m: the first that holds an expert's mean rows is used
     mxfp4: tuple[Tile, ...]  # the same for packed weights
     fused: Tile = Tile(16, 32, 128, 4, 3)  # norm with linear or MLP; m is not used
-    fused_rows: int = 0  # up to this many rows norms and MLPs are fused; 0: not measured
+    # Up to how many rows (64 at most) a norm and what follows are one kernel, where `gpu.py
+    # --section fusions` found that faster; 0: not measured.
+    fused_qkv: int = 0
+    fused_gate_up: int = 0
+    fused_mlp: int = 0
 
 
 _HOPPER = Tiles(
@@ -49,12 +53,17 @@ _HOPPER = Tiles(
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
     mxfp4=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
 )
+_BLACKWELL = replace(  # with 64 of k, 128 experts without a limit spilled
+    _HOPPER,
+    experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 128, 4, 2), Tile(128, 128, 64, 8, 3)),
+)
 _AMPERE = Tiles(
     decode=Tile(16, 64, 0, 4, 4),
     prefill=Tile(64, 64, 0, 4, 4),
     prefill_wide=Tile(128, 32, 0, 8, 4),
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)),
     mxfp4=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)),
+    fused=Tile(16, 32, 64, 4, 3),
 )
 _CDNA = Tiles(
     decode=Tile(16, 64, 0, 4, 2),
@@ -75,7 +84,7 @@ _SMALL = Tiles(
 TILES: dict[str, Tiles] = {
     "sm_80": _AMPERE,
     "sm_90": _HOPPER,
-    "sm_100": _HOPPER,
+    "sm_100": _BLACKWELL,
     "gfx90a": _CDNA,
     "gfx942": _CDNA,
     "gfx950": _CDNA,
