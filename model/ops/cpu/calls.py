@@ -36,7 +36,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "attention": (
         *[_Pointer] * 2, _Int, _Pointer, _Int, *[_Pointer] * 3, *[_Int] * 6, _Pointer, _Flag,
     ),
-    "route": (_Pointer, *[_Int] * 3, *[_Flag] * 2, *[_Pointer] * 2),
+    "route": (_Pointer, *[_Int] * 3, *[_Flag] * 2, *[_Pointer] * 2, _Flag),
     "experts": (
         *[_Pointer] * 2, _Int, _Pointer, _Int, *[_Pointer] * 2, _Int, _Flag, *[_Float] * 2,
         _Pointer, _Flag,

@@ -147,8 +147,8 @@ void getp_gated_linear(const Weight* weight, const bf16* x, int64_t rows, int cl
 }
 
 void getp_route(const bf16* logits, int64_t rows, int64_t experts, int64_t top_k, int after,
-                int normalize, int64_t* chosen, float* weights) {
-  CALL(route, logits, rows, experts, top_k, after != 0, normalize != 0, chosen, weights);
+                int normalize, int64_t* chosen, float* weights, int threads) {
+  CALL(route, logits, rows, experts, top_k, after != 0, normalize != 0, chosen, weights, threads);
 }
 
 void getp_experts(const Weight* ups, const Weight* downs, int64_t count, const bf16* x,

@@ -390,7 +390,6 @@ INLINE void multiply(const Rows& x, int64_t inputs, int64_t k, int64_t width, co
 
 // Inputs that are taken at once: their part of a panel stays in the first-level cache for all rows.
 constexpr int64_t SPAN = 256;
-constexpr int64_t FETCHED = 32;  // inputs ahead of those that are multiplied, where each comes once
 
 // c [rows, 32] = x [rows, inputs] times one panel, plus its bias. A row's products are added up in
 // the same order whatever the number of rows: a result does not depend on the batch. c has room for
@@ -400,17 +399,18 @@ static void rows_times_weight(const Weight& weight, int64_t index, const Rows& x
   alignas(64) bf16 unpacked[SPAN * PANEL];
   const int64_t inputs = weight.inputs, rows = x.count;
   const bool once = rows <= ROWS && (use_amx || !weight.scales);  // each input's part is used once
-  const int64_t step = once ? inputs : SPAN;
+  const bool few = rows <= 4 * ROWS;  // as much time goes into fetching as into multiplying
+  const int64_t step = once ? inputs : few ? SPAN / 2 : SPAN;
   for (int64_t k = 0; k < inputs; k += step) {
     const int64_t width = std::min(step, inputs - k), at = index * inputs + k;
     if (!weight.scales) {
       const bf16* panel = (const bf16*)weight.data + at * PANEL;
-      multiply(x, inputs, k, width, panel, nullptr, c, panel + (once ? FETCHED : width) * PANEL, 32,
-               tiles);
+      const int64_t ahead = once ? 32 : few ? 96 : width;  // measured
+      multiply(x, inputs, k, width, panel, nullptr, c, panel + ahead * PANEL, 32, tiles);
       continue;
     }
     const uint8_t *codes = (const uint8_t*)weight.data + at * PANEL / 2, *scales = weight.scales + at;
-    const uint8_t* next = codes + SPAN * PANEL / 2;
+    const uint8_t* next = codes + (once ? SPAN : step) * PANEL / 2;
     if (once) {
       multiply(x, inputs, k, width, codes, scales, c, next, 8, tiles);
       continue;
@@ -451,15 +451,20 @@ INLINE void write_row(const float* c, bf16* out, int64_t own) {
   }
 }
 
-// Rows of `a` that stay in a core's second-level cache beside a panel.
-INLINE int64_t rows_in_cache(int64_t inputs) {
-  return std::max<int64_t>(ROWS, ((1 << 20) / (2 * inputs)) / ROWS * ROWS);
+constexpr int64_t CACHE = 3 << 19;  // bytes, of the 2 MiB a core that processors with tiles have
+
+// Of `rows`, those that are taken at once: they stay in a core's second-level cache beside a panel,
+// and no part is much smaller than the others.
+INLINE int64_t rows_at_once(int64_t rows, int64_t inputs) {
+  const int64_t most = std::max<int64_t>(ROWS, (CACHE / (2 * inputs)) / ROWS * ROWS);
+  const int64_t parts = std::max<int64_t>(1, (rows + most - 1) / most);
+  return ((rows + parts - 1) / parts + ROWS - 1) / ROWS * ROWS;
 }
 
 static void linear(const Weight& weight, const bf16* x, int64_t rows, bf16* out, int threads) {
   const int64_t inputs = weight.inputs, outputs = weight.outputs;
   const int64_t panels = (outputs + PANEL - 1) / PANEL;
-  const int64_t most = rows_in_cache(inputs), spans = (rows + most - 1) / most;
+  const int64_t most = rows_at_once(rows, inputs), spans = (rows + most - 1) / most;
   const int64_t items = panels * spans, chunk = std::max<int64_t>(1, items / (8 * threads));
   if (rows * outputs * inputs < 1 << 17) threads = 1;
 #pragma omp parallel num_threads(threads)
@@ -497,7 +502,7 @@ static void gated_block(const Weight& weight, int64_t index, const Rows& x, Swig
 static void gated_linear(const Weight& weight, const bf16* x, int64_t rows, Swiglu how, bf16* out,
                          int threads) {
   const int64_t inputs = weight.inputs, panels = weight.outputs / 2 / PANEL;
-  const int64_t most = rows_in_cache(inputs), items = panels * ((rows + most - 1) / most);
+  const int64_t most = rows_at_once(rows, inputs), items = panels * ((rows + most - 1) / most);
   const int64_t chunk = std::max<int64_t>(1, items / (8 * threads));
   if (rows * weight.outputs * inputs < 1 << 17) threads = 1;
 #pragma omp parallel num_threads(threads)
@@ -655,27 +660,37 @@ static void rotate_and_write(const bf16* qkv, const float* cos_sin, bf16* kv, in
   }
 }
 
+static void route_row(const bf16* logits, int64_t experts, int64_t top_k, bool after,
+                      bool normalize, float* values, int64_t* chosen, float* weights) {
+  float top = -INFINITY, total = 0;
+  for (int64_t e = 0; e < experts; e++) {
+    values[e] = widen_one(logits[e]);
+    top = std::max(top, values[e]);
+  }
+  if (!after)
+    for (int64_t e = 0; e < experts; e++) total += std::exp(values[e] - top);
+  float kept = 0;
+  for (int64_t k = 0; k < top_k; k++) {
+    const int64_t best = std::max_element(values, values + experts) - values;
+    chosen[k] = best;
+    weights[k] = std::exp(values[best] - top);
+    kept += weights[k];
+    values[best] = -INFINITY;
+  }
+  const float divisor = after || normalize ? kept : total;
+  for (int64_t k = 0; k < top_k; k++) weights[k] /= divisor;
+}
+
 static void route(const bf16* logits, int64_t rows, int64_t experts, int64_t top_k, bool after,
-                  bool normalize, int64_t* chosen, float* weights) {
-  std::vector<float> values((size_t)experts);
-  for (int64_t row = 0; row < rows; row++) {
-    int64_t* ids = chosen + row * top_k;
-    float* shares = weights + row * top_k;
-    for (int64_t e = 0; e < experts; e++) values[(size_t)e] = widen_one(logits[row * experts + e]);
-    float top = -INFINITY, total = 0;
-    for (float value : values) top = std::max(top, value);
-    if (!after)
-      for (float value : values) total += std::exp(value - top);
-    float kept = 0;
-    for (int64_t k = 0; k < top_k; k++) {
-      const int64_t best = std::max_element(values.begin(), values.end()) - values.begin();
-      ids[k] = best;
-      shares[k] = std::exp(values[(size_t)best] - top);
-      kept += shares[k];
-      values[(size_t)best] = -INFINITY;
-    }
-    const float divisor = after || normalize ? kept : total;
-    for (int64_t k = 0; k < top_k; k++) shares[k] /= divisor;
+                  bool normalize, int64_t* chosen, float* weights, int threads) {
+  if (rows * experts < 1 << 11) threads = 1;
+#pragma omp parallel num_threads(threads)
+  {
+    float* values = scratch_for<float>(experts);
+#pragma omp for schedule(static) nowait
+    for (int64_t row = 0; row < rows; row++)
+      route_row(logits + row * experts, experts, top_k, after, normalize, values,
+                chosen + row * top_k, weights + row * top_k);
   }
 }
 
@@ -768,6 +783,59 @@ INLINE void score(const bf16* query, const bf16* keys, int64_t rows, int64_t hea
     });
 }
 
+#if WIDE
+// values of `count` positions [count, head_dim] → [32 or 64 positions / 2, head_dim, 2], what is
+// beyond them zeros. Each 32 dimensions stand in the order that `in_order` undoes.
+INLINE void interleave_values(const bf16* const* rows, int64_t count, int64_t head_dim, bf16* to) {
+  const __m512i zero = _mm512_setzero_si512();
+  for (int64_t i = 0; i < (count + 31) / 32 * 32; i += 2, to += 2 * head_dim)
+    for (int64_t span = 0; span < head_dim; span += 32) {
+      const __m512i even = i < count ? _mm512_loadu_si512(rows[i] + span) : zero;
+      const __m512i odd = i + 1 < count ? _mm512_loadu_si512(rows[i + 1] + span) : zero;
+      _mm512_storeu_si512(to + span * 2, _mm512_unpacklo_epi16(even, odd));
+      _mm512_storeu_si512(to + span * 2 + 32, _mm512_unpackhi_epi16(even, odd));
+    }
+}
+
+// 32 dimensions as interleave_values leaves them, as they were.
+INLINE void in_order(floats& low, floats& high) {
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second =
+      _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  const __m512 a = (__m512)low, b = (__m512)high;
+  low = (floats)_mm512_permutex2var_ps(a, first, b);
+  high = (floats)_mm512_permutex2var_ps(a, second, b);
+}
+
+// mixed [rows, head_dim] plus shares bf16 [rows, TILE] times `count` interleaved values.
+static void mix_tiles(const bf16* shares, const bf16* values, int64_t rows, int64_t count,
+                      int64_t head_dim, float* mixed) {
+  asm volatile("" : : : "memory");
+  const bool both = rows > 16, more = count > 32;
+  const int64_t stride = TILE * 2, across = head_dim * 4;
+  _tile_loadd(4, shares, stride);
+  if (both) _tile_loadd(5, shares + 16 * TILE, stride);
+  if (more) _tile_loadd(1, shares + 32, stride);
+  if (more && both) _tile_loadd(3, shares + 16 * TILE + 32, stride);
+  for (int64_t d = 0; d < head_dim; d += 16) {
+    _tile_loadd(0, mixed + d, across);
+    _tile_loadd(6, values + d * 2, across);
+    _tile_dpbf16ps(0, 4, 6);
+    if (both) {
+      _tile_loadd(2, mixed + 16 * head_dim + d, across);
+      _tile_dpbf16ps(2, 5, 6);
+    }
+    if (more) {
+      _tile_loadd(7, values + 32 * head_dim + d * 2, across);
+      _tile_dpbf16ps(0, 1, 7);
+      if (both) _tile_dpbf16ps(2, 3, 7);
+    }
+    _tile_stored(0, mixed + d, across);
+    if (both) _tile_stored(2, mixed + 16 * head_dim + d, across);
+  }
+}
+#endif
+
 template <int COUNT, int VECTORS>
 INLINE void mix_rows(const float* shares, const bf16* const* values, int64_t count, float* out,
                      int64_t stride) {
@@ -822,6 +890,11 @@ INLINE void take_shares(float* row, float scale, int64_t count, int64_t from, in
   total += sum(sums);
 }
 
+// Rows of which a tile has 16, or all if they are fewer.
+INLINE int64_t whole_tiles(int64_t rows) {
+  return use_amx && rows > 16 ? (rows + 15) / 16 * 16 : rows;
+}
+
 // What one thread attends at once: some tokens of a sequence, for KV heads that lie side by side.
 struct AttentionItem {
   int64_t sequence, first, last, kv_head, kv_heads;
@@ -845,6 +918,7 @@ static void attend(const bf16* query, bf16* out, const AttentionItem& item, int6
   alignas(64) bf16 keys[16 * 256];
   alignas(64) float scores[MOST_QUERY * TILE];
   alignas(64) float mixed[MOST_MIXED];
+  [[maybe_unused]] alignas(64) bf16 shares[MOST_QUERY * TILE], values[TILE * 256];
   float top[MOST_MIXED / 32], total[MOST_MIXED / 32];
   alignas(64) bf16 queries[MOST_QUERY * 256];
   const bf16 *key_rows[TILE], *value_rows[TILE], *part_rows[TILE];
@@ -864,7 +938,8 @@ static void attend(const bf16* query, bf16* out, const AttentionItem& item, int6
     top[i] = sinks ? widen_one(sinks[head]) : -INFINITY;
     total[i] = sinks ? 1 : 0;
   }
-  memset(mixed, 0, (size_t)(item.kv_heads * rows * head_dim) * 4);
+  const int64_t room = whole_tiles(rows) * head_dim;
+  memset(mixed, 0, (size_t)(item.kv_heads * room) * 4);
   for (int64_t at = begin; at < end; at += TILE) {
     const int64_t count = std::min(TILE, end - at), padded = (count + 15) / 16 * 16;
     const int64_t *here = offsets[(at - begin) / TILE % 2], ahead = std::min(TILE, end - at - TILE);
@@ -890,11 +965,25 @@ static void attend(const bf16* query, bf16* out, const AttentionItem& item, int6
         transpose_keys(key_rows + i, head_dim, keys);
         score(queries, keys, rows, head_dim, scores + i, tiles);
       }
-      float *own_mixed = mixed + own * rows * head_dim;
-      for (int64_t r = 0; r < rows; r++)
-        take_shares(scores + r * TILE, scale, count, window ? ends[r] - window - at : 0, ends[r] - at,
-                    top[own * rows + r], total[own * rows + r], own_mixed + r * head_dim, head_dim);
-      for (int64_t part = 0; part < head_dim; part += 32) {
+      float* own_mixed = mixed + own * room;
+      for (int64_t r = 0; r < rows; r++) {
+        take_shares(scores + r * TILE, scale, count, window ? ends[r] - window - at : 0,
+                    ends[r] - at, top[own * rows + r], total[own * rows + r],
+                    own_mixed + r * head_dim, head_dim);
+#if WIDE
+        if (!use_amx) continue;
+        for (int64_t i = 0; i < TILE; i += 16)
+          narrow(shares + r * TILE + i, i < count ? load(scores + r * TILE + i) : floats{});
+        if (r % 8 == 7) _tile_stored(6, values, 64);  // keeps the tiles awake
+#endif
+      }
+#if WIDE
+      if (use_amx) {
+        interleave_values(value_rows, count, head_dim, values);
+        mix_tiles(shares, values, rows, count, head_dim, own_mixed);
+      }
+#endif
+      for (int64_t part = 0; part < head_dim && !use_amx; part += 32) {
         const bool wide = head_dim - part >= 64;
         for (int64_t i = 0; i < count; i++) part_rows[i] = value_rows[i] + part;
         for (int64_t r = 0; r < rows; r += 4)
@@ -915,8 +1004,15 @@ static void attend(const bf16* query, bf16* out, const AttentionItem& item, int6
     const int64_t r = i % rows, head = (item.kv_head + i / rows) * group + r % group;
     bf16* to = out + ((item.first + r / group) * size.heads + head) * head_dim;
     const float factor = total[i] > 0 ? 1 / total[i] : 0;
-    for (int64_t d = 0; d < head_dim; d += 16)
-      narrow(to + d, load(mixed + i * head_dim + d) * factor);
+    const float* from = mixed + i / rows * room + r * head_dim;
+    for (int64_t d = 0; d < head_dim; d += 32) {
+      floats low = load(from + d) * factor, high = load(from + d + 16) * factor;
+#if WIDE
+      if (use_amx) in_order(low, high);
+#endif
+      narrow(to + d, low);
+      narrow(to + d + 16, high);
+    }
   }
 }
 
@@ -930,7 +1026,7 @@ static void attention(const bf16* query, const bf16* kv, int64_t kv_half, const 
   static thread_local std::vector<AttentionItem> items;
   items.clear();
   // Heads that lie side by side are read together, as long as there is work for every thread.
-  int64_t span = std::min(kv_heads, MOST_MIXED / (head_dim * std::min(group * tokens, MOST_QUERY)));
+  int64_t span = std::min(kv_heads, MOST_MIXED / (head_dim * whole_tiles(group * tokens)));
   while (span > 1 && sequences * kv_heads / span < 4 * threads) span /= 2;
   int64_t work = 0;
   for (int64_t s = 0; s < sequences; s++) {
@@ -1014,7 +1110,7 @@ static void experts(const Weight* ups, const Weight* downs, int64_t count, const
                     Swiglu how, bf16* out, int threads) {
   const int64_t pairs = tokens * top_k, inputs = ups->inputs, size = ups->outputs / 2;
   const Grouped& grouped = group_pairs(chosen, pairs, count);
-  const auto& items = expert_items(grouped, count, size / PANEL, rows_in_cache(inputs));
+  const auto& items = expert_items(grouped, count, size / PANEL, rows_at_once(pairs, inputs));
   const int64_t total = (int64_t)items.size(), chunk = std::max<int64_t>(1, total / (16 * threads));
   static thread_local std::vector<bf16> gathered_rows, inner_rows;
   // What is read beyond the last rows of an expert: see tile_of.
@@ -1024,8 +1120,8 @@ static void experts(const Weight* ups, const Weight* downs, int64_t count, const
   // Panels that share a pass over the rows, in a core's cache with their sums.
   const int64_t outputs = downs->outputs, panels = (outputs + PANEL - 1) / PANEL;
   const int64_t side_by_side = std::clamp<int64_t>(panels / (2 * threads), 1, 8);
-  const int64_t most = std::min(pairs, std::max(rows_in_cache(inputs), rows_in_cache(size)));
-  const int64_t room = (most + 15) / 16 * 32 * PANEL;
+  const int64_t most = std::max(rows_at_once(pairs, inputs), rows_at_once(pairs, size));
+  const int64_t room = 2 * most * PANEL;
 #pragma omp parallel num_threads(threads)
   {
     float* c = scratch_for<float>(room + side_by_side * tokens * PANEL);

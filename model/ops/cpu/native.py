@@ -108,7 +108,7 @@ def route(
     call(
         "route",
         logits.data_ptr(), rows, count, top_k, softmax_after_top_k, normalize, chosen.data_ptr(),
-        weights.data_ptr(),
+        weights.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return chosen, weights
 
