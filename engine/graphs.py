@@ -25,7 +25,11 @@ they hold now, if it is called at once."""
 
 def sizes(most: int) -> list[int]:
     """Batch sizes to capture for batches of up to `most`: 1, 2, 4, multiples of 8, `most`."""
-    return sorted({size for size in (1, 2, 4, *range(8, most, 8)) if size < most} | {most})
+    return _up_to(most, 1, 2, 4, *range(8, most, 8))
+
+
+def _up_to(most: int, *wanted: int) -> list[int]:
+    return sorted({size for size in wanted if size < most} | {most})
 
 
 class DecodeGraphs:
@@ -42,11 +46,14 @@ class DecodeGraphs:
 
         buffers: a batch that can run as it is, one token a sequence (`padding`); logits
         [sequences, vocab]: where results are put, since what is allocated in one capture is used
-        again by the next. Without logits every size is captured, each when it is first met, and
-        the capture sees to its results: for where captures cost no more than a step.
+        again by the next. Without logits sizes are close to each other, each is captured when it
+        is first met, and the capture sees to its results: for where captures cost no more than a
+        step.
         """
         most = len(buffers.seen)
-        self.sizes = list(range(1, most + 1)) if logits is None else sizes(most)
+        # On a CPU rows that nobody needs are computed like others: few of them.
+        each = _up_to(most, *range(1, 17), *range(20, most, 4))
+        self.sizes = each if logits is None else sizes(most)
         self._inputs = {size: _first(buffers, size) for size in self.sizes}
         self._forward, self._logits, self._capture = forward, logits, capture
         self._replay: dict[int, Compute] = {}

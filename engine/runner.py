@@ -125,7 +125,7 @@ class ModelRunner:
     def capture(self, capture: Capture, ahead_of_time: bool = True) -> None:
         """Capture the steps in which every sequence decodes; `launch` then replays them.
 
-        Ahead of time: a few sizes now, else every size when it is first met.
+        Ahead of time: a few sizes now, else each size when it is first met.
         """
         if self._sampler is None:
             raise RuntimeError("allocate() comes before capture()")

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,9 +188,12 @@ def filled(weights: Any, dtype: torch.dtype, parts: int = 1) -> Any:
     return ops.pack_experts(empty, dtype)
 
 
+@pytest.mark.parametrize(("hidden", "size"), [(96, 64), (608, 416)])
 @pytest.mark.parametrize("tokens", [1, 5, 40, 300])
-def test_mxfp4_experts_equal_the_dense_reference(tokens: int, dtype: torch.dtype) -> None:
-    count, hidden, size, top_k = 4, 96, 64, 3
+def test_mxfp4_experts_equal_the_dense_reference(
+    tokens: int, hidden: int, size: int, dtype: torch.dtype
+) -> None:
+    count, top_k = 4, 3
     generator = torch.Generator().manual_seed(0)
 
     def mxfp4(outputs: int, inputs: int) -> ops.Mxfp4:
@@ -307,17 +311,39 @@ def test_without_the_kernels_there_is_one_notice(
         assert calls.library.__wrapped__() is None
 
 
-@pytest.mark.parametrize("rows", [1, 3, 12, 13, 32, 47, 700])
+@pytest.mark.parametrize("rows", [1, 3, 12, 13, 17, 32, 47, 129, 700])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("outputs", [160, 8])
+@pytest.mark.parametrize(("outputs", "inputs"), [(160, 96), (8, 96), (72, 608), (64, 3040)])
 def test_a_packed_linear_equals_the_plain_one(
-    outputs: int, rows: int, bias: bool, dtype: torch.dtype
+    outputs: int, inputs: int, rows: int, bias: bool, dtype: torch.dtype
 ) -> None:
-    x = rand(rows, 96, dtype=dtype)
-    weight = rand(outputs, 96, seed=1, dtype=dtype)
+    x = rand(rows, inputs, dtype=dtype)
+    weight = rand(outputs, inputs, seed=1, dtype=dtype) * (96 / inputs) ** 0.5
     column = rand(outputs, seed=2, dtype=dtype) if bias else None
     found = ops.linear(x, ops.pack(weight), column)
     torch.testing.assert_close(found, reference.linear(x, weight, column), rtol=2e-2, atol=2e-1)
+
+
+def test_recordings_of_many_sizes_share_their_memory() -> None:
+    recorder = ops.recorder(torch.bfloat16)
+    if recorder is None:
+        pytest.skip("no native kernels were built here")
+    weights = [ops.pack(rand(64, 64, seed=seed, dtype=torch.bfloat16)) for seed in range(3)]
+    x = rand(40, 64, seed=3, dtype=torch.bfloat16)
+
+    def compute(rows: int) -> torch.Tensor:
+        inner = x[:rows]
+        for weight in weights:
+            inner = ops.linear(inner, weight, None)
+        return inner
+
+    replays = {}
+    for rows in range(40, 0, -1):
+        replays[rows] = recorder(partial(compute, rows))
+        replays[rows]()  # what was computed as it was recorded
+    for rows, replay in replays.items():
+        torch.testing.assert_close(replay(), compute(rows), rtol=0, atol=0)
+    assert len(recorder._buffers) <= 4
 
 
 def test_routers_weigh_as_their_families_do() -> None:

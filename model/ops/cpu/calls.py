@@ -147,10 +147,10 @@ class Recorder:
         unused = [0] * (_MOST_ARGUMENTS + 1)
         recorded = b"".join(record.pack(*(c + unused)[: len(unused)]) for c in self._calls)
         count, shape, dtype = len(self._calls), result.shape, result.dtype
-        found = [b for b in self._buffers if _address(b) == result.data_ptr()]
+        found = [i for i, b in enumerate(self._buffers) if _address(b) == result.data_ptr()]
         if not found:
             raise RuntimeError("the result is not of the native kernels")
-        buffer = found[0]
+        place = found[0]  # not the buffer: other recordings may use it, too
         first: torch.Tensor | None = result
 
         def again() -> torch.Tensor:
@@ -159,7 +159,7 @@ class Recorder:
                 out, first = first, None
                 return out
             kernels.getp_replay(recorded, count)
-            return _tensor(buffer, shape, dtype)
+            return _tensor(self._buffers[place], shape, dtype)
 
         return again
 
@@ -183,7 +183,8 @@ class Recorder:
             if len(buffer) >= size and sys.getrefcount(buffer) == 3
         ]
         if not fitting:
-            fitting = [mmap.mmap(-1, max(size, mmap.PAGESIZE))]
+            private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            fitting = [mmap.mmap(-1, max(size, mmap.PAGESIZE), flags=private)]
             self._buffers += fitting
         return _tensor(min(fitting, key=len), shape, dtype)
 
