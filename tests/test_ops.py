@@ -1,9 +1,9 @@
 """Every op's CPU form against the reference, over the shapes that break things."""
 
 from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from functools import partial
 from pathlib import Path
 from typing import Any
 
