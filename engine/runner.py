@@ -12,7 +12,7 @@ from engine.request import Request, SamplingParams
 from engine.sampler import Sampled, Sampler, pin, put
 from engine.scheduler import Chunk, Sequence, Step
 from engine.work import Work
-from model import ModelConfig, Transformer, weights
+from model import ModelConfig, Transformer, ops, weights
 from model.batch import ForwardBatch, GroupTables
 from model.shard import ALONE, Shard
 
@@ -81,7 +81,7 @@ class ModelRunner:
         self._block_size = block_size
         shape = (2, num_blocks + 1, block_size, self._kv_heads, self.config.head_dim)
         self._caches = [
-            torch.empty(shape, dtype=self.dtype, device=self.device)
+            ops.empty_cache(shape, self.dtype, self.device)
             for _ in range(max(len(group.layers) for group in self.groups))
         ]
         # Only the null block is ever read before it is written; memory of the others is not

@@ -23,6 +23,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "draw",
+    "empty_cache",
     "empty_weight",
     "experts",
     "gated_linear",
@@ -89,6 +90,12 @@ def pack_experts(weights: torch.Tensor | Mxfp4 | Packed, dtype: torch.dtype) -> 
     """
     packed: ExpertWeights = _of(weights.device).pack_experts(weights, dtype)
     return packed
+
+
+def empty_cache(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Uninitialised memory for KV blocks. Raises torch.OutOfMemoryError, MemoryError."""
+    cache: torch.Tensor = _of(device).empty_cache(shape, dtype, device)
+    return cache
 
 
 def gather(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -104,6 +104,11 @@ def keeps_mxfp4(dtype: torch.dtype) -> bool:
     return True
 
 
+def empty_cache(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Uninitialised memory for KV blocks."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
 def gather(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """table [rows, size], ids int64 [tokens], all of them rows → [tokens, size]."""
     return table[ids]

@@ -7,7 +7,7 @@ import torch
 
 from model.batch import ForwardBatch, GroupTables
 from model.ops import reference
-from model.ops.cpu import native, plain
+from model.ops.cpu import native, pages, plain
 from model.ops.cpu.calls import Recorder, leave_to_torch, library
 from model.ops.cpu.draw import draw as draw
 from model.ops.cpu.packed import PANEL, Packed
@@ -64,6 +64,11 @@ def pack_experts(
 def keeps_mxfp4(dtype: torch.dtype) -> bool:
     """As ops.keeps_mxfp4."""
     return dtype == torch.bfloat16 and library() is not None
+
+
+def empty_cache(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """As ops.empty_cache: pages that nobody touches cost nothing."""
+    return pages.empty(shape, dtype)
 
 
 def recorder(dtype: torch.dtype) -> Recorder | None:

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from model.ops.cpu import pages
+
 VARIABLE = "GETP_CPU_KERNELS"
 LEVELS = ("none", "avx2", "avx512", "amx")
 """Values of the variable: torch alone, AVX2 (other architectures: the compiler's vectors), AVX-512
@@ -159,7 +161,7 @@ class Recorder:
                 out, first = first, None
                 return out
             kernels.getp_replay(recorded, count)
-            return _tensor(self._buffers[place], shape, dtype)
+            return pages.tensor(self._buffers[place], shape, dtype)
 
         return again
 
@@ -183,14 +185,9 @@ class Recorder:
             if len(buffer) >= size and sys.getrefcount(buffer) == 3
         ]
         if not fitting:
-            private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-            fitting = [mmap.mmap(-1, max(size, mmap.PAGESIZE), flags=private)]
+            fitting = [pages.memory(size)]
             self._buffers += fitting
-        return _tensor(min(fitting, key=len), shape, dtype)
-
-
-def _tensor(buffer: mmap.mmap, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    return torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape)).view(shape)
+        return pages.tensor(min(fitting, key=len), shape, dtype)
 
 
 def _address(buffer: mmap.mmap) -> int:

@@ -1,14 +1,12 @@
 """Weights in the layout of the kernels."""
 
-import contextlib
 import ctypes
-import math
-import mmap
 from collections.abc import Sequence
 
 import torch
 
 from model.ops.cpu.calls import call
+from model.ops.cpu.pages import empty
 from model.ops.reference import MXFP4_BLOCK, Mxfp4
 
 PANEL = 32  # outputs; as in kernels.cpp
@@ -42,13 +40,13 @@ class Packed:
         *stack, outputs, inputs = shape
         panels = (*stack, -(-outputs // PANEL))
         if not mxfp4:
-            data = _empty((*panels, inputs // 2, PANEL, 2), torch.bfloat16)
+            data = empty((*panels, inputs // 2, PANEL, 2), torch.bfloat16)
             if outputs % PANEL:
                 data[..., -1, :, :, :] = 0  # outputs that nobody will write
             return cls(data, None, tuple(shape))
         groups = inputs // MXFP4_BLOCK
-        data = _empty((*panels, groups, 512), torch.uint8)
-        scales = _empty((*panels, groups, PANEL), torch.uint8)
+        data = empty((*panels, groups, 512), torch.uint8)
+        scales = empty((*panels, groups, PANEL), torch.uint8)
         if outputs % PANEL:
             data[..., -1, :, :], scales[..., -1, :, :] = 0, 127
         return cls(data, scales, tuple(shape))
@@ -93,16 +91,6 @@ class Packed:
                 struct.outputs, struct.inputs = self.shape[-2:]
             self._structs, self._bias = made, bias
         return ctypes.addressof(self._structs)
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Uninitialised memory, in huge pages where the system has them: fewer faults and misses."""
-    count = math.prod(shape)
-    memory = mmap.mmap(-1, count * dtype.itemsize)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
 
 
 def _at(stack: torch.Tensor, index: int, count: int) -> int:

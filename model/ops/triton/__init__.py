@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from model.ops.reference import (
+    empty_cache,
     empty_weight,
     gather,
     keeps_mxfp4,
@@ -26,6 +27,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "draw",
+    "empty_cache",
     "empty_weight",
     "experts",
     "gated_linear",
