@@ -77,9 +77,9 @@ class Engine:
         self.held_config = held_config(self.config, self.device, self.dtype)
         on_cpu = self.device.type == "cpu"
         self.max_batch_size = at_least_1("max_batch_size", max_batch_size, 64 if on_cpu else 256)
-        self.max_batch_tokens = at_least_1(
-            "max_batch_tokens", max_batch_tokens, 512 if on_cpu else 8192
-        )
+        # On a CPU no more than fills its kernels; of the tokens an expert gets but a part.
+        tokens = (512 if self.config.moe is None else 1024) if on_cpu else 8192
+        self.max_batch_tokens = at_least_1("max_batch_tokens", max_batch_tokens, tokens)
         self.block_size = at_least_1("block_size", block_size, 16)
         self.kv_memory = kv_memory
         self.prefix_cache = prefix_cache
