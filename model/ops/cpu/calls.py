@@ -12,6 +12,7 @@ import os
 import struct
 import sys
 import warnings
+from bisect import bisect_left, insort
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,8 @@ class Recorder:
 
     def __init__(self) -> None:
         self._buffers: list[mmap.mmap] = []  # of all recordings: only one runs at a time
+        self._sizes: list[int] = []  # theirs
+        self._by_size: list[int] = []  # their places, the smallest buffer's first
         self._calls: list[list[int]] = []
 
     def __call__(self, compute: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
@@ -178,16 +181,15 @@ class Recorder:
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Memory that nothing else of this recording uses while the tensor or a view lives."""
         size = math.prod(shape) * dtype.itemsize
-        fitting = [
-            buffer
-            for buffer in self._buffers
-            # Referred to by the list, the loop and the argument: by no tensor.
-            if len(buffer) >= size and sys.getrefcount(buffer) == 3
-        ]
-        if not fitting:
-            fitting = [pages.memory(size)]
-            self._buffers += fitting
-        return pages.tensor(min(fitting, key=len), shape, dtype)
+        for i in self._by_size[bisect_left(self._by_size, size, key=self._sizes.__getitem__) :]:
+            if sys.getrefcount(self._buffers[i]) == 2:  # the list and the argument: no tensor
+                break
+        else:
+            i = len(self._buffers)
+            self._buffers.append(pages.memory(size))
+            self._sizes.append(size)
+            insort(self._by_size, i, key=self._sizes.__getitem__)
+        return pages.tensor(self._buffers[i], shape, dtype)
 
 
 def _address(buffer: mmap.mmap) -> int:

@@ -193,7 +193,9 @@ alignas(64) static const uint8_t SPREAD[64] = {TO_WORDS(0), TO_WORDS(4), TO_WORD
 
 // A panel's 32 inputs from MXFP4 to bf16. Scales are added to the exponents, which stay in bf16's
 // range: small scales are raised in pack_mxfp4, large ones refused in packed.py.
-INLINE void unpack_group(const uint8_t* codes, const uint8_t* scales, bf16* to) {
+// wanted: what will be, fetched with each of the 8 units (or null).
+INLINE void unpack_group(const uint8_t* codes, const uint8_t* scales, bf16* to,
+                         [[maybe_unused]] const char* wanted = nullptr) {
 #if WIDE
   const __m512i table = _mm512_load_si512(FP4);
   const __m512i spread = _mm512_load_si512(SPREAD);
@@ -205,6 +207,7 @@ INLINE void unpack_group(const uint8_t* codes, const uint8_t* scales, bf16* to) 
   }
 #pragma GCC unroll 8
   for (int unit = 0; unit < 8; unit++) {
+    if (wanted) __builtin_prefetch(wanted + unit * 64, 0, 2);
     __m512i words = _mm512_loadu_si512(codes + unit * 64);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
@@ -256,8 +259,8 @@ struct TileRows {
   int64_t stride, step;
 };
 
-// What is wanted soon: `lines` cache lines of it are fetched each 32 inputs. All at once, as many as
-// a core can wait for would keep the others, and the loads that follow, waiting.
+// What is wanted soon: `lines` cache lines of it are fetched each 32 inputs (of MXFP4, as many as
+// these take). All at once would be more than a core can wait for, and loads that follow would wait.
 struct Ahead {
   const char* at;
   int64_t lines;
@@ -293,13 +296,14 @@ __attribute__((noinline)) static void tile_block(const TileRows first, const Til
   }
   const char* wanted = ahead.at;
   for (int64_t k = 0; k < inputs; k += 32) {
-    for (int64_t line = 0; line < ahead.lines; line++, wanted += 64)
+    for (int64_t line = 0; !MXFP4 && line < ahead.lines; line++, wanted += 64)
       __builtin_prefetch(wanted, 0, 2);
     if (MXFP4) {
       panel = unpacked + k % (4 * GROUP) * PANEL;
       const int64_t next = std::min(k + GROUP, inputs - GROUP);
       unpack_group(codes + next * PANEL / 2, scales + next,
-                   unpacked + (k + GROUP) % (4 * GROUP) * PANEL);
+                   unpacked + (k + GROUP) % (4 * GROUP) * PANEL, wanted);
+      wanted += GROUP * PANEL / 2;
       asm volatile("" : : : "memory");
     } else {
       panel = (const bf16*)data + k * PANEL;
