@@ -16,6 +16,9 @@ from model import ModelConfig, Transformer, ops, weights
 from model.batch import ForwardBatch, GroupTables
 from model.shard import ALONE, Shard
 
+_LIKELY_TOKENS = 256  # of a sequence
+_MOST_TOUCHED = 256 << 20  # bytes
+
 Place = Callable[[torch.Tensor, torch.device], torch.Tensor]
 
 
@@ -84,10 +87,19 @@ class ModelRunner:
             ops.empty_cache(shape, self.dtype, self.device)
             for _ in range(max(len(group.layers) for group in self.groups))
         ]
-        # Only the null block is ever read before it is written; memory of the others is not
-        # touched, so on a CPU a large pool costs nothing until it is used.
+        # Only the null block is ever read before it is written. On a CPU what a first batch is
+        # likely to take is touched now, which would else make its steps slower; the rest of a
+        # large pool costs nothing until it is used.
+        touched = NULL_BLOCK + 1
+        if self.device.type == "cpu":
+            likely = min(
+                max_batch_size * _LIKELY_TOKENS // block_size,
+                _MOST_TOUCHED // self.block_bytes(block_size),
+                num_blocks,
+            )
+            touched += likely
         for cache in self._caches:
-            cache[:, NULL_BLOCK].zero_()
+            cache[:, :touched].zero_()
         self._model.prepare_rope(max_positions, self.device)
         self._sampler = Sampler(max_batch_size + 1, self.device, self.shard, self.config.vocab_size)
         self._width = -(-max_positions // block_size)

@@ -96,6 +96,7 @@ def _generate(options: SimpleNamespace) -> int:
     text = chat.prompt_text(options.input)
     tokenizer = _load_tokenizer(options)
     settings = _chat_settings(options, tokenizer, bool(options.chat_template))
+    options.max_batch_size = options.max_batch_size or 1
     chat.generate(settings, text, tokenizer, load_engine(options))
     return 0
 
@@ -107,6 +108,7 @@ def _chat(options: SimpleNamespace) -> int:
 
     tokenizer = _load_tokenizer(options)
     settings = _chat_settings(options, tokenizer, True)
+    options.max_batch_size = options.max_batch_size or 1
     chat.chat(settings, options.input, tokenizer, load_engine(options))
     return 0
 
