@@ -424,6 +424,7 @@ static void rows_times_weight(const Weight& weight, int64_t index, const Rows& x
     multiply(x, inputs, k, width, unpacked, nullptr, c, next, 8, tiles);
   }
 #if WIDE
+  // The last tile has the last 16 rows: those that the tile before has not move to their places.
   const int64_t over = use_amx && rows > 16 && !x.arranged ? -rows & 15 : 0;
   if (over)
     memmove(c + (rows + over - 16) * PANEL, c + (rows + 2 * over - 16) * PANEL,
