@@ -133,7 +133,6 @@ class Recorder:
 
     def __init__(self) -> None:
         self._buffers: list[mmap.mmap] = []  # of all recordings: only one runs at a time
-        self._sizes: list[int] = []  # theirs
         self._by_size: list[int] = []  # their places, the smallest buffer's first
         self._calls: list[list[int]] = []
 
@@ -181,15 +180,17 @@ class Recorder:
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Memory that nothing else of this recording uses while the tensor or a view lives."""
         size = math.prod(shape) * dtype.itemsize
-        for i in self._by_size[bisect_left(self._by_size, size, key=self._sizes.__getitem__) :]:
+        for i in self._by_size[bisect_left(self._by_size, size, key=self._size) :]:
             if sys.getrefcount(self._buffers[i]) == 2:  # the list and the argument: no tensor
                 break
         else:
             i = len(self._buffers)
             self._buffers.append(pages.memory(size))
-            self._sizes.append(size)
-            insort(self._by_size, i, key=self._sizes.__getitem__)
+            insort(self._by_size, i, key=self._size)
         return pages.tensor(self._buffers[i], shape, dtype)
+
+    def _size(self, place: int) -> int:
+        return len(self._buffers[place])
 
 
 def _address(buffer: mmap.mmap) -> int:
