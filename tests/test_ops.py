@@ -229,10 +229,13 @@ def test_an_mxfp4_scale_out_of_range_is_refused() -> None:
         filled(weights, torch.bfloat16, 2)
 
 
+@pytest.mark.parametrize("rows", [0, 5])
 @pytest.mark.parametrize("delta", [False, True])
-def test_norm_with_residual_equals_the_reference(delta: bool, dtype: torch.dtype) -> None:
-    x = rand(5, 96, dtype=dtype)
-    arguments = (rand(5, 96, seed=1, dtype=dtype) if delta else None, rand(96, seed=2).to(dtype))
+def test_norm_with_residual_equals_the_reference(
+    delta: bool, rows: int, dtype: torch.dtype
+) -> None:
+    x = rand(rows, 96, dtype=dtype)
+    arguments = (rand(rows, 96, seed=1, dtype=dtype) if delta else None, rand(96, seed=2).to(dtype))
     expected = reference.add_rms_norm(x, *arguments, 1e-5)
     for found, wanted in zip(ops.add_rms_norm(x, *arguments, 1e-5), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-3)
@@ -259,7 +262,7 @@ def test_rotary_with_kv_write_equals_the_reference(
 
 
 @pytest.mark.parametrize("limit", [None, 1.0])
-@pytest.mark.parametrize("rows", [1, 9, 40])
+@pytest.mark.parametrize("rows", [0, 1, 9, 40])
 @pytest.mark.parametrize("size", [48, 96])
 def test_a_gated_linear_equals_the_reference(
     size: int, rows: int, limit: float | None, dtype: torch.dtype
@@ -311,7 +314,7 @@ def test_without_the_kernels_there_is_one_notice(
         assert calls.library.__wrapped__() is None
 
 
-@pytest.mark.parametrize("rows", [1, 3, 12, 13, 17, 32, 47, 129, 700])
+@pytest.mark.parametrize("rows", [0, 1, 3, 12, 13, 17, 32, 47, 129, 700])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("outputs", "inputs"), [(160, 96), (8, 96), (72, 608), (64, 3040)])
 def test_a_packed_linear_equals_the_plain_one(

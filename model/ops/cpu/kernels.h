@@ -462,7 +462,8 @@ constexpr int64_t CACHE = 3 << 19;  // bytes, of the 2 MiB a core that processor
 // and no part is much smaller than the others.
 INLINE int64_t rows_at_once(int64_t rows, int64_t inputs) {
   const int64_t most = std::max<int64_t>(ROWS, (CACHE / (2 * inputs)) / ROWS * ROWS);
-  const int64_t parts = std::max<int64_t>(1, (rows + most - 1) / most);
+  rows = std::max<int64_t>(1, rows);  // a step in which no prompt ends has none for the head
+  const int64_t parts = (rows + most - 1) / most;
   return ((rows + parts - 1) / parts + ROWS - 1) / ROWS * ROWS;
 }
 
