@@ -259,77 +259,80 @@ struct TileRows {
   int64_t stride, step;
 };
 
-// What is wanted soon: `lines` cache lines of it are fetched each 32 inputs (of MXFP4, as many as
-// these take). All at once would be more than a core can wait for, and loads that follow would wait.
-struct Ahead {
-  const char* at;
-  int64_t lines;
-};
-
-// c [32, 32], or what is more of it: two tiles' rows (or one's: `second.data` null) times a panel
-// of bf16, or of MXFP4's codes with their scales, unpacked one group ahead. Intel's intrinsics do not
-// say what memory the tiles are loaded from: barriers keep stores before them.
-template <bool MXFP4>
-__attribute__((noinline)) static void tile_block(const TileRows first, const TileRows second,
-                                                 const void* data, const uint8_t* scales,
-                                                 int64_t inputs, float* c, bool more,
-                                                 Ahead& ahead) {
-  const bf16* panel = (const bf16*)data;
-  const uint8_t* codes = (const uint8_t*)data;
-  alignas(64) bf16 unpacked[MXFP4 ? 4 * GROUP * PANEL : 1];
-  if (MXFP4) unpack_group(codes, scales, unpacked);
-  asm volatile("" : : : "memory");
+// c [32, 32], or [16, 32] if there is no second: two tiles' rows times a panel, whose next 32
+// inputs `next_panel` gives. From `wanted` on, `lines` cache lines are fetched with each 32 inputs:
+// all at once would be more than a core can wait for, and loads that follow would wait. Intel's
+// intrinsics do not say what memory they load: a barrier keeps stores before them.
+template <bool TWO, typename NextPanel>
+INLINE void multiply_tiles(const TileRows& first, const TileRows& second, int64_t inputs, float* c,
+                           const char* wanted, int64_t lines, NextPanel next_panel) {
+  alignas(64) char nowhere[16 * 64];
   const bf16 *a = first.data, *b = second.data;
-  if (more) {
-    _tile_loadd(0, c, 128);
-    _tile_loadd(1, c + 16, 128);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-  }
-  if (b && more) {
-    _tile_loadd(2, c + 16 * PANEL, 128);
-    _tile_loadd(3, c + 16 * PANEL + 16, 128);
-  } else if (b) {
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  const char* wanted = ahead.at;
+  const int64_t a_stride = first.stride * 2, b_stride = second.stride * 2;
+  _tile_zero(0);
+  _tile_zero(1);
+  if (TWO) _tile_zero(2);
+  if (TWO) _tile_zero(3);
   for (int64_t k = 0; k < inputs; k += 32) {
-    for (int64_t line = 0; !MXFP4 && line < ahead.lines; line++, wanted += 64)
-      __builtin_prefetch(wanted, 0, 2);
-    if (MXFP4) {
-      panel = unpacked + k % (4 * GROUP) * PANEL;
-      const int64_t next = std::min(k + GROUP, inputs - GROUP);
-      unpack_group(codes + next * PANEL / 2, scales + next,
-                   unpacked + (k + GROUP) % (4 * GROUP) * PANEL, wanted);
-      wanted += GROUP * PANEL / 2;
-      asm volatile("" : : : "memory");
-    } else {
-      panel = (const bf16*)data + k * PANEL;
-    }
+    const bf16* panel = next_panel();
+    for (int64_t line = 0; line < lines; line++, wanted += 64) __builtin_prefetch(wanted, 0, 2);
+    asm volatile("" : : : "memory");
     _tile_loadd(6, panel, 128);
-    _tile_loadd(4, a, first.stride * 2);
-    a += first.step;
+    _tile_loadd(4, a, a_stride);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, panel + 32, 128);
     _tile_dpbf16ps(1, 4, 7);
-    if (b) {
-      _tile_loadd(5, b, second.stride * 2);
-      b += second.step;
+    a += first.step;
+    if (TWO) {
+      _tile_loadd(5, b, b_stride);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
+      b += second.step;
     }
     // A store now and then: the first after a while without any takes a thousand cycles.
-    if (k / 32 % 8 == 7) _tile_stored(0, c, 128);
+    if (k / 32 % 4 == 3) _tile_stored(6, nowhere, 64);
   }
-  ahead.at = wanted;
   _tile_stored(0, c, 128);
   _tile_stored(1, c + 16, 128);
-  if (b) {
-    _tile_stored(2, c + 16 * PANEL, 128);
-    _tile_stored(3, c + 16 * PANEL + 16, 128);
-  }
+  if (TWO) _tile_stored(2, c + 16 * PANEL, 128);
+  if (TWO) _tile_stored(3, c + 16 * PANEL + 16, 128);
+}
+
+// The same for a panel of MXFP4, unpacked a group ahead: `kept` inputs of it stay, one after the
+// other.
+template <bool TWO>
+INLINE void multiply_mxfp4(const TileRows& first, const TileRows& second, int64_t inputs, float* c,
+                           const uint8_t* codes, const uint8_t* scales, bf16* unpacked,
+                           int64_t kept) {
+  constexpr int64_t AHEAD = 256;  // inputs; measured
+  const uint8_t* end = codes + inputs * PANEL / 2;
+  bf16 *own = unpacked, *next = unpacked, *last = unpacked + kept * PANEL;
+  const auto unpack = [&] {
+    if (codes == end) return;
+    unpack_group(codes, scales, next, (const char*)codes + AHEAD * PANEL / 2);
+    codes += GROUP * PANEL / 2;
+    scales += GROUP;
+    next += GROUP * PANEL;
+    if (next == last) next = unpacked;
+  };
+  unpack();
+  multiply_tiles<TWO>(first, second, inputs, c, nullptr, 0, [&] {
+    unpack();
+    const bf16* panel = own;
+    own += GROUP * PANEL;
+    if (own == last) own = unpacked;
+    return panel;
+  });
+}
+
+// For one block of rows, which uses an input's part once: as little is kept as the first-level
+// cache holds. Called, not inlined, so that there are registers enough (2 to 5% at up to 16
+// tokens); many blocks lose more by calls, whose returns wait for the tiles' stores.
+template <bool TWO>
+__attribute__((noinline)) static void multiply_few_by_mxfp4(
+    const TileRows first, const TileRows second, int64_t inputs, float* c, const uint8_t* codes,
+    const uint8_t* scales, bf16* unpacked) {
+  multiply_mxfp4<TWO>(first, second, inputs, c, codes, scales, unpacked, 4 * GROUP);
 }
 #endif
 
@@ -365,80 +368,119 @@ INLINE TileRows tile_of(const Rows& x, int64_t first, int64_t inputs, int64_t k)
 }
 #endif
 
-// c [count, 32], or what is more of it, from `width` inputs from k on, times their part of a panel,
-// which is MXFP4 if it has scales (for at most ROWS rows).
-INLINE void multiply(const Rows& x, int64_t inputs, int64_t k, int64_t width, const void* panel,
-                     [[maybe_unused]] const uint8_t* scales, float* c,
-                     [[maybe_unused]] const void* next, [[maybe_unused]] int64_t lines,
-                     [[maybe_unused]] int64_t& tiles) {
-#if WIDE
-  if (use_amx) {
-    const int64_t rows = std::min<int64_t>(16, x.count), blocks = (x.count + ROWS - 1) / ROWS;
-    if (tiles != rows) configure_tiles(tiles = rows);
-    Ahead ahead{(const char*)next, (lines + blocks - 1) / blocks};
-    for (int64_t row = 0; row < x.count; row += ROWS) {
-      const TileRows first = tile_of(x, row, inputs, k);
-      const TileRows second = row + 16 < x.count ? tile_of(x, row + 16, inputs, k) : TileRows{};
-      if (scales)
-        tile_block<true>(first, second, panel, scales, width, c + row * PANEL, k > 0, ahead);
-      else
-        tile_block<false>(first, second, panel, nullptr, width, c + row * PANEL, k > 0, ahead);
-    }
-    return;
-  }
-#endif
-  for (int64_t row = 0; row < x.count; row += ROWS)
-    dot_block(x.data + row * inputs + k, inputs, std::min(ROWS, x.count - row), (const bf16*)panel,
-              width, c + row * PANEL, k > 0);
+// The biases of a panel's outputs, or zeros.
+INLINE void bias_of(const Weight& weight, int64_t index, floats (&bias)[2]) {
+  float values[PANEL] = {};
+  const int64_t first = index * PANEL, own = std::min(PANEL, weight.outputs - first);
+  for (int64_t i = 0; weight.bias && i < own; i++) values[i] = widen_one(weight.bias[first + i]);
+  bias[0] = load(values);
+  bias[1] = load(values + 16);
 }
 
-// Inputs that are taken at once: their part of a panel stays in the first-level cache for all rows.
+// Calls finish(r, v) for a row's sums: v[p][0] outputs 0 to 15 of panel p, v[p][1] 16 to 31. c: the
+// row's place in the sums of the first panel, `apart` values from that in the next.
+template <int PANELS, typename Finish>
+INLINE void finish_row(int64_t r, const float* c, int64_t apart, const floats (&bias)[PANELS][2],
+                       Finish& finish) {
+  floats v[PANELS][2];
+  for (int p = 0; p < PANELS; p++)
+    for (int half = 0; half < 2; half++)
+      v[p][half] = load(c + p * apart + half * 16) + bias[p][half];
+  finish(r, v);
+}
+
+#if WIDE
+// rows_times_panels on tiles, 32 rows at a time. The first of them fetches the panel a little ahead
+// and unpacks MXFP4 for all.
+template <int PANELS, typename Finish>
+INLINE void tiles_times_panels(const Weight& weight, const int64_t (&index)[PANELS], const Rows& x,
+                               const floats (&bias)[PANELS][2], float* scratch, int64_t& tiles,
+                               Finish& finish) {
+  constexpr int64_t BLOCK = ROWS * PANEL, AHEAD = 32;  // inputs; measured
+  const int64_t inputs = weight.inputs, rows = std::min<int64_t>(16, x.count);
+  if (tiles != rows) configure_tiles(tiles = rows);
+  const int64_t panel_bytes = inputs * PANEL * (weight.scales ? 1 : 4) / 2;
+  for (int64_t row = 0; row < x.count; row += ROWS) {
+    const TileRows first = tile_of(x, row, inputs, 0);
+    const TileRows second = row + 16 < x.count ? tile_of(x, row + 16, inputs, 0) : TileRows{};
+    for (int p = 0; p < PANELS; p++) {
+      const char* data = (const char*)weight.data + index[p] * panel_bytes;
+      float* c = scratch + p * BLOCK;
+      bf16* unpacked = (bf16*)(scratch + PANELS * BLOCK) + p * inputs * PANEL;
+      const auto multiply = [&](auto two) {
+        if (weight.scales && row == 0) {
+          const uint8_t *codes = (const uint8_t*)data, *scales = weight.scales + index[p] * inputs;
+          if (x.count > ROWS)
+            multiply_mxfp4<two.value>(first, second, inputs, c, codes, scales, unpacked, inputs);
+          else
+            multiply_few_by_mxfp4<two.value>(first, second, inputs, c, codes, scales, unpacked);
+          return;
+        }
+        const bf16* panel = weight.scales ? unpacked : (const bf16*)data;
+        // Not a constant to the compiler, whose loop for one fetches too fast: 5 to 10% slower.
+        int64_t lines = row ? 0 : 32;
+        asm("" : "+r"(lines));
+        multiply_tiles<two.value>(first, second, inputs, c, data + AHEAD * PANEL * 2, lines, [&] {
+          panel += 32 * PANEL;
+          return panel - 32 * PANEL;
+        });
+      };
+      if (row + 16 < x.count)
+        multiply(std::true_type());
+      else
+        multiply(std::false_type());
+    }
+    // Where the second tile's rows are the last sixteen, some were in the first: see tile_of.
+    const int64_t end = std::min(x.count, row + ROWS);
+    const int64_t over = x.arranged || x.count <= 16 ? 0 : -x.count & 15;
+    const int64_t partial = x.count - (16 - over);
+    for (int64_t r = row; r < end; r++) {
+      const int64_t place = r - row + (over && r >= partial ? over : 0);
+      finish_row<PANELS>(r, scratch + place * PANEL, BLOCK, bias, finish);
+    }
+  }
+}
+#endif
+
+// Inputs that are taken at once without tiles: a panel's part of them stays in the first-level
+// cache for all rows.
 constexpr int64_t SPAN = 256;
 
-// c [rows, 32] = x [rows, inputs] times one panel, plus its bias. A row's products are added up in
-// the same order whatever the number of rows: a result does not depend on the batch. c has room for
-// a multiple of 16 rows.
-static void rows_times_weight(const Weight& weight, int64_t index, const Rows& x, float* c,
-                              int64_t& tiles) {
-  alignas(64) bf16 unpacked[SPAN * PANEL];
-  const int64_t inputs = weight.inputs, rows = x.count;
-  const bool once = rows <= ROWS && (use_amx || !weight.scales);  // each input's part is used once
-  const bool few = rows <= 4 * ROWS;  // as much time goes into fetching as into multiplying
-  const int64_t step = once ? inputs : few ? SPAN / 2 : SPAN;
-  for (int64_t k = 0; k < inputs; k += step) {
-    const int64_t width = std::min(step, inputs - k), at = index * inputs + k;
-    if (!weight.scales) {
-      const bf16* panel = (const bf16*)weight.data + at * PANEL;
-      const int64_t ahead = once ? 32 : few ? 96 : width;  // measured
-      multiply(x, inputs, k, width, panel, nullptr, c, panel + ahead * PANEL, 32, tiles);
-      continue;
-    }
-    const uint8_t *codes = (const uint8_t*)weight.data + at * PANEL / 2, *scales = weight.scales + at;
-    const uint8_t* next = codes + (once ? SPAN : step) * PANEL / 2;
-    if (once) {
-      multiply(x, inputs, k, width, codes, scales, c, next, 8, tiles);
-      continue;
-    }
-    for (int64_t i = 0; i < width; i += GROUP)
-      unpack_group(codes + i * PANEL / 2, scales + i, unpacked + i * PANEL);
-    multiply(x, inputs, k, width, unpacked, nullptr, c, next, 8, tiles);
-  }
+// Values of `scratch` that rows_times_panels needs for `rows` rows.
+INLINE int64_t scratch_values(const Weight& weight, int64_t rows, int64_t panels) {
+  if (!use_amx) return panels * rows * PANEL;
+  const int64_t unpacked = weight.scales ? std::max(weight.inputs, 4 * GROUP) * PANEL / 2 : 0;
+  return panels * (ROWS * PANEL + unpacked);
+}
+
+// x [rows, inputs] times one panel, or two whose sums belong together, plus their biases; `finish`
+// is called for each row in turn, as finish_row says. A row's products are added up in the same
+// order whatever the number of rows: a result does not depend on the batch.
+template <int PANELS, typename Finish>
+INLINE void rows_times_panels(const Weight& weight, const int64_t (&index)[PANELS], const Rows& x,
+                              float* scratch, [[maybe_unused]] int64_t& tiles, Finish finish) {
+  floats bias[PANELS][2];
+  for (int p = 0; p < PANELS; p++) bias_of(weight, index[p], bias[p]);
 #if WIDE
-  // The last tile has the last 16 rows: those that the tile before has not move to their places.
-  const int64_t over = use_amx && rows > 16 && !x.arranged ? -rows & 15 : 0;
-  if (over)
-    memmove(c + (rows + over - 16) * PANEL, c + (rows + 2 * over - 16) * PANEL,
-            (size_t)((16 - over) * PANEL) * 4);
+  if (use_amx) return tiles_times_panels<PANELS>(weight, index, x, bias, scratch, tiles, finish);
 #endif
-  if (!weight.bias) return;
-  const int64_t first = index * PANEL, own = std::min(PANEL, weight.outputs - first);
-  float bias[PANEL] = {};
-  for (int64_t i = 0; i < own; i++) bias[i] = widen_one(weight.bias[first + i]);
-  const floats low = load(bias), high = load(bias + 16);
-  for (int64_t r = 0; r < rows; r++) {
-    store(c + r * PANEL, load(c + r * PANEL) + low);
-    store(c + r * PANEL + 16, load(c + r * PANEL + 16) + high);
-  }
+  alignas(64) bf16 unpacked[SPAN * PANEL];
+  const int64_t inputs = weight.inputs, apart = x.count * PANEL;
+  const bool once = x.count <= ROWS && !weight.scales;  // each input's part is used once
+  const int64_t step = once ? inputs : x.count <= 4 * ROWS ? SPAN / 2 : SPAN;
+  for (int p = 0; p < PANELS; p++)
+    for (int64_t k = 0; k < inputs; k += step) {
+      const int64_t width = std::min(step, inputs - k), at = index[p] * inputs + k;
+      const bf16* panel = weight.scales ? unpacked : (const bf16*)weight.data + at * PANEL;
+      for (int64_t i = 0; weight.scales && i < width; i += GROUP)
+        unpack_group((const uint8_t*)weight.data + (at + i) * PANEL / 2, weight.scales + at + i,
+                     unpacked + i * PANEL);
+      for (int64_t row = 0; row < x.count; row += ROWS)
+        dot_block(x.data + row * inputs + k, inputs, std::min(ROWS, x.count - row), panel, width,
+                  scratch + p * apart + row * PANEL, k > 0);
+    }
+  for (int64_t r = 0; r < x.count; r++)
+    finish_row<PANELS>(r, scratch + r * PANEL, apart, bias, finish);
 }
 
 INLINE void release_tiles([[maybe_unused]] int64_t tiles) {
@@ -447,12 +489,13 @@ INLINE void release_tiles([[maybe_unused]] int64_t tiles) {
 #endif
 }
 
-INLINE void write_row(const float* c, bf16* out, int64_t own) {
+// A panel's `own` outputs of a row, or all of it.
+INLINE void write_row(const floats (&v)[2], bf16* out, int64_t own) {
   if (own >= PANEL) {
-    narrow(out, load(c));
-    narrow(out + 16, load(c + 16));
+    narrow(out, v[0]);
+    narrow(out + 16, v[1]);
   } else {
-    for (int64_t i = 0; i < own; i++) out[i] = narrow_one(c[i]);
+    for (int64_t i = 0; i < own; i++) out[i] = narrow_one(v[i / 16][i % 16]);
   }
 }
 
@@ -475,15 +518,17 @@ static void linear(const Weight& weight, const bf16* x, int64_t rows, bf16* out,
   if (rows * outputs * inputs < 1 << 17) threads = 1;
 #pragma omp parallel num_threads(threads)
   {
-    float* c = scratch_for<float>(most * PANEL);
+    float* scratch = scratch_for<float>(scratch_values(weight, most, 1));
     int64_t tiles = 0;
 #pragma omp for schedule(dynamic, chunk) nowait
     for (int64_t item = 0; item < items; item++) {
       const int64_t index = item % panels, first = item / panels * most;
-      const int64_t count = std::min(most, rows - first), own = outputs - index * PANEL;
-      rows_times_weight(weight, index, {x + first * inputs, count, false}, c, tiles);
-      for (int64_t r = 0; r < count; r++)
-        write_row(c + r * PANEL, out + (first + r) * outputs + index * PANEL, own);
+      const int64_t own = outputs - index * PANEL;
+      bf16* to = out + first * outputs + index * PANEL;
+      const Rows span{x + first * inputs, std::min(most, rows - first), false};
+      rows_times_panels<1>(
+          weight, {index}, span, scratch, tiles,
+          [&](int64_t r, const floats(&v)[1][2]) { write_row(v[0], to + r * outputs, own); });
     }
     release_tiles(tiles);
   }
@@ -492,17 +537,16 @@ static void linear(const Weight& weight, const bf16* x, int64_t rows, bf16* out,
 // One panel of gates and the panel of what they gate, for rows x [count, inputs]: out [count,
 // outputs / 2], arranged as x is. The first half of the outputs are gates.
 static void gated_block(const Weight& weight, int64_t index, const Rows& x, Swiglu how, bf16* out,
-                        float* c, int64_t& tiles) {
+                        float* scratch, int64_t& tiles) {
   const int64_t size = weight.outputs / 2;
-  float *gate = c, *up = c + (x.count + 15) / 16 * 16 * PANEL;
-  rows_times_weight(weight, index, x, gate, tiles);
-  rows_times_weight(weight, index + size / PANEL, x, up, tiles);
-  for (int64_t r = 0; r < x.count; r++) {
-    bf16* to = x.arranged ? out + arranged_at(r, x.count, size, index * PANEL)
-                          : out + r * size + index * PANEL;
-    for (int64_t v = 0; v < PANEL; v += 16)
-      narrow(to + v, activate(load(gate + r * PANEL + v), load(up + r * PANEL + v), how));
-  }
+  rows_times_panels<2>(
+      weight, {index, index + size / PANEL}, x, scratch, tiles,
+      [&](int64_t r, const floats(&v)[2][2]) {
+        bf16* to = x.arranged ? out + arranged_at(r, x.count, size, index * PANEL)
+                              : out + r * size + index * PANEL;
+        narrow(to, activate(v[0][0], v[1][0], how));
+        narrow(to + 16, activate(v[0][1], v[1][1], how));
+      });
 }
 
 static void gated_linear(const Weight& weight, const bf16* x, int64_t rows, Swiglu how, bf16* out,
@@ -513,14 +557,14 @@ static void gated_linear(const Weight& weight, const bf16* x, int64_t rows, Swig
   if (rows * weight.outputs * inputs < 1 << 17) threads = 1;
 #pragma omp parallel num_threads(threads)
   {
-    float* c = scratch_for<float>(2 * most * PANEL);
+    float* scratch = scratch_for<float>(scratch_values(weight, most, 2));
     int64_t tiles = 0;
 #pragma omp for schedule(dynamic, chunk) nowait
     for (int64_t item = 0; item < items; item++) {
       const int64_t first = item / panels * most;
       gated_block(weight, item % panels,
                   {x + first * inputs, std::min(most, rows - first), false}, how,
-                  out + first * weight.outputs / 2, c, tiles);
+                  out + first * weight.outputs / 2, scratch, tiles);
     }
     release_tiles(tiles);
   }
@@ -1127,10 +1171,11 @@ static void experts(const Weight* ups, const Weight* downs, int64_t count, const
   const int64_t outputs = downs->outputs, panels = (outputs + PANEL - 1) / PANEL;
   const int64_t side_by_side = std::clamp<int64_t>(panels / (2 * threads), 1, 8);
   const int64_t most = std::max(rows_at_once(pairs, inputs), rows_at_once(pairs, size));
-  const int64_t room = 2 * most * PANEL;
+  const int64_t room =
+      std::max(scratch_values(*ups, most, 2), scratch_values(*downs, most, 1));
 #pragma omp parallel num_threads(threads)
   {
-    float* c = scratch_for<float>(room + side_by_side * tokens * PANEL);
+    float* scratch = scratch_for<float>(room + side_by_side * tokens * PANEL);
     int64_t tiles = 0;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t e = 0; e < count; e++) {
@@ -1143,9 +1188,9 @@ static void experts(const Weight* ups, const Weight* downs, int64_t count, const
       const ExpertItem item = items[(size_t)i];
       gated_block(ups[item.expert], item.panel,
                   {gathered + item.first * inputs, item.last - item.first, use_amx}, how,
-                  inner + item.first * size, c, tiles);
+                  inner + item.first * size, scratch, tiles);
     }
-    float* sums = c + room;
+    float* sums = scratch + room;
 #pragma omp for schedule(dynamic, 1) nowait
     for (int64_t begin = 0; begin < panels; begin += side_by_side) {
       const int64_t end = std::min(panels, begin + side_by_side);
@@ -1155,20 +1200,23 @@ static void experts(const Weight* ups, const Weight* downs, int64_t count, const
         for (int64_t first = grouped.starts[(size_t)e]; first < stop; first += most) {
           const Rows rows{inner + first * size, std::min(most, stop - first), use_amx};
           for (int64_t panel = begin; panel < end; panel++) {
-            rows_times_weight(downs[e], panel, rows, c, tiles);
-            for (int64_t r = 0; r < rows.count; r++) {
-              const int64_t pair = grouped.pairs[(size_t)(first + r)];
-              float* to = sums + ((panel - begin) * tokens + pair / top_k) * PANEL;
-              store(to, load(to) + load(c + r * PANEL) * weights[pair]);
-              store(to + 16, load(to + 16) + load(c + r * PANEL + 16) * weights[pair]);
-            }
+            float* sum = sums + (panel - begin) * tokens * PANEL;
+            rows_times_panels<1>(downs[e], {panel}, rows, scratch, tiles,
+                                 [&](int64_t r, const floats(&v)[1][2]) {
+                                   const int64_t pair = grouped.pairs[(size_t)(first + r)];
+                                   float* to = sum + pair / top_k * PANEL;
+                                   store(to, load(to) + v[0][0] * weights[pair]);
+                                   store(to + 16, load(to + 16) + v[0][1] * weights[pair]);
+                                 });
           }
         }
       }
       for (int64_t panel = begin; panel < end; panel++)
-        for (int64_t token = 0; token < tokens; token++)
-          write_row(sums + ((panel - begin) * tokens + token) * PANEL,
-                    out + token * outputs + panel * PANEL, outputs - panel * PANEL);
+        for (int64_t token = 0; token < tokens; token++) {
+          const float* sum = sums + ((panel - begin) * tokens + token) * PANEL;
+          write_row({load(sum), load(sum + 16)}, out + token * outputs + panel * PANEL,
+                    outputs - panel * PANEL);
+        }
     }
     release_tiles(tiles);
   }
