@@ -908,35 +908,38 @@ INLINE void mix_rows(const float* shares, const bf16* const* values, int64_t cou
 }
 
 // Turns a row's scores of a tile, of which it may see [from, to), into shares relative to the
-// largest score so far, and brings what was summed before to the same measure.
-INLINE void take_shares(float* row, float scale, int64_t count, int64_t from, int64_t to,
-                        float& top, float& total, float* mixed, int64_t head_dim) {
-  for (int64_t i = 0; i < count; i += 16) store(row + i, load(row + i) * scale);
-  for (int64_t i = 0; i < std::min(from, count); i++) row[i] = -INFINITY;
-  for (int64_t i = std::max<int64_t>(0, to); i < (count + 15) / 16 * 16; i++) row[i] = -INFINITY;
-  floats most = load(row);
-  for (int64_t i = 16; i < count; i += 16) {
-    const floats value = load(row + i);
-    most = value > most ? value : most;
+// largest score so far, and brings what was summed before to the same measure. They replace the
+// scores, or go to `narrowed` as bf16 [TILE].
+template <int PARTS>
+INLINE void take_shares(float* row, bf16* narrowed, float scale, int64_t from, int64_t to, float& top,
+                        float& total, float* mixed, int64_t head_dim) {
+  const ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const floats unseen = splat(-INFINITY);
+  floats share[PARTS], most = unseen, sums = {};
+  for (int p = 0; p < PARTS; p++) {
+    const ints at = lane + p * 16;
+    const floats value = load(row + p * 16) * scale;
+    share[p] = (at >= (int32_t)from) & (at < (int32_t)to) ? value : unseen;
+    most = share[p] > most ? share[p] : most;
   }
   const float best = std::max(top, largest(most));
-  if (best == -INFINITY) {  // nothing to see yet
-    for (int64_t i = 0; i < count; i++) row[i] = 0;
-    return;
+  for (int p = 0; p < PARTS; p++) {
+    // If there is nothing to see yet, not even a sink, this compares unseen with unseen.
+    share[p] = share[p] == unseen ? splat(0) : exponential(share[p] - best);
+    sums += share[p];
   }
-  floats sums = {};
-  for (int64_t i = 0; i < count; i += 16) {
-    const floats value = load(row + i);
-    const floats share = value == -INFINITY ? splat(0) : exponential(value - best);
-    store(row + i, share);
-    sums += share;
+  for (int p = 0; p < TILE / 16; p++) {
+    if (narrowed)
+      narrow(narrowed + p * 16, p < PARTS ? share[p] : floats{});
+    else if (p < PARTS)
+      store(row + p * 16, share[p]);
   }
-  if (best > top) {
-    const float shrink = top == -INFINITY ? 0 : std::exp(top - best);
-    total *= shrink;
+  if (best > top && top > -INFINITY) {
+    const floats shrink = exponential(splat(top - best));
+    total *= shrink[0];
     for (int64_t i = 0; i < head_dim; i += 16) store(mixed + i, load(mixed + i) * shrink);
-    top = best;
   }
+  top = best;
   total += sum(sums);
 }
 
@@ -968,16 +971,17 @@ static void attend(const bf16* query, bf16* out, const AttentionItem& item, int6
   alignas(64) bf16 keys[16 * 256];
   alignas(64) float scores[MOST_QUERY * TILE];
   alignas(64) float mixed[MOST_MIXED];
-  [[maybe_unused]] alignas(64) bf16 shares[MOST_QUERY * TILE], values[TILE * 256];
+  alignas(64) bf16 shares[MOST_QUERY * TILE];
+  [[maybe_unused]] alignas(64) bf16 values[TILE * 256];
   float top[MOST_MIXED / 32], total[MOST_MIXED / 32];
   alignas(64) bf16 queries[MOST_QUERY * 256];
   const bf16 *key_rows[TILE], *value_rows[TILE], *part_rows[TILE];
   int64_t offsets[2][TILE];  // of this tile's positions and of the next one's, in a cache
   const auto find = [&](int64_t from, int64_t* to) {
+    int64_t block = from / size.block_size, within = from % size.block_size;
     for (int64_t i = 0; i < std::min(TILE, end - from); i++) {
-      const int64_t position = from + i, block = table[position / size.block_size];
-      to[i] = (block * size.block_size + position % size.block_size) * stride +
-              item.kv_head * head_dim;
+      to[i] = (table[block] * size.block_size + within) * stride + item.kv_head * head_dim;
+      if (++within == size.block_size) within = 0, block++;
     }
   };
   find(begin, offsets[0]);
@@ -1017,14 +1021,14 @@ static void attend(const bf16* query, bf16* out, const AttentionItem& item, int6
       }
       float* own_mixed = mixed + own * room;
       for (int64_t r = 0; r < rows; r++) {
-        take_shares(scores + r * TILE, scale, count, window ? ends[r] - window - at : 0,
-                    ends[r] - at, top[own * rows + r], total[own * rows + r],
-                    own_mixed + r * head_dim, head_dim);
+        with_constant<TILE / 16>(padded / 16, [&](auto parts) {
+          take_shares<parts.value>(scores + r * TILE, use_amx ? shares + r * TILE : nullptr, scale,
+                                   window ? ends[r] - window - at : 0, ends[r] - at,
+                                   top[own * rows + r], total[own * rows + r],
+                                   own_mixed + r * head_dim, head_dim);
+        });
 #if WIDE
-        if (!use_amx) continue;
-        for (int64_t i = 0; i < TILE; i += 16)
-          narrow(shares + r * TILE + i, i < count ? load(scores + r * TILE + i) : floats{});
-        if (r % 8 == 7) _tile_stored(6, values, 64);  // keeps the tiles awake
+        if (use_amx && r % 8 == 7) _tile_stored(6, values, 64);  // keeps the tiles awake
 #endif
       }
 #if WIDE
