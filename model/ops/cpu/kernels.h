@@ -911,8 +911,8 @@ INLINE void mix_rows(const float* shares, const bf16* const* values, int64_t cou
 // largest score so far, and brings what was summed before to the same measure. They replace the
 // scores, or go to `narrowed` as bf16 [TILE].
 template <int PARTS>
-INLINE void take_shares(float* row, bf16* narrowed, float scale, int64_t from, int64_t to, float& top,
-                        float& total, float* mixed, int64_t head_dim) {
+INLINE void take_shares(float* row, bf16* narrowed, float scale, int64_t from, int64_t to,
+                        float& top, float& total, float* mixed, int64_t head_dim) {
   const ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const floats unseen = splat(-INFINITY);
   floats share[PARTS], most = unseen, sums = {};
@@ -964,8 +964,8 @@ static void attend(const bf16* query, bf16* out, const AttentionItem& item, int6
   const int64_t rows = (item.last - item.first) * group;  // of one KV head, by token
   const int64_t end = before + item.last, window = size.window;
   // A multiple of TILE, so that sums are added up in the same order in any chunk.
-  const int64_t begin =
-      window ? std::max<int64_t>(0, before + item.first + 1 - window) / TILE * TILE : 0;
+  const int64_t low = window ? std::max<int64_t>(0, before + item.first + 1 - window) : 0;
+  const int64_t begin = low / TILE * TILE;
   const int64_t stride = size.kv_heads * head_dim;
   const float scale = 1.0f / std::sqrt((float)head_dim);
   alignas(64) bf16 keys[16 * 256];
@@ -978,11 +978,14 @@ static void attend(const bf16* query, bf16* out, const AttentionItem& item, int6
   const bf16 *key_rows[TILE], *value_rows[TILE], *part_rows[TILE];
   int64_t offsets[2][TILE];  // of this tile's positions and of the next one's, in a cache
   const auto find = [&](int64_t from, int64_t* to) {
-    int64_t block = from / size.block_size, within = from % size.block_size;
-    for (int64_t i = 0; i < std::min(TILE, end - from); i++) {
+    const int64_t first = std::max(from, low);
+    int64_t block = first / size.block_size, within = first % size.block_size;
+    for (int64_t i = first - from; i < std::min(TILE, end - from); i++) {
       to[i] = (table[block] * size.block_size + within) * stride + item.kv_head * head_dim;
       if (++within == size.block_size) within = 0, block++;
     }
+    // What no row sees is not read: its place is taken by the first position that one does.
+    for (int64_t i = 0; i < first - from; i++) to[i] = to[first - from];
   };
   find(begin, offsets[0]);
   int64_t ends[MOST_QUERY];
