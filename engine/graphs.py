@@ -154,8 +154,11 @@ def _first(batch: ForwardBatch, count: int) -> ForwardBatch:
 def gpu_capture(stats: EngineStats) -> Capture:
     """Capture as CUDA graphs (HIP graphs on AMD), which share their memory.
 
-    Counts in stats what the first run of each step took, before its capture.
+    Counts in stats what the first run of each step took, before its capture. Raises RuntimeError
+    without a GPU, before any rank waits for another.
     """
+    if not torch.cuda.is_available():
+        raise RuntimeError("there is no GPU to capture steps on")
     pool = torch.cuda.graph_pool_handle()
 
     def capture(compute: Compute) -> Compute:

@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import Engine, EngineError, EngineStats, Request, SamplingParams
-from engine.graphs import Capture, Compute, sizes
+from engine.graphs import Capture, Compute, gpu_capture, sizes
 from engine.kv_cache import NULL_BLOCK
 from model.batch import ForwardBatch
 from model.ops import cpu, reference
@@ -52,6 +52,13 @@ def recording(replays: Counter[int]) -> Capture:
         return replay
 
     return capture
+
+
+def test_without_a_gpu_a_capture_is_refused_before_it_begins() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(RuntimeError, match="no GPU"):
+        gpu_capture(EngineStats())
 
 
 def test_sizes_are_few_and_reach_the_largest() -> None:
