@@ -1,9 +1,10 @@
 """Time one load on a checkpoint: `python benchmarks/throughput.py CHECKPOINT --load ragged`.
 
 Prints tables, then one JSON object as its last line. Start-up (loading, packing, a first small
-request) is outside the time, as it is for the other engines. Beside the figure stands the share of
-the machine's own limits, which are measured in the same run, and where the time of the steps went:
-the load runs once more for that, every part followed and nothing replayed.
+request) is outside the time, as it is for the other engines. The requests run in the order that a
+job gives them (`-m getp --schedule`: the longest possible outputs first). Beside the figure stands
+the share of the machine's own limits, which are measured in the same run, and where the time of the
+steps went: the load runs once more for that, every part followed and nothing replayed.
 """
 
 import json
@@ -27,6 +28,8 @@ from engine import Engine, EngineStats, Request, SamplingParams
 from engine.probe import parts_of
 from getp.explain import run_cost
 from getp.follow import following
+from getp.schedule import Schedule, together
+from getp.tasks import Task
 from model import measure
 
 # Where a part of the decoder belongs; the rest is "everything else".
@@ -50,6 +53,9 @@ _GROUPS = {
 @click.option("--device", default="auto", show_default=True)
 @click.option("--prefix-cache/--no-prefix-cache", default=False, show_default=True)
 @click.option("--dummy-weights", is_flag=True, help="Random weights from config.json alone.")
+@click.option(
+    "--schedule", type=click.Choice(get_args(Schedule)), default="throughput", show_default=True
+)
 @click.option("--parts/--no-parts", default=True, show_default=True, help="Where the time went.")
 def main(
     checkpoint: str,
@@ -58,6 +64,7 @@ def main(
     device: str,
     prefix_cache: bool,
     dummy_weights: bool,
+    schedule: Schedule,
     parts: bool,
 ) -> None:
     """Run a load and print output tokens a second."""
@@ -75,9 +82,15 @@ def main(
         list(engine.generate([Request(prompts[0], warm)]))
         start_up = time.perf_counter() - start
         engine.stats = EngineStats(kv_bytes=engine.stats.kv_bytes)
-        requests = [
-            Request(prompt, SamplingParams(max_new_tokens=count, ignore_eos=True), i)
+        tasks = [
+            Task(i, i + 1, str(i), prompt, SamplingParams(max_new_tokens=count, ignore_eos=True))
             for i, (prompt, count) in enumerate(zip(prompts, outputs, strict=True))
+        ]
+        ordered = together(tasks) if schedule == "throughput" else tasks
+        requests = [
+            Request(task.prompt_ids, task.params, task.index)
+            for task in ordered
+            if isinstance(task, Task)
         ]
         start = time.perf_counter()
         done = list(engine.generate(requests))
@@ -91,6 +104,7 @@ def main(
     compute, memory = flops.matrix / peaks["peaks"][name], moved.total / peaks["bandwidth"]
     result: dict[str, object] = {
         "load": kind,
+        "schedule": schedule,
         "checkpoint": Path(checkpoint).name,
         "dtype": name,
         "start_up_s": round(start_up, 2),

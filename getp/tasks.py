@@ -27,8 +27,8 @@ class Task:
     custom_id: str
     prompt_ids: list[int]
     params: SamplingParams
-    stops: tuple[str, ...]
-    chat: bool  # the prompt came from the chat template
+    stops: tuple[str, ...] = ()
+    chat: bool = False  # the prompt came from the chat template
 
 
 @dataclass(frozen=True, slots=True)
