@@ -361,10 +361,10 @@ INLINE int64_t arranged_at(int64_t r, int64_t count, int64_t inputs, int64_t k) 
 #if WIDE
 // Sixteen rows from `first` on, of which those beyond the last are whatever lies there: what is
 // arranged runs on behind them; otherwise the last 16 rows are taken, some of them again.
-INLINE TileRows tile_of(const Rows& x, int64_t first, int64_t inputs, int64_t k) {
+INLINE TileRows tile_of(const Rows& x, int64_t first, int64_t inputs) {
   const int64_t own = std::min<int64_t>(16, x.count - first);
-  if (x.arranged) return {x.data + first * inputs + k * own, 32, 32 * own};
-  return {x.data + std::max<int64_t>(0, std::min(first, x.count - 16)) * inputs + k, inputs, 32};
+  if (x.arranged) return {x.data + first * inputs, 32, 32 * own};
+  return {x.data + std::max<int64_t>(0, std::min(first, x.count - 16)) * inputs, inputs, 32};
 }
 #endif
 
@@ -401,8 +401,8 @@ INLINE void tiles_times_panels(const Weight& weight, const int64_t (&index)[PANE
   if (tiles != rows) configure_tiles(tiles = rows);
   const int64_t panel_bytes = inputs * PANEL * (weight.scales ? 1 : 4) / 2;
   for (int64_t row = 0; row < x.count; row += ROWS) {
-    const TileRows first = tile_of(x, row, inputs, 0);
-    const TileRows second = row + 16 < x.count ? tile_of(x, row + 16, inputs, 0) : TileRows{};
+    const TileRows first = tile_of(x, row, inputs);
+    const TileRows second = row + 16 < x.count ? tile_of(x, row + 16, inputs) : TileRows{};
     for (int p = 0; p < PANELS; p++) {
       const char* data = (const char*)weight.data + index[p] * panel_bytes;
       float* c = scratch + p * BLOCK;
