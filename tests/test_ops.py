@@ -29,12 +29,12 @@ def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         return
     if kernels is None:
         pytest.skip("no native kernels were built here")
-    best = kernels.getp_best_level()
-    if calls.LEVELS.index(level) > best:
+    if not kernels.getp_has_level(calls.LEVELS.index(level)):
         pytest.skip(f"this processor has no {level}")
+    usual = kernels.getp_level()
     kernels.getp_use_level(calls.LEVELS.index(level))
     yield getattr(torch, name)
-    kernels.getp_use_level(best)
+    kernels.getp_use_level(usual)
 
 
 def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -298,7 +298,7 @@ def test_the_level_of_the_kernels_can_be_chosen(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv(calls.VARIABLE, "none")
     assert calls.library.__wrapped__() is None
     monkeypatch.setenv(calls.VARIABLE, "sse")
-    with pytest.raises(ValueError, match="must be none, avx2, avx512, amx, not 'sse'"):
+    with pytest.raises(ValueError, match="must be none, avx2, vnni, avx512, amx, not 'sse'"):
         calls.library.__wrapped__()
 
 

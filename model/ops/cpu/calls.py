@@ -22,9 +22,10 @@ import torch
 from model.ops.cpu import pages
 
 VARIABLE = "GETP_CPU_KERNELS"
-LEVELS = ("none", "avx2", "avx512", "amx")
-"""Values of the variable: torch alone, AVX2 (other architectures: the compiler's vectors), AVX-512
-with BF16, and that with AMX."""
+LEVELS = ("none", "avx2", "vnni", "avx512", "amx")
+"""Values of the variable, numbered as in kernels.cpp: torch alone, AVX2 (other architectures: the
+compiler's vectors), AVX-512 with VNNI (linears in fixed point), AVX-512 with BF16, and that with
+AMX."""
 
 _Pointer, _Int, _Flag, _Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 # The first ones are numbered as in kernels.cpp's getp_replay.
@@ -44,7 +45,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
         *[_Pointer] * 2, _Int, _Pointer, _Int, *[_Pointer] * 2, _Int, _Flag, *[_Float] * 2,
         _Pointer, _Flag,
     ),
-    "pack": (_Pointer, _Int, _Int, _Int, _Pointer, _Int, _Int, _Flag),
+    "pack": (*[_Pointer] * 2, *[_Int] * 3, _Pointer, *[_Int] * 2, _Flag),
     "pack_mxfp4": (*[_Pointer] * 2, *[_Int] * 3, *[_Pointer] * 2, _Int, _Flag),
 }  # fmt: skip
 _OPS = {name: i for i, name in enumerate(_SIGNATURES)}
@@ -70,8 +71,9 @@ def library() -> ctypes.CDLL | None:
         _say(f"{files[0].name} does not load ({error}); install again to build it anew")
         return None
     best: int = found.getp_best_level()
-    if wanted and LEVELS.index(wanted) > best:
-        raise ValueError(f"{VARIABLE} is {wanted}, and this processor has {LEVELS[best]} at most")
+    if wanted and not found.getp_has_level(LEVELS.index(wanted)):
+        has = [name for i, name in enumerate(LEVELS) if not i or found.getp_has_level(i)]
+        raise ValueError(f"{VARIABLE} is {wanted}, and this processor has only {', '.join(has)}")
     if not best:
         _say("they need AVX2, which this processor lacks")
         return None
@@ -80,6 +82,12 @@ def library() -> ctypes.CDLL | None:
         function = getattr(found, f"getp_{name}")
         function.argtypes, function.restype = arguments, None
     return found
+
+
+def fixed_point() -> bool:
+    """Whether the kernels take bf16 weights as 16-bit integers with scales: see fixed.h."""
+    kernels = library()
+    return kernels is not None and LEVELS[kernels.getp_level()] == "vnni"
 
 
 def _say(reason: str) -> None:

@@ -1,7 +1,8 @@
 // The decoder's operations on a CPU, in bfloat16 and MXFP4: plain C functions, called by native.py.
 //
 // The bodies are in kernels.h and are compiled once for any processor of the architecture (on x86:
-// with AVX2) and once for AVX-512 with BF16; AMX is used within the latter where there is one.
+// with AVX2), once for AVX-512 with VNNI, with linears in fixed point, and once for AVX-512 with
+// BF16; AMX is used within the latter where there is one.
 // OpenMP comes from the runtime that torch has loaded: this library is not linked to one.
 
 #include <omp.h>
@@ -31,11 +32,13 @@ using bf16 = uint16_t;
 // MXFP4, by panel and group of 32 inputs: 512 bytes of codes, in 8 units of 32 16-bit words. The
 // nibbles of a word, from the low one, belong to four vectors of bf16: two pairs of inputs, each
 // for outputs 0 to 15 and 16 to 31. Scales: uint8 [panels, groups, 32].
+// In fixed point (fixed.h) 16-bit integers take the place of bf16, with scales uint8 [panels,
+// inputs / 64, 32].
 struct Weight {
   const void* data;
-  const uint8_t* scales;  // null: bf16
+  const uint8_t* scales;  // or null
   const bf16* bias;       // [outputs] or null
-  int64_t outputs, inputs;
+  int64_t outputs, inputs, mxfp4;
 };
 
 constexpr int64_t PANEL = 32;  // outputs
@@ -49,6 +52,7 @@ struct Swiglu {
 
 static bool use_amx = false;
 
+#define FIXED 0
 #if defined(__x86_64__)
 #define WIDE 0
 #pragma GCC push_options
@@ -66,6 +70,14 @@ namespace wide {
 #include "kernels.h"
 }
 #pragma GCC pop_options
+#undef FIXED
+#define FIXED 1
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-bf16")
+namespace integers {
+#include "kernels.h"
+}
+#pragma GCC pop_options
 #else
 #define WIDE 0
 namespace narrow {
@@ -73,42 +85,64 @@ namespace narrow {
 }
 #endif
 
-static bool is_wide = false;
+// Which of the kernels run, as calls.py numbers them: 1 the narrow ones, 2 fixed point, 3 AVX-512
+// with BF16, 4 with AMX too.
+static int level = 1;
 
-// What this processor can do: 0 nothing of ours, 1 the narrow kernels, 2 AVX-512 BF16, 3 AMX too.
-extern "C" int getp_best_level() {
+extern "C" int getp_has_level(int wanted) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
   unsigned a, b, c, d;
-  if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
-      !__builtin_cpu_supports("avx512dq") || !__get_cpuid_count(7, 1, &a, &b, &c, &d) ||
-      !(a & (1u << 5)))
-    return 1;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & (1u << 22)) || !(d & (1u << 24))) return 2;
+  const bool wide = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                    __builtin_cpu_supports("avx512dq");
+  const bool bfloat = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5));
+  switch (wanted) {
+    case 1: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case 2: return wide && __builtin_cpu_supports("avx512vnni");
+    case 3: return wide && bfloat;
+  }
+  if (!wide || !bfloat || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+  if (!(d & (1u << 22)) || !(d & (1u << 24))) return 0;
   constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 ? 3 : 2;
+  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 #else
-  return 1;
+  return wanted == 1;
 #endif
 }
 
-extern "C" void getp_use_level(int level) {
-  is_wide = level >= 2;
-  use_amx = level >= 3;
+// The fastest that this processor has, or 0.
+extern "C" int getp_best_level() {
+#if defined(__x86_64__)
+  // Without AMX, Intel's processors multiply integers up to four times as fast as bf16; AMD's do
+  // both at the same rate.
+  if (!getp_has_level(4) && getp_has_level(2) && __builtin_cpu_is("intel")) return 2;
+#endif
+  for (int best = 4; best > 0; best--)
+    if (getp_has_level(best)) return best;
+  return 0;
+}
+
+extern "C" int getp_level() { return level; }
+
+extern "C" void getp_use_level(int wanted) {
+  level = wanted;
+  use_amx = wanted == 4;
 }
 
 #if defined(__x86_64__)
-#define CALL(function, ...) (is_wide ? wide::function(__VA_ARGS__) : narrow::function(__VA_ARGS__))
+#define CALL(function, ...)                           \
+  (level >= 3   ? wide::function(__VA_ARGS__)         \
+   : level == 2 ? integers::function(__VA_ARGS__)     \
+                : narrow::function(__VA_ARGS__))
 #else
 #define CALL(function, ...) narrow::function(__VA_ARGS__)
 #endif
 
 extern "C" {
 
-void getp_pack(bf16* to, int64_t inputs, int64_t first, int64_t count, const bf16* from,
-               int64_t row_stride, int64_t column_stride, int threads) {
-  CALL(pack, to, inputs, first, count, from, row_stride, column_stride, threads);
+void getp_pack(bf16* to, uint8_t* exponents, int64_t inputs, int64_t first, int64_t count,
+               const bf16* from, int64_t row_stride, int64_t column_stride, int threads) {
+  CALL(pack, to, exponents, inputs, first, count, from, row_stride, column_stride, threads);
 }
 
 void getp_pack_mxfp4(uint8_t* to, uint8_t* to_scales, int64_t inputs, int64_t first, int64_t count,

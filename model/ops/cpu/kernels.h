@@ -1,4 +1,5 @@
-// The kernels' bodies, included once for each instruction set (WIDE: AVX-512 with BF16).
+// The kernels' bodies, included once for each instruction set (WIDE: AVX-512; with BF16, or FIXED:
+// linears in integers of 16 bits).
 // Vectors are GCC's, 64 bytes whatever the processor: a narrower one takes several registers.
 
 typedef float floats __attribute__((vector_size(64)));     // 16
@@ -45,7 +46,7 @@ INLINE bf16 narrow_one(float value) {
 }
 
 INLINE void narrow(bf16* at, floats value) {
-#if WIDE
+#if WIDE && !FIXED
   *(halves_at*)at = (halves)_mm512_cvtneps_pbh((__m512)value);
 #else
   const ints bits = (ints)value;
@@ -79,7 +80,7 @@ INLINE float largest(floats value) {
 
 // acc + the products of two bf16 pairs a lane.
 INLINE floats dot(floats acc, ints a, ints b) {
-#if WIDE
+#if WIDE && !FIXED
   return (floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
 #else
   const int32_t high = (int32_t)0xffff0000;
@@ -344,11 +345,14 @@ INLINE T* scratch_for(int64_t values) {
   return (T*)(((uintptr_t)scratch.data() + 63) & ~(uintptr_t)63);
 }
 
-// Rows that are multiplied: [count, inputs], one after the other or as `place` arranges them.
+// Rows that are multiplied: [count, inputs], one after the other or as `arranged_at` says. With
+// scales they are integers, and some of `all` rows: see fixed.h.
 struct Rows {
   const bf16* data;
   int64_t count;
   bool arranged;
+  const float* scales;
+  int64_t all;
 };
 
 // Where row r of `count` has its inputs from k on (a multiple of 32) when they are arranged for the
@@ -399,7 +403,7 @@ INLINE void tiles_times_panels(const Weight& weight, const int64_t (&index)[PANE
   constexpr int64_t BLOCK = ROWS * PANEL, AHEAD = 32;  // inputs; measured
   const int64_t inputs = weight.inputs, rows = std::min<int64_t>(16, x.count);
   if (tiles != rows) configure_tiles(tiles = rows);
-  const int64_t panel_bytes = inputs * PANEL * (weight.scales ? 1 : 4) / 2;
+  const int64_t panel_bytes = inputs * PANEL * (weight.mxfp4 ? 1 : 4) / 2;
   for (int64_t row = 0; row < x.count; row += ROWS) {
     const TileRows first = tile_of(x, row, inputs);
     const TileRows second = row + 16 < x.count ? tile_of(x, row + 16, inputs) : TileRows{};
@@ -408,7 +412,7 @@ INLINE void tiles_times_panels(const Weight& weight, const int64_t (&index)[PANE
       float* c = scratch + p * BLOCK;
       bf16* unpacked = (bf16*)(scratch + PANELS * BLOCK) + p * inputs * PANEL;
       const auto multiply = [&](auto two) {
-        if (weight.scales && row == 0) {
+        if (weight.mxfp4 && row == 0) {
           const uint8_t *codes = (const uint8_t*)data, *scales = weight.scales + index[p] * inputs;
           if (x.count > ROWS)
             multiply_mxfp4<two.value>(first, second, inputs, c, codes, scales, unpacked, inputs);
@@ -416,7 +420,7 @@ INLINE void tiles_times_panels(const Weight& weight, const int64_t (&index)[PANE
             multiply_few_by_mxfp4<two.value>(first, second, inputs, c, codes, scales, unpacked);
           return;
         }
-        const bf16* panel = weight.scales ? unpacked : (const bf16*)data;
+        const bf16* panel = weight.mxfp4 ? unpacked : (const bf16*)data;
         // Not a constant to the compiler, whose loop for one fetches too fast: 5 to 10% slower.
         int64_t lines = row ? 0 : 32;
         asm("" : "+r"(lines));
@@ -446,10 +450,52 @@ INLINE void tiles_times_panels(const Weight& weight, const int64_t (&index)[PANE
 // cache for all rows.
 constexpr int64_t SPAN = 256;
 
+#if FIXED
+#include "fixed.h"
+#endif
+
+// Memory of the calling thread's own for values that all threads use, one `which` beside another.
+template <typename T>
+INLINE T* shared_scratch(int which, int64_t values) {
+  static thread_local std::vector<T> scratch[3];
+  std::vector<T>& own = scratch[which];
+  if ((int64_t)own.size() < values) own.resize((size_t)values);
+  return own.data();
+}
+
+// Room for `count` rows in the form in which they are multiplied.
+INLINE Rows room_for(int which, int64_t count, int64_t inputs) {
+#if FIXED
+  const int64_t scales = count * scales_for(inputs);
+  return {shared_scratch<bf16>(which, scales * SHARED), count, false,
+          shared_scratch<float>(which, scales), count};
+#else
+  // 512 values more, which are read beyond the last rows of an expert: see tile_of.
+  return {shared_scratch<bf16>(which, count * inputs + 512), count, use_amx, nullptr, count};
+#endif
+}
+
+// At most `most` rows from `first` on.
+INLINE Rows rows_from(const Rows& x, int64_t first, int64_t most, int64_t inputs) {
+  const int64_t count = std::min(most, x.count - first);
+  if (!FIXED) return {x.data + first * inputs, count, x.arranged, nullptr, count};
+  return {x.data + first * 64, count, false, x.scales + first, x.all};
+}
+
+#if FIXED
+// Called by all threads of a parallel region: x [rows.count, inputs] becomes integers.
+INLINE void fix_rows(const bf16* x, const Rows& rows, int64_t inputs) {
+#pragma omp for schedule(static)
+  for (int64_t r = 0; r < rows.count; r++)
+    fix_row(x + r * inputs, inputs, (fixed*)rows.data + r * SHARED, (float*)rows.scales + r,
+            rows.all);
+}
+#endif
+
 // Values of `scratch` that rows_times_panels needs for `rows` rows.
 INLINE int64_t scratch_values(const Weight& weight, int64_t rows, int64_t panels) {
   if (!use_amx) return panels * rows * PANEL;
-  const int64_t unpacked = weight.scales ? std::max(weight.inputs, 4 * GROUP) * PANEL / 2 : 0;
+  const int64_t unpacked = weight.mxfp4 ? std::max(weight.inputs, 4 * GROUP) * PANEL / 2 : 0;
   return panels * (ROWS * PANEL + unpacked);
 }
 
@@ -461,18 +507,20 @@ INLINE void rows_times_panels(const Weight& weight, const int64_t (&index)[PANEL
                               float* scratch, [[maybe_unused]] int64_t& tiles, Finish finish) {
   floats bias[PANELS][2];
   for (int p = 0; p < PANELS; p++) bias_of(weight, index[p], bias[p]);
-#if WIDE
+#if FIXED
+  return fixed_times_panels<PANELS>(weight, index, x, bias, scratch, finish);
+#elif WIDE
   if (use_amx) return tiles_times_panels<PANELS>(weight, index, x, bias, scratch, tiles, finish);
 #endif
   alignas(64) bf16 unpacked[SPAN * PANEL];
   const int64_t inputs = weight.inputs, apart = x.count * PANEL;
-  const bool once = x.count <= ROWS && !weight.scales;  // each input's part is used once
+  const bool once = x.count <= ROWS && !weight.mxfp4;  // each input's part is used once
   const int64_t step = once ? inputs : x.count <= 4 * ROWS ? SPAN / 2 : SPAN;
   for (int p = 0; p < PANELS; p++)
     for (int64_t k = 0; k < inputs; k += step) {
       const int64_t width = std::min(step, inputs - k), at = index[p] * inputs + k;
-      const bf16* panel = weight.scales ? unpacked : (const bf16*)weight.data + at * PANEL;
-      for (int64_t i = 0; weight.scales && i < width; i += GROUP)
+      const bf16* panel = weight.mxfp4 ? unpacked : (const bf16*)weight.data + at * PANEL;
+      for (int64_t i = 0; weight.mxfp4 && i < width; i += GROUP)
         unpack_group((const uint8_t*)weight.data + (at + i) * PANEL / 2, weight.scales + at + i,
                      unpacked + i * PANEL);
       for (int64_t row = 0; row < x.count; row += ROWS)
@@ -516,8 +564,12 @@ static void linear(const Weight& weight, const bf16* x, int64_t rows, bf16* out,
   const int64_t most = rows_at_once(rows, inputs), spans = (rows + most - 1) / most;
   const int64_t items = panels * spans, chunk = std::max<int64_t>(1, items / (8 * threads));
   if (rows * outputs * inputs < 1 << 17) threads = 1;
+  const Rows all = FIXED ? room_for(0, rows, inputs) : Rows{x, rows, false, nullptr, rows};
 #pragma omp parallel num_threads(threads)
   {
+#if FIXED
+    fix_rows(x, all, inputs);
+#endif
     float* scratch = scratch_for<float>(scratch_values(weight, most, 1));
     int64_t tiles = 0;
 #pragma omp for schedule(dynamic, chunk) nowait
@@ -525,9 +577,8 @@ static void linear(const Weight& weight, const bf16* x, int64_t rows, bf16* out,
       const int64_t index = item % panels, first = item / panels * most;
       const int64_t own = outputs - index * PANEL;
       bf16* to = out + first * outputs + index * PANEL;
-      const Rows span{x + first * inputs, std::min(most, rows - first), false};
       rows_times_panels<1>(
-          weight, {index}, span, scratch, tiles,
+          weight, {index}, rows_from(all, first, most, inputs), scratch, tiles,
           [&](int64_t r, const floats(&v)[1][2]) { write_row(v[0], to + r * outputs, own); });
     }
     release_tiles(tiles);
@@ -555,15 +606,18 @@ static void gated_linear(const Weight& weight, const bf16* x, int64_t rows, Swig
   const int64_t most = rows_at_once(rows, inputs), items = panels * ((rows + most - 1) / most);
   const int64_t chunk = std::max<int64_t>(1, items / (8 * threads));
   if (rows * weight.outputs * inputs < 1 << 17) threads = 1;
+  const Rows all = FIXED ? room_for(0, rows, inputs) : Rows{x, rows, false, nullptr, rows};
 #pragma omp parallel num_threads(threads)
   {
+#if FIXED
+    fix_rows(x, all, inputs);
+#endif
     float* scratch = scratch_for<float>(scratch_values(weight, most, 2));
     int64_t tiles = 0;
 #pragma omp for schedule(dynamic, chunk) nowait
     for (int64_t item = 0; item < items; item++) {
       const int64_t first = item / panels * most;
-      gated_block(weight, item % panels,
-                  {x + first * inputs, std::min(most, rows - first), false}, how,
+      gated_block(weight, item % panels, rows_from(all, first, most, inputs), how,
                   out + first * weight.outputs / 2, scratch, tiles);
     }
     release_tiles(tiles);
@@ -572,8 +626,12 @@ static void gated_linear(const Weight& weight, const bf16* x, int64_t rows, Swig
 
 // ---- Packing ----
 
-static void pack(bf16* to, int64_t inputs, int64_t first, int64_t count, const bf16* from,
+static void pack(bf16* to, [[maybe_unused]] uint8_t* exponents, int64_t inputs, int64_t first, int64_t count, const bf16* from,
                  int64_t row_stride, int64_t column_stride, int threads) {
+#if FIXED
+  return pack_fixed((fixed*)to, exponents, inputs, first, count, from, row_stride, column_stride,
+                    threads);
+#endif
   const int64_t begin = first / PANEL, end = (first + count + PANEL - 1) / PANEL;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t panel = begin; panel < end; panel++) {
@@ -1146,17 +1204,21 @@ static const std::vector<ExpertItem>& expert_items(const Grouped& grouped, int64
   return items;
 }
 
-// One expert's rows of x in the order of its pairs, arranged if tiles multiply them.
-static void gather_rows(const bf16* x, int64_t inputs, const int64_t* pairs, int64_t count,
-                        int64_t top_k, bf16* to) {
-  for (int64_t r = 0; r < count; r++) {
+// One expert's rows of x in the order of its pairs, in the form in which they are multiplied.
+static void gather_rows(const bf16* x, int64_t inputs, const int64_t* pairs, int64_t top_k,
+                        const Rows& to) {
+  for (int64_t r = 0; r < to.count; r++) {
     const bf16* from = x + pairs[r] / top_k * inputs;
-    if (!use_amx) {
-      memcpy(to + r * inputs, from, (size_t)inputs * 2);
+#if FIXED
+    fix_row(from, inputs, (fixed*)to.data + r * SHARED, (float*)to.scales + r, to.all);
+#else
+    if (!to.arranged) {
+      memcpy((bf16*)to.data + r * inputs, from, (size_t)inputs * 2);
       continue;
     }
     for (int64_t k = 0; k < inputs; k += 32)
-      memcpy(to + arranged_at(r, count, inputs, k), from + k, 64);
+      memcpy((bf16*)to.data + arranged_at(r, to.count, inputs, k), from + k, 64);
+#endif
   }
 }
 
@@ -1169,11 +1231,9 @@ static void experts(const Weight* ups, const Weight* downs, int64_t count, const
   const Grouped& grouped = group_pairs(chosen, pairs, count);
   const auto& items = expert_items(grouped, count, size / PANEL, rows_at_once(pairs, inputs));
   const int64_t total = (int64_t)items.size(), chunk = std::max<int64_t>(1, total / (16 * threads));
-  static thread_local std::vector<bf16> gathered_rows, inner_rows;
-  // What is read beyond the last rows of an expert: see tile_of.
-  gathered_rows.resize((size_t)(pairs * inputs + 512));
-  inner_rows.resize((size_t)(pairs * size + 512));
-  bf16 *gathered = gathered_rows.data(), *inner = inner_rows.data();
+  const Rows gathered = room_for(0, pairs, inputs), inner_rows = room_for(1, pairs, size);
+  // What comes from the gates: in its place at once, or bf16 on the way to integers.
+  bf16* inner = FIXED ? shared_scratch<bf16>(2, pairs * size) : (bf16*)inner_rows.data;
   // Panels that share a pass over the rows, in a core's cache with their sums.
   const int64_t outputs = downs->outputs, panels = (outputs + PANEL - 1) / PANEL;
   const int64_t side_by_side = std::clamp<int64_t>(panels / (2 * threads), 1, 8);
@@ -1186,17 +1246,20 @@ static void experts(const Weight* ups, const Weight* downs, int64_t count, const
     int64_t tiles = 0;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t e = 0; e < count; e++) {
-      const int64_t start = grouped.starts[(size_t)e];
-      gather_rows(x, inputs, grouped.pairs.data() + start, grouped.starts[(size_t)e + 1] - start,
-                  top_k, gathered + start * inputs);
+      const int64_t start = grouped.starts[(size_t)e], own = grouped.starts[(size_t)e + 1] - start;
+      gather_rows(x, inputs, grouped.pairs.data() + start, top_k,
+                  rows_from(gathered, start, own, inputs));
     }
 #pragma omp for schedule(dynamic, chunk)
     for (int64_t i = 0; i < total; i++) {
       const ExpertItem item = items[(size_t)i];
       gated_block(ups[item.expert], item.panel,
-                  {gathered + item.first * inputs, item.last - item.first, use_amx}, how,
+                  rows_from(gathered, item.first, item.last - item.first, inputs), how,
                   inner + item.first * size, scratch, tiles);
     }
+#if FIXED
+    fix_rows(inner, inner_rows, size);
+#endif
     float* sums = scratch + room;
 #pragma omp for schedule(dynamic, 1) nowait
     for (int64_t begin = 0; begin < panels; begin += side_by_side) {
@@ -1205,7 +1268,7 @@ static void experts(const Weight* ups, const Weight* downs, int64_t count, const
       for (int64_t e = 0; e < count; e++) {
         const int64_t stop = grouped.starts[(size_t)e + 1];
         for (int64_t first = grouped.starts[(size_t)e]; first < stop; first += most) {
-          const Rows rows{inner + first * size, std::min(most, stop - first), use_amx};
+          const Rows rows = rows_from(inner_rows, first, std::min(most, stop - first), size);
           for (int64_t panel = begin; panel < end; panel++) {
             float* sum = sums + (panel - begin) * tokens * PANEL;
             rows_times_panels<1>(downs[e], {panel}, rows, scratch, tiles,

@@ -5,18 +5,19 @@ from collections.abc import Sequence
 
 import torch
 
-from model.ops.cpu.calls import call
+from model.ops.cpu.calls import call, fixed_point
 from model.ops.cpu.pages import empty
 from model.ops.reference import MXFP4_BLOCK, Mxfp4
 
 PANEL = 32  # outputs; as in kernels.cpp
+SHARED = 64  # inputs that share a scale in fixed point; as in fixed.h
 _LARGEST_SCALE = 250  # with it 6, the largest value of FP4, is within bf16's range
 
 
 class _Weight(ctypes.Structure):
     _fields_ = [
         ("data", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("bias", ctypes.c_void_p),
-        ("outputs", ctypes.c_int64), ("inputs", ctypes.c_int64),
+        ("outputs", ctypes.c_int64), ("inputs", ctypes.c_int64), ("mxfp4", ctypes.c_int64),
     ]  # fmt: skip
 
 
@@ -31,6 +32,7 @@ class Packed:
         self.shape = shape
         self.inputs = shape[-1]
         self._data, self._scales = data, scales
+        self._mxfp4 = data.dtype == torch.uint8
         self._bias: torch.Tensor | None = None
         self._structs: ctypes.Array[_Weight] | None = None
 
@@ -40,15 +42,17 @@ class Packed:
         *stack, outputs, inputs = shape
         panels = (*stack, -(-outputs // PANEL))
         if not mxfp4:
-            data = empty((*panels, inputs // 2, PANEL, 2), torch.bfloat16)
-            if outputs % PANEL:
-                data[..., -1, :, :, :] = 0  # outputs that nobody will write
-            return cls(data, None, tuple(shape))
-        groups = inputs // MXFP4_BLOCK
-        data = empty((*panels, groups, 512), torch.uint8)
-        scales = empty((*panels, groups, PANEL), torch.uint8)
-        if outputs % PANEL:
-            data[..., -1, :, :], scales[..., -1, :, :] = 0, 127
+            fixed = fixed_point()
+            data = empty((*panels, inputs // 2, PANEL, 2), torch.int16 if fixed else torch.bfloat16)
+            groups = -(-inputs // SHARED) if fixed else 0
+        else:
+            groups = inputs // MXFP4_BLOCK
+            data = empty((*panels, groups, 512), torch.uint8)
+        scales = empty((*panels, groups, PANEL), torch.uint8) if groups else None
+        if outputs % PANEL:  # outputs that nobody will write
+            data.select(len(stack), -1).zero_()
+            if scales is not None:
+                scales.select(len(stack), -1).fill_(127)
         return cls(data, scales, tuple(shape))
 
     @property
@@ -75,9 +79,12 @@ class Packed:
         """Fill with random values of a usual size."""
         if self._scales is None:
             self._data.uniform_(-0.03, 0.03, generator=generator)
-        else:
+        elif self._mxfp4:
             self._data.random_(0, 256, generator=generator)
             self._scales.fill_(120)  # values of up to 6 · 2⁻⁷
+        else:
+            self._data.random_(-4080, 4081, generator=generator)
+            self._scales.fill_(110)  # values of up to 4080 · 2⁻¹⁷
 
     def described(self, bias: torch.Tensor | None) -> int:
         """Address of what tells kernels of the weights and a bias [outputs] or [stack, outputs]."""
@@ -89,6 +96,7 @@ class Packed:
                 struct.scales = None if self._scales is None else _at(self._scales, i, count)
                 struct.bias = None if bias is None else _at(bias, i, count)
                 struct.outputs, struct.inputs = self.shape[-2:]
+                struct.mxfp4 = self._mxfp4
             self._structs, self._bias = made, bias
         return ctypes.addressof(self._structs)
 
@@ -122,6 +130,7 @@ class _Rows:
         source = source.to(torch.bfloat16)
         call(
             "pack",
-            weight._data.data_ptr(), weight.inputs, self._first, self._count,
+            weight._data.data_ptr(), None if weight._scales is None else weight._scales.data_ptr(),
+            weight.inputs, self._first, self._count,
             source.data_ptr(), source.stride(0), source.stride(1), threads,
         )  # fmt: skip
