@@ -14,6 +14,7 @@ from model import ops
 from model.batch import ForwardBatch, GroupTables
 from model.ops import cpu, reference
 from model.ops.cpu import calls
+from model.ops.cpu.packed import Packed
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
@@ -194,19 +195,12 @@ def test_mxfp4_experts_equal_the_dense_reference(
     tokens: int, hidden: int, size: int, dtype: torch.dtype
 ) -> None:
     count, top_k = 4, 3
-    generator = torch.Generator().manual_seed(0)
-
-    def mxfp4(outputs: int, inputs: int) -> ops.Mxfp4:
-        shape = (count, outputs, inputs // 32)
-        blocks = torch.randint(256, (*shape, 16), dtype=torch.uint8, generator=generator)
-        # One scale below those that are told apart: what it scales is nil.
-        scales = torch.randint(118, 124, shape, dtype=torch.uint8, generator=generator)
-        scales[0, 0, 0] = 0
-        return ops.Mxfp4(blocks, scales)
-
     x = rand(tokens, hidden, dtype=dtype)
     chosen, shares = reference.route(rand(tokens, count, seed=1), top_k, True, False)
-    up, down = mxfp4(2 * size, hidden), mxfp4(hidden, size)
+    up, down = mxfp4(count, 2 * size, hidden), mxfp4(count, hidden, size)
+    for weights in (up, down):
+        # One scale below those that are told apart: what it scales is nil.
+        weights.scales[0, 0, 0] = 0
     wide = [weights.dense(torch.float32) for weights in (up, down)]
     expected = reference.experts(
         x.float(), chosen, shares, wide[0], None, wide[1], None, 7.0, 1.702
@@ -382,3 +376,69 @@ def test_mxfp4_unpacks_low_nibble_first_with_power_of_two_scales() -> None:
     assert dense[0, 30:].tolist() == [12.0, 0.0]
     tiny = reference.dequantize_mxfp4(blocks, torch.tensor([[0]], dtype=torch.uint8), torch.float32)
     assert float(tiny[0, 0]) == 2.0**-128
+
+
+@pytest.fixture
+def fixed_point() -> Iterator[None]:
+    """The kernels that multiply integers."""
+    kernels = calls.library()
+    if kernels is None or not kernels.getp_has_level(calls.LEVELS.index("vnni")):
+        pytest.skip("no kernels for AVX-512 with VNNI here")
+    usual = kernels.getp_level()
+    kernels.getp_use_level(calls.LEVELS.index("vnni"))
+    yield
+    kernels.getp_use_level(usual)
+
+
+@pytest.mark.parametrize("inputs", [64, 96, 928])
+@pytest.mark.parametrize("large", [1.0, 100.0, 1e8])
+@pytest.mark.parametrize("octaves", [0, 30])
+@pytest.mark.usefixtures("fixed_point")
+def test_fixed_point_loses_no_more_than_it_says(inputs: int, large: float, octaves: int) -> None:
+    """Also where one input is large, and where every group of 64 has a size of its own."""
+    x, weight = rand(70, inputs), rand(96, inputs, seed=1)
+    x[:, 5] *= large
+    size = (torch.arange(inputs) // 64 % 3 - 1) * octaves
+    x, weight = (x * 2.0**-size).bfloat16(), (weight * 2.0**size).bfloat16()
+    exact = (x.double() @ weight.double().T).bfloat16().double()
+    found = ops.linear(x, ops.pack(weight), None).double()
+    norms = [torch.stack([g.double().norm(dim=1) for g in m.split(64, 1)], 1) for m in (x, weight)]
+    bound = norms[0] @ norms[1].T * 2.0**-11 + exact.abs() * 2.0**-7  # the last bit of bfloat16
+    assert bool(((found - exact).abs() <= bound).all())
+    if large == 1:  # much less than the results' own rounding
+        assert float((found != exact).double().mean()) < 0.05
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.usefixtures("fixed_point")
+def test_what_is_no_number_stays_none_in_fixed_point(value: float) -> None:
+    x, weight = rand(3, 96).bfloat16(), ops.pack(rand(32, 96, seed=1).bfloat16())
+    good = ops.linear(x, weight, None)
+    x[1, 70] = value
+    found = ops.linear(x, weight, None)
+    assert not bool(found[1].isfinite().any())
+    assert torch.equal(found[0], good[0])
+    assert torch.equal(found[2], good[2])
+
+
+@pytest.mark.parametrize("inputs", [32, 96, 320])
+def test_rows_times_mxfp4_do_not_depend_on_their_number(inputs: int, dtype: torch.dtype) -> None:
+    """With neighbouring scales up to twelve octaves apart, which one form or another might lose."""
+    stack: Any = ops.empty_weight(mxfp4(1, 64, inputs), dtype, torch.device("cpu"), 1)
+    if not isinstance(stack, Packed):
+        pytest.skip("no kernel reads MXFP4 here")
+    weight: Any = stack[0]
+    weight[:64].copy_(mxfp4(1, 64, inputs, octaves=12)[0])
+    x = rand(30, inputs, dtype=dtype)
+    together = ops.linear(x, weight, None)
+    for rows in range(1, 30):
+        assert torch.equal(ops.linear(x[:rows].contiguous(), weight, None), together[:rows])
+
+
+def mxfp4(count: int, outputs: int, inputs: int, octaves: int = 6) -> ops.Mxfp4:
+    """Random codes with scales over some octaves."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (count, outputs, inputs // 32)
+    blocks = torch.randint(256, (*shape, 16), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(118, 118 + octaves, shape, dtype=torch.uint8, generator=generator)
+    return ops.Mxfp4(blocks, scales)

@@ -2,11 +2,12 @@
 // multiply 16-bit integers up to four times as fast as bf16 (Intel's VPDPWSSD starts twice a cycle,
 // VDPBF16PS once in two).
 //
-// 64 inputs of a row, and of an output's weights, share a scale that is a power of two: rows become
-// integers of 13 bits and a sign, weights of 12. What is smaller than the largest of its 64 by up
-// to five (four) octaves keeps all bits of bf16; an error is at most 2^-14 (2^-13) of the largest,
-// which bf16 itself rounds by up to 2^-9. 64 products fit 32 bits (64 · 8191 · 4095 < 2^31): sums
-// within a group are exact, and groups are added up in float32 in their order.
+// 64 inputs of a row, and of an output's weights, share a scale that is a power of two, such that the
+// norm of the 64 integers lies from 2^14 to 2^15. Two such norms multiply to less than 2^31: sums
+// within a group fit 32 bits and are exact; groups are added up in float32 in their order. An error
+// is at most 2^-15 of the norm. Of 64 values of one size, where it is some 2^-12 of each, bf16
+// itself rounds by up to 2^-9; where one value is a hundred times the others, it is the same for
+// these.
 //
 // Rows lie as [inputs / 64, rows, 64], their scales as [inputs / 64, rows]: a row is a constant
 // distance from the next, which the instructions that multiply it hold themselves.
@@ -19,13 +20,23 @@ INLINE int64_t scales_for(int64_t inputs) { return (inputs + SHARED - 1) / SHARE
 
 INLINE floats power_of_two(ints exponent) { return (floats)(exponent << 23); }  // biased
 
-// bits: what the largest value takes. Returns what brings values of such a `largest` to it, and in
-// `exponent` (biased) what brings them back: 255, which is no number, for those that are none.
-INLINE floats to_integers(floats largest, int32_t bits, ints& exponent) {
-  const ints own = (ints)largest >> 23 & 255, least = ints{} + (bits + 1);
-  exponent = own == 255 ? own : (own > least ? own : least) - (bits - 1);
-  return power_of_two(254 - exponent);
+// From the largest magnitude of 64 values: what makes them about 1, so that squares stay in range.
+INLINE ints exponent_of(floats largest) {
+  ints own = (ints)largest >> 23;
+  own = own > 24 ? own : ints{} + 24;
+  return own < 252 ? own : ints{} + 252;
 }
+INLINE floats unit_for(ints exponent) { return power_of_two(253 - exponent); }
+
+// The exponent (biased) of their scale, given the sum of the squares of the values times unit_for;
+// 255 where one is no number.
+INLINE ints scale_for(floats largest, ints exponent, floats squares) {
+  const ints half = (((ints)squares >> 23) - 125) >> 1;  // the norm is less than 2^half
+  const ints scale = exponent - 14 + (half > 0 ? half : ints{});
+  return (ints)largest >= 0x7f800000 ? ints{} + 255 : scale;
+}
+
+INLINE floats to_integers(ints scale) { return power_of_two(254 - scale); }
 
 INLINE floats magnitude(floats value) { return (floats)((ints)value & 0x7fffffff); }
 
@@ -33,16 +44,20 @@ INLINE floats magnitude(floats value) { return (floats)((ints)value & 0x7fffffff
 INLINE void fix_row(const bf16* from, int64_t inputs, fixed* to, float* scales, int64_t stride) {
   for (int64_t k = 0; k < inputs; k += SHARED, to += stride * SHARED, scales += stride) {
     const int64_t vectors = std::min(SHARED, inputs - k) / 16;
-    floats value[4], most = {};
+    floats value[4], squares = {};
+    ints most = {};
     for (int64_t i = 0; i < vectors; i++) {
       value[i] = widen(from + k + i * 16);
-      // Unsigned, so that what is no number is the largest.
-      most = (floats)_mm512_max_epu32((__m512i)most, (__m512i)magnitude(value[i]));
+      const ints bits = (ints)magnitude(value[i]);
+      most = bits > most ? bits : most;
     }
-    const int32_t bits = (int32_t)_mm512_reduce_max_epu32((__m512i)most);
-    ints exponent;
-    const floats factor = to_integers((floats)(ints{} + bits), 13, exponent);
-    *scales = exponent[0] == 255 ? NAN : power_of_two(exponent)[0];
+    const floats largest = (floats)(ints{} + _mm512_reduce_max_epi32((__m512i)most));
+    const ints exponent = exponent_of(largest);
+    const floats unit = unit_for(exponent);
+    for (int64_t i = 0; i < vectors; i++) squares += value[i] * unit * (value[i] * unit);
+    const ints scale = scale_for(largest, exponent, splat(sum(squares)));
+    *scales = scale[0] == 255 ? NAN : power_of_two(scale)[0];
+    const floats factor = to_integers(scale);
     for (int64_t i = 0; i < vectors; i++)
       _mm256_storeu_si256((__m256i*)(to + i * 16),
                           _mm512_cvtepi32_epi16(_mm512_cvtps_epi32((__m512)(value[i] * factor))));
@@ -73,14 +88,23 @@ static void pack_fixed(fixed* to, uint8_t* exponents, int64_t inputs, int64_t fi
       for (int half = 0; half < 2; half++) {
         const bf16* column = stage + half * 16;
         const __mmask16 lanes = (__mmask16)(own >> (16 * half));
-        __m512i most = _mm512_setzero_si512();
-        for (int64_t i = 0; i < width; i++)
-          most = _mm512_max_epu32(most, (__m512i)magnitude(widen(column + i * PANEL)));
-        ints exponent;
-        const floats factor = to_integers((floats)most, 12, exponent);
+        ints most = {};
+        for (int64_t i = 0; i < width; i++) {
+          const ints bits = (ints)magnitude(widen(column + i * PANEL));
+          most = bits > most ? bits : most;
+        }
+        const ints exponent = exponent_of((floats)most);
+        const floats unit = unit_for(exponent);
+        floats squares = {};
+        for (int64_t i = 0; i < width; i++) {
+          const floats value = widen(column + i * PANEL) * unit;
+          squares += value * value;
+        }
+        const ints scale = scale_for((floats)most, exponent, squares);
+        const floats factor = to_integers(scale);
         _mm512_mask_cvtepi32_storeu_epi8(
             exponents + (panel * scales_for(inputs) + k / SHARED) * PANEL + half * 16, lanes,
-            (__m512i)exponent);
+            (__m512i)scale);
         fixed* out = to + (panel * inputs + k) * PANEL + half * 32;
         for (int64_t i = 0; i < width; i += 2, out += 2 * PANEL) {
           const floats even = widen(column + i * PANEL), odd = widen(column + (i + 1) * PANEL);
@@ -98,36 +122,51 @@ alignas(64) static const int16_t FP4_FIXED[32] = {
     0, 256, 512, 768, 1024, 1536, 2048, 3072, 0, -256, -512, -768, -1024, -1536, -2048, -3072,
     0, 256, 512, 768, 1024, 1536, 2048, 3072, 0, -256, -512, -768, -1024, -1536, -2048, -3072};
 
-// A panel's next `width` inputs (a multiple of 32) from MXFP4 to integers and their exponents. Two
-// groups of 32 come to the larger of their scales: exact unless these are nine octaves apart.
+// The scales of a panel's next 64 inputs, or its last 32. Two groups of 32 come to the larger of
+// theirs: exactly, unless these are over eight octaves apart; then the smaller values are nil.
+struct SharedScales {
+  __m256i exponents;  // of the integers' scales, for 32 outputs
+  __m256i octaves[2];  // by which each group is less
+
+  __attribute__((always_inline)) SharedScales(const uint8_t* scales, int64_t groups) {
+    const __m256i first = _mm256_loadu_si256((const __m256i*)scales);
+    const __m256i second =
+        groups > 1 ? _mm256_loadu_si256((const __m256i*)(scales + GROUP)) : first;
+    const __m256i most = _mm256_max_epu8(first, second);
+    exponents = _mm256_sub_epi8(most, _mm256_set1_epi8(9));
+    octaves[0] = _mm256_sub_epi8(most, first);
+    octaves[1] = _mm256_sub_epi8(most, second);
+  }
+
+  __attribute__((always_inline)) __m128i octaves_of(int64_t group, int half) const {
+    return _mm_loadu_si128((const __m128i*)&octaves[group] + half);
+  }
+};
+
+// A panel's next `width` inputs (a multiple of 32) from MXFP4 to integers and their exponents.
 INLINE void unpack_fixed(const uint8_t* codes, const uint8_t* scales, int64_t width, fixed* to,
                          uint8_t* exponents) {
-  constexpr int64_t AHEAD = 2048;  // bytes of codes that are fetched early
   const __m512i table = _mm512_load_si512(FP4_FIXED);
   const __m512i spread = _mm512_load_si512(SPREAD);
   for (int64_t k = 0; k < width; k += SHARED, scales += 2 * GROUP, exponents += PANEL) {
     const int64_t groups = std::min(SHARED, width - k) / GROUP;
-    const __m256i own = _mm256_loadu_si256((const __m256i*)scales);
-    const __m256i other =
-        groups > 1 ? _mm256_loadu_si256((const __m256i*)(scales + GROUP)) : own;
-    const __m256i most = _mm256_max_epu8(own, other);
-    _mm256_storeu_si256((__m256i*)exponents, _mm256_sub_epi8(most, _mm256_set1_epi8(9)));
+    const SharedScales shared(scales, groups);
+    _mm256_storeu_si256((__m256i*)exponents, shared.exponents);
     for (int64_t group = 0; group < groups; group++) {
-      const __m256i less = _mm256_sub_epi8(most, group ? other : own);
       __m512i shift[2];
+      __mmask32 kept[2];
       for (int half = 0; half < 2; half++) {
-        const __m128i part = half ? _mm256_extracti128_si256(less, 1) : _mm256_castsi256_si128(less);
-        const __m512i high = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(part), spread);
-        shift[half] = _mm512_srli_epi16(high, 8);
+        const __m512i bytes = _mm512_broadcast_i32x4(shared.octaves_of(group, half));
+        shift[half] = _mm512_srli_epi16(_mm512_shuffle_epi8(bytes, spread), 8);
+        kept[half] = _mm512_cmple_epu16_mask(shift[half], _mm512_set1_epi16(8));
       }
 #pragma GCC unroll 8
       for (int unit = 0; unit < 8; unit++, codes += 64) {
-        __builtin_prefetch(codes + AHEAD);
         __m512i words = _mm512_loadu_si512(codes);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++, to += 32) {
           const __m512i value = _mm512_permutexvar_epi16(words, table);
-          _mm512_store_si512(to, _mm512_srav_epi16(value, shift[i & 1]));
+          _mm512_store_si512(to, _mm512_maskz_srav_epi16(kept[i & 1], value, shift[i & 1]));
           words = _mm512_srli_epi16(words, 4);
         }
       }
@@ -142,21 +181,36 @@ INLINE ints dot_pairs(ints acc, ints weights, const int32_t* pair) {
   return acc;
 }
 
+// acc [COUNT, 32] += the sums of 64 inputs (or 32), in integers, times their scales.
+template <int COUNT>
+INLINE void add_scaled(floats (&acc)[COUNT][2], const ints (&sums)[COUNT][2], __m256i exponents,
+                       const float* scales) {
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; half++) {
+    const __m128i own = half ? _mm256_extracti128_si256(exponents, 1)
+                             : _mm256_castsi256_si128(exponents);
+    const floats factor = power_of_two((ints)_mm512_cvtepu8_epi32(own));
+#pragma GCC unroll 12
+    for (int r = 0; r < COUNT; r++)
+      acc[r][half] += (floats)_mm512_cvtepi32_ps((__m512i)sums[r][half]) * (factor * scales[r]);
+  }
+}
+
 // c [COUNT, 32] += rows, which are some of `all`, times a panel's next `inputs`, a multiple of 32.
-// The panel is fetched `ahead` integers early.
+// Meanwhile what is `wanted` next is fetched, `step` bytes (at most 128) with each two inputs.
 template <int COUNT>
 INLINE void fixed_times_panel(const fixed* rows, const float* scales, int64_t all,
                               const fixed* panel, const uint8_t* exponents, int64_t inputs,
-                              int64_t ahead, float* c) {
+                              const char* wanted, int64_t step, float* c) {
   for (; inputs > 0; inputs -= SHARED) {
     ints acc[COUNT][2] = {};
     const fixed *a = rows, *end = a + std::min(SHARED, inputs);
-    for (; a < end; a += 2, panel += 2 * PANEL) {
+    for (; a < end; a += 2, panel += 2 * PANEL, wanted += step) {
       ints low = load_pairs(panel), high = load_pairs(panel + PANEL);
       hold(low);
       hold(high);
-      __builtin_prefetch(panel + ahead);
-      __builtin_prefetch(panel + ahead + PANEL);
+      __builtin_prefetch(wanted);
+      __builtin_prefetch(wanted + 64);
 #pragma GCC unroll 12
       for (int r = 0; r < COUNT; r++) {
         const auto* pair = (const int32_t*)(a + r * SHARED);
@@ -164,18 +218,17 @@ INLINE void fixed_times_panel(const fixed* rows, const float* scales, int64_t al
         acc[r][1] = dot_pairs(acc[r][1], high, pair);
       }
     }
-    floats factor[2];
-    for (int half = 0; half < 2; half++) {
-      const __m128i bytes = _mm_loadu_si128((const __m128i*)(exponents + half * 16));
-      factor[half] = power_of_two((ints)_mm512_cvtepu8_epi32(bytes));
-    }
+    floats sums[COUNT][2];
 #pragma GCC unroll 12
     for (int r = 0; r < COUNT; r++) {
-      float* to = c + r * PANEL;
-      const floats low = (floats)_mm512_cvtepi32_ps((__m512i)acc[r][0]);
-      const floats high = (floats)_mm512_cvtepi32_ps((__m512i)acc[r][1]);
-      store(to, load(to) + low * (factor[0] * scales[r]));
-      store(to + 16, load(to + 16) + high * (factor[1] * scales[r]));
+      sums[r][0] = load(c + r * PANEL);
+      sums[r][1] = load(c + r * PANEL + 16);
+    }
+    add_scaled<COUNT>(sums, acc, _mm256_loadu_si256((const __m256i*)exponents), scales);
+#pragma GCC unroll 12
+    for (int r = 0; r < COUNT; r++) {
+      store(c + r * PANEL, sums[r][0]);
+      store(c + r * PANEL + 16, sums[r][1]);
     }
     rows += all * SHARED;
     scales += all;
@@ -183,45 +236,118 @@ INLINE void fixed_times_panel(const fixed* rows, const float* scales, int64_t al
   }
 }
 
-// The same for any count, of which the first rows fetch the panel.
+// The same for any count. The first two passes over the panel share in fetching `bytes`.
 __attribute__((noinline)) static void fixed_block(const fixed* rows, const float* scales,
                                                   int64_t all, int64_t count, const fixed* panel,
                                                   const uint8_t* exponents, int64_t inputs,
-                                                  int64_t ahead, float* c) {
+                                                  const char* wanted, int64_t bytes, float* c) {
   const int64_t passes = (count + MOST_ROWS - 1) / MOST_ROWS;
   const int64_t each = (count + passes - 1) / passes;
-  for (int64_t row = 0; row < count; row += each, ahead = 0)
+  const int64_t fetching = std::min<int64_t>(2, passes), step = 2 * bytes / (inputs * fetching);
+  for (int64_t pass = 0; pass < passes; pass++) {
+    const int64_t row = pass * each;
+    const bool fetches = pass < fetching;
     with_constant<MOST_ROWS>(std::min(each, count - row), [&](auto constant) {
       fixed_times_panel<constant.value>(rows + row * SHARED, scales + row, all, panel, exponents,
-                                        inputs, ahead, c + row * PANEL);
+                                        inputs, fetches ? wanted : (const char*)panel,
+                                        fetches ? step : 0, c + row * PANEL);
     });
+    wanted += step * inputs / 2;
+  }
+}
+
+constexpr int64_t CODES_AHEAD = 2048;  // bytes that are fetched early
+
+// c [COUNT, 32] = rows, which are some of `all`, times a panel of MXFP4, unpacked to registers: for
+// so few rows, storing it takes longer than using it. Bit for bit what unpack_fixed would give.
+template <int COUNT>
+INLINE void few_times_mxfp4(const fixed* rows, const float* row_scales, int64_t all,
+                            const uint8_t* codes, const uint8_t* scales, int64_t inputs, float* c) {
+  const __m512i table = _mm512_load_si512(FP4_FIXED);
+  floats acc[COUNT][2] = {};
+  for (; inputs > 0; inputs -= SHARED, scales += 2 * GROUP) {
+    const int64_t groups = std::min(SHARED, inputs) / GROUP;
+    const SharedScales shared(scales, groups);
+    ints sums[COUNT][2] = {};
+    for (int64_t group = 0; group < groups; group++) {
+      const fixed* a = rows + group * GROUP;
+      ints own[COUNT][2] = {};
+#pragma GCC unroll 8
+      for (int unit = 0; unit < 8; unit++, codes += 64) {
+        __builtin_prefetch(codes + CODES_AHEAD);
+        __m512i words = _mm512_loadu_si512(codes);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+          const ints value = (ints)_mm512_permutexvar_epi16(words, table);
+#pragma GCC unroll 12
+          for (int r = 0; r < COUNT; r++)
+            own[r][i & 1] = dot_pairs(own[r][i & 1], value,
+                                      (const int32_t*)(a + r * SHARED + unit * 4 + i / 2 * 2));
+          words = _mm512_srli_epi16(words, 4);
+        }
+      }
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; half++) {
+        const __m512i shift = _mm512_cvtepu8_epi32(shared.octaves_of(group, half));
+        const __mmask16 kept = _mm512_cmple_epu32_mask(shift, _mm512_set1_epi32(8));
+#pragma GCC unroll 12
+        for (int r = 0; r < COUNT; r++)
+          sums[r][half] += (ints)_mm512_maskz_srav_epi32(kept, (__m512i)own[r][half], shift);
+      }
+    }
+    add_scaled<COUNT>(acc, sums, shared.exponents, row_scales);
+    rows += all * SHARED;
+    row_scales += all;
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < COUNT; r++) {
+    store(c + r * PANEL, acc[r][0]);
+    store(c + r * PANEL + 16, acc[r][1]);
+  }
+}
+
+__attribute__((noinline)) static void few_by_mxfp4(const Rows& x, const uint8_t* codes,
+                                                   const uint8_t* scales, int64_t inputs,
+                                                   float* c) {
+  with_constant<MOST_ROWS>(x.count, [&](auto count) {
+    few_times_mxfp4<count.value>((const fixed*)x.data, x.scales, x.all, codes, scales, inputs, c);
+  });
 }
 
 // rows_times_panels in fixed point.
 template <int PANELS, typename Finish>
 INLINE void fixed_times_panels(const Weight& weight, const int64_t (&index)[PANELS], const Rows& x,
                                const floats (&bias)[PANELS][2], float* scratch, Finish& finish) {
-  alignas(64) fixed unpacked[SPAN * PANEL];
-  uint8_t unpacked_exponents[SPAN / SHARED * PANEL];
+  constexpr int64_t STEP = 128;  // inputs; of them and the next ones, all is in the nearest cache
+  alignas(64) fixed unpacked[STEP * PANEL];
+  uint8_t unpacked_exponents[STEP / SHARED * PANEL];
   const int64_t inputs = weight.inputs, sums = x.count * PANEL;
-  const bool once = x.count <= ROWS && !weight.mxfp4;  // each input's part is used once
-  const int64_t step = once ? inputs : SPAN;
+  const bool few = weight.mxfp4 && x.count && x.count <= MOST_ROWS;
   memset(scratch, 0, (size_t)(PANELS * sums) * 4);
-  for (int p = 0; p < PANELS; p++)
-    for (int64_t k = 0; k < inputs; k += step) {
-      const int64_t width = std::min(step, inputs - k), at = index[p] * inputs + k;
-      const fixed* panel = (const fixed*)weight.data + at * PANEL;
+  for (int p = 0; p < PANELS; p++) {
+    if (few) {
+      const int64_t at = index[p] * inputs;
+      few_by_mxfp4(x, (const uint8_t*)weight.data + at * PANEL / 2, weight.scales + at, inputs,
+                   scratch + p * sums);
+      continue;
+    }
+    for (int64_t k = 0; k < inputs; k += STEP) {
+      const int64_t width = std::min(STEP, inputs - k), at = index[p] * inputs + k;
+      const int64_t bytes = width * PANEL * (weight.mxfp4 ? 1 : 4) / 2;
+      const char* data = (const char*)weight.data + at * PANEL * (weight.mxfp4 ? 1 : 4) / 2;
+      const fixed* panel = (const fixed*)data;
       const uint8_t* exponents =
           weight.scales + (index[p] * scales_for(inputs) + k / SHARED) * PANEL;
       if (weight.mxfp4) {
-        unpack_fixed((const uint8_t*)weight.data + at * PANEL / 2, weight.scales + at, width,
-                     unpacked, unpacked_exponents);
+        unpack_fixed((const uint8_t*)data, weight.scales + at, width, unpacked,
+                     unpacked_exponents);
         panel = unpacked;
         exponents = unpacked_exponents;
       }
       fixed_block((const fixed*)x.data + k * x.all, x.scales + k / SHARED * x.all, x.all, x.count,
-                  panel, exponents, width, weight.mxfp4 ? 0 : 2048, scratch + p * sums);
+                  panel, exponents, width, data + bytes, bytes, scratch + p * sums);
     }
+  }
   for (int64_t r = 0; r < x.count; r++)
     finish_row<PANELS>(r, scratch + r * PANEL, sums, bias, finish);
 }
