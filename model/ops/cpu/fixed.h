@@ -2,12 +2,11 @@
 // multiply 16-bit integers up to four times as fast as bf16 (Intel's VPDPWSSD starts twice a cycle,
 // VDPBF16PS once in two).
 //
-// 64 inputs of a row, and of an output's weights, share a scale that is a power of two, such that the
-// norm of the 64 integers lies from 2^14 to 2^15. Two such norms multiply to less than 2^31: sums
-// within a group fit 32 bits and are exact; groups are added up in float32 in their order. An error
-// is at most 2^-15 of the norm. Of 64 values of one size, where it is some 2^-12 of each, bf16
-// itself rounds by up to 2^-9; where one value is a hundred times the others, it is the same for
-// these.
+// 64 inputs of a row, and of an output's weights, share a scale: a power of two such that the norm
+// of the 64 integers lies from 2^14 to 2^15. Two such norms multiply to less than 2^31: sums within
+// a group fit 32 bits and are exact; groups are added up in float32 in their order. An integer is
+// at most half of one off. Of 64 values of one size, each is then some 2^12, with an error of 2^-13,
+// where bf16 rounds by up to 2^-9; beside a value a hundred times as large, it is some 2^-9, too.
 //
 // Rows lie as [inputs / 64, rows, 64], their scales as [inputs / 64, rows]: a row is a constant
 // distance from the next, which the instructions that multiply it hold themselves.
@@ -256,7 +255,7 @@ __attribute__((noinline)) static void fixed_block(const fixed* rows, const float
   }
 }
 
-constexpr int64_t CODES_AHEAD = 2048;  // bytes that are fetched early
+constexpr int64_t AHEAD = 4096;  // bytes of codes that are fetched early; measured
 
 // c [COUNT, 32] = rows, which are some of `all`, times a panel of MXFP4, unpacked to registers: for
 // so few rows, storing it takes longer than using it. Bit for bit what unpack_fixed would give.
@@ -269,12 +268,13 @@ INLINE void few_times_mxfp4(const fixed* rows, const float* row_scales, int64_t 
     const int64_t groups = std::min(SHARED, inputs) / GROUP;
     const SharedScales shared(scales, groups);
     ints sums[COUNT][2] = {};
+    __builtin_prefetch(scales + AHEAD / 8);
     for (int64_t group = 0; group < groups; group++) {
       const fixed* a = rows + group * GROUP;
       ints own[COUNT][2] = {};
 #pragma GCC unroll 8
       for (int unit = 0; unit < 8; unit++, codes += 64) {
-        __builtin_prefetch(codes + CODES_AHEAD);
+        __builtin_prefetch(codes + AHEAD);
         __m512i words = _mm512_loadu_si512(codes);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
@@ -322,7 +322,7 @@ INLINE void fixed_times_panels(const Weight& weight, const int64_t (&index)[PANE
   alignas(64) fixed unpacked[STEP * PANEL];
   uint8_t unpacked_exponents[STEP / SHARED * PANEL];
   const int64_t inputs = weight.inputs, sums = x.count * PANEL;
-  const bool few = weight.mxfp4 && x.count && x.count <= MOST_ROWS;
+  const bool few = weight.mxfp4 && x.count <= MOST_ROWS;
   memset(scratch, 0, (size_t)(PANELS * sums) * 4);
   for (int p = 0; p < PANELS; p++) {
     if (few) {

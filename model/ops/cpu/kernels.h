@@ -845,26 +845,50 @@ INLINE void transpose_keys(const bf16* const* rows, int64_t head_dim, bf16* to) 
 #endif
 }
 
+// Queries are bf16 where there is a product of bf16 pairs that is fast, float32 elsewhere.
+#if WIDE && !FIXED
+using Query = bf16;
+#else
+using Query = float;
+#endif
+
 template <int COUNT>
-INLINE void score_rows(const bf16* query, const bf16* keys, int64_t head_dim, float* scores) {
+INLINE void score_rows(const Query* query, const bf16* keys, int64_t head_dim, float* scores) {
   floats acc[COUNT] = {};
   for (int64_t k = 0; k < head_dim; k += 2) {
     ints pairs = load_pairs(keys + k * 16);
     hold(pairs);
+#if WIDE && !FIXED
 #pragma GCC unroll 8
     for (int r = 0; r < COUNT; r++) {
       int32_t pair;
       memcpy(&pair, query + r * head_dim + k, 4);
       acc[r] = dot(acc[r], pair - ints{}, pairs);
     }
+#else
+    const floats even = (floats)(pairs << 16), odd = (floats)(pairs & (int32_t)0xffff0000);
+#pragma GCC unroll 8
+    for (int r = 0; r < COUNT; r++) {
+      acc[r] += even * query[r * head_dim + k];
+      acc[r] += odd * query[r * head_dim + k + 1];
+    }
+#endif
   }
   for (int r = 0; r < COUNT; r++) store(scores + r * TILE, acc[r]);
 }
 
+INLINE void take_queries(const bf16* from, int64_t values, Query* to) {
+#if WIDE && !FIXED
+  memcpy(to, from, (size_t)values * 2);
+#else
+  for (int64_t i = 0; i < values; i += 16) store(to + i, widen(from + i));
+#endif
+}
+
 // scores [rows, 16 of TILE] of query [rows, head_dim] with 16 transposed keys.
-INLINE void score(const bf16* query, const bf16* keys, int64_t rows, int64_t head_dim,
+INLINE void score(const Query* query, const bf16* keys, int64_t rows, int64_t head_dim,
                   float* scores, [[maybe_unused]] int64_t& tiles) {
-#if WIDE
+#if WIDE && !FIXED
   if (use_amx) {
     asm volatile("" : : : "memory");
     const int64_t own = std::min<int64_t>(16, rows);
@@ -1032,7 +1056,7 @@ static void attend(const bf16* query, bf16* out, const AttentionItem& item, int6
   alignas(64) bf16 shares[MOST_QUERY * TILE];
   [[maybe_unused]] alignas(64) bf16 values[TILE * 256];
   float top[MOST_MIXED / 32], total[MOST_MIXED / 32];
-  alignas(64) bf16 queries[MOST_QUERY * 256];
+  alignas(64) Query queries[MOST_QUERY * 256];
   const bf16 *key_rows[TILE], *value_rows[TILE], *part_rows[TILE];
   int64_t offsets[2][TILE];  // of this tile's positions and of the next one's, in a cache
   const auto find = [&](int64_t from, int64_t* to) {
@@ -1068,8 +1092,8 @@ static void attend(const bf16* query, bf16* out, const AttentionItem& item, int6
     for (int64_t own = 0; own < item.kv_heads; own++) {
       const int64_t head = (item.kv_head + own) * group;
       for (int64_t token = item.first; token < item.last; token++)
-        memcpy(queries + (token - item.first) * group * head_dim,
-               query + (token * size.heads + head) * head_dim, (size_t)(group * head_dim) * 2);
+        take_queries(query + (token * size.heads + head) * head_dim, group * head_dim,
+                     queries + (token - item.first) * group * head_dim);
       for (int64_t i = 0; i < count; i += 16) {
         // The pages lie anywhere, which no hardware foresees: values wanted soon, keys later.
         for (int64_t j = i; j < std::min(count, i + 16); j++)
