@@ -211,7 +211,7 @@ class Engine:
         """The needs, with what the largest step took on this device in place of estimates."""
         start, before = time.perf_counter(), torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        self._runner.run_largest(
+        self._runner.rehearse(
             self.max_batch_size,
             self.max_batch_tokens,
             min(self.config.max_positions, self.max_batch_tokens),

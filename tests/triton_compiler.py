@@ -143,7 +143,7 @@ def _launch(kernel: JITFunction[Any], args: tuple[Any, ...], kw: dict[str, Any])
         elif isinstance(value, float):
             types[parameter.name] = "fp32"
         else:
-            types[parameter.name] = "i32" if value < 2**31 else "i64"
+            types[parameter.name] = parameter.annotation_type or ("i32" if value < 2**31 else "i64")
             if value % 16 == 0 and not parameter.do_not_specialize:
                 aligned.append(i)
     return Launch(kernel, tuple(types.items()), tuple(constants.items()), tuple(aligned), options)

@@ -126,7 +126,7 @@ def test_splits_of_the_kv_count_a_sink_once(rows: int, monkeypatch: pytest.Monke
     for sinks in (False, True):
         attend(lengths, (6, 2), 32, None, sinks)
         attend(lengths, (6, 2), 32, 100, sinks)
-    assert used == {1: [8, 4, 8, 4], 2: [8, 4, 8, 4], 5: [2] * 4}[rows]
+    assert used == {1: [16, 4, 16, 4], 2: [8, 4, 8, 4], 5: [2] * 4}[rows]
 
 
 def test_rows_that_only_fill_a_batch_attend_to_nothing() -> None:

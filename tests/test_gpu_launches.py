@@ -1,0 +1,112 @@
+"""What a GPU would be given to do, without one: kernels are named instead of launched.
+
+The engine runs on the CPU with a GPU's kernels and tiles; nothing is computed, and of each launch
+only what Triton tells its compiled forms apart by is kept.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine import Engine, Request, SamplingParams
+from engine.graphs import Compute
+from model import ops
+
+pytest.importorskip("triton")
+
+_PRODUCTS = ("aten.linear", "aten.addmm", "aten.mm")
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
+    """(Kernel, form) of every launch on what stands in for an H100."""
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import JITFunction, create_function_from_signature
+
+    from model.ops import triton
+    from model.ops.triton import tiles
+    from tests.triton_compiler import target
+
+    backend, found = make_backend(target("sm_90")), list[tuple[str, str]]()
+
+    @cache
+    def binder(kernel: Any) -> Callable[..., Any]:
+        bind: Callable[..., Any] = create_function_from_signature(
+            kernel.signature, kernel.params, backend
+        )
+        return bind
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kw: Any) -> None:
+        bound, specialization, options = binder(kernel)(*args, **kw)
+        found.append((kernel.__name__, f"{specialization} {options}"))
+        if "tokens_ptr" in bound:  # what is drawn must be a token
+            bound["tokens_ptr"].zero_()
+
+    monkeypatch.setattr(JITFunction, "run", record)
+    monkeypatch.setattr(tiles, "architecture", lambda device: "sm_90")
+    for op in (triton.attention, triton.draw):
+        monkeypatch.setitem(op.__globals__, "processors", lambda device: 132)
+    monkeypatch.setitem(ops._BY_DEVICE, "cpu", triton)
+    yield found
+
+
+def prepare(engine: Engine, launches: list[tuple[str, str]]) -> None:
+    """As `Engine.warm_up` on a GPU: rehearse, allocate, capture."""
+    runner = engine._runner
+    sizes = engine.max_batch_size, engine.max_batch_tokens
+    runner.rehearse(*sizes, engine.max_batch_tokens, engine.block_size)
+    runner.allocate(500, engine.block_size, engine.max_positions, engine.max_batch_size)
+
+    def capture(compute: Compute) -> Compute:
+        logits = compute()
+        return lambda: logits
+
+    runner.capture(capture)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 40])
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe"])
+def test_a_job_needs_no_kernel_that_warm_up_has_not_compiled(
+    name: str,
+    batch_size: int,
+    launches: list[tuple[str, str]],
+    checkpoint: Callable[[str], Path],
+) -> None:
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.7, "top_p": 0.9},
+        {"temperature": 0.7, "top_k": 30, "logprobs": 2},
+    ]
+    requests = [
+        Request(
+            [5] * size,
+            SamplingParams(max_new_tokens=3 + i % 5, ignore_eos=True, **kinds[i % 3]),
+        )
+        for i, size in enumerate((1, 2, 1, 20, 60, 150, 400, 3, 1, 7) * 6)
+    ]
+    with Engine(
+        checkpoint(name),
+        dtype="bfloat16",
+        max_batch_size=batch_size,
+        max_batch_tokens=256,
+        kv_memory=32 << 20,
+    ) as engine:
+        prepare(engine, launches)
+        compiled = set(launches)
+        launches.clear()
+        # In a pool beyond 2^31 elements, as that of a large GPU is.
+        for i, cache in enumerate(engine._runner._caches):
+            engine._runner._caches[i] = torch.empty_strided(
+                cache.shape, (1 << 40, *cache.stride()[1:]), dtype=cache.dtype, device="meta"
+            )
+        for request in requests:  # one at a time, then all together
+            list(engine.generate([request]))
+        list(engine.generate(requests))
+    assert len(launches) > 1000
+    assert set(launches) <= compiled, Counter(name for name, _ in set(launches) - compiled)
