@@ -5,14 +5,13 @@ only what Triton tells its compiled forms apart by is kept.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import Engine, Request, SamplingParams
 from engine.graphs import Compute
@@ -24,7 +23,7 @@ _PRODUCTS = ("aten.linear", "aten.addmm", "aten.mm")
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """(Kernel, form) of every launch on what stands in for an H100."""
     from triton.compiler.compiler import make_backend
     from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -53,7 +52,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]
     for op in (triton.attention, triton.draw):
         monkeypatch.setitem(op.__globals__, "processors", lambda device: 132)
     monkeypatch.setitem(ops._BY_DEVICE, "cpu", triton)
-    yield found
+    return found
 
 
 def prepare(engine: Engine, launches: list[tuple[str, str]]) -> None:
