@@ -12,14 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import Engine, Request, SamplingParams
 from engine.graphs import Compute
 from model import ops
 
 pytest.importorskip("triton")
-
-_PRODUCTS = ("aten.linear", "aten.addmm", "aten.mm")
 
 
 @pytest.fixture
@@ -53,6 +52,31 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         monkeypatch.setitem(op.__globals__, "processors", lambda device: 132)
     monkeypatch.setitem(ops._BY_DEVICE, "cpu", triton)
     return found
+
+
+class Launching(TorchDispatchMode):
+    """Adds torch's own operations to the launches, but for those that move nothing."""
+
+    _none = (
+        "empty",
+        "view",
+        "flatten",
+        "slice",
+        "select",
+        "expand",
+        "alias",
+        "transpose",
+        "aten.t.",
+    )
+
+    def __init__(self, launches: list[tuple[str, str]]):
+        super().__init__()
+        self._launches = launches
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not any(name in str(func) for name in self._none):
+            self._launches.append((str(func).removeprefix("aten.").split(".")[0], ""))
+        return func(*args, **(kwargs or {}))
 
 
 def prepare(engine: Engine, launches: list[tuple[str, str]]) -> None:
@@ -109,3 +133,41 @@ def test_a_job_needs_no_kernel_that_warm_up_has_not_compiled(
         list(engine.generate(requests))
     assert len(launches) > 1000
     assert set(launches) <= compiled, Counter(name for name, _ in set(launches) - compiled)
+
+
+_ATTENTION = ("_add_rms_norm", "linear", "_rotate_and_write", "_decode", "linear")
+_SPLIT = ("_add_rms_norm", "linear", "_rotate_and_write", "_decode", "_combine", "linear")
+_MLP = ("_add_rms_norm", "linear", "_swiglu", "linear")
+_MOE = ("_add_rms_norm", "linear", "_route", "_sort", "_gate_up", "_down", "_sum")
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "layers"),
+    [
+        ("qwen2", 1, [_SPLIT + _MLP] * 4),
+        ("qwen3", 1, [_SPLIT + _MLP] * 4),
+        ("qwen3", 256, [_ATTENTION + _MLP] * 4),
+        ("gpt_oss", 1, [_ATTENTION + _MOE, _SPLIT + _MOE] * 2),  # windows, and without
+    ],
+)
+def test_kernels_of_a_decode_step(
+    name: str,
+    rows: int,
+    layers: list[tuple[str, ...]],
+    launches: list[tuple[str, str]],
+    checkpoint: Callable[[str], Path],
+) -> None:
+    settings: Any = {"dtype": "bfloat16", "max_batch_size": rows, "kv_memory": 32 << 20}
+    with Engine(checkpoint(name), **settings) as engine:
+        steps: dict[int, list[str]] = {}
+
+        def capture(compute: Compute) -> Compute:
+            launches.clear()
+            with Launching(launches):
+                logits = compute()
+            steps[len(logits)] = [kernel for kernel, _ in launches]
+            return lambda: logits
+
+        engine._runner.capture(capture)
+    expected = ["index", "index", *sum(layers, ()), "_add_rms_norm", "linear", "copy_"]
+    assert steps[rows] == expected

@@ -126,7 +126,8 @@ def test_splits_of_the_kv_count_a_sink_once(rows: int, monkeypatch: pytest.Monke
     for sinks in (False, True):
         attend(lengths, (6, 2), 32, None, sinks)
         attend(lengths, (6, 2), 32, 100, sinks)
-    assert used == {1: [16, 4, 16, 4], 2: [8, 4, 8, 4], 5: [2] * 4}[rows]
+        attend(lengths, (6, 2), 32, 200, sinks)
+    assert used == {1: [16, 1, 2], 2: [8, 1, 2], 5: [2, 1, 2]}[rows] * 2
 
 
 def test_rows_that_only_fill_a_batch_attend_to_nothing() -> None:

@@ -14,6 +14,7 @@ from model.ops.triton.tiles import Tile, for_dtype, processors, tiles
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _MAX_SPLITS = 32
+_LEAST_TILES = 4  # of a window in a part: parts take a second launch to put together
 
 
 @triton.jit
@@ -313,7 +314,7 @@ def splits_of(
     """
     most = min(_MAX_SPLITS, 2 * processors(device) // (rows * kv_heads))
     if window is not None:
-        most = min(most, triton.cdiv(window, tile.n))
+        most = min(most, triton.cdiv(window, _LEAST_TILES * tile.n))
     return 1 << max(0, most.bit_length() - 1)
 
 
