@@ -198,7 +198,8 @@ def _experts_of(tokens: int, dtype: torch.dtype) -> Iterator[Comparison]:
     expected = reference.experts(
         x.float(), chosen, shares, up, up_bias, down, down_bias, 7.0, 1.702
     )
-    for name, weights in (("dense", dense), ("MXFP4", packed)):
+    words = tuple(triton.pack_experts(weight, dtype) for weight in packed)
+    for name, weights in (("dense", dense), ("MXFP4", words)):
         found = triton.experts(
             x, chosen, shares, weights[0], biases[0], weights[1], biases[1], 7.0, 1.702
         )

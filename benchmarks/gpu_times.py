@@ -108,9 +108,10 @@ def time_attention(limits: Limits) -> Iterator[Row]:
 
 def time_experts(limits: Limits) -> Iterator[Row]:
     """gpt-oss-20b's experts: bytes of the experts used a second, and FLOPs."""
-    packed = _packed_experts()
-    dense = tuple(weight.dense(torch.bfloat16) for weight in packed)
-    for name, weights, width in (("MXFP4", packed, 17 / 32), ("bf16", dense, 2.0)):
+    for name, weights, width in (
+        ("MXFP4", _experts_weights(packed=True), 17 / 32),
+        ("bf16", _experts_weights(packed=False), 2.0),
+    ):
         for tokens in (1, 8, 64, 256, 1024, 8192):
             call, used = _experts_call(weights, tokens)
             spent = seconds_of(call)
@@ -129,11 +130,21 @@ def time_tiles(limits: Limits) -> Iterator[Row]:
     from model.ops import triton
     from model.ops.triton.tiles import Tile, tiles
 
-    weights, own = _packed_experts(), tiles(CUDA)
-    few = (Tile(16, 32, 128, 4, 4), Tile(16, 64, 128, 4, 3), Tile(16, 64, 64, 4, 5))
-    few += (Tile(16, 128, 128, 8, 3), Tile(16, 32, 256, 4, 3))
-    many = (Tile(64, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(128, 128, 128, 8, 3))
-    many += (Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 3))
+    weights, own = _experts_weights(packed=True), tiles(CUDA)
+    few = [
+        Tile(16, 32, 128, 4, 4),
+        Tile(16, 64, 128, 4, 3),
+        Tile(16, 64, 64, 4, 5),
+        Tile(16, 128, 128, 8, 3),
+        Tile(16, 64, 128, 8, 4),
+    ]
+    many = [
+        Tile(64, 128, 64, 8, 3),
+        Tile(128, 64, 64, 4, 3),
+        Tile(128, 128, 128, 8, 3),
+        Tile(128, 128, 64, 8, 4),
+        Tile(256, 64, 64, 8, 3),
+    ]
     for tokens, table, others in ((1, own.mxfp4[0], few), (1024, own.mxfp4[-1], many)):
         call, _ = _experts_call(weights, tokens)
         for tile in (table, *others):
@@ -146,13 +157,17 @@ def time_tiles(limits: Limits) -> Iterator[Row]:
                 yield Row(f"MXFP4 experts, {tokens} tokens, {tile}", spent * 1e6, "us")
 
 
-def _packed_experts() -> tuple[reference.Mxfp4, reference.Mxfp4]:
-    """gpt-oss-20b's: gate and up, down."""
-    up, down = random_mxfp4(_COUNT, 2 * _SIZE, _SIZE), random_mxfp4(_COUNT, _SIZE, _SIZE)
-    return up, down
+def _experts_weights(packed: bool) -> list[Any]:
+    """gpt-oss-20b's, gate with up and down: MXFP4 as kernels take it, or made dense."""
+    from model.ops import triton
+
+    weights = random_mxfp4(_COUNT, 2 * _SIZE, _SIZE), random_mxfp4(_COUNT, _SIZE, _SIZE)
+    if packed:
+        return [triton.pack_experts(weight, torch.bfloat16) for weight in weights]
+    return [weight.dense(torch.bfloat16) for weight in weights]
 
 
-def _experts_call(weights: tuple[Any, Any], tokens: int) -> tuple[Callable[[], Any], int]:
+def _experts_call(weights: list[Any], tokens: int) -> tuple[Callable[[], Any], int]:
     """A call of gpt-oss-20b's experts by random tokens, and how many experts it uses."""
     from model.ops import triton
 
