@@ -130,7 +130,7 @@ SECTIONS: dict[str, Section] = {
     "parity": Section(_check("parity"), 80, "tiny models, captured: the CPU's tokens", False),
     "score": Section(_score, 80, "the embedded model's score", False),
     "gpt-oss": Section(
-        _load("gpt-oss-20b", "short_load", (4096, 1024), 40, 1024), 90, "4096 short prompts"
+        _load("gpt-oss-20b", "short_load", (4096, 1024), 35, 1024), 90, "4096 short prompts"
     ),
     "nano": Section(_load("qwen3-0.6b", "nano_load", (), 30), 60, "the nano-vllm load"),
     "gpt-oss-1": Section(

@@ -1,6 +1,7 @@
 """What gpu.py times of whole loads, on dummy weights at true shapes, and of peers on the same."""
 
 import json
+import math
 import random
 import tempfile
 import time
@@ -64,6 +65,7 @@ def time_load(
     over the time taken.
     """
     prompts, outputs = load
+    notices: list[str] = []
     with (
         dummy_checkpoint(name) as folder,
         Engine(
@@ -72,6 +74,7 @@ def time_load(
             dummy_weights=True,
             prefix_cache=False,
             max_batch_size=min(batch_size, len(prompts)),
+            notice=notices.append,
         ) as engine,
     ):
         warm = SamplingParams(max_new_tokens=4, ignore_eos=True)
@@ -107,6 +110,7 @@ def time_load(
         tokens = stats.decode_tokens + stats.prefill_chunks
         all_of = "" if done == len(prompts) else f" ({done} done)"
         title = f"{name}, {len(prompts)} requests{all_of}"
+        yield from (Row(f"{name}: {notice}", math.nan, "") for notice in notices)
         least, of = max(
             (moved.total / limits.copy, "copy"), (cost.matrix / limits.product, "product")
         )

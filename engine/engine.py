@@ -203,7 +203,9 @@ class Engine:
         except (RuntimeError, ValueError) as error:
             if is_out_of_memory(error):
                 raise
-            self._notice(f"decode steps are not replayed as graphs: {error}")
+            # A capture that fails within fails once more as it ends, and does not say of what.
+            cause = error.__context__ or error
+            self._notice(f"decode steps are not replayed as graphs: {cause}")
         compiling = self.stats.compile_s - compiled
         self.stats.capture_s += time.perf_counter() - start - compiling
 

@@ -124,7 +124,10 @@ def test_a_step_that_cannot_be_captured_is_said_and_run_without(
     said: list[str] = []
 
     def capture(compute: Compute) -> Compute:
-        raise RuntimeError("operation not permitted when stream is capturing")
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        finally:  # as the end of a GPU's capture
+            raise RuntimeError("operation failed due to a previous error during capture")
 
     engine = Engine(checkpoint("qwen2"), kv_memory=8 << 20, notice=said.append)
     engine._make_capture = lambda stats: capture
