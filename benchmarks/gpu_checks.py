@@ -198,7 +198,8 @@ def _experts_of(tokens: int, dtype: torch.dtype) -> Iterator[Comparison]:
     expected = reference.experts(
         x.float(), chosen, shares, up, up_bias, down, down_bias, 7.0, 1.702
     )
-    for name, weights in (("dense", dense), ("MXFP4", packed)):
+    words = tuple(triton.pack_experts(weight, dtype) for weight in packed)
+    for name, weights in (("dense", dense), ("MXFP4", words)):
         found = triton.experts(
             x, chosen, shares, weights[0], biases[0], weights[1], biases[1], 7.0, 1.702
         )
@@ -247,7 +248,12 @@ def check_parity() -> Iterator[str | None]:
                     write_checkpoint(path, name)
                 for device in ("cpu", "cuda"):
                     with Engine(
-                        path, device=device, dtype="float32", kv_memory=16 << 20, max_batch_size=4
+                        path,
+                        device=device,
+                        dtype="float32",
+                        kv_memory=16 << 20,
+                        max_batch_size=4,
+                        notice=_refuse,
                     ) as engine:
                         tokens.append(
                             {c.request_id: c.token_ids for c in engine.generate(requests)}
@@ -255,6 +261,11 @@ def check_parity() -> Iterator[str | None]:
                 yield None if tokens[0] == tokens[1] else f"{name}: the tokens are not the CPU's"
             except Exception as error:
                 yield f"{name}: {type(error).__name__}: {str(error)[:300]}"
+
+
+def _refuse(notice: str) -> None:
+    """What an engine goes on without is what is to be checked."""
+    raise CheckError(notice)
 
 
 def check_score() -> float:

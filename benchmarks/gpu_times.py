@@ -1,19 +1,13 @@
-"""What gpu.py times: kernels alone and loads on dummy weights at true shapes."""
+"""What gpu.py times of kernels alone, at true shapes."""
 
-import json
 import math
-import random
 import statistics
-import tempfile
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -25,13 +19,12 @@ from benchmarks.gpu_checks import (
     rand,
     random_mxfp4,
 )
-from engine import Engine, EngineStats, Request, SamplingParams
-from engine.probe import Probe
-from getp.explain import run_cost
 from model.layers import Mlp
 from model.ops import reference
-from model.shapes import SHAPES, named_config
+from model.shapes import named_config
 from model.transformer import Layer
+
+_COUNT, _SIZE, _TOP_K = 32, 2880, 4  # gpt-oss-20b's experts: how many, both sizes, of a token
 
 
 @dataclass(frozen=True)
@@ -84,7 +77,7 @@ def measure_limits() -> Limits:
 
 
 def time_attention(limits: Limits) -> Iterator[Row]:
-    """Decode in TB/s of KV read, prefill in TFLOP/s."""
+    """Decode in TB/s of KV read, prefill in TFLOP/s; gpt-oss's windows in microseconds."""
     from model.ops import triton
 
     for heads, kv_heads, dim in ((64, 8, 64), (16, 8, 128), (32, 8, 128), (14, 2, 64)):
@@ -104,27 +97,85 @@ def time_attention(limits: Limits) -> Iterator[Row]:
         rate = 4 * heads * dim * count * (count + 1) / 2 / spent
         name = f"prefill attention {heads}/{kv_heads} heads of {dim}, {count} tokens"
         yield Row(name, rate / 1e12, "TFLOP/s", rate / limits.product, "product")
+    sinks = rand(64, dtype=torch.bfloat16)
+    for rows in (1, 256):
+        batch, group, blocks = paged_batch([(1, 1000)] * rows, 128)
+        kv = rand(2, blocks, 16, 8, 64, dtype=torch.bfloat16)
+        query = rand(rows, 64, 64, dtype=torch.bfloat16)
+        spent = seconds_of(partial(triton.attention, query, kv, batch, group, sinks))
+        yield Row(f"decode attention in a window of 128, {rows} rows", spent * 1e6, "us")
 
 
 def time_experts(limits: Limits) -> Iterator[Row]:
     """gpt-oss-20b's experts: bytes of the experts used a second, and FLOPs."""
-    from model.ops import triton
-
-    count, size, top_k = 32, 2880, 4
-    packed = random_mxfp4(count, 2 * size, size), random_mxfp4(count, size, size)
-    dense = tuple(weight.dense(torch.bfloat16) for weight in packed)
-    for name, (up, down), width in (("MXFP4", packed, 17 / 32), ("bf16", dense, 2.0)):
+    for name, weights, width in (
+        ("MXFP4", _experts_weights(packed=True), 17 / 32),
+        ("bf16", _experts_weights(packed=False), 2.0),
+    ):
         for tokens in (1, 8, 64, 256, 1024, 8192):
-            x = rand(tokens, size, dtype=torch.bfloat16)
-            logits = rand(tokens, count, dtype=torch.bfloat16)
-            chosen, shares = reference.route(logits, top_k, True, False)
-            call = partial(triton.experts, x, chosen, shares, up, None, down, None, 7.0, 1.702)
+            call, used = _experts_call(weights, tokens)
             spent = seconds_of(call)
-            moved = len(chosen.unique()) * 3 * size * size * width
+            moved = used * 3 * _SIZE**2 * width
             title = f"{name} experts, {tokens} tokens"
             yield Row(title, moved / spent / 1e12, "TB/s", moved / spent / limits.copy, "copy")
-            rate = 2 * 3 * size * size * tokens * top_k / spent
+            rate = 2 * 3 * _SIZE**2 * tokens * _TOP_K / spent
             yield Row(title, rate / 1e12, "TFLOP/s", rate / limits.product, "product")
+
+
+def time_tiles(limits: Limits) -> Iterator[Row]:
+    """MXFP4 experts with other tiles than the table's, which come first: the fastest belong there.
+
+    Of a tile that the GPU has no room for there is no row.
+    """
+    from model.ops import triton
+    from model.ops.triton.tiles import Tile, tiles
+
+    weights, own = _experts_weights(packed=True), tiles(CUDA)
+    few = [
+        Tile(16, 32, 128, 4, 4),
+        Tile(16, 64, 128, 4, 3),
+        Tile(16, 64, 64, 4, 5),
+        Tile(16, 128, 128, 8, 3),
+        Tile(16, 64, 128, 8, 4),
+    ]
+    many = [
+        Tile(64, 128, 64, 8, 3),
+        Tile(128, 64, 64, 4, 3),
+        Tile(128, 128, 128, 8, 3),
+        Tile(128, 128, 64, 8, 4),
+        Tile(256, 64, 64, 8, 3),
+    ]
+    for tokens, table, others in ((1, own.mxfp4[0], few), (1024, own.mxfp4[-1], many)):
+        call, _ = _experts_call(weights, tokens)
+        for tile in (table, *others):
+            chosen = replace(own, mxfp4=(tile,))
+            with (
+                suppress(Exception),
+                patch.dict(triton.experts.__globals__, tiles=lambda device, c=chosen: c),
+            ):
+                spent = seconds_of(call)
+                yield Row(f"MXFP4 experts, {tokens} tokens, {tile}", spent * 1e6, "us")
+
+
+def _experts_weights(packed: bool) -> list[Any]:
+    """gpt-oss-20b's, gate with up and down: MXFP4 as kernels take it, or made dense."""
+    from model.ops import triton
+
+    weights = random_mxfp4(_COUNT, 2 * _SIZE, _SIZE), random_mxfp4(_COUNT, _SIZE, _SIZE)
+    if packed:
+        return [triton.pack_experts(weight, torch.bfloat16) for weight in weights]
+    return [weight.dense(torch.bfloat16) for weight in weights]
+
+
+def _experts_call(weights: list[Any], tokens: int) -> tuple[Callable[[], Any], int]:
+    """A call of gpt-oss-20b's experts by random tokens, and how many experts it uses."""
+    from model.ops import triton
+
+    x, logits = (rand(tokens, n, dtype=torch.bfloat16) for n in (_SIZE, _COUNT))
+    chosen, shares = reference.route(logits, _TOP_K, True, False)
+    up, down = weights
+    call = partial(triton.experts, x, chosen, shares, up, None, down, None, 7.0, 1.702)
+    return call, len(chosen.unique())
 
 
 def time_fusions(limits: Limits) -> Iterator[Row]:
@@ -192,178 +243,3 @@ def time_draws(limits: Limits) -> Iterator[Row]:
             spent = seconds_of(call)
             once = logits.nbytes / spent / limits.copy  # as if the logits were read once
             yield Row(f"draw of {rows} rows: {title}", spent * 1e6, "us", once, "copy")
-
-
-def nano_load() -> tuple[list[list[int]], list[int]]:
-    """nano-vllm's bench.py: 256 requests, inputs and outputs of 100 to 1024 tokens, seed 0."""
-    draw, count = random.Random(0), 256
-    prompts = [
-        [draw.randint(0, 10_000) for _ in range(draw.randint(100, 1024))] for _ in range(count)
-    ]
-    return prompts, [draw.randint(100, 1024) for _ in range(count)]
-
-
-def short_load(count: int, positions: int) -> tuple[list[list[int]], list[int]]:
-    """Prompts of 8 to 32 tokens, each continued to `positions`."""
-    draw = random.Random(0)
-    prompts = [[draw.randint(0, 10_000) for _ in range(draw.randint(8, 32))] for _ in range(count)]
-    return prompts, [positions - len(prompt) for prompt in prompts]
-
-
-def context_load(count: int, context: int, outputs: int) -> tuple[list[list[int]], list[int]]:
-    """Prompts that have `context` tokens when half of the outputs are made."""
-    draw, size = random.Random(0), context - outputs // 2
-    return [[draw.randint(0, 10_000) for _ in range(size)] for _ in range(count)], [outputs] * count
-
-
-@contextmanager
-def dummy_checkpoint(name: str) -> Iterator[Path]:
-    """A directory with the config.json of a well-known model and no weights."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[name]))
-        yield Path(folder)
-
-
-def time_load(
-    name: str,
-    load: tuple[list[list[int]], list[int]],
-    limits: Limits,
-    most_s: float,
-    batch_size: int = 256,
-) -> Iterator[Row]:
-    """Output tokens a second of a load on dummy weights; stopped after most_s seconds.
-
-    The share is what the step's FLOPs and bytes take at the measured limits, whichever is longer,
-    over the time taken.
-    """
-    prompts, outputs = load
-    with (
-        dummy_checkpoint(name) as folder,
-        Engine(
-            folder,
-            device="cuda",
-            dummy_weights=True,
-            prefix_cache=False,
-            max_batch_size=min(batch_size, len(prompts)),
-        ) as engine,
-    ):
-        warm = SamplingParams(max_new_tokens=4, ignore_eos=True)
-        list(engine.generate([Request(prompts[0], warm)] * min(4, len(prompts))))
-        before = asdict(engine.stats)
-        requests = [
-            Request(prompt, SamplingParams(max_new_tokens=count, ignore_eos=True), i)
-            for i, (prompt, count) in enumerate(zip(prompts, outputs, strict=True))
-        ]
-        start, done = time.perf_counter(), 0
-        for _ in engine.generate(requests):
-            done += 1
-            if time.perf_counter() - start > most_s:
-                break
-        torch.cuda.synchronize()
-        spent = time.perf_counter() - start
-        grown = {
-            f.name: getattr(engine.stats, f.name) - before[f.name] for f in fields(EngineStats)
-        }
-        stats = EngineStats(**grown)
-        cost, moved = run_cost(engine.config, "bfloat16", stats)
-        # Each request's first token comes from its last chunk, the others from decodes.
-        tokens = stats.decode_tokens + stats.prefill_chunks
-        all_of = "" if done == len(prompts) else f" ({done} done)"
-        title = f"{name}, {len(prompts)} requests{all_of}"
-        least, of = max(
-            (moved.total / limits.copy, "copy"), (cost.matrix / limits.product, "product")
-        )
-        yield Row(title, tokens / spent, "tok/s", least / spent, of)
-        yield Row(f"{title}: time outside the model", 1 - stats.model_s / spent, "of it")
-        yield Row(f"{title}: compiling", engine.stats.compile_s, "s")
-        yield Row(f"{title}: capturing", engine.stats.capture_s, "s")
-        middle = sorted(len(p) + n // 2 for p, n in zip(prompts, outputs, strict=True))
-        yield from profile_step(engine, middle[len(middle) // 2])
-
-
-def profile_step(engine: Engine, context: int) -> Iterator[Row]:
-    """The kernels that take most of a decode step of the largest batch, not replayed."""
-    from torch.profiler import ProfilerActivity, profile
-
-    probe = Probe(engine, engine.max_batch_size, 1, context)
-    probe.step()
-    count, spent = 4, Counter[str]()
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        for _ in range(count):
-            probe.step()
-        torch.cuda.synchronize()
-    for event in found.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            spent[event.name] += event.time_range.elapsed_us()
-    for name, us in spent.most_common(8):
-        yield Row(f"a step's {name[:60]}", us / count, "us", us / spent.total(), "its kernels")
-
-
-def count_launches(name: str) -> Iterator[Row]:
-    """Kernels a layer and launches a token of decoding at batch 1, by torch's profiler."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with (
-        dummy_checkpoint(name) as folder,
-        Engine(folder, device="cuda", dummy_weights=True, max_batch_size=1) as engine,
-    ):
-        for tokens in (4, 4 + 16):  # the same prefill twice; the difference is 16 decodes
-            params = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
-            list(engine.generate([Request([1] * 100, params)]))
-            with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
-                list(engine.generate([Request([2] * 100, params)]))
-            kernels = launches = 0
-            for event in found.events():
-                on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
-                kernels += on_gpu and not event.name.startswith(("Mem", "mem"))
-                launches += "Launch" in event.name and not on_gpu
-            if tokens == 4:
-                first = kernels, launches
-        layers = len(engine.config.layers)
-    a_token = (kernels - first[0]) / 16
-    yield Row(f"{name}: kernels a token", a_token, "kernels")
-    yield Row(f"{name}: kernels a layer", a_token / layers, "kernels")
-    yield Row(f"{name}: launches a token", (launches - first[1]) / 16, "launches")
-
-
-def time_transformers(requests: int, outputs: int) -> Iterator[Row]:
-    """Continuous batching of transformers, on the first prompts of the nano-vllm load."""
-    import transformers
-
-    config = transformers.AutoConfig.for_model(**SHAPES["qwen3-0.6b"])
-    with torch.device(CUDA):
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation="sdpa"
-        ).eval()
-    prompts = nano_load()[0][:requests]
-    settings = transformers.GenerationConfig(
-        max_new_tokens=outputs, do_sample=False, eos_token_id=-1, pad_token_id=0
-    )
-    model.generate_batch(inputs=prompts[:4], generation_config=settings)
-    start = time.perf_counter()
-    done = model.generate_batch(inputs=prompts, generation_config=settings)
-    spent = time.perf_counter() - start
-    rate = sum(len(output.generated_tokens) for output in done.values()) / spent
-    title = f"transformers {transformers.__version__}, {requests} requests, {outputs} out each"
-    yield Row(title, rate, "tok/s")
-
-
-def time_vllm() -> Iterator[Row]:
-    """vLLM on the nano-vllm load, where it is installed."""
-    if find_spec("vllm") is None:
-        yield Row("vLLM: not installed", float("nan"), "")
-        return
-    import vllm
-
-    prompts, outputs = nano_load()
-    with dummy_checkpoint("qwen3-0.6b") as folder:
-        model = vllm.LLM(str(folder), load_format="dummy", skip_tokenizer_init=True)
-        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-        params = [
-            vllm.SamplingParams(temperature=0, ignore_eos=True, max_tokens=count, detokenize=False)
-            for count in outputs
-        ]
-        model.generate(inputs[:4], params[:4])
-        start = time.perf_counter()
-        model.generate(inputs, params)
-        yield Row(f"vLLM {vllm.__version__}", sum(outputs) / (time.perf_counter() - start), "tok/s")

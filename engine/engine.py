@@ -203,7 +203,9 @@ class Engine:
         except (RuntimeError, ValueError) as error:
             if is_out_of_memory(error):
                 raise
-            self._notice(f"decode steps are not replayed as graphs: {error}")
+            # A capture that fails within fails once more as it ends, and does not say of what.
+            cause = error.__context__ or error
+            self._notice(f"decode steps are not replayed as graphs: {cause}")
         compiling = self.stats.compile_s - compiled
         self.stats.capture_s += time.perf_counter() - start - compiling
 
@@ -211,7 +213,7 @@ class Engine:
         """The needs, with what the largest step took on this device in place of estimates."""
         start, before = time.perf_counter(), torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        self._runner.run_largest(
+        self._runner.rehearse(
             self.max_batch_size,
             self.max_batch_tokens,
             min(self.config.max_positions, self.max_batch_tokens),

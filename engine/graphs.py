@@ -6,6 +6,7 @@ A captured step reads its inputs from buffers that stay where they are. A batch 
 next size there is, with rows that write to a block of their own and whose logits nobody reads.
 """
 
+import itertools
 import time
 from bisect import bisect_left
 from collections.abc import Callable
@@ -24,8 +25,14 @@ they hold now, if it is called at once."""
 
 
 def sizes(most: int) -> list[int]:
-    """Batch sizes to capture for batches of up to `most`: 1, 2, 4, multiples of 8, `most`."""
-    return _up_to(most, 1, 2, 4, *range(8, most, 8))
+    """Batch sizes to capture for batches of up to `most`: 1, 2, 4, 8, 16, … 128, 144, … `most`.
+
+    Steps of 8, from 128 on eight to each doubling: padding adds an eighth of the rows at most to
+    large batches, and each size is run and captured before a job begins.
+    """
+    starts = [8 << i for i in range((most // 8).bit_length())]
+    steps = (range(start, 2 * start, max(8, start // 8)) for start in starts)
+    return _up_to(most, 1, 2, 4, *itertools.chain.from_iterable(steps))
 
 
 def _up_to(most: int, *wanted: int) -> list[int]:
@@ -160,18 +167,19 @@ def gpu_capture(stats: EngineStats) -> Capture:
     if not torch.cuda.is_available():
         raise RuntimeError("there is no GPU to capture steps on")
     pool = torch.cuda.graph_pool_handle()
+    # One for all: on each stream that it meets cuBLAS keeps memory of its own, tens of megabytes.
+    stream = torch.cuda.Stream()
 
     def capture(compute: Compute) -> Compute:
         # Once before: kernels are compiled and libraries set up, which cannot be captured.
         start = time.perf_counter()
-        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             compute()
         stream.synchronize()
         stats.compile_s += time.perf_counter() - start
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
             result = compute()
 
         def replay() -> torch.Tensor:

@@ -241,9 +241,9 @@ class LeadRunner(ModelRunner):
         """As ModelRunner.allocate, on every rank."""
         self._on_all("allocate", *sizes)
 
-    def run_largest(self, *sizes: int) -> None:
-        """As ModelRunner.run_largest, on every rank."""
-        super().run_largest(*sizes)  # which allocates and computes on all of them
+    def rehearse(self, *sizes: int) -> None:
+        """As ModelRunner.rehearse, on every rank."""
+        super().rehearse(*sizes)  # which allocates and computes on all of them
         self._on_all("deallocate")
 
     def capture(self, capture: Capture, ahead_of_time: bool = True) -> None:

@@ -111,27 +111,37 @@ class ModelRunner:
             for table in self._tables
         ]
 
-    def run_largest(
+    def rehearse(
         self, max_batch_size: int, max_batch_tokens: int, max_positions: int, block_size: int
     ) -> None:
-        """Run the step that needs the most memory and wait for it: every row sampled in full.
+        """Run the step that needs the most memory, every row sampled in full; then short ones.
 
-        Leaves nothing allocated. It reads and writes the null block alone.
+        Those are prompts of one sequence, each twice as long as the one before: kernels have
+        forms for few tokens and for many, and all of them are compiled now. Waits for each step
+        and leaves nothing allocated. They read and write the null block alone.
         """
         self.allocate(1, block_size, max_positions, max_batch_size)
         size = min(max_batch_size, max_batch_tokens)
         length = min(max_batch_tokens // size, max_positions)
-        step, params = Step(), SamplingParams(temperature=1, top_p=0.9, logprobs=20)
-        for row in range(size):
-            blocks = array("i", [NULL_BLOCK]) * -(-length // block_size)
+        most = min(max_batch_tokens, max_positions)
+        in_full = SamplingParams(temperature=1, top_p=0.9, logprobs=20)
+        self.launch(self._prompts(size, length, in_full)).read()
+        for doubled in range(most.bit_length()):
+            self.launch(self._prompts(1, 1 << doubled, SamplingParams())).read()
+        self.deallocate()
+
+    def _prompts(self, count: int, length: int, params: SamplingParams) -> Step:
+        """A step of so many prompts of one length, all in the null block."""
+        step = Step()
+        for row in range(count):
+            blocks = array("i", [NULL_BLOCK]) * -(-length // self._block_size)
             tokens, tables = [0] * length, BlockTables([blocks] * len(self.groups))
             request = Request(tokens, params)
             sequence = Sequence(request, tokens, length + 1, frozenset(), tables, 0.0, row=row)
             step.grown.append(sequence)
             step.chunks.append(Chunk(sequence, 0, length, samples=True))
             step.ends.append(length)
-        self.launch(step).read()
-        self.deallocate()
+        return step
 
     @torch.inference_mode()
     def capture(self, capture: Capture, ahead_of_time: bool = True) -> None:

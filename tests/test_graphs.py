@@ -66,7 +66,9 @@ def test_sizes_are_few_and_reach_the_largest() -> None:
     assert sizes(3) == [1, 2, 3]
     assert sizes(8) == [1, 2, 4, 8]
     assert sizes(20) == [1, 2, 4, 8, 16, 20]
-    assert sizes(256) == [1, 2, 4, *range(8, 257, 8)]
+    assert sizes(120) == [1, 2, 4, *range(8, 121, 8)]
+    assert sizes(300) == [*sizes(120), *range(128, 257, 16), 288, 300]
+    assert len(sizes(1024)) < 50
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
@@ -94,21 +96,24 @@ def test_steps_replayed_at_fixed_sizes_give_the_same_tokens(
     assert set(replays) <= {1, 2, 4, 8, 10}
 
 
-def test_the_largest_step_can_be_run_and_leaves_nothing(checkpoint: Callable[[str], Path]) -> None:
+def test_the_first_steps_are_the_largest_and_short_ones_and_leave_nothing(
+    checkpoint: Callable[[str], Path],
+) -> None:
     with Engine(checkpoint("gpt_oss"), dtype="float32", kv_memory=32 << 20) as engine:
         runner = engine._runner
-        rows: list[torch.Size] = []
+        tokens, rows = list[int](), list[int]()
         model: Any = runner._model
 
         def watched(batch: ForwardBatch, *rest: Any) -> torch.Tensor:
-            assert batch.token_ids.shape == (64 * (300 // 64),)
-            rows.append(model(batch, *rest).shape)
-            return torch.zeros(rows[-1])
+            tokens.append(len(batch.token_ids))
+            rows.append(len(model(batch, *rest)))
+            return torch.zeros(rows[-1], engine.config.vocab_size)
 
         watched.prepare_rope = model.prepare_rope  # type: ignore[attr-defined]
         runner._model = watched  # type: ignore[assignment]
-        runner.run_largest(64, 300, 200, 16)
-        assert rows == [(64, engine.config.vocab_size)]
+        runner.rehearse(64, 300, 200, 16)
+        assert tokens == [64 * (300 // 64), 1, 2, 4, 8, 16, 32, 64, 128]
+        assert rows == [64] + [1] * 8
         assert not runner._caches
         assert runner._sampler is None
 
@@ -119,7 +124,10 @@ def test_a_step_that_cannot_be_captured_is_said_and_run_without(
     said: list[str] = []
 
     def capture(compute: Compute) -> Compute:
-        raise RuntimeError("operation not permitted when stream is capturing")
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        finally:  # as the end of a GPU's capture
+            raise RuntimeError("operation failed due to a previous error during capture")
 
     engine = Engine(checkpoint("qwen2"), kv_memory=8 << 20, notice=said.append)
     engine._make_capture = lambda stats: capture

@@ -22,9 +22,9 @@ from triton.runtime.jit import JITFunction
 from model import ModelConfig
 from model.batch import ForwardBatch, GroupTables
 from model.families import parse_config
-from model.ops import reference
 from model.ops import triton as ops
 from model.ops.triton import tiles
+from model.ops.triton.mxfp4 import Words
 from model.ops.triton.norm import swiglu
 from model.shapes import named_config
 
@@ -143,7 +143,7 @@ def _launch(kernel: JITFunction[Any], args: tuple[Any, ...], kw: dict[str, Any])
         elif isinstance(value, float):
             types[parameter.name] = "fp32"
         else:
-            types[parameter.name] = "i32" if value < 2**31 else "i64"
+            types[parameter.name] = parameter.annotation_type or ("i32" if value < 2**31 else "i64")
             if value % 16 == 0 and not parameter.do_not_specialize:
                 aligned.append(i)
     return Launch(kernel, tuple(types.items()), tuple(constants.items()), tuple(aligned), options)
@@ -203,10 +203,10 @@ def _calls(config: ModelConfig, rows: int) -> Iterator[Callable[[], Any]]:
         )
 
 
-def _packed(weight: torch.Tensor) -> reference.Mxfp4:
+def _packed(weight: torch.Tensor) -> Words:
     count, outputs, inputs = weight.shape
-    blocks = _empty(count, outputs, inputs // 32, 16, dtype=torch.uint8)
-    return reference.Mxfp4(blocks, blocks[..., 0])
+    values = _empty(count, outputs, inputs // 8, dtype=torch.int32)
+    return Words(values, _empty(count, -(-inputs // 128), outputs, dtype=torch.int32))
 
 
 def compile_launch(launch: Launch, architecture: str) -> Compiled:

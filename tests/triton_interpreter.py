@@ -126,7 +126,8 @@ def test_splits_of_the_kv_count_a_sink_once(rows: int, monkeypatch: pytest.Monke
     for sinks in (False, True):
         attend(lengths, (6, 2), 32, None, sinks)
         attend(lengths, (6, 2), 32, 100, sinks)
-    assert used == {1: [8, 4, 8, 4], 2: [8, 4, 8, 4], 5: [2] * 4}[rows]
+        attend(lengths, (6, 2), 32, 200, sinks)
+    assert used == {1: [16, 1, 2], 2: [8, 1, 2], 5: [2, 1, 2]}[rows] * 2
 
 
 def test_rows_that_only_fill_a_batch_attend_to_nothing() -> None:
@@ -202,6 +203,7 @@ def test_experts(
     if packed:
         gate_up, down = (reference.Mxfp4(*quantize_mxfp4(w)) for w in (gate_up, down))
         wide_up, wide_down = gate_up.dense(torch.float32), down.dense(torch.float32)
+        gate_up, down = (triton.pack_experts(w, dtype) for w in (gate_up, down))
     up_bias = rand(count, 2 * size, seed=3, dtype=dtype) if biases else None
     down_bias = rand(count, hidden, seed=5, dtype=dtype) if biases else None
     form = (7.0, 1.702) if biases else (None, 1.0)
@@ -231,22 +233,29 @@ def test_a_part_of_the_experts(tokens: int, rank: int) -> None:
         torch.use_deterministic_algorithms(False)
 
 
-def test_every_code_and_scale_of_mxfp4_is_unpacked_exactly() -> None:
+@pytest.mark.parametrize("columns", [32, 64, 128])
+def test_every_code_and_scale_of_mxfp4_is_unpacked_exactly(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Through the experts: weights that one-hot inputs read out, at usual and odd scales."""
-    codes = torch.arange(256, dtype=torch.uint8).view(16, 16)  # every pair of codes
+    tile = Tile(16, 32, columns, 4, 1)
+    monkeypatch.setitem(triton.experts.__globals__, "for_dtype", lambda *_: tile)
+    size = 160  # five scales: more than a word has
+    codes = torch.arange(256, dtype=torch.uint8).view(16, 1, 16)  # every pair of codes
+    blocks = torch.cat([codes.roll(g, 0) for g in range(5)], 1).repeat(12, 1, 1)
     for exponent in (70, 120, 131):
-        scales = torch.full((1, 64, 1), exponent, dtype=torch.uint8)
-        down = reference.Mxfp4(codes.repeat(4, 1).view(1, 64, 1, 16), scales)
-        gate_up = torch.zeros(1, 64, 64)
-        # gate = 30 makes silu the identity, up is the one-hot input
-        gate_up[0, :32, 32:] = 30 * torch.eye(32)
-        gate_up[0, 32:, :32] = torch.eye(32)
-        x = torch.cat((torch.eye(32), torch.ones(32, 32)), 1)
-        zero, one = torch.zeros(32, 1, dtype=torch.int64), torch.ones(32, 1)
+        scales = exponent + torch.arange(192)[:, None] % 3 + torch.tensor([0, 4, -5, 1, 2])
+        down = reference.Mxfp4(blocks[None], scales.byte()[None])
+        gate_up = torch.zeros(1, 2 * size, size + 32)
+        gate_up[0, :size, size] = 30  # which makes silu the identity; up is the one-hot input
+        gate_up[0, size:, :size] = torch.eye(size)
+        x = torch.cat((torch.eye(size), torch.ones(size, 32)), 1)
+        zero, one = torch.zeros(size, 1, dtype=torch.int64), torch.ones(size, 1)
         packed = reference.Mxfp4(*quantize_mxfp4(gate_up))
-        found = triton.experts(x, zero, one, packed, None, down, None, None, 1.0)
-        dense = packed.dense(torch.float32)[0, :32] @ x[0]
-        assert torch.equal(found, down.dense(torch.float32)[0].T * dense[0])
+        words = [triton.pack_experts(w, torch.float32) for w in (packed, down)]
+        found = triton.experts(x, zero, one, words[0], None, words[1], None, None, 1.0)
+        gate = packed.dense(torch.float32)[0, 0, size]
+        assert torch.equal(found, down.dense(torch.float32)[0].T * gate)
 
 
 def fuse(monkeypatch: pytest.MonkeyPatch, **limits: Any) -> None:

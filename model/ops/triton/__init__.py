@@ -8,17 +8,19 @@ import torch
 import torch.nn.functional as F
 
 from model.ops.reference import (
+    Mxfp4,
     empty_cache,
     empty_weight,
     gather,
     keeps_mxfp4,
     pack,
-    pack_experts,
 )
 from model.ops.triton.attention import attention
 from model.ops.triton.draw import draw
 from model.ops.triton.experts import experts
 from model.ops.triton.fused import norm_mlp, norm_qkv
+from model.ops.triton.mxfp4 import Words
+from model.ops.triton.mxfp4 import pack as pack_mxfp4
 from model.ops.triton.norm import add_rms_norm, swiglu
 from model.ops.triton.rotary import rotate_and_write
 from model.ops.triton.route import route
@@ -46,6 +48,11 @@ __all__ = [
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """As `reference.linear`."""
     return F.linear(x, weight, bias)
+
+
+def pack_experts(weights: torch.Tensor | Mxfp4, dtype: torch.dtype) -> torch.Tensor | Words:
+    """As ops.pack_experts: stacked weights as they are, MXFP4 in words."""
+    return pack_mxfp4(weights) if isinstance(weights, Mxfp4) else weights
 
 
 def gated_linear(

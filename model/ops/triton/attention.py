@@ -14,6 +14,7 @@ from model.ops.triton.tiles import Tile, for_dtype, processors, tiles
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _MAX_SPLITS = 32
+_LEAST_TILES = 4  # of a window in a part: parts take a second launch to put together
 
 
 @triton.jit
@@ -96,7 +97,7 @@ def _with_sink(top, total, mixed, sink):
 def _decode(
     query_ptr,
     kv_ptr,
-    value_offset,
+    value_offset: tl.int64,
     table_ptr,
     table_stride,
     seen_ptr,
@@ -113,18 +114,18 @@ def _decode(
     BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One token's group of heads over a part of its KV; grid (KV_HEADS, rows, SPLITS).
+    """One token's group of heads over a part of its KV; grid (KV_HEADS, rows, splits).
 
-    query, out [rows, heads, DIM], seen int32 [rows]. With one split out is final; with more,
-    mixed float32 [rows, heads, SPLITS, DIM] and stats float32 [2, rows, heads, SPLITS] (maximum
-    in base 2, sum of shares) are left for `_combine`.
+    query, out [rows, heads, DIM], seen int32 [rows]. With one split out is final; with more
+    (SPLIT), mixed float32 [rows, heads, splits, DIM] and stats float32 [2, rows, heads, splits]
+    (maximum in base 2, sum of shares) are left for `_combine`.
     """
     kv_head, row, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    rows = tl.num_programs(1)
+    rows, splits = tl.num_programs(1), tl.num_programs(2)
     member = tl.arange(0, BLOCK_M)
     head = kv_head * GROUP + member
     dim = tl.arange(0, BLOCK_D)
@@ -134,7 +135,7 @@ def _decode(
 
     seen = tl.load(seen_ptr + row)
     begin = 0 if WINDOW is None else tl.maximum(seen - WINDOW, 0)
-    share = tl.cdiv(tl.cdiv(seen - begin, SPLITS), BLOCK_N) * BLOCK_N
+    share = tl.cdiv(tl.cdiv(seen - begin, splits), BLOCK_N) * BLOCK_N
     first = begin + split * share
     last = tl.minimum(first + share, seen)
     position = tl.zeros((BLOCK_M,), tl.int32) + seen - 1
@@ -146,7 +147,7 @@ def _decode(
         kv_head, first, last, True, SCALE, WINDOW, KV_HEADS, DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N,
         PRECISION,
     )  # fmt: skip
-    if SPLITS == 1:
+    if not SPLIT:
         if SINKS:
             sink = tl.load(sinks_ptr + head, member < GROUP, other=0.0).to(tl.float32) * _LOG2E
             mixed = _with_sink(top, total, mixed, sink)
@@ -154,35 +155,37 @@ def _decode(
             mixed = mixed / tl.where(total == 0, 1.0, total)[:, None]
         tl.store(out_ptr + place, mixed.to(query.dtype), ours)
     else:
-        place = (row * (KV_HEADS * GROUP) + head) * SPLITS + split
+        place = (row * (KV_HEADS * GROUP) + head) * splits + split
         tl.store(mixed_ptr + place[:, None] * DIM + dim[None, :], mixed, ours)
         tl.store(stats_ptr + place, top, member < GROUP)
-        sums = stats_ptr + rows.to(tl.int64) * (KV_HEADS * GROUP * SPLITS)
+        sums = stats_ptr + rows.to(tl.int64) * (KV_HEADS * GROUP) * splits
         tl.store(sums + place, total, member < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _combine(
     mixed_ptr,
     stats_ptr,
     sinks_ptr,
     out_ptr,
+    splits,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     SINKS: tl.constexpr,
 ):
     """The splits of one head put together, its sink added once; grid (HEADS, rows)."""
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     rows = tl.num_programs(1)
-    split = tl.arange(0, SPLITS)
+    split = tl.arange(0, BLOCK_S)
     dim = tl.arange(0, BLOCK_D)
-    place = (row * HEADS + head) * SPLITS + split
-    top = tl.load(stats_ptr + place)
-    total = tl.load(stats_ptr + rows.to(tl.int64) * (HEADS * SPLITS) + place)
+    there = split < splits
+    place = (row * HEADS + head) * splits + split
+    top = tl.load(stats_ptr + place, there, other=float("-inf"))
+    total = tl.load(stats_ptr + rows.to(tl.int64) * HEADS * splits + place, there, other=0.0)
     source = mixed_ptr + place[:, None] * DIM + dim[None, :]
-    mixed = tl.load(source, (dim < DIM)[None, :], other=0.0)
+    mixed = tl.load(source, there[:, None] & (dim < DIM)[None, :], other=0.0)
     highest = tl.max(top, 0)
     if SINKS:
         sink = tl.load(sinks_ptr + head).to(tl.float32) * _LOG2E
@@ -201,7 +204,7 @@ def _combine(
 def _prefill(
     query_ptr,
     kv_ptr,
-    value_offset,
+    value_offset: tl.int64,
     table_ptr,
     table_stride,
     starts_ptr,
@@ -301,13 +304,17 @@ def attention(
     return out
 
 
-def splits_of(rows: int, kv_heads: int, longest: int, tile: Tile, device: torch.device) -> int:
+def splits_of(
+    rows: int, kv_heads: int, window: int | None, tile: Tile, device: torch.device
+) -> int:
     """Into how many parts the KV of a token is cut: enough to keep the device busy, a power of 2.
 
-    longest: no row sees more keys.
+    Whatever the lengths are now: one row is split if any number of rows is, so that a step of few
+    short rows needs no kernel that captured steps did not need.
     """
-    wanted = 2 * processors(device) // (rows * kv_heads)
-    most = min(_MAX_SPLITS, wanted, triton.cdiv(longest, tile.n))
+    most = min(_MAX_SPLITS, 2 * processors(device) // (rows * kv_heads))
+    if window is not None:
+        most = min(most, triton.cdiv(window, _LEAST_TILES * tile.n))
     return 1 << max(0, most.bit_length() - 1)
 
 
@@ -323,9 +330,7 @@ def _attend_singles(
     _, heads, dim = query.shape
     _, _, block_size, kv_heads, _ = kv.shape
     tile = for_dtype(tiles(query.device).decode, query.dtype)
-    longest = group.block_table.shape[1] * block_size
-    longest = longest if group.window is None else min(longest, group.window)
-    splits = splits_of(rows, kv_heads, longest, tile, query.device)
+    splits = splits_of(rows, kv_heads, group.window, tile, query.device)
     mixed = stats = out
     if splits > 1:
         mixed = query.new_empty(rows, heads, splits, dim, dtype=torch.float32)
@@ -351,7 +356,7 @@ def _attend_singles(
         BLOCK_D=block_d,
         BLOCK_SIZE=block_size,
         BLOCK_N=tile.n,
-        SPLITS=splits,
+        SPLIT=splits > 1,
         SINKS=sinks is not None,
         PRECISION="ieee",
         **tile.options,
@@ -362,10 +367,11 @@ def _attend_singles(
             stats,
             query if sinks is None else sinks,
             out,
+            splits,
             HEADS=heads,
             DIM=dim,
             BLOCK_D=block_d,
-            SPLITS=splits,
+            BLOCK_S=_MAX_SPLITS,
             SINKS=sinks is not None,
             num_warps=2,
         )

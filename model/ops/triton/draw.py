@@ -129,7 +129,11 @@ def _target(
     return target
 
 
-@triton.jit(do_not_specialize=["splits", "step", "goal", "by_count", "shift"])
+@triton.jit(
+    do_not_specialize=["splits", "step", "goal", "by_count", "shift"],
+    # A column of one row's parameters begins where its row does not.
+    do_not_specialize_on_alignment=["heat_ptr", "top_k_ptr", "top_p_ptr", "uniform_ptr"],
+)
 def _tally(
     logits_ptr,
     heat_ptr,

@@ -10,9 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from model.ops.reference import ExpertWeights, Mxfp4
 from model.ops.triton.grouping import group_by_expert
-from model.ops.triton.mxfp4 import unpack
+from model.ops.triton.mxfp4 import Words, unpack
 from model.ops.triton.norm import gated
 from model.ops.triton.tiles import Tile, for_dtype, tiles, vendor
 
@@ -44,23 +43,26 @@ def _weights(
     k,
     OUT: tl.constexpr,
     IN: tl.constexpr,
+    SCALE_ROW: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PACKED: tl.constexpr,
     VENDOR: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Rows `out` [BLOCK_N] and columns [k, k + BLOCK_K) of a weight [OUT, IN] or MXFP4."""
+    """Rows `out` [BLOCK_N] and columns [k, k + BLOCK_K) of a weight [OUT, IN], plain or as words.
+
+    Of words the scales of one column follow each other, SCALE_ROW to the next; BLOCK_K is 32, 64
+    or 128, so that a row has one word of them.
+    """
     whole: tl.constexpr = IN % BLOCK_K == 0
     row = out[:, None].to(tl.int64)
     inside = (out < OUT)[:, None]
     if PACKED:
-        byte = k // 2 + tl.arange(0, BLOCK_K // 2)
-        group = k // 32 + tl.arange(0, BLOCK_K // 32)
-        kept = inside if whole else inside & (byte < IN // 2)[None, :]
-        pairs = tl.load(weight_ptr + row * (IN // 2) + byte[None, :], kept, other=0)
-        kept = inside if whole else inside & (group < IN // 32)[None, :]
-        scales = tl.load(scale_ptr + row * (IN // 32) + group[None, :], kept, other=0)
-        return unpack(pairs, scales, VENDOR, DTYPE)
+        at = k // 8 + tl.arange(0, BLOCK_K // 8)
+        kept = inside if whole else inside & (at < IN // 8)[None, :]
+        words = tl.load(weight_ptr + row * (IN // 8) + at[None, :], kept, other=0)
+        scales = tl.load(scale_ptr + k // 128 * SCALE_ROW + out, out < OUT, other=0)
+        return unpack(words, scales, k // 32 % 4, VENDOR, DTYPE)
     else:  # not after it: the compiler would see both returns
         at = k + tl.arange(0, BLOCK_K)
         kept = inside if whole else inside & (at < IN)[None, :]
@@ -103,10 +105,10 @@ def _gate_up(
     token = tl.load(order_ptr + row, row < end, other=0) // TOP_K
     dtype = x_ptr.dtype.element_ty
     source = x_ptr + token[:, None].to(tl.int64) * HIDDEN
-    weight_ptr += expert.to(tl.int64) * (2 * SIZE * HIDDEN // (2 if PACKED else 1))
-    up_ptr = weight_ptr + SIZE * HIDDEN // (2 if PACKED else 1)
-    scale_ptr += expert.to(tl.int64) * (2 * SIZE * HIDDEN // 32)
-    up_scale_ptr = scale_ptr + SIZE * HIDDEN // 32
+    weight_ptr += expert.to(tl.int64) * (2 * SIZE * HIDDEN // (8 if PACKED else 1))
+    up_ptr = weight_ptr + SIZE * HIDDEN // (8 if PACKED else 1)
+    ROW: tl.constexpr = 2 * SIZE
+    scale_ptr += expert.to(tl.int64) * (ROW * ((HIDDEN + 127) // 128))
     gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for k in tl.range(0, HIDDEN, BLOCK_K):
@@ -115,9 +117,13 @@ def _gate_up(
         if HIDDEN % BLOCK_K != 0:
             kept = kept & (at < HIDDEN)[None, :]
         x = tl.load(source + at[None, :], kept, other=0.0).T
-        w = _weights(weight_ptr, scale_ptr, out, k, SIZE, HIDDEN, BLOCK_K, PACKED, VENDOR, dtype)
+        w = _weights(
+            weight_ptr, scale_ptr, out, k, SIZE, HIDDEN, ROW, BLOCK_K, PACKED, VENDOR, dtype
+        )
         gate = tl.dot(w, x, gate, input_precision="ieee")
-        w = _weights(up_ptr, up_scale_ptr, out, k, SIZE, HIDDEN, BLOCK_K, PACKED, VENDOR, dtype)
+        w = _weights(
+            up_ptr, scale_ptr + SIZE, out, k, SIZE, HIDDEN, ROW, BLOCK_K, PACKED, VENDOR, dtype
+        )
         up = tl.dot(w, x, up, input_precision="ieee")
     if BIAS:
         bias_ptr += expert * (2 * SIZE) + out
@@ -161,8 +167,8 @@ def _down(
     row = first + tl.arange(0, BLOCK_M)
     dtype = x_ptr.dtype.element_ty
     source = x_ptr + row[:, None].to(tl.int64) * SIZE
-    weight_ptr += expert.to(tl.int64) * (HIDDEN * SIZE // (2 if PACKED else 1))
-    scale_ptr += expert.to(tl.int64) * (HIDDEN * SIZE // 32)
+    weight_ptr += expert.to(tl.int64) * (HIDDEN * SIZE // (8 if PACKED else 1))
+    scale_ptr += expert.to(tl.int64) * (HIDDEN * ((SIZE + 127) // 128))
     mixed = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for k in tl.range(0, SIZE, BLOCK_K):
         at = k + tl.arange(0, BLOCK_K)
@@ -170,7 +176,9 @@ def _down(
         if SIZE % BLOCK_K != 0:
             kept = kept & (at < SIZE)[None, :]
         x = tl.load(source + at[None, :], kept, other=0.0).T
-        w = _weights(weight_ptr, scale_ptr, out, k, HIDDEN, SIZE, BLOCK_K, PACKED, VENDOR, dtype)
+        w = _weights(
+            weight_ptr, scale_ptr, out, k, HIDDEN, SIZE, HIDDEN, BLOCK_K, PACKED, VENDOR, dtype
+        )
         mixed = tl.dot(w, x, mixed, input_precision="ieee")
     if BIAS:
         bias = tl.load(bias_ptr + expert * HIDDEN + out, out < HIDDEN, other=0.0)
@@ -225,22 +233,22 @@ def experts(
     x: torch.Tensor,
     chosen: torch.Tensor,
     weights: torch.Tensor,
-    gate_up: ExpertWeights,
+    gate_up: torch.Tensor | Words,
     gate_up_bias: torch.Tensor | None,
-    down: ExpertWeights,
+    down: torch.Tensor | Words,
     down_bias: torch.Tensor | None,
     limit: float | None,
     alpha: float,
     part: tuple[int, int] = (0, 1),
 ) -> torch.Tensor:
-    """As `reference.experts`, for stacked or MXFP4 weights."""
+    """As `reference.experts`, for stacked weights and for MXFP4 as `pack_experts` gives it."""
     x, chosen = x.contiguous(), chosen.contiguous()
     (tokens, hidden), (_, top_k) = x.shape, chosen.shape
     if not tokens:
         return torch.empty_like(x)
     up_weight, up_scale = _parts(gate_up)
     down_weight, down_scale = _parts(down)
-    count, packed = len(gate_up), isinstance(gate_up, Mxfp4)
+    count, packed = len(gate_up), isinstance(gate_up, Words)
     size = up_weight.shape[1] // 2
     pairs = tokens * top_k
     tile = _tile(x, pairs, count * part[1], packed)
@@ -303,10 +311,10 @@ def experts(
     return out
 
 
-def _parts(weights: ExpertWeights) -> tuple[torch.Tensor, torch.Tensor]:
-    """(Values or blocks, scales); dense weights have none, and stand for them."""
-    if isinstance(weights, Mxfp4):
-        return weights.blocks, weights.scales
+def _parts(weights: torch.Tensor | Words) -> tuple[torch.Tensor, torch.Tensor]:
+    """(Values, scales); dense weights have none, and stand for them."""
+    if isinstance(weights, Words):
+        return weights.values, weights.scales
     if not isinstance(weights, torch.Tensor):
-        raise TypeError("the kernels take stacked weights or MXFP4")
+        raise TypeError("the kernels take stacked weights, or MXFP4 from pack_experts")
     return weights, weights

@@ -1,7 +1,18 @@
-"""MXFP4 unpacked in registers (OCP Microscaling Formats 1.0: E2M1 values, E8M0 scales)."""
+"""MXFP4 unpacked in registers (OCP Microscaling Formats 1.0: E2M1 values, E8M0 scales).
 
+Of 32 values one lane of a matrix instruction holds four pairs of neighbours, which lie eight values
+apart. Packed for kernels they are one word, where each pair's bits lie as bfloat16 has them but for
+a shift. So a lane loads what it needs and no more, in words: bytes can neither be loaded while the
+tile before is computed with, nor in few instructions.
+"""
+
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
+
+from model.ops.reference import Mxfp4
 
 # Two bfloat16 a register: each times 2^126, then times its scale; -0.0 is added.
 _SCALE_PAIR = tl.constexpr("""
@@ -13,34 +24,80 @@ _SCALE_PAIR = tl.constexpr("""
     fma.rn.bf16x2 $0, value, $2, none;
 }
 """)
+_PAIR = tl.constexpr(-0x7E3F7E40)  # 0x81C081C0: sign, two bits of exponent and one of mantissa
+_SCALES = 4  # in a word
+
+
+@dataclass(frozen=True)
+class Words:
+    """Weights [experts, out, in] as kernels take them.
+
+    Of 16 bytes that share a scale, byte 4 · i + c is part i of word c. Both nibbles of a part, the
+    low one in the lower half of the word, have sign, exponent and mantissa at bits 15, 8, 7 and 6,
+    less three times i; but those of the last part are at 14, 11, 10 and 13, which are left.
+    """
+
+    values: torch.Tensor  # int32 [experts, out, in / 8]
+    scales: torch.Tensor  # int32 [experts, ⌈in / 128⌉, out]: four scales, the first lowest
+
+    def __len__(self) -> int:
+        """Return the number of experts."""
+        return len(self.values)
+
+
+def pack(weights: Mxfp4) -> Words:
+    """The weights as kernels take them."""
+    count, outputs, inputs = weights.shape
+    device = weights.device
+    values = torch.empty(count, outputs, inputs // 8, dtype=torch.int32, device=device)
+    columns = triton.cdiv(inputs, 32 * _SCALES)
+    scales = torch.zeros(count, columns * _SCALES, outputs, dtype=torch.uint8, device=device)
+    for expert in range(count):  # one at a time: in between they take four times their size
+        pairs = weights.blocks[expert].flatten(1).unflatten(1, (-1, 4, 4)).int()
+        pairs = (pairs & 15) | (pairs & 0xF0) << 12
+        sign, low = (pairs & 0x80008) << 12, (pairs & 0x70007) << 6
+        parts = sign | low
+        last = sign >> 1 & 0x40004000 | (pairs & 0x60006) << 9 | (pairs & 0x10001) << 13
+        word = parts[:, :, 0] | parts[:, :, 1] >> 3 & 0x10381038 | parts[:, :, 2] >> 6 & 0x2070207
+        values[expert] = (word | last[:, :, 3]).flatten(1)
+        scales[expert, : inputs // 32] = weights.scales[expert].T
+    words = scales.unflatten(1, (-1, _SCALES)).transpose(2, 3).contiguous().view(torch.int32)
+    return Words(values, words.squeeze(-1))
 
 
 @triton.jit
-def unpack(pairs, scales, VENDOR: tl.constexpr, DTYPE: tl.constexpr):
-    """pairs uint8 [rows, in / 2] (low nibble first), scales uint8 [rows, in / 32] → [rows, in].
+def unpack(words, scales, first, VENDOR: tl.constexpr, DTYPE: tl.constexpr):
+    """words int32 [rows, in / 8], scales int32 [rows] and the first that counts → [rows, in].
 
-    A pair of codes is spread over the halves of a word, sign, exponent and mantissa where
-    bfloat16 has them. That makes numbers 2^126 times too small, subnormal for the codes 0 and 1,
-    as they are in E2M1; multiplied by 2^126 they are exact. Scales are powers of two, whose bits
-    are the exponent, but for 2^-127, which is subnormal. VENDOR as in `tiles.vendor`: NVIDIA's
-    GPUs multiply both halves at once.
+    A part of a word, at its place, is two numbers that are 2^126 times too small, subnormal for the
+    codes 0 and 1, as they are in E2M1; multiplied by 2^126 they are exact. Scales are powers of
+    two, whose bits are the exponent, but for 2^-127, which is subnormal. VENDOR as in
+    `tiles.vendor`: NVIDIA's GPUs multiply both halves at once.
     """
-    ROWS: tl.constexpr = pairs.shape[0]
-    GROUPS: tl.constexpr = scales.shape[1]
-    spread = pairs.to(tl.int32).reshape(ROWS, GROUPS, 16) * 0x1001
-    word = ((spread << 12) & -0x7FFF8000) | ((spread << 6) & 0x01C001C0)
-    exponent = scales.to(tl.int32)
-    scale = tl.where(exponent == 0, 0x40, exponent << 7)[:, :, None]
+    ROWS: tl.constexpr = words.shape[0]
+    GROUPS: tl.constexpr = words.shape[1] // 4
+    if GROUPS < 4:
+        scales = scales >> first * 8
+    exponent = scales & 0xFF
+    if GROUPS == 2:
+        exponent = tl.join(exponent, (scales >> 8) & 0xFF)
+    if GROUPS == 4:
+        even = tl.join(exponent, (scales >> 16) & 0xFF)
+        exponent = tl.join(even, tl.join((scales >> 8) & 0xFF, (scales >> 24) & 0xFF))
+    scale = tl.maximum(exponent.reshape(ROWS, GROUPS) << 7, 0x40)[:, :, None]
+    word = words.reshape(ROWS, GROUPS, 4)
+    last = ((word << 1) & -0x7FFF8000) | ((word >> 3) & 0x01800180) | ((word >> 7) & 0x00400040)
+    even, odd = tl.join(word & _PAIR, (word << 6) & _PAIR), tl.join((word << 3) & _PAIR, last)
+    pair = tl.join(even, odd).permute(0, 1, 3, 4, 2).reshape(ROWS, GROUPS, 16)
     if VENDOR == "nvidia" and tl.bfloat16 == DTYPE:
-        both = scale * 0x10001
-        word = tl.inline_asm_elementwise(
-            _SCALE_PAIR, "=r,r,r", [word, both], dtype=tl.int32, is_pure=True, pack=1
+        pair = tl.inline_asm_elementwise(
+            _SCALE_PAIR, "=r,r,r", [pair, scale * 0x10001], dtype=tl.int32, is_pure=True, pack=1
         )
-        low = (word & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True)
-        high = (word >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        low = (pair & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        high = (pair >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         factor = (scale << 16).to(tl.float32, bitcast=True)
-        low = (word << 16).to(tl.float32, bitcast=True) * 8.507059173023462e37
-        high = (word & -0x10000).to(tl.float32, bitcast=True) * 8.507059173023462e37
+        low = (pair << 16).to(tl.float32, bitcast=True) * 8.507059173023462e37
+        high = (pair & -0x10000).to(tl.float32, bitcast=True) * 8.507059173023462e37
         low, high = (low * factor).to(DTYPE), (high * factor).to(DTYPE)
     return tl.join(low, high).reshape(ROWS, GROUPS * 32)

@@ -14,7 +14,7 @@ def _rotate_and_write(
     q_norm_ptr,
     k_norm_ptr,
     out_ptr,
-    value_offset,
+    value_offset: tl.int64,
     eps,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,

@@ -56,6 +56,7 @@ _HOPPER = Tiles(
 _BLACKWELL = replace(  # with 64 of k, 128 experts without a limit spilled
     _HOPPER,
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 128, 4, 2), Tile(128, 128, 64, 8, 3)),
+    mxfp4=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 128, 4, 3), Tile(128, 128, 64, 8, 3)),
 )
 _AMPERE = Tiles(
     decode=Tile(16, 64, 0, 4, 4),

@@ -1,0 +1,212 @@
+"""What gpu.py times of whole loads, on dummy weights at true shapes, and of peers on the same."""
+
+import json
+import math
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu_checks import CUDA
+from benchmarks.gpu_times import Limits, Row
+from engine import Engine, EngineStats, Request, SamplingParams
+from engine.probe import Probe
+from getp.explain import run_cost
+from model.shapes import SHAPES
+
+
+def nano_load() -> tuple[list[list[int]], list[int]]:
+    """nano-vllm's bench.py: 256 requests, inputs and outputs of 100 to 1024 tokens, seed 0."""
+    draw, count = random.Random(0), 256
+    prompts = [
+        [draw.randint(0, 10_000) for _ in range(draw.randint(100, 1024))] for _ in range(count)
+    ]
+    return prompts, [draw.randint(100, 1024) for _ in range(count)]
+
+
+def short_load(count: int, positions: int) -> tuple[list[list[int]], list[int]]:
+    """Prompts of 8 to 32 tokens, each continued to `positions`."""
+    draw = random.Random(0)
+    prompts = [[draw.randint(0, 10_000) for _ in range(draw.randint(8, 32))] for _ in range(count)]
+    return prompts, [positions - len(prompt) for prompt in prompts]
+
+
+def context_load(count: int, context: int, outputs: int) -> tuple[list[list[int]], list[int]]:
+    """Prompts that have `context` tokens when half of the outputs are made."""
+    draw, size = random.Random(0), context - outputs // 2
+    return [[draw.randint(0, 10_000) for _ in range(size)] for _ in range(count)], [outputs] * count
+
+
+@contextmanager
+def dummy_checkpoint(name: str) -> Iterator[Path]:
+    """A directory with the config.json of a well-known model and no weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[name]))
+        yield Path(folder)
+
+
+def time_load(
+    name: str,
+    load: tuple[list[list[int]], list[int]],
+    limits: Limits,
+    most_s: float,
+    batch_size: int = 256,
+) -> Iterator[Row]:
+    """Output tokens a second of a load on dummy weights; stopped after most_s seconds.
+
+    The share is what the step's FLOPs and bytes take at the measured limits, whichever is longer,
+    over the time taken.
+    """
+    prompts, outputs = load
+    notices: list[str] = []
+    with (
+        dummy_checkpoint(name) as folder,
+        Engine(
+            folder,
+            device="cuda",
+            dummy_weights=True,
+            prefix_cache=False,
+            max_batch_size=min(batch_size, len(prompts)),
+            notice=notices.append,
+        ) as engine,
+    ):
+        warm = SamplingParams(max_new_tokens=4, ignore_eos=True)
+        list(engine.generate([Request(prompts[0], warm)] * min(4, len(prompts))))
+        yield Row(f"{name}: compiling", engine.stats.compile_s, "s")
+        yield Row(f"{name}: capturing", engine.stats.capture_s, "s")
+        before = asdict(engine.stats)
+        start, done = time.perf_counter(), 0
+        end = start + most_s
+
+        def is_late(token: int) -> bool:
+            return time.perf_counter() > end
+
+        requests = [
+            Request(
+                prompt, SamplingParams(max_new_tokens=count, ignore_eos=True), i, on_token=is_late
+            )
+            for i, (prompt, count) in enumerate(zip(prompts, outputs, strict=True))
+        ]
+        # A batch of equal lengths ends all at once: its requests themselves see when time is up.
+        for completion in engine.generate(requests):
+            done += completion.finish_reason == "length"
+            if time.perf_counter() > end:
+                break
+        torch.cuda.synchronize()
+        spent = time.perf_counter() - start
+        grown = {
+            f.name: getattr(engine.stats, f.name) - before[f.name] for f in fields(EngineStats)
+        }
+        stats = EngineStats(**grown)
+        cost, moved = run_cost(engine.config, "bfloat16", stats)
+        # Each request's first token comes from its last chunk, the others from decodes.
+        tokens = stats.decode_tokens + stats.prefill_chunks
+        all_of = "" if done == len(prompts) else f" ({done} done)"
+        title = f"{name}, {len(prompts)} requests{all_of}"
+        yield from (Row(f"{name}: {notice}", math.nan, "") for notice in notices)
+        least, of = max(
+            (moved.total / limits.copy, "copy"), (cost.matrix / limits.product, "product")
+        )
+        yield Row(title, tokens / spent, "tok/s", least / spent, of)
+        yield Row(f"{title}: time outside the model", 1 - stats.model_s / spent, "of it")
+        if len(prompts) == 1:
+            yield from count_launches(engine, name)
+        middle = sorted(len(p) + n // 2 for p, n in zip(prompts, outputs, strict=True))
+        yield from profile_step(engine, middle[len(middle) // 2])
+
+
+def profile_step(engine: Engine, context: int) -> Iterator[Row]:
+    """The kernels that take most of a decode step of the largest batch, not replayed."""
+    from torch.profiler import ProfilerActivity, profile
+
+    probe = Probe(engine, engine.max_batch_size, 1, context)
+    probe.step()
+    count, spent = 4, Counter[str]()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+        for _ in range(count):
+            probe.step()
+        torch.cuda.synchronize()
+    for event in found.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            spent[event.name] += event.time_range.elapsed_us()
+    for name, us in spent.most_common(8):
+        yield Row(f"a step's {name[:60]}", us / count, "us", us / spent.total(), "its kernels")
+
+
+def count_launches(engine: Engine, name: str) -> Iterator[Row]:
+    """Kernels a layer and launches a token of decoding one request, by torch's profiler.
+
+    And how long a token's kernels run, one after the other: the rest of its time lies between them.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    counts = []
+    for tokens in (4, 4 + 16):  # the same prefill twice; the difference is 16 decodes
+        request = Request([1] * 100, SamplingParams(max_new_tokens=tokens, ignore_eos=True))
+        list(engine.generate([request]))
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+            list(engine.generate([request]))
+            torch.cuda.synchronize()
+        on_gpu = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        launches = sum(
+            "Launch" in e.name
+            for e in found.events()
+            if e.device_type == torch.autograd.DeviceType.CPU
+        )
+        kernels = sum(not e.name.startswith(("Mem", "mem")) for e in on_gpu)
+        counts.append((kernels, launches, sum(e.time_range.elapsed_us() for e in on_gpu)))
+    kernels, launches, us = ((b - a) / 16 for a, b in zip(*counts, strict=True))
+    yield Row(f"{name}: kernels a token", kernels, "kernels")
+    yield Row(f"{name}: kernels a layer", kernels / len(engine.config.layers), "kernels")
+    yield Row(f"{name}: launches a token", launches, "launches")
+    yield Row(f"{name}: a token's kernels and copies", us, "us")
+
+
+def time_transformers(requests: int, outputs: int) -> Iterator[Row]:
+    """Continuous batching of transformers, on the first prompts of the nano-vllm load."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(**SHAPES["qwen3-0.6b"])
+    with torch.device(CUDA):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation="sdpa"
+        ).eval()
+    prompts = nano_load()[0][:requests]
+    settings = transformers.GenerationConfig(
+        max_new_tokens=outputs, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
+    model.generate_batch(inputs=prompts[:4], generation_config=settings)
+    start = time.perf_counter()
+    done = model.generate_batch(inputs=prompts, generation_config=settings)
+    spent = time.perf_counter() - start
+    rate = sum(len(output.generated_tokens) for output in done.values()) / spent
+    title = f"transformers {transformers.__version__}, {requests} requests, {outputs} out each"
+    yield Row(title, rate, "tok/s")
+
+
+def time_vllm() -> Iterator[Row]:
+    """vLLM on the nano-vllm load, where it is installed."""
+    if find_spec("vllm") is None:
+        yield Row("vLLM: not installed", float("nan"), "")
+        return
+    import vllm
+
+    prompts, outputs = nano_load()
+    with dummy_checkpoint("qwen3-0.6b") as folder:
+        model = vllm.LLM(str(folder), load_format="dummy", skip_tokenizer_init=True)
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        params = [
+            vllm.SamplingParams(temperature=0, ignore_eos=True, max_tokens=count, detokenize=False)
+            for count in outputs
+        ]
+        model.generate(inputs[:4], params[:4])
+        start = time.perf_counter()
+        model.generate(inputs, params)
+        yield Row(f"vLLM {vllm.__version__}", sum(outputs) / (time.perf_counter() - start), "tok/s")
