@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
+from triton import jit
 
 from engine import Engine, Request, SamplingParams
 from model import ops
 from model.batch import ForwardBatch, GroupTables
 from model.ops import cpu, reference, triton
 from model.ops.triton import fused as fused_ops
-from model.ops.triton import grouping, tiles
+from model.ops.triton import grouping, mxfp4, tiles
+from model.ops.triton.mxfp4 import unpack
 from model.ops.triton.norm import swiglu
 from model.ops.triton.tiles import Tile
 from tests.checkpoints import quantize_mxfp4, write_checkpoint
@@ -256,6 +259,24 @@ def test_every_code_and_scale_of_mxfp4_is_unpacked_exactly(
         found = triton.experts(x, zero, one, words[0], None, words[1], None, None, 1.0)
         gate = packed.dense(torch.float32)[0, 0, size]
         assert torch.equal(found, down.dense(torch.float32)[0].T * gate)
+
+
+@jit
+def unpacked(values_ptr, scales_ptr, out_ptr, K: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    row, column = tl.arange(0, 16), tl.arange(0, K)
+    words = tl.load(values_ptr + row[:, None] * (K // 8) + tl.arange(0, K // 8)[None, :])
+    found = unpack(words, tl.load(scales_ptr + row), 0, "none", DTYPE)
+    tl.store(out_ptr + row[:, None] * K + column[None, :], found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_mxfp4_is_unpacked_to_the_type_of_the_product(dtype: torch.dtype) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(1, 16, 1, 16).repeat(1, 1, 4, 1)
+    weights = reference.Mxfp4(codes, torch.arange(96, 160, dtype=torch.uint8).view(1, 16, 4))
+    words, out = mxfp4.pack(weights), torch.empty(16, 128, dtype=dtype)
+    kind = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
+    unpacked[(1,)](words.values, words.scales, out, K=128, DTYPE=kind)
+    assert torch.equal(out, weights.dense(dtype)[0])
 
 
 def fuse(monkeypatch: pytest.MonkeyPatch, **limits: Any) -> None:

@@ -97,7 +97,11 @@ def unpack(words, scales, first, VENDOR: tl.constexpr, DTYPE: tl.constexpr):
         high = (pair >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         factor = (scale << 16).to(tl.float32, bitcast=True)
-        low = (pair << 16).to(tl.float32, bitcast=True) * 8.507059173023462e37
-        high = (pair & -0x10000).to(tl.float32, bitcast=True) * 8.507059173023462e37
-        low, high = (low * factor).to(DTYPE), (high * factor).to(DTYPE)
+        low = (pair << 16).to(tl.float32, bitcast=True) * 8.507059173023462e37 * factor
+        high = (pair & -0x10000).to(tl.float32, bitcast=True) * 8.507059173023462e37 * factor
+        if tl.bfloat16 == DTYPE:  # exact: to round it would be many instructions on AMD's GPUs
+            low = (low.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+            high = (high.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+        else:
+            low, high = low.to(DTYPE), high.to(DTYPE)
     return tl.join(low, high).reshape(ROWS, GROUPS * 32)
