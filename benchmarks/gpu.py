@@ -5,7 +5,7 @@ GPU was measured to do. Every section runs in a process of its own with a time l
 that fails or hangs costs no other; the exit status is 1 if any did, 2 without a GPU. Checks run at
 the same time, timed sections alone. Prints a table of each section when it is through, and one JSON
 object as its last line; with --results the object is in a file too, written again after each
-section. The parity of models needs transformers, the score zstandard.
+section. The parity of models needs transformers.
 """
 
 import itertools

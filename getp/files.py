@@ -16,8 +16,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
 
-import zstandard
-
 from getp.errors import GetpError
 from getp.terminal import visible
 
@@ -46,7 +44,7 @@ def opened(path: str) -> Iterator[BinaryIO]:
             elif path.endswith(".zst"):
                 file = cast(BinaryIO, io.BufferedReader(_ZstdReader(file), 1 << 17))
             yield file
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise GetpError(f"cannot read {name}: {_reason(error)}") from error
 
 
@@ -54,6 +52,9 @@ class _ZstdReader(io.RawIOBase):
     """Unpacks frame after frame; unlike the library's own, an end inside a frame is an error."""
 
     def __init__(self, file: BinaryIO) -> None:
+        import zstandard  # here, so that other files can be read without it
+
+        self._library = zstandard
         self._file = file
         self._frame: Any = None  # None between two frames
         self._packed = b""
@@ -72,8 +73,11 @@ class _ZstdReader(io.RawIOBase):
                     raise EOFError("the file ends inside a zstd frame")
                 return 0
             if self._frame is None:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._unpacked = self._frame.decompress(self._packed)
+                self._frame = self._library.ZstdDecompressor().decompressobj()
+            try:
+                self._unpacked = self._frame.decompress(self._packed)
+            except self._library.ZstdError as error:
+                raise OSError(str(error)) from error
             self._packed = self._frame.unused_data
             if self._frame.eof:
                 self._frame = None
@@ -196,6 +200,8 @@ def _packed(file: BinaryIO, path: str) -> Iterator[BinaryIO]:
         with gzip.GzipFile("", "wb", 6, file, mtime=0) as packed:
             yield cast(BinaryIO, packed)
     elif path.endswith(".zst"):
+        import zstandard
+
         with zstandard.ZstdCompressor(write_checksum=True).stream_writer(
             file, closefd=False
         ) as writer:

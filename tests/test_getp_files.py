@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from getp.errors import GetpError
 from getp.files import (
     check_writable,
+    read_bytes,
     read_token_file,
     split_lines,
     writing,
@@ -223,3 +224,11 @@ def test_a_terminal_gets_no_control_characters_of_a_text(
     with writing("-") as file:
         file.write("a\x1b[31mb\u4f60\n".encode())
     assert out.getvalue().decode() == shown
+
+
+def test_files_that_are_not_packed_need_no_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)  # as if it were not installed
+    (tmp_path / "in.txt").write_bytes(b"1\na prompt\n")
+    assert read_bytes(str(tmp_path / "in.txt")) == b"1\na prompt\n"
