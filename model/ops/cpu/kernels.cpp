@@ -73,7 +73,8 @@ namespace wide {
 #undef FIXED
 #define FIXED 1
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-bf16")
+#pragma GCC target( \
+    "avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-bf16")
 namespace integers {
 #include "kernels.h"
 }

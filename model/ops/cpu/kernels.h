@@ -626,8 +626,9 @@ static void gated_linear(const Weight& weight, const bf16* x, int64_t rows, Swig
 
 // ---- Packing ----
 
-static void pack(bf16* to, [[maybe_unused]] uint8_t* exponents, int64_t inputs, int64_t first, int64_t count, const bf16* from,
-                 int64_t row_stride, int64_t column_stride, int threads) {
+static void pack(bf16* to, [[maybe_unused]] uint8_t* exponents, int64_t inputs, int64_t first,
+                 int64_t count, const bf16* from, int64_t row_stride, int64_t column_stride,
+                 int threads) {
 #if FIXED
   return pack_fixed((fixed*)to, exponents, inputs, first, count, from, row_stride, column_stride,
                     threads);
