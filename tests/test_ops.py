@@ -1,6 +1,7 @@
 """Every op's CPU form against the reference, over the shapes that break things."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -23,18 +24,25 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.dtype]:
     """Each dtype on each path: torch alone, and the kernels of each instruction set."""
     name, _, level = request.param.partition("-")
-    kernels = calls.library()
     if level in ("", "none"):
         monkeypatch.setattr(cpu, "library", lambda: None)
         yield getattr(torch, name)
         return
+    with using(level):
+        yield getattr(torch, name)
+
+
+@contextmanager
+def using(level: str) -> Iterator[None]:
+    """The kernels of one instruction set; skips where there are none."""
+    kernels = calls.library()
     if kernels is None:
         pytest.skip("no native kernels were built here")
     if not kernels.getp_has_level(calls.LEVELS.index(level)):
         pytest.skip(f"this processor has no {level}")
     usual = kernels.getp_level()
     kernels.getp_use_level(calls.LEVELS.index(level))
-    yield getattr(torch, name)
+    yield
     kernels.getp_use_level(usual)
 
 
@@ -381,13 +389,8 @@ def test_mxfp4_unpacks_low_nibble_first_with_power_of_two_scales() -> None:
 @pytest.fixture
 def fixed_point() -> Iterator[None]:
     """The kernels that multiply integers."""
-    kernels = calls.library()
-    if kernels is None or not kernels.getp_has_level(calls.LEVELS.index("vnni")):
-        pytest.skip("no kernels for AVX-512 with VNNI here")
-    usual = kernels.getp_level()
-    kernels.getp_use_level(calls.LEVELS.index("vnni"))
-    yield
-    kernels.getp_use_level(usual)
+    with using("vnni"):
+        yield
 
 
 @pytest.mark.parametrize("inputs", [64, 96, 928])
