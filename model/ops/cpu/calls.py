@@ -24,8 +24,8 @@ from model.ops.cpu import pages
 VARIABLE = "GETP_CPU_KERNELS"
 LEVELS = ("none", "avx2", "vnni", "avx512", "amx")
 """Values of the variable, numbered as in kernels.cpp: torch alone, AVX2 (other architectures: the
-compiler's vectors), AVX-512 with VNNI (linears in fixed point), AVX-512 with BF16, and that with
-AMX."""
+compiler's vectors), AVX-512 with VNNI, AVX-512 with BF16, and that with AMX. The first two on x86
+have linears in fixed point."""
 
 _Pointer, _Int, _Flag, _Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 # The first ones are numbered as in kernels.cpp's getp_replay.
@@ -87,7 +87,7 @@ def library() -> ctypes.CDLL | None:
 def fixed_point() -> bool:
     """Whether the kernels take bf16 weights as 16-bit integers with scales: see fixed.h."""
     kernels = library()
-    return kernels is not None and LEVELS[kernels.getp_level()] == "vnni"
+    return kernels is not None and bool(kernels.getp_fixed_point())
 
 
 def _say(reason: str) -> None:

@@ -1,8 +1,8 @@
 // The decoder's operations on a CPU, in bfloat16 and MXFP4: plain C functions, called by native.py.
 //
-// The bodies are in kernels.h and are compiled once for any processor of the architecture (on x86:
-// with AVX2), once for AVX-512 with VNNI, with linears in fixed point, and once for AVX-512 with
-// BF16; AMX is used within the latter where there is one.
+// The bodies are in kernels.h and are compiled, on x86, once for AVX2 and once for AVX-512 with VNNI,
+// both with linears in fixed point, and once for AVX-512 with BF16; AMX is used within the latter
+// where there is one. On other architectures once, with the compiler's vectors.
 // OpenMP comes from the runtime that torch has loaded: this library is not linked to one.
 
 #include <omp.h>
@@ -52,9 +52,9 @@ struct Swiglu {
 
 static bool use_amx = false;
 
-#define FIXED 0
 #if defined(__x86_64__)
 #define WIDE 0
+#define FIXED 1
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,bmi2")
 namespace narrow {
@@ -62,7 +62,9 @@ namespace narrow {
 }
 #pragma GCC pop_options
 #undef WIDE
+#undef FIXED
 #define WIDE 1
+#define FIXED 0
 #pragma GCC push_options
 #pragma GCC target( \
     "avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")
@@ -81,6 +83,7 @@ namespace integers {
 #pragma GCC pop_options
 #else
 #define WIDE 0
+#define FIXED 0
 namespace narrow {
 #include "kernels.h"
 }
@@ -124,6 +127,15 @@ extern "C" int getp_best_level() {
 }
 
 extern "C" int getp_level() { return level; }
+
+// Whether linears are in fixed point.
+extern "C" int getp_fixed_point() {
+#if defined(__x86_64__)
+  return level == 1 || level == 2;
+#else
+  return 0;
+#endif
+}
 
 extern "C" void getp_use_level(int wanted) {
   level = wanted;

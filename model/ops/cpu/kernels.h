@@ -1,22 +1,27 @@
 // The kernels' bodies, included once for each instruction set (WIDE: AVX-512; with BF16, or FIXED:
 // linears in integers of 16 bits).
-// Vectors are GCC's, 64 bytes whatever the processor: a narrower one takes several registers.
+// Vectors are GCC's and of one register: it keeps longer ones in memory.
 
-typedef float floats __attribute__((vector_size(64)));     // 16
-typedef int32_t ints __attribute__((vector_size(64)));     // 16, or 32 bf16 in pairs
-typedef int16_t halves __attribute__((vector_size(32)));   // 16 bf16
-typedef float floats_at __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t ints_at __attribute__((vector_size(64), aligned(1), may_alias));
-typedef int16_t halves_at __attribute__((vector_size(32), aligned(1), may_alias));
+constexpr int LANES = WIDE ? 16 : FIXED ? 8 : 4;
+constexpr int VECTORS = PANEL / LANES;  // of a panel's outputs
+constexpr int KEYS = 16;                // positions whose scores are taken at once
+
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));    // or bf16 in pairs
+typedef int16_t halves __attribute__((vector_size(2 * LANES)));  // bf16
+typedef float floats_at __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ints_at __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
+typedef int16_t halves_at __attribute__((vector_size(2 * LANES), aligned(1), may_alias));
 
 INLINE floats load(const float* at) { return *(const floats_at*)at; }
 INLINE void store(float* at, floats value) { *(floats_at*)at = value; }
 INLINE ints load_pairs(const void* at) { return *(const ints_at*)at; }
-// Keeps a loaded vector in its register: GCC would load it again for each use.
-INLINE void hold([[maybe_unused]] ints& value) {
+// A loaded vector that stays in its register: GCC would load it again for each use.
+INLINE ints held(ints value) {
 #if WIDE
   asm("" : "+v"(value));
 #endif
+  return value;
 }
 
 INLINE floats splat(float value) { return value - floats{}; }
@@ -24,8 +29,10 @@ INLINE floats splat(float value) { return value - floats{}; }
 INLINE floats widen(const bf16* at) {
 #if WIDE
   return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)at)), 16);
+#elif FIXED
+  return (floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)at)), 16);
 #else
-  typedef uint16_t unsigned_halves __attribute__((vector_size(32)));
+  typedef uint16_t unsigned_halves __attribute__((vector_size(2 * LANES)));
   const halves narrow = *(const halves_at*)at;
   return (floats)(__builtin_convertvector((unsigned_halves)narrow, ints) << 16);
 #endif
@@ -61,9 +68,14 @@ INLINE void narrow(bf16* at, floats value) {
 INLINE float sum(floats value) {
 #if WIDE
   return _mm512_reduce_add_ps((__m512)value);
+#elif FIXED
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)value),
+                           _mm256_extractf128_ps((__m256)value, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return four[0] + four[1];
 #else
   float total = 0;
-  for (int i = 0; i < 16; i++) total += value[i];
+  for (int i = 0; i < LANES; i++) total += value[i];
   return total;
 #endif
 }
@@ -71,9 +83,14 @@ INLINE float sum(floats value) {
 INLINE float largest(floats value) {
 #if WIDE
   return _mm512_reduce_max_ps((__m512)value);
+#elif FIXED
+  __m128 four = _mm_max_ps(_mm256_castps256_ps128((__m256)value),
+                           _mm256_extractf128_ps((__m256)value, 1));
+  four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return std::max(four[0], four[1]);
 #else
   float most = value[0];
-  for (int i = 1; i < 16; i++) most = std::max(most, value[i]);
+  for (int i = 1; i < LANES; i++) most = std::max(most, value[i]);
   return most;
 #endif
 }
@@ -127,32 +144,28 @@ constexpr int MOST_ROWS = 2;
 template <int COUNT>
 INLINE void rows_times_panel(const bf16* a, int64_t stride, const bf16* panel, int64_t inputs,
                              float* c, bool more) {
-  floats acc[COUNT][2] = {};
+  floats acc[COUNT][VECTORS] = {};
   if (more)
-    for (int r = 0; r < COUNT; r++) {
-      acc[r][0] = load(c + r * PANEL);
-      acc[r][1] = load(c + r * PANEL + 16);
-    }
+    for (int r = 0; r < COUNT; r++)
+      for (int v = 0; v < VECTORS; v++) acc[r][v] = load(c + r * PANEL + v * LANES);
   for (int64_t k = 0; k < inputs; k += 2) {
-    ints low = load_pairs(panel + k * PANEL), high = load_pairs(panel + k * PANEL + PANEL);
-    hold(low);
-    hold(high);
+    ints weights[VECTORS];
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; v++)
+      weights[v] = held(load_pairs(panel + k * PANEL + v * 2 * LANES));
     __builtin_prefetch(panel + k * PANEL + 2048);
     __builtin_prefetch(panel + k * PANEL + 2048 + PANEL);
 #pragma GCC unroll 12
     for (int r = 0; r < COUNT; r++) {
       int32_t pair;
       memcpy(&pair, a + r * stride + k, 4);
-      ints both = pair - ints{};
-      hold(both);
-      acc[r][0] = dot(acc[r][0], both, low);
-      acc[r][1] = dot(acc[r][1], both, high);
+      const ints both = held(pair - ints{});
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; v++) acc[r][v] = dot(acc[r][v], both, weights[v]);
     }
   }
-  for (int r = 0; r < COUNT; r++) {
-    store(c + r * PANEL, acc[r][0]);
-    store(c + r * PANEL + 16, acc[r][1]);
-  }
+  for (int r = 0; r < COUNT; r++)
+    for (int v = 0; v < VECTORS; v++) store(c + r * PANEL + v * LANES, acc[r][v]);
 }
 
 // Calls `f` with `count`, from 1 to MOST, as a constant.
@@ -373,24 +386,22 @@ INLINE TileRows tile_of(const Rows& x, int64_t first, int64_t inputs) {
 #endif
 
 // The biases of a panel's outputs, or zeros.
-INLINE void bias_of(const Weight& weight, int64_t index, floats (&bias)[2]) {
+INLINE void bias_of(const Weight& weight, int64_t index, floats (&bias)[VECTORS]) {
   float values[PANEL] = {};
   const int64_t first = index * PANEL, own = std::min(PANEL, weight.outputs - first);
   for (int64_t i = 0; weight.bias && i < own; i++) values[i] = widen_one(weight.bias[first + i]);
-  bias[0] = load(values);
-  bias[1] = load(values + 16);
+  for (int v = 0; v < VECTORS; v++) bias[v] = load(values + v * LANES);
 }
 
-// Calls finish(r, v) for a row's sums: v[p][0] outputs 0 to 15 of panel p, v[p][1] 16 to 31. c: the
-// row's place in the sums of the first panel, `apart` values from that in the next.
+// Calls finish(r, sums) for a row's sums of each panel's outputs. c: the row's place in those of the
+// first panel, `apart` values from that in the next.
 template <int PANELS, typename Finish>
-INLINE void finish_row(int64_t r, const float* c, int64_t apart, const floats (&bias)[PANELS][2],
-                       Finish& finish) {
-  floats v[PANELS][2];
+INLINE void finish_row(int64_t r, const float* c, int64_t apart,
+                       const floats (&bias)[PANELS][VECTORS], Finish& finish) {
+  floats sums[PANELS][VECTORS];
   for (int p = 0; p < PANELS; p++)
-    for (int half = 0; half < 2; half++)
-      v[p][half] = load(c + p * apart + half * 16) + bias[p][half];
-  finish(r, v);
+    for (int v = 0; v < VECTORS; v++) sums[p][v] = load(c + p * apart + v * LANES) + bias[p][v];
+  finish(r, sums);
 }
 
 #if WIDE
@@ -398,7 +409,7 @@ INLINE void finish_row(int64_t r, const float* c, int64_t apart, const floats (&
 // and unpacks MXFP4 for all.
 template <int PANELS, typename Finish>
 INLINE void tiles_times_panels(const Weight& weight, const int64_t (&index)[PANELS], const Rows& x,
-                               const floats (&bias)[PANELS][2], float* scratch, int64_t& tiles,
+                               const floats (&bias)[PANELS][VECTORS], float* scratch, int64_t& tiles,
                                Finish& finish) {
   constexpr int64_t BLOCK = ROWS * PANEL, AHEAD = 32;  // inputs; measured
   const int64_t inputs = weight.inputs, rows = std::min<int64_t>(16, x.count);
@@ -505,7 +516,7 @@ INLINE int64_t scratch_values(const Weight& weight, int64_t rows, int64_t panels
 template <int PANELS, typename Finish>
 INLINE void rows_times_panels(const Weight& weight, const int64_t (&index)[PANELS], const Rows& x,
                               float* scratch, [[maybe_unused]] int64_t& tiles, Finish finish) {
-  floats bias[PANELS][2];
+  floats bias[PANELS][VECTORS];
   for (int p = 0; p < PANELS; p++) bias_of(weight, index[p], bias[p]);
 #if FIXED
   return fixed_times_panels<PANELS>(weight, index, x, bias, scratch, finish);
@@ -538,12 +549,11 @@ INLINE void release_tiles([[maybe_unused]] int64_t tiles) {
 }
 
 // A panel's `own` outputs of a row, or all of it.
-INLINE void write_row(const floats (&v)[2], bf16* out, int64_t own) {
+INLINE void write_row(const floats (&sums)[VECTORS], bf16* out, int64_t own) {
   if (own >= PANEL) {
-    narrow(out, v[0]);
-    narrow(out + 16, v[1]);
+    for (int v = 0; v < VECTORS; v++) narrow(out + v * LANES, sums[v]);
   } else {
-    for (int64_t i = 0; i < own; i++) out[i] = narrow_one(v[i / 16][i % 16]);
+    for (int64_t i = 0; i < own; i++) out[i] = narrow_one(sums[i / LANES][i % LANES]);
   }
 }
 
@@ -579,7 +589,9 @@ static void linear(const Weight& weight, const bf16* x, int64_t rows, bf16* out,
       bf16* to = out + first * outputs + index * PANEL;
       rows_times_panels<1>(
           weight, {index}, rows_from(all, first, most, inputs), scratch, tiles,
-          [&](int64_t r, const floats(&v)[1][2]) { write_row(v[0], to + r * outputs, own); });
+          [&](int64_t r, const floats(&sums)[1][VECTORS]) {
+            write_row(sums[0], to + r * outputs, own);
+          });
     }
     release_tiles(tiles);
   }
@@ -592,11 +604,11 @@ static void gated_block(const Weight& weight, int64_t index, const Rows& x, Swig
   const int64_t size = weight.outputs / 2;
   rows_times_panels<2>(
       weight, {index, index + size / PANEL}, x, scratch, tiles,
-      [&](int64_t r, const floats(&v)[2][2]) {
+      [&](int64_t r, const floats(&sums)[2][VECTORS]) {
         bf16* to = x.arranged ? out + arranged_at(r, x.count, size, index * PANEL)
                               : out + r * size + index * PANEL;
-        narrow(to, activate(v[0][0], v[1][0], how));
-        narrow(to + 16, activate(v[0][1], v[1][1], how));
+        for (int v = 0; v < VECTORS; v++)
+          narrow(to + v * LANES, activate(sums[0][v], sums[1][v], how));
       });
 }
 
@@ -712,17 +724,17 @@ static void add_rms_norm(const bf16* x, const bf16* delta, const bf16* weight, i
     const bf16* from = x + row * size;
     if (delta) {
       bf16* to = out_sum + row * size;
-      for (int64_t i = 0; i < size; i += 16)
+      for (int64_t i = 0; i < size; i += LANES)
         narrow(to + i, widen(from + i) + widen(delta + row * size + i));
       from = to;
     }
     floats squares = {};
-    for (int64_t i = 0; i < size; i += 16) {
+    for (int64_t i = 0; i < size; i += LANES) {
       const floats value = widen(from + i);
       squares += value * value;
     }
     const float factor = 1.0f / std::sqrt(sum(squares) / (float)size + eps);
-    for (int64_t i = 0; i < size; i += 16)
+    for (int64_t i = 0; i < size; i += LANES)
       narrow(normed + row * size + i, widen(from + i) * factor * widen(weight + i));
   }
 }
@@ -732,14 +744,14 @@ INLINE void rotate_head(const bf16* from, const bf16* norm, float eps, const flo
   float factor = 1;
   if (norm) {
     floats squares = {};
-    for (int64_t i = 0; i < head_dim; i += 16) {
+    for (int64_t i = 0; i < head_dim; i += LANES) {
       const floats value = widen(from + i);
       squares += value * value;
     }
     factor = 1.0f / std::sqrt(sum(squares) / (float)head_dim + eps);
   }
   const int64_t half = head_dim / 2;
-  for (int64_t i = 0; i < half; i += 16) {
+  for (int64_t i = 0; i < half; i += LANES) {
     floats first = widen(from + i), second = widen(from + half + i);
     if (norm) {
       first = first * factor * widen(norm + i);
@@ -809,7 +821,7 @@ constexpr int64_t TILE = 64;        // positions taken at once
 constexpr int64_t MOST_QUERY = 32;  // (token, head) rows that share a KV head and a pass
 constexpr int64_t MOST_MIXED = 64 * 256;
 
-// keys of 16 positions [16, head_dim] → [head_dim / 2, 16, 2]
+// keys of 16 positions [KEYS, head_dim] → [head_dim / 2, KEYS, 2]
 INLINE void transpose_keys(const bf16* const* rows, int64_t head_dim, bf16* to) {
 #if WIDE
   for (int64_t span = 0; span < head_dim; span += 32) {
@@ -840,9 +852,31 @@ INLINE void transpose_keys(const bf16* const* rows, int64_t head_dim, bf16* to) 
                           _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
     }
   }
+#elif FIXED
+  for (int64_t span = 0; span < head_dim; span += 16)
+    for (int part = 0; part < KEYS; part += 8) {
+      __m256i r[8], t[8];
+      for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_si256((const __m256i*)(rows[part + i] + span));
+      for (int i = 0; i < 4; i++) {
+        t[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+      }
+      for (int i = 0; i < 2; i++) {
+        r[4 * i] = _mm256_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = _mm256_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = _mm256_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = _mm256_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+      }
+      for (int i = 0; i < 4; i++) {
+        bf16* out = to + (span / 2 + i) * 2 * KEYS + part * 2;
+        _mm256_storeu_si256((__m256i*)out, _mm256_permute2x128_si256(r[i], r[i + 4], 0x20));
+        _mm256_storeu_si256((__m256i*)(out + 8 * KEYS),
+                            _mm256_permute2x128_si256(r[i], r[i + 4], 0x31));
+      }
+    }
 #else
-  for (int i = 0; i < 16; i++)
-    for (int64_t k = 0; k < head_dim; k += 2) memcpy(to + k * 16 + i * 2, rows[i] + k, 4);
+  for (int i = 0; i < KEYS; i++)
+    for (int64_t k = 0; k < head_dim; k += 2) memcpy(to + k * KEYS + i * 2, rows[i] + k, 4);
 #endif
 }
 
@@ -853,36 +887,40 @@ using Query = bf16;
 using Query = float;
 #endif
 
+constexpr int SCORED = WIDE ? 8 : 3;  // rows of queries whose scores stay in registers
+
 template <int COUNT>
 INLINE void score_rows(const Query* query, const bf16* keys, int64_t head_dim, float* scores) {
-  floats acc[COUNT] = {};
+  constexpr int PARTS = KEYS / LANES;
+  floats acc[COUNT][PARTS] = {};
   for (int64_t k = 0; k < head_dim; k += 2) {
-    ints pairs = load_pairs(keys + k * 16);
-    hold(pairs);
-#if WIDE && !FIXED
+    ints pairs[PARTS];
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; p++) pairs[p] = held(load_pairs(keys + k * KEYS + p * 2 * LANES));
 #pragma GCC unroll 8
     for (int r = 0; r < COUNT; r++) {
+#if WIDE && !FIXED
       int32_t pair;
       memcpy(&pair, query + r * head_dim + k, 4);
-      acc[r] = dot(acc[r], pair - ints{}, pairs);
-    }
+      acc[r][0] = dot(acc[r][0], pair - ints{}, pairs[0]);
 #else
-    const floats even = (floats)(pairs << 16), odd = (floats)(pairs & (int32_t)0xffff0000);
-#pragma GCC unroll 8
-    for (int r = 0; r < COUNT; r++) {
-      acc[r] += even * query[r * head_dim + k];
-      acc[r] += odd * query[r * head_dim + k + 1];
-    }
+#pragma GCC unroll 4
+      for (int p = 0; p < PARTS; p++) {
+        acc[r][p] += (floats)(pairs[p] << 16) * query[r * head_dim + k];
+        acc[r][p] += (floats)(pairs[p] & (int32_t)0xffff0000) * query[r * head_dim + k + 1];
+      }
 #endif
+    }
   }
-  for (int r = 0; r < COUNT; r++) store(scores + r * TILE, acc[r]);
+  for (int r = 0; r < COUNT; r++)
+    for (int p = 0; p < PARTS; p++) store(scores + r * TILE + p * LANES, acc[r][p]);
 }
 
 INLINE void take_queries(const bf16* from, int64_t values, Query* to) {
 #if WIDE && !FIXED
   memcpy(to, from, (size_t)values * 2);
 #else
-  for (int64_t i = 0; i < values; i += 16) store(to + i, widen(from + i));
+  for (int64_t i = 0; i < values; i += LANES) store(to + i, widen(from + i));
 #endif
 }
 
@@ -910,8 +948,8 @@ INLINE void score(const Query* query, const bf16* keys, int64_t rows, int64_t he
     return;
   }
 #endif
-  for (int64_t r = 0; r < rows; r += 8)
-    with_constant<8>(std::min<int64_t>(8, rows - r), [&](auto constant) {
+  for (int64_t r = 0; r < rows; r += SCORED)
+    with_constant<SCORED>(std::min<int64_t>(SCORED, rows - r), [&](auto constant) {
       score_rows<constant.value>(query + r * head_dim, keys, head_dim, scores + r * TILE);
     });
 }
@@ -969,25 +1007,27 @@ static void mix_tiles(const bf16* shares, const bf16* values, int64_t rows, int6
 }
 #endif
 
-template <int COUNT, int VECTORS>
+constexpr int MIXED = WIDE ? 4 : 2;  // rows whose values are mixed at once, and vectors of these
+
+template <int COUNT, int PARTS>
 INLINE void mix_rows(const float* shares, const bf16* const* values, int64_t count, float* out,
                      int64_t stride) {
-  floats acc[COUNT][VECTORS];
+  floats acc[COUNT][PARTS];
   for (int r = 0; r < COUNT; r++)
-    for (int v = 0; v < VECTORS; v++) acc[r][v] = load(out + r * stride + v * 16);
+    for (int p = 0; p < PARTS; p++) acc[r][p] = load(out + r * stride + p * LANES);
   for (int64_t i = 0; i < count; i++) {
-    floats value[VECTORS];
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; v++) value[v] = widen(values[i] + v * 16);
+    floats value[PARTS];
+#pragma GCC unroll 8
+    for (int p = 0; p < PARTS; p++) value[p] = widen(values[i] + p * LANES);
 #pragma GCC unroll 4
     for (int r = 0; r < COUNT; r++) {
       const floats share = splat(shares[r * TILE + i]);
-#pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; v++) acc[r][v] += share * value[v];
+#pragma GCC unroll 8
+      for (int p = 0; p < PARTS; p++) acc[r][p] += share * value[p];
     }
   }
   for (int r = 0; r < COUNT; r++)
-    for (int v = 0; v < VECTORS; v++) store(out + r * stride + v * 16, acc[r][v]);
+    for (int p = 0; p < PARTS; p++) store(out + r * stride + p * LANES, acc[r][p]);
 }
 
 // Turns a row's scores of a tile, of which it may see [from, to), into shares relative to the
@@ -996,12 +1036,13 @@ INLINE void mix_rows(const float* shares, const bf16* const* values, int64_t cou
 template <int PARTS>
 INLINE void take_shares(float* row, bf16* narrowed, float scale, int64_t from, int64_t to,
                         float& top, float& total, float* mixed, int64_t head_dim) {
-  const ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  ints lane;
+  for (int i = 0; i < LANES; i++) lane[i] = i;
   const floats unseen = splat(-INFINITY);
   floats share[PARTS], most = unseen, sums = {};
   for (int p = 0; p < PARTS; p++) {
-    const ints at = lane + p * 16;
-    const floats value = load(row + p * 16) * scale;
+    const ints at = lane + p * LANES;
+    const floats value = load(row + p * LANES) * scale;
     share[p] = (at >= (int32_t)from) & (at < (int32_t)to) ? value : unseen;
     most = share[p] > most ? share[p] : most;
   }
@@ -1011,16 +1052,16 @@ INLINE void take_shares(float* row, bf16* narrowed, float scale, int64_t from, i
     share[p] = share[p] == unseen ? splat(0) : exponential(share[p] - best);
     sums += share[p];
   }
-  for (int p = 0; p < TILE / 16; p++) {
+  for (int p = 0; p < TILE / LANES; p++) {
     if (narrowed)
-      narrow(narrowed + p * 16, p < PARTS ? share[p] : floats{});
+      narrow(narrowed + p * LANES, p < PARTS ? share[p] : floats{});
     else if (p < PARTS)
-      store(row + p * 16, share[p]);
+      store(row + p * LANES, share[p]);
   }
   if (best > top && top > -INFINITY) {
     const floats shrink = exponential(splat(top - best));
     total *= shrink[0];
-    for (int64_t i = 0; i < head_dim; i += 16) store(mixed + i, load(mixed + i) * shrink);
+    for (int64_t i = 0; i < head_dim; i += LANES) store(mixed + i, load(mixed + i) * shrink);
   }
   top = best;
   total += sum(sums);
@@ -1051,7 +1092,7 @@ static void attend(const bf16* query, bf16* out, const AttentionItem& item, int6
   const int64_t begin = low / TILE * TILE;
   const int64_t stride = size.kv_heads * head_dim;
   const float scale = 1.0f / std::sqrt((float)head_dim);
-  alignas(64) bf16 keys[16 * 256];
+  alignas(64) bf16 keys[KEYS * 256];
   alignas(64) float scores[MOST_QUERY * TILE];
   alignas(64) float mixed[MOST_MIXED];
   alignas(64) bf16 shares[MOST_QUERY * TILE];
@@ -1081,7 +1122,7 @@ static void attend(const bf16* query, bf16* out, const AttentionItem& item, int6
   const int64_t room = whole_tiles(rows) * head_dim;
   memset(mixed, 0, (size_t)(item.kv_heads * room) * 4);
   for (int64_t at = begin; at < end; at += TILE) {
-    const int64_t count = std::min(TILE, end - at), padded = (count + 15) / 16 * 16;
+    const int64_t count = std::min(TILE, end - at), padded = (count + KEYS - 1) / KEYS * KEYS;
     const int64_t *here = offsets[(at - begin) / TILE % 2], ahead = std::min(TILE, end - at - TILE);
     int64_t* next = offsets[((at - begin) / TILE + 1) % 2];
     find(at + TILE, next);
@@ -1095,11 +1136,11 @@ static void attend(const bf16* query, bf16* out, const AttentionItem& item, int6
       for (int64_t token = item.first; token < item.last; token++)
         take_queries(query + (token * size.heads + head) * head_dim, group * head_dim,
                      queries + (token - item.first) * group * head_dim);
-      for (int64_t i = 0; i < count; i += 16) {
+      for (int64_t i = 0; i < count; i += KEYS) {
         // The pages lie anywhere, which no hardware foresees: values wanted soon, keys later.
-        for (int64_t j = i; j < std::min(count, i + 16); j++)
+        for (int64_t j = i; j < std::min(count, i + KEYS); j++)
           for (int64_t d = 0; d < head_dim; d += 32) __builtin_prefetch(value_rows[j] + d);
-        for (int64_t j = i; j < std::min(ahead, i + 16); j++)
+        for (int64_t j = i; j < std::min(ahead, i + KEYS); j++)
           for (int64_t d = 0; d < head_dim; d += 32)
             __builtin_prefetch(kv + next[j] + own * head_dim + d, 0, 2);
         transpose_keys(key_rows + i, head_dim, keys);
@@ -1107,8 +1148,8 @@ static void attend(const bf16* query, bf16* out, const AttentionItem& item, int6
       }
       float* own_mixed = mixed + own * room;
       for (int64_t r = 0; r < rows; r++) {
-        with_constant<TILE / 16>(padded / 16, [&](auto parts) {
-          take_shares<parts.value>(scores + r * TILE, use_amx ? shares + r * TILE : nullptr, scale,
+        with_constant<TILE / KEYS>(padded / KEYS, [&](auto parts) {
+          take_shares<parts.value * KEYS / LANES>(scores + r * TILE, use_amx ? shares + r * TILE : nullptr, scale,
                                    window ? ends[r] - window - at : 0, ends[r] - at,
                                    top[own * rows + r], total[own * rows + r],
                                    own_mixed + r * head_dim, head_dim);
@@ -1124,15 +1165,15 @@ static void attend(const bf16* query, bf16* out, const AttentionItem& item, int6
       }
 #endif
       for (int64_t part = 0; part < head_dim && !use_amx; part += 32) {
-        const bool wide = head_dim - part >= 64;
+        const bool wide = WIDE && head_dim - part >= 64;
         for (int64_t i = 0; i < count; i++) part_rows[i] = value_rows[i] + part;
-        for (int64_t r = 0; r < rows; r += 4)
-          with_constant<4>(std::min<int64_t>(4, rows - r), [&](auto constant) {
+        for (int64_t r = 0; r < rows; r += MIXED)
+          with_constant<MIXED>(std::min<int64_t>(MIXED, rows - r), [&](auto constant) {
             float* to = own_mixed + r * head_dim + part;
             if (wide)
-              mix_rows<constant.value, 4>(scores + r * TILE, part_rows, count, to, head_dim);
+              mix_rows<constant.value, 64 / LANES>(scores + r * TILE, part_rows, count, to, head_dim);
             else
-              mix_rows<constant.value, 2>(scores + r * TILE, part_rows, count, to, head_dim);
+              mix_rows<constant.value, 32 / LANES>(scores + r * TILE, part_rows, count, to, head_dim);
           });
         if (wide) part += 32;
       }
@@ -1146,12 +1187,12 @@ static void attend(const bf16* query, bf16* out, const AttentionItem& item, int6
     const float factor = total[i] > 0 ? 1 / total[i] : 0;
     const float* from = mixed + i / rows * room + r * head_dim;
     for (int64_t d = 0; d < head_dim; d += 32) {
-      floats low = load(from + d) * factor, high = load(from + d + 16) * factor;
+      floats value[VECTORS];
+      for (int v = 0; v < VECTORS; v++) value[v] = load(from + d + v * LANES) * factor;
 #if WIDE
-      if (use_amx) in_order(low, high);
+      if (use_amx) in_order(value[0], value[1]);
 #endif
-      narrow(to + d, low);
-      narrow(to + d + 16, high);
+      for (int v = 0; v < VECTORS; v++) narrow(to + d + v * LANES, value[v]);
     }
   }
 }
@@ -1297,11 +1338,11 @@ static void experts(const Weight* ups, const Weight* downs, int64_t count, const
           for (int64_t panel = begin; panel < end; panel++) {
             float* sum = sums + (panel - begin) * tokens * PANEL;
             rows_times_panels<1>(downs[e], {panel}, rows, scratch, tiles,
-                                 [&](int64_t r, const floats(&v)[1][2]) {
+                                 [&](int64_t r, const floats(&own)[1][VECTORS]) {
                                    const int64_t pair = grouped.pairs[(size_t)(first + r)];
                                    float* to = sum + pair / top_k * PANEL;
-                                   store(to, load(to) + v[0][0] * weights[pair]);
-                                   store(to + 16, load(to + 16) + v[0][1] * weights[pair]);
+                                   for (int v = 0; v < VECTORS; v++, to += LANES)
+                                     store(to, load(to) + own[0][v] * weights[pair]);
                                  });
           }
         }
@@ -1309,8 +1350,9 @@ static void experts(const Weight* ups, const Weight* downs, int64_t count, const
       for (int64_t panel = begin; panel < end; panel++)
         for (int64_t token = 0; token < tokens; token++) {
           const float* sum = sums + ((panel - begin) * tokens + token) * PANEL;
-          write_row({load(sum), load(sum + 16)}, out + token * outputs + panel * PANEL,
-                    outputs - panel * PANEL);
+          floats own[VECTORS];
+          for (int v = 0; v < VECTORS; v++) own[v] = load(sum + v * LANES);
+          write_row(own, out + token * outputs + panel * PANEL, outputs - panel * PANEL);
         }
     }
     release_tiles(tiles);

@@ -21,6 +21,8 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     """A linear's weight [out, in] in the layout `linear` is fastest with; the shape stays."""
     if weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
         return weight
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # a processor without AVX-512
+        return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 32)
 
 
