@@ -329,6 +329,27 @@ def test_a_packed_linear_equals_the_plain_one(
     torch.testing.assert_close(found, reference.linear(x, weight, column), rtol=2e-2, atol=2e-1)
 
 
+def test_without_kernels_nor_onednns_bfloat16_linears_are_torchs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A processor without AVX-512, and no compiler when getp was installed."""
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    x, weight = (rand(rows, 64, seed=rows, dtype=torch.bfloat16) for rows in (3, 32))
+    packed = ops.pack(weight)
+    assert isinstance(packed, torch.Tensor)
+    assert not packed.is_mkldnn
+    torch.testing.assert_close(ops.linear(x, packed, None), reference.linear(x, weight, None))
+    monkeypatch.setenv(calls.VARIABLE, "")
+    monkeypatch.setattr(calls.Path, "glob", lambda *_: [])
+    calls.library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="--dtype float32 is then faster"):
+            calls.library()
+    finally:
+        calls.library.cache_clear()
+
+
 def test_recordings_of_many_sizes_share_their_memory() -> None:
     recorder = ops.recorder(torch.bfloat16)
     if recorder is None:
