@@ -16,6 +16,7 @@ from model.batch import ForwardBatch, GroupTables
 from model.ops import cpu, reference
 from model.ops.cpu import calls
 from model.ops.cpu.packed import Packed
+from tests.emulator import emulated_library
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
@@ -34,16 +35,21 @@ def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 @contextmanager
 def using(level: str) -> Iterator[None]:
-    """The kernels of one instruction set; skips where there are none."""
-    kernels = calls.library()
+    """The kernels of one instruction set, emulated where the processor has it not."""
+    kernels, number = calls.library(), calls.LEVELS.index(level)
     if kernels is None:
         pytest.skip("no native kernels were built here")
-    if not kernels.getp_has_level(calls.LEVELS.index(level)):
-        pytest.skip(f"this processor has no {level}")
-    usual = kernels.getp_level()
-    kernels.getp_use_level(calls.LEVELS.index(level))
-    yield
-    kernels.getp_use_level(usual)
+    with pytest.MonkeyPatch.context() as patch:
+        if not kernels.getp_has_level(number):
+            kernels = emulated_library()
+            if kernels is None:
+                pytest.skip(f"this processor has no {level}, and it cannot be emulated")
+            patch.setattr(calls, "library", lambda: kernels)
+            patch.setattr(cpu, "library", lambda: kernels)
+        usual = kernels.getp_level()
+        kernels.getp_use_level(number)
+        yield
+        kernels.getp_use_level(usual)
 
 
 def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

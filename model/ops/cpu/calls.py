@@ -65,8 +65,7 @@ def library() -> ctypes.CDLL | None:
         _say("they were not built: `pip install -e .` with a C++ compiler builds them")
         return None
     try:
-        _share_openmp()
-        found = ctypes.CDLL(str(files[0]))
+        found = load(files[0])
     except OSError as error:
         _say(f"{files[0].name} does not load ({error}); install again to build it anew")
         return None
@@ -78,6 +77,13 @@ def library() -> ctypes.CDLL | None:
         _say("they need AVX2, which this processor lacks")
         return None
     found.getp_use_level(LEVELS.index(wanted) if wanted else best)
+    return found
+
+
+def load(file: Path) -> ctypes.CDLL:
+    """Load a library of the kernels. Raises OSError."""
+    _share_openmp()
+    found = ctypes.CDLL(str(file))
     for name, arguments in _SIGNATURES.items():
         function = getattr(found, f"getp_{name}")
         function.argtypes, function.restype = arguments, None
