@@ -18,7 +18,7 @@ from model.hardware import Device, device_of_driver
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LONG_ENOUGH_S = 0.05  # for a product whose time is not mostly its start
-_BIGGEST_PRODUCT = 8192
+_SMALLEST_PRODUCT, _BIGGEST_PRODUCT = 256, 8192
 _RUNS_KEY = "runs"  # in the cache, beside the machines
 _RUNS = 3  # the best of these counts: a peak is what the machine can do undisturbed
 
@@ -131,12 +131,21 @@ def _best(function: Callable[[], Any], target: torch.device, runs: int = _RUNS) 
 
 def _product_rate(target: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the largest square product that is worth its time, by torch or by our own ops."""
-    size, rate = 512, 0.0
+    rate = _linear_rate(target, dtype, lambda a: partial(torch.nn.functional.linear, a, a))
+    if target.type == "cpu":  # our kernels may pass those of torch
+        own = _linear_rate(target, dtype, lambda a: partial(ops.linear, a, ops.pack(a), None))
+        rate = max(rate, own)
+    return rate
+
+
+def _linear_rate(
+    target: torch.device,
+    dtype: torch.dtype,
+    product: Callable[[torch.Tensor], Callable[[], torch.Tensor]],
+) -> float:
+    size, rate = _SMALLEST_PRODUCT, 0.0
     while True:
-        a = torch.randn(size, size, device=target).to(dtype)
-        seconds = _best(partial(torch.matmul, a, a), target)
-        if target.type == "cpu":  # our kernels may pass those of torch
-            seconds = min(seconds, _best(partial(ops.linear, a, ops.pack(a), None), target))
+        seconds = _best(product(torch.randn(size, size, device=target).to(dtype)), target)
         rate = max(rate, 2 * size**3 / seconds)
         if seconds > _LONG_ENOUGH_S or size >= _BIGGEST_PRODUCT:
             return rate

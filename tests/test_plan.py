@@ -1,6 +1,8 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +290,27 @@ def test_this_machine_can_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["peaks"]["float32"] > 1e8
     assert 1e7 < found["bandwidth"] < 1e15
     assert found["memory"] > 2**28
+
+
+def test_a_slow_product_is_timed_no_longer_than_it_takes_to_see(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Torch's bfloat16 on a processor without AVX-512, beside kernels a hundred times as fast."""
+    timed = []
+
+    def best(function: Callable[[], object], target: torch.device) -> float:
+        assert isinstance(function, partial)
+        by_torch = function.func is torch.nn.functional.linear
+        size = len(function.args[0])
+        timed.append((by_torch, size))
+        return 1.0 if by_torch else 1e-9 * size
+
+    monkeypatch.setattr(measure, "_best", best)
+    monkeypatch.setattr(measure, "_BIGGEST_PRODUCT", 1024)
+    rate = measure._product_rate(torch.device("cpu"), torch.bfloat16)
+    assert [size for by_torch, size in timed if by_torch] == [256]
+    assert [size for by_torch, size in timed if not by_torch] == [256, 512, 1024]
+    assert rate == pytest.approx(2 * 1024**2 * 1e9)
 
 
 @pytest.mark.parametrize(
