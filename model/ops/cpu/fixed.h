@@ -1,6 +1,7 @@
-// Linears in fixed point, part of kernels.h for AVX-512 with VNNI but without AMX: such processors
-// multiply 16-bit integers up to four times as fast as bf16 (Intel's VPDPWSSD starts twice a cycle,
-// VDPBF16PS once in two).
+// Linears in fixed point, part of kernels.h for processors that multiply 16-bit integers faster than
+// bf16: those with AVX2 alone, where a pair of bf16 is two products in float32 and two conversions,
+// and Intel's with VNNI but without AMX, which start VPDPWSSD twice a cycle and VDPBF16PS once in
+// two.
 //
 // 64 inputs of a row, and of an output's weights, share a scale: a power of two such that the norm
 // of the 64 integers lies from 2^14 to 2^15. Two such norms multiply to less than 2^31: sums within
@@ -147,10 +148,10 @@ struct SharedScales {
   }
 };
 
-// Values of FP4 E2M1 as integers, looked up for the codes of one vector: `Codes` takes the words of
-// a unit of MXFP4, code<I> the values whose nibbles are the I-th of each word.
+// decode<I>: of 16-bit words as a unit of MXFP4 has them, the I-th nibbles' values of FP4 E2M1, times
+// 2^UNIT.
 #if WIDE
-constexpr int UNIT = 9;  // a value is times 2^9, with room for eight octaves less
+constexpr int UNIT = 9;  // with room for eight octaves less
 
 // Twice: a look-up takes the low five bits of its index.
 alignas(64) static const int16_t FP4_FIXED[32] = {
