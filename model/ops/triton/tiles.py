@@ -14,7 +14,7 @@ import torch
 class Tile:
     """m rows (tokens), n columns (keys or outputs), k of the contraction.
 
-    Of the stages of attention one goes to looking up blocks: 4 prefetch two tiles of KV.
+    Of the stages of attention half go to looking up blocks: 5 have two tiles of KV on their way.
     """
 
     m: int
@@ -47,7 +47,7 @@ class Tiles:
 
 
 _HOPPER = Tiles(
-    decode=Tile(16, 64, 0, 4, 4),
+    decode=Tile(16, 64, 0, 4, 5),
     prefill=Tile(128, 64, 0, 8, 4),
     prefill_wide=Tile(128, 64, 0, 8, 4),
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
@@ -63,7 +63,7 @@ _BLACKWELL = replace(  # with 64 of k, 128 experts without a limit spilled
     mxfp4=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 128, 4, 3), Tile(128, 128, 64, 8, 3)),
 )
 _AMPERE = Tiles(
-    decode=Tile(16, 64, 0, 4, 4),
+    decode=Tile(16, 64, 0, 4, 5),
     prefill=Tile(64, 64, 0, 4, 4),
     prefill_wide=Tile(128, 32, 0, 8, 4),
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)),
