@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import Engine, EngineError, EngineStats, Request, SamplingParams
+from engine import runner as runner_module
 from engine.graphs import Capture, Compute, gpu_capture, sizes
 from engine.kv_cache import NULL_BLOCK
 from model.batch import ForwardBatch
@@ -94,6 +95,27 @@ def test_steps_replayed_at_fixed_sizes_give_the_same_tokens(
     assert len(replays) >= 4
     assert sum(replays.values()) > 50
     assert set(replays) <= {1, 2, 4, 8, 10}
+
+
+def test_a_replayed_step_sends_its_rows_to_the_device_once(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[[str], Path]
+) -> None:
+    sent, original = list[torch.Size](), runner_module.put
+
+    def put(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+        sent.append(values.shape)
+        return original(values, device)
+
+    monkeypatch.setattr(runner_module, "put", put)
+    with Engine(checkpoint("qwen3"), dtype="float32", kv_memory=32 << 20) as engine:
+        engine._runner._model = FromTensors(engine._runner._model)  # type: ignore[assignment]
+        engine._runner.capture(recording(Counter()))
+        counts = []
+        for tokens in (3, 13):
+            sent.clear()
+            list(engine.generate([Request([5], SamplingParams(max_new_tokens=tokens))]))
+            counts.append(len(sent))
+    assert counts[1] - counts[0] == 10
 
 
 def test_the_first_steps_are_the_largest_and_short_ones_and_leave_nothing(
