@@ -141,15 +141,17 @@ def _fusions(dtype: torch.dtype) -> Iterator[Comparison]:
         x, delta = rand(rows, size, dtype=dtype), rand(rows, size, dtype=dtype)
         summed, normed = reference.add_rms_norm(x, delta, norm, 1e-6)
         gates = reference.linear(normed.float(), up.float(), None)
-        with fused_limits(fused_qkv=64, fused_mlp=64):
+        with fused_limits(fused_qkv=64):
             found = triton.norm_qkv(x, delta, norm, 1e-6, up, bias)
-            whole = triton.norm_mlp(x, delta, norm, 1e-6, up, None, down, None)
         assert found is not None
-        assert whole is not None
         yield f"norm + linear, {rows} rows: sum", found[0], summed
         yield f"norm + linear, {rows} rows", found[1], gates + bias.float()
         expected = reference.linear(reference.swiglu(gates, None, 1.0), down.float(), None)
-        yield f"norm + MLP, {rows} rows", whole[1], expected
+        for limit in ("fused_gate_up", "fused_mlp"):
+            with fused_limits(**{limit: 64}):
+                found = triton.norm_mlp(x, delta, norm, 1e-6, up, None, down, None)
+            assert found is not None
+            yield f"norm + MLP, {limit}, {rows} rows", found[1], expected
 
 
 def _attention(dtype: torch.dtype) -> Iterator[Comparison]:
