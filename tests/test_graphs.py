@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -60,6 +61,38 @@ def test_without_a_gpu_a_capture_is_refused_before_it_begins() -> None:
         pytest.skip("there is a GPU")
     with pytest.raises(RuntimeError, match="no GPU"):
         gpu_capture(EngineStats())
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch's: what ends a capture raises before the stream is set back."""
+    streams = ["the usual"]
+
+    class Capturing:
+        def __init__(self, graph: Any, pool: Any, stream: Any):
+            self.stream = stream
+
+        def __enter__(self) -> None:
+            streams.append(self.stream)
+
+        def __exit__(self, *error: object) -> None:
+            raise RuntimeError("the capture was invalidated")
+
+    cuda: dict[str, Any] = {
+        "is_available": lambda: True,
+        "graph_pool_handle": lambda: None,
+        "Stream": MagicMock(),
+        "stream": MagicMock(),
+        "CUDAGraph": MagicMock(),
+        "graph": Capturing,
+        "current_stream": lambda: streams[-1],
+        "set_stream": streams.append,
+    }
+    for name, stand_in in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    capture = gpu_capture(EngineStats())
+    with pytest.raises(RuntimeError, match="invalidated"):
+        capture(lambda: torch.zeros(1))
+    assert torch.cuda.current_stream() == "the usual"
 
 
 def test_sizes_are_few_and_reach_the_largest() -> None:
