@@ -127,7 +127,8 @@ SECTIONS: dict[str, Section] = {
     "check-experts": Section(_check("experts"), 80, "router and experts", False),
     "check-draws": Section(_check("draws"), 80, "top-k and top-p", False),
     "check-fusions": Section(_check("fusions"), 80, "fused norms", False),
-    "parity": Section(_check("parity"), 80, "tiny models, captured: the CPU's tokens", False),
+    "parity-dense": Section(_check("parity_dense"), 80, "tiny models: the CPU's tokens", False),
+    "parity-experts": Section(_check("parity_experts"), 80, "the same, with experts", False),
     "score": Section(_score, 80, "the embedded model's score", False),
     "gpt-oss": Section(
         _load("gpt-oss-20b", "short_load", (4096, 1024), 35, 1024), 90, "4096 short prompts"

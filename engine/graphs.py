@@ -178,9 +178,12 @@ def gpu_capture(stats: EngineStats) -> Capture:
             compute()
         stream.synchronize()
         stats.compile_s += time.perf_counter() - start
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            result = compute()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                result = compute()
+        finally:
+            torch.cuda.set_stream(current)  # torch leaves its own in place if the capture fails
 
         def replay() -> torch.Tensor:
             graph.replay()

@@ -251,9 +251,11 @@ class ModelRunner:
         if not all(work.samples):
             kept = torch.tensor([1] * decodes + [*work.samples]).bool()
             logits_rows, sampling, upto = logits_rows[kept], sampling[kept], upto[kept]
-        token_ids = last[put(rows[:decodes] if chunks else rows, self.device)]
+        own = put(rows[:decodes] if chunks else rows, self.device)
+        token_ids = last[own]
         if chunks:
             token_ids = torch.cat((token_ids, put(_tensor(work.tokens), self.device)))
+            own = put(sampling, self.device)
         batch = ForwardBatch(
             token_ids=token_ids,
             positions=place(positions, self.device),
@@ -265,7 +267,8 @@ class ModelRunner:
             query_starts=place(torch.nn.functional.pad(query_ends, (1, 0)).int(), self.device),
             seen=place(seen, self.device),
         )
-        return batch, put(sampling, self.device), put(upto, self.device)
+        # Each copy is a launch of its own in every step: what nobody reads is not sent.
+        return batch, own[: work.size], put(upto, self.device) if work.drawn else upto
 
 
 def _tensor(values: Iterable[int]) -> torch.Tensor:

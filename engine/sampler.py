@@ -94,8 +94,8 @@ class Sampler:
 
         logits [n, this rank's part of the vocabulary]; rows int64 [n]: the sequences' own;
         positions [n]: the index that the new token will have in its sequence, which together with
-        the request's seed decides the draw; special: by index below n, those who want more than
-        the likeliest token; drawn: whether there are such.
+        the request's seed decides the draw, and is not read without one; special: by index below
+        n, those who want more than the likeliest token; drawn: whether there are such.
         """
         shard = self._shard
         if not drawn:

@@ -194,7 +194,7 @@ def test_no_section_of_ours_can_take_another_s_time() -> None:
     timed = sum(section.limit_s for section in ours if section.timed)
     assert longest + timed <= gpu.BUDGET_S < 600
     names = ("norms", "attention", "experts", "draws", "fusions")
-    checks = [*(f"check-{name}" for name in names), "parity", "score"]
+    checks = [*(f"check-{name}" for name in names), "parity-dense", "parity-experts", "score"]
     assert list(gpu.SECTIONS)[: 1 + len(checks)] == ["limits", *checks]
     assert [name for name, section in gpu.SECTIONS.items() if not section.timed] == checks
     assert tuple(gpu.SECTIONS)[-2:] == peers

@@ -48,7 +48,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
     monkeypatch.setattr(JITFunction, "run", record)
     monkeypatch.setattr(tiles, "architecture", lambda device: "sm_90")
-    for op in (triton.attention, triton.draw):
+    for op in (triton.attention, triton.draw, triton.norm_qkv):
         monkeypatch.setitem(op.__globals__, "processors", lambda device: 132)
     monkeypatch.setitem(ops._BY_DEVICE, "cpu", triton)
     return found
@@ -135,19 +135,25 @@ def test_a_job_needs_no_kernel_that_warm_up_has_not_compiled(
     assert set(launches) <= compiled, Counter(name for name, _ in set(launches) - compiled)
 
 
-_ATTENTION = ("_add_rms_norm", "linear", "_rotate_and_write", "_decode", "linear")
-_SPLIT = ("_add_rms_norm", "linear", "_rotate_and_write", "_decode", "_combine", "linear")
+_ATTENTION = ("_rotate_and_write", "_decode", "linear")
+_SPLIT = ("_rotate_and_write", "_decode", "_combine", "linear")
+_WITHOUT_AND_WITH = (_SPLIT, _ATTENTION, _SPLIT)  # a window
+_FIRST, _NORMED = ("_add_rms_norm", "linear"), ("_norm_linear",)  # up to QKV
 _MLP = ("_add_rms_norm", "linear", "_swiglu", "linear")
+_FUSED_MLP = ("_norm_linear", "linear")
 _MOE = ("_add_rms_norm", "linear", "_route", "_sort", "_gate_up", "_down", "_sum")
 
 
 @pytest.mark.parametrize(
     ("name", "rows", "layers"),
     [
-        ("qwen2", 1, [_SPLIT + _MLP] * 4),
-        ("qwen3", 1, [_SPLIT + _MLP] * 4),
-        ("qwen3", 256, [_ATTENTION + _MLP] * 4),
-        ("gpt_oss", 1, [_ATTENTION + _MOE, _SPLIT + _MOE] * 2),  # windows, and without
+        ("qwen2", 1, [_FIRST + _SPLIT + _FUSED_MLP, *[_NORMED + _SPLIT + _FUSED_MLP] * 3]),
+        ("qwen3", 256, [_FIRST + _ATTENTION + _MLP] * 4),
+        (
+            "gpt_oss",
+            1,
+            [_FIRST + _ATTENTION + _MOE, *(_NORMED + x + _MOE for x in _WITHOUT_AND_WITH)],
+        ),
     ],
 )
 def test_kernels_of_a_decode_step(

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import Engine, EngineError, EngineStats, Request, SamplingParams
+from engine import runner as runner_module
 from engine.graphs import Capture, Compute, gpu_capture, sizes
 from engine.kv_cache import NULL_BLOCK
 from model.batch import ForwardBatch
@@ -61,6 +63,38 @@ def test_without_a_gpu_a_capture_is_refused_before_it_begins() -> None:
         gpu_capture(EngineStats())
 
 
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch's: what ends a capture raises before the stream is set back."""
+    streams = ["the usual"]
+
+    class Capturing:
+        def __init__(self, graph: Any, pool: Any, stream: Any):
+            self.stream = stream
+
+        def __enter__(self) -> None:
+            streams.append(self.stream)
+
+        def __exit__(self, *error: object) -> None:
+            raise RuntimeError("the capture was invalidated")
+
+    cuda: dict[str, Any] = {
+        "is_available": lambda: True,
+        "graph_pool_handle": lambda: None,
+        "Stream": MagicMock(),
+        "stream": MagicMock(),
+        "CUDAGraph": MagicMock(),
+        "graph": Capturing,
+        "current_stream": lambda: streams[-1],
+        "set_stream": streams.append,
+    }
+    for name, stand_in in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    capture = gpu_capture(EngineStats())
+    with pytest.raises(RuntimeError, match="invalidated"):
+        capture(lambda: torch.zeros(1))
+    assert torch.cuda.current_stream() == "the usual"
+
+
 def test_sizes_are_few_and_reach_the_largest() -> None:
     assert sizes(1) == [1]
     assert sizes(3) == [1, 2, 3]
@@ -94,6 +128,27 @@ def test_steps_replayed_at_fixed_sizes_give_the_same_tokens(
     assert len(replays) >= 4
     assert sum(replays.values()) > 50
     assert set(replays) <= {1, 2, 4, 8, 10}
+
+
+def test_a_replayed_step_sends_its_rows_to_the_device_once(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[[str], Path]
+) -> None:
+    sent, original = list[torch.Size](), runner_module.put
+
+    def put(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+        sent.append(values.shape)
+        return original(values, device)
+
+    monkeypatch.setattr(runner_module, "put", put)
+    with Engine(checkpoint("qwen3"), dtype="float32", kv_memory=32 << 20) as engine:
+        engine._runner._model = FromTensors(engine._runner._model)  # type: ignore[assignment]
+        engine._runner.capture(recording(Counter()))
+        counts = []
+        for tokens in (3, 13):
+            sent.clear()
+            list(engine.generate([Request([5], SamplingParams(max_new_tokens=tokens))]))
+            counts.append(len(sent))
+    assert counts[1] - counts[0] == 10
 
 
 def test_the_first_steps_are_the_largest_and_short_ones_and_leave_nothing(

@@ -23,7 +23,7 @@ from model import ModelConfig
 from model.batch import ForwardBatch, GroupTables
 from model.families import parse_config
 from model.ops import triton as ops
-from model.ops.triton import tiles
+from model.ops.triton import fused, tiles
 from model.ops.triton.mxfp4 import Words
 from model.ops.triton.norm import swiglu
 from model.shapes import named_config
@@ -118,6 +118,7 @@ def launches(architecture: str) -> list[Launch]:
         patch.object(tiles, "architecture", lambda device: architecture),
         patch("model.ops.triton.attention.processors", lambda device: 132),
         patch("model.ops.triton.draw.processors", lambda device: 132),
+        patch("model.ops.triton.fused.processors", lambda device: 132),
         patch("model.ops.triton.fused.tiles", lambda device: own),
     ):
         for config in CONFIGS:
@@ -170,6 +171,9 @@ def _calls(config: ModelConfig, rows: int) -> Iterator[Callable[[], Any]]:
     norms = (_empty(dim), _empty(dim)) if config.qk_norm else None
     slots, cos_sin = _empty(rows, dtype=torch.int64), _empty(rows, dim, dtype=torch.float32)
     yield lambda: ops.rotate_and_write(qkv, cos_sin, kv, slots, heads, norms, 1e-5)
+    out = qkv.shape[1] * dim
+    column = _empty(out) if config.qkv_bias else None
+    yield lambda: ops.norm_qkv(x, x, norm, 1e-5, _empty(out, hidden), column)
     sinks = _empty(heads) if config.sinks else None
     query = _empty(rows, heads, dim)
     for window in {layer.window for layer in config.layers}:
@@ -183,11 +187,10 @@ def _calls(config: ModelConfig, rows: int) -> Iterator[Callable[[], Any]]:
         size = config.intermediate_size
         gate_up, up, down = _empty(rows, 2 * size), _empty(2 * size, hidden), _empty(hidden, size)
         yield lambda: swiglu(gate_up, None, 1.0)
-        width = (heads + 2 * config.num_kv_heads) * dim
-        for out, bias in ((width, config.qkv_bias), (2 * size, config.mlp_bias)):
-            column = _empty(out) if bias else None
-            yield partial(ops.norm_qkv, x, x, norm, 1e-5, _empty(out, hidden), column)
         yield lambda: ops.norm_mlp(x, x, norm, 1e-5, up, None, down, None)
+        if rows <= 64:
+            bias = _empty(2 * size) if config.mlp_bias else None
+            yield lambda: fused._linear(x, x, norm, 1e-5, up, bias, is_gated=True)
         return
     moe, limit, alpha = config.moe, config.swiglu_limit, config.swiglu_alpha
     count, size = moe.num_experts, moe.intermediate_size

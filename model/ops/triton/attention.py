@@ -30,6 +30,7 @@ def _attend(
     kv_head,
     first,
     last,
+    CAUSAL: tl.constexpr,
     MASKED: tl.constexpr,
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -42,8 +43,8 @@ def _attend(
 ):
     """Online softmax of rows (query [rows, BLOCK_D], position [rows]) over keys [first, last).
 
-    Carries the scores' maximum (base 2), the sum of shares and the mixed values. MASKED: some
-    rows may not see all of these keys; otherwise every row sees all, and they fill whole tiles.
+    Carries the scores' maximum (base 2), the sum of shares and the mixed values. CAUSAL: some rows
+    may not see all of these keys, by position and WINDOW. MASKED: the last tile may not be full.
     """
     dim = tl.arange(0, BLOCK_D)
     for start in tl.range(first, last, BLOCK_N):
@@ -67,10 +68,12 @@ def _attend(
             value = tl.load(source + value_offset)
         scores = tl.dot(query, key.T, input_precision=PRECISION) * (SCALE * _LOG2E)
         if MASKED:
-            age = position[:, None] - at[None, :]
-            seen = (age >= 0) & (at < last)[None, :]
-            if WINDOW is not None:
-                seen = seen & (age < WINDOW)
+            seen = (at < last)[None, :]
+            if CAUSAL:
+                age = position[:, None] - at[None, :]
+                seen = seen & (age >= 0)
+                if WINDOW is not None:
+                    seen = seen & (age < WINDOW)
             scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         # A row that has seen nothing yet has no maximum to subtract.
@@ -138,14 +141,13 @@ def _decode(
     share = tl.cdiv(tl.cdiv(seen - begin, splits), BLOCK_N) * BLOCK_N
     first = begin + split * share
     last = tl.minimum(first + share, seen)
-    position = tl.zeros((BLOCK_M,), tl.int32) + seen - 1
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     mixed = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     top, total, mixed = _attend(
-        top, total, mixed, query, position, kv_ptr, value_offset, table_ptr + row * table_stride,
-        kv_head, first, last, True, SCALE, WINDOW, KV_HEADS, DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N,
-        PRECISION,
+        top, total, mixed, query, seen, kv_ptr, value_offset, table_ptr + row * table_stride,
+        kv_head, first, last, False, True, SCALE, WINDOW, KV_HEADS, DIM, BLOCK_D, BLOCK_SIZE,
+        BLOCK_N, PRECISION,
     )  # fmt: skip
     if not SPLIT:
         if SINKS:
@@ -271,12 +273,13 @@ def _prefill(
         whole = (before + skipped + 1) // BLOCK_N * BLOCK_N
         top, total, mixed = _attend(
             top, total, mixed, query, position, kv_ptr, value_offset, table_ptr, kv_head, 0,
-            whole, False, SCALE, WINDOW, KV_HEADS, DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N, PRECISION,
+            whole, False, False, SCALE, WINDOW, KV_HEADS, DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N,
+            PRECISION,
         )  # fmt: skip
         first = whole
     top, total, mixed = _attend(
         top, total, mixed, query, position, kv_ptr, value_offset, table_ptr, kv_head, first, last,
-        True, SCALE, WINDOW, KV_HEADS, DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N, PRECISION,
+        True, True, SCALE, WINDOW, KV_HEADS, DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N, PRECISION,
     )  # fmt: skip
     if SINKS:
         sink = tl.load(sinks_ptr + head).to(tl.float32) * _LOG2E

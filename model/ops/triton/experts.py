@@ -283,6 +283,7 @@ def experts(
         **shared,
     )
     parts = x.new_empty(pairs, hidden)
+    # A stage has half of what gate and up have: in twice as many as much is on its way.
     _down[(triton.cdiv(hidden, tile.n), blocks)](
         inner,
         down_weight,
@@ -293,7 +294,7 @@ def experts(
         starts,
         parts,
         BIAS=down_bias is not None,
-        **shared,
+        **{**shared, "num_stages": 2 * (tile.stages - 1) if packed else tile.stages},
     )
     out = torch.empty_like(x)
     block = min(1024, triton.next_power_of_2(hidden))

@@ -1,9 +1,9 @@
-"""Norm with the linear that follows, and norm with a whole MLP: fewer launches at decode.
+"""Norm with QKV, norm with gate, up and SwiGLU, norm with a whole MLP: fewer launches at decode.
 
 For few rows, where a launch costs more than an activation read again by every program. The row's
 scale is a factor of the whole product, so a program need not know it before it multiplies. Up to
-how many rows this wins is to be measured (`Tiles.fused_qkv` and the like): above, and where nobody
-has, the functions here return None, and the decoder goes in steps.
+how many rows this wins is in `Tiles` (`fused_qkv` and the like): above, the functions here return
+None, and the decoder goes in steps.
 """
 
 import torch
@@ -11,8 +11,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from model.ops.triton.norm import gated, swiglu
-from model.ops.triton.tiles import for_dtype, tiles
+from model.ops.triton.norm import gated
+from model.ops.triton.tiles import for_dtype, processors, tiles
 
 _SLICE = 32  # of the MLP's inner size that one program computes
 
@@ -66,13 +66,18 @@ def _norm_linear(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BIAS: tl.constexpr,
+    GATED: tl.constexpr,
 ):
-    """x, delta, sum [rows, SIZE], norm [SIZE], weight [OUT, SIZE] → out [rows, OUT]."""
+    """x, delta, sum [rows, SIZE], norm [SIZE], weight [OUT, SIZE] → out [rows, OUT].
+
+    GATED: weight [2 · OUT, SIZE] has gate rows, then up rows, and out is their plain SwiGLU.
+    """
     out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.arange(0, BLOCK_M)
     dtype = x_ptr.dtype.element_ty
     squares = tl.zeros((BLOCK_M,), tl.float32)
     product = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for k in tl.range(0, SIZE, BLOCK_K):
         at = k + tl.arange(0, BLOCK_K)
         x = _summed(x_ptr, delta_ptr, sum_ptr, rows, at, SIZE, BLOCK_M)
@@ -81,9 +86,18 @@ def _norm_linear(
         w = _weight(weight_ptr, out, at, OUT, SIZE, BLOCK_N, BLOCK_K)
         h = (x * norm[None, :]).to(dtype).T
         product = tl.dot(w, h, product, input_precision="ieee")
-    product *= tl.rsqrt(squares / SIZE + eps)[None, :]
+        if GATED:
+            w = _weight(weight_ptr + OUT * SIZE, out, at, OUT, SIZE, BLOCK_N, BLOCK_K)
+            up = tl.dot(w, h, up, input_precision="ieee")
+    scale = tl.rsqrt(squares / SIZE + eps)[None, :]
+    product *= scale
     if BIAS:
         product += tl.load(bias_ptr + out, out < OUT, other=0.0).to(tl.float32)[:, None]
+    if GATED:
+        up *= scale
+        if BIAS:
+            up += tl.load(bias_ptr + OUT + out, out < OUT, other=0.0).to(tl.float32)[:, None]
+        product = gated(product, up, None, 1.0)
     kept = (row < rows)[None, :] & (out < OUT)[:, None]
     tl.store(out_ptr + row[None, :] * OUT + out[:, None], product.to(dtype), kept)
 
@@ -173,7 +187,7 @@ def norm_mlp(
     down: torch.Tensor,
     down_bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """As ops.norm_mlp: one kernel without biases, or the norm with gate and up."""
+    """As ops.norm_mlp: one kernel without biases, or all but the down projection in one."""
     if delta is None or not len(x):
         return None
     own = tiles(x.device)
@@ -181,8 +195,8 @@ def norm_mlp(
         return _mlp(x, delta, norm, eps, gate_up, down)
     if len(x) > own.fused_gate_up:
         return None
-    summed, gates = _linear(x, delta, norm, eps, gate_up, gate_up_bias)
-    return summed, F.linear(swiglu(gates, None, 1.0), down, down_bias)
+    summed, hidden = _linear(x, delta, norm, eps, gate_up, gate_up_bias, is_gated=True)
+    return summed, F.linear(hidden, down, down_bias)
 
 
 def _linear(
@@ -192,12 +206,21 @@ def _linear(
     eps: float,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    is_gated: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x, delta [rows, size], norm [size], weight [out, size] → (x + delta, its norm · weight)."""
+    """x, delta [rows, size], norm [size], weight [out, size] → (x + delta, its norm · weight).
+
+    is_gated: weight has gates and ups, and in place of them is their plain SwiGLU [rows, out / 2].
+    """
     rows, size = x.shape
     tile = for_dtype(tiles(x.device).fused, x.dtype)
-    summed, out = torch.empty_like(x), x.new_empty(rows, len(weight))
-    _norm_linear[(triton.cdiv(len(weight), tile.n),)](
+    count = len(weight) // 2 if is_gated else len(weight)
+    summed, out = torch.empty_like(x), x.new_empty(rows, count)
+    # Gates come with as many ups; and too few programs would not keep enough of a small weight on
+    # its way.
+    narrow = is_gated or count < tile.n * processors(x.device)
+    block = max(16, tile.n // 2) if narrow else tile.n
+    _norm_linear[(triton.cdiv(count, block),)](
         x,
         delta,
         norm,
@@ -208,11 +231,12 @@ def _linear(
         rows,
         eps,
         SIZE=size,
-        OUT=len(weight),
+        OUT=count,
         BLOCK_M=max(16, triton.next_power_of_2(rows)),
-        BLOCK_N=tile.n,
+        BLOCK_N=block,
         BLOCK_K=tile.k,
         BIAS=bias is not None,
+        GATED=is_gated,
         **tile.options,
     )
     return summed, out
