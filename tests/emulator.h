@@ -137,6 +137,12 @@ EMULATED float emulated_reduce_max_ps(__m512 a) {
   return most;
 }
 
+EMULATED int32_t emulated_reduce_max_epi32(__m512i a) {
+  int32_t most = ((Ints)a)[0];
+  for (int i = 1; i < 16; i++) most = std::max(most, ((Ints)a)[i]);
+  return most;
+}
+
 EMULATED __m512i emulated_set1_epi16(int16_t one) { return (__m512i)(Words{} + (uint16_t)one); }
 #define emulated_setr_epi32(...) ((__m512i)(Ints{__VA_ARGS__}))
 EMULATED __m512i emulated_setzero() { return (__m512i)Ints{}; }
@@ -246,6 +252,7 @@ EMULATED void emulated_dpbf16ps(int sums, int a, int b) {
 #define _mm512_permutexvar_epi16 emulated_permutexvar_epi16
 #define _mm512_reduce_add_ps emulated_reduce_add_ps
 #define _mm512_reduce_max_ps emulated_reduce_max_ps
+#define _mm512_reduce_max_epi32 emulated_reduce_max_epi32
 #define _mm512_set1_epi16 emulated_set1_epi16
 #define _mm512_setr_epi32 emulated_setr_epi32
 #define _mm512_setzero_si512 emulated_setzero

@@ -1,8 +1,35 @@
 // Attention over paged KV, part of kernels.h.
 
 constexpr int64_t TILE = 64;        // positions taken at once
+constexpr int KEYS = 16;            // of them, those whose scores are
 constexpr int64_t MOST_QUERY = 32;  // (token, head) rows that share a KV head and a pass
 constexpr int64_t MOST_MIXED = 64 * 256;
+
+#if WIDE || FIXED
+#if WIDE
+using Register = __m512i;
+#define INTRINSIC(name) _mm512_##name
+#else
+using Register = __m256i;
+#define INTRINSIC(name) _mm256_##name
+#endif
+
+// Of each four registers, every 16 bytes as a matrix of 4 by 4 values of 32 bits, transposed.
+INLINE void transpose_fours(Register (&r)[LANES]) {
+  Register t[LANES];
+  for (int i = 0; i < LANES / 2; i++) {
+    t[2 * i] = INTRINSIC(unpacklo_epi32)(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = INTRINSIC(unpackhi_epi32)(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < LANES / 4; i++) {
+    r[4 * i] = INTRINSIC(unpacklo_epi64)(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = INTRINSIC(unpackhi_epi64)(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = INTRINSIC(unpacklo_epi64)(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = INTRINSIC(unpackhi_epi64)(t[4 * i + 1], t[4 * i + 3]);
+  }
+}
+#undef INTRINSIC
+#endif
 
 // keys of 16 positions [KEYS, head_dim] → [head_dim / 2, KEYS, 2]
 INLINE void transpose_keys(const bf16* const* rows, int64_t head_dim, bf16* to) {
@@ -10,16 +37,7 @@ INLINE void transpose_keys(const bf16* const* rows, int64_t head_dim, bf16* to) 
   for (int64_t span = 0; span < head_dim; span += 32) {
     __m512i r[16], t[16];
     for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(rows[i] + span);
-    for (int i = 0; i < 8; i++) {
-      t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-      t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-    for (int i = 0; i < 4; i++) {
-      r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-      r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-      r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-      r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-    }
+    transpose_fours(r);
     for (int i = 0; i < 4; i++) {
       t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
       t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
@@ -38,18 +56,10 @@ INLINE void transpose_keys(const bf16* const* rows, int64_t head_dim, bf16* to) 
 #elif FIXED
   for (int64_t span = 0; span < head_dim; span += 16)
     for (int part = 0; part < KEYS; part += 8) {
-      __m256i r[8], t[8];
-      for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_si256((const __m256i*)(rows[part + i] + span));
-      for (int i = 0; i < 4; i++) {
-        t[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-      }
-      for (int i = 0; i < 2; i++) {
-        r[4 * i] = _mm256_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 1] = _mm256_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 2] = _mm256_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-        r[4 * i + 3] = _mm256_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-      }
+      __m256i r[8];
+      for (int i = 0; i < 8; i++)
+        r[i] = _mm256_loadu_si256((const __m256i*)(rows[part + i] + span));
+      transpose_fours(r);
       for (int i = 0; i < 4; i++) {
         bf16* out = to + (span / 2 + i) * 2 * KEYS + part * 2;
         _mm256_storeu_si256((__m256i*)out, _mm256_permute2x128_si256(r[i], r[i + 4], 0x20));
@@ -190,7 +200,7 @@ static void mix_tiles(const bf16* shares, const bf16* values, int64_t rows, int6
 }
 #endif
 
-constexpr int MIXED = WIDE ? 4 : 2;  // rows whose values are mixed at once, and vectors of these
+constexpr int MIXED = WIDE ? 4 : 2;  // rows whose values are mixed at once
 
 template <int COUNT, int PARTS>
 INLINE void mix_rows(const float* shares, const bf16* const* values, int64_t count, float* out,
@@ -354,9 +364,11 @@ static void attend(const bf16* query, bf16* out, const AttentionItem& item, int6
           with_constant<MIXED>(std::min<int64_t>(MIXED, rows - r), [&](auto constant) {
             float* to = own_mixed + r * head_dim + part;
             if (wide)
-              mix_rows<constant.value, 64 / LANES>(scores + r * TILE, part_rows, count, to, head_dim);
+              mix_rows<constant.value, 64 / LANES>(scores + r * TILE, part_rows, count, to,
+                                                   head_dim);
             else
-              mix_rows<constant.value, 32 / LANES>(scores + r * TILE, part_rows, count, to, head_dim);
+              mix_rows<constant.value, 32 / LANES>(scores + r * TILE, part_rows, count, to,
+                                                   head_dim);
           });
         if (wide) part += 32;
       }

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 
-from model.ops.cpu import pages
+from model.ops.cpu import pages, plain
 
 VARIABLE = "GETP_CPU_KERNELS"
 LEVELS = ("none", "avx2", "vnni", "avx512", "amx")
 """Values of the variable, numbered as in kernels.cpp: torch alone, AVX2 (other architectures: the
-compiler's vectors), AVX-512 with VNNI, AVX-512 with BF16, and that with AMX. The first two on x86
-have linears in fixed point."""
+compiler's vectors), AVX-512 with VNNI, AVX-512 with BF16, and that with AMX. With avx2 (on x86)
+and vnni linears are in fixed point."""
 
 _Pointer, _Int, _Flag, _Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 # The first ones are numbered as in kernels.cpp's getp_replay.
@@ -97,7 +97,7 @@ def fixed_point() -> bool:
 
 
 def _say(reason: str) -> None:
-    if torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if plain.lacks_bfloat16():
         reason += "; on this processor --dtype float32 is then faster, with twice the memory"
     warnings.warn(f"slower without the native CPU kernels: {reason}", stacklevel=3)
 

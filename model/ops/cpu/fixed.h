@@ -1,7 +1,7 @@
-// Linears in fixed point, part of kernels.h for processors that multiply 16-bit integers faster than
-// bf16: those with AVX2 alone, where a pair of bf16 is two products in float32 and two conversions,
-// and Intel's with VNNI but without AMX, which start VPDPWSSD twice a cycle and VDPBF16PS once in
-// two.
+// Linears in fixed point, part of kernels.h for processors that multiply 16-bit integers faster
+// than bf16: those with AVX2 alone, where a pair of bf16 is two products in float32 and two
+// conversions, and Intel's with VNNI but without AMX, which start VPDPWSSD twice a cycle and
+// VDPBF16PS once in two.
 //
 // 64 inputs of a row, and of an output's weights, share a scale: a power of two such that the norm
 // of the 64 integers lies from 2^14 to 2^15. Two such norms multiply to less than 2^31: sums within
@@ -20,11 +20,18 @@ INLINE int64_t scales_for(int64_t inputs) { return (inputs + SHARED - 1) / SHARE
 
 #if WIDE
 INLINE ints nearest(floats value) { return (ints)_mm512_cvtps_epi32((__m512)value); }
+INLINE int32_t largest(ints value) { return _mm512_reduce_max_epi32((__m512i)value); }
 INLINE ints widen_bytes(const uint8_t* at) {
   return (ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)at));
 }
 #else
 INLINE ints nearest(floats value) { return (ints)_mm256_cvtps_epi32((__m256)value); }
+INLINE int32_t largest(ints value) {
+  __m128i four = _mm_max_epi32(_mm256_castsi256_si128((__m256i)value),
+                               _mm256_extracti128_si256((__m256i)value, 1));
+  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return std::max(_mm_cvtsi128_si32(four), _mm_extract_epi32(four, 1));
+}
 INLINE ints widen_bytes(const uint8_t* at) {
   return (ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)at));
 }
@@ -57,19 +64,17 @@ INLINE void fix_row(const bf16* from, int64_t inputs, fixed* to, float* scales, 
   for (int64_t k = 0; k < inputs; k += SHARED, to += stride * SHARED, scales += stride) {
     const int64_t vectors = std::min(SHARED, inputs - k) / LANES;
     floats value[SHARED / LANES], squares = {};
-    ints bits = {};
+    ints most = {};
     for (int64_t i = 0; i < vectors; i++) {
       value[i] = widen(from + k + i * LANES);
-      const ints own = (ints)magnitude(value[i]);
-      bits = own > bits ? own : bits;
+      const ints bits = (ints)magnitude(value[i]);
+      most = bits > most ? bits : most;
     }
-    int32_t most = bits[0];
-    for (int i = 1; i < LANES; i++) most = std::max(most, bits[i]);
-    const floats largest = (floats)(ints{} + most);
-    const ints exponent = exponent_of(largest);
+    const floats all = (floats)(ints{} + largest(most));
+    const ints exponent = exponent_of(all);
     const floats unit = unit_for(exponent);
     for (int64_t i = 0; i < vectors; i++) squares += value[i] * unit * (value[i] * unit);
-    const ints scale = scale_for(largest, exponent, splat(sum(squares)));
+    const ints scale = scale_for(all, exponent, splat(sum(squares)));
     *scales = scale[0] == 255 ? NAN : power_of_two(scale)[0];
     const floats factor = to_integers(scale);
     for (int64_t i = 0; i < vectors; i++)
@@ -148,8 +153,8 @@ struct SharedScales {
   }
 };
 
-// decode<I>: of 16-bit words as a unit of MXFP4 has them, the I-th nibbles' values of FP4 E2M1, times
-// 2^UNIT.
+// decode<I>: of 16-bit words as a unit of MXFP4 has them, the I-th nibbles' values of FP4 E2M1,
+// times 2^UNIT.
 #if WIDE
 constexpr int UNIT = 9;  // with room for eight octaves less
 
@@ -401,7 +406,8 @@ __attribute__((noinline)) static void few_by_mxfp4(const Rows& x, const uint8_t*
 // rows_times_panels in fixed point.
 template <int PANELS, typename Finish>
 INLINE void fixed_times_panels(const Weight& weight, const int64_t (&index)[PANELS], const Rows& x,
-                               const floats (&bias)[PANELS][VECTORS], float* scratch, Finish& finish) {
+                               const floats (&bias)[PANELS][VECTORS], float* scratch,
+                               Finish& finish) {
   constexpr int64_t STEP = 128;  // inputs; of them and the next ones, all is in the nearest cache
   alignas(64) fixed unpacked[STEP * PANEL];
   uint8_t unpacked_exponents[STEP / SHARED * PANEL];

@@ -1,8 +1,8 @@
 // The decoder's operations on a CPU, in bfloat16 and MXFP4: plain C functions, called by native.py.
 //
-// The bodies are in kernels.h and are compiled, on x86, once for AVX2 and once for AVX-512 with VNNI,
-// both with linears in fixed point, and once for AVX-512 with BF16; AMX is used within the latter
-// where there is one. On other architectures once, with the compiler's vectors.
+// The bodies are in kernels.h and are compiled, on x86, once for AVX2 and once for AVX-512 with
+// VNNI, both with linears in fixed point, and once for AVX-512 with BF16; AMX is used within the
+// latter where there is one. On other architectures once, with the compiler's vectors.
 // OpenMP comes from the runtime that torch has loaded: this library is not linked to one.
 
 #include <omp.h>

@@ -4,7 +4,6 @@
 
 constexpr int LANES = WIDE ? 16 : FIXED ? 8 : 4;
 constexpr int VECTORS = PANEL / LANES;  // of a panel's outputs
-constexpr int KEYS = 16;                // positions whose scores are taken at once
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));    // or bf16 in pairs
@@ -393,8 +392,8 @@ INLINE void bias_of(const Weight& weight, int64_t index, floats (&bias)[VECTORS]
   for (int v = 0; v < VECTORS; v++) bias[v] = load(values + v * LANES);
 }
 
-// Calls finish(r, sums) for a row's sums of each panel's outputs. c: the row's place in those of the
-// first panel, `apart` values from that in the next.
+// Calls finish(r, sums) for a row's sums of each panel's outputs. c: the row's place in those of
+// the first panel, `apart` values from that in the next.
 template <int PANELS, typename Finish>
 INLINE void finish_row(int64_t r, const float* c, int64_t apart,
                        const floats (&bias)[PANELS][VECTORS], Finish& finish) {
@@ -409,8 +408,8 @@ INLINE void finish_row(int64_t r, const float* c, int64_t apart,
 // and unpacks MXFP4 for all.
 template <int PANELS, typename Finish>
 INLINE void tiles_times_panels(const Weight& weight, const int64_t (&index)[PANELS], const Rows& x,
-                               const floats (&bias)[PANELS][VECTORS], float* scratch, int64_t& tiles,
-                               Finish& finish) {
+                               const floats (&bias)[PANELS][VECTORS], float* scratch,
+                               int64_t& tiles, Finish& finish) {
   constexpr int64_t BLOCK = ROWS * PANEL, AHEAD = 32;  // inputs; measured
   const int64_t inputs = weight.inputs, rows = std::min<int64_t>(16, x.count);
   if (tiles != rows) configure_tiles(tiles = rows);

@@ -17,11 +17,17 @@ _NEG_INF = float("-inf")
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
+def lacks_bfloat16() -> bool:
+    """Whether oneDNN takes no bfloat16 on this processor: on x86, without AVX-512."""
+    mkldnn = torch.ops.mkldnn
+    return torch.backends.mkldnn.is_available() and not mkldnn._is_mkldnn_bf16_supported()
+
+
 def pack(weight: torch.Tensor) -> torch.Tensor:
     """A linear's weight [out, in] in the layout `linear` is fastest with; the shape stays."""
     if weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
         return weight
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # a processor without AVX-512
+    if lacks_bfloat16():
         return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 32)
 
