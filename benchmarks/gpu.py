@@ -133,7 +133,7 @@ SECTIONS: dict[str, Section] = {
     "gpt-oss": Section(
         _load("gpt-oss-20b", "short_load", (4096, 1024), 35, 1024), 90, "4096 short prompts"
     ),
-    "nano": Section(_load("qwen3-0.6b", "nano_load", (), 30), 60, "the nano-vllm load"),
+    "nano": Section(_load("qwen3-0.6b", "nano_load", (), 30), 55, "the nano-vllm load"),
     "gpt-oss-1": Section(
         _load("gpt-oss-20b", "context_load", (1, 500, 400), 10), 40, "gpt-oss-20b, batch 1"
     ),
@@ -148,9 +148,10 @@ SECTIONS: dict[str, Section] = {
     ),
     "attention": Section(_times("time_attention"), 30, "attention alone"),
     "experts": Section(_times("time_experts"), 30, "grouped products alone"),
-    "tiles": Section(_times("time_tiles"), 45, "MXFP4 experts with other tiles"),
+    "tiles": Section(_times("time_tiles"), 35, "MXFP4 experts with other tiles"),
     "fusions": Section(_times("time_fusions"), 35, "norm with linear and MLP, fused and not"),
-    "draws": Section(_times("time_draws"), 20, "top-k and top-p, beside a sort"),
+    "overlap": Section(_times("time_overlap"), 20, "kernels set up early, and not"),
+    "draws": Section(_times("time_draws"), 15, "top-k and top-p, beside a sort"),
     "transformers": Section(_peer("time_transformers", 64, 128), 60, "beside it"),
     "vllm": Section(_peer("time_vllm"), 120, "beside it, where installed"),
 }

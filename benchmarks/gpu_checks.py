@@ -134,18 +134,33 @@ def fused_limits(**limits: Any) -> Any:
 def _fusions(dtype: torch.dtype) -> Iterator[Comparison]:
     from model.ops import triton
 
-    size, inner = 896, 4864
+    size, inner, heads, kv_heads, dim = 896, 4864, 14, 2, 64
     up, down = rand(2 * inner, size, dtype=dtype, scale=0.03), rand(size, inner, dtype=dtype)
-    norm, bias = rand(size, dtype=dtype), rand(2 * inner, dtype=dtype)
+    norm, width = rand(size, dtype=dtype), (heads + 2 * kv_heads) * dim
+    weight, bias = rand(width, size, dtype=dtype, scale=0.03), rand(width, dtype=dtype)
+    of_heads = rand(dim, dtype=dtype), rand(dim, dtype=dtype)
+    angles = torch.rand(64, dim, device=CUDA)
     for rows in (1, 9, 17, 64):
         x, delta = rand(rows, size, dtype=dtype), rand(rows, size, dtype=dtype)
         summed, normed = reference.add_rms_norm(x, delta, norm, 1e-6)
         gates = reference.linear(normed.float(), up.float(), None)
-        with fused_limits(fused_qkv=64):
-            found = triton.norm_qkv(x, delta, norm, 1e-6, up, bias)
-        assert found is not None
-        yield f"norm + linear, {rows} rows: sum", found[0], summed
-        yield f"norm + linear, {rows} rows", found[1], gates + bias.float()
+        qkv = reference.linear(normed.float(), weight.float(), bias.float())
+        stores = [torch.zeros(2, 10, 16, kv_heads, dim, device=CUDA) for _ in "ab"]
+        stores[0] = stores[0].to(dtype)
+        for norms in (None, of_heads):
+            turn = torch.randperm(160, device=CUDA)[:rows], heads, norms
+            with fused_limits(fused_qkv=64):
+                found = triton.norm_qkv(
+                    x, delta, norm, 1e-6, weight, bias, angles[:rows], stores[0], *turn
+                )
+            assert found is not None
+            query = reference.rotate_and_write(
+                qkv.unflatten(1, (-1, dim)), angles[:rows], stores[1], *turn, 1e-6
+            )
+            kind = "norm + QKV" if norms is None else "norm + QKV with norms of heads"
+            yield f"{kind}, {rows} rows: sum", found[0], summed
+            yield f"{kind}, {rows} rows: query", found[1], query
+            yield f"{kind}, {rows} rows: KV", stores[0], stores[1]
         expected = reference.linear(reference.swiglu(gates, None, 1.0), down.float(), None)
         for limit in ("fused_gate_up", "fused_mlp"):
             with fused_limits(**{limit: 64}):

@@ -188,7 +188,7 @@ def time_fusions(limits: Limits) -> Iterator[Row]:
         assert isinstance(layer.mlp, Mlp)
         mlp = (layer.mlp.gate_up, layer.mlp.down)
         parts = (
-            ("QKV", layer.project, (layer.attention.qkv,), ("fused_qkv",)),
+            ("QKV", _project(layer), (layer.attention.qkv,), ("fused_qkv",)),
             ("MLP", layer.feed_forward, mlp, ("fused_gate_up", "fused_mlp")),
         )
         for title, call, linears, fields_of in parts:
@@ -214,6 +214,57 @@ def time_fusions(limits: Limits) -> Iterator[Row]:
                 yield Row(f"{name}: {kind} is faster up to", most, "rows")
 
 
+def _project(layer: Layer) -> Callable[[torch.Tensor, torch.Tensor], Any]:
+    """The layer's norm and what comes before attention, for up to 64 rows."""
+    attention = layer.attention
+    kv = rand(2, 4, 16, attention.kv_heads, attention.head_dim, dtype=torch.bfloat16)
+    cos_sin = rand(64, attention.head_dim, dtype=torch.float32)
+    slots = torch.arange(64, device=CUDA)
+
+    def project(x: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        count = len(x)
+        norm = layer.attention_norm
+        return attention.project(norm, x, delta, cos_sin[:count], kv, slots[:count])
+
+    return project
+
+
+def time_overlap(limits: Limits) -> Iterator[Row]:
+    """Dense layers at decode, where a kernel is set up while the one before ends, and not."""
+    from model.ops.triton import overlap as overlapping
+
+    own = overlapping.tiles(CUDA)
+    for name in ("qwen2-0.5b", "llama-3-8b"):
+        layers = [_random_layer(name) for _ in range(4)]
+        for rows in (1, 8, 64):
+            step = _decode_step(layers, rows, context=1000)
+            for is_early in (False, True):
+                chosen = replace(own, overlap=is_early)
+                with patch.object(overlapping, "tiles", lambda device, c=chosen: c):
+                    spent = seconds_of(step) / len(layers)
+                kind = "early" if is_early else "one by one"
+                yield Row(f"{name}, a layer of {rows} rows, {kind}", spent * 1e6, "us")
+
+
+def _decode_step(layers: list[Layer], rows: int, context: int) -> Callable[[], torch.Tensor]:
+    """The layers over a token of each row, every layer with a KV cache of its own."""
+    first = layers[0].attention
+    batch, group, blocks = paged_batch([(1, context)] * rows, None)
+    shape = 2, blocks, 16, first.kv_heads, first.head_dim
+    kvs = [rand(*shape, dtype=torch.bfloat16) for _ in layers]
+    projects = [_project(layer) for layer in layers]
+    stream = rand(rows, layers[0].mlp_norm.weight.numel(), dtype=torch.bfloat16)
+
+    def step() -> torch.Tensor:
+        x = delta = stream
+        for layer, project, kv in zip(layers, projects, kvs, strict=True):
+            x, query = project(x, delta)
+            x, delta = layer.feed_forward(x, layer.attention(query, kv, batch, group))
+        return delta
+
+    return step
+
+
 def _random_layer(name: str) -> Layer:
     """The first layer of a well-known dense model on the GPU, in bf16."""
     config = named_config(name)
@@ -221,7 +272,8 @@ def _random_layer(name: str) -> Layer:
     assert isinstance(layer.mlp, Mlp)
     for norm in (layer.attention_norm, layer.mlp_norm):
         norm.weight = rand(*norm.weight.shape, dtype=torch.bfloat16)
-    for linear in (layer.attention.qkv, layer.mlp.gate_up, layer.mlp.down):
+    attention, mlp = layer.attention, layer.mlp
+    for linear in (attention.qkv, attention.out, mlp.gate_up, mlp.down):
         linear.weight = rand(*linear.weight.shape, dtype=torch.bfloat16, scale=0.02)
         if linear.bias is not None:
             linear.bias = rand(*linear.bias.shape, dtype=torch.bfloat16)

@@ -1,11 +1,11 @@
-"""Self-attention of one layer: QKV projection, rotary, paged KV write, attention, output."""
+"""Self-attention of one layer: norm, QKV, rotary, paged KV write, attention, output."""
 
 import torch
 
 from model import ops
 from model.batch import ForwardBatch, GroupTables
 from model.config import ModelConfig
-from model.layers import Linear, RowLinear, declare
+from model.layers import Linear, RMSNorm, RowLinear, declare
 from model.shard import ALONE, Shard
 
 
@@ -23,28 +23,38 @@ class Attention:
         qkv_width = width + 2 * self.kv_heads * self.head_dim
         self.qkv = Linear(config.hidden_size, qkv_width, config.qkv_bias)
         self.out = RowLinear(width, config.hidden_size, config.o_bias, shard)
-        self.eps = config.rms_norm_eps
         self.q_norm = declare(self.head_dim) if config.qk_norm else None
         self.k_norm = declare(self.head_dim) if config.qk_norm else None
         self.sinks = declare(self.heads) if config.sinks else None
 
-    def __call__(
+    def project(
         self,
-        qkv: torch.Tensor,
+        norm: RMSNorm,
+        x: torch.Tensor,
+        delta: torch.Tensor | None,
         cos_sin: torch.Tensor,
         kv: torch.Tensor,
-        batch: ForwardBatch,
-        group: GroupTables,
-    ) -> torch.Tensor:
-        """Rotary, KV write, attention and the output's projection.
+        slots: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x, delta [tokens, hidden] → (x + delta, query of its norm); keys and values go to kv.
 
-        qkv [tokens, (heads + 2 · kv_heads) · head_dim] from `self.qkv`, the rest as in
-        ops.rotate_and_write and ops.attention → [tokens, hidden].
+        cos_sin, kv, slots and the query [tokens, heads, head_dim] are as in ops.rotate_and_write.
         """
-        qkv = qkv.unflatten(-1, (-1, self.head_dim))
         norms = None
         if self.q_norm is not None and self.k_norm is not None:
             norms = self.q_norm, self.k_norm
-        query = ops.rotate_and_write(qkv, cos_sin, kv, group.slots, self.heads, norms, self.eps)
+        turn = cos_sin, kv, slots, self.heads, norms
+        qkv = self.qkv
+        fused = ops.norm_qkv(x, delta, norm.weight, norm.eps, qkv.weight, qkv.bias, *turn)
+        if fused is not None:
+            return fused
+        x, normed = norm(x, delta)
+        heads = qkv(normed).unflatten(-1, (-1, self.head_dim))
+        return x, ops.rotate_and_write(heads, *turn, norm.eps)
+
+    def __call__(
+        self, query: torch.Tensor, kv: torch.Tensor, batch: ForwardBatch, group: GroupTables
+    ) -> torch.Tensor:
+        """Attention and the output's projection; arguments of ops.attention → [tokens, hidden]."""
         mixed = ops.attention(query, kv, batch, group, self.sinks)
         return self.out(mixed.flatten(1))

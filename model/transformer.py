@@ -27,17 +27,6 @@ class Layer:
         else:
             self.mlp = Mlp(config.hidden_size, config.intermediate_size, config.mlp_bias, shard)
 
-    def project(
-        self, x: torch.Tensor, delta: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x, delta [tokens, hidden] → (x + delta, QKV of its norm)."""
-        norm, qkv = self.attention_norm, self.attention.qkv
-        fused = ops.norm_qkv(x, delta, norm.weight, norm.eps, qkv.weight, qkv.bias)
-        if fused is not None:
-            return fused
-        x, normed = norm(x, delta)
-        return x, qkv(normed)
-
     def feed_forward(
         self, x: torch.Tensor, delta: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,8 +78,11 @@ class Transformer:
         cos_sin = ops.gather(self.rope, batch.positions)
         delta: torch.Tensor | None = None
         for layer, (group, cache) in zip(self.layers, places, strict=True):
-            x, qkv = layer.project(x, delta)
-            delta = layer.attention(qkv, cos_sin, caches[cache], batch, batch.groups[group])
+            kv, tables = caches[cache], batch.groups[group]
+            x, query = layer.attention.project(
+                layer.attention_norm, x, delta, cos_sin, kv, tables.slots
+            )
+            delta = layer.attention(query, kv, batch, tables)
             x, delta = layer.feed_forward(x, delta)
         if len(batch.logits_rows) < len(x):
             x = ops.gather(x, batch.logits_rows)

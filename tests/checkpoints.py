@@ -98,6 +98,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     ),
     "llama-llama3-rope": lambda: tf.LlamaConfig(
         **_COMMON,
+        head_dim=32,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,

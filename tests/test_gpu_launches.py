@@ -135,10 +135,8 @@ def test_a_job_needs_no_kernel_that_warm_up_has_not_compiled(
     assert set(launches) <= compiled, Counter(name for name, _ in set(launches) - compiled)
 
 
-_ATTENTION = ("_rotate_and_write", "_decode", "linear")
-_SPLIT = ("_rotate_and_write", "_decode", "_combine", "linear")
-_WITHOUT_AND_WITH = (_SPLIT, _ATTENTION, _SPLIT)  # a window
-_FIRST, _NORMED = ("_add_rms_norm", "linear"), ("_norm_linear",)  # up to QKV
+_QKV = ("_add_rms_norm", "linear", "_rotate_and_write")
+_ATTENTION, _SPLIT = ("_decode", "linear"), ("_decode", "_combine", "linear")
 _MLP = ("_add_rms_norm", "linear", "_swiglu", "linear")
 _FUSED_MLP = ("_norm_linear", "linear")
 _MOE = ("_add_rms_norm", "linear", "_route", "_sort", "_gate_up", "_down", "_sum")
@@ -147,13 +145,11 @@ _MOE = ("_add_rms_norm", "linear", "_route", "_sort", "_gate_up", "_down", "_sum
 @pytest.mark.parametrize(
     ("name", "rows", "layers"),
     [
-        ("qwen2", 1, [_FIRST + _SPLIT + _FUSED_MLP, *[_NORMED + _SPLIT + _FUSED_MLP] * 3]),
-        ("qwen3", 256, [_FIRST + _ATTENTION + _MLP] * 4),
-        (
-            "gpt_oss",
-            1,
-            [_FIRST + _ATTENTION + _MOE, *(_NORMED + x + _MOE for x in _WITHOUT_AND_WITH)],
-        ),
+        ("llama-llama3-rope", 1, [("_norm_linear", *_SPLIT, *_FUSED_MLP)] * 4),
+        ("qwen3", 1, [("_norm_linear", "_rotate_and_write", *_SPLIT, *_FUSED_MLP)] * 4),
+        ("qwen3", 256, [_QKV + _ATTENTION + _MLP] * 4),
+        # Every other layer has a window.
+        ("gpt_oss-wide", 1, [("_norm_linear", *x, *_MOE) for x in (_ATTENTION, _SPLIT) * 2]),
     ],
 )
 def test_kernels_of_a_decode_step(

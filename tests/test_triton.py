@@ -54,6 +54,17 @@ def test_nothing_is_tuned_while_a_job_runs() -> None:
     assert [p for p in sources if tuners.search(p.read_text())] == []
 
 
+def waits_before_memory(ptx: str) -> bool:
+    """Whether a kernel waits for its turn, once and before it touches memory."""
+    memory = (
+        r"griddepcontrol\.\w+|(?<![.\w])(?:ld|st|atom|red)\.(?!param|shared)"
+        r"|cp\.(?:reduce\.)?async\.(?!wait|commit)"
+    )
+    first, second, *later = re.findall(memory, ptx)
+    waits = [first, second] == ["griddepcontrol.wait", "griddepcontrol.launch_dependents"]
+    return waits and not any(word.startswith("griddepcontrol") for word in later)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_compile_and_fit_their_targets(architecture: str) -> None:
     pytest.importorskip("triton")
@@ -61,6 +72,10 @@ def test_kernels_compile_and_fit_their_targets(architecture: str) -> None:
     from tests.triton_compiler import LIMITS, compile_launch, launches
 
     chosen = launches(architecture)
+    # Those that start early wait for their turn; no launch waits that does not start early.
+    assert {dict(x.options).get("launch_pdl", False) for x in chosen} == {
+        TILES[architecture].overlap
+    }
     experts = [dict(x.constants) for x in chosen if x.kernel.__name__ == "_gate_up"]
     assert {(x["PACKED"], x["BLOCK_M"]) for x in experts} == {
         (packed, tile.m)
@@ -71,6 +86,8 @@ def test_kernels_compile_and_fit_their_targets(architecture: str) -> None:
         compiled = compile_launch(launch, architecture)
         assert compiled.shared <= LIMITS[architecture], f"{launch}: {compiled.shared} bytes"
         assert not compiled.spills, f"{launch}: {compiled.spills} spilled"
+        if TILES[architecture].overlap:
+            assert waits_before_memory(compiled.binary.asm["ptx"]), str(launch)
         if launch.kernel.__name__ == "_decode" and architecture.startswith("sm_"):
             # While one tile of keys and values is attended to, the next is on its way.
             named = dict(launch.constants)

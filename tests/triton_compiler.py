@@ -173,7 +173,11 @@ def _calls(config: ModelConfig, rows: int) -> Iterator[Callable[[], Any]]:
     yield lambda: ops.rotate_and_write(qkv, cos_sin, kv, slots, heads, norms, 1e-5)
     out = qkv.shape[1] * dim
     column = _empty(out) if config.qkv_bias else None
-    yield lambda: ops.norm_qkv(x, x, norm, 1e-5, _empty(out, hidden), column)
+    for delta in (None, x):
+        yield partial(
+            ops.norm_qkv, x, delta, norm, 1e-5, _empty(out, hidden), column,
+            cos_sin, kv, slots, heads, norms,
+        )  # fmt: skip
     sinks = _empty(heads) if config.sinks else None
     query = _empty(rows, heads, dim)
     for window in {layer.window for layer in config.layers}:

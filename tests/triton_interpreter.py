@@ -286,18 +286,50 @@ def fuse(monkeypatch: pytest.MonkeyPatch, **limits: Any) -> None:
     monkeypatch.setattr(fused_ops, "tiles", lambda device: own)
 
 
-@pytest.mark.parametrize("rows", [1, 17])
-def test_norm_with_linear_and_with_mlp(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    size, inner = 112, 144
-    x, delta, norm = rand(rows, size), rand(rows, size, seed=1), rand(size, seed=2)
-    weight, bias = rand(80, size, seed=3) * 0.2, rand(80, seed=4)
-    expected_sum, normed = reference.add_rms_norm(x, delta, norm, 1e-5)
+@pytest.mark.parametrize(
+    ("rows", "heads", "dim", "norms", "dtype"),
+    [
+        (1, (4, 4), 32, False, torch.float32),
+        (17, (5, 1), 64, False, torch.float16),
+        (5, (6, 2), 128, False, torch.float16),
+        (5, (6, 2), 80, False, torch.float16),  # halves of 40 are no whole blocks
+        (17, (6, 2), 32, True, torch.float16),
+    ],
+)
+def test_norm_with_qkv_and_rotary(
+    rows: int,
+    heads: tuple[int, int],
+    dim: int,
+    norms: bool,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    size, (queries, kv_heads) = 72, heads
+    x, delta, norm = (rand(n, size, seed=i, dtype=dtype) for i, n in enumerate((rows, rows, 1)))
+    out = (queries + 2 * kv_heads) * dim
+    weight, bias = rand(out, size, seed=3, dtype=dtype) * 0.2, rand(out, seed=4, dtype=dtype)
+    cos_sin = rand(rows, dim, seed=5)
+    of_heads = (rand(dim, seed=6, dtype=dtype), rand(dim, seed=7, dtype=dtype)) if norms else None
+    slots = torch.randperm(28, generator=torch.Generator().manual_seed(8))[:rows]
     fuse(monkeypatch, fused_qkv=17)
-    for column in (None, bias):
-        found = triton.norm_qkv(x, delta, norm, 1e-5, weight, column)
+    for change, column in ((delta, bias), (delta, None), (None, bias)):
+        kvs = [torch.full((2, 7, 4, kv_heads, dim), 7.0, dtype=dtype) for _ in range(2)]
+        expected_sum, normed = reference.add_rms_norm(x, change, norm[0], 1e-5)
+        qkv = reference.linear(normed, weight, column).unflatten(-1, (-1, dim))
+        turn = slots, queries, of_heads
+        expected = reference.rotate_and_write(qkv, cos_sin, kvs[0], *turn, 1e-5)
+        found = triton.norm_qkv(x, change, norm[0], 1e-5, weight, column, cos_sin, kvs[1], *turn)
         assert found is not None
         assert torch.equal(found[0], expected_sum)
-        close(found[1], reference.linear(normed, weight, column), 3)
+        close(found[1], expected, 3)
+        close(kvs[1], kvs[0], 3)
+
+
+@pytest.mark.parametrize("rows", [1, 17])
+def test_norm_with_mlp(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    size, inner = 112, 144
+    x, delta, norm = rand(rows, size), rand(rows, size, seed=1), rand(size, seed=2)
+    expected_sum, normed = reference.add_rms_norm(x, delta, norm, 1e-5)
     gate_up, down = rand(2 * inner, size, seed=5) * 0.2, rand(size, inner, seed=6) * 0.2
     for limit in ("fused_gate_up", "fused_mlp"):
         fuse(monkeypatch, **{limit: 17})
@@ -317,13 +349,12 @@ def test_nothing_is_fused_beyond_its_limit_nor_where_nobody_measured(
 ) -> None:
     x, norm, weight = rand(5, 32), rand(32), rand(64, 32)
     rest = norm, 1e-5, weight, None
-    assert triton.norm_qkv(x, x, *rest) is None
+    turn: Any = (rand(5, 16), torch.zeros(2, 1, 5, 1, 16), torch.arange(5), 2, None)
+    assert triton.norm_qkv(x, x, *rest, *turn) is None
     assert triton.norm_mlp(x, x, *rest, weight[:32], None) is None
     fuse(monkeypatch, fused_qkv=4, fused_gate_up=4, fused_mlp=4)
-    assert triton.norm_qkv(x, x, *rest) is None
+    assert triton.norm_qkv(x, x, *rest, *turn) is None
     assert triton.norm_mlp(x, x, *rest, weight[:32], None) is None
-    for delta in (None, x):  # before the first layer there is nothing to add
-        assert (triton.norm_qkv(x[:4], delta, *rest) is None) == (delta is None)
 
 
 def test_a_model_with_its_norms_fused_gives_the_same_tokens(
@@ -333,9 +364,9 @@ def test_a_model_with_its_norms_fused_gives_the_same_tokens(
     for name in ("_linear", "_mlp"):
         original = getattr(fused_ops, name)
 
-        def counted(*arguments: Any, name: str = name, original: Any = original) -> Any:
+        def counted(*given: Any, name: str = name, original: Any = original, **named: Any) -> Any:
             called.append(name)
-            return original(*arguments)
+            return original(*given, **named)
 
         monkeypatch.setattr(fused_ops, name, counted)
     checkpoint = write_checkpoint(tmp_path / "qwen2", "qwen2")
@@ -348,8 +379,7 @@ def test_a_model_with_its_norms_fused_gives_the_same_tokens(
             tokens.append([c.token_ids for c in engine.generate(requests)])
             layers = len(engine.config.layers)
     assert tokens[0] == tokens[1]
-    # Of the three steps' layers, the first has a norm of the embedding alone.
-    assert Counter(called) == {"_linear": 3 * (layers - 1), "_mlp": 3 * layers}
+    assert Counter(called) == {"_linear": 3 * layers, "_mlp": 3 * layers}
 
 
 def test_results_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:

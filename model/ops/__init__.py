@@ -131,13 +131,18 @@ def norm_qkv(
     eps: float,
     weight: Weight,
     bias: torch.Tensor | None,
+    cos_sin: torch.Tensor,
+    kv: torch.Tensor,
+    slots: torch.Tensor,
+    heads: int,
+    norms: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """`add_rms_norm`, then `linear` → (the sum, the linear), where one kernel does both faster.
+    """`add_rms_norm`, `linear` and `rotate_and_write` → (the sum, the query), if that is faster.
 
-    None where none does: then it is to be done in steps.
+    None where nothing does them together faster: then they are to be done in steps.
     """
     found: tuple[torch.Tensor, torch.Tensor] | None = _of(x.device).norm_qkv(
-        x, delta, norm, eps, weight, bias
+        x, delta, norm, eps, weight, bias, cos_sin, kv, slots, heads, norms
     )
     return found
 

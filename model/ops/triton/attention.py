@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from model.batch import ForwardBatch, GroupTables
+from model.ops.triton.overlap import overlap, wait_turn
 from model.ops.triton.tiles import Tile, for_dtype, processors, tiles
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -120,6 +121,7 @@ def _decode(
     SPLIT: tl.constexpr,
     SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One token's group of heads over a part of its KV; grid (KV_HEADS, rows, splits).
 
@@ -127,6 +129,7 @@ def _decode(
     (SPLIT), mixed float32 [rows, heads, splits, DIM] and stats float32 [2, rows, heads, splits]
     (maximum in base 2, sum of shares) are left for `_combine`.
     """
+    wait_turn(OVERLAP)
     kv_head, row, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     rows, splits = tl.num_programs(1), tl.num_programs(2)
     member = tl.arange(0, BLOCK_M)
@@ -176,8 +179,10 @@ def _combine(
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
     SINKS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """The splits of one head put together, its sink added once; grid (HEADS, rows)."""
+    wait_turn(OVERLAP)
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     rows = tl.num_programs(1)
     split = tl.arange(0, BLOCK_S)
@@ -226,6 +231,7 @@ def _prefill(
     BLOCK_N: tl.constexpr,
     SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A tile of one sequence's queries over its KV; grid (KV_HEADS, tiles).
 
@@ -233,6 +239,7 @@ def _prefill(
     for each: sequence s begins with tile (its first query / queries a tile) + s, so that a tile
     finds its sequence by bisection. starts int32 [sequences + 1], seen int32 [sequences].
     """
+    wait_turn(OVERLAP)
     QUERIES: tl.constexpr = BLOCK_M // GROUP
     kv_head, tile = tl.program_id(0), tl.program_id(1)
     low, high = singles, sequences
@@ -363,6 +370,7 @@ def _attend_singles(
         SINKS=sinks is not None,
         PRECISION="ieee",
         **tile.options,
+        **overlap(query.device),
     )
     if splits > 1:
         _combine[(heads, rows)](
@@ -377,6 +385,7 @@ def _attend_singles(
             BLOCK_S=_MAX_SPLITS,
             SINKS=sinks is not None,
             num_warps=2,
+            **overlap(query.device),
         )
 
 
@@ -419,4 +428,5 @@ def _attend_chunks(
         SINKS=sinks is not None,
         PRECISION="ieee",
         **tile.options,
+        **overlap(query.device),
     )

@@ -25,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
+from model.ops.triton.overlap import overlap, wait_turn
 from model.ops.triton.tiles import processors
 
 _BLOCK = 2048  # tokens that a program looks at together
@@ -55,8 +56,11 @@ def _keys(logits, WIDTH: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["splits"])
-def _highest(logits_ptr, highest_ptr, vocab, span, splits, BLOCK: tl.constexpr):
+def _highest(
+    logits_ptr, highest_ptr, vocab, span, splits, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
     """logits [rows, vocab] → highest float32 [rows, splits], of each span of a row."""
+    wait_turn(OVERLAP)
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     end = tl.minimum((split + 1) * span, vocab)
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -156,6 +160,7 @@ def _tally(
     WIDTH: tl.constexpr,
     TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One pass: tokens and mass by the digit at `shift`, of keys that begin as the search found.
 
@@ -163,6 +168,7 @@ def _tally(
     count and mass of the tokens before those, and the target, which is a count if by_count. goal:
     of the search that begins with this step, or 0; grid (rows, splits).
     """
+    wait_turn(OVERLAP)
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     rows = tl.num_programs(0)
     prefix = row * 0
@@ -246,8 +252,10 @@ def _find(
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     WIDTH: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """End the draw's search, whose last pass was `step` → tokens int64 [rows]; grid (rows,)."""
+    wait_turn(OVERLAP)
     row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     table_ptr = tables_ptr + (step * rows + row) * splits * 32
     state_ptr = states_ptr + (step * rows + row) * 4
@@ -304,8 +312,8 @@ def draw(
     highest = logits.new_empty(rows, splits, dtype=torch.float32)
     tables = logits.new_empty(len(steps), rows, splits, 2, 16, dtype=torch.int64)
     states = logits.new_empty(len(steps), rows, 4, dtype=torch.int64)
-    options = {"BLOCK": _BLOCK, "SPLITS": _SPLITS, "num_warps": 4}
-    _highest[rows, splits](logits, highest, vocab, span, splits, BLOCK=_BLOCK, num_warps=4)
+    options = {"BLOCK": _BLOCK, "num_warps": 4, **overlap(logits.device)}
+    _highest[rows, splits](logits, highest, vocab, span, splits, **options)
     for step, (goal, by_count, shift) in enumerate(steps):
         _tally[rows, splits](
             logits,
@@ -324,12 +332,23 @@ def draw(
             int(by_count),
             shift,
             PART=_PART,
+            SPLITS=_SPLITS,
             WIDTH=width,
             TOP_K=_TOP_K,
             TOP_P=_TOP_P,
             **options,
         )
     _find[(rows,)](
-        logits, tables, states, tokens, vocab, span, splits, len(steps) - 1, WIDTH=width, **options
+        logits,
+        tables,
+        states,
+        tokens,
+        vocab,
+        span,
+        splits,
+        len(steps) - 1,
+        SPLITS=_SPLITS,
+        WIDTH=width,
+        **options,
     )
     return tokens

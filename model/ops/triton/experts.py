@@ -13,6 +13,7 @@ import triton.language as tl
 from model.ops.triton.grouping import group_by_expert
 from model.ops.triton.mxfp4 import Words, unpack
 from model.ops.triton.norm import gated
+from model.ops.triton.overlap import overlap, wait_turn
 from model.ops.triton.tiles import Tile, for_dtype, tiles, vendor
 
 
@@ -91,12 +92,14 @@ def _gate_up(
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
     VENDOR: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """SwiGLU of gate and up of a tile; grid (⌈SIZE / BLOCK_N⌉, row blocks).
 
     x [tokens, HIDDEN], weight [EXPERTS, 2 · SIZE, HIDDEN] (gate rows first) and its scales, bias
     [EXPERTS, 2 · SIZE], order and starts as in `grouping` → out [pairs by expert, SIZE].
     """
+    wait_turn(OVERLAP)
     expert, first, end = _find(starts_ptr, tl.program_id(1), EXPERTS, BLOCK_E, BLOCK_M)
     if expert >= EXPERTS:
         return
@@ -154,12 +157,14 @@ def _down(
     PACKED: tl.constexpr,
     BIAS: tl.constexpr,
     VENDOR: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Down projection of a tile, times the router's weights; grid (⌈HIDDEN / BLOCK_N⌉, row blocks).
 
     x [pairs by expert, SIZE], weight [EXPERTS, HIDDEN, SIZE] and its scales, bias
     [EXPERTS, HIDDEN], shares float32 [pairs] → out [pairs, HIDDEN], pairs in their first order.
     """
+    wait_turn(OVERLAP)
     expert, first, end = _find(starts_ptr, tl.program_id(1), EXPERTS, BLOCK_E, BLOCK_M)
     if expert >= EXPERTS:
         return
@@ -199,11 +204,13 @@ def _sum(
     EXPERTS: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """pairs [tokens · TOP_K, HIDDEN] → out [tokens, HIDDEN], always summed in the same order.
 
     Only pairs whose expert, from chosen [tokens · TOP_K], is one of EXPERTS from `first` on.
     """
+    wait_turn(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -265,6 +272,7 @@ def experts(
         "PACKED": packed,
         "VENDOR": vendor(x.device),
         **tile.options,
+        **overlap(x.device),
     }
     blocks = row_blocks(pairs, count, tile.m)
     inner = x.new_empty(pairs, size)
@@ -308,6 +316,7 @@ def experts(
         HIDDEN=hidden,
         BLOCK=block,
         num_warps=4,
+        **overlap(x.device),
     )
     return out
 

@@ -9,12 +9,23 @@ import torch
 import triton
 import triton.language as tl
 
+from model.ops.triton.overlap import overlap, wait_turn
+
 _CHUNK = 128  # pairs that one program sorts
 
 
 @triton.jit(do_not_specialize=["first", "pairs"])
-def _count(chosen_ptr, counts_ptr, first, pairs, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr):
+def _count(
+    chosen_ptr,
+    counts_ptr,
+    first,
+    pairs,
+    BLOCK_E: tl.constexpr,
+    CHUNK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     """counts int32 [chunks, BLOCK_E]: pairs of each expert in each chunk."""
+    wait_turn(OVERLAP)
     at = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     expert = tl.arange(0, BLOCK_E)
     mine = tl.load(chosen_ptr + at, at < pairs, other=-1).to(tl.int32) - first
@@ -36,11 +47,13 @@ def _sort(
     CHUNK: tl.constexpr,
     ALONE: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A chunk's pairs put where they belong; ALONE: it is the only one and counts for itself.
 
     order int32 [pairs]: pairs by expert; starts int32 [EXPERTS + 1]: where each expert's begin.
     """
+    wait_turn(OVERLAP)
     own = tl.program_id(0)
     turn = tl.arange(0, CHUNK)
     expert = tl.arange(0, BLOCK_E)
@@ -82,7 +95,16 @@ def group_by_expert(
     counts = order
     if chunks > 1:
         counts = chosen.new_empty(chunks, block_e, dtype=torch.int32)
-        _count[(chunks,)](chosen, counts, first, pairs, BLOCK_E=block_e, CHUNK=_CHUNK, num_warps=4)
+        _count[(chunks,)](
+            chosen,
+            counts,
+            first,
+            pairs,
+            BLOCK_E=block_e,
+            CHUNK=_CHUNK,
+            num_warps=4,
+            **overlap(chosen.device),
+        )
     _sort[(chunks,)](
         chosen,
         counts,
@@ -97,5 +119,6 @@ def group_by_expert(
         ALONE=chunks == 1,
         BLOCK_C=32,
         num_warps=16,
+        **overlap(chosen.device),
     )
     return order, starts

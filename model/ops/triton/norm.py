@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from model.ops.triton.overlap import overlap, wait_turn
+
 
 @triton.jit
 def _add_rms_norm(
@@ -16,8 +18,10 @@ def _add_rms_norm(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_DELTA: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """x, delta, sum, out [tokens, SIZE], weight [SIZE]; grid (tokens,)."""
+    wait_turn(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * SIZE
     at = tl.arange(0, BLOCK)
     inside = at < SIZE
@@ -54,6 +58,7 @@ def add_rms_norm(
             BLOCK=block,
             HAS_DELTA=delta is not None,
             num_warps=min(8, max(1, block // 512)),
+            **overlap(x.device),
         )
     return summed, out
 
@@ -78,8 +83,10 @@ def _swiglu(
     BLOCK: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """gate_up [tokens, 2 · SIZE] → out [tokens, SIZE]; grid (tokens, ⌈SIZE / BLOCK⌉)."""
+    wait_turn(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < SIZE
@@ -98,6 +105,13 @@ def swiglu(gate_up: torch.Tensor, limit: float | None, alpha: float) -> torch.Te
     if tokens:
         block = min(1024, triton.next_power_of_2(size))
         _swiglu[(tokens, triton.cdiv(size, block))](
-            gate_up, out, SIZE=size, BLOCK=block, LIMIT=limit, ALPHA=alpha, num_warps=4
+            gate_up,
+            out,
+            SIZE=size,
+            BLOCK=block,
+            LIMIT=limit,
+            ALPHA=alpha,
+            num_warps=4,
+            **overlap(gate_up.device),
         )
     return out

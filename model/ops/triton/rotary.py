@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from model.ops.triton.overlap import overlap, wait_turn
+
 
 @triton.jit
 def _rotate_and_write(
@@ -22,6 +24,7 @@ def _rotate_and_write(
     HALF: tl.constexpr,
     BLOCK_H: tl.constexpr,
     NORMS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A block of heads of one token; grid (tokens, ⌈(HEADS + 2 · KV_HEADS) / BLOCK_H⌉).
 
@@ -29,6 +32,7 @@ def _rotate_and_write(
     KV_HEADS, DIM] with the values value_offset behind the keys, out [tokens, HEADS, DIM].
     HALF is DIM / 2 padded.
     """
+    wait_turn(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     half = tl.arange(0, HALF)
@@ -105,5 +109,6 @@ def rotate_and_write(
             BLOCK_H=block,
             NORMS=norms is not None,
             num_warps=2,
+            **overlap(qkv.device),
         )
     return out

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from model.ops.triton.overlap import overlap, wait_turn
+
 
 @triton.jit(do_not_specialize=["tokens"])
 def _route(
@@ -18,8 +20,10 @@ def _route(
     BLOCK_K: tl.constexpr,
     AFTER_TOP_K: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """logits [tokens, EXPERTS] → chosen int64, weights float32 [tokens, TOP_K]; BLOCK_T each."""
+    wait_turn(OVERLAP)
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     expert = tl.arange(0, BLOCK_E)
     rank = tl.arange(0, BLOCK_K)
@@ -75,5 +79,6 @@ def route(
             AFTER_TOP_K=softmax_after_top_k,
             NORMALIZE=normalize,
             num_warps=4,
+            **overlap(logits.device),
         )
     return chosen, weights
