@@ -2,15 +2,17 @@
 
 On a GPU as its graphs, on a CPU as a list of the kernels' calls.
 
-A captured step reads its inputs from buffers that stay where they are. A batch is padded to the
-next size there is, with rows that write to a block of their own and whose logits nobody reads.
+A captured step reads its inputs from buffers that stay where they are, and the last tokens from
+where they were sampled. A batch is padded to the next size there is, with rows that write to a
+block of their own and whose logits nobody reads.
 """
 
 import itertools
 import time
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -39,123 +41,152 @@ def _up_to(most: int, *wanted: int) -> list[int]:
     return sorted({size for size in wanted if size < most} | {most})
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a captured step reads besides block tables: integers in one piece of memory.
+
+    The spans begin at multiples of 16 bytes, whatever the size: kernels are compiled for that.
+    """
+
+    integers: torch.Tensor  # uint8: all of the following, in this order
+    rows: torch.Tensor  # int64 [sequences]: where each one's last token is
+    positions: torch.Tensor  # int64 [sequences]
+    slots: tuple[torch.Tensor, ...]  # int64 [sequences], of each group
+    seen: torch.Tensor  # int32 [sequences]
+
+    @staticmethod
+    def bytes(sequences: int, groups: int) -> int:
+        """What the integers take."""
+        return (2 + groups) * _span(sequences) + 4 * sequences
+
+    @classmethod
+    def over(cls, memory: torch.Tensor, sequences: int, groups: int) -> "Inputs":
+        """So many sequences in the first bytes of memory, uint8."""
+        span = _span(sequences)
+        places = range(0, (2 + groups) * span, span)
+        rows, positions, *slots = (
+            memory[at : at + 8 * sequences].view(torch.int64) for at in places
+        )
+        integers = memory[: cls.bytes(sequences, groups)]
+        seen = integers[(2 + groups) * span :].view(torch.int32)
+        return cls(integers, rows, positions, tuple(slots), seen)
+
+    def fill(
+        self, rows: torch.Tensor, positions: torch.Tensor, slots: SequenceOf[torch.Tensor]
+    ) -> None:
+        """Set the integers; arguments as the fields, on the host or the device."""
+        self.rows.copy_(rows)
+        self.positions.copy_(positions)
+        for own, given in zip(self.slots, slots, strict=True):
+            own.copy_(given)
+        torch.add(positions, 1, out=self.seen)
+
+
+def _span(sequences: int) -> int:
+    """Bytes from one span of int64 to the next."""
+    return 8 * (sequences + sequences % 2)
+
+
+Decode = Callable[[torch.Tensor, ForwardBatch], torch.Tensor]
+"""rows [sequences] of their last tokens, and a batch that has no token ids yet → logits."""
+
+
 class DecodeGraphs:
     """One captured step a size, all over the same buffers."""
 
     def __init__(
         self,
-        forward: Callable[[ForwardBatch], torch.Tensor],
-        buffers: ForwardBatch,
+        decode: Decode,
+        windows: SequenceOf[int | None],
+        tables: SequenceOf[torch.Tensor],
+        spare: tuple[int, int],
         logits: torch.Tensor | None,
         capture: Capture,
     ):
-        """Capture `forward` for batches as long as the buffers and for smaller ones.
+        """Capture `decode` for batches as long as the tables and for smaller ones.
 
-        buffers: a batch that can run as it is, one token a sequence (`padding`); logits
-        [sequences, vocab]: where results are put, since what is allocated in one capture is used
-        again by the next. Without logits sizes are close to each other, each is captured when it
-        is first met, and the capture sees to its results: for where captures cost no more than a
-        step.
+        windows and tables: of each group of layers; tables int32 [sequences, blocks] that can be
+        read as they are. spare: a row and a slot that padding may write to. logits [sequences,
+        vocab]: where results are put, since what is allocated in one capture is used again by the
+        next. Without logits sizes are close to each other, each is captured when it is first met,
+        and the capture sees to its results: for where captures cost no more than a step.
         """
-        most = len(buffers.seen)
+        most, device = len(tables[0]), tables[0].device
         # On a CPU rows that nobody needs are computed like others: few of them.
         each = _up_to(most, *range(1, 17), *range(20, most, 4))
         self.sizes = each if logits is None else sizes(most)
-        self._inputs = {size: _first(buffers, size) for size in self.sizes}
-        self._forward, self._logits, self._capture = forward, logits, capture
+        self._windows, self._tables = windows, tables
+        self._memory = torch.zeros(
+            Inputs.bytes(most, len(windows)), dtype=torch.uint8, device=device
+        )
+        self._indices = torch.arange(most + 1, device=device)
+        self._starts = self._indices.int()
+        self._decode, self._logits, self._capture = decode, logits, capture
         self._replay: dict[int, Compute] = {}
-        if logits is None:
-            self._captured(1)()  # whether it can be done shows now
-            return
-        for size in reversed(self.sizes):  # the smaller ones fit where the largest was
+        # The smaller ones fit where the largest was. Where the others come later, the least is
+        # run now: whether it can be done shows.
+        row, slot = (torch.full((most,), at, device=device) for at in spare)
+        for size in [1] if logits is None else reversed(self.sizes):
+            inputs = Inputs.over(self._memory, size, len(windows))
+            inputs.fill(row[:size], row[:size] * 0, [slot[:size]] * len(windows))
             self._captured(size)
+        if logits is None:
+            self._captured(1)()
 
     def _captured(self, size: int) -> Compute:
         if size not in self._replay:
-            self._replay[size] = self._capture(partial(self._compute, self._inputs[size]))
+            self._replay[size] = self._capture(partial(self._compute, size))
         return self._replay[size]
 
     def size(self, sequences: int) -> int:
         """The size that a batch of so many sequences is to be padded to."""
         return self.sizes[bisect_left(self.sizes, sequences)]
 
-    def __call__(self, batch: ForwardBatch) -> torch.Tensor:
-        """Logits [sequences, vocab] of a batch of one of the sizes, valid until the next call.
+    def place(self, tables: SequenceOf[torch.Tensor]) -> None:
+        """Set the block tables int32 [sequences, blocks] of the steps to come, of each group.
 
-        Its tensors may be on the host; none of this waits for the device if they are pinned.
+        May be on the host; does not wait for the device if they are pinned, nor does a call.
         """
-        size = len(batch.seen)
-        inputs = self._inputs[size]
-        pairs = [
-            (inputs.token_ids, batch.token_ids),
-            (inputs.positions, batch.positions),
-            (inputs.seen, batch.seen),
-        ]
-        for mine, given in zip(inputs.groups, batch.groups, strict=True):
-            width = given.block_table.shape[1]
-            pairs += [(mine.block_table[:, :width], given.block_table), (mine.slots, given.slots)]
-        for buffer, values in pairs:
-            buffer.copy_(values, non_blocking=True)
-        return self._captured(size)()
+        for own, given in zip(self._tables, tables, strict=True):
+            own[: len(given), : given.shape[1]].copy_(given, non_blocking=True)
 
-    def _compute(self, inputs: ForwardBatch) -> torch.Tensor:
-        logits = self._forward(inputs)
-        return logits if self._logits is None else self._logits[: len(inputs.seen)].copy_(logits)
+    def __call__(
+        self, rows: torch.Tensor, positions: torch.Tensor, slots: SequenceOf[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(Rows on the device, logits [sequences, vocab]) of a step of one of the sizes.
 
+        Both are valid until the next call. Arguments as in `Inputs`, on the host.
+        """
+        size, groups = len(rows), len(self._windows)
+        inputs = Inputs.over(self._memory, size, groups)
+        # On a GPU a copy is a launch of its own in every step: one for all of them.
+        staged = torch.empty(
+            inputs.integers.shape, dtype=torch.uint8, pin_memory=self._memory.device.type != "cpu"
+        )
+        Inputs.over(staged, size, groups).fill(rows, positions, slots)
+        inputs.integers.copy_(staged, non_blocking=True)
+        return inputs.rows, self._captured(size)()
 
-def padding(
-    sequences: int,
-    windows: list[int | None],
-    width: int,
-    block: int,
-    slot: int,
-    device: torch.device,
-) -> ForwardBatch:
-    """A batch of sequences of one token each, all in one slot of one block.
-
-    width: of the block tables. What changes from step to step is not in its lists, so that a
-    capture cannot hold on to it.
-    """
-
-    def full(shape: tuple[int, ...], value: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.full(shape, value, dtype=dtype, device=device)
-
-    return ForwardBatch(
-        token_ids=full((sequences,), 0, torch.int64),
-        positions=full((sequences,), 0, torch.int64),
-        query_lens=[1] * sequences,
-        context_lens=[],
-        num_single=sequences,
-        groups=tuple(
-            GroupTables(
-                window,
-                full((sequences, width), block, torch.int32),
-                full((sequences,), slot, torch.int64),
-            )
-            for window in windows
-        ),
-        logits_rows=torch.arange(sequences, device=device),
-        query_starts=torch.arange(sequences + 1, dtype=torch.int32, device=device),
-        seen=full((sequences,), 1, torch.int32),
-    )
-
-
-def _first(batch: ForwardBatch, count: int) -> ForwardBatch:
-    """The batch's first sequences, in the same memory."""
-    return replace(
-        batch,
-        token_ids=batch.token_ids[:count],
-        positions=batch.positions[:count],
-        query_lens=batch.query_lens[:count],
-        num_single=count,
-        groups=tuple(
-            GroupTables(group.window, group.block_table[:count], group.slots[:count])
-            for group in batch.groups
-        ),
-        logits_rows=batch.logits_rows[:count],
-        query_starts=batch.query_starts[: count + 1],
-        seen=batch.seen[:count],
-    )
+    def _compute(self, size: int) -> torch.Tensor:
+        inputs = Inputs.over(self._memory, size, len(self._windows))
+        batch = ForwardBatch(
+            token_ids=inputs.rows,
+            positions=inputs.positions,
+            query_lens=[1] * size,
+            context_lens=[],  # changes from step to step, and a capture would hold on to it
+            num_single=size,
+            groups=tuple(
+                GroupTables(window, table[:size], slots)
+                for window, table, slots in zip(
+                    self._windows, self._tables, inputs.slots, strict=True
+                )
+            ),
+            logits_rows=self._indices[:size],
+            query_starts=self._starts[: size + 1],
+            seen=inputs.seen,
+        )
+        logits = self._decode(inputs.rows, batch)
+        return logits if self._logits is None else self._logits[:size].copy_(logits)
 
 
 def gpu_capture(stats: EngineStats) -> Capture:

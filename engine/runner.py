@@ -1,12 +1,13 @@
 """A step → ForwardBatch → logits → next tokens. Owns the model and the KV tensors."""
 
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from engine.graphs import Capture, DecodeGraphs, padding
+from engine.graphs import Capture, DecodeGraphs
 from engine.kv_cache import NULL_BLOCK, BlockTables, LayerGroup, group_layers
 from engine.request import Request, SamplingParams
 from engine.sampler import Sampled, Sampler, pin, put
@@ -18,8 +19,6 @@ from model.shard import ALONE, Shard
 
 _LIKELY_TOKENS = 256  # of a sequence
 _MOST_TOUCHED = 256 << 20  # bytes
-
-Place = Callable[[torch.Tensor, torch.device], torch.Tensor]
 
 
 class ModelRunner:
@@ -51,6 +50,8 @@ class ModelRunner:
         self._tables: list[array] = []
         self._views: list[torch.Tensor] = []
         self._width = 0
+        # Rows whose block tables the graphs have now, and how many blocks of each.
+        self._placed: tuple[list[int], int] | None = None
 
     def load(self, checkpoint: Path, dummy: bool) -> None:
         """Load the weights (random ones if dummy). Raises CheckpointError."""
@@ -154,9 +155,15 @@ class ModelRunner:
         most, block = len(self._sampler.last) - 1, self._caches[0].shape[1] - 1
         windows = [group.window for group in self.groups]
         part = self.shard.vocab_part(self.config.vocab_size)
+        self._placed = None
         self._graphs = DecodeGraphs(
-            self._forward,
-            padding(most, windows, self._width, block, block * self._block_size, self.device),
+            self._decode,
+            windows,
+            [
+                torch.full((most, self._width), block, dtype=torch.int32, device=self.device)
+                for _ in windows
+            ],
+            (most, block * self._block_size),
             torch.empty(most, part.stop - part.start, dtype=self.dtype, device=self.device)
             if ahead_of_time
             else None,
@@ -166,6 +173,12 @@ class ModelRunner:
     def _forward(self, batch: ForwardBatch) -> torch.Tensor:
         assert self._model is not None
         return self._model(batch, self._caches, self._places)
+
+    def _decode(self, rows: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+        """Logits of a batch of the tokens that these rows sampled last."""
+        assert self._sampler is not None
+        last = ops.gather(self._sampler.last.unsqueeze(1), rows)
+        return self._forward(replace(batch, token_ids=last.squeeze(1)))
 
     def free(self) -> None:
         """Drop weights, KV and what was captured."""
@@ -202,12 +215,10 @@ class ModelRunner:
         assert self._sampler is not None
         self._note_blocks(work)
         if self._graphs is None or work.starts:
-            batch, rows, positions = self._batch(work, self._sampler.last, work.size, put)
+            batch, rows, positions = self._batch(work, self._sampler.last)
             logits = self._forward(batch)
         else:
-            size = self._graphs.size(work.size)
-            batch, rows, positions = self._batch(work, self._sampler.last, size, pin)
-            logits = self._graphs(batch)[: work.size]
+            logits, rows, positions = self._replay(self._graphs, work, len(self._sampler.last) - 1)
         return self._sampler.sample(logits, rows, positions, special, work.drawn)
 
     def _note_blocks(self, work: Work) -> None:
@@ -215,21 +226,42 @@ class ModelRunner:
             first = row * self._width
             for flat, table in zip(self._tables, tables, strict=True):
                 flat[first : first + len(table)] = table
+        if work.tables:
+            self._placed = None
+
+    def _replay(
+        self, graphs: DecodeGraphs, work: Work, spare: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The logits of a step of decodes, and what else `_batch` gives; spare: padding's row."""
+        pad = graphs.size(work.size) - work.size
+        rows = [*work.rows, *[spare] * pad]
+        at, ends = _tensor(rows), _tensor([*work.ends, *[1] * pad])
+        positions = ends - 1
+        blocks, offsets = positions // self._block_size, positions % self._block_size
+        slots = [tables[at, blocks] * self._block_size + offsets for tables in self._views]
+        width = -(-max(work.ends) // self._block_size)
+        if (rows, width) != self._placed:
+            tables = [view[:, :width].index_select(0, at) for view in self._views]
+            graphs.place([pin(table, self.device) for table in tables])
+            self._placed = rows, width
+        own, logits = graphs(at, positions, slots)
+        ends = ends[: work.size]
+        upto = put(ends, self.device) if work.drawn else ends
+        return logits[: work.size], own[: work.size], upto
 
     def _batch(
-        self, work: Work, last: torch.Tensor, size: int, place: Place
+        self, work: Work, last: torch.Tensor
     ) -> tuple[ForwardBatch, torch.Tensor, torch.Tensor]:
         """The work's batch, and of each sequence that samples its row and the new token's index.
 
-        last int64 [rows]: the token that each row sampled last; size: sequences, with those that
-        pad a step of decodes; place: what is done with tensors made on the host.
+        last int64 [rows]: the token that each row sampled last.
         """
-        decodes, pad = work.decodes, size - work.size
+        decodes, size, device = work.decodes, work.size, self.device
         chunks = list(zip(work.starts, work.ends[decodes:], strict=True))
-        query_lens = [1] * decodes + [end - start for start, end in chunks] + [1] * pad
+        query_lens = [1] * decodes + [end - start for start, end in chunks]
         singles = query_lens.count(1)  # which come first
-        context_lens = [*work.ends, *[1] * pad]
-        rows, ends = _tensor([*work.rows, *[len(last) - 1] * pad]), _tensor(context_lens)
+        context_lens = list(work.ends)
+        rows, ends = _tensor(work.rows), _tensor(context_lens)
         positions, owners = ends[:singles] - 1, torch.arange(size)
         query_ends = owners + 1
         if singles < size:
@@ -243,32 +275,26 @@ class ModelRunner:
         for group, tables in zip(self.groups, self._views, strict=True):
             table = tables[:, :width].index_select(0, rows)
             slots = table[owners, blocks] * self._block_size + offsets
-            groups.append(
-                GroupTables(group.window, place(table, self.device), place(slots, self.device))
-            )
-        logits_rows, sampling, seen = query_ends - 1, rows[: work.size], ends.int()
-        upto = seen[: work.size]
+            groups.append(GroupTables(group.window, put(table, device), put(slots, device)))
+        logits_rows, sampling, upto = query_ends - 1, rows, ends
         if not all(work.samples):
             kept = torch.tensor([1] * decodes + [*work.samples]).bool()
             logits_rows, sampling, upto = logits_rows[kept], sampling[kept], upto[kept]
-        own = put(rows[:decodes] if chunks else rows, self.device)
-        token_ids = last[own]
+        token_ids = last[put(rows[:decodes], device)]
         if chunks:
-            token_ids = torch.cat((token_ids, put(_tensor(work.tokens), self.device)))
-            own = put(sampling, self.device)
+            token_ids = torch.cat((token_ids, put(_tensor(work.tokens), device)))
         batch = ForwardBatch(
             token_ids=token_ids,
-            positions=place(positions, self.device),
+            positions=put(positions, device),
             query_lens=query_lens,
             context_lens=context_lens,
             num_single=singles,
             groups=tuple(groups),
-            logits_rows=place(logits_rows, self.device),
-            query_starts=place(torch.nn.functional.pad(query_ends, (1, 0)).int(), self.device),
-            seen=place(seen, self.device),
+            logits_rows=put(logits_rows, device),
+            query_starts=put(torch.nn.functional.pad(query_ends, (1, 0)).int(), device),
+            seen=put(ends.int(), device),
         )
-        # Each copy is a launch of its own in every step: what nobody reads is not sent.
-        return batch, own[: work.size], put(upto, self.device) if work.drawn else upto
+        return batch, put(sampling, device), put(upto, device) if work.drawn else upto
 
 
 def _tensor(values: Iterable[int]) -> torch.Tensor:

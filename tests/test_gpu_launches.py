@@ -66,6 +66,7 @@ class Launching(TorchDispatchMode):
         "expand",
         "alias",
         "transpose",
+        "squeeze",
         "aten.t.",
     )
 
@@ -171,5 +172,6 @@ def test_kernels_of_a_decode_step(
             return lambda: logits
 
         engine._runner.capture(capture)
-    expected = ["index", "index", *sum(layers, ()), "_add_rms_norm", "linear", "copy_"]
+    # The last tokens, their embeddings, and the angles of their positions.
+    expected = ["index", "index", "index", *sum(layers, ()), "_add_rms_norm", "linear", "copy_"]
     assert steps[rows] == expected

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import Engine, EngineError, EngineStats, Request, SamplingParams
 from engine import runner as runner_module
-from engine.graphs import Capture, Compute, gpu_capture, sizes
+from engine.graphs import Capture, Compute, DecodeGraphs, Inputs, gpu_capture, sizes
 from engine.kv_cache import NULL_BLOCK
 from model.batch import ForwardBatch
 from model.ops import cpu, reference
@@ -130,25 +130,61 @@ def test_steps_replayed_at_fixed_sizes_give_the_same_tokens(
     assert set(replays) <= {1, 2, 4, 8, 10}
 
 
-def test_a_replayed_step_sends_its_rows_to_the_device_once(
+def test_a_replayed_step_sends_one_piece_and_block_tables_when_they_change(
     monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[[str], Path]
 ) -> None:
-    sent, original = list[torch.Size](), runner_module.put
+    sent: Counter[str] = Counter()
+    for owner, name in ((runner_module, "put"), (DecodeGraphs, "place"), (Inputs, "fill")):
+        original = getattr(owner, name)
 
-    def put(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-        sent.append(values.shape)
-        return original(values, device)
+        def counted(*given: Any, name: str = name, original: Any = original) -> Any:
+            sent[name] += 1
+            return original(*given)
 
-    monkeypatch.setattr(runner_module, "put", put)
-    with Engine(checkpoint("qwen3"), dtype="float32", kv_memory=32 << 20) as engine:
+        monkeypatch.setattr(owner, name, counted)
+    with Engine(checkpoint("qwen3"), dtype="float32", kv_memory=32 << 20, block_size=16) as engine:
         engine._runner._model = FromTensors(engine._runner._model)  # type: ignore[assignment]
         engine._runner.capture(recording(Counter()))
         counts = []
-        for tokens in (3, 13):
+        for tokens in (10, 40):
             sent.clear()
-            list(engine.generate([Request([5], SamplingParams(max_new_tokens=tokens))]))
-            counts.append(len(sent))
-    assert counts[1] - counts[0] == 10
+            params = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
+            list(engine.generate([Request([5], params)]))
+            counts.append(sent.copy())
+    assert counts[1] - counts[0] == {"fill": 30, "place": 2}
+
+
+def test_steps_are_captured_on_the_device_of_the_block_tables() -> None:
+    """On none that computes, but one that takes no operand of another's."""
+    tables = [torch.empty(3, 5, dtype=torch.int32, device="meta") for _ in range(2)]
+    logits, devices = torch.empty(3, 8, device="meta"), list[torch.device]()
+
+    def decode(rows: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+        given = (rows, batch.positions, batch.logits_rows, batch.query_starts, batch.seen)
+        devices.extend(tensor.device for tensor in given)
+        devices.extend(group.slots.device for group in batch.groups)
+        return logits[: len(rows)]
+
+    def capture(compute: Compute) -> Compute:
+        compute()
+        return compute
+
+    graphs = DecodeGraphs(decode, [None, 4], tables, (3, 70), logits, capture)
+    assert graphs.sizes == [1, 2, 3]
+    assert devices == [torch.device("meta")] * (3 * 7)
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 7])
+def test_the_integers_of_a_step_lie_apart_and_where_kernels_expect_them(sequences: int) -> None:
+    memory = torch.zeros(Inputs.bytes(sequences, 2) + 8, dtype=torch.uint8)
+    inputs, count = Inputs.over(memory, sequences, 2), torch.arange(sequences)
+    inputs.fill(count + 1, count + 20, [count + 300, count + 4000])
+    spans = (inputs.rows, inputs.positions, *inputs.slots, inputs.seen)
+    assert [span.tolist() for span in spans] == [
+        (count + first).tolist() for first in (1, 20, 300, 4000, 21)
+    ]
+    assert all((span.data_ptr() - memory.data_ptr()) % 16 == 0 for span in spans)
+    assert not memory[len(inputs.integers) :].any()
 
 
 def test_the_first_steps_are_the_largest_and_short_ones_and_leave_nothing(
