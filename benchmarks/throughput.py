@@ -16,12 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import model  # noqa: F401, I001  before torch: it says how threads wait
+
 import click
 import torch
 from rich.console import Console
 from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.loads import Load, make_load
 from engine import Engine, EngineStats, Request, SamplingParams

@@ -6,6 +6,8 @@ The main class is `Engine`.
 
 import warnings
 
+import model  # noqa: F401  before torch: it says how threads wait
+
 # torch says so at import where NumPy is not installed; nothing here needs it.
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 

@@ -4,6 +4,8 @@ Owns text, files and the terminal; never touches tensors. `getp.cli` is the comm
 `getp.batch` the main job.
 """
 
+import model  # noqa: F401  before torch: it says how threads wait
+
 __version__ = "0.1.0"
 
 EMBEDDED = "the embedded model"

@@ -5,10 +5,17 @@ and `weights.load` bring a Hugging Face directory into it. What it costs (`cost`
 `roofline`) is pure arithmetic on a config, so torch is imported only with `Transformer`.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from model.config import CheckpointError, ModelConfig
 from model.families import load_config
+
+# How often a thread that waits for another looks before it sleeps. GCC's OpenMP, which torch and
+# the CPU kernels share, would look for tens of milliseconds, and where there is other work keep the
+# processor from the very thread it waits for. It reads this once, when torch is loaded.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 if TYPE_CHECKING:
     from model.transformer import Transformer
