@@ -13,6 +13,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,8 @@ def _forked(folder: Path, name: str, checkpoint: str | None) -> int:
         status = 99
         try:
             status = run(folder, name, checkpoint)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     return child
