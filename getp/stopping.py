@@ -19,7 +19,8 @@ class ParkedError(Exception):
 class Stopping:
     """Notes SIGINT, SIGTERM and SIGHUP while it is entered.
 
-    Where nothing runs that could finish (`patient` False), the first one raises Interrupted.
+    Where nothing runs that could finish (`patient` False), the first one ends the block:
+    Interrupted leaves it.
     The second finds the system's own handling: the process is gone before any Python runs.
     """
 
@@ -45,6 +46,8 @@ class Stopping:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if kind is KeyboardInterrupt:
+            raise self.interrupted("interrupted") from None
 
     @property
     def asked(self) -> bool:
@@ -66,5 +69,6 @@ class Stopping:
         for each in self._before:
             signal.signal(each, signal.SIG_DFL)
         if not self.patient:
-            raise self.interrupted("interrupted")
+            # No Exception: Thread.start would take that for its own failure and raise another.
+            raise KeyboardInterrupt
         say(f"stopping: running requests have {self._grace_s:g} s to finish; again: at once")

@@ -13,6 +13,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,6 @@ def run(folder: Path, name: str, checkpoint: str | None) -> int:
     except GetpError as error:
         print(f"getp: error: {error}", flush=True)
         return error.exit_code
-    except KeyboardInterrupt:  # before or after the job proper
-        return 130
 
 
 def _slowly(prompt: Sequence[int]) -> Iterator[int]:
@@ -86,6 +85,10 @@ def _forked(folder: Path, name: str, checkpoint: str | None) -> int:
         status = 99
         try:
             status = run(folder, name, checkpoint)
+        except KeyboardInterrupt:  # before the job proper
+            status = 130
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     return child

@@ -21,6 +21,7 @@ from getp import batch, cli
 from getp.ahead import Ahead
 from getp.batch import Job
 from getp.errors import SOME_FAILED, GetpError, Interrupted
+from getp.stopping import Stopping
 from getp.tasks import Defaults
 from tests.getp_helpers import FakeEngine, small_tokenizer, write_tokenizer
 
@@ -288,6 +289,19 @@ def test_results_come_in_input_order_from_jobs_larger_than_what_is_read_ahead(
     assert run(work, engine) == 0
     ids = [json.loads(line)["custom_id"] for line in Path(work.output).read_text().splitlines()]
     assert ids == [f"request-{n}" for n in range(3000)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_not_taken_for_an_error_of_what_it_interrupts(number: signal.Signals) -> None:
+    def start() -> None:
+        try:
+            signal.raise_signal(number)
+        except Exception:  # as in Thread.start
+            raise KeyError from None
+
+    with pytest.raises(Interrupted) as stopped, Stopping(1.0):
+        start()
+    assert stopped.value.exit_code == 128 + number
 
 
 def test_killed_interrupted_and_damaged_jobs_end_with_the_same_bytes(tmp_path: Path) -> None:

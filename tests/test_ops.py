@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -322,6 +323,21 @@ def test_without_the_kernels_there_is_one_notice(
         assert calls.library.__wrapped__() is None
 
 
+def test_the_kernels_are_those_of_the_running_python(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In a checkout where several Pythons installed getp each built a file, maybe long ago."""
+    monkeypatch.delenv(calls.VARIABLE, raising=False)
+    monkeypatch.setattr(calls, "__file__", str(tmp_path / "calls.py"))
+    (tmp_path / "_kernels.cpython-30-other.so").touch()
+    with pytest.warns(UserWarning, match="they were not built"):
+        assert calls.library.__wrapped__() is None
+    # Like a library of older sources, this one loads and lacks functions.
+    (tmp_path / f"_kernels{EXTENSION_SUFFIXES[0]}").symlink_to(torch._C.__file__)
+    with pytest.warns(UserWarning, match=r"does not load .*getp_linear.*install again"):
+        assert calls.library.__wrapped__() is None
+
+
 @pytest.mark.parametrize("rows", [0, 1, 3, 12, 13, 17, 32, 47, 129, 700])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("outputs", "inputs"), [(160, 96), (8, 96), (72, 608), (64, 3040)])
@@ -347,7 +363,7 @@ def test_without_kernels_nor_onednns_bfloat16_linears_are_torchs(
     assert not packed.is_mkldnn
     torch.testing.assert_close(ops.linear(x, packed, None), reference.linear(x, weight, None))
     monkeypatch.setenv(calls.VARIABLE, "")
-    monkeypatch.setattr(calls.Path, "glob", lambda *_: [])
+    monkeypatch.setattr(calls, "EXTENSION_SUFFIXES", [])
     calls.library.cache_clear()
     try:
         with pytest.warns(UserWarning, match="--dtype float32 is then faster"):

@@ -14,6 +14,7 @@ import sys
 import warnings
 from bisect import bisect_left, insort
 from collections.abc import Callable
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +61,16 @@ def library() -> ctypes.CDLL | None:
         raise ValueError(f"{VARIABLE} must be {', '.join(LEVELS)}, not {wanted!r}")
     if wanted == "none":
         return None
-    files = sorted(Path(__file__).parent.glob("_kernels*.so"))
-    if not files:
+    # Not any file there: what another Python's installation left may be of older sources.
+    files = [Path(__file__).with_name(f"_kernels{suffix}") for suffix in EXTENSION_SUFFIXES]
+    file = next((file for file in files if file.exists()), None)
+    if file is None:
         _say("they were not built: `pip install -e .` with a C++ compiler builds them")
         return None
     try:
-        found = load(files[0])
-    except OSError as error:
-        _say(f"{files[0].name} does not load ({error}); install again to build it anew")
+        found = load(file)
+    except (OSError, AttributeError) as error:
+        _say(f"{file.name} does not load ({error}); install again to build it anew")
         return None
     best: int = found.getp_best_level()
     if wanted and not found.getp_has_level(LEVELS.index(wanted)):
@@ -81,7 +84,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def load(file: Path) -> ctypes.CDLL:
-    """Load a library of the kernels. Raises OSError."""
+    """Load a library of the kernels. Raises OSError, and AttributeError if it lacks one of them."""
     _share_openmp()
     found = ctypes.CDLL(str(file))
     for name, arguments in _SIGNATURES.items():
