@@ -10,7 +10,7 @@ test: .venv/test  ## set up, then lint, type check and test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/pytest
+	.venv/bin/pytest --numprocesses 2 --dist worksteal
 
 # torch goes first and alone: pinned, so that no other requirement picks another build of it.
 .venv/getp: pyproject.toml constraints.txt

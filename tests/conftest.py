@@ -1,5 +1,6 @@
 """Checkpoints that several tests read; made once a run, removed after it."""
 
+import signal
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,8 @@ from tests.checkpoints import Peer, write_checkpoint
 
 # The models are tiny: handing work to a second thread costs more than it saves.
 torch.set_num_threads(1)
+# A shell lets what it starts in the background ignore Ctrl-C, and tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -25,23 +25,19 @@ def test_a_run_on_the_cpu_never_imports_triton_kernels() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_kernels_equal_their_references_in_the_interpreter() -> None:
-    """Two halves at a time, of three minutes in all."""
+@pytest.mark.parametrize("which", ["draw", "not draw"])
+def test_kernels_equal_their_references_in_the_interpreter(which: str) -> None:
+    """By halves, so that two processes share them."""
     pytest.importorskip("triton")
-    halves = [
-        subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-x", "tests/triton_interpreter.py", "-k", which],
-            cwd=ROOT,
-            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for which in ("draw", "not draw")
-    ]
-    printed = [half.communicate()[0] for half in halves]
-    for half, text in zip(halves, printed, strict=True):
-        assert half.returncode == 0, text[-5000:]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "tests/triton_interpreter.py", "-k", which],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, (run.stdout + run.stderr)[-5000:]
 
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx950", "gfx1201")
