@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import model
+
 ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT = {
     "run": {"getp"},
@@ -45,13 +47,20 @@ def test_ops_know_nothing_of_the_decoder() -> None:
 
 
 _FINDER = """
-import os, sys
+import os, pathlib, sys
+read = pathlib.Path.read_text
+def pressure(path, *rest):
+    if str(path) == "/proc/pressure/cpu":
+        return "some avg10={waited} avg60=0.00 avg300=0.00 total=1"
+    return read(path, *rest)
+pathlib.Path.read_text = pressure
 class Finder:
     def find_spec(name, *rest):
         if name == "torch":
-            print(os.environ["GOMP_SPINCOUNT"])
+            print(os.environ.get("GOMP_SPINCOUNT"))
             sys.exit()
 sys.meta_path.insert(0, Finder)
+import {module}
 """
 
 
@@ -59,12 +68,26 @@ sys.meta_path.insert(0, Finder)
     "module", ["engine", "getp.batch", "getp.replica", "getp.profile", "benchmarks.throughput"]
 )
 def test_how_threads_wait_is_said_before_torch_is_loaded(module: str) -> None:
-    code = f"{_FINDER}\nimport {module}"
-    run = [sys.executable, "-c", code]
     env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    for given, expected in (({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
+    kinds: list[tuple[str, dict[str, str], str]] = [
+        ("24.69", {}, "3000"),
+        ("24.69", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("24.69", {"OMP_WAIT_POLICY": "active"}, "None"),
+        ("0.07", {}, "None"),
+    ]
+    for waited, given, expected in kinds if module == "engine" else kinds[:1]:
+        run = [sys.executable, "-c", _FINDER.format(waited=waited, module=module)]
         done = subprocess.run(run, cwd=ROOT, env=env | given, capture_output=True, text=True)
         assert done.stdout.split() == [expected], done.stderr
+
+
+@pytest.mark.parametrize("text", [None, "", "some"])
+def test_a_machine_that_does_not_tell_is_taken_for_a_quiet_one(
+    text: str | None, tmp_path: Path
+) -> None:
+    if text is not None:
+        (tmp_path / "cpu").write_text(text)
+    assert not model._is_crowded(tmp_path / "cpu")
 
 
 def test_nothing_of_the_product_needs_transformers_or_numpy() -> None:
