@@ -17,11 +17,6 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests first: of two processes that share them, none waits for one of those."""
-    items.sort(key=lambda item: item.path.name != "test_triton.py")
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _measured_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Let no test, nor what it starts, measure this machine or touch the user's cache."""
