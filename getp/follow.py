@@ -9,8 +9,9 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch._C._profiler import _RecordFunctionFast
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
 from model.parts import AFTER_INNER, OTHER, Part
 
@@ -87,12 +88,14 @@ def count_launches(
     """Run the step once under torch's profiler; `trace` names a file for its Chrome trace."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    current: list[record_function] = []
+    # Not torch.profiler.record_function: kernels that no operation of torch launches, as Triton's,
+    # are counted to a range of this kind alone.
+    current: list[_RecordFunctionFast] = []
 
     def switch(name: str) -> None:
         for last in current:
             last.__exit__(None, None, None)
-        current[:] = [record_function(name)]
+        current[:] = [_RecordFunctionFast(name)]
         current[0].__enter__()
 
     with profile(activities=activities) as profiler:
@@ -118,10 +121,8 @@ def add_up(events: Iterable[Any], names: Container[str], on_gpu: bool) -> Launch
         if top.name not in names:
             continue
         if found.busy_s is not None:
-            # A part has an image of itself on the GPU, which is no kernel.
-            kernels = [kernel for kernel in event.kernels if kernel.name not in names]
-            found.count[top.name] += len(kernels)
-            found.busy_s[top.name] += sum(kernel.duration for kernel in kernels) * 1e-6
+            found.count[top.name] += len(event.kernels)
+            found.busy_s[top.name] += sum(kernel.duration for kernel in event.kernels) * 1e-6
         elif event.cpu_parent is top and "::" in event.name:
             found.count[top.name] += 1
     return found

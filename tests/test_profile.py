@@ -144,7 +144,7 @@ def test_kernels_count_where_they_were_launched() -> None:
             name=name, cpu_parent=parent, kernels=launched, device_type=DeviceType.CPU
         )
 
-    part = event("attention", None, ("attention", 99.0), ("triton_decode", 30.0))
+    part = event("attention", None, ("triton_decode", 30.0))
     outer = event("aten::linear", part)
     inner = event("aten::addmm", outer, ("gemm", 20.0), ("splitk_reduce", 5.0))
     stray = event("aten::empty", None, ("memset", 1.0))
@@ -193,7 +193,8 @@ def test_a_chrome_trace_names_the_parts(
     path = tmp_path / "trace.json"
     found = profiled(capsys, checkpoint("qwen2"), "--context", 30, "--trace", path)
     events = json.loads(path.read_text())["traceEvents"]
-    named = Counter(event.get("name") for event in events)
+    # As operations: to annotations the profiler counts no kernel that torch did not launch itself.
+    named = Counter(event.get("name") for event in events if event.get("cat") == "cpu_op")
     assert all(named[part["name"]] for part in found["parts"])
 
 
