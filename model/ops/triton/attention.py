@@ -30,9 +30,9 @@ def _attend(
     table_ptr,
     kv_head,
     first,
+    sure,
     last,
     CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -44,41 +44,39 @@ def _attend(
 ):
     """Online softmax of rows (query [rows, BLOCK_D], position [rows]) over keys [first, last).
 
-    Carries the scores' maximum (base 2), the sum of shares and the mixed values. CAUSAL: some rows
-    may not see all of these keys, by position and WINDOW. MASKED: the last tile may not be full.
+    Carries the scores' maximum (base 2), the sum of shares and the mixed values. CAUSAL: rows may
+    not see all of these keys, by position and WINDOW; without one, those before `sure`, a whole
+    number of tiles, are seen by every row. (In two loops, one that masks and one that does not,
+    Hopper's products wait for each other: the sums are in the same registers.)
     """
     dim = tl.arange(0, BLOCK_D)
     for start in tl.range(first, last, BLOCK_N):
         at = start + tl.arange(0, BLOCK_N)
-        if MASKED:
-            block = tl.load(table_ptr + at // BLOCK_SIZE, at < last, other=0)
-        else:
-            block = tl.load(table_ptr + at // BLOCK_SIZE)
+        block = tl.load(table_ptr + at // BLOCK_SIZE, at < last, other=0)
         slot = block.to(tl.int64) * BLOCK_SIZE + at % BLOCK_SIZE
         source = kv_ptr + (slot * KV_HEADS + kv_head)[:, None] * DIM + dim[None, :]
-        # What lies outside may be anything, NaN included, and 0 · NaN is NaN: load zeros there.
-        if MASKED:
-            inside = (at < last)[:, None] & (dim < DIM)[None, :]
-            key = tl.load(source, inside, other=0.0)
-            value = tl.load(source + value_offset, inside, other=0.0)
-        elif BLOCK_D != DIM:
-            key = tl.load(source, (dim < DIM)[None, :], other=0.0)
-            value = tl.load(source + value_offset, (dim < DIM)[None, :], other=0.0)
-        else:
+        if BLOCK_D == DIM:
             key = tl.load(source)
-            value = tl.load(source + value_offset)
+        else:
+            key = tl.load(source, (dim < DIM)[None, :], other=0.0)
+        # What lies outside may be anything, NaN included. Of keys that only makes scores, which are
+        # replaced; but a share of 0 times NaN is NaN: zeros are loaded there.
+        inside = (at < last)[:, None] & (dim < DIM)[None, :]
+        value = tl.load(source + value_offset, inside, other=0.0)
         scores = tl.dot(query, key.T, input_precision=PRECISION) * (SCALE * _LOG2E)
-        if MASKED:
+        if CAUSAL and WINDOW is None:
+            if start >= sure:
+                seen = (at < last)[None, :] & (position[:, None] >= at[None, :])
+                scores = tl.where(seen, scores, float("-inf"))
+        else:
             seen = (at < last)[None, :]
             if CAUSAL:
                 age = position[:, None] - at[None, :]
-                seen = seen & (age >= 0)
-                if WINDOW is not None:
-                    seen = seen & (age < WINDOW)
+                seen = seen & (age >= 0) & (age < WINDOW)
             scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         # A row that has seen nothing yet has no maximum to subtract.
-        base = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher
+        base = tl.where(higher == float("-inf"), 0.0, higher)
         shares = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(shares, 1)
@@ -149,7 +147,7 @@ def _decode(
     mixed = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     top, total, mixed = _attend(
         top, total, mixed, query, seen, kv_ptr, value_offset, table_ptr + row * table_stride,
-        kv_head, first, last, False, True, SCALE, WINDOW, KV_HEADS, DIM, BLOCK_D, BLOCK_SIZE,
+        kv_head, first, last, last, False, SCALE, WINDOW, KV_HEADS, DIM, BLOCK_D, BLOCK_SIZE,
         BLOCK_N, PRECISION,
     )  # fmt: skip
     if not SPLIT:
@@ -275,18 +273,10 @@ def _prefill(
     total = tl.zeros((BLOCK_M,), tl.float32)
     mixed = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     table_ptr += low.to(tl.int64) * table_stride
-    if WINDOW is None:
-        # Up to the first query's position every row sees every key.
-        whole = (before + skipped + 1) // BLOCK_N * BLOCK_N
-        top, total, mixed = _attend(
-            top, total, mixed, query, position, kv_ptr, value_offset, table_ptr, kv_head, 0,
-            whole, False, False, SCALE, WINDOW, KV_HEADS, DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N,
-            PRECISION,
-        )  # fmt: skip
-        first = whole
+    sure = (before + skipped + 1) // BLOCK_N * BLOCK_N  # the first query sees itself
     top, total, mixed = _attend(
-        top, total, mixed, query, position, kv_ptr, value_offset, table_ptr, kv_head, first, last,
-        True, True, SCALE, WINDOW, KV_HEADS, DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N, PRECISION,
+        top, total, mixed, query, position, kv_ptr, value_offset, table_ptr, kv_head, first, sure,
+        last, True, SCALE, WINDOW, KV_HEADS, DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N, PRECISION,
     )  # fmt: skip
     if SINKS:
         sink = tl.load(sinks_ptr + head).to(tl.float32) * _LOG2E

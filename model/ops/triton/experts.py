@@ -71,6 +71,22 @@ def _weights(
 
 
 @triton.jit
+def _multiplied(w, x, total, PACKED: tl.constexpr, VENDOR: tl.constexpr):
+    """total + w · x, ended before what comes next if w was unpacked on NVIDIA's GPUs.
+
+    Hopper multiplies while a program goes on, and w then is in registers: compilers have put the
+    next weights into them too early (triton-lang/triton#9433). They wait where something, if it is
+    nothing, is done with the sum.
+    """
+    total = tl.dot(w, x, total, input_precision="ieee")
+    if PACKED and VENDOR == "nvidia":
+        total = tl.inline_asm_elementwise(
+            "// $0", "=r,0", [total], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return total
+
+
+@triton.jit
 def _gate_up(
     x_ptr,
     weight_ptr,
@@ -123,11 +139,11 @@ def _gate_up(
         w = _weights(
             weight_ptr, scale_ptr, out, k, SIZE, HIDDEN, ROW, BLOCK_K, PACKED, VENDOR, dtype
         )
-        gate = tl.dot(w, x, gate, input_precision="ieee")
+        gate = _multiplied(w, x, gate, PACKED, VENDOR)
         w = _weights(
             up_ptr, scale_ptr + SIZE, out, k, SIZE, HIDDEN, ROW, BLOCK_K, PACKED, VENDOR, dtype
         )
-        up = tl.dot(w, x, up, input_precision="ieee")
+        up = _multiplied(w, x, up, PACKED, VENDOR)
     if BIAS:
         bias_ptr += expert * (2 * SIZE) + out
         gate += tl.load(bias_ptr, out < SIZE, other=0.0).to(tl.float32)[:, None]
@@ -184,7 +200,7 @@ def _down(
         w = _weights(
             weight_ptr, scale_ptr, out, k, HIDDEN, SIZE, HIDDEN, BLOCK_K, PACKED, VENDOR, dtype
         )
-        mixed = tl.dot(w, x, mixed, input_precision="ieee")
+        mixed = _multiplied(w, x, mixed, PACKED, VENDOR)
     if BIAS:
         bias = tl.load(bias_ptr + expert * HIDDEN + out, out < HIDDEN, other=0.0)
         mixed += bias.to(tl.float32)[:, None]

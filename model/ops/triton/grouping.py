@@ -75,9 +75,9 @@ def _sort(
     if own == 0:
         tl.store(starts_ptr + expert, start, expert < EXPERTS)
         tl.store(starts_ptr + EXPERTS, tl.sum(tl.where(expert < EXPERTS, total, 0), 0))
-    base = tl.sum(tl.where(mine[:, None] == expert[None, :], (start + earlier)[None, :], 0), 1)
-    equals = (mine[:, None] == mine[None, :]) & (turn[None, :] < turn[:, None])
     here = (mine >= 0) & (mine < EXPERTS)
+    base = tl.gather(start + earlier, tl.where(here, mine, 0), 0)
+    equals = (mine[:, None] == mine[None, :]) & (turn[None, :] < turn[:, None])
     tl.store(order_ptr + base + tl.sum(equals.to(tl.int32), 1), at, here)
 
 

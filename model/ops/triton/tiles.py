@@ -49,8 +49,8 @@ class Tiles:
 
 _HOPPER = Tiles(
     decode=Tile(16, 64, 0, 4, 5),
-    prefill=Tile(128, 64, 0, 8, 4),
-    prefill_wide=Tile(128, 64, 0, 8, 4),
+    prefill=Tile(128, 64, 0, 8, 5),
+    prefill_wide=Tile(128, 64, 0, 8, 5),
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
     mxfp4=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
     # 36 programs have all of Qwen2-0.5B's QKV: each needs 32 KB of it on their way.
@@ -61,14 +61,15 @@ _HOPPER = Tiles(
     fused_gate_up=8,
     overlap=True,  # not measured either
 )
-_BLACKWELL = replace(  # with 64 of k, 128 experts without a limit spilled
+_BLACKWELL = replace(  # Hopper's spill there: attention's, and with 64 of k those of 128 experts
     _HOPPER,
+    prefill=Tile(64, 64, 0, 4, 4),
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 128, 4, 2), Tile(128, 128, 64, 8, 3)),
     mxfp4=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 128, 4, 3), Tile(128, 128, 64, 8, 3)),
 )
 _AMPERE = Tiles(
     decode=Tile(16, 64, 0, 4, 5),
-    prefill=Tile(64, 64, 0, 4, 4),
+    prefill=Tile(128, 64, 0, 8, 4),
     prefill_wide=Tile(128, 32, 0, 8, 4),
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)),
     mxfp4=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)),
@@ -76,8 +77,8 @@ _AMPERE = Tiles(
 )
 _CDNA = Tiles(
     decode=Tile(16, 64, 0, 4, 2),
-    prefill=Tile(128, 32, 0, 8, 2),
-    prefill_wide=Tile(128, 32, 0, 8, 2),
+    prefill=Tile(128, 32, 0, 4, 2),
+    prefill_wide=Tile(128, 32, 0, 4, 2),
     experts=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2), Tile(128, 64, 64, 8, 2)),
     mxfp4=(Tile(16, 64, 128, 4, 2), Tile(64, 64, 64, 4, 2), Tile(128, 64, 64, 8, 2)),
     fused=Tile(16, 16, 32, 4, 2),
