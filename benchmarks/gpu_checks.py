@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,13 +123,28 @@ def _norms(dtype: torch.dtype) -> Iterator[Comparison]:
             )
 
 
-def fused_limits(**limits: Any) -> Any:
-    """A context in which norms are fused up to so many rows, and not where nothing is said."""
-    from model.ops.triton import fused, tiles
+@contextmanager
+def fused_limits(**limits: Any) -> Iterator[None]:
+    """Meanwhile norms are fused up to so many rows, and not where nothing is said.
 
-    none: dict[str, Any] = {"fused_qkv": 0, "fused_gate_up": 0, "fused_mlp": 0}
+    Nor is a single row ours, unless `one_row` is given too.
+    """
+    from model.ops import triton
+    from model.ops.triton import tiles
+
+    none: dict[str, Any] = {"fused_qkv": 0, "fused_gate_up": 0, "fused_mlp": 0, "one_row": None}
     own = replace(tiles.tiles(CUDA), **(none | limits))
-    return patch.object(fused, "tiles", lambda device: own)
+    with ExitStack() as patches:
+        for op in (triton.norm_qkv, triton.linear):
+            patches.enter_context(patch.dict(op.__globals__, tiles=lambda device: own))
+        yield
+
+
+def one_row() -> Any:
+    """The tile that this GPU multiplies a single row with."""
+    from model.ops.triton import tiles
+
+    return tiles.tiles(CUDA).one_row
 
 
 def _fusions(dtype: torch.dtype) -> Iterator[Comparison]:
@@ -140,6 +156,10 @@ def _fusions(dtype: torch.dtype) -> Iterator[Comparison]:
     weight, bias = rand(width, size, dtype=dtype, scale=0.03), rand(width, dtype=dtype)
     of_heads = rand(dim, dtype=dtype), rand(dim, dtype=dtype)
     angles = torch.rand(64, dim, device=CUDA)
+    with fused_limits(one_row=one_row()):
+        row = rand(1, size, dtype=dtype)
+        expected = reference.linear(row.float(), weight.float(), bias.float())
+        yield "one row", triton.linear(row, weight, bias), expected
     for rows in (1, 9, 17, 64):
         x, delta = rand(rows, size, dtype=dtype), rand(rows, size, dtype=dtype)
         summed, normed = reference.add_rms_norm(x, delta, norm, 1e-6)
@@ -149,7 +169,7 @@ def _fusions(dtype: torch.dtype) -> Iterator[Comparison]:
         stores[0] = stores[0].to(dtype)
         for norms in (None, of_heads):
             turn = torch.randperm(160, device=CUDA)[:rows], heads, norms
-            with fused_limits(fused_qkv=64):
+            with fused_limits(fused_qkv=64, one_row=one_row()):
                 found = triton.norm_qkv(
                     x, delta, norm, 1e-6, weight, bias, angles[:rows], stores[0], *turn
                 )
@@ -163,7 +183,7 @@ def _fusions(dtype: torch.dtype) -> Iterator[Comparison]:
             yield f"{kind}, {rows} rows: KV", stores[0], stores[1]
         expected = reference.linear(reference.swiglu(gates, None, 1.0), down.float(), None)
         for limit in ("fused_gate_up", "fused_mlp"):
-            with fused_limits(**{limit: 64}):
+            with fused_limits(**{limit: 64, "one_row": one_row()}):
                 found = triton.norm_mlp(x, delta, norm, 1e-6, up, None, down, None)
             assert found is not None
             yield f"norm + MLP, {limit}, {rows} rows", found[1], expected

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from benchmarks.gpu_checks import (
     CUDA,
     draw_arguments,
     fused_limits,
+    one_row,
     paged_batch,
     rand,
     random_mxfp4,
@@ -24,6 +26,8 @@ from model.ops import reference
 from model.shapes import named_config
 from model.transformer import Layer
 
+_WARM_S = 0.03  # clocks rise meanwhile: after each compilation the GPU has been idle
+_AHEAD_CYCLES = 400_000  # about 0.2 ms
 _COUNT, _SIZE, _TOP_K = 32, 2880, 4  # gpt-oss-20b's experts: how many, both sizes, of a token
 
 
@@ -54,10 +58,17 @@ def seconds_of(function: Callable[[], Any], repeats: int = 20) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function()
-    flush = torch.empty(128 << 20, dtype=torch.uint8, device=CUDA)
+    warm = time.perf_counter() + _WARM_S
+    while time.perf_counter() < warm:
+        graph.replay()
+        torch.cuda.synchronize()
+    flush = torch.zeros(32 << 20, dtype=torch.int32, device=CUDA)
     times = []
     for _ in range(repeats):
-        flush.zero_()  # what the last call left in the L2 cache
+        # What the last call left in the L2 cache goes: by reading, since what is written has to be
+        # taken from there while the call runs. Then time for the host to get ahead.
+        flush.sum()
+        torch.cuda._sleep(_AHEAD_CYCLES)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
@@ -181,7 +192,8 @@ def _experts_call(weights: list[Any], tokens: int) -> tuple[Callable[[], Any], i
 def time_fusions(limits: Limits) -> Iterator[Row]:
     """A layer's norms with what follows, in steps and fused, by rows; weights read a second.
 
-    Then up to how many rows each fusion is faster: of all models the least belongs in `Tiles`.
+    Then up to how many rows each fusion is faster: of all models the least belongs in `Tiles`. And
+    the layer's other products of one row, torch's and ours.
     """
     for name in ("qwen2-0.5b", "llama-3-8b"):
         layer = _random_layer(name)
@@ -199,7 +211,8 @@ def time_fusions(limits: Limits) -> Iterator[Row]:
                 x = rand(rows, layer.mlp_norm.weight.numel(), dtype=torch.bfloat16)
                 steps = math.inf
                 for kind in ("in steps", *fields_of):
-                    with fused_limits(**({kind: 64} if kind in wins else {})):
+                    limits_of = {kind: 64, "one_row": one_row()} if kind in wins else {}
+                    with fused_limits(**limits_of):
                         spent = seconds_of(partial(call, x, x))
                     full = f"{name} norm + {title}, {rows} rows, {kind}"
                     share = read / spent / limits.copy
@@ -212,6 +225,13 @@ def time_fusions(limits: Limits) -> Iterator[Row]:
                         wins[kind] = rows
             for kind, most in wins.items():
                 yield Row(f"{name}: {kind} is faster up to", most, "rows")
+        for title, linear in (("out", layer.attention.out), ("down", layer.mlp.down)):
+            x = rand(1, linear.weight.shape[1], dtype=torch.bfloat16)
+            for kind, own in (("torch's", None), ("ours", one_row())):
+                with fused_limits(one_row=own):
+                    rate = 2 * math.prod(linear.weight.shape) / seconds_of(partial(linear, x))
+                full = f"{name} {title}, 1 row, {kind}"
+                yield Row(full, rate / 1e12, "TB/s", rate / limits.copy, "copy")
 
 
 def _project(layer: Layer) -> Callable[[torch.Tensor, torch.Tensor], Any]:

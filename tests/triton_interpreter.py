@@ -280,24 +280,35 @@ def test_mxfp4_is_unpacked_to_the_type_of_the_product(dtype: torch.dtype) -> Non
     assert torch.equal(out, weights.dense(dtype)[0])
 
 
+ONE_ROW = tiles.Tile(1, 16, 32, 4, 3)
+
+
 def fuse(monkeypatch: pytest.MonkeyPatch, **limits: Any) -> None:
     """Up to how many rows norms are in one kernel with what follows, as if it had been measured."""
     own = replace(tiles.tiles(torch.device("cpu")), **limits)
-    monkeypatch.setattr(fused_ops, "tiles", lambda device: own)
+    for op in (triton.norm_qkv, triton.linear):
+        monkeypatch.setitem(op.__globals__, "tiles", lambda device: own)
+    # float16 stands for bfloat16, which the interpreter does not multiply.
+    monkeypatch.setattr(fused_ops, "_overflows", lambda x: False)
 
 
 @pytest.mark.parametrize(
-    ("rows", "heads", "dim", "norms", "dtype"),
+    ("rows", "one_row", "heads", "dim", "norms", "dtype"),
     [
-        (1, (4, 4), 32, False, torch.float32),
-        (17, (5, 1), 64, False, torch.float16),
-        (5, (6, 2), 128, False, torch.float16),
-        (5, (6, 2), 80, False, torch.float16),  # halves of 40 are no whole blocks
-        (17, (6, 2), 32, True, torch.float16),
+        (1, None, (4, 4), 32, False, torch.float32),
+        (1, ONE_ROW, (4, 4), 32, False, torch.float32),
+        (1, ONE_ROW, (5, 1), 64, False, torch.float16),
+        (1, ONE_ROW, (6, 2), 80, False, torch.float16),
+        (1, ONE_ROW, (6, 2), 32, True, torch.float16),
+        (17, ONE_ROW, (5, 1), 64, False, torch.float16),
+        (5, None, (6, 2), 128, False, torch.float16),
+        (5, None, (6, 2), 80, False, torch.float16),  # halves of 40 are no whole blocks
+        (17, None, (6, 2), 32, True, torch.float16),
     ],
 )
 def test_norm_with_qkv_and_rotary(
     rows: int,
+    one_row: Tile | None,
     heads: tuple[int, int],
     dim: int,
     norms: bool,
@@ -311,7 +322,7 @@ def test_norm_with_qkv_and_rotary(
     cos_sin = rand(rows, dim, seed=5)
     of_heads = (rand(dim, seed=6, dtype=dtype), rand(dim, seed=7, dtype=dtype)) if norms else None
     slots = torch.randperm(28, generator=torch.Generator().manual_seed(8))[:rows]
-    fuse(monkeypatch, fused_qkv=17)
+    fuse(monkeypatch, fused_qkv=17, one_row=one_row)
     for change, column in ((delta, bias), (delta, None), (None, bias)):
         kvs = [torch.full((2, 7, 4, kv_heads, dim), 7.0, dtype=dtype) for _ in range(2)]
         expected_sum, normed = reference.add_rms_norm(x, change, norm[0], 1e-5)
@@ -325,14 +336,25 @@ def test_norm_with_qkv_and_rotary(
         close(kvs[1], kvs[0], 3)
 
 
-@pytest.mark.parametrize("rows", [1, 17])
-def test_norm_with_mlp(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("out", "size"), [(4, 8), (37, 200), (300, 64)])
+def test_one_row_times_a_weight(
+    out: int, size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fuse(monkeypatch, one_row=ONE_ROW)
+    x, weight = rand(1, size, dtype=dtype), rand(out, size, seed=1, dtype=dtype)
+    for bias in (None, rand(out, seed=2, dtype=dtype)):
+        close(triton.linear(x, weight, bias), reference.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize(("rows", "one_row"), [(1, None), (1, ONE_ROW), (17, None)])
+def test_norm_with_mlp(rows: int, one_row: Tile | None, monkeypatch: pytest.MonkeyPatch) -> None:
     size, inner = 112, 144
     x, delta, norm = rand(rows, size), rand(rows, size, seed=1), rand(size, seed=2)
     expected_sum, normed = reference.add_rms_norm(x, delta, norm, 1e-5)
     gate_up, down = rand(2 * inner, size, seed=5) * 0.2, rand(size, inner, seed=6) * 0.2
     for limit in ("fused_gate_up", "fused_mlp"):
-        fuse(monkeypatch, **{limit: 17})
+        fuse(monkeypatch, one_row=one_row, **{limit: 17})
         for up_bias, down_bias in ((None, None), (rand(2 * inner, seed=7), rand(size, seed=8))):
             found = triton.norm_mlp(x, delta, norm, 1e-5, gate_up, up_bias, down, down_bias)
             if up_bias is not None and limit == "fused_mlp":
@@ -357,11 +379,22 @@ def test_nothing_is_fused_beyond_its_limit_nor_where_nobody_measured(
     assert triton.norm_mlp(x, x, *rest, weight[:32], None) is None
 
 
+def test_what_may_not_fit_before_it_is_scaled_is_not_fused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    overflows = fused_ops._overflows
+    fuse(monkeypatch, fused_qkv=4, fused_gate_up=4, fused_mlp=4)
+    monkeypatch.setattr(fused_ops, "_overflows", overflows)
+    x, norm = rand(2, 32, dtype=torch.float16), rand(32, dtype=torch.float16)
+    weight = rand(64, 32, dtype=torch.float16)
+    assert triton.norm_mlp(x, x, norm, 1e-5, weight, None, weight.T[:, :32], None) is None
+
+
 def test_a_model_with_its_norms_fused_gives_the_same_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called: list[str] = []
-    for name in ("_linear", "_mlp"):
+    for name in ("norm_linear", "_mlp"):
         original = getattr(fused_ops, name)
 
         def counted(*given: Any, name: str = name, original: Any = original, **named: Any) -> Any:
@@ -370,7 +403,7 @@ def test_a_model_with_its_norms_fused_gives_the_same_tokens(
 
         monkeypatch.setattr(fused_ops, name, counted)
     checkpoint = write_checkpoint(tmp_path / "qwen2", "qwen2")
-    fuse(monkeypatch, fused_qkv=4, fused_mlp=4)
+    fuse(monkeypatch, fused_qkv=4, fused_mlp=4, one_row=ONE_ROW)
     requests = [Request([5, 6, 7], SamplingParams(max_new_tokens=3, ignore_eos=True))]
     tokens = []
     for kernels in (cpu, triton):
@@ -379,7 +412,7 @@ def test_a_model_with_its_norms_fused_gives_the_same_tokens(
             tokens.append([c.token_ids for c in engine.generate(requests)])
             layers = len(engine.config.layers)
     assert tokens[0] == tokens[1]
-    assert Counter(called) == {"_linear": 3 * layers, "_mlp": 3 * layers}
+    assert Counter(called) == {"norm_linear": 3 * layers, "_mlp": 3 * layers}
 
 
 def test_results_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:

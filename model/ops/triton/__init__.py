@@ -1,11 +1,10 @@
 """The ops as Triton kernels, one source for NVIDIA and AMD: torch's device type "cuda".
 
-Matrix products of dense layers stay with torch (cuBLAS, hipBLASLt), which takes their weights as
-they are; the kernels of experts take theirs stacked, and MXFP4 packed.
+Matrix products of dense layers stay with torch (cuBLAS, hipBLASLt) but for few rows, and weights
+are as they are for both; the kernels of experts take theirs stacked, and MXFP4 packed.
 """
 
 import torch
-import torch.nn.functional as F
 
 from model.ops.reference import (
     Mxfp4,
@@ -19,6 +18,7 @@ from model.ops.triton.attention import attention
 from model.ops.triton.draw import draw
 from model.ops.triton.experts import experts
 from model.ops.triton.fused import norm_mlp, norm_qkv
+from model.ops.triton.linear import linear
 from model.ops.triton.mxfp4 import Words
 from model.ops.triton.mxfp4 import pack as pack_mxfp4
 from model.ops.triton.norm import add_rms_norm, swiglu
@@ -45,11 +45,6 @@ __all__ = [
 ]
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """As `reference.linear`."""
-    return F.linear(x, weight, bias)
-
-
 def pack_experts(weights: torch.Tensor | Mxfp4, dtype: torch.dtype) -> torch.Tensor | Words:
     """As ops.pack_experts: stacked weights as they are, MXFP4 in words."""
     return pack_mxfp4(weights) if isinstance(weights, Mxfp4) else weights
@@ -63,4 +58,4 @@ def gated_linear(
     alpha: float,
 ) -> torch.Tensor:
     """As `reference.gated_linear`."""
-    return swiglu(F.linear(x, weight, bias), limit, alpha)
+    return swiglu(linear(x, weight, bias), limit, alpha)

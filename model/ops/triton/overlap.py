@@ -14,6 +14,21 @@ import triton.language as tl
 
 from model.ops.triton.tiles import tiles
 
+_AHEAD = tl.constexpr(16 << 10)  # bytes that a program asks for before its turn, at most
+# Each of the first threads asks for one row: its address, size in bytes and distance to the next.
+_PREFETCH = tl.constexpr("""
+{
+    .reg .pred own;
+    .reg .b32 turn;
+    .reg .b64 place;
+    mov.u32 turn, %tid.x;
+    setp.lt.s32 own, turn, $2;
+    mad.wide.s32 place, turn, $3, $1;
+    @own cp.async.bulk.prefetch.L2.global [place], $4;
+    mov.u32 $0, 0;
+}
+""")
+
 
 @triton.jit
 def wait_turn(OVERLAP: tl.constexpr):
@@ -24,6 +39,29 @@ def wait_turn(OVERLAP: tl.constexpr):
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(
+    source, rows, SIZE: tl.constexpr, OF: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr
+):
+    """Bring rows of SIZE numbers nearer while the kernel before ends: weights, which nobody writes.
+
+    The first `rows`, at least 1, from `source` on, of up to OF; ROWS of the program in all share
+    what it may ask for.
+    """
+    BYTES: tl.constexpr = SIZE * source.dtype.element_ty.primitive_bitwidth // 8
+    if OVERLAP and BYTES % 16 == 0:
+        tl.static_assert(OF <= 32, "a row needs a thread")
+        size: tl.constexpr = min(BYTES, _AHEAD // ROWS)
+        tl.inline_asm_elementwise(
+            _PREFETCH,
+            "=r,l,r,r,r",
+            [source.to(tl.int64), rows, BYTES, size],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 def overlap(device: torch.device) -> dict[str, Any]:

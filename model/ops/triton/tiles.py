@@ -44,6 +44,9 @@ class Tiles:
     fused_qkv: int = 0
     fused_gate_up: int = 0
     fused_mlp: int = 0
+    # Of one row: at most n rows of weight a program and k columns a step, more of fewer rows.
+    # None: one row is like others, and products without a norm are torch's.
+    one_row: Tile | None = None
     overlap: bool = False  # whether a kernel may be set up while the one before it ends
 
 
@@ -53,12 +56,11 @@ _HOPPER = Tiles(
     prefill_wide=Tile(128, 64, 0, 8, 5),
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
     mxfp4=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
-    # 36 programs have all of Qwen2-0.5B's QKV: each needs 32 KB of it on their way.
-    fused=Tile(16, 32, 128, 4, 5),
-    # Not measured: by the bytes that are on their way, weights arrive as fast as in a product
-    # alone, and each launch that is saved is worth two microseconds.
-    fused_qkv=8,
-    fused_gate_up=8,
+    fused=Tile(16, 32, 128, 2, 5),  # with 4 warps each would read all of x, for half of the weight
+    # Not measured: by counting what a program loads, and every launch saved is two microseconds.
+    fused_qkv=1,
+    fused_gate_up=1,
+    one_row=Tile(1, 16, 256, 4, 4),
     overlap=True,  # not measured either
 )
 _BLACKWELL = replace(  # Hopper's spill there: attention's, and with 64 of k those of 128 experts

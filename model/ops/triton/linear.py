@@ -1,0 +1,360 @@
+"""Products of few rows with a weight, in one kernel with the norm before and what follows them.
+
+The row's scale is a factor of the whole product, so a program need not know it before it
+multiplies. One row is multiplied number by number, as its weights arrive; more are tiles of matrix
+instructions. Weights that nobody writes are asked for before a kernel has its turn.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from model.ops.triton.norm import gated
+from model.ops.triton.overlap import overlap, prefetch, wait_turn
+from model.ops.triton.tiles import Tile, for_dtype, processors, tiles
+
+HALF = 16  # rows of weight of each half of a pair, the fewest that a matrix product takes
+
+
+@triton.jit
+def _piece(source, at, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Numbers `at` [BLOCK] of SIZE."""
+    if SIZE % BLOCK == 0:
+        return tl.load(source + at)
+    else:  # not after it: the compiler would see both returns
+        return tl.load(source + at, at < SIZE, other=0.0)
+
+
+@triton.jit
+def weight_tile(
+    weight_ptr,
+    out,
+    at,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Rows `out` [ROWS] and columns `at` [COLUMNS] of a weight [OUT, IN]."""
+    source = weight_ptr + out[:, None].to(tl.int64) * IN + at[None, :]
+    if OUT % ROWS == 0 and IN % COLUMNS == 0:
+        return tl.load(source)
+    else:
+        return tl.load(source, (out < OUT)[:, None] & (at < IN)[None, :], other=0.0)
+
+
+@triton.jit
+def _products_of_row(
+    x_ptr,
+    delta_ptr,
+    norm_ptr,
+    weight_ptr,
+    sum_ptr,
+    out,
+    SIZE: tl.constexpr,
+    OUT: tl.constexpr,
+    APART: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DELTA: tl.constexpr,
+    NORM: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """As `products_of_tile`, of one row, and without a NORM of x itself."""
+    product = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    second = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    squares = tl.zeros((BLOCK_K,), tl.float32)
+    for k in tl.range(0, SIZE, BLOCK_K, num_stages=STAGES):
+        at = k + tl.arange(0, BLOCK_K)
+        x = _piece(x_ptr, at, SIZE, BLOCK_K)
+        if DELTA:
+            x = (x.to(tl.float32) + _piece(delta_ptr, at, SIZE, BLOCK_K).to(tl.float32)).to(x.dtype)
+            if tl.program_id(0) == 0:
+                tl.store(sum_ptr + at, x, at < SIZE)
+        x = x.to(tl.float32)
+        if NORM:
+            squares += x * x
+            x *= _piece(norm_ptr, at, SIZE, BLOCK_K).to(tl.float32)
+        w = weight_tile(weight_ptr, out, at, OUT, SIZE, BLOCK_N, BLOCK_K)
+        product += w.to(tl.float32) * x[None, :]
+        if APART:
+            w = weight_tile(weight_ptr + APART * SIZE, out, at, OUT, SIZE, BLOCK_N, BLOCK_K)
+            second += w.to(tl.float32) * x[None, :]
+    return tl.sum(product, 1)[:, None], tl.sum(second, 1)[:, None], tl.sum(squares[None, :], 1)
+
+
+@triton.jit
+def _summed(
+    x_ptr, delta_ptr, rows, at, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, DELTA: tl.constexpr
+):
+    """Columns `at` of x + delta [rows, SIZE], rounded as they are stored; without DELTA of x."""
+    row = tl.arange(0, BLOCK_M)
+    place = row[:, None] * SIZE + at[None, :]
+    inside = (row < rows)[:, None] & (at < SIZE)[None, :]
+    x = tl.load(x_ptr + place, inside, other=0.0)
+    if DELTA:
+        delta = tl.load(delta_ptr + place, inside, other=0.0)
+        x = (x.to(tl.float32) + delta.to(tl.float32)).to(x.dtype)
+    return x
+
+
+@triton.jit
+def products_of_tile(
+    x_ptr,
+    delta_ptr,
+    norm_ptr,
+    weight_ptr,
+    sum_ptr,
+    rows,
+    out,
+    SIZE: tl.constexpr,
+    OUT: tl.constexpr,
+    APART: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DELTA: tl.constexpr,
+):
+    """Rows of x + delta, times norm, with rows `out` of a weight, and with those APART further on.
+
+    x, delta, sum [rows, SIZE], norm [SIZE], weight [OUT, SIZE] or more rows of it → float32
+    products [BLOCK_N, BLOCK_M], second products, and the squares of each row's sum [BLOCK_M],
+    which its products lack the scale of. Without APART the second are zeros. The first program
+    stores the sum, if there is a DELTA.
+    """
+    row = tl.arange(0, BLOCK_M)
+    # In a loop of its own: in the other it would be in the layout that stores are made in too, and
+    # reading it from shared memory would take eight times as long.
+    if DELTA and tl.program_id(0) == 0:
+        for k in range(0, SIZE, BLOCK_K):
+            at = k + tl.arange(0, BLOCK_K)
+            x = _summed(x_ptr, delta_ptr, rows, at, SIZE, BLOCK_M, DELTA)
+            place = row[:, None] * SIZE + at[None, :]
+            tl.store(sum_ptr + place, x, (row < rows)[:, None] & (at < SIZE)[None, :])
+    product = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    second = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    squares = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
+    norm = _piece(norm_ptr, tl.arange(0, BLOCK_K), SIZE, BLOCK_K)
+    for k in tl.range(0, SIZE, BLOCK_K):
+        at = k + tl.arange(0, BLOCK_K)
+        x = _summed(x_ptr, delta_ptr, rows, at, SIZE, BLOCK_M, DELTA)
+        # As a product for the same reason; its diagonal is what is asked for.
+        squares = tl.dot(x, x.T, squares, input_precision="ieee")
+        h = (x.to(tl.float32) * norm.to(tl.float32)[None, :]).to(x.dtype).T
+        # One step ahead, as two bytes a thread cannot be copied while a program goes on.
+        norm = tl.load(norm_ptr + at + BLOCK_K, at + BLOCK_K < SIZE, other=0.0)
+        w = weight_tile(weight_ptr, out, at, OUT, SIZE, BLOCK_N, BLOCK_K)
+        product = tl.dot(w, h, product, input_precision="ieee")
+        if APART:
+            w = weight_tile(weight_ptr + APART * SIZE, out, at, OUT, SIZE, BLOCK_N, BLOCK_K)
+            second = tl.dot(w, h, second, input_precision="ieee")
+    squares = tl.where(row[:, None] == row[None, :], squares, 0.0)
+    return product, second, tl.sum(squares, 0)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _linear(
+    x_ptr,
+    delta_ptr,
+    norm_ptr,
+    weight_ptr,
+    bias_ptr,
+    cos_sin_ptr,
+    slots_ptr,
+    sum_ptr,
+    out_ptr,
+    kv_ptr,
+    value_offset: tl.int64,
+    rows,
+    eps,
+    SIZE: tl.constexpr,
+    OUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NORM: tl.constexpr,
+    DELTA: tl.constexpr,
+    BIAS: tl.constexpr,
+    GATED: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """x, delta, sum [rows, SIZE], norm [SIZE], weight [OUT, SIZE] → out [rows, OUT].
+
+    NORM: of the norm of x + delta, else (of one row) of x. GATED: weight [2 · OUT, SIZE] has gate
+    rows, then up rows, and out is their plain SwiGLU. HEADS, unless 0: OUT is
+    (HEADS + 2 · KV_HEADS) · DIM, of which queries go rotated to out [rows, HEADS, DIM], and keys,
+    rotated, and values to kv, as in `rotary`. A program then has the same BLOCK_N columns of both
+    halves of a head.
+    """
+    # Rows of weight between those of a pair, if there are pairs.
+    APART: tl.constexpr = OUT if GATED else DIM // 2
+    program = tl.program_id(0)
+    if HEADS > 0:
+        PARTS: tl.constexpr = DIM // 2 // BLOCK_N
+        head = program // PARTS
+        column = program % PARTS * BLOCK_N + tl.arange(0, BLOCK_N)
+        first = head * DIM + program % PARTS * BLOCK_N
+    else:
+        first = program * BLOCK_N
+    out = first + tl.arange(0, BLOCK_N)
+    there = tl.minimum(OUT - first, BLOCK_N)
+    source = weight_ptr + first.to(tl.int64) * SIZE
+    ROWS: tl.constexpr = 2 * BLOCK_N if APART else BLOCK_N
+    prefetch(source, there, SIZE, BLOCK_N, ROWS, OVERLAP)
+    if APART:
+        prefetch(source + APART * SIZE, there, SIZE, BLOCK_N, ROWS, OVERLAP)
+    wait_turn(OVERLAP)
+    if BLOCK_M == 1:
+        product, second, squares = _products_of_row(
+            x_ptr, delta_ptr, norm_ptr, weight_ptr, sum_ptr, out,
+            SIZE, OUT, APART, BLOCK_N, BLOCK_K, DELTA, NORM, STAGES,
+        )  # fmt: skip
+    else:
+        product, second, squares = products_of_tile(
+            x_ptr, delta_ptr, norm_ptr, weight_ptr, sum_ptr, rows, out,
+            SIZE, OUT, APART, BLOCK_M, BLOCK_N, BLOCK_K, DELTA,
+        )  # fmt: skip
+    if NORM:
+        scale = tl.rsqrt(squares / SIZE + eps)[None, :]
+        product *= scale
+        second *= scale
+    if BIAS:
+        product += tl.load(bias_ptr + out, out < OUT, other=0.0).to(tl.float32)[:, None]
+        if APART:
+            bias = tl.load(bias_ptr + APART + out, out < OUT, other=0.0)
+            second += bias.to(tl.float32)[:, None]
+    dtype = x_ptr.dtype.element_ty
+    row = tl.arange(0, BLOCK_M)
+    inside = (row < rows)[None, :]
+    if HEADS > 0:
+        # Rounded as QKV alone would be.
+        a, b = product.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)
+        source = cos_sin_ptr + row[None, :] * DIM + column[:, None]
+        turned = head < HEADS + KV_HEADS
+        cos = tl.load(source, inside & turned, other=1.0)
+        sin = tl.load(source + DIM // 2, inside & turned, other=0.0)
+        left, right = (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
+        if head < HEADS:
+            target = out_ptr + (row[None, :] * HEADS + head) * DIM + column[:, None]
+        else:
+            slot = tl.load(slots_ptr + row, row < rows, other=0)[None, :]
+            kv_head = (head - HEADS) % KV_HEADS
+            target = kv_ptr + (slot * KV_HEADS + kv_head) * DIM + column[:, None]
+            target += tl.where(turned, 0, value_offset)
+        tl.store(target, left, inside)
+        tl.store(target + DIM // 2, right, inside)
+    else:
+        if GATED:
+            product = gated(product, second, None, 1.0)
+        kept = inside & (out < OUT)[:, None]
+        tl.store(out_ptr + row[None, :] * OUT + out[:, None], product.to(dtype), kept)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """As `reference.linear`: torch's, but for one row where `Tiles.one_row` is said."""
+    if len(x) != 1 or tiles(x.device).one_row is None:
+        return F.linear(x, weight, bias)
+    return _launch(x, None, None, 0.0, weight, bias)[1]
+
+
+def norm_linear(
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    norm: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    is_gated: bool = False,
+    turn: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x, delta [rows, size], norm [size], weight [out, size] → (x + delta, its norm · weight).
+
+    is_gated: weight has gates and ups, and in place of them is their plain SwiGLU [rows, out / 2].
+    turn: cos_sin, kv, slots and heads as in `rotate_and_write`, and in place of QKV is the query.
+    """
+    return _launch(x, delta, norm, eps, weight, bias, is_gated, turn)
+
+
+def _launch(
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    norm: torch.Tensor | None,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    is_gated: bool = False,
+    turn: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `norm_linear`; one row may be without a norm."""
+    rows, size = x.shape
+    count = len(weight) // 2 if is_gated else len(weight)
+    summed = x if delta is None else torch.empty_like(x)
+    cos_sin, kv, slots, heads = turn or (x, x, x, 0)
+    kv_heads, dim = (kv.shape[3], kv.shape[4]) if heads else (0, 0)
+    out = x.new_empty(rows, heads, dim) if heads else x.new_empty(rows, count)
+    tile = _tile(x, count, is_paired=is_gated or heads > 0)
+    grid = (heads + 2 * kv_heads) * (dim // 2 // tile.n) if heads else triton.cdiv(count, tile.n)
+    _linear[(grid,)](
+        x.contiguous(),
+        x if delta is None else delta.contiguous(),
+        x if norm is None else norm,
+        weight,
+        weight if bias is None else bias,
+        cos_sin,
+        slots,
+        summed,
+        out,
+        kv,
+        kv.stride(0) if heads else 0,
+        rows,
+        eps,
+        SIZE=size,
+        OUT=count,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_K=tile.k,
+        NORM=norm is not None,
+        DELTA=delta is not None,
+        BIAS=bias is not None,
+        GATED=is_gated,
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        DIM=dim,
+        STAGES=tile.stages,
+        **tile.options,
+        **overlap(x.device),
+    )
+    return summed, out
+
+
+def tile_of(x: torch.Tensor) -> Tile:
+    """The tile that holds all rows of x, at most 64."""
+    tile = for_dtype(tiles(x.device).fused, x.dtype)
+    height = max(16, triton.next_power_of_2(len(x)))
+    return replace(tile, m=height, warps=tile.warps * height // 16)
+
+
+def _tile(x: torch.Tensor, count: int, is_paired: bool) -> Tile:
+    """The tile of a product with `count` rows of weight, or pairs of rows.
+
+    The fewer those are, the fewer has a program: a small weight too is to be on its way to all of
+    the device at once. Programs of pairs have half as many.
+    """
+    (rows, size), own = x.shape, tiles(x.device)
+    each = 2 if is_paired else 1
+    if rows == 1 and own.one_row is not None:
+        tile = own.one_row
+        most = each * count // (2 * processors(x.device))
+        block = min(tile.n, max(4, 1 << most.bit_length() >> 1))
+        columns = tile.n * tile.k // block  # as many numbers in a step, if there are
+        return replace(tile, n=block // each, k=min(columns, triton.next_power_of_2(size)))
+    tile = tile_of(x)
+    is_narrow = is_paired or count < tile.n * processors(x.device)
+    return replace(tile, n=HALF if is_narrow else tile.n)
