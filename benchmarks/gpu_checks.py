@@ -136,7 +136,8 @@ def fused_limits(**limits: Any) -> Iterator[None]:
     own = replace(tiles.tiles(CUDA), **(none | limits))
     with ExitStack() as patches:
         for op in (triton.norm_qkv, triton.linear):
-            patches.enter_context(patch.dict(op.__globals__, tiles=lambda device: own))
+            module = sys.modules[op.__module__]
+            patches.enter_context(patch.object(module, "tiles", lambda device: own))
         yield
 
 
