@@ -182,19 +182,28 @@ def test_grouping_sorts_pairs_by_expert_and_keeps_their_order(tokens: int) -> No
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
-    ("tokens", "dtype", "biases", "unbalanced"),
+    ("tokens", "dtype", "biases", "unbalanced", "short"),
     [
-        (0, torch.float32, False, False),
-        (1, torch.float32, True, False),
-        (33, torch.float32, True, True),
-        (100, torch.float32, False, False),
-        (1, torch.float16, False, False),
-        (70, torch.float16, True, True),
+        (0, torch.float32, False, False, 0),
+        (1, torch.float32, True, False, 0),
+        (33, torch.float32, True, True, 0),
+        (100, torch.float32, False, False, 16),
+        (1, torch.float16, False, False, 16),
+        (70, torch.float16, True, True, 0),
+        (70, torch.float16, True, True, 16),  # 64 of each, and 6 that are left
     ],
 )
 def test_experts(
-    tokens: int, dtype: torch.dtype, biases: bool, unbalanced: bool, packed: bool
+    tokens: int,
+    dtype: torch.dtype,
+    biases: bool,
+    unbalanced: bool,
+    short: int,
+    packed: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    own = replace(tiles.tiles(torch.device("cpu")), short=short)
+    monkeypatch.setitem(triton.experts.__globals__, "tiles", lambda device: own)
     count, hidden, size, top_k = 6, 96, 160, 2
     x = rand(tokens, hidden, dtype=dtype)
     logits = rand(tokens, count, seed=1)

@@ -87,17 +87,18 @@ def _multiplied(w, x, total, PACKED: tl.constexpr, VENDOR: tl.constexpr):
 
 
 @triton.jit
-def _gate_up(
+def _gate_up_rows(
     x_ptr,
     weight_ptr,
     scale_ptr,
     bias_ptr,
     order_ptr,
-    starts_ptr,
     out_ptr,
+    expert,
+    first,
+    end,
+    out,
     TOP_K: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    BLOCK_E: tl.constexpr,
     HIDDEN: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -108,18 +109,8 @@ def _gate_up(
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
     VENDOR: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
-    """SwiGLU of gate and up of a tile; grid (⌈SIZE / BLOCK_N⌉, row blocks).
-
-    x [tokens, HIDDEN], weight [EXPERTS, 2 · SIZE, HIDDEN] (gate rows first) and its scales, bias
-    [EXPERTS, 2 · SIZE], order and starts as in `grouping` → out [pairs by expert, SIZE].
-    """
-    wait_turn(OVERLAP)
-    expert, first, end = _find(starts_ptr, tl.program_id(1), EXPERTS, BLOCK_E, BLOCK_M)
-    if expert >= EXPERTS:
-        return
-    out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """Columns `out` of BLOCK_M rows of `expert` from `first` on, as `_gate_up`."""
     row = first + tl.arange(0, BLOCK_M)
     token = tl.load(order_ptr + row, row < end, other=0) // TOP_K
     dtype = x_ptr.dtype.element_ty
@@ -154,17 +145,66 @@ def _gate_up(
 
 
 @triton.jit
-def _down(
+def _gate_up(
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    bias_ptr,
+    order_ptr,
+    starts_ptr,
+    out_ptr,
+    TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SHORT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PACKED: tl.constexpr,
+    BIAS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    VENDOR: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """SwiGLU of gate and up of a tile; grid (⌈SIZE / BLOCK_N⌉, row blocks).
+
+    x [tokens, HIDDEN], weight [EXPERTS, 2 · SIZE, HIDDEN] (gate rows first) and its scales, bias
+    [EXPERTS, 2 · SIZE], order and starts as in `grouping` → out [pairs by expert, SIZE]. What is
+    left of an expert's rows is a tile of SHORT of them, if they fit.
+    """
+    wait_turn(OVERLAP)
+    expert, first, end = _find(starts_ptr, tl.program_id(1), EXPERTS, BLOCK_E, BLOCK_M)
+    if expert >= EXPERTS:
+        return
+    out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if SHORT < BLOCK_M and end - first <= SHORT:
+        _gate_up_rows(
+            x_ptr, weight_ptr, scale_ptr, bias_ptr, order_ptr, out_ptr, expert, first, end, out,
+            TOP_K, HIDDEN, SIZE, SHORT, BLOCK_N, BLOCK_K, PACKED, BIAS, LIMIT, ALPHA, VENDOR,
+        )  # fmt: skip
+    else:
+        _gate_up_rows(
+            x_ptr, weight_ptr, scale_ptr, bias_ptr, order_ptr, out_ptr, expert, first, end, out,
+            TOP_K, HIDDEN, SIZE, BLOCK_M, BLOCK_N, BLOCK_K, PACKED, BIAS, LIMIT, ALPHA, VENDOR,
+        )  # fmt: skip
+
+
+@triton.jit
+def _down_rows(
     x_ptr,
     weight_ptr,
     scale_ptr,
     bias_ptr,
     shares_ptr,
     order_ptr,
-    starts_ptr,
     out_ptr,
-    EXPERTS: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    expert,
+    first,
+    end,
+    out,
     HIDDEN: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -173,18 +213,8 @@ def _down(
     PACKED: tl.constexpr,
     BIAS: tl.constexpr,
     VENDOR: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
-    """Down projection of a tile, times the router's weights; grid (⌈HIDDEN / BLOCK_N⌉, row blocks).
-
-    x [pairs by expert, SIZE], weight [EXPERTS, HIDDEN, SIZE] and its scales, bias
-    [EXPERTS, HIDDEN], shares float32 [pairs] → out [pairs, HIDDEN], pairs in their first order.
-    """
-    wait_turn(OVERLAP)
-    expert, first, end = _find(starts_ptr, tl.program_id(1), EXPERTS, BLOCK_E, BLOCK_M)
-    if expert >= EXPERTS:
-        return
-    out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """Columns `out` of BLOCK_M rows of `expert` from `first` on, as `_down`."""
     row = first + tl.arange(0, BLOCK_M)
     dtype = x_ptr.dtype.element_ty
     source = x_ptr + row[:, None].to(tl.int64) * SIZE
@@ -208,6 +238,52 @@ def _down(
     mixed *= tl.load(shares_ptr + pair, row < end, other=0.0)[None, :]
     target = out_ptr + pair[None, :].to(tl.int64) * HIDDEN + out[:, None]
     tl.store(target, mixed.to(dtype), (row < end)[None, :] & (out < HIDDEN)[:, None])
+
+
+@triton.jit
+def _down(
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    bias_ptr,
+    shares_ptr,
+    order_ptr,
+    starts_ptr,
+    out_ptr,
+    EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SHORT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PACKED: tl.constexpr,
+    BIAS: tl.constexpr,
+    VENDOR: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Down projection of a tile, times the router's weights; grid (⌈HIDDEN / BLOCK_N⌉, row blocks).
+
+    x [pairs by expert, SIZE], weight [EXPERTS, HIDDEN, SIZE] and its scales, bias
+    [EXPERTS, HIDDEN], shares float32 [pairs] → out [pairs, HIDDEN], pairs in their first order.
+    Rows as in `_gate_up`.
+    """
+    wait_turn(OVERLAP)
+    expert, first, end = _find(starts_ptr, tl.program_id(1), EXPERTS, BLOCK_E, BLOCK_M)
+    if expert >= EXPERTS:
+        return
+    out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if SHORT < BLOCK_M and end - first <= SHORT:
+        _down_rows(
+            x_ptr, weight_ptr, scale_ptr, bias_ptr, shares_ptr, order_ptr, out_ptr, expert, first,
+            end, out, HIDDEN, SIZE, SHORT, BLOCK_N, BLOCK_K, PACKED, BIAS, VENDOR,
+        )  # fmt: skip
+    else:
+        _down_rows(
+            x_ptr, weight_ptr, scale_ptr, bias_ptr, shares_ptr, order_ptr, out_ptr, expert, first,
+            end, out, HIDDEN, SIZE, BLOCK_M, BLOCK_N, BLOCK_K, PACKED, BIAS, VENDOR,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -283,6 +359,7 @@ def experts(
         "HIDDEN": hidden,
         "SIZE": size,
         "BLOCK_M": tile.m,
+        "SHORT": min(tiles(x.device).short or tile.m, tile.m),
         "BLOCK_N": tile.n,
         "BLOCK_K": tile.k,
         "PACKED": packed,

@@ -38,6 +38,7 @@ class Tiles:
     prefill_wide: Tile  # the same for larger heads
     experts: tuple[Tile, ...]  # by rising m: the first that holds an expert's mean rows is used
     mxfp4: tuple[Tile, ...]  # the same for packed weights
+    short: int = 0  # rows of a tile for what is left of an expert's rows, if they fit; 0: no such
     fused: Tile = Tile(16, 32, 128, 4, 3)  # norm with linear or MLP; m is not used
     # Up to how many rows (64 at most) a norm and what follows are one kernel: as many as
     # `gpu.py --section fusions` finds that faster for. 0: not measured.
@@ -56,6 +57,8 @@ _HOPPER = Tiles(
     prefill_wide=Tile(128, 64, 0, 8, 5),
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
     mxfp4=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
+    # Of 1024 tokens gpt-oss' experts get 128 each, give or take 11: every other has a second tile.
+    short=32,
     fused=Tile(16, 32, 128, 2, 5),  # with 4 warps each would read all of x, for half of the weight
     # Not measured: by counting what a program loads, and every launch saved is two microseconds.
     fused_qkv=1,
