@@ -122,14 +122,14 @@ def _load(
 BUDGET_S = 570.0
 SECTIONS: dict[str, Section] = {
     "limits": Section(_measured, 25, "copy bandwidth and bf16 matrix product"),
-    "check-norms": Section(_check("norms"), 80, "norms and SwiGLU as they are defined", False),
-    "check-attention": Section(_check("attention"), 80, "attention, rotary and KV", False),
-    "check-experts": Section(_check("experts"), 80, "router and experts", False),
-    "check-draws": Section(_check("draws"), 80, "top-k and top-p", False),
-    "check-fusions": Section(_check("fusions"), 80, "fused norms", False),
-    "parity-dense": Section(_check("parity_dense"), 80, "tiny models: the CPU's tokens", False),
-    "parity-experts": Section(_check("parity_experts"), 80, "the same, with experts", False),
-    "score": Section(_score, 80, "the embedded model's score", False),
+    "check-norms": Section(_check("norms"), 70, "norms and SwiGLU as they are defined", False),
+    "check-attention": Section(_check("attention"), 70, "attention, rotary and KV", False),
+    "check-experts": Section(_check("experts"), 70, "router and experts", False),
+    "check-draws": Section(_check("draws"), 70, "top-k and top-p", False),
+    "check-fusions": Section(_check("fusions"), 70, "fused norms", False),
+    "parity-dense": Section(_check("parity_dense"), 70, "tiny models: the CPU's tokens", False),
+    "parity-experts": Section(_check("parity_experts"), 70, "the same, with experts", False),
+    "score": Section(_score, 70, "the embedded model's score", False),
     "gpt-oss": Section(
         _load("gpt-oss-20b", "short_load", (4096, 1024), 35, 1024), 90, "4096 short prompts"
     ),
@@ -148,7 +148,7 @@ SECTIONS: dict[str, Section] = {
     ),
     "attention": Section(_times("time_attention"), 30, "attention alone"),
     "experts": Section(_times("time_experts"), 30, "grouped products alone"),
-    "tiles": Section(_times("time_tiles"), 35, "MXFP4 experts with other tiles"),
+    "tiles": Section(_times("time_tiles"), 45, "experts and one row, other tiles"),
     "fusions": Section(_times("time_fusions"), 35, "norm with linear and MLP, fused and not"),
     "overlap": Section(_times("time_overlap"), 20, "kernels set up early, and not"),
     "draws": Section(_times("time_draws"), 15, "top-k and top-p, beside a sort"),

@@ -134,15 +134,16 @@ def time_experts(limits: Limits) -> Iterator[Row]:
 
 
 def time_tiles(limits: Limits) -> Iterator[Row]:
-    """MXFP4 experts with other tiles than the table's, which come first: the fastest belong there.
+    """MXFP4 experts and products of one row with other tiles than the table's, which come first.
 
-    Of a tile that the GPU has no room for there is no row.
+    The fastest belong there. Of a tile that the GPU has no room for there is no row.
     """
     from model.ops import triton
     from model.ops.triton.tiles import Tile, tiles
 
     weights, own = _experts_weights(packed=True), tiles(CUDA)
     few = [
+        Tile(16, 32, 128, 2, 6),
         Tile(16, 32, 128, 4, 4),
         Tile(16, 64, 128, 4, 3),
         Tile(16, 64, 64, 4, 5),
@@ -166,6 +167,25 @@ def time_tiles(limits: Limits) -> Iterator[Row]:
             ):
                 spent = seconds_of(call)
                 yield Row(f"MXFP4 experts, {tokens} tokens, {tile}", spent * 1e6, "us")
+    if own.one_row is None:
+        return
+    single = [
+        Tile(1, 8, 256, 4, 4),
+        Tile(1, 32, 256, 4, 4),
+        Tile(1, 16, 512, 8, 4),
+    ]
+    for name in ("qwen2-0.5b", "llama-3-8b"):
+        layer = _random_layer(name)
+        project, x = _project(layer), rand(1, *layer.mlp_norm.weight.shape, dtype=torch.bfloat16)
+
+        def products(layer: Layer = layer, project: Any = project, x: torch.Tensor = x) -> Any:
+            return project(x, x), layer.feed_forward(x, x)
+
+        for tile in (own.one_row, *single):
+            with suppress(Exception):
+                with fused_limits(fused_qkv=1, fused_gate_up=1, one_row=tile):
+                    spent = seconds_of(products)
+                yield Row(f"{name}, one row, {tile}", spent * 1e6, "us")
 
 
 def _experts_weights(packed: bool) -> list[Any]:
