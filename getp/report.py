@@ -85,7 +85,7 @@ class Measurements:
         """Put everything together, after the engine has finished."""
         from getp.report_replicas import Cluster, explain_replicas, replicas_report
 
-        stats = engine.stats
+        stats, peak = engine.stats, peak_memory()  # before the machine is measured to explain
         if isinstance(engine, Cluster):
             explanation = explain_replicas(engine, self.inference_s, self.done)
             where = replicas_report(engine, self.inference_s)
@@ -130,7 +130,7 @@ class Measurements:
             "peak_kv_use": _ratio(stats.peak_kv_blocks, stats.kv_blocks),
             "prefix_hit_rate": _ratio(self.cached_tokens, self.prompt_tokens),
             **as_report(explanation),
-            "peak_memory_bytes": peak_memory(),
+            "peak_memory_bytes": peak,
         }
 
     def _rate(self, tokens: int) -> float:

@@ -11,6 +11,7 @@ from engine import SamplingParams
 from getp import batch
 from getp.batch import Job
 from getp.errors import SOME_FAILED, GetpError, Interrupted
+from getp.explain import Explanation
 from getp.prompts import request_seed
 from getp.report import quantile
 from getp.tasks import Defaults
@@ -171,6 +172,23 @@ def test_the_report_adds_up(tmp_path: Path) -> None:
     assert report["peak_memory_bytes"] > 2**20
     assert report["dtype"] == "float32"
     assert set(report["versions"]) == {"getp", "python", "torch"}
+
+
+def test_measuring_the_machine_is_no_memory_of_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peak = 2**28
+
+    def explain(*of: object) -> Explanation:
+        nonlocal peak
+        peak = 2**29
+        return Explanation()
+
+    monkeypatch.setattr("getp.report.explain", explain)
+    monkeypatch.setattr("getp.report.peak_memory", lambda: peak)
+    run(job(tmp_path, b"1\nab\n", report=str(tmp_path / "report.json")))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["peak_memory_bytes"], peak) == (2**28, 2**29)
 
 
 def test_the_report_says_what_the_warm_up_went_to(
