@@ -93,9 +93,9 @@ def run_job(job: Job, source: Source, tokenizer: Tokenizer, engine: "Engine | Cl
     if job.report is not None:
         write_report(job.report, report)
     print_report(report)
-    # Results on standard output are a file: the line for scripts must not be in it.
-    line = final_line(run.measured)
-    print(line, file=sys.stderr if job.output == STANDARD else sys.stdout)
+    # Results and the report on standard output are files: the line for scripts must not be in them.
+    taken = STANDARD in (job.output, job.report)
+    print(final_line(run.measured), file=sys.stderr if taken else sys.stdout)
     return SOME_FAILED if journal.failed else 0
 
 

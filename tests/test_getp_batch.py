@@ -191,6 +191,15 @@ def test_measuring_the_machine_is_no_memory_of_the_job(
     assert (report["peak_memory_bytes"], peak) == (2**28, 2**29)
 
 
+def test_a_report_on_standard_output_is_json_and_nothing_else(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(job(tmp_path, b"1\nab\n", report="-"))
+    captured = capfd.readouterr()
+    assert json.loads(captured.out)["requests_done"] == 1
+    assert re.fullmatch(FINAL_LINE, captured.err.splitlines()[-1])
+
+
 def test_the_report_says_what_the_warm_up_went_to(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
