@@ -4,7 +4,7 @@ Owns text, files and the terminal; never touches tensors. `getp.cli` is the comm
 `getp.batch` the main job.
 """
 
-import model  # noqa: F401  before torch: it says how threads wait
+import model  # noqa: F401  before torch: it says how threads wait, and what is no warning
 
 __version__ = "0.1.0"
 

@@ -6,6 +6,7 @@ and `weights.load` bring a Hugging Face directory into it. What it costs (`cost`
 """
 
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,9 @@ def _is_crowded(pressure: Path) -> bool:
 # On a quiet machine they are not: a step is then 5% slower. It is asked once, as torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ and _is_crowded(Path("/proc/pressure/cpu")):
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+# torch says so at import where NumPy is not installed; nothing here needs it.
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 if TYPE_CHECKING:
     from model.transformer import Transformer

@@ -90,6 +90,19 @@ def test_a_machine_that_does_not_tell_is_taken_for_a_quiet_one(
     assert not model._is_crowded(tmp_path / "cpu")
 
 
+def test_torch_does_not_complain_where_numpy_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError(\"No module named 'numpy'\")")
+    done = subprocess.run(
+        [sys.executable, "-c", "import getp.cli, model.measure"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+
+
 def test_nothing_of_the_product_needs_transformers_or_numpy() -> None:
     for package in MAY_IMPORT.keys() - {"run"}:
         for path in (ROOT / package).rglob("*.py"):
