@@ -1,5 +1,6 @@
 """Mode profile: where a step's time goes, measured, beside what the cost model says it needs."""
 
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -123,6 +124,9 @@ def profile(
     """Measure the step on a warm engine. Raises EngineError if it has no room for it."""
     probe = Probe(engine, batch, query, context)
     times = measure(probe.step, probe.parts(), engine.device)
+    # torch's profiler (2.13) prints a line whenever it starts or stops, at a level above errors: 6
+    # is above all levels. It asks at its first use; who sets it to 2 sees warnings.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     launches = count_launches(probe.step, probe.parts(), engine.device, trace)
     dtype = str(engine.dtype).removeprefix("torch.")
     work = Workload(cast(Phase, phase), batch, query, context, dtype, causal=True)
