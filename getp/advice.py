@@ -7,7 +7,7 @@ with the part's roofline limit.
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from getp.profile import HOST_PARTS, Component, Profile
+from getp.profile import HOST_PARTS, Component, Profile, gather
 from getp.units import percent, seconds
 from model.cost import operations, total
 from model.roofline import largest_batch
@@ -114,13 +114,17 @@ def _fusions(found: Profile) -> list[Advice]:
     advice = []
     for title, names, (moved, times) in _FUSIONS:
         before = sum(parts[name].launches for name in names)
-        after = parts[names[-1]].op.layer_count
+        after = max(parts[name].op.layer_count for name in names)
+        if before <= after:
+            continue  # fused already
         saved = parts[moved].op.bytes.activations * times / found.device.bandwidth
         text = f"fuse {title}: {before:,} launches to {after:,}"
-        advice.append(_saving(found, text, max(0, before - after) * each + saved))
+        advice.append(_saving(found, text, (before - after) * each + saved))
     unfused, fused = total(found.ops), total(_operations(found, replace(found.work, fused=True)))
+    if found.launches <= fused.launches:
+        return advice
     saved = (unfused.bytes.activations - fused.bytes.activations) / found.device.bandwidth
-    fewer = max(0, found.launches - fused.launches)
+    fewer = found.launches - fused.launches
     text = f"fuse whole layers: {found.launches:,} launches to {fused.launches:,}"
     return [*advice, _saving(found, text, fewer * each + saved)]
 
@@ -201,7 +205,7 @@ def _predicted(found: Profile, work: Workload) -> float:
 
 
 def _operations(found: Profile, work: Workload) -> list[Op]:
-    return operations(found.config, work)
+    return gather(operations(found.config, work), found.within)
 
 
 def _limit(found: Profile, ops: list[Op], dtype: str) -> float:

@@ -2,8 +2,8 @@
 
 import os
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import TypeVar, cast
 
 import torch
@@ -15,7 +15,7 @@ from model.config import ModelConfig
 from model.cost import operations
 from model.flops import Flops
 from model.hardware import Device
-from model.parts import OTHER, Part
+from model.parts import OTHER, WITHIN, Part
 from model.workload import Bytes, Op, Phase, Workload
 
 WARM_UP_STEPS = 2
@@ -62,7 +62,8 @@ class Component:
     seconds: float
     launches: int
     busy_s: float | None  # on a GPU: what its kernels ran
-    op: Op  # all zero for what the cost model does not know
+    op: Op  # all zero for what the cost model does not know, and within another
+    within: str | None = None  # the part that did this one, too; its op is that of both
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,11 @@ class Profile:
     def launches(self) -> int:
         """Kernels (on a CPU: operations) of the step."""
         return sum(part.launches for part in self.components)
+
+    @property
+    def within(self) -> dict[str, str]:
+        """The parts that others did, each with the name of the one that did it."""
+        return {part.name: part.within for part in self.components if part.within}
 
     @property
     def ops(self) -> list[Op]:
@@ -142,8 +148,14 @@ def assemble(
     launches: Launches,
 ) -> Profile:
     """Put what was measured beside what the cost model says."""
-    ops = {op.name: op for op in operations(config, work)}
-    found = times.parts.keys() | ops.keys()
+    known = operations(config, work)
+    within = {
+        op.name: WITHIN[op.name]
+        for op in known
+        if op.name not in times.parts and WITHIN.get(op.name) in times.parts
+    }
+    ops = {op.name: op for op in gather(known, within)}
+    found = times.parts.keys() | ops.keys() | within.keys()
     components = [
         Component(
             name,
@@ -151,11 +163,26 @@ def assemble(
             launches.count.get(name, 0),
             None if launches.busy_s is None else launches.busy_s.get(name, 0.0),
             ops.get(name, Op(name, 0, Flops(), Bytes(), 0)),
+            within.get(name),
         )
         for name in _ORDER
         if name in found
     ]
     return Profile(config, work, device, on_gpu, times, components)
+
+
+def gather(ops: Iterable[Op], within: Mapping[str, str]) -> list[Op]:
+    """Add operations done within others to those."""
+    found = {op.name: op for op in ops}
+    for inner, outer in within.items():
+        one, both = found.pop(inner), found[outer]
+        found[outer] = replace(
+            both,
+            flops=both.flops + one.flops,
+            bytes=both.bytes + one.bytes,
+            launches=both.launches + one.launches,
+        )
+    return [*found.values()]
 
 
 def measure(

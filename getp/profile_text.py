@@ -76,6 +76,7 @@ def _part_json(part: Component, found: Profile) -> dict[str, Any]:
         "share": part.seconds / found.times.followed_s,
         "launches": part.launches,
         "busy_s": part.busy_s,
+        "within": part.within,
         "flops": asdict(part.op.flops),
         "bytes": asdict(part.op.bytes),
     }
@@ -109,9 +110,12 @@ def _parts_table(found: Profile) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     bytes_of_all = total(found.ops).bytes.total
     for part in found.components:
+        if part.within:
+            table.add_row(_label(part), *["-"] * 7)
+            continue
         moved, share = part.op.bytes.total, part.seconds / found.times.followed_s
         table.add_row(
-            part.name.replace("_", " ") if not part.op.layer_count else part.name,
+            _label(part),
             seconds(part.seconds),
             percent(share),
             f"{part.launches:,}",
@@ -130,6 +134,12 @@ def _parts_table(found: Profile) -> Table:
         style="bold",
     )
     return table
+
+
+def _label(part: Component) -> str:
+    if part.within:
+        return f"{part.name} in {part.within}"
+    return part.name if part.op.layer_count else part.name.replace("_", " ")
 
 
 def _bandwidths(found: Profile, others: list[Device]) -> str:

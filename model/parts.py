@@ -17,6 +17,12 @@ AFTER_INNER = {"embedding": OTHER, "gate_up_proj": "down_proj"}
 """A callable's own time before a part inside it goes by its name, after it by this one: a decoder
 embeds before its first layer, experts project up before their activation and down after it."""
 
+WITHIN = {
+    **dict.fromkeys(("input_norm", "rope"), "qkv_proj"),
+    **dict.fromkeys(("post_norm", "activation", "down_proj"), "gate_up_proj"),
+}
+"""The operation whose callable does this one on the way, where a device has a kernel for both."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -32,9 +38,11 @@ def decoder_parts(model: Transformer) -> list[Part]:
     parts = [
         Part(model, "final_norm", "final_norm"),
         Part(model, "head", "lm_head"),
+        Part(ops, "norm_qkv", "qkv_proj"),
         Part(ops, "rotate_and_write", "rope"),
         Part(ops, "attention", "attention"),
         Part(ops, "gated_linear", "gate_up_proj"),
+        Part(ops, "norm_mlp", "gate_up_proj"),
         Part(reference, "swiglu", "activation"),  # where no kernel does it on the way
         Part(ops, "route", "router"),
         Part(ops, "experts", "gate_up_proj"),

@@ -19,10 +19,11 @@ from getp import cli
 from getp.advice import advise, judge
 from getp.follow import Launches, add_up, following, time_parts
 from getp.profile import Profile, Times, assemble, measure
+from getp.profile_text import print_profile
 from model import ops
-from model.cost import parameter_bytes
+from model.cost import parameter_bytes, total
 from model.hardware import find_device
-from model.parts import Part
+from model.parts import WITHIN, Part
 from model.roofline import USABLE_MEMORY
 from model.shapes import named_config
 from model.workload import Workload
@@ -211,6 +212,44 @@ def test_the_documents_step_is_launch_bound() -> None:
     assert gains["fuse gate/up, activation and down"].tok_s == pytest.approx(275.6, abs=0.1)
     assert 400 < gains["fuse whole layers"].tok_s < 500  # "Potential: 400-500 tok/s"
     assert [a.gain for a in advise(found)] == sorted((a.gain for a in advise(found)), reverse=True)
+
+
+def test_what_one_kernel_does_already_is_counted_there_and_not_to_be_fused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    apart = bottleneck()
+    inner = ("activation", "down_proj")
+    times = {name: s for name, s in apart.times.parts.items() if name not in inner}
+    counts = dict.fromkeys(times, 24)
+    found = bottleneck(times=Times(4.35e-3, times), launches=Launches(counts))
+    assert found.within == dict.fromkeys(inner, "gate_up_proj")
+    before, after = ({part.name: part.op for part in one.components} for one in (apart, found))
+    together = [before[name] for name in ("gate_up_proj", *inner)]
+    assert after["gate_up_proj"].bytes == total(together).bytes
+    assert after["gate_up_proj"].flops == total(together).flops
+    assert total(found.ops) == total(apart.ops)
+    titles = [advice.change.split(":")[0] for advice in advise(found)]
+    assert "fuse norm and QKV" in titles
+    assert "fuse gate/up, activation and down" not in titles
+    print_profile(found, "qwen2", [])
+    assert "down_proj in gate_up_proj" in capsys.readouterr().out
+
+
+def test_norms_fused_with_what_follows_are_followed(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def norm_qkv(x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        kv, heads = rest[6], rest[8]
+        return x, torch.zeros(len(x), heads, kv.shape[-1], dtype=x.dtype)
+
+    monkeypatch.setattr(ops.cpu, "norm_qkv", norm_qkv)
+    monkeypatch.setattr(ops.cpu, "norm_mlp", lambda x, delta, *rest: (x, delta.exp()))
+    with Engine(checkpoint("qwen2"), device="cpu", max_batch_size=1) as engine:
+        probe = Probe(engine, batch=1, query=1, context=30)
+        seconds = time_parts(probe.step, probe.parts(), CPU)
+    assert not seconds.keys() & WITHIN.keys()
+    assert seconds["qkv_proj"] > 0
+    assert seconds["gate_up_proj"] > 0
 
 
 def test_a_gpu_that_waits_is_told_to_capture_the_step() -> None:
