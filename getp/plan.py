@@ -13,6 +13,7 @@ from typing import Any, cast
 from rich.console import Console
 from rich.table import Table
 
+from getp import tables
 from getp.errors import GetpError, UsageProblem
 from getp.units import percent, quantity, seconds
 from model.config import ModelConfig, read_json
@@ -33,6 +34,7 @@ from model.workload import Op, Phase, Workload
 LOCAL = "local"
 DEFAULT_GPUS = ("A100 SXM 80GB", "H100 SXM", "H200", "B200", "MI300X", "MI355X")
 _DEFAULT_QUERY = 1024  # of a prefill
+_GPU_FIGURES = ("time", "tok/s", "MFU", "MBU", "ridge", "batch that fits")
 
 
 @dataclass(frozen=True)
@@ -203,13 +205,13 @@ def _figures(op: Op) -> dict[str, Any]:
 
 def print_plan(plan: Plan) -> None:
     """Print the operations, their total and the GPUs as tables on standard output."""
-    console = Console(highlight=False)
+    console = tables.console()
     console.print(_title(plan), style="bold", soft_wrap=True)
-    console.print(_operations_table(plan))
+    tables.show(console, _operations_table(plan))
     console.print(_summary(plan), soft_wrap=True)
-    console.print(_gpu_table(plan))
+    tables.show(console, _gpu_table(plan))
     if plan.exchanges and not plan.work.backward:
-        console.print(_exchange_table(plan))
+        tables.show(console, _exchange_table(plan))
     console.print(_notes(plan), style="dim", soft_wrap=True)
 
 
@@ -245,11 +247,8 @@ def _title(plan: Plan) -> str:
 
 
 def _operations_table(plan: Plan) -> Table:
-    table = Table(box=None, padding=(0, 0, 0, 1), header_style="bold")
-    table.add_column("operation", no_wrap=True)
-    for name in ("layers", "matrix", "vector", "special", "weights", "activ.", "KV", "FLOP/B"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("launches", justify="right", no_wrap=True)
+    figures = ("matrix", "vector", "special", "weights", "activ.", "KV", "FLOP/B", "launches")
+    table = tables.table(["operation"], ["layers", *figures])
     for op in plan.ops:
         table.add_row(op.name, str(op.layer_count), *_cells(op))
     table.add_row("total", "", *_cells(plan.total), style="bold")
@@ -285,15 +284,11 @@ def _summary(plan: Plan) -> str:
 
 
 def _gpu_table(plan: Plan) -> Table:
-    table = Table(box=None, padding=(0, 0, 0, 1), header_style="bold")
-    table.add_column("GPU", no_wrap=True)
-    table.add_column("bound by")
     shared = plan.work.tensor_parallel > 1
-    if shared:
-        table.add_column("link", no_wrap=True)
-        table.add_column("sending", justify="right", no_wrap=True)
-    for name in ("time", "tok/s", "MFU", "MBU", "ridge", "batch that fits"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = tables.table(
+        ["GPU", "bound by", *(["link"] if shared else [])],
+        [*(["sending"] if shared else []), *_GPU_FIGURES],
+    )
     work = plan.work
     for found in plan.bounds:
         device = found.device
@@ -345,10 +340,7 @@ def _notes(plan: Plan) -> str:
 
 def _exchange_table(plan: Plan) -> Table:
     """What a step's collectives take on every link, by how many GPUs share the model."""
-    table = Table(box=None, padding=(0, 0, 0, 1), header_style="bold")
-    table.add_column("sending, a step", no_wrap=True)
-    for ranks in plan.exchanges:
-        table.add_column(f"{ranks} GPUs", justify="right", no_wrap=True)
+    table = tables.table(["sending, a step"], [f"{ranks} GPUs" for ranks in plan.exchanges])
     sent = plan.exchanges.values()
     table.add_row("collectives", *(f"{each.collectives}" for each in sent))
     table.add_row("bytes from each GPU", *(f"{quantity(each.bytes)}B" for each in sent))

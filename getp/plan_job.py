@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from getp import tables
 from getp.errors import GetpError, UsageProblem
 from getp.plan import LOCAL, Model
 from getp.units import percent, seconds
@@ -223,7 +221,7 @@ def print_job(
     model: Model, job: Job, dtype: str, limits: Limits, found: Sequence[Prediction], counted: str
 ) -> None:
     """Print the predictions as a table on standard output."""
-    console = Console(highlight=False)
+    console = tables.console()
     console.print(
         f"{model.name}, {dtype}: {len(job.prompts):,} requests, {job.prompt_tokens:,} prompt "
         f"tokens ({counted}), {job.output_tokens:,} output tokens at most",
@@ -232,18 +230,16 @@ def print_job(
     )
     if job.refused:
         console.print(f"{job.refused:,} prompts leave no room for output and are left out")
-    table = Table(box=None, padding=(0, 0, 0, 1), header_style="bold")
-    table.add_column("GPU", no_wrap=True)
     priced = any(prediction.price is not None for prediction in found)
     several = any(one.tensor_parallel * one.replicas > 1 for one in found)
-    if several:
-        table.add_column("as", no_wrap=True)
-    names = ["prefill", "decode", "batch", "bound by", "time", "tok/s", "efficiency"]
-    for name in [*names, *(["price"] if priced else [])]:
-        table.add_column(name, justify="right", no_wrap=True)
+    numbers = ["prefill", "decode", "batch", "time", "tok/s", "efficiency"]
+    table = tables.table(
+        ["GPU", *(["as (sending)"] if several else []), "bound by"],
+        [*numbers, *(["price"] if priced else [])],
+    )
     for one in found:
         table.add_row(one.name, *([_layout(one)] if several else []), *_cells(one, priced))
-    console.print(table)
+    tables.show(console, table)
     console.print(_notes(found, limits), style="dim", soft_wrap=True)
 
 
@@ -253,9 +249,7 @@ def _layout(one: Prediction) -> str:
     if one.replicas > 1:
         parts.append(f"{one.replicas} replicas")
     if one.tensor_parallel > 1:
-        parts.append(
-            f"TP={one.tensor_parallel}, {percent(one.link_s / (one.seconds or 1))} sending"
-        )
+        parts.append(f"TP={one.tensor_parallel} ({percent(one.link_s / (one.seconds or 1))})")
     return " × ".join(parts) or "1 GPU"
 
 
@@ -278,14 +272,14 @@ def layouts(model: Model, gpus: int) -> list[tuple[int, int]]:
 
 
 def _cells(one: Prediction, priced: bool) -> list[str]:
-    reached = f"{percent(one.efficiency.compute)}/{percent(one.efficiency.memory)}"
+    reached = f"{one.efficiency.compute:.0%}/{one.efficiency.memory:.0%}"
     if one.seconds is None or one.tok_s is None:
-        return ["", "", "", "", "does not fit", "", ""]
+        return ["does not fit"]
     cells = [
+        one.decode_bound or "-",
         seconds(one.prefill_s),
         seconds(one.decode_s),
         f"{one.mean_batch:,.1f}",
-        one.decode_bound or "-",
         seconds(one.seconds),
         f"{one.tok_s:,.0f}",
         reached,

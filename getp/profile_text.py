@@ -3,9 +3,9 @@
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from getp import tables
 from getp.advice import Advice, Verdict, advise, judge, rest
 from getp.advice import as_json as advice_json
 from getp.profile import Component, Profile
@@ -13,11 +13,13 @@ from getp.units import percent, quantity, seconds
 from model.cost import total
 from model.hardware import Device
 
+_WIDE = 80  # columns of a terminal; a narrower one does without a share that can be worked out
+
 
 def print_profile(found: Profile, model: str, others: list[Device]) -> None:
     """Print the analysis on standard output; `others` are compared by the bandwidth in use."""
     verdict, advice = judge(found), advise(found)
-    console = Console(highlight=False)
+    console = tables.console()
     work = found.work
     console.print(
         f"{model}: {work.phase}, batch {work.batch:,}, query {work.query:,}, context "
@@ -26,11 +28,11 @@ def print_profile(found: Profile, model: str, others: list[Device]) -> None:
         soft_wrap=True,
     )
     console.print(_summary(found, verdict), soft_wrap=True)
-    console.print(_parts_table(found))
+    tables.show(console, _parts_table(found, console.width >= _WIDE))
     console.print(_bandwidths(found, others), soft_wrap=True)
     console.print(f"\n{verdict.bound}-bound: {verdict.evidence}.", style="bold", soft_wrap=True)
     console.print(f"Of the whole step {rest(found, verdict)}.\n", soft_wrap=True)
-    console.print(_advice_table(advice))
+    tables.show(console, _advice_table(advice))
     console.print(
         "\nGains are the cost model's, each change by itself and at best. Parts are measured while "
         f"the step is followed, which changes it by {found.times.slowdown:+.1%}; shares are of "
@@ -103,15 +105,13 @@ def _summary(found: Profile, verdict: Verdict) -> str:
     return "\n".join([*lines, ""])
 
 
-def _parts_table(found: Profile) -> Table:
-    table = Table(box=None, padding=(0, 0, 0, 1), header_style="bold")
-    table.add_column("component", no_wrap=True)
-    for name in ("time", "share", "launches", "bytes", "of all", "B/s", "FLOP/s"):
-        table.add_column(name, justify="right", no_wrap=True)
+def _parts_table(found: Profile, wide: bool) -> Table:
+    figures = ["time", "share", "launches", "bytes", *(["of all"] if wide else []), "B/s", "FLOP/s"]
+    table = tables.table(["component"], figures)
     bytes_of_all = total(found.ops).bytes.total
     for part in found.components:
         if part.within:
-            table.add_row(_label(part), *["-"] * 7)
+            table.add_row(_label(part), *["-"] * len(figures))
             continue
         moved, share = part.op.bytes.total, part.seconds / found.times.followed_s
         table.add_row(
@@ -120,7 +120,7 @@ def _parts_table(found: Profile) -> Table:
             percent(share),
             f"{part.launches:,}",
             quantity(moved),
-            percent(moved / bytes_of_all) if moved else "-",
+            *([percent(moved / bytes_of_all) if moved else "-"] if wide else []),
             quantity(moved / part.seconds) if part.seconds else "-",
             quantity(part.op.flops.matrix / part.seconds) if part.seconds else "-",
         )
@@ -130,7 +130,7 @@ def _parts_table(found: Profile) -> Table:
         percent(1.0),
         f"{found.launches:,}",
         quantity(bytes_of_all),
-        percent(1.0),
+        *([percent(1.0)] if wide else []),
         style="bold",
     )
     return table
@@ -152,10 +152,7 @@ def _bandwidths(found: Profile, others: list[Device]) -> str:
 
 
 def _advice_table(advice: list[Advice]) -> Table:
-    table = Table(box=None, padding=(0, 0, 0, 1), header_style="bold")
-    table.add_column("what would help")
-    for name in ("step", "tok/s", "gain"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = tables.table(["what would help"], ["step", "tok/s", "gain"])
     for one in advice:
         table.add_row(one.change, seconds(one.step_s), f"{one.tok_s:,.1f}", _gain(one.gain))
     return table

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -233,9 +234,28 @@ def test_a_predicted_job_is_printed_with_what_it_assumes(
     assert "prompt tokens (counted)" in out
     assert "A10" in out
     assert "does not fit" in out
-    assert "70.0%/70.0%" in out
+    assert "70%/70%" in out
     assert "assumed" in out
     assert all(len(line) <= 80 for line in out.splitlines() if line.startswith(" "))
+
+
+@pytest.mark.parametrize("job", [True, False])
+def test_no_word_of_a_table_is_cut(
+    prompts: str, capsys: Printed, monkeypatch: pytest.MonkeyPatch, job: bool
+) -> None:
+    args = ["gpt-oss-120b", "-m", "plan", "--gpu", "MI250 die,H200", "--tensor-parallel", "8"]
+    args += ["-i", prompts, "--price", "3"] if job else []
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert cli.run(args) == 0
+    piped = capsys.readouterr().out
+    assert ("2 replicas × TP=4 (" if job else "Infinity Fabric 3  ") in piped
+    assert "MI250 die " in piped
+    for columns in (30, 80):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert cli.run(args) == 0
+        out = capsys.readouterr().out
+        assert Counter(out.split()) == Counter(piped.split())
+    assert max(len(line) for line in out.splitlines() if line.startswith(" ")) <= 80
 
 
 def test_local_is_measured_once_and_says_when(

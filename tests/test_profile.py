@@ -235,6 +235,21 @@ def test_what_one_kernel_does_already_is_counted_there_and_not_to_be_fused(
     assert "down_proj in gate_up_proj" in capsys.readouterr().out
 
 
+def test_a_narrow_terminal_cuts_no_number(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed = []
+    for columns in (200, 60):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        print_profile(bottleneck(), "qwen2", [])
+        printed.append(capsys.readouterr().out)
+    wide, narrow = printed
+    assert max(len(line) for line in narrow.splitlines() if line.startswith(" ")) <= 60
+    share = {word for word in wide.split() if word.endswith("%")} | {"of", "all"}
+    assert set(wide.split()) - set(narrow.split()) <= share  # of all bytes
+    assert set(narrow.split()) <= set(wide.split())
+
+
 def test_norms_fused_with_what_follows_are_followed(
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
