@@ -3,12 +3,16 @@
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 from getp import EMBEDDED, plan, plan_job, plot
 from getp.errors import UsageProblem
-from getp.inputs import scan
+from getp.terminal import say
 from getp.units import print_json
 from model.hardware import Device
+
+if TYPE_CHECKING:
+    from getp.plan_input import Requests
 
 
 def run(options: SimpleNamespace, checkpoint: Path) -> int:
@@ -50,10 +54,13 @@ def _job(options: SimpleNamespace, checkpoint: Path) -> int:
     model = _model(options, checkpoint)
     gpus = plan.find_gpus(options.gpu)
     prices = _prices(options.price, gpus)
-    lengths, counted = _prompt_lengths(options, checkpoint)
-    job = plan_job.make_job(
-        lengths, model.config.max_positions, options.steps, options.max_new_tokens
-    )
+    requests = _requests(options, checkpoint)
+    if requests.refused:
+        say(
+            f"getp: warning: requests that mode getp would refuse: {requests.refused:,}, the "
+            f"first one in {requests.first_refused}"
+        )
+    job = plan_job.make_job(requests, model.config.max_positions, options.steps)
     dtype = model.config.dtype if options.dtype == "auto" else options.dtype
     limits = plan_job.Limits(
         options.max_batch_size or plan_job.Limits.max_batch_size,
@@ -71,7 +78,7 @@ def _job(options: SimpleNamespace, checkpoint: Path) -> int:
     if options.format == "json":
         print_json(plan_job.as_json(model, job, dtype, limits, found))
     else:
-        plan_job.print_job(model, job, dtype, limits, found, counted)
+        plan_job.print_job(model, job, dtype, limits, found, requests.counted)
     return 0
 
 
@@ -87,16 +94,12 @@ def _prices(given: tuple[float, ...], gpus: list[Device]) -> list[float | None]:
     return [*given] if len(given) == len(gpus) else [*(given or (None,))] * len(gpus)
 
 
-def _prompt_lengths(options: SimpleNamespace, checkpoint: Path) -> tuple[list[int], str]:
-    """Return the tokens of each prompt, and how they were counted; bad requests are left out."""
-    source = scan(options.input)
-    if options.tokenizer is None and not checkpoint.is_dir():
-        return [-(-len(line.data or b"") // 4) for line in source.lines()], "taken as 4 bytes each"
+def _requests(options: SimpleNamespace, checkpoint: Path) -> "Requests":
     from engine import SamplingParams
-    from getp.tasks import Defaults, Task, TaskReader
-    from tokenizer import Tokenizer
+    from getp.plan_input import read_requests
+    from getp.tasks import Defaults
 
-    defaults = Defaults(SamplingParams(), chat=bool(options.chat_template), system=options.system)
-    reader = TaskReader(source, defaults, Tokenizer.load(options.tokenizer or checkpoint))
-    tasks = map(reader.read, source.lines())
-    return [len(task.prompt_ids) for task in tasks if isinstance(task, Task)], "counted"
+    folder = options.tokenizer or (checkpoint if checkpoint.is_dir() else None)
+    params = SamplingParams(max_new_tokens=options.max_new_tokens)
+    defaults = Defaults(params, chat=bool(options.chat_template), system=options.system)
+    return read_requests(options.input, folder, defaults)

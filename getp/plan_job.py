@@ -9,7 +9,7 @@ GPUs share the model, or run replicas that share the requests, or some of both.
 import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from getp import tables
 from getp.errors import GetpError, UsageProblem
@@ -20,6 +20,9 @@ from model.hardware import Device
 from model.links import exchange
 from model.roofline import bound, largest_batch
 from model.workload import Workload
+
+if TYPE_CHECKING:
+    from getp.plan_input import Requests
 
 ASSUMED_EFFICIENCY = 0.7
 """Share of a datasheet's peak and bandwidth that good kernels reach."""
@@ -40,7 +43,7 @@ class Job:
 
     prompts: Sequence[int]
     outputs: Sequence[int]
-    refused: int = 0  # prompts that leave no room for output
+    refused: int = 0  # others: those that mode getp refuses, or that leave no room for output
 
     @property
     def prompt_tokens(self) -> int:
@@ -80,16 +83,17 @@ class Prediction:
     link_s: float = 0.0  # of it, GPUs sending to each other
 
 
-def make_job(
-    prompts: Sequence[int], max_positions: int, steps: int, max_new_tokens: int | None
-) -> Job:
-    """Return the job in which every prompt's output runs to its limit. Raises GetpError."""
+def make_job(requests: "Requests", max_positions: int, steps: int) -> Job:
+    """Return the job in which every request's output runs to its limit. Raises GetpError."""
     limit = min(max_positions, steps or max_positions)
-    fitting = [length for length in prompts if 0 < length < limit]
+    asked = zip(requests.prompts, requests.limits, strict=True)
+    fitting = [(prompt, most) for prompt, most in asked if 0 < prompt < limit]
+    count = len(requests.prompts) + requests.refused
     if not fitting:
-        raise GetpError(f"none of the {len(prompts)} prompts leaves room within {limit} positions")
-    outputs = [min(limit - length, max_new_tokens or limit) for length in fitting]
-    return Job(fitting, outputs, len(prompts) - len(fitting))
+        raise GetpError(f"none of the {count} requests leaves room within {limit} positions")
+    prompts = [prompt for prompt, _ in fitting]
+    outputs = [min(limit - prompt, most or limit) for prompt, most in fitting]
+    return Job(prompts, outputs, count - len(fitting))
 
 
 def predict(
@@ -229,7 +233,10 @@ def print_job(
         soft_wrap=True,
     )
     if job.refused:
-        console.print(f"{job.refused:,} prompts leave no room for output and are left out")
+        console.print(
+            f"{job.refused:,} requests are refused or leave no room for output, and are left out",
+            soft_wrap=True,
+        )
     priced = any(prediction.price is not None for prediction in found)
     several = any(one.tensor_parallel * one.replicas > 1 for one in found)
     numbers = ["prefill", "decode", "batch", "time", "tok/s", "efficiency"]

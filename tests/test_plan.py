@@ -223,6 +223,31 @@ def test_a_job_is_predicted(prompts: str, capsys: Printed) -> None:
     assert a100["price"] == pytest.approx(1.5 * a100["seconds"] / 3600)
 
 
+def test_each_request_has_its_own_limit_and_what_is_refused_is_said(
+    tmp_path: Path, capsys: Printed
+) -> None:
+    file = tmp_path / "input.jsonl"
+    bodies = [
+        {"prompt": "abcdefgh", "max_tokens": 1},
+        {"prompt": "abcd"},
+        {"prompt": [1, 2, 3], "max_tokens": 99},
+        {"messages": [{"role": "user", "content": "abcdefgh"}, {"role": "user", "content": "a"}]},
+        {"prompt": "abcd", "n": 2},
+        {"prompt": "a" * 400},
+    ]
+    file.write_text("".join(json.dumps(body) + "\n" for body in bodies))
+    args = ["gpt-oss-20b", "-m", "plan", "-i", str(file), "-n", "50", "--max-new-tokens", "7"]
+    assert cli.run([*args, "--format", "json"]) == 0
+    out, err = capsys.readouterr()
+    job = json.loads(out)
+    # Tokens are four bytes; the last leaves no room within 50 positions.
+    assert (job["requests"], job["requests_refused"]) == (4, 2)
+    assert (job["prompt_tokens"], job["output_tokens"]) == (2 + 1 + 3 + 3, 1 + 7 + 47 + 7)
+    assert "would refuse: 1, the first one in line 5: 'n' is not supported" in err
+    assert cli.run([*args, "-z", str(write_tokenizer(tmp_path / "tokenizer"))]) == 0
+    assert "(counted), 62 output tokens" in capsys.readouterr().out
+
+
 def test_a_predicted_job_is_printed_with_what_it_assumes(
     prompts: str, tmp_path: Path, capsys: Printed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
