@@ -1,14 +1,17 @@
 """Mode plan with `-i`: how long a file of prompts takes on each GPU, and what that costs.
 
-The job is taken apart into prefill steps full of prompts and decode steps at the mean batch and
-context that its lengths lead to; each step is bounded as in `model.roofline`, with compute and
-memory slowed by the efficiency assumed. Scheduling, sampling and the host are not in it. Several
-GPUs share the model, or run replicas that share the requests, or some of both.
+The job is taken apart into prefill steps full of prompts and decode steps at the batches that its
+lengths lead to and their mean context; each step is bounded as in `model.roofline`, with compute
+and memory slowed by the efficiency assumed. Scheduling, sampling and the host are not in it.
+Several GPUs share the model, or run replicas that share the requests, or some of both.
 """
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from heapq import heapreplace
 from typing import TYPE_CHECKING, Any
 
 from getp import tables
@@ -37,9 +40,9 @@ class Efficiency:
     source: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # what is worked out of it is remembered by its identity
 class Job:
-    """A job's lengths in tokens: of each prompt, and of the output each is allowed."""
+    """A job's lengths in tokens, in the order of running: prompts, and the outputs allowed."""
 
     prompts: Sequence[int]
     outputs: Sequence[int]
@@ -84,13 +87,17 @@ class Prediction:
 
 
 def make_job(requests: "Requests", max_positions: int, steps: int) -> Job:
-    """Return the job in which every request's output runs to its limit. Raises GetpError."""
+    """Return the job in which every request's output runs to its limit. Raises GetpError.
+
+    Its order is that of `getp.schedule`: the longest outputs first, by the limits that are given.
+    """
     limit = min(max_positions, steps or max_positions)
     asked = zip(requests.prompts, requests.limits, strict=True)
     fitting = [(prompt, most) for prompt, most in asked if 0 < prompt < limit]
     count = len(requests.prompts) + requests.refused
     if not fitting:
         raise GetpError(f"none of the {count} requests leaves room within {limit} positions")
+    fitting.sort(key=lambda pair: -min(pair[1] or limit, steps - pair[0] if steps else limit))
     prompts = [prompt for prompt, _ in fitting]
     outputs = [min(limit - prompt, most or limit) for prompt, most in fitting]
     return Job(prompts, outputs, count - len(fitting))
@@ -111,8 +118,7 @@ def predict(
     Raises UsageProblem for a bad split.
     """
     if replicas > 1:
-        share = Job(job.prompts[::replicas], job.outputs[::replicas])
-        one = predict(model, share, device, dtype, limits, efficiency, price)
+        one = predict(model, _share(job, replicas), device, dtype, limits, efficiency, price)
         if one.seconds is None:
             return replace(one, replicas=replicas)
         return replace(
@@ -140,22 +146,22 @@ def predict(
     room = largest_batch(config, Workload("decode", 1, 1, longest, dtype, parts), device)
     if room < 1:
         return Prediction(device.name, efficiency, tensor_parallel=parts)
-    together = min(count, max(1, limits.max_batch_tokens // mean_prompt))
+    most = min(count, room, limits.max_batch_size)
+    together = min(most, max(1, limits.max_batch_tokens // mean_prompt))
     prefill_steps = -(-count // together)
     prefill = Workload("prefill", together, mean_prompt, mean_prompt, dtype, parts, causal=True)
     prefill_once, _, sent = step_time(prefill)
     prefill_s, link_s = prefill_once * count / together, sent * count / together
     decoded = job.output_tokens - count  # the prefill gives each request's first token
-    decode_steps, decode_s, decode_bound, batch = 0, 0.0, None, 0.0
-    if decoded:
-        most = min(count, room, limits.max_batch_size)
-        decode_steps = max(-(-decoded // most), max(job.outputs) - 1)
-        batch = decoded / decode_steps
-        context = _mean_context(job)
-        work = Workload("decode", max(1, round(batch)), 1, context, dtype, parts)
-        once, decode_bound, sent = step_time(work)
-        decode_s = once * decode_steps
-        link_s += sent * decode_steps
+    decode_steps, decode_s = 0, 0.0
+    bounds: defaultdict[str, float] = defaultdict(float)  # seconds by what limits them
+    for steps, tokens in decode_batches(job, most) if decoded else ():
+        batch, context = max(1, round(tokens / steps)), _mean_context(job)
+        once, limit, sent = step_time(Workload("decode", batch, 1, context, dtype, parts))
+        decode_steps += steps
+        decode_s += once * steps
+        link_s += sent * steps
+        bounds[limit] += once * steps
     whole = prefill_s + decode_s
     return Prediction(
         device.name,
@@ -164,8 +170,8 @@ def predict(
         prefill_s,
         decode_steps,
         decode_s,
-        decode_bound,
-        batch,
+        max(bounds, key=bounds.__getitem__, default=None),
+        decoded / max(1, decode_steps),
         whole,
         job.output_tokens / whole,
         None if price is None else price * parts * whole / 3600,
@@ -174,6 +180,34 @@ def predict(
     )
 
 
+@lru_cache
+def _share(job: Job, replicas: int) -> Job:
+    return Job(job.prompts[::replicas], job.outputs[::replicas])
+
+
+@lru_cache
+def decode_batches(job: Job, slots: int) -> list[tuple[int, int]]:
+    """Return (steps, tokens) of the decode steps, those of like batches together.
+
+    Each request begins where a slot becomes free first. So all slots are in use until the last
+    one has begun, and then fewer and fewer.
+    """
+    ends = [0] * slots  # decode steps after which each slot is free
+    full = 0
+    for output in job.outputs:
+        full = ends[0]
+        heapreplace(ends, full + output - 1)  # the prefill gives the first token
+    found: dict[int, tuple[int, int]] = {}
+    before = 0
+    for batch, end in [(slots, full), *zip(range(slots, 0, -1), sorted(ends), strict=True)]:
+        steps, tokens = found.get(batch.bit_length(), (0, 0))
+        more = end - before
+        found[batch.bit_length()] = steps + more, tokens + more * batch
+        before = end
+    return [(steps, tokens) for steps, tokens in found.values() if steps]
+
+
+@lru_cache
 def _mean_context(job: Job) -> int:
     """Return the context of a decoded token, over all of them."""
     tokens = positions = 0

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from getp import cli
+from getp.plan_input import Requests
+from getp.plan_job import Job, decode_batches, make_job
 from getp.units import quantity, seconds
 from model import measure
 from tests.getp_helpers import write_tokenizer
@@ -221,6 +223,35 @@ def test_a_job_is_predicted(prompts: str, capsys: Printed) -> None:
     assert a100["seconds"] > h100["seconds"]
     assert h100["price"] == pytest.approx(3 * h100["seconds"] / 3600)
     assert a100["price"] == pytest.approx(1.5 * a100["seconds"] / 3600)
+
+
+def test_a_slot_is_free_for_the_next_request_when_one_has_ended() -> None:
+    job = Job([1] * 5, [9, 6, 4, 3, 2])
+    # Of two slots one decodes 8 and 2 tokens or 1, the other 5, 3 and the rest.
+    assert decode_batches(job, 2) == [(9, 18), (1, 1)]
+    assert decode_batches(job, 5) == [(2, 5 + 4), (3, 3 + 2 * 2), (3, 3)]
+    assert decode_batches(job, 1) == [(19, 19)]
+
+
+def test_a_predicted_job_runs_in_the_order_of_a_real_one() -> None:
+    requests = Requests("counted", [5, 3, 4], [None, None, 1])
+    assert make_job(requests, max_positions=100, steps=0).prompts == [5, 3, 4]
+    assert make_job(requests, max_positions=100, steps=10).prompts == [3, 5, 4]
+
+
+def test_what_no_longer_fits_beside_the_first_batch_makes_the_job_longer(
+    tmp_path: Path, capsys: Printed
+) -> None:
+    file = tmp_path / "input.txt"
+    file.write_text("300\n" + "abcd\n" * 300)
+    args = ["llama-3-8b", "-i", str(file), "-n", "101", "--gpu", "H100"]
+    (two_waves,) = planned(capsys, *args, "--max-batch-size", "256")["gpus"]
+    assert (two_waves["decode_steps"], two_waves["mean_batch"]) == (2 * 99, 150)
+    assert two_waves["prefill_steps"] == 2
+    (one_wave,) = planned(capsys, *args, "--max-batch-size", "300")["gpus"]
+    assert (one_wave["decode_steps"], one_wave["mean_batch"]) == (99, 300)
+    # The second wave reads the weights as often as the first, but not as much KV.
+    assert 1.5 < two_waves["decode_s"] / one_wave["decode_s"] < 2
 
 
 def test_each_request_has_its_own_limit_and_what_is_refused_is_said(
