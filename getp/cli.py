@@ -132,7 +132,13 @@ def _eval(options: SimpleNamespace) -> int:
     if options.report is not None:
         files.check_writable(options.report, [options.input])
     tokenizer = _load_tokenizer(options) if options.expected is not None else None
-    outcome = evaluate.evaluate(options.input, options.reference, options.expected, tokenizer)
+    outcome = evaluate.evaluate(
+        options.input,
+        options.reference,
+        options.expected,
+        tokenizer,
+        aside=options.report == files.STANDARD,
+    )
     if options.report is not None:
         files.write_report(options.report, outcome)
     return 0

@@ -139,11 +139,16 @@ def read_expected(path: str, count: int) -> list[str]:
 
 
 def evaluate(
-    path: str, reference: str | None, expected: str | None, tokenizer: Tokenizer | None
+    path: str,
+    reference: str | None,
+    expected: str | None,
+    tokenizer: Tokenizer | None,
+    aside: bool = False,
 ) -> dict[str, Any]:
     """Compare a token file with a reference, with expected texts or both; print the outcome.
 
-    Expected texts need the tokenizer. Returns what `--report` writes.
+    Expected texts need the tokenizer. `aside` prints on standard error. Returns what `--report`
+    writes.
     """
     rows = read_token_file(path)
     table = Table(show_header=False)
@@ -157,7 +162,7 @@ def evaluate(
         score = score_texts(rows, read_expected(expected, len(rows)), tokenizer)
         report["expected"] = {"file": expected, **asdict(score)}
         _show_score(table, score)
-    Console().print(table)
+    Console(stderr=aside).print(table)
     return report
 
 

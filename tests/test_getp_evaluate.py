@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from getp import cli
 from getp.errors import GetpError, UsageProblem
 from getp.evaluate import compare_tokens, decode_file, evaluate
 from tests.getp_helpers import small_tokenizer, write_tokens
@@ -71,6 +72,16 @@ def test_answers_are_scored_by_their_final_text(
     assert [wrong["line"] for wrong in report["expected"]["first_wrong"]] == [3, 4]
     assert "[b]wrong[/b]" in capsys.readouterr().out
     json.dumps(report)
+
+
+def test_a_report_on_standard_output_is_json_and_nothing_else(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = tokens(tmp_path / "in", "7")
+    assert cli.run(["-m", "eval", "-i", source, "--reference", source, "--report", "-"]) == 0
+    captured = capfd.readouterr()
+    assert json.loads(captured.out)["reference"]["lines_equal"] == 1
+    assert "1 of 1" in captured.err
 
 
 def test_expected_texts_must_be_as_many_as_the_answers(tmp_path: Path) -> None:
