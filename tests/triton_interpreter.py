@@ -256,7 +256,12 @@ def test_every_code_and_scale_of_mxfp4_is_unpacked_exactly(
     size = 160  # five scales: more than a word has
     codes = torch.arange(256, dtype=torch.uint8).view(16, 1, 16)  # every pair of codes
     blocks = torch.cat([codes.roll(g, 0) for g in range(5)], 1).repeat(12, 1, 1)
-    for exponent in (70, 120, 131):
+    for exponent, kind in (
+        (5, mxfp4.Words),
+        (70, mxfp4.Words),
+        (122, mxfp4.Words),
+        (131, torch.Tensor),
+    ):
         scales = exponent + torch.arange(192)[:, None] % 3 + torch.tensor([0, 4, -5, 1, 2])
         down = reference.Mxfp4(blocks[None], scales.byte()[None])
         gate_up = torch.zeros(1, 2 * size, size + 32)
@@ -266,6 +271,7 @@ def test_every_code_and_scale_of_mxfp4_is_unpacked_exactly(
         zero, one = torch.zeros(size, 1, dtype=torch.int64), torch.ones(size, 1)
         packed = reference.Mxfp4(*quantize_mxfp4(gate_up))
         words = [triton.pack_experts(w, torch.float32) for w in (packed, down)]
+        assert isinstance(words[1], kind)  # scales beyond 2 are not for the kernels
         found = triton.experts(x, zero, one, words[0], None, words[1], None, None, 1.0)
         gate = packed.dense(torch.float32)[0, 0, size]
         assert torch.equal(found, down.dense(torch.float32)[0].T * gate)
@@ -282,8 +288,9 @@ def unpacked(values_ptr, scales_ptr, out_ptr, K: tl.constexpr, DTYPE: tl.constex
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_mxfp4_is_unpacked_to_the_type_of_the_product(dtype: torch.dtype) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(1, 16, 1, 16).repeat(1, 1, 4, 1)
-    weights = reference.Mxfp4(codes, torch.arange(96, 160, dtype=torch.uint8).view(1, 16, 4))
-    words, out = mxfp4.pack(weights), torch.empty(16, 128, dtype=dtype)
+    weights = reference.Mxfp4(codes, torch.arange(65, 129, dtype=torch.uint8).view(1, 16, 4))
+    words, out = mxfp4.pack(weights, dtype), torch.empty(16, 128, dtype=dtype)
+    assert isinstance(words, mxfp4.Words)
     kind = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
     unpacked[(1,)](words.values, words.scales, out, K=128, DTYPE=kind)
     assert torch.equal(out, weights.dense(dtype)[0])

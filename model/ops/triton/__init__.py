@@ -47,7 +47,7 @@ __all__ = [
 
 def pack_experts(weights: torch.Tensor | Mxfp4, dtype: torch.dtype) -> torch.Tensor | Words:
     """As ops.pack_experts: stacked weights as they are, MXFP4 in words."""
-    return pack_mxfp4(weights) if isinstance(weights, Mxfp4) else weights
+    return pack_mxfp4(weights, dtype) if isinstance(weights, Mxfp4) else weights
 
 
 def gated_linear(

@@ -347,7 +347,7 @@ def experts(
         return torch.empty_like(x)
     up_weight, up_scale = _parts(gate_up)
     down_weight, down_scale = _parts(down)
-    count, packed = len(gate_up), isinstance(gate_up, Words)
+    count, packed = len(gate_up), isinstance(down, Words)
     size = up_weight.shape[1] // 2
     pairs = tokens * top_k
     tile = _tile(x, pairs, count * part[1], packed)
@@ -362,7 +362,6 @@ def experts(
         "SHORT": min(tiles(x.device).short or tile.m, tile.m),
         "BLOCK_N": tile.n,
         "BLOCK_K": tile.k,
-        "PACKED": packed,
         "VENDOR": vendor(x.device),
         **tile.options,
         **overlap(x.device),
@@ -378,6 +377,7 @@ def experts(
         starts,
         inner,
         TOP_K=top_k,
+        PACKED=isinstance(gate_up, Words),
         BIAS=gate_up_bias is not None,
         LIMIT=limit,
         ALPHA=alpha,
@@ -394,6 +394,7 @@ def experts(
         order,
         starts,
         parts,
+        PACKED=packed,
         BIAS=down_bias is not None,
         **{**shared, "num_stages": 2 * (tile.stages - 1) if packed else tile.stages},
     )

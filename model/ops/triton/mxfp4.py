@@ -14,18 +14,17 @@ import triton.language as tl
 
 from model.ops.reference import Mxfp4
 
-# Two bfloat16 a register: each times 2^126, then times its scale; -0.0 is added.
+# Two bfloat16 a register, each times its factor; -0.0 is added.
 _SCALE_PAIR = tl.constexpr("""
 {
-    .reg .b32 raise, none, value;
-    mov.b32 raise, 0x7E807E80;
+    .reg .b32 none;
     mov.b32 none, 0x80008000;
-    fma.rn.bf16x2 value, $1, raise, none;
-    fma.rn.bf16x2 $0, value, $2, none;
+    fma.rn.bf16x2 $0, $1, $2, none;
 }
 """)
 _PAIR = tl.constexpr(-0x7E3F7E40)  # 0x81C081C0: sign, two bits of exponent and one of mantissa
 _SCALES = 4  # in a word
+_MOST = 128  # the exponent of the largest scale, 2, that can be raised by 2^126
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,13 @@ class Words:
         return len(self.values)
 
 
-def pack(weights: Mxfp4) -> Words:
-    """The weights as kernels take them."""
+def pack(weights: Mxfp4, dtype: torch.dtype) -> Words | torch.Tensor:
+    """The weights as kernels take them; dense in dtype if there are scales beyond 2.
+
+    Those of a trained model are far below.
+    """
+    if int(weights.scales.max()) > _MOST:
+        return weights.dense(dtype)
     count, outputs, inputs = weights.shape
     device = weights.device
     values = torch.empty(count, outputs, inputs // 8, dtype=torch.int32, device=device)
@@ -70,9 +74,9 @@ def unpack(words, scales, first, VENDOR: tl.constexpr, DTYPE: tl.constexpr):
     """words int32 [rows, in / 8], scales int32 [rows] and the first that counts → [rows, in].
 
     A part of a word, at its place, is two numbers that are 2^126 times too small, subnormal for the
-    codes 0 and 1, as they are in E2M1; multiplied by 2^126 they are exact. Scales are powers of
-    two, whose bits are the exponent, but for 2^-127, which is subnormal. VENDOR as in
-    `tiles.vendor`: NVIDIA's GPUs multiply both halves at once.
+    codes 0 and 1, as they are in E2M1. Scales are powers of two; raised by 2^126 they are their
+    exponent's bits, and the product is exact. VENDOR as in `tiles.vendor`: NVIDIA's GPUs multiply
+    both halves at once.
     """
     ROWS: tl.constexpr = words.shape[0]
     GROUPS: tl.constexpr = words.shape[1] // 4
@@ -84,7 +88,7 @@ def unpack(words, scales, first, VENDOR: tl.constexpr, DTYPE: tl.constexpr):
     if GROUPS == 4:
         even = tl.join(exponent, (scales >> 16) & 0xFF)
         exponent = tl.join(even, tl.join((scales >> 8) & 0xFF, (scales >> 24) & 0xFF))
-    scale = tl.maximum(exponent.reshape(ROWS, GROUPS) << 7, 0x40)[:, :, None]
+    scale = ((exponent.reshape(ROWS, GROUPS) + 126) << 7)[:, :, None]
     word = words.reshape(ROWS, GROUPS, 4)
     last = ((word << 1) & -0x7FFF8000) | ((word >> 3) & 0x01800180) | ((word >> 7) & 0x00400040)
     even, odd = tl.join(word & _PAIR, (word << 6) & _PAIR), tl.join((word << 3) & _PAIR, last)
@@ -97,8 +101,8 @@ def unpack(words, scales, first, VENDOR: tl.constexpr, DTYPE: tl.constexpr):
         high = (pair >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         factor = (scale << 16).to(tl.float32, bitcast=True)
-        low = (pair << 16).to(tl.float32, bitcast=True) * 8.507059173023462e37 * factor
-        high = (pair & -0x10000).to(tl.float32, bitcast=True) * 8.507059173023462e37 * factor
+        low = (pair << 16).to(tl.float32, bitcast=True) * factor
+        high = (pair & -0x10000).to(tl.float32, bitcast=True) * factor
         if tl.bfloat16 == DTYPE:  # exact: to round it would be many instructions on AMD's GPUs
             low = (low.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(DTYPE, bitcast=True)
             high = (high.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(DTYPE, bitcast=True)
