@@ -18,7 +18,7 @@ from engine.memory import Needs, available_bytes, is_out_of_memory
 from engine.parallel import LeadRunner, Ranks
 from engine.request import Completion, Request
 from engine.runner import ModelRunner
-from engine.sampler import Sampled
+from engine.sampler import NO_TOKEN, Sampled
 from engine.scheduler import Scheduler, Sequence, Step
 from engine.settings import (
     EngineError,
@@ -310,6 +310,10 @@ class Engine:
             for i, (sequence, token) in enumerate(zip(step.sampling(), tokens, strict=True)):
                 if sequence.finished:  # its end was not known when this step was launched
                     continue
+                if token == NO_TOKEN:
+                    ended.append(sequence)
+                    done.append(sequence.completion("error", now, _not_finite(self.dtype)))
+                    continue
                 reason = sequence.append(token, now)
                 if sequence.logprobs is not None:
                     sequence.logprobs.append(logprobs[i])
@@ -405,6 +409,16 @@ def _take(source: Iterator[Request | None], room: int) -> tuple[list[Request], b
             return taken, True
         taken.append(request)
     return taken, len(taken) == max(room, 0)
+
+
+def _not_finite(dtype: torch.dtype) -> str:
+    """Why a request ends whose next token cannot be told, and what may help."""
+    remedies = {
+        torch.float16: "try --dtype bfloat16 or float32",
+        torch.bfloat16: "try --dtype float32",
+    }
+    remedy = remedies.get(dtype, "are the checkpoint's weights whole?")
+    return f"the model's logits are not finite in {str(dtype).removeprefix('torch.')}; {remedy}"
 
 
 def _problem(request: Request, limit: int, vocab_size: int) -> str | None:

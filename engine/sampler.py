@@ -1,5 +1,6 @@
 """Logits → next tokens. Randomness is keyed, so a result does not depend on the batch."""
 
+import math
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from functools import partial
@@ -10,6 +11,7 @@ from engine.request import SamplingParams, TokenLogprobs
 from model import ops
 from model.shard import ALONE, Shard
 
+NO_TOKEN = -1  # read for a row whose logits are not finite
 _BLOCK = 1024  # tokens of the vocabulary that are looked at together
 
 
@@ -29,12 +31,16 @@ class Sampled:
     def __init__(
         self,
         tokens: torch.Tensor,
+        highest: torch.Tensor,
         likeliest: tuple[torch.Tensor, ...] = (),
         wanted: Mapping[int, int] | None = None,
     ):
-        """tokens int64 [rows]; likeliest: for the wanted rows, log-probabilities as in `read`."""
+        """tokens int64 [rows]; highest [rows]: the largest logit of each, NaN if one is NaN.
+
+        likeliest: for the wanted rows, log-probabilities as in `read`.
+        """
         self._wanted = wanted or {}
-        self._tensors = (tokens, *likeliest)
+        self._tensors = (tokens, highest, *likeliest)
         self._event: torch.cuda.Event | None = None
         if tokens.device.type == "cuda":
             copies = [torch.empty_like(t, device="cpu", pin_memory=True) for t in self._tensors]
@@ -45,13 +51,20 @@ class Sampled:
             self._event.record()
 
     def read(self) -> tuple[list[int], dict[int, TokenLogprobs]]:
-        """Wait for the step; each row's token, and log-probabilities by row where asked for."""
+        """Wait for the step; each row's token, and log-probabilities by row where asked for.
+
+        NO_TOKEN for a row whose logits are not finite: only here, as the next step reads on the
+        device a token that exists.
+        """
         if self._event is not None:
             self._event.synchronize()
-        tokens = self._tensors[0].tolist()
+        tokens, highest = self._tensors[0].tolist(), self._tensors[1].tolist()
+        if not math.isfinite(sum(highest)):
+            finite = map(math.isfinite, highest)
+            tokens = [t if ok else NO_TOKEN for t, ok in zip(tokens, finite, strict=True)]
         if not self._wanted:
             return tokens, {}
-        chosen, values, ids = (tensor.tolist() for tensor in self._tensors[1:])
+        chosen, values, ids = (tensor.tolist() for tensor in self._tensors[2:])
         return tokens, {
             row: TokenLogprobs(
                 chosen[i], tuple(zip(ids[i][:count], values[i][:count], strict=True))
@@ -99,26 +112,23 @@ class Sampler:
         """
         shard = self._shard
         if not drawn:
-            tokens = _likeliest(logits)
-            if shard.size > 1:
-                values = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
-                tokens = shard.likeliest(values, tokens, self._vocab)
+            highest, tokens = shard.likeliest(*_likeliest(logits), self._vocab)
             self.last.index_copy_(0, rows, tokens)
-            return Sampled(tokens)
+            return Sampled(tokens, highest)
         logits = shard.vocab_columns(logits, self._vocab)
         if shard.rank == 0:
-            tokens = self._choose(logits, rows, positions, special)
+            highest, tokens = self._choose(logits, rows, positions, special)
         else:
-            tokens = torch.empty_like(rows)
+            highest = tokens = torch.empty_like(rows)
         self.last.index_copy_(0, rows, shard.from_first(tokens))
         wanted = {i: p.logprobs for i, p in special.items() if p.logprobs is not None}
         if not wanted:
-            return Sampled(tokens)
+            return Sampled(tokens, highest)
         at = put(torch.tensor(list(wanted)), self._device)
         logprobs = logits[at].float().log_softmax(-1)
         chosen = logprobs.gather(1, tokens[at].unsqueeze(1)).squeeze(1)
         values, ids = logprobs.topk(min(max(wanted.values()), logprobs.shape[1]))
-        return Sampled(tokens, (chosen, values, ids), wanted)
+        return Sampled(tokens, highest, (chosen, values, ids), wanted)
 
     def _choose(
         self,
@@ -126,9 +136,9 @@ class Sampler:
         rows: torch.Tensor,
         positions: torch.Tensor,
         special: Mapping[int, SamplingParams],
-    ) -> torch.Tensor:
-        """The next token of each sequence, from logits [n, vocab]."""
-        tokens = _likeliest(logits)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(Largest logit, next token) of each sequence, from logits [n, vocab]."""
+        highest, tokens = _likeliest(logits)
         drawn = {i: params for i, params in special.items() if params.temperature > 0}
         cut = {i: p for i, p in drawn.items() if p.top_k or p.top_p < 1}
         by_count = any(params.top_k for params in cut.values())
@@ -141,18 +151,21 @@ class Sampler:
             elif indices:
                 at = put(torch.tensor(indices), self._device)
                 tokens.index_copy_(0, at, draw(logits[at], rows[at], positions[at]))
-        return tokens
+        return highest, tokens
 
     def _draw_any(
         self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
-        """Draw from all of the vocabulary, in its own order; arguments as in `sample`."""
+        """Draw from all of the vocabulary, in its own order; arguments as in `sample`.
+
+        A row of NaN gives some token that exists: its shares are taken for ones.
+        """
         heat = self._heat_and_top_p[rows, :1]
         shares = (logits.float() / heat).softmax(-1)
         uniform = keyed_uniform(self._top_k_and_seed[rows, 1:], positions.long().unsqueeze(1))
-        blocks = _by_block(shares, torch.sum).double()
+        blocks = _by_block(shares, torch.sum).double().nan_to_num_(1.0)
         block, at = _locate(blocks, uniform * blocks.sum(-1, keepdim=True))
-        place, _ = _locate(_block(shares, block, 0.0).double(), at)
+        place, _ = _locate(_block(shares, block, 0.0).double().nan_to_num_(1.0), at)
         return (block * _BLOCK + place).squeeze(1)
 
     def _draw_cut(
@@ -165,17 +178,17 @@ class Sampler:
         return ops.draw(logits, heat, top_k if by_count else None, top_p, uniform)
 
 
-def _likeliest(logits: torch.Tensor) -> torch.Tensor:
-    """`logits.argmax(-1)`, the first of equal ones; logits [rows, vocab].
+def _likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`logits.max(-1)`, the first of equal ones: values and indices; logits [rows, vocab].
 
     On a CPU only `amax` reads at the speed of memory: it finds the block, and another look there
     finds the place. Over a large vocabulary argmax is seven times as slow, a tenth of a step.
     """
     if logits.device.type != "cpu" or logits.shape[1] < 2 * _BLOCK:
-        return logits.max(-1).indices
-    block = _by_block(logits, torch.amax).max(-1, keepdim=True).indices
+        return logits.max(-1)
+    highest, block = _by_block(logits, torch.amax).max(-1, keepdim=True)
     place = _block(logits, block, float("-inf")).max(-1, keepdim=True).indices
-    return (block * _BLOCK + place).squeeze(1)
+    return highest.squeeze(1), (block * _BLOCK + place).squeeze(1)
 
 
 def _by_block(values: torch.Tensor, reduce: Callable[..., torch.Tensor]) -> torch.Tensor:

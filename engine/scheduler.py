@@ -55,13 +55,14 @@ class Sequence:
             return "stop"
         return "length" if len(self.tokens) >= self.max_tokens else None
 
-    def completion(self, reason: FinishReason, now: float) -> Completion:
+    def completion(self, reason: FinishReason, now: float, error: str | None = None) -> Completion:
         """What the caller gets."""
         prompt = len(self.request.prompt_ids)
         return Completion(
             request_id=self.request.request_id,
             token_ids=self.tokens[prompt:],
             finish_reason=reason,
+            error=error,
             prompt_tokens=prompt,
             cached_tokens=self.cached,
             logprobs=self.logprobs,

@@ -137,11 +137,15 @@ def token_line(ids: Sequence[int]) -> bytes:
 
 
 def json_line(value: object) -> bytes:
-    """Return `value` as JSON on one line of UTF-8; lone surrogates stay escaped."""
+    """Return `value` as JSON on one line of UTF-8; lone surrogates stay escaped.
+
+    Raises ValueError for NaN and infinity, which JSON cannot say.
+    """
+    form: dict[str, Any] = {"separators": (",", ":"), "allow_nan": False}
     try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+        return json.dumps(value, ensure_ascii=False, **form).encode()
     except UnicodeEncodeError:
-        return json.dumps(value, separators=(",", ":")).encode()
+        return json.dumps(value, **form).encode()
 
 
 def write_report(path: str, report: Mapping[str, Any]) -> None:

@@ -55,20 +55,22 @@ class Shard:
         self.group.gather([parts] if parts else [], [own], options).wait()
         return torch.cat(parts, dim=1)[:, :vocab] if parts else own[:, :0]
 
-    def likeliest(self, values: torch.Tensor, tokens: torch.Tensor, vocab: int) -> torch.Tensor:
-        """Each row's likeliest token, the first of equal ones, on every rank.
+    def likeliest(
+        self, values: torch.Tensor, tokens: torch.Tensor, vocab: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each row's largest logit and its token, the first of equal ones, on every rank.
 
         values [rows] and tokens int64 [rows]: the largest logit of this rank's part of the
         vocabulary, and where in the part it is. float64 holds both exactly, for one exchange.
         """
         if self.size == 1 or not len(tokens):
-            return tokens
+            return values, tokens
         tokens = tokens + self.vocab_part(vocab).start
         own = torch.stack((values.double(), tokens.double()))
         every = own.new_empty(self.size, *own.shape)
         self.group.allgather([list(every.unbind())], [own]).wait()
-        best = every[:, 0].max(0, keepdim=True).indices
-        return every[:, 1].gather(0, best).squeeze(0).long()
+        highest, best = every[:, 0].max(0, keepdim=True)
+        return highest.squeeze(0), every[:, 1].gather(0, best).squeeze(0).long()
 
     def from_first(self, x: torch.Tensor) -> torch.Tensor:
         """Rank 0's x, in place."""

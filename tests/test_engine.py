@@ -1,12 +1,14 @@
 """The engine's results do not depend on how requests were batched, cut, cached or preempted."""
 
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from engine import Completion, Engine, Request, SamplingParams
 from model.ops.cpu import library
@@ -105,6 +107,37 @@ def test_stale_nan_in_freed_blocks_harms_nobody(checkpoint: Callable[[str], Path
         for cache in engine._runner._caches:
             cache[:, 1:] = float("nan")
         assert {c.request_id: c.token_ids for c in engine.generate(requests)} == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_request_whose_logits_are_not_finite_fails_alone(
+    ahead: int, dtype: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """However its tokens are chosen, in its prompt or later; the others are not concerned."""
+    folder = shutil.copytree(checkpoint("qwen3"), tmp_path / "broken")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][511] = float("nan")
+    tensors["model.embed_tokens.weight"][510] = float("inf")
+    save_file(tensors, folder / "model.safetensors")
+    drawn = {"temperature": 1.0, "seed": 3}
+    kinds: list[dict[str, Any]] = [{}, drawn, {**drawn, "top_p": 0.9}, {"logprobs": 2}]
+    good = load()
+    bad = [
+        Request([7, 8, token], SamplingParams(**kind, max_new_tokens=9), 100 + i)
+        for i, (token, kind) in enumerate((t, k) for t in (510, 511) for k in kinds)
+    ]
+    expected, _ = run(folder, good, ahead, dtype=dtype)
+    engine = Engine(folder, dtype=dtype, kv_memory=32 << 20)
+    engine._ahead = ahead
+    with engine:
+        found = {c.request_id: c for c in engine.generate([*bad[:4], *good, *bad[4:], *bad])}
+    assert {i: c.token_ids for i, c in found.items() if i < 100} == expected
+    for request in bad:
+        failed = found[request.request_id]
+        assert (failed.finish_reason, failed.token_ids) == ("error", [])
+        assert "the model's logits are not finite" in str(failed.error)
+    assert ("try --dtype float32" in str(failed.error)) == (dtype == "bfloat16")
 
 
 @pytest.mark.parametrize("ahead", [0, 1])

@@ -212,6 +212,20 @@ def test_jsonl_can_become_token_ids_and_numbered_text_jsonl(tmp_path: Path) -> N
     assert second["error"]["code"] == "empty_prompt"
 
 
+def test_a_number_that_json_cannot_say_fails_its_request_alone(tmp_path: Path) -> None:
+    class NotANumber(FakeEngine):
+        def _completion(self, request: Request, ids: list[int], reason: str) -> Completion:
+            done = super()._completion(request, ids, reason)
+            at = TokenLogprobs(float("nan") if request.params.logprobs else -1.0, ())
+            return Completion(**{**done.__dict__, "logprobs": [at] * len(ids)})
+
+    lines = [asked(TEXT, "a", prompt="hi", logprobs=1), asked(TEXT, "b", prompt="hi")]
+    status, (bad, good) = run(tmp_path, lines, engine=NotANumber())
+    assert status == SOME_FAILED
+    assert "JSON" in bad["error"]["message"]
+    assert body(good)["choices"][0]["text"] == "hi"
+
+
 def test_a_template_that_refuses_fails_its_request_alone(tmp_path: Path) -> None:
     template = "{% if messages[0].content == 'no' %}{{ raise_exception('never') }}{% endif %}ok"
     tokenizer = small_tokenizer(template)

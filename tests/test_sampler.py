@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import SamplingParams
-from engine.sampler import Sampler, keyed_uniform
+from engine.sampler import NO_TOKEN, Sampler, keyed_uniform
 from model import ops
 from model.ops import reference
 
@@ -90,6 +90,29 @@ def test_a_row_of_nan_gives_a_token_that_exists() -> None:
         found = ops.draw(torch.full((2, 700), torch.nan), one, limit, one / 2, one.double() / 2)
         assert found.min() >= 0
         assert found.max() < 700
+
+
+@pytest.mark.parametrize("vocab", [700, 5000])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_that_is_not_finite_is_told_and_its_last_token_exists(
+    vocab: int, value: float
+) -> None:
+    drawn = SamplingParams(temperature=1)
+    every = [SamplingParams(), drawn, SamplingParams(temperature=1, top_p=0.5)]
+    every.append(SamplingParams(logprobs=2))
+    logits = torch.randn(2 * len(every), vocab, generator=torch.Generator().manual_seed(0))
+    logits[0::2] = value
+    logits[0::2, 1:] = value if value < 0 else 0.0
+    for params in ([p for each in every for p in (each, each)], [drawn] * 8, []):
+        sampler, rows = Sampler(8, logits.device), torch.arange(8)
+        if params:
+            sampler.enter(rows.tolist(), params)
+        special = dict(enumerate(params))
+        tokens, _ = sampler.sample(logits, rows, rows, special, bool(special)).read()
+        assert tokens[0::2] == [NO_TOKEN] * 4
+        assert tokens[1::2] == sampler.last[1::2].tolist()
+        assert sampler.last.min() >= 0
+        assert sampler.last.max() < vocab
 
 
 def test_a_draw_from_all_tokens_never_takes_an_impossible_one() -> None:
