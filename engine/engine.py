@@ -29,7 +29,7 @@ from engine.settings import (
     held_config,
 )
 from engine.stats import EngineStats
-from model import load_config, ops
+from model import ModelConfig, load_config, ops
 
 _log = logging.getLogger(__name__)
 
@@ -347,7 +347,7 @@ class Engine:
         now = time.perf_counter()
         params = request.params
         limit = min(self.max_positions, params.max_positions or self.max_positions)
-        problem = _problem(request, limit, self.config.vocab_size)
+        problem = _problem(request, limit, self.config)
         if problem is not None:
             return Completion(
                 request.request_id,
@@ -421,7 +421,14 @@ def _not_finite(dtype: torch.dtype) -> str:
     return f"the model's logits are not finite in {str(dtype).removeprefix('torch.')}; {remedy}"
 
 
-def _problem(request: Request, limit: int, vocab_size: int) -> str | None:
+def _limited_by(request: Request, limit: int, config: ModelConfig) -> str:
+    own = f"the model's own is {config.max_positions}"
+    if limit == request.params.max_positions:
+        return f"of -n/--steps; {own}"
+    return "the model's own" if limit == config.max_positions else f"of the KV cache; {own}"
+
+
+def _problem(request: Request, limit: int, config: ModelConfig) -> str | None:
     """Why a request cannot run, in one sentence."""
     ids = request.prompt_ids
     if not len(ids):
@@ -429,8 +436,8 @@ def _problem(request: Request, limit: int, vocab_size: int) -> str | None:
     if len(ids) >= limit:
         return (
             f"the prompt has {len(ids)} tokens, which leaves no room for output within the limit"
-            f" of {limit} positions"
+            f" of {limit} positions ({_limited_by(request, limit, config)})"
         )
-    if min(ids) < 0 or max(ids) >= vocab_size:
-        return f"the prompt has token ids outside the vocabulary of {vocab_size}"
+    if min(ids) < 0 or max(ids) >= config.vocab_size:
+        return f"the prompt has token ids outside the vocabulary of {config.vocab_size}"
     return None

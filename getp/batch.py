@@ -143,6 +143,7 @@ def _fingerprint(job: Job, source: Source, engine: "Engine | Cluster") -> dict[s
         "stop": job.defaults.stops,
         "chat template": job.defaults.chat,
         "system": job.defaults.system,
+        "capped": job.defaults.capped,
     }
     plain: dict[str, Any] = json.loads(json.dumps(named))
     return plain

@@ -20,7 +20,7 @@ import click
 from getp import EMBEDDED
 from getp.clickext import Command, refuse_other_modes
 from getp.errors import GetpError, Interrupted, UsageProblem
-from getp.options import with_options
+from getp.options import most_positions, with_options
 from getp.terminal import say
 
 if TYPE_CHECKING:
@@ -68,7 +68,13 @@ def _getp(options: SimpleNamespace) -> int:
         input=options.input,
         output=options.output,
         checkpoint=_checkpoint_name(options),
-        defaults=Defaults(params, options.stop, bool(options.chat_template), options.system),
+        defaults=Defaults(
+            params,
+            options.stop,
+            bool(options.chat_template),
+            options.system,
+            capped=options.steps is not None,
+        ),
         seed_given=options.seed is not None,
         identity={
             "checkpoint": fingerprint.of_checkpoint(_checkpoint(options)),
@@ -257,7 +263,7 @@ def _sampling_params(options: SimpleNamespace, tokenizer: "Tokenizer") -> "Sampl
             top_p=options.top_p,
             seed=seed or 0,
             max_new_tokens=options.max_new_tokens,
-            max_positions=options.steps or None,
+            max_positions=most_positions(options.steps, options.max_new_tokens),
             stop_ids=frozenset() if options.ignore_eos else tokenizer.stop_ids,
             ignore_eos=options.ignore_eos,
         )

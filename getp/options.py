@@ -12,6 +12,7 @@ MODES = ("generate", "chat", "getp", "decode", "eval", "plan", "profile")
 _ASKING = ("generate", "chat", "getp")  # the modes that run the model
 _COUNTING = (*_ASKING, "plan")  # and the one that foresees what they would take
 _MEASURED = (*_ASKING, "profile")  # and the one that measures it
+_DEFAULT_STEPS = 1024
 _MANY = 2**20  # more of anything in one step is a mistake
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
@@ -23,6 +24,16 @@ def with_options(function: _Decorated) -> _Decorated:
     for decorate in reversed(_ALL):
         function = decorate(function)
     return function
+
+
+def most_positions(steps: int | None, max_new_tokens: int | None) -> int | None:
+    """Return the most positions of a request by -n and --max-new-tokens; None: the model's limit.
+
+    Without -n a length that was asked for counts alone: no default may cut it.
+    """
+    if steps is None:
+        return _DEFAULT_STEPS if max_new_tokens is None else None
+    return steps or None
 
 
 def _in(group: str, modes: tuple[str, ...] = ()) -> Callable[..., _Decorator]:
@@ -176,10 +187,10 @@ _ALL: tuple[_Decorator, ...] = (
         "-n",
         "--steps",
         type=click.IntRange(min=0),
-        default=1024,
-        show_default=True,
         modes=_COUNTING,
-        help="Most positions of one request, prompt included; 0: the model's limit.",
+        help="Most positions of one request, prompt included; 0: the model's limit.  "
+        f"[default: {_DEFAULT_STEPS}; the model's limit where --max-new-tokens or the request "
+        "itself says how long an answer may be]",
     ),
     _length(
         "--max-new-tokens",

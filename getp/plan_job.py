@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from getp import tables
 from getp.errors import GetpError, UsageProblem
+from getp.options import most_positions
 from getp.plan import LOCAL, Model
 from getp.units import percent, seconds
 from model.cost import check_tensor_parallel, operations, total
@@ -86,20 +87,25 @@ class Prediction:
     link_s: float = 0.0  # of it, GPUs sending to each other
 
 
-def make_job(requests: "Requests", max_positions: int, steps: int) -> Job:
+def make_job(requests: "Requests", max_positions: int, steps: int | None) -> Job:
     """Return the job in which every request's output runs to its limit. Raises GetpError.
 
-    Its order is that of `getp.schedule`: the longest outputs first, by the limits that are given.
+    steps: as given with -n. Its order is that of `getp.schedule`: the longest outputs first, by
+    the limits that are given.
     """
-    limit = min(max_positions, steps or max_positions)
-    asked = zip(requests.prompts, requests.limits, strict=True)
-    fitting = [(prompt, most) for prompt, most in asked if 0 < prompt < limit]
+    fitting = []
+    for prompt, asked in zip(requests.prompts, requests.limits, strict=True):
+        most = most_positions(steps, asked)
+        limit = min(max_positions, most or max_positions)
+        if 0 < prompt < limit:
+            given = min(asked or limit, most - prompt if most else limit)
+            fitting.append((given, prompt, min(limit - prompt, asked or limit)))
     count = len(requests.prompts) + requests.refused
     if not fitting:
+        limit = min(max_positions, most_positions(steps, None) or max_positions)
         raise GetpError(f"none of the {count} requests leaves room within {limit} positions")
-    fitting.sort(key=lambda pair: -min(pair[1] or limit, steps - pair[0] if steps else limit))
-    prompts = [prompt for prompt, _ in fitting]
-    outputs = [min(limit - prompt, most or limit) for prompt, most in fitting]
+    fitting.sort(key=lambda one: -one[0])
+    prompts, outputs = ([one[i] for one in fitting] for i in (1, 2))
     return Job(prompts, outputs, count - len(fitting))
 
 

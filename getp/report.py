@@ -54,6 +54,7 @@ class Measurements:
     resumed: int = 0  # requests that an earlier run had finished; they count nowhere else
     done: int = 0
     failed: int = 0
+    cut: int = 0  # of those done, ended by a limit on their length
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
@@ -72,6 +73,7 @@ class Measurements:
         """Count a request that succeeded."""
         tokens = len(completion.token_ids)
         self.done += 1
+        self.cut += completion.finish_reason == "length"
         self.prompt_tokens += completion.prompt_tokens
         self.cached_tokens += completion.cached_tokens
         self.output_tokens += tokens
@@ -106,6 +108,7 @@ class Measurements:
             "requests_resumed": self.resumed,
             "requests_done": self.done,
             "requests_failed": self.failed,
+            "requests_cut": self.cut,
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
             "output_tokens": self.output_tokens,
@@ -181,7 +184,8 @@ def _rows(r: Report) -> list[tuple[str, str]]:
     if r["peak_gpu_memory_bytes"] is not None:
         memory += f", on the GPU {_size(r['peak_gpu_memory_bytes'])}"
     ranks = f", tensor parallel over {r['tensor_parallel']}" if r["tensor_parallel"] > 1 else ""
-    requests = f"{r['requests_done']:,} done, {r['requests_failed']:,} failed"
+    cut = f" ({r['requests_cut']:,} cut at a limit of length)" if r["requests_cut"] else ""
+    requests = f"{r['requests_done']:,} done{cut}, {r['requests_failed']:,} failed"
     if r["requests_resumed"]:
         requests += f" (and {r['requests_resumed']:,} ended in an earlier run)"
     return [

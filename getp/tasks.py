@@ -50,6 +50,7 @@ class Defaults:
     stops: tuple[str, ...] = ()
     chat: bool = False  # put prompts into the chat template
     system: str | None = None
+    capped: bool = True  # max_positions holds for requests that say how long their answer may be
 
 
 class SeenIds:
@@ -162,6 +163,8 @@ class TaskReader:
     def _params(self, asked: Asked, index: int) -> SamplingParams:
         defaults = self._defaults.params
         changes: dict[str, Any] = {"seed": request_seed(defaults.seed, index), **asked.params}
+        if "max_new_tokens" in asked.params and not self._defaults.capped:
+            changes["max_positions"] = None
         if changes.get("ignore_eos"):
             changes["stop_ids"] = frozenset()
         try:

@@ -209,6 +209,23 @@ def test_options_reach_the_requests(
     assert params.ignore_eos
     assert params.stop_ids == frozenset()
     assert params.max_positions == 1024
+    assert cli.run([*args, "--max-new-tokens", "3", "--restart"]) == 0
+    assert engine.requests[-1].params.max_positions is None
+
+
+def test_a_length_of_ones_own_is_cut_by_a_given_limit_alone(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = FakeEngine()
+    monkeypatch.setattr(cli, "load_engine", lambda options: engine)
+    source = tmp_path / "in.jsonl"
+    own = {"prompt": "hi", "max_tokens": 2000}
+    source.write_text("".join(json.dumps(line) + "\n" for line in (own, {"prompt": "hi"})))
+    args = [checkpoint, "-m", "getp", "-i", str(source), "-o", str(tmp_path / "out.jsonl")]
+    for given, limits in ((["--schedule", "first"], [None, 1024]), (["-n", "50"], [50, 50])):
+        assert cli.run([*args, *given]) == 0
+        found = {r.request_id: r.params.max_positions for r in engine.requests[-2:]}
+        assert [found[0], found[1]] == limits
 
 
 @pytest.mark.parametrize(

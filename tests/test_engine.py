@@ -214,6 +214,20 @@ def test_limits_count_new_tokens_and_positions(
         assert length() == (512 - 3, "length")
 
 
+def test_a_prompt_that_is_too_long_is_told_which_limit_it_meets(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    long = [5] * 700
+    with Engine(checkpoint("qwen2"), dtype="float32", kv_memory=32 << 20) as engine:
+        limits = [SamplingParams(), SamplingParams(max_positions=300)]
+        own, given = engine.generate([Request(long, params) for params in limits])
+    assert "limit of 512 positions (the model's own)" in str(own.error)
+    assert "limit of 300 positions (of -n/--steps; the model's own is 512)" in str(given.error)
+    with Engine(checkpoint("qwen2"), dtype="float32", kv_memory=1 << 17) as engine:
+        (small,) = engine.generate([Request(long)])
+    assert "(of the KV cache; the model's own is 512)" in str(small.error)
+
+
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_logprobs_are_those_of_the_model(
     ahead: int, checkpoint: Callable[[str], Path], peer: Callable[[str], Peer]

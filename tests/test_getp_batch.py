@@ -161,6 +161,7 @@ def test_the_report_adds_up(tmp_path: Path) -> None:
     count = len(ids("ab")) + len(ids("cd"))
     assert report["requests_done"] == 2
     assert report["requests_failed"] == 1
+    assert report["requests_cut"] == 2
     assert report["prompt_tokens"] == report["output_tokens"] == count
     assert report["cached_tokens"] == 4
     assert report["prefix_hit_rate"] == pytest.approx(4 / count)
