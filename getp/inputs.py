@@ -1,7 +1,8 @@
 """The input of a job: what kind it is, how many requests it holds, and its lines one by one.
 
 A first pass counts and fingerprints the file, so that a mistake in it is found before any work;
-the second reads it as the work goes on. Neither holds more than one line.
+the second reads it as the work goes on. Neither holds more than one line; of each request four
+bytes are kept, by which the second pass sees that it is still what it was.
 """
 
 import hashlib
@@ -9,6 +10,8 @@ import os
 import re
 import shutil
 import tempfile
+import zlib
+from array import array
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -40,6 +43,7 @@ class Source:
     total: int  # requests
     ignored: int  # lines after the last request
     digest: str  # of the unpacked bytes
+    checks: "array[int]"  # CRC-32 of each request, which is never run if it is another by then
     spool: Any = None  # the temporary copy of what can be read only once
 
     def lines(self) -> Generator[Line, None, None]:
@@ -50,6 +54,11 @@ class Source:
                 if found == self.total:
                     break
                 if _is_request(self.kind, number, data):
+                    if _check(data) != self.checks[found]:
+                        raise GetpError(
+                            f"{self.name}, line {number}: was changed while the job ran; put the "
+                            "file back as it was to go on, or start over with --restart"
+                        )
                     yield Line(found, number, data)
                     found += 1
         if found < self.total:
@@ -68,7 +77,7 @@ def scan(path: str) -> Source:
     if path == STANDARD or (os.path.exists(path) and not os.path.isfile(path)):
         spool, path = _spool(path)
     digest, lines, requests = hashlib.blake2b(digest_size=16), 0, 0
-    kind, promised = _kind_by_name(name), 0
+    kind, promised, checks = _kind_by_name(name), 0, array("I")
     with opened(path) as file:
         for data in lines_of(file):
             lines += 1
@@ -77,9 +86,11 @@ def scan(path: str) -> Source:
                 kind = "jsonl" if (data or b"").lstrip().startswith(b"{") else "text"
             if kind == "text" and lines == 1:
                 promised = _promised(name, data)
-            requests += _is_request(kind or "text", lines, data)
+            if _is_request(kind or "text", lines, data):
+                requests += 1
+                checks.append(_check(data))
     if kind == "jsonl":
-        return Source(path, name, kind, requests, 0, digest.hexdigest(), spool)
+        return Source(path, name, kind, requests, 0, digest.hexdigest(), checks, spool)
     if not lines:
         _promised(name, b"")
     if requests < promised:
@@ -88,7 +99,7 @@ def scan(path: str) -> Source:
             f"but only {requests} follow"
         )
     ignored = requests - promised
-    return Source(path, name, "text", promised, ignored, digest.hexdigest(), spool)
+    return Source(path, name, "text", promised, ignored, digest.hexdigest(), checks, spool)
 
 
 def plain_name(path: str) -> str:
@@ -108,6 +119,10 @@ def _is_request(kind: Kind, number: int, data: bytes | None) -> bool:
     if kind == "text":
         return number > 1
     return data is None or bool(data.strip())
+
+
+def _check(data: bytes | None) -> int:
+    return 0 if data is None else zlib.crc32(data)
 
 
 def _promised(name: str, data: bytes | None) -> int:

@@ -131,6 +131,18 @@ def test_an_input_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> No
         list(source.lines())
 
 
+@pytest.mark.parametrize("changed", [b"3\na\nB\nc\n", b"3\na\nbb\nc\n", b"3\na\n\nc\n"])
+def test_a_request_that_was_edited_in_place_is_not_given_out(
+    tmp_path: Path, changed: bytes
+) -> None:
+    source = scan(numbered(tmp_path, b"3\na\nb\nc\nignored"))
+    numbered(tmp_path, changed)
+    found = source.lines()
+    assert next(found) == Line(0, 2, b"a")
+    with pytest.raises(GetpError, match=r"line 3: was changed while the job ran; put .* back"):
+        next(found)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

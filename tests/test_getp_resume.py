@@ -111,6 +111,30 @@ def test_a_changed_job_is_refused_unless_it_starts_over(
     assert run(job(tmp_path, **changed, restart=True)) == SOME_FAILED
 
 
+def test_an_input_edited_while_the_job_runs_is_never_mixed_with_what_it_was(
+    tmp_path: Path,
+) -> None:
+    count = 10_000  # more than is read ahead
+    work = job(tmp_path, count, schedule="first")
+    before = Path(work.input).read_bytes()
+
+    def answer(prompt: Sequence[int]) -> Sequence[int]:
+        with open(work.input, "r+b") as file:
+            file.seek(before.index(b"prompt 9999"))
+            file.write(b"P")
+        return prompt
+
+    with pytest.raises(GetpError, match="line 10000: was changed while the job ran"):
+        run(work, FakeEngine(answer))
+    Path(work.input).write_bytes(before)
+    engine = FakeEngine()
+    assert run(work, engine) == SOME_FAILED
+    assert len(engine.requests) < count / 2
+    resumed = Path(work.output).read_bytes()
+    assert run(work) == SOME_FAILED
+    assert Path(work.output).read_bytes() == resumed
+
+
 def test_a_random_seed_is_the_first_runs(tmp_path: Path) -> None:
     seeds = {}
     work = job(tmp_path, params={"temperature": 1.0, "seed": 1}, seed_given=False)
