@@ -12,9 +12,10 @@ import shutil
 import tempfile
 import zlib
 from array import array
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import BinaryIO, Literal, cast
 
 from getp.errors import GetpError
 from getp.files import STANDARD, lines_of, opened
@@ -44,12 +45,12 @@ class Source:
     ignored: int  # lines after the last request
     digest: str  # of the unpacked bytes
     checks: "array[int]"  # CRC-32 of each request, which is never run if it is another by then
-    spool: Any = None  # the temporary copy of what can be read only once
+    spool: BinaryIO | None = None  # the temporary copy of what can be read only once
 
     def lines(self) -> Generator[Line, None, None]:
         """Yield the requests. Raises GetpError when the file is no longer what it was."""
         found = 0
-        with opened(self.path) as file:
+        with _opened(self.path, self.spool) as file:
             for number, data in enumerate(lines_of(file), start=1):
                 if found == self.total:
                     break
@@ -73,12 +74,11 @@ def scan(path: str) -> Source:
     prompts than follow.
     """
     name = "standard input" if path == STANDARD else path
-    spool = None
-    if path == STANDARD or (os.path.exists(path) and not os.path.isfile(path)):
-        spool, path = _spool(path)
+    once = path == STANDARD or (os.path.exists(path) and not os.path.isfile(path))
+    spool = _spool(path) if once else None
     digest, lines, requests = hashlib.blake2b(digest_size=16), 0, 0
     kind, promised, checks = _kind_by_name(name), 0, array("I")
-    with opened(path) as file:
+    with _opened(path, spool) as file:
         for data in lines_of(file):
             lines += 1
             digest.update(b"\0" if data is None else data + b"\n")
@@ -133,13 +133,24 @@ def _promised(name: str, data: bytes | None) -> int:
     return int(first)
 
 
-def _spool(path: str) -> tuple[Any, str]:
-    """Copy a stream to a file that goes away with the process; return the file and its path."""
+@contextmanager
+def _opened(path: str, spool: BinaryIO | None) -> Iterator[BinaryIO]:
+    """Open the input for one pass, which begins where it begins."""
+    if spool is None:
+        with opened(path) as file:
+            yield file
+        return
+    spool.seek(0)
+    yield spool
+
+
+def _spool(path: str) -> BinaryIO:
+    """Copy a stream to a file that has no name, so that no end of the process can leave it."""
     try:
-        spool = tempfile.NamedTemporaryFile(prefix="getp-input-")  # noqa: SIM115 - lives on
+        spool = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115 - lives on
         with opened(path) as file:
             shutil.copyfileobj(file, spool)
         spool.flush()
     except OSError as error:
         raise GetpError(f"cannot keep a copy of {path}: {error.strerror}") from error
-    return spool, spool.name
+    return spool

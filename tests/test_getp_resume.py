@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -275,11 +276,21 @@ def test_an_error_made_ahead_is_raised_where_items_are_taken() -> None:
 def test_standard_input_and_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
-    monkeypatch.setattr(cli, "load_engine", lambda options: FakeEngine())
     checkpoint = str(write_tokenizer(tmp_path / "checkpoint"))
     stdin = io.TextIOWrapper(io.BytesIO(b'{"prompt": "hi", "id": "x"}\n'))
     monkeypatch.setattr(sys, "stdin", stdin)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    left: list[Path] = []
+
+    def load_engine(options: object) -> FakeEngine:
+        left.extend(temporary.iterdir())  # what a death here would leave
+        return FakeEngine()
+
+    monkeypatch.setattr(cli, "load_engine", load_engine)
     assert cli.run([checkpoint, "-m", "getp", "-i", "-", "-o", "-"]) == 0
+    assert left == []
     (line,) = capfdbinary.readouterr().out.splitlines()
     assert json.loads(line)["custom_id"] == "x"
 
