@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from engine import Completion, Request
@@ -212,7 +213,8 @@ class Run:
 
     def _tasks(self) -> Iterator[Task | Failure]:
         """Read what is not done yet. Runs in the thread that works ahead."""
-        reader = TaskReader(self._source, self._defaults, self._tokenizer)
+        moment = datetime.fromtimestamp(self._journal.header["created"])
+        reader = TaskReader(self._source, self._defaults, self._tokenizer, moment)
         with closing(self._source.lines()) as lines:
             for line in lines:
                 task = reader.read(line, needed=line.index not in self._journal)

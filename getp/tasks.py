@@ -5,6 +5,7 @@ import json
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 from engine import SamplingParams
@@ -80,7 +81,15 @@ class SeenIds:
 class TaskReader:
     """Reads the requests of a job, one after the other."""
 
-    def __init__(self, source: Source, defaults: Defaults, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        source: Source,
+        defaults: Defaults,
+        tokenizer: Tokenizer,
+        moment: datetime | None = None,
+    ) -> None:
+        """moment: what chat templates take for now, so that a resumed job has the same prompts."""
+        self._moment = moment
         self._kind = source.kind
         self._defaults = defaults
         self._tokenizer = tokenizer
@@ -158,7 +167,10 @@ class TaskReader:
         else:
             own = asked.messages[0].get("role") in ("system", "developer")
             messages = asked.messages if own else [*system, *asked.messages]
-        return encode_chat(self._tokenizer, messages, **asked.variables)
+        variables = asked.variables
+        if self._moment is not None:
+            variables = {"strftime_now": self._moment.strftime, **variables}
+        return encode_chat(self._tokenizer, messages, **variables)
 
     def _params(self, asked: Asked, index: int) -> SamplingParams:
         defaults = self._defaults.params

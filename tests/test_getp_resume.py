@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,26 @@ def test_an_input_edited_while_the_job_runs_is_never_mixed_with_what_it_was(
     resumed = Path(work.output).read_bytes()
     assert run(work) == SOME_FAILED
     assert Path(work.output).read_bytes() == resumed
+
+
+def test_a_template_that_tells_the_time_tells_that_of_the_jobs_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{{ strftime_now('%F %T') }} {{ messages[0].content }}"
+    (tmp_path / "in.txt").write_text("3\none\ntwo\nthree\n")
+    files: dict[str, Any] = {"input": str(tmp_path / "in.txt"), "output": str(tmp_path / "out.txt")}
+    work = Job(**files, checkpoint="small", defaults=Defaults(SamplingParams(), chat=True))
+    source, tokenizer = batch.read(work), small_tokenizer(template)
+    engine: Any = stops_after(1, RuntimeError())
+    with pytest.raises(RuntimeError):
+        batch.run_job(work, source, tokenizer, engine)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1760000000")
+    engine = FakeEngine()
+    assert batch.run_job(work, source, tokenizer, engine) == 0
+    began = datetime.fromtimestamp(1750000000).strftime("%F %T")
+    texts = {tokenizer.decode(request.prompt_ids) for request in engine.requests}
+    assert len(texts) == 2
+    assert all(text.startswith(began) for text in texts)
 
 
 def test_a_random_seed_is_the_first_runs(tmp_path: Path) -> None:
