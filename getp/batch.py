@@ -214,7 +214,13 @@ class Run:
     def _tasks(self) -> Iterator[Task | Failure]:
         """Read what is not done yet. Runs in the thread that works ahead."""
         moment = datetime.fromtimestamp(self._journal.header["created"])
-        reader = TaskReader(self._source, self._defaults, self._tokenizer, moment)
+        reader = TaskReader(
+            self._source,
+            self._defaults,
+            self._tokenizer,
+            moment,
+            self._engine.config.max_positions,
+        )
         with closing(self._source.lines()) as lines:
             for line in lines:
                 task = reader.read(line, needed=line.index not in self._journal)

@@ -1,12 +1,12 @@
 """From a prompt's text to its token ids and its seed."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from getp.errors import GetpError
 from tokenizer import ChatTemplate, Message, Tokenizer
 
 _MASK = 2**64 - 1
+_LONG = 1 << 20  # characters that are not worth counting before they are encoded
 
 
 def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
@@ -20,13 +20,26 @@ def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
     return tokenizer.template
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **variables: Any) -> list[int]:
-    """Return the prompt that asks for the next answer of a conversation.
-
-    `variables` are further names for the template.
-    """
-    text = chat_template(tokenizer).render(messages, **variables)
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """Return the prompt that asks for the next answer of a conversation."""
+    text = chat_template(tokenizer).render(messages)
     return tokenizer.encode(text, special=False)  # the template has put the first token there
+
+
+def check_length(tokenizer: Tokenizer, text: str, most: int) -> None:
+    """Raise GetpError for a long text that must have more than `most` tokens.
+
+    To make tokens of megabytes takes minutes and gigabytes, only to find too many of them.
+    """
+    if len(text) <= max(_LONG, most):
+        return
+    size = len(text.encode("utf-8", "replace"))
+    if size > most * tokenizer.longest_token:
+        raise GetpError(
+            f"the prompt has {size} bytes and so more than {size // tokenizer.longest_token} "
+            f"tokens, which leaves no room for output within the limit of {most} positions "
+            "(of -n/--steps, or the model's own)"
+        )
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, chat: bool, system: str | None) -> list[int]:

@@ -12,7 +12,7 @@ from engine import SamplingParams
 from getp.errors import GetpError
 from getp.inputs import Line, Source
 from getp.openai_api import CHAT_URL, TEXT_URL, Asked, BadRequestError, read_body
-from getp.prompts import chat_template, encode_chat, request_seed, system_message
+from getp.prompts import chat_template, check_length, request_seed, system_message
 from tokenizer import TemplateError, Tokenizer, TokenizerError
 
 _BATCH_FIELDS = frozenset({"custom_id", "method", "url", "body"})
@@ -87,9 +87,14 @@ class TaskReader:
         defaults: Defaults,
         tokenizer: Tokenizer,
         moment: datetime | None = None,
+        max_positions: int = 1 << 60,
     ) -> None:
-        """moment: what chat templates take for now, so that a resumed job has the same prompts."""
+        """moment: what chat templates take for now, so that a resumed job has the same prompts.
+
+        max_positions: the model's own limit.
+        """
         self._moment = moment
+        self._max_positions = max_positions
         self._kind = source.kind
         self._defaults = defaults
         self._tokenizer = tokenizer
@@ -133,29 +138,39 @@ class TaskReader:
     def _task(self, line: Line, custom_id: str, asked: Asked, chat: bool | None) -> Task:
         """Encode what is asked. `chat` None: whether the template is used is the job's to say."""
         chat = self._defaults.chat if chat is None else chat
-        ids = self._encode(asked, chat)
         params = self._params(asked, line.index)
+        ids = self._encode(asked, chat, params.max_positions)
         stops = self._defaults.stops if asked.stops is None else asked.stops
         return Task(line.index, line.number, custom_id, ids, params, stops, chat)
 
-    def _encode(self, asked: Asked, chat: bool) -> list[int]:
+    def _encode(self, asked: Asked, chat: bool, most: int | None) -> list[int]:
         if asked.prompt == "":
             raise BadRequestError("empty_prompt", "the prompt is empty")
+        by_template = asked.messages is not None or (chat and isinstance(asked.prompt, str))
+        if not by_template and isinstance(asked.prompt, list):
+            return asked.prompt
+        text = self._rendered(asked) if by_template else str(asked.prompt)
         try:
-            if asked.messages is not None or (chat and isinstance(asked.prompt, str)):
-                return self._encode_chat(asked)
-            if isinstance(asked.prompt, list):
-                return asked.prompt
-            return self._tokenizer.encode(asked.prompt or "")
-        except TemplateError as error:
-            raise BadRequestError("template_failed", str(error)) from error
+            check_length(self._tokenizer, text, min(self._max_positions, most or 1 << 60))
+        except GetpError as error:
+            raise BadRequestError("prompt_too_long", str(error)) from error
+        try:
+            # A template has put the first token there itself.
+            return self._tokenizer.encode(text, special=not by_template)
         except TokenizerError as error:
             raise BadRequestError("not_encodable", str(error)) from error
+
+    def _rendered(self, asked: Asked) -> str:
+        try:
+            return self._render(asked)
+        except TemplateError as error:
+            raise BadRequestError("template_failed", str(error)) from error
         except GetpError as error:
             raise BadRequestError("no_chat_template", str(error)) from error
 
-    def _encode_chat(self, asked: Asked) -> list[int]:
-        unknown = sorted(set(asked.variables) - chat_template(self._tokenizer).variables)
+    def _render(self, asked: Asked) -> str:
+        template = chat_template(self._tokenizer)
+        unknown = sorted(set(asked.variables) - template.variables)
         if unknown:
             raise BadRequestError(
                 "unsupported_parameter",
@@ -170,7 +185,7 @@ class TaskReader:
         variables = asked.variables
         if self._moment is not None:
             variables = {"strftime_now": self._moment.strftime, **variables}
-        return encode_chat(self._tokenizer, messages, **variables)
+        return template.render(messages, **variables)
 
     def _params(self, asked: Asked, index: int) -> SamplingParams:
         defaults = self._defaults.params

@@ -2,6 +2,7 @@ import json
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from getp.prompts import request_seed
 from getp.report import quantile
 from getp.tasks import Defaults
 from tests.getp_helpers import FakeEngine, fake_engine, small_tokenizer
+from tokenizer import Tokenizer
 
 TOKENIZER = small_tokenizer()
 FINAL_LINE = r"elapsed time\(s\): \d+\.\d{6}, achieved throughput TPS \(tok/s\): \d+\.\d{6}"
@@ -90,6 +92,29 @@ def test_a_bad_request_fails_alone(tmp_path: Path) -> None:
         (5, 3, "request_error"),
     ]
     assert errors(work)[2]["message"] == "the prompt is too long"
+
+
+def test_megabytes_without_room_are_refused_before_they_are_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded = []
+    encode = Tokenizer.encode
+
+    def counted(self: Tokenizer, text: str, special: bool = True) -> list[int]:
+        encoded.append(len(text))
+        return encode(self, text, special)
+
+    monkeypatch.setattr(Tokenizer, "encode", counted)
+    long = b"a" * (3 << 20)
+    work = job(tmp_path, b"2\n" + long + b"\nab\n", params=SamplingParams(max_positions=1024))
+    for chat in (False, True):
+        changed = replace(work, defaults=replace(work.defaults, chat=chat), restart=True)
+        assert run(changed) == SOME_FAILED
+        (error,) = errors(work)
+        assert error["code"] == "prompt_too_long"
+        assert "has 31457" in error["message"]
+        assert "no room for output within the limit of 1024 positions" in error["message"]
+    assert max(encoded) < 100
 
 
 def test_errors_of_an_earlier_run_do_not_stay(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes that no token's text exceeds, as the vocabulary writes it."""
+        return max(len(token.encode()) for token in self._backend.get_vocab(with_added_tokens=True))
 
     def token_id(self, token: str) -> int | None:
         """Return the id of exactly this token, or None."""
