@@ -14,7 +14,7 @@ import torch
 
 from engine.graphs import Capture, gpu_capture
 from engine.kv_cache import KVCache
-from engine.memory import Needs, available_bytes, is_out_of_memory
+from engine.memory import Needs, available_bytes, is_out_of_memory, size
 from engine.parallel import LeadRunner, Ranks
 from engine.request import Completion, Request
 from engine.runner import ModelRunner
@@ -129,11 +129,13 @@ class Engine:
             self.max_batch_size,
             self.max_batch_tokens,
             self.tensor_parallel,
+            self.block_size,
         )
         least = (len(self._runner.groups) + 1) * self._runner.block_bytes(self.block_size)
         self._threads = torch.get_num_threads()
         try:
             self._take_threads()
+            self._check_kv_memory(least)
             self._check_memory(needs, max(least, self.kv_memory or 0))
             loading = time.perf_counter()
             self._runner.load(self.checkpoint, self.dummy_weights)
@@ -144,8 +146,9 @@ class Engine:
             if not is_out_of_memory(error):
                 raise
             raise EngineError(
-                f"out of memory while the model was loaded, and {available_bytes(self.device)}"
-                " bytes are available now; lower --kv-memory, or use a smaller model or --dtype"
+                f"out of memory while the model was loaded, and "
+                f"{size(available_bytes(self.device))} are available now; lower --kv-memory or "
+                "--max-batch-size, or use a smaller model or --dtype"
             ) from error
         self.stats.warm_up_s += time.perf_counter() - start
 
@@ -180,7 +183,7 @@ class Engine:
         limit = min(self.config.max_positions, cache.capacity(self.max_batch_tokens))
         if limit < 1:
             raise EngineError(
-                f"a KV pool of {blocks} blocks is too small for one token; raise kv_memory"
+                f"a KV pool of {blocks} blocks is too small for one token; raise --kv-memory"
             )
         self.max_positions = limit
         self._runner.allocate(blocks, self.block_size, limit, self.max_batch_size)
@@ -226,7 +229,7 @@ class Engine:
         rows = min(self.max_batch_size, self.max_batch_tokens)
         logits = 2 * rows * self.config.vocab_size * self.dtype.itemsize
         decode = needs.activations * rows // self.max_batch_tokens
-        return Needs(needs.weights, max(step, 0) + decode, logits)
+        return replace(needs, activations=max(step, 0) + decode, logits=logits)
 
     def finish(self) -> None:
         """Give weights, KV memory and captured steps back. The engine can be warmed up again."""
@@ -329,7 +332,7 @@ class Engine:
         """Go on with half of a step that ran out of memory. Raises EngineError for the least."""
         if not scheduler.back_off(step):
             raise EngineError(
-                f"out of memory in a step of one token ({available_bytes(self.device)} bytes are"
+                f"out of memory in a step of one token ({size(available_bytes(self.device))} are"
                 " available); lower --kv-memory, or use a smaller model or --dtype"
             ) from error
         self.stats.back_offs += 1
@@ -372,6 +375,15 @@ class Engine:
             logprobs=None if params.logprobs is None else [],
         )
 
+    def _check_kv_memory(self, least: int) -> None:
+        """Raise EngineError if the KV memory that was given is too small for any request."""
+        if self.kv_memory is not None and self.kv_memory < least:
+            block = self._runner.block_bytes(self.block_size)
+            raise EngineError(
+                f"--kv-memory of {self.kv_memory} bytes holds {self.kv_memory // block} blocks of"
+                f" {block} bytes; give {least} bytes or more, or a smaller --block-size"
+            )
+
     def _check_memory(self, needs: Needs, kv: int) -> None:
         """Raise EngineError, with the arithmetic, if a run would need more than there is."""
         available = self._available()
@@ -384,11 +396,6 @@ class Engine:
         """Blocks of the KV pool: what memory allows, but no more than the batch can ever use."""
         block = self._runner.block_bytes(self.block_size)
         if self.kv_memory is not None:
-            if self.kv_memory < least:
-                raise EngineError(
-                    f"kv_memory of {self.kv_memory} bytes holds {self.kv_memory // block} blocks of"
-                    f" {block} bytes; at least {least} bytes are needed"
-                )
             return self.kv_memory // block
         loaded = replace(needs, weights=0)
         self._check_memory(loaded, least)

@@ -4,17 +4,22 @@ What there is counts on the device and under the limits of a container.
 """
 
 import os
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from engine.kv_cache import group_layers
 from model import ModelConfig
 from model.cost import parameter_bytes
 
 # A logit where every row is sorted in full to find its nucleus: float32, sorted float32 values and
 # int64 ids, three float64 rows of shares at once, masks. As `sampler.sample` does it.
 _SAMPLING_BYTES = 48
+
+# A request that may run, besides its block tables: parameters, its row in lists of Python's.
+_ROW_BYTES = 200
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Needs:
     weights: int
     activations: int
     logits: int
+    rows: int = 0  # block tables and parameters, of as many requests as may run
 
     @classmethod
     def of(
@@ -38,6 +44,7 @@ class Needs:
         max_batch_size: int,
         max_batch_tokens: int,
         ranks: int = 1,
+        block_size: int = 16,
     ) -> "Needs":
         """From shapes alone, so that it is known before the weights are read.
 
@@ -51,16 +58,20 @@ class Needs:
             weights += head // ranks
         weights += 4 * config.max_positions * config.head_dim  # the rotary table
         rows = min(max_batch_size, max_batch_tokens)
+        groups = len(group_layers([layer.window for layer in config.layers]))
+        table = 4 * -(-config.max_positions // block_size)
+        tables = (2 * groups + 1 if on_cpu else groups) * table  # on a GPU others are the host's
         return cls(
             weights,
             max_batch_tokens * _activation_bytes(config, item, ranks),
             rows * config.vocab_size * (item * (3 if ranks > 1 else 1) + _SAMPLING_BYTES),
+            max_batch_size * (tables + _ROW_BYTES),
         )
 
     @property
     def total(self) -> int:
         """All of it together."""
-        return self.weights + self.activations + self.logits
+        return self.weights + self.activations + self.logits + self.rows
 
     def shortage(
         self, kv: int, kv_given: bool, available: int, device: torch.device, dtype: torch.dtype
@@ -75,13 +86,17 @@ class Needs:
             )
         elif kv_given and self.total < available:
             advice = f"lower --kv-memory to {size(available - self.total)} or less"
+        elif self.total < available:
+            advice = "lower --block-size: of the KV cache, this is a block or two"
         else:
-            advice = "lower --max-batch-tokens (activations) or --max-batch-size (logits)"
+            advice = (
+                "lower --max-batch-tokens (activations) or --max-batch-size (logits, block tables)"
+            )
         return (
             f"not enough memory on {device}: weights {size(self.weights)} + KV cache "
             f"{'' if kv_given else 'at least '}{size(kv)} + activations {size(self.activations)} + "
-            f"logits {size(self.logits)} = {size(needed)}, and {size(available)} are available; "
-            f"{advice}"
+            f"logits {size(self.logits)} + block tables {size(self.rows)} = {size(needed)}, and "
+            f"{size(available)} are available; {advice}"
         )
 
 
@@ -123,7 +138,7 @@ def available_bytes(device: torch.device) -> int:
     """Bytes that can still be allocated on the device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    found = [_meminfo_available(), *_cgroup_available()]
+    found = [_meminfo_available(), *_cgroup_available(), _limit_available()]
     return min((value for value in found if value is not None), default=4 << 30)
 
 
@@ -138,6 +153,18 @@ def _meminfo_available() -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
         return None
+
+
+def _limit_available() -> int | None:
+    """What `ulimit -v` leaves, where it is set."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return None
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except (OSError, ValueError):
+        return None
+    return max(0, limit - pages * os.sysconf("SC_PAGE_SIZE"))
 
 
 def _cgroup_available() -> list[int]:

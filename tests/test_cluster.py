@@ -248,7 +248,7 @@ def test_a_replica_that_keeps_dying_ends_the_job_and_says_with_which_request(
 
 def test_a_start_that_fails_ends_the_job_with_its_own_error(one_ray: str) -> None:
     replicas = Cluster(MODEL, MODEL, 1, **{**SMALL, "kv_memory": 1})
-    with pytest.raises(EngineError, match="kv_memory of 1 bytes holds"):
+    with pytest.raises(EngineError, match="--kv-memory of 1 bytes holds"):
         replicas.warm_up()
     replicas.close()
 

@@ -311,7 +311,7 @@ def test_a_wrong_setting_is_named(
 
 def test_too_little_kv_memory_says_how_much_is_needed(checkpoint: Callable[[str], Path]) -> None:
     engine = Engine(checkpoint("qwen2"), dtype="float32", kv_memory=100)
-    with pytest.raises(ValueError, match=r"kv_memory of 100 bytes.*at least \d+ bytes"):
+    with pytest.raises(ValueError, match=r"--kv-memory of 100 bytes.*give \d+ bytes or more"):
         engine.warm_up()
 
 

@@ -1,5 +1,6 @@
 """Memory is checked before it is promised, and the lack of it in a run is got over."""
 
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine import Engine, EngineError
+from engine import Engine, EngineError, memory
 from engine import engine as module
 from engine.memory import Needs, is_out_of_memory, size
 from model.shapes import named_config
@@ -59,6 +60,8 @@ def test_a_model_with_every_tensor_counted_is_as_large_as_the_one_loaded(
         (300 << 10, {}, r"weights \S+ \+ KV cache at least .* = .* available; use a smaller model"),
         (40 << 20, {"kv_memory": 1 << 30}, r"KV cache 1.00GiB .*; lower --kv-memory to \S+ or"),
         (40 << 20, {"max_batch_tokens": 1 << 20}, r"activations \S+GiB .*--max-batch-tokens"),
+        (40 << 20, {"max_batch_size": 10**20}, r"block tables \S+GiB .*--max-batch-size"),
+        (40 << 20, {"block_size": 10**8}, r"available; lower --block-size"),
     ],
 )
 def test_too_little_memory_is_said_with_the_arithmetic_before_anything_is_loaded(
@@ -92,8 +95,33 @@ def test_the_kv_pool_leaves_room_for_activations_and_logits(
     monkeypatch.setattr(module, "available_bytes", lambda device: 40 << 20)
     with Engine(checkpoint("qwen2"), dtype="float32") as engine:
         need = Needs.of(engine.held_config, CPU, torch.float32, 64, 512)
-        left = (40 << 20) - need.activations - need.logits
+        left = (40 << 20) - need.activations - need.logits - need.rows
         assert 0 < engine.stats.kv_bytes <= 0.4 * left
+
+
+def test_what_a_limit_of_the_shell_leaves_is_what_is_available(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert memory.available_bytes(CPU) > 0
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limit = used + (1 << 20)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (limit, limit))
+    assert memory.available_bytes(CPU) <= 2 << 20
+
+
+def test_requests_that_may_run_are_counted(checkpoint: Callable[[str], Path]) -> None:
+    """About as much as a process grows by them: block tables, parameters, lists."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    grown = []
+    for count in (64, 500_000):
+        before = resident()
+        with Engine(checkpoint("gpt_oss-wide"), kv_memory=8 << 20, max_batch_size=count) as engine:
+            grown.append(resident() - before)
+    needs = Needs.of(engine.held_config, CPU, torch.float32, 500_000, 512)
+    assert 0.3 * needs.rows < grown[1] - grown[0] < needs.rows
 
 
 def test_memory_that_is_gone_while_loading_is_one_error(
