@@ -193,7 +193,10 @@ class Run:
         done = f"{self._journal.done} of {self._source.total} requests are done"
         if in_place(self._job.output):
             return f"{done}, but lost: a job can be gone on with only where -o names a file"
-        return f"{done} and kept in {self._journal.path}; the same command goes on from there"
+        how, most = "the same command goes on from there", self._job.max_errors
+        if most is not None and self._journal.failed > most:
+            how = "a higher --max-errors goes on from there, --restart starts over"
+        return f"{done} and kept in {self._journal.path}; {how}"
 
     def _inference(self, tasks: Ahead[Task | Failure]) -> None:
         """Run every request through the engine, which takes them as it has room."""

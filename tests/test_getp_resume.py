@@ -171,9 +171,12 @@ def test_a_random_seed_is_the_first_runs(tmp_path: Path) -> None:
     assert seeds == {request.request_id: request.params.seed for request in whole.requests}
 
 
-def test_too_many_failures_end_the_job(tmp_path: Path) -> None:
+def test_too_many_failures_end_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(GetpError, match=r"2 requests have failed, more than --max-errors 1.*line"):
         run(job(tmp_path, max_errors=1))
+    said = capsys.readouterr().err
+    assert "a higher --max-errors goes on from there, --restart starts over" in said
+    assert "the same command" not in said
     assert run(job(tmp_path, max_errors=2)) == SOME_FAILED
 
 
