@@ -256,19 +256,16 @@ def _sampling_params(options: SimpleNamespace, tokenizer: "Tokenizer") -> "Sampl
     seed = options.seed
     if seed is None and options.temperature > 0:
         seed = secrets.randbelow(2**32)
-    try:
-        params = SamplingParams(
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=seed or 0,
-            max_new_tokens=options.max_new_tokens,
-            max_positions=most_positions(options.steps, options.max_new_tokens),
-            stop_ids=frozenset() if options.ignore_eos else tokenizer.stop_ids,
-            ignore_eos=options.ignore_eos,
-        )
-    except ValueError as error:  # what a range cannot say: inf, nan
-        raise UsageProblem(str(error)) from error
+    params = SamplingParams(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=seed or 0,
+        max_new_tokens=options.max_new_tokens,
+        max_positions=most_positions(options.steps, options.max_new_tokens),
+        stop_ids=frozenset() if options.ignore_eos else tokenizer.stop_ids,
+        ignore_eos=options.ignore_eos,
+    )
     if seed != options.seed:
         print(f"getp: seed {seed}", file=sys.stderr)
     return params

@@ -1,5 +1,6 @@
 """How our options differ from click's: they come in groups, and belong to modes."""
 
+import math
 import re
 from typing import Any
 
@@ -56,6 +57,19 @@ def refuse_other_modes(ctx: click.Context, mode: str) -> None:
                 f"{'/'.join(parameter.opts)} does nothing in mode {mode}, "
                 f"only in {', '.join(parameter.modes)}"
             )
+
+
+class Number(click.FloatRange):
+    """A number in a range, which infinity and NaN are not."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return the number."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 class Size(click.ParamType):

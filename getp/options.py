@@ -6,13 +6,14 @@ from typing import Any, TypeVar
 import click
 
 from getp import __version__
-from getp.clickext import Device, Dtype, Option, Replicas, Size
+from getp.clickext import Device, Dtype, Number, Option, Replicas, Size
 
 MODES = ("generate", "chat", "getp", "decode", "eval", "plan", "profile")
 _ASKING = ("generate", "chat", "getp")  # the modes that run the model
 _COUNTING = (*_ASKING, "plan")  # and the one that foresees what they would take
 _MEASURED = (*_ASKING, "profile")  # and the one that measures it
 _DEFAULT_STEPS = 1024
+_YEAR = 365 * 24 * 3600  # seconds; Python's own limit for a wait is not far above
 _MANY = 2**20  # more of anything in one step is a mistake
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
@@ -100,7 +101,7 @@ _ALL: tuple[_Decorator, ...] = (
     ),
     _job(
         "--flush-interval",
-        type=click.FloatRange(min=0),
+        type=Number(0, _YEAR),
         default=1.0,
         show_default=True,
         modes=("getp",),
@@ -109,7 +110,7 @@ _ALL: tuple[_Decorator, ...] = (
     ),
     _job(
         "--grace",
-        type=click.FloatRange(min=0),
+        type=Number(0, _YEAR),
         default=10.0,
         show_default=True,
         modes=("getp",),
@@ -157,7 +158,7 @@ _ALL: tuple[_Decorator, ...] = (
     _sampling(
         "-t",
         "--temperature",
-        type=click.FloatRange(min=0),
+        type=Number(min=0),
         default=0.0,
         show_default=True,
         help="0 is greedy.",
@@ -165,14 +166,14 @@ _ALL: tuple[_Decorator, ...] = (
     _sampling(
         "-p",
         "--top-p",
-        type=click.FloatRange(0, 1, min_open=True),
+        type=Number(0, 1, min_open=True),
         default=0.9,
         show_default=True,
         help="Sample from the likeliest tokens that together have this probability.",
     ),
     _sampling(
         "--top-k",
-        type=click.IntRange(min=0),
+        type=click.IntRange(0, 2**63 - 1),
         default=0,
         show_default=True,
         help="Sample from this many likeliest tokens; 0: from all.",
@@ -296,7 +297,7 @@ _ALL: tuple[_Decorator, ...] = (
     ),
     _plan(
         "--price",
-        type=click.FloatRange(min=0),
+        type=Number(min=0),
         multiple=True,
         help="Of a GPU for an hour, with -i; one for all, or one for each --gpu.",
     ),
