@@ -65,8 +65,11 @@ def read(job: Job) -> Source:
             f"{source.total} prompts"
         )
     check_writable(job.output, [job.input])
+    beside = [] if in_place(job.output) else [_journal_path(job), errors_path(job.output)]
+    for path in beside:
+        check_writable(path, [job.input])
     if job.report is not None:
-        check_writable(job.report, [job.input, job.output])
+        check_writable(job.report, [job.input, job.output, *beside])
     return source
 
 
@@ -113,8 +116,7 @@ def open_journal(job: Job, source: Source, engine: "Engine | Cluster") -> Journa
         journal = Journal(path, header, source.total, job.flush_s)
         journal.remove()  # the name alone: it lives as long as we do
         return journal
-    path = f"{os.path.realpath(job.output)}.journal"
-    check_writable(path, [job.input])
+    path = _journal_path(job)
     journal = Journal(path, header, source.total, job.flush_s, job.restart)
     for file in (job.output, errors_path(job.output)):
         remove_leftovers(file)
@@ -125,6 +127,10 @@ def open_journal(job: Job, source: Source, engine: "Engine | Cluster") -> Journa
     if journal.header["seed"] != job.defaults.params.seed:
         say(f"getp: seed {journal.header['seed']}, as the run before")
     return journal
+
+
+def _journal_path(job: Job) -> str:
+    return f"{os.path.realpath(job.output)}.journal"
 
 
 def _fingerprint(job: Job, source: Source, engine: "Engine | Cluster") -> dict[str, Any]:

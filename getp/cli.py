@@ -136,7 +136,8 @@ def _eval(options: SimpleNamespace) -> int:
     from getp import evaluate, files
 
     if options.report is not None:
-        files.check_writable(options.report, [options.input])
+        read = (options.input, options.reference, options.expected)
+        files.check_writable(options.report, [path for path in read if path is not None])
     tokenizer = _load_tokenizer(options) if options.expected is not None else None
     outcome = evaluate.evaluate(
         options.input,

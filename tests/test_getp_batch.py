@@ -117,6 +117,14 @@ def test_megabytes_without_room_are_refused_before_they_are_encoded(
     assert max(encoded) < 100
 
 
+@pytest.mark.parametrize("name", ["output.txt", "output.txt.errors.jsonl", "output.txt.journal"])
+def test_a_report_that_would_overwrite_another_file_of_the_job_is_refused(
+    tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(GetpError, match="for something else, too"):
+        batch.read(job(tmp_path, b"1\nab\n", report=str(tmp_path / name)))
+
+
 def test_errors_of_an_earlier_run_do_not_stay(tmp_path: Path) -> None:
     bad = job(tmp_path, b"1\n\n")
     assert run(bad) == SOME_FAILED
