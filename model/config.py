@@ -78,6 +78,19 @@ class ModelConfig:
     mxfp4_experts: bool = False
 
 
+def conversion(folder: Path) -> str:
+    """What to do about weights in a format that is not read; empty where there are none."""
+    if any(folder.glob("*.gguf")):
+        return "; GGUF is not read: take the safetensors that it was made from"
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
+        return (
+            "; PyTorch's own files are not read, as they can run code. Convert them once: python -c"
+            ' "from transformers import AutoModelForCausalLM as M;'
+            f" M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}')\""
+        )
+    return ""
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a checkpoint; raises CheckpointError."""
     try:

@@ -14,6 +14,7 @@ from model.config import (
     ModelConfig,
     MoeConfig,
     RopeConfig,
+    conversion,
     read_json,
 )
 
@@ -92,7 +93,9 @@ def load_config(checkpoint: str | Path) -> ModelConfig:
         raise CheckpointError(f"{folder}: no such checkpoint directory")
     path = folder / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{folder}: holds no config.json, so it is no checkpoint")
+        raise CheckpointError(
+            f"{folder}: holds no config.json, so it is no checkpoint{conversion(folder)}"
+        )
     stop_ids: frozenset[int] = frozenset()
     generation = folder / "generation_config.json"
     if generation.is_file():
@@ -221,8 +224,10 @@ def _rope(keys: _Keys, default_theta: float) -> RopeConfig:
         values |= {k: v for k, v in found.items() if v is not None}
     rope = _Keys(keys.source, values)
     theta = rope.number("rope_theta", keys.number("rope_theta", default_theta))
+    if theta <= 1:
+        raise keys.fail(f"'rope_theta' must be above 1, not {theta}")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _ROPE_KEYS:
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         raise keys.fail(f"rope type {kind!r} is not supported; known: {', '.join(_ROPE_KEYS)}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise keys.fail("'partial_rotary_factor' other than 1 is not supported")

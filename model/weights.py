@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from model import ops
 from model.attention import Attention
-from model.config import CheckpointError, ModelConfig, read_json
+from model.config import CheckpointError, ModelConfig, conversion, read_json
 from model.layers import Linear
 from model.moe import Experts, Moe
 from model.ops.reference import MXFP4_BLOCK
@@ -153,6 +153,7 @@ class _Files:
         else:
             raise CheckpointError(
                 f"{folder}: holds neither model.safetensors nor model.safetensors.index.json"
+                f"{conversion(folder)}"
             )
         self.file_of = names
         self._order = {name: i for i, name in enumerate(sorted(names, key=lambda n: (names[n], n)))}

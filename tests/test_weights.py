@@ -83,6 +83,11 @@ def test_a_corrupt_header_is_recognised(folder: Path) -> None:
 def test_no_weights_at_all_names_what_was_looked_for(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     fails(folder, "model.safetensors nor model.safetensors.index.json")
+    (folder / "pytorch_model.bin").touch()
+    fails(folder, "Convert them once", f"from_pretrained('{folder}'")
+    (folder / "model.gguf").touch()
+    (folder / "config.json").unlink()
+    fails(folder, "GGUF is not read: take the safetensors")
 
 
 @pytest.fixture
@@ -131,6 +136,8 @@ def test_a_broken_index_is_refused(sharded: Path, text: str) -> None:
         ({"logit_scale": 2.0}, ["'logit_scale' = 2.0 is not understood"]),
         ({"hidden_act": "gelu"}, ["hidden_act 'gelu'", "silu"]),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, ["'longrope'", "yarn"]),
+        ({"rope_parameters": {"rope_type": ["x"], "rope_theta": 1e4}}, ["['x']", "yarn"]),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1, "factor": 2}}, ["above 1"]),
         ({"rope_parameters": {"rope_theta": 1e4, "mscale": 2.0}}, ["'mscale'"]),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, ["all layers"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantization 'gptq'", "mxfp4"]),
