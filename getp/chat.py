@@ -134,10 +134,11 @@ class Conversation:
         if self._settings.params.max_positions is not None:
             limit = min(limit, self._settings.params.max_positions)
         if len(ids) >= limit:
-            raise GetpError(
-                f"the conversation is {len(ids)} tokens long and the limit is {limit} "
-                "(-n/--steps, or the model's own): /reset begins a new one"
-            )
+            limited = f"tokens long and the limit is {limit} (-n/--steps, or the model's own)"
+            last = [*system_message(self._system), self._turns[-1]]
+            if (alone := len(encode_chat(self._tokenizer, last))) >= limit:
+                raise GetpError(f"the message alone is {alone} {limited}: make it shorter")
+            raise GetpError(f"the conversation is {len(ids)} {limited}: /reset begins a new one")
         self._answers += 1
         reply = ask(self._settings, ids, self._answers, self._tokenizer, self._engine)
         if reply.completion.error is not None:
