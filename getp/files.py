@@ -232,6 +232,8 @@ def check_writable(path: str, others: Sequence[str] = ()) -> None:
     """Raise GetpError now if `path` cannot be written later, or is one of the job's other files."""
     if path == STANDARD:
         return
+    if not path:
+        raise GetpError("cannot write a file without a name")
     target = Path(os.path.realpath(path))
     if any(other != STANDARD and Path(os.path.realpath(other)) == target for other in others):
         raise GetpError(f"cannot write {path}: the job uses this file for something else, too")

@@ -91,10 +91,10 @@ def write_results(journal: Journal, total: int, output: str, form: Form) -> None
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         rescue = f"getp-results-{os.getpid()}.{'jsonl' if form == 'jsonl' else 'txt'}"
         _write(journal, total, rescue, form)
-        reason = getattr(error, "strerror", None) or str(error)
-        raise GetpError(
-            f"cannot write {output}: {reason}; the results are in {rescue} instead"
-        ) from error
+        trouble = (
+            f"cannot write {output}: {error.strerror}" if isinstance(error, OSError) else error
+        )
+        raise GetpError(f"{trouble}; the results are in {rescue} instead") from error
 
 
 def _write(journal: Journal, total: int, output: str, form: Form) -> None:

@@ -339,6 +339,14 @@ def test_results_that_standard_output_does_not_take_are_not_lost(tmp_path: Path)
     assert len(rescued.read_text().splitlines()) == 2
 
 
+def test_a_device_that_takes_nothing_is_named_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(GetpError, match=r"^cannot write /dev/full: No space.*; the results are"):
+        run(job(tmp_path, output="/dev/full"))
+
+
 def test_results_come_in_input_order_from_jobs_larger_than_what_is_read_ahead(
     tmp_path: Path,
 ) -> None:
