@@ -341,9 +341,9 @@ def _message(error: Exception) -> str:
     if isinstance(error, (GetpError, TokenizerError, OSError)):
         return str(error)
     from engine import EngineError
-    from model import CheckpointError
+    from model import CheckpointError, ops
 
-    if isinstance(error, (CheckpointError, EngineError)):
+    if isinstance(error, (CheckpointError, EngineError, ops.KernelsError)):
         return str(error)
     return f"{type(error).__name__}: {error} (--debug shows where)"
 

@@ -12,6 +12,7 @@ import pytest
 import getp
 from getp import cli
 from getp.files import read_token_file
+from model.ops.cpu import calls
 from tests.getp_helpers import FakeEngine, write_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -107,6 +108,18 @@ def test_a_wrong_value_names_the_option_and_what_is_allowed(
         assert word in first
 
 
+def test_kernels_that_there_are_not_are_one_clear_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GETP_CPU_KERNELS", "bogus")
+    calls.library.cache_clear()
+    try:
+        assert cli.run(["-i", "hi"]) == 1
+    finally:
+        calls.library.cache_clear()
+    assert capsys.readouterr().err.startswith("getp: error: GETP_CPU_KERNELS must be none, avx2")
+
+
 def test_a_checkpoint_that_does_not_exist_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["/no/model", "-i", "hi"]) == 2
     assert "/no/model" in capsys.readouterr().err
@@ -157,6 +170,7 @@ def test_some_failed_requests_are_exit_status_3(
     [
         ("3\na\n", "out.txt", "line 3: missing"),
         ("1\na\n", "no/where/out.txt", "cannot write"),
+        ("1\na\n", "", "cannot write a file without a name"),
         (None, "out.txt", "cannot read"),
     ],
 )
@@ -172,7 +186,7 @@ def test_wrong_files_are_found_before_the_model_loads(
     monkeypatch.setattr(cli, "load_engine", None)  # calling it would be another error
     if content is not None:
         (tmp_path / "input.txt").write_text(content)
-    files = ["-i", str(tmp_path / "input.txt"), "-o", str(tmp_path / output)]
+    files = ["-i", str(tmp_path / "input.txt"), "-o", str(tmp_path / output) if output else ""]
     assert cli.run([checkpoint, "-m", "getp", *files]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("getp: error: ")

@@ -150,7 +150,7 @@ def test_a_stop_string_of_its_own_cuts_the_text(tmp_path: Path) -> None:
         ({"prompt": ""}, "empty_prompt", "empty"),
         ({"prompt": []}, "invalid_value", "'prompt'"),
         ({"prompt": ["a", "b"]}, "invalid_value", "several lines"),
-        ({"prompt": "\ud800"}, "not_encodable", "encoded"),
+        ({"prompt": "\ud800"}, "not_encodable", "character 0 is half of a surrogate pair"),
         ({"prompt": "x", "nonsense": 1}, "unknown_parameter", "'nonsense'"),
         ({"prompt": "x", "n": 2}, "unsupported_parameter", "'n'"),
         ({"prompt": "x", "n": True}, "unsupported_parameter", "'n'"),

@@ -83,7 +83,13 @@ class Tokenizer:
         `special` adds what the tokenizer puts around a text (Llama's first token, say). Text
         from a chat template has it already: pass False. Raises TokenizerError.
         """
-        with _library("the text cannot be encoded"):  # lone surrogates
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TokenizerError(
+                f"the text cannot be encoded: character {error.start} is half of a surrogate pair"
+            ) from None
+        with _library("the text cannot be encoded"):
             return self._backend.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:

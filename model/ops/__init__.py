@@ -13,10 +13,12 @@ import torch
 from model.batch import ForwardBatch, GroupTables
 from model.ops import cpu, reference
 from model.ops.cpu import Packed, recorder
+from model.ops.cpu.calls import KernelsError
 from model.ops.reference import Mxfp4
 
 __all__ = [
     "ExpertWeights",
+    "KernelsError",
     "Mxfp4",
     "Packed",
     "Weight",

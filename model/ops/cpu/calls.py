@@ -28,6 +28,11 @@ LEVELS = ("none", "avx2", "vnni", "avx512", "amx")
 compiler's vectors), AVX-512 with VNNI, AVX-512 with BF16, and that with AMX. With avx2 (on x86)
 and vnni linears are in fixed point."""
 
+
+class KernelsError(ValueError):
+    """The environment asks for kernels that there are not."""
+
+
 _Pointer, _Int, _Flag, _Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 # The first ones are numbered as in kernels.cpp's getp_replay.
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
@@ -58,7 +63,7 @@ def library() -> ctypes.CDLL | None:
     """Return the kernels, ready to be called; None where they cannot be, said once and why."""
     wanted = os.environ.get(VARIABLE, "")
     if wanted and wanted not in LEVELS:
-        raise ValueError(f"{VARIABLE} must be {', '.join(LEVELS)}, not {wanted!r}")
+        raise KernelsError(f"{VARIABLE} must be {', '.join(LEVELS)}, not {wanted!r}")
     if wanted == "none":
         return None
     # Not any file there: what another Python's installation left may be of older sources.
@@ -75,7 +80,7 @@ def library() -> ctypes.CDLL | None:
     best: int = found.getp_best_level()
     if wanted and not found.getp_has_level(LEVELS.index(wanted)):
         has = [name for i, name in enumerate(LEVELS) if not i or found.getp_has_level(i)]
-        raise ValueError(f"{VARIABLE} is {wanted}, and this processor has only {', '.join(has)}")
+        raise KernelsError(f"{VARIABLE} is {wanted}, and this processor has only {', '.join(has)}")
     if not best:
         _say("they need AVX2, which this processor lacks")
         return None
