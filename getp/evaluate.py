@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 from rich.console import Console
@@ -60,11 +61,21 @@ def decode_file(path: str, output: str, tokenizer: Tokenizer, line: int | None) 
     r"""Write the text of a token file: one line of it as it is, or all, one a line.
 
     Newlines inside a text are written as `\n`, else they would pass for the next request's.
+    Raises GetpError for an id that the tokenizer does not have: its text would be missing.
     """
     rows = read_token_file(path)
     if line is not None and not 1 <= line <= len(rows):
         raise UsageProblem(f"--line must be from 1 to {len(rows)} for {path}, not {line}")
-    texts = [_text(tokenizer, row) for row in (rows if line is None else [rows[line - 1]])]
+    first = 1 if line is None else line
+    chosen = rows if line is None else [rows[line - 1]]
+    unknown = {i for i in set(chain.from_iterable(chosen)) if not tokenizer.knows(i)}
+    for number, row in enumerate(chosen if unknown else [], start=first):
+        if found := unknown.intersection(row):
+            raise GetpError(
+                f"{path}, line {number}: the tokenizer has no token {min(found)}; name the one of "
+                "the model that made the file, as CHECKPOINT or with -z/--tokenizer"
+            )
+    texts = [_text(tokenizer, row) for row in chosen]
     with writing(output) as file:
         for text in texts:
             shown = text if line is not None else one_line(text)

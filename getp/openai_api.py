@@ -13,6 +13,7 @@ from tokenizer import Message, Tokenizer
 
 CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
 
+_LIMITS = ("max_tokens", "max_completion_tokens")  # the older name of a chat's, and the newer
 _MOST_STOPS, _LONGEST_STOP = 16, 1024
 _MIN_LOGPROB = -9999.0  # OpenAI's way to write minus infinity, which JSON cannot
 
@@ -75,6 +76,11 @@ def read_body(body: Mapping[str, Any], chat: bool) -> Asked:
                 "unsupported_parameter",
                 f"{name!r} is not supported, except as {_NEUTRAL[name][0]!r}",
             )
+    limits = {name: body[name] for name in _LIMITS if body.get(name) is not None}
+    if chat and len(set(limits.values())) > 1:
+        raise BadRequestError(
+            "invalid_value", f"{' and '.join(map(repr, limits))} differ: give one"
+        )
     if chat and body.get("logprobs") is not True and "logprobs" in asked.params:
         raise BadRequestError("invalid_value", "'top_logprobs' needs 'logprobs': true")
     if (asked.messages if chat else asked.prompt) is None:
@@ -95,8 +101,7 @@ def _wrong(name: str, wanted: str) -> BadRequestError:
 def _integer(asked: Asked, name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
         raise _wrong(name, "an integer of at most 64 bits")
-    own = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
-    asked.params[own.get(name, name)] = value
+    asked.params["max_new_tokens" if name in _LIMITS else name] = value
 
 
 def _number(asked: Asked, name: str, value: Any) -> None:

@@ -35,6 +35,14 @@ def test_one_line_decodes_as_it_is(
         decode_file(source, "-", TOKENIZER, 3)
 
 
+def test_an_id_that_the_tokenizer_does_not_have_is_named_with_its_line(tmp_path: Path) -> None:
+    write_tokens(str(tmp_path / "in"), [[1, 2], [3, 99_999, 2**31 - 1]])
+    for line in (None, 2):
+        with pytest.raises(GetpError, match=r"line 2: the tokenizer has no token 99999; .*-z"):
+            decode_file(str(tmp_path / "in"), str(tmp_path / "out"), TOKENIZER, line)
+    decode_file(str(tmp_path / "in"), str(tmp_path / "out"), TOKENIZER, 1)
+
+
 def test_token_files_are_compared_line_by_line() -> None:
     agreement = compare_tokens(
         [[1, 2, 3, 4], [5], [], [1, 2, 9], [7]], [[1, 2, 3, 4], [5, 6], [], [1, 2, 3], [8]]

@@ -165,6 +165,11 @@ def test_a_stop_string_of_its_own_cuts_the_text(tmp_path: Path) -> None:
         ({"prompt": "x", "id": "again"}, "duplicate_custom_id", "'again'"),
         ({"messages": []}, "invalid_value", "'messages'"),
         ({"messages": [{"content": "x"}]}, "invalid_value", "'role'"),
+        (
+            asked(CHAT, messages=HI, max_tokens=5, max_completion_tokens=6),
+            "invalid_value",
+            "differ",
+        ),
         (asked(CHAT, messages=HI, tools=[{}]), "unsupported_parameter", "'tools'"),
         (asked(CHAT, messages=HI, top_logprobs=2), "invalid_value", "'logprobs': true"),
         (asked(CHAT, messages=HI, reasoning_effort="low"), "unsupported_parameter", "template"),

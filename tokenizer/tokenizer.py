@@ -73,6 +73,10 @@ class Tokenizer:
         """Bytes that no token's text exceeds, as the vocabulary writes it."""
         return max(len(token.encode()) for token in self._backend.get_vocab(with_added_tokens=True))
 
+    def knows(self, token_id: int) -> bool:
+        """Whether there is a token with this id, from 0 and of at most 32 bits."""
+        return self._backend.id_to_token(token_id) is not None
+
     def token_id(self, token: str) -> int | None:
         """Return the id of exactly this token, or None."""
         return self._backend.token_to_id(token)
