@@ -9,6 +9,7 @@ import torch
 
 from engine.request import SamplingParams, TokenLogprobs
 from model import ops
+from model.ops import reference
 from model.shard import ALONE, Shard
 
 NO_TOKEN = -1  # read for a row whose logits are not finite
@@ -164,8 +165,8 @@ class Sampler:
         shares = (logits.float() / heat).softmax(-1)
         uniform = keyed_uniform(self._top_k_and_seed[rows, 1:], positions.long().unsqueeze(1))
         blocks = _by_block(shares, torch.sum).double().nan_to_num_(1.0)
-        block, at = _locate(blocks, uniform * blocks.sum(-1, keepdim=True))
-        place, _ = _locate(_block(shares, block, 0.0).double().nan_to_num_(1.0), at)
+        block, at = reference.locate(blocks, uniform * blocks.sum(-1, keepdim=True))
+        place, _ = reference.locate(_block(shares, block, 0.0).double().nan_to_num_(1.0), at)
         return (block * _BLOCK + place).squeeze(1)
 
     def _draw_cut(
@@ -207,17 +208,6 @@ def _block(values: torch.Tensor, block: torch.Tensor, beyond: float) -> torch.Te
     places = block * _BLOCK + torch.arange(_BLOCK, device=values.device)
     vocab = values.shape[1]
     return values.gather(1, places.clamp(max=vocab - 1)).masked_fill(places >= vocab, beyond)
-
-
-def _locate(shares: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the running sum of shares float64 [rows, n] passes `at` [rows, 1].
-
-    Both results are [rows, 1]: the place, whose share is never 0, and what is left of `at` there.
-    """
-    upto = shares.cumsum(-1)
-    at = at.clamp(min=0).minimum(upto[:, -1:].nextafter(at.new_zeros(())))
-    place = torch.searchsorted(upto, at, right=True)
-    return place, at - (upto - shares).gather(1, place)
 
 
 def keyed_uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -84,6 +84,25 @@ def test_few_candidates_and_a_full_sort_draw_the_same() -> None:
         assert torch.equal(found, reference.draw(logits, heat, limit, top_p, uniform))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_search_finds_what_a_sort_does_among_equal_logits_too(dtype: torch.dtype) -> None:
+    rows, generator = 300, torch.Generator().manual_seed(2)
+    logits = torch.randint(-40, 40, (rows, 3000), generator=generator) * 2.0**-6
+    logits[:50] += torch.rand(50, 3000, generator=generator)
+    logits[50:60] *= -0.0
+    logits[60:70, ::2] = -torch.inf
+    heat, logits = torch.full((rows,), 0.7), logits.to(dtype)
+    top_p = torch.rand(rows, generator=generator) * 0.5 + 0.5
+    uniform = torch.rand(rows, dtype=torch.float64, generator=generator)
+    uniform[::7] = 0.0
+    found = ops.draw(logits, heat, None, top_p, uniform)
+    assert torch.equal(found, reference.draw(logits, heat, None, top_p, uniform))
+    one = []
+    for row in (slice(i, i + 1) for i in range(0, rows, 30)):
+        one.append(ops.draw(logits[row], heat[row], None, top_p[row], uniform[row]))
+    assert torch.equal(torch.cat(one), found[::30])
+
+
 def test_a_row_of_nan_gives_a_token_that_exists() -> None:
     one = torch.ones(2)
     for limit in (None, torch.tensor([0, 3])):

@@ -350,3 +350,14 @@ def pick(
     # Rounding may point behind the last kept one, and NaN has none.
     last = ((shares > 0).sum(-1, keepdim=True) - 1).clamp(min=0)
     return ids.gather(1, torch.minimum(chosen, last)).squeeze(1)
+
+
+def locate(shares: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the running sum of shares float64 [rows, n] passes `at` [rows, 1].
+
+    Both results are [rows, 1]: the place, whose share is never 0, and what is left of `at` there.
+    """
+    upto = shares.cumsum(-1)
+    at = at.clamp(min=0).minimum(upto[:, -1:].nextafter(at.new_zeros(())))
+    place = torch.searchsorted(upto, at, right=True)
+    return place, at - (upto - shares).gather(1, place)
