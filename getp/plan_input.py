@@ -46,7 +46,7 @@ class _ByteReader(TaskReader):
     It never asks the tokenizer.
     """
 
-    def _encode(self, asked: Asked, chat: bool) -> list[int]:
+    def _encode(self, asked: Asked, chat: bool, most: int | None) -> list[int]:
         if isinstance(asked.prompt, list):
             return asked.prompt
         texts = [message.get("content") for message in asked.messages or ()]
