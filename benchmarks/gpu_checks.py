@@ -160,8 +160,10 @@ def _fusions(dtype: torch.dtype) -> Iterator[Comparison]:
     angles = torch.rand(64, dim, device=CUDA)
     with fused_limits(one_row=one_row()):
         row = rand(1, size, dtype=dtype)
-        expected = reference.linear(row.float(), weight.float(), bias.float())
-        yield "one row", triton.linear(row, weight, bias), expected
+        for out in (width, 17, 5001):  # the others are no whole numbers of programs
+            some, column = rand(out, size, dtype=dtype, scale=0.03), rand(out, dtype=dtype)
+            expected = reference.linear(row.float(), some.float(), column.float())
+            yield f"one row, {out} out", triton.linear(row, some, column), expected
     for rows in (1, 9, 17, 64):
         x, delta = rand(rows, size, dtype=dtype), rand(rows, size, dtype=dtype)
         summed, normed = reference.add_rms_norm(x, delta, norm, 1e-6)

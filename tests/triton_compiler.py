@@ -186,6 +186,7 @@ def _calls(config: ModelConfig, rows: int, fused: int) -> Iterator[Callable[[], 
         )  # fmt: skip
     query = _empty(rows, heads, dim)
     yield lambda: ops.linear(query.flatten(1), _empty(hidden, heads * dim), None)
+    yield lambda: ops.linear(x, _empty(config.vocab_size, hidden), None)
     sinks = _empty(heads) if config.sinks else None
     for window in {layer.window for layer in config.layers}:
         for singles, sequences in {(min(rows, 512), min(rows, 512)), (0, 1)}:
@@ -207,6 +208,8 @@ def _calls(config: ModelConfig, rows: int, fused: int) -> Iterator[Callable[[], 
     moe, limit, alpha = config.moe, config.swiglu_limit, config.swiglu_alpha
     count, size = moe.num_experts, moe.intermediate_size
     scores = _empty(rows, count)
+    column = _empty(count) if moe.biases else None
+    yield lambda: ops.linear(x, _empty(count, hidden), column)
     yield lambda: ops.route(scores, moe.top_k, moe.softmax_after_top_k, moe.normalize)
     chosen = _empty(rows, moe.top_k, dtype=torch.int64)
     shares = _empty(rows, moe.top_k, dtype=torch.float32)

@@ -211,6 +211,12 @@ def _linear(
     if APART:
         prefetch(source + APART * SIZE, there, SIZE, BLOCK_N, ROWS, OVERLAP)
     wait_turn(OVERLAP)
+    row = tl.arange(0, BLOCK_M)
+    inside = (row < rows)[None, :]
+    if BIAS:  # asked for before the products: nobody has read it yet, and it is far away
+        bias = tl.load(bias_ptr + out, out < OUT, other=0.0)
+        if APART:
+            second_bias = tl.load(bias_ptr + APART + out, out < OUT, other=0.0)
     if BLOCK_M == 1:
         product, second, squares = _products_of_row(
             x_ptr, delta_ptr, norm_ptr, weight_ptr, sum_ptr, out,
@@ -226,18 +232,15 @@ def _linear(
         product *= scale
         second *= scale
     if BIAS:
-        product += tl.load(bias_ptr + out, out < OUT, other=0.0).to(tl.float32)[:, None]
+        product += bias.to(tl.float32)[:, None]
         if APART:
-            bias = tl.load(bias_ptr + APART + out, out < OUT, other=0.0)
-            second += bias.to(tl.float32)[:, None]
+            second += second_bias.to(tl.float32)[:, None]
     dtype = x_ptr.dtype.element_ty
-    row = tl.arange(0, BLOCK_M)
-    inside = (row < rows)[None, :]
     if HEADS > 0:
         # Rounded as QKV alone would be.
         a, b = product.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)
-        source = cos_sin_ptr + row[None, :] * DIM + column[:, None]
         turned = head < HEADS + KV_HEADS
+        source = cos_sin_ptr + row[None, :] * DIM + column[:, None]
         cos = tl.load(source, inside & turned, other=1.0)
         sin = tl.load(source + DIM // 2, inside & turned, other=0.0)
         left, right = (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
@@ -352,7 +355,7 @@ def _tile(x: torch.Tensor, count: int, is_paired: bool) -> Tile:
     if rows == 1 and own.one_row is not None:
         tile = own.one_row
         most = each * count // (2 * processors(x.device))
-        block = min(tile.n, max(4, 1 << most.bit_length() >> 1))
+        block = min(tile.n, max(2, 1 << most.bit_length() >> 1))
         columns = tile.n * tile.k // block  # as many numbers in a step, if there are
         return replace(tile, n=block // each, k=min(columns, triton.next_power_of_2(size)))
     tile = tile_of(x)

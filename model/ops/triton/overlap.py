@@ -15,7 +15,8 @@ import triton.language as tl
 from model.ops.triton.tiles import tiles
 
 _AHEAD = tl.constexpr(16 << 10)  # bytes that a program asks for before its turn, at most
-# Each of the first threads asks for one row: its address, size in bytes and distance to the next.
+# Each of the first threads asks for one row, from a multiple of 16 bytes on: $1 is where the first
+# row is, $2 how many there are, $3 bytes from one to the next, $4 how many bytes of each.
 _PREFETCH = tl.constexpr("""
 {
     .reg .pred own;
@@ -24,6 +25,7 @@ _PREFETCH = tl.constexpr("""
     mov.u32 turn, %tid.x;
     setp.lt.s32 own, turn, $2;
     mad.wide.s32 place, turn, $3, $1;
+    and.b64 place, place, -16;
     @own cp.async.bulk.prefetch.L2.global [place], $4;
     mov.u32 $0, 0;
 }
