@@ -264,28 +264,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     """As `reference.linear`: torch's, but for one row where `Tiles.one_row` is said."""
     if len(x) != 1 or tiles(x.device).one_row is None:
         return F.linear(x, weight, bias)
-    return _launch(x, None, None, 0.0, weight, bias)[1]
+    return norm_linear(x, None, None, 0.0, weight, bias)[1]
 
 
 def norm_linear(
-    x: torch.Tensor,
-    delta: torch.Tensor | None,
-    norm: torch.Tensor,
-    eps: float,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    is_gated: bool = False,
-    turn: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x, delta [rows, size], norm [size], weight [out, size] → (x + delta, its norm · weight).
-
-    is_gated: weight has gates and ups, and in place of them is their plain SwiGLU [rows, out / 2].
-    turn: cos_sin, kv, slots and heads as in `rotate_and_write`, and in place of QKV is the query.
-    """
-    return _launch(x, delta, norm, eps, weight, bias, is_gated, turn)
-
-
-def _launch(
     x: torch.Tensor,
     delta: torch.Tensor | None,
     norm: torch.Tensor | None,
@@ -295,7 +277,12 @@ def _launch(
     is_gated: bool = False,
     turn: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `norm_linear`; one row may be without a norm."""
+    """x, delta [rows, size], norm [size], weight [out, size] → (x + delta, its norm · weight).
+
+    Without a norm, of one row, x · weight. is_gated: weight has gates and ups, and in place of them
+    is their plain SwiGLU [rows, out / 2]. turn: cos_sin, kv, slots and heads as in
+    `rotate_and_write`, and in place of QKV is the query.
+    """
     rows, size = x.shape
     count = len(weight) // 2 if is_gated else len(weight)
     summed = x if delta is None else torch.empty_like(x)
