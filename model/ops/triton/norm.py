@@ -17,7 +17,7 @@ def _add_rms_norm(
     eps,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
-    HAS_DELTA: tl.constexpr,
+    DELTA: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """x, delta, sum, out [tokens, SIZE], weight [SIZE]; grid (tokens,)."""
@@ -26,7 +26,7 @@ def _add_rms_norm(
     at = tl.arange(0, BLOCK)
     inside = at < SIZE
     x = tl.load(x_ptr + row + at, inside, other=0.0)
-    if HAS_DELTA:
+    if DELTA:
         delta = tl.load(delta_ptr + row + at, inside, other=0.0)
         # The sum is rounded as it is stored: its norm is that of what the next layer reads.
         x = (x.to(tl.float32) + delta.to(tl.float32)).to(x.dtype)
@@ -56,7 +56,7 @@ def add_rms_norm(
             eps,
             SIZE=size,
             BLOCK=block,
-            HAS_DELTA=delta is not None,
+            DELTA=delta is not None,
             num_warps=min(8, max(1, block // 512)),
             **overlap(x.device),
         )
