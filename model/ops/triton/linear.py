@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from model.ops.triton.norm import gated
+from model.ops.triton.norm import added, gated
 from model.ops.triton.overlap import overlap, prefetch, wait_turn
 from model.ops.triton.tiles import Tile, for_dtype, processors, tiles
 
@@ -71,7 +71,7 @@ def _products_of_row(
         at = k + tl.arange(0, BLOCK_K)
         x = _piece(x_ptr, at, SIZE, BLOCK_K)
         if DELTA:
-            x = (x.to(tl.float32) + _piece(delta_ptr, at, SIZE, BLOCK_K).to(tl.float32)).to(x.dtype)
+            x = added(x, _piece(delta_ptr, at, SIZE, BLOCK_K))
             if tl.program_id(0) == 0:
                 tl.store(sum_ptr + at, x, at < SIZE)
         x = x.to(tl.float32)
@@ -96,8 +96,7 @@ def _summed(
     inside = (row < rows)[:, None] & (at < SIZE)[None, :]
     x = tl.load(x_ptr + place, inside, other=0.0)
     if DELTA:
-        delta = tl.load(delta_ptr + place, inside, other=0.0)
-        x = (x.to(tl.float32) + delta.to(tl.float32)).to(x.dtype)
+        x = added(x, tl.load(delta_ptr + place, inside, other=0.0))
     return x
 
 

@@ -8,6 +8,12 @@ from model.ops.triton.overlap import overlap, wait_turn
 
 
 @triton.jit
+def added(x, delta):
+    """x + delta, rounded as it is stored: its norm is that of what the next layer reads."""
+    return (x.to(tl.float32) + delta.to(tl.float32)).to(x.dtype)
+
+
+@triton.jit
 def _add_rms_norm(
     x_ptr,
     delta_ptr,
@@ -27,9 +33,7 @@ def _add_rms_norm(
     inside = at < SIZE
     x = tl.load(x_ptr + row + at, inside, other=0.0)
     if DELTA:
-        delta = tl.load(delta_ptr + row + at, inside, other=0.0)
-        # The sum is rounded as it is stored: its norm is that of what the next layer reads.
-        x = (x.to(tl.float32) + delta.to(tl.float32)).to(x.dtype)
+        x = added(x, tl.load(delta_ptr + row + at, inside, other=0.0))
         tl.store(sum_ptr + row + at, x, inside)
     wide = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide) / SIZE + eps)
