@@ -98,6 +98,8 @@ def time_load(
         ]
         # A batch of equal lengths ends all at once: its requests themselves see when time is up.
         for completion in engine.generate(requests):
+            if completion.error is not None:  # it ends early, and what is left is another load
+                raise RuntimeError(f"a request of {name} failed: {completion.error}")
             done += completion.finish_reason == "length"
             if time.perf_counter() > end:
                 break

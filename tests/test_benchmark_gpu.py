@@ -75,6 +75,15 @@ def test_a_load_is_timed_and_stopped_when_its_time_is_up(monkeypatch: pytest.Mon
     assert rows[2].name == "qwen2-0.5b, 8 requests (0 done)"
 
 
+def test_a_load_whose_requests_fail_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_the_cpu(monkeypatch)
+    prompts, outputs = gpu_loads.context_load(2, 30, 20)
+    load = [prompts[0], [10_001]], outputs
+    times = gpu_loads.time_load("qwen2-0.5b", load, gpu_times.Limits(1e11, 1e12), 60)
+    with pytest.raises(RuntimeError, match="failed: the prompt has token ids"):
+        list(times)
+
+
 def test_what_runs_at_the_same_time_is_counted_once() -> None:
     spans = [(5.0, 9.0), (0.0, 4.0), (1.0, 2.0), (3.0, 6.0), (20.0, 21.0)]
     events = [SimpleNamespace(time_range=SimpleNamespace(start=a, end=b)) for a, b in spans]
@@ -145,7 +154,8 @@ def test_a_check_tells_all_that_is_wrong_and_where_it_is(
         yield "second", ones, ones
         if dtype == torch.bfloat16:
             raise RuntimeError("no kernel image")
-        yield "third", ones * torch.nan, ones
+        yield "third", torch.empty(3), ones
+        yield "fourth", ones * 0, ones * 0
 
     check = partial(gpu_checks._compare, comparisons)
     monkeypatch.setattr(gpu_checks, "check_norms", check)
@@ -158,8 +168,10 @@ def test_a_check_tells_all_that_is_wrong_and_where_it_is(
         "torch.bfloat16, after second: RuntimeError: no kernel image",
         "first, torch.float32: off by 1.0e+00 of the most",
         "third, torch.float32: off by nan of the most",
+        "fourth, torch.float32: all of what is expected is zero",
     ]
-    assert capsys.readouterr().err.splitlines()[-1] == "third, torch.float32"
+    assert capsys.readouterr().err.splitlines()[-1] == "fourth, torch.float32"
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_section_that_hangs_is_stopped_and_one_that_fails_says_why(
