@@ -15,9 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from engine import Completion
+from engine.memory import is_out_of_memory
 from getp import __version__
-from getp.explain import as_report, explain, remember
-from getp.terminal import visible
+from getp.explain import Explanation, as_report, explain, remember
+from getp.terminal import say, visible
 
 if TYPE_CHECKING:
     from engine import Engine
@@ -85,16 +86,17 @@ class Measurements:
 
     def report(self, engine: "Engine | Cluster", checkpoint: str) -> Report:
         """Put everything together, after the engine has finished."""
-        from getp.report_replicas import Cluster, explain_replicas, replicas_report
+        from getp.report_replicas import Cluster, replicas_report
 
-        stats, peak = engine.stats, peak_memory()  # before the machine is measured to explain
+        # The peaks of memory before the machine is measured to explain.
+        stats, peak = engine.stats, peak_memory()
         if isinstance(engine, Cluster):
-            explanation = explain_replicas(engine, self.inference_s, self.done)
             where = replicas_report(engine, self.inference_s)
         else:
-            explanation = explain(engine, self.inference_s, self.done)
-            remember(engine, checkpoint, explanation, self.inference_s)
             where = _one_engine(engine.device)
+        explanation = self._explained(engine)
+        if not isinstance(engine, Cluster):
+            remember(engine, checkpoint, explanation, self.inference_s)
         return {
             "checkpoint": checkpoint,
             **where,
@@ -135,6 +137,23 @@ class Measurements:
             **as_report(explanation),
             "peak_memory_bytes": peak,
         }
+
+    def _explained(self, engine: "Engine | Cluster") -> Explanation:
+        """Explain the run; without peaks if others have the memory to measure them in."""
+        from getp.report_replicas import Cluster, explain_replicas
+
+        try:
+            if isinstance(engine, Cluster):
+                return explain_replicas(engine, self.inference_s, self.done)
+            return explain(engine, self.inference_s, self.done)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            say(
+                "getp: warning: no memory is free to measure what this machine can do; "
+                "the report does not say how close to it the job was"
+            )
+            return Explanation()
 
     def _rate(self, tokens: int) -> float:
         return tokens / self.inference_s if self.inference_s > 0 else 0.0

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine import SamplingParams
 from getp import batch
@@ -223,6 +224,20 @@ def test_measuring_the_machine_is_no_memory_of_the_job(
     run(job(tmp_path, b"1\nab\n", report=str(tmp_path / "report.json")))
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["peak_memory_bytes"], peak) == (2**28, 2**29)
+
+
+def test_a_job_is_done_though_no_memory_is_left_to_measure_the_machine_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_memory(*of: object) -> Explanation:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    monkeypatch.setattr("getp.explain.peaks_of", no_memory)
+    assert run(job(tmp_path, b"1\nab\n", report=str(tmp_path / "report.json"))) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["requests_done"] == 1
+    assert report["limit_share"] is None
+    assert "no memory is free to measure what this machine can do" in capsys.readouterr().err
 
 
 def test_a_report_on_standard_output_is_json_and_nothing_else(
