@@ -315,7 +315,7 @@ def check_parity_experts() -> Iterator[str | None]:
 
 
 def _parity(sparse: bool) -> Iterator[str | None]:
-    """The CPU's greedy tokens, in float32, decode steps captured."""
+    """The CPU's greedy tokens, in float32, decode steps captured; in the end all memory is free."""
     from tests.checkpoints import FAMILIES, write_checkpoint, write_mxfp4_pair
 
     draw = random.Random(0)
@@ -346,6 +346,8 @@ def _parity(sparse: bool) -> Iterator[str | None]:
                             {c.request_id: c.token_ids for c in engine.generate(requests)}
                         )
                 yield None if tokens[0] == tokens[1] else f"{name}: the tokens are not the CPU's"
+                left = torch.cuda.memory_allocated()
+                yield f"{name}: {left} bytes are not given back" if left else None
             except Exception as error:
                 yield f"{name}: {type(error).__name__}: {str(error)[:300]}"
 

@@ -237,6 +237,8 @@ class Engine:
         self._scheduler = None
         self._free()
         if self.device.type != "cpu":
+            # cuBLAS has some for each stream that it has met, and torch no public name for this.
+            torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
         self.stats.finish_s += time.perf_counter() - start
 
