@@ -36,6 +36,9 @@ _log = logging.getLogger(__name__)
 # Hidden size below which an op is too small to be shared: a second thread gains nothing, and on a
 # busy machine each op waits for it.
 _NARROW = 512
+# On a GPU a step with a chunk takes the host milliseconds to launch, a replayed one a tenth of that
+# (benchmarks/RESULTS.md). Of 32 that run then half of one is missing on average.
+_TOGETHER = 32
 
 
 class Engine:
@@ -101,6 +104,7 @@ class Engine:
         self._launched: deque[tuple[Step, Sampled]] = deque()
         self._ahead = 0 if on_cpu else 1
         self._make_capture = None if on_cpu else gpu_capture
+        self._together = 0 if on_cpu else _TOGETHER
         self._threads = torch.get_num_threads()
 
     def __enter__(self) -> "Engine":
@@ -194,7 +198,9 @@ class Engine:
             # Nor can what ranks tell each other.
             with contextlib.suppress(RuntimeError):
                 self._runner.capture(recorder, ahead_of_time=False)
-        self._scheduler = Scheduler(cache, self.max_batch_size, self.max_batch_tokens)
+        self._scheduler = Scheduler(
+            cache, self.max_batch_size, self.max_batch_tokens, self._together
+        )
         self.stats.kv_blocks = blocks - 1
         self.stats.kv_bytes = blocks * self._runner.block_bytes(self.block_size)
 

@@ -5,6 +5,10 @@ arrival, then new ones while budget, batch size and blocks last. Admission does 
 output; when blocks run out, the sequence that arrived last is preempted and recomputed later
 (most of it from the prefix cache).
 
+Steps of decodes alone may be much cheaper to launch than those with chunks, as they are where they
+are replayed as graphs. Once there is no room for another sequence, new ones then wait until a few
+have left and start together: of many steps with a chunk each there remains one with many.
+
 A step may be scheduled before the tokens of the one before it are known: that a sequence has met
 a stop token is then noticed a step late, and what was computed of it meanwhile is dropped.
 """
@@ -116,12 +120,16 @@ class Scheduler:
     cache: KVCache
     max_batch_size: int  # sequences running at once
     max_batch_tokens: int  # tokens computed in one step
+    together: int = 0  # new ones wait until one in so many of those running has left; 0: never
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)
     preemptions: int = 0
     back_offs: int = 0
+    lacks_blocks: bool = False  # it is for them that sequences wait, not for a place
     _calm_steps: int = 0  # since the limits last changed
     _full_limits: tuple[int, int] = (0, 0)
+    _full: bool = False  # there was no room for the first that waits
+    _left: int = 0  # sequences, since then
     _rows: list[int] = field(default_factory=list)  # that no running sequence has
 
     def __post_init__(self) -> None:
@@ -158,16 +166,27 @@ class Scheduler:
                 decodes.append(sequence)
                 ends.append(start + 1)
                 budget -= 1
-        if preemptions == self.preemptions:
-            while self.waiting and budget and len(self.running) < self.max_batch_size:
-                tokens = self._admit(self.waiting[0], budget, step)
+        if preemptions < self.preemptions:
+            self.lacks_blocks = True
+        elif not self._is_gathering():
+            self.lacks_blocks = False
+            while self.waiting and budget:
+                is_free = len(self.running) < self.max_batch_size
+                tokens = self._admit(self.waiting[0], budget, step) if is_free else 0
                 if not tokens:
+                    self._full, self._left, self.lacks_blocks = True, 0, is_free
                     break
                 self.running.append(self.waiting.popleft())
                 budget -= tokens
         step.chunks.sort(key=lambda chunk: chunk.end - chunk.start > 1)  # stable
         ends += [chunk.end for chunk in step.chunks]
         return step
+
+    def _is_gathering(self) -> bool:
+        """Whether those that wait are to wait for more room, to start together."""
+        gone = self._left * self.together
+        self._full = self._full and self.together > 0 and gone < len(self.running)
+        return self._full
 
     def back_off(self, step: Step) -> bool:
         """Take back a step that ran out of memory and halve the limits; False: it was the least.
@@ -214,6 +233,7 @@ class Scheduler:
                 self.waiting.remove(sequence)
             else:
                 self._leave(sequence)
+                self._left += 1
         self.running = [sequence for sequence in self.running if not sequence.finished]
 
     def _leave(self, sequence: Sequence) -> None:

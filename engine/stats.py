@@ -59,10 +59,10 @@ class EngineStats:
                 self.prefill_context += chunk.end
         limits = scheduler.max_batch_size, scheduler.max_batch_tokens
         if len(scheduler.running) < limits[0] and computed < limits[1]:
-            if scheduler.waiting:
-                self.kv_full_steps += 1
-            else:
+            if not scheduler.waiting:
                 self.short_steps += 1
+            elif scheduler.lacks_blocks:
+                self.kv_full_steps += 1
 
     def count_finished(self, completion: Completion) -> None:
         """Count a request that is through."""

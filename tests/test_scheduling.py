@@ -5,6 +5,7 @@ is leaked, shared by mistake, freed too early or read before it is written shows
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,16 @@ class HistoryRunner:
         return sampled
 
 
+ROOMY: dict[str, Any] = {
+    "windows": [None],
+    "block_size": 8,
+    "blocks": 1000,
+    "max_batch_size": 16,
+    "max_batch_tokens": 100,
+    "prefix_cache": False,
+}
+
+
 @st.composite
 def loads(draw: st.DrawFn) -> dict[str, Any]:
     windows: list[int | None] = draw(
@@ -149,6 +160,7 @@ def loads(draw: st.DrawFn) -> dict[str, Any]:
         "max_batch_tokens": draw(st.integers(1, 50), label="max_batch_tokens"),
         "prefix_cache": draw(st.booleans(), label="prefix_cache"),
         "ahead": draw(st.integers(0, 1), label="steps ahead"),
+        "together": draw(st.sampled_from([0, 1, 2, 4]), label="together"),
         "stop_ids": draw(st.frozensets(st.integers(0, VOCAB - 1), max_size=1), label="stop_ids"),
         "requests": [([*head, *tail], count) for head, tail, count in requests],
     }
@@ -174,6 +186,7 @@ def make_engine(folder: Path, load: dict[str, Any]) -> tuple[Engine, HistoryRunn
     runner = HistoryRunner(groups, load["block_size"])
     engine._runner = runner  # type: ignore[assignment]
     engine._ahead = load.get("ahead", 0)
+    engine._together = load.get("together", 0)
     return engine, runner
 
 
@@ -238,6 +251,38 @@ def test_every_request_ends_right_and_no_block_is_lost(
     assert engine.stats.peak_batch <= load["max_batch_size"]
     if not load["prefix_cache"]:
         assert engine.stats.cached_tokens == 0
+
+
+@pytest.mark.parametrize("blocks", [1000, 40])  # not all that may run fit into the second
+def test_new_sequences_wait_for_room_and_start_together(config_folder: Path, blocks: int) -> None:
+    requests = [([i % VOCAB] * 3, 5 + i * 7 % 20) for i in range(100)]
+    starts, batch = [], []
+    for together in (0, 4):
+        load = {**ROOMY, "blocks": blocks, "together": together}
+        engine, runner = make_engine(config_folder, load)
+        launch, counted = runner.launch, Counter[bool]()
+
+        def counting(step: Step) -> Sampled:
+            counted[bool(step.chunks)] += 1  # noqa: B023 - gone with its engine
+            return launch(step)  # noqa: B023
+
+        runner.launch = counting  # type: ignore[method-assign]
+        done = run(engine, requests)
+        assert [len(done[i].token_ids) for i in range(100)] == [count for _, count in requests]
+        assert_pool_is_whole(engine)
+        starts.append(counted[True])
+        assert (engine.stats.kv_full_steps > 0) == (blocks == 40)
+        batch.append(engine.stats.batch_sum / engine.stats.steps)
+    assert starts[1] < 0.6 * starts[0]
+    assert batch[1] > 0.8 * batch[0]  # one in four may be missing, half of that on average
+
+
+def test_whoever_comes_while_there_is_room_waits_for_nobody(config_folder: Path) -> None:
+    engine, _ = make_engine(config_folder, {**ROOMY, "together": 1})
+    params = SamplingParams(max_new_tokens=10, ignore_eos=True)
+    coming = iter([Request([1], params, 0), None, None, Request([2], params, 1)])
+    first, second = sorted(engine.generate(coming), key=lambda done: done.first_token)
+    assert second.first_token < first.finished
 
 
 @settings(max_examples=60, deadline=None)
