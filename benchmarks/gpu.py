@@ -121,7 +121,7 @@ def _load(
 # the longest of the others.
 BUDGET_S = 570.0
 SECTIONS: dict[str, Section] = {
-    "limits": Section(_measured, 25, "copy bandwidth and bf16 matrix product"),
+    "limits": Section(_measured, 20, "copy bandwidth and bf16 matrix product"),
     "check-norms": Section(_check("norms"), 70, "norms and SwiGLU as they are defined", False),
     "check-attention": Section(_check("attention"), 70, "attention, rotary and KV", False),
     "check-experts": Section(_check("experts"), 70, "router and experts", False),
@@ -133,18 +133,21 @@ SECTIONS: dict[str, Section] = {
     "gpt-oss": Section(
         _load("gpt-oss-20b", "short_load", (4096, 1024), 35, 1024), 90, "4096 short prompts"
     ),
-    "nano": Section(_load("qwen3-0.6b", "nano_load", (), 30), 55, "the nano-vllm load"),
+    "nano": Section(_load("qwen3-0.6b", "nano_load", (), 30), 50, "the nano-vllm load"),
+    "ragged": Section(
+        _load("qwen3-0.6b", "ragged_load", (1536,), 8), 25, "requests that come and go"
+    ),
     "gpt-oss-1": Section(
         _load("gpt-oss-20b", "context_load", (1, 500, 400), 10), 40, "gpt-oss-20b, batch 1"
     ),
     "qwen2": Section(
-        _load("qwen2-0.5b", "context_load", (1, 1000, 400), 10), 35, "batch 1, context 1000"
+        _load("qwen2-0.5b", "context_load", (1, 1000, 400), 10), 30, "batch 1, context 1000"
     ),
     "llama-1": Section(
-        _load("llama-3-8b", "context_load", (1, 1000, 200), 10), 35, "Llama-3-8B, batch 1"
+        _load("llama-3-8b", "context_load", (1, 1000, 200), 10), 30, "Llama-3-8B, batch 1"
     ),
     "llama": Section(
-        _load("llama-3-8b", "context_load", (256, 512, 256), 20), 45, "Llama-3-8B, batch 256"
+        _load("llama-3-8b", "context_load", (256, 512, 256), 20), 40, "Llama-3-8B, batch 256"
     ),
     "attention": Section(_times("time_attention"), 30, "attention alone"),
     "experts": Section(_times("time_experts"), 30, "grouped products alone"),

@@ -40,6 +40,15 @@ def short_load(count: int, positions: int) -> tuple[list[list[int]], list[int]]:
     return prompts, [positions - len(prompt) for prompt in prompts]
 
 
+def ragged_load(count: int) -> tuple[list[list[int]], list[int]]:
+    """Prompts of 50 to 300 tokens, outputs of 20 to 300: more than a batch, they come and go."""
+    draw = random.Random(0)
+    prompts = [
+        [draw.randint(0, 10_000) for _ in range(draw.randint(50, 300))] for _ in range(count)
+    ]
+    return prompts, [draw.randint(20, 300) for _ in range(count)]
+
+
 def context_load(count: int, context: int, outputs: int) -> tuple[list[list[int]], list[int]]:
     """Prompts that have `context` tokens when half of the outputs are made."""
     draw, size = random.Random(0), context - outputs // 2

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +43,9 @@ def test_other_loads_end_where_they_should() -> None:
     prompts, outputs = gpu_loads.context_load(2, 1000, 400)
     assert [len(p) for p in prompts] == [800, 800]
     assert outputs == [400, 400]
+    prompts, outputs = gpu_loads.ragged_load(500)
+    assert {50 <= len(prompt) <= 300 for prompt in prompts} == {True}
+    assert {20 <= count <= 300 for count in outputs} == {True}
 
 
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,3 +222,17 @@ def test_no_section_of_ours_can_take_another_s_time() -> None:
     assert list(gpu.SECTIONS)[: 1 + len(checks)] == ["limits", *checks]
     assert [name for name, section in gpu.SECTIONS.items() if not section.timed] == checks
     assert tuple(gpu.SECTIONS)[-2:] == peers
+
+
+@pytest.mark.skipif(find_spec("nvidia") is not None, reason="torch is built for CUDA")
+def test_the_null_gpu_says_what_it_needs() -> None:
+    result = subprocess.run(
+        [sys.executable, "benchmarks/null_gpu.py", "benchmarks/gpu.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == [
+        "null_gpu.py needs a C compiler, and torch for CUDA 13 with its Triton"
+    ]

@@ -1,0 +1,56 @@
+"""Run a program as if on a GPU that takes no time: `python benchmarks/null_gpu.py PROGRAM …`.
+
+What is left is the host's work, and all of it is real but the kernels' results, which are zero:
+torch's allocator and streams, captures, and the compilation of Triton's kernels. So this finds
+where a job on a GPU would fail or wait for its host, without a GPU:
+
+    python benchmarks/null_gpu.py benchmarks/gpu.py --section ragged
+
+Needs a torch built for CUDA 13 and its Triton, a C compiler, Linux on x86-64. Checks of results
+fail, and figures are the host's alone: nothing is said of a GPU's speed.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+_SOURCE = Path(__file__).with_name("null_gpu.c")
+
+
+def main() -> None:
+    """Build the library and run the program over it, in this process' place."""
+    if len(sys.argv) < 2:
+        sys.exit(str(__doc__))
+    compiler, headers = shutil.which("cc"), _headers()
+    if compiler is None or not all(headers):
+        sys.exit("null_gpu.py needs a C compiler, and torch for CUDA 13 with its Triton")
+    # Who can write to it could have this user run anything: it is a new folder, each time.
+    folder = Path(tempfile.mkdtemp(prefix="null-gpu-"))
+    library = folder / "libcuda.so.1"
+    options = ["-O1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-lpthread"]
+    options += [f"-I{folder}" for folder in headers]
+    subprocess.run([compiler, _SOURCE, *options, "-o", library], check=True)
+    env = {"LD_PRELOAD": library, "TRITON_LIBCUDA_PATH": folder, "KINETO_LOG_LEVEL": "5"}
+    status = subprocess.run(
+        [sys.executable, *sys.argv[1:]], env=os.environ | {k: str(v) for k, v in env.items()}
+    ).returncode
+    shutil.rmtree(folder)
+    sys.exit(status)
+
+
+def _headers() -> list[Path | None]:
+    """Folders with CUDA's, in whose order they count: the compiler's own are in Triton's alone."""
+    found = []
+    for package, inside in (("nvidia", "cu13/include"), ("triton", "backends/nvidia/include")):
+        spec = find_spec(package)
+        places = spec.submodule_search_locations or [] if spec else []
+        found.append(next((p for at in places if (p := Path(at) / inside).is_dir()), None))
+    return found
+
+
+if __name__ == "__main__":
+    main()
