@@ -131,11 +131,11 @@ SECTIONS: dict[str, Section] = {
     "parity-experts": Section(_check("parity_experts"), 70, "the same, with experts", False),
     "score": Section(_score, 70, "the embedded model's score", False),
     "gpt-oss": Section(
-        _load("gpt-oss-20b", "short_load", (4096, 1024), 35, 1024), 90, "4096 short prompts"
+        _load("gpt-oss-20b", "short_load", (4096, 1024), 35, 1024), 80, "4096 short prompts"
     ),
     "nano": Section(_load("qwen3-0.6b", "nano_load", (), 30), 50, "the nano-vllm load"),
     "ragged": Section(
-        _load("qwen3-0.6b", "ragged_load", (1536,), 8), 25, "requests that come and go"
+        _load("qwen3-0.6b", "ragged_load", (1536,), 8), 35, "requests that come and go"
     ),
     "gpt-oss-1": Section(
         _load("gpt-oss-20b", "context_load", (1, 500, 400), 10), 40, "gpt-oss-20b, batch 1"

@@ -1,5 +1,7 @@
 """What must hold on a GPU before its times mean anything; called by gpu.py."""
 
+import gc
+import itertools
 import json
 import random
 import subprocess
@@ -65,11 +67,13 @@ Comparison = tuple[str, torch.Tensor, torch.Tensor]
 
 def _compare(comparisons: Callable[[torch.dtype], Iterator[Comparison]]) -> Iterator[str | None]:
     """Of each comparison what is wrong, or None; an exception ends those of its dtype alone."""
-    for dtype in (torch.bfloat16, torch.float32):
+    # As in jobs, where kernels follow each other at once, and with NaN where nothing is written.
+    runs = iter, _unwritten_is_nan
+    for dtype, run in itertools.product((torch.bfloat16, torch.float32), runs):
         torch.manual_seed(0)
         name = "none"
         try:
-            for name, found, expected in _unwritten_is_nan(comparisons(dtype)):
+            for name, found, expected in run(comparisons(dtype)):
                 print(f"{name}, {dtype}", file=sys.stderr, flush=True)  # where it hangs, if it does
                 most = float(expected.float().abs().max())
                 if not most:
@@ -346,6 +350,7 @@ def _parity(sparse: bool) -> Iterator[str | None]:
                             {c.request_id: c.token_ids for c in engine.generate(requests)}
                         )
                 yield None if tokens[0] == tokens[1] else f"{name}: the tokens are not the CPU's"
+                gc.collect()  # what failed before may have left tracebacks that hold tensors
                 left = torch.cuda.memory_allocated()
                 yield f"{name}: {left} bytes are not given back" if left else None
             except Exception as error:

@@ -1,8 +1,8 @@
 /* A GPU that takes no time: what torch and Triton call of CUDA and cuBLAS, doing nothing.
  *
  * Kernels are not run, and device memory is addresses alone: what is copied there is dropped, and
- * what is copied from there is zero. Memory is counted, streams can be captured, and what CUDA
- * forbids meanwhile is refused. Built and loaded by null_gpu.py.
+ * what is copied from there is zero. Memory is counted, streams can be captured one at a time, and
+ * what CUDA forbids meanwhile, in its global mode, is refused. Built and loaded by null_gpu.py.
  */
 #include <driver_types.h>
 #include <dlfcn.h>
@@ -89,17 +89,26 @@ static size_t used;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static cudaError_t take(void **where, size_t size, int is_device) {
+    *where = 0;
+    if (!size) return cudaSuccess;
     size = (size + 4095) / 4096 * 4096;
-    if (is_device && used + size + CONTEXT > MEMORY) return failed(cudaErrorMemoryAllocation);
     int access = is_device ? PROT_NONE : PROT_READ | PROT_WRITE;
     void *start = mmap(0, size, access, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (start == MAP_FAILED) return failed(cudaErrorMemoryAllocation);
     Piece *piece = malloc(sizeof *piece);
     pthread_mutex_lock(&lock);
-    *piece = (Piece){start, size, is_device, pieces};
-    pieces = piece;
-    if (is_device) used += size;
+    int has_room = piece && (!is_device || used + size + CONTEXT <= MEMORY);
+    if (has_room) {
+        *piece = (Piece){start, size, is_device, pieces};
+        pieces = piece;
+        if (is_device) used += size;
+    }
     pthread_mutex_unlock(&lock);
+    if (!has_room) {
+        munmap(start, size);
+        free(piece);
+        return failed(cudaErrorMemoryAllocation);
+    }
     *where = start;
     return cudaSuccess;
 }
@@ -119,19 +128,20 @@ static cudaError_t give_back(void *start) {
     return piece || !start ? cudaSuccess : failed(cudaErrorInvalidValue);
 }
 
-static Piece *piece_of(const void *pointer) {
+static enum cudaMemoryType kind_of(const void *pointer) {
+    enum cudaMemoryType kind = cudaMemoryTypeUnregistered;
+    const char *at = pointer;
     pthread_mutex_lock(&lock);
-    Piece *piece = pieces;
-    while (piece && ((char *)pointer < piece->start || (char *)pointer >= piece->start + piece->size))
-        piece = piece->next;
+    for (Piece *piece = pieces; piece; piece = piece->next)
+        if (at >= piece->start && at < piece->start + piece->size) {
+            kind = piece->is_device ? cudaMemoryTypeDevice : cudaMemoryTypeHost;
+            break;
+        }
     pthread_mutex_unlock(&lock);
-    return piece;
+    return kind;
 }
 
-static int is_device(const void *pointer) {
-    Piece *piece = piece_of(pointer);
-    return piece && piece->is_device;
-}
+static int is_device(const void *pointer) { return kind_of(pointer) == cudaMemoryTypeDevice; }
 
 cudaError_t cudaMalloc(void **where, size_t size) {
     FORBIDDEN_IN_CAPTURE;
@@ -151,12 +161,9 @@ cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
     return cudaSuccess;
 }
 cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *found, const void *pointer) {
-    Piece *piece = piece_of(pointer);
     memset(found, 0, sizeof *found);
     found->devicePointer = (void *)pointer;
-    found->type = !piece              ? cudaMemoryTypeUnregistered
-                  : piece->is_device ? cudaMemoryTypeDevice
-                                     : cudaMemoryTypeHost;
+    found->type = kind_of(pointer);
     return cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(
@@ -225,7 +232,7 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *found, int device) {
     found->regsPerBlock = attribute(cudaDevAttrMaxRegistersPerBlock);
     found->regsPerMultiprocessor = attribute(cudaDevAttrMaxRegistersPerMultiprocessor);
     found->l2CacheSize = attribute(cudaDevAttrL2CacheSize);
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < 3; i++) { /* the attributes of x, y and z follow each other */
         found->maxThreadsDim[i] = attribute(cudaDevAttrMaxBlockDimX + i);
         found->maxGridSize[i] = attribute(cudaDevAttrMaxGridDimX + i);
     }
@@ -277,7 +284,10 @@ cudaError_t cudaLaunchHostFunc(cudaStream_t stream, void (*call)(void *), void *
     call(data);
     return cudaSuccess;
 }
-NOTHING(cudaStreamDestroy)
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+    free(stream);
+    return cudaSuccess;
+}
 NOTHING(cudaStreamWaitEvent)
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {

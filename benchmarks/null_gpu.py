@@ -22,25 +22,26 @@ _SOURCE = Path(__file__).with_name("null_gpu.c")
 
 
 def main() -> None:
-    """Build the library and run the program over it, in this process' place."""
+    """Build the library and run the program over it; its exit status is ours."""
     if len(sys.argv) < 2:
         sys.exit(str(__doc__))
     compiler, headers = shutil.which("cc"), _headers()
     if compiler is None or not all(headers):
         sys.exit("null_gpu.py needs a C compiler, and torch for CUDA 13 with its Triton")
-    # Who can write to it could have this user run anything: it is a new folder, each time.
-    folder = Path(tempfile.mkdtemp(prefix="null-gpu-"))
-    library = folder / "libcuda.so.1"
-    options = ["-O1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-lpthread"]
-    options += [f"-I{folder}" for folder in headers]
-    subprocess.run([compiler, _SOURCE, *options, "-o", library], check=True)
-    env = {"LD_PRELOAD": library, "TRITON_LIBCUDA_PATH": folder, "KINETO_LOG_LEVEL": "5"}
-    env["XDG_CACHE_HOME"] = folder  # nobody is to find later what is measured of this one
-    status = subprocess.run(
-        [sys.executable, *sys.argv[1:]], env=os.environ | {k: str(v) for k, v in env.items()}
-    ).returncode
-    shutil.rmtree(folder)
-    sys.exit(status)
+    # A new folder each time: whoever could write to a shared one could run code as this user.
+    with tempfile.TemporaryDirectory(prefix="null-gpu-") as folder:
+        library = f"{folder}/libcuda.so.1"
+        options = ["-O1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-lpthread"]
+        options += [f"-I{place}" for place in headers]
+        subprocess.run([compiler, _SOURCE, *options, "-o", library], check=True)
+        own = {
+            "LD_PRELOAD": library,
+            "TRITON_LIBCUDA_PATH": folder,
+            "KINETO_LOG_LEVEL": "5",  # the profiler finds no device
+            "XDG_CACHE_HOME": folder,  # nobody is to find later what is measured of this GPU
+        }
+        status = subprocess.run([sys.executable, *sys.argv[1:]], env=os.environ | own).returncode
+    sys.exit(128 - status if status < 0 else status)
 
 
 def _headers() -> list[Path | None]:

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from weakref import WeakSet
 
 import torch
 
@@ -39,6 +40,7 @@ _NARROW = 512
 # On a GPU a step with a chunk takes the host milliseconds to launch, a replayed one a tenth of that
 # (benchmarks/RESULTS.md). Of 32 that run then half of one is missing on average.
 _TOGETHER = 32
+_WARM: "WeakSet[Engine]" = WeakSet()  # those that have something on their device
 
 
 class Engine:
@@ -137,6 +139,7 @@ class Engine:
         )
         least = (len(self._runner.groups) + 1) * self._runner.block_bytes(self.block_size)
         self._threads = torch.get_num_threads()
+        _WARM.add(self)
         try:
             self._take_threads()
             self._check_kv_memory(least)
@@ -168,6 +171,11 @@ class Engine:
 
     def _free(self) -> None:
         self._runner.free()
+        _WARM.discard(self)
+        if self.device.type != "cpu" and not _WARM:
+            # cuBLAS has memory for each stream that it has met, which captured steps of whatever
+            # engine read. Torch has no public name for this.
+            torch._C._cuda_clearCublasWorkspaces()
         if not self._keep_ranks:
             self._ranks.close()
         torch.set_num_threads(self._threads)
@@ -191,22 +199,23 @@ class Engine:
             )
         self.max_positions = limit
         self._runner.allocate(blocks, self.block_size, limit, self.max_batch_size)
+        together = self._together
         if self._make_capture is not None:
-            self._capture(self._make_capture(self.stats))
+            if not self._capture(self._make_capture(self.stats)):
+                together = 0
         elif self.tensor_parallel == 1 and (recorder := ops.recorder(self.dtype)) is not None:
             # A model of which torch computes a part cannot be recorded; it only takes longer.
             # Nor can what ranks tell each other.
             with contextlib.suppress(RuntimeError):
                 self._runner.capture(recorder, ahead_of_time=False)
-        self._scheduler = Scheduler(
-            cache, self.max_batch_size, self.max_batch_tokens, self._together
-        )
+        self._scheduler = Scheduler(cache, self.max_batch_size, self.max_batch_tokens, together)
         self.stats.kv_blocks = blocks - 1
         self.stats.kv_bytes = blocks * self._runner.block_bytes(self.block_size)
 
-    def _capture(self, capture: Capture) -> None:
-        """Capture decode steps; where that cannot be, say so and go on without."""
+    def _capture(self, capture: Capture) -> bool:
+        """Capture decode steps; False: it cannot be, and goes on without, which is said."""
         start, compiled = time.perf_counter(), self.stats.compile_s
+        captured = True
         try:
             self._runner.capture(capture)
         except (RuntimeError, ValueError) as error:
@@ -215,8 +224,10 @@ class Engine:
             # A capture that fails within fails once more as it ends, and does not say of what.
             cause = error.__context__ or error
             self._notice(f"decode steps are not replayed as graphs: {cause}")
+            captured = False
         compiling = self.stats.compile_s - compiled
         self.stats.capture_s += time.perf_counter() - start - compiling
+        return captured
 
     def _measured(self, needs: Needs) -> Needs:
         """The needs, with what the largest step took on this device in place of estimates."""
@@ -243,8 +254,6 @@ class Engine:
         self._scheduler = None
         self._free()
         if self.device.type != "cpu":
-            # cuBLAS has some for each stream that it has met, and torch no public name for this.
-            torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
         self.stats.finish_s += time.perf_counter() - start
 

@@ -6,8 +6,8 @@ output; when blocks run out, the sequence that arrived last is preempted and rec
 (most of it from the prefix cache).
 
 Steps of decodes alone may be much cheaper to launch than those with chunks, as they are where they
-are replayed as graphs. Once there is no room for another sequence, new ones then wait until a few
-have left and start together: of many steps with a chunk each there remains one with many.
+are replayed as graphs. Once there is no room for another sequence, new ones then wait a few steps
+for others to leave and start together: of many steps with a chunk each there remains one with many.
 
 A step may be scheduled before the tokens of the one before it are known: that a sequence has met
 a stop token is then noticed a step late, and what was computed of it meanwhile is dropped.
@@ -120,16 +120,19 @@ class Scheduler:
     cache: KVCache
     max_batch_size: int  # sequences running at once
     max_batch_tokens: int  # tokens computed in one step
-    together: int = 0  # new ones wait until one in so many of those running has left; 0: never
+    # New ones wait until one in so many of those running has left, or for so many steps; 0: never.
+    together: int = 0
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)
     preemptions: int = 0
     back_offs: int = 0
-    lacks_blocks: bool = False  # it is for them that sequences wait, not for a place
+    lacks_blocks: bool = False  # the first that waits did when it was last looked at
+    gathering: bool = False  # there may be room, but more is waited for
     _calm_steps: int = 0  # since the limits last changed
     _full_limits: tuple[int, int] = (0, 0)
-    _full: bool = False  # there was no room for the first that waits
-    _left: int = 0  # sequences, since then
+    _full: bool = False  # there was no room for the first that waits; since then:
+    _left: int = 0  # sequences
+    _waited: int = 0  # steps
     _rows: list[int] = field(default_factory=list)  # that no running sequence has
 
     def __post_init__(self) -> None:
@@ -166,15 +169,19 @@ class Scheduler:
                 decodes.append(sequence)
                 ends.append(start + 1)
                 budget -= 1
+        self.gathering = False
         if preemptions < self.preemptions:
             self.lacks_blocks = True
-        elif not self._is_gathering():
+        elif self._is_to_wait():
+            self.gathering = self._left > 0
+        else:
             self.lacks_blocks = False
             while self.waiting and budget:
                 is_free = len(self.running) < self.max_batch_size
                 tokens = self._admit(self.waiting[0], budget, step) if is_free else 0
                 if not tokens:
-                    self._full, self._left, self.lacks_blocks = True, 0, is_free
+                    self._full, self._left, self._waited = True, 0, 0
+                    self.lacks_blocks = is_free
                     break
                 self.running.append(self.waiting.popleft())
                 budget -= tokens
@@ -182,10 +189,15 @@ class Scheduler:
         ends += [chunk.end for chunk in step.chunks]
         return step
 
-    def _is_gathering(self) -> bool:
+    def _is_to_wait(self) -> bool:
         """Whether those that wait are to wait for more room, to start together."""
-        gone = self._left * self.together
-        self._full = self._full and self.together > 0 and gone < len(self.running)
+        self._waited += 1
+        self._full = (
+            self._full
+            and self._waited <= self.together
+            and self._left * self.together < len(self.running)
+            and self._left < len(self.waiting)  # else nobody is there to start with the others
+        )
         return self._full
 
     def back_off(self, step: Step) -> bool:

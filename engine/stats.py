@@ -27,6 +27,7 @@ class EngineStats:
     prefill_tokens: int = 0
     prefill_context: int = 0  # lengths at the ends of the chunks
     kv_full_steps: int = 0  # steps in which requests waited for blocks alone
+    gathering_steps: int = 0  # steps in which requests waited to start together
     short_steps: int = 0  # steps that had room for more requests than there were
     schedule_s: float = 0.0
     model_s: float = 0.0  # the model's steps, sampling included
@@ -61,6 +62,8 @@ class EngineStats:
         if len(scheduler.running) < limits[0] and computed < limits[1]:
             if not scheduler.waiting:
                 self.short_steps += 1
+            elif scheduler.gathering:
+                self.gathering_steps += 1
             elif scheduler.lacks_blocks:
                 self.kv_full_steps += 1
 

@@ -173,10 +173,12 @@ def _small_batch(
 
     saved = 1 - per_token(most) / per_token(max(1, round(batch)))
     decoding = stats.decode_tokens / (stats.decode_tokens + stats.prefill_tokens)
-    why = "new requests start a few together"
-    if stats.kv_full_steps or stats.short_steps:
-        is_kv = stats.kv_full_steps > stats.short_steps
-        why = "KV memory was full" if is_kv else "no more requests"
+    reasons = {
+        "no more requests": stats.short_steps,
+        "KV memory was full": stats.kv_full_steps,
+        "new requests waited to start together": stats.gathering_steps,
+    }
+    why = max(reasons, key=lambda reason: reasons[reason])
     return stats.model_s * decoding * saved, f"decode ran at batch {batch:.0f} of {most}: {why}"
 
 

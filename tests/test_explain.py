@@ -60,7 +60,7 @@ def test_utilization_and_bound_of_a_run() -> None:
         (DECODING, 4.0, 32, "75% of the time the device waited for prompts"),
         (replace(DECODING, schedule_s=2.0), 3.0, 32, "67% of the time .* the scheduler"),
         (DECODING, 1.0, 256, "batch 32 of 256: no more requests"),
-        (replace(DECODING, short_steps=0), 1.0, 256, "batch 32 of 256: new requests start a few"),
+        (replace(DECODING, gathering_steps=101), 1.0, 256, "batch 32 of 256: new requests waited"),
         (replace(DECODING, kv_full_steps=101), 1.0, 256, "batch 32 of 256: KV memory was full"),
         (replace(DECODING, preemptions=7, output_tokens=800), 1.0, 32, "75% .* 7 preemptions"),
     ],

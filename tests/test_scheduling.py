@@ -277,6 +277,16 @@ def test_new_sequences_wait_for_room_and_start_together(config_folder: Path, blo
     assert batch[1] > 0.8 * batch[0]  # one in four may be missing, half of that on average
 
 
+def test_those_that_wait_for_others_to_leave_do_so_for_a_few_steps_only(
+    config_folder: Path,
+) -> None:
+    """Of 16 only one leaves soon, and four must for new ones to start at once."""
+    engine, _ = make_engine(config_folder, {**ROOMY, "together": 4})
+    done = list(run(engine, [([1], 5)] + 15 * [([1], 200)] + 10 * [([1], 5)]))
+    assert sorted(done[:11]) == [0, *range(16, 26)]
+    assert engine.stats.gathering_steps > 0
+
+
 def test_whoever_comes_while_there_is_room_waits_for_nobody(config_folder: Path) -> None:
     engine, _ = make_engine(config_folder, {**ROOMY, "together": 1})
     params = SamplingParams(max_new_tokens=10, ignore_eos=True)
