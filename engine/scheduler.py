@@ -191,7 +191,7 @@ class Scheduler:
 
     def _is_to_wait(self) -> bool:
         """Whether those that wait are to wait for more room, to start together."""
-        self._waited += 1
+        self._waited += self._full
         self._full = (
             self._full
             and self._waited <= self.together
