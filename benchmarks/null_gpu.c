@@ -16,6 +16,11 @@
 
 #define NOTHING(name) \
     int name(void) { return 0; }
+#define RELEASING(name)     \
+    int name(void *thing) { \
+        free(thing);        \
+        return 0;           \
+    }
 #define COUNT(array) (sizeof(array) / sizeof *(array))
 
 typedef struct { /* as an H200's */
@@ -284,10 +289,7 @@ cudaError_t cudaLaunchHostFunc(cudaStream_t stream, void (*call)(void *), void *
     call(data);
     return cudaSuccess;
 }
-cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-    free(stream);
-    return cudaSuccess;
-}
+RELEASING(cudaStreamDestroy)
 NOTHING(cudaStreamWaitEvent)
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
@@ -295,10 +297,7 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
     return cudaSuccess;
 }
 cudaError_t cudaEventCreate(cudaEvent_t *event) { return cudaEventCreateWithFlags(event, 0); }
-cudaError_t cudaEventDestroy(cudaEvent_t event) {
-    free(event);
-    return cudaSuccess;
-}
+RELEASING(cudaEventDestroy)
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
@@ -365,14 +364,8 @@ cudaError_t cudaGraphInstantiateWithFlags(
     *made = malloc(1);
     return cudaSuccess;
 }
-cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
-    free(graph);
-    return cudaSuccess;
-}
-cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
-    free(graph);
-    return cudaSuccess;
-}
+RELEASING(cudaGraphDestroy)
+RELEASING(cudaGraphExecDestroy)
 NOTHING(cudaGraphLaunch)
 
 /* Kernels: torch's by the runtime, Triton's by the driver. */

@@ -40,7 +40,7 @@ _NARROW = 512
 # On a GPU a step with a chunk takes the host milliseconds to launch, a replayed one a tenth of that
 # (benchmarks/RESULTS.md). Of 32 that run then half of one is missing on average.
 _TOGETHER = 32
-_WARM: "WeakSet[Engine]" = WeakSet()  # those that have something on their device
+_ON_GPU: "WeakSet[Engine]" = WeakSet()  # those of this process that have something there
 
 
 class Engine:
@@ -139,7 +139,8 @@ class Engine:
         )
         least = (len(self._runner.groups) + 1) * self._runner.block_bytes(self.block_size)
         self._threads = torch.get_num_threads()
-        _WARM.add(self)
+        if self.device.type != "cpu":
+            _ON_GPU.add(self)
         try:
             self._take_threads()
             self._check_kv_memory(least)
@@ -171,8 +172,8 @@ class Engine:
 
     def _free(self) -> None:
         self._runner.free()
-        _WARM.discard(self)
-        if self.device.type != "cpu" and not _WARM:
+        _ON_GPU.discard(self)
+        if self.device.type != "cpu" and not _ON_GPU:
             # cuBLAS has memory for each stream that it has met, which captured steps of whatever
             # engine read. Torch has no public name for this.
             torch._C._cuda_clearCublasWorkspaces()

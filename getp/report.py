@@ -94,9 +94,7 @@ class Measurements:
             where = replicas_report(engine, self.inference_s)
         else:
             where = _one_engine(engine.device)
-        explanation = self._explained(engine)
-        if not isinstance(engine, Cluster):
-            remember(engine, checkpoint, explanation, self.inference_s)
+        explanation = self._explained(engine, checkpoint)
         return {
             "checkpoint": checkpoint,
             **where,
@@ -138,14 +136,19 @@ class Measurements:
             "peak_memory_bytes": peak,
         }
 
-    def _explained(self, engine: "Engine | Cluster") -> Explanation:
-        """Explain the run; without peaks if others have the memory to measure them in."""
+    def _explained(self, engine: "Engine | Cluster", checkpoint: str) -> Explanation:
+        """Explain the run, and remember what an engine reached.
+
+        Without peaks if others have the memory to measure them in.
+        """
         from getp.report_replicas import Cluster, explain_replicas
 
         try:
             if isinstance(engine, Cluster):
                 return explain_replicas(engine, self.inference_s, self.done)
-            return explain(engine, self.inference_s, self.done)
+            found = explain(engine, self.inference_s, self.done)
+            remember(engine, checkpoint, found, self.inference_s)
+            return found
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

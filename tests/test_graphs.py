@@ -222,7 +222,10 @@ def test_a_step_that_cannot_be_captured_is_said_and_run_without(
 
     engine = Engine(checkpoint("qwen2"), kv_memory=8 << 20, notice=said.append)
     engine._make_capture = lambda stats: capture
+    engine._together = 4
     with engine:
+        assert engine._scheduler is not None
+        assert not engine._scheduler.together  # which pays where steps are replayed
         (done,) = engine.generate([Request([1, 2], SamplingParams(max_new_tokens=4))])
     assert len(done.token_ids) == 4
     assert said == [
