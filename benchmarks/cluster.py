@@ -22,13 +22,13 @@ import ray
 import torch
 
 from engine import Completion, EngineStats, Request, SamplingParams
-from getp import batch
-from getp.answer import Watcher
-from getp.cluster import Cluster
+from getp.cluster.driver import Cluster
 from getp.files import token_line
-from getp.journal import Journal
-from getp.report import Measurements
-from getp.tasks import Defaults
+from getp.job import run as batch
+from getp.job.journal import Journal
+from getp.job.request_reader import Defaults
+from getp.report.job_report import Measurements
+from getp.text.answer_text import StopWatcher
 from tokenizer import Tokenizer
 
 _MODEL = Path(__file__).resolve().parent.parent / "data" / "model"
@@ -66,7 +66,7 @@ def the_way_back(folder: Path, replicas: Cluster, count: int, tokens: int) -> di
     requests = []
     for index in range(count):
         ids, params = [index % 1000] * tokens, SamplingParams(seed=index)
-        requests.append(Request(ids, params, index, Watcher(tokenizer, ids, False, ())))
+        requests.append(Request(ids, params, index, StopWatcher(tokenizer, ids, False, ())))
     measured = Measurements()
     with Journal(str(folder / "journal"), {"fingerprint": {}}, count, flush_s=1.0) as journal:
         clock = _Clock()

@@ -17,8 +17,8 @@ from unittest.mock import patch
 import torch
 
 from engine import Engine, Request, SamplingParams
-from model.batch import ForwardBatch, GroupTables
 from model.ops import reference
+from model.ops.forward_batch import ForwardBatch, GroupTables
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = torch.device("cuda")

@@ -19,9 +19,9 @@ import torch
 from benchmarks.gpu_checks import CUDA
 from benchmarks.gpu_times import Limits, Row
 from engine import Engine, EngineStats, Request, SamplingParams
-from engine.probe import Probe
-from getp.explain import run_cost
-from model.shapes import SHAPES
+from engine.step_probe import Probe
+from getp.report.efficiency import run_cost
+from model.cost.known_models import SHAPES
 
 
 def nano_load() -> tuple[list[list[int]], list[int]]:
@@ -142,7 +142,7 @@ def profile_step(engine: Engine, context: int) -> Iterator[Row]:
     """
     from torch.profiler import ProfilerActivity, profile
 
-    from model.ops.triton import overlap as overlapping
+    from model.ops.triton import programmatic_launch as overlapping
 
     probe = Probe(engine, engine.max_batch_size, 1, context)
     alone = replace(overlapping.tiles(CUDA), overlap=False)

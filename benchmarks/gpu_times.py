@@ -21,9 +21,9 @@ from benchmarks.gpu_checks import (
     rand,
     random_mxfp4,
 )
+from model.cost.known_models import named_config
 from model.layers import Linear, Mlp
 from model.ops import reference
-from model.shapes import named_config
 from model.transformer import Layer
 
 if TYPE_CHECKING:
@@ -285,7 +285,7 @@ def _project(layer: Layer) -> Callable[[torch.Tensor, torch.Tensor], Any]:
 
 def time_overlap(limits: Limits) -> Iterator[Row]:
     """Dense layers at decode, where a kernel is set up while the one before ends, and not."""
-    from model.ops.triton import overlap as overlapping
+    from model.ops.triton import programmatic_launch as overlapping
 
     own = overlapping.tiles(CUDA)
     for name in ("qwen2-0.5b", "llama-3-8b"):

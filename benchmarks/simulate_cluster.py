@@ -1,8 +1,8 @@
 """Jobs on 1 to 1,024 replicas, simulated: `python -m benchmarks.simulate_cluster`.
 
-Requests are dealt by the code that deals them for real (getp/dispatch.py). Engines are simulated:
-a step takes what the cost model says of the model on the GPU at that batch, slowed by the
-efficiency assumed, or what `--step-ms` says was measured; the driver takes the time that
+Requests are dealt by the code that deals them for real (getp/cluster/dispatcher.py). Engines are
+simulated: a step takes what the cost model says of the model on the GPU at that batch, slowed by
+the efficiency assumed, or what `--step-ms` says was measured; the driver takes the time that
 benchmarks/cluster.py measures. Output lengths are lognormal: a few are many times the median.
 
 Prints a table: output tokens a second; efficiency, the time at full batches on every replica over
@@ -23,12 +23,12 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
-from getp.dispatch import Dispatcher, linger_s, window
-from model.cost import operations, total
-from model.hardware import find_device
-from model.roofline import bound
-from model.shapes import named_config
-from model.workload import Workload
+from getp.cluster.dispatcher import Dispatcher, linger_s, window
+from model.cost.devices import find_device
+from model.cost.known_models import named_config
+from model.cost.operations import operations, total
+from model.cost.roofline import bound
+from model.cost.workload import Workload
 
 _TRIP_S = 0.001  # a message, one way, with the actor call's own delay
 

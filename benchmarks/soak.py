@@ -24,9 +24,9 @@ import torch
 from tokenizers import models, pre_tokenizers
 
 from engine import Completion, Engine, EngineStats, Request, SamplingParams
-from getp import batch
-from getp.tasks import Defaults
-from model.shapes import named_config
+from getp.job import run as batch
+from getp.job.request_reader import Defaults
+from model.cost.known_models import named_config
 from tokenizer import Tokenizer
 
 _BATCH = 256  # requests at a time, as an engine takes them

@@ -27,12 +27,12 @@ from rich.table import Table
 
 from benchmarks.loads import Load, make_load
 from engine import Engine, EngineStats, Request, SamplingParams
-from engine.probe import parts_of
-from getp.explain import run_cost
-from getp.follow import following
-from getp.schedule import Schedule, together
-from getp.tasks import Task
-from model import measure
+from engine.step_probe import parts_of
+from getp.report.efficiency import run_cost
+from getp.analysis.part_timer import following
+from getp.job.ordering import Schedule, together
+from getp.job.request_reader import Task
+from model.cost import measure
 
 # Where a part of the decoder belongs; the rest is "everything else".
 _GROUPS = {

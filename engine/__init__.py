@@ -5,9 +5,9 @@ The main class is `Engine`.
 """
 
 import model  # noqa: F401  before torch: it says how threads wait, and what is no warning
+from engine.config import EngineError
 from engine.engine import Engine
 from engine.request import Completion, Request, SamplingParams, TokenLogprobs
-from engine.settings import EngineError
 from engine.stats import EngineStats
 
 __all__ = [

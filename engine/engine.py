@@ -13,15 +13,7 @@ from weakref import WeakSet
 
 import torch
 
-from engine.graphs import Capture, gpu_capture
-from engine.kv_cache import KVCache
-from engine.memory import Needs, available_bytes, is_out_of_memory, size
-from engine.parallel import LeadRunner, Ranks
-from engine.request import Completion, Request
-from engine.runner import ModelRunner
-from engine.sampler import NO_TOKEN, Sampled
-from engine.scheduler import Scheduler, Sequence, Step
-from engine.settings import (
+from engine.config import (
     EngineError,
     at_least_1,
     check_ranks,
@@ -29,6 +21,14 @@ from engine.settings import (
     dtype_named,
     held_config,
 )
+from engine.decode_graphs import Capture, gpu_capture
+from engine.kv_cache import KVCache
+from engine.memory_plan import MemoryPlan, available_bytes, is_out_of_memory, size
+from engine.model_runner import ModelRunner
+from engine.parallel.coordinator import CoordinatorRunner, Ranks
+from engine.request import Completion, Request
+from engine.sampler import NO_TOKEN, Sampled
+from engine.scheduler import Scheduler, Sequence, Step
 from engine.stats import EngineStats
 from model import ModelConfig, load_config, ops
 
@@ -95,7 +95,7 @@ class Engine:
         self._ranks = ranks or Ranks(self.tensor_parallel)
         self._keep_ranks = ranks is not None
         self._runner = (
-            LeadRunner(self.config, self.device, self.dtype, self._ranks)
+            CoordinatorRunner(self.config, self.device, self.dtype, self._ranks)
             if self.tensor_parallel > 1
             else ModelRunner(self.config, self.device, self.dtype)
         )
@@ -128,7 +128,7 @@ class Engine:
             # Streams, graphs and kernels belong to the current device.
             torch.cuda.set_device(self.device)
         start = time.perf_counter()
-        needs = Needs.of(
+        needs = MemoryPlan.of(
             self.held_config,
             self.device,
             self.dtype,
@@ -167,7 +167,7 @@ class Engine:
             threads = 1
         if self.device.type == "cpu":
             torch.set_num_threads(threads)
-        if isinstance(self._runner, LeadRunner):
+        if isinstance(self._runner, CoordinatorRunner):
             self._runner.connect(self.checkpoint, threads)
 
     def _free(self) -> None:
@@ -183,11 +183,11 @@ class Engine:
 
     def _available(self) -> int:
         """Bytes that can still be allocated, here and on every other rank."""
-        if isinstance(self._runner, LeadRunner):
+        if isinstance(self._runner, CoordinatorRunner):
             return self._runner.available()
         return available_bytes(self.device)
 
-    def _start(self, needs: Needs, least: int) -> None:
+    def _start(self, needs: MemoryPlan, least: int) -> None:
         """Size the KV pool, at least so many bytes, and allocate it."""
         if self.device.type == "cuda":
             needs = self._measured(needs)
@@ -230,7 +230,7 @@ class Engine:
         self.stats.capture_s += time.perf_counter() - start - compiling
         return captured
 
-    def _measured(self, needs: Needs) -> Needs:
+    def _measured(self, needs: MemoryPlan) -> MemoryPlan:
         """The needs, with what the largest step took on this device in place of estimates."""
         start, before = time.perf_counter(), torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -402,7 +402,7 @@ class Engine:
                 f" {block} bytes; give {least} bytes or more, or a smaller --block-size"
             )
 
-    def _check_memory(self, needs: Needs, kv: int) -> None:
+    def _check_memory(self, needs: MemoryPlan, kv: int) -> None:
         """Raise EngineError, with the arithmetic, if a run would need more than there is."""
         available = self._available()
         given = self.kv_memory is not None
@@ -410,7 +410,7 @@ class Engine:
         if shortage is not None:
             raise EngineError(shortage)
 
-    def _pool_blocks(self, needs: Needs, least: int) -> int:
+    def _pool_blocks(self, needs: MemoryPlan, least: int) -> int:
         """Blocks of the KV pool: what memory allows, but no more than the batch can ever use."""
         block = self._runner.block_bytes(self.block_size)
         if self.kv_memory is not None:

@@ -10,7 +10,7 @@ import torch
 from engine.request import SamplingParams, TokenLogprobs
 from model import ops
 from model.ops import reference
-from model.shard import ALONE, Shard
+from model.sharding import ALONE, Shard
 
 NO_TOKEN = -1  # read for a row whose logits are not finite
 _BLOCK = 1024  # tokens of the vocabulary that are looked at together

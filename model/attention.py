@@ -3,10 +3,10 @@
 import torch
 
 from model import ops
-from model.batch import ForwardBatch, GroupTables
 from model.config import ModelConfig
 from model.layers import Linear, RMSNorm, RowLinear, declare
-from model.shard import ALONE, Shard
+from model.ops.forward_batch import ForwardBatch, GroupTables
+from model.sharding import ALONE, Shard
 
 
 class Attention:

@@ -3,7 +3,7 @@
 import torch
 
 from model import ops
-from model.shard import ALONE, Shard
+from model.sharding import ALONE, Shard
 
 
 def declare(*shape: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ from model import ops
 from model.config import ModelConfig
 from model.layers import Linear, declare
 from model.ops.reference import MXFP4_BLOCK
-from model.shard import ALONE, Shard
+from model.sharding import ALONE, Shard
 
 
 class Experts:

@@ -6,12 +6,12 @@ import torch
 
 from model import ops
 from model.attention import Attention
-from model.batch import ForwardBatch
 from model.config import LayerConfig, ModelConfig
 from model.layers import Linear, Mlp, RMSNorm, declare
 from model.moe import Moe
+from model.ops.forward_batch import ForwardBatch
 from model.rope import rope_table
-from model.shard import ALONE, Shard
+from model.sharding import ALONE, Shard
 
 
 class Layer:

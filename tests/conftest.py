@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import measure
+from model.cost import measure
 from tests.checkpoints import Peer, write_checkpoint
 
 # The models are tiny: handing work to a second thread costs more than it saves.

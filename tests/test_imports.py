@@ -43,7 +43,7 @@ def test_ops_know_nothing_of_the_decoder() -> None:
     for path in (ROOT / "model" / "ops").rglob("*.py"):
         for name in imports(path):
             if name.startswith("model."):
-                assert name.startswith(("model.ops", "model.batch")), f"{path}: {name}"
+                assert name.startswith(("model.ops", "model.ops.forward_batch")), f"{path}: {name}"
 
 
 _FINDER = """
@@ -65,7 +65,14 @@ import {module}
 
 
 @pytest.mark.parametrize(
-    "module", ["engine", "getp.batch", "getp.replica", "getp.profile", "benchmarks.throughput"]
+    "module",
+    [
+        "engine",
+        "getp.job.run",
+        "getp.cluster.replica",
+        "getp.analysis.profile",
+        "benchmarks.throughput",
+    ],
 )
 def test_how_threads_wait_is_said_before_torch_is_loaded(module: str) -> None:
     env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
@@ -93,7 +100,7 @@ def test_a_machine_that_does_not_tell_is_taken_for_a_quiet_one(
 def test_torch_does_not_complain_where_numpy_is_missing(tmp_path: Path) -> None:
     (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError(\"No module named 'numpy'\")")
     done = subprocess.run(
-        [sys.executable, "-c", "import getp.cli, model.measure"],
+        [sys.executable, "-c", "import getp.cli.main, model.cost.measure"],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,

@@ -10,10 +10,10 @@ from types import ModuleType
 
 import torch
 
-from model.batch import ForwardBatch, GroupTables
 from model.ops import cpu, reference
 from model.ops.cpu import Packed, recorder
-from model.ops.cpu.calls import KernelsError
+from model.ops.cpu.bindings import KernelsError
+from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.reference import Mxfp4
 
 __all__ = [

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from model.batch import ForwardBatch, GroupTables
+from model.ops.forward_batch import ForwardBatch, GroupTables
 
 # The 16 values of FP4 E2M1 by code: bit 3 is the sign (OCP Microscaling Formats 1.0, 5.3.3).
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

@@ -5,12 +5,14 @@ from types import ModuleType
 
 import torch
 
-from model.batch import ForwardBatch, GroupTables
 from model.ops import reference
-from model.ops.cpu import native, pages, plain
-from model.ops.cpu.calls import Recorder, leave_to_torch, library
-from model.ops.cpu.draw import draw as draw
+from model.ops.cpu import huge_pages as pages
+from model.ops.cpu import native
+from model.ops.cpu import onednn as plain
+from model.ops.cpu.bindings import Recorder, leave_to_torch, library
 from model.ops.cpu.packed import PANEL, Packed
+from model.ops.cpu.sampling import draw as draw
+from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.reference import MXFP4_BLOCK, Mxfp4
 from model.ops.reference import norm_mlp as norm_mlp
 from model.ops.reference import norm_qkv as norm_qkv

@@ -32,7 +32,7 @@ using bf16 = uint16_t;
 // MXFP4, by panel and group of 32 inputs: 512 bytes of codes, in 8 units of 32 16-bit words. The
 // nibbles of a word, from the low one, belong to four vectors of bf16: two pairs of inputs, each
 // for outputs 0 to 15 and 16 to 31. Scales: uint8 [panels, groups, 32].
-// In fixed point (fixed.h) 16-bit integers take the place of bf16, with scales uint8 [panels,
+// In fixed point (gemm_int16.h) 16-bit integers take the place of bf16, with scales uint8 [panels,
 // inputs / 64, 32].
 struct Weight {
   const void* data;

@@ -358,7 +358,7 @@ INLINE T* scratch_for(int64_t values) {
 }
 
 // Rows that are multiplied: [count, inputs], one after the other or as `arranged_at` says. With
-// scales they are integers, and some of `all` rows: see fixed.h.
+// scales they are integers, and some of `all` rows: see gemm_int16.h.
 struct Rows {
   const bf16* data;
   int64_t count;
@@ -461,7 +461,7 @@ INLINE void tiles_times_panels(const Weight& weight, const int64_t (&index)[PANE
 constexpr int64_t SPAN = 256;
 
 #if FIXED
-#include "fixed.h"
+#include "gemm_int16.h"
 #endif
 
 // Memory of the calling thread's own for values that all threads use, one `which` beside another.

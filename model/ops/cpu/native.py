@@ -2,9 +2,9 @@
 
 import torch
 
-from model.batch import ForwardBatch, GroupTables
-from model.ops.cpu.calls import call, empty
+from model.ops.cpu.bindings import call, empty
 from model.ops.cpu.packed import Packed
+from model.ops.forward_batch import ForwardBatch, GroupTables
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 32  # query heads of a KV head

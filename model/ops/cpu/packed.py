@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
-from model.ops.cpu.calls import call, fixed_point
-from model.ops.cpu.pages import empty
+from model.ops.cpu.bindings import call, fixed_point
+from model.ops.cpu.huge_pages import empty
 from model.ops.reference import MXFP4_BLOCK, Mxfp4
 
 PANEL = 32  # outputs; as in kernels.cpp

@@ -15,7 +15,6 @@ from model.ops.reference import (
     pack,
 )
 from model.ops.triton.attention import attention
-from model.ops.triton.draw import draw
 from model.ops.triton.experts import experts
 from model.ops.triton.fused import norm_mlp, norm_qkv
 from model.ops.triton.linear import linear
@@ -24,6 +23,7 @@ from model.ops.triton.mxfp4 import pack as pack_mxfp4
 from model.ops.triton.norm import add_rms_norm, swiglu
 from model.ops.triton.rotary import rotate_and_write
 from model.ops.triton.route import route
+from model.ops.triton.sampling import draw
 
 __all__ = [
     "add_rms_norm",

@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from model.batch import ForwardBatch, GroupTables
-from model.ops.triton.overlap import overlap, wait_turn
+from model.ops.forward_batch import ForwardBatch, GroupTables
+from model.ops.triton.programmatic_launch import overlap, wait_turn
 from model.ops.triton.tiles import Tile, for_dtype, processors, tiles
 
 _LOG2E = tl.constexpr(1.4426950408889634)

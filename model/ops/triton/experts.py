@@ -10,10 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from model.ops.triton.grouping import group_by_expert
 from model.ops.triton.mxfp4 import Words, unpack
 from model.ops.triton.norm import gated
-from model.ops.triton.overlap import overlap, wait_turn
+from model.ops.triton.programmatic_launch import overlap, wait_turn
+from model.ops.triton.sort_by_expert import group_by_expert
 from model.ops.triton.tiles import Tile, for_dtype, tiles, vendor
 
 

@@ -18,7 +18,7 @@ from model.ops.triton.linear import (
     weight_tile,
 )
 from model.ops.triton.norm import gated
-from model.ops.triton.overlap import overlap, wait_turn
+from model.ops.triton.programmatic_launch import overlap, wait_turn
 from model.ops.triton.rotary import rotate_and_write
 from model.ops.triton.tiles import tiles
 

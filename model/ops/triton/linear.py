@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from model.ops.triton.norm import added, gated
-from model.ops.triton.overlap import overlap, prefetch, wait_turn
+from model.ops.triton.programmatic_launch import overlap, prefetch, wait_turn
 from model.ops.triton.tiles import Tile, for_dtype, processors, tiles
 
 HALF = 16  # rows of weight of each half of a pair, the fewest that a matrix product takes

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from model.ops.triton.overlap import overlap, wait_turn
+from model.ops.triton.programmatic_launch import overlap, wait_turn
 
 
 @triton.jit

@@ -1,0 +1,1 @@
+"""Cost predictions and measured profiles, and how they are printed and drawn."""

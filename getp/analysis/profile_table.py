@@ -1,0 +1,162 @@
+"""A measured step as the bottleneck analysis that people read, and as JSON for programs."""
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+
+from getp import tables
+from getp.analysis.advice import Advice, Verdict, advise, judge, rest
+from getp.analysis.advice import as_json as advice_json
+from getp.analysis.profile import Component, Profile
+from getp.units import percent, quantity, seconds
+from model.cost.devices import Device
+from model.cost.operations import total
+
+_WIDE = 80  # columns of a terminal; a narrower one does without a share that can be worked out
+
+
+def print_profile(found: Profile, model: str, others: list[Device]) -> None:
+    """Print the analysis on standard output; `others` are compared by the bandwidth in use."""
+    verdict, advice = judge(found), advise(found)
+    console = tables.console()
+    work = found.work
+    console.print(
+        f"{model}: {work.phase}, batch {work.batch:,}, query {work.query:,}, context "
+        f"{work.context:,}, {work.dtype} on {found.device.name} ({found.device.source})",
+        style="bold",
+        soft_wrap=True,
+    )
+    console.print(_summary(found, verdict), soft_wrap=True)
+    tables.show(console, _parts_table(found, console.width >= _WIDE))
+    console.print(_bandwidths(found, others), soft_wrap=True)
+    console.print(f"\n{verdict.bound}-bound: {verdict.evidence}.", style="bold", soft_wrap=True)
+    console.print(f"Of the whole step {rest(found, verdict)}.\n", soft_wrap=True)
+    tables.show(console, _advice_table(advice))
+    console.print(
+        "\nGains are the cost model's, each change by itself and at best. Parts are measured while "
+        f"the step is followed, which changes it by {found.times.slowdown:+.1%}; shares are of "
+        "that step.",
+        style="dim",
+        soft_wrap=True,
+    )
+
+
+def as_json(found: Profile, model: str) -> dict[str, Any]:
+    """Return what `--format json` prints; times in seconds, an operation's for all its layers."""
+    work, step = found.work, total(found.ops)
+    return {
+        "model": model,
+        "phase": work.phase,
+        "batch": work.batch,
+        "query": work.query,
+        "context": work.context,
+        "dtype": work.dtype,
+        "device": {"name": found.device.name, "source": found.device.source},
+        "step_s": found.step_s,
+        "followed_step_s": found.times.followed_s,
+        "slowdown": found.times.slowdown,
+        "steps_measured": found.times.steps,
+        "tok_s": found.tok_s,
+        "launches": found.launches,
+        "launches_per_token": found.launches / work.tokens,
+        "bytes": asdict(step.bytes),
+        "flops": asdict(step.flops),
+        "bytes_per_s": step.bytes.total / found.step_s,
+        "flops_per_s": step.flops.matrix / found.step_s,
+        "mbu": step.bytes.total / found.step_s / found.device.bandwidth,
+        "mfu": step.flops.matrix / found.step_s / found.device.peak(work.dtype),
+        "parts": [_part_json(part, found) for part in found.components],
+        **advice_json(judge(found), advise(found)),
+    }
+
+
+def _part_json(part: Component, found: Profile) -> dict[str, Any]:
+    return {
+        "name": part.name,
+        "seconds": part.seconds,
+        "share": part.seconds / found.times.followed_s,
+        "launches": part.launches,
+        "busy_s": part.busy_s,
+        "within": part.within,
+        "flops": asdict(part.op.flops),
+        "bytes": asdict(part.op.bytes),
+    }
+
+
+def _summary(found: Profile, verdict: Verdict) -> str:
+    work, step, device = found.work, total(found.ops), found.device
+    layers = len(found.config.layers)
+    moved, computed = step.bytes.total / found.step_s, step.flops.matrix / found.step_s
+    kind = "kernels" if found.on_gpu else "operations"
+    lines = [
+        f"step      {seconds(found.step_s)}, {seconds(found.step_s / layers)} a layer; "
+        f"{found.tok_s:,.1f} tok/s",
+        f"launches  {found.launches:,} {kind} a step, {found.launches / layers:.1f} a layer, "
+        f"{found.launches / work.tokens:,.1f} a token; {seconds(verdict.launch_s)} of overhead",
+        f"memory    {quantity(step.bytes.total)}B a step: {quantity(moved)}B/s of "
+        f"{quantity(device.bandwidth)}B/s ({percent(moved / device.bandwidth)})",
+        f"compute   {quantity(step.flops.matrix)}FLOP a step: {quantity(computed)}FLOP/s of "
+        f"{quantity(device.peak(work.dtype))}FLOP/s "
+        f"({percent(computed / device.peak(work.dtype))})",
+    ]
+    if found.busy_s is not None:
+        lines.append(f"GPU       {percent(found.busy_s / found.step_s)} of the step in kernels")
+    return "\n".join([*lines, ""])
+
+
+def _parts_table(found: Profile, wide: bool) -> Table:
+    figures = ["time", "share", "launches", "bytes", *(["of all"] if wide else []), "B/s", "FLOP/s"]
+    table = tables.table(["component"], figures)
+    bytes_of_all = total(found.ops).bytes.total
+    for part in found.components:
+        if part.within:
+            table.add_row(_label(part), *["-"] * len(figures))
+            continue
+        moved, share = part.op.bytes.total, part.seconds / found.times.followed_s
+        table.add_row(
+            _label(part),
+            seconds(part.seconds),
+            percent(share),
+            f"{part.launches:,}",
+            quantity(moved),
+            *([percent(moved / bytes_of_all) if moved else "-"] if wide else []),
+            quantity(moved / part.seconds) if part.seconds else "-",
+            quantity(part.op.flops.matrix / part.seconds) if part.seconds else "-",
+        )
+    table.add_row(
+        "total",
+        seconds(found.times.followed_s),
+        percent(1.0),
+        f"{found.launches:,}",
+        quantity(bytes_of_all),
+        *([percent(1.0)] if wide else []),
+        style="bold",
+    )
+    return table
+
+
+def _label(part: Component) -> str:
+    if part.within:
+        return f"{part.name} in {part.within}"
+    return part.name if part.op.layer_count else part.name.replace("_", " ")
+
+
+def _bandwidths(found: Profile, others: list[Device]) -> str:
+    """The share of other devices' bandwidth that the same tokens a second would take."""
+    if not others:
+        return ""
+    moved = total(found.ops).bytes.total / found.step_s
+    uses = (f"{device.name} {percent(moved / device.bandwidth)}" for device in others)
+    return f"\nBandwidth that this speed would use: {', '.join(uses)}."
+
+
+def _advice_table(advice: list[Advice]) -> Table:
+    table = tables.table(["what would help"], ["step", "tok/s", "gain"])
+    for one in advice:
+        table.add_row(one.change, seconds(one.step_s), f"{one.tok_s:,.1f}", _gain(one.gain))
+    return table
+
+
+def _gain(gain: float) -> str:
+    return f"{gain:+.0%}" if gain < 1 else f"{1 + gain:.1f} times"

@@ -1,0 +1,102 @@
+"""The roofline with each operation on it, for a terminal: characters on logarithmic axes."""
+
+import math
+from collections.abc import Sequence
+
+from getp.units import quantity
+from model.cost.devices import Device
+from model.cost.workload import Op
+
+_HEIGHT = 16
+_MARGIN = 8  # columns left of the axis
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_DIGITS = "123456789"
+
+
+def plotted(ops: Sequence[Op]) -> list[tuple[str, float]]:
+    """Return (name, FLOPs a byte) of the operations that have both; FLOPs of all units."""
+    found = []
+    for op in ops:
+        flops = op.flops.matrix + op.flops.vector + op.flops.special
+        if flops and op.bytes.total:
+            found.append((op.name, flops / op.bytes.total))
+    return found
+
+
+def grouped(points: Sequence[tuple[str, float]], decades: float) -> list[tuple[str, float]]:
+    """Join operations within so many decades of intensity under one label, from left to right."""
+    groups: list[list[tuple[str, float]]] = []
+    for point in sorted(points, key=lambda point: point[1]):
+        if groups and math.log10(point[1] / groups[-1][0][1]) < decades:
+            groups[-1].append(point)
+        else:
+            groups.append([point])
+    return [(" + ".join(name for name, _ in group), group[0][1]) for group in groups]
+
+
+def intensity_range(
+    points: Sequence[tuple[str, float]], ridges: Sequence[float]
+) -> tuple[int, int]:
+    """Return the powers of ten that hold all operations and ridge points."""
+    values = [*(value for _, value in points), *ridges]
+    return math.floor(math.log10(min(values))), math.ceil(math.log10(max(values) * 1.5))
+
+
+def roofline_text(ops: Sequence[Op], devices: Sequence[Device], dtype: str, width: int) -> str:
+    """Return lines of at most `width` columns: roofs as digits, operations as letters on them."""
+    points, devices = plotted(ops), devices[: len(_DIGITS)]
+    low, high = intensity_range(points, [device.ridge(dtype) for device in devices])
+    columns = max(20, min(width, 120) - _MARGIN - 1)
+    points = grouped(points, (high - low) / columns)  # one letter for what is in one place
+    top = math.log10(max(device.peak(dtype) for device in devices) * 1.2)
+    bottom = math.log10(min(device.bandwidth for device in devices)) + low
+    grid = [[" "] * columns for _ in range(_HEIGHT)]
+
+    def place(device: Device, log_intensity: float) -> tuple[int, int]:
+        reached = min(math.log10(device.peak(dtype)), math.log10(device.bandwidth) + log_intensity)
+        row = round((top - reached) / (top - bottom) * (_HEIGHT - 1))
+        column = round((log_intensity - low) / (high - low) * (columns - 1))
+        return min(row, _HEIGHT - 1), column
+
+    for mark, device in zip(_DIGITS, devices, strict=False):
+        for column in range(columns):
+            row, _ = place(device, low + column * (high - low) / (columns - 1))
+            grid[row][column] = mark
+    for letter, (_, value) in zip(LETTERS, points, strict=False):
+        for device in devices:
+            row, column = place(device, math.log10(value))
+            grid[row][column] = letter
+    lines = ["FLOP/s"]
+    for number, row_of_marks in enumerate(grid):
+        reached = 10 ** (top - number * (top - bottom) / (_HEIGHT - 1))
+        label = quantity(reached) if number % 3 == 0 else ""
+        lines.append(f"{label:>{_MARGIN - 1}} |" + "".join(row_of_marks).rstrip())
+    lines.append(" " * _MARGIN + "+" + "-" * columns)
+    lines.append(_axis(low, high, columns))
+    names = [f"{letter} {name}" for letter, (name, _) in zip(LETTERS, points, strict=False)]
+    roofs = [f"{mark} {device.name}" for mark, device in zip(_DIGITS, devices, strict=False)]
+    return "\n".join(
+        [*lines, *wrapped("roofs: ", roofs, width), *wrapped("on them: ", names, width)]
+    )
+
+
+def _axis(low: int, high: int, columns: int) -> str:
+    line = [" "] * (columns + _MARGIN + 12)
+    for power in range(low, high + 1):
+        at = _MARGIN + 1 + round((power - low) / (high - low) * (columns - 1))
+        label = f"{10.0**power:g}"
+        at = min(at, columns + _MARGIN + 1 - len(label))
+        line[at : at + len(label)] = label
+    return "".join(line).rstrip() + "\n" + " " * (_MARGIN + 1) + "FLOPs a byte"
+
+
+def wrapped(head: str, words: Sequence[str], width: int) -> list[str]:
+    """Return `head` and the words, with commas, in lines of at most `width` columns."""
+    lines, line = [], head
+    for number, word in enumerate(words):
+        piece = word + (", " if number < len(words) - 1 else "")
+        if len(line) + len(piece.rstrip()) > width and line != head:
+            lines.append(line.rstrip())
+            line = " " * len(head)
+        line += piece
+    return [*lines, line]

@@ -1,0 +1,1 @@
+"""The command line: options become settings, one file a mode."""

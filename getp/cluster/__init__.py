@@ -1,0 +1,1 @@
+"""Replicas: many engines on Ray behind the interface of one."""

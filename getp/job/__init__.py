@@ -1,0 +1,1 @@
+"""The main job: a file of requests in, a file of results out."""

@@ -1,0 +1,1 @@
+"""Text around the engine: prompts, answers and the chat session."""

@@ -1,0 +1,122 @@
+"""The text of one answer while its tokens come."""
+
+from collections.abc import Callable, Sequence
+
+from tokenizer import HarmonyParser, StopStrings, StreamDecoder, Tokenizer
+from tokenizer.harmony import FINAL, ChannelText, speaks_harmony
+
+
+def texts_by_channel(
+    tokenizer: Tokenizer,
+    token_ids: Sequence[int],
+    prompt_ids: Sequence[int],
+    chat: bool,
+    stops: Sequence[str] = (),
+) -> dict[str, str]:
+    """Return the text of a finished answer: that of each channel, cut at the first stop string."""
+    in_channels = chat and speaks_harmony(tokenizer)
+    if not stops and not in_channels:
+        return {FINAL: tokenizer.decode(token_ids)}  # at once, which costs much less
+    answer = Answer(tokenizer, prompt_ids, chat, stops)
+    pieces = []
+    for token_id in token_ids:
+        pieces.append(answer.push(token_id))
+        if answer.stopped:
+            break
+    texts: dict[str, str] = {}
+    for piece in [*pieces, *answer.flush()]:
+        if piece is not None:
+            texts[piece.channel] = texts.get(piece.channel, "") + piece.text
+    if in_channels and not texts and tokenizer.token_id("<|channel|>") not in token_ids:
+        return {FINAL: tokenizer.decode(token_ids)}  # it kept to no form: lose nothing of it
+    return texts
+
+
+class StopWatcher:
+    """Is told each token of a request and ends it at a stop string.
+
+    The token that completes the string is kept, as a stop token is. `check` is called at every
+    token and may raise. What goes wrong with the text is this request's trouble, nobody else's:
+    it ends the request and is kept in `trouble`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        chat: bool,
+        stops: tuple[str, ...],
+        check: Callable[[], None] | None = None,
+    ) -> None:
+        self.chat = chat
+        self.stops = stops
+        self.check = check
+        self.trouble: str | None = None
+        self._tokenizer = tokenizer
+        self._prompt_ids = prompt_ids
+        self._answer: Answer | None = None
+
+    def __call__(self, token_id: int) -> bool:
+        """Return whether the request ends with this token."""
+        if self.check is not None:
+            self.check()
+        if not self.stops:  # no text is needed while tokens come
+            return False
+        try:
+            if self._answer is None:
+                self._answer = Answer(self._tokenizer, self._prompt_ids, self.chat, self.stops)
+            self._answer.push(token_id)
+        except Exception as error:
+            self.trouble = f"{type(error).__name__}: {error}"
+            return True
+        return self._answer.stopped
+
+
+class Answer:
+    """Turns an answer's tokens into text, apart by channel, up to the first stop string.
+
+    `chat` says that the prompt came from a chat template: then gpt-oss answers in channels.
+    Everything of any other answer is in the channel `final`. Stop strings are looked for in
+    `final` alone: thinking about one is not saying it.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int], chat: bool, stops: Sequence[str]
+    ) -> None:
+        harmony = chat and speaks_harmony(tokenizer)
+        self._parser = HarmonyParser(tokenizer, prompt_ids) if harmony else None
+        self._decoder = StreamDecoder(tokenizer)
+        self._stops = StopStrings(stops)
+        self._final: list[str] = []
+        self.stopped = False
+
+    @property
+    def text(self) -> str:
+        """The final text so far, as far as it was given out."""
+        return "".join(self._final)
+
+    def push(self, token_id: int) -> ChannelText | None:
+        """Take the next token; return the text it adds, if any. Sets `stopped`."""
+        if self._parser is not None:
+            return self._watch(self._parser.push(token_id))
+        return self._watch(ChannelText(FINAL, self._decoder.push(token_id)))
+
+    def flush(self) -> list[ChannelText]:
+        """Return the text that was held back, when the answer has ended."""
+        if self.stopped:
+            return []
+        if self._parser is not None:
+            last = self._watch(self._parser.flush())
+        else:
+            last = self._watch(ChannelText(FINAL, self._decoder.flush()))
+        held = ChannelText(FINAL, "" if self.stopped else self._stops.flush())
+        self._final.append(held.text)
+        return [piece for piece in (last, held) if piece and piece.text]
+
+    def _watch(self, piece: ChannelText | None) -> ChannelText | None:
+        if piece is None or piece.channel != FINAL:
+            return piece
+        result = self._stops.push(piece.text)
+        self.stopped = result.stopped
+        self._final.append(result.text)
+        return ChannelText(FINAL, result.text) if result.text else None

@@ -1,0 +1,1 @@
+"""What a model costs: FLOPs, bytes, rooflines, devices. Pure arithmetic, without torch."""

@@ -1,0 +1,226 @@
+"""Measure this machine: the Device called `local`, kept with its date in the user's cache."""
+
+import datetime
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import ops
+from model.cost.devices import Device, device_of_driver
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LONG_ENOUGH_S = 0.05  # for a product whose time is not mostly its start
+_SMALLEST_PRODUCT, _BIGGEST_PRODUCT = 256, 8192
+_RUNS_KEY = "runs"  # in the cache, beside the machines
+_RUNS = 3  # the best of these counts: a peak is what the machine can do undisturbed
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found, and when (ISO date)."""
+
+    device: Device
+    date: str
+    hardware: str  # what the driver or the processor calls itself
+
+    def is_a(self, device: Device) -> bool:
+        """Whether the machine measured is this device of the table."""
+        return device_of_driver(self.hardware) == device
+
+
+def local_device(target: torch.device | None = None, again: bool = False) -> Measured:
+    """Return the device, from the cache or measured now (seconds); None: the GPU, else the CPU."""
+    target = target or _target()
+    found = None if again else cached_device(target)
+    if found is None:
+        entry = measure(target)
+        _write_cache({**_read_cache(), _cache_key(target): entry})
+        found = _parse(entry, hardware_name(target))
+        assert found is not None  # it is what measure has just returned
+    return found
+
+
+def cached_device(target: torch.device | None = None) -> Measured | None:
+    """Return the device as it was measured before; None if it was not."""
+    target = target or _target()
+    return _parse(_read_cache().get(_cache_key(target)), hardware_name(target))
+
+
+def _target() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _run_key(target: torch.device, model: str) -> str:
+    return f"{model} on {_cache_key(target)}"
+
+
+def _cache_key(target: torch.device) -> str:
+    threads = f", {torch.get_num_threads()} threads" if target.type == "cpu" else ""
+    return f"{hardware_name(target)}{threads}, torch {torch.__version__}"
+
+
+def note_reached(target: torch.device, model: str, share: float) -> None:
+    """Keep which share of the device's limit a run of `model` reached, for later predictions."""
+    cache = _read_cache()
+    runs = cache.get(_RUNS_KEY)
+    date = datetime.date.today().isoformat()
+    entry = {_run_key(target, model): {"share": share, "date": date}}
+    _write_cache({**cache, _RUNS_KEY: {**(runs if isinstance(runs, dict) else {}), **entry}})
+
+
+def reached(device: Device, model: str) -> tuple[float, str] | None:
+    """Return the share that the last run of `model` on this machine reached, and its date.
+
+    None if there was no run, or if `device` is not this machine's.
+    """
+    target = _target()
+    if device.name != "local" and device_of_driver(hardware_name(target)) != device:
+        return None
+    try:
+        entry = _read_cache()[_RUNS_KEY][_run_key(target, model)]
+        share, date = float(entry["share"]), str(entry["date"])
+    except (TypeError, KeyError, ValueError):
+        return None
+    return (min(share, 1.0), date) if share > 0 else None
+
+
+def measure(target: torch.device) -> dict[str, Any]:
+    """Measure the peak of matrix products by dtype, read bandwidth and the cost of a launch."""
+    dtypes = ["float32", "bfloat16", *(["float16"] if target.type == "cuda" else [])]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "peaks": {dtype: _product_rate(target, _DTYPES[dtype]) for dtype in dtypes},
+        "bandwidth": _read_rate(target),
+        "launch_s": _launch_time(target),
+        "memory": _memory(target),
+    }
+
+
+def hardware_name(target: torch.device) -> str:
+    """Return what the GPU or the processor calls itself."""
+    if target.type == "cuda":
+        return torch.cuda.get_device_name(target)
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _best(function: Callable[[], Any], target: torch.device, runs: int = _RUNS) -> float:
+    """Seconds of the fastest of some runs, after one to warm up."""
+    times = []
+    for _ in range(runs + 1):
+        _wait(target)
+        start = time.perf_counter()
+        function()
+        _wait(target)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def _product_rate(target: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the largest square product that is worth its time, by torch or by our own ops."""
+    rate = _linear_rate(target, dtype, lambda a: partial(torch.nn.functional.linear, a, a))
+    if target.type == "cpu":  # our kernels may pass those of torch
+        own = _linear_rate(target, dtype, lambda a: partial(ops.linear, a, ops.pack(a), None))
+        rate = max(rate, own)
+    return rate
+
+
+def _linear_rate(
+    target: torch.device,
+    dtype: torch.dtype,
+    product: Callable[[torch.Tensor], Callable[[], torch.Tensor]],
+) -> float:
+    size, rate = _SMALLEST_PRODUCT, 0.0
+    while True:
+        seconds = _best(product(torch.randn(size, size, device=target).to(dtype)), target)
+        rate = max(rate, 2 * size**3 / seconds)
+        if seconds > _LONG_ENOUGH_S or size >= _BIGGEST_PRODUCT:
+            return rate
+        size *= 2
+
+
+def _read_rate(target: torch.device) -> float:
+    """Bytes a second of summing up more than fits into any cache."""
+    values = torch.zeros((1 << 30 if target.type == "cuda" else 1 << 28) // 4, device=target)
+    return values.numel() * 4 / _best(values.sum, target)
+
+
+def _launch_time(target: torch.device, launches: int = 1000) -> float:
+    value = torch.zeros(1, device=target)
+
+    def launch() -> None:
+        for _ in range(launches):
+            value.add_(1)
+
+    return _best(launch, target) / launches
+
+
+def _memory(target: torch.device) -> int:
+    if target.type == "cuda":
+        return int(torch.cuda.get_device_properties(target).total_memory)
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 8 << 30
+
+
+def _wait(target: torch.device) -> None:
+    if target.type == "cuda":
+        torch.cuda.synchronize(target)
+
+
+def _parse(entry: Any, hardware: str) -> Measured | None:
+    """A cache entry as a Device; None if it is not one."""
+    try:
+        peaks = {str(dtype): float(peak) for dtype, peak in entry["peaks"].items()}
+        device = Device(
+            "local",
+            peaks,
+            vector=peaks["float32"],
+            special=peaks["float32"] / 16,
+            bandwidth=float(entry["bandwidth"]),
+            memory=int(entry["memory"]),
+            source=f"measured on {hardware}, {entry['date']}",
+            launch_s=float(entry["launch_s"]),
+        )
+        return Measured(device, str(entry["date"]), hardware)
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return None
+
+
+def _cache_file() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "getp" / "hardware.json"
+
+
+def _read_cache() -> dict[str, Any]:
+    try:
+        found = json.loads(_cache_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write_cache(cache: dict[str, Any]) -> None:
+    """Keep it if that is possible: where there is no cache, one measures again."""
+    file = _cache_file()
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(cache, indent=2), encoding="utf-8")
+        os.replace(temporary, file)
+    except OSError:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,297 @@
+"""What a model costs: FLOPs by unit, bytes by kind and kernel launches of every operation.
+
+All figures are integers from the config alone; nothing here imports torch. How things are counted:
+
+- `context` counts the query tokens themselves. The product of scores covers query · context
+  positions (the documents' convention, which MFU uses), or only those a causal mask leaves if
+  `causal` is set; a window cuts both.
+- Keys and values cross the memory bus once for each position: new ones when they are written,
+  earlier ones when they are read. A window leaves only those inside it to be read.
+- Unfused, each operation reads its input and writes its output (qwen2-layer-data-flow); fused, a
+  layer reads its input once and writes the results of its two blocks (roofline-prefill-decode).
+- The head runs for rows that need logits: one a sequence in prefill, every token otherwise.
+- Of a mixture's experts only those are read that some token is expected to choose.
+- With tensor parallelism the figures are one GPU's; what GPUs send each other is in `links`.
+"""
+
+from collections import Counter
+
+from model.config import LayerConfig, ModelConfig
+from model.cost import flops
+from model.cost.flops import Flops
+from model.cost.workload import DTYPE_BYTES, Bytes, Op, Workload
+
+_MXFP4_VALUES, _MXFP4_BYTES = 32, 17  # a block: 16 bytes of values and one scale
+
+
+def check_tensor_parallel(config: ModelConfig, size: int) -> None:
+    """Raise ValueError, which says what is possible, if so many GPUs cannot share the model."""
+    if _can_be_split(config, size):
+        return
+    possible = [n for n in range(1, config.num_heads + 1) if _can_be_split(config, n)]
+    parts = [f"{config.num_heads} heads ({config.num_kv_heads} KV)"]
+    if any(not layer.sparse for layer in config.layers):
+        parts.append(f"MLPs of {config.intermediate_size}")
+    if config.moe is not None:
+        parts.append(f"{config.moe.num_experts} experts")
+    raise ValueError(
+        f"{', '.join(parts)} cannot be split over {size} GPUs; possible: "
+        f"{', '.join(map(str, possible))}"
+    )
+
+
+def _can_be_split(config: ModelConfig, size: int) -> bool:
+    """Whether heads, experts and MLPs come out even, and every GPU gets some vocabulary."""
+    kv, moe = config.num_kv_heads, config.moe
+    dense = any(not layer.sparse for layer in config.layers)
+    return not (
+        config.num_heads % size
+        or (kv % size and size % kv)
+        or (moe is not None and moe.num_experts % size)
+        or (dense and config.intermediate_size % size)
+        or (size - 1) * -(-config.vocab_size // size) >= config.vocab_size
+    )
+
+
+def distinct_experts(num_experts: int, top_k: int, tokens: int) -> float:
+    """Experts that some of `tokens` tokens is expected to choose: E·(1 - (1 - k/E)^T).
+
+    Assumes each token chooses its top_k evenly and independently.
+    """
+    return num_experts * (1 - (1 - top_k / num_experts) ** tokens)
+
+
+def operations(config: ModelConfig, work: Workload) -> list[Op]:
+    """Every operation of the step, in order. Raises ValueError if it cannot be split so."""
+    check_tensor_parallel(config, work.tensor_parallel)
+    shard = _Shard(config, work)
+    found: dict[str, Op] = {}
+    for layer, count in Counter(config.layers).items():
+        for op in (*shard.attention_block(layer), *shard.mlp_block(layer)):
+            one = Op(op.name, count, op.flops * count, op.bytes * count, op.launches * count)
+            found[op.name] = _add(found[op.name], one) if op.name in found else one
+    ops = [shard.embedding(), *(found[name] for name in _LAYER_OPS if name in found)]
+    ops += shard.head()
+    if work.backward:
+        return [Op(op.name, op.layer_count, op.flops, Bytes(), 0) for op in ops]
+    return ops
+
+
+def total(ops: list[Op]) -> Op:
+    """The sum of operations; its layer_count is that of the longest."""
+    result = Op("total", 0, Flops(), Bytes(), 0)
+    for op in ops:
+        result = _add(result, op, max(result.layer_count, op.layer_count))
+    return result
+
+
+def parameter_bytes(config: ModelConfig, dtype: str, tensor_parallel: int = 1) -> int:
+    """Bytes that one GPU keeps of the weights; a tied embedding once."""
+    work = Workload("decode", 1, 1, 1, dtype, tensor_parallel)
+    check_tensor_parallel(config, tensor_parallel)
+    shard = _Shard(config, work, every_expert=True)
+    ops = [op for layer in config.layers for op in shard.attention_block(layer)]
+    ops += [op for layer in config.layers for op in shard.mlp_block(layer)]
+    tables = 0 if config.tie_word_embeddings else shard.vocab * config.hidden_size * shard.item
+    return tables + total([*ops, *shard.head()]).bytes.weights
+
+
+def kv_bytes_per_sequence(
+    config: ModelConfig, context: int, dtype: str, tensor_parallel: int = 1
+) -> int:
+    """Bytes of keys and values that one sequence of `context` positions keeps on one GPU."""
+    width = 2 * max(1, config.num_kv_heads // tensor_parallel) * config.head_dim
+    positions = sum(min(layer.window or context, context) for layer in config.layers)
+    return positions * width * DTYPE_BYTES[dtype]
+
+
+def activation_accesses(fused: bool, sparse: bool = False) -> int:
+    """Activation round trips of one layer, as qwen2-layer-data-flow counts them.
+
+    Unfused, each of the nine operations (ten with a router) reads once and writes once. Fused, it
+    counts the writes after the attention and after the MLP block: two.
+    """
+    return 2 if fused else 2 * (10 if sparse else 9)
+
+
+_LAYER_OPS = (
+    "input_norm qkv_proj rope attention o_proj post_norm router gate_up_proj activation down_proj"
+).split()
+
+
+def _add(a: Op, b: Op, layers: int | None = None) -> Op:
+    layers = a.layer_count + b.layer_count if layers is None else layers
+    return Op(a.name, layers, a.flops + b.flops, a.bytes + b.bytes, a.launches + b.launches)
+
+
+class _Shard:
+    """Builds the operations of one GPU's part of the model, each for one layer."""
+
+    def __init__(self, config: ModelConfig, work: Workload, every_expert: bool = False):
+        self.config, self.work, self.every_expert = config, work, every_expert
+        self.parts = work.tensor_parallel
+        self.item = DTYPE_BYTES[work.dtype]
+        self.heads = config.num_heads // self.parts
+        self.kv_heads = max(1, config.num_kv_heads // self.parts)
+        self.vocab = -(-config.vocab_size // self.parts)
+
+    def op(
+        self, name: str, cost: Flops, weights: int, moved: int, launches: int, *,
+        kv: int = 0, fused: tuple[int, int] = (0, 0),
+    ) -> Op:  # fmt: skip
+        """`weights`, `moved` and `kv` are values; `fused`: those moved and launches when fused."""
+        moved, launches = fused if self.work.fused else (moved, launches)
+        return Op(name, 1, cost, Bytes(weights, moved * self.item, kv * self.item), launches)
+
+    def matrix(self, inputs: int, outputs: int, bias: bool) -> int:
+        """Bytes of a linear's weight and bias."""
+        return (inputs * outputs + (outputs if bias else 0)) * self.item
+
+    def embedding(self) -> Op:
+        size, tokens = self.config.hidden_size, self.work.tokens
+        rows = min(tokens, self.config.vocab_size) * size * self.item
+        written = tokens * size
+        return self.op("embedding", Flops(), rows, written, 1, fused=(written, 1))
+
+    def norm(self, name: str, rows: int, fused: tuple[int, int] = (0, 0)) -> Op:
+        size = self.config.hidden_size
+        cost = flops.rms_norm(rows, size, self.work.backward)
+        return self.op(name, cost, size * self.item, 2 * rows * size, 1, fused=fused)
+
+    def attention_block(self, layer: LayerConfig) -> list[Op]:
+        """Norm, QKV, rotary with the heads' norms, attention, output with its residual."""
+        c, work, back = self.config, self.work, self.work.backward
+        tokens, hidden = work.tokens, c.hidden_size
+        query, key = self.heads * c.head_dim, self.kv_heads * c.head_dim
+        turned_heads = self.heads + self.kv_heads
+        turn = flops.rotary(tokens, turned_heads, c.head_dim)
+        if c.qk_norm:
+            turn += flops.rms_norm(tokens * turned_heads, c.head_dim, back)
+        attend = flops.attention(work.attended(layer.window), self.heads, c.head_dim, back)
+        residual = Flops(vector=tokens * hidden)
+        return [
+            self.norm("input_norm", tokens, fused=(tokens * hidden, 0)),
+            self.op(
+                "qkv_proj",
+                flops.linear(tokens, hidden, query + 2 * key, c.qkv_bias, back),
+                self.matrix(hidden, query + 2 * key, c.qkv_bias),
+                tokens * (hidden + query + 2 * key),
+                3,
+            ),
+            self.op(
+                "rope",
+                turn,
+                2 * c.head_dim * self.item if c.qk_norm else 0,
+                2 * tokens * (query + key),
+                4 if c.qk_norm else 2,
+            ),
+            self.op(
+                "attention",
+                attend,
+                self.heads * self.item if c.sinks else 0,
+                tokens * (2 * query + 2 * key),
+                1,
+                kv=2 * key * work.kv_positions(layer.window),
+            ),
+            self.op(
+                "o_proj",
+                flops.linear(tokens, query, hidden, c.o_bias, back) + residual,
+                self.matrix(query, hidden, c.o_bias),
+                tokens * (query + 2 * hidden),
+                2 + self._all_reduce,
+                fused=(tokens * hidden, 1 + self._all_reduce),
+            ),
+        ]
+
+    def mlp_block(self, layer: LayerConfig) -> list[Op]:
+        """Norm, gate and up, activation, down with its residual; with experts the router too."""
+        norm = self.norm("post_norm", self.work.tokens)
+        return [norm, *(self._experts() if layer.sparse else self._dense())]
+
+    def head(self) -> list[Op]:
+        """Final norm and unembedding of the rows that need logits."""
+        hidden, rows = self.config.hidden_size, self.work.logits_rows
+        moved = rows * (hidden + self.vocab)
+        cost = flops.linear(rows, hidden, self.vocab, backward=self.work.backward)
+        weights = self.matrix(hidden, self.vocab, False)
+        return [
+            self.norm("final_norm", rows),
+            self.op("lm_head", cost, weights, moved, 1, fused=(moved, 1)),
+        ]
+
+    @property
+    def _all_reduce(self) -> int:
+        return 1 if self.parts > 1 else 0
+
+    def _dense(self) -> list[Op]:
+        c, tokens, back = self.config, self.work.tokens, self.work.backward
+        hidden, size = c.hidden_size, c.intermediate_size // self.parts
+        down = flops.linear(tokens, size, hidden, c.mlp_bias, back)
+        return self._mlp(
+            flops.linear(tokens, hidden, 2 * size, c.mlp_bias, back),
+            flops.swiglu(tokens, size, back),
+            down + Flops(vector=tokens * hidden),
+            (self.matrix(hidden, 2 * size, c.mlp_bias), self.matrix(size, hidden, c.mlp_bias)),
+            pairs=tokens,
+            size=size,
+            gate_up_launches=2,
+        )
+
+    def _experts(self) -> list[Op]:
+        c, tokens, back = self.config, self.work.tokens, self.work.backward
+        moe = c.moe
+        assert moe is not None  # the config says that the layer is sparse
+        hidden, size = c.hidden_size, moe.intermediate_size
+        # Pairs of token and expert on this GPU, to the nearest one.
+        pairs = (tokens * moe.top_k + self.parts // 2) // self.parts
+        read = moe.num_experts / self.parts
+        if not self.every_expert:
+            read = distinct_experts(moe.num_experts, moe.top_k, tokens) / self.parts
+        gate_up = self._expert_matrix(hidden, 2 * size, moe.biases)
+        down = self._expert_matrix(size, hidden, moe.biases)
+        chosen = moe.top_k if moe.softmax_after_top_k else moe.num_experts
+        route = flops.linear(tokens, hidden, moe.num_experts, moe.biases, back)
+        combine = flops.weighted_sum(1, pairs, hidden, back) + Flops(vector=tokens * hidden)
+        router = self.op(
+            "router",
+            route + flops.softmax(tokens, chosen, back),
+            self.matrix(hidden, moe.num_experts, moe.biases),
+            tokens * (hidden + moe.num_experts),
+            2,
+        )
+        rest = self._mlp(
+            flops.linear(pairs, hidden, 2 * size, moe.biases, back),
+            flops.swiglu(pairs, size, back),
+            flops.linear(pairs, size, hidden, moe.biases, back) + combine,
+            (round(gate_up * read), round(down * read)),  # to the nearest byte
+            pairs=pairs,
+            size=size,
+            gate_up_launches=1,
+        )
+        return [router, *rest]
+
+    def _mlp(
+        self, gate_up: Flops, activation: Flops, down: Flops, weights: tuple[int, int], *,
+        pairs: int, size: int, gate_up_launches: int,
+    ) -> list[Op]:  # fmt: skip
+        written, reduce = self.work.tokens * self.config.hidden_size, self._all_reduce
+        read = pairs * self.config.hidden_size
+        return [
+            self.op("gate_up_proj", gate_up, weights[0], read + 2 * pairs * size, gate_up_launches),
+            self.op("activation", activation, 0, 3 * pairs * size, 1),
+            self.op(
+                "down_proj",
+                down,
+                weights[1],
+                pairs * size + 2 * written,
+                2 + reduce,
+                fused=(written, 1 + reduce),
+            ),
+        ]
+
+    def _expert_matrix(self, inputs: int, outputs: int, bias: bool) -> int:
+        """Bytes of one expert's weight and bias."""
+        if not self.config.mxfp4_experts:
+            return self.matrix(inputs, outputs, bias)
+        blocks = outputs * -(-inputs // _MXFP4_VALUES)
+        return blocks * _MXFP4_BYTES + (outputs * self.item if bias else 0)

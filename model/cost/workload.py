@@ -1,0 +1,104 @@
+"""A step to be costed, and the form in which costs come: pure integers, no torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from model.cost.flops import Flops
+
+Phase = Literal["prefill", "decode", "backward"]
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes moved between memory and chip, by kind."""
+
+    weights: int = 0
+    activations: int = 0
+    kv: int = 0
+
+    def __add__(self, other: "Bytes") -> "Bytes":
+        return Bytes(
+            self.weights + other.weights,
+            self.activations + other.activations,
+            self.kv + other.kv,
+        )
+
+    def __mul__(self, times: int) -> "Bytes":
+        return Bytes(self.weights * times, self.activations * times, self.kv * times)
+
+    @property
+    def total(self) -> int:
+        """All kinds together."""
+        return self.weights + self.activations + self.kv
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation, over all the layers that have it."""
+
+    name: str
+    layer_count: int
+    flops: Flops
+    bytes: Bytes
+    launches: int
+
+    @property
+    def intensity(self) -> float:
+        """Matrix FLOPs a byte; 0 where no bytes are counted."""
+        return self.flops.matrix / self.bytes.total if self.bytes.total else 0.0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One step: `batch` sequences of `query` new tokens, each at a length of `context`.
+
+    Raises ValueError for sizes that cannot be.
+    """
+
+    phase: Phase
+    batch: int
+    query: int
+    context: int
+    dtype: str
+    tensor_parallel: int = 1
+    fused: bool = False
+    causal: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.batch, self.query, self.context, self.tensor_parallel) < 1:
+            raise ValueError("batch, query, context and tensor parallelism must be 1 or more")
+        if self.query > self.context:
+            raise ValueError(f"query {self.query} is more than the context {self.context}")
+        if self.dtype not in DTYPE_BYTES:
+            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of the step."""
+        return self.batch * self.query
+
+    @property
+    def logits_rows(self) -> int:
+        """Tokens that reach the head."""
+        return self.batch if self.phase == "prefill" else self.tokens
+
+    @property
+    def backward(self) -> bool:
+        """Whether this is the backward pass, of which only FLOPs are counted."""
+        return self.phase == "backward"
+
+    def attended(self, window: int | None) -> int:
+        """Positions attended, summed over the query tokens."""
+        limit = min(window or self.context, self.context)
+        if not self.causal:
+            return self.tokens * limit
+        first = self.context - self.query + 1  # positions that the first query token sees
+        growing = min(max(limit - first, 0), self.query)  # tokens that see fewer than the limit
+        seen = growing * first + growing * (growing - 1) // 2 + (self.query - growing) * limit
+        return self.batch * seen
+
+    def kv_positions(self, window: int | None) -> int:
+        """Positions whose key and value are written or read."""
+        cached = self.context - self.query
+        return self.batch * (self.query + (cached if window is None else min(cached, window - 1)))

@@ -1,0 +1,321 @@
+"""Decode steps at fixed sizes give the same results: padding harms nobody.
+
+In place of a GPU's graphs stands a function that computes over the same buffers again.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine import Engine, EngineError, EngineStats, Request, SamplingParams
+from engine import model_runner as runner_module
+from engine.decode_graphs import Capture, Compute, DecodeGraphs, Inputs, gpu_capture, sizes
+from engine.kv_cache import NULL_BLOCK
+from model.ops import cpu, reference
+from model.ops.forward_batch import ForwardBatch
+from tests.engine.test_engine import load
+
+
+class FromTensors:
+    """A model that takes every length from the batch's tensors, as kernels of a graph do."""
+
+    def __init__(self, model: Any):
+        self._model = model
+
+    def __call__(self, batch: ForwardBatch, *rest: Any) -> torch.Tensor:
+        fresh = replace(
+            batch,
+            query_lens=batch.query_starts.diff().tolist(),
+            context_lens=batch.seen.tolist(),
+            groups=tuple(replace(group, plan=None) for group in batch.groups),
+        )
+        logits: torch.Tensor = self._model(fresh, *rest)
+        return logits
+
+
+def recording(replays: Counter[int]) -> Capture:
+    """Captures that count how often each size is replayed."""
+
+    def capture(compute: Compute) -> Compute:
+        size = len(compute())  # as a GPU's capture, which runs it before
+
+        def replay() -> torch.Tensor:
+            replays[size] += 1
+            return compute()
+
+        return replay
+
+    return capture
+
+
+def test_without_a_gpu_a_capture_is_refused_before_it_begins() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(RuntimeError, match="no GPU"):
+        gpu_capture(EngineStats())
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch's: what ends a capture raises before the stream is set back."""
+    streams = ["the usual"]
+
+    class Capturing:
+        def __init__(self, graph: Any, pool: Any, stream: Any):
+            self.stream = stream
+
+        def __enter__(self) -> None:
+            streams.append(self.stream)
+
+        def __exit__(self, *error: object) -> None:
+            raise RuntimeError("the capture was invalidated")
+
+    cuda: dict[str, Any] = {
+        "is_available": lambda: True,
+        "graph_pool_handle": lambda: None,
+        "Stream": MagicMock(),
+        "stream": MagicMock(),
+        "CUDAGraph": MagicMock(),
+        "graph": Capturing,
+        "current_stream": lambda: streams[-1],
+        "set_stream": streams.append,
+    }
+    for name, stand_in in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    capture = gpu_capture(EngineStats())
+    with pytest.raises(RuntimeError, match="invalidated"):
+        capture(lambda: torch.zeros(1))
+    assert torch.cuda.current_stream() == "the usual"
+
+
+def test_sizes_are_few_and_reach_the_largest() -> None:
+    assert sizes(1) == [1]
+    assert sizes(3) == [1, 2, 3]
+    assert sizes(8) == [1, 2, 4, 8]
+    assert sizes(20) == [1, 2, 4, 8, 16, 20]
+    assert sizes(120) == [1, 2, 4, *range(8, 121, 8)]
+    assert sizes(300) == [*sizes(120), *range(128, 257, 16), 288, 300]
+    assert len(sizes(1024)) < 50
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen2-window-yarn", "qwen3_moe"])
+def test_steps_replayed_at_fixed_sizes_give_the_same_tokens(
+    name: str, ahead: int, checkpoint: Callable[[str], Path]
+) -> None:
+    requests = load()
+    settings: dict[str, Any] = {"dtype": "float32", "kv_memory": 32 << 20, "max_batch_size": 10}
+    with Engine(checkpoint(name), **settings) as engine:
+        expected = {c.request_id: c.token_ids for c in engine.generate(requests)}
+    with Engine(checkpoint(name), **settings) as engine:
+        runner, replays = engine._runner, Counter[int]()
+        engine._ahead = ahead
+        runner._model = FromTensors(runner._model)  # type: ignore[assignment]
+        runner.capture(recording(replays))
+        for cache in runner._caches:
+            cache[:, 1:] = float("nan")
+        found = {c.request_id: c.token_ids for c in engine.generate(requests)}
+        assert all(not cache[:, NULL_BLOCK].any() for cache in runner._caches)
+    assert found == expected
+    assert runner._graphs is None
+    assert len(replays) >= 4
+    assert sum(replays.values()) > 50
+    assert set(replays) <= {1, 2, 4, 8, 10}
+
+
+def test_a_replayed_step_sends_one_piece_and_block_tables_when_they_change(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[[str], Path]
+) -> None:
+    sent: Counter[str] = Counter()
+    for owner, name in ((runner_module, "put"), (DecodeGraphs, "place"), (Inputs, "fill")):
+        original = getattr(owner, name)
+
+        def counted(*given: Any, name: str = name, original: Any = original) -> Any:
+            sent[name] += 1
+            return original(*given)
+
+        monkeypatch.setattr(owner, name, counted)
+    with Engine(checkpoint("qwen3"), dtype="float32", kv_memory=32 << 20, block_size=16) as engine:
+        engine._runner._model = FromTensors(engine._runner._model)  # type: ignore[assignment]
+        engine._runner.capture(recording(Counter()))
+        counts = []
+        for tokens in (10, 40):
+            sent.clear()
+            params = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
+            list(engine.generate([Request([5], params)]))
+            counts.append(sent.copy())
+    assert counts[1] - counts[0] == {"fill": 30, "place": 2}
+
+
+def test_steps_are_captured_on_the_device_of_the_block_tables() -> None:
+    """On none that computes, but one that takes no operand of another's."""
+    tables = [torch.empty(3, 5, dtype=torch.int32, device="meta") for _ in range(2)]
+    logits, devices = torch.empty(3, 8, device="meta"), list[torch.device]()
+
+    def decode(rows: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+        given = (rows, batch.positions, batch.logits_rows, batch.query_starts, batch.seen)
+        devices.extend(tensor.device for tensor in given)
+        devices.extend(group.slots.device for group in batch.groups)
+        return logits[: len(rows)]
+
+    def capture(compute: Compute) -> Compute:
+        compute()
+        return compute
+
+    graphs = DecodeGraphs(decode, [None, 4], tables, (3, 70), logits, capture)
+    assert graphs.sizes == [1, 2, 3]
+    assert devices == [torch.device("meta")] * (3 * 7)
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 7])
+def test_the_integers_of_a_step_lie_apart_and_where_kernels_expect_them(sequences: int) -> None:
+    memory = torch.zeros(Inputs.bytes(sequences, 2) + 8, dtype=torch.uint8)
+    inputs, count = Inputs.over(memory, sequences, 2), torch.arange(sequences)
+    inputs.fill(count + 1, count + 20, [count + 300, count + 4000])
+    spans = (inputs.rows, inputs.positions, *inputs.slots, inputs.seen)
+    assert [span.tolist() for span in spans] == [
+        (count + first).tolist() for first in (1, 20, 300, 4000, 21)
+    ]
+    assert all((span.data_ptr() - memory.data_ptr()) % 16 == 0 for span in spans)
+    assert not memory[len(inputs.integers) :].any()
+
+
+def test_the_first_steps_are_the_largest_and_short_ones_and_leave_nothing(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    with Engine(checkpoint("gpt_oss"), dtype="float32", kv_memory=32 << 20) as engine:
+        runner = engine._runner
+        tokens, rows = list[int](), list[int]()
+        model: Any = runner._model
+
+        def watched(batch: ForwardBatch, *rest: Any) -> torch.Tensor:
+            tokens.append(len(batch.token_ids))
+            rows.append(len(model(batch, *rest)))
+            return torch.zeros(rows[-1], engine.config.vocab_size)
+
+        watched.prepare_rope = model.prepare_rope  # type: ignore[attr-defined]
+        runner._model = watched  # type: ignore[assignment]
+        runner.rehearse(64, 300, 200, 16)
+        assert tokens == [64 * (300 // 64), 1, 2, 4, 8, 16, 32, 64, 128]
+        assert rows == [64] + [1] * 8
+        assert not runner._caches
+        assert runner._sampler is None
+
+
+def test_a_step_that_cannot_be_captured_is_said_and_run_without(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    said: list[str] = []
+
+    def capture(compute: Compute) -> Compute:
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        finally:  # as the end of a GPU's capture
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    engine = Engine(checkpoint("qwen2"), kv_memory=8 << 20, notice=said.append)
+    engine._make_capture = lambda stats: capture
+    engine._together = 4
+    with engine:
+        assert engine._scheduler is not None
+        assert not engine._scheduler.together  # which pays where steps are replayed
+        (done,) = engine.generate([Request([1, 2], SamplingParams(max_new_tokens=4))])
+    assert len(done.token_ids) == 4
+    assert said == [
+        "decode steps are not replayed as graphs: operation not permitted when stream is capturing"
+    ]
+
+    def full(compute: Compute) -> Compute:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    engine._make_capture = lambda stats: full
+    with pytest.raises(EngineError, match="out of memory while the model was loaded"):
+        engine.warm_up()
+
+
+def test_times_of_loading_compiling_and_capturing_are_told_apart(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    def capturing(stats: EngineStats) -> Capture:
+        def capture(compute: Compute) -> Compute:
+            stats.compile_s += 1000.0  # as said by the capture, which alone can know
+            time.sleep(0.01)
+            return compute
+
+        return capture
+
+    engine = Engine(checkpoint("qwen2"), kv_memory=8 << 20, max_batch_size=2)
+    engine._make_capture = capturing
+    with engine:
+        stats = engine.stats
+    assert stats.compile_s == 2000
+    assert 0.02 <= stats.capture_s + 2000 < stats.warm_up_s
+    assert 0 < stats.load_s < stats.warm_up_s
+
+
+class NoQuestions(TorchDispatchMode):
+    """Refuses every operation whose result on a GPU would have to be waited for."""
+
+    asked = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "bincount")
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> torch.Tensor:
+        assert not any(name in str(func) for name in self.asked), func
+        if "aten.index.Tensor" in str(func):
+            assert all(index is None or index.dtype != torch.bool for index in args[1])
+        result: torch.Tensor = func(*args, **(kwargs or {}))
+        return result
+
+
+def test_a_decode_step_is_launched_without_asking_the_device(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the requests want: tokens are only looked at when they are read."""
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.7},
+        {"temperature": 0.7, "top_p": 0.999},
+        {"temperature": 0.7, "top_k": 30, "logprobs": 2},
+        {"logprobs": 5},
+    ]
+    requests = [
+        Request(
+            [5, 6, 7 + i], SamplingParams(max_new_tokens=20, seed=i, ignore_eos=True, **kind), i
+        )
+        for i, kind in enumerate(kinds)
+    ]
+    with Engine(checkpoint("gpt_oss"), dtype="float32", kv_memory=32 << 20) as engine:
+        expected = {c.request_id: c.token_ids for c in engine.generate(requests)}
+        runner, guarded = engine._runner, 0
+        engine._ahead = 1
+        # As elsewhere: on a CPU the rows that need a full sort are found out first.
+        monkeypatch.setattr(cpu, "draw", reference.draw)
+        launch, forward = runner.launch, runner._forward
+
+        def unguarded(batch: ForwardBatch) -> torch.Tensor:
+            with torch.utils._python_dispatch._disable_current_modes():
+                return forward(batch)
+
+        def launch_guarded(step: Any) -> Any:
+            nonlocal guarded
+            if step.chunks:
+                return launch(step)
+            guarded += 1
+            with NoQuestions():
+                return launch(step)
+
+        runner._forward = unguarded  # type: ignore[method-assign]
+        runner.launch = launch_guarded  # type: ignore[method-assign]
+        assert {c.request_id: c.token_ids for c in engine.generate(requests)} == expected
+        assert guarded == 19
+        monkeypatch.undo()
+        with pytest.raises(AssertionError, match="nonzero"):
+            list(engine.generate(requests))

@@ -1,0 +1,179 @@
+"""What a GPU would be given to do, without one: kernels are named instead of launched.
+
+The engine runs on the CPU with a GPU's kernels and tiles; nothing is computed, and of each launch
+only what Triton tells its compiled forms apart by is kept.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine import Engine, Request, SamplingParams
+from engine.decode_graphs import Compute
+from model import ops
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """(Kernel, form) of every launch on what stands in for an H100."""
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import JITFunction, create_function_from_signature
+
+    from model.ops import triton
+    from model.ops.triton import tiles
+    from tests.model.triton_compiler import target
+
+    backend, found = make_backend(target("sm_90")), list[tuple[str, str]]()
+
+    @cache
+    def binder(kernel: Any) -> Callable[..., Any]:
+        bind: Callable[..., Any] = create_function_from_signature(
+            kernel.signature, kernel.params, backend
+        )
+        return bind
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kw: Any) -> None:
+        bound, specialization, options = binder(kernel)(*args, **kw)
+        found.append((kernel.__name__, f"{specialization} {options}"))
+        if "tokens_ptr" in bound:  # what is drawn must be a token
+            bound["tokens_ptr"].zero_()
+
+    monkeypatch.setattr(JITFunction, "run", record)
+    monkeypatch.setattr(tiles, "architecture", lambda device: "sm_90")
+    for op in (triton.attention, triton.draw, triton.norm_qkv):
+        monkeypatch.setitem(op.__globals__, "processors", lambda device: 132)
+    monkeypatch.setitem(ops._BY_DEVICE, "cpu", triton)
+    return found
+
+
+class Launching(TorchDispatchMode):
+    """Adds torch's own operations to the launches, but for those that move nothing."""
+
+    _none = (
+        "empty",
+        "view",
+        "flatten",
+        "slice",
+        "select",
+        "expand",
+        "alias",
+        "transpose",
+        "squeeze",
+        "aten.t.",
+    )
+
+    def __init__(self, launches: list[tuple[str, str]]):
+        super().__init__()
+        self._launches = launches
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not any(name in str(func) for name in self._none):
+            self._launches.append((str(func).removeprefix("aten.").split(".")[0], ""))
+        return func(*args, **(kwargs or {}))
+
+
+def prepare(engine: Engine, launches: list[tuple[str, str]]) -> None:
+    """As `Engine.warm_up` on a GPU: rehearse, allocate, capture."""
+    runner = engine._runner
+    sizes = engine.max_batch_size, engine.max_batch_tokens
+    runner.rehearse(*sizes, engine.max_batch_tokens, engine.block_size)
+    runner.allocate(500, engine.block_size, engine.max_positions, engine.max_batch_size)
+
+    def capture(compute: Compute) -> Compute:
+        logits = compute()
+        return lambda: logits
+
+    runner.capture(capture)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 40])
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe"])
+def test_a_job_needs_no_kernel_that_warm_up_has_not_compiled(
+    name: str,
+    batch_size: int,
+    launches: list[tuple[str, str]],
+    checkpoint: Callable[[str], Path],
+) -> None:
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.7, "top_p": 0.9},
+        {"temperature": 0.7, "top_k": 30, "logprobs": 2},
+    ]
+    requests = [
+        Request(
+            [5] * size,
+            SamplingParams(max_new_tokens=3 + i % 5, ignore_eos=True, **kinds[i % 3]),
+        )
+        for i, size in enumerate((1, 2, 1, 20, 60, 150, 400, 3, 1, 7) * 6)
+    ]
+    with Engine(
+        checkpoint(name),
+        dtype="bfloat16",
+        max_batch_size=batch_size,
+        max_batch_tokens=256,
+        kv_memory=32 << 20,
+    ) as engine:
+        prepare(engine, launches)
+        compiled = set(launches)
+        launches.clear()
+        # In a pool beyond 2^31 elements, as that of a large GPU is.
+        for i, cache in enumerate(engine._runner._caches):
+            engine._runner._caches[i] = torch.empty_strided(
+                cache.shape, (1 << 40, *cache.stride()[1:]), dtype=cache.dtype, device="meta"
+            )
+        for request in requests:  # one at a time, then all together
+            list(engine.generate([request]))
+        list(engine.generate(requests))
+    assert len(launches) > 1000
+    assert set(launches) <= compiled, Counter(name for name, _ in set(launches) - compiled)
+
+
+# Of one row all products are our own, and norms are part of them.
+_QKV = ("_add_rms_norm", "linear", "_rotate_and_write")
+_ATTENTION, _MLP = ("_decode", "linear"), ("_add_rms_norm", "linear", "_swiglu", "linear")
+_SPLIT, _FUSED_MLP = ("_decode", "_combine", "_linear"), ("_linear", "_linear")
+_WINDOW = ("_decode", "_linear")
+_MOE = ("_add_rms_norm", "_linear", "_route", "_sort", "_gate_up", "_down", "_sum")
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "layers"),
+    [
+        ("llama-llama3-rope", 1, [("_linear", *_SPLIT, *_FUSED_MLP)] * 4),
+        ("qwen3", 1, [("_linear", "_rotate_and_write", *_SPLIT, *_FUSED_MLP)] * 4),
+        ("qwen3", 256, [_QKV + _ATTENTION + _MLP] * 4),
+        # Every other layer has a window.
+        ("gpt_oss-wide", 1, [("_linear", *x, *_MOE) for x in (_WINDOW, _SPLIT) * 2]),
+    ],
+)
+def test_kernels_of_a_decode_step(
+    name: str,
+    rows: int,
+    layers: list[tuple[str, ...]],
+    launches: list[tuple[str, str]],
+    checkpoint: Callable[[str], Path],
+) -> None:
+    settings: Any = {"dtype": "bfloat16", "max_batch_size": rows, "kv_memory": 32 << 20}
+    with Engine(checkpoint(name), **settings) as engine:
+        steps: dict[int, list[str]] = {}
+
+        def capture(compute: Compute) -> Compute:
+            launches.clear()
+            with Launching(launches):
+                logits = compute()
+            steps[len(logits)] = [kernel for kernel, _ in launches]
+            return lambda: logits
+
+        engine._runner.capture(capture)
+    # The last tokens, their embeddings, and the angles of their positions.
+    expected = ["index", "index", "index", *sum(layers, ()), "_add_rms_norm"]
+    expected += ["_linear" if rows == 1 else "linear", "copy_"]
+    assert steps[rows] == expected

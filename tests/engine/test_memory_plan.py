@@ -1,0 +1,192 @@
+"""Memory is checked before it is promised, and the lack of it in a run is got over."""
+
+import resource
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine import Engine, EngineError
+from engine import engine as module
+from engine import memory_plan as memory
+from engine.memory_plan import MemoryPlan, is_out_of_memory, size
+from model.cost.known_models import named_config
+from tests.engine.test_engine import load
+
+CPU = torch.device("cpu")
+
+
+def needs(**changes: Any) -> MemoryPlan:
+    config = replace(named_config("llama-3-8b"), **changes)
+    return MemoryPlan.of(config, CPU, torch.bfloat16, 64, 512)
+
+
+def test_needs_are_those_of_the_shapes() -> None:
+    llama = needs()
+    rotary = 4 * 8192 * 128
+    assert llama.weights == 8_030_261_248 * 2 + rotary  # parameters as the model's page has them
+    assert llama.activations == 512 * 2 * (3 * 4096 + 4 * 14_336)
+    assert llama.logits == 64 * 128_256 * (2 + 48)
+    tied = needs(tie_word_embeddings=True)
+    assert tied.weights == llama.weights  # the embedding is kept once as it is, once packed
+
+
+def test_a_model_with_every_tensor_counted_is_as_large_as_the_one_loaded(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    for name in ("gpt_oss", "qwen2", "qwen3_moe"):
+        engine = Engine(checkpoint(name), dtype="float32", kv_memory=8 << 20)
+        with engine:
+            model = engine._runner._model
+            found: dict[int, int] = {}
+            todo: list[Any] = [model]
+            while todo:
+                thing = todo.pop()
+                if isinstance(thing, torch.Tensor):
+                    found[thing.data_ptr()] = thing.nbytes
+                elif isinstance(thing, list | tuple):
+                    todo += thing
+                elif type(thing).__module__.startswith("model.") and hasattr(thing, "__dict__"):
+                    todo += vars(thing).values()
+        counted = MemoryPlan.of(engine.held_config, CPU, torch.float32, 64, 512).weights
+        assert counted == pytest.approx(sum(found.values()), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("available", "settings", "words"),
+    [
+        (300 << 10, {}, r"weights \S+ \+ KV cache at least .* = .* available; use a smaller model"),
+        (40 << 20, {"kv_memory": 1 << 30}, r"KV cache 1.00GiB .*; lower --kv-memory to \S+ or"),
+        (40 << 20, {"max_batch_tokens": 1 << 20}, r"activations \S+GiB .*--max-batch-tokens"),
+        (40 << 20, {"max_batch_size": 10**20}, r"block tables \S+GiB .*--max-batch-size"),
+        (40 << 20, {"block_size": 10**8}, r"available; lower --block-size"),
+    ],
+)
+def test_too_little_memory_is_said_with_the_arithmetic_before_anything_is_loaded(
+    available: int, settings: dict[str, Any], words: str,
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    engine = Engine(checkpoint("qwen2"), dtype="float32", **settings)
+    monkeypatch.setattr(module, "available_bytes", lambda device: available)
+    monkeypatch.setattr(engine._runner, "load", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(EngineError, match=words):
+        engine.warm_up()
+
+
+def test_the_advised_kv_memory_is_enough(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "available_bytes", lambda device: 40 << 20)
+    engine = Engine(checkpoint("qwen2"), dtype="float32", kv_memory=1 << 30)
+    with pytest.raises(EngineError, match="lower --kv-memory") as raised:
+        engine.warm_up()
+    advised = str(raised.value).split("--kv-memory to ")[1].split("MiB")[0]
+    with Engine(
+        checkpoint("qwen2"), dtype="float32", kv_memory=int(float(advised) * 2**20)
+    ) as engine:
+        assert engine.stats.kv_blocks > 1
+
+
+def test_the_kv_pool_leaves_room_for_activations_and_logits(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "available_bytes", lambda device: 40 << 20)
+    with Engine(checkpoint("qwen2"), dtype="float32") as engine:
+        need = MemoryPlan.of(engine.held_config, CPU, torch.float32, 64, 512)
+        left = (40 << 20) - need.activations - need.logits - need.rows
+        assert 0 < engine.stats.kv_bytes <= 0.4 * left
+
+
+def test_what_a_limit_of_the_shell_leaves_is_what_is_available(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert memory.available_bytes(CPU) > 0
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limit = used + (1 << 20)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (limit, limit))
+    assert memory.available_bytes(CPU) <= 2 << 20
+
+
+def test_requests_that_may_run_are_counted(checkpoint: Callable[[str], Path]) -> None:
+    """About as much as a process grows by them: block tables, parameters, lists."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    grown = []
+    for count in (64, 500_000):
+        before = resident()
+        with Engine(checkpoint("gpt_oss-wide"), kv_memory=8 << 20, max_batch_size=count) as engine:
+            grown.append(resident() - before)
+    needs = MemoryPlan.of(engine.held_config, CPU, torch.float32, 500_000, 512)
+    assert 0.3 * needs.rows < grown[1] - grown[0] < needs.rows
+
+
+def test_memory_that_is_gone_while_loading_is_one_error(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(checkpoint("qwen2"), dtype="float32", kv_memory=8 << 20)
+
+    def allocate(*_: object) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr(engine._runner, "allocate", allocate)
+    with pytest.raises(EngineError, match="out of memory while the model was loaded"):
+        engine.warm_up()
+
+
+def test_every_way_to_run_out_of_memory_is_known() -> None:
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+    assert is_out_of_memory(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling"))
+    assert not is_out_of_memory(RuntimeError("the device is gone"))
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(raised.value)
+
+
+def test_sizes_are_rounded_down_and_can_be_given_to_options() -> None:
+    assert [size(n) for n in (17, 2048, 3 << 20, (1 << 31) - 1)] == [
+        "17B", "2.00KiB", "3.00MiB", "1.99GiB",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+    ],
+)
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_run_out_of_memory_backs_off_says_so_and_gives_the_same_tokens(
+    error: Exception, ahead: int, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = load()
+    said: list[str] = []
+    with Engine(
+        checkpoint("gpt_oss"), dtype="float32", kv_memory=32 << 20, notice=said.append
+    ) as engine:
+        expected = {c.request_id: c.token_ids for c in engine.generate(requests)}
+        engine._ahead = ahead
+        steps, launch = 0, engine._runner.launch
+
+        def failing(step: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            if steps in (3, 20, 21):
+                for cache in engine._runner._caches:  # nothing half written may be read
+                    cache[:, 1:] = float("nan")
+                raise error
+            return launch(step)
+
+        monkeypatch.setattr(engine._runner, "launch", failing)
+        assert {c.request_id: c.token_ids for c in engine.generate(requests)} == expected
+    assert engine.stats.back_offs == 3
+    assert len(said) == 3
+    assert "going on with at most 5 and" in said[0]

@@ -1,0 +1,427 @@
+"""What ranks compute together is what one computes alone; each reads only its share."""
+
+import random
+import shutil
+import threading
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from engine import Completion, Engine, EngineError, Request, SamplingParams
+from engine.memory_plan import MemoryPlan
+from engine.model_runner import ModelRunner
+from engine.parallel import channel as link
+from engine.parallel import worker as rank
+from engine.parallel.channel import Channel
+from engine.parallel.coordinator import Ranks
+from engine.parallel.step_message import StepMessage
+from model import CheckpointError, ModelConfig, Transformer, load_config
+from model import loader as weights
+from model.attention import Attention
+from model.cost.operations import parameter_bytes
+from model.layers import Mlp
+from model.moe import Moe
+from model.sharding import Shard
+from tests.checkpoints import edit_config, write_mxfp4_pair
+from tests.engine.test_decode_graphs import FromTensors, recording
+
+CPU = torch.device("cpu")
+NEAR = 1e-3  # two logits this close may change places with the order of a sum
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Callable[[int], Ranks]]:
+    """How many → so many ranks, processes that the tests of this file share."""
+    made = cache(Ranks)
+    yield made
+    for size in (2, 4):
+        made(size).close()
+
+
+@pytest.fixture(scope="module")
+def folder(
+    checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """name → checkpoint: those of `checkpoint`, MXFP4, and a vocabulary that no rank divides."""
+
+    @cache
+    def make(name: str) -> Path:
+        own = tmp_path_factory.mktemp("parallel")
+        if name == "mxfp4":
+            write_mxfp4_pair(own / "packed", own / "dense")
+            return own / "packed"
+        if name == "odd-vocabulary":
+            shutil.copytree(checkpoint("qwen2"), own, dirs_exist_ok=True)
+            tensors = load_file(own / "model.safetensors")
+            tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:509]
+            save_file(tensors, own / "model.safetensors", metadata={"format": "pt"})
+            edit_config(own, vocab_size=509)
+            return own
+        return checkpoint(name)
+
+    return make
+
+
+def load(logprobs: int | None = None, temperature: float = 0.0) -> list[Request]:
+    draw = random.Random(7)
+    return [
+        Request(
+            draw.choices(range(1, 509), k=draw.randint(1, 150)),
+            SamplingParams(
+                max_new_tokens=draw.randint(5, 40),
+                ignore_eos=True,
+                temperature=temperature,
+                top_p=0.9,
+                seed=i,
+                logprobs=logprobs,
+            ),
+            i,
+        )
+        for i in range(8)
+    ]
+
+
+def run(folder: Path, requests: list[Request], **settings: Any) -> dict[int, Completion]:
+    with Engine(folder, dtype="float32", **{"kv_memory": 16 << 20, **settings}) as engine:
+        return {c.request_id: c for c in engine.generate(requests)}
+
+
+def near_ties(alone: dict[int, Completion], found: dict[int, Completion]) -> int:
+    """How many requests differ, each first where two tokens were nearly as likely."""
+    ties = 0
+    for i, completion in alone.items():
+        pairs = zip(completion.token_ids, found[i].token_ids, strict=True)
+        at = next((k for k, (mine, other) in enumerate(pairs) if mine != other), None)
+        if at is not None:
+            assert completion.logprobs is not None
+            (_, first), (_, second) = completion.logprobs[at].top
+            assert first - second < NEAR, (i, at)
+            ties += 1
+    return ties
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("qwen2", 2),
+        ("qwen2", 4),  # with 2 KV heads
+        ("gpt_oss", 2),
+        ("mxfp4", 2),
+        ("qwen3_moe", 2),
+        ("mixtral", 2),
+        ("llama-biases-linear-rope", 2),
+        ("odd-vocabulary", 2),
+    ],
+)
+def test_ranks_give_the_tokens_and_logits_of_one(
+    name: str, size: int, folder: Callable[[str], Path], ranks: Callable[[int], Ranks]
+) -> None:
+    alone = run(folder(name), load(logprobs=2))
+    assert sorted(alone) == list(range(8))
+    together = run(folder(name), load(), ranks=ranks(size))  # each looks in its own vocabulary
+    assert near_ties(alone, together) <= 1
+    gathered = run(folder(name), load(logprobs=2), ranks=ranks(size))  # from everyone's logits
+    assert near_ties(alone, gathered) <= 1
+    for i, completion in alone.items():
+        for mine, other in zip(completion.logprobs or (), gathered[i].logprobs or (), strict=True):
+            if mine.top[0][0] != other.top[0][0]:
+                break  # a near tie: what follows is another text
+            assert other.logprob == pytest.approx(mine.logprob, abs=1e-4)
+    drawn = run(folder(name), load(temperature=0.8), ranks=ranks(size))
+    expected = run(folder(name), load(temperature=0.8))
+    assert {i: c.token_ids for i, c in drawn.items()} == {
+        i: c.token_ids for i, c in expected.items()
+    }
+
+
+def test_a_step_is_one_broadcast_unless_it_is_long(
+    folder: Callable[[str], Path], ranks: Callable[[int], Ranks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: Counter[str] = Counter()
+    broadcast, step = Channel._broadcast, Channel.send_step
+
+    def count(self: Channel, values: torch.Tensor) -> None:
+        sent["broadcasts"] += 1
+        broadcast(self, values)
+
+    def count_step(self: Channel, work: StepMessage) -> None:
+        before = sent["broadcasts"]
+        step(self, work)
+        sent["long" if len(work.packed()) > 4094 else "short"] += 1
+        sent["in steps"] += sent["broadcasts"] - before
+
+    requests = [Request([i % 500 + 1] * 480, SamplingParams(max_new_tokens=4), i) for i in range(9)]
+    alone = run(folder("qwen2"), requests, max_batch_tokens=8192)
+    monkeypatch.setattr(Channel, "_broadcast", count)
+    monkeypatch.setattr(Channel, "send_step", count_step)
+    found = run(folder("qwen2"), requests, max_batch_tokens=8192, ranks=ranks(2))
+    assert {i: c.token_ids for i, c in found.items()} == {i: c.token_ids for i, c in alone.items()}
+    assert sent["long"] == 1
+    assert sent["short"] >= 3
+    assert sent["in steps"] == sent["short"] + 2 * sent["long"]
+
+
+_ints = st.lists(st.integers(0, 2**31 - 1), max_size=5)
+
+
+@given(st.data())
+def test_work_arrives_as_it_was_sent(data: st.DataObject) -> None:
+    decodes, chunks, groups = (data.draw(st.integers(0, 3)) for _ in range(3))
+
+    def draw(count: int) -> list[int]:
+        return data.draw(st.lists(st.integers(0, 999), min_size=count, max_size=count))
+
+    tables = [
+        (row, [array("i", data.draw(_ints)) for _ in range(groups)]) for row in data.draw(_ints)
+    ]
+    work = StepMessage(
+        decodes,
+        draw(decodes + chunks),
+        draw(decodes + chunks),
+        draw(chunks),
+        [value % 2 for value in draw(chunks)],
+        data.draw(_ints),
+        tables,
+        data.draw(st.booleans()),
+    )
+    assert StepMessage.unpacked(work.packed(), groups) == work
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", ["qwen2", "gpt_oss", "mxfp4", "qwen3_moe", "mixtral"])
+def test_a_rank_reads_its_share_and_no_more(
+    name: str, size: int, folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if size == 4 and name != "qwen2":
+        size = 2  # heads and experts that 4 does not divide
+    config = load_config(folder(name))
+    read, bytes_read = weights._Files.read, 0
+
+    def counted(self: weights._Files, *args: Any) -> torch.Tensor:
+        nonlocal bytes_read
+        tensor = read(self, *args)
+        bytes_read += tensor.numel() * tensor.element_size()
+        return tensor
+
+    monkeypatch.setattr(weights._Files, "read", counted)
+    shares = []
+    for number in range(size):
+        bytes_read = 0
+        shares.append(loaded(config, folder(name), Shard(number, size)))
+        assert bytes_read == parameter_bytes(config, "float32", size)
+    whole = loaded(config, folder(name), Shard())
+    assert parts_of(whole).keys() == parts_of(shares[0]).keys()
+    for part, tensor in parts_of(whole).items():
+        found = [parts_of(share)[part] for share in shares]
+        if part.startswith(("k of", "v of")):  # several ranks keep the same
+            found = found[:: max(1, size // config.num_kv_heads)]
+        assert torch.equal(torch.cat(found, dim=1 if "down of" in part else 0), tensor), part
+
+
+def loaded(config: ModelConfig, folder: Path, shard: Shard) -> Transformer:
+    model = Transformer(config, shard)
+    weights.load(model, folder, torch.float32, CPU)
+    return model
+
+
+def parts_of(model: Transformer) -> dict[str, torch.Tensor]:
+    """A model's shared tensors; along which dimension is in their names."""
+    found: dict[str, Any] = {"embedding": model.embedding}
+    for i, layer in enumerate(model.layers):
+        attention: Attention = layer.attention
+        widths = [n * attention.head_dim for n in (attention.heads, *[attention.kv_heads] * 2)]
+        qkv: Any = attention.qkv.weight
+        for name, rows in zip("qkv", qkv.split(widths), strict=True):
+            found[f"{name} of {i}"] = rows
+        found[f"down of attention {i}"] = attention.out.weight
+        if attention.sinks is not None:
+            found[f"sinks of {i}"] = attention.sinks
+        if isinstance(layer.mlp, Moe):
+            found[f"experts of {i}"] = torch.stack([*layer.mlp.experts.gate_up])  # type: ignore[misc]
+        elif isinstance(layer.mlp, Mlp):
+            gate_up: Any = layer.mlp.gate_up.weight
+            for name, rows in zip(("gate", "up"), gate_up.chunk(2), strict=True):
+                found[f"{name} of {i}"] = rows
+            found[f"down of mlp {i}"] = layer.mlp.down.weight
+    return found
+
+
+def test_numbers_that_cannot_be_are_refused_with_those_that_can(
+    folder: Callable[[str], Path],
+) -> None:
+    with pytest.raises(
+        EngineError, match=r"6 heads .2 KV., 6 experts .* 4 GPUs; possible: 1, 2, 6"
+    ):
+        Engine(folder("gpt_oss"), tensor_parallel=4)
+    with pytest.raises(EngineError, match="over 3 GPUs; possible: 1, 2, 4"):
+        Engine(folder("qwen2"), tensor_parallel=3)
+
+
+def test_a_rank_that_is_killed_ends_the_run_with_its_name(folder: Callable[[str], Path]) -> None:
+    requests = [Request([1, 2], SamplingParams(max_new_tokens=400, ignore_eos=True))] * 4
+    with Engine(folder("qwen2"), dtype="float32", tensor_parallel=2) as engine:
+        (process,) = engine._ranks._processes
+
+        def kill(token: int) -> None:
+            process.kill()
+
+        requests[1] = Request([3], SamplingParams(max_new_tokens=400), 1, kill)
+        with pytest.raises(EngineError, match=r"rank 1 of 2 died: killed by signal 9 .SIGKILL"):
+            list(engine.generate(requests))
+    assert process.returncode == -9
+    # And the engine can be warmed up again.
+    with engine:
+        (done,) = engine.generate([Request([1, 2], SamplingParams(max_new_tokens=4))])
+        processes = engine._ranks._processes
+        assert len(done.token_ids) == 4
+    assert processes[0].returncode == 0
+
+
+def test_what_goes_wrong_on_another_rank_is_said(ranks: Callable[[int], Ranks]) -> None:
+    ranks(2).start(CPU)
+    with pytest.raises(CheckpointError, match="rank 1: /nowhere"):
+        ranks(2).call("make", ("/nowhere", "float32", 1), lambda: None)
+    own = Ranks(2)
+    own.start(CPU)
+
+    def compute_without_a_runner() -> None:
+        with own.together():
+            assert own.link is not None
+            own.send_step(StepMessage(0, [], [], [], [], [], [], False))
+            own.link.reports("")
+
+    with pytest.raises(EngineError, match="rank 1 of 2 died: AssertionError"):
+        compute_without_a_runner()
+    assert not own.listening
+
+
+def test_out_of_memory_on_any_rank_ends_the_run_with_what_helps(
+    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine(folder("qwen2"), dtype="float32", tensor_parallel=2) as engine:
+        with pytest.raises(EngineError, match=r"rank 1 of 2 died.* lower --max-batch-tokens"):
+            engine._ranks.call("allocate", (1 << 40, 16, 64, 4), lambda: None)
+        assert not engine._ranks.listening
+    with Engine(folder("qwen2"), dtype="float32", tensor_parallel=2) as engine:
+        forward, steps = engine._runner._forward, Counter[str]()
+
+        def fail_at_the_third(batch: Any) -> torch.Tensor:
+            steps["run"] += 1
+            if steps["run"] == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return forward(batch)
+
+        monkeypatch.setattr(engine._runner, "_forward", fail_at_the_third)
+        (process,) = engine._ranks._processes
+        with pytest.raises(EngineError, match=r"2 ranks do together.* lower --max-batch-tokens"):
+            list(engine.generate(load()))
+        assert process.returncode is not None
+
+
+def test_what_a_gpu_waits_for_is_broken_off_when_a_rank_has_died(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own, aborted = Ranks(2), threading.Event()
+    own.start(CPU)
+    assert own.link is not None
+    monkeypatch.setattr(own.link, "abort", aborted.set)
+    own._watcher = threading.Thread(target=own._watch, args=(own.link,), daemon=True)
+    own._watcher.start()
+    assert not aborted.wait(0.5)
+    own._processes[0].kill()
+    assert aborted.wait(30)
+    own._listening = False
+    own.close()
+    assert own._watcher is None
+
+
+class InThreads(Ranks):
+    """Two ranks in one process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, replays: Counter[int]) -> None:
+        super().__init__(2)
+        monkeypatch.setattr(rank, "gpu_capture", lambda stats: recording(replays))
+        store = dist.HashStore()
+        self._other = threading.Thread(
+            target=lambda: rank.serve(Channel(1, 2, store, CPU, True), CPU), daemon=True
+        )
+        self._other.start()
+        self.link = Channel(0, 2, store, CPU, True)
+        self._listening = True
+
+    def close(self) -> None:
+        link = self.link  # which lives until nobody needs it
+        super().close()
+        self._other.join()
+        del link
+
+
+@pytest.mark.parametrize("other", [40 << 20, 60 << 20])
+def test_kv_blocks_are_as_many_as_every_rank_has_room_for(
+    other: int, folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main = threading.main_thread()
+    monkeypatch.setattr(
+        link, "available_bytes",
+        lambda device: 400 << 20 if threading.current_thread() is main else other,
+    )  # fmt: skip
+    ranks = InThreads(monkeypatch, Counter())
+    with Engine(folder("qwen2"), dtype="float32", ranks=ranks) as engine:
+        assert engine._runner.block_bytes(16) == 4 * 2 * 16 * 1 * 16 * 4  # one of 2 KV heads
+        needs = MemoryPlan.of(engine.config, CPU, torch.float32, 64, 512, 2)
+        left = other // 2 - needs.activations - needs.logits
+        assert 0.35 * left < engine.stats.kv_bytes <= 0.4 * left
+    ranks.close()
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen2"])
+def test_captured_steps_exchange_as_others_do(
+    name: str, folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(folder(name), load())
+    capture = ModelRunner.capture
+
+    def capture_from_tensors(self: ModelRunner, *args: Any) -> None:
+        self._model = FromTensors(self._model)  # type: ignore[assignment]
+        capture(self, *args)
+
+    monkeypatch.setattr(ModelRunner, "capture", capture_from_tensors)
+    mine, theirs = Counter[int](), Counter[int]()
+    ranks = InThreads(monkeypatch, theirs)
+    engine = Engine(folder(name), dtype="float32", kv_memory=16 << 20, ranks=ranks)
+    engine._make_capture = lambda stats: recording(mine)
+    with engine:
+        found = {c.request_id: c.token_ids for c in engine.generate(load())}
+    ranks.close()
+    assert found == {i: c.token_ids for i, c in expected.items()}
+    assert mine == theirs
+    assert sum(mine.values()) > 30
+
+
+def test_steps_are_captured_by_every_rank_or_by_none(
+    folder: Callable[[str], Path], ranks: Callable[[int], Ranks]
+) -> None:
+    said: list[str] = []
+    replays = Counter[int]()
+    expected = run(folder("qwen2"), load())
+    engine = Engine(
+        folder("qwen2"), dtype="float32", kv_memory=16 << 20, ranks=ranks(2), notice=said.append
+    )
+    # The other rank, on a CPU, has no graphs.
+    engine._make_capture = lambda stats: recording(replays)
+    with engine:
+        found = {c.request_id: c.token_ids for c in engine.generate(load())}
+    assert found == {i: c.token_ids for i, c in expected.items()}
+    assert not replays
+    assert len(said) == 1
+    assert "rank 1" in said[0]

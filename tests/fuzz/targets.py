@@ -1,0 +1,218 @@
+"""What is fuzzed: each takes a folder to work in and the bytes of a file, good or not.
+
+A result or an error of ours is right; any other exception is not, nor is a hang.
+"""
+
+import gzip
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import zstandard
+
+from engine import SamplingParams
+from getp.errors import GetpError
+from getp.files import read_token_file
+from getp.job.inputs import scan
+from getp.job.journal import Journal
+from getp.job.request_reader import Defaults, Failure, Task, TaskReader
+from model import CheckpointError, Transformer, load_config
+from model import loader as weights
+from tests.getp.helpers import CHAT_TEMPLATE, byte_level, small_tokenizer, write_tokenizer
+from tokenizer import ChatTemplate, Tokenizer, TokenizerError
+
+TOKENIZER = small_tokenizer()
+GOOD = {
+    "custom_id": "a",
+    "method": "POST",
+    "url": "/v1/chat/completions",
+    "body": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3},
+}
+_LINES = (json.dumps(GOOD) + "\n").encode() * 2
+_HEADER = {"fingerprint": {"a": 1}}
+_MODEL = {  # small enough that what a damaged config makes of it is small, too
+    "model_type": "gpt_oss", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512,
+    "num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 20,
+    "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "eos_token_id": 0,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 150000.0, "factor": 8.0, "beta_fast": 32.0,
+        "beta_slow": 1.0, "original_max_position_embeddings": 64, "truncate": False,
+    },
+}  # fmt: skip
+
+
+class Target(NamedTuple):
+    """A file that is read: a good one, and what is done with it."""
+
+    good: bytes
+    use: Callable[[Path, bytes], None]
+
+
+def read_all(path: Path) -> None:
+    """Read a job's input to its end; no request may fail inside of us."""
+    try:
+        source = scan(str(path))
+        reader = TaskReader(source, Defaults(SamplingParams()), TOKENIZER)
+        tasks = [reader.read(line) for line in source.lines()]
+    except GetpError:
+        return
+    assert len(tasks) == source.total
+    assert all(isinstance(task, (Task, Failure)) for task in tasks)
+    internal = [t for t in tasks if isinstance(t, Failure) and t.code == "internal_error"]
+    assert not internal, internal
+
+
+def input_named(name: str) -> Callable[[Path, bytes], None]:
+    """Return what reads the bytes as a job's input of that name."""
+
+    def use(folder: Path, data: bytes) -> None:
+        (folder / name).write_bytes(data)
+        read_all(folder / name)
+
+    return use
+
+
+def token_file(folder: Path, data: bytes) -> None:
+    """Read a file of token ids."""
+    (folder / "tokens").write_bytes(data)
+    _refused_at_most(lambda: read_token_file(str(folder / "tokens")), GetpError)
+
+
+def journal_file(folder: Path, data: bytes) -> None:
+    """Open a journal and read what it says is done. Whose checksums are right is believed."""
+    (folder / "journal").write_bytes(data)
+
+    def open_again() -> None:
+        with Journal(str(folder / "journal"), _HEADER, 5) as journal:
+            for index in range(5):
+                if index in journal:
+                    journal.read(index)
+
+    _refused_at_most(open_again, GetpError)
+
+
+def tokenizer_file(folder: Path, data: bytes) -> None:
+    """Load a tokenizer.json and encode."""
+    _with_tokenizer(folder, "tokenizer.json", data)
+
+
+def tokenizer_config(folder: Path, data: bytes) -> None:
+    """Load a tokenizer_config.json."""
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    _with_tokenizer(folder, "tokenizer_config.json", data)
+
+
+def _with_tokenizer(folder: Path, name: str, data: bytes) -> None:
+    if not (folder / "tokenizer.json").exists() or name == "tokenizer.json":
+        write_tokenizer(folder, template=None)
+    (folder / name).write_bytes(data)
+
+    def use() -> None:
+        Tokenizer.load(folder).encode("hello 你")
+
+    _refused_at_most(use, TokenizerError)
+
+
+def chat_template(folder: Path, data: bytes) -> None:
+    """Compile and render a chat template."""
+    source = data.decode("utf-8", "replace")
+    messages = [{"role": "user", "content": "hi"}]
+    _refused_at_most(lambda: ChatTemplate(source).render(messages), TokenizerError)
+
+
+def config_json(folder: Path, data: bytes) -> None:
+    """Read a model's config."""
+    (folder / "config.json").write_bytes(data)
+    _refused_at_most(lambda: load_config(folder), CheckpointError)
+
+
+def safetensors_header(folder: Path, data: bytes) -> None:
+    """Load a checkpoint whose only file has these bytes for its header, lengths included."""
+    header, whole = _shard(folder)
+    (folder / "a.safetensors").write_bytes(data + whole[header:])
+    (folder / _INDEX).write_bytes(index_of(whole[:header]))
+    _load(folder)
+
+
+def safetensors_index(folder: Path, data: bytes) -> None:
+    """Load a checkpoint with this index of its files."""
+    (folder / "a.safetensors").write_bytes(_shard(folder)[1])
+    (folder / _INDEX).write_bytes(data)
+    _load(folder)
+
+
+_INDEX = "model.safetensors.index.json"
+
+
+def checkpoint_copy(checkpoint: Path, folder: Path) -> Path:
+    """Prepare a folder for the two above, of a checkpoint of one file."""
+    folder.mkdir(exist_ok=True)
+    shutil.copy(checkpoint / "config.json", folder)
+    shutil.copy(checkpoint / "model.safetensors", folder / "good.safetensors")
+    return folder
+
+
+def _shard(folder: Path) -> tuple[int, bytes]:
+    """Where the header of the good file in `folder` ends, and the file."""
+    whole = (folder / "good.safetensors").read_bytes()
+    return 8 + int.from_bytes(whole[:8], "little"), whole
+
+
+def header_of(folder: Path) -> bytes:
+    """Return the good header of the checkpoint in `folder`."""
+    header, whole = _shard(folder)
+    return whole[:header]
+
+
+def index_of(header: bytes) -> bytes:
+    """Return the index that names one file for everything in a header."""
+    names = [name for name in json.loads(header[8:]) if name != "__metadata__"]
+    return json.dumps({"weight_map": dict.fromkeys(names, "a.safetensors")}).encode()
+
+
+def _load(folder: Path) -> None:
+    config = load_config(folder)
+
+    def load() -> None:
+        weights.load(Transformer(config), folder, torch.float32, torch.device("cpu"))
+
+    _refused_at_most(load, CheckpointError)
+
+
+def _refused_at_most(step: Callable[[], object], error: type[Exception]) -> None:
+    try:
+        step()
+    except error as refusal:
+        assert str(refusal)  # noqa: PT017 - it may also not be refused
+
+
+def _good_journal() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "journal"
+        with Journal(str(path), _HEADER, 5) as journal:
+            for index in range(4):
+                journal.append(index, index != 2, b"%d %d" % (index, index))
+        return path.read_bytes()
+
+
+TARGETS = {
+    "text": Target(b"3\none\n\xe4\xbd\xa0\nthree\n", input_named("in.txt")),
+    "jsonl": Target(_LINES, input_named("in.jsonl")),
+    "gzip": Target(gzip.compress(_LINES), input_named("in.jsonl.gz")),
+    "zstd": Target(zstandard.compress(_LINES), input_named("in.jsonl.zst")),
+    "tokens": Target(b"1 2 3\n\n44 5\n", token_file),
+    "journal": Target(_good_journal(), journal_file),
+    "tokenizer": Target(byte_level().to_str().encode(), tokenizer_file),
+    "tokenizer-config": Target(
+        b'{"bos_token": "<bos>", "chat_template": [{"name": "default", "template": "x"}]}',
+        tokenizer_config,
+    ),
+    "template": Target(CHAT_TEMPLATE.encode(), chat_template),
+    "config": Target(json.dumps(_MODEL).encode(), config_json),
+}

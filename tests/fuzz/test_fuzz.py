@@ -1,0 +1,89 @@
+"""Whatever the bytes: a clear error of ours or a result, never another exception, never a hang.
+
+`HYPOTHESIS_PROFILE=long pytest tests/fuzz/test_fuzz.py` tries much more than the check does.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.fuzz.targets import (
+    GOOD,
+    TARGETS,
+    checkpoint_copy,
+    header_of,
+    index_of,
+    read_all,
+    safetensors_header,
+    safetensors_index,
+)
+
+_SLOW_DISK = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+settings.register_profile(
+    "check", max_examples=60, deadline=60_000, suppress_health_check=_SLOW_DISK, derandomize=True
+)
+settings.register_profile(
+    "long", max_examples=2000, deadline=60_000, suppress_health_check=_SLOW_DISK
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "check"))
+
+values: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+FIELDS = (
+    "custom_id id method url body model prompt messages max_tokens temperature top_p top_k seed "
+    "stop logprobs top_logprobs n stream tools response_format chat_template_kwargs role content"
+).split()
+odd_values = values | st.sampled_from(["POST", "/v1/completions", {"prompt": "x"}, 1, "hi"])
+records = st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=5), odd_values, max_size=6)
+
+
+@st.composite
+def damaged(draw: st.DrawFn, good: bytes) -> bytes:
+    """Bytes of a good file, some of them replaced, removed or doubled."""
+    data = good
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, max(len(data) - 1, 0)))
+        end = min(len(data), at + draw(st.integers(0, 9)))
+        data = data[:at] + draw(st.binary(max_size=6) | st.just(data[at:end] * 2)) + data[end:]
+    return data
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@given(st.data())
+def test_files(name: str, tmp_path: Path, data: st.DataObject) -> None:
+    target = TARGETS[name]
+    target.use(tmp_path, data.draw(st.binary(max_size=60) | damaged(target.good)))
+
+
+@given(records, records)
+def test_jsonl_with_odd_fields(tmp_path: Path, record: Any, body: Any) -> None:
+    lines = [record, {**GOOD, "body": body}, {**GOOD, **record}, {**body, "prompt": "x"}]
+    lines.append({**GOOD, "custom_id": "b", "body": {**GOOD["body"], **body}})  # type: ignore[dict-item]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    read_all(tmp_path / "in.jsonl")
+
+
+@pytest.fixture
+def copied(tmp_path: Path, checkpoint: Callable[[str], Path]) -> Path:
+    return checkpoint_copy(checkpoint("qwen2"), tmp_path / "copy")
+
+
+@given(st.data())
+def test_a_safetensors_header(copied: Path, data: st.DataObject) -> None:
+    safetensors_header(copied, data.draw(damaged(header_of(copied))))
+
+
+@given(st.data())
+def test_a_safetensors_index(copied: Path, data: st.DataObject) -> None:
+    safetensors_index(copied, data.draw(damaged(index_of(header_of(copied)))))

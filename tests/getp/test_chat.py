@@ -1,0 +1,215 @@
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from engine import SamplingParams
+from getp.errors import GetpError, Interrupted, UsageProblem
+from getp.terminal import Screen
+from getp.text import chat_session as chat
+from getp.text.chat_session import Settings
+from tests.getp.helpers import FakeEngine, fake_engine, metaspace, small_tokenizer
+from tokenizer import Tokenizer
+from tokenizer.harmony import ChannelText
+
+TOKENIZER = small_tokenizer()
+SETTINGS = Settings(SamplingParams(max_positions=500, stop_ids=TOKENIZER.stop_ids), chat=True)
+FINAL = "<|channel|>final<|message|>"
+
+Talk = Callable[..., tuple[str, str]]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Talk:
+    """Run a chat on piped lines; return what it wrote to standard output and error."""
+
+    def run(lines: str, engine: Any, **changes: Any) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        first = changes.pop("first", None)
+        settings = Settings(**{**vars(SETTINGS), **changes})
+        chat.chat(settings, first, TOKENIZER, engine)
+        out, err = capsys.readouterr()
+        return out, err
+
+    return run
+
+
+def says(text: str) -> Callable[[Sequence[int]], Sequence[int]]:
+    return lambda prompt: TOKENIZER.encode(text)
+
+
+def prompts(engine: FakeEngine) -> list[str]:
+    return [TOKENIZER.decode(r.prompt_ids, skip_special=False) for r in engine.requests]
+
+
+def test_earlier_turns_come_back_with_their_final_text_alone(talk: Talk) -> None:
+    thinking = "<|channel|>analysis<|message|>hm 🙂<|end|><|start|>assistant"
+    engine = FakeEngine(says(thinking + FINAL + "It is 4.<|return|>"))
+    out, err = talk("2+2?\nsure?\n", engine)
+    assert out == "It is 4.\nIt is 4.\n"
+    assert err.count("[analysis] hm 🙂\n") == 2
+    assert prompts(engine)[1] == (
+        "<|start|>user<|message|>2+2?<|end|><|start|>assistant<|message|>It is 4.<|end|>"
+        "<|start|>user<|message|>sure?<|end|><|start|>assistant"
+    )
+
+
+def test_each_answer_tells_its_speed_and_what_was_cached(talk: Talk) -> None:
+    engine = FakeEngine(says(FINAL + "4<|return|>"))
+    _, err = talk("hi\n", engine)
+    count = len(engine.requests[0].prompt_ids)
+    assert f", 2 of {count} prompt tokens cached, cut at the length limit]" in err
+    assert "9.0 tok/s" in err  # nine tokens in the fake engine's one second
+
+
+def test_commands(talk: Talk) -> None:
+    engine = FakeEngine(says(FINAL + "ok<|return|>"))
+    lines = "one\n/system be kind\ntwo\n/reset\n\nthree\n/system\nfour\n/help\n/what\n/quit\nno\n"
+    out, err = talk(lines, engine, system="first")
+    assert out == "ok\n" * 4
+    one, two, three, four = prompts(engine)
+    assert one.startswith("<|start|>system<|message|>first<|end|><|start|>user<|message|>one")
+    assert two.startswith("<|start|>system<|message|>be kind<|end|><|start|>user<|message|>one")
+    assert three.startswith("<|start|>system<|message|>be kind<|end|><|start|>user<|message|>three")
+    assert four.startswith("<|start|>user<|message|>three")
+    assert "/system TEXT" in err
+    assert "unknown command /what" in err
+
+
+def test_the_first_message_may_come_from_the_command_line(talk: Talk) -> None:
+    engine = FakeEngine(says(FINAL + "ok<|return|>"))
+    assert talk("", engine, first="hello")[0] == "ok\n"
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(talk: Talk) -> None:
+    presses = iter([signal.SIGINT])
+
+    def answer(prompt: Sequence[int]) -> Iterator[int]:
+        yield from TOKENIZER.encode(FINAL + "some")
+        for press in presses:  # in the first answer only
+            os.kill(os.getpid(), press)
+        yield from TOKENIZER.encode(" words that go on")
+
+    engine = FakeEngine(answer)
+    before = signal.getsignal(signal.SIGINT)
+    out, err = talk("go\nagain\n", engine)
+    assert signal.getsignal(signal.SIGINT) is before
+    half, whole = out.splitlines()
+    assert whole == "some words that go on"
+    assert whole.startswith(half)
+    assert len(half) < len(whole)
+    assert err.count("stopped]") == 1
+    assert f"assistant<|message|>{half}<|end|>" in prompts(engine)[1]
+
+
+def test_a_conversation_that_is_too_long_says_so_and_goes_on(talk: Talk) -> None:
+    engine = FakeEngine(says(FINAL + "ok<|return|>"), max_positions=60)
+    out, err = talk("x" * 100 + "\n" + "hi\n" * 20, engine)
+    assert out.startswith("ok\nok\n")
+    alone, conversation, *_ = (line for line in err.splitlines() if "limit is 60" in line)
+    assert "the message alone" in alone
+    assert "/reset" not in alone
+    assert "/reset" in conversation
+
+
+def test_a_template_that_refuses_the_turn_does_not_end_the_chat(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing = "{% if messages|length > 1 %}{{ raise_exception('one only') }}{% endif %}hi"
+    monkeypatch.setattr(sys.modules[__name__], "TOKENIZER", small_tokenizer(refusing))
+    _, err = talk("a\nb\n/reset\nc\n", fake_engine(lambda prompt: [5]))
+    assert "one only" in err
+
+
+def test_a_chat_needs_a_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(GetpError, match=r"no chat template.*-z"):
+        chat.chat(SETTINGS, None, small_tokenizer(None), fake_engine())
+
+
+def test_generate_streams_whole_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = Settings(SamplingParams())
+    text = "naïve 🙂 déjà"
+    chat.generate(settings, "hi", TOKENIZER, fake_engine(says(text)))
+    out, err = capsys.readouterr()
+    assert out == text + "\n"
+    assert "tok/s" in err
+
+
+def test_generate_stops_before_a_stop_string(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = Settings(SamplingParams(), stops=("END",))
+    chat.generate(settings, "hi", TOKENIZER, fake_engine(says("words EEND more")))
+    assert capsys.readouterr().out == "words E\n"
+
+
+def test_text_held_for_a_stop_string_is_shown_at_the_end(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = Settings(SamplingParams(), stops=("END",))
+    chat.generate(settings, "hi", TOKENIZER, fake_engine(says("words EN")))
+    assert capsys.readouterr().out == "words EN\n"
+
+
+def test_generate_works_with_a_sentencepiece_tokenizer(capsys: pytest.CaptureFixture[str]) -> None:
+    plain = Tokenizer(metaspace())
+    chat.generate(Settings(SamplingParams()), "a bad head é", plain, fake_engine())
+    assert capsys.readouterr().out == "a bad head é\n"
+
+
+def test_generate_ends_with_the_engines_error() -> None:
+    with pytest.raises(GetpError, match="too long"):
+        chat.generate(Settings(SamplingParams(max_positions=2)), "hello", TOKENIZER, fake_engine())
+
+
+def test_ctrl_c_ends_generate_after_what_it_said(capsys: pytest.CaptureFixture[str]) -> None:
+    def answer(prompt: Sequence[int]) -> Sequence[int]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return prompt
+
+    with pytest.raises(Interrupted):
+        chat.generate(Settings(SamplingParams()), "hello", TOKENIZER, fake_engine(answer))
+    assert len(capsys.readouterr().out) <= len("hello\n")
+
+
+def test_the_prompt_is_given_or_piped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pipe(data: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+    assert chat.prompt_text("given") == "given"
+    pipe("two\nlines é\n".encode())
+    assert chat.prompt_text(None) == "two\nlines é"
+    pipe(b"\xff")
+    with pytest.raises(GetpError, match="not UTF-8"):
+        chat.prompt_text("-")
+    pipe(b"\n")
+    with pytest.raises(UsageProblem, match="empty"):
+        chat.prompt_text(None)
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    with pytest.raises(UsageProblem, match="-i/--input"):
+        chat.prompt_text(None)
+
+
+def test_a_terminal_gets_no_control_characters_from_the_model() -> None:
+    out, aside = Terminal(), Terminal()
+    screen = Screen(out, aside)
+    screen.show(ChannelText("analysis", "a\x1b[31mb\x07"))
+    screen.show(ChannelText("final", "c\r\x9b2Jd\te\x7f"))
+    screen.end()
+    assert aside.getvalue() == "\x1b[2m[analysis] a[31mb\x1b[0m\n"
+    assert out.getvalue() == "c2Jd\te\n"
+
+
+def test_elsewhere_the_text_goes_out_as_it_is() -> None:
+    out, aside = io.StringIO(), io.StringIO()
+    screen = Screen(out, aside)
+    screen.show(ChannelText("final", "c\x1b[31m\n"))
+    screen.end()
+    assert out.getvalue() == "c\x1b[31m\n"

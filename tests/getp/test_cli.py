@@ -1,0 +1,318 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import getp
+from getp.cli import main as cli
+from getp.files import read_token_file
+from model.ops.cpu import bindings as calls
+from tests.getp.helpers import FakeEngine, write_tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A directory with a tokenizer, and an engine that asks for no more."""
+    monkeypatch.setattr(cli, "load_engine", lambda options: FakeEngine())
+    return str(write_tokenizer(tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    file = tmp_path / "input.txt"
+    file.write_text("2\nhello\nworld\n")
+    return str(file)
+
+
+def command(*args: str, **rest: Any) -> "subprocess.CompletedProcess[str]":
+    script = [sys.executable, str(ROOT / "run.py"), *args]
+    return subprocess.run(script, capture_output=True, text=True, check=False, **rest)
+
+
+def test_help_lists_every_option_in_groups_and_imports_no_torch() -> None:
+    program = (
+        "import sys; from getp.cli.main import run; status = run(['--help']); "
+        "sys.exit(status or 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    titles = re.findall(r"^(\w+):$", done.stdout, re.MULTILINE)
+    assert titles == ["Job", "Prompt", "Sampling", "Length", "Engine", "Plan", "Help"]
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    done = command("--version")
+    assert done.stdout == f"getp {getp.__version__}\n"
+    assert f'version = "{getp.__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["-m", "train"], ["'-m' / '--mode'", "'train'", "'generate'", "'eval'"]),
+        (["-t", "-1"], ["'--temperature'", "-1", "x>=0"]),
+        (["-t", "nan"], ["'--temperature'", "nan", "finite"]),
+        (["-t", "inf"], ["'--temperature'", "inf", "finite"]),
+        (["-p", "nan"], ["'--top-p'", "nan", "finite"]),
+        (["--flush-interval", "nan"], ["'--flush-interval'", "nan", "finite"]),
+        (["--flush-interval", "inf"], ["'--flush-interval'", "inf"]),
+        (["--flush-interval", "1e300"], ["'--flush-interval'", "1e+300", "0<=x<=31536000"]),
+        (["--grace", "nan"], ["'--grace'", "nan", "finite"]),
+        (["-m", "plan", "--price", "nan"], ["'--price'", "nan", "finite"]),
+        (["--top-k", "9" * 20], ["'--top-k'", "999", "0<=x<="]),
+        (["-p", "0"], ["'--top-p'", "0", "0<x<=1"]),
+        (["--top-k", "x"], ["'--top-k'", "'x'", "integer"]),
+        (["-n", "-5"], ["'--steps'", "-5", "x>=0"]),
+        (["-s", "-1"], ["'--seed'", "-1", "0<=x"]),
+        (["--kv-memory", "4 apples"], ["'--kv-memory'", "'4 apples'", "GiB"]),
+        (["--kv-memory", "0"], ["'--kv-memory'", "'0'"]),
+        (["--device", "tpu"], ["'--device'", "'tpu'", "auto, cpu, cuda"]),
+        (["--dtype", "int8"], ["'--dtype'", "'int8'", "'bfloat16'"]),
+        (["--stop", ""], ["--stop", "empty"]),
+        (["--line", "1"], ["--line", "mode generate", "decode"]),
+        (["-o", "x"], ["-o/--output", "mode generate", "getp, decode"]),
+        (["--restart"], ["--restart", "mode generate", "getp"]),
+        (["--max-errors", "-1"], ["'--max-errors'", "-1", "x>=0"]),
+        (["-y", "be kind"], ["-y/--system", "--chat-template"]),
+        (["-i", ""], ["-i/--input", "empty"]),
+        (["-m", "chat", "--raw"], ["--raw", "mode chat"]),
+        (["-m", "getp", "-o", "x"], ["mode getp needs -i/--input FILE"]),
+        (["-m", "getp", "-i", "x"], ["mode getp needs -o/--output FILE"]),
+        (["-m", "decode"], ["mode decode needs -i/--input FILE"]),
+        (["-m", "eval", "-i", "x"], ["--reference FILE or --expected FILE"]),
+        (["-m", "eval", "-t", "1"], ["-t/--temperature", "mode eval"]),
+        (["--nonsense"], ["--nonsense"]),
+        (["-z", "/nowhere"], ["'--tokenizer'", "/nowhere"]),
+    ],
+)
+def test_a_wrong_value_names_the_option_and_what_is_allowed(
+    checkpoint: str, capsys: pytest.CaptureFixture[str], args: list[str], words: list[str]
+) -> None:
+    prompt = [] if "-i" in args or "-m" in args else ["-i", "hi"]
+    assert cli.run([checkpoint, *prompt, *args]) == 2
+    out, err = capsys.readouterr()
+    first = err.splitlines()[0]
+    assert not out
+    assert first.startswith("getp: error: ")
+    for word in words:
+        assert word in first
+
+
+def test_kernels_that_there_are_not_are_one_clear_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GETP_CPU_KERNELS", "bogus")
+    calls.library.cache_clear()
+    try:
+        assert cli.run(["-i", "hi"]) == 1
+    finally:
+        calls.library.cache_clear()
+    assert capsys.readouterr().err.startswith("getp: error: GETP_CPU_KERNELS must be none, avx2")
+
+
+def test_a_checkpoint_that_does_not_exist_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["/no/model", "-i", "hi"]) == 2
+    assert "/no/model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("data", ["data/model", "getp/data/model"])
+def test_the_embedded_model_is_found_in_the_source_and_in_an_installation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], data: str
+) -> None:
+    monkeypatch.setattr(cli, "load_engine", lambda options: FakeEngine())
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "getp" / "cli" / "main.py"))
+    assert cli.run(["-i", "hi"]) == 1
+    assert "the embedded model is missing" in capsys.readouterr().err
+    (tmp_path / data).parent.mkdir(parents=True)
+    write_tokenizer(tmp_path / data)
+    assert cli.run(["-i", "hi"]) == 0
+    assert capsys.readouterr().out == "hi\n"
+
+
+def test_a_job_from_the_command_line(
+    checkpoint: str, prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = str(tmp_path / "out.txt")
+    report = str(tmp_path / "report.json")
+    args = [checkpoint, "-m", "getp", "-i", prompts, "-o", output]
+    assert cli.run([*args, "--report", report]) == 0
+    assert len(read_token_file(output)) == 2
+    assert capsys.readouterr().out.startswith("elapsed time(s): ")
+    assert json.loads(Path(report).read_text())["checkpoint"] == "checkpoint"
+    assert cli.run([checkpoint, "-m", "decode", "-i", output]) == 0
+    assert capsys.readouterr().out == "hello\nworld\n"
+    assert cli.run(["-m", "eval", "-i", output, "--reference", output, "--report", report]) == 0
+    assert "2 of 2" in capsys.readouterr().out
+    assert json.loads(Path(report).read_text())["reference"]["lines_equal"] == 2
+
+
+def test_some_failed_requests_are_exit_status_3(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "input.txt").write_text("2\nhello\n\n")
+    output = str(tmp_path / "out.txt")
+    assert cli.run([checkpoint, "-m", "getp", "-i", str(tmp_path / "input.txt"), "-o", output]) == 3
+    assert "1 of 2 requests failed: see" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "output", "words"),
+    [
+        ("3\na\n", "out.txt", "line 3: missing"),
+        ("1\na\n", "no/where/out.txt", "cannot write"),
+        ("1\na\n", "", "cannot write a file without a name"),
+        (None, "out.txt", "cannot read"),
+    ],
+)
+def test_wrong_files_are_found_before_the_model_loads(
+    checkpoint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    content: str | None,
+    output: str,
+    words: str,
+) -> None:
+    monkeypatch.setattr(cli, "load_engine", None)  # calling it would be another error
+    if content is not None:
+        (tmp_path / "input.txt").write_text(content)
+    files = ["-i", str(tmp_path / "input.txt"), "-o", str(tmp_path / output) if output else ""]
+    assert cli.run([checkpoint, "-m", "getp", *files]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("getp: error: ")
+    assert words in line
+
+
+def test_a_random_seed_is_printed_and_repeats_the_run(
+    checkpoint: str, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    engines: list[FakeEngine] = []
+
+    def load_engine(options: SimpleNamespace) -> FakeEngine:
+        engines.append(FakeEngine())
+        return engines[-1]
+
+    monkeypatch.setattr(cli, "load_engine", load_engine)
+    args = [checkpoint, "-m", "getp", "-i", prompts, "-o", str(tmp_path / "out.txt"), "-t", "0.7"]
+    assert cli.run(args) == 0
+    found = re.search(r"^getp: seed (\d+)$", capsys.readouterr().err, re.MULTILINE)
+    assert found is not None
+    assert cli.run([*args, "-s", found[1]]) == 0
+    seeds = [[request.params.seed for request in engine.requests] for engine in engines]
+    assert seeds[0] == seeds[1]
+    assert "seed" not in capsys.readouterr().err
+
+
+def test_options_reach_the_requests(
+    checkpoint: str, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = FakeEngine()
+    monkeypatch.setattr(cli, "load_engine", lambda options: engine)
+    args = [checkpoint, "-m", "getp", "-i", prompts, "-o", str(tmp_path / "out.txt")]
+    assert cli.run([*args, "-n", "0", "--max-new-tokens", "3", "--top-k", "5", "-p", "0.5"]) == 0
+    params = engine.requests[0].params
+    assert (params.max_positions, params.max_new_tokens) == (None, 3)
+    assert (params.temperature, params.top_k, params.top_p) == (0.0, 5, 0.5)
+    assert len(params.stop_ids) == 1
+    assert cli.run([*args, "--ignore-eos"]) == 0
+    params = engine.requests[-1].params
+    assert params.ignore_eos
+    assert params.stop_ids == frozenset()
+    assert params.max_positions == 1024
+    assert cli.run([*args, "--max-new-tokens", "3", "--restart"]) == 0
+    assert engine.requests[-1].params.max_positions is None
+
+
+def test_a_length_of_ones_own_is_cut_by_a_given_limit_alone(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = FakeEngine()
+    monkeypatch.setattr(cli, "load_engine", lambda options: engine)
+    source = tmp_path / "in.jsonl"
+    own = {"prompt": "hi", "max_tokens": 2000}
+    source.write_text("".join(json.dumps(line) + "\n" for line in (own, {"prompt": "hi"})))
+    args = [checkpoint, "-m", "getp", "-i", str(source), "-o", str(tmp_path / "out.jsonl")]
+    for given, limits in ((["--schedule", "first"], [None, 1024]), (["-n", "50"], [50, 50])):
+        assert cli.run([*args, *given]) == 0
+        found = {r.request_id: r.params.max_positions for r in engine.requests[-2:]}
+        assert [found[0], found[1]] == limits
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("512MiB", 2**29), ("4gib", 2**32), ("1.5GB", 1_500_000_000), ("4096", 4096)]
+)
+def test_sizes_have_units(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, text: str, size: int
+) -> None:
+    seen = []
+
+    def load_engine(options: SimpleNamespace) -> FakeEngine:
+        seen.append(options.kv_memory)
+        return FakeEngine()
+
+    monkeypatch.setattr(cli, "load_engine", load_engine)
+    assert cli.run([checkpoint, "-i", "hi", "--kv-memory", text]) == 0
+    assert seen == [size]
+
+
+def test_an_unexpected_error_is_one_line_and_a_traceback_only_with_debug(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load_engine(options: SimpleNamespace) -> FakeEngine:
+        raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr(cli, "load_engine", load_engine)
+    assert cli.run([checkpoint, "-i", "hi"]) == 1
+    err = capsys.readouterr().err
+    assert err == "getp: error: RuntimeError: out of memory (--debug shows where)\n"
+    assert cli.run([checkpoint, "-i", "hi", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_one_line_and_exit_status_130(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load_engine(options: SimpleNamespace) -> FakeEngine:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load_engine", load_engine)
+    assert cli.run([checkpoint, "-i", "hi"]) == 130
+    assert capsys.readouterr().err.strip() == "getp: error: interrupted"
+
+
+def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
+    checkpoint = write_tokenizer(tmp_path / "checkpoint")
+    (tmp_path / "tokens").write_text("9 9 9 9\n" * 30_000)
+    reading, writing = os.pipe()
+    os.close(reading)
+    script = [sys.executable, str(ROOT / "run.py"), str(checkpoint), "-m", "decode"]
+    done = subprocess.run(
+        [*script, "-i", str(tmp_path / "tokens")],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(writing)
+    assert done.returncode == 1
+    assert done.stderr == b""
+
+
+def test_any_bytes_and_any_locale_are_survived(tmp_path: Path) -> None:
+    checkpoint = write_tokenizer(tmp_path / "checkpoint")
+    (tmp_path / "tokens").write_text("9 300\n")
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    args = ["-m", "eval", "-i", str(tmp_path / "tokens"), "--expected", str(tmp_path / "want")]
+    (tmp_path / "want").write_bytes("é\n".encode())
+    done = command(str(checkpoint), *args, env=environment)
+    assert done.returncode == 0, done.stderr

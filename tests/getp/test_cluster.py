@@ -1,0 +1,337 @@
+"""Replicas on Ray: the same results as one engine's, whatever dies."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from engine import Completion, Engine, EngineError, Request, SamplingParams
+from getp.cli import main as cli
+from getp.cluster import driver as cluster
+from getp.cluster.driver import Cluster, Member
+from getp.errors import SOME_FAILED, GetpError, Interrupted
+from getp.job import run as batch
+from getp.job.journal import Journal
+from getp.job.request_reader import Defaults
+from tests.getp.helpers import FakeEngine
+from tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "data" / "model"
+SMALL: dict[str, Any] = {"dtype": "float32", "kv_memory": 32 << 20, "max_batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def one_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Ray that the tests share; its address. Workers find the tests' modules."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        handler = signal.getsignal(signal.SIGTERM)
+        # In /tmp: the path of a socket is limited.
+        ray.init(
+            "local",
+            num_cpus=2,
+            include_dashboard=False,
+            object_store_memory=100 << 20,
+            logging_level="error",  # type: ignore[arg-type]
+            log_to_driver=False,
+        )
+        signal.signal(signal.SIGTERM, handler)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _one_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1750000000")
+
+
+def job(folder: Path, records: Sequence[dict[str, Any]]) -> batch.Job:
+    folder.mkdir(exist_ok=True)
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "in.jsonl").write_text(lines)
+    return batch.Job(
+        input=str(folder / "in.jsonl"),
+        output=str(folder / "out.jsonl"),
+        checkpoint="small",
+        defaults=Defaults(SamplingParams(seed=3, max_positions=200)),
+    )
+
+
+def run(work: batch.Job, engine: Any) -> int:
+    return batch.run_job(work, batch.read(work), Tokenizer.load(MODEL), engine)
+
+
+def mixed(count: int) -> list[dict[str, Any]]:
+    """Good and bad requests of every kind, so many that each replica gets some of each."""
+    records = []
+    for index in range(count):
+        record: dict[str, Any] = {"id": index, "prompt": f"What is {index} plus 17?"}
+        if index % 3 == 0:
+            record |= {"temperature": 1.5, "max_tokens": 3 + index % 7, "ignore_eos": True}
+        if index % 5 == 2:
+            record["stop"] = str((index + 17) % 10)
+        if index % 11 == 6:
+            record["prompt"] = "x" * 900  # too long, as only the engine knows
+        if index % 11 == 7:
+            record["nonsense"] = 1
+        records.append(record)
+    return records
+
+
+@pytest.fixture(scope="module")
+def wanted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """What one engine makes of the mixed job."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOURCE_DATE_EPOCH", "1750000000")
+        work = job(tmp_path_factory.mktemp("one"), mixed(60))
+        assert run(work, Engine(MODEL, **SMALL)) == SOME_FAILED
+    result = Path(work.output).read_bytes()
+    codes = re.findall(rb'"code": ?"(\w+)"', result)
+    assert set(codes) == {b"request_error", b"unknown_parameter"}
+    assert result.count(b'"finish_reason":"stop"') + result.count(b'"finish_reason": "stop"') > 20
+    return result
+
+
+def test_one_two_and_four_replicas_give_the_tokens_of_one_engine(
+    one_ray: str, checkpoint: Callable[[str], Path]
+) -> None:
+    requests = [
+        Request(
+            list(range(1, 4 + 5 * index)),
+            SamplingParams(
+                temperature=index % 2, seed=index, max_new_tokens=24, logprobs=1, ignore_eos=True
+            ),
+            index,
+        )
+        for index in range(24)
+    ]
+    folder = checkpoint("gpt_oss")
+    with Engine(folder, **SMALL) as engine:
+        expected = {each.request_id: each.token_ids for each in engine.generate(requests)}
+    assert len({tuple(tokens) for tokens in expected.values()}) > 20
+    for count in (1, 2, 4):
+        replicas = Cluster(folder, folder, count, **SMALL)
+        done = list(replicas.generate(requests))
+        replicas.close()
+        assert {each.request_id: each.token_ids for each in done} == expected
+        assert all(len(each.logprobs or ()) == 24 for each in done)
+        assert sum(member.requests for member in replicas.members) == 24
+        assert all(member.requests for member in replicas.members)
+        assert replicas.stats.output_tokens == 24 * 24
+
+
+class KilledOnce(Cluster):
+    """Loses its first replica, or a rank of it, to SIGKILL when the first results are there."""
+
+    def _collected(self, member: Member, answer: bytes) -> list[Completion]:
+        done = super()._collected(member, answer)
+        first = self.members[0]
+        if done and not first.deaths and first.started is not None and first.life == 1:
+            pid = first.started.pid
+            with contextlib.suppress(ProcessLookupError):  # dead already, and not yet missed
+                os.kill(pid if self.tensor_parallel == 1 else rank_of(pid), signal.SIGKILL)
+        return done
+
+
+def rank_of(pid: int) -> int:
+    """The process that a replica of two ranks has started. Raises ProcessLookupError."""
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in children.read_text().split():
+            if b"engine.parallel.worker" in Path(f"/proc/{child}/cmdline").read_bytes():
+                return int(child)
+    raise ProcessLookupError
+
+
+@pytest.mark.parametrize(
+    ("ranks", "reason"), [(1, "replica 0 died"), (2, "rank 1 of 2 died: killed by signal 9")]
+)
+def test_a_replica_killed_mid_job_changes_no_byte_and_nothing_comes_twice(
+    ranks: int,
+    reason: str,
+    one_ray: str,
+    tmp_path: Path,
+    wanted: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    kept: list[int] = []
+    append = Journal.append
+
+    def counted(self: Journal, index: int, ok: bool, line: bytes) -> None:
+        kept.append(index)
+        append(self, index, ok, line)
+
+    monkeypatch.setattr(Journal, "append", counted)
+    work = job(tmp_path, mixed(60))
+    work = batch.replace(work, report=str(tmp_path / "report.json"))
+    replicas = KilledOnce(MODEL, MODEL, 2, tensor_parallel=ranks, **SMALL)
+    assert run(work, replicas) == SOME_FAILED
+    replicas.close()
+    assert Path(work.output).read_bytes() == wanted
+    assert sorted(kept) == list(range(60))
+    first, second = json.loads((tmp_path / "report.json").read_text())["replicas"]
+    assert first["deaths"] == 1
+    assert first["requests_left_to_others"] > 0
+    assert second["deaths"] == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    done = report["requests_done"] + wanted.count(b'"request_error"')
+    assert first["requests"] + second["requests"] == done
+    assert 0 < report["balance"] <= 1
+    shown = capsys.readouterr().err
+    assert "replica 0 died and is started again" in shown
+    assert reason in shown
+    assert "died 1 times" in " ".join(shown.split())
+
+
+class Interrupting(Cluster):
+    """Gets a SIGINT when the first results are there."""
+
+    def _collected(self, member: Member, answer: bytes) -> list[Completion]:
+        done = super()._collected(member, answer)
+        if done and sum(each.requests for each in self.members) == len(done):
+            os.kill(os.getpid(), signal.SIGINT)
+        return done
+
+
+def test_after_ctrl_c_one_engine_goes_on_where_replicas_stopped(
+    one_ray: str, tmp_path: Path, wanted: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = batch.replace(job(tmp_path, mixed(60)), grace_s=0.0)
+    replicas = Interrupting(MODEL, MODEL, 2, **SMALL)
+    with pytest.raises(Interrupted, match=r"\d+ of 60 requests are done and kept"):
+        run(work, replicas)
+    assert all(member.actor is None for member in replicas.members)
+    replicas.close()
+    assert run(work, Engine(MODEL, **SMALL)) == SOME_FAILED
+    assert "going on: " in capsys.readouterr().err
+    assert Path(work.output).read_bytes() == wanted
+
+
+class FatalEngine(FakeEngine):
+    """Ends its process at the prompt "5"."""
+
+    def __init__(self, checkpoint: str, **settings: Any) -> None:
+        super().__init__()
+        self.fatal = Tokenizer.load(checkpoint).encode("5")
+
+    def generate(self, requests: Iterable[Request | None]) -> Iterator[Completion]:
+        for request in requests:
+            if request is not None and request.prompt_ids == self.fatal:
+                os._exit(1)
+            if request is not None:
+                yield self._complete(request)
+
+
+def test_a_replica_that_keeps_dying_ends_the_job_and_says_with_which_request(
+    one_ray: str, tmp_path: Path
+) -> None:
+    work = job(tmp_path, [{"prompt": str(n)} for n in range(10)])
+    made: Any = FatalEngine
+    replicas = Cluster(MODEL, MODEL, 1, dtype="float32", make_engine=made)
+    with pytest.raises(GetpError, match=r"replica 0 died 3 times in a row.* the requests 5 \("):
+        run(work, replicas)
+    replicas.close()
+    with open(f"{work.output}.journal", "rb") as journal:
+        assert len(journal.readlines()) >= 1 + 3
+    assert run(work, FakeEngine()) == 0
+    assert len(Path(work.output).read_bytes().splitlines()) == 10
+
+
+def test_a_start_that_fails_ends_the_job_with_its_own_error(one_ray: str) -> None:
+    replicas = Cluster(MODEL, MODEL, 1, **{**SMALL, "kv_memory": 1})
+    with pytest.raises(EngineError, match="--kv-memory of 1 bytes holds"):
+        replicas.warm_up()
+    replicas.close()
+
+
+def test_what_cannot_be_sent_to_a_replica_is_refused() -> None:
+    with pytest.raises(TypeError, match="must be a StopWatcher"):
+        cluster._asked(Request([1, 2], on_token=lambda token: True))
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_the_command_runs_replicas_on_a_ray_of_its_own_or_a_running_one(
+    one_ray: str, tmp_path: Path, joined: bool
+) -> None:
+    (tmp_path / "in.txt").write_text("3\nWhat is 1 plus 2?\nWhat is 2 plus 2?\nWhat is 3 plus 2?\n")
+    files = ["-i", str(tmp_path / "in.txt"), "-o", str(tmp_path / "out.txt")]
+    given = ["--ray-address", one_ray, "--replicas", "1"] if joined else ["--replicas", "2"]
+    done = subprocess.run(
+        [sys.executable, "run.py", "-m", "getp", *files, *given],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    tokenizer = Tokenizer.load(MODEL)
+    lines = (tmp_path / "out.txt").read_text().splitlines()
+    assert [tokenizer.decode(list(map(int, line.split()))) for line in lines] == ["3", "4", "5"]
+    assert ("replica 1" in done.stderr) is not joined
+    assert ray.is_initialized()
+    assert ray.cluster_resources()["CPU"] == 2  # the one of the tests lives on
+
+
+def fails(capsys: pytest.CaptureFixture[str], tmp_path: Path, *args: str) -> tuple[int, str]:
+    (tmp_path / "in.txt").write_text("1\na\n")
+    files = ["-i", str(tmp_path / "in.txt"), "-o", str(tmp_path / "out.txt")]
+    return cli.run(["-m", "getp", *files, *args]), capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "2.5", "many", ""])
+def test_a_wrong_number_of_replicas_is_refused(
+    value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, error = fails(capsys, tmp_path, "--replicas", value)
+    assert status == 2
+    assert f"{value!r} is neither a number from 1 to 99999 nor auto" in error
+    assert "--replicas" in error
+
+
+def test_an_address_without_replicas_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, error = fails(capsys, tmp_path, "--ray-address", "auto")
+    assert status == 2
+    assert "--ray-address needs --replicas" in error
+
+
+def test_ranks_that_cannot_be_and_those_of_torchrun_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, error = fails(capsys, tmp_path, "--replicas", "2", "--tensor-parallel", "4")
+    assert status == 2
+    assert "--tensor-parallel 4: 6 heads (2 KV), 8 experts" in error
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, error = fails(capsys, tmp_path, "--replicas", "2")
+    assert status == 2
+    assert "leave torchrun out" in error
+
+
+def test_gpus_that_are_not_there_are_refused(
+    one_ray: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, error = fails(capsys, tmp_path, "--replicas", "2", "--device", "cuda:1")
+    assert status == 2
+    assert "--device cuda:1 with --replicas" in error
+
+
+def test_without_ray_the_option_says_what_to_install(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    status, error = fails(capsys, tmp_path, "--replicas", "2")
+    assert status == 2
+    assert "--replicas needs Ray, which is not installed: pip install 'getp[cluster]'" in error

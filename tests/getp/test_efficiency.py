@@ -1,0 +1,104 @@
+"""What a report says of a run's efficiency, from the engine's counters."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from engine import Engine, EngineStats, Request, SamplingParams
+from getp.report.efficiency import Explanation, explain, explain_counts, run_cost
+from model.cost.devices import find_device
+from model.cost.known_models import named_config
+from model.cost.operations import operations, total
+from model.cost.workload import Workload
+from tests.getp.helpers import FakeEngine
+
+LLAMA3, H100 = named_config("llama-3-8b"), find_device("H100 SXM")
+
+# 100 steps, each of 32 tokens decoded at a context of 1024: 5.8 ms at best.
+DECODING = EngineStats(
+    steps=100,
+    batch_sum=3200,
+    decode_tokens=3200,
+    decode_context=3200 * 1024,
+    output_tokens=3200,
+    short_steps=100,
+    model_s=1.0,
+)
+
+
+def explained(stats: EngineStats, inference_s: float, max_batch_size: int = 32) -> Explanation:
+    return explain_counts(LLAMA3, "bfloat16", H100, stats, inference_s, 0, max_batch_size)
+
+
+def test_the_cost_of_a_run_is_that_of_its_steps() -> None:
+    step = total(operations(LLAMA3, Workload("decode", 32, 1, 1024, "bfloat16", fused=True)))
+    cost, moved = run_cost(LLAMA3, "bfloat16", DECODING)
+    assert cost.matrix == 100 * step.flops.matrix
+    assert moved.kv == 100 * step.bytes.kv
+    assert moved.weights == pytest.approx(100 * step.bytes.weights, rel=1e-3)
+    prompts = EngineStats(steps=1, prefill_chunks=4, prefill_tokens=400, prefill_context=400)
+    work = Workload("prefill", 4, 100, 100, "bfloat16", fused=True, causal=True)
+    assert run_cost(LLAMA3, "bfloat16", prompts)[0] == total(operations(LLAMA3, work)).flops
+
+
+def test_utilization_and_bound_of_a_run() -> None:
+    found = explained(DECODING, inference_s=1.2)
+    assert found.bound == "memory"
+    assert found.mbu == found.limit_share == pytest.approx(0.577 / 1.2, rel=0.01)
+    assert found.mfu == pytest.approx(100 * 0.4972e12 / 989.4e12 / 1.2, rel=0.01)
+    assert found.peaks == "H100 SXM: NVIDIA H100 datasheet"
+
+
+@pytest.mark.parametrize(
+    ("stats", "inference_s", "most", "sentence"),
+    [
+        (DECODING, 1.0, 32, "36% of the time went to starting 483 operations"),
+        (replace(DECODING, model_s=3.0), 3.0, 32, "69% of the time went to kernels and sampling"),
+        (DECODING, 4.0, 32, "75% of the time the device waited for prompts"),
+        (replace(DECODING, schedule_s=2.0), 3.0, 32, "67% of the time .* the scheduler"),
+        (DECODING, 1.0, 256, "batch 32 of 256: no more requests"),
+        (replace(DECODING, gathering_steps=101), 1.0, 256, "batch 32 of 256: new requests waited"),
+        (replace(DECODING, kv_full_steps=101), 1.0, 256, "batch 32 of 256: KV memory was full"),
+        (replace(DECODING, preemptions=7, output_tokens=800), 1.0, 32, "75% .* 7 preemptions"),
+    ],
+)
+def test_the_largest_loss_is_one_sentence(
+    stats: EngineStats, inference_s: float, most: int, sentence: str
+) -> None:
+    found = explained(stats, inference_s, most)
+    assert found.largest_loss is not None
+    assert re.search(sentence, found.largest_loss)
+
+
+def test_a_run_of_nothing_is_not_explained() -> None:
+    engine = FakeEngine()
+    assert explain(engine, 1.0, 0) == Explanation()  # type: ignore[arg-type]
+
+
+def test_the_engine_counts_what_it_computes(checkpoint: Callable[[str], Path]) -> None:
+    params = SamplingParams(max_new_tokens=4, ignore_eos=True)
+    with Engine(checkpoint("qwen2"), max_batch_size=2, dtype="float32") as engine:
+        list(engine.generate([Request(list(range(1, n)), params, n) for n in (6, 9, 12)]))
+        stats = engine.stats
+    assert (stats.prefill_chunks, stats.prefill_tokens) == (3, 5 + 8 + 11)
+    assert stats.prefill_context == stats.prefill_tokens
+    assert stats.decode_tokens == 3 * 3  # the prefill gives each request's first token
+    assert stats.decode_context == sum(n + i for n in (5, 8, 11) for i in (1, 2, 3))
+    assert 0 < stats.schedule_s < stats.inference_s
+    assert 0 < stats.model_s < stats.inference_s
+    assert stats.kv_full_steps == 0
+
+
+def test_steps_that_wait_for_memory_are_counted(checkpoint: Callable[[str], Path]) -> None:
+    params = SamplingParams(max_new_tokens=20, ignore_eos=True)
+    block = 2 * 4 * 4 * 2 * 16 * 4  # both, layers, positions, KV heads, their size, float32
+    engine = Engine(
+        checkpoint("qwen2"), kv_memory=12 * block, block_size=4, max_batch_size=8, dtype="float32",
+        prefix_cache=False,
+    )  # fmt: skip
+    with engine:
+        list(engine.generate([Request([1, 2, 3, n], params, n) for n in range(6)]))
+    assert engine.stats.kv_full_steps > engine.stats.short_steps

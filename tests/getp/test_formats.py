@@ -1,0 +1,252 @@
+"""JSONL in and out, checked with the types of OpenAI's own package."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai.types import Completion as OpenAICompletion
+from openai.types.chat import ChatCompletion
+
+from engine import Completion, Request, SamplingParams
+from engine.request import TokenLogprobs
+from getp.errors import SOME_FAILED
+from getp.job import run as batch
+from getp.job.request_reader import Defaults, SeenIds
+from getp.job.run import Job
+from tests.getp.helpers import FakeEngine, small_tokenizer
+
+TOKENIZER = small_tokenizer()
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+HI = [{"role": "user", "content": "hi"}]
+
+
+class Engine(FakeEngine):
+    """Gives log-probabilities, too."""
+
+    def _completion(self, request: Request, ids: list[int], reason: str) -> Completion:
+        done = super()._completion(request, ids, reason)
+        if request.params.logprobs is None:
+            return done
+        top = tuple((token_id, -0.5) for token_id in range(request.params.logprobs))
+        at = TokenLogprobs(float("-inf"), top)
+        return Completion(**{**done.__dict__, "logprobs": [at] * len(ids)})
+
+
+def run(
+    tmp_path: Path, lines: Sequence[Any], output: str = "out.jsonl", engine: Any = None, **rest: Any
+) -> tuple[int, list[Any]]:
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    params = SamplingParams(max_positions=1024, stop_ids=TOKENIZER.stop_ids)
+    defaults = Defaults(params, **rest)
+    job = Job(str(source), str(tmp_path / output), "small", defaults)
+    engine = engine or Engine()
+    status = batch.run_job(job, batch.read(job), TOKENIZER, engine)
+    if not output.endswith(".jsonl"):
+        return status, (tmp_path / output).read_text().splitlines()
+    return status, [json.loads(line) for line in (tmp_path / output).open(encoding="utf-8")]
+
+
+def asked(url: str, custom_id: str = "a", **body: Any) -> dict[str, Any]:
+    return {"custom_id": custom_id, "method": "POST", "url": url, "body": {"model": "m", **body}}
+
+
+def body(record: Any) -> Any:
+    assert record["error"] is None, record
+    assert record["response"]["status_code"] == 200
+    return record["response"]["body"]
+
+
+def test_a_chat_completion_is_openais(tmp_path: Path) -> None:
+    request = asked(CHAT, "x", messages=HI, logprobs=True, top_logprobs=2, max_tokens=5)
+    status, (record,) = run(tmp_path, [request])
+    assert (status, record["custom_id"], set(record)) == (
+        0,
+        "x",
+        {"id", "custom_id", "response", "error"},
+    )
+    reply = ChatCompletion.model_validate(body(record), strict=True)
+    (choice,) = reply.choices
+    assert (reply.model, choice.finish_reason, choice.message.role) == (
+        "small",
+        "length",
+        "assistant",
+    )
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
+    assert len(choice.logprobs.content) == 5
+    assert choice.logprobs.content[0].logprob == -9999.0
+    assert len(choice.logprobs.content[0].top_logprobs) == 2
+    assert reply.usage is not None
+    assert reply.usage.completion_tokens == 5
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + 5
+
+
+def test_a_text_completion_is_openais(tmp_path: Path) -> None:
+    _, (record, ids) = run(
+        tmp_path,
+        [
+            asked(TEXT, "x", prompt="naïve 你", logprobs=1),
+            asked(TEXT, "y", prompt=TOKENIZER.encode("hello")),
+        ],
+    )
+    reply = OpenAICompletion.model_validate(body(record), strict=True)
+    (choice,) = reply.choices
+    assert (choice.text, reply.object) == ("naïve 你", "text_completion")
+    assert choice.logprobs is not None
+    assert choice.logprobs.tokens is not None
+    assert choice.logprobs.text_offset is not None
+    assert len(choice.logprobs.tokens) == len(choice.logprobs.text_offset)
+    assert body(ids)["choices"][0]["text"] == "hello"
+
+
+def test_thinking_is_apart_from_the_answer(tmp_path: Path) -> None:
+    said = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>4"
+    engine = Engine(lambda prompt: TOKENIZER.encode(said))
+    _, (record,) = run(tmp_path, [asked(CHAT, messages=HI)], engine=engine)
+    message = ChatCompletion.model_validate(body(record), strict=True).choices[0].message
+    assert message.content == "4"
+    assert message.model_extra == {"reasoning_content": "hm"}
+
+
+def test_parameters_reach_the_engine(tmp_path: Path) -> None:
+    engine = Engine()
+    lines = [
+        asked(CHAT, "a", messages=HI, max_completion_tokens=3, temperature=1, top_p=0.5, seed=-1),
+        {"prompt": "plain", "id": 7, "top_k": 4, "ignore_eos": True, "temperature": None},
+        {"messages": HI, "max_tokens": 2, "n": 1, "stream": False, "frequency_penalty": 0.0},
+    ]
+    status, records = run(tmp_path, lines, engine=engine)
+    assert status == 0
+    first, second, third = (
+        request.params for request in sorted(engine.requests, key=lambda r: r.request_id)
+    )
+    assert (first.max_new_tokens, first.temperature, first.top_p) == (3, 1.0, 0.5)
+    assert first.seed == 2**63 - 1
+    assert (second.top_k, second.ignore_eos, second.stop_ids) == (4, True, frozenset())
+    assert (third.max_new_tokens, third.max_positions) == (2, 1024)
+    assert [record["custom_id"] for record in records] == ["a", "7", "request-2"]
+
+
+def test_a_stop_string_of_its_own_cuts_the_text(tmp_path: Path) -> None:
+    lines = [{"prompt": "one two three", "stop": [" tw"]}, {"prompt": "one two"}]
+    _, (cut, whole) = run(tmp_path, lines, stops=("never",))
+    assert body(cut)["choices"][0] == {
+        "index": 0, "text": "one", "logprobs": None, "finish_reason": "stop",
+    }  # fmt: skip
+    assert body(whole)["choices"][0]["text"] == "one two"
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        ("{", "invalid_json", "JSON"),
+        ("[1]", "invalid_json", "object"),
+        ("[" * 100_000, "invalid_json", "JSON"),
+        ('{"prompt": "x", "temperature": NaN}', "invalid_json", "NaN"),
+        ({}, "missing_parameter", "'prompt'"),
+        ({"prompt": ""}, "empty_prompt", "empty"),
+        ({"prompt": []}, "invalid_value", "'prompt'"),
+        ({"prompt": ["a", "b"]}, "invalid_value", "several lines"),
+        ({"prompt": "\ud800"}, "not_encodable", "character 0 is half of a surrogate pair"),
+        ({"prompt": "x", "nonsense": 1}, "unknown_parameter", "'nonsense'"),
+        ({"prompt": "x", "n": 2}, "unsupported_parameter", "'n'"),
+        ({"prompt": "x", "n": True}, "unsupported_parameter", "'n'"),
+        ({"prompt": "x", "logit_bias": {"1": 5}}, "unsupported_parameter", "'logit_bias'"),
+        ({"prompt": "x", "temperature": -1}, "invalid_value", "temperature"),
+        ({"prompt": "x", "temperature": "1"}, "invalid_value", "'temperature'"),
+        ({"prompt": "x", "max_tokens": 0}, "invalid_value", "max_new_tokens"),
+        ({"prompt": "x", "logprobs": 21}, "invalid_value", "logprobs"),
+        ({"prompt": "x", "stop": [""]}, "invalid_value", "'stop'"),
+        ({"prompt": "x", "stop": "y" * 2000}, "invalid_value", "'stop'"),
+        ({"prompt": "x", "id": ["i"]}, "invalid_id", "id"),
+        ({"prompt": "x", "id": "again"}, "duplicate_custom_id", "'again'"),
+        ({"messages": []}, "invalid_value", "'messages'"),
+        ({"messages": [{"content": "x"}]}, "invalid_value", "'role'"),
+        (
+            asked(CHAT, messages=HI, max_tokens=5, max_completion_tokens=6),
+            "invalid_value",
+            "differ",
+        ),
+        (asked(CHAT, messages=HI, tools=[{}]), "unsupported_parameter", "'tools'"),
+        (asked(CHAT, messages=HI, top_logprobs=2), "invalid_value", "'logprobs': true"),
+        (asked(CHAT, messages=HI, reasoning_effort="low"), "unsupported_parameter", "template"),
+        (
+            asked(CHAT, messages=[{"role": "user", "content": [{"type": "image_url"}]}]),
+            "unsupported_content",
+            "text",
+        ),
+        (asked(CHAT, prompt="x"), "unknown_parameter", "'prompt'"),
+        (asked("/v1/embeddings", input="x"), "unsupported_url", "/v1/completions"),
+        ({**asked(TEXT, prompt="x"), "method": "GET"}, "invalid_value", "'POST'"),
+        ({**asked(TEXT, prompt="x"), "extra": 1}, "unknown_parameter", "'extra'"),
+        ({"url": TEXT, "body": {"prompt": "x"}}, "missing_parameter", "custom_id"),
+    ],
+)
+def test_a_bad_line_fails_alone_and_says_why(
+    tmp_path: Path, line: Any, code: str, words: str
+) -> None:
+    good = [{"prompt": "a", "id": "again"}, {"prompt": "z", "id": "z"}]
+    text = line if isinstance(line, str) else json.dumps(line)
+    (tmp_path / "in.jsonl").write_text("\n".join([json.dumps(good[0]), text, json.dumps(good[1])]))
+    job = Job(
+        str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "small", Defaults(SamplingParams())
+    )
+    engine: Any = Engine()
+    assert batch.run_job(job, batch.read(job), TOKENIZER, engine) == SOME_FAILED
+    first, bad, last = map(json.loads, (tmp_path / "out.jsonl").open(encoding="utf-8"))
+    assert (body(first)["choices"][0]["text"], body(last)["choices"][0]["text"]) == ("a", "z")
+    assert bad["response"] is None
+    assert (bad["error"]["code"], bad["error"]["line"]) == (code, 2)
+    assert words in bad["error"]["message"]
+
+
+def test_jsonl_can_become_token_ids_and_numbered_text_jsonl(tmp_path: Path) -> None:
+    _, rows = run(tmp_path, [{"prompt": "ab"}, {"prompt": ""}], "out.txt")
+    assert rows == [" ".join(map(str, TOKENIZER.encode("ab"))), ""]
+    (tmp_path / "in.txt").write_text("2\nab\n\n")
+    job = Job(
+        str(tmp_path / "in.txt"), str(tmp_path / "o.jsonl"), "small", Defaults(SamplingParams())
+    )
+    engine: Any = Engine()
+    assert batch.run_job(job, batch.read(job), TOKENIZER, engine) == SOME_FAILED
+    first, second = map(json.loads, (tmp_path / "o.jsonl").open())
+    assert body(first)["choices"][0]["text"] == "ab"
+    assert second["error"]["code"] == "empty_prompt"
+
+
+def test_a_number_that_json_cannot_say_fails_its_request_alone(tmp_path: Path) -> None:
+    class NotANumber(FakeEngine):
+        def _completion(self, request: Request, ids: list[int], reason: str) -> Completion:
+            done = super()._completion(request, ids, reason)
+            at = TokenLogprobs(float("nan") if request.params.logprobs else -1.0, ())
+            return Completion(**{**done.__dict__, "logprobs": [at] * len(ids)})
+
+    lines = [asked(TEXT, "a", prompt="hi", logprobs=1), asked(TEXT, "b", prompt="hi")]
+    status, (bad, good) = run(tmp_path, lines, engine=NotANumber())
+    assert status == SOME_FAILED
+    assert "JSON" in bad["error"]["message"]
+    assert body(good)["choices"][0]["text"] == "hi"
+
+
+def test_a_template_that_refuses_fails_its_request_alone(tmp_path: Path) -> None:
+    template = "{% if messages[0].content == 'no' %}{{ raise_exception('never') }}{% endif %}ok"
+    tokenizer = small_tokenizer(template)
+    lines = [{"messages": [{"role": "user", "content": text}]} for text in ("no", "yes")]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    job = Job(
+        str(tmp_path / "in.jsonl"), str(tmp_path / "o.jsonl"), "small", Defaults(SamplingParams())
+    )
+    engine: Any = Engine()
+    assert batch.run_job(job, batch.read(job), tokenizer, engine) == SOME_FAILED
+    bad, good = map(json.loads, (tmp_path / "o.jsonl").open())
+    assert (bad["error"]["code"], "never" in bad["error"]["message"]) == ("template_failed", True)
+    assert body(good)["choices"][0]["message"]["content"] == "ok"
+
+
+def test_seen_ids_are_a_set() -> None:
+    seen = SeenIds(5000)
+    assert all(seen.add(str(index)) for index in range(5000))
+    assert not any(seen.add(str(index)) for index in range(5000))

@@ -1,0 +1,316 @@
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine import SamplingParams
+from getp.errors import SOME_FAILED, GetpError, Interrupted
+from getp.job import run as batch
+from getp.job.request_reader import Defaults
+from getp.job.run import Job
+from getp.report.efficiency import Explanation
+from getp.report.job_report import quantile
+from getp.text.prompts import request_seed
+from tests.getp.helpers import FakeEngine, fake_engine, small_tokenizer
+from tokenizer import Tokenizer
+
+TOKENIZER = small_tokenizer()
+FINAL_LINE = r"elapsed time\(s\): \d+\.\d{6}, achieved throughput TPS \(tok/s\): \d+\.\d{6}"
+
+
+def job(tmp_path: Path, data: bytes, **changes: Any) -> Job:
+    (tmp_path / "input.txt").write_bytes(data)
+    given: dict[str, Any] = {
+        "input": str(tmp_path / "input.txt"),
+        "output": str(tmp_path / "output.txt"),
+        "checkpoint": "small",
+    }
+    defaults: dict[str, Any] = {
+        "params": SamplingParams(max_positions=1024, stop_ids=TOKENIZER.stop_ids),
+    }
+    for name in ("params", "stops", "chat", "system"):
+        if name in changes:
+            defaults[name] = changes.pop(name)
+    return Job(**{**given, **changes}, defaults=Defaults(**defaults))
+
+
+def run(job: Job, engine: Any = None) -> int:
+    engine = engine or fake_engine()
+    return batch.run_job(job, batch.read(job), TOKENIZER, engine)
+
+
+def ids(text: str) -> list[int]:
+    return TOKENIZER.encode(text)
+
+
+def errors(job: Job) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(f"{job.output}.errors.jsonl").open()]
+
+
+def test_tokens_are_written_in_input_order_whatever_finishes_first(tmp_path: Path) -> None:
+    texts = [f"prompt {n}" for n in range(11)]
+    work = job(tmp_path, "\n".join(["11", *texts]).encode())
+    assert run(work) == 0
+    rows = Path(work.output).read_text().splitlines()
+    assert rows == [" ".join(map(str, ids(text))) for text in texts]
+
+
+def test_the_last_line_on_standard_output_is_for_scripts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(job(tmp_path, b"2\nab\ncd\n"))
+    out, err = capsys.readouterr()
+    assert re.fullmatch(FINAL_LINE + "\n", out)
+    assert "output tok/s" in err
+
+
+def test_tokens_on_standard_output_are_alone_there(
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    assert run(job(tmp_path, b"2\nab\n\n", output="-")) == SOME_FAILED
+    out, err = capfdbinary.readouterr()
+    assert out == " ".join(map(str, ids("ab"))).encode() + b"\n\n"
+    assert b"line 3 failed: the prompt is empty" in err
+    assert re.search(FINAL_LINE.encode(), err)
+
+
+def test_a_bad_request_fails_alone(tmp_path: Path) -> None:
+    long = "x" * 50
+    data = b"5\nfirst\n\n\xff\n" + long.encode() + b"\nlast\n"
+    work = job(tmp_path, data, params=SamplingParams(max_positions=30))
+    assert run(work) == SOME_FAILED
+    rows = Path(work.output).read_text().split("\n")
+    assert [bool(row) for row in rows] == [True, False, False, False, True, False]
+    assert [(e["line"], e["index"], e["code"]) for e in errors(work)] == [
+        (3, 1, "empty_prompt"),
+        (4, 2, "invalid_utf8"),
+        (5, 3, "request_error"),
+    ]
+    assert errors(work)[2]["message"] == "the prompt is too long"
+
+
+def test_megabytes_without_room_are_refused_before_they_are_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded = []
+    encode = Tokenizer.encode
+
+    def counted(self: Tokenizer, text: str, special: bool = True) -> list[int]:
+        encoded.append(len(text))
+        return encode(self, text, special)
+
+    monkeypatch.setattr(Tokenizer, "encode", counted)
+    long = b"a" * (3 << 20)
+    work = job(tmp_path, b"2\n" + long + b"\nab\n", params=SamplingParams(max_positions=1024))
+    for chat in (False, True):
+        changed = replace(work, defaults=replace(work.defaults, chat=chat), restart=True)
+        assert run(changed) == SOME_FAILED
+        (error,) = errors(work)
+        assert error["code"] == "prompt_too_long"
+        assert "has 31457" in error["message"]
+        assert "no room for output within the limit of 1024 positions" in error["message"]
+    assert max(encoded) < 100
+
+
+@pytest.mark.parametrize("name", ["output.txt", "output.txt.errors.jsonl", "output.txt.journal"])
+def test_a_report_that_would_overwrite_another_file_of_the_job_is_refused(
+    tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(GetpError, match="for something else, too"):
+        batch.read(job(tmp_path, b"1\nab\n", report=str(tmp_path / name)))
+
+
+def test_errors_of_an_earlier_run_do_not_stay(tmp_path: Path) -> None:
+    bad = job(tmp_path, b"1\n\n")
+    assert run(bad) == SOME_FAILED
+    assert errors(bad)
+    assert run(job(tmp_path, b"1\ngood\n")) == 0
+    assert not Path(f"{bad.output}.errors.jsonl").exists()
+
+
+def test_a_job_of_nothing_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    work = job(tmp_path, b"0\n")
+    assert run(work) == 0
+    assert Path(work.output).read_bytes() == b""
+    assert capsys.readouterr().out.endswith("(tok/s): 0.000000\n")
+
+
+def test_stop_tokens_are_written_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (eos,) = TOKENIZER.stop_ids
+    work = job(tmp_path, b"1\nab\n", report=str(tmp_path / "report.json"))
+    run(work, fake_engine(lambda prompt: [*ids("cd"), eos, *ids("never")]))
+    assert Path(work.output).read_text().split() == [*map(str, ids("cd")), str(eos)]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["output_tokens"] == len(ids("cd")) + 1
+
+
+def test_a_stop_string_ends_a_request_with_the_token_that_completes_it(tmp_path: Path) -> None:
+    work = job(tmp_path, b"1\nab\n", stops=("o W", "never"))
+    said = ids("hello World again")
+    run(work, fake_engine(lambda prompt: said))
+    row = [int(word) for word in Path(work.output).read_text().split()]
+    assert row == said[: len(row)]
+    assert "o W" in TOKENIZER.decode(row)
+    assert "o W" not in TOKENIZER.decode(row[:-1])
+
+
+def test_prompts_can_go_through_the_chat_template(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    run(job(tmp_path, b"1\nhi\n", chat=True, system="be kind"), engine)
+    expected = (
+        "<|start|>system<|message|>be kind<|end|>"
+        "<|start|>user<|message|>hi<|end|><|start|>assistant"
+    )
+    assert TOKENIZER.decode(engine.requests[0].prompt_ids, skip_special=False) == expected
+
+
+def test_equal_prompts_have_their_own_seeds_and_the_same_in_the_next_run(tmp_path: Path) -> None:
+    seeds = []
+    for _ in range(2):
+        engine = FakeEngine()
+        run(job(tmp_path, b"3\na\na\na\n", params=SamplingParams(seed=5)), engine)
+        seeds.append({r.request_id: r.params.seed for r in engine.requests})
+    assert seeds[0] == seeds[1]
+    assert len(set(seeds[0].values())) == 3
+
+
+def test_seeds_of_neighbouring_jobs_do_not_repeat_each_other() -> None:
+    seeds = {request_seed(seed, index) for seed in range(50) for index in range(50)}
+    assert len(seeds) == 2500
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_the_report_adds_up(tmp_path: Path) -> None:
+    work = job(tmp_path, b"3\nab\n\ncd\n", report=str(tmp_path / "report.json"))
+    run(work)
+    report = json.loads((tmp_path / "report.json").read_text())
+    count = len(ids("ab")) + len(ids("cd"))
+    assert report["requests_done"] == 2
+    assert report["requests_failed"] == 1
+    assert report["requests_cut"] == 2
+    assert report["prompt_tokens"] == report["output_tokens"] == count
+    assert report["cached_tokens"] == 4
+    assert report["prefix_hit_rate"] == pytest.approx(4 / count)
+    assert report["ttft_median_s"] == report["ttft_p99_s"] == 0.5
+    assert report["per_token_median_s"] == pytest.approx(0.5 / (len(ids("ab")) - 1))
+    assert report["output_tok_s"] == pytest.approx(count / report["inference_s"])
+    assert report["mean_batch"] == 2.0
+    assert report["peak_kv_use"] == 0.25
+    assert report["peak_memory_bytes"] > 2**20
+    assert report["dtype"] == "float32"
+    assert set(report["versions"]) == {"getp", "python", "torch"}
+
+
+def test_measuring_the_machine_is_no_memory_of_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peak = 2**28
+
+    def explain(*of: object) -> Explanation:
+        nonlocal peak
+        peak = 2**29
+        return Explanation()
+
+    monkeypatch.setattr("getp.report.job_report.explain", explain)
+    monkeypatch.setattr("getp.report.job_report.peak_memory", lambda: peak)
+    run(job(tmp_path, b"1\nab\n", report=str(tmp_path / "report.json")))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["peak_memory_bytes"], peak) == (2**28, 2**29)
+
+
+def test_a_job_is_done_though_no_memory_is_left_to_measure_the_machine_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_memory(*of: object) -> Explanation:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    monkeypatch.setattr("getp.report.efficiency.peaks_of", no_memory)
+    assert run(job(tmp_path, b"1\nab\n", report=str(tmp_path / "report.json"))) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["requests_done"] == 1
+    assert report["limit_share"] is None
+    assert "no memory is free to measure what this machine can do" in capsys.readouterr().err
+
+
+def test_a_report_on_standard_output_is_json_and_nothing_else(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(job(tmp_path, b"1\nab\n", report="-"))
+    captured = capfd.readouterr()
+    assert json.loads(captured.out)["requests_done"] == 1
+    assert re.fullmatch(FINAL_LINE, captured.err.splitlines()[-1])
+
+
+def test_the_report_says_what_the_warm_up_went_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = FakeEngine()
+    engine.stats.load_s, engine.stats.compile_s = 1.5, 2.25
+    run(job(tmp_path, b"1\nab\n", report=str(tmp_path / "report.json")), engine)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["load_s"], report["compile_s"], report["capture_s"]) == (1.5, 2.25, 0.0)
+    assert "s (load 1.50, compile 2.25), inference" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "share", "expected"),
+    [([], 0.5, None), ([3.0], 0.99, 3.0), ([3.0, 1.0, 2.0], 0.5, 2.0), (range(100), 0.99, 98)],
+)
+def test_quantiles(values: Sequence[float], share: float, expected: float | None) -> None:
+    assert quantile(values, share) == expected
+
+
+def test_ctrl_c_says_how_many_were_done_and_frees_the_engine(tmp_path: Path) -> None:
+    calls = 0
+
+    def answer(prompt: Sequence[int]) -> Sequence[int]:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return prompt
+
+    work, engine = job(tmp_path, b"5\na\nb\nc\nd\ne\n"), FakeEngine(answer)
+    with pytest.raises(
+        Interrupted, match=r"2 of 5 requests are done and kept in .*output.txt.journal"
+    ):
+        run(work, engine)
+    assert not engine.warm
+    assert not Path(work.output).exists()
+
+
+def test_without_a_chat_template_the_job_ends_before_the_model_loads(tmp_path: Path) -> None:
+    work, engine = job(tmp_path, b"1\na\n", chat=True), FakeEngine()
+    with pytest.raises(GetpError, match="no chat template"):
+        batch.run_job(work, batch.read(work), small_tokenizer(None), engine)  # type: ignore[arg-type]
+    assert engine.stats.steps == 0
+
+
+def test_what_follows_the_last_prompt_is_warned_about(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(job(tmp_path, b"1\na\nb\nc\n"))
+    assert "ignoring 2 lines after the 1 prompts" in capsys.readouterr().err
+
+
+def test_a_log_gets_a_line_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("getp.job.progress._LINE_EVERY_S", 0.02)
+
+    def slow(prompt: Sequence[int]) -> Sequence[int]:
+        time.sleep(0.05)
+        return prompt
+
+    run(job(tmp_path, b"3\na\nb\nc\n"), fake_engine(slow))
+    lines = capsys.readouterr().err.splitlines()
+    form = r"[0-3] of 3 requests, \d+ tok/s(, about \d+ s left)?"
+    assert len([line for line in lines if re.fullmatch(form, line)]) >= 2

@@ -1,0 +1,160 @@
+import errno
+import os
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from getp.errors import GetpError
+from getp.job.journal import Journal
+
+HEADER = {"fingerprint": {"temperature": 0.0, "input": "abc"}, "seed": 1}
+
+
+def journal(tmp_path: Path, header: dict[str, Any] = HEADER, **options: Any) -> Journal:
+    return Journal(str(tmp_path / "j"), header, 10, **{"flush_s": 0.01, **options})
+
+
+def some(tmp_path: Path) -> list[bytes]:
+    """A journal with three records; returns its lines."""
+    with journal(tmp_path) as made:
+        made.append(4, True, b"1 2 3")
+        made.append(0, False, b'{"code": "x"}')
+        made.append(2, True, b"")
+    return (tmp_path / "j").read_bytes().splitlines(keepends=True)
+
+
+def test_what_was_appended_is_found_again(tmp_path: Path) -> None:
+    some(tmp_path)
+    with journal(tmp_path, {**HEADER, "seed": 2}) as found:
+        assert [index for index in range(10) if index in found] == [0, 2, 4]
+        assert (found.done, found.failed, found.damaged) == (3, 1, 0)
+        assert found.read(4) == (True, b"1 2 3")
+        assert found.read(0) == (False, b'{"code": "x"}')
+        assert found.header["seed"] == 1  # the old one's
+        found.append(7, True, b"more")
+        assert found.read(7) == (True, b"more")
+
+
+def test_wherever_it_is_cut_the_whole_records_before_are_found(tmp_path: Path) -> None:
+    lines = some(tmp_path)
+    data = b"".join(lines)
+    for length in range(len(data)):
+        (tmp_path / "j").write_bytes(data[:length])
+        with journal(tmp_path, flush_s=0) as found:
+            assert found.done == max(data[:length].count(b"\n") - 1, 0)
+            assert found.damaged == 0
+            found.append(9, True, b"after")
+        with journal(tmp_path) as again:
+            assert again.read(9) == (True, b"after")
+
+
+def test_any_flipped_bit_costs_the_records_it_touches_and_no_other(tmp_path: Path) -> None:
+    lines = some(tmp_path)
+    data, first = b"".join(lines), len(lines[0])
+    for at in range(first, len(data)):
+        (tmp_path / "j").write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+        with journal(tmp_path) as found:
+            lost = 2 if data[at : at + 1] == b"\n" and at < len(data) - 1 else 1
+            assert found.done == 3 - lost
+            for index, line in ((4, b"1 2 3"), (0, b'{"code": "x"}'), (2, b"")):
+                assert index not in found or found.read(index)[1] == line
+
+
+def test_a_damaged_first_line_is_refused(tmp_path: Path) -> None:
+    data = bytearray(b"".join(some(tmp_path)))
+    data[20] ^= 1
+    (tmp_path / "j").write_bytes(data)
+    with pytest.raises(GetpError, match=r"first line is damaged.*--restart"):
+        journal(tmp_path)
+    with journal(tmp_path, restart=True) as made:
+        assert made.done == 0
+
+
+@pytest.mark.parametrize(
+    "content", [b"1 + 3", b"[]", b"{}", b'{"fingerprint": 3, "seed": 1}', b'{"fingerprint": {}}']
+)
+def test_a_first_line_that_is_whole_but_no_journals_is_refused(
+    content: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "j").write_bytes(b"%08x %s\n" % (zlib.crc32(content), content))
+    with pytest.raises(GetpError, match=r"first line is damaged.*--restart"):
+        journal(tmp_path)
+
+
+def test_another_job_is_refused_naming_both_values(tmp_path: Path) -> None:
+    some(tmp_path)
+    other = {"fingerprint": {"temperature": 0.7, "input": "abc"}, "seed": 1}
+    with pytest.raises(GetpError, match=r"temperature was 0\.0 and is 0\.7\..*--restart"):
+        journal(tmp_path, other)
+    with journal(tmp_path, other, restart=True) as made:
+        assert (made.done, made.header) == (0, other)
+
+
+def test_a_second_process_is_refused_and_a_dead_one_is_no_hindrance(tmp_path: Path) -> None:
+    with journal(tmp_path), pytest.raises(GetpError, match="another process is at work"):
+        journal(tmp_path)
+    child = os.fork()
+    if not child:
+        journal(tmp_path).append(1, True, b"from the dead")
+        os._exit(0)  # as if killed: nothing is closed
+    os.waitpid(child, 0)
+    with journal(tmp_path) as found:
+        assert found.read(1) == (True, b"from the dead")
+
+
+def test_a_record_damaged_while_the_job_runs_is_noticed_when_it_is_read(tmp_path: Path) -> None:
+    with journal(tmp_path) as made:
+        made.append(1, True, b"good")
+        data = (tmp_path / "j").read_bytes()
+        (tmp_path / "j").write_bytes(data.replace(b"good", b"bad!"))
+        with pytest.raises(GetpError, match="record of request 1 is damaged"):
+            made.read(1)
+
+
+def test_records_behind_the_end_of_the_input_are_damage(tmp_path: Path) -> None:
+    some(tmp_path)
+    with Journal(str(tmp_path / "j"), HEADER, 3) as found:
+        assert (found.done, found.damaged) == (2, 1)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_write_that_fails_half_way_leaves_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    real: Callable[..., int] = os.pwrite
+    with journal(tmp_path) as made:
+        made.append(1, True, b"one")
+        calls = 0
+
+        def pwrite(fd: int, data: bytes, at: int) -> int:
+            nonlocal calls
+            calls += 1
+            if calls == 1:
+                return real(fd, data[:7], at)
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(os, "pwrite", pwrite)
+        with pytest.raises(GetpError, match=f"{os.strerror(code)}; 1 of 10 requests are safe"):
+            made.append(2, True, b"two")
+        monkeypatch.setattr(os, "pwrite", real)
+    with journal(tmp_path) as found:
+        assert (found.done, found.damaged) == (1, 0)
+        assert 1 in found
+
+
+def test_a_flush_that_fails_stops_the_job_at_the_next_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with journal(tmp_path, flush_s=60) as made:
+
+        def fsync(descriptor: int) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        with pytest.raises(GetpError, match="Input/output error"):
+            made.sync()
+        with pytest.raises(GetpError, match="Input/output error"):
+            made.append(1, True, b"one")

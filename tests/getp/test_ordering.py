@@ -1,0 +1,95 @@
+"""In which order waiting requests run, and that it changes nothing but the time."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from engine import Engine, SamplingParams
+from getp.job import run as batch
+from getp.job.ordering import together
+from getp.job.prefetch import Prefetcher
+from getp.job.request_reader import Defaults, Failure, Task
+from tests.getp.helpers import FakeEngine, small_tokenizer
+
+TOKENIZER = small_tokenizer()
+
+
+def task(index: int, prompt: list[int], **limits: int) -> Task:
+    return Task(index, index, f"request-{index}", prompt, SamplingParams(**limits), (), False)  # type: ignore[arg-type]
+
+
+def order(tasks: list[Task | Failure]) -> list[int]:
+    return [each.index for each in together(tasks)]
+
+
+def test_prompts_with_one_beginning_come_together_and_the_longest_answers_first() -> None:
+    a, b = [1] * 20, [2] * 20
+    tasks: list[Task | Failure] = [
+        task(0, [*a, 7], max_new_tokens=9),
+        task(1, [*b, 5], max_new_tokens=10),
+        task(2, [*a, 3], max_new_tokens=4),
+        task(3, [*b, 4], max_new_tokens=1),
+        task(4, [9], max_new_tokens=500),
+        task(5, [8], max_positions=300),
+        Failure(6, 6, None, "empty_prompt", "the prompt is empty"),
+        task(7, [3]),
+    ]
+    assert order(tasks) == [6, 7, 4, 5, 3, 1, 2, 0]
+    assert order([]) == []
+
+
+def test_a_window_is_full_before_it_is_arranged_and_nothing_is_lost() -> None:
+    windows: list[int] = []
+
+    def arrange(items: list[int]) -> list[int]:
+        windows.append(len(items))
+        return sorted(items, reverse=True)
+
+    with Prefetcher(iter(range(25)), lambda item: 1, 10, arrange) as ahead:
+        taken = list(ahead.until(lambda: False))
+    assert windows == [10, 10, 5]
+    assert taken == [*range(9, -1, -1), *range(19, 9, -1), *range(24, 19, -1)]
+
+
+def run(folder: Path, schedule: Any, engine: Any, lines: list[str]) -> bytes:
+    folder.mkdir()
+    (folder / "input.txt").write_text("\n".join([str(len(lines)), *lines]) + "\n")
+    job = batch.Job(
+        input=str(folder / "input.txt"),
+        output=str(folder / "output.txt"),
+        checkpoint="small",
+        defaults=Defaults(SamplingParams(max_positions=200, max_new_tokens=8, ignore_eos=True)),
+        schedule=schedule,
+    )
+    assert batch.run_job(job, batch.read(job), TOKENIZER, engine) == 0
+    return (folder / "output.txt").read_bytes()
+
+
+def interleaved() -> list[str]:
+    heads = ("The quick brown fox asks this: " * 3, "A completely different head of prompts " * 3)
+    return [f"{heads[index % 2]}{index}?" for index in range(24)]
+
+
+def test_interleaved_families_hit_a_small_prefix_cache_when_brought_together(
+    tmp_path: Path, checkpoint: Callable[[str], Path]
+) -> None:
+    cached, results = {}, {}
+    for schedule in ("first", "throughput"):
+        probe = Engine(checkpoint("qwen2"), dtype="float32", max_batch_size=2)
+        block = probe._runner.block_bytes(16)
+        engine = Engine(checkpoint("qwen2"), dtype="float32", max_batch_size=1, kv_memory=9 * block)
+        results[schedule] = run(tmp_path / schedule, schedule, engine, interleaved())
+        cached[schedule] = engine.stats.cached_tokens
+    assert results["first"] == results["throughput"]
+    assert cached["throughput"] > 22 * 48  # all but the first of each family
+    assert cached["throughput"] > 2 * cached["first"]
+
+
+def test_first_keeps_the_order_of_the_input(tmp_path: Path) -> None:
+    ran = {}
+    for schedule in ("first", "throughput"):
+        engine = FakeEngine(batch=1)
+        run(tmp_path / schedule, schedule, engine, interleaved())
+        ran[schedule] = [request.request_id for request in engine.requests]
+    assert ran["first"] == list(range(24))
+    assert [index % 2 for index in ran["throughput"]] == [0] * 12 + [1] * 12

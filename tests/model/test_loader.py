@@ -1,0 +1,218 @@
+"""A checkpoint that cannot be used says so in one clear sentence, before anything is computed."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model import CheckpointError, Transformer, load_config
+from model import loader as weights
+from tests.checkpoints import FAMILIES, edit_config, write_checkpoint
+
+
+@pytest.fixture
+def folder(tmp_path: Path, checkpoint: Callable[[str], Path]) -> Path:
+    """A copy of a checkpoint that a test may break."""
+    return Path(shutil.copytree(checkpoint("qwen2"), tmp_path / "broken"))
+
+
+def load(folder: Path) -> Transformer:
+    model = Transformer(load_config(folder))
+    weights.load(model, folder, torch.float32, torch.device("cpu"))
+    return model
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def fails(folder: Path, *words: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        load(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_a_missing_tensor_is_named(folder: Path) -> None:
+    change_tensors(folder, lambda t: t.pop("model.layers.2.mlp.up_proj.weight"))
+    fails(folder, "model.layers.2.mlp.up_proj.weight", "missing")
+
+
+def test_an_extra_tensor_is_named(folder: Path) -> None:
+    change_tensors(folder, lambda t: t.update({"model.layers.9.extra": torch.zeros(1)}))
+    fails(folder, "model.layers.9.extra", "not part of a qwen2 model")
+
+
+def test_a_misshapen_tensor_is_named_with_both_shapes(folder: Path) -> None:
+    change_tensors(folder, lambda t: t.update({"model.norm.weight": torch.zeros(63)}))
+    fails(folder, "model.norm.weight", "[63]", "[64]")
+
+
+def test_a_tensor_of_another_dtype_is_refused(folder: Path) -> None:
+    change_tensors(
+        folder, lambda t: t.update({"model.norm.weight": torch.zeros(64, dtype=torch.int8)})
+    )
+    fails(folder, "model.norm.weight", "I8", "BF16")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_a_truncated_file_is_recognised(folder: Path, share: float) -> None:
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    fails(folder, "model.safetensors", "damaged or truncated")
+
+
+def test_a_corrupt_header_is_recognised(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[:8] = (1 << 62).to_bytes(8, "little")
+    path.write_bytes(data)
+    fails(folder, "model.safetensors", "damaged or truncated")
+
+
+def test_no_weights_at_all_names_what_was_looked_for(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    fails(folder, "model.safetensors nor model.safetensors.index.json")
+    (folder / "pytorch_model.bin").touch()
+    fails(folder, "Convert them once", f"from_pretrained('{folder}'")
+    (folder / "model.gguf").touch()
+    (folder / "config.json").unlink()
+    fails(folder, "GGUF is not read: take the safetensors")
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "sharded", "qwen2", max_shard_size="200KB")
+
+
+def change_index(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+
+
+def test_a_missing_shard_is_named(sharded: Path) -> None:
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    shard.unlink()
+    fails(sharded, shard.name, "missing")
+
+
+def test_an_index_cannot_lead_out_of_its_directory(sharded: Path) -> None:
+    change_index(
+        sharded, lambda i: i["weight_map"].update({"model.norm.weight": "../x.safetensors"})
+    )
+    fails(sharded, "'../x.safetensors' is not a file of this directory")
+
+
+def test_an_index_that_promises_too_much_is_refused(sharded: Path) -> None:
+    change_index(
+        sharded,
+        lambda i: i["weight_map"].update({"more": next(iter(i["weight_map"].values()))}),
+    )
+    fails(sharded, "'more'", "missing")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"weight_map": 3}', "\udcff{"])
+def test_a_broken_index_is_refused(sharded: Path, text: str) -> None:
+    (sharded / "model.safetensors.index.json").write_bytes(text.encode(errors="surrogateescape"))
+    fails(sharded, "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "bert"}, ["model_type 'bert' is not supported", "gpt_oss", "qwen3_moe"]),
+        ({"logit_scale": 2.0}, ["'logit_scale' = 2.0 is not understood"]),
+        ({"hidden_act": "gelu"}, ["hidden_act 'gelu'", "silu"]),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, ["'longrope'", "yarn"]),
+        ({"rope_parameters": {"rope_type": ["x"], "rope_theta": 1e4}}, ["['x']", "yarn"]),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1, "factor": 2}}, ["above 1"]),
+        ({"rope_parameters": {"rope_theta": 1e4, "mscale": 2.0}}, ["'mscale'"]),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, ["all layers"]),
+        ({"quantization_config": {"quant_method": "gptq"}}, ["quantization 'gptq'", "mxfp4"]),
+        ({"num_key_value_heads": 3}, ["num_attention_heads 4 is not a multiple"]),
+        ({"hidden_size": "64"}, ["'hidden_size' must be an integer", "'64'"]),
+        ({"hidden_size": None}, ["'hidden_size' is missing"]),
+        ({"layer_types": ["full_attention"]}, ["'layer_types'", "4 layers"]),
+        ({"layer_types": ["linear_attention"] * 4}, ["'linear_attention'"]),
+        ({"dtype": "float8_e4m3fn"}, ["dtype 'float8_e4m3fn'"]),
+        ({"eos_token_id": "2"}, ["'eos_token_id' must be token ids"]),
+        ({"rms_norm_eps": 0}, ["'rms_norm_eps' must be a number above 0"]),
+        ({"tie_word_embeddings": "yes"}, ["'tie_word_embeddings' must be true or false"]),
+        ({"vocab_size": 2**40}, ["'vocab_size' must be an integer"]),
+    ],
+)
+def test_a_config_that_is_not_understood_is_refused(
+    folder: Path, changes: dict[str, Any], words: list[str]
+) -> None:
+    edit_config(folder, **changes)
+    fails(folder, "config.json", *words)
+
+
+def test_keys_that_cannot_matter_are_let_pass(folder: Path) -> None:
+    edit_config(folder, unsloth_version="2026.1", _attn_implementation="eager", sep_token_id=3)
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | {"some_new_switch": False, "other": None}
+    path.write_text(json.dumps(config))
+    load(folder)
+
+
+def test_stop_ids_are_the_union_of_both_configs(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    assert load_config(folder).stop_ids == {0, 7, 9}
+
+
+def test_a_folder_that_is_no_checkpoint_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such checkpoint directory"):
+        load_config(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="holds no config"):
+        load_config(tmp_path)
+
+
+def test_a_spare_head_of_a_tied_checkpoint_is_ignored(folder: Path) -> None:
+    change_tensors(folder, lambda t: t.update({"lm_head.weight": torch.zeros(512, 64)}))
+    model = load(folder)
+    assert isinstance(model.head.weight, torch.Tensor)
+    assert torch.equal(model.head.weight, model.embedding)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_parameter_is_filled(name: str, checkpoint: Callable[[str], Path]) -> None:
+    model = load(checkpoint(name))
+    parameters: list[torch.Tensor] = []
+
+    def collect(value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            parameters.append(value)
+        elif isinstance(value, list):
+            for item in value:
+                collect(item)
+        elif type(value).__module__.startswith("model.") and hasattr(value, "__dict__"):
+            for item in vars(value).values():
+                collect(item)
+
+    collect(model)
+    assert len(parameters) > 20
+    assert not any(value.is_meta for value in parameters)
+
+
+def test_a_long_load_lets_go_of_mapped_files(
+    sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = load(sharded)
+    monkeypatch.setattr(weights, "_REOPEN_BYTES", 1000)
+    again = load(sharded)
+    mine, theirs = again.layers[3].mlp.down.weight, expected.layers[3].mlp.down.weight  # type: ignore[union-attr]
+    assert torch.equal(mine, theirs)  # type: ignore[arg-type]

@@ -1,0 +1,124 @@
+"""The decoder and the engine compute what transformers computes, in float32."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import Engine, Request, SamplingParams
+from model import Transformer, load_config
+from model import loader as weights
+from model.ops.forward_batch import ForwardBatch, GroupTables
+from tests.checkpoints import FAMILIES, Peer, edit_config, write_checkpoint, write_mxfp4_pair
+
+CPU = torch.device("cpu")
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(1, 512), k=length)
+
+
+def logits_of(folder: Path, ids: list[int]) -> torch.Tensor:
+    """All logits of one sequence in one chunk, with blocks in a scrambled order."""
+    config = load_config(folder)
+    model = Transformer(config)
+    weights.load(model, folder, torch.float32, CPU)
+    model.prepare_rope(config.max_positions, CPU)
+    count, size = len(ids), 16
+    table = torch.randperm(count // size + 1, generator=torch.Generator().manual_seed(0)) + 1
+    positions = torch.arange(count)
+    slots = table[positions // size] * size + positions % size
+    windows = list(dict.fromkeys(layer.window for layer in config.layers))
+    shape = (2, len(table) + 1, size, config.num_kv_heads, config.head_dim)
+    with torch.inference_mode():
+        return model(
+            ForwardBatch(
+                torch.tensor(ids),
+                positions,
+                [count],
+                [count],
+                0,
+                tuple(GroupTables(window, table[None].int(), slots) for window in windows),
+                positions,
+                torch.tensor([0, count], dtype=torch.int32),
+                torch.tensor([count], dtype=torch.int32),
+            ),
+            [torch.zeros(shape) for _ in config.layers],
+            [(windows.index(layer.window), i) for i, layer in enumerate(config.layers)],
+        )
+
+
+def assert_close(mine: torch.Tensor, theirs: torch.Tensor) -> None:
+    error = (mine - theirs).norm() / theirs.norm()
+    assert error < 1e-4, f"relative error {error:.2e}"
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_equal_transformers_past_window_and_original_context(
+    name: str, checkpoint: Callable[[str], Path], peer: Callable[[str], Peer]
+) -> None:
+    ids = prompt(200)
+    assert_close(logits_of(checkpoint(name), ids), peer(name).logits(ids))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_64_greedy_tokens_equal_transformers(
+    name: str, checkpoint: Callable[[str], Path], peer: Callable[[str], Peer]
+) -> None:
+    # 3: shorter than any window; 50: runs over window and original context while decoding.
+    prompts = [prompt(3, 1), prompt(50, 2), prompt(150, 3)]
+    with Engine(checkpoint(name), dtype="float32", kv_memory=32 << 20) as engine:
+        params = SamplingParams(max_new_tokens=64, ignore_eos=True)
+        done = {
+            c.request_id: c.token_ids
+            for c in engine.generate(Request(p, params, i) for i, p in enumerate(prompts))
+        }
+    for i, ids in enumerate(prompts):
+        assert len(done[i]) == 64
+        assert peer(name).is_greedy(ids, done[i])
+
+
+def test_mxfp4_experts_equal_their_dequantised_weights(tmp_path: Path) -> None:
+    write_mxfp4_pair(tmp_path / "packed", tmp_path / "dense")
+    ids = prompt(120)
+    peer = Peer(tmp_path / "dense")
+    assert_close(logits_of(tmp_path / "packed", ids), peer.logits(ids))
+    with Engine(tmp_path / "packed", dtype="float32", kv_memory=32 << 20) as engine:
+        request = Request(ids, SamplingParams(max_new_tokens=64, ignore_eos=True))
+        (done,) = engine.generate([request])
+    assert len(done.token_ids) == 64
+    assert peer.is_greedy(ids, done.token_ids)
+
+
+def test_rope_is_read_in_the_older_spelling_too(
+    tmp_path: Path, checkpoint: Callable[[str], Path]
+) -> None:
+    write_checkpoint(tmp_path, "llama-llama3-rope")
+    edit_config(
+        tmp_path,
+        rope_parameters=None,
+        rope_theta=500_000.0,
+        rope_scaling={
+            "type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    )
+    newer = load_config(checkpoint("llama-llama3-rope"))
+    assert load_config(tmp_path) == newer
+
+
+def test_a_sharded_checkpoint_loads_like_a_single_file(
+    tmp_path: Path, checkpoint: Callable[[str], Path]
+) -> None:
+    write_checkpoint(tmp_path, "gpt_oss", max_shard_size="300KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    ids = prompt(40)
+    torch.testing.assert_close(
+        logits_of(tmp_path, ids), logits_of(checkpoint("gpt_oss"), ids), rtol=0, atol=0
+    )

@@ -1,0 +1,104 @@
+"""The Triton kernels without a GPU: their numbers in the interpreter, their code by compiling."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from model import ops
+from model.ops import reference
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_without_triton_gpus_run_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "find_spec", lambda name: None)
+    assert ops._find("cuda") is reference
+    assert ops._find("mps") is reference
+
+
+def test_a_run_on_the_cpu_never_imports_triton_kernels() -> None:
+    code = "import sys, engine, getp.cli.main; assert 'model.ops.triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("file", ["triton_interpreter.py", "triton_interpreter_sampling.py"])
+def test_kernels_equal_their_references_in_the_interpreter(file: str) -> None:
+    pytest.importorskip("triton")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", f"tests/model/{file}"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, (run.stdout + run.stderr)[-5000:]
+
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx950", "gfx1201")
+
+
+def test_nothing_is_tuned_while_a_job_runs() -> None:
+    """Tiles come from the table; neither Triton's tuner nor torch's is ever asked."""
+    sources = [p for folder in ("model", "engine", "getp") for p in (ROOT / folder).rglob("*.py")]
+    tuners = re.compile(r"autotune|cudnn\.benchmark|tunable|torch\.compile")
+    assert [p for p in sources if tuners.search(p.read_text())] == []
+
+
+def waits_before_memory(ptx: str) -> bool:
+    """Whether a kernel waits for its turn, once and before it touches memory.
+
+    It may ask for memory before, which changes nothing.
+    """
+    memory = (
+        r"griddepcontrol\.\w+|(?<![.\w])(?:ld|st|atom|red)\.(?!param|shared)"
+        r"|cp\.(?:reduce\.)?async\.(?!wait|commit|bulk\.prefetch)"
+    )
+    first, second, *later = re.findall(memory, ptx)
+    waits = [first, second] == ["griddepcontrol.wait", "griddepcontrol.launch_dependents"]
+    return waits and not any(word.startswith("griddepcontrol") for word in later)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_compile_and_fit_their_targets(architecture: str) -> None:
+    pytest.importorskip("triton")
+    from model.ops.triton.tiles import TILES
+    from tests.model.triton_compiler import LIMITS, compile_launch, launches
+
+    chosen = launches(architecture)
+    # Those that start early wait for their turn; no launch waits that does not start early.
+    assert {dict(x.options).get("launch_pdl", False) for x in chosen} == {
+        TILES[architecture].overlap
+    }
+    experts = [dict(x.constants) for x in chosen if x.kernel.__name__ == "_gate_up"]
+    assert {(x["PACKED"], x["BLOCK_M"]) for x in experts} == {
+        (packed, tile.m)
+        for packed, choices in enumerate((TILES[architecture].experts, TILES[architecture].mxfp4))
+        for tile in choices
+    }
+    for launch in chosen:
+        compiled = compile_launch(launch, architecture)
+        assert compiled.shared <= LIMITS[architecture], f"{launch}: {compiled.shared} bytes"
+        assert not compiled.spills, f"{launch}: {compiled.spills} spilled"
+        if TILES[architecture].overlap:
+            assert waits_before_memory(compiled.binary.asm["ptx"]), str(launch)
+        named = dict(launch.constants)
+        if named.get("PACKED") and architecture == "sm_90":
+            waits = re.findall(
+                r"wgmma\.wait_group\.sync\.aligned (\d+)", compiled.binary.asm["ptx"]
+            )
+            assert set(waits) == {"0"}, f"{launch}: weights overwritten while they are multiplied"
+        if launch.kernel.__name__ == "_decode" and architecture.startswith("sm_"):
+            # While one tile of keys and values is attended to, the next is on its way.
+            assert compiled.shared >= 2 * 2 * 2 * named["BLOCK_N"] * named["BLOCK_D"], str(launch)
+
+
+def test_every_architecture_of_the_table_is_compiled_for() -> None:
+    pytest.importorskip("triton")
+    from model.ops.triton.tiles import TILES
+
+    assert set(TILES) == set(ARCHITECTURES)

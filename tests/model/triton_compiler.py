@@ -1,0 +1,268 @@
+"""Kernels compiled for GPUs that are not there, with the arguments that the ops launch them with.
+
+The ops run on tensors without storage while launches are recorded instead of made.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from model import ModelConfig
+from model.cost.known_models import named_config
+from model.families import parse_config
+from model.ops import triton as ops
+from model.ops.forward_batch import ForwardBatch, GroupTables
+from model.ops.triton import tiles
+from model.ops.triton.linear import norm_linear
+from model.ops.triton.mxfp4 import Words
+from model.ops.triton.norm import swiglu
+
+# Bytes of shared memory that one program may take.
+LIMITS = {
+    "sm_80": 163 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "gfx90a": 64 << 10,
+    "gfx942": 64 << 10,
+    "gfx950": 160 << 10,
+    "gfx1201": 64 << 10,
+}
+# Qwen3-30B-A3B: experts without biases and with plain SwiGLU, many of them.
+_QWEN3_MOE = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151_936,
+    "max_position_embeddings": 40_960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "torch_dtype": "bfloat16",
+}
+CONFIGS = (
+    *map(named_config, ("gpt-oss-20b", "qwen3-0.6b", "llama-3-8b", "qwen2-0.5b")),
+    parse_config(_QWEN3_MOE, "qwen3-30b-a3b"),
+)
+ROWS = (1, 16, 32, 64, 512, 4096)  # of each choice by the number of rows at least one
+_POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel and what its compiled form depends on."""
+
+    kernel: JITFunction[Any]
+    types: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[int, ...]
+    options: tuple[tuple[str, int], ...]
+
+    def __str__(self) -> str:
+        named = ", ".join(f"{name}={value}" for name, value in self.constants)
+        return f"{self.kernel.__name__}({named}; {dict(self.options)})"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a kernel takes of its target."""
+
+    shared: int
+    spills: int  # bytes, or registers on AMD
+    registers: int
+    binary: Any
+
+
+def target(architecture: str) -> GPUTarget:
+    """The compiler's name for an architecture: Radeons (gfx10 and later) have waves of 32."""
+    if architecture.startswith("sm_"):
+        return GPUTarget("cuda", int(architecture[3:]), 32)
+    return GPUTarget("hip", architecture, 32 if architecture.startswith("gfx1") else 64)
+
+
+def launches(architecture: str) -> list[Launch]:
+    """Every different launch of the layers of CONFIGS at the sizes of ROWS."""
+    found: dict[Launch, None] = {}
+
+    def record(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kw: Any) -> None:
+        found[_launch(kernel, args, kw)] = None
+
+    # More rows than norms are fused for: benchmarks try up to 64, most of all on Hopper.
+    most = 64 if architecture == "sm_90" else 16
+    own = replace(tiles.TILES[architecture], fused_qkv=most, fused_mlp=most)
+    with (
+        patch.object(JITFunction, "run", record),
+        patch.object(tiles, "architecture", lambda device: architecture),
+        patch("model.ops.triton.attention.processors", lambda device: 132),
+        patch("model.ops.triton.sampling.processors", lambda device: 132),
+        patch("model.ops.triton.linear.processors", lambda device: 132),
+        patch("model.ops.triton.fused.tiles", lambda device: own),
+    ):
+        for config in CONFIGS:
+            for rows in ROWS:
+                for call in _calls(config, rows, most):
+                    call()
+    return list(found)
+
+
+def _launch(kernel: JITFunction[Any], args: tuple[Any, ...], kw: dict[str, Any]) -> Launch:
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    options = tuple((k, v) for k, v in kw.items() if k not in kernel.arg_names)
+    values |= {k: v for k, v in kw.items() if k in kernel.arg_names}
+    types, constants, aligned = {}, {}, []
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if isinstance(value, torch.Tensor):
+            types[parameter.name] = _POINTERS[value.dtype]
+            aligned.append(i)
+        elif parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
+            types[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        elif isinstance(value, float):
+            types[parameter.name] = "fp32"
+        else:
+            types[parameter.name] = parameter.annotation_type or ("i32" if value < 2**31 else "i64")
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                aligned.append(i)
+    return Launch(kernel, tuple(types.items()), tuple(constants.items()), tuple(aligned), options)
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _calls(config: ModelConfig, rows: int, fused: int) -> Iterator[Callable[[], Any]]:
+    """The ops of the config's different layers, as a step of `rows` tokens calls them.
+
+    fused: up to how many rows norms are fused with what follows.
+    """
+    hidden, heads, dim = config.hidden_size, config.num_heads, config.head_dim
+    x, norm = _empty(rows, hidden), _empty(hidden)
+    samples = min(rows, 512)
+    logits = _empty(samples, config.vocab_size)
+    floats, top_k = _empty(samples, dtype=torch.float32), _empty(samples, dtype=torch.int64)
+    uniform = _empty(samples, dtype=torch.float64)
+    for kept in (None, top_k):
+        yield partial(ops.draw, logits, floats, kept, floats, uniform)
+    yield lambda: ops.add_rms_norm(x, None, norm, 1e-5)
+    yield lambda: ops.add_rms_norm(x, x, norm, 1e-5)
+    kv = _empty(2, 60_000, 16, config.num_kv_heads, dim)
+    qkv = _empty(rows, heads + 2 * config.num_kv_heads, dim)
+    norms = (_empty(dim), _empty(dim)) if config.qk_norm else None
+    slots, cos_sin = _empty(rows, dtype=torch.int64), _empty(rows, dim, dtype=torch.float32)
+    yield lambda: ops.rotate_and_write(qkv, cos_sin, kv, slots, heads, norms, 1e-5)
+    out = qkv.shape[1] * dim
+    column = _empty(out) if config.qkv_bias else None
+    for delta in (None, x) if rows == 1 else (x,):  # what there is to add changes little
+        yield partial(
+            ops.norm_qkv, x, delta, norm, 1e-5, _empty(out, hidden), column,
+            cos_sin, kv, slots, heads, norms,
+        )  # fmt: skip
+    query = _empty(rows, heads, dim)
+    yield lambda: ops.linear(query.flatten(1), _empty(hidden, heads * dim), None)
+    yield lambda: ops.linear(x, _empty(config.vocab_size, hidden), None)
+    sinks = _empty(heads) if config.sinks else None
+    for window in {layer.window for layer in config.layers}:
+        for singles, sequences in {(min(rows, 512), min(rows, 512)), (0, 1)}:
+            lengths = _empty(sequences + 1, dtype=torch.int32)
+            batch = ForwardBatch(slots, slots, [], [], singles, (), slots, lengths, lengths[:-1])
+            tables = GroupTables(window, _empty(sequences, 512, dtype=torch.int32), slots)
+            tokens = query[: singles or rows]
+            yield partial(ops.attention, tokens, kv, batch, tables, sinks)
+    if config.moe is None:
+        size = config.intermediate_size
+        gate_up, up, down = _empty(rows, 2 * size), _empty(2 * size, hidden), _empty(hidden, size)
+        yield lambda: swiglu(gate_up, None, 1.0)
+        yield lambda: ops.norm_mlp(x, x, norm, 1e-5, up, None, down, None)
+        yield lambda: ops.linear(gate_up[:, :size], down, None)
+        if rows <= fused:
+            bias = _empty(2 * size) if config.mlp_bias else None
+            yield lambda: norm_linear(x, x, norm, 1e-5, up, bias, is_gated=True)
+        return
+    moe, limit, alpha = config.moe, config.swiglu_limit, config.swiglu_alpha
+    count, size = moe.num_experts, moe.intermediate_size
+    scores = _empty(rows, count)
+    column = _empty(count) if moe.biases else None
+    yield lambda: ops.linear(x, _empty(count, hidden), column)
+    yield lambda: ops.route(scores, moe.top_k, moe.softmax_after_top_k, moe.normalize)
+    chosen = _empty(rows, moe.top_k, dtype=torch.int64)
+    shares = _empty(rows, moe.top_k, dtype=torch.float32)
+    biases = (_empty(count, 2 * size), _empty(count, hidden)) if moe.biases else (None, None)
+    dense = (_empty(count, 2 * size, hidden), _empty(count, hidden, size))
+    for first, second in (dense, (_packed(dense[0]), _packed(dense[1]))):
+        yield partial(
+            ops.experts, x, chosen, shares, first, biases[0], second, biases[1], limit, alpha
+        )
+
+
+def _packed(weight: torch.Tensor) -> Words:
+    count, outputs, inputs = weight.shape
+    values = _empty(count, outputs, inputs // 8, dtype=torch.int32)
+    return Words(values, _empty(count, -(-inputs // 128), outputs, dtype=torch.int32))
+
+
+def compile_launch(launch: Launch, architecture: str) -> Compiled:
+    """Compile it. Raises where the compiler refuses."""
+    divisible = [["tt.divisibility", 16]]
+    source = ASTSource(
+        launch.kernel,
+        dict(launch.types),
+        dict(launch.constants),
+        {(i,): divisible for i in launch.aligned},
+    )
+    binary = triton.compile(source, target=target(architecture), options=dict(launch.options))
+    shared = binary.metadata.shared
+    if "cubin" in binary.asm:
+        return Compiled(shared, *_nvidia_usage(binary.asm["cubin"]), binary)
+    text = binary.asm["amdgcn"]
+    spills = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text))
+    registers = max(int(n) for n in re.findall(r"\.vgpr_count:\s*(\d+)", text))
+    return Compiled(shared, spills, registers, binary)
+
+
+@cache
+def _cuobjdump() -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
+    """(Bytes of stack, which kernels have for spilled registers only; registers)."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [_cuobjdump(), "--dump-resource-usage", file.name],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+    stack, registers = re.search(r"STACK:(\d+)", text), re.search(r"REG:(\d+)", text)
+    assert stack is not None, text
+    assert registers is not None, text
+    return int(stack[1]), int(registers[1])

@@ -1,0 +1,295 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.getp.helpers import CHAT_TEMPLATE, small_tokenizer, write_tokenizer
+from tokenizer import (
+    ChatTemplate,
+    HarmonyParser,
+    TemplateError,
+    Tokenizer,
+    TokenizerError,
+    answer_text,
+    sandbox,
+)
+from tokenizer.harmony import speaks_harmony
+
+TALK = [
+    {"role": "system", "content": "Be <brief> & 'kind'."},
+    {"role": "user", "content": "naïve 你好?\n"},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "why"},
+]
+LLAMA = """{{ bos_token }}{% for message in messages %}
+  {% if message['role'] == 'system' %}
+[SYS]{{ message['content'] | trim }}[/SYS]
+    {% continue %}
+  {% endif %}
+  {% generation %}[{{ loop.index0 }}]{{ message['content'] | tojson }}{% endgeneration %}
+{% endfor %}
+{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}
+{{ ns.n }}{{ {'a': [1, "é"]} | tojson(indent=2) }}{% if add_generation_prompt %}[A]{% endif %}"""
+DATED = "{{ strftime_now('%Y') }}{% if tools is none %}x{% endif %}{{ documents }}{{ eos_token }}"
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, LLAMA, DATED])
+@pytest.mark.parametrize("prompt", [True, False])
+def test_templates_render_as_in_transformers(tmp_path: Path, template: str, prompt: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = write_tokenizer(tmp_path, template)
+    ours = Tokenizer.load(folder)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder))
+    expected = theirs.apply_chat_template(TALK, tokenize=False, add_generation_prompt=prompt)
+    assert ours.template is not None
+    text = ours.template.render(TALK, add_generation_prompt=prompt)
+    assert text == expected
+    their_ids = theirs.apply_chat_template(TALK, add_generation_prompt=prompt)["input_ids"]
+    assert ours.encode(text, special=False) == their_ids
+
+
+def test_a_template_is_found_in_the_config_as_text_or_by_name(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path, template=None)
+    assert Tokenizer.load(folder).template is None
+    named = [{"name": "tools", "template": "no"}, {"name": "default", "template": "yes"}]
+    for value in ("yes", named):
+        (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
+        template = Tokenizer.load(folder).template
+        assert template is not None
+        assert template.render(TALK) == "yes"
+
+
+def test_a_template_may_refuse_a_conversation_in_its_own_words() -> None:
+    template = ChatTemplate("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(TokenizerError, match="roles must alternate"):
+        template.render(TALK)
+
+
+@pytest.mark.parametrize("source", ["{% if %}", "{{ x", "{% nothing %}"])
+def test_an_invalid_template_is_one_clear_error(source: str) -> None:
+    with pytest.raises(TokenizerError, match="chat template is not valid"):
+        ChatTemplate(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.__base__.__subclasses__() }}",
+    ],
+)
+def test_a_template_stays_in_its_sandbox(source: str) -> None:
+    with pytest.raises(TokenizerError):
+        ChatTemplate(source).render(TALK)
+
+
+ANSWER = (
+    "<|channel|>analysis<|message|>12 and 30 é<|end|>"
+    "<|start|>assistant<|channel|>commentary to=functions.add <|constrain|>json"
+    "<|message|>{}<|call|>"
+    "<|start|>assistant<|channel|>final<|message|>It is 42 🙂.<|return|>"
+)
+
+
+def test_an_answer_is_split_into_its_channels() -> None:
+    tokenizer = small_tokenizer()
+    prompt = tokenizer.encode("<|start|>user<|message|>hi<|end|><|start|>assistant")
+    parser = HarmonyParser(tokenizer, prompt)
+    channels: dict[str, str] = {}
+    for piece in [parser.push(i) for i in tokenizer.encode(ANSWER)] + [parser.flush()]:
+        if piece is not None:
+            assert "\ufffd" not in piece.text
+            channels[piece.channel] = channels.get(piece.channel, "") + piece.text
+    assert channels == {"analysis": "12 and 30 é", "commentary": "{}", "final": "It is 42 🙂."}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "text"),
+    [
+        ("<|start|>assistant", ANSWER, "It is 42 🙂."),
+        ("<|start|>assistant", "<|channel|>analysis<|message|>well", ""),
+        ("<|start|>assistant", "<|message|>no channel<|return|>", "no channel"),
+        ("<|start|>assistant<|channel|>final<|message|>", "open<|return|>", "open"),
+        ("<|start|>assistant<|channel|>analysis<|message|>", "hm<|end|>", ""),
+        ("12 + 34?", " 46<eos>", " 46"),
+        ("", ANSWER[: ANSWER.index("🙂")], "It is 42 "),
+    ],
+)
+def test_the_answer_is_the_text_of_the_final_channel(prompt: str, answer: str, text: str) -> None:
+    tokenizer = small_tokenizer()
+    assert answer_text(tokenizer, tokenizer.encode(answer), tokenizer.encode(prompt)) == text
+
+
+def test_a_tokenizer_without_the_markers_has_plain_answers() -> None:
+    from tests.getp.helpers import metaspace
+
+    plain = Tokenizer(metaspace())
+    assert not speaks_harmony(plain)
+    assert speaks_harmony(small_tokenizer())
+    assert answer_text(plain, plain.encode("a bad head")) == "a bad head"
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}", "round"),
+        ("{% for i in range(999999999) %}{% endfor %}", "too big"),
+        ("{{ 'x' * 999999999 }}", "more than"),
+        ("{{ 999999999 * [1] }}", "more than"),
+        ("{{ 99 ** 99999 }}", "power"),
+        ("{{ '%*d' % (999999999, 1) }}", "width"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+        (
+            "{% set n = namespace(x='xx') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}"
+            "{% endfor %}",
+            "more than",
+        ),
+        (
+            "{% set n = namespace(x='xx') %}{% for i in range(60) %}"
+            "{% set y %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = y %}{% endfor %}",
+            "more than",
+        ),
+        (
+            "{% set n = namespace(x='xx') %}{% for i in range(60) %}"
+            "{% set n.x = n.x | replace('x', 'xxx') %}{% endfor %}",
+            "more than",
+        ),
+        (
+            "{% set n = namespace(x='xx') %}{% for i in range(60) %}"
+            "{% set n.x = n.x.replace('x', 'xxx') %}{% endfor %}",
+            "more than",
+        ),
+        (
+            "{% set x = 'x' * 1000000 %}{% for i in range(1000) %}{% set y = x ~ i %}{% endfor %}",
+            "more than",
+        ),
+        ("{{ 'x' | center(999999999) }}", "more than"),
+        ("{{ 'x'.ljust(999999999) }}", "more than"),
+        ("{{ 'x'.zfill(width=999999999) }}", "more than"),
+        ("{{ 'x\ny' | indent(999999999) }}", "more than"),
+        ("{{ '\t'.expandtabs(999999999) }}", "more than"),
+        ("{{ range(90000) | join('x' * 9000) }}", "more than"),
+        ("{{ ('x' * 9000).join(['a'] * 90000) }}", "more than"),
+        ("{{ ('{0}' * 90000).format('x' * 9000) }}", "more than"),
+        ("{{ '{:999999999}'.format(1) }}", "width"),
+        ("{{ ('%s' * 2) % ('x' * 60000000, 'y') }}", "more than"),
+        ("{{ '%999999999d' | format(1) }}", "width"),
+        ("{{ 'x'.translate({120: 'y' * 999}) }}", "translates"),
+        ("{{ [1] | batch(999999999, 0) | list }}", "more than"),
+        ("{{ lipsum(999999) }}", "undefined"),
+        ("{{ messages.__class__.__mro__ }}", "unsafe"),
+        ("{{ ''.__class__.__base__.__subclasses__() }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        (
+            "{% for i in range(70000) %}{{ 'x' * 1000 }}{% endfor %}",
+            "more than",
+        ),
+    ],
+)
+def test_a_template_has_limits_and_no_way_out(template: str, words: str) -> None:
+    with pytest.raises(TemplateError, match=words):
+        ChatTemplate(template).render(TALK)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "{% set n.x = [n.x, n.x] %}",
+        "{% set n.x = (n.x, n.x) %}",
+        "{% set n.x = {1: n.x, 2: n.x} %}",
+        "{% set n.x = [n.x] * 2 %}",
+        "{% set n.x = [n.x] + [n.x] %}",
+        "{% set n.x = dict(a=n.x, b=n.x) %}",
+        "{% set n.x = [1] | batch(9, n.x) | list %}",
+        "{% set n.x = [{}, {}] | map(attribute='y', default=n.x) | list %}",
+        "{% macro m() %}{% set n.x = varargs %}{% endmacro %}{{ m(n.x, n.x) }}",
+        "{% macro m() %}{% set n.x = kwargs %}{% endmacro %}{{ m(a=n.x, b=n.x) }}",
+        "{% macro m() %}{% set n.x = varargs %}{{ caller() }}{% endmacro %}"
+        "{% call m(n.x, n.x) %}{% endcall %}",
+    ],
+)
+@pytest.mark.parametrize("use", ["{{ n.x }}", "{{ n.x | tojson }}", "{{ n.x == [n.x] }}"])
+def test_a_list_in_a_list_in_a_list_may_not_grow_without_end(step: str, use: str) -> None:
+    loop = f"{{% for i in range(60) %}}{step}{{% endfor %}}"
+    with pytest.raises(TemplateError, match="more than"):
+        ChatTemplate("{% set n = namespace(x=[1]) %}" + loop + use).render(TALK)
+
+
+def test_namespaces_that_hold_each_other_are_not_written_out() -> None:
+    steps = "".join(
+        f"{{% set n{i} = namespace() %}}{{% set n{i}.a = n{i - 1} %}}{{% set n{i}.b = n{i - 1} %}}"
+        for i in range(1, 60)
+    )
+    assert ChatTemplate(f"{{% set n0 = 1 %}}{steps}{{{{ n59 }}}}").render(TALK) == "<namespace>"
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (
+            "{% set n = namespace(x=3) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}"
+            "{% endfor %}",
+            "number in it is too large",
+        ),
+        ("{{ ('f' * 100000) | int(0, 16) // 3 }}", "number in it is too large"),
+        (
+            "{% set n = namespace(x=[1]) %}{% for i in range(500) %}{% set n.x = [n.x] %}"
+            "{% endfor %}{{ [n.x] * 9999 | int }}{{ ([n.x] * 9999) | tojson(indent=9999) }}",
+            "more than",
+        ),
+        (
+            "{% set x = 'x' * 9000000 %}{% for i in range(100000) %}{% if x | upper == 'y' %}"
+            "{% endif %}{% endfor %}",
+            "more than 1 seconds",
+        ),
+    ],
+)
+def test_neither_numbers_nor_time_are_without_end(
+    template: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "_MOST_SECONDS", 1.0)
+    with pytest.raises(TemplateError, match=words):
+        ChatTemplate(template).render(TALK)
+
+
+def test_what_is_limited_still_does_what_it_did() -> None:
+    for template, text in {
+        "{{ 'a' ~ 1 ~ none }}": "a1None",
+        "{{ 'a-b-c' | replace('-', '+') }}{{ 'a-b-c'.replace('-', '', 1) }}": "a+b+cab-c",
+        "{{ 'a-b' | replace(old='-', new='') }}": "ab",
+        "{{ [1, 2] | join(', ') }}{{ messages | join('/', attribute='role') }}": None,
+        "{{ ', '.join(['a', 'b']) }}{{ 'x'.center(3) }}{{ 'x' | center(3) }}": "a, b x  x ",
+        "{{ 'a\nb' | indent(2) }}{{ 'a\nb' | indent('> ', true) }}": "a\n  b> a\n> b",
+        "{{ '{:>4}|{}'.format(1, 'x') }}{{ '%03d %s' % (7, 'y') }}": "   1|x007 y",
+        "{{ '%s and %s' | format(1, 2) }}": "1 and 2",
+        "{{ [1, 2, 3] | batch(2, 0) | list }}": "[[1, 2], [3, 0]]",
+        "{% set x %}a{{ 'b' }}{% endset %}{{ x ~ x }}": "abab",
+        "{% macro m(x) %}<{{ x }}>{% endmacro %}{{ m(1) ~ m('y') }}": "<1><y>",
+        "{% filter upper %}a{{ 'b' | lower }}{% endfilter %}": "AB",
+        "{{ {'a': [1, (2, 3)]} | tojson }}": '{"a": [1, [2, 3]]}',
+        "{{ [1] | tojson(indent=1) }}": "[\n 1\n]",
+        "{% for a, b in [(1, 2)] %}{{ a + b }}{% endfor %}{% set c, d = 3, 4 %}{{ c * d }}": "312",
+        "{{ 7 // 2 - 1 / 2 }}{{ 2 in [1, 2] and 1 is odd }}": "2.5True",
+        "{{ '  a '.strip() }}{{ 'a,b'.split(',') | length }}": "a2",
+    }.items():
+        found = ChatTemplate(template).render(TALK)
+        if text is not None:
+            assert found == text
+        else:
+            assert found == "1, 2" + "/".join(str(message["role"]) for message in TALK)
+
+
+def test_a_template_that_is_no_template_is_refused(tmp_path: Path) -> None:
+    for source in ("{% for x in", "{% for x in y recursive %}{% endfor %}", "x" * 2**21):
+        with pytest.raises(TokenizerError, match="chat template is"):
+            ChatTemplate(source)
+    folder = write_tokenizer(tmp_path)
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(TokenizerError, match=r"chat_template.jinja cannot be read"):
+        Tokenizer.load(folder)
+
+
+def test_a_template_says_which_names_it_asks_for() -> None:
+    assert "reasoning_effort" in ChatTemplate("{{ reasoning_effort }}").variables
+    assert "reasoning_effort" not in ChatTemplate(CHAT_TEMPLATE).variables
