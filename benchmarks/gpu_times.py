@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
+from model.layers import Linear, Mlp
 
 from benchmarks.gpu_checks import (
     CUDA,
@@ -22,7 +23,6 @@ from benchmarks.gpu_checks import (
     random_mxfp4,
 )
 from model.cost.known_models import named_config
-from model.layers import Linear, Mlp
 from model.ops import reference
 from model.transformer import Layer
 

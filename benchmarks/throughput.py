@@ -27,12 +27,11 @@ from rich.table import Table
 
 from benchmarks.loads import Load, make_load
 from engine import Engine, EngineStats, Request, SamplingParams
-from engine.step_probe import parts_of
 from getp.report.efficiency import run_cost
-from getp.analysis.part_timer import following
 from getp.job.ordering import Schedule, together
 from getp.job.request_reader import Task
 from model.cost import measure
+from model.ops.step_parts import observe
 
 # Where a part of the decoder belongs; the rest is "everything else".
 _GROUPS = {
@@ -158,7 +157,7 @@ def breakdown(engine: Engine, requests: list[Request]) -> dict[str, float]:
         else:
             current = _GROUPS.get(name, "everything else")
 
-    with following(parts_of(engine), switch):
+    with observe(switch):
         list(engine.generate(requests))
     switch("other")
     return spent

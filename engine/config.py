@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import torch
 
-from model import ModelConfig, ops
+from model import ModelConfig
 from model.cost.operations import check_tensor_parallel
+from model.ops.backend import choose_backend
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -74,6 +75,6 @@ def held_config(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
 
     What a step reads depends on it: MXFP4 becomes dense where no kernel takes it packed.
     """
-    if config.mxfp4_experts and not ops.keeps_mxfp4(device, dtype):
+    if config.mxfp4_experts and not choose_backend(device, dtype).keeps_mxfp4:
         return replace(config, mxfp4_experts=False)
     return config

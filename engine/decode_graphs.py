@@ -97,7 +97,6 @@ class DecodeGraphs:
     def __init__(
         self,
         decode: Decode,
-        windows: SequenceOf[int | None],
         tables: SequenceOf[torch.Tensor],
         spare: tuple[int, int],
         logits: torch.Tensor | None,
@@ -105,7 +104,7 @@ class DecodeGraphs:
     ):
         """Capture `decode` for batches as long as the tables and for smaller ones.
 
-        windows and tables: of each group of layers; tables int32 [sequences, blocks] that can be
+        tables: of each group of layers, int32 [sequences, blocks] that can be
         read as they are. spare: a row and a slot that padding may write to. logits [sequences,
         vocab]: where results are put, since what is allocated in one capture is used again by the
         next. Without logits sizes are close to each other, each is captured when it is first met,
@@ -115,9 +114,9 @@ class DecodeGraphs:
         # On a CPU rows that nobody needs are computed like others: few of them.
         each = _up_to(most, *range(1, 17), *range(20, most, 4))
         self.sizes = each if logits is None else sizes(most)
-        self._windows, self._tables = windows, tables
+        self._tables = tables
         self._memory = torch.zeros(
-            Inputs.bytes(most, len(windows)), dtype=torch.uint8, device=device
+            Inputs.bytes(most, len(tables)), dtype=torch.uint8, device=device
         )
         self._indices = torch.arange(most + 1, device=device)
         self._starts = self._indices.int()
@@ -127,8 +126,8 @@ class DecodeGraphs:
         # run now: whether it can be done shows.
         row, slot = (torch.full((most,), at, device=device) for at in spare)
         for size in [1] if logits is None else reversed(self.sizes):
-            inputs = Inputs.over(self._memory, size, len(windows))
-            inputs.fill(row[:size], row[:size] * 0, [slot[:size]] * len(windows))
+            inputs = Inputs.over(self._memory, size, len(tables))
+            inputs.fill(row[:size], row[:size] * 0, [slot[:size]] * len(tables))
             self._captured(size)
         if logits is None:
             self._captured(1)()
@@ -157,7 +156,7 @@ class DecodeGraphs:
 
         Both are valid until the next call. Arguments as in `Inputs`, on the host.
         """
-        size, groups = len(rows), len(self._windows)
+        size, groups = len(rows), len(self._tables)
         inputs = Inputs.over(self._memory, size, groups)
         # On a GPU a copy is a launch of its own in every step: one for all of them.
         staged = torch.empty(
@@ -168,22 +167,20 @@ class DecodeGraphs:
         return inputs.rows, self._captured(size)()
 
     def _compute(self, size: int) -> torch.Tensor:
-        inputs = Inputs.over(self._memory, size, len(self._windows))
+        inputs = Inputs.over(self._memory, size, len(self._tables))
         batch = ForwardBatch(
             token_ids=inputs.rows,
             positions=inputs.positions,
-            query_lens=[1] * size,
-            context_lens=[],  # changes from step to step, and a capture would hold on to it
+            host_query_lens=[1] * size,
+            host_context_lens=[],  # changes from step to step, and a capture would hold on to it
             num_single=size,
             groups=tuple(
-                GroupTables(window, table[:size], slots)
-                for window, table, slots in zip(
-                    self._windows, self._tables, inputs.slots, strict=True
-                )
+                GroupTables(table[:size], slots)
+                for table, slots in zip(self._tables, inputs.slots, strict=True)
             ),
             logits_rows=self._indices[:size],
-            query_starts=self._starts[: size + 1],
-            seen=inputs.seen,
+            cu_seqlens_q=self._starts[: size + 1],
+            context_lens=inputs.seen,
         )
         logits = self._decode(inputs.rows, batch)
         return logits if self._logits is None else self._logits[:size].copy_(logits)

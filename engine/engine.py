@@ -30,7 +30,8 @@ from engine.request import Completion, Request
 from engine.sampler import NO_TOKEN, Sampled
 from engine.scheduler import Scheduler, Sequence, Step
 from engine.stats import EngineStats
-from model import ModelConfig, load_config, ops
+from model import ModelConfig, load_config
+from model.ops.step_parts import SCHEDULING
 
 _log = logging.getLogger(__name__)
 
@@ -204,7 +205,9 @@ class Engine:
         if self._make_capture is not None:
             if not self._capture(self._make_capture(self.stats)):
                 together = 0
-        elif self.tensor_parallel == 1 and (recorder := ops.recorder(self.dtype)) is not None:
+        elif (
+            self.tensor_parallel == 1 and (recorder := self._runner.backend.recorder()) is not None
+        ):
             # A model of which torch computes a part cannot be recorded; it only takes longer.
             # Nor can what ranks tell each other.
             with contextlib.suppress(RuntimeError):
@@ -299,7 +302,8 @@ class Engine:
     def _step(self, scheduler: Scheduler) -> list[Completion]:
         """Launch a step and read those that were launched long enough before."""
         start = time.perf_counter()
-        step = scheduler.schedule()
+        with SCHEDULING:
+            step = scheduler.schedule()
         planned = time.perf_counter()
         self.stats.schedule_s += planned - start
         if not step.size:

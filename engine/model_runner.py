@@ -13,9 +13,11 @@ from engine.parallel.step_message import StepMessage
 from engine.request import Request, SamplingParams
 from engine.sampler import Sampled, Sampler, pin, put
 from engine.scheduler import Chunk, Sequence, Step
-from model import ModelConfig, Transformer, ops
+from model import ModelConfig, Transformer
 from model import loader as weights
+from model.ops.backend import choose_backend
 from model.ops.forward_batch import ForwardBatch, GroupTables
+from model.ops.step_parts import BATCH_PREPARATION, SAMPLING
 from model.sharding import ALONE, Shard
 
 _LIKELY_TOKENS = 256  # of a sequence
@@ -42,6 +44,7 @@ class ModelRunner:
         for g, group in enumerate(self.groups):
             for i, layer in enumerate(group.layers):
                 self._places[layer] = (g, i)
+        self.backend = choose_backend(device, dtype)
         self._model: Transformer | None = None
         self._caches: list[torch.Tensor] = []
         self._sampler: Sampler | None = None
@@ -58,9 +61,9 @@ class ModelRunner:
         """Load the weights (random ones if dummy). Raises CheckpointError."""
         model = Transformer(self.config, self.shard)
         if dummy:
-            weights.load_dummy(model, self.dtype, self.device)
+            weights.load_dummy(model, self.backend)
         else:
-            weights.load(model, checkpoint, self.dtype, self.device)
+            weights.load(model, checkpoint, self.backend)
         self._model = model
 
     def block_bytes(self, block_size: int) -> int:
@@ -86,7 +89,7 @@ class ModelRunner:
         self._block_size = block_size
         shape = (2, num_blocks + 1, block_size, self._kv_heads, self.config.head_dim)
         self._caches = [
-            ops.empty_cache(shape, self.dtype, self.device)
+            self.backend.empty_cache(shape)
             for _ in range(max(len(group.layers) for group in self.groups))
         ]
         # Only the null block is ever read before it is written. On a CPU what a first batch is
@@ -103,7 +106,9 @@ class ModelRunner:
         for cache in self._caches:
             cache[:, :touched].zero_()
         self._model.prepare_rope(max_positions, self.device)
-        self._sampler = Sampler(max_batch_size + 1, self.device, self.shard, self.config.vocab_size)
+        self._sampler = Sampler(
+            max_batch_size + 1, self.backend, self.shard, self.config.vocab_size
+        )
         self._width = -(-max_positions // block_size)
         rows = array("i", bytes(4 * max_batch_size * self._width))
         rows += array("i", [num_blocks]) * self._width
@@ -154,15 +159,13 @@ class ModelRunner:
         if self._sampler is None:
             raise RuntimeError("allocate() comes before capture()")
         most, block = len(self._sampler.last) - 1, self._caches[0].shape[1] - 1
-        windows = [group.window for group in self.groups]
         part = self.shard.vocab_part(self.config.vocab_size)
         self._placed = None
         self._graphs = DecodeGraphs(
             self._decode,
-            windows,
             [
                 torch.full((most, self._width), block, dtype=torch.int32, device=self.device)
-                for _ in windows
+                for _ in self.groups
             ],
             (most, block * self._block_size),
             torch.empty(most, part.stop - part.start, dtype=self.dtype, device=self.device)
@@ -173,12 +176,12 @@ class ModelRunner:
 
     def _forward(self, batch: ForwardBatch) -> torch.Tensor:
         assert self._model is not None
-        return self._model(batch, self._caches, self._places)
+        return self._model(self.backend, batch, self._caches, self._places)
 
     def _decode(self, rows: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         """Logits of a batch of the tokens that these rows sampled last."""
         assert self._sampler is not None
-        last = ops.gather(self._sampler.last.unsqueeze(1), rows)
+        last = self.backend.gather(self._sampler.last.unsqueeze(1), rows)
         return self._forward(replace(batch, token_ids=last.squeeze(1)))
 
     def free(self) -> None:
@@ -216,11 +219,13 @@ class ModelRunner:
         assert self._sampler is not None
         self._note_blocks(work)
         if self._graphs is None or work.starts:
-            batch, rows, positions = self._batch(work, self._sampler.last)
+            with BATCH_PREPARATION:
+                batch, rows, positions = self._batch(work, self._sampler.last)
             logits = self._forward(batch)
         else:
             logits, rows, positions = self._replay(self._graphs, work, len(self._sampler.last) - 1)
-        return self._sampler.sample(logits, rows, positions, special, work.drawn)
+        with SAMPLING:
+            return self._sampler.sample(logits, rows, positions, special, work.drawn)
 
     def _note_blocks(self, work: StepMessage) -> None:
         for row, tables in work.tables:
@@ -273,10 +278,10 @@ class ModelRunner:
         blocks, offsets = positions // self._block_size, positions % self._block_size
         width = -(-max(context_lens) // self._block_size)
         groups = []
-        for group, tables in zip(self.groups, self._views, strict=True):
+        for tables in self._views:
             table = tables[:, :width].index_select(0, rows)
             slots = table[owners, blocks] * self._block_size + offsets
-            groups.append(GroupTables(group.window, put(table, device), put(slots, device)))
+            groups.append(GroupTables(put(table, device), put(slots, device)))
         logits_rows, sampling, upto = query_ends - 1, rows, ends
         if not all(work.samples):
             kept = torch.tensor([1] * decodes + [*work.samples]).bool()
@@ -287,13 +292,13 @@ class ModelRunner:
         batch = ForwardBatch(
             token_ids=token_ids,
             positions=put(positions, device),
-            query_lens=query_lens,
-            context_lens=context_lens,
+            host_query_lens=query_lens,
+            host_context_lens=context_lens,
             num_single=singles,
             groups=tuple(groups),
             logits_rows=put(logits_rows, device),
-            query_starts=put(torch.nn.functional.pad(query_ends, (1, 0)).int(), device),
-            seen=put(ends.int(), device),
+            cu_seqlens_q=put(torch.nn.functional.pad(query_ends, (1, 0)).int(), device),
+            context_lens=put(ends.int(), device),
         )
         return batch, put(sampling, device), put(upto, device) if work.drawn else upto
 

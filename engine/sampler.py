@@ -1,15 +1,15 @@
 """Logits → next tokens. Randomness is keyed, so a result does not depend on the batch."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from functools import partial
 
 import torch
 
 from engine.request import SamplingParams, TokenLogprobs
-from model import ops
-from model.ops import reference
+from model.ops.backend import Backend
+from model.ops.sampling import find_in_cumulative, reduce_blocks, take_block
 from model.sharding import ALONE, Shard
 
 NO_TOKEN = -1  # read for a row whose logits are not finite
@@ -81,10 +81,11 @@ class Sampler:
     alone knows parameters, and where they count it draws from everyone's logits.
     """
 
-    def __init__(self, rows: int, device: torch.device, shard: Shard = ALONE, vocab: int = 0):
+    def __init__(self, rows: int, backend: Backend, shard: Shard = ALONE, vocab: int = 0):
+        device = backend.device
         self._shard, self._vocab = shard, vocab  # vocab: tokens that the ranks share out
         self.last = torch.zeros(rows, dtype=torch.int64, device=device)  # token sampled last
-        self._device = device
+        self._ops, self._device = backend, device
         self._heat_and_top_p = torch.ones(rows, 2, device=device)
         self._top_k_and_seed = torch.zeros(rows, 2, dtype=torch.int64, device=device)
 
@@ -113,7 +114,7 @@ class Sampler:
         """
         shard = self._shard
         if not drawn:
-            highest, tokens = shard.likeliest(*_likeliest(logits), self._vocab)
+            highest, tokens = shard.argmax(*self._ops.argmax(logits), self._vocab)
             self.last.index_copy_(0, rows, tokens)
             return Sampled(tokens, highest)
         logits = shard.vocab_columns(logits, self._vocab)
@@ -121,7 +122,7 @@ class Sampler:
             highest, tokens = self._choose(logits, rows, positions, special)
         else:
             highest = tokens = torch.empty_like(rows)
-        self.last.index_copy_(0, rows, shard.from_first(tokens))
+        self.last.index_copy_(0, rows, shard.broadcast(tokens))
         wanted = {i: p.logprobs for i, p in special.items() if p.logprobs is not None}
         if not wanted:
             return Sampled(tokens, highest)
@@ -139,7 +140,7 @@ class Sampler:
         special: Mapping[int, SamplingParams],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(Largest logit, next token) of each sequence, from logits [n, vocab]."""
-        highest, tokens = _likeliest(logits)
+        highest, tokens = self._ops.argmax(logits)
         drawn = {i: params for i, params in special.items() if params.temperature > 0}
         cut = {i: p for i, p in drawn.items() if p.top_k or p.top_p < 1}
         by_count = any(params.top_k for params in cut.values())
@@ -164,9 +165,11 @@ class Sampler:
         heat = self._heat_and_top_p[rows, :1]
         shares = (logits.float() / heat).softmax(-1)
         uniform = keyed_uniform(self._top_k_and_seed[rows, 1:], positions.long().unsqueeze(1))
-        blocks = _by_block(shares, torch.sum).double().nan_to_num_(1.0)
-        block, at = reference.locate(blocks, uniform * blocks.sum(-1, keepdim=True))
-        place, _ = reference.locate(_block(shares, block, 0.0).double().nan_to_num_(1.0), at)
+        blocks = reduce_blocks(shares, torch.sum, _BLOCK).double().nan_to_num_(1.0)
+        block, at = find_in_cumulative(blocks, uniform * blocks.sum(-1, keepdim=True))
+        place, _ = find_in_cumulative(
+            take_block(shares, block, 0.0, _BLOCK).double().nan_to_num_(1.0), at
+        )
         return (block * _BLOCK + place).squeeze(1)
 
     def _draw_cut(
@@ -176,38 +179,7 @@ class Sampler:
         heat, top_p = self._heat_and_top_p[rows].unbind(1)
         top_k, seeds = self._top_k_and_seed[rows].unbind(1)
         uniform = keyed_uniform(seeds, positions.long())
-        return ops.draw(logits, heat, top_k if by_count else None, top_p, uniform)
-
-
-def _likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`logits.max(-1)`, the first of equal ones: values and indices; logits [rows, vocab].
-
-    On a CPU only `amax` reads at the speed of memory: it finds the block, and another look there
-    finds the place. Over a large vocabulary argmax is seven times as slow, a tenth of a step.
-    """
-    if logits.device.type != "cpu" or logits.shape[1] < 2 * _BLOCK:
-        return logits.max(-1)
-    highest, block = _by_block(logits, torch.amax).max(-1, keepdim=True)
-    place = _block(logits, block, float("-inf")).max(-1, keepdim=True).indices
-    return highest.squeeze(1), (block * _BLOCK + place).squeeze(1)
-
-
-def _by_block(values: torch.Tensor, reduce: Callable[..., torch.Tensor]) -> torch.Tensor:
-    """Reduce each block of values [rows, vocab]: [rows, blocks], the last one may be short."""
-    whole = values.shape[1] // _BLOCK * _BLOCK
-    found = []
-    if whole:
-        found.append(reduce(values[:, :whole].unflatten(1, (-1, _BLOCK)), -1))
-    if whole < values.shape[1]:
-        found.append(reduce(values[:, whole:], -1, keepdim=True))
-    return torch.cat(found, dim=1)
-
-
-def _block(values: torch.Tensor, block: torch.Tensor, beyond: float) -> torch.Tensor:
-    """Of values [rows, vocab] each row's own block [rows, 1]; `beyond` past the vocabulary."""
-    places = block * _BLOCK + torch.arange(_BLOCK, device=values.device)
-    vocab = values.shape[1]
-    return values.gather(1, places.clamp(max=vocab - 1)).masked_fill(places >= vocab, beyond)
+        return self._ops.sample(logits, heat, top_k if by_count else None, top_p, uniform)
 
 
 def keyed_uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

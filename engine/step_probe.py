@@ -6,7 +6,6 @@ from engine.config import EngineError
 from engine.engine import Engine
 from engine.request import Request, SamplingParams
 from engine.scheduler import Sequence
-from model.step_parts import Part, decoder_parts
 
 
 class Probe:
@@ -49,10 +48,6 @@ class Probe:
             # The first step gives the runner the blocks and a token to go on from.
             sequence.decoding = self._context - self._start == 1
 
-    def parts(self) -> list[Part]:
-        """Return the parts of the step: the engine's, and the decoder's within."""
-        return parts_of(self._engine)
-
     def _sequence(self, row: int, tokens: list[int]) -> Sequence:
         cache = self._scheduler.cache
         tables, size = cache.new_tables(), cache.block_size
@@ -70,17 +65,3 @@ class Probe:
         return Sequence(
             request, tokens, limit, frozenset(), tables, arrived=0.0, computed=self._start, row=row
         )
-
-
-def parts_of(engine: Engine) -> list[Part]:
-    """Return the parts of an engine's steps; those that were captured go by as one."""
-    scheduler, runner = engine._scheduler, engine._runner
-    assert scheduler is not None
-    assert runner._model is not None
-    return [
-        Part(scheduler, "schedule", "scheduling"),
-        Part(runner, "_batch", "batch_preparation"),
-        Part(runner, "_model", "embedding"),
-        Part(runner._sampler, "sample", "sampling"),
-        *decoder_parts(runner._model),
-    ]

@@ -1,60 +1,65 @@
 """Self-attention of one layer: norm, QKV, rotary, paged KV write, attention, output."""
 
-import torch
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from model import ops
-from model.config import ModelConfig
-from model.layers import Linear, RMSNorm, RowLinear, declare
-from model.ops.forward_batch import ForwardBatch, GroupTables
+from model.config import LayerConfig, ModelConfig
+from model.formats import DENSE
+from model.ops.specs import AttentionSpec, Heads, Linear, Norm, Parameter, RopeArgs
+from model.ops.step_parts import ATTENTION, O_PROJ, QKV_PROJ
 from model.sharding import ALONE, Shard
+
+if TYPE_CHECKING:
+    import torch
+
+    from model.ops.backend import Backend
+    from model.ops.forward_batch import ForwardBatch, GroupTables
 
 
 class Attention:
-    """Grouped-query attention with what the family adds: biases, QK norms, sinks, a window.
+    """Grouped-query attention with what the family adds: biases, norms of heads, sinks, a window.
 
-    Heads are those of this rank.
+    Split by head: the heads are those of this rank.
     """
 
-    def __init__(self, config: ModelConfig, shard: Shard = ALONE):
-        self.heads = config.num_heads // shard.size
-        self.kv_heads = max(1, config.num_kv_heads // shard.size)
-        self.head_dim = config.head_dim
-        width = self.heads * self.head_dim
-        qkv_width = width + 2 * self.kv_heads * self.head_dim
-        self.qkv = Linear(config.hidden_size, qkv_width, config.qkv_bias)
-        self.out = RowLinear(width, config.hidden_size, config.o_bias, shard)
-        self.q_norm = declare(self.head_dim) if config.qk_norm else None
-        self.k_norm = declare(self.head_dim) if config.qk_norm else None
-        self.sinks = declare(self.heads) if config.sinks else None
-
-    def project(
-        self,
-        norm: RMSNorm,
-        x: torch.Tensor,
-        delta: torch.Tensor | None,
-        cos_sin: torch.Tensor,
-        kv: torch.Tensor,
-        slots: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x, delta [tokens, hidden] → (x + delta, query of its norm); keys and values go to kv.
-
-        cos_sin, kv, slots and the query [tokens, heads, head_dim] are as in ops.rotate_and_write.
-        """
-        norms = None
-        if self.q_norm is not None and self.k_norm is not None:
-            norms = self.q_norm, self.k_norm
-        turn = cos_sin, kv, slots, self.heads, norms
-        qkv = self.qkv
-        fused = ops.norm_qkv(x, delta, norm.weight, norm.eps, qkv.weight, qkv.bias, *turn)
-        if fused is not None:
-            return fused
-        x, normed = norm(x, delta)
-        heads = qkv(normed).unflatten(-1, (-1, self.head_dim))
-        return x, ops.rotate_and_write(heads, *turn, norm.eps)
+    def __init__(self, config: ModelConfig, layer: LayerConfig, shard: Shard = ALONE):
+        hidden, head_dim, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
+        heads, kv_heads = config.num_heads // shard.size, max(1, config.num_kv_heads // shard.size)
+        norms = (Norm(head_dim, eps), Norm(head_dim, eps)) if config.qk_norm else (None, None)
+        self.shard = shard
+        self.norm = Norm(hidden, eps)
+        self.heads = Heads(heads, kv_heads, head_dim, *norms)
+        self.spec = AttentionSpec(head_dim**-0.5, layer.window)
+        self.has_sinks = config.sinks
+        self.sinks: torch.Tensor | None = None
+        self.qkv = Linear(hidden, (heads + 2 * kv_heads) * head_dim, config.qkv_bias, DENSE)
+        self.out = Linear(heads * head_dim, hidden, config.o_bias, DENSE, sum_over_ranks=True)
 
     def __call__(
-        self, query: torch.Tensor, kv: torch.Tensor, batch: ForwardBatch, group: GroupTables
-    ) -> torch.Tensor:
-        """Attention and the output's projection; arguments of ops.attention → [tokens, hidden]."""
-        mixed = ops.attention(query, kv, batch, group, self.sinks)
-        return self.out(mixed.flatten(1))
+        self,
+        ops: "Backend",
+        x: "torch.Tensor",
+        delta: "torch.Tensor | None",
+        rope: RopeArgs,
+        batch: "ForwardBatch",
+        group: "GroupTables",
+    ) -> "tuple[torch.Tensor, torch.Tensor]":
+        """x, delta [tokens, hidden] → (x + delta, the attention of its norm).
+
+        Keys and values of the new tokens are written to rope.kv.
+        """
+        with QKV_PROJ:
+            x, query = ops.norm_qkv(x, delta, self.norm, self.qkv, rope)
+        with ATTENTION:
+            mixed = ops.attention(query, rope.kv, batch, group, self.spec, self.sinks)
+        with O_PROJ:
+            out = ops.linear(mixed.flatten(1), self.out)
+        return x, self.shard.sum(out)
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Declare the norms, the linears and the sinks."""
+        for holder in (self.norm, self.qkv, self.out, self.heads.q_norm, self.heads.k_norm):
+            if holder is not None:
+                yield from holder.parameters()
+        if self.has_sinks:
+            yield Parameter(self, "sinks", (self.heads.heads,))

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from model import ops
 from model.attention import Attention
 from model.config import CheckpointError, ModelConfig, conversion, read_json
-from model.layers import Linear
-from model.moe import Experts, Moe
-from model.ops.reference import MXFP4_BLOCK
+from model.mlp import Moe
+from model.ops.backend import Backend
+from model.ops.mxfp4 import MXFP4_BLOCK, Mxfp4
+from model.ops.specs import Linear, Norm, Parameter
 from model.sharding import Shard
 from model.transformer import Transformer
 
@@ -33,41 +33,32 @@ _IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 
 @dataclass
 class _Parameter:
-    """A tensor attribute of the model that is being filled."""
+    """A declared parameter that is being filled."""
 
-    owner: Any
-    attribute: str
+    declared: Parameter
+    backend: Backend
+    storage: Any = None
     pieces_left: int = 0
 
-    @property
-    def is_matrix(self) -> bool:
-        """Whether a linear or experts multiply by it: devices have forms of their own for these."""
-        if isinstance(self.owner, Linear):
-            return self.attribute == "weight"
-        return isinstance(self.owner, Experts) and not self.attribute.endswith("bias")
-
-    def begin(
-        self, dtype: torch.dtype, device: torch.device
-    ) -> torch.Tensor | ops.Mxfp4 | ops.Packed:
-        """The parameter's storage, allocated at first use."""
-        value: torch.Tensor | ops.Mxfp4 | ops.Packed = getattr(self.owner, self.attribute)
-        if value.device.type == "meta":
-            assert not isinstance(value, ops.Packed)
-            if self.is_matrix:
-                parts = 2 if self.attribute == "gate_up" else 1
-                value = ops.empty_weight(value, dtype, device, parts)
+    def begin(self) -> Any:
+        """Return the parameter's storage, which is allocated at first use."""
+        if self.storage is None:
+            declared, backend = self.declared, self.backend
+            if declared.format is not None:
+                self.storage = declared.format.allocate(backend, declared.shape, declared.parts)  # type: ignore[attr-defined]
             else:
-                value = torch.empty(value.shape, dtype=dtype, device=device)
-            setattr(self.owner, self.attribute, value)
-        return value
+                self.storage = torch.empty(
+                    declared.shape, dtype=backend.dtype, device=backend.device
+                )
+        return self.storage
 
-    def complete(self, dtype: torch.dtype) -> None:
-        """Bring a filled parameter into the form its op is fastest with."""
-        if self.is_matrix:
-            value = getattr(self.owner, self.attribute)
-            experts = isinstance(self.owner, Experts)
-            packed = ops.pack_experts(value, dtype) if experts else ops.pack(value)
-            setattr(self.owner, self.attribute, packed)
+    def complete(self) -> None:
+        """Set the attribute to the filled storage in the form its operations are fastest with."""
+        declared, storage = self.declared, self.storage
+        if declared.format is not None:
+            storage = declared.format.finish(self.backend, storage)  # type: ignore[attr-defined]
+        setattr(declared.holder, declared.attribute, storage)
+        self.storage = None
 
 
 _Sources = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]  # name → shape, allowed dtypes
@@ -85,15 +76,13 @@ class _Piece:
     cut: _Cut = ()  # the part of each source tensor that is read
 
 
-def load(
-    model: Transformer, checkpoint: str | Path, dtype: torch.dtype, device: torch.device
-) -> None:
+def load(model: Transformer, checkpoint: str | Path, backend: Backend) -> None:
     """Fill the model's parameters from a checkpoint directory.
 
     Raises CheckpointError for a missing, extra or misshapen tensor and for unreadable files,
     before any large read.
     """
-    builder = _pieces(model)
+    builder = _pieces(model, backend)
     pieces = builder.pieces
     with contextlib.ExitStack() as stack:
         files = _Files(Path(checkpoint), stack)
@@ -103,39 +92,40 @@ def load(
         for piece in pieces:
             tensors = [files.read(name, piece.cut) for name in piece.sources]
             try:
-                piece.write(piece.parameter.begin(dtype, device), *tensors)
+                piece.write(piece.parameter.begin(), *tensors)
             except ValueError as error:
                 raise CheckpointError(
                     f"{checkpoint}: {' and '.join(piece.sources)}: {error}"
                 ) from None
             piece.parameter.pieces_left -= 1
             if not piece.parameter.pieces_left:
-                piece.parameter.complete(dtype)
+                piece.parameter.complete()
             del tensors
             files.relax()
-        _tie_head(model)
+        _tie_head(model, backend)
 
 
-def load_dummy(model: Transformer, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
+def load_dummy(model: Transformer, backend: Backend, seed: int = 0) -> None:
     """Fill the parameters with random values of a usual size, for timing."""
-    generator = torch.Generator(device)
-    parameters = {id(p.parameter): p.parameter for p in _pieces(model).pieces}
-    for number, parameter in enumerate(parameters.values()):
-        generator.manual_seed(seed + number)  # what every rank has is the same on every rank
-        value = parameter.begin(dtype, device)
+    generator = torch.Generator(backend.device)
+    for number, declared in enumerate(model.parameters()):
+        parameter = _Parameter(declared, backend)
+        generator.manual_seed(seed + number)  # parameters that all ranks hold are equal on all
+        value = parameter.begin()
         if not isinstance(value, torch.Tensor):
             value.random_(generator)
         elif value.dim() > 1:
             value.uniform_(-0.03, 0.03, generator=generator)
         else:
-            value.fill_(1.0 if parameter.attribute.endswith(("weight", "norm")) else 0.0)
-        parameter.complete(dtype)
-    _tie_head(model)
+            value.fill_(1.0 if isinstance(declared.holder, Norm) else 0.0)
+        parameter.complete()
+    _tie_head(model, backend)
 
 
-def _tie_head(model: Transformer) -> None:
+def _tie_head(model: Transformer, backend: Backend) -> None:
     if model.config.tie_word_embeddings:
-        model.head.weight = ops.pack(model.embedding)
+        assert model.embedding is not None
+        model.head.weight = backend.pack_embedding(model.embedding)
 
 
 class _Files:
@@ -254,10 +244,14 @@ def _check(builder: "_Builder", files: _Files, config: ModelConfig) -> None:
 class _Builder:
     """Collects the pieces of every parameter."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Transformer, backend: Backend) -> None:
         self.pieces: list[_Piece] = []
         self.elsewhere: _Sources = {}  # tensors that other ranks read
-        self._parameters: dict[tuple[int, str], _Parameter] = {}
+        self.rank = model.shard.rank
+        self._parameters = {
+            (id(declared.holder), declared.attribute): _Parameter(declared, backend)
+            for declared in model.parameters()
+        }
 
     def add(
         self,
@@ -283,8 +277,7 @@ class _Builder:
         cut: _Cut = (),
     ) -> None:
         """Several tensors that fill it together, each of them cut."""
-        key = (id(owner), attribute)
-        parameter = self._parameters.setdefault(key, _Parameter(owner, attribute))
+        parameter = self._parameters[id(owner), attribute]
         parameter.pieces_left += 1
         # A cut that cuts nothing away is none: a whole tensor is mapped and not copied.
         shape, _ = next(iter(sources.values()))
@@ -306,8 +299,15 @@ class _Builder:
         start, stop, _ = rows.indices(outputs)
         write = _rows(first, stop - start)
         self.add(f"{prefix}.weight", (outputs, inputs), owner, "weight", write, (rows, columns))
-        if owner.bias is not None:
-            self.add(f"{prefix}.bias", (outputs,), owner, "bias", write, (rows,))
+        if owner.has_bias:
+            bias = write
+            if owner.sum_over_ranks and self.rank:
+                bias = _zeros  # rank 0 adds the bias
+            self.add(f"{prefix}.bias", (outputs,), owner, "bias", bias, (rows,))
+
+
+def _zeros(target: torch.Tensor, source: torch.Tensor) -> None:
+    target.zero_()
 
 
 def _whole(target: torch.Tensor, source: torch.Tensor) -> None:
@@ -328,9 +328,9 @@ def _expert_rows(expert: int, first: int, count: int) -> Callable[..., None]:
     return write
 
 
-def _pieces(model: Transformer) -> _Builder:
+def _pieces(model: Transformer, backend: Backend) -> _Builder:
     """Every tensor that a Hugging Face checkpoint of this config holds, and where it goes."""
-    config, shard, builder = model.config, model.shard, _Builder()
+    config, shard, builder = model.config, model.shard, _Builder(model, backend)
     hidden, vocab = config.hidden_size, config.vocab_size
     own = (shard.vocab_part(vocab),)
     builder.add("model.embed_tokens.weight", (vocab, hidden), model, "embedding", cut=own)
@@ -340,8 +340,8 @@ def _pieces(model: Transformer) -> _Builder:
     for i, layer in enumerate(model.layers):
         prefix = f"model.layers.{i}"
         for name, norm in (
-            ("input_layernorm", layer.attention_norm),
-            ("post_attention_layernorm", layer.mlp_norm),
+            ("input_layernorm", layer.attention.norm),
+            ("post_attention_layernorm", layer.mlp.norm),
         ):
             builder.add(f"{prefix}.{name}.weight", (hidden,), norm, "weight")
         _attention_pieces(builder, f"{prefix}.self_attn", layer.attention, config, shard)
@@ -362,7 +362,8 @@ def _attention_pieces(
     hidden, head_dim = config.hidden_size, config.head_dim
     heads, kv_heads = shard.part(config.num_heads), shard.kv_part(config.num_kv_heads)
     q_width, kv_width = config.num_heads * head_dim, config.num_kv_heads * head_dim
-    q_own, kv_own = attention.heads * head_dim, attention.kv_heads * head_dim
+    own = attention.heads
+    q_own, kv_own = own.heads * head_dim, own.kv_heads * head_dim
     queries = slice(heads.start * head_dim, heads.stop * head_dim)
     keys = slice(kv_heads.start * head_dim, kv_heads.stop * head_dim)
     qkv = attention.qkv
@@ -370,15 +371,16 @@ def _attention_pieces(
     builder.linear(f"{prefix}.k_proj", qkv, kv_width, hidden, q_own, keys)
     builder.linear(f"{prefix}.v_proj", qkv, kv_width, hidden, q_own + kv_own, keys)
     builder.linear(f"{prefix}.o_proj", attention.out, hidden, q_width, columns=queries)
-    if attention.q_norm is not None and attention.k_norm is not None:
-        builder.add(f"{prefix}.q_norm.weight", (head_dim,), attention, "q_norm")
-        builder.add(f"{prefix}.k_norm.weight", (head_dim,), attention, "k_norm")
-    if attention.sinks is not None:
+    if own.q_norm is not None and own.k_norm is not None:
+        builder.add(f"{prefix}.q_norm.weight", (head_dim,), own.q_norm, "weight")
+        builder.add(f"{prefix}.k_norm.weight", (head_dim,), own.k_norm, "weight")
+    if attention.has_sinks:
         builder.add(f"{prefix}.sinks", (config.num_heads,), attention, "sinks", cut=(heads,))
 
 
 def _expert_pieces(builder: _Builder, prefix: str, moe: Moe, config: ModelConfig) -> None:
-    hidden, size, count = config.hidden_size, moe.config.intermediate_size, moe.config.num_experts
+    assert config.moe is not None
+    hidden, size, count = config.hidden_size, config.moe.intermediate_size, config.moe.num_experts
     experts, own = moe.experts, moe.shard.part(count)
     if config.model_type == "gpt_oss":
         builder.linear(f"{prefix}.mlp.router", moe.router, count, hidden)
@@ -453,8 +455,8 @@ def _from_transposed(attribute: str) -> Callable[..., None]:
 
 
 def _from_mxfp4(attribute: str) -> Callable[..., None]:
-    def write(target: ops.Mxfp4 | ops.Packed, blocks: torch.Tensor, scales: torch.Tensor) -> None:
-        source = ops.Mxfp4(blocks, scales)
+    def write(target: Any, blocks: torch.Tensor, scales: torch.Tensor) -> None:
+        source = Mxfp4(blocks, scales)
         for expert in range(len(source)):
             if attribute == "gate_up":
                 _split_gate_up(target[expert], source[expert])

@@ -1,19 +1,22 @@
-"""A rank's share of a model that several ranks compute together, and how they exchange results."""
+"""One rank's share of a model that several ranks compute together, and how ranks exchange results.
+
+torch is imported by the exchanges alone, so that a model can be declared without it.
+"""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Which of `size` ranks this is; alone, every share is the whole and exchanges do nothing.
+    """Which of `size` ranks this is; with one rank, its share is the whole model.
 
-    Attention is shared by heads, dense MLPs by their inner size, experts whole, the embedding and
-    the head by vocabulary. Collectives run on the device, in the same order on every rank, and
-    wait for no host where the device has streams of its own.
+    Attention is split by head, dense MLPs by their inner size, experts are distributed whole, the
+    embedding and the head are split by vocabulary. Collectives run on the device, in the same order
+    on every rank; on a GPU they do not block the host.
     """
 
     rank: int = 0
@@ -21,32 +24,37 @@ class Shard:
     group: Any = field(default=None, repr=False)  # torch.distributed.ProcessGroup
 
     def part(self, count: int) -> slice:
-        """This rank's equal part of `count` things; `count` is a multiple of the size."""
+        """This rank's equal part of `count` items, a multiple of the number of ranks."""
         each = count // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 
     def kv_part(self, kv_heads: int) -> slice:
-        """This rank's KV heads; where there are fewer than ranks, several ranks keep the same."""
+        """This rank's KV heads; with fewer heads than ranks, several ranks hold the same head."""
         if kv_heads >= self.size:
             return self.part(kv_heads)
         first = self.rank * kv_heads // self.size
         return slice(first, first + 1)
 
     def vocab_part(self, vocab: int) -> slice:
-        """This rank's tokens of the vocabulary; the last rank may have fewer."""
+        """This rank's part of the vocabulary; the last rank may have fewer tokens."""
         each = -(-vocab // self.size)
         return slice(min(self.rank * each, vocab), min((self.rank + 1) * each, vocab))
 
-    def sum(self, x: torch.Tensor) -> torch.Tensor:
+    def sum(self, x: "torch.Tensor") -> "torch.Tensor":
         """The sum of every rank's x, in place: the same bits on every rank."""
         if self.size > 1 and x.numel():
             self.group.allreduce([x]).wait()
         return x
 
-    def vocab_columns(self, logits: torch.Tensor, vocab: int) -> torch.Tensor:
-        """Every rank's logits [rows, its part] → [rows, vocab] on rank 0; nothing elsewhere."""
+    def vocab_columns(self, logits: "torch.Tensor", vocab: int) -> "torch.Tensor":
+        """Gather every rank's logits [rows, its part] → [rows, vocab] on rank 0, no columns on
+        other ranks.
+        """
         if self.size == 1 or not len(logits):
             return logits
+        import torch
+        import torch.distributed as dist
+
         each = -(-vocab // self.size)
         own = torch.nn.functional.pad(logits, (0, each - logits.shape[1])).contiguous()
         options = dist.GatherOptions()
@@ -55,16 +63,18 @@ class Shard:
         self.group.gather([parts] if parts else [], [own], options).wait()
         return torch.cat(parts, dim=1)[:, :vocab] if parts else own[:, :0]
 
-    def likeliest(
-        self, values: torch.Tensor, tokens: torch.Tensor, vocab: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each row's largest logit and its token, the first of equal ones, on every rank.
+    def argmax(
+        self, values: "torch.Tensor", tokens: "torch.Tensor", vocab: int
+    ) -> "tuple[torch.Tensor, torch.Tensor]":
+        """Each row's largest logit and its token, of equal ones the first, on every rank.
 
         values [rows] and tokens int64 [rows]: the largest logit of this rank's part of the
-        vocabulary, and where in the part it is. float64 holds both exactly, for one exchange.
+        vocabulary, and its index in the part. float64 holds both exactly, so one exchange suffices.
         """
         if self.size == 1 or not len(tokens):
             return values, tokens
+        import torch
+
         tokens = tokens + self.vocab_part(vocab).start
         own = torch.stack((values.double(), tokens.double()))
         every = own.new_empty(self.size, *own.shape)
@@ -72,9 +82,11 @@ class Shard:
         highest, best = every[:, 0].max(0, keepdim=True)
         return highest.squeeze(0), every[:, 1].gather(0, best).squeeze(0).long()
 
-    def from_first(self, x: torch.Tensor) -> torch.Tensor:
-        """Rank 0's x, in place."""
+    def broadcast(self, x: "torch.Tensor") -> "torch.Tensor":
+        """Rank 0's x on every rank, in place."""
         if self.size > 1 and x.numel():
+            import torch.distributed as dist
+
             options = dist.BroadcastOptions()
             options.rootRank = 0
             self.group.broadcast([x], options).wait()

@@ -1,96 +1,101 @@
-"""The one decoder of every family: what differs between them is in the config."""
+"""The one decoder of every family: what differs between families is in the config."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-
-from model import ops
 from model.attention import Attention
 from model.config import LayerConfig, ModelConfig
-from model.layers import Linear, Mlp, RMSNorm, declare
-from model.moe import Moe
-from model.ops.forward_batch import ForwardBatch
-from model.rope import rope_table
+from model.formats import DENSE
+from model.mlp import Mlp, Moe
+from model.ops.specs import Linear, Norm, Parameter, RopeArgs
+from model.ops.step_parts import EMBEDDING, FINAL_NORM, LM_HEAD
 from model.sharding import ALONE, Shard
+
+if TYPE_CHECKING:
+    import torch
+
+    from model.ops.backend import Backend
+    from model.ops.forward_batch import ForwardBatch
 
 
 class Layer:
     """Pre-norm attention and MLP, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, shard: Shard = ALONE):
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, shard)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp: Moe | Mlp
-        if layer.sparse:
-            self.mlp = Moe(config, shard)
-        else:
-            self.mlp = Mlp(config.hidden_size, config.intermediate_size, config.mlp_bias, shard)
+        self.attention = Attention(config, layer, shard)
+        self.mlp: Moe | Mlp = Moe(config, shard) if layer.sparse else Mlp(config, shard)
 
-    def feed_forward(
-        self, x: torch.Tensor, delta: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x, delta [tokens, hidden] → (x + delta, the MLP of its norm)."""
-        norm, mlp = self.mlp_norm, self.mlp
-        if isinstance(mlp, Mlp) and mlp.down.shard.size == 1:  # ranks add up what down gives
-            up, down = mlp.gate_up, mlp.down
-            fused = ops.norm_mlp(
-                x, delta, norm.weight, norm.eps, up.weight, up.bias, down.weight, down.bias
-            )
-            if fused is not None:
-                return fused
-        x, normed = norm(x, delta)
-        return x, mlp(normed)
+    def parameters(self) -> Iterator[Parameter]:
+        """Declare the attention's and the MLP's."""
+        yield from self.attention.parameters()
+        yield from self.mlp.parameters()
 
 
 class Transformer:
-    """Token embedding, layers, final norm and head. Weights come from `weights.load`.
+    """Token embedding, layers, final norm and head. `loader.load` fills the parameters.
 
-    With a shard, what one rank has of them; ranks exchange results as they go.
+    With a shard it is one rank's part of the model; ranks exchange results as they go. A model is
+    declared without torch and without a backend; both are needed to load and to run it.
     """
 
     def __init__(self, config: ModelConfig, shard: Shard = ALONE):
         self.config, self.shard = config, shard
         self._tokens = shard.vocab_part(config.vocab_size)
-        vocab = self._tokens.stop - self._tokens.start
-        self.embedding = declare(vocab, config.hidden_size)
+        vocab, hidden = self._tokens.stop - self._tokens.start, config.hidden_size
+        self.embedding_shape = (vocab, hidden)
+        self.embedding: torch.Tensor | None = None
         self.layers = [Layer(config, layer, shard) for layer in config.layers]
-        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = Linear(config.hidden_size, vocab, bias=False)
-        self.rope = torch.empty(0)  # float32 [positions, head_dim], see prepare_rope
+        self.final_norm = Norm(hidden, config.rms_norm_eps)
+        self.head = Linear(hidden, vocab, False, DENSE)
+        self.rope: torch.Tensor | None = None  # float32 [positions, rotary_dim]
 
-    def prepare_rope(self, positions: int, device: torch.device) -> None:
+    def parameters(self) -> Iterator[Parameter]:
+        """Declare every parameter of this rank; a head tied to the embedding is not one."""
+        yield Parameter(self, "embedding", self.embedding_shape)
+        for layer in self.layers:
+            yield from layer.parameters()
+        yield from self.final_norm.parameters()
+        if not self.config.tie_word_embeddings:
+            yield from self.head.parameters()
+
+    def prepare_rope(self, positions: int, device: "torch.device") -> None:
         """Tabulate cos and sin for positions up to (not including) `positions`."""
+        from model.rope import rope_table
+
         self.rope = rope_table(self.config.rope, self.config.head_dim, positions).to(device)
 
     def __call__(
         self,
-        batch: ForwardBatch,
-        caches: Sequence[torch.Tensor],
+        ops: "Backend",
+        batch: "ForwardBatch",
+        caches: "Sequence[torch.Tensor]",
         places: Sequence[tuple[int, int]],
-    ) -> torch.Tensor:
+    ) -> "torch.Tensor":
         """Logits [rows, vocab] of the rows the batch asks for; vocab is this rank's part of it.
 
         caches: KV tensors [2, blocks, block_size, kv_heads, head_dim], written in place.
-        places: for each layer, which group's tables and which cache are its own.
+        places: for each layer, the index of its group in the batch and of its cache.
         """
-        x = self._embed(batch.token_ids)
+        assert self.rope is not None
+        with EMBEDDING:
+            x = self._embed(ops, batch.token_ids)
         cos_sin = ops.gather(self.rope, batch.positions)
         delta: torch.Tensor | None = None
         for layer, (group, cache) in zip(self.layers, places, strict=True):
-            kv, tables = caches[cache], batch.groups[group]
-            x, query = layer.attention.project(
-                layer.attention_norm, x, delta, cos_sin, kv, tables.slots
-            )
-            delta = layer.attention(query, kv, batch, tables)
-            x, delta = layer.feed_forward(x, delta)
+            tables = batch.groups[group]
+            rope = RopeArgs(layer.attention.heads, cos_sin, caches[cache], tables.slot_mapping)
+            x, delta = layer.attention(ops, x, delta, rope, batch, tables)
+            x, delta = layer.mlp(ops, x, delta)
         if len(batch.logits_rows) < len(x):
             x = ops.gather(x, batch.logits_rows)
             delta = None if delta is None else ops.gather(delta, batch.logits_rows)
-        _, normed = self.final_norm(x, delta)
-        return self.head(normed)
+        with FINAL_NORM:
+            _, normed = ops.add_rms_norm(x, delta, self.final_norm)
+        with LM_HEAD:
+            return ops.linear(normed, self.head)
 
-    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+    def _embed(self, ops: "Backend", token_ids: "torch.Tensor") -> "torch.Tensor":
+        assert self.embedding is not None
         if self.shard.size == 1:
             return ops.gather(self.embedding, token_ids)
         own = token_ids - self._tokens.start

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 import transformers as tf
-from safetensors.torch import load_file, save_file
-
 from model.ops.reference import FP4_VALUES, dequantize_mxfp4
+from safetensors.torch import load_file, save_file
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 512,

@@ -1,19 +1,21 @@
-"""Follow a step through its parts: how long each takes, and how many operations it launches."""
+"""Time the parts of a step, and count the operations that each part launches."""
 
+import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import torch
-from torch._C._profiler import _RecordFunctionFast
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
-from model.step_parts import AFTER_INNER, OTHER, Part
+from model.ops.step_parts import ALL_PARTS, OTHER, StepPart, observe
+
+# torch's profiler (2.13) logs a line whenever it starts or stops, at a level above errors: 6 is
+# above all levels. It reads the variable at its first use.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+from torch.profiler import ProfilerActivity, profile
 
 Step = Callable[[], None]
 
@@ -26,41 +28,11 @@ class Launches:
     busy_s: dict[str, float] | None = None  # on a GPU: seconds that its kernels ran
 
 
-@contextmanager
-def following(parts: Iterable[Part], switch: Callable[[str], None]) -> Iterator[None]:
-    """While this is open, `switch` is called with a part's name whenever another one begins."""
-    running = [OTHER]
-
-    def followed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        @wraps(function)  # its attributes too: a linear's weight is asked for beside it
-        def call(*args: Any, **kwargs: Any) -> Any:
-            running.append(name)
-            switch(name)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                running.pop()
-                running[-1] = AFTER_INNER.get(running[-1], running[-1])
-                switch(running[-1])
-
-        return call
-
-    with ExitStack() as restore:
-        for part in parts:
-            function = getattr(part.owner, part.attribute)
-            if part.attribute in vars(part.owner):
-                restore.callback(setattr, part.owner, part.attribute, function)
-            else:  # a method of its class
-                restore.callback(delattr, part.owner, part.attribute)
-            setattr(part.owner, part.attribute, followed(function, part.name))
-        yield
-
-
-def time_parts(step: Step, parts: Iterable[Part], device: torch.device) -> dict[str, float]:
+def time_parts(step: Step, device: torch.device) -> dict[str, float]:
     """Run the step once; seconds of each part, which add up to the step.
 
-    On a GPU they are the stream's: from a part's first kernel to the next part's, waiting for the
-    host included.
+    On a GPU they are the stream's: from a part's first kernel to the next part's, including the
+    time that the GPU waits for the host.
     """
     stamp, difference = _clock(device)
     names: list[str] = []
@@ -70,8 +42,7 @@ def time_parts(step: Step, parts: Iterable[Part], device: torch.device) -> dict[
         names.append(name)
         stamps.append(stamp())
 
-    with following(parts, switch):
-        switch(OTHER)
+    with observe(switch):
         step()
         stamps.append(stamp())
     if device.type == "cuda":
@@ -82,49 +53,33 @@ def time_parts(step: Step, parts: Iterable[Part], device: torch.device) -> dict[
     return seconds
 
 
-def count_launches(
-    step: Step, parts: Iterable[Part], device: torch.device, trace: str | None = None
-) -> Launches:
+def count_launches(step: Step, device: torch.device, trace: str | None = None) -> Launches:
     """Run the step once under torch's profiler; `trace` names a file for its Chrome trace."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    # Not torch.profiler.record_function: kernels that no operation of torch launches, as Triton's,
-    # are counted to a range of this kind alone.
-    current: list[_RecordFunctionFast] = []
-
-    def switch(name: str) -> None:
-        for last in current:
-            last.__exit__(None, None, None)
-        current[:] = [_RecordFunctionFast(name)]
-        current[0].__enter__()
-
-    with profile(activities=activities) as profiler:
-        with following(parts, switch):
-            switch(OTHER)
-            step()
-        current[0].__exit__(None, None, None)
+    with profile(activities=activities) as profiler, StepPart(OTHER):
+        step()
     if trace is not None:
         profiler.export_chrome_trace(trace)
-    names = {OTHER, *AFTER_INNER.values(), *(part.name for part in parts)}
-    return add_up(profiler.events(), names, on_gpu)
+    return add_up(profiler.events(), on_gpu)
 
 
-def add_up(events: Iterable[Any], names: Container[str], on_gpu: bool) -> Launches:
-    """Count torch's profiler events by the part that they ran in."""
+def add_up(events: Iterable[Any], on_gpu: bool) -> Launches:
+    """Count torch's profiler events by the innermost part that they ran in."""
     found = Launches(defaultdict(int), defaultdict(float) if on_gpu else None)
     for event in events:
         if event.device_type != DeviceType.CPU:
-            continue  # a kernel: it is among those of the operation that launched it
-        top = event
-        while top.cpu_parent is not None:
-            top = top.cpu_parent
-        if top.name not in names:
+            continue  # a kernel: it is listed with the operation that launched it
+        part = event if event.name in ALL_PARTS else event.cpu_parent
+        while part is not None and part.name not in ALL_PARTS:
+            part = part.cpu_parent
+        if part is None:
             continue
         if found.busy_s is not None:
-            found.count[top.name] += len(event.kernels)
-            found.busy_s[top.name] += sum(kernel.duration for kernel in event.kernels) * 1e-6
-        elif event.cpu_parent is top and "::" in event.name:
-            found.count[top.name] += 1
+            found.count[part.name] += len(event.kernels)
+            found.busy_s[part.name] += sum(kernel.duration for kernel in event.kernels) * 1e-6
+        elif event.cpu_parent is part and "::" in event.name:
+            found.count[part.name] += 1
     return found
 
 

@@ -1,6 +1,5 @@
 """Mode profile: where a step's time goes, measured, beside what the cost model says it needs."""
 
-import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from model.cost.devices import Device
 from model.cost.flops import Flops
 from model.cost.operations import operations
 from model.cost.workload import Bytes, Op, Phase, Workload
-from model.step_parts import OTHER, WITHIN, Part
+from model.ops.step_parts import FUSED_INTO, OTHER
 
 WARM_UP_STEPS = 2
 MIN_STEPS = 8
@@ -129,11 +128,8 @@ def profile(
 ) -> Profile:
     """Measure the step on a warm engine. Raises EngineError if it has no room for it."""
     probe = Probe(engine, batch, query, context)
-    times = measure(probe.step, probe.parts(), engine.device)
-    # torch's profiler (2.13) prints a line whenever it starts or stops, at a level above errors: 6
-    # is above all levels. It asks at its first use; who sets it to 2 sees warnings.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    launches = count_launches(probe.step, probe.parts(), engine.device, trace)
+    times = measure(probe.step, engine.device)
+    launches = count_launches(probe.step, engine.device, trace)
     dtype = str(engine.dtype).removeprefix("torch.")
     work = Workload(cast(Phase, phase), batch, query, context, dtype, causal=True)
     return assemble(engine.held_config, work, device, engine.device.type == "cuda", times, launches)
@@ -150,9 +146,9 @@ def assemble(
     """Put what was measured beside what the cost model says."""
     known = operations(config, work)
     within = {
-        op.name: WITHIN[op.name]
+        op.name: FUSED_INTO[op.name]
         for op in known
-        if op.name not in times.parts and WITHIN.get(op.name) in times.parts
+        if op.name not in times.parts and FUSED_INTO.get(op.name) in times.parts
     }
     ops = {op.name: op for op in gather(known, within)}
     found = times.parts.keys() | ops.keys() | within.keys()
@@ -185,14 +181,11 @@ def gather(ops: Iterable[Op], within: Mapping[str, str]) -> list[Op]:
     return [*found.values()]
 
 
-def measure(
-    step: Step, parts: Iterable[Part], device: torch.device, limit_s: float = MEASURE_S
-) -> Times:
+def measure(step: Step, device: torch.device, limit_s: float = MEASURE_S) -> Times:
     """Run the step alone and followed by turns, so that a slower minute slows both.
 
     Goes on until they agree: on a busy machine that takes more steps.
     """
-    parts = list(parts)
     for _ in range(WARM_UP_STEPS):
         step()
     alone: list[float] = []
@@ -200,7 +193,7 @@ def measure(
     start = time.perf_counter()
     while True:
         alone.append(_seconds(step, device))
-        followed.append(time_parts(step, parts, device))
+        followed.append(time_parts(step, device))
         times, taken = _times(alone, followed), time.perf_counter() - start
         settled = taken > limit_s / 8 and abs(times.slowdown) < _AGREED
         if len(alone) >= MIN_STEPS and (settled or taken > limit_s):

@@ -345,9 +345,10 @@ def _message(error: Exception) -> str:
     if isinstance(error, (GetpError, TokenizerError, OSError)):
         return str(error)
     from engine import EngineError
-    from model import CheckpointError, ops
+    from model import CheckpointError
+    from model.ops.cpu.bindings import KernelsError
 
-    if isinstance(error, (CheckpointError, EngineError, ops.KernelsError)):
+    if isinstance(error, (CheckpointError, EngineError, KernelsError)):
         return str(error)
     return f"{type(error).__name__}: {error} (--debug shows where)"
 

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
-from model import ops
 from model.cost.devices import Device, device_of_driver
+from model.formats import DENSE
+from model.ops.backend import choose_backend
+from model.ops.specs import Linear
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LONG_ENOUGH_S = 0.05  # for a product whose time is not mostly its start
@@ -133,9 +135,20 @@ def _product_rate(target: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the largest square product that is worth its time, by torch or by our own ops."""
     rate = _linear_rate(target, dtype, lambda a: partial(torch.nn.functional.linear, a, a))
     if target.type == "cpu":  # our kernels may pass those of torch
-        own = _linear_rate(target, dtype, lambda a: partial(ops.linear, a, ops.pack(a), None))
+        own = _linear_rate(target, dtype, lambda a: _own_linear(target, dtype, a))
         rate = max(rate, own)
     return rate
+
+
+def _own_linear(
+    target: torch.device, dtype: torch.dtype, a: torch.Tensor
+) -> Callable[[], torch.Tensor]:
+    """Return the product of a square matrix with itself by the backend's own linear."""
+    backend = choose_backend(target, dtype)
+    linear = Linear(
+        a.shape[1], a.shape[0], has_bias=False, format=DENSE, weight=backend.pack_embedding(a)
+    )
+    return partial(backend.linear, a, linear)
 
 
 def _linear_rate(

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from model.layers import Mlp
+from model.moe import Moe
 from safetensors.torch import load_file, save_file
 
 from engine import Completion, Engine, EngineError, Request, SamplingParams
@@ -29,8 +31,6 @@ from model import CheckpointError, ModelConfig, Transformer, load_config
 from model import loader as weights
 from model.attention import Attention
 from model.cost.operations import parameter_bytes
-from model.layers import Mlp
-from model.moe import Moe
 from model.sharding import Shard
 from tests.checkpoints import edit_config, write_mxfp4_pair
 from tests.engine.test_decode_graphs import FromTensors, recording

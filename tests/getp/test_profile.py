@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from model.step_parts import WITHIN, Part
 from torch.autograd import DeviceType
 
 from engine import Engine, EngineError, Request, SamplingParams
@@ -26,7 +27,6 @@ from model.cost.known_models import named_config
 from model.cost.operations import parameter_bytes, total
 from model.cost.roofline import USABLE_MEMORY
 from model.cost.workload import Workload
-from model.step_parts import WITHIN, Part
 
 CPU = torch.device("cpu")
 QWEN2 = named_config("qwen2-0.5b")

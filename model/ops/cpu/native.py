@@ -5,13 +5,14 @@ import torch
 from model.ops.cpu.bindings import call, empty
 from model.ops.cpu.packed import Packed
 from model.ops.forward_batch import ForwardBatch, GroupTables
+from model.ops.specs import Activation, AttentionSpec, Experts, RopeArgs, RouterSpec
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 32  # query heads of a KV head
 
 
 def linear(x: torch.Tensor, weight: Packed, bias: torch.Tensor | None) -> torch.Tensor:
-    """As reference.linear."""
+    """As Backend.linear."""
     out = empty((x.shape[0], weight.shape[0]), x.dtype)
     call(
         "linear",
@@ -27,7 +28,7 @@ def linear(x: torch.Tensor, weight: Packed, bias: torch.Tensor | None) -> torch.
 def add_rms_norm(
     x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As reference.add_rms_norm, for a size that 16 divides."""
+    """As Backend.add_rms_norm, for a size that 16 divides."""
     normed = empty(x.shape, x.dtype)
     summed = x if delta is None else empty(x.shape, x.dtype)
     call(
@@ -38,23 +39,21 @@ def add_rms_norm(
     return summed, normed
 
 
-def rotate_and_write(
-    qkv: torch.Tensor,
-    cos_sin: torch.Tensor,
-    kv: torch.Tensor,
-    slots: torch.Tensor,
-    heads: int,
-    norms: tuple[torch.Tensor, torch.Tensor] | None,
-    eps: float,
-) -> torch.Tensor:
-    """As reference.rotate_and_write, for heads whose size 32 divides."""
+def rotate_and_write(qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:
+    """As Backend.rotate_and_write, for a head_dim that is a multiple of 32."""
     tokens, _, head_dim = qkv.shape
-    query = empty((tokens, heads, head_dim), qkv.dtype)
-    q_norm, k_norm = (None, None) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
+    heads, kv = rope.heads, rope.kv
+    query = empty((tokens, heads.heads, head_dim), qkv.dtype)
+    q_norm = k_norm = None
+    eps = 0.0
+    if heads.q_norm is not None and heads.k_norm is not None:
+        q_norm, k_norm = heads.q_norm.weight.data_ptr(), heads.k_norm.weight.data_ptr()
+        eps = heads.q_norm.eps
     call(
         "rotate_and_write",
-        qkv.data_ptr(), cos_sin.data_ptr(), kv.data_ptr(), kv.stride(0), slots.data_ptr(),
-        q_norm, k_norm, eps, tokens, heads, kv.shape[3], head_dim, query.data_ptr(),
+        qkv.data_ptr(), rope.cos_sin.data_ptr(), kv.data_ptr(), kv.stride(0),
+        rope.slot_mapping.data_ptr(), q_norm, k_norm, eps, tokens, heads.heads, heads.kv_heads,
+        head_dim, query.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return query
@@ -65,18 +64,19 @@ def attention(
     kv: torch.Tensor,
     batch: ForwardBatch,
     group: GroupTables,
+    spec: AttentionSpec,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """As reference.attention, for heads whose size 32 divides; reads the pages where they are."""
+    """As Backend.attention, for a head_dim that is a multiple of 32; reads the blocks in place."""
     out = empty(query.shape, query.dtype)
     _, heads, head_dim = query.shape
     table = group.block_table
     call(
         "attention",
         query.data_ptr(), kv.data_ptr(), kv.stride(0), table.data_ptr(), table.stride(0),
-        batch.query_starts.data_ptr(), batch.seen.data_ptr(),
+        batch.cu_seqlens_q.data_ptr(), batch.context_lens.data_ptr(),
         None if sinks is None else sinks.data_ptr(), table.shape[0], heads, kv.shape[3], head_dim,
-        kv.shape[2], group.window or 0, out.data_ptr(), torch.get_num_threads(),
+        kv.shape[2], spec.window or 0, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -85,30 +85,28 @@ def gated_linear(
     x: torch.Tensor,
     weight: Packed,
     bias: torch.Tensor | None,
-    limit: float | None,
-    alpha: float,
+    activation: Activation,
 ) -> torch.Tensor:
-    """As reference.gated_linear, for a size that 32 divides."""
+    """As Backend.gated_linear, for outputs that are a multiple of 64."""
+    limit = activation.limit
     out = empty((x.shape[0], weight.shape[0] // 2), x.dtype)
     call(
         "gated_linear",
-        weight.described(bias), x.data_ptr(), x.shape[0], limit is not None, limit or 0.0, alpha,
-        out.data_ptr(), torch.get_num_threads(),
+        weight.described(bias), x.data_ptr(), x.shape[0], limit is not None, limit or 0.0,
+        activation.alpha, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
-def route(
-    logits: torch.Tensor, top_k: int, softmax_after_top_k: bool, normalize: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As reference.route."""
-    rows, count = logits.shape
+def route(logits: torch.Tensor, router: RouterSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """As Backend.route."""
+    (rows, count), top_k = logits.shape, router.top_k
     chosen = empty((rows, top_k), torch.int64)
     weights = empty((rows, top_k), torch.float32)
     call(
         "route",
-        logits.data_ptr(), rows, count, top_k, softmax_after_top_k, normalize, chosen.data_ptr(),
-        weights.data_ptr(), torch.get_num_threads(),
+        logits.data_ptr(), rows, count, top_k, router.softmax_after_top_k, router.normalize,
+        chosen.data_ptr(), weights.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return chosen, weights
 
@@ -117,27 +115,25 @@ def experts(
     x: torch.Tensor,
     chosen: torch.Tensor,
     weights: torch.Tensor,
-    gate_up: Packed,
-    gate_up_bias: torch.Tensor | None,
-    down: Packed,
-    down_bias: torch.Tensor | None,
-    limit: float | None,
-    alpha: float,
+    experts: Experts,
+    activation: Activation,
 ) -> torch.Tensor:
-    """As reference.experts; a token's experts are added in their order."""
+    """As Backend.experts; the results of a token's experts are added in their order."""
+    limit = activation.limit
     tokens, top_k = chosen.shape
-    out = empty((tokens, down.shape[1]), x.dtype)
+    out = empty((tokens, experts.hidden), x.dtype)
     call(
         "experts",
-        gate_up.described(gate_up_bias), down.described(down_bias), len(down), x.data_ptr(),
-        tokens, chosen.data_ptr(), weights.data_ptr(), top_k, limit is not None, limit or 0.0,
-        alpha, out.data_ptr(), torch.get_num_threads(),
+        experts.gate_up.described(experts.gate_up_bias),
+        experts.down.described(experts.down_bias), experts.count, x.data_ptr(), tokens,
+        chosen.data_ptr(), weights.data_ptr(), top_k, limit is not None, limit or 0.0,
+        activation.alpha, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
 def gather(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """As reference.gather, of any dtype."""
+    """As Backend.gather, of any dtype."""
     out = empty((len(ids), table.shape[1]), table.dtype)
     call(
         "gather", table.data_ptr(), table.shape[1] * table.element_size(), ids.data_ptr(),

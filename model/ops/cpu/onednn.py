@@ -1,93 +1,196 @@
-"""CPU forms of the ops on oneDNN and torch's flash attention, for where no native kernel fits.
+"""The operations on a CPU through torch: oneDNN's linears and torch's flash attention.
 
 Weights are held in oneDNN's blocked layout (1.5 to 2.4 times the speed of plain rows at decode
 sizes). Paged KV is gathered once a layer with indices that are derived once a step; slots that
-may not be seen gather the null block, which is always zero, so stale values never enter.
+must not be visible gather the null block, which is always zero, so stale values never enter.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from model.ops import reference
+from model.ops.backend import Backend
 from model.ops.forward_batch import ForwardBatch, GroupTables
+from model.ops.mxfp4 import Mxfp4
+from model.ops.sampling import reduce_blocks, take_block
+from model.ops.specs import Activation, AttentionSpec, Experts, ExpertShard, Linear
 
 _NEG_INF = float("-inf")
+_BLOCK = 1024  # tokens of the vocabulary whose maximum `argmax` takes at once
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def lacks_bfloat16() -> bool:
-    """Whether oneDNN takes no bfloat16 on this processor: on x86, without AVX-512."""
+    """Whether oneDNN has no bfloat16 on this processor: on x86, without AVX-512."""
     mkldnn = torch.ops.mkldnn
     return torch.backends.mkldnn.is_available() and not mkldnn._is_mkldnn_bf16_supported()
 
 
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    """A linear's weight [out, in] in the layout `linear` is fastest with; the shape stays."""
-    if weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
-        return weight
-    if lacks_bfloat16():
-        return weight
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 32)
+class OneDnnBackend(Backend):
+    """The operations that torch does faster on a CPU in another form than the reference's."""
+
+    @property
+    def keeps_mxfp4(self) -> bool:
+        """Never: torch has no kernel for it."""
+        return False
+
+    def pack(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the weight in oneDNN's layout where it has one for the dtype."""
+        if weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+            return weight
+        if lacks_bfloat16():
+            return weight
+        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 32)
+
+    def pack_embedding(self, embedding: torch.Tensor) -> torch.Tensor:
+        """Return a packed copy, or the embedding itself where packing changes nothing."""
+        return OneDnnBackend.pack(self, embedding)
+
+    def pack_experts(self, weights: torch.Tensor) -> list[torch.Tensor]:
+        """Return each expert's weight from `pack`."""
+        return [OneDnnBackend.pack(self, weight) for weight in weights]
+
+    def pack_mxfp4(self, weights: Mxfp4) -> list[torch.Tensor]:
+        """Return each expert's weight made dense and packed, one expert after the other."""
+        experts = range(len(weights))
+        return [OneDnnBackend.pack(self, weights[e].dense(self.dtype)) for e in experts]
+
+    def linear(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
+        """As Backend.linear, for weights from `pack`."""
+        return _linear(x, linear.weight, linear.bias)
+
+    def experts(
+        self,
+        x: torch.Tensor,
+        chosen: torch.Tensor,
+        weights: torch.Tensor,
+        experts: Experts,
+        activation: Activation,
+        shard: ExpertShard = ExpertShard(),  # noqa: B008 - immutable
+    ) -> torch.Tensor:
+        """As Backend.experts, with rows sorted by expert so that each expert reads one slice."""
+        if shard.size > 1:
+            return self._experts_of_shard(x, chosen, weights, experts, activation, shard)
+        top_k = chosen.shape[1]
+        order = chosen.flatten().argsort(stable=True)
+        counts = chosen.flatten().bincount(minlength=experts.count).tolist()
+        used = [(expert, count) for expert, count in enumerate(counts) if count]
+        gate_up_biases = _rows(experts.gate_up_bias, len(counts))
+        down_biases = _rows(experts.down_bias, len(counts))
+
+        def multiply(rows: torch.Tensor, packed: Any, biases: Any) -> torch.Tensor:
+            slices = rows.split([count for _, count in used])
+            results = [
+                _linear(part, packed[expert], biases[expert])
+                for part, (expert, _) in zip(slices, used, strict=True)
+            ]
+            return torch.cat(results)
+
+        inner = multiply(x.index_select(0, order // top_k), experts.gate_up, gate_up_biases)
+        inner = self.activate(inner, activation)
+        result = multiply(inner, experts.down, down_biases).float()
+        result = result * weights.flatten()[order].unsqueeze(1)
+        # Back to each token's own order, so that a sum does not depend on the rest of the batch.
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order))
+        return result[back].view(*chosen.shape, -1).sum(1).to(x.dtype)
+
+    def _experts_of_shard(
+        self,
+        x: torch.Tensor,
+        chosen: torch.Tensor,
+        weights: torch.Tensor,
+        experts: Experts,
+        activation: Activation,
+        shard: ExpertShard,
+    ) -> torch.Tensor:
+        """As `experts`: a batch of the pairs of token and expert that this shard has."""
+        own = chosen - shard.rank * experts.count
+        token, rank = torch.where((own >= 0) & (own < experts.count))
+        results = x.new_zeros(*chosen.shape, x.shape[1])
+        if len(token):
+            one, weight = own[token, rank].unsqueeze(1), weights[token, rank].unsqueeze(1)
+            results[token, rank] = self.experts(x[token], one, weight, experts, activation)
+        return results.sum(1, dtype=torch.float32).to(x.dtype)
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        kv: torch.Tensor,
+        batch: ForwardBatch,
+        group: GroupTables,
+        spec: AttentionSpec,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As Backend.attention.
+
+        The query heads of a KV head take the place of query positions (single tokens) or of heads
+        (chunks), so KV is neither repeated nor read twice. Sinks enter through the log-sum-exp:
+        softmax with one more column is softmax times sigmoid(lse - sink).
+        """
+        if group.plan is None:
+            group.plan = _make_plan(batch, group, spec.window, kv.shape[2], query.dtype)
+        plan: _Plan = group.plan
+        heads, head_dim = query.shape[1:]
+        kv_heads = kv.shape[3]
+        shared = heads // kv_heads
+        keys, values = kv.flatten(3).flatten(1, 2)
+        out = torch.empty_like(query)
+        sinks = None if sinks is None else sinks.float().view(kv_heads, shared)
+        if plan.single is not None:
+            count = plan.single.mask.shape[0]
+            shape = (count, -1, kv_heads, head_dim)
+            mixed, lse = _flash(
+                query[:count].view(count, kv_heads, shared, head_dim),
+                keys.index_select(0, plan.single.slots).view(shape).transpose(1, 2),
+                values.index_select(0, plan.single.slots).view(shape).transpose(1, 2),
+                attn_mask=plan.single.mask.expand(-1, 1, shared, -1),
+                scale=spec.scale,
+            )
+            if sinks is not None:
+                mixed = mixed * torch.sigmoid(lse - sinks).unsqueeze(-1).to(mixed.dtype)
+            out[:count] = mixed.reshape(count, heads, head_dim)
+        for chunk in plan.chunks:
+            count = chunk.last - chunk.first
+
+            def by_head(rows: torch.Tensor) -> torch.Tensor:
+                spread = rows.view(-1, kv_heads, 1, head_dim).expand(-1, -1, shared, -1)
+                return spread.permute(1, 2, 0, 3)
+
+            own = query[chunk.first : chunk.last].view(count, kv_heads, shared, head_dim)
+            mixed, lse = _flash(
+                own.permute(1, 2, 0, 3),
+                by_head(keys.index_select(0, chunk.slots)),
+                by_head(values.index_select(0, chunk.slots)),
+                is_causal=chunk.mask is None,
+                attn_mask=chunk.mask,
+                scale=spec.scale,
+            )
+            if sinks is not None:
+                mixed = mixed * torch.sigmoid(lse - sinks[:, :, None]).unsqueeze(-1).to(mixed.dtype)
+            mixed = mixed.permute(2, 0, 1, 3).reshape(count, heads, head_dim)
+            out[chunk.first : chunk.last] = mixed
+        return out
+
+    def argmax(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As Backend.argmax, in two passes: the block of the largest logit, then its place.
+
+        Only `amax` reads at the speed of memory on a CPU: over a large vocabulary argmax is seven
+        times as slow, a tenth of a step.
+        """
+        if logits.shape[1] < 2 * _BLOCK:
+            return logits.max(-1)
+        highest, block = reduce_blocks(logits, torch.amax, _BLOCK).max(-1, keepdim=True)
+        place = take_block(logits, block, float("-inf"), _BLOCK).max(-1, keepdim=True).indices
+        return highest.squeeze(1), (block * _BLOCK + place).squeeze(1)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """As reference.linear, for weights from `pack`."""
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return torch.nn.functional.linear(x, weight, bias)
-
-
-def pack_experts(
-    weights: torch.Tensor | reference.Mxfp4, dtype: torch.dtype
-) -> Sequence[torch.Tensor]:
-    """Each expert's weights from `pack`; MXFP4 becomes dense, one expert after the other."""
-    if isinstance(weights, reference.Mxfp4):
-        return [pack(weights[expert].dense(dtype)) for expert in range(len(weights))]
-    return [pack(weight) for weight in weights]
-
-
-def experts(
-    x: torch.Tensor,
-    chosen: torch.Tensor,
-    weights: torch.Tensor,
-    gate_up: Sequence[torch.Tensor],
-    gate_up_bias: torch.Tensor | None,
-    down: Sequence[torch.Tensor],
-    down_bias: torch.Tensor | None,
-    limit: float | None,
-    alpha: float,
-) -> torch.Tensor:
-    """As reference.experts: rows sorted by expert, so that each expert reads one slice."""
-    top_k = chosen.shape[1]
-    flat = chosen.flatten()
-    order = flat.argsort(stable=True)
-    counts = flat.bincount(minlength=len(gate_up)).tolist()
-    rows = x.index_select(0, order // top_k)
-    up_biases = _rows(gate_up_bias, len(counts))
-    down_biases = _rows(down_bias, len(counts))
-    used = [(expert, count) for expert, count in enumerate(counts) if count]
-    slices = rows.split([count for _, count in used])
-    inner = torch.cat(
-        [
-            linear(part, gate_up[expert], up_biases[expert])
-            for part, (expert, _) in zip(slices, used, strict=True)
-        ]
-    )
-    inner = reference.swiglu(inner, limit, alpha)
-    slices = inner.split([count for _, count in used])
-    result = torch.cat(
-        [
-            linear(part, down[expert], down_biases[expert])
-            for part, (expert, _) in zip(slices, used, strict=True)
-        ]
-    )
-    result = result.float() * weights.flatten()[order].unsqueeze(1)
-    # Back to each token's own order, so that a sum does not depend on who else is in the batch.
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order))
-    return result[back].view(*chosen.shape, -1).sum(1).to(x.dtype)
 
 
 def _rows(bias: torch.Tensor | None, count: int) -> Sequence[torch.Tensor | None]:
@@ -96,7 +199,7 @@ def _rows(bias: torch.Tensor | None, count: int) -> Sequence[torch.Tensor | None
 
 @dataclass
 class _Single:
-    """Sequences with one query token, attended in one call."""
+    """Sequences with one query token, computed in one call."""
 
     slots: torch.Tensor  # int64 [sequences · longest]
     mask: torch.Tensor  # [sequences, 1, 1, longest], added to the scores
@@ -108,8 +211,8 @@ class _Chunk:
 
     first: int
     last: int
-    slots: torch.Tensor  # int64 [seen]
-    mask: torch.Tensor | None  # [1, 1, query, seen]; None: plain causal
+    slots: torch.Tensor  # int64 [visible]
+    mask: torch.Tensor | None  # [1, 1, query, visible]; None: plain causal
 
 
 @dataclass
@@ -118,93 +221,35 @@ class _Plan:
     chunks: list[_Chunk]
 
 
-def attention(
-    query: torch.Tensor,
-    kv: torch.Tensor,
-    batch: ForwardBatch,
-    group: GroupTables,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """As reference.attention.
-
-    The query heads of a KV head take the place of query positions (single tokens) or of heads
-    (chunks), so KV is neither repeated nor read twice. Sinks enter through the log-sum-exp:
-    softmax with one more column is softmax times sigmoid(lse - sink).
-    """
-    if group.plan is None:
-        group.plan = _make_plan(batch, group, kv.shape[2], query.dtype)
-    plan: _Plan = group.plan
-    heads, head_dim = query.shape[1:]
-    kv_heads = kv.shape[3]
-    shared = heads // kv_heads
-    keys, values = kv.flatten(3).flatten(1, 2)
-    out = torch.empty_like(query)
-    sinks = None if sinks is None else sinks.float().view(kv_heads, shared)
-    if plan.single is not None:
-        count = plan.single.mask.shape[0]
-        shape = (count, -1, kv_heads, head_dim)
-        mixed, lse = _flash(
-            query[:count].view(count, kv_heads, shared, head_dim),
-            keys.index_select(0, plan.single.slots).view(shape).transpose(1, 2),
-            values.index_select(0, plan.single.slots).view(shape).transpose(1, 2),
-            attn_mask=plan.single.mask.expand(-1, 1, shared, -1),
-        )
-        if sinks is not None:
-            mixed = mixed * torch.sigmoid(lse - sinks).unsqueeze(-1).to(mixed.dtype)
-        out[:count] = mixed.reshape(count, heads, head_dim)
-    for chunk in plan.chunks:
-        count = chunk.last - chunk.first
-        shape = (-1, kv_heads, 1, head_dim)
-        mixed, lse = _flash(
-            query[chunk.first : chunk.last]
-            .view(count, kv_heads, shared, head_dim)
-            .permute(1, 2, 0, 3),
-            keys.index_select(0, chunk.slots)
-            .view(shape)
-            .expand(-1, -1, shared, -1)
-            .permute(1, 2, 0, 3),
-            values.index_select(0, chunk.slots)
-            .view(shape)
-            .expand(-1, -1, shared, -1)
-            .permute(1, 2, 0, 3),
-            is_causal=chunk.mask is None,
-            attn_mask=chunk.mask,
-        )
-        if sinks is not None:
-            mixed = mixed * torch.sigmoid(lse - sinks[:, :, None]).unsqueeze(-1).to(mixed.dtype)
-        out[chunk.first : chunk.last] = mixed.permute(2, 0, 1, 3).reshape(count, heads, head_dim)
-    return out
-
-
 def _make_plan(
-    batch: ForwardBatch, group: GroupTables, block_size: int, dtype: torch.dtype
+    batch: ForwardBatch, group: GroupTables, window: int | None, block_size: int, dtype: torch.dtype
 ) -> _Plan:
     singles = batch.num_single
     single = None
     if singles:
-        ends = torch.tensor(batch.context_lens[:singles]).unsqueeze(1)
-        starts = torch.zeros_like(ends) if group.window is None else (ends - group.window).clamp(0)
+        ends = torch.tensor(batch.host_context_lens[:singles]).unsqueeze(1)
+        starts = torch.zeros_like(ends) if window is None else (ends - window).clamp(0)
         at = starts + torch.arange(int((ends - starts).max()))
-        seen = at < ends
+        visible = at < ends
         table = group.block_table[:singles]
         blocks = table.gather(1, (at // block_size).clamp(max=table.shape[1] - 1))
-        slots = torch.where(seen, blocks * block_size + at % block_size, 0)
-        bias = torch.zeros(at.shape, dtype=dtype).masked_fill(~seen, _NEG_INF)
+        slots = torch.where(visible, blocks * block_size + at % block_size, 0)
+        bias = torch.zeros(at.shape, dtype=dtype).masked_fill(~visible, _NEG_INF)
         single = _Single(slots.flatten(), bias[:, None, None])
     chunks = []
     first = singles
-    for row in range(singles, len(batch.query_lens)):
-        count, end = batch.query_lens[row], batch.context_lens[row]
+    for row in range(singles, len(batch.host_query_lens)):
+        count, end = batch.host_query_lens[row], batch.host_context_lens[row]
         begin = end - count
-        start = 0 if group.window is None else max(0, begin - group.window + 1)
+        start = 0 if window is None else max(0, begin - window + 1)
         at = torch.arange(start, end)
         slots = group.block_table[row][at // block_size] * block_size + at % block_size
         mask: torch.Tensor | None = None
-        if start < begin or (group.window is not None and group.window < end):
+        if start < begin or (window is not None and window < end):
             age = torch.arange(begin, end).unsqueeze(1) - at
             hidden = age < 0
-            if group.window is not None:
-                hidden |= age >= group.window
+            if window is not None:
+                hidden |= age >= window
             mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, _NEG_INF)
             mask = mask[None, None]
         chunks.append(_Chunk(first, first + count, slots, mask))

@@ -7,7 +7,7 @@ import torch
 
 from model.ops.cpu.bindings import call, fixed_point
 from model.ops.cpu.huge_pages import empty
-from model.ops.reference import MXFP4_BLOCK, Mxfp4
+from model.ops.mxfp4 import MXFP4_BLOCK, Mxfp4
 
 PANEL = 32  # outputs; as in kernels.cpp
 SHARED = 64  # inputs that share a scale in fixed point; as in fixed.h

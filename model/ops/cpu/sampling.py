@@ -2,7 +2,7 @@
 
 import torch
 
-from model.ops import reference
+from model.ops.sampling import effective_top_k, find_in_cumulative, sample_candidates
 
 # Nearly always these hold the whole nucleus.
 _CANDIDATES = 256
@@ -11,19 +11,19 @@ _KEYS = 1 << 16  # of 16 bits, in blocks of as many as there are blocks
 _BLOCK = 1 << 8
 
 
-def draw(
+def sample(
     logits: torch.Tensor,
-    heat: torch.Tensor,
+    temperature: torch.Tensor,
     top_k: torch.Tensor | None,
     top_p: torch.Tensor,
     uniform: torch.Tensor,
 ) -> torch.Tensor:
-    """As `reference.draw`, but for the order of equal logits, which is that of `topk`."""
-    column, top_k = heat.unsqueeze(1), reference.counts_kept(logits, top_k)
+    """As `Backend.sample`, but for the order of equal logits, which is that of `topk`."""
+    column, top_k = temperature.unsqueeze(1), effective_top_k(logits, top_k)
     total = (logits.float() / column).logsumexp(-1, keepdim=True)
     values, ids = logits.topk(min(_CANDIDATES, logits.shape[1]), dim=-1)
     values = values.float() / column
-    tokens = reference.pick(values, ids, total, top_k, top_p, uniform)
+    tokens = sample_candidates(values, ids, total, top_k, top_p, uniform)
     if values.shape[1] == logits.shape[1]:
         return tokens
     # A row is judged by itself alone, so that its path does not depend on the others either.
@@ -38,7 +38,7 @@ def draw(
     if len(rest):
         values, ids = logits[rest].sort(descending=True, stable=True)
         values = values.float() / column[rest]
-        tokens[rest] = reference.pick(
+        tokens[rest] = sample_candidates(
             values, ids, total[rest], top_k[rest], top_p[rest], uniform[rest]
         )
     return tokens
@@ -47,7 +47,7 @@ def draw(
 def _search(
     logits: torch.Tensor, shares: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor
 ) -> torch.Tensor:
-    """As `reference.draw` without top-k, from the shares float64 [rows, vocab] of all tokens.
+    """As `Backend.sample` without top-k, from the shares float64 [rows, vocab] of all tokens.
 
     Two searches in the order of probability, for where top-p ends and for the token drawn: shares
     are added up by the upper half of their logits' keys, then within one of those by the lower.
@@ -94,9 +94,9 @@ def _place(
     for i, keys in enumerate(halves):
         if i:
             mass = _add_up(keys, shares.masked_fill(~same, 0.0))
-        block, left = reference.locate(mass.sum(-1), left)
+        block, left = find_in_cumulative(mass.sum(-1), left)
         inside = mass.gather(1, block.unsqueeze(2).expand(-1, 1, _BLOCK)).squeeze(1)
-        place, left = reference.locate(inside, left)
+        place, left = find_in_cumulative(inside, left)
         same &= keys == block * _BLOCK + place
     share = inside.gather(1, place) / same.sum(-1, keepdim=True)
     return same, at - left, share, left

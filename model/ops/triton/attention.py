@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from model.ops.forward_batch import ForwardBatch, GroupTables
+from model.ops.specs import AttentionSpec
 from model.ops.triton.programmatic_launch import overlap, wait_turn
 from model.ops.triton.tiles import Tile, for_dtype, processors, tiles
 
@@ -291,16 +292,17 @@ def attention(
     kv: torch.Tensor,
     batch: ForwardBatch,
     group: GroupTables,
+    spec: AttentionSpec,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As `reference.attention`; a sequence of length 0 (it only fills a batch) gives zeros."""
+    """As `Backend.attention`; a sequence of length 0 (it only fills a batch) gives zeros."""
     query = query.contiguous()
     out = torch.empty_like(query)
-    sequences, singles = batch.seen.shape[0], batch.num_single
+    sequences, singles = batch.context_lens.shape[0], batch.num_single
     if singles:
-        _attend_singles(query, kv, batch, group, sinks, out)
+        _attend_singles(query, kv, batch, group, spec, sinks, out)
     if sequences > singles:
-        _attend_chunks(query, kv, batch, group, sinks, out)
+        _attend_chunks(query, kv, batch, group, spec, sinks, out)
     return out
 
 
@@ -323,6 +325,7 @@ def _attend_singles(
     kv: torch.Tensor,
     batch: ForwardBatch,
     group: GroupTables,
+    spec: AttentionSpec,
     sinks: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
@@ -330,7 +333,7 @@ def _attend_singles(
     _, heads, dim = query.shape
     _, _, block_size, kv_heads, _ = kv.shape
     tile = for_dtype(tiles(query.device).decode, query.dtype)
-    splits = splits_of(rows, kv_heads, group.window, tile, query.device)
+    splits = splits_of(rows, kv_heads, spec.window, tile, query.device)
     mixed = stats = out
     if splits > 1:
         mixed = query.new_empty(rows, heads, splits, dim, dtype=torch.float32)
@@ -342,13 +345,13 @@ def _attend_singles(
         kv.stride(0),
         group.block_table,
         group.block_table.stride(0),
-        batch.seen,
+        batch.context_lens,
         query if sinks is None else sinks,
         out,
         mixed,
         stats,
-        SCALE=dim**-0.5,
-        WINDOW=group.window,
+        SCALE=spec.scale,
+        WINDOW=spec.window,
         KV_HEADS=kv_heads,
         GROUP=heads // kv_heads,
         DIM=dim,
@@ -384,10 +387,11 @@ def _attend_chunks(
     kv: torch.Tensor,
     batch: ForwardBatch,
     group: GroupTables,
+    spec: AttentionSpec,
     sinks: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
-    sequences, singles = batch.seen.shape[0], batch.num_single
+    sequences, singles = batch.context_lens.shape[0], batch.num_single
     tokens, heads, dim = query.shape
     _, _, block_size, kv_heads, _ = kv.shape
     own = tiles(query.device)
@@ -400,14 +404,14 @@ def _attend_chunks(
         kv.stride(0),
         group.block_table,
         group.block_table.stride(0),
-        batch.query_starts,
-        batch.seen,
+        batch.cu_seqlens_q,
+        batch.context_lens,
         query if sinks is None else sinks,
         out,
         singles,
         sequences,
-        SCALE=dim**-0.5,
-        WINDOW=group.window,
+        SCALE=spec.scale,
+        WINDOW=spec.window,
         KV_HEADS=kv_heads,
         GROUP=heads // kv_heads,
         DIM=dim,

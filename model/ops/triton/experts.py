@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from model.ops.triton.mxfp4 import Words, unpack
+from model.ops.specs import Activation, Experts, ExpertShard
+from model.ops.triton.mxfp4 import unpack
 from model.ops.triton.norm import gated
 from model.ops.triton.programmatic_launch import overlap, wait_turn
 from model.ops.triton.sort_by_expert import group_by_expert
@@ -332,26 +333,21 @@ def experts(
     x: torch.Tensor,
     chosen: torch.Tensor,
     weights: torch.Tensor,
-    gate_up: torch.Tensor | Words,
-    gate_up_bias: torch.Tensor | None,
-    down: torch.Tensor | Words,
-    down_bias: torch.Tensor | None,
-    limit: float | None,
-    alpha: float,
-    part: tuple[int, int] = (0, 1),
+    experts: Experts,
+    activation: Activation,
+    shard: ExpertShard,
 ) -> torch.Tensor:
-    """As `reference.experts`, for stacked weights and for MXFP4 as `pack_experts` gives it."""
+    """As `Backend.experts`, for weights in the forms that `mxfp4.Stack` has."""
+    gate_up, down = experts.gate_up, experts.down
+    gate_up_bias, down_bias = experts.gate_up_bias, experts.down_bias
     x, chosen = x.contiguous(), chosen.contiguous()
     (tokens, hidden), (_, top_k) = x.shape, chosen.shape
     if not tokens:
         return torch.empty_like(x)
-    up_weight, up_scale = _parts(gate_up)
-    down_weight, down_scale = _parts(down)
-    count, packed = len(gate_up), isinstance(down, Words)
-    size = up_weight.shape[1] // 2
+    count, size, packed = experts.count, experts.size, down.is_packed
     pairs = tokens * top_k
-    tile = _tile(x, pairs, count * part[1], packed)
-    first = part[0] * count
+    tile = _tile(x, pairs, count * shard.size, packed)
+    first = shard.rank * count
     order, starts = group_by_expert(chosen, first, count)
     shared: dict[str, Any] = {
         "EXPERTS": count,
@@ -370,25 +366,25 @@ def experts(
     inner = x.new_empty(pairs, size)
     _gate_up[(triton.cdiv(size, tile.n), blocks)](
         x,
-        up_weight,
-        up_scale,
+        gate_up.values,
+        gate_up.scales,
         x if gate_up_bias is None else gate_up_bias,
         order,
         starts,
         inner,
         TOP_K=top_k,
-        PACKED=isinstance(gate_up, Words),
+        PACKED=gate_up.is_packed,
         BIAS=gate_up_bias is not None,
-        LIMIT=limit,
-        ALPHA=alpha,
+        LIMIT=activation.limit,
+        ALPHA=activation.alpha,
         **shared,
     )
     parts = x.new_empty(pairs, hidden)
     # A stage has half of what gate and up have: in twice as many as much is on its way.
     _down[(triton.cdiv(hidden, tile.n), blocks)](
         inner,
-        down_weight,
-        down_scale,
+        down.values,
+        down.scales,
         x if down_bias is None else down_bias,
         weights.contiguous(),
         order,
@@ -413,12 +409,3 @@ def experts(
         **overlap(x.device),
     )
     return out
-
-
-def _parts(weights: torch.Tensor | Words) -> tuple[torch.Tensor, torch.Tensor]:
-    """(Values, scales); dense weights have none, and stand for them."""
-    if isinstance(weights, Words):
-        return weights.values, weights.scales
-    if not isinstance(weights, torch.Tensor):
-        raise TypeError("the kernels take stacked weights, or MXFP4 from pack_experts")
-    return weights, weights

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from model.ops.specs import Linear, Norm, RopeArgs
 from model.ops.triton.linear import (
     HALF,
     linear,
@@ -88,60 +89,30 @@ def _sum_parts(
 
 
 def norm_qkv(
-    x: torch.Tensor,
-    delta: torch.Tensor | None,
-    norm: torch.Tensor,
-    eps: float,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    cos_sin: torch.Tensor,
-    kv: torch.Tensor,
-    slots: torch.Tensor,
-    heads: int,
-    norms: tuple[torch.Tensor, torch.Tensor] | None,
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """As ops.norm_qkv: one kernel, or two where heads have norms, which take a whole head."""
-    if not 0 < len(x) <= tiles(x.device).fused_qkv or _overflows(x):
-        return None
-    if norms is None and kv.shape[4] // 2 % HALF == 0:
-        return norm_linear(x, delta, norm, eps, weight, bias, turn=(cos_sin, kv, slots, heads))
-    summed, qkv = norm_linear(x, delta, norm, eps, weight, bias)
-    qkv = qkv.unflatten(-1, (-1, kv.shape[4]))
-    return summed, rotate_and_write(qkv, cos_sin, kv, slots, heads, norms, eps)
-
-
-def _overflows(x: torch.Tensor) -> bool:
-    """Whether a row times the norm's weights, still without the row's scale, may not fit."""
-    return x.dtype == torch.float16
+    x: torch.Tensor, delta: torch.Tensor | None, norm: Norm, qkv: Linear, rope: RopeArgs
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `Backend.norm_qkv`: one kernel, or two where heads have norms, which take a whole head."""
+    heads = rope.heads
+    if heads.q_norm is None and heads.head_dim // 2 % HALF == 0:
+        return norm_linear(x, delta, norm, qkv, rope=rope)
+    summed, projected = norm_linear(x, delta, norm, qkv)
+    return summed, rotate_and_write(projected.unflatten(-1, (-1, heads.head_dim)), rope)
 
 
 def norm_mlp(
-    x: torch.Tensor,
-    delta: torch.Tensor | None,
-    norm: torch.Tensor,
-    eps: float,
-    gate_up: torch.Tensor,
-    gate_up_bias: torch.Tensor | None,
-    down: torch.Tensor,
-    down_bias: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """As ops.norm_mlp: one kernel without biases, or all but the down projection in one."""
-    if delta is None or not len(x) or _overflows(x):
-        return None
-    own = tiles(x.device)
-    if len(x) <= own.fused_mlp and gate_up_bias is None and down_bias is None:
-        return _mlp(x, delta, norm, eps, gate_up, down)
-    if len(x) > own.fused_gate_up:
-        return None
-    summed, hidden = norm_linear(x, delta, norm, eps, gate_up, gate_up_bias, is_gated=True)
-    return summed, linear(hidden, down, down_bias)
+    x: torch.Tensor, delta: torch.Tensor, norm: Norm, gate_up: Linear, down: Linear
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `Backend.norm_mlp` for plain SwiGLU: one kernel, or all but the down projection in one."""
+    if len(x) <= tiles(x.device).fused_mlp and not gate_up.has_bias and not down.has_bias:
+        return _mlp(x, delta, norm, gate_up.weight, down.weight)
+    summed, hidden = norm_linear(x, delta, norm, gate_up, is_gated=True)
+    return summed, linear(hidden, down)
 
 
 def _mlp(
     x: torch.Tensor,
     delta: torch.Tensor,
-    norm: torch.Tensor,
-    eps: float,
+    norm: Norm,
     gate_up: torch.Tensor,
     down: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,13 +129,13 @@ def _mlp(
     _norm_mlp[(slices,)](
         x,
         delta,
-        norm,
+        norm.weight,
         gate_up,
         down,
         summed,
         parts,
         rows,
-        eps,
+        norm.eps,
         SIZE=size,
         INNER=inner,
         BLOCK_M=tile.m,

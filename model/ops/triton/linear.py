@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from model.ops.specs import Linear, Norm, RopeArgs
 from model.ops.triton.norm import added, gated
 from model.ops.triton.programmatic_launch import overlap, prefetch, wait_turn
 from model.ops.triton.tiles import Tile, for_dtype, processors, tiles
@@ -259,41 +260,43 @@ def _linear(
         tl.store(out_ptr + row[None, :] * OUT + out[:, None], product.to(dtype), kept)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """As `reference.linear`: torch's, but for one row where `Tiles.one_row` is said."""
+def linear(x: torch.Tensor, linear: Linear) -> torch.Tensor:
+    """As `Backend.linear`: torch's, but for one row where `Tiles.one_row` is said."""
     if len(x) != 1 or tiles(x.device).one_row is None:
-        return F.linear(x, weight, bias)
-    return norm_linear(x, None, None, 0.0, weight, bias)[1]
+        return F.linear(x, linear.weight, linear.bias)
+    return norm_linear(x, None, None, linear)[1]
 
 
 def norm_linear(
     x: torch.Tensor,
     delta: torch.Tensor | None,
-    norm: torch.Tensor | None,
-    eps: float,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    norm: Norm | None,
+    linear: Linear,
     is_gated: bool = False,
-    turn: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int] | None = None,
+    rope: RopeArgs | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x, delta [rows, size], norm [size], weight [out, size] → (x + delta, its norm · weight).
 
     Without a norm, of one row, x · weight. is_gated: weight has gates and ups, and in place of them
-    is their plain SwiGLU [rows, out / 2]. turn: cos_sin, kv, slots and heads as in
-    `rotate_and_write`, and in place of QKV is the query.
+    is their plain SwiGLU [rows, out / 2]. rope: QKV is
+    rotated and written as in `rotate_and_write`, and in place of it is the query.
     """
     rows, size = x.shape
+    weight, bias = linear.weight, linear.bias
     count = len(weight) // 2 if is_gated else len(weight)
     summed = x if delta is None else torch.empty_like(x)
-    cos_sin, kv, slots, heads = turn or (x, x, x, 0)
-    kv_heads, dim = (kv.shape[3], kv.shape[4]) if heads else (0, 0)
+    cos_sin = kv = slots = x
+    heads = kv_heads = dim = 0
+    if rope is not None:
+        own, cos_sin, kv, slots = rope
+        heads, kv_heads, dim = own.heads, own.kv_heads, own.head_dim
     out = x.new_empty(rows, heads, dim) if heads else x.new_empty(rows, count)
     tile = _tile(x, count, is_paired=is_gated or heads > 0)
     grid = (heads + 2 * kv_heads) * (dim // 2 // tile.n) if heads else triton.cdiv(count, tile.n)
     _linear[(grid,)](
         x.contiguous(),
         x if delta is None else delta.contiguous(),
-        x if norm is None else norm,
+        x if norm is None else norm.weight,
         weight,
         weight if bias is None else bias,
         cos_sin,
@@ -303,7 +306,7 @@ def norm_linear(
         kv,
         kv.stride(0) if heads else 0,
         rows,
-        eps,
+        0.0 if norm is None else norm.eps,
         SIZE=size,
         OUT=count,
         BLOCK_M=tile.m,

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from model.ops.reference import Mxfp4
+from model.ops.mxfp4 import Mxfp4
 
 # Two bfloat16 a register, each times its factor; -0.0 is added.
 _SCALE_PAIR = tl.constexpr("""
@@ -28,29 +28,32 @@ _MOST = 128  # the exponent of the largest scale, 2, that can be raised by 2^126
 
 
 @dataclass(frozen=True)
-class Words:
-    """Weights [experts, out, in] as kernels take them.
+class Stack:
+    """Weights [experts, out, in] as kernels take them: dense, or MXFP4 packed in words.
 
-    Of 16 bytes that share a scale, byte 4 · i + c is part i of word c. Both nibbles of a part, the
-    low one in the lower half of the word, have sign, exponent and mantissa at bits 15, 8, 7 and 6,
-    less three times i; but those of the last part are at 14, 11, 10 and 13, which are left.
+    Dense weights have no scales; the values stand in for them. In words, of 16 bytes that share a
+    scale, byte 4 · i + c is part i of word c. Both nibbles of a part, the low one in the lower half
+    of the word, have sign, exponent and mantissa at bits 15, 8, 7 and 6, less three times i; but
+    those of the last part are at 14, 11, 10 and 13, which are left.
     """
 
     values: torch.Tensor  # int32 [experts, out, in / 8]
     scales: torch.Tensor  # int32 [experts, ⌈in / 128⌉, out]: four scales, the first lowest
-
-    def __len__(self) -> int:
-        """Return the number of experts."""
-        return len(self.values)
+    is_packed: bool
 
 
-def pack(weights: Mxfp4, dtype: torch.dtype) -> Words | torch.Tensor:
+def dense_stack(weights: torch.Tensor) -> Stack:
+    """Return dense weights [experts, out, in] in the form that kernels take."""
+    return Stack(weights, weights, is_packed=False)
+
+
+def pack(weights: Mxfp4, dtype: torch.dtype) -> Stack:
     """The weights as kernels take them; dense in dtype if there are scales beyond 2.
 
     Those of a trained model are far below.
     """
     if int(weights.scales.max()) > _MOST:
-        return weights.dense(dtype)
+        return dense_stack(weights.dense(dtype))
     count, outputs, inputs = weights.shape
     device = weights.device
     values = torch.empty(count, outputs, inputs // 8, dtype=torch.int32, device=device)
@@ -66,7 +69,7 @@ def pack(weights: Mxfp4, dtype: torch.dtype) -> Words | torch.Tensor:
         values[expert] = (word | last[:, :, 3]).flatten(1)
         scales[expert, : inputs // 32] = weights.scales[expert].T
     words = scales.unflatten(1, (-1, _SCALES)).transpose(2, 3).contiguous().view(torch.int32)
-    return Words(values, words.squeeze(-1))
+    return Stack(values, words.squeeze(-1), is_packed=True)
 
 
 @triton.jit

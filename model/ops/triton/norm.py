@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from model.ops.specs import Activation, Norm
 from model.ops.triton.programmatic_launch import overlap, wait_turn
 
 
@@ -42,9 +43,9 @@ def _add_rms_norm(
 
 
 def add_rms_norm(
-    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
+    x: torch.Tensor, delta: torch.Tensor | None, norm: Norm
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `reference.add_rms_norm`."""
+    """As `Backend.add_rms_norm`."""
     x = x.contiguous()
     tokens, size = x.shape
     out = torch.empty_like(x)
@@ -54,10 +55,10 @@ def add_rms_norm(
         _add_rms_norm[(tokens,)](
             x,
             x if delta is None else delta.contiguous(),
-            weight,
+            norm.weight,
             summed,
             out,
-            eps,
+            norm.eps,
             SIZE=size,
             BLOCK=block,
             DELTA=delta is not None,
@@ -101,8 +102,8 @@ def _swiglu(
     tl.store(out_ptr + row * SIZE + at, out.to(gate.dtype), inside)
 
 
-def swiglu(gate_up: torch.Tensor, limit: float | None, alpha: float) -> torch.Tensor:
-    """As `reference.swiglu`."""
+def activate(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """As `Backend.activate`."""
     gate_up = gate_up.contiguous()
     tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(tokens, size)
@@ -113,8 +114,8 @@ def swiglu(gate_up: torch.Tensor, limit: float | None, alpha: float) -> torch.Te
             out,
             SIZE=size,
             BLOCK=block,
-            LIMIT=limit,
-            ALPHA=alpha,
+            LIMIT=activation.limit,
+            ALPHA=activation.alpha,
             num_warps=4,
             **overlap(gate_up.device),
         )

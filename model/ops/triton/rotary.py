@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from model.ops.specs import RopeArgs
 from model.ops.triton.programmatic_launch import overlap, wait_turn
 
 
@@ -77,37 +78,31 @@ def _rotate_and_write(
     tl.store(target + DIM // 2, right, written)
 
 
-def rotate_and_write(
-    qkv: torch.Tensor,
-    cos_sin: torch.Tensor,
-    kv: torch.Tensor,
-    slots: torch.Tensor,
-    heads: int,
-    norms: tuple[torch.Tensor, torch.Tensor] | None,
-    eps: float,
-) -> torch.Tensor:
-    """As `reference.rotate_and_write`."""
+def rotate_and_write(qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:
+    """As `Backend.rotate_and_write`."""
     qkv = qkv.contiguous()
     tokens, width, dim = qkv.shape
-    out = qkv.new_empty(tokens, heads, dim)
+    heads, kv = rope.heads, rope.kv
+    out = qkv.new_empty(tokens, heads.heads, dim)
+    norm = heads.q_norm
     if tokens:
         block = min(8, triton.next_power_of_2(width))
         _rotate_and_write[(tokens, triton.cdiv(width, block))](
             qkv,
-            cos_sin.contiguous(),
+            rope.cos_sin.contiguous(),
             kv,
-            slots,
-            norms[0] if norms else qkv,
-            norms[1] if norms else qkv,
+            rope.slot_mapping,
+            heads.q_norm.weight if heads.q_norm else qkv,
+            heads.k_norm.weight if heads.k_norm else qkv,
             out,
             kv.stride(0),
-            eps,
-            HEADS=heads,
+            norm.eps if norm else 0.0,
+            HEADS=heads.heads,
             KV_HEADS=kv.shape[3],
             DIM=dim,
             HALF=triton.next_power_of_2(dim // 2),
             BLOCK_H=block,
-            NORMS=norms is not None,
+            NORMS=norm is not None,
             num_warps=2,
             **overlap(qkv.device),
         )

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from model.ops.specs import RouterSpec
 from model.ops.triton.programmatic_launch import overlap, wait_turn
 
 
@@ -56,12 +57,10 @@ def _route(
     tl.store(weights_ptr + place, shares, kept)
 
 
-def route(
-    logits: torch.Tensor, top_k: int, softmax_after_top_k: bool, normalize: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `reference.route`; of equal logits the lower expert comes first."""
+def route(logits: torch.Tensor, router: RouterSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `Backend.route`; of equal logits the lower expert comes first."""
     logits = logits.contiguous()
-    tokens, count = logits.shape
+    (tokens, count), top_k = logits.shape, router.top_k
     chosen = logits.new_empty(tokens, top_k, dtype=torch.int64)
     weights = logits.new_empty(tokens, top_k, dtype=torch.float32)
     if tokens:
@@ -76,8 +75,8 @@ def route(
             BLOCK_T=block,
             TOP_K=top_k,
             BLOCK_K=triton.next_power_of_2(top_k),
-            AFTER_TOP_K=softmax_after_top_k,
-            NORMALIZE=normalize,
+            AFTER_TOP_K=router.softmax_after_top_k,
+            NORMALIZE=router.normalize,
             num_warps=4,
             **overlap(logits.device),
         )

@@ -136,11 +136,11 @@ def _target(
 @triton.jit(
     do_not_specialize=["splits", "step", "goal", "by_count", "shift"],
     # A column of one row's parameters begins where its row does not.
-    do_not_specialize_on_alignment=["heat_ptr", "top_k_ptr", "top_p_ptr", "uniform_ptr"],
+    do_not_specialize_on_alignment=["temperature_ptr", "top_k_ptr", "top_p_ptr", "uniform_ptr"],
 )
 def _tally(
     logits_ptr,
-    heat_ptr,
+    temperature_ptr,
     top_k_ptr,
     top_p_ptr,
     uniform_ptr,
@@ -209,7 +209,7 @@ def _tally(
     part = tl.arange(0, SPLITS)
     tops = tl.load(highest_ptr + row * splits + part, part < splits, other=float("-inf"))
     highest = tl.max(tops, 0)
-    heat = tl.load(heat_ptr + row)
+    temperature = tl.load(temperature_ptr + row)
     start = prefix.to(tl.uint32)
     digits = tl.arange(0, 16)
     counts = tl.zeros((PART, 16), tl.int32)
@@ -228,7 +228,7 @@ def _tally(
                 asked = ((found >> 4) == start) & (at < end)
                 wide = logits.to(tl.float32)
                 # Equal ones apart: infinity less infinity is no number.
-                share = tl.where(wide == highest, 1.0, tl.exp((wide - highest) / heat))
+                share = tl.where(wide == highest, 1.0, tl.exp((wide - highest) / temperature))
                 own = (share * 4398046511104.0).to(tl.int64)
                 digit = tl.where(asked, (found & 15).to(tl.int32), -1)
                 here = digit == digits[None, :]
@@ -283,15 +283,15 @@ def _find(
     tl.store(tokens_ptr + row, tl.minimum(start + before, vocab - 1).to(tl.int64))
 
 
-def draw(
+def sample(
     logits: torch.Tensor,
-    heat: torch.Tensor,
+    temperature: torch.Tensor,
     top_k: torch.Tensor | None,
     top_p: torch.Tensor,
     uniform: torch.Tensor,
 ) -> torch.Tensor:
-    """As `reference.draw`, for vocabularies of up to a million tokens."""
-    logits, heat, top_p = logits.contiguous(), heat.contiguous(), top_p.contiguous()
+    """As `Backend.sample`, for vocabularies of up to a million tokens."""
+    logits, temperature, top_p = logits.contiguous(), temperature.contiguous(), top_p.contiguous()
     top_k = None if top_k is None else top_k.contiguous()
     uniform = uniform.contiguous()
     rows, vocab = logits.shape
@@ -317,7 +317,7 @@ def draw(
     for step, (goal, by_count, shift) in enumerate(steps):
         _tally[rows, splits](
             logits,
-            heat,
+            temperature,
             tokens if top_k is None else top_k,
             top_p,
             uniform,

@@ -1,0 +1,91 @@
+"""The MLPs of a layer: dense, or a sparse mixture of experts."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from model.config import ModelConfig
+from model.formats import DENSE, MXFP4
+from model.ops.specs import (
+    Activation,
+    Experts,
+    ExpertShard,
+    Linear,
+    Norm,
+    Parameter,
+    RouterSpec,
+)
+from model.ops.step_parts import GATE_UP_PROJ, POST_NORM, ROUTER
+from model.sharding import ALONE, Shard
+
+if TYPE_CHECKING:
+    import torch
+
+    from model.ops.backend import Backend
+
+
+class Mlp:
+    """Dense gated MLP; gate and up are one linear, gate rows first. Split by its inner size."""
+
+    def __init__(self, config: ModelConfig, shard: Shard = ALONE):
+        hidden, size = config.hidden_size, config.intermediate_size // shard.size
+        self.shard = shard
+        self.activation = Activation(config.swiglu_limit, config.swiglu_alpha)
+        self.norm = Norm(hidden, config.rms_norm_eps)
+        self.gate_up = Linear(hidden, 2 * size, config.mlp_bias, DENSE)
+        self.down = Linear(size, hidden, config.mlp_bias, DENSE, sum_over_ranks=True)
+
+    def __call__(
+        self, ops: "Backend", x: "torch.Tensor", delta: "torch.Tensor"
+    ) -> "tuple[torch.Tensor, torch.Tensor]":
+        """x, delta [tokens, hidden] → (x + delta, the MLP of its norm)."""
+        with GATE_UP_PROJ:
+            x, out = ops.norm_mlp(x, delta, self.norm, self.gate_up, self.down, self.activation)
+        return x, self.shard.sum(out)
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Declare the norm and the linears."""
+        for holder in (self.norm, self.gate_up, self.down):
+            yield from holder.parameters()
+
+
+class Moe:
+    """The weighted sum of top_k experts for each token.
+
+    Experts are distributed whole over the ranks, and every rank has the router.
+    """
+
+    def __init__(self, config: ModelConfig, shard: Shard = ALONE):
+        moe = config.moe
+        if moe is None:
+            raise ValueError("the model has no experts")
+        self.shard, self.expert_shard = shard, ExpertShard(shard.rank, shard.size)
+        self.activation = Activation(config.swiglu_limit, config.swiglu_alpha)
+        self.router_spec = RouterSpec(moe.top_k, moe.softmax_after_top_k, moe.normalize)
+        self.norm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.router = Linear(config.hidden_size, moe.num_experts, moe.biases, DENSE)
+        self.experts = Experts(
+            moe.num_experts // shard.size,
+            config.hidden_size,
+            moe.intermediate_size,
+            moe.biases,
+            MXFP4 if config.mxfp4_experts else DENSE,
+        )
+
+    def __call__(
+        self, ops: "Backend", x: "torch.Tensor", delta: "torch.Tensor"
+    ) -> "tuple[torch.Tensor, torch.Tensor]":
+        """x, delta [tokens, hidden] → (x + delta, the experts' sum for its norm)."""
+        with POST_NORM:
+            x, normed = ops.add_rms_norm(x, delta, self.norm)
+        with ROUTER:
+            chosen, weights = ops.route(ops.linear(normed, self.router), self.router_spec)
+        with GATE_UP_PROJ:
+            out = ops.experts(
+                normed, chosen, weights, self.experts, self.activation, self.expert_shard
+            )
+        return x, self.shard.sum(out)
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Declare the norm, the router and the experts."""
+        for holder in (self.norm, self.router, self.experts):
+            yield from holder.parameters()

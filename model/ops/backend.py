@@ -1,0 +1,320 @@
+"""Backend: every operation of the decoder in plain torch, the definition that kernels must meet.
+
+Written to be evidently right, with float32 inside, on any device; speed is of no concern here.
+`CpuBackend` (model.ops.cpu) and `TritonBackend` (model.ops.triton) override the operations and
+storage forms that they are faster with. A fused operation is a method like any other: its base form
+does the steps one after the other.
+"""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from model.ops.forward_batch import ForwardBatch, GroupTables
+from model.ops.mxfp4 import Mxfp4
+from model.ops.sampling import sample_sorted
+from model.ops.specs import (
+    Activation,
+    AttentionSpec,
+    Experts,
+    ExpertShard,
+    Linear,
+    Norm,
+    RopeArgs,
+    RouterSpec,
+)
+from model.ops.step_parts import ACTIVATION, DOWN_PROJ, INPUT_NORM, POST_NORM, ROPE
+
+Compute = Callable[[], torch.Tensor]
+
+
+class Backend:
+    """The operations on one device in one compute dtype."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
+
+    # Storage
+
+    def empty_weight(self, shape: tuple[int, ...], parts: int = 1) -> Any:
+        """Return storage for a dense weight [out, in] or experts [experts, out, in].
+
+        It is filled by rows, `storage[first:last].copy_(source)` or
+        `storage[expert][first:last].copy_(source)`, and then passed to `pack` or `pack_experts`.
+        parts: how many equal parts of the outputs are used together, as gate and up are.
+        """
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def pack(self, weight: Any) -> Any:
+        """Return a filled weight [out, in] in the form that `linear` is fastest with."""
+        return weight
+
+    def pack_experts(self, weights: Any) -> Any:
+        """Return filled weights [experts, out, in] in the form that `experts` is fastest with."""
+        return weights
+
+    def pack_embedding(self, embedding: torch.Tensor) -> Any:
+        """Return an embedding [vocab, hidden] as the weight of a head that is tied to it."""
+        return embedding
+
+    @property
+    def keeps_mxfp4(self) -> bool:
+        """Whether experts stay MXFP4 in memory; otherwise they become dense as they load."""
+        return True
+
+    def empty_mxfp4(self, shape: tuple[int, ...], parts: int = 1) -> Any:
+        """Return storage for MXFP4 weights [experts, out, in], filled as `empty_weight`'s is."""
+        return Mxfp4.empty(shape, self.device)
+
+    def pack_mxfp4(self, weights: Any) -> Any:
+        """Return filled MXFP4 weights in the form that `experts` is fastest with."""
+        return weights
+
+    def empty_cache(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return uninitialised memory for KV blocks. Raises OutOfMemoryError or MemoryError."""
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def recorder(self) -> Callable[[Compute], Compute] | None:
+        """Return what records a computation on the host for replay, or None if nothing does."""
+        return None
+
+    # Operations
+
+    def gather(self, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """table [rows, size], ids int64 [tokens], each a valid row → [tokens, size]."""
+        return table[ids]
+
+    def scale(self, x: torch.Tensor, factor: float) -> torch.Tensor:
+        """x of any shape → x · factor."""
+        return x * factor
+
+    def linear(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
+        """x [tokens, in] → x · weightᵀ + bias [tokens, out]."""
+        return F.linear(x, linear.format.dense(linear.weight, x.dtype), linear.bias)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, delta: torch.Tensor | None, norm: Norm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x and delta [tokens, size] → (x + delta, its norm); without a delta (x, its norm)."""
+        summed = x if delta is None else x + delta
+        return summed, rms_norm(summed, norm)
+
+    def norm_qkv(
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor | None,
+        norm: Norm,
+        qkv: Linear,
+        rope: RopeArgs,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`add_rms_norm`, `linear` and `rotate_and_write` → (x + delta, query)."""
+        with INPUT_NORM:
+            x, normed = self.add_rms_norm(x, delta, norm)
+        projected = self.linear(normed, qkv).unflatten(-1, (-1, rope.heads.head_dim))
+        with ROPE:
+            return x, self.rotate_and_write(projected, rope)
+
+    def norm_mlp(
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor,
+        norm: Norm,
+        gate_up: Linear,
+        down: Linear,
+        activation: Activation,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`add_rms_norm`, `gated_linear` and `linear` → (x + delta, the MLP of its norm)."""
+        with POST_NORM:
+            x, normed = self.add_rms_norm(x, delta, norm)
+        inner = self.gated_linear(normed, gate_up, activation)
+        with DOWN_PROJ:
+            return x, self.linear(inner, down)
+
+    def rotate_and_write(self, qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:
+        """Norms of heads, rotary embedding and the write to the KV cache.
+
+        qkv [tokens, heads + 2 · kv_heads, head_dim]: queries, then keys, then values. Queries and
+        keys are normalised by head where the layer has such norms, and the first rotary_dim values
+        of each head are rotated by rope.cos_sin; keys and values are stored in rope.kv at
+        rope.slot_mapping → query [tokens, heads, head_dim].
+        """
+        heads = rope.heads
+        query, key, value = qkv.split((heads.heads, heads.kv_heads, heads.kv_heads), dim=1)
+        if heads.q_norm is not None and heads.k_norm is not None:
+            query, key = rms_norm(query, heads.q_norm), rms_norm(key, heads.k_norm)
+        write_kv(rope.kv, rope.slot_mapping, rotate(key, rope.cos_sin), value)
+        return rotate(query, rope.cos_sin)
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        kv: torch.Tensor,
+        batch: ForwardBatch,
+        group: GroupTables,
+        spec: AttentionSpec,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Causal attention of each sequence's new tokens over its paged KV.
+
+        query [tokens, heads, head_dim] (head h reads KV head h // (heads / kv_heads)); kv
+        [2, blocks, block_size, kv_heads, head_dim]; sinks [heads] or None →
+        [tokens, heads, head_dim]. A sink is one more column of the softmax, after scaling, that is
+        then dropped.
+        """
+        _, heads, _ = query.shape
+        kv_heads = kv.shape[3]
+        out = torch.empty_like(query)
+        first = 0
+        lengths = zip(batch.host_query_lens, batch.host_context_lens, strict=True)
+        for row, (count, context) in enumerate(lengths):
+            key, value = kv[:, group.block_table[row]].flatten(1, 2)[:, :context].float()
+            q = query[first : first + count].float().unflatten(1, (kv_heads, heads // kv_heads))
+            scores = torch.einsum("qhgd,khd->hgqk", q, key) * spec.scale
+            position = torch.arange(context, device=query.device)
+            age = position[context - count :, None] - position[None, :]  # 0 for the token itself
+            visible = age >= 0
+            if spec.window is not None:
+                visible &= age < spec.window
+            scores = scores.masked_fill(~visible, float("-inf"))
+            if sinks is not None:
+                column = sinks.float().view(kv_heads, -1, 1, 1).expand(-1, -1, count, 1)
+                scores = torch.cat((scores, column), dim=-1)
+            probs = scores.softmax(-1)[..., :context]
+            # Values outside the window can be anything, NaN included, and 0 · NaN is NaN.
+            value = value.masked_fill(~visible.any(0)[:, None, None], 0.0)
+            mixed = torch.einsum("hgqk,khd->qhgd", probs, value)
+            out[first : first + count] = mixed.flatten(1, 2).to(query.dtype)
+            first += count
+        return out
+
+    def gated_linear(self, x: torch.Tensor, linear: Linear, activation: Activation) -> torch.Tensor:
+        """x [tokens, in] → `linear` to [tokens, 2 · size], then `activate` → [tokens, size]."""
+        gate_up = self.linear(x, linear)
+        with ACTIVATION:
+            return self.activate(gate_up, activation)
+
+    def activate(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """gate_up [tokens, 2 · size], gate first → [tokens, size]; see `Activation`."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        limit = activation.limit
+        if limit is None:
+            return F.silu(gate) * up
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return gate * torch.sigmoid(activation.alpha * gate) * (up + 1)
+
+    def route(self, logits: torch.Tensor, router: RouterSpec) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [tokens, experts] → (experts int64, weights float32), both [tokens, top_k]."""
+        logits = logits.float()
+        if router.softmax_after_top_k:
+            chosen, experts = logits.topk(router.top_k, dim=-1)
+            return experts, chosen.softmax(-1)
+        weights, experts = logits.softmax(-1).topk(router.top_k, dim=-1)
+        if router.normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return experts, weights
+
+    def experts(
+        self,
+        x: torch.Tensor,
+        chosen: torch.Tensor,
+        weights: torch.Tensor,
+        experts: Experts,
+        activation: Activation,
+        shard: ExpertShard = ExpertShard(),  # noqa: B008 - immutable
+    ) -> torch.Tensor:
+        """Weighted sum of each token's experts, of those that this shard holds.
+
+        x [tokens, hidden]; chosen (expert ids over all shards) and weights [tokens, top_k] →
+        [tokens, hidden].
+        """
+        out = torch.zeros_like(x, dtype=torch.float32)
+        first = shard.rank * experts.count
+        for expert in range(experts.count):
+            token, rank = torch.where(chosen == first + expert)
+            weight = experts.format.dense(experts.gate_up[expert], x.dtype)
+            inner = F.linear(x[token], weight, _row(experts.gate_up_bias, expert))
+            with ACTIVATION:
+                inner = self.activate(inner, activation)
+            with DOWN_PROJ:
+                weight = experts.format.dense(experts.down[expert], x.dtype)
+                result = F.linear(inner, weight, _row(experts.down_bias, expert))
+                out.index_add_(0, token, result.float() * weights[token, rank, None].float())
+        return out.to(x.dtype)
+
+    def argmax(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [rows, vocab] → (largest logit, its token) [rows]; of equal ones the first."""
+        return logits.max(-1)
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        temperature: torch.Tensor,
+        top_k: torch.Tensor | None,
+        top_p: torch.Tensor,
+        uniform: torch.Tensor,
+    ) -> torch.Tensor:
+        """Sample a token of each row from what top-k and then top-p leave of its softmax.
+
+        logits [rows, vocab]; for each row temperature float32, above 0; top_k int64, how many
+        tokens may be sampled, 0 for all (None: all in every row); top_p float32, the share of the
+        probability that top-k leaves which the most likely tokens must reach; uniform float64 in
+        [0, 1) → int64 [rows].
+
+        Tokens are ordered by probability, equal ones by id, both for the limits and for the inverse
+        of the cumulative distribution at `uniform`. The limits need this order anyway, and a sample
+        of the most likely tokens then never depends on how many follow. A row of NaN gives some
+        valid token.
+        """
+        return sample_sorted(logits, temperature, top_k, top_p, uniform)
+
+
+def rms_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """x [..., size] divided by its root mean square over the last dimension, times the weight."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
+    return (wide * norm.weight.float()).to(x.dtype)
+
+
+def rotate(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+    """Half-split rotation of the first rotary_dim values of each head; the others stay.
+
+    x [tokens, heads, head_dim], cos_sin float32 [tokens, rotary_dim].
+    """
+    cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)
+    rotary, rest = x.split((cos_sin.shape[1], x.shape[2] - cos_sin.shape[1]), dim=-1)
+    first, second = rotary.float().chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((rotated.to(x.dtype), rest), dim=-1)
+
+
+def write_kv(
+    kv: torch.Tensor, slot_mapping: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> None:
+    """Store key and value [tokens, kv_heads, head_dim] in kv [2, blocks, block_size, …]."""
+    flat = kv.flatten(1, 2)
+    flat[0].index_copy_(0, slot_mapping, key)
+    flat[1].index_copy_(0, slot_mapping, value)
+
+
+def _row(bias: torch.Tensor | None, expert: int) -> torch.Tensor | None:
+    return None if bias is None else bias[expert]
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype) -> Backend:
+    """Return the fastest backend for a device and a compute dtype.
+
+    torch's device type "cuda" also stands for AMD's GPUs where torch is built for HIP.
+    """
+    if device.type == "cpu":
+        from model.ops.cpu.backend import CpuBackend
+
+        return CpuBackend(device, dtype)
+    if device.type == "cuda" and find_spec("triton") is not None:
+        # Imported only here: torch for CPUs comes without Triton.
+        from model.ops.triton.backend import TritonBackend
+
+        return TritonBackend(device, dtype)
+    return Backend(device, dtype)

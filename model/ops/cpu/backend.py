@@ -1,0 +1,190 @@
+"""The operations on a CPU: native kernels for bfloat16 where they are built, else torch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from model.ops.backend import Compute
+from model.ops.cpu import huge_pages, native
+from model.ops.cpu.bindings import Recorder, leave_to_torch, library
+from model.ops.cpu.onednn import OneDnnBackend
+from model.ops.cpu.packed import PANEL, Packed
+from model.ops.cpu.sampling import sample
+from model.ops.forward_batch import ForwardBatch, GroupTables
+from model.ops.mxfp4 import MXFP4_BLOCK
+from model.ops.specs import (
+    Activation,
+    AttentionSpec,
+    Experts,
+    ExpertShard,
+    Linear,
+    Norm,
+    RopeArgs,
+    RouterSpec,
+)
+
+
+class CpuBackend(OneDnnBackend):
+    """Native kernels for the sizes that they take; torch computes operations of other sizes.
+
+    An operation that is left to torch cannot be recorded: `leave_to_torch` then raises.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        super().__init__(device, dtype)
+        self._has_kernels = dtype == torch.bfloat16 and library() is not None
+
+    def _fits(self, size: int, unit: int) -> bool:
+        """Whether the kernels take this size, which must be a multiple of `unit`."""
+        return self._has_kernels and size % unit == 0
+
+    def _packs(self, shape: tuple[int, ...], parts: int = 1) -> bool:
+        """Whether weights of this shape lie in the layout of the kernels."""
+        *stack, outputs, inputs = shape
+        # The outputs of experts are taken panel by panel.
+        return self._fits(inputs, MXFP4_BLOCK) and not (stack and outputs % (parts * PANEL))
+
+    def empty_weight(self, shape: tuple[int, ...], parts: int = 1) -> Any:
+        """Return storage in the layout of the kernels where they take the shape."""
+        if self._packs(shape, parts):
+            return Packed.empty(shape, False)
+        return super().empty_weight(shape, parts)
+
+    def pack(self, weight: Any) -> Any:
+        """As Backend.pack; weights for the kernels were packed as they were filled."""
+        return weight if self._packs(weight.shape) else super().pack(weight)
+
+    def pack_experts(self, weights: Any) -> Any:
+        """As Backend.pack_experts; see `pack`."""
+        return weights if self._packs(weights.shape) else super().pack_experts(weights)
+
+    def pack_embedding(self, embedding: torch.Tensor) -> Any:
+        """Return a packed copy."""
+        if not self._packs(tuple(embedding.shape)):
+            return super().pack_embedding(embedding)
+        packed = Packed.empty(embedding.shape, False)
+        packed.copy_(embedding)
+        return packed
+
+    @property
+    def keeps_mxfp4(self) -> bool:
+        """Whether there are kernels that read MXFP4."""
+        return self._has_kernels
+
+    def empty_mxfp4(self, shape: tuple[int, ...], parts: int = 1) -> Any:
+        """As `empty_weight`, for MXFP4."""
+        if self._packs(shape, parts):
+            return Packed.empty(shape, True)
+        return super().empty_mxfp4(shape, parts)
+
+    def pack_mxfp4(self, weights: Any) -> Any:
+        """As `pack_experts`, for MXFP4."""
+        return weights if self._packs(weights.shape) else super().pack_mxfp4(weights)
+
+    def empty_cache(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return memory of which pages that are never touched cost nothing."""
+        return huge_pages.empty(shape, self.dtype)
+
+    def recorder(self) -> Callable[[Compute], Compute] | None:
+        """Return a recorder of the kernels' calls, if there are kernels."""
+        return Recorder() if self._has_kernels else None
+
+    def gather(self, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """As Backend.gather."""
+        if library() is not None and table.is_contiguous():
+            return native.gather(table, ids)
+        leave_to_torch()
+        return super().gather(table, ids)
+
+    def scale(self, x: torch.Tensor, factor: float) -> torch.Tensor:
+        """As Backend.scale."""
+        leave_to_torch()
+        return super().scale(x, factor)
+
+    def linear(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
+        """As Backend.linear."""
+        if self._fits(linear.inputs, MXFP4_BLOCK):
+            return native.linear(x, linear.weight, linear.bias)
+        leave_to_torch()
+        return super().linear(x, linear)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, delta: torch.Tensor | None, norm: Norm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As Backend.add_rms_norm."""
+        if self._fits(norm.size, 16):
+            return native.add_rms_norm(x, delta, norm.weight, norm.eps)
+        leave_to_torch()
+        return super().add_rms_norm(x, delta, norm)
+
+    def rotate_and_write(self, qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:
+        """As Backend.rotate_and_write."""
+        head_dim = rope.heads.head_dim
+        if self._fits(head_dim, 32) and rope.cos_sin.shape[1] == head_dim:
+            return native.rotate_and_write(qkv, rope)
+        leave_to_torch()
+        return super().rotate_and_write(qkv, rope)
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        kv: torch.Tensor,
+        batch: ForwardBatch,
+        group: GroupTables,
+        spec: AttentionSpec,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As Backend.attention."""
+        _, heads, head_dim = query.shape
+        fits = heads // kv.shape[3] <= native.MAX_GROUP and head_dim <= native.MAX_HEAD_DIM
+        if fits and self._fits(head_dim, 32) and spec.scale == head_dim**-0.5:
+            return native.attention(query, kv, batch, group, spec, sinks)
+        leave_to_torch()
+        return super().attention(query, kv, batch, group, spec, sinks)
+
+    def gated_linear(self, x: torch.Tensor, linear: Linear, activation: Activation) -> torch.Tensor:
+        """As Backend.gated_linear."""
+        if self._fits(linear.inputs, MXFP4_BLOCK) and not linear.outputs % (2 * PANEL):
+            return native.gated_linear(x, linear.weight, linear.bias, activation)
+        return super().gated_linear(x, linear, activation)
+
+    def activate(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """As Backend.activate."""
+        leave_to_torch()
+        return super().activate(gate_up, activation)
+
+    def route(self, logits: torch.Tensor, router: RouterSpec) -> tuple[torch.Tensor, torch.Tensor]:
+        """As Backend.route."""
+        if self._has_kernels:
+            return native.route(logits, router)
+        leave_to_torch()
+        return super().route(logits, router)
+
+    def experts(
+        self,
+        x: torch.Tensor,
+        chosen: torch.Tensor,
+        weights: torch.Tensor,
+        experts: Experts,
+        activation: Activation,
+        shard: ExpertShard = ExpertShard(),  # noqa: B008 - immutable
+    ) -> torch.Tensor:
+        """As Backend.experts."""
+        fits = self._packs((experts.count, 2 * experts.size, experts.hidden), 2)
+        if fits and shard.size == 1:
+            return native.experts(x, chosen, weights, experts, activation)
+        if not fits:
+            leave_to_torch()
+        return super().experts(x, chosen, weights, experts, activation, shard)
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        temperature: torch.Tensor,
+        top_k: torch.Tensor | None,
+        top_p: torch.Tensor,
+        uniform: torch.Tensor,
+    ) -> torch.Tensor:
+        """As Backend.sample, but for the order of equal logits, which is that of `topk`."""
+        return sample(logits, temperature, top_k, top_p, uniform)

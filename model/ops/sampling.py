@@ -1,0 +1,94 @@
+"""Sampling from logits in plain torch: top-k, top-p and the inverse of the cumulative."""
+
+from collections.abc import Callable
+
+import torch
+
+
+def sample_sorted(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor | None,
+    top_p: torch.Tensor,
+    uniform: torch.Tensor,
+) -> torch.Tensor:
+    """Sample as `Backend.sample` describes it, by sorting every row in full."""
+    values, ids = logits.sort(descending=True, stable=True)
+    values = values.float() / temperature.unsqueeze(1)
+    total = values.logsumexp(-1, keepdim=True)
+    return sample_candidates(values, ids, total, effective_top_k(logits, top_k), top_p, uniform)
+
+
+def effective_top_k(logits: torch.Tensor, top_k: torch.Tensor | None) -> torch.Tensor:
+    """Return top_k int64 [rows], with the vocabulary's size where it is 0 or None (no limit)."""
+    rows, vocab = logits.shape
+    if top_k is None:
+        return torch.full((rows,), vocab, device=logits.device)
+    return torch.where(top_k == 0, vocab, top_k)
+
+
+def sample_candidates(
+    values: torch.Tensor,
+    ids: torch.Tensor,
+    total: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    uniform: torch.Tensor,
+) -> torch.Tensor:
+    """Sample from the most likely candidates of each row.
+
+    values [rows, candidates] descending, divided by the temperature, ids int64 of the same shape;
+    total [rows, 1]: logsumexp of the values of all tokens; top_k from `effective_top_k`. If the
+    candidates are not all tokens, they must number at least top-k or, where that is no limit, hold
+    at least the probability top-p.
+    """
+    probs = (values - total).exp().double()
+    rank = torch.arange(values.shape[1], device=values.device)
+    top_k = top_k.unsqueeze(1)
+    probs = probs.masked_fill(rank >= top_k, 0.0)
+    whole = torch.where(top_k <= values.shape[1], probs.sum(-1, keepdim=True), 1.0)
+    before = probs.cumsum(-1) - probs
+    probs = probs.masked_fill((before >= top_p.unsqueeze(1) * whole) & (rank > 0), 0.0)
+    cumulative = probs.cumsum(-1)
+    chosen = (cumulative <= uniform.unsqueeze(1) * cumulative[:, -1:]).sum(-1, keepdim=True)
+    # Rounding may lead past the last token kept, and a row of NaN keeps none.
+    last = ((probs > 0).sum(-1, keepdim=True) - 1).clamp(min=0)
+    return ids.gather(1, torch.minimum(chosen, last)).squeeze(1)
+
+
+def find_in_cumulative(
+    probs: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find where the cumulative sum of probs float64 [rows, n] passes `target` [rows, 1].
+
+    Returns (index, remainder), both [rows, 1]: the index, whose probability is never 0, and the
+    part of `target` that is left there.
+    """
+    cumulative = probs.cumsum(-1)
+    target = target.clamp(min=0).minimum(cumulative[:, -1:].nextafter(target.new_zeros(())))
+    index = torch.searchsorted(cumulative, target, right=True)
+    return index, target - (cumulative - probs).gather(1, index)
+
+
+def reduce_blocks(
+    values: torch.Tensor, reduce: Callable[..., torch.Tensor], size: int
+) -> torch.Tensor:
+    """Reduce each block of `size` columns of values [rows, n] → [rows, blocks]; the last block may
+    be short.
+    """
+    whole = values.shape[1] // size * size
+    found = []
+    if whole:
+        found.append(reduce(values[:, :whole].unflatten(1, (-1, size)), -1))
+    if whole < values.shape[1]:
+        found.append(reduce(values[:, whole:], -1, keepdim=True))
+    return torch.cat(found, dim=1)
+
+
+def take_block(
+    values: torch.Tensor, block: torch.Tensor, padding: float, size: int
+) -> torch.Tensor:
+    """Take from values [rows, n] each row's block [rows, 1] → [rows, size]; `padding` beyond n."""
+    places = block * size + torch.arange(size, device=values.device)
+    count = values.shape[1]
+    return values.gather(1, places.clamp(max=count - 1)).masked_fill(places >= count, padding)

@@ -1,0 +1,151 @@
+"""What operations take besides activations: parameters of the model and constants of a layer.
+
+The decoder declares parameters with shapes alone, which needs no torch; the loader fills them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+class WeightFormat(Protocol):
+    """What operations need to know of a weight's format; `model.formats` has the rest."""
+
+    def dense(self, weight: Any, dtype: "torch.dtype") -> "torch.Tensor":
+        """Return the values of a weight [out, in] as one tensor of that dtype."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A declared parameter: an attribute of its holder, which the loader sets.
+
+    `format` is None for a plain tensor in the compute dtype; otherwise it is the format of a weight
+    [..., out, in], of whose outputs `parts` equal parts are used together, as gate and up are.
+    """
+
+    holder: Any
+    attribute: str
+    shape: tuple[int, ...]
+    format: WeightFormat | None = None
+    parts: int = 1
+
+
+@dataclass(eq=False)
+class Linear:
+    """A linear layer: weight [outputs, inputs] in the backend's form, and bias [outputs].
+
+    With `sum_over_ranks` the inputs are this rank's and the results of all ranks are summed, so
+    that only rank 0 holds the bias; the others hold zeros.
+    """
+
+    inputs: int
+    outputs: int
+    has_bias: bool
+    format: WeightFormat
+    sum_over_ranks: bool = False
+    weight: Any = None
+    bias: "torch.Tensor | None" = None
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Declare the weight and the bias."""
+        yield Parameter(self, "weight", (self.outputs, self.inputs), self.format)
+        if self.has_bias:
+            yield Parameter(self, "bias", (self.outputs,))
+
+
+@dataclass(eq=False)
+class Norm:
+    """Root-mean-square normalisation with weight [size]."""
+
+    size: int
+    eps: float
+    weight: Any = None  # torch.Tensor once loaded
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Declare the weight."""
+        yield Parameter(self, "weight", (self.size,))
+
+
+@dataclass(eq=False)
+class Experts:
+    """The experts of one layer on this rank, stacked: gate_up [count, 2 · size, hidden] with all
+    gate rows first, down [count, hidden, size], and their biases.
+    """
+
+    count: int
+    hidden: int
+    size: int
+    has_bias: bool
+    format: WeightFormat
+    gate_up: Any = None
+    gate_up_bias: "torch.Tensor | None" = None
+    down: Any = None
+    down_bias: "torch.Tensor | None" = None
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Declare the weights and the biases."""
+        gate_up, down = (2 * self.size, self.hidden), (self.hidden, self.size)
+        yield Parameter(self, "gate_up", (self.count, *gate_up), self.format, parts=2)
+        yield Parameter(self, "down", (self.count, *down), self.format)
+        if self.has_bias:
+            yield Parameter(self, "gate_up_bias", (self.count, 2 * self.size))
+            yield Parameter(self, "down_bias", (self.count, self.hidden))
+
+
+@dataclass(eq=False)
+class Heads:
+    """The attention heads of one layer on this rank, with the norms of queries and keys if any."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+
+
+class RopeArgs(NamedTuple):
+    """How a QKV projection becomes queries to attend with and KV in the cache."""
+
+    heads: Heads
+    cos_sin: "torch.Tensor"  # float32 [tokens, rotary_dim], cos in the first half
+    kv: "torch.Tensor"  # [2, blocks, block_size, kv_heads, head_dim]
+    slot_mapping: "torch.Tensor"  # int64 [tokens]: block · block_size + offset
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """Constants of a layer's attention."""
+
+    scale: float  # of the scores
+    window: int | None  # sliding window in tokens, the token itself included
+
+
+@dataclass(frozen=True)
+class Activation:
+    """SwiGLU of a gate and an up: silu(gate) · up.
+
+    With a limit (gpt-oss) the gate is clamped from above and up on both sides, and the result is
+    gate · sigmoid(alpha · gate) · (up + 1).
+    """
+
+    limit: float | None = None
+    alpha: float = 1.0
+
+
+@dataclass(frozen=True)
+class RouterSpec:
+    """How router logits become experts and weights."""
+
+    top_k: int
+    softmax_after_top_k: bool  # gpt-oss: softmax over the chosen logits; else over all experts
+    normalize: bool  # divide the chosen weights by their sum
+
+
+class ExpertShard(NamedTuple):
+    """Which of `size` equal shares of the experts a rank holds."""
+
+    rank: int = 0
+    size: int = 1

@@ -1,0 +1,88 @@
+"""The named parts of a step, which the decoder, the backends and the engine mark as they run.
+
+`with QKV_PROJ: …` is a range in every trace of torch's profiler. While `observe` is active, its
+callback also receives the name of the part that starts or continues, so that a timer can stamp each
+change. Parts may be nested: the time inside an inner part is not the outer part's own.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+OTHER = "other"
+
+_observer: Callable[[str], None] | None = None
+_running = [OTHER]
+
+
+class StepPart:
+    """A context manager that marks a part of a step. One object serves every use of its name."""
+
+    __slots__ = ("_range", "name")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._range: Any = None
+
+    def __enter__(self) -> None:
+        if self._range is None:
+            # Imported here so that a model can be declared without torch. Not
+            # torch.profiler.record_function: it is slower, and the profiler does not assign kernels
+            # that are launched outside torch's operators, such as Triton's, to its ranges.
+            from torch._C._profiler import _RecordFunctionFast
+
+            self._range = _RecordFunctionFast(self.name)
+        self._range.__enter__()
+        if _observer is not None:
+            _running.append(self.name)
+            _observer(self.name)
+
+    def __exit__(self, *error: object) -> None:
+        if _observer is not None:
+            _running.pop()
+            _observer(_running[-1])
+        self._range.__exit__(None, None, None)
+
+
+@contextmanager
+def observe(callback: Callable[[str], None]) -> Iterator[None]:
+    """Call `callback(name)` at every change of the running part, starting with `OTHER`."""
+    global _observer
+    if _observer is not None:
+        raise RuntimeError("the parts of a step are already being observed")
+    _running[:] = [OTHER]
+    _observer = callback
+    try:
+        callback(OTHER)
+        yield
+    finally:
+        _observer = None
+
+
+SCHEDULING = StepPart("scheduling")
+BATCH_PREPARATION = StepPart("batch_preparation")
+EMBEDDING = StepPart("embedding")
+INPUT_NORM = StepPart("input_norm")
+QKV_PROJ = StepPart("qkv_proj")
+ROPE = StepPart("rope")
+ATTENTION = StepPart("attention")
+O_PROJ = StepPart("o_proj")
+POST_NORM = StepPart("post_norm")
+ROUTER = StepPart("router")
+GATE_UP_PROJ = StepPart("gate_up_proj")
+ACTIVATION = StepPart("activation")
+DOWN_PROJ = StepPart("down_proj")
+FINAL_NORM = StepPart("final_norm")
+LM_HEAD = StepPart("lm_head")
+SAMPLING = StepPart("sampling")
+
+ALL_PARTS = frozenset(
+    """scheduling batch_preparation embedding input_norm qkv_proj rope attention o_proj post_norm
+    router gate_up_proj activation down_proj final_norm lm_head sampling other""".split()
+)
+
+FUSED_INTO = {
+    **dict.fromkeys(("input_norm", "rope"), "qkv_proj"),
+    **dict.fromkeys(("post_norm", "activation", "down_proj"), "gate_up_proj"),
+}
+"""The part that does another part's work where a backend fuses the two into one kernel."""

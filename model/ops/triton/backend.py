@@ -1,0 +1,141 @@
+"""The operations as Triton kernels, one source for NVIDIA and AMD: torch's device type "cuda".
+
+Matrix products of dense layers stay with torch (cuBLAS, hipBLASLt) except for few rows, so dense
+weights stay as they are; the kernels of experts take theirs stacked, and MXFP4 packed.
+"""
+
+from typing import Any
+
+import torch
+
+from model.ops.backend import Backend
+from model.ops.forward_batch import ForwardBatch, GroupTables
+from model.ops.specs import (
+    Activation,
+    AttentionSpec,
+    Experts,
+    ExpertShard,
+    Linear,
+    Norm,
+    RopeArgs,
+    RouterSpec,
+)
+from model.ops.triton.attention import attention
+from model.ops.triton.experts import experts as grouped_experts
+from model.ops.triton.fused import norm_mlp, norm_qkv
+from model.ops.triton.linear import linear as few_rows_linear
+from model.ops.triton.mxfp4 import dense_stack, pack
+from model.ops.triton.norm import activate, add_rms_norm
+from model.ops.triton.rotary import rotate_and_write
+from model.ops.triton.route import route
+from model.ops.triton.sampling import sample
+from model.ops.triton.tiles import tiles
+
+
+class TritonBackend(Backend):
+    """Triton kernels, and fused ones for as many rows as `Tiles` says they are faster for."""
+
+    def pack_experts(self, weights: Any) -> Any:
+        """As Backend.pack_experts: stacked, as they are."""
+        return dense_stack(weights)
+
+    def pack_mxfp4(self, weights: Any) -> Any:
+        """As Backend.pack_mxfp4: packed in words; dense where a scale is out of range."""
+        return pack(weights, self.dtype)
+
+    def linear(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
+        """As Backend.linear."""
+        return few_rows_linear(x, linear)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, delta: torch.Tensor | None, norm: Norm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As Backend.add_rms_norm."""
+        return add_rms_norm(x, delta, norm)
+
+    def _fuses(self, x: torch.Tensor, most_rows: int) -> bool:
+        """Whether a fused kernel takes x: a float16 row may overflow before it is normalised."""
+        return 0 < len(x) <= most_rows and x.dtype != torch.float16
+
+    def norm_qkv(
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor | None,
+        norm: Norm,
+        qkv: Linear,
+        rope: RopeArgs,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As Backend.norm_qkv, fused for few rows."""
+        if self._fuses(x, tiles(x.device).fused_qkv) and _rotates_whole_heads(rope):
+            return norm_qkv(x, delta, norm, qkv, rope)
+        return super().norm_qkv(x, delta, norm, qkv, rope)
+
+    def norm_mlp(
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor,
+        norm: Norm,
+        gate_up: Linear,
+        down: Linear,
+        activation: Activation,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As Backend.norm_mlp, fused for few rows."""
+        own = tiles(x.device)
+        has_bias = gate_up.has_bias or down.has_bias
+        most_rows = max(own.fused_gate_up, 0 if has_bias else own.fused_mlp)
+        if self._fuses(x, most_rows) and activation == Activation():
+            return norm_mlp(x, delta, norm, gate_up, down)
+        return super().norm_mlp(x, delta, norm, gate_up, down, activation)
+
+    def rotate_and_write(self, qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:
+        """As Backend.rotate_and_write."""
+        if _rotates_whole_heads(rope):
+            return rotate_and_write(qkv, rope)
+        return super().rotate_and_write(qkv, rope)
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        kv: torch.Tensor,
+        batch: ForwardBatch,
+        group: GroupTables,
+        spec: AttentionSpec,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As Backend.attention."""
+        return attention(query, kv, batch, group, spec, sinks)
+
+    def activate(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """As Backend.activate."""
+        return activate(gate_up, activation)
+
+    def route(self, logits: torch.Tensor, router: RouterSpec) -> tuple[torch.Tensor, torch.Tensor]:
+        """As Backend.route."""
+        return route(logits, router)
+
+    def experts(
+        self,
+        x: torch.Tensor,
+        chosen: torch.Tensor,
+        weights: torch.Tensor,
+        experts: Experts,
+        activation: Activation,
+        shard: ExpertShard = ExpertShard(),  # noqa: B008 - immutable
+    ) -> torch.Tensor:
+        """As Backend.experts."""
+        return grouped_experts(x, chosen, weights, experts, activation, shard)
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        temperature: torch.Tensor,
+        top_k: torch.Tensor | None,
+        top_p: torch.Tensor,
+        uniform: torch.Tensor,
+    ) -> torch.Tensor:
+        """As Backend.sample."""
+        return sample(logits, temperature, top_k, top_p, uniform)
+
+
+def _rotates_whole_heads(rope: RopeArgs) -> bool:
+    return rope.cos_sin.shape[1] == rope.heads.head_dim
