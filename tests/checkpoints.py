@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 import transformers as tf
-from model.ops.reference import FP4_VALUES, dequantize_mxfp4
 from safetensors.torch import load_file, save_file
+
+from model.ops.mxfp4 import FP4_VALUES, dequantize_mxfp4
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 512,

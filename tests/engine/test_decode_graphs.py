@@ -19,7 +19,8 @@ from engine import Engine, EngineError, EngineStats, Request, SamplingParams
 from engine import model_runner as runner_module
 from engine.decode_graphs import Capture, Compute, DecodeGraphs, Inputs, gpu_capture, sizes
 from engine.kv_cache import NULL_BLOCK
-from model.ops import cpu, reference
+from model.ops.backend import Backend
+from model.ops.cpu.backend import CpuBackend
 from model.ops.forward_batch import ForwardBatch
 from tests.engine.test_engine import load
 
@@ -30,14 +31,14 @@ class FromTensors:
     def __init__(self, model: Any):
         self._model = model
 
-    def __call__(self, batch: ForwardBatch, *rest: Any) -> torch.Tensor:
+    def __call__(self, ops: Backend, batch: ForwardBatch, *rest: Any) -> torch.Tensor:
         fresh = replace(
             batch,
-            query_lens=batch.query_starts.diff().tolist(),
-            context_lens=batch.seen.tolist(),
+            host_query_lens=batch.cu_seqlens_q.diff().tolist(),
+            host_context_lens=batch.context_lens.tolist(),
             groups=tuple(replace(group, plan=None) for group in batch.groups),
         )
-        logits: torch.Tensor = self._model(fresh, *rest)
+        logits: torch.Tensor = self._model(ops, fresh, *rest)
         return logits
 
 
@@ -160,16 +161,16 @@ def test_steps_are_captured_on_the_device_of_the_block_tables() -> None:
     logits, devices = torch.empty(3, 8, device="meta"), list[torch.device]()
 
     def decode(rows: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        given = (rows, batch.positions, batch.logits_rows, batch.query_starts, batch.seen)
+        given = (rows, batch.positions, batch.logits_rows, batch.cu_seqlens_q, batch.context_lens)
         devices.extend(tensor.device for tensor in given)
-        devices.extend(group.slots.device for group in batch.groups)
+        devices.extend(group.slot_mapping.device for group in batch.groups)
         return logits[: len(rows)]
 
     def capture(compute: Compute) -> Compute:
         compute()
         return compute
 
-    graphs = DecodeGraphs(decode, [None, 4], tables, (3, 70), logits, capture)
+    graphs = DecodeGraphs(decode, tables, (3, 70), logits, capture)
     assert graphs.sizes == [1, 2, 3]
     assert devices == [torch.device("meta")] * (3 * 7)
 
@@ -195,9 +196,9 @@ def test_the_first_steps_are_the_largest_and_short_ones_and_leave_nothing(
         tokens, rows = list[int](), list[int]()
         model: Any = runner._model
 
-        def watched(batch: ForwardBatch, *rest: Any) -> torch.Tensor:
+        def watched(ops: Backend, batch: ForwardBatch, *rest: Any) -> torch.Tensor:
             tokens.append(len(batch.token_ids))
-            rows.append(len(model(batch, *rest)))
+            rows.append(len(model(ops, batch, *rest)))
             return torch.zeros(rows[-1], engine.config.vocab_size)
 
         watched.prepare_rope = model.prepare_rope  # type: ignore[attr-defined]
@@ -297,7 +298,7 @@ def test_a_decode_step_is_launched_without_asking_the_device(
         runner, guarded = engine._runner, 0
         engine._ahead = 1
         # As elsewhere: on a CPU the rows that need a full sort are found out first.
-        monkeypatch.setattr(cpu, "draw", reference.draw)
+        monkeypatch.setattr(CpuBackend, "sample", Backend.sample)
         launch, forward = runner.launch, runner._forward
 
         def unguarded(batch: ForwardBatch) -> torch.Tensor:

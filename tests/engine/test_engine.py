@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine import Completion, Engine, Request, SamplingParams
-from model.ops.cpu import library
+from model.ops.cpu.bindings import library
 from tests.checkpoints import Peer
 
 

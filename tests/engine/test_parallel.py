@@ -15,8 +15,6 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from model.layers import Mlp
-from model.moe import Moe
 from safetensors.torch import load_file, save_file
 
 from engine import Completion, Engine, EngineError, Request, SamplingParams
@@ -31,6 +29,8 @@ from model import CheckpointError, ModelConfig, Transformer, load_config
 from model import loader as weights
 from model.attention import Attention
 from model.cost.operations import parameter_bytes
+from model.mlp import Mlp, Moe
+from model.ops.backend import choose_backend
 from model.sharding import Shard
 from tests.checkpoints import edit_config, write_mxfp4_pair
 from tests.engine.test_decode_graphs import FromTensors, recording
@@ -230,7 +230,7 @@ def test_a_rank_reads_its_share_and_no_more(
 
 def loaded(config: ModelConfig, folder: Path, shard: Shard) -> Transformer:
     model = Transformer(config, shard)
-    weights.load(model, folder, torch.float32, CPU)
+    weights.load(model, folder, choose_backend(torch.device("cpu"), torch.float32))
     return model
 
 
@@ -239,7 +239,8 @@ def parts_of(model: Transformer) -> dict[str, torch.Tensor]:
     found: dict[str, Any] = {"embedding": model.embedding}
     for i, layer in enumerate(model.layers):
         attention: Attention = layer.attention
-        widths = [n * attention.head_dim for n in (attention.heads, *[attention.kv_heads] * 2)]
+        own = attention.heads
+        widths = [n * own.head_dim for n in (own.heads, *[own.kv_heads] * 2)]
         qkv: Any = attention.qkv.weight
         for name, rows in zip("qkv", qkv.split(widths), strict=True):
             found[f"{name} of {i}"] = rows
@@ -247,7 +248,7 @@ def parts_of(model: Transformer) -> dict[str, torch.Tensor]:
         if attention.sinks is not None:
             found[f"sinks of {i}"] = attention.sinks
         if isinstance(layer.mlp, Moe):
-            found[f"experts of {i}"] = torch.stack([*layer.mlp.experts.gate_up])  # type: ignore[misc]
+            found[f"experts of {i}"] = torch.stack([*layer.mlp.experts.gate_up])
         elif isinstance(layer.mlp, Mlp):
             gate_up: Any = layer.mlp.gate_up.weight
             for name, rows in zip(("gate", "up"), gate_up.chunk(2), strict=True):

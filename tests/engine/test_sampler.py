@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from engine import SamplingParams
 from engine.sampler import NO_TOKEN, Sampler, keyed_uniform
-from model import ops
-from model.ops import reference
+from model.ops.cpu.backend import CpuBackend
+from model.ops.sampling import sample_sorted
+
+CPU = CpuBackend(torch.device("cpu"), torch.float32)
 
 
 def sample(
@@ -18,7 +20,7 @@ def sample(
 ) -> tuple[list[int], dict[int, Any]]:
     """The next tokens of as many sequences, which stand in rows in reverse."""
     rows = list(reversed(range(len(params))))
-    sampler = Sampler(len(rows), logits.device)
+    sampler = Sampler(len(rows), CPU)
     sampler.enter(rows, params)
     special = dict(enumerate(params))
     found = sampler.sample(
@@ -76,12 +78,12 @@ def test_a_nucleus_larger_than_the_candidates_is_drawn_from_in_full() -> None:
 def test_few_candidates_and_a_full_sort_draw_the_same() -> None:
     rows, generator = 500, torch.Generator().manual_seed(1)
     logits = torch.randn(rows, 2000, generator=generator) * torch.linspace(0.1, 4, rows)[:, None]
-    heat, top_p = torch.full((rows,), 0.7), torch.full((rows,), 0.8)
+    temperature, top_p = torch.full((rows,), 0.7), torch.full((rows,), 0.8)
     top_k = torch.arange(rows) % 5 * 200
     uniform = torch.rand(rows, dtype=torch.float64, generator=generator)
     for limit in (None, top_k):
-        found = ops.draw(logits, heat, limit, top_p, uniform)
-        assert torch.equal(found, reference.draw(logits, heat, limit, top_p, uniform))
+        found = CPU.sample(logits, temperature, limit, top_p, uniform)
+        assert torch.equal(found, sample_sorted(logits, temperature, limit, top_p, uniform))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -91,22 +93,22 @@ def test_a_search_finds_what_a_sort_does_among_equal_logits_too(dtype: torch.dty
     logits[:50] += torch.rand(50, 3000, generator=generator)
     logits[50:60] *= -0.0
     logits[60:70, ::2] = -torch.inf
-    heat, logits = torch.full((rows,), 0.7), logits.to(dtype)
+    temperature, logits = torch.full((rows,), 0.7), logits.to(dtype)
     top_p = torch.rand(rows, generator=generator) * 0.5 + 0.5
     uniform = torch.rand(rows, dtype=torch.float64, generator=generator)
     uniform[::7] = 0.0
-    found = ops.draw(logits, heat, None, top_p, uniform)
-    assert torch.equal(found, reference.draw(logits, heat, None, top_p, uniform))
+    found = CPU.sample(logits, temperature, None, top_p, uniform)
+    assert torch.equal(found, sample_sorted(logits, temperature, None, top_p, uniform))
     one = []
     for row in (slice(i, i + 1) for i in range(0, rows, 30)):
-        one.append(ops.draw(logits[row], heat[row], None, top_p[row], uniform[row]))
+        one.append(CPU.sample(logits[row], temperature[row], None, top_p[row], uniform[row]))
     assert torch.equal(torch.cat(one), found[::30])
 
 
 def test_a_row_of_nan_gives_a_token_that_exists() -> None:
     one = torch.ones(2)
     for limit in (None, torch.tensor([0, 3])):
-        found = ops.draw(torch.full((2, 700), torch.nan), one, limit, one / 2, one.double() / 2)
+        found = CPU.sample(torch.full((2, 700), torch.nan), one, limit, one / 2, one.double() / 2)
         assert found.min() >= 0
         assert found.max() < 700
 
@@ -123,7 +125,7 @@ def test_a_row_that_is_not_finite_is_told_and_its_last_token_exists(
     logits[0::2] = value
     logits[0::2, 1:] = value if value < 0 else 0.0
     for params in ([p for each in every for p in (each, each)], [drawn] * 8, []):
-        sampler, rows = Sampler(8, logits.device), torch.arange(8)
+        sampler, rows = Sampler(8, CPU), torch.arange(8)
         if params:
             sampler.enter(rows.tolist(), params)
         special = dict(enumerate(params))

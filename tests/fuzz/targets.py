@@ -22,6 +22,7 @@ from getp.job.journal import Journal
 from getp.job.request_reader import Defaults, Failure, Task, TaskReader
 from model import CheckpointError, Transformer, load_config
 from model import loader as weights
+from model.ops.backend import choose_backend
 from tests.getp.helpers import CHAT_TEMPLATE, byte_level, small_tokenizer, write_tokenizer
 from tokenizer import ChatTemplate, Tokenizer, TokenizerError
 
@@ -180,7 +181,8 @@ def _load(folder: Path) -> None:
     config = load_config(folder)
 
     def load() -> None:
-        weights.load(Transformer(config), folder, torch.float32, torch.device("cpu"))
+        backend = choose_backend(torch.device("cpu"), torch.float32)
+        weights.load(Transformer(config), folder, backend)
 
     _refused_at_most(load, CheckpointError)
 

@@ -11,22 +11,22 @@ from typing import Any
 
 import pytest
 import torch
-from model.step_parts import WITHIN, Part
 from torch.autograd import DeviceType
 
 from engine import Engine, EngineError, Request, SamplingParams
 from engine.step_probe import Probe
 from getp.analysis.advice import advise, judge
-from getp.analysis.part_timer import Launches, add_up, following, time_parts
+from getp.analysis.part_timer import Launches, add_up, time_parts
 from getp.analysis.profile import Profile, Times, assemble, measure
 from getp.analysis.profile_table import print_profile
 from getp.cli import main as cli
-from model import ops
 from model.cost.devices import find_device
 from model.cost.known_models import named_config
 from model.cost.operations import parameter_bytes, total
 from model.cost.roofline import USABLE_MEMORY
 from model.cost.workload import Workload
+from model.ops.cpu.backend import CpuBackend
+from model.ops.step_parts import ACTIVATION, FUSED_INTO, GATE_UP_PROJ, ROPE, observe
 
 CPU = torch.device("cpu")
 QWEN2 = named_config("qwen2-0.5b")
@@ -100,42 +100,41 @@ def test_parts_are_within_5_percent_of_the_step_of_a_mid_size_model(
     (tmp_path / "config.json").write_text(json.dumps(config))
     with Engine(tmp_path, device="cpu", max_batch_size=8, dummy_weights=True) as engine:
         probe = Probe(engine, batch=8, query=1, context=256)
-        times = measure(probe.step, probe.parts(), CPU, limit_s=30)  # mostly far less
+        times = measure(probe.step, CPU, limit_s=30)  # mostly far less
     assert sum(times.parts.values()) == pytest.approx(times.alone_s, rel=0.05)
     assert times.parts["other"] < 0.1 * times.alone_s
 
 
-def test_following_a_step_leaves_nothing_behind(checkpoint: Callable[[str], Path]) -> None:
+def test_a_part_inside_another_is_timed_by_itself() -> None:
+    seen: list[str] = []
+    with observe(seen.append):
+        with GATE_UP_PROJ, ACTIVATION:
+            pass
+        with ACTIVATION:
+            pass
+    expected = ["other", "gate_up_proj", "activation", "gate_up_proj", "other"]
+    assert seen == [*expected, "activation", "other"]
+
+
+def test_a_step_that_fails_ends_its_observation() -> None:
+    with pytest.raises(ZeroDivisionError), observe(lambda name: None), ROPE:
+        _ = 1 / 0
+    seen: list[str] = []
+    with (
+        observe(seen.append),
+        pytest.raises(RuntimeError, match="already being observed"),
+        observe(print),
+    ):
+        pass
+    assert seen == ["other"]
+
+
+def test_observing_a_step_changes_no_result(checkpoint: Callable[[str], Path]) -> None:
     with Engine(checkpoint("gpt_oss"), device="cpu", max_batch_size=2) as engine:
         probe = Probe(engine, batch=2, query=1, context=200)
-        before = {id(part.owner): dict(vars(part.owner)) for part in probe.parts()}
-        seconds = time_parts(probe.step, probe.parts(), CPU)
+        seconds = time_parts(probe.step, CPU)
         assert seconds["attention"] > 0
-        for part in probe.parts():
-            assert vars(part.owner) == before[id(part.owner)], part
-
-
-def test_a_step_that_fails_leaves_nothing_behind() -> None:
-    original = ops.route
-    with pytest.raises(TypeError), following([Part(ops, "route", "rope")], print):
-        ops.route()  # type: ignore[call-arg]
-    assert ops.route is original
-
-
-def test_own_time_after_an_inner_part_has_another_name() -> None:
-    class Experts:
-        def run(self) -> None:
-            self.activate()
-
-        def activate(self) -> None: ...
-
-    experts, seen = Experts(), list[str]()
-    parts = [Part(experts, "run", "gate_up_proj"), Part(experts, "activate", "activation")]
-    with following(parts, seen.append):
-        experts.run()
-        experts.activate()
-    assert seen == ["gate_up_proj", "activation", "down_proj", "other", "activation", "other"]
-    assert not vars(experts)
+        assert time_parts(probe.step, CPU).keys() == seconds.keys()
 
 
 def test_kernels_count_where_they_were_launched() -> None:
@@ -151,10 +150,10 @@ def test_kernels_count_where_they_were_launched() -> None:
     stray = event("aten::empty", None, ("memset", 1.0))
     kernel = SimpleNamespace(name="gemm", cpu_parent=None, device_type=DeviceType.CUDA)
     events = [part, outer, inner, stray, kernel]
-    found = add_up(events, {"attention"}, on_gpu=True)
+    found = add_up(events, on_gpu=True)
     assert found.count == {"attention": 3}
     assert found.busy_s == pytest.approx({"attention": 55e-6})
-    assert add_up(events, {"attention"}, on_gpu=False) == Launches({"attention": 1})
+    assert add_up(events, on_gpu=False) == Launches({"attention": 1})
 
 
 def test_a_probe_repeats_one_step_at_one_length(checkpoint: Callable[[str], Path]) -> None:
@@ -250,19 +249,19 @@ def test_a_narrow_terminal_cuts_no_number(
     assert set(narrow.split()) <= set(wide.split())
 
 
-def test_norms_fused_with_what_follows_are_followed(
+def test_operations_of_a_fused_kernel_have_no_part_of_their_own(
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def norm_qkv(x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        kv, heads = rest[6], rest[8]
-        return x, torch.zeros(len(x), heads, kv.shape[-1], dtype=x.dtype)
+    def norm_qkv(self: Any, x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        heads = rest[3].heads
+        return x, torch.zeros(len(x), heads.heads, heads.head_dim, dtype=x.dtype)
 
-    monkeypatch.setattr(ops.cpu, "norm_qkv", norm_qkv)
-    monkeypatch.setattr(ops.cpu, "norm_mlp", lambda x, delta, *rest: (x, delta.exp()))
+    monkeypatch.setattr(CpuBackend, "norm_qkv", norm_qkv)
+    monkeypatch.setattr(CpuBackend, "norm_mlp", lambda self, x, delta, *rest: (x, delta.exp()))
     with Engine(checkpoint("qwen2"), device="cpu", max_batch_size=1) as engine:
         probe = Probe(engine, batch=1, query=1, context=30)
-        seconds = time_parts(probe.step, probe.parts(), CPU)
-    assert not seconds.keys() & WITHIN.keys()
+        seconds = time_parts(probe.step, CPU)
+    assert not seconds.keys() & FUSED_INTO.keys()
     assert seconds["qkv_proj"] > 0
     assert seconds["gate_up_proj"] > 0
 

@@ -5,19 +5,31 @@ from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from importlib.machinery import EXTENSION_SUFFIXES
-from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from model import ops
-from model.ops import cpu, reference
+from model.ops.backend import Backend
+from model.ops.cpu import backend as cpu
 from model.ops.cpu import bindings as calls
 from model.ops.cpu.packed import Packed
 from model.ops.forward_batch import ForwardBatch, GroupTables
+from model.ops.mxfp4 import Mxfp4, dequantize_mxfp4
+from model.ops.specs import Activation, AttentionSpec, ExpertShard, RouterSpec
 from tests.model.emulator import emulated_library
+from tests.model.ops_helpers import (
+    cpu_backend,
+    experts_of,
+    linear_of,
+    norm_of,
+    packed_experts,
+    packed_linear,
+    reference,
+    rope_args,
+)
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
@@ -86,7 +98,7 @@ def paged(
         starts.int(),
         torch.tensor([context for _, context in lengths], dtype=torch.int32),
     )
-    return batch, GroupTables(window, table, empty), sum(blocks) + 1
+    return batch, GroupTables(table, empty), sum(blocks) + 1
 
 
 @pytest.mark.parametrize("sinks", [False, True])
@@ -120,8 +132,9 @@ def test_attention_equals_the_reference(
         if context % 8:
             kv[:, group.block_table[row, context // 8], context % 8 :] = float("nan")
     column = rand(heads[0], seed=2, dtype=dtype) * 2 if sinks else None
-    expected = reference.attention(query, kv, batch, group, column)
-    found = cpu.attention(query, kv, batch, group, column)
+    spec = AttentionSpec(head_dim**-0.5, window)
+    expected = reference(dtype).attention(query, kv, batch, group, spec, column)
+    found = cpu_backend(dtype).attention(query, kv, batch, group, spec, column)
     assert torch.isfinite(expected).all()
     torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
@@ -132,7 +145,8 @@ def test_a_sink_takes_its_share_of_the_softmax() -> None:
     kv = torch.ones(2, blocks, 4, 1, 16)
     query = torch.ones(1, 2, 16)
     score = 16 * 16**-0.5
-    out = reference.attention(query, kv, batch, group, torch.tensor([score, -1e9]))
+    spec = AttentionSpec(16**-0.5, None)
+    out = reference().attention(query, kv, batch, group, spec, torch.tensor([score, -1e9]))
     torch.testing.assert_close(out[0, :, 0], torch.tensor([0.5, 1.0]))
 
 
@@ -140,7 +154,8 @@ def test_query_heads_share_the_kv_head_of_their_group() -> None:
     batch, group, blocks = paged([(1, 1)], None, block_size=4)
     kv = torch.zeros(2, blocks, 4, 2, 16)
     kv[1, :, :, 0], kv[1, :, :, 1] = 1.0, 2.0
-    out = reference.attention(torch.ones(1, 6, 16), kv, batch, group, None)
+    spec = AttentionSpec(16**-0.5, None)
+    out = reference().attention(torch.ones(1, 6, 16), kv, batch, group, spec)
     assert out[0, :, 0].tolist() == [1, 1, 1, 2, 2, 2]
 
 
@@ -155,19 +170,18 @@ def test_experts_equal_the_reference(
     logits = rand(tokens, count, seed=1)
     if unbalanced:  # everything to two experts, nothing to the others
         logits[:, 2:] -= 100
-    chosen, shares = reference.route(logits, top_k, True, False)
-    arguments: tuple[Any, ...] = (
+    chosen, shares = reference().route(logits, RouterSpec(top_k, True, False))
+    experts = experts_of(
         rand(count, 2 * size, hidden, seed=2, dtype=dtype) * 0.2,
         rand(count, 2 * size, seed=3, dtype=dtype) if biases else None,
         rand(count, hidden, size, seed=4, dtype=dtype) * 0.2,
         rand(count, hidden, seed=5, dtype=dtype) if biases else None,
-        7.0 if biases else None,
-        1.702,
     )
-    expected = reference.experts(x, chosen, shares, *arguments)
-    up, up_bias, down, *rest = arguments
-    packed = (filled(up, dtype, 2), up_bias, filled(down, dtype), *rest)
-    found = ops.experts(x, chosen, shares, *packed)
+    activation = Activation(7.0 if biases else None, 1.702)
+    expected = reference(dtype).experts(x, chosen, shares, experts, activation)
+    backend = cpu_backend(dtype)
+    packed = packed_experts(backend, experts)
+    found = backend.experts(x, chosen, shares, packed, activation)
     torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
@@ -176,32 +190,24 @@ def test_shares_of_experts_add_up_to_all(tokens: int, dtype: torch.dtype) -> Non
     count, hidden, size, ranks = 6, 32, 64, 3
     x, logits = rand(tokens, hidden, dtype=dtype), rand(tokens, count, seed=1)
     logits[:, 2:4] -= 100  # nothing to those of rank 1
-    chosen, shares = reference.route(logits, 2, True, False)
+    chosen, shares = reference().route(logits, RouterSpec(2, True, False))
     up = rand(count, 2 * size, hidden, seed=2, dtype=dtype) * 0.2
     down = rand(count, hidden, size, seed=4, dtype=dtype) * 0.2
-    form = 7.0, 1.702
-    expected = reference.experts(x, chosen, shares, up, None, down, None, *form)
+    activation, plain, backend = Activation(7.0, 1.702), reference(dtype), cpu_backend(dtype)
+    expected = plain.experts(x, chosen, shares, experts_of(up, None, down, None), activation)
     added = torch.zeros(tokens, hidden)
     for rank in range(ranks):
-        own, which = slice(2 * rank, 2 * rank + 2), (rank, ranks)
-        part = reference.experts(x, chosen, shares, up[own], None, down[own], None, *form, which)
-        packed = filled(up[own], dtype, 2), None, filled(down[own], dtype), None, *form
-        found = ops.experts(x, chosen, shares, *packed, which)
+        own, shard = slice(2 * rank, 2 * rank + 2), ExpertShard(rank, ranks)
+        experts = experts_of(up[own], None, down[own], None)
+        part = plain.experts(x, chosen, shares, experts, activation, shard)
+        packed = packed_experts(backend, experts)
+        found = backend.experts(x, chosen, shares, packed, activation, shard)
         torch.testing.assert_close(found, part, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
         assert bool(found.any()) is bool((chosen // 2 == rank).any())
         added += part.float()
     torch.testing.assert_close(
         added, expected.float(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
     )
-
-
-def filled(weights: Any, dtype: torch.dtype, parts: int = 1) -> Any:
-    """Experts as a checkpoint's are loaded, row by row."""
-    empty: Any = ops.empty_weight(weights, dtype, torch.device("cpu"), parts)
-    for expert in range(len(weights)):
-        for first, last in ((0, 7), (7, weights.shape[1])):
-            empty[expert][first:last].copy_(weights[expert][first:last])
-    return ops.pack_experts(empty, dtype)
 
 
 @pytest.mark.parametrize(("hidden", "size"), [(96, 64), (608, 416)])
@@ -211,17 +217,18 @@ def test_mxfp4_experts_equal_the_dense_reference(
 ) -> None:
     count, top_k = 4, 3
     x = rand(tokens, hidden, dtype=dtype)
-    chosen, shares = reference.route(rand(tokens, count, seed=1), top_k, True, False)
+    router = RouterSpec(top_k, True, False)
+    chosen, shares = reference().route(rand(tokens, count, seed=1), router)
     up, down = mxfp4(count, 2 * size, hidden), mxfp4(count, hidden, size)
     for weights in (up, down):
         # One scale below those that are told apart: what it scales is nil.
         weights.scales[0, 0, 0] = 0
     wide = [weights.dense(torch.float32) for weights in (up, down)]
-    expected = reference.experts(
-        x.float(), chosen, shares, wide[0], None, wide[1], None, 7.0, 1.702
-    )
-    packed = filled(up, dtype, 2), None, filled(down, dtype), None, 7.0, 1.702
-    found = ops.experts(x, chosen, shares, *packed)
+    dense, activation = experts_of(wide[0], None, wide[1], None), Activation(7.0, 1.702)
+    expected = reference().experts(x.float(), chosen, shares, dense, activation)
+    backend = cpu_backend(dtype)
+    packed = packed_experts(backend, experts_of(up, None, down, None))
+    found = backend.experts(x, chosen, shares, packed, activation)
     scale = float(expected.abs().max())
     torch.testing.assert_close(
         found.float() / scale, expected / scale, rtol=0, atol=TOLERANCE[dtype] / 2
@@ -231,11 +238,11 @@ def test_mxfp4_experts_equal_the_dense_reference(
 def test_an_mxfp4_scale_out_of_range_is_refused() -> None:
     if calls.library() is None:
         pytest.skip("no native kernels were built here")
-    weights = ops.Mxfp4(
+    weights = Mxfp4(
         torch.zeros(1, 64, 1, 16, dtype=torch.uint8), torch.full((1, 64, 1), 251).to(torch.uint8)
     )
     with pytest.raises(ValueError, match="MXFP4 scale is above"):
-        filled(weights, torch.bfloat16, 2)
+        packed_experts(cpu_backend(torch.bfloat16), experts_of(weights, None, weights, None))
 
 
 @pytest.mark.parametrize("rows", [0, 5])
@@ -244,9 +251,11 @@ def test_norm_with_residual_equals_the_reference(
     delta: bool, rows: int, dtype: torch.dtype
 ) -> None:
     x = rand(rows, 96, dtype=dtype)
-    arguments = (rand(rows, 96, seed=1, dtype=dtype) if delta else None, rand(96, seed=2).to(dtype))
-    expected = reference.add_rms_norm(x, *arguments, 1e-5)
-    for found, wanted in zip(ops.add_rms_norm(x, *arguments, 1e-5), expected, strict=True):
+    added = rand(rows, 96, seed=1, dtype=dtype) if delta else None
+    norm = norm_of(rand(96, seed=2).to(dtype))
+    expected = reference(dtype).add_rms_norm(x, added, norm)
+    results = cpu_backend(dtype).add_rms_norm(x, added, norm)
+    for found, wanted in zip(results, expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-3)
 
 
@@ -264,8 +273,9 @@ def test_rotary_with_kv_write_equals_the_reference(
     if norms:
         weights = rand(head_dim, seed=2, dtype=dtype), rand(head_dim, seed=3, dtype=dtype)
     mine, theirs = (torch.zeros(2, 5, 8, kv_heads, head_dim, dtype=dtype) for _ in range(2))
-    found = ops.rotate_and_write(qkv, turn, mine, slots, heads, weights, 1e-6)
-    expected = reference.rotate_and_write(qkv, turn, theirs, slots, heads, weights, 1e-6)
+    ours, plain = (rope_args(kv, turn, slots, heads, weights) for kv in (mine, theirs))
+    found = cpu_backend(dtype).rotate_and_write(qkv, ours)
+    expected = reference(dtype).rotate_and_write(qkv, plain)
     for one, other in ((found, expected), (mine, theirs)):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
 
@@ -279,28 +289,39 @@ def test_a_gated_linear_equals_the_reference(
     x, weight = rand(rows, 64, dtype=dtype), rand(2 * size, 64, seed=1, dtype=dtype)
     bias = rand(2 * size, seed=2, dtype=dtype)
     bias[:3] = torch.tensor([100.0, -100.0, 50.0])
-    expected = reference.gated_linear(x.float(), weight.float(), bias.float(), limit, 1.702)
-    found = ops.gated_linear(x, ops.pack(weight), bias, limit, 1.702)
+    activation, backend = Activation(limit, 1.702), cpu_backend(dtype)
+    wide = linear_of(weight.float(), bias.float())
+    expected = reference().gated_linear(x.float(), wide, activation)
+    found = backend.gated_linear(x, packed_linear(backend, weight, bias), activation)
     torch.testing.assert_close(found.float(), expected, rtol=3e-2, atol=5e-2)
 
 
 @pytest.mark.parametrize(("after", "normalize"), [(True, False), (False, True), (False, False)])
 def test_routers_equal_the_reference(after: bool, normalize: bool, dtype: torch.dtype) -> None:
     logits = torch.stack([torch.randperm(16) for _ in range(9)]).to(dtype) / 4
-    expected = reference.route(logits, 4, after, normalize)
-    for found, wanted in zip(ops.route(logits, 4, after, normalize), expected, strict=True):
+    router = RouterSpec(4, after, normalize)
+    expected = reference(dtype).route(logits, router)
+    for found, wanted in zip(cpu_backend(dtype).route(logits, router), expected, strict=True):
         torch.testing.assert_close(found, wanted)
 
 
-def test_every_kind_of_device_has_every_op() -> None:
-    ours = {name for name in ops.__all__ if callable(getattr(ops, name)) and name[0].islower()}
-    ours.remove("recorder")
-    wanted = {"cpu": cpu, "reference": reference}
-    if find_spec("triton") is not None:
-        wanted["triton"] = import_module("model.ops.triton")
-    assert len(ours) > 10
-    missing = {k: ours - set(vars(module)) for k, module in wanted.items()}
-    assert missing == {kind: set() for kind in wanted}
+@pytest.mark.parametrize("kind", ["cpu", "triton"])
+def test_backends_override_operations_with_the_signature_of_the_reference(kind: str) -> None:
+    if kind == "triton":
+        pytest.importorskip("triton")
+    module = import_module(f"model.ops.{kind}.backend")
+    backend = module.CpuBackend if kind == "cpu" else module.TritonBackend
+    operations = [name for name in vars(Backend) if not name.startswith("_")]
+    assert len(operations) > 15
+    for name in operations:
+        reference, own = (vars(Backend)[name], getattr(backend, name))
+        if isinstance(reference, property):
+            continue
+        expected, found = (list(signature(f).parameters) for f in (reference, own))
+        assert found == expected, name
+        assert len(found) <= 8, f"{name} takes more than seven arguments"  # with self
+    own_names = {n for n, v in vars(backend).items() if callable(v) and not n.startswith("_")}
+    assert own_names <= set(operations)
 
 
 def test_the_level_of_the_kernels_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,8 +368,10 @@ def test_a_packed_linear_equals_the_plain_one(
     x = rand(rows, inputs, dtype=dtype)
     weight = rand(outputs, inputs, seed=1, dtype=dtype) * (96 / inputs) ** 0.5
     column = rand(outputs, seed=2, dtype=dtype) if bias else None
-    found = ops.linear(x, ops.pack(weight), column)
-    torch.testing.assert_close(found, reference.linear(x, weight, column), rtol=2e-2, atol=2e-1)
+    backend, plain = cpu_backend(dtype), reference(dtype)
+    found = backend.linear(x, packed_linear(backend, weight, column))
+    expected = plain.linear(x, linear_of(weight, column))
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-1)
 
 
 def test_without_kernels_nor_onednns_bfloat16_linears_are_torchs(
@@ -358,10 +381,12 @@ def test_without_kernels_nor_onednns_bfloat16_linears_are_torchs(
     monkeypatch.setattr(cpu, "library", lambda: None)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     x, weight = (rand(rows, 64, seed=rows, dtype=torch.bfloat16) for rows in (3, 32))
-    packed = ops.pack(weight)
-    assert isinstance(packed, torch.Tensor)
-    assert not packed.is_mkldnn
-    torch.testing.assert_close(ops.linear(x, packed, None), reference.linear(x, weight, None))
+    backend = cpu_backend(torch.bfloat16)
+    packed = packed_linear(backend, weight)
+    assert isinstance(packed.weight, torch.Tensor)
+    assert not packed.weight.is_mkldnn
+    expected = reference(torch.bfloat16).linear(x, linear_of(weight))
+    torch.testing.assert_close(backend.linear(x, packed), expected)
     monkeypatch.setenv(calls.VARIABLE, "")
     monkeypatch.setattr(calls, "EXTENSION_SUFFIXES", [])
     calls.library.cache_clear()
@@ -373,16 +398,18 @@ def test_without_kernels_nor_onednns_bfloat16_linears_are_torchs(
 
 
 def test_recordings_of_many_sizes_share_their_memory() -> None:
-    recorder = ops.recorder(torch.bfloat16)
+    backend = cpu_backend(torch.bfloat16)
+    recorder: Any = backend.recorder()
     if recorder is None:
         pytest.skip("no native kernels were built here")
-    weights = [ops.pack(rand(64, 64, seed=seed, dtype=torch.bfloat16)) for seed in range(3)]
+    weights = [rand(64, 64, seed=seed, dtype=torch.bfloat16) for seed in range(3)]
+    layers = [packed_linear(backend, weight) for weight in weights]
     x = rand(40, 64, seed=3, dtype=torch.bfloat16)
 
     def compute(rows: int) -> torch.Tensor:
         inner = x[:rows]
-        for weight in weights:
-            inner = ops.linear(inner, weight, None)
+        for layer in layers:
+            inner = backend.linear(inner, layer)
         return inner
 
     replays = {}
@@ -397,19 +424,21 @@ def test_recordings_of_many_sizes_share_their_memory() -> None:
 def test_routers_weigh_as_their_families_do() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]])
     shares = logits.softmax(-1)[0]
-    experts, weights = ops.route(logits, 2, True, False)  # gpt-oss
+    experts, weights = cpu_backend().route(logits, RouterSpec(2, True, False))  # gpt-oss
     assert experts.tolist() == [[1, 2]]
     torch.testing.assert_close(weights, torch.tensor([[3.0, 2.0]]).softmax(-1))
-    _, weights = ops.route(logits, 2, False, True)  # Mixtral, Qwen3-MoE with norm_topk_prob
+    _, weights = cpu_backend().route(
+        logits, RouterSpec(2, False, True)
+    )  # Mixtral, Qwen3-MoE with norm_topk_prob
     torch.testing.assert_close(weights[0], shares[[1, 2]] / shares[[1, 2]].sum())
-    _, weights = ops.route(logits, 2, False, False)  # Qwen3-MoE without
+    _, weights = cpu_backend().route(logits, RouterSpec(2, False, False))  # Qwen3-MoE without
     torch.testing.assert_close(weights[0], shares[[1, 2]])
 
 
 def test_gpt_oss_swiglu_clamps_gate_above_and_up_on_both_sides() -> None:
     gate = torch.tensor([[9.0, -9.0, 1.0]])
     up = torch.tensor([[-9.0, 9.0, 0.5]])
-    found = reference.swiglu(torch.cat((gate, up), -1), 7.0, 1.702)
+    found = reference().activate(torch.cat((gate, up), -1), Activation(7.0, 1.702))
     clamped_gate, clamped_up = torch.tensor([[7.0, -9.0, 1.0]]), torch.tensor([[-7.0, 7.0, 0.5]])
     expected = clamped_gate * torch.sigmoid(1.702 * clamped_gate) * (clamped_up + 1)
     torch.testing.assert_close(found, expected)
@@ -419,13 +448,11 @@ def test_mxfp4_unpacks_low_nibble_first_with_power_of_two_scales() -> None:
     blocks = torch.zeros(1, 1, 16, dtype=torch.uint8)
     blocks[0, 0, 0] = 0x1 | (0xF << 4)  # 0.5, then -6
     blocks[0, 0, 15] = 0x7 | (0x8 << 4)  # 6, then -0
-    dense = reference.dequantize_mxfp4(
-        blocks, torch.tensor([[128]], dtype=torch.uint8), torch.float32
-    )
+    dense = dequantize_mxfp4(blocks, torch.tensor([[128]], dtype=torch.uint8), torch.float32)
     assert dense.shape == (1, 32)
     assert dense[0, :2].tolist() == [1.0, -12.0]
     assert dense[0, 30:].tolist() == [12.0, 0.0]
-    tiny = reference.dequantize_mxfp4(blocks, torch.tensor([[0]], dtype=torch.uint8), torch.float32)
+    tiny = dequantize_mxfp4(blocks, torch.tensor([[0]], dtype=torch.uint8), torch.float32)
     assert float(tiny[0, 0]) == 2.0**-128
 
 
@@ -447,7 +474,8 @@ def test_fixed_point_loses_no_more_than_it_says(inputs: int, large: float, octav
     size = (torch.arange(inputs) // 64 % 3 - 1) * octaves
     x, weight = (x * 2.0**-size).bfloat16(), (weight * 2.0**size).bfloat16()
     exact = (x.double() @ weight.double().T).bfloat16().double()
-    found = ops.linear(x, ops.pack(weight), None).double()
+    backend = cpu_backend(torch.bfloat16)
+    found = backend.linear(x, packed_linear(backend, weight)).double()
     norms = [torch.stack([g.double().norm(dim=1) for g in m.split(64, 1)], 1) for m in (x, weight)]
     bound = norms[0] @ norms[1].T * 2.0**-11 + exact.abs() * 2.0**-7  # the last bit of bfloat16
     assert bool(((found - exact).abs() <= bound).all())
@@ -458,10 +486,11 @@ def test_fixed_point_loses_no_more_than_it_says(inputs: int, large: float, octav
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.usefixtures("fixed_point")
 def test_what_is_no_number_stays_none_in_fixed_point(value: float) -> None:
-    x, weight = rand(3, 96).bfloat16(), ops.pack(rand(32, 96, seed=1).bfloat16())
-    good = ops.linear(x, weight, None)
+    backend = cpu_backend(torch.bfloat16)
+    x, weight = rand(3, 96).bfloat16(), packed_linear(backend, rand(32, 96, seed=1).bfloat16())
+    good = backend.linear(x, weight)
     x[1, 70] = value
-    found = ops.linear(x, weight, None)
+    found = backend.linear(x, weight)
     assert not bool(found[1].isfinite().any())
     assert torch.equal(found[0], good[0])
     assert torch.equal(found[2], good[2])
@@ -470,21 +499,23 @@ def test_what_is_no_number_stays_none_in_fixed_point(value: float) -> None:
 @pytest.mark.parametrize("inputs", [32, 96, 320])
 def test_rows_times_mxfp4_do_not_depend_on_their_number(inputs: int, dtype: torch.dtype) -> None:
     """With neighbouring scales up to twelve octaves apart, which one form or another might lose."""
-    stack: Any = ops.empty_weight(mxfp4(1, 64, inputs), dtype, torch.device("cpu"), 1)
+    backend = cpu_backend(dtype)
+    stack: Any = backend.empty_mxfp4((1, 64, inputs))
     if not isinstance(stack, Packed):
         pytest.skip("no kernel reads MXFP4 here")
     weight: Any = stack[0]
     weight[:64].copy_(mxfp4(1, 64, inputs, octaves=12)[0])
     x = rand(30, inputs, dtype=dtype)
-    together = ops.linear(x, weight, None)
+    layer = linear_of(weight)
+    together = backend.linear(x, layer)
     for rows in range(1, 30):
-        assert torch.equal(ops.linear(x[:rows].contiguous(), weight, None), together[:rows])
+        assert torch.equal(backend.linear(x[:rows].contiguous(), layer), together[:rows])
 
 
-def mxfp4(count: int, outputs: int, inputs: int, octaves: int = 6) -> ops.Mxfp4:
+def mxfp4(count: int, outputs: int, inputs: int, octaves: int = 6) -> Mxfp4:
     """Random codes with scales over some octaves."""
     generator = torch.Generator().manual_seed(0)
     shape = (count, outputs, inputs // 32)
     blocks = torch.randint(256, (*shape, 16), dtype=torch.uint8, generator=generator)
     scales = torch.randint(118, 118 + octaves, shape, dtype=torch.uint8, generator=generator)
-    return ops.Mxfp4(blocks, scales)
+    return Mxfp4(blocks, scales)

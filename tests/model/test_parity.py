@@ -10,6 +10,7 @@ import torch
 from engine import Engine, Request, SamplingParams
 from model import Transformer, load_config
 from model import loader as weights
+from model.ops.backend import choose_backend
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from tests.checkpoints import FAMILIES, Peer, edit_config, write_checkpoint, write_mxfp4_pair
 
@@ -24,7 +25,8 @@ def logits_of(folder: Path, ids: list[int]) -> torch.Tensor:
     """All logits of one sequence in one chunk, with blocks in a scrambled order."""
     config = load_config(folder)
     model = Transformer(config)
-    weights.load(model, folder, torch.float32, CPU)
+    backend = choose_backend(CPU, torch.float32)
+    weights.load(model, folder, backend)
     model.prepare_rope(config.max_positions, CPU)
     count, size = len(ids), 16
     table = torch.randperm(count // size + 1, generator=torch.Generator().manual_seed(0)) + 1
@@ -34,13 +36,14 @@ def logits_of(folder: Path, ids: list[int]) -> torch.Tensor:
     shape = (2, len(table) + 1, size, config.num_kv_heads, config.head_dim)
     with torch.inference_mode():
         return model(
+            backend,
             ForwardBatch(
                 torch.tensor(ids),
                 positions,
                 [count],
                 [count],
                 0,
-                tuple(GroupTables(window, table[None].int(), slots) for window in windows),
+                tuple(GroupTables(table[None].int(), slots) for _ in windows),
                 positions,
                 torch.tensor([0, count], dtype=torch.int32),
                 torch.tensor([count], dtype=torch.int32),

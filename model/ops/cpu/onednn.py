@@ -16,6 +16,7 @@ from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.mxfp4 import Mxfp4
 from model.ops.sampling import reduce_blocks, take_block
 from model.ops.specs import Activation, AttentionSpec, Experts, ExpertShard, Linear
+from model.ops.step_parts import ACTIVATION, DOWN_PROJ
 
 _NEG_INF = float("-inf")
 _BLOCK = 1024  # tokens of the vocabulary whose maximum `argmax` takes at once
@@ -89,8 +90,10 @@ class OneDnnBackend(Backend):
             return torch.cat(results)
 
         inner = multiply(x.index_select(0, order // top_k), experts.gate_up, gate_up_biases)
-        inner = self.activate(inner, activation)
-        result = multiply(inner, experts.down, down_biases).float()
+        with ACTIVATION:
+            inner = self.activate(inner, activation)
+        with DOWN_PROJ:
+            result = multiply(inner, experts.down, down_biases).float()
         result = result * weights.flatten()[order].unsqueeze(1)
         # Back to each token's own order, so that a sum does not depend on the rest of the batch.
         back = torch.empty_like(order)

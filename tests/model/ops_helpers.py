@@ -1,0 +1,90 @@
+"""Parameters and specs of operations from plain tensors, for tests that call a backend directly."""
+
+from typing import Any
+
+import torch
+
+from model.formats import DENSE, MXFP4
+from model.ops.backend import Backend
+from model.ops.cpu.backend import CpuBackend
+from model.ops.specs import Experts, Heads, Linear, Norm, RopeArgs
+
+CPU = torch.device("cpu")
+
+
+def reference(dtype: torch.dtype = torch.float32) -> Backend:
+    """The definition of every operation."""
+    return Backend(CPU, dtype)
+
+
+def cpu_backend(dtype: torch.dtype = torch.float32) -> CpuBackend:
+    """The backend of a CPU, with the kernels that are in use now."""
+    return CpuBackend(CPU, dtype)
+
+
+def linear_of(weight: Any, bias: torch.Tensor | None = None) -> Linear:
+    """A linear layer whose weight [out, in] is in a backend's form already."""
+    outputs, inputs = weight.shape[-2:]
+    return Linear(inputs, outputs, bias is not None, DENSE, weight=weight, bias=bias)
+
+
+def packed_linear(backend: Backend, weight: torch.Tensor, bias: Any = None) -> Linear:
+    """A linear layer in the form that the backend is fastest with."""
+    layer = Linear(weight.shape[1], weight.shape[0], bias is not None, DENSE, bias=bias)
+    storage = backend.empty_weight(tuple(weight.shape))
+    storage[: len(weight)].copy_(weight)
+    layer.weight = backend.pack(storage)
+    return layer
+
+
+def norm_of(weight: torch.Tensor, eps: float = 1e-5) -> Norm:
+    """A norm with this weight [size]."""
+    return Norm(len(weight), eps, weight)
+
+
+def experts_of(
+    gate_up: Any, gate_up_bias: torch.Tensor | None, down: Any, down_bias: torch.Tensor | None
+) -> Experts:
+    """Experts from stacked weights as the reference takes them: dense tensors or Mxfp4."""
+    count, hidden, size = down.shape
+    has_bias = gate_up_bias is not None
+    form = DENSE if isinstance(down, torch.Tensor) else MXFP4
+    return Experts(count, hidden, size, has_bias, form, gate_up, gate_up_bias, down, down_bias)
+
+
+def packed_experts(backend: Backend, experts: Experts) -> Experts:
+    """The same experts loaded into a backend row by row, as a checkpoint's are."""
+    loaded = []
+    for weights, parts in ((experts.gate_up, 2), (experts.down, 1)):
+        storage: Any = experts.format.allocate(  # type: ignore[attr-defined]
+            backend, tuple(weights.shape), parts
+        )
+        for expert in range(len(weights)):
+            for first, last in ((0, 7), (7, weights.shape[1])):
+                storage[expert][first:last].copy_(weights[expert][first:last])
+        loaded.append(experts.format.finish(backend, storage))  # type: ignore[attr-defined]
+    return Experts(
+        experts.count,
+        experts.hidden,
+        experts.size,
+        experts.has_bias,
+        experts.format,
+        loaded[0],
+        experts.gate_up_bias,
+        loaded[1],
+        experts.down_bias,
+    )
+
+
+def rope_args(
+    kv: torch.Tensor,
+    cos_sin: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    heads: int,
+    norms: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> RopeArgs:
+    """How QKV becomes queries and KV in kv [2, blocks, block_size, kv_heads, head_dim]."""
+    q_norm, k_norm = (norm_of(w, 1e-6) for w in norms) if norms else (None, None)
+    return RopeArgs(
+        Heads(heads, kv.shape[3], kv.shape[4], q_norm, k_norm), cos_sin, kv, slot_mapping
+    )
