@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from engine import Engine, EngineError, Request, SamplingParams
+from engine import Engine, EngineConfig, EngineError, Request, SamplingParams
 from engine.step_probe import Probe
 from getp.analysis.advice import advise, judge
 from getp.analysis.part_timer import Launches, add_up, following, time_parts
@@ -98,7 +98,9 @@ def test_parts_are_within_5_percent_of_the_step_of_a_mid_size_model(
         "tie_word_embeddings": True, "torch_dtype": "float32",
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with Engine(tmp_path, device="cpu", max_batch_size=8, dummy_weights=True) as engine:
+    with Engine(
+        tmp_path, EngineConfig(device="cpu", max_batch_size=8, dummy_weights=True)
+    ) as engine:
         probe = Probe(engine, batch=8, query=1, context=256)
         times = measure(probe.step, probe.parts(), CPU, limit_s=30)  # mostly far less
     assert sum(times.parts.values()) == pytest.approx(times.alone_s, rel=0.05)
@@ -106,7 +108,7 @@ def test_parts_are_within_5_percent_of_the_step_of_a_mid_size_model(
 
 
 def test_following_a_step_leaves_nothing_behind(checkpoint: Callable[[str], Path]) -> None:
-    with Engine(checkpoint("gpt_oss"), device="cpu", max_batch_size=2) as engine:
+    with Engine(checkpoint("gpt_oss"), EngineConfig(device="cpu", max_batch_size=2)) as engine:
         probe = Probe(engine, batch=2, query=1, context=200)
         before = {id(part.owner): dict(vars(part.owner)) for part in probe.parts()}
         seconds = time_parts(probe.step, probe.parts(), CPU)
@@ -159,7 +161,7 @@ def test_kernels_count_where_they_were_launched() -> None:
 
 def test_a_probe_repeats_one_step_at_one_length(checkpoint: Callable[[str], Path]) -> None:
     """Also where a window gives blocks back: gpt-oss' context here is ten times its window."""
-    with Engine(checkpoint("gpt_oss"), device="cpu", max_batch_size=3) as engine:
+    with Engine(checkpoint("gpt_oss"), EngineConfig(device="cpu", max_batch_size=3)) as engine:
         probe = Probe(engine, batch=3, query=1, context=250)
         used = []
         for _ in range(20):
@@ -171,7 +173,9 @@ def test_a_probe_repeats_one_step_at_one_length(checkpoint: Callable[[str], Path
 
 
 def test_an_engine_without_room_says_so(checkpoint: Callable[[str], Path]) -> None:
-    with Engine(checkpoint("qwen2"), device="cpu", max_batch_size=2, kv_memory=2**18) as engine:
+    with Engine(
+        checkpoint("qwen2"), EngineConfig(device="cpu", max_batch_size=2, kv_memory=2**18)
+    ) as engine:
         with pytest.raises(EngineError, match="more than one step takes"):
             Probe(engine, batch=3, query=1, context=40)
         with pytest.raises(EngineError, match="a context of 1000000 is beyond"):
@@ -182,7 +186,7 @@ def test_the_engine_still_answers_after_a_profile_of_another(
     checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     request = Request([5, 6, 7], SamplingParams(max_new_tokens=8, ignore_eos=True))
-    with Engine(checkpoint("qwen2"), device="cpu") as engine:
+    with Engine(checkpoint("qwen2"), EngineConfig(device="cpu")) as engine:
         before = next(iter(engine.generate([request]))).token_ids
         profiled(capsys, checkpoint("qwen2"), "--context", 30)
         assert next(iter(engine.generate([request]))).token_ids == before
@@ -259,7 +263,7 @@ def test_norms_fused_with_what_follows_are_followed(
 
     monkeypatch.setattr(ops.cpu, "norm_qkv", norm_qkv)
     monkeypatch.setattr(ops.cpu, "norm_mlp", lambda x, delta, *rest: (x, delta.exp()))
-    with Engine(checkpoint("qwen2"), device="cpu", max_batch_size=1) as engine:
+    with Engine(checkpoint("qwen2"), EngineConfig(device="cpu", max_batch_size=1)) as engine:
         probe = Probe(engine, batch=1, query=1, context=30)
         seconds = time_parts(probe.step, probe.parts(), CPU)
     assert not seconds.keys() & WITHIN.keys()
