@@ -91,10 +91,11 @@ def load(logprobs: int | None = None, temperature: float = 0.0) -> list[Request]
     ]
 
 
-def run(folder: Path, requests: list[Request], **settings: Any) -> dict[int, Completion]:
-    with Engine(
-        folder, EngineConfig(dtype="float32", **{"kv_memory": 16 << 20, **settings})
-    ) as engine:
+def run(
+    folder: Path, requests: list[Request], ranks: Ranks | None = None, **settings: Any
+) -> dict[int, Completion]:
+    config = EngineConfig(dtype="float32", **{"kv_memory": 16 << 20, **settings})
+    with Engine(folder, config, ranks=ranks) as engine:
         return {c.request_id: c for c in engine.generate(requests)}
 
 
