@@ -21,7 +21,7 @@ from typing import Any
 import ray
 import torch
 
-from engine import Completion, EngineStats, Request, SamplingParams
+from engine import Completion, EngineConfig, EngineStats, Request, SamplingParams
 from getp.cluster.driver import Cluster
 from getp.files import token_line
 from getp.job import run as batch
@@ -55,7 +55,7 @@ class NoEngine:
                 yield Completion(request.request_id, ids, "length", prompt_tokens=len(ids))
 
 
-def make(checkpoint: str, **settings: Any) -> NoEngine:
+def make(checkpoint: str, *_: Any, **__: Any) -> NoEngine:
     """Make one, whatever the settings."""
     return NoEngine(checkpoint)
 
@@ -116,7 +116,9 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=100, help="of each prompt and answer")
     options = parser.parse_args()
     engines: Any = make
-    replicas = Cluster(_MODEL, _MODEL, options.replicas, dtype="float32", make_engine=engines)
+    replicas = Cluster(
+        _MODEL, _MODEL, options.replicas, EngineConfig(dtype="float32"), make_engine=engines
+    )
     found: dict[str, Any] = {"requests": options.requests, "replicas": options.replicas}
     with tempfile.TemporaryDirectory() as name:
         replicas.warm_up()

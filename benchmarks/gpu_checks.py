@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 import torch
 
-from engine import Engine, Request, SamplingParams
+from engine import Engine, EngineConfig, Request, SamplingParams
 from model.ops import reference
 from model.ops.forward_batch import ForwardBatch, GroupTables
 
@@ -340,10 +340,9 @@ def _parity(sparse: bool) -> Iterator[str | None]:
                 for device in ("cpu", "cuda"):
                     with Engine(
                         path,
-                        device=device,
-                        dtype="float32",
-                        kv_memory=16 << 20,
-                        max_batch_size=4,
+                        EngineConfig(
+                            device=device, dtype="float32", kv_memory=16 << 20, max_batch_size=4
+                        ),
                         notice=_refuse,
                     ) as engine:
                         tokens.append(

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.gpu_checks import CUDA
 from benchmarks.gpu_times import Limits, Row
-from engine import Engine, EngineStats, Request, SamplingParams
+from engine import Engine, EngineConfig, EngineStats, Request, SamplingParams
 from engine.step_probe import Probe
 from getp.report.efficiency import run_cost
 from model.cost.known_models import SHAPES
@@ -81,10 +81,12 @@ def time_load(
         dummy_checkpoint(name) as folder,
         Engine(
             folder,
-            device="cuda",
-            dummy_weights=True,
-            prefix_cache=False,
-            max_batch_size=min(batch_size, len(prompts)),
+            EngineConfig(
+                device="cuda",
+                dummy_weights=True,
+                prefix_cache=False,
+                max_batch_size=min(batch_size, len(prompts)),
+            ),
             notice=notices.append,
         ) as engine,
     ):
@@ -118,7 +120,7 @@ def time_load(
             f.name: getattr(engine.stats, f.name) - before[f.name] for f in fields(EngineStats)
         }
         stats = EngineStats(**grown)
-        cost, moved = run_cost(engine.config, "bfloat16", stats)
+        cost, moved = run_cost(engine.model_config, "bfloat16", stats)
         # Each request's first token comes from its last chunk, the others from decodes.
         tokens = stats.decode_tokens + stats.prefill_chunks
         all_of = "" if done == len(prompts) else f" ({done} done)"
@@ -184,7 +186,7 @@ def count_launches(engine: Engine, name: str) -> Iterator[Row]:
         counts.append((kernels, launches, _union_us(on_gpu)))
     kernels, launches, us = ((b - a) / 16 for a, b in zip(*counts, strict=True))
     yield Row(f"{name}: kernels a token", kernels, "kernels")
-    yield Row(f"{name}: kernels a layer", kernels / len(engine.config.layers), "kernels")
+    yield Row(f"{name}: kernels a layer", kernels / len(engine.model_config.layers), "kernels")
     yield Row(f"{name}: launches a token", launches, "launches")
     yield Row(f"{name}: a token's kernels and copies", us, "us")
 

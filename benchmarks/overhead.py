@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.loads import make_load
-from engine import Engine, Request, SamplingParams
+from engine import Engine, EngineConfig, Request, SamplingParams
 
 _VOCAB = 16  # so that looking for the likeliest token takes no time
 _PROMPT, _OUTPUT = 32, 400
@@ -77,11 +77,13 @@ def measure(folder: Path, size: int, finished: int) -> dict[str, float]:
     """Microseconds a sequence a step in `size` sequences, by part, after so many requests."""
     engine = Engine(
         folder,
-        device="cpu",
-        dummy_weights=True,
-        max_batch_size=size,
-        max_batch_tokens=max(512, size),
-        kv_memory=1 << 30,
+        EngineConfig(
+            device="cpu",
+            dummy_weights=True,
+            max_batch_size=size,
+            max_batch_tokens=max(512, size),
+            kv_memory=1 << 30,
+        ),
     )
     with engine:
         engine._runner._model = ReadyLogits(size)  # type: ignore[assignment]
@@ -103,7 +105,7 @@ def measure(folder: Path, size: int, finished: int) -> dict[str, float]:
 def share(checkpoint: str) -> dict[str, float]:
     """Shares of the ragged load's time: the model's, and the others by part."""
     prompts, outputs = make_load("ragged")
-    with Engine(checkpoint, device="cpu", prefix_cache=False) as engine:
+    with Engine(checkpoint, EngineConfig(device="cpu", prefix_cache=False)) as engine:
         watch = _watch(engine)
         watch.watch(engine._runner, "_forward", "model")
         requests = [

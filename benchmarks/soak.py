@@ -56,7 +56,7 @@ class IdleEngine:
 
     def __post_init__(self) -> None:
         """Give it the config that reports ask for."""
-        self.config = replace(named_config("qwen2-0.5b"), stop_ids=frozenset())
+        self.model_config = replace(named_config("qwen2-0.5b"), stop_ids=frozenset())
 
     def warm_up(self) -> None:
         """Need nothing."""

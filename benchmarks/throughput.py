@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.loads import Load, make_load
-from engine import Engine, EngineStats, Request, SamplingParams
+from engine import Engine, EngineConfig, EngineStats, Request, SamplingParams
 from getp.report.efficiency import run_cost
 from getp.job.ordering import Schedule, together
 from getp.job.request_reader import Task
@@ -73,10 +73,9 @@ def main(
     start = time.perf_counter()
     engine = Engine(
         checkpoint,
-        dtype=dtype,
-        device=device,
-        prefix_cache=prefix_cache,
-        dummy_weights=dummy_weights,
+        EngineConfig(
+            dtype=dtype, device=device, prefix_cache=prefix_cache, dummy_weights=dummy_weights
+        ),
     )
     with engine:
         warm = SamplingParams(max_new_tokens=4, ignore_eos=True)
@@ -143,7 +142,7 @@ def main(
 def breakdown(engine: Engine, requests: list[Request]) -> dict[str, float]:
     """Run the requests again; seconds by group of parts."""
     engine._runner._graphs = None
-    sparse = engine.config.moe is not None
+    sparse = engine.model_config.moe is not None
     spent: dict[str, float] = defaultdict(float)
     current, since = "everything else", time.perf_counter()
 

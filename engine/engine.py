@@ -13,23 +13,19 @@ from weakref import WeakSet
 
 import torch
 
-from engine.config import (
-    EngineError,
-    at_least_1,
-    check_ranks,
-    device_named,
-    dtype_named,
-    held_config,
-)
+from engine.config import EngineConfig
 from engine.decode_graphs import Capture, gpu_capture
+from engine.errors import EngineError, RequestError
 from engine.kv_cache import KVCache
 from engine.memory_plan import MemoryPlan, available_bytes, is_out_of_memory, size
 from engine.model_runner import ModelRunner
 from engine.parallel.coordinator import CoordinatorRunner, Ranks
 from engine.request import Completion, Request
+from engine.resolve import dtype_name, resolve
 from engine.sampler import NO_TOKEN, Sampled
 from engine.scheduler import Scheduler, Sequence, Step
 from engine.stats import EngineStats
+from engine.summary import RunSummary, peak_resident_bytes
 from model import ModelConfig, load_config
 from model.ops.step_parts import SCHEDULING
 
@@ -51,54 +47,42 @@ class Engine:
             for completion in engine.generate([Request([1, 2, 3])]):
                 print(completion.token_ids)
 
-    Arguments left at None are chosen for the device. With tensor_parallel, so many processes
-    compute the model together, each on a GPU of its own or with its share of the cores; `ranks`
-    are such processes that an earlier engine had and a later one may have. Raises CheckpointError
-    for a checkpoint that cannot be used and EngineError for settings that cannot work here.
+    With `tensor_parallel` above 1, that many processes compute the model together, each on its own
+    GPU or with its share of the CPU's cores. `ranks` are such processes, started earlier and kept
+    when the engine finishes; their number replaces `config.tensor_parallel`. `notice` is called
+    with warnings. Raises CheckpointError for a checkpoint that cannot be used and EngineError for
+    settings that cannot work here.
     """
 
     def __init__(
         self,
         checkpoint: str | Path,
+        config: EngineConfig = EngineConfig(),  # noqa: B008 - immutable
         *,
-        device: str = "auto",
-        dtype: str = "auto",
-        max_batch_size: int | None = None,
-        max_batch_tokens: int | None = None,
-        kv_memory: int | None = None,
-        block_size: int = 16,
-        prefix_cache: bool = True,
-        dummy_weights: bool = False,
-        tensor_parallel: int = 1,
         ranks: Ranks | None = None,
         notice: Callable[[str], None] = _log.warning,
     ):
+        if ranks is not None:
+            config = replace(config, tensor_parallel=ranks.size)
         self.checkpoint = Path(checkpoint)
-        self.config = load_config(checkpoint)
-        self.tensor_parallel = ranks.size if ranks is not None else tensor_parallel
-        self.device = device_named(device)
-        if self.tensor_parallel > 1:
-            self.device = check_ranks(self.config, self.tensor_parallel, self.device)
-        self.dtype = dtype_named(dtype, self.config.dtype, self.device)
-        self.held_config = held_config(self.config, self.device, self.dtype)
-        on_cpu = self.device.type == "cpu"
-        self.max_batch_size = at_least_1("max_batch_size", max_batch_size, 64 if on_cpu else 256)
-        # On a CPU no more than fills its kernels; of the tokens an expert gets but a part.
-        tokens = (512 if self.config.moe is None else 1024) if on_cpu else 8192
-        self.max_batch_tokens = at_least_1("max_batch_tokens", max_batch_tokens, tokens)
-        self.block_size = at_least_1("block_size", block_size, 16)
-        self.kv_memory = kv_memory
-        self.prefix_cache = prefix_cache
-        self.dummy_weights = dummy_weights
+        self.config = config
+        self.model_config = load_config(checkpoint)
+        settings = resolve(config, self.model_config)
+        self.tensor_parallel = settings.tensor_parallel
+        self.device, self.dtype = settings.device, settings.dtype
+        self.held_config = settings.model
+        self.max_batch_size = settings.max_batch_size
+        self.max_batch_tokens = settings.max_batch_tokens
+        on_cpu = settings.on_cpu
         self.stats = EngineStats()
         self._notice = notice  # told what a user should know of a run that goes on
-        self.max_positions = self.config.max_positions  # less where the KV pool is smaller
+        self.max_positions = self.model_config.max_positions  # less where the KV pool is smaller
         self._ranks = ranks or Ranks(self.tensor_parallel)
         self._keep_ranks = ranks is not None
         self._runner = (
-            CoordinatorRunner(self.config, self.device, self.dtype, self._ranks)
+            CoordinatorRunner(self.model_config, self.device, self.dtype, self._ranks)
             if self.tensor_parallel > 1
-            else ModelRunner(self.config, self.device, self.dtype)
+            else ModelRunner(self.model_config, self.device, self.dtype)
         )
         self._scheduler: Scheduler | None = None
         self._generating = False
@@ -136,18 +120,18 @@ class Engine:
             self.max_batch_size,
             self.max_batch_tokens,
             self.tensor_parallel,
-            self.block_size,
+            self.config.block_size,
         )
-        least = (len(self._runner.groups) + 1) * self._runner.block_bytes(self.block_size)
+        least = (len(self._runner.groups) + 1) * self._runner.block_bytes(self.config.block_size)
         self._threads = torch.get_num_threads()
         if self.device.type != "cpu":
             _ON_GPU.add(self)
         try:
             self._take_threads()
             self._check_kv_memory(least)
-            self._check_memory(needs, max(least, self.kv_memory or 0))
+            self._check_memory(needs, max(least, self.config.kv_memory or 0))
             loading = time.perf_counter()
-            self._runner.load(self.checkpoint, self.dummy_weights)
+            self._runner.load(self.checkpoint, self.config.dummy_weights)
             self.stats.load_s += time.perf_counter() - loading
             self._start(needs, least)
         except BaseException as error:
@@ -155,16 +139,16 @@ class Engine:
             if not is_out_of_memory(error):
                 raise
             raise EngineError(
-                f"out of memory while the model was loaded, and "
-                f"{size(available_bytes(self.device))} are available now; lower --kv-memory or "
-                "--max-batch-size, or use a smaller model or --dtype"
+                "out of memory while the model was loaded; {available} are available now: lower "
+                "{kv_memory} or {max_batch_size}, or use a smaller model or {dtype}",
+                available=size(available_bytes(self.device)),
             ) from error
         self.stats.warm_up_s += time.perf_counter() - start
 
     def _take_threads(self) -> None:
         """Set how many threads compute on a CPU, and bring the other ranks up with as many."""
         threads = max(1, self._threads // self.tensor_parallel)
-        if self.config.hidden_size < _NARROW:
+        if self.model_config.hidden_size < _NARROW:
             threads = 1
         if self.device.type == "cpu":
             torch.set_num_threads(threads)
@@ -193,14 +177,17 @@ class Engine:
         if self.device.type == "cuda":
             needs = self._measured(needs)
         blocks = self._pool_blocks(needs, least)
-        cache = KVCache(self._runner.groups, blocks, self.block_size, self.prefix_cache)
-        limit = min(self.config.max_positions, cache.capacity(self.max_batch_tokens))
+        cache = KVCache(
+            self._runner.groups, blocks, self.config.block_size, self.config.prefix_cache
+        )
+        limit = min(self.model_config.max_positions, cache.capacity(self.max_batch_tokens))
         if limit < 1:
             raise EngineError(
-                f"a KV pool of {blocks} blocks is too small for one token; raise --kv-memory"
+                "the KV cache holds {blocks} blocks, too few for one token; raise {kv_memory}",
+                blocks=blocks,
             )
         self.max_positions = limit
-        self._runner.allocate(blocks, self.block_size, limit, self.max_batch_size)
+        self._runner.allocate(blocks, self.config.block_size, limit, self.max_batch_size)
         together = self._together
         if self._make_capture is not None:
             if not self._capture(self._make_capture(self.stats)):
@@ -214,7 +201,7 @@ class Engine:
                 self._runner.capture(recorder, ahead_of_time=False)
         self._scheduler = Scheduler(cache, self.max_batch_size, self.max_batch_tokens, together)
         self.stats.kv_blocks = blocks - 1
-        self.stats.kv_bytes = blocks * self._runner.block_bytes(self.block_size)
+        self.stats.kv_bytes = blocks * self._runner.block_bytes(self.config.block_size)
 
     def _capture(self, capture: Capture) -> bool:
         """Capture decode steps; False: it cannot be, and goes on without, which is said."""
@@ -240,15 +227,15 @@ class Engine:
         self._runner.rehearse(
             self.max_batch_size,
             self.max_batch_tokens,
-            min(self.config.max_positions, self.max_batch_tokens),
-            self.block_size,
+            min(self.model_config.max_positions, self.max_batch_tokens),
+            self.config.block_size,
         )
         self.stats.compile_s += time.perf_counter() - start
         step = torch.cuda.max_memory_allocated(self.device) - before
         torch.cuda.empty_cache()
         # Captured steps have memory of their own: a decode step's, and the logits that they share.
         rows = min(self.max_batch_size, self.max_batch_tokens)
-        logits = 2 * rows * self.config.vocab_size * self.dtype.itemsize
+        logits = 2 * rows * self.model_config.vocab_size * self.dtype.itemsize
         decode = needs.activations * rows // self.max_batch_tokens
         return replace(needs, activations=max(step, 0) + decode, logits=logits)
 
@@ -260,6 +247,22 @@ class Engine:
         if self.device.type != "cpu":
             torch.cuda.empty_cache()
         self.stats.finish_s += time.perf_counter() - start
+
+    def summary(self) -> RunSummary:
+        """What a report needs to know of the runs so far; also valid after `finish`."""
+        on_gpu = self.device.type == "cuda"
+        return RunSummary(
+            device=torch.cuda.get_device_name(self.device) if on_gpu else "cpu",
+            device_type="cuda" if on_gpu else "cpu",
+            device_count=1,  # of several ranks, `stats` and the peaks are one device's part
+            dtype=dtype_name(self.dtype),
+            tensor_parallel=self.tensor_parallel,
+            max_batch_size=self.max_batch_size,
+            config=self.held_config,
+            stats=self.stats,
+            peak_memory_bytes=peak_resident_bytes(),
+            peak_gpu_memory_bytes=torch.cuda.max_memory_allocated(self.device) if on_gpu else None,
+        )
 
     def generate(self, requests: Iterable[Request | None]) -> Iterator[Completion]:
         """Run the requests; yields each completion as it finishes, in any order.
@@ -354,8 +357,9 @@ class Engine:
         """Go on with half of a step that ran out of memory. Raises EngineError for the least."""
         if not scheduler.back_off(step):
             raise EngineError(
-                f"out of memory in a step of one token ({size(available_bytes(self.device))} are"
-                " available); lower --kv-memory, or use a smaller model or --dtype"
+                "out of memory in a step of one token; {available} are available: lower "
+                "{kv_memory}, or use a smaller model or {dtype}",
+                available=size(available_bytes(self.device)),
             ) from error
         self.stats.back_offs += 1
         # The tensors of the failed step live as long as the frames in its traceback.
@@ -372,7 +376,7 @@ class Engine:
         now = time.perf_counter()
         params = request.params
         limit = min(self.max_positions, params.max_positions or self.max_positions)
-        problem = _problem(request, limit, self.config)
+        problem = _problem(request, limit, self.model_config)
         if problem is not None:
             return Completion(
                 request.request_id,
@@ -386,7 +390,7 @@ class Engine:
             )
         if params.max_new_tokens is not None:
             limit = min(limit, len(request.prompt_ids) + params.max_new_tokens)
-        own = frozenset[int]() if params.ignore_eos else self.config.stop_ids
+        own = frozenset[int]() if params.ignore_eos else self.model_config.stop_ids
         return Sequence(
             request,
             list(request.prompt_ids),
@@ -399,33 +403,39 @@ class Engine:
 
     def _check_kv_memory(self, least: int) -> None:
         """Raise EngineError if the KV memory that was given is too small for any request."""
-        if self.kv_memory is not None and self.kv_memory < least:
-            block = self._runner.block_bytes(self.block_size)
+        if self.config.kv_memory is not None and self.config.kv_memory < least:
+            block = self._runner.block_bytes(self.config.block_size)
             raise EngineError(
-                f"--kv-memory of {self.kv_memory} bytes holds {self.kv_memory // block} blocks of"
-                f" {block} bytes; give {least} bytes or more, or a smaller --block-size"
+                "{kv_memory} {given} means {given} bytes, which hold {blocks} blocks of {block} "
+                "bytes; use at least {least} bytes, or lower {block_size}",
+                given=self.config.kv_memory,
+                blocks=self.config.kv_memory // block,
+                block=block,
+                least=least,
             )
 
     def _check_memory(self, needs: MemoryPlan, kv: int) -> None:
         """Raise EngineError, with the arithmetic, if a run would need more than there is."""
         available = self._available()
-        given = self.kv_memory is not None
+        given = self.config.kv_memory is not None
         shortage = needs.shortage(kv, given, available, self.device, self.dtype)
         if shortage is not None:
-            raise EngineError(shortage)
+            raise shortage
 
     def _pool_blocks(self, needs: MemoryPlan, least: int) -> int:
         """Blocks of the KV pool: what memory allows, but no more than the batch can ever use."""
-        block = self._runner.block_bytes(self.block_size)
-        if self.kv_memory is not None:
-            return self.kv_memory // block
+        block = self._runner.block_bytes(self.config.block_size)
+        if self.config.kv_memory is not None:
+            return self.config.kv_memory // block
         loaded = replace(needs, weights=0)
         self._check_memory(loaded, least)
         # On a CPU the rest of the machine needs memory too, and untouched blocks cost nothing.
         share = 0.4 if self.device.type == "cpu" else 0.9
         left = self._available() - loaded.total
         affordable = max(least, int(left * share)) // block
-        per_sequence = -(-self.config.max_positions // self.block_size) * len(self._runner.groups)
+        per_sequence = -(-self.model_config.max_positions // self.config.block_size) * len(
+            self._runner.groups
+        )
         useful = 2 * self.max_batch_size * per_sequence  # twice: room for cached prefixes
         return 1 + min(affordable - 1, useful)
 
@@ -440,33 +450,38 @@ def _take(source: Iterator[Request | None], room: int) -> tuple[list[Request], b
     return taken, len(taken) == max(room, 0)
 
 
-def _not_finite(dtype: torch.dtype) -> str:
-    """Why a request ends whose next token cannot be told, and what may help."""
+def _not_finite(dtype: torch.dtype) -> RequestError:
+    """The error of a request whose next token cannot be chosen, and what may help."""
     remedies = {
-        torch.float16: "try --dtype bfloat16 or float32",
-        torch.bfloat16: "try --dtype float32",
+        torch.float16: "use {dtype} bfloat16 or float32",
+        torch.bfloat16: "use {dtype} float32",
     }
-    remedy = remedies.get(dtype, "are the checkpoint's weights whole?")
-    return f"the model's logits are not finite in {str(dtype).removeprefix('torch.')}; {remedy}"
+    remedy = remedies.get(dtype, "check that the checkpoint is intact")
+    return RequestError(
+        "the model's logits are not finite in {name}; " + remedy, name=dtype_name(dtype)
+    )
 
 
-def _limited_by(request: Request, limit: int, config: ModelConfig) -> str:
-    own = f"the model's own is {config.max_positions}"
-    if limit == request.params.max_positions:
-        return f"of -n/--steps; {own}"
-    return "the model's own" if limit == config.max_positions else f"of the KV cache; {own}"
-
-
-def _problem(request: Request, limit: int, config: ModelConfig) -> str | None:
-    """Why a request cannot run, in one sentence."""
-    ids = request.prompt_ids
+def _problem(request: Request, limit: int, config: ModelConfig) -> RequestError | None:
+    """Why a request cannot run; limit: positions that it may have."""
+    ids, vocab = request.prompt_ids, config.vocab_size
     if not len(ids):
-        return "the prompt is empty"
+        return RequestError("the prompt is empty")
     if len(ids) >= limit:
-        return (
-            f"the prompt has {len(ids)} tokens, which leaves no room for output within the limit"
-            f" of {limit} positions ({_limited_by(request, limit, config)})"
+        reason = "the model's limit"
+        if limit == request.params.max_positions:
+            reason = "set by {max_positions}; the model's limit is {model_limit}"
+        elif limit < config.max_positions:
+            reason = "all that the KV cache holds; the model's limit is {model_limit}"
+        return RequestError(
+            "the prompt has {length} tokens, which leaves no room for output within the limit of "
+            "{limit} positions (" + reason + ")",
+            length=len(ids),
+            limit=limit,
+            model_limit=config.max_positions,
         )
-    if min(ids) < 0 or max(ids) >= config.vocab_size:
-        return f"the prompt has token ids outside the vocabulary of {config.vocab_size}"
+    if min(ids) < 0 or max(ids) >= vocab:
+        return RequestError(
+            "the prompt has token ids outside the vocabulary of {vocab} tokens", vocab=vocab
+        )
     return None

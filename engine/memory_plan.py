@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from engine.errors import EngineError
 from engine.kv_cache import group_layers
 from model import ModelConfig
 from model.cost.operations import parameter_bytes
@@ -75,28 +76,37 @@ class MemoryPlan:
 
     def shortage(
         self, kv: int, kv_given: bool, available: int, device: torch.device, dtype: torch.dtype
-    ) -> str | None:
-        """The arithmetic and what to change, if with `kv` bytes of KV cache it does not fit."""
+    ) -> EngineError | None:
+        """The error, with the arithmetic, if with `kv` bytes of KV cache the plan does not fit."""
         needed = self.total + kv
         if needed <= available:
             return None
         if self.weights >= available:
-            advice = "use a smaller model" + (
-                " or --dtype bfloat16" if dtype == torch.float32 else ""
-            )
+            advice = "use a smaller model"
+            if dtype == torch.float32:
+                advice += " or {dtype} bfloat16"
         elif kv_given and self.total < available:
-            advice = f"lower --kv-memory to {size(available - self.total)} or less"
+            advice = "lower {kv_memory} to {left} or less"
         elif self.total < available:
-            advice = "lower --block-size: of the KV cache, this is a block or two"
+            advice = "lower {block_size}: this KV cache is a block or two"
         else:
             advice = (
-                "lower --max-batch-tokens (activations) or --max-batch-size (logits, block tables)"
+                "lower {max_batch_tokens} (activations) or {max_batch_size} (logits, block tables)"
             )
-        return (
-            f"not enough memory on {device}: weights {size(self.weights)} + KV cache "
-            f"{'' if kv_given else 'at least '}{size(kv)} + activations {size(self.activations)} + "
-            f"logits {size(self.logits)} + block tables {size(self.rows)} = {size(needed)}, and "
-            f"{size(available)} are available; {advice}"
+        return EngineError(
+            "not enough memory on {where}: weights {weights} + KV cache {at_least}{kv} + "
+            "activations {activations} + logits {logits} + block tables {rows} = {needed}, but "
+            "only {available} are available; " + advice,
+            where=device,
+            weights=size(self.weights),
+            at_least="" if kv_given else "at least ",
+            kv=size(kv),
+            activations=size(self.activations),
+            logits=size(self.logits),
+            rows=size(self.rows),
+            needed=size(needed),
+            available=size(available),
+            left=size(available - self.total),
         )
 
 

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from engine.errors import EngineError, RequestError
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -26,19 +28,25 @@ class SamplingParams:
     logprobs: int | None = None  # None: no log-probabilities; n: the token's and the n likeliest
 
     def __post_init__(self) -> None:
-        """Raise ValueError naming the first parameter that is out of range."""
+        """Raise EngineError naming the first parameter that is out of range."""
         if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 or more, not {self.temperature}")
+            raise _out_of_range("temperature", "0 or more", self.temperature)
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+            raise _out_of_range("top_p", "above 0 and at most 1", self.top_p)
         if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (all tokens) or more, not {self.top_k}")
+            raise _out_of_range("top_k", "0 (all tokens) or more", self.top_k)
         for name in ("max_new_tokens", "max_positions"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be 1 or more, not {value}")
+                raise _out_of_range(name, "1 or more", value)
         if self.logprobs is not None and not 0 <= self.logprobs <= 20:
-            raise ValueError(f"logprobs must be from 0 to 20, not {self.logprobs}")
+            raise _out_of_range("logprobs", "from 0 to 20", self.logprobs)
+
+
+def _out_of_range(parameter: str, allowed: str, value: float) -> EngineError:
+    return EngineError(
+        f"{{{parameter}}} must be {{allowed}}, not {{value}}", allowed=allowed, value=value
+    )
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ class Completion:
     request_id: int
     token_ids: list[int]  # output only; a stop token is kept
     finish_reason: FinishReason
-    error: str | None = None  # one sentence, set when finish_reason is "error"
+    error: RequestError | None = None  # set when finish_reason is "error"
     prompt_tokens: int = 0
     cached_tokens: int = 0  # prompt tokens whose KV came from the prefix cache
     logprobs: list[TokenLogprobs] | None = None

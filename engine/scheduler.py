@@ -16,6 +16,7 @@ a stop token is then noticed a step late, and what was computed of it meanwhile 
 from collections import deque
 from dataclasses import dataclass, field
 
+from engine.errors import RequestError
 from engine.kv_cache import BlockTables, KVCache
 from engine.request import Completion, FinishReason, Request, TokenLogprobs
 
@@ -59,7 +60,9 @@ class Sequence:
             return "stop"
         return "length" if len(self.tokens) >= self.max_tokens else None
 
-    def completion(self, reason: FinishReason, now: float, error: str | None = None) -> Completion:
+    def completion(
+        self, reason: FinishReason, now: float, error: RequestError | None = None
+    ) -> Completion:
         """What the caller gets."""
         prompt = len(self.request.prompt_ids)
         return Completion(

@@ -2,8 +2,8 @@
 
 import torch
 
-from engine.config import EngineError
 from engine.engine import Engine
+from engine.errors import EngineError
 from engine.request import Request, SamplingParams
 from engine.scheduler import Sequence
 
@@ -29,7 +29,9 @@ class Probe:
         self._engine, self._scheduler, self._runner = engine, scheduler, runner
         self._start, self._context = context - query, context
         ids = torch.randint(
-            engine.config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(0)
+            engine.model_config.vocab_size,
+            (batch, context),
+            generator=torch.Generator().manual_seed(0),
         )
         runner._graphs = None
         scheduler.running = [self._sequence(i, tokens) for i, tokens in enumerate(ids.tolist())]

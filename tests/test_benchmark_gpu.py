@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_checks, gpu_loads, gpu_times
-from engine import Engine
+from engine import Engine, EngineConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -54,9 +55,9 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 10_001}
     monkeypatch.setitem(gpu_loads.SHAPES, "qwen2-0.5b", gpu_loads.SHAPES["qwen2-0.5b"] | config)
 
-    def engine(folder: Path, device: str, **settings: Any) -> Engine:
-        assert device == "cuda"
-        return Engine(folder, device="cpu", kv_memory=32 << 20, **settings)
+    def engine(folder: Path, config: EngineConfig, **given: Any) -> Engine:
+        assert config.device == "cuda"
+        return Engine(folder, replace(config, device="cpu", kv_memory=32 << 20), **given)
 
     monkeypatch.setattr(gpu_loads, "Engine", engine)
     monkeypatch.setattr(gpu_loads, "CUDA", torch.device("cpu"))

@@ -67,7 +67,7 @@ import {module}
 @pytest.mark.parametrize(
     "module",
     [
-        "engine",
+        "engine.engine",
         "getp.job.run",
         "getp.cluster.replica",
         "getp.analysis.profile",
@@ -82,7 +82,7 @@ def test_how_threads_wait_is_said_before_torch_is_loaded(module: str) -> None:
         ("24.69", {"OMP_WAIT_POLICY": "active"}, "None"),
         ("0.07", {}, "None"),
     ]
-    for waited, given, expected in kinds if module == "engine" else kinds[:1]:
+    for waited, given, expected in kinds if module == "engine.engine" else kinds[:1]:
         run = [sys.executable, "-c", _FINDER.format(waited=waited, module=module)]
         done = subprocess.run(run, cwd=ROOT, env=env | given, capture_output=True, text=True)
         assert done.stdout.split() == [expected], done.stderr

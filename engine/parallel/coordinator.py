@@ -22,8 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.config import EngineError
 from engine.decode_graphs import Capture
+from engine.errors import EngineError
 from engine.memory_plan import is_out_of_memory
 from engine.model_runner import ModelRunner
 from engine.parallel.channel import (

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.config import dtype_named
 from engine.decode_graphs import Capture, gpu_capture
 from engine.memory_plan import is_out_of_memory
 from engine.model_runner import ModelRunner
@@ -29,6 +28,7 @@ from engine.parallel.channel import (
     torchrun_store,
 )
 from engine.parallel.step_message import StepMessage
+from engine.resolve import choose_dtype
 from engine.stats import EngineStats
 from model import load_config
 
@@ -56,7 +56,7 @@ def serve(link: Channel, device: torch.device) -> None:
                 if device.type == "cpu":
                     torch.set_num_threads(threads)
                 config = load_config(checkpoint)
-                runner = ModelRunner(config, device, dtype_named(dtype, dtype, device), link.shard)
+                runner = ModelRunner(config, device, choose_dtype(dtype, dtype, device), link.shard)
             elif name == "available":
                 link.available()
             elif name == "prepare_capture":

@@ -24,7 +24,7 @@ from getp.errors import GetpError, Interrupted, UsageProblem
 from getp.terminal import say
 
 if TYPE_CHECKING:
-    from engine import Engine, SamplingParams
+    from engine import Engine, EngineConfig, SamplingParams
     from getp.cluster.driver import Cluster
     from tokenizer import Tokenizer
 
@@ -188,8 +188,7 @@ def load_engine(options: SimpleNamespace) -> "Engine":
             raise UsageProblem(f"--device {options.device}: torch finds {count} GPUs here")
     return Engine(
         _checkpoint(options),
-        tensor_parallel=ranks,
-        **_engine_settings(options),
+        _engine_config(options, ranks),
         notice=lambda message: say(f"getp: warning: {message}"),
     )
 
@@ -220,24 +219,25 @@ def _load_cluster(options: SimpleNamespace) -> "Cluster":
         _checkpoint(options),
         Path(options.tokenizer or _checkpoint(options)),
         options.replicas or None,
+        _engine_config(options, options.tensor_parallel or 1),
         address=options.ray_address,
-        tensor_parallel=options.tensor_parallel or 1,
-        **_engine_settings(options),
     )
 
 
-def _engine_settings(options: SimpleNamespace) -> dict[str, Any]:
-    """Return what the options say of an engine, as its arguments."""
-    return {
-        "device": options.device,
-        "dtype": options.dtype,
-        "max_batch_size": options.max_batch_size,
-        "max_batch_tokens": options.max_batch_tokens,
-        "kv_memory": options.kv_memory,
-        "block_size": options.block_size,
-        "prefix_cache": not options.no_prefix_cache,
-        "dummy_weights": options.dummy_weights,
-    }
+def _engine_config(options: SimpleNamespace, tensor_parallel: int) -> "EngineConfig":
+    from engine import EngineConfig
+
+    return EngineConfig(
+        device=options.device,
+        dtype=options.dtype,
+        max_batch_size=options.max_batch_size,
+        max_batch_tokens=options.max_batch_tokens,
+        kv_memory=options.kv_memory,
+        block_size=options.block_size,
+        prefix_cache=not options.no_prefix_cache,
+        dummy_weights=options.dummy_weights,
+        tensor_parallel=tensor_parallel,
+    )
 
 
 def _load_tokenizer(options: SimpleNamespace) -> "Tokenizer":

@@ -9,15 +9,15 @@ import queue
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from engine import Completion, Engine, EngineError, EngineStats, Request
-from engine.config import dtype_named, held_config
+from engine import Completion, Engine, EngineConfig, EngineError, EngineStats, Request
+from engine.resolve import choose_dtype, held_config
 from getp import __version__, fingerprint
 from getp.cluster.dispatcher import Dispatcher, linger_s, window
 from getp.cluster.ray_session import Session, find_places
@@ -57,11 +57,11 @@ class Member:
 
 
 class Cluster:
-    """Has the interface of `Engine`: warm_up, generate, finish, stats, config, device, dtype.
+    """Has the interface of `Engine`: warm_up, generate, finish, stats, model_config, device, dtype.
 
     `replicas` None: one for each `tensor_parallel` GPUs there are, or for each host. `address` is
     that of a running Ray cluster; without one, Ray is started here and stopped by `close`.
-    `settings` go to `make_engine` with the checkpoint's path, in every replica. Raises
+    Every replica calls `make_engine` with the checkpoint's path and the config. Raises
     UsageProblem, GetpError, CheckpointError and EngineError.
     """
 
@@ -70,26 +70,25 @@ class Cluster:
         checkpoint: Path,
         tokenizer: Path,
         replicas: int | None = None,
+        config: EngineConfig = EngineConfig(),  # noqa: B008 - immutable
         *,
         address: str | None = None,
-        tensor_parallel: int = 1,
-        device: str = "auto",
-        dtype: str = "auto",
         make_engine: Callable[..., Engine] = Engine,
-        **settings: Any,
     ) -> None:
-        self.config = load_config(checkpoint)
+        self.model_config = load_config(checkpoint)
         self._session = Session(address)
         try:
-            self.places = find_places(self._session.hosts(), replicas, device, tensor_parallel)
+            self.places = find_places(
+                self._session.hosts(), replicas, config.device, config.tensor_parallel
+            )
         except BaseException:
             self._session.close()
             raise
         self.hosts = 1
         self.device = torch.device("cuda" if self.places.gpus else "cpu")
-        self.dtype = dtype_named(dtype, self.config.dtype, self.device)
-        self.tensor_parallel = tensor_parallel
-        self.held_config = held_config(self.config, self.device, self.dtype)
+        self.dtype = choose_dtype(config.dtype, self.model_config.dtype, self.device)
+        self.tensor_parallel = config.tensor_parallel
+        self.held_config = held_config(self.model_config, self.device, self.dtype)
         self.max_batch_size = 0  # of a replica, when they are warm
         self.members = [Member(index) for index in range(self.places.replicas)]
         self._setup = Setup(
@@ -98,12 +97,7 @@ class Cluster:
             fingerprint.of_checkpoint(checkpoint),
             __version__,
             make_engine,
-            {
-                **settings,
-                "device": self.device.type,
-                "dtype": dtype,
-                "tensor_parallel": tensor_parallel,
-            },
+            replace(config, device=self.device.type),
         )
         self._dispatcher: Dispatcher[Request] = Dispatcher()
         self._events: queue.SimpleQueue[

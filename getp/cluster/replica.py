@@ -6,14 +6,13 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from engine import Completion, Engine, EngineStats, Request, SamplingParams
+from engine import Completion, Engine, EngineConfig, EngineStats, Request, SamplingParams
 from getp import __version__, fingerprint
 from getp.errors import GetpError
 from getp.report.job_report import peak_memory
@@ -33,7 +32,7 @@ class Setup:
     identity: str  # fingerprint of the checkpoint, as the driver has it
     version: str  # of getp, as the driver has it
     make_engine: Callable[..., Engine]
-    settings: Mapping[str, Any]  # of the engine
+    config: EngineConfig
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Replica:
         if fingerprint.of_checkpoint(Path(setup.checkpoint)) != setup.identity:
             raise GetpError(f"{setup.checkpoint} on host {host} is not the driver's checkpoint")
         self._engine = setup.make_engine(
-            setup.checkpoint, **setup.settings, notice=self._notices.append
+            setup.checkpoint, setup.config, notice=self._notices.append
         )
         self._engine.warm_up()
         threading.Thread(target=self._work, daemon=True).start()

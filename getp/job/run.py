@@ -228,7 +228,7 @@ class Run:
             self._defaults,
             self._tokenizer,
             moment,
-            self._engine.config.max_positions,
+            self._engine.model_config.max_positions,
         )
         with closing(self._source.lines()) as lines:
             for line in lines:
@@ -255,7 +255,7 @@ class Run:
         """Keep what the engine gave back, in whatever order."""
         task, watcher = self._running.pop(completion.request_id)
         if completion.finish_reason in ("error", "cancelled"):
-            message = completion.error or "the request was cancelled"
+            message = str(completion.error or "the request was cancelled")
             return self._fail(_failure(task, f"request_{completion.finish_reason}", message))
         trouble = watcher.trouble
         if trouble is None:

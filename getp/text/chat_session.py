@@ -69,7 +69,7 @@ def generate(settings: Settings, text: str, tokenizer: Tokenizer, engine: "Engin
     with engine:
         reply = ask(settings, ids, 0, tokenizer, engine)
     if reply.completion.error is not None:
-        raise GetpError(reply.completion.error)
+        raise GetpError(str(reply.completion.error))
     say(summary(reply))
     if reply.interrupted:
         raise Interrupted("interrupted")
@@ -136,7 +136,7 @@ class Conversation:
 
     def _answer(self) -> Reply:
         ids = encode_chat(self._tokenizer, [*system_message(self._system), *self._turns])
-        limit = self._engine.config.max_positions
+        limit = self._engine.model_config.max_positions
         if self._settings.params.max_positions is not None:
             limit = min(limit, self._settings.params.max_positions)
         if len(ids) >= limit:
@@ -148,7 +148,7 @@ class Conversation:
         self._answers += 1
         reply = ask(self._settings, ids, self._answers, self._tokenizer, self._engine)
         if reply.completion.error is not None:
-            raise GetpError(reply.completion.error)
+            raise GetpError(str(reply.completion.error))
         return reply
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import Engine, EngineError, EngineStats, Request, SamplingParams
+from engine import Engine, EngineConfig, EngineError, EngineStats, Request, SamplingParams
 from engine import model_runner as runner_module
 from engine.decode_graphs import Capture, Compute, DecodeGraphs, Inputs, gpu_capture, sizes
 from engine.kv_cache import NULL_BLOCK
@@ -113,9 +113,9 @@ def test_steps_replayed_at_fixed_sizes_give_the_same_tokens(
 ) -> None:
     requests = load()
     settings: dict[str, Any] = {"dtype": "float32", "kv_memory": 32 << 20, "max_batch_size": 10}
-    with Engine(checkpoint(name), **settings) as engine:
+    with Engine(checkpoint(name), EngineConfig(**settings)) as engine:
         expected = {c.request_id: c.token_ids for c in engine.generate(requests)}
-    with Engine(checkpoint(name), **settings) as engine:
+    with Engine(checkpoint(name), EngineConfig(**settings)) as engine:
         runner, replays = engine._runner, Counter[int]()
         engine._ahead = ahead
         runner._model = FromTensors(runner._model)  # type: ignore[assignment]
@@ -143,7 +143,9 @@ def test_a_replayed_step_sends_one_piece_and_block_tables_when_they_change(
             return original(*given)
 
         monkeypatch.setattr(owner, name, counted)
-    with Engine(checkpoint("qwen3"), dtype="float32", kv_memory=32 << 20, block_size=16) as engine:
+    with Engine(
+        checkpoint("qwen3"), EngineConfig(dtype="float32", kv_memory=32 << 20, block_size=16)
+    ) as engine:
         engine._runner._model = FromTensors(engine._runner._model)  # type: ignore[assignment]
         engine._runner.capture(recording(Counter()))
         counts = []
@@ -191,7 +193,7 @@ def test_the_integers_of_a_step_lie_apart_and_where_kernels_expect_them(sequence
 def test_the_first_steps_are_the_largest_and_short_ones_and_leave_nothing(
     checkpoint: Callable[[str], Path],
 ) -> None:
-    with Engine(checkpoint("gpt_oss"), dtype="float32", kv_memory=32 << 20) as engine:
+    with Engine(checkpoint("gpt_oss"), EngineConfig(dtype="float32", kv_memory=32 << 20)) as engine:
         runner = engine._runner
         tokens, rows = list[int](), list[int]()
         model: Any = runner._model
@@ -199,7 +201,7 @@ def test_the_first_steps_are_the_largest_and_short_ones_and_leave_nothing(
         def watched(ops: Backend, batch: ForwardBatch, *rest: Any) -> torch.Tensor:
             tokens.append(len(batch.token_ids))
             rows.append(len(model(ops, batch, *rest)))
-            return torch.zeros(rows[-1], engine.config.vocab_size)
+            return torch.zeros(rows[-1], engine.model_config.vocab_size)
 
         watched.prepare_rope = model.prepare_rope  # type: ignore[attr-defined]
         runner._model = watched  # type: ignore[assignment]
@@ -221,7 +223,7 @@ def test_a_step_that_cannot_be_captured_is_said_and_run_without(
         finally:  # as the end of a GPU's capture
             raise RuntimeError("operation failed due to a previous error during capture")
 
-    engine = Engine(checkpoint("qwen2"), kv_memory=8 << 20, notice=said.append)
+    engine = Engine(checkpoint("qwen2"), EngineConfig(kv_memory=8 << 20), notice=said.append)
     engine._make_capture = lambda stats: capture
     engine._together = 4
     with engine:
@@ -252,7 +254,7 @@ def test_times_of_loading_compiling_and_capturing_are_told_apart(
 
         return capture
 
-    engine = Engine(checkpoint("qwen2"), kv_memory=8 << 20, max_batch_size=2)
+    engine = Engine(checkpoint("qwen2"), EngineConfig(kv_memory=8 << 20, max_batch_size=2))
     engine._make_capture = capturing
     with engine:
         stats = engine.stats
@@ -293,7 +295,7 @@ def test_a_decode_step_is_launched_without_asking_the_device(
         )
         for i, kind in enumerate(kinds)
     ]
-    with Engine(checkpoint("gpt_oss"), dtype="float32", kv_memory=32 << 20) as engine:
+    with Engine(checkpoint("gpt_oss"), EngineConfig(dtype="float32", kv_memory=32 << 20)) as engine:
         expected = {c.request_id: c.token_ids for c in engine.generate(requests)}
         runner, guarded = engine._runner, 0
         engine._ahead = 1

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import Engine, Request, SamplingParams
+from engine import Engine, EngineConfig, Request, SamplingParams
 from engine.decode_graphs import Compute
 from model import ops
 
@@ -84,8 +84,8 @@ def prepare(engine: Engine, launches: list[tuple[str, str]]) -> None:
     """As `Engine.warm_up` on a GPU: rehearse, allocate, capture."""
     runner = engine._runner
     sizes = engine.max_batch_size, engine.max_batch_tokens
-    runner.rehearse(*sizes, engine.max_batch_tokens, engine.block_size)
-    runner.allocate(500, engine.block_size, engine.max_positions, engine.max_batch_size)
+    runner.rehearse(*sizes, engine.max_batch_tokens, engine.config.block_size)
+    runner.allocate(500, engine.config.block_size, engine.max_positions, engine.max_batch_size)
 
     def capture(compute: Compute) -> Compute:
         logits = compute()
@@ -116,10 +116,9 @@ def test_a_job_needs_no_kernel_that_warm_up_has_not_compiled(
     ]
     with Engine(
         checkpoint(name),
-        dtype="bfloat16",
-        max_batch_size=batch_size,
-        max_batch_tokens=256,
-        kv_memory=32 << 20,
+        EngineConfig(
+            dtype="bfloat16", max_batch_size=batch_size, max_batch_tokens=256, kv_memory=32 << 20
+        ),
     ) as engine:
         prepare(engine, launches)
         compiled = set(launches)
@@ -162,7 +161,7 @@ def test_kernels_of_a_decode_step(
     checkpoint: Callable[[str], Path],
 ) -> None:
     settings: Any = {"dtype": "bfloat16", "max_batch_size": rows, "kv_memory": 32 << 20}
-    with Engine(checkpoint(name), **settings) as engine:
+    with Engine(checkpoint(name), EngineConfig(**settings)) as engine:
         steps: dict[int, list[str]] = {}
 
         def capture(compute: Compute) -> Compute:

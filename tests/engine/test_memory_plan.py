@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine import Engine, EngineError
+from engine import Engine, EngineConfig, EngineError
 from engine import engine as module
 from engine import memory_plan as memory
 from engine.memory_plan import MemoryPlan, is_out_of_memory, size
@@ -38,7 +38,7 @@ def test_a_model_with_every_tensor_counted_is_as_large_as_the_one_loaded(
     checkpoint: Callable[[str], Path],
 ) -> None:
     for name in ("gpt_oss", "qwen2", "qwen3_moe"):
-        engine = Engine(checkpoint(name), dtype="float32", kv_memory=8 << 20)
+        engine = Engine(checkpoint(name), EngineConfig(dtype="float32", kv_memory=8 << 20))
         with engine:
             model = engine._runner._model
             found: dict[int, int] = {}
@@ -59,17 +59,17 @@ def test_a_model_with_every_tensor_counted_is_as_large_as_the_one_loaded(
     ("available", "settings", "words"),
     [
         (300 << 10, {}, r"weights \S+ \+ KV cache at least .* = .* available; use a smaller model"),
-        (40 << 20, {"kv_memory": 1 << 30}, r"KV cache 1.00GiB .*; lower --kv-memory to \S+ or"),
-        (40 << 20, {"max_batch_tokens": 1 << 20}, r"activations \S+GiB .*--max-batch-tokens"),
-        (40 << 20, {"max_batch_size": 10**20}, r"block tables \S+GiB .*--max-batch-size"),
-        (40 << 20, {"block_size": 10**8}, r"available; lower --block-size"),
+        (40 << 20, {"kv_memory": 1 << 30}, r"KV cache 1.00GiB .*; lower kv_memory to \S+ or"),
+        (40 << 20, {"max_batch_tokens": 1 << 20}, r"activations \S+GiB .*max_batch_tokens"),
+        (40 << 20, {"max_batch_size": 10**20}, r"block tables \S+GiB .*max_batch_size"),
+        (40 << 20, {"block_size": 10**8}, r"available; lower block_size"),
     ],
 )
 def test_too_little_memory_is_said_with_the_arithmetic_before_anything_is_loaded(
     available: int, settings: dict[str, Any], words: str,
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    engine = Engine(checkpoint("qwen2"), dtype="float32", **settings)
+    engine = Engine(checkpoint("qwen2"), EngineConfig(dtype="float32", **settings))
     monkeypatch.setattr(module, "available_bytes", lambda device: available)
     monkeypatch.setattr(engine._runner, "load", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(EngineError, match=words):
@@ -80,12 +80,12 @@ def test_the_advised_kv_memory_is_enough(
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "available_bytes", lambda device: 40 << 20)
-    engine = Engine(checkpoint("qwen2"), dtype="float32", kv_memory=1 << 30)
-    with pytest.raises(EngineError, match="lower --kv-memory") as raised:
+    engine = Engine(checkpoint("qwen2"), EngineConfig(dtype="float32", kv_memory=1 << 30))
+    with pytest.raises(EngineError, match="lower kv_memory") as raised:
         engine.warm_up()
-    advised = str(raised.value).split("--kv-memory to ")[1].split("MiB")[0]
+    advised = str(raised.value).split("kv_memory to ")[1].split("MiB")[0]
     with Engine(
-        checkpoint("qwen2"), dtype="float32", kv_memory=int(float(advised) * 2**20)
+        checkpoint("qwen2"), EngineConfig(dtype="float32", kv_memory=int(float(advised) * 2**20))
     ) as engine:
         assert engine.stats.kv_blocks > 1
 
@@ -94,7 +94,7 @@ def test_the_kv_pool_leaves_room_for_activations_and_logits(
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "available_bytes", lambda device: 40 << 20)
-    with Engine(checkpoint("qwen2"), dtype="float32") as engine:
+    with Engine(checkpoint("qwen2"), EngineConfig(dtype="float32")) as engine:
         need = MemoryPlan.of(engine.held_config, CPU, torch.float32, 64, 512)
         left = (40 << 20) - need.activations - need.logits - need.rows
         assert 0 < engine.stats.kv_bytes <= 0.4 * left
@@ -119,7 +119,9 @@ def test_requests_that_may_run_are_counted(checkpoint: Callable[[str], Path]) ->
     grown = []
     for count in (64, 500_000):
         before = resident()
-        with Engine(checkpoint("gpt_oss-wide"), kv_memory=8 << 20, max_batch_size=count) as engine:
+        with Engine(
+            checkpoint("gpt_oss-wide"), EngineConfig(kv_memory=8 << 20, max_batch_size=count)
+        ) as engine:
             grown.append(resident() - before)
     needs = MemoryPlan.of(engine.held_config, CPU, torch.float32, 500_000, 512)
     assert 0.3 * needs.rows < grown[1] - grown[0] < needs.rows
@@ -128,7 +130,7 @@ def test_requests_that_may_run_are_counted(checkpoint: Callable[[str], Path]) ->
 def test_memory_that_is_gone_while_loading_is_one_error(
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine(checkpoint("qwen2"), dtype="float32", kv_memory=8 << 20)
+    engine = Engine(checkpoint("qwen2"), EngineConfig(dtype="float32", kv_memory=8 << 20))
 
     def allocate(*_: object) -> None:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
@@ -170,7 +172,7 @@ def test_a_run_out_of_memory_backs_off_says_so_and_gives_the_same_tokens(
     requests = load()
     said: list[str] = []
     with Engine(
-        checkpoint("gpt_oss"), dtype="float32", kv_memory=32 << 20, notice=said.append
+        checkpoint("gpt_oss"), EngineConfig(dtype="float32", kv_memory=32 << 20), notice=said.append
     ) as engine:
         expected = {c.request_id: c.token_ids for c in engine.generate(requests)}
         engine._ahead = ahead

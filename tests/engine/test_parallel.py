@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from engine import Completion, Engine, EngineError, Request, SamplingParams
+from engine import Completion, Engine, EngineConfig, EngineError, Request, SamplingParams
 from engine.memory_plan import MemoryPlan
 from engine.model_runner import ModelRunner
 from engine.parallel import channel as link
@@ -91,8 +91,11 @@ def load(logprobs: int | None = None, temperature: float = 0.0) -> list[Request]
     ]
 
 
-def run(folder: Path, requests: list[Request], **settings: Any) -> dict[int, Completion]:
-    with Engine(folder, dtype="float32", **{"kv_memory": 16 << 20, **settings}) as engine:
+def run(
+    folder: Path, requests: list[Request], ranks: Ranks | None = None, **settings: Any
+) -> dict[int, Completion]:
+    config = EngineConfig(dtype="float32", **{"kv_memory": 16 << 20, **settings})
+    with Engine(folder, config, ranks=ranks) as engine:
         return {c.request_id: c for c in engine.generate(requests)}
 
 
@@ -263,14 +266,14 @@ def test_numbers_that_cannot_be_are_refused_with_those_that_can(
     with pytest.raises(
         EngineError, match=r"6 heads .2 KV., 6 experts .* 4 GPUs; possible: 1, 2, 6"
     ):
-        Engine(folder("gpt_oss"), tensor_parallel=4)
+        Engine(folder("gpt_oss"), EngineConfig(tensor_parallel=4))
     with pytest.raises(EngineError, match="over 3 GPUs; possible: 1, 2, 4"):
-        Engine(folder("qwen2"), tensor_parallel=3)
+        Engine(folder("qwen2"), EngineConfig(tensor_parallel=3))
 
 
 def test_a_rank_that_is_killed_ends_the_run_with_its_name(folder: Callable[[str], Path]) -> None:
     requests = [Request([1, 2], SamplingParams(max_new_tokens=400, ignore_eos=True))] * 4
-    with Engine(folder("qwen2"), dtype="float32", tensor_parallel=2) as engine:
+    with Engine(folder("qwen2"), EngineConfig(dtype="float32", tensor_parallel=2)) as engine:
         (process,) = engine._ranks._processes
 
         def kill(token: int) -> None:
@@ -309,11 +312,11 @@ def test_what_goes_wrong_on_another_rank_is_said(ranks: Callable[[int], Ranks]) 
 def test_out_of_memory_on_any_rank_ends_the_run_with_what_helps(
     folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Engine(folder("qwen2"), dtype="float32", tensor_parallel=2) as engine:
+    with Engine(folder("qwen2"), EngineConfig(dtype="float32", tensor_parallel=2)) as engine:
         with pytest.raises(EngineError, match=r"rank 1 of 2 died.* lower --max-batch-tokens"):
             engine._ranks.call("allocate", (1 << 40, 16, 64, 4), lambda: None)
         assert not engine._ranks.listening
-    with Engine(folder("qwen2"), dtype="float32", tensor_parallel=2) as engine:
+    with Engine(folder("qwen2"), EngineConfig(dtype="float32", tensor_parallel=2)) as engine:
         forward, steps = engine._runner._forward, Counter[str]()
 
         def fail_at_the_third(batch: Any) -> torch.Tensor:
@@ -377,9 +380,9 @@ def test_kv_blocks_are_as_many_as_every_rank_has_room_for(
         lambda device: 400 << 20 if threading.current_thread() is main else other,
     )  # fmt: skip
     ranks = InThreads(monkeypatch, Counter())
-    with Engine(folder("qwen2"), dtype="float32", ranks=ranks) as engine:
+    with Engine(folder("qwen2"), EngineConfig(dtype="float32"), ranks=ranks) as engine:
         assert engine._runner.block_bytes(16) == 4 * 2 * 16 * 1 * 16 * 4  # one of 2 KV heads
-        needs = MemoryPlan.of(engine.config, CPU, torch.float32, 64, 512, 2)
+        needs = MemoryPlan.of(engine.model_config, CPU, torch.float32, 64, 512, 2)
         left = other // 2 - needs.activations - needs.logits
         assert 0.35 * left < engine.stats.kv_bytes <= 0.4 * left
     ranks.close()
@@ -399,7 +402,7 @@ def test_captured_steps_exchange_as_others_do(
     monkeypatch.setattr(ModelRunner, "capture", capture_from_tensors)
     mine, theirs = Counter[int](), Counter[int]()
     ranks = InThreads(monkeypatch, theirs)
-    engine = Engine(folder(name), dtype="float32", kv_memory=16 << 20, ranks=ranks)
+    engine = Engine(folder(name), EngineConfig(dtype="float32", kv_memory=16 << 20), ranks=ranks)
     engine._make_capture = lambda stats: recording(mine)
     with engine:
         found = {c.request_id: c.token_ids for c in engine.generate(load())}
@@ -416,7 +419,10 @@ def test_steps_are_captured_by_every_rank_or_by_none(
     replays = Counter[int]()
     expected = run(folder("qwen2"), load())
     engine = Engine(
-        folder("qwen2"), dtype="float32", kv_memory=16 << 20, ranks=ranks(2), notice=said.append
+        folder("qwen2"),
+        EngineConfig(dtype="float32", kv_memory=16 << 20),
+        ranks=ranks(2),
+        notice=said.append,
     )
     # The other rank, on a CPU, has no graphs.
     engine._make_capture = lambda stats: recording(replays)

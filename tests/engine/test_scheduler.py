@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine import Completion, Engine, EngineError, Request, SamplingParams
+from engine import Completion, Engine, EngineConfig, EngineError, Request, SamplingParams
 from engine.kv_cache import NULL_BLOCK, KVCache, LayerGroup, group_layers
 from engine.scheduler import Step
 from tests.checkpoints import FAMILIES
@@ -176,11 +176,13 @@ def config_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_engine(folder: Path, load: dict[str, Any]) -> tuple[Engine, HistoryRunner]:
     engine = Engine(
         folder,
-        kv_memory=load["blocks"],
-        block_size=load["block_size"],
-        max_batch_size=load["max_batch_size"],
-        max_batch_tokens=load["max_batch_tokens"],
-        prefix_cache=load["prefix_cache"],
+        EngineConfig(
+            kv_memory=load["blocks"],
+            block_size=load["block_size"],
+            max_batch_size=load["max_batch_size"],
+            max_batch_tokens=load["max_batch_tokens"],
+            prefix_cache=load["prefix_cache"],
+        ),
     )
     groups = [LayerGroup(window, (i,)) for i, window in enumerate(load["windows"])]
     runner = HistoryRunner(groups, load["block_size"])
@@ -364,7 +366,7 @@ def test_no_memory_for_one_token_is_an_error(config_folder: Path) -> None:
     engine, runner = make_engine(config_folder, load)
     engine._notice = lambda message: None
     runner.most_tokens = 0
-    with pytest.raises(EngineError, match=r"out of memory in a step of one token.*--kv-memory"):
+    with pytest.raises(EngineError, match=r"out of memory in a step of one token.*kv_memory"):
         run(engine, [([1, 2, 3, 4], 5)] * 3)
     assert_pool_is_whole(engine)
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine import Engine, SamplingParams
+from engine import Engine, EngineConfig, SamplingParams
 from getp.errors import GetpError
 from getp.job import run as batch
 from getp.job.request_reader import Defaults
@@ -65,7 +65,7 @@ def run(folder: Path, name: str, checkpoint: str | None) -> int:
     )
     engine: Any = FakeEngine(_slowly)
     if checkpoint:  # in float32: in 16 bits, who else is in the batch can tip a close choice
-        engine = Engine(checkpoint, dtype="float32", max_batch_size=8)
+        engine = Engine(checkpoint, EngineConfig(dtype="float32", max_batch_size=8))
     try:
         return batch.run_job(job, batch.read(job), TOKENIZER, engine)
     except GetpError as error:

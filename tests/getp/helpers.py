@@ -12,7 +12,7 @@ import tokenizers
 import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from engine import Completion, EngineStats, Request
+from engine import Completion, EngineStats, Request, RequestError
 from getp.files import token_line, writing
 from model.cost.known_models import named_config
 from tokenizer import ChatTemplate, Tokenizer
@@ -117,8 +117,8 @@ class FakeEngine:
         batch: int = 4,
     ) -> None:
         config = named_config("qwen2-0.5b")
-        self.config = replace(config, max_positions=max_positions, stop_ids=frozenset())
-        self.held_config = self.config
+        self.model_config = replace(config, max_positions=max_positions, stop_ids=frozenset())
+        self.held_config = self.model_config
         self.max_batch_size = batch
         self.tensor_parallel = 1
         self.device, self.dtype = torch.device("cpu"), torch.float32
@@ -153,9 +153,11 @@ class FakeEngine:
     def _complete(self, request: Request) -> Completion:
         self.requests.append(request)
         prompt, params = request.prompt_ids, request.params
-        limit = min(params.max_positions or 10**9, self.config.max_positions) - len(prompt)
+        limit = min(params.max_positions or 10**9, self.model_config.max_positions) - len(prompt)
         if limit < 1:
-            return Completion(request.request_id, [], "error", "the prompt is too long")
+            return Completion(
+                request.request_id, [], "error", RequestError("the prompt is too long")
+            )
         ids: list[int] = []
         for token_id in islice(self._answer(prompt), min(limit, params.max_new_tokens or 10**9)):
             ids.append(token_id)

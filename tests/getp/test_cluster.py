@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
-from engine import Completion, Engine, EngineError, Request, SamplingParams
+from engine import Completion, Engine, EngineConfig, EngineError, Request, SamplingParams
 from getp.cli import main as cli
 from getp.cluster import driver as cluster
 from getp.cluster.driver import Cluster, Member
@@ -27,7 +28,7 @@ from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "data" / "model"
-SMALL: dict[str, Any] = {"dtype": "float32", "kv_memory": 32 << 20, "max_batch_size": 4}
+SMALL = EngineConfig(dtype="float32", kv_memory=32 << 20, max_batch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def wanted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOURCE_DATE_EPOCH", "1750000000")
         work = job(tmp_path_factory.mktemp("one"), mixed(60))
-        assert run(work, Engine(MODEL, **SMALL)) == SOME_FAILED
+        assert run(work, Engine(MODEL, SMALL)) == SOME_FAILED
     result = Path(work.output).read_bytes()
     codes = re.findall(rb'"code": ?"(\w+)"', result)
     assert set(codes) == {b"request_error", b"unknown_parameter"}
@@ -117,11 +118,11 @@ def test_one_two_and_four_replicas_give_the_tokens_of_one_engine(
         for index in range(24)
     ]
     folder = checkpoint("gpt_oss")
-    with Engine(folder, **SMALL) as engine:
+    with Engine(folder, SMALL) as engine:
         expected = {each.request_id: each.token_ids for each in engine.generate(requests)}
     assert len({tuple(tokens) for tokens in expected.values()}) > 20
     for count in (1, 2, 4):
-        replicas = Cluster(folder, folder, count, **SMALL)
+        replicas = Cluster(folder, folder, count, SMALL)
         done = list(replicas.generate(requests))
         replicas.close()
         assert {each.request_id: each.token_ids for each in done} == expected
@@ -175,7 +176,7 @@ def test_a_replica_killed_mid_job_changes_no_byte_and_nothing_comes_twice(
     monkeypatch.setattr(Journal, "append", counted)
     work = job(tmp_path, mixed(60))
     work = batch.replace(work, report=str(tmp_path / "report.json"))
-    replicas = KilledOnce(MODEL, MODEL, 2, tensor_parallel=ranks, **SMALL)
+    replicas = KilledOnce(MODEL, MODEL, 2, replace(SMALL, tensor_parallel=ranks))
     assert run(work, replicas) == SOME_FAILED
     replicas.close()
     assert Path(work.output).read_bytes() == wanted
@@ -208,12 +209,12 @@ def test_after_ctrl_c_one_engine_goes_on_where_replicas_stopped(
     one_ray: str, tmp_path: Path, wanted: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     work = batch.replace(job(tmp_path, mixed(60)), grace_s=0.0)
-    replicas = Interrupting(MODEL, MODEL, 2, **SMALL)
+    replicas = Interrupting(MODEL, MODEL, 2, SMALL)
     with pytest.raises(Interrupted, match=r"\d+ of 60 requests are done and kept"):
         run(work, replicas)
     assert all(member.actor is None for member in replicas.members)
     replicas.close()
-    assert run(work, Engine(MODEL, **SMALL)) == SOME_FAILED
+    assert run(work, Engine(MODEL, SMALL)) == SOME_FAILED
     assert "going on: " in capsys.readouterr().err
     assert Path(work.output).read_bytes() == wanted
 
@@ -221,7 +222,7 @@ def test_after_ctrl_c_one_engine_goes_on_where_replicas_stopped(
 class FatalEngine(FakeEngine):
     """Ends its process at the prompt "5"."""
 
-    def __init__(self, checkpoint: str, **settings: Any) -> None:
+    def __init__(self, checkpoint: str, *_: Any, **__: Any) -> None:
         super().__init__()
         self.fatal = Tokenizer.load(checkpoint).encode("5")
 
@@ -238,7 +239,7 @@ def test_a_replica_that_keeps_dying_ends_the_job_and_says_with_which_request(
 ) -> None:
     work = job(tmp_path, [{"prompt": str(n)} for n in range(10)])
     made: Any = FatalEngine
-    replicas = Cluster(MODEL, MODEL, 1, dtype="float32", make_engine=made)
+    replicas = Cluster(MODEL, MODEL, 1, EngineConfig(dtype="float32"), make_engine=made)
     with pytest.raises(GetpError, match=r"replica 0 died 3 times in a row.* the requests 5 \("):
         run(work, replicas)
     replicas.close()
@@ -249,8 +250,8 @@ def test_a_replica_that_keeps_dying_ends_the_job_and_says_with_which_request(
 
 
 def test_a_start_that_fails_ends_the_job_with_its_own_error(one_ray: str) -> None:
-    replicas = Cluster(MODEL, MODEL, 1, **{**SMALL, "kv_memory": 1})
-    with pytest.raises(EngineError, match="--kv-memory of 1 bytes holds"):
+    replicas = Cluster(MODEL, MODEL, 1, replace(SMALL, kv_memory=1))
+    with pytest.raises(EngineError, match="kv_memory 1 means 1 bytes, which hold 0 blocks"):
         replicas.warm_up()
     replicas.close()
 

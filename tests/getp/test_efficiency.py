@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import Engine, EngineStats, Request, SamplingParams
+from engine import Engine, EngineConfig, EngineStats, Request, SamplingParams
 from getp.report.efficiency import Explanation, explain, explain_counts, run_cost
 from model.cost.devices import find_device
 from model.cost.known_models import named_config
@@ -80,7 +80,7 @@ def test_a_run_of_nothing_is_not_explained() -> None:
 
 def test_the_engine_counts_what_it_computes(checkpoint: Callable[[str], Path]) -> None:
     params = SamplingParams(max_new_tokens=4, ignore_eos=True)
-    with Engine(checkpoint("qwen2"), max_batch_size=2, dtype="float32") as engine:
+    with Engine(checkpoint("qwen2"), EngineConfig(max_batch_size=2, dtype="float32")) as engine:
         list(engine.generate([Request(list(range(1, n)), params, n) for n in (6, 9, 12)]))
         stats = engine.stats
     assert (stats.prefill_chunks, stats.prefill_tokens) == (3, 5 + 8 + 11)
@@ -95,10 +95,9 @@ def test_the_engine_counts_what_it_computes(checkpoint: Callable[[str], Path]) -
 def test_steps_that_wait_for_memory_are_counted(checkpoint: Callable[[str], Path]) -> None:
     params = SamplingParams(max_new_tokens=20, ignore_eos=True)
     block = 2 * 4 * 4 * 2 * 16 * 4  # both, layers, positions, KV heads, their size, float32
-    engine = Engine(
-        checkpoint("qwen2"), kv_memory=12 * block, block_size=4, max_batch_size=8, dtype="float32",
-        prefix_cache=False,
-    )  # fmt: skip
-    with engine:
+    config = EngineConfig(
+        dtype="float32", kv_memory=12 * block, block_size=4, max_batch_size=8, prefix_cache=False
+    )
+    with Engine(checkpoint("qwen2"), config) as engine:
         list(engine.generate([Request([1, 2, 3, n], params, n) for n in range(6)]))
     assert engine.stats.kv_full_steps > engine.stats.short_steps

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engine import Engine, SamplingParams
+from engine import Engine, EngineConfig, SamplingParams
 from getp.job import run as batch
 from getp.job.ordering import together
 from getp.job.prefetch import Prefetcher
@@ -75,9 +75,12 @@ def test_interleaved_families_hit_a_small_prefix_cache_when_brought_together(
 ) -> None:
     cached, results = {}, {}
     for schedule in ("first", "throughput"):
-        probe = Engine(checkpoint("qwen2"), dtype="float32", max_batch_size=2)
+        probe = Engine(checkpoint("qwen2"), EngineConfig(dtype="float32", max_batch_size=2))
         block = probe._runner.block_bytes(16)
-        engine = Engine(checkpoint("qwen2"), dtype="float32", max_batch_size=1, kv_memory=9 * block)
+        engine = Engine(
+            checkpoint("qwen2"),
+            EngineConfig(dtype="float32", max_batch_size=1, kv_memory=9 * block),
+        )
         results[schedule] = run(tmp_path / schedule, schedule, engine, interleaved())
         cached[schedule] = engine.stats.cached_tokens
     assert results["first"] == results["throughput"]

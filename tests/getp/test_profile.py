@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from engine import Engine, EngineError, Request, SamplingParams
+from engine import Engine, EngineConfig, EngineError, Request, SamplingParams
 from engine.step_probe import Probe
 from getp.analysis.advice import advise, judge
 from getp.analysis.part_timer import Launches, add_up, time_parts
@@ -98,7 +98,9 @@ def test_parts_are_within_5_percent_of_the_step_of_a_mid_size_model(
         "tie_word_embeddings": True, "torch_dtype": "float32",
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with Engine(tmp_path, device="cpu", max_batch_size=8, dummy_weights=True) as engine:
+    with Engine(
+        tmp_path, EngineConfig(device="cpu", max_batch_size=8, dummy_weights=True)
+    ) as engine:
         probe = Probe(engine, batch=8, query=1, context=256)
         times = measure(probe.step, CPU, limit_s=30)  # mostly far less
     assert sum(times.parts.values()) == pytest.approx(times.alone_s, rel=0.05)
@@ -130,7 +132,7 @@ def test_a_step_that_fails_ends_its_observation() -> None:
 
 
 def test_observing_a_step_changes_no_result(checkpoint: Callable[[str], Path]) -> None:
-    with Engine(checkpoint("gpt_oss"), device="cpu", max_batch_size=2) as engine:
+    with Engine(checkpoint("gpt_oss"), EngineConfig(device="cpu", max_batch_size=2)) as engine:
         probe = Probe(engine, batch=2, query=1, context=200)
         seconds = time_parts(probe.step, CPU)
         assert seconds["attention"] > 0
@@ -158,7 +160,7 @@ def test_kernels_count_where_they_were_launched() -> None:
 
 def test_a_probe_repeats_one_step_at_one_length(checkpoint: Callable[[str], Path]) -> None:
     """Also where a window gives blocks back: gpt-oss' context here is ten times its window."""
-    with Engine(checkpoint("gpt_oss"), device="cpu", max_batch_size=3) as engine:
+    with Engine(checkpoint("gpt_oss"), EngineConfig(device="cpu", max_batch_size=3)) as engine:
         probe = Probe(engine, batch=3, query=1, context=250)
         used = []
         for _ in range(20):
@@ -170,7 +172,9 @@ def test_a_probe_repeats_one_step_at_one_length(checkpoint: Callable[[str], Path
 
 
 def test_an_engine_without_room_says_so(checkpoint: Callable[[str], Path]) -> None:
-    with Engine(checkpoint("qwen2"), device="cpu", max_batch_size=2, kv_memory=2**18) as engine:
+    with Engine(
+        checkpoint("qwen2"), EngineConfig(device="cpu", max_batch_size=2, kv_memory=2**18)
+    ) as engine:
         with pytest.raises(EngineError, match="more than one step takes"):
             Probe(engine, batch=3, query=1, context=40)
         with pytest.raises(EngineError, match="a context of 1000000 is beyond"):
@@ -181,7 +185,7 @@ def test_the_engine_still_answers_after_a_profile_of_another(
     checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     request = Request([5, 6, 7], SamplingParams(max_new_tokens=8, ignore_eos=True))
-    with Engine(checkpoint("qwen2"), device="cpu") as engine:
+    with Engine(checkpoint("qwen2"), EngineConfig(device="cpu")) as engine:
         before = next(iter(engine.generate([request]))).token_ids
         profiled(capsys, checkpoint("qwen2"), "--context", 30)
         assert next(iter(engine.generate([request]))).token_ids == before
@@ -258,7 +262,7 @@ def test_operations_of_a_fused_kernel_have_no_part_of_their_own(
 
     monkeypatch.setattr(CpuBackend, "norm_qkv", norm_qkv)
     monkeypatch.setattr(CpuBackend, "norm_mlp", lambda self, x, delta, *rest: (x, delta.exp()))
-    with Engine(checkpoint("qwen2"), device="cpu", max_batch_size=1) as engine:
+    with Engine(checkpoint("qwen2"), EngineConfig(device="cpu", max_batch_size=1)) as engine:
         probe = Probe(engine, batch=1, query=1, context=30)
         seconds = time_parts(probe.step, CPU)
     assert not seconds.keys() & FUSED_INTO.keys()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import Engine, Request, SamplingParams
+from engine import Engine, EngineConfig, Request, SamplingParams
 from model import Transformer, load_config
 from model import loader as weights
 from model.ops.backend import choose_backend
@@ -73,7 +73,7 @@ def test_64_greedy_tokens_equal_transformers(
 ) -> None:
     # 3: shorter than any window; 50: runs over window and original context while decoding.
     prompts = [prompt(3, 1), prompt(50, 2), prompt(150, 3)]
-    with Engine(checkpoint(name), dtype="float32", kv_memory=32 << 20) as engine:
+    with Engine(checkpoint(name), EngineConfig(dtype="float32", kv_memory=32 << 20)) as engine:
         params = SamplingParams(max_new_tokens=64, ignore_eos=True)
         done = {
             c.request_id: c.token_ids
@@ -89,7 +89,7 @@ def test_mxfp4_experts_equal_their_dequantised_weights(tmp_path: Path) -> None:
     ids = prompt(120)
     peer = Peer(tmp_path / "dense")
     assert_close(logits_of(tmp_path / "packed", ids), peer.logits(ids))
-    with Engine(tmp_path / "packed", dtype="float32", kv_memory=32 << 20) as engine:
+    with Engine(tmp_path / "packed", EngineConfig(dtype="float32", kv_memory=32 << 20)) as engine:
         request = Request(ids, SamplingParams(max_new_tokens=64, ignore_eos=True))
         (done,) = engine.generate([request])
     assert len(done.token_ids) == 64

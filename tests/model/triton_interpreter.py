@@ -15,7 +15,7 @@ import torch
 import triton.language as tl
 from triton import jit
 
-from engine import Engine, Request, SamplingParams
+from engine import Engine, EngineConfig, Request, SamplingParams
 from model import ops
 from model.ops import cpu, reference, triton
 from model.ops.forward_batch import ForwardBatch, GroupTables
@@ -425,9 +425,9 @@ def test_a_model_with_its_norms_fused_gives_the_same_tokens(
     tokens = []
     for kernels in (cpu, triton):
         monkeypatch.setitem(ops._BY_DEVICE, "cpu", kernels)
-        with Engine(checkpoint, dtype="float32", kv_memory=1 << 20) as engine:
+        with Engine(checkpoint, EngineConfig(dtype="float32", kv_memory=1 << 20)) as engine:
             tokens.append([c.token_ids for c in engine.generate(requests)])
-            layers = len(engine.config.layers)
+            layers = len(engine.model_config.layers)
     assert tokens[0] == tokens[1]
     assert Counter(called) == {"norm_linear": 3 * layers, "_mlp": 3 * layers}
 
@@ -476,7 +476,7 @@ def test_the_model_of_the_repository_gives_the_same_tokens(
     tokens = []
     for kernels in (cpu, triton):
         monkeypatch.setitem(ops._BY_DEVICE, "cpu", kernels)
-        with Engine(DATA / "model", dtype="float32", kv_memory=1 << 20) as engine:
+        with Engine(DATA / "model", EngineConfig(dtype="float32", kv_memory=1 << 20)) as engine:
             found = {c.request_id: c.token_ids for c in engine.generate(requests)}
             tokens.append(found)
     assert tokens[0] == tokens[1]

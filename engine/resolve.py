@@ -1,0 +1,116 @@
+"""EngineConfig → Settings: the device, the dtype and the limits of a run on this machine."""
+
+import os
+from dataclasses import dataclass, replace
+
+import torch
+
+from engine.config import EngineConfig
+from engine.errors import EngineError
+from model import ModelConfig
+from model.cost.operations import check_tensor_parallel
+from model.ops.backend import choose_backend
+
+
+@dataclass(frozen=True)
+class Settings:
+    """An EngineConfig in which nothing is left open."""
+
+    model: ModelConfig  # as the weights are held, see `held_config`
+    device: torch.device  # of rank 0
+    dtype: torch.dtype
+    max_batch_size: int
+    max_batch_tokens: int
+    block_size: int
+    kv_memory: int | None  # bytes; None: what the memory allows
+    tensor_parallel: int
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the model runs on a CPU."""
+        return self.device.type == "cpu"
+
+
+def resolve(config: EngineConfig, model: ModelConfig) -> Settings:
+    """Choose what `config` leaves open for a model. Raises EngineError if it cannot run here."""
+    device = choose_device(config.device)
+    if config.tensor_parallel > 1:
+        device = check_ranks(model, config.tensor_parallel, device)
+    dtype = choose_dtype(config.dtype, model.dtype, device)
+    on_cpu = device.type == "cpu"
+    # A CPU's kernels reach their full speed at 512 tokens; an expert gets only a part of them.
+    tokens = (512 if model.moe is None else 1024) if on_cpu else 8192
+    return Settings(
+        model=held_config(model, device, dtype),
+        device=device,
+        dtype=dtype,
+        max_batch_size=config.max_batch_size or (64 if on_cpu else 256),
+        max_batch_tokens=config.max_batch_tokens or tokens,
+        block_size=config.block_size,
+        kv_memory=config.kv_memory,
+        tensor_parallel=config.tensor_parallel,
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a setting: auto, cpu, cuda or cuda:N. Raises EngineError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise EngineError(
+            "{device} {name} does not exist: torch finds {count} GPUs", name=name, count=count
+        )
+    return device
+
+
+def choose_dtype(name: str, checkpoint_dtype: str, device: torch.device) -> torch.dtype:
+    """The compute dtype of a setting: auto, or one of `DTYPES`."""
+    if name == "auto":
+        name = checkpoint_dtype
+        if name == "float16" and device.type == "cpu":
+            name = "bfloat16"  # float16 is slow on CPUs, and bfloat16 has at least its range
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype as settings and reports have it, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_ranks(model: ModelConfig, size: int, device: torch.device) -> torch.device:
+    """The device of rank 0 of `size` ranks. Raises EngineError if there cannot be that many."""
+    try:
+        check_tensor_parallel(model, size)
+    except ValueError as error:
+        raise EngineError("{tensor_parallel} {size}: {cause}", size=size, cause=error) from None
+    if device.type == "cpu":
+        return device
+    if device.index is not None:
+        raise EngineError(
+            "{device} {name} is one GPU, but {tensor_parallel} {size} needs {size}: use "
+            "{device} cuda and select GPUs with CUDA_VISIBLE_DEVICES or HIP_VISIBLE_DEVICES",
+            name=device,
+            size=size,
+        )
+    local = min(size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))  # torchrun on several hosts
+    count = torch.cuda.device_count()
+    if local > count:
+        raise EngineError(
+            "{tensor_parallel} {size} needs {local} GPUs on this host, but torch finds {count}",
+            size=size,
+            local=local,
+            count=count,
+        )
+    return torch.device("cuda", 0)
+
+
+def held_config(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> ModelConfig:
+    """The config of the weights as they are held in memory, which may differ from the checkpoint.
+
+    MXFP4 weights become dense where no kernel reads them packed; the bytes of a step depend on it.
+    """
+    if config.mxfp4_experts and not choose_backend(device, dtype).keeps_mxfp4:
+        return replace(config, mxfp4_experts=False)
+    return config

@@ -1,0 +1,49 @@
+"""What a report needs to know of a finished run, whether one engine or many replicas did it."""
+
+import resource
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.stats import EngineStats
+from model import ModelConfig
+
+
+@dataclass(frozen=True)
+class ReplicaSummary:
+    """One replica's part of a run, through all the processes that it had."""
+
+    replica: int  # counted from 0
+    host: str | None  # None: it never started
+    requests: int  # finished here
+    output_tokens: int
+    output_tok_s: float
+    busy: float  # share of the inference time in which it had requests
+    mean_batch: float  # sequences in a step
+    deaths: int  # processes that ended unexpectedly
+    requests_left_to_others: int  # requests that it held when it died
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """The devices, the settings and the counters of a run. Memory is in bytes."""
+
+    device: str  # for display: a GPU's name, "cpu", or a phrase that describes the replicas
+    device_type: Literal["cpu", "cuda"]
+    device_count: int  # devices whose peaks add up to the limit of what `stats` counts
+    dtype: str  # "bfloat16", "float16" or "float32"
+    tensor_parallel: int  # of the engine, or of each replica
+    max_batch_size: int  # of the engine, or of each replica
+    config: ModelConfig  # as the weights are held
+    stats: EngineStats  # of all replicas together
+    peak_memory_bytes: int  # resident memory of this process
+    peak_gpu_memory_bytes: int | None = None  # of the GPU that used the most; None on a CPU
+    replicas: tuple[ReplicaSummary, ...] = ()  # empty for one engine
+    replicas_device: str | None = None  # device name of a replica: a GPU's name, or "cpu"
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process ever had resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
