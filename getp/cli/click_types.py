@@ -66,6 +66,8 @@ def refuse_other_modes(ctx: click.Context, mode: str) -> None:
 class Number(click.FloatRange):
     """A finite number in a range."""
 
+    name = "number"
+
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
@@ -82,6 +84,8 @@ class Number(click.FloatRange):
 
 class Integer(click.IntRange):
     """An integer in a range."""
+
+    name = "integer"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Return the integer."""

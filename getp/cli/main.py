@@ -20,7 +20,7 @@ from getp.errors import GetpError, Interrupted, UsageProblem, worded
 from getp.terminal import say, warn
 
 
-@cloup.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@cloup.command(cls=Command, add_help_option=False)
 @with_options
 @click.pass_context
 def command(ctx: click.Context, **given: Any) -> int:

@@ -241,6 +241,7 @@ _ALL: tuple[_Decorator, ...] = (
     _replicas(
         "--replicas",
         type=Replicas(),
+        metavar="N|auto",
         help="Run N engines, each on its own GPU or a share of the CPU cores; auto: one per GPU, "
         "or one per host without GPUs. Needs Ray: pip install 'getp[cluster]'.  "
         "[default: one engine, without Ray]",
@@ -308,4 +309,5 @@ _ALL: tuple[_Decorator, ...] = (
     click.version_option(
         __version__, prog_name="getp", message="%(prog)s %(version)s", cls=Option, group=_HELP
     ),
+    click.help_option("-h", "--help", cls=Option, group=_HELP),
 )
