@@ -26,7 +26,7 @@ from getp.cluster.driver import Cluster
 from getp.files import token_line
 from getp.job import run as batch
 from getp.job.journal import Journal
-from getp.job.request_reader import Defaults
+from getp.job.request_reader import RequestDefaults
 from getp.report.job_report import Measurements
 from getp.text.answer_text import StopWatcher
 from tokenizer import Tokenizer
@@ -84,7 +84,7 @@ def whole_job(folder: Path, replicas: Cluster, count: int) -> dict[str, float]:
     with open(source, "w") as file:
         file.write(f"{count}\n")
         file.writelines(f"What is {index} plus {index % 77}?\n" for index in range(count))
-    job = batch.Job(str(source), str(output), "nothing", Defaults(SamplingParams(seed=1)))
+    job = batch.Job(str(source), str(output), "nothing", RequestDefaults(SamplingParams(seed=1)))
     clock = _Clock()
     status = batch.run_job(job, batch.read(job), Tokenizer.load(_MODEL), replicas)
     found = clock.read(count)

@@ -25,7 +25,7 @@ from tokenizers import models, pre_tokenizers
 
 from engine import Completion, Engine, EngineStats, Request, SamplingParams
 from getp.job import run as batch
-from getp.job.request_reader import Defaults
+from getp.job.request_reader import RequestDefaults
 from model.cost.known_models import named_config
 from tokenizer import Tokenizer
 
@@ -125,7 +125,7 @@ def soak(folder: Path, requests: int, schedule: Any, form: str) -> dict[str, Any
         input=str(source),
         output=str(output),
         checkpoint="nothing",
-        defaults=Defaults(SamplingParams(seed=1)),
+        defaults=RequestDefaults(SamplingParams(seed=1)),
         schedule=schedule,
     )
     engine = IdleEngine(max(1, requests // 20))

@@ -28,8 +28,8 @@ from rich.table import Table
 from benchmarks.loads import Load, make_load
 from engine import Engine, EngineConfig, EngineStats, Request, SamplingParams
 from getp.report.efficiency import run_cost
-from getp.job.ordering import Schedule, together
-from getp.job.request_reader import Task
+from getp.job.ordering import Schedule, order_for_throughput
+from getp.job.formats.interface import JobRequest
 from model.cost import measure
 from model.ops.step_parts import observe
 
@@ -83,14 +83,16 @@ def main(
         start_up = time.perf_counter() - start
         engine.stats = EngineStats(kv_bytes=engine.stats.kv_bytes)
         tasks = [
-            Task(i, i + 1, str(i), prompt, SamplingParams(max_new_tokens=count, ignore_eos=True))
+            JobRequest(
+                i, i + 1, str(i), prompt, SamplingParams(max_new_tokens=count, ignore_eos=True)
+            )
             for i, (prompt, count) in enumerate(zip(prompts, outputs, strict=True))
         ]
-        ordered = together(tasks) if schedule == "throughput" else tasks
+        ordered = order_for_throughput(tasks) if schedule == "throughput" else tasks
         requests = [
             Request(task.prompt_ids, task.params, task.index)
             for task in ordered
-            if isinstance(task, Task)
+            if isinstance(task, JobRequest)
         ]
         start = time.perf_counter()
         done = list(engine.generate(requests))

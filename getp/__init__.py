@@ -1,12 +1,71 @@
-"""What a user asks for: the command line, files of prompts, chat, results and reports.
+"""What a user asks for: the command line, jobs on files of prompts, chat and reports.
 
 Owns text, files and the terminal; never touches tensors. `getp.cli.main` is the command and
-`getp.job.run` the main job.
+`getp.job.run` the main job. As a library:
+
+    from getp import Engine, Request, SamplingParams, Tokenizer
+
+These names are imported when they are first used, so that `import getp` stays fast.
 """
 
-import model  # noqa: F401  before torch: it says how threads wait, and what is no warning
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 EMBEDDED = "the embedded model"
-"""What reports call the model that comes with getp."""
+"""The name of the model that comes with getp, in reports."""
+
+
+def _check_packages() -> None:
+    """Raise ImportError if a file of the user's hides one of the packages that belong to getp.
+
+    A `model.py` in the current directory is found before the package `model`; without this check
+    the import fails much later with a message that does not name the cause.
+    """
+    root = Path(__file__).resolve().parent.parent
+    for name in ("engine", "model", "tokenizer"):
+        try:
+            spec = find_spec(name)
+        except ValueError:  # a module that was not imported from a file has this name
+            spec = None
+        places = list(spec.submodule_search_locations or [spec.origin or ""]) if spec else []
+        if root / name in [Path(place).resolve() for place in places]:
+            continue
+        if not places:
+            raise ImportError(f"getp needs its package {name!r}, which is missing: reinstall getp")
+        raise ImportError(
+            f"{places[0]} hides getp's package {name!r}: rename it, or run from a directory that "
+            f"has no {name!r} of its own"
+        )
+
+
+_check_packages()
+
+import model  # noqa: E402, F401  before torch: it sets how OpenMP threads wait
+
+if TYPE_CHECKING:
+    from engine import Completion, Engine, EngineConfig, Request, SamplingParams
+    from tokenizer import Tokenizer
+
+__all__ = [
+    "Completion",
+    "Engine",
+    "EngineConfig",
+    "Request",
+    "SamplingParams",
+    "Tokenizer",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("tokenizer" if name == "Tokenizer" else "engine"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

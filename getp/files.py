@@ -1,6 +1,6 @@
-"""Files as bytes: opened by suffix, read line by line, written whole or not at all.
+"""Files as bytes: opened by suffix, read line by line, written completely or not at all.
 
-A path of `-` is standard input or standard output; `.gz` and `.zst` are compressed.
+The path `-` is standard input or standard output; `.gz` and `.zst` files are compressed.
 """
 
 import gzip
@@ -20,10 +20,10 @@ from getp.errors import GetpError
 from getp.terminal import visible
 
 STANDARD = "-"
-LONGEST_LINE = 64 << 20  # bytes; what is longer is no prompt
+LONGEST_LINE = 64 << 20  # bytes; a longer line is not a prompt
 _BOM = b"\xef\xbb\xbf"
 _TOKEN_ID = re.compile(rb"[0-9]{1,10}")
-_BIGGEST_ID = 2**31 - 1
+_LARGEST_ID = 2**31 - 1
 
 TokenIds: TypeAlias = "array[int]"
 """The ids of one completion, four bytes each."""
@@ -31,7 +31,10 @@ TokenIds: TypeAlias = "array[int]"
 
 @contextmanager
 def opened(path: str) -> Iterator[BinaryIO]:
-    """Open a file (or standard input) for reading, unpacked. Raises GetpError, also while read."""
+    """Open a file (or standard input) for reading, decompressed.
+
+    Raises GetpError, also for errors while the file is read.
+    """
     name = "standard input" if path == STANDARD else path
     try:
         with ExitStack() as stack:
@@ -49,41 +52,41 @@ def opened(path: str) -> Iterator[BinaryIO]:
 
 
 class _ZstdReader(io.RawIOBase):
-    """Unpacks frame after frame; unlike the library's own, an end inside a frame is an error."""
+    """Decompresses frame after frame; unlike the library's reader, it refuses a truncated frame."""
 
     def __init__(self, file: BinaryIO) -> None:
-        import zstandard  # here, so that other files can be read without it
+        import zstandard  # here, so that other files need no zstandard
 
         self._library = zstandard
         self._file = file
         self._frame: Any = None  # None between two frames
-        self._packed = b""
-        self._unpacked = b""
+        self._compressed = b""
+        self._data = b""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill the buffer with what comes next; 0 at the end."""
-        while not self._unpacked:
-            # Little at a time: 4 KiB can unpack to 128 MiB, but not to more.
-            self._packed = self._packed or self._file.read(1 << 12)
-            if not self._packed:
+        """Fill the buffer with the next bytes; return how many, 0 at the end."""
+        while not self._data:
+            # In small pieces: 4 KiB can decompress to 128 MiB, but not to more.
+            self._compressed = self._compressed or self._file.read(1 << 12)
+            if not self._compressed:
                 if self._frame is not None:
                     raise EOFError("the file ends inside a zstd frame")
                 return 0
             if self._frame is None:
                 self._frame = self._library.ZstdDecompressor().decompressobj()
             try:
-                self._unpacked = self._frame.decompress(self._packed)
+                self._data = self._frame.decompress(self._compressed)
             except self._library.ZstdError as error:
                 raise OSError(str(error)) from error
-            self._packed = self._frame.unused_data
+            self._compressed = self._frame.unused_data
             if self._frame.eof:
                 self._frame = None
-        count = min(len(buffer), len(self._unpacked))
-        buffer[:count] = self._unpacked[:count]
-        self._unpacked = self._unpacked[count:]
+        count = min(len(buffer), len(self._data))
+        buffer[:count] = self._data[:count]
+        self._data = self._data[count:]
         return count
 
 
@@ -94,9 +97,9 @@ def read_bytes(path: str) -> bytes:
 
 
 def lines_of(file: BinaryIO) -> Iterator[bytes | None]:
-    r"""Yield lines, split at `\n` alone and one `\r` before it dropped; None: too long.
+    r"""Yield lines without their `\n` or `\r\n`; None stands for a line that is too long.
 
-    str.splitlines would also split at U+2028 and friends, which prompts do contain.
+    str.splitlines would also split at U+2028 and similar characters, which occur in prompts.
     """
     start = True
     while line := file.readline(LONGEST_LINE):
@@ -118,28 +121,31 @@ def split_lines(data: bytes) -> list[bytes]:
 
 
 def read_token_file(path: str) -> list[TokenIds]:
-    """Read token ids, one request a line. Raises GetpError naming the line that is wrong."""
+    """Read token ids, one request per line. Raises GetpError naming the first wrong line."""
     name = "standard input" if path == STANDARD else path
     rows: list[TokenIds] = []
     for number, line in enumerate(split_lines(read_bytes(path)), start=1):
         words = line.split()
         for word in words:
-            if not _TOKEN_ID.fullmatch(word) or int(word) > _BIGGEST_ID:
+            if not _TOKEN_ID.fullmatch(word) or int(word) > _LARGEST_ID:
                 shown = word[:40].decode("utf-8", "replace")
-                raise GetpError(f"{name}, line {number}: {shown!r} is no token id")
+                raise GetpError(
+                    f"{name}, line {number}: {shown!r} is not a token id; a token file as "
+                    "written by mode getp is expected"
+                )
         rows.append(array("i", map(int, words)))
     return rows
 
 
 def token_line(ids: Sequence[int]) -> bytes:
-    """Return one line of a token file, without its end: ids separated by one space."""
+    """Return one line of a token file, without newline: ids separated by one space."""
     return " ".join(map(str, ids)).encode()
 
 
 def json_line(value: object) -> bytes:
     """Return `value` as JSON on one line of UTF-8; lone surrogates stay escaped.
 
-    Raises ValueError for NaN and infinity, which JSON cannot say.
+    Raises ValueError for NaN and infinity, which JSON does not have.
     """
     form: dict[str, Any] = {"separators": (",", ":"), "allow_nan": False}
     try:
@@ -149,16 +155,16 @@ def json_line(value: object) -> bytes:
 
 
 def write_report(path: str, report: Mapping[str, Any]) -> None:
-    """Write what a mode reports as one JSON object."""
+    """Write a report as one indented JSON object, to a file or standard output (`-`)."""
     with writing(path) as file:
         file.write(json.dumps(report, indent=2).encode() + b"\n")
 
 
 @contextmanager
 def writing(path: str) -> Iterator[BinaryIO]:
-    """Open a file that appears under its name only once it is whole and on the disk.
+    """Open a file for writing that appears under its name when it is complete and on the disk.
 
-    Standard output (`-`), pipes and devices are written to as they are. Raises GetpError.
+    Standard output (`-`), pipes and devices are written to directly. Raises GetpError.
     """
     if path == STANDARD:
         sys.stdout.flush()
@@ -166,12 +172,12 @@ def writing(path: str) -> Iterator[BinaryIO]:
             yield shown
         sys.stdout.buffer.flush()
         return
-    target = Path(os.path.realpath(path))  # through a link, so that the link stays
+    target = Path(os.path.realpath(path))  # so that a symbolic link stays one
     temporary = target if in_place(path) else _temporary(target)
     try:
         try:
             with open(temporary, "wb") as file:
-                with _packed(file, path) as packed, _shown(packed) as shown:
+                with _compressed(file, path) as compressed, _shown(compressed) as shown:
                     yield shown
                 file.flush()
                 if temporary != target:
@@ -188,7 +194,7 @@ def writing(path: str) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _shown(file: BinaryIO) -> Iterator[BinaryIO]:
-    """Yield the file, or if it is a terminal, what leaves out the control characters of a text."""
+    """Yield the file, or for a terminal a buffer that is written without control characters."""
     if not file.isatty():
         yield file
         return
@@ -198,11 +204,11 @@ def _shown(file: BinaryIO) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _packed(file: BinaryIO, path: str) -> Iterator[BinaryIO]:
+def _compressed(file: BinaryIO, path: str) -> Iterator[BinaryIO]:
     if path.endswith(".gz"):
-        # Neither name nor time inside: the same results are the same bytes.
-        with gzip.GzipFile("", "wb", 6, file, mtime=0) as packed:
-            yield cast(BinaryIO, packed)
+        # Without name and time in the header, so that equal results are equal bytes.
+        with gzip.GzipFile("", "wb", 6, file, mtime=0) as compressor:
+            yield cast(BinaryIO, compressor)
     elif path.endswith(".zst"):
         import zstandard
 
@@ -215,12 +221,12 @@ def _packed(file: BinaryIO, path: str) -> Iterator[BinaryIO]:
 
 
 def in_place(path: str) -> bool:
-    """Whether `path` is no file that could be replaced: standard output, a pipe, a device."""
+    """Whether `path` cannot be replaced atomically: standard output, a pipe or a device."""
     return path == STANDARD or (os.path.exists(path) and not os.path.isfile(path))
 
 
 def sync_folder(folder: Path) -> None:
-    """See that names made, changed or removed in a folder are on the disk."""
+    """Write the names that were made, changed or removed in a folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -228,15 +234,19 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def check_writable(path: str, others: Sequence[str] = ()) -> None:
-    """Raise GetpError now if `path` cannot be written later, or is one of the job's other files."""
+def check_writable(path: str, role: str, others: Mapping[str, str] | None = None) -> None:
+    """Raise GetpError if `path` cannot be written, or is one of the other files.
+
+    role: what the file is, for the message; others: paths of other files, by role.
+    """
     if path == STANDARD:
         return
     if not path:
-        raise GetpError("cannot write a file without a name")
+        raise GetpError(f"the name of the {role} file must not be empty")
     target = Path(os.path.realpath(path))
-    if any(other != STANDARD and Path(os.path.realpath(other)) == target for other in others):
-        raise GetpError(f"cannot write {path}: the job uses this file for something else, too")
+    for other_role, other in (others or {}).items():
+        if other != STANDARD and Path(os.path.realpath(other)) == target:
+            raise GetpError(f"{role} and {other_role} are the same file: {path}")
     if in_place(path) and not target.is_dir():
         return
     probe = _temporary(target)
@@ -250,7 +260,7 @@ def check_writable(path: str, others: Sequence[str] = ()) -> None:
 
 
 def remove_leftovers(path: str) -> None:
-    """Remove the unfinished files of processes that were killed while they wrote `path`."""
+    """Remove the temporary files of processes that were killed while they wrote `path`."""
     target = Path(os.path.realpath(path))
     for file in target.parent.iterdir():
         if re.fullmatch(rf"\.{re.escape(target.name)}\.[0-9]+\.tmp", file.name):

@@ -1,10 +1,10 @@
-"""What identifies a checkpoint and a tokenizer: their contents, wherever they lie."""
+"""Fingerprints of checkpoints and tokenizers: of their contents, not of their paths."""
 
 import hashlib
 from pathlib import Path
 
-_WHOLE = 64 << 20  # bytes up to which a file is read in full
-_SAMPLES, _SAMPLE = 64, 64 << 10  # else this many pieces of this size, evenly spaced
+_WHOLE = 64 << 20  # files up to this size (bytes) are read completely
+_SAMPLES, _SAMPLE = 64, 64 << 10  # of larger files, this many evenly spaced pieces of this size
 
 _CHECKPOINT_FILES = ("config.json", "generation_config.json", "*.safetensors")
 _TOKENIZER_FILES = (
@@ -15,13 +15,13 @@ _TOKENIZER_FILES = (
 def of_checkpoint(folder: Path) -> str:
     """Return the fingerprint of a checkpoint's configuration and weights.
 
-    Of large weight files only samples are read: training changes every part of them.
+    Large weight files are sampled: training changes every part of them.
     """
     return _of_files(folder, _CHECKPOINT_FILES)
 
 
 def of_tokenizer(path: Path) -> str:
-    """Return the fingerprint of a tokenizer's files; `path` is their directory or the first."""
+    """Return the fingerprint of a tokenizer's files: of a directory, or beside a tokenizer.json."""
     if path.is_dir():
         return _of_files(path, _TOKENIZER_FILES)
     return _of_files(path.parent, (path.name, *_TOKENIZER_FILES[1:]))

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from getp import tables
 from getp.analysis.step_plan import LOCAL, Model
-from getp.cli.options import most_positions
 from getp.errors import GetpError, UsageProblem
+from getp.limits import most_positions
 from getp.units import percent, seconds
 from model.cost.devices import Device
 from model.cost.interconnect import exchange

@@ -1,1 +1,5 @@
-"""The command line: options become settings, one file a mode."""
+"""The command line: options become frozen dataclasses, and each mode is one file in `modes`.
+
+Only this package names options: errors and warnings from elsewhere name settings, which `wording`
+translates.
+"""

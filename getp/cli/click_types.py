@@ -1,75 +1,100 @@
-"""How our options differ from click's: they come in groups, and belong to modes."""
+"""Parameter types, and the option and the command class, that click does not have."""
 
 import math
 import re
 from typing import Any
 
 import click
+import cloup
 from click.core import ParameterSource
 
+from getp.cli.modes import MODES, Subject
 from getp.errors import UsageProblem
-from model.cost.devices import is_device
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_LEAST_BYTES = 1024  # fewer are a forgotten unit
 
 
-class Option(click.Option):
-    """An option that knows its heading in the help and the modes it means something in."""
+class Option(cloup.Option):
+    """An option that knows its subject, and thereby the modes to which it applies."""
 
-    def __init__(self, *args: Any, group: str, modes: tuple[str, ...] = (), **kwargs: Any) -> None:
+    def __init__(self, *args: Any, subject: Subject = Subject.ANY, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.group = group
-        self.modes = modes  # none: every mode
+        self.subject = subject
+
+    @property
+    def modes(self) -> list[str]:
+        """The modes to which the option applies."""
+        return [
+            name
+            for name, mode in MODES.items()
+            if not self.subject or self.subject in mode.subjects
+        ]
 
 
-class Command(click.Command):
-    """A command whose help lists the options by group, and whose --gpu takes several names."""
+class Command(cloup.Command):
+    """A command whose --gpu takes several names."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Read `--gpu A10 V100` as two: a word after a GPU that is one itself."""
-        spread: list[str] = []
-        for word in args:
-            if spread[-2:-1] == ["--gpu"] and not word.startswith("-") and is_device(word):
-                spread.append("--gpu")
-            spread.append(word)
-        return super().parse_args(ctx, spread)
+        """Parse the arguments; `--gpu A10 V100` is read as `--gpu A10 --gpu V100`."""
+        return super().parse_args(ctx, _repeat_gpu(args) if "--gpu" in args else args)
 
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write one section for each group, in the order in which they were declared."""
-        groups: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is not None and isinstance(parameter, click.Option):
-                group = parameter.group if isinstance(parameter, Option) else "Help"
-                groups.setdefault(group, []).append(record)
-        for group, records in groups.items():
-            with formatter.section(group):
-                formatter.write_dl(records)
+
+def _repeat_gpu(args: list[str]) -> list[str]:
+    """Insert `--gpu` before each name of a GPU that follows another one."""
+    from model.cost.devices import is_device
+
+    found: list[str] = []
+    for word in args:
+        if found[-2:-1] == ["--gpu"] and not word.startswith("-") and is_device(word):
+            found.append("--gpu")
+        found.append(word)
+    return found
 
 
 def refuse_other_modes(ctx: click.Context, mode: str) -> None:
-    """Raise UsageProblem if an option was given that does nothing in this mode."""
+    """Raise UsageProblem for an option on the command line that does not apply to this mode."""
     for parameter in ctx.command.params:
-        if not isinstance(parameter, Option) or not parameter.modes or mode in parameter.modes:
+        if not isinstance(parameter, Option) or mode in parameter.modes:
             continue
         if ctx.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE:
-            raise UsageProblem(
-                f"{'/'.join(parameter.opts)} does nothing in mode {mode}, "
-                f"only in {', '.join(parameter.modes)}"
-            )
+            modes = [f"-m {name}" for name in parameter.modes]
+            listed = " and ".join(filter(None, [", ".join(modes[:-1]), modes[-1]]))
+            raise UsageProblem(f"{'/'.join(parameter.opts)} applies only to {listed}")
 
 
 class Number(click.FloatRange):
-    """A number in a range, which infinity and NaN are not."""
+    """A finite number in a range."""
+
+    name = "number"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
         """Return the number."""
-        number: float = super().convert(value, param, ctx)
+        try:
+            number = float(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number.", param, ctx)
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, ctx)
-        return number
+        in_range: float = super().convert(number, param, ctx)
+        return in_range
+
+
+class Integer(click.IntRange):
+    """An integer in a range."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the integer."""
+        try:
+            number = int(value)
+        except ValueError:
+            self.fail(f"{value!r} is not an integer.", param, ctx)
+        in_range: int = super().convert(number, param, ctx)
+        return in_range
 
 
 class Size(click.ParamType):
@@ -82,11 +107,13 @@ class Size(click.ParamType):
         match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]*)", str(value).strip().lower())
         if match is None or match[2] not in _UNITS or (size := float(match[1])) <= 0:
             self.fail(
-                f"{value!r} is not a size: a number of bytes, or one with KiB, MiB, GiB, "
-                "KB, MB or GB behind it, such as 4GiB",
+                f"{value!r} is not a size: give a number of bytes, or a number with the unit KiB, "
+                "MiB, GiB, KB, MB or GB, such as 4GiB",
                 param,
                 ctx,
             )
+        if not match[2] and size < _LEAST_BYTES:
+            self.fail(f"{value} means {value} bytes; did you mean {value}GiB?", param, ctx)
         return int(size * _UNITS[match[2]])
 
 
@@ -96,14 +123,14 @@ class Device(click.ParamType):
     name = "DEVICE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the value as it is."""
+        """Return the value unchanged."""
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
             self.fail(f"{value!r} is not one of auto, cpu, cuda, cuda:0, cuda:1, …", param, ctx)
         return str(value)
 
 
 class Replicas(click.ParamType):
-    """A number of replicas, or `auto`, which is 0 here."""
+    """A number of replicas, or `auto`, which is returned as 0."""
 
     name = "N|auto"
 
@@ -117,7 +144,7 @@ class Replicas(click.ParamType):
 
 
 class Dtype(click.Choice[str]):
-    """A number format by torch's name or the usual short one; float8 for plans alone."""
+    """A number format by torch's name or its common abbreviation; float8 only for plans."""
 
     _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "float8"}  # noqa: RUF012
 

@@ -4,17 +4,15 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
+from cloup import OptionGroup
 
 from getp import __version__
-from getp.cli.click_types import Device, Dtype, Number, Option, Replicas, Size
+from getp.cli.click_types import Device, Dtype, Integer, Number, Option, Replicas, Size
+from getp.cli.modes import MODES, Subject
+from getp.limits import DEFAULT_MAX_LENGTH
 
-MODES = ("generate", "chat", "getp", "decode", "eval", "plan", "profile")
-_ASKING = ("generate", "chat", "getp")  # the modes that run the model
-_COUNTING = (*_ASKING, "plan")  # and the one that foresees what they would take
-_MEASURED = (*_ASKING, "profile")  # and the one that measures it
-_DEFAULT_STEPS = 1024
-_YEAR = 365 * 24 * 3600  # seconds; Python's own limit for a wait is not far above
-_MANY = 2**20  # more of anything in one step is a mistake
+_YEAR = 365 * 24 * 3600  # seconds; Python's own limit for a wait is not much longer
+_MOST_IN_A_STEP = 2**20  # a larger batch or query is a typing error
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 _Decorator = Callable[[Any], Any]
@@ -27,133 +25,124 @@ def with_options(function: _Decorated) -> _Decorated:
     return function
 
 
-def most_positions(steps: int | None, max_new_tokens: int | None) -> int | None:
-    """Return the most positions of a request by -n and --max-new-tokens; None: the model's limit.
+def _in(group: OptionGroup, subject: Subject = Subject.ANY) -> Callable[..., _Decorator]:
+    """Return a function like click.option for the options of a group and a subject."""
 
-    Without -n a length that was asked for counts alone: no default may cut it.
-    """
-    if steps is None:
-        return _DEFAULT_STEPS if max_new_tokens is None else None
-    return steps or None
-
-
-def _in(group: str, modes: tuple[str, ...] = ()) -> Callable[..., _Decorator]:
-    """Return click.option for one group of options, for these modes (none: all)."""
-
-    def option(*names: str, **rest: Any) -> _Decorator:
-        return click.option(*names, cls=Option, group=group, **{"modes": modes, **rest})
+    def option(*names: str, **attributes: Any) -> _Decorator:
+        return group.option(*names, cls=Option, **{"subject": subject, **attributes})
 
     return option
 
 
-_job = _in("Job")
-_prompt = _in("Prompt", _COUNTING)
-_sampling = _in("Sampling", _ASKING)
-_length = _in("Length", _ASKING)
-_engine = _in("Engine", _MEASURED)
-_plan = _in("Plan", ("plan",))
-_step = _in("Plan", ("plan", "profile"))
-_help = _in("Help")
+_JOB, _ENGINE, _PLAN = OptionGroup("Job"), OptionGroup("Engine"), OptionGroup("Plan")
+_HELP = OptionGroup("Help")
+
+_job = _in(_JOB, Subject.JOB)
+_prompt = _in(OptionGroup("Prompt"), Subject.PROMPT)
+_sampling = _in(OptionGroup("Sampling"), Subject.SAMPLING)
+_length = _in(OptionGroup("Length"), Subject.LENGTH)
+_engine = _in(_ENGINE, Subject.ENGINE)
+_batch = _in(_ENGINE, Subject.BATCH)
+_replicas = _in(_ENGINE, Subject.REPLICAS)
+_step = _in(_PLAN, Subject.STEP)
+_plan = _in(_PLAN, Subject.PLAN)
 
 _ALL: tuple[_Decorator, ...] = (
     click.argument("checkpoint", required=False),
     _job(
         "-m",
         "--mode",
-        type=click.Choice(MODES),
+        subject=Subject.ANY,
+        type=click.Choice(list(MODES)),
         default="generate",
         show_default=True,
-        help="generate: one answer. chat: a conversation. getp: a file of prompts. "
-        "decode: a token file to text. eval: a token file against a reference. "
-        "plan: what a step or a job costs and how fast GPUs can do it. "
-        "profile: where the time of a step goes, measured, and what would help.",
+        help="; ".join(f"{name}: {mode.help}" for name, mode in MODES.items()) + ".",
     ),
     _job(
         "-i",
         "--input",
+        subject=Subject.ANY,
         metavar="FILE|TEXT",
-        help="getp, decode, eval, plan: a file (-: standard input). generate, chat: the prompt.",
+        help="generate, chat: the prompt. Other modes: the input file (-: standard input).",
     ),
     _job(
         "-o",
         "--output",
+        subject=Subject.OUTPUT,
         metavar="FILE",
-        modes=("getp", "decode"),
         help="Result file (-: standard output).",
     ),
     _job(
         "--report",
+        subject=Subject.REPORT,
         metavar="FILE.json",
-        modes=("getp", "eval"),
-        help="Write the report as JSON as well.",
+        help="Also write the report to this file, as JSON.",
     ),
-    _job(
-        "--restart",
-        is_flag=True,
-        modes=("getp",),
-        help="Begin again instead of going on where an earlier run of this job ended.",
-    ),
+    _job("--restart", is_flag=True, help="Discard the journal and start over instead of resuming."),
     _job(
         "--max-errors",
-        type=click.IntRange(min=0),
-        modes=("getp",),
-        help="End the job when more requests than this have failed.  [default: never]",
+        type=Integer(min=0),
+        help="Stop the job after more than N failed requests.  [default: never]",
+        metavar="N",
     ),
     _job(
         "--flush-interval",
         type=Number(0, _YEAR),
         default=1.0,
         show_default=True,
-        modes=("getp",),
-        help="Seconds until a finished request is safe from a power failure; 0: at once. "
-        "From the end of the process it is safe at once.",
+        metavar="SECONDS",
+        help="Seconds between fsyncs of the journal (0: after every request).",
     ),
     _job(
         "--grace",
         type=Number(0, _YEAR),
         default=10.0,
         show_default=True,
-        modes=("getp",),
-        help="Seconds that running requests have to finish after Ctrl-C or SIGTERM.",
+        metavar="SECONDS",
+        help="Seconds that running requests get to finish after Ctrl-C or SIGTERM.",
     ),
     _job(
         "--schedule",
         type=click.Choice(["throughput", "first"]),
         default="throughput",
         show_default=True,
-        modes=("getp",),
-        help="throughput: of the requests read ahead, those that share a beginning run together, "
-        "long answers early. first: in the order of the input, so that its first results come "
-        "first. The result is the same.",
+        help="throughput: group requests with a common prefix and start long ones first. "
+        "first: run requests in input order. The results are the same.",
     ),
     _job(
         "--line",
+        subject=Subject.LINE,
         type=int,
-        modes=("decode",),
-        help="decode: only this line, from 1. Otherwise all, one a line, with newlines inside "
-        "a text written as \\n.",
+        metavar="N",
+        help="decode: print only line N (from 1), unescaped. Without it, every line is printed, "
+        "newlines inside a text as \\n.",
     ),
-    _job("--reference", metavar="FILE", modes=("eval",), help="eval: a token file to agree with."),
+    _job(
+        "--reference",
+        subject=Subject.EVALUATION,
+        metavar="FILE",
+        help="eval: token file to compare with.",
+    ),
     _job(
         "--expected",
+        subject=Subject.EVALUATION,
         metavar="FILE",
-        modes=("eval",),
-        help="eval: the expected texts, one a line (a first line with their number is allowed).",
+        help="eval: expected texts, one per line (the first line may be their number).",
     ),
     _prompt(
         "-z",
         "--tokenizer",
+        subject=Subject.ANY,
         type=click.Path(exists=True),
-        modes=(),
-        help="Another tokenizer.json or directory.  [default: the checkpoint's]",
+        help="Another tokenizer.json or tokenizer directory.  [default: the checkpoint's]",
     ),
-    _prompt("-y", "--system", metavar="TEXT", help="System prompt (with the chat template)."),
+    _prompt("-y", "--system", metavar="TEXT", help="System prompt (needs the chat template)."),
     _prompt(
         "--chat-template/--raw",
         "chat_template",
         default=None,
-        help="Put prompts into the checkpoint's chat template, or take them as they are.  "
-        "[default: raw, in chat the template]",
+        help="Apply the model's chat template to prompts, or use them as they are.  "
+        "[default: --raw; in chat --chat-template]",
     ),
     _sampling(
         "-t",
@@ -161,7 +150,7 @@ _ALL: tuple[_Decorator, ...] = (
         type=Number(min=0),
         default=0.0,
         show_default=True,
-        help="0 is greedy.",
+        help="Sampling temperature; 0 is greedy.",
     ),
     _sampling(
         "-p",
@@ -169,153 +158,156 @@ _ALL: tuple[_Decorator, ...] = (
         type=Number(0, 1, min_open=True),
         default=0.9,
         show_default=True,
-        help="Sample from the likeliest tokens that together have this probability.",
+        help="Sample from the most likely tokens whose total probability reaches this value.",
     ),
     _sampling(
         "--top-k",
-        type=click.IntRange(0, 2**63 - 1),
+        type=Integer(0, 2**63 - 1),
         default=0,
         show_default=True,
-        help="Sample from this many likeliest tokens; 0: from all.",
+        help="Sample from the K most likely tokens (0: from all).",
     ),
     _sampling(
         "-s",
         "--seed",
-        type=click.IntRange(0, 2**63 - 1),
-        help="The same seed samples the same.  [default: random, printed]",
+        type=Integer(0, 2**63 - 1),
+        help="Random seed; the same seed gives the same samples.  [default: random, printed]",
     ),
     _length(
         "-n",
-        "--steps",
-        type=click.IntRange(min=0),
-        modes=_COUNTING,
-        help="Most positions of one request, prompt included; 0: the model's limit.  "
-        f"[default: {_DEFAULT_STEPS}; the model's limit where --max-new-tokens or the request "
-        "itself says how long an answer may be]",
+        "--max-length",
+        type=Integer(min=0),
+        help="Maximum total tokens per request (prompt + answer); 0: the model's limit.  "
+        f"[default: {DEFAULT_MAX_LENGTH}, or the model's limit if --max-new-tokens or the request "
+        "itself limits the answer]",
     ),
-    _length(
-        "--max-new-tokens",
-        type=click.IntRange(min=1),
-        modes=_COUNTING,
-        help="Most tokens of one answer.",
-    ),
+    _length("--steps", hidden=True, type=Integer(min=0)),  # the former name of --max-length
+    _length("--max-new-tokens", type=Integer(min=1), help="Maximum tokens generated per request."),
     _length(
         "--stop",
+        subject=Subject.STOPPING,
         metavar="TEXT",
         multiple=True,
-        help="End an answer at this text. May be repeated.",
+        help="End an answer at this text. Can be repeated.",
     ),
-    _length("--ignore-eos", is_flag=True, help="Go on after stop tokens, for timing."),
+    _length(
+        "--ignore-eos",
+        subject=Subject.STOPPING,
+        is_flag=True,
+        help="Do not stop at EOS (for benchmarking).",
+    ),
     _engine(
         "--device",
         type=Device(),
         default="auto",
         show_default=True,
-        help="auto, cpu, cuda or cuda:1.",
+        help="auto, cpu, cuda or cuda:N; auto uses the first available GPU, or the CPU.",
     ),
     _engine(
         "--dtype",
+        subject=Subject.DTYPE,
         type=Dtype(),
         default="auto",
         show_default=True,
-        modes=(*_COUNTING, "profile"),
-        help="What to compute in: auto, bfloat16, float16, float32; in plan also float8.",
+        help="Compute dtype; auto: the checkpoint's. float8 only in mode plan.",
     ),
-    _engine(
-        "--max-batch-size",
-        type=click.IntRange(min=1),
-        modes=_COUNTING,
-        help="Most requests at a time.",
-    ),
-    _engine(
-        "--max-batch-tokens",
-        type=click.IntRange(min=1),
-        modes=_COUNTING,
-        help="Most tokens in one step.",
-    ),
-    _engine("--kv-memory", type=Size(), help="Memory for the KV cache, such as 4GiB."),
+    _batch("--max-batch-size", type=Integer(min=1), help="Maximum concurrent requests."),
+    _batch("--max-batch-tokens", type=Integer(min=1), help="Maximum tokens computed in one step."),
+    _engine("--kv-memory", type=Size(), help="Memory of the KV cache, such as 4GiB."),
     _engine(
         "--block-size",
-        type=click.IntRange(min=1),
+        type=Integer(min=1),
         default=16,
         show_default=True,
-        help="Positions in one block of the KV cache.",
+        help="Token positions per KV cache block.",
     ),
-    _engine("--no-prefix-cache", is_flag=True, help="Compute equal beginnings of prompts again."),
     _engine(
+        "--no-prefix-cache",
+        "prefix_cache",
+        flag_value=False,
+        default=True,
+        help="Disable prefix caching.",
+    ),
+    _batch(
         "--tensor-parallel",
-        type=click.IntRange(1, 1024),
+        type=Integer(1, 1024),
         metavar="N",
-        modes=_COUNTING,
-        help="Share the model out among N GPUs, or N processes on a CPU. `torchrun "
-        "--nproc-per-node N` does the same. In plan, figures of an operation are one GPU's.  "
-        "[default: 1]",
+        help="Split the model across N GPUs (on a CPU: N processes); `torchrun --nproc-per-node N` "
+        "does the same. In mode plan, the figures of an operation are for one GPU.  [default: 1]",
     ),
-    _engine("--dummy-weights", is_flag=True, help="Random weights from config.json, for timing."),
     _engine(
+        "--dummy-weights", is_flag=True, help="Use random weights; only config.json is needed."
+    ),
+    _replicas(
         "--replicas",
         type=Replicas(),
-        modes=("getp",),
-        help="Run N engines, each on a GPU of its own, or share out the cores; auto: one for each "
-        "GPU, else one a host. Needs Ray: pip install 'getp[cluster]'.  [default: one engine, "
-        "without Ray]",
+        metavar="N|auto",
+        help="Run N engines, each on its own GPU or a share of the CPU cores; auto: one per GPU, "
+        "or one per host without GPUs. Needs Ray: pip install 'getp[cluster]'.  "
+        "[default: one engine, without Ray]",
     ),
-    _engine(
+    _replicas(
         "--ray-address",
         metavar="HOST:PORT",
-        modes=("getp",),
-        help="Run the replicas on this Ray cluster (auto: the one of this host).  [default: a "
-        "Ray of its own, on this host]",
+        help="Run the replicas on this Ray cluster (auto: the one of this host).  "
+        "[default: a private Ray instance on this host]",
     ),
     _step(
         "--phase",
         type=click.Choice(["prefill", "decode", "backward"]),
-        help="Which step to plan; prefill or decode to profile.  [default: decode]",
+        help="Phase to plan, or to profile (prefill or decode).  [default: decode]",
     ),
-    _step("--batch", type=click.IntRange(1, _MANY), help="Sequences in it.  [default: 1]"),
+    _step("--batch", type=Integer(1, _MOST_IN_A_STEP), help="Sequences in the step.  [default: 1]"),
     _step(
         "--query",
-        type=click.IntRange(1, _MANY),
-        help="New tokens of each.  [default: 1 in decode, else 1024]",
+        type=Integer(1, _MOST_IN_A_STEP),
+        help="New tokens per sequence.  [default: 1 in decode, otherwise 1024]",
     ),
     _step(
         "--context",
-        type=click.IntRange(1, _MANY),
-        help="Positions of each, new ones included.  [default: 1024 in decode, else the query]",
+        type=Integer(1, _MOST_IN_A_STEP),
+        help="Context length per sequence, new tokens included.  "
+        "[default: 1024 in decode, otherwise --query]",
     ),
-    _plan("--fused", is_flag=True, help="Activations stay on the chip within a layer's blocks."),
+    _plan("--fused", is_flag=True, help="Assume fused kernels: no activation traffic in a layer."),
     _step(
         "--gpu",
         metavar="NAME",
         multiple=True,
-        help="A GPU of the table, local (this machine, measured) or all. May be repeated.",
+        help="GPU from the table, local (this machine, measured) or all. Can be repeated.",
     ),
     _step(
         "--measure",
         is_flag=True,
-        help="Measure this machine again, best while nothing else runs: its peaks are kept.",
+        help="Measure this machine's peaks again and store them; run it on an idle machine.",
     ),
     _plan(
         "--price",
         type=Number(min=0),
         multiple=True,
-        help="Of a GPU for an hour, with -i; one for all, or one for each --gpu.",
+        help="Price per GPU-hour (with -i); give one, or one per --gpu.",
     ),
     _step(
         "--format",
         type=click.Choice(["text", "json"]),
         default="text",
         show_default=True,
-        help="How to print it.",
+        help="Output format.",
     ),
     _plan(
         "--plot",
         metavar="FILE.png|.svg",
-        help="Draw the roofline with the operations on it (-: on the terminal).",
+        help="Draw a roofline plot with the operations (-: on the terminal).",
     ),
-    _in("Plan", ("profile",))(
-        "--trace", metavar="FILE.json", help="Write a Chrome trace of one step, part by part."
+    _step(
+        "--trace",
+        subject=Subject.TRACE,
+        metavar="FILE.json",
+        help="Write a Chrome trace of one step, part by part.",
     ),
-    _help("--debug", is_flag=True, help="Show where an error came from."),
-    click.version_option(__version__, prog_name="getp", message="%(prog)s %(version)s"),
+    _in(_HELP)("--debug", is_flag=True, help="Show tracebacks."),
+    click.version_option(
+        __version__, prog_name="getp", message="%(prog)s %(version)s", cls=Option, group=_HELP
+    ),
+    click.help_option("-h", "--help", cls=Option, group=_HELP),
 )

@@ -1,4 +1,4 @@
-"""decode and eval: what the tokens of a job say, and how right they are."""
+"""Modes decode and eval: the text of a token file, and its comparison with a reference."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +19,7 @@ _WRONG_SHOWN = 5
 
 @dataclass(frozen=True)
 class Difference:
-    """Where two token files first part. An id is None where its line has ended."""
+    """The first difference between two token files. An id is None if its line has ended."""
 
     line: int  # from 1
     position: int  # in the line, from 0
@@ -29,7 +29,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a token file agrees with a reference."""
+    """To what extent a token file agrees with a reference."""
 
     lines: int
     lines_equal: int
@@ -40,7 +40,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class WrongAnswer:
-    """An answer that is not what was expected."""
+    """An answer that differs from the expected text."""
 
     line: int  # of the token file, from 1
     expected: str
@@ -49,7 +49,7 @@ class WrongAnswer:
 
 @dataclass(frozen=True)
 class Score:
-    """How many answers are what was expected."""
+    """The number of answers that are equal to the expected text."""
 
     lines: int
     right: int
@@ -58,22 +58,30 @@ class Score:
 
 
 def decode_file(path: str, output: str, tokenizer: Tokenizer, line: int | None) -> None:
-    r"""Write the text of a token file: one line of it as it is, or all, one a line.
+    r"""Write the text of a token file: of one line unchanged, or of all lines, one text per line.
 
-    Newlines inside a text are written as `\n`, else they would pass for the next request's.
-    Raises GetpError for an id that the tokenizer does not have: its text would be missing.
+    In the second form, newlines inside a text are written as `\n`. Raises GetpError for an id that
+    the tokenizer does not have, and UsageProblem for a line that does not exist.
     """
     rows = read_token_file(path)
     if line is not None and not 1 <= line <= len(rows):
-        raise UsageProblem(f"--line must be from 1 to {len(rows)} for {path}, not {line}")
+        raise UsageProblem(
+            "{line} must be from 1 to {lines} for {file}, not {given}",
+            lines=len(rows),
+            file=path,
+            given=line,
+        )
     first = 1 if line is None else line
     chosen = rows if line is None else [rows[line - 1]]
     unknown = {i for i in set(chain.from_iterable(chosen)) if not tokenizer.knows(i)}
     for number, row in enumerate(chosen if unknown else [], start=first):
         if found := unknown.intersection(row):
             raise GetpError(
-                f"{path}, line {number}: the tokenizer has no token {min(found)}; name the one of "
-                "the model that made the file, as CHECKPOINT or with -z/--tokenizer"
+                "{file}, line {number}: the tokenizer has no token {token}; give the model that "
+                "wrote the file as {checkpoint}, or its tokenizer with {tokenizer}",
+                file=path,
+                number=number,
+                token=min(found),
             )
     texts = [_text(tokenizer, row) for row in chosen]
     with writing(output) as file:
@@ -88,7 +96,7 @@ def one_line(text: str) -> str:
 
 
 def _text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    # Without its markers, gpt-oss's thinking could not be told from its answer.
+    # The markers separate the reasoning of gpt-oss from its answer.
     in_channels = speaks_harmony(tokenizer) and tokenizer.token_id("<|message|>") in ids
     return tokenizer.decode(ids, skip_special=not in_channels)
 
@@ -97,8 +105,8 @@ def compare_tokens(rows: Sequence[Sequence[int]], reference: Sequence[Sequence[i
     """Compare two token files line by line. Raises GetpError if their lengths differ."""
     if len(rows) != len(reference):
         raise GetpError(
-            f"the token file has {len(rows)} lines and the reference {len(reference)}: "
-            "they are not of the same job"
+            f"the token file has {len(rows)} lines and the reference {len(reference)}: they are "
+            "from different jobs"
         )
     equal, tokens, share = 0, 0, 0.0
     first: Difference | None = None
@@ -129,7 +137,7 @@ def _at(row: Sequence[int], position: int) -> int | None:
 def score_texts(
     rows: Sequence[Sequence[int]], expected: Sequence[str], tokenizer: Tokenizer
 ) -> Score:
-    """Compare the answers' texts with what is expected, spaces around them aside."""
+    """Compare the texts of the answers with the expected ones, without surrounding whitespace."""
     wrong = []
     for number, (row, want) in enumerate(zip(rows, expected, strict=True), start=1):
         answer = one_line(answer_text(tokenizer, row).strip())
@@ -140,7 +148,7 @@ def score_texts(
 
 
 def read_expected(path: str, count: int) -> list[str]:
-    """Read `count` expected texts, one a line; a first line that says `count` is allowed."""
+    """Read `count` expected texts, one per line; the first line may be their number."""
     lines = [line.decode("utf-8", "replace") for line in split_lines(read_bytes(path))]
     if len(lines) == count + 1 and lines[0].strip() == str(count):
         lines = lines[1:]
@@ -154,12 +162,11 @@ def evaluate(
     reference: str | None,
     expected: str | None,
     tokenizer: Tokenizer | None,
-    aside: bool = False,
+    to_stderr: bool = False,
 ) -> dict[str, Any]:
     """Compare a token file with a reference, with expected texts or both; print the outcome.
 
-    Expected texts need the tokenizer. `aside` prints on standard error. Returns what `--report`
-    writes.
+    tokenizer: needed for expected texts. to_stderr: print on standard error. Returns the report.
     """
     rows = read_token_file(path)
     table = Table(show_header=False)
@@ -173,7 +180,7 @@ def evaluate(
         score = score_texts(rows, read_expected(expected, len(rows)), tokenizer)
         report["expected"] = {"file": expected, **asdict(score)}
         _show_score(table, score)
-    Console(stderr=aside).print(table)
+    Console(stderr=to_stderr).print(table)
     return report
 
 
@@ -186,7 +193,8 @@ def _show_agreement(table: Table, agreement: Agreement) -> None:
     first = agreement.first_difference
     if first is not None:
         ids = [
-            "the end" if token is None else str(token) for token in (first.token, first.reference)
+            "end of line" if token is None else str(token)
+            for token in (first.token, first.reference)
         ]
         table.add_row(
             "first difference",
@@ -197,7 +205,7 @@ def _show_agreement(table: Table, agreement: Agreement) -> None:
 def _show_score(table: Table, score: Score) -> None:
     table.add_row("right", f"{score.right:,} of {score.lines:,}, {score.share_right:.2%}")
     for wrong in score.first_wrong:
-        # Text, not markup: an answer may hold square brackets.
+        # Text, not markup: an answer may contain square brackets.
         table.add_row(
             f"wrong, line {wrong.line}",
             Text(f"{wrong.answer!r}, expected {wrong.expected!r}"),

@@ -1,14 +1,14 @@
-"""The journal of a job: every finished request, appended at once, found again after any death.
+"""The journal of a job: every finished request, appended at once, so that a job can be resumed.
 
 A text file beside the output. Each line is the CRC-32 of the rest, then the rest:
 
     crc {"fingerprint": …}          the first line: which job this is
     crc INDEX + LINE                a request that succeeded, and its line of the result
-    crc INDEX - LINE                one that failed, and its error as JSON
+    crc INDEX - LINE                a request that failed, and its error as JSON
 
-A record is in the kernel's hands when `append` returns, so it survives the process; a thread
-brings it to the disk within the flush interval, so that it survives the machine. The lock is the
-kernel's (flock): it dies with its holder and can never be stale.
+When `append` returns, the kernel has the record, so that it survives the death of the process; a
+thread calls fsync within the flush interval, so that it survives a power failure. The lock is the
+kernel's (flock): it is released when its holder dies, and can never be stale.
 """
 
 import fcntl
@@ -32,30 +32,30 @@ Header = dict[str, Any]
 
 
 class Journal:
-    """An open and locked journal. Raises GetpError when it is another job's, locked or broken.
+    """An open and locked journal. Raises GetpError if it is another job's, locked or damaged.
 
-    `header` is written into a new journal; an old one keeps its own, and its "fingerprint" must
-    say what the new one says for each of its names.
+    `header` is written into a new journal; an existing one keeps its own, whose "fingerprint" must
+    have the same names and values.
     """
 
     def __init__(
         self, path: str, header: Header, total: int, flush_s: float = 1.0, restart: bool = False
     ) -> None:
         self.path = path
-        self.done = 0  # requests that are in the journal
-        self.failed = 0  # of those, failed
-        self.damaged = 0  # records that were found broken; their requests run again
+        self.done = 0  # requests in the journal
+        self.failed = 0  # those of them that failed
+        self.damaged = 0  # damaged records that were found; their requests run again
         self._total = total
         self._flush_s = flush_s
-        self._offsets = array("q", [-1]) * total  # where a request's record begins; -1: it has none
+        self._offsets = array("q", [-1]) * total  # of each request's record; -1: none
         self._closed, self._unsynced = threading.Event(), False
-        self._trouble: OSError | None = None
+        self._sync_error: OSError | None = None
         self._file = self._locked(path)
         try:
             if restart:
                 os.ftruncate(self._file.fileno(), 0)
             self.header = self._open(header)
-            # Apart from the one above, whose buffer may still hold a torn tail.
+            # A second file object: the buffer of the first may still hold a truncated record.
             self._reader = os.fdopen(os.dup(self._file.fileno()), "rb", 1 << 16)
         except OSError as error:
             self._file.close()
@@ -63,7 +63,7 @@ class Journal:
         except BaseException:
             self._file.close()
             raise
-        self._syncer = threading.Thread(target=self._sync_now_and_then, daemon=True)
+        self._syncer = threading.Thread(target=self._sync_regularly, daemon=True)
         self._syncer.start()
 
     def __enter__(self) -> "Journal":
@@ -81,9 +81,9 @@ class Journal:
         return self._offsets[index] >= 0
 
     def append(self, index: int, ok: bool, line: bytes) -> None:
-        """Keep a finished request. When this returns, a killed process loses nothing of it."""
-        if self._trouble is not None:
-            raise self._failure(self._trouble)
+        """Save a finished request. When this returns, it survives the death of the process."""
+        if self._sync_error is not None:
+            raise self._failure(self._sync_error)
         record = _framed(b"%d %c %s" % (index, b"+" if ok else b"-", line))
         try:
             self._write(record)
@@ -104,32 +104,32 @@ class Journal:
         match = _RECORD.fullmatch(content or b"")
         if match is None or int(match[1]) != index:
             raise GetpError(
-                f"{self.path}: the record of request {index} is damaged; the same command runs "
+                f"{self.path}: the record of request {index} is damaged; repeat the command to run "
                 "the request again"
             )
         return match[2] == b"+", match[3]
 
     def sync(self) -> None:
-        """Bring everything to the disk now."""
+        """Write everything to the disk now."""
         self._unsynced = False
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
-            self._trouble = error
+            self._sync_error = error
             raise self._failure(error) from error
 
     def remove(self) -> None:
-        """Delete the journal of a job whose result is written."""
+        """Delete the journal, when the result of the job is written."""
         Path(self.path).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Bring everything to the disk and give the lock back."""
+        """Write everything to the disk and release the lock."""
         if self._file.closed:
             return
         self._closed.set()
         self._syncer.join()
         try:
-            if self._unsynced and self._trouble is None:
+            if self._unsynced and self._sync_error is None:
                 self.sync()
         finally:
             self._reader.close()
@@ -143,7 +143,7 @@ class Journal:
                 raise self._failure(error) from error
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The one who held the lock before may have removed what we opened.
+                # The previous holder of the lock may have removed the file that was opened.
                 if os.path.exists(path) and os.path.samestat(
                     os.fstat(file.fileno()), os.stat(path)
                 ):
@@ -151,7 +151,7 @@ class Journal:
             except BlockingIOError:
                 file.close()
                 raise GetpError(
-                    f"another process is at work on this job: it holds {path}"
+                    f"another process is running this job (it has locked {path})"
                 ) from None
             except OSError as error:
                 file.close()
@@ -159,10 +159,10 @@ class Journal:
             file.close()
 
     def _open(self, header: Header) -> Header:
-        """Read what is there, or begin; return the header that counts."""
+        """Read the existing journal, or begin a new one; return its header."""
         first = self._file.readline()
         self._end = len(first)
-        if not first.endswith(b"\n"):  # empty, or torn before it was ever used
+        if not first.endswith(b"\n"):  # empty, or truncated before it was used
             os.ftruncate(self._file.fileno(), 0)
             self._end = 0
             self._write(_framed(json.dumps(header).encode()))
@@ -172,8 +172,9 @@ class Journal:
         found = _header(first)
         if found is None or found.keys() != header.keys():
             raise GetpError(
-                f"{self.path}: the first line is damaged, so nothing tells which job this is the "
-                "journal of; --restart starts over"
+                "{journal}: the first line is damaged, so the job that it belongs to is unknown; "
+                "{restart} starts over",
+                journal=self.path,
             )
         self._compare(found["fingerprint"], header["fingerprint"])
         self._scan()
@@ -181,18 +182,20 @@ class Journal:
 
     def _compare(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         changed = [
-            f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
+            f"{name} {old.get(name)!r}, now {new.get(name)!r}"
             for name in dict.fromkeys([*old, *new])
             if old.get(name) != new.get(name)
         ]
         if changed:
             raise GetpError(
-                f"{self.path} is the journal of another job: {'; '.join(changed)}. Give the "
-                "command as it was to go on, or --restart to start over"
+                "this job was started with {changes}. Repeat the original command to resume, or "
+                "add {restart} to start over (journal: {journal})",
+                changes="; ".join(changed),
+                journal=self.path,
             )
 
     def _scan(self) -> None:
-        """Find every good record; cut off a torn tail."""
+        """Find every intact record; remove a truncated one at the end."""
         for line in self._file:
             if not line.endswith(b"\n"):
                 os.ftruncate(self._file.fileno(), self._end)
@@ -212,7 +215,7 @@ class Journal:
         self.failed += not ok
 
     def _write(self, data: bytes) -> None:
-        """Append, all or nothing."""
+        """Append all of the data, or nothing."""
         written = 0
         try:
             while written < len(data):
@@ -223,24 +226,24 @@ class Journal:
             raise
         self._end += len(data)
 
-    def _sync_now_and_then(self) -> None:
+    def _sync_regularly(self) -> None:
         while self._flush_s and not self._closed.wait(self._flush_s):
-            if self._unsynced and self._trouble is None:
+            if self._unsynced and self._sync_error is None:
                 try:
                     self.sync()
                 except GetpError:
-                    return  # the next append says it
+                    return  # the next append raises it
 
     def _failure(self, error: OSError) -> GetpError:
-        safe = f"; {self.done} of {self._total} requests are safe" if self.done else ""
+        safe = f"; {self.done} of {self._total} requests are saved" if self.done else ""
         return GetpError(
-            f"cannot use the journal {self.path}: {error.strerror}{safe}. When that is put right "
-            "(disk full: make room), the same command goes on"
+            f"cannot use the journal {self.path}: {error.strerror}{safe}. Fix the cause (disk "
+            "full: make room), then repeat the command to resume"
         )
 
 
 def _header(line: bytes) -> Header | None:
-    """Return what a first line says of its job; None if it is damaged, or no journal's."""
+    """Return the header in a first line; None if it is damaged, or not of a journal."""
     try:
         found = json.loads(_content(line) or b"")
     except (ValueError, RecursionError):
@@ -255,6 +258,6 @@ def _framed(content: bytes) -> bytes:
 
 
 def _content(line: bytes) -> bytes | None:
-    """Return what a line holds, None if it is damaged."""
+    """Return the content of a line; None if it is damaged."""
     content = line[9:-1]
     return content if line == _framed(content) else None

@@ -1,45 +1,45 @@
-"""In which order requests that wait for the engine are run. The result file keeps the input's."""
+"""The order in which waiting requests run. The result file is always in input order."""
 
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Literal
 
-from getp.job.request_reader import Failure, Task
+from getp.job.formats.interface import Failure, JobRequest
 
 Schedule = Literal["throughput", "first"]
-"""throughput: what waits is put in the order that `together` gives; first: in the input's."""
+"""throughput: waiting requests run in the order of `order_for_throughput`; first: input order."""
 
-# What a prompt must share to be of one family: a block of the KV cache is the least that is reused.
-_SHARED = 16
+# Tokens that prompts must share to be grouped: a KV cache block, the least that can be reused.
+_SHARED_TOKENS = 16
 
 
-def together(tasks: Sequence[Task | Failure]) -> list[Task | Failure]:
-    """Order what waits for throughput: prompts with one beginning run one after the other.
+def order_for_throughput(requests: Sequence[JobRequest | Failure]) -> list[JobRequest | Failure]:
+    """Order waiting requests: those with a common prefix run one after the other.
 
-    So the beginning is computed once and still cached when the next needs it. Families (most are
-    a single prompt) go by their longest possible output, the longest first: one that is begun
-    last would run on alone. What has failed needs no engine and comes before all.
+    Their prefix is then computed once and is still cached for the next one. Groups (most hold a
+    single request) are sorted by their longest possible output, longest first: a long request that
+    starts last would run alone at the end. Failures need no engine and come first.
     """
-    failures: list[Task | Failure] = []
-    families: defaultdict[tuple[int, ...], list[Task]] = defaultdict(list)
-    for task in tasks:
-        if isinstance(task, Failure):
-            failures.append(task)
+    failures: list[JobRequest | Failure] = []
+    groups: defaultdict[tuple[int, ...], list[JobRequest]] = defaultdict(list)
+    for request in requests:
+        if isinstance(request, Failure):
+            failures.append(request)
         else:
-            families[tuple(task.prompt_ids[:_SHARED])].append(task)
-    groups = sorted(families.values(), key=lambda group: -max(map(_longest_output, group)))
-    ordered = (task for group in groups for task in sorted(group, key=_prompt))
+            groups[tuple(request.prompt_ids[:_SHARED_TOKENS])].append(request)
+    longest_first = sorted(groups.values(), key=lambda group: -max(map(_longest_output, group)))
+    ordered = (request for group in longest_first for request in sorted(group, key=_prompt))
     return [*failures, *ordered]
 
 
-def _prompt(task: Task) -> list[int]:
-    return task.prompt_ids
+def _prompt(request: JobRequest) -> list[int]:
+    return request.prompt_ids
 
 
-def _longest_output(task: Task) -> int:
-    """The most tokens its parameters allow; without a limit, more than any."""
-    params = task.params
+def _longest_output(request: JobRequest) -> int:
+    """Return the most tokens that the parameters allow; 2⁶⁰ if there is no limit."""
+    params = request.params
     limits = [] if params.max_new_tokens is None else [params.max_new_tokens]
     if params.max_positions is not None:
-        limits.append(params.max_positions - len(task.prompt_ids))
+        limits.append(params.max_positions - len(request.prompt_ids))
     return min(limits, default=1 << 60)

@@ -1,6 +1,5 @@
-"""How far a job is: a bar on a terminal, a line now and then in a log. On standard error."""
+"""The progress of a job on standard error: a bar on a terminal, regular lines in a log."""
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,14 +17,16 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from getp.terminal import say
+
 _LINE_EVERY_S = 10.0
 
 
 @contextmanager
 def progress(total: int, output_tokens: Callable[[], int]) -> Iterator[Callable[[], None]]:
-    """Show progress while the block runs; call what it yields for each request that is done.
+    """Show progress while the block runs; yields a function to call for each finished request.
 
-    `output_tokens` is asked for the tokens generated so far, from another thread.
+    `output_tokens` returns the tokens generated so far; it is called from another thread.
     """
     console = Console(stderr=True)
     shown = _bar if console.is_terminal else _lines
@@ -51,14 +52,14 @@ def _bar(
 
 
 class _TokenRate(ProgressColumn):
-    """Output tokens a second, over the whole run."""
+    """Output tokens per second, over the whole run."""
 
     def __init__(self, output_tokens: Callable[[], int]) -> None:
         super().__init__()
         self._output_tokens = output_tokens
 
     def render(self, task: Task) -> Text:
-        """Return the rate as of now."""
+        """Return the present rate."""
         return Text(f"{self._output_tokens() / max(task.elapsed or 0.0, 1e-9):,.0f} tok/s")
 
 
@@ -77,9 +78,7 @@ def _lines(
             elapsed = time.perf_counter() - started
             left = f", about {elapsed / done * (total - done):.0f} s left" if done else ""
             rate = output_tokens() / elapsed
-            print(
-                f"{done} of {total} requests, {rate:,.0f} tok/s{left}", file=sys.stderr, flush=True
-            )
+            say(f"{done} of {total} requests, {rate:,.0f} tok/s{left}")
 
     writer = threading.Thread(target=write, daemon=True)
     writer.start()

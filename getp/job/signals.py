@@ -1,4 +1,4 @@
-"""Signals that end a job: the first lets what runs finish for a while, the second ends at once."""
+"""Signals that end a job: running requests may finish after the first; the second kills it."""
 
 import signal
 import threading
@@ -12,30 +12,30 @@ from getp.terminal import say
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class ParkedError(Exception):
-    """The time to finish is over: what still runs is left for the next time."""
+class GraceExpired(Exception):
+    """The time for running requests to finish is over; the next run completes them."""
 
 
-class Stopping:
-    """Notes SIGINT, SIGTERM and SIGHUP while it is entered.
+class GracefulStop:
+    """Handles SIGINT, SIGTERM and SIGHUP while it is entered.
 
-    Where nothing runs that could finish (`patient` False), the first one ends the block:
-    Interrupted leaves it.
-    The second finds the system's own handling: the process is gone before any Python runs.
+    The first signal requests a stop. While `allow_grace` is false, there are no requests to wait
+    for, and the signal ends the block with Interrupted. The second signal meets the system's own
+    handler: the process is gone before any Python code runs.
     """
 
     def __init__(self, grace_s: float) -> None:
-        self.patient = False
-        self.signal: int | None = None  # the one that came
+        self.allow_grace = False
+        self.signal: int | None = None  # the one that was received
         self._grace_s = grace_s
         self._deadline = 0.0
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> "Stopping":
+    def __enter__(self) -> "GracefulStop":
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
-                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-                    self._before[number] = signal.signal(number, self._note)
+                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                    self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(
@@ -50,25 +50,28 @@ class Stopping:
             raise self.interrupted("interrupted") from None
 
     @property
-    def asked(self) -> bool:
-        """Whether nothing new shall begin."""
+    def requested(self) -> bool:
+        """Whether a stop was requested, so that no new request may start."""
         return self.signal is not None
 
     def check(self) -> None:
-        """Raise ParkedError once the time to finish is over."""
+        """Raise GraceExpired once the time for running requests is over."""
         if self.signal is not None and time.monotonic() > self._deadline:
-            raise ParkedError
+            raise GraceExpired
 
     def interrupted(self, message: str) -> Interrupted:
-        """Return the error that a stopped job ends with."""
+        """Return the error with which a stopped job ends."""
         return Interrupted(message, self.signal or signal.SIGINT)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         self._deadline = time.monotonic() + self._grace_s
         for each in self._before:
             signal.signal(each, signal.SIG_DFL)
-        if not self.patient:
-            # No Exception: Thread.start would take that for its own failure and raise another.
+        if not self.allow_grace:
+            # Not an Exception: Thread.start would take it for its own failure and raise another.
             raise KeyboardInterrupt
-        say(f"stopping: running requests have {self._grace_s:g} s to finish; again: at once")
+        say(
+            f"stopping: waiting up to {self._grace_s:g} s for running requests; press Ctrl-C again "
+            "to stop now"
+        )

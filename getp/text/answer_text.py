@@ -1,4 +1,4 @@
-"""The text of one answer while its tokens come."""
+"""The text of an answer, while its tokens are generated and afterwards."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,11 +13,11 @@ def texts_by_channel(
     chat: bool,
     stops: Sequence[str] = (),
 ) -> dict[str, str]:
-    """Return the text of a finished answer: that of each channel, cut at the first stop string."""
+    """Return the text of a finished answer by channel, cut at the first stop string."""
     in_channels = chat and speaks_harmony(tokenizer)
     if not stops and not in_channels:
-        return {FINAL: tokenizer.decode(token_ids)}  # at once, which costs much less
-    answer = Answer(tokenizer, prompt_ids, chat, stops)
+        return {FINAL: tokenizer.decode(token_ids)}  # all at once, which is much faster
+    answer = AnswerText(tokenizer, prompt_ids, chat, stops)
     pieces = []
     for token_id in token_ids:
         pieces.append(answer.push(token_id))
@@ -28,16 +28,15 @@ def texts_by_channel(
         if piece is not None:
             texts[piece.channel] = texts.get(piece.channel, "") + piece.text
     if in_channels and not texts and tokenizer.token_id("<|channel|>") not in token_ids:
-        return {FINAL: tokenizer.decode(token_ids)}  # it kept to no form: lose nothing of it
+        return {FINAL: tokenizer.decode(token_ids)}  # not in channels: keep all of its text
     return texts
 
 
 class StopWatcher:
-    """Is told each token of a request and ends it at a stop string.
+    """Receives each token of a request and ends it at a stop string.
 
-    The token that completes the string is kept, as a stop token is. `check` is called at every
-    token and may raise. What goes wrong with the text is this request's trouble, nobody else's:
-    it ends the request and is kept in `trouble`.
+    The token that completes the string is kept, like a stop token. `check` is called at every token
+    and may raise. An error in the text ends only this request; it is kept in `trouble`.
     """
 
     def __init__(
@@ -54,17 +53,17 @@ class StopWatcher:
         self.trouble: str | None = None
         self._tokenizer = tokenizer
         self._prompt_ids = prompt_ids
-        self._answer: Answer | None = None
+        self._answer: AnswerText | None = None
 
     def __call__(self, token_id: int) -> bool:
         """Return whether the request ends with this token."""
         if self.check is not None:
             self.check()
-        if not self.stops:  # no text is needed while tokens come
+        if not self.stops:  # the text is needed only when the answer has ended
             return False
         try:
             if self._answer is None:
-                self._answer = Answer(self._tokenizer, self._prompt_ids, self.chat, self.stops)
+                self._answer = AnswerText(self._tokenizer, self._prompt_ids, self.chat, self.stops)
             self._answer.push(token_id)
         except Exception as error:
             self.trouble = f"{type(error).__name__}: {error}"
@@ -72,12 +71,12 @@ class StopWatcher:
         return self._answer.stopped
 
 
-class Answer:
-    """Turns an answer's tokens into text, apart by channel, up to the first stop string.
+class AnswerText:
+    """Turns an answer's tokens into text, by channel, up to the first stop string.
 
-    `chat` says that the prompt came from a chat template: then gpt-oss answers in channels.
-    Everything of any other answer is in the channel `final`. Stop strings are looked for in
-    `final` alone: thinking about one is not saying it.
+    `chat`: the prompt came from a chat template, so that gpt-oss answers in channels. Any other
+    answer is entirely in the channel `final`. Stop strings end an answer only in `final`: in the
+    model's reasoning they mean nothing.
     """
 
     def __init__(
@@ -92,7 +91,7 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """The final text so far, as far as it was given out."""
+        """The final text that `push` and `flush` have returned so far."""
         return "".join(self._final)
 
     def push(self, token_id: int) -> ChannelText | None:
@@ -102,7 +101,7 @@ class Answer:
         return self._watch(ChannelText(FINAL, self._decoder.push(token_id)))
 
     def flush(self) -> list[ChannelText]:
-        """Return the text that was held back, when the answer has ended."""
+        """Return the text that was held back for a stop string, when the answer has ended."""
         if self.stopped:
             return []
         if self._parser is not None:

@@ -1,14 +1,13 @@
-"""generate and chat: answers that stream to a terminal, one at a time."""
+"""Answers that are streamed to the terminal: of one prompt, or of a chat."""
 
 import sys
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from engine import Completion, Request, SamplingParams
-from getp.errors import GetpError, Interrupted, UsageProblem
-from getp.files import STANDARD, read_bytes
-from getp.terminal import Screen, ctrl_c_noted, say, typed_lines
-from getp.text.answer_text import Answer
+from getp.errors import GetpError, Interrupted, NameOf, worded
+from getp.terminal import ctrl_c_noted, say, typed_lines
+from getp.text.answer_text import AnswerText
 from getp.text.prompts import (
     chat_template,
     encode_chat,
@@ -16,70 +15,56 @@ from getp.text.prompts import (
     request_seed,
     system_message,
 )
+from getp.text.screen import Screen
 from tokenizer import Message, Tokenizer, TokenizerError
 
 if TYPE_CHECKING:
     from engine import Engine
 
 _HELP = """\
-/reset        begin a new conversation
-/system TEXT  set the system prompt (without TEXT: none)
-/quit         leave, as Ctrl-D does
-/help         this list
-Ctrl-C stops an answer; what it said so far stays in the conversation."""
+/reset        start a new conversation
+/system TEXT  set the system prompt (without TEXT: remove it)
+/quit         end the chat (also Ctrl-D)
+/help         show this list
+Ctrl-C stops an answer; the part that was shown stays in the conversation."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How to ask."""
+class ChatSettings:
+    """How answers are generated."""
 
-    params: SamplingParams  # the seed is the chat's; each answer has its own
+    params: SamplingParams  # the seed is the chat's; each answer derives its own from it
     stops: tuple[str, ...] = ()
-    chat: bool = False  # through the chat template
+    chat: bool = False  # apply the chat template
     system: str | None = None
+    name_of: NameOf = str  # how messages name settings
 
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer that has ended."""
+    """A finished answer."""
 
-    text: str  # the final channel's
+    text: str  # of the final channel
     completion: Completion
     interrupted: bool
 
 
-def prompt_text(given: str | None) -> str:
-    """Return generate's prompt: `-i`, or what is piped in. Raises GetpError."""
-    if given is None and sys.stdin.isatty():
-        raise UsageProblem("mode generate needs a prompt: -i/--input TEXT, or pipe it in")
-    if given is None or given == STANDARD:
-        try:
-            given = read_bytes(STANDARD).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise GetpError(f"the prompt on standard input is not UTF-8: {error}") from error
-        given = given.removesuffix("\n").removesuffix("\r")  # of `echo`, no part of the prompt
-    if not given:
-        raise UsageProblem("the prompt (-i/--input) must not be empty")
-    return given
-
-
-def generate(settings: Settings, text: str, tokenizer: Tokenizer, engine: "Engine") -> None:
+def generate(settings: ChatSettings, text: str, tokenizer: Tokenizer, engine: "Engine") -> None:
     """Stream the answer to one prompt. Raises GetpError; Interrupted on Ctrl-C."""
     ids = encode_prompt(tokenizer, text, settings.chat, settings.system)
     with engine:
-        reply = ask(settings, ids, 0, tokenizer, engine)
-    if reply.completion.error is not None:
-        raise GetpError(str(reply.completion.error))
+        reply = stream_answer(settings, ids, 0, tokenizer, engine)
+    _check(reply, settings)
     say(summary(reply))
     if reply.interrupted:
         raise Interrupted("interrupted")
 
 
-def chat(settings: Settings, first: str | None, tokenizer: Tokenizer, engine: "Engine") -> None:
-    """Talk until the user leaves. `first` is the first message, if it is known already."""
-    chat_template(tokenizer)  # without one there is nothing to wait for
+def chat(settings: ChatSettings, first: str | None, tokenizer: Tokenizer, engine: "Engine") -> None:
+    """Chat until the user leaves. `first` is the first message, if it is known already."""
+    chat_template(tokenizer)  # fail before the model loads
     if sys.stdin.isatty():
-        say("loading the model; /help lists the commands")
+        say("loading the model; type /help for the commands")
     with engine:
         conversation = Conversation(settings, tokenizer, engine)
         if first:
@@ -94,44 +79,44 @@ def chat(settings: Settings, first: str | None, tokenizer: Tokenizer, engine: "E
 
 
 class Conversation:
-    """The turns so far. All of them are the prompt of the next; the engine's cache knows most."""
+    """The turns so far. All of them are the next prompt, most of which the prefix cache holds."""
 
-    def __init__(self, settings: Settings, tokenizer: Tokenizer, engine: "Engine") -> None:
+    def __init__(self, settings: ChatSettings, tokenizer: Tokenizer, engine: "Engine") -> None:
         self._settings = settings
         self._tokenizer = tokenizer
         self._engine = engine
         self._system = settings.system
         self._turns: list[Message] = []
-        self._answers = 0  # since the start: each answer samples with its own seed
+        self._answers = 0  # so far; each answer has its own seed
 
     def say(self, text: str) -> None:
-        """Add the user's turn and stream the answer; take the turn back if there is none."""
+        """Add the user's turn and stream the answer; remove the turn if there is no answer."""
         self._turns.append({"role": "user", "content": text})
         try:
             reply = self._answer()
         except (GetpError, TokenizerError) as error:
             self._turns.pop()
-            say(f"getp: error: {error}")
+            say(f"getp: error: {worded(error, self._settings.name_of)}")
             return
-        # Only the final text: a template shows no earlier thinking to the model.
+        # Only the final text: chat templates leave out the reasoning of earlier answers.
         self._turns.append({"role": "assistant", "content": reply.text})
         say(summary(reply))
 
     def command(self, line: str) -> bool:
-        """Obey a line that begins with a slash; return whether the chat goes on."""
+        """Run a command that begins with a slash; return whether the chat continues."""
         name, _, rest = line.strip().partition(" ")
         if name == "/quit":
             return False
         if name == "/reset":
             self._turns.clear()
-            say("a new conversation")
+            say("new conversation")
         elif name == "/system":
             self._system = rest.strip() or None
-            say("system prompt set" if self._system else "no system prompt")
+            say("system prompt set" if self._system else "system prompt removed")
         elif name == "/help":
             say(_HELP)
         else:
-            say(f"unknown command {name}: /help lists them")
+            say(f"unknown command {name}; type /help")
         return True
 
     def _answer(self) -> Reply:
@@ -140,23 +125,51 @@ class Conversation:
         if self._settings.params.max_positions is not None:
             limit = min(limit, self._settings.params.max_positions)
         if len(ids) >= limit:
-            limited = f"tokens long and the limit is {limit} (-n/--steps, or the model's own)"
-            last = [*system_message(self._system), self._turns[-1]]
-            if (alone := len(encode_chat(self._tokenizer, last))) >= limit:
-                raise GetpError(f"the message alone is {alone} {limited}: make it shorter")
-            raise GetpError(f"the conversation is {len(ids)} {limited}: /reset begins a new one")
+            self._refuse(len(ids), limit)
         self._answers += 1
-        reply = ask(self._settings, ids, self._answers, self._tokenizer, self._engine)
-        if reply.completion.error is not None:
-            raise GetpError(str(reply.completion.error))
+        reply = stream_answer(self._settings, ids, self._answers, self._tokenizer, self._engine)
+        _check(reply, self._settings)
         return reply
 
+    def _refuse(self, tokens: int, limit: int) -> NoReturn:
+        """Raise GetpError for a prompt that leaves no room for an answer."""
+        fields = {"limit": limit, "model": self._engine.model_config.max_positions}
+        longer = ""
+        if limit < fields["model"]:
+            longer = " or start the chat with {max_positions} 0 for the model's limit of {model}"
+        last = [*system_message(self._system), self._turns[-1]]
+        alone = len(encode_chat(self._tokenizer, last))
+        if alone >= limit:
+            raise GetpError(
+                "the message alone is {tokens} tokens long and the limit is {limit} tokens: make "
+                "it shorter" + longer,
+                tokens=alone,
+                **fields,
+            )
+        raise GetpError(
+            "the conversation is {tokens} tokens long and the limit is {limit} tokens: start a new "
+            "one with /reset" + longer,
+            tokens=tokens,
+            **fields,
+        )
 
-def ask(
-    settings: Settings, prompt_ids: list[int], number: int, tokenizer: Tokenizer, engine: "Engine"
+
+def _check(reply: Reply, settings: ChatSettings) -> None:
+    """Raise GetpError if the answer failed."""
+    error = reply.completion.error
+    if error is not None:
+        raise GetpError(worded(error, settings.name_of))
+
+
+def stream_answer(
+    settings: ChatSettings,
+    prompt_ids: list[int],
+    number: int,
+    tokenizer: Tokenizer,
+    engine: "Engine",
 ) -> Reply:
-    """Stream one answer to standard output, its thinking to standard error."""
-    answer = Answer(tokenizer, prompt_ids, settings.chat, settings.stops)
+    """Stream one answer to standard output, its reasoning to standard error."""
+    answer = AnswerText(tokenizer, prompt_ids, settings.chat, settings.stops)
     screen = Screen(sys.stdout, sys.stderr)
     params = replace(settings.params, seed=request_seed(settings.params.seed, number))
     with ctrl_c_noted() as interrupted:
@@ -174,7 +187,7 @@ def ask(
 
 
 def summary(reply: Reply) -> str:
-    """Return the line under an answer: how long, how fast, and how much was known already."""
+    """Return the line below an answer: its length, its speed and the cached part of the prompt."""
     done = reply.completion
     count, seconds = len(done.token_ids), done.finished - done.arrived
     rate = count / seconds if seconds > 0 else 0.0
@@ -183,5 +196,5 @@ def summary(reply: Reply) -> str:
     if reply.interrupted:
         end = ", stopped"
     elif done.finish_reason == "length":
-        end = ", cut at the length limit"
+        end = ", truncated at the length limit"
     return f"[{count} tokens, {rate:.1f} tok/s, {cached}{end}]"

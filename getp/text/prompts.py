@@ -1,4 +1,4 @@
-"""From a prompt's text to its token ids and its seed."""
+"""The token ids and the seed of a prompt."""
 
 from collections.abc import Sequence
 
@@ -6,58 +6,61 @@ from getp.errors import GetpError
 from tokenizer import ChatTemplate, Message, Tokenizer
 
 _MASK = 2**64 - 1
-_LONG = 1 << 20  # characters that are not worth counting before they are encoded
+_LONG = 1 << 20  # characters; shorter texts are encoded without a check
 
 
 def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
     """Return the tokenizer's chat template. Raises GetpError if it has none."""
     if tokenizer.template is None:
         raise GetpError(
-            "this checkpoint has no chat template (neither a chat_template.jinja nor one in "
-            "tokenizer_config.json): name a tokenizer directory that has one with -z/--tokenizer, "
-            "or go without it (--raw; chat cannot)"
+            "this model has no chat template (no {file}, none in tokenizer_config.json): give a "
+            "tokenizer directory that has one with {tokenizer}, or use raw prompts ({raw}; not in "
+            "a chat)",
+            file="chat_template.jinja",
         )
     return tokenizer.template
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Return the prompt that asks for the next answer of a conversation."""
+    """Return the prompt for the next answer of a conversation. Raises GetpError, TokenizerError."""
     text = chat_template(tokenizer).render(messages)
-    return tokenizer.encode(text, special=False)  # the template has put the first token there
+    return tokenizer.encode(text, special=False)  # the template writes the first special token
 
 
-def check_length(tokenizer: Tokenizer, text: str, most: int) -> None:
-    """Raise GetpError for a long text that must have more than `most` tokens.
+def check_length(tokenizer: Tokenizer, text: str, limit: int) -> None:
+    """Raise GetpError for a long text that must have more than `limit` tokens.
 
-    To make tokens of megabytes takes minutes and gigabytes, only to find too many of them.
+    To encode megabytes takes minutes and gigabytes, only to find that they are too many tokens.
     """
-    if len(text) <= max(_LONG, most):
+    if len(text) <= max(_LONG, limit):
         return
     size = len(text.encode("utf-8", "replace"))
-    if size > most * tokenizer.longest_token:
+    if size > limit * tokenizer.longest_token:
         raise GetpError(
-            f"the prompt has {size} bytes and so more than {size // tokenizer.longest_token} "
-            f"tokens, which leaves no room for output within the limit of {most} positions "
-            "(of -n/--steps, or the model's own)"
+            "the prompt has {bytes} bytes, which are more than {tokens} tokens, and leaves no room "
+            "for output within the limit of {limit} tokens ({max_positions}, or the model's limit)",
+            bytes=size,
+            tokens=size // tokenizer.longest_token,
+            limit=limit,
         )
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, chat: bool, system: str | None) -> list[int]:
-    """Return one prompt's ids: `text` as it is, or as the only question of a chat."""
+    """Return a prompt's ids: of `text` as it is, or of a chat with `text` as its only message."""
     if not chat:
         return tokenizer.encode(text)
     return encode_chat(tokenizer, [*system_message(system), {"role": "user", "content": text}])
 
 
 def system_message(system: str | None) -> list[Message]:
-    """Return the beginning of a conversation: the system prompt, if there is one."""
+    """Return the first messages of a conversation: the system prompt, if there is one."""
     return [{"role": "system", "content": system}] if system else []
 
 
 def request_seed(seed: int, index: int) -> int:
     """Return the seed of request `index` in a job with `seed`, from 0 to 2⁶³ - 1.
 
-    Equal prompts of one job must sample differently, and again the same in the next run.
+    So equal prompts of a job are sampled differently, and in the next run in the same way.
     SplitMix64's output function (Steele, Lea, Flood 2014) over the index-th state after `seed`.
     """
     z = (seed + (index + 1) * 0x9E3779B97F4A7C15) & _MASK

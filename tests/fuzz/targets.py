@@ -17,9 +17,10 @@ import zstandard
 from engine import SamplingParams
 from getp.errors import GetpError
 from getp.files import read_token_file
+from getp.job.formats.interface import Failure, JobRequest
 from getp.job.inputs import scan
 from getp.job.journal import Journal
-from getp.job.request_reader import Defaults, Failure, Task, TaskReader
+from getp.job.request_reader import RequestDefaults, RequestReader
 from model import CheckpointError, Transformer, load_config
 from model import loader as weights
 from model.ops.backend import choose_backend
@@ -59,13 +60,13 @@ def read_all(path: Path) -> None:
     """Read a job's input to its end; no request may fail inside of us."""
     try:
         source = scan(str(path))
-        reader = TaskReader(source, Defaults(SamplingParams()), TOKENIZER)
-        tasks = [reader.read(line) for line in source.lines()]
+        reader = RequestReader(source, RequestDefaults(SamplingParams()), TOKENIZER)
+        requests = [reader.read(line) for line in source.lines()]
     except GetpError:
         return
-    assert len(tasks) == source.total
-    assert all(isinstance(task, (Task, Failure)) for task in tasks)
-    internal = [t for t in tasks if isinstance(t, Failure) and t.code == "internal_error"]
+    assert len(requests) == source.total
+    assert all(isinstance(request, (JobRequest, Failure)) for request in requests)
+    internal = [t for t in requests if isinstance(t, Failure) and t.code == "internal_error"]
     assert not internal, internal
 
 

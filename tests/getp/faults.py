@@ -21,7 +21,7 @@ from typing import Any
 from engine import Engine, EngineConfig, SamplingParams
 from getp.errors import GetpError
 from getp.job import run as batch
-from getp.job.request_reader import Defaults
+from getp.job.request_reader import RequestDefaults
 from tests.getp.helpers import FakeEngine, small_tokenizer
 
 TOKENIZER = small_tokenizer()
@@ -59,7 +59,7 @@ def run(folder: Path, name: str, checkpoint: str | None) -> int:
         input=str(folder / "input.jsonl"),
         output=str(folder / name),
         checkpoint="small",
-        defaults=Defaults(params),
+        defaults=RequestDefaults(params),
         flush_s=0.01,
         grace_s=0.05,
     )

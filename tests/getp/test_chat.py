@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 
 from engine import SamplingParams
+from getp.cli.modes.generate import prompt_text
 from getp.errors import GetpError, Interrupted, UsageProblem
-from getp.terminal import Screen
 from getp.text import chat_session as chat
-from getp.text.chat_session import Settings
+from getp.text.chat_session import ChatSettings
+from getp.text.screen import Screen
 from tests.getp.helpers import FakeEngine, fake_engine, metaspace, small_tokenizer
 from tokenizer import Tokenizer
 from tokenizer.harmony import ChannelText
 
 TOKENIZER = small_tokenizer()
-SETTINGS = Settings(SamplingParams(max_positions=500, stop_ids=TOKENIZER.stop_ids), chat=True)
+SETTINGS = ChatSettings(SamplingParams(max_positions=500, stop_ids=TOKENIZER.stop_ids), chat=True)
 FINAL = "<|channel|>final<|message|>"
 
 Talk = Callable[..., tuple[str, str]]
@@ -35,7 +36,7 @@ def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     def run(lines: str, engine: Any, **changes: Any) -> tuple[str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
         first = changes.pop("first", None)
-        settings = Settings(**{**vars(SETTINGS), **changes})
+        settings = ChatSettings(**{**vars(SETTINGS), **changes})
         chat.chat(settings, first, TOKENIZER, engine)
         out, err = capsys.readouterr()
         return out, err
@@ -67,7 +68,7 @@ def test_each_answer_tells_its_speed_and_what_was_cached(talk: Talk) -> None:
     engine = FakeEngine(says(FINAL + "4<|return|>"))
     _, err = talk("hi\n", engine)
     count = len(engine.requests[0].prompt_ids)
-    assert f", 2 of {count} prompt tokens cached, cut at the length limit]" in err
+    assert f", 2 of {count} prompt tokens cached, truncated at the length limit]" in err
     assert "9.0 tok/s" in err  # nine tokens in the fake engine's one second
 
 
@@ -131,12 +132,12 @@ def test_a_template_that_refuses_the_turn_does_not_end_the_chat(
 
 
 def test_a_chat_needs_a_template(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(GetpError, match=r"no chat template.*-z"):
+    with pytest.raises(GetpError, match=r"no chat template.* with tokenizer"):
         chat.chat(SETTINGS, None, small_tokenizer(None), fake_engine())
 
 
 def test_generate_streams_whole_characters(capsys: pytest.CaptureFixture[str]) -> None:
-    settings = Settings(SamplingParams())
+    settings = ChatSettings(SamplingParams())
     text = "naïve 🙂 déjà"
     chat.generate(settings, "hi", TOKENIZER, fake_engine(says(text)))
     out, err = capsys.readouterr()
@@ -145,7 +146,7 @@ def test_generate_streams_whole_characters(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_generate_stops_before_a_stop_string(capsys: pytest.CaptureFixture[str]) -> None:
-    settings = Settings(SamplingParams(), stops=("END",))
+    settings = ChatSettings(SamplingParams(), stops=("END",))
     chat.generate(settings, "hi", TOKENIZER, fake_engine(says("words EEND more")))
     assert capsys.readouterr().out == "words E\n"
 
@@ -153,20 +154,22 @@ def test_generate_stops_before_a_stop_string(capsys: pytest.CaptureFixture[str])
 def test_text_held_for_a_stop_string_is_shown_at_the_end(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    settings = Settings(SamplingParams(), stops=("END",))
+    settings = ChatSettings(SamplingParams(), stops=("END",))
     chat.generate(settings, "hi", TOKENIZER, fake_engine(says("words EN")))
     assert capsys.readouterr().out == "words EN\n"
 
 
 def test_generate_works_with_a_sentencepiece_tokenizer(capsys: pytest.CaptureFixture[str]) -> None:
     plain = Tokenizer(metaspace())
-    chat.generate(Settings(SamplingParams()), "a bad head é", plain, fake_engine())
+    chat.generate(ChatSettings(SamplingParams()), "a bad head é", plain, fake_engine())
     assert capsys.readouterr().out == "a bad head é\n"
 
 
 def test_generate_ends_with_the_engines_error() -> None:
     with pytest.raises(GetpError, match="too long"):
-        chat.generate(Settings(SamplingParams(max_positions=2)), "hello", TOKENIZER, fake_engine())
+        chat.generate(
+            ChatSettings(SamplingParams(max_positions=2)), "hello", TOKENIZER, fake_engine()
+        )
 
 
 def test_ctrl_c_ends_generate_after_what_it_said(capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,7 +178,7 @@ def test_ctrl_c_ends_generate_after_what_it_said(capsys: pytest.CaptureFixture[s
         return prompt
 
     with pytest.raises(Interrupted):
-        chat.generate(Settings(SamplingParams()), "hello", TOKENIZER, fake_engine(answer))
+        chat.generate(ChatSettings(SamplingParams()), "hello", TOKENIZER, fake_engine(answer))
     assert len(capsys.readouterr().out) <= len("hello\n")
 
 
@@ -183,18 +186,18 @@ def test_the_prompt_is_given_or_piped(monkeypatch: pytest.MonkeyPatch) -> None:
     def pipe(data: bytes) -> None:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
 
-    assert chat.prompt_text("given") == "given"
+    assert prompt_text("given") == "given"
     pipe("two\nlines é\n".encode())
-    assert chat.prompt_text(None) == "two\nlines é"
+    assert prompt_text(None) == "two\nlines é"
     pipe(b"\xff")
     with pytest.raises(GetpError, match="not UTF-8"):
-        chat.prompt_text("-")
+        prompt_text("-")
     pipe(b"\n")
     with pytest.raises(UsageProblem, match="empty"):
-        chat.prompt_text(None)
+        prompt_text(None)
     monkeypatch.setattr(sys, "stdin", Terminal())
     with pytest.raises(UsageProblem, match="-i/--input"):
-        chat.prompt_text(None)
+        prompt_text(None)
 
 
 def test_a_terminal_gets_no_control_characters_from_the_model() -> None:

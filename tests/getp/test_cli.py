@@ -4,13 +4,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import getp
+from getp.cli import loading
 from getp.cli import main as cli
+from getp.cli.settings import Settings
 from getp.files import read_token_file
 from model.ops.cpu import bindings as calls
 from tests.getp.helpers import FakeEngine, write_tokenizer
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A directory with a tokenizer, and an engine that asks for no more."""
-    monkeypatch.setattr(cli, "load_engine", lambda options: FakeEngine())
+    monkeypatch.setattr(loading, "load_engine", lambda settings: FakeEngine())
     return str(write_tokenizer(tmp_path / "checkpoint"))
 
 
@@ -72,16 +73,20 @@ def test_the_version_is_that_of_the_package() -> None:
         (["--top-k", "9" * 20], ["'--top-k'", "999", "0<=x<="]),
         (["-p", "0"], ["'--top-p'", "0", "0<x<=1"]),
         (["--top-k", "x"], ["'--top-k'", "'x'", "integer"]),
-        (["-n", "-5"], ["'--steps'", "-5", "x>=0"]),
+        (["-n", "-5"], ["'--max-length'", "-5", "x>=0"]),
+        (["--steps", "-5"], ["'--steps'", "-5", "x>=0"]),
+        (["-t", "hot"], ["'--temperature'", "'hot' is not a number"]),
+        (["--kv-memory", "4"], ["'--kv-memory'", "did you mean 4GiB?"]),
+        (["--dtype", "fp8"], ["--dtype float8 is only available in -m plan"]),
         (["-s", "-1"], ["'--seed'", "-1", "0<=x"]),
         (["--kv-memory", "4 apples"], ["'--kv-memory'", "'4 apples'", "GiB"]),
         (["--kv-memory", "0"], ["'--kv-memory'", "'0'"]),
         (["--device", "tpu"], ["'--device'", "'tpu'", "auto, cpu, cuda"]),
         (["--dtype", "int8"], ["'--dtype'", "'int8'", "'bfloat16'"]),
         (["--stop", ""], ["--stop", "empty"]),
-        (["--line", "1"], ["--line", "mode generate", "decode"]),
-        (["-o", "x"], ["-o/--output", "mode generate", "getp, decode"]),
-        (["--restart"], ["--restart", "mode generate", "getp"]),
+        (["--line", "1"], ["--line applies only to -m decode"]),
+        (["-o", "x"], ["-o/--output applies only to -m getp and -m decode"]),
+        (["--restart"], ["--restart applies only to -m getp"]),
         (["--max-errors", "-1"], ["'--max-errors'", "-1", "x>=0"]),
         (["-y", "be kind"], ["-y/--system", "--chat-template"]),
         (["-i", ""], ["-i/--input", "empty"]),
@@ -90,7 +95,7 @@ def test_the_version_is_that_of_the_package() -> None:
         (["-m", "getp", "-i", "x"], ["mode getp needs -o/--output FILE"]),
         (["-m", "decode"], ["mode decode needs -i/--input FILE"]),
         (["-m", "eval", "-i", "x"], ["--reference FILE or --expected FILE"]),
-        (["-m", "eval", "-t", "1"], ["-t/--temperature", "mode eval"]),
+        (["-m", "eval", "-t", "1"], ["-t/--temperature applies only to -m generate, -m chat and"]),
         (["--nonsense"], ["--nonsense"]),
         (["-z", "/nowhere"], ["'--tokenizer'", "/nowhere"]),
     ],
@@ -129,8 +134,8 @@ def test_a_checkpoint_that_does_not_exist_is_named(capsys: pytest.CaptureFixture
 def test_the_embedded_model_is_found_in_the_source_and_in_an_installation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], data: str
 ) -> None:
-    monkeypatch.setattr(cli, "load_engine", lambda options: FakeEngine())
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "getp" / "cli" / "main.py"))
+    monkeypatch.setattr(loading, "load_engine", lambda settings: FakeEngine())
+    monkeypatch.setattr(loading, "_GETP", tmp_path / "getp")
     assert cli.run(["-i", "hi"]) == 1
     assert "the embedded model is missing" in capsys.readouterr().err
     (tmp_path / data).parent.mkdir(parents=True)
@@ -168,9 +173,9 @@ def test_some_failed_requests_are_exit_status_3(
 @pytest.mark.parametrize(
     ("content", "output", "words"),
     [
-        ("3\na\n", "out.txt", "line 3: missing"),
+        ("3\na\n", "out.txt", "line 1 says 3 prompts, but the file has only 1"),
         ("1\na\n", "no/where/out.txt", "cannot write"),
-        ("1\na\n", "", "cannot write a file without a name"),
+        ("1\na\n", "", "the name of the output file must not be empty"),
         (None, "out.txt", "cannot read"),
     ],
 )
@@ -183,7 +188,7 @@ def test_wrong_files_are_found_before_the_model_loads(
     output: str,
     words: str,
 ) -> None:
-    monkeypatch.setattr(cli, "load_engine", None)  # calling it would be another error
+    monkeypatch.setattr(loading, "load_engine", None)  # calling it would be another error
     if content is not None:
         (tmp_path / "input.txt").write_text(content)
     files = ["-i", str(tmp_path / "input.txt"), "-o", str(tmp_path / output) if output else ""]
@@ -199,11 +204,11 @@ def test_a_random_seed_is_printed_and_repeats_the_run(
 ) -> None:  # fmt: skip
     engines: list[FakeEngine] = []
 
-    def load_engine(options: SimpleNamespace) -> FakeEngine:
+    def load_engine(settings: Settings) -> FakeEngine:
         engines.append(FakeEngine())
         return engines[-1]
 
-    monkeypatch.setattr(cli, "load_engine", load_engine)
+    monkeypatch.setattr(loading, "load_engine", load_engine)
     args = [checkpoint, "-m", "getp", "-i", prompts, "-o", str(tmp_path / "out.txt"), "-t", "0.7"]
     assert cli.run(args) == 0
     found = re.search(r"^getp: seed (\d+)$", capsys.readouterr().err, re.MULTILINE)
@@ -218,7 +223,7 @@ def test_options_reach_the_requests(
     checkpoint: str, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = FakeEngine()
-    monkeypatch.setattr(cli, "load_engine", lambda options: engine)
+    monkeypatch.setattr(loading, "load_engine", lambda settings: engine)
     args = [checkpoint, "-m", "getp", "-i", prompts, "-o", str(tmp_path / "out.txt")]
     assert cli.run([*args, "-n", "0", "--max-new-tokens", "3", "--top-k", "5", "-p", "0.5"]) == 0
     params = engine.requests[0].params
@@ -238,7 +243,7 @@ def test_a_length_of_ones_own_is_cut_by_a_given_limit_alone(
     checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = FakeEngine()
-    monkeypatch.setattr(cli, "load_engine", lambda options: engine)
+    monkeypatch.setattr(loading, "load_engine", lambda settings: engine)
     source = tmp_path / "in.jsonl"
     own = {"prompt": "hi", "max_tokens": 2000}
     source.write_text("".join(json.dumps(line) + "\n" for line in (own, {"prompt": "hi"})))
@@ -257,11 +262,11 @@ def test_sizes_have_units(
 ) -> None:
     seen = []
 
-    def load_engine(options: SimpleNamespace) -> FakeEngine:
-        seen.append(options.kv_memory)
+    def load_engine(settings: Settings) -> FakeEngine:
+        seen.append(settings.engine.kv_memory)
         return FakeEngine()
 
-    monkeypatch.setattr(cli, "load_engine", load_engine)
+    monkeypatch.setattr(loading, "load_engine", load_engine)
     assert cli.run([checkpoint, "-i", "hi", "--kv-memory", text]) == 0
     assert seen == [size]
 
@@ -269,13 +274,13 @@ def test_sizes_have_units(
 def test_an_unexpected_error_is_one_line_and_a_traceback_only_with_debug(
     checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def load_engine(options: SimpleNamespace) -> FakeEngine:
+    def load_engine(settings: Settings) -> FakeEngine:
         raise RuntimeError("out of\nmemory")
 
-    monkeypatch.setattr(cli, "load_engine", load_engine)
+    monkeypatch.setattr(loading, "load_engine", load_engine)
     assert cli.run([checkpoint, "-i", "hi"]) == 1
     err = capsys.readouterr().err
-    assert err == "getp: error: RuntimeError: out of memory (--debug shows where)\n"
+    assert err == "getp: error: RuntimeError: out of memory (use --debug for a traceback)\n"
     assert cli.run([checkpoint, "-i", "hi", "--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
 
@@ -283,10 +288,10 @@ def test_an_unexpected_error_is_one_line_and_a_traceback_only_with_debug(
 def test_ctrl_c_is_one_line_and_exit_status_130(
     checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def load_engine(options: SimpleNamespace) -> FakeEngine:
+    def load_engine(settings: Settings) -> FakeEngine:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load_engine", load_engine)
+    monkeypatch.setattr(loading, "load_engine", load_engine)
     assert cli.run([checkpoint, "-i", "hi"]) == 130
     assert capsys.readouterr().err.strip() == "getp: error: interrupted"
 

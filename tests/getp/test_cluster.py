@@ -22,7 +22,7 @@ from getp.cluster.driver import Cluster, Member
 from getp.errors import SOME_FAILED, GetpError, Interrupted
 from getp.job import run as batch
 from getp.job.journal import Journal
-from getp.job.request_reader import Defaults
+from getp.job.request_reader import RequestDefaults
 from tests.getp.helpers import FakeEngine
 from tokenizer import Tokenizer
 
@@ -65,7 +65,7 @@ def job(folder: Path, records: Sequence[dict[str, Any]]) -> batch.Job:
         input=str(folder / "in.jsonl"),
         output=str(folder / "out.jsonl"),
         checkpoint="small",
-        defaults=Defaults(SamplingParams(seed=3, max_positions=200)),
+        defaults=RequestDefaults(SamplingParams(seed=3, max_positions=200)),
     )
 
 

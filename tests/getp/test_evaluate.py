@@ -31,14 +31,16 @@ def test_one_line_decodes_as_it_is(
     source = tokens(tmp_path / "in", "one", "two\nlines")
     decode_file(source, "-", TOKENIZER, 2)
     assert capfdbinary.readouterr().out == b"two\nlines\n"
-    with pytest.raises(UsageProblem, match=r"--line must be from 1 to 2 .*, not 3"):
+    with pytest.raises(UsageProblem, match=r"line must be from 1 to 2 .*, not 3"):
         decode_file(source, "-", TOKENIZER, 3)
 
 
 def test_an_id_that_the_tokenizer_does_not_have_is_named_with_its_line(tmp_path: Path) -> None:
     write_tokens(str(tmp_path / "in"), [[1, 2], [3, 99_999, 2**31 - 1]])
     for line in (None, 2):
-        with pytest.raises(GetpError, match=r"line 2: the tokenizer has no token 99999; .*-z"):
+        with pytest.raises(
+            GetpError, match=r"line 2: the tokenizer has no token 99999; .* with tokenizer"
+        ):
             decode_file(str(tmp_path / "in"), str(tmp_path / "out"), TOKENIZER, line)
     decode_file(str(tmp_path / "in"), str(tmp_path / "out"), TOKENIZER, 1)
 

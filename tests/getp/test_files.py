@@ -17,7 +17,8 @@ from getp.files import (
     split_lines,
     writing,
 )
-from getp.job.inputs import Line, scan
+from getp.job.formats.interface import Line
+from getp.job.inputs import scan
 from tests.getp.helpers import write_tokens
 
 
@@ -88,7 +89,7 @@ def test_the_kind_is_told_by_name_or_else_by_the_first_character(
     tmp_path: Path, name: str, data: bytes, kind: str
 ) -> None:
     (tmp_path / name).write_bytes(data)
-    assert scan(str(tmp_path / name)).kind == kind
+    assert scan(str(tmp_path / name)).format.name == kind
 
 
 def test_blank_lines_of_jsonl_are_no_requests(tmp_path: Path) -> None:
@@ -113,7 +114,7 @@ def test_files_are_packed_and_unpacked_by_suffix(tmp_path: Path, suffix: str) ->
     first = Path(path).read_bytes()
     assert (len(first) < 1000) == bool(suffix)
     source = scan(path)
-    assert (source.kind, source.total) == ("jsonl", 2000)
+    assert (source.format.name, source.total) == ("jsonl", 2000)
     with writing(path) as file:
         file.write(b"one\ntwo\n" * 1000)
     assert Path(path).read_bytes() == first
@@ -139,7 +140,9 @@ def test_a_request_that_was_edited_in_place_is_not_given_out(
     numbered(tmp_path, changed)
     found = source.lines()
     assert next(found) == Line(0, 2, b"a")
-    with pytest.raises(GetpError, match=r"line 3: was changed while the job ran; put .* back"):
+    with pytest.raises(
+        GetpError, match=r"line 3: was changed while the job ran; restore the file .* with restart"
+    ):
         next(found)
 
 
@@ -152,8 +155,8 @@ def test_a_request_that_was_edited_in_place_is_not_given_out(
         (b"1.5\na\n", "line 1: must be"),
         ("١\na\n".encode(), "line 1: must be"),
         (b"9" * 5000, "line 1: must be"),
-        (b"3\na\nb\n", "line 4: missing; line 1 promises 3 prompts, but only 2 follow"),
-        (b"1\n", "line 2: missing"),
+        (b"3\na\nb\n", "line 1 says 3 prompts, but the file has only 2"),
+        (b"1\n", "line 1 says 1 prompts, but the file has only 0"),
     ],
 )
 def test_a_wrong_file_is_refused_naming_the_line(tmp_path: Path, data: bytes, message: str) -> None:
@@ -177,7 +180,7 @@ def test_token_files_are_exact_to_the_last_space(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("word", ["x", "-1", "1.0", "99999999999", "2147483648", "²"])
 def test_a_word_that_is_no_token_id_is_refused_naming_the_line(tmp_path: Path, word: str) -> None:
-    with pytest.raises(GetpError, match=f"line 2: '{word}' is no token id"):
+    with pytest.raises(GetpError, match=f"line 2: '{word}' is not a token id; a token file"):
         read_token_file(numbered(tmp_path, f"1 2\n3 {word}\n".encode()))
 
 
@@ -198,11 +201,11 @@ def test_a_result_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_results_are_written_through_links_and_into_pipes_and_devices(tmp_path: Path) -> None:
     target, link = tmp_path / "out.txt", tmp_path / "link"
     link.symlink_to(target)
-    check_writable(str(link))
+    check_writable(str(link), "output")
     write_tokens(str(link), [[1]])
     assert link.is_symlink()
     assert target.read_text() == "1\n"
-    check_writable("/dev/null")
+    check_writable("/dev/null", "output")
     write_tokens("/dev/null", [[1]])
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
@@ -211,13 +214,13 @@ def test_what_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None
     source = numbered(tmp_path, b"0\n")
     (tmp_path / "link").symlink_to(source)
     for path in (source, str(tmp_path / "link")):
-        with pytest.raises(GetpError, match="for something else, too"):
-            check_writable(path, ["-", source])
+        with pytest.raises(GetpError, match=f"output and input are the same file: {path}"):
+            check_writable(path, "output", {"journal": "-", "input": source})
     with pytest.raises(GetpError, match=r"cannot write .*No such file"):
-        check_writable(str(tmp_path / "nowhere" / "out.txt"))
+        check_writable(str(tmp_path / "nowhere" / "out.txt"), "output")
     with pytest.raises(GetpError, match="it is a directory"):
-        check_writable(str(tmp_path))
-    check_writable(str(tmp_path / "new.txt"), [source])
+        check_writable(str(tmp_path), "output")
+    check_writable(str(tmp_path / "new.txt"), "output", {"input": source})
     assert not (tmp_path / "new.txt").exists()
 
 

@@ -13,7 +13,7 @@ from engine import Completion, Request, SamplingParams
 from engine.request import TokenLogprobs
 from getp.errors import SOME_FAILED
 from getp.job import run as batch
-from getp.job.request_reader import Defaults, SeenIds
+from getp.job.request_reader import RequestDefaults, SeenIds
 from getp.job.run import Job
 from tests.getp.helpers import FakeEngine, small_tokenizer
 
@@ -40,7 +40,7 @@ def run(
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     params = SamplingParams(max_positions=1024, stop_ids=TOKENIZER.stop_ids)
-    defaults = Defaults(params, **rest)
+    defaults = RequestDefaults(params, **rest)
     job = Job(str(source), str(tmp_path / output), "small", defaults)
     engine = engine or Engine()
     status = batch.run_job(job, batch.read(job), TOKENIZER, engine)
@@ -192,7 +192,10 @@ def test_a_bad_line_fails_alone_and_says_why(
     text = line if isinstance(line, str) else json.dumps(line)
     (tmp_path / "in.jsonl").write_text("\n".join([json.dumps(good[0]), text, json.dumps(good[1])]))
     job = Job(
-        str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "small", Defaults(SamplingParams())
+        str(tmp_path / "in.jsonl"),
+        str(tmp_path / "out.jsonl"),
+        "small",
+        RequestDefaults(SamplingParams()),
     )
     engine: Any = Engine()
     assert batch.run_job(job, batch.read(job), TOKENIZER, engine) == SOME_FAILED
@@ -208,7 +211,10 @@ def test_jsonl_can_become_token_ids_and_numbered_text_jsonl(tmp_path: Path) -> N
     assert rows == [" ".join(map(str, TOKENIZER.encode("ab"))), ""]
     (tmp_path / "in.txt").write_text("2\nab\n\n")
     job = Job(
-        str(tmp_path / "in.txt"), str(tmp_path / "o.jsonl"), "small", Defaults(SamplingParams())
+        str(tmp_path / "in.txt"),
+        str(tmp_path / "o.jsonl"),
+        "small",
+        RequestDefaults(SamplingParams()),
     )
     engine: Any = Engine()
     assert batch.run_job(job, batch.read(job), TOKENIZER, engine) == SOME_FAILED
@@ -237,7 +243,10 @@ def test_a_template_that_refuses_fails_its_request_alone(tmp_path: Path) -> None
     lines = [{"messages": [{"role": "user", "content": text}]} for text in ("no", "yes")]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
     job = Job(
-        str(tmp_path / "in.jsonl"), str(tmp_path / "o.jsonl"), "small", Defaults(SamplingParams())
+        str(tmp_path / "in.jsonl"),
+        str(tmp_path / "o.jsonl"),
+        "small",
+        RequestDefaults(SamplingParams()),
     )
     engine: Any = Engine()
     assert batch.run_job(job, batch.read(job), tokenizer, engine) == SOME_FAILED

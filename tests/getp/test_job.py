@@ -12,7 +12,7 @@ import torch
 from engine import SamplingParams
 from getp.errors import SOME_FAILED, GetpError, Interrupted
 from getp.job import run as batch
-from getp.job.request_reader import Defaults
+from getp.job.request_reader import RequestDefaults
 from getp.job.run import Job
 from getp.report.efficiency import Explanation
 from getp.report.job_report import quantile
@@ -37,7 +37,7 @@ def job(tmp_path: Path, data: bytes, **changes: Any) -> Job:
     for name in ("params", "stops", "chat", "system"):
         if name in changes:
             defaults[name] = changes.pop(name)
-    return Job(**{**given, **changes}, defaults=Defaults(**defaults))
+    return Job(**{**given, **changes}, defaults=RequestDefaults(**defaults))
 
 
 def run(job: Job, engine: Any = None) -> int:
@@ -114,7 +114,7 @@ def test_megabytes_without_room_are_refused_before_they_are_encoded(
         (error,) = errors(work)
         assert error["code"] == "prompt_too_long"
         assert "has 31457" in error["message"]
-        assert "no room for output within the limit of 1024 positions" in error["message"]
+        assert "no room for output within the limit of 1024 tokens" in error["message"]
     assert max(encoded) < 100
 
 
@@ -122,7 +122,7 @@ def test_megabytes_without_room_are_refused_before_they_are_encoded(
 def test_a_report_that_would_overwrite_another_file_of_the_job_is_refused(
     tmp_path: Path, name: str
 ) -> None:
-    with pytest.raises(GetpError, match="for something else, too"):
+    with pytest.raises(GetpError, match=f"report and .* are the same file: .*{name}"):
         batch.read(job(tmp_path, b"1\nab\n", report=str(tmp_path / name)))
 
 
@@ -280,7 +280,7 @@ def test_ctrl_c_says_how_many_were_done_and_frees_the_engine(tmp_path: Path) -> 
 
     work, engine = job(tmp_path, b"5\na\nb\nc\nd\ne\n"), FakeEngine(answer)
     with pytest.raises(
-        Interrupted, match=r"2 of 5 requests are done and kept in .*output.txt.journal"
+        Interrupted, match=r"2 of 5 requests are done and saved in .*output.txt.journal"
     ):
         run(work, engine)
     assert not engine.warm
@@ -298,7 +298,9 @@ def test_what_follows_the_last_prompt_is_warned_about(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(job(tmp_path, b"1\na\nb\nc\n"))
-    assert "ignoring 2 lines after the 1 prompts" in capsys.readouterr().err
+    assert (
+        "ignoring 2 extra lines after the 1 prompt announced on line 1" in capsys.readouterr().err
+    )
 
 
 def test_a_log_gets_a_line_now_and_then(

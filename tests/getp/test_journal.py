@@ -67,7 +67,7 @@ def test_a_damaged_first_line_is_refused(tmp_path: Path) -> None:
     data = bytearray(b"".join(some(tmp_path)))
     data[20] ^= 1
     (tmp_path / "j").write_bytes(data)
-    with pytest.raises(GetpError, match=r"first line is damaged.*--restart"):
+    with pytest.raises(GetpError, match=r"first line is damaged.*restart starts over"):
         journal(tmp_path)
     with journal(tmp_path, restart=True) as made:
         assert made.done == 0
@@ -80,21 +80,21 @@ def test_a_first_line_that_is_whole_but_no_journals_is_refused(
     content: bytes, tmp_path: Path
 ) -> None:
     (tmp_path / "j").write_bytes(b"%08x %s\n" % (zlib.crc32(content), content))
-    with pytest.raises(GetpError, match=r"first line is damaged.*--restart"):
+    with pytest.raises(GetpError, match=r"first line is damaged.*restart starts over"):
         journal(tmp_path)
 
 
 def test_another_job_is_refused_naming_both_values(tmp_path: Path) -> None:
     some(tmp_path)
     other = {"fingerprint": {"temperature": 0.7, "input": "abc"}, "seed": 1}
-    with pytest.raises(GetpError, match=r"temperature was 0\.0 and is 0\.7\..*--restart"):
+    with pytest.raises(GetpError, match=r"temperature 0\.0, now 0\.7\..*restart"):
         journal(tmp_path, other)
     with journal(tmp_path, other, restart=True) as made:
         assert (made.done, made.header) == (0, other)
 
 
 def test_a_second_process_is_refused_and_a_dead_one_is_no_hindrance(tmp_path: Path) -> None:
-    with journal(tmp_path), pytest.raises(GetpError, match="another process is at work"):
+    with journal(tmp_path), pytest.raises(GetpError, match="another process is running this job"):
         journal(tmp_path)
     child = os.fork()
     if not child:
@@ -137,7 +137,7 @@ def test_a_write_that_fails_half_way_leaves_no_trace(
             raise OSError(code, os.strerror(code))
 
         monkeypatch.setattr(os, "pwrite", pwrite)
-        with pytest.raises(GetpError, match=f"{os.strerror(code)}; 1 of 10 requests are safe"):
+        with pytest.raises(GetpError, match=f"{os.strerror(code)}; 1 of 10 requests are saved"):
             made.append(2, True, b"two")
         monkeypatch.setattr(os, "pwrite", real)
     with journal(tmp_path) as found:

@@ -6,25 +6,26 @@ from typing import Any
 
 from engine import Engine, EngineConfig, SamplingParams
 from getp.job import run as batch
-from getp.job.ordering import together
+from getp.job.formats.interface import Failure, JobRequest
+from getp.job.ordering import order_for_throughput
 from getp.job.prefetch import Prefetcher
-from getp.job.request_reader import Defaults, Failure, Task
+from getp.job.request_reader import RequestDefaults
 from tests.getp.helpers import FakeEngine, small_tokenizer
 
 TOKENIZER = small_tokenizer()
 
 
-def task(index: int, prompt: list[int], **limits: int) -> Task:
-    return Task(index, index, f"request-{index}", prompt, SamplingParams(**limits), (), False)  # type: ignore[arg-type]
+def task(index: int, prompt: list[int], **limits: int) -> JobRequest:
+    return JobRequest(index, index, f"request-{index}", prompt, SamplingParams(**limits), (), False)  # type: ignore[arg-type]
 
 
-def order(tasks: list[Task | Failure]) -> list[int]:
-    return [each.index for each in together(tasks)]
+def order(tasks: list[JobRequest | Failure]) -> list[int]:
+    return [each.index for each in order_for_throughput(tasks)]
 
 
 def test_prompts_with_one_beginning_come_together_and_the_longest_answers_first() -> None:
     a, b = [1] * 20, [2] * 20
-    tasks: list[Task | Failure] = [
+    tasks: list[JobRequest | Failure] = [
         task(0, [*a, 7], max_new_tokens=9),
         task(1, [*b, 5], max_new_tokens=10),
         task(2, [*a, 3], max_new_tokens=4),
@@ -58,7 +59,9 @@ def run(folder: Path, schedule: Any, engine: Any, lines: list[str]) -> bytes:
         input=str(folder / "input.txt"),
         output=str(folder / "output.txt"),
         checkpoint="small",
-        defaults=Defaults(SamplingParams(max_positions=200, max_new_tokens=8, ignore_eos=True)),
+        defaults=RequestDefaults(
+            SamplingParams(max_positions=200, max_new_tokens=8, ignore_eos=True)
+        ),
         schedule=schedule,
     )
     assert batch.run_job(job, batch.read(job), TOKENIZER, engine) == 0

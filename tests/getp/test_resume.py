@@ -19,13 +19,14 @@ from typing import Any
 import pytest
 
 from engine import SamplingParams
+from getp.cli import loading
 from getp.cli import main as cli
 from getp.errors import SOME_FAILED, GetpError, Interrupted
 from getp.job import run as batch
 from getp.job.prefetch import Prefetcher
-from getp.job.request_reader import Defaults
+from getp.job.request_reader import RequestDefaults
 from getp.job.run import Job
-from getp.job.signals import Stopping
+from getp.job.signals import GracefulStop
 from tests.getp.helpers import FakeEngine, small_tokenizer, write_tokenizer
 
 TOKENIZER = small_tokenizer()
@@ -42,7 +43,7 @@ def job(tmp_path: Path, count: int = 12, output: str = "out.txt", **changes: Any
     (tmp_path / "in.txt").write_text("\n".join([str(count), *lines, ""]))
     params = SamplingParams(**changes.pop("params", {}))
     files = {"input": str(tmp_path / "in.txt"), "output": str(tmp_path / output)}
-    return Job(**{**files, "checkpoint": "small", "defaults": Defaults(params), **changes})
+    return Job(**{**files, "checkpoint": "small", "defaults": RequestDefaults(params), **changes})
 
 
 def run(work: Job, engine: Any = None) -> int:
@@ -97,9 +98,9 @@ def test_a_job_that_is_done_but_for_its_result_needs_no_model(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"params": {"temperature": 0.7}}, r"temperature was 0.0 and is 0.7"),
-        ({"count": 13}, "input was "),
-        ({"identity": {"checkpoint": "b"}}, "checkpoint was 'a' and is 'b'"),
+        ({"params": {"temperature": 0.7}}, r"temperature 0.0, now 0.7"),
+        ({"count": 13}, "started with input "),
+        ({"identity": {"checkpoint": "b"}}, "checkpoint 'a', now 'b'"),
     ],
 )
 def test_a_changed_job_is_refused_unless_it_starts_over(
@@ -144,7 +145,7 @@ def test_a_template_that_tells_the_time_tells_that_of_the_jobs_beginning(
     template = "{{ strftime_now('%F %T') }} {{ messages[0].content }}"
     (tmp_path / "in.txt").write_text("3\none\ntwo\nthree\n")
     files: dict[str, Any] = {"input": str(tmp_path / "in.txt"), "output": str(tmp_path / "out.txt")}
-    work = Job(**files, checkpoint="small", defaults=Defaults(SamplingParams(), chat=True))
+    work = Job(**files, checkpoint="small", defaults=RequestDefaults(SamplingParams(), chat=True))
     source, tokenizer = batch.read(work), small_tokenizer(template)
     engine: Any = stops_after(1, RuntimeError())
     with pytest.raises(RuntimeError):
@@ -173,10 +174,10 @@ def test_a_random_seed_is_the_first_runs(tmp_path: Path) -> None:
 
 
 def test_too_many_failures_end_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(GetpError, match=r"2 requests have failed, more than --max-errors 1.*line"):
+    with pytest.raises(GetpError, match=r"2 requests have failed, more than max_errors 1.*line"):
         run(job(tmp_path, max_errors=1))
     said = capsys.readouterr().err
-    assert "a higher --max-errors goes on from there, --restart starts over" in said
+    assert "raise max_errors to resume, or start over with restart" in said
     assert "the same command" not in said
     assert run(job(tmp_path, max_errors=2)) == SOME_FAILED
 
@@ -251,7 +252,7 @@ def test_the_first_signal_lets_running_requests_finish_and_admits_no_more(tmp_pa
 
     engine = FakeEngine(answer)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted, match=r"4 of 40 requests are done and kept in") as stopped:
+    with pytest.raises(Interrupted, match=r"4 of 40 requests are done and saved in") as stopped:
         run(job(tmp_path, 40, schedule="first"), engine)
     assert stopped.value.exit_code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
@@ -316,7 +317,7 @@ def test_standard_input_and_output(
         left.extend(temporary.iterdir())  # what a death here would leave
         return FakeEngine()
 
-    monkeypatch.setattr(cli, "load_engine", load_engine)
+    monkeypatch.setattr(loading, "load_engine", load_engine)
     assert cli.run([checkpoint, "-m", "getp", "-i", "-", "-o", "-"]) == 0
     assert left == []
     (line,) = capfdbinary.readouterr().out.splitlines()
@@ -327,8 +328,9 @@ def test_results_that_standard_output_does_not_take_are_not_lost(tmp_path: Path)
     checkpoint = write_tokenizer(tmp_path / "checkpoint")
     (tmp_path / "in.txt").write_text("2\nhello\nworld\n")
     program = (
-        "import sys; from getp import cli; from tests.getp.helpers import FakeEngine; "
-        "cli.load_engine = lambda options: FakeEngine(); sys.argv[0] = 'getp'; cli.main()"
+        "import sys; from getp.cli import loading, main; "
+        "from tests.getp.helpers import FakeEngine; "
+        "loading.load_engine = lambda settings: FakeEngine(); sys.argv[0] = 'getp'; main.main()"
     )
     args = [sys.executable, "-c", program, str(checkpoint), "-m", "getp", "-o", "-"]
     with open("/dev/full", "wb") as full:
@@ -370,7 +372,7 @@ def test_a_signal_is_not_taken_for_an_error_of_what_it_interrupts(number: signal
         except Exception:  # as in Thread.start
             raise KeyError from None
 
-    with pytest.raises(Interrupted) as stopped, Stopping(1.0):
+    with pytest.raises(Interrupted) as stopped, GracefulStop(1.0):
         start()
     assert stopped.value.exit_code == 128 + number
 

@@ -112,7 +112,7 @@ def press_ctrl_c(job: "subprocess.Popen[bytes]", other: int) -> None:
     [
         (kill_other, 1, "rank 1 of 2 died: killed by signal 9"),
         (kill_first, -signal.SIGKILL, ""),
-        (press_ctrl_c, 130, "the same command goes on from there"),
+        (press_ctrl_c, 130, "the same command resumes the job"),
     ],
 )
 def test_a_disturbed_job_ends_at_once_and_goes_on_later(

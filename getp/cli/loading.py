@@ -1,0 +1,160 @@
+"""The checkpoint, tokenizer, sampling parameters and engine that the settings ask for.
+
+torch takes a second to import, so whatever needs it is imported where it is used: a typing mistake
+is answered at once.
+"""
+
+import secrets
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from getp import EMBEDDED
+from getp.cli.settings import Settings
+from getp.errors import GetpError, UsageProblem
+from getp.terminal import say, warn
+
+if TYPE_CHECKING:
+    from engine import Engine, SamplingParams
+    from getp.cluster.driver import Cluster
+    from tokenizer import Tokenizer
+
+_GETP = Path(__file__).parents[1]
+
+
+def checkpoint_folder(settings: Settings) -> Path:
+    """Return the given checkpoint, or the embedded model: in the package, or in the source."""
+    if settings.checkpoint is not None:
+        return Path(settings.checkpoint)
+    for folder in (_GETP / "data" / "model", _GETP.parent / "data" / "model"):
+        if folder.is_dir():
+            return folder
+    raise GetpError("the embedded model is missing from this installation: give a CHECKPOINT")
+
+
+def checkpoint_name(settings: Settings) -> str:
+    """Return the checkpoint's name for reports."""
+    if settings.checkpoint is None:
+        return EMBEDDED
+    return Path(settings.checkpoint).resolve().name
+
+
+def check_checkpoint(settings: Settings) -> None:
+    """Raise UsageProblem if the given checkpoint is not a directory with a model in it."""
+    if settings.checkpoint is None:
+        return
+    folder = Path(settings.checkpoint)
+    if not folder.exists():
+        raise UsageProblem(
+            f"the directory {folder} does not exist. getp does not download models: "
+            f"huggingface-cli download NAME --local-dir {folder}"
+        )
+    if not folder.is_dir():
+        raise UsageProblem(f"{folder} is a file: give the directory, {folder.parent}")
+    if not any((folder / name).exists() for name in ("config.json", "tokenizer.json")):
+        raise UsageProblem(
+            f"{folder} is not a Hugging Face model directory (no config.json, no tokenizer.json)"
+        )
+
+
+def tokenizer_path(settings: Settings) -> Path:
+    """Return the file or directory of the tokenizer."""
+    return Path(settings.prompt.tokenizer or checkpoint_folder(settings))
+
+
+def load_tokenizer(settings: Settings) -> "Tokenizer":
+    """Load the tokenizer. Raises TokenizerError."""
+    from tokenizer import Tokenizer
+
+    return Tokenizer.load(tokenizer_path(settings))
+
+
+def sampling_params(settings: Settings, tokenizer: "Tokenizer") -> "SamplingParams":
+    """Return the sampling parameters; a random seed is chosen, and printed, if it matters."""
+    from engine import SamplingParams
+
+    options = settings.sampling
+    if "" in options.stop:
+        raise UsageProblem("--stop must not be empty")
+    seed = options.seed
+    if seed is None and options.temperature > 0:
+        seed = secrets.randbelow(2**32)
+        say(f"getp: seed {seed}")
+    return SamplingParams(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=seed or 0,
+        max_new_tokens=options.max_new_tokens,
+        max_positions=options.max_positions,
+        stop_ids=frozenset() if options.ignore_eos else tokenizer.stop_ids,
+        ignore_eos=options.ignore_eos,
+    )
+
+
+def load_engine(settings: Settings) -> "Engine":
+    """Make the engine; it loads its weights when it warms up. Raises UsageProblem, EngineError."""
+    import torch
+
+    from engine import Engine
+    from engine.parallel import channel
+
+    ranks, given = channel.torchrun_size(), settings.parallel.tensor_parallel
+    if ranks > 1 and given not in (None, ranks):
+        raise UsageProblem(
+            f"--tensor-parallel {given} contradicts torchrun, which started {ranks} processes: "
+            "remove the option"
+        )
+    ranks = given or ranks
+    _check_ranks(settings, ranks)
+    device = settings.engine.device
+    if device.startswith("cuda"):
+        index, count = torch.device(device).index or 0, torch.cuda.device_count()
+        if index >= count:
+            raise UsageProblem(f"--device {device}: torch finds {count} GPUs on this machine")
+    config = replace(settings.engine, tensor_parallel=ranks)
+    return Engine(checkpoint_folder(settings), config, notice=warn)
+
+
+def load_cluster(settings: Settings) -> "Cluster":
+    """Make the replicas; they load their weights when they warm up. Raises UsageProblem."""
+    from engine.parallel import channel
+    from getp.cluster.driver import Cluster
+
+    if channel.torchrun_size() > 1:
+        raise UsageProblem(
+            "--replicas starts its own processes: run getp without torchrun, and use "
+            "--tensor-parallel N to split each replica's model across N GPUs"
+        )
+    _check_ranks(settings, settings.engine.tensor_parallel)
+    return Cluster(
+        checkpoint_folder(settings),
+        tokenizer_path(settings),
+        settings.parallel.replicas or None,
+        settings.engine,
+        address=settings.parallel.ray_address,
+    )
+
+
+def _check_ranks(settings: Settings, ranks: int) -> None:
+    """Raise UsageProblem if the model cannot be split across this many GPUs."""
+    from model import load_config
+    from model.cost.operations import check_tensor_parallel
+
+    try:
+        check_tensor_parallel(load_config(checkpoint_folder(settings)), ranks)
+    except ValueError as error:
+        raise UsageProblem(f"--tensor-parallel {ranks}: {error}") from None
+
+
+def check_system(settings: Settings) -> None:
+    """Raise UsageProblem for a system prompt without a chat template."""
+    if settings.prompt.system is not None and not settings.prompt.chat_template:
+        raise UsageProblem(f"-y/--system needs --chat-template in mode {settings.mode}")
+
+
+def needed(settings: Settings, value: str | None, option: str) -> str:
+    """Return the value of an option that a mode needs. Raises UsageProblem if it was not given."""
+    if value is None:
+        raise UsageProblem(f"mode {settings.mode} needs {option}")
+    return value

@@ -1,0 +1,74 @@
+"""The modes of the command line: one file each, and one line in the table `MODES`."""
+
+from dataclasses import dataclass
+from enum import Flag, auto
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from getp.cli.settings import Settings
+
+
+class Subject(Flag):
+    """What options are about. Options of a subject apply to the modes that list it."""
+
+    ANY = 0  # applies to every mode
+    OUTPUT = auto()
+    REPORT = auto()
+    JOB = auto()
+    REPLICAS = auto()
+    LINE = auto()
+    EVALUATION = auto()
+    PROMPT = auto()
+    SAMPLING = auto()
+    STOPPING = auto()
+    LENGTH = auto()
+    DTYPE = auto()
+    BATCH = auto()
+    ENGINE = auto()
+    STEP = auto()
+    PLAN = auto()
+    TRACE = auto()
+
+
+_S = Subject
+_COMPLETES = (
+    _S.PROMPT | _S.SAMPLING | _S.STOPPING | _S.LENGTH | _S.DTYPE | _S.BATCH | _S.ENGINE
+)  # modes that complete prompts
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A mode: the module whose `run` does it, its line in the help, and its options."""
+
+    module: str
+    help: str
+    subjects: Subject
+
+    def run(self, settings: "Settings") -> int:
+        """Run the mode and return the exit status. Raises GetpError and errors of the engine."""
+        status: int = import_module(f"{__name__}.{self.module}").run(settings)
+        return status
+
+
+MODES = {
+    "generate": Mode("generate", "complete one prompt", _COMPLETES),
+    "chat": Mode("chat", "interactive chat", _COMPLETES),
+    "getp": Mode(
+        "job",
+        "complete a file of prompts",
+        _COMPLETES | _S.OUTPUT | _S.REPORT | _S.JOB | _S.REPLICAS,
+    ),
+    "decode": Mode("decode", "convert a token file to text", _S.OUTPUT | _S.LINE),
+    "eval": Mode("evaluate", "compare a token file with a reference", _S.REPORT | _S.EVALUATION),
+    "plan": Mode(
+        "plan",
+        "estimate the cost and speed of a step or a job on GPUs",
+        _S.PROMPT | _S.LENGTH | _S.DTYPE | _S.BATCH | _S.STEP | _S.PLAN,
+    ),
+    "profile": Mode(
+        "profile",
+        "measure where the time of a step goes",
+        _S.DTYPE | _S.ENGINE | _S.STEP | _S.TRACE,
+    ),
+}

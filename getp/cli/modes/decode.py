@@ -1,0 +1,16 @@
+"""Mode decode: the text of a token file."""
+
+from getp.cli import loading
+from getp.cli.settings import Settings
+from getp.files import STANDARD, check_writable
+
+
+def run(settings: Settings) -> int:
+    """Decode the file; return the exit status. Raises GetpError."""
+    source = loading.needed(settings, settings.prompt.input, "-i/--input FILE")
+    from getp.job.evaluate import decode_file
+
+    output = settings.job.output or STANDARD
+    check_writable(output, "output", {"input": source})
+    decode_file(source, output, loading.load_tokenizer(settings), settings.token_file.line)
+    return 0

@@ -1,0 +1,26 @@
+"""Mode eval: a token file against a reference, expected texts or both."""
+
+from getp.cli import loading
+from getp.cli.settings import Settings
+from getp.errors import UsageProblem
+from getp.files import STANDARD, check_writable, write_report
+
+
+def run(settings: Settings) -> int:
+    """Compare the files; return the exit status. Raises GetpError."""
+    source = loading.needed(settings, settings.prompt.input, "-i/--input FILE")
+    options, report = settings.token_file, settings.job.report
+    if options.reference is None and options.expected is None:
+        raise UsageProblem("mode eval needs --reference FILE or --expected FILE")
+    from getp.job.evaluate import evaluate
+
+    if report is not None:
+        files = {"input": source, "reference": options.reference, "expected": options.expected}
+        check_writable(report, "report", {role: path for role, path in files.items() if path})
+    tokenizer = loading.load_tokenizer(settings) if options.expected is not None else None
+    outcome = evaluate(
+        source, options.reference, options.expected, tokenizer, to_stderr=report == STANDARD
+    )
+    if report is not None:
+        write_report(report, outcome)
+    return 0

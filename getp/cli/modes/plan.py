@@ -1,0 +1,118 @@
+"""Mode plan: the estimated cost and speed of one step, or of a whole job, on GPUs."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from getp import EMBEDDED
+from getp.analysis import job_plan, roofline_plot, step_plan
+from getp.cli import loading
+from getp.cli.settings import Settings
+from getp.errors import UsageProblem
+from getp.files import STANDARD, write_report
+from getp.terminal import warn
+from model.cost.devices import Device
+
+if TYPE_CHECKING:
+    from getp.analysis.job_requests import Requests
+
+
+def run(settings: Settings) -> int:
+    """Print the plan; return the exit status. Raises GetpError."""
+    loading.check_system(settings)
+    step, plan = settings.step, settings.plan
+    if step.measure:
+        step_plan.measure_again()
+    if settings.prompt.input is not None:
+        return _job(settings, settings.prompt.input)
+    if plan.price:
+        raise UsageProblem("--price needs a job: -i/--input FILE")
+    if plan.plot is not None:
+        if plan.plot == STANDARD and step.format == "json":
+            raise UsageProblem("--plot - would mix with the JSON on standard output: name a file")
+        roofline_plot.check_plot(plan.plot)
+    made = step_plan.make_plan(
+        _model(settings),
+        step_plan.find_gpus(step.gpu),
+        phase=step.phase or "decode",
+        batch=step.batch or 1,
+        query=step.query,
+        context=step.context,
+        dtype=plan.dtype,
+        tensor_parallel=settings.parallel.tensor_parallel or 1,
+        fused=plan.fused,
+    )
+    if plan.plot is not None:
+        step_plan.write_plot(made, plan.plot)
+    if step.format == "json":
+        write_report(STANDARD, step_plan.as_json(made))
+    elif plan.plot != STANDARD:
+        step_plan.print_plan(made)
+    return 0
+
+
+def _job(settings: Settings, path: str) -> int:
+    """Print the plan of a whole job."""
+    step, plan = settings.step, settings.plan
+    for name, value in (
+        ("phase", step.phase), ("batch", step.batch), ("query", step.query),
+        ("context", step.context), ("plot", plan.plot), ("fused", plan.fused),
+    ):  # fmt: skip
+        if value:
+            raise UsageProblem(f"--{name} is for one step, and -i/--input plans a whole job")
+    model = _model(settings)
+    gpus = step_plan.find_gpus(step.gpu)
+    prices = _prices(plan.price, gpus)
+    requests = _requests(settings, path)
+    if requests.refused:
+        warn(
+            f"mode getp would refuse {requests.refused:,} requests; the first is in "
+            f"{requests.first_refused}"
+        )
+    job = job_plan.make_job(requests, model.config.max_positions, settings.sampling.given_length)
+    dtype = model.config.dtype if plan.dtype == "auto" else plan.dtype
+    limits = job_plan.Limits(
+        plan.max_batch_size or job_plan.Limits.max_batch_size,
+        plan.max_batch_tokens or job_plan.Limits.max_batch_tokens,
+        settings.parallel.tensor_parallel or 1,
+    )
+    found = []
+    for gpu, price in zip(gpus, prices, strict=True):
+        efficiency = job_plan.efficiency_of(gpu, dtype, model)
+        for ranks, replicas in job_plan.layouts(model, limits.tensor_parallel):
+            split = replace(limits, tensor_parallel=ranks)
+            found.append(
+                job_plan.predict(model, job, gpu, dtype, split, efficiency, price, replicas)
+            )
+    if step.format == "json":
+        write_report(STANDARD, job_plan.as_json(model, job, dtype, limits, found))
+    else:
+        job_plan.print_job(model, job, dtype, limits, found, requests.counted)
+    return 0
+
+
+def _model(settings: Settings) -> step_plan.Model:
+    model = step_plan.find_model(loading.checkpoint_folder(settings))
+    return model if settings.checkpoint is not None else replace(model, name=EMBEDDED)
+
+
+def _prices(given: tuple[float, ...], gpus: list[Device]) -> list[float | None]:
+    """Return the price of each GPU: one price is that of every GPU."""
+    if len(given) not in (0, 1, len(gpus)):
+        raise UsageProblem(
+            f"--price was given {len(given)} times for {len(gpus)} GPUs: give one price, or one "
+            "per --gpu"
+        )
+    return [*given] if len(given) == len(gpus) else [*(given or (None,))] * len(gpus)
+
+
+def _requests(settings: Settings, path: str) -> "Requests":
+    from engine import SamplingParams
+    from getp.analysis.job_requests import read_requests
+    from getp.job.request_reader import RequestDefaults
+
+    prompt = settings.prompt
+    checkpoint = loading.checkpoint_folder(settings)
+    folder = loading.tokenizer_path(settings) if prompt.tokenizer or checkpoint.is_dir() else None
+    params = SamplingParams(max_new_tokens=settings.sampling.max_new_tokens)
+    defaults = RequestDefaults(params, chat=bool(prompt.chat_template), system=prompt.system)
+    return read_requests(path, folder, defaults)

@@ -1,0 +1,52 @@
+"""The options by which a user of the command line knows the settings named in errors."""
+
+_OPTIONS = {
+    # engine.EngineConfig
+    "device": "--device",
+    "dtype": "--dtype",
+    "max_batch_size": "--max-batch-size",
+    "max_batch_tokens": "--max-batch-tokens",
+    "kv_memory": "--kv-memory",
+    "block_size": "--block-size",
+    "prefix_cache": "--no-prefix-cache",
+    "dummy_weights": "--dummy-weights",
+    "tensor_parallel": "--tensor-parallel",
+    # engine.SamplingParams
+    "temperature": "-t/--temperature",
+    "top_k": "--top-k",
+    "top_p": "-p/--top-p",
+    "seed": "-s/--seed",
+    "max_new_tokens": "--max-new-tokens",
+    "max_positions": "-n/--max-length",
+    "ignore_eos": "--ignore-eos",
+    # getp
+    "checkpoint": "CHECKPOINT",
+    "tokenizer": "-z/--tokenizer",
+    "chat_template": "--chat-template",
+    "raw": "--raw",
+    "system": "-y/--system",
+    "stop": "--stop",
+    "input": "-i/--input",
+    "output": "-o/--output",
+    "restart": "--restart",
+    "max_errors": "--max-errors",
+    "flush_interval": "--flush-interval",
+    "line": "--line",
+    "replicas": "--replicas",
+    "ray_address": "--ray-address",
+    "phase": "--phase",
+    "batch": "--batch",
+    "query": "--query",
+    "context": "--context",
+    "gpu": "--gpu",
+    "measure": "--measure",
+    "price": "--price",
+    "plot": "--plot",
+    "trace": "--trace",
+    "format": "--format",
+}
+
+
+def option_name(setting: str) -> str:
+    """Return the option that sets `setting`; the setting itself if there is none."""
+    return _OPTIONS.get(setting, setting)

@@ -1,0 +1,34 @@
+"""The formats of a job's input and output: one file each, and one name in the list below.
+
+A module of an input format has a `FORMAT`, an `InputFormat`. `interface` says what that is.
+"""
+
+from importlib import import_module
+
+from getp.files import STANDARD
+from getp.job.formats.interface import InputFormat, OutputFormat
+from getp.job.formats.token_lines import TOKEN_LINES
+
+_MODULES = ("jsonl", "numbered_text")  # the last one recognises any file
+
+FORMATS: tuple[InputFormat, ...] = tuple(
+    import_module(f"{__name__}.{module}").FORMAT for module in _MODULES
+)
+
+
+def input_format(path: str, start: bytes) -> InputFormat:
+    """Return the format of a file: by its suffix or else by the bytes that it starts with."""
+    return _by_suffix(path) or next(one for one in FORMATS if one.recognises(start))
+
+
+def output_format(path: str, source: InputFormat) -> OutputFormat:
+    """Return the format of results: by suffix, on standard output (`-`) by the input's format."""
+    if path == STANDARD:
+        return source.output
+    found = _by_suffix(path)
+    return TOKEN_LINES if found is None else found.output
+
+
+def _by_suffix(path: str) -> InputFormat | None:
+    plain = path.removesuffix(".gz").removesuffix(".zst")
+    return next((one for one in FORMATS if plain.endswith(one.suffix)), None)

@@ -1,0 +1,130 @@
+"""JSONL: one JSON object per line, as in OpenAI's batch files or with the fields at the top level.
+
+Blank lines are skipped. The result is an OpenAI batch result file.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from engine import Completion
+from getp.files import json_line
+from getp.job.formats.interface import (
+    BadRequestError,
+    Failure,
+    InputFormat,
+    JobRequest,
+    Line,
+    OutputFormat,
+    ParsedBody,
+    ResultContext,
+    decoded,
+)
+from getp.job.formats.openai_request import CHAT_URL, TEXT_URL, read_body
+from getp.job.formats.openai_response import response_body
+from getp.text.answer_text import texts_by_channel
+
+_BATCH_FIELDS = frozenset({"custom_id", "method", "url", "body"})
+_LONGEST_ID = 512
+
+
+class BatchResults(OutputFormat):
+    """OpenAI's batch result file. A failed request has an error in place of a response."""
+
+    name, suffix, holds_failures = "jsonl", ".jsonl", True
+
+    def completed(
+        self, context: ResultContext, request: JobRequest, completion: Completion
+    ) -> bytes:
+        texts = texts_by_channel(
+            context.tokenizer,
+            completion.token_ids,
+            request.prompt_ids,
+            request.chat,
+            request.stops,
+        )
+        key = context.key(request.index)
+        body = response_body(context, key, request.chat, texts, completion)
+        response = {"status_code": 200, "request_id": f"req_{key}", "body": body}
+        return _record(key, request.custom_id, response, None)
+
+    def failed(self, context: ResultContext, failure: Failure) -> bytes:
+        error = {"code": failure.code, "message": failure.message, "line": failure.line}
+        return _record(context.key(failure.index), failure.custom_id, None, error)
+
+
+def _record(key: str, custom_id: str | None, response: object, error: object) -> bytes:
+    return json_line(
+        {"id": f"batch_req_{key}", "custom_id": custom_id, "response": response, "error": error}
+    )
+
+
+class Jsonl(InputFormat):
+    """JSONL."""
+
+    name, suffix, has_ids, output = "jsonl", ".jsonl", True, BatchResults()
+
+    def recognises(self, start: bytes) -> bool:
+        first = start.removeprefix(b"\xef\xbb\xbf").split(b"\n", 1)[0]
+        return first.lstrip().startswith(b"{")
+
+    def is_request(self, number: int, data: bytes | None) -> bool:
+        return data is None or bool(data.strip())
+
+    def identify(self, line: Line) -> tuple[str, dict[str, Any]]:
+        record = _json_object(decoded(line, "line"))
+        custom_id = record.get("custom_id", record.get("id", f"request-{line.index}"))
+        if type(custom_id) is int:
+            custom_id = str(custom_id)
+        if not isinstance(custom_id, str) or not 0 < len(custom_id) <= _LONGEST_ID:
+            raise BadRequestError(
+                "invalid_id", f"the id must be a string of 1 to {_LONGEST_ID} characters"
+            )
+        return custom_id, record
+
+    def parse(self, line: Line, record: dict[str, Any]) -> ParsedBody:
+        return _batch(record) if "body" in record else _plain(record)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise BadRequestError("invalid_json", f"the line is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise BadRequestError("invalid_json", "the line must be a JSON object")
+    return value
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _batch(record: Mapping[str, Any]) -> ParsedBody:
+    """Read a line of an OpenAI batch file."""
+    unknown = sorted(set(record) - _BATCH_FIELDS)
+    if unknown:
+        raise BadRequestError("unknown_parameter", f"unknown field {unknown[0][:80]!r}")
+    if "custom_id" not in record:
+        raise BadRequestError("missing_parameter", "'custom_id' is missing")
+    if record.get("method", "POST") != "POST":
+        raise BadRequestError("invalid_value", "'method' must be 'POST'")
+    if record.get("url") not in (CHAT_URL, TEXT_URL):
+        raise BadRequestError("unsupported_url", f"'url' must be {CHAT_URL!r} or {TEXT_URL!r}")
+    if not isinstance(record["body"], dict):
+        raise BadRequestError("invalid_value", "'body' must be an object")
+    chat: bool = record["url"] == CHAT_URL
+    asked = read_body(record["body"], chat)
+    asked.chat = chat
+    return asked
+
+
+def _plain(record: Mapping[str, Any]) -> ParsedBody:
+    """Read a line with a "prompt" or "messages", and parameters beside it."""
+    body = {name: value for name, value in record.items() if name not in ("id", "custom_id")}
+    asked = read_body(body, chat="messages" in body)
+    asked.chat = True if "messages" in body else None
+    return asked
+
+
+FORMAT = Jsonl()

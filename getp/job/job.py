@@ -1,0 +1,124 @@
+"""A job as the user asked for it: its files, its fingerprint and its journal."""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from getp.errors import NameOf
+from getp.files import check_writable, in_place, remove_leftovers
+from getp.job.formats import output_format
+from getp.job.inputs import Source, scan
+from getp.job.journal import Journal
+from getp.job.ordering import Schedule
+from getp.job.request_reader import RequestDefaults
+from getp.job.results import errors_path
+from getp.terminal import say, warn
+
+if TYPE_CHECKING:
+    from engine import Engine
+    from getp.cluster.driver import Cluster
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the user asked for."""
+
+    input: str
+    output: str
+    checkpoint: str  # its name, for the report
+    defaults: RequestDefaults
+    seed_given: bool = True  # otherwise a resumed job takes the random seed of the first run
+    identity: Mapping[str, str] = field(default_factory=dict)  # fingerprints of the files
+    report: str | None = None
+    restart: bool = False
+    flush_s: float = 1.0
+    grace_s: float = 10.0
+    max_errors: int | None = None
+    schedule: Schedule = "throughput"
+    name_of: NameOf = str  # how messages name settings
+
+    @property
+    def journal_path(self) -> str:
+        """The path of the journal, beside the output."""
+        return f"{os.path.realpath(self.output)}.journal"
+
+
+def read(job: Job) -> Source:
+    """Make the first pass over the input and check that results can be written. Raises GetpError.
+
+    This comes before anything slow, so that a mistyped path is reported at once.
+    """
+    source = scan(job.input)
+    if source.ignored:
+        warn(
+            f"{source.name}: ignoring {_count(source.ignored, 'extra line')} after the "
+            f"{_count(source.total, 'prompt')} announced on line 1"
+        )
+    files = {"input": job.input}
+    check_writable(job.output, "output", files)
+    if not in_place(job.output):
+        beside = {"journal": job.journal_path, "errors file": errors_path(job.output)}
+        for role, path in beside.items():
+            check_writable(path, role, files)
+        files |= beside
+    if job.report is not None:
+        check_writable(job.report, "report", files | {"output": job.output})
+    return source
+
+
+def open_journal(job: Job, source: Source, engine: "Engine | Cluster") -> Journal:
+    """Open the journal beside the output; a temporary one if the output is not a regular file."""
+    header = {
+        "fingerprint": _fingerprint(job, source, engine),
+        "seed": job.defaults.params.seed,
+        "created": int(os.environ.get("SOURCE_DATE_EPOCH") or time.time()),
+    }
+    if in_place(job.output):
+        descriptor, path = tempfile.mkstemp(".journal", "getp-")
+        os.close(descriptor)
+        journal = Journal(path, header, source.total, job.flush_s)
+        journal.remove()  # only its name: the file lives until it is closed
+        return journal
+    path = job.journal_path
+    journal = Journal(path, header, source.total, job.flush_s, job.restart)
+    for file in (job.output, errors_path(job.output)):
+        remove_leftovers(file)
+    if journal.damaged:
+        damaged = _count(journal.damaged, "damaged record")
+        warn(f"{path}: {damaged}; the requests run again")
+    if journal.done:
+        say(f"getp: resuming: {journal.done} of {source.total} requests are done already")
+    if journal.header["seed"] != job.defaults.params.seed:
+        say(f"getp: seed {journal.header['seed']}, from the previous run")
+    return journal
+
+
+def _fingerprint(job: Job, source: Source, engine: "Engine | Cluster") -> dict[str, Any]:
+    """Return, by name and as JSON has it, what must be equal for results to be of one job."""
+    params = asdict(job.defaults.params)
+    if not job.seed_given:
+        params["seed"] = "random"
+    params["stop_ids"] = sorted(params["stop_ids"])
+    named = {
+        "input": source.digest,
+        "input format": source.format.name,
+        "output format": output_format(job.output, source.format).name,
+        **job.identity,
+        "device": engine.device.type,
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        **params,
+        "stop": job.defaults.stops,
+        "chat template": job.defaults.chat,
+        "system": job.defaults.system,
+        "capped": job.defaults.capped,
+    }
+    as_json: dict[str, Any] = json.loads(json.dumps(named))
+    return as_json
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

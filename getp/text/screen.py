@@ -1,0 +1,56 @@
+"""An answer on the screen while it is generated."""
+
+from typing import TextIO
+
+from getp.terminal import visible
+from tokenizer.harmony import FINAL, ChannelText
+
+_DIM, _NORMAL = "\x1b[2m", "\x1b[0m"
+
+
+class Screen:
+    """Writes an answer piece by piece: final text to one stream, other channels to another.
+
+    On a terminal, control characters are removed, so that the model cannot move the cursor or
+    change colours; files and pipes get the text unchanged.
+    """
+
+    def __init__(self, out: TextIO, aside: TextIO) -> None:
+        self._out = out
+        self._aside = aside
+        self._channel: str | None = None  # of the last piece; None: the final channel
+        self._last = "\n"  # last character written, on either stream
+
+    def show(self, piece: ChannelText | None) -> None:
+        """Write a piece of the answer at once."""
+        if piece is None or not piece.text:
+            return
+        if piece.channel == FINAL:
+            self._leave_channel()
+            self._write(self._out, piece.text)
+            return
+        if piece.channel != self._channel:
+            self._leave_channel()
+            self._aside.write((_DIM if self._aside.isatty() else "") + f"[{piece.channel}] ")
+            self._channel = piece.channel
+        self._write(self._aside, piece.text)
+
+    def end(self) -> None:
+        """End the answer: the next output starts on a new line."""
+        self._leave_channel()
+        if self._last != "\n":
+            self._write(self._out, "\n")
+
+    def _leave_channel(self) -> None:
+        if self._channel is None:
+            return
+        line_end = "" if self._last == "\n" else "\n"
+        self._aside.write((_NORMAL if self._aside.isatty() else "") + line_end)
+        self._aside.flush()
+        self._channel, self._last = None, "\n"
+
+    def _write(self, stream: TextIO, text: str) -> None:
+        shown = visible(text) if stream.isatty() else text
+        stream.write(shown)
+        stream.flush()
+        self._last = shown[-1:] or self._last
