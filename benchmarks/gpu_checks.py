@@ -8,20 +8,35 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from engine import Engine, EngineConfig, Request, SamplingParams
-from model.ops import reference
+from model.formats import DENSE, MXFP4
+from model.ops.backend import Backend
 from model.ops.forward_batch import ForwardBatch, GroupTables
+from model.ops.mxfp4 import Mxfp4
+from model.ops.specs import (
+    Activation,
+    AttentionSpec,
+    Experts,
+    Heads,
+    Linear,
+    Norm,
+    RopeArgs,
+    RouterSpec,
+)
+
+if TYPE_CHECKING:
+    from model.ops.triton.backend import TritonBackend
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = torch.device("cuda")
+GPT_OSS = Activation(7.0, 1.702)
+_REFERENCE = Backend(CUDA, torch.float32)
 # Against the definition, relative to the largest value: products round their inputs to 8 bits.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
@@ -36,7 +51,7 @@ def rand(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
 
 
 def paged_batch(
-    lengths: list[tuple[int, int]], window: int | None, block_size: int = 16
+    lengths: list[tuple[int, int]], block_size: int = 16
 ) -> tuple[ForwardBatch, GroupTables, int]:
     """Sequences of (new tokens, context) over scattered blocks; the number of blocks."""
     counts = [-(-context // block_size) for _, context in lengths]
@@ -46,19 +61,21 @@ def paged_batch(
         table[row, : len(ids)] = ids
     queries = [query for query, _ in lengths]
     contexts = [context for _, context in lengths]
-    starts = torch.tensor([0, *queries]).cumsum(0).int().to(CUDA)
+    cu_seqlens_q = torch.tensor([0, *queries]).cumsum(0).int().to(CUDA)
     none = torch.zeros(0, dtype=torch.int64, device=CUDA)
-    seen = torch.tensor(contexts, dtype=torch.int32, device=CUDA)
+    context_lens = torch.tensor(contexts, dtype=torch.int32, device=CUDA)
     singles = sum(query == 1 for query in queries)
-    batch = ForwardBatch(none, none, queries, contexts, singles, (), none, starts, seen)
-    return batch, GroupTables(window, table.to(CUDA), none), sum(counts) + 1
+    batch = ForwardBatch(
+        none, none, queries, contexts, singles, (), none, cu_seqlens_q, context_lens
+    )
+    return batch, GroupTables(table.to(CUDA), none), sum(counts) + 1
 
 
-def random_mxfp4(experts: int, outputs: int, inputs: int) -> reference.Mxfp4:
+def random_mxfp4(experts: int, outputs: int, inputs: int) -> Mxfp4:
     """Random codes at scales that keep products near one."""
     blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), device=CUDA)
     scales = torch.randint(119, 123, (experts, outputs, inputs // 32), device=CUDA)
-    return reference.Mxfp4(blocks.to(torch.uint8), scales.to(torch.uint8))
+    return Mxfp4(blocks.to(torch.uint8), scales.to(torch.uint8))
 
 
 Comparison = tuple[str, torch.Tensor, torch.Tensor]
@@ -121,116 +138,146 @@ def check_draws() -> Iterator[str | None]:
     return _compare(_draws)
 
 
-def _norms(dtype: torch.dtype) -> Iterator[Comparison]:
-    from model.ops import triton
-    from model.ops.triton.norm import swiglu
+def kernels(dtype: torch.dtype = torch.bfloat16, **tiles: Any) -> "TritonBackend":
+    """The backend of this GPU, with some fields of its `Tiles` changed."""
+    from model.ops.triton.backend import TritonBackend
+    from model.ops.triton.tiles import target_of
 
-    for tokens, size in ((1, 896), (7, 2880), (300, 4096)):
-        x, delta, weight = (rand(n, size, dtype=dtype) for n in (tokens, tokens, 1))
-        found = triton.add_rms_norm(x, delta, weight[0], 1e-5)
-        expected = reference.add_rms_norm(x, delta, weight[0], 1e-5)
-        yield f"sum {size}", found[0], expected[0]
-        yield f"norm {size}", found[1], expected[1]
-        for limit in (None, 7.0):
-            gates = rand(tokens, 2 * size, dtype=dtype, scale=3)
-            yield (
-                f"swiglu {limit}",
-                swiglu(gates, limit, 1.702),
-                reference.swiglu(gates.float(), limit, 1.702),
-            )
+    target = target_of(CUDA)
+    return TritonBackend(CUDA, dtype, replace(target, tiles=replace(target.tiles, **tiles)))
 
 
-@contextmanager
-def fused_limits(**limits: Any) -> Iterator[None]:
-    """Meanwhile norms are fused up to so many rows, and not where nothing is said.
+def fused(dtype: torch.dtype = torch.bfloat16, **limits: Any) -> "TritonBackend":
+    """The backend that fuses norms only up to the numbers of rows given here.
 
-    Nor is a single row ours, unless `one_row` is given too.
+    A single row is multiplied by torch, unless `one_row` is given.
     """
-    from model.ops import triton
-    from model.ops.triton import tiles
-
     none: dict[str, Any] = {"fused_qkv": 0, "fused_gate_up": 0, "fused_mlp": 0, "one_row": None}
-    own = replace(tiles.tiles(CUDA), **(none | limits))
-    with ExitStack() as patches:
-        for op in (triton.norm_qkv, triton.linear):
-            module = sys.modules[op.__module__]
-            patches.enter_context(patch.object(module, "tiles", lambda device: own))
-        yield
+    return kernels(dtype, **(none | limits))
 
 
 def one_row() -> Any:
     """The tile that this GPU multiplies a single row with."""
-    from model.ops.triton import tiles
+    return kernels().target.tiles.one_row
 
-    return tiles.tiles(CUDA).one_row
+
+def linear_of(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+    """A linear layer with this weight [out, in]."""
+    outputs, inputs = weight.shape
+    return Linear(inputs, outputs, bias is not None, DENSE, weight=weight, bias=bias)
+
+
+def _float32(linear: Linear) -> Linear:
+    bias = None if linear.bias is None else linear.bias.float()
+    return linear_of(linear.weight.float(), bias)
+
+
+def experts_of(
+    ops: Backend,
+    weights: tuple[Any, Any],
+    biases: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+) -> Experts:
+    """Experts of a backend: gate_up and down, dense tensors or Mxfp4, and their biases."""
+    gate_up, down = weights
+    count, hidden, size = down.shape
+    is_mxfp4 = isinstance(down, Mxfp4)
+    pack = ops.pack_mxfp4 if is_mxfp4 else ops.pack_experts
+    return Experts(
+        count,
+        hidden,
+        size,
+        biases[0] is not None,
+        MXFP4 if is_mxfp4 else DENSE,
+        pack(gate_up),
+        biases[0],
+        pack(down),
+        biases[1],
+    )
+
+
+def _norms(dtype: torch.dtype) -> Iterator[Comparison]:
+    ops = kernels(dtype)
+    for tokens, size in ((1, 896), (7, 2880), (300, 4096)):
+        x, delta, weight = (rand(n, size, dtype=dtype) for n in (tokens, tokens, 1))
+        norm = Norm(size, 1e-5, weight[0])
+        found = ops.add_rms_norm(x, delta, norm)
+        expected = _REFERENCE.add_rms_norm(x, delta, norm)
+        yield f"sum {size}", found[0], expected[0]
+        yield f"norm {size}", found[1], expected[1]
+        for limit in (None, 7.0):
+            gates, activation = (
+                rand(tokens, 2 * size, dtype=dtype, scale=3),
+                Activation(limit, 1.702),
+            )
+            yield (
+                f"swiglu {limit}",
+                ops.activate(gates, activation),
+                _REFERENCE.activate(gates.float(), activation),
+            )
 
 
 def _fusions(dtype: torch.dtype) -> Iterator[Comparison]:
-    from model.ops import triton
-
     size, inner, heads, kv_heads, dim = 896, 4864, 14, 2, 64
-    up, down = rand(2 * inner, size, dtype=dtype, scale=0.03), rand(size, inner, dtype=dtype)
-    norm, width = rand(size, dtype=dtype), (heads + 2 * kv_heads) * dim
-    weight, bias = rand(width, size, dtype=dtype, scale=0.03), rand(width, dtype=dtype)
-    of_heads = rand(dim, dtype=dtype), rand(dim, dtype=dtype)
+    up = linear_of(rand(2 * inner, size, dtype=dtype, scale=0.03))
+    down = linear_of(rand(size, inner, dtype=dtype))
+    norm, width = Norm(size, 1e-6, rand(size, dtype=dtype)), (heads + 2 * kv_heads) * dim
+    projection = linear_of(rand(width, size, dtype=dtype, scale=0.03), rand(width, dtype=dtype))
+    of_heads = [Norm(dim, 1e-6, rand(dim, dtype=dtype)) for _ in "qk"]
     angles = torch.rand(64, dim, device=CUDA)
-    with fused_limits(one_row=one_row()):
-        row = rand(1, size, dtype=dtype)
-        for out in (width, 17, 5001):  # the others are no whole numbers of programs
-            some, column = rand(out, size, dtype=dtype, scale=0.03), rand(out, dtype=dtype)
-            expected = reference.linear(row.float(), some.float(), column.float())
-            yield f"one row, {out} out", triton.linear(row, some, column), expected
+    row = rand(1, size, dtype=dtype)
+    for out in (width, 17, 5001):  # the others are no whole numbers of programs
+        some = linear_of(rand(out, size, dtype=dtype, scale=0.03), rand(out, dtype=dtype))
+        expected = _REFERENCE.linear(row.float(), _float32(some))
+        yield f"one row, {out} out", fused(dtype, one_row=one_row()).linear(row, some), expected
     for rows in (1, 9, 17, 64):
         x, delta = rand(rows, size, dtype=dtype), rand(rows, size, dtype=dtype)
-        summed, normed = reference.add_rms_norm(x, delta, norm, 1e-6)
-        gates = reference.linear(normed.float(), up.float(), None)
-        qkv = reference.linear(normed.float(), weight.float(), bias.float())
+        summed, normed = _REFERENCE.add_rms_norm(x, delta, norm)
+        gates = _REFERENCE.linear(normed.float(), _float32(up))
+        qkv = _REFERENCE.linear(normed.float(), _float32(projection)).unflatten(1, (-1, dim))
         stores = [torch.zeros(2, 10, 16, kv_heads, dim, device=CUDA) for _ in "ab"]
         stores[0] = stores[0].to(dtype)
-        for norms in (None, of_heads):
-            turn = torch.randperm(160, device=CUDA)[:rows], heads, norms
-            with fused_limits(fused_qkv=64, one_row=one_row()):
-                found = triton.norm_qkv(
-                    x, delta, norm, 1e-6, weight, bias, angles[:rows], stores[0], *turn
-                )
-            assert found is not None
-            query = reference.rotate_and_write(
-                qkv.unflatten(1, (-1, dim)), angles[:rows], stores[1], *turn, 1e-6
-            )
-            kind = "norm + QKV" if norms is None else "norm + QKV with norms of heads"
+        for norms in ((), of_heads):
+            slots = torch.randperm(160, device=CUDA)[:rows]
+            layer = Heads(heads, kv_heads, dim, *norms)
+            ropes = [RopeArgs(layer, angles[:rows], store, slots) for store in stores]
+            ops = fused(dtype, fused_qkv=64, one_row=one_row())
+            found = ops.norm_qkv(x, delta, norm, projection, ropes[0])
+            query = _REFERENCE.rotate_and_write(qkv, ropes[1])
+            kind = "norm + QKV with norms of heads" if norms else "norm + QKV"
             yield f"{kind}, {rows} rows: sum", found[0], summed
             yield f"{kind}, {rows} rows: query", found[1], query
             yield f"{kind}, {rows} rows: KV", stores[0], stores[1]
-        expected = reference.linear(reference.swiglu(gates, None, 1.0), down.float(), None)
+        expected = _REFERENCE.linear(_REFERENCE.activate(gates, Activation()), _float32(down))
         for limit in ("fused_gate_up", "fused_mlp"):
-            with fused_limits(**{limit: 64, "one_row": one_row()}):
-                found = triton.norm_mlp(x, delta, norm, 1e-6, up, None, down, None)
-            assert found is not None
-            yield f"norm + MLP, {limit}, {rows} rows", found[1], expected
+            ops = fused(dtype, one_row=one_row(), **{limit: 64})
+            _, mlp = ops.norm_mlp(x, delta, norm, up, down, Activation())
+            yield f"norm + MLP, {limit}, {rows} rows", mlp, expected
 
 
 def _attention(dtype: torch.dtype) -> Iterator[Comparison]:
-    from model.ops import triton
-
+    ops = kernels(dtype)
     lengths = [(1, 1), (1, 1000), (1, 129), (1, 1), (300, 300), (77, 500)]
     shapes = ((6, 2, 32), (64, 8, 64), (16, 8, 128), (14, 2, 64))
     # In float32 kernels take the longest to compile, and only these checks and parity use them.
     for heads, kv_heads, dim in shapes[: 2 if dtype == torch.float32 else None]:
-        norms = (rand(dim, dtype=dtype), rand(dim, dtype=dtype))
+        of_heads = [Norm(dim, 1e-5, rand(dim, dtype=dtype)) for _ in "qk"]
         qkv, angles = rand(50, heads + 2 * kv_heads, dim, dtype=dtype), torch.rand(50, dim).to(CUDA)
         slots = torch.randperm(160, device=CUDA)[:50]
         stores = [torch.zeros(2, 10, 16, kv_heads, dim, dtype=dtype, device=CUDA) for _ in "ab"]
-        for norm in (None, norms):
-            found = triton.rotate_and_write(qkv, angles, stores[0], slots, heads, norm, 1e-5)
-            want = reference.rotate_and_write(qkv, angles, stores[1], slots, heads, norm, 1e-5)
+        for norms in ((), of_heads):
+            layer = Heads(heads, kv_heads, dim, *norms)
+            ropes = [RopeArgs(layer, angles, store, slots) for store in stores]
+            found = ops.rotate_and_write(qkv, ropes[0])
+            want = _REFERENCE.rotate_and_write(qkv, ropes[1])
             yield f"rotary {dim}", found, want
             yield f"KV write {dim}", stores[0], stores[1]
         for window, sinks in ((None, None), (128, rand(heads, dtype=dtype))):
-            batch, group, blocks = paged_batch(lengths, window)
+            batch, group, blocks = paged_batch(lengths)
             kv = rand(2, blocks, 16, kv_heads, dim, dtype=dtype)
             query = rand(sum(q for q, _ in lengths), heads, dim, dtype=dtype)
-            found = triton.attention(query, kv, batch, group, sinks)
-            want = reference.attention(query, kv, batch, group, sinks)
+            spec = AttentionSpec(dim**-0.5, window)
+            found = ops.attention(query, kv, batch, group, spec, sinks)
+            want = _REFERENCE.attention(query, kv, batch, group, spec, sinks)
             yield f"attention {heads}/{kv_heads} {dim} window {window}", found, want
 
 
@@ -240,53 +287,45 @@ def _experts(dtype: torch.dtype) -> Iterator[Comparison]:
 
 
 def _experts_of(tokens: int, dtype: torch.dtype) -> Iterator[Comparison]:
-    from model.ops import triton
-
+    ops = kernels(dtype)
     count, hidden, size, top_k = 16, 736, 480, 4
     x, logits = rand(tokens, hidden, dtype=dtype), rand(tokens, count, dtype=dtype)
     logits[:, 5:9] += 2  # some experts get more
     for after in (True, False):
-        found, want = (m.route(logits, top_k, after, True) for m in (triton, reference))
-        yield f"router {after}", found[1], want[1]
-    chosen, shares = reference.route(logits, top_k, True, False)
+        router = RouterSpec(top_k, after, True)
+        routed = [backend.route(logits, router)[1] for backend in (ops, _REFERENCE)]
+        yield f"router {after}", routed[0], routed[1]
+    chosen, weights = _REFERENCE.route(logits, RouterSpec(top_k, True, False))
     packed = random_mxfp4(count, 2 * size, hidden), random_mxfp4(count, hidden, size)
-    dense = tuple(weight.dense(dtype) for weight in packed)
+    dense = packed[0].dense(dtype), packed[1].dense(dtype)
     biases = rand(count, 2 * size, dtype=dtype), rand(count, hidden, dtype=dtype)
     # The kernels add up in float32, so it is float32 that they are compared with.
-    up, up_bias, down, down_bias = (t.float() for t in (dense[0], biases[0], dense[1], biases[1]))
-    expected = reference.experts(
-        x.float(), chosen, shares, up, up_bias, down, down_bias, 7.0, 1.702
+    wide = experts_of(
+        _REFERENCE, (dense[0].float(), dense[1].float()), (biases[0].float(), biases[1].float())
     )
-    words = tuple(triton.pack_experts(weight, dtype) for weight in packed)
-    for name, weights in (("dense", dense), ("MXFP4", words)):
-        found = triton.experts(
-            x, chosen, shares, weights[0], biases[0], weights[1], biases[1], 7.0, 1.702
-        )
+    expected = _REFERENCE.experts(x.float(), chosen, weights, wide, GPT_OSS)
+    for name, stored in (("dense", dense), ("MXFP4", packed)):
+        experts = experts_of(ops, stored, biases)
+        found = ops.experts(x, chosen, weights, experts, GPT_OSS)
         yield f"{name} experts, {tokens} tokens", found, expected
 
 
 def _repeated_experts() -> Iterator[str | None]:
     """What overtakes what in a kernel differs from run to run; the result may not."""
-    from model.ops import triton
-
-    count, size, top_k = 32, 2880, 4
-    shapes = (2 * size, size), (size, size)
-    up, down = (
-        triton.pack_experts(random_mxfp4(count, *shape), torch.bfloat16) for shape in shapes
-    )
+    ops, count, size, top_k = kernels(), 32, 2880, 4
+    stored = random_mxfp4(count, 2 * size, size), random_mxfp4(count, size, size)
+    experts = experts_of(ops, stored)
     for tokens in (1, 64, 1024):
         x = rand(tokens, size, dtype=torch.bfloat16)
         logits = rand(tokens, count, dtype=torch.bfloat16)
-        chosen, shares = reference.route(logits, top_k, True, False)
-        runs = [
-            triton.experts(x, chosen, shares, up, None, down, None, 7.0, 1.702) for _ in range(30)
-        ]
+        chosen, weights = _REFERENCE.route(logits, RouterSpec(top_k, True, False))
+        runs = [ops.experts(x, chosen, weights, experts, GPT_OSS) for _ in range(30)]
         others = sum(not torch.equal(run, runs[0]) for run in runs)
         yield f"MXFP4 experts, {tokens} tokens: {others} of 30 differ" if others else None
 
 
-def draw_arguments(rows: int, vocab: int, dtype: torch.dtype) -> list[Any]:
-    """Logits and the arguments of `ops.draw`: mixed limits, nuclei of a few tokens and of many."""
+def sample_arguments(rows: int, vocab: int, dtype: torch.dtype) -> list[Any]:
+    """The arguments of `Backend.sample`: mixed limits, nuclei of a few tokens and of many."""
     logits = rand(rows, vocab, dtype=torch.float32) * torch.linspace(0.5, 4, rows).to(CUDA)[:, None]
     row = torch.arange(rows, device=CUDA)
     uniform = torch.rand(rows, dtype=torch.float64, device=CUDA)
@@ -295,17 +334,16 @@ def draw_arguments(rows: int, vocab: int, dtype: torch.dtype) -> list[Any]:
 
 
 def _draws(dtype: torch.dtype) -> Iterator[Comparison]:
-    """Logits of the tokens drawn: tokens next to each other in order are all but equal."""
-    from model.ops import triton
-
+    """Logits of the tokens sampled: tokens next to each other in order are all but equal."""
+    ops = kernels(dtype)
     for rows, vocab in ((1, 201_088), (200, 151_936), (64, 1000)):
-        logits, heat, top_k, top_p, uniform = draw_arguments(rows, vocab, dtype)
+        logits, temperature, top_k, top_p, uniform = sample_arguments(rows, vocab, dtype)
         for limit in (None, top_k):
-            found = triton.draw(logits, heat, limit, top_p, uniform)
-            want = reference.draw(logits, heat, limit, top_p, uniform)
+            found = ops.sample(logits, temperature, limit, top_p, uniform)
+            want = _REFERENCE.sample(logits, temperature, limit, top_p, uniform)
             at = torch.stack((found, want), 1)
             found, want = logits.float().gather(1, at).unbind(1)
-            yield f"draws, {rows} rows of {vocab}", found, want
+            yield f"samples, {rows} rows of {vocab}", found, want
 
 
 def check_parity_dense() -> Iterator[str | None]:

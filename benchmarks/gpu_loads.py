@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -144,12 +144,11 @@ def profile_step(engine: Engine, context: int) -> Iterator[Row]:
     """
     from torch.profiler import ProfilerActivity, profile
 
-    from model.ops.triton import programmatic_launch as overlapping
+    from model.ops.triton.tiles import Target
 
     probe = Probe(engine, engine.max_batch_size, 1, context)
-    alone = replace(overlapping.tiles(CUDA), overlap=False)
     count, spent = 4, Counter[str]()
-    with patch.object(overlapping, "tiles", lambda device: alone):
+    with patch.object(Target, "launch_options", {"PROGRAMMATIC_LAUNCH": False}):
         probe.step()
         with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
             for _ in range(count):

@@ -5,25 +5,29 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import torch
-from model.layers import Linear, Mlp
 
 from benchmarks.gpu_checks import (
     CUDA,
-    draw_arguments,
-    fused_limits,
+    GPT_OSS,
+    experts_of,
+    fused,
+    kernels,
+    linear_of,
     one_row,
     paged_batch,
     rand,
     random_mxfp4,
+    sample_arguments,
 )
 from model.cost.known_models import named_config
-from model.ops import reference
+from model.mlp import Mlp
+from model.ops.backend import Backend
+from model.ops.specs import AttentionSpec, Experts, RopeArgs, RouterSpec
 from model.transformer import Layer
 
 if TYPE_CHECKING:
@@ -95,42 +99,42 @@ def measure_limits() -> Limits:
 
 def time_attention(limits: Limits) -> Iterator[Row]:
     """Decode in TB/s of KV read, prefill in TFLOP/s; gpt-oss's windows in microseconds."""
-    from model.ops import triton
-
+    ops = kernels()
     for heads, kv_heads, dim in ((64, 8, 64), (16, 8, 128), (32, 8, 128), (14, 2, 64)):
+        spec = AttentionSpec(dim**-0.5, None)
         for rows, context in ((1, 1000), (1, 32_000), (64, 2000), (256, 1000)):
-            batch, group, blocks = paged_batch([(1, context)] * rows, None)
+            batch, group, blocks = paged_batch([(1, context)] * rows)
             kv = rand(2, blocks, 16, kv_heads, dim, dtype=torch.bfloat16)
             query = rand(rows, heads, dim, dtype=torch.bfloat16)
-            spent = seconds_of(partial(triton.attention, query, kv, batch, group, None))
+            spent = seconds_of(partial(ops.attention, query, kv, batch, group, spec))
             rate = rows * context * 2 * kv_heads * dim * 2 / spent
             name = f"decode attention {heads}/{kv_heads} heads of {dim}, {rows} x {context}"
             yield Row(name, rate / 1e12, "TB/s", rate / limits.copy, "copy")
         count = 8192
-        batch, group, blocks = paged_batch([(count, count)], None)
+        batch, group, blocks = paged_batch([(count, count)])
         kv = rand(2, blocks, 16, kv_heads, dim, dtype=torch.bfloat16)
         query = rand(count, heads, dim, dtype=torch.bfloat16)
-        spent = seconds_of(partial(triton.attention, query, kv, batch, group, None))
+        spent = seconds_of(partial(ops.attention, query, kv, batch, group, spec))
         rate = 4 * heads * dim * count * (count + 1) / 2 / spent
         name = f"prefill attention {heads}/{kv_heads} heads of {dim}, {count} tokens"
         yield Row(name, rate / 1e12, "TFLOP/s", rate / limits.product, "product")
-    sinks = rand(64, dtype=torch.bfloat16)
+    sinks, spec = rand(64, dtype=torch.bfloat16), AttentionSpec(64**-0.5, 128)
     for rows in (1, 256):
-        batch, group, blocks = paged_batch([(1, 1000)] * rows, 128)
+        batch, group, blocks = paged_batch([(1, 1000)] * rows)
         kv = rand(2, blocks, 16, 8, 64, dtype=torch.bfloat16)
         query = rand(rows, 64, 64, dtype=torch.bfloat16)
-        spent = seconds_of(partial(triton.attention, query, kv, batch, group, sinks))
+        spent = seconds_of(partial(ops.attention, query, kv, batch, group, spec, sinks))
         yield Row(f"decode attention in a window of 128, {rows} rows", spent * 1e6, "us")
 
 
 def time_experts(limits: Limits) -> Iterator[Row]:
     """gpt-oss-20b's experts: bytes of the experts used a second, and FLOPs."""
-    for name, weights, width in (
-        ("MXFP4", _experts_weights(packed=True), 17 / 32),
-        ("bf16", _experts_weights(packed=False), 2.0),
+    for name, experts, width in (
+        ("MXFP4", _experts(packed=True), 17 / 32),
+        ("bf16", _experts(packed=False), 2.0),
     ):
         for tokens in (1, 8, 64, 256, 1024, 8192):
-            call, used = _experts_call(weights, tokens)
+            call, used = _experts_call(kernels(), experts, tokens)
             spent = seconds_of(call)
             moved = used * 3 * _SIZE**2 * width
             title = f"{name} experts, {tokens} tokens"
@@ -144,10 +148,9 @@ def time_tiles(limits: Limits) -> Iterator[Row]:
 
     The fastest belong there. Of a tile that the GPU has no room for there is no row.
     """
-    from model.ops import triton
-    from model.ops.triton.tiles import Tile, tiles
+    from model.ops.triton.tiles import Tile
 
-    weights, own = _experts_weights(packed=True), tiles(CUDA)
+    experts, own = _experts(packed=True), kernels().target.tiles
     few = [
         Tile(16, 32, 128, 2, 6),
         Tile(16, 32, 128, 4, 4),
@@ -164,13 +167,9 @@ def time_tiles(limits: Limits) -> Iterator[Row]:
         Tile(256, 64, 64, 8, 3),
     ]
     for tokens, table, others in ((1, own.mxfp4[0], few), (1024, own.mxfp4[-1], many)):
-        call, _ = _experts_call(weights, tokens)
         for tile in (table, *others):
-            chosen = replace(own, mxfp4=(tile,))
-            with (
-                _suppressed_but_for(table, tile),
-                patch.dict(triton.experts.__globals__, tiles=lambda device, c=chosen: c),
-            ):
+            call, _ = _experts_call(kernels(mxfp4=(tile,)), experts, tokens)
+            with _suppressed_but_for(table, tile):
                 spent = seconds_of(call)
                 yield Row(f"MXFP4 experts, {tokens} tokens, {tile}", spent * 1e6, "us")
     if own.one_row is None:
@@ -182,16 +181,18 @@ def time_tiles(limits: Limits) -> Iterator[Row]:
     ]
     for name in ("qwen2-0.5b", "llama-3-8b"):
         layer = _random_layer(name)
-        project, x = _project(layer), rand(1, *layer.mlp_norm.weight.shape, dtype=torch.bfloat16)
-
-        def products(layer: Layer = layer, project: Any = project, x: torch.Tensor = x) -> Any:
-            return project(x, x), layer.feed_forward(x, x)
-
+        x = rand(1, layer.mlp.norm.size, dtype=torch.bfloat16)
         for tile in (own.one_row, *single):
+            ops = fused(fused_qkv=1, fused_gate_up=1, one_row=tile)
             with _suppressed_but_for(own.one_row, tile):
-                with fused_limits(fused_qkv=1, fused_gate_up=1, one_row=tile):
-                    spent = seconds_of(products)
+                spent = seconds_of(_linears(ops, layer, x))
                 yield Row(f"{name}, one row, {tile}", spent * 1e6, "us")
+
+
+def _linears(ops: Backend, layer: Layer, x: torch.Tensor) -> Callable[[], Any]:
+    """A call of the layer's norms with the linears that follow them."""
+    project = _project(ops, layer)
+    return lambda: (project(x, x), layer.mlp(ops, x, x))
 
 
 def _suppressed_but_for(shipped: "Tile", tile: "Tile") -> AbstractContextManager[None]:
@@ -199,25 +200,19 @@ def _suppressed_but_for(shipped: "Tile", tile: "Tile") -> AbstractContextManager
     return nullcontext() if tile == shipped else suppress(Exception)
 
 
-def _experts_weights(packed: bool) -> list[Any]:
-    """gpt-oss-20b's, gate with up and down: MXFP4 as kernels take it, or made dense."""
-    from model.ops import triton
-
-    weights = random_mxfp4(_COUNT, 2 * _SIZE, _SIZE), random_mxfp4(_COUNT, _SIZE, _SIZE)
+def _experts(packed: bool) -> Experts:
+    """gpt-oss-20b's experts: MXFP4 as the kernels take it, or dense."""
+    gate_up, down = random_mxfp4(_COUNT, 2 * _SIZE, _SIZE), random_mxfp4(_COUNT, _SIZE, _SIZE)
     if packed:
-        return [triton.pack_experts(weight, torch.bfloat16) for weight in weights]
-    return [weight.dense(torch.bfloat16) for weight in weights]
+        return experts_of(kernels(), (gate_up, down))
+    return experts_of(kernels(), (gate_up.dense(torch.bfloat16), down.dense(torch.bfloat16)))
 
 
-def _experts_call(weights: list[Any], tokens: int) -> tuple[Callable[[], Any], int]:
+def _experts_call(ops: Backend, experts: Experts, tokens: int) -> tuple[Callable[[], Any], int]:
     """A call of gpt-oss-20b's experts by random tokens, and how many experts it uses."""
-    from model.ops import triton
-
     x, logits = (rand(tokens, n, dtype=torch.bfloat16) for n in (_SIZE, _COUNT))
-    chosen, shares = reference.route(logits, _TOP_K, True, False)
-    up, down = weights
-    call = partial(triton.experts, x, chosen, shares, up, None, down, None, 7.0, 1.702)
-    return call, len(chosen.unique())
+    chosen, weights = ops.route(logits, RouterSpec(_TOP_K, True, False))
+    return partial(ops.experts, x, chosen, weights, experts, GPT_OSS), len(chosen.unique())
 
 
 def time_fusions(limits: Limits) -> Iterator[Row]:
@@ -231,20 +226,19 @@ def time_fusions(limits: Limits) -> Iterator[Row]:
         assert isinstance(layer.mlp, Mlp)
         mlp = (layer.mlp.gate_up, layer.mlp.down)
         parts = (
-            ("QKV", _project(layer), (layer.attention.qkv,), ("fused_qkv",)),
-            ("MLP", layer.feed_forward, mlp, ("fused_gate_up", "fused_mlp")),
+            ("QKV", partial(_project, layer=layer), (layer.attention.qkv,), ("fused_qkv",)),
+            ("MLP", partial(partial, layer.mlp), mlp, ("fused_gate_up", "fused_mlp")),
         )
-        for title, call, linears, fields_of in parts:
+        for title, call_of, linears, fields_of in parts:
             read = sum(2 * math.prod(linear.weight.shape) for linear in linears)
             wins = dict.fromkeys(fields_of, 0)
             losing = set[str]()
             for rows in (1, 2, 4, 8, 16, 32, 64):
-                x = rand(rows, layer.mlp_norm.weight.numel(), dtype=torch.bfloat16)
+                x = rand(rows, layer.mlp.norm.size, dtype=torch.bfloat16)
                 steps = math.inf
                 for kind in ("in steps", *fields_of):
                     limits_of = {kind: 64, "one_row": one_row()} if kind in wins else {}
-                    with fused_limits(**limits_of):
-                        spent = seconds_of(partial(call, x, x))
+                    spent = seconds_of(partial(call_of(fused(**limits_of)), x, x))
                     full = f"{name} norm + {title}, {rows} rows, {kind}"
                     share = read / spent / limits.copy
                     yield Row(full, read / spent / 1e12, "TB/s", share, "copy")
@@ -256,64 +250,63 @@ def time_fusions(limits: Limits) -> Iterator[Row]:
                         wins[kind] = rows
             for kind, most in wins.items():
                 yield Row(f"{name}: {kind} is faster up to", most, "rows")
-        head = Linear(layer.mlp_norm.weight.numel(), named_config(name).vocab_size, bias=False)
-        head.weight = rand(*head.weight.shape, dtype=torch.bfloat16, scale=0.02)
+        vocab, hidden = named_config(name).vocab_size, layer.mlp.norm.size
+        head = linear_of(rand(vocab, hidden, dtype=torch.bfloat16, scale=0.02))
         products = {"out": layer.attention.out, "down": layer.mlp.down, "head": head}
         for title, linear in products.items():
             x = rand(1, linear.weight.shape[1], dtype=torch.bfloat16)
             for kind, own in (("torch's", None), ("ours", one_row())):
-                with fused_limits(one_row=own):
-                    rate = 2 * math.prod(linear.weight.shape) / seconds_of(partial(linear, x))
+                call = partial(fused(one_row=own).linear, x, linear)
+                rate = 2 * math.prod(linear.weight.shape) / seconds_of(call)
                 full = f"{name} {title}, 1 row, {kind}"
                 yield Row(full, rate / 1e12, "TB/s", rate / limits.copy, "copy")
 
 
-def _project(layer: Layer) -> Callable[[torch.Tensor, torch.Tensor], Any]:
+def _project(ops: Backend, layer: Layer) -> Callable[[torch.Tensor, torch.Tensor], Any]:
     """The layer's norm and what comes before attention, for up to 64 rows."""
-    attention = layer.attention
-    kv = rand(2, 4, 16, attention.kv_heads, attention.head_dim, dtype=torch.bfloat16)
-    cos_sin = rand(64, attention.head_dim, dtype=torch.float32)
+    attention, heads = layer.attention, layer.attention.heads
+    kv = rand(2, 4, 16, heads.kv_heads, heads.head_dim, dtype=torch.bfloat16)
+    cos_sin = rand(64, heads.head_dim, dtype=torch.float32)
     slots = torch.arange(64, device=CUDA)
 
     def project(x: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        count = len(x)
-        norm = layer.attention_norm
-        return attention.project(norm, x, delta, cos_sin[:count], kv, slots[:count])
+        rope = RopeArgs(heads, cos_sin[: len(x)], kv, slots[: len(x)])
+        return ops.norm_qkv(x, delta, attention.norm, attention.qkv, rope)
 
     return project
 
 
 def time_overlap(limits: Limits) -> Iterator[Row]:
     """Dense layers at decode, where a kernel is set up while the one before ends, and not."""
-    from model.ops.triton import programmatic_launch as overlapping
-
-    own = overlapping.tiles(CUDA)
     for name in ("qwen2-0.5b", "llama-3-8b"):
         layers = [_random_layer(name) for _ in range(4)]
         for rows in (1, 8, 64):
-            step = _decode_step(layers, rows, context=1000)
             for is_early in (False, True):
-                chosen = replace(own, overlap=is_early)
-                with patch.object(overlapping, "tiles", lambda device, c=chosen: c):
-                    spent = seconds_of(step) / len(layers)
+                ops = kernels(programmatic_launch=is_early)
+                step = _decode_step(ops, layers, rows, context=1000)
+                spent = seconds_of(step) / len(layers)
                 kind = "early" if is_early else "one by one"
                 yield Row(f"{name}, a layer of {rows} rows, {kind}", spent * 1e6, "us")
 
 
-def _decode_step(layers: list[Layer], rows: int, context: int) -> Callable[[], torch.Tensor]:
+def _decode_step(
+    ops: Backend, layers: list[Layer], rows: int, context: int
+) -> Callable[[], torch.Tensor]:
     """The layers over a token of each row, every layer with a KV cache of its own."""
-    first = layers[0].attention
-    batch, group, blocks = paged_batch([(1, context)] * rows, None)
-    shape = 2, blocks, 16, first.kv_heads, first.head_dim
+    heads = layers[0].attention.heads
+    batch, group, blocks = paged_batch([(1, context)] * rows)
+    shape = 2, blocks, 16, heads.kv_heads, heads.head_dim
     kvs = [rand(*shape, dtype=torch.bfloat16) for _ in layers]
-    projects = [_project(layer) for layer in layers]
-    stream = rand(rows, layers[0].mlp_norm.weight.numel(), dtype=torch.bfloat16)
+    cos_sin = rand(rows, heads.head_dim, dtype=torch.float32)
+    slots = torch.arange(rows, device=CUDA)
+    stream = rand(rows, layers[0].mlp.norm.size, dtype=torch.bfloat16)
 
     def step() -> torch.Tensor:
         x = delta = stream
-        for layer, project, kv in zip(layers, projects, kvs, strict=True):
-            x, query = project(x, delta)
-            x, delta = layer.feed_forward(x, layer.attention(query, kv, batch, group))
+        for layer, kv in zip(layers, kvs, strict=True):
+            rope = RopeArgs(layer.attention.heads, cos_sin, kv, slots)
+            x, delta = layer.attention(ops, x, delta, rope, batch, group)
+            x, delta = layer.mlp(ops, x, delta)
         return delta
 
     return step
@@ -324,25 +317,21 @@ def _random_layer(name: str) -> Layer:
     config = named_config(name)
     layer = Layer(config, config.layers[0])
     assert isinstance(layer.mlp, Mlp)
-    for norm in (layer.attention_norm, layer.mlp_norm):
-        norm.weight = rand(*norm.weight.shape, dtype=torch.bfloat16)
-    attention, mlp = layer.attention, layer.mlp
-    for linear in (attention.qkv, attention.out, mlp.gate_up, mlp.down):
-        linear.weight = rand(*linear.weight.shape, dtype=torch.bfloat16, scale=0.02)
-        if linear.bias is not None:
-            linear.bias = rand(*linear.bias.shape, dtype=torch.bfloat16)
+    for parameter in layer.parameters():
+        scale = 0.02 if parameter.attribute == "weight" and parameter.format else 1.0
+        values = rand(*parameter.shape, dtype=torch.bfloat16, scale=scale)
+        setattr(parameter.holder, parameter.attribute, values)
     return layer
 
 
 def time_draws(limits: Limits) -> Iterator[Row]:
     """Top-k and top-p over gpt-oss's vocabulary, beside the sort that they do without."""
-    from model.ops import triton
-
+    ops = kernels()
     for rows in (1, 32, 256):
-        logits, heat, top_k, top_p, uniform = draw_arguments(rows, 201_088, torch.bfloat16)
+        logits, temperature, top_k, top_p, uniform = sample_arguments(rows, 201_088, torch.bfloat16)
         calls: dict[str, Callable[[], Any]] = {
-            "top-p": partial(triton.draw, logits, heat, None, top_p, uniform),
-            "top-k and top-p": partial(triton.draw, logits, heat, top_k, top_p, uniform),
+            "top-p": partial(ops.sample, logits, temperature, None, top_p, uniform),
+            "top-k and top-p": partial(ops.sample, logits, temperature, top_k, top_p, uniform),
             "torch.sort alone": partial(torch.sort, logits, descending=True, stable=True),
         }
         for title, call in calls.items():

@@ -14,9 +14,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import Engine, EngineConfig, Request, SamplingParams
+from engine import Engine, EngineConfig, Request, SamplingParams, model_runner
 from engine.decode_graphs import Compute
-from model import ops
 
 pytest.importorskip("triton")
 
@@ -27,16 +26,16 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     from triton.compiler.compiler import make_backend
     from triton.runtime.jit import JITFunction, create_function_from_signature
 
-    from model.ops import triton
-    from model.ops.triton import tiles
+    from model.ops.triton.backend import TritonBackend
+    from model.ops.triton.tiles import TILES, Target
     from tests.model.triton_compiler import target
 
-    backend, found = make_backend(target("sm_90")), list[tuple[str, str]]()
+    compiler, found = make_backend(target("sm_90")), list[tuple[str, str]]()
 
     @cache
     def binder(kernel: Any) -> Callable[..., Any]:
         bind: Callable[..., Any] = create_function_from_signature(
-            kernel.signature, kernel.params, backend
+            kernel.signature, kernel.params, compiler
         )
         return bind
 
@@ -47,10 +46,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
             bound["tokens_ptr"].zero_()
 
     monkeypatch.setattr(JITFunction, "run", record)
-    monkeypatch.setattr(tiles, "architecture", lambda device: "sm_90")
-    for op in (triton.attention, triton.draw, triton.norm_qkv):
-        monkeypatch.setitem(op.__globals__, "processors", lambda device: 132)
-    monkeypatch.setitem(ops._BY_DEVICE, "cpu", triton)
+    h100 = Target("sm_90", 132, TILES["sm_90"])
+    monkeypatch.setattr(
+        model_runner,
+        "choose_backend",
+        lambda device, dtype: TritonBackend(device, dtype, h100),
+    )
     return found
 
 

@@ -7,17 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from model import ops
-from model.ops import reference
+from model.ops import backend
+from model.ops.backend import Backend, choose_backend
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_without_triton_gpus_run_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "find_spec", lambda name: None)
-    assert ops._find("cuda") is reference
-    assert ops._find("mps") is reference
+    monkeypatch.setattr(backend, "find_spec", lambda name: None)
+    for device in ("cuda", "mps"):
+        assert type(choose_backend(torch.device(device), torch.bfloat16)) is Backend
 
 
 def test_a_run_on_the_cpu_never_imports_triton_kernels() -> None:
@@ -72,7 +73,7 @@ def test_kernels_compile_and_fit_their_targets(architecture: str) -> None:
     chosen = launches(architecture)
     # Those that start early wait for their turn; no launch waits that does not start early.
     assert {dict(x.options).get("launch_pdl", False) for x in chosen} == {
-        TILES[architecture].overlap
+        TILES[architecture].programmatic_launch
     }
     experts = [dict(x.constants) for x in chosen if x.kernel.__name__ == "_gate_up"]
     assert {(x["PACKED"], x["BLOCK_M"]) for x in experts} == {
@@ -84,7 +85,7 @@ def test_kernels_compile_and_fit_their_targets(architecture: str) -> None:
         compiled = compile_launch(launch, architecture)
         assert compiled.shared <= LIMITS[architecture], f"{launch}: {compiled.shared} bytes"
         assert not compiled.spills, f"{launch}: {compiled.spills} spilled"
-        if TILES[architecture].overlap:
+        if TILES[architecture].programmatic_launch:
             assert waits_before_memory(compiled.binary.asm["ptx"]), str(launch)
         named = dict(launch.constants)
         if named.get("PACKED") and architecture == "sm_90":

@@ -22,12 +22,14 @@ from triton.runtime.jit import JITFunction
 from model import ModelConfig
 from model.cost.known_models import named_config
 from model.families import parse_config
-from model.ops import triton as ops
+from model.formats import DENSE, MXFP4
 from model.ops.forward_batch import ForwardBatch, GroupTables
-from model.ops.triton import tiles
+from model.ops.specs import Activation, AttentionSpec, Experts, RouterSpec
+from model.ops.triton.backend import TritonBackend
 from model.ops.triton.linear import norm_linear
-from model.ops.triton.mxfp4 import Words
-from model.ops.triton.norm import swiglu
+from model.ops.triton.mxfp4 import Stack, dense_stack
+from model.ops.triton.tiles import TILES, Target
+from tests.model.ops_helpers import linear_of, norm_of, rope_args
 
 # Bytes of shared memory that one program may take.
 LIMITS = {
@@ -115,18 +117,13 @@ def launches(architecture: str) -> list[Launch]:
 
     # More rows than norms are fused for: benchmarks try up to 64, most of all on Hopper.
     most = 64 if architecture == "sm_90" else 16
-    own = replace(tiles.TILES[architecture], fused_qkv=most, fused_mlp=most)
-    with (
-        patch.object(JITFunction, "run", record),
-        patch.object(tiles, "architecture", lambda device: architecture),
-        patch("model.ops.triton.attention.processors", lambda device: 132),
-        patch("model.ops.triton.sampling.processors", lambda device: 132),
-        patch("model.ops.triton.linear.processors", lambda device: 132),
-        patch("model.ops.triton.fused.tiles", lambda device: own),
-    ):
+    tiles = replace(TILES[architecture], fused_qkv=most, fused_mlp=most)
+    target = Target(architecture, 132, tiles)
+    backend = TritonBackend(torch.device("meta"), torch.bfloat16, target)
+    with patch.object(JITFunction, "run", record):
         for config in CONFIGS:
             for rows in ROWS:
-                for call in _calls(config, rows, most):
+                for call in _calls(backend, config, rows):
                     call()
     return list(found)
 
@@ -157,74 +154,94 @@ def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _calls(config: ModelConfig, rows: int, fused: int) -> Iterator[Callable[[], Any]]:
-    """The ops of the config's different layers, as a step of `rows` tokens calls them.
+def _calls(ops: TritonBackend, config: ModelConfig, rows: int) -> Iterator[Callable[[], Any]]:
+    """The operations of the config's different layers, as a step of `rows` tokens calls them."""
+    yield from _sampling_calls(ops, config, min(rows, 512))
+    yield from _attention_calls(ops, config, rows)
+    if config.moe is None:
+        yield from _mlp_calls(ops, config, rows)
+    else:
+        yield from _moe_calls(ops, config, rows)
 
-    fused: up to how many rows norms are fused with what follows.
-    """
+
+def _sampling_calls(
+    ops: TritonBackend, config: ModelConfig, rows: int
+) -> Iterator[Callable[[], Any]]:
+    logits = _empty(rows, config.vocab_size)
+    floats, top_k = _empty(rows, dtype=torch.float32), _empty(rows, dtype=torch.int64)
+    uniform = _empty(rows, dtype=torch.float64)
+    for limit in (None, top_k):
+        yield partial(ops.sample, logits, floats, limit, floats, uniform)
+
+
+def _attention_calls(
+    ops: TritonBackend, config: ModelConfig, rows: int
+) -> Iterator[Callable[[], Any]]:
     hidden, heads, dim = config.hidden_size, config.num_heads, config.head_dim
-    x, norm = _empty(rows, hidden), _empty(hidden)
-    samples = min(rows, 512)
-    logits = _empty(samples, config.vocab_size)
-    floats, top_k = _empty(samples, dtype=torch.float32), _empty(samples, dtype=torch.int64)
-    uniform = _empty(samples, dtype=torch.float64)
-    for kept in (None, top_k):
-        yield partial(ops.draw, logits, floats, kept, floats, uniform)
-    yield lambda: ops.add_rms_norm(x, None, norm, 1e-5)
-    yield lambda: ops.add_rms_norm(x, x, norm, 1e-5)
+    x, norm = _empty(rows, hidden), norm_of(_empty(hidden))
+    yield lambda: ops.add_rms_norm(x, None, norm)
+    yield lambda: ops.add_rms_norm(x, x, norm)
     kv = _empty(2, 60_000, 16, config.num_kv_heads, dim)
     qkv = _empty(rows, heads + 2 * config.num_kv_heads, dim)
     norms = (_empty(dim), _empty(dim)) if config.qk_norm else None
     slots, cos_sin = _empty(rows, dtype=torch.int64), _empty(rows, dim, dtype=torch.float32)
-    yield lambda: ops.rotate_and_write(qkv, cos_sin, kv, slots, heads, norms, 1e-5)
+    rope = rope_args(kv, cos_sin, slots, heads, norms)
+    yield lambda: ops.rotate_and_write(qkv, rope)
     out = qkv.shape[1] * dim
-    column = _empty(out) if config.qkv_bias else None
+    projection = linear_of(_empty(out, hidden), _empty(out) if config.qkv_bias else None)
     for delta in (None, x) if rows == 1 else (x,):  # what there is to add changes little
-        yield partial(
-            ops.norm_qkv, x, delta, norm, 1e-5, _empty(out, hidden), column,
-            cos_sin, kv, slots, heads, norms,
-        )  # fmt: skip
+        yield partial(ops.norm_qkv, x, delta, norm, projection, rope)
     query = _empty(rows, heads, dim)
-    yield lambda: ops.linear(query.flatten(1), _empty(hidden, heads * dim), None)
-    yield lambda: ops.linear(x, _empty(config.vocab_size, hidden), None)
+    yield lambda: ops.linear(query.flatten(1), linear_of(_empty(hidden, heads * dim)))
+    yield lambda: ops.linear(x, linear_of(_empty(config.vocab_size, hidden)))
     sinks = _empty(heads) if config.sinks else None
     for window in {layer.window for layer in config.layers}:
+        spec = AttentionSpec(dim**-0.5, window)
         for singles, sequences in {(min(rows, 512), min(rows, 512)), (0, 1)}:
             lengths = _empty(sequences + 1, dtype=torch.int32)
             batch = ForwardBatch(slots, slots, [], [], singles, (), slots, lengths, lengths[:-1])
-            tables = GroupTables(window, _empty(sequences, 512, dtype=torch.int32), slots)
+            tables = GroupTables(_empty(sequences, 512, dtype=torch.int32), slots)
             tokens = query[: singles or rows]
-            yield partial(ops.attention, tokens, kv, batch, tables, sinks)
-    if config.moe is None:
-        size = config.intermediate_size
-        gate_up, up, down = _empty(rows, 2 * size), _empty(2 * size, hidden), _empty(hidden, size)
-        yield lambda: swiglu(gate_up, None, 1.0)
-        yield lambda: ops.norm_mlp(x, x, norm, 1e-5, up, None, down, None)
-        yield lambda: ops.linear(gate_up[:, :size], down, None)
-        if rows <= fused:
-            bias = _empty(2 * size) if config.mlp_bias else None
-            yield lambda: norm_linear(x, x, norm, 1e-5, up, bias, is_gated=True)
-        return
-    moe, limit, alpha = config.moe, config.swiglu_limit, config.swiglu_alpha
-    count, size = moe.num_experts, moe.intermediate_size
-    scores = _empty(rows, count)
-    column = _empty(count) if moe.biases else None
-    yield lambda: ops.linear(x, _empty(count, hidden), column)
-    yield lambda: ops.route(scores, moe.top_k, moe.softmax_after_top_k, moe.normalize)
+            yield partial(ops.attention, tokens, kv, batch, tables, spec, sinks)
+
+
+def _mlp_calls(ops: TritonBackend, config: ModelConfig, rows: int) -> Iterator[Callable[[], Any]]:
+    hidden, size, plain = config.hidden_size, config.intermediate_size, Activation()
+    x, norm, gate_up = _empty(rows, hidden), norm_of(_empty(hidden)), _empty(rows, 2 * size)
+    up, down = linear_of(_empty(2 * size, hidden)), linear_of(_empty(hidden, size))
+    yield lambda: ops.activate(gate_up, plain)
+    yield lambda: ops.norm_mlp(x, x, norm, up, down, plain)
+    yield lambda: ops.linear(gate_up[:, :size], down)
+    if rows <= ops.target.tiles.fused_qkv:
+        biased = linear_of(up.weight, _empty(2 * size) if config.mlp_bias else None)
+        yield lambda: norm_linear(x, x, norm, biased, ops.target, is_gated=True)
+
+
+def _moe_calls(ops: TritonBackend, config: ModelConfig, rows: int) -> Iterator[Callable[[], Any]]:
+    moe, hidden = config.moe, config.hidden_size
+    assert moe is not None
+    activation = Activation(config.swiglu_limit, config.swiglu_alpha)
+    count, size, biased = moe.num_experts, moe.intermediate_size, moe.biases
+    x, scores = _empty(rows, hidden), _empty(rows, count)
+    router = linear_of(_empty(count, hidden), _empty(count) if biased else None)
+    spec = RouterSpec(moe.top_k, moe.softmax_after_top_k, moe.normalize)
+    yield lambda: ops.linear(x, router)
+    yield lambda: ops.route(scores, spec)
     chosen = _empty(rows, moe.top_k, dtype=torch.int64)
-    shares = _empty(rows, moe.top_k, dtype=torch.float32)
-    biases = (_empty(count, 2 * size), _empty(count, hidden)) if moe.biases else (None, None)
+    weights = _empty(rows, moe.top_k, dtype=torch.float32)
+    biases = (_empty(count, 2 * size), _empty(count, hidden)) if biased else (None, None)
     dense = (_empty(count, 2 * size, hidden), _empty(count, hidden, size))
-    for first, second in (dense, (_packed(dense[0]), _packed(dense[1]))):
-        yield partial(
-            ops.experts, x, chosen, shares, first, biases[0], second, biases[1], limit, alpha
-        )
+    for stack, form in ((dense_stack, DENSE), (_packed, MXFP4)):
+        up, down = map(stack, dense)
+        experts = Experts(count, hidden, size, biased, form, up, biases[0], down, biases[1])
+        yield partial(ops.experts, x, chosen, weights, experts, activation)
 
 
-def _packed(weight: torch.Tensor) -> Words:
+def _packed(weight: torch.Tensor) -> Stack:
     count, outputs, inputs = weight.shape
     values = _empty(count, outputs, inputs // 8, dtype=torch.int32)
-    return Words(values, _empty(count, -(-inputs // 128), outputs, dtype=torch.int32))
+    scales = _empty(count, -(-inputs // 128), outputs, dtype=torch.int32)
+    return Stack(values, scales, is_packed=True)
 
 
 def compile_launch(launch: Launch, architecture: str) -> Compiled:

@@ -15,24 +15,51 @@ import torch
 import triton.language as tl
 from triton import jit
 
-from engine import Engine, EngineConfig, Request, SamplingParams
-from model import ops
-from model.ops import cpu, reference, triton
+from engine import Engine, EngineConfig, Request, SamplingParams, model_runner
+from model.ops.backend import Backend
+from model.ops.cpu.backend import CpuBackend
 from model.ops.forward_batch import ForwardBatch, GroupTables
-from model.ops.triton import fused as fused_ops
-from model.ops.triton import mxfp4, tiles
-from model.ops.triton import sort_by_expert as grouping
+from model.ops.mxfp4 import Mxfp4
+from model.ops.specs import Activation, AttentionSpec, ExpertShard, RouterSpec
+from model.ops.triton import attention as attention_kernels
+from model.ops.triton import experts as expert_kernels
+from model.ops.triton import fused as fused_kernels
+from model.ops.triton import mxfp4
+from model.ops.triton.backend import TritonBackend
 from model.ops.triton.mxfp4 import unpack
-from model.ops.triton.norm import swiglu
-from model.ops.triton.tiles import Tile
+from model.ops.triton.sort_by_expert import group_by_expert
+from model.ops.triton.tiles import Tile, target_of
 from tests.checkpoints import quantize_mxfp4, write_checkpoint
+from tests.model.ops_helpers import (
+    CPU,
+    experts_of,
+    linear_of,
+    norm_of,
+    packed_experts,
+    reference,
+    rope_args,
+)
 from tests.model.test_ops import paged, rand
 from tests.test_end_to_end import DATA
 from tokenizer import Tokenizer
 
 # Two bytes an element takes the tiles of real use; the interpreter multiplies no bfloat16.
 DTYPES = [torch.float32, torch.float16]
+REFERENCE = reference()
+GPT_OSS, PLAIN = Activation(7.0, 1.702), Activation()
+AFTER_TOP_K = RouterSpec(2, softmax_after_top_k=True, normalize=False)
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def kernels(dtype: torch.dtype = torch.float32, **tiles: Any) -> TritonBackend:
+    """The kernels, with some fields of `Tiles` changed."""
+    target = target_of(CPU)
+    return TritonBackend(CPU, dtype, replace(target, tiles=replace(target.tiles, **tiles)))
+
+
+def with_processors(count: int) -> TritonBackend:
+    """The kernels of a device that runs this number of programs at once."""
+    return TritonBackend(CPU, torch.float32, replace(target_of(CPU), processors=count))
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, slack: float = 1.0) -> None:
@@ -46,10 +73,10 @@ def close(found: torch.Tensor, expected: torch.Tensor, slack: float = 1.0) -> No
 @pytest.mark.parametrize("tokens", [0, 1, 5])
 def test_norm_and_residual(tokens: int, size: int, dtype: torch.dtype) -> None:
     x, delta = rand(tokens, size, dtype=dtype), rand(tokens, size, seed=1, dtype=dtype)
-    weight = rand(size, seed=2, dtype=dtype)
+    norm = norm_of(rand(size, seed=2, dtype=dtype))
     for change in (None, delta):
-        summed, normed = triton.add_rms_norm(x, change, weight, 1e-5)
-        expected_sum, expected = reference.add_rms_norm(x, change, weight, 1e-5)
+        summed, normed = kernels().add_rms_norm(x, change, norm)
+        expected_sum, expected = REFERENCE.add_rms_norm(x, change, norm)
         close(summed, expected_sum)  # the interpreter truncates to bfloat16
         close(normed, expected)
 
@@ -64,8 +91,10 @@ def test_rotary_norms_and_kv_write(heads: tuple[int, int], dim: int, norms: bool
     weights = (rand(dim, seed=2), rand(dim, seed=3)) if norms else None
     slots = torch.tensor([9, 3, 4, 15, 12])
     expected_kv, found_kv = (torch.full((2, 4, 4, kv_heads, dim), 7.0) for _ in range(2))
-    expected = reference.rotate_and_write(qkv, cos_sin, expected_kv, slots, queries, weights, 1e-5)
-    found = triton.rotate_and_write(qkv, cos_sin, found_kv, slots, queries, weights, 1e-5)
+    expected, found = (
+        ops.rotate_and_write(qkv, rope_args(kv, cos_sin, slots, queries, weights))
+        for ops, kv in ((REFERENCE, expected_kv), (kernels(), found_kv))
+    )
     close(found, expected)
     close(found_kv, expected_kv)
 
@@ -78,6 +107,7 @@ def attend(
     sinks: bool,
     dtype: torch.dtype = torch.float32,
     block_size: int = 8,
+    ops: TritonBackend | None = None,
 ) -> None:
     batch, group, blocks = paged(lengths, window, block_size)
     query = rand(sum(q for q, _ in lengths), heads[0], dim, dtype=dtype)
@@ -93,8 +123,9 @@ def attend(
                 kv[:, group.block_table[row, at // block_size], at % block_size] = float("nan")
     kv[:, 0] = 0
     column = rand(heads[0], seed=2, dtype=dtype) * 2 if sinks else None
-    expected = reference.attention(query, kv, batch, group, column)
-    close(triton.attention(query, kv, batch, group, column), expected)
+    spec = AttentionSpec(dim**-0.5, window)
+    expected = REFERENCE.attention(query, kv, batch, group, spec, column)
+    close((ops or kernels()).attention(query, kv, batch, group, spec, column), expected)
 
 
 MIXED = [(1, 50), (1, 17), (20, 20), (7, 40), (2, 2)]
@@ -118,29 +149,29 @@ def test_attention_of_head_sizes(dim: int) -> None:
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_splits_of_the_kv_count_a_sink_once(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
-    original = triton.attention.__globals__["splits_of"]
+    original = attention_kernels.splits_of
 
     def counted(*arguments: Any) -> int:
         used.append(original(*arguments))
         return int(used[-1])
 
     # Sixteen processors, so that some of these rows are split and some are not.
-    monkeypatch.setitem(triton.attention.__globals__, "processors", lambda device: 16)
-    monkeypatch.setitem(triton.attention.__globals__, "splits_of", counted)
+    ops = with_processors(16)
+    monkeypatch.setattr(attention_kernels, "splits_of", counted)
     lengths = [(1, 300), (1, 40), (1, 1), (1, 33), (1, 129)][:rows]
     for sinks in (False, True):
-        attend(lengths, (6, 2), 32, None, sinks)
-        attend(lengths, (6, 2), 32, 100, sinks)
-        attend(lengths, (6, 2), 32, 200, sinks)
+        attend(lengths, (6, 2), 32, None, sinks, ops=ops)
+        attend(lengths, (6, 2), 32, 100, sinks, ops=ops)
+        attend(lengths, (6, 2), 32, 200, sinks, ops=ops)
     assert used == {1: [16, 1, 2], 2: [8, 1, 2], 5: [2, 1, 2]}[rows] * 2
 
 
 def test_rows_that_only_fill_a_batch_attend_to_nothing() -> None:
     batch, group, blocks = paged([(1, 9), (1, 5)], None, 8)
-    batch.seen[1] = 0
+    batch.context_lens[1] = 0
     query, kv = rand(2, 4, 32), rand(2, blocks, 8, 2, 32, seed=1)
     for sinks in (None, rand(4, seed=2)):
-        out = triton.attention(query, kv, batch, group, sinks)
+        out = kernels().attention(query, kv, batch, group, AttentionSpec(32**-0.5, None), sinks)
         assert not out[1].any()
         assert out[0].all()
 
@@ -149,21 +180,23 @@ def test_rows_that_only_fill_a_batch_attend_to_nothing() -> None:
 @pytest.mark.parametrize("limit", [None, 7.0])
 def test_swiglu(limit: float | None, dtype: torch.dtype) -> None:
     gate_up = rand(5, 2 * 96, dtype=dtype) * 6
-    close(swiglu(gate_up, limit, 1.702), reference.swiglu(gate_up, limit, 1.702), 2)
+    activation = Activation(limit, 1.702)
+    close(kernels().activate(gate_up, activation), REFERENCE.activate(gate_up, activation), 2)
 
 
 @pytest.mark.parametrize(("after", "normalize"), [(True, False), (False, True), (False, False)])
 @pytest.mark.parametrize(("count", "top_k"), [(8, 2), (6, 3), (128, 8)])
 def test_router(count: int, top_k: int, after: bool, normalize: bool) -> None:
     logits = rand(9, count)
-    chosen, weights = triton.route(logits, top_k, after, normalize)
-    expected, shares = reference.route(logits, top_k, after, normalize)
-    assert torch.equal(chosen, expected)
-    close(weights, shares)
+    router = RouterSpec(top_k, after, normalize)
+    chosen, weights = kernels().route(logits, router)
+    expected_experts, expected_weights = REFERENCE.route(logits, router)
+    assert torch.equal(chosen, expected_experts)
+    close(weights, expected_weights)
 
 
 def test_a_row_of_nan_is_routed_to_experts_that_exist() -> None:
-    chosen, _ = triton.route(torch.full((1, 6), float("nan")), 3, True, False)
+    chosen, _ = kernels().route(torch.full((1, 6), float("nan")), RouterSpec(3, True, False))
     assert chosen.min() >= 0
     assert chosen.max() < 6
 
@@ -171,11 +204,11 @@ def test_a_row_of_nan_is_routed_to_experts_that_exist() -> None:
 @pytest.mark.parametrize("tokens", [1, 7, 64, 150])
 def test_grouping_sorts_pairs_by_expert_and_keeps_their_order(tokens: int) -> None:
     chosen = torch.randint(0, 5, (tokens, 2), generator=torch.Generator().manual_seed(0))
-    order, starts = grouping.group_by_expert(chosen, 0, 6)
+    order, starts = group_by_expert(chosen, 0, 6, target_of(CPU))
     flat = chosen.flatten()
     assert order.tolist() == flat.argsort(stable=True).tolist()
     assert starts.tolist() == [int((flat < e).sum()) for e in range(7)]
-    order, starts = grouping.group_by_expert(chosen, 1, 3)  # of 5
+    order, starts = group_by_expert(chosen, 1, 3, target_of(CPU))  # of 5
     before, here = int((flat < 1).sum()), int(((flat >= 1) & (flat < 4)).sum())
     assert starts.tolist() == [int((flat < e).sum()) - before for e in range(1, 5)]
     assert order[:here].tolist() == flat.argsort(stable=True)[before : before + here].tolist()
@@ -201,32 +234,29 @@ def test_experts(
     unbalanced: bool,
     short: int,
     packed: bool,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    own = replace(tiles.tiles(torch.device("cpu")), short=short)
-    monkeypatch.setitem(triton.experts.__globals__, "tiles", lambda device: own)
     count, hidden, size, top_k = 6, 96, 160, 2
     x = rand(tokens, hidden, dtype=dtype)
     logits = rand(tokens, count, seed=1)
     if unbalanced:  # everything to two experts, nothing to the others
         logits[:, 2:] -= 100
-    chosen, shares = reference.route(logits, top_k, True, False)
+    chosen, weights = REFERENCE.route(logits, RouterSpec(top_k, True, False))
     gate_up: Any = rand(count, 2 * size, hidden, seed=2, dtype=dtype) * 0.2
     down: Any = rand(count, hidden, size, seed=4, dtype=dtype) * 0.2
-    wide_up, wide_down = gate_up.float(), down.float()
     if packed:
-        gate_up, down = (reference.Mxfp4(*quantize_mxfp4(w)) for w in (gate_up, down))
-        wide_up, wide_down = gate_up.dense(torch.float32), down.dense(torch.float32)
-        gate_up, down = (triton.pack_experts(w, dtype) for w in (gate_up, down))
+        gate_up, down = (Mxfp4(*quantize_mxfp4(w)) for w in (gate_up, down))
     up_bias = rand(count, 2 * size, seed=3, dtype=dtype) if biases else None
     down_bias = rand(count, hidden, seed=5, dtype=dtype) if biases else None
-    form = (7.0, 1.702) if biases else (None, 1.0)
-    found = triton.experts(x, chosen, shares, gate_up, up_bias, down, down_bias, *form)
-    # The kernels add up in float32, so it is float32 that they are compared with.
+    activation = GPT_OSS if biases else PLAIN
+    ops = kernels(dtype, short=short)
+    experts = packed_experts(ops, experts_of(gate_up, up_bias, down, down_bias))
+    assert experts.down.is_packed is packed
+    found = ops.experts(x, chosen, weights, experts, activation)
+    # The kernels accumulate in float32, so they are compared with a float32 reference.
+    wide = [w.dense(torch.float32) if packed else w.float() for w in (gate_up, down)]
     wide_biases = [None if b is None else b.float() for b in (up_bias, down_bias)]
-    expected = reference.experts(
-        x.float(), chosen, shares, wide_up, wide_biases[0], wide_down, wide_biases[1], *form
-    )
+    wide_experts = experts_of(wide[0], wide_biases[0], wide[1], wide_biases[1])
+    expected = REFERENCE.experts(x.float(), chosen, weights, wide_experts, activation)
     close(found, expected.to(dtype), 3)
 
 
@@ -236,13 +266,16 @@ def test_a_part_of_the_experts(tokens: int, rank: int) -> None:
     count, hidden, size = 6, 96, 160
     x, logits = rand(tokens, hidden), rand(tokens, count, seed=1)
     logits[:, 3 * rank] -= 100
-    chosen, shares = reference.route(logits, 2, True, False)
+    chosen, weights = REFERENCE.route(logits, AFTER_TOP_K)
     up, down = rand(3, 2 * size, hidden, seed=2) * 0.2, rand(3, hidden, size, seed=4) * 0.2
-    rest = up, rand(3, 2 * size, seed=3), down, rand(3, hidden, seed=5), 7.0, 1.702, (rank, 2)
-    expected = reference.experts(x, chosen, shares, *rest)
-    torch.use_deterministic_algorithms(True)  # what is not written is NaN
+    experts = experts_of(up, rand(3, 2 * size, seed=3), down, rand(3, hidden, seed=5))
+    shard = ExpertShard(rank, 2)
+    expected = REFERENCE.experts(x, chosen, weights, experts, GPT_OSS, shard)
+    ops = kernels()
+    packed = packed_experts(ops, experts)
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
     try:
-        close(triton.experts(x, chosen, shares, *rest), expected, 3)
+        close(ops.experts(x, chosen, weights, packed, GPT_OSS, shard), expected, 3)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -253,27 +286,23 @@ def test_every_code_and_scale_of_mxfp4_is_unpacked_exactly(
 ) -> None:
     """Through the experts: weights that one-hot inputs read out, at usual and odd scales."""
     tile = Tile(128, 32, columns, 4, 1)  # high: one program unpacks for many rows
-    monkeypatch.setitem(triton.experts.__globals__, "for_dtype", lambda *_: tile)
+    monkeypatch.setattr(expert_kernels, "for_dtype", lambda *_: tile)
     size = 160  # five scales: more than a word has
     codes = torch.arange(256, dtype=torch.uint8).view(16, 1, 16)  # every pair of codes
     blocks = torch.cat([codes.roll(g, 0) for g in range(5)], 1).repeat(12, 1, 1)
-    for exponent, kind in (
-        (5, mxfp4.Words),
-        (70, mxfp4.Words),
-        (122, mxfp4.Words),
-        (131, torch.Tensor),
-    ):
+    ops = kernels()
+    for exponent, is_packed in ((5, True), (70, True), (122, True), (131, False)):
         scales = exponent + torch.arange(192)[:, None] % 3 + torch.tensor([0, 4, -5, 1, 2])
-        down = reference.Mxfp4(blocks[None], scales.byte()[None])
+        down = Mxfp4(blocks[None], scales.byte()[None])
         gate_up = torch.zeros(1, 2 * size, size + 32)
         gate_up[0, :size, size] = 30  # which makes silu the identity; up is the one-hot input
         gate_up[0, size:, :size] = torch.eye(size)
         x = torch.cat((torch.eye(size), torch.ones(size, 32)), 1)
         zero, one = torch.zeros(size, 1, dtype=torch.int64), torch.ones(size, 1)
-        packed = reference.Mxfp4(*quantize_mxfp4(gate_up))
-        words = [triton.pack_experts(w, torch.float32) for w in (packed, down)]
-        assert isinstance(words[1], kind)  # scales beyond 2 are not for the kernels
-        found = triton.experts(x, zero, one, words[0], None, words[1], None, None, 1.0)
+        packed = Mxfp4(*quantize_mxfp4(gate_up))
+        experts = packed_experts(ops, experts_of(packed, None, down, None))
+        assert experts.down.is_packed is is_packed  # the kernels take no scales above 2
+        found = ops.experts(x, zero, one, experts, PLAIN)
         gate = packed.dense(torch.float32)[0, 0, size]
         assert torch.equal(found, down.dense(torch.float32)[0].T * gate)
 
@@ -289,26 +318,28 @@ def unpacked(values_ptr, scales_ptr, out_ptr, K: tl.constexpr, DTYPE: tl.constex
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_mxfp4_is_unpacked_to_the_type_of_the_product(dtype: torch.dtype) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(1, 16, 1, 16).repeat(1, 1, 4, 1)
-    weights = reference.Mxfp4(codes, torch.arange(65, 129, dtype=torch.uint8).view(1, 16, 4))
+    weights = Mxfp4(codes, torch.arange(65, 129, dtype=torch.uint8).view(1, 16, 4))
     words, out = mxfp4.pack(weights, dtype), torch.empty(16, 128, dtype=dtype)
-    assert isinstance(words, mxfp4.Words)
+    assert words.is_packed
     kind = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
     unpacked[(1,)](words.values, words.scales, out, K=128, DTYPE=kind)
     assert torch.equal(out, weights.dense(dtype)[0])
 
 
-ONE_ROW = tiles.Tile(1, 16, 32, 4, 3)
+ONE_ROW = Tile(1, 16, 32, 4, 3)
 
 
-def fuse(monkeypatch: pytest.MonkeyPatch, **limits: Any) -> None:
-    """Up to how many rows norms are in one kernel with what follows, as if it had been measured."""
-    own = replace(tiles.tiles(torch.device("cpu")), **limits)
-    for op in (triton.norm_qkv, triton.linear):
-        monkeypatch.setitem(op.__globals__, "tiles", lambda device: own)
-    # float16 stands for bfloat16, which the interpreter does not multiply.
-    monkeypatch.setattr(fused_ops, "_overflows", lambda x: False)
+@pytest.fixture
+def float16_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let float16 stand for bfloat16, which the interpreter does not multiply."""
+
+    def fuses(ops: TritonBackend, x: torch.Tensor, most_rows: int) -> bool:
+        return 0 < len(x) <= most_rows
+
+    monkeypatch.setattr(TritonBackend, "_fuses", fuses)
 
 
+@pytest.mark.usefixtures("float16_is_fused")
 @pytest.mark.parametrize(
     ("rows", "one_row", "heads", "dim", "norms", "dtype"),
     [
@@ -330,7 +361,7 @@ def test_norm_with_qkv_and_rotary(
     dim: int,
     norms: bool,
     dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
+    fused_calls: Counter[str],
 ) -> None:
     size, (queries, kv_heads) = 72, heads
     x, delta, norm = (rand(n, size, seed=i, dtype=dtype) for i, n in enumerate((rows, rows, 1)))
@@ -339,15 +370,15 @@ def test_norm_with_qkv_and_rotary(
     cos_sin = rand(rows, dim, seed=5)
     of_heads = (rand(dim, seed=6, dtype=dtype), rand(dim, seed=7, dtype=dtype)) if norms else None
     slots = torch.randperm(28, generator=torch.Generator().manual_seed(8))[:rows]
-    fuse(monkeypatch, fused_qkv=17, one_row=one_row)
+    ops = kernels(dtype, fused_qkv=17, one_row=one_row)
     for change, column in ((delta, bias), (delta, None), (None, bias)):
         kvs = [torch.full((2, 7, 4, kv_heads, dim), 7.0, dtype=dtype) for _ in range(2)]
-        expected_sum, normed = reference.add_rms_norm(x, change, norm[0], 1e-5)
-        qkv = reference.linear(normed, weight, column).unflatten(-1, (-1, dim))
-        turn = slots, queries, of_heads
-        expected = reference.rotate_and_write(qkv, cos_sin, kvs[0], *turn, 1e-5)
-        found = triton.norm_qkv(x, change, norm[0], 1e-5, weight, column, cos_sin, kvs[1], *turn)
-        assert found is not None
+        ropes = [rope_args(kv, cos_sin, slots, queries, of_heads) for kv in kvs]
+        parameters = norm_of(norm[0]), linear_of(weight, column)
+        expected_sum, expected = REFERENCE.norm_qkv(x, change, *parameters, ropes[0])
+        fused_calls.clear()
+        found = ops.norm_qkv(x, change, *parameters, ropes[1])
+        assert fused_calls == {"norm_linear": 1}
         assert torch.equal(found[0], expected_sum)
         close(found[1], expected, 3)
         close(kvs[1], kvs[0], 3)
@@ -355,81 +386,92 @@ def test_norm_with_qkv_and_rotary(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("out", "size"), [(4, 8), (37, 200), (300, 64)])
-def test_one_row_times_a_weight(
-    out: int, size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fuse(monkeypatch, one_row=ONE_ROW)
+def test_one_row_times_a_weight(out: int, size: int, dtype: torch.dtype) -> None:
+    ops = kernels(dtype, one_row=ONE_ROW)
     x, weight = rand(1, size, dtype=dtype), rand(out, size, seed=1, dtype=dtype)
     for bias in (None, rand(out, seed=2, dtype=dtype)):
-        close(triton.linear(x, weight, bias), reference.linear(x, weight, bias))
+        linear = linear_of(weight, bias)
+        close(ops.linear(x, linear), REFERENCE.linear(x, linear))
 
 
 @pytest.mark.parametrize(("rows", "one_row"), [(1, None), (1, ONE_ROW), (17, None)])
-def test_norm_with_mlp(rows: int, one_row: Tile | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norm_with_mlp(rows: int, one_row: Tile | None, fused_calls: Counter[str]) -> None:
     size, inner = 112, 144
-    x, delta, norm = rand(rows, size), rand(rows, size, seed=1), rand(size, seed=2)
-    expected_sum, normed = reference.add_rms_norm(x, delta, norm, 1e-5)
+    x, delta, norm = rand(rows, size), rand(rows, size, seed=1), norm_of(rand(size, seed=2))
     gate_up, down = rand(2 * inner, size, seed=5) * 0.2, rand(size, inner, seed=6) * 0.2
+    biases = rand(2 * inner, seed=7), rand(size, seed=8)
     for limit in ("fused_gate_up", "fused_mlp"):
-        fuse(monkeypatch, one_row=one_row, **{limit: 17})
-        for up_bias, down_bias in ((None, None), (rand(2 * inner, seed=7), rand(size, seed=8))):
-            found = triton.norm_mlp(x, delta, norm, 1e-5, gate_up, up_bias, down, down_bias)
-            if up_bias is not None and limit == "fused_mlp":
-                assert found is None  # the kernel takes none
-                continue
-            assert found is not None
+        limits: dict[str, Any] = {limit: 17}
+        ops = kernels(one_row=one_row, **limits)
+        for up_bias, down_bias in ((None, None), biases):
+            linears = linear_of(gate_up, up_bias), linear_of(down, down_bias)
+            expected_sum, expected = REFERENCE.norm_mlp(x, delta, norm, *linears, PLAIN)
+            fused_calls.clear()
+            found = ops.norm_mlp(x, delta, norm, *linears, PLAIN)
+            if limit == "fused_gate_up":
+                assert fused_calls == {"norm_linear": 1}
+            else:  # the kernel of a whole MLP takes no biases
+                assert fused_calls == ({"_mlp": 1} if up_bias is None else {})
             assert torch.equal(found[0], expected_sum)
-            inside = reference.swiglu(reference.linear(normed, gate_up, up_bias), None, 1.0)
-            close(found[1], reference.linear(inside, down, down_bias), 5)
+            close(found[1], expected, 5)
 
 
-def test_nothing_is_fused_beyond_its_limit_nor_where_nobody_measured(
-    monkeypatch: pytest.MonkeyPatch,
+def test_nothing_is_fused_beyond_its_limit_or_where_no_limit_was_measured(
+    fused_calls: Counter[str],
 ) -> None:
-    x, norm, weight = rand(5, 32), rand(32), rand(64, 32)
-    rest = norm, 1e-5, weight, None
-    turn: Any = (rand(5, 16), torch.zeros(2, 1, 5, 1, 16), torch.arange(5), 2, None)
-    assert triton.norm_qkv(x, x, *rest, *turn) is None
-    assert triton.norm_mlp(x, x, *rest, weight[:32], None) is None
-    fuse(monkeypatch, fused_qkv=4, fused_gate_up=4, fused_mlp=4)
-    assert triton.norm_qkv(x, x, *rest, *turn) is None
-    assert triton.norm_mlp(x, x, *rest, weight[:32], None) is None
+    x, norm, weight = rand(5, 32), norm_of(rand(32)), linear_of(rand(64, 32))
+    down = linear_of(rand(32, 32))
+    rope = rope_args(torch.zeros(2, 1, 5, 1, 16), rand(5, 16), torch.arange(5), 2)
+    measured: dict[str, Any] = {"fused_qkv": 4, "fused_gate_up": 4, "fused_mlp": 4}
+    for limits in ({}, measured):
+        ops = kernels(**limits)
+        ops.norm_qkv(x, x, norm, weight, rope)
+        ops.norm_mlp(x, x, norm, weight, down, PLAIN)
+        assert not fused_calls
 
 
-def test_what_may_not_fit_before_it_is_scaled_is_not_fused(
-    monkeypatch: pytest.MonkeyPatch,
+def test_float16_is_not_fused_because_it_may_overflow_before_it_is_scaled(
+    fused_calls: Counter[str],
 ) -> None:
-    overflows = fused_ops._overflows
-    fuse(monkeypatch, fused_qkv=4, fused_gate_up=4, fused_mlp=4)
-    monkeypatch.setattr(fused_ops, "_overflows", overflows)
-    x, norm = rand(2, 32, dtype=torch.float16), rand(32, dtype=torch.float16)
+    ops = kernels(torch.float16, fused_qkv=4, fused_gate_up=4, fused_mlp=4)
+    x, norm = rand(2, 32, dtype=torch.float16), norm_of(rand(32, dtype=torch.float16))
     weight = rand(64, 32, dtype=torch.float16)
-    assert triton.norm_mlp(x, x, norm, 1e-5, weight, None, weight.T[:, :32], None) is None
+    ops.norm_mlp(x, x, norm, linear_of(weight), linear_of(weight.T[:, :32].contiguous()), PLAIN)
+    assert not fused_calls
 
 
-def test_a_model_with_its_norms_fused_gives_the_same_tokens(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    called: list[str] = []
+@pytest.fixture
+def fused_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each fused product was called."""
+    called = Counter[str]()
     for name in ("norm_linear", "_mlp"):
-        original = getattr(fused_ops, name)
+        original = getattr(fused_kernels, name)
 
         def counted(*given: Any, name: str = name, original: Any = original, **named: Any) -> Any:
-            called.append(name)
+            called[name] += 1
             return original(*given, **named)
 
-        monkeypatch.setattr(fused_ops, name, counted)
+        monkeypatch.setattr(fused_kernels, name, counted)
+    return called
+
+
+def test_a_model_with_fused_norms_gives_the_same_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fused_calls: Counter[str]
+) -> None:
     checkpoint = write_checkpoint(tmp_path / "qwen2", "qwen2")
-    fuse(monkeypatch, fused_qkv=4, fused_mlp=4, one_row=ONE_ROW)
+    backends: tuple[Backend, ...] = (
+        CpuBackend(CPU, torch.float32),
+        kernels(fused_qkv=4, fused_mlp=4, one_row=ONE_ROW),
+    )
     requests = [Request([5, 6, 7], SamplingParams(max_new_tokens=3, ignore_eos=True))]
     tokens = []
-    for kernels in (cpu, triton):
-        monkeypatch.setitem(ops._BY_DEVICE, "cpu", kernels)
+    for backend in backends:
+        monkeypatch.setattr(model_runner, "choose_backend", lambda *_, chosen=backend: chosen)
         with Engine(checkpoint, EngineConfig(dtype="float32", kv_memory=1 << 20)) as engine:
             tokens.append([c.token_ids for c in engine.generate(requests)])
             layers = len(engine.model_config.layers)
     assert tokens[0] == tokens[1]
-    assert Counter(called) == {"norm_linear": 3 * layers, "_mlp": 3 * layers}
+    assert fused_calls == {"norm_linear": 3 * layers, "_mlp": 3 * layers}
 
 
 def test_results_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -442,25 +484,26 @@ def test_results_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> 
     gate_up = rand(count, 2 * size, hidden, seed=2) * 0.2
     down = rand(count, hidden, size, seed=4) * 0.2
     x = rand(40, hidden)
-    chosen, shares = reference.route(rand(40, count, seed=1), 3, True, False)
-    rest = (gate_up, None, down, None, None, 1.0)
-    whole = triton.experts(x, chosen, shares, *rest)
+    chosen, weights = REFERENCE.route(rand(40, count, seed=1), RouterSpec(3, True, False))
+    ops = kernels()
+    experts = packed_experts(ops, experts_of(gate_up, None, down, None))
+    whole = ops.experts(x, chosen, weights, experts, PLAIN)
     for row in (0, 17, 39):
         part = slice(row, row + 1)
-        assert torch.equal(
-            triton.experts(x[part], chosen[part], shares[part], *rest)[0], whole[row]
-        )
+        alone = ops.experts(x[part], chosen[part], weights[part], experts, PLAIN)
+        assert torch.equal(alone[0], whole[row])
 
 
 def test_nothing_is_read_from_the_lists_of_a_batch() -> None:
     """A captured step is replayed with other tensors: only those may matter."""
     batch, group, blocks = paged([(1, 9), (5, 7)], None, 8)
     query, kv = rand(6, 4, 32), rand(2, blocks, 8, 2, 32, seed=1)
-    expected = triton.attention(query, kv, batch, group, None)
+    spec = AttentionSpec(32**-0.5, None)
+    expected = kernels().attention(query, kv, batch, group, spec)
     lists: Any = None
-    stripped = ForwardBatch(**{**vars(batch), "query_lens": lists, "context_lens": lists})
-    tables = GroupTables(None, group.block_table, group.slots)
-    assert torch.equal(triton.attention(query, kv, stripped, tables, None), expected)
+    stripped = ForwardBatch(**{**vars(batch), "host_query_lens": lists, "host_context_lens": lists})
+    tables = GroupTables(group.block_table, group.slot_mapping)
+    assert torch.equal(kernels().attention(query, kv, stripped, tables, spec), expected)
 
 
 def test_the_model_of_the_repository_gives_the_same_tokens(
@@ -471,11 +514,11 @@ def test_the_model_of_the_repository_gives_the_same_tokens(
     params = SamplingParams(max_new_tokens=3, ignore_eos=True)
     # Large tiles are fewer programs, and those are what takes the interpreter its time.
     large = Tile(16, 128, 128, 4, 1)
-    monkeypatch.setitem(triton.experts.__globals__, "for_dtype", lambda tile, dtype: large)
+    monkeypatch.setattr(expert_kernels, "for_dtype", lambda tile, dtype: large)
     requests = [Request(ids, params, 0), Request(ids[:3], params, 1)]
     tokens = []
-    for kernels in (cpu, triton):
-        monkeypatch.setitem(ops._BY_DEVICE, "cpu", kernels)
+    for backend in (CpuBackend(CPU, torch.float32), kernels()):
+        monkeypatch.setattr(model_runner, "choose_backend", lambda *_, chosen=backend: chosen)
         with Engine(DATA / "model", EngineConfig(dtype="float32", kv_memory=1 << 20)) as engine:
             found = {c.request_id: c.token_ids for c in engine.generate(requests)}
             tokens.append(found)

@@ -3,13 +3,19 @@
 Not collected by itself, as triton_interpreter.py.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from model.ops import reference, triton
+from model.ops.triton import sampling
+from model.ops.triton.backend import TritonBackend
+from model.ops.triton.tiles import target_of
+from tests.model.ops_helpers import CPU, reference
 from tests.model.test_ops import rand
+
+REFERENCE, KERNELS = reference(), TritonBackend(CPU, torch.float32)
 
 
 def cut(rows: int, vocab: int, dtype: torch.dtype) -> list[Any]:
@@ -27,14 +33,14 @@ def cut(rows: int, vocab: int, dtype: torch.dtype) -> list[Any]:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows take several blocks of several parts, the last of them not in full."""
     for name, size in (("_BLOCK", 32), ("_PART", 16)):
-        monkeypatch.setitem(triton.draw.__globals__, name, size)
+        monkeypatch.setattr(sampling, name, size)
 
 
 def draw_both(logits: torch.Tensor, heat: Any, top_k: Any, top_p: Any, uniform: Any) -> None:
     """Also as if some rows had been without top-k from the start."""
     for limit in (None, top_k):
-        expected = reference.draw(logits, heat, limit, top_p, uniform)
-        assert torch.equal(triton.draw(logits, heat, limit, top_p, uniform), expected)
+        expected = REFERENCE.sample(logits, heat, limit, top_p, uniform)
+        assert torch.equal(KERNELS.sample(logits, heat, limit, top_p, uniform), expected)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -76,7 +82,7 @@ def test_draws_follow_what_top_k_and_top_p_leave() -> None:
     # Uniform numbers at equal distances: counts are off by one at most.
     uniform = (torch.arange(rows).double() + 0.5) / rows
     arguments = (torch.ones(rows), torch.full((rows,), 4), torch.full((rows,), 0.85), uniform)
-    counts = triton.draw(logits.expand(rows, -1), *arguments).bincount(minlength=6)
+    counts = KERNELS.sample(logits.expand(rows, -1), *arguments).bincount(minlength=6)
     # 0.85 of the first four needs three of them, of all six it would need four.
     kept = logits.exp() * torch.tensor([0, 1, 1, 1, 0, 0])
     assert (counts - rows * kept / kept.sum()).abs().max() <= 1
@@ -87,20 +93,22 @@ def test_rows_of_nan_and_of_minus_infinity_give_tokens_that_exist(top_k: Any) ->
     logits = torch.full((3, 70), float("nan"))
     logits[1] = float("-inf")
     logits[2, 5] = 1.0
-    found = triton.draw(logits, torch.ones(3), top_k, torch.ones(3), torch.ones(3).double() * 0.7)
+    found = KERNELS.sample(
+        logits, torch.ones(3), top_k, torch.ones(3), torch.ones(3).double() * 0.7
+    )
     assert found.min() >= 0
     assert found.max() < 70
     assert found[2] == 5  # of numbers and NaN, a number
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_a_draw_does_not_depend_on_how_rows_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_does_not_depend_on_how_rows_are_split() -> None:
     logits, *rest = cut(4, 130, torch.bfloat16)
     logits[:2] = logits[:2].clamp(max=2)  # many equal ones, in every part of a row
     tokens = []
     for count in (1, 3, 64):
-        monkeypatch.setitem(triton.draw.__globals__, "processors", lambda _, n=count: n)
-        tokens.append(triton.draw(logits, *rest))
+        ops = TritonBackend(CPU, logits.dtype, replace(target_of(CPU), processors=count))
+        tokens.append(ops.sample(logits, *rest))
     assert torch.equal(tokens[0], tokens[1])
     assert torch.equal(tokens[0], tokens[2])
-    assert torch.equal(tokens[0], reference.draw(logits, *rest))
+    assert torch.equal(tokens[0], REFERENCE.sample(logits, *rest))

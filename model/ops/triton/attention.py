@@ -5,14 +5,17 @@ its rows are (query, head of the group) pairs. Lengths, starts and block tables 
 only; grids depend on numbers of rows and widths, so a captured launch fits every later step.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.specs import AttentionSpec
-from model.ops.triton.programmatic_launch import overlap, wait_turn
-from model.ops.triton.tiles import Tile, for_dtype, processors, tiles
+from model.ops.triton.programmatic_launch import wait_for_previous_kernel
+from model.ops.triton.tiles import Target, Tile, for_dtype
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _MAX_SPLITS = 32
@@ -120,7 +123,7 @@ def _decode(
     SPLIT: tl.constexpr,
     SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
     """One token's group of heads over a part of its KV; grid (KV_HEADS, rows, splits).
 
@@ -128,7 +131,7 @@ def _decode(
     (SPLIT), mixed float32 [rows, heads, splits, DIM] and stats float32 [2, rows, heads, splits]
     (maximum in base 2, sum of shares) are left for `_combine`.
     """
-    wait_turn(OVERLAP)
+    wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     kv_head, row, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     rows, splits = tl.num_programs(1), tl.num_programs(2)
     member = tl.arange(0, BLOCK_M)
@@ -178,10 +181,10 @@ def _combine(
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
     SINKS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
     """The splits of one head put together, its sink added once; grid (HEADS, rows)."""
-    wait_turn(OVERLAP)
+    wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     rows = tl.num_programs(1)
     split = tl.arange(0, BLOCK_S)
@@ -230,7 +233,7 @@ def _prefill(
     BLOCK_N: tl.constexpr,
     SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
     """A tile of one sequence's queries over its KV; grid (KV_HEADS, tiles).
 
@@ -238,7 +241,7 @@ def _prefill(
     for each: sequence s begins with tile (its first query / queries a tile) + s, so that a tile
     finds its sequence by bisection. starts int32 [sequences + 1], seen int32 [sequences].
     """
-    wait_turn(OVERLAP)
+    wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     QUERIES: tl.constexpr = BLOCK_M // GROUP
     kv_head, tile = tl.program_id(0), tl.program_id(1)
     low, high = singles, sequences
@@ -287,140 +290,142 @@ def _prefill(
     tl.store(out_ptr + place, mixed.to(query.dtype), ours)
 
 
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of one attention operation, and the shapes that its launches share."""
+
+    query: torch.Tensor  # [tokens, heads, head_dim], contiguous
+    kv: torch.Tensor  # [2, blocks, block_size, kv_heads, head_dim]
+    batch: ForwardBatch
+    block_table: torch.Tensor  # int32 [sequences, blocks]
+    spec: AttentionSpec
+    sinks: torch.Tensor | None  # [heads]
+    target: Target
+
+    @property
+    def sinks_or_any(self) -> torch.Tensor:
+        """The sinks, or a tensor that takes their place where there are none."""
+        return self.query if self.sinks is None else self.sinks
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Compile-time constants of the kernels that read keys and values."""
+        _, heads, dim = self.query.shape
+        _, _, block_size, kv_heads, _ = self.kv.shape
+        return {
+            "SCALE": self.spec.scale,
+            "WINDOW": self.spec.window,
+            "KV_HEADS": kv_heads,
+            "GROUP": heads // kv_heads,
+            "DIM": dim,
+            "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+            "BLOCK_SIZE": block_size,
+            "SINKS": self.sinks is not None,
+            "PRECISION": "ieee",
+        }
+
+
 def attention(
     query: torch.Tensor,
     kv: torch.Tensor,
     batch: ForwardBatch,
     group: GroupTables,
     spec: AttentionSpec,
-    sinks: torch.Tensor | None = None,
+    sinks: torch.Tensor | None,
+    target: Target,
 ) -> torch.Tensor:
-    """As `Backend.attention`; a sequence of length 0 (it only fills a batch) gives zeros."""
-    query = query.contiguous()
-    out = torch.empty_like(query)
-    sequences, singles = batch.context_lens.shape[0], batch.num_single
-    if singles:
-        _attend_singles(query, kv, batch, group, spec, sinks, out)
-    if sequences > singles:
-        _attend_chunks(query, kv, batch, group, spec, sinks, out)
+    """As `Backend.attention`; a sequence of length 0, which only pads a batch, gives zeros."""
+    call = _Call(query.contiguous(), kv, batch, group.block_table, spec, sinks, target)
+    out = torch.empty_like(call.query)
+    if batch.num_single:
+        _attend_single_tokens(call, out)
+    if batch.context_lens.shape[0] > batch.num_single:
+        _attend_chunks(call, out)
     return out
 
 
-def splits_of(
-    rows: int, kv_heads: int, window: int | None, tile: Tile, device: torch.device
-) -> int:
-    """Into how many parts the KV of a token is cut: enough to keep the device busy, a power of 2.
+def splits_of(rows: int, kv_heads: int, window: int | None, tile: Tile, processors: int) -> int:
+    """Return into how many parts the KV of each token is split: a power of 2.
 
-    Whatever the lengths are now: one row is split if any number of rows is, so that a step of few
-    short rows needs no kernel that captured steps did not need.
+    As many as keep the device busy. The context lengths do not matter, so that a step with few
+    short rows needs no kernel that was not compiled for the captured steps.
     """
-    most = min(_MAX_SPLITS, 2 * processors(device) // (rows * kv_heads))
+    most = min(_MAX_SPLITS, 2 * processors // (rows * kv_heads))
     if window is not None:
         most = min(most, triton.cdiv(window, _LEAST_TILES * tile.n))
     return 1 << max(0, most.bit_length() - 1)
 
 
-def _attend_singles(
-    query: torch.Tensor,
-    kv: torch.Tensor,
-    batch: ForwardBatch,
-    group: GroupTables,
-    spec: AttentionSpec,
-    sinks: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:
-    rows = batch.num_single
+def _attend_single_tokens(call: _Call, out: torch.Tensor) -> None:
+    query, kv, block_table, target = call.query, call.kv, call.block_table, call.target
+    constants, rows = call.constants, call.batch.num_single
     _, heads, dim = query.shape
-    _, _, block_size, kv_heads, _ = kv.shape
-    tile = for_dtype(tiles(query.device).decode, query.dtype)
-    splits = splits_of(rows, kv_heads, spec.window, tile, query.device)
+    kv_heads, group = constants["KV_HEADS"], constants["GROUP"]
+    tile = for_dtype(target.tiles.decode, query.dtype)
+    splits = splits_of(rows, kv_heads, call.spec.window, tile, target.processors)
     mixed = stats = out
     if splits > 1:
         mixed = query.new_empty(rows, heads, splits, dim, dtype=torch.float32)
         stats = query.new_empty(2, rows, heads, splits, dtype=torch.float32)
-    block_d = max(16, triton.next_power_of_2(dim))
     _decode[(kv_heads, rows, splits)](
         query,
         kv,
         kv.stride(0),
-        group.block_table,
-        group.block_table.stride(0),
-        batch.context_lens,
-        query if sinks is None else sinks,
+        block_table,
+        block_table.stride(0),
+        call.batch.context_lens,
+        call.sinks_or_any,
         out,
         mixed,
         stats,
-        SCALE=spec.scale,
-        WINDOW=spec.window,
-        KV_HEADS=kv_heads,
-        GROUP=heads // kv_heads,
-        DIM=dim,
-        BLOCK_M=max(16, triton.next_power_of_2(heads // kv_heads)),
-        BLOCK_D=block_d,
-        BLOCK_SIZE=block_size,
+        BLOCK_M=max(16, triton.next_power_of_2(group)),
         BLOCK_N=tile.n,
         SPLIT=splits > 1,
-        SINKS=sinks is not None,
-        PRECISION="ieee",
+        **constants,
         **tile.options,
-        **overlap(query.device),
+        **target.launch_options,
     )
     if splits > 1:
         _combine[(heads, rows)](
             mixed,
             stats,
-            query if sinks is None else sinks,
+            call.sinks_or_any,
             out,
             splits,
             HEADS=heads,
             DIM=dim,
-            BLOCK_D=block_d,
+            BLOCK_D=constants["BLOCK_D"],
             BLOCK_S=_MAX_SPLITS,
-            SINKS=sinks is not None,
+            SINKS=constants["SINKS"],
             num_warps=2,
-            **overlap(query.device),
+            **target.launch_options,
         )
 
 
-def _attend_chunks(
-    query: torch.Tensor,
-    kv: torch.Tensor,
-    batch: ForwardBatch,
-    group: GroupTables,
-    spec: AttentionSpec,
-    sinks: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:
+def _attend_chunks(call: _Call, out: torch.Tensor) -> None:
+    query, kv, block_table, target = call.query, call.kv, call.block_table, call.target
+    constants, batch = call.constants, call.batch
     sequences, singles = batch.context_lens.shape[0], batch.num_single
-    tokens, heads, dim = query.shape
-    _, _, block_size, kv_heads, _ = kv.shape
-    own = tiles(query.device)
-    tile = for_dtype(own.prefill if dim <= 64 else own.prefill_wide, query.dtype)
-    height = max(tile.m, triton.next_power_of_2(heads // kv_heads))
-    queries = height // (heads // kv_heads)
-    _prefill[(kv_heads, (tokens - singles) // queries + sequences - singles)](
+    kv_heads, group, dim = constants["KV_HEADS"], constants["GROUP"], constants["DIM"]
+    tile = target.tiles.prefill if dim <= 64 else target.tiles.prefill_wide
+    tile = for_dtype(tile, query.dtype)
+    height = max(tile.m, triton.next_power_of_2(group))
+    blocks = (query.shape[0] - singles) // (height // group) + sequences - singles
+    _prefill[(kv_heads, blocks)](
         query,
         kv,
         kv.stride(0),
-        group.block_table,
-        group.block_table.stride(0),
+        block_table,
+        block_table.stride(0),
         batch.cu_seqlens_q,
         batch.context_lens,
-        query if sinks is None else sinks,
+        call.sinks_or_any,
         out,
         singles,
         sequences,
-        SCALE=spec.scale,
-        WINDOW=spec.window,
-        KV_HEADS=kv_heads,
-        GROUP=heads // kv_heads,
-        DIM=dim,
         BLOCK_M=height,
-        BLOCK_D=max(16, triton.next_power_of_2(dim)),
-        BLOCK_SIZE=block_size,
         BLOCK_N=tile.n,
-        SINKS=sinks is not None,
-        PRECISION="ieee",
+        **constants,
         **tile.options,
-        **overlap(query.device),
+        **target.launch_options,
     )

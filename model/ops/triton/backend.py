@@ -29,11 +29,15 @@ from model.ops.triton.norm import activate, add_rms_norm
 from model.ops.triton.rotary import rotate_and_write
 from model.ops.triton.route import route
 from model.ops.triton.sampling import sample
-from model.ops.triton.tiles import tiles
+from model.ops.triton.tiles import Target, target_of
 
 
 class TritonBackend(Backend):
     """Triton kernels, and fused ones for as many rows as `Tiles` says they are faster for."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, target: Target | None = None):
+        super().__init__(device, dtype)
+        self.target = target_of(device) if target is None else target
 
     def pack_experts(self, weights: Any) -> Any:
         """As Backend.pack_experts: stacked, as they are."""
@@ -45,13 +49,13 @@ class TritonBackend(Backend):
 
     def linear(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
         """As Backend.linear."""
-        return few_rows_linear(x, linear)
+        return few_rows_linear(x, linear, self.target)
 
     def add_rms_norm(
         self, x: torch.Tensor, delta: torch.Tensor | None, norm: Norm
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As Backend.add_rms_norm."""
-        return add_rms_norm(x, delta, norm)
+        return add_rms_norm(x, delta, norm, self.target)
 
     def _fuses(self, x: torch.Tensor, most_rows: int) -> bool:
         """Whether a fused kernel takes x: a float16 row may overflow before it is normalised."""
@@ -66,8 +70,8 @@ class TritonBackend(Backend):
         rope: RopeArgs,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As Backend.norm_qkv, fused for few rows."""
-        if self._fuses(x, tiles(x.device).fused_qkv) and _rotates_whole_heads(rope):
-            return norm_qkv(x, delta, norm, qkv, rope)
+        if self._fuses(x, self.target.tiles.fused_qkv) and _rotates_whole_heads(rope):
+            return norm_qkv(x, delta, norm, qkv, rope, self.target)
         return super().norm_qkv(x, delta, norm, qkv, rope)
 
     def norm_mlp(
@@ -80,17 +84,17 @@ class TritonBackend(Backend):
         activation: Activation,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As Backend.norm_mlp, fused for few rows."""
-        own = tiles(x.device)
+        tiles = self.target.tiles
         has_bias = gate_up.has_bias or down.has_bias
-        most_rows = max(own.fused_gate_up, 0 if has_bias else own.fused_mlp)
+        most_rows = max(tiles.fused_gate_up, 0 if has_bias else tiles.fused_mlp)
         if self._fuses(x, most_rows) and activation == Activation():
-            return norm_mlp(x, delta, norm, gate_up, down)
+            return norm_mlp(x, delta, norm, gate_up, down, self.target)
         return super().norm_mlp(x, delta, norm, gate_up, down, activation)
 
     def rotate_and_write(self, qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:
         """As Backend.rotate_and_write."""
         if _rotates_whole_heads(rope):
-            return rotate_and_write(qkv, rope)
+            return rotate_and_write(qkv, rope, self.target)
         return super().rotate_and_write(qkv, rope)
 
     def attention(
@@ -103,15 +107,15 @@ class TritonBackend(Backend):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As Backend.attention."""
-        return attention(query, kv, batch, group, spec, sinks)
+        return attention(query, kv, batch, group, spec, sinks, self.target)
 
     def activate(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
         """As Backend.activate."""
-        return activate(gate_up, activation)
+        return activate(gate_up, activation, self.target)
 
     def route(self, logits: torch.Tensor, router: RouterSpec) -> tuple[torch.Tensor, torch.Tensor]:
         """As Backend.route."""
-        return route(logits, router)
+        return route(logits, router, self.target)
 
     def experts(
         self,
@@ -123,7 +127,7 @@ class TritonBackend(Backend):
         shard: ExpertShard = ExpertShard(),  # noqa: B008 - immutable
     ) -> torch.Tensor:
         """As Backend.experts."""
-        return grouped_experts(x, chosen, weights, experts, activation, shard)
+        return grouped_experts(x, chosen, weights, experts, activation, shard, self.target)
 
     def sample(
         self,
@@ -134,7 +138,7 @@ class TritonBackend(Backend):
         uniform: torch.Tensor,
     ) -> torch.Tensor:
         """As Backend.sample."""
-        return sample(logits, temperature, top_k, top_p, uniform)
+        return sample(logits, temperature, top_k, top_p, uniform, self.target)
 
 
 def _rotates_whole_heads(rope: RopeArgs) -> bool:

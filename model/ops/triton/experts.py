@@ -13,9 +13,9 @@ import triton.language as tl
 from model.ops.specs import Activation, Experts, ExpertShard
 from model.ops.triton.mxfp4 import unpack
 from model.ops.triton.norm import gated
-from model.ops.triton.programmatic_launch import overlap, wait_turn
+from model.ops.triton.programmatic_launch import wait_for_previous_kernel
 from model.ops.triton.sort_by_expert import group_by_expert
-from model.ops.triton.tiles import Tile, for_dtype, tiles, vendor
+from model.ops.triton.tiles import Target, Tile, for_dtype
 
 
 @triton.jit
@@ -168,7 +168,7 @@ def _gate_up(
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
     VENDOR: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
     """SwiGLU of gate and up of a tile; grid (⌈SIZE / BLOCK_N⌉, row blocks).
 
@@ -176,7 +176,7 @@ def _gate_up(
     [EXPERTS, 2 · SIZE], order and starts as in `grouping` → out [pairs by expert, SIZE]. What is
     left of an expert's rows is a tile of SHORT of them, if they fit.
     """
-    wait_turn(OVERLAP)
+    wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     expert, first, end = _find(starts_ptr, tl.program_id(1), EXPERTS, BLOCK_E, BLOCK_M)
     if expert >= EXPERTS:
         return
@@ -262,7 +262,7 @@ def _down(
     PACKED: tl.constexpr,
     BIAS: tl.constexpr,
     VENDOR: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
     """Down projection of a tile, times the router's weights; grid (⌈HIDDEN / BLOCK_N⌉, row blocks).
 
@@ -270,7 +270,7 @@ def _down(
     [EXPERTS, HIDDEN], shares float32 [pairs] → out [pairs, HIDDEN], pairs in their first order.
     Rows as in `_gate_up`.
     """
-    wait_turn(OVERLAP)
+    wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     expert, first, end = _find(starts_ptr, tl.program_id(1), EXPERTS, BLOCK_E, BLOCK_M)
     if expert >= EXPERTS:
         return
@@ -297,13 +297,13 @@ def _sum(
     EXPERTS: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
     """pairs [tokens · TOP_K, HIDDEN] → out [tokens, HIDDEN], always summed in the same order.
 
     Only pairs whose expert, from chosen [tokens · TOP_K], is one of EXPERTS from `first` on.
     """
-    wait_turn(OVERLAP)
+    wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -321,12 +321,11 @@ def row_blocks(pairs: int, experts: int, height: int) -> int:
     return used + (pairs - used) // height
 
 
-def _tile(x: torch.Tensor, pairs: int, experts: int, packed: bool) -> Tile:
+def _tile(target: Target, dtype: torch.dtype, mean_rows: float, packed: bool) -> Tile:
     """The first tile that holds the rows an expert gets on average."""
-    own = tiles(x.device)
-    choices = own.mxfp4 if packed else own.experts
-    fitting = [tile for tile in choices if tile.m * experts >= pairs]
-    return for_dtype(fitting[0] if fitting else choices[-1], x.dtype)
+    choices = target.tiles.mxfp4 if packed else target.tiles.experts
+    fitting = [tile for tile in choices if tile.m >= mean_rows]
+    return for_dtype(fitting[0] if fitting else choices[-1], dtype)
 
 
 def experts(
@@ -336,6 +335,7 @@ def experts(
     experts: Experts,
     activation: Activation,
     shard: ExpertShard,
+    target: Target,
 ) -> torch.Tensor:
     """As `Backend.experts`, for weights in the forms that `mxfp4.Stack` has."""
     gate_up, down = experts.gate_up, experts.down
@@ -346,21 +346,21 @@ def experts(
         return torch.empty_like(x)
     count, size, packed = experts.count, experts.size, down.is_packed
     pairs = tokens * top_k
-    tile = _tile(x, pairs, count * shard.size, packed)
+    tile = _tile(target, x.dtype, pairs / (count * shard.size), packed)
     first = shard.rank * count
-    order, starts = group_by_expert(chosen, first, count)
+    order, starts = group_by_expert(chosen, first, count, target)
     shared: dict[str, Any] = {
         "EXPERTS": count,
         "BLOCK_E": triton.next_power_of_2(count),
         "HIDDEN": hidden,
         "SIZE": size,
         "BLOCK_M": tile.m,
-        "SHORT": min(tiles(x.device).short or tile.m, tile.m),
+        "SHORT": min(target.tiles.short or tile.m, tile.m),
         "BLOCK_N": tile.n,
         "BLOCK_K": tile.k,
-        "VENDOR": vendor(x.device),
+        "VENDOR": target.vendor,
         **tile.options,
-        **overlap(x.device),
+        **target.launch_options,
     }
     blocks = row_blocks(pairs, count, tile.m)
     inner = x.new_empty(pairs, size)
@@ -406,6 +406,6 @@ def experts(
         HIDDEN=hidden,
         BLOCK=block,
         num_warps=4,
-        **overlap(x.device),
+        **target.launch_options,
     )
     return out

@@ -19,9 +19,9 @@ from model.ops.triton.linear import (
     weight_tile,
 )
 from model.ops.triton.norm import gated
-from model.ops.triton.programmatic_launch import overlap, wait_turn
+from model.ops.triton.programmatic_launch import wait_for_previous_kernel
 from model.ops.triton.rotary import rotate_and_write
-from model.ops.triton.tiles import tiles
+from model.ops.triton.tiles import Target
 
 _SLICE = 32  # of the MLP's inner size that one program computes
 
@@ -43,14 +43,14 @@ def _norm_mlp(
     BLOCK_I: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
     """A slice of the inner size, from the residual stream to its part of the output.
 
     x, delta, sum [rows, SIZE], norm [SIZE], gate_up [2 · INNER, SIZE], down [SIZE, INNER] →
     parts float32 [slices, rows, SIZE]; grid (slices,).
     """
-    wait_turn(OVERLAP)
+    wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     inner = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     row = tl.arange(0, BLOCK_M)
     gate, up, squares = products_of_tile(
@@ -75,10 +75,10 @@ def _sum_parts(
     stride,
     BLOCK_S: tl.constexpr,
     BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
     """parts float32 [slices, stride] → out [stride], always summed in the same order."""
-    wait_turn(OVERLAP)
+    wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for s in tl.range(0, slices, BLOCK_S):
@@ -89,24 +89,34 @@ def _sum_parts(
 
 
 def norm_qkv(
-    x: torch.Tensor, delta: torch.Tensor | None, norm: Norm, qkv: Linear, rope: RopeArgs
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    norm: Norm,
+    qkv: Linear,
+    rope: RopeArgs,
+    target: Target,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `Backend.norm_qkv`: one kernel, or two where heads have norms, which take a whole head."""
     heads = rope.heads
     if heads.q_norm is None and heads.head_dim // 2 % HALF == 0:
-        return norm_linear(x, delta, norm, qkv, rope=rope)
-    summed, projected = norm_linear(x, delta, norm, qkv)
-    return summed, rotate_and_write(projected.unflatten(-1, (-1, heads.head_dim)), rope)
+        return norm_linear(x, delta, norm, qkv, target, rope=rope)
+    summed, projected = norm_linear(x, delta, norm, qkv, target)
+    return summed, rotate_and_write(projected.unflatten(-1, (-1, heads.head_dim)), rope, target)
 
 
 def norm_mlp(
-    x: torch.Tensor, delta: torch.Tensor, norm: Norm, gate_up: Linear, down: Linear
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    norm: Norm,
+    gate_up: Linear,
+    down: Linear,
+    target: Target,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `Backend.norm_mlp` for plain SwiGLU: one kernel, or all but the down projection in one."""
-    if len(x) <= tiles(x.device).fused_mlp and not gate_up.has_bias and not down.has_bias:
-        return _mlp(x, delta, norm, gate_up.weight, down.weight)
-    summed, hidden = norm_linear(x, delta, norm, gate_up, is_gated=True)
-    return summed, linear(hidden, down)
+    if len(x) <= target.tiles.fused_mlp and not gate_up.has_bias and not down.has_bias:
+        return _mlp(x, delta, norm, gate_up.weight, down.weight, target)
+    summed, hidden = norm_linear(x, delta, norm, gate_up, target, is_gated=True)
+    return summed, linear(hidden, down, target)
 
 
 def _mlp(
@@ -115,13 +125,14 @@ def _mlp(
     norm: Norm,
     gate_up: torch.Tensor,
     down: torch.Tensor,
+    target: Target,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x, delta [rows, size], gate_up [2 · inner, size], down [size, inner] → (x + delta, its MLP).
 
     The MLP is plain SwiGLU without biases, over the norm of the sum.
     """
     rows, size = x.shape
-    tile = tile_of(x)
+    tile = tile_of(x, target)
     inner = down.shape[1]
     slices = triton.cdiv(inner, _SLICE)
     summed, out = torch.empty_like(x), torch.empty_like(x)
@@ -143,7 +154,7 @@ def _mlp(
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
         **tile.options,
-        **overlap(x.device),
+        **target.launch_options,
     )
     block = 128
     _sum_parts[(triton.cdiv(rows * size, block),)](
@@ -154,6 +165,6 @@ def _mlp(
         BLOCK_S=16,
         BLOCK=block,
         num_warps=4,
-        **overlap(x.device),
+        **target.launch_options,
     )
     return summed, out

@@ -14,8 +14,8 @@ import triton.language as tl
 
 from model.ops.specs import Linear, Norm, RopeArgs
 from model.ops.triton.norm import added, gated
-from model.ops.triton.programmatic_launch import overlap, prefetch, wait_turn
-from model.ops.triton.tiles import Tile, for_dtype, processors, tiles
+from model.ops.triton.programmatic_launch import prefetch, wait_for_previous_kernel
+from model.ops.triton.tiles import Target, Tile, for_dtype
 
 HALF = 16  # rows of weight of each half of a pair, the fewest that a matrix product takes
 
@@ -183,7 +183,7 @@ def _linear(
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     STAGES: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
     """x, delta, sum [rows, SIZE], norm [SIZE], weight [OUT, SIZE] → out [rows, OUT].
 
@@ -207,10 +207,10 @@ def _linear(
     there = tl.minimum(OUT - first, BLOCK_N)
     source = weight_ptr + first.to(tl.int64) * SIZE
     ROWS: tl.constexpr = 2 * BLOCK_N if APART else BLOCK_N
-    prefetch(source, there, SIZE, BLOCK_N, ROWS, OVERLAP)
+    prefetch(source, there, SIZE, BLOCK_N, ROWS, PROGRAMMATIC_LAUNCH)
     if APART:
-        prefetch(source + APART * SIZE, there, SIZE, BLOCK_N, ROWS, OVERLAP)
-    wait_turn(OVERLAP)
+        prefetch(source + APART * SIZE, there, SIZE, BLOCK_N, ROWS, PROGRAMMATIC_LAUNCH)
+    wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     row = tl.arange(0, BLOCK_M)
     inside = (row < rows)[None, :]
     if BIAS:  # asked for before the products: nobody has read it yet, and it is far away
@@ -260,11 +260,11 @@ def _linear(
         tl.store(out_ptr + row[None, :] * OUT + out[:, None], product.to(dtype), kept)
 
 
-def linear(x: torch.Tensor, linear: Linear) -> torch.Tensor:
+def linear(x: torch.Tensor, linear: Linear, target: Target) -> torch.Tensor:
     """As `Backend.linear`: torch's, but for one row where `Tiles.one_row` is said."""
-    if len(x) != 1 or tiles(x.device).one_row is None:
+    if len(x) != 1 or target.tiles.one_row is None:
         return F.linear(x, linear.weight, linear.bias)
-    return norm_linear(x, None, None, linear)[1]
+    return norm_linear(x, None, None, linear, target)[1]
 
 
 def norm_linear(
@@ -272,6 +272,7 @@ def norm_linear(
     delta: torch.Tensor | None,
     norm: Norm | None,
     linear: Linear,
+    target: Target,
     is_gated: bool = False,
     rope: RopeArgs | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -291,7 +292,7 @@ def norm_linear(
         own, cos_sin, kv, slots = rope
         heads, kv_heads, dim = own.heads, own.kv_heads, own.head_dim
     out = x.new_empty(rows, heads, dim) if heads else x.new_empty(rows, count)
-    tile = _tile(x, count, is_paired=is_gated or heads > 0)
+    tile = _tile(x, target, count, is_paired=is_gated or heads > 0)
     grid = (heads + 2 * kv_heads) * (dim // 2 // tile.n) if heads else triton.cdiv(count, tile.n)
     _linear[(grid,)](
         x.contiguous(),
@@ -321,32 +322,32 @@ def norm_linear(
         DIM=dim,
         STAGES=tile.stages,
         **tile.options,
-        **overlap(x.device),
+        **target.launch_options,
     )
     return summed, out
 
 
-def tile_of(x: torch.Tensor) -> Tile:
+def tile_of(x: torch.Tensor, target: Target) -> Tile:
     """The tile that holds all rows of x, at most 64."""
-    tile = for_dtype(tiles(x.device).fused, x.dtype)
+    tile = for_dtype(target.tiles.fused, x.dtype)
     height = max(16, triton.next_power_of_2(len(x)))
     return replace(tile, m=height, warps=tile.warps * height // 16)
 
 
-def _tile(x: torch.Tensor, count: int, is_paired: bool) -> Tile:
+def _tile(x: torch.Tensor, target: Target, count: int, is_paired: bool) -> Tile:
     """The tile of a product with `count` rows of weight, or pairs of rows.
 
     The fewer those are, the fewer has a program: a small weight too is to be on its way to all of
     the device at once. Programs of pairs have half as many.
     """
-    (rows, size), own = x.shape, tiles(x.device)
+    (rows, size), one_row = x.shape, target.tiles.one_row
     each = 2 if is_paired else 1
-    if rows == 1 and own.one_row is not None:
-        tile = own.one_row
-        most = each * count // (2 * processors(x.device))
+    if rows == 1 and one_row is not None:
+        tile = one_row
+        most = each * count // (2 * target.processors)
         block = min(tile.n, max(2, 1 << most.bit_length() >> 1))
         columns = tile.n * tile.k // block  # as many numbers in a step, if there are
         return replace(tile, n=block // each, k=min(columns, triton.next_power_of_2(size)))
-    tile = tile_of(x)
-    is_narrow = is_paired or count < tile.n * processors(x.device)
+    tile = tile_of(x, target)
+    is_narrow = is_paired or count < tile.n * target.processors
     return replace(tile, n=HALF if is_narrow else tile.n)

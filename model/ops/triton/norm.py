@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 
 from model.ops.specs import Activation, Norm
-from model.ops.triton.programmatic_launch import overlap, wait_turn
+from model.ops.triton.programmatic_launch import wait_for_previous_kernel
+from model.ops.triton.tiles import Target
 
 
 @triton.jit
@@ -25,10 +26,10 @@ def _add_rms_norm(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     DELTA: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
     """x, delta, sum, out [tokens, SIZE], weight [SIZE]; grid (tokens,)."""
-    wait_turn(OVERLAP)
+    wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     row = tl.program_id(0).to(tl.int64) * SIZE
     at = tl.arange(0, BLOCK)
     inside = at < SIZE
@@ -43,7 +44,7 @@ def _add_rms_norm(
 
 
 def add_rms_norm(
-    x: torch.Tensor, delta: torch.Tensor | None, norm: Norm
+    x: torch.Tensor, delta: torch.Tensor | None, norm: Norm, target: Target
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `Backend.add_rms_norm`."""
     x = x.contiguous()
@@ -63,7 +64,7 @@ def add_rms_norm(
             BLOCK=block,
             DELTA=delta is not None,
             num_warps=min(8, max(1, block // 512)),
-            **overlap(x.device),
+            **target.launch_options,
         )
     return summed, out
 
@@ -88,10 +89,10 @@ def _swiglu(
     BLOCK: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
     """gate_up [tokens, 2 · SIZE] → out [tokens, SIZE]; grid (tokens, ⌈SIZE / BLOCK⌉)."""
-    wait_turn(OVERLAP)
+    wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < SIZE
@@ -102,7 +103,7 @@ def _swiglu(
     tl.store(out_ptr + row * SIZE + at, out.to(gate.dtype), inside)
 
 
-def activate(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
+def activate(gate_up: torch.Tensor, activation: Activation, target: Target) -> torch.Tensor:
     """As `Backend.activate`."""
     gate_up = gate_up.contiguous()
     tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
@@ -117,6 +118,6 @@ def activate(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
             LIMIT=activation.limit,
             ALPHA=activation.alpha,
             num_warps=4,
-            **overlap(gate_up.device),
+            **target.launch_options,
         )
     return out

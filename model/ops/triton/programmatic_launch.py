@@ -6,13 +6,8 @@ come onto the device as soon as all of this one's are there, and wait before the
 (NVIDIA calls it programmatic dependent launch). Everywhere else the same kernels run one by one.
 """
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-
-from model.ops.triton.tiles import tiles
 
 _AHEAD = tl.constexpr(16 << 10)  # bytes that a program asks for before its turn, at most
 # Each of the first threads asks for one row, from a multiple of 16 bytes on: $1 is where the first
@@ -33,19 +28,24 @@ _PREFETCH = tl.constexpr("""
 
 
 @triton.jit
-def wait_turn(OVERLAP: tl.constexpr):
+def wait_for_previous_kernel(PROGRAMMATIC_LAUNCH: tl.constexpr):
     """Until all that was launched before has ended and can be seen: no kernel reads before it.
 
     Each waits, so that one that has its turn knows of all before it, not only of the last.
     """
-    if OVERLAP:
+    if PROGRAMMATIC_LAUNCH:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def prefetch(
-    source, rows, SIZE: tl.constexpr, OF: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr
+    source,
+    rows,
+    SIZE: tl.constexpr,
+    OF: tl.constexpr,
+    ROWS: tl.constexpr,
+    PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
     """Bring rows of SIZE numbers nearer while the kernel before ends: weights, which nobody writes.
 
@@ -53,7 +53,7 @@ def prefetch(
     what it may ask for.
     """
     BYTES: tl.constexpr = SIZE * source.dtype.element_ty.primitive_bitwidth // 8
-    if OVERLAP and BYTES % 16 == 0:
+    if PROGRAMMATIC_LAUNCH and BYTES % 16 == 0:
         tl.static_assert(OF <= 32, "a row needs a thread")
         size: tl.constexpr = min(BYTES, _AHEAD // ROWS)
         tl.inline_asm_elementwise(
@@ -64,10 +64,3 @@ def prefetch(
             is_pure=False,
             pack=1,
         )
-
-
-def overlap(device: torch.device) -> dict[str, Any]:
-    """What every launch takes for it: whether to wait, and where so, that it may start early."""
-    if tiles(device).overlap:
-        return {"OVERLAP": True, "launch_pdl": True}
-    return {"OVERLAP": False}

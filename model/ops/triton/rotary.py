@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 
 from model.ops.specs import RopeArgs
-from model.ops.triton.programmatic_launch import overlap, wait_turn
+from model.ops.triton.programmatic_launch import wait_for_previous_kernel
+from model.ops.triton.tiles import Target
 
 
 @triton.jit
@@ -25,7 +26,7 @@ def _rotate_and_write(
     HALF: tl.constexpr,
     BLOCK_H: tl.constexpr,
     NORMS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
     """A block of heads of one token; grid (tokens, ⌈(HEADS + 2 · KV_HEADS) / BLOCK_H⌉).
 
@@ -33,7 +34,7 @@ def _rotate_and_write(
     KV_HEADS, DIM] with the values value_offset behind the keys, out [tokens, HEADS, DIM].
     HALF is DIM / 2 padded.
     """
-    wait_turn(OVERLAP)
+    wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     half = tl.arange(0, HALF)
@@ -78,7 +79,7 @@ def _rotate_and_write(
     tl.store(target + DIM // 2, right, written)
 
 
-def rotate_and_write(qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:
+def rotate_and_write(qkv: torch.Tensor, rope: RopeArgs, target: Target) -> torch.Tensor:
     """As `Backend.rotate_and_write`."""
     qkv = qkv.contiguous()
     tokens, width, dim = qkv.shape
@@ -104,6 +105,6 @@ def rotate_and_write(qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:
             BLOCK_H=block,
             NORMS=norm is not None,
             num_warps=2,
-            **overlap(qkv.device),
+            **target.launch_options,
         )
     return out

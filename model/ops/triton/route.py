@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 
 from model.ops.specs import RouterSpec
-from model.ops.triton.programmatic_launch import overlap, wait_turn
+from model.ops.triton.programmatic_launch import wait_for_previous_kernel
+from model.ops.triton.tiles import Target
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -21,10 +22,10 @@ def _route(
     BLOCK_K: tl.constexpr,
     AFTER_TOP_K: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
     """logits [tokens, EXPERTS] → chosen int64, weights float32 [tokens, TOP_K]; BLOCK_T each."""
-    wait_turn(OVERLAP)
+    wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     expert = tl.arange(0, BLOCK_E)
     rank = tl.arange(0, BLOCK_K)
@@ -57,7 +58,9 @@ def _route(
     tl.store(weights_ptr + place, shares, kept)
 
 
-def route(logits: torch.Tensor, router: RouterSpec) -> tuple[torch.Tensor, torch.Tensor]:
+def route(
+    logits: torch.Tensor, router: RouterSpec, target: Target
+) -> tuple[torch.Tensor, torch.Tensor]:
     """As `Backend.route`; of equal logits the lower expert comes first."""
     logits = logits.contiguous()
     (tokens, count), top_k = logits.shape, router.top_k
@@ -78,6 +81,6 @@ def route(logits: torch.Tensor, router: RouterSpec) -> tuple[torch.Tensor, torch
             AFTER_TOP_K=router.softmax_after_top_k,
             NORMALIZE=router.normalize,
             num_warps=4,
-            **overlap(logits.device),
+            **target.launch_options,
         )
     return chosen, weights

@@ -25,8 +25,8 @@ import torch
 import triton
 import triton.language as tl
 
-from model.ops.triton.programmatic_launch import overlap, wait_turn
-from model.ops.triton.tiles import processors
+from model.ops.triton.programmatic_launch import wait_for_previous_kernel
+from model.ops.triton.tiles import Target
 
 _BLOCK = 2048  # tokens that a program looks at together
 _PART = 256  # tokens that a program tallies together
@@ -57,10 +57,16 @@ def _keys(logits, WIDTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["splits"])
 def _highest(
-    logits_ptr, highest_ptr, vocab, span, splits, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+    logits_ptr,
+    highest_ptr,
+    vocab,
+    span,
+    splits,
+    BLOCK: tl.constexpr,
+    PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
     """logits [rows, vocab] → highest float32 [rows, splits], of each span of a row."""
-    wait_turn(OVERLAP)
+    wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     end = tl.minimum((split + 1) * span, vocab)
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -160,7 +166,7 @@ def _tally(
     WIDTH: tl.constexpr,
     TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
     """One pass: tokens and mass by the digit at `shift`, of keys that begin as the search found.
 
@@ -168,7 +174,7 @@ def _tally(
     count and mass of the tokens before those, and the target, which is a count if by_count. goal:
     of the search that begins with this step, or 0; grid (rows, splits).
     """
-    wait_turn(OVERLAP)
+    wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     rows = tl.num_programs(0)
     prefix = row * 0
@@ -252,10 +258,10 @@ def _find(
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     WIDTH: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
     """End the draw's search, whose last pass was `step` → tokens int64 [rows]; grid (rows,)."""
-    wait_turn(OVERLAP)
+    wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     table_ptr = tables_ptr + (step * rows + row) * splits * 32
     state_ptr = states_ptr + (step * rows + row) * 4
@@ -289,6 +295,7 @@ def sample(
     top_k: torch.Tensor | None,
     top_p: torch.Tensor,
     uniform: torch.Tensor,
+    target: Target,
 ) -> torch.Tensor:
     """As `Backend.sample`, for vocabularies of up to a million tokens."""
     logits, temperature, top_p = logits.contiguous(), temperature.contiguous(), top_p.contiguous()
@@ -299,7 +306,7 @@ def sample(
     if not rows:
         return tokens
     # Small batches are split over the device; more programs than fill it only read more tables.
-    splits = min(_SPLITS, triton.cdiv(4 * processors(logits.device), rows))
+    splits = min(_SPLITS, triton.cdiv(4 * target.processors, rows))
     span = triton.cdiv(triton.cdiv(vocab, splits), _BLOCK) * _BLOCK
     splits = triton.cdiv(vocab, span)
     width = 8 * logits.element_size()
@@ -312,7 +319,7 @@ def sample(
     highest = logits.new_empty(rows, splits, dtype=torch.float32)
     tables = logits.new_empty(len(steps), rows, splits, 2, 16, dtype=torch.int64)
     states = logits.new_empty(len(steps), rows, 4, dtype=torch.int64)
-    options = {"BLOCK": _BLOCK, "num_warps": 4, **overlap(logits.device)}
+    options = {"BLOCK": _BLOCK, "num_warps": 4, **target.launch_options}
     _highest[rows, splits](logits, highest, vocab, span, splits, **options)
     for step, (goal, by_count, shift) in enumerate(steps):
         _tally[rows, splits](

@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from model.ops.triton.programmatic_launch import overlap, wait_turn
+from model.ops.triton.programmatic_launch import wait_for_previous_kernel
+from model.ops.triton.tiles import Target
 
 _CHUNK = 128  # pairs that one program sorts
 
@@ -22,10 +23,10 @@ def _count(
     pairs,
     BLOCK_E: tl.constexpr,
     CHUNK: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
     """counts int32 [chunks, BLOCK_E]: pairs of each expert in each chunk."""
-    wait_turn(OVERLAP)
+    wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     at = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     expert = tl.arange(0, BLOCK_E)
     mine = tl.load(chosen_ptr + at, at < pairs, other=-1).to(tl.int32) - first
@@ -47,13 +48,13 @@ def _sort(
     CHUNK: tl.constexpr,
     ALONE: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
     """A chunk's pairs put where they belong; ALONE: it is the only one and counts for itself.
 
     order int32 [pairs]: pairs by expert; starts int32 [EXPERTS + 1]: where each expert's begin.
     """
-    wait_turn(OVERLAP)
+    wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     own = tl.program_id(0)
     turn = tl.arange(0, CHUNK)
     expert = tl.arange(0, BLOCK_E)
@@ -82,7 +83,7 @@ def _sort(
 
 
 def group_by_expert(
-    chosen: torch.Tensor, first: int, experts: int
+    chosen: torch.Tensor, first: int, experts: int, target: Target
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """chosen [tokens, top_k] → (order int32 [tokens · top_k], starts int32 [experts + 1]).
 
@@ -103,7 +104,7 @@ def group_by_expert(
             BLOCK_E=block_e,
             CHUNK=_CHUNK,
             num_warps=4,
-            **overlap(chosen.device),
+            **target.launch_options,
         )
     _sort[(chunks,)](
         chosen,
@@ -119,6 +120,6 @@ def group_by_expert(
         ALONE=chunks == 1,
         BLOCK_C=32,
         num_warps=16,
-        **overlap(chosen.device),
+        **target.launch_options,
     )
     return order, starts

@@ -5,7 +5,7 @@ while a job runs. An architecture that is not listed uses the smallest tiles.
 """
 
 from dataclasses import dataclass, replace
-from functools import cache
+from typing import Any
 
 import torch
 
@@ -48,7 +48,7 @@ class Tiles:
     # Of one row: at most n rows of weight a program and k columns a step, more of fewer rows.
     # None: one row is like others, and products without a norm are torch's.
     one_row: Tile | None = None
-    overlap: bool = False  # whether a kernel may be set up while the one before it ends
+    programmatic_launch: bool = False  # see programmatic_launch.py
 
 
 _HOPPER = Tiles(
@@ -64,7 +64,7 @@ _HOPPER = Tiles(
     fused_qkv=1,
     fused_gate_up=1,
     one_row=Tile(1, 16, 256, 4, 4),
-    overlap=True,  # not measured either
+    programmatic_launch=True,  # not measured either
 )
 _BLACKWELL = replace(  # Hopper's spill there: attention's, and with 64 of k those of 128 experts
     _HOPPER,
@@ -107,33 +107,37 @@ TILES: dict[str, Tiles] = {
 }
 
 
-@cache
-def architecture(device: torch.device) -> str:
-    """Its name as compilers spell it: sm_90, gfx942; "none" where kernels are interpreted."""
+@dataclass(frozen=True)
+class Target:
+    """A device as launches need to know it."""
+
+    architecture: str  # as compilers spell it: sm_90, gfx942; "none" in Triton's interpreter
+    processors: int  # multiprocessors or compute units: about as many programs run at once
+    tiles: Tiles
+
+    @property
+    def vendor(self) -> str:
+        """The vendor whose instructions a kernel may use: "nvidia", "amd" or "none"."""
+        return {"sm": "nvidia", "gf": "amd"}.get(self.architecture[:2], "none")
+
+    @property
+    def launch_options(self) -> dict[str, Any]:
+        """Arguments of every launch: whether its programs may start before they may read."""
+        if self.tiles.programmatic_launch:
+            return {"PROGRAMMATIC_LAUNCH": True, "launch_pdl": True}
+        return {"PROGRAMMATIC_LAUNCH": False}
+
+
+def target_of(device: torch.device) -> Target:
+    """Return what launches on a device need; the CPU stands for Triton's interpreter."""
     if device.type != "cuda":
-        return "none"
+        return Target("none", 4, _SMALL)
     properties = torch.cuda.get_device_properties(device)
+    architecture = f"sm_{properties.major}{properties.minor}"
     if torch.version.hip:
-        return str(properties.gcnArchName).split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
-
-
-def vendor(device: torch.device) -> str:
-    """Whose instructions a kernel may use: "nvidia", "amd" or "none"."""
-    return {"sm": "nvidia", "gf": "amd"}.get(architecture(device)[:2], "none")
-
-
-@cache
-def processors(device: torch.device) -> int:
-    """How many programs run at once, about: multiprocessors or compute units."""
-    if device.type != "cuda":
-        return 4
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def tiles(device: torch.device) -> Tiles:
-    """The tiles of the device's architecture."""
-    return TILES.get(architecture(device), _SMALL)
+        architecture = str(properties.gcnArchName).split(":")[0]
+    tiles = TILES.get(architecture, _SMALL)
+    return Target(architecture, int(properties.multi_processor_count), tiles)
 
 
 def for_dtype(tile: Tile, dtype: torch.dtype) -> Tile:
