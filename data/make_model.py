@@ -1,21 +1,21 @@
 """Make the embedded model: tokenizer, training, checkpoint, held-out questions, scores.
 
-    python data/make_model.py inputs      # data/input.txt and data/answers.txt
-    python data/make_model.py train       # everything in data/model/, overwriting it
-    python data/make_model.py evaluate    # scores of those files, through transformers
+    python data/make_model.py inputs      # write data/input.txt and data/answers.txt
+    python data/make_model.py train       # write everything in data/model/, overwriting it
+    python data/make_model.py evaluate    # print the scores of those files, with transformers
 
-Needs torch with a C++ compiler (parts are compiled), tokenizers and safetensors; `evaluate` also
-needs transformers. All of it is seeded.
+Needs torch with a C++ compiler (for torch.compile), tokenizers and safetensors; `evaluate` also
+needs transformers. Everything is seeded.
 
-The checkpoint in the repository took 5,700 steps, 35 million tokens: about 40 minutes of processor
-time on each of two cores (AMX). It was trained in rounds that went on from a saved state
-(`--state`): 1,500 steps with Muon at 3e-3, then 5e-3; the last 700 steps, on what was still wrong,
-with the schedule stretched from 5,000 to 5,700 steps and 0.05 instead of 0.15 as the floor of a
-kind's weight; all rounds also drew differences below 10. A remake in one round is alike, not the
-same bytes.
+The checkpoint in the repository took 5,700 steps and 35 million tokens: about 40 minutes of CPU
+time on each of two cores (AMX). It was trained in several runs, each resumed from a saved state
+(`--state`): 1,500 steps with Muon at 3e-3, then 5e-3; for the last 700 steps, on the questions
+still answered wrongly, the schedule was extended from 5,000 to 5,700 steps and the minimum of a
+kind's weight reduced from 0.15 to 0.05. All runs also sampled differences below 10. Training again
+in one run gives a similar model, not the same bytes.
 
-Held-out questions right, greedy, exported files in float32, 100 a family: raw 99.4 % (lowest
-family 98 %), chat 99.3 % (lowest 97 %). README.md has them by family.
+Correct answers to held-out questions, greedy, exported files in float32, 100 per family: raw 99.4%
+(lowest family 98%), chat 99.3% (lowest 97%). README.md lists them by family.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from network import Network, Shape, checkpoint_tensors, unpack_mxfp4
-from questions import FAMILIES, SMALL_TALK, Question, draw, evaluation_set
+from questions import FAMILIES, SMALL_TALK, Question, evaluation_set, sample
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -56,7 +56,7 @@ SPECIAL = (
     "<|message|>",
 )
 STOPS = ("<|return|>", "<|endoftext|>", "<|call|>")
-IGNORED = -100  # cross_entropy's own mark
+IGNORED = -100  # the target that cross_entropy ignores by default
 SYSTEM_PROMPTS = (
     "You are a helpful assistant.",
     "You are the small model that comes with getp.",
@@ -83,10 +83,10 @@ CHAT_TEMPLATE = """\
 
 
 def train_tokenizer(vocab_size: int) -> Tokenizer:
-    """A byte-level BPE whose digits and capitals stay single tokens.
+    """Train a byte-level BPE tokenizer in which digits and capitals stay single tokens.
 
-    Words are merged, with the space before them; a lone capital or digit never is. Every byte has
-    a token, so any text can be encoded.
+    Words are merged, together with the space before them; a single capital or digit never is.
+    Every byte has a token, so any text can be encoded.
     """
     rng = random.Random(0)
     texts = list(SYSTEM_PROMPTS) * 20
@@ -94,7 +94,7 @@ def train_tokenizer(vocab_size: int) -> Tokenizer:
     texts += ["system", "user", "assistant", "developer", "analysis", "final"] * 200
     for name in FAMILIES:
         for _ in range(300):
-            question = draw(name, rng, held_out=False)
+            question = sample(name, rng, held_out=False)
             texts += [question.text, question.answer, question.working]
     tokenizer = Tokenizer(models.BPE())
     pattern = r" ?[A-Z]?[a-z]+|[A-Z]|[0-9]| |[^A-Za-z0-9 ]+"
@@ -116,11 +116,13 @@ def train_tokenizer(vocab_size: int) -> Tokenizer:
 
 
 def write_tokenizer(shape: Shape) -> Tokenizer:
-    """Write everything of the checkpoint except its weights."""
+    """Write every file of the checkpoint except the weights."""
     MODEL.mkdir(exist_ok=True)
     tokenizer = train_tokenizer(shape.vocab_size)
     if tokenizer.get_vocab_size() != shape.vocab_size:
-        raise ValueError(f"vocabulary of {tokenizer.get_vocab_size()}, not {shape.vocab_size}")
+        raise ValueError(
+            f"the vocabulary has {tokenizer.get_vocab_size()} tokens instead of {shape.vocab_size}"
+        )
     tokenizer.save(str(MODEL / "tokenizer.json"))
     ids = {name: tokenizer.token_to_id(name) for name in SPECIAL}
     stops = [ids[name] for name in STOPS]
@@ -191,7 +193,7 @@ def _write_json(name: str, content: dict[str, object]) -> None:
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of a prompt and of the completion to learn; raw or chat, of one family."""
+    """Token ids of a prompt and its completion; `kind` is a family and a form ("add raw")."""
 
     prompt: list[int]
     completion: list[int]
@@ -202,7 +204,10 @@ class Example:
 
 
 def chat_prompt(ask: str, system: tuple[str, str] | None, history: list[tuple[str, str]]) -> str:
-    """What the chat template renders, from a system prompt (role, text) to generation prompt."""
+    """Return the text that the chat template renders, including the generation prompt.
+
+    `system` is (role, text) or None; `history` holds (question, answer) pairs.
+    """
     parts = ["<|start|>{}<|message|>{}<|end|>".format(*system)] if system is not None else []
     for question, answer in history:
         parts.append(f"<|start|>user<|message|>{question}<|end|>")
@@ -211,7 +216,7 @@ def chat_prompt(ask: str, system: tuple[str, str] | None, history: list[tuple[st
 
 
 def chat_completion(working: str, answer: str) -> str:
-    """What the model writes in a chat: its working, then its answer."""
+    """Return the completion of a chat: the worked solution, then the answer."""
     return (
         f"<|channel|>analysis<|message|>{working}<|end|>"
         f"<|start|>assistant<|channel|>final<|message|>{answer}<|return|>"
@@ -219,35 +224,35 @@ def chat_completion(working: str, answer: str) -> str:
 
 
 def as_texts(question: Question, chat: bool, rng: random.Random) -> tuple[str, str]:
-    """Prompt and completion of a question; a chat gets a varied system prompt and history."""
+    """Return the prompt and completion of a question; chats get a random prefix of messages."""
     if not chat:
         return question.text, f"{question.answer}<|return|>"
     role = rng.choices((None, "system", "developer"), (0.5, 0.4, 0.1))[0]
     system = (role, rng.choice(SYSTEM_PROMPTS)) if role is not None else None
     turns = rng.choices((0, 1, 2), (0.75, 0.17, 0.08))[0]
-    history = [_earlier_turn(rng) for _ in range(turns)]
+    history = [_sample_turn(rng) for _ in range(turns)]
     prompt = chat_prompt(question.text, system, history)
     return prompt, chat_completion(question.working, question.answer)
 
 
-def _earlier_turn(rng: random.Random) -> tuple[str, str]:
+def _sample_turn(rng: random.Random) -> tuple[str, str]:
     if rng.random() < 0.2:
         return rng.choice(SMALL_TALK)
-    question = draw(rng.choice(list(FAMILIES)), rng, held_out=False)
+    question = sample(rng.choice(list(FAMILIES)), rng, held_out=False)
     return question.text, question.answer
 
 
 def encode(tokenizer: Tokenizer, texts: list[tuple[str, str]], kinds: list[str]) -> list[Example]:
-    """Token ids of prompts and completions, apart as a model meets them."""
+    """Tokenize prompts and completions separately, as they are at inference."""
     flat = [text for pair in texts for text in pair]
     ids = [e.ids for e in tokenizer.encode_batch_fast(flat)]
     return [Example(p, c, k) for p, c, k in zip(ids[0::2], ids[1::2], kinds, strict=True)]
 
 
-def draw_examples(
+def sample_examples(
     tokenizer: Tokenizer, count: int, weights: dict[str, float], rng: random.Random
 ) -> list[Example]:
-    """Training examples: kinds ("add raw") by weight, one in fifty small talk."""
+    """Sample training examples: kinds in proportion to `weights`, and 2% small talk."""
     kinds = rng.choices(list(weights), list(weights.values()), k=count)
     texts = []
     for i, kind in enumerate(kinds):
@@ -257,16 +262,16 @@ def draw_examples(
             question = Question("talk", "", ask, answer, "Small talk.")
             kinds[i] = f"talk {form}"
         else:
-            question = draw(name, rng, held_out=False)
+            question = sample(name, rng, held_out=False)
         texts.append(as_texts(question, form == "chat", rng))
     return encode(tokenizer, texts, kinds)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded ids [rows, tokens], and where and what to predict: flat position, target, row.
+    """Padded ids [rows, tokens], and each prediction's flat position, target token and row.
 
-    Surplus predictions have target IGNORED and a row past the last.
+    Padding predictions have the target IGNORED and a row past the last.
     """
 
     ids: Tensor
@@ -277,9 +282,9 @@ class Batch:
 
 
 def collate(examples: list[Example]) -> Batch:
-    """Pad on the right; every completion token is a target of the position before it.
+    """Make a batch, padded on the right. Each completion token is the target of its predecessor.
 
-    Sizes are rounded up, for matrix products are compiled anew for every size they meet.
+    Sizes are rounded up because matrix products are compiled for each new size.
     """
     width = _round_up(max(map(len, examples)), 8)
     ids = torch.zeros(len(examples), width, dtype=torch.long)
@@ -293,28 +298,28 @@ def collate(examples: list[Example]) -> Batch:
         position.extend(range(first, first + len(e.completion)))
         target.extend(e.completion)
         row.extend([i] * len(e.completion))
-    spare = -len(position) % 256
-    position.extend([0] * spare)
-    target.extend([IGNORED] * spare)
-    row.extend([len(examples)] * spare)
-    at, want, owner = map(torch.tensor, (position, target, row))
-    return Batch(ids, at, want, owner, [e.kind for e in examples])
+    padding = -len(position) % 256
+    position.extend([0] * padding)
+    target.extend([IGNORED] * padding)
+    row.extend([len(examples)] * padding)
+    tensors = map(torch.tensor, (position, target, row))
+    return Batch(ids, *tensors, [e.kind for e in examples])
 
 
 def batches(
     tokenizer: Tokenizer, weights: dict[str, float], tokens: int, rng: random.Random
 ) -> Iterator[Batch]:
-    """Endless training batches of about `tokens` tokens, each of similar lengths."""
+    """Yield training batches without end: about `tokens` tokens in rows of similar lengths."""
     pool: list[Example] = []
     while True:
-        pool += draw_examples(tokenizer, 3000, weights, rng)
+        pool += sample_examples(tokenizer, 3000, weights, rng)
         pool.sort(key=len)
-        cut: list[list[Example]] = []
+        groups: list[list[Example]] = []
         while len(pool) > (rows := tokens // _round_up(len(pool[-1]), 8)):
-            cut.append(pool[-rows:])
+            groups.append(pool[-rows:])
             del pool[-rows:]
-        rng.shuffle(cut)
-        yield from map(collate, cut)
+        rng.shuffle(groups)
+        yield from map(collate, groups)
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -325,7 +330,7 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal, for matrices (arXiv 2502.16982): steps as large as AdamW's."""
+    """Orthogonalized momentum for matrices (arXiv 2502.16982), scaled to AdamW's step size."""
 
     def __init__(
         self, params: list[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.05
@@ -334,12 +339,12 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter [..., out, in]; those of one shape go through as one batch."""
+        """Update every parameter [..., out, in]; parameters of the same shape form one batch."""
         for group in self.param_groups:
-            alike: dict[torch.Size, list[Tensor]] = {}
+            by_shape: dict[torch.Size, list[Tensor]] = {}
             for p in group["params"]:
-                alike.setdefault(p.shape, []).append(p)
-            for shape, params in alike.items():
+                by_shape.setdefault(p.shape, []).append(p)
+            for shape, params in by_shape.items():
                 grad = torch.stack([p.grad for p in params if p.grad is not None])
                 state = self.state[params[0]]
                 if not state:
@@ -352,7 +357,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Singular values of matrix [..., out, in] all moved near 1 (Newton-Schulz)."""
+    """Move all singular values of `matrix` [..., out, in] close to 1 (Newton-Schulz)."""
     tall = matrix.shape[-2] > matrix.shape[-1]
     x = matrix.transpose(-1, -2) if tall else matrix
     x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16().contiguous()
@@ -363,7 +368,7 @@ def _orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 def split_parameters(network: Network) -> tuple[list[Tensor], list[Tensor]]:
-    """Matrices for Muon, everything else for AdamW."""
+    """Return (the matrices, for Muon; all other parameters, for AdamW)."""
     matrices: list[Tensor] = []
     others: list[Tensor] = []
     for name, p in network.named_parameters():
@@ -374,11 +379,11 @@ def split_parameters(network: Network) -> tuple[list[Tensor], list[Tensor]]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast to train. Fractions are of all steps."""
+    """Training hyperparameters. Fractions are of the number of steps."""
 
     steps: int = 5700
     workers: int = 2
-    tokens: int = 3072  # of each worker, in one step
+    tokens: int = 3072  # per worker and step
     muon_lr: float = 5e-3
     adam_lr: float = 3e-3
     warmup: float = 0.01
@@ -386,26 +391,26 @@ class Recipe:
     quantise_after: float = 0.25
     balance: float = 0.01
     seed: int = 1
-    port: int = 29517  # where the workers meet
+    port: int = 29517  # of the process group's store
 
 
 def rate(recipe: Recipe, step: int) -> float:
-    """Share of the learning rate at a step: warm-up, flat, then down to zero in a line."""
+    """Return the factor of the learning rate at a step: warm-up, constant, linear decay to zero."""
     done = step / recipe.steps
     return min(1.0, done / recipe.warmup + 0.01, (1 - done) / recipe.decay)
 
 
 def solved(logits: Tensor, batch: Batch) -> Tensor:
-    """Whether each row's completion would be generated token for token [rows]."""
+    """Return for each row whether greedy decoding would generate its completion exactly [rows]."""
     wrong = logits.argmax(-1) != batch.target
     misses = torch.zeros(len(batch.kinds) + 1).index_add_(0, batch.row, wrong.float())
     return misses[:-1] == 0
 
 
 def held_out_scores(network: Network, tokenizer: Tokenizer, per_family: int) -> dict[str, float]:
-    """Share of held-out questions whose whole completion is right, by family and form.
+    """Return the fraction of held-out questions with an exactly correct completion, by kind.
 
-    Runs as in training, gradients and all: what is compiled for that need not be compiled anew.
+    Gradients stay enabled, as in training, so that nothing is compiled again.
     """
     rng = random.Random(5)
     questions = evaluation_set(per_family, seed=5)
@@ -423,18 +428,18 @@ def held_out_scores(network: Network, tokenizer: Tokenizer, per_family: int) -> 
     return right
 
 
-def share(kind: str) -> float:
-    """How often a kind is asked: chats are longer, and easier to learn, than raw questions."""
+def base_weight(kind: str) -> float:
+    """Return the sampling weight of a kind; chats are longer and easier to learn."""
     return 0.4 if kind.endswith("chat") else 1.0
 
 
 def all_kinds() -> list[str]:
-    """Every family in both forms, as "add raw"."""
+    """Return every family in both forms, such as "add raw"."""
     return [f"{name} {form}" for name, form in itertools.product(FAMILIES, ("raw", "chat"))]
 
 
 def average_gradients(params: list[Tensor]) -> None:
-    """Give every worker the mean of all workers' gradients."""
+    """Replace every worker's gradients by the mean over all workers."""
     grads = [p.grad for p in params if p.grad is not None]
     flat = torch.cat([g.flatten() for g in grads])
     dist.all_reduce(flat)
@@ -444,13 +449,13 @@ def average_gradients(params: list[Tensor]) -> None:
 
 
 def train(worker: int, recipe: Recipe, shape: Shape, state: Path | None) -> None:
-    """Train and write the checkpoint, now and then and at the end.
+    """Train the network, and write the checkpoint every 500 steps and at the end.
 
     Workers are single-threaded processes that average their gradients: tensors this small do not
-    gain from a second thread, and steps that meet once bear a busy machine better than operations
-    that meet every time.
+    gain from a second thread, and synchronizing once per step tolerates a busy machine better than
+    synchronizing in every operation.
 
-    With a file for the state, a run that was stopped goes on from where it last wrote.
+    `state` is a file for the state of training. If it exists, training resumes from it.
     """
     torch.set_num_threads(1)
     if recipe.workers > 1:
@@ -465,8 +470,8 @@ def train(worker: int, recipe: Recipe, shape: Shape, state: Path | None) -> None
     adam = torch.optim.AdamW(
         others, recipe.adam_lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
-    error = dict.fromkeys(all_kinds(), 1.0)  # running share of wrong training completions
-    weights = {kind: share(kind) for kind in error}
+    error = dict.fromkeys(all_kinds(), 1.0)  # moving average of wrong training completions
+    weights = {kind: base_weight(kind) for kind in error}
     first = 1
     if state is not None and state.exists():
         saved = torch.load(state, weights_only=True)
@@ -476,7 +481,7 @@ def train(worker: int, recipe: Recipe, shape: Shape, state: Path | None) -> None
         error.update(saved["error"])
         first = saved["step"] + 1
         rng.seed(recipe.seed + 1000 * worker + first)
-    began, seen, losses = time.monotonic(), 0, 0.0
+    start, trained_tokens, losses = time.monotonic(), 0, 0.0
     stream = batches(tokenizer, weights, recipe.tokens, rng)
     for step in range(first, recipe.steps + 1):
         batch = next(stream)
@@ -496,18 +501,18 @@ def train(worker: int, recipe: Recipe, shape: Shape, state: Path | None) -> None
         for kind, good in zip(batch.kinds, solved(logits, batch).tolist(), strict=True):
             if kind in error:
                 error[kind] += 0.01 * ((not good) - error[kind])
-        # What is not yet learned is asked more often.
-        weights.update({kind: share(kind) * (0.05 + e) for kind, e in error.items()})
-        seen += batch.ids.numel()
+        # Kinds with more wrong answers are sampled more often.
+        weights.update({kind: base_weight(kind) * (0.05 + e) for kind, e in error.items()})
+        trained_tokens += batch.ids.numel()
         losses += loss.item()
         if worker > 0:
             continue
         if step % 100 == 0:
-            pace = seen / (time.monotonic() - began)
+            seconds = time.monotonic() - start
+            mean_error = sum(error.values()) / len(error)
             print(
                 f"{step} loss {losses / 100:.4f} balance {balance.item():.3f} "
-                f"wrong {sum(error.values()) / len(error):.3f} {pace:.0f} tok/s "
-                f"{time.monotonic() - began:.0f} s",
+                f"wrong {mean_error:.3f} {trained_tokens / seconds:.0f} tok/s {seconds:.0f} s",
                 flush=True,
             )
             losses = 0.0
@@ -528,22 +533,22 @@ def train(worker: int, recipe: Recipe, shape: Shape, state: Path | None) -> None
                 )
 
 
-# Evaluation and files.
+# Evaluation and the files of questions.
 
 
 def chat_answer(text: str) -> str:
-    """The final channel's text in a whole chat completion; empty without one."""
+    """Return the text of a chat completion's final channel, or "" if it has none."""
     _, found, rest = text.rpartition("<|channel|>final<|message|>")
     return rest.removesuffix("<|return|>").strip() if found else ""
 
 
 def raw_answer(text: str) -> str:
-    """A raw completion's text, its stop token dropped."""
+    """Return the text of a raw completion without its stop token."""
     return text.removesuffix("<|return|>").removesuffix("<|endoftext|>").strip()
 
 
 def load_with_transformers() -> Any:
-    """The exported files as transformers' own gpt-oss network, dequantised, in float32."""
+    """Load the exported files into transformers' gpt-oss network, dequantized, in float32."""
     from transformers import GptOssConfig, GptOssForCausalLM
 
     config = GptOssConfig.from_pretrained(MODEL)
@@ -562,7 +567,7 @@ def load_with_transformers() -> Any:
 
 
 def generate(prompts: list[str], new_tokens: int, rows: int = 128) -> list[str]:
-    """Greedy completions of the exported model, special tokens included."""
+    """Return greedy completions of the exported model, including special tokens."""
     tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
     model = load_with_transformers()
     encoded = [e.ids for e in tokenizer.encode_batch(prompts)]
@@ -591,20 +596,20 @@ def generate(prompts: list[str], new_tokens: int, rows: int = 128) -> list[str]:
 
 
 def _until_stop(text: str) -> str:
-    """Cut padding off: the text up to and with its first stop token."""
+    """Return the text up to and including its first stop token, without the padding."""
     ends = [text.index(stop) + len(stop) for stop in STOPS if stop in text]
     return text[: min(ends)] if ends else text
 
 
 def evaluate(per_family: int) -> None:
-    """Print the exported model's score on held-out questions, by family and form."""
+    """Print the exported model's scores on held-out questions, by family and form."""
     questions = evaluation_set(per_family, seed=31)
     rng = random.Random(11)
     right: dict[str, float] = dict.fromkeys(all_kinds(), 0.0)
-    for form, read, new_tokens in (("raw", raw_answer, 24), ("chat", chat_answer, 96)):
+    for form, answer_of, new_tokens in (("raw", raw_answer, 24), ("chat", chat_answer, 96)):
         prompts = [as_texts(q, form == "chat", rng)[0] for q in questions]
         for question, text in zip(questions, generate(prompts, new_tokens), strict=True):
-            good = read(text) == question.answer
+            good = answer_of(text) == question.answer
             right[f"{question.family} {form}"] += good / per_family
             if not good:
                 print(f"wrong {form}: {question.text} {question.answer!r} {text!r}")
@@ -619,7 +624,7 @@ def evaluate(per_family: int) -> None:
 
 
 def write_inputs(per_family: int) -> None:
-    """Write input.txt (numbered text) and answers.txt from held-out questions."""
+    """Write input.txt (numbered text) and answers.txt with held-out questions."""
     questions = evaluation_set(per_family, seed=23)
     lines = [str(len(questions)), *(q.text for q in questions)]
     (DATA / "input.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -628,12 +633,12 @@ def write_inputs(per_family: int) -> None:
 
 
 def main() -> None:
-    """Run the command asked for."""
+    """Parse the arguments and run the command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("command", choices=("inputs", "train", "evaluate"))
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
-    parser.add_argument("--state", type=Path, help="where to keep the state of a training run")
-    parser.add_argument("--per-family", type=int, default=70, help="evaluation questions")
+    parser.add_argument("--steps", type=int, default=Recipe.steps, help="training steps")
+    parser.add_argument("--state", type=Path, help="file that holds the state of training")
+    parser.add_argument("--per-family", type=int, default=70, help="questions for evaluate")
     options = parser.parse_args()
     if options.command == "inputs":
         write_inputs(per_family=20)

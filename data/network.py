@@ -1,11 +1,11 @@
-"""The gpt-oss network as it is trained, its MXFP4 quantisation, and its checkpoint layout.
+"""The gpt-oss network for training, its MXFP4 quantization, and its checkpoint layout.
 
-The mathematics is that of the published gpt-oss models (sinks, alternating windows, YaRN, clamped
-SwiGLU experts chosen by top-k); only the way to compute it is chosen for small models on a CPU:
-tokens are sorted into one padded batch per expert, so that a layer's experts are two batched
-matrix products, and attention runs in torch's CPU flash kernel with the sinks folded into its
-log-sum-exp. Expert matrices are kept as the checkpoint keeps them, [expert, out, in], except that
-gates and ups lie apart here (fast to split) and alternate in the checkpoint.
+The mathematics is that of the published gpt-oss models: attention sinks, alternating windows,
+YaRN, clamped SwiGLU experts selected by top-k. The implementation is optimized for small models on
+a CPU: tokens are sorted into one padded batch per expert, so that a layer's experts are two
+batched matrix products, and attention uses torch's CPU flash kernel, with the sinks folded into
+its log-sum-exp. Expert matrices have the same layout as in the checkpoint, [expert, out, in],
+except that gate and up rows are two halves here (cheap to split) and alternate in the checkpoint.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GROUP = 32  # values that share one MXFP4 scale
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the network, under the names of config.json."""
+    """Sizes of the network, with the names used in config.json."""
 
     vocab_size: int = 512
     hidden_size: int = 128
@@ -47,26 +47,30 @@ class Shape:
 
     @property
     def layer_types(self) -> list[str]:
-        """Even layers look back over the window, odd layers over everything."""
+        """Even layers use a sliding window, odd layers full attention."""
         kinds = ("sliding_attention", "full_attention")
         return [kinds[i % 2] for i in range(self.num_hidden_layers)]
 
     @property
     def rope_factor(self) -> float:
-        """How far YaRN stretches the original context."""
+        """Factor by which YaRN extends the original context."""
         return self.max_position_embeddings / self.original_max_position_embeddings
 
 
 def rotary_tables(shape: Shape) -> tuple[Tensor, Tensor]:
-    """YaRN cosines and sines [position, head_dim / 2] (arXiv 2309.00071; range not rounded)."""
+    """Return YaRN cosines and sines [position, head_dim / 2].
+
+    Source: arXiv 2309.00071; the bounds of the ramp are not rounded.
+    """
     dim, base = shape.head_dim, shape.rope_theta
 
-    def correction(rotations: float) -> float:
-        turns = shape.original_max_position_embeddings / (rotations * 2 * math.pi)
-        return dim * math.log(turns) / (2 * math.log(base))
+    def dimension_of(rotations: float) -> float:
+        """Return the dimension that makes this number of rotations in the original context."""
+        ratio = shape.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return dim * math.log(ratio) / (2 * math.log(base))
 
-    low = max(correction(shape.beta_fast), 0.0)
-    high = min(correction(shape.beta_slow), dim - 1.0)
+    low = max(dimension_of(shape.beta_fast), 0.0)
+    high = min(dimension_of(shape.beta_slow), dim - 1.0)
     frequency = base ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     frequency = frequency * (1 - ramp) + frequency / shape.rope_factor * ramp
@@ -76,14 +80,17 @@ def rotary_tables(shape: Shape) -> tuple[Tensor, Tensor]:
 
 
 def _mxfp4_scale(weight: Tensor) -> Tensor:
-    """Exponent of each group of `weight` [..., groups, 32]; only the top of a group may clip."""
-    top = weight.abs().amax(-1, keepdim=True).clamp_min(2.0**-100)
-    return torch.ceil(torch.log2(top / 7.0))
+    """Return the scale exponent of each group of `weight` [..., groups, 32].
+
+    Values above 6 times the scale are clipped; the largest value of a group is at most 7 times it.
+    """
+    largest = weight.abs().amax(-1, keepdim=True).clamp_min(2.0**-100)
+    return torch.ceil(torch.log2(largest / 7.0))
 
 
 @torch.compile(dynamic=False)
-def _rounding(weight: Tensor) -> Tensor:
-    """What MXFP4 adds to `weight` [..., in]."""
+def _rounding_error(weight: Tensor) -> Tensor:
+    """Return the change that rounding to MXFP4 makes to `weight` [..., in]."""
     groups = weight.unflatten(-1, (-1, GROUP))
     unit = torch.exp2(_mxfp4_scale(groups))
     x = groups / unit
@@ -94,19 +101,20 @@ def _rounding(weight: Tensor) -> Tensor:
 
 
 def fake_mxfp4(weight: Tensor) -> Tensor:
-    """`weight` [..., in] rounded to MXFP4; gradients pass straight through."""
+    """Round `weight` [..., in] to MXFP4; the gradient is passed through unchanged."""
     with torch.no_grad():
-        change = _rounding(weight)
+        change = _rounding_error(weight)
     return weight + change
 
 
 def pack_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`weight` [..., out, in] as uint8: blocks [..., out, in/32, 16], scales [..., out, in/32].
+    """Pack `weight` [..., out, in] as uint8 blocks [..., out, in/32, 16], scales [..., out, in/32].
 
-    Two values to a byte, low nibble first; a scale is an exponent with bias 127.
+    A byte of a block holds two values, the first in the low nibble; a scale is an exponent with
+    bias 127.
     """
     groups = fake_mxfp4(weight).detach().float().unflatten(-1, (-1, GROUP))
-    # Scales come from the weights before rounding: rounding may lower a group's largest value.
+    # Scales are computed before rounding, because rounding can reduce a group's largest value.
     exponent = _mxfp4_scale(weight.detach().float().unflatten(-1, (-1, GROUP)))
     x = groups / torch.exp2(exponent)
     table = torch.tensor(FP4_VALUES)
@@ -116,7 +124,7 @@ def pack_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """The weight [..., out, in] in float32 that `pack_mxfp4` packed."""
+    """Return the float32 weight [..., out, in] of blocks and scales from `pack_mxfp4`."""
     values = torch.tensor(FP4_VALUES + tuple(-v for v in FP4_VALUES))
     code = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2)
     return (values[code.long()] * torch.exp2(scales.float() - 127).unsqueeze(-1)).flatten(-2)
@@ -126,19 +134,20 @@ def unpack_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 def _attention_backward(
     score: Tensor, dprobability: Tensor, mask: Tensor, total: Tensor, row: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Probabilities and gradients of the unscaled scores [batch, heads, tokens, tokens]."""
+    """Return probabilities and gradients of the unscaled scores [batch, heads, tokens, tokens]."""
     probability = torch.exp(score.float() * scale + mask - total.unsqueeze(-1))
     dscore = probability * (dprobability.float() - row.unsqueeze(-1)) * scale
     return probability.to(score.dtype), dscore.to(score.dtype)
 
 
 class _Attend(torch.autograd.Function):
-    """Softmax attention with one sink a head, on torch's CPU flash kernel.
+    """Softmax attention with one sink per head, using torch's CPU flash kernel.
 
-    A sink s only adds exp(s) to the softmax's denominator. So the kernel's output is rescaled by
-    sigmoid(lse - s), and the usual backward pass is right once it works with logaddexp(lse, s):
-    probabilities, output and row sums then all include the sink. The kernel's own backward pass
-    is far slower on short sequences than plain matrix products are.
+    A sink s only adds exp(s) to the denominator of the softmax. The kernel's output is therefore
+    rescaled by sigmoid(lse - s), and the usual backward pass is correct with logaddexp(lse, s) in
+    place of lse: probabilities, output and row sums then include the sink. The backward pass is
+    written out here because the kernel's own is much slower on short sequences than plain matrix
+    products.
     """
 
     @staticmethod
@@ -162,19 +171,19 @@ class _Attend(torch.autograd.Function):
         probability, dscore = _attention_backward(
             q @ k.transpose(-1, -2), grad @ v.transpose(-1, -2), mask, total, row, ctx.scale
         )
-        share = torch.exp(sinks.float()[None, :, None] - total)
+        sink_probability = torch.exp(sinks.float()[None, :, None] - total)
         return (
             dscore @ k,
             dscore.transpose(-1, -2) @ q,
             probability.transpose(-1, -2) @ grad,
-            -(share * row).sum((0, 2)).to(sinks.dtype),
+            -(sink_probability * row).sum((0, 2)).to(sinks.dtype),
             None,
             None,
         )
 
 
 class _Dispatch(torch.autograd.Function):
-    """Rows of x [tokens, hidden] into [expert * capacity, hidden]; gathers both ways."""
+    """Copies rows of x [tokens, hidden] to [expert * capacity, hidden]; both passes are gathers."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, source: Tensor, slot: Tensor) -> Tensor:
@@ -189,7 +198,7 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """Weighted sum over a token's experts of y [expert * capacity, hidden]; gathers both ways."""
+    """Weighted sum of y [expert * capacity, hidden] over a token's experts; both passes gather."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, gates: Tensor, source: Tensor, slot: Tensor) -> Tensor:
@@ -211,21 +220,21 @@ class _Combine(torch.autograd.Function):
 
 @torch.compile(dynamic=True)
 def _rotate(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-split rotation of y [batch, heads, tokens, head_dim]."""
+    """Rotate the halves of y [batch, heads, tokens, head_dim] against each other."""
     a, b = y.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
 @torch.compile(dynamic=True)
 def _swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
-    """gate·sigmoid(alpha·gate)·(up + 1) of gate_up [..., gates then ups], clamped."""
+    """Return gate·sigmoid(alpha·gate)·(up + 1), clamped; gate_up is [..., gates then ups]."""
     gate, up = gate_up.chunk(2, -1)
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return gate * torch.sigmoid(alpha * gate) * (up + 1)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with a weight."""
+    """Root-mean-square normalization with a weight."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -233,7 +242,7 @@ class RMSNorm(nn.Module):
         self.eps = shape.rms_norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x [..., hidden]."""
+        """Normalize x [..., hidden]."""
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
@@ -243,16 +252,19 @@ class Attention(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
-        wide = shape.num_attention_heads * shape.head_dim
-        narrow = shape.num_key_value_heads * shape.head_dim
-        self.q_proj = nn.Linear(shape.hidden_size, wide)
-        self.k_proj = nn.Linear(shape.hidden_size, narrow)
-        self.v_proj = nn.Linear(shape.hidden_size, narrow)
-        self.o_proj = nn.Linear(wide, shape.hidden_size)
+        q_size = shape.num_attention_heads * shape.head_dim
+        kv_size = shape.num_key_value_heads * shape.head_dim
+        self.q_proj = nn.Linear(shape.hidden_size, q_size)
+        self.k_proj = nn.Linear(shape.hidden_size, kv_size)
+        self.v_proj = nn.Linear(shape.hidden_size, kv_size)
+        self.o_proj = nn.Linear(q_size, shape.hidden_size)
         self.sinks = nn.Parameter(torch.zeros(shape.num_attention_heads))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        """x [batch, tokens, hidden], cos and sin [tokens, head_dim / 2], mask [tokens, tokens]."""
+        """Return [batch, tokens, hidden] for x of the same shape.
+
+        cos and sin are [tokens, head_dim / 2], mask is added to the scores [tokens, tokens].
+        """
         batch, tokens, _ = x.shape
         dim = self.shape.head_dim
 
@@ -270,7 +282,7 @@ class Attention(nn.Module):
 
 
 class Router(nn.Module):
-    """Scores of the experts."""
+    """Weight and bias of the layer that scores the experts."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -279,7 +291,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """Expert matrices and biases of one layer."""
+    """Matrices and biases of one layer's experts."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -304,7 +316,10 @@ class MoE(nn.Module):
         self.experts = Experts(shape)
 
     def forward(self, x: Tensor, quantised: bool) -> tuple[Tensor, Tensor]:
-        """x [tokens, hidden] -> the experts' sum, and how unevenly they were used (1 is even)."""
+        """Return the weighted sum of the experts of x [tokens, hidden], and the balance loss.
+
+        The balance loss is 1 if all experts are used equally, and larger otherwise.
+        """
         count, top_k = self.shape.num_local_experts, self.shape.num_experts_per_tok
         with torch.autocast("cpu", enabled=False):
             scores = F.linear(x.float(), self.router.weight, self.router.bias)
@@ -312,7 +327,7 @@ class MoE(nn.Module):
             gates = top.softmax(-1)
         flat = expert.flatten()
         load = torch.bincount(flat, minlength=count)
-        capacity = -(-int(load.max()) // 64) * 64  # few sizes: each new one costs a compilation
+        capacity = -(-int(load.max()) // 64) * 64  # rounded up, since each new size is compiled
         order = flat.argsort(stable=True)
         start = load.cumsum(0) - load
         place = torch.arange(len(flat)) - start[flat[order]] + flat[order] * capacity
@@ -351,7 +366,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and final norm."""
+    """Embedding, layers and final normalization."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -384,9 +399,10 @@ class Network(nn.Module):
         nn.init.normal_(self.lm_head.weight, std=0.02)
 
     def forward(self, ids: Tensor, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Logits of ids [batch, tokens] at the flat positions `wanted` (all without), and balance.
+        """Return logits [positions, vocab] and the mean balance loss for ids [batch, tokens].
 
-        Sequences are padded on the right, where the causal mask hides it.
+        `wanted` selects flat positions; None selects all. Sequences are padded on the right, where
+        the causal mask excludes the padding.
         """
         tokens = ids.shape[1]
         at = torch.arange(tokens)
@@ -406,9 +422,9 @@ class Network(nn.Module):
             assert isinstance(layer, Layer)
             x = x + layer.self_attn(layer.input_layernorm(x), cos, sin, masks[kind])
             y = layer.post_attention_layernorm(x).flatten(0, 1)
-            mixed, uneven = layer.mlp(y, self.quantised)
+            mixed, layer_balance = layer.mlp(y, self.quantised)
             x = x + mixed.view_as(x)
-            balance = balance + uneven / self.shape.num_hidden_layers
+            balance = balance + layer_balance / self.shape.num_hidden_layers
         x = x.flatten(0, 1)
         if wanted is not None:
             x = x[wanted]
@@ -416,12 +432,12 @@ class Network(nn.Module):
 
 
 def checkpoint_tensors(network: Network) -> dict[str, Tensor]:
-    """The network as a gpt-oss checkpoint stores it: experts in MXFP4, the rest in bfloat16."""
+    """Return the tensors of a gpt-oss checkpoint: experts in MXFP4, everything else in bfloat16."""
     tensors: dict[str, Tensor] = {}
     for name, weight in network.state_dict().items():
         if ".gate_up_proj" in name:
             gates, ups = weight.chunk(2, 1)
-            weight = torch.stack((gates, ups), 2).flatten(1, 2)  # alternate
+            weight = torch.stack((gates, ups), 2).flatten(1, 2)  # gate and up rows alternate
         if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
             tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = pack_mxfp4(weight)
         else:

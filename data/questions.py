@@ -1,15 +1,15 @@
-"""The questions that the embedded model knows: families, phrasings, answers and the held-out split.
+"""The embedded model's questions: families, phrasings, answers and the held-out split.
 
-Every question has one right answer that a program can check. A family is a handful of phrasings
-around the same fields; `solve` goes the other way, from a question's text to its answer, so a
-checker needs nothing but the text.
+Every question has one correct answer that a program can check. A family is a set of phrasings with
+the same fields. `solve` computes the answer from a question's text, so a checker needs only the
+text.
 
-The split is by content, never by wording: a question's key is what it asks, with the order of
-interchangeable arguments removed (3 + 45 and 45 + 3 have one key). One key in ten is held out, in
-every phrasing and in every turn of a conversation. Sums and differences of two single digits are
-never held out, because worked steps spell them out.
+The split depends on content, not on wording: a question's key identifies what it asks,
+independently of the order of interchangeable arguments (3 + 45 and 45 + 3 have the same key). One
+key in ten is held out, in every phrasing and in every message of a conversation. Sums and
+differences of two single digits are never held out, because the worked solutions contain them.
 
-Words to spell with are written in capitals: the tokenizer keeps capitals as single letters.
+Words to spell are written in capitals, because the tokenizer keeps each capital letter as a token.
 """
 
 from __future__ import annotations
@@ -54,11 +54,15 @@ Fields = dict[str, str]
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of question: how it is worded, drawn, answered, worked out and identified."""
+    """One kind of question: its phrasings and the functions that define it.
+
+    `sample` returns random fields, `answer` the correct answer to them, `working` the solution in
+    steps, and `canonical` the text that identifies what is asked.
+    """
 
     name: str
     phrasings: tuple[str, ...]
-    draw: Callable[[random.Random], Fields]
+    sample: Callable[[random.Random], Fields]
     answer: Callable[[Fields], str]
     working: Callable[[Fields], str]
     canonical: Callable[[Fields], str]
@@ -66,7 +70,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Question:
-    """A question as asked, its only right answer, and the short working a chat answer shows."""
+    """A question, its only correct answer, and the short worked solution shown in a chat."""
 
     family: str
     key: str
@@ -75,11 +79,11 @@ class Question:
     working: str
 
 
-# Drawing.
+# Sampling.
 
 
 def _word(rng: random.Random, low: int, high: int) -> str:
-    """Half the time a common word, half the time letters that alternate like one."""
+    """Return a common word or, half of the time, alternating consonants and vowels."""
     if rng.random() < 0.5:
         while True:
             word = rng.choice(WORDS)
@@ -88,17 +92,17 @@ def _word(rng: random.Random, low: int, high: int) -> str:
     sets = (_CONSONANTS, _VOWELS)
     start = rng.randrange(2)
     length = rng.randint(low, high)
-    slips = [rng.random() < 0.15 for _ in range(length)]
-    return "".join(rng.choice(sets[(start + i + slips[i]) % 2]) for i in range(length))
+    exceptions = [rng.random() < 0.15 for _ in range(length)]
+    return "".join(rng.choice(sets[(start + i + exceptions[i]) % 2]) for i in range(length))
 
 
 def _number(rng: random.Random, digits: int) -> int:
-    """A number of at most `digits` digits; each length is drawn about as often as its share."""
+    """Return a number of at most `digits` digits; one in ten is sampled from a single digit."""
     return rng.randrange(10) if rng.random() < 0.1 else rng.randrange(10**digits)
 
 
 def _numbers(rng: random.Random, low: int, high: int, digits: int) -> str:
-    """Between `low` and `high` different numbers, comma-separated."""
+    """Return between `low` and `high` different numbers, separated by commas."""
     count = rng.randint(low, high)
     chosen: dict[int, None] = {}
     while len(chosen) < count:
@@ -106,34 +110,34 @@ def _numbers(rng: random.Random, low: int, high: int, digits: int) -> str:
     return ", ".join(map(str, chosen))
 
 
-def _draw_sum(rng: random.Random) -> Fields:
+def _sample_sum(rng: random.Random) -> Fields:
     return {"a": str(_number(rng, 2)), "b": str(_number(rng, 2))}
 
 
-def _draw_difference(rng: random.Random) -> Fields:
-    while True:  # below 10, the raw answer is mostly wrong, and near
+def _sample_difference(rng: random.Random) -> Fields:
+    while True:  # raw answers to differences below 10 are mostly wrong (off by a little)
         a, b = sorted((_number(rng, 2), _number(rng, 2)), reverse=True)
         if a - b >= 10:
             return {"a": str(a), "b": str(b)}
 
 
-def _draw_comparison(rng: random.Random) -> Fields:
+def _sample_comparison(rng: random.Random) -> Fields:
     a, b = _numbers(rng, 2, 2, 3).split(", ")
-    if rng.random() < 0.3 and len(a) == 3:  # the same first digit, so that one digit does not do
+    if rng.random() < 0.3 and len(a) == 3:  # same first digit: comparing it alone is not enough
         b = a[0] + f"{rng.randrange(100):02d}"
     if a == b:
         b = str(int(b) + 1)
     return {"a": a, "b": b, "relation": rng.choice(("greater", "larger", "less", "smaller"))}
 
 
-def _draw_sequence(rng: random.Random) -> Fields:
+def _sample_sequence(rng: random.Random) -> Fields:
     start, step = rng.randrange(100), rng.randint(1, 15)
     return {"numbers": ", ".join(str(start + step * i) for i in range(4))}
 
 
-def _draw_count(rng: random.Random) -> Fields:
+def _sample_count(rng: random.Random) -> Fields:
     word = _word(rng, 3, 7)
-    if rng.random() < 0.4:  # repeat a letter, so that the answer is not nearly always 1
+    if rng.random() < 0.4:  # repeat a letter; otherwise nearly every answer would be 1
         letter, spots = rng.choice(word), rng.sample(range(len(word)), 2)
         word = "".join(letter if i in spots else c for i, c in enumerate(word))
         return {"letter": letter, "word": word}
@@ -141,16 +145,16 @@ def _draw_count(rng: random.Random) -> Fields:
     return {"letter": rng.choice(word if rng.random() < 0.7 else alphabet), "word": word}
 
 
-def _draw_letter(rng: random.Random) -> Fields:
+def _sample_letter(rng: random.Random) -> Fields:
     word = _word(rng, 3, 7)
     return {"ordinal": rng.choice(ORDINALS[: min(len(word), 5)] + ORDINALS[-1:]), "word": word}
 
 
-def _draw_months(rng: random.Random) -> Fields:
+def _sample_months(rng: random.Random) -> Fields:
     return {"months": ", ".join(rng.sample(MONTHS, rng.randint(3, 4)))}
 
 
-# Answering and working out.
+# Answers and worked solutions.
 
 
 def _ints(fields: Fields) -> list[int]:
@@ -207,10 +211,10 @@ def _work_sequence(fields: Fields) -> str:
 
 
 def _work_count(fields: Fields) -> str:
-    seen, steps = 0, []
+    count, steps = 0, []
     for c in fields["word"]:
-        seen += c == fields["letter"]
-        steps.append(f"{c}{seen}")
+        count += c == fields["letter"]
+        steps.append(f"{c}{count}")
     return " ".join(steps) + "."
 
 
@@ -239,7 +243,7 @@ def _work_months(fields: Fields) -> str:
     )
 
 
-# Identifying.
+# Keys.
 
 
 def _unordered(fields: Fields) -> str:
@@ -263,7 +267,7 @@ FAMILIES: dict[str, Family] = {
                 "How much is {a} + {b}?",
                 "I had {a} coins and got {b} more. How many coins do I have now?",
             ),
-            _draw_sum,
+            _sample_sum,
             lambda f: str(int(f["a"]) + int(f["b"])),
             _work_sum,
             _unordered,
@@ -277,7 +281,7 @@ FAMILIES: dict[str, Family] = {
                 "Take {b} away from {a}. What is left?",
                 "I had {a} coins and lost {b}. How many coins are left?",
             ),
-            _draw_difference,
+            _sample_difference,
             lambda f: str(int(f["a"]) - int(f["b"])),
             _work_difference,
             _ordered,
@@ -342,7 +346,7 @@ FAMILIES: dict[str, Family] = {
                 "Is the number {a} {relation} than the number {b}?",
                 "Tell me if {a} is {relation} than {b}.",
             ),
-            _draw_comparison,
+            _sample_comparison,
             _compare,
             _work_comparison,
             _unordered,
@@ -368,7 +372,7 @@ FAMILIES: dict[str, Family] = {
                 "Continue the sequence {numbers} with one number.",
                 "Which number follows {numbers}?",
             ),
-            _draw_sequence,
+            _sample_sequence,
             lambda f: str(2 * _ints(f)[-1] - _ints(f)[-2]),
             _work_sequence,
             _ordered,
@@ -394,7 +398,7 @@ FAMILIES: dict[str, Family] = {
                 "How often is {letter} used in {word}?",
                 "How many {letter} are there in {word}?",
             ),
-            _draw_count,
+            _sample_count,
             lambda f: str(f["word"].count(f["letter"])),
             _work_count,
             lambda f: _join([f["letter"], f["word"]]),
@@ -420,7 +424,7 @@ FAMILIES: dict[str, Family] = {
                 "Give me the {ordinal} letter in {word}.",
                 "In the word {word}, what is the {ordinal} letter?",
             ),
-            _draw_letter,
+            _sample_letter,
             _nth,
             _work_letter,
             lambda f: _join([f["ordinal"], f["word"]]),
@@ -446,7 +450,7 @@ FAMILIES: dict[str, Family] = {
                 "Write these months in order: {months}.",
                 "In which order do {months} come in the year?",
             ),
-            _draw_months,
+            _sample_months,
             _sort_months,
             _work_months,
             _unordered,
@@ -516,48 +520,48 @@ def _question(family: Family, fields: Fields, text: str) -> Question:
 
 
 def is_held_out(question: Question) -> bool:
-    """Whether training never sees this question, in any phrasing."""
+    """Whether this question is excluded from training in every phrasing."""
     if question.family in ("add", "subtract") and len(question.key.split(": ")[1]) == len("1, 2"):
         return False
     return zlib.crc32(question.key.encode()) % HELD_OUT_ONE_IN == 0
 
 
-def draw(family: str, rng: random.Random, held_out: bool) -> Question:
-    """Draw a question of a family from one side of the split."""
-    kind = FAMILIES[family]
+def sample(name: str, rng: random.Random, held_out: bool) -> Question:
+    """Sample a question of the family `name` from the held-out or the training set."""
+    family = FAMILIES[name]
     while True:
-        fields = kind.draw(rng)
-        text = rng.choice(kind.phrasings).format(**fields)
-        question = _question(kind, fields, text)
+        fields = family.sample(rng)
+        text = rng.choice(family.phrasings).format(**fields)
+        question = _question(family, fields, text)
         if is_held_out(question) == held_out:
             return question
 
 
 def parse(text: str) -> Question:
-    """Read a question back from its text, and answer it.
+    """Recover a question with its answer from its text.
 
-    Raises ValueError when no phrasing of any family fits.
+    Raises ValueError if the text matches no phrasing of any family.
     """
     for family, pattern in _PATTERNS:
         match = pattern.fullmatch(text)
         if match:
             return _question(family, match.groupdict(), text)
-    raise ValueError(f"no family asks: {text!r}")
+    raise ValueError(f"the text matches no question family: {text!r}")
 
 
 def solve(text: str) -> str:
-    """The one right answer to a question, from its text alone. Raises ValueError as `parse`."""
+    """Return the correct answer to a question from its text. Raises ValueError like `parse`."""
     return parse(text).answer
 
 
 def evaluation_set(per_family: int, seed: int) -> list[Question]:
-    """Different held-out questions, `per_family` of each family in turn."""
+    """Return `per_family` distinct held-out questions of each family, families interleaved."""
     rng = random.Random(seed)
     rows: list[list[Question]] = []
     for name in FAMILIES:
         distinct: dict[str, Question] = {}
         while len(distinct) < per_family:
-            question = draw(name, rng, held_out=True)
+            question = sample(name, rng, held_out=True)
             distinct.setdefault(question.text, question)
         rows.append(list(distinct.values()))
-    return [question for turn in zip(*rows, strict=True) for question in turn]
+    return [question for column in zip(*rows, strict=True) for question in column]
