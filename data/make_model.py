@@ -302,8 +302,13 @@ def collate(examples: list[Example]) -> Batch:
     position.extend([0] * padding)
     target.extend([IGNORED] * padding)
     row.extend([len(examples)] * padding)
-    tensors = map(torch.tensor, (position, target, row))
-    return Batch(ids, *tensors, [e.kind for e in examples])
+    return Batch(
+        ids,
+        torch.tensor(position),
+        torch.tensor(target),
+        torch.tensor(row),
+        [e.kind for e in examples],
+    )
 
 
 def batches(
