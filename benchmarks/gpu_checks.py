@@ -1,4 +1,4 @@
-"""What must hold on a GPU before its times mean anything; called by gpu.py."""
+"""Correctness checks on a GPU; gpu.py runs them before it times anything."""
 
 import gc
 import itertools
@@ -22,23 +22,23 @@ from model.ops.forward_batch import ForwardBatch, GroupTables
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = torch.device("cuda")
-# Against the definition, relative to the largest value: products round their inputs to 8 bits.
+# Largest error relative to the largest expected value; bfloat16 products round inputs to 8 bits.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
 class CheckError(Exception):
-    """A result is not what it should be; the message says which and by how much."""
+    """A result is wrong. The message says which one and how large the error is."""
 
 
 def rand(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
-    """Normal values on the GPU, from the default generator."""
+    """Return normally distributed values on the GPU, from the default generator."""
     return (torch.randn(shape, device=CUDA) * scale).to(dtype)
 
 
 def paged_batch(
     lengths: list[tuple[int, int]], window: int | None, block_size: int = 16
 ) -> tuple[ForwardBatch, GroupTables, int]:
-    """Sequences of (new tokens, context) over scattered blocks; the number of blocks."""
+    """Return a batch of sequences of (new tokens, context) in scattered blocks; its block count."""
     counts = [-(-context // block_size) for _, context in lengths]
     blocks = torch.randperm(sum(counts)) + 1
     table = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
@@ -55,39 +55,41 @@ def paged_batch(
 
 
 def random_mxfp4(experts: int, outputs: int, inputs: int) -> reference.Mxfp4:
-    """Random codes at scales that keep products near one."""
+    """Return random codes with scales that keep products close to one."""
     blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), device=CUDA)
     scales = torch.randint(119, 123, (experts, outputs, inputs // 32), device=CUDA)
     return reference.Mxfp4(blocks.to(torch.uint8), scales.to(torch.uint8))
 
 
 Comparison = tuple[str, torch.Tensor, torch.Tensor]
-"""What is compared, from the kernel, from the definition."""
+"""A name, the kernel's result, and the reference's result."""
 
 
-def _compare(comparisons: Callable[[torch.dtype], Iterator[Comparison]]) -> Iterator[str | None]:
-    """Of each comparison what is wrong, or None; an exception ends those of its dtype alone."""
-    # As in jobs, where kernels follow each other at once, and with NaN where nothing is written.
-    runs = iter, _unwritten_is_nan
+def compare(comparisons: Callable[[torch.dtype], Iterator[Comparison]]) -> Iterator[str | None]:
+    """Yield the problem of each comparison, or None; an exception ends only its own run."""
+    # Once with uninitialized memory, as in jobs, and once with new memory filled with NaN.
+    runs = iter, _with_nan_in_new_memory
     for dtype, run in itertools.product((torch.bfloat16, torch.float32), runs):
         torch.manual_seed(0)
         name = "none"
         try:
             for name, found, expected in run(comparisons(dtype)):
-                print(f"{name}, {dtype}", file=sys.stderr, flush=True)  # where it hangs, if it does
-                most = float(expected.float().abs().max())
-                if not most:
-                    yield f"{name}, {dtype}: all of what is expected is zero"
+                print(f"{name}, {dtype}", file=sys.stderr, flush=True)  # shows where a check hangs
+                largest = float(expected.float().abs().max())
+                if not largest:
+                    yield f"{name}, {dtype}: all expected values are zero"
                     continue
-                error = float((found.float() - expected.float()).abs().max()) / most
-                right = error <= _TOLERANCE[dtype]  # NaN is an error too
-                yield None if right else f"{name}, {dtype}: off by {error:.1e} of the most"
+                error = float((found.float() - expected.float()).abs().max()) / largest
+                correct = error <= _TOLERANCE[dtype]  # False for NaN
+                yield (
+                    None if correct else f"{name}, {dtype}: error {error:.1e} of the largest value"
+                )
         except Exception as error:
             yield f"{dtype}, after {name}: {type(error).__name__}: {str(error)[:300]}"
 
 
-def _unwritten_is_nan(comparisons: Iterator[Comparison]) -> Iterator[Comparison]:
-    """The same, with NaN in new memory, which may hold the right result of another call."""
+def _with_nan_in_new_memory(comparisons: Iterator[Comparison]) -> Iterator[Comparison]:
+    """Fill new memory with NaN; otherwise it could hold the correct result of an earlier call."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield from comparisons
@@ -96,29 +98,29 @@ def _unwritten_is_nan(comparisons: Iterator[Comparison]) -> Iterator[Comparison]
 
 
 def check_norms() -> Iterator[str | None]:
-    """Sums, norms and SwiGLU."""
-    return _compare(_norms)
+    """Check sums, norms and SwiGLU."""
+    return compare(_norms)
 
 
 def check_fusions() -> Iterator[str | None]:
-    """Norms in one kernel with what follows."""
-    return _compare(_fusions)
+    """Check kernels that fuse a norm with the following operations."""
+    return compare(_fusions)
 
 
 def check_attention() -> Iterator[str | None]:
-    """Rotary, the write to the KV cache and attention."""
-    return _compare(_attention)
+    """Check rotary embedding, the KV cache write and attention."""
+    return compare(_attention)
 
 
 def check_experts() -> Iterator[str | None]:
-    """Router and experts, dense and MXFP4; and the same bits again and again."""
-    yield from _compare(_experts)
+    """Check router and experts, dense and MXFP4, and that repeated calls give the same bits."""
+    yield from compare(_experts)
     yield from _repeated_experts()
 
 
-def check_draws() -> Iterator[str | None]:
-    """Top-k, top-p and the draw."""
-    return _compare(_draws)
+def check_sampling() -> Iterator[str | None]:
+    """Check sampling with top-k and top-p."""
+    return compare(_sampling)
 
 
 def _norms(dtype: torch.dtype) -> Iterator[Comparison]:
@@ -142,9 +144,9 @@ def _norms(dtype: torch.dtype) -> Iterator[Comparison]:
 
 @contextmanager
 def fused_limits(**limits: Any) -> Iterator[None]:
-    """Meanwhile norms are fused up to so many rows, and not where nothing is said.
+    """Set the number of rows up to which each norm is fused; a norm that is not named is not fused.
 
-    Nor is a single row ours, unless `one_row` is given too.
+    Without `one_row`, the product of a single row uses torch.
     """
     from model.ops import triton
     from model.ops.triton import tiles
@@ -159,7 +161,7 @@ def fused_limits(**limits: Any) -> Iterator[None]:
 
 
 def one_row() -> Any:
-    """The tile that this GPU multiplies a single row with."""
+    """Return the tile that this GPU uses to multiply a single row."""
     from model.ops.triton import tiles
 
     return tiles.tiles(CUDA).one_row
@@ -176,7 +178,7 @@ def _fusions(dtype: torch.dtype) -> Iterator[Comparison]:
     angles = torch.rand(64, dim, device=CUDA)
     with fused_limits(one_row=one_row()):
         row = rand(1, size, dtype=dtype)
-        for out in (width, 17, 5001):  # the others are no whole numbers of programs
+        for out in (width, 17, 5001):  # 17 and 5001 are not multiples of a program's outputs
             some, column = rand(out, size, dtype=dtype, scale=0.03), rand(out, dtype=dtype)
             expected = reference.linear(row.float(), some.float(), column.float())
             yield f"one row, {out} out", triton.linear(row, some, column), expected
@@ -214,7 +216,7 @@ def _attention(dtype: torch.dtype) -> Iterator[Comparison]:
 
     lengths = [(1, 1), (1, 1000), (1, 129), (1, 1), (300, 300), (77, 500)]
     shapes = ((6, 2, 32), (64, 8, 64), (16, 8, 128), (14, 2, 64))
-    # In float32 kernels take the longest to compile, and only these checks and parity use them.
+    # Float32 kernels take the longest to compile, and only these checks and parity use them.
     for heads, kv_heads, dim in shapes[: 2 if dtype == torch.float32 else None]:
         norms = (rand(dim, dtype=dtype), rand(dim, dtype=dtype))
         qkv, angles = rand(50, heads + 2 * kv_heads, dim, dtype=dtype), torch.rand(50, dim).to(CUDA)
@@ -252,7 +254,7 @@ def _experts_of(tokens: int, dtype: torch.dtype) -> Iterator[Comparison]:
     packed = random_mxfp4(count, 2 * size, hidden), random_mxfp4(count, hidden, size)
     dense = tuple(weight.dense(dtype) for weight in packed)
     biases = rand(count, 2 * size, dtype=dtype), rand(count, hidden, dtype=dtype)
-    # The kernels add up in float32, so it is float32 that they are compared with.
+    # The kernels accumulate in float32, so they are compared with a float32 reference.
     up, up_bias, down, down_bias = (t.float() for t in (dense[0], biases[0], dense[1], biases[1]))
     expected = reference.experts(
         x.float(), chosen, shares, up, up_bias, down, down_bias, 7.0, 1.702
@@ -266,7 +268,7 @@ def _experts_of(tokens: int, dtype: torch.dtype) -> Iterator[Comparison]:
 
 
 def _repeated_experts() -> Iterator[str | None]:
-    """What overtakes what in a kernel differs from run to run; the result may not."""
+    """Yield a problem if the order of execution in a kernel, which varies, changes its result."""
     from model.ops import triton
 
     count, size, top_k = 32, 2880, 4
@@ -285,8 +287,8 @@ def _repeated_experts() -> Iterator[str | None]:
         yield f"MXFP4 experts, {tokens} tokens: {others} of 30 differ" if others else None
 
 
-def draw_arguments(rows: int, vocab: int, dtype: torch.dtype) -> list[Any]:
-    """Logits and the arguments of `ops.draw`: mixed limits, nuclei of a few tokens and of many."""
+def sampling_arguments(rows: int, vocab: int, dtype: torch.dtype) -> list[Any]:
+    """Return logits and sampling arguments, with various top-k and small and large top-p."""
     logits = rand(rows, vocab, dtype=torch.float32) * torch.linspace(0.5, 4, rows).to(CUDA)[:, None]
     row = torch.arange(rows, device=CUDA)
     uniform = torch.rand(rows, dtype=torch.float64, device=CUDA)
@@ -294,36 +296,39 @@ def draw_arguments(rows: int, vocab: int, dtype: torch.dtype) -> list[Any]:
     return [logits.to(dtype), torch.full((rows,), 0.8, device=CUDA), row % 3 * 40, top_p, uniform]
 
 
-def _draws(dtype: torch.dtype) -> Iterator[Comparison]:
-    """Logits of the tokens drawn: tokens next to each other in order are all but equal."""
+def _sampling(dtype: torch.dtype) -> Iterator[Comparison]:
+    """Compare the sampled tokens' logits: rounding can select a token with a nearly equal logit."""
     from model.ops import triton
 
     for rows, vocab in ((1, 201_088), (200, 151_936), (64, 1000)):
-        logits, heat, top_k, top_p, uniform = draw_arguments(rows, vocab, dtype)
+        logits, temperature, top_k, top_p, uniform = sampling_arguments(rows, vocab, dtype)
         for limit in (None, top_k):
-            found = triton.draw(logits, heat, limit, top_p, uniform)
-            want = reference.draw(logits, heat, limit, top_p, uniform)
+            found = triton.draw(logits, temperature, limit, top_p, uniform)
+            want = reference.draw(logits, temperature, limit, top_p, uniform)
             at = torch.stack((found, want), 1)
             found, want = logits.float().gather(1, at).unbind(1)
-            yield f"draws, {rows} rows of {vocab}", found, want
+            yield f"sampling, {rows} rows of {vocab}", found, want
 
 
 def check_parity_dense() -> Iterator[str | None]:
-    """Tiny models of the dense families."""
+    """Check tiny models of the dense families."""
     return _parity(sparse=False)
 
 
 def check_parity_experts() -> Iterator[str | None]:
-    """Tiny models of the families with experts."""
+    """Check tiny models of the families with experts."""
     return _parity(sparse=True)
 
 
 def _parity(sparse: bool) -> Iterator[str | None]:
-    """The CPU's greedy tokens, in float32, decode steps captured; in the end all memory is free."""
+    """Compare greedy tokens with the CPU's, in float32 with captured decode steps.
+
+    Also checks that an engine frees all of its GPU memory.
+    """
     from tests.checkpoints import FAMILIES, write_checkpoint, write_mxfp4_pair
 
-    draw = random.Random(0)
-    prompts = [draw.choices(range(1, 512), k=size) for size in (100, 3, 40)]
+    rng = random.Random(0)
+    prompts = [rng.choices(range(1, 512), k=size) for size in (100, 3, 40)]
     params = SamplingParams(max_new_tokens=32, ignore_eos=True)
     requests = [Request(prompt, params, i) for i, prompt in enumerate(prompts)]
     with tempfile.TemporaryDirectory() as folder:
@@ -348,21 +353,22 @@ def _parity(sparse: bool) -> Iterator[str | None]:
                         tokens.append(
                             {c.request_id: c.token_ids for c in engine.generate(requests)}
                         )
-                yield None if tokens[0] == tokens[1] else f"{name}: the tokens are not the CPU's"
-                gc.collect()  # what failed before may have left tracebacks that hold tensors
+                equal = tokens[0] == tokens[1]
+                yield None if equal else f"{name}: the tokens differ from the CPU's"
+                gc.collect()  # tracebacks of earlier failures can hold tensors
                 left = torch.cuda.memory_allocated()
-                yield f"{name}: {left} bytes are not given back" if left else None
+                yield f"{name}: {left} bytes were not freed" if left else None
             except Exception as error:
                 yield f"{name}: {type(error).__name__}: {str(error)[:300]}"
 
 
 def _refuse(notice: str) -> None:
-    """What an engine goes on without is what is to be checked."""
+    """Raise an engine's notices: with a fallback the check would not test the GPU's path."""
     raise CheckError(notice)
 
 
 def check_score() -> float:
-    """The embedded model's share of right answers, through the command line."""
+    """Return the share of questions that the embedded model answers correctly, run as a job."""
     with tempfile.TemporaryDirectory() as folder:
         output, report = Path(folder) / "output.txt", Path(folder) / "eval.json"
         data = ROOT / "data"
@@ -370,7 +376,7 @@ def check_score() -> float:
         _getp("-m", "eval", "-i", output, "--expected", data / "answers.txt", "--report", report)
         share = float(json.loads(report.read_text())["expected"]["share_right"])
     if share < 0.95:
-        raise CheckError(f"the embedded model answers {share:.1%}, 95% expected")
+        raise CheckError(f"the embedded model answers {share:.1%} correctly, expected 95%")
     return share
 
 

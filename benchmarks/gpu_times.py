@@ -1,4 +1,4 @@
-"""What gpu.py times of kernels alone, at true shapes."""
+"""Single kernels that gpu.py times, with the shapes of real models."""
 
 import math
 import statistics
@@ -15,12 +15,12 @@ from model.layers import Linear, Mlp
 
 from benchmarks.gpu_checks import (
     CUDA,
-    draw_arguments,
     fused_limits,
     one_row,
     paged_batch,
     rand,
     random_mxfp4,
+    sampling_arguments,
 )
 from model.cost.known_models import named_config
 from model.ops import reference
@@ -29,14 +29,15 @@ from model.transformer import Layer
 if TYPE_CHECKING:
     from model.ops.triton.tiles import Tile
 
-_WARM_S = 0.03  # clocks rise meanwhile: after each compilation the GPU has been idle
-_AHEAD_CYCLES = 400_000  # about 0.2 ms
-_COUNT, _SIZE, _TOP_K = 32, 2880, 4  # gpt-oss-20b's experts: how many, both sizes, of a token
+_WARM_UP_S = 0.03  # the GPU was idle during compilation; its clocks rise in this time
+_DELAY_CYCLES = 400_000  # about 0.2 ms
+# The experts of gpt-oss-20b: their number, hidden and intermediate size, experts per token.
+_COUNT, _SIZE, _TOP_K = 32, 2880, 4
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What this GPU was measured to do: bytes a second copied, bf16 FLOPs a second multiplied."""
+    """This GPU's measured limits: `copy` in bytes/s, `product` (bf16 matrix product) in FLOP/s."""
 
     copy: float
     product: float
@@ -44,7 +45,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table; share is of the limit named by `of`."""
+    """A row of a result table. `share` is the share of the limit named by `of`."""
 
     name: str
     value: float
@@ -54,9 +55,9 @@ class Row:
 
 
 def seconds_of(function: Callable[[], Any], repeats: int = 20) -> float:
-    """Median time of a call on the GPU, replayed from a graph.
+    """Return the median time of a call on the GPU in seconds, replayed from a graph.
 
-    The start of the graph is in it, a few microseconds, but no other launching.
+    It includes the launch of the graph, a few microseconds, but not the launches of its kernels.
     """
     for _ in range(3):
         function()
@@ -64,17 +65,17 @@ def seconds_of(function: Callable[[], Any], repeats: int = 20) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function()
-    warm = time.perf_counter() + _WARM_S
-    while time.perf_counter() < warm:
+    warm_up_end = time.perf_counter() + _WARM_UP_S
+    while time.perf_counter() < warm_up_end:
         graph.replay()
         torch.cuda.synchronize()
     flush = torch.zeros(32 << 20, dtype=torch.int32, device=CUDA)
     times = []
     for _ in range(repeats):
-        # What the last call left in the L2 cache goes: by reading, since what is written has to be
-        # taken from there while the call runs. Then time for the host to get ahead.
+        # Evict the last call's data from the L2 cache. Reading does that; written data would have
+        # to be written back during the timed call. The delay lets the host queue all operations.
         flush.sum()
-        torch.cuda._sleep(_AHEAD_CYCLES)
+        torch.cuda._sleep(_DELAY_CYCLES)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
@@ -85,7 +86,7 @@ def seconds_of(function: Callable[[], Any], repeats: int = 20) -> float:
 
 
 def measure_limits() -> Limits:
-    """Copy bandwidth (bytes read and written) and the rate of a large bf16 product."""
+    """Measure copy bandwidth (bytes read plus written) and the rate of a large bf16 product."""
     source = torch.empty(2 << 30, dtype=torch.uint8, device=CUDA).random_()
     target = torch.empty_like(source)
     copy = 2 * source.numel() / seconds_of(lambda: target.copy_(source))
@@ -94,7 +95,7 @@ def measure_limits() -> Limits:
 
 
 def time_attention(limits: Limits) -> Iterator[Row]:
-    """Decode in TB/s of KV read, prefill in TFLOP/s; gpt-oss's windows in microseconds."""
+    """Time attention: decode in TB/s of KV read, prefill in TFLOP/s, gpt-oss's windows in us."""
     from model.ops import triton
 
     for heads, kv_heads, dim in ((64, 8, 64), (16, 8, 128), (32, 8, 128), (14, 2, 64)):
@@ -124,7 +125,7 @@ def time_attention(limits: Limits) -> Iterator[Row]:
 
 
 def time_experts(limits: Limits) -> Iterator[Row]:
-    """gpt-oss-20b's experts: bytes of the experts used a second, and FLOPs."""
+    """Time gpt-oss-20b's experts: bytes of the selected experts per second, and FLOP/s."""
     for name, weights, width in (
         ("MXFP4", _experts_weights(packed=True), 17 / 32),
         ("bf16", _experts_weights(packed=False), 2.0),
@@ -140,9 +141,9 @@ def time_experts(limits: Limits) -> Iterator[Row]:
 
 
 def time_tiles(limits: Limits) -> Iterator[Row]:
-    """MXFP4 experts and products of one row with other tiles than the table's, which come first.
+    """Time MXFP4 experts and products of one row with the tiles in use (first) and with others.
 
-    The fastest belong there. Of a tile that the GPU has no room for there is no row.
+    The fastest tiles belong into the table of tiles. A tile that does not fit this GPU has no row.
     """
     from model.ops import triton
     from model.ops.triton.tiles import Tile, tiles
@@ -168,7 +169,7 @@ def time_tiles(limits: Limits) -> Iterator[Row]:
         for tile in (table, *others):
             chosen = replace(own, mxfp4=(tile,))
             with (
-                _suppressed_but_for(table, tile),
+                _allow_failure(table, tile),
                 patch.dict(triton.experts.__globals__, tiles=lambda device, c=chosen: c),
             ):
                 spent = seconds_of(call)
@@ -188,19 +189,19 @@ def time_tiles(limits: Limits) -> Iterator[Row]:
             return project(x, x), layer.feed_forward(x, x)
 
         for tile in (own.one_row, *single):
-            with _suppressed_but_for(own.one_row, tile):
+            with _allow_failure(own.one_row, tile):
                 with fused_limits(fused_qkv=1, fused_gate_up=1, one_row=tile):
                     spent = seconds_of(products)
                 yield Row(f"{name}, one row, {tile}", spent * 1e6, "us")
 
 
-def _suppressed_but_for(shipped: "Tile", tile: "Tile") -> AbstractContextManager[None]:
-    """Others may be too large for the GPU or its compiler; the one that jobs use may not."""
+def _allow_failure(shipped: "Tile", tile: "Tile") -> AbstractContextManager[None]:
+    """Suppress errors of tiles that jobs do not use: they can be too large for GPU or compiler."""
     return nullcontext() if tile == shipped else suppress(Exception)
 
 
 def _experts_weights(packed: bool) -> list[Any]:
-    """gpt-oss-20b's, gate with up and down: MXFP4 as kernels take it, or made dense."""
+    """Return random experts of gpt-oss-20b (gate and up, down): packed MXFP4, or dense bf16."""
     from model.ops import triton
 
     weights = random_mxfp4(_COUNT, 2 * _SIZE, _SIZE), random_mxfp4(_COUNT, _SIZE, _SIZE)
@@ -210,7 +211,7 @@ def _experts_weights(packed: bool) -> list[Any]:
 
 
 def _experts_call(weights: list[Any], tokens: int) -> tuple[Callable[[], Any], int]:
-    """A call of gpt-oss-20b's experts by random tokens, and how many experts it uses."""
+    """Return a call of gpt-oss-20b's experts on random tokens, and the number of experts used."""
     from model.ops import triton
 
     x, logits = (rand(tokens, n, dtype=torch.bfloat16) for n in (_SIZE, _COUNT))
@@ -221,10 +222,11 @@ def _experts_call(weights: list[Any], tokens: int) -> tuple[Callable[[], Any], i
 
 
 def time_fusions(limits: Limits) -> Iterator[Row]:
-    """A layer's norms with what follows, in steps and fused, by rows; weights read a second.
+    """Time a layer's norms with the following operations, separate and fused, for several rows.
 
-    Then up to how many rows each fusion is faster: of all models the least belongs in `Tiles`. And
-    the layer's other products of one row, torch's and ours.
+    The rate is that of weights read. Then reports up to how many rows each fusion is faster; the
+    smallest number over all models belongs into `Tiles`. Also times the layer's other products of
+    one row, with torch's kernel and with getp's.
     """
     for name in ("qwen2-0.5b", "llama-3-8b"):
         layer = _random_layer(name)
@@ -250,18 +252,18 @@ def time_fusions(limits: Limits) -> Iterator[Row]:
                     yield Row(full, read / spent / 1e12, "TB/s", share, "copy")
                     if kind not in wins:
                         steps = spent
-                    elif spent > 1.02 * steps:  # less may be chance
+                    elif spent > 1.02 * steps:  # a smaller difference may be noise
                         losing.add(kind)
                     elif spent < steps and kind not in losing:
                         wins[kind] = rows
-            for kind, most in wins.items():
-                yield Row(f"{name}: {kind} is faster up to", most, "rows")
+            for kind, max_rows in wins.items():
+                yield Row(f"{name}: {kind} is faster up to", max_rows, "rows")
         head = Linear(layer.mlp_norm.weight.numel(), named_config(name).vocab_size, bias=False)
         head.weight = rand(*head.weight.shape, dtype=torch.bfloat16, scale=0.02)
         products = {"out": layer.attention.out, "down": layer.mlp.down, "head": head}
         for title, linear in products.items():
             x = rand(1, linear.weight.shape[1], dtype=torch.bfloat16)
-            for kind, own in (("torch's", None), ("ours", one_row())):
+            for kind, own in (("torch", None), ("getp", one_row())):
                 with fused_limits(one_row=own):
                     rate = 2 * math.prod(linear.weight.shape) / seconds_of(partial(linear, x))
                 full = f"{name} {title}, 1 row, {kind}"
@@ -269,7 +271,7 @@ def time_fusions(limits: Limits) -> Iterator[Row]:
 
 
 def _project(layer: Layer) -> Callable[[torch.Tensor, torch.Tensor], Any]:
-    """The layer's norm and what comes before attention, for up to 64 rows."""
+    """Return the operations of a layer before attention, starting with the norm; up to 64 rows."""
     attention = layer.attention
     kv = rand(2, 4, 16, attention.kv_heads, attention.head_dim, dtype=torch.bfloat16)
     cos_sin = rand(64, attention.head_dim, dtype=torch.float32)
@@ -284,24 +286,24 @@ def _project(layer: Layer) -> Callable[[torch.Tensor, torch.Tensor], Any]:
 
 
 def time_overlap(limits: Limits) -> Iterator[Row]:
-    """Dense layers at decode, where a kernel is set up while the one before ends, and not."""
-    from model.ops.triton import programmatic_launch as overlapping
+    """Time dense layers at decode, with and without programmatic launch of the next kernel."""
+    from model.ops.triton import programmatic_launch
 
-    own = overlapping.tiles(CUDA)
+    own = programmatic_launch.tiles(CUDA)
     for name in ("qwen2-0.5b", "llama-3-8b"):
         layers = [_random_layer(name) for _ in range(4)]
         for rows in (1, 8, 64):
             step = _decode_step(layers, rows, context=1000)
             for is_early in (False, True):
                 chosen = replace(own, overlap=is_early)
-                with patch.object(overlapping, "tiles", lambda device, c=chosen: c):
+                with patch.object(programmatic_launch, "tiles", lambda device, c=chosen: c):
                     spent = seconds_of(step) / len(layers)
-                kind = "early" if is_early else "one by one"
-                yield Row(f"{name}, a layer of {rows} rows, {kind}", spent * 1e6, "us")
+                kind = "programmatic launch" if is_early else "sequential launch"
+                yield Row(f"{name}, one layer, {rows} rows, {kind}", spent * 1e6, "us")
 
 
 def _decode_step(layers: list[Layer], rows: int, context: int) -> Callable[[], torch.Tensor]:
-    """The layers over a token of each row, every layer with a KV cache of its own."""
+    """Return a decode step: one token per row through all layers, each with its own KV cache."""
     first = layers[0].attention
     batch, group, blocks = paged_batch([(1, context)] * rows, None)
     shape = 2, blocks, 16, first.kv_heads, first.head_dim
@@ -320,7 +322,7 @@ def _decode_step(layers: list[Layer], rows: int, context: int) -> Callable[[], t
 
 
 def _random_layer(name: str) -> Layer:
-    """The first layer of a well-known dense model on the GPU, in bf16."""
+    """Return the first layer of a well-known dense model with random bf16 weights on the GPU."""
     config = named_config(name)
     layer = Layer(config, config.layers[0])
     assert isinstance(layer.mlp, Mlp)
@@ -334,18 +336,19 @@ def _random_layer(name: str) -> Layer:
     return layer
 
 
-def time_draws(limits: Limits) -> Iterator[Row]:
-    """Top-k and top-p over gpt-oss's vocabulary, beside the sort that they do without."""
+def time_sampling(limits: Limits) -> Iterator[Row]:
+    """Time top-k and top-p over gpt-oss's vocabulary, compared with a sort, which they avoid."""
     from model.ops import triton
 
     for rows in (1, 32, 256):
-        logits, heat, top_k, top_p, uniform = draw_arguments(rows, 201_088, torch.bfloat16)
+        arguments = sampling_arguments(rows, 201_088, torch.bfloat16)
+        logits, temperature, top_k, top_p, uniform = arguments
         calls: dict[str, Callable[[], Any]] = {
-            "top-p": partial(triton.draw, logits, heat, None, top_p, uniform),
-            "top-k and top-p": partial(triton.draw, logits, heat, top_k, top_p, uniform),
+            "top-p": partial(triton.draw, logits, temperature, None, top_p, uniform),
+            "top-k and top-p": partial(triton.draw, logits, temperature, top_k, top_p, uniform),
             "torch.sort alone": partial(torch.sort, logits, descending=True, stable=True),
         }
         for title, call in calls.items():
             spent = seconds_of(call)
-            once = logits.nbytes / spent / limits.copy  # as if the logits were read once
-            yield Row(f"draw of {rows} rows: {title}", spent * 1e6, "us", once, "copy")
+            share = logits.nbytes / spent / limits.copy  # of the time to read the logits once
+            yield Row(f"sampling {rows} rows: {title}", spent * 1e6, "us", share, "copy")
