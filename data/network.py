@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mxfp4 import fake_mxfp4, pack_mxfp4
+from network_ops import Attend, Combine, Dispatch, rotate, swiglu
 from torch import Tensor, nn
-
-FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-GROUP = 32  # values that share one MXFP4 scale
 
 
 @dataclass(frozen=True)
@@ -79,160 +77,6 @@ def rotary_tables(shape: Shape) -> tuple[Tensor, Tensor]:
     return angle.cos() * scale, angle.sin() * scale
 
 
-def _mxfp4_scale(weight: Tensor) -> Tensor:
-    """Return the scale exponent of each group of `weight` [..., groups, 32].
-
-    Values above 6 times the scale are clipped; the largest value of a group is at most 7 times it.
-    """
-    largest = weight.abs().amax(-1, keepdim=True).clamp_min(2.0**-100)
-    return torch.ceil(torch.log2(largest / 7.0))
-
-
-@torch.compile(dynamic=False)
-def _rounding_error(weight: Tensor) -> Tensor:
-    """Return the change that rounding to MXFP4 makes to `weight` [..., in]."""
-    groups = weight.unflatten(-1, (-1, GROUP))
-    unit = torch.exp2(_mxfp4_scale(groups))
-    x = groups / unit
-    size = x.abs()
-    step = 0.5 + 0.5 * (size >= 2) + (size >= 4)
-    rounded = ((x / step).round() * step).clamp(-6, 6) * unit
-    return rounded.flatten(-2) - weight
-
-
-def fake_mxfp4(weight: Tensor) -> Tensor:
-    """Round `weight` [..., in] to MXFP4; the gradient is passed through unchanged."""
-    with torch.no_grad():
-        change = _rounding_error(weight)
-    return weight + change
-
-
-def pack_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Pack `weight` [..., out, in] as uint8 blocks [..., out, in/32, 16], scales [..., out, in/32].
-
-    A byte of a block holds two values, the first in the low nibble; a scale is an exponent with
-    bias 127.
-    """
-    groups = fake_mxfp4(weight).detach().float().unflatten(-1, (-1, GROUP))
-    # Scales are computed before rounding, because rounding can reduce a group's largest value.
-    exponent = _mxfp4_scale(weight.detach().float().unflatten(-1, (-1, GROUP)))
-    x = groups / torch.exp2(exponent)
-    table = torch.tensor(FP4_VALUES)
-    code = (x.abs().unsqueeze(-1) - table).abs().argmin(-1).to(torch.uint8)
-    code |= (x < 0).to(torch.uint8) << 3
-    return code[..., 0::2] | (code[..., 1::2] << 4), (exponent.squeeze(-1) + 127).to(torch.uint8)
-
-
-def unpack_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Return the float32 weight [..., out, in] of blocks and scales from `pack_mxfp4`."""
-    values = torch.tensor(FP4_VALUES + tuple(-v for v in FP4_VALUES))
-    code = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2)
-    return (values[code.long()] * torch.exp2(scales.float() - 127).unsqueeze(-1)).flatten(-2)
-
-
-@torch.compile(dynamic=True)
-def _attention_backward(
-    score: Tensor, dprobability: Tensor, mask: Tensor, total: Tensor, row: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Return probabilities and gradients of the unscaled scores [batch, heads, tokens, tokens]."""
-    probability = torch.exp(score.float() * scale + mask - total.unsqueeze(-1))
-    dscore = probability * (dprobability.float() - row.unsqueeze(-1)) * scale
-    return probability.to(score.dtype), dscore.to(score.dtype)
-
-
-class _Attend(torch.autograd.Function):
-    """Softmax attention with one sink per head, using torch's CPU flash kernel.
-
-    A sink s only adds exp(s) to the denominator of the softmax. The kernel's output is therefore
-    rescaled by sigmoid(lse - s), and the usual backward pass is correct with logaddexp(lse, s) in
-    place of lse: probabilities, output and row sums then include the sink. The backward pass is
-    written out here because the kernel's own is much slower on short sequences than plain matrix
-    products.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, mask: Tensor, scale: float
-    ) -> Tensor:
-        """q, k, v [batch, heads, tokens, head_dim], sinks [heads], mask [tokens, tokens]."""
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = flash(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
-        sink = sinks.float()[None, :, None]
-        out = out * torch.sigmoid(lse - sink).unsqueeze(-1).to(out.dtype)
-        ctx.save_for_backward(q, k, v, out, torch.logaddexp(lse, sink), sinks, mask)
-        ctx.scale = scale
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, total, sinks, mask = ctx.saved_tensors
-        grad = grads[0]
-        row = (grad.float() * out.float()).sum(-1)
-        probability, dscore = _attention_backward(
-            q @ k.transpose(-1, -2), grad @ v.transpose(-1, -2), mask, total, row, ctx.scale
-        )
-        sink_probability = torch.exp(sinks.float()[None, :, None] - total)
-        return (
-            dscore @ k,
-            dscore.transpose(-1, -2) @ q,
-            probability.transpose(-1, -2) @ grad,
-            -(sink_probability * row).sum((0, 2)).to(sinks.dtype),
-            None,
-            None,
-        )
-
-
-class _Dispatch(torch.autograd.Function):
-    """Copies rows of x [tokens, hidden] to [expert * capacity, hidden]; both passes are gathers."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, source: Tensor, slot: Tensor) -> Tensor:
-        ctx.save_for_backward(slot)
-        return x.index_select(0, source)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (slot,) = ctx.saved_tensors
-        gathered = grads[0].index_select(0, slot.flatten()).view(*slot.shape, -1)
-        return gathered.sum(1), None, None
-
-
-class _Combine(torch.autograd.Function):
-    """Weighted sum of y [expert * capacity, hidden] over a token's experts; both passes gather."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, gates: Tensor, source: Tensor, slot: Tensor) -> Tensor:
-        chosen = y.index_select(0, slot.flatten()).view(*slot.shape, -1)
-        ctx.save_for_backward(chosen, gates, source, slot)
-        ctx.rows = y.shape[0]
-        return (chosen * gates.unsqueeze(-1).to(y.dtype)).sum(1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        chosen, gates, source, slot = ctx.saved_tensors
-        grad = grads[0]
-        weight = torch.zeros(ctx.rows, dtype=grad.dtype)
-        weight[slot.flatten()] = gates.flatten().to(grad.dtype)
-        dy = grad.index_select(0, source) * weight.unsqueeze(-1)
-        dgates = torch.matmul(chosen, grad.unsqueeze(-1).to(chosen.dtype)).squeeze(-1)
-        return dy, dgates.to(gates.dtype), None, None
-
-
-@torch.compile(dynamic=True)
-def _rotate(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the halves of y [batch, heads, tokens, head_dim] against each other."""
-    a, b = y.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-
-
-@torch.compile(dynamic=True)
-def _swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
-    """Return gate·sigmoid(alpha·gate)·(up + 1), clamped; gate_up is [..., gates then ups]."""
-    gate, up = gate_up.chunk(2, -1)
-    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return gate * torch.sigmoid(alpha * gate) * (up + 1)
-
-
 class RMSNorm(nn.Module):
     """Root-mean-square normalization with a weight."""
 
@@ -268,16 +112,16 @@ class Attention(nn.Module):
         batch, tokens, _ = x.shape
         dim = self.shape.head_dim
 
-        def heads(y: Tensor, rotate: bool, repeat: int = 1) -> Tensor:
+        def heads(y: Tensor, is_rotated: bool, repeat: int = 1) -> Tensor:
             y = y.view(batch, tokens, -1, dim).transpose(1, 2)
-            y = _rotate(y, cos, sin) if rotate else y
+            y = rotate(y, cos, sin) if is_rotated else y
             return y.repeat_interleave(repeat, 1) if repeat > 1 else y
 
         group = self.shape.num_attention_heads // self.shape.num_key_value_heads
         q = heads(self.q_proj(x), True)
         k = heads(self.k_proj(x), True, group)
         v = heads(self.v_proj(x), False, group)
-        out = _Attend.apply(q, k, v, self.sinks, mask, dim**-0.5)
+        out = Attend.apply(q, k, v, self.sinks, mask, dim**-0.5)
         return self.o_proj(out.transpose(1, 2).reshape(batch, tokens, -1))
 
 
@@ -343,13 +187,13 @@ class MoE(nn.Module):
         if quantised:
             up, down = fake_mxfp4(up), fake_mxfp4(down)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        rows = _Dispatch.apply(x.to(dtype), source, slot).view(count, capacity, -1)
+        rows = Dispatch.apply(x.to(dtype), source, slot).view(count, capacity, -1)
         h = torch.baddbmm(
             w.gate_up_proj_bias.to(dtype)[:, None], rows, up.to(dtype).transpose(1, 2)
         )
-        h = _swiglu(h, self.shape.swiglu_alpha, self.shape.swiglu_limit)
+        h = swiglu(h, self.shape.swiglu_alpha, self.shape.swiglu_limit)
         y = torch.baddbmm(w.down_proj_bias.to(dtype)[:, None], h, down.to(dtype).transpose(1, 2))
-        out = _Combine.apply(y.flatten(0, 1), gates, source, slot)
+        out = Combine.apply(y.flatten(0, 1), gates, source, slot)
         balance = count * (scores.softmax(-1).mean(0) * (load / len(flat))).sum()
         return out, balance
 
