@@ -1,28 +1,32 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: getp test clean
+.PHONY: getp test clean help
 
-getp: .venv/getp  ## set up, then run data/input.txt through the embedded model
+getp: .venv/getp  ## set up .venv, then run data/input.txt through the embedded model
 	.venv/bin/python run.py -m getp -i data/input.txt -o output.txt
 
-test: .venv/test  ## set up, then lint, type check and test
+test: .venv/test  ## set up .venv, then lint, type check and test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/pytest --numprocesses 2 --dist worksteal
 
-# torch goes first and alone: pinned, so that no other requirement picks another build of it.
+# torch is installed first and alone, at the pinned version, so that no other requirement selects a
+# different build of it.
 .venv/getp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) torch
 	$(PIP) --editable .
 	touch $@
 
-# Not compiled: tests import a small part of it.
+# --no-compile saves time: the tests import only a small part of these packages.
 .venv/test: .venv/getp
 	$(PIP) --no-compile --editable '.[test]'
 	touch $@
 
-clean:
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*  ## /make \1\t/p' Makefile
+
+clean:  ## remove .venv and all build and cache folders
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

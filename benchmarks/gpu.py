@@ -1,11 +1,11 @@
 """Check and time getp on a GPU: `python benchmarks/gpu.py`, under ten minutes, no network.
 
-Checks come first, then times on dummy weights at true shapes, each with its share of what this
-GPU was measured to do. Every section runs in a process of its own with a time limit, so that one
-that fails or hangs costs no other; the exit status is 1 if any did, 2 without a GPU. Checks run at
-the same time, timed sections alone. Prints a table of each section when it is through, and one JSON
-object as its last line; with --results the object is in a file too, written again after each
-section. The parity of models needs transformers.
+Checks run first, then timings on dummy weights with the shapes of real models, each with its share
+of this GPU's measured limits. Every section runs in a separate process with a time limit, so that
+a section that fails or hangs does not affect the others. The exit status is 1 if a section failed
+and 2 without a GPU. Checks run concurrently, timed sections one at a time. A table is printed after
+each section, and one JSON object as the last line; --results also writes the object to a file after
+each section. The parity checks need transformers.
 """
 
 import itertools
@@ -34,25 +34,27 @@ if TYPE_CHECKING:
     from benchmarks.gpu_times import Limits, Row
 
 _NEEDED = ("torch", "triton", "safetensors", "tokenizers", "click", "rich", "jinja2")
-_MARK = "section result: "
+RESULT_PREFIX = "section result: "
 _Outcome = tuple[str, list[dict[str, Any]], str, float]
-"""A section's name, its rows, what went wrong, and seconds."""
+"""A section's name, its rows, its problem ("" without one), and its seconds."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """What is run in one process: a function of the limits that yields rows."""
+    """One part of the benchmark, run in a separate process.
+
+    `run` yields result rows, given the GPU's measured limits. A timed section has the GPU to
+    itself; sections that are not timed mostly compile, so they run concurrently.
+    """
 
     run: "Callable[[Limits], Iterator[Row]]"
     limit_s: float
-    what: str
-    timed: bool = (
-        True  # and so alone on the GPU; what is not is compiling, mostly, and runs at once
-    )
+    description: str
+    timed: bool = True
 
 
 def _check(name: str) -> "Callable[[Limits], Iterator[Row]]":
-    """A section that is one check: all of its comparisons, whatever comes of the first."""
+    """Return a section that makes all comparisons of one check, even if some of them fail."""
 
     def run(limits: "Limits") -> "Iterator[Row]":
         from benchmarks import gpu_checks
@@ -60,7 +62,7 @@ def _check(name: str) -> "Callable[[Limits], Iterator[Row]]":
 
         found = list(getattr(gpu_checks, f"check_{name}")())
         problems = [problem for problem in found if problem is not None]
-        yield Row(f"check of {name}", len(found) - len(problems), f"of {len(found)} right")
+        yield Row(f"check of {name}", len(found) - len(problems), f"of {len(found)} correct")
         if problems:
             raise gpu_checks.CheckError("; ".join(problems))
 
@@ -71,10 +73,10 @@ def _score(limits: "Limits") -> "Iterator[Row]":
     from benchmarks.gpu_checks import check_score
     from benchmarks.gpu_times import Row
 
-    yield Row("check of the score", check_score(), "of answers right")
+    yield Row("check of the score", check_score(), "of answers correct")
 
 
-def _measured(limits: "Limits") -> "Iterator[Row]":
+def _measured_limits(limits: "Limits") -> "Iterator[Row]":
     from benchmarks.gpu_times import Row, measure_limits
 
     found = measure_limits()
@@ -83,7 +85,7 @@ def _measured(limits: "Limits") -> "Iterator[Row]":
 
 
 def _times(function: str) -> "Callable[[Limits], Iterator[Row]]":
-    """A section that is one function of gpu_times."""
+    """Return a section that calls a function of gpu_times."""
 
     def run(limits: "Limits") -> "Iterator[Row]":
         from benchmarks import gpu_times
@@ -94,7 +96,7 @@ def _times(function: str) -> "Callable[[Limits], Iterator[Row]]":
 
 
 def _peer(function: str, *arguments: int) -> "Callable[[Limits], Iterator[Row]]":
-    """A section that is one function of gpu_loads."""
+    """Return a section that calls a function of gpu_loads."""
 
     def run(limits: "Limits") -> "Iterator[Row]":
         from benchmarks import gpu_loads
@@ -105,29 +107,31 @@ def _peer(function: str, *arguments: int) -> "Callable[[Limits], Iterator[Row]]"
 
 
 def _load(
-    model: str, load: str, sizes: tuple[int, ...], most_s: float, batch_size: int = 256
+    model: str, load: str, sizes: tuple[int, ...], max_s: float, batch_size: int = 256
 ) -> "Callable[[Limits], Iterator[Row]]":
+    """Return a section that times a load on dummy weights of a well-known model."""
+
     def run(limits: "Limits") -> "Iterator[Row]":
         from benchmarks import gpu_loads
 
         requests = getattr(gpu_loads, load)(*sizes)
-        yield from gpu_loads.time_load(model, requests, limits, most_s, batch_size)
+        yield from gpu_loads.time_load(model, requests, limits, max_s, batch_size)
 
     return run
 
 
-# The most valuable first: what must be right, then the loads, then kernels alone and peers. The
-# limits of all but the peers, which may not be there, fit the budget: each of what is timed, and
-# the longest of the others.
+# Ordered by importance: correctness, loads, single kernels, peers. The time limits of all timed
+# sections plus the longest limit of the others fit the budget. Peers are not counted: they may not
+# be installed.
 BUDGET_S = 570.0
 SECTIONS: dict[str, Section] = {
-    "limits": Section(_measured, 20, "copy bandwidth and bf16 matrix product"),
-    "check-norms": Section(_check("norms"), 70, "norms and SwiGLU as they are defined", False),
+    "limits": Section(_measured_limits, 20, "copy bandwidth and bf16 matrix product"),
+    "check-norms": Section(_check("norms"), 70, "norms and SwiGLU against the reference", False),
     "check-attention": Section(_check("attention"), 70, "attention, rotary and KV", False),
     "check-experts": Section(_check("experts"), 70, "router and experts", False),
-    "check-draws": Section(_check("draws"), 70, "top-k and top-p", False),
+    "check-sampling": Section(_check("sampling"), 70, "top-k and top-p", False),
     "check-fusions": Section(_check("fusions"), 70, "fused norms", False),
-    "parity-dense": Section(_check("parity_dense"), 70, "tiny models: the CPU's tokens", False),
+    "parity-dense": Section(_check("parity_dense"), 70, "tiny models: same tokens as CPU", False),
     "parity-experts": Section(_check("parity_experts"), 70, "the same, with experts", False),
     "score": Section(_score, 70, "the embedded model's score", False),
     "gpt-oss": Section(
@@ -135,7 +139,7 @@ SECTIONS: dict[str, Section] = {
     ),
     "nano": Section(_load("qwen3-0.6b", "nano_load", (), 30), 50, "the nano-vllm load"),
     "ragged": Section(
-        _load("qwen3-0.6b", "ragged_load", (1536,), 8), 35, "requests that come and go"
+        _load("qwen3-0.6b", "ragged_load", (1536,), 8), 35, "more requests than a batch holds"
     ),
     "gpt-oss-1": Section(
         _load("gpt-oss-20b", "context_load", (1, 500, 400), 10), 40, "gpt-oss-20b, batch 1"
@@ -149,37 +153,38 @@ SECTIONS: dict[str, Section] = {
     "llama": Section(
         _load("llama-3-8b", "context_load", (256, 512, 256), 20), 40, "Llama-3-8B, batch 256"
     ),
-    "attention": Section(_times("time_attention"), 30, "attention alone"),
-    "experts": Section(_times("time_experts"), 30, "grouped products alone"),
-    "tiles": Section(_times("time_tiles"), 45, "experts and one row, other tiles"),
-    "fusions": Section(_times("time_fusions"), 35, "norm with linear and MLP, fused and not"),
-    "overlap": Section(_times("time_overlap"), 20, "kernels set up early, and not"),
-    "draws": Section(_times("time_draws"), 15, "top-k and top-p, beside a sort"),
-    "transformers": Section(_peer("time_transformers", 64, 128), 60, "beside it"),
-    "vllm": Section(_peer("time_vllm"), 120, "beside it, where installed"),
+    "attention": Section(_times("time_attention"), 30, "attention kernels"),
+    "experts": Section(_times("time_experts"), 30, "grouped matrix products"),
+    "tiles": Section(_times("time_tiles"), 45, "other tiles for experts and single rows"),
+    "fusions": Section(_times("time_fusions"), 35, "norm with linear and MLP, fused or not"),
+    "overlap": Section(_times("time_overlap"), 20, "programmatic launch on or off"),
+    "sampling": Section(_times("time_sampling"), 15, "top-k and top-p, compared with a sort"),
+    "transformers": Section(_peer("time_transformers", 64, 128), 60, "peer: transformers"),
+    "vllm": Section(_peer("time_vllm"), 120, "peer: vLLM, if installed"),
 }
 
 
-def missing() -> list[str]:
-    """What is needed and cannot be imported."""
+def missing_packages() -> list[str]:
+    """Return the required packages that are not installed."""
     return [name for name in _NEEDED if find_spec(name) is None]
 
 
 def run_section(name: str, limits: dict[str, float]) -> None:
-    """In a process of its own: print each row as it is known."""
+    """Run a section in this process and print each row as soon as it is measured."""
     from benchmarks.gpu_times import Limits
 
     for row in SECTIONS[name].run(Limits(**limits)):
-        print(_MARK + json.dumps(asdict(row)), flush=True)
+        print(RESULT_PREFIX + json.dumps(asdict(row)), flush=True)
 
 
 def start_section(
     name: str, limits: dict[str, float], limit_s: float
 ) -> tuple[list[dict[str, Any]], str | None]:
-    """Run a section in a process → (its rows, what went wrong)."""
+    """Run a section in a separate process; return its rows and its problem, or None."""
     command = [sys.executable, __file__, "--run", name, json.dumps(limits)]
     problem = None
-    # Files, and a session of its own: what a section has started may outlive it, and hold pipes.
+    # Output goes to files and the section gets its own session, because processes started by the
+    # section can outlive it and would keep pipes open.
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=out, stderr=log, start_new_session=True)
         try:
@@ -193,23 +198,29 @@ def start_section(
             process.wait()
         out.seek(0)
         log.seek(0)
-        output, said = out.read(), log.read().strip()
+        output, errors = out.read(), log.read().strip()
     if problem:
-        print(said[-3000:], file=sys.stderr)
-        if said:
-            problem += f": {said.splitlines()[-1][:1000]}"
-    rows = [json.loads(line[len(_MARK) :]) for line in output.splitlines() if _MARK in line[:20]]
+        print(errors[-3000:], file=sys.stderr)
+        if errors:
+            problem += f": {errors.splitlines()[-1][:1000]}"
+    rows = [
+        json.loads(line.removeprefix(RESULT_PREFIX))
+        for line in output.splitlines()
+        if line.startswith(RESULT_PREFIX)
+    ]
     return rows, problem
 
 
 def main() -> None:
-    """Choose sections, run them, print what came of them."""
+    """Run the chosen sections and print their results, or one section in this process (--run)."""
     if sys.argv[1:2] == ["--run"]:
         run_section(sys.argv[2], json.loads(sys.argv[3]))
         return
-    absent = missing()
-    if absent:
-        print(f"gpu.py needs {', '.join(absent)}: not installed here", file=sys.stderr)
+    missing = missing_packages()
+    if missing:
+        print(
+            f"gpu.py needs packages that are not installed: {', '.join(missing)}", file=sys.stderr
+        )
         raise SystemExit(2)
     _command()
 
@@ -224,19 +235,27 @@ def _command() -> None:
         "chosen",
         type=click.Choice(list(SECTIONS)),
         multiple=True,
-        help="Only this one (may be given again); limits are always measured.",
+        help="Run only this section (can be repeated); limits are always measured.",
     )
-    @click.option("--budget", default=BUDGET_S, show_default=True, help="Seconds for all of it.")
-    @click.option("--results", type=click.Path(path_type=Path), help="File for the JSON object.")
+    @click.option(
+        "--budget",
+        default=BUDGET_S,
+        show_default=True,
+        help="Time limit in seconds for all sections.",
+    )
+    @click.option(
+        "--results",
+        type=click.Path(path_type=Path),
+        help="Also write the JSON object to this file.",
+    )
     def command(chosen: tuple[str, ...], budget: float, results: Path | None) -> None:
         import torch
 
         if not torch.cuda.is_available():
-            print("gpu.py: torch finds no GPU here", file=sys.stderr)
+            print("gpu.py: torch does not find a GPU", file=sys.stderr)
             raise SystemExit(2)
-        # What the imports took counts, too.
-        end = started + budget
-        raise SystemExit(_run_all(chosen or tuple(SECTIONS), end, results))
+        end = started + budget  # the time of the imports counts
+        raise SystemExit(run_all(chosen or tuple(SECTIONS), end, results))
 
     command()
 
@@ -246,8 +265,8 @@ def _figure(row: dict[str, Any]) -> str:
     return f"{value:,.0f} {row['unit']}" if value >= 1000 else f"{value:.4g} {row['unit']}"
 
 
-def _run_all(chosen: tuple[str, ...], end: float, file: Path | None = None) -> int:
-    """The sections, until time.monotonic() is `end` → the exit status."""
+def run_all(chosen: tuple[str, ...], end: float, file: Path | None = None) -> int:
+    """Run the sections until time.monotonic() reaches `end`; return the exit status."""
     import torch
     import triton
     from rich.console import Console
@@ -270,13 +289,14 @@ def _run_all(chosen: tuple[str, ...], end: float, file: Path | None = None) -> i
             rows, problem = found[0], found[1] or ""
         return name, rows, problem, round(time.monotonic() - started, 1)
 
-    for outcome in _in_turn(list(dict.fromkeys(("limits", *chosen))), run):
-        name, rows, problem, spent = outcome
+    for outcome in _run_in_order(list(dict.fromkeys(("limits", *chosen))), run):
+        name, rows, problem, seconds = outcome
         failed |= bool(problem)
         if name == "limits" and len(rows) == 2:
             limits = {"copy": rows[0]["value"] * 1e12, "product": rows[1]["value"] * 1e12}
-        results["sections"][name] = {"rows": rows, "problem": problem or None, "seconds": spent}
-        Console(width=140).print(_table(f"{name}, {spent} s", SECTIONS[name].what, rows, problem))
+        results["sections"][name] = {"rows": rows, "problem": problem or None, "seconds": seconds}
+        title = f"{name}, {seconds} s"
+        Console(width=140).print(_table(title, SECTIONS[name].description, rows, problem))
         sys.stdout.flush()
         if file is not None:
             file.write_text(json.dumps(results))
@@ -284,27 +304,27 @@ def _run_all(chosen: tuple[str, ...], end: float, file: Path | None = None) -> i
     return 1 if failed else 0
 
 
-def _in_turn(names: list[str], run: Callable[[str], _Outcome]) -> Iterator[_Outcome]:
-    """What comes of each section, in order; those that are not timed run at the same time."""
+def _run_in_order(names: list[str], run: Callable[[str], _Outcome]) -> Iterator[_Outcome]:
+    """Yield the outcome of each section in order; adjacent untimed sections run concurrently."""
     for timed, group in itertools.groupby(names, lambda name: SECTIONS[name].timed):
         if timed:
             yield from map(run, group)
         else:
-            together = list(group)
-            with ThreadPoolExecutor(len(together)) as pool:
-                yield from pool.map(run, together)
+            untimed = list(group)
+            with ThreadPoolExecutor(len(untimed)) as pool:
+                yield from pool.map(run, untimed)
 
 
-def _table(title: str, what: str, rows: list[dict[str, Any]], problem: str) -> "Table":
+def _table(title: str, description: str, rows: list[dict[str, Any]], problem: str) -> "Table":
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("what", "figure", "share of the limit", title=title, title_justify="left")
+    table = Table("measurement", "value", "share of the limit", title=title, title_justify="left")
     for row in rows:
         share = "" if row["share"] is None else f"{row['share']:.1%} of {row['of']}"
         table.add_row(escape(row["name"]), _figure(row), share)
     if problem:
-        table.add_row(what, "FAILED", escape(problem))
+        table.add_row(description, "FAILED", escape(problem))
     return table
 
 

@@ -1,4 +1,4 @@
-"""What must hold on a GPU before its times mean anything; called by gpu.py."""
+"""Correctness checks on a GPU; gpu.py runs them before it times anything."""
 
 import gc
 import itertools
@@ -42,18 +42,18 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
 class CheckError(Exception):
-    """A result is not what it should be; the message says which and by how much."""
+    """A result is wrong. The message says which one and how large the error is."""
 
 
 def rand(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
-    """Normal values on the GPU, from the default generator."""
+    """Return normally distributed values on the GPU, from the default generator."""
     return (torch.randn(shape, device=CUDA) * scale).to(dtype)
 
 
 def paged_batch(
     lengths: list[tuple[int, int]], block_size: int = 16
 ) -> tuple[ForwardBatch, GroupTables, int]:
-    """Sequences of (new tokens, context) over scattered blocks; the number of blocks."""
+    """Return a batch of sequences of (new tokens, context) in scattered blocks; its block count."""
     counts = [-(-context // block_size) for _, context in lengths]
     blocks = torch.randperm(sum(counts)) + 1
     table = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
@@ -79,32 +79,34 @@ def random_mxfp4(experts: int, outputs: int, inputs: int) -> Mxfp4:
 
 
 Comparison = tuple[str, torch.Tensor, torch.Tensor]
-"""What is compared, from the kernel, from the definition."""
+"""A name, the kernel's result, and the reference's result."""
 
 
-def _compare(comparisons: Callable[[torch.dtype], Iterator[Comparison]]) -> Iterator[str | None]:
-    """Of each comparison what is wrong, or None; an exception ends those of its dtype alone."""
-    # As in jobs, where kernels follow each other at once, and with NaN where nothing is written.
-    runs = iter, _unwritten_is_nan
+def compare(comparisons: Callable[[torch.dtype], Iterator[Comparison]]) -> Iterator[str | None]:
+    """Yield the problem of each comparison, or None; an exception ends only its own run."""
+    # Once with uninitialized memory, as in jobs, and once with new memory filled with NaN.
+    runs = iter, _with_nan_in_new_memory
     for dtype, run in itertools.product((torch.bfloat16, torch.float32), runs):
         torch.manual_seed(0)
         name = "none"
         try:
             for name, found, expected in run(comparisons(dtype)):
-                print(f"{name}, {dtype}", file=sys.stderr, flush=True)  # where it hangs, if it does
-                most = float(expected.float().abs().max())
-                if not most:
-                    yield f"{name}, {dtype}: all of what is expected is zero"
+                print(f"{name}, {dtype}", file=sys.stderr, flush=True)  # shows where a check hangs
+                largest = float(expected.float().abs().max())
+                if not largest:
+                    yield f"{name}, {dtype}: all expected values are zero"
                     continue
-                error = float((found.float() - expected.float()).abs().max()) / most
-                right = error <= _TOLERANCE[dtype]  # NaN is an error too
-                yield None if right else f"{name}, {dtype}: off by {error:.1e} of the most"
+                error = float((found.float() - expected.float()).abs().max()) / largest
+                correct = error <= _TOLERANCE[dtype]  # False for NaN
+                yield (
+                    None if correct else f"{name}, {dtype}: error {error:.1e} of the largest value"
+                )
         except Exception as error:
             yield f"{dtype}, after {name}: {type(error).__name__}: {str(error)[:300]}"
 
 
-def _unwritten_is_nan(comparisons: Iterator[Comparison]) -> Iterator[Comparison]:
-    """The same, with NaN in new memory, which may hold the right result of another call."""
+def _with_nan_in_new_memory(comparisons: Iterator[Comparison]) -> Iterator[Comparison]:
+    """Fill new memory with NaN; otherwise it could hold the correct result of an earlier call."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield from comparisons
@@ -113,29 +115,29 @@ def _unwritten_is_nan(comparisons: Iterator[Comparison]) -> Iterator[Comparison]
 
 
 def check_norms() -> Iterator[str | None]:
-    """Sums, norms and SwiGLU."""
-    return _compare(_norms)
+    """Check sums, norms and SwiGLU."""
+    return compare(_norms)
 
 
 def check_fusions() -> Iterator[str | None]:
-    """Norms in one kernel with what follows."""
-    return _compare(_fusions)
+    """Check kernels that fuse a norm with the following operations."""
+    return compare(_fusions)
 
 
 def check_attention() -> Iterator[str | None]:
-    """Rotary, the write to the KV cache and attention."""
-    return _compare(_attention)
+    """Check rotary embedding, the KV cache write and attention."""
+    return compare(_attention)
 
 
 def check_experts() -> Iterator[str | None]:
-    """Router and experts, dense and MXFP4; and the same bits again and again."""
-    yield from _compare(_experts)
+    """Check router and experts, dense and MXFP4, and that repeated calls give the same bits."""
+    yield from compare(_experts)
     yield from _repeated_experts()
 
 
-def check_draws() -> Iterator[str | None]:
-    """Top-k, top-p and the draw."""
-    return _compare(_draws)
+def check_sampling() -> Iterator[str | None]:
+    """Check sampling with top-k and top-p."""
+    return compare(_sampling)
 
 
 def kernels(dtype: torch.dtype = torch.bfloat16, **tiles: Any) -> "TritonBackend":
@@ -258,7 +260,7 @@ def _attention(dtype: torch.dtype) -> Iterator[Comparison]:
     ops = kernels(dtype)
     lengths = [(1, 1), (1, 1000), (1, 129), (1, 1), (300, 300), (77, 500)]
     shapes = ((6, 2, 32), (64, 8, 64), (16, 8, 128), (14, 2, 64))
-    # In float32 kernels take the longest to compile, and only these checks and parity use them.
+    # Float32 kernels take the longest to compile, and only these checks and parity use them.
     for heads, kv_heads, dim in shapes[: 2 if dtype == torch.float32 else None]:
         of_heads = [Norm(dim, 1e-5, rand(dim, dtype=dtype)) for _ in "qk"]
         qkv, angles = rand(50, heads + 2 * kv_heads, dim, dtype=dtype), torch.rand(50, dim).to(CUDA)
@@ -324,7 +326,7 @@ def _repeated_experts() -> Iterator[str | None]:
         yield f"MXFP4 experts, {tokens} tokens: {others} of 30 differ" if others else None
 
 
-def sample_arguments(rows: int, vocab: int, dtype: torch.dtype) -> list[Any]:
+def sampling_arguments(rows: int, vocab: int, dtype: torch.dtype) -> list[Any]:
     """The arguments of `Backend.sample`: mixed limits, nuclei of a few tokens and of many."""
     logits = rand(rows, vocab, dtype=torch.float32) * torch.linspace(0.5, 4, rows).to(CUDA)[:, None]
     row = torch.arange(rows, device=CUDA)
@@ -333,11 +335,11 @@ def sample_arguments(rows: int, vocab: int, dtype: torch.dtype) -> list[Any]:
     return [logits.to(dtype), torch.full((rows,), 0.8, device=CUDA), row % 3 * 40, top_p, uniform]
 
 
-def _draws(dtype: torch.dtype) -> Iterator[Comparison]:
+def _sampling(dtype: torch.dtype) -> Iterator[Comparison]:
     """Logits of the tokens sampled: tokens next to each other in order are all but equal."""
     ops = kernels(dtype)
     for rows, vocab in ((1, 201_088), (200, 151_936), (64, 1000)):
-        logits, temperature, top_k, top_p, uniform = sample_arguments(rows, vocab, dtype)
+        logits, temperature, top_k, top_p, uniform = sampling_arguments(rows, vocab, dtype)
         for limit in (None, top_k):
             found = ops.sample(logits, temperature, limit, top_p, uniform)
             want = _REFERENCE.sample(logits, temperature, limit, top_p, uniform)
@@ -347,21 +349,24 @@ def _draws(dtype: torch.dtype) -> Iterator[Comparison]:
 
 
 def check_parity_dense() -> Iterator[str | None]:
-    """Tiny models of the dense families."""
+    """Check tiny models of the dense families."""
     return _parity(sparse=False)
 
 
 def check_parity_experts() -> Iterator[str | None]:
-    """Tiny models of the families with experts."""
+    """Check tiny models of the families with experts."""
     return _parity(sparse=True)
 
 
 def _parity(sparse: bool) -> Iterator[str | None]:
-    """The CPU's greedy tokens, in float32, decode steps captured; in the end all memory is free."""
+    """Compare greedy tokens with the CPU's, in float32 with captured decode steps.
+
+    Also checks that an engine frees all of its GPU memory.
+    """
     from tests.checkpoints import FAMILIES, write_checkpoint, write_mxfp4_pair
 
-    draw = random.Random(0)
-    prompts = [draw.choices(range(1, 512), k=size) for size in (100, 3, 40)]
+    rng = random.Random(0)
+    prompts = [rng.choices(range(1, 512), k=size) for size in (100, 3, 40)]
     params = SamplingParams(max_new_tokens=32, ignore_eos=True)
     requests = [Request(prompt, params, i) for i, prompt in enumerate(prompts)]
     with tempfile.TemporaryDirectory() as folder:
@@ -386,21 +391,22 @@ def _parity(sparse: bool) -> Iterator[str | None]:
                         tokens.append(
                             {c.request_id: c.token_ids for c in engine.generate(requests)}
                         )
-                yield None if tokens[0] == tokens[1] else f"{name}: the tokens are not the CPU's"
-                gc.collect()  # what failed before may have left tracebacks that hold tensors
+                equal = tokens[0] == tokens[1]
+                yield None if equal else f"{name}: the tokens differ from the CPU's"
+                gc.collect()  # tracebacks of earlier failures can hold tensors
                 left = torch.cuda.memory_allocated()
-                yield f"{name}: {left} bytes are not given back" if left else None
+                yield f"{name}: {left} bytes were not freed" if left else None
             except Exception as error:
                 yield f"{name}: {type(error).__name__}: {str(error)[:300]}"
 
 
 def _refuse(notice: str) -> None:
-    """What an engine goes on without is what is to be checked."""
+    """Raise an engine's notices: with a fallback the check would not test the GPU's path."""
     raise CheckError(notice)
 
 
 def check_score() -> float:
-    """The embedded model's share of right answers, through the command line."""
+    """Return the share of questions that the embedded model answers correctly, run as a job."""
     with tempfile.TemporaryDirectory() as folder:
         output, report = Path(folder) / "output.txt", Path(folder) / "eval.json"
         data = ROOT / "data"
@@ -408,7 +414,7 @@ def check_score() -> float:
         _getp("-m", "eval", "-i", output, "--expected", data / "answers.txt", "--report", report)
         share = float(json.loads(report.read_text())["expected"]["share_right"])
     if share < 0.95:
-        raise CheckError(f"the embedded model answers {share:.1%}, 95% expected")
+        raise CheckError(f"the embedded model answers {share:.1%} correctly, expected 95%")
     return share
 
 

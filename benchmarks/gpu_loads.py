@@ -1,4 +1,4 @@
-"""What gpu.py times of whole loads, on dummy weights at true shapes, and of peers on the same."""
+"""Whole loads that gpu.py times, on dummy weights with real shapes, and peers on the same load."""
 
 import json
 import math
@@ -25,39 +25,37 @@ from model.cost.known_models import SHAPES
 
 
 def nano_load() -> tuple[list[list[int]], list[int]]:
-    """nano-vllm's bench.py: 256 requests, inputs and outputs of 100 to 1024 tokens, seed 0."""
-    draw, count = random.Random(0), 256
+    """Return the load of nano-vllm's bench.py: 256 requests, prompts and outputs of 100 to 1024."""
+    rng, count = random.Random(0), 256
     prompts = [
-        [draw.randint(0, 10_000) for _ in range(draw.randint(100, 1024))] for _ in range(count)
+        [rng.randint(0, 10_000) for _ in range(rng.randint(100, 1024))] for _ in range(count)
     ]
-    return prompts, [draw.randint(100, 1024) for _ in range(count)]
+    return prompts, [rng.randint(100, 1024) for _ in range(count)]
 
 
 def short_load(count: int, positions: int) -> tuple[list[list[int]], list[int]]:
-    """Prompts of 8 to 32 tokens, each continued to `positions`."""
-    draw = random.Random(0)
-    prompts = [[draw.randint(0, 10_000) for _ in range(draw.randint(8, 32))] for _ in range(count)]
+    """Return prompts of 8 to 32 tokens, each with as many outputs as fill `positions`."""
+    rng = random.Random(0)
+    prompts = [[rng.randint(0, 10_000) for _ in range(rng.randint(8, 32))] for _ in range(count)]
     return prompts, [positions - len(prompt) for prompt in prompts]
 
 
 def ragged_load(count: int) -> tuple[list[list[int]], list[int]]:
-    """Prompts of 50 to 300 tokens, outputs of 20 to 300: more than a batch, they come and go."""
-    draw = random.Random(0)
-    prompts = [
-        [draw.randint(0, 10_000) for _ in range(draw.randint(50, 300))] for _ in range(count)
-    ]
-    return prompts, [draw.randint(20, 300) for _ in range(count)]
+    """Return prompts of 50 to 300 tokens with 20 to 300 outputs, for more requests than a batch."""
+    rng = random.Random(0)
+    prompts = [[rng.randint(0, 10_000) for _ in range(rng.randint(50, 300))] for _ in range(count)]
+    return prompts, [rng.randint(20, 300) for _ in range(count)]
 
 
 def context_load(count: int, context: int, outputs: int) -> tuple[list[list[int]], list[int]]:
-    """Prompts that have `context` tokens when half of the outputs are made."""
-    draw, size = random.Random(0), context - outputs // 2
-    return [[draw.randint(0, 10_000) for _ in range(size)] for _ in range(count)], [outputs] * count
+    """Return requests that have `context` tokens when half of their outputs are generated."""
+    rng, size = random.Random(0), context - outputs // 2
+    return [[rng.randint(0, 10_000) for _ in range(size)] for _ in range(count)], [outputs] * count
 
 
 @contextmanager
 def dummy_checkpoint(name: str) -> Iterator[Path]:
-    """A directory with the config.json of a well-known model and no weights."""
+    """Provide a directory with the config.json of a well-known model, without weights."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(SHAPES[name]))
         yield Path(folder)
@@ -67,13 +65,13 @@ def time_load(
     name: str,
     load: tuple[list[list[int]], list[int]],
     limits: Limits,
-    most_s: float,
+    max_s: float,
     batch_size: int = 256,
 ) -> Iterator[Row]:
-    """Output tokens a second of a load on dummy weights; stopped after most_s seconds.
+    """Measure output tokens per second of a load on dummy weights, for at most `max_s` seconds.
 
-    The share is what the step's FLOPs and bytes take at the measured limits, whichever is longer,
-    over the time taken.
+    The share is the time that the FLOPs or the bytes of all steps need at the measured limits,
+    whichever is longer, divided by the time taken.
     """
     prompts, outputs = load
     notices: list[str] = []
@@ -96,35 +94,38 @@ def time_load(
         yield Row(f"{name}: capturing", engine.stats.capture_s, "s")
         before = asdict(engine.stats)
         start, done = time.perf_counter(), 0
-        end = start + most_s
+        end = start + max_s
 
-        def is_late(token: int) -> bool:
+        def time_is_up(token: int) -> bool:
             return time.perf_counter() > end
 
         requests = [
             Request(
-                prompt, SamplingParams(max_new_tokens=count, ignore_eos=True), i, on_token=is_late
+                prompt,
+                SamplingParams(max_new_tokens=count, ignore_eos=True),
+                i,
+                on_token=time_is_up,
             )
             for i, (prompt, count) in enumerate(zip(prompts, outputs, strict=True))
         ]
-        # A batch of equal lengths ends all at once: its requests themselves see when time is up.
+        # Each request checks the time: requests of equal length all complete in the last step.
         for completion in engine.generate(requests):
-            if completion.error is not None:  # it ends early, and what is left is another load
+            if completion.error is not None:  # without this request it is a different load
                 raise RuntimeError(f"a request of {name} failed: {completion.error}")
             done += completion.finish_reason == "length"
             if time.perf_counter() > end:
                 break
         torch.cuda.synchronize()
         spent = time.perf_counter() - start
-        grown = {
+        differences = {
             f.name: getattr(engine.stats, f.name) - before[f.name] for f in fields(EngineStats)
         }
-        stats = EngineStats(**grown)
+        stats = EngineStats(**differences)
         cost, moved = run_cost(engine.model_config, "bfloat16", stats)
-        # Each request's first token comes from its last chunk, the others from decodes.
+        # A request's first token comes from its last prefill chunk, the others from decode steps.
         tokens = stats.decode_tokens + stats.prefill_chunks
-        all_of = "" if done == len(prompts) else f" ({done} done)"
-        title = f"{name}, {len(prompts)} requests{all_of}"
+        completed = "" if done == len(prompts) else f" ({done} done)"
+        title = f"{name}, {len(prompts)} requests{completed}"
         yield from (Row(f"{name}: {notice}", math.nan, "") for notice in notices)
         least, of = max(
             (moved.total / limits.copy, "copy"), (cost.matrix / limits.product, "product")
@@ -138,9 +139,9 @@ def time_load(
 
 
 def profile_step(engine: Engine, context: int) -> Iterator[Row]:
-    """The kernels that take most of a decode step of the largest batch, not replayed.
+    """Measure the kernels that take most of a decode step of the largest batch, without graphs.
 
-    One by one, since the time of a kernel that is set up early is also that of the one before.
+    Programmatic launch is off, because with it the times of successive kernels overlap.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -158,18 +159,19 @@ def profile_step(engine: Engine, context: int) -> Iterator[Row]:
         if event.device_type == torch.autograd.DeviceType.CUDA:
             spent[event.name] += event.time_range.elapsed_us()
     for name, us in spent.most_common(8):
-        yield Row(f"a step's {name[:60]}", us / count, "us", us / spent.total(), "its kernels")
+        yield Row(f"one step: {name[:60]}", us / count, "us", us / spent.total(), "all kernels")
 
 
 def count_launches(engine: Engine, name: str) -> Iterator[Row]:
-    """Kernels a layer and launches a token of decoding one request, by torch's profiler.
+    """Count kernels and launches per token while decoding one request, with torch's profiler.
 
-    And for how long a token's kernels run, one or several: the rest of its time lies between them.
+    Also measures how long at least one kernel runs per token; the rest of the time is between
+    kernels.
     """
     from torch.profiler import ProfilerActivity, profile
 
     counts = []
-    for tokens in (4, 4 + 16):  # the same prefill twice; the difference is 16 decodes
+    for tokens in (4, 4 + 16):  # the same prefill twice; the difference is 16 decode steps
         request = Request([1] * 100, SamplingParams(max_new_tokens=tokens, ignore_eos=True))
         list(engine.generate([request]))
         with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
@@ -182,16 +184,16 @@ def count_launches(engine: Engine, name: str) -> Iterator[Row]:
             if e.device_type == torch.autograd.DeviceType.CPU
         )
         kernels = sum(not e.name.startswith(("Mem", "mem")) for e in on_gpu)
-        counts.append((kernels, launches, _union_us(on_gpu)))
+        counts.append((kernels, launches, union_us(on_gpu)))
     kernels, launches, us = ((b - a) / 16 for a, b in zip(*counts, strict=True))
-    yield Row(f"{name}: kernels a token", kernels, "kernels")
-    yield Row(f"{name}: kernels a layer", kernels / len(engine.model_config.layers), "kernels")
-    yield Row(f"{name}: launches a token", launches, "launches")
-    yield Row(f"{name}: a token's kernels and copies", us, "us")
+    yield Row(f"{name}: kernels per token", kernels, "kernels")
+    yield Row(f"{name}: kernels per layer", kernels / len(engine.model_config.layers), "kernels")
+    yield Row(f"{name}: launches per token", launches, "launches")
+    yield Row(f"{name}: kernel and copy time per token", us, "us")
 
 
-def _union_us(events: list[Any]) -> float:
-    """For how long at least one of them runs."""
+def union_us(events: list[Any]) -> float:
+    """Return for how many microseconds at least one of the events runs."""
     total, until = 0.0, -math.inf
     for span in sorted((e.time_range for e in events), key=lambda span: span.start):
         total += max(0.0, span.end - max(span.start, until))
@@ -200,7 +202,7 @@ def _union_us(events: list[Any]) -> float:
 
 
 def time_transformers(requests: int, outputs: int) -> Iterator[Row]:
-    """Continuous batching of transformers, on the first prompts of the nano-vllm load."""
+    """Measure continuous batching of transformers on the first prompts of the nano-vllm load."""
     import transformers
 
     config = transformers.AutoConfig.for_model(**SHAPES["qwen3-0.6b"])
@@ -216,17 +218,17 @@ def time_transformers(requests: int, outputs: int) -> Iterator[Row]:
     start = time.perf_counter()
     done = model.generate_batch(inputs=prompts, generation_config=settings)
     spent = time.perf_counter() - start
-    # What goes wrong there is only logged, and what was done until then is given back.
-    made = [len(output.generated_tokens) for output in done.values()]
-    if made != [outputs] * requests:
-        raise RuntimeError(f"transformers made {sum(made)} of {requests * outputs} tokens")
-    rate = sum(made) / spent
-    title = f"transformers {transformers.__version__}, {requests} requests, {outputs} out each"
+    # transformers only logs errors and returns the tokens generated before them.
+    counts = [len(output.generated_tokens) for output in done.values()]
+    if counts != [outputs] * requests:
+        raise RuntimeError(f"transformers generated {sum(counts)} of {requests * outputs} tokens")
+    rate = sum(counts) / spent
+    title = f"transformers {transformers.__version__}, {requests} requests, {outputs} outputs each"
     yield Row(title, rate, "tok/s")
 
 
 def time_vllm() -> Iterator[Row]:
-    """vLLM on the nano-vllm load, where it is installed."""
+    """Measure vLLM on the nano-vllm load, if it is installed."""
     if find_spec("vllm") is None:
         yield Row("vLLM: not installed", float("nan"), "")
         return

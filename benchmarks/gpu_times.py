@@ -1,4 +1,4 @@
-"""What gpu.py times of kernels alone, at true shapes."""
+"""Single kernels that gpu.py times, with the shapes of real models."""
 
 import math
 import statistics
@@ -22,7 +22,7 @@ from benchmarks.gpu_checks import (
     paged_batch,
     rand,
     random_mxfp4,
-    sample_arguments,
+    sampling_arguments,
 )
 from model.cost.known_models import named_config
 from model.mlp import Mlp
@@ -33,14 +33,15 @@ from model.transformer import Layer
 if TYPE_CHECKING:
     from model.ops.triton.tiles import Tile
 
-_WARM_S = 0.03  # clocks rise meanwhile: after each compilation the GPU has been idle
-_AHEAD_CYCLES = 400_000  # about 0.2 ms
-_COUNT, _SIZE, _TOP_K = 32, 2880, 4  # gpt-oss-20b's experts: how many, both sizes, of a token
+_WARM_UP_S = 0.03  # the GPU was idle during compilation; its clocks rise in this time
+_DELAY_CYCLES = 400_000  # about 0.2 ms
+# The experts of gpt-oss-20b: their number, hidden and intermediate size, experts per token.
+_COUNT, _SIZE, _TOP_K = 32, 2880, 4
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What this GPU was measured to do: bytes a second copied, bf16 FLOPs a second multiplied."""
+    """This GPU's measured limits: `copy` in bytes/s, `product` (bf16 matrix product) in FLOP/s."""
 
     copy: float
     product: float
@@ -48,7 +49,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table; share is of the limit named by `of`."""
+    """A row of a result table. `share` is the share of the limit named by `of`."""
 
     name: str
     value: float
@@ -58,9 +59,9 @@ class Row:
 
 
 def seconds_of(function: Callable[[], Any], repeats: int = 20) -> float:
-    """Median time of a call on the GPU, replayed from a graph.
+    """Return the median time of a call on the GPU in seconds, replayed from a graph.
 
-    The start of the graph is in it, a few microseconds, but no other launching.
+    It includes the launch of the graph, a few microseconds, but not the launches of its kernels.
     """
     for _ in range(3):
         function()
@@ -68,17 +69,17 @@ def seconds_of(function: Callable[[], Any], repeats: int = 20) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function()
-    warm = time.perf_counter() + _WARM_S
-    while time.perf_counter() < warm:
+    warm_up_end = time.perf_counter() + _WARM_UP_S
+    while time.perf_counter() < warm_up_end:
         graph.replay()
         torch.cuda.synchronize()
     flush = torch.zeros(32 << 20, dtype=torch.int32, device=CUDA)
     times = []
     for _ in range(repeats):
-        # What the last call left in the L2 cache goes: by reading, since what is written has to be
-        # taken from there while the call runs. Then time for the host to get ahead.
+        # Evict the last call's data from the L2 cache. Reading does that; written data would have
+        # to be written back during the timed call. The delay lets the host queue all operations.
         flush.sum()
-        torch.cuda._sleep(_AHEAD_CYCLES)
+        torch.cuda._sleep(_DELAY_CYCLES)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
@@ -89,7 +90,7 @@ def seconds_of(function: Callable[[], Any], repeats: int = 20) -> float:
 
 
 def measure_limits() -> Limits:
-    """Copy bandwidth (bytes read and written) and the rate of a large bf16 product."""
+    """Measure copy bandwidth (bytes read plus written) and the rate of a large bf16 product."""
     source = torch.empty(2 << 30, dtype=torch.uint8, device=CUDA).random_()
     target = torch.empty_like(source)
     copy = 2 * source.numel() / seconds_of(lambda: target.copy_(source))
@@ -144,9 +145,9 @@ def time_experts(limits: Limits) -> Iterator[Row]:
 
 
 def time_tiles(limits: Limits) -> Iterator[Row]:
-    """MXFP4 experts and products of one row with other tiles than the table's, which come first.
+    """Time MXFP4 experts and products of one row with the tiles in use (first) and with others.
 
-    The fastest belong there. Of a tile that the GPU has no room for there is no row.
+    The fastest tiles belong into the table of tiles. A tile that does not fit this GPU has no row.
     """
     from model.ops.triton.tiles import Tile
 
@@ -216,10 +217,11 @@ def _experts_call(ops: Backend, experts: Experts, tokens: int) -> tuple[Callable
 
 
 def time_fusions(limits: Limits) -> Iterator[Row]:
-    """A layer's norms with what follows, in steps and fused, by rows; weights read a second.
+    """Time a layer's norms with the following operations, separate and fused, for several rows.
 
-    Then up to how many rows each fusion is faster: of all models the least belongs in `Tiles`. And
-    the layer's other products of one row, torch's and ours.
+    The rate is that of weights read. Then reports up to how many rows each fusion is faster; the
+    smallest number over all models belongs into `Tiles`. Also times the layer's other products of
+    one row, with torch's kernel and with getp's.
     """
     for name in ("qwen2-0.5b", "llama-3-8b"):
         layer = _random_layer(name)
@@ -244,7 +246,7 @@ def time_fusions(limits: Limits) -> Iterator[Row]:
                     yield Row(full, read / spent / 1e12, "TB/s", share, "copy")
                     if kind not in wins:
                         steps = spent
-                    elif spent > 1.02 * steps:  # less may be chance
+                    elif spent > 1.02 * steps:  # a smaller difference may be noise
                         losing.add(kind)
                     elif spent < steps and kind not in losing:
                         wins[kind] = rows
@@ -313,7 +315,7 @@ def _decode_step(
 
 
 def _random_layer(name: str) -> Layer:
-    """The first layer of a well-known dense model on the GPU, in bf16."""
+    """Return the first layer of a well-known dense model with random bf16 weights on the GPU."""
     config = named_config(name)
     layer = Layer(config, config.layers[0])
     assert isinstance(layer.mlp, Mlp)
@@ -328,7 +330,9 @@ def time_draws(limits: Limits) -> Iterator[Row]:
     """Top-k and top-p over gpt-oss's vocabulary, beside the sort that they do without."""
     ops = kernels()
     for rows in (1, 32, 256):
-        logits, temperature, top_k, top_p, uniform = sample_arguments(rows, 201_088, torch.bfloat16)
+        logits, temperature, top_k, top_p, uniform = sampling_arguments(
+            rows, 201_088, torch.bfloat16
+        )
         calls: dict[str, Callable[[], Any]] = {
             "top-p": partial(ops.sample, logits, temperature, None, top_p, uniform),
             "top-k and top-p": partial(ops.sample, logits, temperature, top_k, top_p, uniform),
@@ -336,5 +340,5 @@ def time_draws(limits: Limits) -> Iterator[Row]:
         }
         for title, call in calls.items():
             spent = seconds_of(call)
-            once = logits.nbytes / spent / limits.copy  # as if the logits were read once
-            yield Row(f"draw of {rows} rows: {title}", spent * 1e6, "us", once, "copy")
+            share = logits.nbytes / spent / limits.copy  # of the time to read the logits once
+            yield Row(f"sampling {rows} rows: {title}", spent * 1e6, "us", share, "copy")

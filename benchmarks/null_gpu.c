@@ -1,8 +1,9 @@
-/* A GPU that takes no time: what torch and Triton call of CUDA and cuBLAS, doing nothing.
+/* A simulated GPU that takes no time: stubs of the CUDA and cuBLAS functions that torch and Triton
+ * call.
  *
- * Kernels are not run, and device memory is addresses alone: what is copied there is dropped, and
- * what is copied from there is zero. Memory is counted, streams can be captured one at a time, and
- * what CUDA forbids meanwhile, in its global mode, is refused. Built and loaded by null_gpu.py.
+ * Kernels do not run. Device memory consists of addresses only: data copied to it is discarded, and
+ * copies from it give zeros. Memory is counted. One stream at a time can be captured; calls that
+ * CUDA forbids during a capture in global mode fail. null_gpu.py builds and loads this file.
  */
 #include <driver_types.h>
 #include <dlfcn.h>
@@ -14,16 +15,16 @@
 #include <time.h>
 #include <vector_types.h>
 
-#define NOTHING(name) \
+#define NO_OP(name) \
     int name(void) { return 0; }
-#define RELEASING(name)     \
-    int name(void *thing) { \
-        free(thing);        \
-        return 0;           \
+#define FREES_OBJECT(name)   \
+    int name(void *object) { \
+        free(object);        \
+        return 0;            \
     }
 #define COUNT(array) (sizeof(array) / sizeof *(array))
 
-typedef struct { /* as an H200's */
+typedef struct { /* values of an H200 */
     enum cudaDeviceAttr attribute;
     int value;
 } Attribute;
@@ -53,7 +54,8 @@ static const Attribute ATTRIBUTES[] = {
     {cudaDevAttrUnifiedAddressing, 1},
     {cudaDevAttrConcurrentKernels, 1},
 };
-static const size_t MEMORY = 143771ul << 20, CONTEXT = 600ul << 20; /* bytes; what CUDA keeps */
+static const size_t MEMORY = 143771ul << 20;  /* bytes of the device */
+static const size_t RESERVED = 600ul << 20;   /* bytes that CUDA itself uses */
 
 static int attribute(enum cudaDeviceAttr wanted) {
     for (size_t i = 0; i < COUNT(ATTRIBUTES); i++)
@@ -61,13 +63,13 @@ static int attribute(enum cudaDeviceAttr wanted) {
     return 0;
 }
 
-/* Errors, and what a capture forbids. */
+/* Errors, and calls that are forbidden during a capture. */
 static __thread cudaError_t last_error;
 static __thread enum cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
 static cudaStream_t capturing;
 static enum cudaStreamCaptureMode capture_mode;
 static unsigned long long captures;
-static int is_broken; /* the capture under way */
+static int is_invalidated; /* the current capture */
 
 static cudaError_t failed(cudaError_t error) { return last_error = error; }
 
@@ -76,70 +78,70 @@ static cudaError_t forbidden_in_capture(const char *name) {
         capture_mode != cudaStreamCaptureModeGlobal)
         return cudaSuccess;
     fprintf(stderr, "null GPU: %s while a stream is captured\n", name);
-    is_broken = 1;
+    is_invalidated = 1;
     return failed(cudaErrorStreamCaptureUnsupported);
 }
 #define FORBIDDEN_IN_CAPTURE \
     if (forbidden_in_capture(__func__)) return last_error
 
 /* Memory. */
-typedef struct Piece {
+typedef struct Block {
     char *start;
     size_t size;
     int is_device;
-    struct Piece *next;
-} Piece;
-static Piece *pieces;
+    struct Block *next;
+} Block;
+static Block *blocks;
 static size_t used;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
-static cudaError_t take(void **where, size_t size, int is_device) {
+static cudaError_t allocate(void **where, size_t size, int is_device) {
     *where = 0;
     if (!size) return cudaSuccess;
     size = (size + 4095) / 4096 * 4096;
     int access = is_device ? PROT_NONE : PROT_READ | PROT_WRITE;
     void *start = mmap(0, size, access, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (start == MAP_FAILED) return failed(cudaErrorMemoryAllocation);
-    Piece *piece = malloc(sizeof *piece);
+    Block *block = malloc(sizeof *block);
     pthread_mutex_lock(&lock);
-    int has_room = piece && (!is_device || used + size + CONTEXT <= MEMORY);
-    if (has_room) {
-        *piece = (Piece){start, size, is_device, pieces};
-        pieces = piece;
+    int fits = block && (!is_device || used + size + RESERVED <= MEMORY);
+    if (fits) {
+        *block = (Block){start, size, is_device, blocks};
+        blocks = block;
         if (is_device) used += size;
     }
     pthread_mutex_unlock(&lock);
-    if (!has_room) {
+    if (!fits) {
         munmap(start, size);
-        free(piece);
+        free(block);
         return failed(cudaErrorMemoryAllocation);
     }
     *where = start;
     return cudaSuccess;
 }
 
-static cudaError_t give_back(void *start) {
+static cudaError_t release(void *start) {
     pthread_mutex_lock(&lock);
-    Piece **at = &pieces;
-    while (*at && (*at)->start != start) at = &(*at)->next;
-    Piece *piece = *at;
-    if (piece) {
-        *at = piece->next;
-        if (piece->is_device) used -= piece->size;
-        munmap(piece->start, piece->size);
-        free(piece);
+    Block **link = &blocks;
+    while (*link && (*link)->start != start) link = &(*link)->next;
+    Block *block = *link;
+    if (block) {
+        *link = block->next;
+        if (block->is_device) used -= block->size;
+        munmap(block->start, block->size);
+        free(block);
     }
     pthread_mutex_unlock(&lock);
-    return piece || !start ? cudaSuccess : failed(cudaErrorInvalidValue);
+    return block || !start ? cudaSuccess : failed(cudaErrorInvalidValue);
 }
 
 static enum cudaMemoryType kind_of(const void *pointer) {
     enum cudaMemoryType kind = cudaMemoryTypeUnregistered;
-    const char *at = pointer;
+    const char *address = pointer;
     pthread_mutex_lock(&lock);
-    for (Piece *piece = pieces; piece; piece = piece->next)
-        if (at >= piece->start && at < piece->start + piece->size) {
-            kind = piece->is_device ? cudaMemoryTypeDevice : cudaMemoryTypeHost;
+    for (Block *block = blocks; block; block = block->next)
+        if (address >= block->start && address < block->start + block->size) {
+            kind = block->is_device ? cudaMemoryTypeDevice : cudaMemoryTypeHost;
             break;
         }
     pthread_mutex_unlock(&lock);
@@ -150,19 +152,19 @@ static int is_device(const void *pointer) { return kind_of(pointer) == cudaMemor
 
 cudaError_t cudaMalloc(void **where, size_t size) {
     FORBIDDEN_IN_CAPTURE;
-    return take(where, size, 1);
+    return allocate(where, size, 1);
 }
 cudaError_t cudaFree(void *start) {
     FORBIDDEN_IN_CAPTURE;
-    return give_back(start);
+    return release(start);
 }
 cudaError_t cudaHostAlloc(void **where, size_t size, unsigned flags) {
     FORBIDDEN_IN_CAPTURE;
-    return take(where, size, 0);
+    return allocate(where, size, 0);
 }
-cudaError_t cudaFreeHost(void *start) { return give_back(start); }
+cudaError_t cudaFreeHost(void *start) { return release(start); }
 cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
-    *available = (*total = MEMORY) - CONTEXT - used;
+    *available = (*total = MEMORY) - RESERVED - used;
     return cudaSuccess;
 }
 cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *found, const void *pointer) {
@@ -190,13 +192,13 @@ cudaError_t cudaMemcpy2DAsync(void *to, size_t step, const void *from, size_t fr
 }
 cudaError_t cudaGetSymbolAddress(void **where, const void *symbol) {
     static void *memory;
-    if (!memory) take(&memory, 1 << 20, 1);
+    if (!memory) allocate(&memory, 1 << 20, 1);
     *where = memory;
     return cudaSuccess;
 }
-NOTHING(cudaMemset)
-NOTHING(cudaMemsetAsync)
-NOTHING(cudaMemcpyToSymbol)
+NO_OP(cudaMemset)
+NO_OP(cudaMemsetAsync)
+NO_OP(cudaMemcpyToSymbol)
 
 /* The device. */
 static int one(int *count) {
@@ -237,7 +239,7 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *found, int device) {
     found->regsPerBlock = attribute(cudaDevAttrMaxRegistersPerBlock);
     found->regsPerMultiprocessor = attribute(cudaDevAttrMaxRegistersPerMultiprocessor);
     found->l2CacheSize = attribute(cudaDevAttrL2CacheSize);
-    for (int i = 0; i < 3; i++) { /* the attributes of x, y and z follow each other */
+    for (int i = 0; i < 3; i++) { /* the attributes of x, y and z are consecutive */
         found->maxThreadsDim[i] = attribute(cudaDevAttrMaxBlockDimX + i);
         found->maxGridSize[i] = attribute(cudaDevAttrMaxGridDimX + i);
     }
@@ -259,15 +261,15 @@ cudaError_t cudaGetLastError(void) {
 cudaError_t cudaPeekAtLastError(void) { return last_error; }
 const char *cudaGetErrorString(cudaError_t error) {
     static __thread char text[32];
-    snprintf(text, sizeof text, "error %d of a null GPU", error);
+    snprintf(text, sizeof text, "error %d of the null GPU", error);
     return error == cudaErrorMemoryAllocation ? "out of memory" : text;
 }
 const char *cudaGetErrorName(cudaError_t error) { return cudaGetErrorString(error); }
-NOTHING(cudaSetDevice)
-NOTHING(cudaProfilerStart)
-NOTHING(cudaProfilerStop)
+NO_OP(cudaSetDevice)
+NO_OP(cudaProfilerStart)
+NO_OP(cudaProfilerStop)
 
-/* Streams, events and graphs: all that was asked for is done at once. */
+/* Streams, events and graphs: every operation completes immediately. */
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority) {
     *stream = malloc(1);
     return cudaSuccess;
@@ -289,15 +291,15 @@ cudaError_t cudaLaunchHostFunc(cudaStream_t stream, void (*call)(void *), void *
     call(data);
     return cudaSuccess;
 }
-RELEASING(cudaStreamDestroy)
-NOTHING(cudaStreamWaitEvent)
+FREES_OBJECT(cudaStreamDestroy)
+NO_OP(cudaStreamWaitEvent)
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
     *event = calloc(1, sizeof(double));
     return cudaSuccess;
 }
 cudaError_t cudaEventCreate(cudaEvent_t *event) { return cudaEventCreateWithFlags(event, 0); }
-RELEASING(cudaEventDestroy)
+FREES_OBJECT(cudaEventDestroy)
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
@@ -316,8 +318,8 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     return cudaSuccess;
 }
 cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t start, cudaEvent_t end) {
-    float found = *(double *)end - *(double *)start;
-    *ms = found > 1e-3f ? found : 1e-3f;
+    float elapsed = *(double *)end - *(double *)start;
+    *ms = elapsed > 1e-3f ? elapsed : 1e-3f;
     return cudaSuccess;
 }
 
@@ -331,19 +333,19 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMo
     if (!stream || capturing) return failed(cudaErrorIllegalState);
     capturing = stream;
     capture_mode = mode;
-    is_broken = 0;
+    is_invalidated = 0;
     captures++;
     return cudaSuccess;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
     if (stream != capturing) return failed(cudaErrorIllegalState);
     capturing = 0;
-    *graph = is_broken ? 0 : malloc(1);
-    return is_broken ? failed(cudaErrorStreamCaptureInvalidated) : cudaSuccess;
+    *graph = is_invalidated ? 0 : malloc(1);
+    return is_invalidated ? failed(cudaErrorStreamCaptureInvalidated) : cudaSuccess;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
     *status = !capturing || stream != capturing ? cudaStreamCaptureStatusNone
-              : is_broken                       ? cudaStreamCaptureStatusInvalidated
+              : is_invalidated                  ? cudaStreamCaptureStatusInvalidated
                                                 : cudaStreamCaptureStatusActive;
     return cudaSuccess;
 }
@@ -360,15 +362,15 @@ cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t 
     return cudaSuccess;
 }
 cudaError_t cudaGraphInstantiateWithFlags(
-    cudaGraphExec_t *made, cudaGraph_t graph, unsigned long long flags) {
-    *made = malloc(1);
+    cudaGraphExec_t *created, cudaGraph_t graph, unsigned long long flags) {
+    *created = malloc(1);
     return cudaSuccess;
 }
-RELEASING(cudaGraphDestroy)
-RELEASING(cudaGraphExecDestroy)
-NOTHING(cudaGraphLaunch)
+FREES_OBJECT(cudaGraphDestroy)
+FREES_OBJECT(cudaGraphExecDestroy)
+NO_OP(cudaGraphLaunch)
 
-/* Kernels: torch's by the runtime, Triton's by the driver. */
+/* Kernels: torch launches them through the runtime API, Triton through the driver API. */
 static __thread struct {
     dim3 grid, block;
     size_t shared;
@@ -401,19 +403,19 @@ int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
     *count = 2;
     return 0;
 }
-NOTHING(__cudaInitModule)
-NOTHING(__cudaRegisterFatBinaryEnd)
-NOTHING(__cudaRegisterFunction)
-NOTHING(__cudaRegisterVar)
-NOTHING(__cudaUnregisterFatBinary)
-NOTHING(__cudaLaunchKernel)
-NOTHING(cudaLaunchKernel)
-NOTHING(cudaLaunchKernelExC)
-NOTHING(cudaFuncSetAttribute)
+NO_OP(__cudaInitModule)
+NO_OP(__cudaRegisterFatBinaryEnd)
+NO_OP(__cudaRegisterFunction)
+NO_OP(__cudaRegisterVar)
+NO_OP(__cudaUnregisterFatBinary)
+NO_OP(__cudaLaunchKernel)
+NO_OP(cudaLaunchKernel)
+NO_OP(cudaLaunchKernelExC)
+NO_OP(cudaFuncSetAttribute)
 
 static int handle(void **where) {
-    static char thing;
-    *where = &thing;
+    static char object;
+    *where = &object;
     return 0;
 }
 int cuDeviceGet(int *device, int index) { return zero(device); }
@@ -435,23 +437,23 @@ int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *is_active) {
 int cuModuleLoadData(void **module, const void *image) { return handle(module); }
 int cuModuleGetFunction(void **function, void *module, const char *name) { return handle(function); }
 int cuFuncGetAttribute(int *value, int wanted, void *function) {
-    *value = wanted == 0 ? 1024 : 0; /* threads of a block, at most */
+    *value = wanted == 0 ? 1024 : 0; /* 0: maximum threads per block */
     return 0;
 }
 int cuPointerGetAttribute(const void **found, int wanted, const void *pointer) {
-    *found = pointer; /* on the device */
+    *found = pointer; /* the device address */
     return 0;
 }
-NOTHING(cuInit)
-NOTHING(cuCtxGetLimit)
-NOTHING(cuCtxSetCurrent)
-NOTHING(cuCtxSetLimit)
-NOTHING(cuModuleUnload)
-NOTHING(cuFuncSetAttribute)
-NOTHING(cuFuncSetCacheConfig)
-NOTHING(cuLaunchKernelEx)
-NOTHING(cuOccupancyMaxActiveClusters)
-NOTHING(cuTensorMapEncodeTiled)
+NO_OP(cuInit)
+NO_OP(cuCtxGetLimit)
+NO_OP(cuCtxSetCurrent)
+NO_OP(cuCtxSetLimit)
+NO_OP(cuModuleUnload)
+NO_OP(cuFuncSetAttribute)
+NO_OP(cuFuncSetCacheConfig)
+NO_OP(cuLaunchKernelEx)
+NO_OP(cuOccupancyMaxActiveClusters)
+NO_OP(cuTensorMapEncodeTiled)
 
 int cuGetProcAddress_v2(const char *name, void **function, int cuda, size_t flags, int *status) {
     *function = dlsym(RTLD_DEFAULT, name);
@@ -467,29 +469,29 @@ int cudaGetDriverEntryPointByVersion(
 }
 
 /* cuBLAS. */
-int cublasCreate_v2(void **made) { return handle(made); }
+int cublasCreate_v2(void **created) { return handle(created); }
 int cublasGetMathMode(void *blas, int *mode) { return zero(mode); }
 int cublasGetPointerMode_v2(void *blas, int *mode) { return zero(mode); }
-int cublasLtMatmulDescCreate(void **made) { return handle(made); }
-int cublasLtMatrixLayoutCreate(void **made) { return handle(made); }
-int cublasLtMatmulPreferenceCreate(void **made) { return handle(made); }
+int cublasLtMatmulDescCreate(void **created) { return handle(created); }
+int cublasLtMatrixLayoutCreate(void **created) { return handle(created); }
+int cublasLtMatmulPreferenceCreate(void **created) { return handle(created); }
 int cublasLtMatmulAlgoGetHeuristic(void *blas, void *product, void *a, void *b, void *c, void *d,
     void *preference, int wanted, void *results, int *count) {
     return one(count);
 }
-NOTHING(cublasDestroy_v2)
-NOTHING(cublasSetStream_v2)
-NOTHING(cublasSetWorkspace_v2)
-NOTHING(cublasSetMathMode)
-NOTHING(cublasSetPointerMode_v2)
-NOTHING(cublasGemmEx)
-NOTHING(cublasGemmStridedBatchedEx)
-NOTHING(cublasSgemm_v2)
-NOTHING(cublasSgemmStridedBatched)
-NOTHING(cublasLtMatmul)
-NOTHING(cublasLtMatmulDescDestroy)
-NOTHING(cublasLtMatmulDescSetAttribute)
-NOTHING(cublasLtMatrixLayoutDestroy)
-NOTHING(cublasLtMatrixLayoutSetAttribute)
-NOTHING(cublasLtMatmulPreferenceDestroy)
-NOTHING(cublasLtMatmulPreferenceSetAttribute)
+NO_OP(cublasDestroy_v2)
+NO_OP(cublasSetStream_v2)
+NO_OP(cublasSetWorkspace_v2)
+NO_OP(cublasSetMathMode)
+NO_OP(cublasSetPointerMode_v2)
+NO_OP(cublasGemmEx)
+NO_OP(cublasGemmStridedBatchedEx)
+NO_OP(cublasSgemm_v2)
+NO_OP(cublasSgemmStridedBatched)
+NO_OP(cublasLtMatmul)
+NO_OP(cublasLtMatmulDescDestroy)
+NO_OP(cublasLtMatmulDescSetAttribute)
+NO_OP(cublasLtMatrixLayoutDestroy)
+NO_OP(cublasLtMatrixLayoutSetAttribute)
+NO_OP(cublasLtMatmulPreferenceDestroy)
+NO_OP(cublasLtMatmulPreferenceSetAttribute)

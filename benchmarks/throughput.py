@@ -1,10 +1,10 @@
 """Time one load on a checkpoint: `python benchmarks/throughput.py CHECKPOINT --load ragged`.
 
-Prints tables, then one JSON object as its last line. Start-up (loading, packing, a first small
-request) is outside the time, as it is for the other engines. The requests run in the order that a
-job gives them (`-m getp --schedule`: the longest possible outputs first). Beside the figure stands
-the share of the machine's own limits, which are measured in the same run, and where the time of the
-steps went: the load runs once more for that, every part followed and nothing replayed.
+Prints tables, then one JSON object as the last line. Start-up (loading, packing, a first small
+request) is not timed, for this engine as for the others. The requests run in a job's order (`-m
+getp --schedule`: the longest possible outputs first). The result includes the share of the
+machine's own limits, measured in the same run, and a breakdown of the time by part; for the
+breakdown the load runs a second time, with every part timed and without replayed decode steps.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import model  # noqa: F401, I001  before torch: it says how threads wait
+import model  # noqa: F401, I001  imported before torch, since it configures how threads wait
 
 import click
 import torch
@@ -33,7 +33,7 @@ from getp.job.formats.interface import JobRequest
 from model.cost import measure
 from model.ops.step_parts import observe
 
-# Where a part of the decoder belongs; the rest is "everything else".
+# The group of each part in the breakdown; other parts belong to "everything else".
 _GROUPS = {
     "qkv_proj": "GEMMs",
     "o_proj": "GEMMs",
@@ -57,7 +57,9 @@ _GROUPS = {
 @click.option(
     "--schedule", type=click.Choice(get_args(Schedule)), default="throughput", show_default=True
 )
-@click.option("--parts/--no-parts", default=True, show_default=True, help="Where the time went.")
+@click.option(
+    "--parts/--no-parts", default=True, show_default=True, help="Print the breakdown by part."
+)
 def main(
     checkpoint: str,
     kind: Load,
@@ -68,7 +70,7 @@ def main(
     schedule: Schedule,
     parts: bool,
 ) -> None:
-    """Run a load and print output tokens a second."""
+    """Run a load and print output tokens per second."""
     prompts, outputs = make_load(kind)
     start = time.perf_counter()
     engine = Engine(
@@ -117,7 +119,7 @@ def main(
         "read_bandwidth_gb_s": round(peaks["bandwidth"] / 1e9, 1),
         "of_gemm_peak": round(compute / seconds, 3),
         "of_bandwidth": round(memory / seconds, 3),
-        # Prefill is bound by the one and decoding by the other, so both add up.
+        # Prefill is bound by compute and decoding by memory, so the times are added.
         "of_limit": round((compute + memory) / seconds, 3),
         "steps": stats.steps,
         "mean_batch": round(stats.batch_sum / stats.steps, 1),
@@ -132,7 +134,7 @@ def main(
     console = Console()
     console.print(table)
     if shares:
-        table = Table("of a step", "share", "ms", title="where the time went, followed")
+        table = Table("part of a step", "share", "ms", title="breakdown of the time")
         for group, spent in sorted(shares.items(), key=lambda pair: -pair[1]):
             share = spent / sum(shares.values())
             table.add_row(group, f"{share:.1%}", f"{spent / stats.steps * 1e3:.2f}")
@@ -142,7 +144,7 @@ def main(
 
 
 def breakdown(engine: Engine, requests: list[Request]) -> dict[str, float]:
-    """Run the requests again; seconds by group of parts."""
+    """Run the requests again and return the seconds that each group of parts takes."""
     engine._runner._graphs = None
     sparse = engine.model_config.moe is not None
     spent: dict[str, float] = defaultdict(float)

@@ -1,30 +1,28 @@
-"""The gpt-oss network as it is trained, its MXFP4 quantisation, and its checkpoint layout.
+"""The gpt-oss network for training, its MXFP4 quantization, and its checkpoint layout.
 
-The mathematics is that of the published gpt-oss models (sinks, alternating windows, YaRN, clamped
-SwiGLU experts chosen by top-k); only the way to compute it is chosen for small models on a CPU:
-tokens are sorted into one padded batch per expert, so that a layer's experts are two batched
-matrix products, and attention runs in torch's CPU flash kernel with the sinks folded into its
-log-sum-exp. Expert matrices are kept as the checkpoint keeps them, [expert, out, in], except that
-gates and ups lie apart here (fast to split) and alternate in the checkpoint.
+The mathematics is that of the published gpt-oss models: attention sinks, alternating windows,
+YaRN, clamped SwiGLU experts selected by top-k. The implementation is optimized for small models on
+a CPU: tokens are sorted into one padded batch per expert, so that a layer's experts are two
+batched matrix products, and attention uses torch's CPU flash kernel, with the sinks folded into
+its log-sum-exp. Expert matrices have the same layout as in the checkpoint, [expert, out, in],
+except that gate and up rows are two halves here (cheap to split) and alternate in the checkpoint.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mxfp4 import fake_mxfp4, pack_mxfp4
+from network_ops import Attend, Combine, Dispatch, rotate, swiglu
 from torch import Tensor, nn
-
-FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-GROUP = 32  # values that share one MXFP4 scale
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the network, under the names of config.json."""
+    """Sizes of the network, with the names used in config.json."""
 
     vocab_size: int = 512
     hidden_size: int = 128
@@ -47,26 +45,30 @@ class Shape:
 
     @property
     def layer_types(self) -> list[str]:
-        """Even layers look back over the window, odd layers over everything."""
+        """Even layers use a sliding window, odd layers full attention."""
         kinds = ("sliding_attention", "full_attention")
         return [kinds[i % 2] for i in range(self.num_hidden_layers)]
 
     @property
     def rope_factor(self) -> float:
-        """How far YaRN stretches the original context."""
+        """Factor by which YaRN extends the original context."""
         return self.max_position_embeddings / self.original_max_position_embeddings
 
 
 def rotary_tables(shape: Shape) -> tuple[Tensor, Tensor]:
-    """YaRN cosines and sines [position, head_dim / 2] (arXiv 2309.00071; range not rounded)."""
+    """Return YaRN cosines and sines [position, head_dim / 2].
+
+    Source: arXiv 2309.00071; the bounds of the ramp are not rounded.
+    """
     dim, base = shape.head_dim, shape.rope_theta
 
-    def correction(rotations: float) -> float:
-        turns = shape.original_max_position_embeddings / (rotations * 2 * math.pi)
-        return dim * math.log(turns) / (2 * math.log(base))
+    def dimension_of(rotations: float) -> float:
+        """Return the dimension that makes this number of rotations in the original context."""
+        ratio = shape.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return dim * math.log(ratio) / (2 * math.log(base))
 
-    low = max(correction(shape.beta_fast), 0.0)
-    high = min(correction(shape.beta_slow), dim - 1.0)
+    low = max(dimension_of(shape.beta_fast), 0.0)
+    high = min(dimension_of(shape.beta_slow), dim - 1.0)
     frequency = base ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     frequency = frequency * (1 - ramp) + frequency / shape.rope_factor * ramp
@@ -75,157 +77,8 @@ def rotary_tables(shape: Shape) -> tuple[Tensor, Tensor]:
     return angle.cos() * scale, angle.sin() * scale
 
 
-def _mxfp4_scale(weight: Tensor) -> Tensor:
-    """Exponent of each group of `weight` [..., groups, 32]; only the top of a group may clip."""
-    top = weight.abs().amax(-1, keepdim=True).clamp_min(2.0**-100)
-    return torch.ceil(torch.log2(top / 7.0))
-
-
-@torch.compile(dynamic=False)
-def _rounding(weight: Tensor) -> Tensor:
-    """What MXFP4 adds to `weight` [..., in]."""
-    groups = weight.unflatten(-1, (-1, GROUP))
-    unit = torch.exp2(_mxfp4_scale(groups))
-    x = groups / unit
-    size = x.abs()
-    step = 0.5 + 0.5 * (size >= 2) + (size >= 4)
-    rounded = ((x / step).round() * step).clamp(-6, 6) * unit
-    return rounded.flatten(-2) - weight
-
-
-def fake_mxfp4(weight: Tensor) -> Tensor:
-    """`weight` [..., in] rounded to MXFP4; gradients pass straight through."""
-    with torch.no_grad():
-        change = _rounding(weight)
-    return weight + change
-
-
-def pack_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`weight` [..., out, in] as uint8: blocks [..., out, in/32, 16], scales [..., out, in/32].
-
-    Two values to a byte, low nibble first; a scale is an exponent with bias 127.
-    """
-    groups = fake_mxfp4(weight).detach().float().unflatten(-1, (-1, GROUP))
-    # Scales come from the weights before rounding: rounding may lower a group's largest value.
-    exponent = _mxfp4_scale(weight.detach().float().unflatten(-1, (-1, GROUP)))
-    x = groups / torch.exp2(exponent)
-    table = torch.tensor(FP4_VALUES)
-    code = (x.abs().unsqueeze(-1) - table).abs().argmin(-1).to(torch.uint8)
-    code |= (x < 0).to(torch.uint8) << 3
-    return code[..., 0::2] | (code[..., 1::2] << 4), (exponent.squeeze(-1) + 127).to(torch.uint8)
-
-
-def unpack_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """The weight [..., out, in] in float32 that `pack_mxfp4` packed."""
-    values = torch.tensor(FP4_VALUES + tuple(-v for v in FP4_VALUES))
-    code = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2)
-    return (values[code.long()] * torch.exp2(scales.float() - 127).unsqueeze(-1)).flatten(-2)
-
-
-@torch.compile(dynamic=True)
-def _attention_backward(
-    score: Tensor, dprobability: Tensor, mask: Tensor, total: Tensor, row: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Probabilities and gradients of the unscaled scores [batch, heads, tokens, tokens]."""
-    probability = torch.exp(score.float() * scale + mask - total.unsqueeze(-1))
-    dscore = probability * (dprobability.float() - row.unsqueeze(-1)) * scale
-    return probability.to(score.dtype), dscore.to(score.dtype)
-
-
-class _Attend(torch.autograd.Function):
-    """Softmax attention with one sink a head, on torch's CPU flash kernel.
-
-    A sink s only adds exp(s) to the softmax's denominator. So the kernel's output is rescaled by
-    sigmoid(lse - s), and the usual backward pass is right once it works with logaddexp(lse, s):
-    probabilities, output and row sums then all include the sink. The kernel's own backward pass
-    is far slower on short sequences than plain matrix products are.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, mask: Tensor, scale: float
-    ) -> Tensor:
-        """q, k, v [batch, heads, tokens, head_dim], sinks [heads], mask [tokens, tokens]."""
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = flash(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
-        sink = sinks.float()[None, :, None]
-        out = out * torch.sigmoid(lse - sink).unsqueeze(-1).to(out.dtype)
-        ctx.save_for_backward(q, k, v, out, torch.logaddexp(lse, sink), sinks, mask)
-        ctx.scale = scale
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, total, sinks, mask = ctx.saved_tensors
-        grad = grads[0]
-        row = (grad.float() * out.float()).sum(-1)
-        probability, dscore = _attention_backward(
-            q @ k.transpose(-1, -2), grad @ v.transpose(-1, -2), mask, total, row, ctx.scale
-        )
-        share = torch.exp(sinks.float()[None, :, None] - total)
-        return (
-            dscore @ k,
-            dscore.transpose(-1, -2) @ q,
-            probability.transpose(-1, -2) @ grad,
-            -(share * row).sum((0, 2)).to(sinks.dtype),
-            None,
-            None,
-        )
-
-
-class _Dispatch(torch.autograd.Function):
-    """Rows of x [tokens, hidden] into [expert * capacity, hidden]; gathers both ways."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, source: Tensor, slot: Tensor) -> Tensor:
-        ctx.save_for_backward(slot)
-        return x.index_select(0, source)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (slot,) = ctx.saved_tensors
-        gathered = grads[0].index_select(0, slot.flatten()).view(*slot.shape, -1)
-        return gathered.sum(1), None, None
-
-
-class _Combine(torch.autograd.Function):
-    """Weighted sum over a token's experts of y [expert * capacity, hidden]; gathers both ways."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, gates: Tensor, source: Tensor, slot: Tensor) -> Tensor:
-        chosen = y.index_select(0, slot.flatten()).view(*slot.shape, -1)
-        ctx.save_for_backward(chosen, gates, source, slot)
-        ctx.rows = y.shape[0]
-        return (chosen * gates.unsqueeze(-1).to(y.dtype)).sum(1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        chosen, gates, source, slot = ctx.saved_tensors
-        grad = grads[0]
-        weight = torch.zeros(ctx.rows, dtype=grad.dtype)
-        weight[slot.flatten()] = gates.flatten().to(grad.dtype)
-        dy = grad.index_select(0, source) * weight.unsqueeze(-1)
-        dgates = torch.matmul(chosen, grad.unsqueeze(-1).to(chosen.dtype)).squeeze(-1)
-        return dy, dgates.to(gates.dtype), None, None
-
-
-@torch.compile(dynamic=True)
-def _rotate(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-split rotation of y [batch, heads, tokens, head_dim]."""
-    a, b = y.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-
-
-@torch.compile(dynamic=True)
-def _swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
-    """gate·sigmoid(alpha·gate)·(up + 1) of gate_up [..., gates then ups], clamped."""
-    gate, up = gate_up.chunk(2, -1)
-    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return gate * torch.sigmoid(alpha * gate) * (up + 1)
-
-
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with a weight."""
+    """Root-mean-square normalization with a weight."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -233,7 +86,7 @@ class RMSNorm(nn.Module):
         self.eps = shape.rms_norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x [..., hidden]."""
+        """Normalize x [..., hidden]."""
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
@@ -243,34 +96,37 @@ class Attention(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
-        wide = shape.num_attention_heads * shape.head_dim
-        narrow = shape.num_key_value_heads * shape.head_dim
-        self.q_proj = nn.Linear(shape.hidden_size, wide)
-        self.k_proj = nn.Linear(shape.hidden_size, narrow)
-        self.v_proj = nn.Linear(shape.hidden_size, narrow)
-        self.o_proj = nn.Linear(wide, shape.hidden_size)
+        q_size = shape.num_attention_heads * shape.head_dim
+        kv_size = shape.num_key_value_heads * shape.head_dim
+        self.q_proj = nn.Linear(shape.hidden_size, q_size)
+        self.k_proj = nn.Linear(shape.hidden_size, kv_size)
+        self.v_proj = nn.Linear(shape.hidden_size, kv_size)
+        self.o_proj = nn.Linear(q_size, shape.hidden_size)
         self.sinks = nn.Parameter(torch.zeros(shape.num_attention_heads))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        """x [batch, tokens, hidden], cos and sin [tokens, head_dim / 2], mask [tokens, tokens]."""
+        """Return [batch, tokens, hidden] for x of the same shape.
+
+        cos and sin are [tokens, head_dim / 2], mask is added to the scores [tokens, tokens].
+        """
         batch, tokens, _ = x.shape
         dim = self.shape.head_dim
 
-        def heads(y: Tensor, rotate: bool, repeat: int = 1) -> Tensor:
+        def heads(y: Tensor, is_rotated: bool, repeat: int = 1) -> Tensor:
             y = y.view(batch, tokens, -1, dim).transpose(1, 2)
-            y = _rotate(y, cos, sin) if rotate else y
+            y = rotate(y, cos, sin) if is_rotated else y
             return y.repeat_interleave(repeat, 1) if repeat > 1 else y
 
         group = self.shape.num_attention_heads // self.shape.num_key_value_heads
         q = heads(self.q_proj(x), True)
         k = heads(self.k_proj(x), True, group)
         v = heads(self.v_proj(x), False, group)
-        out = _Attend.apply(q, k, v, self.sinks, mask, dim**-0.5)
+        out = Attend.apply(q, k, v, self.sinks, mask, dim**-0.5)
         return self.o_proj(out.transpose(1, 2).reshape(batch, tokens, -1))
 
 
 class Router(nn.Module):
-    """Scores of the experts."""
+    """Weight and bias of the layer that scores the experts."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -279,7 +135,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """Expert matrices and biases of one layer."""
+    """Matrices and biases of one layer's experts."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -304,7 +160,10 @@ class MoE(nn.Module):
         self.experts = Experts(shape)
 
     def forward(self, x: Tensor, quantised: bool) -> tuple[Tensor, Tensor]:
-        """x [tokens, hidden] -> the experts' sum, and how unevenly they were used (1 is even)."""
+        """Return the weighted sum of the experts of x [tokens, hidden], and the balance loss.
+
+        The balance loss is 1 if all experts are used equally, and larger otherwise.
+        """
         count, top_k = self.shape.num_local_experts, self.shape.num_experts_per_tok
         with torch.autocast("cpu", enabled=False):
             scores = F.linear(x.float(), self.router.weight, self.router.bias)
@@ -312,7 +171,7 @@ class MoE(nn.Module):
             gates = top.softmax(-1)
         flat = expert.flatten()
         load = torch.bincount(flat, minlength=count)
-        capacity = -(-int(load.max()) // 64) * 64  # few sizes: each new one costs a compilation
+        capacity = -(-int(load.max()) // 64) * 64  # rounded up, since each new size is compiled
         order = flat.argsort(stable=True)
         start = load.cumsum(0) - load
         place = torch.arange(len(flat)) - start[flat[order]] + flat[order] * capacity
@@ -328,13 +187,13 @@ class MoE(nn.Module):
         if quantised:
             up, down = fake_mxfp4(up), fake_mxfp4(down)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        rows = _Dispatch.apply(x.to(dtype), source, slot).view(count, capacity, -1)
+        rows = Dispatch.apply(x.to(dtype), source, slot).view(count, capacity, -1)
         h = torch.baddbmm(
             w.gate_up_proj_bias.to(dtype)[:, None], rows, up.to(dtype).transpose(1, 2)
         )
-        h = _swiglu(h, self.shape.swiglu_alpha, self.shape.swiglu_limit)
+        h = swiglu(h, self.shape.swiglu_alpha, self.shape.swiglu_limit)
         y = torch.baddbmm(w.down_proj_bias.to(dtype)[:, None], h, down.to(dtype).transpose(1, 2))
-        out = _Combine.apply(y.flatten(0, 1), gates, source, slot)
+        out = Combine.apply(y.flatten(0, 1), gates, source, slot)
         balance = count * (scores.softmax(-1).mean(0) * (load / len(flat))).sum()
         return out, balance
 
@@ -351,7 +210,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and final norm."""
+    """Embedding, layers and final normalization."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -384,9 +243,10 @@ class Network(nn.Module):
         nn.init.normal_(self.lm_head.weight, std=0.02)
 
     def forward(self, ids: Tensor, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Logits of ids [batch, tokens] at the flat positions `wanted` (all without), and balance.
+        """Return logits [positions, vocab] and the mean balance loss for ids [batch, tokens].
 
-        Sequences are padded on the right, where the causal mask hides it.
+        `wanted` selects flat positions; None selects all. Sequences are padded on the right, where
+        the causal mask excludes the padding.
         """
         tokens = ids.shape[1]
         at = torch.arange(tokens)
@@ -406,9 +266,9 @@ class Network(nn.Module):
             assert isinstance(layer, Layer)
             x = x + layer.self_attn(layer.input_layernorm(x), cos, sin, masks[kind])
             y = layer.post_attention_layernorm(x).flatten(0, 1)
-            mixed, uneven = layer.mlp(y, self.quantised)
+            mixed, layer_balance = layer.mlp(y, self.quantised)
             x = x + mixed.view_as(x)
-            balance = balance + uneven / self.shape.num_hidden_layers
+            balance = balance + layer_balance / self.shape.num_hidden_layers
         x = x.flatten(0, 1)
         if wanted is not None:
             x = x[wanted]
@@ -416,12 +276,12 @@ class Network(nn.Module):
 
 
 def checkpoint_tensors(network: Network) -> dict[str, Tensor]:
-    """The network as a gpt-oss checkpoint stores it: experts in MXFP4, the rest in bfloat16."""
+    """Return the tensors of a gpt-oss checkpoint: experts in MXFP4, everything else in bfloat16."""
     tensors: dict[str, Tensor] = {}
     for name, weight in network.state_dict().items():
         if ".gate_up_proj" in name:
             gates, ups = weight.chunk(2, 1)
-            weight = torch.stack((gates, ups), 2).flatten(1, 2)  # alternate
+            weight = torch.stack((gates, ups), 2).flatten(1, 2)  # gate and up rows alternate
         if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
             tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = pack_mxfp4(weight)
         else:

@@ -1,4 +1,4 @@
-"""What of benchmarks/gpu.py can be tested without a GPU."""
+"""Tests of benchmarks/gpu.py that do not need a GPU."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so_in_one_line() -> None:
+def test_without_a_gpu_it_prints_one_line_and_exits_with_2() -> None:
     result = subprocess.run(
         [sys.executable, "benchmarks/gpu.py"], cwd=ROOT, capture_output=True, text=True
     )
@@ -31,14 +31,14 @@ def test_without_a_gpu_it_says_so_in_one_line() -> None:
     assert not result.stdout
 
 
-def test_the_nano_vllm_load_is_the_published_one() -> None:
+def test_the_nano_vllm_load_equals_the_published_one() -> None:
     prompts, outputs = gpu_loads.nano_load()
     assert len(prompts) == len(outputs) == 256
     assert sum(outputs) == 133_966
     assert {100 <= len(prompt) <= 1024 for prompt in prompts} == {True}
 
 
-def test_other_loads_end_where_they_should() -> None:
+def test_other_loads_have_the_specified_lengths() -> None:
     prompts, outputs = gpu_loads.short_load(50, 1024)
     assert {len(p) + n for p, n in zip(prompts, outputs, strict=True)} == {1024}
     prompts, outputs = gpu_loads.context_load(2, 1000, 400)
@@ -49,8 +49,8 @@ def test_other_loads_end_where_they_should() -> None:
     assert {20 <= count <= 300 for count in outputs} == {True}
 
 
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loads are run on a tiny model and by the CPU."""
+def run_loads_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the loads run a tiny model on the CPU."""
     config = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96}
     config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 10_001}
     monkeypatch.setitem(gpu_loads.SHAPES, "qwen2-0.5b", gpu_loads.SHAPES["qwen2-0.5b"] | config)
@@ -64,24 +64,24 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
 
-def test_a_load_is_timed_and_stopped_when_its_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where no request would end before: a batch of one length ends all at once."""
+def test_a_load_is_timed_and_stops_at_its_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It also stops when no request has completed: requests of equal length end together."""
     pytest.importorskip("triton")
-    on_the_cpu(monkeypatch)
+    run_loads_on_the_cpu(monkeypatch)
     limits, load = gpu_times.Limits(1e11, 1e12), gpu_loads.short_load(8, 60)
     rows = list(gpu_loads.time_load("qwen2-0.5b", load, limits, 60, batch_size=4))
     assert rows[2].name == "qwen2-0.5b, 8 requests"
     assert rows[2].value > 0
     load = gpu_loads.context_load(1, 30, 20)
     names = [row.name for row in gpu_loads.time_load("qwen2-0.5b", load, limits, 60)]
-    assert "qwen2-0.5b: kernels a layer" in names
+    assert "qwen2-0.5b: kernels per layer" in names
     load = gpu_loads.short_load(8, 4000)
     rows = list(gpu_loads.time_load("qwen2-0.5b", load, limits, 0.5, batch_size=4))
     assert rows[2].name == "qwen2-0.5b, 8 requests (0 done)"
 
 
-def test_a_load_whose_requests_fail_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    on_the_cpu(monkeypatch)
+def test_a_load_with_a_failed_request_raises_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_loads_on_the_cpu(monkeypatch)
     prompts, outputs = gpu_loads.context_load(2, 30, 20)
     load = [prompts[0], [10_001]], outputs
     times = gpu_loads.time_load("qwen2-0.5b", load, gpu_times.Limits(1e11, 1e12), 60)
@@ -89,11 +89,11 @@ def test_a_load_whose_requests_fail_has_no_time(monkeypatch: pytest.MonkeyPatch)
         list(times)
 
 
-def test_what_runs_at_the_same_time_is_counted_once() -> None:
+def test_the_time_of_overlapping_kernels_is_counted_once() -> None:
     spans = [(5.0, 9.0), (0.0, 4.0), (1.0, 2.0), (3.0, 6.0), (20.0, 21.0)]
     events = [SimpleNamespace(time_range=SimpleNamespace(start=a, end=b)) for a, b in spans]
-    assert gpu_loads._union_us(events) == 10.0
-    assert gpu_loads._union_us([]) == 0.0
+    assert gpu_loads.union_us(events) == 10.0
+    assert gpu_loads.union_us([]) == 0.0
 
 
 def run_all(
@@ -108,11 +108,11 @@ def run_all(
 
     monkeypatch.setattr(gpu, "start_section", section)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    status = gpu._run_all(tuple(gpu.SECTIONS), time.monotonic() + 570, file)
+    status = gpu.run_all(tuple(gpu.SECTIONS), time.monotonic() + 570, file)
     return status, json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_a_failing_section_stops_no_other(
+def test_a_failing_section_does_not_stop_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     row = {"name": "decode", "value": 2.0, "unit": "TB/s", "share": 0.5, "of": "copy"}
@@ -124,16 +124,16 @@ def test_a_failing_section_stops_no_other(
     assert set(results["sections"]) == set(gpu.SECTIONS)
 
 
-def test_all_well_is_status_0(
+def test_the_status_is_0_if_no_section_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_all({}, monkeypatch, capsys)[0] == 0
 
 
-def test_results_are_shown_and_kept_section_by_section(
+def test_results_are_printed_and_saved_after_each_section(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """A run that is killed in its midst loses only what was under way."""
+    """A run that is killed loses only the section that was running."""
     file, seen = tmp_path / "results.json", list[int]()
 
     def section(name: str, limits: dict[str, float], limit_s: float) -> Any:
@@ -143,14 +143,14 @@ def test_results_are_shown_and_kept_section_by_section(
 
     monkeypatch.setattr(gpu, "start_section", section)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    assert gpu._run_all(("check-norms", "nano"), time.monotonic() + 570, file) == 0
+    assert gpu.run_all(("check-norms", "nano"), time.monotonic() + 570, file) == 0
     assert seen == [1, 2]
     *shown, last = capsys.readouterr().out.splitlines()
     assert json.loads(last) == json.loads(file.read_text())
     assert all(f"of {name}" in "".join(shown) for name in ("limits", "check-norms", "nano"))
 
 
-def test_a_check_tells_all_that_is_wrong_and_where_it_is(
+def test_a_check_reports_every_problem_with_its_comparison_and_dtype(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def comparisons(dtype: torch.dtype) -> Iterator[gpu_checks.Comparison]:
@@ -163,33 +163,33 @@ def test_a_check_tells_all_that_is_wrong_and_where_it_is(
         yield "third", torch.empty(3) if is_nan else ones, ones
         yield "fourth", ones * 0, ones * 0
 
-    check = partial(gpu_checks._compare, comparisons)
+    check = partial(gpu_checks.compare, comparisons)
     monkeypatch.setattr(gpu_checks, "check_norms", check)
     rows = gpu.SECTIONS["check-norms"].run(gpu_times.Limits(1.0, 1.0))
     assert next(rows).name == "check of norms"
     with pytest.raises(gpu_checks.CheckError) as caught:
         next(rows)
     assert str(caught.value).split("; ") == [
-        "first, torch.bfloat16: off by 1.0e+00 of the most",
+        "first, torch.bfloat16: error 1.0e+00 of the largest value",
         "torch.bfloat16, after second: RuntimeError: no kernel image",
-        "first, torch.bfloat16: off by 1.0e+00 of the most",
+        "first, torch.bfloat16: error 1.0e+00 of the largest value",
         "torch.bfloat16, after second: RuntimeError: no kernel image",
-        "first, torch.float32: off by 1.0e+00 of the most",
-        "fourth, torch.float32: all of what is expected is zero",
-        "first, torch.float32: off by 1.0e+00 of the most",
-        "third, torch.float32: off by nan of the most",
-        "fourth, torch.float32: all of what is expected is zero",
+        "first, torch.float32: error 1.0e+00 of the largest value",
+        "fourth, torch.float32: all expected values are zero",
+        "first, torch.float32: error 1.0e+00 of the largest value",
+        "third, torch.float32: error nan of the largest value",
+        "fourth, torch.float32: all expected values are zero",
     ]
     assert capsys.readouterr().err.splitlines()[-1] == "fourth, torch.float32"
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_a_section_that_hangs_is_stopped_and_one_that_fails_says_why(
+def test_a_hanging_section_is_stopped_and_a_failing_one_reports_the_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = tmp_path / "section.py"
     monkeypatch.setattr(gpu, "__file__", str(script))
-    row = gpu._MARK + json.dumps({"name": "first"})
+    row = gpu.RESULT_PREFIX + json.dumps({"name": "first"})
     script.write_text(f"import time\nprint({row!r}, flush=True)\ntime.sleep(60)")
     rows, problem = gpu.start_section("nano", {}, 2)
     assert rows == [{"name": "first"}]
@@ -198,7 +198,7 @@ def test_a_section_that_hangs_is_stopped_and_one_that_fails_says_why(
     assert gpu.start_section("nano", {}, 30) == ([], "status 1: ValueError: the reason")
 
 
-def test_what_a_section_leaves_running_ends_with_it(
+def test_processes_that_a_section_leaves_running_are_killed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     script, pid = tmp_path / "section.py", tmp_path / "pid"
@@ -217,13 +217,13 @@ def test_what_a_section_leaves_running_ends_with_it(
         time.sleep(0.01)
 
 
-def test_no_section_of_ours_can_take_another_s_time() -> None:
+def test_the_time_limits_of_all_sections_fit_the_budget() -> None:
     peers = ("transformers", "vllm")
     ours = [section for name, section in gpu.SECTIONS.items() if name not in peers]
     longest = max(section.limit_s for section in ours if not section.timed)
     timed = sum(section.limit_s for section in ours if section.timed)
     assert longest + timed <= gpu.BUDGET_S < 600
-    names = ("norms", "attention", "experts", "draws", "fusions")
+    names = ("norms", "attention", "experts", "sampling", "fusions")
     checks = [*(f"check-{name}" for name in names), "parity-dense", "parity-experts", "score"]
     assert list(gpu.SECTIONS)[: 1 + len(checks)] == ["limits", *checks]
     assert [name for name, section in gpu.SECTIONS.items() if not section.timed] == checks
@@ -231,7 +231,7 @@ def test_no_section_of_ours_can_take_another_s_time() -> None:
 
 
 @pytest.mark.skipif(find_spec("nvidia") is not None, reason="torch is built for CUDA")
-def test_the_null_gpu_says_what_it_needs() -> None:
+def test_the_null_gpu_names_its_missing_requirements() -> None:
     result = subprocess.run(
         [sys.executable, "benchmarks/null_gpu.py", "benchmarks/gpu.py"],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""The embedded model's files: sizes, formats, and questions that training never saw."""
+"""The embedded model's files: sizes, formats, and questions excluded from training."""
 
 import json
 import random
@@ -14,7 +14,7 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 MODEL = DATA / "model"
 sys.path.insert(0, str(DATA))
 
-from questions import FAMILIES, draw, evaluation_set, is_held_out, parse, solve  # noqa: E402
+from questions import FAMILIES, evaluation_set, is_held_out, parse, sample, solve  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def tensors() -> dict[str, tuple[str, list[int]]]:
-    """Type and shape of every tensor, from the safetensors header."""
+    """The dtype and shape of every tensor, from the safetensors header."""
     with (MODEL / "model.safetensors").open("rb") as f:
         (length,) = struct.unpack("<Q", f.read(8))
         header = json.loads(f.read(length))
@@ -49,44 +49,44 @@ def answers() -> list[str]:
     return lines
 
 
-def test_data_stays_within_eight_megabytes() -> None:
+def test_data_is_smaller_than_eight_megabytes() -> None:
     files = [p for p in DATA.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     assert sum(p.stat().st_size for p in files) <= 8_000_000
 
 
-def test_input_and_answers_line_up() -> None:
+def test_every_input_line_has_an_answer() -> None:
     count, lines = questions()
     assert count >= 240
     assert len(lines) == len(answers()) == count
     assert len(set(lines)) == count
 
 
-def test_every_answer_is_what_the_checker_says() -> None:
+def test_every_answer_equals_the_computed_one() -> None:
     for line, answer in zip(questions()[1], answers(), strict=True):
         assert solve(line) == answer
 
 
-def test_input_is_held_out_and_mixes_every_family() -> None:
+def test_input_is_held_out_and_contains_every_family() -> None:
     asked = [parse(line) for line in questions()[1]]
     assert all(is_held_out(q) for q in asked)
     assert {q.family for q in asked} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_training_never_draws_a_held_out_question(family: str) -> None:
+def test_training_never_samples_a_held_out_question(family: str) -> None:
     rng = random.Random(0)
-    trained = {draw(family, rng, held_out=False).key for _ in range(400)}
+    trained = {sample(family, rng, held_out=False).key for _ in range(400)}
     asked = {parse(line).key for line in questions()[1]}
     assert not trained & asked
-    assert not any(is_held_out(draw(family, rng, held_out=False)) for _ in range(100))
+    assert not any(is_held_out(sample(family, rng, held_out=False)) for _ in range(100))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_questions_are_read_back_from_their_text(family: str) -> None:
+def test_questions_are_recovered_from_their_text(family: str) -> None:
     rng = random.Random(1)
     for held_out in (False, True):
         for _ in range(100):
-            question = draw(family, rng, held_out)
+            question = sample(family, rng, held_out)
             assert parse(question.text) == question
 
 
@@ -102,7 +102,7 @@ def test_questions_are_read_back_from_their_text(family: str) -> None:
         ),
     ],
 )
-def test_the_split_ignores_wording_and_order(one: str, other: str) -> None:
+def test_the_split_does_not_depend_on_wording_or_order(one: str, other: str) -> None:
     assert parse(one).key == parse(other).key
 
 
@@ -120,12 +120,12 @@ def test_the_split_ignores_wording_and_order(one: str, other: str) -> None:
         ("What comes next: 3, 7, 11, 15?", "19"),
     ],
 )
-def test_the_checker_answers_known_questions(text: str, answer: str) -> None:
+def test_solve_answers_known_questions(text: str, answer: str) -> None:
     assert solve(text) == answer
 
 
-def test_the_checker_refuses_what_no_family_asks() -> None:
-    with pytest.raises(ValueError, match="no family asks"):
+def test_solve_rejects_a_question_of_no_family() -> None:
+    with pytest.raises(ValueError, match="matches no question family"):
         solve("What is the meaning of life?")
 
 
@@ -155,7 +155,7 @@ def test_experts_are_stored_as_mxfp4(
     assert config["quantization_config"]["quant_method"] == "mxfp4"
 
 
-def test_the_shape_tells_every_part_apart(config: dict[str, Any]) -> None:
+def test_sizes_differ_so_that_mixed_up_dimensions_are_detected(config: dict[str, Any]) -> None:
     assert config["model_type"] == "gpt_oss"
     assert not config["tie_word_embeddings"]
     assert config["num_attention_heads"] > config["num_key_value_heads"] > 1
@@ -164,20 +164,22 @@ def test_the_shape_tells_every_part_apart(config: dict[str, Any]) -> None:
     assert set(config["layer_types"]) == {"sliding_attention", "full_attention"}
     assert config["hidden_size"] % 32 == config["intermediate_size"] % 32 == 0
     rope = config["rope_scaling"]
-    stretched = rope["factor"] * rope["original_max_position_embeddings"]
+    extended = rope["factor"] * rope["original_max_position_embeddings"]
     assert rope["rope_type"] == "yarn"
     assert not rope["truncate"]
-    assert stretched == config["max_position_embeddings"]
+    assert extended == config["max_position_embeddings"]
 
 
-def test_questions_reach_beyond_the_window(config: dict[str, Any], tokenizer: Tokenizer) -> None:
+def test_most_questions_are_longer_than_the_window(
+    config: dict[str, Any], tokenizer: Tokenizer
+) -> None:
     lengths = [len(tokenizer.encode(line).ids) for line in questions()[1]]
     beyond = sum(n > config["sliding_window"] for n in lengths)
     assert beyond > len(lengths) / 2
     assert max(lengths) > config["rope_scaling"]["original_max_position_embeddings"]
 
 
-def test_stop_tokens_are_those_of_harmony(tokenizer: Tokenizer) -> None:
+def test_stop_tokens_are_those_of_the_harmony_format(tokenizer: Tokenizer) -> None:
     stops = json.loads((MODEL / "generation_config.json").read_text())["eos_token_id"]
     names = {tokenizer.id_to_token(i) for i in stops}
     assert names == {"<|return|>", "<|endoftext|>", "<|call|>"}

@@ -1,4 +1,4 @@
-"""The whole product on the model that comes with it, as a user runs it."""
+"""The whole product with the embedded model, through the command line."""
 
 import json
 import os
@@ -14,7 +14,7 @@ DATA = ROOT / "data"
 
 
 def getp(*args: object, stdin: str = "", status: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run the command line; one thread, since the model is tiny."""
+    """Run the command line, with one thread because the model is tiny."""
     result = subprocess.run(
         [sys.executable, "run.py", *map(str, args)],
         cwd=ROOT,
@@ -38,13 +38,14 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def share_right(tokens: Path, folder: Path) -> float:
+def share_correct(tokens: Path, folder: Path) -> float:
+    """Return the share of correct answers in a file of token ids."""
     report = folder / "eval.json"
     getp("-m", "eval", "-i", tokens, "--expected", DATA / "answers.txt", "--report", report)
     return float(json.loads(report.read_text())["expected"]["share_right"])
 
 
-def test_the_main_job_answers_95_percent_of_questions_it_never_saw(job: Path) -> None:
+def test_the_main_job_answers_95_percent_of_held_out_questions_correctly(job: Path) -> None:
     lines = (job / "output.txt").read_text().splitlines()
     assert len(lines) == int((DATA / "input.txt").read_text().split("\n")[0]) >= 200
     assert all(re.fullmatch(r"\d+( \d+)*", line) for line in lines)
@@ -52,25 +53,27 @@ def test_the_main_job_answers_95_percent_of_questions_it_never_saw(job: Path) ->
     assert re.fullmatch(
         r"elapsed time\(s\): \d+\.\d{6}, achieved throughput TPS \(tok/s\): \d+\.\d{6}", last
     )
-    assert share_right(job / "output.txt", job) >= 0.95
+    assert share_correct(job / "output.txt", job) >= 0.95
 
 
-def test_through_the_chat_template_it_answers_95_percent_too(tmp_path: Path) -> None:
+def test_with_the_chat_template_95_percent_of_the_answers_are_correct(tmp_path: Path) -> None:
     output = tmp_path / "chat.txt"
     getp("-m", "getp", "-i", DATA / "input.txt", "-o", output, "--chat-template")
-    assert share_right(output, tmp_path) >= 0.95
+    assert share_correct(output, tmp_path) >= 0.95
 
 
-def test_float32_answers_the_same_but_for_a_few(job: Path, tmp_path: Path) -> None:
-    output = tmp_path / "wide.txt"
+def test_98_percent_of_the_answers_are_equal_in_float32_and_bfloat16(
+    job: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "float32.txt"
     getp("-m", "getp", "-i", DATA / "input.txt", "-o", output, "--dtype", "float32")
-    wide = output.read_text().splitlines()
-    half = (job / "output.txt").read_text().splitlines()
-    assert sum(a == b for a, b in zip(wide, half, strict=True)) >= 0.98 * len(wide)
+    float32 = output.read_text().splitlines()
+    bfloat16 = (job / "output.txt").read_text().splitlines()
+    assert sum(a == b for a, b in zip(float32, bfloat16, strict=True)) >= 0.98 * len(float32)
 
 
-def test_prompts_reach_beyond_window_and_original_context(job: Path) -> None:
-    """Else the model would be no check of windows and YaRN."""
+def test_prompts_are_longer_than_the_window_and_the_original_context(job: Path) -> None:
+    """Otherwise these jobs would not test windows and YaRN."""
     config = json.loads((DATA / "model" / "config.json").read_text())
     report = json.loads((job / "report.json").read_text())
     longest = getp(
@@ -87,16 +90,22 @@ def test_prompts_reach_beyond_window_and_original_context(job: Path) -> None:
     assert report["prompt_tokens"] / report["requests_done"] > config["sliding_window"]
 
 
-def test_a_conversation_keeps_its_history_and_knows_its_commands() -> None:
-    talk = ["What is 12 plus 7?", "/system Be brief.", "What is 20 plus 30?", "/reset", "/nonsense"]
-    run = getp("-m", "chat", stdin="\n".join([*talk, "What is 5 plus 6?", "/quit", "ignored"]))
+def test_a_chat_keeps_its_history_and_runs_its_commands() -> None:
+    lines = [
+        "What is 12 plus 7?",
+        "/system Be brief.",
+        "What is 20 plus 30?",
+        "/reset",
+        "/nonsense",
+    ]
+    run = getp("-m", "chat", stdin="\n".join([*lines, "What is 5 plus 6?", "/quit", "ignored"]))
     assert run.stdout.split() == ["19", "50", "11"]
     assert "unknown command /nonsense" in run.stderr
     assert run.stderr.count("tok/s") == 3
-    assert "analysis" in run.stderr  # shown apart from the answer
+    assert "analysis" in run.stderr  # shown separately from the answer
 
 
-def test_a_broken_input_file_is_one_clear_line(tmp_path: Path) -> None:
+def test_a_truncated_input_file_gives_one_line_of_error(tmp_path: Path) -> None:
     path = tmp_path / "broken.txt"
     path.write_text("3\nonly one\n")
     run = getp("-m", "getp", "-i", path, "-o", tmp_path / "out.txt", status=1)
@@ -105,7 +114,7 @@ def test_a_broken_input_file_is_one_clear_line(tmp_path: Path) -> None:
     assert not (tmp_path / "out.txt").exists()
 
 
-def test_bad_requests_fail_alone(tmp_path: Path) -> None:
+def test_bad_requests_do_not_affect_the_others(tmp_path: Path) -> None:
     path, output = tmp_path / "mixed.txt", tmp_path / "out.txt"
     path.write_bytes(b"4\nWhat is 4 plus 5?\n\n\xff\xfe\n" + b"A" * 5000 + b"\n")
     getp("-m", "getp", "-i", path, "-o", output, status=3)
@@ -116,7 +125,7 @@ def test_bad_requests_fail_alone(tmp_path: Path) -> None:
     assert [e["line"] for e in errors] == [3, 4, 5]
 
 
-def test_the_five_lines_of_the_readme_run() -> None:
+def test_the_python_example_of_the_readme_prints_the_answer() -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
@@ -124,7 +133,7 @@ def test_the_five_lines_of_the_readme_run() -> None:
     assert run.stdout.strip() == "42", run.stderr
 
 
-def test_the_commands_of_the_readme_exist() -> None:
+def test_the_make_targets_and_options_in_the_readme_exist() -> None:
     text = (ROOT / "README.md").read_text()
     targets = set(re.findall(r"^make (\w+)", text, re.MULTILINE))
     makefile = (ROOT / "Makefile").read_text()
@@ -132,5 +141,6 @@ def test_the_commands_of_the_readme_exist() -> None:
     assert all(f"\n{target}:" in makefile for target in targets)
     options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
     known = getp("--help").stdout
-    others = {"--load", "--help", "--head", "--port", "--address", "--nproc-per-node"}  # of others
+    # Options of benchmarks, Ray and torchrun.
+    others = {"--load", "--help", "--head", "--port", "--address", "--nproc-per-node"}
     assert all(option in known for option in options - others), options

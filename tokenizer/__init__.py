@@ -1,7 +1,7 @@
 """Text to token ids and back: tokenizer.json, streaming, chat templates, harmony channels.
 
-A leaf: it imports none of our other packages and knows nothing of models, files of prompts or
-terminals. The main class is `Tokenizer`.
+The package is a leaf: it imports none of the other packages and does not deal with models, input
+files or terminals. The main class is `Tokenizer`.
 """
 
 from tokenizer.chat import ChatTemplate, Message

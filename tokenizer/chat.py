@@ -1,8 +1,8 @@
-"""Chat templates: a checkpoint's own Jinja template makes one text of a conversation.
+"""Chat templates: a checkpoint's own Jinja template renders a conversation as one text.
 
-The environment and the names a template sees are those of transformers'
-`apply_chat_template`, so the templates on the Hub run unchanged. They are other people's
-programs: they run in Jinja's sandbox, and every loop, text and number of theirs has a limit.
+A template gets the same environment and the same names as in transformers'
+`apply_chat_template`, so templates from the Hub run unchanged. A template is untrusted code: it
+runs in Jinja's sandbox, with limits on loops, text, numbers and time.
 """
 
 import json
@@ -18,27 +18,27 @@ import jinja2.nodes
 import jinja2.parser
 
 from tokenizer.errors import TemplateError, TokenizerError
-from tokenizer.sandbox import LONGEST_TEXT, Sandbox
+from tokenizer.sandbox import MAX_TEXT, Sandbox
 
-_LONGEST_SOURCE = 1 << 20  # characters; templates on the Hub have up to some ten thousand
+_MAX_SOURCE = 1 << 20  # characters; templates on the Hub have at most tens of thousands
 
 Message = Mapping[str, Any]
-"""One turn: {"role": "system" | "user" | "assistant", "content": text}, and what a template
-may know besides."""
+"""One message: {"role": "system" | "user" | "assistant", "content": text}, plus any other keys
+that the template uses."""
 
 
 class ChatTemplate:
-    """A compiled template and the special tokens it may name."""
+    """A compiled template and the special tokens it can refer to by name."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
         self._special_tokens = dict(special_tokens or {})
-        if len(source) > _LONGEST_SOURCE:
-            raise TokenizerError(f"the chat template is longer than {_LONGEST_SOURCE} characters")
+        if len(source) > _MAX_SOURCE:
+            raise TokenizerError(f"the chat template is longer than {_MAX_SOURCE} characters")
         try:
             self._environment = _environment()
             tree = self._environment.parse(source)
             self.variables = frozenset(jinja2.meta.find_undeclared_variables(tree))
-            self._template = self._environment.from_string(self._environment.limit(tree))
+            self._template = self._environment.from_string(self._environment.add_limits(tree))
         except (jinja2.TemplateError, RecursionError, MemoryError, ValueError) as error:
             raise TokenizerError(f"the chat template is not valid: {error}") from error
 
@@ -46,17 +46,21 @@ class ChatTemplate:
     def load(
         cls, folder: Path, config: Mapping[str, Any], special_tokens: Mapping[str, str]
     ) -> "ChatTemplate | None":
-        """Take chat_template.jinja in `folder`, else what tokenizer_config.json has, else None."""
+        """Load the template from chat_template.jinja in `folder`, or else from `config`.
+
+        `config` is the content of tokenizer_config.json. Returns None if neither has a template.
+        Raises TokenizerError.
+        """
         file = folder / "chat_template.jinja"
         source = config.get("chat_template")
         if file.is_file():
             try:
-                # In bytes up to four times as many as characters.
+                # A character has at most four bytes in UTF-8.
                 with open(file, "rb") as opened:
-                    source = opened.read(4 * _LONGEST_SOURCE + 1).decode("utf-8")
+                    source = opened.read(4 * _MAX_SOURCE + 1).decode("utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise TokenizerError(f"{file} cannot be read: {error}") from error
-        elif isinstance(source, list):  # several, by name
+        elif isinstance(source, list):  # several named templates
             named = {e.get("name"): e.get("template") for e in source if isinstance(e, dict)}
             source = named.get("default")
         return cls(source, special_tokens) if isinstance(source, str) else None
@@ -66,30 +70,30 @@ class ChatTemplate:
     ) -> str:
         """Return the conversation as text, ending where the assistant's answer begins.
 
-        `variables` are further names for the template (`reasoning_effort="low"`, …); those it
-        asks about are in `self.variables`. Raises TemplateError with the template's own words
-        when it refuses the conversation.
+        `variables` are additional template variables (`reasoning_effort="low"`, …);
+        `self.variables` holds the names of all variables that the template uses. Raises
+        TemplateError, with the template's own message if the template rejects the conversation.
         """
         names: dict[str, Any] = {"tools": None, "documents": None, **self._special_tokens}
         names |= variables
         names |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        self._environment.begin()
+        self._environment.reset_limits()
         pieces, length = [], 0
         try:
             for piece in self._template.generate(names):
                 pieces.append(piece)
                 length += len(piece)
-                if length > LONGEST_TEXT:
-                    raise TemplateError(f"it makes a text of more than {LONGEST_TEXT} characters")
+                if length > MAX_TEXT:
+                    raise TemplateError(f"it creates more than {MAX_TEXT} characters of text")
         except Exception as error:  # a template is a program: it can raise anything
-            raise TemplateError(f"the chat template refused the conversation: {error}") from error
+            raise TemplateError(f"the chat template failed: {error}") from error
         return "".join(pieces)
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}` marks what the assistant said; it is just rendered."""
+    """`{% generation %}…{% endgeneration %}` marks the assistant's text; only its body matters."""
 
-    tags = {"generation"}  # noqa: RUF012 - as the base class has it
+    tags = {"generation"}  # noqa: RUF012 - the base class declares it the same way
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         """Replace the block by its body."""
@@ -98,7 +102,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 def _environment() -> Sandbox:
-    """Return the environment that templates on the Hub are written for."""
+    """Return the environment that templates on the Hub expect."""
     environment = Sandbox(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -117,18 +121,18 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own filter escapes <, >, & and ', which no model was trained on.
+    # Jinja's own filter escapes <, >, & and '; no model was trained on such text.
     encoder = json.JSONEncoder(
         ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
     if indent is None:
         return encoder.encode(value)
     pieces, length = [], 0
-    for piece in encoder.iterencode(value):  # deep inside a line is mostly its indent
+    for piece in encoder.iterencode(value):  # with deep nesting, indentation dominates the text
         pieces.append(piece)
         length += len(piece)
-        if length > LONGEST_TEXT:
-            raise TemplateError(f"it makes a text of more than {LONGEST_TEXT} characters")
+        if length > MAX_TEXT:
+            raise TemplateError(f"it creates more than {MAX_TEXT} characters of text")
     return "".join(pieces)
 
 

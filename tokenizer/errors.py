@@ -1,12 +1,12 @@
-"""What goes wrong in this package."""
+"""The exceptions of this package."""
 
 
 class TokenizerError(Exception):
-    """A tokenizer or template that cannot be used, or text that cannot be encoded.
+    """A tokenizer or chat template cannot be used, or a text cannot be encoded or decoded.
 
     The message is one sentence for the user.
     """
 
 
 class TemplateError(TokenizerError):
-    """A chat template that refused a conversation, or went beyond its limits."""
+    """A chat template rejected a conversation, failed, or exceeded a limit of its sandbox."""

@@ -1,10 +1,11 @@
-"""The harmony format of gpt-oss: an answer is several messages, each in a channel.
+"""The harmony format of gpt-oss: an answer consists of messages, each in a channel.
 
     <|channel|>analysis<|message|>Let me see…<|end|>
     <|start|>assistant<|channel|>final<|message|>It is 4.<|return|>
 
-`analysis` is thinking, `commentary` is talk with tools, `final` is the answer. `<|end|>` ends a
-message, not the answer. The format: https://cookbook.openai.com/articles/openai-harmony.
+`analysis` holds reasoning, `commentary` holds tool calls, `final` holds the answer. `<|end|>` ends
+a message, not the whole answer. Specification:
+https://cookbook.openai.com/articles/openai-harmony.
 """
 
 from collections.abc import Sequence
@@ -18,22 +19,22 @@ _MARKERS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>")
 
 
 class ChannelText(NamedTuple):
-    """A piece of a message's text. A message without a channel is in `final`."""
+    """A piece of a message's text and its channel. A message without a channel is in `final`."""
 
     channel: str
     text: str
 
 
-def speaks_harmony(tokenizer: Tokenizer) -> bool:
-    """Whether the tokenizer has harmony's markers as special tokens."""
+def supports_harmony(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer has the harmony markers as special tokens."""
     return all(tokenizer.token_id(marker) in tokenizer.special_ids for marker in _MARKERS)
 
 
 class HarmonyParser:
-    """Takes an answer's tokens one at a time and says what text they add to which channel.
+    """Parses an answer token by token and returns the text that each token adds to a channel.
 
-    `prompt_ids` is the prompt the answer continues: it usually ends after
-    `<|start|>assistant`, but may already name a channel or open a message.
+    `prompt_ids` is the prompt that the answer continues. It usually ends with
+    `<|start|>assistant`, but it may already name a channel or begin a message.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
@@ -42,14 +43,14 @@ class HarmonyParser:
             tokenizer.token_id(marker) for marker in _MARKERS
         )
         self._call = tokenizer.token_id("<|call|>")  # ends a message to a tool
-        self._channel_ids: list[int] | None = None  # the header's words after <|channel|>
+        self._channel_ids: list[int] | None = None  # header tokens after <|channel|>
         self._channel = FINAL
-        self._body: StreamDecoder | None = None  # set while inside a message's text
+        self._body: StreamDecoder | None = None  # None outside a message's text
         for token_id in _last_message(prompt_ids, self._start):
             self.push(token_id)
 
     def push(self, token_id: int) -> ChannelText | None:
-        """Take the next token; return the text it adds, if any."""
+        """Process the next token; return the text it adds, if any."""
         if token_id == self._message:
             self._channel = self._channel_name()
             self._body = StreamDecoder(self._tokenizer)
@@ -66,7 +67,7 @@ class HarmonyParser:
         return None
 
     def flush(self) -> ChannelText | None:
-        """Return text still held back (half a character), at the end of the tokens."""
+        """Return the text held back because its last character is incomplete; call at the end."""
         return self._piece(self._body.flush()) if self._body is not None else None
 
     def _piece(self, text: str) -> ChannelText | None:
@@ -81,14 +82,14 @@ class HarmonyParser:
 def answer_text(
     tokenizer: Tokenizer, token_ids: Sequence[int], prompt_ids: Sequence[int] = ()
 ) -> str:
-    """Return the answer in a finished completion: its final channel, or all of a plain one.
+    """Return the answer of a completed request: the `final` channel, or all text without harmony.
 
-    A completion is in harmony's format if the tokenizer knows it and a message begins in the
+    A completion is in the harmony format if the tokenizer supports it and a message begins in the
     completion or is open at the end of `prompt_ids`.
     """
     message = tokenizer.token_id("<|message|>")
     open_message = message in _last_message(prompt_ids, tokenizer.token_id("<|start|>"))
-    if not speaks_harmony(tokenizer) or not (open_message or message in token_ids):
+    if not supports_harmony(tokenizer) or not (open_message or message in token_ids):
         return tokenizer.decode(token_ids)
     parser = HarmonyParser(tokenizer, prompt_ids)
     pieces = [parser.push(token_id) for token_id in token_ids]
@@ -97,7 +98,7 @@ def answer_text(
 
 
 def _last_message(ids: Sequence[int], start: int | None) -> list[int]:
-    """Return the tokens from the last `<|start|>` on, none if there is none."""
+    """Return the tokens from the last `<|start|>` to the end, or [] without a `<|start|>`."""
     for at in range(len(ids) - 1, -1, -1):
         if ids[at] == start:
             return list(ids[at:])

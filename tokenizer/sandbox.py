@@ -1,4 +1,4 @@
-"""The sandbox that chat templates run in, with limits on what an expression can make."""
+"""The sandbox that chat templates run in, with limits on text, collections, numbers and time."""
 
 import re
 import time
@@ -13,37 +13,39 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tokenizer.errors import TemplateError
 
-LONGEST_TEXT = 16 << 20  # characters of what one expression makes, and of the whole
-_MOST_MADE = 256 << 20  # of what all expressions of one rendering make together
-_MOST_TURNS = 1 << 20  # of all loops of one rendering together
-_MOST_SECONDS = 10.0  # of the processor's time for a rendering; real templates take milliseconds
-_MOST_BITS = 4096  # of a number that is made
-_LIST, _ITEM = 256, 8  # bytes that a list takes until the end of the rendering, and each item
-_JINJAS_OWN = ("_loop_vars", "_block_vars")  # which it passes with every call
-_WIDE = re.compile(r"%[^a-zA-Z%]*(\*|\d{6})|\{[^{}]*:[^{}]*(\{|\d{6})")  # of % and of format
+MAX_TEXT = 16 << 20  # characters in the result of one expression, and in the rendered text
+_MAX_TOTAL = 256 << 20  # characters created by all expressions of one rendering together
+_MAX_ITERATIONS = 1 << 20  # of all loops of one rendering together
+_MAX_SECONDS = 10.0  # CPU time of one rendering; real templates take milliseconds
+_MAX_BITS = 4096  # of an integer
+_COLLECTION_SIZE, _ITEM_SIZE = 256, 8  # charged for each collection and each of its items
+_JINJA_ARGUMENTS = ("_loop_vars", "_block_vars")  # Jinja passes them with every call
+# A width that is an argument or has six digits or more, in `%` formatting and in str.format.
+_WIDE = re.compile(r"%[^a-zA-Z%]*(\*|\d{6})|\{[^{}]*:[^{}]*(\{|\d{6})")
 
 
 class _Namespace(jinja2.utils.Namespace):
     def __repr__(self) -> str:
-        """Say nothing of what it holds: namespaces may hold each other, twice each."""
+        """Omit the content: nested namespaces could make it exponentially long."""
         return "<namespace>"
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox that counts the turns of loops, what is made and the time it takes.
+    """Jinja's sandbox with limits on loop iterations, created text and CPU time.
 
-    A list may hold another many times over at no cost, so each is made only if all that it holds
-    could be written out: then whatever goes through a list comes to an end.
+    A list can refer to the same list many times at almost no cost, so a few nested lists can
+    represent exponentially many items. A collection is therefore allowed only if its full written
+    form is within the limit; everything that iterates over a collection then terminates.
     """
 
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.begin()
-        self.globals.pop("lipsum", None)  # makes as much text as it is told to
+        self.reset_limits()
+        self.globals.pop("lipsum", None)  # creates any amount of text
         self.globals["namespace"] = _Namespace
-        for name in ("urlize", "wordwrap", "pprint"):  # slow with much text
+        for name in ("urlize", "wordwrap", "pprint"):  # slow on long text
             self.filters.pop(name)
         for name in ("center", "indent", "replace", "format"):
             self.filters[name] = self._limited_filter(name, self.filters[name])
@@ -51,125 +53,126 @@ class Sandbox(ImmutableSandboxedEnvironment):
         for name in ("batch", "slice"):
             self.filters[name] = self._limited_count(self.filters[name])
 
-    def begin(self) -> None:
-        """Begin a rendering: everything is counted anew."""
-        self._turns_left, self._made = _MOST_TURNS, 0
-        self._ends = time.thread_time() + _MOST_SECONDS
-        self._weights: dict[int, tuple[Any, int]] = {}  # by id, with what has it: ids stay theirs
+    def reset_limits(self) -> None:
+        """Reset all counters; call it before each rendering."""
+        self._iterations_left, self._created = _MAX_ITERATIONS, 0
+        self._deadline = time.thread_time() + _MAX_SECONDS
+        # By id. Each entry keeps its collection alive, so that no other object gets the same id.
+        self._sizes: dict[int, tuple[Any, int]] = {}
 
-    def limit(self, tree: jinja2.nodes.Template) -> jinja2.nodes.Template:
-        """Let every loop of a template count its turns and every expression what it makes."""
+    def add_limits(self, tree: jinja2.nodes.Template) -> jinja2.nodes.Template:
+        """Make every loop of a template count its iterations and every expression its size."""
         for loop in list(tree.find_all(jinja2.nodes.For)):
             if loop.recursive:
                 raise jinja2.TemplateError("recursive loops are not supported")
-            loop.iter = _call("count_turns", [loop.iter])
-        limited: jinja2.nodes.Template = _Limited().visit(tree)
+            loop.iter = _call("count_iterations", [loop.iter])
+        limited: jinja2.nodes.Template = _LimitInserter().visit(tree)
         return limited
 
-    def count_turns(self, values: Iterable[Any]) -> Iterator[Any]:
-        """Yield the values of a loop while turns are left."""
+    def count_iterations(self, values: Iterable[Any]) -> Iterator[Any]:
+        """Yield the values of a loop; raise TemplateError when no iterations are left."""
         for value in values:
-            self._turns_left -= 1
-            if self._turns_left < 0:
-                raise TemplateError(f"its loops go round more than {_MOST_TURNS} times")
+            self._iterations_left -= 1
+            if self._iterations_left < 0:
+                raise TemplateError(f"its loops take more than {_MAX_ITERATIONS} iterations")
             self.checked(value)
             yield value
 
     def concat(self, pieces: Iterable[str]) -> str:
-        """Join the pieces of a block that is kept, as in `{% set %}` or a macro."""
+        """Join the pieces of a block whose text is kept, as in `{% set %}` or a macro."""
         kept = list(pieces)
-        self.make(sum(map(len, kept)))
+        self.charge(sum(map(len, kept)))
         return "".join(kept)
 
     def concatenate(self, *values: Any) -> str:
-        """Do what `~` does."""
+        """Implement the operator `~`."""
         return self.concat(str(self.checked(value)) for value in values)
 
-    def make(self, length: int) -> None:
-        """Note that so many characters or items are about to be made, if that is allowed."""
-        self._made += length
-        if length > LONGEST_TEXT or self._made > _MOST_MADE:
-            most = LONGEST_TEXT if length > LONGEST_TEXT else _MOST_MADE
-            raise TemplateError(f"it makes a text of more than {most} characters")
+    def charge(self, length: int) -> None:
+        """Count characters or items about to be created; raise TemplateError if too many."""
+        self._created += length
+        if length > MAX_TEXT or self._created > _MAX_TOTAL:
+            limit = MAX_TEXT if length > MAX_TEXT else _MAX_TOTAL
+            raise TemplateError(f"it creates more than {limit} characters of text")
 
     def checked(self, value: Any) -> Any:
-        """Return what an operation has made, unless it is too much or has taken too long."""
-        if time.thread_time() > self._ends:
-            raise TemplateError(f"it takes more than {_MOST_SECONDS:g} seconds")
-        if isinstance(value, int) and value.bit_length() > _MOST_BITS:
-            raise TemplateError("a number in it is too large")
-        if isinstance(value, (list, tuple, dict)) and self._weight(value) > LONGEST_TEXT:
-            raise TemplateError(f"it makes a text of more than {LONGEST_TEXT} characters")
+        """Return the result of an operation; raise TemplateError if a limit is exceeded."""
+        if time.thread_time() > self._deadline:
+            raise TemplateError(f"it takes more than {_MAX_SECONDS:g} seconds")
+        if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+            raise TemplateError("it computes a number that is too large")
+        if isinstance(value, (list, tuple, dict)) and self._written_size(value) > MAX_TEXT:
+            raise TemplateError(f"it creates more than {MAX_TEXT} characters of text")
         return value
 
-    def _weight(self, value: Any) -> int:
-        """Return about how many characters a value has when all that it holds is written out."""
+    def _written_size(self, value: Any) -> int:
+        """Return the approximate number of characters in the full written form of a value."""
         if not isinstance(value, (list, tuple, dict)):
-            return _ITEM + (len(value) if isinstance(value, str) else 0)
-        if id(value) not in self._weights:
-            self.make(_LIST + _ITEM * len(value))
-            held = [*value, *value.values()] if isinstance(value, dict) else value
-            self._weights[id(value)] = value, _ITEM + sum(map(self._weight, held))
-        return self._weights[id(value)][1]
+            return _ITEM_SIZE + (len(value) if isinstance(value, str) else 0)
+        if id(value) not in self._sizes:
+            self.charge(_COLLECTION_SIZE + _ITEM_SIZE * len(value))
+            items = [*value, *value.values()] if isinstance(value, dict) else value
+            self._sizes[id(value)] = value, _ITEM_SIZE + sum(map(self._written_size, items))
+        return self._sizes[id(value)][1]
 
     def call_binop(
         self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
     ) -> Any:
-        """Apply an operator unless the result would be enormous."""
+        """Apply a binary operator; raise TemplateError if the result would be too large."""
         if operator == "*":
             for one, other in ((left, right), (right, left)):
                 if hasattr(one, "__len__") and isinstance(other, int):
-                    self.make(len(one) * max(other, 0))
+                    self.charge(len(one) * max(other, 0))
         elif operator == "**" and not (abs(left) <= 2**32 and abs(right) <= 64):
-            raise TemplateError("a power in it is too large")
+            raise TemplateError("it computes a power that is too large")
         elif operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
-            self.make(len(left) + len(right))
+            self.charge(len(left) + len(right))
         elif operator == "%" and isinstance(left, str):
             parts = right if isinstance(right, tuple) else (right,)
-            self.make(_most("format", left, parts, {}))
+            self.charge(_max_length("format", left, parts, {}))
         return self.checked(super().call_binop(context, operator, left, right))
 
     def call(self, context: Any, function: Any, /, *args: Any, **named: Any) -> Any:
-        """Call what a template calls; a text's own methods make no enormous text."""
+        """Call a function for a template; raise TemplateError if a str method makes a huge text."""
         text = getattr(function, "__self__", None)
-        if text is self:  # a limit of ours
+        if text is self:  # a call that `add_limits` inserted
             return super().call(context, function, *args, **named)
         if isinstance(text, str):
             name = getattr(function, "__name__", "")
             if name == "join" and args:
-                args = ([*args[0]], *args[1:])  # what can be gone through only once
-            self.make(_most(name, text, args, named))
-        for name, value in (*enumerate(args), *named.items()):  # a macro may make lists of them
-            if name not in _JINJAS_OWN:
+                args = ([*args[0]], *args[1:])  # an iterator can be read only once
+            self.charge(_max_length(name, text, args, named))
+        for name, value in (*enumerate(args), *named.items()):  # a macro can collect its arguments
+            if name not in _JINJA_ARGUMENTS:
                 self.checked(value)
         return self.checked(super().call(context, function, *args, **named))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """Return a text's `format` as the sandbox has it, limited, and None for all else."""
+        """Return the sandbox's own `str.format` with a limit, or None for any other function."""
         wrapped = super().wrap_str_format(value)
         if wrapped is None:
             return None
 
         def limited(*args: Any, **named: Any) -> str:
-            self.make(_most("format", value.__self__, args, named))
+            self.charge(_max_length("format", value.__self__, args, named))
             return wrapped(*args, **named)
 
         return limited
 
     def _limited_filter(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        passed = 1 if hasattr(function, "jinja_pass_arg") else 0  # what jinja puts before the text
+        at = 1 if hasattr(function, "jinja_pass_arg") else 0  # Jinja may pass its context first
 
         def limited(*args: Any, **named: Any) -> Any:
-            self.make(_most(name, str(args[passed]), args[passed + 1 :], named))
+            self.charge(_max_length(name, str(args[at]), args[at + 1 :], named))
             return function(*args, **named)
 
-        if passed:
+        if at:
             limited.jinja_pass_arg = function.jinja_pass_arg  # type: ignore[attr-defined]
         return limited
 
     def _limited_count(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def limited(value: Any, *args: Any, **named: Any) -> Any:
-            self.make(max(_numbers(args, named), default=0))
+            self.charge(max(_numbers(args, named), default=0))
             return function(value, *args, **named)
 
         return limited
@@ -181,17 +184,17 @@ class Sandbox(ImmutableSandboxedEnvironment):
         for piece in value:
             pieces.append(str(self.checked(piece)))
             length += len(pieces[-1]) + len(str(d))
-            if length > LONGEST_TEXT:
+            if length > MAX_TEXT:
                 break
-        self.make(length)
+        self.charge(length)
         return str(d).join(pieces)
 
 
-class _Limited(jinja2.visitor.NodeTransformer):
-    """Puts calls of the environment's limits around what no operator or call leads to."""
+class _LimitInserter(jinja2.visitor.NodeTransformer):
+    """Wraps expressions in checks where Jinja's operator and call hooks are not invoked."""
 
     def visit_Concat(self, node: jinja2.nodes.Concat) -> jinja2.nodes.Node:
-        """Let the environment do it, since no operator is intercepted that takes many."""
+        """Replace `~` by a call: it takes any number of operands, so Jinja has no hook for it."""
         self.generic_visit(node)
         return _call("concatenate", node.nodes)
 
@@ -202,29 +205,29 @@ class _Limited(jinja2.visitor.NodeTransformer):
     visit_List = visit_Dict = visit_Compare = visit_Test = _checked
 
     def visit_Tuple(self, node: jinja2.nodes.Tuple) -> jinja2.nodes.Node:
-        """Check a tuple that is made, not the names that one is taken apart to."""
+        """Check a tuple that is created, but not the targets of an unpacking."""
         return self._checked(node) if node.ctx == "load" else node
 
     def visit_Filter(self, node: jinja2.nodes.Filter) -> jinja2.nodes.Node:
-        """Check what a filter makes; a block's filter, which stands for no value, makes text."""
-        if _of_a_block(node):
+        """Check the result of a filter, except of a block's filter, which has no input value."""
+        if _is_block_filter(node):
             return node
         return self._checked(node)
 
 
-def _of_a_block(node: jinja2.nodes.Expr | None) -> bool:
+def _is_block_filter(node: jinja2.nodes.Expr | None) -> bool:
     while isinstance(node, jinja2.nodes.Filter):
         node = node.node
     return node is None
 
 
 def _call(method: str, args: list[Any]) -> jinja2.nodes.Call:
-    attribute = jinja2.nodes.EnvironmentAttribute(method)  # no template can shadow it
+    attribute = jinja2.nodes.EnvironmentAttribute(method)  # templates cannot shadow it
     return jinja2.nodes.Call(attribute, args, [], None, None)
 
 
-def _most(name: str, text: str, args: tuple[Any, ...], named: dict[str, Any]) -> int:
-    """Return the most characters that a text's method, or the filter of that name, can make."""
+def _max_length(name: str, text: str, args: tuple[Any, ...], named: dict[str, Any]) -> int:
+    """Return an upper bound on the length of the result of a str method or filter on `text`."""
     given = [*args, *named.values()]
     widest = max(_numbers(args, named), default=0)
     if name == "replace":
@@ -236,16 +239,16 @@ def _most(name: str, text: str, args: tuple[Any, ...], named: dict[str, Any]) ->
         return sum(len(piece) + len(text) for piece in pieces if isinstance(piece, str))
     if name in ("format", "format_map"):
         if _WIDE.search(text):
-            raise TemplateError("it formats to a width that is given elsewhere, or enormous")
+            raise TemplateError("it formats with a width that is an argument or too large")
         longest = max((len(str(value)) for value in given), default=0)
         return len(text) + (text.count("{") + text.count("%")) * (longest + 100_000 * (":" in text))
     if name == "indent":
-        words = [len(value) for value in given if isinstance(value, str)]
-        return len(text) + (text.count("\n") + 1) * max(widest, 4, *words)
+        lengths = [len(value) for value in given if isinstance(value, str)]
+        return len(text) + (text.count("\n") + 1) * max(widest, 4, *lengths)
     if name == "expandtabs":
         return len(text) + text.count("\t") * max(widest, 8)
     if name == "translate":
-        raise TemplateError("it translates characters, which is not supported")
+        raise TemplateError("it calls str.translate, which is not supported")
     return len(text) + widest
 
 

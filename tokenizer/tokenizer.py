@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer: its tokenizer.json and the small files that lie beside it."""
+"""A checkpoint's tokenizer: tokenizer.json and the configuration files beside it."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,14 +12,15 @@ import tokenizers
 from tokenizer.chat import ChatTemplate
 from tokenizer.errors import TokenizerError
 
-_LARGEST_JSON = 64 << 20  # bytes; tokenizer_config.json may list every added token
+_MAX_JSON = 64 << 20  # bytes; tokenizer_config.json may list every added token
 
 
 class Tokenizer:
-    """Encodes and decodes as `transformers` does with the same files.
+    """Encodes and decodes text, with the same results as `transformers` on the same files.
 
     `special_tokens` maps names to text (`bos_token`: `<s>`), `template` is the chat template or
-    None, `stop_ids` holds the id of the end-of-sequence token, if there is one.
+    None, `special_ids` holds the ids of all special tokens, and `stop_ids` holds the id of the
+    end-of-sequence token, or is empty without one.
     """
 
     def __init__(
@@ -28,7 +29,7 @@ class Tokenizer:
         special_tokens: Mapping[str, str] | None = None,
         template: ChatTemplate | None = None,
     ) -> None:
-        # A prompt is never cut or padded, whatever the file was last saved with.
+        # Prompts are never truncated or padded, even if tokenizer.json asks for it.
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -44,18 +45,18 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Read a directory with a tokenizer.json, or such a file by its own name.
+        """Load a tokenizer from a directory with a tokenizer.json, or from that file itself.
 
-        tokenizer_config.json, special_tokens_map.json and chat_template.jinja beside it are
-        used where they exist. What goes before and after a text is tokenizer.json's to say, as
-        in transformers 5: `add_bos_token` in the config counts for nothing. Raises
+        tokenizer_config.json, special_tokens_map.json and chat_template.jinja in the same
+        directory are used if they exist. As in transformers 5, only tokenizer.json decides which
+        tokens are added before and after a text; `add_bos_token` in the config is ignored. Raises
         TokenizerError.
         """
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
-            raise TokenizerError(f"no tokenizer here: {file} does not exist")
-        with _library(f"{file} is not a usable tokenizer.json"):
+            raise TokenizerError(f"tokenizer not found: {file} does not exist")
+        with _converted_errors(f"{file} is not a usable tokenizer.json"):
             backend = tokenizers.Tokenizer.from_file(str(file))
         folder = file.parent
         config = _read_json(folder / "tokenizer_config.json")
@@ -65,27 +66,28 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added ones included."""
+        """Number of tokens, including added tokens."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     @cached_property
-    def longest_token(self) -> int:
-        """Bytes that no token's text exceeds, as the vocabulary writes it."""
+    def max_token_bytes(self) -> int:
+        """Length in bytes of the longest token, as written in the vocabulary."""
         return max(len(token.encode()) for token in self._backend.get_vocab(with_added_tokens=True))
 
-    def knows(self, token_id: int) -> bool:
-        """Whether there is a token with this id, from 0 and of at most 32 bits."""
+    def has_id(self, token_id: int) -> bool:
+        """Whether a token has this id. The id must be from 0 to 2**32 - 1."""
         return self._backend.id_to_token(token_id) is not None
 
     def token_id(self, token: str) -> int | None:
-        """Return the id of exactly this token, or None."""
+        """Return the id of this exact token, or None if it is not in the vocabulary."""
         return self._backend.token_to_id(token)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Return the ids of `text`.
+        """Return the token ids of `text`.
 
-        `special` adds what the tokenizer puts around a text (Llama's first token, say). Text
-        from a chat template has it already: pass False. Raises TokenizerError.
+        `special` adds the special tokens that the tokenizer puts around a text, such as Llama's
+        BOS token. Pass False for text from a chat template, which already contains them. Raises
+        TokenizerError.
         """
         try:
             text.encode()
@@ -93,47 +95,47 @@ class Tokenizer:
             raise TokenizerError(
                 f"the text cannot be encoded: character {error.start} is half of a surrogate pair"
             ) from None
-        with _library("the text cannot be encoded"):
+        with _converted_errors("the text cannot be encoded"):
             return self._backend.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Return the text of `ids`; ids without a token give nothing. Raises TokenizerError."""
-        with _library("the token ids cannot be decoded"):  # below 0 or above 32 bits
+        """Return the text of `ids`, skipping ids that no token has. Raises TokenizerError."""
+        with _converted_errors("the token ids cannot be decoded"):  # an id outside 0…2**32 - 1
             return self._backend.decode(ids, skip_special_tokens=skip_special)
 
 
 @contextmanager
-def _library(trouble: str) -> Iterator[None]:
-    """Make a TokenizerError of what the library raises: mostly bare Exception.
+def _converted_errors(problem: str) -> Iterator[None]:
+    """Convert exceptions of the tokenizers library to TokenizerError.
 
-    Where its Rust panics it raises a class of its own that is no Exception and has no name to
-    import.
+    The library mostly raises plain Exception. When its Rust code panics, it raises a
+    PanicException, which cannot be imported and is not derived from Exception.
     """
     try:
         yield
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise TokenizerError(f"{trouble}: {error}") from error
+        raise TokenizerError(f"{problem}: {error}") from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """Return the JSON object in `file`, empty if there is no such file."""
+    """Return the JSON object in `file`, or an empty one if the file does not exist."""
     if not file.is_file():
         return {}
     try:
-        if file.stat().st_size > _LARGEST_JSON:
-            raise TokenizerError(f"{file} is larger than {_LARGEST_JSON} bytes")
+        if file.stat().st_size > _MAX_JSON:
+            raise TokenizerError(f"{file} is larger than {_MAX_JSON} bytes")
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise TokenizerError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise TokenizerError(f"{file} must hold a JSON object")
+        raise TokenizerError(f"{file} must contain a JSON object")
     return value
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return the `…_token` entries; each is a string, or an object with the string inside."""
+    """Return the `…_token` entries. An entry is a string or an object with a "content" string."""
     found = {}
     for name, value in config.items():
         content = value.get("content") if isinstance(value, dict) else value

@@ -12,7 +12,7 @@ from rich.text import Text
 from getp.errors import GetpError, UsageProblem
 from getp.files import read_bytes, read_token_file, split_lines, writing
 from tokenizer import Tokenizer, answer_text
-from tokenizer.harmony import speaks_harmony
+from tokenizer.harmony import supports_harmony
 
 _WRONG_SHOWN = 5
 
@@ -73,7 +73,7 @@ def decode_file(path: str, output: str, tokenizer: Tokenizer, line: int | None) 
         )
     first = 1 if line is None else line
     chosen = rows if line is None else [rows[line - 1]]
-    unknown = {i for i in set(chain.from_iterable(chosen)) if not tokenizer.knows(i)}
+    unknown = {i for i in set(chain.from_iterable(chosen)) if not tokenizer.has_id(i)}
     for number, row in enumerate(chosen if unknown else [], start=first):
         if found := unknown.intersection(row):
             raise GetpError(
@@ -97,7 +97,7 @@ def one_line(text: str) -> str:
 
 def _text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     # The markers separate the reasoning of gpt-oss from its answer.
-    in_channels = speaks_harmony(tokenizer) and tokenizer.token_id("<|message|>") in ids
+    in_channels = supports_harmony(tokenizer) and tokenizer.token_id("<|message|>") in ids
     return tokenizer.decode(ids, skip_special=not in_channels)
 
 

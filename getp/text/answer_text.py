@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from tokenizer import HarmonyParser, StopStrings, StreamDecoder, Tokenizer
-from tokenizer.harmony import FINAL, ChannelText, speaks_harmony
+from tokenizer.harmony import FINAL, ChannelText, supports_harmony
 
 
 def texts_by_channel(
@@ -14,7 +14,7 @@ def texts_by_channel(
     stops: Sequence[str] = (),
 ) -> dict[str, str]:
     """Return the text of a finished answer by channel, cut at the first stop string."""
-    in_channels = chat and speaks_harmony(tokenizer)
+    in_channels = chat and supports_harmony(tokenizer)
     if not stops and not in_channels:
         return {FINAL: tokenizer.decode(token_ids)}  # all at once, which is much faster
     answer = AnswerText(tokenizer, prompt_ids, chat, stops)
@@ -82,7 +82,7 @@ class AnswerText:
     def __init__(
         self, tokenizer: Tokenizer, prompt_ids: Sequence[int], chat: bool, stops: Sequence[str]
     ) -> None:
-        harmony = chat and speaks_harmony(tokenizer)
+        harmony = chat and supports_harmony(tokenizer)
         self._parser = HarmonyParser(tokenizer, prompt_ids) if harmony else None
         self._decoder = StreamDecoder(tokenizer)
         self._stops = StopStrings(stops)

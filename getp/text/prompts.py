@@ -35,12 +35,12 @@ def check_length(tokenizer: Tokenizer, text: str, limit: int) -> None:
     if len(text) <= max(_LONG, limit):
         return
     size = len(text.encode("utf-8", "replace"))
-    if size > limit * tokenizer.longest_token:
+    if size > limit * tokenizer.max_token_bytes:
         raise GetpError(
             "the prompt has {bytes} bytes, which are more than {tokens} tokens, and leaves no room "
             "for output within the limit of {limit} tokens ({max_positions}, or the model's limit)",
             bytes=size,
-            tokens=size // tokenizer.longest_token,
+            tokens=size // tokenizer.max_token_bytes,
             limit=limit,
         )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_end_to_end import DATA, ROOT, getp, share_right
+from tests.test_end_to_end import DATA, ROOT, getp, share_correct
 
 _FLAGS = ("--dtype", "float32")
 
@@ -39,7 +39,7 @@ def test_two_ranks_score_as_one(alone: Path, tmp_path: Path) -> None:
     assert '"tensor_parallel": 2' in report.read_text()
     assert "tensor parallel over 2" in run.stderr
     assert output.read_bytes() == alone.read_bytes()
-    assert share_right(output, tmp_path) >= 0.95
+    assert share_correct(output, tmp_path) >= 0.95
 
 
 def test_torchrun_does_as_the_option(alone: Path, tmp_path: Path) -> None:

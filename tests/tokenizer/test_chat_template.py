@@ -13,9 +13,9 @@ from tokenizer import (
     answer_text,
     sandbox,
 )
-from tokenizer.harmony import speaks_harmony
+from tokenizer.harmony import supports_harmony
 
-TALK = [
+CONVERSATION = [
     {"role": "system", "content": "Be <brief> & 'kind'."},
     {"role": "user", "content": "naïve 你好?\n"},
     {"role": "assistant", "content": "4"},
@@ -40,15 +40,19 @@ def test_templates_render_as_in_transformers(tmp_path: Path, template: str, prom
     folder = write_tokenizer(tmp_path, template)
     ours = Tokenizer.load(folder)
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder))
-    expected = theirs.apply_chat_template(TALK, tokenize=False, add_generation_prompt=prompt)
+    expected = theirs.apply_chat_template(
+        CONVERSATION, tokenize=False, add_generation_prompt=prompt
+    )
     assert ours.template is not None
-    text = ours.template.render(TALK, add_generation_prompt=prompt)
+    text = ours.template.render(CONVERSATION, add_generation_prompt=prompt)
     assert text == expected
-    their_ids = theirs.apply_chat_template(TALK, add_generation_prompt=prompt)["input_ids"]
+    their_ids = theirs.apply_chat_template(CONVERSATION, add_generation_prompt=prompt)["input_ids"]
     assert ours.encode(text, special=False) == their_ids
 
 
-def test_a_template_is_found_in_the_config_as_text_or_by_name(tmp_path: Path) -> None:
+def test_a_template_in_tokenizer_config_is_a_string_or_a_list_of_named_templates(
+    tmp_path: Path,
+) -> None:
     folder = write_tokenizer(tmp_path, template=None)
     assert Tokenizer.load(folder).template is None
     named = [{"name": "tools", "template": "no"}, {"name": "default", "template": "yes"}]
@@ -56,17 +60,17 @@ def test_a_template_is_found_in_the_config_as_text_or_by_name(tmp_path: Path) ->
         (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
         template = Tokenizer.load(folder).template
         assert template is not None
-        assert template.render(TALK) == "yes"
+        assert template.render(CONVERSATION) == "yes"
 
 
-def test_a_template_may_refuse_a_conversation_in_its_own_words() -> None:
+def test_an_error_raised_by_a_template_keeps_its_message() -> None:
     template = ChatTemplate("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(TokenizerError, match="roles must alternate"):
-        template.render(TALK)
+        template.render(CONVERSATION)
 
 
 @pytest.mark.parametrize("source", ["{% if %}", "{{ x", "{% nothing %}"])
-def test_an_invalid_template_is_one_clear_error(source: str) -> None:
+def test_an_invalid_template_raises_a_clear_error(source: str) -> None:
     with pytest.raises(TokenizerError, match="chat template is not valid"):
         ChatTemplate(source)
 
@@ -79,9 +83,9 @@ def test_an_invalid_template_is_one_clear_error(source: str) -> None:
         "{{ ''.__class__.__base__.__subclasses__() }}",
     ],
 )
-def test_a_template_stays_in_its_sandbox(source: str) -> None:
+def test_a_template_cannot_leave_the_sandbox(source: str) -> None:
     with pytest.raises(TokenizerError):
-        ChatTemplate(source).render(TALK)
+        ChatTemplate(source).render(CONVERSATION)
 
 
 ANSWER = (
@@ -92,7 +96,7 @@ ANSWER = (
 )
 
 
-def test_an_answer_is_split_into_its_channels() -> None:
+def test_an_answer_is_split_into_channels() -> None:
     tokenizer = small_tokenizer()
     prompt = tokenizer.encode("<|start|>user<|message|>hi<|end|><|start|>assistant")
     parser = HarmonyParser(tokenizer, prompt)
@@ -121,19 +125,22 @@ def test_the_answer_is_the_text_of_the_final_channel(prompt: str, answer: str, t
     assert answer_text(tokenizer, tokenizer.encode(answer), tokenizer.encode(prompt)) == text
 
 
-def test_a_tokenizer_without_the_markers_has_plain_answers() -> None:
+def test_without_harmony_markers_the_answer_is_the_whole_text() -> None:
     from tests.getp.helpers import metaspace
 
     plain = Tokenizer(metaspace())
-    assert not speaks_harmony(plain)
-    assert speaks_harmony(small_tokenizer())
+    assert not supports_harmony(plain)
+    assert supports_harmony(small_tokenizer())
     assert answer_text(plain, plain.encode("a bad head")) == "a bad head"
 
 
 @pytest.mark.parametrize(
-    ("template", "words"),
+    ("template", "message"),
     [
-        ("{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}", "round"),
+        (
+            "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+            "iterations",
+        ),
         ("{% for i in range(999999999) %}{% endfor %}", "too big"),
         ("{{ 'x' * 999999999 }}", "more than"),
         ("{{ 999999999 * [1] }}", "more than"),
@@ -175,7 +182,7 @@ def test_a_tokenizer_without_the_markers_has_plain_answers() -> None:
         ("{{ '{:999999999}'.format(1) }}", "width"),
         ("{{ ('%s' * 2) % ('x' * 60000000, 'y') }}", "more than"),
         ("{{ '%999999999d' | format(1) }}", "width"),
-        ("{{ 'x'.translate({120: 'y' * 999}) }}", "translates"),
+        ("{{ 'x'.translate({120: 'y' * 999}) }}", "translate, which is not supported"),
         ("{{ [1] | batch(999999999, 0) | list }}", "more than"),
         ("{{ lipsum(999999) }}", "undefined"),
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
@@ -187,9 +194,11 @@ def test_a_tokenizer_without_the_markers_has_plain_answers() -> None:
         ),
     ],
 )
-def test_a_template_has_limits_and_no_way_out(template: str, words: str) -> None:
-    with pytest.raises(TemplateError, match=words):
-        ChatTemplate(template).render(TALK)
+def test_templates_that_exceed_a_limit_or_leave_the_sandbox_fail(
+    template: str, message: str
+) -> None:
+    with pytest.raises(TemplateError, match=message):
+        ChatTemplate(template).render(CONVERSATION)
 
 
 @pytest.mark.parametrize(
@@ -210,29 +219,32 @@ def test_a_template_has_limits_and_no_way_out(template: str, words: str) -> None
     ],
 )
 @pytest.mark.parametrize("use", ["{{ n.x }}", "{{ n.x | tojson }}", "{{ n.x == [n.x] }}"])
-def test_a_list_in_a_list_in_a_list_may_not_grow_without_end(step: str, use: str) -> None:
+def test_nested_collections_cannot_grow_exponentially(step: str, use: str) -> None:
     loop = f"{{% for i in range(60) %}}{step}{{% endfor %}}"
     with pytest.raises(TemplateError, match="more than"):
-        ChatTemplate("{% set n = namespace(x=[1]) %}" + loop + use).render(TALK)
+        ChatTemplate("{% set n = namespace(x=[1]) %}" + loop + use).render(CONVERSATION)
 
 
-def test_namespaces_that_hold_each_other_are_not_written_out() -> None:
+def test_nested_namespaces_are_printed_without_their_content() -> None:
     steps = "".join(
         f"{{% set n{i} = namespace() %}}{{% set n{i}.a = n{i - 1} %}}{{% set n{i}.b = n{i - 1} %}}"
         for i in range(1, 60)
     )
-    assert ChatTemplate(f"{{% set n0 = 1 %}}{steps}{{{{ n59 }}}}").render(TALK) == "<namespace>"
+    assert (
+        ChatTemplate(f"{{% set n0 = 1 %}}{steps}{{{{ n59 }}}}").render(CONVERSATION)
+        == "<namespace>"
+    )
 
 
 @pytest.mark.parametrize(
-    ("template", "words"),
+    ("template", "message"),
     [
         (
             "{% set n = namespace(x=3) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}"
             "{% endfor %}",
-            "number in it is too large",
+            "number that is too large",
         ),
-        ("{{ ('f' * 100000) | int(0, 16) // 3 }}", "number in it is too large"),
+        ("{{ ('f' * 100000) | int(0, 16) // 3 }}", "number that is too large"),
         (
             "{% set n = namespace(x=[1]) %}{% for i in range(500) %}{% set n.x = [n.x] %}"
             "{% endfor %}{{ [n.x] * 9999 | int }}{{ ([n.x] * 9999) | tojson(indent=9999) }}",
@@ -245,15 +257,15 @@ def test_namespaces_that_hold_each_other_are_not_written_out() -> None:
         ),
     ],
 )
-def test_neither_numbers_nor_time_are_without_end(
-    template: str, words: str, monkeypatch: pytest.MonkeyPatch
+def test_numbers_and_cpu_time_are_limited(
+    template: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sandbox, "_MOST_SECONDS", 1.0)
-    with pytest.raises(TemplateError, match=words):
-        ChatTemplate(template).render(TALK)
+    monkeypatch.setattr(sandbox, "_MAX_SECONDS", 1.0)
+    with pytest.raises(TemplateError, match=message):
+        ChatTemplate(template).render(CONVERSATION)
 
 
-def test_what_is_limited_still_does_what_it_did() -> None:
+def test_limits_do_not_change_the_results_of_operations() -> None:
     for template, text in {
         "{{ 'a' ~ 1 ~ none }}": "a1None",
         "{{ 'a-b-c' | replace('-', '+') }}{{ 'a-b-c'.replace('-', '', 1) }}": "a+b+cab-c",
@@ -273,14 +285,14 @@ def test_what_is_limited_still_does_what_it_did() -> None:
         "{{ 7 // 2 - 1 / 2 }}{{ 2 in [1, 2] and 1 is odd }}": "2.5True",
         "{{ '  a '.strip() }}{{ 'a,b'.split(',') | length }}": "a2",
     }.items():
-        found = ChatTemplate(template).render(TALK)
+        found = ChatTemplate(template).render(CONVERSATION)
         if text is not None:
             assert found == text
         else:
-            assert found == "1, 2" + "/".join(str(message["role"]) for message in TALK)
+            assert found == "1, 2" + "/".join(str(message["role"]) for message in CONVERSATION)
 
 
-def test_a_template_that_is_no_template_is_refused(tmp_path: Path) -> None:
+def test_unusable_templates_are_rejected_when_loaded(tmp_path: Path) -> None:
     for source in ("{% for x in", "{% for x in y recursive %}{% endfor %}", "x" * 2**21):
         with pytest.raises(TokenizerError, match="chat template is"):
             ChatTemplate(source)
@@ -290,6 +302,6 @@ def test_a_template_that_is_no_template_is_refused(tmp_path: Path) -> None:
         Tokenizer.load(folder)
 
 
-def test_a_template_says_which_names_it_asks_for() -> None:
+def test_variables_lists_the_names_that_a_template_uses() -> None:
     assert "reasoning_effort" in ChatTemplate("{{ reasoning_effort }}").variables
     assert "reasoning_effort" not in ChatTemplate(CHAT_TEMPLATE).variables

@@ -13,14 +13,14 @@ METASPACE = Tokenizer(metaspace())
 METASPACE_BY_WORDS = Tokenizer(metaspace_by_words())
 
 
-def pieces_of(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+def decode_in_pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     decoder = StreamDecoder(tokenizer)
     return [*(decoder.push(token_id) for token_id in ids), decoder.flush()]
 
 
 @given(st.lists(st.integers(0, BYTE_LEVEL.vocab_size - 1), max_size=60))
-def test_pieces_of_any_byte_level_tokens_make_the_whole_text(ids: list[int]) -> None:
-    assert "".join(pieces_of(BYTE_LEVEL, ids)) == BYTE_LEVEL.decode(ids)
+def test_pieces_of_any_byte_level_tokens_join_to_the_decoded_text(ids: list[int]) -> None:
+    assert "".join(decode_in_pieces(BYTE_LEVEL, ids)) == BYTE_LEVEL.decode(ids)
 
 
 @given(
@@ -28,29 +28,29 @@ def test_pieces_of_any_byte_level_tokens_make_the_whole_text(ids: list[int]) -> 
         st.characters(exclude_categories=["Cs"]) | st.sampled_from("🙂👩‍🚀한é the"), max_size=40
     )
 )
-def test_pieces_of_any_text_make_the_whole_text(text: str) -> None:
+def test_pieces_of_any_text_join_to_the_decoded_text(text: str) -> None:
     for tokenizer in (BYTE_LEVEL, METASPACE, METASPACE_BY_WORDS):
         ids = tokenizer.encode(text, special=False)
-        assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(ids)
+        assert "".join(decode_in_pieces(tokenizer, ids)) == tokenizer.decode(ids)
 
 
-def test_an_emoji_comes_whole_with_its_last_byte() -> None:
+def test_an_emoji_is_returned_with_its_last_byte() -> None:
     ids = BYTE_LEVEL.encode("a🙂b", special=False)
     assert len(ids) == 6
-    assert pieces_of(BYTE_LEVEL, ids) == ["a", "", "", "", "🙂", "b", ""]
+    assert decode_in_pieces(BYTE_LEVEL, ids) == ["a", "", "", "", "🙂", "b", ""]
 
 
-def test_spaces_between_sentencepiece_words_are_kept_and_the_first_dropped() -> None:
+def test_spaces_between_sentencepiece_words_are_kept_and_the_first_one_is_dropped() -> None:
     ids = METASPACE.encode("ab the  ab", special=False)
-    assert "".join(pieces_of(METASPACE, ids)) == METASPACE.decode(ids) == "ab the  ab"
+    assert "".join(decode_in_pieces(METASPACE, ids)) == METASPACE.decode(ids) == "ab the  ab"
 
 
-def test_half_a_character_at_the_end_is_shown_as_what_it_is() -> None:
+def test_an_incomplete_character_at_the_end_becomes_the_replacement_character() -> None:
     ids = BYTE_LEVEL.encode("🙂", special=False)[:2]
-    assert pieces_of(BYTE_LEVEL, ids) == ["", "", "\ufffd"]
+    assert decode_in_pieces(BYTE_LEVEL, ids) == ["", "", "\ufffd"]
 
 
-def test_endless_invalid_bytes_are_given_out_and_cost_the_same_each() -> None:
+def test_long_runs_of_invalid_bytes_are_emitted_in_a_window_of_constant_length() -> None:
     longest = 0
 
     class Counting(Tokenizer):
@@ -61,13 +61,15 @@ def test_endless_invalid_bytes_are_given_out_and_cost_the_same_each() -> None:
 
     tokenizer = Counting(byte_level())
     lone_byte = BYTE_LEVEL.encode("🙂", special=False)[1]
-    pieces = pieces_of(tokenizer, [lone_byte] * 200)
+    pieces = decode_in_pieces(tokenizer, [lone_byte] * 200)
     assert "".join(pieces) == "\ufffd" * 200
     assert longest < 30
 
 
 @given(st.text("ab-", max_size=30), st.lists(st.text("ab-", min_size=1, max_size=4), max_size=3))
-def test_text_is_cut_at_the_stop_string_that_ends_first(text: str, stops: list[str]) -> None:
+def test_text_ends_before_the_stop_string_that_is_completed_first(
+    text: str, stops: list[str]
+) -> None:
     ends = [
         (end, start)
         for stop in stops
@@ -76,29 +78,29 @@ def test_text_is_cut_at_the_stop_string_that_ends_first(text: str, stops: list[s
     ]
     expected = text[: min(ends)[1]] if ends else text
     for size in (1, 2, 5):
-        watcher, shown, stopped = StopStrings(stops), "", False
+        matcher, shown, stopped = StopStrings(stops), "", False
         for at in range(0, len(text), size):
-            result = watcher.push(text[at : at + size])
+            result = matcher.push(text[at : at + size])
             shown += result.text
-            assert expected.startswith(shown)  # nothing is shown that is taken back
+            assert expected.startswith(shown)  # returned text is never withdrawn
             if stopped := result.stopped:
                 break
-        assert shown + ("" if stopped else watcher.flush()) == expected
+        assert shown + ("" if stopped else matcher.flush()) == expected
         assert stopped == bool(ends)
 
 
-def test_only_a_tail_that_may_begin_a_stop_string_is_held_back() -> None:
-    watcher = StopStrings(["</end>"])
-    assert [watcher.push(piece).text for piece in ("one", " <", "b>", "</e")] == [
+def test_only_a_suffix_that_may_begin_a_stop_string_is_held_back() -> None:
+    matcher = StopStrings(["</end>"])
+    assert [matcher.push(piece).text for piece in ("one", " <", "b>", "</e")] == [
         "one",
         " ",
         "<b>",
         "",
     ]
-    assert watcher.push("nd> more").stopped
+    assert matcher.push("nd> more").stopped
 
 
-def test_an_empty_stop_string_is_refused() -> None:
+def test_an_empty_stop_string_is_rejected() -> None:
     with pytest.raises(ValueError, match="empty"):
         StopStrings(["x", ""])
 
@@ -108,12 +110,14 @@ def test_byte_level_pieces_agree_with_an_incremental_utf8_decoder() -> None:
     to_char = dict(zip(_byte_order(), _char_order(), strict=True))
     ids = [BYTE_LEVEL.token_id(to_char[byte]) for byte in data]
     assert all(token_id is not None for token_id in ids)
-    text = "".join(pieces_of(BYTE_LEVEL, [token_id for token_id in ids if token_id is not None]))
+    text = "".join(
+        decode_in_pieces(BYTE_LEVEL, [token_id for token_id in ids if token_id is not None])
+    )
     assert text == codecs.getincrementaldecoder("utf-8")("replace").decode(data, final=True)
 
 
 def _byte_order() -> list[int]:
-    """GPT-2's order of bytes: printable ones as themselves, the others from U+0100 on."""
+    """GPT-2's order of bytes: printable bytes map to themselves, the others from U+0100 up."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return printable + [byte for byte in range(256) if byte not in printable]
 

@@ -19,7 +19,7 @@ def test_a_directory_and_its_tokenizer_json_load_alike(tmp_path: Path) -> None:
             assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_special_tokens_map_is_used_where_the_config_says_nothing(tmp_path: Path) -> None:
+def test_special_tokens_map_is_used_without_a_tokenizer_config(tmp_path: Path) -> None:
     folder = write_tokenizer(tmp_path)
     (folder / "tokenizer_config.json").unlink()
     (folder / "special_tokens_map.json").write_text('{"eos_token": "<eos>"}')
@@ -27,20 +27,20 @@ def test_special_tokens_map_is_used_where_the_config_says_nothing(tmp_path: Path
 
 
 @pytest.mark.parametrize("content", ["", "{}", "not json", '{"model": 3}'])
-def test_a_corrupt_tokenizer_is_one_clear_error(tmp_path: Path, content: str) -> None:
+def test_a_corrupt_tokenizer_raises_a_clear_error(tmp_path: Path, content: str) -> None:
     file = tmp_path / "tokenizer.json"
     file.write_text(content)
     with pytest.raises(TokenizerError, match=r"tokenizer\.json is not a usable"):
         Tokenizer.load(tmp_path)
 
 
-def test_a_missing_tokenizer_is_one_clear_error(tmp_path: Path) -> None:
+def test_a_missing_tokenizer_raises_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=r"tokenizer\.json does not exist"):
         Tokenizer.load(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["[]", "{"])
-def test_a_corrupt_tokenizer_config_is_one_clear_error(tmp_path: Path, content: str) -> None:
+def test_a_corrupt_tokenizer_config_raises_a_clear_error(tmp_path: Path, content: str) -> None:
     folder = write_tokenizer(tmp_path)
     (folder / "tokenizer_config.json").write_text(content)
     with pytest.raises(TokenizerError, match=r"tokenizer_config\.json"):
@@ -56,7 +56,7 @@ def test_a_corrupt_tokenizer_config_is_one_clear_error(tmp_path: Path, content: 
         {"add_bos_token": True, "add_eos_token": True},
     ],
 )
-def test_first_and_last_tokens_are_added_as_transformers_does(
+def test_first_and_last_tokens_are_added_as_in_transformers(
     tmp_path: Path, config: dict[str, bool]
 ) -> None:
     transformers = pytest.importorskip("transformers")
@@ -74,7 +74,7 @@ def test_first_and_last_tokens_are_added_as_transformers_does(
         assert ours.encode(text, special=False) == plain
 
 
-def test_what_cannot_be_encoded_or_decoded_is_an_error() -> None:
+def test_invalid_text_and_invalid_ids_raise_an_error() -> None:
     tokenizer = small_tokenizer()
     with pytest.raises(TokenizerError, match="cannot be encoded"):
         tokenizer.encode("half a pair: \ud83d")
@@ -82,7 +82,7 @@ def test_what_cannot_be_encoded_or_decoded_is_an_error() -> None:
         tokenizer.decode([-1])
 
 
-def test_special_tokens_are_left_out_of_decoded_text_unless_asked_for() -> None:
+def test_decoded_text_contains_special_tokens_only_on_request() -> None:
     tokenizer = small_tokenizer()
     ids = [*tokenizer.encode("fox"), *tokenizer.stop_ids]
     assert tokenizer.decode(ids) == "fox"
@@ -90,7 +90,7 @@ def test_special_tokens_are_left_out_of_decoded_text_unless_asked_for() -> None:
     assert tokenizer.decode([tokenizer.vocab_size + 5]) == ""
 
 
-def test_a_file_at_which_the_library_panics_is_refused(tmp_path: Path) -> None:
+def test_a_panic_of_the_tokenizers_library_becomes_a_tokenizer_error(tmp_path: Path) -> None:
     file = write_tokenizer(tmp_path) / "tokenizer.json"
     content = json.loads(file.read_text())
     content["model"]["continuing_subword_prefix"] = "longer than any token"
