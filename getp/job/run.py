@@ -23,7 +23,9 @@ from getp.job.progress import progress
 from getp.job.request_reader import RequestReader
 from getp.job.results import errors_path, write_results
 from getp.job.signals import GraceExpired, GracefulStop
-from getp.report.job_report import Measurements, final_line, print_report
+from getp.report.job_report import job_report
+from getp.report.measurements import Measurements
+from getp.report.report_table import final_line, print_report
 from getp.terminal import say
 from getp.text.answer_text import StopWatcher
 from getp.text.prompts import chat_template
@@ -201,7 +203,7 @@ def _report(run: JobRun, failed: int) -> None:
     if failed and not in_place(job.output):
         where = job.output if run.format.holds_failures else errors_path(job.output)
         say(f"getp: {failed} of {run.source.total} requests failed: see {where}")
-    report = run.measured.report(run.engine, job.checkpoint)
+    report = job_report(run.measured, run.engine.summary(), job.checkpoint)
     if job.report is not None:
         write_report(job.report, report)
     print_report(report)
