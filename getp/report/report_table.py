@@ -100,9 +100,7 @@ def _replicas(r: Report) -> list[tuple[str, str]]:
         deaths = ""
         if one["deaths"]:
             times = "once" if one["deaths"] == 1 else f"{one['deaths']} times"
-            deaths = (
-                f"; died {times}, {one['requests_left_to_others']:,} requests were reassigned"
-            )
+            deaths = f"; died {times}, {one['requests_left_to_others']:,} requests were reassigned"
         rows.append(
             (
                 f"replica {one['replica']}",
