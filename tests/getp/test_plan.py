@@ -122,8 +122,11 @@ def test_several_gpus_may_follow_one_option(capsys: Printed) -> None:
         (["qwen2-0.5b", "--plot", "-", "--format", "json"], ["--plot -", "JSON"]),
         (["qwen2-0.5b", "--price", "2"], ["--price", "-i/--input"]),
         (["qwen2-0.5b", "-i", "x", "--batch", "2"], ["--batch", "-i/--input"]),
-        (["qwen2-0.5b", "-i", "x", "--price", "1", "--price", "2"], ["2 prices", "6 GPUs"]),
-        (["qwen2-0.5b", "-t", "1"], ["-t/--temperature", "mode plan"]),
+        (
+            ["qwen2-0.5b", "-i", "x", "--price", "1", "--price", "2"],
+            ["--price was given 2 times", "6 GPUs"],
+        ),
+        (["qwen2-0.5b", "-t", "1"], ["-t/--temperature", "applies only to"]),
     ],
 )
 def test_an_error_names_the_option_and_the_allowed_values(
@@ -149,7 +152,7 @@ def test_other_modes_need_a_directory_and_refuse_float8(capsys: Printed, tmp_pat
     assert cli.run(["qwen2-0.5b", "-i", "hi"]) == 2
     assert "qwen2-0.5b" in capsys.readouterr().err
     assert cli.run([str(tmp_path), "-i", "hi", "--dtype", "float8"]) == 2
-    assert "float8 is for mode plan" in capsys.readouterr().err
+    assert "float8 is only available in -m plan" in capsys.readouterr().err
 
 
 def test_a_context_beyond_the_model_is_planned_with_a_warning(capsys: Printed) -> None:
@@ -278,7 +281,7 @@ def test_each_request_has_its_own_limit_and_refused_ones_are_reported(
     # A token is four bytes; the last prompt leaves no room within 50 positions.
     assert (job["requests"], job["requests_refused"]) == (4, 2)
     assert (job["prompt_tokens"], job["output_tokens"]) == (2 + 1 + 3 + 3, 1 + 7 + 47 + 7)
-    assert "would refuse: 1, the first one in line 5: 'n' is not supported" in err
+    assert "would refuse 1 requests; the first is in line 5: 'n' must be 1" in err
     assert cli.run([*args, "-z", str(write_tokenizer(tmp_path / "tokenizer"))]) == 0
     assert "(counted), at most 62 output tokens" in capsys.readouterr().out
 
