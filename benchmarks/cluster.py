@@ -1,10 +1,10 @@
-"""What the driver of replicas can do: `python -m benchmarks.cluster --requests 200000`.
+"""Measure the driver of the replicas: `python -m benchmarks.cluster --requests 200000`.
 
-The replicas are real Ray actors, their engines do nothing: each request is answered with its own
-prompt, at once, 2,048 at a time, so that two stand for a cluster. First the way back alone, from
-requests that are ready to journaled results; then a whole job: reading, tokenizing, scheduling,
-sending, taking, the journal, the result file. CPU time is the driver process's, all its threads
-together, Ray's among them. Prints one JSON line.
+The replicas are real Ray actors, but their engines compute nothing: they return each prompt as its
+own answer at once, 2,048 at a time, so that two of them stand for a whole cluster. First dispatch
+alone is measured, from prepared requests to results in the journal. Then a whole job is measured:
+reading, tokenizing, scheduling, sending, receiving, the journal and the result file. CPU time is
+that of the driver process, all threads included, also those of Ray. Prints one JSON line.
 """
 
 import argparse
@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 
-from engine import Completion, EngineConfig, EngineStats, Request, SamplingParams
+from engine import Completion, EngineConfig, EngineStats, Request, RunSummary, SamplingParams
 from getp.cluster.driver import Cluster
 from getp.files import token_line
 from getp.job import run as batch
 from getp.job.journal import Journal
 from getp.job.request_reader import RequestDefaults
-from getp.report.job_report import Measurements
+from getp.report.measurements import Measurements
 from getp.text.answer_text import StopWatcher
+from model import load_config
 from tokenizer import Tokenizer
 
 _MODEL = Path(__file__).resolve().parent.parent / "data" / "model"
@@ -36,18 +36,22 @@ _MODEL = Path(__file__).resolve().parent.parent / "data" / "model"
 
 @dataclass
 class NoEngine:
-    """Has an engine's interface and no model."""
+    """Has the interface of an engine, but no model."""
 
     checkpoint: str
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     max_batch_size: int = 2048
     stats: EngineStats = field(default_factory=EngineStats)
 
     def warm_up(self) -> None:
-        """Need nothing."""
+        """Do nothing."""
+
+    def summary(self) -> RunSummary:
+        """Return the counters; no memory is measured."""
+        config = load_config(self.checkpoint)
+        return RunSummary("cpu", "cpu", 1, "float32", 1, self.max_batch_size, config, self.stats, 0)
 
     def generate(self, requests: Iterable[Request | None]) -> Iterator[Completion]:
-        """Answer each request with its prompt."""
+        """Return the prompt of each request as its answer."""
         for request in requests:
             if request is not None:
                 ids = list(request.prompt_ids)
@@ -56,12 +60,12 @@ class NoEngine:
 
 
 def make(checkpoint: str, *_: Any, **__: Any) -> NoEngine:
-    """Make one, whatever the settings."""
+    """Make an engine, whatever the settings are."""
     return NoEngine(checkpoint)
 
 
-def the_way_back(folder: Path, replicas: Cluster, count: int, tokens: int) -> dict[str, float]:
-    """Time ready requests from `generate` to the journal."""
+def dispatch(folder: Path, replicas: Cluster, count: int, tokens: int) -> dict[str, float]:
+    """Time prepared requests from `generate` to the journal."""
     tokenizer = Tokenizer.load(_MODEL)
     requests = []
     for index in range(count):
@@ -79,7 +83,7 @@ def the_way_back(folder: Path, replicas: Cluster, count: int, tokens: int) -> di
 
 
 def whole_job(folder: Path, replicas: Cluster, count: int) -> dict[str, float]:
-    """Time a job from its file to its result."""
+    """Time a job from its input file to its result file."""
     source, output = folder / "input.txt", folder / "output.txt"
     with open(source, "w") as file:
         file.write(f"{count}\n")
@@ -98,7 +102,7 @@ class _Clock:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def read(self, count: int) -> dict[str, float]:
-        """Return what a number of requests took since."""
+        """Return the rates of a number of requests since the clock was made."""
         wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
         return {
             "seconds": round(wall, 2),
@@ -113,17 +117,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=200_000)
     parser.add_argument("--replicas", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=100, help="of each prompt and answer")
+    parser.add_argument("--tokens", type=int, default=100, help="length of each prompt and answer")
     options = parser.parse_args()
     engines: Any = make
     replicas = Cluster(
-        _MODEL, _MODEL, options.replicas, EngineConfig(dtype="float32"), make_engine=engines
+        _MODEL,
+        _MODEL,
+        EngineConfig(dtype="float32"),
+        replicas=options.replicas,
+        make_engine=engines,
     )
     found: dict[str, Any] = {"requests": options.requests, "replicas": options.replicas}
     with tempfile.TemporaryDirectory() as name:
         replicas.warm_up()
         found["tokens"] = options.tokens
-        found["the_way_back"] = the_way_back(Path(name), replicas, options.requests, options.tokens)
+        found["dispatch"] = dispatch(Path(name), replicas, options.requests, options.tokens)
         found["whole_job"] = whole_job(Path(name), replicas, options.requests)
     replicas.close()
     found |= {"ray": ray.__version__, "python": platform.python_version()}

@@ -1,13 +1,13 @@
-"""Jobs on 1 to 1,024 replicas, simulated: `python -m benchmarks.simulate_cluster`.
+"""Simulate jobs on 1 to 1,024 replicas: `python -m benchmarks.simulate_cluster`.
 
-Requests are dealt by the code that deals them for real (getp/cluster/dispatcher.py). Engines are
-simulated: a step takes what the cost model says of the model on the GPU at that batch, slowed by
-the efficiency assumed, or what `--step-ms` says was measured; the driver takes the time that
+The real dispatcher (getp/cluster/dispatcher.py) assigns the requests. Engines are simulated: a step
+takes the time that the cost model predicts for the model on the GPU at that batch, divided by the
+assumed efficiency, or the measured time given with `--step-ms`. The driver takes the time that
 benchmarks/cluster.py measures. Output lengths are lognormal: a few are many times the median.
 
-Prints a table: output tokens a second; efficiency, the time at full batches on every replica over
-the time taken; tail, the time from 99% of the requests done to the end; what dead replicas left
-to others; how long replicas had requests, and the driver work.
+Prints a table. Efficiency: time at full batches on every replica over the time taken. Tail: time
+from 99% of the requests done to the end. Re-run: requests of dead replicas that others took over.
+Busy: share of the time in which replicas had requests. Driver: share of the time in which it works.
 """
 
 import argparse
@@ -23,14 +23,14 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
-from getp.cluster.dispatcher import Dispatcher, linger_s, window
+from getp.cluster.dispatcher import Dispatcher, collect_delay_s, max_in_flight
 from model.cost.devices import find_device
 from model.cost.known_models import named_config
 from model.cost.operations import operations, total
 from model.cost.roofline import bound
 from model.cost.workload import Workload
 
-_TRIP_S = 0.001  # a message, one way, with the actor call's own delay
+_TRIP_S = 0.001  # one way of a message, with the delay of an actor call
 
 
 @dataclass(frozen=True)
@@ -44,38 +44,38 @@ class Request:
 
 @dataclass(frozen=True)
 class Speed:
-    """What an engine takes, in seconds."""
+    """The speed of an engine, in seconds."""
 
-    step_s: Callable[[int], float]  # by the batch
-    prefill_s: float  # of one token
+    step_s: Callable[[int], float]  # by batch size
+    prefill_s: float  # per token
     batch: int
 
 
 @dataclass
 class Replica:
-    """An engine: its batch advances step by step, a request at a time is let in and prefilled."""
+    """An engine: its batch advances step by step; requests are admitted and prefilled singly."""
 
     index: int
     slowness: float
-    life: int = 0
+    generation: int = 0
     alive: bool = True
-    at: float = 0.0  # up to when it is simulated
-    steps: float = 0.0  # by then
-    version: int = 0  # of what is foreseen
-    running: list[tuple[float, int, Request]] = field(default_factory=list)  # by their last step
+    at: float = 0.0  # time up to which it is simulated
+    steps: float = 0.0  # completed by then
+    version: int = 0  # of its next scheduled end; events of earlier versions are ignored
+    running: list[tuple[float, int, Request]] = field(default_factory=list)  # heap by last step
     waiting: deque[Request] = field(default_factory=deque)
     finished: list[Request] = field(default_factory=list)
-    collecting: bool = True  # the driver waits for results
+    collecting: bool = True  # a call of the driver waits for results
 
     def advance(self, now: float, speed: Speed) -> None:
-        """Compute until `now`."""
+        """Simulate up to `now`."""
         if self.running and now > self.at:
             step = speed.step_s(len(self.running)) * self.slowness
             self.steps += (now - self.at) / step
         self.at = max(self.at, now)
 
     def admit(self, speed: Speed) -> None:
-        """Fill the batch; a prefill delays all."""
+        """Fill the batch; each prefill delays the whole batch."""
         while self.waiting and len(self.running) < speed.batch:
             request = self.waiting.popleft()
             self.at += speed.prefill_s * request.prompt * self.slowness
@@ -98,11 +98,11 @@ class Found:
     tail_s: float = 0.0
     rerun: int = 0
     busy: float = 0.0
-    driver: float = 0.0  # share of the time that it worked
+    driver: float = 0.0  # share of the time in which it worked
 
 
 class Simulation:
-    """One job. Events are (time, order, what to do, its arguments)."""
+    """One job. An event is (time, order, function, arguments)."""
 
     def __init__(
         self,
@@ -123,15 +123,15 @@ class Simulation:
         self.found = Found()
         self._events: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
         self._order = itertools.count()
-        self._linger = linger_s(len(slowness))
+        self._delay = collect_delay_s(len(slowness))
 
     def run(self, deaths: list[tuple[float, int]], restart_s: float) -> Found:
         """Run the job; `deaths`: (time, replica)."""
         for replica in self.replicas:
-            self.dispatcher.join(replica.index, window(self.speed.batch))
+            self.dispatcher.add(replica.index, max_in_flight(self.speed.batch))
         for when, index in deaths:
             self._at(when, self._die, self.replicas[index], restart_s)
-        self._deal(0.0)
+        self._assign(0.0)
         while self.more or self.dispatcher.unfinished:
             now, _, act, arguments = heapq.heappop(self._events)
             act(now, *arguments)
@@ -146,33 +146,33 @@ class Simulation:
         heapq.heappush(self._events, (when, next(self._order), act, arguments))
 
     def _drive(self, now: float, requests: int) -> float:
-        """Let the driver work on a message; return when it is done with it."""
+        """Charge the driver for a message; return the time when it has handled it."""
         takes = self._message_s + self._request_s * requests
         self.driver_free = max(now, self.driver_free) + takes
         self.driver_busy += takes
         return self.driver_free
 
-    def _deal(self, now: float) -> None:
+    def _assign(self, now: float) -> None:
         while True:
             wanted = self.dispatcher.wanted if self.more else 0
             new = list(itertools.islice(self.source, wanted))
             self.more = self.more and len(new) == wanted
-            dealt = self.dispatcher.deal([(r.number, r) for r in new], not self.more, now)
-            for index, items in dealt.items():
+            assigned = self.dispatcher.assign([(r.number, r) for r in new], not self.more, now)
+            for index, items in assigned.items():
                 replica = self.replicas[index]
                 sent = self._drive(now, len(items))
-                self._at(sent + _TRIP_S, self._arrive, replica, replica.life, items)
-            if not (dealt and self.more and self.dispatcher.wanted):
+                self._at(sent + _TRIP_S, self._arrive, replica, replica.generation, items)
+            if not (assigned and self.more and self.dispatcher.wanted):
                 return
 
-    def _arrive(self, now: float, replica: Replica, life: int, items: list[Request]) -> None:
-        if life != replica.life:
+    def _arrive(self, now: float, replica: Replica, generation: int, items: list[Request]) -> None:
+        if generation != replica.generation:
             return
         replica.advance(now, self.speed)
         replica.waiting.extend(items)
-        self._foresee(replica)
+        self._schedule_end(replica)
 
-    def _foresee(self, replica: Replica) -> None:
+    def _schedule_end(self, replica: Replica) -> None:
         replica.admit(self.speed)
         replica.version += 1
         if replica.running:
@@ -182,61 +182,61 @@ class Simulation:
         if version != replica.version:
             return
         replica.advance(now, self.speed)
-        replica.steps = max(replica.steps, replica.running[0][0])  # rounding
+        replica.steps = max(replica.steps, replica.running[0][0])  # against rounding
         while replica.running and replica.running[0][0] <= replica.steps + 1e-9:
             replica.finished.append(heapq.heappop(replica.running)[2])
         if replica.collecting:
             replica.collecting = False
-            self._at(now + self._linger, self._send, replica, replica.life)
-        self._foresee(replica)
+            self._at(now + self._delay, self._send, replica, replica.generation)
+        self._schedule_end(replica)
 
-    def _send(self, now: float, replica: Replica, life: int) -> None:
-        if life == replica.life:
+    def _send(self, now: float, replica: Replica, generation: int) -> None:
+        if generation == replica.generation:
             results, replica.finished = replica.finished, []
-            self._at(now + _TRIP_S, self._queue, replica, life, results)
+            self._at(now + _TRIP_S, self._queue, replica, generation, results)
 
-    def _queue(self, now: float, replica: Replica, life: int, results: list[Request]) -> None:
-        """Results are here and wait until the driver has time for them."""
+    def _queue(self, now: float, replica: Replica, generation: int, results: list[Request]) -> None:
+        """Results have arrived; they wait until the driver is free."""
         done = self._drive(now, 0)
-        self._at(done, self._take, replica, life, results)
+        self._at(done, self._take, replica, generation, results)
 
-    def _take(self, now: float, replica: Replica, life: int, results: list[Request]) -> None:
-        if life != replica.life:
+    def _take(self, now: float, replica: Replica, generation: int, results: list[Request]) -> None:
+        if generation != replica.generation:
             return
         self.dispatcher.finished(replica.index, [each.number for each in results], now)
         self.ends.extend([now] * len(results))
         self.found.tokens += sum(each.output for each in results)
-        self._at(now + _TRIP_S, self._collect, replica, life)
-        self._deal(now)
+        self._at(now + _TRIP_S, self._collect, replica, generation)
+        self._assign(now)
 
-    def _collect(self, now: float, replica: Replica, life: int) -> None:
-        if life != replica.life:
+    def _collect(self, now: float, replica: Replica, generation: int) -> None:
+        if generation != replica.generation:
             return
         if replica.finished:
-            self._at(now + self._linger, self._send, replica, life)
+            self._at(now + self._delay, self._send, replica, generation)
         else:
             replica.collecting = True
 
     def _die(self, now: float, replica: Replica, restart_s: float) -> None:
         if not replica.alive:
             return
-        self.found.rerun += len(self.dispatcher.leave(replica.index, now))
+        self.found.rerun += len(self.dispatcher.remove(replica.index, now))
         replica.alive = False
-        replica.life += 1
+        replica.generation += 1
         replica.version += 1
         replica.running, replica.finished = [], []
         replica.waiting.clear()
         self._at(now + restart_s, self._start, replica)
-        self._deal(now)
+        self._assign(now)
 
     def _start(self, now: float, replica: Replica) -> None:
         replica.alive, replica.collecting, replica.at = True, True, now
-        self.dispatcher.join(replica.index, window(self.speed.batch))
-        self._deal(now)
+        self.dispatcher.add(replica.index, max_in_flight(self.speed.batch))
+        self._assign(now)
 
 
 def speed_of(model: str, gpu: str, batch: int, context: int, efficiency: float) -> Speed:
-    """Return what the cost model says of a model on a GPU, at a mean context."""
+    """Return the speed that the cost model predicts for a model on a GPU at a mean context."""
     config, device = named_config(model), find_device(gpu)
 
     def seconds(work: Workload) -> float:
@@ -259,10 +259,10 @@ def simulate(
     driver_s: tuple[float, float],
     seed: int,
 ) -> Found:
-    """Simulate a job of `each` requests a replica; `slow`: share of replicas at half speed."""
-    dice = random.Random(seed)
+    """Simulate a job of `each` requests per replica. slow: share of replicas at half speed."""
+    rng = random.Random(seed)
     requests = [
-        Request(n, 128, min(4096, max(1, round(dice.lognormvariate(5.2, 1.0)))))
+        Request(n, 128, min(4096, max(1, round(rng.lognormvariate(5.2, 1.0)))))
         for n in range(count * each)
     ]
     slowness = [2.0 if index < slow * count else 1.0 for index in range(count)]
@@ -272,7 +272,7 @@ def simulate(
     simulation = Simulation(speed, iter(requests), slowness, driver_s)
     simulation.found.ideal_s = work / power
     number = math.ceil(deaths_each * count)
-    deaths = [(dice.uniform(0, work / power), dice.randrange(count)) for _ in range(number)]
+    deaths = [(rng.uniform(0, work / power), rng.randrange(count)) for _ in range(number)]
     found = simulation.run(deaths, restart_s=60.0)
     assert found.tokens == sum(r.output for r in requests)
     assert len(simulation.ends) == len(requests)
@@ -287,8 +287,8 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--efficiency", type=float, default=0.7)
     parser.add_argument("--step-ms", type=float, nargs=2, metavar=("BASE", "EACH"),
-                        help="of a measured step, and of each request in it")  # fmt: skip
-    parser.add_argument("--requests", type=int, default=2000, help="a replica")
+                        help="measured time of a step, and of each request in it")  # fmt: skip
+    parser.add_argument("--requests", type=int, default=2000, help="per replica")
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 4, 16, 64, 128, 256, 1024])
     parser.add_argument("--driver-us", type=float, nargs=2, default=[300.0, 60.0],
                         metavar=("MESSAGE", "REQUEST"))  # fmt: skip
@@ -301,7 +301,7 @@ def main() -> int:
         speed = Speed(lambda size: (base + each * size) * 1e-3, each * 1e-3, options.batch)
     driver_s = options.driver_us[0] * 1e-6, options.driver_us[1] * 1e-6
     table = Table("replicas", "case", "tok/s", "efficiency", "time", "tail", "re-run", "busy",
-                  "driver works")  # fmt: skip
+                  "driver")  # fmt: skip
     cases = {"even": (0.0, 0.0), "1/10 slow": (0.1, 0.0), "1/10 die": (0.0, 0.1)}
     for count in options.replicas:
         for name, (slow, deaths) in cases.items() if count > 1 else [("even", (0.0, 0.0))]:
@@ -319,7 +319,7 @@ def main() -> int:
             )
     step = speed.step_s(speed.batch) * 1e3
     console = Console(width=100)
-    console.print(f"a step of {speed.batch}: {step:.2f} ms; a driver of {options.driver_us} µs")
+    console.print(f"step of {speed.batch} requests: {step:.2f} ms; driver: {options.driver_us} µs")
     console.print(table)
     return 0
 

@@ -1,4 +1,8 @@
-"""Tables on standard output, of which nothing is cut off, however narrow it is."""
+"""Tables on standard output that never cut off a value, however narrow the terminal is.
+
+rich shrinks the columns of a table that is too wide below their longest word and cuts the last
+ones off at the edge. So the widths are computed here, and rich prints the result.
+"""
 
 import os
 from collections.abc import Iterable
@@ -7,22 +11,22 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
-_ANY_WIDTH = 1 << 16
+_UNLIMITED = 1 << 16
 
 
 def console() -> Console:
-    """Return standard output; where it is no terminal, tables are as wide as they need.
+    """Return a console on standard output, of unlimited width if that is not a terminal.
 
     COLUMNS in the environment sets another width.
     """
     found = Console(highlight=False)
     if not found.is_terminal and "COLUMNS" not in os.environ:
-        found.width = _ANY_WIDTH
+        found.width = _UNLIMITED
     return found
 
 
 def table(texts: Iterable[str], numbers: Iterable[str]) -> Table:
-    """Return a table with columns for texts, then for numbers, for `show` to print."""
+    """Return a table for `show` with left-aligned text columns, then right-aligned numbers."""
     found = Table(box=None, padding=(0, 0, 0, 1), header_style="bold")
     for name in texts:
         found.add_column(name)
@@ -32,15 +36,15 @@ def table(texts: Iterable[str], numbers: Iterable[str]) -> Table:
 
 
 def show(console: Console, table: Table) -> None:
-    """Print a table. Where it is too wide, texts and headers wrap between words, the widest first.
+    """Print a table. If it is too wide, wrap texts and headers between words, widest column first.
 
-    What does not fit even so goes over the edge: half a number would be another number.
+    If that is not enough, the table runs over the edge, because half a number is another number.
     """
     widths, least = [], []
     for column in table.columns:
         header, cells = str(column.header), [str(cell) for cell in column.cells]
-        numbers = column.justify == "right"
-        unbroken = [*header.split(), *(cells if numbers else " ".join(cells).split())]
+        numeric = column.justify == "right"
+        unbroken = [*header.split(), *(cells if numeric else " ".join(cells).split())]
         widths.append(max(map(cell_len, [header, *cells])))
         least.append(max(map(cell_len, unbroken)))
     excess = sum(widths) + len(widths) - console.width

@@ -1,43 +1,32 @@
-"""Numbers as people read them in tables, and as programs read them."""
+"""Quantities, durations and sizes as text for tables and sentences."""
 
-import json
-from collections.abc import Mapping
-from typing import Any
+import humanize
 
-_STEPS = ("", "k", "M", "G", "T", "P", "E", "Z")
+_MINUTES_FROM_S, _HOURS_FROM_S = 120, 7200
 
 
-def quantity(value: float) -> str:
-    """Return three digits and a decimal prefix: 399000000 → `399M`, 0 → `-`."""
+def quantity(value: float, unit: str = "") -> str:
+    """Return three digits with a decimal prefix: 399e6 → `399M`, with a unit `399 MB`; 0 → `-`."""
     if value == 0:
         return "-"
-    step = 0
-    while value >= 999.5 and step < len(_STEPS) - 1:
-        value /= 1000
-        step += 1
-    if step == 0:
-        return f"{value:.3g}"
-    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
-    return f"{value:.{digits}f}{_STEPS[step]}"
+    text = f"{value:.3g} {unit}" if value < 999.5 else humanize.metric(value, unit)
+    return text if unit else text.replace(" ", "")
 
 
-def seconds(value: float) -> str:
-    """Return a time with the unit that suits it: µs, ms, s, min or h."""
-    for limit, factor, unit in ((1e-3, 1e6, "µs"), (1.0, 1e3, "ms"), (120.0, 1.0, "s")):
-        if value < limit:
-            return (
-                f"{value * factor:.3g} {unit}"
-                if value * factor < 100
-                else (f"{value * factor:.0f} {unit}")
-            )
-    return f"{value / 60:,.1f} min" if value < 7200 else f"{value / 3600:,.1f} h"
+def duration(seconds: float) -> str:
+    """Return a time with the unit that suits it: μs, ms, s, min or h."""
+    if seconds < _MINUTES_FROM_S:
+        return humanize.metric(seconds, "s")
+    if seconds < _HOURS_FROM_S:
+        return f"{seconds / 60:,.1f} min"
+    return f"{seconds / 3600:,.1f} h"
+
+
+def memory(size: int) -> str:
+    """Return bytes with a binary prefix: `1.25 GiB`."""
+    return humanize.naturalsize(size, binary=True, format="%.2f")
 
 
 def percent(share: float) -> str:
     """Return a share as per cent with one decimal."""
     return f"{share:.1%}"
-
-
-def print_json(value: Mapping[str, Any]) -> None:
-    """Print one JSON object on standard output."""
-    print(json.dumps(value, indent=2))

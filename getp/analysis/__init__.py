@@ -1,1 +1,1 @@
-"""Cost predictions and measured profiles, and how they are printed and drawn."""
+"""Modes plan and profile: predicted costs of steps and jobs, and measured steps."""

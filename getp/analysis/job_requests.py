@@ -1,4 +1,4 @@
-"""What a predicted job needs to know of a file of requests: their lengths in tokens."""
+"""The lengths in tokens of the requests in a file, for the prediction of a job."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,23 +9,28 @@ from getp.job.inputs import scan
 from getp.job.request_reader import RequestDefaults, RequestReader
 from tokenizer import Tokenizer
 
+_BYTES_PER_TOKEN = 4  # assumed without a tokenizer
+
 
 @dataclass
 class Requests:
-    """The requests that can be run, and those that mode getp would refuse."""
+    """The requests that can run, and the number of those that mode getp would refuse."""
 
-    counted: str  # how
+    counted: str  # how their tokens were counted
     prompts: list[int] = field(default_factory=list)  # tokens of each
     limits: list[int | None] = field(default_factory=list)  # most new tokens of each
     refused: int = 0
-    first_refused: str | None = None  # which line it is, and why
+    first_refused: str | None = None  # its line number and the reason
 
 
 def read_requests(path: str, folder: Path | None, defaults: RequestDefaults) -> Requests:
-    """Read a file as mode getp does. Without a tokenizer's `folder` four bytes are a token."""
+    """Read a file as mode getp does. folder: of the tokenizer; None: estimate from bytes.
+
+    Raises GetpError for a file that mode getp would refuse.
+    """
     source = scan(path)
     if folder is None:
-        found = Requests("taken as 4 bytes each")
+        found = Requests(f"estimated, {_BYTES_PER_TOKEN} bytes each")
         reader: RequestReader = _ByteReader(source, defaults, cast(Tokenizer, None))
     else:
         found = Requests("counted")
@@ -41,9 +46,9 @@ def read_requests(path: str, folder: Path | None, defaults: RequestDefaults) -> 
 
 
 class _ByteReader(RequestReader):
-    """Takes four bytes of text for a token, a chat for the texts of its messages.
+    """Estimates the tokens of a prompt, or of the messages of a chat, from their bytes.
 
-    It never asks the tokenizer.
+    It never uses the tokenizer.
     """
 
     def encode(self, body: ParsedBody, chat: bool, limit: int | None) -> list[int]:
@@ -54,4 +59,4 @@ class _ByteReader(RequestReader):
         size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts if text)
         if not size:
             raise BadRequestError("empty_prompt", "the prompt is empty")
-        return [0] * -(-size // 4)
+        return [0] * -(-size // _BYTES_PER_TOKEN)

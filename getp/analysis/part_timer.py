@@ -1,4 +1,4 @@
-"""Time the parts of a step, and count the operations that each part launches."""
+"""The parts of a step: how long each takes, and how many operations it launches."""
 
 import os
 import time
@@ -9,40 +9,40 @@ from typing import Any
 
 import torch
 from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from model.ops.step_parts import ALL_PARTS, OTHER, StepPart, observe
 
-# torch's profiler (2.13) logs a line whenever it starts or stops, at a level above errors: 6 is
-# above all levels. It reads the variable at its first use.
+# torch's profiler (2.13) prints a line whenever it starts or stops, above the level of errors. It
+# reads this variable at its first use in a process: 6 silences it, 2 would show warnings.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-from torch.profiler import ProfilerActivity, profile
 
 Step = Callable[[], None]
 
 
 @dataclass
 class Launches:
-    """What a step launches, by part: kernels on a GPU, operations called from Python on a CPU."""
+    """Launches of a step by part: kernels on a GPU, operations called from Python on a CPU."""
 
     count: dict[str, int]
-    busy_s: dict[str, float] | None = None  # on a GPU: seconds that its kernels ran
+    busy_s: dict[str, float] | None = None  # on a GPU: seconds in which its kernels ran
 
 
 def time_parts(step: Step, device: torch.device) -> dict[str, float]:
-    """Run the step once; seconds of each part, which add up to the step.
+    """Run the step once; return the seconds of each part, which add up to the step.
 
-    On a GPU they are the stream's: from a part's first kernel to the next part's, including the
-    time that the GPU waits for the host.
+    On a GPU these are seconds of the stream, from the first kernel of a part to that of the next
+    part, including idle time while it waits for the host.
     """
     stamp, difference = _clock(device)
     names: list[str] = []
     stamps: list[Any] = []
 
-    def switch(name: str) -> None:
+    def note(name: str) -> None:
         names.append(name)
         stamps.append(stamp())
 
-    with observe(switch):
+    with observe(note):
         step()
         stamps.append(stamp())
     if device.type == "cuda":
@@ -54,7 +54,7 @@ def time_parts(step: Step, device: torch.device) -> dict[str, float]:
 
 
 def count_launches(step: Step, device: torch.device, trace: str | None = None) -> Launches:
-    """Run the step once under torch's profiler; `trace` names a file for its Chrome trace."""
+    """Run the step once under torch's profiler. trace: file for its Chrome trace."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiler, StepPart(OTHER):
@@ -65,12 +65,12 @@ def count_launches(step: Step, device: torch.device, trace: str | None = None) -
 
 
 def add_up(events: Iterable[Any], on_gpu: bool) -> Launches:
-    """Count torch's profiler events by the innermost part that they ran in."""
+    """Count events of torch's profiler by the innermost part in which they ran."""
     found = Launches(defaultdict(int), defaultdict(float) if on_gpu else None)
     for event in events:
         if event.device_type != DeviceType.CPU:
-            continue  # a kernel: it is listed with the operation that launched it
-        part = event if event.name in ALL_PARTS else event.cpu_parent
+            continue  # a kernel: it is counted with the operation that launched it
+        part = event
         while part is not None and part.name not in ALL_PARTS:
             part = part.cpu_parent
         if part is None:
@@ -84,7 +84,7 @@ def add_up(events: Iterable[Any], on_gpu: bool) -> Launches:
 
 
 def _clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
-    """How to take a stamp on the device, and the seconds between two."""
+    """Return a function that takes a time stamp, and one for the seconds between two stamps."""
     if device.type != "cuda":
         return time.perf_counter, lambda start, end: end - start
 

@@ -1,4 +1,4 @@
-"""Mode profile: where a step's time goes, measured, beside what the cost model says it needs."""
+"""Mode profile: the measured time of each part of a step, beside its cost by the cost model."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -15,54 +15,47 @@ from model.cost.devices import Device
 from model.cost.flops import Flops
 from model.cost.operations import operations
 from model.cost.workload import Bytes, Op, Phase, Workload
-from model.ops.step_parts import FUSED_INTO, OTHER
+from model.ops.step_parts import ALL_PARTS, FUSED_INTO
 
 WARM_UP_STEPS = 2
 MIN_STEPS = 8
-MEASURE_S = 10.0  # no step begins later, beyond the least number
-_AGREED = 0.03  # the parts and the step being so close, nothing disturbs them
+MEASURE_S = 10.0  # after MIN_STEPS, no step starts later than this
+_AGREEMENT = 0.03  # parts and step that agree this closely are taken as undisturbed
 
-# Not of the cost model; the first two are the host's.
 HOST_PARTS = ("scheduling", "batch_preparation")
-_ORDER = (
-    *HOST_PARTS,
-    *"embedding input_norm qkv_proj rope attention o_proj post_norm router".split(),
-    *"gate_up_proj activation down_proj final_norm lm_head sampling".split(),
-    OTHER,
-)
 
 _Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a step: left alone, and followed, the parts of which add up to it."""
+    """Seconds of an undisturbed step, and of the parts of a step that is timed by part."""
 
-    alone_s: float
+    step_s: float
     parts: dict[str, float]
     steps: int = 1  # measured of each kind
 
     @property
-    def followed_s(self) -> float:
-        """The step while it is followed."""
+    def timed_s(self) -> float:
+        """Return the seconds of the step while its parts are timed."""
         return sum(self.parts.values())
 
     @property
     def slowdown(self) -> float:
-        """By which share following slows the step; noise can make it negative."""
-        return self.followed_s / self.alone_s - 1
+        """Return the share by which timing the parts slows the step; noise can make it negative."""
+        return self.timed_s / self.step_s - 1
 
 
 @dataclass(frozen=True)
 class Component:
-    """One part of the step: what it took, and what the cost model says of it."""
+    """One part of the step: its measured time and launches, and its cost by the cost model."""
 
     name: str
     seconds: float
     launches: int
-    busy_s: float | None  # on a GPU: what its kernels ran
-    op: Op  # all zero for what the cost model does not know, and within another
-    within: str | None = None  # the part that did this one, too; its op is that of both
+    busy_s: float | None  # on a GPU: seconds in which its kernels ran
+    op: Op  # all zero if the cost model does not know the part, or if it is fused into another
+    within: str | None = None  # the part that it is fused into, whose op is the sum of both
 
 
 @dataclass(frozen=True)
@@ -78,42 +71,42 @@ class Profile:
 
     @property
     def step_s(self) -> float:
-        """Seconds of the step, nothing following it."""
-        return self.times.alone_s
+        """Return the seconds of the undisturbed step."""
+        return self.times.step_s
 
     @property
     def tok_s(self) -> float:
-        """Tokens computed a second."""
+        """Return the tokens computed per second."""
         return self.work.tokens / self.step_s
 
     @property
     def launches(self) -> int:
-        """Kernels (on a CPU: operations) of the step."""
+        """Return the number of kernels (on a CPU: operations) that the step launches."""
         return sum(part.launches for part in self.components)
 
     @property
     def within(self) -> dict[str, str]:
-        """The parts that others did, each with the name of the one that did it."""
+        """Return the parts that are fused into others, with the names of those."""
         return {part.name: part.within for part in self.components if part.within}
 
     @property
     def ops(self) -> list[Op]:
-        """What the cost model says of the step."""
+        """Return the operations of the step by the cost model."""
         return [part.op for part in self.components if part.op.layer_count]
 
     def seconds_of(self, *names: str) -> float:
-        """Seconds of these parts, of the step that nothing follows."""
+        """Return the seconds of these parts, scaled to the undisturbed step."""
         return self._scale * sum(part.seconds for part in self.components if part.name in names)
 
     @property
     def busy_s(self) -> float | None:
-        """Seconds that the GPU ran kernels; None on a CPU."""
+        """Return the seconds in which the GPU ran kernels; None on a CPU."""
         busy = [part.busy_s for part in self.components if part.busy_s is not None]
         return sum(busy) if busy else None
 
     @property
     def _scale(self) -> float:
-        return self.times.alone_s / self.times.followed_s
+        return self.times.step_s / self.times.timed_s
 
 
 def profile(
@@ -126,7 +119,10 @@ def profile(
     context: int,
     trace: str | None = None,
 ) -> Profile:
-    """Measure the step on a warm engine. Raises EngineError if it has no room for it."""
+    """Measure one step of an engine. trace: file for a Chrome trace of it.
+
+    Raises EngineError if the engine has no room for such a step.
+    """
     probe = Probe(engine, batch, query, context)
     times = measure(probe.step, engine.device)
     launches = count_launches(probe.step, engine.device, trace)
@@ -143,7 +139,7 @@ def assemble(
     times: Times,
     launches: Launches,
 ) -> Profile:
-    """Put what was measured beside what the cost model says."""
+    """Join the measurements with the costs of the cost model."""
     known = operations(config, work)
     within = {
         op.name: FUSED_INTO[op.name]
@@ -161,14 +157,14 @@ def assemble(
             ops.get(name, Op(name, 0, Flops(), Bytes(), 0)),
             within.get(name),
         )
-        for name in _ORDER
+        for name in ALL_PARTS
         if name in found
     ]
     return Profile(config, work, device, on_gpu, times, components)
 
 
 def gather(ops: Iterable[Op], within: Mapping[str, str]) -> list[Op]:
-    """Add operations done within others to those."""
+    """Add the costs of fused operations to those of the operations they are fused into."""
     found = {op.name: op for op in ops}
     for inner, outer in within.items():
         one, both = found.pop(inner), found[outer]
@@ -182,31 +178,31 @@ def gather(ops: Iterable[Op], within: Mapping[str, str]) -> list[Op]:
 
 
 def measure(step: Step, device: torch.device, limit_s: float = MEASURE_S) -> Times:
-    """Run the step alone and followed by turns, so that a slower minute slows both.
+    """Alternate undisturbed steps and steps timed by part, so that slow periods affect both.
 
-    Goes on until they agree: on a busy machine that takes more steps.
+    Stops when they agree, which takes more steps on a busy machine, or after `limit_s` seconds.
     """
     for _ in range(WARM_UP_STEPS):
         step()
-    alone: list[float] = []
-    followed: list[dict[str, float]] = []
+    whole: list[float] = []
+    timed: list[dict[str, float]] = []
     start = time.perf_counter()
     while True:
-        alone.append(_seconds(step, device))
-        followed.append(time_parts(step, device))
-        times, taken = _times(alone, followed), time.perf_counter() - start
-        settled = taken > limit_s / 8 and abs(times.slowdown) < _AGREED
-        if len(alone) >= MIN_STEPS and (settled or taken > limit_s):
+        whole.append(_seconds(step, device))
+        timed.append(time_parts(step, device))
+        times, taken = _times(whole, timed), time.perf_counter() - start
+        settled = taken > limit_s / 8 and abs(times.slowdown) < _AGREEMENT
+        if len(whole) >= MIN_STEPS and (settled or taken > limit_s):
             return times
 
 
-def _times(alone: list[float], followed: list[dict[str, float]]) -> Times:
-    """The mean of the steps that nothing disturbed, and of their parts."""
-    kept = _undisturbed(followed, [sum(one.values()) for one in followed])
+def _times(whole: list[float], timed: list[dict[str, float]]) -> Times:
+    """Return the mean of the fastest steps and of the parts of the fastest timed steps."""
+    kept = _fastest(timed, [sum(one.values()) for one in timed])
     names = {name for one in kept for name in one}
     mean = {name: sum(one.get(name, 0.0) for one in kept) / len(kept) for name in names}
-    fastest = _undisturbed(alone, alone)
-    return Times(sum(fastest) / len(fastest), mean, len(alone))
+    fastest = _fastest(whole, whole)
+    return Times(sum(fastest) / len(fastest), mean, len(whole))
 
 
 def _seconds(step: Step, device: torch.device) -> float:
@@ -217,7 +213,7 @@ def _seconds(step: Step, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _undisturbed(values: list[_Value], order: list[float]) -> list[_Value]:
-    """The first quarter of the values in this order: what else the machine does only adds."""
-    ranked = [value for _, value in sorted(zip(order, values, strict=True), key=lambda p: p[0])]
+def _fastest(values: list[_Value], seconds: list[float]) -> list[_Value]:
+    """Return the fastest quarter of the values: other work on the machine only adds time."""
+    ranked = [value for _, value in sorted(zip(seconds, values, strict=True), key=lambda p: p[0])]
     return ranked[: max(1, len(ranked) // 4)]

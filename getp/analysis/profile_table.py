@@ -1,4 +1,4 @@
-"""A measured step as the bottleneck analysis that people read, and as JSON for programs."""
+"""A measured step as a bottleneck analysis for people, and as JSON for programs."""
 
 from dataclasses import asdict
 from typing import Any
@@ -9,15 +9,15 @@ from getp import tables
 from getp.analysis.advice import Advice, Verdict, advise, judge, rest
 from getp.analysis.advice import as_json as advice_json
 from getp.analysis.profile import Component, Profile
-from getp.units import percent, quantity, seconds
+from getp.units import duration, percent, quantity
 from model.cost.devices import Device
 from model.cost.operations import total
 
-_WIDE = 80  # columns of a terminal; a narrower one does without a share that can be worked out
+_WIDE = 80  # columns; a narrower terminal does not show the share of all bytes
 
 
 def print_profile(found: Profile, model: str, others: list[Device]) -> None:
-    """Print the analysis on standard output; `others` are compared by the bandwidth in use."""
+    """Print the analysis on standard output, with the bandwidth that `others` would need."""
     verdict, advice = judge(found), advise(found)
     console = tables.console()
     work = found.work
@@ -31,19 +31,18 @@ def print_profile(found: Profile, model: str, others: list[Device]) -> None:
     tables.show(console, _parts_table(found, console.width >= _WIDE))
     console.print(_bandwidths(found, others), soft_wrap=True)
     console.print(f"\n{verdict.bound}-bound: {verdict.evidence}.", style="bold", soft_wrap=True)
-    console.print(f"Of the whole step {rest(found, verdict)}.\n", soft_wrap=True)
+    console.print(f"Of the step, {rest(found, verdict)}.\n", soft_wrap=True)
     tables.show(console, _advice_table(advice))
     console.print(
-        "\nGains are the cost model's, each change by itself and at best. Parts are measured while "
-        f"the step is followed, which changes it by {found.times.slowdown:+.1%}; shares are of "
-        "that step.",
+        "\nGains are predicted by the cost model, at best, for each change by itself. Timing the "
+        f"parts changes the step by {found.times.slowdown:+.1%}; shares are of the timed step.",
         style="dim",
         soft_wrap=True,
     )
 
 
 def as_json(found: Profile, model: str) -> dict[str, Any]:
-    """Return what `--format json` prints; times in seconds, an operation's for all its layers."""
+    """Return the profile for `--format json`: seconds, each operation over all its layers."""
     work, step = found.work, total(found.ops)
     return {
         "model": model,
@@ -54,7 +53,7 @@ def as_json(found: Profile, model: str) -> dict[str, Any]:
         "dtype": work.dtype,
         "device": {"name": found.device.name, "source": found.device.source},
         "step_s": found.step_s,
-        "followed_step_s": found.times.followed_s,
+        "followed_step_s": found.times.timed_s,
         "slowdown": found.times.slowdown,
         "steps_measured": found.times.steps,
         "tok_s": found.tok_s,
@@ -75,7 +74,7 @@ def _part_json(part: Component, found: Profile) -> dict[str, Any]:
     return {
         "name": part.name,
         "seconds": part.seconds,
-        "share": part.seconds / found.times.followed_s,
+        "share": part.seconds / found.times.timed_s,
         "launches": part.launches,
         "busy_s": part.busy_s,
         "within": part.within,
@@ -90,33 +89,34 @@ def _summary(found: Profile, verdict: Verdict) -> str:
     moved, computed = step.bytes.total / found.step_s, step.flops.matrix / found.step_s
     kind = "kernels" if found.on_gpu else "operations"
     lines = [
-        f"step      {seconds(found.step_s)}, {seconds(found.step_s / layers)} a layer; "
+        f"step      {duration(found.step_s)}, {duration(found.step_s / layers)} per layer; "
         f"{found.tok_s:,.1f} tok/s",
-        f"launches  {found.launches:,} {kind} a step, {found.launches / layers:.1f} a layer, "
-        f"{found.launches / work.tokens:,.1f} a token; {seconds(verdict.launch_s)} of overhead",
-        f"memory    {quantity(step.bytes.total)}B a step: {quantity(moved)}B/s of "
-        f"{quantity(device.bandwidth)}B/s ({percent(moved / device.bandwidth)})",
-        f"compute   {quantity(step.flops.matrix)}FLOP a step: {quantity(computed)}FLOP/s of "
-        f"{quantity(device.peak(work.dtype))}FLOP/s "
+        f"launches  {found.launches:,} {kind} per step, {found.launches / layers:.1f} per layer, "
+        f"{found.launches / work.tokens:,.1f} per token; {duration(verdict.launch_s)} of overhead",
+        f"memory    {quantity(step.bytes.total, 'B')} per step: {quantity(moved, 'B/s')} of "
+        f"{quantity(device.bandwidth, 'B/s')} ({percent(moved / device.bandwidth)})",
+        f"compute   {quantity(step.flops.matrix, 'FLOP')} per step: "
+        f"{quantity(computed, 'FLOP/s')} of {quantity(device.peak(work.dtype), 'FLOP/s')} "
         f"({percent(computed / device.peak(work.dtype))})",
     ]
     if found.busy_s is not None:
-        lines.append(f"GPU       {percent(found.busy_s / found.step_s)} of the step in kernels")
+        lines.append(f"GPU       busy for {percent(found.busy_s / found.step_s)} of the step")
     return "\n".join([*lines, ""])
 
 
 def _parts_table(found: Profile, wide: bool) -> Table:
-    figures = ["time", "share", "launches", "bytes", *(["of all"] if wide else []), "B/s", "FLOP/s"]
+    of_bytes = ["% bytes"] if wide else []
+    figures = ["time", "% time", "launches", "bytes", *of_bytes, "B/s", "FLOP/s"]
     table = tables.table(["component"], figures)
     bytes_of_all = total(found.ops).bytes.total
     for part in found.components:
         if part.within:
             table.add_row(_label(part), *["-"] * len(figures))
             continue
-        moved, share = part.op.bytes.total, part.seconds / found.times.followed_s
+        moved, share = part.op.bytes.total, part.seconds / found.times.timed_s
         table.add_row(
             _label(part),
-            seconds(part.seconds),
+            duration(part.seconds),
             percent(share),
             f"{part.launches:,}",
             quantity(moved),
@@ -126,7 +126,7 @@ def _parts_table(found: Profile, wide: bool) -> Table:
         )
     table.add_row(
         "total",
-        seconds(found.times.followed_s),
+        duration(found.times.timed_s),
         percent(1.0),
         f"{found.launches:,}",
         quantity(bytes_of_all),
@@ -143,20 +143,20 @@ def _label(part: Component) -> str:
 
 
 def _bandwidths(found: Profile, others: list[Device]) -> str:
-    """The share of other devices' bandwidth that the same tokens a second would take."""
+    """Describe the share of the bandwidth of other devices that the same speed would use."""
     if not others:
         return ""
     moved = total(found.ops).bytes.total / found.step_s
     uses = (f"{device.name} {percent(moved / device.bandwidth)}" for device in others)
-    return f"\nBandwidth that this speed would use: {', '.join(uses)}."
+    return f"\nBandwidth use of other devices at this speed: {', '.join(uses)}."
 
 
 def _advice_table(advice: list[Advice]) -> Table:
-    table = tables.table(["what would help"], ["step", "tok/s", "gain"])
+    table = tables.table(["possible change"], ["step", "tok/s", "gain"])
     for one in advice:
-        table.add_row(one.change, seconds(one.step_s), f"{one.tok_s:,.1f}", _gain(one.gain))
+        table.add_row(one.change, duration(one.step_s), f"{one.tok_s:,.1f}", _gain(one.gain))
     return table
 
 
 def _gain(gain: float) -> str:
-    return f"{gain:+.0%}" if gain < 1 else f"{1 + gain:.1f} times"
+    return f"{gain:+.0%}" if gain < 1 else f"{1 + gain:.1f}×"

@@ -1,4 +1,4 @@
-"""The roofline as a picture. Needs matplotlib, which getp does not install by itself."""
+"""The roofline as an image. Needs matplotlib, an optional dependency."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +9,8 @@ from model.cost.devices import Device
 from model.cost.workload import Op
 
 FORMATS = (".png", ".svg", ".pdf")
-# Okabe and Ito's colours, which the colour-blind can tell apart, darkest first; the line styles
-# and marks tell the roofs apart in black and white.
+# The colours of Okabe and Ito, distinct for colour-blind readers, darkest first. Line styles and
+# markers distinguish the roofs in black and white.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F")
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)), (0, (3, 3)))
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -19,18 +19,18 @@ _CAPTION_COLUMNS = 110
 
 
 def check_plot(path: str) -> None:
-    """Raise UsageProblem or GetpError now if a picture cannot be made of `path` later."""
+    """Raise UsageProblem or GetpError now if a plot could not be written to `path` later."""
     if path == "-":
         return
     if Path(path).suffix.lower() not in FORMATS:
         raise UsageProblem(
-            f"--plot {path}: the file must end in {', '.join(FORMATS)}; - draws on the terminal"
+            f"--plot {path}: the name must end in {', '.join(FORMATS)}; - draws on the terminal"
         )
     try:
-        import matplotlib  # noqa: F401 - whether it is there
+        import matplotlib  # noqa: F401 - checks that it is installed
     except ImportError:
         raise GetpError(
-            "--plot needs matplotlib: pip install 'getp[plot]' (or pip install matplotlib); "
+            "--plot FILE needs matplotlib: pip install 'getp[plot]' (or pip install matplotlib); "
             "--plot - draws on the terminal without it"
         ) from None
 
@@ -38,11 +38,11 @@ def check_plot(path: str) -> None:
 def draw_roofline(
     ops: Sequence[Op], devices: Sequence[Device], dtype: str, title: str, path: str
 ) -> None:
-    """Draw each device's roof and the operations on it. Raises GetpError, UsageProblem."""
+    """Draw the roof of each device and the operations on it. Raises GetpError, UsageProblem."""
     check_plot(path)
     if len(devices) > len(_COLOURS):
         raise UsageProblem(
-            f"--plot: {len(devices)} roofs cannot be told apart; name at most {len(_COLOURS)} "
+            f"--plot: {len(devices)} roofs cannot be told apart; give at most {len(_COLOURS)} GPUs "
             "with --gpu"
         )
     from matplotlib.figure import Figure
@@ -80,7 +80,9 @@ def draw_roofline(
         axes.annotate(letter, (value, 1.01), xycoords=("data", "axes fraction"), ha="center")
     axes.set(xscale="log", yscale="log", xlim=(10.0**low, 10.0**high))
     named = [f"{letter} {names}" for letter, (names, _) in zip(LETTERS, groups, strict=False)]
-    axes.set_xlabel("intensity (FLOPs a byte)\n" + "\n".join(wrapped("", named, _CAPTION_COLUMNS)))
+    axes.set_xlabel(
+        "intensity (FLOPs per byte)\n" + "\n".join(wrapped("", named, _CAPTION_COLUMNS))
+    )
     axes.set_ylabel("FLOP/s")
     axes.set_title(title, fontsize=10, pad=20)
     axes.grid(which="major", color="#dddddd", linewidth=0.6)

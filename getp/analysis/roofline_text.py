@@ -1,6 +1,7 @@
-"""The roofline with each operation on it, for a terminal: characters on logarithmic axes."""
+"""The roofline and the operations on it as text for a terminal, on logarithmic axes."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 from getp.units import quantity
@@ -14,7 +15,7 @@ _DIGITS = "123456789"
 
 
 def plotted(ops: Sequence[Op]) -> list[tuple[str, float]]:
-    """Return (name, FLOPs a byte) of the operations that have both; FLOPs of all units."""
+    """Return (name, FLOPs per byte) of the operations that have both; FLOPs of all units."""
     found = []
     for op in ops:
         flops = op.flops.matrix + op.flops.vector + op.flops.special
@@ -24,7 +25,7 @@ def plotted(ops: Sequence[Op]) -> list[tuple[str, float]]:
 
 
 def grouped(points: Sequence[tuple[str, float]], decades: float) -> list[tuple[str, float]]:
-    """Join operations within so many decades of intensity under one label, from left to right."""
+    """Give operations within that many decades of intensity one label, in ascending order."""
     groups: list[list[tuple[str, float]]] = []
     for point in sorted(points, key=lambda point: point[1]):
         if groups and math.log10(point[1] / groups[-1][0][1]) < decades:
@@ -37,24 +38,24 @@ def grouped(points: Sequence[tuple[str, float]], decades: float) -> list[tuple[s
 def intensity_range(
     points: Sequence[tuple[str, float]], ridges: Sequence[float]
 ) -> tuple[int, int]:
-    """Return the powers of ten that hold all operations and ridge points."""
+    """Return the powers of ten between which all operations and ridge points lie."""
     values = [*(value for _, value in points), *ridges]
     return math.floor(math.log10(min(values))), math.ceil(math.log10(max(values) * 1.5))
 
 
 def roofline_text(ops: Sequence[Op], devices: Sequence[Device], dtype: str, width: int) -> str:
-    """Return lines of at most `width` columns: roofs as digits, operations as letters on them."""
+    """Return lines of at most `width` columns: roofs drawn as digits, operations as letters."""
     points, devices = plotted(ops), devices[: len(_DIGITS)]
     low, high = intensity_range(points, [device.ridge(dtype) for device in devices])
     columns = max(20, min(width, 120) - _MARGIN - 1)
-    points = grouped(points, (high - low) / columns)  # one letter for what is in one place
+    points = grouped(points, (high - low) / columns)  # one letter per column
     top = math.log10(max(device.peak(dtype) for device in devices) * 1.2)
     bottom = math.log10(min(device.bandwidth for device in devices)) + low
     grid = [[" "] * columns for _ in range(_HEIGHT)]
 
     def place(device: Device, log_intensity: float) -> tuple[int, int]:
-        reached = min(math.log10(device.peak(dtype)), math.log10(device.bandwidth) + log_intensity)
-        row = round((top - reached) / (top - bottom) * (_HEIGHT - 1))
+        roof = min(math.log10(device.peak(dtype)), math.log10(device.bandwidth) + log_intensity)
+        row = round((top - roof) / (top - bottom) * (_HEIGHT - 1))
         column = round((log_intensity - low) / (high - low) * (columns - 1))
         return min(row, _HEIGHT - 1), column
 
@@ -68,15 +69,15 @@ def roofline_text(ops: Sequence[Op], devices: Sequence[Device], dtype: str, widt
             grid[row][column] = letter
     lines = ["FLOP/s"]
     for number, row_of_marks in enumerate(grid):
-        reached = 10 ** (top - number * (top - bottom) / (_HEIGHT - 1))
-        label = quantity(reached) if number % 3 == 0 else ""
+        flop_s = 10 ** (top - number * (top - bottom) / (_HEIGHT - 1))
+        label = quantity(flop_s) if number % 3 == 0 else ""
         lines.append(f"{label:>{_MARGIN - 1}} |" + "".join(row_of_marks).rstrip())
     lines.append(" " * _MARGIN + "+" + "-" * columns)
     lines.append(_axis(low, high, columns))
     names = [f"{letter} {name}" for letter, (name, _) in zip(LETTERS, points, strict=False)]
     roofs = [f"{mark} {device.name}" for mark, device in zip(_DIGITS, devices, strict=False)]
     return "\n".join(
-        [*lines, *wrapped("roofs: ", roofs, width), *wrapped("on them: ", names, width)]
+        [*lines, *wrapped("roofs: ", roofs, width), *wrapped("operations: ", names, width)]
     )
 
 
@@ -87,16 +88,21 @@ def _axis(low: int, high: int, columns: int) -> str:
         label = f"{10.0**power:g}"
         at = min(at, columns + _MARGIN + 1 - len(label))
         line[at : at + len(label)] = label
-    return "".join(line).rstrip() + "\n" + " " * (_MARGIN + 1) + "FLOPs a byte"
+    return "".join(line).rstrip() + "\n" + " " * (_MARGIN + 1) + "FLOPs per byte"
 
 
-def wrapped(head: str, words: Sequence[str], width: int) -> list[str]:
-    """Return `head` and the words, with commas, in lines of at most `width` columns."""
-    lines, line = [], head
-    for number, word in enumerate(words):
-        piece = word + (", " if number < len(words) - 1 else "")
-        if len(line) + len(piece.rstrip()) > width and line != head:
-            lines.append(line.rstrip())
-            line = " " * len(head)
-        line += piece
-    return [*lines, line]
+def wrapped(head: str, items: Sequence[str], width: int) -> list[str]:
+    """Return `head` and the comma-separated items in lines of at most `width` columns.
+
+    Lines break between items only, and are indented under the first item.
+    """
+    text = ", ".join(item.replace(" ", "\xa0") for item in items)
+    lines = textwrap.wrap(
+        text,
+        width,
+        initial_indent=head,
+        subsequent_indent=" " * len(head),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return [line.replace("\xa0", " ") for line in lines]

@@ -130,8 +130,8 @@ def load_cluster(settings: Settings) -> "Cluster":
     return Cluster(
         checkpoint_folder(settings),
         tokenizer_path(settings),
-        settings.parallel.replicas or None,
         settings.engine,
+        replicas=settings.parallel.replicas or None,
         address=settings.parallel.ray_address,
     )
 

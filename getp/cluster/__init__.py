@@ -1,1 +1,1 @@
-"""Replicas: many engines on Ray behind the interface of one."""
+"""Replicas on Ray: many engines behind the interface of one. The main class is `Cluster`."""

@@ -1,6 +1,6 @@
-"""Which replica runs which request: bookkeeping alone, no Ray, no clock, no thread.
+"""Which replica runs which request: bookkeeping only, without Ray, clocks or threads.
 
-`Cluster` deals by it, and so does the simulation in benchmarks/cluster.py.
+`Cluster` assigns requests with it, and so does the simulation in benchmarks/simulate_cluster.py.
 """
 
 import heapq
@@ -11,143 +11,143 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 
-_RUNS = 8  # in so many runs a replica gets what is dealt to it at once
-_AT_ONCE = 128  # requests at most that are dealt to a replica at once
+_RUNS = 8  # runs of neighbouring requests into which one assignment to a replica is divided
+_MAX_ASSIGNED = 128  # requests assigned to a replica at once
 
 
-def window(batch: int) -> int:
-    """Return how many requests a replica holds at most whose engine runs `batch` at a time.
+def max_in_flight(batch: int) -> int:
+    """Return how many requests a replica holds at most if its engine runs `batch` at a time.
 
-    What it holds beyond its batch starts while results are on their way here and new requests
-    on their way back. More would only wait there while another replica has nothing.
+    The surplus keeps the engine busy while results travel to the driver and new requests travel
+    back. A larger surplus would only queue there while other replicas are idle.
     """
     return batch + max(1, batch // 4)
 
 
-def linger_s(replicas: int) -> float:
-    """Return how long a replica keeps a result so that others go with it.
+def collect_delay_s(replicas: int) -> float:
+    """Return how long a replica waits for more results before it returns the first one.
 
-    With it the driver takes at most 1,000 messages a second, however many replicas there are.
+    The delay limits the driver to 1,000 messages per second, however many replicas there are.
     """
     return max(0.01, 0.001 * replicas)
 
 
 @dataclass
 class _Replica(Generic[Item]):
-    window: int
-    requests: dict[int, Item] = field(default_factory=dict)  # by their ids
-    since: float = 0.0  # it has had requests
+    capacity: int
+    requests: dict[int, Item] = field(default_factory=dict)  # by request id
+    busy_since: float = 0.0
+
+    @property
+    def load(self) -> float:
+        return len(self.requests) / self.capacity
 
 
 class Dispatcher(Generic[Item]):
-    """Knows what every replica holds, and deals requests to those with room, the emptiest first.
+    """Tracks the requests of every replica, and assigns new ones to the least loaded replicas.
 
     Times (`now`) are seconds on any clock.
     """
 
     def __init__(self) -> None:
-        self.busy_s: defaultdict[int, float] = defaultdict(float)  # a replica had requests
-        self.lost: dict[int, int] = {}  # request → how many replicas died while they held it
-        self.unfinished = 0  # requests that were given to us and have no result yet
+        self.busy_s: defaultdict[int, float] = defaultdict(float)  # time with requests, by replica
+        self.losses: dict[int, int] = {}  # request → number of replicas that died while running it
+        self.unfinished = 0  # requests received that have no result yet
         self._replicas: dict[int, _Replica[Item]] = {}
-        self._open: set[int] = set()  # replicas with room
-        self._room = 0  # of all replicas together
-        self._again: deque[tuple[int, Item]] = deque()  # of dead replicas: dealt before others
-        self._suspects: deque[tuple[int, Item]] = deque()  # lost twice and more: dealt last, alone
+        self._available: set[int] = set()  # replicas that can take more requests
+        self._free = 0  # requests that all replicas together can still take
+        self._retries: deque[tuple[int, Item]] = deque()  # lost once: assigned before new ones
+        self._quarantine: deque[tuple[int, Item]] = deque()  # lost more often: run last, alone
 
-    def join(self, replica: int, window: int) -> None:
-        """Begin to deal to a replica, which holds so many requests at most."""
-        self._replicas[replica] = _Replica(window)
-        self._open.add(replica)
-        self._room += window
+    def add(self, replica: int, capacity: int) -> None:
+        """Start to assign requests to a replica, at most `capacity` at a time."""
+        self._replicas[replica] = _Replica(capacity)
+        self._available.add(replica)
+        self._free += capacity
 
-    def leave(self, replica: int, now: float) -> list[int]:
-        """Take out a dead replica; return the ids of what it held, which others will get.
+    def remove(self, replica: int, now: float) -> list[int]:
+        """Remove a dead replica; return the ids of its requests, which will be reassigned.
 
-        A request that two replicas died with may be what they died of: it runs last and alone, so
-        that it does not take one replica after another from the others.
+        A request that was lost with two replicas may be the cause of their death. It runs last and
+        alone, so that it does not take further replicas down while they run other requests.
         """
-        left = self._replicas.pop(replica, None)
-        if left is None:
+        dead = self._replicas.pop(replica, None)
+        if dead is None:
             return []
-        self._open.discard(replica)
-        self._room -= left.window - len(left.requests)
-        if left.requests:
-            self.busy_s[replica] += now - left.since
-        for request_id, item in left.requests.items():
-            self.lost[request_id] = self.lost.get(request_id, 0) + 1
-            where = self._again if self.lost[request_id] == 1 else self._suspects
-            where.append((request_id, item))
-        return list(left.requests)
+        self._available.discard(replica)
+        self._free -= dead.capacity - len(dead.requests)
+        if dead.requests:
+            self.busy_s[replica] += now - dead.busy_since
+        for request_id, item in dead.requests.items():
+            self.losses[request_id] = self.losses.get(request_id, 0) + 1
+            queue = self._retries if self.losses[request_id] == 1 else self._quarantine
+            queue.append((request_id, item))
+        return list(dead.requests)
 
     @property
     def wanted(self) -> int:
-        """How many new requests can be dealt now: at most a part of each replica's window.
+        """How many new requests can be assigned now: at most a part of each replica's capacity.
 
-        Dealt part by part, requests that come slowly reach every replica at the same time.
+        Assigned in parts, requests that arrive slowly reach all replicas at the same time.
         """
-        return max(0, min(self._room, _AT_ONCE * len(self._open)) - len(self._again))
+        return max(0, min(self._free, _MAX_ASSIGNED * len(self._available)) - len(self._retries))
 
-    def deal(
+    def assign(
         self, new: Sequence[tuple[int, Item]], last: bool, now: float
     ) -> dict[int, list[Item]]:
-        """Deal new requests, (id, request) each, and those of dead replicas: replica → requests.
+        """Assign new requests, as (id, request), and those of dead replicas: replica → requests.
 
-        No more than `wanted` may be new; `last`: no more will come. Neighbours stay together in
-        runs, as they may share a beginning; the runs of a replica lie apart, as neighbours may be
-        of one length.
+        At most `wanted` requests may be new. last: no more will come. Neighbours stay together in
+        runs, because they may share a prefix. The runs of a replica are spread over the input,
+        because neighbours may be equally long.
         """
         self.unfinished += len(new)
         waiting = deque(new)
-        waiting.extendleft(reversed(self._again))
-        self._again.clear()
-        dealt: defaultdict[int, list[Item]] = defaultdict(list)
+        waiting.extendleft(reversed(self._retries))
+        self._retries.clear()
+        assigned: defaultdict[int, list[Item]] = defaultdict(list)
         if not waiting:
-            if last and self._suspects:
-                self._deal_suspects(dealt, now)
-            return dealt
-        emptiest = [(self._load(index), index) for index in self._open]
-        heapq.heapify(emptiest)
-        run = max(1, len(waiting) // (_RUNS * max(1, len(emptiest))))
-        while waiting and emptiest:
-            _, index = heapq.heappop(emptiest)
+            if last and self._quarantine:
+                self._assign_quarantined(assigned, now)
+            return assigned
+        by_load = [(self._replicas[index].load, index) for index in self._available]
+        heapq.heapify(by_load)
+        run = max(1, len(waiting) // (_RUNS * max(1, len(by_load))))
+        while waiting and by_load:
+            _, index = heapq.heappop(by_load)
             replica = self._replicas[index]
-            count = min(run, replica.window - len(replica.requests), len(waiting))
+            count = min(run, replica.capacity - len(replica.requests), len(waiting))
             for _ in range(count):
-                dealt[index].append(self._give(index, waiting.popleft(), now))
-            if len(replica.requests) < replica.window:
-                heapq.heappush(emptiest, (self._load(index), index))
-        self._again.extend(waiting)  # more had died than there is room for
-        return dealt
+                assigned[index].append(self._assign_one(index, waiting.popleft(), now))
+            if len(replica.requests) < replica.capacity:
+                heapq.heappush(by_load, (replica.load, index))
+        self._retries.extend(waiting)  # more were lost than the other replicas can take
+        return assigned
 
     def finished(self, replica: int, request_ids: Iterable[int], now: float) -> list[Item]:
-        """Note results of a replica; return their requests."""
+        """Note the results of a replica; return their requests."""
         holder = self._replicas[replica]
         items = [holder.requests.pop(request_id) for request_id in request_ids]
-        self._room += len(items)
+        self._free += len(items)
         self.unfinished -= len(items)
         if items:
-            self._open.add(replica)
+            self._available.add(replica)
             if not holder.requests:
-                self.busy_s[replica] += now - holder.since
+                self.busy_s[replica] += now - holder.busy_since
         return items
 
-    def _deal_suspects(self, dealt: dict[int, list[Item]], now: float) -> None:
-        """Give each idle replica one of them."""
-        for index in sorted(self._open):
-            if self._suspects and not self._replicas[index].requests:
-                dealt[index] = [self._give(index, self._suspects.popleft(), now)]
+    def _assign_quarantined(self, assigned: dict[int, list[Item]], now: float) -> None:
+        """Assign one quarantined request to each idle replica."""
+        for index in sorted(self._available):
+            if self._quarantine and not self._replicas[index].requests:
+                assigned[index] = [self._assign_one(index, self._quarantine.popleft(), now)]
 
-    def _give(self, index: int, request: tuple[int, Item], now: float) -> Item:
+    def _assign_one(self, index: int, request: tuple[int, Item], now: float) -> Item:
         replica = self._replicas[index]
         if not replica.requests:
-            replica.since = now
+            replica.busy_since = now
         replica.requests[request[0]] = request[1]
-        self._room -= 1
-        if len(replica.requests) == replica.window:
-            self._open.discard(index)
+        self._free -= 1
+        if len(replica.requests) == replica.capacity:
+            self._available.discard(index)
         return request[1]
-
-    def _load(self, index: int) -> float:
-        replica = self._replicas[index]
-        return len(replica.requests) / replica.window

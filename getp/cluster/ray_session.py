@@ -1,4 +1,4 @@
-"""Ray itself: a running cluster joined, or one of our own started and stopped; what it has."""
+"""A connection to Ray, and the resources that its hosts offer to replicas."""
 
 import logging
 import os
@@ -12,13 +12,14 @@ from typing import Any
 
 from getp.errors import GetpError, UsageProblem
 
-_STORE_BYTES = 128 << 20  # of Ray's object store: what travels is small
+_OBJECT_STORE_BYTES = 128 << 20  # small, because getp sends only requests and results
 
 
-class Session:
-    """A connection to Ray, while it is open. Raises UsageProblem without Ray, and GetpError.
+class RaySession:
+    """A connection to a running Ray cluster, or to one that is started here for its lifetime.
 
-    A process that has a connection already shares it, and keeps it.
+    A process that is already connected shares its connection, and keeps it. address: of a running
+    cluster; None: start one. Raises UsageProblem if Ray is not installed, and GetpError.
     """
 
     def __init__(self, address: str | None) -> None:
@@ -30,24 +31,24 @@ class Session:
                 "--replicas needs Ray, which is not installed: pip install 'getp[cluster]'"
             ) from None
         self.ray: Any = ray
-        self._ours = not ray.is_initialized()
+        self._owned = not ray.is_initialized()
         self._folder: str | None = None
-        if not self._ours:
+        if not self._owned:
             return
-        given: dict[str, Any] = {"address": address}
+        options: dict[str, Any] = {"address": address}
         if address is None:
-            # A short path of its own: sockets lie in it, whose paths are limited.
+            # Sockets lie in this folder, and the length of their paths is limited.
             self._folder = tempfile.mkdtemp(prefix="getp-ray-")
-            given = {
+            options = {
                 "address": "local",
                 "include_dashboard": False,
-                "object_store_memory": _STORE_BYTES,
+                "object_store_memory": _OBJECT_STORE_BYTES,
                 "_temp_dir": self._folder,
             }
-        on_main = threading.current_thread() is threading.main_thread()
+        on_main_thread = threading.current_thread() is threading.main_thread()
         handler = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(**given, logging_level=logging.ERROR, log_to_driver=False)
+            ray.init(**options, logging_level=logging.ERROR, log_to_driver=False)
         except Exception as error:
             self.close()
             reason = str(error).strip().split("\n")[0]
@@ -55,63 +56,71 @@ class Session:
                 raise GetpError(f"cannot start Ray on this host: {reason}") from error
             raise GetpError(
                 f"--ray-address {address}: cannot join a Ray cluster there: {reason}; "
-                "`ray start` must have been given on this host, too"
+                "run `ray start` on this host first"
             ) from error
         except BaseException:
             self.close()
             raise
         finally:
-            if on_main:  # Ray takes it for itself
+            if on_main_thread:  # ray.init replaces the handler
                 signal.signal(signal.SIGTERM, handler)
 
     def hosts(self) -> list[Mapping[str, float]]:
-        """Return what each host of the cluster has: CPU, GPU."""
+        """Return the resources of each host of the cluster: CPU, GPU."""
         return [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
 
     def close(self) -> None:
-        """Leave the cluster; stop it if it is ours."""
-        if self._ours:
+        """Leave the cluster; stop it if it was started here."""
+        if self._owned:
             self.ray.shutdown()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
-class Places:
-    """How many replicas run, and what each of them gets."""
+class Resources:
+    """The number of replicas, and the resources of each."""
 
     replicas: int
     gpus: int  # 0: on the CPU
     cpus: float
 
 
-def find_places(
-    hosts: Sequence[Mapping[str, float]], replicas: int | None, device: str, gpus_each: int = 1
-) -> Places:
-    """Share out what the hosts have; `replicas` None: as many as there are GPUs for, or hosts.
+def plan_resources(
+    hosts: Sequence[Mapping[str, float]],
+    replicas: int | None,
+    device: str,
+    gpus_per_replica: int = 1,
+) -> Resources:
+    """Divide the resources of the hosts; `replicas` None: one per set of GPUs, or per host.
 
-    On GPUs a replica gets `gpus_each` of one host; on CPUs it gets an equal share of the cores.
-    Raises UsageProblem where there is not enough.
+    On GPUs a replica gets `gpus_per_replica` GPUs of one host; on CPUs it gets an equal share of
+    the cores. Raises UsageProblem if there is not enough.
     """
     if device.startswith("cuda:"):
         raise UsageProblem(
-            f"--device {device} with --replicas: each replica gets a GPU of its own; give "
-            "--device cuda, and choose GPUs with CUDA_VISIBLE_DEVICES or HIP_VISIBLE_DEVICES"
+            f"--device {device} with --replicas: each replica gets its own GPU; use --device cuda, "
+            "and select GPUs with CUDA_VISIBLE_DEVICES or HIP_VISIBLE_DEVICES"
         )
     gpus = [int(host.get("GPU", 0)) for host in hosts]
     if device == "cuda" or (device == "auto" and any(gpus)):
-        room = sum(count // gpus_each for count in gpus)
-        if not room or (replicas or 0) > room:
+        possible = sum(count // gpus_per_replica for count in gpus)
+        if not possible or (replicas or 0) > possible:
             raise UsageProblem(
-                f"--replicas {replicas or 'auto'}: Ray finds {sum(gpus)} GPUs on {len(hosts)} "
-                f"hosts, which is room for {room} replicas of {gpus_each}"
+                f"--replicas {replicas or 'auto'}: Ray finds {_count(sum(gpus), 'GPU')} on "
+                f"{_count(len(hosts), 'host')}, enough for {_count(possible, 'replica')} of "
+                f"{_count(gpus_per_replica, 'GPU')} each"
             )
-        return Places(replicas or room, gpus_each, 0)
+        return Resources(replicas or possible, gpus_per_replica, 0)
     cores = [host["CPU"] for host in hosts if host.get("CPU")]
     if not cores:
         raise UsageProblem("--replicas: the Ray cluster has neither GPUs nor CPUs to run on")
     count = replicas or len(cores)
-    # The largest share of which all find room: some host's cores over a whole number.
+    # The largest share with which all replicas fit: the cores of some host over an integer.
     shares = (int(size / k * 1e4) / 1e4 for size in set(cores) for k in range(1, count + 1))
     fitting = (s for s in shares if sum(int(size / s + 1e-9) for size in cores) >= count)
-    return Places(count, 0, max(fitting))
+    return Resources(count, 0, max(fitting))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

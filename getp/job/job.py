@@ -6,21 +6,18 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from getp.errors import NameOf
 from getp.files import check_writable, in_place, remove_leftovers
 from getp.job.formats import output_format
 from getp.job.inputs import Source, scan
+from getp.job.job_engine import JobEngine
 from getp.job.journal import Journal
 from getp.job.ordering import Schedule
 from getp.job.request_reader import RequestDefaults
 from getp.job.results import errors_path
 from getp.terminal import say, warn
-
-if TYPE_CHECKING:
-    from engine import Engine
-    from getp.cluster.driver import Cluster
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ def read(job: Job) -> Source:
     return source
 
 
-def open_journal(job: Job, source: Source, engine: "Engine | Cluster") -> Journal:
+def open_journal(job: Job, source: Source, engine: JobEngine) -> Journal:
     """Open the journal beside the output; a temporary one if the output is not a regular file."""
     header = {
         "fingerprint": _fingerprint(job, source, engine),
@@ -97,7 +94,7 @@ def open_journal(job: Job, source: Source, engine: "Engine | Cluster") -> Journa
     return journal
 
 
-def _fingerprint(job: Job, source: Source, engine: "Engine | Cluster") -> dict[str, Any]:
+def _fingerprint(job: Job, source: Source, engine: JobEngine) -> dict[str, Any]:
     """Return, by name and as JSON has it, what must be equal for results to be of one job."""
     params = asdict(job.defaults.params)
     if not job.seed_given:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from datetime import datetime
-from typing import TYPE_CHECKING
 
 from engine import Completion, Request
 from getp.errors import SOME_FAILED, GetpError, Interrupted, worded
@@ -16,6 +15,7 @@ from getp.job.formats import output_format
 from getp.job.formats.interface import Failure, JobRequest, ResultContext
 from getp.job.inputs import Source
 from getp.job.job import Job, open_journal, read
+from getp.job.job_engine import JobEngine
 from getp.job.journal import Journal
 from getp.job.ordering import order_for_throughput
 from getp.job.prefetch import Prefetcher
@@ -23,15 +23,13 @@ from getp.job.progress import progress
 from getp.job.request_reader import RequestReader
 from getp.job.results import errors_path, write_results
 from getp.job.signals import GraceExpired, GracefulStop
-from getp.report.job_report import Measurements, final_line, print_report
+from getp.report.job_report import job_report
+from getp.report.measurements import Measurements
+from getp.report.report_table import final_line, print_report
 from getp.terminal import say
 from getp.text.answer_text import StopWatcher
 from getp.text.prompts import chat_template
 from tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from engine import Engine
-    from getp.cluster.driver import Cluster
 
 __all__ = ["Job", "JobRun", "read", "run_job"]
 
@@ -39,7 +37,7 @@ _PREFETCHED_TOKENS = 1 << 19  # prompt tokens that may wait for the engine
 _REQUEST_COST = 64  # of a request, in tokens, besides its prompt
 
 
-def run_job(job: Job, source: Source, tokenizer: Tokenizer, engine: "Engine | Cluster") -> int:
+def run_job(job: Job, source: Source, tokenizer: Tokenizer, engine: JobEngine) -> int:
     """Do the whole job; return the exit status. Raises Interrupted when a signal ends it."""
     if job.defaults.chat:
         chat_template(tokenizer)  # its absence is one error, not one per request
@@ -64,7 +62,7 @@ class JobRun:
     """One process's part of a job: from the first request that is not done to the last."""
 
     def __init__(
-        self, job: Job, source: Source, tokenizer: Tokenizer, engine: "Engine | Cluster",
+        self, job: Job, source: Source, tokenizer: Tokenizer, engine: JobEngine,
         journal: Journal, stop: GracefulStop,
     ) -> None:  # fmt: skip
         self.job = job
@@ -201,7 +199,7 @@ def _report(run: JobRun, failed: int) -> None:
     if failed and not in_place(job.output):
         where = job.output if run.format.holds_failures else errors_path(job.output)
         say(f"getp: {failed} of {run.source.total} requests failed: see {where}")
-    report = run.measured.report(run.engine, job.checkpoint)
+    report = job_report(run.measured, run.engine.summary(), job.checkpoint)
     if job.report is not None:
         write_report(job.report, report)
     print_report(report)

@@ -1,1 +1,1 @@
-"""What a finished job reports: its figures, its efficiency and how they are printed."""
+"""The report of a finished job: its figures, its efficiency, and their table."""

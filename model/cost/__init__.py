@@ -1,1 +1,4 @@
-"""What a model costs: FLOPs, bytes, rooflines, devices. Pure arithmetic, without torch."""
+"""The cost model: FLOPs, bytes, rooflines and devices.
+
+Pure arithmetic without torch, except `measure`, which measures this machine.
+"""

@@ -1,10 +1,10 @@
-"""Peaks of known GPUs: what a roofline is drawn from.
+"""Peak rates of known GPUs, from which rooflines are drawn.
 
-Peaks are dense (datasheets like to print them doubled, "with sparsity") and with float32
-accumulation, from the vendor's document named as each device's source. On 2026-11-20 they were
-compared with what others quote from those documents, which could not be opened themselves; a
-source says so where nobody was found to quote it. `model.cost.measure` makes a Device of the
-machine itself.
+Peaks are dense (datasheets often print doubled ones, "with sparsity") and with float32
+accumulation, from the vendor document named as the source of each device. On 2026-11-20 they were
+compared with quotations of those documents, because the documents themselves were out of reach;
+"not checked again" marks the sources for which no quotation was found. `model.cost.measure` makes
+a Device of this machine.
 """
 
 import difflib
@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from model.cost.interconnect import LINKS, Link
 
 LAUNCH_S = 7.5e-6
-"""Seconds to launch a kernel, from bottleneck-analysis: no datasheet has it, for it is mostly the
-host's. A captured graph needs a fraction of it; `local` measures its own."""
+"""Seconds to launch a kernel (bottleneck-analysis). Datasheets do not state it, because most of it
+is host time. A launch in a captured graph takes a fraction of it; that of `local` is measured."""
 
-# What a dtype is computed in where the device has no units for it: weights and KV stay small,
-# but are widened on their way to the units.
+# The dtypes that can stand in for a dtype, best first. Where a device has no units for a dtype,
+# weights and KV are stored in that dtype and widened on their way to the units.
 _COMPUTED_IN = {
     "float8": ("float8", "bfloat16", "float16", "float32"),
     "bfloat16": ("bfloat16", "float16", "float32"),
@@ -30,33 +30,33 @@ _COMPUTED_IN = {
 
 @dataclass(frozen=True)
 class Device:
-    """One GPU. Peaks in FLOP/s, bandwidth in bytes a second, memory in bytes."""
+    """One GPU. Peaks in FLOP/s, bandwidth in bytes per second, memory in bytes."""
 
     name: str
-    peaks: Mapping[str, float]  # of matrix products, by dtype; float4 and tfloat32 where they are
+    peaks: Mapping[str, float]  # of matrix products by dtype; float4 and tfloat32 if supported
     vector: float  # float32 outside matrix products
-    special: float  # exponentials and the like a second
+    special: float  # exponentials and other special functions per second
     bandwidth: float
     memory: int
     source: str
     launch_s: float = LAUNCH_S
-    link: Link = LINKS["PCIe 4"]  # to others of its kind in one host
+    link: Link = LINKS["PCIe 4"]  # to GPUs of the same kind in one host
 
     def computes_in(self, dtype: str) -> str:
-        """Return the dtype that matrix products of `dtype` run in here."""
+        """Return the dtype in which this device computes matrix products of `dtype`."""
         return next(kind for kind in _COMPUTED_IN[dtype] if kind in self.peaks)
 
     def peak(self, dtype: str) -> float:
-        """FLOP/s of matrix products."""
+        """Return the peak FLOP/s of matrix products."""
         return self.peaks[self.computes_in(dtype)]
 
     def ridge(self, dtype: str) -> float:
-        """FLOPs a byte from which on compute and no longer memory is the limit."""
+        """Return the intensity (FLOPs per byte) above which compute is the limit, not memory."""
         return self.peak(dtype) / self.bandwidth
 
 
 class UnknownDeviceError(ValueError):
-    """No such device; the message lists what is known."""
+    """Unknown device; the message lists the known ones."""
 
 
 def _device(
@@ -73,7 +73,7 @@ def _device(
     link: str = "PCIe 4",
     **others: float,
 ) -> Device:
-    """Figures in TFLOP/s, GB/s and GB. `special_share`: vector FLOPs for one exponential."""
+    """Make a device from TFLOP/s, GB/s and GB. `special_share`: vector FLOPs per exponential."""
     peaks = {"float32": single, "float16": half, **({"bfloat16": half} if bfloat16 else {})}
     return Device(
         name,
@@ -88,7 +88,7 @@ def _device(
 
 
 def _a100(name: str, gb_s: float, gb: int, link: str) -> Device:
-    # 64 float32 lanes and 16 special function units in a multiprocessor; later ones have 128.
+    # 64 float32 lanes and 16 special function units per multiprocessor; later GPUs have 128 lanes.
     return _device(
         name, "NVIDIA A100 datasheet", half=312, tfloat32=156, single=19.5, vector=19.5,
         gb_s=gb_s, gb=gb, special_share=8, link=link,
@@ -141,7 +141,7 @@ DEVICES: tuple[Device, ...] = (
     _hopper("H100 SXM", "NVIDIA H100 datasheet", 3350, 80),
     _hopper("H200", "NVIDIA H200 datasheet (SXM)", 4800, 141),
     _device(
-        # Early documents promise 192 GB and 8 TB/s; the driver reports 7,680 bits at 3,996 MHz.
+        # Early documents say 192 GB and 8 TB/s; the driver reports 7,680 bits at 3,996 MHz.
         "B200", "an eighth of NVIDIA's HGX B200 table; bandwidth from its driver (pytorch/ao 4002)",
         half=2250, float8=4500, float4=9000, tfloat32=1125, single=75, vector=75, gb_s=7672,
         gb=180, link="NVLink 5",
@@ -150,21 +150,21 @@ DEVICES: tuple[Device, ...] = (
         "MI250", "AMD Instinct MI250 data sheet", half=362.1, single=90.5, vector=45.3,
         gb_s=3276.8, gb=128, link="Infinity Fabric 3",
     ),
-    _device(  # what a program sees as one GPU
+    _device(  # a program sees each die as one GPU
         "MI250 die", "AMD Instinct MI250 data sheet, halved", half=181.05, single=45.25,
         vector=22.65, gb_s=1638.4, gb=64, link="Infinity Fabric 3",
     ),
     _mi300("MI300X", 5300, 192),
     _mi300("MI325X", 6000, 256),
     _device(
-        # 256 compute units of 8,192 float8 FLOPs a clock (AMD at ISSCC 2026) at 2.4 GHz.
+        # 256 compute units of 8,192 float8 FLOPs per clock (AMD at ISSCC 2026) at 2.4 GHz.
         "MI355X", "AMD Instinct MI355X announcements; the rest by ratio to float8",
         half=2516.6, float8=5033.2, float4=10_066.3,
         single=157.3, vector=157.3, gb_s=8000, gb=288, link="Infinity Fabric 4+",
     ),
 )  # fmt: skip
 
-_SHORT = {
+_ALIASES = {
     "a100": "A100 SXM 80GB",
     "a100sxm": "A100 SXM 80GB",
     "a10080gb": "A100 SXM 80GB",
@@ -178,7 +178,7 @@ _SHORT = {
     "mi250gcd": "MI250 die",
 }
 
-# What drivers call them.
+# The names that drivers report.
 _DRIVER_NAMES = {
     "Tesla V100-SXM2-16GB": "V100",
     "Tesla V100-SXM2-32GB": "V100",
@@ -202,30 +202,30 @@ _DRIVER_NAMES = {
 
 
 def find_device(name: str) -> Device:
-    """Return a device of the table by name; case, spaces, dashes and vendor do not matter.
+    """Return a known device by name, ignoring case, spaces, dashes and vendor.
 
-    Raises UnknownDeviceError with the list of those known.
+    Raises UnknownDeviceError with the list of known devices.
     """
     known = {_key(device.name): device for device in DEVICES}
     key = _key(name)
-    if key in _SHORT:
-        key = _key(_SHORT[key])
+    if key in _ALIASES:
+        key = _key(_ALIASES[key])
     if key in known:
         return known[key]
-    close = difflib.get_close_matches(key, [*known, *_SHORT], n=1)
-    found = known.get(close[0]) or known[_key(_SHORT[close[0]])] if close else None
-    hint = f"; did you mean {found.name}?" if found else ""
+    close = difflib.get_close_matches(key, [*known, *_ALIASES], n=1)
+    found = known.get(close[0]) or known[_key(_ALIASES[close[0]])] if close else None
+    hint = f"did you mean {found.name}? " if found else ""
     names = ", ".join(device.name for device in DEVICES)
-    raise UnknownDeviceError(f"no GPU {name!r} is known{hint} Known: {names}, local")
+    raise UnknownDeviceError(f"unknown GPU {name!r}; {hint}Known GPUs: {names}, local")
 
 
 def is_device(name: str) -> bool:
-    """Whether `name` is what a user may call a device: of the table, `local` or `all`."""
-    return _key(name) in {"local", "all", *_SHORT, *(_key(device.name) for device in DEVICES)}
+    """Return whether `name` is a known device, `local` or `all`."""
+    return _key(name) in {"local", "all", *_ALIASES, *(_key(device.name) for device in DEVICES)}
 
 
 def device_of_driver(driver_name: str) -> Device | None:
-    """Return the device of the table that a driver calls `driver_name`."""
+    """Return the known device whose driver name is `driver_name`; None if there is none."""
     name = _DRIVER_NAMES.get(driver_name)
     return None if name is None else find_device(name)
 

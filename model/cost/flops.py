@@ -1,9 +1,9 @@
-"""FLOPs of the decoder's building blocks, by the unit that does them.
+"""FLOPs of the decoder's building blocks, by the unit that executes them.
 
-From "Model FLOPs Utilization" (mfu-formulas): its names are tensor core, CUDA core and SFU; ours
-are `matrix` (tensor or matrix cores), `vector` (CUDA cores, VALU) and `special` (exp, rsqrt).
-Every function takes `tokens` = batch · query tokens and counts one layer's forward pass, or its
-backward pass alone. Pure integers; nothing here imports torch.
+Source: "Model FLOPs Utilization" (mfu-formulas), which calls the units tensor core, CUDA core and
+SFU. Here they are `matrix` (tensor or matrix cores), `vector` (CUDA cores, VALU) and `special`
+(exp, rsqrt). `tokens` is batch · query tokens. Each function counts the forward pass of one layer,
+or with `backward` its backward pass alone. All counts are integers.
 """
 
 from dataclasses import dataclass
@@ -31,8 +31,8 @@ def linear(
 ) -> Flops:
     """x [tokens, inputs] → [tokens, outputs]: 2·T·in·out, and T·out for a bias.
 
-    Backward is twice the forward: one product for the weight's gradient, one for the input's;
-    the bias' gradient is a sum over tokens, T·out.
+    The backward pass costs twice the forward pass: one product for the gradient of the weight, one
+    for that of the input. The gradient of the bias is a sum over tokens, T·out.
     """
     products = 2 if backward else 1
     return Flops(products * 2 * tokens * inputs * outputs, tokens * outputs if bias else 0)
@@ -46,17 +46,17 @@ def rms_norm(tokens: int, size: int, backward: bool = False) -> Flops:
 
 
 def rotary(tokens: int, heads: int, head_dim: int) -> Flops:
-    """Turn [tokens, heads, head_dim]: two products and a sum each, backward the same."""
+    """Rotate [tokens, heads, head_dim]: two products and a sum per value, backward the same."""
     return Flops(vector=3 * tokens * heads * head_dim)
 
 
 def attention(pairs: int, heads: int, head_dim: int, backward: bool = False) -> Flops:
-    """Scores, softmax and values over `pairs` = Σ over query tokens of positions attended.
+    """Scores, softmax and values over `pairs`: attended positions summed over query tokens.
 
-    Forward, a pair and head: 4·head_dim matrix; scaling 1 and softmax 3 vector (its maximum,
-    difference and sum or division); 1 special (exp). Backward: four products where the forward
-    has two; 5 vector for the softmax (P·dP, its sum, difference, product) and the scaling, which
-    the document leaves open.
+    Forward, per pair and head: 4·head_dim matrix; 4 vector (1 for scaling, 3 for the softmax:
+    maximum, difference, and sum or division); 1 special (exp). Backward: four matrix products
+    instead of two; 5 vector for the softmax (P·dP, its sum, difference, product) and the scaling,
+    which the document does not specify.
     """
     if backward:
         return Flops(8 * pairs * heads * head_dim, 5 * pairs * heads)
@@ -64,7 +64,7 @@ def attention(pairs: int, heads: int, head_dim: int, backward: bool = False) -> 
 
 
 def softmax(rows: int, size: int, backward: bool = False) -> Flops:
-    """Softmax of [rows, size]: 3 vector and 1 special an element, as in attention."""
+    """Softmax of [rows, size]: 3 vector and 1 special per element, as in attention."""
     if backward:
         return Flops(vector=4 * rows * size)
     return Flops(vector=3 * rows * size, special=rows * size)
@@ -73,8 +73,8 @@ def softmax(rows: int, size: int, backward: bool = False) -> Flops:
 def swiglu(tokens: int, size: int, backward: bool = False) -> Flops:
     """[tokens, 2·size] → [tokens, size]: 2·T·I vector and T·I special; backward 6·T·I vector.
 
-    The document counts silu's sum and division and not the product with `up`; nor are gpt-oss'
-    clamps counted here.
+    As in the document, the sum and the division of silu count, but not the product with `up`.
+    The clamps of gpt-oss do not count either.
     """
     if backward:
         return Flops(vector=6 * tokens * size)
@@ -82,18 +82,20 @@ def swiglu(tokens: int, size: int, backward: bool = False) -> Flops:
 
 
 def weighted_sum(tokens: int, terms: int, size: int, backward: bool = False) -> Flops:
-    """Σ of `terms` expert outputs [tokens, size] with the router's weights: 2·T·k·D vector.
+    """Sum `terms` expert outputs [tokens, size], weighted by the router: 2·T·k·D vector.
 
-    Backward: T·k·D for the outputs' gradient and 2·T·k·D for the weights'.
+    Backward: T·k·D for the gradient of the outputs and 2·T·k·D for that of the weights.
     """
     return Flops(vector=(3 if backward else 2) * tokens * terms * size)
 
 
 def tiled_matmul_intensity(inner: int, block_m: int, block_n: int) -> float:
-    """FLOPs a word moved by a tiled product C[M, N] = A[M, K] · B[K, N], K = `inner`.
+    """Return FLOPs per word moved of a tiled product C[M, N] = A[M, K] · B[K, N], K = `inner`.
 
-    2 / (2/K + 1/BLOCK_N + 1/BLOCK_M): C is read and written once, A is read once for each column
-    of blocks, B once for each row (mfu-formulas, "matmul CI").
+    2 / (2/K + 1/BLOCK_N + 1/BLOCK_M): C is read and written once, A is read once per column of
+    blocks, B once per row of blocks (mfu-formulas, "matmul CI").
+
+    Raises ValueError for sizes below 1.
     """
     if min(inner, block_m, block_n) < 1:
         raise ValueError(f"sizes must be 1 or more, not {inner}, {block_m}, {block_n}")

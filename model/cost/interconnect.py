@@ -1,9 +1,9 @@
-"""What ranks of tensor parallelism send each other in a step, and how long links take for it.
+"""Communication of tensor parallelism: bytes that each GPU sends per step, and seconds per link.
 
-Pure arithmetic, as `model.cost.operations`. Each layer sums two activations over the ranks and the
-embedding one; then every rank says which token of its vocabulary is likeliest. A ring sends
-2·(n - 1)/n of what is summed (Patarasuk & Yuan 2009) from each GPU; nothing is taken to overlap
-with computing.
+Pure arithmetic, like `model.cost.operations`. Each layer all-reduces two activations and the
+embedding one; then the ranks exchange the most likely token of their part of the vocabulary. In a
+ring all-reduce each GPU sends 2·(n - 1)/n of the data (Patarasuk & Yuan 2009). Communication is
+assumed not to overlap with computation.
 """
 
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from model.cost.workload import DTYPE_BYTES, Workload
 
 @dataclass(frozen=True)
 class Link:
-    """How GPUs are connected. Bytes a second that each one can send, as documents have it.
+    """An interconnect of GPUs. bandwidth: documented bytes per second that each GPU can send.
 
-    latency_s: of one collective, which no document has: an assumption for a few GPUs.
+    latency_s: of one collective among a few GPUs; assumed, because no document states it.
     """
 
     name: str
@@ -34,27 +34,27 @@ LINKS = {
         Link("NVLink 5", 900e9, 10e-6, "half of 1.8 TB/s, NVIDIA HGX B200 table"),
         Link(
             "Infinity Fabric 3", 100e9, 15e-6,
-            "MI250: two links of 50 GB/s to the next GPU of a ring (Pearson 2023)",
+            "MI250: two links of 50 GB/s to the next GPU in a ring (Pearson 2023)",
         ),
         Link("Infinity Fabric 4", 448e9, 15e-6, "7 links of 64 GB/s, AMD MI300X data sheet"),
         Link("Infinity Fabric 4+", 537.6e9, 15e-6, "7 links of 76.8 GB/s, AMD MI355X data sheet"),
         Link("PCIe 4", 32e9, 25e-6, "PCI Express 4.0, 16 lanes"),
         Link("PCIe 5", 64e9, 25e-6, "PCI Express 5.0, 16 lanes"),
-        Link("Ethernet 100G", 12.5e9, 60e-6, "100 Gbit/s a GPU"),
-        Link("Ethernet 400G", 50e9, 60e-6, "400 Gbit/s a GPU"),
+        Link("Ethernet 100G", 12.5e9, 60e-6, "100 Gbit/s per GPU"),
+        Link("Ethernet 400G", 50e9, 60e-6, "400 Gbit/s per GPU"),
     )
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """What one GPU sends in a step."""
+    """Communication of one GPU in one step."""
 
     collectives: int
     bytes: int
 
     def seconds(self, link: Link) -> float:
-        """How long the step's collectives take, one after the other."""
+        """Return how long the collectives of the step take, one after the other."""
         return self.collectives * link.latency_s + self.bytes / link.bandwidth
 
 
@@ -62,12 +62,12 @@ NOTHING = Exchange(0, 0)
 
 
 def exchange(config: ModelConfig, work: Workload, ranks: int | None = None) -> Exchange:
-    """What each of the workload's GPUs, or of `ranks`, sends in a step."""
+    """Return what each GPU sends in a step with `ranks` GPUs (None: as the workload says)."""
     ranks = ranks or work.tensor_parallel
     if ranks == 1:
         return NOTHING
     sums = 1 + 2 * len(config.layers)
     activation = work.tokens * config.hidden_size * DTYPE_BYTES[work.dtype]
-    likeliest = 16 * work.logits_rows  # a logit and a token, 8 bytes each, to every other rank
-    sent = sums * -(-2 * (ranks - 1) * activation // ranks) + (ranks - 1) * likeliest
+    argmax = 16 * work.logits_rows  # a logit and a token, 8 bytes each, to every other rank
+    sent = sums * -(-2 * (ranks - 1) * activation // ranks) + (ranks - 1) * argmax
     return Exchange(sums + 1, sent)

@@ -1,6 +1,6 @@
-"""Well-known models by name: their config.json, less what does not matter for costs.
+"""Well-known models by name, for planning without a download.
 
-For planning without a download. From each model's page on Hugging Face.
+Each is its config.json on Hugging Face, reduced to the keys that matter for costs.
 """
 
 from typing import Any
@@ -88,5 +88,5 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def named_config(name: str) -> ModelConfig:
-    """The config of a well-known model. Raises KeyError for another name."""
+    """Return the config of a well-known model. Raises KeyError for any other name."""
     return parse_config(SHAPES[name], name)

@@ -1,4 +1,7 @@
-"""Measure this machine: the Device called `local`, kept with its date in the user's cache."""
+"""Measure this machine: the Device called `local`, stored with its date in the user's cache.
+
+The only module of the cost model that imports torch.
+"""
 
 import datetime
 import json
@@ -19,75 +22,86 @@ from model.ops.backend import choose_backend
 from model.ops.specs import Linear
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_LONG_ENOUGH_S = 0.05  # for a product whose time is not mostly its start
+_LONG_ENOUGH_S = 0.05  # for a product whose start-up time no longer matters
 _SMALLEST_PRODUCT, _BIGGEST_PRODUCT = 256, 8192
 _RUNS_KEY = "runs"  # in the cache, beside the machines
-_RUNS = 3  # the best of these counts: a peak is what the machine can do undisturbed
+_RUNS = 3  # the fastest counts: a peak is the speed of an undisturbed machine
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found, and when (ISO date)."""
+    """A measured device and the ISO date of its measurement."""
 
     device: Device
     date: str
-    hardware: str  # what the driver or the processor calls itself
+    hardware: str  # the name that the driver or the processor reports
 
     def is_a(self, device: Device) -> bool:
-        """Whether the machine measured is this device of the table."""
+        """Return whether the measured machine is this known device."""
         return device_of_driver(self.hardware) == device
 
 
 def local_device(target: torch.device | None = None, again: bool = False) -> Measured:
-    """Return the device, from the cache or measured now (seconds); None: the GPU, else the CPU."""
-    target = target or _target()
+    """Return the device from the cache, or measure it, which takes seconds.
+
+    target None: the GPU if there is one, else the CPU. again: measure it even if it is cached.
+    """
+    target = target or default_target()
     found = None if again else cached_device(target)
     if found is None:
         entry = measure(target)
-        _write_cache({**_read_cache(), _cache_key(target): entry})
+        write_cache({**read_cache(), cache_key(target): entry})
         found = _parse(entry, hardware_name(target))
-        assert found is not None  # it is what measure has just returned
+        assert found is not None  # `measure` has just returned it
     return found
 
 
 def cached_device(target: torch.device | None = None) -> Measured | None:
-    """Return the device as it was measured before; None if it was not."""
-    target = target or _target()
-    return _parse(_read_cache().get(_cache_key(target)), hardware_name(target))
+    """Return the device from the cache; None if it was never measured."""
+    target = target or default_target()
+    return _parse(read_cache().get(cache_key(target)), hardware_name(target))
 
 
-def _target() -> torch.device:
+def peaks_of(target: torch.device) -> Device:
+    """Return the known device that `target` is, else this machine as measured."""
+    known = device_of_driver(hardware_name(target)) if target.type == "cuda" else None
+    return known or local_device(target).device
+
+
+def default_target() -> torch.device:
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _run_key(target: torch.device, model: str) -> str:
-    return f"{model} on {_cache_key(target)}"
+    return f"{model} on {cache_key(target)}"
 
 
-def _cache_key(target: torch.device) -> str:
+def cache_key(target: torch.device) -> str:
+    """Return the key of a device in the cache: what its speed depends on."""
     threads = f", {torch.get_num_threads()} threads" if target.type == "cpu" else ""
     return f"{hardware_name(target)}{threads}, torch {torch.__version__}"
 
 
-def note_reached(target: torch.device, model: str, share: float) -> None:
-    """Keep which share of the device's limit a run of `model` reached, for later predictions."""
-    cache = _read_cache()
+def record_reached(target: torch.device, model: str, share: float) -> None:
+    """Store the share of the device limit that a run of `model` reached, for later predictions."""
+    cache = read_cache()
     runs = cache.get(_RUNS_KEY)
     date = datetime.date.today().isoformat()
     entry = {_run_key(target, model): {"share": share, "date": date}}
-    _write_cache({**cache, _RUNS_KEY: {**(runs if isinstance(runs, dict) else {}), **entry}})
+    write_cache({**cache, _RUNS_KEY: {**(runs if isinstance(runs, dict) else {}), **entry}})
 
 
 def reached(device: Device, model: str) -> tuple[float, str] | None:
-    """Return the share that the last run of `model` on this machine reached, and its date.
+    """Return the share that the last run of `model` reached on this machine, and its date.
 
-    None if there was no run, or if `device` is not this machine's.
+    None if there was no run, or if `device` is not the device of this machine.
     """
-    target = _target()
+    target = default_target()
     if device.name != "local" and device_of_driver(hardware_name(target)) != device:
         return None
     try:
-        entry = _read_cache()[_RUNS_KEY][_run_key(target, model)]
+        entry = read_cache()[_RUNS_KEY][_run_key(target, model)]
         share, date = float(entry["share"]), str(entry["date"])
     except (TypeError, KeyError, ValueError):
         return None
@@ -95,7 +109,7 @@ def reached(device: Device, model: str) -> tuple[float, str] | None:
 
 
 def measure(target: torch.device) -> dict[str, Any]:
-    """Measure the peak of matrix products by dtype, read bandwidth and the cost of a launch."""
+    """Measure peak FLOP/s of matrix products by dtype, read bandwidth and launch time."""
     dtypes = ["float32", "bfloat16", *(["float16"] if target.type == "cuda" else [])]
     return {
         "date": datetime.date.today().isoformat(),
@@ -107,7 +121,7 @@ def measure(target: torch.device) -> dict[str, Any]:
 
 
 def hardware_name(target: torch.device) -> str:
-    """Return what the GPU or the processor calls itself."""
+    """Return the name that the GPU or the processor reports."""
     if target.type == "cuda":
         return torch.cuda.get_device_name(target)
     try:
@@ -120,7 +134,7 @@ def hardware_name(target: torch.device) -> str:
 
 
 def _best(function: Callable[[], Any], target: torch.device, runs: int = _RUNS) -> float:
-    """Seconds of the fastest of some runs, after one to warm up."""
+    """Return the seconds of the fastest run, after one to warm up."""
     times = []
     for _ in range(runs + 1):
         _wait(target)
@@ -132,9 +146,9 @@ def _best(function: Callable[[], Any], target: torch.device, runs: int = _RUNS) 
 
 
 def _product_rate(target: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the largest square product that is worth its time, by torch or by our own ops."""
+    """Return the best FLOP/s of square products, by torch or on a CPU by our own kernels."""
     rate = _linear_rate(target, dtype, lambda a: partial(torch.nn.functional.linear, a, a))
-    if target.type == "cpu":  # our kernels may pass those of torch
+    if target.type == "cpu":  # our kernels may be faster than those of torch
         own = _linear_rate(target, dtype, lambda a: _own_linear(target, dtype, a))
         rate = max(rate, own)
     return rate
@@ -156,6 +170,7 @@ def _linear_rate(
     dtype: torch.dtype,
     product: Callable[[torch.Tensor], Callable[[], torch.Tensor]],
 ) -> float:
+    """Return the best FLOP/s over growing sizes, until one product takes long enough."""
     size, rate = _SMALLEST_PRODUCT, 0.0
     while True:
         seconds = _best(product(torch.randn(size, size, device=target).to(dtype)), target)
@@ -166,12 +181,13 @@ def _linear_rate(
 
 
 def _read_rate(target: torch.device) -> float:
-    """Bytes a second of summing up more than fits into any cache."""
+    """Return the bytes per second of a sum over more data than any cache holds."""
     values = torch.zeros((1 << 30 if target.type == "cuda" else 1 << 28) // 4, device=target)
     return values.numel() * 4 / _best(values.sum, target)
 
 
 def _launch_time(target: torch.device, launches: int = 1000) -> float:
+    """Return the seconds per launch of a minimal operation."""
     value = torch.zeros(1, device=target)
 
     def launch() -> None:
@@ -196,7 +212,7 @@ def _wait(target: torch.device) -> None:
 
 
 def _parse(entry: Any, hardware: str) -> Measured | None:
-    """A cache entry as a Device; None if it is not one."""
+    """Return a cache entry as a Device; None if it is not valid."""
     try:
         peaks = {str(dtype): float(peak) for dtype, peak in entry["peaks"].items()}
         device = Device(
@@ -219,7 +235,8 @@ def _cache_file() -> Path:
     return Path(home) / "getp" / "hardware.json"
 
 
-def _read_cache() -> dict[str, Any]:
+def read_cache() -> dict[str, Any]:
+    """Return the cache; empty if there is none or it is damaged."""
     try:
         found = json.loads(_cache_file().read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -227,8 +244,8 @@ def _read_cache() -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _write_cache(cache: dict[str, Any]) -> None:
-    """Keep it if that is possible: where there is no cache, one measures again."""
+def write_cache(cache: dict[str, Any]) -> None:
+    """Write the cache if possible; without it the next run measures again."""
     file = _cache_file()
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:

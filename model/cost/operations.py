@@ -1,17 +1,17 @@
-"""What a model costs: FLOPs by unit, bytes by kind and kernel launches of every operation.
+"""The cost of every operation of a step: FLOPs by unit, bytes by content and kernel launches.
 
-All figures are integers from the config alone; nothing here imports torch. How things are counted:
+All figures are integers computed from the config alone, without torch. Conventions:
 
-- `context` counts the query tokens themselves. The product of scores covers query · context
-  positions (the documents' convention, which MFU uses), or only those a causal mask leaves if
-  `causal` is set; a window cuts both.
-- Keys and values cross the memory bus once for each position: new ones when they are written,
-  earlier ones when they are read. A window leaves only those inside it to be read.
-- Unfused, each operation reads its input and writes its output (qwen2-layer-data-flow); fused, a
+- `context` includes the query tokens. Attention scores cover query · context positions (the
+  convention of the documents and of MFU), or only the positions that a causal mask keeps if
+  `causal` is set. A sliding window limits both.
+- Keys and values cross the memory bus once per position: new ones when they are written, earlier
+  ones when they are read. With a sliding window only positions inside it are read.
+- Unfused, each operation reads its input and writes its output (qwen2-layer-data-flow). Fused, a
   layer reads its input once and writes the results of its two blocks (roofline-prefill-decode).
-- The head runs for rows that need logits: one a sequence in prefill, every token otherwise.
-- Of a mixture's experts only those are read that some token is expected to choose.
-- With tensor parallelism the figures are one GPU's; what GPUs send each other is in `links`.
+- The head runs for the rows that need logits: one per sequence in prefill, else every token.
+- Of the experts, only the expected number of distinct chosen ones is read.
+- With tensor parallelism the figures are those of one GPU; communication is in `interconnect`.
 """
 
 from collections import Counter
@@ -21,27 +21,27 @@ from model.cost import flops
 from model.cost.flops import Flops
 from model.cost.workload import DTYPE_BYTES, Bytes, Op, Workload
 
-_MXFP4_VALUES, _MXFP4_BYTES = 32, 17  # a block: 16 bytes of values and one scale
+_MXFP4_VALUES, _MXFP4_BYTES = 32, 17  # per block: 16 bytes of values and one scale
 
 
 def check_tensor_parallel(config: ModelConfig, size: int) -> None:
-    """Raise ValueError, which says what is possible, if so many GPUs cannot share the model."""
+    """Raise ValueError with the possible sizes if the model cannot be split `size` ways."""
     if _can_be_split(config, size):
         return
     possible = [n for n in range(1, config.num_heads + 1) if _can_be_split(config, n)]
-    parts = [f"{config.num_heads} heads ({config.num_kv_heads} KV)"]
+    parts = [f"{config.num_heads} heads", f"{config.num_kv_heads} KV heads"]
     if any(not layer.sparse for layer in config.layers):
-        parts.append(f"MLPs of {config.intermediate_size}")
+        parts.append(f"MLP {config.intermediate_size}")
     if config.moe is not None:
         parts.append(f"{config.moe.num_experts} experts")
     raise ValueError(
-        f"{', '.join(parts)} cannot be split over {size} GPUs; possible: "
+        f"this model ({', '.join(parts)}) cannot be split {size} ways; possible: "
         f"{', '.join(map(str, possible))}"
     )
 
 
 def _can_be_split(config: ModelConfig, size: int) -> bool:
-    """Whether heads, experts and MLPs come out even, and every GPU gets some vocabulary."""
+    """Return whether heads, experts and MLPs divide evenly and every GPU gets some vocabulary."""
     kv, moe = config.num_kv_heads, config.moe
     dense = any(not layer.sparse for layer in config.layers)
     return not (
@@ -54,15 +54,15 @@ def _can_be_split(config: ModelConfig, size: int) -> bool:
 
 
 def distinct_experts(num_experts: int, top_k: int, tokens: int) -> float:
-    """Experts that some of `tokens` tokens is expected to choose: E·(1 - (1 - k/E)^T).
+    """Return the expected number of distinct experts that T tokens choose: E·(1 - (1 - k/E)^T).
 
-    Assumes each token chooses its top_k evenly and independently.
+    Assumes that each token chooses its top_k uniformly and independently.
     """
     return num_experts * (1 - (1 - top_k / num_experts) ** tokens)
 
 
 def operations(config: ModelConfig, work: Workload) -> list[Op]:
-    """Every operation of the step, in order. Raises ValueError if it cannot be split so."""
+    """Return the operations of the step in order. Raises ValueError for an impossible split."""
     check_tensor_parallel(config, work.tensor_parallel)
     shard = _Shard(config, work)
     found: dict[str, Op] = {}
@@ -78,7 +78,7 @@ def operations(config: ModelConfig, work: Workload) -> list[Op]:
 
 
 def total(ops: list[Op]) -> Op:
-    """The sum of operations; its layer_count is that of the longest."""
+    """Return the sum of the operations; its layer_count is the largest of theirs."""
     result = Op("total", 0, Flops(), Bytes(), 0)
     for op in ops:
         result = _add(result, op, max(result.layer_count, op.layer_count))
@@ -86,7 +86,7 @@ def total(ops: list[Op]) -> Op:
 
 
 def parameter_bytes(config: ModelConfig, dtype: str, tensor_parallel: int = 1) -> int:
-    """Bytes that one GPU keeps of the weights; a tied embedding once."""
+    """Return the bytes of weights that one GPU stores; a tied embedding counts once."""
     work = Workload("decode", 1, 1, 1, dtype, tensor_parallel)
     check_tensor_parallel(config, tensor_parallel)
     shard = _Shard(config, work, every_expert=True)
@@ -99,17 +99,17 @@ def parameter_bytes(config: ModelConfig, dtype: str, tensor_parallel: int = 1) -
 def kv_bytes_per_sequence(
     config: ModelConfig, context: int, dtype: str, tensor_parallel: int = 1
 ) -> int:
-    """Bytes of keys and values that one sequence of `context` positions keeps on one GPU."""
+    """Return the bytes of keys and values of one sequence of `context` positions on one GPU."""
     width = 2 * max(1, config.num_kv_heads // tensor_parallel) * config.head_dim
     positions = sum(min(layer.window or context, context) for layer in config.layers)
     return positions * width * DTYPE_BYTES[dtype]
 
 
 def activation_accesses(fused: bool, sparse: bool = False) -> int:
-    """Activation round trips of one layer, as qwen2-layer-data-flow counts them.
+    """Return the activation round trips of one layer, as qwen2-layer-data-flow counts them.
 
-    Unfused, each of the nine operations (ten with a router) reads once and writes once. Fused, it
-    counts the writes after the attention and after the MLP block: two.
+    Unfused: each of the nine operations (ten with a router) reads once and writes once. Fused: two,
+    the writes after the attention block and after the MLP block.
     """
     return 2 if fused else 2 * (10 if sparse else 9)
 
@@ -125,7 +125,7 @@ def _add(a: Op, b: Op, layers: int | None = None) -> Op:
 
 
 class _Shard:
-    """Builds the operations of one GPU's part of the model, each for one layer."""
+    """Builds the operations of one GPU's shard of the model, each for one layer."""
 
     def __init__(self, config: ModelConfig, work: Workload, every_expert: bool = False):
         self.config, self.work, self.every_expert = config, work, every_expert
@@ -139,12 +139,12 @@ class _Shard:
         self, name: str, cost: Flops, weights: int, moved: int, launches: int, *,
         kv: int = 0, fused: tuple[int, int] = (0, 0),
     ) -> Op:  # fmt: skip
-        """`weights`, `moved` and `kv` are values; `fused`: those moved and launches when fused."""
+        """Make an operation. weights: bytes; moved, kv: values; fused: (moved, launches)."""
         moved, launches = fused if self.work.fused else (moved, launches)
         return Op(name, 1, cost, Bytes(weights, moved * self.item, kv * self.item), launches)
 
     def matrix(self, inputs: int, outputs: int, bias: bool) -> int:
-        """Bytes of a linear's weight and bias."""
+        """Return the bytes of the weight and bias of a linear layer."""
         return (inputs * outputs + (outputs if bias else 0)) * self.item
 
     def embedding(self) -> Op:
@@ -159,14 +159,14 @@ class _Shard:
         return self.op(name, cost, size * self.item, 2 * rows * size, 1, fused=fused)
 
     def attention_block(self, layer: LayerConfig) -> list[Op]:
-        """Norm, QKV, rotary with the heads' norms, attention, output with its residual."""
+        """Return norm, QKV, rotary with the norms of the heads, attention, output with residual."""
         c, work, back = self.config, self.work, self.work.backward
         tokens, hidden = work.tokens, c.hidden_size
         query, key = self.heads * c.head_dim, self.kv_heads * c.head_dim
-        turned_heads = self.heads + self.kv_heads
-        turn = flops.rotary(tokens, turned_heads, c.head_dim)
+        rotated_heads = self.heads + self.kv_heads
+        rotate = flops.rotary(tokens, rotated_heads, c.head_dim)
         if c.qk_norm:
-            turn += flops.rms_norm(tokens * turned_heads, c.head_dim, back)
+            rotate += flops.rms_norm(tokens * rotated_heads, c.head_dim, back)
         attend = flops.attention(work.attended(layer.window), self.heads, c.head_dim, back)
         residual = Flops(vector=tokens * hidden)
         return [
@@ -180,7 +180,7 @@ class _Shard:
             ),
             self.op(
                 "rope",
-                turn,
+                rotate,
                 2 * c.head_dim * self.item if c.qk_norm else 0,
                 2 * tokens * (query + key),
                 4 if c.qk_norm else 2,
@@ -204,12 +204,12 @@ class _Shard:
         ]
 
     def mlp_block(self, layer: LayerConfig) -> list[Op]:
-        """Norm, gate and up, activation, down with its residual; with experts the router too."""
+        """Return norm, the router if there are experts, gate/up, activation, down with residual."""
         norm = self.norm("post_norm", self.work.tokens)
         return [norm, *(self._experts() if layer.sparse else self._dense())]
 
     def head(self) -> list[Op]:
-        """Final norm and unembedding of the rows that need logits."""
+        """Return the final norm and the unembedding of the rows that need logits."""
         hidden, rows = self.config.hidden_size, self.work.logits_rows
         moved = rows * (hidden + self.vocab)
         cost = flops.linear(rows, hidden, self.vocab, backward=self.work.backward)
@@ -242,7 +242,7 @@ class _Shard:
         moe = c.moe
         assert moe is not None  # the config says that the layer is sparse
         hidden, size = c.hidden_size, moe.intermediate_size
-        # Pairs of token and expert on this GPU, to the nearest one.
+        # Pairs of token and expert on this GPU, rounded to the nearest integer.
         pairs = (tokens * moe.top_k + self.parts // 2) // self.parts
         read = moe.num_experts / self.parts
         if not self.every_expert:
@@ -290,7 +290,7 @@ class _Shard:
         ]
 
     def _expert_matrix(self, inputs: int, outputs: int, bias: bool) -> int:
-        """Bytes of one expert's weight and bias."""
+        """Return the bytes of the weight and bias of one expert."""
         if not self.config.mxfp4_experts:
             return self.matrix(inputs, outputs, bias)
         blocks = outputs * -(-inputs // _MXFP4_VALUES)

@@ -1,8 +1,8 @@
-"""How fast a device can do a step at best, and what stops it from being faster.
+"""The least time in which a device can execute a step, and the limit that determines it.
 
 The roofline model (Williams, Waterman, Patterson 2009) with kernel launches as a third limit:
-each of compute, memory and launches is taken to overlap the others perfectly, so the longest one
-is the time. What GPUs send each other comes on top.
+compute, memory traffic and launches are assumed to overlap perfectly, so the time is the longest
+of them. Communication between GPUs adds to it.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from model.cost.operations import kv_bytes_per_sequence, parameter_bytes
 from model.cost.workload import Op, Workload
 
 Limit = Literal["compute", "memory", "launch", "link"]
-USABLE_MEMORY = 0.9  # of a GPU's memory, by weights and KV; the rest for activations and torch
+USABLE_MEMORY = 0.9  # share of GPU memory for weights and KV; activations and torch need the rest
 
 
 @dataclass(frozen=True)
 class Bound:
-    """The best a device can do; times in seconds, shares of the device's peaks from 0 to 1."""
+    """The least time of a step on a device, in seconds; mfu and mbu are shares from 0 to 1."""
 
     device: Device
     limit: Limit
@@ -30,16 +30,16 @@ class Bound:
     tok_s: float
     mfu: float  # matrix FLOPs over peak: model FLOPs utilization
     mbu: float  # bytes over bandwidth: memory bandwidth utilization
-    link_s: float = 0.0  # sending to other GPUs
+    link_s: float = 0.0  # communication with other GPUs
 
     @property
     def seconds(self) -> float:
-        """Time of the step."""
+        """Return the time of the step."""
         return max(self.compute_s, self.memory_s, self.launch_s) + self.link_s
 
 
 def bound(step: Op, device: Device, dtype: str, tokens: int, sent: Exchange = NOTHING) -> Bound:
-    """Bound a step, given the total of its operations, its tokens and what a GPU sends."""
+    """Bound a step, given the total of its operations, its tokens and what each GPU sends."""
     compute = max(
         step.flops.matrix / device.peak(dtype),
         step.flops.vector / device.vector,
@@ -68,7 +68,7 @@ def _name(longest: float, **limits: float) -> Limit:
 
 
 def largest_batch(config: ModelConfig, work: Workload, device: Device) -> int:
-    """Sequences of the workload's context that fit beside the weights; 0 if not even one."""
+    """Return how many sequences of the workload's context fit beside the weights."""
     parts = work.tensor_parallel
     weights = parameter_bytes(config, work.dtype, parts)
     room = int(device.memory * USABLE_MEMORY) - weights

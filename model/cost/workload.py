@@ -1,4 +1,4 @@
-"""A step to be costed, and the form in which costs come: pure integers, no torch."""
+"""A step whose cost is wanted, and the integers that describe its cost. Without torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +11,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 
 @dataclass(frozen=True)
 class Bytes:
-    """Bytes moved between memory and chip, by kind."""
+    """Bytes moved between memory and chip, by their content."""
 
     weights: int = 0
     activations: int = 0
@@ -29,13 +29,13 @@ class Bytes:
 
     @property
     def total(self) -> int:
-        """All kinds together."""
+        """Return the sum of all three."""
         return self.weights + self.activations + self.kv
 
 
 @dataclass(frozen=True)
 class Op:
-    """One operation, over all the layers that have it."""
+    """The cost of one operation, summed over all layers that have it."""
 
     name: str
     layer_count: int
@@ -45,15 +45,16 @@ class Op:
 
     @property
     def intensity(self) -> float:
-        """Matrix FLOPs a byte; 0 where no bytes are counted."""
+        """Return matrix FLOPs per byte; 0 where no bytes are counted."""
         return self.flops.matrix / self.bytes.total if self.bytes.total else 0.0
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One step: `batch` sequences of `query` new tokens, each at a length of `context`.
+    """One step: `batch` sequences with `query` new tokens each, ending at length `context`.
 
-    Raises ValueError for sizes that cannot be.
+    causal: count only the attention pairs that a causal mask keeps. Raises ValueError for invalid
+    sizes.
     """
 
     phase: Phase
@@ -75,30 +76,30 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """New tokens of the step."""
+        """Return the number of new tokens in the step."""
         return self.batch * self.query
 
     @property
     def logits_rows(self) -> int:
-        """Tokens that reach the head."""
+        """Return the number of tokens for which the head computes logits."""
         return self.batch if self.phase == "prefill" else self.tokens
 
     @property
     def backward(self) -> bool:
-        """Whether this is the backward pass, of which only FLOPs are counted."""
+        """Return whether this is the backward pass, for which only FLOPs are counted."""
         return self.phase == "backward"
 
     def attended(self, window: int | None) -> int:
-        """Positions attended, summed over the query tokens."""
+        """Return the attended positions, summed over the query tokens."""
         limit = min(window or self.context, self.context)
         if not self.causal:
             return self.tokens * limit
-        first = self.context - self.query + 1  # positions that the first query token sees
-        growing = min(max(limit - first, 0), self.query)  # tokens that see fewer than the limit
-        seen = growing * first + growing * (growing - 1) // 2 + (self.query - growing) * limit
-        return self.batch * seen
+        first = self.context - self.query + 1  # positions that the first query token attends
+        below = min(max(limit - first, 0), self.query)  # tokens that attend fewer than the limit
+        attended = below * first + below * (below - 1) // 2 + (self.query - below) * limit
+        return self.batch * attended
 
     def kv_positions(self, window: int | None) -> int:
-        """Positions whose key and value are written or read."""
+        """Return the positions whose keys and values are written or read."""
         cached = self.context - self.query
         return self.batch * (self.query + (cached if window is None else min(cached, window - 1)))

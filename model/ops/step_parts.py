@@ -76,10 +76,11 @@ FINAL_NORM = StepPart("final_norm")
 LM_HEAD = StepPart("lm_head")
 SAMPLING = StepPart("sampling")
 
-ALL_PARTS = frozenset(
+ALL_PARTS = tuple(
     """scheduling batch_preparation embedding input_norm qkv_proj rope attention o_proj post_norm
     router gate_up_proj activation down_proj final_norm lm_head sampling other""".split()
 )
+"""The names of all parts in the order of a step; `other` is last."""
 
 FUSED_INTO = {
     **dict.fromkeys(("input_norm", "rope"), "qkv_proj"),

@@ -12,7 +12,8 @@ import tokenizers
 import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from engine import Completion, EngineStats, Request, RequestError
+from engine import Completion, EngineStats, Request, RequestError, RunSummary
+from engine.summary import peak_resident_bytes
 from getp.files import token_line, writing
 from model.cost.known_models import named_config
 from tokenizer import ChatTemplate, Tokenizer
@@ -133,6 +134,19 @@ class FakeEngine:
 
     def finish(self) -> None:
         self.warm = False
+
+    def summary(self) -> RunSummary:
+        return RunSummary(
+            device="cpu",
+            device_type="cpu",
+            device_count=1,
+            dtype="float32",
+            tensor_parallel=self.tensor_parallel,
+            max_batch_size=self.max_batch_size,
+            config=self.held_config,
+            stats=self.stats,
+            peak_memory_bytes=peak_resident_bytes(),
+        )
 
     def __enter__(self) -> "FakeEngine":
         self.warm_up()

@@ -1,4 +1,4 @@
-"""Replicas on Ray: the same results as one engine's, whatever dies."""
+"""Replicas on Ray give the same results as one engine, even when replicas die."""
 
 import contextlib
 import json
@@ -17,8 +17,8 @@ import ray
 
 from engine import Completion, Engine, EngineConfig, EngineError, Request, SamplingParams
 from getp.cli import main as cli
-from getp.cluster import driver as cluster
-from getp.cluster.driver import Cluster, Member
+from getp.cluster.driver import Cluster, request_message
+from getp.cluster.replica_state import ReplicaState
 from getp.errors import SOME_FAILED, GetpError, Interrupted
 from getp.job import run as batch
 from getp.job.journal import Journal
@@ -33,12 +33,12 @@ SMALL = EngineConfig(dtype="float32", kv_memory=32 << 20, max_batch_size=4)
 
 @pytest.fixture(scope="module")
 def one_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Ray that the tests share; its address. Workers find the tests' modules."""
+    """The address of a Ray cluster that the tests share. Its workers can import the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         handler = signal.getsignal(signal.SIGTERM)
-        # In /tmp: the path of a socket is limited.
+        # In /tmp, because the length of socket paths is limited.
         ray.init(
             "local",
             num_cpus=2,
@@ -53,7 +53,7 @@ def one_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
-def _one_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+def _fixed_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1750000000")
 
 
@@ -74,7 +74,7 @@ def run(work: batch.Job, engine: Any) -> int:
 
 
 def mixed(count: int) -> list[dict[str, Any]]:
-    """Good and bad requests of every kind, so many that each replica gets some of each."""
+    """Valid and invalid requests of every kind, enough for each replica to get some of each."""
     records = []
     for index in range(count):
         record: dict[str, Any] = {"id": index, "prompt": f"What is {index} plus 17?"}
@@ -83,7 +83,7 @@ def mixed(count: int) -> list[dict[str, Any]]:
         if index % 5 == 2:
             record["stop"] = str((index + 17) % 10)
         if index % 11 == 6:
-            record["prompt"] = "x" * 900  # too long, as only the engine knows
+            record["prompt"] = "x" * 900  # too long, which only the engine detects
         if index % 11 == 7:
             record["nonsense"] = 1
         records.append(record)
@@ -92,7 +92,7 @@ def mixed(count: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def wanted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """What one engine makes of the mixed job."""
+    """The result of the mixed job by one engine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOURCE_DATE_EPOCH", "1750000000")
         work = job(tmp_path_factory.mktemp("one"), mixed(60))
@@ -122,31 +122,33 @@ def test_one_two_and_four_replicas_give_the_tokens_of_one_engine(
         expected = {each.request_id: each.token_ids for each in engine.generate(requests)}
     assert len({tuple(tokens) for tokens in expected.values()}) > 20
     for count in (1, 2, 4):
-        replicas = Cluster(folder, folder, count, SMALL)
-        done = list(replicas.generate(requests))
-        replicas.close()
+        cluster = Cluster(folder, folder, SMALL, replicas=count)
+        done = list(cluster.generate(requests))
+        cluster.close()
         assert {each.request_id: each.token_ids for each in done} == expected
         assert all(len(each.logprobs or ()) == 24 for each in done)
-        assert sum(member.requests for member in replicas.members) == 24
-        assert all(member.requests for member in replicas.members)
-        assert replicas.stats.output_tokens == 24 * 24
+        assert sum(replica.requests for replica in cluster.replicas) == 24
+        assert all(replica.requests for replica in cluster.replicas)
+        assert cluster.stats.output_tokens == 24 * 24
 
 
 class KilledOnce(Cluster):
-    """Loses its first replica, or a rank of it, to SIGKILL when the first results are there."""
+    """Kills its first replica, or a rank of it, when the first results arrive."""
 
-    def _collected(self, member: Member, answer: bytes) -> list[Completion]:
-        done = super()._collected(member, answer)
-        first = self.members[0]
-        if done and not first.deaths and first.started is not None and first.life == 1:
+    def _collected(self, replica: ReplicaState, answer: bytes) -> list[Completion]:
+        done = super()._collected(replica, answer)
+        first = self.replicas[0]
+        if done and not first.deaths and first.started is not None and first.generation == 1:
             pid = first.started.pid
-            with contextlib.suppress(ProcessLookupError):  # dead already, and not yet missed
+            with contextlib.suppress(
+                ProcessLookupError
+            ):  # already dead, but its death is not noticed yet
                 os.kill(pid if self.tensor_parallel == 1 else rank_of(pid), signal.SIGKILL)
         return done
 
 
 def rank_of(pid: int) -> int:
-    """The process that a replica of two ranks has started. Raises ProcessLookupError."""
+    """The worker process of a replica with two ranks. Raises ProcessLookupError."""
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in children.read_text().split():
             if b"engine.parallel.worker" in Path(f"/proc/{child}/cmdline").read_bytes():
@@ -157,7 +159,7 @@ def rank_of(pid: int) -> int:
 @pytest.mark.parametrize(
     ("ranks", "reason"), [(1, "replica 0 died"), (2, "rank 1 of 2 died: killed by signal 9")]
 )
-def test_a_replica_killed_mid_job_changes_no_byte_and_nothing_comes_twice(
+def test_a_replica_killed_during_a_job_changes_no_byte_and_duplicates_nothing(
     ranks: int,
     reason: str,
     one_ray: str,
@@ -176,9 +178,9 @@ def test_a_replica_killed_mid_job_changes_no_byte_and_nothing_comes_twice(
     monkeypatch.setattr(Journal, "append", counted)
     work = job(tmp_path, mixed(60))
     work = batch.replace(work, report=str(tmp_path / "report.json"))
-    replicas = KilledOnce(MODEL, MODEL, 2, replace(SMALL, tensor_parallel=ranks))
-    assert run(work, replicas) == SOME_FAILED
-    replicas.close()
+    cluster = KilledOnce(MODEL, MODEL, replace(SMALL, tensor_parallel=ranks), replicas=2)
+    assert run(work, cluster) == SOME_FAILED
+    cluster.close()
     assert Path(work.output).read_bytes() == wanted
     assert sorted(kept) == list(range(60))
     first, second = json.loads((tmp_path / "report.json").read_text())["replicas"]
@@ -190,37 +192,37 @@ def test_a_replica_killed_mid_job_changes_no_byte_and_nothing_comes_twice(
     assert first["requests"] + second["requests"] == done
     assert 0 < report["balance"] <= 1
     shown = capsys.readouterr().err
-    assert "replica 0 died and is started again" in shown
+    assert "replica 0 died and is restarted" in shown
     assert reason in shown
-    assert "died 1 times" in " ".join(shown.split())
+    assert "died once" in " ".join(shown.split())
 
 
 class Interrupting(Cluster):
-    """Gets a SIGINT when the first results are there."""
+    """Sends SIGINT to itself when the first results arrive."""
 
-    def _collected(self, member: Member, answer: bytes) -> list[Completion]:
-        done = super()._collected(member, answer)
-        if done and sum(each.requests for each in self.members) == len(done):
+    def _collected(self, replica: ReplicaState, answer: bytes) -> list[Completion]:
+        done = super()._collected(replica, answer)
+        if done and sum(each.requests for each in self.replicas) == len(done):
             os.kill(os.getpid(), signal.SIGINT)
         return done
 
 
-def test_after_ctrl_c_one_engine_goes_on_where_replicas_stopped(
+def test_one_engine_resumes_a_job_that_replicas_started(
     one_ray: str, tmp_path: Path, wanted: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     work = batch.replace(job(tmp_path, mixed(60)), grace_s=0.0)
-    replicas = Interrupting(MODEL, MODEL, 2, SMALL)
+    cluster = Interrupting(MODEL, MODEL, SMALL, replicas=2)
     with pytest.raises(Interrupted, match=r"\d+ of 60 requests are done and kept"):
-        run(work, replicas)
-    assert all(member.actor is None for member in replicas.members)
-    replicas.close()
+        run(work, cluster)
+    assert all(replica.actor is None for replica in cluster.replicas)
+    cluster.close()
     assert run(work, Engine(MODEL, SMALL)) == SOME_FAILED
     assert "going on: " in capsys.readouterr().err
     assert Path(work.output).read_bytes() == wanted
 
 
 class FatalEngine(FakeEngine):
-    """Ends its process at the prompt "5"."""
+    """Exits its process at the prompt "5"."""
 
     def __init__(self, checkpoint: str, *_: Any, **__: Any) -> None:
         super().__init__()
@@ -234,35 +236,37 @@ class FatalEngine(FakeEngine):
                 yield self._complete(request)
 
 
-def test_a_replica_that_keeps_dying_ends_the_job_and_says_with_which_request(
+def test_a_replica_that_keeps_dying_ends_the_job_and_names_the_requests(
     one_ray: str, tmp_path: Path
 ) -> None:
     work = job(tmp_path, [{"prompt": str(n)} for n in range(10)])
     made: Any = FatalEngine
-    replicas = Cluster(MODEL, MODEL, 1, EngineConfig(dtype="float32"), make_engine=made)
-    with pytest.raises(GetpError, match=r"replica 0 died 3 times in a row.* the requests 5 \("):
-        run(work, replicas)
-    replicas.close()
+    cluster = Cluster(MODEL, MODEL, EngineConfig(dtype="float32"), replicas=1, make_engine=made)
+    with pytest.raises(
+        GetpError, match=r"replica 0 died 3 times in a row.* while running the requests 5 \("
+    ):
+        run(work, cluster)
+    cluster.close()
     with open(f"{work.output}.journal", "rb") as journal:
         assert len(journal.readlines()) >= 1 + 3
     assert run(work, FakeEngine()) == 0
     assert len(Path(work.output).read_bytes().splitlines()) == 10
 
 
-def test_a_start_that_fails_ends_the_job_with_its_own_error(one_ray: str) -> None:
-    replicas = Cluster(MODEL, MODEL, 1, replace(SMALL, kv_memory=1))
+def test_a_failed_start_ends_the_job_with_the_error_of_the_engine(one_ray: str) -> None:
+    cluster = Cluster(MODEL, MODEL, replace(SMALL, kv_memory=1), replicas=1)
     with pytest.raises(EngineError, match="kv_memory 1 means 1 bytes, which hold 0 blocks"):
-        replicas.warm_up()
-    replicas.close()
+        cluster.warm_up()
+    cluster.close()
 
 
-def test_what_cannot_be_sent_to_a_replica_is_refused() -> None:
+def test_a_callback_that_cannot_be_sent_to_a_replica_is_refused() -> None:
     with pytest.raises(TypeError, match="must be a StopWatcher"):
-        cluster._asked(Request([1, 2], on_token=lambda token: True))
+        request_message(Request([1, 2], on_token=lambda token: True))
 
 
 @pytest.mark.parametrize("joined", [False, True])
-def test_the_command_runs_replicas_on_a_ray_of_its_own_or_a_running_one(
+def test_the_command_starts_ray_or_joins_a_running_cluster(
     one_ray: str, tmp_path: Path, joined: bool
 ) -> None:
     (tmp_path / "in.txt").write_text("3\nWhat is 1 plus 2?\nWhat is 2 plus 2?\nWhat is 3 plus 2?\n")
@@ -281,7 +285,7 @@ def test_the_command_runs_replicas_on_a_ray_of_its_own_or_a_running_one(
     assert [tokenizer.decode(list(map(int, line.split()))) for line in lines] == ["3", "4", "5"]
     assert ("replica 1" in done.stderr) is not joined
     assert ray.is_initialized()
-    assert ray.cluster_resources()["CPU"] == 2  # the one of the tests lives on
+    assert ray.cluster_resources()["CPU"] == 2  # the cluster of the tests is still running
 
 
 def fails(capsys: pytest.CaptureFixture[str], tmp_path: Path, *args: str) -> tuple[int, str]:
@@ -291,7 +295,7 @@ def fails(capsys: pytest.CaptureFixture[str], tmp_path: Path, *args: str) -> tup
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "2.5", "many", ""])
-def test_a_wrong_number_of_replicas_is_refused(
+def test_an_invalid_number_of_replicas_is_refused(
     value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, error = fails(capsys, tmp_path, "--replicas", value)
@@ -308,12 +312,12 @@ def test_an_address_without_replicas_is_refused(
     assert "--ray-address needs --replicas" in error
 
 
-def test_ranks_that_cannot_be_and_those_of_torchrun_are_refused(
+def test_impossible_splits_and_torchrun_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     status, error = fails(capsys, tmp_path, "--replicas", "2", "--tensor-parallel", "4")
     assert status == 2
-    assert "--tensor-parallel 4: 6 heads (2 KV), 8 experts" in error
+    assert "--tensor-parallel 4: this model (6 heads, 2 KV heads, 8 experts" in error
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     status, error = fails(capsys, tmp_path, "--replicas", "2")
@@ -321,7 +325,7 @@ def test_ranks_that_cannot_be_and_those_of_torchrun_are_refused(
     assert "leave torchrun out" in error
 
 
-def test_gpus_that_are_not_there_are_refused(
+def test_a_single_gpu_for_all_replicas_is_refused(
     one_ray: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, error = fails(capsys, tmp_path, "--replicas", "2", "--device", "cuda:1")
@@ -329,7 +333,7 @@ def test_gpus_that_are_not_there_are_refused(
     assert "--device cuda:1 with --replicas" in error
 
 
-def test_without_ray_the_option_says_what_to_install(
+def test_the_error_without_ray_says_what_to_install(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)

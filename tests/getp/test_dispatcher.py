@@ -1,4 +1,4 @@
-"""Dealing requests to replicas: nothing is lost, nothing is dealt twice, nobody gets too much."""
+"""The dispatcher: every request runs, none runs twice, and no replica exceeds its capacity."""
 
 import random
 from collections.abc import Mapping
@@ -8,22 +8,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from getp.cluster.dispatcher import Dispatcher, linger_s, window
-from getp.cluster.ray_session import Places, find_places
+from getp.cluster.dispatcher import Dispatcher, collect_delay_s, max_in_flight
+from getp.cluster.ray_session import Resources, plan_resources
 from getp.errors import UsageProblem
 
 GPU_HOST = {"CPU": 64.0, "GPU": 8.0}
 
 
 @given(st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 12), st.integers(0, 120))
-def test_every_request_ends_once_whatever_dies(
+def test_every_request_finishes_exactly_once_when_replicas_die(
     seed: int, replicas: int, size: int, total: int
 ) -> None:
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     dispatcher: Dispatcher[str] = Dispatcher()
     held: dict[int, dict[int, str]] = {index: {} for index in range(replicas)}
     for index in held:
-        dispatcher.join(index, size)
+        dispatcher.add(index, size)
     source = iter([(n, f"request {n}") for n in range(total)])
     done: list[int] = []
     more, now, deaths = True, 0.0, 0
@@ -31,19 +31,19 @@ def test_every_request_ends_once_whatever_dies(
         now += 1
         new = list(islice(source, dispatcher.wanted))
         more = len(done) + dispatcher.unfinished + len(new) < total
-        for index, items in dispatcher.deal(new, not more, now).items():
+        for index, items in dispatcher.assign(new, not more, now).items():
             for item in items:
                 assert not any(item in each.values() for each in held.values())
                 held[index][int(item.split()[1])] = item
         assert all(len(each) <= size for each in held.values())
-        index = dice.randrange(replicas)
-        if deaths < 20 and dice.random() < 0.3:
-            assert set(dispatcher.leave(index, now)) == set(held[index])
+        index = rng.randrange(replicas)
+        if deaths < 20 and rng.random() < 0.3:
+            assert set(dispatcher.remove(index, now)) == set(held[index])
             held[index] = {}
-            dispatcher.join(index, size)
+            dispatcher.add(index, size)
             deaths += 1
         elif held[index]:
-            count = dice.randint(1, len(held[index]))
+            count = rng.randint(1, len(held[index]))
             ids = list(held[index])[:count]
             items = dispatcher.finished(index, ids, now)
             assert items == [held[index].pop(each) for each in ids]
@@ -53,100 +53,110 @@ def test_every_request_ends_once_whatever_dies(
     assert all(busy <= now for busy in dispatcher.busy_s.values())
 
 
-def test_few_requests_are_shared_out_evenly_long_ones_too() -> None:
+def test_requests_are_spread_evenly_in_number_and_length() -> None:
     dispatcher: Dispatcher[int] = Dispatcher()
     for index in range(4):
-        dispatcher.join(index, window(256))
-    dealt = dispatcher.deal([(n, n) for n in range(100)], True, 0.0)
-    assert all(24 <= len(items) <= 27 for items in dealt.values())
-    # The input is in order of length, longest first: nobody has only long ones.
-    assert all(max(items) - min(items) > 70 for items in dealt.values())
+        dispatcher.add(index, max_in_flight(256))
+    assigned = dispatcher.assign([(n, n) for n in range(100)], True, 0.0)
+    assert all(24 <= len(items) <= 27 for items in assigned.values())
+    # The input is sorted by length: no replica gets only long requests.
+    assert all(max(items) - min(items) > 70 for items in assigned.values())
 
 
-def test_neighbours_that_share_a_beginning_stay_together_where_there_are_many() -> None:
+def test_neighbouring_requests_stay_together_in_long_inputs() -> None:
     dispatcher: Dispatcher[int] = Dispatcher()
     for index in range(2):
-        dispatcher.join(index, 320)
-    dealt = dispatcher.deal([(n, n) for n in range(64)], False, 0.0)
-    together = sum(b == a + 1 for items in dealt.values() for a, b in pairwise(items))
-    assert together >= 45
+        dispatcher.add(index, 320)
+    assigned = dispatcher.assign([(n, n) for n in range(64)], False, 0.0)
+    adjacent = sum(b == a + 1 for items in assigned.values() for a, b in pairwise(items))
+    assert adjacent >= 45
 
 
-def test_what_two_replicas_died_with_runs_last_and_alone() -> None:
+def test_a_request_lost_with_two_replicas_runs_last_and_alone() -> None:
     dispatcher: Dispatcher[str] = Dispatcher()
-    dispatcher.join(0, 3)
+    dispatcher.add(0, 3)
     requests = [(0, "poison"), (1, "near"), (2, "far")]
-    assert dispatcher.deal(requests, False, 0.0) == {0: ["poison", "near", "far"]}
-    assert dispatcher.leave(0, 1.0) == [0, 1, 2]
-    dispatcher.join(0, 2)
-    assert dispatcher.wanted == 0  # what was lost once comes before anything new
-    assert dispatcher.deal([], False, 1.0) == {0: ["poison", "near"]}
-    dispatcher.leave(0, 2.0)
-    dispatcher.join(0, 4)
-    assert dispatcher.deal([(3, "new")], False, 2.0) == {0: ["far", "new"]}
-    assert dispatcher.deal([], True, 2.0) == {}
+    assert dispatcher.assign(requests, False, 0.0) == {0: ["poison", "near", "far"]}
+    assert dispatcher.remove(0, 1.0) == [0, 1, 2]
+    dispatcher.add(0, 2)
+    assert dispatcher.wanted == 0  # a request that was lost once comes before new ones
+    assert dispatcher.assign([], False, 1.0) == {0: ["poison", "near"]}
+    dispatcher.remove(0, 2.0)
+    dispatcher.add(0, 4)
+    assert dispatcher.assign([(3, "new")], False, 2.0) == {0: ["far", "new"]}
+    assert dispatcher.assign([], True, 2.0) == {}
     dispatcher.finished(0, [2, 3], 3.0)
-    assert dispatcher.deal([], True, 3.0) == {0: ["poison"]}
-    dispatcher.leave(0, 4.0)
-    dispatcher.join(0, 4)
-    assert dispatcher.deal([], True, 4.0) == {0: ["near"]}
-    assert dispatcher.lost == {0: 3, 1: 2, 2: 1}
+    assert dispatcher.assign([], True, 3.0) == {0: ["poison"]}
+    dispatcher.remove(0, 4.0)
+    dispatcher.add(0, 4)
+    assert dispatcher.assign([], True, 4.0) == {0: ["near"]}
+    assert dispatcher.losses == {0: 3, 1: 2, 2: 1}
 
 
-def test_the_time_that_a_replica_had_requests_is_counted() -> None:
+def test_busy_time_is_the_time_with_requests() -> None:
     dispatcher: Dispatcher[str] = Dispatcher()
-    dispatcher.join(0, 4)
-    dispatcher.deal([(0, "a"), (1, "b")], True, 10.0)
+    dispatcher.add(0, 4)
+    dispatcher.assign([(0, "a"), (1, "b")], True, 10.0)
     dispatcher.finished(0, [0], 11.0)
     dispatcher.finished(0, [1], 13.0)
-    dispatcher.deal([(2, "c")], True, 20.0)
-    dispatcher.leave(0, 21.5)
+    dispatcher.assign([(2, "c")], True, 20.0)
+    dispatcher.remove(0, 21.5)
     assert dispatcher.busy_s == {0: 4.5}
 
 
-def test_the_driver_takes_a_bounded_number_of_messages() -> None:
-    assert all(count / linger_s(count) <= 1000 for count in (1, 20, 64, 1024, 4096))
+def test_the_driver_receives_at_most_1000_messages_per_second() -> None:
+    assert all(count / collect_delay_s(count) <= 1000 for count in (1, 20, 64, 1024, 4096))
 
 
 @pytest.mark.parametrize(
-    ("hosts", "replicas", "device", "gpus_each", "expected"),
+    ("hosts", "replicas", "device", "gpus_per_replica", "expected"),
     [
-        ([GPU_HOST], None, "auto", 1, Places(8, 1, 0)),
-        ([GPU_HOST, GPU_HOST], None, "cuda", 1, Places(16, 1, 0)),
-        ([GPU_HOST], None, "auto", 2, Places(4, 2, 0)),
-        ([{"GPU": 3.0}, {"GPU": 3.0}], None, "auto", 2, Places(2, 2, 0)),
-        ([GPU_HOST], 3, "auto", 1, Places(3, 1, 0)),
-        ([GPU_HOST], None, "cpu", 1, Places(1, 0, 64)),
-        ([{"CPU": 2.0}], 4, "auto", 1, Places(4, 0, 0.5)),
-        ([{"CPU": 16.0}], 5, "cpu", 1, Places(5, 0, 3.2)),
-        ([{"CPU": 8.0}, {"CPU": 8.0}], 3, "cpu", 1, Places(3, 0, 4)),
-        ([{"CPU": 8.0}, {"CPU": 4.0}], 2, "cpu", 1, Places(2, 0, 4)),
-        ([{"CPU": 8.0}, {"CPU": 2.0}], 2, "cpu", 1, Places(2, 0, 4)),
+        ([GPU_HOST], None, "auto", 1, Resources(8, 1, 0)),
+        ([GPU_HOST, GPU_HOST], None, "cuda", 1, Resources(16, 1, 0)),
+        ([GPU_HOST], None, "auto", 2, Resources(4, 2, 0)),
+        ([{"GPU": 3.0}, {"GPU": 3.0}], None, "auto", 2, Resources(2, 2, 0)),
+        ([GPU_HOST], 3, "auto", 1, Resources(3, 1, 0)),
+        ([GPU_HOST], None, "cpu", 1, Resources(1, 0, 64)),
+        ([{"CPU": 2.0}], 4, "auto", 1, Resources(4, 0, 0.5)),
+        ([{"CPU": 16.0}], 5, "cpu", 1, Resources(5, 0, 3.2)),
+        ([{"CPU": 8.0}, {"CPU": 8.0}], 3, "cpu", 1, Resources(3, 0, 4)),
+        ([{"CPU": 8.0}, {"CPU": 4.0}], 2, "cpu", 1, Resources(2, 0, 4)),
+        ([{"CPU": 8.0}, {"CPU": 2.0}], 2, "cpu", 1, Resources(2, 0, 4)),
     ],
 )
-def test_gpus_and_cores_are_shared_out(
+def test_gpus_and_cores_are_divided_among_replicas(
     hosts: list[Mapping[str, float]],
     replicas: int | None,
     device: str,
-    gpus_each: int,
-    expected: Places,
+    gpus_per_replica: int,
+    expected: Resources,
 ) -> None:
-    assert find_places(hosts, replicas, device, gpus_each) == expected
+    assert plan_resources(hosts, replicas, device, gpus_per_replica) == expected
 
 
 @pytest.mark.parametrize(
-    ("hosts", "replicas", "device", "gpus_each", "words"),
+    ("hosts", "replicas", "device", "gpus_per_replica", "words"),
     [
-        ([GPU_HOST], 9, "auto", 1, "--replicas 9: Ray finds 8 GPUs on 1 hosts, which is room for"),
-        ([GPU_HOST], 5, "cuda", 2, "room for 4 replicas of 2"),
+        (
+            [GPU_HOST],
+            9,
+            "auto",
+            1,
+            "--replicas 9: Ray finds 8 GPUs on 1 host, enough for 8 replicas of 1 GPU each",
+        ),
+        ([GPU_HOST], 5, "cuda", 2, "enough for 4 replicas of 2 GPUs each"),
         ([{"CPU": 4.0}], 1, "cuda", 1, "--replicas 1: Ray finds 0 GPUs"),
         ([{"CPU": 4.0}], None, "cuda", 1, "--replicas auto: Ray finds 0 GPUs"),
         ([GPU_HOST], 1, "cuda:1", 1, "--device cuda:1 with --replicas"),
         ([{}], None, "cpu", 1, "neither GPUs nor CPUs"),
     ],
 )
-def test_more_than_there_is_is_refused(
-    hosts: list[Mapping[str, float]], replicas: int | None, device: str, gpus_each: int, words: str
+def test_insufficient_resources_are_refused(
+    hosts: list[Mapping[str, float]],
+    replicas: int | None,
+    device: str,
+    gpus_per_replica: int,
+    words: str,
 ) -> None:
     with pytest.raises(UsageProblem, match=words):
-        find_places(hosts, replicas, device, gpus_each)
+        plan_resources(hosts, replicas, device, gpus_per_replica)

@@ -1,4 +1,4 @@
-"""What a report says of a run's efficiency, from the engine's counters."""
+"""The efficiency of a run and its largest loss, from the counters of the engine."""
 
 import re
 from collections.abc import Callable
@@ -7,8 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from engine import Engine, EngineConfig, EngineStats, Request, SamplingParams
-from getp.report.efficiency import Explanation, explain, explain_counts, run_cost
+from engine import (
+    Engine,
+    EngineConfig,
+    EngineStats,
+    ReplicaSummary,
+    Request,
+    RunSummary,
+    SamplingParams,
+)
+from getp.report.efficiency import Explanation, explain, record_efficiency, run_cost
+from model.cost import measure
 from model.cost.devices import find_device
 from model.cost.known_models import named_config
 from model.cost.operations import operations, total
@@ -27,13 +36,25 @@ DECODING = EngineStats(
     short_steps=100,
     model_s=1.0,
 )
+RUN = RunSummary(
+    device="NVIDIA H100 80GB HBM3",
+    device_type="cuda",
+    device_count=1,
+    dtype="bfloat16",
+    tensor_parallel=1,
+    max_batch_size=32,
+    config=LLAMA3,
+    stats=DECODING,
+    peak_memory_bytes=0,
+)
+REPLICA = ReplicaSummary(0, "here", 1, 1600, 1.0, 1.0, 32.0, 0, 0, 0)
 
 
 def explained(stats: EngineStats, inference_s: float, max_batch_size: int = 32) -> Explanation:
-    return explain_counts(LLAMA3, "bfloat16", H100, stats, inference_s, 0, max_batch_size)
+    return explain(replace(RUN, stats=stats, max_batch_size=max_batch_size), inference_s, 0)
 
 
-def test_the_cost_of_a_run_is_that_of_its_steps() -> None:
+def test_the_cost_of_a_run_is_the_cost_of_its_steps() -> None:
     step = total(operations(LLAMA3, Workload("decode", 32, 1, 1024, "bfloat16", fused=True)))
     cost, moved = run_cost(LLAMA3, "bfloat16", DECODING)
     assert cost.matrix == 100 * step.flops.matrix
@@ -52,16 +73,75 @@ def test_utilization_and_bound_of_a_run() -> None:
     assert found.peaks == "H100 SXM: NVIDIA H100 datasheet"
 
 
+def test_the_peaks_of_replicas_are_added_up() -> None:
+    one = explain(RUN, 1.2, 0)
+    phrase = "2 replicas on one host, NVIDIA H100 80GB HBM3 each"
+    replicas = replace(
+        RUN,
+        device=phrase,
+        device_count=2,
+        replicas=(REPLICA, REPLICA),
+        replicas_device=RUN.device,
+    )
+    both = explain(replicas, 1.2, 0)
+    assert both.mbu == pytest.approx((one.mbu or 0) / 2)
+    assert both.mfu == pytest.approx((one.mfu or 0) / 2)
+    assert both.peaks == "2 × H100 SXM: NVIDIA H100 datasheet"
+    assert explain(replace(replicas, replicas_device="an unknown GPU"), 1.2, 0) == Explanation()
+
+
+def test_each_gpu_of_a_shared_model_does_a_part_of_the_work() -> None:
+    one, shared = explain(RUN, 1.2, 0), explain(replace(RUN, tensor_parallel=2), 1.2, 0)
+    assert shared.mfu == pytest.approx((one.mfu or 0) / 2, rel=0.01)
+    assert shared.peaks == one.peaks
+
+
+def test_only_the_efficiency_of_a_long_run_on_one_device_is_recorded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorded: list[tuple[str, float]] = []
+    monkeypatch.setattr(
+        "getp.report.efficiency.record_reached",
+        lambda target, model, share: recorded.append((model, share)),
+    )
+    cpu = replace(RUN, device="cpu", device_type="cpu")
+    found = Explanation(limit_share=0.5)
+    record_efficiency(cpu, "short", found, 0.9)
+    record_efficiency(replace(cpu, tensor_parallel=2), "shared", found, 9.0)
+    record_efficiency(replace(cpu, replicas=(REPLICA,)), "replicas", found, 9.0)
+    record_efficiency(cpu, "nothing", Explanation(), 9.0)
+    record_efficiency(cpu, "long", found, 1.0)
+    assert recorded == [("long", 0.5)]
+    assert (
+        explain(cpu, 1.2, 0).peaks == f"local: {measure.peaks_of(measure.default_target()).source}"
+    )
+
+
 @pytest.mark.parametrize(
     ("stats", "inference_s", "most", "sentence"),
     [
-        (DECODING, 1.0, 32, "36% of the time went to starting 483 operations"),
-        (replace(DECODING, model_s=3.0), 3.0, 32, "69% of the time went to kernels and sampling"),
+        (DECODING, 1.0, 32, "36% of the time was spent on launching 483 operations"),
+        (
+            replace(DECODING, model_s=3.0),
+            3.0,
+            32,
+            "69% of the time is kernels and sampling running below peak",
+        ),
         (DECODING, 4.0, 32, "75% of the time the device waited for prompts"),
         (replace(DECODING, schedule_s=2.0), 3.0, 32, "67% of the time .* the scheduler"),
-        (DECODING, 1.0, 256, "batch 32 of 256: no more requests"),
-        (replace(DECODING, gathering_steps=101), 1.0, 256, "batch 32 of 256: new requests waited"),
-        (replace(DECODING, kv_full_steps=101), 1.0, 256, "batch 32 of 256: KV memory was full"),
+        (DECODING, 1.0, 256, "batch was 32 of 256: too few requests to fill it"),
+        (
+            replace(DECODING, gathering_steps=101),
+            1.0,
+            256,
+            "batch was 32 of 256: new requests waited",
+        ),
+        (
+            replace(DECODING, kv_full_steps=101),
+            1.0,
+            256,
+            "batch was 32 of 256: KV memory was full",
+        ),
         (replace(DECODING, preemptions=7, output_tokens=800), 1.0, 32, "75% .* 7 preemptions"),
     ],
 )
@@ -73,28 +153,27 @@ def test_the_largest_loss_is_one_sentence(
     assert re.search(sentence, found.largest_loss)
 
 
-def test_a_run_of_nothing_is_not_explained() -> None:
-    engine = FakeEngine()
-    assert explain(engine, 1.0, 0) == Explanation()  # type: ignore[arg-type]
+def test_a_run_without_steps_is_not_explained() -> None:
+    assert explain(FakeEngine().summary(), 1.0, 0) == Explanation()
 
 
-def test_the_engine_counts_what_it_computes(checkpoint: Callable[[str], Path]) -> None:
+def test_the_engine_counts_computed_tokens(checkpoint: Callable[[str], Path]) -> None:
     params = SamplingParams(max_new_tokens=4, ignore_eos=True)
     with Engine(checkpoint("qwen2"), EngineConfig(max_batch_size=2, dtype="float32")) as engine:
         list(engine.generate([Request(list(range(1, n)), params, n) for n in (6, 9, 12)]))
         stats = engine.stats
     assert (stats.prefill_chunks, stats.prefill_tokens) == (3, 5 + 8 + 11)
     assert stats.prefill_context == stats.prefill_tokens
-    assert stats.decode_tokens == 3 * 3  # the prefill gives each request's first token
+    assert stats.decode_tokens == 3 * 3  # the prefill produces the first token of each request
     assert stats.decode_context == sum(n + i for n in (5, 8, 11) for i in (1, 2, 3))
     assert 0 < stats.schedule_s < stats.inference_s
     assert 0 < stats.model_s < stats.inference_s
     assert stats.kv_full_steps == 0
 
 
-def test_steps_that_wait_for_memory_are_counted(checkpoint: Callable[[str], Path]) -> None:
+def test_steps_that_wait_for_kv_memory_are_counted(checkpoint: Callable[[str], Path]) -> None:
     params = SamplingParams(max_new_tokens=20, ignore_eos=True)
-    block = 2 * 4 * 4 * 2 * 16 * 4  # both, layers, positions, KV heads, their size, float32
+    block = 2 * 4 * 4 * 2 * 16 * 4  # K and V, layers, positions, KV heads, head size, float32
     config = EngineConfig(
         dtype="float32", kv_memory=12 * block, block_size=4, max_batch_size=8, prefix_cache=False
     )

@@ -15,7 +15,7 @@ from getp.job import run as batch
 from getp.job.request_reader import RequestDefaults
 from getp.job.run import Job
 from getp.report.efficiency import Explanation
-from getp.report.job_report import quantile
+from getp.report.measurements import quantile
 from getp.text.prompts import request_seed
 from tests.getp.helpers import FakeEngine, fake_engine, small_tokenizer
 from tokenizer import Tokenizer
@@ -220,7 +220,7 @@ def test_measuring_the_machine_is_no_memory_of_the_job(
         return Explanation()
 
     monkeypatch.setattr("getp.report.job_report.explain", explain)
-    monkeypatch.setattr("getp.report.job_report.peak_memory", lambda: peak)
+    monkeypatch.setattr("tests.getp.helpers.peak_resident_bytes", lambda: peak)
     run(job(tmp_path, b"1\nab\n", report=str(tmp_path / "report.json")))
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["peak_memory_bytes"], peak) == (2**28, 2**29)
@@ -237,7 +237,7 @@ def test_a_job_is_done_though_no_memory_is_left_to_measure_the_machine_in(
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["requests_done"] == 1
     assert report["limit_share"] is None
-    assert "no memory is free to measure what this machine can do" in capsys.readouterr().err
+    assert "not enough free memory to measure the peak speed" in capsys.readouterr().err
 
 
 def test_a_report_on_standard_output_is_json_and_nothing_else(
@@ -290,7 +290,7 @@ def test_ctrl_c_says_how_many_were_done_and_frees_the_engine(tmp_path: Path) -> 
 def test_without_a_chat_template_the_job_ends_before_the_model_loads(tmp_path: Path) -> None:
     work, engine = job(tmp_path, b"1\na\n", chat=True), FakeEngine()
     with pytest.raises(GetpError, match="no chat template"):
-        batch.run_job(work, batch.read(work), small_tokenizer(None), engine)  # type: ignore[arg-type]
+        batch.run_job(work, batch.read(work), small_tokenizer(None), engine)
     assert engine.stats.steps == 0
 
 

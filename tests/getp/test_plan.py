@@ -13,7 +13,7 @@ import torch
 from getp.analysis.job_plan import Job, decode_batches, make_job
 from getp.analysis.job_requests import Requests
 from getp.cli import main as cli
-from getp.units import quantity, seconds
+from getp.units import duration, quantity
 from model.cost import measure
 from tests.getp.helpers import write_tokenizer
 
@@ -60,7 +60,7 @@ def test_a_dense_model_has_no_router(capsys: Printed) -> None:
     assert names == [name for name in OPS if name != "router"]
 
 
-def test_phases_have_their_usual_sizes(capsys: Printed) -> None:
+def test_phases_have_default_sizes(capsys: Printed) -> None:
     plan = planned(capsys, "qwen3-0.6b", "--phase", "prefill", "--context", "300")
     assert (plan["query"], plan["context"]) == (300, 300)
     plan = planned(capsys, "qwen3-0.6b", "--phase", "backward", "--dtype", "fp32")
@@ -94,7 +94,9 @@ def test_tables_fit_the_terminal(
     out = capsys.readouterr().out
     title, *lines = out.splitlines()
     assert "…" not in out
-    assert max(map(len, lines)) <= max(columns, 88)  # the notes are 88 wide, the tables 80
+    assert max(map(len, lines)) <= max(
+        columns, 88
+    )  # the notes are up to 88 columns wide, the tables 80
     assert all(len(line) <= 80 for line in lines if line.startswith(" "))
     assert title.startswith("gpt-oss-120b: ")
     assert "* A10 computes float8 as bfloat16" in out
@@ -110,21 +112,24 @@ def test_several_gpus_may_follow_one_option(capsys: Printed) -> None:
     [
         (["none"], ["no model 'none'", "config.json", "llama-3-8b"]),
         (["qwen2-0.5b", "--query", "5", "--context", "3"], ["--query 5", "--context 3"]),
-        (["qwen2-0.5b", "--tensor-parallel", "3"], ["--tensor-parallel", "14 heads", "3 GPUs"]),
+        (["qwen2-0.5b", "--tensor-parallel", "3"], ["--tensor-parallel", "14 heads", "3 ways"]),
         (["qwen2-0.5b", "--gpu", "H1000"], ["--gpu", "'H1000'", "did you mean", "MI355X", "local"]),
         (["qwen2-0.5b", "--batch", "0"], ["'--batch'", "1<=x"]),
         (["qwen2-0.5b", "--context", "99999999999"], ["'--context'", "x<=1048576"]),
         (["qwen2-0.5b", "--query", "9", "--context", "8"], ["query 9", "context 8"]),
-        (["qwen2-0.5b", "--tensor-parallel", "4"], ["14 heads", "4 GPUs"]),
+        (["qwen2-0.5b", "--tensor-parallel", "4"], ["14 heads", "4 ways"]),
         (["qwen2-0.5b", "--plot", "x.gif"], ["--plot x.gif", ".png", ".svg"]),
         (["qwen2-0.5b", "--plot", "-", "--format", "json"], ["--plot -", "JSON"]),
         (["qwen2-0.5b", "--price", "2"], ["--price", "-i/--input"]),
         (["qwen2-0.5b", "-i", "x", "--batch", "2"], ["--batch", "-i/--input"]),
-        (["qwen2-0.5b", "-i", "x", "--price", "1", "--price", "2"], ["2 prices", "6 GPUs"]),
-        (["qwen2-0.5b", "-t", "1"], ["-t/--temperature", "mode plan"]),
+        (
+            ["qwen2-0.5b", "-i", "x", "--price", "1", "--price", "2"],
+            ["--price was given 2 times", "6 GPUs"],
+        ),
+        (["qwen2-0.5b", "-t", "1"], ["-t/--temperature", "applies only to"]),
     ],
 )
-def test_bad_input_names_what_is_allowed(
+def test_an_error_names_the_option_and_the_allowed_values(
     capsys: Printed, args: list[str], words: list[str]
 ) -> None:
     assert cli.run(["-m", "plan", *args]) == 2
@@ -133,7 +138,9 @@ def test_bad_input_names_what_is_allowed(
         assert word in first
 
 
-def test_a_config_that_is_no_model_names_the_families(tmp_path: Path, capsys: Printed) -> None:
+def test_the_error_on_an_unknown_model_type_names_the_families(
+    tmp_path: Path, capsys: Printed
+) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
     assert cli.run([str(tmp_path), "-m", "plan"]) == 1
     error = capsys.readouterr().err
@@ -141,11 +148,11 @@ def test_a_config_that_is_no_model_names_the_families(tmp_path: Path, capsys: Pr
     assert "gpt_oss" in error
 
 
-def test_other_modes_want_a_directory_and_know_no_float8(capsys: Printed, tmp_path: Path) -> None:
+def test_other_modes_need_a_directory_and_refuse_float8(capsys: Printed, tmp_path: Path) -> None:
     assert cli.run(["qwen2-0.5b", "-i", "hi"]) == 2
     assert "qwen2-0.5b" in capsys.readouterr().err
     assert cli.run([str(tmp_path), "-i", "hi", "--dtype", "float8"]) == 2
-    assert "float8 is for mode plan" in capsys.readouterr().err
+    assert "float8 is only available in -m plan" in capsys.readouterr().err
 
 
 def test_a_context_beyond_the_model_is_planned_with_a_warning(capsys: Printed) -> None:
@@ -177,7 +184,7 @@ def test_a_roofline_is_drawn(tmp_path: Path, capsys: Printed, suffix: str, begin
     assert "cannot be told apart" in capsys.readouterr().err
 
 
-def test_without_matplotlib_the_error_says_what_to_install(
+def test_the_error_without_matplotlib_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: Printed
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -186,7 +193,7 @@ def test_without_matplotlib_the_error_says_what_to_install(
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-def test_the_terminal_form_needs_no_matplotlib_and_names_everything(
+def test_the_roofline_on_the_terminal_needs_no_matplotlib_and_names_everything(
     monkeypatch: pytest.MonkeyPatch, capsys: Printed, columns: int
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -196,7 +203,7 @@ def test_the_terminal_form_needs_no_matplotlib_and_names_everything(
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines()[1:])) <= columns
     assert "roofs: 1 H100 SXM, 2 A10" in out
-    for name in OPS[1:]:  # the embedding computes nothing
+    for name in OPS[1:]:  # the embedding has no FLOPs
         assert name in out
 
 
@@ -210,13 +217,13 @@ def prompts(tmp_path: Path) -> str:
 def test_a_job_is_predicted(prompts: str, capsys: Printed) -> None:
     args = ["-i", prompts, "-n", "50", "--gpu", "H100", "A100", "--price", "3", "--price", "1.5"]
     job = planned(capsys, "llama-3-8b", *args)
-    # 2, 1 and 100 tokens of four bytes; the last leaves no room within 50 positions.
+    # 2, 1 and 100 tokens of four bytes; the last prompt leaves no room within 50 positions.
     assert (job["requests"], job["requests_refused"], job["prompt_tokens"]) == (2, 1, 3)
     assert job["output_tokens"] == 48 + 49
     h100, a100 = job["gpus"]
     assert h100["efficiency"] == {"compute": 0.7, "memory": 0.7, "source": "assumed"}
     assert h100["decode_steps"] == 48
-    weights_read = (16.06e9 - 128_256 * 4096 * 2) / (3350e9 * 0.7)  # all but the embedding
+    weights_read = (16.06e9 - 128_256 * 4096 * 2) / (3350e9 * 0.7)  # without the embedding
     assert h100["decode_s"] == pytest.approx(48 * weights_read, rel=0.01)
     assert h100["seconds"] == h100["prefill_s"] + h100["decode_s"]
     assert h100["tok_s"] == pytest.approx(97 / h100["seconds"])
@@ -225,21 +232,21 @@ def test_a_job_is_predicted(prompts: str, capsys: Printed) -> None:
     assert a100["price"] == pytest.approx(1.5 * a100["seconds"] / 3600)
 
 
-def test_a_slot_is_free_for_the_next_request_when_one_has_ended() -> None:
+def test_a_request_starts_in_the_slot_that_becomes_free_first() -> None:
     job = Job([1] * 5, [9, 6, 4, 3, 2])
-    # Of two slots one decodes 8 and 2 tokens or 1, the other 5, 3 and the rest.
+    # One of two slots decodes 8 tokens, then 2 or 1; the other decodes 5, 3 and the rest.
     assert decode_batches(job, 2) == [(9, 18), (1, 1)]
     assert decode_batches(job, 5) == [(2, 5 + 4), (3, 3 + 2 * 2), (3, 3)]
     assert decode_batches(job, 1) == [(19, 19)]
 
 
-def test_a_predicted_job_runs_in_the_order_of_a_real_one() -> None:
+def test_a_predicted_job_has_the_order_of_a_real_one() -> None:
     requests = Requests("counted", [5, 3, 4], [None, None, 1])
-    assert make_job(requests, max_positions=100, steps=0).prompts == [5, 3, 4]
-    assert make_job(requests, max_positions=100, steps=10).prompts == [3, 5, 4]
+    assert make_job(requests, max_positions=100, max_length=0).prompts == [5, 3, 4]
+    assert make_job(requests, max_positions=100, max_length=10).prompts == [3, 5, 4]
 
 
-def test_what_no_longer_fits_beside_the_first_batch_makes_the_job_longer(
+def test_requests_beyond_the_first_batch_make_the_job_longer(
     tmp_path: Path, capsys: Printed
 ) -> None:
     file = tmp_path / "input.txt"
@@ -250,11 +257,11 @@ def test_what_no_longer_fits_beside_the_first_batch_makes_the_job_longer(
     assert two_waves["prefill_steps"] == 2
     (one_wave,) = planned(capsys, *args, "--max-batch-size", "300")["gpus"]
     assert (one_wave["decode_steps"], one_wave["mean_batch"]) == (99, 300)
-    # The second wave reads the weights as often as the first, but not as much KV.
+    # The second wave reads the weights as often as the first, but less KV.
     assert 1.5 < two_waves["decode_s"] / one_wave["decode_s"] < 2
 
 
-def test_each_request_has_its_own_limit_and_what_is_refused_is_said(
+def test_each_request_has_its_own_limit_and_refused_ones_are_reported(
     tmp_path: Path, capsys: Printed
 ) -> None:
     file = tmp_path / "input.jsonl"
@@ -271,15 +278,15 @@ def test_each_request_has_its_own_limit_and_what_is_refused_is_said(
     assert cli.run([*args, "--format", "json"]) == 0
     out, err = capsys.readouterr()
     job = json.loads(out)
-    # Tokens are four bytes; the last leaves no room within 50 positions.
+    # A token is four bytes; the last prompt leaves no room within 50 positions.
     assert (job["requests"], job["requests_refused"]) == (4, 2)
     assert (job["prompt_tokens"], job["output_tokens"]) == (2 + 1 + 3 + 3, 1 + 7 + 47 + 7)
-    assert "would refuse: 1, the first one in line 5: 'n' is not supported" in err
+    assert "would refuse 1 requests; the first is in line 5: 'n' must be 1" in err
     assert cli.run([*args, "-z", str(write_tokenizer(tmp_path / "tokenizer"))]) == 0
-    assert "(counted), 62 output tokens" in capsys.readouterr().out
+    assert "(counted), at most 62 output tokens" in capsys.readouterr().out
 
 
-def test_a_predicted_job_is_printed_with_what_it_assumes(
+def test_a_predicted_job_is_printed_with_its_assumptions(
     prompts: str, tmp_path: Path, capsys: Printed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
@@ -291,12 +298,12 @@ def test_a_predicted_job_is_printed_with_what_it_assumes(
     assert "A10" in out
     assert "does not fit" in out
     assert "70%/70%" in out
-    assert "assumed" in out
+    assert "Assumed: 70% of peak FLOP/s, 70% of bandwidth" in out
     assert all(len(line) <= 80 for line in out.splitlines() if line.startswith(" "))
 
 
 @pytest.mark.parametrize("job", [True, False])
-def test_no_word_of_a_table_is_cut(
+def test_tables_cut_off_no_word(
     prompts: str, capsys: Printed, monkeypatch: pytest.MonkeyPatch, job: bool
 ) -> None:
     args = ["gpt-oss-120b", "-m", "plan", "--gpu", "MI250 die,H200", "--tensor-parallel", "8"]
@@ -314,7 +321,7 @@ def test_no_word_of_a_table_is_cut(
     assert max(len(line) for line in out.splitlines() if line.startswith(" ")) <= 80
 
 
-def test_local_is_measured_once_and_says_when(
+def test_local_is_measured_once_and_shows_the_date(
     tmp_path: Path, capsys: Printed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
@@ -340,17 +347,17 @@ def test_local_is_measured_once_and_says_when(
     assert len(calls) == 3
 
 
-def test_a_run_here_tells_later_predictions_what_it_reached(
+def test_predictions_use_the_efficiency_of_the_last_run_here(
     prompts: str, tmp_path: Path, capsys: Printed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cpu = torch.device("cpu")
     entry = {"date": "2030-01-02", "peaks": {"float32": 1e11}, "bandwidth": 1e10}
-    measure._write_cache({measure._cache_key(cpu): entry | {"launch_s": 0, "memory": 2**34}})
+    measure.write_cache({measure.cache_key(cpu): entry | {"launch_s": 0, "memory": 2**34}})
     args = ["qwen2-0.5b", "-i", prompts, "--gpu", "local", "A10"]
     before, other = planned(capsys, *args)["gpus"]
     assert "measured on" in before["efficiency"]["source"]
-    measure.note_reached(cpu, "qwen2-0.5b", 0.25)
+    measure.record_reached(cpu, "qwen2-0.5b", 0.25)
     after, other_after = planned(capsys, *args)["gpus"]
     assert after["efficiency"]["compute"] == after["efficiency"]["memory"] == 0.25
     assert "last run of qwen2-0.5b here" in after["efficiency"]["source"]
@@ -361,17 +368,17 @@ def test_a_run_here_tells_later_predictions_what_it_reached(
 def test_this_machine_can_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "_BIGGEST_PRODUCT", 256)
     monkeypatch.setattr(measure, "_RUNS", 1)
-    found = measure.measure(measure._target())
+    found = measure.measure(measure.default_target())
     assert 0 < found["launch_s"] < 1
     assert found["peaks"]["float32"] > 1e8
     assert 1e7 < found["bandwidth"] < 1e15
     assert found["memory"] > 2**28
 
 
-def test_a_slow_product_is_timed_no_longer_than_it_takes_to_see(
+def test_a_slow_product_is_not_timed_at_larger_sizes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Torch's bfloat16 on a processor without AVX-512, beside kernels a hundred times as fast."""
+    """torch's bfloat16 without AVX-512 is a hundred times slower than our kernels."""
     timed = []
 
     def best(function: Callable[[], object], target: torch.device) -> float:
@@ -393,13 +400,13 @@ def test_a_slow_product_is_timed_no_longer_than_it_takes_to_see(
     ("value", "shown"),
     [(0, "-"), (0.5, "0.5"), (999, "999"), (999.7, "1.00k"), (399e6, "399M"), (12_345, "12.3k")],
 )
-def test_quantities(value: float, shown: str) -> None:
+def test_quantities_have_three_digits_and_a_prefix(value: float, shown: str) -> None:
     assert quantity(value) == shown
 
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(7.5e-6, "7.5 µs"), (0.00435, "4.35 ms"), (0.5, "500 ms"), (90, "90 s"), (600, "10.0 min")],
+    [(7.5e-6, "7.50 μs"), (0.00435, "4.35 ms"), (0.5, "500 ms"), (90, "90.0 s"), (600, "10.0 min")],
 )
-def test_times(value: float, shown: str) -> None:
-    assert seconds(value) == shown
+def test_durations_have_a_suitable_unit(value: float, shown: str) -> None:
+    assert duration(value) == shown

@@ -91,7 +91,7 @@ def rank_of_torchrun(pid: int) -> bytes:
 
 def test_a_number_that_cannot_be_is_a_wrong_option(tmp_path: Path) -> None:
     run = getp(*command(tmp_path / "o.txt", "--tensor-parallel", 4)[2:], status=2)
-    assert "--tensor-parallel 4: 6 heads (2 KV), 8 experts" in run.stderr
+    assert "--tensor-parallel 4: this model (6 heads, 2 KV heads, 8 experts" in run.stderr
     assert "possible: 1, 2" in run.stderr
 
 

@@ -36,11 +36,11 @@ def test_weights_are_as_large_as_the_published_checkpoint(name: str, size: int) 
 
 
 @pytest.mark.parametrize(("tokens", "experts"), [(1, 4.0), (2, 7.5), (10**6, 32.0)])
-def test_expected_distinct_experts(tokens: int, experts: float) -> None:
+def test_expected_number_of_distinct_experts(tokens: int, experts: float) -> None:
     assert distinct_experts(32, 4, tokens) == pytest.approx(experts)
 
 
-def test_only_the_experts_that_are_chosen_are_read() -> None:
+def test_only_chosen_experts_are_read() -> None:
     config = named_config("gpt-oss-20b")
     read = {}
     for batch in (1, 2, 4096):
@@ -52,14 +52,14 @@ def test_only_the_experts_that_are_chosen_are_read() -> None:
     assert read == {1: 24 * 4 * one, 2: 24 * round(7.5 * one), 4096: 24 * 32 * one}
 
 
-def test_every_figure_is_an_integer_even_with_half_an_expert() -> None:
+def test_all_figures_are_integers_even_with_a_fraction_of_an_expert() -> None:
     work = Workload("decode", 3, 1, 9, "bfloat16", tensor_parallel=8)
     for op in operations(named_config("gpt-oss-120b"), work):
         figures = [*dataclasses.astuple(op.flops), *dataclasses.astuple(op.bytes), op.launches]
         assert all(type(figure) is int for figure in figures)
 
 
-def test_a_window_limits_what_is_attended_and_read() -> None:
+def test_a_window_limits_attended_and_read_positions() -> None:
     config = named_config("gpt-oss-20b")  # every other layer has a window of 128
     ops = {op.name: op for op in operations(config, Workload("decode", 1, 1, 1000, "bfloat16"))}
     assert ops["attention"].flops.matrix == 12 * 4 * 64 * 64 * (128 + 1000)
@@ -68,20 +68,20 @@ def test_a_window_limits_what_is_attended_and_read() -> None:
 
 
 @given(st.integers(1, 40), st.integers(0, 40), st.none() | st.integers(1, 50), st.integers(1, 3))
-def test_causal_attention_counts_each_pair(
+def test_causal_attention_counts_each_pair_once(
     query: int, before: int, window: int | None, batch: int
 ) -> None:
     context = before + query
     work = Workload("prefill", batch, query, context, "float32", causal=True)
-    seen = [min(position + 1, window or context) for position in range(before, context)]
-    assert work.attended(window) == batch * sum(seen)
+    attended = [min(position + 1, window or context) for position in range(before, context)]
+    assert work.attended(window) == batch * sum(attended)
     first_read = max(0, before - (window - 1)) if window else 0
     assert work.kv_positions(window) == batch * (context - first_read)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("fused", [False, True])
-def test_two_gpus_share_the_work(name: str, fused: bool) -> None:
+def test_two_gpus_halve_the_work(name: str, fused: bool) -> None:
     config = named_config(name)
     if config.num_heads % 2:
         pytest.skip("cannot be split")
@@ -92,7 +92,7 @@ def test_two_gpus_share_the_work(name: str, fused: bool) -> None:
     assert two.bytes.weights == pytest.approx(one.bytes.weights / 2, rel=0.01)
 
 
-def test_a_split_that_cannot_be_is_refused() -> None:
+def test_an_impossible_split_is_refused() -> None:
     with pytest.raises(ValueError, match="14 heads"):
         operations(named_config("qwen2-0.5b"), Workload("decode", 1, 1, 1, "float32", 4))
 
@@ -112,7 +112,7 @@ def test_fusion_changes_activations_and_launches_only(name: str) -> None:
 
 
 @pytest.mark.parametrize("sizes", [(0, 1, 1, "float32"), (1, 2, 1, "float32"), (1, 1, 1, "int8")])
-def test_workloads_that_cannot_be_are_refused(sizes: tuple[int, int, int, str]) -> None:
+def test_invalid_workloads_are_refused(sizes: tuple[int, int, int, str]) -> None:
     with pytest.raises(ValueError, match=r"must be|more than|not one of"):
         Workload("decode", *sizes)
 
@@ -143,7 +143,7 @@ def test_the_largest_batch_fits_and_one_more_does_not() -> None:
     assert largest_batch(named_config("gpt-oss-120b"), work, device) == 0
 
 
-def test_devices_are_found_however_they_are_written() -> None:
+def test_devices_are_found_in_any_spelling() -> None:
     assert find_device("nvidia h100-sxm").name == "H100 SXM"
     assert find_device("a100 pcie").name == "A100 PCIe 40GB"
     assert all(find_device(device.name) is device for device in DEVICES)
@@ -152,8 +152,10 @@ def test_devices_are_found_however_they_are_written() -> None:
     assert 2 * die.memory == whole.memory
 
 
-def test_an_unknown_device_is_answered_with_those_known() -> None:
-    with pytest.raises(UnknownDeviceError, match=r"'H10O'.*did you mean H100.*V100.*MI355X, local"):
+def test_the_error_on_an_unknown_device_lists_the_known_ones() -> None:
+    with pytest.raises(
+        UnknownDeviceError, match=r"unknown GPU 'H10O'; did you mean H100.*V100.*MI355X, local"
+    ):
         find_device("H10O")
 
 
@@ -163,6 +165,6 @@ def test_a_dtype_without_units_is_computed_in_a_wider_one() -> None:
     assert find_device("H100").peak("float8") == pytest.approx(2 * 989.4e12, rel=1e-3)
 
 
-def test_a_config_given_as_a_value_is_checked_like_a_file() -> None:
+def test_a_config_given_as_a_dictionary_is_checked_like_a_file() -> None:
     with pytest.raises(CheckpointError, match=r"my model: model_type 'bert'.*known: .*qwen2"):
         parse_config({"model_type": "bert"}, "my model")

@@ -1,4 +1,4 @@
-"""The figures that the documents print, from the model; where a document slips, it is said here."""
+"""The cost model reproduces the figures of the documents. Comments state where they are wrong."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ def ops_of(model: str, work: Workload) -> dict[str, Op]:
 
 
 def of_layers(ops: dict[str, Op]) -> Op:
-    """Without the embedding, the final norm and the head, which the documents leave out."""
+    """The sum without the embedding, the final norm and the head, which the documents leave out."""
     return total([op for name, op in ops.items() if name not in _OUTSIDE])
 
 
@@ -35,10 +35,12 @@ def one_token() -> dict[str, Op]:
 
 def test_weight_bytes_of_a_qwen2_layer(one_token: dict[str, Op]) -> None:
     weights = {name: op.bytes.weights // op.layer_count for name, op in one_token.items()}
-    biases = (896 + 2 * 128) * 4  # of Q, K and V: in the document's diagrams, not in its sums
+    biases = (
+        896 + 2 * 128
+    ) * 4  # of Q, K and V: in the diagrams of the document, but not in its sums
     assert weights["qkv_proj"] == 3_211_264 + 2 * 458_752 + biases
     assert weights["o_proj"] == 3_211_264
-    # The document prints 34.6 and 17.3 MB for the last two, which fits neither 10⁶ nor 2²⁰.
+    # The document prints 34.6 and 17.3 MB for these two, which matches neither 10⁶ nor 2²⁰.
     assert weights["gate_up_proj"] == 34_865_152
     assert weights["down_proj"] == 17_432_576
     layer = sum(bytes_ for name, bytes_ in weights.items() if name not in _OUTSIDE)
@@ -54,9 +56,9 @@ def test_flops_of_a_qwen2_layer(one_token: dict[str, Op]) -> None:
 
 
 def test_round_trips_of_activations_before_and_after_fusion(one_token: dict[str, Op]) -> None:
-    # Counts reads and writes before fusion, and writes alone after it, as the document does.
-    # In one unit it is 18 → 4 accesses, or 9 → 2 trips; and the three fusions by themselves
-    # leave Q, K, V and the attention's output in memory: two needs each block to be one kernel.
+    # Like the document, this counts reads and writes before fusion, but only writes after it. In
+    # one unit it would be 18 → 4 accesses, or 9 → 2 trips. The three fusions by themselves leave
+    # Q, K, V and the attention output in memory: two trips need one kernel per block.
     assert activation_accesses(fused=False) == 18
     assert activation_accesses(fused=True) == 2
     inside = [op for name, op in one_token.items() if name not in _OUTSIDE]
@@ -73,7 +75,7 @@ def at_1000() -> dict[str, Op]:
 
 def test_bytes_of_a_qwen2_decode_step(at_1000: dict[str, Op]) -> None:
     weights = {name: op.bytes.weights for name, op in at_1000.items()}
-    biases = 24 * (896 + 2 * 128) * 2  # which the document leaves out
+    biases = 24 * (896 + 2 * 128) * 2  # left out by the document
     parts = {
         "gate_up": weights["gate_up_proj"],
         "down": weights["down_proj"],
@@ -81,7 +83,7 @@ def test_bytes_of_a_qwen2_decode_step(at_1000: dict[str, Op]) -> None:
         "o": weights["o_proj"],
         "kv": at_1000["attention"].bytes.kv,
         "norms": weights["input_norm"] + weights["post_norm"],
-        # Ten buffers a layer, all taken as wide as the hidden size; two are five and ten times it.
+        # Ten buffers per layer, counted at the hidden size; two are in fact five and ten times it.
         "activations": 24 * 10 * 896 * 2,
     }
     rounded = {name: round(size / MIB, 2) for name, size in parts.items()}
@@ -90,17 +92,17 @@ def test_bytes_of_a_qwen2_decode_step(at_1000: dict[str, Op]) -> None:
         "activations": 0.41,
     }  # fmt: skip
     assert sum(parts.values()) / MIB == pytest.approx(694.71, abs=0.01)
-    assert weights["lm_head"] == 272_269_312  # left out, too: 39% more
+    assert weights["lm_head"] == 272_269_312  # also left out: 39% more
 
 
 @pytest.mark.parametrize(
     ("gpu", "use"),
     [("RTX 3090", 16.7), ("RTX 4090", 15.5), ("A100 SXM 40GB", 10.0), ("H100 SXM", 4.7)],
 )
-def test_bandwidth_in_use_at_230_tokens_a_second(gpu: str, use: float) -> None:
-    rate = 694.71 / 1024 * 230  # GiB a second
+def test_bandwidth_use_at_230_tokens_per_second(gpu: str, use: float) -> None:
+    rate = 694.71 / 1024 * 230  # GiB per second
     assert rate == pytest.approx(156, abs=0.1)
-    # The document divides GiB by GB; the truth is 7% more.
+    # The document divides GiB by GB; the correct figure is 7% higher.
     assert 100 * rate * 1e9 / find_device(gpu).bandwidth == pytest.approx(use, abs=0.05)
 
 
@@ -112,8 +114,8 @@ def test_launches_of_a_decode_step(at_1000: dict[str, Op]) -> None:
     assert overhead / 4.35e-3 == pytest.approx(0.62, abs=0.001)
 
 
-def test_what_a_fused_mlp_gains() -> None:
-    # 0.080 ms a layer down to 0.032: three kernels to one, 60% as the document puts it.
+def test_gain_of_a_fused_mlp() -> None:
+    # 0.080 ms per layer become 0.032 with one kernel instead of three, 60% less by the document.
     saved = 24 * (0.080 - 0.032)
     assert saved == pytest.approx(1.15, abs=0.005)
     faster = 1000 / (1000 / 230 - 1.15)
@@ -133,7 +135,7 @@ def llama_layer(phase: str, batch: int, query: int) -> Op:
 
 def test_weights_of_a_llama_layer() -> None:
     layer = llama_layer("decode", 1, 1).bytes.weights / 32
-    # The document's list says 480 MB, its analysis 436; the norms' 16 kB are ours.
+    # The list of the document says 480 MB, its analysis 436; we add 16 kB of norms.
     assert layer / 1e6 == pytest.approx(436.2, abs=0.05)
 
 
@@ -149,8 +151,8 @@ def test_prefill_of_a_llama_layer() -> None:
     assert layer.intensity == pytest.approx(10_789, abs=1)
 
 
-def test_intensity_of_a_prefill_does_not_fall_with_the_batch_in_proportion() -> None:
-    # The document divides everything by 32 and says 300; weights are read whatever the batch.
+def test_prefill_intensity_is_not_proportional_to_the_batch() -> None:
+    # The document divides everything by 32 and says 300; but every batch reads all weights.
     assert llama_layer("prefill", 1, 1024).intensity == pytest.approx(996, abs=1)
 
 

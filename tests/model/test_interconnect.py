@@ -1,4 +1,4 @@
-"""What GPUs send each other: bytes, time, and whether sharing a model or replicas are faster."""
+"""Communication between GPUs: bytes and time, and tensor parallelism compared with replicas."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from model.cost.operations import check_tensor_parallel
 from model.cost.workload import Workload
 
 
-def test_a_step_sends_two_activations_a_layer_and_one_more() -> None:
+def test_a_step_sends_two_activations_per_layer_and_one_more() -> None:
     work = Workload("decode", 32, 1, 1024, "bfloat16", 4)
     sent = exchange(named_config("llama-3-8b"), work)
     assert sent.collectives == 2 * 32 + 1 + 1
@@ -23,12 +23,12 @@ def test_a_step_sends_two_activations_a_layer_and_one_more() -> None:
     assert sent.seconds(link) == pytest.approx(66 * 10e-6 + sent.bytes / 450e9)
 
 
-def test_a_gpu_alone_sends_nothing_and_more_gpus_send_more() -> None:
+def test_one_gpu_sends_nothing_and_more_gpus_send_more() -> None:
     config, work = named_config("llama-3-8b"), Workload("prefill", 4, 512, 512, "bfloat16")
     found = [exchange(config, work, ranks).bytes for ranks in (1, 2, 4, 8)]
     assert found[0] == 0
     assert found == sorted(set(found))
-    assert found[3] < 2 * found[1]  # a ring: less than twice what is summed, however many
+    assert found[3] < 2 * found[1]  # a ring: less than twice the data, with any number of GPUs
 
 
 def test_every_device_has_a_link() -> None:
@@ -37,12 +37,16 @@ def test_every_device_has_a_link() -> None:
     assert find_device("MI250").link.name == find_device("MI250 die").link.name
 
 
-def test_a_split_that_cannot_be_says_which_can() -> None:
-    with pytest.raises(ValueError, match=r"14 heads .2 KV., MLPs of 4864 .* possible: 1, 2"):
+def test_the_error_on_an_impossible_split_names_the_possible_ones() -> None:
+    with pytest.raises(
+        ValueError, match=r"this model .14 heads, 2 KV heads, MLP 4864. .* possible: 1, 2"
+    ):
         check_tensor_parallel(named_config("qwen2-0.5b"), 4)
 
 
-def test_a_shared_step_is_slower_by_what_is_sent(capsys: pytest.CaptureFixture[str]) -> None:
+def test_communication_adds_to_the_time_of_a_shared_step(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     args = ["llama-3-8b", "-m", "plan", "--batch", "8", "--tensor-parallel", "4", "--gpu", "H200"]
     assert cli.run([*args, "--format", "json"]) == 0
     plan = json.loads(capsys.readouterr().out)
@@ -60,7 +64,7 @@ def test_a_shared_step_is_slower_by_what_is_sent(capsys: pytest.CaptureFixture[s
     assert "Ethernet 400G" in printed
 
 
-def test_a_job_is_compared_as_shared_and_as_replicas(
+def test_a_job_is_predicted_for_every_layout_of_the_gpus(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = tmp_path / "p.txt"
@@ -74,7 +78,7 @@ def test_a_job_is_compared_as_shared_and_as_replicas(
     for one in found[:3]:
         assert one["price"] == pytest.approx(4 * 2 * one["seconds"] / 3600)
         assert (one["link_s"] > 0) == (one["tensor_parallel"] > 1)
-    # A few requests on slow memory: every replica reads all weights for its share of them.
+    # Few requests on slow memory: every replica reads all weights for its share of them.
     assert found[3]["seconds"] == min(one["seconds"] for one in found[3:])
     assert cli.run([*args, "--gpu", "H200"]) == 0
     printed = capsys.readouterr().out

@@ -4,7 +4,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from getp import EMBEDDED
-from getp.analysis import job_plan, roofline_plot, step_plan
+from getp.analysis import job_plan, lookup, roofline_plot, step_plan
+from getp.analysis.job_plan_table import print_job
+from getp.analysis.step_plan_table import print_plan, write_plot
 from getp.cli import loading
 from getp.cli.settings import Settings
 from getp.errors import UsageProblem
@@ -21,7 +23,7 @@ def run(settings: Settings) -> int:
     loading.check_system(settings)
     step, plan = settings.step, settings.plan
     if step.measure:
-        step_plan.measure_again()
+        lookup.measure_again()
     if settings.prompt.input is not None:
         return _job(settings, settings.prompt.input)
     if plan.price:
@@ -32,7 +34,7 @@ def run(settings: Settings) -> int:
         roofline_plot.check_plot(plan.plot)
     made = step_plan.make_plan(
         _model(settings),
-        step_plan.find_gpus(step.gpu),
+        lookup.find_gpus(step.gpu),
         phase=step.phase or "decode",
         batch=step.batch or 1,
         query=step.query,
@@ -42,11 +44,11 @@ def run(settings: Settings) -> int:
         fused=plan.fused,
     )
     if plan.plot is not None:
-        step_plan.write_plot(made, plan.plot)
+        write_plot(made, plan.plot)
     if step.format == "json":
         write_report(STANDARD, step_plan.as_json(made))
     elif plan.plot != STANDARD:
-        step_plan.print_plan(made)
+        print_plan(made)
     return 0
 
 
@@ -60,7 +62,7 @@ def _job(settings: Settings, path: str) -> int:
         if value:
             raise UsageProblem(f"--{name} is for one step, and -i/--input plans a whole job")
     model = _model(settings)
-    gpus = step_plan.find_gpus(step.gpu)
+    gpus = lookup.find_gpus(step.gpu)
     prices = _prices(plan.price, gpus)
     requests = _requests(settings, path)
     if requests.refused:
@@ -86,12 +88,12 @@ def _job(settings: Settings, path: str) -> int:
     if step.format == "json":
         write_report(STANDARD, job_plan.as_json(model, job, dtype, limits, found))
     else:
-        job_plan.print_job(model, job, dtype, limits, found, requests.counted)
+        print_job(model, job, dtype, limits, found, requests.counted)
     return 0
 
 
-def _model(settings: Settings) -> step_plan.Model:
-    model = step_plan.find_model(loading.checkpoint_folder(settings))
+def _model(settings: Settings) -> lookup.Model:
+    model = lookup.find_model(loading.checkpoint_folder(settings))
     return model if settings.checkpoint is not None else replace(model, name=EMBEDDED)
 
 

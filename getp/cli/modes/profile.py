@@ -19,11 +19,10 @@ def run(settings: Settings) -> int:
     if step.trace is not None:
         check_writable(step.trace, "trace")
     phase, batch = step.phase or "decode", step.batch or 1
+    from getp.analysis.lookup import find_gpus
     from getp.analysis.profile import profile
     from getp.analysis.profile_table import as_json, print_profile
-    from getp.analysis.step_plan import find_gpus
-    from getp.report.efficiency import peaks_of
-    from model.cost.measure import local_device
+    from model.cost.measure import local_device, peaks_of
     from model.families import load_config
 
     gpus = find_gpus(step.gpu or _DEFAULT_GPUS)

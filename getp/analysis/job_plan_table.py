@@ -1,0 +1,80 @@
+"""The predictions of a job as a table."""
+
+from collections.abc import Sequence
+
+from getp import tables
+from getp.analysis.job_plan import ASSUMED, Job, Limits, Prediction
+from getp.analysis.lookup import Model
+from getp.units import duration, percent
+
+
+def print_job(
+    model: Model, job: Job, dtype: str, limits: Limits, found: Sequence[Prediction], counted: str
+) -> None:
+    """Print the predictions on standard output. counted: how the prompt tokens were counted."""
+    console = tables.console()
+    console.print(
+        f"{model.name}, {dtype}: {len(job.prompts):,} requests, {job.prompt_tokens:,} prompt "
+        f"tokens ({counted}), at most {job.output_tokens:,} output tokens",
+        style="bold",
+        soft_wrap=True,
+    )
+    if job.refused:
+        console.print(
+            f"{job.refused:,} requests are left out: they are refused or have no room for output",
+            soft_wrap=True,
+        )
+    priced = any(prediction.price is not None for prediction in found)
+    several = any(one.tensor_parallel * one.replicas > 1 for one in found)
+    numbers = ["prefill", "decode", "batch", "time", "tok/s", "efficiency"]
+    table = tables.table(
+        ["GPU", *(["layout (comm.)"] if several else []), "bound by"],
+        [*numbers, *(["price"] if priced else [])],
+    )
+    for one in found:
+        table.add_row(one.name, *([_layout(one)] if several else []), *_cells(one, priced))
+    tables.show(console, table)
+    console.print(_notes(found, limits), style="dim", soft_wrap=True)
+
+
+def _layout(one: Prediction) -> str:
+    """Return how the GPUs are used, with the share of time that they communicate."""
+    parts = []
+    if one.replicas > 1:
+        parts.append(f"{one.replicas} replicas")
+    if one.tensor_parallel > 1:
+        parts.append(f"TP={one.tensor_parallel} ({percent(one.link_s / (one.seconds or 1))})")
+    return " × ".join(parts) or "1 GPU"
+
+
+def _cells(one: Prediction, priced: bool) -> list[str]:
+    if one.seconds is None or one.tok_s is None:
+        return ["does not fit"]
+    cells = [
+        one.decode_bound or "-",
+        duration(one.prefill_s),
+        duration(one.decode_s),
+        f"{one.mean_batch:,.1f}",
+        duration(one.seconds),
+        f"{one.tok_s:,.0f}",
+        f"{one.efficiency.compute:.0%}/{one.efficiency.memory:.0%}",
+    ]
+    return [*cells, f"{one.price:,.4f}" if one.price is not None else "-"] if priced else cells
+
+
+def _notes(found: Sequence[Prediction], limits: Limits) -> str:
+    lines = [
+        f"Every request runs to its limit; at most {limits.max_batch_size} requests at once, "
+        f"{limits.max_batch_tokens} tokens per step.",
+        "Scheduling, sampling and other host time are not included.",
+        "Efficiency: expected shares of peak FLOP/s / of bandwidth.",
+    ]
+    lines += dict.fromkeys(map(_efficiency_source, found))
+    return "\n" + "\n".join(lines)
+
+
+def _efficiency_source(one: Prediction) -> str:
+    if one.efficiency.source != ASSUMED:
+        return f"  {one.name}: {one.efficiency.source}"
+    compute, memory = one.efficiency.compute, one.efficiency.memory
+    return f"  Assumed: {compute:.0%} of peak FLOP/s, {memory:.0%} of bandwidth"

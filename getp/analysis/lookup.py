@@ -1,0 +1,79 @@
+"""The model and the GPUs that a user names for a plan."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from getp.errors import UsageProblem
+from getp.terminal import say
+from model.config import ModelConfig, read_json
+from model.cost.devices import DEVICES, Device, UnknownDeviceError, find_device
+from model.cost.known_models import SHAPES, named_config
+from model.families import load_config, parse_config
+
+LOCAL = "local"
+DEFAULT_GPUS = ("A100 SXM 80GB", "H100 SXM", "H200", "B200", "MI300X", "MI355X")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to plan for: its display name and its config."""
+
+    name: str
+    config: ModelConfig
+
+
+def find_model(given: Path) -> Model:
+    """Return a model by checkpoint directory, config.json or well-known name.
+
+    Raises UsageProblem, which lists the names, for anything else, and CheckpointError for a config
+    that cannot be used.
+    """
+    if given.is_dir():
+        return Model(given.resolve().name, load_config(given))
+    if given.is_file():
+        return Model(given.resolve().parent.name, parse_config(read_json(given), given))
+    name = str(given).lower()
+    if name not in SHAPES:
+        raise UsageProblem(
+            f"no model {str(given)!r}: give a checkpoint directory, a config.json, or one of "
+            f"{', '.join(SHAPES)}"
+        )
+    return Model(name, named_config(name))
+
+
+def find_gpus(names: Sequence[str]) -> list[Device]:
+    """Return the named devices, without repetition; DEFAULT_GPUS if no name is given.
+
+    A name may be `all` or `local`, or several names with commas. Raises UsageProblem for an unknown
+    one.
+    """
+    words = [word.strip() for name in names for word in name.split(",")]
+    devices: dict[str, Device] = {}
+    for word in words or DEFAULT_GPUS:
+        for device in DEVICES if word.lower() == "all" else [_find_gpu(word)]:
+            devices[device.name] = device
+    return list(devices.values())
+
+
+def measure_again() -> None:
+    """Measure this machine, even if it was measured before."""
+    from model.cost.measure import local_device
+
+    say("getp: measuring this machine")
+    local_device(again=True)
+
+
+def _find_gpu(name: str) -> Device:
+    if name.lower() == LOCAL:
+        from model.cost.measure import cached_device, local_device
+
+        found = cached_device()
+        if found is None:
+            say("getp: measuring this machine for the first time")
+            found = local_device()
+        return found.device
+    try:
+        return find_device(name)
+    except UnknownDeviceError as error:
+        raise UsageProblem(f"--gpu: {error}") from None

@@ -1,0 +1,163 @@
+"""The plan of one step as tables, or as a roofline plot."""
+
+from dataclasses import replace
+
+from rich.console import Console
+from rich.table import Table
+
+from getp import tables
+from getp.analysis.lookup import LOCAL
+from getp.analysis.step_plan import Plan
+from getp.errors import GetpError
+from getp.units import duration, percent, quantity
+from model.cost.interconnect import LINKS
+from model.cost.operations import activation_accesses, operations, parameter_bytes, total
+from model.cost.roofline import largest_batch
+from model.cost.workload import Op
+
+_OPERATION_COLUMNS = (
+    *("layers", "matrix", "vector", "special"),
+    *("weights", "activ.", "KV", "FLOP/B", "launches"),
+)
+_GPU_COLUMNS = ("time", "tok/s", "MFU", "MBU", "ridge", "largest batch")
+
+
+def print_plan(plan: Plan) -> None:
+    """Print the operations, their total and the GPUs as tables on standard output."""
+    console = tables.console()
+    console.print(_title(plan), style="bold", soft_wrap=True)
+    tables.show(console, _operations_table(plan))
+    console.print(_summary(plan), soft_wrap=True)
+    tables.show(console, _gpu_table(plan))
+    if plan.exchanges and not plan.work.backward:
+        console.print()
+        tables.show(console, _exchange_table(plan))
+    console.print(_notes(plan), style="dim", soft_wrap=True)
+
+
+def write_plot(plan: Plan, path: str) -> None:
+    """Draw the roofline into a file, or on the terminal for `-`. Raises GetpError."""
+    devices, dtype = [found.device for found in plan.bounds], plan.work.dtype
+    title = _title(plan)
+    if plan.work.backward:
+        raise GetpError("the backward pass has no roofline: only its FLOPs are counted")
+    if path == "-":
+        from getp.analysis.roofline_text import roofline_text
+
+        console = Console(highlight=False)
+        text = roofline_text(plan.ops, devices, dtype, console.width)
+        return console.print(title + "\n" + text, soft_wrap=True, markup=False)
+    from getp.analysis.roofline_plot import draw_roofline
+
+    draw_roofline(plan.ops, devices, dtype, title, path)
+
+
+def _title(plan: Plan) -> str:
+    work = plan.work
+    words = [
+        f"{plan.model.name}: {work.phase}",
+        f"batch {work.batch:,}",
+        f"query {work.query:,}",
+        f"context {work.context:,}",
+        work.dtype + (", experts in mxfp4" if plan.model.config.mxfp4_experts else ""),
+    ]
+    if work.tensor_parallel > 1:
+        words.append(f"one of {work.tensor_parallel} GPUs")
+    return ", ".join([*words, *(["fused"] if work.fused else [])])
+
+
+def _operations_table(plan: Plan) -> Table:
+    table = tables.table(["operation"], _OPERATION_COLUMNS)
+    for op in plan.ops:
+        table.add_row(op.name, str(op.layer_count), *_cells(op))
+    table.add_row("total", "", *_cells(plan.total), style="bold")
+    return table
+
+
+def _cells(op: Op) -> list[str]:
+    flops = (op.flops.matrix, op.flops.vector, op.flops.special)
+    moved = (op.bytes.weights, op.bytes.activations, op.bytes.kv)
+    intensity = f"{op.intensity:,.1f}" if op.intensity else "-"
+    return [*map(quantity, flops), *map(quantity, moved), intensity, f"{op.launches:,}"]
+
+
+def _summary(plan: Plan) -> str:
+    work, config = plan.work, plan.model.config
+    weights = parameter_bytes(config, work.dtype, work.tensor_parallel)
+    line = f"stored weights: {quantity(weights, 'B')}"
+    if work.backward:
+        return line + "; the forward pass before this backward pass is not included\n"
+    other = replace(work, fused=not work.fused)
+    totals = {work.fused: plan.total, other.fused: total(operations(config, other))}
+    sparse = any(layer.sparse for layer in config.layers)
+    forms = (
+        f"{name + ':':<9}{quantity(totals[fused].bytes.activations, 'B')} of activations "
+        f"({activation_accesses(fused, sparse)} round trips per layer), "
+        f"{totals[fused].launches:,} launches"
+        for name, fused in (("unfused", False), ("fused", True))
+    )
+    return f"{line}\n" + "\n".join(forms) + "\n"
+
+
+def _gpu_table(plan: Plan) -> Table:
+    shared = plan.work.tensor_parallel > 1
+    table = tables.table(
+        ["GPU", "bound by", *(["link"] if shared else [])],
+        [*(["comm."] if shared else []), *_GPU_COLUMNS],
+    )
+    work = plan.work
+    for found in plan.bounds:
+        device = found.device
+        fits = largest_batch(plan.model.config, work, device)
+        table.add_row(
+            device.name + ("*" if device.computes_in(work.dtype) != work.dtype else ""),
+            found.limit,
+            *([device.link.name, duration(found.link_s)] if shared else []),
+            duration(found.seconds),
+            f"{found.tok_s:,.0f}" if found.tok_s >= 100 else f"{found.tok_s:.2f}",
+            percent(found.mfu),
+            percent(found.mbu),
+            f"{device.ridge(work.dtype):,.0f}",
+            "-" if work.backward else f"{fits:,}" if fits else "none",
+        )
+    return table
+
+
+def _exchange_table(plan: Plan) -> Table:
+    """Return the time of a step's collectives on every link, by the number of GPUs."""
+    headings = [f"{ranks} GPUs" for ranks in plan.exchanges]
+    table = tables.table(["communication per step"], headings)
+    sent = plan.exchanges.values()
+    table.add_row("collectives", *(f"{each.collectives}" for each in sent))
+    table.add_row("bytes sent per GPU", *(quantity(each.bytes, "B") for each in sent))
+    for link in LINKS.values():
+        table.add_row(link.name, *(duration(each.seconds(link)) for each in sent))
+    return table
+
+
+def _notes(plan: Plan) -> str:
+    work = plan.work
+    lines = [
+        "Time = max(compute, memory, launch overhead) at datasheet peaks, plus communication.",
+        "MFU and MBU are the shares of peak FLOP/s and bandwidth used in that time. Fusion and",
+        "graph capture reduce launch overhead only.",
+    ]
+    lines += [
+        f"{found.device.name}: {found.device.source}"
+        + (
+            f"; {duration(found.device.launch_s)} per launch; --measure measures it again"
+            if found.device.name == LOCAL
+            else ""
+        )
+        for found in plan.bounds
+    ]
+    lines += [
+        f"* {found.device.name} computes {work.dtype} as {found.device.computes_in(work.dtype)}."
+        for found in plan.bounds
+        if found.device.computes_in(work.dtype) != work.dtype
+    ]
+    lines.append("Communication = bytes sent / link bandwidth + assumed latency per collective.")
+    if work.tensor_parallel > 1:
+        links = dict.fromkeys(found.device.link for found in plan.bounds)
+        lines += [f"{link.name}: {link.source}" for link in links]
+    return "\n" + "\n".join(lines)

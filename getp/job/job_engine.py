@@ -1,0 +1,41 @@
+"""The interface that a job needs of what runs its requests: an `Engine` or a `Cluster`."""
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import torch
+
+from engine import Completion, EngineStats, Request, RunSummary
+from model import ModelConfig
+
+
+class JobEngine(Protocol):
+    """Runs requests. `finish` frees its resources; `warm_up` can make it ready again."""
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """Return the config of the checkpoint."""
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device, or the kind of device of the replicas."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the compute dtype."""
+
+    @property
+    def stats(self) -> EngineStats:
+        """Return the counters so far."""
+
+    def warm_up(self) -> None:
+        """Load the model and prepare the first step."""
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Run the requests; yield completions in any order."""
+
+    def finish(self) -> None:
+        """Free memory and processes."""
+
+    def summary(self) -> RunSummary:
+        """Return what the report needs; also valid after `finish`."""

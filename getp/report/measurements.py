@@ -1,0 +1,81 @@
+"""The figures that the completions of a job add up to."""
+
+import math
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from engine import Completion
+
+
+class Sample:
+    """A series of numbers in bounded memory: a long series keeps evenly spaced values."""
+
+    def __init__(self, most: int = 1 << 16) -> None:
+        self.values = array("d")
+        self._most = most
+        self._step, self._skipped = 1, 0
+
+    def add(self, value: float) -> None:
+        """Keep the number if it is its turn."""
+        self._skipped += 1
+        if self._skipped < self._step:
+            return
+        self._skipped = 0
+        self.values.append(value)
+        if len(self.values) == self._most:
+            self.values = self.values[1::2]
+            self._step *= 2
+
+
+@dataclass
+class Measurements:
+    """Counts and times of a job, in memory that does not grow with the number of requests."""
+
+    resumed: int = 0  # requests finished by an earlier run; not included in any other count
+    done: int = 0
+    failed: int = 0
+    cut: int = 0  # of those done: truncated at the length limit
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    warm_up_s: float = 0.0
+    inference_s: float = 0.0
+    finish_s: float = 0.0
+    ttft_s: Sample = field(default_factory=Sample)  # time to first token
+    per_token_s: Sample = field(default_factory=Sample)  # mean time per output token after it
+
+    @property
+    def output_tok_s(self) -> float:
+        """Return output tokens per second of inference: the throughput of the job."""
+        return self._rate(self.output_tokens)
+
+    @property
+    def total_tok_s(self) -> float:
+        """Return prompt and output tokens per second of inference."""
+        return self._rate(self.prompt_tokens + self.output_tokens)
+
+    def add(self, completion: Completion) -> None:
+        """Count a request that succeeded."""
+        tokens = len(completion.token_ids)
+        self.done += 1
+        self.cut += completion.finish_reason == "length"
+        self.prompt_tokens += completion.prompt_tokens
+        self.cached_tokens += completion.cached_tokens
+        self.output_tokens += tokens
+        if tokens:
+            self.ttft_s.add(completion.first_token - completion.arrived)
+        if tokens > 1:
+            decoding = completion.finished - completion.first_token
+            self.per_token_s.add(decoding / (tokens - 1))
+
+    def _rate(self, tokens: int) -> float:
+        return tokens / self.inference_s if self.inference_s > 0 else 0.0
+
+
+def quantile(values: Sequence[float], share: float) -> float | None:
+    """Return the smallest value that at least `share` of all do not exceed; None without values."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    return ordered[max(math.ceil(share * len(ordered)), 1) - 1]
