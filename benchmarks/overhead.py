@@ -1,10 +1,10 @@
-"""What a step costs outside the model: `python -m benchmarks.overhead [--checkpoint DIR]`.
+"""Times a step without its model: `python -m benchmarks.overhead [--checkpoint DIR]`.
 
-The engine is the real one, its model returns ready logits: what is left is scheduling, batch
-preparation, sampling (greedy, over a tiny vocabulary) and bookkeeping. Each size is timed on a
-fresh engine and once more after many requests have finished. Prints microseconds a sequence a
-step as a table, then one JSON object as its last line. With a checkpoint, a real one, it prints
-instead what share of the ragged load's time is not the model's.
+The engine is the real one, but its model returns ready logits: what remains is scheduling, batch
+preparation, sampling (greedy, over a tiny vocabulary) and bookkeeping. Each batch size is timed on
+a new engine, and again after many requests have finished. Prints microseconds per sequence and step
+as a table, then one JSON object as the last line. With the checkpoint of a real model, it prints
+instead which share of the ragged load's time is spent outside the model.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import json
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from rich.table import Table
 
 from benchmarks.loads import make_load
 from engine import Engine, EngineConfig, Request, SamplingParams
+from model.ops.forward_batch import ForwardBatch
+from model.ops.step_parts import OTHER, observe
 
-_VOCAB = 16  # so that looking for the likeliest token takes no time
+_VOCAB = 16  # so that argmax takes no time
 _PROMPT, _OUTPUT = 32, 400
 _CONFIG = {
     "model_type": "qwen2",
@@ -40,11 +42,11 @@ _CONFIG = {
     "tie_word_embeddings": True,
     "torch_dtype": "float32",
 }
-_PARTS = ("scheduling", "batch_preparation", "sampling", "bookkeeping")
+_PARTS = ("scheduling", "batch_preparation", "sampling")
 
 
 class ReadyLogits:
-    """In the model's place: logits made beforehand, as many rows as are asked for."""
+    """Stands in for the model: returns logits that were made beforehand."""
 
     def __init__(self, rows: int):
         self._logits = torch.randn(rows, _VOCAB)
@@ -54,27 +56,21 @@ class ReadyLogits:
 
 
 class Stopwatch:
-    """Seconds spent in callables, each under its own name."""
+    """Seconds spent in each part of the steps, while `observe` calls it."""
 
     def __init__(self) -> None:
-        self.seconds = dict.fromkeys(_PARTS, 0.0)
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._part, self._since = OTHER, time.perf_counter()
 
-    def watch(self, owner: object, attribute: str, name: str) -> None:
-        """Count the time of a callable from now on."""
-        inner: Callable[..., Any] = getattr(owner, attribute)
-
-        def timed(*args: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return inner(*args)
-            finally:
-                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-        setattr(owner, attribute, timed)
+    def __call__(self, part: str) -> None:
+        """Note that another part runs from now on."""
+        now = time.perf_counter()
+        self.seconds[self._part] += now - self._since
+        self._part, self._since = part, now
 
 
 def measure(folder: Path, size: int, finished: int) -> dict[str, float]:
-    """Microseconds a sequence a step in `size` sequences, by part, after so many requests."""
+    """Microseconds per sequence and step, by part, after `finished` requests."""
     engine = Engine(
         folder,
         EngineConfig(
@@ -85,17 +81,17 @@ def measure(folder: Path, size: int, finished: int) -> dict[str, float]:
             kv_memory=1 << 30,
         ),
     )
+    watch = Stopwatch()
     with engine:
-        engine._runner._model = ReadyLogits(size)  # type: ignore[assignment]
-        watch = _watch(engine)
+        engine.runner.model = ReadyLogits(size)  # type: ignore[assignment]
         _run(engine, max(size, finished), 2)
-        before = dict(watch.seconds)
-        steps = engine.stats.batch_sum
+        before = engine.stats.batch_sum
         start = time.perf_counter()
-        _run(engine, size, _OUTPUT)
+        with observe(watch):
+            _run(engine, size, _OUTPUT)
         whole = time.perf_counter() - start
-        steps = engine.stats.batch_sum - steps
-    found = {name: watch.seconds[name] - before[name] for name in _PARTS}
+        steps = engine.stats.batch_sum - before
+    found = {name: watch.seconds[name] for name in _PARTS}
     found["bookkeeping"] = whole - sum(found.values())
     return {"total": whole * 1e6 / steps} | {
         name: value * 1e6 / steps for name, value in found.items()
@@ -105,28 +101,32 @@ def measure(folder: Path, size: int, finished: int) -> dict[str, float]:
 def share(checkpoint: str) -> dict[str, float]:
     """Shares of the ragged load's time: the model's, and the others by part."""
     prompts, outputs = make_load("ragged")
+    watch, model_s = Stopwatch(), 0.0
     with Engine(checkpoint, EngineConfig(device="cpu", prefix_cache=False)) as engine:
-        watch = _watch(engine)
-        watch.watch(engine._runner, "_forward", "model")
+        engine.runner.uncapture()  # so that every step calls `forward`
+        forward = engine.runner.forward
+
+        def timed(batch: ForwardBatch) -> torch.Tensor:
+            nonlocal model_s
+            started = time.perf_counter()
+            logits = forward(batch)
+            model_s += time.perf_counter() - started
+            return logits
+
+        engine.runner.forward = timed  # type: ignore[method-assign]
         requests = [
             Request(prompt, SamplingParams(max_new_tokens=count, ignore_eos=True), i)
             for i, (prompt, count) in enumerate(zip(prompts, outputs, strict=True))
         ]
         start = time.perf_counter()
-        for _ in engine.generate(requests):
-            pass
+        with observe(watch):
+            for _ in engine.generate(requests):
+                pass
         whole = time.perf_counter() - start
-    watch.seconds["bookkeeping"] = whole - sum(watch.seconds.values())
-    found = {name: round(seconds / whole, 5) for name, seconds in watch.seconds.items()}
+    parts = {"model": model_s} | {name: watch.seconds[name] for name in _PARTS}
+    parts["bookkeeping"] = whole - sum(parts.values())
+    found = {name: round(seconds / whole, 5) for name, seconds in parts.items()}
     return {"seconds": round(whole, 2), "outside": round(1 - found["model"], 5)} | found
-
-
-def _watch(engine: Engine) -> Stopwatch:
-    watch = Stopwatch()
-    watch.watch(engine._scheduler, "schedule", "scheduling")
-    watch.watch(engine._runner, "_batch", "batch_preparation")
-    watch.watch(engine._runner._sampler, "sample", "sampling")
-    return watch
 
 
 def _run(engine: Engine, requests: int, output: int) -> None:
@@ -137,12 +137,14 @@ def _run(engine: Engine, requests: int, output: int) -> None:
 
 
 def main() -> None:
-    """Measure each size, print the table."""
+    """Measure each size and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[16, 64, 256, 1024])
-    parser.add_argument("--finished", type=int, default=20_000, help="requests before the second")
-    parser.add_argument("--rounds", type=int, default=3, help="the fastest one counts")
-    parser.add_argument("--checkpoint", help="a real model, on the ragged load")
+    parser.add_argument(
+        "--finished", type=int, default=20_000, help="requests before the second time"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="the fastest one is shown")
+    parser.add_argument("--checkpoint", help="time the ragged load on this model instead")
     options = parser.parse_args()
     if options.checkpoint:
         print(json.dumps({"ragged": share(options.checkpoint)}))
@@ -159,7 +161,7 @@ def main() -> None:
                 )
                 rounded = {name: round(value, 2) for name, value in best.items()}
                 rows.append({"sequences": size, "finished": finished, **rounded})
-    table = Table(*rows[0], title="us a sequence a step")
+    table = Table(*rows[0], title="us per sequence and step")
     for row in rows:
         table.add_row(*map(str, row.values()))
     Console().print(table)

@@ -145,7 +145,7 @@ def main(
 
 def breakdown(engine: Engine, requests: list[Request]) -> dict[str, float]:
     """Run the requests again and return the seconds that each group of parts takes."""
-    engine._runner._graphs = None
+    engine.runner.uncapture()
     sparse = engine.model_config.moe is not None
     spent: dict[str, float] = defaultdict(float)
     current, since = "everything else", time.perf_counter()

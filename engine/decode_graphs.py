@@ -1,10 +1,10 @@
 """Decode steps of fixed sizes, captured once and replayed: one launch instead of hundreds.
 
-On a GPU as its graphs, on a CPU as a list of the kernels' calls.
+On a GPU a captured step is a CUDA or HIP graph, on a CPU a recorded list of kernel calls.
 
-A captured step reads its inputs from buffers that stay where they are, and the last tokens from
-where they were sampled. A batch is padded to the next size there is, with rows that write to a
-block of their own and whose logits nobody reads.
+A captured step reads its inputs from fixed buffers, and the last tokens from where they were
+sampled. A batch is padded to the next captured size, with rows that write to a block reserved for
+padding and whose logits are ignored.
 """
 
 import itertools
@@ -22,112 +22,111 @@ from model.ops.forward_batch import ForwardBatch, GroupTables
 
 Compute = Callable[[], torch.Tensor]
 Capture = Callable[[Compute], Compute]
-"""Makes of a computation one that does the same again, over what its buffers then hold; over what
-they hold now, if it is called at once."""
+"""Turns a computation into one that repeats it, on the data that its buffers hold at that time."""
 
 
-def sizes(most: int) -> list[int]:
-    """Batch sizes to capture for batches of up to `most`: 1, 2, 4, 8, 16, … 128, 144, … `most`.
+def capture_sizes(largest: int) -> list[int]:
+    """Batch sizes to capture: 1, 2, 4, 8, 16, … 128, 144, … `largest`.
 
-    Steps of 8, from 128 on eight to each doubling: padding adds an eighth of the rows at most to
-    large batches, and each size is run and captured before a job begins.
+    In steps of 8, and above 128 eight sizes for each doubling: padding adds at most an eighth to
+    large batches, and each size is run and captured before a job starts.
     """
-    starts = [8 << i for i in range((most // 8).bit_length())]
+    starts = [8 << i for i in range((largest // 8).bit_length())]
     steps = (range(start, 2 * start, max(8, start // 8)) for start in starts)
-    return _up_to(most, 1, 2, 4, *itertools.chain.from_iterable(steps))
+    return _up_to(largest, 1, 2, 4, *itertools.chain.from_iterable(steps))
 
 
-def _up_to(most: int, *wanted: int) -> list[int]:
-    return sorted({size for size in wanted if size < most} | {most})
+def _up_to(largest: int, *sizes: int) -> list[int]:
+    return sorted({size for size in sizes if size < largest} | {largest})
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a captured step reads besides block tables: integers in one piece of memory.
+    """Inputs of a captured step besides block tables: integers in one piece of memory.
 
-    The spans begin at multiples of 16 bytes, whatever the size: kernels are compiled for that.
+    Each tensor begins at a multiple of 16 bytes, for any size: kernels are compiled for that.
     """
 
     integers: torch.Tensor  # uint8: all of the following, in this order
-    rows: torch.Tensor  # int64 [sequences]: where each one's last token is
+    rows: torch.Tensor  # int64 [sequences]: rows of the last tokens
     positions: torch.Tensor  # int64 [sequences]
-    slots: tuple[torch.Tensor, ...]  # int64 [sequences], of each group
-    seen: torch.Tensor  # int32 [sequences]
+    slot_mapping: tuple[torch.Tensor, ...]  # int64 [sequences], for each group
+    context_lens: torch.Tensor  # int32 [sequences]
 
     @staticmethod
     def bytes(sequences: int, groups: int) -> int:
-        """What the integers take."""
+        """The size of the integers."""
         return (2 + groups) * _span(sequences) + 4 * sequences
 
     @classmethod
     def over(cls, memory: torch.Tensor, sequences: int, groups: int) -> "Inputs":
-        """So many sequences in the first bytes of memory, uint8."""
+        """Views of the first bytes of `memory`, uint8, for this number of sequences."""
         span = _span(sequences)
-        places = range(0, (2 + groups) * span, span)
+        starts = range(0, (2 + groups) * span, span)
         rows, positions, *slots = (
-            memory[at : at + 8 * sequences].view(torch.int64) for at in places
+            memory[at : at + 8 * sequences].view(torch.int64) for at in starts
         )
         integers = memory[: cls.bytes(sequences, groups)]
-        seen = integers[(2 + groups) * span :].view(torch.int32)
-        return cls(integers, rows, positions, tuple(slots), seen)
+        context_lens = integers[(2 + groups) * span :].view(torch.int32)
+        return cls(integers, rows, positions, tuple(slots), context_lens)
 
     def fill(
-        self, rows: torch.Tensor, positions: torch.Tensor, slots: SequenceOf[torch.Tensor]
+        self, rows: torch.Tensor, positions: torch.Tensor, slot_mapping: SequenceOf[torch.Tensor]
     ) -> None:
         """Set the integers; arguments as the fields, on the host or the device."""
         self.rows.copy_(rows)
         self.positions.copy_(positions)
-        for own, given in zip(self.slots, slots, strict=True):
+        for own, given in zip(self.slot_mapping, slot_mapping, strict=True):
             own.copy_(given)
-        torch.add(positions, 1, out=self.seen)
+        torch.add(positions, 1, out=self.context_lens)
 
 
 def _span(sequences: int) -> int:
-    """Bytes from one span of int64 to the next."""
+    """Bytes from one int64 tensor to the next."""
     return 8 * (sequences + sequences % 2)
 
 
 Decode = Callable[[torch.Tensor, ForwardBatch], torch.Tensor]
-"""rows [sequences] of their last tokens, and a batch that has no token ids yet → logits."""
+"""(Rows [sequences] of the last tokens, a batch that has no token ids yet) → logits."""
 
 
 class DecodeGraphs:
-    """One captured step a size, all over the same buffers."""
+    """One captured step for each size, all on the same buffers."""
 
     def __init__(
         self,
         decode: Decode,
-        tables: SequenceOf[torch.Tensor],
-        spare: tuple[int, int],
+        block_tables: SequenceOf[torch.Tensor],
+        padding: tuple[int, int],
         logits: torch.Tensor | None,
         capture: Capture,
     ):
-        """Capture `decode` for batches as long as the tables and for smaller ones.
+        """Capture `decode` for batches of up to len(block_tables[0]) sequences.
 
-        tables: of each group of layers, int32 [sequences, blocks] that can be
-        read as they are. spare: a row and a slot that padding may write to. logits [sequences,
-        vocab]: where results are put, since what is allocated in one capture is used again by the
-        next. Without logits sizes are close to each other, each is captured when it is first met,
-        and the capture sees to its results: for where captures cost no more than a step.
+        block_tables: int32 [sequences, blocks] for each layer group, with valid blocks. padding: a
+        row and a slot that padding rows may write to. logits [sequences, vocab]: buffer for the
+        results, since memory allocated in one capture is reused by the next. Without logits,
+        captures must be as cheap as a step: sizes are then close to each other, each is captured
+        when it first occurs, and the capture keeps its own results.
         """
-        most, device = len(tables[0]), tables[0].device
-        # On a CPU rows that nobody needs are computed like others: few of them.
-        each = _up_to(most, *range(1, 17), *range(20, most, 4))
-        self.sizes = each if logits is None else sizes(most)
-        self._tables = tables
+        largest, device = len(block_tables[0]), block_tables[0].device
+        # A CPU computes padding rows like any other, so there should be few of them.
+        dense = _up_to(largest, *range(1, 17), *range(20, largest, 4))
+        self.sizes = dense if logits is None else capture_sizes(largest)
+        self._block_tables = block_tables
         self._memory = torch.zeros(
-            Inputs.bytes(most, len(tables)), dtype=torch.uint8, device=device
+            Inputs.bytes(largest, len(block_tables)), dtype=torch.uint8, device=device
         )
-        self._indices = torch.arange(most + 1, device=device)
+        self._indices = torch.arange(largest + 1, device=device)
         self._starts = self._indices.int()
         self._decode, self._logits, self._capture = decode, logits, capture
         self._replay: dict[int, Compute] = {}
-        # The smaller ones fit where the largest was. Where the others come later, the least is
-        # run now: whether it can be done shows.
-        row, slot = (torch.full((most,), at, device=device) for at in spare)
+        # Largest first: the memory of its capture is enough for the smaller ones. If sizes are
+        # captured later, the smallest is captured and run now, to fail early if it cannot be.
+        row, slot = (torch.full((largest,), at, device=device) for at in padding)
         for size in [1] if logits is None else reversed(self.sizes):
-            inputs = Inputs.over(self._memory, size, len(tables))
-            inputs.fill(row[:size], row[:size] * 0, [slot[:size]] * len(tables))
+            inputs = Inputs.over(self._memory, size, len(block_tables))
+            inputs.fill(row[:size], row[:size] * 0, [slot[:size]] * len(block_tables))
             self._captured(size)
         if logits is None:
             self._captured(1)()
@@ -138,68 +137,69 @@ class DecodeGraphs:
         return self._replay[size]
 
     def size(self, sequences: int) -> int:
-        """The size that a batch of so many sequences is to be padded to."""
+        """The size to which a batch of this many sequences is padded."""
         return self.sizes[bisect_left(self.sizes, sequences)]
 
-    def place(self, tables: SequenceOf[torch.Tensor]) -> None:
-        """Set the block tables int32 [sequences, blocks] of the steps to come, of each group.
+    def set_block_tables(self, block_tables: SequenceOf[torch.Tensor]) -> None:
+        """Set the block tables int32 [sequences, blocks] of the following steps, for each group.
 
-        May be on the host; does not wait for the device if they are pinned, nor does a call.
+        They may be on the host; if they are pinned, this does not wait for the device.
         """
-        for own, given in zip(self._tables, tables, strict=True):
+        for own, given in zip(self._block_tables, block_tables, strict=True):
             own[: len(given), : given.shape[1]].copy_(given, non_blocking=True)
 
     def __call__(
-        self, rows: torch.Tensor, positions: torch.Tensor, slots: SequenceOf[torch.Tensor]
+        self, rows: torch.Tensor, positions: torch.Tensor, slot_mapping: SequenceOf[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(Rows on the device, logits [sequences, vocab]) of a step of one of the sizes.
+        """Replay a step; returns (rows on the device, logits [sequences, vocab]).
 
-        Both are valid until the next call. Arguments as in `Inputs`, on the host.
+        The number of rows is one of the sizes. Both results are valid until the next call.
+        Arguments as in `Inputs`, on the host. Does not wait for the device.
         """
-        size, groups = len(rows), len(self._tables)
+        size, groups = len(rows), len(self._block_tables)
         inputs = Inputs.over(self._memory, size, groups)
-        # On a GPU a copy is a launch of its own in every step: one for all of them.
+        # On a GPU each copy is a launch, so all integers are copied at once.
         staged = torch.empty(
             inputs.integers.shape, dtype=torch.uint8, pin_memory=self._memory.device.type != "cpu"
         )
-        Inputs.over(staged, size, groups).fill(rows, positions, slots)
+        Inputs.over(staged, size, groups).fill(rows, positions, slot_mapping)
         inputs.integers.copy_(staged, non_blocking=True)
         return inputs.rows, self._captured(size)()
 
     def _compute(self, size: int) -> torch.Tensor:
-        inputs = Inputs.over(self._memory, size, len(self._tables))
+        inputs = Inputs.over(self._memory, size, len(self._block_tables))
         batch = ForwardBatch(
             token_ids=inputs.rows,
             positions=inputs.positions,
             host_query_lens=[1] * size,
-            host_context_lens=[],  # changes from step to step, and a capture would hold on to it
+            host_context_lens=[],  # differs in every step, and a capture would keep this one's
             num_single=size,
             groups=tuple(
                 GroupTables(table[:size], slots)
-                for table, slots in zip(self._tables, inputs.slots, strict=True)
+                for table, slots in zip(self._block_tables, inputs.slot_mapping, strict=True)
             ),
             logits_rows=self._indices[:size],
             cu_seqlens_q=self._starts[: size + 1],
-            context_lens=inputs.seen,
+            context_lens=inputs.context_lens,
         )
         logits = self._decode(inputs.rows, batch)
         return logits if self._logits is None else self._logits[:size].copy_(logits)
 
 
 def gpu_capture(stats: EngineStats) -> Capture:
-    """Capture as CUDA graphs (HIP graphs on AMD), which share their memory.
+    """A capture as CUDA graphs (HIP graphs on AMD), which share their memory.
 
-    Counts in stats what the first run of each step took, before its capture. Raises RuntimeError
-    without a GPU, before any rank waits for another.
+    Adds the time of each step's first run, before its capture, to `stats.compile_s`. Raises
+    RuntimeError without a GPU, before any rank waits for another.
     """
     if not torch.cuda.is_available():
         raise RuntimeError("there is no GPU to capture steps on")
     pool = torch.cuda.graph_pool_handle()
-    # One for all: on each stream that it meets cuBLAS keeps memory of its own, tens of megabytes.
+    # One stream for all captures: cuBLAS keeps tens of megabytes for each stream that it meets.
     stream = torch.cuda.Stream()
 
     def capture(compute: Compute) -> Compute:
-        # Once before: kernels are compiled and libraries set up, which cannot be captured.
+        # Run once first: compiling kernels and initializing libraries cannot be captured.
         start = time.perf_counter()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -211,7 +211,7 @@ def gpu_capture(stats: EngineStats) -> Capture:
             with torch.cuda.graph(graph, pool=pool, stream=stream):
                 result = compute()
         finally:
-            torch.cuda.set_stream(current)  # torch leaves its own in place if the capture fails
+            torch.cuda.set_stream(current)  # which torch does not restore if the capture fails
 
         def replay() -> torch.Tensor:
             graph.replay()

@@ -1,9 +1,9 @@
-"""The paged KV cache as integers: blocks, who holds them, and which prefix each one contains.
+"""The paged KV cache as integers: blocks, their reference counts, and the prefix in each block.
 
-Layers that share an attention window form a group and have block tables of their own; all groups
-draw from one pool, since every block has the same size. Block tables are at absolute positions: a
-group with a sliding window gives blocks behind it back and keeps the null block in their place,
-so a cached prefix is usable as long as the blocks within the window are still there.
+Layers that share an attention window form a group with its own block tables; all groups use one
+pool, since every block has the same size. Block tables are indexed by absolute position: a group
+with a sliding window frees the blocks behind it and keeps the null block in their place, so a
+cached prefix is usable as long as the blocks within the window are still cached.
 
     positions      0 ........ 16 ....... 32 ....... 48 ....... 64
     full group     [ 3        | 4        | 9        | 12       ]
@@ -21,17 +21,18 @@ NULL_BLOCK = 0
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers that keep their KV in the same blocks; layer i of the group uses cache tensor i."""
+    """Layers with their KV in the same blocks; layer i of the group uses KV tensor i."""
 
     window: int | None
     layers: tuple[int, ...]
 
 
 def group_layers(windows: SequenceOf[int | None]) -> list[LayerGroup]:
-    """Group layers by window, in groups of one size so that blocks are interchangeable.
+    """Group layers by window, into groups of one size so that blocks are interchangeable.
 
-    The size is that of the smallest kind, so a kind with k times as many layers becomes k groups
-    (a group may be short by some layers, whose share of its blocks then stays unused).
+    A kind is all layers with the same window. The size is that of the smallest kind, so a kind with
+    k times as many layers becomes k groups. A group may have fewer layers than others; a part of
+    each of its blocks is then unused.
     """
     kinds: dict[int | None, list[int]] = {}
     for layer, window in enumerate(windows):
@@ -48,13 +49,13 @@ def group_layers(windows: SequenceOf[int | None]) -> list[LayerGroup]:
 
 @dataclass
 class BlockTables:
-    """One sequence's blocks: a table a group, and the chain of digests of its full blocks."""
+    """One sequence's blocks: a table for each group, and the digests of its full blocks."""
 
     tables: list[array]  # of int32
-    room: int = 0  # positions that the tables hold
+    room: int = 0  # positions that the tables can hold
     digests: list[bytes] = field(default_factory=list)
-    freed: list[int] = field(default_factory=list)  # blocks already given back, by group
-    indexed: int = 0  # full blocks entered in the prefix index
+    freed: list[int] = field(default_factory=list)  # by group: blocks freed behind its window
+    indexed: int = 0  # full blocks that are in the prefix index
 
 
 class KVCache:
@@ -67,25 +68,25 @@ class KVCache:
         block_size: int,
         prefix_cache: bool = True,
     ):
-        """A pool of num_blocks blocks, the null block included."""
+        """Make a pool of num_blocks blocks, the null block included."""
         self.groups = groups
         self.block_size = block_size
         self.num_blocks = num_blocks
         self._prefix_cache = prefix_cache
         self._references = [0] * num_blocks
-        self._entry: list[tuple[int, bytes] | None] = [None] * num_blocks  # its place in the index
+        self._entry: list[tuple[int, bytes] | None] = [None] * num_blocks  # its key in the index
         self._index: list[dict[bytes, int]] = [{} for _ in groups]
-        # Blocks nobody holds, next to be used first: unknown contents before cached prefixes.
+        # Blocks without references, in order of reuse: unknown contents before cached prefixes.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
 
     @property
     def num_free(self) -> int:
-        """Blocks that can be handed out now."""
+        """Blocks that can be allocated now."""
         return len(self._free)
 
     @property
     def num_used(self) -> int:
-        """Blocks that sequences hold."""
+        """Blocks that sequences use."""
         return self.num_blocks - 1 - len(self._free)
 
     def new_tables(self) -> BlockTables:
@@ -93,10 +94,10 @@ class KVCache:
         return BlockTables([array("i") for _ in self.groups], freed=[0] * len(self.groups))
 
     def capacity(self, max_chunk: int) -> int:
-        """Most positions that one sequence alone can reach, in chunks of at most max_chunk."""
+        """Positions that a sequence running alone can reach, in chunks of at most max_chunk."""
         usable = self.num_blocks - 1
         full = sum(group.window is None for group in self.groups)
-        # What windows need at most: a chunk and the window before it, neither on a block boundary.
+        # A windowed group needs at most a chunk and the window before it, neither block-aligned.
         windowed = sum(
             -(-(group.window + max_chunk) // self.block_size) + 1
             for group in self.groups
@@ -104,20 +105,20 @@ class KVCache:
         )
         if not full and usable >= windowed:
             return 1 << 60
-        blocks = usable // len(self.groups)  # were no window to free anything
+        blocks = usable // len(self.groups)  # if windows freed nothing
         if full:
             blocks = max(blocks, (usable - windowed) // full)
         return blocks * self.block_size
 
     def blocks_for(self, tables: BlockTables, end: int) -> int:
-        """New blocks needed to hold positions up to (not including) `end`."""
+        """New blocks that the tables need to hold positions below `end`."""
         wanted = -(-end // self.block_size)
         return sum(max(0, wanted - len(table)) for table in tables.tables)
 
     def allocate(self, tables: BlockTables, start: int, end: int) -> bool:
-        """Extend the tables to hold [start, end), after giving back what lies behind windows.
+        """Free blocks behind the windows, then extend the tables to hold [start, end).
 
-        False, with nothing newly allocated, when the pool has too few free blocks.
+        False, with no new blocks, if the pool has too few free ones.
         """
         self._free_behind_windows(tables, start)
         if self.blocks_for(tables, end) > len(self._free):
@@ -130,26 +131,26 @@ class KVCache:
         return True
 
     def release(self, tables: BlockTables) -> None:
-        """Give every block back, the last first: prefixes are worth more than tails."""
+        """Free every block, the last first, so that prefixes stay cached longer than tails."""
         for table in tables.tables:
             for block in reversed(table):
                 self._drop(block)
             del table[:]
         tables.room = 0
         tables.freed = [0] * len(self.groups)
-        tables.indexed = 0  # the digests stay: they depend on the tokens alone
+        tables.indexed = 0  # digests remain valid: they depend only on tokens
 
     def match_prefix(self, tables: BlockTables, tokens: SequenceOf[int]) -> int:
         """Fill empty tables with the longest cached prefix; returns its length in tokens.
 
-        At least the last token is left to compute. Groups without a window need every block of
-        the prefix, groups with one only those the next token can still see.
+        At least the last token remains to be computed. A group without a window needs every block
+        of the prefix, a group with one only those that the next token attends to.
         """
         if not self._prefix_cache:
             return 0
         longest = (len(tokens) - 1) // self.block_size
         best = 0
-        runs = [0] * len(self.groups)  # blocks in a row that are cached, up to the current one
+        runs = [0] * len(self.groups)  # consecutive cached blocks up to the current one
         for count in range(1, longest + 1):
             digest = self._digest(tables, tokens, count - 1)
             for g, group in enumerate(self.groups):
@@ -163,12 +164,12 @@ class KVCache:
             if -1 in runs:
                 break
             if all(
-                run >= count - self._first_seen(group, count * self.block_size)
+                run >= count - self._first_attended(group, count * self.block_size)
                 for run, group in zip(runs, self.groups, strict=True)
             ):
                 best = count
         for g, group in enumerate(self.groups):
-            first = self._first_seen(group, best * self.block_size)
+            first = self._first_attended(group, best * self.block_size)
             table = tables.tables[g]
             table.extend([NULL_BLOCK] * first)
             tables.freed[g] = first
@@ -185,10 +186,10 @@ class KVCache:
     def index_full_blocks(
         self, tables: BlockTables, tokens: SequenceOf[int], computed: int
     ) -> None:
-        """Enter the blocks that positions below `computed` fill in the prefix index.
+        """Add to the prefix index the blocks that are full at `computed` positions.
 
-        May be called when the step that computes them is scheduled: within a step all KV is
-        written before any is read, so requests of the same step can already share.
+        May be called when the step that computes them is scheduled: in each layer a step writes
+        all KV before it reads any, so requests in the same step can share blocks.
         """
         if not self._prefix_cache:
             return
@@ -202,24 +203,24 @@ class KVCache:
             tables.indexed = i + 1
 
     def forget_prefixes(self) -> None:
-        """Empty the prefix index: what blocks hold is no longer certain."""
+        """Empty the prefix index, when the contents of blocks are uncertain."""
         for index in self._index:
             for block in index.values():
                 self._entry[block] = None
             index.clear()
 
     def _digest(self, tables: BlockTables, tokens: SequenceOf[int], i: int) -> bytes:
-        """Digest of tokens up to the end of block i: 128 bits, so that no two prefixes share it."""
+        """128-bit digest of all tokens up to the end of block i: collisions are negligible."""
         digests = tables.digests
         while len(digests) <= i:
             first = len(digests) * self.block_size
-            own = array("q", tokens[first : first + self.block_size]).tobytes()
-            before = digests[-1] if digests else b""
-            digests.append(hashlib.blake2b(before + own, digest_size=16).digest())
+            block = array("q", tokens[first : first + self.block_size]).tobytes()
+            prefix = digests[-1] if digests else b""
+            digests.append(hashlib.blake2b(prefix + block, digest_size=16).digest())
         return digests[i]
 
-    def _first_seen(self, group: LayerGroup, position: int) -> int:
-        """The first block that a token at `position` (or later) can still see."""
+    def _first_attended(self, group: LayerGroup, position: int) -> int:
+        """The first block that a token at `position` (or later) attends to."""
         if group.window is None:
             return 0
         return max(0, position - group.window + 1) // self.block_size
@@ -229,7 +230,7 @@ class KVCache:
             if group.window is None:
                 continue
             table = tables.tables[g]
-            first = min(self._first_seen(group, start), len(table))
+            first = min(self._first_attended(group, start), len(table))
             for i in range(tables.freed[g], first):
                 self._drop(table[i])
                 table[i] = NULL_BLOCK

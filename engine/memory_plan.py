@@ -1,147 +1,197 @@
-"""What a run needs of memory, how much there is, and whether a failure was for want of it.
+"""The memory of a run: what it needs, what is available, and how large its KV cache can be.
 
-What there is counts on the device and under the limits of a container.
+Available memory is counted on the device and under the limits of a container or a shell.
 """
 
 import os
 import resource
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from engine.errors import EngineError
 from engine.kv_cache import group_layers
+from engine.resolve import Settings, dtype_name
 from model import ModelConfig
 from model.cost.operations import parameter_bytes
 
-# A logit where every row is sorted in full to find its nucleus: float32, sorted float32 values and
-# int64 ids, three float64 rows of shares at once, masks. As `sampler.sample` does it.
+# Bytes for each logit of a row that is sampled by sorting it in full: float32 logits, sorted
+# float32 values and int64 ids, three float64 rows of probabilities at once, and masks.
 _SAMPLING_BYTES = 48
 
-# A request that may run, besides its block tables: parameters, its row in lists of Python's.
+# Host bytes for each request that may run, besides its block tables: sampling parameters, and its
+# entries in Python lists.
 _ROW_BYTES = 200
+
+# The share of the memory left after loading that the KV cache gets. The rest of a CPU's machine
+# needs memory too, and blocks that are never used cost nothing there.
+_KV_SHARE = {"cpu": 0.4, "cuda": 0.9}
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that a run needs besides its KV cache, at the largest step there can be.
+    """Bytes that a run needs besides its KV cache, at the largest step that can occur.
 
-    What the CPU's attention gathers of a layer's KV is not in it: it grows with the lengths that
-    requests reach, and `is_out_of_memory` is there for it.
+    On a CPU, attention also gathers a part of one layer's KV. That is not included, as it grows
+    with the lengths that requests reach; a step that fails for it is repeated in parts.
     """
 
     weights: int
     activations: int
     logits: int
-    rows: int = 0  # block tables and parameters, of as many requests as may run
+    rows: int = 0  # block tables and parameters of `max_batch_size` requests
 
     @classmethod
-    def of(
-        cls,
-        config: ModelConfig,
-        device: torch.device,
-        dtype: torch.dtype,
-        max_batch_size: int,
-        max_batch_tokens: int,
-        ranks: int = 1,
-        block_size: int = 16,
-    ) -> "MemoryPlan":
-        """From shapes alone, so that it is known before the weights are read.
+    def of(cls, settings: Settings) -> "MemoryPlan":
+        """The needs of rank 0, which gathers the logits of all ranks.
 
-        config: as the weights are held (`Engine.held_config`). Of several ranks what rank 0 needs,
-        which has everyone's logits.
+        Computed from shapes alone, so that they are known before the weights are read.
         """
-        item, on_cpu = dtype.itemsize, device.type == "cpu"
-        weights = parameter_bytes(config, str(dtype).removeprefix("torch."), ranks)
-        if on_cpu and dtype == torch.bfloat16 and config.tie_word_embeddings:
+        config, ranks, on_cpu = settings.model, settings.tensor_parallel, settings.on_cpu
+        item = settings.dtype.itemsize
+        weights = parameter_bytes(config, dtype_name(settings.dtype), ranks)
+        if on_cpu and settings.dtype == torch.bfloat16 and config.tie_word_embeddings:
             head = config.vocab_size * config.hidden_size * item  # packed, besides the embedding
             weights += head // ranks
         weights += 4 * config.max_positions * config.head_dim  # the rotary table
-        rows = min(max_batch_size, max_batch_tokens)
+        rows = min(settings.max_batch_size, settings.max_batch_tokens)
         groups = len(group_layers([layer.window for layer in config.layers]))
-        table = 4 * -(-config.max_positions // block_size)
-        tables = (2 * groups + 1 if on_cpu else groups) * table  # on a GPU others are the host's
+        table = 4 * -(-config.max_positions // settings.block_size)
+        # A CPU holds each table twice; a GPU's host copies are not in the device's memory.
+        tables = (2 * groups + 1 if on_cpu else groups) * table
         return cls(
-            weights,
-            max_batch_tokens * _activation_bytes(config, item, ranks),
-            rows * config.vocab_size * (item * (3 if ranks > 1 else 1) + _SAMPLING_BYTES),
-            max_batch_size * (tables + _ROW_BYTES),
+            weights=weights,
+            activations=settings.max_batch_tokens * _activation_bytes(config, item, ranks),
+            logits=rows * config.vocab_size * (item * (3 if ranks > 1 else 1) + _SAMPLING_BYTES),
+            rows=settings.max_batch_size * (tables + _ROW_BYTES),
         )
 
     @property
     def total(self) -> int:
-        """All of it together."""
+        """The sum of all parts."""
         return self.weights + self.activations + self.logits + self.rows
 
-    def shortage(
-        self, kv: int, kv_given: bool, available: int, device: torch.device, dtype: torch.dtype
-    ) -> EngineError | None:
-        """The error, with the arithmetic, if with `kv` bytes of KV cache the plan does not fit."""
-        needed = self.total + kv
-        if needed <= available:
-            return None
-        if self.weights >= available:
-            advice = "use a smaller model"
-            if dtype == torch.float32:
-                advice += " or {dtype} bfloat16"
-        elif kv_given and self.total < available:
-            advice = "lower {kv_memory} to {left} or less"
-        elif self.total < available:
-            advice = "lower {block_size}: this KV cache is a block or two"
-        else:
-            advice = (
-                "lower {max_batch_tokens} (activations) or {max_batch_size} (logits, block tables)"
-            )
-        return EngineError(
-            "not enough memory on {where}: weights {weights} + KV cache {at_least}{kv} + "
-            "activations {activations} + logits {logits} + block tables {rows} = {needed}, but "
-            "only {available} are available; " + advice,
-            where=device,
-            weights=size(self.weights),
-            at_least="" if kv_given else "at least ",
-            kv=size(kv),
-            activations=size(self.activations),
-            logits=size(self.logits),
-            rows=size(self.rows),
-            needed=size(needed),
-            available=size(available),
-            left=size(available - self.total),
+    def measured(self, step_bytes: int, settings: Settings) -> "MemoryPlan":
+        """The plan with the bytes that the largest step allocated in place of estimates."""
+        # Captured steps have memory of their own: a decode step's, and the logits that they share.
+        rows = min(settings.max_batch_size, settings.max_batch_tokens)
+        logits = 2 * rows * settings.model.vocab_size * settings.dtype.itemsize
+        decode = self.activations * rows // settings.max_batch_tokens
+        return replace(self, activations=max(step_bytes, 0) + decode, logits=logits)
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """What the blocks of the KV cache cost."""
+
+    groups: int  # layer groups, each with its own block tables
+    block_bytes: int
+
+    @property
+    def least_bytes(self) -> int:
+        """The smallest useful KV cache: a block for each group, and the null block."""
+        return (self.groups + 1) * self.block_bytes
+
+
+def check_before_loading(
+    plan: MemoryPlan, cost: BlockCost, settings: Settings, available: int
+) -> None:
+    """Raise EngineError if the run cannot fit into `available` bytes, or its KV cache is tiny."""
+    least, given = cost.least_bytes, settings.kv_memory
+    if given is not None and given < least:
+        raise EngineError(
+            "{kv_memory} {given} means {given} bytes, which hold {blocks} blocks of {block} bytes; "
+            "use at least {least} bytes, or lower {block_size}",
+            given=given,
+            blocks=given // cost.block_bytes,
+            block=cost.block_bytes,
+            least=least,
         )
+    _check(plan, max(least, given or 0), settings, available)
 
 
-def size(count: int) -> str:
-    """Bytes for people, such as "1.50GiB": rounded down, and in the form that options take."""
-    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if count >= unit:
-            return f"{count * 100 // unit / 100:.2f}{name}"
-    return f"{count}B"
+def pool_blocks(plan: MemoryPlan, cost: BlockCost, settings: Settings, available: int) -> int:
+    """Blocks of the KV cache once the weights are loaded, the null block included.
+
+    As many as `available` bytes allow, but no more than the largest batch can use. Raises
+    EngineError if that is too few for any request.
+    """
+    if settings.kv_memory is not None:
+        return settings.kv_memory // cost.block_bytes
+    needs = replace(plan, weights=0)
+    _check(needs, cost.least_bytes, settings, available)
+    share = _KV_SHARE[settings.device.type]
+    affordable = max(cost.least_bytes, int((available - needs.total) * share)) // cost.block_bytes
+    per_sequence = -(-settings.model.max_positions // settings.block_size) * cost.groups
+    useful = 2 * settings.max_batch_size * per_sequence  # twice: the rest keeps cached prefixes
+    return 1 + min(affordable - 1, useful)
+
+
+def _check(plan: MemoryPlan, kv: int, settings: Settings, available: int) -> None:
+    """Raise EngineError, with the arithmetic, if plan and KV cache need more than `available`."""
+    needed, given = plan.total + kv, settings.kv_memory is not None
+    if needed <= available:
+        return
+    if plan.weights >= available:
+        advice = "use a smaller model"
+        if settings.dtype == torch.float32:
+            advice += " or {dtype} bfloat16"
+    elif given and plan.total < available:
+        advice = "lower {kv_memory} to {left} or less"
+    elif plan.total < available:
+        advice = "lower {block_size}: even a few blocks do not fit"
+    else:
+        advice = "lower {max_batch_tokens} (activations) or {max_batch_size} (logits, block tables)"
+    raise EngineError(
+        "not enough memory on {where}: weights {weights} + KV cache {at_least}{kv} + "
+        "activations {activations} + logits {logits} + block tables {rows} = {needed}, but "
+        "only {available} are available; " + advice,
+        where=settings.device,
+        weights=format_bytes(plan.weights),
+        at_least="" if given else "at least ",
+        kv=format_bytes(kv),
+        activations=format_bytes(plan.activations),
+        logits=format_bytes(plan.logits),
+        rows=format_bytes(plan.rows),
+        needed=format_bytes(needed),
+        available=format_bytes(available),
+        left=format_bytes(available - plan.total),
+    )
+
+
+def _activation_bytes(config: ModelConfig, item: int, ranks: int) -> int:
+    """Activation bytes of one token where a layer needs the most; tensors are freed after use."""
+    hidden, moe = config.hidden_size, config.moe
+    query = config.num_heads // ranks * config.head_dim
+    key = max(1, config.num_kv_heads // ranks) * config.head_dim
+    # The residual stream and its norm; QKV before and after rotary; attention's output and its
+    # projection.
+    attention = item * (2 * hidden + 2 * (query + 2 * key) + query + hidden)
+    mlp = 0
+    if any(not layer.sparse for layer in config.layers):
+        # Gate and up in one tensor, then two tensors of half its size.
+        mlp = item * (3 * hidden + 4 * config.intermediate_size // ranks)
+    if moe is not None:
+        pair = item * (2 * hidden + 4 * moe.intermediate_size) + 2 * 4 * hidden  # float32 sums
+        mlp = max(mlp, item * 3 * hidden + moe.top_k * pair)
+    return max(attention, mlp)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error says that an allocation failed, in any of the ways there are."""
+    """Whether the error says that an allocation failed, in any of its known forms."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     words = ("allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
-def _activation_bytes(config: ModelConfig, item: int, ranks: int) -> int:
-    """Of one token, at the widest place of a layer; what a step makes is freed as it goes."""
-    hidden, moe = config.hidden_size, config.moe
-    query = config.num_heads // ranks * config.head_dim
-    key = max(1, config.num_kv_heads // ranks) * config.head_dim
-    # The stream and its norm; then QKV and what is rotated, attention's result and its projection.
-    attention = item * (2 * hidden + 2 * (query + 2 * key) + query + hidden)
-    mlp = 0
-    if any(not layer.sparse for layer in config.layers):
-        mlp = item * (
-            3 * hidden + 4 * config.intermediate_size // ranks
-        )  # gate and up, and two of a half
-    if moe is not None:
-        pair = item * (2 * hidden + 4 * moe.intermediate_size) + 2 * 4 * hidden  # float32 sums
-        mlp = max(mlp, item * 3 * hidden + moe.top_k * pair)
-    return max(attention, mlp)
+def format_bytes(count: int) -> str:
+    """Bytes as text, such as "1.50GiB": rounded down, and valid as the value of a setting."""
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if count >= unit:
+            return f"{count * 100 // unit / 100:.2f}{name}"
+    return f"{count}B"
 
 
 def available_bytes(device: torch.device) -> int:
@@ -159,14 +209,14 @@ def _meminfo_available() -> int | None:
                 return int(line.split()[1]) * 1024
     except (OSError, ValueError):
         pass
-    try:  # not Linux: all of the physical memory is the best guess
+    try:  # not Linux: all physical memory is the best estimate
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
         return None
 
 
 def _limit_available() -> int | None:
-    """What `ulimit -v` leaves, where it is set."""
+    """Bytes that `ulimit -v` leaves; None if it is not set."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit == resource.RLIM_INFINITY:
         return None
@@ -178,7 +228,7 @@ def _limit_available() -> int | None:
 
 
 def _cgroup_available() -> list[int]:
-    """What the control group leaves, where a limit is set (cgroup v2, then v1)."""
+    """Bytes that the control group leaves, if it has a limit (cgroup v2, then v1)."""
     root = Path("/sys/fs/cgroup")
     found = []
     for limit, used in (

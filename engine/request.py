@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out: requests, their parameters, completions."""
+"""Input and output of the engine: requests, sampling parameters, completions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,21 +11,23 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the tokens of one request are chosen and when it ends.
+    """How the tokens of one request are sampled and when it ends.
 
     A request ends at the first of: a stop id (kept in the output), `max_new_tokens`,
-    `max_positions` (prompt included), the model's own limit.
+    `max_positions` (prompt included), the model's own limit. Raises EngineError for a value that is
+    out of range.
     """
 
-    temperature: float = 0.0  # 0 is greedy; top_k, top_p and seed then do nothing
-    top_k: int = 0  # 0 keeps every token
+    temperature: float = 0.0  # 0: greedy; top_k, top_p and seed have no effect then
+    top_k: int = 0  # 0: keep every token
     top_p: float = 1.0  # nucleus: the smallest set of tokens with at least this probability
-    seed: int = 0  # the same seed gives the same tokens, whatever else is in the batch
+    seed: int = 0  # the same seed gives the same tokens, in any batch
     max_new_tokens: int | None = None
     max_positions: int | None = None
-    stop_ids: frozenset[int] = frozenset()  # besides the checkpoint's own
+    stop_ids: frozenset[int] = frozenset()  # in addition to the checkpoint's own
     ignore_eos: bool = False  # ignore the checkpoint's own stop ids (`stop_ids` still count)
-    logprobs: int | None = None  # None: no log-probabilities; n: the token's and the n likeliest
+    # None: no log-probabilities; n: those of the sampled token and of the n most likely tokens
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         """Raise EngineError naming the first parameter that is out of range."""
@@ -53,14 +55,14 @@ def _out_of_range(parameter: str, allowed: str, value: float) -> EngineError:
 class Request:
     """One prompt, as token ids, and how to continue it.
 
-    `on_token` is called with each new token id as soon as it is known, stop tokens included;
-    returning True ends the request there (finish reason "stop"). It is how stop strings, which
-    need text, and streaming are done without the engine knowing text.
+    `on_token` is called with each new token id as soon as it is known, stop tokens included. If it
+    returns True, the request ends (finish reason "stop"). Streaming and stop strings are built on
+    it, as the engine does not handle text.
     """
 
     prompt_ids: Sequence[int]
     params: SamplingParams = field(default_factory=SamplingParams)
-    request_id: int = 0  # the caller's own; comes back in the completion
+    request_id: int = 0  # chosen by the caller; copied to the completion
     on_token: Callable[[int], bool | None] | None = None
 
 
@@ -68,8 +70,8 @@ class Request:
 class TokenLogprobs:
     """Natural-log probabilities at one output position, before temperature and truncation."""
 
-    logprob: float  # of the chosen token
-    top: tuple[tuple[int, float], ...]  # (token id, log-probability), likeliest first
+    logprob: float  # of the sampled token
+    top: tuple[tuple[int, float], ...]  # (token id, log-probability), most likely first
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,12 @@ class Completion:
     """The result of one request. Times are seconds on `time.perf_counter`'s clock."""
 
     request_id: int
-    token_ids: list[int]  # output only; a stop token is kept
+    token_ids: list[int]  # output only; ends with the stop token, if one ended it
     finish_reason: FinishReason
     error: RequestError | None = None  # set when finish_reason is "error"
     prompt_tokens: int = 0
     cached_tokens: int = 0  # prompt tokens whose KV came from the prefix cache
     logprobs: list[TokenLogprobs] | None = None
-    arrived: float = 0.0  # taken by the engine
-    first_token: float = 0.0  # the first output token was known
+    arrived: float = 0.0  # when the engine took the request
+    first_token: float = 0.0  # when the first output token was known
     finished: float = 0.0

@@ -1,4 +1,4 @@
-"""Logits → next tokens. Randomness is keyed, so a result does not depend on the batch."""
+"""Logits → next tokens. Randomness is keyed, so results do not depend on the batch."""
 
 import math
 from collections.abc import Mapping
@@ -13,35 +13,36 @@ from model.ops.sampling import find_in_cumulative, reduce_blocks, take_block
 from model.sharding import ALONE, Shard
 
 NO_TOKEN = -1  # read for a row whose logits are not finite
-_BLOCK = 1024  # tokens of the vocabulary that are looked at together
+_BLOCK = 1024  # tokens of the vocabulary that are reduced together
 
 
 def put(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host on the device, without waiting for either."""
+    """Copy a host tensor to the device, without waiting for either."""
     return pin(values, device).to(device, non_blocking=True)
 
 
 def pin(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host where the device can copy it from while the host goes on."""
+    """The host tensor in memory from which the device can copy while the host continues."""
     return values if device.type == "cpu" else values.pin_memory()
 
 
 class Sampled:
-    """Tokens that a step samples, on their way to the host."""
+    """The tokens that a step samples, while they are copied to the host."""
 
     def __init__(
         self,
         tokens: torch.Tensor,
         highest: torch.Tensor,
-        likeliest: tuple[torch.Tensor, ...] = (),
-        wanted: Mapping[int, int] | None = None,
+        logprobs: tuple[torch.Tensor, ...] = (),
+        logprob_counts: Mapping[int, int] | None = None,
     ):
         """tokens int64 [rows]; highest [rows]: the largest logit of each, NaN if one is NaN.
 
-        likeliest: for the wanted rows, log-probabilities as in `read`.
+        logprob_counts: row → how many most likely tokens to return with log-probabilities;
+        logprobs: for these rows the sampled token's [rows], then values and ids [rows, tokens].
         """
-        self._wanted = wanted or {}
-        self._tensors = (tokens, highest, *likeliest)
+        self._logprob_counts = logprob_counts or {}
+        self._tensors = (tokens, highest, *logprobs)
         self._event: torch.cuda.Event | None = None
         if tokens.device.type == "cuda":
             copies = [torch.empty_like(t, device="cpu", pin_memory=True) for t in self._tensors]
@@ -52,10 +53,10 @@ class Sampled:
             self._event.record()
 
     def read(self) -> tuple[list[int], dict[int, TokenLogprobs]]:
-        """Wait for the step; each row's token, and log-probabilities by row where asked for.
+        """Wait for the step; returns each row's token, and log-probabilities by row if requested.
 
-        NO_TOKEN for a row whose logits are not finite: only here, as the next step reads on the
-        device a token that exists.
+        The token is NO_TOKEN if the row's logits are not finite. On the device such a row has some
+        valid token, which the next step can read.
         """
         if self._event is not None:
             self._event.synchronize()
@@ -63,38 +64,39 @@ class Sampled:
         if not math.isfinite(sum(highest)):
             finite = map(math.isfinite, highest)
             tokens = [t if ok else NO_TOKEN for t, ok in zip(tokens, finite, strict=True)]
-        if not self._wanted:
+        if not self._logprob_counts:
             return tokens, {}
-        chosen, values, ids = (tensor.tolist() for tensor in self._tensors[2:])
+        sampled, values, ids = (tensor.tolist() for tensor in self._tensors[2:])
         return tokens, {
             row: TokenLogprobs(
-                chosen[i], tuple(zip(ids[i][:count], values[i][:count], strict=True))
+                sampled[i], tuple(zip(ids[i][:count], values[i][:count], strict=True))
             )
-            for i, (row, count) in enumerate(self._wanted.items())
+            for i, (row, count) in enumerate(self._logprob_counts.items())
         }
 
 
 class Sampler:
-    """Each running sequence's last token and parameters, by its row, on the device.
+    """The last token and the sampling parameters of each running sequence, by row, on the device.
 
-    Of several ranks, all look for the likeliest token in their part of the vocabulary; rank 0
-    alone knows parameters, and where they count it draws from everyone's logits.
+    With several ranks, each finds the most likely token in its part of the vocabulary. Only rank 0
+    knows the parameters; if they matter, it gathers the logits of all ranks and samples alone.
     """
 
     def __init__(self, rows: int, backend: Backend, shard: Shard = ALONE, vocab: int = 0):
+        """vocab: the size of the whole vocabulary, needed with several ranks."""
         device = backend.device
-        self._shard, self._vocab = shard, vocab  # vocab: tokens that the ranks share out
+        self._shard, self._vocab = shard, vocab
         self.last = torch.zeros(rows, dtype=torch.int64, device=device)  # token sampled last
-        self._ops, self._device = backend, device
-        self._heat_and_top_p = torch.ones(rows, 2, device=device)
+        self._backend, self._device = backend, device
+        self._temperature_and_top_p = torch.ones(rows, 2, device=device)
         self._top_k_and_seed = torch.zeros(rows, 2, dtype=torch.int64, device=device)
 
     def enter(self, rows: SequenceOf[int], params: SequenceOf[SamplingParams]) -> None:
-        """Sequences whose tokens are drawn take these rows."""
+        """Set the parameters of sequences that start in these rows and are not greedy."""
         at = put(torch.tensor(rows), self._device)
         floats = torch.tensor([(p.temperature, p.top_p) for p in params])
         ints = torch.tensor([(p.top_k, p.seed & (2**63 - 1)) for p in params])
-        self._heat_and_top_p.index_copy_(0, at, put(floats, self._device))
+        self._temperature_and_top_p.index_copy_(0, at, put(floats, self._device))
         self._top_k_and_seed.index_copy_(0, at, put(ints, self._device))
 
     def sample(
@@ -103,36 +105,36 @@ class Sampler:
         rows: torch.Tensor,
         positions: torch.Tensor,
         special: Mapping[int, SamplingParams],
-        drawn: bool,
+        all_greedy: bool,
     ) -> Sampled:
-        """The next token of each sequence; it becomes the last of its row, on every rank.
+        """Sample the next token of each sequence; it becomes its row's last one, on every rank.
 
-        logits [n, this rank's part of the vocabulary]; rows int64 [n]: the sequences' own;
-        positions [n]: the index that the new token will have in its sequence, which together with
-        the request's seed decides the draw, and is not read without one; special: by index below
-        n, those who want more than the likeliest token; drawn: whether there are such.
+        logits [n, this rank's part of the vocabulary]; rows int64 [n], the sequences' rows;
+        positions [n], the index of the new token in its sequence, which seeds the random number
+        together with the request's seed (not read if all are greedy); special: index below n →
+        parameters, of the sequences that are not greedy; all_greedy: there are none, on any rank.
         """
         shard = self._shard
-        if not drawn:
-            highest, tokens = shard.argmax(*self._ops.argmax(logits), self._vocab)
+        if all_greedy:
+            highest, tokens = shard.argmax(*self._backend.argmax(logits), self._vocab)
             self.last.index_copy_(0, rows, tokens)
             return Sampled(tokens, highest)
         logits = shard.vocab_columns(logits, self._vocab)
         if shard.rank == 0:
-            highest, tokens = self._choose(logits, rows, positions, special)
+            highest, tokens = self._sample(logits, rows, positions, special)
         else:
             highest = tokens = torch.empty_like(rows)
         self.last.index_copy_(0, rows, shard.broadcast(tokens))
-        wanted = {i: p.logprobs for i, p in special.items() if p.logprobs is not None}
-        if not wanted:
+        counts = {i: p.logprobs for i, p in special.items() if p.logprobs is not None}
+        if not counts:
             return Sampled(tokens, highest)
-        at = put(torch.tensor(list(wanted)), self._device)
+        at = put(torch.tensor(list(counts)), self._device)
         logprobs = logits[at].float().log_softmax(-1)
-        chosen = logprobs.gather(1, tokens[at].unsqueeze(1)).squeeze(1)
-        values, ids = logprobs.topk(min(max(wanted.values()), logprobs.shape[1]))
-        return Sampled(tokens, highest, (chosen, values, ids), wanted)
+        sampled = logprobs.gather(1, tokens[at].unsqueeze(1)).squeeze(1)
+        values, ids = logprobs.topk(min(max(counts.values()), logprobs.shape[1]))
+        return Sampled(tokens, highest, (sampled, values, ids), counts)
 
-    def _choose(
+    def _sample(
         self,
         logits: torch.Tensor,
         rows: torch.Tensor,
@@ -140,50 +142,51 @@ class Sampler:
         special: Mapping[int, SamplingParams],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(Largest logit, next token) of each sequence, from logits [n, vocab]."""
-        highest, tokens = self._ops.argmax(logits)
-        drawn = {i: params for i, params in special.items() if params.temperature > 0}
-        cut = {i: p for i, p in drawn.items() if p.top_k or p.top_p < 1}
-        by_count = any(params.top_k for params in cut.values())
-        for indices, draw in (
-            (list(cut), partial(self._draw_cut, by_count=by_count)),
-            ([i for i in drawn if i not in cut], self._draw_any),
+        highest, tokens = self._backend.argmax(logits)
+        random = {i: params for i, params in special.items() if params.temperature > 0}
+        truncated = {i: p for i, p in random.items() if p.top_k or p.top_p < 1}
+        with_top_k = any(params.top_k for params in truncated.values())
+        for indices, sample in (
+            (list(truncated), partial(self._sample_truncated, with_top_k=with_top_k)),
+            ([i for i in random if i not in truncated], self._sample_vocabulary),
         ):
             if indices and len(indices) == len(logits):
-                tokens = draw(logits, rows, positions)
+                tokens = sample(logits, rows, positions)
             elif indices:
                 at = put(torch.tensor(indices), self._device)
-                tokens.index_copy_(0, at, draw(logits[at], rows[at], positions[at]))
+                tokens.index_copy_(0, at, sample(logits[at], rows[at], positions[at]))
         return highest, tokens
 
-    def _draw_any(
+    def _sample_vocabulary(
         self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
-        """Draw from all of the vocabulary, in its own order; arguments as in `sample`.
+        """Sample from the whole vocabulary, in the order of its ids; arguments as in `sample`.
 
-        A row of NaN gives some token that exists: its shares are taken for ones.
+        A row of NaN gives some valid token: NaN probabilities count as ones.
         """
-        heat = self._heat_and_top_p[rows, :1]
-        shares = (logits.float() / heat).softmax(-1)
+        temperature = self._temperature_and_top_p[rows, :1]
+        probs = (logits.float() / temperature).softmax(-1)
         uniform = keyed_uniform(self._top_k_and_seed[rows, 1:], positions.long().unsqueeze(1))
-        blocks = reduce_blocks(shares, torch.sum, _BLOCK).double().nan_to_num_(1.0)
-        block, at = find_in_cumulative(blocks, uniform * blocks.sum(-1, keepdim=True))
-        place, _ = find_in_cumulative(
-            take_block(shares, block, 0.0, _BLOCK).double().nan_to_num_(1.0), at
-        )
-        return (block * _BLOCK + place).squeeze(1)
+        blocks = reduce_blocks(probs, torch.sum, _BLOCK).double().nan_to_num_(1.0)
+        block, rest = find_in_cumulative(blocks, uniform * blocks.sum(-1, keepdim=True))
+        within = take_block(probs, block, 0.0, _BLOCK).double().nan_to_num_(1.0)
+        offset, _ = find_in_cumulative(within, rest)
+        return (block * _BLOCK + offset).squeeze(1)
 
-    def _draw_cut(
-        self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, by_count: bool
+    def _sample_truncated(
+        self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, with_top_k: bool
     ) -> torch.Tensor:
-        """Draw from what top-k and top-p leave; by_count: top-k is asked for in some row."""
-        heat, top_p = self._heat_and_top_p[rows].unbind(1)
+        """Sample from the tokens that top-k and top-p keep; with_top_k: some row has a top-k."""
+        temperature, top_p = self._temperature_and_top_p[rows].unbind(1)
         top_k, seeds = self._top_k_and_seed[rows].unbind(1)
         uniform = keyed_uniform(seeds, positions.long())
-        return self._ops.sample(logits, heat, top_k if by_count else None, top_p, uniform)
+        return self._backend.sample(
+            logits, temperature, top_k if with_top_k else None, top_p, uniform
+        )
 
 
 def keyed_uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Uniform float64 in [0, 1) from (seed, position), both int64 [rows].
+    """Uniform float64 numbers in [0, 1) from (seed, position), both int64 [rows].
 
     SplitMix64's finaliser (Steele, Lea & Flood 2014) over the seed's hash plus the position.
     """

@@ -1,119 +1,25 @@
-"""Which tokens run in the next step.
+"""Chooses the tokens of the next step.
 
 One token budget serves prefill chunks and decodes together: running sequences first, in order of
-arrival, then new ones while budget, batch size and blocks last. Admission does not reserve the
-output; when blocks run out, the sequence that arrived last is preempted and recomputed later
-(most of it from the prefix cache).
+arrival, then waiting ones while budget, batch size and blocks last. Admission does not reserve
+memory for the output; when blocks run out, the sequence that arrived last is preempted and
+recomputed later (most of it from the prefix cache).
 
-Steps of decodes alone may be much cheaper to launch than those with chunks, as they are where they
-are replayed as graphs. Once there is no room for another sequence, new ones then wait a few steps
-for others to leave and start together: of many steps with a chunk each there remains one with many.
+A step of decodes alone can be much cheaper to launch than one with chunks, if it is replayed as a
+graph. With `group_size` set, waiting sequences are therefore admitted in groups once the batch is
+full: one step with many chunks replaces many steps with one chunk each.
 
-A step may be scheduled before the tokens of the one before it are known: that a sequence has met
-a stop token is then noticed a step late, and what was computed of it meanwhile is dropped.
+A step may be scheduled before the tokens of the previous one are known. A sequence that samples a
+stop token is then computed for one more step, whose result is dropped.
 """
 
 from collections import deque
 from dataclasses import dataclass, field
 
-from engine.errors import RequestError
-from engine.kv_cache import BlockTables, KVCache
-from engine.request import Completion, FinishReason, Request, TokenLogprobs
+from engine.kv_cache import KVCache
+from engine.sequence import Chunk, Sequence, Step
 
-_CALM_STEPS = 128  # before the limits grow again after a lack of memory
-
-
-@dataclass(eq=False, slots=True)
-class Sequence:
-    """A request in the engine: its tokens so far and how far their KV is computed."""
-
-    request: Request
-    tokens: list[int]  # prompt, then output, as far as it is known
-    max_tokens: int  # length at which it ends
-    stop_ids: frozenset[int]
-    tables: BlockTables
-    arrived: float
-    length: int = 0  # of `tokens` and those that the launched steps sample
-    computed: int = 0  # tokens whose KV the launched steps compute
-    row: int = -1  # its place among those that run, whose blocks and last token the runner keeps
-    greedy: bool = True  # wants the likeliest token and no more
-    decoding: bool = False  # the token to compute next is the one its last step samples
-    finished: bool = False
-    cached: int = 0  # prompt tokens found in the prefix cache when first admitted
-    first_token: float = 0.0
-    logprobs: list[TokenLogprobs] | None = None
-    admitted: bool = False
-
-    def __post_init__(self) -> None:
-        """Nothing is on its way yet."""
-        self.length = len(self.tokens)
-        params = self.request.params
-        self.greedy = params.temperature == 0 and params.logprobs is None
-
-    def append(self, token: int, now: float) -> FinishReason | None:
-        """Add an output token; the reason why the sequence ends with it, or None."""
-        self.tokens.append(token)
-        if not self.first_token:
-            self.first_token = now
-        told_to_stop = self.request.on_token is not None and self.request.on_token(token)
-        if token in self.stop_ids or told_to_stop:
-            return "stop"
-        return "length" if len(self.tokens) >= self.max_tokens else None
-
-    def completion(
-        self, reason: FinishReason, now: float, error: RequestError | None = None
-    ) -> Completion:
-        """What the caller gets."""
-        prompt = len(self.request.prompt_ids)
-        return Completion(
-            request_id=self.request.request_id,
-            token_ids=self.tokens[prompt:],
-            finish_reason=reason,
-            error=error,
-            prompt_tokens=prompt,
-            cached_tokens=self.cached,
-            logprobs=self.logprobs,
-            arrived=self.arrived,
-            first_token=self.first_token,
-            finished=now,
-        )
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Tokens [start, end) of a sequence, all of them known, to be computed in one step."""
-
-    sequence: Sequence
-    start: int
-    end: int
-    samples: bool  # the step yields the sequence's next token
-
-
-@dataclass
-class Step:
-    """What one step computes: a token of each decoding sequence, then chunks, the shortest first.
-
-    A decoding sequence's token is the one it sampled last, which the host need not know yet.
-    """
-
-    decodes: list[Sequence] = field(default_factory=list)
-    chunks: list[Chunk] = field(default_factory=list)  # those of a single token come first
-    ends: list[int] = field(default_factory=list)  # positions up to which each sequence gets
-    grown: list[Sequence] = field(default_factory=list)  # those whose block tables have changed
-
-    @property
-    def size(self) -> int:
-        """Sequences."""
-        return len(self.ends)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens computed."""
-        return len(self.decodes) + sum(chunk.end - chunk.start for chunk in self.chunks)
-
-    def sampling(self) -> list[Sequence]:
-        """The sequences that get a next token, in order."""
-        return self.decodes + [chunk.sequence for chunk in self.chunks if chunk.samples]
+_STEPS_BEFORE_GROWTH = 128  # successful steps after a back-off until the limits grow again
 
 
 @dataclass
@@ -123,39 +29,45 @@ class Scheduler:
     cache: KVCache
     max_batch_size: int  # sequences running at once
     max_batch_tokens: int  # tokens computed in one step
-    # New ones wait until one in so many of those running has left, or for so many steps; 0: never.
-    together: int = 0
+    # While the batch is full, admission waits until one in `group_size` running sequences has
+    # finished, for at most `group_size` steps. 0: sequences are admitted as soon as there is room.
+    group_size: int = 0
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)
     preemptions: int = 0
     back_offs: int = 0
-    lacks_blocks: bool = False  # the first that waits did when it was last looked at
-    gathering: bool = False  # there may be room, but more is waited for
-    _calm_steps: int = 0  # since the limits last changed
+    lacks_blocks: bool = False  # too few free blocks for the first waiting sequence, as last seen
+    gathering: bool = False  # sequences have finished, but admission waits for a larger group
+    _successes: int = 0  # steps since the limits last changed
     _full_limits: tuple[int, int] = (0, 0)
-    _full: bool = False  # there was no room for the first that waits; since then:
-    _left: int = 0  # sequences
-    _waited: int = 0  # steps
-    _rows: list[int] = field(default_factory=list)  # that no running sequence has
+    _full: bool = False  # there was no room for the first waiting sequence; since then:
+    _left: int = 0  # sequences that have finished
+    _waited: int = 0  # steps that were scheduled
+    _free_rows: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Remember the limits that hold while there is memory."""
+        """Keep the given limits, which hold again after a back-off."""
         self._full_limits = self.max_batch_size, self.max_batch_tokens
-        self._rows = list(reversed(range(self.max_batch_size)))
+        self._free_rows = list(reversed(range(self.max_batch_size)))
+
+    @property
+    def free_rows(self) -> list[int]:
+        """Rows that no running sequence uses."""
+        return list(self._free_rows)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; it must be able to run alone (`KVCache.capacity`)."""
         self.waiting.append(sequence)
 
     def schedule(self) -> Step:
-        """The next step; empty while all that run wait for their last token. Allocates blocks.
+        """The next step, with its blocks allocated; empty if all sequences await a last token.
 
-        Of the steps before, all but the last must be known (`Sequence.append`).
+        The tokens of all earlier steps but the last must be known (`Sequence.append`).
         """
         step = Step()
-        decodes, ends = step.decodes, step.ends
+        decodes, context_lens = step.decodes, step.context_lens
         budget, preemptions = self.max_batch_tokens, self.preemptions
-        for sequence in self.running:  # which preemption shortens at its end
+        for sequence in self.running:  # preemption shortens this list at its end
             if not budget:
                 break
             start = sequence.computed
@@ -165,50 +77,56 @@ class Scheduler:
                     self._plan(sequence, end, step)
                     budget -= end - start
             elif sequence.length < sequence.max_tokens and (
-                start < sequence.tables.room or self._make_room(sequence, start, start + 1, step)
+                start < sequence.block_tables.room
+                or self._make_room(sequence, start, start + 1, step)
             ):
                 sequence.computed = start + 1
                 sequence.length = start + 2
                 decodes.append(sequence)
-                ends.append(start + 1)
+                context_lens.append(start + 1)
                 budget -= 1
         self.gathering = False
         if preemptions < self.preemptions:
             self.lacks_blocks = True
-        elif self._is_to_wait():
+        elif self._gathers_a_group():
             self.gathering = self._left > 0
         else:
-            self.lacks_blocks = False
-            while self.waiting and budget:
-                is_free = len(self.running) < self.max_batch_size
-                tokens = self._admit(self.waiting[0], budget, step) if is_free else 0
-                if not tokens:
-                    self._full, self._left, self._waited = True, 0, 0
-                    self.lacks_blocks = is_free
-                    break
-                self.running.append(self.waiting.popleft())
-                budget -= tokens
+            self._admit_waiting(budget, step)
         step.chunks.sort(key=lambda chunk: chunk.end - chunk.start > 1)  # stable
-        ends += [chunk.end for chunk in step.chunks]
+        context_lens += [chunk.end for chunk in step.chunks]
         return step
 
-    def _is_to_wait(self) -> bool:
-        """Whether those that wait are to wait for more room, to start together."""
+    def _gathers_a_group(self) -> bool:
+        """Whether admission waits for more sequences to finish."""
         self._waited += self._full
         self._full = (
             self._full
-            and self._waited <= self.together
-            and self._left * self.together < len(self.running)
-            and self._left < len(self.waiting)  # else nobody is there to start with the others
+            and self._waited <= self.group_size
+            and self._left * self.group_size < len(self.running)
+            and self._left < len(self.waiting)  # else a larger group cannot form
         )
         return self._full
 
-    def back_off(self, step: Step) -> bool:
-        """Take back a step that ran out of memory and halve the limits; False: it was the least.
+    def _admit_waiting(self, budget: int, step: Step) -> None:
+        """Start waiting sequences, in order, while there is room."""
+        self.lacks_blocks = False
+        while self.waiting and budget:
+            has_row = len(self.running) < self.max_batch_size
+            tokens = self._admit(self.waiting[0], budget, step) if has_row else 0
+            if not tokens:
+                self._full, self._left, self._waited = True, 0, 0
+                self.lacks_blocks = has_row
+                break
+            self.running.append(self.waiting.popleft())
+            budget -= tokens
 
-        The steps before it must be known. What the step wrote of KV is not certain, nor is what
-        was found in the prefix index since; so everything that runs starts again, in the same
-        order.
+    def back_off(self, step: Step) -> bool:
+        """Take back a step that ran out of memory and halve the limits.
+
+        False if the step computed a single token: there is nothing left to halve. The tokens of
+        all earlier steps must be known. The KV that the step was to write is uncertain, and so is
+        every prefix that was matched since; all running sequences are therefore preempted, and
+        start again in the same order.
         """
         tokens = step.tokens
         if tokens <= 1:
@@ -220,96 +138,102 @@ class Scheduler:
         self.max_batch_size = max(1, step.size // 2)
         self.max_batch_tokens = max(1, tokens // 2)
         self.back_offs += 1
-        self._calm_steps = 0
+        self._successes = 0
         return True
 
-    def calm(self) -> None:
-        """Note a step that had memory enough: after many, the limits grow again.
+    def note_success(self) -> None:
+        """Count a step that had enough memory; after enough of them the limits double again.
 
-        Each back-off makes the wait twice as long: one whose cause stays is soon hardly met.
+        Each back-off doubles the number of steps that are enough, so a persistent cause is
+        retried ever more rarely.
         """
         size, tokens = self._full_limits
         if (self.max_batch_size, self.max_batch_tokens) == self._full_limits:
             return
-        self._calm_steps += 1
-        if self._calm_steps >= _CALM_STEPS << self.back_offs:
+        self._successes += 1
+        if self._successes >= _STEPS_BEFORE_GROWTH << self.back_offs:
             self.max_batch_size = min(size, 2 * self.max_batch_size)
             self.max_batch_tokens = min(tokens, 2 * self.max_batch_tokens)
-            self._calm_steps = 0
+            self._successes = 0
 
     def finish(self, sequences: list[Sequence]) -> None:
-        """Take sequences out and give their blocks back, wherever they are.
+        """Remove running or waiting sequences and free their blocks.
 
-        A launched step may still compute them: whoever gets the blocks runs after it.
+        A launched step may still use the blocks: steps run in order, so whoever gets the blocks
+        writes them later.
         """
         for sequence in sequences:
             sequence.finished = True
             if sequence.row < 0:
                 self.waiting.remove(sequence)
             else:
-                self._leave(sequence)
+                self._release(sequence)
                 self._left += 1
         self.running = [sequence for sequence in self.running if not sequence.finished]
 
-    def _leave(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence) -> None:
+        """Free the blocks and the row of a running sequence."""
         known = min(sequence.computed, len(sequence.tokens))
-        self.cache.index_full_blocks(sequence.tables, sequence.tokens, known)
-        self.cache.release(sequence.tables)
-        self._rows.append(sequence.row)
+        self.cache.index_full_blocks(sequence.block_tables, sequence.tokens, known)
+        self.cache.release(sequence.block_tables)
+        self._free_rows.append(sequence.row)
         sequence.row = -1
         sequence.computed = 0
         sequence.decoding = False
 
     def _make_room(self, sequence: Sequence, start: int, end: int, step: Step) -> bool:
-        """Allocate [start, end), if need be at the cost of the last to arrive; False: of itself."""
-        # All tokens below are known by now, which those that the block's last step sampled were
-        # not when it was scheduled.
-        self.cache.index_full_blocks(sequence.tables, sequence.tokens, start)
-        while not self.cache.allocate(sequence.tables, start, end):
+        """Allocate [start, end), preempting the latest arrivals if needed.
+
+        False if the sequence itself was preempted.
+        """
+        # When the last step was scheduled, the tokens that it samples were not known; all tokens
+        # below `start` are known now, so blocks that have become full can be indexed.
+        self.cache.index_full_blocks(sequence.block_tables, sequence.tokens, start)
+        while not self.cache.allocate(sequence.block_tables, start, end):
             if self._preempt_last() is sequence:
                 return False
-        step.grown.append(sequence)
+        step.changed_tables.append(sequence)
         return True
 
     def _plan(self, sequence: Sequence, end: int, step: Step) -> None:
+        """Add the sequence's tokens up to `end` to the step."""
         samples = end == sequence.length
         step.chunks.append(Chunk(sequence, sequence.computed, end, samples))
         sequence.computed = end
         sequence.decoding = samples
         sequence.length += samples
-        self.cache.index_full_blocks(sequence.tables, sequence.tokens, end)
+        self.cache.index_full_blocks(sequence.block_tables, sequence.tokens, end)
 
     def _preempt_last(self) -> Sequence:
         victim = self.running.pop()
-        self._leave(victim)
+        self._release(victim)
         self.waiting.appendleft(victim)
         self.preemptions += 1
         return victim
 
     def _admit(self, sequence: Sequence, budget: int, step: Step) -> int:
-        """Start a waiting sequence; how many tokens of it, 0 if there is no room.
+        """Start a waiting sequence; returns the tokens in its first chunk, 0 if there is no room.
 
-        Its first chunk must fit, and the running ones keep room: blocks for the rest of the
-        prompt, and one a running sequence, so that an admission is not followed at once by a
-        preemption.
+        Besides the blocks of its first chunk, blocks must be free for the rest of its prompt and
+        one for each running sequence, so that an admission does not cause a preemption at once.
         """
-        room = len(self.running)
-        if self.cache.num_free < room:
+        spare = len(self.running)
+        if self.cache.num_free < spare:
             return 0
-        cached = self.cache.match_prefix(sequence.tables, sequence.tokens)
+        cached = self.cache.match_prefix(sequence.block_tables, sequence.tokens)
         end = min(len(sequence.tokens), cached + budget)
-        if room:
-            room += -(-(len(sequence.tokens) - end) // self.cache.block_size)
-        needed = self.cache.blocks_for(sequence.tables, end)
-        fits = needed + room <= self.cache.num_free
-        if not fits or not self.cache.allocate(sequence.tables, cached, end):
-            self.cache.release(sequence.tables)
+        if spare:
+            spare += -(-(len(sequence.tokens) - end) // self.cache.block_size)
+        needed = self.cache.blocks_for(sequence.block_tables, end)
+        fits = needed + spare <= self.cache.num_free
+        if not fits or not self.cache.allocate(sequence.block_tables, cached, end):
+            self.cache.release(sequence.block_tables)
             return 0
-        sequence.row = self._rows.pop()
+        sequence.row = self._free_rows.pop()
         sequence.computed = cached
         if not sequence.admitted:
             sequence.admitted = True
             sequence.cached = min(cached, len(sequence.request.prompt_ids))
-        step.grown.append(sequence)
+        step.changed_tables.append(sequence)
         self._plan(sequence, end, step)
         return end - cached

@@ -1,9 +1,10 @@
-"""What the engine counts, for reports."""
+"""Counters of the engine, for reports."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from engine.request import Completion
-from engine.scheduler import Scheduler, Step
+from engine.scheduler import Scheduler
+from engine.sequence import Step
 
 
 @dataclass
@@ -12,31 +13,41 @@ class EngineStats:
 
     steps: int = 0
     prompt_tokens: int = 0  # of finished requests
-    cached_tokens: int = 0  # of those, found in the prefix cache
+    cached_tokens: int = 0  # of these, found in the prefix cache
     output_tokens: int = 0
     preemptions: int = 0
     back_offs: int = 0  # steps that ran out of memory and were taken back
-    batch_sum: int = 0  # sequences a step, summed over steps
+    batch_sum: int = 0  # sequences in a step, summed over steps
     peak_batch: int = 0
     kv_blocks: int = 0
     kv_bytes: int = 0
     peak_kv_blocks: int = 0
-    decode_tokens: int = 0  # computed, one of a sequence in a step
-    decode_context: int = 0  # positions that these attended, without windows
-    prefill_chunks: int = 0  # of more than one token
+    decode_tokens: int = 0  # tokens computed as the only one of their sequence in a step
+    decode_context: int = 0  # positions that these attended to, ignoring windows
+    prefill_chunks: int = 0  # chunks of more than one token
     prefill_tokens: int = 0
-    prefill_context: int = 0  # lengths at the ends of the chunks
-    kv_full_steps: int = 0  # steps in which requests waited for blocks alone
-    gathering_steps: int = 0  # steps in which requests waited to start together
-    short_steps: int = 0  # steps that had room for more requests than there were
+    prefill_context: int = 0  # context lengths at the ends of the chunks, summed
+    kv_full_steps: int = 0  # steps in which requests waited only for free blocks
+    gathering_steps: int = 0  # steps in which requests waited to be admitted as a group
+    short_steps: int = 0  # steps with room for more requests than there were
     schedule_s: float = 0.0
-    model_s: float = 0.0  # the model's steps, sampling included
-    warm_up_s: float = 0.0  # the next three included
-    load_s: float = 0.0  # weights, onto the device
-    compile_s: float = 0.0  # steps run for the first time, which compiles a GPU's kernels
-    capture_s: float = 0.0  # of decode steps as graphs, but for that
+    model_s: float = 0.0  # launching and waiting for steps, sampling included
+    warm_up_s: float = 0.0  # includes the next three
+    load_s: float = 0.0  # reading the weights onto the device
+    compile_s: float = 0.0  # first runs of steps, which compile the GPU's kernels
+    capture_s: float = 0.0  # capturing decode steps as graphs, without compiling
     inference_s: float = 0.0
     finish_s: float = 0.0
+
+    def since(self, before: "EngineStats") -> "EngineStats":
+        """Each counter minus an earlier copy's; peaks and sizes keep their value."""
+        kept = ("peak_batch", "kv_blocks", "kv_bytes", "peak_kv_blocks")
+        return EngineStats(
+            **{
+                name: value if name in kept else value - getattr(before, name)
+                for name, value in asdict(self).items()
+            }
+        )
 
     def count(self, step: Step, scheduler: Scheduler) -> None:
         """Count a step that was launched."""
@@ -46,7 +57,7 @@ class EngineStats:
         self.peak_kv_blocks = max(self.peak_kv_blocks, scheduler.cache.num_used)
         self.preemptions = scheduler.preemptions
         self.decode_tokens += len(step.decodes)
-        self.decode_context += sum(step.ends[: len(step.decodes)])
+        self.decode_context += sum(step.context_lens[: len(step.decodes)])
         computed = len(step.decodes)
         for chunk in step.chunks:
             tokens = chunk.end - chunk.start
@@ -68,7 +79,7 @@ class EngineStats:
                 self.kv_full_steps += 1
 
     def count_finished(self, completion: Completion) -> None:
-        """Count a request that is through."""
+        """Count a request that has finished."""
         self.prompt_tokens += completion.prompt_tokens
         self.cached_tokens += completion.cached_tokens
         self.output_tokens += len(completion.token_ids)

@@ -1,69 +1,73 @@
-"""One step of the engine, to be run again and again: what a profile measures."""
+"""Repeats one step of the engine, for profiles."""
 
 import torch
 
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.request import Request, SamplingParams
-from engine.scheduler import Sequence
+from engine.sequence import Sequence
 
 
 class Probe:
     """`batch` sequences of random tokens, each about to compute the last `query` of `context`.
 
-    What lies before is in the KV cache already, as random values: nothing is prefilled. The step
-    is the engine's own, from the schedule to the sampled tokens, but never replayed as a graph,
-    whose parts nobody can follow. Raises EngineError where the engine has no room for it.
+    The KV cache holds random values for the earlier positions: nothing is prefilled. The step is
+    the engine's own, from scheduling to sampling, but it is never replayed as a graph, whose parts
+    cannot be timed. Raises EngineError if the engine has no room for the step.
     """
 
     def __init__(self, engine: Engine, batch: int, query: int, context: int):
         engine.warm_up()
-        scheduler, runner = engine._scheduler, engine._runner
-        assert scheduler is not None  # warmed up
         if context > engine.max_positions:
             raise EngineError(
-                f"a context of {context} is beyond the {engine.max_positions} positions there are"
+                "a context of {context} tokens exceeds the limit of {limit} positions",
+                context=context,
+                limit=engine.max_positions,
             )
         if batch > engine.max_batch_size or batch * query > engine.max_batch_tokens:
-            raise EngineError(f"{batch} sequences of {query} tokens are more than one step takes")
-        self._engine, self._scheduler, self._runner = engine, scheduler, runner
+            raise EngineError(
+                "{batch} sequences of {query} tokens do not fit into one step; raise "
+                "{max_batch_size} or {max_batch_tokens}",
+                batch=batch,
+                query=query,
+            )
+        self._steps = engine.steps
         self._start, self._context = context - query, context
         ids = torch.randint(
             engine.model_config.vocab_size,
             (batch, context),
             generator=torch.Generator().manual_seed(0),
         )
-        runner._graphs = None
+        engine.runner.uncapture()
+        scheduler = self._steps.scheduler
         scheduler.running = [self._sequence(i, tokens) for i, tokens in enumerate(ids.tolist())]
-        tables = [table for sequence in scheduler.running for table in sequence.tables.tables]
-        last = max(max(table) for table in tables)
-        for cache in runner._caches:
-            cache[:, 1 : last + 1] = torch.randn(cache.shape[2:]).to(cache)
+        tables = [table for each in scheduler.running for table in each.block_tables.tables]
+        engine.runner.fill_kv_randomly(max(max(table) for table in tables))
 
     def step(self) -> None:
         """Run the step."""
-        self._engine._step(self._scheduler)
-        self._engine._read(self._scheduler)
-        for sequence in self._scheduler.running:
+        self._steps.run_step()
+        self._steps.read()
+        for sequence in self._steps.scheduler.running:
             del sequence.tokens[self._context :]
             sequence.computed, sequence.length = self._start, self._context
-            # The first step gives the runner the blocks and a token to go on from.
+            # The first step gives the runner the block tables and a last token to decode from.
             sequence.decoding = self._context - self._start == 1
 
     def _sequence(self, row: int, tokens: list[int]) -> Sequence:
-        cache = self._scheduler.cache
+        cache = self._steps.scheduler.cache
         tables, size = cache.new_tables(), cache.block_size
-        # Block by block, as they would have grown: those behind a window are given back.
+        # Block by block, as the sequence would have grown: blocks behind a window are freed.
         for start in range(0, self._context, size):
             if not cache.allocate(
                 tables, min(start, self._start), min(start + size, self._context)
             ):
                 raise EngineError(
                     "the KV cache is too small for this batch at this context: lower either, or "
-                    "raise --kv-memory"
+                    "raise {kv_memory}"
                 )
         request = Request(tokens, SamplingParams(ignore_eos=True))
-        limit = self._context + 2  # never reached: a step adds one token, which is taken back
+        limit = self._context + 2  # never reached: `step` removes the token that a step adds
         return Sequence(
             request, tokens, limit, frozenset(), tables, arrived=0.0, computed=self._start, row=row
         )

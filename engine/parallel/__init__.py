@@ -1,1 +1,1 @@
-"""Tensor and expert parallelism: the processes that compute one model together."""
+"""Tensor and expert parallelism: processes (ranks) that compute one model together."""

@@ -1,4 +1,4 @@
-"""Connections between the ranks: one for tensors of the device, one for messages of the host."""
+"""Connections between ranks: one for tensors on devices, one for messages between hosts."""
 
 import os
 import pickle
@@ -9,54 +9,59 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from engine.errors import EngineError
 from engine.memory_plan import available_bytes, is_out_of_memory
 from engine.parallel.step_message import StepMessage
 from model.sharding import Shard
 
-OUT_OF_MEMORY = "lower --max-batch-tokens, --max-batch-size or --kv-memory, or take more GPUs"
-PEER_LOST = 3  # exit status of a rank that has lost another
-NEVER = timedelta(days=365)  # ranks wait as long as a user does; a peer that dies is noticed
+OUT_OF_MEMORY_REMEDY = "lower {max_batch_tokens}, {max_batch_size} or {kv_memory}, or use more GPUs"
+PEER_LOST = 3  # exit status of a rank whose connection to another rank broke
+NO_TIMEOUT = timedelta(days=365)  # waiting is normal; a rank that dies is noticed otherwise
 
-_STEP, _CALL = 0, 1  # what a message is
-_FIRST = 4096  # int32 values that go at once; only a longer message takes a second broadcast
-_TEXT = 2048  # bytes of what a rank reports of a call
+_STEP, _CALL = 0, 1  # kinds of message
+_FIRST = 4096  # int32 values in the first broadcast; only a longer message needs a second one
+_REPORT_BYTES = 2048  # a rank's report of a call is cut to this size
 
 
 class Channel:
-    """A rank's connections: a shard to compute with, and messages between hosts."""
+    """A rank's connections: a shard whose collectives use them, and messages between hosts."""
 
     def __init__(self, rank: int, size: int, store: Any, device: torch.device, one_host: bool):
-        own, make = dist.PrefixStore("host", store), dist.ProcessGroupGloo
+        """Connect to the other ranks, which must do so at the same time.
+
+        store: a torch.distributed store that all ranks use.
+        """
+        host_store, make = dist.PrefixStore("host", store), dist.ProcessGroupGloo
         self._host: Any
-        if one_host:  # whose name need not lead to it
+        if one_host:  # its host name may not resolve to an address of it
             options = make._Options()  # type: ignore[attr-defined]
-            options._timeout = NEVER
+            options._timeout = NO_TIMEOUT
             options._devices = [make.create_device(hostname="127.0.0.1")]
-            self._host = make(own, rank, size, options)
+            self._host = make(host_store, rank, size, options)
         else:
-            self._host = make(own, rank, size, timeout=NEVER)
+            self._host = make(host_store, rank, size, timeout=NO_TIMEOUT)
         group = self._host
-        if device.type == "cuda":  # on AMD, torch calls RCCL so, too
+        if device.type == "cuda":  # on AMD, torch gives RCCL this name
             nccl: Any = dist.ProcessGroupNCCL
             group = nccl(dist.PrefixStore("device", store), rank, size, nccl.Options())
         self._group, self._device = group, device
-        self._first = dist.BroadcastOptions()
-        self._first.rootRank = 0
+        self._from_rank_0 = dist.BroadcastOptions()
+        self._from_rank_0.rootRank = 0
         self.shard = Shard(rank, size, group)
 
-    def send_step(self, work: StepMessage) -> None:
-        """Rank 0 tells the others what to compute."""
-        self._send(_STEP, work.packed())
+    def send_step(self, message: StepMessage) -> None:
+        """Send a step from rank 0 to all others."""
+        self._send(_STEP, message.packed())
 
     def send_call(self, name: str, args: tuple[Any, ...]) -> None:
-        """Rank 0 tells the others what to do."""
+        """Send a call (a name and its arguments) from rank 0 to all others."""
         data = pickle.dumps((name, args))
         body = array("i", [len(data)])
         body.frombytes(data + bytes(-len(data) % body.itemsize))
         self._send(_CALL, body)
 
     def receive(self, groups: int) -> StepMessage | tuple[str, tuple[Any, ...]]:
-        """What rank 0 sent; groups: block tables of a sequence."""
+        """Wait for the next step or call from rank 0; groups: block tables of each sequence."""
         kind, body = self._receive()
         if kind == _STEP:
             return StepMessage.unpacked(body, groups)
@@ -82,65 +87,66 @@ class Channel:
         return kind, body
 
     def _broadcast(self, values: torch.Tensor) -> None:
-        self._host.broadcast([values], self._first).wait()
+        self._host.broadcast([values], self._from_rank_0).wait()
 
-    def reports(self, own: str) -> list[str]:
-        """Every rank's text, cut to a length."""
-        text = own.encode()[:_TEXT]
-        mine = torch.zeros(_TEXT, dtype=torch.uint8)
-        mine[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
-        every = [torch.empty_like(mine) for _ in range(self.shard.size)]
-        self._host.allgather([every], [mine]).wait()
-        return [bytes(each.tolist()).rstrip(b"\0").decode(errors="replace") for each in every]
+    def gather_reports(self, report: str) -> list[str]:
+        """Exchange a text with all ranks; returns the texts by rank, cut to a fixed size."""
+        text = report.encode()[:_REPORT_BYTES]
+        own = torch.zeros(_REPORT_BYTES, dtype=torch.uint8)
+        own[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
+        all_texts = [torch.empty_like(own) for _ in range(self.shard.size)]
+        self._host.allgather([all_texts], [own]).wait()
+        return [bytes(each.tolist()).rstrip(b"\0").decode(errors="replace") for each in all_texts]
 
-    def least(self, own: int) -> int:
-        """The smallest of every rank's numbers."""
+    def minimum(self, own: int) -> int:
+        """The smallest number of all ranks."""
         value, options = torch.tensor([own]), dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp(dist.ReduceOp.MIN)
         self._host.allreduce([value], options).wait()
         return int(value)
 
     def available(self) -> int:
-        """Bytes that every rank can still allocate; those of one CPU share its memory."""
+        """Bytes that every rank can still allocate; ranks on a CPU share its memory equally."""
         own = available_bytes(self._device)
-        return self.least(own // self.shard.size if self._device.type == "cpu" else own)
+        return self.minimum(own // self.shard.size if self._device.type == "cpu" else own)
 
     def abort(self) -> None:
-        """Break off what the device waits for."""
+        """Abort the collectives that the device waits for."""
         if self._group is not self._host:
             self._group.abort()
 
 
-def described(error: Exception) -> str:
-    """What a rank reports of an error: its type, then its text."""
-    remedy = f"; {OUT_OF_MEMORY}" if is_out_of_memory(error) else ""
-    return f"{type(error).__name__}\n{error}{remedy}"
+def error_report(error: Exception) -> str:
+    """The report of an error: its type, a newline, and its text, with settings in braces."""
+    text = error.template() if isinstance(error, EngineError) else str(error)
+    remedy = f"; {OUT_OF_MEMORY_REMEDY}" if is_out_of_memory(error) else ""
+    return f"{type(error).__name__}\n{text}{remedy}"
 
 
-def is_connection(error: Exception) -> bool:
-    """Whether a rank was lost, rather than that something went wrong here."""
+def is_connection_error(error: Exception) -> bool:
+    """Whether the connection to another rank broke, rather than something failing here."""
     words = ("gloo", "NCCL", "Connection", "connection", "Broken pipe")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
-def post(store: Any, key: str, text: str) -> None:
-    """Put a text into a store, and see that it has come there: this process may end then."""
+def store_text(store: Any, key: str, text: str) -> None:
+    """Put a text into a store and wait until it has arrived: this process may end then."""
     store.set(key, text)
     store.get(key)
 
 
 def torchrun_size() -> int:
-    """How many processes torchrun has started together; 1 if it was not torchrun."""
+    """The number of processes that torchrun started; 1 without torchrun."""
     return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 def torchrun_rank() -> int:
-    """This process's place among them."""
+    """This process's rank among those that torchrun started; 0 without torchrun."""
     return int(os.environ["RANK"]) if torchrun_size() > 1 else 0
 
 
 def torchrun_store() -> Any:
-    """The store that all of them reach."""
+    """The store that is shared by the processes that torchrun started."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     master = not agent and torchrun_rank() == 0

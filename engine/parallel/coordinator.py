@@ -1,11 +1,11 @@
-"""Ranks: processes that compute one model together, on torch.distributed (NCCL, RCCL, gloo).
+"""Rank 0 of the processes that compute one model together, on torch.distributed.
 
-Rank 0 is the process that has the engine: it schedules, samples what is drawn, and tells the
-others what to do, a message a step. They run `rank.serve`: the same runner, on their share. Process
-groups are made here and belong to nobody else, so that a process may have several engines.
+Rank 0 is the process that has the engine: it schedules, samples, and sends each step to the other
+ranks. They run `worker.run`: the same runner on their share of the model. Collectives use NCCL,
+RCCL or gloo. The process groups are private, so that one process can have several engines.
 
     rank 0:  schedule → send the step → compute own share ⇄ exchange ⇄ → tokens
-    others:             receive it    → compute own share ⇄ exchange ⇄
+    others:          receive the step → compute own share ⇄ exchange ⇄
 """
 
 import contextlib
@@ -27,271 +27,299 @@ from engine.errors import EngineError
 from engine.memory_plan import is_out_of_memory
 from engine.model_runner import ModelRunner
 from engine.parallel.channel import (
-    OUT_OF_MEMORY,
+    OUT_OF_MEMORY_REMEDY,
     PEER_LOST,
     Channel,
-    described,
-    is_connection,
+    error_report,
+    is_connection_error,
     torchrun_size,
     torchrun_store,
 )
 from engine.parallel.step_message import StepMessage
 from engine.request import SamplingParams
+from engine.resolve import dtype_name
 from engine.sampler import Sampled
 from model import CheckpointError, ModelConfig
 from model.sharding import Shard
 
-_START_S = 120.0  # for a process to import torch on a busy machine
-_DYING_S = 10.0  # from a broken connection to the end of the process that broke it
+_START_TIMEOUT_S = 120.0  # importing torch can take this long on a busy machine
+_EXIT_TIMEOUT_S = 10.0  # from a broken connection to the exit of the process that broke it
 
 
-class Ranks:
-    """Rank 0's hold on the others: started, told, watched and ended.
+class WorkerPool:
+    """The other ranks, as rank 0 sees them: it starts, calls, watches and ends them.
 
-    Where `torchrun` has started this process and the others, these are they.
+    If torchrun started this process and the others, those are the workers.
     """
 
     def __init__(self, size: int):
+        """size: the number of ranks, rank 0 included."""
         self.size = size
-        self.link: Channel | None = None
+        self.channel: Channel | None = None
+        self.processes: list[subprocess.Popen[bytes]] = []  # by rank - 1; empty with torchrun
         self._store: Any = None
-        self._processes: list[subprocess.Popen[bytes]] = []
         self._watcher: threading.Thread | None = None
         self._closing = threading.Event()
-        # Whether all ranks wait for a message. When an exception comes in between they do not,
-        # and nothing can be told them any more.
-        self._listening = False
+        # Whether all ranks wait for a message. After an exception in the middle of an exchange
+        # they do not, and can no longer be called.
+        self._waiting = False
 
     @property
     def shard(self) -> Shard:
-        """Rank 0's; without connections until `start`."""
-        return Shard(0, self.size) if self.link is None else self.link.shard
+        """Rank 0's shard; without connections until `start`."""
+        return Shard(0, self.size) if self.channel is None else self.channel.shard
 
     @property
-    def listening(self) -> bool:
-        """Whether the others are there and wait for a message."""
-        return self.link is not None and self._listening
+    def ready(self) -> bool:
+        """Whether the workers are there and wait for a message."""
+        return self.channel is not None and self._waiting
 
     def start(self, device: torch.device) -> None:
-        """Start the other ranks and connect to them. Raises EngineError."""
-        if self.link is not None:
+        """Start the workers and connect to them. Raises EngineError."""
+        if self.channel is not None:
             return
-        launched = torchrun_size() == self.size
+        by_torchrun = torchrun_size() == self.size
         try:
-            if not launched:
+            if not by_torchrun:
                 self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
                 for rank in range(1, self.size):
-                    self._processes.append(_spawn(rank, self.size, self._store.port, device))
+                    self.processes.append(_spawn(rank, self.size, self._store.port, device))
             else:
                 self._store = torchrun_store()
                 self._store.set("device", device.type)
             self._wait_for_all()
-            self.link = Channel(0, self.size, self._store, device, one_host=not launched)
+            self.attach(Channel(0, self.size, self._store, device, one_host=not by_torchrun))
         except BaseException:
             self.close()
             raise
-        self._listening = True
         if device.type == "cuda":
-            self._closing.clear()
-            self._watcher = threading.Thread(target=self._watch, args=(self.link,), daemon=True)
-            self._watcher.start()
+            self.watch()
+
+    def attach(self, channel: Channel) -> None:
+        """Use this channel, whose other ends wait for messages."""
+        self.channel, self._waiting = channel, True
+
+    def watch(self) -> None:
+        """Abort collectives when a worker dies: a GPU would wait for it forever."""
+        self._closing.clear()
+        self._watcher = threading.Thread(target=self._watch, args=(self.channel,), daemon=True)
+        self._watcher.start()
 
     def _wait_for_all(self) -> None:
         names = [f"here/{rank}" for rank in range(1, self.size)]
-        end = time.monotonic() + _START_S
+        end = time.monotonic() + _START_TIMEOUT_S
         while not self._store.check(names):
-            if any(process.poll() is not None for process in self._processes):
-                raise self._lost("did not start") or EngineError("a rank did not start")
+            if any(process.poll() is not None for process in self.processes):
+                raise self._find_lost("did not start") or EngineError("a rank did not start")
             if time.monotonic() > end:
-                raise EngineError(f"not all of {self.size} ranks came within {_START_S:.0f} s")
+                raise EngineError(
+                    "not all of {size} ranks started within {seconds} s",
+                    size=self.size,
+                    seconds=round(_START_TIMEOUT_S),
+                )
             time.sleep(0.02)
 
-    def send_step(self, work: StepMessage) -> None:
-        """Tell the others to compute this; every rank then must."""
-        assert self.link is not None
-        self.link.send_step(work)
+    def send_step(self, message: StepMessage) -> None:
+        """Send a step to the workers; every rank must compute it then."""
+        assert self.channel is not None
+        self.channel.send_step(message)
 
     def call(self, name: str, args: tuple[Any, ...], own: Callable[[], Any]) -> Any:
-        """Let every rank do what `rank.serve` knows by this name, and rank 0 `own`.
+        """Run a call of `worker.run` on every worker and `own` on rank 0; returns own's result.
 
-        Returns what `own` does. Raises what went wrong on any rank, its own first.
+        Raises rank 0's error if it has one, else the first worker's.
         """
-        with self.together():
-            assert self.link is not None
-            self.link.send_call(name, args)
+        with self.collective():
+            assert self.channel is not None
+            self.channel.send_call(name, args)
             result, error = None, None
             try:
                 result = own()
             except Exception as caught:
                 if is_out_of_memory(caught):
-                    raise  # the others may be waiting for a result that will not come
+                    raise  # the workers may wait for a collective that will not happen
                 error = caught
-            reports = self.link.reports("" if error is None else described(error))
+            reports = self.channel.gather_reports("" if error is None else error_report(error))
         if error is not None:
             raise error
         for rank, report in enumerate(reports):
             if report:
-                kind, _, text = report.partition("\n")
-                error_type = {"CheckpointError": CheckpointError, "EngineError": EngineError}
-                raise error_type.get(kind, RuntimeError)(f"rank {rank}: {text}")
+                raise _reported_error(rank, report)
         return result
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """What all ranks do at once: an error in it is the end of them all. Raises EngineError."""
-        self._listening = False
+    def collective(self) -> Iterator[None]:
+        """Something that all ranks do at once: an error in it ends them all. Raises EngineError."""
+        self._waiting = False
         try:
             yield
         except Exception as error:
-            lost = self._lost("died") if is_connection(error) else None
+            lost = self._find_lost("died") if is_connection_error(error) else None
             self.close()
             if lost is not None:
                 raise lost from error
             if is_out_of_memory(error):
                 raise EngineError(
-                    f"out of memory in what {self.size} ranks do together, which cannot be taken"
-                    f" back; {OUT_OF_MEMORY}"
+                    "out of memory in a step that {size} ranks compute together and that cannot be "
+                    "repeated in parts; " + OUT_OF_MEMORY_REMEDY,
+                    size=self.size,
                 ) from error
             raise
-        self._listening = True
+        self._waiting = True
 
     def close(self) -> None:
-        """End the other ranks: as told if they listen, else at once."""
-        link, listening, self.link = self.link, self.listening, None
-        if self._watcher is not None:  # at the end of the program it must not be inside torch
+        """End the workers: with a message if they wait for one, else by killing them."""
+        channel, ready, self.channel = self.channel, self.ready, None
+        if self._watcher is not None:  # it must not be inside torch when the program exits
             self._closing.set()
-            self._watcher.join(_DYING_S)
+            self._watcher.join(_EXIT_TIMEOUT_S)
             self._watcher = None
-        if link is not None and listening:
+        if channel is not None and ready:
             with contextlib.suppress(RuntimeError):
-                link.send_call("end", ())
-                link.reports("")
+                channel.send_call("end", ())
+                channel.gather_reports("")
         else:
-            for process in self._processes:
+            for process in self.processes:
                 process.kill()
-        for process in self._processes:
+        for process in self.processes:
             try:
-                process.wait(_DYING_S)
+                process.wait(_EXIT_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
             assert process.stdin is not None
             process.stdin.close()
-        self._processes = []
+        self.processes = []
 
-    def _lost(self, what: str) -> EngineError | None:
-        """Which rank broke the connection, and why; None if all are well."""
-        end = time.monotonic() + (_DYING_S if self._processes else 0)
+    def _find_lost(self, event: str) -> EngineError | None:
+        """The error that names the rank that broke the connection; None if all ranks are alive."""
+        end = time.monotonic() + (_EXIT_TIMEOUT_S if self.processes else 0)
         while (found := self._first_dead()) is None and time.monotonic() < end:
             time.sleep(0.05)
         if found is not None:
-            return EngineError(f"rank {found[0]} of {self.size} {what}: {found[1]}")
-        if self._processes:
+            rank, cause = found
+            return EngineError(
+                "rank {rank} of {size} " + event + ": {cause}",
+                rank=rank,
+                size=self.size,
+                cause=cause,
+            )
+        if self.processes:
             return None
-        return EngineError(f"one of {self.size} ranks {what}; torchrun says which")
+        return EngineError(
+            "one of {size} ranks " + event + "; the output of torchrun names it", size=self.size
+        )
 
-    def _first_dead(self) -> tuple[int, str] | None:
-        """The rank that is the cause: others end only because they lost it."""
+    def _first_dead(self) -> tuple[int, EngineError] | None:
+        """The rank that failed, and why; ranks that only lost their connection do not count."""
         for rank in range(1, self.size):
             key = f"error/{rank}"
             if self._store.check([key]):
-                return rank, self._store.get(key).decode()
-            status = self._processes[rank - 1].poll() if self._processes else None
+                return rank, EngineError(self._store.get(key).decode())
+            status = self.processes[rank - 1].poll() if self.processes else None
             if status is None or status == PEER_LOST:
                 continue
             if status < 0:
-                return rank, f"killed by signal {-status} ({signal.Signals(-status).name})"
-            return rank, f"it ended with status {status}"
+                name = signal.Signals(-status).name
+                return rank, EngineError(f"killed by signal {-status} ({name})")
+            return rank, EngineError(f"it exited with status {status}")
         return None
 
-    def _watch(self, link: Channel) -> None:
-        """Break off what a GPU waits for when a rank has died: it would wait for ever."""
-        with contextlib.suppress(RuntimeError):  # of a store or a device that is gone
+    def _watch(self, channel: Channel) -> None:
+        with contextlib.suppress(RuntimeError):  # the store or the device is gone
             while not self._closing.wait(0.2):
                 if self._first_dead() is not None:
-                    link.abort()
+                    channel.abort()
                     return
 
 
 class CoordinatorRunner(ModelRunner):
-    """Rank 0's runner: whatever it does, the others do with it."""
+    """Rank 0's runner: the workers' runners do whatever it does."""
 
-    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype, ranks: Ranks):
-        super().__init__(config, device, dtype, ranks.shard)
-        self._ranks = ranks
+    def __init__(
+        self, config: ModelConfig, device: torch.device, dtype: torch.dtype, workers: WorkerPool
+    ):
+        super().__init__(config, device, dtype, workers.shard)
+        self._workers = workers
 
     def connect(self, checkpoint: Path, threads: int) -> None:
-        """Give each rank a runner of its own share; threads: of each, on a CPU."""
-        self._ranks.start(self.device)
-        self.shard = self._ranks.shard
-        dtype = str(self.dtype).removeprefix("torch.")
-        self._ranks.call("make", (str(checkpoint), dtype, threads), lambda: None)
+        """Start the workers and give each a runner; threads: of each worker, on a CPU."""
+        self._workers.start(self.device)
+        self.shard = self._workers.shard
+        args = (str(checkpoint), dtype_name(self.dtype), threads)
+        self._workers.call("make_runner", args, lambda: None)
 
     def load(self, checkpoint: Path, dummy: bool) -> None:
-        """As ModelRunner.load, on every rank."""
+        """ModelRunner.load on every rank."""
         self._on_all("load", checkpoint, dummy)
 
     def available(self) -> int:
         """Bytes that every rank can still allocate."""
-        link = self._ranks.link
-        assert link is not None
-        return int(self._ranks.call("available", (), link.available))
+        channel = self._workers.channel
+        assert channel is not None
+        return int(self._workers.call("available", (), channel.available))
 
     def allocate(self, *sizes: int) -> None:
-        """As ModelRunner.allocate, on every rank."""
+        """ModelRunner.allocate on every rank."""
         self._on_all("allocate", *sizes)
 
-    def rehearse(self, *sizes: int) -> None:
-        """As ModelRunner.rehearse, on every rank."""
-        super().rehearse(*sizes)  # which allocates and computes on all of them
+    def run_peak_step(self, *sizes: int) -> None:
+        """ModelRunner.run_peak_step on every rank."""
+        super().run_peak_step(*sizes)  # which allocates and computes on all of them
         self._on_all("deallocate")
 
     def capture(self, capture: Capture, ahead_of_time: bool = True) -> None:
-        """As ModelRunner.capture, on every rank, or on none if one cannot.
+        """ModelRunner.capture on every rank, or on none if one of them cannot capture.
 
-        Whether all can is asked first: to capture is to exchange, and a rank that cannot do so
-        would be waited for.
+        Every rank prepares first: capturing exchanges tensors, so the others would wait forever for
+        a rank that fails before.
         """
-        self._ranks.call("prepare_capture", (), lambda: None)
+        self._workers.call("prepare_capture", (), lambda: None)
         own = ModelRunner.capture
         try:
-            self._ranks.call("capture", (ahead_of_time,), lambda: own(self, capture, ahead_of_time))
+            self._workers.call(
+                "capture", (ahead_of_time,), lambda: own(self, capture, ahead_of_time)
+            )
         except Exception:
-            if self._ranks.link is not None:
+            if self._workers.channel is not None:
                 self._on_all("uncapture")
             raise
 
-    def compute(self, work: StepMessage, special: Mapping[int, SamplingParams]) -> Sampled:
-        """As ModelRunner.compute, on every rank."""
-        with self._ranks.together():
-            self._ranks.send_step(work)
-            return super().compute(work, special)
+    def compute(self, message: StepMessage, special: Mapping[int, SamplingParams]) -> Sampled:
+        """ModelRunner.compute on every rank."""
+        with self._workers.collective():
+            self._workers.send_step(message)
+            return super().compute(message, special)
 
     def free(self) -> None:
-        """As ModelRunner.free, on every rank that is left; those that do not listen end."""
-        if self._ranks.listening:
+        """ModelRunner.free on every rank; workers that do not wait for a message are ended."""
+        if self._workers.ready:
             self._on_all("free")
         else:
             super().free()
-            self._ranks.close()
+            self._workers.close()
 
     def _on_all(self, name: str, *args: Any) -> None:
         own = getattr(ModelRunner, name)
-        self._ranks.call(name, args, lambda: own(self, *args))
+        self._workers.call(name, args, lambda: own(self, *args))
+
+
+def _reported_error(rank: int, report: str) -> Exception:
+    """The error that a worker reported (`channel.error_report`)."""
+    kind, _, text = report.partition("\n")
+    if kind == "EngineError":
+        return EngineError("rank {rank}: {cause}", rank=rank, cause=EngineError(text))
+    error = CheckpointError if kind == "CheckpointError" else RuntimeError
+    return error(f"rank {rank}: {text}")
 
 
 def _spawn(rank: int, size: int, port: int, device: torch.device) -> "subprocess.Popen[bytes]":
-    """Start a rank's process; the end of its standard input is the end of ours."""
+    """Start a worker, which exits when its standard input closes, at the latest with us."""
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [
-        sys.executable,
-        "-m",
-        "engine.parallel.worker",
-        *map(str, (rank, size, port, device.type)),
-    ]
+    arguments = map(str, (rank, size, port, device.type))
     return subprocess.Popen(
-        command,
+        [sys.executable, "-m", "engine.parallel.worker", *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},

@@ -1,4 +1,4 @@
-"""A rank that is not the first: a process that does what rank 0 says.
+"""A rank other than 0: a process that computes its share of each step that rank 0 sends.
 
 Started by rank 0 (`python -m engine.parallel.worker RANK SIZE PORT DEVICE`) or by torchrun.
 """
@@ -14,15 +14,16 @@ import torch
 import torch.distributed as dist
 
 from engine.decode_graphs import Capture, gpu_capture
+from engine.errors import EngineError
 from engine.memory_plan import is_out_of_memory
 from engine.model_runner import ModelRunner
 from engine.parallel.channel import (
-    NEVER,
+    NO_TIMEOUT,
     PEER_LOST,
     Channel,
-    described,
-    is_connection,
-    post,
+    error_report,
+    is_connection_error,
+    store_text,
     torchrun_rank,
     torchrun_size,
     torchrun_store,
@@ -33,34 +34,30 @@ from engine.stats import EngineStats
 from model import load_config
 
 
-def serve(link: Channel, device: torch.device) -> None:
-    """Do what rank 0 says until it says "end". Raises what goes wrong in a step."""
+def run(channel: Channel, device: torch.device) -> None:
+    """Do what rank 0 sends until it sends "end". Raises what goes wrong in a step."""
     runner: ModelRunner | None = None
     capture: Capture | None = None
     while True:
-        told = link.receive(0 if runner is None else len(runner.groups))
-        if isinstance(told, StepMessage):
+        message = channel.receive(0 if runner is None else len(runner.groups))
+        if isinstance(message, StepMessage):
             assert runner is not None
-            runner.compute(told, {})
+            runner.compute(message, {})
             continue
-        name, args = told
+        name, args = message
         if name == "end":
-            # Rank 0 waits to hear that this has come, and may be gone before it hears us.
+            # Rank 0 waits for this report, but may be gone before the exchange completes here.
             with contextlib.suppress(RuntimeError):
-                link.reports("")
+                channel.gather_reports("")
             return
         report = ""
         try:
-            if name == "make":
-                checkpoint, dtype, threads = args
-                if device.type == "cpu":
-                    torch.set_num_threads(threads)
-                config = load_config(checkpoint)
-                runner = ModelRunner(config, device, choose_dtype(dtype, dtype, device), link.shard)
+            if name == "make_runner":
+                runner = _make_runner(channel, device, *args)
             elif name == "available":
-                link.available()
+                channel.available()
             elif name == "prepare_capture":
-                capture = gpu_capture(EngineStats())  # rank 0 counts for all
+                capture = gpu_capture(EngineStats())  # only rank 0's times are reported
             elif name == "capture":
                 assert runner is not None
                 assert capture is not None
@@ -68,67 +65,76 @@ def serve(link: Channel, device: torch.device) -> None:
             else:
                 getattr(runner, name)(*args)
         except Exception as error:
-            if is_connection(error) or is_out_of_memory(error):
-                raise  # the others may be waiting for a result that will not come
-            report = described(error)
-        link.reports(report)
+            if is_connection_error(error) or is_out_of_memory(error):
+                raise  # other ranks may wait for a collective that will not happen
+            report = error_report(error)
+        channel.gather_reports(report)
+
+
+def _make_runner(
+    channel: Channel, device: torch.device, checkpoint: str, dtype: str, threads: int
+) -> ModelRunner:
+    if device.type == "cpu":
+        torch.set_num_threads(threads)
+    config = load_config(checkpoint)
+    return ModelRunner(config, device, choose_dtype(dtype, dtype, device), channel.shard)
 
 
 def serve_torchrun() -> None:
-    """Be the rank that torchrun made this process; returns when rank 0 is through."""
+    """Run as the rank that torchrun gave this process; returns when rank 0 is done."""
     store = torchrun_store()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    store.wait(["device"], NEVER)
+    store.wait(["device"], NO_TIMEOUT)
     kind = store.get("device").decode()
     if kind != "none":
         device = _device(kind, int(os.environ["LOCAL_RANK"]))
-        _serve_as(torchrun_rank(), torchrun_size(), store, device, one_host=False)
+        _run_and_exit(torchrun_rank(), torchrun_size(), store, device, one_host=False)
 
 
 def dismiss_torchrun() -> None:
-    """Let ranks that torchrun started, and that rank 0 did not need, end."""
+    """End the ranks that torchrun started, if rank 0 has not used them."""
     store = torchrun_store()
     if not store.check(["device"]):
-        post(store, "device", "none")
+        store_text(store, "device", "none")
 
 
-def _device(kind: str, number: int) -> torch.device:
-    return torch.device(kind, number) if kind == "cuda" else torch.device(kind)
+def _device(kind: str, index: int) -> torch.device:
+    return torch.device(kind, index) if kind == "cuda" else torch.device(kind)
 
 
-def _serve_as(rank: int, size: int, store: Any, device: torch.device, one_host: bool) -> None:
-    """Be a rank to the end of its process; an error is left in the store for rank 0."""
+def _run_and_exit(rank: int, size: int, store: Any, device: torch.device, one_host: bool) -> None:
+    """Run as a rank, then exit the process; an error is left in the store for rank 0."""
     try:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         store.set(f"here/{rank}", "")
-        serve(Channel(rank, size, store, device, one_host), device)
+        run(Channel(rank, size, store, device, one_host), device)
     except Exception as error:
-        if is_connection(error):
+        if is_connection_error(error):
             os._exit(PEER_LOST)
-        text = described(error).replace("\n", ": ", 1)
-        if not one_host:  # torchrun ends rank 0 perhaps before it can say why
-            print(f"getp: rank {rank}: {text}", file=sys.stderr, flush=True)
+        text = error_report(error).replace("\n", ": ", 1)
+        if not one_host:  # torchrun may end rank 0 before it can report this error
+            print(f"getp: rank {rank}: {EngineError(text)}", file=sys.stderr, flush=True)
         with contextlib.suppress(Exception):
-            post(store, f"error/{rank}", text)
+            store_text(store, f"error/{rank}", text)
         os._exit(1)
-    os._exit(0)  # there is nothing to clean up, and threads that wait need not be woken
+    os._exit(0)  # nothing needs cleaning up, and waiting threads would delay a normal exit
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     os.read(sys.stdin.fileno(), 1)
     os._exit(PEER_LOST)
 
 
 def main() -> None:
-    """Be the process that `Ranks` starts: RANK SIZE PORT DEVICE."""
-    # Ctrl-C and a service's stop go to the whole group: rank 0 decides what comes of them.
+    """Run as a process that `WorkerPool` starts: RANK SIZE PORT DEVICE."""
+    # Ctrl-C and a service's stop signal reach the whole process group; rank 0 handles them.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     rank, size, port = map(int, sys.argv[1:4])
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    _serve_as(rank, size, store, _device(sys.argv[4], rank), one_host=True)
+    _run_and_exit(rank, size, store, _device(sys.argv[4], rank), one_host=True)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,17 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import Engine, EngineConfig, EngineError, EngineStats, Request, SamplingParams
-from engine import model_runner as runner_module
-from engine.decode_graphs import Capture, Compute, DecodeGraphs, Inputs, gpu_capture, sizes
+from engine import (
+    Engine,
+    EngineConfig,
+    EngineError,
+    EngineStats,
+    Request,
+    SamplingParams,
+    batch_builder,
+    model_runner,
+)
+from engine.decode_graphs import Capture, Compute, DecodeGraphs, Inputs, capture_sizes, gpu_capture
 from engine.kv_cache import NULL_BLOCK
 from model.ops.backend import Backend
 from model.ops.cpu.backend import CpuBackend
@@ -97,13 +105,13 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch: pytest.Mo
 
 
 def test_sizes_are_few_and_reach_the_largest() -> None:
-    assert sizes(1) == [1]
-    assert sizes(3) == [1, 2, 3]
-    assert sizes(8) == [1, 2, 4, 8]
-    assert sizes(20) == [1, 2, 4, 8, 16, 20]
-    assert sizes(120) == [1, 2, 4, *range(8, 121, 8)]
-    assert sizes(300) == [*sizes(120), *range(128, 257, 16), 288, 300]
-    assert len(sizes(1024)) < 50
+    assert capture_sizes(1) == [1]
+    assert capture_sizes(3) == [1, 2, 3]
+    assert capture_sizes(8) == [1, 2, 4, 8]
+    assert capture_sizes(20) == [1, 2, 4, 8, 16, 20]
+    assert capture_sizes(120) == [1, 2, 4, *range(8, 121, 8)]
+    assert capture_sizes(300) == [*capture_sizes(120), *range(128, 257, 16), 288, 300]
+    assert len(capture_sizes(1024)) < 50
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
@@ -116,16 +124,16 @@ def test_steps_replayed_at_fixed_sizes_give_the_same_tokens(
     with Engine(checkpoint(name), EngineConfig(**settings)) as engine:
         expected = {c.request_id: c.token_ids for c in engine.generate(requests)}
     with Engine(checkpoint(name), EngineConfig(**settings)) as engine:
-        runner, replays = engine._runner, Counter[int]()
-        engine._ahead = ahead
-        runner._model = FromTensors(runner._model)  # type: ignore[assignment]
+        runner, replays = engine.runner, Counter[int]()
+        engine.steps.lookahead = ahead
+        runner.model = FromTensors(runner.model)  # type: ignore[assignment]
         runner.capture(recording(replays))
-        for cache in runner._caches:
+        for cache in runner.kv_caches:
             cache[:, 1:] = float("nan")
         found = {c.request_id: c.token_ids for c in engine.generate(requests)}
-        assert all(not cache[:, NULL_BLOCK].any() for cache in runner._caches)
+        assert all(not cache[:, NULL_BLOCK].any() for cache in runner.kv_caches)
     assert found == expected
-    assert runner._graphs is None
+    assert not runner.captured
     assert len(replays) >= 4
     assert sum(replays.values()) > 50
     assert set(replays) <= {1, 2, 4, 8, 10}
@@ -135,7 +143,12 @@ def test_a_replayed_step_sends_one_piece_and_block_tables_when_they_change(
     monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[[str], Path]
 ) -> None:
     sent: Counter[str] = Counter()
-    for owner, name in ((runner_module, "put"), (DecodeGraphs, "place"), (Inputs, "fill")):
+    for owner, name in (
+        (batch_builder, "put"),
+        (model_runner, "put"),
+        (DecodeGraphs, "set_block_tables"),
+        (Inputs, "fill"),
+    ):
         original = getattr(owner, name)
 
         def counted(*given: Any, name: str = name, original: Any = original) -> Any:
@@ -146,15 +159,15 @@ def test_a_replayed_step_sends_one_piece_and_block_tables_when_they_change(
     with Engine(
         checkpoint("qwen3"), EngineConfig(dtype="float32", kv_memory=32 << 20, block_size=16)
     ) as engine:
-        engine._runner._model = FromTensors(engine._runner._model)  # type: ignore[assignment]
-        engine._runner.capture(recording(Counter()))
+        engine.runner.model = FromTensors(engine.runner.model)  # type: ignore[assignment]
+        engine.runner.capture(recording(Counter()))
         counts = []
         for tokens in (10, 40):
             sent.clear()
             params = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
             list(engine.generate([Request([5], params)]))
             counts.append(sent.copy())
-    assert counts[1] - counts[0] == {"fill": 30, "place": 2}
+    assert counts[1] - counts[0] == {"fill": 30, "set_block_tables": 2}
 
 
 def test_steps_are_captured_on_the_device_of_the_block_tables() -> None:
@@ -182,7 +195,7 @@ def test_the_integers_of_a_step_lie_apart_and_where_kernels_expect_them(sequence
     memory = torch.zeros(Inputs.bytes(sequences, 2) + 8, dtype=torch.uint8)
     inputs, count = Inputs.over(memory, sequences, 2), torch.arange(sequences)
     inputs.fill(count + 1, count + 20, [count + 300, count + 4000])
-    spans = (inputs.rows, inputs.positions, *inputs.slots, inputs.seen)
+    spans = (inputs.rows, inputs.positions, *inputs.slot_mapping, inputs.context_lens)
     assert [span.tolist() for span in spans] == [
         (count + first).tolist() for first in (1, 20, 300, 4000, 21)
     ]
@@ -194,9 +207,9 @@ def test_the_first_steps_are_the_largest_and_short_ones_and_leave_nothing(
     checkpoint: Callable[[str], Path],
 ) -> None:
     with Engine(checkpoint("gpt_oss"), EngineConfig(dtype="float32", kv_memory=32 << 20)) as engine:
-        runner = engine._runner
+        runner = engine.runner
         tokens, rows = list[int](), list[int]()
-        model: Any = runner._model
+        model: Any = runner.model
 
         def watched(ops: Backend, batch: ForwardBatch, *rest: Any) -> torch.Tensor:
             tokens.append(len(batch.token_ids))
@@ -204,12 +217,12 @@ def test_the_first_steps_are_the_largest_and_short_ones_and_leave_nothing(
             return torch.zeros(rows[-1], engine.model_config.vocab_size)
 
         watched.prepare_rope = model.prepare_rope  # type: ignore[attr-defined]
-        runner._model = watched  # type: ignore[assignment]
-        runner.rehearse(64, 300, 200, 16)
+        runner.model = watched  # type: ignore[assignment]
+        runner.run_peak_step(64, 300, 200, 16)
         assert tokens == [64 * (300 // 64), 1, 2, 4, 8, 16, 32, 64, 128]
         assert rows == [64] + [1] * 8
-        assert not runner._caches
-        assert runner._sampler is None
+        assert not runner.kv_caches
+        assert runner.sampler is None
 
 
 def test_a_step_that_cannot_be_captured_is_said_and_run_without(
@@ -224,11 +237,10 @@ def test_a_step_that_cannot_be_captured_is_said_and_run_without(
             raise RuntimeError("operation failed due to a previous error during capture")
 
     engine = Engine(checkpoint("qwen2"), EngineConfig(kv_memory=8 << 20), notice=said.append)
-    engine._make_capture = lambda stats: capture
-    engine._together = 4
+    engine.make_capture = lambda stats: capture
+    engine.group_size = 4
     with engine:
-        assert engine._scheduler is not None
-        assert not engine._scheduler.together  # which pays where steps are replayed
+        assert not engine.steps.scheduler.group_size  # pays only if steps are replayed
         (done,) = engine.generate([Request([1, 2], SamplingParams(max_new_tokens=4))])
     assert len(done.token_ids) == 4
     assert said == [
@@ -238,7 +250,7 @@ def test_a_step_that_cannot_be_captured_is_said_and_run_without(
     def full(compute: Compute) -> Compute:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    engine._make_capture = lambda stats: full
+    engine.make_capture = lambda stats: full
     with pytest.raises(EngineError, match="out of memory while the model was loaded"):
         engine.warm_up()
 
@@ -255,7 +267,7 @@ def test_times_of_loading_compiling_and_capturing_are_told_apart(
         return capture
 
     engine = Engine(checkpoint("qwen2"), EngineConfig(kv_memory=8 << 20, max_batch_size=2))
-    engine._make_capture = capturing
+    engine.make_capture = capturing
     with engine:
         stats = engine.stats
     assert stats.compile_s == 2000
@@ -297,11 +309,11 @@ def test_a_decode_step_is_launched_without_asking_the_device(
     ]
     with Engine(checkpoint("gpt_oss"), EngineConfig(dtype="float32", kv_memory=32 << 20)) as engine:
         expected = {c.request_id: c.token_ids for c in engine.generate(requests)}
-        runner, guarded = engine._runner, 0
-        engine._ahead = 1
+        runner, guarded = engine.runner, 0
+        engine.steps.lookahead = 1
         # As elsewhere: on a CPU the rows that need a full sort are found out first.
         monkeypatch.setattr(CpuBackend, "sample", Backend.sample)
-        launch, forward = runner.launch, runner._forward
+        launch, forward = runner.launch, runner.forward
 
         def unguarded(batch: ForwardBatch) -> torch.Tensor:
             with torch.utils._python_dispatch._disable_current_modes():
@@ -315,7 +327,7 @@ def test_a_decode_step_is_launched_without_asking_the_device(
             with NoQuestions():
                 return launch(step)
 
-        runner._forward = unguarded  # type: ignore[method-assign]
+        runner.forward = unguarded  # type: ignore[method-assign]
         runner.launch = launch_guarded  # type: ignore[method-assign]
         assert {c.request_id: c.token_ids for c in engine.generate(requests)} == expected
         assert guarded == 19

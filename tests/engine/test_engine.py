@@ -38,7 +38,7 @@ def run(
     folder: Path, requests: list[Request], ahead: int = 0, **settings: Any
 ) -> tuple[dict[int, Any], Engine]:
     engine = Engine(folder, EngineConfig(**{"dtype": "float32", "kv_memory": 32 << 20, **settings}))
-    engine._ahead = ahead
+    engine.lookahead = ahead
     with engine:
         return {c.request_id: c.token_ids for c in engine.generate(requests)}, engine
 
@@ -83,8 +83,8 @@ def test_in_bfloat16_too_where_kernels_do_it_all(
     folder, requests = checkpoint(name), load()
     settings: dict[str, Any] = {"dtype": "bfloat16", "max_batch_size": 1, "prefix_cache": False}
     with Engine(folder, EngineConfig(kv_memory=32 << 20, **settings)) as engine:
-        assert engine._runner._graphs is not None  # recorded: no op is left to torch
-        engine._runner._graphs = None
+        assert engine.runner.captured  # recorded: no op is left to torch
+        engine.runner.uncapture()
         alone = {c.request_id: c.token_ids for c in engine.generate(requests)}
     settings["max_batch_size"] = 10
     batched, engine = run(folder, requests, **settings)
@@ -105,7 +105,7 @@ def test_stale_nan_in_freed_blocks_harms_nobody(checkpoint: Callable[[str], Path
     expected, _ = run(checkpoint("gpt_oss"), requests)
     engine = Engine(checkpoint("gpt_oss"), EngineConfig(dtype="float32", kv_memory=32 << 20))
     with engine:
-        for cache in engine._runner._caches:
+        for cache in engine.runner.kv_caches:
             cache[:, 1:] = float("nan")
         assert {c.request_id: c.token_ids for c in engine.generate(requests)} == expected
 
@@ -130,7 +130,7 @@ def test_a_request_whose_logits_are_not_finite_fails_alone(
     ]
     expected, _ = run(folder, good, ahead, dtype=dtype)
     engine = Engine(folder, EngineConfig(dtype=dtype, kv_memory=32 << 20))
-    engine._ahead = ahead
+    engine.lookahead = ahead
     with engine:
         found = {c.request_id: c for c in engine.generate([*bad[:4], *good, *bad[4:], *bad])}
     assert {i: c.token_ids for i, c in found.items() if i < 100} == expected
@@ -150,7 +150,7 @@ def test_a_stop_id_ends_the_output_and_is_kept(
     at = next(i for i in range(3, 20) if free[i] not in free[:i])
     params = SamplingParams(max_new_tokens=20, ignore_eos=True, stop_ids=frozenset({free[at]}))
     with Engine(checkpoint("qwen2"), EngineConfig(dtype="float32", kv_memory=32 << 20)) as engine:
-        engine._ahead = ahead
+        engine.steps.lookahead = ahead
         (done,) = engine.generate([Request([5, 6, 7], params)])
         assert done.token_ids == free[: at + 1]
         assert done.finish_reason == "stop"
@@ -189,7 +189,7 @@ def test_on_token_sees_every_token_and_can_end_the_request(
 
     params = SamplingParams(max_new_tokens=20, ignore_eos=True)
     with Engine(checkpoint("qwen2"), EngineConfig(dtype="float32", kv_memory=32 << 20)) as engine:
-        engine._ahead = ahead
+        engine.steps.lookahead = ahead
         (done,) = engine.generate([Request([5, 6, 7], params, on_token=on_token)])
     assert done.token_ids == seen
     assert len(seen) == 7
@@ -206,7 +206,7 @@ def test_limits_count_new_tokens_and_positions(
         return len(done.token_ids), done.finish_reason
 
     with Engine(checkpoint("qwen2"), EngineConfig(dtype="float32", kv_memory=32 << 20)) as engine:
-        engine._ahead = ahead
+        engine.steps.lookahead = ahead
         assert length(max_new_tokens=4) == (4, "length")
         assert length(max_positions=10) == (7, "length")
         assert length(max_new_tokens=4, max_positions=6) == (3, "length")
@@ -237,7 +237,7 @@ def test_logprobs_are_those_of_the_model(
     params = SamplingParams(max_new_tokens=5, ignore_eos=True, logprobs=3)
     others = [Request([5] * n, SamplingParams(max_new_tokens=n), n) for n in range(1, 5)]
     with Engine(checkpoint("qwen3"), EngineConfig(dtype="float32", kv_memory=32 << 20)) as engine:
-        engine._ahead = ahead
+        engine.steps.lookahead = ahead
         found = list(engine.generate([*others, Request(prompt, params)]))
     assert [completion.logprobs for completion in found if completion.request_id] == [None] * 4
     (done,) = (completion for completion in found if not completion.request_id)
@@ -257,9 +257,9 @@ def test_finish_gives_the_memory_back_and_the_engine_can_start_again(
     request = Request([5, 6, 7], SamplingParams(max_new_tokens=5))
     with engine:
         first = list(engine.generate([request]))
-        assert engine._runner._caches
-    assert not engine._runner._caches
-    assert engine._runner._model is None
+        assert engine.runner.kv_caches
+    assert not engine.runner.kv_caches
+    assert engine.runner.model is None
     with engine:
         assert next(engine.generate([request])).token_ids == first[0].token_ids
 

@@ -83,9 +83,9 @@ class Launching(TorchDispatchMode):
 
 def prepare(engine: Engine, launches: list[tuple[str, str]]) -> None:
     """As `Engine.warm_up` on a GPU: rehearse, allocate, capture."""
-    runner = engine._runner
+    runner = engine.runner
     sizes = engine.max_batch_size, engine.max_batch_tokens
-    runner.rehearse(*sizes, engine.max_batch_tokens, engine.config.block_size)
+    runner.run_peak_step(*sizes, engine.max_batch_tokens, engine.config.block_size)
     runner.allocate(500, engine.config.block_size, engine.max_positions, engine.max_batch_size)
 
     def capture(compute: Compute) -> Compute:
@@ -125,8 +125,8 @@ def test_a_job_needs_no_kernel_that_warm_up_has_not_compiled(
         compiled = set(launches)
         launches.clear()
         # In a pool beyond 2^31 elements, as that of a large GPU is.
-        for i, cache in enumerate(engine._runner._caches):
-            engine._runner._caches[i] = torch.empty_strided(
+        for i, cache in enumerate(engine.runner.kv_caches):
+            engine.runner.kv_caches[i] = torch.empty_strided(
                 cache.shape, (1 << 40, *cache.stride()[1:]), dtype=cache.dtype, device="meta"
             )
         for request in requests:  # one at a time, then all together
@@ -172,7 +172,7 @@ def test_kernels_of_a_decode_step(
             steps[len(logits)] = [kernel for kernel, _ in launches]
             return lambda: logits
 
-        engine._runner.capture(capture)
+        engine.runner.capture(capture)
     # The last tokens, their embeddings, and the angles of their positions.
     expected = ["index", "index", "index", *sum(layers, ()), "_add_rms_norm"]
     expected += ["_linear" if rows == 1 else "linear", "copy_"]

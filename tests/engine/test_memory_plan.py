@@ -12,7 +12,8 @@ import torch
 from engine import Engine, EngineConfig, EngineError
 from engine import engine as module
 from engine import memory_plan as memory
-from engine.memory_plan import MemoryPlan, is_out_of_memory, size
+from engine.memory_plan import MemoryPlan, format_bytes, is_out_of_memory
+from engine.resolve import resolve
 from model.cost.known_models import named_config
 from tests.engine.test_engine import load
 
@@ -21,7 +22,7 @@ CPU = torch.device("cpu")
 
 def needs(**changes: Any) -> MemoryPlan:
     config = replace(named_config("llama-3-8b"), **changes)
-    return MemoryPlan.of(config, CPU, torch.bfloat16, 64, 512)
+    return MemoryPlan.of(resolve(EngineConfig(device="cpu", dtype="bfloat16"), config))
 
 
 def test_needs_are_those_of_the_shapes() -> None:
@@ -40,7 +41,7 @@ def test_a_model_with_every_tensor_counted_is_as_large_as_the_one_loaded(
     for name in ("gpt_oss", "qwen2", "qwen3_moe"):
         engine = Engine(checkpoint(name), EngineConfig(dtype="float32", kv_memory=8 << 20))
         with engine:
-            model = engine._runner._model
+            model = engine.runner.model
             found: dict[int, int] = {}
             todo: list[Any] = [model]
             while todo:
@@ -51,7 +52,7 @@ def test_a_model_with_every_tensor_counted_is_as_large_as_the_one_loaded(
                     todo += thing
                 elif type(thing).__module__.startswith("model.") and hasattr(thing, "__dict__"):
                     todo += vars(thing).values()
-        counted = MemoryPlan.of(engine.held_config, CPU, torch.float32, 64, 512).weights
+        counted = MemoryPlan.of(engine.settings).weights
         assert counted == pytest.approx(sum(found.values()), rel=0.02)
 
 
@@ -71,7 +72,7 @@ def test_too_little_memory_is_said_with_the_arithmetic_before_anything_is_loaded
 ) -> None:  # fmt: skip
     engine = Engine(checkpoint("qwen2"), EngineConfig(dtype="float32", **settings))
     monkeypatch.setattr(module, "available_bytes", lambda device: available)
-    monkeypatch.setattr(engine._runner, "load", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(engine.runner, "load", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(EngineError, match=words):
         engine.warm_up()
 
@@ -95,7 +96,7 @@ def test_the_kv_pool_leaves_room_for_activations_and_logits(
 ) -> None:
     monkeypatch.setattr(module, "available_bytes", lambda device: 40 << 20)
     with Engine(checkpoint("qwen2"), EngineConfig(dtype="float32")) as engine:
-        need = MemoryPlan.of(engine.held_config, CPU, torch.float32, 64, 512)
+        need = MemoryPlan.of(engine.settings)
         left = (40 << 20) - need.activations - need.logits - need.rows
         assert 0 < engine.stats.kv_bytes <= 0.4 * left
 
@@ -123,7 +124,7 @@ def test_requests_that_may_run_are_counted(checkpoint: Callable[[str], Path]) ->
             checkpoint("gpt_oss-wide"), EngineConfig(kv_memory=8 << 20, max_batch_size=count)
         ) as engine:
             grown.append(resident() - before)
-    needs = MemoryPlan.of(engine.held_config, CPU, torch.float32, 500_000, 512)
+    needs = MemoryPlan.of(engine.settings)
     assert 0.3 * needs.rows < grown[1] - grown[0] < needs.rows
 
 
@@ -135,7 +136,7 @@ def test_memory_that_is_gone_while_loading_is_one_error(
     def allocate(*_: object) -> None:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
 
-    monkeypatch.setattr(engine._runner, "allocate", allocate)
+    monkeypatch.setattr(engine.runner, "allocate", allocate)
     with pytest.raises(EngineError, match="out of memory while the model was loaded"):
         engine.warm_up()
 
@@ -152,7 +153,7 @@ def test_every_way_to_run_out_of_memory_is_known() -> None:
 
 
 def test_sizes_are_rounded_down_and_can_be_given_to_options() -> None:
-    assert [size(n) for n in (17, 2048, 3 << 20, (1 << 31) - 1)] == [
+    assert [format_bytes(n) for n in (17, 2048, 3 << 20, (1 << 31) - 1)] == [
         "17B", "2.00KiB", "3.00MiB", "1.99GiB",
     ]  # fmt: skip
 
@@ -175,20 +176,20 @@ def test_a_run_out_of_memory_backs_off_says_so_and_gives_the_same_tokens(
         checkpoint("gpt_oss"), EngineConfig(dtype="float32", kv_memory=32 << 20), notice=said.append
     ) as engine:
         expected = {c.request_id: c.token_ids for c in engine.generate(requests)}
-        engine._ahead = ahead
-        steps, launch = 0, engine._runner.launch
+        engine.steps.lookahead = ahead
+        steps, launch = 0, engine.runner.launch
 
         def failing(step: Any) -> Any:
             nonlocal steps
             steps += 1
             if steps in (3, 20, 21):
-                for cache in engine._runner._caches:  # nothing half written may be read
+                for cache in engine.runner.kv_caches:  # nothing half written may be read
                     cache[:, 1:] = float("nan")
                 raise error
             return launch(step)
 
-        monkeypatch.setattr(engine._runner, "launch", failing)
+        monkeypatch.setattr(engine.runner, "launch", failing)
         assert {c.request_id: c.token_ids for c in engine.generate(requests)} == expected
     assert engine.stats.back_offs == 3
     assert len(said) == 3
-    assert "going on with at most 5 and" in said[0]
+    assert "continuing with at most 5 and" in said[0]

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from engine import Completion, Engine, EngineConfig, EngineError, Request, SamplingParams
 from engine.memory_plan import MemoryPlan
 from engine.model_runner import ModelRunner
-from engine.parallel import channel as link
-from engine.parallel import worker as rank
+from engine.parallel import channel as channel_module
+from engine.parallel import worker
 from engine.parallel.channel import Channel
-from engine.parallel.coordinator import Ranks
+from engine.parallel.coordinator import WorkerPool
 from engine.parallel.step_message import StepMessage
 from model import CheckpointError, ModelConfig, Transformer, load_config
 from model import loader as weights
@@ -40,9 +40,9 @@ NEAR = 1e-3  # two logits this close may change places with the order of a sum
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[Callable[[int], Ranks]]:
+def ranks() -> Iterator[Callable[[int], WorkerPool]]:
     """How many → so many ranks, processes that the tests of this file share."""
-    made = cache(Ranks)
+    made = cache(WorkerPool)
     yield made
     for size in (2, 4):
         made(size).close()
@@ -92,7 +92,7 @@ def load(logprobs: int | None = None, temperature: float = 0.0) -> list[Request]
 
 
 def run(
-    folder: Path, requests: list[Request], ranks: Ranks | None = None, **settings: Any
+    folder: Path, requests: list[Request], ranks: WorkerPool | None = None, **settings: Any
 ) -> dict[int, Completion]:
     config = EngineConfig(dtype="float32", **{"kv_memory": 16 << 20, **settings})
     with Engine(folder, config, ranks=ranks) as engine:
@@ -127,7 +127,7 @@ def near_ties(alone: dict[int, Completion], found: dict[int, Completion]) -> int
     ],
 )
 def test_ranks_give_the_tokens_and_logits_of_one(
-    name: str, size: int, folder: Callable[[str], Path], ranks: Callable[[int], Ranks]
+    name: str, size: int, folder: Callable[[str], Path], ranks: Callable[[int], WorkerPool]
 ) -> None:
     alone = run(folder(name), load(logprobs=2))
     assert sorted(alone) == list(range(8))
@@ -148,7 +148,9 @@ def test_ranks_give_the_tokens_and_logits_of_one(
 
 
 def test_a_step_is_one_broadcast_unless_it_is_long(
-    folder: Callable[[str], Path], ranks: Callable[[int], Ranks], monkeypatch: pytest.MonkeyPatch
+    folder: Callable[[str], Path],
+    ranks: Callable[[int], WorkerPool],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sent: Counter[str] = Counter()
     broadcast, step = Channel._broadcast, Channel.send_step
@@ -274,7 +276,7 @@ def test_numbers_that_cannot_be_are_refused_with_those_that_can(
 def test_a_rank_that_is_killed_ends_the_run_with_its_name(folder: Callable[[str], Path]) -> None:
     requests = [Request([1, 2], SamplingParams(max_new_tokens=400, ignore_eos=True))] * 4
     with Engine(folder("qwen2"), EngineConfig(dtype="float32", tensor_parallel=2)) as engine:
-        (process,) = engine._ranks._processes
+        (process,) = engine.ranks.processes
 
         def kill(token: int) -> None:
             process.kill()
@@ -286,38 +288,38 @@ def test_a_rank_that_is_killed_ends_the_run_with_its_name(folder: Callable[[str]
     # And the engine can be warmed up again.
     with engine:
         (done,) = engine.generate([Request([1, 2], SamplingParams(max_new_tokens=4))])
-        processes = engine._ranks._processes
+        processes = engine.ranks.processes
         assert len(done.token_ids) == 4
     assert processes[0].returncode == 0
 
 
-def test_what_goes_wrong_on_another_rank_is_said(ranks: Callable[[int], Ranks]) -> None:
+def test_what_goes_wrong_on_another_rank_is_said(ranks: Callable[[int], WorkerPool]) -> None:
     ranks(2).start(CPU)
     with pytest.raises(CheckpointError, match="rank 1: /nowhere"):
-        ranks(2).call("make", ("/nowhere", "float32", 1), lambda: None)
-    own = Ranks(2)
+        ranks(2).call("make_runner", ("/nowhere", "float32", 1), lambda: None)
+    own = WorkerPool(2)
     own.start(CPU)
 
     def compute_without_a_runner() -> None:
-        with own.together():
-            assert own.link is not None
-            own.send_step(StepMessage(0, [], [], [], [], [], [], False))
-            own.link.reports("")
+        with own.collective():
+            assert own.channel is not None
+            own.send_step(StepMessage(0, [], [], [], [], [], [], True))
+            own.channel.gather_reports("")
 
     with pytest.raises(EngineError, match="rank 1 of 2 died: AssertionError"):
         compute_without_a_runner()
-    assert not own.listening
+    assert not own.ready
 
 
 def test_out_of_memory_on_any_rank_ends_the_run_with_what_helps(
     folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Engine(folder("qwen2"), EngineConfig(dtype="float32", tensor_parallel=2)) as engine:
-        with pytest.raises(EngineError, match=r"rank 1 of 2 died.* lower --max-batch-tokens"):
-            engine._ranks.call("allocate", (1 << 40, 16, 64, 4), lambda: None)
-        assert not engine._ranks.listening
+        with pytest.raises(EngineError, match=r"rank 1 of 2 died.* lower max_batch_tokens"):
+            engine.ranks.call("allocate", (1 << 40, 16, 64, 4), lambda: None)
+        assert not engine.ranks.ready
     with Engine(folder("qwen2"), EngineConfig(dtype="float32", tensor_parallel=2)) as engine:
-        forward, steps = engine._runner._forward, Counter[str]()
+        forward, steps = engine.runner.forward, Counter[str]()
 
         def fail_at_the_third(batch: Any) -> torch.Tensor:
             steps["run"] += 1
@@ -325,9 +327,9 @@ def test_out_of_memory_on_any_rank_ends_the_run_with_what_helps(
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return forward(batch)
 
-        monkeypatch.setattr(engine._runner, "_forward", fail_at_the_third)
-        (process,) = engine._ranks._processes
-        with pytest.raises(EngineError, match=r"2 ranks do together.* lower --max-batch-tokens"):
+        monkeypatch.setattr(engine.runner, "forward", fail_at_the_third)
+        (process,) = engine.ranks.processes
+        with pytest.raises(EngineError, match=r"2 ranks compute together.* lower max_batch_tokens"):
             list(engine.generate(load()))
         assert process.returncode is not None
 
@@ -335,39 +337,37 @@ def test_out_of_memory_on_any_rank_ends_the_run_with_what_helps(
 def test_what_a_gpu_waits_for_is_broken_off_when_a_rank_has_died(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    own, aborted = Ranks(2), threading.Event()
+    own, aborted = WorkerPool(2), threading.Event()
     own.start(CPU)
-    assert own.link is not None
-    monkeypatch.setattr(own.link, "abort", aborted.set)
-    own._watcher = threading.Thread(target=own._watch, args=(own.link,), daemon=True)
-    own._watcher.start()
+    assert own.channel is not None
+    monkeypatch.setattr(own.channel, "abort", aborted.set)
+    own.watch()
     assert not aborted.wait(0.5)
-    own._processes[0].kill()
+    own.processes[0].kill()
     assert aborted.wait(30)
-    own._listening = False
+    own._waiting = False
     own.close()
     assert own._watcher is None
 
 
-class InThreads(Ranks):
+class InThreads(WorkerPool):
     """Two ranks in one process."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, replays: Counter[int]) -> None:
         super().__init__(2)
-        monkeypatch.setattr(rank, "gpu_capture", lambda stats: recording(replays))
+        monkeypatch.setattr(worker, "gpu_capture", lambda stats: recording(replays))
         store = dist.HashStore()
         self._other = threading.Thread(
-            target=lambda: rank.serve(Channel(1, 2, store, CPU, True), CPU), daemon=True
+            target=lambda: worker.run(Channel(1, 2, store, CPU, True), CPU), daemon=True
         )
         self._other.start()
-        self.link = Channel(0, 2, store, CPU, True)
-        self._listening = True
+        self.attach(Channel(0, 2, store, CPU, True))
 
     def close(self) -> None:
-        link = self.link  # which lives until nobody needs it
+        channel = self.channel  # kept until the other end is done
         super().close()
         self._other.join()
-        del link
+        del channel
 
 
 @pytest.mark.parametrize("other", [40 << 20, 60 << 20])
@@ -376,13 +376,13 @@ def test_kv_blocks_are_as_many_as_every_rank_has_room_for(
 ) -> None:
     main = threading.main_thread()
     monkeypatch.setattr(
-        link, "available_bytes",
+        channel_module, "available_bytes",
         lambda device: 400 << 20 if threading.current_thread() is main else other,
     )  # fmt: skip
     ranks = InThreads(monkeypatch, Counter())
     with Engine(folder("qwen2"), EngineConfig(dtype="float32"), ranks=ranks) as engine:
-        assert engine._runner.block_bytes(16) == 4 * 2 * 16 * 1 * 16 * 4  # one of 2 KV heads
-        needs = MemoryPlan.of(engine.model_config, CPU, torch.float32, 64, 512, 2)
+        assert engine.runner.block_bytes(16) == 4 * 2 * 16 * 1 * 16 * 4  # one of 2 KV heads
+        needs = MemoryPlan.of(engine.settings)
         left = other // 2 - needs.activations - needs.logits
         assert 0.35 * left < engine.stats.kv_bytes <= 0.4 * left
     ranks.close()
@@ -396,14 +396,14 @@ def test_captured_steps_exchange_as_others_do(
     capture = ModelRunner.capture
 
     def capture_from_tensors(self: ModelRunner, *args: Any) -> None:
-        self._model = FromTensors(self._model)  # type: ignore[assignment]
+        self.model = FromTensors(self.model)  # type: ignore[assignment]
         capture(self, *args)
 
     monkeypatch.setattr(ModelRunner, "capture", capture_from_tensors)
     mine, theirs = Counter[int](), Counter[int]()
     ranks = InThreads(monkeypatch, theirs)
     engine = Engine(folder(name), EngineConfig(dtype="float32", kv_memory=16 << 20), ranks=ranks)
-    engine._make_capture = lambda stats: recording(mine)
+    engine.make_capture = lambda stats: recording(mine)
     with engine:
         found = {c.request_id: c.token_ids for c in engine.generate(load())}
     ranks.close()
@@ -413,7 +413,7 @@ def test_captured_steps_exchange_as_others_do(
 
 
 def test_steps_are_captured_by_every_rank_or_by_none(
-    folder: Callable[[str], Path], ranks: Callable[[int], Ranks]
+    folder: Callable[[str], Path], ranks: Callable[[int], WorkerPool]
 ) -> None:
     said: list[str] = []
     replays = Counter[int]()
@@ -425,7 +425,7 @@ def test_steps_are_captured_by_every_rank_or_by_none(
         notice=said.append,
     )
     # The other rank, on a CPU, has no graphs.
-    engine._make_capture = lambda stats: recording(replays)
+    engine.make_capture = lambda stats: recording(replays)
     with engine:
         found = {c.request_id: c.token_ids for c in engine.generate(load())}
     assert found == {i: c.token_ids for i, c in expected.items()}

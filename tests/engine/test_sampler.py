@@ -24,7 +24,7 @@ def sample(
     sampler.enter(rows, params)
     special = dict(enumerate(params))
     found = sampler.sample(
-        logits, torch.tensor(rows), torch.tensor(positions), special, bool(special)
+        logits, torch.tensor(rows), torch.tensor(positions), special, not special
     ).read()
     assert sampler.last.tolist() == found[0][::-1]
     return found
@@ -129,7 +129,7 @@ def test_a_row_that_is_not_finite_is_told_and_its_last_token_exists(
         if params:
             sampler.enter(rows.tolist(), params)
         special = dict(enumerate(params))
-        tokens, _ = sampler.sample(logits, rows, rows, special, bool(special)).read()
+        tokens, _ = sampler.sample(logits, rows, rows, special, not special).read()
         assert tokens[0::2] == [NO_TOKEN] * 4
         assert tokens[1::2] == sampler.last[1::2].tolist()
         assert sampler.last.min() >= 0

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from engine import Completion, Engine, EngineConfig, EngineError, Request, SamplingParams
 from engine.kv_cache import NULL_BLOCK, KVCache, LayerGroup, group_layers
-from engine.scheduler import Step
+from engine.sequence import Step
 from tests.checkpoints import FAMILIES
 
 VOCAB = 5  # few tokens, so that prefixes often coincide
@@ -60,8 +60,7 @@ class HistoryRunner:
     def block_bytes(self, block_size: int) -> int:
         return 1
 
-    def capture(self, *_: Any, **__: Any) -> None:
-        raise RuntimeError("a stand-in calls no kernels")
+    def record(self) -> None: ...
 
     def allocate(
         self, num_blocks: int, block_size: int, max_positions: int, max_batch_size: int
@@ -77,8 +76,8 @@ class HistoryRunner:
 
     def launch(self, step: Step) -> Sampled:
         self.steps += 1
-        for sequence in step.grown:
-            self.tables[sequence.row] = [list(table) for table in sequence.tables.tables]
+        for sequence in step.changed_tables:
+            self.tables[sequence.row] = [list(table) for table in sequence.block_tables.tables]
         pieces: list[tuple[int, list[int], int, bool]] = []  # row, tokens, start, samples
         for sequence in step.decodes:
             tokens = sequence.tokens[: sequence.computed]
@@ -94,7 +93,7 @@ class HistoryRunner:
             pieces.append((chunk.sequence.row, tokens, chunk.start, chunk.samples))
         lengths = [len(tokens) - start for _, tokens, start, _ in pieces]
         assert lengths == sorted(lengths, key=lambda length: length > 1), "single tokens first"
-        assert step.ends == [len(tokens) for _, tokens, _, _ in pieces]
+        assert step.context_lens == [len(tokens) for _, tokens, _, _ in pieces]
         assert (step.size, step.tokens) == (len(pieces), sum(lengths))
         rows = {row for row, *_ in pieces}
         assert len(rows) == len(pieces)
@@ -186,9 +185,9 @@ def make_engine(folder: Path, load: dict[str, Any]) -> tuple[Engine, HistoryRunn
     )
     groups = [LayerGroup(window, (i,)) for i, window in enumerate(load["windows"])]
     runner = HistoryRunner(groups, load["block_size"])
-    engine._runner = runner  # type: ignore[assignment]
-    engine._ahead = load.get("ahead", 0)
-    engine._together = load.get("together", 0)
+    engine.runner = runner  # type: ignore[assignment]
+    engine.lookahead = load.get("ahead", 0)
+    engine.group_size = load.get("together", 0)
     return engine, runner
 
 
@@ -209,16 +208,15 @@ def run(
 
 
 def assert_pool_is_whole(engine: Engine) -> None:
-    scheduler = engine._scheduler
-    assert scheduler is not None
+    scheduler = engine.steps.scheduler
     cache = scheduler.cache
     assert not scheduler.running
     assert not scheduler.waiting
     assert cache.num_used == 0
     assert set(cache._references) == {0}
     assert sorted(cache._free) == list(range(1, cache.num_blocks))
-    assert sorted(scheduler._rows) == list(range(engine.max_batch_size))
-    assert not engine._launched
+    assert sorted(scheduler.free_rows) == list(range(engine.max_batch_size))
+    assert not engine.steps.pending
     entered = [(g, digest) for g, index in enumerate(cache._index) for digest in index]
     assert sorted(entered) == sorted(entry for entry in cache._entry if entry is not None)
 
@@ -327,10 +325,10 @@ def test_a_step_out_of_memory_is_taken_back_and_every_request_ends_right(
     expected = run(expected_engine, load["requests"], load["stop_ids"])
     engine, runner = make_engine(config_folder, load)
     said: list[str] = []
-    engine._notice = said.append
+    engine.notice = said.append
     runner.most_tokens = most
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.scheduler._CALM_STEPS", calm)
+        patch.setattr("engine.scheduler._STEPS_BEFORE_GROWTH", calm)
         done = run(engine, load["requests"], load["stop_ids"])
     assert {i: c.token_ids for i, c in done.items()} == {
         i: c.token_ids for i, c in expected.items()
@@ -345,16 +343,15 @@ def test_limits_grow_again_once_there_is_memory(config_folder: Path) -> None:
     load = {"windows": [None], "block_size": 4, "blocks": 400, "prefix_cache": True}
     load |= {"max_batch_size": 8, "max_batch_tokens": 64}
     engine, runner = make_engine(config_folder, load)
-    engine._notice = lambda message: None
+    engine.notice = lambda message: None
     runner.most_tokens = 2
     run(engine, [([1] * 6, 4)] * 8)
-    scheduler = engine._scheduler
-    assert scheduler is not None
+    scheduler = engine.steps.scheduler
     assert (scheduler.max_batch_size, scheduler.max_batch_tokens) != (8, 64)
     backed_off = engine.stats.back_offs
     runner.most_tokens = 1 << 60
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.scheduler._CALM_STEPS", 1)
+        patch.setattr("engine.scheduler._STEPS_BEFORE_GROWTH", 1)
         run(engine, [([1] * 6, 40)] * 100)
     assert (scheduler.max_batch_size, scheduler.max_batch_tokens) == (8, 64)
     assert engine.stats.back_offs == backed_off
@@ -364,7 +361,7 @@ def test_no_memory_for_one_token_is_an_error(config_folder: Path) -> None:
     load = {"windows": [None], "block_size": 4, "blocks": 40, "prefix_cache": True}
     load |= {"max_batch_size": 4, "max_batch_tokens": 64}
     engine, runner = make_engine(config_folder, load)
-    engine._notice = lambda message: None
+    engine.notice = lambda message: None
     runner.most_tokens = 0
     with pytest.raises(EngineError, match=r"out of memory in a step of one token.*kv_memory"):
         run(engine, [([1, 2, 3, 4], 5)] * 3)

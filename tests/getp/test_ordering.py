@@ -79,7 +79,7 @@ def test_interleaved_families_hit_a_small_prefix_cache_when_brought_together(
     cached, results = {}, {}
     for schedule in ("first", "throughput"):
         probe = Engine(checkpoint("qwen2"), EngineConfig(dtype="float32", max_batch_size=2))
-        block = probe._runner.block_bytes(16)
+        block = probe.runner.block_bytes(16)
         engine = Engine(
             checkpoint("qwen2"),
             EngineConfig(dtype="float32", max_batch_size=1, kv_memory=9 * block),

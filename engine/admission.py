@@ -1,0 +1,69 @@
+"""Request → Sequence, or the completion that says why the request cannot run."""
+
+import time
+
+from engine.errors import RequestError
+from engine.kv_cache import KVCache
+from engine.request import Completion, Request
+from engine.sequence import Sequence
+from model import ModelConfig
+
+
+def admit(
+    request: Request, model: ModelConfig, max_positions: int, cache: KVCache
+) -> Sequence | Completion:
+    """The request as a sequence that can be queued, or its completion if it cannot run.
+
+    max_positions: what the engine allows, which a small KV cache can reduce below the model's.
+    """
+    now, params = time.perf_counter(), request.params
+    limit = min(max_positions, params.max_positions or max_positions)
+    error = _check(request, limit, model)
+    if error is not None:
+        return Completion(
+            request.request_id,
+            [],
+            "error",
+            error,
+            prompt_tokens=len(request.prompt_ids),
+            arrived=now,
+            first_token=now,
+            finished=now,
+        )
+    if params.max_new_tokens is not None:
+        limit = min(limit, len(request.prompt_ids) + params.max_new_tokens)
+    eos_ids = frozenset[int]() if params.ignore_eos else model.stop_ids
+    return Sequence(
+        request,
+        list(request.prompt_ids),
+        limit,
+        eos_ids | params.stop_ids,
+        cache.new_tables(),
+        now,
+        logprobs=None if params.logprobs is None else [],
+    )
+
+
+def _check(request: Request, limit: int, model: ModelConfig) -> RequestError | None:
+    """Why the request cannot run within `limit` positions; None if it can."""
+    ids, vocab = request.prompt_ids, model.vocab_size
+    if not len(ids):
+        return RequestError("the prompt is empty")
+    if len(ids) >= limit:
+        reason = "the model's limit"
+        if limit == request.params.max_positions:
+            reason = "set by {max_positions}; the model's limit is {model_limit}"
+        elif limit < model.max_positions:
+            reason = "all that the KV cache holds; the model's limit is {model_limit}"
+        return RequestError(
+            "the prompt has {length} tokens, which leaves no room for output within the limit of "
+            "{limit} positions (" + reason + ")",
+            length=len(ids),
+            limit=limit,
+            model_limit=model.max_positions,
+        )
+    if min(ids) < 0 or max(ids) >= vocab:
+        return RequestError(
+            "the prompt has token ids outside the vocabulary of {vocab} tokens", vocab=vocab
+        )
+    return None

@@ -1,0 +1,100 @@
+"""A request while it runs (Sequence), and what one step computes of it (Chunk, Step)."""
+
+from dataclasses import dataclass, field
+
+from engine.errors import RequestError
+from engine.kv_cache import BlockTables
+from engine.request import Completion, FinishReason, Request, TokenLogprobs
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """A request in the engine: its tokens so far and how far their KV is computed."""
+
+    request: Request
+    tokens: list[int]  # the prompt, then the output tokens that the host has read
+    max_tokens: int  # length at which it ends
+    stop_ids: frozenset[int]
+    block_tables: BlockTables
+    arrived: float
+    length: int = 0  # of `tokens`, plus the tokens that launched steps sample
+    computed: int = 0  # tokens whose KV the launched steps compute
+    row: int = -1  # while it runs: its row in the runner's block tables and last tokens
+    greedy: bool = True  # takes the most likely token and wants no log-probabilities
+    decoding: bool = False  # the next token to compute is the one that its last step samples
+    finished: bool = False
+    cached: int = 0  # prompt tokens found in the prefix cache when first admitted
+    first_token: float = 0.0
+    logprobs: list[TokenLogprobs] | None = None
+    admitted: bool = False
+
+    def __post_init__(self) -> None:
+        """Derive the length and whether sampling is greedy."""
+        self.length = len(self.tokens)
+        params = self.request.params
+        self.greedy = params.temperature == 0 and params.logprobs is None
+
+    def append(self, token: int, now: float) -> FinishReason | None:
+        """Add an output token; returns the finish reason if the sequence ends with it."""
+        self.tokens.append(token)
+        if not self.first_token:
+            self.first_token = now
+        stop_requested = self.request.on_token is not None and self.request.on_token(token)
+        if token in self.stop_ids or stop_requested:
+            return "stop"
+        return "length" if len(self.tokens) >= self.max_tokens else None
+
+    def completion(
+        self, reason: FinishReason, now: float, error: RequestError | None = None
+    ) -> Completion:
+        """The result that the caller receives."""
+        prompt = len(self.request.prompt_ids)
+        return Completion(
+            request_id=self.request.request_id,
+            token_ids=self.tokens[prompt:],
+            finish_reason=reason,
+            error=error,
+            prompt_tokens=prompt,
+            cached_tokens=self.cached,
+            logprobs=self.logprobs,
+            arrived=self.arrived,
+            first_token=self.first_token,
+            finished=now,
+        )
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens [start, end) of a sequence, all known to the host, to be computed in one step."""
+
+    sequence: Sequence
+    start: int
+    end: int
+    samples: bool  # the step samples the sequence's next token
+
+
+@dataclass
+class Step:
+    """One step: one token of each decoding sequence, then chunks with single-token chunks first.
+
+    The token of a decoding sequence is the one that it sampled last; the host may not know it yet.
+    """
+
+    decodes: list[Sequence] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    context_lens: list[int] = field(default_factory=list)  # positions with KV after the step
+    changed_tables: list[Sequence] = field(default_factory=list)  # those with new blocks
+
+    @property
+    def size(self) -> int:
+        """The number of sequences."""
+        return len(self.context_lens)
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens computed."""
+        return len(self.decodes) + sum(chunk.end - chunk.start for chunk in self.chunks)
+
+    def sampling(self) -> list[Sequence]:
+        """The sequences that get a next token, in the order of the sampled tokens."""
+        return self.decodes + [chunk.sequence for chunk in self.chunks if chunk.samples]

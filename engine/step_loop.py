@@ -1,0 +1,143 @@
+"""Runs the steps of a warm engine: schedule, launch, read the tokens, back off without memory."""
+
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+
+import torch
+
+from engine.errors import EngineError, RequestError
+from engine.memory_plan import available_bytes, format_bytes, is_out_of_memory
+from engine.model_runner import ModelRunner
+from engine.request import Completion
+from engine.resolve import Settings, dtype_name
+from engine.sampler import NO_TOKEN, Sampled
+from engine.scheduler import Scheduler
+from engine.sequence import Step
+from engine.stats import EngineStats
+from model.ops.step_parts import SCHEDULING
+
+
+class StepLoop:
+    """Runs what is in the scheduler, a step at a time.
+
+    A step is launched before the tokens of up to `lookahead` earlier steps are read: on a GPU the
+    next step is then queued while the current one computes.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        settings: Settings,
+        stats: EngineStats,
+        notice: Callable[[str], None],
+        lookahead: int,
+    ):
+        self.scheduler = scheduler
+        self.lookahead = lookahead
+        self._runner, self._settings = runner, settings
+        self._stats, self._notice = stats, notice
+        self._launched: deque[tuple[Step, Sampled]] = deque()  # steps whose tokens are not read
+
+    @property
+    def pending(self) -> int:
+        """Steps that are launched and not read."""
+        return len(self._launched)
+
+    def run_step(self) -> list[Completion]:
+        """Schedule and launch a step, and read earlier ones; returns what has finished.
+
+        Raises EngineError if there is not enough memory for a step of one token.
+        """
+        start = time.perf_counter()
+        with SCHEDULING:
+            step = self.scheduler.schedule()
+        planned = time.perf_counter()
+        self._stats.schedule_s += planned - start
+        if not step.size:
+            return self.read()
+        try:
+            sampled = self._runner.launch(step)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            done = self.read()
+            self._back_off(step, error)
+            return done
+        self._stats.model_s += time.perf_counter() - planned
+        self.scheduler.note_success()
+        self._stats.count(step, self.scheduler)
+        self._launched.append((step, sampled))
+        return self.read(self.lookahead)
+
+    def read(self, keep: int = 0) -> list[Completion]:
+        """Read the launched steps, except for the last `keep`; returns what has finished."""
+        done = []
+        while len(self._launched) > keep:
+            step, sampled = self._launched.popleft()
+            start = time.perf_counter()
+            tokens, logprobs = sampled.read()
+            now = time.perf_counter()
+            self._stats.model_s += now - start
+            ended = []
+            for i, (sequence, token) in enumerate(zip(step.sampling(), tokens, strict=True)):
+                if sequence.finished:  # this step was launched before its end was known
+                    continue
+                if token == NO_TOKEN:
+                    ended.append(sequence)
+                    error = _not_finite(self._settings.dtype)
+                    done.append(sequence.completion("error", now, error))
+                    continue
+                reason = sequence.append(token, now)
+                if sequence.logprobs is not None:
+                    sequence.logprobs.append(logprobs[i])
+                if reason is not None:
+                    ended.append(sequence)
+                    done.append(sequence.completion(reason, now))
+                    self._stats.count_finished(done[-1])
+            if ended:
+                self.scheduler.finish(ended)
+        return done
+
+    def cancel(self) -> None:
+        """Remove every sequence, after an error or when the caller stops early."""
+        scheduler = self.scheduler
+        scheduler.finish([*scheduler.running, *scheduler.waiting])
+        scheduler.cache.forget_prefixes()  # a step may have written only a part of its KV
+
+    def clear(self) -> None:
+        """Drop launched steps whose tokens are not needed: their sequences have finished."""
+        self._launched.clear()
+
+    def _back_off(self, step: Step, error: Exception) -> None:
+        """Continue with smaller steps after one ran out of memory. Raises EngineError."""
+        device = self._settings.device
+        if not self.scheduler.back_off(step):
+            raise EngineError(
+                "out of memory in a step of one token; {available} are available: lower "
+                "{kv_memory}, or use a smaller model or {dtype}",
+                available=format_bytes(available_bytes(device)),
+            ) from error
+        self._stats.back_offs += 1
+        # The frames in the error's traceback hold the tensors of the failed step.
+        traceback.clear_frames(error.__traceback__)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._notice(
+            f"out of memory in a step of {step.size} requests and {step.tokens} tokens; continuing"
+            f" with at most {self.scheduler.max_batch_size} and {self.scheduler.max_batch_tokens}"
+        )
+
+
+def _not_finite(dtype: torch.dtype) -> RequestError:
+    """The error of a request whose next token cannot be chosen, with what may help."""
+    remedies = {
+        torch.float16: "use {dtype} bfloat16 or float32",
+        torch.bfloat16: "use {dtype} float32",
+    }
+    remedy = remedies.get(dtype, "check that the checkpoint is intact")
+    return RequestError(
+        "the model's logits are not finite in {name}; " + remedy, name=dtype_name(dtype)
+    )
