@@ -9,18 +9,22 @@ from typing import Generic, TypeVar
 
 _Item = TypeVar("_Item")
 
-_POLL_S = 0.1  # how long a wait may hide a signal or the end
+_POLL_S = 0.1  # how long a wait may delay the reaction to a signal or to the end
+_CHUNK_ITEMS = 64  # a queue operation per item would cost more than many items themselves
 
 
 @dataclass(frozen=True)
-class _End:
-    """The end of the items, and the error that ended them."""
+class _Chunk(Generic[_Item]):
+    """Items that pass through the queue together; the last chunk says what ended them."""
 
-    error: BaseException | None
+    items: list[_Item]
+    cost: int
+    last: bool = False
+    error: BaseException | None = None
 
 
-class _CostQueue(queue.Queue[tuple[_Item | _End, int]]):
-    """A queue whose size is the total cost of its items, each 1 or more, not their number."""
+class _CostQueue(queue.Queue[_Chunk[_Item]]):
+    """A queue whose size is the total cost of its chunks, not their number."""
 
     def _init(self, maxsize: int) -> None:
         super()._init(maxsize)
@@ -29,14 +33,14 @@ class _CostQueue(queue.Queue[tuple[_Item | _End, int]]):
     def _qsize(self) -> int:
         return self._cost
 
-    def _put(self, item: tuple[_Item | _End, int]) -> None:
+    def _put(self, item: _Chunk[_Item]) -> None:
         super()._put(item)
-        self._cost += item[1]
+        self._cost += item.cost
 
-    def _get(self) -> tuple[_Item | _End, int]:
-        item = super()._get()
-        self._cost -= item[1]
-        return item
+    def _get(self) -> _Chunk[_Item]:
+        chunk: _Chunk[_Item] = super()._get()
+        self._cost -= chunk.cost
+        return chunk
 
 
 class Prefetcher(Generic[_Item]):
@@ -76,47 +80,49 @@ class Prefetcher(Generic[_Item]):
 
     def until(self, stopped: Callable[[], bool]) -> Iterator[_Item]:
         """Yield the items until they end, or until `stopped` returns true."""
-        end: _End | None = None
-        while end is None and not stopped():
-            window, end = self._window(stopped)
-            for item in self._arrange(window) if self._arrange and window else window:
-                if stopped():
-                    return
-                yield item
-        if end is not None and end.error is not None:
-            raise end.error
-
-    def _window(self, stopped: Callable[[], bool]) -> tuple[list[_Item], _End | None]:
-        """Take the next window (without `arrange`, one item), and the end if it is reached."""
         window: list[_Item] = []
-        missing = 1 if self._arrange is None else self._limit
-        while missing > 0 and not stopped():
+        missing = self._limit  # cost
+        while not stopped():
             try:
-                item, cost = self._queue.get(timeout=_POLL_S)
+                chunk = self._queue.get(timeout=_POLL_S)
             except queue.Empty:
                 continue
-            if isinstance(item, _End):
-                return window, item
-            window.append(item)
-            missing -= cost
-        return window, None
+            window += chunk.items
+            missing -= chunk.cost
+            if self._arrange is None or chunk.last or missing <= 0:
+                for item in self._arrange(window) if self._arrange else window:
+                    if stopped():
+                        return
+                    yield item
+                window, missing = [], self._limit
+            if chunk.error is not None:
+                raise chunk.error
+            if chunk.last:
+                return
 
     def _fill(self) -> None:
         error: BaseException | None = None
+        chunk: list[_Item] = []
+        cost, most = 0, self._limit // 8
         try:
             for item in self._items:
-                if not self._put(item, self._cost(item)):
-                    return
+                chunk.append(item)
+                cost += self._cost(item)
+                # An item is passed on at once if nothing else is there to take.
+                if cost >= most or len(chunk) == _CHUNK_ITEMS or self._queue.empty():
+                    if not self._put(_Chunk(chunk, cost)):
+                        return
+                    chunk, cost = [], 0
         except BaseException as raised:
             error = raised
-        self._put(_End(error), 1)
+        self._put(_Chunk(chunk, max(cost, 1), True, error))
 
-    def _put(self, item: _Item | _End, cost: int) -> bool:
-        """Put an item into the queue when there is room; return whether it still is wanted."""
+    def _put(self, chunk: _Chunk[_Item]) -> bool:
+        """Put a chunk into the queue when there is room; return false if this was closed first."""
         while not self._closed.is_set():
             try:
-                self._queue.put((item, cost), timeout=_POLL_S)
-                return True
+                self._queue.put(chunk, timeout=_POLL_S)
             except queue.Full:
                 continue
+            return True
         return False
