@@ -314,7 +314,7 @@ def test_options_that_a_profile_cannot_use_are_refused(
 ) -> None:
     for options, message in (
         (["--phase", "backward"], "does not train"),
-        (["--query", "9", "--context", "8"], "more than --context"),
+        (["--query", "9", "--context", "8"], "is larger than --context"),
         (["--fused"], "does nothing in mode profile"),
         (["--context", "100000"], "beyond the"),
     ):
