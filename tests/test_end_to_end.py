@@ -110,7 +110,7 @@ def test_a_truncated_input_file_gives_one_line_of_error(tmp_path: Path) -> None:
     path.write_text("3\nonly one\n")
     run = getp("-m", "getp", "-i", path, "-o", tmp_path / "out.txt", status=1)
     assert run.stderr.count("\n") == 1
-    assert f"{path}, line 3: missing" in run.stderr
+    assert f"{path}: line 1 says 3 prompts, but the file has only 1" in run.stderr
     assert not (tmp_path / "out.txt").exists()
 
 
