@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CUDA = torch.device("cuda")
 GPT_OSS = Activation(7.0, 1.702)
 _REFERENCE = Backend(CUDA, torch.float32)
-# Against the definition, relative to the largest value: products round their inputs to 8 bits.
+# Largest error relative to the largest expected value; bfloat16 products round inputs to 8 bits.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
@@ -72,7 +72,7 @@ def paged_batch(
 
 
 def random_mxfp4(experts: int, outputs: int, inputs: int) -> Mxfp4:
-    """Random codes at scales that keep products near one."""
+    """Return random codes with scales that keep products close to one."""
     blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), device=CUDA)
     scales = torch.randint(119, 123, (experts, outputs, inputs // 32), device=CUDA)
     return Mxfp4(blocks.to(torch.uint8), scales.to(torch.uint8))
@@ -141,7 +141,7 @@ def check_sampling() -> Iterator[str | None]:
 
 
 def kernels(dtype: torch.dtype = torch.bfloat16, **tiles: Any) -> "TritonBackend":
-    """The backend of this GPU, with some fields of its `Tiles` changed."""
+    """Return the backend of this GPU, with some fields of its `Tiles` changed."""
     from model.ops.triton.backend import TritonBackend
     from model.ops.triton.tiles import target_of
 
@@ -150,21 +150,21 @@ def kernels(dtype: torch.dtype = torch.bfloat16, **tiles: Any) -> "TritonBackend
 
 
 def fused(dtype: torch.dtype = torch.bfloat16, **limits: Any) -> "TritonBackend":
-    """The backend that fuses norms only up to the numbers of rows given here.
+    """Return the backend that fuses each norm only up to the number of rows given here.
 
-    A single row is multiplied by torch, unless `one_row` is given.
+    Without `one_row`, torch multiplies a single row.
     """
     none: dict[str, Any] = {"fused_qkv": 0, "fused_gate_up": 0, "fused_mlp": 0, "one_row": None}
     return kernels(dtype, **(none | limits))
 
 
 def one_row() -> Any:
-    """The tile that this GPU multiplies a single row with."""
+    """Return the tile that this GPU uses to multiply a single row."""
     return kernels().target.tiles.one_row
 
 
 def linear_of(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
-    """A linear layer with this weight [out, in]."""
+    """Return a linear layer with this weight [out, in]."""
     outputs, inputs = weight.shape
     return Linear(inputs, outputs, bias is not None, DENSE, weight=weight, bias=bias)
 
@@ -179,7 +179,7 @@ def experts_of(
     weights: tuple[Any, Any],
     biases: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> Experts:
-    """Experts of a backend: gate_up and down, dense tensors or Mxfp4, and their biases."""
+    """Return experts in a backend's form: gate_up and down (dense or Mxfp4) and their biases."""
     gate_up, down = weights
     count, hidden, size = down.shape
     is_mxfp4 = isinstance(down, Mxfp4)
@@ -227,7 +227,7 @@ def _fusions(dtype: torch.dtype) -> Iterator[Comparison]:
     of_heads = [Norm(dim, 1e-6, rand(dim, dtype=dtype)) for _ in "qk"]
     angles = torch.rand(64, dim, device=CUDA)
     row = rand(1, size, dtype=dtype)
-    for out in (width, 17, 5001):  # the others are no whole numbers of programs
+    for out in (width, 17, 5001):  # 17 and 5001 are not multiples of a program's outputs
         some = linear_of(rand(out, size, dtype=dtype, scale=0.03), rand(out, dtype=dtype))
         expected = _REFERENCE.linear(row.float(), _float32(some))
         yield f"one row, {out} out", fused(dtype, one_row=one_row()).linear(row, some), expected
@@ -301,7 +301,7 @@ def _experts_of(tokens: int, dtype: torch.dtype) -> Iterator[Comparison]:
     packed = random_mxfp4(count, 2 * size, hidden), random_mxfp4(count, hidden, size)
     dense = packed[0].dense(dtype), packed[1].dense(dtype)
     biases = rand(count, 2 * size, dtype=dtype), rand(count, hidden, dtype=dtype)
-    # The kernels add up in float32, so it is float32 that they are compared with.
+    # The kernels accumulate in float32, so they are compared with a float32 reference.
     wide = experts_of(
         _REFERENCE, (dense[0].float(), dense[1].float()), (biases[0].float(), biases[1].float())
     )
@@ -313,7 +313,7 @@ def _experts_of(tokens: int, dtype: torch.dtype) -> Iterator[Comparison]:
 
 
 def _repeated_experts() -> Iterator[str | None]:
-    """What overtakes what in a kernel differs from run to run; the result may not."""
+    """Yield a problem if the order of execution in a kernel, which varies, changes its result."""
     ops, count, size, top_k = kernels(), 32, 2880, 4
     stored = random_mxfp4(count, 2 * size, size), random_mxfp4(count, size, size)
     experts = experts_of(ops, stored)
@@ -327,7 +327,7 @@ def _repeated_experts() -> Iterator[str | None]:
 
 
 def sampling_arguments(rows: int, vocab: int, dtype: torch.dtype) -> list[Any]:
-    """The arguments of `Backend.sample`: mixed limits, nuclei of a few tokens and of many."""
+    """Return arguments of `Backend.sample`, with various top-k and small and large top-p."""
     logits = rand(rows, vocab, dtype=torch.float32) * torch.linspace(0.5, 4, rows).to(CUDA)[:, None]
     row = torch.arange(rows, device=CUDA)
     uniform = torch.rand(rows, dtype=torch.float64, device=CUDA)
@@ -336,7 +336,7 @@ def sampling_arguments(rows: int, vocab: int, dtype: torch.dtype) -> list[Any]:
 
 
 def _sampling(dtype: torch.dtype) -> Iterator[Comparison]:
-    """Logits of the tokens sampled: tokens next to each other in order are all but equal."""
+    """Compare the sampled tokens' logits: rounding can select a token with a nearly equal logit."""
     ops = kernels(dtype)
     for rows, vocab in ((1, 201_088), (200, 151_936), (64, 1000)):
         logits, temperature, top_k, top_p, uniform = sampling_arguments(rows, vocab, dtype)
@@ -345,7 +345,7 @@ def _sampling(dtype: torch.dtype) -> Iterator[Comparison]:
             want = _REFERENCE.sample(logits, temperature, limit, top_p, uniform)
             at = torch.stack((found, want), 1)
             found, want = logits.float().gather(1, at).unbind(1)
-            yield f"samples, {rows} rows of {vocab}", found, want
+            yield f"sampling, {rows} rows of {vocab}", found, want
 
 
 def check_parity_dense() -> Iterator[str | None]:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from model.ops.triton.tiles import Tile
 
 _WARM_UP_S = 0.03  # the GPU was idle during compilation; its clocks rise in this time
-_DELAY_CYCLES = 400_000  # about 0.2 ms
+_FLUSHES = 5  # about 0.2 ms, in which the host queues the timed operations
 # The experts of gpt-oss-20b: their number, hidden and intermediate size, experts per token.
 _COUNT, _SIZE, _TOP_K = 32, 2880, 4
 
@@ -77,9 +77,9 @@ def seconds_of(function: Callable[[], Any], repeats: int = 20) -> float:
     times = []
     for _ in range(repeats):
         # Evict the last call's data from the L2 cache. Reading does that; written data would have
-        # to be written back during the timed call. The delay lets the host queue all operations.
-        flush.sum()
-        torch.cuda._sleep(_DELAY_CYCLES)
+        # to be written back during the timed call.
+        for _ in range(_FLUSHES):
+            flush.sum()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
@@ -99,7 +99,7 @@ def measure_limits() -> Limits:
 
 
 def time_attention(limits: Limits) -> Iterator[Row]:
-    """Decode in TB/s of KV read, prefill in TFLOP/s; gpt-oss's windows in microseconds."""
+    """Time attention: decode in TB/s of KV read, prefill in TFLOP/s, gpt-oss's windows in us."""
     ops = kernels()
     for heads, kv_heads, dim in ((64, 8, 64), (16, 8, 128), (32, 8, 128), (14, 2, 64)):
         spec = AttentionSpec(dim**-0.5, None)
@@ -129,7 +129,7 @@ def time_attention(limits: Limits) -> Iterator[Row]:
 
 
 def time_experts(limits: Limits) -> Iterator[Row]:
-    """gpt-oss-20b's experts: bytes of the experts used a second, and FLOPs."""
+    """Time gpt-oss-20b's experts: bytes of the selected experts per second, and FLOP/s."""
     for name, experts, width in (
         ("MXFP4", _experts(packed=True), 17 / 32),
         ("bf16", _experts(packed=False), 2.0),
@@ -170,7 +170,7 @@ def time_tiles(limits: Limits) -> Iterator[Row]:
     for tokens, table, others in ((1, own.mxfp4[0], few), (1024, own.mxfp4[-1], many)):
         for tile in (table, *others):
             call, _ = _experts_call(kernels(mxfp4=(tile,)), experts, tokens)
-            with _suppressed_but_for(table, tile):
+            with _allow_failure(table, tile):
                 spent = seconds_of(call)
                 yield Row(f"MXFP4 experts, {tokens} tokens, {tile}", spent * 1e6, "us")
     if own.one_row is None:
@@ -185,24 +185,24 @@ def time_tiles(limits: Limits) -> Iterator[Row]:
         x = rand(1, layer.mlp.norm.size, dtype=torch.bfloat16)
         for tile in (own.one_row, *single):
             ops = fused(fused_qkv=1, fused_gate_up=1, one_row=tile)
-            with _suppressed_but_for(own.one_row, tile):
+            with _allow_failure(own.one_row, tile):
                 spent = seconds_of(_linears(ops, layer, x))
                 yield Row(f"{name}, one row, {tile}", spent * 1e6, "us")
 
 
 def _linears(ops: Backend, layer: Layer, x: torch.Tensor) -> Callable[[], Any]:
-    """A call of the layer's norms with the linears that follow them."""
+    """Return a call of the layer's norms with the linear layers that follow them."""
     project = _project(ops, layer)
     return lambda: (project(x, x), layer.mlp(ops, x, x))
 
 
-def _suppressed_but_for(shipped: "Tile", tile: "Tile") -> AbstractContextManager[None]:
-    """Others may be too large for the GPU or its compiler; the one that jobs use may not."""
+def _allow_failure(shipped: "Tile", tile: "Tile") -> AbstractContextManager[None]:
+    """Suppress errors of tiles that jobs do not use: they can be too large for GPU or compiler."""
     return nullcontext() if tile == shipped else suppress(Exception)
 
 
 def _experts(packed: bool) -> Experts:
-    """gpt-oss-20b's experts: MXFP4 as the kernels take it, or dense."""
+    """Return random experts of gpt-oss-20b: MXFP4 in the kernels' form, or dense bf16."""
     gate_up, down = random_mxfp4(_COUNT, 2 * _SIZE, _SIZE), random_mxfp4(_COUNT, _SIZE, _SIZE)
     if packed:
         return experts_of(kernels(), (gate_up, down))
@@ -210,7 +210,7 @@ def _experts(packed: bool) -> Experts:
 
 
 def _experts_call(ops: Backend, experts: Experts, tokens: int) -> tuple[Callable[[], Any], int]:
-    """A call of gpt-oss-20b's experts by random tokens, and how many experts it uses."""
+    """Return a call of gpt-oss-20b's experts on random tokens, and the number of experts used."""
     x, logits = (rand(tokens, n, dtype=torch.bfloat16) for n in (_SIZE, _COUNT))
     chosen, weights = ops.route(logits, RouterSpec(_TOP_K, True, False))
     return partial(ops.experts, x, chosen, weights, experts, GPT_OSS), len(chosen.unique())
@@ -250,14 +250,14 @@ def time_fusions(limits: Limits) -> Iterator[Row]:
                         losing.add(kind)
                     elif spent < steps and kind not in losing:
                         wins[kind] = rows
-            for kind, most in wins.items():
-                yield Row(f"{name}: {kind} is faster up to", most, "rows")
+            for kind, max_rows in wins.items():
+                yield Row(f"{name}: {kind} is faster up to", max_rows, "rows")
         vocab, hidden = named_config(name).vocab_size, layer.mlp.norm.size
         head = linear_of(rand(vocab, hidden, dtype=torch.bfloat16, scale=0.02))
         products = {"out": layer.attention.out, "down": layer.mlp.down, "head": head}
         for title, linear in products.items():
             x = rand(1, linear.weight.shape[1], dtype=torch.bfloat16)
-            for kind, own in (("torch's", None), ("ours", one_row())):
+            for kind, own in (("torch", None), ("getp", one_row())):
                 call = partial(fused(one_row=own).linear, x, linear)
                 rate = 2 * math.prod(linear.weight.shape) / seconds_of(call)
                 full = f"{name} {title}, 1 row, {kind}"
@@ -265,7 +265,7 @@ def time_fusions(limits: Limits) -> Iterator[Row]:
 
 
 def _project(ops: Backend, layer: Layer) -> Callable[[torch.Tensor, torch.Tensor], Any]:
-    """The layer's norm and what comes before attention, for up to 64 rows."""
+    """Return the operations of a layer before attention, starting with the norm; up to 64 rows."""
     attention, heads = layer.attention, layer.attention.heads
     kv = rand(2, 4, 16, heads.kv_heads, heads.head_dim, dtype=torch.bfloat16)
     cos_sin = rand(64, heads.head_dim, dtype=torch.float32)
@@ -279,7 +279,7 @@ def _project(ops: Backend, layer: Layer) -> Callable[[torch.Tensor, torch.Tensor
 
 
 def time_overlap(limits: Limits) -> Iterator[Row]:
-    """Dense layers at decode, where a kernel is set up while the one before ends, and not."""
+    """Time dense layers at decode, with and without programmatic launch of the next kernel."""
     for name in ("qwen2-0.5b", "llama-3-8b"):
         layers = [_random_layer(name) for _ in range(4)]
         for rows in (1, 8, 64):
@@ -287,14 +287,14 @@ def time_overlap(limits: Limits) -> Iterator[Row]:
                 ops = kernels(programmatic_launch=is_early)
                 step = _decode_step(ops, layers, rows, context=1000)
                 spent = seconds_of(step) / len(layers)
-                kind = "early" if is_early else "one by one"
-                yield Row(f"{name}, a layer of {rows} rows, {kind}", spent * 1e6, "us")
+                kind = "programmatic launch" if is_early else "sequential launch"
+                yield Row(f"{name}, one layer, {rows} rows, {kind}", spent * 1e6, "us")
 
 
 def _decode_step(
     ops: Backend, layers: list[Layer], rows: int, context: int
 ) -> Callable[[], torch.Tensor]:
-    """The layers over a token of each row, every layer with a KV cache of its own."""
+    """Return a decode step: one token per row through all layers, each with its own KV cache."""
     heads = layers[0].attention.heads
     batch, group, blocks = paged_batch([(1, context)] * rows)
     shape = 2, blocks, 16, heads.kv_heads, heads.head_dim
@@ -326,8 +326,8 @@ def _random_layer(name: str) -> Layer:
     return layer
 
 
-def time_draws(limits: Limits) -> Iterator[Row]:
-    """Top-k and top-p over gpt-oss's vocabulary, beside the sort that they do without."""
+def time_sampling(limits: Limits) -> Iterator[Row]:
+    """Time top-k and top-p over gpt-oss's vocabulary, compared with a sort, which they avoid."""
     ops = kernels()
     for rows in (1, 32, 256):
         logits, temperature, top_k, top_p, uniform = sampling_arguments(
