@@ -11,7 +11,7 @@ _MAX_JSON_BYTES = 64 << 20  # far above any config
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be used; the message names the file, the problem and what is supported."""
+    """A checkpoint cannot be used; the message names the file and the problem."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 
 from model.checkpoint_files import CheckpointFiles
 from model.config import CheckpointError, ModelConfig
+from model.formats import WeightFormat, full_interface
 from model.ops.backend import Backend
 from model.ops.specs import Norm, Parameter
 from model.tensor_map import TensorMap, tensor_map
@@ -80,23 +81,27 @@ class _Filling:
     pieces_left: int = 0
     _storage: Any = None
 
+    @property
+    def format(self) -> WeightFormat | None:
+        """The weight's format; None for a plain tensor."""
+        declared = self.declared.format
+        return None if declared is None else full_interface(declared)
+
     def storage(self) -> Any:
         """The parameter's storage, which is allocated at first use."""
         if self._storage is None:
-            declared, backend = self.declared, self.backend
-            if declared.format is None:
-                self._storage = torch.empty(
-                    declared.shape, dtype=backend.dtype, device=backend.device
-                )
+            shape, backend = self.declared.shape, self.backend
+            if self.format is None:
+                self._storage = torch.empty(shape, dtype=backend.dtype, device=backend.device)
             else:
-                self._storage = declared.format.allocate(backend, declared.shape, declared.parts)
+                self._storage = self.format.allocate(backend, shape, self.declared.parts)
         return self._storage
 
     def fill_random(self, generator: torch.Generator) -> None:
         """Fill matrices with random values, norms with 1 and other vectors with 0."""
         declared, storage = self.declared, self.storage()
-        if declared.format is not None:
-            declared.format.fill_random(storage, generator)
+        if self.format is not None:
+            self.format.fill_random(storage, generator)
         elif len(declared.shape) > 1:
             storage.uniform_(-0.03, 0.03, generator=generator)
         else:
@@ -105,8 +110,8 @@ class _Filling:
     def complete(self) -> None:
         """Set the attribute to the filled storage in the form that the operations take."""
         declared, storage = self.declared, self.storage()
-        if declared.format is not None:
-            storage = declared.format.finish(self.backend, storage)
+        if self.format is not None:
+            storage = self.format.finish(self.backend, storage)
         setattr(declared.holder, declared.attribute, storage)
         self._storage = None
 

@@ -13,7 +13,7 @@ from model.attention import Attention
 from model.config import ModelConfig
 from model.families import family
 from model.families.tensor_names import ExpertNames, LinearName, TensorNames
-from model.formats import DENSE, StoredTensor, WeightFormat
+from model.formats import DENSE, StoredTensor, WeightFormat, full_interface
 from model.formats.format import Part
 from model.mlp import Mlp, Moe
 from model.ops.specs import Linear
@@ -73,7 +73,7 @@ def tensor_map(model: Transformer) -> TensorMap:
         found.pieces += _layer_vectors(prefix, names, layer, config, shard)
         parts = _attention_parts(layer.attention, config, shard)
         found.pieces += _linears(prefix, names.attention, parts, shard)
-        if config.layers[i].sparse:
+        if isinstance(layer.mlp, Moe):
             _add_experts(found, prefix, names.experts, layer.mlp, config)
         else:
             parts = _mlp_parts(layer.mlp, config, shard)
@@ -163,7 +163,7 @@ def _linear(
     name: str, part: _LinearPart, outputs: int, rows: slice, shard: Shard
 ) -> Iterator[Piece]:
     linear, write = part.linear, _write_rows(part.first, rows.stop - rows.start)
-    form: WeightFormat = linear.format
+    form = full_interface(linear.format)
     stored = form.stored(f"{name}.weight", (outputs, part.inputs), (rows, part.columns))
     yield Piece(stored, linear, "weight", write, form)
     if linear.has_bias:
@@ -219,13 +219,20 @@ class _ExpertLinear:
             return experts.hidden, experts.size
         return len(self.parts) * experts.size, experts.hidden
 
+    @property
+    def format(self) -> WeightFormat:
+        """The format of the weights."""
+        return full_interface(self.moe.experts.format)
+
     def write(self, storage: Any, source: Any) -> None:
         """Fill one expert's rows from its tensor, both [outputs, inputs] or [outputs]."""
         count = len(self.parts)
         size = self.shape[0] // count
         for i, part in enumerate(self.parts):
             first = size if part == "up" else 0
-            rows = slice(i, None, count) if self.names.interleaved else slice(i * size, i * size + size)
+            rows = slice(i * size, (i + 1) * size)
+            if self.names.interleaved:
+                rows = slice(i, None, count)
             storage[first : first + size].copy_(source[rows])
 
 
@@ -234,13 +241,13 @@ def _add_single_experts(found: TensorMap, stem: str, target: _ExpertLinear, coun
     experts, own, attribute = target.moe.experts, target.moe.shard.part(count), target.attribute
     for expert in range(count):
         name = stem.format(expert=expert)
-        weight = experts.format.stored(f"{name}.weight", target.shape)
+        weight = target.format.stored(f"{name}.weight", target.shape)
         bias = DENSE.stored(f"{name}.bias", target.shape[:1]) if experts.has_bias else []
         if not own.start <= expert < own.stop:
             found.elsewhere += weight + bias
             continue
         write = _write_expert(target, expert - own.start)
-        found.pieces.append(Piece(weight, experts, attribute, write, experts.format))
+        found.pieces.append(Piece(weight, experts, attribute, write, target.format))
         if bias:
             found.pieces.append(Piece(bias, experts, f"{attribute}_bias", write))
 
@@ -261,8 +268,8 @@ def _stacked_experts(stem: str, target: _ExpertLinear, count: int) -> Iterator[P
             target.write(storage[expert], source[expert])
 
     shape, transposed = (count, *target.shape), target.names.transposed
-    stored = experts.format.stored(stem, shape, (own,), transposed=transposed)
-    yield Piece(stored, experts, attribute, write, experts.format, transposed)
+    stored = target.format.stored(stem, shape, (own,), transposed=transposed)
+    yield Piece(stored, experts, attribute, write, target.format, transposed)
     if experts.has_bias:
         bias = DENSE.stored(f"{stem}_bias", shape[:2], (own,))
         yield Piece(bias, experts, f"{attribute}_bias", write)

@@ -20,6 +20,7 @@ _OPERATION_COLUMNS = (
     *("weights", "activ.", "KV", "FLOP/B", "launches"),
 )
 _GPU_COLUMNS = ("time", "tok/s", "MFU", "MBU", "ridge", "largest batch")
+from model.formats import DENSE
 
 
 def print_plan(plan: Plan) -> None:
@@ -53,13 +54,13 @@ def write_plot(plan: Plan, path: str) -> None:
 
 
 def _title(plan: Plan) -> str:
-    work = plan.work
+    work, experts = plan.work, plan.model.config.expert_format
     words = [
         f"{plan.model.name}: {work.phase}",
         f"batch {work.batch:,}",
         f"query {work.query:,}",
         f"context {work.context:,}",
-        work.dtype + (", experts in mxfp4" if plan.model.config.mxfp4_experts else ""),
+        work.dtype + ("" if experts == DENSE else f", experts in {experts.name}"),
     ]
     if work.tensor_parallel > 1:
         words.append(f"one of {work.tensor_parallel} GPUs")

@@ -9,10 +9,10 @@ from typing import Any
 
 from model.formats import mxfp4
 from model.formats.dense import DENSE
-from model.formats.format import StoredTensor, WeightFormat
+from model.formats.format import StoredTensor, WeightFormat, full_interface
 from model.formats.mxfp4 import MXFP4
 
-__all__ = ["DENSE", "MXFP4", "QUANTIZATIONS", "StoredTensor", "WeightFormat"]
+__all__ = ["DENSE", "MXFP4", "QUANTIZATIONS", "StoredTensor", "WeightFormat", "full_interface"]
 
 QUANTIZATIONS: dict[str, Callable[[Mapping[str, Any]], dict[str, WeightFormat]]] = {
     "mxfp4": mxfp4.read_settings,

@@ -79,3 +79,9 @@ class WeightFormat(ABC):
     @abstractmethod
     def held(self, backend: Backend) -> WeightFormat:
         """The format that the weight has in memory on this backend."""
+
+
+def full_interface(known: object) -> WeightFormat:
+    """A format that is declared by the part of its interface that operations use (model.ops)."""
+    assert isinstance(known, WeightFormat)
+    return known

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from engine import Engine, EngineConfig, Request, SamplingParams
-from model import Transformer, load_config
-from model import loader
+from model import Transformer, load_config, loader
 from model.ops.backend import choose_backend
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from tests.checkpoints import FAMILIES, Peer, edit_config, write_checkpoint, write_mxfp4_pair
@@ -55,9 +54,7 @@ def logits_of(folder: Path, ids: list[int]) -> torch.Tensor:
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     error = (actual - expected).norm() / expected.norm()
     assert error < 1e-4, f"relative error {error:.2e}"
-    torch.testing.assert_close(
-        actual, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())
-    )
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
