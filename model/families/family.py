@@ -1,7 +1,7 @@
 """What a family's module defines, and the keys that all families share."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from model.config import LayerConfig, ModelConfig, MoeConfig
@@ -28,6 +28,7 @@ class Family:
     rope_theta: float = 10_000.0  # where the config has none
     head_dim: int | None = None  # where the config has none; None: hidden_size / heads
     partial_rotary: bool = False  # `partial_rotary_factor` is supported
+    rope_aliases: Mapping[str, str] = field(default_factory=dict)  # rope types by other names
 
     def config(self, keys: Keys, stop_ids: frozenset[int]) -> ModelConfig:
         """The config of a checkpoint of this family. Raises CheckpointError."""
@@ -47,9 +48,15 @@ class Family:
         head_dim = keys.integer("head_dim", self.head_dim or max(1, hidden // heads))
         if head_dim % 2:
             raise keys.fail(f"head_dim {head_dim} must be even for rotary embeddings")
-        rope, rotary_dim = read_rope(keys, self.rope_theta, head_dim, self.partial_rotary)
-        if "layers" not in own:
-            own["layers"] = layers(keys)
+        rope, rotary_dim = read_rope(
+            keys, self.rope_theta, head_dim, self.partial_rotary, self.rope_aliases
+        )
+        positions = keys.integer("max_position_embeddings")
+        # A window that contains every position is not a window.
+        own["layers"] = tuple(
+            replace(layer, window=None) if (layer.window or 0) >= positions else layer
+            for layer in own.get("layers") or layers(keys)
+        )
         shared = {
             "model_type": keys.get("model_type"),
             "vocab_size": keys.integer("vocab_size"),
@@ -60,7 +67,7 @@ class Family:
             "head_dim": head_dim,
             "rotary_dim": rotary_dim,
             "rope": rope,
-            "max_positions": keys.integer("max_position_embeddings"),
+            "max_positions": positions,
             "rms_norm_eps": keys.number("rms_norm_eps"),
             "tie_word_embeddings": keys.boolean("tie_word_embeddings", False),
             "dtype": _dtype(keys),

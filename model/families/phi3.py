@@ -21,4 +21,5 @@ FAMILY = Family(
         mlp=(("mlp.gate_up_proj", ("gate", "up")), ("mlp.down_proj", ("down",))),
     ),
     partial_rotary=True,
+    rope_aliases={"su": "longrope", "yarn": "longrope"},  # of the first Phi-3 checkpoints
 )

@@ -1,5 +1,6 @@
 """The keys of rotary embeddings → RopeConfig."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from model.config import RopeConfig
@@ -18,17 +19,22 @@ _KEYS = {
 }
 
 
-def read_rope(keys: Keys, theta: float, head_dim: int, partial: bool) -> tuple[RopeConfig, int]:
+def read_rope(
+    keys: Keys, theta: float, head_dim: int, partial: bool, aliases: Mapping[str, str]
+) -> tuple[RopeConfig, int]:
     """The rotary embedding and how many values of each head it rotates.
 
     Read from `rope_parameters` (newer), or `rope_scaling` and `rope_theta` (older). theta: the
-    family's default. partial: the family supports `partial_rotary_factor`.
+    family's default. partial: the family supports `partial_rotary_factor`. aliases: the family's
+    other names of rope types.
     """
     rope = _parameters(keys)
     theta = rope.number("rope_theta", keys.number("rope_theta", theta))
     if theta <= 1:
         raise keys.fail(f"'rope_theta' must be above 1, not {theta}")
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if isinstance(kind, str):
+        kind = aliases.get(kind, kind)
     if not isinstance(kind, str) or kind not in _KEYS:
         raise keys.fail(f"rope type {kind!r} is not supported; supported: {', '.join(_KEYS)}")
     rope.refuse_unknown(
