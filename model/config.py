@@ -42,6 +42,11 @@ class RopeConfig:
         is_long = self.kind == "longrope" and length > self.original_max_positions
         return self.original_max_positions if is_long else 0
 
+    @property
+    def recompute_length(self) -> int:
+        """The length beyond which a sequence needs other factors at every position; 0: none."""
+        return self.original_max_positions if self.kind == "longrope" else 0
+
     def table_rows(self, positions: int) -> int:
         """Rows of `rope_table` for sequences of up to `positions` tokens."""
         return self.first_row(positions) + positions

@@ -14,13 +14,13 @@ from model.cost.interconnect import LINKS
 from model.cost.operations import activation_accesses, operations, parameter_bytes, total
 from model.cost.roofline import largest_batch
 from model.cost.workload import Op
+from model.formats import DENSE
 
 _OPERATION_COLUMNS = (
     *("layers", "matrix", "vector", "special"),
     *("weights", "activ.", "KV", "FLOP/B", "launches"),
 )
 _GPU_COLUMNS = ("time", "tok/s", "MFU", "MBU", "ridge", "largest batch")
-from model.formats import DENSE
 
 
 def print_plan(plan: Plan) -> None:
