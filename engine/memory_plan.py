@@ -175,7 +175,7 @@ def _activation_bytes(config: ModelConfig, item: int, ranks: int) -> int:
         mlp = item * (3 * hidden + 4 * config.intermediate_size // ranks)
     if moe is not None:
         pair = item * (2 * hidden + 4 * moe.intermediate_size) + 2 * 4 * hidden  # float32 sums
-        mlp = max(mlp, item * 3 * hidden + moe.top_k * pair)
+        mlp = max(mlp, item * 3 * hidden + moe.router.top_k * pair)
     return max(attention, mlp)
 
 

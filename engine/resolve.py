@@ -109,7 +109,7 @@ def check_ranks(model: ModelConfig, size: int, device: torch.device) -> torch.de
 def held_config(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> ModelConfig:
     """The config of the weights as they are held in memory, which may differ from the checkpoint.
 
-    MXFP4 weights become dense where no kernel reads them packed; the bytes of a step depend on it.
+    Weights become dense where no kernel reads their format; the bytes of a step depend on it.
     """
     backend = choose_backend(device, dtype)
     return replace(

@@ -1,11 +1,12 @@
 """ModelConfig: a model's properties, as fields that are the same for every family."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from model.formats import DENSE, WeightFormat
+from model.ops.specs import Activation, RouterSpec
 
 _MAX_JSON_BYTES = 64 << 20  # far above any config
 
@@ -57,10 +58,8 @@ class MoeConfig:
     """Sparse mixture-of-experts MLP."""
 
     num_experts: int
-    top_k: int
     intermediate_size: int
-    softmax_after_top_k: bool  # softmax over the chosen logits (gpt-oss), or over all of them
-    normalize: bool  # the weights of the chosen experts are divided by their sum
+    router: RouterSpec
     biases: bool  # router and experts have biases
 
 
@@ -100,8 +99,7 @@ class ModelConfig:
     residual_scale: float = 1.0  # multiplies what attention and MLP add to the residual stream
     attention_scale: float | None = None  # multiplies the scores; None: head_dim ** -0.5
     logits_scale: float = 1.0  # multiplies the logits
-    swiglu_limit: float | None = None  # gpt-oss: clamped, (up + 1) · gate · sigmoid(alpha · gate)
-    swiglu_alpha: float = 1.0
+    activation: Activation = field(default_factory=Activation)
     moe: MoeConfig | None = None
     linear_format: WeightFormat = DENSE  # of the weights of attention and dense MLPs
     expert_format: WeightFormat = DENSE

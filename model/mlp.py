@@ -6,13 +6,11 @@ from typing import TYPE_CHECKING
 from model.config import ModelConfig
 from model.formats import DENSE
 from model.ops.specs import (
-    Activation,
     Experts,
     ExpertShard,
     Linear,
     Norm,
     Parameter,
-    RouterSpec,
 )
 from model.ops.step_parts import GATE_UP_PROJ, POST_NORM, ROUTER
 from model.sharding import ALONE, Shard
@@ -29,7 +27,7 @@ class Mlp:
     def __init__(self, config: ModelConfig, shard: Shard = ALONE):
         hidden, size = config.hidden_size, config.intermediate_size // shard.size
         self.shard, self.residual_scale = shard, config.residual_scale
-        self.activation = Activation(config.swiglu_limit, config.swiglu_alpha)
+        self.activation = config.activation
         self.norm = Norm(hidden, config.rms_norm_eps)
         self.gate_up = Linear(hidden, 2 * size, config.mlp_bias, config.linear_format)
         self.down = Linear(size, hidden, config.mlp_bias, config.linear_format, sum_over_ranks=True)
@@ -60,8 +58,8 @@ class Moe:
             raise ValueError("the model has no experts")
         self.shard, self.expert_shard = shard, ExpertShard(shard.rank, shard.size)
         self.residual_scale = config.residual_scale
-        self.activation = Activation(config.swiglu_limit, config.swiglu_alpha)
-        self.router_spec = RouterSpec(moe.top_k, moe.softmax_after_top_k, moe.normalize)
+        self.activation = config.activation
+        self.router_spec = moe.router
         self.norm = Norm(config.hidden_size, config.rms_norm_eps)
         self.router = Linear(config.hidden_size, moe.num_experts, moe.biases, DENSE)
         self.experts = Experts(

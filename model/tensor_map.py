@@ -42,19 +42,19 @@ class TensorMap:
     """Every tensor that a checkpoint of the model's config must contain."""
 
     pieces: list[Piece] = field(default_factory=list)
-    elsewhere: list[StoredTensor] = field(default_factory=list)  # read by other ranks alone
+    elsewhere: list[StoredTensor] = field(default_factory=list)  # read only by other ranks
 
 
 @dataclass(frozen=True)
 class _LinearPart:
-    """A part of a linear of the decoder, such as q; its rows here begin at `first`."""
+    """A part of a linear of the decoder, such as q."""
 
     linear: Linear
-    outputs: int  # of the checkpoint
+    outputs: int  # of all ranks together
     inputs: int
-    rows: slice = field(default_factory=_all)  # of `outputs`: those of this rank
-    columns: slice = field(default_factory=_all)  # of `inputs`
-    first: int = 0
+    rows: slice = field(default_factory=_all)  # this rank's part of the outputs
+    columns: slice = field(default_factory=_all)  # this rank's part of the inputs
+    first: int = 0  # row of the linear where this rank's rows begin
 
 
 def tensor_map(model: Transformer) -> TensorMap:
@@ -84,7 +84,7 @@ def tensor_map(model: Transformer) -> TensorMap:
 def _whole(
     name: str, shape: tuple[int, ...], holder: Any, attribute: str = "weight", part: Part = ()
 ) -> Piece:
-    """A tensor of which the parameter has all that this rank reads."""
+    """A tensor of which this rank reads `part` into a whole parameter."""
     return Piece(
         DENSE.stored(name, shape, part),
         holder,
@@ -147,7 +147,7 @@ def _linears(
     parts: dict[str, _LinearPart],
     shard: Shard,
 ) -> Iterator[Piece]:
-    """The pieces of linears, each with the rows of one or more parts below each other."""
+    """The pieces of linears whose rows are those of one or more parts, in order."""
     for stem, part_names in names:
         outputs = sum(parts[name].outputs for name in part_names)
         above = 0
@@ -237,7 +237,7 @@ class _ExpertLinear:
 
 
 def _add_single_experts(found: TensorMap, stem: str, target: _ExpertLinear, count: int) -> None:
-    """Experts with tensors of their own, of which this rank reads those of its experts."""
+    """Experts in separate tensors; this rank reads the tensors of its own experts."""
     experts, own, attribute = target.moe.experts, target.moe.shard.part(count), target.attribute
     for expert in range(count):
         name = stem.format(expert=expert)
@@ -260,7 +260,7 @@ def _write_expert(target: _ExpertLinear, expert: int) -> Callable[[Any, Any], No
 
 
 def _stacked_experts(stem: str, target: _ExpertLinear, count: int) -> Iterator[Piece]:
-    """Experts that share a tensor, of which this rank reads its own."""
+    """All experts in one tensor; this rank reads its own experts."""
     experts, own, attribute = target.moe.experts, target.moe.shard.part(count), target.attribute
 
     def write(storage: Any, source: Any) -> None:

@@ -256,11 +256,11 @@ class _Shard:
         assert moe is not None  # the config says that the layer is sparse
         hidden, size = c.hidden_size, moe.intermediate_size
         # Pairs of token and expert on this GPU, rounded to the nearest integer.
-        pairs = (tokens * moe.top_k + self.parts // 2) // self.parts
-        read = distinct_experts(moe.num_experts, moe.top_k, tokens) / self.parts
+        pairs = (tokens * moe.router.top_k + self.parts // 2) // self.parts
+        read = distinct_experts(moe.num_experts, moe.router.top_k, tokens) / self.parts
         gate_up = self.matrix(hidden, 2 * size, moe.biases, c.expert_format)
         down = self.matrix(size, hidden, moe.biases, c.expert_format)
-        chosen = moe.top_k if moe.softmax_after_top_k else moe.num_experts
+        chosen = moe.router.top_k if moe.router.softmax_after_top_k else moe.num_experts
         route = flops.linear(tokens, hidden, moe.num_experts, moe.biases, back)
         combine = flops.weighted_sum(1, pairs, hidden, back) + self._residual
         router = self.op(

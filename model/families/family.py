@@ -1,4 +1,4 @@
-"""What a family's module defines, and the keys that all families share."""
+"""Family: the definition that each family's module contains, and the keys that all share."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -9,6 +9,7 @@ from model.families.keys import Keys
 from model.families.rope_keys import read_rope
 from model.families.tensor_names import TensorNames
 from model.formats import QUANTIZATIONS
+from model.ops.specs import RouterSpec
 
 _COMMON_KEYS = frozenset(
     """model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
@@ -125,10 +126,8 @@ def softmax_moe(keys: Keys, experts: int, size: int, normalize: bool) -> MoeConf
     """Experts without biases whose router weights are a softmax over all experts."""
     return MoeConfig(
         num_experts=experts,
-        top_k=top_k(keys, experts),
         intermediate_size=size,
-        softmax_after_top_k=False,
-        normalize=normalize,
+        router=RouterSpec(top_k(keys, experts), softmax_after_top_k=False, normalize=normalize),
         biases=False,
     )
 

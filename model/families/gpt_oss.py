@@ -4,6 +4,7 @@ from model.config import MoeConfig
 from model.families.family import Family, attention_biases, layers, top_k
 from model.families.keys import Keys
 from model.families.tensor_names import ExpertNames, TensorNames
+from model.ops.specs import Activation, RouterSpec
 
 
 def _fields(keys: Keys) -> dict[str, object]:
@@ -11,14 +12,13 @@ def _fields(keys: Keys) -> dict[str, object]:
     return attention_biases(keys, default=True) | {
         "layers": layers(keys, window, lambda layer: layer % 2 == 0, sparse=True),
         "sinks": True,
-        "swiglu_limit": keys.number("swiglu_limit", 7.0),
-        "swiglu_alpha": keys.number("swiglu_alpha", 1.702),
+        "activation": Activation(
+            keys.number("swiglu_limit", 7.0), keys.number("swiglu_alpha", 1.702)
+        ),
         "moe": MoeConfig(
             num_experts=experts,
-            top_k=top_k(keys, experts),
             intermediate_size=keys.integer("intermediate_size"),
-            softmax_after_top_k=True,
-            normalize=False,
+            router=RouterSpec(top_k(keys, experts), softmax_after_top_k=True, normalize=False),
             biases=True,
         ),
     }

@@ -18,8 +18,8 @@ class ExpertNames:
     """The experts of a layer; the defaults are those of most families."""
 
     router: str = "mlp.gate"
-    # With {expert} in the name: a tensor an expert. Without: one tensor with all experts, which is
-    # named without ".weight", and whose biases are NAME_bias.
+    # A name with {expert} is one tensor for each expert. A name without it is one tensor for all
+    # experts: its weight has no ".weight" after the name, and its bias is NAME_bias.
     linears: tuple[LinearName, ...] = (
         ("mlp.experts.{expert}.gate_proj", ("gate",)),
         ("mlp.experts.{expert}.up_proj", ("up",)),
