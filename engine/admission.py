@@ -41,6 +41,7 @@ def admit(
         cache.new_tables(),
         now,
         logprobs=None if params.logprobs is None else [],
+        rope_context=model.rope.recompute_length,
     )
 
 

@@ -14,6 +14,7 @@ import torch
 
 from engine.parallel.step_message import StepMessage
 from engine.sampler import put
+from model.config import RopeConfig
 from model.ops.forward_batch import ForwardBatch, GroupTables
 
 
@@ -31,7 +32,7 @@ class DecodeInputs:
 
     rows: torch.Tensor  # [sequences]
     context_lens: torch.Tensor  # [sequences]
-    positions: torch.Tensor  # [sequences]
+    positions: torch.Tensor  # [sequences]: rows of the rotary table, as in ForwardBatch
     slot_mapping: list[torch.Tensor]  # for each layer group [sequences]
 
 
@@ -46,6 +47,7 @@ class BatchBuilder:
         block_size: int,
         padding_block: int,
         device: torch.device,
+        rope: RopeConfig,
     ):
         """Allocate `rows` rows, and one more for padding, whose blocks are all `padding_block`.
 
@@ -53,7 +55,7 @@ class BatchBuilder:
         """
         self.width = -(-max_positions // block_size)  # blocks of the longest sequence
         self.padding_row = rows
-        self._block_size, self._device = block_size, device
+        self._block_size, self._device, self._rope = block_size, device, rope
         table = array("i", bytes(4 * rows * self.width)) + array("i", [padding_block]) * self.width
         # For each group int32 [rows + 1, width]: written as arrays, read as tensors.
         self._arrays = [table[:] for _ in range(groups)]
@@ -82,7 +84,20 @@ class BatchBuilder:
         positions = lens - 1
         blocks, offsets = positions // self._block_size, positions % self._block_size
         slots = [table[row_ids, blocks] * self._block_size + offsets for table in self._tables]
-        return DecodeInputs(row_ids, lens, positions, slots)
+        rope_rows = self._rope_rows(positions, context_lens)
+        return DecodeInputs(row_ids, lens, rope_rows, slots)
+
+    def _rope_rows(
+        self, positions: torch.Tensor, lengths: list[int], owners: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The rows of the rotary table for positions of sequences of these lengths.
+
+        owners: for each position the index of its sequence; None: one position a sequence.
+        """
+        if not self._rope.recompute_length:
+            return positions
+        first = int64(map(self._rope.first_row, lengths))
+        return positions + (first if owners is None else first[owners])
 
     def build(self, message: StepMessage, last: torch.Tensor) -> PreparedBatch:
         """The batch of a step of decodes and chunks.
@@ -107,6 +122,7 @@ class BatchBuilder:
         for table in self.select_tables(rows, max(context_lens)):
             slots = table[owners, blocks] * self._block_size + offsets
             groups.append(GroupTables(put(table, device), put(slots, device)))
+        known_lengths = [*context_lens[:decodes], *message.lengths]
         logits_rows, sampling_rows, new_positions = query_ends - 1, rows, ends
         if not all(message.samples):
             kept = torch.tensor([1] * decodes + [*message.samples]).bool()
@@ -117,7 +133,7 @@ class BatchBuilder:
             token_ids = torch.cat((token_ids, put(int64(message.tokens), device)))
         batch = ForwardBatch(
             token_ids=token_ids,
-            positions=put(positions, device),
+            positions=put(self._rope_rows(positions, known_lengths, owners), device),
             host_query_lens=query_lens,
             host_context_lens=context_lens,
             num_single=singles,

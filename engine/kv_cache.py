@@ -56,6 +56,12 @@ class BlockTables:
     digests: list[bytes] = field(default_factory=list)
     freed: list[int] = field(default_factory=list)  # by group: blocks freed behind its window
     indexed: int = 0  # full blocks that are in the prefix index
+    salt: bytes = b""  # only tables with the same salt share prefixes
+
+    def use_salt(self, salt: bytes) -> None:
+        """Set the salt of empty tables."""
+        if salt != self.salt:
+            self.salt, self.digests = salt, []
 
 
 class KVCache:
@@ -138,7 +144,7 @@ class KVCache:
             del table[:]
         tables.room = 0
         tables.freed = [0] * len(self.groups)
-        tables.indexed = 0  # digests remain valid: they depend only on tokens
+        tables.indexed = 0  # digests remain valid: they depend only on salt and tokens
 
     def match_prefix(self, tables: BlockTables, tokens: SequenceOf[int]) -> int:
         """Fill empty tables with the longest cached prefix; returns its length in tokens.
@@ -215,7 +221,7 @@ class KVCache:
         while len(digests) <= i:
             first = len(digests) * self.block_size
             block = array("q", tokens[first : first + self.block_size]).tobytes()
-            prefix = digests[-1] if digests else b""
+            prefix = digests[-1] if digests else tables.salt
             digests.append(hashlib.blake2b(prefix + block, digest_size=16).digest())
         return digests[i]
 

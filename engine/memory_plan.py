@@ -54,7 +54,8 @@ class MemoryPlan:
         if on_cpu and settings.dtype == torch.bfloat16 and config.tie_word_embeddings:
             head = config.vocab_size * config.hidden_size * item  # packed, besides the embedding
             weights += head // ranks
-        weights += 4 * config.max_positions * config.head_dim  # the rotary table
+        rotary_rows = config.rope.table_rows(config.max_positions)
+        weights += 4 * rotary_rows * config.rotary_dim
         rows = min(settings.max_batch_size, settings.max_batch_tokens)
         groups = len(group_layers([layer.window for layer in config.layers]))
         table = 4 * -(-config.max_positions // settings.block_size)
@@ -174,7 +175,7 @@ def _activation_bytes(config: ModelConfig, item: int, ranks: int) -> int:
         mlp = item * (3 * hidden + 4 * config.intermediate_size // ranks)
     if moe is not None:
         pair = item * (2 * hidden + 4 * moe.intermediate_size) + 2 * 4 * hidden  # float32 sums
-        mlp = max(mlp, item * 3 * hidden + moe.top_k * pair)
+        mlp = max(mlp, item * 3 * hidden + moe.router.top_k * pair)
     return max(attention, mlp)
 
 

@@ -114,7 +114,13 @@ class ModelRunner:
         self.model.prepare_rope(max_positions, self.device)
         self.sampler = Sampler(max_batch_size + 1, self.backend, self.shard, self.config.vocab_size)
         self.batches = BatchBuilder(
-            len(self.groups), max_batch_size, max_positions, block_size, num_blocks, self.device
+            len(self.groups),
+            max_batch_size,
+            max_positions,
+            block_size,
+            num_blocks,
+            self.device,
+            self.config.rope,
         )
 
     def run_peak_step(

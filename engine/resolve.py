@@ -109,8 +109,11 @@ def check_ranks(model: ModelConfig, size: int, device: torch.device) -> torch.de
 def held_config(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> ModelConfig:
     """The config of the weights as they are held in memory, which may differ from the checkpoint.
 
-    MXFP4 weights become dense where no kernel reads them packed; the bytes of a step depend on it.
+    Weights become dense where no kernel reads their format; the bytes of a step depend on it.
     """
-    if config.mxfp4_experts and not choose_backend(device, dtype).keeps_mxfp4:
-        return replace(config, mxfp4_experts=False)
-    return config
+    backend = choose_backend(device, dtype)
+    return replace(
+        config,
+        linear_format=config.linear_format.held(backend),
+        expert_format=config.expert_format.held(backend),
+    )

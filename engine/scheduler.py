@@ -67,6 +67,7 @@ class Scheduler:
         step = Step()
         decodes, context_lens = step.decodes, step.context_lens
         budget, preemptions = self.max_batch_tokens, self.preemptions
+        outgrown = []
         for sequence in self.running:  # preemption shortens this list at its end
             if not budget:
                 break
@@ -76,6 +77,8 @@ class Scheduler:
                 if self._make_room(sequence, start, end, step):
                     self._plan(sequence, end, step)
                     budget -= end - start
+            elif sequence.length < sequence.max_tokens and start == sequence.rope_context:
+                outgrown.append(sequence)
             elif sequence.length < sequence.max_tokens and (
                 start < sequence.block_tables.room
                 or self._make_room(sequence, start, start + 1, step)
@@ -92,9 +95,21 @@ class Scheduler:
             self.gathering = self._left > 0
         else:
             self._admit_waiting(budget, step)
+        self._restart(outgrown)
         step.chunks.sort(key=lambda chunk: chunk.end - chunk.start > 1)  # stable
         context_lens += [chunk.end for chunk in step.chunks]
         return step
+
+    def _restart(self, sequences: list[Sequence]) -> None:
+        """Return sequences to the queue, to be recomputed with the other factors of longrope.
+
+        They can start again in the next step, when all of their tokens are known.
+        """
+        for sequence in reversed(sequences):
+            if sequence.row >= 0:  # not preempted since
+                self.running.remove(sequence)
+                self._release(sequence)
+                self.waiting.appendleft(sequence)
 
     def _gathers_a_group(self) -> bool:
         """Whether admission waits for more sequences to finish."""
@@ -220,6 +235,8 @@ class Scheduler:
         spare = len(self.running)
         if self.cache.num_free < spare:
             return 0
+        if 0 < sequence.rope_context < len(sequence.tokens):
+            sequence.block_tables.use_salt(b"long")
         cached = self.cache.match_prefix(sequence.block_tables, sequence.tokens)
         end = min(len(sequence.tokens), cached + budget)
         if spare:

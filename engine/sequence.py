@@ -27,6 +27,8 @@ class Sequence:
     first_token: float = 0.0
     logprobs: list[TokenLogprobs] | None = None
     admitted: bool = False
+    # longrope: a sequence that becomes longer is recomputed with other factors; 0: no such length.
+    rope_context: int = 0
 
     def __post_init__(self) -> None:
         """Derive the length and whether sampling is greedy."""

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from model.config import LayerConfig, ModelConfig
-from model.formats import DENSE
 from model.ops.specs import AttentionSpec, Heads, Linear, Norm, Parameter, RopeArgs
 from model.ops.step_parts import ATTENTION, O_PROJ, QKV_PROJ
 from model.sharding import ALONE, Shard
@@ -26,14 +25,15 @@ class Attention:
         hidden, head_dim, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
         heads, kv_heads = config.num_heads // shard.size, max(1, config.num_kv_heads // shard.size)
         norms = (Norm(head_dim, eps), Norm(head_dim, eps)) if config.qk_norm else (None, None)
-        self.shard = shard
+        self.shard, self.residual_scale = shard, config.residual_scale
         self.norm = Norm(hidden, eps)
         self.heads = Heads(heads, kv_heads, head_dim, *norms)
-        self.spec = AttentionSpec(head_dim**-0.5, layer.window)
+        self.spec = AttentionSpec(config.attention_scale or head_dim**-0.5, layer.window)
         self.has_sinks = config.sinks
         self.sinks: torch.Tensor | None = None
-        self.qkv = Linear(hidden, (heads + 2 * kv_heads) * head_dim, config.qkv_bias, DENSE)
-        self.out = Linear(heads * head_dim, hidden, config.o_bias, DENSE, sum_over_ranks=True)
+        form, qkv_width = config.linear_format, (heads + 2 * kv_heads) * head_dim
+        self.qkv = Linear(hidden, qkv_width, config.qkv_bias, form)
+        self.out = Linear(heads * head_dim, hidden, config.o_bias, form, sum_over_ranks=True)
 
     def __call__(
         self,
@@ -54,7 +54,7 @@ class Attention:
             mixed = ops.attention(query, rope.kv, batch, group, self.spec, self.sinks)
         with O_PROJ:
             out = ops.linear(mixed.flatten(1), self.out)
-        return x, self.shard.sum(out)
+        return x, ops.scale(self.shard.sum(out), self.residual_scale)
 
     def parameters(self) -> Iterator[Parameter]:
         """Declare the norms, the linears and the sinks."""

@@ -1,15 +1,18 @@
-"""ModelConfig: everything the decoder, the loader and the cost model know of a checkpoint."""
+"""ModelConfig: a model's properties, as fields that are the same for every family."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-_MAX_JSON_BYTES = 64 << 20  # no config is near this; a file this large is something else
+from model.formats import DENSE, WeightFormat
+from model.ops.specs import Activation, RouterSpec
+
+_MAX_JSON_BYTES = 64 << 20  # far above any config
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be used; the message names the file, what is wrong and what is known."""
+    """A checkpoint cannot be used; the message names the file and the problem."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class RopeConfig:
     """Rotary embedding: base frequency and how it is stretched beyond the original context."""
 
     theta: float
-    kind: str = "default"  # default, linear, llama3 or yarn
+    kind: str = "default"  # default, linear, llama3, yarn or longrope
     factor: float = 1.0
     original_max_positions: int = 0
     low_freq_factor: float = 1.0  # llama3
@@ -25,7 +28,29 @@ class RopeConfig:
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
     truncate: bool = True  # yarn: round the correction range to whole dimensions
-    attention_factor: float | None = None  # yarn: multiplies cos and sin; None: from `factor`
+    # Multiplies cos and sin (yarn, longrope); None: derived from `factor`.
+    attention_factor: float | None = None
+    # longrope: divisors of the frequencies within and beyond the original context.
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+
+    def first_row(self, length: int) -> int:
+        """The row of `rope_table` for position 0 of a sequence of `length` tokens.
+
+        Row 0, except where longrope uses its long factors: for every position of a sequence that
+        is longer than the original context. Their rows follow those of the short factors.
+        """
+        is_long = self.kind == "longrope" and length > self.original_max_positions
+        return self.original_max_positions if is_long else 0
+
+    @property
+    def recompute_length(self) -> int:
+        """The length beyond which a sequence needs other factors at every position; 0: none."""
+        return self.original_max_positions if self.kind == "longrope" else 0
+
+    def table_rows(self, positions: int) -> int:
+        """Rows of `rope_table` for sequences of up to `positions` tokens."""
+        return self.first_row(positions) + positions
 
 
 @dataclass(frozen=True)
@@ -33,25 +58,22 @@ class MoeConfig:
     """Sparse mixture-of-experts MLP."""
 
     num_experts: int
-    top_k: int
     intermediate_size: int
-    softmax_after_top_k: bool  # gpt-oss: softmax over the chosen logits; else over all experts
-    normalize: bool  # the chosen weights are divided by their sum
+    router: RouterSpec
     biases: bool  # router and experts have biases
-    interleaved: bool = False  # the checkpoint's gate and up rows alternate (gpt-oss)
 
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """What differs from layer to layer."""
+    """Properties that differ from layer to layer."""
 
     window: int | None  # sliding attention window in tokens, the token itself included
-    sparse: bool  # MoE rather than dense MLP
+    sparse: bool  # MoE instead of a dense MLP
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything the decoder, the loader and the engine need to know of a model."""
+    """Properties of a model that the decoder, the loader, the cost model and the engine use."""
 
     model_type: str
     vocab_size: int
@@ -60,6 +82,7 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    rotary_dim: int  # the first values of each query and key head, which are rotated
     layers: tuple[LayerConfig, ...]
     rope: RopeConfig
     max_positions: int
@@ -70,35 +93,39 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False  # RMSNorm on each query and key head before rotary
-    sinks: bool = False  # one learned logit a query head joins the softmax
-    swiglu_limit: float | None = None  # gpt-oss: clamped, (up + 1) · gate · sigmoid(alpha · gate)
-    swiglu_alpha: float = 1.0
+    qk_norm: bool = False  # RMSNorm on each query and key head before the rotation
+    sinks: bool = False  # a learned logit of each query head joins the softmax
+    embedding_scale: float = 1.0  # multiplies the embedding of each token
+    residual_scale: float = 1.0  # multiplies what attention and MLP add to the residual stream
+    attention_scale: float | None = None  # multiplies the scores; None: head_dim ** -0.5
+    logits_scale: float = 1.0  # multiplies the logits
+    activation: Activation = field(default_factory=Activation)
     moe: MoeConfig | None = None
-    mxfp4_experts: bool = False
+    linear_format: WeightFormat = DENSE  # of the weights of attention and dense MLPs
+    expert_format: WeightFormat = DENSE
 
 
-def conversion(folder: Path) -> str:
-    """What to do about weights in a format that is not read; empty where there are none."""
+def conversion_hint(folder: Path) -> str:
+    """How to convert weights that are in an unsupported file format; empty if there are none."""
     if any(folder.glob("*.gguf")):
-        return "; GGUF is not read: take the safetensors that it was made from"
+        return "; GGUF is not supported: use the safetensors files that it was made from"
     if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
         return (
-            "; PyTorch's own files are not read, as they can run code. Convert them once: python -c"
-            ' "from transformers import AutoModelForCausalLM as M;'
+            "; PyTorch's pickle files are not supported, because loading them can run code."
+            ' Convert them once: python -c "from transformers import AutoModelForCausalLM as M;'
             f" M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}')\""
         )
     return ""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a checkpoint; raises CheckpointError."""
+    """The JSON object in a file of a checkpoint. Raises CheckpointError."""
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: too large to be a configuration file")
+            raise CheckpointError(f"{path}: too large for a configuration file")
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds no JSON object")
+        raise CheckpointError(f"{path}: does not contain a JSON object")
     return value

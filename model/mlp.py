@@ -4,15 +4,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from model.config import ModelConfig
-from model.formats import DENSE, MXFP4
+from model.formats import DENSE
 from model.ops.specs import (
-    Activation,
     Experts,
     ExpertShard,
     Linear,
     Norm,
     Parameter,
-    RouterSpec,
 )
 from model.ops.step_parts import GATE_UP_PROJ, POST_NORM, ROUTER
 from model.sharding import ALONE, Shard
@@ -28,11 +26,11 @@ class Mlp:
 
     def __init__(self, config: ModelConfig, shard: Shard = ALONE):
         hidden, size = config.hidden_size, config.intermediate_size // shard.size
-        self.shard = shard
-        self.activation = Activation(config.swiglu_limit, config.swiglu_alpha)
+        self.shard, self.residual_scale = shard, config.residual_scale
+        self.activation = config.activation
         self.norm = Norm(hidden, config.rms_norm_eps)
-        self.gate_up = Linear(hidden, 2 * size, config.mlp_bias, DENSE)
-        self.down = Linear(size, hidden, config.mlp_bias, DENSE, sum_over_ranks=True)
+        self.gate_up = Linear(hidden, 2 * size, config.mlp_bias, config.linear_format)
+        self.down = Linear(size, hidden, config.mlp_bias, config.linear_format, sum_over_ranks=True)
 
     def __call__(
         self, ops: "Backend", x: "torch.Tensor", delta: "torch.Tensor"
@@ -40,7 +38,7 @@ class Mlp:
         """x, delta [tokens, hidden] → (x + delta, the MLP of its norm)."""
         with GATE_UP_PROJ:
             x, out = ops.norm_mlp(x, delta, self.norm, self.gate_up, self.down, self.activation)
-        return x, self.shard.sum(out)
+        return x, ops.scale(self.shard.sum(out), self.residual_scale)
 
     def parameters(self) -> Iterator[Parameter]:
         """Declare the norm and the linears."""
@@ -59,8 +57,9 @@ class Moe:
         if moe is None:
             raise ValueError("the model has no experts")
         self.shard, self.expert_shard = shard, ExpertShard(shard.rank, shard.size)
-        self.activation = Activation(config.swiglu_limit, config.swiglu_alpha)
-        self.router_spec = RouterSpec(moe.top_k, moe.softmax_after_top_k, moe.normalize)
+        self.residual_scale = config.residual_scale
+        self.activation = config.activation
+        self.router_spec = moe.router
         self.norm = Norm(config.hidden_size, config.rms_norm_eps)
         self.router = Linear(config.hidden_size, moe.num_experts, moe.biases, DENSE)
         self.experts = Experts(
@@ -68,7 +67,7 @@ class Moe:
             config.hidden_size,
             moe.intermediate_size,
             moe.biases,
-            MXFP4 if config.mxfp4_experts else DENSE,
+            config.expert_format,
         )
 
     def __call__(
@@ -83,7 +82,7 @@ class Moe:
             out = ops.experts(
                 normed, chosen, weights, self.experts, self.activation, self.expert_shard
             )
-        return x, self.shard.sum(out)
+        return x, ops.scale(self.shard.sum(out), self.residual_scale)
 
     def parameters(self) -> Iterator[Parameter]:
         """Declare the norm, the router and the experts."""

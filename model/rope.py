@@ -1,4 +1,4 @@
-"""Rotary position embedding: the cos and sin tables of every scaling rule that is supported."""
+"""Rotary position embedding: the cos and sin tables of every supported scaling rule."""
 
 import math
 
@@ -7,51 +7,89 @@ import torch
 from model.config import RopeConfig
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[torch.Tensor, float]:
-    """(inverse frequencies float32 [head_dim / 2], factor on cos and sin).
+def rope_table(rope: RopeConfig, rotary_dim: int, positions: int) -> torch.Tensor:
+    """cos and sin of every position: float32 [rows, rotary_dim], cos in the first half.
+
+    Row p is position p. With longrope these are the rows of the short factors, up to the original
+    context; if `positions` exceeds it, the rows of the long factors for every position follow
+    (`RopeConfig.first_row`). All positions of a sequence must use the same factors, because the
+    attention between two positions depends on the difference of their angles. Which factors a
+    sequence uses depends on its own length alone, not on the rest of the batch.
+    """
+    factor = cos_sin_factor(rope)
+    if rope.kind != "longrope":
+        return _rows(inverse_frequencies(rope, rotary_dim), positions) * factor
+    original = rope.original_max_positions
+    short = _frequencies(rope.theta, rotary_dim, torch.tensor(rope.short_factors))
+    table = _rows(short, min(positions, original))
+    if positions > original:
+        long = _frequencies(rope.theta, rotary_dim, torch.tensor(rope.long_factors))
+        table = torch.cat((table, _rows(long, positions)))
+    return table * factor
+
+
+def inverse_frequencies(rope: RopeConfig, rotary_dim: int) -> torch.Tensor:
+    """Inverse frequencies, float32 [rotary_dim / 2], of every kind with one set of them.
 
     default: theta^(-2i/d) (RoFormer, 3.4.2). linear: divided by the factor. llama3: long
     wavelengths divided by the factor, with a smooth band between (Llama 3.1 model code).
-    yarn: "NTK-by-parts" and the attention factor 0.1·ln(s) + 1 (YaRN, 3.2 and 3.4).
+    yarn: "NTK-by-parts" (YaRN, 3.2).
     """
-    plain = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    plain = _frequencies(rope.theta, rotary_dim)
     if rope.kind == "linear":
-        return plain / rope.factor, 1.0
+        return plain / rope.factor
     if rope.kind == "llama3":
-        # Rotations completed within the original context decide how much a dimension stretches.
+        # The rotations within the original context decide how much a dimension is stretched.
         rotations = rope.original_max_positions * plain / (2 * math.pi)
         low, high = rope.low_freq_factor, rope.high_freq_factor
         keep = ((rotations - low) / (high - low)).clamp(0, 1)
-        return plain * keep + plain / rope.factor * (1 - keep), 1.0
+        return plain * keep + plain / rope.factor * (1 - keep)
     if rope.kind == "yarn":
-        keep = 1 - _yarn_ramp(rope, head_dim)
-        scaled = plain * keep + plain / rope.factor * (1 - keep)
-        factor = rope.attention_factor
-        if factor is None:
-            factor = 0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
-        return scaled, factor
-    return plain, 1.0
+        keep = 1 - _yarn_ramp(rope, rotary_dim)
+        return plain * keep + plain / rope.factor * (1 - keep)
+    return plain
 
 
-def _yarn_ramp(rope: RopeConfig, head_dim: int) -> torch.Tensor:
+def cos_sin_factor(rope: RopeConfig) -> float:
+    """The factor on cos and sin.
+
+    yarn: 0.1·ln(s) + 1 (YaRN, 3.4); longrope: √(1 + ln(s) / ln(original context)) (LongRoPE,
+    3.4); 1 for the others.
+    """
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.factor <= 1:
+        return 1.0
+    if rope.kind == "yarn":
+        return 0.1 * math.log(rope.factor) + 1.0
+    if rope.kind == "longrope":
+        return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_positions))
+    return 1.0
+
+
+def _frequencies(
+    theta: float, rotary_dim: int, divisors: torch.Tensor | float = 1.0
+) -> torch.Tensor:
+    return 1.0 / (divisors * theta ** (torch.arange(0, rotary_dim, 2).float() / rotary_dim))
+
+
+def _rows(frequencies: torch.Tensor, positions: int) -> torch.Tensor:
+    angles = torch.outer(torch.arange(positions).float(), frequencies)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def _yarn_ramp(rope: RopeConfig, rotary_dim: int) -> torch.Tensor:
     """0 for dimensions that keep their frequency, 1 for those divided by the factor."""
 
     def dimension(rotations: float) -> float:
-        """The (fractional) dimension that turns this often within the original context."""
+        """The (fractional) dimension with this many rotations within the original context."""
         context = rope.original_max_positions / (rotations * 2 * math.pi)
-        return head_dim * math.log(context) / (2 * math.log(rope.theta))
+        return rotary_dim * math.log(context) / (2 * math.log(rope.theta))
 
     low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
     if low == high:
         high += 0.001
-    return ((torch.arange(head_dim // 2).float() - low) / (high - low)).clamp(0, 1)
-
-
-def rope_table(rope: RopeConfig, head_dim: int, positions: int) -> torch.Tensor:
-    """cos and sin for every position: float32 [positions, head_dim], cos in the first half."""
-    frequencies, factor = inverse_frequencies(rope, head_dim)
-    angles = torch.outer(torch.arange(positions).float(), frequencies)
-    return torch.cat((angles.cos(), angles.sin()), dim=-1) * factor
+    return ((torch.arange(rotary_dim // 2).float() - low) / (high - low)).clamp(0, 1)

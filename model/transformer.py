@@ -62,7 +62,7 @@ class Transformer:
         """Tabulate cos and sin for positions up to (not including) `positions`."""
         from model.rope import rope_table
 
-        self.rope = rope_table(self.config.rope, self.config.head_dim, positions).to(device)
+        self.rope = rope_table(self.config.rope, self.config.rotary_dim, positions).to(device)
 
     def __call__(
         self,
@@ -78,7 +78,7 @@ class Transformer:
         """
         assert self.rope is not None
         with EMBEDDING:
-            x = self._embed(ops, batch.token_ids)
+            x = ops.scale(self._embed(ops, batch.token_ids), self.config.embedding_scale)
         cos_sin = ops.gather(self.rope, batch.positions)
         delta: torch.Tensor | None = None
         for layer, (group, cache) in zip(self.layers, places, strict=True):
@@ -92,7 +92,7 @@ class Transformer:
         with FINAL_NORM:
             _, normed = ops.add_rms_norm(x, delta, self.final_norm)
         with LM_HEAD:
-            return ops.linear(normed, self.head)
+            return ops.scale(ops.linear(normed, self.head), self.config.logits_scale)
 
     def _embed(self, ops: "Backend", token_ids: "torch.Tensor") -> "torch.Tensor":
         assert self.embedding is not None

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every family, and what `transformers` makes of them."""
+"""Tiny random checkpoints of every family, and their results in `transformers`."""
 
 import json
 from collections.abc import Callable
@@ -45,7 +45,18 @@ def _gpt_oss(head_dim: int = 16) -> Any:
     )
 
 
-# name → config; every one has unequal query and KV heads, contexts and windows below 200.
+def _phi3(**own: Any) -> Any:
+    return tf.Phi3Config(
+        **_COMMON,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        **own,
+    )
+
+
+# name → config; each has fewer KV heads than query heads, and original contexts and windows that
+# prompts of 200 tokens exceed.
 FAMILIES: dict[str, Callable[[], Any]] = {
     "gpt_oss-wide": lambda: _gpt_oss(32),
     "qwen2": lambda: tf.Qwen2Config(
@@ -138,11 +149,35 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         max_position_embeddings=512,
     ),
     "gpt_oss": _gpt_oss,
+    "phi3-longrope": lambda: _phi3(
+        original_max_position_embeddings=64,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10_000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.05, 1.1, 1.2, 1.3, 1.5],
+            "long_factor": [1.0, 1.5, 2.0, 4.0, 7.0, 9.0],
+        },
+        tie_word_embeddings=True,
+    ),
+    "phi3-window": lambda: _phi3(sliding_window=24),
+    "granite": lambda: tf.GraniteConfig(
+        **_COMMON,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        attention_bias=True,
+        mlp_bias=True,
+        embedding_multiplier=3.0,
+        attention_multiplier=0.1,
+        residual_multiplier=0.3,
+        logits_scaling=4.0,
+    ),
 }
 
 
 def write_checkpoint(folder: Path, name: str, max_shard_size: str = "5GB") -> Path:
-    """A float32 checkpoint with weights wide enough that attention and experts matter."""
+    """Write a float32 checkpoint with weights large enough that attention and experts matter."""
     config = FAMILIES[name]()
     torch.manual_seed(sum(map(ord, name)))
     model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -160,7 +195,7 @@ def write_checkpoint(folder: Path, name: str, max_shard_size: str = "5GB") -> Pa
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
-    """Change (or with None remove) keys of a checkpoint's config.json."""
+    """Change keys of a checkpoint's config.json; None removes a key."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
     for key, value in changes.items():
@@ -181,27 +216,27 @@ def quantize_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def write_mxfp4_pair(packed: Path, dense: Path) -> None:
-    """A gpt-oss checkpoint with MXFP4 experts, and the same with them dequantised."""
+    """Write a gpt-oss checkpoint with MXFP4 experts, and one with the same values dequantized."""
     write_checkpoint(packed, "gpt_oss")
     write_checkpoint(dense, "gpt_oss")
-    mine: dict[str, torch.Tensor] = {}
-    theirs: dict[str, torch.Tensor] = {}
+    quantized: dict[str, torch.Tensor] = {}
+    dequantized: dict[str, torch.Tensor] = {}
     for name, value in load_file(packed / "model.safetensors").items():
         if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
             blocks, scales = quantize_mxfp4(value.transpose(-1, -2).contiguous())
-            mine[name + "_blocks"], mine[name + "_scales"] = blocks, scales
-            unpacked = dequantize_mxfp4(blocks, scales, torch.float32)
-            theirs[name] = unpacked.transpose(-1, -2).contiguous()
+            quantized[name + "_blocks"], quantized[name + "_scales"] = blocks, scales
+            values = dequantize_mxfp4(blocks, scales, torch.float32)
+            dequantized[name] = values.transpose(-1, -2).contiguous()
         else:
-            mine[name] = theirs[name] = value
-    save_file(mine, packed / "model.safetensors", metadata={"format": "pt"})
-    save_file(theirs, dense / "model.safetensors", metadata={"format": "pt"})
+            quantized[name] = dequantized[name] = value
+    save_file(quantized, packed / "model.safetensors", metadata={"format": "pt"})
+    save_file(dequantized, dense / "model.safetensors", metadata={"format": "pt"})
     edit_config(packed, quantization_config={"quant_method": "mxfp4"})
 
 
 @dataclass
 class Peer:
-    """A checkpoint in transformers: float32, eager attention, greedy."""
+    """A checkpoint in transformers, in float32 with eager attention."""
 
     folder: Path
 
@@ -216,9 +251,15 @@ class Peer:
         return self.model(torch.tensor([ids])).logits[0]
 
     def is_greedy(self, prompt: list[int], output: list[int]) -> bool:
-        """Whether each output token is the likeliest after all before it.
+        """Whether each output token is the most likely one after all tokens before it.
 
-        One pass over prompt and output shows what decoding token by token would.
+        One pass over prompt and output gives the same logits as decoding token by token, except
+        with longrope: there a second pass gives those of sequences within the original context.
         """
-        best = self.logits([*prompt, *output[:-1]]).argmax(-1).tolist()
+        ids = [*prompt, *output[:-1]]
+        best = self.logits(ids).argmax(-1).tolist()
+        rope = self.model.config.rope_parameters
+        if rope["rope_type"] == "longrope":
+            original = rope["original_max_position_embeddings"]
+            best[:original] = self.logits(ids[:original]).argmax(-1).tolist()
         return best[len(prompt) - 1 :] == output

@@ -1,4 +1,4 @@
-"""Checkpoints that several tests read; made once a run, removed after it."""
+"""Checkpoints that several tests read; they are created once per run and removed after it."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -11,15 +11,15 @@ import torch
 from model.cost import measure
 from tests.checkpoints import Peer, write_checkpoint
 
-# The models are tiny: handing work to a second thread costs more than it saves.
+# The models are tiny: a second thread costs more than it saves.
 torch.set_num_threads(1)
-# A shell lets what it starts in the background ignore Ctrl-C, and tests press it.
+# A shell starts background processes with Ctrl-C ignored, but tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _measured_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Let no test, nor what it starts, measure this machine or touch the user's cache."""
+    """Keep tests and their subprocesses from measuring this machine or using the user's cache."""
     cpu = torch.device("cpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
@@ -32,7 +32,7 @@ def _measured_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """name of a family → its checkpoint directory (not to be changed: copy it first)."""
+    """Name of a family → its checkpoint directory; copy it before changing it."""
 
     @cache
     def make(name: str) -> Path:
@@ -43,7 +43,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 @pytest.fixture(scope="session")
 def peer(checkpoint: Callable[[str], Path]) -> Callable[[str], Peer]:
-    """name of a family → its checkpoint in transformers."""
+    """Name of a family → its checkpoint in transformers."""
 
     @cache
     def load(name: str) -> Peer:

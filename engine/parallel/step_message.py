@@ -16,6 +16,7 @@ class StepMessage:
     rows: SequenceOf[int]  # of every sequence
     context_lens: SequenceOf[int]  # of every sequence: positions with KV after the step
     starts: SequenceOf[int]  # of every chunk: its first position
+    lengths: SequenceOf[int]  # of every chunk: known tokens of its sequence
     samples: SequenceOf[int]  # of every chunk: 1 if its sequence's next token is sampled
     tokens: SequenceOf[int]  # of all chunks, concatenated
     block_tables: SequenceOf[tuple[int, SequenceOf[array]]]  # changed rows: a table for each group
@@ -32,6 +33,7 @@ class StepMessage:
             rows + [chunk.sequence.row for chunk in chunks],
             step.context_lens,
             [chunk.start for chunk in chunks],
+            [len(chunk.sequence.tokens) for chunk in chunks],
             [chunk.samples for chunk in chunks],
             list(itertools.chain.from_iterable(known)),
             [(sequence.row, sequence.block_tables.tables) for sequence in step.changed_tables],
@@ -49,8 +51,8 @@ class StepMessage:
         packed = array(
             "i", [self.decodes, self.size, len(self.tokens), len(tables), self.all_greedy]
         )
-        for values in (self.rows, self.context_lens, self.starts, self.samples, self.tokens):
-            packed.extend(values)
+        packed.extend(itertools.chain(self.rows, self.context_lens))
+        packed.extend(itertools.chain(self.starts, self.lengths, self.samples, self.tokens))
         for row, row_tables in tables:
             packed.append(row)
             for table in row_tables:
@@ -64,10 +66,10 @@ class StepMessage:
         decodes, size, count, changed, all_greedy = packed[:5]
         at = 5
         lists = []
-        for length in (size, size, size - decodes, size - decodes, count):
+        for length in (size, size, *[size - decodes] * 3, count):
             lists.append(packed[at : at + length].tolist())
             at += length
-        rows, context_lens, starts, samples, tokens = lists
+        rows, context_lens, starts, lengths, samples, tokens = lists
         block_tables = []
         for _ in range(changed):
             row, at = packed[at], at + 1
@@ -78,5 +80,13 @@ class StepMessage:
                 at += 1 + length
             block_tables.append((row, tables))
         return cls(
-            decodes, rows, context_lens, starts, samples, tokens, block_tables, bool(all_greedy)
+            decodes,
+            rows,
+            context_lens,
+            starts,
+            lengths,
+            samples,
+            tokens,
+            block_tables,
+            bool(all_greedy),
         )

@@ -14,6 +14,7 @@ from model.cost.interconnect import LINKS
 from model.cost.operations import activation_accesses, operations, parameter_bytes, total
 from model.cost.roofline import largest_batch
 from model.cost.workload import Op
+from model.formats import DENSE
 
 _OPERATION_COLUMNS = (
     *("layers", "matrix", "vector", "special"),
@@ -53,13 +54,13 @@ def write_plot(plan: Plan, path: str) -> None:
 
 
 def _title(plan: Plan) -> str:
-    work = plan.work
+    work, experts = plan.work, plan.model.config.expert_format
     words = [
         f"{plan.model.name}: {work.phase}",
         f"batch {work.batch:,}",
         f"query {work.query:,}",
         f"context {work.context:,}",
-        work.dtype + (", experts in mxfp4" if plan.model.config.mxfp4_experts else ""),
+        work.dtype + ("" if experts == DENSE else f", experts in {experts.name}"),
     ]
     if work.tensor_parallel > 1:
         words.append(f"one of {work.tensor_parallel} GPUs")

@@ -20,8 +20,9 @@ from model.config import LayerConfig, ModelConfig
 from model.cost import flops
 from model.cost.flops import Flops
 from model.cost.workload import DTYPE_BYTES, Bytes, Op, Workload
-
-_MXFP4_VALUES, _MXFP4_BYTES = 32, 17  # per block: 16 bytes of values and one scale
+from model.formats import DENSE, WeightFormat, full_interface
+from model.sharding import Shard
+from model.transformer import Transformer
 
 
 def check_tensor_parallel(config: ModelConfig, size: int) -> None:
@@ -87,13 +88,14 @@ def total(ops: list[Op]) -> Op:
 
 def parameter_bytes(config: ModelConfig, dtype: str, tensor_parallel: int = 1) -> int:
     """Return the bytes of weights that one GPU stores; a tied embedding counts once."""
-    work = Workload("decode", 1, 1, 1, dtype, tensor_parallel)
     check_tensor_parallel(config, tensor_parallel)
-    shard = _Shard(config, work, every_expert=True)
-    ops = [op for layer in config.layers for op in shard.attention_block(layer)]
-    ops += [op for layer in config.layers for op in shard.mlp_block(layer)]
-    tables = 0 if config.tie_word_embeddings else shard.vocab * config.hidden_size * shard.item
-    return tables + total([*ops, *shard.head()]).bytes.weights
+    item = DTYPE_BYTES[dtype]
+    # The first rank, because the last may have a smaller part of the vocabulary.
+    model = Transformer(config, Shard(0, tensor_parallel))
+    return sum(
+        full_interface(parameter.format or DENSE).bytes(parameter.shape, item)
+        for parameter in model.parameters()
+    )
 
 
 def kv_bytes_per_sequence(
@@ -127,8 +129,8 @@ def _add(a: Op, b: Op, layers: int | None = None) -> Op:
 class _Shard:
     """Builds the operations of one GPU's shard of the model, each for one layer."""
 
-    def __init__(self, config: ModelConfig, work: Workload, every_expert: bool = False):
-        self.config, self.work, self.every_expert = config, work, every_expert
+    def __init__(self, config: ModelConfig, work: Workload):
+        self.config, self.work = config, work
         self.parts = work.tensor_parallel
         self.item = DTYPE_BYTES[work.dtype]
         self.heads = config.num_heads // self.parts
@@ -143,15 +145,16 @@ class _Shard:
         moved, launches = fused if self.work.fused else (moved, launches)
         return Op(name, 1, cost, Bytes(weights, moved * self.item, kv * self.item), launches)
 
-    def matrix(self, inputs: int, outputs: int, bias: bool) -> int:
+    def matrix(self, inputs: int, outputs: int, bias: bool, form: WeightFormat = DENSE) -> int:
         """Return the bytes of the weight and bias of a linear layer."""
-        return (inputs * outputs + (outputs if bias else 0)) * self.item
+        return form.bytes((outputs, inputs), self.item) + (outputs * self.item if bias else 0)
 
     def embedding(self) -> Op:
         size, tokens = self.config.hidden_size, self.work.tokens
         rows = min(tokens, self.config.vocab_size) * size * self.item
         written = tokens * size
-        return self.op("embedding", Flops(), rows, written, 1, fused=(written, 1))
+        cost = Flops(vector=written if self.config.embedding_scale != 1 else 0)
+        return self.op("embedding", cost, rows, written, 1, fused=(written, 1))
 
     def norm(self, name: str, rows: int, fused: tuple[int, int] = (0, 0)) -> Op:
         size = self.config.hidden_size
@@ -164,17 +167,16 @@ class _Shard:
         tokens, hidden = work.tokens, c.hidden_size
         query, key = self.heads * c.head_dim, self.kv_heads * c.head_dim
         rotated_heads = self.heads + self.kv_heads
-        rotate = flops.rotary(tokens, rotated_heads, c.head_dim)
+        rotate = flops.rotary(tokens, rotated_heads, c.rotary_dim)
         if c.qk_norm:
             rotate += flops.rms_norm(tokens * rotated_heads, c.head_dim, back)
         attend = flops.attention(work.attended(layer.window), self.heads, c.head_dim, back)
-        residual = Flops(vector=tokens * hidden)
         return [
             self.norm("input_norm", tokens, fused=(tokens * hidden, 0)),
             self.op(
                 "qkv_proj",
                 flops.linear(tokens, hidden, query + 2 * key, c.qkv_bias, back),
-                self.matrix(hidden, query + 2 * key, c.qkv_bias),
+                self.matrix(hidden, query + 2 * key, c.qkv_bias, c.linear_format),
                 tokens * (hidden + query + 2 * key),
                 3,
             ),
@@ -195,8 +197,8 @@ class _Shard:
             ),
             self.op(
                 "o_proj",
-                flops.linear(tokens, query, hidden, c.o_bias, back) + residual,
-                self.matrix(query, hidden, c.o_bias),
+                flops.linear(tokens, query, hidden, c.o_bias, back) + self._residual,
+                self.matrix(query, hidden, c.o_bias, c.linear_format),
                 tokens * (query + 2 * hidden),
                 2 + self._all_reduce,
                 fused=(tokens * hidden, 1 + self._all_reduce),
@@ -213,11 +215,19 @@ class _Shard:
         hidden, rows = self.config.hidden_size, self.work.logits_rows
         moved = rows * (hidden + self.vocab)
         cost = flops.linear(rows, hidden, self.vocab, backward=self.work.backward)
+        if self.config.logits_scale != 1:
+            cost += Flops(vector=rows * self.vocab)
         weights = self.matrix(hidden, self.vocab, False)
         return [
             self.norm("final_norm", rows),
             self.op("lm_head", cost, weights, moved, 1, fused=(moved, 1)),
         ]
+
+    @property
+    def _residual(self) -> Flops:
+        """Adding what a block computes to the residual stream, scaled if the model does so."""
+        values = self.work.tokens * self.config.hidden_size
+        return Flops(vector=values if self.config.residual_scale == 1 else 2 * values)
 
     @property
     def _all_reduce(self) -> int:
@@ -230,8 +240,11 @@ class _Shard:
         return self._mlp(
             flops.linear(tokens, hidden, 2 * size, c.mlp_bias, back),
             flops.swiglu(tokens, size, back),
-            down + Flops(vector=tokens * hidden),
-            (self.matrix(hidden, 2 * size, c.mlp_bias), self.matrix(size, hidden, c.mlp_bias)),
+            down + self._residual,
+            (
+                self.matrix(hidden, 2 * size, c.mlp_bias, c.linear_format),
+                self.matrix(size, hidden, c.mlp_bias, c.linear_format),
+            ),
             pairs=tokens,
             size=size,
             gate_up_launches=2,
@@ -243,15 +256,13 @@ class _Shard:
         assert moe is not None  # the config says that the layer is sparse
         hidden, size = c.hidden_size, moe.intermediate_size
         # Pairs of token and expert on this GPU, rounded to the nearest integer.
-        pairs = (tokens * moe.top_k + self.parts // 2) // self.parts
-        read = moe.num_experts / self.parts
-        if not self.every_expert:
-            read = distinct_experts(moe.num_experts, moe.top_k, tokens) / self.parts
-        gate_up = self._expert_matrix(hidden, 2 * size, moe.biases)
-        down = self._expert_matrix(size, hidden, moe.biases)
-        chosen = moe.top_k if moe.softmax_after_top_k else moe.num_experts
+        pairs = (tokens * moe.router.top_k + self.parts // 2) // self.parts
+        read = distinct_experts(moe.num_experts, moe.router.top_k, tokens) / self.parts
+        gate_up = self.matrix(hidden, 2 * size, moe.biases, c.expert_format)
+        down = self.matrix(size, hidden, moe.biases, c.expert_format)
+        chosen = moe.router.top_k if moe.router.softmax_after_top_k else moe.num_experts
         route = flops.linear(tokens, hidden, moe.num_experts, moe.biases, back)
-        combine = flops.weighted_sum(1, pairs, hidden, back) + Flops(vector=tokens * hidden)
+        combine = flops.weighted_sum(1, pairs, hidden, back) + self._residual
         router = self.op(
             "router",
             route + flops.softmax(tokens, chosen, back),
@@ -288,10 +299,3 @@ class _Shard:
                 fused=(written, 1 + reduce),
             ),
         ]
-
-    def _expert_matrix(self, inputs: int, outputs: int, bias: bool) -> int:
-        """Return the bytes of the weight and bias of one expert."""
-        if not self.config.mxfp4_experts:
-            return self.matrix(inputs, outputs, bias)
-        blocks = outputs * -(-inputs // _MXFP4_VALUES)
-        return blocks * _MXFP4_BYTES + (outputs * self.item if bias else 0)

@@ -1,28 +1,71 @@
-"""Weights stored as plain numbers."""
+"""Dense weights: one floating-point number a value, in the dtype of the activations."""
 
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from model.formats.format import Part, StoredTensor, WeightFormat
 
 if TYPE_CHECKING:
     import torch
 
     from model.ops.backend import Backend
 
+FLOATS = ("BF16", "F16", "F32")  # dtypes of a checkpoint that are converted as they are read
 
-class DenseFormat:
-    """One number of the compute dtype for each value."""
 
-    def dense(self, weight: Any, dtype: "torch.dtype") -> "torch.Tensor":
-        """Return the weight as it is."""
-        tensor: torch.Tensor = weight
-        return tensor
+@dataclass(frozen=True)
+class Dense(WeightFormat):
+    """One tensor with the values themselves."""
 
-    def allocate(self, backend: "Backend", shape: tuple[int, ...], parts: int) -> Any:
-        """Return storage to be filled by rows."""
+    name = "dense"
+
+    def stored(
+        self, name: str, shape: tuple[int, ...], part: Part = (), *, transposed: bool = False
+    ) -> list[StoredTensor]:
+        """As WeightFormat.stored."""
+        if transposed:
+            *stack, outputs, inputs = shape
+            slices = [*part, *[slice(None)] * (len(shape) - len(part))]
+            shape = (*stack, inputs, outputs)
+            part = (*slices[:-2], slices[-1], slices[-2])
+        return [StoredTensor(name, shape, FLOATS, part)]
+
+    def source(self, tensors: list[torch.Tensor], *, transposed: bool = False) -> torch.Tensor:
+        """As WeightFormat.source."""
+        (tensor,) = tensors
+        return tensor.transpose(-1, -2) if transposed else tensor
+
+    def allocate(self, backend: Backend, shape: tuple[int, ...], parts: int = 1) -> Any:
+        """As WeightFormat.allocate."""
         return backend.empty_weight(shape, parts)
 
-    def finish(self, backend: "Backend", storage: Any) -> Any:
-        """Return filled storage in the form that the backend multiplies with."""
+    def finish(self, backend: Backend, storage: Any) -> Any:
+        """As WeightFormat.finish."""
         return backend.pack_experts(storage) if len(storage.shape) == 3 else backend.pack(storage)
 
+    def fill_random(self, storage: Any, generator: torch.Generator) -> None:
+        """As WeightFormat.fill_random: about uniform between -0.03 and 0.03."""
+        import torch
 
-DENSE = DenseFormat()
+        if isinstance(storage, torch.Tensor):
+            storage.uniform_(-0.03, 0.03, generator=generator)
+        else:  # a layout of the backend's own
+            storage.random_(generator)
+
+    def dense(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """As WeightFormat.dense."""
+        return weight
+
+    def bytes(self, shape: tuple[int, ...], item: int) -> int:
+        """As WeightFormat.bytes."""
+        return math.prod(shape) * item
+
+    def held(self, backend: Backend) -> WeightFormat:
+        """As WeightFormat.held."""
+        return self
+
+
+DENSE = Dense()

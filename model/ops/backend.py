@@ -88,8 +88,8 @@ class Backend:
         return table[ids]
 
     def scale(self, x: torch.Tensor, factor: float) -> torch.Tensor:
-        """x of any shape → x · factor."""
-        return x * factor
+        """x of any shape → x · factor; x itself if the factor is 1."""
+        return x if factor == 1 else x * factor
 
     def linear(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
         """x [tokens, in] → x · weightᵀ + bias [tokens, out]."""

@@ -32,7 +32,7 @@ class ForwardBatch:
     """
 
     token_ids: torch.Tensor  # int64 [tokens]
-    positions: torch.Tensor  # int64 [tokens]
+    positions: torch.Tensor  # int64 [tokens]: rows of the rotary table, see RopeConfig.first_row
     host_query_lens: list[int]  # [sequences]: new tokens of each sequence; they sum to `tokens`
     host_context_lens: list[int]  # [sequences]: tokens attended to, the new ones included
     num_single: int  # sequences at the front whose query length is 1

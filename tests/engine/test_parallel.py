@@ -28,6 +28,7 @@ from engine.parallel.step_message import StepMessage
 from model import CheckpointError, ModelConfig, Transformer, load_config
 from model import loader as weights
 from model.attention import Attention
+from model.checkpoint_files import CheckpointFiles
 from model.cost.operations import parameter_bytes
 from model.mlp import Mlp, Moe
 from model.ops.backend import choose_backend
@@ -124,6 +125,8 @@ def near_ties(alone: dict[int, Completion], found: dict[int, Completion]) -> int
         ("mixtral", 2),
         ("llama-biases-linear-rope", 2),
         ("odd-vocabulary", 2),
+        ("phi3-longrope", 2),
+        ("granite", 2),
     ],
 )
 def test_ranks_give_the_tokens_and_logits_of_one(
@@ -194,6 +197,7 @@ def test_work_arrives_as_it_was_sent(data: st.DataObject) -> None:
         draw(decodes + chunks),
         draw(decodes + chunks),
         draw(chunks),
+        draw(chunks),
         [value % 2 for value in draw(chunks)],
         data.draw(_ints),
         tables,
@@ -203,22 +207,24 @@ def test_work_arrives_as_it_was_sent(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("name", ["qwen2", "gpt_oss", "mxfp4", "qwen3_moe", "mixtral"])
+@pytest.mark.parametrize(
+    "name", ["qwen2", "gpt_oss", "mxfp4", "qwen3_moe", "mixtral", "phi3-longrope", "granite"]
+)
 def test_a_rank_reads_its_share_and_no_more(
     name: str, size: int, folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if size == 4 and name != "qwen2":
         size = 2  # heads and experts that 4 does not divide
     config = load_config(folder(name))
-    read, bytes_read = weights._Files.read, 0
+    read, bytes_read = CheckpointFiles.read, 0
 
-    def counted(self: weights._Files, *args: Any) -> torch.Tensor:
+    def counted(self: CheckpointFiles, *args: Any) -> torch.Tensor:
         nonlocal bytes_read
         tensor = read(self, *args)
         bytes_read += tensor.numel() * tensor.element_size()
         return tensor
 
-    monkeypatch.setattr(weights._Files, "read", counted)
+    monkeypatch.setattr(CheckpointFiles, "read", counted)
     shares = []
     for number in range(size):
         bytes_read = 0
@@ -303,7 +309,7 @@ def test_what_goes_wrong_on_another_rank_is_said(ranks: Callable[[int], WorkerPo
     def compute_without_a_runner() -> None:
         with own.collective():
             assert own.channel is not None
-            own.send_step(StepMessage(0, [], [], [], [], [], [], True))
+            own.send_step(StepMessage(0, [], [], [], [], [], [], [], True))
             own.channel.gather_reports("")
 
     with pytest.raises(EngineError, match="rank 1 of 2 died: AssertionError"):

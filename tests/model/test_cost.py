@@ -166,5 +166,5 @@ def test_a_dtype_without_units_is_computed_in_a_wider_one() -> None:
 
 
 def test_a_config_given_as_a_dictionary_is_checked_like_a_file() -> None:
-    with pytest.raises(CheckpointError, match=r"my model: model_type 'bert'.*known: .*qwen2"):
+    with pytest.raises(CheckpointError, match=r"my model: model_type 'bert'.*supported: .*qwen2"):
         parse_config({"model_type": "bert"}, "my model")

@@ -1,4 +1,4 @@
-"""A checkpoint that cannot be used says so in one clear sentence, before anything is computed."""
+"""An unusable checkpoint is refused with one clear sentence, before anything is computed."""
 
 import json
 import shutil
@@ -10,21 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import CheckpointError, Transformer, load_config
-from model import loader as weights
+from model import CheckpointError, Transformer, checkpoint_files, load_config, loader
 from model.ops.backend import choose_backend
 from tests.checkpoints import FAMILIES, edit_config, write_checkpoint
 
 
 @pytest.fixture
 def folder(tmp_path: Path, checkpoint: Callable[[str], Path]) -> Path:
-    """A copy of a checkpoint that a test may break."""
+    """A copy of a checkpoint that a test may damage."""
     return Path(shutil.copytree(checkpoint("qwen2"), tmp_path / "broken"))
 
 
 def load(folder: Path) -> Transformer:
     model = Transformer(load_config(folder))
-    weights.load(model, folder, choose_backend(torch.device("cpu"), torch.float32))
+    loader.load(model, folder, choose_backend(torch.device("cpu"), torch.float32))
     return model
 
 
@@ -67,14 +66,14 @@ def test_a_tensor_of_another_dtype_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
-def test_a_truncated_file_is_recognised(folder: Path, share: float) -> None:
+def test_a_truncated_file_is_recognized(folder: Path, share: float) -> None:
     path = folder / "model.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
     fails(folder, "model.safetensors", "damaged or truncated")
 
 
-def test_a_corrupt_header_is_recognised(folder: Path) -> None:
+def test_a_corrupt_header_is_recognized(folder: Path) -> None:
     path = folder / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[:8] = (1 << 62).to_bytes(8, "little")
@@ -82,14 +81,14 @@ def test_a_corrupt_header_is_recognised(folder: Path) -> None:
     fails(folder, "model.safetensors", "damaged or truncated")
 
 
-def test_no_weights_at_all_names_what_was_looked_for(folder: Path) -> None:
+def test_missing_weights_name_the_expected_files_and_a_conversion(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     fails(folder, "model.safetensors nor model.safetensors.index.json")
     (folder / "pytorch_model.bin").touch()
     fails(folder, "Convert them once", f"from_pretrained('{folder}'")
     (folder / "model.gguf").touch()
     (folder / "config.json").unlink()
-    fails(folder, "GGUF is not read: take the safetensors")
+    fails(folder, "GGUF is not supported: use the safetensors")
 
 
 @pytest.fixture
@@ -110,14 +109,14 @@ def test_a_missing_shard_is_named(sharded: Path) -> None:
     fails(sharded, shard.name, "missing")
 
 
-def test_an_index_cannot_lead_out_of_its_directory(sharded: Path) -> None:
+def test_an_index_cannot_refer_to_files_outside_its_directory(sharded: Path) -> None:
     change_index(
         sharded, lambda i: i["weight_map"].update({"model.norm.weight": "../x.safetensors"})
     )
     fails(sharded, "'../x.safetensors' is not a file of this directory")
 
 
-def test_an_index_that_promises_too_much_is_refused(sharded: Path) -> None:
+def test_an_index_with_a_tensor_that_its_file_lacks_is_refused(sharded: Path) -> None:
     change_index(
         sharded,
         lambda i: i["weight_map"].update({"more": next(iter(i["weight_map"].values()))}),
@@ -137,12 +136,23 @@ def test_a_broken_index_is_refused(sharded: Path, text: str) -> None:
         ({"model_type": "bert"}, ["model_type 'bert' is not supported", "gpt_oss", "qwen3_moe"]),
         ({"logit_scale": 2.0}, ["'logit_scale' = 2.0 is not understood"]),
         ({"hidden_act": "gelu"}, ["hidden_act 'gelu'", "silu"]),
-        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, ["'longrope'", "yarn"]),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, ["'dynamic'", "yarn"]),
+        ({"rope_parameters": {"rope_type": "longrope"}}, ["'short_factor' is missing"]),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}},
+            ["'short_factor' must contain 8 numbers, not 1"],
+        ),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 7 + [0]}},
+            ["'short_factor' must be a list of numbers above 0"],
+        ),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, ["'partial_rotary_factor' of 0.5"]),
         ({"rope_parameters": {"rope_type": ["x"], "rope_theta": 1e4}}, ["['x']", "yarn"]),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1, "factor": 2}}, ["above 1"]),
         ({"rope_parameters": {"rope_theta": 1e4, "mscale": 2.0}}, ["'mscale'"]),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, ["all layers"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantization 'gptq'", "mxfp4"]),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, ["'mxfp4'", "for experts only"]),
         ({"num_key_value_heads": 3}, ["num_attention_heads 4 is not a multiple"]),
         ({"hidden_size": "64"}, ["'hidden_size' must be an integer", "'64'"]),
         ({"hidden_size": None}, ["'hidden_size' is missing"]),
@@ -162,7 +172,7 @@ def test_a_config_that_is_not_understood_is_refused(
     fails(folder, "config.json", *words)
 
 
-def test_keys_that_cannot_matter_are_let_pass(folder: Path) -> None:
+def test_keys_that_cannot_matter_are_ignored(folder: Path) -> None:
     edit_config(folder, unsloth_version="2026.1", _attn_implementation="eager", sep_token_id=3)
     path = folder / "config.json"
     config = json.loads(path.read_text()) | {"some_new_switch": False, "other": None}
@@ -175,10 +185,10 @@ def test_stop_ids_are_the_union_of_both_configs(folder: Path) -> None:
     assert load_config(folder).stop_ids == {0, 7, 9}
 
 
-def test_a_folder_that_is_no_checkpoint_says_so(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such checkpoint directory"):
         load_config(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="holds no config"):
+    with pytest.raises(CheckpointError, match="contains no config"):
         load_config(tmp_path)
 
 
@@ -191,23 +201,23 @@ def test_a_spare_head_of_a_tied_checkpoint_is_ignored(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_parameter_is_filled(name: str, checkpoint: Callable[[str], Path]) -> None:
+def test_every_declared_parameter_is_filled(name: str, checkpoint: Callable[[str], Path]) -> None:
     model = load(checkpoint(name))
     parameters = list(model.parameters())
     assert len(parameters) > 20
-    for declared in parameters:
-        value = getattr(declared.holder, declared.attribute)
-        # Experts are a list of tensors here.
-        shape = (len(value), *value[0].shape) if isinstance(value, list) else tuple(value.shape)
-        assert shape == declared.shape, declared.attribute
+    for parameter in parameters:
+        value = getattr(parameter.holder, parameter.attribute)
+        tensor = torch.stack(value) if isinstance(value, list) else value  # a list of experts
+        assert tuple(tensor.shape) == parameter.shape, parameter.attribute
+        assert tensor.isfinite().all(), parameter.attribute
     assert model.head.weight is not None
 
 
-def test_a_long_load_lets_go_of_mapped_files(
+def test_a_large_load_reopens_its_files_and_reads_the_same_weights(
     sharded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = load(sharded)
-    monkeypatch.setattr(weights, "_REOPEN_BYTES", 1000)
+    monkeypatch.setattr(checkpoint_files, "_REOPEN_BYTES", 1000)
     again = load(sharded)
-    mine, theirs = again.layers[3].mlp.down.weight, expected.layers[3].mlp.down.weight  # type: ignore[union-attr]
-    assert torch.equal(mine, theirs)
+    actual, wanted = again.layers[3].mlp.down.weight, expected.layers[3].mlp.down.weight  # type: ignore[union-attr]
+    assert torch.equal(actual, wanted)

@@ -1,4 +1,4 @@
-"""The decoder and the engine compute what transformers computes, in float32."""
+"""The decoder and the engine give the same results as transformers, in float32."""
 
 import random
 from collections.abc import Callable
@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from engine import Engine, EngineConfig, Request, SamplingParams
-from model import Transformer, load_config
-from model import loader as weights
+from model import Transformer, load_config, loader
 from model.ops.backend import choose_backend
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from tests.checkpoints import FAMILIES, Peer, edit_config, write_checkpoint, write_mxfp4_pair
@@ -24,14 +23,13 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 def logits_of(folder: Path, ids: list[int]) -> torch.Tensor:
     """All logits of one sequence in one chunk, with blocks in a scrambled order."""
     config = load_config(folder)
-    model = Transformer(config)
-    backend = choose_backend(CPU, torch.float32)
-    weights.load(model, folder, backend)
+    model, backend = Transformer(config), choose_backend(CPU, torch.float32)
+    loader.load(model, folder, backend)
     model.prepare_rope(config.max_positions, CPU)
     count, size = len(ids), 16
     table = torch.randperm(count // size + 1, generator=torch.Generator().manual_seed(0)) + 1
     positions = torch.arange(count)
-    slots = table[positions // size] * size + positions % size
+    slot_mapping = table[positions // size] * size + positions % size
     windows = list(dict.fromkeys(layer.window for layer in config.layers))
     shape = (2, len(table) + 1, size, config.num_kv_heads, config.head_dim)
     with torch.inference_mode():
@@ -39,11 +37,11 @@ def logits_of(folder: Path, ids: list[int]) -> torch.Tensor:
             backend,
             ForwardBatch(
                 torch.tensor(ids),
-                positions,
+                positions + config.rope.first_row(count),
                 [count],
                 [count],
                 0,
-                tuple(GroupTables(table[None].int(), slots) for _ in windows),
+                tuple(GroupTables(table[None].int(), slot_mapping) for _ in windows),
                 positions,
                 torch.tensor([0, count], dtype=torch.int32),
                 torch.tensor([count], dtype=torch.int32),
@@ -53,17 +51,25 @@ def logits_of(folder: Path, ids: list[int]) -> torch.Tensor:
         )
 
 
-def assert_close(mine: torch.Tensor, theirs: torch.Tensor) -> None:
-    error = (mine - theirs).norm() / theirs.norm()
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    error = (actual - expected).norm() / expected.norm()
     assert error < 1e-4, f"relative error {error:.2e}"
-    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_logits_equal_transformers_past_window_and_original_context(
+def test_logits_equal_transformers_beyond_window_and_original_context(
     name: str, checkpoint: Callable[[str], Path], peer: Callable[[str], Peer]
 ) -> None:
     ids = prompt(200)
+    assert_close(logits_of(checkpoint(name), ids), peer(name).logits(ids))
+
+
+@pytest.mark.parametrize("length", [40, 64, 65])
+def test_longrope_uses_the_short_factors_up_to_the_original_context(
+    length: int, checkpoint: Callable[[str], Path], peer: Callable[[str], Peer]
+) -> None:
+    name, ids = "phi3-longrope", prompt(length)
     assert_close(logits_of(checkpoint(name), ids), peer(name).logits(ids))
 
 
@@ -71,7 +77,7 @@ def test_logits_equal_transformers_past_window_and_original_context(
 def test_64_greedy_tokens_equal_transformers(
     name: str, checkpoint: Callable[[str], Path], peer: Callable[[str], Peer]
 ) -> None:
-    # 3: shorter than any window; 50: runs over window and original context while decoding.
+    # 3 is shorter than every window; 50 exceeds window and original context while decoding.
     prompts = [prompt(3, 1), prompt(50, 2), prompt(150, 3)]
     with Engine(checkpoint(name), EngineConfig(dtype="float32", kv_memory=32 << 20)) as engine:
         params = SamplingParams(max_new_tokens=64, ignore_eos=True)
@@ -84,7 +90,7 @@ def test_64_greedy_tokens_equal_transformers(
         assert peer(name).is_greedy(ids, done[i])
 
 
-def test_mxfp4_experts_equal_their_dequantised_weights(tmp_path: Path) -> None:
+def test_mxfp4_experts_equal_their_dequantized_weights(tmp_path: Path) -> None:
     write_mxfp4_pair(tmp_path / "packed", tmp_path / "dense")
     ids = prompt(120)
     peer = Peer(tmp_path / "dense")
@@ -96,7 +102,7 @@ def test_mxfp4_experts_equal_their_dequantised_weights(tmp_path: Path) -> None:
     assert peer.is_greedy(ids, done.token_ids)
 
 
-def test_rope_is_read_in_the_older_spelling_too(
+def test_rope_is_read_in_the_older_spelling_as_well(
     tmp_path: Path, checkpoint: Callable[[str], Path]
 ) -> None:
     write_checkpoint(tmp_path, "llama-llama3-rope")

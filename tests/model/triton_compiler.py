@@ -24,7 +24,7 @@ from model.cost.known_models import named_config
 from model.families import parse_config
 from model.formats import DENSE, MXFP4
 from model.ops.forward_batch import ForwardBatch, GroupTables
-from model.ops.specs import Activation, AttentionSpec, Experts, RouterSpec
+from model.ops.specs import Activation, AttentionSpec, Experts
 from model.ops.triton.backend import TritonBackend
 from model.ops.triton.linear import norm_linear
 from model.ops.triton.mxfp4 import Stack, dense_stack
@@ -220,21 +220,20 @@ def _mlp_calls(ops: TritonBackend, config: ModelConfig, rows: int) -> Iterator[C
 def _moe_calls(ops: TritonBackend, config: ModelConfig, rows: int) -> Iterator[Callable[[], Any]]:
     moe, hidden = config.moe, config.hidden_size
     assert moe is not None
-    activation = Activation(config.swiglu_limit, config.swiglu_alpha)
     count, size, biased = moe.num_experts, moe.intermediate_size, moe.biases
     x, scores = _empty(rows, hidden), _empty(rows, count)
     router = linear_of(_empty(count, hidden), _empty(count) if biased else None)
-    spec = RouterSpec(moe.top_k, moe.softmax_after_top_k, moe.normalize)
+    spec = moe.router
     yield lambda: ops.linear(x, router)
     yield lambda: ops.route(scores, spec)
-    chosen = _empty(rows, moe.top_k, dtype=torch.int64)
-    weights = _empty(rows, moe.top_k, dtype=torch.float32)
+    chosen = _empty(rows, spec.top_k, dtype=torch.int64)
+    weights = _empty(rows, spec.top_k, dtype=torch.float32)
     biases = (_empty(count, 2 * size), _empty(count, hidden)) if biased else (None, None)
     dense = (_empty(count, 2 * size, hidden), _empty(count, hidden, size))
     for stack, form in ((dense_stack, DENSE), (_packed, MXFP4)):
         up, down = map(stack, dense)
         experts = Experts(count, hidden, size, biased, form, up, biases[0], down, biases[1])
-        yield partial(ops.experts, x, chosen, weights, experts, activation)
+        yield partial(ops.experts, x, chosen, weights, experts, config.activation)
 
 
 def _packed(weight: torch.Tensor) -> Stack:

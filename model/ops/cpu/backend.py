@@ -100,7 +100,8 @@ class CpuBackend(OneDnnBackend):
 
     def scale(self, x: torch.Tensor, factor: float) -> torch.Tensor:
         """As Backend.scale."""
-        leave_to_torch()
+        if factor != 1:
+            leave_to_torch()
         return super().scale(x, factor)
 
     def linear(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:

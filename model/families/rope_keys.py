@@ -1,0 +1,98 @@
+"""The keys of rotary embeddings → RopeConfig."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from model.config import RopeConfig
+from model.families.keys import Keys
+
+_KEYS = {
+    "default": "",
+    "linear": "factor",
+    "llama3": "factor low_freq_factor high_freq_factor original_max_position_embeddings",
+    "yarn": (
+        "factor original_max_position_embeddings beta_fast beta_slow truncate attention_factor"
+    ),
+    "longrope": (
+        "factor original_max_position_embeddings short_factor long_factor attention_factor"
+    ),
+}
+
+
+def read_rope(
+    keys: Keys, theta: float, head_dim: int, partial: bool, aliases: Mapping[str, str]
+) -> tuple[RopeConfig, int]:
+    """The rotary embedding and how many values of each head it rotates.
+
+    Read from `rope_parameters` (newer), or `rope_scaling` and `rope_theta` (older). theta: the
+    family's default. partial: the family supports `partial_rotary_factor`. aliases: the family's
+    other names of rope types.
+    """
+    rope = _parameters(keys)
+    theta = rope.number("rope_theta", keys.number("rope_theta", theta))
+    if theta <= 1:
+        raise keys.fail(f"'rope_theta' must be above 1, not {theta}")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if isinstance(kind, str):
+        kind = aliases.get(kind, kind)
+    if not isinstance(kind, str) or kind not in _KEYS:
+        raise keys.fail(f"rope type {kind!r} is not supported; supported: {', '.join(_KEYS)}")
+    rope.refuse_unknown(
+        (*_KEYS[kind].split(), "rope_theta", "rope_type", "type", "partial_rotary_factor")
+    )
+    share = rope.number("partial_rotary_factor", keys.get("partial_rotary_factor", 1.0))
+    if share > 1 or (share < 1 and not partial):
+        raise keys.fail(f"'partial_rotary_factor' of {share:g} is not supported")
+    rotary_dim = int(head_dim * share)
+    if rotary_dim % 2 or not rotary_dim:
+        raise keys.fail(f"rotary embeddings need an even number of values, not {rotary_dim}")
+    return _read_kind(keys, rope, kind, theta, rotary_dim), rotary_dim
+
+
+def _parameters(keys: Keys) -> Keys:
+    values: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        found = keys.get(key, {})
+        if not isinstance(found, dict) or any(isinstance(v, dict) for v in found.values()):
+            raise keys.fail(f"'{key}' must be one set of parameters for all layers, not {found!r}")
+        values |= {k: v for k, v in found.items() if v is not None}
+    return Keys(keys.source, values)
+
+
+def _read_kind(keys: Keys, rope: Keys, kind: str, theta: float, rotary_dim: int) -> RopeConfig:
+    if kind == "default":
+        return RopeConfig(theta)
+    if kind == "linear":
+        return RopeConfig(theta, kind, rope.number("factor"))
+    key, positions = "original_max_position_embeddings", keys.integer("max_position_embeddings")
+    # Outside of the rope parameters, as Phi-3 writes it, it takes precedence.
+    original = keys.integer(key, rope.integer(key, positions))
+    if kind == "llama3":
+        return RopeConfig(
+            theta,
+            kind,
+            rope.number("factor"),
+            original,
+            low_freq_factor=rope.number("low_freq_factor"),
+            high_freq_factor=rope.number("high_freq_factor"),
+        )
+    if kind == "longrope":
+        return RopeConfig(
+            theta,
+            kind,
+            rope.number("factor", positions / original),
+            original,
+            attention_factor=rope.optional_number("attention_factor"),
+            short_factors=rope.numbers("short_factor", rotary_dim // 2),
+            long_factors=rope.numbers("long_factor", rotary_dim // 2),
+        )
+    return RopeConfig(
+        theta,
+        kind,
+        rope.number("factor"),
+        original,
+        beta_fast=rope.number("beta_fast", 32.0),
+        beta_slow=rope.number("beta_slow", 1.0),
+        truncate=rope.boolean("truncate", True),
+        attention_factor=rope.optional_number("attention_factor"),
+    )

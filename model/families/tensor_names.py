@@ -1,0 +1,56 @@
+"""How a family names the tensors of its checkpoints.
+
+Linears are described by the parts of the decoder that they contain, in order of their rows:
+
+    attention: q, k, v, o        dense MLP and experts: gate, up, down
+
+so that ("self_attn.qkv_proj", ("q", "k", "v")) is one tensor with the rows of three parts.
+"""
+
+from dataclasses import dataclass, field
+
+LinearName = tuple[str, tuple[str, ...]]
+"""A name without ".weight" and ".bias", and the parts that the tensor contains."""
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """The experts of a layer; the defaults are those of most families."""
+
+    router: str = "mlp.gate"
+    # A name with {expert} is one tensor for each expert. A name without it is one tensor for all
+    # experts: its weight has no ".weight" after the name, and its bias is NAME_bias.
+    linears: tuple[LinearName, ...] = (
+        ("mlp.experts.{expert}.gate_proj", ("gate",)),
+        ("mlp.experts.{expert}.up_proj", ("up",)),
+        ("mlp.experts.{expert}.down_proj", ("down",)),
+    )
+    transposed: bool = False  # dense weights are stored as [experts, inputs, outputs]
+    interleaved: bool = False  # rows of gate and up alternate
+
+
+@dataclass(frozen=True)
+class TensorNames:
+    """Names of all tensors; the defaults are those of Llama."""
+
+    embedding: str = "model.embed_tokens.weight"
+    final_norm: str = "model.norm.weight"
+    head: str = "lm_head.weight"
+    layer: str = "model.layers.{layer}."  # before each of the following
+    attention_norm: str = "input_layernorm.weight"
+    mlp_norm: str = "post_attention_layernorm.weight"
+    q_norm: str = "self_attn.q_norm.weight"
+    k_norm: str = "self_attn.k_norm.weight"
+    sinks: str = "self_attn.sinks"
+    attention: tuple[LinearName, ...] = (
+        ("self_attn.q_proj", ("q",)),
+        ("self_attn.k_proj", ("k",)),
+        ("self_attn.v_proj", ("v",)),
+        ("self_attn.o_proj", ("o",)),
+    )
+    mlp: tuple[LinearName, ...] = (
+        ("mlp.gate_proj", ("gate",)),
+        ("mlp.up_proj", ("up",)),
+        ("mlp.down_proj", ("down",)),
+    )
+    experts: ExpertNames = field(default_factory=ExpertNames)

@@ -1,0 +1,87 @@
+"""The interface of a weight format."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from model.ops.backend import Backend
+
+Part = tuple[slice, ...]
+"""One slice for each of a tensor's first dimensions; an empty tuple means the whole tensor."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that a checkpoint must contain, and the part of it that this rank reads."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...]  # accepted, by safetensors' names
+    part: Part = ()
+
+
+class WeightFormat(ABC):
+    """How the values of a weight [outputs, inputs] or [experts, outputs, inputs] are stored.
+
+    Formats are values without state: equal formats compare equal, and a config may contain them.
+    """
+
+    name: str  # as reports show it
+
+    @abstractmethod
+    def stored(
+        self, name: str, shape: tuple[int, ...], part: Part = (), *, transposed: bool = False
+    ) -> list[StoredTensor]:
+        """The tensors of the checkpoint that hold the weight `name` of this shape.
+
+        part: the slices of the weight's dimensions that this rank reads, translated here into
+        slices of the stored tensors. transposed: the family stores dense weights as
+        [..., inputs, outputs]; formats with an order of their own ignore it.
+        """
+
+    @abstractmethod
+    def source(self, tensors: list[torch.Tensor], *, transposed: bool = False) -> Any:
+        """What was read of the `stored` tensors as one weight [..., outputs, inputs].
+
+        It is indexed by expert or sliced by rows, and the storage's `copy_` accepts the result.
+        """
+
+    @abstractmethod
+    def allocate(self, backend: Backend, shape: tuple[int, ...], parts: int = 1) -> Any:
+        """Storage on the backend's device that is filled by rows.
+
+        `storage[first:last].copy_(source)`, or `storage[expert][first:last].copy_(source)` if the
+        shape has three dimensions. parts: how many equal parts of the outputs are used together,
+        as gate and up are. `copy_` raises ValueError for values that the kernels cannot represent.
+        """
+
+    @abstractmethod
+    def finish(self, backend: Backend, storage: Any) -> Any:
+        """The filled storage in the form that the backend's ops take."""
+
+    @abstractmethod
+    def fill_random(self, storage: Any, generator: torch.Generator) -> None:
+        """Fill storage from `allocate` with random values of a typical magnitude."""
+
+    @abstractmethod
+    def dense(self, weight: Any, dtype: torch.dtype) -> torch.Tensor:
+        """The values of a weight [outputs, inputs] as the reference backend keeps it."""
+
+    @abstractmethod
+    def bytes(self, shape: tuple[int, ...], item: int) -> int:
+        """Bytes of a weight in memory; item: bytes of one value in the dtype of the activations."""
+
+    @abstractmethod
+    def held(self, backend: Backend) -> WeightFormat:
+        """The format that the weight has in memory on this backend."""
+
+
+def full_interface(known: object) -> WeightFormat:
+    """A format that is declared by the part of its interface that operations use (model.ops)."""
+    assert isinstance(known, WeightFormat)
+    return known

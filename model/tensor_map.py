@@ -1,0 +1,275 @@
+"""Which tensors of a checkpoint fill which parameters of the decoder.
+
+A parameter may consist of several tensors (q, k and v of one fused weight, the experts of a
+stack), and a tensor may contain several parts of a parameter (a fused gate and up). Each pair of
+a tensor and a part is a `Piece`.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from model.attention import Attention
+from model.config import ModelConfig
+from model.families import family
+from model.families.tensor_names import ExpertNames, LinearName, TensorNames
+from model.formats import DENSE, StoredTensor, WeightFormat, full_interface
+from model.formats.format import Part
+from model.mlp import Mlp, Moe
+from model.ops.specs import Linear
+from model.sharding import Shard
+from model.transformer import Layer, Transformer
+
+
+def _all() -> slice:
+    return slice(None)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tensors of the checkpoint that together hold one weight, and how it fills a parameter."""
+
+    stored: list[StoredTensor]
+    holder: Any  # the object whose attribute is the parameter
+    attribute: str
+    write: Callable[[Any, Any], None]  # (the parameter's storage, WeightFormat.source)
+    format: WeightFormat = DENSE
+    transposed: bool = False
+
+
+@dataclass
+class TensorMap:
+    """Every tensor that a checkpoint of the model's config must contain."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    elsewhere: list[StoredTensor] = field(default_factory=list)  # read only by other ranks
+
+
+@dataclass(frozen=True)
+class _LinearPart:
+    """A part of a linear of the decoder, such as q."""
+
+    linear: Linear
+    outputs: int  # of all ranks together
+    inputs: int
+    rows: slice = field(default_factory=_all)  # this rank's part of the outputs
+    columns: slice = field(default_factory=_all)  # this rank's part of the inputs
+    first: int = 0  # row of the linear where this rank's rows begin
+
+
+def tensor_map(model: Transformer) -> TensorMap:
+    """Map the tensors of a Hugging Face checkpoint to the parameters of this rank."""
+    config, shard = model.config, model.shard
+    names, found = family(config.model_type).names, TensorMap()
+    table, own = (config.vocab_size, config.hidden_size), (shard.vocab_part(config.vocab_size),)
+    found.pieces += [
+        _whole(names.embedding, table, model, "embedding", own),
+        _whole(names.final_norm, table[1:], model.final_norm),
+    ]
+    if not config.tie_word_embeddings:
+        found.pieces.append(_whole(names.head, table, model.head, part=own))
+    for i, layer in enumerate(model.layers):
+        prefix = names.layer.format(layer=i)
+        found.pieces += _layer_vectors(prefix, names, layer, config, shard)
+        parts = _attention_parts(layer.attention, config, shard)
+        found.pieces += _linears(prefix, names.attention, parts, shard)
+        if isinstance(layer.mlp, Moe):
+            _add_experts(found, prefix, names.experts, layer.mlp, config)
+        else:
+            parts = _mlp_parts(layer.mlp, config, shard)
+            found.pieces += _linears(prefix, names.mlp, parts, shard)
+    return found
+
+
+def _whole(
+    name: str, shape: tuple[int, ...], holder: Any, attribute: str = "weight", part: Part = ()
+) -> Piece:
+    """A tensor of which this rank reads `part` into a whole parameter."""
+    return Piece(
+        DENSE.stored(name, shape, part),
+        holder,
+        attribute,
+        lambda storage, source: storage.copy_(source),
+    )
+
+
+def _layer_vectors(
+    prefix: str, names: TensorNames, layer: Layer, config: ModelConfig, shard: Shard
+) -> Iterator[Piece]:
+    attention = layer.attention
+    for name, norm in (
+        (names.attention_norm, attention.norm),
+        (names.mlp_norm, layer.mlp.norm),
+        (names.q_norm, attention.heads.q_norm),
+        (names.k_norm, attention.heads.k_norm),
+    ):
+        if norm is not None:
+            yield _whole(prefix + name, (norm.size,), norm)
+    if attention.has_sinks:
+        heads = shard.part(config.num_heads)
+        yield _whole(prefix + names.sinks, (config.num_heads,), attention, "sinks", (heads,))
+
+
+def _attention_parts(
+    attention: Attention, config: ModelConfig, shard: Shard
+) -> dict[str, _LinearPart]:
+    hidden, head_dim, own = config.hidden_size, config.head_dim, attention.heads
+    q_rows = _of_heads(shard.part(config.num_heads), head_dim)
+    kv_rows = _of_heads(shard.kv_part(config.num_kv_heads), head_dim)
+    q_width, kv_width = config.num_heads * head_dim, config.num_kv_heads * head_dim
+    first_k = own.heads * head_dim
+    first_v = first_k + own.kv_heads * head_dim
+    return {
+        "q": _LinearPart(attention.qkv, q_width, hidden, q_rows),
+        "k": _LinearPart(attention.qkv, kv_width, hidden, kv_rows, first=first_k),
+        "v": _LinearPart(attention.qkv, kv_width, hidden, kv_rows, first=first_v),
+        "o": _LinearPart(attention.out, hidden, q_width, columns=q_rows),
+    }
+
+
+def _of_heads(heads: slice, head_dim: int) -> slice:
+    return slice(heads.start * head_dim, heads.stop * head_dim)
+
+
+def _mlp_parts(mlp: Mlp, config: ModelConfig, shard: Shard) -> dict[str, _LinearPart]:
+    hidden, size = config.hidden_size, config.intermediate_size
+    own = shard.part(size)
+    return {
+        "gate": _LinearPart(mlp.gate_up, size, hidden, own),
+        "up": _LinearPart(mlp.gate_up, size, hidden, own, first=size // shard.size),
+        "down": _LinearPart(mlp.down, hidden, size, columns=own),
+    }
+
+
+def _linears(
+    prefix: str,
+    names: tuple[LinearName, ...],
+    parts: dict[str, _LinearPart],
+    shard: Shard,
+) -> Iterator[Piece]:
+    """The pieces of linears whose rows are those of one or more parts, in order."""
+    for stem, part_names in names:
+        outputs = sum(parts[name].outputs for name in part_names)
+        above = 0
+        for name in part_names:
+            part = parts[name]
+            start, stop, _ = part.rows.indices(part.outputs)
+            rows = slice(above + start, above + stop)
+            yield from _linear(prefix + stem, part, outputs, rows, shard)
+            above += part.outputs
+
+
+def _linear(
+    name: str, part: _LinearPart, outputs: int, rows: slice, shard: Shard
+) -> Iterator[Piece]:
+    linear, write = part.linear, _write_rows(part.first, rows.stop - rows.start)
+    form = full_interface(linear.format)
+    stored = form.stored(f"{name}.weight", (outputs, part.inputs), (rows, part.columns))
+    yield Piece(stored, linear, "weight", write, form)
+    if linear.has_bias:
+        if linear.sum_over_ranks and shard.rank:
+            write = _write_zeros  # rank 0 alone adds the bias
+        yield Piece(DENSE.stored(f"{name}.bias", (outputs,), (rows,)), linear, "bias", write)
+
+
+def _write_rows(first: int, count: int) -> Callable[[Any, Any], None]:
+    def write(storage: Any, source: Any) -> None:
+        storage[first : first + count].copy_(source)
+
+    return write
+
+
+def _write_zeros(storage: Any, source: Any) -> None:
+    storage.zero_()
+
+
+def _add_experts(
+    found: TensorMap, prefix: str, names: ExpertNames, moe: Moe, config: ModelConfig
+) -> None:
+    assert config.moe is not None  # the config says that the layer is sparse
+    hidden, count = config.hidden_size, config.moe.num_experts
+    router = _LinearPart(moe.router, count, hidden)
+    found.pieces += _linears(prefix, ((names.router, ("router",)),), {"router": router}, moe.shard)
+    for stem, parts in names.linears:
+        target = _ExpertLinear(moe, names, parts)
+        if "{expert}" in stem:
+            _add_single_experts(found, prefix + stem, target, count)
+        else:
+            found.pieces += _stacked_experts(prefix + stem, target, count)
+
+
+@dataclass(frozen=True)
+class _ExpertLinear:
+    """One linear of every expert: gate, up, both of them, or down."""
+
+    moe: Moe
+    names: ExpertNames
+    parts: tuple[str, ...]
+
+    @property
+    def attribute(self) -> str:
+        """The parameter of `Experts` that it fills, and with "_bias" its bias."""
+        return "down" if self.parts == ("down",) else "gate_up"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs of one expert's tensor."""
+        experts = self.moe.experts
+        if self.attribute == "down":
+            return experts.hidden, experts.size
+        return len(self.parts) * experts.size, experts.hidden
+
+    @property
+    def format(self) -> WeightFormat:
+        """The format of the weights."""
+        return full_interface(self.moe.experts.format)
+
+    def write(self, storage: Any, source: Any) -> None:
+        """Fill one expert's rows from its tensor, both [outputs, inputs] or [outputs]."""
+        count = len(self.parts)
+        size = self.shape[0] // count
+        for i, part in enumerate(self.parts):
+            first = size if part == "up" else 0
+            rows = slice(i * size, (i + 1) * size)
+            if self.names.interleaved:
+                rows = slice(i, None, count)
+            storage[first : first + size].copy_(source[rows])
+
+
+def _add_single_experts(found: TensorMap, stem: str, target: _ExpertLinear, count: int) -> None:
+    """Experts in separate tensors; this rank reads the tensors of its own experts."""
+    experts, own, attribute = target.moe.experts, target.moe.shard.part(count), target.attribute
+    for expert in range(count):
+        name = stem.format(expert=expert)
+        weight = target.format.stored(f"{name}.weight", target.shape)
+        bias = DENSE.stored(f"{name}.bias", target.shape[:1]) if experts.has_bias else []
+        if not own.start <= expert < own.stop:
+            found.elsewhere += weight + bias
+            continue
+        write = _write_expert(target, expert - own.start)
+        found.pieces.append(Piece(weight, experts, attribute, write, target.format))
+        if bias:
+            found.pieces.append(Piece(bias, experts, f"{attribute}_bias", write))
+
+
+def _write_expert(target: _ExpertLinear, expert: int) -> Callable[[Any, Any], None]:
+    def write(storage: Any, source: Any) -> None:
+        target.write(storage[expert], source)
+
+    return write
+
+
+def _stacked_experts(stem: str, target: _ExpertLinear, count: int) -> Iterator[Piece]:
+    """All experts in one tensor; this rank reads its own experts."""
+    experts, own, attribute = target.moe.experts, target.moe.shard.part(count), target.attribute
+
+    def write(storage: Any, source: Any) -> None:
+        for expert in range(experts.count):
+            target.write(storage[expert], source[expert])
+
+    shape, transposed = (count, *target.shape), target.names.transposed
+    stored = target.format.stored(stem, shape, (own,), transposed=transposed)
+    yield Piece(stored, experts, attribute, write, target.format, transposed)
+    if experts.has_bias:
+        bias = DENSE.stored(f"{stem}_bias", shape[:2], (own,))
+        yield Piece(bias, experts, f"{attribute}_bias", write)
