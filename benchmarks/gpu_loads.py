@@ -20,6 +20,7 @@ from benchmarks.gpu_checks import CUDA
 from benchmarks.gpu_times import Limits, Row
 from engine import Engine, EngineConfig, EngineStats, Request, SamplingParams
 from engine.step_probe import Probe
+from getp.analysis import part_timer  # noqa: F401  it silences torch's profiler
 from getp.report.efficiency import run_cost
 from model.cost.known_models import SHAPES
 

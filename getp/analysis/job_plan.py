@@ -125,17 +125,24 @@ def predict(
 
     With replicas the longest-running one counts. Raises UsageProblem for an impossible split.
     """
-    if replicas > 1:
-        one = predict(model, _share(job, replicas), device, dtype, limits, efficiency, price)
-        if one.seconds is None:
-            return replace(one, replicas=replicas)
-        return replace(
-            one,
-            replicas=replicas,
-            tok_s=job.output_tokens / one.seconds,
-            price=None if one.price is None else one.price * replicas,
-        )
     check_split(model, limits.tensor_parallel)
+    share = _share(job, replicas) if replicas > 1 else job
+    one = _predict_engine(model, share, device, dtype, limits, efficiency)
+    if one.seconds is None:
+        return replace(one, replicas=replicas)
+    gpus = limits.tensor_parallel
+    return replace(
+        one,
+        replicas=replicas,
+        tok_s=job.output_tokens / one.seconds,
+        price=None if price is None else price * gpus * one.seconds / 3600 * replicas,
+    )
+
+
+def _predict_engine(
+    model: Model, job: Job, device: Device, dtype: str, limits: Limits, efficiency: Efficiency
+) -> Prediction:
+    """Predict a job on one engine, without its price."""
     parts, count = limits.tensor_parallel, len(job.prompts)
     longest = round((job.prompt_tokens + job.output_tokens) / count)
     room = largest_batch(model.config, Workload("decode", 1, 1, longest, dtype, parts), device)
@@ -170,7 +177,6 @@ def predict(
         mean_batch=decoded / max(1, decode_steps),
         seconds=seconds,
         tok_s=job.output_tokens / seconds,
-        price=None if price is None else price * parts * seconds / 3600,
         tensor_parallel=parts,
         link_s=link_s,
     )

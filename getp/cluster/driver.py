@@ -21,11 +21,11 @@ from engine.resolve import choose_dtype, dtype_name, held_config
 from engine.summary import peak_resident_bytes
 from getp import __version__, fingerprint
 from getp.cluster.dispatcher import Dispatcher, collect_delay_s, max_in_flight
-from getp.cluster.ray_session import RaySession, plan_resources
-from getp.cluster.replica import Replica, RequestMessage, Results, Setup, Started
+from getp.cluster.ray_session import RaySession, death_reason, plan_resources
+from getp.cluster.replica import Replica, Results, Setup, Started, request_message
 from getp.cluster.replica_state import ReplicaState, merged_stats
 from getp.errors import GetpError
-from getp.terminal import say
+from getp.terminal import say, warn
 from getp.text.answer_text import StopWatcher
 from model import CheckpointError, load_config
 
@@ -238,7 +238,7 @@ class Cluster:
         self._collect(replica)
         replica.update(results)
         for notice in results.notices:
-            say(f"getp: warning: replica {replica.index}: {notice}")
+            warn(f"replica {replica.index}: {notice}")
         done = [completion for completion, _ in results.finished]
         ids = [completion.request_id for completion in done]
         requests = self._dispatcher.finished(replica.index, ids, time.perf_counter())
@@ -252,7 +252,7 @@ class Cluster:
         cause = getattr(error, "cause", None)
         if not replica.ready and isinstance(cause, EngineError | CheckpointError | GetpError):
             raise cause  # the next start would fail in the same way
-        reason = _reason(cause or error)
+        reason = death_reason(cause or error)
         self._session.ray.kill(replica.actor)
         lost = self._dispatcher.remove(replica.index, time.perf_counter())
         replica.note_death(len(lost))
@@ -263,9 +263,9 @@ class Cluster:
                 f"replica {replica.index} died {replica.deaths_in_a_row} times in a row, the last "
                 f"time {when}: {reason}"
             )
-        say(
-            f"getp: warning: replica {replica.index} died and is restarted; {len(lost)} requests "
-            f"are reassigned: {reason}"
+        warn(
+            f"replica {replica.index} died and is restarted; {len(lost)} requests are reassigned: "
+            f"{reason}"
         )
         self._launch(replica)
 
@@ -292,27 +292,6 @@ class Cluster:
         self._dispatcher = Dispatcher()
         self._dispatcher.busy_s = busy_s
         self._running = False
-
-
-def request_message(request: Request) -> RequestMessage:
-    """Return a request as it is sent. Raises TypeError for an `on_token` that cannot be sent."""
-    stops: tuple[str, ...] = ()
-    chat = False
-    if request.on_token is not None:
-        if not isinstance(request.on_token, StopWatcher):
-            raise TypeError("on_token of a request to replicas must be a StopWatcher")
-        stops, chat = request.on_token.stops, request.on_token.chat
-    return request.prompt_ids, request.params, request.request_id, stops, chat
-
-
-def _reason(error: BaseException) -> str:
-    """Return why a replica died, in one line extracted from Ray's long message."""
-    text = " ".join(str(error).split())
-    if "The actor is dead because " in text:
-        text = text.split("The actor is dead because ")[1].split(" Some common causes")[0]
-    else:
-        text = f"{type(error).__name__}: {text}"
-    return text[:400]
 
 
 def _ignore(replica: ReplicaState, answer: None) -> list[Completion]:

@@ -122,5 +122,15 @@ def plan_resources(
     return Resources(count, 0, max(fitting))
 
 
+def death_reason(error: BaseException) -> str:
+    """Return why a replica died, in one line: Ray's own message has many."""
+    text = " ".join(str(error).split())
+    if "The actor is dead because " in text:
+        text = text.split("The actor is dead because ")[1].split(" Some common causes")[0]
+    else:
+        text = f"{type(error).__name__}: {text}"
+    return text[:400]
+
+
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

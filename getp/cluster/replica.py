@@ -20,6 +20,17 @@ RequestMessage = tuple[Sequence[int], SamplingParams, int, tuple[str, ...], bool
 """A request as it is sent: prompt ids, parameters, id, stop strings, whether it is a chat."""
 
 
+def request_message(request: Request) -> RequestMessage:
+    """Return a request as it is sent. Raises TypeError for an `on_token` that cannot be sent."""
+    stops: tuple[str, ...] = ()
+    chat = False
+    if request.on_token is not None:
+        if not isinstance(request.on_token, StopWatcher):
+            raise TypeError("on_token of a request to replicas must be a StopWatcher")
+        stops, chat = request.on_token.stops, request.on_token.chat
+    return request.prompt_ids, request.params, request.request_id, stops, chat
+
+
 @dataclass(frozen=True)
 class Setup:
     """What every replica needs to start. Paths are on its own host."""

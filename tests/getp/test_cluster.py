@@ -17,7 +17,8 @@ import ray
 
 from engine import Completion, Engine, EngineConfig, EngineError, Request, SamplingParams
 from getp.cli import main as cli
-from getp.cluster.driver import Cluster, request_message
+from getp.cluster.driver import Cluster
+from getp.cluster.replica import request_message
 from getp.cluster.replica_state import ReplicaState
 from getp.errors import SOME_FAILED, GetpError, Interrupted
 from getp.job import run as batch
@@ -212,12 +213,12 @@ def test_one_engine_resumes_a_job_that_replicas_started(
 ) -> None:
     work = batch.replace(job(tmp_path, mixed(60)), grace_s=0.0)
     cluster = Interrupting(MODEL, MODEL, SMALL, replicas=2)
-    with pytest.raises(Interrupted, match=r"\d+ of 60 requests are done and kept"):
+    with pytest.raises(Interrupted, match=r"\d+ of 60 requests are done and saved"):
         run(work, cluster)
     assert all(replica.actor is None for replica in cluster.replicas)
     cluster.close()
     assert run(work, Engine(MODEL, SMALL)) == SOME_FAILED
-    assert "going on: " in capsys.readouterr().err
+    assert "resuming: " in capsys.readouterr().err
     assert Path(work.output).read_bytes() == wanted
 
 
@@ -322,7 +323,7 @@ def test_impossible_splits_and_torchrun_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     status, error = fails(capsys, tmp_path, "--replicas", "2")
     assert status == 2
-    assert "leave torchrun out" in error
+    assert "without torchrun" in error
 
 
 def test_a_single_gpu_for_all_replicas_is_refused(
