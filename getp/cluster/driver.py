@@ -25,7 +25,7 @@ from getp.cluster.ray_session import RaySession, plan_resources
 from getp.cluster.replica import Replica, RequestMessage, Results, Setup, Started
 from getp.cluster.replica_state import ReplicaState, merged_stats
 from getp.errors import GetpError
-from getp.terminal import say
+from getp.terminal import say, warn
 from getp.text.answer_text import StopWatcher
 from model import CheckpointError, load_config
 
@@ -238,7 +238,7 @@ class Cluster:
         self._collect(replica)
         replica.update(results)
         for notice in results.notices:
-            say(f"getp: warning: replica {replica.index}: {notice}")
+            warn(f"replica {replica.index}: {notice}")
         done = [completion for completion, _ in results.finished]
         ids = [completion.request_id for completion in done]
         requests = self._dispatcher.finished(replica.index, ids, time.perf_counter())
@@ -263,9 +263,9 @@ class Cluster:
                 f"replica {replica.index} died {replica.deaths_in_a_row} times in a row, the last "
                 f"time {when}: {reason}"
             )
-        say(
-            f"getp: warning: replica {replica.index} died and is restarted; {len(lost)} requests "
-            f"are reassigned: {reason}"
+        warn(
+            f"replica {replica.index} died and is restarted; {len(lost)} requests are reassigned: "
+            f"{reason}"
         )
         self._launch(replica)
 

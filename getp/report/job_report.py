@@ -11,7 +11,7 @@ from engine.summary import RunSummary
 from getp import __version__
 from getp.report.efficiency import Explanation, explain, record_efficiency
 from getp.report.measurements import Measurements, quantile
-from getp.terminal import say
+from getp.terminal import warn
 
 Report = dict[str, Any]
 """Times are in seconds, memory is in bytes; None means "not measured"."""
@@ -78,9 +78,9 @@ def _explained(measured: Measurements, run: RunSummary, checkpoint: str) -> Expl
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        say(
-            "getp: warning: not enough free memory to measure the peak speed of this machine; "
-            "the report does not state the efficiency"
+        warn(
+            "not enough free memory to measure the peak speed of this machine; the report does not "
+            "state the efficiency"
         )
         return Explanation()
 
