@@ -5,7 +5,7 @@ import pytest
 
 from getp.cli import main as cli
 from getp.errors import GetpError, UsageProblem
-from getp.job.evaluate import compare_tokens, decode_file, evaluate
+from getp.text.evaluate import compare_tokens, decode_file, evaluate
 from tests.getp.helpers import small_tokenizer, write_tokens
 
 TOKENIZER = small_tokenizer()

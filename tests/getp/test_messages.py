@@ -8,10 +8,10 @@ from tests.getp.messages import Message, messages
 
 # Tools and variables of others, which messages may name.
 _NOT_OURS = re.compile(r"nvcc --version|ray start|pip install|--local-dir")
-_OPTION = re.compile(r"(?<![\w-])--?[a-z][a-z-]*")
+_OPTION = re.compile(r"(?<![\w…-])--?[a-z][a-z-]*")
 _WORDS = [
-    r"\bis no \w+",
-    r"\bare no \w+",
+    r"(?<!there) is no \w+",
+    r"(?<!there) are no \w+",
     r"\bholds no\b",
     r"\bknows no\b",
     r"\bgo(es|ing)? on\b",
