@@ -27,6 +27,7 @@ from rich.table import Table
 
 from benchmarks.loads import Load, make_load
 from engine import Engine, EngineConfig, EngineStats, Request, SamplingParams
+from engine.resolve import dtype_name
 from getp.report.efficiency import run_cost
 from getp.job.ordering import Schedule, order_for_throughput
 from getp.job.formats.interface import JobRequest
@@ -103,7 +104,7 @@ def main(
         peaks = measure.measure(engine.device)
         shares = breakdown(engine, requests) if parts else {}
     tokens = sum(len(completion.token_ids) for completion in done)
-    name = str(engine.dtype).removeprefix("torch.")
+    name = dtype_name(engine.dtype)
     flops, moved = run_cost(engine.held_config, name, stats)
     compute, memory = flops.matrix / peaks["peaks"][name], moved.total / peaks["bandwidth"]
     result: dict[str, object] = {

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import getp
+from engine import EngineError
 from getp.cli import loading
 from getp.cli import main as cli
 from getp.cli.settings import Settings
@@ -170,6 +171,49 @@ def test_exit_status_is_3_if_some_requests_failed(
     assert "1 of 2 requests failed: see" in capsys.readouterr().err
 
 
+def test_errors_of_a_job_name_the_options(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "input.txt").write_text("2\nhello\n\n")
+    args = [checkpoint, "-m", "getp", "-i", str(tmp_path / "input.txt")]
+    assert cli.run([*args, "-o", str(tmp_path / "out.txt"), "--max-errors", "0"]) == 1
+    hint, error = capsys.readouterr().err.splitlines()[-2:]
+    assert "raise --max-errors to resume, or start over with --restart" in hint
+    assert "1 requests have failed, more than --max-errors 0; the last one: line 3" in error
+    assert cli.run([*args, "-o", str(tmp_path / "out.txt"), "-t", "0.5", "-s", "1"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "temperature 0.0, now 0.5" in error
+    assert "add --restart to start over" in error
+
+
+def test_errors_of_the_engine_name_the_options(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load_engine(settings: Settings) -> FakeEngine:
+        raise EngineError("{count} blocks are too few; raise {kv_memory}", count=3)
+
+    monkeypatch.setattr(loading, "load_engine", load_engine)
+    assert cli.run([checkpoint, "-i", "hi"]) == 1
+    assert capsys.readouterr().err == "getp: error: 3 blocks are too few; raise --kv-memory\n"
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("nowhere", "getp does not download models: huggingface-cli download NAME --local-dir"),
+        ("file", "is a file: give the directory, "),
+        ("empty", "is not a Hugging Face model directory (no config.json, no tokenizer.json)"),
+    ],
+)
+def test_wrong_checkpoint_path_is_explained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], path: str, words: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    assert cli.run([str(tmp_path / path), "-i", "hi"]) == 2
+    assert words in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "output", "words"),
     [
@@ -248,7 +292,13 @@ def test_own_max_tokens_of_a_request_is_limited_only_by_an_explicit_length(
     own = {"prompt": "hi", "max_tokens": 2000}
     source.write_text("".join(json.dumps(line) + "\n" for line in (own, {"prompt": "hi"})))
     args = [checkpoint, "-m", "getp", "-i", str(source), "-o", str(tmp_path / "out.jsonl")]
-    for given, limits in ((["--schedule", "first"], [None, 1024]), (["-n", "50"], [50, 50])):
+    first = ["--schedule", "first"]
+    for given, limits in (
+        (first, [None, 1024]),
+        ([*first, "--restart", "-n", "50"], [50, 50]),
+        ([*first, "--restart", "--max-length", "60"], [60, 60]),
+        ([*first, "--restart", "--steps", "70"], [70, 70]),
+    ):
         assert cli.run([*args, *given]) == 0
         found = {r.request_id: r.params.max_positions for r in engine.requests[-2:]}
         assert [found[0], found[1]] == limits
