@@ -76,4 +76,4 @@ def _find_gpu(name: str) -> Device:
     try:
         return find_device(name)
     except UnknownDeviceError as error:
-        raise UsageProblem(f"--gpu: {error}") from None
+        raise UsageProblem("{gpu}: {reason}", reason=error) from None

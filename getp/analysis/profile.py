@@ -8,6 +8,7 @@ from typing import TypeVar, cast
 import torch
 
 from engine import Engine
+from engine.resolve import dtype_name
 from engine.step_probe import Probe
 from getp.analysis.part_timer import Launches, Step, count_launches, time_parts
 from model.config import ModelConfig
@@ -126,7 +127,7 @@ def profile(
     probe = Probe(engine, batch, query, context)
     times = measure(probe.step, engine.device)
     launches = count_launches(probe.step, engine.device, trace)
-    dtype = str(engine.dtype).removeprefix("torch.")
+    dtype = dtype_name(engine.dtype)
     work = Workload(cast(Phase, phase), batch, query, context, dtype, causal=True)
     return assemble(engine.held_config, work, device, engine.device.type == "cuda", times, launches)
 

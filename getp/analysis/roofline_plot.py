@@ -24,14 +24,17 @@ def check_plot(path: str) -> None:
         return
     if Path(path).suffix.lower() not in FORMATS:
         raise UsageProblem(
-            f"--plot {path}: the name must end in {', '.join(FORMATS)}; - draws on the terminal"
+            "{plot} {path}: the name must end in {suffixes}; - draws on the terminal",
+            path=path,
+            suffixes=", ".join(FORMATS),
         )
     try:
         import matplotlib  # noqa: F401 - checks that it is installed
     except ImportError:
         raise GetpError(
-            "--plot FILE needs matplotlib: pip install 'getp[plot]' (or pip install matplotlib); "
-            "--plot - draws on the terminal without it"
+            "{plot} FILE needs matplotlib: pip install '{package}' (or pip install matplotlib); "
+            "{plot} - draws on the terminal without it",
+            package="getp[plot]",
         ) from None
 
 
@@ -42,8 +45,9 @@ def draw_roofline(
     check_plot(path)
     if len(devices) > len(_COLOURS):
         raise UsageProblem(
-            f"--plot: {len(devices)} roofs cannot be told apart; give at most {len(_COLOURS)} GPUs "
-            "with --gpu"
+            "{plot}: {count} roofs cannot be told apart; give at most {most} GPUs with {gpu}",
+            count=len(devices),
+            most=len(_COLOURS),
         )
     from matplotlib.figure import Figure
 

@@ -62,7 +62,11 @@ def make_plan(
     context = context or (max(query, _DEFAULT_CONTEXT) if decode else query)
     dtype = model.config.dtype if dtype == "auto" else dtype
     if query > context:
-        raise UsageProblem(f"--query {query} is larger than --context {context}")
+        raise UsageProblem(
+            "{query} {tokens} is larger than {context} {positions}",
+            tokens=query,
+            positions=context,
+        )
     check_split(model, tensor_parallel)
     work = Workload(cast(Phase, phase), batch, query, context, dtype, tensor_parallel, fused=fused)
     ops = operations(model.config, work)
@@ -82,7 +86,7 @@ def check_split(model: Model, tensor_parallel: int) -> None:
     try:
         check_tensor_parallel(model.config, tensor_parallel)
     except ValueError as error:
-        raise UsageProblem(f"--tensor-parallel: {error}") from None
+        raise UsageProblem("{tensor_parallel}: {reason}", reason=error) from None
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

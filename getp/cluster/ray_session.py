@@ -28,7 +28,8 @@ class RaySession:
             import ray
         except ImportError:
             raise UsageProblem(
-                "--replicas needs Ray, which is not installed: pip install 'getp[cluster]'"
+                "{replicas} needs Ray, which is not installed: pip install '{package}'",
+                package="getp[cluster]",
             ) from None
         self.ray: Any = ray
         self._owned = not ray.is_initialized()
@@ -55,8 +56,10 @@ class RaySession:
             if address is None:
                 raise GetpError(f"cannot start Ray on this host: {reason}") from error
             raise GetpError(
-                f"--ray-address {address}: cannot join a Ray cluster there: {reason}; "
-                "run `ray start` on this host first"
+                "{ray_address} {address}: cannot join a Ray cluster there: {reason}; run "
+                "`ray start` on this host first",
+                address=address,
+                reason=reason,
             ) from error
         except BaseException:
             self.close()
@@ -99,22 +102,29 @@ def plan_resources(
     """
     if device.startswith("cuda:"):
         raise UsageProblem(
-            f"--device {device} with --replicas: each replica gets its own GPU; use --device cuda, "
-            "and select GPUs with CUDA_VISIBLE_DEVICES or HIP_VISIBLE_DEVICES"
+            "{device} {given} with {replicas}: each replica gets its own GPU; use {device} cuda, "
+            "and select GPUs with CUDA_VISIBLE_DEVICES or HIP_VISIBLE_DEVICES",
+            given=device,
         )
     gpus = [int(host.get("GPU", 0)) for host in hosts]
     if device == "cuda" or (device == "auto" and any(gpus)):
         possible = sum(count // gpus_per_replica for count in gpus)
         if not possible or (replicas or 0) > possible:
             raise UsageProblem(
-                f"--replicas {replicas or 'auto'}: Ray finds {_count(sum(gpus), 'GPU')} on "
-                f"{_count(len(hosts), 'host')}, enough for {_count(possible, 'replica')} of "
-                f"{_count(gpus_per_replica, 'GPU')} each"
+                "{replicas} {given}: Ray finds {gpus} on {hosts}, enough for {possible} of {each} "
+                "each",
+                given=replicas or "auto",
+                gpus=_count(sum(gpus), "GPU"),
+                hosts=_count(len(hosts), "host"),
+                possible=_count(possible, "replica"),
+                each=_count(gpus_per_replica, "GPU"),
             )
         return Resources(replicas or possible, gpus_per_replica, 0)
     cores = [host["CPU"] for host in hosts if host.get("CPU")]
     if not cores:
-        raise UsageProblem("--replicas: the Ray cluster has neither GPUs nor CPUs to run on")
+        raise UsageProblem(
+            "{replicas}: the {cluster} has neither GPUs nor CPUs to run on", cluster="Ray cluster"
+        )
     count = replicas or len(cores)
     # The largest share with which all replicas fit: the cores of some host over an integer.
     shares = (int(size / k * 1e4) / 1e4 for size in set(cores) for k in range(1, count + 1))

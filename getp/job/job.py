@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from engine.resolve import dtype_name
 from getp.errors import NameOf
 from getp.files import check_writable, in_place, remove_leftovers
 from getp.job.formats import output_format
@@ -106,7 +107,7 @@ def _fingerprint(job: Job, source: Source, engine: JobEngine) -> dict[str, Any]:
         "output format": output_format(job.output, source.format).name,
         **job.identity,
         "device": engine.device.type,
-        "dtype": str(engine.dtype).removeprefix("torch."),
+        "dtype": dtype_name(engine.dtype),
         **params,
         "stop": job.defaults.stops,
         "chat template": job.defaults.chat,

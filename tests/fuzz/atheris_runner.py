@@ -23,7 +23,7 @@ with atheris.instrument_imports(include=["getp", "tokenizer", "model", "jinja2"]
 
 
 def main() -> None:
-    """Fuzz one target from its good file on."""
+    """Fuzz one target, starting from its valid file."""
     name, folder = sys.argv[1], Path(sys.argv[2])
     work, corpus = folder / "work", folder / "corpus"
     corpus.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""What is fuzzed: each takes a folder to work in and the bytes of a file, good or not.
+"""Fuzz targets: each takes a folder to work in and the bytes of a file, valid or not.
 
-A result or an error of ours is right; any other exception is not, nor is a hang.
+It may return or raise one of getp's errors; any other exception, or a hang, is a bug.
 """
 
 import gzip
@@ -36,7 +36,7 @@ GOOD = {
 }
 _LINES = (json.dumps(GOOD) + "\n").encode() * 2
 _HEADER = {"fingerprint": {"a": 1}}
-_MODEL = {  # small enough that what a damaged config makes of it is small, too
+_MODEL = {  # small, so that damaged variants of it are small as well
     "model_type": "gpt_oss", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
     "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512,
     "num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 20,
@@ -50,14 +50,14 @@ _MODEL = {  # small enough that what a damaged config makes of it is small, too
 
 
 class Target(NamedTuple):
-    """A file that is read: a good one, and what is done with it."""
+    """The bytes of a valid file, and the function that reads it."""
 
     good: bytes
     use: Callable[[Path, bytes], None]
 
 
 def read_all(path: Path) -> None:
-    """Read a job's input to its end; no request may fail inside of us."""
+    """Read a job's input to its end; no request may fail with an internal error."""
     try:
         source = scan(str(path))
         reader = RequestReader(source, RequestDefaults(SamplingParams()), TOKENIZER)
@@ -71,7 +71,7 @@ def read_all(path: Path) -> None:
 
 
 def input_named(name: str) -> Callable[[Path, bytes], None]:
-    """Return what reads the bytes as a job's input of that name."""
+    """Return a function that reads the bytes as a job's input of that name."""
 
     def use(folder: Path, data: bytes) -> None:
         (folder / name).write_bytes(data)
@@ -87,7 +87,7 @@ def token_file(folder: Path, data: bytes) -> None:
 
 
 def journal_file(folder: Path, data: bytes) -> None:
-    """Open a journal and read what it says is done. Whose checksums are right is believed."""
+    """Open a journal and read its records; records with the right checksum are trusted."""
     (folder / "journal").write_bytes(data)
 
     def open_again() -> None:
@@ -135,7 +135,7 @@ def config_json(folder: Path, data: bytes) -> None:
 
 
 def safetensors_header(folder: Path, data: bytes) -> None:
-    """Load a checkpoint whose only file has these bytes for its header, lengths included."""
+    """Load a checkpoint whose only file has these bytes as its header, length included."""
     header, whole = _shard(folder)
     (folder / "a.safetensors").write_bytes(data + whole[header:])
     (folder / _INDEX).write_bytes(index_of(whole[:header]))
@@ -153,7 +153,7 @@ _INDEX = "model.safetensors.index.json"
 
 
 def checkpoint_copy(checkpoint: Path, folder: Path) -> Path:
-    """Prepare a folder for the two above, of a checkpoint of one file."""
+    """Prepare a folder for the two targets above, from a checkpoint of one file."""
     folder.mkdir(exist_ok=True)
     shutil.copy(checkpoint / "config.json", folder)
     shutil.copy(checkpoint / "model.safetensors", folder / "good.safetensors")
@@ -161,19 +161,19 @@ def checkpoint_copy(checkpoint: Path, folder: Path) -> Path:
 
 
 def _shard(folder: Path) -> tuple[int, bytes]:
-    """Where the header of the good file in `folder` ends, and the file."""
+    """Return where the header of the valid file in `folder` ends, and the file."""
     whole = (folder / "good.safetensors").read_bytes()
     return 8 + int.from_bytes(whole[:8], "little"), whole
 
 
 def header_of(folder: Path) -> bytes:
-    """Return the good header of the checkpoint in `folder`."""
+    """Return the valid header of the checkpoint in `folder`."""
     header, whole = _shard(folder)
     return whole[:header]
 
 
 def index_of(header: bytes) -> bytes:
-    """Return the index that names one file for everything in a header."""
+    """Return an index that maps every tensor of a header to one file."""
     names = [name for name in json.loads(header[8:]) if name != "__metadata__"]
     return json.dumps({"weight_map": dict.fromkeys(names, "a.safetensors")}).encode()
 

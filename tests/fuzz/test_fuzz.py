@@ -1,4 +1,4 @@
-"""Whatever the bytes: a clear error of ours or a result, never another exception, never a hang.
+"""Any bytes give a result or a clear error, never another exception, never a hang.
 
 `HYPOTHESIS_PROFILE=long pytest tests/fuzz/test_fuzz.py` tries much more than the check does.
 """
@@ -50,7 +50,7 @@ records = st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=5), odd_val
 
 @st.composite
 def damaged(draw: st.DrawFn, good: bytes) -> bytes:
-    """Bytes of a good file, some of them replaced, removed or doubled."""
+    """Bytes of a valid file, some of them replaced, removed or repeated."""
     data = good
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, max(len(data) - 1, 0)))
@@ -61,13 +61,15 @@ def damaged(draw: st.DrawFn, good: bytes) -> bytes:
 
 @pytest.mark.parametrize("name", TARGETS)
 @given(st.data())
-def test_files(name: str, tmp_path: Path, data: st.DataObject) -> None:
+def test_damaged_files_are_read_or_refused(name: str, tmp_path: Path, data: st.DataObject) -> None:
     target = TARGETS[name]
     target.use(tmp_path, data.draw(st.binary(max_size=60) | damaged(target.good)))
 
 
 @given(records, records)
-def test_jsonl_with_odd_fields(tmp_path: Path, record: Any, body: Any) -> None:
+def test_jsonl_with_unexpected_fields_is_read_or_refused(
+    tmp_path: Path, record: Any, body: Any
+) -> None:
     lines = [record, {**GOOD, "body": body}, {**GOOD, **record}, {**body, "prompt": "x"}]
     lines.append({**GOOD, "custom_id": "b", "body": {**GOOD["body"], **body}})  # type: ignore[dict-item]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -80,10 +82,10 @@ def copied(tmp_path: Path, checkpoint: Callable[[str], Path]) -> Path:
 
 
 @given(st.data())
-def test_a_safetensors_header(copied: Path, data: st.DataObject) -> None:
+def test_damaged_safetensors_header_is_read_or_refused(copied: Path, data: st.DataObject) -> None:
     safetensors_header(copied, data.draw(damaged(header_of(copied))))
 
 
 @given(st.data())
-def test_a_safetensors_index(copied: Path, data: st.DataObject) -> None:
+def test_damaged_safetensors_index_is_read_or_refused(copied: Path, data: st.DataObject) -> None:
     safetensors_index(copied, data.draw(damaged(index_of(header_of(copied)))))

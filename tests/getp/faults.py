@@ -1,9 +1,9 @@
-"""Jobs under fire: `python -m tests.getp.faults FOLDER --faults 50 [--checkpoint DIR]`.
+"""Jobs under random faults: `python -m tests.getp.faults FOLDER --faults 50 [--checkpoint DIR]`.
 
-Runs a job undisturbed, then the same job again and again while it is killed, interrupted and its
-journal damaged at random, until as many faults have been dealt as asked for. Every time the job
-is through, its bytes must be those of the undisturbed run. Without a checkpoint the engine is a
-fake. Prints one JSON line. The job runs in a fork, so that a fault costs no start of Python.
+Runs a job undisturbed, then runs it again and again while it is killed, interrupted and its journal
+damaged at random, until the given number of faults was injected. Every finished job must have
+written the bytes of the undisturbed run. Without a checkpoint, a fake engine is used. Prints one
+JSON line. The job runs in a fork, so that a fault does not cost another start of Python.
 """
 
 import argparse
@@ -64,7 +64,9 @@ def run(folder: Path, name: str, checkpoint: str | None) -> int:
         grace_s=0.05,
     )
     engine: Any = FakeEngine(_slowly)
-    if checkpoint:  # in float32: in 16 bits, who else is in the batch can tip a close choice
+    if (
+        checkpoint
+    ):  # in float32: in 16 bits, the batch can change a choice between nearly tied tokens
         engine = Engine(checkpoint, EngineConfig(dtype="float32", max_batch_size=8))
     try:
         return batch.run_job(job, batch.read(job), TOKENIZER, engine)
@@ -85,7 +87,7 @@ def _forked(folder: Path, name: str, checkpoint: str | None) -> int:
         status = 99
         try:
             status = run(folder, name, checkpoint)
-        except KeyboardInterrupt:  # before the job proper
+        except KeyboardInterrupt:  # before the job handles signals
             status = 130
         except BaseException:
             traceback.print_exc()
@@ -95,7 +97,7 @@ def _forked(folder: Path, name: str, checkpoint: str | None) -> int:
 
 
 def _damage(journal: Path, kind: str, dice: random.Random) -> bool:
-    """Do to the journal what a power failure or a bad disk does; return whether it could."""
+    """Damage the journal like a power failure or a bad disk; return whether that was possible."""
     data = journal.read_bytes()
     first = data.find(b"\n") + 1
     if first in (0, len(data)):
@@ -114,7 +116,7 @@ def _damage(journal: Path, kind: str, dice: random.Random) -> bool:
 
 
 def main() -> int:
-    """Deal the faults; the exit status is 1 if any was not survived."""
+    """Inject the faults; the exit status is 1 if a job did not survive one."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--faults", type=int, default=50)
@@ -153,7 +155,7 @@ def main() -> int:
             if child:
                 _, status = os.waitpid(child, 0)
                 code = os.waitstatus_to_exitcode(status)
-                # 3: it was just through. 130…: stopped in order. Below 0: killed.
+                # 3: it had just finished. 129, 130, 143: stopped in order. Negative: killed.
                 assert code in (3, 129, 130, 143, -1, -2, -9, -15), (code, fault)
             if sent:
                 dealt[fault] = dealt.get(fault, 0) + 1
@@ -177,7 +179,7 @@ def main() -> int:
 
 
 def _results(folder: Path, name: str) -> dict[str, bytes]:
-    """Return every file of a finished job: no temporary one may have stayed."""
+    """Return every file of a finished job, so that a temporary file left behind is noticed."""
     return {file.name: file.read_bytes() for file in folder.iterdir() if name in file.name}
 
 

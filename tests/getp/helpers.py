@@ -33,7 +33,7 @@ CHAT_TEMPLATE = """\
 
 @cache
 def byte_level() -> tokenizers.Tokenizer:
-    """A byte-level BPE as GPT-2's: every byte is a token, so any text splits anywhere."""
+    """A byte-level BPE like GPT-2's: every byte is a token, so a text can split anywhere."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -49,7 +49,7 @@ def byte_level() -> tokenizers.Tokenizer:
 
 @cache
 def metaspace() -> tokenizers.Tokenizer:
-    """A SentencePiece-like BPE as Llama 2's: ▁ for spaces, unknown characters as bytes."""
+    """A SentencePiece-like BPE like Llama 2's: ▁ for spaces, unknown characters as bytes."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
     pieces += [*"abcdefgho", "he", "▁h", "▁a", "▁ab", "▁the"]
     vocab = {piece: index for index, piece in enumerate(pieces)}
@@ -74,7 +74,7 @@ def metaspace() -> tokenizers.Tokenizer:
 
 @cache
 def metaspace_by_words() -> tokenizers.Tokenizer:
-    """The same vocabulary, with the Metaspace steps that newer files have in place of those."""
+    """The vocabulary of `metaspace`, with the Metaspace steps that newer files use instead."""
     backend = tokenizers.Tokenizer.from_str(metaspace().to_str())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -85,13 +85,13 @@ def metaspace_by_words() -> tokenizers.Tokenizer:
 
 
 def small_tokenizer(template: str | None = CHAT_TEMPLATE) -> Tokenizer:
-    """The byte-level one with harmony's markers and a chat template."""
+    """The byte-level tokenizer with harmony's markers and a chat template."""
     tokens = {"bos_token": "<bos>", "eos_token": "<eos>"}
     return Tokenizer(byte_level(), tokens, ChatTemplate(template, tokens) if template else None)
 
 
 def write_tokenizer(folder: Path, template: str | None = CHAT_TEMPLATE) -> Path:
-    """Write it as a checkpoint directory has it."""
+    """Write it as the files of a checkpoint directory."""
     folder.mkdir(exist_ok=True)
     byte_level().save(str(folder / "tokenizer.json"))
     config = {"bos_token": "<bos>", "eos_token": {"__type": "AddedToken", "content": "<eos>"}}
@@ -109,7 +109,7 @@ def write_tokens(path: str, rows: Iterable[Sequence[int]]) -> None:
 
 
 class FakeEngine:
-    """Has the engine's surface. Answers with `answer(prompt_ids)`, several requests at a time."""
+    """Has the interface of Engine; answers with `answer(prompt_ids)`, `batch` requests at once."""
 
     def __init__(
         self,
@@ -158,10 +158,10 @@ class FakeEngine:
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         assert self.warm
         waiting = iter(requests)
-        while together := list(islice(waiting, self._batch)):
+        while running := list(islice(waiting, self._batch)):
             self.stats.steps += 1
-            self.stats.batch_sum += len(together)
-            for request in reversed(together):  # they finish in any order
+            self.stats.batch_sum += len(running)
+            for request in reversed(running):  # completion order is not input order
                 yield self._complete(request)
 
     def _complete(self, request: Request) -> Completion:
@@ -197,5 +197,5 @@ class FakeEngine:
 def fake_engine(
     answer: Callable[[Sequence[int]], Iterable[int]] = list, max_positions: int = 4096
 ) -> "Engine":
-    """A FakeEngine where the type checker wants an engine."""
+    """A FakeEngine that the type checker accepts as an Engine."""
     return cast("Engine", FakeEngine(answer, max_positions))

@@ -52,7 +52,7 @@ def prompts(engine: FakeEngine) -> list[str]:
     return [TOKENIZER.decode(r.prompt_ids, skip_special=False) for r in engine.requests]
 
 
-def test_earlier_turns_come_back_with_their_final_text_alone(talk: Talk) -> None:
+def test_earlier_turns_keep_only_their_final_text(talk: Talk) -> None:
     thinking = "<|channel|>analysis<|message|>hm 🙂<|end|><|start|>assistant"
     engine = FakeEngine(says(thinking + FINAL + "It is 4.<|return|>"))
     out, err = talk("2+2?\nsure?\n", engine)
@@ -64,15 +64,15 @@ def test_earlier_turns_come_back_with_their_final_text_alone(talk: Talk) -> None
     )
 
 
-def test_each_answer_tells_its_speed_and_what_was_cached(talk: Talk) -> None:
+def test_summary_of_an_answer_shows_its_speed_and_cached_tokens(talk: Talk) -> None:
     engine = FakeEngine(says(FINAL + "4<|return|>"))
     _, err = talk("hi\n", engine)
     count = len(engine.requests[0].prompt_ids)
     assert f", 2 of {count} prompt tokens cached, truncated at the length limit]" in err
-    assert "9.0 tok/s" in err  # nine tokens in the fake engine's one second
+    assert "9.0 tok/s" in err  # the fake engine takes one second for nine tokens
 
 
-def test_commands(talk: Talk) -> None:
+def test_slash_commands_change_the_conversation(talk: Talk) -> None:
     engine = FakeEngine(says(FINAL + "ok<|return|>"))
     lines = "one\n/system be kind\ntwo\n/reset\n\nthree\n/system\nfour\n/help\n/what\n/quit\nno\n"
     out, err = talk(lines, engine, system="first")
@@ -86,12 +86,12 @@ def test_commands(talk: Talk) -> None:
     assert "unknown command /what" in err
 
 
-def test_the_first_message_may_come_from_the_command_line(talk: Talk) -> None:
+def test_first_message_can_be_given_on_the_command_line(talk: Talk) -> None:
     engine = FakeEngine(says(FINAL + "ok<|return|>"))
     assert talk("", engine, first="hello")[0] == "ok\n"
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_chat(talk: Talk) -> None:
+def test_ctrl_c_stops_the_answer_but_not_the_chat(talk: Talk) -> None:
     presses = iter([signal.SIGINT])
 
     def answer(prompt: Sequence[int]) -> Iterator[int]:
@@ -112,7 +112,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(talk: Talk) -> None:
     assert f"assistant<|message|>{half}<|end|>" in prompts(engine)[1]
 
 
-def test_a_conversation_that_is_too_long_says_so_and_goes_on(talk: Talk) -> None:
+def test_too_long_conversation_is_refused_and_the_chat_continues(talk: Talk) -> None:
     engine = FakeEngine(says(FINAL + "ok<|return|>"), max_positions=60)
     out, err = talk("x" * 100 + "\n" + "hi\n" * 20, engine)
     assert out.startswith("ok\nok\n")
@@ -122,7 +122,7 @@ def test_a_conversation_that_is_too_long_says_so_and_goes_on(talk: Talk) -> None
     assert "/reset" in conversation
 
 
-def test_a_template_that_refuses_the_turn_does_not_end_the_chat(
+def test_error_of_the_chat_template_does_not_end_the_chat(
     talk: Talk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refusing = "{% if messages|length > 1 %}{{ raise_exception('one only') }}{% endif %}hi"
@@ -131,12 +131,12 @@ def test_a_template_that_refuses_the_turn_does_not_end_the_chat(
     assert "one only" in err
 
 
-def test_a_chat_needs_a_template(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_without_a_chat_template_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(GetpError, match=r"no chat template.* with tokenizer"):
         chat.chat(SETTINGS, None, small_tokenizer(None), fake_engine())
 
 
-def test_generate_streams_whole_characters(capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_streams_complete_characters(capsys: pytest.CaptureFixture[str]) -> None:
     settings = ChatSettings(SamplingParams())
     text = "naïve 🙂 déjà"
     chat.generate(settings, "hi", TOKENIZER, fake_engine(says(text)))
@@ -151,7 +151,7 @@ def test_generate_stops_before_a_stop_string(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == "words E\n"
 
 
-def test_text_held_for_a_stop_string_is_shown_at_the_end(
+def test_text_held_back_for_a_stop_string_is_shown_at_the_end(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     settings = ChatSettings(SamplingParams(), stops=("END",))
@@ -165,14 +165,14 @@ def test_generate_works_with_a_sentencepiece_tokenizer(capsys: pytest.CaptureFix
     assert capsys.readouterr().out == "a bad head é\n"
 
 
-def test_generate_ends_with_the_engines_error() -> None:
+def test_generate_raises_the_error_of_the_engine() -> None:
     with pytest.raises(GetpError, match="too long"):
         chat.generate(
             ChatSettings(SamplingParams(max_positions=2)), "hello", TOKENIZER, fake_engine()
         )
 
 
-def test_ctrl_c_ends_generate_after_what_it_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_ends_generate_after_the_text_so_far(capsys: pytest.CaptureFixture[str]) -> None:
     def answer(prompt: Sequence[int]) -> Sequence[int]:
         os.kill(os.getpid(), signal.SIGINT)
         return prompt
@@ -182,7 +182,9 @@ def test_ctrl_c_ends_generate_after_what_it_said(capsys: pytest.CaptureFixture[s
     assert len(capsys.readouterr().out) <= len("hello\n")
 
 
-def test_the_prompt_is_given_or_piped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompt_comes_from_the_option_or_from_standard_input(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def pipe(data: bytes) -> None:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
 
@@ -200,7 +202,7 @@ def test_the_prompt_is_given_or_piped(monkeypatch: pytest.MonkeyPatch) -> None:
         prompt_text(None)
 
 
-def test_a_terminal_gets_no_control_characters_from_the_model() -> None:
+def test_control_characters_of_the_model_do_not_reach_a_terminal() -> None:
     out, aside = Terminal(), Terminal()
     screen = Screen(out, aside)
     screen.show(ChannelText("analysis", "a\x1b[31mb\x07"))
@@ -210,7 +212,7 @@ def test_a_terminal_gets_no_control_characters_from_the_model() -> None:
     assert out.getvalue() == "c2Jd\te\n"
 
 
-def test_elsewhere_the_text_goes_out_as_it_is() -> None:
+def test_files_and_pipes_get_the_text_unchanged() -> None:
     out, aside = io.StringIO(), io.StringIO()
     screen = Screen(out, aside)
     screen.show(ChannelText("final", "c\x1b[31m\n"))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import getp
+from engine import EngineError
 from getp.cli import loading
 from getp.cli import main as cli
 from getp.cli.settings import Settings
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A directory with a tokenizer, and an engine that asks for no more."""
+    """A directory with a tokenizer, and a fake engine that needs nothing else."""
     monkeypatch.setattr(loading, "load_engine", lambda settings: FakeEngine())
     return str(write_tokenizer(tmp_path / "checkpoint"))
 
@@ -51,7 +52,7 @@ def test_help_lists_every_option_in_groups_and_imports_no_torch() -> None:
     assert titles == ["Job", "Prompt", "Sampling", "Length", "Engine", "Plan", "Help"]
 
 
-def test_the_version_is_that_of_the_package() -> None:
+def test_version_option_prints_the_version_of_the_package() -> None:
     done = command("--version")
     assert done.stdout == f"getp {getp.__version__}\n"
     assert f'version = "{getp.__version__}"' in (ROOT / "pyproject.toml").read_text()
@@ -100,7 +101,7 @@ def test_the_version_is_that_of_the_package() -> None:
         (["-z", "/nowhere"], ["'--tokenizer'", "/nowhere"]),
     ],
 )
-def test_a_wrong_value_names_the_option_and_what_is_allowed(
+def test_error_of_a_wrong_value_names_the_option_and_the_allowed_values(
     checkpoint: str, capsys: pytest.CaptureFixture[str], args: list[str], words: list[str]
 ) -> None:
     prompt = [] if "-i" in args or "-m" in args else ["-i", "hi"]
@@ -113,7 +114,7 @@ def test_a_wrong_value_names_the_option_and_what_is_allowed(
         assert word in first
 
 
-def test_kernels_that_there_are_not_are_one_clear_line(
+def test_unknown_cpu_kernels_are_one_clear_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("GETP_CPU_KERNELS", "bogus")
@@ -125,13 +126,13 @@ def test_kernels_that_there_are_not_are_one_clear_line(
     assert capsys.readouterr().err.startswith("getp: error: GETP_CPU_KERNELS must be none, avx2")
 
 
-def test_a_checkpoint_that_does_not_exist_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_names_a_checkpoint_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["/no/model", "-i", "hi"]) == 2
     assert "/no/model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("data", ["data/model", "getp/data/model"])
-def test_the_embedded_model_is_found_in_the_source_and_in_an_installation(
+def test_embedded_model_is_found_in_the_source_and_in_an_installation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], data: str
 ) -> None:
     monkeypatch.setattr(loading, "load_engine", lambda settings: FakeEngine())
@@ -144,7 +145,7 @@ def test_the_embedded_model_is_found_in_the_source_and_in_an_installation(
     assert capsys.readouterr().out == "hi\n"
 
 
-def test_a_job_from_the_command_line(
+def test_command_line_runs_a_job_then_decodes_and_evaluates_it(
     checkpoint: str, prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = str(tmp_path / "out.txt")
@@ -161,13 +162,56 @@ def test_a_job_from_the_command_line(
     assert json.loads(Path(report).read_text())["reference"]["lines_equal"] == 2
 
 
-def test_some_failed_requests_are_exit_status_3(
+def test_exit_status_is_3_if_some_requests_failed(
     checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "input.txt").write_text("2\nhello\n\n")
     output = str(tmp_path / "out.txt")
     assert cli.run([checkpoint, "-m", "getp", "-i", str(tmp_path / "input.txt"), "-o", output]) == 3
     assert "1 of 2 requests failed: see" in capsys.readouterr().err
+
+
+def test_errors_of_a_job_name_the_options(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "input.txt").write_text("2\nhello\n\n")
+    args = [checkpoint, "-m", "getp", "-i", str(tmp_path / "input.txt")]
+    assert cli.run([*args, "-o", str(tmp_path / "out.txt"), "--max-errors", "0"]) == 1
+    hint, error = capsys.readouterr().err.splitlines()[-2:]
+    assert "raise --max-errors to resume, or start over with --restart" in hint
+    assert "1 requests have failed, more than --max-errors 0; the last one: line 3" in error
+    assert cli.run([*args, "-o", str(tmp_path / "out.txt"), "-t", "0.5", "-s", "1"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "temperature 0.0, now 0.5" in error
+    assert "add --restart to start over" in error
+
+
+def test_errors_of_the_engine_name_the_options(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load_engine(settings: Settings) -> FakeEngine:
+        raise EngineError("{count} blocks are too few; raise {kv_memory}", count=3)
+
+    monkeypatch.setattr(loading, "load_engine", load_engine)
+    assert cli.run([checkpoint, "-i", "hi"]) == 1
+    assert capsys.readouterr().err == "getp: error: 3 blocks are too few; raise --kv-memory\n"
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("nowhere", "getp does not download models: huggingface-cli download NAME --local-dir"),
+        ("file", "is a file: give the directory, "),
+        ("empty", "is not a Hugging Face model directory (no config.json, no tokenizer.json)"),
+    ],
+)
+def test_wrong_checkpoint_path_is_explained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], path: str, words: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    assert cli.run([str(tmp_path / path), "-i", "hi"]) == 2
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -179,7 +223,7 @@ def test_some_failed_requests_are_exit_status_3(
         (None, "out.txt", "cannot read"),
     ],
 )
-def test_wrong_files_are_found_before_the_model_loads(
+def test_wrong_files_are_reported_before_the_model_loads(
     checkpoint: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -188,7 +232,7 @@ def test_wrong_files_are_found_before_the_model_loads(
     output: str,
     words: str,
 ) -> None:
-    monkeypatch.setattr(loading, "load_engine", None)  # calling it would be another error
+    monkeypatch.setattr(loading, "load_engine", None)  # calling it would raise a different error
     if content is not None:
         (tmp_path / "input.txt").write_text(content)
     files = ["-i", str(tmp_path / "input.txt"), "-o", str(tmp_path / output) if output else ""]
@@ -198,7 +242,7 @@ def test_wrong_files_are_found_before_the_model_loads(
     assert words in line
 
 
-def test_a_random_seed_is_printed_and_repeats_the_run(
+def test_random_seed_is_printed_and_reproduces_the_run(
     checkpoint: str, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -219,7 +263,7 @@ def test_a_random_seed_is_printed_and_repeats_the_run(
     assert "seed" not in capsys.readouterr().err
 
 
-def test_options_reach_the_requests(
+def test_sampling_options_are_passed_to_the_requests(
     checkpoint: str, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = FakeEngine()
@@ -239,7 +283,7 @@ def test_options_reach_the_requests(
     assert engine.requests[-1].params.max_positions is None
 
 
-def test_a_length_of_ones_own_is_cut_by_a_given_limit_alone(
+def test_own_max_tokens_of_a_request_is_limited_only_by_an_explicit_length(
     checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = FakeEngine()
@@ -248,7 +292,13 @@ def test_a_length_of_ones_own_is_cut_by_a_given_limit_alone(
     own = {"prompt": "hi", "max_tokens": 2000}
     source.write_text("".join(json.dumps(line) + "\n" for line in (own, {"prompt": "hi"})))
     args = [checkpoint, "-m", "getp", "-i", str(source), "-o", str(tmp_path / "out.jsonl")]
-    for given, limits in ((["--schedule", "first"], [None, 1024]), (["-n", "50"], [50, 50])):
+    first = ["--schedule", "first"]
+    for given, limits in (
+        (first, [None, 1024]),
+        ([*first, "--restart", "-n", "50"], [50, 50]),
+        ([*first, "--restart", "--max-length", "60"], [60, 60]),
+        ([*first, "--restart", "--steps", "70"], [70, 70]),
+    ):
         assert cli.run([*args, *given]) == 0
         found = {r.request_id: r.params.max_positions for r in engine.requests[-2:]}
         assert [found[0], found[1]] == limits
@@ -257,7 +307,7 @@ def test_a_length_of_ones_own_is_cut_by_a_given_limit_alone(
 @pytest.mark.parametrize(
     ("text", "size"), [("512MiB", 2**29), ("4gib", 2**32), ("1.5GB", 1_500_000_000), ("4096", 4096)]
 )
-def test_sizes_have_units(
+def test_sizes_are_parsed_with_their_units(
     checkpoint: str, monkeypatch: pytest.MonkeyPatch, text: str, size: int
 ) -> None:
     seen = []
@@ -271,7 +321,7 @@ def test_sizes_have_units(
     assert seen == [size]
 
 
-def test_an_unexpected_error_is_one_line_and_a_traceback_only_with_debug(
+def test_unexpected_error_is_one_line_and_debug_adds_a_traceback(
     checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def load_engine(settings: Settings) -> FakeEngine:
@@ -285,7 +335,7 @@ def test_an_unexpected_error_is_one_line_and_a_traceback_only_with_debug(
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_ctrl_c_is_one_line_and_exit_status_130(
+def test_ctrl_c_prints_one_line_and_exits_with_status_130(
     checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def load_engine(settings: Settings) -> FakeEngine:
@@ -296,7 +346,7 @@ def test_ctrl_c_is_one_line_and_exit_status_130(
     assert capsys.readouterr().err.strip() == "getp: error: interrupted"
 
 
-def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
+def test_closed_pipe_on_standard_output_prints_no_traceback(tmp_path: Path) -> None:
     checkpoint = write_tokenizer(tmp_path / "checkpoint")
     (tmp_path / "tokens").write_text("9 9 9 9\n" * 30_000)
     reading, writing = os.pipe()
@@ -313,7 +363,7 @@ def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
     assert done.stderr == b""
 
 
-def test_any_bytes_and_any_locale_are_survived(tmp_path: Path) -> None:
+def test_output_works_in_a_locale_without_the_characters(tmp_path: Path) -> None:
     checkpoint = write_tokenizer(tmp_path / "checkpoint")
     (tmp_path / "tokens").write_text("9 300\n")
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}

@@ -5,7 +5,7 @@ import pytest
 
 from getp.cli import main as cli
 from getp.errors import GetpError, UsageProblem
-from getp.job.evaluate import compare_tokens, decode_file, evaluate
+from getp.text.evaluate import compare_tokens, decode_file, evaluate
 from tests.getp.helpers import small_tokenizer, write_tokens
 
 TOKENIZER = small_tokenizer()
@@ -17,7 +17,7 @@ def tokens(path: Path, *texts: str) -> str:
     return str(path)
 
 
-def test_all_lines_decode_to_one_line_each(tmp_path: Path) -> None:
+def test_every_line_is_decoded_to_one_line(tmp_path: Path) -> None:
     source = tokens(tmp_path / "in", "naïve 🙂<eos>", "", "two\nlines", HARMONY)
     decode_file(source, str(tmp_path / "out"), TOKENIZER, None)
     assert (tmp_path / "out").read_text(encoding="utf-8") == (
@@ -25,7 +25,7 @@ def test_all_lines_decode_to_one_line_each(tmp_path: Path) -> None:
     )
 
 
-def test_one_line_decodes_as_it_is(
+def test_single_line_is_decoded_unescaped(
     tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     source = tokens(tmp_path / "in", "one", "two\nlines")
@@ -35,7 +35,7 @@ def test_one_line_decodes_as_it_is(
         decode_file(source, "-", TOKENIZER, 3)
 
 
-def test_an_id_that_the_tokenizer_does_not_have_is_named_with_its_line(tmp_path: Path) -> None:
+def test_error_names_an_unknown_token_id_and_its_line(tmp_path: Path) -> None:
     write_tokens(str(tmp_path / "in"), [[1, 2], [3, 99_999, 2**31 - 1]])
     for line in (None, 2):
         with pytest.raises(
@@ -64,7 +64,7 @@ def test_equal_token_files_have_no_difference() -> None:
     assert agreement.first_difference is None
 
 
-def test_token_files_of_different_jobs_are_not_compared() -> None:
+def test_token_files_of_different_lengths_are_refused() -> None:
     with pytest.raises(GetpError, match="has 1 lines and the reference 2"):
         compare_tokens([[1]], [[1], [2]])
 
@@ -84,7 +84,7 @@ def test_answers_are_scored_by_their_final_text(
     json.dumps(report)
 
 
-def test_a_report_on_standard_output_is_json_and_nothing_else(
+def test_report_on_standard_output_is_only_json(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     source = tokens(tmp_path / "in", "7")
@@ -94,7 +94,7 @@ def test_a_report_on_standard_output_is_json_and_nothing_else(
     assert "1 of 1" in captured.err
 
 
-def test_expected_texts_must_be_as_many_as_the_answers(tmp_path: Path) -> None:
+def test_number_of_expected_texts_must_equal_that_of_the_answers(tmp_path: Path) -> None:
     source = tokens(tmp_path / "in", "7")
     (tmp_path / "expected").write_text("7\n8\n")
     with pytest.raises(GetpError, match="has 2 lines, but the token file has 1"):

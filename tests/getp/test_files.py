@@ -34,9 +34,7 @@ lines = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n"
 
 
 @given(st.lists(lines), st.sampled_from(["\n", "\r\n"]), st.booleans())
-def test_prompts_come_back_as_they_were_written(
-    prompts: list[str], newline: str, bom: bool
-) -> None:
+def test_prompts_are_read_as_they_were_written(prompts: list[str], newline: str, bom: bool) -> None:
     text = newline.join([str(len(prompts)), *prompts, ""])
     data = (b"\xef\xbb\xbf" if bom else b"") + text.encode()
     read = [line.decode() for line in split_lines(data)]
@@ -47,13 +45,13 @@ def read(path: str) -> list[Line]:
     return list(scan(path).lines())
 
 
-def test_only_a_newline_separates_prompts(tmp_path: Path) -> None:
+def test_only_newlines_separate_prompts(tmp_path: Path) -> None:
     odd = "one\u2028still one\x0b\x0c\x85\r!"
     found = read(numbered(tmp_path, f"2\r\n{odd}\r\ntwo".encode()))
     assert found == [Line(0, 2, odd.encode()), Line(1, 3, b"two")]
 
 
-def test_a_byte_order_mark_is_no_part_of_the_number(tmp_path: Path) -> None:
+def test_byte_order_mark_is_skipped(tmp_path: Path) -> None:
     (line,) = read(numbered(tmp_path, b"\xef\xbb\xbf1\n\xef\xbb\xbfa\n"))
     assert line.data == "\ufeffa".encode()
 
@@ -85,19 +83,19 @@ def test_lines_after_the_last_prompt_are_ignored(
         ("a", b"0\n", "text"),
     ],
 )
-def test_the_kind_is_told_by_name_or_else_by_the_first_character(
+def test_format_is_recognised_by_suffix_or_first_character(
     tmp_path: Path, name: str, data: bytes, kind: str
 ) -> None:
     (tmp_path / name).write_bytes(data)
     assert scan(str(tmp_path / name)).format.name == kind
 
 
-def test_blank_lines_of_jsonl_are_no_requests(tmp_path: Path) -> None:
+def test_blank_lines_of_jsonl_are_skipped(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"\n{1}\n \r\n{2}")
     assert read(str(tmp_path / "a.jsonl")) == [Line(0, 2, b"{1}"), Line(1, 4, b"{2}")]
 
 
-def test_a_line_of_any_length_costs_no_more_than_the_limit(
+def test_too_long_lines_are_skipped_without_reading_them_into_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("getp.files.LONGEST_LINE", 10)
@@ -106,7 +104,7 @@ def test_a_line_of_any_length_costs_no_more_than_the_limit(
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-def test_files_are_packed_and_unpacked_by_suffix(tmp_path: Path, suffix: str) -> None:
+def test_files_are_compressed_and_decompressed_by_suffix(tmp_path: Path, suffix: str) -> None:
     path = str(tmp_path / f"a.jsonl{suffix}")
     for _ in range(2):
         with writing(path) as file:
@@ -124,7 +122,7 @@ def test_files_are_packed_and_unpacked_by_suffix(tmp_path: Path, suffix: str) ->
             scan(path)
 
 
-def test_an_input_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> None:
+def test_input_that_becomes_shorter_while_it_is_read_is_refused(tmp_path: Path) -> None:
     path = numbered(tmp_path, b"3\na\nb\nc\n")
     source = scan(path)
     numbered(tmp_path, b"3\na\n")
@@ -133,7 +131,7 @@ def test_an_input_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("changed", [b"3\na\nB\nc\n", b"3\na\nbb\nc\n", b"3\na\n\nc\n"])
-def test_a_request_that_was_edited_in_place_is_not_given_out(
+def test_request_that_was_edited_after_the_first_pass_is_refused(
     tmp_path: Path, changed: bytes
 ) -> None:
     source = scan(numbered(tmp_path, b"3\na\nb\nc\nignored"))
@@ -159,19 +157,21 @@ def test_a_request_that_was_edited_in_place_is_not_given_out(
         (b"1\n", "line 1 says 1 prompts, but the file has only 0"),
     ],
 )
-def test_a_wrong_file_is_refused_naming_the_line(tmp_path: Path, data: bytes, message: str) -> None:
+def test_wrong_input_file_is_refused_with_the_line_number(
+    tmp_path: Path, data: bytes, message: str
+) -> None:
     with pytest.raises(GetpError, match=message):
         scan(numbered(tmp_path, data))
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_error_names_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(GetpError, match=r"cannot read .*nowhere.*No such file"):
         scan(str(tmp_path / "nowhere"))
     with pytest.raises(GetpError, match="directory"):
         scan(str(tmp_path))
 
 
-def test_token_files_are_exact_to_the_last_space(tmp_path: Path) -> None:
+def test_token_files_are_written_byte_for_byte(tmp_path: Path) -> None:
     path = str(tmp_path / "out.txt")
     write_tokens(path, [[1, 22, 333], [], [7]])
     assert Path(path).read_bytes() == b"1 22 333\n\n7\n"
@@ -179,12 +179,14 @@ def test_token_files_are_exact_to_the_last_space(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("word", ["x", "-1", "1.0", "99999999999", "2147483648", "²"])
-def test_a_word_that_is_no_token_id_is_refused_naming_the_line(tmp_path: Path, word: str) -> None:
+def test_word_that_is_not_a_token_id_is_refused_with_the_line_number(
+    tmp_path: Path, word: str
+) -> None:
     with pytest.raises(GetpError, match=f"line 2: '{word}' is not a token id; a token file"):
         read_token_file(numbered(tmp_path, f"1 2\n3 {word}\n".encode()))
 
 
-def test_a_result_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_result_file_appears_complete_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "out.txt"
     target.write_text("old")
 
@@ -198,7 +200,7 @@ def test_a_result_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out.txt"]
 
 
-def test_results_are_written_through_links_and_into_pipes_and_devices(tmp_path: Path) -> None:
+def test_results_are_written_through_symbolic_links_and_to_devices(tmp_path: Path) -> None:
     target, link = tmp_path / "out.txt", tmp_path / "link"
     link.symlink_to(target)
     check_writable(str(link), "output")
@@ -210,7 +212,7 @@ def test_results_are_written_through_links_and_into_pipes_and_devices(tmp_path: 
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
 
-def test_what_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None:
+def test_unwritable_output_is_reported_before_the_work(tmp_path: Path) -> None:
     source = numbered(tmp_path, b"0\n")
     (tmp_path / "link").symlink_to(source)
     for path in (source, str(tmp_path / "link")):
@@ -227,7 +229,7 @@ def test_what_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("terminal", "shown"), [(True, "a[31mb\u4f60\n"), (False, "a\x1b[31mb\u4f60\n")]
 )
-def test_a_terminal_gets_no_control_characters_of_a_text(
+def test_control_characters_of_a_text_do_not_reach_a_terminal(
     terminal: bool, shown: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Buffer(io.BytesIO):
@@ -241,7 +243,7 @@ def test_a_terminal_gets_no_control_characters_of_a_text(
     assert out.getvalue().decode() == shown
 
 
-def test_files_that_are_not_packed_need_no_library(
+def test_uncompressed_files_need_no_compression_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "zstandard", None)  # as if it were not installed

@@ -23,7 +23,7 @@ HI = [{"role": "user", "content": "hi"}]
 
 
 class Engine(FakeEngine):
-    """Gives log-probabilities, too."""
+    """A fake engine that also returns log-probabilities."""
 
     def _completion(self, request: Request, ids: list[int], reason: str) -> Completion:
         done = super()._completion(request, ids, reason)
@@ -59,7 +59,7 @@ def body(record: Any) -> Any:
     return record["response"]["body"]
 
 
-def test_a_chat_completion_is_openais(tmp_path: Path) -> None:
+def test_chat_completion_has_the_types_of_openai(tmp_path: Path) -> None:
     request = asked(CHAT, "x", messages=HI, logprobs=True, top_logprobs=2, max_tokens=5)
     status, (record,) = run(tmp_path, [request])
     assert (status, record["custom_id"], set(record)) == (
@@ -84,7 +84,7 @@ def test_a_chat_completion_is_openais(tmp_path: Path) -> None:
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + 5
 
 
-def test_a_text_completion_is_openais(tmp_path: Path) -> None:
+def test_text_completion_has_the_types_of_openai(tmp_path: Path) -> None:
     _, (record, ids) = run(
         tmp_path,
         [
@@ -102,7 +102,7 @@ def test_a_text_completion_is_openais(tmp_path: Path) -> None:
     assert body(ids)["choices"][0]["text"] == "hello"
 
 
-def test_thinking_is_apart_from_the_answer(tmp_path: Path) -> None:
+def test_reasoning_is_separate_from_the_answer(tmp_path: Path) -> None:
     said = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>4"
     engine = Engine(lambda prompt: TOKENIZER.encode(said))
     _, (record,) = run(tmp_path, [asked(CHAT, messages=HI)], engine=engine)
@@ -111,7 +111,7 @@ def test_thinking_is_apart_from_the_answer(tmp_path: Path) -> None:
     assert message.model_extra == {"reasoning_content": "hm"}
 
 
-def test_parameters_reach_the_engine(tmp_path: Path) -> None:
+def test_parameters_of_a_request_reach_the_engine(tmp_path: Path) -> None:
     engine = Engine()
     lines = [
         asked(CHAT, "a", messages=HI, max_completion_tokens=3, temperature=1, top_p=0.5, seed=-1),
@@ -130,7 +130,7 @@ def test_parameters_reach_the_engine(tmp_path: Path) -> None:
     assert [record["custom_id"] for record in records] == ["a", "7", "request-2"]
 
 
-def test_a_stop_string_of_its_own_cuts_the_text(tmp_path: Path) -> None:
+def test_own_stop_string_of_a_request_cuts_its_text(tmp_path: Path) -> None:
     lines = [{"prompt": "one two three", "stop": [" tw"]}, {"prompt": "one two"}]
     _, (cut, whole) = run(tmp_path, lines, stops=("never",))
     assert body(cut)["choices"][0] == {
@@ -185,7 +185,7 @@ def test_a_stop_string_of_its_own_cuts_the_text(tmp_path: Path) -> None:
         ({"url": TEXT, "body": {"prompt": "x"}}, "missing_parameter", "custom_id"),
     ],
 )
-def test_a_bad_line_fails_alone_and_says_why(
+def test_bad_line_fails_with_its_reason_and_does_not_affect_others(
     tmp_path: Path, line: Any, code: str, words: str
 ) -> None:
     good = [{"prompt": "a", "id": "again"}, {"prompt": "z", "id": "z"}]
@@ -206,7 +206,7 @@ def test_a_bad_line_fails_alone_and_says_why(
     assert words in bad["error"]["message"]
 
 
-def test_jsonl_can_become_token_ids_and_numbered_text_jsonl(tmp_path: Path) -> None:
+def test_input_and_output_formats_can_be_combined(tmp_path: Path) -> None:
     _, rows = run(tmp_path, [{"prompt": "ab"}, {"prompt": ""}], "out.txt")
     assert rows == [" ".join(map(str, TOKENIZER.encode("ab"))), ""]
     (tmp_path / "in.txt").write_text("2\nab\n\n")
@@ -223,7 +223,7 @@ def test_jsonl_can_become_token_ids_and_numbered_text_jsonl(tmp_path: Path) -> N
     assert second["error"]["code"] == "empty_prompt"
 
 
-def test_a_number_that_json_cannot_say_fails_its_request_alone(tmp_path: Path) -> None:
+def test_nan_in_a_result_fails_only_its_request(tmp_path: Path) -> None:
     class NotANumber(FakeEngine):
         def _completion(self, request: Request, ids: list[int], reason: str) -> Completion:
             done = super()._completion(request, ids, reason)
@@ -237,7 +237,7 @@ def test_a_number_that_json_cannot_say_fails_its_request_alone(tmp_path: Path) -
     assert body(good)["choices"][0]["text"] == "hi"
 
 
-def test_a_template_that_refuses_fails_its_request_alone(tmp_path: Path) -> None:
+def test_error_of_the_chat_template_fails_only_its_request(tmp_path: Path) -> None:
     template = "{% if messages[0].content == 'no' %}{{ raise_exception('never') }}{% endif %}ok"
     tokenizer = small_tokenizer(template)
     lines = [{"messages": [{"role": "user", "content": text}]} for text in ("no", "yes")]
@@ -255,7 +255,7 @@ def test_a_template_that_refuses_fails_its_request_alone(tmp_path: Path) -> None
     assert body(good)["choices"][0]["message"]["content"] == "ok"
 
 
-def test_seen_ids_are_a_set() -> None:
+def test_seen_ids_behave_like_a_set() -> None:
     seen = SeenIds(5000)
     assert all(seen.add(str(index)) for index in range(5000))
     assert not any(seen.add(str(index)) for index in range(5000))

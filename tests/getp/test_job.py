@@ -53,7 +53,7 @@ def errors(job: Job) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(f"{job.output}.errors.jsonl").open()]
 
 
-def test_tokens_are_written_in_input_order_whatever_finishes_first(tmp_path: Path) -> None:
+def test_tokens_are_written_in_input_order_regardless_of_completion_order(tmp_path: Path) -> None:
     texts = [f"prompt {n}" for n in range(11)]
     work = job(tmp_path, "\n".join(["11", *texts]).encode())
     assert run(work) == 0
@@ -61,7 +61,7 @@ def test_tokens_are_written_in_input_order_whatever_finishes_first(tmp_path: Pat
     assert rows == [" ".join(map(str, ids(text))) for text in texts]
 
 
-def test_the_last_line_on_standard_output_is_for_scripts(
+def test_last_line_of_standard_output_has_the_form_for_scripts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(job(tmp_path, b"2\nab\ncd\n"))
@@ -70,7 +70,7 @@ def test_the_last_line_on_standard_output_is_for_scripts(
     assert "output tok/s" in err
 
 
-def test_tokens_on_standard_output_are_alone_there(
+def test_standard_output_holds_only_tokens_if_it_is_the_output(
     tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     assert run(job(tmp_path, b"2\nab\n\n", output="-")) == SOME_FAILED
@@ -80,7 +80,7 @@ def test_tokens_on_standard_output_are_alone_there(
     assert re.search(FINAL_LINE.encode(), err)
 
 
-def test_a_bad_request_fails_alone(tmp_path: Path) -> None:
+def test_failed_requests_do_not_affect_the_others(tmp_path: Path) -> None:
     long = "x" * 50
     data = b"5\nfirst\n\n\xff\n" + long.encode() + b"\nlast\n"
     work = job(tmp_path, data, params=SamplingParams(max_positions=30))
@@ -95,7 +95,7 @@ def test_a_bad_request_fails_alone(tmp_path: Path) -> None:
     assert errors(work)[2]["message"] == "the prompt is too long"
 
 
-def test_megabytes_without_room_are_refused_before_they_are_encoded(
+def test_much_too_long_prompts_are_refused_before_they_are_encoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded = []
@@ -119,14 +119,12 @@ def test_megabytes_without_room_are_refused_before_they_are_encoded(
 
 
 @pytest.mark.parametrize("name", ["output.txt", "output.txt.errors.jsonl", "output.txt.journal"])
-def test_a_report_that_would_overwrite_another_file_of_the_job_is_refused(
-    tmp_path: Path, name: str
-) -> None:
+def test_report_must_not_overwrite_another_file_of_the_job(tmp_path: Path, name: str) -> None:
     with pytest.raises(GetpError, match=f"report and .* are the same file: .*{name}"):
         batch.read(job(tmp_path, b"1\nab\n", report=str(tmp_path / name)))
 
 
-def test_errors_of_an_earlier_run_do_not_stay(tmp_path: Path) -> None:
+def test_errors_file_of_an_earlier_run_is_removed(tmp_path: Path) -> None:
     bad = job(tmp_path, b"1\n\n")
     assert run(bad) == SOME_FAILED
     assert errors(bad)
@@ -134,7 +132,7 @@ def test_errors_of_an_earlier_run_do_not_stay(tmp_path: Path) -> None:
     assert not Path(f"{bad.output}.errors.jsonl").exists()
 
 
-def test_a_job_of_nothing_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_job_without_requests_succeeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     work = job(tmp_path, b"0\n")
     assert run(work) == 0
     assert Path(work.output).read_bytes() == b""
@@ -152,7 +150,7 @@ def test_stop_tokens_are_written_and_counted(
     assert report["output_tokens"] == len(ids("cd")) + 1
 
 
-def test_a_stop_string_ends_a_request_with_the_token_that_completes_it(tmp_path: Path) -> None:
+def test_stop_string_ends_a_request_at_the_token_that_completes_it(tmp_path: Path) -> None:
     work = job(tmp_path, b"1\nab\n", stops=("o W", "never"))
     said = ids("hello World again")
     run(work, fake_engine(lambda prompt: said))
@@ -162,7 +160,7 @@ def test_a_stop_string_ends_a_request_with_the_token_that_completes_it(tmp_path:
     assert "o W" not in TOKENIZER.decode(row[:-1])
 
 
-def test_prompts_can_go_through_the_chat_template(tmp_path: Path) -> None:
+def test_chat_template_is_applied_to_prompts(tmp_path: Path) -> None:
     engine = FakeEngine()
     run(job(tmp_path, b"1\nhi\n", chat=True, system="be kind"), engine)
     expected = (
@@ -172,7 +170,7 @@ def test_prompts_can_go_through_the_chat_template(tmp_path: Path) -> None:
     assert TOKENIZER.decode(engine.requests[0].prompt_ids, skip_special=False) == expected
 
 
-def test_equal_prompts_have_their_own_seeds_and_the_same_in_the_next_run(tmp_path: Path) -> None:
+def test_equal_prompts_get_different_seeds_that_the_next_run_repeats(tmp_path: Path) -> None:
     seeds = []
     for _ in range(2):
         engine = FakeEngine()
@@ -182,13 +180,13 @@ def test_equal_prompts_have_their_own_seeds_and_the_same_in_the_next_run(tmp_pat
     assert len(set(seeds[0].values())) == 3
 
 
-def test_seeds_of_neighbouring_jobs_do_not_repeat_each_other() -> None:
+def test_seeds_of_different_jobs_do_not_collide() -> None:
     seeds = {request_seed(seed, index) for seed in range(50) for index in range(50)}
     assert len(seeds) == 2500
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_the_report_adds_up(tmp_path: Path) -> None:
+def test_report_sums_up_the_requests(tmp_path: Path) -> None:
     work = job(tmp_path, b"3\nab\n\ncd\n", report=str(tmp_path / "report.json"))
     run(work)
     report = json.loads((tmp_path / "report.json").read_text())
@@ -209,7 +207,7 @@ def test_the_report_adds_up(tmp_path: Path) -> None:
     assert set(report["versions"]) == {"getp", "python", "torch"}
 
 
-def test_measuring_the_machine_is_no_memory_of_the_job(
+def test_peak_memory_of_the_report_excludes_measuring_the_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peak = 2**28
@@ -226,7 +224,7 @@ def test_measuring_the_machine_is_no_memory_of_the_job(
     assert (report["peak_memory_bytes"], peak) == (2**28, 2**29)
 
 
-def test_a_job_is_done_though_no_memory_is_left_to_measure_the_machine_in(
+def test_job_succeeds_without_memory_to_measure_the_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def no_memory(*of: object) -> Explanation:
@@ -240,7 +238,7 @@ def test_a_job_is_done_though_no_memory_is_left_to_measure_the_machine_in(
     assert "not enough free memory to measure the peak speed" in capsys.readouterr().err
 
 
-def test_a_report_on_standard_output_is_json_and_nothing_else(
+def test_report_on_standard_output_is_only_json(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run(job(tmp_path, b"1\nab\n", report="-"))
@@ -249,9 +247,7 @@ def test_a_report_on_standard_output_is_json_and_nothing_else(
     assert re.fullmatch(FINAL_LINE, captured.err.splitlines()[-1])
 
 
-def test_the_report_says_what_the_warm_up_went_to(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_report_splits_the_warm_up_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     engine = FakeEngine()
     engine.stats.load_s, engine.stats.compile_s = 1.5, 2.25
     run(job(tmp_path, b"1\nab\n", report=str(tmp_path / "report.json")), engine)
@@ -264,11 +260,13 @@ def test_the_report_says_what_the_warm_up_went_to(
     ("values", "share", "expected"),
     [([], 0.5, None), ([3.0], 0.99, 3.0), ([3.0, 1.0, 2.0], 0.5, 2.0), (range(100), 0.99, 98)],
 )
-def test_quantiles(values: Sequence[float], share: float, expected: float | None) -> None:
+def test_quantile_is_the_smallest_value_that_covers_the_share(
+    values: Sequence[float], share: float, expected: float | None
+) -> None:
     assert quantile(values, share) == expected
 
 
-def test_ctrl_c_says_how_many_were_done_and_frees_the_engine(tmp_path: Path) -> None:
+def test_ctrl_c_reports_the_requests_done_and_frees_the_engine(tmp_path: Path) -> None:
     calls = 0
 
     def answer(prompt: Sequence[int]) -> Sequence[int]:
@@ -287,14 +285,14 @@ def test_ctrl_c_says_how_many_were_done_and_frees_the_engine(tmp_path: Path) -> 
     assert not Path(work.output).exists()
 
 
-def test_without_a_chat_template_the_job_ends_before_the_model_loads(tmp_path: Path) -> None:
+def test_missing_chat_template_ends_the_job_before_the_model_loads(tmp_path: Path) -> None:
     work, engine = job(tmp_path, b"1\na\n", chat=True), FakeEngine()
     with pytest.raises(GetpError, match="no chat template"):
         batch.run_job(work, batch.read(work), small_tokenizer(None), engine)
     assert engine.stats.steps == 0
 
 
-def test_what_follows_the_last_prompt_is_warned_about(
+def test_lines_after_the_last_prompt_cause_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(job(tmp_path, b"1\na\nb\nc\n"))
@@ -303,7 +301,7 @@ def test_what_follows_the_last_prompt_is_warned_about(
     )
 
 
-def test_a_log_gets_a_line_now_and_then(
+def test_progress_is_logged_line_by_line_without_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("getp.job.progress._LINE_EVERY_S", 0.02)

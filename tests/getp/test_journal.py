@@ -18,7 +18,7 @@ def journal(tmp_path: Path, header: dict[str, Any] = HEADER, **options: Any) -> 
 
 
 def some(tmp_path: Path) -> list[bytes]:
-    """A journal with three records; returns its lines."""
+    """Write a journal with three records; return its lines."""
     with journal(tmp_path) as made:
         made.append(4, True, b"1 2 3")
         made.append(0, False, b'{"code": "x"}')
@@ -26,19 +26,19 @@ def some(tmp_path: Path) -> list[bytes]:
     return (tmp_path / "j").read_bytes().splitlines(keepends=True)
 
 
-def test_what_was_appended_is_found_again(tmp_path: Path) -> None:
+def test_appended_records_are_found_again(tmp_path: Path) -> None:
     some(tmp_path)
     with journal(tmp_path, {**HEADER, "seed": 2}) as found:
         assert [index for index in range(10) if index in found] == [0, 2, 4]
         assert (found.done, found.failed, found.damaged) == (3, 1, 0)
         assert found.read(4) == (True, b"1 2 3")
         assert found.read(0) == (False, b'{"code": "x"}')
-        assert found.header["seed"] == 1  # the old one's
+        assert found.header["seed"] == 1  # of the existing journal
         found.append(7, True, b"more")
         assert found.read(7) == (True, b"more")
 
 
-def test_wherever_it_is_cut_the_whole_records_before_are_found(tmp_path: Path) -> None:
+def test_complete_records_before_any_truncation_are_found(tmp_path: Path) -> None:
     lines = some(tmp_path)
     data = b"".join(lines)
     for length in range(len(data)):
@@ -51,7 +51,7 @@ def test_wherever_it_is_cut_the_whole_records_before_are_found(tmp_path: Path) -
             assert again.read(9) == (True, b"after")
 
 
-def test_any_flipped_bit_costs_the_records_it_touches_and_no_other(tmp_path: Path) -> None:
+def test_flipped_bit_loses_only_the_records_that_it_touches(tmp_path: Path) -> None:
     lines = some(tmp_path)
     data, first = b"".join(lines), len(lines[0])
     for at in range(first, len(data)):
@@ -63,7 +63,7 @@ def test_any_flipped_bit_costs_the_records_it_touches_and_no_other(tmp_path: Pat
                 assert index not in found or found.read(index)[1] == line
 
 
-def test_a_damaged_first_line_is_refused(tmp_path: Path) -> None:
+def test_damaged_first_line_is_refused(tmp_path: Path) -> None:
     data = bytearray(b"".join(some(tmp_path)))
     data[20] ^= 1
     (tmp_path / "j").write_bytes(data)
@@ -76,15 +76,13 @@ def test_a_damaged_first_line_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"1 + 3", b"[]", b"{}", b'{"fingerprint": 3, "seed": 1}', b'{"fingerprint": {}}']
 )
-def test_a_first_line_that_is_whole_but_no_journals_is_refused(
-    content: bytes, tmp_path: Path
-) -> None:
+def test_first_line_that_is_not_a_journal_header_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "j").write_bytes(b"%08x %s\n" % (zlib.crc32(content), content))
     with pytest.raises(GetpError, match=r"first line is damaged.*restart starts over"):
         journal(tmp_path)
 
 
-def test_another_job_is_refused_naming_both_values(tmp_path: Path) -> None:
+def test_journal_of_another_job_is_refused_with_both_values(tmp_path: Path) -> None:
     some(tmp_path)
     other = {"fingerprint": {"temperature": 0.7, "input": "abc"}, "seed": 1}
     with pytest.raises(GetpError, match=r"temperature 0\.0, now 0\.7\..*restart"):
@@ -93,19 +91,19 @@ def test_another_job_is_refused_naming_both_values(tmp_path: Path) -> None:
         assert (made.done, made.header) == (0, other)
 
 
-def test_a_second_process_is_refused_and_a_dead_one_is_no_hindrance(tmp_path: Path) -> None:
+def test_lock_refuses_a_second_process_and_is_released_by_a_dead_one(tmp_path: Path) -> None:
     with journal(tmp_path), pytest.raises(GetpError, match="another process is running this job"):
         journal(tmp_path)
     child = os.fork()
     if not child:
         journal(tmp_path).append(1, True, b"from the dead")
-        os._exit(0)  # as if killed: nothing is closed
+        os._exit(0)  # like a killed process: nothing is closed
     os.waitpid(child, 0)
     with journal(tmp_path) as found:
         assert found.read(1) == (True, b"from the dead")
 
 
-def test_a_record_damaged_while_the_job_runs_is_noticed_when_it_is_read(tmp_path: Path) -> None:
+def test_record_damaged_while_the_job_runs_is_detected_when_read(tmp_path: Path) -> None:
     with journal(tmp_path) as made:
         made.append(1, True, b"good")
         data = (tmp_path / "j").read_bytes()
@@ -114,14 +112,14 @@ def test_a_record_damaged_while_the_job_runs_is_noticed_when_it_is_read(tmp_path
             made.read(1)
 
 
-def test_records_behind_the_end_of_the_input_are_damage(tmp_path: Path) -> None:
+def test_records_beyond_the_end_of_the_input_count_as_damaged(tmp_path: Path) -> None:
     some(tmp_path)
     with Journal(str(tmp_path / "j"), HEADER, 3) as found:
         assert (found.done, found.damaged) == (2, 1)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-def test_a_write_that_fails_half_way_leaves_no_trace(
+def test_failed_partial_write_leaves_no_trace(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     real: Callable[..., int] = os.pwrite
@@ -145,7 +143,7 @@ def test_a_write_that_fails_half_way_leaves_no_trace(
         assert 1 in found
 
 
-def test_a_flush_that_fails_stops_the_job_at_the_next_record(
+def test_failed_fsync_stops_the_job_at_the_next_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with journal(tmp_path, flush_s=60) as made:

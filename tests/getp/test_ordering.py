@@ -1,4 +1,4 @@
-"""In which order waiting requests run, and that it changes nothing but the time."""
+"""The order in which waiting requests run, which changes only the time that they take."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,7 @@ def order(tasks: list[JobRequest | Failure]) -> list[int]:
     return [each.index for each in order_for_throughput(tasks)]
 
 
-def test_prompts_with_one_beginning_come_together_and_the_longest_answers_first() -> None:
+def test_prompts_with_a_common_prefix_are_grouped_and_long_answers_start_first() -> None:
     a, b = [1] * 20, [2] * 20
     tasks: list[JobRequest | Failure] = [
         task(0, [*a, 7], max_new_tokens=9),
@@ -39,7 +39,7 @@ def test_prompts_with_one_beginning_come_together_and_the_longest_answers_first(
     assert order([]) == []
 
 
-def test_a_window_is_full_before_it_is_arranged_and_nothing_is_lost() -> None:
+def test_windows_are_filled_before_they_are_arranged_and_no_item_is_lost() -> None:
     windows: list[int] = []
 
     def arrange(items: list[int]) -> list[int]:
@@ -73,7 +73,7 @@ def interleaved() -> list[str]:
     return [f"{heads[index % 2]}{index}?" for index in range(24)]
 
 
-def test_interleaved_families_hit_a_small_prefix_cache_when_brought_together(
+def test_grouping_interleaved_prompts_raises_hits_of_a_small_prefix_cache(
     tmp_path: Path, checkpoint: Callable[[str], Path]
 ) -> None:
     cached, results = {}, {}
@@ -87,11 +87,11 @@ def test_interleaved_families_hit_a_small_prefix_cache_when_brought_together(
         results[schedule] = run(tmp_path / schedule, schedule, engine, interleaved())
         cached[schedule] = engine.stats.cached_tokens
     assert results["first"] == results["throughput"]
-    assert cached["throughput"] > 22 * 48  # all but the first of each family
+    assert cached["throughput"] > 22 * 48  # all but the first prompt of each group
     assert cached["throughput"] > 2 * cached["first"]
 
 
-def test_first_keeps_the_order_of_the_input(tmp_path: Path) -> None:
+def test_schedule_first_runs_in_input_order(tmp_path: Path) -> None:
     ran = {}
     for schedule in ("first", "throughput"):
         engine = FakeEngine(batch=1)

@@ -1,4 +1,4 @@
-"""Jobs that end early go on, and end with the same bytes; what cannot go on says so."""
+"""Interrupted jobs are resumed and write the same bytes; jobs that cannot be resumed say so."""
 
 import builtins
 import errno
@@ -65,7 +65,7 @@ def stops_after(count: int, error: BaseException) -> FakeEngine:
 
 
 @pytest.mark.parametrize("output", ["out.txt", "out.jsonl", "out.jsonl.gz"])
-def test_after_a_crash_only_the_rest_runs_and_the_bytes_are_the_same(
+def test_resumed_job_runs_only_the_rest_and_writes_the_same_bytes(
     tmp_path: Path, output: str
 ) -> None:
     work = job(tmp_path, output=output)
@@ -81,7 +81,7 @@ def test_after_a_crash_only_the_rest_runs_and_the_bytes_are_the_same(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == wanted
 
 
-def test_a_job_that_is_done_but_for_its_result_needs_no_model(
+def test_job_with_only_its_result_missing_needs_no_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = job(tmp_path)
@@ -103,7 +103,7 @@ def test_a_job_that_is_done_but_for_its_result_needs_no_model(
         ({"identity": {"checkpoint": "b"}}, "checkpoint 'a', now 'b'"),
     ],
 )
-def test_a_changed_job_is_refused_unless_it_starts_over(
+def test_changed_job_is_refused_unless_it_starts_over(
     tmp_path: Path, changes: dict[str, Any], words: str
 ) -> None:
     before: dict[str, Any] = {"identity": {"checkpoint": "a"}}
@@ -115,10 +115,10 @@ def test_a_changed_job_is_refused_unless_it_starts_over(
     assert run(job(tmp_path, **changed, restart=True)) == SOME_FAILED
 
 
-def test_an_input_edited_while_the_job_runs_is_never_mixed_with_what_it_was(
+def test_input_edited_during_a_job_is_never_mixed_with_the_original(
     tmp_path: Path,
 ) -> None:
-    count = 10_000  # more than is read ahead
+    count = 10_000  # more than are prefetched
     work = job(tmp_path, count, schedule="first")
     before = Path(work.input).read_bytes()
 
@@ -139,7 +139,7 @@ def test_an_input_edited_while_the_job_runs_is_never_mixed_with_what_it_was(
     assert Path(work.output).read_bytes() == resumed
 
 
-def test_a_template_that_tells_the_time_tells_that_of_the_jobs_beginning(
+def test_time_in_a_chat_template_is_when_the_job_began(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     template = "{{ strftime_now('%F %T') }} {{ messages[0].content }}"
@@ -159,7 +159,7 @@ def test_a_template_that_tells_the_time_tells_that_of_the_jobs_beginning(
     assert all(text.startswith(began) for text in texts)
 
 
-def test_a_random_seed_is_the_first_runs(tmp_path: Path) -> None:
+def test_resumed_job_keeps_the_random_seed_of_the_first_run(tmp_path: Path) -> None:
     seeds = {}
     work = job(tmp_path, params={"temperature": 1.0, "seed": 1}, seed_given=False)
     with pytest.raises(RuntimeError):
@@ -183,7 +183,7 @@ def test_too_many_failures_end_the_job(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 class _Faulty(io.FileIO):
-    """A file whose writes fail once a budget of them is spent."""
+    """A file whose writes fail after a given number of them."""
 
     budget = 10**9
     code = errno.ENOSPC
@@ -200,7 +200,7 @@ class _Faulty(io.FileIO):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-def test_whichever_write_fails_the_job_says_so_and_goes_on(
+def test_job_can_be_resumed_after_any_failed_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     real_pwrite, real_open = os.pwrite, builtins.open
@@ -212,7 +212,7 @@ def test_whichever_write_fails_the_job_says_so_and_goes_on(
         return real_pwrite(fd, data, at)
 
     def fsync(fd: int) -> None:
-        _Faulty.spend()  # and that is all: a real one would take long
+        _Faulty.spend()  # no real fsync, which would take long
 
     def opened(path: Any, mode: str = "r", *args: Any, **rest: Any) -> Any:
         if mode == "wb":
@@ -244,7 +244,7 @@ def test_whichever_write_fails_the_job_says_so_and_goes_on(
     assert faults > 40
 
 
-def test_the_first_signal_lets_running_requests_finish_and_admits_no_more(tmp_path: Path) -> None:
+def test_first_signal_lets_running_requests_finish_and_starts_no_more(tmp_path: Path) -> None:
     def answer(prompt: Sequence[int]) -> Iterator[int]:
         if len(engine.requests) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -259,7 +259,7 @@ def test_the_first_signal_lets_running_requests_finish_and_admits_no_more(tmp_pa
     assert run(job(tmp_path, 40)) == SOME_FAILED
 
 
-def test_what_does_not_finish_in_time_is_left_for_the_next_run(tmp_path: Path) -> None:
+def test_requests_that_exceed_the_grace_period_run_again_next_time(tmp_path: Path) -> None:
     def answer(prompt: Sequence[int]) -> Iterator[int]:
         os.kill(os.getpid(), signal.SIGINT)
         while True:
@@ -273,7 +273,7 @@ def test_what_does_not_finish_in_time_is_left_for_the_next_run(tmp_path: Path) -
     assert time.monotonic() - started < 5
 
 
-def test_tokens_are_made_ahead_but_not_without_limit() -> None:
+def test_prefetching_is_bounded_by_total_cost() -> None:
     made: list[int] = []
 
     def items() -> Iterator[int]:
@@ -290,7 +290,7 @@ def test_tokens_are_made_ahead_but_not_without_limit() -> None:
     assert threading.active_count() < 10
 
 
-def test_an_error_made_ahead_is_raised_where_items_are_taken() -> None:
+def test_error_in_the_prefetching_thread_is_raised_where_items_are_taken() -> None:
     def items() -> Iterator[int]:
         yield 1
         raise GetpError("no more")
@@ -302,7 +302,7 @@ def test_an_error_made_ahead_is_raised_where_items_are_taken() -> None:
         list(ahead.until(lambda: False))
 
 
-def test_standard_input_and_output(
+def test_job_reads_standard_input_and_writes_standard_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     checkpoint = str(write_tokenizer(tmp_path / "checkpoint"))
@@ -314,7 +314,7 @@ def test_standard_input_and_output(
     left: list[Path] = []
 
     def load_engine(options: object) -> FakeEngine:
-        left.extend(temporary.iterdir())  # what a death here would leave
+        left.extend(temporary.iterdir())  # files that a killed process would leave behind
         return FakeEngine()
 
     monkeypatch.setattr(loading, "load_engine", load_engine)
@@ -324,7 +324,7 @@ def test_standard_input_and_output(
     assert json.loads(line)["custom_id"] == "x"
 
 
-def test_results_that_standard_output_does_not_take_are_not_lost(tmp_path: Path) -> None:
+def test_results_go_to_a_file_if_standard_output_fails(tmp_path: Path) -> None:
     checkpoint = write_tokenizer(tmp_path / "checkpoint")
     (tmp_path / "in.txt").write_text("2\nhello\nworld\n")
     program = (
@@ -345,15 +345,13 @@ def test_results_that_standard_output_does_not_take_are_not_lost(tmp_path: Path)
     assert len(rescued.read_text().splitlines()) == 2
 
 
-def test_a_device_that_takes_nothing_is_named_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_error_names_a_full_device_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(GetpError, match=r"^cannot write /dev/full: No space.*; the results are"):
         run(job(tmp_path, output="/dev/full"))
 
 
-def test_results_come_in_input_order_from_jobs_larger_than_what_is_read_ahead(
+def test_results_of_a_job_larger_than_the_prefetch_limit_are_in_input_order(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "hi", "max_tokens": 1}\n' * 3000)
@@ -365,7 +363,9 @@ def test_results_come_in_input_order_from_jobs_larger_than_what_is_read_ahead(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_is_not_taken_for_an_error_of_what_it_interrupts(number: signal.Signals) -> None:
+def test_signal_is_not_mistaken_for_an_error_of_the_code_that_it_interrupts(
+    number: signal.Signals,
+) -> None:
     def start() -> None:
         try:
             signal.raise_signal(number)

@@ -1,4 +1,4 @@
-"""Jobs of several ranks, as a user runs them: the same bytes, and no process left behind."""
+"""Jobs with tensor parallelism, as a user runs them: same bytes, and no process left behind."""
 
 import os
 import re
@@ -27,13 +27,13 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of one rank."""
+    """The output of a job with one rank."""
     output = tmp_path_factory.mktemp("alone") / "output.txt"
     getp(*command(output)[2:])
     return output
 
 
-def test_two_ranks_score_as_one(alone: Path, tmp_path: Path) -> None:
+def test_two_ranks_give_the_same_bytes_as_one(alone: Path, tmp_path: Path) -> None:
     output, report = tmp_path / "o.txt", tmp_path / "r.json"
     run = getp(*command(output, "--tensor-parallel", 2, "--report", report)[2:])
     assert '"tensor_parallel": 2' in report.read_text()
@@ -42,7 +42,7 @@ def test_two_ranks_score_as_one(alone: Path, tmp_path: Path) -> None:
     assert share_correct(output, tmp_path) >= 0.95
 
 
-def test_torchrun_does_as_the_option(alone: Path, tmp_path: Path) -> None:
+def test_torchrun_gives_the_same_bytes_as_the_option(alone: Path, tmp_path: Path) -> None:
     output = tmp_path / "o.txt"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     run = subprocess.run(
@@ -59,7 +59,7 @@ def test_torchrun_does_as_the_option(alone: Path, tmp_path: Path) -> None:
     assert output.read_bytes() == alone.read_bytes()
 
 
-def test_a_rank_of_torchrun_that_is_killed_ends_the_job(alone: Path, tmp_path: Path) -> None:
+def test_killed_rank_of_torchrun_ends_the_job(alone: Path, tmp_path: Path) -> None:
     output, log = tmp_path / "o.txt", tmp_path / "log"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     with open(log, "wb") as file:
@@ -75,7 +75,7 @@ def test_a_rank_of_torchrun_that_is_killed_ends_the_job(alone: Path, tmp_path: P
     os.kill(other, signal.SIGKILL)
     assert job.wait(60) == 1
     wait_for_the_end_of(first)
-    # torchrun names it; the first may have been ended, too, before it could say a word.
+    # torchrun names the rank; it may have ended the first one before that printed anything.
     assert re.search(r"rank +: 1 .*\n *exitcode +: -9", log.read_text())
     assert not output.exists()
     assert "are done already" in getp(*command(output)[2:]).stderr
@@ -83,13 +83,13 @@ def test_a_rank_of_torchrun_that_is_killed_ends_the_job(alone: Path, tmp_path: P
 
 
 def rank_of_torchrun(pid: int) -> bytes:
-    """A process's RANK."""
+    """Return the RANK of a process."""
     words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     (rank,) = [word for word in words if word.startswith(b"RANK=")]
     return rank
 
 
-def test_a_number_that_cannot_be_is_a_wrong_option(tmp_path: Path) -> None:
+def test_impossible_split_is_a_usage_error(tmp_path: Path) -> None:
     run = getp(*command(tmp_path / "o.txt", "--tensor-parallel", 4)[2:], status=2)
     assert "--tensor-parallel 4: this model (6 heads, 2 KV heads, 8 experts" in run.stderr
     assert "possible: 1, 2" in run.stderr
@@ -115,7 +115,7 @@ def press_ctrl_c(job: "subprocess.Popen[bytes]", other: int) -> None:
         (press_ctrl_c, 130, "the same command resumes the job"),
     ],
 )
-def test_a_disturbed_job_ends_at_once_and_goes_on_later(
+def test_disturbed_job_ends_at_once_and_can_be_resumed(
     disturb: Callable[["subprocess.Popen[bytes]", int], None],
     status: int,
     words: str,
@@ -131,7 +131,7 @@ def test_a_disturbed_job_ends_at_once_and_goes_on_later(
             env=environment(),
             stdout=log,
             stderr=log,
-            start_new_session=True,  # a process group of its own, as a shell gives it
+            start_new_session=True,  # a process group of its own, like in a shell
         )
         wait_for_results(output, 20, job, tmp_path / "log")
         (other,) = children(job.pid)
@@ -148,7 +148,7 @@ def test_a_disturbed_job_ends_at_once_and_goes_on_later(
 
 
 def wait_for_results(output: Path, count: int, job: "subprocess.Popen[bytes]", log: Path) -> None:
-    """Until the journal has so many lines."""
+    """Wait until the journal has `count` lines."""
     journal = Path(f"{output}.journal")
     while not journal.exists() or journal.read_bytes().count(b"\n") < count:
         assert job.poll() is None, log.read_text()

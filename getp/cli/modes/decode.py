@@ -8,7 +8,7 @@ from getp.files import STANDARD, check_writable
 def run(settings: Settings) -> int:
     """Decode the file; return the exit status. Raises GetpError."""
     source = loading.needed(settings, settings.prompt.input, "-i/--input FILE")
-    from getp.job.evaluate import decode_file
+    from getp.text.evaluate import decode_file
 
     output = settings.job.output or STANDARD
     check_writable(output, "output", {"input": source})

@@ -12,7 +12,7 @@ def run(settings: Settings) -> int:
     options, report = settings.token_file, settings.job.report
     if options.reference is None and options.expected is None:
         raise UsageProblem("mode eval needs --reference FILE or --expected FILE")
-    from getp.job.evaluate import evaluate
+    from getp.text.evaluate import evaluate
 
     if report is not None:
         files = {"input": source, "reference": options.reference, "expected": options.expected}

@@ -1,0 +1,5 @@
+"""`python -m getp` is the `getp` command."""
+
+from getp.cli.main import main
+
+main()

@@ -1,0 +1,78 @@
+"""Messages name options only in the command line, and are written in standard English."""
+
+import re
+
+from getp.cli.main import command
+from getp.cli.wording import option_name
+from tests.getp.messages import Message, messages
+
+# Tools and variables of others, which messages may name.
+_NOT_OURS = re.compile(r"nvcc --version|ray start|pip install|--local-dir")
+_OPTION = re.compile(r"(?<![\w…-])--?[a-z][a-z-]*")
+_WORDS = [
+    r"(?<!there) is no \w+",
+    r"(?<!there) are no \w+",
+    r"\bholds no\b",
+    r"\bknows no\b",
+    r"\bgo(es|ing)? on\b",
+    r"\bgone on\b",
+    r"\bas one\b",
+    r"\bnobody\b",
+    r"\bwhoever\b",
+    r"\bwherever\b",
+    r"\blikeliest\b",
+    r"\bso many\b",
+    r"\bthere (is|are) none\b",
+    r"\bfor something else\b",
+    r", too\b",
+    r"\bcut at\b",
+    r"\bbut lost\b",
+    r"\bcomputed in are\b",
+    r"\bsafe from\b",
+    r"\bat work on\b",
+]
+_DIALECT = re.compile("|".join(_WORDS), re.IGNORECASE)
+
+
+def shown(found: list[Message]) -> str:
+    return "\n".join(f"{each.file}:{each.line}: {each.text}" for each in found)
+
+
+def test_only_the_command_line_names_options() -> None:
+    named = [
+        each
+        for each in messages()
+        if not each.file.startswith("getp/cli/") and _OPTION.search(_NOT_OURS.sub("", each.text))
+    ]
+    assert not named, shown(named)
+
+
+def test_messages_are_in_standard_english() -> None:
+    found = [each for each in messages() if _DIALECT.search(each.text)]
+    assert not found, shown(found)
+
+
+def test_names_in_braces_are_replaced() -> None:
+    left = [
+        each
+        for each in messages()
+        if each.literal
+        and re.search(r"\{[a-z_]+\}", each.text)
+        and not each.has_fields
+        and each.file.startswith("getp/")
+    ]
+    assert not left, shown(left)
+
+
+def test_every_option_that_messages_name_exists() -> None:
+    known = {name for parameter in command.params for name in parameter.opts}
+    known |= {name for parameter in command.params for name in parameter.secondary_opts}
+    settings = {name for each in messages() for name in re.findall(r"\{([a-z_]+)\}", each.text)}
+    options = {option_name(name) for name in settings} - settings - {"CHECKPOINT"}
+    assert options
+    for option in options:
+        assert set(option.split("/")) <= known, option
+
+
+if __name__ == "__main__":
+    print(shown(messages()))
