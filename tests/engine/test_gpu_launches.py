@@ -138,10 +138,11 @@ def test_a_job_needs_no_kernel_that_warm_up_has_not_compiled(
 
 # Of one row all products are our own, and norms are part of them.
 _QKV = ("_add_rms_norm", "linear", "_rotate_and_write")
-_ATTENTION, _MLP = ("_decode", "linear"), ("_add_rms_norm", "linear", "_swiglu", "linear")
-_SPLIT, _FUSED_MLP = ("_decode", "_combine", "_linear"), ("_linear", "_linear")
-_WINDOW = ("_decode", "_linear")
-_MOE = ("_add_rms_norm", "_linear", "_route", "_sort", "_gate_up", "_down", "_sum")
+_ATTENTION, _MLP = ("_decode_attention", "linear"), ("_add_rms_norm", "linear", "_swiglu", "linear")
+_SPLIT, _FUSED_MLP = ("_decode_attention", "_combine_splits", "_linear"), ("_linear", "_linear")
+_WINDOW = ("_decode_attention", "_linear")
+_EXPERTS = ("_experts_gate_up", "_experts_down", "_sum_experts")
+_MOE = ("_add_rms_norm", "_linear", "_route", "_sort_by_expert", *_EXPERTS)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_kernels_compile_and_fit_their_targets(architecture: str) -> None:
     assert {dict(x.options).get("launch_pdl", False) for x in chosen} == {
         TILES[architecture].programmatic_launch
     }
-    experts = [dict(x.constants) for x in chosen if x.kernel.__name__ == "_gate_up"]
+    experts = [dict(x.constants) for x in chosen if x.kernel.__name__ == "_experts_gate_up"]
     assert {(x["PACKED"], x["BLOCK_M"]) for x in experts} == {
         (packed, tile.m)
         for packed, choices in enumerate((TILES[architecture].experts, TILES[architecture].mxfp4))
@@ -93,7 +93,7 @@ def test_kernels_compile_and_fit_their_targets(architecture: str) -> None:
                 r"wgmma\.wait_group\.sync\.aligned (\d+)", compiled.binary.asm["ptx"]
             )
             assert set(waits) == {"0"}, f"{launch}: weights overwritten while they are multiplied"
-        if launch.kernel.__name__ == "_decode" and architecture.startswith("sm_"):
+        if launch.kernel.__name__ == "_decode_attention" and architecture.startswith("sm_"):
             # While one tile of keys and values is attended to, the next is on its way.
             assert compiled.shared >= 2 * 2 * 2 * named["BLOCK_N"] * named["BLOCK_D"], str(launch)
 

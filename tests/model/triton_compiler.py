@@ -27,7 +27,7 @@ from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.specs import Activation, AttentionSpec, Experts, RouterSpec
 from model.ops.triton.backend import TritonBackend
 from model.ops.triton.linear import norm_linear
-from model.ops.triton.mxfp4 import Stack, dense_stack
+from model.ops.triton.mxfp4 import ExpertWeights, dense_weights
 from model.ops.triton.tiles import TILES, Target
 from tests.model.ops_helpers import linear_of, norm_of, rope_args
 
@@ -231,17 +231,17 @@ def _moe_calls(ops: TritonBackend, config: ModelConfig, rows: int) -> Iterator[C
     weights = _empty(rows, moe.top_k, dtype=torch.float32)
     biases = (_empty(count, 2 * size), _empty(count, hidden)) if biased else (None, None)
     dense = (_empty(count, 2 * size, hidden), _empty(count, hidden, size))
-    for stack, form in ((dense_stack, DENSE), (_packed, MXFP4)):
+    for stack, form in ((dense_weights, DENSE), (_packed, MXFP4)):
         up, down = map(stack, dense)
         experts = Experts(count, hidden, size, biased, form, up, biases[0], down, biases[1])
         yield partial(ops.experts, x, chosen, weights, experts, activation)
 
 
-def _packed(weight: torch.Tensor) -> Stack:
+def _packed(weight: torch.Tensor) -> ExpertWeights:
     count, outputs, inputs = weight.shape
     values = _empty(count, outputs, inputs // 8, dtype=torch.int32)
     scales = _empty(count, -(-inputs // 128), outputs, dtype=torch.int32)
-    return Stack(values, scales, is_packed=True)
+    return ExpertWeights(values, scales, is_packed=True)
 
 
 def compile_launch(launch: Launch, architecture: str) -> Compiled:

@@ -27,7 +27,7 @@ from model.ops.triton import fused as fused_kernels
 from model.ops.triton import mxfp4
 from model.ops.triton.backend import TritonBackend
 from model.ops.triton.mxfp4 import unpack
-from model.ops.triton.sort_by_expert import group_by_expert
+from model.ops.triton.sort_by_expert import sort_by_expert
 from model.ops.triton.tiles import Tile, target_of
 from tests.checkpoints import quantize_mxfp4, write_checkpoint
 from tests.model.ops_helpers import (
@@ -82,12 +82,16 @@ def test_norm_and_residual(tokens: int, size: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("norms", [False, True])
-@pytest.mark.parametrize("dim", [32, 64, 80, 128])
+@pytest.mark.parametrize(
+    ("dim", "rotary"), [(32, 32), (64, 64), (80, 80), (128, 128), (32, 16), (128, 96), (80, 20)]
+)
 @pytest.mark.parametrize("heads", [(4, 4), (7, 1), (6, 2)])
-def test_rotary_norms_and_kv_write(heads: tuple[int, int], dim: int, norms: bool) -> None:
+def test_rotary_norms_and_kv_write(
+    heads: tuple[int, int], dim: int, rotary: int, norms: bool
+) -> None:
     tokens, (queries, kv_heads) = 5, heads
     qkv = rand(tokens, queries + 2 * kv_heads, dim)
-    cos_sin = rand(tokens, dim, seed=1)
+    cos_sin = rand(tokens, rotary, seed=1)
     weights = (rand(dim, seed=2), rand(dim, seed=3)) if norms else None
     slots = torch.tensor([9, 3, 4, 15, 12])
     expected_kv, found_kv = (torch.full((2, 4, 4, kv_heads, dim), 7.0) for _ in range(2))
@@ -204,11 +208,11 @@ def test_a_row_of_nan_is_routed_to_experts_that_exist() -> None:
 @pytest.mark.parametrize("tokens", [1, 7, 64, 150])
 def test_grouping_sorts_pairs_by_expert_and_keeps_their_order(tokens: int) -> None:
     chosen = torch.randint(0, 5, (tokens, 2), generator=torch.Generator().manual_seed(0))
-    order, starts = group_by_expert(chosen, 0, 6, target_of(CPU))
+    order, starts = sort_by_expert(chosen, 0, 6, target_of(CPU))
     flat = chosen.flatten()
     assert order.tolist() == flat.argsort(stable=True).tolist()
     assert starts.tolist() == [int((flat < e).sum()) for e in range(7)]
-    order, starts = group_by_expert(chosen, 1, 3, target_of(CPU))  # of 5
+    order, starts = sort_by_expert(chosen, 1, 3, target_of(CPU))  # of 5
     before, here = int((flat < 1).sum()), int(((flat >= 1) & (flat < 4)).sum())
     assert starts.tolist() == [int((flat < e).sum()) - before for e in range(1, 5)]
     assert order[:here].tolist() == flat.argsort(stable=True)[before : before + here].tolist()
