@@ -1,7 +1,7 @@
-"""What a GPU would be given to do, without one: kernels are named instead of launched.
+"""The launches of a GPU, recorded without one.
 
-The engine runs on the CPU with a GPU's kernels and tiles; nothing is computed, and of each launch
-only what Triton tells its compiled forms apart by is kept.
+The engine runs on the CPU with the kernels and tiles of a GPU. Nothing is computed; of each launch
+the kernel's name and the key by which Triton distinguishes its compiled forms are recorded.
 """
 
 from collections import Counter
@@ -22,7 +22,7 @@ pytest.importorskip("triton")
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """(Kernel, form) of every launch on what stands in for an H100."""
+    """(Kernel, key of its compiled form) of every launch on a device that poses as an H100."""
     from triton.compiler.compiler import make_backend
     from triton.runtime.jit import JITFunction, create_function_from_signature
 
@@ -42,7 +42,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kw: Any) -> None:
         bound, specialization, options = binder(kernel)(*args, **kw)
         found.append((kernel.__name__, f"{specialization} {options}"))
-        if "tokens_ptr" in bound:  # what is drawn must be a token
+        if "tokens_ptr" in bound:  # sampled tokens must be valid
             bound["tokens_ptr"].zero_()
 
     monkeypatch.setattr(JITFunction, "run", record)
@@ -56,7 +56,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
 
 class Launching(TorchDispatchMode):
-    """Adds torch's own operations to the launches, but for those that move nothing."""
+    """Adds torch's own operations to the launches, except those that launch no kernel."""
 
     _none = (
         "empty",
@@ -97,7 +97,7 @@ def prepare(engine: Engine, launches: list[tuple[str, str]]) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 40])
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe"])
-def test_a_job_needs_no_kernel_that_warm_up_has_not_compiled(
+def test_warm_up_compiles_every_kernel_that_a_job_needs(
     name: str,
     batch_size: int,
     launches: list[tuple[str, str]],
@@ -124,7 +124,7 @@ def test_a_job_needs_no_kernel_that_warm_up_has_not_compiled(
         prepare(engine, launches)
         compiled = set(launches)
         launches.clear()
-        # In a pool beyond 2^31 elements, as that of a large GPU is.
+        # A pool of more than 2^31 elements, as on a large GPU.
         for i, cache in enumerate(engine.runner.kv_caches):
             engine.runner.kv_caches[i] = torch.empty_strided(
                 cache.shape, (1 << 40, *cache.stride()[1:]), dtype=cache.dtype, device="meta"
@@ -136,12 +136,13 @@ def test_a_job_needs_no_kernel_that_warm_up_has_not_compiled(
     assert set(launches) <= compiled, Counter(name for name, _ in set(launches) - compiled)
 
 
-# Of one row all products are our own, and norms are part of them.
+# For one row every linear layer is a kernel of the project, and norms are fused with it.
 _QKV = ("_add_rms_norm", "linear", "_rotate_and_write")
-_ATTENTION, _MLP = ("_decode", "linear"), ("_add_rms_norm", "linear", "_swiglu", "linear")
-_SPLIT, _FUSED_MLP = ("_decode", "_combine", "_linear"), ("_linear", "_linear")
-_WINDOW = ("_decode", "_linear")
-_MOE = ("_add_rms_norm", "_linear", "_route", "_sort", "_gate_up", "_down", "_sum")
+_ATTENTION, _MLP = ("_decode_attention", "linear"), ("_add_rms_norm", "linear", "_swiglu", "linear")
+_SPLIT, _FUSED_MLP = ("_decode_attention", "_combine_splits", "_linear"), ("_linear", "_linear")
+_WINDOW = ("_decode_attention", "_linear")
+_EXPERTS = ("_experts_gate_up", "_experts_down", "_sum_experts")
+_MOE = ("_add_rms_norm", "_linear", "_route", "_sort_by_expert", *_EXPERTS)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ _MOE = ("_add_rms_norm", "_linear", "_route", "_sort", "_gate_up", "_down", "_su
         ("llama-llama3-rope", 1, [("_linear", *_SPLIT, *_FUSED_MLP)] * 4),
         ("qwen3", 1, [("_linear", "_rotate_and_write", *_SPLIT, *_FUSED_MLP)] * 4),
         ("qwen3", 256, [_QKV + _ATTENTION + _MLP] * 4),
-        # Every other layer has a window.
+        # Every second layer has a window.
         ("gpt_oss-wide", 1, [("_linear", *x, *_MOE) for x in (_WINDOW, _SPLIT) * 2]),
     ],
 )

@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: their numbers in the interpreter, their code by compiling."""
+"""Triton kernels without a GPU: results in Triton's interpreter, code by compiling it."""
 
 import os
 import re
@@ -15,13 +15,13 @@ from model.ops.backend import Backend, choose_backend
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_without_triton_gpus_run_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_run_the_reference_if_triton_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "find_spec", lambda name: None)
     for device in ("cuda", "mps"):
         assert type(choose_backend(torch.device(device), torch.bfloat16)) is Backend
 
 
-def test_a_run_on_the_cpu_never_imports_triton_kernels() -> None:
+def test_a_run_on_the_cpu_does_not_import_triton_kernels() -> None:
     code = "import sys, engine, getp.cli.main; assert 'model.ops.triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
@@ -44,16 +44,16 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx950", "gfx1
 
 
 def test_nothing_is_tuned_while_a_job_runs() -> None:
-    """Tiles come from the table; neither Triton's tuner nor torch's is ever asked."""
+    """Tiles come from the table; neither Triton's autotuner nor torch's is used."""
     sources = [p for folder in ("model", "engine", "getp") for p in (ROOT / folder).rglob("*.py")]
     tuners = re.compile(r"autotune|cudnn\.benchmark|tunable|torch\.compile")
     assert [p for p in sources if tuners.search(p.read_text())] == []
 
 
 def waits_before_memory(ptx: str) -> bool:
-    """Whether a kernel waits for its turn, once and before it touches memory.
+    """Whether a kernel waits for the previous one exactly once, before it accesses memory.
 
-    It may ask for memory before, which changes nothing.
+    Prefetches are allowed before the wait, because they do not change results.
     """
     memory = (
         r"griddepcontrol\.\w+|(?<![.\w])(?:ld|st|atom|red)\.(?!param|shared)"
@@ -71,11 +71,11 @@ def test_kernels_compile_and_fit_their_targets(architecture: str) -> None:
     from tests.model.triton_compiler import LIMITS, compile_launch, launches
 
     chosen = launches(architecture)
-    # Those that start early wait for their turn; no launch waits that does not start early.
+    # Either every launch may start early, or none.
     assert {dict(x.options).get("launch_pdl", False) for x in chosen} == {
         TILES[architecture].programmatic_launch
     }
-    experts = [dict(x.constants) for x in chosen if x.kernel.__name__ == "_gate_up"]
+    experts = [dict(x.constants) for x in chosen if x.kernel.__name__ == "_experts_gate_up"]
     assert {(x["PACKED"], x["BLOCK_M"]) for x in experts} == {
         (packed, tile.m)
         for packed, choices in enumerate((TILES[architecture].experts, TILES[architecture].mxfp4))
@@ -92,13 +92,13 @@ def test_kernels_compile_and_fit_their_targets(architecture: str) -> None:
             waits = re.findall(
                 r"wgmma\.wait_group\.sync\.aligned (\d+)", compiled.binary.asm["ptx"]
             )
-            assert set(waits) == {"0"}, f"{launch}: weights overwritten while they are multiplied"
-        if launch.kernel.__name__ == "_decode" and architecture.startswith("sm_"):
-            # While one tile of keys and values is attended to, the next is on its way.
+            assert set(waits) == {"0"}, f"{launch}: weights are overwritten during the product"
+        if launch.kernel.__name__ == "_decode_attention" and architecture.startswith("sm_"):
+            # Room for two tiles of keys and values: the next is loaded while one is used.
             assert compiled.shared >= 2 * 2 * 2 * named["BLOCK_N"] * named["BLOCK_D"], str(launch)
 
 
-def test_every_architecture_of_the_table_is_compiled_for() -> None:
+def test_kernels_are_compiled_for_every_architecture_with_tiles() -> None:
     pytest.importorskip("triton")
     from model.ops.triton.tiles import TILES
 

@@ -1,6 +1,6 @@
-"""Kernels compiled for GPUs that are not there, with the arguments that the ops launch them with.
+"""Compile the kernels for GPUs without having one, with the arguments of their launches.
 
-The ops run on tensors without storage while launches are recorded instead of made.
+The operations run on tensors without storage, and launches are recorded instead of executed.
 """
 
 import re
@@ -27,11 +27,11 @@ from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.specs import Activation, AttentionSpec, Experts
 from model.ops.triton.backend import TritonBackend
 from model.ops.triton.linear import norm_linear
-from model.ops.triton.mxfp4 import Stack, dense_stack
+from model.ops.triton.mxfp4 import ExpertWeights, dense_weights
 from model.ops.triton.tiles import TILES, Target
 from tests.model.ops_helpers import linear_of, norm_of, rope_args
 
-# Bytes of shared memory that one program may take.
+# Bytes of shared memory that one program may use.
 LIMITS = {
     "sm_80": 163 << 10,
     "sm_90": 227 << 10,
@@ -41,7 +41,7 @@ LIMITS = {
     "gfx950": 160 << 10,
     "gfx1201": 64 << 10,
 }
-# Qwen3-30B-A3B: experts without biases and with plain SwiGLU, many of them.
+# Qwen3-30B-A3B: many experts, without biases and with plain SwiGLU.
 _QWEN3_MOE = {
     "model_type": "qwen3_moe",
     "hidden_size": 2048,
@@ -64,7 +64,7 @@ CONFIGS = (
     *map(named_config, ("gpt-oss-20b", "qwen3-0.6b", "llama-3-8b", "qwen2-0.5b")),
     parse_config(_QWEN3_MOE, "qwen3-30b-a3b"),
 )
-ROWS = (1, 16, 32, 64, 512, 4096)  # of each choice by the number of rows at least one
+ROWS = (1, 16, 32, 64, 512, 4096)  # every choice by number of rows occurs
 _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -78,7 +78,7 @@ _POINTERS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel and what its compiled form depends on."""
+    """A kernel and everything that its compiled form depends on."""
 
     kernel: JITFunction[Any]
     types: tuple[tuple[str, str], ...]
@@ -93,29 +93,29 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a kernel takes of its target."""
+    """The resources of its target that a compiled kernel uses."""
 
     shared: int
-    spills: int  # bytes, or registers on AMD
+    spills: int  # bytes; on AMD, registers
     registers: int
     binary: Any
 
 
 def target(architecture: str) -> GPUTarget:
-    """The compiler's name for an architecture: Radeons (gfx10 and later) have waves of 32."""
+    """Return the compiler's target; Radeons (gfx10 and later) have waves of 32 threads."""
     if architecture.startswith("sm_"):
         return GPUTarget("cuda", int(architecture[3:]), 32)
     return GPUTarget("hip", architecture, 32 if architecture.startswith("gfx1") else 64)
 
 
 def launches(architecture: str) -> list[Launch]:
-    """Every different launch of the layers of CONFIGS at the sizes of ROWS."""
+    """Return every distinct launch of the layers of CONFIGS for the numbers of ROWS."""
     found: dict[Launch, None] = {}
 
     def record(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kw: Any) -> None:
         found[_launch(kernel, args, kw)] = None
 
-    # More rows than norms are fused for: benchmarks try up to 64, most of all on Hopper.
+    # More rows than norms are fused for in jobs, because benchmarks try up to 64 on Hopper.
     most = 64 if architecture == "sm_90" else 16
     tiles = replace(TILES[architecture], fused_qkv=most, fused_mlp=most)
     target = Target(architecture, 132, tiles)
@@ -189,7 +189,7 @@ def _attention_calls(
     yield lambda: ops.rotate_and_write(qkv, rope)
     out = qkv.shape[1] * dim
     projection = linear_of(_empty(out, hidden), _empty(out) if config.qkv_bias else None)
-    for delta in (None, x) if rows == 1 else (x,):  # what there is to add changes little
+    for delta in (None, x) if rows == 1 else (x,):  # one form is enough for more rows
         yield partial(ops.norm_qkv, x, delta, norm, projection, rope)
     query = _empty(rows, heads, dim)
     yield lambda: ops.linear(query.flatten(1), linear_of(_empty(hidden, heads * dim)))
@@ -230,21 +230,21 @@ def _moe_calls(ops: TritonBackend, config: ModelConfig, rows: int) -> Iterator[C
     weights = _empty(rows, spec.top_k, dtype=torch.float32)
     biases = (_empty(count, 2 * size), _empty(count, hidden)) if biased else (None, None)
     dense = (_empty(count, 2 * size, hidden), _empty(count, hidden, size))
-    for stack, form in ((dense_stack, DENSE), (_packed, MXFP4)):
+    for stack, form in ((dense_weights, DENSE), (_packed, MXFP4)):
         up, down = map(stack, dense)
         experts = Experts(count, hidden, size, biased, form, up, biases[0], down, biases[1])
         yield partial(ops.experts, x, chosen, weights, experts, config.activation)
 
 
-def _packed(weight: torch.Tensor) -> Stack:
+def _packed(weight: torch.Tensor) -> ExpertWeights:
     count, outputs, inputs = weight.shape
     values = _empty(count, outputs, inputs // 8, dtype=torch.int32)
     scales = _empty(count, -(-inputs // 128), outputs, dtype=torch.int32)
-    return Stack(values, scales, is_packed=True)
+    return ExpertWeights(values, scales, is_packed=True)
 
 
 def compile_launch(launch: Launch, architecture: str) -> Compiled:
-    """Compile it. Raises where the compiler refuses."""
+    """Compile a launch. Raises the compiler's errors."""
     divisible = [["tt.divisibility", 16]]
     source = ASTSource(
         launch.kernel,
@@ -268,7 +268,7 @@ def _cuobjdump() -> str:
 
 
 def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
-    """(Bytes of stack, which kernels have for spilled registers only; registers)."""
+    """Return (bytes of stack, which kernels use only for spilled registers, and registers)."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -1,7 +1,7 @@
-"""Every Triton kernel against its reference, in Triton's interpreter.
+"""Compare every Triton kernel with the reference, in Triton's interpreter.
 
-Not collected by itself: TRITON_INTERPRET must be set before Triton is imported, so
-test_triton.py runs this file in a process of its own.
+pytest does not collect this file by its name: TRITON_INTERPRET must be set before Triton is
+imported, so test_triton.py runs it in a separate process.
 """
 
 from collections import Counter
@@ -27,7 +27,7 @@ from model.ops.triton import fused as fused_kernels
 from model.ops.triton import mxfp4
 from model.ops.triton.backend import TritonBackend
 from model.ops.triton.mxfp4 import unpack
-from model.ops.triton.sort_by_expert import group_by_expert
+from model.ops.triton.sort_by_expert import sort_by_expert
 from model.ops.triton.tiles import Tile, target_of
 from tests.checkpoints import quantize_mxfp4, write_checkpoint
 from tests.model.ops_helpers import (
@@ -43,7 +43,7 @@ from tests.model.test_ops import paged, rand
 from tests.test_end_to_end import DATA
 from tokenizer import Tokenizer
 
-# Two bytes an element takes the tiles of real use; the interpreter multiplies no bfloat16.
+# float16 uses the same tiles as bfloat16, which the interpreter cannot multiply.
 DTYPES = [torch.float32, torch.float16]
 REFERENCE = reference()
 GPT_OSS, PLAIN = Activation(7.0, 1.702), Activation()
@@ -82,12 +82,16 @@ def test_norm_and_residual(tokens: int, size: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("norms", [False, True])
-@pytest.mark.parametrize("dim", [32, 64, 80, 128])
+@pytest.mark.parametrize(
+    ("dim", "rotary"), [(32, 32), (64, 64), (80, 80), (128, 128), (32, 16), (128, 96), (80, 20)]
+)
 @pytest.mark.parametrize("heads", [(4, 4), (7, 1), (6, 2)])
-def test_rotary_norms_and_kv_write(heads: tuple[int, int], dim: int, norms: bool) -> None:
+def test_rotary_norms_and_kv_write(
+    heads: tuple[int, int], dim: int, rotary: int, norms: bool
+) -> None:
     tokens, (queries, kv_heads) = 5, heads
     qkv = rand(tokens, queries + 2 * kv_heads, dim)
-    cos_sin = rand(tokens, dim, seed=1)
+    cos_sin = rand(tokens, rotary, seed=1)
     weights = (rand(dim, seed=2), rand(dim, seed=3)) if norms else None
     slots = torch.tensor([9, 3, 4, 15, 12])
     expected_kv, found_kv = (torch.full((2, 4, 4, kv_heads, dim), 7.0) for _ in range(2))
@@ -113,7 +117,7 @@ def attend(
     query = rand(sum(q for q, _ in lengths), heads[0], dim, dtype=dtype)
     kv = rand(2, blocks + 3, block_size, heads[1], dim, seed=1, dtype=dtype)
     kv[:, blocks:] = float("nan")
-    # Behind a sequence's end and window, and in the blocks of nobody, there may be anything.
+    # Slots after a context, before its window and in free blocks may hold anything.
     for row, (count, context) in enumerate(lengths):
         if context % block_size:
             last = group.block_table[row, context // block_size]
@@ -147,7 +151,7 @@ def test_attention_of_head_sizes(dim: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
-def test_splits_of_the_kv_count_a_sink_once(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sink_counts_once_if_the_kv_is_split(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
     original = attention_kernels.splits_of
 
@@ -155,7 +159,7 @@ def test_splits_of_the_kv_count_a_sink_once(rows: int, monkeypatch: pytest.Monke
         used.append(original(*arguments))
         return int(used[-1])
 
-    # Sixteen processors, so that some of these rows are split and some are not.
+    # With 16 processors some of these cases are split and others are not.
     ops = with_processors(16)
     monkeypatch.setattr(attention_kernels, "splits_of", counted)
     lengths = [(1, 300), (1, 40), (1, 1), (1, 33), (1, 129)][:rows]
@@ -166,7 +170,7 @@ def test_splits_of_the_kv_count_a_sink_once(rows: int, monkeypatch: pytest.Monke
     assert used == {1: [16, 1, 2], 2: [8, 1, 2], 5: [2, 1, 2]}[rows] * 2
 
 
-def test_rows_that_only_fill_a_batch_attend_to_nothing() -> None:
+def test_rows_that_pad_a_batch_give_zeros() -> None:
     batch, group, blocks = paged([(1, 9), (1, 5)], None, 8)
     batch.context_lens[1] = 0
     query, kv = rand(2, 4, 32), rand(2, blocks, 8, 2, 32, seed=1)
@@ -174,6 +178,16 @@ def test_rows_that_only_fill_a_batch_attend_to_nothing() -> None:
         out = kernels().attention(query, kv, batch, group, AttentionSpec(32**-0.5, None), sinks)
         assert not out[1].any()
         assert out[0].all()
+
+
+def test_attention_multiplies_scores_by_the_scale_of_its_spec() -> None:
+    batch, group, blocks = paged([(1, 170), (20, 40)], None, 8)
+    query, kv = rand(21, 4, 32), rand(2, blocks, 8, 2, 32, seed=1)
+    kv[:, 0] = 0
+    for scale in (0.05, 1.0):
+        spec = AttentionSpec(scale, None)
+        expected = REFERENCE.attention(query, kv, batch, group, spec)
+        close(kernels().attention(query, kv, batch, group, spec), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -195,20 +209,20 @@ def test_router(count: int, top_k: int, after: bool, normalize: bool) -> None:
     close(weights, expected_weights)
 
 
-def test_a_row_of_nan_is_routed_to_experts_that_exist() -> None:
+def test_a_row_of_nan_is_routed_to_valid_experts() -> None:
     chosen, _ = kernels().route(torch.full((1, 6), float("nan")), RouterSpec(3, True, False))
     assert chosen.min() >= 0
     assert chosen.max() < 6
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 64, 150])
-def test_grouping_sorts_pairs_by_expert_and_keeps_their_order(tokens: int) -> None:
+def test_pairs_are_sorted_by_expert_and_otherwise_keep_their_order(tokens: int) -> None:
     chosen = torch.randint(0, 5, (tokens, 2), generator=torch.Generator().manual_seed(0))
-    order, starts = group_by_expert(chosen, 0, 6, target_of(CPU))
+    order, starts = sort_by_expert(chosen, 0, 6, target_of(CPU))
     flat = chosen.flatten()
     assert order.tolist() == flat.argsort(stable=True).tolist()
     assert starts.tolist() == [int((flat < e).sum()) for e in range(7)]
-    order, starts = group_by_expert(chosen, 1, 3, target_of(CPU))  # of 5
+    order, starts = sort_by_expert(chosen, 1, 3, target_of(CPU))  # of 5
     before, here = int((flat < 1).sum()), int(((flat >= 1) & (flat < 4)).sum())
     assert starts.tolist() == [int((flat < e).sum()) - before for e in range(1, 5)]
     assert order[:here].tolist() == flat.argsort(stable=True)[before : before + here].tolist()
@@ -224,7 +238,7 @@ def test_grouping_sorts_pairs_by_expert_and_keeps_their_order(tokens: int) -> No
         (100, torch.float32, False, False, 16),
         (1, torch.float16, False, False, 16),
         (70, torch.float16, True, True, 0),
-        (70, torch.float16, True, True, 16),  # 64 of each, and 6 that are left
+        (70, torch.float16, True, True, 16),  # a tile of 64 and a short one of 6 for each
     ],
 )
 def test_experts(
@@ -238,7 +252,7 @@ def test_experts(
     count, hidden, size, top_k = 6, 96, 160, 2
     x = rand(tokens, hidden, dtype=dtype)
     logits = rand(tokens, count, seed=1)
-    if unbalanced:  # everything to two experts, nothing to the others
+    if unbalanced:  # all tokens choose the same two experts
         logits[:, 2:] -= 100
     chosen, weights = REFERENCE.route(logits, RouterSpec(top_k, True, False))
     gate_up: Any = rand(count, 2 * size, hidden, seed=2, dtype=dtype) * 0.2
@@ -262,7 +276,7 @@ def test_experts(
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("tokens", [1, 100])
-def test_a_part_of_the_experts(tokens: int, rank: int) -> None:
+def test_a_shard_computes_only_its_own_experts(tokens: int, rank: int) -> None:
     count, hidden, size = 6, 96, 160
     x, logits = rand(tokens, hidden), rand(tokens, count, seed=1)
     logits[:, 3 * rank] -= 100
@@ -284,10 +298,10 @@ def test_a_part_of_the_experts(tokens: int, rank: int) -> None:
 def test_every_code_and_scale_of_mxfp4_is_unpacked_exactly(
     columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through the experts: weights that one-hot inputs read out, at usual and odd scales."""
-    tile = Tile(128, 32, columns, 4, 1)  # high: one program unpacks for many rows
+    """One-hot inputs of `experts` read every weight, for usual and unusual scales."""
+    tile = Tile(128, 32, columns, 4, 1)  # many rows for each program that unpacks
     monkeypatch.setattr(expert_kernels, "for_dtype", lambda *_: tile)
-    size = 160  # five scales: more than a word has
+    size = 160  # five scales, one more than fits in a word
     codes = torch.arange(256, dtype=torch.uint8).view(16, 1, 16)  # every pair of codes
     blocks = torch.cat([codes.roll(g, 0) for g in range(5)], 1).repeat(12, 1, 1)
     ops = kernels()
@@ -295,7 +309,7 @@ def test_every_code_and_scale_of_mxfp4_is_unpacked_exactly(
         scales = exponent + torch.arange(192)[:, None] % 3 + torch.tensor([0, 4, -5, 1, 2])
         down = Mxfp4(blocks[None], scales.byte()[None])
         gate_up = torch.zeros(1, 2 * size, size + 32)
-        gate_up[0, :size, size] = 30  # which makes silu the identity; up is the one-hot input
+        gate_up[0, :size, size] = 30  # so large that silu is the identity; up is the input
         gate_up[0, size:, :size] = torch.eye(size)
         x = torch.cat((torch.eye(size), torch.ones(size, 32)), 1)
         zero, one = torch.zeros(size, 1, dtype=torch.int64), torch.ones(size, 1)
@@ -316,7 +330,7 @@ def unpacked(values_ptr, scales_ptr, out_ptr, K: tl.constexpr, DTYPE: tl.constex
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_mxfp4_is_unpacked_to_the_type_of_the_product(dtype: torch.dtype) -> None:
+def test_mxfp4_is_unpacked_to_the_dtype_of_the_product(dtype: torch.dtype) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(1, 16, 1, 16).repeat(1, 1, 4, 1)
     weights = Mxfp4(codes, torch.arange(65, 129, dtype=torch.uint8).view(1, 16, 4))
     words, out = mxfp4.pack(weights, dtype), torch.empty(16, 128, dtype=dtype)
@@ -350,7 +364,7 @@ def float16_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
         (1, ONE_ROW, (6, 2), 32, True, torch.float16),
         (17, ONE_ROW, (5, 1), 64, False, torch.float16),
         (5, None, (6, 2), 128, False, torch.float16),
-        (5, None, (6, 2), 80, False, torch.float16),  # halves of 40 are no whole blocks
+        (5, None, (6, 2), 80, False, torch.float16),  # halves of 40 are not whole blocks
         (17, None, (6, 2), 32, True, torch.float16),
     ],
 )
@@ -382,6 +396,24 @@ def test_norm_with_qkv_and_rotary(
         assert torch.equal(found[0], expected_sum)
         close(found[1], expected, 3)
         close(kvs[1], kvs[0], 3)
+
+
+@pytest.mark.parametrize("one_row", [None, ONE_ROW])
+def test_partial_rotary_follows_a_fused_norm_and_projection(
+    one_row: Tile | None, fused_calls: Counter[str]
+) -> None:
+    size, heads, kv_heads, dim, rotary = 72, 6, 2, 64, 48
+    x, delta, norm = rand(1, size), rand(1, size, seed=1), norm_of(rand(size, seed=2))
+    qkv = linear_of(rand((heads + 2 * kv_heads) * dim, size, seed=3) * 0.2)
+    cos_sin, slots = rand(1, rotary, seed=4), torch.tensor([5])
+    kvs = [torch.zeros(2, 7, 4, kv_heads, dim) for _ in range(2)]
+    ropes = [rope_args(kv, cos_sin, slots, heads) for kv in kvs]
+    expected_sum, expected = REFERENCE.norm_qkv(x, delta, norm, qkv, ropes[0])
+    found = kernels(fused_qkv=1, one_row=one_row).norm_qkv(x, delta, norm, qkv, ropes[1])
+    assert fused_calls == {"norm_linear": 1}
+    assert torch.equal(found[0], expected_sum)
+    close(found[1], expected, 3)
+    close(kvs[1], kvs[0], 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -475,7 +507,7 @@ def test_a_model_with_fused_norms_gives_the_same_tokens(
 
 
 def test_results_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    # On some processors NumPy's own sums depend on the number of rows.
+    # On some processors the order of NumPy's sums depends on the number of rows.
     multiply = np.matmul
     monkeypatch.setattr(
         np, "matmul", lambda a, b, dtype: multiply(a, b, dtype=np.float64).astype(dtype)
@@ -494,8 +526,8 @@ def test_results_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> 
         assert torch.equal(alone[0], whole[row])
 
 
-def test_nothing_is_read_from_the_lists_of_a_batch() -> None:
-    """A captured step is replayed with other tensors: only those may matter."""
+def test_attention_does_not_read_the_lists_of_a_batch() -> None:
+    """A captured step is replayed with new tensors and without lists."""
     batch, group, blocks = paged([(1, 9), (5, 7)], None, 8)
     query, kv = rand(6, 4, 32), rand(2, blocks, 8, 2, 32, seed=1)
     spec = AttentionSpec(32**-0.5, None)
@@ -509,10 +541,10 @@ def test_nothing_is_read_from_the_lists_of_a_batch() -> None:
 def test_the_model_of_the_repository_gives_the_same_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """MXFP4 experts, sinks and windows through every kernel; a prompt longer than the window."""
+    """The model has MXFP4 experts, sinks and windows; one prompt is longer than the window."""
     ids = Tokenizer.load(DATA / "model").encode("What is 17 plus 25? What is")
     params = SamplingParams(max_new_tokens=3, ignore_eos=True)
-    # Large tiles are fewer programs, and those are what takes the interpreter its time.
+    # The interpreter's time depends on the number of programs, so the tiles are large.
     large = Tile(16, 128, 128, 4, 1)
     monkeypatch.setattr(expert_kernels, "for_dtype", lambda tile, dtype: large)
     requests = [Request(ids, params, 0), Request(ids[:3], params, 1)]

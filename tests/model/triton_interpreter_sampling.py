@@ -1,6 +1,6 @@
-"""Top-k, top-p and the draw against their reference, in Triton's interpreter.
+"""Compare sampling with top-k and top-p with the reference, in Triton's interpreter.
 
-Not collected by itself, as triton_interpreter.py.
+test_triton.py runs this file, as it runs triton_interpreter.py.
 """
 
 from dataclasses import replace
@@ -18,34 +18,34 @@ from tests.model.test_ops import rand
 REFERENCE, KERNELS = reference(), TritonBackend(CPU, torch.float32)
 
 
-def cut(rows: int, vocab: int, dtype: torch.dtype) -> list[Any]:
-    """Logits with ties, and other arguments of a draw, a random one for each row."""
+def sample_arguments(rows: int, vocab: int, dtype: torch.dtype) -> list[Any]:
+    """Return logits with ties, and random other arguments of `Backend.sample` for each row."""
     logits = rand(rows, vocab, dtype=dtype) * 4
     logits[: rows // 2] = logits[: rows // 2].round()
-    draws = torch.Generator().manual_seed(vocab)
-    heat, top_p = (torch.rand(rows, generator=draws) + x for x in (0.5, 0.01))
-    uniform = torch.rand(rows, dtype=torch.float64, generator=draws)
-    top_k = torch.randint(0, 2 * vocab, (rows,), generator=draws)
-    return [logits, heat, top_k, top_p.clamp(max=1), uniform]
+    generator = torch.Generator().manual_seed(vocab)
+    temperature, top_p = (torch.rand(rows, generator=generator) + x for x in (0.5, 0.01))
+    uniform = torch.rand(rows, dtype=torch.float64, generator=generator)
+    top_k = torch.randint(0, 2 * vocab, (rows,), generator=generator)
+    return [logits, temperature, top_k, top_p.clamp(max=1), uniform]
 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows take several blocks of several parts, the last of them not in full."""
+    """Make rows take several blocks of several parts, the last of which is not full."""
     for name, size in (("_BLOCK", 32), ("_PART", 16)):
         monkeypatch.setattr(sampling, name, size)
 
 
-def draw_both(logits: torch.Tensor, heat: Any, top_k: Any, top_p: Any, uniform: Any) -> None:
-    """Also as if some rows had been without top-k from the start."""
+def compare(logits: torch.Tensor, temperature: Any, top_k: Any, top_p: Any, uniform: Any) -> None:
+    """Compare kernel and reference, with top-k and without."""
     for limit in (None, top_k):
-        expected = REFERENCE.sample(logits, heat, limit, top_p, uniform)
-        assert torch.equal(KERNELS.sample(logits, heat, limit, top_p, uniform), expected)
+        expected = REFERENCE.sample(logits, temperature, limit, top_p, uniform)
+        assert torch.equal(KERNELS.sample(logits, temperature, limit, top_p, uniform), expected)
 
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(
-    ("vocab", "dtype"),  # of a key's bits nothing depends on how many tokens there are
+    ("vocab", "dtype"),  # each width of keys once; their bits do not depend on the vocabulary
     [
         (1, torch.bfloat16),
         (7, torch.float16),
@@ -54,42 +54,44 @@ def draw_both(logits: torch.Tensor, heat: Any, top_k: Any, top_p: Any, uniform: 
         (130, torch.bfloat16),
     ],
 )
-def test_a_draw_is_that_of_the_full_sort(vocab: int, dtype: torch.dtype) -> None:
-    logits, heat, top_k, top_p, uniform = cut(8, vocab, dtype)
+def test_a_sample_equals_that_of_a_full_sort(vocab: int, dtype: torch.dtype) -> None:
+    logits, temperature, top_k, top_p, uniform = sample_arguments(8, vocab, dtype)
     top_k[1], top_k[2], top_k[3], top_k[5] = 1, 0, 3 * vocab, min(3, vocab)
     top_p[2], top_p[3], top_p[4] = 1, 0.001, 1
     uniform[3:5] = torch.tensor([0, 1 - 2.0**-53])
-    logits[4] /= 4  # so that the last is no less than what counts as nothing
+    logits[4] /= 4  # so that no probability is below the smallest one that is counted
     logits[6, 1:] = float("-inf")
-    draw_both(logits, heat, top_k, top_p, uniform)
+    compare(logits, temperature, top_k, top_p, uniform)
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_of_equal_logits_the_first_are_kept_and_drawn() -> None:
+def test_of_equal_logits_the_first_are_kept_and_sampled() -> None:
     logits = torch.zeros(4, 40)
     logits[1] = -0.0
     logits[1, ::2] = 0.0
     logits[2, 3::4] = 1.0
     logits[3] = float("-inf")
     logits[3, [8, 30]] = 2.0
-    heat, uniform = torch.ones(4), torch.tensor([0.999, 0.37, 0.62, 0.5]).double()
-    draw_both(logits, heat, torch.tensor([5, 0, 17, 1]), torch.tensor([1, 0.5, 0.9, 1]), uniform)
+    temperature, uniform = torch.ones(4), torch.tensor([0.999, 0.37, 0.62, 0.5]).double()
+    compare(
+        logits, temperature, torch.tensor([5, 0, 17, 1]), torch.tensor([1, 0.5, 0.9, 1]), uniform
+    )
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_draws_follow_what_top_k_and_top_p_leave() -> None:
+def test_samples_follow_the_distribution_that_top_k_and_top_p_leave() -> None:
     rows, logits = 20, torch.tensor([0.0, 2.0, 1.0, 1.5, -1.0, 0.5]).bfloat16()
-    # Uniform numbers at equal distances: counts are off by one at most.
+    # Uniform numbers at equal distances, so counts differ by at most one.
     uniform = (torch.arange(rows).double() + 0.5) / rows
     arguments = (torch.ones(rows), torch.full((rows,), 4), torch.full((rows,), 0.85), uniform)
     counts = KERNELS.sample(logits.expand(rows, -1), *arguments).bincount(minlength=6)
-    # 0.85 of the first four needs three of them, of all six it would need four.
+    # Three of the four that top-k keeps reach 0.85; of all six it would take four.
     kept = logits.exp() * torch.tensor([0, 1, 1, 1, 0, 0])
     assert (counts - rows * kept / kept.sum()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("top_k", [None, torch.tensor([0, 3, 3])])
-def test_rows_of_nan_and_of_minus_infinity_give_tokens_that_exist(top_k: Any) -> None:
+def test_rows_of_nan_and_of_minus_infinity_give_valid_tokens(top_k: Any) -> None:
     logits = torch.full((3, 70), float("nan"))
     logits[1] = float("-inf")
     logits[2, 5] = 1.0
@@ -98,13 +100,13 @@ def test_rows_of_nan_and_of_minus_infinity_give_tokens_that_exist(top_k: Any) ->
     )
     assert found.min() >= 0
     assert found.max() < 70
-    assert found[2] == 5  # of numbers and NaN, a number
+    assert found[2] == 5  # a number is preferred to NaN
 
 
 @pytest.mark.usefixtures("small_blocks")
 def test_a_sample_does_not_depend_on_how_rows_are_split() -> None:
-    logits, *rest = cut(4, 130, torch.bfloat16)
-    logits[:2] = logits[:2].clamp(max=2)  # many equal ones, in every part of a row
+    logits, *rest = sample_arguments(4, 130, torch.bfloat16)
+    logits[:2] = logits[:2].clamp(max=2)  # many equal logits in every part of a row
     tokens = []
     for count in (1, 3, 64):
         ops = TritonBackend(CPU, logits.dtype, replace(target_of(CPU), processors=count))

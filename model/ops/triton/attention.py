@@ -1,8 +1,8 @@
-"""Attention over paged KV: single tokens with the KV split over programs, chunks of many tokens.
+"""Attention over paged KV: single tokens with the KV split over programs, and chunks of tokens.
 
-A program serves all query heads of one KV head, so that keys and values are read once for them:
-its rows are (query, head of the group) pairs. Lengths, starts and block tables come from tensors
-only; grids depend on numbers of rows and widths, so a captured launch fits every later step.
+A program computes all query heads of one KV head, so that it reads keys and values once for all of
+them: its rows are (query, head of the group) pairs. Lengths, offsets and block tables are read from
+tensors, and grids depend only on shapes, so a captured launch is valid for every later step.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from model.ops.triton.tiles import Target, Tile, for_dtype
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _MAX_SPLITS = 32
-_LEAST_TILES = 4  # of a window in a part: parts take a second launch to put together
+_MIN_TILES = 4  # KV tiles of a window in each split, since splits need a second launch
 
 
 @triton.jit
@@ -31,10 +31,10 @@ def _attend(
     position,
     kv_ptr,
     value_offset,
-    table_ptr,
+    block_table_ptr,
     kv_head,
     first,
-    sure,
+    unmasked,
     last,
     CAUSAL: tl.constexpr,
     SCALE: tl.constexpr,
@@ -48,51 +48,52 @@ def _attend(
 ):
     """Online softmax of rows (query [rows, BLOCK_D], position [rows]) over keys [first, last).
 
-    Carries the scores' maximum (base 2), the sum of shares and the mixed values. CAUSAL: rows may
-    not see all of these keys, by position and WINDOW; without one, those before `sure`, a whole
-    number of tiles, are seen by every row. (In two loops, one that masks and one that does not,
-    Hopper's products wait for each other: the sums are in the same registers.)
+    Updates the maximum of the scores (base 2), the sum of their exponentials and the weighted sum
+    of values. CAUSAL: keys are masked by position and WINDOW. Without a window all rows attend to
+    all keys before `unmasked`, a multiple of BLOCK_N, so those need no mask. (With a second loop
+    for them Hopper's matrix products would wait for each other, because both loops accumulate in
+    the same registers.)
     """
     dim = tl.arange(0, BLOCK_D)
     for start in tl.range(first, last, BLOCK_N):
         at = start + tl.arange(0, BLOCK_N)
-        block = tl.load(table_ptr + at // BLOCK_SIZE, at < last, other=0)
+        block = tl.load(block_table_ptr + at // BLOCK_SIZE, at < last, other=0)
         slot = block.to(tl.int64) * BLOCK_SIZE + at % BLOCK_SIZE
         source = kv_ptr + (slot * KV_HEADS + kv_head)[:, None] * DIM + dim[None, :]
         if BLOCK_D == DIM:
             key = tl.load(source)
         else:
             key = tl.load(source, (dim < DIM)[None, :], other=0.0)
-        # What lies outside may be anything, NaN included. Of keys that only makes scores, which are
-        # replaced; but a share of 0 times NaN is NaN: zeros are loaded there.
+        # Slots outside the context may hold anything, also NaN. The scores of such keys are
+        # replaced, but a probability of 0 times a value of NaN is NaN, so values are zeroed.
         inside = (at < last)[:, None] & (dim < DIM)[None, :]
         value = tl.load(source + value_offset, inside, other=0.0)
         scores = tl.dot(query, key.T, input_precision=PRECISION) * (SCALE * _LOG2E)
         if CAUSAL and WINDOW is None:
-            if start >= sure:
-                seen = (at < last)[None, :] & (position[:, None] >= at[None, :])
-                scores = tl.where(seen, scores, float("-inf"))
+            if start >= unmasked:
+                mask = (at < last)[None, :] & (position[:, None] >= at[None, :])
+                scores = tl.where(mask, scores, float("-inf"))
         else:
-            seen = (at < last)[None, :]
+            mask = (at < last)[None, :]
             if CAUSAL:
                 age = position[:, None] - at[None, :]
-                seen = seen & (age >= 0) & (age < WINDOW)
-            scores = tl.where(seen, scores, float("-inf"))
+                mask = mask & (age >= 0) & (age < WINDOW)
+            scores = tl.where(mask, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
-        # A row that has seen nothing yet has no maximum to subtract.
+        # A row without unmasked keys so far has no maximum to subtract.
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        shares = tl.exp2(scores - base[:, None])
+        probs = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(top - base)
-        total = total * shrink + tl.sum(shares, 1)
+        total = total * shrink + tl.sum(probs, 1)
         mixed = mixed * shrink[:, None]
-        mixed = tl.dot(shares.to(value.dtype), value, mixed, input_precision=PRECISION)
+        mixed = tl.dot(probs.to(value.dtype), value, mixed, input_precision=PRECISION)
         top = higher
     return top, total, mixed
 
 
 @triton.jit
 def _with_sink(top, total, mixed, sink):
-    """Add one more column of the softmax, whose value is zero, and divide by the sum of shares."""
+    """Add the sink, a column of the softmax whose value is zero, and normalise."""
     higher = tl.maximum(top, sink)
     shrink = tl.exp2(top - higher)
     total = total * shrink + tl.exp2(sink - higher)
@@ -100,13 +101,13 @@ def _with_sink(top, total, mixed, sink):
 
 
 @triton.jit(do_not_specialize=["table_stride"])
-def _decode(
+def _decode_attention(
     query_ptr,
     kv_ptr,
     value_offset: tl.int64,
-    table_ptr,
+    block_table_ptr,
     table_stride,
-    seen_ptr,
+    context_lens_ptr,
     sinks_ptr,
     out_ptr,
     mixed_ptr,
@@ -125,11 +126,11 @@ def _decode(
     PRECISION: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
-    """One token's group of heads over a part of its KV; grid (KV_HEADS, rows, splits).
+    """Attend with one token's group of heads to a split of its KV; grid (KV_HEADS, rows, splits).
 
-    query, out [rows, heads, DIM], seen int32 [rows]. With one split out is final; with more
-    (SPLIT), mixed float32 [rows, heads, splits, DIM] and stats float32 [2, rows, heads, splits]
-    (maximum in base 2, sum of shares) are left for `_combine`.
+    query, out [rows, heads, DIM], context_lens int32 [rows]. A single split writes out. Several
+    (SPLIT) write mixed float32 [rows, heads, splits, DIM] and stats float32 [2, rows, heads,
+    splits] (maximum of the scores in base 2, sum of exponentials) for `_combine_splits`.
     """
     wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     kv_head, row, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -137,22 +138,22 @@ def _decode(
     member = tl.arange(0, BLOCK_M)
     head = kv_head * GROUP + member
     dim = tl.arange(0, BLOCK_D)
-    ours = (member < GROUP)[:, None] & (dim < DIM)[None, :]
+    mask = (member < GROUP)[:, None] & (dim < DIM)[None, :]
     place = (row * (KV_HEADS * GROUP) + head)[:, None] * DIM + dim[None, :]
-    query = tl.load(query_ptr + place, ours, other=0.0)
+    query = tl.load(query_ptr + place, mask, other=0.0)
 
-    seen = tl.load(seen_ptr + row)
-    begin = 0 if WINDOW is None else tl.maximum(seen - WINDOW, 0)
-    share = tl.cdiv(tl.cdiv(seen - begin, splits), BLOCK_N) * BLOCK_N
-    first = begin + split * share
-    last = tl.minimum(first + share, seen)
+    context_len = tl.load(context_lens_ptr + row)
+    begin = 0 if WINDOW is None else tl.maximum(context_len - WINDOW, 0)
+    split_len = tl.cdiv(tl.cdiv(context_len - begin, splits), BLOCK_N) * BLOCK_N
+    first = begin + split * split_len
+    last = tl.minimum(first + split_len, context_len)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     mixed = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     top, total, mixed = _attend(
-        top, total, mixed, query, seen, kv_ptr, value_offset, table_ptr + row * table_stride,
-        kv_head, first, last, last, False, SCALE, WINDOW, KV_HEADS, DIM, BLOCK_D, BLOCK_SIZE,
-        BLOCK_N, PRECISION,
+        top, total, mixed, query, context_len, kv_ptr, value_offset,
+        block_table_ptr + row * table_stride, kv_head, first, last, last, False,
+        SCALE, WINDOW, KV_HEADS, DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N, PRECISION,
     )  # fmt: skip
     if not SPLIT:
         if SINKS:
@@ -160,17 +161,17 @@ def _decode(
             mixed = _with_sink(top, total, mixed, sink)
         else:
             mixed = mixed / tl.where(total == 0, 1.0, total)[:, None]
-        tl.store(out_ptr + place, mixed.to(query.dtype), ours)
+        tl.store(out_ptr + place, mixed.to(query.dtype), mask)
     else:
         place = (row * (KV_HEADS * GROUP) + head) * splits + split
-        tl.store(mixed_ptr + place[:, None] * DIM + dim[None, :], mixed, ours)
+        tl.store(mixed_ptr + place[:, None] * DIM + dim[None, :], mixed, mask)
         tl.store(stats_ptr + place, top, member < GROUP)
         sums = stats_ptr + rows.to(tl.int64) * (KV_HEADS * GROUP) * splits
         tl.store(sums + place, total, member < GROUP)
 
 
 @triton.jit(do_not_specialize=["splits"])
-def _combine(
+def _combine_splits(
     mixed_ptr,
     stats_ptr,
     sinks_ptr,
@@ -183,18 +184,18 @@ def _combine(
     SINKS: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
-    """The splits of one head put together, its sink added once; grid (HEADS, rows)."""
+    """Combine the splits of one head and add its sink once; grid (HEADS, rows)."""
     wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     rows = tl.num_programs(1)
     split = tl.arange(0, BLOCK_S)
     dim = tl.arange(0, BLOCK_D)
-    there = split < splits
+    is_split = split < splits
     place = (row * HEADS + head) * splits + split
-    top = tl.load(stats_ptr + place, there, other=float("-inf"))
-    total = tl.load(stats_ptr + rows.to(tl.int64) * HEADS * splits + place, there, other=0.0)
+    top = tl.load(stats_ptr + place, is_split, other=float("-inf"))
+    total = tl.load(stats_ptr + rows.to(tl.int64) * HEADS * splits + place, is_split, other=0.0)
     source = mixed_ptr + place[:, None] * DIM + dim[None, :]
-    mixed = tl.load(source, there[:, None] & (dim < DIM)[None, :], other=0.0)
+    mixed = tl.load(source, is_split[:, None] & (dim < DIM)[None, :], other=0.0)
     highest = tl.max(top, 0)
     if SINKS:
         sink = tl.load(sinks_ptr + head).to(tl.float32) * _LOG2E
@@ -210,14 +211,14 @@ def _combine(
 
 
 @triton.jit(do_not_specialize=["table_stride", "singles", "sequences"])
-def _prefill(
+def _prefill_attention(
     query_ptr,
     kv_ptr,
     value_offset: tl.int64,
-    table_ptr,
+    block_table_ptr,
     table_stride,
-    starts_ptr,
-    seen_ptr,
+    cu_seqlens_q_ptr,
+    context_lens_ptr,
     sinks_ptr,
     out_ptr,
     singles,
@@ -235,11 +236,12 @@ def _prefill(
     PRECISION: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
-    """A tile of one sequence's queries over its KV; grid (KV_HEADS, tiles).
+    """Attend with a tile of one sequence's queries to its KV; grid (KV_HEADS, tiles).
 
-    Sequences [singles, sequences) are served, one tile more than their queries fill being kept
-    for each: sequence s begins with tile (its first query / queries a tile) + s, so that a tile
-    finds its sequence by bisection. starts int32 [sequences + 1], seen int32 [sequences].
+    Sequences [singles, sequences) are computed. The grid has one tile more for each than its
+    queries may fill: sequence s starts at tile (its first query / queries a tile) + s, so that a
+    program finds its sequence by bisection. cu_seqlens_q int32 [sequences + 1], context_lens int32
+    [sequences].
     """
     wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     QUERIES: tl.constexpr = BLOCK_M // GROUP
@@ -247,28 +249,28 @@ def _prefill(
     low, high = singles, sequences
     while high - low > 1:
         middle = (low + high) // 2
-        begins = (tl.load(starts_ptr + middle) - singles) // QUERIES + middle - singles
-        if begins <= tile:
+        first_tile = (tl.load(cu_seqlens_q_ptr + middle) - singles) // QUERIES + middle - singles
+        if first_tile <= tile:
             low = middle
         else:
             high = middle
-    start = tl.load(starts_ptr + low)
-    count = tl.load(starts_ptr + low + 1) - start
+    start = tl.load(cu_seqlens_q_ptr + low)
+    count = tl.load(cu_seqlens_q_ptr + low + 1) - start
     skipped = (tile - ((start - singles) // QUERIES + low - singles)) * QUERIES
     if skipped >= count:
         return
 
     member = tl.arange(0, BLOCK_M)
-    turn = skipped + member // GROUP
+    index = skipped + member // GROUP
     head = kv_head * GROUP + member % GROUP
     dim = tl.arange(0, BLOCK_D)
-    row_ours = (member < QUERIES * GROUP) & (turn < count)
-    ours = row_ours[:, None] & (dim < DIM)[None, :]
-    place = ((start + turn).to(tl.int64) * (KV_HEADS * GROUP) + head)[:, None] * DIM + dim[None, :]
-    query = tl.load(query_ptr + place, ours, other=0.0)
+    is_row = (member < QUERIES * GROUP) & (index < count)
+    mask = is_row[:, None] & (dim < DIM)[None, :]
+    place = ((start + index).to(tl.int64) * (KV_HEADS * GROUP) + head)[:, None] * DIM + dim[None, :]
+    query = tl.load(query_ptr + place, mask, other=0.0)
 
-    before = tl.load(seen_ptr + low) - count
-    position = before + turn
+    before = tl.load(context_lens_ptr + low) - count
+    position = before + index
     first = 0
     if WINDOW is not None:
         first = tl.maximum(before + skipped - WINDOW + 1, 0)
@@ -276,18 +278,18 @@ def _prefill(
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     mixed = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    table_ptr += low.to(tl.int64) * table_stride
-    sure = (before + skipped + 1) // BLOCK_N * BLOCK_N  # the first query sees itself
+    block_table_ptr += low.to(tl.int64) * table_stride
+    unmasked = (before + skipped + 1) // BLOCK_N * BLOCK_N  # the first query attends to itself
     top, total, mixed = _attend(
-        top, total, mixed, query, position, kv_ptr, value_offset, table_ptr, kv_head, first, sure,
-        last, True, SCALE, WINDOW, KV_HEADS, DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N, PRECISION,
+        top, total, mixed, query, position, kv_ptr, value_offset, block_table_ptr, kv_head, first,
+        unmasked, last, True, SCALE, WINDOW, KV_HEADS, DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N, PRECISION,
     )  # fmt: skip
     if SINKS:
         sink = tl.load(sinks_ptr + head).to(tl.float32) * _LOG2E
         mixed = _with_sink(top, total, mixed, sink)
     else:
         mixed = mixed / tl.where(total == 0, 1.0, total)[:, None]
-    tl.store(out_ptr + place, mixed.to(query.dtype), ours)
+    tl.store(out_ptr + place, mixed.to(query.dtype), mask)
 
 
 @dataclass(frozen=True)
@@ -352,7 +354,7 @@ def splits_of(rows: int, kv_heads: int, window: int | None, tile: Tile, processo
     """
     most = min(_MAX_SPLITS, 2 * processors // (rows * kv_heads))
     if window is not None:
-        most = min(most, triton.cdiv(window, _LEAST_TILES * tile.n))
+        most = min(most, triton.cdiv(window, _MIN_TILES * tile.n))
     return 1 << max(0, most.bit_length() - 1)
 
 
@@ -367,7 +369,7 @@ def _attend_single_tokens(call: _Call, out: torch.Tensor) -> None:
     if splits > 1:
         mixed = query.new_empty(rows, heads, splits, dim, dtype=torch.float32)
         stats = query.new_empty(2, rows, heads, splits, dtype=torch.float32)
-    _decode[(kv_heads, rows, splits)](
+    _decode_attention[(kv_heads, rows, splits)](
         query,
         kv,
         kv.stride(0),
@@ -386,7 +388,7 @@ def _attend_single_tokens(call: _Call, out: torch.Tensor) -> None:
         **target.launch_options,
     )
     if splits > 1:
-        _combine[(heads, rows)](
+        _combine_splits[(heads, rows)](
             mixed,
             stats,
             call.sinks_or_any,
@@ -411,7 +413,7 @@ def _attend_chunks(call: _Call, out: torch.Tensor) -> None:
     tile = for_dtype(tile, query.dtype)
     height = max(tile.m, triton.next_power_of_2(group))
     blocks = (query.shape[0] - singles) // (height // group) + sequences - singles
-    _prefill[(kv_heads, blocks)](
+    _prefill_attention[(kv_heads, blocks)](
         query,
         kv,
         kv.stride(0),

@@ -1,7 +1,7 @@
-"""The operations as Triton kernels, one source for NVIDIA and AMD: torch's device type "cuda".
+"""TritonBackend: the operations as Triton kernels, one source for NVIDIA's and AMD's GPUs.
 
-Matrix products of dense layers stay with torch (cuBLAS, hipBLASLt) except for few rows, so dense
-weights stay as they are; the kernels of experts take theirs stacked, and MXFP4 packed.
+Dense linear layers are computed by torch (cuBLAS, hipBLASLt) except for few rows, so dense weights
+keep torch's layout.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ from model.ops.triton.attention import attention
 from model.ops.triton.experts import experts as grouped_experts
 from model.ops.triton.fused import norm_mlp, norm_qkv
 from model.ops.triton.linear import linear as few_rows_linear
-from model.ops.triton.mxfp4 import dense_stack, pack
+from model.ops.triton.mxfp4 import dense_weights, pack
 from model.ops.triton.norm import activate, add_rms_norm
 from model.ops.triton.rotary import rotate_and_write
 from model.ops.triton.route import route
@@ -33,32 +33,35 @@ from model.ops.triton.tiles import Target, target_of
 
 
 class TritonBackend(Backend):
-    """Triton kernels, and fused ones for as many rows as `Tiles` says they are faster for."""
+    """Triton kernels; fused ones for up to the number of rows for which they are faster.
+
+    target: the device that kernels are launched for; by default the backend's device.
+    """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, target: Target | None = None):
         super().__init__(device, dtype)
         self.target = target_of(device) if target is None else target
 
     def pack_experts(self, weights: Any) -> Any:
-        """As Backend.pack_experts: stacked, as they are."""
-        return dense_stack(weights)
+        """As `Backend.pack_experts`: dense weights stay as they are."""
+        return dense_weights(weights)
 
     def pack_mxfp4(self, weights: Any) -> Any:
-        """As Backend.pack_mxfp4: packed in words; dense where a scale is out of range."""
+        """As `Backend.pack_mxfp4`: packed in words, or dense if a scale is out of range."""
         return pack(weights, self.dtype)
 
     def linear(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
-        """As Backend.linear."""
+        """As `Backend.linear`."""
         return few_rows_linear(x, linear, self.target)
 
     def add_rms_norm(
         self, x: torch.Tensor, delta: torch.Tensor | None, norm: Norm
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As Backend.add_rms_norm."""
+        """As `Backend.add_rms_norm`."""
         return add_rms_norm(x, delta, norm, self.target)
 
     def _fuses(self, x: torch.Tensor, most_rows: int) -> bool:
-        """Whether a fused kernel takes x: a float16 row may overflow before it is normalised."""
+        """Whether to fuse; not in float16, whose products may overflow before they are scaled."""
         return 0 < len(x) <= most_rows and x.dtype != torch.float16
 
     def norm_qkv(
@@ -69,8 +72,8 @@ class TritonBackend(Backend):
         qkv: Linear,
         rope: RopeArgs,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As Backend.norm_qkv, fused for few rows."""
-        if self._fuses(x, self.target.tiles.fused_qkv) and _rotates_whole_heads(rope):
+        """As `Backend.norm_qkv`, fused for few rows."""
+        if self._fuses(x, self.target.tiles.fused_qkv):
             return norm_qkv(x, delta, norm, qkv, rope, self.target)
         return super().norm_qkv(x, delta, norm, qkv, rope)
 
@@ -83,7 +86,7 @@ class TritonBackend(Backend):
         down: Linear,
         activation: Activation,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As Backend.norm_mlp, fused for few rows."""
+        """As `Backend.norm_mlp`, fused for few rows."""
         tiles = self.target.tiles
         has_bias = gate_up.has_bias or down.has_bias
         most_rows = max(tiles.fused_gate_up, 0 if has_bias else tiles.fused_mlp)
@@ -92,10 +95,8 @@ class TritonBackend(Backend):
         return super().norm_mlp(x, delta, norm, gate_up, down, activation)
 
     def rotate_and_write(self, qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:
-        """As Backend.rotate_and_write."""
-        if _rotates_whole_heads(rope):
-            return rotate_and_write(qkv, rope, self.target)
-        return super().rotate_and_write(qkv, rope)
+        """As `Backend.rotate_and_write`."""
+        return rotate_and_write(qkv, rope, self.target)
 
     def attention(
         self,
@@ -106,15 +107,15 @@ class TritonBackend(Backend):
         spec: AttentionSpec,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As Backend.attention."""
+        """As `Backend.attention`."""
         return attention(query, kv, batch, group, spec, sinks, self.target)
 
     def activate(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
-        """As Backend.activate."""
+        """As `Backend.activate`."""
         return activate(gate_up, activation, self.target)
 
     def route(self, logits: torch.Tensor, router: RouterSpec) -> tuple[torch.Tensor, torch.Tensor]:
-        """As Backend.route."""
+        """As `Backend.route`."""
         return route(logits, router, self.target)
 
     def experts(
@@ -126,7 +127,7 @@ class TritonBackend(Backend):
         activation: Activation,
         shard: ExpertShard = ExpertShard(),  # noqa: B008 - immutable
     ) -> torch.Tensor:
-        """As Backend.experts."""
+        """As `Backend.experts`."""
         return grouped_experts(x, chosen, weights, experts, activation, shard, self.target)
 
     def sample(
@@ -137,9 +138,5 @@ class TritonBackend(Backend):
         top_p: torch.Tensor,
         uniform: torch.Tensor,
     ) -> torch.Tensor:
-        """As Backend.sample."""
+        """As `Backend.sample`."""
         return sample(logits, temperature, top_k, top_p, uniform, self.target)
-
-
-def _rotates_whole_heads(rope: RopeArgs) -> bool:
-    return rope.cos_sin.shape[1] == rope.heads.head_dim

@@ -1,7 +1,7 @@
 """Mixture-of-experts MLP as two grouped matrix products over rows sorted by expert.
 
-Outputs are the rows of a tile and tokens its columns: at decode a few tokens then fill the short
-side of the matrix instruction, and weights unpacked from MXFP4 go into it from registers.
+A tile has outputs as its rows and tokens as its columns. At decode the few tokens then fill the
+short side of the matrix instruction, which takes weights unpacked from MXFP4 from registers.
 """
 
 from typing import Any
@@ -12,33 +12,35 @@ import triton.language as tl
 
 from model.ops.specs import Activation, Experts, ExpertShard
 from model.ops.triton.mxfp4 import unpack
-from model.ops.triton.norm import gated
+from model.ops.triton.norm import swiglu
 from model.ops.triton.programmatic_launch import wait_for_previous_kernel
-from model.ops.triton.sort_by_expert import group_by_expert
+from model.ops.triton.sort_by_expert import sort_by_expert
 from model.ops.triton.tiles import Target, Tile, for_dtype
 
 
 @triton.jit
-def _find(starts_ptr, block, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Which expert's rows row block `block` holds → (expert, first row, end of its rows).
+def _find_row_block(
+    expert_starts_ptr, block, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """Find the rows of row block `block` → (expert, first row, end of the expert's rows).
 
-    Every expert's rows fill whole blocks; behind the last one the expert is EXPERTS.
+    Each expert's rows start a new block; after the last block the expert is EXPERTS.
     """
     expert = tl.arange(0, BLOCK_E)
-    start = tl.load(starts_ptr + expert, expert < EXPERTS, other=0)
-    end = tl.load(starts_ptr + expert + 1, expert < EXPERTS, other=0)
+    start = tl.load(expert_starts_ptr + expert, expert < EXPERTS, other=0)
+    end = tl.load(expert_starts_ptr + expert + 1, expert < EXPERTS, other=0)
     blocks = (end - start + BLOCK_M - 1) // BLOCK_M
-    upto = tl.cumsum(blocks, 0)
-    found = tl.sum(((upto <= block) & (expert < EXPERTS)).to(tl.int32), 0)
+    cumulative = tl.cumsum(blocks, 0)
+    found = tl.sum(((cumulative <= block) & (expert < EXPERTS)).to(tl.int32), 0)
     before = tl.sum(tl.where(expert < found, blocks, 0), 0)
     inside = found < EXPERTS
-    first = tl.load(starts_ptr + found, inside, other=0) + (block - before) * BLOCK_M
-    end = tl.load(starts_ptr + found + 1, inside, other=0)
+    first = tl.load(expert_starts_ptr + found, inside, other=0) + (block - before) * BLOCK_M
+    end = tl.load(expert_starts_ptr + found + 1, inside, other=0)
     return found, first, end
 
 
 @triton.jit
-def _weights(
+def _load_weights(
     weight_ptr,
     scale_ptr,
     out,
@@ -51,33 +53,33 @@ def _weights(
     VENDOR: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Rows `out` [BLOCK_N] and columns [k, k + BLOCK_K) of a weight [OUT, IN], plain or as words.
+    """Load rows `out` [BLOCK_N] and columns [k, k + BLOCK_K) of a weight [OUT, IN].
 
-    Of words the scales of one column follow each other, SCALE_ROW to the next; BLOCK_K is 32, 64
-    or 128, so that a row has one word of them.
+    PACKED: the weight is MXFP4 in words. The words with scales of the same columns are contiguous,
+    SCALE_ROW of them; BLOCK_K is 32, 64 or 128, so that a row needs one of them.
     """
     whole: tl.constexpr = IN % BLOCK_K == 0
     row = out[:, None].to(tl.int64)
     inside = (out < OUT)[:, None]
     if PACKED:
         at = k // 8 + tl.arange(0, BLOCK_K // 8)
-        kept = inside if whole else inside & (at < IN // 8)[None, :]
-        words = tl.load(weight_ptr + row * (IN // 8) + at[None, :], kept, other=0)
+        mask = inside if whole else inside & (at < IN // 8)[None, :]
+        words = tl.load(weight_ptr + row * (IN // 8) + at[None, :], mask, other=0)
         scales = tl.load(scale_ptr + k // 128 * SCALE_ROW + out, out < OUT, other=0)
         return unpack(words, scales, k // 32 % 4, VENDOR, DTYPE)
-    else:  # not after it: the compiler would see both returns
+    else:  # after an `if` without `else` the compiler would see both returns
         at = k + tl.arange(0, BLOCK_K)
-        kept = inside if whole else inside & (at < IN)[None, :]
-        return tl.load(weight_ptr + row * IN + at[None, :], kept, other=0.0)
+        mask = inside if whole else inside & (at < IN)[None, :]
+        return tl.load(weight_ptr + row * IN + at[None, :], mask, other=0.0)
 
 
 @triton.jit
-def _multiplied(w, x, total, PACKED: tl.constexpr, VENDOR: tl.constexpr):
-    """total + w · x, ended before what comes next if w was unpacked on NVIDIA's GPUs.
+def _multiply(w, x, total, PACKED: tl.constexpr, VENDOR: tl.constexpr):
+    """Return total + w · x; if w was unpacked on an NVIDIA GPU, wait until it is computed.
 
-    Hopper multiplies while a program goes on, and w then is in registers: compilers have put the
-    next weights into them too early (triton-lang/triton#9433). They wait where something, if it is
-    nothing, is done with the sum.
+    Hopper's matrix products are asynchronous and read w from registers, which compilers have
+    overwritten with the next weights too early (triton-lang/triton#9433). They wait for the product
+    where the sum is used, and an empty instruction counts as a use.
     """
     total = tl.dot(w, x, total, input_precision="ieee")
     if PACKED and VENDOR == "nvidia":
@@ -111,7 +113,7 @@ def _gate_up_rows(
     ALPHA: tl.constexpr,
     VENDOR: tl.constexpr,
 ):
-    """Columns `out` of BLOCK_M rows of `expert` from `first` on, as `_gate_up`."""
+    """Compute columns `out` of BLOCK_M rows from `first` on, for `_experts_gate_up`."""
     row = first + tl.arange(0, BLOCK_M)
     token = tl.load(order_ptr + row, row < end, other=0) // TOP_K
     dtype = x_ptr.dtype.element_ty
@@ -124,35 +126,35 @@ def _gate_up_rows(
     up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for k in tl.range(0, HIDDEN, BLOCK_K):
         at = k + tl.arange(0, BLOCK_K)
-        kept = (row < end)[:, None]
+        mask = (row < end)[:, None]
         if HIDDEN % BLOCK_K != 0:
-            kept = kept & (at < HIDDEN)[None, :]
-        x = tl.load(source + at[None, :], kept, other=0.0).T
-        w = _weights(
+            mask = mask & (at < HIDDEN)[None, :]
+        x = tl.load(source + at[None, :], mask, other=0.0).T
+        w = _load_weights(
             weight_ptr, scale_ptr, out, k, SIZE, HIDDEN, ROW, BLOCK_K, PACKED, VENDOR, dtype
         )
-        gate = _multiplied(w, x, gate, PACKED, VENDOR)
-        w = _weights(
+        gate = _multiply(w, x, gate, PACKED, VENDOR)
+        w = _load_weights(
             up_ptr, scale_ptr + SIZE, out, k, SIZE, HIDDEN, ROW, BLOCK_K, PACKED, VENDOR, dtype
         )
-        up = _multiplied(w, x, up, PACKED, VENDOR)
+        up = _multiply(w, x, up, PACKED, VENDOR)
     if BIAS:
         bias_ptr += expert * (2 * SIZE) + out
         gate += tl.load(bias_ptr, out < SIZE, other=0.0).to(tl.float32)[:, None]
         up += tl.load(bias_ptr + SIZE, out < SIZE, other=0.0).to(tl.float32)[:, None]
     target = out_ptr + row[None, :].to(tl.int64) * SIZE + out[:, None]
-    kept = (row < end)[None, :] & (out < SIZE)[:, None]
-    tl.store(target, gated(gate, up, LIMIT, ALPHA).to(dtype), kept)
+    mask = (row < end)[None, :] & (out < SIZE)[:, None]
+    tl.store(target, swiglu(gate, up, LIMIT, ALPHA).to(dtype), mask)
 
 
 @triton.jit
-def _gate_up(
+def _experts_gate_up(
     x_ptr,
     weight_ptr,
     scale_ptr,
     bias_ptr,
     order_ptr,
-    starts_ptr,
+    expert_starts_ptr,
     out_ptr,
     TOP_K: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -170,14 +172,16 @@ def _gate_up(
     VENDOR: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
-    """SwiGLU of gate and up of a tile; grid (⌈SIZE / BLOCK_N⌉, row blocks).
+    """Gate and up projection and SwiGLU of a tile; grid (⌈SIZE / BLOCK_N⌉, row blocks).
 
     x [tokens, HIDDEN], weight [EXPERTS, 2 · SIZE, HIDDEN] (gate rows first) and its scales, bias
-    [EXPERTS, 2 · SIZE], order and starts as in `grouping` → out [pairs by expert, SIZE]. What is
-    left of an expert's rows is a tile of SHORT of them, if they fit.
+    [EXPERTS, 2 · SIZE], order and expert_starts from `sort_by_expert` → out [sorted pairs, SIZE].
+    The last rows of an expert use a tile of SHORT rows if they fit into it.
     """
     wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
-    expert, first, end = _find(starts_ptr, tl.program_id(1), EXPERTS, BLOCK_E, BLOCK_M)
+    expert, first, end = _find_row_block(
+        expert_starts_ptr, tl.program_id(1), EXPERTS, BLOCK_E, BLOCK_M
+    )
     if expert >= EXPERTS:
         return
     out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -199,7 +203,7 @@ def _down_rows(
     weight_ptr,
     scale_ptr,
     bias_ptr,
-    shares_ptr,
+    router_weights_ptr,
     order_ptr,
     out_ptr,
     expert,
@@ -215,7 +219,7 @@ def _down_rows(
     BIAS: tl.constexpr,
     VENDOR: tl.constexpr,
 ):
-    """Columns `out` of BLOCK_M rows of `expert` from `first` on, as `_down`."""
+    """Compute columns `out` of BLOCK_M rows from `first` on, for `_experts_down`."""
     row = first + tl.arange(0, BLOCK_M)
     dtype = x_ptr.dtype.element_ty
     source = x_ptr + row[:, None].to(tl.int64) * SIZE
@@ -224,32 +228,32 @@ def _down_rows(
     mixed = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for k in tl.range(0, SIZE, BLOCK_K):
         at = k + tl.arange(0, BLOCK_K)
-        kept = (row < end)[:, None]
+        mask = (row < end)[:, None]
         if SIZE % BLOCK_K != 0:
-            kept = kept & (at < SIZE)[None, :]
-        x = tl.load(source + at[None, :], kept, other=0.0).T
-        w = _weights(
+            mask = mask & (at < SIZE)[None, :]
+        x = tl.load(source + at[None, :], mask, other=0.0).T
+        w = _load_weights(
             weight_ptr, scale_ptr, out, k, HIDDEN, SIZE, HIDDEN, BLOCK_K, PACKED, VENDOR, dtype
         )
-        mixed = _multiplied(w, x, mixed, PACKED, VENDOR)
+        mixed = _multiply(w, x, mixed, PACKED, VENDOR)
     if BIAS:
         bias = tl.load(bias_ptr + expert * HIDDEN + out, out < HIDDEN, other=0.0)
         mixed += bias.to(tl.float32)[:, None]
     pair = tl.load(order_ptr + row, row < end, other=0)
-    mixed *= tl.load(shares_ptr + pair, row < end, other=0.0)[None, :]
+    mixed *= tl.load(router_weights_ptr + pair, row < end, other=0.0)[None, :]
     target = out_ptr + pair[None, :].to(tl.int64) * HIDDEN + out[:, None]
     tl.store(target, mixed.to(dtype), (row < end)[None, :] & (out < HIDDEN)[:, None])
 
 
 @triton.jit
-def _down(
+def _experts_down(
     x_ptr,
     weight_ptr,
     scale_ptr,
     bias_ptr,
-    shares_ptr,
+    router_weights_ptr,
     order_ptr,
-    starts_ptr,
+    expert_starts_ptr,
     out_ptr,
     EXPERTS: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -266,29 +270,31 @@ def _down(
 ):
     """Down projection of a tile, times the router's weights; grid (⌈HIDDEN / BLOCK_N⌉, row blocks).
 
-    x [pairs by expert, SIZE], weight [EXPERTS, HIDDEN, SIZE] and its scales, bias
-    [EXPERTS, HIDDEN], shares float32 [pairs] → out [pairs, HIDDEN], pairs in their first order.
-    Rows as in `_gate_up`.
+    x [sorted pairs, SIZE], weight [EXPERTS, HIDDEN, SIZE] and its scales, bias [EXPERTS, HIDDEN],
+    router_weights float32 [pairs] → out [pairs, HIDDEN], in the order before sorting. Tiles as in
+    `_experts_gate_up`.
     """
     wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
-    expert, first, end = _find(starts_ptr, tl.program_id(1), EXPERTS, BLOCK_E, BLOCK_M)
+    expert, first, end = _find_row_block(
+        expert_starts_ptr, tl.program_id(1), EXPERTS, BLOCK_E, BLOCK_M
+    )
     if expert >= EXPERTS:
         return
     out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     if SHORT < BLOCK_M and end - first <= SHORT:
         _down_rows(
-            x_ptr, weight_ptr, scale_ptr, bias_ptr, shares_ptr, order_ptr, out_ptr, expert, first,
-            end, out, HIDDEN, SIZE, SHORT, BLOCK_N, BLOCK_K, PACKED, BIAS, VENDOR,
+            x_ptr, weight_ptr, scale_ptr, bias_ptr, router_weights_ptr, order_ptr, out_ptr, expert,
+            first, end, out, HIDDEN, SIZE, SHORT, BLOCK_N, BLOCK_K, PACKED, BIAS, VENDOR,
         )  # fmt: skip
     else:
         _down_rows(
-            x_ptr, weight_ptr, scale_ptr, bias_ptr, shares_ptr, order_ptr, out_ptr, expert, first,
-            end, out, HIDDEN, SIZE, BLOCK_M, BLOCK_N, BLOCK_K, PACKED, BIAS, VENDOR,
+            x_ptr, weight_ptr, scale_ptr, bias_ptr, router_weights_ptr, order_ptr, out_ptr, expert,
+            first, end, out, HIDDEN, SIZE, BLOCK_M, BLOCK_N, BLOCK_K, PACKED, BIAS, VENDOR,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first"])
-def _sum(
+def _sum_experts(
     pairs_ptr,
     chosen_ptr,
     out_ptr,
@@ -299,9 +305,10 @@ def _sum(
     BLOCK: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
-    """pairs [tokens · TOP_K, HIDDEN] → out [tokens, HIDDEN], always summed in the same order.
+    """Sum a token's pairs, always in the same order; grid (tokens, ⌈HIDDEN / BLOCK⌉).
 
-    Only pairs whose expert, from chosen [tokens · TOP_K], is one of EXPERTS from `first` on.
+    pairs [tokens · TOP_K, HIDDEN] → out [tokens, HIDDEN]. Pairs are skipped unless their expert,
+    from chosen [tokens · TOP_K], is one of the EXPERTS from `first` on.
     """
     wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     token = tl.program_id(0).to(tl.int64)
@@ -309,20 +316,20 @@ def _sum(
     total = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(TOP_K):
         pair = token * TOP_K + k
-        own = tl.load(chosen_ptr + pair) - first
-        kept = (at < HIDDEN) & (own >= 0) & (own < EXPERTS)
-        total += tl.load(pairs_ptr + pair * HIDDEN + at, kept, other=0.0).to(tl.float32)
+        expert = tl.load(chosen_ptr + pair) - first
+        mask = (at < HIDDEN) & (expert >= 0) & (expert < EXPERTS)
+        total += tl.load(pairs_ptr + pair * HIDDEN + at, mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + token * HIDDEN + at, total.to(out_ptr.dtype.element_ty), at < HIDDEN)
 
 
 def row_blocks(pairs: int, experts: int, height: int) -> int:
-    """The most blocks of `height` rows that `pairs` rows of some of the experts can fill."""
+    """Return the maximum number of blocks of `height` rows that pairs of these experts can need."""
     used = min(pairs, experts)
     return used + (pairs - used) // height
 
 
 def _tile(target: Target, dtype: torch.dtype, mean_rows: float, packed: bool) -> Tile:
-    """The first tile that holds the rows an expert gets on average."""
+    """Return the smallest tile with room for the mean number of rows of an expert."""
     choices = target.tiles.mxfp4 if packed else target.tiles.experts
     fitting = [tile for tile in choices if tile.m >= mean_rows]
     return for_dtype(fitting[0] if fitting else choices[-1], dtype)
@@ -337,7 +344,7 @@ def experts(
     shard: ExpertShard,
     target: Target,
 ) -> torch.Tensor:
-    """As `Backend.experts`, for weights in the forms that `mxfp4.Stack` has."""
+    """As `Backend.experts`, for weights as `mxfp4.ExpertWeights`."""
     gate_up, down = experts.gate_up, experts.down
     gate_up_bias, down_bias = experts.gate_up_bias, experts.down_bias
     x, chosen = x.contiguous(), chosen.contiguous()
@@ -348,7 +355,7 @@ def experts(
     pairs = tokens * top_k
     tile = _tile(target, x.dtype, pairs / (count * shard.size), packed)
     first = shard.rank * count
-    order, starts = group_by_expert(chosen, first, count, target)
+    order, expert_starts = sort_by_expert(chosen, first, count, target)
     shared: dict[str, Any] = {
         "EXPERTS": count,
         "BLOCK_E": triton.next_power_of_2(count),
@@ -364,13 +371,13 @@ def experts(
     }
     blocks = row_blocks(pairs, count, tile.m)
     inner = x.new_empty(pairs, size)
-    _gate_up[(triton.cdiv(size, tile.n), blocks)](
+    _experts_gate_up[(triton.cdiv(size, tile.n), blocks)](
         x,
         gate_up.values,
         gate_up.scales,
         x if gate_up_bias is None else gate_up_bias,
         order,
-        starts,
+        expert_starts,
         inner,
         TOP_K=top_k,
         PACKED=gate_up.is_packed,
@@ -380,15 +387,15 @@ def experts(
         **shared,
     )
     parts = x.new_empty(pairs, hidden)
-    # A stage has half of what gate and up have: in twice as many as much is on its way.
-    _down[(triton.cdiv(hidden, tile.n), blocks)](
+    # A stage loads half as much as in gate and up; twice the stages keep as much in flight.
+    _experts_down[(triton.cdiv(hidden, tile.n), blocks)](
         inner,
         down.values,
         down.scales,
         x if down_bias is None else down_bias,
         weights.contiguous(),
         order,
-        starts,
+        expert_starts,
         parts,
         PACKED=packed,
         BIAS=down_bias is not None,
@@ -396,7 +403,7 @@ def experts(
     )
     out = torch.empty_like(x)
     block = min(1024, triton.next_power_of_2(hidden))
-    _sum[(tokens, triton.cdiv(hidden, block))](
+    _sum_experts[(tokens, triton.cdiv(hidden, block))](
         parts,
         chosen,
         out,

@@ -1,8 +1,7 @@
-"""Norm with QKV and rotary, with gate, up and SwiGLU, with a whole MLP: fewer launches at decode.
+"""Norms fused with QKV and rotary, with gate and up, or with a whole MLP: fewer launches at decode.
 
-For few rows, where a launch costs more than an activation read again by every program. Up to how
-many rows this wins is in `Tiles` (`fused_qkv` and the like): above, the functions here return None,
-and the decoder goes in steps.
+This is faster for few rows, where a launch takes longer than reading the activations again in every
+program. `Tiles` has the largest number of rows for each fusion (`fused_qkv` and so on).
 """
 
 import torch
@@ -18,12 +17,12 @@ from model.ops.triton.linear import (
     tile_of,
     weight_tile,
 )
-from model.ops.triton.norm import gated
+from model.ops.triton.norm import swiglu
 from model.ops.triton.programmatic_launch import wait_for_previous_kernel
 from model.ops.triton.rotary import rotate_and_write
 from model.ops.triton.tiles import Target
 
-_SLICE = 32  # of the MLP's inner size that one program computes
+_SLICE = 32  # columns of the MLP's inner size that one program computes
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -45,10 +44,10 @@ def _norm_mlp(
     BLOCK_K: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
-    """A slice of the inner size, from the residual stream to its part of the output.
+    """Compute one slice of the inner size and its part of the output; grid (slices,).
 
     x, delta, sum [rows, SIZE], norm [SIZE], gate_up [2 · INNER, SIZE], down [SIZE, INNER] →
-    parts float32 [slices, rows, SIZE]; grid (slices,).
+    parts float32 [slices, rows, SIZE].
     """
     wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     inner = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -58,7 +57,7 @@ def _norm_mlp(
         SIZE, INNER, INNER, BLOCK_M, BLOCK_I, BLOCK_K, True,
     )  # fmt: skip
     scale = tl.rsqrt(squares / SIZE + eps)[None, :]
-    hidden = gated(gate * scale, up * scale, None, 1.0).to(x_ptr.dtype.element_ty)
+    hidden = swiglu(gate * scale, up * scale, None, 1.0).to(x_ptr.dtype.element_ty)
     for n in tl.range(0, SIZE, BLOCK_N):
         out = n + tl.arange(0, BLOCK_N)
         w = weight_tile(down_ptr, out, inner, SIZE, INNER, BLOCK_N, BLOCK_I)
@@ -68,7 +67,7 @@ def _norm_mlp(
 
 
 @triton.jit(do_not_specialize=["slices", "stride"])
-def _sum_parts(
+def _sum_mlp_slices(
     parts_ptr,
     out_ptr,
     slices,
@@ -77,7 +76,7 @@ def _sum_parts(
     BLOCK: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
-    """parts float32 [slices, stride] → out [stride], always summed in the same order."""
+    """Sum parts float32 [slices, stride] → out [stride], always in the same order."""
     wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -96,9 +95,14 @@ def norm_qkv(
     rope: RopeArgs,
     target: Target,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `Backend.norm_qkv`: one kernel, or two where heads have norms, which take a whole head."""
+    """As `Backend.norm_qkv`, in one kernel or two.
+
+    Two if a program of the first would not have what the rotation of its columns needs: a whole
+    head for norms of heads, or both halves of the rotated part of a head.
+    """
     heads = rope.heads
-    if heads.q_norm is None and heads.head_dim // 2 % HALF == 0:
+    rotates_whole_heads = rope.cos_sin.shape[1] == heads.head_dim
+    if heads.q_norm is None and rotates_whole_heads and heads.head_dim // 2 % HALF == 0:
         return norm_linear(x, delta, norm, qkv, target, rope=rope)
     summed, projected = norm_linear(x, delta, norm, qkv, target)
     return summed, rotate_and_write(projected.unflatten(-1, (-1, heads.head_dim)), rope, target)
@@ -112,7 +116,7 @@ def norm_mlp(
     down: Linear,
     target: Target,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `Backend.norm_mlp` for plain SwiGLU: one kernel, or all but the down projection in one."""
+    """As `Backend.norm_mlp` for plain SwiGLU, either whole or without the down projection."""
     if len(x) <= target.tiles.fused_mlp and not gate_up.has_bias and not down.has_bias:
         return _mlp(x, delta, norm, gate_up.weight, down.weight, target)
     summed, hidden = norm_linear(x, delta, norm, gate_up, target, is_gated=True)
@@ -127,9 +131,9 @@ def _mlp(
     down: torch.Tensor,
     target: Target,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x, delta [rows, size], gate_up [2 · inner, size], down [size, inner] → (x + delta, its MLP).
+    """x, delta [rows, size], gate_up [2 · inner, size], down [size, inner] → (x + delta, mlp).
 
-    The MLP is plain SwiGLU without biases, over the norm of the sum.
+    The MLP of the norm of x + delta has plain SwiGLU and no biases.
     """
     rows, size = x.shape
     tile = tile_of(x, target)
@@ -157,7 +161,7 @@ def _mlp(
         **target.launch_options,
     )
     block = 128
-    _sum_parts[(triton.cdiv(rows * size, block),)](
+    _sum_mlp_slices[(triton.cdiv(rows * size, block),)](
         parts,
         out,
         slices,

@@ -1,8 +1,8 @@
-"""Products of few rows with a weight, in one kernel with the norm before and what follows them.
+"""Linear layers for few rows, in one kernel with the norm before them and the step after them.
 
-The row's scale is a factor of the whole product, so a program need not know it before it
-multiplies. One row is multiplied number by number, as its weights arrive; more are tiles of matrix
-instructions. Weights that nobody writes are asked for before a kernel has its turn.
+The scale of a row's norm is a factor of the whole product, so a program can multiply before it
+knows the scale. A single row is multiplied element by element as its weights arrive; more rows use
+tiles of matrix instructions. Weights are prefetched while the previous kernel ends.
 """
 
 from dataclasses import replace
@@ -13,19 +13,19 @@ import triton
 import triton.language as tl
 
 from model.ops.specs import Linear, Norm, RopeArgs
-from model.ops.triton.norm import added, gated
+from model.ops.triton.norm import add_rounded, swiglu
 from model.ops.triton.programmatic_launch import prefetch, wait_for_previous_kernel
 from model.ops.triton.tiles import Target, Tile, for_dtype
 
-HALF = 16  # rows of weight of each half of a pair, the fewest that a matrix product takes
+HALF = 16  # weight rows of each half of a pair, the minimum of a matrix instruction
 
 
 @triton.jit
-def _piece(source, at, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Numbers `at` [BLOCK] of SIZE."""
+def _load_elements(source, at, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Load the elements `at` [BLOCK] of a vector [SIZE], zeros beyond it."""
     if SIZE % BLOCK == 0:
         return tl.load(source + at)
-    else:  # not after it: the compiler would see both returns
+    else:  # after an `if` without `else` the compiler would see both returns
         return tl.load(source + at, at < SIZE, other=0.0)
 
 
@@ -39,7 +39,7 @@ def weight_tile(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Rows `out` [ROWS] and columns `at` [COLUMNS] of a weight [OUT, IN]."""
+    """Load rows `out` [ROWS] and columns `at` [COLUMNS] of a weight [OUT, IN], zeros beyond it."""
     source = weight_ptr + out[:, None].to(tl.int64) * IN + at[None, :]
     if OUT % ROWS == 0 and IN % COLUMNS == 0:
         return tl.load(source)
@@ -57,47 +57,47 @@ def _products_of_row(
     out,
     SIZE: tl.constexpr,
     OUT: tl.constexpr,
-    APART: tl.constexpr,
+    SECOND_ROW: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DELTA: tl.constexpr,
     NORM: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """As `products_of_tile`, of one row, and without a NORM of x itself."""
+    """As `products_of_tile` for a single row; without NORM the row is not normalised."""
     product = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     second = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     squares = tl.zeros((BLOCK_K,), tl.float32)
     for k in tl.range(0, SIZE, BLOCK_K, num_stages=STAGES):
         at = k + tl.arange(0, BLOCK_K)
-        x = _piece(x_ptr, at, SIZE, BLOCK_K)
+        x = _load_elements(x_ptr, at, SIZE, BLOCK_K)
         if DELTA:
-            x = added(x, _piece(delta_ptr, at, SIZE, BLOCK_K))
+            x = add_rounded(x, _load_elements(delta_ptr, at, SIZE, BLOCK_K))
             if tl.program_id(0) == 0:
                 tl.store(sum_ptr + at, x, at < SIZE)
         x = x.to(tl.float32)
         if NORM:
             squares += x * x
-            x *= _piece(norm_ptr, at, SIZE, BLOCK_K).to(tl.float32)
+            x *= _load_elements(norm_ptr, at, SIZE, BLOCK_K).to(tl.float32)
         w = weight_tile(weight_ptr, out, at, OUT, SIZE, BLOCK_N, BLOCK_K)
         product += w.to(tl.float32) * x[None, :]
-        if APART:
-            w = weight_tile(weight_ptr + APART * SIZE, out, at, OUT, SIZE, BLOCK_N, BLOCK_K)
+        if SECOND_ROW:
+            w = weight_tile(weight_ptr + SECOND_ROW * SIZE, out, at, OUT, SIZE, BLOCK_N, BLOCK_K)
             second += w.to(tl.float32) * x[None, :]
     return tl.sum(product, 1)[:, None], tl.sum(second, 1)[:, None], tl.sum(squares[None, :], 1)
 
 
 @triton.jit
-def _summed(
+def _load_sum(
     x_ptr, delta_ptr, rows, at, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, DELTA: tl.constexpr
 ):
-    """Columns `at` of x + delta [rows, SIZE], rounded as they are stored; without DELTA of x."""
+    """Load columns `at` of x + delta [rows, SIZE], rounded as stored; without DELTA, of x."""
     row = tl.arange(0, BLOCK_M)
     place = row[:, None] * SIZE + at[None, :]
     inside = (row < rows)[:, None] & (at < SIZE)[None, :]
     x = tl.load(x_ptr + place, inside, other=0.0)
     if DELTA:
-        x = added(x, tl.load(delta_ptr + place, inside, other=0.0))
+        x = add_rounded(x, tl.load(delta_ptr + place, inside, other=0.0))
     return x
 
 
@@ -112,44 +112,44 @@ def products_of_tile(
     out,
     SIZE: tl.constexpr,
     OUT: tl.constexpr,
-    APART: tl.constexpr,
+    SECOND_ROW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DELTA: tl.constexpr,
 ):
-    """Rows of x + delta, times norm, with rows `out` of a weight, and with those APART further on.
+    """Multiply (x + delta) · norm with weight rows `out` and with those SECOND_ROW further on.
 
-    x, delta, sum [rows, SIZE], norm [SIZE], weight [OUT, SIZE] or more rows of it → float32
-    products [BLOCK_N, BLOCK_M], second products, and the squares of each row's sum [BLOCK_M],
-    which its products lack the scale of. Without APART the second are zeros. The first program
-    stores the sum, if there is a DELTA.
+    x, delta, sum [rows, SIZE], norm [SIZE], weight [at least OUT, SIZE] → products and second
+    products float32 [BLOCK_N, BLOCK_M], and the sum of squares of each row of x + delta [BLOCK_M];
+    the caller multiplies the products by the scale that follows from it. If SECOND_ROW is 0 the
+    second products are zeros. With DELTA the first program stores x + delta in sum.
     """
     row = tl.arange(0, BLOCK_M)
-    # In a loop of its own: in the other it would be in the layout that stores are made in too, and
-    # reading it from shared memory would take eight times as long.
+    # A separate loop, because a store in the loop below would give x the layout of the store, and
+    # reading x from shared memory would take eight times as long.
     if DELTA and tl.program_id(0) == 0:
         for k in range(0, SIZE, BLOCK_K):
             at = k + tl.arange(0, BLOCK_K)
-            x = _summed(x_ptr, delta_ptr, rows, at, SIZE, BLOCK_M, DELTA)
+            x = _load_sum(x_ptr, delta_ptr, rows, at, SIZE, BLOCK_M, DELTA)
             place = row[:, None] * SIZE + at[None, :]
             tl.store(sum_ptr + place, x, (row < rows)[:, None] & (at < SIZE)[None, :])
     product = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     second = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     squares = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
-    norm = _piece(norm_ptr, tl.arange(0, BLOCK_K), SIZE, BLOCK_K)
+    norm = _load_elements(norm_ptr, tl.arange(0, BLOCK_K), SIZE, BLOCK_K)
     for k in tl.range(0, SIZE, BLOCK_K):
         at = k + tl.arange(0, BLOCK_K)
-        x = _summed(x_ptr, delta_ptr, rows, at, SIZE, BLOCK_M, DELTA)
-        # As a product for the same reason; its diagonal is what is asked for.
+        x = _load_sum(x_ptr, delta_ptr, rows, at, SIZE, BLOCK_M, DELTA)
+        # A matrix product for the same reason, of which only the diagonal is used.
         squares = tl.dot(x, x.T, squares, input_precision="ieee")
         h = (x.to(tl.float32) * norm.to(tl.float32)[None, :]).to(x.dtype).T
-        # One step ahead, as two bytes a thread cannot be copied while a program goes on.
+        # Loaded one step ahead, because asynchronous copies take at least 4 bytes a thread.
         norm = tl.load(norm_ptr + at + BLOCK_K, at + BLOCK_K < SIZE, other=0.0)
         w = weight_tile(weight_ptr, out, at, OUT, SIZE, BLOCK_N, BLOCK_K)
         product = tl.dot(w, h, product, input_precision="ieee")
-        if APART:
-            w = weight_tile(weight_ptr + APART * SIZE, out, at, OUT, SIZE, BLOCK_N, BLOCK_K)
+        if SECOND_ROW:
+            w = weight_tile(weight_ptr + SECOND_ROW * SIZE, out, at, OUT, SIZE, BLOCK_N, BLOCK_K)
             second = tl.dot(w, h, second, input_precision="ieee")
     squares = tl.where(row[:, None] == row[None, :], squares, 0.0)
     return product, second, tl.sum(squares, 0)
@@ -163,7 +163,7 @@ def _linear(
     weight_ptr,
     bias_ptr,
     cos_sin_ptr,
-    slots_ptr,
+    slot_mapping_ptr,
     sum_ptr,
     out_ptr,
     kv_ptr,
@@ -185,16 +185,17 @@ def _linear(
     STAGES: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
-    """x, delta, sum [rows, SIZE], norm [SIZE], weight [OUT, SIZE] → out [rows, OUT].
+    """Multiply rows with BLOCK_N weight rows, or pairs of weight rows; grid (⌈OUT / BLOCK_N⌉,).
 
-    NORM: of the norm of x + delta, else (of one row) of x. GATED: weight [2 · OUT, SIZE] has gate
-    rows, then up rows, and out is their plain SwiGLU. HEADS, unless 0: OUT is
-    (HEADS + 2 · KV_HEADS) · DIM, of which queries go rotated to out [rows, HEADS, DIM], and keys,
-    rotated, and values to kv, as in `rotary`. A program then has the same BLOCK_N columns of both
+    x, delta, sum [rows, SIZE], norm [SIZE], weight [OUT, SIZE] → out [rows, OUT].
+    NORM: the norm of x + delta is multiplied; without it the single row x. GATED: weight
+    [2 · OUT, SIZE] has gate rows, then up rows, and out is their plain SwiGLU. HEADS > 0: OUT is
+    (HEADS + 2 · KV_HEADS) · DIM; rotated queries are stored in out [rows, HEADS, DIM], rotated keys
+    and values in kv, as in `rotary`. A program then computes the same BLOCK_N columns of both
     halves of a head.
     """
-    # Rows of weight between those of a pair, if there are pairs.
-    APART: tl.constexpr = OUT if GATED else DIM // 2
+    # Weight rows between the two of a pair; 0: no pairs.
+    SECOND_ROW: tl.constexpr = OUT if GATED else DIM // 2
     program = tl.program_id(0)
     if HEADS > 0:
         PARTS: tl.constexpr = DIM // 2 // BLOCK_N
@@ -204,28 +205,28 @@ def _linear(
     else:
         first = program * BLOCK_N
     out = first + tl.arange(0, BLOCK_N)
-    there = tl.minimum(OUT - first, BLOCK_N)
+    count = tl.minimum(OUT - first, BLOCK_N)
     source = weight_ptr + first.to(tl.int64) * SIZE
-    ROWS: tl.constexpr = 2 * BLOCK_N if APART else BLOCK_N
-    prefetch(source, there, SIZE, BLOCK_N, ROWS, PROGRAMMATIC_LAUNCH)
-    if APART:
-        prefetch(source + APART * SIZE, there, SIZE, BLOCK_N, ROWS, PROGRAMMATIC_LAUNCH)
+    ROWS: tl.constexpr = 2 * BLOCK_N if SECOND_ROW else BLOCK_N
+    prefetch(source, count, SIZE, BLOCK_N, ROWS, PROGRAMMATIC_LAUNCH)
+    if SECOND_ROW:
+        prefetch(source + SECOND_ROW * SIZE, count, SIZE, BLOCK_N, ROWS, PROGRAMMATIC_LAUNCH)
     wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     row = tl.arange(0, BLOCK_M)
     inside = (row < rows)[None, :]
-    if BIAS:  # asked for before the products: nobody has read it yet, and it is far away
+    if BIAS:  # loaded before the products, because it comes from memory rather than a cache
         bias = tl.load(bias_ptr + out, out < OUT, other=0.0)
-        if APART:
-            second_bias = tl.load(bias_ptr + APART + out, out < OUT, other=0.0)
+        if SECOND_ROW:
+            second_bias = tl.load(bias_ptr + SECOND_ROW + out, out < OUT, other=0.0)
     if BLOCK_M == 1:
         product, second, squares = _products_of_row(
             x_ptr, delta_ptr, norm_ptr, weight_ptr, sum_ptr, out,
-            SIZE, OUT, APART, BLOCK_N, BLOCK_K, DELTA, NORM, STAGES,
+            SIZE, OUT, SECOND_ROW, BLOCK_N, BLOCK_K, DELTA, NORM, STAGES,
         )  # fmt: skip
     else:
         product, second, squares = products_of_tile(
             x_ptr, delta_ptr, norm_ptr, weight_ptr, sum_ptr, rows, out,
-            SIZE, OUT, APART, BLOCK_M, BLOCK_N, BLOCK_K, DELTA,
+            SIZE, OUT, SECOND_ROW, BLOCK_M, BLOCK_N, BLOCK_K, DELTA,
         )  # fmt: skip
     if NORM:
         scale = tl.rsqrt(squares / SIZE + eps)[None, :]
@@ -233,35 +234,35 @@ def _linear(
         second *= scale
     if BIAS:
         product += bias.to(tl.float32)[:, None]
-        if APART:
+        if SECOND_ROW:
             second += second_bias.to(tl.float32)[:, None]
     dtype = x_ptr.dtype.element_ty
     if HEADS > 0:
-        # Rounded as QKV alone would be.
+        # Rounded as the result of a separate QKV projection would be.
         a, b = product.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)
-        turned = head < HEADS + KV_HEADS
+        is_rotated = head < HEADS + KV_HEADS
         source = cos_sin_ptr + row[None, :] * DIM + column[:, None]
-        cos = tl.load(source, inside & turned, other=1.0)
-        sin = tl.load(source + DIM // 2, inside & turned, other=0.0)
+        cos = tl.load(source, inside & is_rotated, other=1.0)
+        sin = tl.load(source + DIM // 2, inside & is_rotated, other=0.0)
         left, right = (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
         if head < HEADS:
             target = out_ptr + (row[None, :] * HEADS + head) * DIM + column[:, None]
         else:
-            slot = tl.load(slots_ptr + row, row < rows, other=0)[None, :]
+            slot = tl.load(slot_mapping_ptr + row, row < rows, other=0)[None, :]
             kv_head = (head - HEADS) % KV_HEADS
             target = kv_ptr + (slot * KV_HEADS + kv_head) * DIM + column[:, None]
-            target += tl.where(turned, 0, value_offset)
+            target += tl.where(is_rotated, 0, value_offset)
         tl.store(target, left, inside)
         tl.store(target + DIM // 2, right, inside)
     else:
         if GATED:
-            product = gated(product, second, None, 1.0)
+            product = swiglu(product, second, None, 1.0)
         kept = inside & (out < OUT)[:, None]
         tl.store(out_ptr + row[None, :] * OUT + out[:, None], product.to(dtype), kept)
 
 
 def linear(x: torch.Tensor, linear: Linear, target: Target) -> torch.Tensor:
-    """As `Backend.linear`: torch's, but for one row where `Tiles.one_row` is said."""
+    """As `Backend.linear`: torch's, except for a single row if `Tiles.one_row` is set."""
     if len(x) != 1 or target.tiles.one_row is None:
         return F.linear(x, linear.weight, linear.bias)
     return norm_linear(x, None, None, linear, target)[1]
@@ -276,21 +277,21 @@ def norm_linear(
     is_gated: bool = False,
     rope: RopeArgs | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x, delta [rows, size], norm [size], weight [out, size] → (x + delta, its norm · weight).
+    """x, delta [rows, size] → (x + delta, `linear` of its norm [rows, out]).
 
-    Without a norm, of one row, x · weight. is_gated: weight has gates and ups, and in place of them
-    is their plain SwiGLU [rows, out / 2]. rope: QKV is
-    rotated and written as in `rotate_and_write`, and in place of it is the query.
+    Without a norm, x must be a single row, which is multiplied itself. is_gated: the linear layer
+    gives gate and up, and their plain SwiGLU [rows, out / 2] is returned. rope: it gives QKV, which
+    is rotated and written as in `rotate_and_write`, and the query is returned.
     """
     rows, size = x.shape
     weight, bias = linear.weight, linear.bias
     count = len(weight) // 2 if is_gated else len(weight)
     summed = x if delta is None else torch.empty_like(x)
-    cos_sin = kv = slots = x
+    cos_sin = kv = slot_mapping = x
     heads = kv_heads = dim = 0
     if rope is not None:
-        own, cos_sin, kv, slots = rope
-        heads, kv_heads, dim = own.heads, own.kv_heads, own.head_dim
+        layer, cos_sin, kv, slot_mapping = rope
+        heads, kv_heads, dim = layer.heads, layer.kv_heads, layer.head_dim
     out = x.new_empty(rows, heads, dim) if heads else x.new_empty(rows, count)
     tile = _tile(x, target, count, is_paired=is_gated or heads > 0)
     grid = (heads + 2 * kv_heads) * (dim // 2 // tile.n) if heads else triton.cdiv(count, tile.n)
@@ -301,7 +302,7 @@ def norm_linear(
         weight,
         weight if bias is None else bias,
         cos_sin,
-        slots,
+        slot_mapping,
         summed,
         out,
         kv,
@@ -328,26 +329,26 @@ def norm_linear(
 
 
 def tile_of(x: torch.Tensor, target: Target) -> Tile:
-    """The tile that holds all rows of x, at most 64."""
+    """Return a tile with room for all rows of x, at most 64."""
     tile = for_dtype(target.tiles.fused, x.dtype)
     height = max(16, triton.next_power_of_2(len(x)))
     return replace(tile, m=height, warps=tile.warps * height // 16)
 
 
 def _tile(x: torch.Tensor, target: Target, count: int, is_paired: bool) -> Tile:
-    """The tile of a product with `count` rows of weight, or pairs of rows.
+    """Return the tile of a product with `count` weight rows, or pairs of them.
 
-    The fewer those are, the fewer has a program: a small weight too is to be on its way to all of
-    the device at once. Programs of pairs have half as many.
+    For a small weight each program takes fewer rows, so that all of the device loads it. Programs
+    of pairs take half as many pairs.
     """
     (rows, size), one_row = x.shape, target.tiles.one_row
-    each = 2 if is_paired else 1
+    pair = 2 if is_paired else 1
     if rows == 1 and one_row is not None:
         tile = one_row
-        most = each * count // (2 * target.processors)
+        most = pair * count // (2 * target.processors)
         block = min(tile.n, max(2, 1 << most.bit_length() >> 1))
-        columns = tile.n * tile.k // block  # as many numbers in a step, if there are
-        return replace(tile, n=block // each, k=min(columns, triton.next_power_of_2(size)))
+        columns = tile.n * tile.k // block  # the same number of weights in each step
+        return replace(tile, n=block // pair, k=min(columns, triton.next_power_of_2(size)))
     tile = tile_of(x, target)
     is_narrow = is_paired or count < tile.n * target.processors
     return replace(tile, n=HALF if is_narrow else tile.n)

@@ -1,9 +1,9 @@
 """MXFP4 unpacked in registers (OCP Microscaling Formats 1.0: E2M1 values, E8M0 scales).
 
-Of 32 values one lane of a matrix instruction holds four pairs of neighbours, which lie eight values
-apart. Packed for kernels they are one word, where each pair's bits lie as bfloat16 has them but for
-a shift. So a lane loads what it needs and no more, in words: bytes can neither be loaded while the
-tile before is computed with, nor in few instructions.
+Of 32 values a lane of a matrix instruction holds four pairs of neighbours, eight values apart. They
+are packed in one word, in which each pair's bits are laid out as in bfloat16 except for a shift. So
+a lane loads exactly the values that it needs, as words: single bytes can neither be loaded
+asynchronously, while the previous tile is multiplied, nor in few instructions.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import triton.language as tl
 
 from model.ops.mxfp4 import Mxfp4
 
-# Two bfloat16 a register, each times its factor; -0.0 is added.
+# Multiplies each of the two bfloat16 in a register by its factor; -0.0 is added.
 _SCALE_PAIR = tl.constexpr("""
 {
     .reg .b32 none;
@@ -24,42 +24,42 @@ _SCALE_PAIR = tl.constexpr("""
 """)
 _PAIR = tl.constexpr(-0x7E3F7E40)  # 0x81C081C0: sign, two bits of exponent and one of mantissa
 _SCALES = 4  # in a word
-_MOST = 128  # the exponent of the largest scale, 2, that can be raised by 2^126
+_MAX_SCALE = 128  # exponent of 2, the largest scale that can be multiplied by 2^126
 
 
 @dataclass(frozen=True)
-class Stack:
-    """Weights [experts, out, in] as kernels take them: dense, or MXFP4 packed in words.
+class ExpertWeights:
+    """Weights [experts, out, in] in the form that kernels read: dense, or MXFP4 packed in words.
 
-    Dense weights have no scales; the values stand in for them. In words, of 16 bytes that share a
-    scale, byte 4 · i + c is part i of word c. Both nibbles of a part, the low one in the lower half
-    of the word, have sign, exponent and mantissa at bits 15, 8, 7 and 6, less three times i; but
-    those of the last part are at 14, 11, 10 and 13, which are left.
+    Dense weights have no scales; `scales` is then the values once more. Packed: of the 16 bytes
+    that share a scale, byte 4 · i + c is part i of word c. The low nibble of a part is in the lower
+    half of the word, the high nibble in the upper half. Sign, exponent and mantissa of a nibble are
+    at bits 15, 8, 7 and 6 minus 3 · i; those of the last part take the free bits 14, 11, 10 and 13.
     """
 
-    values: torch.Tensor  # int32 [experts, out, in / 8]
-    scales: torch.Tensor  # int32 [experts, ⌈in / 128⌉, out]: four scales, the first lowest
+    values: torch.Tensor  # packed: int32 [experts, out, in / 8]
+    scales: torch.Tensor  # packed: int32 [experts, ⌈in / 128⌉, out], each with four scales
     is_packed: bool
 
 
-def dense_stack(weights: torch.Tensor) -> Stack:
-    """Return dense weights [experts, out, in] in the form that kernels take."""
-    return Stack(weights, weights, is_packed=False)
+def dense_weights(weights: torch.Tensor) -> ExpertWeights:
+    """Wrap dense weights [experts, out, in]."""
+    return ExpertWeights(weights, weights, is_packed=False)
 
 
-def pack(weights: Mxfp4, dtype: torch.dtype) -> Stack:
-    """The weights as kernels take them; dense in dtype if there are scales beyond 2.
+def pack(weights: Mxfp4, dtype: torch.dtype) -> ExpertWeights:
+    """Pack weights in words; they become dense in dtype if a scale is above 2.
 
-    Those of a trained model are far below.
+    The scales of trained models are far below that.
     """
-    if int(weights.scales.max()) > _MOST:
-        return dense_stack(weights.dense(dtype))
+    if int(weights.scales.max()) > _MAX_SCALE:
+        return dense_weights(weights.dense(dtype))
     count, outputs, inputs = weights.shape
     device = weights.device
     values = torch.empty(count, outputs, inputs // 8, dtype=torch.int32, device=device)
     columns = triton.cdiv(inputs, 32 * _SCALES)
     scales = torch.zeros(count, columns * _SCALES, outputs, dtype=torch.uint8, device=device)
-    for expert in range(count):  # one at a time: in between they take four times their size
+    for expert in range(count):  # one at a time, because packing takes four times their memory
         pairs = weights.blocks[expert].flatten(1).unflatten(1, (-1, 4, 4)).int()
         pairs = (pairs & 15) | (pairs & 0xF0) << 12
         sign, low = (pairs & 0x80008) << 12, (pairs & 0x70007) << 6
@@ -69,17 +69,17 @@ def pack(weights: Mxfp4, dtype: torch.dtype) -> Stack:
         values[expert] = (word | last[:, :, 3]).flatten(1)
         scales[expert, : inputs // 32] = weights.scales[expert].T
     words = scales.unflatten(1, (-1, _SCALES)).transpose(2, 3).contiguous().view(torch.int32)
-    return Stack(values, words.squeeze(-1), is_packed=True)
+    return ExpertWeights(values, words.squeeze(-1), is_packed=True)
 
 
 @triton.jit
 def unpack(words, scales, first, VENDOR: tl.constexpr, DTYPE: tl.constexpr):
-    """words int32 [rows, in / 8], scales int32 [rows] and the first that counts → [rows, in].
+    """words int32 [rows, in / 8], scales int32 [rows], index of the first scale → [rows, in].
 
-    A part of a word, at its place, is two numbers that are 2^126 times too small, subnormal for the
-    codes 0 and 1, as they are in E2M1. Scales are powers of two; raised by 2^126 they are their
-    exponent's bits, and the product is exact. VENDOR as in `tiles.vendor`: NVIDIA's GPUs multiply
-    both halves at once.
+    A part of a word, shifted to its place, is two bfloat16 that are 2^126 times too small; the
+    codes 0 and 1 are subnormal, as in E2M1. A scale is a power of two. Multiplied by 2^126 it is
+    still representable, and the product with it is exact. VENDOR is `Target.vendor`: NVIDIA's GPUs
+    multiply both halves of a register in one instruction.
     """
     ROWS: tl.constexpr = words.shape[0]
     GROUPS: tl.constexpr = words.shape[1] // 4
@@ -106,7 +106,7 @@ def unpack(words, scales, first, VENDOR: tl.constexpr, DTYPE: tl.constexpr):
         factor = (scale << 16).to(tl.float32, bitcast=True)
         low = (pair << 16).to(tl.float32, bitcast=True) * factor
         high = (pair & -0x10000).to(tl.float32, bitcast=True) * factor
-        if tl.bfloat16 == DTYPE:  # exact: to round it would be many instructions on AMD's GPUs
+        if tl.bfloat16 == DTYPE:  # exact, so cut off; rounding takes many instructions on AMD
             low = (low.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(DTYPE, bitcast=True)
             high = (high.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(DTYPE, bitcast=True)
         else:

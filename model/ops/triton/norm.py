@@ -1,4 +1,4 @@
-"""RMSNorm of the residual stream and SwiGLU: one pass over their rows each."""
+"""RMSNorm of the residual stream and SwiGLU, each in one pass over the rows."""
 
 import torch
 import triton
@@ -10,8 +10,8 @@ from model.ops.triton.tiles import Target
 
 
 @triton.jit
-def added(x, delta):
-    """x + delta, rounded as it is stored: its norm is that of what the next layer reads."""
+def add_rounded(x, delta):
+    """Return x + delta rounded to the stored type, which is what the next layer reads."""
     return (x.to(tl.float32) + delta.to(tl.float32)).to(x.dtype)
 
 
@@ -28,14 +28,17 @@ def _add_rms_norm(
     DELTA: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
-    """x, delta, sum, out [tokens, SIZE], weight [SIZE]; grid (tokens,)."""
+    """Normalise one row of x + delta; grid (tokens,).
+
+    x, delta, sum, out [tokens, SIZE], weight [SIZE].
+    """
     wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     row = tl.program_id(0).to(tl.int64) * SIZE
     at = tl.arange(0, BLOCK)
     inside = at < SIZE
     x = tl.load(x_ptr + row + at, inside, other=0.0)
     if DELTA:
-        x = added(x, tl.load(delta_ptr + row + at, inside, other=0.0))
+        x = add_rounded(x, tl.load(delta_ptr + row + at, inside, other=0.0))
         tl.store(sum_ptr + row + at, x, inside)
     wide = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide) / SIZE + eps)
@@ -70,8 +73,8 @@ def add_rms_norm(
 
 
 @triton.jit
-def gated(gate, up, LIMIT: tl.constexpr, ALPHA: tl.constexpr):
-    """float32 gate and up of one shape → SwiGLU, plain (LIMIT None) or gpt-oss's."""
+def swiglu(gate, up, LIMIT: tl.constexpr, ALPHA: tl.constexpr):
+    """SwiGLU of gate and up, float32 of one shape: plain if LIMIT is None, else that of gpt-oss."""
     if LIMIT is not None:
         gate = tl.minimum(gate, LIMIT)
         up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1
@@ -91,7 +94,10 @@ def _swiglu(
     ALPHA: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
-    """gate_up [tokens, 2 · SIZE] → out [tokens, SIZE]; grid (tokens, ⌈SIZE / BLOCK⌉)."""
+    """SwiGLU of a block of one row; grid (tokens, ⌈SIZE / BLOCK⌉).
+
+    gate_up [tokens, 2 · SIZE] → out [tokens, SIZE].
+    """
     wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -99,7 +105,7 @@ def _swiglu(
     source = gate_up_ptr + row * 2 * SIZE + at
     gate = tl.load(source, inside, other=0.0)
     up = tl.load(source + SIZE, inside, other=0.0)
-    out = gated(gate.to(tl.float32), up.to(tl.float32), LIMIT, ALPHA)
+    out = swiglu(gate.to(tl.float32), up.to(tl.float32), LIMIT, ALPHA)
     tl.store(out_ptr + row * SIZE + at, out.to(gate.dtype), inside)
 
 

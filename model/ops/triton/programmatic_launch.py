@@ -1,27 +1,27 @@
-"""A kernel that is set up while the one before it ends, on GPUs that can: `Tiles.overlap`.
+"""Programmatic dependent launch: a kernel starts while the previous one ends, on NVIDIA's GPUs.
 
-A launch costs what it takes to bring programs onto the device and to let the last of them go. With
-few rows that is as long as the work itself. Where overlap is on, the programs of the next kernel
-come onto the device as soon as all of this one's are there, and wait before they touch memory
-(NVIDIA calls it programmatic dependent launch). Everywhere else the same kernels run one by one.
+Starting the programs of a kernel and waiting for its last one takes time; for few rows, as much as
+the computation itself. With `Tiles.programmatic_launch` the programs of the next kernel start as
+soon as all programs of the current one have, and wait before they access memory. Without it the
+same kernels run one after the other.
 """
 
 import triton
 import triton.language as tl
 
-_AHEAD = tl.constexpr(16 << 10)  # bytes that a program asks for before its turn, at most
-# Each of the first threads asks for one row, from a multiple of 16 bytes on: $1 is where the first
-# row is, $2 how many there are, $3 bytes from one to the next, $4 how many bytes of each.
+_MAX_PREFETCH = tl.constexpr(16 << 10)  # bytes that a program prefetches while it waits
+# Each of the first threads prefetches one row, from a multiple of 16 bytes on. $1: address of the
+# first row, $2: number of rows, $3: bytes from one row to the next, $4: bytes to prefetch of each.
 _PREFETCH = tl.constexpr("""
 {
-    .reg .pred own;
-    .reg .b32 turn;
-    .reg .b64 place;
-    mov.u32 turn, %tid.x;
-    setp.lt.s32 own, turn, $2;
-    mad.wide.s32 place, turn, $3, $1;
-    and.b64 place, place, -16;
-    @own cp.async.bulk.prefetch.L2.global [place], $4;
+    .reg .pred has_row;
+    .reg .b32 row;
+    .reg .b64 address;
+    mov.u32 row, %tid.x;
+    setp.lt.s32 has_row, row, $2;
+    mad.wide.s32 address, row, $3, $1;
+    and.b64 address, address, -16;
+    @has_row cp.async.bulk.prefetch.L2.global [address], $4;
     mov.u32 $0, 0;
 }
 """)
@@ -29,9 +29,10 @@ _PREFETCH = tl.constexpr("""
 
 @triton.jit
 def wait_for_previous_kernel(PROGRAMMATIC_LAUNCH: tl.constexpr):
-    """Until all that was launched before has ended and can be seen: no kernel reads before it.
+    """Wait until all earlier kernels have ended and their writes are visible.
 
-    Each waits, so that one that has its turn knows of all before it, not only of the last.
+    Every kernel calls this before it reads. So the end of the previous kernel implies the end of
+    all kernels before it.
     """
     if PROGRAMMATIC_LAUNCH:
         tl.extra.cuda.gdc_wait()
@@ -43,19 +44,19 @@ def prefetch(
     source,
     rows,
     SIZE: tl.constexpr,
-    OF: tl.constexpr,
-    ROWS: tl.constexpr,
+    MAX_ROWS: tl.constexpr,
+    PROGRAM_ROWS: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
-    """Bring rows of SIZE numbers nearer while the kernel before ends: weights, which nobody writes.
+    """Prefetch rows of SIZE weights into the L2 cache while the previous kernel ends.
 
-    The first `rows`, at least 1, from `source` on, of up to OF; ROWS of the program in all share
-    what it may ask for.
+    This needs no wait, because no kernel writes weights. `rows`, from 1 to MAX_ROWS, are prefetched
+    from `source` on. The limit of a program's bytes is divided among all of its PROGRAM_ROWS.
     """
     BYTES: tl.constexpr = SIZE * source.dtype.element_ty.primitive_bitwidth // 8
     if PROGRAMMATIC_LAUNCH and BYTES % 16 == 0:
-        tl.static_assert(OF <= 32, "a row needs a thread")
-        size: tl.constexpr = min(BYTES, _AHEAD // ROWS)
+        tl.static_assert(MAX_ROWS <= 32, "a row needs a thread")
+        size: tl.constexpr = min(BYTES, _MAX_PREFETCH // PROGRAM_ROWS)
         tl.inline_asm_elementwise(
             _PREFETCH,
             "=r,l,r,r,r",

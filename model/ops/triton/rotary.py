@@ -1,4 +1,4 @@
-"""What lies between the QKV projection and attention, in one pass over q, k and v."""
+"""Norms of heads, rotary embedding and the write to the KV cache: one pass over q, k and v."""
 
 import torch
 import triton
@@ -14,7 +14,7 @@ def _rotate_and_write(
     qkv_ptr,
     cos_sin_ptr,
     kv_ptr,
-    slots_ptr,
+    slot_mapping_ptr,
     q_norm_ptr,
     k_norm_ptr,
     out_ptr,
@@ -23,60 +23,70 @@ def _rotate_and_write(
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_H: tl.constexpr,
     NORMS: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
-    """A block of heads of one token; grid (tokens, ⌈(HEADS + 2 · KV_HEADS) / BLOCK_H⌉).
+    """Process a block of heads of one token; grid (tokens, ⌈(HEADS + 2 · KV_HEADS) / BLOCK_H⌉).
 
-    qkv [tokens, HEADS + 2 · KV_HEADS, DIM], cos_sin float32 [tokens, DIM], kv [2, slots,
-    KV_HEADS, DIM] with the values value_offset behind the keys, out [tokens, HEADS, DIM].
-    HALF is DIM / 2 padded.
+    qkv [tokens, HEADS + 2 · KV_HEADS, DIM], cos_sin float32 [tokens, ROTARY], kv [2, slots,
+    KV_HEADS, DIM] with the values value_offset after the keys, out [tokens, HEADS, DIM].
+    The first ROTARY values of a head are rotated. HALF is DIM / 2 rounded up to a power of 2.
     """
     wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     half = tl.arange(0, HALF)
-    turning = half < DIM // 2
+    is_inside = half < DIM // 2
+    is_rotated = half < ROTARY // 2
+    # Where the first value of each pair is, and how far behind it the second is.
+    if ROTARY == DIM:
+        place = half
+        gap: tl.constexpr = DIM // 2
+    else:  # the values that are not rotated form pairs too: their halves follow the rotated ones
+        place = tl.where(is_rotated, half, half + ROTARY // 2)
+        gap = tl.where(is_rotated, ROTARY // 2, DIM // 2 - ROTARY // 2)[None, :]
     is_query = head < HEADS
     is_value = head >= HEADS + KV_HEADS
-    ours = (head < HEADS + 2 * KV_HEADS)[:, None] & turning[None, :]
+    mask = (head < HEADS + 2 * KV_HEADS)[:, None] & is_inside[None, :]
 
-    source = qkv_ptr + token * (HEADS + 2 * KV_HEADS) * DIM + head[:, None] * DIM + half[None, :]
-    first = tl.load(source, ours, other=0.0)
-    second = tl.load(source + DIM // 2, ours, other=0.0)
+    source = qkv_ptr + token * (HEADS + 2 * KV_HEADS) * DIM + head[:, None] * DIM + place[None, :]
+    first = tl.load(source, mask, other=0.0)
+    second = tl.load(source + gap, mask, other=0.0)
     dtype = first.dtype
     a, b = first.to(tl.float32), second.to(tl.float32)
     if NORMS:
         scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / DIM + eps)[:, None]
-        # q and k have weights of their own; of v nothing normalised is kept.
-        queries = is_query[:, None] & turning[None, :]
-        keys = (head >= HEADS)[:, None] & turning[None, :]
+        # Queries and keys have different weights; the normalised values are not used.
+        queries = is_query[:, None] & is_inside[None, :]
+        keys = (head >= HEADS)[:, None] & is_inside[None, :]
         zero = tl.zeros((BLOCK_H, 1), tl.int32)
-        q_norm, k_norm = q_norm_ptr + half[None, :] + zero, k_norm_ptr + half[None, :] + zero
+        q_norm, k_norm = q_norm_ptr + place[None, :] + zero, k_norm_ptr + place[None, :] + zero
         low = tl.load(q_norm, queries, other=0.0).to(tl.float32)
         low += tl.load(k_norm, keys, other=0.0).to(tl.float32)
-        high = tl.load(q_norm + DIM // 2, queries, other=0.0).to(tl.float32)
-        high += tl.load(k_norm + DIM // 2, keys, other=0.0).to(tl.float32)
-        # Rounded as a norm of its own would be.
+        high = tl.load(q_norm + gap, queries, other=0.0).to(tl.float32)
+        high += tl.load(k_norm + gap, keys, other=0.0).to(tl.float32)
+        # Rounded as the result of a separate norm would be.
         a = (a * scale * low).to(dtype).to(tl.float32)
         b = (b * scale * high).to(dtype).to(tl.float32)
-    cos = tl.load(cos_sin_ptr + token * DIM + half, turning, other=0.0)[None, :]
-    sin = tl.load(cos_sin_ptr + token * DIM + DIM // 2 + half, turning, other=0.0)[None, :]
+    angles = cos_sin_ptr + token * ROTARY + half
+    cos = tl.load(angles, is_rotated, other=1.0)[None, :]
+    sin = tl.load(angles + ROTARY // 2, is_rotated, other=0.0)[None, :]
     left = tl.where(is_value[:, None], first, (a * cos - b * sin).to(dtype))
     right = tl.where(is_value[:, None], second, (b * cos + a * sin).to(dtype))
 
-    target = out_ptr + (token * HEADS + head[:, None]) * DIM + half[None, :]
-    tl.store(target, left, ours & is_query[:, None])
-    tl.store(target + DIM // 2, right, ours & is_query[:, None])
-    slot = tl.load(slots_ptr + token)
+    target = out_ptr + (token * HEADS + head[:, None]) * DIM + place[None, :]
+    tl.store(target, left, mask & is_query[:, None])
+    tl.store(target + gap, right, mask & is_query[:, None])
+    slot = tl.load(slot_mapping_ptr + token)
     kv_head = tl.where(is_value, head - HEADS - KV_HEADS, head - HEADS)
-    target = kv_ptr + (slot * KV_HEADS + kv_head[:, None]) * DIM + half[None, :]
+    target = kv_ptr + (slot * KV_HEADS + kv_head[:, None]) * DIM + place[None, :]
     target += tl.where(is_value, value_offset, 0)[:, None]
-    written = ours & (head >= HEADS)[:, None]
-    tl.store(target, left, written)
-    tl.store(target + DIM // 2, right, written)
+    is_written = mask & (head >= HEADS)[:, None]
+    tl.store(target, left, is_written)
+    tl.store(target + gap, right, is_written)
 
 
 def rotate_and_write(qkv: torch.Tensor, rope: RopeArgs, target: Target) -> torch.Tensor:
@@ -101,6 +111,7 @@ def rotate_and_write(qkv: torch.Tensor, rope: RopeArgs, target: Target) -> torch
             HEADS=heads.heads,
             KV_HEADS=kv.shape[3],
             DIM=dim,
+            ROTARY=rope.cos_sin.shape[1],
             HALF=triton.next_power_of_2(dim // 2),
             BLOCK_H=block,
             NORMS=norm is not None,

@@ -24,7 +24,10 @@ def _route(
     NORMALIZE: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
-    """logits [tokens, EXPERTS] → chosen int64, weights float32 [tokens, TOP_K]; BLOCK_T each."""
+    """Route BLOCK_T tokens; grid (⌈tokens / BLOCK_T⌉,).
+
+    logits [tokens, EXPERTS] → chosen int64 and weights float32, both [tokens, TOP_K].
+    """
     wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     expert = tl.arange(0, BLOCK_E)
@@ -34,28 +37,28 @@ def _route(
     logits = tl.load(source, inside, other=0.0).to(tl.float32)
     logits = tl.where((expert < EXPERTS)[None, :], logits, float("-inf"))
     highest = tl.max(logits, 1)[:, None]
-    everything = tl.sum(tl.exp(logits - highest), 1)
+    total = tl.sum(tl.exp(logits - highest), 1)
 
     chosen = tl.zeros((BLOCK_T, BLOCK_K), tl.int32)
     values = tl.full((BLOCK_T, BLOCK_K), float("-inf"), tl.float32)
     for k in tl.static_range(TOP_K):
         best = tl.argmax(logits, 1)
-        # Rows of NaN have no largest: whatever is found must be an expert all the same.
+        # In a row of NaN the index may lie beyond the experts.
         best = tl.minimum(best, EXPERTS - 1)
         value = tl.max(logits, 1)
-        here = (rank == k)[None, :]
-        chosen = tl.where(here, best[:, None], chosen)
-        values = tl.where(here, value[:, None], values)
+        is_rank = (rank == k)[None, :]
+        chosen = tl.where(is_rank, best[:, None], chosen)
+        values = tl.where(is_rank, value[:, None], values)
         logits = tl.where(expert[None, :] == best[:, None], float("-inf"), logits)
-    shares = tl.exp(values - highest)
-    if AFTER_TOP_K or NORMALIZE:  # the same: the sum over all experts cancels
-        shares = shares / tl.sum(shares, 1)[:, None]
+    probs = tl.exp(values - highest)
+    if AFTER_TOP_K or NORMALIZE:  # equal, because the sum over all experts cancels
+        probs = probs / tl.sum(probs, 1)[:, None]
     else:
-        shares = shares / everything[:, None]
-    place = token[:, None].to(tl.int64) * TOP_K + rank[None, :]
-    kept = (token < tokens)[:, None] & (rank < TOP_K)[None, :]
-    tl.store(chosen_ptr + place, chosen.to(tl.int64), kept)
-    tl.store(weights_ptr + place, shares, kept)
+        probs = probs / total[:, None]
+    offset = token[:, None].to(tl.int64) * TOP_K + rank[None, :]
+    mask = (token < tokens)[:, None] & (rank < TOP_K)[None, :]
+    tl.store(chosen_ptr + offset, chosen.to(tl.int64), mask)
+    tl.store(weights_ptr + offset, probs, mask)
 
 
 def route(

@@ -1,24 +1,25 @@
-"""Top-k, top-p and the draw without a sort: each is a search for a place in an order.
+"""Top-k, top-p and sampling without a sort: each is a search in the order of probability.
 
-In the order of probability the last token that top-k keeps is the one at which the running count
-passes k; the last that top-p keeps is where the running probability passes a share of what top-k
-kept; and the drawn one is where it passes a uniform part of what both kept. So there are three
-searches of one kind, each of which hands a single number to the next.
+The last token that top-k keeps is the one at which the cumulative count passes k. The last token
+that top-p keeps is the one at which the cumulative probability passes a fraction of the probability
+that top-k kept. The sampled token is the one at which it passes a uniform fraction of the
+probability that both kept. So there are three searches of one kind, and each passes a single number
+to the next.
 
-A search narrows down the tokens' keys, integers that rise as logits fall, by four bits a pass: a
-pass tallies tokens and probability by the next digit of the key, and from the sums over its row
-each program of the next pass works out by itself which digit it is. Keys of bf16 have four digits,
-and the tally of the first is the same in all searches: 3 · 3 + 1 passes.
+A search is a radix select over keys, integers that rise as logits fall, with digits of four bits.
+Each pass sums the count and the probability of the tokens by the next digit of their keys, and
+every program of the next pass finds the digit from the sums over its row. A bfloat16 key has four
+digits, and all searches share the sums of the first: 3 · 3 + 1 passes.
 
-Probabilities are integers, in 2⁻⁴² of the likeliest token's; what is less counts as nothing. Their
-sums are the same in any order, so that a row may be split over as many programs as fill the device
-and still be drawn from as it is alone, and no rounding makes two passes differ. Counts tell equal
-logits apart, of which the lower token comes first.
+Probabilities are integers in units of 2⁻⁴² of the most likely token's; smaller ones become 0. Their
+sum does not depend on the order of addition. So a row may be split over any number of programs
+without changing the result, and rounding cannot make two passes differ. Tokens with equal logits
+are told apart by count; the lower token comes first.
 
-One program a row would leave most of the device idle at small batches, and one kernel for all
-passes would need programs that wait for each other, which is not portable. Between passes a row
-is in the L2 cache where the batch is small; after the first, blocks without a token that is still
-in question are only read.
+One program a row would leave most of the device idle for small batches, and one kernel for all
+passes would need programs that wait for each other, which is not portable. For small batches a row
+stays in the L2 cache between passes. After the first pass, blocks without a token whose key has the
+found prefix are only read.
 """
 
 import torch
@@ -28,16 +29,16 @@ import triton.language as tl
 from model.ops.triton.programmatic_launch import wait_for_previous_kernel
 from model.ops.triton.tiles import Target
 
-_BLOCK = 2048  # tokens that a program looks at together
-_PART = 256  # tokens that a program tallies together
-_SPLITS = 64  # programs of a row at most; each reads what all of them tallied
-_BITS = 4  # of a key by which a pass narrows down: 16 counters fit a thread's registers
-_TOP_K, _TOP_P, _DRAW = range(1, 4)  # what a search is for
+_BLOCK = 2048  # tokens that a program tests for the prefix at a time
+_PART = 256  # tokens that a program counts at a time
+_SPLITS = 64  # maximum number of programs of a row; each reads the sums of all of them
+_BITS = 4  # bits of a digit: 16 counters fit in a thread's registers
+_TOP_K, _TOP_P, _SAMPLE = range(1, 4)  # purpose of a search
 
 
 @triton.jit
-def _load(logits_ptr, at, end):
-    """Logits at places before the end, the others -inf; NaN is -inf and -0 is 0."""
+def _load_logits(logits_ptr, at, end):
+    """Load the logits at indices `at`, -inf from `end` on; NaN becomes -inf and -0 becomes 0."""
     logits = tl.load(logits_ptr + at, at < end, other=float("-inf")).to(tl.float32)
     logits = tl.where(logits == logits, logits, float("-inf"))
     return tl.where(logits == 0, 0.0, logits).to(logits_ptr.dtype.element_ty)
@@ -45,7 +46,7 @@ def _load(logits_ptr, at, end):
 
 @triton.jit
 def _keys(logits, WIDTH: tl.constexpr):
-    """uint32 that rise as the logits fall: bits of the positive are turned, of the negative not."""
+    """Return uint32 keys that rise as logits fall: the bits of positive logits are inverted."""
     if WIDTH == 16:
         bits = logits.to(tl.int16, bitcast=True).to(tl.int32)
         keys = (tl.where(bits < 0, bits, bits ^ 0x7FFF) & 0xFFFF).to(tl.uint32)
@@ -56,7 +57,7 @@ def _keys(logits, WIDTH: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["splits"])
-def _highest(
+def _row_maxima(
     logits_ptr,
     highest_ptr,
     vocab,
@@ -65,40 +66,46 @@ def _highest(
     BLOCK: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
-    """logits [rows, vocab] → highest float32 [rows, splits], of each span of a row."""
+    """Find the maximum of each span of a row; grid (rows, splits).
+
+    logits [rows, vocab] → highest float32 [rows, splits].
+    """
     wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     end = tl.minimum((split + 1) * span, vocab)
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
     for start in range(split * span, end, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        highest = tl.maximum(highest, _load(logits_ptr + row * vocab, at, end).to(tl.float32))
+        highest = tl.maximum(
+            highest, _load_logits(logits_ptr + row * vocab, at, end).to(tl.float32)
+        )
     tl.store(highest_ptr + row * splits + split, tl.max(highest, 0))
 
 
 @triton.jit
-def _settle(table_ptr, splits, by_count, count, mass, target, SPLITS: tl.constexpr):
-    """The digit at which the running count, or mass, passes the target.
+def _find_digit(table_ptr, splits, by_count, count, mass, target, SPLITS: tl.constexpr):
+    """Find the digit at which the cumulative count or probability passes the target.
 
-    table int64 [splits, 2, 16]: tokens and mass of each digit; count, mass: what comes before the
-    first → (digit, count and mass of what comes before it, its own count and mass).
+    table int64 [splits, 2, 16]: count and probability of each digit; count, mass: of the tokens
+    before the first digit → (digit, count and mass of the tokens before it, and of its own tokens).
     """
     split, digit = tl.arange(0, SPLITS), tl.arange(0, 16)
     source = table_ptr + split[:, None] * 32 + digit[None, :]
     inside = (split < splits)[:, None]
     counts = tl.sum(tl.load(source, inside, other=0), 0)
     masses = tl.sum(tl.load(source + 16, inside, other=0), 0)
-    upto = tl.where(by_count, count, mass) + tl.cumsum(tl.where(by_count, counts, masses), 0)
-    found = tl.sum((upto <= target).to(tl.int32), 0)
+    cumulative = tl.where(by_count, count, mass) + tl.cumsum(tl.where(by_count, counts, masses), 0)
+    found = tl.sum((cumulative <= target).to(tl.int32), 0)
     count += tl.sum(tl.where(digit < found, counts, 0), 0)
     mass += tl.sum(tl.where(digit < found, masses, 0), 0)
-    own = digit == found
-    own_count, own_mass = tl.sum(tl.where(own, counts, 0), 0), tl.sum(tl.where(own, masses, 0), 0)
-    return found, count, mass, own_count, own_mass
+    is_found = digit == found
+    found_count = tl.sum(tl.where(is_found, counts, 0), 0)
+    found_mass = tl.sum(tl.where(is_found, masses, 0), 0)
+    return found, count, mass, found_count, found_mass
 
 
 @triton.jit
-def _target(
+def _search_target(
     goal,
     top_k_ptr,
     top_p_ptr,
@@ -112,9 +119,10 @@ def _target(
     TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
 ):
-    """What a search must pass, from the table and the state of the last pass before it.
+    """Return the target of a search, from the table and the state of the pass before it.
 
-    That pass ended the search before, or was the first tally: as if top-k had kept all.
+    That pass was the last of the previous search, or the first of all, as if top-k had kept all
+    tokens.
     """
     if goal == TOP_K:
         top_k = tl.load(top_k_ptr + row)
@@ -123,16 +131,16 @@ def _target(
         by_count = goal == TOP_P
         count, mass = tl.load(state_ptr + 1), tl.load(state_ptr + 2)
         last = tl.load(state_ptr + 3)
-        _, count, mass, equals, whole = _settle(
+        _, count, mass, equals, equal_mass = _find_digit(
             table_ptr, splits, by_count, count, mass, last, SPLITS
         )
-        each = whole // equals
-        # Of the tokens equal to the last one that is kept, so many are.
-        these = tl.where(by_count, last - count, (last - mass) // tl.maximum(each, 1)) + 1
-        kept = mass + tl.where(these == equals, whole, these * each)
+        each = equal_mass // equals
+        # How many of the tokens that are equal to the last one kept are kept too.
+        kept_equals = tl.where(by_count, last - count, (last - mass) // tl.maximum(each, 1)) + 1
+        kept = mass + tl.where(kept_equals == equals, equal_mass, kept_equals * each)
         if by_count:
-            share = tl.load(top_p_ptr + row).to(tl.float64)
-            target = tl.ceil(share * kept.to(tl.float64)).to(tl.int64) - 1
+            top_p = tl.load(top_p_ptr + row).to(tl.float64)
+            target = tl.ceil(top_p * kept.to(tl.float64)).to(tl.int64) - 1
         else:
             target = (tl.load(uniform_ptr + row) * kept.to(tl.float64)).to(tl.int64)
         target = tl.minimum(tl.maximum(target, 0), kept - 1)
@@ -141,10 +149,10 @@ def _target(
 
 @triton.jit(
     do_not_specialize=["splits", "step", "goal", "by_count", "shift"],
-    # A column of one row's parameters begins where its row does not.
+    # The parameters of a row are a column of a matrix, which may start at any address.
     do_not_specialize_on_alignment=["temperature_ptr", "top_k_ptr", "top_p_ptr", "uniform_ptr"],
 )
-def _tally(
+def _count_digits(
     logits_ptr,
     temperature_ptr,
     top_k_ptr,
@@ -168,11 +176,11 @@ def _tally(
     TOP_P: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
-    """One pass: tokens and mass by the digit at `shift`, of keys that begin as the search found.
+    """One pass: count and mass by the digit at `shift` of keys with the prefix found so far.
 
-    tables int64 [steps, rows, splits, 2, 16]; states int64 [steps, rows, 4]: what keys begin with,
-    count and mass of the tokens before those, and the target, which is a count if by_count. goal:
-    of the search that begins with this step, or 0; grid (rows, splits).
+    Grid (rows, splits). tables int64 [steps, rows, splits, 2, 16]; states int64 [steps, rows, 4]:
+    prefix, count and mass of the tokens before it, and the target, which is a count if by_count.
+    goal: the purpose of the search that starts with this step, or 0.
     """
     wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -183,7 +191,7 @@ def _tally(
         table_ptr = tables_ptr + ((step - 1) * rows + row) * splits * 32
         state_ptr = states_ptr + ((step - 1) * rows + row) * 4
         if goal > 0:
-            target = _target(
+            target = _search_target(
                 goal,
                 top_k_ptr,
                 top_p_ptr,
@@ -201,7 +209,7 @@ def _tally(
         else:
             prefix, count = tl.load(state_ptr), tl.load(state_ptr + 1)
             mass, target = tl.load(state_ptr + 2), tl.load(state_ptr + 3)
-        digit, count, mass, _, _ = _settle(
+        digit, count, mass, _, _ = _find_digit(
             table_ptr, splits, by_count != 0, count, mass, target, SPLITS
         )
         prefix = prefix * 16 + digit
@@ -223,30 +231,30 @@ def _tally(
     end = tl.minimum((split + 1) * span, vocab)
     for first in range(split * span, end, BLOCK):
         place = first + tl.arange(0, BLOCK)
-        keys = _keys(_load(logits_ptr + row * vocab, place, end), WIDTH)
-        begun = ((keys >> shift >> 4) == start) & (place < end)
-        if tl.max(begun.to(tl.int32), 0) > 0:
+        keys = _keys(_load_logits(logits_ptr + row * vocab, place, end), WIDTH)
+        has_prefix = ((keys >> shift >> 4) == start) & (place < end)
+        if tl.max(has_prefix.to(tl.int32), 0) > 0:
             for offset in range(0, BLOCK, PART):
-                # Each thread counts its own tokens: sums over threads are made once, at the end.
+                # Each thread counts separately; sums over threads are computed once, at the end.
                 at = first + offset + tl.arange(0, PART)[:, None]
-                logits = _load(logits_ptr + row * vocab, at, end)
+                logits = _load_logits(logits_ptr + row * vocab, at, end)
                 found = _keys(logits, WIDTH) >> shift
-                asked = ((found >> 4) == start) & (at < end)
+                is_counted = ((found >> 4) == start) & (at < end)
                 wide = logits.to(tl.float32)
-                # Equal ones apart: infinity less infinity is no number.
-                share = tl.where(wide == highest, 1.0, tl.exp((wide - highest) / temperature))
-                own = (share * 4398046511104.0).to(tl.int64)
-                digit = tl.where(asked, (found & 15).to(tl.int32), -1)
-                here = digit == digits[None, :]
-                counts += here.to(tl.int32)
-                masses += tl.where(here, own, 0)
+                # The maximum is a case of its own because infinity minus infinity is NaN.
+                prob = tl.where(wide == highest, 1.0, tl.exp((wide - highest) / temperature))
+                mass_of_token = (prob * 4398046511104.0).to(tl.int64)
+                digit = tl.where(is_counted, (found & 15).to(tl.int32), -1)
+                is_digit = digit == digits[None, :]
+                counts += is_digit.to(tl.int32)
+                masses += tl.where(is_digit, mass_of_token, 0)
     table_ptr = tables_ptr + ((step * rows + row) * splits + split) * 32
     tl.store(table_ptr + digits, tl.sum(counts, 0).to(tl.int64))
     tl.store(table_ptr + 16 + digits, tl.sum(masses, 0))
 
 
 @triton.jit(do_not_specialize=["splits", "step"])
-def _find(
+def _find_token(
     logits_ptr,
     tables_ptr,
     states_ptr,
@@ -260,29 +268,33 @@ def _find(
     WIDTH: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
-    """End the draw's search, whose last pass was `step` → tokens int64 [rows]; grid (rows,)."""
+    """Finish the last search, whose last pass was `step` → tokens int64 [rows]; grid (rows,)."""
     wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     table_ptr = tables_ptr + (step * rows + row) * splits * 32
     state_ptr = states_ptr + (step * rows + row) * 4
     count, mass = tl.load(state_ptr + 1), tl.load(state_ptr + 2)
     target = tl.load(state_ptr + 3)
-    digit, _, mass, equals, whole = _settle(table_ptr, splits, False, count, mass, target, SPLITS)
+    digit, _, mass, equals, equal_mass = _find_digit(
+        table_ptr, splits, False, count, mass, target, SPLITS
+    )
     key = (tl.load(state_ptr) * 16 + digit).to(tl.uint32)
-    left = (target - mass) // (whole // equals)  # equal tokens before the one drawn
+    left = (target - mass) // (equal_mass // equals)  # equal tokens before the sampled one
     part = tl.arange(0, SPLITS)
     counts = tl.load(table_ptr + part * 32 + digit, part < splits, other=0)
-    upto = tl.cumsum(counts, 0)
-    split = tl.sum((upto <= left).to(tl.int32), 0)
+    cumulative = tl.cumsum(counts, 0)
+    split = tl.sum((cumulative <= left).to(tl.int32), 0)
     left -= tl.sum(tl.where(part < split, counts, 0), 0)
     start = split * span
     place = tl.arange(0, BLOCK)
-    same = (_keys(_load(logits_ptr + row * vocab, start + place, vocab), WIDTH) == key).to(tl.int32)
+    same = (_keys(_load_logits(logits_ptr + row * vocab, start + place, vocab), WIDTH) == key).to(
+        tl.int32
+    )
     held = tl.sum(same, 0)
     while (held <= left) & (start + BLOCK < vocab):
         left -= held
         start += BLOCK
-        logits = _load(logits_ptr + row * vocab, start + place, vocab)
+        logits = _load_logits(logits_ptr + row * vocab, start + place, vocab)
         same = (_keys(logits, WIDTH) == key).to(tl.int32)
         held = tl.sum(same, 0)
     before = tl.sum((tl.cumsum(same, 0) <= left).to(tl.int32), 0)
@@ -305,13 +317,14 @@ def sample(
     tokens = logits.new_empty(rows, dtype=torch.int64)
     if not rows:
         return tokens
-    # Small batches are split over the device; more programs than fill it only read more tables.
+    # Rows of small batches are split over the device. More programs than it can run at once would
+    # only read more tables.
     splits = min(_SPLITS, triton.cdiv(4 * target.processors, rows))
     span = triton.cdiv(triton.cdiv(vocab, splits), _BLOCK) * _BLOCK
     splits = triton.cdiv(vocab, span)
     width = 8 * logits.element_size()
     passes = width // _BITS
-    goals = (_TOP_P, _DRAW) if top_k is None else (_TOP_K, _TOP_P, _DRAW)
+    goals = (_TOP_P, _SAMPLE) if top_k is None else (_TOP_K, _TOP_P, _SAMPLE)
     steps = [(0, False, width - _BITS)]
     for goal in goals:
         for i in range(1, passes):
@@ -320,9 +333,9 @@ def sample(
     tables = logits.new_empty(len(steps), rows, splits, 2, 16, dtype=torch.int64)
     states = logits.new_empty(len(steps), rows, 4, dtype=torch.int64)
     options = {"BLOCK": _BLOCK, "num_warps": 4, **target.launch_options}
-    _highest[rows, splits](logits, highest, vocab, span, splits, **options)
+    _row_maxima[rows, splits](logits, highest, vocab, span, splits, **options)
     for step, (goal, by_count, shift) in enumerate(steps):
-        _tally[rows, splits](
+        _count_digits[rows, splits](
             logits,
             temperature,
             tokens if top_k is None else top_k,
@@ -345,7 +358,7 @@ def sample(
             TOP_P=_TOP_P,
             **options,
         )
-    _find[(rows,)](
+    _find_token[(rows,)](
         logits,
         tables,
         states,

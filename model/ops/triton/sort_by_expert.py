@@ -1,8 +1,8 @@
-"""Rows grouped by expert, on the device: no count ever comes back to the host.
+"""Sort (token, expert) pairs by expert on the device, so that no count is read by the host.
 
-A pair is (token, one of its top_k experts), numbered token · top_k + rank. Pairs are sorted by
-expert, stably, so that what is computed does not depend on the order in which programs run. Those
-whose expert is not one of EXPERTS from `first` on are left out.
+A token has top_k pairs, numbered token · top_k + rank. The sort is stable, so that results do not
+depend on the order in which programs run. Pairs whose expert is not one of the EXPERTS from `first`
+on, which another rank holds, are left out.
 """
 
 import torch
@@ -16,7 +16,7 @@ _CHUNK = 128  # pairs that one program sorts
 
 
 @triton.jit(do_not_specialize=["first", "pairs"])
-def _count(
+def _count_by_expert(
     chosen_ptr,
     counts_ptr,
     first,
@@ -25,43 +25,44 @@ def _count(
     CHUNK: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
-    """counts int32 [chunks, BLOCK_E]: pairs of each expert in each chunk."""
+    """Count the pairs of each expert in a chunk: counts int32 [chunks, BLOCK_E]; grid (chunks,)."""
     wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
-    at = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    pair = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     expert = tl.arange(0, BLOCK_E)
-    mine = tl.load(chosen_ptr + at, at < pairs, other=-1).to(tl.int32) - first
-    found = tl.sum((mine[:, None] == expert[None, :]).to(tl.int32), 0)
-    tl.store(counts_ptr + tl.program_id(0) * BLOCK_E + expert, found)
+    local_expert = tl.load(chosen_ptr + pair, pair < pairs, other=-1).to(tl.int32) - first
+    counts = tl.sum((local_expert[:, None] == expert[None, :]).to(tl.int32), 0)
+    tl.store(counts_ptr + tl.program_id(0) * BLOCK_E + expert, counts)
 
 
 @triton.jit(do_not_specialize=["first", "pairs", "chunks"])
-def _sort(
+def _sort_by_expert(
     chosen_ptr,
     counts_ptr,
     order_ptr,
-    starts_ptr,
+    expert_starts_ptr,
     first,
     pairs,
     chunks,
     EXPERTS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     CHUNK: tl.constexpr,
-    ALONE: tl.constexpr,
+    SINGLE_CHUNK: tl.constexpr,
     BLOCK_C: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
-    """A chunk's pairs put where they belong; ALONE: it is the only one and counts for itself.
+    """Write a chunk's pairs to their sorted places; grid (chunks,).
 
-    order int32 [pairs]: pairs by expert; starts int32 [EXPERTS + 1]: where each expert's begin.
+    order int32 [pairs]: pairs sorted by expert; expert_starts int32 [EXPERTS + 1]: index of each
+    expert's first pair in it. SINGLE_CHUNK: there are no counts, the program counts by itself.
     """
     wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
-    own = tl.program_id(0)
-    turn = tl.arange(0, CHUNK)
+    chunk_id = tl.program_id(0)
+    lane = tl.arange(0, CHUNK)
     expert = tl.arange(0, BLOCK_E)
-    at = own * CHUNK + turn
-    mine = tl.load(chosen_ptr + at, at < pairs, other=-1).to(tl.int32) - first
-    if ALONE:
-        total = tl.sum((mine[:, None] == expert[None, :]).to(tl.int32), 0)
+    pair = chunk_id * CHUNK + lane
+    local_expert = tl.load(chosen_ptr + pair, pair < pairs, other=-1).to(tl.int32) - first
+    if SINGLE_CHUNK:
+        total = tl.sum((local_expert[:, None] == expert[None, :]).to(tl.int32), 0)
         earlier = tl.zeros((BLOCK_E,), tl.int32)
     else:
         total = tl.zeros((BLOCK_E,), tl.int32)
@@ -71,32 +72,32 @@ def _sort(
             source = counts_ptr + chunk[:, None] * BLOCK_E + expert[None, :]
             counts = tl.load(source, (chunk < chunks)[:, None], other=0)
             total += tl.sum(counts, 0)
-            earlier += tl.sum(tl.where((chunk < own)[:, None], counts, 0), 0)
+            earlier += tl.sum(tl.where((chunk < chunk_id)[:, None], counts, 0), 0)
     start = tl.cumsum(total, 0) - total
-    if own == 0:
-        tl.store(starts_ptr + expert, start, expert < EXPERTS)
-        tl.store(starts_ptr + EXPERTS, tl.sum(tl.where(expert < EXPERTS, total, 0), 0))
-    here = (mine >= 0) & (mine < EXPERTS)
-    base = tl.gather(start + earlier, tl.where(here, mine, 0), 0)
-    equals = (mine[:, None] == mine[None, :]) & (turn[None, :] < turn[:, None])
-    tl.store(order_ptr + base + tl.sum(equals.to(tl.int32), 1), at, here)
+    if chunk_id == 0:
+        tl.store(expert_starts_ptr + expert, start, expert < EXPERTS)
+        tl.store(expert_starts_ptr + EXPERTS, tl.sum(tl.where(expert < EXPERTS, total, 0), 0))
+    is_held = (local_expert >= 0) & (local_expert < EXPERTS)
+    base = tl.gather(start + earlier, tl.where(is_held, local_expert, 0), 0)
+    equals = (local_expert[:, None] == local_expert[None, :]) & (lane[None, :] < lane[:, None])
+    tl.store(order_ptr + base + tl.sum(equals.to(tl.int32), 1), pair, is_held)
 
 
-def group_by_expert(
+def sort_by_expert(
     chosen: torch.Tensor, first: int, experts: int, target: Target
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """chosen [tokens, top_k] → (order int32 [tokens · top_k], starts int32 [experts + 1]).
+    """chosen [tokens, top_k] → (order int32 [tokens · top_k], expert_starts int32 [experts + 1]).
 
-    Behind the last of `starts` nothing is written to `order`.
+    From index expert_starts[experts] on `order` is not initialised.
     """
     pairs, block_e = chosen.numel(), triton.next_power_of_2(experts)
     chunks = triton.cdiv(pairs, _CHUNK)
     order = chosen.new_empty(pairs, dtype=torch.int32)
-    starts = chosen.new_empty(experts + 1, dtype=torch.int32)
+    expert_starts = chosen.new_empty(experts + 1, dtype=torch.int32)
     counts = order
     if chunks > 1:
         counts = chosen.new_empty(chunks, block_e, dtype=torch.int32)
-        _count[(chunks,)](
+        _count_by_expert[(chunks,)](
             chosen,
             counts,
             first,
@@ -106,20 +107,20 @@ def group_by_expert(
             num_warps=4,
             **target.launch_options,
         )
-    _sort[(chunks,)](
+    _sort_by_expert[(chunks,)](
         chosen,
         counts,
         order,
-        starts,
+        expert_starts,
         first,
         pairs,
         chunks,
         EXPERTS=experts,
         BLOCK_E=block_e,
         CHUNK=_CHUNK,
-        ALONE=chunks == 1,
+        SINGLE_CHUNK=chunks == 1,
         BLOCK_C=32,
         num_warps=16,
         **target.launch_options,
     )
-    return order, starts
+    return order, expert_starts

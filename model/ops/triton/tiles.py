@@ -1,7 +1,7 @@
-"""Tile sizes, warps and pipeline stages by architecture: the one place to tune.
+"""Tile sizes, warps and pipeline stages of each GPU architecture.
 
-Rows are chosen by hand from what a target's shared memory and registers hold; nothing is tuned
-while a job runs. An architecture that is not listed uses the smallest tiles.
+They are chosen by hand to fit a target's shared memory and registers; nothing is tuned while a job
+runs. An architecture that is not listed uses the smallest tiles.
 """
 
 from dataclasses import dataclass, replace
@@ -12,9 +12,10 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """m rows (tokens), n columns (keys or outputs), k of the contraction.
+    """m rows (tokens), n columns (keys or outputs) and k elements of the contraction.
 
-    Of the stages of attention half go to looking up blocks: 5 have two tiles of KV on their way.
+    In attention half of the stages serve the lookup of blocks: 5 stages keep two KV tiles in
+    flight.
     """
 
     m: int
@@ -25,28 +26,28 @@ class Tile:
 
     @property
     def options(self) -> dict[str, int]:
-        """What a kernel launch takes."""
+        """Arguments of a kernel launch."""
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """The tiles of one architecture; k of attention is the head size and not used."""
+    """The tiles of one architecture. Attention does not use k, which is the head size."""
 
-    decode: Tile  # attention of single tokens; m is the least height of a matrix product
+    decode: Tile  # attention of single tokens; m is the smallest height of a matrix instruction
     prefill: Tile  # attention of chunks, head size up to 64
-    prefill_wide: Tile  # the same for larger heads
-    experts: tuple[Tile, ...]  # by rising m: the first that holds an expert's mean rows is used
+    prefill_wide: Tile  # attention of chunks, larger heads
+    experts: tuple[Tile, ...]  # by rising m: the first with room for an expert's mean rows is used
     mxfp4: tuple[Tile, ...]  # the same for packed weights
-    short: int = 0  # rows of a tile for what is left of an expert's rows, if they fit; 0: no such
+    short: int = 0  # rows of the smaller tile for an expert's last rows if they fit; 0: none
     fused: Tile = Tile(16, 32, 128, 4, 3)  # norm with linear or MLP; m is not used
-    # Up to how many rows (64 at most) a norm and what follows are one kernel: as many as
-    # `gpu.py --section fusions` finds that faster for. 0: not measured.
+    # The largest numbers of rows (at most 64) for which a norm is fused with the operation after
+    # it: up to there `gpu.py --section fusions` measured that to be faster. 0: not measured.
     fused_qkv: int = 0
     fused_gate_up: int = 0
     fused_mlp: int = 0
-    # Of one row: at most n rows of weight a program and k columns a step, more of fewer rows.
-    # None: one row is like others, and products without a norm are torch's.
+    # For a single row: at most n weight rows a program and k columns a step; with fewer rows, more
+    # columns. None: torch multiplies it where there is no norm, and `fused` is used where there is.
     one_row: Tile | None = None
     programmatic_launch: bool = False  # see programmatic_launch.py
 
@@ -57,16 +58,16 @@ _HOPPER = Tiles(
     prefill_wide=Tile(128, 64, 0, 8, 5),
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
     mxfp4=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
-    # Of 1024 tokens gpt-oss' experts get 128 each, give or take 11: every other has a second tile.
+    # Of 1024 tokens each expert of gpt-oss gets 128 ± 11, so every other one has a second tile.
     short=32,
-    fused=Tile(16, 32, 128, 2, 5),  # with 4 warps each would read all of x, for half of the weight
-    # Not measured: by counting what a program loads, and every launch saved is two microseconds.
+    fused=Tile(16, 32, 128, 2, 5),  # each of 4 warps would read all of x for half of the weights
+    # Not measured: estimated from the bytes a program loads and 2 us saved for each launch.
     fused_qkv=1,
     fused_gate_up=1,
     one_row=Tile(1, 16, 256, 4, 4),
-    programmatic_launch=True,  # not measured either
+    programmatic_launch=True,  # not measured
 )
-_BLACKWELL = replace(  # Hopper's spill there: attention's, and with 64 of k those of 128 experts
+_BLACKWELL = replace(  # Hopper's attention tiles, and its expert tiles with k = 64, spill there
     _HOPPER,
     prefill=Tile(64, 64, 0, 4, 4),
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 128, 4, 2), Tile(128, 128, 64, 8, 3)),
@@ -141,7 +142,7 @@ def target_of(device: torch.device) -> Target:
 
 
 def for_dtype(tile: Tile, dtype: torch.dtype) -> Tile:
-    """The tile where an element takes 2 bytes; a small one in float32, which only checks use."""
+    """Return the tile, or a small one for float32, which only checks use."""
     if dtype.itemsize <= 2:
         return tile
     return Tile(min(tile.m, 32), min(tile.n, 32), min(tile.k, 32), 4, 1)
