@@ -1,6 +1,11 @@
 // The intrinsics of AVX-512 and AMX that the CPU kernels use, as plain functions: for tests on
-// processors without them (emulator.py). Each does what Intel's intrinsics guide says of it.
+// processors without them (emulator.py). Each does what Intel's intrinsics guide specifies.
 
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 

@@ -1,4 +1,4 @@
-"""The CPU kernels for AVX-512 and AMX on processors without them: their intrinsics as functions."""
+"""The CPU kernels for AVX-512 and AMX on processors without them: intrinsics become functions."""
 
 import ctypes
 import functools
@@ -9,42 +9,46 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from model.ops.cpu import bindings as calls
+from model.ops.cpu import bindings
 
-_SOURCES = Path(calls.__file__).parent
-_HERE = Path(__file__).parent
-# What only a processor that has them can run, and what stands for it here.
-_CHANGES = {
-    "kernels.cpp": [
-        # Not the kernels for AVX2, which take as long to compile as each of the others.
-        (r'namespace narrow {\n#include "kernels.h"\n}\n#pragma GCC pop', "#pragma GCC pop"),
-        (r"narrow::", "integers::"),
-        (r"#include <immintrin.h>", '#include <immintrin.h>\n#include "emulator.h"'),
-        (r"#pragma GCC target\([^)]*\)", '#pragma GCC target("avx2,fma,f16c,bmi2")'),
-        (r"(int getp_has_level\(int wanted\) {)", r"\1 return wanted > 0;"),
+_SOURCES = Path(bindings.__file__).parent / "kernels"
+_EMULATOR = Path(__file__).with_name("emulator.h")
+_UNITS = ("dispatch.cpp", "vnni.cpp", "avx512.cpp")
+# What only a processor with the instruction sets can run, and its replacement.
+_REPLACEMENTS = {
+    "dispatch.cpp": [(r"(int getp_has_level\(int level\) {)", r"\1 return level > 0;")],
+    "vnni.cpp": [(r"#pragma GCC target\([^)]*\)", '#pragma GCC target("avx2,fma,f16c,bmi2")')],
+    "avx512.cpp": [(r"#pragma GCC target\([^)]*\)", '#pragma GCC target("avx2,fma,f16c,bmi2")')],
+    "vectors.h": [(r'asm\("" : "\+v"\(value\)\);', "")],
+    "gemm/int16_gemm.h": [
+        (r'asm\("vpdpwssd[^;]*;', "acc = emulated_vpdpwssd(acc, weights, pair);")
     ],
-    "kernels.h": [(r'asm\("" : "\+v"\(value\)\);', "")],
-    "gemm_int16.h": [(r'asm\("vpdpwssd[^;]*;', "acc = emulated_vpdpwssd(acc, weights, pair);")],
-    "attention.h": [],
 }
+# Without the kernels for AVX2, which the processor can run: those for VNNI take their place.
+_OPTIONS = ["-std=c++17", "-O1", "-mavx2", "-mfma", "-fopenmp", "-fPIC", "-Wno-psabi", "-w"]
+_OPTIONS += ["-Davx2_kernels=vnni_kernels", "-include", str(_EMULATOR)]
 
 
 @functools.cache
 def emulated_library() -> ctypes.CDLL | None:
-    """The kernels, whatever the processor; None without a compiler or on other architectures."""
+    """The kernels on any x86-64 processor; None without a compiler or on other architectures."""
     compiler = shutil.which("g++")
     if compiler is None or platform.machine() != "x86_64":
         return None
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for file, changes in _CHANGES.items():
-            text = (_SOURCES / file).read_text()
-            for pattern, instead in changes:
-                text, count = re.subn(pattern, instead, text)
-                assert count, f"{file} has no {pattern}"
+        folder = Path(name) / "kernels"
+        shutil.copytree(_SOURCES, folder)
+        for file, replacements in _REPLACEMENTS.items():
+            text = (folder / file).read_text()
+            for pattern, replacement in replacements:
+                text, count = re.subn(pattern, replacement, text)
+                assert count, f"{file} does not contain {pattern}"
             (folder / file).write_text(text)
-        shutil.copy(_HERE / "emulator.h", folder)
-        command = [compiler, "-std=c++17", "-O1", "-mavx2", "-mfma", "-fopenmp", "-Wno-psabi", "-w"]
-        command += ["-fPIC", "-shared", "-o", str(folder / "emulated.so")]
-        subprocess.run([*command, str(folder / "kernels.cpp")], check=True)
-        return calls.load(folder / "emulated.so")
+        units = [
+            subprocess.Popen([compiler, *_OPTIONS, "-c", unit, "-o", f"{unit}.o"], cwd=folder)
+            for unit in _UNITS
+        ]
+        assert [unit.wait() for unit in units] == [0] * len(units)
+        objects = [f"{unit}.o" for unit in _UNITS]
+        subprocess.run([compiler, "-shared", "-o", "emulated.so", *objects], cwd=folder, check=True)
+        return bindings.load(folder / "emulated.so")

@@ -7,9 +7,10 @@ import torch
 
 from model.ops.backend import Compute
 from model.ops.cpu import huge_pages, native
-from model.ops.cpu.bindings import Recorder, leave_to_torch, library
+from model.ops.cpu.bindings import library
 from model.ops.cpu.onednn import OneDnnBackend
 from model.ops.cpu.packed import PANEL, Packed
+from model.ops.cpu.recorder import Recorder, leave_to_torch
 from model.ops.cpu.sampling import sample
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.mxfp4 import MXFP4_BLOCK

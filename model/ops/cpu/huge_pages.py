@@ -1,4 +1,4 @@
-"""Large memory by the page: what weights, the KV cache and recordings lie in."""
+"""Memory in large pages: for weights, the KV cache and recordings."""
 
 import contextlib
 import math
@@ -8,28 +8,29 @@ import torch
 
 
 def memory(size: int) -> mmap.mmap:
-    """So many bytes of zeros, in huge pages where the system has them: fewer faults and misses.
+    """Allocate `size` bytes of zeros, in huge pages if the system has them.
 
-    Raises MemoryError.
+    Huge pages cause fewer page faults and fewer TLB misses. Raises MemoryError.
     """
     try:
         if not hasattr(mmap, "MADV_HUGEPAGE"):
             return mmap.mmap(-1, max(1, size))
-        # Shared memory, which is what one gets unless asked, has rules of its own for huge pages.
-        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        found = mmap.mmap(-1, max(1, size), flags=private)
+        # Private, because huge pages of shared memory, which is the default, have a setting of
+        # their own that is usually off.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        allocated = mmap.mmap(-1, max(1, size), flags=flags)
     except OSError as error:
-        raise MemoryError(f"the system gave no {size:,} bytes of memory: {error}") from error
+        raise MemoryError(f"cannot allocate {size:,} bytes of memory: {error}") from error
     with contextlib.suppress(OSError):
-        found.madvise(mmap.MADV_HUGEPAGE)
-    return found
+        allocated.madvise(mmap.MADV_HUGEPAGE)
+    return allocated
 
 
 def tensor(memory: mmap.mmap, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """The first bytes of the memory; the tensor and its views keep it."""
+    """Return a tensor over the first bytes of the memory; it and its views keep the memory."""
     return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor in memory of its own."""
+    """Return a tensor in memory of its own. Raises MemoryError."""
     return tensor(memory(math.prod(shape) * dtype.itemsize), shape, dtype)

@@ -1,9 +1,10 @@
-"""The ops that `kernels.cpp` does, on bfloat16 tensors that are contiguous."""
+"""The operations of the native kernels, on contiguous bfloat16 tensors."""
 
 import torch
 
-from model.ops.cpu.bindings import call, empty
+from model.ops.cpu.bindings import kernels
 from model.ops.cpu.packed import Packed
+from model.ops.cpu.recorder import empty
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.specs import Activation, AttentionSpec, Experts, RopeArgs, RouterSpec
 
@@ -14,13 +15,8 @@ MAX_GROUP = 32  # query heads of a KV head
 def linear(x: torch.Tensor, weight: Packed, bias: torch.Tensor | None) -> torch.Tensor:
     """As Backend.linear."""
     out = empty((x.shape[0], weight.shape[0]), x.dtype)
-    call(
-        "linear",
-        weight.described(bias),
-        x.data_ptr(),
-        x.shape[0],
-        out.data_ptr(),
-        torch.get_num_threads(),
+    kernels.linear(
+        weight.described(bias), x.data_ptr(), x.shape[0], out.data_ptr(), torch.get_num_threads()
     )
     return out
 
@@ -28,11 +24,10 @@ def linear(x: torch.Tensor, weight: Packed, bias: torch.Tensor | None) -> torch.
 def add_rms_norm(
     x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As Backend.add_rms_norm, for a size that 16 divides."""
+    """As Backend.add_rms_norm, for a size that is a multiple of 16."""
     normed = empty(x.shape, x.dtype)
     summed = x if delta is None else empty(x.shape, x.dtype)
-    call(
-        "add_rms_norm",
+    kernels.add_rms_norm(
         x.data_ptr(), None if delta is None else delta.data_ptr(), weight.data_ptr(), *x.shape,
         eps, summed.data_ptr(), normed.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -49,12 +44,10 @@ def rotate_and_write(qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:
     if heads.q_norm is not None and heads.k_norm is not None:
         q_norm, k_norm = heads.q_norm.weight.data_ptr(), heads.k_norm.weight.data_ptr()
         eps = heads.q_norm.eps
-    call(
-        "rotate_and_write",
+    kernels.rotate_and_write(
         qkv.data_ptr(), rope.cos_sin.data_ptr(), kv.data_ptr(), kv.stride(0),
         rope.slot_mapping.data_ptr(), q_norm, k_norm, eps, tokens, heads.heads, heads.kv_heads,
-        head_dim, query.data_ptr(),
-        torch.get_num_threads(),
+        head_dim, query.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return query
 
@@ -71,8 +64,7 @@ def attention(
     out = empty(query.shape, query.dtype)
     _, heads, head_dim = query.shape
     table = group.block_table
-    call(
-        "attention",
+    kernels.attention(
         query.data_ptr(), kv.data_ptr(), kv.stride(0), table.data_ptr(), table.stride(0),
         batch.cu_seqlens_q.data_ptr(), batch.context_lens.data_ptr(),
         None if sinks is None else sinks.data_ptr(), table.shape[0], heads, kv.shape[3], head_dim,
@@ -87,11 +79,10 @@ def gated_linear(
     bias: torch.Tensor | None,
     activation: Activation,
 ) -> torch.Tensor:
-    """As Backend.gated_linear, for outputs that are a multiple of 64."""
+    """As Backend.gated_linear, for a number of outputs that is a multiple of 64."""
     limit = activation.limit
     out = empty((x.shape[0], weight.shape[0] // 2), x.dtype)
-    call(
-        "gated_linear",
+    kernels.gated_linear(
         weight.described(bias), x.data_ptr(), x.shape[0], limit is not None, limit or 0.0,
         activation.alpha, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -101,32 +92,30 @@ def gated_linear(
 def route(logits: torch.Tensor, router: RouterSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """As Backend.route."""
     (rows, count), top_k = logits.shape, router.top_k
-    chosen = empty((rows, top_k), torch.int64)
+    expert_ids = empty((rows, top_k), torch.int64)
     weights = empty((rows, top_k), torch.float32)
-    call(
-        "route",
+    kernels.route(
         logits.data_ptr(), rows, count, top_k, router.softmax_after_top_k, router.normalize,
-        chosen.data_ptr(), weights.data_ptr(), torch.get_num_threads(),
+        expert_ids.data_ptr(), weights.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return chosen, weights
+    return expert_ids, weights
 
 
 def experts(
     x: torch.Tensor,
-    chosen: torch.Tensor,
+    expert_ids: torch.Tensor,
     weights: torch.Tensor,
     experts: Experts,
     activation: Activation,
 ) -> torch.Tensor:
-    """As Backend.experts; the results of a token's experts are added in their order."""
+    """As Backend.experts; the results of a token's experts are added in the experts' order."""
     limit = activation.limit
-    tokens, top_k = chosen.shape
+    tokens, top_k = expert_ids.shape
     out = empty((tokens, experts.hidden), x.dtype)
-    call(
-        "experts",
+    kernels.experts(
         experts.gate_up.described(experts.gate_up_bias),
         experts.down.described(experts.down_bias), experts.count, x.data_ptr(), tokens,
-        chosen.data_ptr(), weights.data_ptr(), top_k, limit is not None, limit or 0.0,
+        expert_ids.data_ptr(), weights.data_ptr(), top_k, limit is not None, limit or 0.0,
         activation.alpha, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -135,8 +124,8 @@ def experts(
 def gather(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """As Backend.gather, of any dtype."""
     out = empty((len(ids), table.shape[1]), table.dtype)
-    call(
-        "gather", table.data_ptr(), table.shape[1] * table.element_size(), ids.data_ptr(),
-        len(ids), out.data_ptr(),
+    kernels.gather(
+        table.data_ptr(), table.shape[1] * table.element_size(), ids.data_ptr(), len(ids),
+        out.data_ptr(),
     )  # fmt: skip
     return out

@@ -1,0 +1,67 @@
+// The C interface of the library: which instruction sets there are, and calls that were recorded.
+//
+// Levels are numbered as in bindings.py: 1 AVX2 (other architectures: portable), 2 AVX-512 with
+// VNNI, 3 AVX-512 with BF16, 4 AVX-512 with BF16 and AMX.
+// OpenMP comes from the runtime that torch has loaded: this library is linked to none.
+
+#include "table.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+bool amx_enabled = false;
+
+// Whether this processor and its kernel can run a level. For AMX it asks the kernel for permission.
+extern "C" int getp_has_level(int level) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  unsigned eax, ebx, ecx, edx;
+  const bool avx512 = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
+  const bool has_bf16 = __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & (1u << 5));
+  switch (level) {
+    case 1: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case 2: return avx512 && __builtin_cpu_supports("avx512vnni");
+    case 3: return avx512 && has_bf16;
+  }
+  if (!avx512 || !has_bf16 || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return 0;
+  const bool amx_bf16 = edx & (1u << 22), amx_tile = edx & (1u << 24);
+  if (!amx_bf16 || !amx_tile) return 0;
+  constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+  return level == 1;
+#endif
+}
+
+// The fastest level of this processor, or 0.
+extern "C" int getp_best_level() {
+#if defined(__x86_64__)
+  // Without AMX, Intel's processors multiply 16-bit integers up to four times as fast as bf16;
+  // AMD's multiply both at the same rate.
+  if (!getp_has_level(4) && getp_has_level(2) && __builtin_cpu_is("intel")) return 2;
+#endif
+  for (int level = 4; level > 0; level--)
+    if (getp_has_level(level)) return level;
+  return 0;
+}
+
+// The functions of a level that this processor has. One level is in use at a time: levels 3 and 4
+// share their functions.
+extern "C" const Kernels* getp_use_level([[maybe_unused]] int level) {
+#if defined(__x86_64__)
+  amx_enabled = level == 4;
+  return level >= 3 ? &avx512_kernels : level == 2 ? &vnni_kernels : &avx2_kernels;
+#else
+  return &portable_kernels;
+#endif
+}
+
+// Repeats recorded calls: for each, the index of its function in the table, then its arguments.
+extern "C" void getp_replay(const Kernels* kernels, const int64_t* calls, int64_t size) {
+  const int64_t* end = calls + size;
+  while (calls < end) calls = kernels->functions[*calls].replay(calls + 1);
+}

@@ -1,0 +1,138 @@
+// Mixture-of-experts MLPs: each token's experts, weighted and added.
+#pragma once
+
+#include "gemm/linear.h"
+#include "scratch.h"
+
+namespace {
+
+// Pairs (token, rank of the expert) in order of their expert.
+struct PairsByExpert {
+  std::vector<int64_t> offsets;  // [experts + 1]: where each expert's pairs begin
+  std::vector<int64_t> pairs;    // token · top_k + rank
+};
+
+const PairsByExpert& sort_by_expert(const int64_t* expert_ids, int64_t pairs, int64_t experts) {
+  static thread_local PairsByExpert sorted;
+  sorted.offsets.assign((size_t)experts + 1, 0);
+  sorted.pairs.resize((size_t)pairs);
+  for (int64_t i = 0; i < pairs; i++) sorted.offsets[(size_t)expert_ids[i] + 1]++;
+  for (int64_t e = 0; e < experts; e++) sorted.offsets[(size_t)e + 1] += sorted.offsets[(size_t)e];
+  static thread_local std::vector<int64_t> next;
+  next = sorted.offsets;
+  for (int64_t i = 0; i < pairs; i++) sorted.pairs[(size_t)next[(size_t)expert_ids[i]]++] = i;
+  return sorted;
+}
+
+// What one thread computes at a time: a panel of gates and one of values of one expert, for the
+// pairs [first, last).
+struct ExpertItem {
+  int64_t expert, panel, first, last;
+};
+
+const std::vector<ExpertItem>& expert_items(const PairsByExpert& sorted, int64_t experts,
+                                            int64_t panels, int64_t span) {
+  static thread_local std::vector<ExpertItem> items;
+  items.clear();
+  for (int64_t e = 0; e < experts; e++) {
+    const int64_t end = sorted.offsets[(size_t)e + 1];
+    for (int64_t first = sorted.offsets[(size_t)e]; first < end; first += span)
+      for (int64_t panel = 0; panel < panels; panel++)
+        items.push_back({e, panel, first, std::min(end, first + span)});
+  }
+  return items;
+}
+
+// One expert's rows of x in the order of its pairs, in the form in which they are multiplied.
+void gather_rows(const bf16* x, int64_t inputs, const int64_t* pairs, int64_t top_k,
+                 const Rows& to) {
+  for (int64_t r = 0; r < to.count; r++) {
+    const bf16* from = x + pairs[r] / top_k * inputs;
+#if INT16_GEMM
+    quantize_row(from, inputs, (int16_t*)to.data + r * INT16_GROUP, (float*)to.scales + r,
+                 to.stride);
+#else
+    if (!to.arranged) {
+      memcpy((bf16*)to.data + r * inputs, from, (size_t)inputs * 2);
+      continue;
+    }
+    for (int64_t k = 0; k < inputs; k += 32)
+      memcpy((bf16*)to.data + arranged_offset(r, to.count, inputs, k), from + k, 64);
+#endif
+  }
+}
+
+// x [tokens, inputs] → out [tokens, outputs]: the experts expert_ids [tokens, top_k] of each token,
+// times their weights. They are added in the experts' order, so that a sum does not depend on the
+// other tokens. gate_up, down: one weight for each expert.
+void experts(const Weight* gate_up, const Weight* down, int64_t num_experts,
+             const bf16* x, int64_t tokens, const int64_t* expert_ids, const float* weights,
+             int64_t top_k, bool clamped, float limit, float alpha, bf16* out, int threads) {
+  const Swiglu swiglu{clamped, limit, alpha};
+  const int64_t pairs = tokens * top_k, inputs = gate_up->inputs, size = gate_up->outputs / 2;
+  const PairsByExpert& sorted = sort_by_expert(expert_ids, pairs, num_experts);
+  const auto& items =
+      expert_items(sorted, num_experts, size / PANEL, rows_at_once(pairs, inputs));
+  const int64_t total = (int64_t)items.size(), chunk = std::max<int64_t>(1, total / (16 * threads));
+  const Rows gathered = allocate_rows(0, pairs, inputs), inner_rows = allocate_rows(1, pairs, size);
+  // Gated values: where they will be multiplied, or as bf16 that become integers later.
+  bf16* inner = INT16_GEMM ? shared_scratch<bf16>(2, pairs * size) : (bf16*)inner_rows.data;
+  // Panels of `down` that share a pass over the rows: with their sums they fit a core's cache.
+  const int64_t outputs = down->outputs, panels = (outputs + PANEL - 1) / PANEL;
+  const int64_t panels_at_once = std::clamp<int64_t>(panels / (2 * threads), 1, 8);
+  const int64_t span = std::max(rows_at_once(pairs, inputs), rows_at_once(pairs, size));
+  const int64_t sums_offset =
+      std::max(scratch_size(*gate_up, span, 2), scratch_size(*down, span, 1));
+#pragma omp parallel num_threads(threads)
+  {
+    float* scratch = thread_scratch<float>(sums_offset + panels_at_once * tokens * PANEL);
+    int64_t configured_rows = 0;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t e = 0; e < num_experts; e++) {
+      const int64_t first = sorted.offsets[(size_t)e];
+      const int64_t count = sorted.offsets[(size_t)e + 1] - first;
+      gather_rows(x, inputs, sorted.pairs.data() + first, top_k,
+                  slice_rows(gathered, first, count, inputs));
+    }
+#pragma omp for schedule(dynamic, chunk)
+    for (int64_t i = 0; i < total; i++) {
+      const ExpertItem item = items[(size_t)i];
+      gated_block(gate_up[item.expert], item.panel,
+                  slice_rows(gathered, item.first, item.last - item.first, inputs), swiglu,
+                  inner + item.first * size, scratch, configured_rows);
+    }
+    prepare_rows(inner, inner_rows, size);
+    float* sums = scratch + sums_offset;
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t begin = 0; begin < panels; begin += panels_at_once) {
+      const int64_t end = std::min(panels, begin + panels_at_once);
+      memset(sums, 0, (size_t)((end - begin) * tokens * PANEL) * 4);
+      for (int64_t e = 0; e < num_experts; e++) {
+        const int64_t last = sorted.offsets[(size_t)e + 1];
+        for (int64_t first = sorted.offsets[(size_t)e]; first < last; first += span) {
+          const Rows rows = slice_rows(inner_rows, first, std::min(span, last - first), size);
+          for (int64_t panel = begin; panel < end; panel++) {
+            float* panel_sums = sums + (panel - begin) * tokens * PANEL;
+            rows_times_panels<1>(down[e], {panel}, rows, scratch, configured_rows,
+                                 [&](int64_t r, const vec_f32(&products)[1][VECTORS]) {
+                                   const int64_t pair = sorted.pairs[(size_t)(first + r)];
+                                   float* to = panel_sums + pair / top_k * PANEL;
+                                   for (int v = 0; v < VECTORS; v++, to += LANES)
+                                     store(to, load(to) + products[0][v] * weights[pair]);
+                                 });
+          }
+        }
+      }
+      for (int64_t panel = begin; panel < end; panel++)
+        for (int64_t token = 0; token < tokens; token++) {
+          const float* from = sums + ((panel - begin) * tokens + token) * PANEL;
+          vec_f32 row[VECTORS];
+          for (int v = 0; v < VECTORS; v++) row[v] = load(from + v * LANES);
+          write_row(row, out + token * outputs + panel * PANEL, outputs - panel * PANEL);
+        }
+    }
+    release_tiles(configured_rows);
+  }
+}
+
+}  // namespace

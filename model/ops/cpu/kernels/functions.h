@@ -1,0 +1,28 @@
+// The table of a unit's functions. A unit includes this after it has chosen an instruction set.
+#pragma once
+
+#include "attention.h"
+#include "experts.h"
+#include "gemm/linear.h"
+#include "gemm/pack.h"
+#include "table.h"
+#include "token_ops.h"
+
+namespace {
+
+const Function functions[] = {
+    NATIVE_FUNCTION(gather),
+    NATIVE_FUNCTION(add_rms_norm),
+    NATIVE_FUNCTION(rotate_and_write),
+    NATIVE_FUNCTION(attention),
+    NATIVE_FUNCTION(linear),
+    NATIVE_FUNCTION(gated_linear),
+    NATIVE_FUNCTION(route),
+    NATIVE_FUNCTION(experts),
+    NATIVE_FUNCTION(pack),
+    NATIVE_FUNCTION(pack_mxfp4),
+};
+
+}  // namespace
+
+#define FUNCTION_COUNT (int64_t)(sizeof functions / sizeof functions[0])

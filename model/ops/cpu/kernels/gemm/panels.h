@@ -1,0 +1,113 @@
+// Rows times a weight's panels, in whichever form the unit multiplies.
+#pragma once
+
+#include "../scratch.h"
+#include "rows.h"
+#if INT16_GEMM
+#include "int16_gemm.h"
+#else
+#include "amx.h"
+#include "bf16.h"
+#endif
+
+namespace {
+
+// Memory for `count` rows in the form in which they are multiplied.
+INLINE Rows allocate_rows(int index, int64_t count, int64_t inputs) {
+#if INT16_GEMM
+  const int64_t scales = count * scale_count(inputs);
+  return {shared_scratch<bf16>(index, scales * INT16_GROUP), count, false,
+          shared_scratch<float>(index, scales), count};
+#else
+  // 512 values more, which may be read beyond the last row: see tile_rows.
+  return {shared_scratch<bf16>(index, count * inputs + 512), count, use_amx(), nullptr, count};
+#endif
+}
+
+// The rows x [rows, inputs] of a linear: x itself, or memory for its integers (see prepare_rows).
+INLINE Rows rows_of(const bf16* x, int64_t rows, [[maybe_unused]] int64_t inputs) {
+#if INT16_GEMM
+  return allocate_rows(0, rows, inputs);
+#else
+  return {x, rows, false, nullptr, rows};
+#endif
+}
+
+// Fills `rows` from x [rows.count, inputs] where they are integers. To be called by all threads of
+// a parallel region.
+INLINE void prepare_rows([[maybe_unused]] const bf16* x, [[maybe_unused]] const Rows& rows,
+                         [[maybe_unused]] int64_t inputs) {
+#if INT16_GEMM
+#pragma omp for schedule(static)
+  for (int64_t r = 0; r < rows.count; r++)
+    quantize_row(x + r * inputs, inputs, (int16_t*)rows.data + r * INT16_GROUP,
+                 (float*)rows.scales + r, rows.stride);
+#endif
+}
+
+// At most `max_count` rows from `first` on.
+INLINE Rows slice_rows(const Rows& x, int64_t first, int64_t max_count,
+                       [[maybe_unused]] int64_t inputs) {
+  const int64_t count = std::min(max_count, x.count - first);
+#if INT16_GEMM
+  return {x.data + first * INT16_GROUP, count, false, x.scales + first, x.stride};
+#else
+  return {x.data + first * inputs, count, x.arranged, nullptr, count};
+#endif
+}
+
+// The number of float32 values that rows_times_panels needs as scratch.
+INLINE int64_t scratch_size(const Weight& weight, int64_t rows, int64_t panels) {
+  if (!use_amx()) return panels * rows * PANEL;
+  const int64_t unpacked =
+      weight.mxfp4 ? std::max(weight.inputs, 4 * MXFP4_GROUP) * PANEL / 2 : 0;
+  return panels * (ROW_BLOCK * PANEL + unpacked);
+}
+
+// x [rows, inputs] times one panel, or two whose sums are used together, plus their biases; calls
+// finish(r, sums [PANELS, 32]) for each row in turn. A row's products are added up in the same
+// order whatever the number of rows: a result does not depend on the batch.
+// configured_rows: those of the tiles that this thread configured last, 0 before the first call.
+template <int PANELS, typename Finish>
+INLINE void rows_times_panels(const Weight& weight, const int64_t (&panels)[PANELS], const Rows& x,
+                              float* scratch, [[maybe_unused]] int64_t& configured_rows,
+                              Finish finish) {
+  vec_f32 bias[PANELS][VECTORS];
+  for (int p = 0; p < PANELS; p++) load_bias(weight, panels[p], bias[p]);
+#if INT16_GEMM
+  int16_times_panels<PANELS>(weight, panels, x, bias, scratch, finish);
+#else
+#if BF16_DOT
+  if (use_amx())
+    return tiles_times_panels<PANELS>(weight, panels, x, bias, scratch, configured_rows, finish);
+#endif
+  bf16_times_panels<PANELS>(weight, panels, x, bias, scratch, finish);
+#endif
+}
+
+INLINE void release_tiles([[maybe_unused]] int64_t configured_rows) {
+#if BF16_DOT
+  if (configured_rows) _tile_release();
+#endif
+}
+
+// Writes a panel's `count` outputs of a row, at most all of them.
+INLINE void write_row(const vec_f32 (&sums)[VECTORS], bf16* out, int64_t count) {
+  if (count >= PANEL) {
+    for (int v = 0; v < VECTORS; v++) store_bf16(out + v * LANES, sums[v]);
+  } else {
+    for (int64_t i = 0; i < count; i++) out[i] = to_bf16(sums[i / LANES][i % LANES]);
+  }
+}
+
+// How many of `rows` are multiplied at a time: they stay in a core's second-level cache beside a
+// panel, and the last part is not much smaller than the others.
+INLINE int64_t rows_at_once(int64_t rows, int64_t inputs) {
+  constexpr int64_t CACHE = 3 << 19;  // bytes; processors with AMX have 2 MiB a core
+  const int64_t limit = std::max<int64_t>(ROW_BLOCK, (CACHE / (2 * inputs)) / ROW_BLOCK * ROW_BLOCK);
+  rows = std::max<int64_t>(1, rows);  // the head has no rows in a step in which no prompt ends
+  const int64_t parts = (rows + limit - 1) / limit;
+  return ((rows + parts - 1) / parts + ROW_BLOCK - 1) / ROW_BLOCK * ROW_BLOCK;
+}
+
+}  // namespace

@@ -1,0 +1,119 @@
+// Operations on each token by itself: embeddings, RMSNorm, rotary with the KV write, the router.
+#pragma once
+
+#include "scratch.h"
+#include "vectors.h"
+
+namespace {
+
+// Rows of a table of any dtype, `row_bytes` each → out [count, row_bytes]
+void gather(const uint8_t* table, int64_t row_bytes, const int64_t* ids, int64_t count,
+            uint8_t* out) {
+  for (int64_t i = 0; i < count; i++)
+    memcpy(out + i * row_bytes, table + ids[i] * row_bytes, (size_t)row_bytes);
+}
+
+INLINE float sum_of_squares(const bf16* x, int64_t size) {
+  vec_f32 squares = {};
+  for (int64_t i = 0; i < size; i += LANES) {
+    const vec_f32 value = load_bf16(x + i);
+    squares += value * value;
+  }
+  return reduce_add(squares);
+}
+
+// x and delta [rows, size] → their sum and its RMSNorm; without a delta, the RMSNorm of x.
+void add_rms_norm(const bf16* x, const bf16* delta, const bf16* weight, int64_t rows, int64_t size,
+                  float eps, bf16* sum, bf16* normed, int threads) {
+  if (rows * size < 1 << 14) threads = 1;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t row = 0; row < rows; row++) {
+    const bf16* from = x + row * size;
+    if (delta) {
+      bf16* to = sum + row * size;
+      for (int64_t i = 0; i < size; i += LANES)
+        store_bf16(to + i, load_bf16(from + i) + load_bf16(delta + row * size + i));
+      from = to;
+    }
+    const float factor = 1.0f / std::sqrt(sum_of_squares(from, size) / (float)size + eps);
+    for (int64_t i = 0; i < size; i += LANES)
+      store_bf16(normed + row * size + i, load_bf16(from + i) * factor * load_bf16(weight + i));
+  }
+}
+
+// Rotates one head [head_dim], whose halves are the two coordinates, after its RMSNorm if there is
+// a weight for that.
+INLINE void rotate_head(const bf16* from, const bf16* norm, float eps, const float* cos,
+                        const float* sin, int64_t head_dim, bf16* to) {
+  float factor = 1;
+  if (norm) factor = 1.0f / std::sqrt(sum_of_squares(from, head_dim) / (float)head_dim + eps);
+  const int64_t half = head_dim / 2;
+  for (int64_t i = 0; i < half; i += LANES) {
+    vec_f32 first = load_bf16(from + i), second = load_bf16(from + half + i);
+    if (norm) {
+      first = first * factor * load_bf16(norm + i);
+      second = second * factor * load_bf16(norm + half + i);
+    }
+    store_bf16(to + i, first * load(cos + i) - second * load(sin + i));
+    store_bf16(to + half + i, second * load(cos + i) + first * load(sin + i));
+  }
+}
+
+// qkv [tokens, heads + 2 · kv_heads, head_dim] → query [tokens, heads, head_dim], and keys and
+// values into their slots of the cache, where values are `value_offset` elements behind keys.
+void rotate_and_write(const bf16* qkv, const float* cos_sin, bf16* kv, int64_t value_offset,
+                      const int64_t* slot_mapping, const bf16* q_norm, const bf16* k_norm,
+                      float eps, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                      bf16* query, int threads) {
+  if (tokens * heads * head_dim < 1 << 13) threads = 1;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t token = 0; token < tokens; token++) {
+    const bf16* from = qkv + token * (heads + 2 * kv_heads) * head_dim;
+    const float *cos = cos_sin + token * head_dim, *sin = cos + head_dim / 2;
+    for (int64_t head = 0; head < heads; head++, from += head_dim)
+      rotate_head(from, q_norm, eps, cos, sin, head_dim,
+                  query + (token * heads + head) * head_dim);
+    bf16* to = kv + slot_mapping[token] * kv_heads * head_dim;
+    for (int64_t head = 0; head < kv_heads; head++, from += head_dim)
+      rotate_head(from, k_norm, eps, cos, sin, head_dim, to + head * head_dim);
+    memcpy(to + value_offset, from, (size_t)(kv_heads * head_dim) * 2);
+  }
+}
+
+void route_row(const bf16* logits, int64_t experts, int64_t top_k, bool softmax_after_top_k,
+               bool normalize, float* values, int64_t* expert_ids, float* weights) {
+  float max = -INFINITY, sum = 0;
+  for (int64_t e = 0; e < experts; e++) {
+    values[e] = to_float(logits[e]);
+    max = std::max(max, values[e]);
+  }
+  if (!softmax_after_top_k)
+    for (int64_t e = 0; e < experts; e++) sum += std::exp(values[e] - max);
+  float top_k_sum = 0;
+  for (int64_t k = 0; k < top_k; k++) {
+    const int64_t best = std::max_element(values, values + experts) - values;
+    expert_ids[k] = best;
+    weights[k] = std::exp(values[best] - max);
+    top_k_sum += weights[k];
+    values[best] = -INFINITY;
+  }
+  const float divisor = softmax_after_top_k || normalize ? top_k_sum : sum;
+  for (int64_t k = 0; k < top_k; k++) weights[k] /= divisor;
+}
+
+// logits [rows, experts] → expert_ids and weights [rows, top_k]
+void route(const bf16* logits, int64_t rows, int64_t experts, int64_t top_k,
+           bool softmax_after_top_k, bool normalize, int64_t* expert_ids, float* weights,
+           int threads) {
+  if (rows * experts < 1 << 11) threads = 1;
+#pragma omp parallel num_threads(threads)
+  {
+    float* values = thread_scratch<float>(experts);
+#pragma omp for schedule(static) nowait
+    for (int64_t row = 0; row < rows; row++)
+      route_row(logits + row * experts, experts, top_k, softmax_after_top_k, normalize, values,
+                expert_ids + row * top_k, weights + row * top_k);
+  }
+}
+
+}  // namespace

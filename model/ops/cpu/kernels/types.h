@@ -1,0 +1,55 @@
+// Types and constants that all units share, and every system header.
+//
+// Each unit (avx2.cpp, vnni.cpp, ...) includes this file before it chooses an instruction set with
+// `#pragma GCC target`: templates of the standard library are then compiled for any processor. The
+// linker keeps one of the equal copies in the units, whichever it is. Everything of our own that is
+// compiled for an instruction set is in an anonymous namespace, so that units never share it.
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define HIDDEN __attribute__((visibility("hidden")))
+
+using bf16 = uint16_t;
+
+constexpr int64_t PANEL = 32;        // outputs of a weight that are stored together
+constexpr int64_t MXFP4_GROUP = 32;  // inputs that share a scale in MXFP4
+constexpr int64_t INT16_GROUP = 64;  // inputs that share a scale as 16-bit integers
+constexpr int64_t ROW_BLOCK = 32;    // rows that are multiplied by a panel in one pass
+
+// A weight [outputs, inputs], stored as panels of 32 outputs. Python fills it in: see packed.py.
+//
+// bf16: [panels, inputs / 2, 32, 2]. The values of two inputs are next to each other, for all
+// outputs of the panel.
+// Integers (gemm/int16.h): int16 in the same layout, scales uint8 [panels, inputs / 64, 32].
+// MXFP4: for each panel and group of 32 inputs, 512 bytes of codes in 8 units of 32 16-bit words.
+// The nibbles of a word, from the lowest, belong to four vectors of bf16: two pairs of inputs, each
+// for outputs 0 to 15 and 16 to 31. Scales: uint8 [panels, groups, 32].
+struct Weight {
+  const void* data;
+  const uint8_t* scales;  // or null
+  const bf16* bias;       // [outputs] or null
+  int64_t outputs, inputs, mxfp4;
+};
+
+// The gated activation of an MLP; limit and alpha only count if `clamped` (gpt-oss).
+struct Swiglu {
+  bool clamped;
+  float limit, alpha;
+};
+
+// Whether the kernels for AVX-512 with BF16 multiply with AMX. Set by dispatch.cpp.
+extern HIDDEN bool amx_enabled;

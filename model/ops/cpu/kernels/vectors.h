@@ -1,0 +1,161 @@
+// Vectors of the instruction set that the including unit chose.
+//
+// The unit defines VECTOR_BITS (512: AVX-512, 256: AVX2, 128: portable) and INT16_GEMM (whether
+// linears multiply 16-bit integers). The vector types are GCC's, each of one register: GCC keeps
+// longer ones in memory.
+#pragma once
+
+#include "types.h"
+
+#if !defined(VECTOR_BITS) || !defined(INT16_GEMM)
+#error "include this from a unit that chose an instruction set"
+#endif
+// Whether there is an instruction for products of bf16 pairs; its processors may have AMX, too.
+#define BF16_DOT (VECTOR_BITS == 512 && !INT16_GEMM)
+
+namespace {
+
+constexpr int LANES = VECTOR_BITS / 32;  // 32-bit values of a vector
+constexpr int VECTORS = PANEL / LANES;   // vectors of a panel's outputs
+
+typedef float vec_f32 __attribute__((vector_size(4 * LANES)));
+typedef int32_t vec_i32 __attribute__((vector_size(4 * LANES)));  // or pairs of bf16 or int16
+typedef int16_t vec_i16 __attribute__((vector_size(2 * LANES)));  // or bf16
+typedef float vec_f32_unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t vec_i32_unaligned __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
+typedef int16_t vec_i16_unaligned __attribute__((vector_size(2 * LANES), aligned(1), may_alias));
+
+INLINE vec_f32 load(const float* from) { return *(const vec_f32_unaligned*)from; }
+INLINE void store(float* to, vec_f32 value) { *(vec_f32_unaligned*)to = value; }
+INLINE vec_i32 load_i32(const void* from) { return *(const vec_i32_unaligned*)from; }
+INLINE void store_i32(void* to, vec_i32 value) { *(vec_i32_unaligned*)to = value; }
+
+// Keeps a loaded vector in its register: GCC would load it again for each use.
+INLINE vec_i32 keep_in_register(vec_i32 value) {
+#if VECTOR_BITS == 512
+  asm("" : "+v"(value));
+#endif
+  return value;
+}
+
+INLINE vec_f32 broadcast(float value) { return value - vec_f32{}; }
+
+INLINE vec_f32 load_bf16(const bf16* from) {
+#if VECTOR_BITS == 512
+  const __m256i values = _mm256_loadu_si256((const __m256i*)from);
+  return (vec_f32)_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16);
+#elif VECTOR_BITS == 256
+  const __m128i values = _mm_loadu_si128((const __m128i*)from);
+  return (vec_f32)_mm256_slli_epi32(_mm256_cvtepu16_epi32(values), 16);
+#else
+  typedef uint16_t vec_u16 __attribute__((vector_size(2 * LANES)));
+  const vec_i16 values = *(const vec_i16_unaligned*)from;
+  return (vec_f32)(__builtin_convertvector((vec_u16)values, vec_i32) << 16);
+#endif
+}
+
+INLINE float to_float(bf16 value) {
+  uint32_t bits = (uint32_t)value << 16;
+  float result;
+  memcpy(&result, &bits, 4);
+  return result;
+}
+
+INLINE bf16 to_bf16(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return (bf16)((bits >> 16) | 0x40);
+  return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest, ties to even
+}
+
+INLINE void store_bf16(bf16* to, vec_f32 value) {
+#if BF16_DOT
+  *(vec_i16_unaligned*)to = (vec_i16)_mm512_cvtneps_pbh((__m512)value);
+#else
+  const vec_i32 bits = (vec_i32)value;
+  const vec_i32 even = bits + 0x7fff + ((bits >> 16) & 1);
+  const vec_i32 quiet = bits | 0x400000;
+  const vec_i32 is_nan = (bits & 0x7fffffff) > 0x7f800000;
+  const vec_i32 rounded = ((is_nan & quiet) | (~is_nan & even)) >> 16;
+  *(vec_i16_unaligned*)to = __builtin_convertvector(rounded, vec_i16);
+#endif
+}
+
+INLINE float reduce_add(vec_f32 value) {
+#if VECTOR_BITS == 512
+  return _mm512_reduce_add_ps((__m512)value);
+#elif VECTOR_BITS == 256
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)value),
+                           _mm256_extractf128_ps((__m256)value, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return four[0] + four[1];
+#else
+  float sum = 0;
+  for (int i = 0; i < LANES; i++) sum += value[i];
+  return sum;
+#endif
+}
+
+INLINE float reduce_max(vec_f32 value) {
+#if VECTOR_BITS == 512
+  return _mm512_reduce_max_ps((__m512)value);
+#elif VECTOR_BITS == 256
+  __m128 four = _mm_max_ps(_mm256_castps256_ps128((__m256)value),
+                           _mm256_extractf128_ps((__m256)value, 1));
+  four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return std::max(four[0], four[1]);
+#else
+  float max = value[0];
+  for (int i = 1; i < LANES; i++) max = std::max(max, value[i]);
+  return max;
+#endif
+}
+
+// acc + the products of two pairs of bf16 in each lane.
+INLINE vec_f32 dot_bf16(vec_f32 acc, vec_i32 a, vec_i32 b) {
+#if BF16_DOT
+  return (vec_f32)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#else
+  const int32_t high = (int32_t)0xffff0000;
+  acc += (vec_f32)(a << 16) * (vec_f32)(b << 16);
+  acc += (vec_f32)(a & high) * (vec_f32)(b & high);
+  return acc;
+#endif
+}
+
+// e^x = 2^n times a polynomial: the Taylor series of degree 6 on half an octave to each side, with
+// a relative error below 2e-7.
+INLINE vec_f32 exponential(vec_f32 x) {
+  x = x < -87.0f ? broadcast(-87.0f) : x;
+  x = x > 88.0f ? broadcast(88.0f) : x;
+  const vec_f32 scaled = x * 1.44269504088896f;
+  const vec_f32 shifted = scaled + 12582912.0f;  // 1.5 · 2²³: rounds to an integer
+  const vec_i32 n = (vec_i32)shifted - 0x4b400000;
+  const vec_f32 rest = (scaled - (shifted - 12582912.0f)) * 0.693147180559945f;
+  vec_f32 p = rest * (1.0f / 720) + (1.0f / 120);
+  p = p * rest + (1.0f / 24);
+  p = p * rest + (1.0f / 6);
+  p = p * rest + 0.5f;
+  p = p * rest + 1.0f;
+  p = p * rest + 1.0f;
+  return (vec_f32)((vec_i32)p + (n << 23));
+}
+
+INLINE vec_f32 activate(vec_f32 gate, vec_f32 up, Swiglu swiglu) {
+  if (!swiglu.clamped) return gate / (1.0f + exponential(-gate)) * up;
+  gate = gate > swiglu.limit ? broadcast(swiglu.limit) : gate;
+  up = up > swiglu.limit ? broadcast(swiglu.limit) : up;
+  up = up < -swiglu.limit ? broadcast(-swiglu.limit) : up;
+  return gate / (1.0f + exponential(-swiglu.alpha * gate)) * (up + 1.0f);
+}
+
+// Calls `f` with `count`, which is from 1 to MAX, as a compile-time constant.
+template <int MAX, typename F>
+INLINE void with_constant(int64_t count, F f) {
+  if constexpr (MAX > 1) {
+    if (count < MAX) return with_constant<MAX - 1>(count, f);
+  }
+  f(std::integral_constant<int, MAX>());
+}
+
+}  // namespace
