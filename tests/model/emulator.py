@@ -7,9 +7,14 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from model.ops.cpu import bindings
+from model.ops.cpu.bindings import kernels
 
 _SOURCES = Path(bindings.__file__).parent / "kernels"
 _EMULATOR = Path(__file__).with_name("emulator.h")
@@ -52,3 +57,22 @@ def emulated_library() -> ctypes.CDLL | None:
         objects = [f"{unit}.o" for unit in _UNITS]
         subprocess.run([compiler, "-shared", "-o", "emulated.so", *objects], cwd=folder, check=True)
         return bindings.load(folder / "emulated.so")
+
+
+@contextmanager
+def native_level(level: str) -> Iterator[None]:
+    """Use the kernels of one instruction set, emulated if the processor does not have it."""
+    loaded = bindings.library()
+    if loaded is None:
+        pytest.skip("the native kernels were not built here")
+    library: ctypes.CDLL | None = loaded
+    if not bindings.has_level(loaded, level):
+        library = emulated_library()
+    if library is None:
+        pytest.skip(f"this processor does not have {level}, and it cannot be emulated here")
+    usual = kernels.level
+    kernels.use(library, level)
+    try:
+        yield
+    finally:
+        kernels.use(loaded, usual)

@@ -7,9 +7,24 @@ import torch
 from model.formats import DENSE, MXFP4
 from model.ops.backend import Backend
 from model.ops.cpu.backend import CpuBackend
+from model.ops.mxfp4 import Mxfp4
 from model.ops.specs import Experts, Heads, Linear, Norm, RopeArgs
 
 CPU = torch.device("cpu")
+
+
+def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Normally distributed values."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def random_mxfp4(count: int, outputs: int, inputs: int, octaves: int = 6) -> Mxfp4:
+    """Random codes with scales over some octaves."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (count, outputs, inputs // 32)
+    blocks = torch.randint(256, (*shape, 16), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(118, 118 + octaves, shape, dtype=torch.uint8, generator=generator)
+    return Mxfp4(blocks, scales)
 
 
 def reference(dtype: torch.dtype = torch.float32) -> Backend:

@@ -1,25 +1,15 @@
 """Every op's CPU form against the reference, over the shapes that break things."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from importlib import import_module
-from importlib.machinery import EXTENSION_SUFFIXES
 from inspect import signature
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from model.ops.backend import Backend
-from model.ops.cpu import backend as cpu
-from model.ops.cpu import bindings as calls
-from model.ops.cpu.packed import Packed
 from model.ops.forward_batch import ForwardBatch, GroupTables
-from model.ops.mxfp4 import Mxfp4, dequantize_mxfp4
+from model.ops.mxfp4 import dequantize_mxfp4
 from model.ops.specs import Activation, AttentionSpec, ExpertShard, RouterSpec
-from tests.model.emulator import emulated_library
 from tests.model.ops_helpers import (
     cpu_backend,
     experts_of,
@@ -27,46 +17,13 @@ from tests.model.ops_helpers import (
     norm_of,
     packed_experts,
     packed_linear,
+    rand,
+    random_mxfp4,
     reference,
     rope_args,
 )
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
-
-
-@pytest.fixture(params=["float32", *(f"bfloat16-{level}" for level in calls.LEVELS)])
-def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.dtype]:
-    """Each dtype on each path: torch alone, and the kernels of each instruction set."""
-    name, _, level = request.param.partition("-")
-    if level in ("", "none"):
-        monkeypatch.setattr(cpu, "library", lambda: None)
-        yield getattr(torch, name)
-        return
-    with using(level):
-        yield getattr(torch, name)
-
-
-@contextmanager
-def using(level: str) -> Iterator[None]:
-    """The kernels of one instruction set, emulated where the processor has it not."""
-    kernels, number = calls.library(), calls.LEVELS.index(level)
-    if kernels is None:
-        pytest.skip("no native kernels were built here")
-    with pytest.MonkeyPatch.context() as patch:
-        if not kernels.getp_has_level(number):
-            kernels = emulated_library()
-            if kernels is None:
-                pytest.skip(f"this processor has no {level}, and it cannot be emulated")
-            patch.setattr(calls, "library", lambda: kernels)
-            patch.setattr(cpu, "library", lambda: kernels)
-        usual = kernels.getp_level()
-        kernels.getp_use_level(number)
-        yield
-        kernels.getp_use_level(usual)
-
-
-def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def paged(
@@ -219,7 +176,7 @@ def test_mxfp4_experts_equal_the_dense_reference(
     x = rand(tokens, hidden, dtype=dtype)
     router = RouterSpec(top_k, True, False)
     chosen, shares = reference().route(rand(tokens, count, seed=1), router)
-    up, down = mxfp4(count, 2 * size, hidden), mxfp4(count, hidden, size)
+    up, down = random_mxfp4(count, 2 * size, hidden), random_mxfp4(count, hidden, size)
     for weights in (up, down):
         # One scale below those that are told apart: what it scales is nil.
         weights.scales[0, 0, 0] = 0
@@ -233,16 +190,6 @@ def test_mxfp4_experts_equal_the_dense_reference(
     torch.testing.assert_close(
         found.float() / scale, expected / scale, rtol=0, atol=TOLERANCE[dtype] / 2
     )
-
-
-def test_an_mxfp4_scale_out_of_range_is_refused() -> None:
-    if calls.library() is None:
-        pytest.skip("no native kernels were built here")
-    weights = Mxfp4(
-        torch.zeros(1, 64, 1, 16, dtype=torch.uint8), torch.full((1, 64, 1), 251).to(torch.uint8)
-    )
-    with pytest.raises(ValueError, match="MXFP4 scale is above"):
-        packed_experts(cpu_backend(torch.bfloat16), experts_of(weights, None, weights, None))
 
 
 @pytest.mark.parametrize("rows", [0, 5])
@@ -324,103 +271,6 @@ def test_backends_override_operations_with_the_signature_of_the_reference(kind: 
     assert own_names <= set(operations)
 
 
-def test_the_level_of_the_kernels_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(calls.VARIABLE, "none")
-    assert calls.library.__wrapped__() is None
-    monkeypatch.setenv(calls.VARIABLE, "sse")
-    with pytest.raises(ValueError, match="must be none, avx2, vnni, avx512, amx, not 'sse'"):
-        calls.library.__wrapped__()
-
-
-def test_without_the_kernels_there_is_one_notice(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.delenv(calls.VARIABLE, raising=False)
-    monkeypatch.setattr(calls, "__file__", str(tmp_path / "native.py"))
-    with pytest.warns(UserWarning, match="they were not built"):
-        assert calls.library.__wrapped__() is None
-    (tmp_path / "_kernels.so").write_bytes(b"not a library")
-    with pytest.warns(UserWarning, match="does not load"):
-        assert calls.library.__wrapped__() is None
-
-
-def test_the_kernels_are_those_of_the_running_python(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """In a checkout where several Pythons installed getp each built a file, maybe long ago."""
-    monkeypatch.delenv(calls.VARIABLE, raising=False)
-    monkeypatch.setattr(calls, "__file__", str(tmp_path / "calls.py"))
-    (tmp_path / "_kernels.cpython-30-other.so").touch()
-    with pytest.warns(UserWarning, match="they were not built"):
-        assert calls.library.__wrapped__() is None
-    # Like a library of older sources, this one loads and lacks functions.
-    (tmp_path / f"_kernels{EXTENSION_SUFFIXES[0]}").symlink_to(torch._C.__file__)
-    with pytest.warns(UserWarning, match=r"does not load .*getp_linear.*install again"):
-        assert calls.library.__wrapped__() is None
-
-
-@pytest.mark.parametrize("rows", [0, 1, 3, 12, 13, 17, 32, 47, 129, 700])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("outputs", "inputs"), [(160, 96), (8, 96), (72, 608), (64, 3040)])
-def test_a_packed_linear_equals_the_plain_one(
-    outputs: int, inputs: int, rows: int, bias: bool, dtype: torch.dtype
-) -> None:
-    x = rand(rows, inputs, dtype=dtype)
-    weight = rand(outputs, inputs, seed=1, dtype=dtype) * (96 / inputs) ** 0.5
-    column = rand(outputs, seed=2, dtype=dtype) if bias else None
-    backend, plain = cpu_backend(dtype), reference(dtype)
-    found = backend.linear(x, packed_linear(backend, weight, column))
-    expected = plain.linear(x, linear_of(weight, column))
-    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-1)
-
-
-def test_without_kernels_nor_onednns_bfloat16_linears_are_torchs(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A processor without AVX-512, and no compiler when getp was installed."""
-    monkeypatch.setattr(cpu, "library", lambda: None)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    x, weight = (rand(rows, 64, seed=rows, dtype=torch.bfloat16) for rows in (3, 32))
-    backend = cpu_backend(torch.bfloat16)
-    packed = packed_linear(backend, weight)
-    assert isinstance(packed.weight, torch.Tensor)
-    assert not packed.weight.is_mkldnn
-    expected = reference(torch.bfloat16).linear(x, linear_of(weight))
-    torch.testing.assert_close(backend.linear(x, packed), expected)
-    monkeypatch.setenv(calls.VARIABLE, "")
-    monkeypatch.setattr(calls, "EXTENSION_SUFFIXES", [])
-    calls.library.cache_clear()
-    try:
-        with pytest.warns(UserWarning, match="--dtype float32 is then faster"):
-            calls.library()
-    finally:
-        calls.library.cache_clear()
-
-
-def test_recordings_of_many_sizes_share_their_memory() -> None:
-    backend = cpu_backend(torch.bfloat16)
-    recorder: Any = backend.recorder()
-    if recorder is None:
-        pytest.skip("no native kernels were built here")
-    weights = [rand(64, 64, seed=seed, dtype=torch.bfloat16) for seed in range(3)]
-    layers = [packed_linear(backend, weight) for weight in weights]
-    x = rand(40, 64, seed=3, dtype=torch.bfloat16)
-
-    def compute(rows: int) -> torch.Tensor:
-        inner = x[:rows]
-        for layer in layers:
-            inner = backend.linear(inner, layer)
-        return inner
-
-    replays = {}
-    for rows in range(40, 0, -1):
-        replays[rows] = recorder(partial(compute, rows))
-        replays[rows]()  # what was computed as it was recorded
-    for rows, replay in replays.items():
-        torch.testing.assert_close(replay(), compute(rows), rtol=0, atol=0)
-    assert len(recorder._buffers) <= 4
-
-
 def test_routers_weigh_as_their_families_do() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]])
     shares = logits.softmax(-1)[0]
@@ -454,68 +304,3 @@ def test_mxfp4_unpacks_low_nibble_first_with_power_of_two_scales() -> None:
     assert dense[0, 30:].tolist() == [12.0, 0.0]
     tiny = dequantize_mxfp4(blocks, torch.tensor([[0]], dtype=torch.uint8), torch.float32)
     assert float(tiny[0, 0]) == 2.0**-128
-
-
-@pytest.fixture
-def fixed_point() -> Iterator[None]:
-    """The kernels that multiply integers."""
-    with using("vnni"):
-        yield
-
-
-@pytest.mark.parametrize("inputs", [64, 96, 928])
-@pytest.mark.parametrize("large", [1.0, 100.0, 1e8])
-@pytest.mark.parametrize("octaves", [0, 30])
-@pytest.mark.usefixtures("fixed_point")
-def test_fixed_point_loses_no_more_than_it_says(inputs: int, large: float, octaves: int) -> None:
-    """Also where one input is large, and where every group of 64 has a size of its own."""
-    x, weight = rand(70, inputs), rand(96, inputs, seed=1)
-    x[:, 5] *= large
-    size = (torch.arange(inputs) // 64 % 3 - 1) * octaves
-    x, weight = (x * 2.0**-size).bfloat16(), (weight * 2.0**size).bfloat16()
-    exact = (x.double() @ weight.double().T).bfloat16().double()
-    backend = cpu_backend(torch.bfloat16)
-    found = backend.linear(x, packed_linear(backend, weight)).double()
-    norms = [torch.stack([g.double().norm(dim=1) for g in m.split(64, 1)], 1) for m in (x, weight)]
-    bound = norms[0] @ norms[1].T * 2.0**-11 + exact.abs() * 2.0**-7  # the last bit of bfloat16
-    assert bool(((found - exact).abs() <= bound).all())
-    if large == 1:  # much less than the results' own rounding
-        assert float((found != exact).double().mean()) < 0.05
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.usefixtures("fixed_point")
-def test_what_is_no_number_stays_none_in_fixed_point(value: float) -> None:
-    backend = cpu_backend(torch.bfloat16)
-    x, weight = rand(3, 96).bfloat16(), packed_linear(backend, rand(32, 96, seed=1).bfloat16())
-    good = backend.linear(x, weight)
-    x[1, 70] = value
-    found = backend.linear(x, weight)
-    assert not bool(found[1].isfinite().any())
-    assert torch.equal(found[0], good[0])
-    assert torch.equal(found[2], good[2])
-
-
-@pytest.mark.parametrize("inputs", [32, 96, 320])
-def test_rows_times_mxfp4_do_not_depend_on_their_number(inputs: int, dtype: torch.dtype) -> None:
-    """With neighbouring scales up to twelve octaves apart, which one form or another might lose."""
-    backend = cpu_backend(dtype)
-    stack: Any = backend.empty_mxfp4((1, 64, inputs))
-    if not isinstance(stack, Packed):
-        pytest.skip("no kernel reads MXFP4 here")
-    weight: Any = stack[0]
-    weight[:64].copy_(mxfp4(1, 64, inputs, octaves=12)[0])
-    x = rand(30, inputs, dtype=dtype)
-    layer = linear_of(weight)
-    together = backend.linear(x, layer)
-    for rows in range(1, 30):
-        assert torch.equal(backend.linear(x[:rows].contiguous(), layer), together[:rows])
-
-
-def mxfp4(count: int, outputs: int, inputs: int, octaves: int = 6) -> Mxfp4:
-    """Random codes with scales over some octaves."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (count, outputs, inputs // 32)
-    blocks = torch.randint(256, (*shape, 16), dtype=torch.uint8, generator=generator)
-    scales = torch.randint(118, 118 + octaves, shape, dtype=torch.uint8, generator=generator)
-    return Mxfp4(blocks, scales)

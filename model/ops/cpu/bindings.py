@@ -1,12 +1,13 @@
 """The native kernels: the library of `kernels/` is found, loaded and its functions are bound.
 
-The library is built when getp is installed with a C++ compiler. One of its instruction sets is used:
-the best of this processor, or the one that the environment variable GETP_CPU_KERNELS names.
+The library is built when getp is installed with a C++ compiler. One of its instruction sets is
+used: the best of this processor, or the one that the environment variable GETP_CPU_KERNELS names.
 """
 
 import ctypes
 import functools
 import os
+import struct
 import warnings
 from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -18,16 +19,16 @@ from model.ops.cpu import onednn
 VARIABLE = "GETP_CPU_KERNELS"
 LEVELS = ("none", "avx2", "vnni", "avx512", "amx")
 """Values of the variable, numbered as in kernels/dispatch.cpp: torch alone, AVX2 (other
-architectures: the compiler's vectors), AVX-512 with VNNI, AVX-512 with BF16, and that with AMX. With
-avx2 (on x86) and vnni, linears multiply 16-bit integers."""
+architectures: the compiler's vectors), AVX-512 with VNNI, AVX-512 with BF16, and that with AMX.
+With avx2 (on x86) and vnni, linears multiply 16-bit integers."""
 
 
 class KernelsError(ValueError):
-    """The environment asks for kernels that are not available, or the built ones are out of date."""
+    """The environment asks for kernels that are not available, or the library is out of date."""
 
 
 # Letters of kernels/table.h: the type, and the format in which `struct` packs it into 8 bytes.
-ARGUMENT_TYPES: dict[str, tuple[Any, str]] = {
+_ARGUMENT_TYPES: dict[str, tuple[Any, str]] = {
     "p": (ctypes.c_void_p, "q"),
     "q": (ctypes.c_int64, "q"),
     "i": (ctypes.c_int32, "i4x"),
@@ -54,8 +55,15 @@ class _Table(ctypes.Structure):
     ]  # fmt: skip
 
 
+def pack_call(index: int, types: str, arguments: tuple[Any, ...]) -> bytes:
+    """Pack a call for `Kernels.replay`: the function's index and its arguments, 8 bytes each."""
+    formats = "".join(_ARGUMENT_TYPES[letter][1] for letter in types)
+    values = (0 if value is None else value for value in arguments)
+    return struct.pack(f"=q{formats}", index, *values)
+
+
 class CallRecorder(Protocol):
-    """What is told of each call to a native function."""
+    """An object that receives each call of a native function."""
 
     def record_call(self, index: int, types: str, arguments: tuple[Any, ...]) -> None:
         """Record a call of the table's function `index`, whose arguments have these types."""
@@ -95,7 +103,7 @@ class Kernels:
 
     def _bind(self, index: int, entry: _Function) -> Callable[..., None]:
         name, types, count = entry.name.decode(), entry.types.decode(), len(entry.types)
-        prototype = ctypes.CFUNCTYPE(None, *(ARGUMENT_TYPES[letter][0] for letter in types))
+        prototype = ctypes.CFUNCTYPE(None, *(_ARGUMENT_TYPES[letter][0] for letter in types))
         function = prototype(entry.address)
 
         def call(*arguments: Any) -> None:
@@ -109,7 +117,7 @@ class Kernels:
         return call
 
     def replay(self, calls: bytes) -> None:
-        """Repeat calls: for each, its function's index and its arguments, in 8 bytes each."""
+        """Repeat calls, each of them from `pack_call`."""
         assert self._library is not None
         self._library.getp_replay(self._table, calls, len(calls) // 8)
 
@@ -122,8 +130,8 @@ kernels = Kernels()
 def library() -> ctypes.CDLL | None:
     """Load the native kernels and choose their instruction set; None if they cannot be used.
 
-    The reason for None is given in one warning. Raises KernelsError if the environment names kernels
-    that this processor does not have.
+    The reason for None is given in one warning. Raises KernelsError if the environment names
+    kernels that this processor does not have.
     """
     wanted = os.environ.get(VARIABLE, "")
     if wanted and wanted not in LEVELS:

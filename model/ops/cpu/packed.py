@@ -26,8 +26,9 @@ class _Weight(ctypes.Structure):
 class Packed:
     """Weights [outputs, inputs], or a stack of them, in the layout of the kernels.
 
-    Filled by rows, `weight[first:last].copy_(source)` or `weight[expert][first:last].copy_(source)`,
-    from any float tensor, or from MXFP4 if the weight is MXFP4.
+    Filled by rows, with `weight[first:last].copy_(source)` or
+    `weight[expert][first:last].copy_(source)`, from any float tensor, or from MXFP4 if the weight
+    is MXFP4.
     """
 
     def __init__(self, data: torch.Tensor, scales: torch.Tensor | None, shape: tuple[int, ...]):

@@ -2,7 +2,6 @@
 
 import math
 import mmap
-import struct
 import sys
 from bisect import bisect_left, insort
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from model.ops.cpu import huge_pages
-from model.ops.cpu.bindings import ARGUMENT_TYPES, kernels
+from model.ops.cpu.bindings import kernels, pack_call
 
 _recorder: "Recorder | None" = None
 
@@ -80,10 +79,8 @@ class Recorder:
         return replay
 
     def record_call(self, index: int, types: str, arguments: tuple[Any, ...]) -> None:
-        """Record a call of the function `index` of the kernels' table, in the form of `replay`."""
-        formats = "".join(ARGUMENT_TYPES[letter][1] for letter in types)
-        values = (0 if value is None else value for value in arguments)
-        self._calls.append(struct.pack(f"=q{formats}", index, *values))
+        """Record a call of the function `index` of the kernels' table."""
+        self._calls.append(pack_call(index, types, arguments))
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Memory that this recording uses for nothing else while the tensor or a view exists."""

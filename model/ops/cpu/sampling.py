@@ -1,14 +1,13 @@
-"""Top-k, top-p and the draw on a CPU: from the likeliest few, else a search, rarely a sort."""
+"""Top-k and top-p sampling on a CPU: from the most likely tokens, else by a search or a sort."""
 
 import torch
 
 from model.ops.sampling import effective_top_k, find_in_cumulative, sample_candidates
 
-# Nearly always these hold the whole nucleus.
-_CANDIDATES = 256
-_AT_ONCE = 1 << 16  # logits that are searched together: what a search makes stays in the caches
-_KEYS = 1 << 16  # of 16 bits, in blocks of as many as there are blocks
-_BLOCK = 1 << 8
+_CANDIDATES = 256  # of the most likely tokens, which nearly always contain all that top-p keeps
+_SEARCH_LOGITS = 1 << 16  # logits that are searched together: their results stay in the caches
+_DIGITS = 1 << 16  # values of a digit of 16 bits
+_BLOCK = 1 << 8  # values of a digit that are summed as one block; there are as many blocks
 
 
 def sample(
@@ -19,25 +18,26 @@ def sample(
     uniform: torch.Tensor,
 ) -> torch.Tensor:
     """As `Backend.sample`, but for the order of equal logits, which is that of `topk`."""
-    column, top_k = temperature.unsqueeze(1), effective_top_k(logits, top_k)
-    total = (logits.float() / column).logsumexp(-1, keepdim=True)
+    temperature, top_k = temperature.unsqueeze(1), effective_top_k(logits, top_k)
+    total = (logits.float() / temperature).logsumexp(-1, keepdim=True)
     values, ids = logits.topk(min(_CANDIDATES, logits.shape[1]), dim=-1)
-    values = values.float() / column
+    values = values.float() / temperature
     tokens = sample_candidates(values, ids, total, top_k, top_p, uniform)
     if values.shape[1] == logits.shape[1]:
         return tokens
-    # A row is judged by itself alone, so that its path does not depend on the others either.
+    # Each row's method depends on that row alone, so that its token does not depend on the others.
     rest = (top_k > values.shape[1]).nonzero().flatten()
-    reached = (values[rest] - total[rest]).exp().sum(-1)
-    # Top-p is a share of what top-k leaves, so that a count that is a limit has to be reached too.
+    candidate_probs = (values[rest] - total[rest]).exp().sum(-1)
+    # Top-p is a fraction of the probability that top-k keeps, so that with a top-k its tokens must
+    # be candidates, too.
     limited = top_k[rest] < logits.shape[1]
-    large, rest = rest[(reached < top_p[rest]) & ~limited], rest[limited]
-    for some in large.split(max(1, _AT_ONCE // logits.shape[1])):
-        shares = (logits[some].float() / column[some] - total[some]).exp().double()
-        tokens[some] = _search(logits[some], shares, top_p[some], uniform[some])
+    unlimited, rest = rest[(candidate_probs < top_p[rest]) & ~limited], rest[limited]
+    for rows in unlimited.split(max(1, _SEARCH_LOGITS // logits.shape[1])):
+        probs = (logits[rows].float() / temperature[rows] - total[rows]).exp().double()
+        tokens[rows] = _search(logits[rows], probs, top_p[rows], uniform[rows])
     if len(rest):
         values, ids = logits[rest].sort(descending=True, stable=True)
-        values = values.float() / column[rest]
+        values = values.float() / temperature[rest]
         tokens[rest] = sample_candidates(
             values, ids, total[rest], top_k[rest], top_p[rest], uniform[rest]
         )
@@ -45,58 +45,59 @@ def sample(
 
 
 def _search(
-    logits: torch.Tensor, shares: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor
+    logits: torch.Tensor, probs: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor
 ) -> torch.Tensor:
-    """As `Backend.sample` without top-k, from the shares float64 [rows, vocab] of all tokens.
+    """As `Backend.sample` without top-k, from probs float64 [rows, vocab] of all tokens.
 
-    Two searches in the order of probability, for where top-p ends and for the token drawn: shares
-    are added up by the upper half of their logits' keys, then within one of those by the lower.
-    A sort of a whole vocabulary takes several times as long.
+    Two searches in the order of probability: for the end of top-p, and for the sampled token. Each
+    sums the probabilities by the upper digit of the logits' keys, then within one value of that by
+    the lower digit. Sorting a whole vocabulary takes several times as long.
     """
-    halves = _halves(logits)
-    mass = _add_up(halves[0], shares)
-    # One sum of a row alone torch would share out among threads, and so add in another order.
-    wanted = top_p.double().unsqueeze(1) * mass.sum(-1).cumsum(-1)[:, -1:]
-    _, before, share, left = _place(halves, shares, mass, wanted.nextafter(wanted * 0))
-    kept = before + share * (left / share).ceil().clamp(min=1)
-    same, _, share, left = _place(halves, shares, mass, uniform.unsqueeze(1) * kept)
-    equal = same.sum(-1)
-    which = (left / share).long().squeeze(1).minimum(equal - 1)
-    return same.nonzero()[equal.cumsum(0) - equal + which, 1]
+    digits = _key_digits(logits)
+    sums = _sum_by_digit(digits[0], probs)
+    # Not the sum of a row in one call: torch would split it among threads, in another order.
+    target = top_p.double().unsqueeze(1) * sums.sum(-1).cumsum(-1)[:, -1:]
+    _, before, prob, rest = _find_tokens(digits, probs, sums, target.nextafter(target * 0))
+    kept = before + prob * (rest / prob).ceil().clamp(min=1)
+    found, _, prob, rest = _find_tokens(digits, probs, sums, uniform.unsqueeze(1) * kept)
+    count = found.sum(-1)
+    index = (rest / prob).long().squeeze(1).minimum(count - 1)
+    return found.nonzero()[count.cumsum(0) - count + index, 1]
 
 
-def _halves(logits: torch.Tensor) -> list[torch.Tensor]:
-    """int64 [rows, vocab] each: 16 bits of keys that rise as logits fall, the upper half first.
+def _key_digits(logits: torch.Tensor) -> list[torch.Tensor]:
+    """Return sort keys that rise as logits fall, as digits of 16 bits, the upper one first.
 
-    bfloat16 has only those.
+    Each is int64 [rows, vocab]. The keys of bfloat16 have one digit.
     """
-    bits = (logits.float() + 0.0).view(torch.int32)  # -0 is 0
+    bits = (logits.float() + 0.0).view(torch.int32)  # -0 becomes 0
     keys = torch.where(bits < 0, bits, bits ^ 0x7FFFFFFF)
     upper = (keys >> 16 & 0xFFFF).long()
     return [upper] if logits.dtype == torch.bfloat16 else [upper, (keys & 0xFFFF).long()]
 
 
-def _add_up(keys: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-    """The shares of each key: [rows, blocks, keys of a block]."""
-    mass = shares.new_zeros(len(shares), _KEYS)
-    return mass.scatter_add_(1, keys, shares).unflatten(1, (-1, _BLOCK))
+def _sum_by_digit(digit: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    """Sum the probabilities of each value of a digit: [rows, blocks, values of a block]."""
+    sums = probs.new_zeros(len(probs), _DIGITS)
+    return sums.scatter_add_(1, digit, probs).unflatten(1, (-1, _BLOCK))
 
 
-def _place(
-    halves: list[torch.Tensor], shares: torch.Tensor, mass: torch.Tensor, at: torch.Tensor
+def _find_tokens(
+    digits: list[torch.Tensor], probs: torch.Tensor, sums: torch.Tensor, target: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The tokens of one logit at which the running sum passes `at` [rows, 1].
+    """Find the tokens, all of one logit, at which the cumulative probability passes the target.
 
-    mass: of the upper half → (which they are [rows, vocab], the sum before them, the share of
-    each, what is left of `at` there); all but the first are [rows, 1].
+    sums: `_sum_by_digit` of the upper digit; target [rows, 1]. Returns the tokens as a mask
+    [rows, vocab], and [rows, 1] each: the cumulative probability before them, the probability of
+    each of them, and the part of the target that is left for them.
     """
-    same, left = torch.ones_like(shares, dtype=torch.bool), at
-    for i, keys in enumerate(halves):
+    found, rest = torch.ones_like(probs, dtype=torch.bool), target
+    for i, digit in enumerate(digits):
         if i:
-            mass = _add_up(keys, shares.masked_fill(~same, 0.0))
-        block, left = find_in_cumulative(mass.sum(-1), left)
-        inside = mass.gather(1, block.unsqueeze(2).expand(-1, 1, _BLOCK)).squeeze(1)
-        place, left = find_in_cumulative(inside, left)
-        same &= keys == block * _BLOCK + place
-    share = inside.gather(1, place) / same.sum(-1, keepdim=True)
-    return same, at - left, share, left
+            sums = _sum_by_digit(digit, probs.masked_fill(~found, 0.0))
+        block, rest = find_in_cumulative(sums.sum(-1), rest)
+        block_sums = sums.gather(1, block.unsqueeze(2).expand(-1, 1, _BLOCK)).squeeze(1)
+        value, rest = find_in_cumulative(block_sums, rest)
+        found &= digit == block * _BLOCK + value
+    prob = block_sums.gather(1, value) / found.sum(-1, keepdim=True)
+    return found, target - rest, prob, rest
