@@ -1,12 +1,24 @@
-"""Request → Sequence, or the completion that says why the request cannot run."""
+"""Takes requests as there is room, and turns each into a Sequence or into its error."""
 
+import itertools
 import time
+from collections.abc import Iterator
 
 from engine.errors import RequestError
 from engine.kv_cache import KVCache
 from engine.request import Completion, Request
 from engine.sequence import Sequence
 from model import ModelConfig
+
+
+def take_requests(source: Iterator[Request | None], room: int) -> tuple[list[Request], bool]:
+    """Up to `room` requests that are there now, and whether more may come."""
+    taken: list[Request] = []
+    for request in itertools.islice(source, max(room, 0)):
+        if request is None:
+            return taken, True
+        taken.append(request)
+    return taken, len(taken) == max(room, 0)
 
 
 def admit(

@@ -1,6 +1,5 @@
 """The engine: warm_up, then generate (requests in, completions out as they finish), then finish."""
 
-import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +9,7 @@ from weakref import WeakSet
 
 import torch
 
-from engine.admission import admit
+from engine.admission import admit, take_requests
 from engine.config import EngineConfig
 from engine.decode_graphs import Capture, gpu_capture
 from engine.errors import EngineError
@@ -25,7 +24,8 @@ from engine.memory_plan import (
     pool_blocks,
 )
 from engine.model_runner import ModelRunner
-from engine.parallel.coordinator import CoordinatorRunner, WorkerPool
+from engine.parallel.coordinator import CoordinatorRunner
+from engine.parallel.worker_pool import WorkerPool
 from engine.request import Completion, Request
 from engine.resolve import dtype_name, resolve
 from engine.scheduler import Scheduler
@@ -264,7 +264,7 @@ class Engine:
             more = True
             while more or scheduler.running or scheduler.waiting:
                 room = self.max_batch_size - len(scheduler.waiting)
-                taken, more = _take(source, room) if more else ([], False)
+                taken, more = take_requests(source, room) if more else ([], False)
                 for request in taken:
                     admitted = admit(
                         request, self.model_config, self.max_positions, scheduler.cache
@@ -298,13 +298,3 @@ class Engine:
             peak_memory_bytes=peak_resident_bytes(),
             peak_gpu_memory_bytes=torch.cuda.max_memory_allocated(self.device) if on_gpu else None,
         )
-
-
-def _take(source: Iterator[Request | None], room: int) -> tuple[list[Request], bool]:
-    """Up to `room` requests that are there now, and whether more may come."""
-    taken: list[Request] = []
-    for request in itertools.islice(source, max(room, 0)):
-        if request is None:
-            return taken, True
-        taken.append(request)
-    return taken, len(taken) == max(room, 0)

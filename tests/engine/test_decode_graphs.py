@@ -1,6 +1,6 @@
-"""Decode steps at fixed sizes give the same results: padding harms nobody.
+"""Decode steps at fixed, padded sizes give the same results.
 
-In place of a GPU's graphs stands a function that computes over the same buffers again.
+A function that computes on the same buffers again stands in for a GPU's graphs.
 """
 
 import time
@@ -34,7 +34,7 @@ from tests.engine.test_engine import load
 
 
 class FromTensors:
-    """A model that takes every length from the batch's tensors, as kernels of a graph do."""
+    """A model that takes every length from the batch's tensors, as kernels in a graph do."""
 
     def __init__(self, model: Any):
         self._model = model
@@ -51,10 +51,10 @@ class FromTensors:
 
 
 def recording(replays: Counter[int]) -> Capture:
-    """Captures that count how often each size is replayed."""
+    """A capture that counts how often each size is replayed."""
 
     def capture(compute: Compute) -> Compute:
-        size = len(compute())  # as a GPU's capture, which runs it before
+        size = len(compute())  # a GPU's capture runs it first, too
 
         def replay() -> torch.Tensor:
             replays[size] += 1
@@ -73,7 +73,7 @@ def test_without_a_gpu_a_capture_is_refused_before_it_begins() -> None:
 
 
 def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torch's: what ends a capture raises before the stream is set back."""
+    """torch raises at the end of a failed capture before it restores the stream."""
     streams = ["the usual"]
 
     class Capturing:
@@ -104,7 +104,7 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch: pytest.Mo
     assert torch.cuda.current_stream() == "the usual"
 
 
-def test_sizes_are_few_and_reach_the_largest() -> None:
+def test_capture_sizes_are_few_and_include_the_largest_batch() -> None:
     assert capture_sizes(1) == [1]
     assert capture_sizes(3) == [1, 2, 3]
     assert capture_sizes(8) == [1, 2, 4, 8]
@@ -114,10 +114,10 @@ def test_sizes_are_few_and_reach_the_largest() -> None:
     assert len(capture_sizes(1024)) < 50
 
 
-@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("lookahead", [0, 1])
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen2-window-yarn", "qwen3_moe"])
-def test_steps_replayed_at_fixed_sizes_give_the_same_tokens(
-    name: str, ahead: int, checkpoint: Callable[[str], Path]
+def test_replayed_and_padded_steps_give_the_same_tokens(
+    name: str, lookahead: int, checkpoint: Callable[[str], Path]
 ) -> None:
     requests = load()
     settings: dict[str, Any] = {"dtype": "float32", "kv_memory": 32 << 20, "max_batch_size": 10}
@@ -125,7 +125,7 @@ def test_steps_replayed_at_fixed_sizes_give_the_same_tokens(
         expected = {c.request_id: c.token_ids for c in engine.generate(requests)}
     with Engine(checkpoint(name), EngineConfig(**settings)) as engine:
         runner, replays = engine.runner, Counter[int]()
-        engine.steps.lookahead = ahead
+        engine.steps.lookahead = lookahead
         runner.model = FromTensors(runner.model)  # type: ignore[assignment]
         runner.capture(recording(replays))
         for cache in runner.kv_caches:
@@ -139,7 +139,7 @@ def test_steps_replayed_at_fixed_sizes_give_the_same_tokens(
     assert set(replays) <= {1, 2, 4, 8, 10}
 
 
-def test_a_replayed_step_sends_one_piece_and_block_tables_when_they_change(
+def test_a_replayed_step_copies_one_tensor_and_only_changed_block_tables(
     monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[[str], Path]
 ) -> None:
     sent: Counter[str] = Counter()
@@ -171,7 +171,7 @@ def test_a_replayed_step_sends_one_piece_and_block_tables_when_they_change(
 
 
 def test_steps_are_captured_on_the_device_of_the_block_tables() -> None:
-    """On none that computes, but one that takes no operand of another's."""
+    """Checked on the meta device, which does not compute but refuses operands of other devices."""
     tables = [torch.empty(3, 5, dtype=torch.int32, device="meta") for _ in range(2)]
     logits, devices = torch.empty(3, 8, device="meta"), list[torch.device]()
 
@@ -191,7 +191,7 @@ def test_steps_are_captured_on_the_device_of_the_block_tables() -> None:
 
 
 @pytest.mark.parametrize("sequences", [1, 2, 7])
-def test_the_integers_of_a_step_lie_apart_and_where_kernels_expect_them(sequences: int) -> None:
+def test_the_integers_of_a_step_do_not_overlap_and_are_aligned(sequences: int) -> None:
     memory = torch.zeros(Inputs.bytes(sequences, 2) + 8, dtype=torch.uint8)
     inputs, count = Inputs.over(memory, sequences, 2), torch.arange(sequences)
     inputs.fill(count + 1, count + 20, [count + 300, count + 4000])
@@ -203,7 +203,7 @@ def test_the_integers_of_a_step_lie_apart_and_where_kernels_expect_them(sequence
     assert not memory[len(inputs.integers) :].any()
 
 
-def test_the_first_steps_are_the_largest_and_short_ones_and_leave_nothing(
+def test_the_peak_step_is_followed_by_short_prompts_and_leaves_nothing_allocated(
     checkpoint: Callable[[str], Path],
 ) -> None:
     with Engine(checkpoint("gpt_oss"), EngineConfig(dtype="float32", kv_memory=32 << 20)) as engine:
@@ -225,25 +225,25 @@ def test_the_first_steps_are_the_largest_and_short_ones_and_leave_nothing(
         assert runner.sampler is None
 
 
-def test_a_step_that_cannot_be_captured_is_said_and_run_without(
+def test_an_engine_without_graphs_gives_a_notice_and_runs(
     checkpoint: Callable[[str], Path],
 ) -> None:
-    said: list[str] = []
+    notices: list[str] = []
 
     def capture(compute: Compute) -> Compute:
         try:
             raise RuntimeError("operation not permitted when stream is capturing")
-        finally:  # as the end of a GPU's capture
+        finally:  # like the end of a GPU's capture
             raise RuntimeError("operation failed due to a previous error during capture")
 
-    engine = Engine(checkpoint("qwen2"), EngineConfig(kv_memory=8 << 20), notice=said.append)
+    engine = Engine(checkpoint("qwen2"), EngineConfig(kv_memory=8 << 20), notice=notices.append)
     engine.make_capture = lambda stats: capture
     engine.group_size = 4
     with engine:
         assert not engine.steps.scheduler.group_size  # pays only if steps are replayed
         (done,) = engine.generate([Request([1, 2], SamplingParams(max_new_tokens=4))])
     assert len(done.token_ids) == 4
-    assert said == [
+    assert notices == [
         "decode steps are not replayed as graphs: operation not permitted when stream is capturing"
     ]
 
@@ -255,12 +255,12 @@ def test_a_step_that_cannot_be_captured_is_said_and_run_without(
         engine.warm_up()
 
 
-def test_times_of_loading_compiling_and_capturing_are_told_apart(
+def test_loading_compiling_and_capturing_are_timed_separately(
     checkpoint: Callable[[str], Path],
 ) -> None:
     def capturing(stats: EngineStats) -> Capture:
         def capture(compute: Compute) -> Compute:
-            stats.compile_s += 1000.0  # as said by the capture, which alone can know
+            stats.compile_s += 1000.0  # only the capture can measure this
             time.sleep(0.01)
             return compute
 
@@ -275,25 +275,25 @@ def test_times_of_loading_compiling_and_capturing_are_told_apart(
     assert 0 < stats.load_s < stats.warm_up_s
 
 
-class NoQuestions(TorchDispatchMode):
-    """Refuses every operation whose result on a GPU would have to be waited for."""
+class NoWaiting(TorchDispatchMode):
+    """Refuses every operation that on a GPU would wait for its result."""
 
-    asked = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "bincount")
+    waiting = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "bincount")
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> torch.Tensor:
-        assert not any(name in str(func) for name in self.asked), func
+        assert not any(name in str(func) for name in self.waiting), func
         if "aten.index.Tensor" in str(func):
             assert all(index is None or index.dtype != torch.bool for index in args[1])
         result: torch.Tensor = func(*args, **(kwargs or {}))
         return result
 
 
-def test_a_decode_step_is_launched_without_asking_the_device(
+def test_a_decode_step_is_launched_without_waiting_for_the_device(
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the requests want: tokens are only looked at when they are read."""
+    """For every kind of sampling: only reading the tokens waits."""
     kinds: list[dict[str, Any]] = [
         {},
         {"temperature": 0.7},
@@ -311,7 +311,7 @@ def test_a_decode_step_is_launched_without_asking_the_device(
         expected = {c.request_id: c.token_ids for c in engine.generate(requests)}
         runner, guarded = engine.runner, 0
         engine.steps.lookahead = 1
-        # As elsewhere: on a CPU the rows that need a full sort are found out first.
+        # The CPU backend first finds the rows that need a full sort, which other backends do not.
         monkeypatch.setattr(CpuBackend, "sample", Backend.sample)
         launch, forward = runner.launch, runner.forward
 
@@ -324,7 +324,7 @@ def test_a_decode_step_is_launched_without_asking_the_device(
             if step.chunks:
                 return launch(step)
             guarded += 1
-            with NoQuestions():
+            with NoWaiting():
                 return launch(step)
 
         runner.forward = unguarded  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""The engine's results do not depend on how requests were batched, cut, cached or preempted."""
+"""Results do not depend on how requests are batched, chunked, cached or preempted."""
 
 import random
 import shutil
@@ -17,17 +17,17 @@ from tests.checkpoints import Peer
 
 
 def load() -> list[Request]:
-    """Greedy and sampled requests of many lengths, half of them with a shared beginning."""
-    draw = random.Random(5)
-    shared = draw.choices(range(1, 512), k=70)
+    """Greedy and sampled requests of many lengths, half of them with a common prefix."""
+    rng = random.Random(5)
+    shared = rng.choices(range(1, 512), k=70)
     requests = []
     for i in range(10):
-        own = draw.choices(range(1, 512), k=draw.randint(1, 60))
+        own = rng.choices(range(1, 512), k=rng.randint(1, 60))
         params = SamplingParams(
             temperature=0.0 if i % 3 else 0.8,
             top_p=0.9,
             seed=i,
-            max_new_tokens=draw.randint(5, 60),
+            max_new_tokens=rng.randint(5, 60),
             ignore_eos=True,
         )
         requests.append(Request(shared + own if i % 2 else own, params, i))
@@ -35,62 +35,62 @@ def load() -> list[Request]:
 
 
 def run(
-    folder: Path, requests: list[Request], ahead: int = 0, **settings: Any
+    folder: Path, requests: list[Request], lookahead: int = 0, **settings: Any
 ) -> tuple[dict[int, Any], Engine]:
     engine = Engine(folder, EngineConfig(**{"dtype": "float32", "kv_memory": 32 << 20, **settings}))
-    engine.lookahead = ahead
+    engine.lookahead = lookahead
     with engine:
         return {c.request_id: c.token_ids for c in engine.generate(requests)}, engine
 
 
-# few_blocks: room for one request of the longest kind and little more.
-@pytest.mark.parametrize("ahead", [0, 1])
+# few_blocks: room for one of the longest requests and little more.
+@pytest.mark.parametrize("lookahead", [0, 1])
 @pytest.mark.parametrize(
     ("name", "few_blocks"), [("gpt_oss", 21), ("qwen2-window-yarn", 44), ("qwen3_moe", 14)]
 )
-def test_alone_batched_chunked_cached_and_preempted_give_the_same_tokens(
-    name: str, few_blocks: int, ahead: int, checkpoint: Callable[[str], Path]
+def test_batching_chunking_caching_and_preemption_do_not_change_tokens(
+    name: str, few_blocks: int, lookahead: int, checkpoint: Callable[[str], Path]
 ) -> None:
     folder, requests = checkpoint(name), load()
     alone, _ = run(folder, requests, max_batch_size=1, prefix_cache=False)
     assert sorted(alone) == list(range(10))
 
-    batched, engine = run(folder, requests, ahead, prefix_cache=False)
+    batched, engine = run(folder, requests, lookahead, prefix_cache=False)
     assert engine.stats.peak_batch == 10
     assert batched == alone
 
-    chunked, engine = run(folder, requests, ahead, max_batch_tokens=13, prefix_cache=False)
+    chunked, engine = run(folder, requests, lookahead, max_batch_tokens=13, prefix_cache=False)
     assert chunked == alone
 
-    cached, engine = run(folder, requests * 2, ahead)
+    cached, engine = run(folder, requests * 2, lookahead)
     assert engine.stats.cached_tokens > 500
     assert cached == alone
 
     block = engine.stats.kv_bytes // (engine.stats.kv_blocks + 1)
     small = few_blocks * block
-    preempted, engine = run(folder, requests, ahead, kv_memory=small, max_batch_tokens=64)
+    preempted, engine = run(folder, requests, lookahead, kv_memory=small, max_batch_tokens=64)
     assert engine.stats.preemptions > 0
     assert preempted == alone
 
 
 @pytest.mark.parametrize("name", ["gpt_oss-wide", "qwen3", "qwen3_moe"])
-def test_in_bfloat16_too_where_kernels_do_it_all(
+def test_batching_does_not_change_tokens_in_bfloat16_with_native_kernels(
     name: str, checkpoint: Callable[[str], Path]
 ) -> None:
-    """The native kernels add up a row in one order, whoever else is in the batch."""
+    """The native kernels sum each row in one order, whatever else is in the batch."""
     if library() is None:
         pytest.skip("no native kernels were built here")
     folder, requests = checkpoint(name), load()
     settings: dict[str, Any] = {"dtype": "bfloat16", "max_batch_size": 1, "prefix_cache": False}
     with Engine(folder, EngineConfig(kv_memory=32 << 20, **settings)) as engine:
-        assert engine.runner.captured  # recorded: no op is left to torch
+        assert engine.runner.captured  # recorded: torch computes no operation
         engine.runner.uncapture()
         alone = {c.request_id: c.token_ids for c in engine.generate(requests)}
     settings["max_batch_size"] = 10
     batched, engine = run(folder, requests, **settings)
     assert engine.stats.peak_batch == 10
     assert batched == alone
-    # The longest first: steps in which no prompt ends, so that no row is left for the head.
+    # The longest first, for steps in which no prompt ends: no row needs logits.
     longest_first = sorted(requests, key=lambda request: -len(request.prompt_ids))
     chunked, _ = run(folder, longest_first, max_batch_tokens=13, **settings)
     assert chunked == alone
@@ -100,7 +100,7 @@ def test_in_bfloat16_too_where_kernels_do_it_all(
     assert cached == alone
 
 
-def test_stale_nan_in_freed_blocks_harms_nobody(checkpoint: Callable[[str], Path]) -> None:
+def test_stale_nan_in_free_blocks_changes_no_result(checkpoint: Callable[[str], Path]) -> None:
     requests = load()
     expected, _ = run(checkpoint("gpt_oss"), requests)
     engine = Engine(checkpoint("gpt_oss"), EngineConfig(dtype="float32", kv_memory=32 << 20))
@@ -111,26 +111,26 @@ def test_stale_nan_in_freed_blocks_harms_nobody(checkpoint: Callable[[str], Path
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("ahead", [0, 1])
-def test_a_request_whose_logits_are_not_finite_fails_alone(
-    ahead: int, dtype: str, checkpoint: Callable[[str], Path], tmp_path: Path
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_non_finite_logits_fail_only_their_own_request(
+    lookahead: int, dtype: str, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """However its tokens are chosen, in its prompt or later; the others are not concerned."""
+    """For every kind of sampling, in the prompt or later; other requests are not affected."""
     folder = shutil.copytree(checkpoint("qwen3"), tmp_path / "broken")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.embed_tokens.weight"][511] = float("nan")
     tensors["model.embed_tokens.weight"][510] = float("inf")
     save_file(tensors, folder / "model.safetensors")
-    drawn = {"temperature": 1.0, "seed": 3}
-    kinds: list[dict[str, Any]] = [{}, drawn, {**drawn, "top_p": 0.9}, {"logprobs": 2}]
+    random_: dict[str, Any] = {"temperature": 1.0, "seed": 3}
+    kinds: list[dict[str, Any]] = [{}, random_, {**random_, "top_p": 0.9}, {"logprobs": 2}]
     good = load()
     bad = [
         Request([7, 8, token], SamplingParams(**kind, max_new_tokens=9), 100 + i)
         for i, (token, kind) in enumerate((t, k) for t in (510, 511) for k in kinds)
     ]
-    expected, _ = run(folder, good, ahead, dtype=dtype)
+    expected, _ = run(folder, good, lookahead, dtype=dtype)
     engine = Engine(folder, EngineConfig(dtype=dtype, kv_memory=32 << 20))
-    engine.lookahead = ahead
+    engine.lookahead = lookahead
     with engine:
         found = {c.request_id: c for c in engine.generate([*bad[:4], *good, *bad[4:], *bad])}
     assert {i: c.token_ids for i, c in found.items() if i < 100} == expected
@@ -141,20 +141,20 @@ def test_a_request_whose_logits_are_not_finite_fails_alone(
     assert ("use dtype float32" in str(failed.error)) == (dtype == "bfloat16")
 
 
-@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("lookahead", [0, 1])
 def test_a_stop_id_ends_the_output_and_is_kept(
-    ahead: int, checkpoint: Callable[[str], Path]
+    lookahead: int, checkpoint: Callable[[str], Path]
 ) -> None:
     request = Request([5, 6, 7], SamplingParams(max_new_tokens=20, ignore_eos=True))
     free = run(checkpoint("qwen2"), [request])[0][0]
     at = next(i for i in range(3, 20) if free[i] not in free[:i])
     params = SamplingParams(max_new_tokens=20, ignore_eos=True, stop_ids=frozenset({free[at]}))
     with Engine(checkpoint("qwen2"), EngineConfig(dtype="float32", kv_memory=32 << 20)) as engine:
-        engine.steps.lookahead = ahead
+        engine.steps.lookahead = lookahead
         (done,) = engine.generate([Request([5, 6, 7], params)])
         assert done.token_ids == free[: at + 1]
         assert done.finish_reason == "stop"
-        # The checkpoint's own stop id counts unless it is to be ignored.
+        # The checkpoint's own stop id has the same effect, unless it is ignored.
         engine.model_config = replace(engine.model_config, stop_ids=frozenset({free[at]}))
         (done,) = engine.generate([Request([5, 6, 7], SamplingParams(max_new_tokens=20))])
         assert done.token_ids == free[: at + 1]
@@ -173,12 +173,12 @@ def test_requests_that_come_later_join_the_running_batch(
         done = {c.request_id: c.token_ids for c in engine.generate(source)}
     assert done == expected
     assert engine.stats.peak_batch == 3
-    assert engine.stats.steps == 23  # the last one begins three steps after the first
+    assert engine.stats.steps == 23  # the last request starts three steps after the first
 
 
-@pytest.mark.parametrize("ahead", [0, 1])
-def test_on_token_sees_every_token_and_can_end_the_request(
-    ahead: int,
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_on_token_receives_every_token_and_can_end_the_request(
+    lookahead: int,
     checkpoint: Callable[[str], Path],
 ) -> None:
     seen: list[int] = []
@@ -189,16 +189,16 @@ def test_on_token_sees_every_token_and_can_end_the_request(
 
     params = SamplingParams(max_new_tokens=20, ignore_eos=True)
     with Engine(checkpoint("qwen2"), EngineConfig(dtype="float32", kv_memory=32 << 20)) as engine:
-        engine.steps.lookahead = ahead
+        engine.steps.lookahead = lookahead
         (done,) = engine.generate([Request([5, 6, 7], params, on_token=on_token)])
     assert done.token_ids == seen
     assert len(seen) == 7
     assert done.finish_reason == "stop"
 
 
-@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("lookahead", [0, 1])
 def test_limits_count_new_tokens_and_positions(
-    ahead: int, checkpoint: Callable[[str], Path]
+    lookahead: int, checkpoint: Callable[[str], Path]
 ) -> None:
     def length(**limits: int) -> tuple[int, str]:
         params = SamplingParams(ignore_eos=True, **limits)  # type: ignore[arg-type]
@@ -206,14 +206,14 @@ def test_limits_count_new_tokens_and_positions(
         return len(done.token_ids), done.finish_reason
 
     with Engine(checkpoint("qwen2"), EngineConfig(dtype="float32", kv_memory=32 << 20)) as engine:
-        engine.steps.lookahead = ahead
+        engine.steps.lookahead = lookahead
         assert length(max_new_tokens=4) == (4, "length")
         assert length(max_positions=10) == (7, "length")
         assert length(max_new_tokens=4, max_positions=6) == (3, "length")
         assert length() == (512 - 3, "length")
 
 
-def test_a_prompt_that_is_too_long_is_told_which_limit_it_meets(
+def test_the_error_of_a_long_prompt_names_the_limit_that_it_exceeds(
     checkpoint: Callable[[str], Path],
 ) -> None:
     long = [5] * 700
@@ -229,15 +229,15 @@ def test_a_prompt_that_is_too_long_is_told_which_limit_it_meets(
     assert "(all that the KV cache holds; the model's limit is 512)" in str(small.error)
 
 
-@pytest.mark.parametrize("ahead", [0, 1])
-def test_logprobs_are_those_of_the_model(
-    ahead: int, checkpoint: Callable[[str], Path], peer: Callable[[str], Peer]
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_logprobs_match_the_reference_model(
+    lookahead: int, checkpoint: Callable[[str], Path], peer: Callable[[str], Peer]
 ) -> None:
     prompt = [9, 8, 7, 6]
     params = SamplingParams(max_new_tokens=5, ignore_eos=True, logprobs=3)
     others = [Request([5] * n, SamplingParams(max_new_tokens=n), n) for n in range(1, 5)]
     with Engine(checkpoint("qwen3"), EngineConfig(dtype="float32", kv_memory=32 << 20)) as engine:
-        engine.steps.lookahead = ahead
+        engine.steps.lookahead = lookahead
         found = list(engine.generate([*others, Request(prompt, params)]))
     assert [completion.logprobs for completion in found if completion.request_id] == [None] * 4
     (done,) = (completion for completion in found if not completion.request_id)
@@ -250,7 +250,7 @@ def test_logprobs_are_those_of_the_model(
         assert [v for _, v in seen.top] == pytest.approx(values.tolist(), abs=1e-4)
 
 
-def test_finish_gives_the_memory_back_and_the_engine_can_start_again(
+def test_finish_frees_the_memory_and_the_engine_can_start_again(
     checkpoint: Callable[[str], Path],
 ) -> None:
     engine = Engine(checkpoint("qwen2"), EngineConfig(dtype="float32", kv_memory=32 << 20))
@@ -264,7 +264,7 @@ def test_finish_gives_the_memory_back_and_the_engine_can_start_again(
         assert next(engine.generate([request])).token_ids == first[0].token_ids
 
 
-def test_requests_are_taken_only_as_there_is_room(checkpoint: Callable[[str], Path]) -> None:
+def test_requests_are_taken_only_while_there_is_room(checkpoint: Callable[[str], Path]) -> None:
     taken = 0
 
     def requests() -> Any:
@@ -283,7 +283,7 @@ def test_requests_are_taken_only_as_there_is_room(checkpoint: Callable[[str], Pa
     assert len(done) == 100
 
 
-def test_dummy_weights_need_nothing_but_the_config(
+def test_dummy_weights_need_only_the_config(
     tmp_path: Path, checkpoint: Callable[[str], Path]
 ) -> None:
     (tmp_path / "config.json").write_bytes((checkpoint("gpt_oss") / "config.json").read_bytes())
@@ -301,7 +301,7 @@ def test_too_little_kv_memory_says_how_much_is_needed(checkpoint: Callable[[str]
 
 
 def test_bfloat16_stays_near_float32(checkpoint: Callable[[str], Path]) -> None:
-    """Packed weights and bfloat16 attention: the same distribution, coarser."""
+    """Packed weights and bfloat16 attention give nearly the same distribution."""
     params = SamplingParams(max_new_tokens=1, logprobs=1)
     requests = [Request(r.prompt_ids, params, r.request_id) for r in load()]
     found: list[dict[int, float]] = []

@@ -1,4 +1,4 @@
-"""Memory is checked before it is promised, and the lack of it in a run is got over."""
+"""Memory is checked before it is used, and a run continues after running out of it."""
 
 import resource
 from collections.abc import Callable
@@ -25,17 +25,17 @@ def needs(**changes: Any) -> MemoryPlan:
     return MemoryPlan.of(resolve(EngineConfig(device="cpu", dtype="bfloat16"), config))
 
 
-def test_needs_are_those_of_the_shapes() -> None:
+def test_the_plan_follows_from_shapes() -> None:
     llama = needs()
     rotary = 4 * 8192 * 128
-    assert llama.weights == 8_030_261_248 * 2 + rotary  # parameters as the model's page has them
+    assert llama.weights == 8_030_261_248 * 2 + rotary  # the parameter count of the model card
     assert llama.activations == 512 * 2 * (3 * 4096 + 4 * 14_336)
     assert llama.logits == 64 * 128_256 * (2 + 48)
     tied = needs(tie_word_embeddings=True)
-    assert tied.weights == llama.weights  # the embedding is kept once as it is, once packed
+    assert tied.weights == llama.weights  # the embedding is held twice: as it is, and packed
 
 
-def test_a_model_with_every_tensor_counted_is_as_large_as_the_one_loaded(
+def test_planned_weights_are_as_large_as_the_loaded_tensors(
     checkpoint: Callable[[str], Path],
 ) -> None:
     for name in ("gpt_oss", "qwen2", "qwen3_moe"):
@@ -66,13 +66,13 @@ def test_a_model_with_every_tensor_counted_is_as_large_as_the_one_loaded(
         (40 << 20, {"block_size": 10**8}, r"available; lower block_size"),
     ],
 )
-def test_too_little_memory_is_said_with_the_arithmetic_before_anything_is_loaded(
+def test_too_little_memory_fails_with_the_arithmetic_before_anything_is_loaded(
     available: int, settings: dict[str, Any], words: str,
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     engine = Engine(checkpoint("qwen2"), EngineConfig(dtype="float32", **settings))
     monkeypatch.setattr(module, "available_bytes", lambda device: available)
-    monkeypatch.setattr(engine.runner, "load", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(engine.runner, "load", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(EngineError, match=words):
         engine.warm_up()
 
@@ -101,7 +101,7 @@ def test_the_kv_pool_leaves_room_for_activations_and_logits(
         assert 0 < engine.stats.kv_bytes <= 0.4 * left
 
 
-def test_what_a_limit_of_the_shell_leaves_is_what_is_available(
+def test_a_ulimit_reduces_the_available_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert memory.available_bytes(CPU) > 0
@@ -111,8 +111,8 @@ def test_what_a_limit_of_the_shell_leaves_is_what_is_available(
     assert memory.available_bytes(CPU) <= 2 << 20
 
 
-def test_requests_that_may_run_are_counted(checkpoint: Callable[[str], Path]) -> None:
-    """About as much as a process grows by them: block tables, parameters, lists."""
+def test_the_plan_includes_the_state_of_each_request(checkpoint: Callable[[str], Path]) -> None:
+    """Planned bytes (block tables, parameters, lists) are near the growth of the process."""
 
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
@@ -128,7 +128,7 @@ def test_requests_that_may_run_are_counted(checkpoint: Callable[[str], Path]) ->
     assert 0.3 * needs.rows < grown[1] - grown[0] < needs.rows
 
 
-def test_memory_that_is_gone_while_loading_is_one_error(
+def test_running_out_of_memory_while_loading_is_an_engine_error(
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Engine(checkpoint("qwen2"), EngineConfig(dtype="float32", kv_memory=8 << 20))
@@ -141,7 +141,7 @@ def test_memory_that_is_gone_while_loading_is_one_error(
         engine.warm_up()
 
 
-def test_every_way_to_run_out_of_memory_is_known() -> None:
+def test_every_out_of_memory_error_is_recognized() -> None:
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
@@ -152,7 +152,7 @@ def test_every_way_to_run_out_of_memory_is_known() -> None:
     assert is_out_of_memory(raised.value)
 
 
-def test_sizes_are_rounded_down_and_can_be_given_to_options() -> None:
+def test_bytes_are_formatted_rounded_down() -> None:
     assert [format_bytes(n) for n in (17, 2048, 3 << 20, (1 << 31) - 1)] == [
         "17B", "2.00KiB", "3.00MiB", "1.99GiB",
     ]  # fmt: skip
@@ -166,24 +166,29 @@ def test_sizes_are_rounded_down_and_can_be_given_to_options() -> None:
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
     ],
 )
-@pytest.mark.parametrize("ahead", [0, 1])
-def test_a_run_out_of_memory_backs_off_says_so_and_gives_the_same_tokens(
-    error: Exception, ahead: int, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_a_step_that_runs_out_of_memory_is_repeated_in_parts(
+    error: Exception,
+    lookahead: int,
+    checkpoint: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     requests = load()
-    said: list[str] = []
+    notices: list[str] = []
     with Engine(
-        checkpoint("gpt_oss"), EngineConfig(dtype="float32", kv_memory=32 << 20), notice=said.append
+        checkpoint("gpt_oss"),
+        EngineConfig(dtype="float32", kv_memory=32 << 20),
+        notice=notices.append,
     ) as engine:
         expected = {c.request_id: c.token_ids for c in engine.generate(requests)}
-        engine.steps.lookahead = ahead
+        engine.steps.lookahead = lookahead
         steps, launch = 0, engine.runner.launch
 
         def failing(step: Any) -> Any:
             nonlocal steps
             steps += 1
             if steps in (3, 20, 21):
-                for cache in engine.runner.kv_caches:  # nothing half written may be read
+                for cache in engine.runner.kv_caches:  # what the failed step wrote must not be read
                     cache[:, 1:] = float("nan")
                 raise error
             return launch(step)
@@ -191,5 +196,5 @@ def test_a_run_out_of_memory_backs_off_says_so_and_gives_the_same_tokens(
         monkeypatch.setattr(engine.runner, "launch", failing)
         assert {c.request_id: c.token_ids for c in engine.generate(requests)} == expected
     assert engine.stats.back_offs == 3
-    assert len(said) == 3
-    assert "continuing with at most 5 and" in said[0]
+    assert len(notices) == 3
+    assert "continuing with at most 5 and" in notices[0]

@@ -1,4 +1,4 @@
-"""What ranks compute together is what one computes alone; each reads only its share."""
+"""Several ranks compute what one computes; each reads only its share of the weights."""
 
 import random
 import shutil
@@ -23,8 +23,8 @@ from engine.model_runner import ModelRunner
 from engine.parallel import channel as channel_module
 from engine.parallel import worker
 from engine.parallel.channel import Channel
-from engine.parallel.coordinator import WorkerPool
 from engine.parallel.step_message import StepMessage
+from engine.parallel.worker_pool import WorkerPool
 from model import CheckpointError, ModelConfig, Transformer, load_config
 from model import loader as weights
 from model.attention import Attention
@@ -36,12 +36,12 @@ from tests.checkpoints import edit_config, write_mxfp4_pair
 from tests.engine.test_decode_graphs import FromTensors, recording
 
 CPU = torch.device("cpu")
-NEAR = 1e-3  # two logits this close may change places with the order of a sum
+NEAR = 1e-3  # the order of a sum may swap two logits that are this close
 
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Callable[[int], WorkerPool]]:
-    """How many → so many ranks, processes that the tests of this file share."""
+    """Number of ranks → their processes, which the tests of this file share."""
     made = cache(WorkerPool)
     yield made
     for size in (2, 4):
@@ -52,7 +52,7 @@ def ranks() -> Iterator[Callable[[int], WorkerPool]]:
 def folder(
     checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
-    """name → checkpoint: those of `checkpoint`, MXFP4, and a vocabulary that no rank divides."""
+    """Name → checkpoint: those of `checkpoint`, MXFP4, and a vocabulary that ranks cannot halve."""
 
     @cache
     def make(name: str) -> Path:
@@ -73,12 +73,12 @@ def folder(
 
 
 def load(logprobs: int | None = None, temperature: float = 0.0) -> list[Request]:
-    draw = random.Random(7)
+    rng = random.Random(7)
     return [
         Request(
-            draw.choices(range(1, 509), k=draw.randint(1, 150)),
+            rng.choices(range(1, 509), k=rng.randint(1, 150)),
             SamplingParams(
-                max_new_tokens=draw.randint(5, 40),
+                max_new_tokens=rng.randint(5, 40),
                 ignore_eos=True,
                 temperature=temperature,
                 top_p=0.9,
@@ -100,7 +100,7 @@ def run(
 
 
 def near_ties(alone: dict[int, Completion], found: dict[int, Completion]) -> int:
-    """How many requests differ, each first where two tokens were nearly as likely."""
+    """The number of requests that differ; each must differ first where two tokens nearly tie."""
     ties = 0
     for i, completion in alone.items():
         pairs = zip(completion.token_ids, found[i].token_ids, strict=True)
@@ -126,23 +126,23 @@ def near_ties(alone: dict[int, Completion], found: dict[int, Completion]) -> int
         ("odd-vocabulary", 2),
     ],
 )
-def test_ranks_give_the_tokens_and_logits_of_one(
+def test_several_ranks_give_the_tokens_and_logits_of_one(
     name: str, size: int, folder: Callable[[str], Path], ranks: Callable[[int], WorkerPool]
 ) -> None:
     alone = run(folder(name), load(logprobs=2))
     assert sorted(alone) == list(range(8))
-    together = run(folder(name), load(), ranks=ranks(size))  # each looks in its own vocabulary
-    assert near_ties(alone, together) <= 1
-    gathered = run(folder(name), load(logprobs=2), ranks=ranks(size))  # from everyone's logits
+    greedy = run(folder(name), load(), ranks=ranks(size))  # each rank finds the argmax of its part
+    assert near_ties(alone, greedy) <= 1
+    gathered = run(folder(name), load(logprobs=2), ranks=ranks(size))  # rank 0 gathers the logits
     assert near_ties(alone, gathered) <= 1
     for i, completion in alone.items():
         for mine, other in zip(completion.logprobs or (), gathered[i].logprobs or (), strict=True):
             if mine.top[0][0] != other.top[0][0]:
-                break  # a near tie: what follows is another text
+                break  # a near tie: the texts differ from here on
             assert other.logprob == pytest.approx(mine.logprob, abs=1e-4)
-    drawn = run(folder(name), load(temperature=0.8), ranks=ranks(size))
+    sampled = run(folder(name), load(temperature=0.8), ranks=ranks(size))
     expected = run(folder(name), load(temperature=0.8))
-    assert {i: c.token_ids for i, c in drawn.items()} == {
+    assert {i: c.token_ids for i, c in sampled.items()} == {
         i: c.token_ids for i, c in expected.items()
     }
 
@@ -159,10 +159,10 @@ def test_a_step_is_one_broadcast_unless_it_is_long(
         sent["broadcasts"] += 1
         broadcast(self, values)
 
-    def count_step(self: Channel, work: StepMessage) -> None:
+    def count_step(self: Channel, message: StepMessage) -> None:
         before = sent["broadcasts"]
-        step(self, work)
-        sent["long" if len(work.packed()) > 4094 else "short"] += 1
+        step(self, message)
+        sent["long" if len(message.packed()) > 4094 else "short"] += 1
         sent["in steps"] += sent["broadcasts"] - before
 
     requests = [Request([i % 500 + 1] * 480, SamplingParams(max_new_tokens=4), i) for i in range(9)]
@@ -180,7 +180,7 @@ _ints = st.lists(st.integers(0, 2**31 - 1), max_size=5)
 
 
 @given(st.data())
-def test_work_arrives_as_it_was_sent(data: st.DataObject) -> None:
+def test_a_packed_message_is_unpacked_unchanged(data: st.DataObject) -> None:
     decodes, chunks, groups = (data.draw(st.integers(0, 3)) for _ in range(3))
 
     def draw(count: int) -> list[int]:
@@ -189,7 +189,7 @@ def test_work_arrives_as_it_was_sent(data: st.DataObject) -> None:
     tables = [
         (row, [array("i", data.draw(_ints)) for _ in range(groups)]) for row in data.draw(_ints)
     ]
-    work = StepMessage(
+    message = StepMessage(
         decodes,
         draw(decodes + chunks),
         draw(decodes + chunks),
@@ -199,16 +199,16 @@ def test_work_arrives_as_it_was_sent(data: st.DataObject) -> None:
         tables,
         data.draw(st.booleans()),
     )
-    assert StepMessage.unpacked(work.packed(), groups) == work
+    assert StepMessage.unpacked(message.packed(), groups) == message
 
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("name", ["qwen2", "gpt_oss", "mxfp4", "qwen3_moe", "mixtral"])
-def test_a_rank_reads_its_share_and_no_more(
+def test_a_rank_reads_only_its_share_of_the_checkpoint(
     name: str, size: int, folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if size == 4 and name != "qwen2":
-        size = 2  # heads and experts that 4 does not divide
+        size = 2  # 4 does not divide their heads or experts
     config = load_config(folder(name))
     read, bytes_read = weights._Files.read, 0
 
@@ -228,7 +228,7 @@ def test_a_rank_reads_its_share_and_no_more(
     assert parts_of(whole).keys() == parts_of(shares[0]).keys()
     for part, tensor in parts_of(whole).items():
         found = [parts_of(share)[part] for share in shares]
-        if part.startswith(("k of", "v of")):  # several ranks keep the same
+        if part.startswith(("k of", "v of")):  # several ranks hold the same heads
             found = found[:: max(1, size // config.num_kv_heads)]
         assert torch.equal(torch.cat(found, dim=1 if "down of" in part else 0), tensor), part
 
@@ -240,7 +240,7 @@ def loaded(config: ModelConfig, folder: Path, shard: Shard) -> Transformer:
 
 
 def parts_of(model: Transformer) -> dict[str, torch.Tensor]:
-    """A model's shared tensors; along which dimension is in their names."""
+    """The tensors of a model that ranks divide; the name says along which dimension."""
     found: dict[str, Any] = {"embedding": model.embedding}
     for i, layer in enumerate(model.layers):
         attention: Attention = layer.attention
@@ -262,7 +262,7 @@ def parts_of(model: Transformer) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_numbers_that_cannot_be_are_refused_with_those_that_can(
+def test_impossible_rank_counts_are_refused_with_the_possible_ones(
     folder: Callable[[str], Path],
 ) -> None:
     with pytest.raises(
@@ -273,7 +273,7 @@ def test_numbers_that_cannot_be_are_refused_with_those_that_can(
         Engine(folder("qwen2"), EngineConfig(tensor_parallel=3))
 
 
-def test_a_rank_that_is_killed_ends_the_run_with_its_name(folder: Callable[[str], Path]) -> None:
+def test_the_error_of_a_killed_rank_names_it(folder: Callable[[str], Path]) -> None:
     requests = [Request([1, 2], SamplingParams(max_new_tokens=400, ignore_eos=True))] * 4
     with Engine(folder("qwen2"), EngineConfig(dtype="float32", tensor_parallel=2)) as engine:
         (process,) = engine.ranks.processes
@@ -285,7 +285,7 @@ def test_a_rank_that_is_killed_ends_the_run_with_its_name(folder: Callable[[str]
         with pytest.raises(EngineError, match=r"rank 1 of 2 died: killed by signal 9 .SIGKILL"):
             list(engine.generate(requests))
     assert process.returncode == -9
-    # And the engine can be warmed up again.
+    # The engine can be warmed up again.
     with engine:
         (done,) = engine.generate([Request([1, 2], SamplingParams(max_new_tokens=4))])
         processes = engine.ranks.processes
@@ -293,7 +293,7 @@ def test_a_rank_that_is_killed_ends_the_run_with_its_name(folder: Callable[[str]
     assert processes[0].returncode == 0
 
 
-def test_what_goes_wrong_on_another_rank_is_said(ranks: Callable[[int], WorkerPool]) -> None:
+def test_errors_on_other_ranks_are_raised_on_rank_0(ranks: Callable[[int], WorkerPool]) -> None:
     ranks(2).start(CPU)
     with pytest.raises(CheckpointError, match="rank 1: /nowhere"):
         ranks(2).call("make_runner", ("/nowhere", "float32", 1), lambda: None)
@@ -311,7 +311,7 @@ def test_what_goes_wrong_on_another_rank_is_said(ranks: Callable[[int], WorkerPo
     assert not own.ready
 
 
-def test_out_of_memory_on_any_rank_ends_the_run_with_what_helps(
+def test_out_of_memory_on_any_rank_ends_the_run_with_advice(
     folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Engine(folder("qwen2"), EngineConfig(dtype="float32", tensor_parallel=2)) as engine:
@@ -334,7 +334,7 @@ def test_out_of_memory_on_any_rank_ends_the_run_with_what_helps(
         assert process.returncode is not None
 
 
-def test_what_a_gpu_waits_for_is_broken_off_when_a_rank_has_died(
+def test_collectives_are_aborted_when_a_rank_has_died(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     own, aborted = WorkerPool(2), threading.Event()
@@ -351,7 +351,7 @@ def test_what_a_gpu_waits_for_is_broken_off_when_a_rank_has_died(
 
 
 class InThreads(WorkerPool):
-    """Two ranks in one process."""
+    """Two ranks in one process: the second runs in a thread."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, replays: Counter[int]) -> None:
         super().__init__(2)
@@ -371,7 +371,7 @@ class InThreads(WorkerPool):
 
 
 @pytest.mark.parametrize("other", [40 << 20, 60 << 20])
-def test_kv_blocks_are_as_many_as_every_rank_has_room_for(
+def test_the_kv_cache_fits_the_rank_with_the_least_memory(
     other: int, folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     main = threading.main_thread()
@@ -389,7 +389,7 @@ def test_kv_blocks_are_as_many_as_every_rank_has_room_for(
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen2"])
-def test_captured_steps_exchange_as_others_do(
+def test_captured_steps_give_the_same_tokens_with_several_ranks(
     name: str, folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = run(folder(name), load())
@@ -415,20 +415,20 @@ def test_captured_steps_exchange_as_others_do(
 def test_steps_are_captured_by_every_rank_or_by_none(
     folder: Callable[[str], Path], ranks: Callable[[int], WorkerPool]
 ) -> None:
-    said: list[str] = []
+    notices: list[str] = []
     replays = Counter[int]()
     expected = run(folder("qwen2"), load())
     engine = Engine(
         folder("qwen2"),
         EngineConfig(dtype="float32", kv_memory=16 << 20),
         ranks=ranks(2),
-        notice=said.append,
+        notice=notices.append,
     )
-    # The other rank, on a CPU, has no graphs.
+    # The other rank runs on a CPU, which has no graphs.
     engine.make_capture = lambda stats: recording(replays)
     with engine:
         found = {c.request_id: c.token_ids for c in engine.generate(load())}
     assert found == {i: c.token_ids for i, c in expected.items()}
     assert not replays
-    assert len(said) == 1
-    assert "rank 1" in said[0]
+    assert len(notices) == 1
+    assert "rank 1" in notices[0]

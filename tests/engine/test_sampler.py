@@ -1,4 +1,4 @@
-"""Draws are right in distribution, keyed by seed and position, and the same in any batch."""
+"""Samples have the right distribution, depend on seed and position, and not on the batch."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ CPU = CpuBackend(torch.device("cpu"), torch.float32)
 def sample(
     logits: torch.Tensor, params: list[SamplingParams], positions: list[int]
 ) -> tuple[list[int], dict[int, Any]]:
-    """The next tokens of as many sequences, which stand in rows in reverse."""
+    """The next tokens of sequences whose rows are in reverse order."""
     rows = list(reversed(range(len(params))))
     sampler = Sampler(len(rows), CPU)
     sampler.enter(rows, params)
@@ -30,52 +30,52 @@ def sample(
     return found
 
 
-def draw(logits: torch.Tensor, count: int, **params: float) -> torch.Tensor:
-    """`count` draws from one distribution, seeds 0, 1, 2, …"""
+def sample_many(logits: torch.Tensor, count: int, **params: float) -> torch.Tensor:
+    """`count` samples from one distribution, with seeds 0, 1, 2, …"""
     rows = [SamplingParams(seed=i, **params) for i in range(count)]  # type: ignore[arg-type]
     tokens, _ = sample(logits.expand(count, -1), rows, [7] * count)
     return torch.tensor(tokens)
 
 
-def test_draws_follow_the_softmax_at_a_temperature() -> None:
+def test_samples_follow_the_softmax_at_a_temperature() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5])
     for temperature in (0.5, 1.0, 2.0):
-        tokens = draw(logits, 20_000, temperature=temperature)
+        tokens = sample_many(logits, 20_000, temperature=temperature)
         found = tokens.bincount(minlength=5) / len(tokens)
         torch.testing.assert_close(found, (logits / temperature).softmax(0), rtol=0, atol=0.012)
 
 
-def test_draws_from_a_large_vocabulary_follow_the_softmax_in_every_block() -> None:
-    """Also in the last block, which is short, and at the ends of the others."""
+def test_samples_from_a_large_vocabulary_follow_the_softmax_in_every_block() -> None:
+    """Including the last block, which is short, and the ends of the others."""
     logits = torch.full((5000,), -30.0)
     likely = [0, 1023, 1024, 2500, 4095, 4096, 4999]
     logits[likely] = torch.tensor([0.0, 1.0, -1.0, 0.5, 0.0, 2.0, 1.0])
-    found = draw(logits, 20_000, temperature=1.0).bincount(minlength=5000) / 20_000
+    found = sample_many(logits, 20_000, temperature=1.0).bincount(minlength=5000) / 20_000
     torch.testing.assert_close(found, logits.softmax(0), rtol=0, atol=0.012)
 
 
 def test_top_k_and_top_p_keep_the_right_tokens_and_their_proportions() -> None:
     logits = torch.tensor([3.0, 2.0, 1.0, 0.0, -1.0])
-    shares = logits.softmax(0)
-    found = draw(logits, 8000, temperature=1.0, top_k=2).bincount(minlength=5) / 8000
-    expected = torch.where(torch.arange(5) < 2, shares, 0.0) / shares[:2].sum()
+    probs = logits.softmax(0)
+    found = sample_many(logits, 8000, temperature=1.0, top_k=2).bincount(minlength=5) / 8000
+    expected = torch.where(torch.arange(5) < 2, probs, 0.0) / probs[:2].sum()
     torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
-    # Shares 0.64, 0.24, 0.09 …: 0.7 needs two tokens, 0.6 one, 0.9 three.
+    # Probabilities 0.64, 0.24, 0.09 …: 0.7 needs two tokens, 0.6 one, 0.9 three.
     for top_p, kept in ((0.6, 1), (0.7, 2), (0.9, 3), (1.0, 5)):
-        assert draw(logits, 4000, temperature=1.0, top_p=top_p).unique().tolist() == list(
+        assert sample_many(logits, 4000, temperature=1.0, top_p=top_p).unique().tolist() == list(
             range(kept)
         )
-    both = draw(logits, 2000, temperature=1.0, top_k=3, top_p=0.95)
+    both = sample_many(logits, 2000, temperature=1.0, top_k=3, top_p=0.95)
     assert both.unique().tolist() == [0, 1, 2]
 
 
-def test_a_nucleus_larger_than_the_candidates_is_drawn_from_in_full() -> None:
+def test_a_nucleus_larger_than_the_candidates_is_sampled_in_full() -> None:
     logits = torch.zeros(3000)
-    tokens = draw(logits, 4000, temperature=1.0, top_p=0.95)
+    tokens = sample_many(logits, 4000, temperature=1.0, top_p=0.95)
     assert len(tokens.unique()) > 1500
 
 
-def test_few_candidates_and_a_full_sort_draw_the_same() -> None:
+def test_searching_candidates_and_sorting_sample_the_same_tokens() -> None:
     rows, generator = 500, torch.Generator().manual_seed(1)
     logits = torch.randn(rows, 2000, generator=generator) * torch.linspace(0.1, 4, rows)[:, None]
     temperature, top_p = torch.full((rows,), 0.7), torch.full((rows,), 0.8)
@@ -87,7 +87,7 @@ def test_few_candidates_and_a_full_sort_draw_the_same() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_search_finds_what_a_sort_does_among_equal_logits_too(dtype: torch.dtype) -> None:
+def test_searching_and_sorting_agree_among_equal_logits(dtype: torch.dtype) -> None:
     rows, generator = 300, torch.Generator().manual_seed(2)
     logits = torch.randint(-40, 40, (rows, 3000), generator=generator) * 2.0**-6
     logits[:50] += torch.rand(50, 3000, generator=generator)
@@ -105,7 +105,7 @@ def test_a_search_finds_what_a_sort_does_among_equal_logits_too(dtype: torch.dty
     assert torch.equal(torch.cat(one), found[::30])
 
 
-def test_a_row_of_nan_gives_a_token_that_exists() -> None:
+def test_a_row_of_nan_samples_a_valid_token() -> None:
     one = torch.ones(2)
     for limit in (None, torch.tensor([0, 3])):
         found = CPU.sample(torch.full((2, 700), torch.nan), one, limit, one / 2, one.double() / 2)
@@ -115,16 +115,16 @@ def test_a_row_of_nan_gives_a_token_that_exists() -> None:
 
 @pytest.mark.parametrize("vocab", [700, 5000])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_a_row_that_is_not_finite_is_told_and_its_last_token_exists(
+def test_a_row_that_is_not_finite_is_reported_and_its_last_token_is_valid(
     vocab: int, value: float
 ) -> None:
-    drawn = SamplingParams(temperature=1)
-    every = [SamplingParams(), drawn, SamplingParams(temperature=1, top_p=0.5)]
+    random_ = SamplingParams(temperature=1)
+    every = [SamplingParams(), random_, SamplingParams(temperature=1, top_p=0.5)]
     every.append(SamplingParams(logprobs=2))
     logits = torch.randn(2 * len(every), vocab, generator=torch.Generator().manual_seed(0))
     logits[0::2] = value
     logits[0::2, 1:] = value if value < 0 else 0.0
-    for params in ([p for each in every for p in (each, each)], [drawn] * 8, []):
+    for params in ([p for each in every for p in (each, each)], [random_] * 8, []):
         sampler, rows = Sampler(8, CPU), torch.arange(8)
         if params:
             sampler.enter(rows.tolist(), params)
@@ -136,9 +136,9 @@ def test_a_row_that_is_not_finite_is_told_and_its_last_token_exists(
         assert sampler.last.max() < vocab
 
 
-def test_a_draw_from_all_tokens_never_takes_an_impossible_one() -> None:
+def test_tokens_with_probability_zero_are_never_sampled() -> None:
     logits = torch.full((2000, 700), float("-inf"))
-    logits[:, 5:9] = torch.tensor([0.0, -200.0, 1.0, 0.0])  # the second's share underflows
+    logits[:, 5:9] = torch.tensor([0.0, -200.0, 1.0, 0.0])  # the second's probability underflows
     tokens, _ = sample(
         logits, [SamplingParams(temperature=1, seed=i) for i in range(2000)], [0] * 2000
     )
@@ -147,7 +147,7 @@ def test_a_draw_from_all_tokens_never_takes_an_impossible_one() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 2**63 - 1), min_size=2, max_size=8), st.data())
-def test_a_draw_does_not_depend_on_the_rest_of_the_batch(
+def test_a_sample_does_not_depend_on_the_rest_of_the_batch(
     seeds: list[int], data: st.DataObject
 ) -> None:
     generator = torch.Generator().manual_seed(len(seeds))
@@ -161,12 +161,12 @@ def test_a_draw_does_not_depend_on_the_rest_of_the_batch(
         )
         for seed in seeds
     ]
-    together, _ = sample(logits, params, [3] * len(seeds))
+    batched, _ = sample(logits, params, [3] * len(seeds))
     alone = [sample(logits[i : i + 1], [params[i]], [3])[0][0] for i in range(len(seeds))]
-    assert together == alone
+    assert batched == alone
 
 
-def test_greedy_takes_the_likeliest_token() -> None:
+def test_greedy_sampling_takes_the_most_likely_token() -> None:
     logits = torch.randn(5, 100, generator=torch.Generator().manual_seed(0))
     tokens, logprobs = sample(logits, [SamplingParams()] * 5, [0] * 5)
     assert tokens == logits.argmax(-1).tolist()
@@ -175,7 +175,7 @@ def test_greedy_takes_the_likeliest_token() -> None:
 
 @pytest.mark.parametrize("vocab", [1, 700, 2048, 5000, 151_936])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_of_equally_likely_tokens_the_first_is_taken(vocab: int, dtype: torch.dtype) -> None:
+def test_greedy_sampling_takes_the_first_of_equal_tokens(vocab: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(vocab)
     for levels in (1, 3, 1000):
         logits = torch.randint(levels, (40, vocab), generator=generator).to(dtype)

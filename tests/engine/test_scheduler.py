@@ -1,7 +1,7 @@
-"""Properties of scheduler and block pool over random loads, with a model that only counts.
+"""Properties of the scheduler and the block pool under random loads, without a model.
 
-The stand-in for the model keeps, for every KV slot, which token history it holds: so a block that
-is leaked, shared by mistake, freed too early or read before it is written shows up at once.
+The stand-in for the model keeps the token history of every KV slot. A block that is leaked, shared
+by mistake, freed too early or read before it is written is therefore noticed at once.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from engine.kv_cache import NULL_BLOCK, KVCache, LayerGroup, group_layers
 from engine.sequence import Step
 from tests.checkpoints import FAMILIES
 
-VOCAB = 5  # few tokens, so that prefixes often coincide
+VOCAB = 5  # few tokens, so that equal prefixes are frequent
 
 
 def history(tokens: Sequence[int]) -> bytes:
@@ -39,21 +39,21 @@ class Sampled(list[int]):
 
 
 class HistoryRunner:
-    """A runner whose KV slots hold histories, checked whenever they are read.
+    """A runner whose KV slots hold token histories, which are checked whenever they are read.
 
-    As the real one it knows blocks only from when they were said to have changed, and goes on
-    from the tokens that it sampled, which the sequence itself may not know yet.
+    Like the real one it learns block tables only from `changed_tables`, and decodes from the tokens
+    that it sampled, which the sequence may not know yet.
     """
 
     def __init__(self, groups: list[LayerGroup], block_size: int):
         self.groups, self.block_size = groups, block_size
         self.slots: dict[tuple[int, int], bytes] = {}
-        self.tables: dict[int, list[list[int]]] = {}  # of each row
-        self.last: dict[int, int] = {}  # sampled, of each row
+        self.tables: dict[int, list[list[int]]] = {}  # by row
+        self.last: dict[int, int] = {}  # sampled last, by row
         self.steps = 0
-        self.unknown = 0  # decodes of a token that the sequence did not know
+        self.unknown = 0  # decoded tokens that the sequence did not know yet
         self.fail_at = -1
-        self.most_tokens = 1 << 60  # more in a step and memory is out
+        self.max_tokens = 1 << 60  # a step with more runs out of memory
 
     def load(self, checkpoint: Path, dummy: bool) -> None: ...
 
@@ -69,7 +69,7 @@ class HistoryRunner:
 
     def free(self) -> None: ...
 
-    def place(self, row: int, group: int, at: int) -> tuple[int, int]:
+    def slot(self, row: int, group: int, at: int) -> tuple[int, int]:
         block = self.tables[row][group][at // self.block_size]
         assert block != NULL_BLOCK
         return block, at % self.block_size
@@ -103,12 +103,12 @@ class HistoryRunner:
             assert start < len(tokens)
             for g in range(len(self.groups)):
                 for at in range(start, len(tokens)):
-                    place = self.place(row, g, at)
+                    place = self.slot(row, g, at)
                     assert place not in written, "two tokens write one slot"
                     written.add(place)
                     # All groups share the pool: a block belongs to one group at a time.
                     self.slots[place] = bytes([g]) + history(tokens[: at + 1])
-        if self.steps == self.fail_at or sum(lengths) > self.most_tokens:
+        if self.steps == self.fail_at or sum(lengths) > self.max_tokens:
             for place in written:
                 self.slots[place] = b"half written"
             if self.steps == self.fail_at:
@@ -119,7 +119,7 @@ class HistoryRunner:
             for g, group in enumerate(self.groups):
                 first = 0 if group.window is None else max(0, start - group.window + 1)
                 for at in range(first, len(tokens)):
-                    held = self.slots[self.place(row, g, at)]
+                    held = self.slots[self.slot(row, g, at)]
                     assert held == bytes([g]) + history(tokens[: at + 1])
             if samples:
                 self.last[row] = next_token(tokens)
@@ -144,7 +144,7 @@ def loads(draw: st.DrawFn) -> dict[str, Any]:
         st.sampled_from([[None], [None, 7], [5], [None, 3, 12], [1, None]]), label="windows"
     )
     prompts = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=40)
-    heads = draw(st.lists(prompts, min_size=1, max_size=3), label="shared beginnings")
+    heads = draw(st.lists(prompts, min_size=1, max_size=3), label="common prefixes")
     requests = draw(
         st.lists(
             st.tuples(st.sampled_from(heads), prompts, st.integers(1, 20)), min_size=1, max_size=12
@@ -158,8 +158,8 @@ def loads(draw: st.DrawFn) -> dict[str, Any]:
         "max_batch_size": draw(st.integers(1, 6), label="max_batch_size"),
         "max_batch_tokens": draw(st.integers(1, 50), label="max_batch_tokens"),
         "prefix_cache": draw(st.booleans(), label="prefix_cache"),
-        "ahead": draw(st.integers(0, 1), label="steps ahead"),
-        "together": draw(st.sampled_from([0, 1, 2, 4]), label="together"),
+        "lookahead": draw(st.integers(0, 1), label="lookahead"),
+        "group_size": draw(st.sampled_from([0, 1, 2, 4]), label="group size"),
         "stop_ids": draw(st.frozensets(st.integers(0, VOCAB - 1), max_size=1), label="stop_ids"),
         "requests": [([*head, *tail], count) for head, tail, count in requests],
     }
@@ -186,8 +186,8 @@ def make_engine(folder: Path, load: dict[str, Any]) -> tuple[Engine, HistoryRunn
     groups = [LayerGroup(window, (i,)) for i, window in enumerate(load["windows"])]
     runner = HistoryRunner(groups, load["block_size"])
     engine.runner = runner  # type: ignore[assignment]
-    engine.lookahead = load.get("ahead", 0)
-    engine.group_size = load.get("together", 0)
+    engine.lookahead = load.get("lookahead", 0)
+    engine.group_size = load.get("group_size", 0)
     return engine, runner
 
 
@@ -207,7 +207,7 @@ def run(
     }
 
 
-def assert_pool_is_whole(engine: Engine) -> None:
+def assert_no_block_is_leaked(engine: Engine) -> None:
     scheduler = engine.steps.scheduler
     cache = scheduler.cache
     assert not scheduler.running
@@ -223,7 +223,7 @@ def assert_pool_is_whole(engine: Engine) -> None:
 
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(load=loads())
-def test_every_request_ends_right_and_no_block_is_lost(
+def test_every_request_completes_correctly_and_no_block_is_leaked(
     config_folder: Path, load: dict[str, Any]
 ) -> None:
     engine, _ = make_engine(config_folder, load)
@@ -243,61 +243,61 @@ def test_every_request_ends_right_and_no_block_is_lost(
         stopped = expected[-1] in load["stop_ids"]
         assert result.finish_reason == ("stop" if stopped else "length")
         assert result.cached_tokens < len(prompt)
-    assert_pool_is_whole(engine)
-    # The same again over what the cache now holds.
+    assert_no_block_is_leaked(engine)
+    # The same again, with prefixes in the cache.
     again = run(engine, load["requests"], load["stop_ids"])
     assert {i: c.token_ids for i, c in again.items()} == {i: c.token_ids for i, c in done.items()}
-    assert_pool_is_whole(engine)
+    assert_no_block_is_leaked(engine)
     assert engine.stats.peak_batch <= load["max_batch_size"]
     if not load["prefix_cache"]:
         assert engine.stats.cached_tokens == 0
 
 
-@pytest.mark.parametrize("blocks", [1000, 40])  # not all that may run fit into the second
-def test_new_sequences_wait_for_room_and_start_together(config_folder: Path, blocks: int) -> None:
+@pytest.mark.parametrize("blocks", [1000, 40])  # not the whole batch fits into 40
+def test_waiting_sequences_are_admitted_in_groups(config_folder: Path, blocks: int) -> None:
     requests = [([i % VOCAB] * 3, 5 + i * 7 % 20) for i in range(100)]
     starts, batch = [], []
-    for together in (0, 4):
-        load = {**ROOMY, "blocks": blocks, "together": together}
+    for group_size in (0, 4):
+        load = {**ROOMY, "blocks": blocks, "group_size": group_size}
         engine, runner = make_engine(config_folder, load)
         launch, counted = runner.launch, Counter[bool]()
 
         def counting(step: Step) -> Sampled:
-            counted[bool(step.chunks)] += 1  # noqa: B023 - gone with its engine
+            counted[bool(step.chunks)] += 1  # noqa: B023 - used only in this iteration
             return launch(step)  # noqa: B023
 
         runner.launch = counting  # type: ignore[method-assign]
         done = run(engine, requests)
         assert [len(done[i].token_ids) for i in range(100)] == [count for _, count in requests]
-        assert_pool_is_whole(engine)
+        assert_no_block_is_leaked(engine)
         starts.append(counted[True])
         assert (engine.stats.kv_full_steps > 0) == (blocks == 40)
         batch.append(engine.stats.batch_sum / engine.stats.steps)
     assert starts[1] < 0.6 * starts[0]
-    assert batch[1] > 0.8 * batch[0]  # one in four may be missing, half of that on average
+    assert batch[1] > 0.8 * batch[0]  # on average an eighth of the batch is missing
 
 
-def test_those_that_wait_for_others_to_leave_do_so_for_a_few_steps_only(
+def test_admission_waits_for_a_group_only_for_a_few_steps(
     config_folder: Path,
 ) -> None:
-    """Of 16 only one leaves soon, and four must for new ones to start at once."""
-    engine, _ = make_engine(config_folder, {**ROOMY, "together": 4})
+    """Only one of 16 finishes soon, but a group of four would have to."""
+    engine, _ = make_engine(config_folder, {**ROOMY, "group_size": 4})
     done = list(run(engine, [([1], 5)] + 15 * [([1], 200)] + 10 * [([1], 5)]))
     assert sorted(done[:11]) == [0, *range(16, 26)]
     assert engine.stats.gathering_steps > 0
 
 
-def test_whoever_comes_while_there_is_room_waits_for_nobody(config_folder: Path) -> None:
-    engine, _ = make_engine(config_folder, {**ROOMY, "together": 1})
+def test_a_request_is_admitted_at_once_while_there_is_room(config_folder: Path) -> None:
+    engine, _ = make_engine(config_folder, {**ROOMY, "group_size": 1})
     params = SamplingParams(max_new_tokens=10, ignore_eos=True)
-    coming = iter([Request([1], params, 0), None, None, Request([2], params, 1)])
-    first, second = sorted(engine.generate(coming), key=lambda done: done.first_token)
+    arriving = iter([Request([1], params, 0), None, None, Request([2], params, 1)])
+    first, second = sorted(engine.generate(arriving), key=lambda done: done.first_token)
     assert second.first_token < first.finished
 
 
 @settings(max_examples=60, deadline=None)
 @given(load=loads(), at=st.integers(1, 12))
-def test_a_failing_step_or_a_closed_iterator_leaves_a_whole_pool(
+def test_a_failing_step_or_a_closed_iterator_leaks_no_block(
     config_folder: Path, load: dict, at: int
 ) -> None:
     engine, runner = make_engine(config_folder, load)
@@ -305,51 +305,51 @@ def test_a_failing_step_or_a_closed_iterator_leaves_a_whole_pool(
     try:
         run(engine, load["requests"], load["stop_ids"])
     except RuntimeError as error:
-        assert "device is gone" in str(error)  # noqa: PT017 - it may also not happen
-        assert_pool_is_whole(engine)
+        assert "device is gone" in str(error)  # noqa: PT017 - it may not happen
+        assert_no_block_is_leaked(engine)
     runner.fail_at = -1
     iterator = engine.generate([Request(prompt) for prompt, _ in load["requests"]])
     next(iterator)
     iterator.close()  # type: ignore[attr-defined]
-    assert_pool_is_whole(engine)
-    # What the interrupted steps may have left half written is not found by anybody.
+    assert_no_block_is_leaked(engine)
+    # KV that the interrupted steps wrote in part is not found in the prefix cache.
     run(engine, load["requests"], load["stop_ids"])
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(load=loads(), most=st.integers(1, 12), calm=st.sampled_from([1, 128]))
-def test_a_step_out_of_memory_is_taken_back_and_every_request_ends_right(
-    config_folder: Path, load: dict[str, Any], most: int, calm: int
+@given(load=loads(), most=st.integers(1, 12), steps=st.sampled_from([1, 128]))
+def test_every_request_completes_correctly_when_steps_run_out_of_memory(
+    config_folder: Path, load: dict[str, Any], most: int, steps: int
 ) -> None:
     expected_engine, _ = make_engine(config_folder, load)
     expected = run(expected_engine, load["requests"], load["stop_ids"])
     engine, runner = make_engine(config_folder, load)
-    said: list[str] = []
-    engine.notice = said.append
-    runner.most_tokens = most
+    notices: list[str] = []
+    engine.notice = notices.append
+    runner.max_tokens = most
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.scheduler._STEPS_BEFORE_GROWTH", calm)
+        patch.setattr("engine.scheduler._STEPS_BEFORE_GROWTH", steps)
         done = run(engine, load["requests"], load["stop_ids"])
     assert {i: c.token_ids for i, c in done.items()} == {
         i: c.token_ids for i, c in expected.items()
     }
-    assert_pool_is_whole(engine)
-    assert len(said) == engine.stats.back_offs
-    assert all("out of memory" in message for message in said)
+    assert_no_block_is_leaked(engine)
+    assert len(notices) == engine.stats.back_offs
+    assert all("out of memory" in message for message in notices)
     assert engine.stats.peak_batch <= most
 
 
-def test_limits_grow_again_once_there_is_memory(config_folder: Path) -> None:
+def test_limits_grow_again_when_there_is_memory(config_folder: Path) -> None:
     load = {"windows": [None], "block_size": 4, "blocks": 400, "prefix_cache": True}
     load |= {"max_batch_size": 8, "max_batch_tokens": 64}
     engine, runner = make_engine(config_folder, load)
     engine.notice = lambda message: None
-    runner.most_tokens = 2
+    runner.max_tokens = 2
     run(engine, [([1] * 6, 4)] * 8)
     scheduler = engine.steps.scheduler
     assert (scheduler.max_batch_size, scheduler.max_batch_tokens) != (8, 64)
     backed_off = engine.stats.back_offs
-    runner.most_tokens = 1 << 60
+    runner.max_tokens = 1 << 60
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("engine.scheduler._STEPS_BEFORE_GROWTH", 1)
         run(engine, [([1] * 6, 40)] * 100)
@@ -362,13 +362,13 @@ def test_no_memory_for_one_token_is_an_error(config_folder: Path) -> None:
     load |= {"max_batch_size": 4, "max_batch_tokens": 64}
     engine, runner = make_engine(config_folder, load)
     engine.notice = lambda message: None
-    runner.most_tokens = 0
+    runner.max_tokens = 0
     with pytest.raises(EngineError, match=r"out of memory in a step of one token.*kv_memory"):
         run(engine, [([1, 2, 3, 4], 5)] * 3)
-    assert_pool_is_whole(engine)
+    assert_no_block_is_leaked(engine)
 
 
-def test_a_request_is_preempted_when_blocks_run_out_and_still_ends(config_folder: Path) -> None:
+def test_a_preempted_request_still_completes(config_folder: Path) -> None:
     load: dict[str, Any] = {
         "windows": [None],
         "block_size": 4,
@@ -383,7 +383,9 @@ def test_a_request_is_preempted_when_blocks_run_out_and_still_ends(config_folder
     assert [len(done[i].token_ids) for i in range(4)] == [30] * 4
 
 
-def test_a_step_is_scheduled_before_the_tokens_of_the_last_are_known(config_folder: Path) -> None:
+def test_a_step_is_scheduled_before_the_previous_tokens_are_known(
+    config_folder: Path,
+) -> None:
     load: dict[str, Any] = {
         "windows": [None],
         "block_size": 4,
@@ -391,18 +393,18 @@ def test_a_step_is_scheduled_before_the_tokens_of_the_last_are_known(config_fold
         "max_batch_size": 3,
         "max_batch_tokens": 64,
         "prefix_cache": True,
-        "ahead": 1,
+        "lookahead": 1,
     }
     engine, runner = make_engine(config_folder, load)
     run(engine, [([1, 2, 3], 10)] * 3)
     assert runner.steps == 10
     assert runner.unknown == 3 * 9
-    # One that stops is computed once more, in a step whose token nobody gets.
+    # A request that stops is computed in one more step, whose token is dropped.
     params = SamplingParams(max_new_tokens=10, ignore_eos=True)
     done = list(engine.generate([Request([1, 2, 3], params, on_token=lambda token: True)]))
     assert [len(completion.token_ids) for completion in done] == [1]
     assert runner.steps == 12
-    assert_pool_is_whole(engine)
+    assert_no_block_is_leaked(engine)
 
 
 def test_equal_prompts_admitted_in_one_step_share_their_blocks(config_folder: Path) -> None:
@@ -420,7 +422,7 @@ def test_equal_prompts_admitted_in_one_step_share_their_blocks(config_folder: Pa
     assert [done[i].cached_tokens for i in range(8)] == [0] + [16] * 7
 
 
-def test_blocks_behind_a_window_are_given_back() -> None:
+def test_blocks_behind_a_window_are_freed() -> None:
     cache = KVCache([LayerGroup(8, (0,))], num_blocks=20, block_size=4)
     tables = cache.new_tables()
     for at in range(200):
@@ -459,8 +461,8 @@ def test_a_prompt_that_cannot_run_fails_alone(config_folder: Path) -> None:
     assert [len(c.token_ids) > 0 for c in done if c.request_id == 4] == [True]
 
 
-def test_torch_is_not_touched_by_the_schedule() -> None:
-    """kv_cache holds integers only, so that it can be tested and reasoned about alone."""
+def test_the_kv_cache_module_does_not_use_torch() -> None:
+    """It holds only integers, so that it can be tested and understood on its own."""
     import engine.kv_cache as module
 
     assert not any(value is torch for value in vars(module).values())
