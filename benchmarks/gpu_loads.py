@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.gpu_checks import CUDA
 from benchmarks.gpu_times import Limits, Row
-from engine import Engine, EngineConfig, EngineStats, Request, SamplingParams
+from engine import Engine, EngineConfig, Request, SamplingParams
 from engine.step_probe import Probe
 from getp.report.efficiency import run_cost
 from model.cost.known_models import SHAPES
@@ -92,7 +92,7 @@ def time_load(
         list(engine.generate([Request(prompts[0], warm)] * min(4, len(prompts))))
         yield Row(f"{name}: compiling", engine.stats.compile_s, "s")
         yield Row(f"{name}: capturing", engine.stats.capture_s, "s")
-        before = asdict(engine.stats)
+        before = replace(engine.stats)
         start, done = time.perf_counter(), 0
         end = start + max_s
 
@@ -117,10 +117,7 @@ def time_load(
                 break
         torch.cuda.synchronize()
         spent = time.perf_counter() - start
-        differences = {
-            f.name: getattr(engine.stats, f.name) - before[f.name] for f in fields(EngineStats)
-        }
-        stats = EngineStats(**differences)
+        stats = engine.stats.since(before)
         cost, moved = run_cost(engine.model_config, "bfloat16", stats)
         # A request's first token comes from its last prefill chunk, the others from decode steps.
         tokens = stats.decode_tokens + stats.prefill_chunks

@@ -1,10 +1,10 @@
-"""A long job with a model that does nothing: `python -m benchmarks.soak --requests 1000000`.
+"""A long job without a model: `python -m benchmarks.soak --requests 1000000`.
 
 Everything but the model is real: the input is scanned, streamed and tokenized ahead, each request
-is scheduled, answered, rendered and put into the journal, and the result file is written. Prints
-requests finished, the rate since the last line and the resident memory as time goes by, then one
-JSON line. The rate must not drift, nor memory grow: what the job keeps of each request (its
-journal offset and its id's hash) is taken at the start.
+is ordered, answered, rendered and written to the journal, and the result file is written. Prints,
+as time passes, finished requests, the rate since the last line and the resident memory; then one
+JSON line. The rate should not drift and memory should not grow: the memory for each request (its
+journal offset and the hash of its id) is allocated at the start.
 """
 
 import argparse
@@ -23,29 +23,31 @@ import tokenizers
 import torch
 from tokenizers import models, pre_tokenizers
 
-from engine import Completion, Engine, EngineStats, Request, SamplingParams
+from engine import Completion, Engine, EngineStats, Request, RunSummary, SamplingParams
+from engine.resolve import dtype_name
+from engine.summary import peak_resident_bytes
 from getp.job import run as batch
 from getp.job.request_reader import RequestDefaults
 from model.cost.known_models import named_config
 from tokenizer import Tokenizer
 
-_BATCH = 256  # requests at a time, as an engine takes them
+_BATCH = 256  # requests that run at once, as in an engine
 
 
 @dataclass
 class Sample:
-    """What was seen at one moment."""
+    """Measurements at one moment."""
 
     seconds: float
     requests: int
-    rate: float  # since the sample before
-    cpu_us: float  # of a request, likewise: does not depend on who else uses the machine
+    rate: float  # since the previous sample
+    cpu_us: float  # CPU time per request since then, which other processes do not affect
     rss_mib: float
 
 
 @dataclass
 class IdleEngine:
-    """An engine that answers every request with its own prompt, at once, and takes samples."""
+    """An engine that answers every request at once with its own prompt, and takes samples."""
 
     every: int
     samples: list[Sample] = field(default_factory=list)
@@ -55,23 +57,23 @@ class IdleEngine:
     max_batch_size: int = _BATCH
 
     def __post_init__(self) -> None:
-        """Give it the config that reports ask for."""
+        """Set the config that reports need."""
         self.model_config = replace(named_config("qwen2-0.5b"), stop_ids=frozenset())
 
     def warm_up(self) -> None:
-        """Need nothing."""
+        """Do nothing."""
 
     def finish(self) -> None:
-        """Hold nothing."""
+        """Do nothing."""
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Yield the completions of each batch, the last first."""
+        """Yield the completions of each batch in reverse order."""
         waiting, done = iter(requests), 0
         started = last = time.perf_counter()
         last_cpu = time.process_time()
-        while together := list(islice(waiting, _BATCH)):
+        while batch_requests := list(islice(waiting, _BATCH)):
             now = time.perf_counter()
-            for request in reversed(together):
+            for request in reversed(batch_requests):
                 yield Completion(
                     request.request_id,
                     list(request.prompt_ids),
@@ -82,14 +84,28 @@ class IdleEngine:
                     finished=now,
                 )
             self.stats.steps += 1
-            self.stats.batch_sum += len(together)
-            self.stats.output_tokens += sum(len(request.prompt_ids) for request in together)
-            before, done = done, done + len(together)
+            self.stats.batch_sum += len(batch_requests)
+            self.stats.output_tokens += sum(len(request.prompt_ids) for request in batch_requests)
+            before, done = done, done + len(batch_requests)
             if done // self.every > before // self.every:
                 now, cpu = time.perf_counter(), time.process_time()
                 rate, cpu_us = self.every / (now - last), (cpu - last_cpu) * 1e6 / self.every
                 self._note(Sample(now - started, done, rate, cpu_us, _resident_mib()))
                 last, last_cpu = now, cpu
+
+    def summary(self) -> RunSummary:
+        """Return what the report needs."""
+        return RunSummary(
+            device="cpu",
+            device_type="cpu",
+            device_count=1,
+            dtype=dtype_name(self.dtype),
+            tensor_parallel=1,
+            max_batch_size=self.max_batch_size,
+            config=self.model_config,
+            stats=self.stats,
+            peak_memory_bytes=peak_resident_bytes(),
+        )
 
     def _note(self, sample: Sample) -> None:
         self.samples.append(sample)
@@ -101,12 +117,12 @@ class IdleEngine:
 
 
 def main() -> int:
-    """Write the input, run the job, check the result's length, print what was seen."""
+    """Write the input, run the job, check the length of the result and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=1_000_000)
     parser.add_argument("--schedule", choices=["throughput", "first"], default="throughput")
     parser.add_argument("--form", choices=["tokens", "jsonl"], default="tokens")
-    parser.add_argument("--folder", type=Path, help="where to work  [default: a temporary one]")
+    parser.add_argument("--folder", type=Path, help="working folder  [default: a temporary one]")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         found = soak(Path(name), options.requests, options.schedule, options.form)
@@ -115,7 +131,7 @@ def main() -> int:
 
 
 def soak(folder: Path, requests: int, schedule: Any, form: str) -> dict[str, Any]:
-    """Run the job in a folder; return its figures."""
+    """Run the job in a folder and return its figures."""
     source = folder / "input.jsonl"
     with open(source, "w") as file:
         for index in range(requests):
@@ -155,7 +171,7 @@ def soak(folder: Path, requests: int, schedule: Any, form: str) -> dict[str, Any
 
 
 def _tokenizer() -> Tokenizer:
-    """One token a byte: needs no file."""
+    """A tokenizer with one token for each byte, which needs no file."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(models.BPE({text: i for i, text in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -164,7 +180,7 @@ def _tokenizer() -> Tokenizer:
 
 
 def _resident_mib() -> float:
-    """Resident memory now (Linux)."""
+    """Return the resident memory in MiB (Linux)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) / 1024

@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.loads import Load, make_load
-from engine import Engine, EngineConfig, EngineStats, Request, SamplingParams
+from engine import Engine, EngineConfig, Request, SamplingParams
+from engine.resolve import dtype_name
 from getp.report.efficiency import run_cost
 from getp.job.ordering import Schedule, order_for_throughput
 from getp.job.formats.interface import JobRequest
@@ -83,7 +84,7 @@ def main(
         warm = SamplingParams(max_new_tokens=4, ignore_eos=True)
         list(engine.generate([Request(prompts[0], warm)]))
         start_up = time.perf_counter() - start
-        engine.stats = EngineStats(kv_bytes=engine.stats.kv_bytes)
+        before = replace(engine.stats)
         tasks = [
             JobRequest(
                 i, i + 1, str(i), prompt, SamplingParams(max_new_tokens=count, ignore_eos=True)
@@ -99,11 +100,11 @@ def main(
         start = time.perf_counter()
         done = list(engine.generate(requests))
         seconds = time.perf_counter() - start
-        stats = replace(engine.stats)
+        stats = engine.stats.since(before)
         peaks = measure.measure(engine.device)
         shares = breakdown(engine, requests) if parts else {}
     tokens = sum(len(completion.token_ids) for completion in done)
-    name = str(engine.dtype).removeprefix("torch.")
+    name = dtype_name(engine.dtype)
     flops, moved = run_cost(engine.held_config, name, stats)
     compute, memory = flops.matrix / peaks["peaks"][name], moved.total / peaks["bandwidth"]
     result: dict[str, object] = {
