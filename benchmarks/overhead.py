@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -51,7 +50,7 @@ class ReadyLogits:
     def __init__(self, rows: int):
         self._logits = torch.randn(rows, _VOCAB)
 
-    def __call__(self, batch: Any, *_: object) -> torch.Tensor:
+    def __call__(self, backend: object, batch: ForwardBatch, *_: object) -> torch.Tensor:
         return self._logits[: len(batch.logits_rows)]
 
 
