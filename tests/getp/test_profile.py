@@ -315,8 +315,8 @@ def test_options_that_a_profile_cannot_use_are_refused(
     for options, message in (
         (["--phase", "backward"], "does not train"),
         (["--query", "9", "--context", "8"], "is larger than --context"),
-        (["--fused"], "does nothing in mode profile"),
-        (["--context", "100000"], "beyond the"),
+        (["--fused"], "applies only to -m plan"),
+        (["--context", "100000"], "exceeds the limit of"),
     ):
         assert cli.run([str(checkpoint("qwen2")), "-m", "profile", *options]) != 0
         assert message in capsys.readouterr().err
