@@ -30,12 +30,13 @@ struct PagedCache {
 // before `low`, which no row attends to, are not read: they get the offset of the first that is.
 INLINE void find_offsets(const PagedCache& cache, const int32_t* block_table, int64_t kv_head,
                          int64_t from, int64_t low, int64_t end, int64_t* offsets) {
-  const int64_t first = std::max(from, low), stride = cache.kv_heads * cache.head_dim;
-  int64_t block = first / cache.block_size, within = first % cache.block_size;
+  // Copies, because the compiler must assume that the stores to `offsets` change the cache.
+  const int64_t block_size = cache.block_size, stride = cache.kv_heads * cache.head_dim;
+  const int64_t head_offset = kv_head * cache.head_dim, first = std::max(from, low);
+  int64_t block = first / block_size, within = first % block_size;
   for (int64_t i = first - from; i < std::min(SPAN, end - from); i++) {
-    offsets[i] = (block_table[block] * cache.block_size + within) * stride +
-                 kv_head * cache.head_dim;
-    if (++within == cache.block_size) within = 0, block++;
+    offsets[i] = (block_table[block] * block_size + within) * stride + head_offset;
+    if (++within == block_size) within = 0, block++;
   }
   for (int64_t i = 0; i < first - from; i++) offsets[i] = offsets[first - from];
 }
@@ -45,7 +46,9 @@ INLINE void find_offsets(const PagedCache& cache, const int32_t* block_table, in
 void attend(const bf16* query, bf16* out, const AttentionItem& item, int64_t num_computed,
             int64_t heads, int64_t window, const PagedCache& cache, const int32_t* block_table,
             const bf16* sinks, int64_t& configured_rows) {
+  const bf16* kv = cache.keys;
   const int64_t head_dim = cache.head_dim, group = heads / cache.kv_heads;
+  const int64_t value_offset = cache.value_offset;
   const int64_t rows = (item.last - item.first) * group;  // of one KV head, ordered by token
   const int64_t end = num_computed + item.last;
   const int64_t low = window ? std::max<int64_t>(0, num_computed + item.first + 1 - window) : 0;
@@ -78,8 +81,8 @@ void attend(const bf16* query, bf16* out, const AttentionItem& item, int64_t num
     int64_t* next = offsets[((at - begin) / SPAN + 1) % 2];
     find_offsets(cache, block_table, item.kv_head, at + SPAN, low, end, next);
     for (int64_t i = 0; i < count; i++) {
-      key_rows[i] = cache.keys + current[i];
-      value_rows[i] = key_rows[i] + cache.value_offset;
+      key_rows[i] = kv + current[i];
+      value_rows[i] = key_rows[i] + value_offset;
     }
     for (int64_t i = count; i < padded; i++) key_rows[i] = key_rows[0];
     for (int64_t h = 0; h < item.kv_heads; h++) {
@@ -94,7 +97,7 @@ void attend(const bf16* query, bf16* out, const AttentionItem& item, int64_t num
           for (int64_t d = 0; d < head_dim; d += 32) __builtin_prefetch(value_rows[j] + d);
         for (int64_t j = i; j < std::min(next_count, i + KEYS); j++)
           for (int64_t d = 0; d < head_dim; d += 32)
-            __builtin_prefetch(cache.keys + next[j] + h * head_dim + d, 0, 2);
+            __builtin_prefetch(kv + next[j] + h * head_dim + d, 0, 2);
         transpose_keys(key_rows + i, head_dim, keys);
         score(queries, keys, rows, head_dim, scores + i, configured_rows);
       }
