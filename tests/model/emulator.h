@@ -78,7 +78,7 @@ EMULATED Halves emulated_cvtneps_pbh(__m512 a) {
     if ((bits & 0x7fffffff) > 0x7f800000)
       bits |= 0x400000;
     else if (!(bits & 0x7f800000))
-      bits &= 0x80000000;  // denormals are taken for zeros
+      bits &= 0x80000000;  // denormals become zeros
     else
       bits += 0x7fff + (bits >> 16 & 1);
     value[i] = (int16_t)(bits >> 16);
@@ -86,7 +86,7 @@ EMULATED Halves emulated_cvtneps_pbh(__m512 a) {
   return value;
 }
 
-// By lane, the products of two pairs of bf16, or of 16-bit integers.
+// sums + the products of two pairs of bf16, or of 16-bit integers, in each lane.
 template <typename A, typename B>
 static __m512 emulated_dpbf16_ps(__m512 sums, A a, B b) {
   Floats value = (Floats)sums;
@@ -174,7 +174,7 @@ static __m512i shuffle_lanes(__m512i a, __m512i b) {
 EMULATED __m512i emulated_slli_epi32(__m512i a, int count) { return (__m512i)((Ints)a << count); }
 EMULATED __m512i emulated_srli_epi16(__m512i a, int count) { return (__m512i)((Words)a >> count); }
 
-// The low or high halves of each 16 bytes of a and b, by turns.
+// Interleaves the low, or high, halves of each 16 bytes of a and b.
 template <typename T, bool HIGH>
 static __m512i unpacked(__m512i a, __m512i b) {
   constexpr int EACH = 16 / sizeof(T);
@@ -188,7 +188,7 @@ static __m512i unpacked(__m512i a, __m512i b) {
   return (__m512i)value;
 }
 
-// Tiles, whose shapes must fit each other and who must be configured, or the process ends.
+// Tiles. Using them unconfigured or with shapes that do not match aborts the process.
 struct Tiles {
   bool configured;
   uint8_t rows[8], data[8][16][64];

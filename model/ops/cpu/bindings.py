@@ -94,7 +94,7 @@ class Kernels:
     def use(self, library: ctypes.CDLL, level: str) -> None:
         """Bind the functions of a level that the processor has."""
         self.level, self._library = level, library
-        self._table = library.getp_use_level(LEVELS.index(level))
+        self._table = library.getp_kernels(LEVELS.index(level))
         table = self._table.contents
         self.int16_weights = bool(table.int16_weights)
         for index in range(table.count):
@@ -166,8 +166,8 @@ def load(file: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(file))
     loaded.getp_has_level.argtypes = (ctypes.c_int,)
     loaded.getp_best_level.argtypes = ()
-    loaded.getp_use_level.argtypes = (ctypes.c_int,)
-    loaded.getp_use_level.restype = ctypes.POINTER(_Table)
+    loaded.getp_kernels.argtypes = (ctypes.c_int,)
+    loaded.getp_kernels.restype = ctypes.POINTER(_Table)
     loaded.getp_replay.argtypes = (ctypes.POINTER(_Table), ctypes.c_char_p, ctypes.c_int64)
     loaded.getp_replay.restype = None
     return loaded

@@ -161,7 +161,8 @@ void attention(const bf16* query, const bf16* kv, int64_t value_offset,
   int64_t products = 0;
   for (int64_t s = 0; s < sequences; s++) {
     const int64_t count = cu_seqlens_q[s + 1] - cu_seqlens_q[s];
-    products += count * std::min<int64_t>(context_lens[s], window ? window + count : context_lens[s]);
+    const int64_t context = context_lens[s];
+    products += count * std::min<int64_t>(context, window ? window + count : context);
     for (int64_t first = 0; first < count; first += tokens_at_once)
       for (int64_t head = 0; head < kv_heads; head += heads_at_once)
         item_list.push_back({s, first, std::min(count, first + tokens_at_once), head,

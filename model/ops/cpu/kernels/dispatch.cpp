@@ -49,9 +49,9 @@ extern "C" int getp_best_level() {
   return 0;
 }
 
-// The functions of a level that this processor has. One level is in use at a time: levels 3 and 4
-// share their functions.
-extern "C" const Kernels* getp_use_level([[maybe_unused]] int level) {
+// The functions of a level that this processor has. Only the level that was asked for last may be
+// used: levels 3 and 4 share their functions.
+extern "C" const Kernels* getp_kernels([[maybe_unused]] int level) {
 #if defined(__x86_64__)
   amx_enabled = level == 4;
   return level >= 3 ? &avx512_kernels : level == 2 ? &vnni_kernels : &avx2_kernels;

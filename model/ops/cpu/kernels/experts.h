@@ -73,7 +73,8 @@ void experts(const Weight* gate_up, const Weight* down, int64_t num_experts,
   const PairsByExpert& sorted = sort_by_expert(expert_ids, pairs, num_experts);
   const auto& items =
       expert_items(sorted, num_experts, size / PANEL, rows_at_once(pairs, inputs));
-  const int64_t total = (int64_t)items.size(), chunk = std::max<int64_t>(1, total / (16 * threads));
+  const int64_t total = (int64_t)items.size();
+  const int64_t chunk = std::max<int64_t>(1, total / (16 * threads));
   const Rows gathered = allocate_rows(0, pairs, inputs), inner_rows = allocate_rows(1, pairs, size);
   // Gated values: where they will be multiplied, or as bf16 that become integers later.
   bf16* inner = INT16_GEMM ? shared_scratch<bf16>(2, pairs * size) : (bf16*)inner_rows.data;

@@ -121,7 +121,8 @@ INLINE void quantize_columns(const bf16* stage, int64_t width, int64_t first, in
   }
 }
 
-// Weights as in `pack` (pack.h), with the exponents of their scales uint8 [panels, inputs / 64, 32].
+// Weights as in `pack` (pack.h), with the exponents of their scales: uint8 [panels, inputs / 64,
+// 32].
 void pack_int16(int16_t* to, uint8_t* exponents, int64_t inputs, int64_t first, int64_t count,
                 const bf16* from, int64_t row_stride, int64_t column_stride, int threads) {
   const int64_t begin = first / PANEL, end = (first + count + PANEL - 1) / PANEL;
@@ -141,10 +142,10 @@ void pack_int16(int16_t* to, uint8_t* exponents, int64_t inputs, int64_t first, 
           for (int64_t o = low; o < high; o++)
             stage[i * PANEL + o] = source[o * row_stride + (k + i) * column_stride];
       }
-      uint8_t* group_exponents = exponents + (panel * scale_count(inputs) + k / INT16_GROUP) * PANEL;
+      const int64_t group = panel * scale_count(inputs) + k / INT16_GROUP;
       for (int64_t o = 0; o < PANEL; o += LANES)
         quantize_columns(stage + o, width, std::max(o, low) - o, std::min(o + LANES, high) - o,
-                         to + (panel * inputs + k) * PANEL + o * 2, group_exponents + o);
+                         to + (panel * inputs + k) * PANEL + o * 2, exponents + group * PANEL + o);
     }
   }
 }

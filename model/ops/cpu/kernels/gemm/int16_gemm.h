@@ -136,8 +136,9 @@ INLINE void few_rows_times_mxfp4(const int16_t* rows, const float* row_scales, i
             const vec_i32 value = decode_fp4<i>(nibbles);
 #pragma GCC unroll 12
             for (int r = 0; r < COUNT; r++)
-              group_sums[r][v + part] = dot_int16(group_sums[r][v + part], value,
-                                                  (const int32_t*)(a + r * INT16_GROUP + i / 2 * 2));
+              group_sums[r][v + part] =
+                  dot_int16(group_sums[r][v + part], value,
+                            (const int32_t*)(a + r * INT16_GROUP + i / 2 * 2));
           };
           multiply(std::integral_constant<int, 0>());
           multiply(std::integral_constant<int, 1>());

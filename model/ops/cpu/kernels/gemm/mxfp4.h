@@ -16,7 +16,8 @@ alignas(64) const uint16_t FP4_BF16[32] = {
     0x6200, 0x7f80, 0x8000, 0x8040, 0x8080, 0x80c0, 0x8100, 0x8140};
 // A shuffle within each 16 bytes, all of which are equal: each byte of a lane's four outputs goes
 // to the high half of two words.
-#define TO_WORDS(a) 0x80, a, 0x80, a, 0x80, a + 1, 0x80, a + 1, 0x80, a + 2, 0x80, a + 2, 0x80, a + 3, 0x80, a + 3
+#define TO_WORDS(a) \
+  0x80, a, 0x80, a, 0x80, a + 1, 0x80, a + 1, 0x80, a + 2, 0x80, a + 2, 0x80, a + 3, 0x80, a + 3
 alignas(64) const uint8_t SPREAD[64] = {TO_WORDS(0), TO_WORDS(4), TO_WORDS(8), TO_WORDS(12)};
 #undef TO_WORDS
 #endif

@@ -25,7 +25,8 @@ INLINE Rows allocate_rows(int index, int64_t count, int64_t inputs) {
 }
 
 // The rows x [rows, inputs] of a linear: x itself, or memory for its integers (see prepare_rows).
-INLINE Rows rows_of(const bf16* x, int64_t rows, [[maybe_unused]] int64_t inputs) {
+INLINE Rows rows_of([[maybe_unused]] const bf16* x, int64_t rows,
+                    [[maybe_unused]] int64_t inputs) {
 #if INT16_GEMM
   return allocate_rows(0, rows, inputs);
 #else
@@ -104,7 +105,8 @@ INLINE void write_row(const vec_f32 (&sums)[VECTORS], bf16* out, int64_t count) 
 // panel, and the last part is not much smaller than the others.
 INLINE int64_t rows_at_once(int64_t rows, int64_t inputs) {
   constexpr int64_t CACHE = 3 << 19;  // bytes; processors with AMX have 2 MiB a core
-  const int64_t limit = std::max<int64_t>(ROW_BLOCK, (CACHE / (2 * inputs)) / ROW_BLOCK * ROW_BLOCK);
+  const int64_t fitting = CACHE / (2 * inputs) / ROW_BLOCK * ROW_BLOCK;
+  const int64_t limit = std::max(ROW_BLOCK, fitting);
   rows = std::max<int64_t>(1, rows);  // the head has no rows in a step in which no prompt ends
   const int64_t parts = (rows + limit - 1) / limit;
   return ((rows + parts - 1) / parts + ROW_BLOCK - 1) / ROW_BLOCK * ROW_BLOCK;
