@@ -138,21 +138,23 @@ def test_warm_up_compiles_every_kernel_that_a_job_needs(
 
 # For one row every linear layer is a kernel of the project, and norms are fused with it.
 _QKV = ("_add_rms_norm", "linear", "_rotate_and_write")
-_ATTENTION, _MLP = ("_decode_attention", "linear"), ("_add_rms_norm", "linear", "_swiglu", "linear")
-_SPLIT, _FUSED_MLP = ("_decode_attention", "_combine_splits", "_linear"), ("_linear", "_linear")
-_WINDOW = ("_decode_attention", "_linear")
-_EXPERTS = ("_experts_gate_up", "_experts_down", "_sum_experts")
-_MOE = ("_add_rms_norm", "_linear", "_route", "_sort_by_expert", *_EXPERTS)
+_ATTENTION = ("decode_attention", "linear")
+_MLP = ("_add_rms_norm", "linear", "_swiglu", "linear")
+_SPLIT = ("decode_attention", "combine_splits", "fused_linear")
+_WINDOW = ("decode_attention", "fused_linear")
+_FUSED_MLP = ("fused_linear", "fused_linear")
+_EXPERTS = ("experts_gate_up", "experts_down", "sum_experts")
+_MOE = ("_add_rms_norm", "fused_linear", "_route", "_sort_by_expert", *_EXPERTS)
 
 
 @pytest.mark.parametrize(
     ("name", "rows", "layers"),
     [
-        ("llama-llama3-rope", 1, [("_linear", *_SPLIT, *_FUSED_MLP)] * 4),
-        ("qwen3", 1, [("_linear", "_rotate_and_write", *_SPLIT, *_FUSED_MLP)] * 4),
+        ("llama-llama3-rope", 1, [("fused_linear", *_SPLIT, *_FUSED_MLP)] * 4),
+        ("qwen3", 1, [("fused_linear", "_rotate_and_write", *_SPLIT, *_FUSED_MLP)] * 4),
         ("qwen3", 256, [_QKV + _ATTENTION + _MLP] * 4),
         # Every second layer has a window.
-        ("gpt_oss-wide", 1, [("_linear", *x, *_MOE) for x in (_WINDOW, _SPLIT) * 2]),
+        ("gpt_oss-wide", 1, [("fused_linear", *x, *_MOE) for x in (_WINDOW, _SPLIT) * 2]),
     ],
 )
 def test_kernels_of_a_decode_step(
@@ -176,5 +178,5 @@ def test_kernels_of_a_decode_step(
         engine.runner.capture(capture)
     # The last tokens, their embeddings, and the angles of their positions.
     expected = ["index", "index", "index", *sum(layers, ()), "_add_rms_norm"]
-    expected += ["_linear" if rows == 1 else "linear", "copy_"]
+    expected += ["fused_linear" if rows == 1 else "linear", "copy_"]
     assert steps[rows] == expected

@@ -75,7 +75,7 @@ def test_kernels_compile_and_fit_their_targets(architecture: str) -> None:
     assert {dict(x.options).get("launch_pdl", False) for x in chosen} == {
         TILES[architecture].programmatic_launch
     }
-    experts = [dict(x.constants) for x in chosen if x.kernel.__name__ == "_experts_gate_up"]
+    experts = [dict(x.constants) for x in chosen if x.kernel.__name__ == "experts_gate_up"]
     assert {(x["PACKED"], x["BLOCK_M"]) for x in experts} == {
         (packed, tile.m)
         for packed, choices in enumerate((TILES[architecture].experts, TILES[architecture].mxfp4))
@@ -93,7 +93,7 @@ def test_kernels_compile_and_fit_their_targets(architecture: str) -> None:
                 r"wgmma\.wait_group\.sync\.aligned (\d+)", compiled.binary.asm["ptx"]
             )
             assert set(waits) == {"0"}, f"{launch}: weights are overwritten during the product"
-        if launch.kernel.__name__ == "_decode_attention" and architecture.startswith("sm_"):
+        if launch.kernel.__name__ == "decode_attention" and architecture.startswith("sm_"):
             # Room for two tiles of keys and values: the next is loaded while one is used.
             assert compiled.shared >= 2 * 2 * 2 * named["BLOCK_N"] * named["BLOCK_D"], str(launch)
 

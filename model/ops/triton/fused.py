@@ -9,13 +9,12 @@ import triton
 import triton.language as tl
 
 from model.ops.specs import Linear, Norm, RopeArgs
+from model.ops.triton.kernels.linear import products_of_tile, weight_tile
 from model.ops.triton.linear import (
     HALF,
     linear,
     norm_linear,
-    products_of_tile,
     tile_of,
-    weight_tile,
 )
 from model.ops.triton.norm import swiglu
 from model.ops.triton.programmatic_launch import wait_for_previous_kernel

@@ -112,3 +112,53 @@ def unpack(words, scales, first, VENDOR: tl.constexpr, DTYPE: tl.constexpr):
         else:
             low, high = low.to(DTYPE), high.to(DTYPE)
     return tl.join(low, high).reshape(ROWS, GROUPS * 32)
+
+
+@triton.jit
+def load_weights(
+    weight_ptr,
+    scale_ptr,
+    out,
+    k,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    SCALE_ROW: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PACKED: tl.constexpr,
+    VENDOR: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Load rows `out` [BLOCK_N] and columns [k, k + BLOCK_K) of a weight [OUT, IN].
+
+    PACKED: the weight is MXFP4 in words. The words with scales of the same columns are contiguous,
+    SCALE_ROW of them; BLOCK_K is 32, 64 or 128, so that a row needs one of them.
+    """
+    whole: tl.constexpr = IN % BLOCK_K == 0
+    row = out[:, None].to(tl.int64)
+    inside = (out < OUT)[:, None]
+    if PACKED:
+        at = k // 8 + tl.arange(0, BLOCK_K // 8)
+        mask = inside if whole else inside & (at < IN // 8)[None, :]
+        words = tl.load(weight_ptr + row * (IN // 8) + at[None, :], mask, other=0)
+        scales = tl.load(scale_ptr + k // 128 * SCALE_ROW + out, out < OUT, other=0)
+        return unpack(words, scales, k // 32 % 4, VENDOR, DTYPE)
+    else:  # after an `if` without `else` the compiler would see both returns
+        at = k + tl.arange(0, BLOCK_K)
+        mask = inside if whole else inside & (at < IN)[None, :]
+        return tl.load(weight_ptr + row * IN + at[None, :], mask, other=0.0)
+
+
+@triton.jit
+def multiply(w, x, total, PACKED: tl.constexpr, VENDOR: tl.constexpr):
+    """Return total + w · x; if w was unpacked on an NVIDIA GPU, wait until it is computed.
+
+    Hopper's matrix products are asynchronous and read w from registers, which compilers have
+    overwritten with the next weights too early (triton-lang/triton#9433). They wait for the product
+    where the sum is used, and an empty instruction counts as a use.
+    """
+    total = tl.dot(w, x, total, input_precision="ieee")
+    if PACKED and VENDOR == "nvidia":
+        total = tl.inline_asm_elementwise(
+            "// $0", "=r,0", [total], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return total

@@ -1,32 +1,9 @@
-"""Top-k, top-p and sampling without a sort: each is a search in the order of probability.
-
-The last token that top-k keeps is the one at which the cumulative count passes k. The last token
-that top-p keeps is the one at which the cumulative probability passes a fraction of the probability
-that top-k kept. The sampled token is the one at which it passes a uniform fraction of the
-probability that both kept. So there are three searches of one kind, and each passes a single number
-to the next.
-
-A search is a radix select over keys, integers that rise as logits fall, with digits of four bits.
-Each pass sums the count and the probability of the tokens by the next digit of their keys, and
-every program of the next pass finds the digit from the sums over its row. A bfloat16 key has four
-digits, and all searches share the sums of the first: 3 · 3 + 1 passes.
-
-Probabilities are integers in units of 2⁻⁴² of the most likely token's; smaller ones become 0. Their
-sum does not depend on the order of addition. So a row may be split over any number of programs
-without changing the result, and rounding cannot make two passes differ. Tokens with equal logits
-are told apart by count; the lower token comes first.
-
-One program a row would leave most of the device idle for small batches, and one kernel for all
-passes would need programs that wait for each other, which is not portable. For small batches a row
-stays in the L2 cache between passes. After the first pass, blocks without a token whose key has the
-found prefix are only read.
-"""
+"""Launches of sampling with top-k and top-p: the passes of three searches."""
 
 import torch
 import triton
-import triton.language as tl
 
-from model.ops.triton.programmatic_launch import wait_for_previous_kernel
+from model.ops.triton.kernels.sampling import count_digits, find_token, row_maxima
 from model.ops.triton.tiles import Target
 
 _BLOCK = 2048  # tokens that a program tests for the prefix at a time
@@ -34,271 +11,6 @@ _PART = 256  # tokens that a program counts at a time
 _SPLITS = 64  # maximum number of programs of a row; each reads the sums of all of them
 _BITS = 4  # bits of a digit: 16 counters fit in a thread's registers
 _TOP_K, _TOP_P, _SAMPLE = range(1, 4)  # purpose of a search
-
-
-@triton.jit
-def _load_logits(logits_ptr, at, end):
-    """Load the logits at indices `at`, -inf from `end` on; NaN becomes -inf and -0 becomes 0."""
-    logits = tl.load(logits_ptr + at, at < end, other=float("-inf")).to(tl.float32)
-    logits = tl.where(logits == logits, logits, float("-inf"))
-    return tl.where(logits == 0, 0.0, logits).to(logits_ptr.dtype.element_ty)
-
-
-@triton.jit
-def _keys(logits, WIDTH: tl.constexpr):
-    """Return uint32 keys that rise as logits fall: the bits of positive logits are inverted."""
-    if WIDTH == 16:
-        bits = logits.to(tl.int16, bitcast=True).to(tl.int32)
-        keys = (tl.where(bits < 0, bits, bits ^ 0x7FFF) & 0xFFFF).to(tl.uint32)
-    else:
-        bits = logits.to(tl.int32, bitcast=True)
-        keys = tl.where(bits < 0, bits, bits ^ 0x7FFFFFFF).to(tl.uint32, bitcast=True)
-    return keys
-
-
-@triton.jit(do_not_specialize=["splits"])
-def _row_maxima(
-    logits_ptr,
-    highest_ptr,
-    vocab,
-    span,
-    splits,
-    BLOCK: tl.constexpr,
-    PROGRAMMATIC_LAUNCH: tl.constexpr,
-):
-    """Find the maximum of each span of a row; grid (rows, splits).
-
-    logits [rows, vocab] → highest float32 [rows, splits].
-    """
-    wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
-    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    end = tl.minimum((split + 1) * span, vocab)
-    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for start in range(split * span, end, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        highest = tl.maximum(
-            highest, _load_logits(logits_ptr + row * vocab, at, end).to(tl.float32)
-        )
-    tl.store(highest_ptr + row * splits + split, tl.max(highest, 0))
-
-
-@triton.jit
-def _find_digit(table_ptr, splits, by_count, count, mass, target, SPLITS: tl.constexpr):
-    """Find the digit at which the cumulative count or probability passes the target.
-
-    table int64 [splits, 2, 16]: count and probability of each digit; count, mass: of the tokens
-    before the first digit → (digit, count and mass of the tokens before it, and of its own tokens).
-    """
-    split, digit = tl.arange(0, SPLITS), tl.arange(0, 16)
-    source = table_ptr + split[:, None] * 32 + digit[None, :]
-    inside = (split < splits)[:, None]
-    counts = tl.sum(tl.load(source, inside, other=0), 0)
-    masses = tl.sum(tl.load(source + 16, inside, other=0), 0)
-    cumulative = tl.where(by_count, count, mass) + tl.cumsum(tl.where(by_count, counts, masses), 0)
-    found = tl.sum((cumulative <= target).to(tl.int32), 0)
-    count += tl.sum(tl.where(digit < found, counts, 0), 0)
-    mass += tl.sum(tl.where(digit < found, masses, 0), 0)
-    is_found = digit == found
-    found_count = tl.sum(tl.where(is_found, counts, 0), 0)
-    found_mass = tl.sum(tl.where(is_found, masses, 0), 0)
-    return found, count, mass, found_count, found_mass
-
-
-@triton.jit
-def _search_target(
-    goal,
-    top_k_ptr,
-    top_p_ptr,
-    uniform_ptr,
-    table_ptr,
-    state_ptr,
-    row,
-    vocab,
-    splits,
-    SPLITS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    TOP_P: tl.constexpr,
-):
-    """Return the target of a search, from the table and the state of the pass before it.
-
-    That pass was the last of the previous search, or the first of all, as if top-k had kept all
-    tokens.
-    """
-    if goal == TOP_K:
-        top_k = tl.load(top_k_ptr + row)
-        target = tl.where((top_k <= 0) | (top_k > vocab), vocab, top_k) - 1
-    else:
-        by_count = goal == TOP_P
-        count, mass = tl.load(state_ptr + 1), tl.load(state_ptr + 2)
-        last = tl.load(state_ptr + 3)
-        _, count, mass, equals, equal_mass = _find_digit(
-            table_ptr, splits, by_count, count, mass, last, SPLITS
-        )
-        each = equal_mass // equals
-        # How many of the tokens that are equal to the last one kept are kept too.
-        kept_equals = tl.where(by_count, last - count, (last - mass) // tl.maximum(each, 1)) + 1
-        kept = mass + tl.where(kept_equals == equals, equal_mass, kept_equals * each)
-        if by_count:
-            top_p = tl.load(top_p_ptr + row).to(tl.float64)
-            target = tl.ceil(top_p * kept.to(tl.float64)).to(tl.int64) - 1
-        else:
-            target = (tl.load(uniform_ptr + row) * kept.to(tl.float64)).to(tl.int64)
-        target = tl.minimum(tl.maximum(target, 0), kept - 1)
-    return target
-
-
-@triton.jit(
-    do_not_specialize=["splits", "step", "goal", "by_count", "shift"],
-    # The parameters of a row are a column of a matrix, which may start at any address.
-    do_not_specialize_on_alignment=["temperature_ptr", "top_k_ptr", "top_p_ptr", "uniform_ptr"],
-)
-def _count_digits(
-    logits_ptr,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    uniform_ptr,
-    highest_ptr,
-    tables_ptr,
-    states_ptr,
-    vocab,
-    span,
-    splits,
-    step,
-    goal,
-    by_count,
-    shift,
-    BLOCK: tl.constexpr,
-    PART: tl.constexpr,
-    SPLITS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TOP_K: tl.constexpr,
-    TOP_P: tl.constexpr,
-    PROGRAMMATIC_LAUNCH: tl.constexpr,
-):
-    """One pass: count and mass by the digit at `shift` of keys with the prefix found so far.
-
-    Grid (rows, splits). tables int64 [steps, rows, splits, 2, 16]; states int64 [steps, rows, 4]:
-    prefix, count and mass of the tokens before it, and the target, which is a count if by_count.
-    goal: the purpose of the search that starts with this step, or 0.
-    """
-    wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
-    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    rows = tl.num_programs(0)
-    prefix = row * 0
-    count, mass, target = prefix, prefix, prefix + vocab - 1
-    if step > 0:
-        table_ptr = tables_ptr + ((step - 1) * rows + row) * splits * 32
-        state_ptr = states_ptr + ((step - 1) * rows + row) * 4
-        if goal > 0:
-            target = _search_target(
-                goal,
-                top_k_ptr,
-                top_p_ptr,
-                uniform_ptr,
-                table_ptr,
-                state_ptr,
-                row,
-                vocab,
-                splits,
-                SPLITS,
-                TOP_K,
-                TOP_P,
-            )
-            table_ptr = tables_ptr + row * splits * 32
-        else:
-            prefix, count = tl.load(state_ptr), tl.load(state_ptr + 1)
-            mass, target = tl.load(state_ptr + 2), tl.load(state_ptr + 3)
-        digit, count, mass, _, _ = _find_digit(
-            table_ptr, splits, by_count != 0, count, mass, target, SPLITS
-        )
-        prefix = prefix * 16 + digit
-    if split == 0:
-        state_ptr = states_ptr + (step * rows + row) * 4
-        tl.store(state_ptr, prefix)
-        tl.store(state_ptr + 1, count)
-        tl.store(state_ptr + 2, mass)
-        tl.store(state_ptr + 3, target)
-
-    part = tl.arange(0, SPLITS)
-    tops = tl.load(highest_ptr + row * splits + part, part < splits, other=float("-inf"))
-    highest = tl.max(tops, 0)
-    temperature = tl.load(temperature_ptr + row)
-    start = prefix.to(tl.uint32)
-    digits = tl.arange(0, 16)
-    counts = tl.zeros((PART, 16), tl.int32)
-    masses = tl.zeros((PART, 16), tl.int64)
-    end = tl.minimum((split + 1) * span, vocab)
-    for first in range(split * span, end, BLOCK):
-        place = first + tl.arange(0, BLOCK)
-        keys = _keys(_load_logits(logits_ptr + row * vocab, place, end), WIDTH)
-        has_prefix = ((keys >> shift >> 4) == start) & (place < end)
-        if tl.max(has_prefix.to(tl.int32), 0) > 0:
-            for offset in range(0, BLOCK, PART):
-                # Each thread counts separately; sums over threads are computed once, at the end.
-                at = first + offset + tl.arange(0, PART)[:, None]
-                logits = _load_logits(logits_ptr + row * vocab, at, end)
-                found = _keys(logits, WIDTH) >> shift
-                is_counted = ((found >> 4) == start) & (at < end)
-                wide = logits.to(tl.float32)
-                # The maximum is a case of its own because infinity minus infinity is NaN.
-                prob = tl.where(wide == highest, 1.0, tl.exp((wide - highest) / temperature))
-                mass_of_token = (prob * 4398046511104.0).to(tl.int64)
-                digit = tl.where(is_counted, (found & 15).to(tl.int32), -1)
-                is_digit = digit == digits[None, :]
-                counts += is_digit.to(tl.int32)
-                masses += tl.where(is_digit, mass_of_token, 0)
-    table_ptr = tables_ptr + ((step * rows + row) * splits + split) * 32
-    tl.store(table_ptr + digits, tl.sum(counts, 0).to(tl.int64))
-    tl.store(table_ptr + 16 + digits, tl.sum(masses, 0))
-
-
-@triton.jit(do_not_specialize=["splits", "step"])
-def _find_token(
-    logits_ptr,
-    tables_ptr,
-    states_ptr,
-    tokens_ptr,
-    vocab,
-    span,
-    splits,
-    step,
-    BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PROGRAMMATIC_LAUNCH: tl.constexpr,
-):
-    """Finish the last search, whose last pass was `step` → tokens int64 [rows]; grid (rows,)."""
-    wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
-    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    table_ptr = tables_ptr + (step * rows + row) * splits * 32
-    state_ptr = states_ptr + (step * rows + row) * 4
-    count, mass = tl.load(state_ptr + 1), tl.load(state_ptr + 2)
-    target = tl.load(state_ptr + 3)
-    digit, _, mass, equals, equal_mass = _find_digit(
-        table_ptr, splits, False, count, mass, target, SPLITS
-    )
-    key = (tl.load(state_ptr) * 16 + digit).to(tl.uint32)
-    left = (target - mass) // (equal_mass // equals)  # equal tokens before the sampled one
-    part = tl.arange(0, SPLITS)
-    counts = tl.load(table_ptr + part * 32 + digit, part < splits, other=0)
-    cumulative = tl.cumsum(counts, 0)
-    split = tl.sum((cumulative <= left).to(tl.int32), 0)
-    left -= tl.sum(tl.where(part < split, counts, 0), 0)
-    start = split * span
-    place = tl.arange(0, BLOCK)
-    same = (_keys(_load_logits(logits_ptr + row * vocab, start + place, vocab), WIDTH) == key).to(
-        tl.int32
-    )
-    held = tl.sum(same, 0)
-    while (held <= left) & (start + BLOCK < vocab):
-        left -= held
-        start += BLOCK
-        logits = _load_logits(logits_ptr + row * vocab, start + place, vocab)
-        same = (_keys(logits, WIDTH) == key).to(tl.int32)
-        held = tl.sum(same, 0)
-    before = tl.sum((tl.cumsum(same, 0) <= left).to(tl.int32), 0)
-    tl.store(tokens_ptr + row, tl.minimum(start + before, vocab - 1).to(tl.int64))
 
 
 def sample(
@@ -333,9 +45,9 @@ def sample(
     tables = logits.new_empty(len(steps), rows, splits, 2, 16, dtype=torch.int64)
     states = logits.new_empty(len(steps), rows, 4, dtype=torch.int64)
     options = {"BLOCK": _BLOCK, "num_warps": 4, **target.launch_options}
-    _row_maxima[rows, splits](logits, highest, vocab, span, splits, **options)
+    row_maxima[rows, splits](logits, highest, vocab, span, splits, **options)
     for step, (goal, by_count, shift) in enumerate(steps):
-        _count_digits[rows, splits](
+        count_digits[rows, splits](
             logits,
             temperature,
             tokens if top_k is None else top_k,
@@ -358,7 +70,7 @@ def sample(
             TOP_P=_TOP_P,
             **options,
         )
-    _find_token[(rows,)](
+    find_token[(rows,)](
         logits,
         tables,
         states,
