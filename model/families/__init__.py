@@ -94,7 +94,7 @@ def load_config(checkpoint: str | Path) -> ModelConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(
-            f"{folder}: holds no config.json, so it is no checkpoint{conversion(folder)}"
+            f"{folder}: contains no config.json, so it is not a checkpoint{conversion(folder)}"
         )
     stop_ids: frozenset[int] = frozenset()
     generation = folder / "generation_config.json"
