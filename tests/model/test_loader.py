@@ -178,7 +178,7 @@ def test_stop_ids_are_the_union_of_both_configs(folder: Path) -> None:
 def test_a_folder_that_is_no_checkpoint_says_so(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such checkpoint directory"):
         load_config(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="holds no config"):
+    with pytest.raises(CheckpointError, match="contains no config"):
         load_config(tmp_path)
 
 
