@@ -242,9 +242,9 @@ class Cluster:
         done = [completion for completion, _ in results.finished]
         ids = [completion.request_id for completion in done]
         requests = self._dispatcher.finished(replica.index, ids, time.perf_counter())
-        for request, (_, trouble) in zip(requests, results.finished, strict=True):
-            if trouble is not None and isinstance(request.on_token, StopWatcher):
-                request.on_token.trouble = trouble
+        for request, (_, error) in zip(requests, results.finished, strict=True):
+            if error is not None and isinstance(request.on_token, StopWatcher):
+                request.on_token.error = error
         return done
 
     def _died(self, replica: ReplicaState, error: Exception) -> None:

@@ -159,10 +159,10 @@ class Replica:
         try:
             for completion in self._engine.generate(self._requests()):
                 watcher = self._watchers.pop(completion.request_id, None)
-                trouble = None if watcher is None else watcher.trouble
+                reason = None if watcher is None else watcher.error
                 with self._changed:
                     self._running -= 1
-                    self._finished.append((completion, trouble))
+                    self._finished.append((completion, reason))
                     self._changed.notify_all()
         except BaseException as error:  # the next `collect` raises it
             with self._changed:

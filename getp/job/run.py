@@ -166,14 +166,14 @@ class JobRun:
             if completion.error is not None:
                 message = worded(completion.error, self.job.name_of)
             return self._fail(_failure(request, f"request_{completion.finish_reason}", message))
-        trouble = watcher.trouble
-        if trouble is None:
+        reason = watcher.error
+        if reason is None:
             try:
                 line = self.format.completed(self._results, request, completion)
             except Exception as error:
-                trouble = f"{type(error).__name__}: {error}"
-        if trouble is not None:
-            return self._fail(_failure(request, "internal_error", trouble))
+                reason = f"{type(error).__name__}: {error}"
+        if reason is not None:
+            return self._fail(_failure(request, "internal_error", reason))
         self._journal.append(request.index, True, line)
         self.measured.add(completion)
 

@@ -36,7 +36,7 @@ class StopWatcher:
     """Receives each token of a request and ends it at a stop string.
 
     The token that completes the string is kept, like a stop token. `check` is called at every token
-    and may raise. An error in the text ends only this request; it is kept in `trouble`.
+    and may raise. An error in the text ends only this request; it is kept in `error`.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class StopWatcher:
         self.chat = chat
         self.stops = stops
         self.check = check
-        self.trouble: str | None = None
+        self.error: str | None = None
         self._tokenizer = tokenizer
         self._prompt_ids = prompt_ids
         self._answer: AnswerText | None = None
@@ -66,7 +66,7 @@ class StopWatcher:
                 self._answer = AnswerText(self._tokenizer, self._prompt_ids, self.chat, self.stops)
             self._answer.push(token_id)
         except Exception as error:
-            self.trouble = f"{type(error).__name__}: {error}"
+            self.error = f"{type(error).__name__}: {error}"
             return True
         return self._answer.stopped
 

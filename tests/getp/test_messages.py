@@ -7,7 +7,7 @@ from getp.cli.wording import option_name
 from tests.getp.messages import Message, messages
 
 # Tools and variables of others, which messages may name.
-_NOT_OURS = re.compile(r"nvcc --version|ray start|pip install|--local-dir")
+_NOT_OURS = re.compile(r"nvcc --version|ray start|pip install( -e)?|--local-dir")
 _OPTION = re.compile(r"(?<![\w…-])--?[a-z][a-z-]*")
 _WORDS = [
     r"(?<!there) is no \w+",
@@ -24,7 +24,7 @@ _WORDS = [
     r"\bso many\b",
     r"\bthere (is|are) none\b",
     r"\bfor something else\b",
-    r", too\b",
+    r", too(?=[.,;:]|$)",
     r"\bcut at\b",
     r"\bbut lost\b",
     r"\bcomputed in are\b",
