@@ -9,11 +9,10 @@ from weakref import WeakSet
 
 import torch
 
-from engine.admission import admit, take_requests
 from engine.config import EngineConfig
-from engine.decode_graphs import Capture, gpu_capture
 from engine.errors import EngineError
-from engine.kv_cache import KVCache
+from engine.execution.decode_graphs import Capture, gpu_capture
+from engine.execution.model_runner import ModelRunner
 from engine.memory_plan import (
     BlockCost,
     MemoryPlan,
@@ -23,12 +22,13 @@ from engine.memory_plan import (
     is_out_of_memory,
     pool_blocks,
 )
-from engine.model_runner import ModelRunner
 from engine.parallel.coordinator import CoordinatorRunner
 from engine.parallel.worker_pool import WorkerPool
 from engine.request import Completion, Request
 from engine.resolve import dtype_name, resolve
-from engine.scheduler import Scheduler
+from engine.scheduling.admission import admit, take_requests
+from engine.scheduling.kv_cache import KVCache
+from engine.scheduling.scheduler import Scheduler
 from engine.stats import EngineStats
 from engine.step_loop import StepLoop
 from engine.summary import RunSummary, peak_resident_bytes

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from engine.errors import EngineError
-from engine.kv_cache import group_layers
 from engine.resolve import Settings, dtype_name
+from engine.scheduling.kv_cache import group_layers
 from model import ModelConfig
 from model.cost.operations import parameter_bytes
 

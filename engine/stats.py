@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass
 
 from engine.request import Completion
-from engine.scheduler import Scheduler
-from engine.sequence import Step
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.sequence import Step
 
 
 @dataclass

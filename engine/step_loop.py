@@ -8,13 +8,13 @@ from collections.abc import Callable
 import torch
 
 from engine.errors import EngineError, RequestError
+from engine.execution.model_runner import ModelRunner
+from engine.execution.sampler import NO_TOKEN, Sampled
 from engine.memory_plan import available_bytes, format_bytes, is_out_of_memory
-from engine.model_runner import ModelRunner
 from engine.request import Completion
 from engine.resolve import Settings, dtype_name
-from engine.sampler import NO_TOKEN, Sampled
-from engine.scheduler import Scheduler
-from engine.sequence import Step
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.sequence import Step
 from engine.stats import EngineStats
 from model.ops.step_parts import SCHEDULING
 

@@ -5,7 +5,7 @@ import torch
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.request import Request, SamplingParams
-from engine.sequence import Sequence
+from engine.scheduling.sequence import Sequence
 
 
 class Probe:

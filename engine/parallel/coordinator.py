@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from engine.decode_graphs import Capture
-from engine.model_runner import ModelRunner
+from engine.execution.decode_graphs import Capture
+from engine.execution.model_runner import ModelRunner
+from engine.execution.sampler import Sampled
 from engine.parallel.step_message import StepMessage
 from engine.parallel.worker_pool import WorkerPool
 from engine.request import SamplingParams
 from engine.resolve import dtype_name
-from engine.sampler import Sampled
 from model import ModelConfig
 
 

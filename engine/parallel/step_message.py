@@ -5,7 +5,7 @@ from array import array
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
-from engine.sequence import Step
+from engine.scheduling.sequence import Step
 
 
 @dataclass(frozen=True)

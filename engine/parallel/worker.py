@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.decode_graphs import Capture, gpu_capture
 from engine.errors import EngineError
+from engine.execution.decode_graphs import Capture, gpu_capture
+from engine.execution.model_runner import ModelRunner
 from engine.memory_plan import is_out_of_memory
-from engine.model_runner import ModelRunner
 from engine.parallel.channel import (
     NO_TIMEOUT,
     PEER_LOST,

@@ -15,18 +15,17 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import (
-    Engine,
-    EngineConfig,
-    EngineError,
-    EngineStats,
-    Request,
-    SamplingParams,
-    batch_builder,
-    model_runner,
+from engine import Engine, EngineConfig, EngineError, EngineStats, Request, SamplingParams
+from engine.execution import batch_builder, model_runner
+from engine.execution.decode_graphs import (
+    Capture,
+    Compute,
+    DecodeGraphs,
+    Inputs,
+    capture_sizes,
+    gpu_capture,
 )
-from engine.decode_graphs import Capture, Compute, DecodeGraphs, Inputs, capture_sizes, gpu_capture
-from engine.kv_cache import NULL_BLOCK
+from engine.scheduling.kv_cache import NULL_BLOCK
 from model.ops.backend import Backend
 from model.ops.cpu.backend import CpuBackend
 from model.ops.forward_batch import ForwardBatch

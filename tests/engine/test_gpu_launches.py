@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import Engine, EngineConfig, Request, SamplingParams, model_runner
-from engine.decode_graphs import Compute
+from engine import Engine, EngineConfig, Request, SamplingParams
+from engine.execution import model_runner
+from engine.execution.decode_graphs import Compute
 
 pytest.importorskip("triton")
 

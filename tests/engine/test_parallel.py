@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from engine import Completion, Engine, EngineConfig, EngineError, Request, SamplingParams
+from engine.execution.model_runner import ModelRunner
 from engine.memory_plan import MemoryPlan
-from engine.model_runner import ModelRunner
 from engine.parallel import channel as channel_module
 from engine.parallel import worker
 from engine.parallel.channel import Channel

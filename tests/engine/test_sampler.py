@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import SamplingParams
-from engine.sampler import NO_TOKEN, Sampler, keyed_uniform
+from engine.execution.sampler import NO_TOKEN, Sampler, keyed_uniform
 from model.ops.cpu.backend import CpuBackend
 from model.ops.sampling import sample_sorted
 

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine import Completion, Engine, EngineConfig, EngineError, Request, SamplingParams
-from engine.kv_cache import NULL_BLOCK, KVCache, LayerGroup, group_layers
-from engine.sequence import Step
+from engine.scheduling.kv_cache import NULL_BLOCK, KVCache, LayerGroup, group_layers
+from engine.scheduling.sequence import Step
 from tests.checkpoints import FAMILIES
 
 VOCAB = 5  # few tokens, so that equal prefixes are frequent
@@ -328,7 +328,7 @@ def test_every_request_completes_correctly_when_steps_run_out_of_memory(
     engine.notice = notices.append
     runner.max_tokens = most
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.scheduler._STEPS_BEFORE_GROWTH", steps)
+        patch.setattr("engine.scheduling.scheduler._STEPS_BEFORE_GROWTH", steps)
         done = run(engine, load["requests"], load["stop_ids"])
     assert {i: c.token_ids for i, c in done.items()} == {
         i: c.token_ids for i, c in expected.items()
@@ -351,7 +351,7 @@ def test_limits_grow_again_when_there_is_memory(config_folder: Path) -> None:
     backed_off = engine.stats.back_offs
     runner.max_tokens = 1 << 60
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.scheduler._STEPS_BEFORE_GROWTH", 1)
+        patch.setattr("engine.scheduling.scheduler._STEPS_BEFORE_GROWTH", 1)
         run(engine, [([1] * 6, 40)] * 100)
     assert (scheduler.max_batch_size, scheduler.max_batch_tokens) == (8, 64)
     assert engine.stats.back_offs == backed_off
@@ -463,6 +463,6 @@ def test_a_prompt_that_cannot_run_fails_alone(config_folder: Path) -> None:
 
 def test_the_kv_cache_module_does_not_use_torch() -> None:
     """It holds only integers, so that it can be tested and understood on its own."""
-    import engine.kv_cache as module
+    import engine.scheduling.kv_cache as module
 
     assert not any(value is torch for value in vars(module).values())

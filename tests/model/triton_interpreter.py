@@ -15,7 +15,8 @@ import torch
 import triton.language as tl
 from triton import jit
 
-from engine import Engine, EngineConfig, Request, SamplingParams, model_runner
+from engine import Engine, EngineConfig, Request, SamplingParams
+from engine.execution import model_runner
 from model.ops.backend import Backend
 from model.ops.cpu.backend import CpuBackend
 from model.ops.forward_batch import ForwardBatch, GroupTables

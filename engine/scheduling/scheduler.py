@@ -16,8 +16,8 @@ stop token is then computed for one more step, whose result is dropped.
 from collections import deque
 from dataclasses import dataclass, field
 
-from engine.kv_cache import KVCache
-from engine.sequence import Chunk, Sequence, Step
+from engine.scheduling.kv_cache import KVCache
+from engine.scheduling.sequence import Chunk, Sequence, Step
 
 _STEPS_BEFORE_GROWTH = 128  # successful steps after a back-off until the limits grow again
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from engine.execution.sampler import put
 from engine.parallel.step_message import StepMessage
-from engine.sampler import put
 from model.config import RopeConfig
 from model.ops.forward_batch import ForwardBatch, GroupTables
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 
 from engine.errors import RequestError
-from engine.kv_cache import BlockTables
 from engine.request import Completion, FinishReason, Request, TokenLogprobs
+from engine.scheduling.kv_cache import BlockTables
 
 
 @dataclass(eq=False, slots=True)

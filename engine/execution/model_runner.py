@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from engine.batch_builder import BatchBuilder
-from engine.decode_graphs import Capture, DecodeGraphs
-from engine.kv_cache import NULL_BLOCK, BlockTables, LayerGroup, group_layers
+from engine.execution.batch_builder import BatchBuilder
+from engine.execution.decode_graphs import Capture, DecodeGraphs
+from engine.execution.sampler import Sampled, Sampler, pin, put
 from engine.parallel.step_message import StepMessage
 from engine.request import Request, SamplingParams
-from engine.sampler import Sampled, Sampler, pin, put
-from engine.sequence import Chunk, Sequence, Step
+from engine.scheduling.kv_cache import NULL_BLOCK, BlockTables, LayerGroup, group_layers
+from engine.scheduling.sequence import Chunk, Sequence, Step
 from model import ModelConfig, Transformer
 from model import loader as weights
 from model.ops.backend import choose_backend

@@ -5,9 +5,9 @@ import time
 from collections.abc import Iterator
 
 from engine.errors import RequestError
-from engine.kv_cache import KVCache
 from engine.request import Completion, Request
-from engine.sequence import Sequence
+from engine.scheduling.kv_cache import KVCache
+from engine.scheduling.sequence import Sequence
 from model import ModelConfig
 
 

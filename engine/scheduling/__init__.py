@@ -1,0 +1,1 @@
+"""Which sequences run in the next step and which KV blocks they hold: integers, no tensors."""
