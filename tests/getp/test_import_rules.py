@@ -72,6 +72,8 @@ def module_level_nodes(module: str) -> Iterator[ast.AST]:
 
 def room(module: str) -> str:
     parts = module.split(".")
+    if parts[-1] == "__main__":  # `python -m getp` is the command line
+        return "cli"
     return parts[1] if len(parts) > 1 and parts[1] in MAY_IMPORT else SHARED
 
 
