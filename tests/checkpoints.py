@@ -12,6 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from model.ops.mxfp4 import FP4_VALUES, dequantize_mxfp4
 
+# Sizes that the native kernels of the CPU take: heads of 64 values.
+_WIDE_HEADS: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 _COMMON: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 64,
@@ -46,13 +52,20 @@ def _gpt_oss(head_dim: int = 16) -> Any:
 
 
 def _phi3(**own: Any) -> Any:
-    return tf.Phi3Config(
-        **_COMMON,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        **own,
-    )
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    return tf.Phi3Config(**{**_COMMON, **sizes, **own})
+
+
+def _granite(**own: Any) -> Any:
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    multipliers = {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.1,
+        "residual_multiplier": 0.3,
+        "logits_scaling": 4.0,
+    }
+    biases = {"attention_bias": True, "mlp_bias": True}
+    return tf.GraniteConfig(**{**_COMMON, **sizes, **biases, **multipliers, **own})
 
 
 # name → config; each has fewer KV heads than query heads, and original contexts and windows that
@@ -161,18 +174,16 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         tie_word_embeddings=True,
     ),
     "phi3-window": lambda: _phi3(sliding_window=24),
-    "granite": lambda: tf.GraniteConfig(
-        **_COMMON,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        attention_bias=True,
-        mlp_bias=True,
-        embedding_multiplier=3.0,
-        attention_multiplier=0.1,
-        residual_multiplier=0.3,
-        logits_scaling=4.0,
+    "phi3-partial-rotary-wide": lambda: _phi3(
+        **_WIDE_HEADS,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10_000.0,
+            "partial_rotary_factor": 0.5,
+        },
     ),
+    "granite": _granite,
+    "granite-wide": lambda: _granite(**_WIDE_HEADS),
 }
 
 

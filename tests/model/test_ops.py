@@ -96,6 +96,21 @@ def test_attention_equals_the_reference(
     torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("scale", [0.015625, 0.1, 0.5])
+@pytest.mark.parametrize("window", [None, 5])
+def test_attention_with_another_scale_equals_the_reference(
+    window: int | None, scale: float, dtype: torch.dtype
+) -> None:
+    lengths = [(1, 200), (1, 65), (70, 190), (3, 3)]
+    batch, group, blocks = paged(lengths, window, block_size=8)
+    query = rand(sum(q for q, _ in lengths), 6, 64, dtype=dtype)
+    kv, sinks = rand(2, blocks, 8, 2, 64, seed=1, dtype=dtype), rand(6, seed=2, dtype=dtype)
+    spec = AttentionSpec(scale, window)
+    expected = reference(dtype).attention(query, kv, batch, group, spec, sinks)
+    found = cpu_backend(dtype).attention(query, kv, batch, group, spec, sinks)
+    torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
 def test_a_sink_takes_its_share_of_the_softmax() -> None:
     """The reference itself, by hand: one key, one sink, half of the weight each."""
     batch, group, blocks = paged([(1, 1)], None, block_size=4)
@@ -206,14 +221,27 @@ def test_norm_with_residual_equals_the_reference(
         torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(0, 96), (1, 32), (3, 37), (70, 500)])
+@pytest.mark.parametrize("factor", [1.0, 12.0, 0.22, -1 / 3])
+def test_scaling_gives_the_bits_of_the_reference(
+    factor: float, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    x = rand(*shape, dtype=dtype)
+    found = cpu_backend(dtype).scale(x, factor)
+    assert torch.equal(found, reference(dtype).scale(x, factor))
+    assert (found is x) is (factor == 1)
+
+
 @pytest.mark.parametrize("norms", [False, True])
-@pytest.mark.parametrize("head_dim", [16, 32, 128])
+@pytest.mark.parametrize(
+    ("head_dim", "rotary_dim"), [(16, 16), (32, 32), (128, 128), (128, 96), (64, 32), (64, 48)]
+)
 def test_rotary_with_kv_write_equals_the_reference(
-    head_dim: int, norms: bool, dtype: torch.dtype
+    head_dim: int, rotary_dim: int, norms: bool, dtype: torch.dtype
 ) -> None:
     tokens, heads, kv_heads = 7, 6, 2
     qkv = rand(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
-    angle = rand(tokens, head_dim // 2, seed=1)
+    angle = rand(tokens, rotary_dim // 2, seed=1)
     turn = torch.cat((angle.cos(), angle.sin()), -1)
     slots = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:tokens]
     weights = None
@@ -225,6 +253,8 @@ def test_rotary_with_kv_write_equals_the_reference(
     expected = reference(dtype).rotate_and_write(qkv, plain)
     for one, other in ((found, expected), (mine, theirs)):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
+    if not norms:
+        assert torch.equal(found[..., rotary_dim:], qkv[:, :heads, rotary_dim:])
 
 
 @pytest.mark.parametrize("limit", [None, 1.0])

@@ -100,8 +100,11 @@ class CpuBackend(OneDnnBackend):
 
     def scale(self, x: torch.Tensor, factor: float) -> torch.Tensor:
         """As Backend.scale."""
-        if factor != 1:
-            leave_to_torch()
+        if factor == 1:
+            return x
+        if self._has_kernels:
+            return native.scale(x, factor)
+        leave_to_torch()
         return super().scale(x, factor)
 
     def linear(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
@@ -122,8 +125,7 @@ class CpuBackend(OneDnnBackend):
 
     def rotate_and_write(self, qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:
         """As Backend.rotate_and_write."""
-        head_dim = rope.heads.head_dim
-        if self._fits(head_dim, 32) and rope.cos_sin.shape[1] == head_dim:
+        if self._fits(rope.heads.head_dim, 32) and self._fits(rope.cos_sin.shape[1], 32):
             return native.rotate_and_write(qkv, rope)
         leave_to_torch()
         return super().rotate_and_write(qkv, rope)
@@ -140,7 +142,7 @@ class CpuBackend(OneDnnBackend):
         """As Backend.attention."""
         _, heads, head_dim = query.shape
         fits = heads // kv.shape[3] <= native.MAX_GROUP and head_dim <= native.MAX_HEAD_DIM
-        if fits and self._fits(head_dim, 32) and spec.scale == head_dim**-0.5:
+        if fits and self._fits(head_dim, 32):
             return native.attention(query, kv, batch, group, spec, sinks)
         leave_to_torch()
         return super().attention(query, kv, batch, group, spec, sinks)

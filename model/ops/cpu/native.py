@@ -1,5 +1,8 @@
 """The operations of the native kernels, on contiguous bfloat16 tensors."""
 
+import ctypes
+import math
+
 import torch
 
 from model.ops.cpu.bindings import kernels
@@ -10,6 +13,13 @@ from model.ops.specs import Activation, AttentionSpec, Experts, RopeArgs, Router
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 32  # query heads of a KV head
+
+
+def scale(x: torch.Tensor, factor: float) -> torch.Tensor:
+    """x of any shape → x · factor, rounded once, as torch computes it."""
+    out = empty(tuple(x.shape), x.dtype)
+    kernels.scale(x.data_ptr(), factor, x.numel(), out.data_ptr(), torch.get_num_threads())
+    return out
 
 
 def linear(x: torch.Tensor, weight: Packed, bias: torch.Tensor | None) -> torch.Tensor:
@@ -35,7 +45,7 @@ def add_rms_norm(
 
 
 def rotate_and_write(qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:
-    """As Backend.rotate_and_write, for a head_dim that is a multiple of 32."""
+    """As Backend.rotate_and_write, for head_dim and rotary_dim that are multiples of 32."""
     tokens, _, head_dim = qkv.shape
     heads, kv = rope.heads, rope.kv
     query = empty((tokens, heads.heads, head_dim), qkv.dtype)
@@ -47,7 +57,7 @@ def rotate_and_write(qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:
     kernels.rotate_and_write(
         qkv.data_ptr(), rope.cos_sin.data_ptr(), kv.data_ptr(), kv.stride(0),
         rope.slot_mapping.data_ptr(), q_norm, k_norm, eps, tokens, heads.heads, heads.kv_heads,
-        head_dim, query.data_ptr(), torch.get_num_threads(),
+        head_dim, rope.cos_sin.shape[1], query.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return query
 
@@ -68,9 +78,21 @@ def attention(
         query.data_ptr(), kv.data_ptr(), kv.stride(0), table.data_ptr(), table.stride(0),
         batch.cu_seqlens_q.data_ptr(), batch.context_lens.data_ptr(),
         None if sinks is None else sinks.data_ptr(), table.shape[0], heads, kv.shape[3], head_dim,
-        kv.shape[2], spec.window or 0, out.data_ptr(), torch.get_num_threads(),
+        kv.shape[2], _score_scale(spec, head_dim), spec.window or 0, out.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def _score_scale(spec: AttentionSpec, head_dim: int) -> float:
+    """The scale of the scores; the usual 1 / √head_dim with the square root rounded to float32.
+
+    head_dim**-0.5 rounds to another float32 for a head_dim of 96. Models with the usual scale keep
+    the results that they had when the kernels computed it.
+    """
+    if spec.scale == head_dim**-0.5:
+        return 1 / ctypes.c_float(math.sqrt(head_dim)).value
+    return spec.scale
 
 
 def gated_linear(

@@ -44,8 +44,8 @@ INLINE void find_offsets(const PagedCache& cache, const int32_t* block_table, in
 // One item of one sequence. query and out [tokens, heads, head_dim] and block_table begin at the
 // sequence, of which `num_computed` tokens precede the query.
 void attend(const bf16* query, bf16* out, const AttentionItem& item, int64_t num_computed,
-            int64_t heads, int64_t window, const PagedCache& cache, const int32_t* block_table,
-            const bf16* sinks, int64_t& configured_rows) {
+            int64_t heads, float scale, int64_t window, const PagedCache& cache,
+            const int32_t* block_table, const bf16* sinks, int64_t& configured_rows) {
   const bf16* kv = cache.keys;
   const int64_t head_dim = cache.head_dim, group = heads / cache.kv_heads;
   const int64_t value_offset = cache.value_offset;
@@ -54,7 +54,6 @@ void attend(const bf16* query, bf16* out, const AttentionItem& item, int64_t num
   const int64_t low = window ? std::max<int64_t>(0, num_computed + item.first + 1 - window) : 0;
   // A multiple of SPAN, so that sums are added up in the same order however a prompt is chunked.
   const int64_t begin = low / SPAN * SPAN;
-  const float scale = 1.0f / std::sqrt((float)head_dim);
   alignas(64) bf16 keys[KEYS * MAX_HEAD_DIM];
   alignas(64) float scores[MAX_QUERY_ROWS * SPAN];
   alignas(64) float output[MAX_OUTPUT];  // [KV heads, padded_rows, head_dim]
@@ -142,12 +141,13 @@ void attend(const bf16* query, bf16* out, const AttentionItem& item, int64_t num
 
 // query [tokens, heads, head_dim] → out, over the sequences' blocks in the cache.
 // block_tables [sequences, block_table_stride], cu_seqlens_q [sequences + 1], context_lens
-// [sequences], sinks [heads] or null; window: the positions that a token attends to, 0 for all.
+// [sequences], sinks [heads] or null; scale: the factor of the scores; window: the positions that a
+// token attends to, 0 for all.
 void attention(const bf16* query, const bf16* kv, int64_t value_offset,
                const int32_t* block_tables, int64_t block_table_stride,
                const int32_t* cu_seqlens_q, const int32_t* context_lens, const bf16* sinks,
                int64_t sequences, int64_t heads, int64_t kv_heads, int64_t head_dim,
-               int64_t block_size, int64_t window, bf16* out, int threads) {
+               int64_t block_size, float scale, int64_t window, bf16* out, int threads) {
   const PagedCache cache{kv, value_offset, block_size, kv_heads, head_dim};
   const int64_t group = heads / kv_heads;
   const int64_t tokens_at_once = std::max<int64_t>(1, MAX_QUERY_ROWS / group);
@@ -178,8 +178,8 @@ void attention(const bf16* query, const bf16* kv, int64_t value_offset,
     for (int64_t i = 0; i < count; i++) {
       const int64_t s = items[i].sequence, offset = (int64_t)cu_seqlens_q[s] * heads * head_dim;
       const int64_t num_computed = context_lens[s] - (cu_seqlens_q[s + 1] - cu_seqlens_q[s]);
-      attend(query + offset, out + offset, items[i], num_computed, heads, window, cache,
-             block_tables + s * block_table_stride, sinks, configured_rows);
+      attend(query + offset, out + offset, items[i], num_computed, heads, scale, window,
+             cache, block_tables + s * block_table_stride, sinks, configured_rows);
     }
     release_tiles(configured_rows);
   }

@@ -12,6 +12,7 @@ namespace {
 
 const Function functions[] = {
     NATIVE_FUNCTION(gather),
+    NATIVE_FUNCTION(scale),
     NATIVE_FUNCTION(add_rms_norm),
     NATIVE_FUNCTION(rotate_and_write),
     NATIVE_FUNCTION(attention),

@@ -1,4 +1,5 @@
-// Operations on each token by itself: embeddings, RMSNorm, rotary with the KV write, the router.
+// Operations on each token by itself: embeddings, scaling, RMSNorm, rotary with the KV write, the
+// router.
 #pragma once
 
 #include "scratch.h"
@@ -11,6 +12,15 @@ void gather(const uint8_t* table, int64_t row_bytes, const int64_t* ids, int64_t
             uint8_t* out) {
   for (int64_t i = 0; i < count; i++)
     memcpy(out + i * row_bytes, table + ids[i] * row_bytes, (size_t)row_bytes);
+}
+
+// x [count] · factor → out, rounded once
+void scale(const bf16* x, float factor, int64_t count, bf16* out, int threads) {
+  const int64_t whole = count / LANES * LANES;
+  if (count < 1 << 14) threads = 1;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < whole; i += LANES) store_bf16(out + i, load_bf16(x + i) * factor);
+  for (int64_t i = whole; i < count; i++) out[i] = to_bf16(to_float(x[i]) * factor);
 }
 
 INLINE float sum_of_squares(const bf16* x, int64_t size) {
@@ -41,13 +51,13 @@ void add_rms_norm(const bf16* x, const bf16* delta, const bf16* weight, int64_t 
   }
 }
 
-// Rotates one head [head_dim], whose halves are the two coordinates, after its RMSNorm if there is
-// a weight for that.
+// Rotates the first rotary_dim values of one head [head_dim], whose halves are the two coordinates,
+// after the head's RMSNorm if there is a weight for that. The other values are not rotated.
 INLINE void rotate_head(const bf16* from, const bf16* norm, float eps, const float* cos,
-                        const float* sin, int64_t head_dim, bf16* to) {
+                        const float* sin, int64_t head_dim, int64_t rotary_dim, bf16* to) {
   float factor = 1;
   if (norm) factor = 1.0f / std::sqrt(sum_of_squares(from, head_dim) / (float)head_dim + eps);
-  const int64_t half = head_dim / 2;
+  const int64_t half = rotary_dim / 2;
   for (int64_t i = 0; i < half; i += LANES) {
     vec_f32 first = load_bf16(from + i), second = load_bf16(from + half + i);
     if (norm) {
@@ -57,25 +67,31 @@ INLINE void rotate_head(const bf16* from, const bf16* norm, float eps, const flo
     store_bf16(to + i, first * load(cos + i) - second * load(sin + i));
     store_bf16(to + half + i, second * load(cos + i) + first * load(sin + i));
   }
+  if (norm)
+    for (int64_t i = rotary_dim; i < head_dim; i += LANES)
+      store_bf16(to + i, load_bf16(from + i) * factor * load_bf16(norm + i));
+  else
+    memcpy(to + rotary_dim, from + rotary_dim, (size_t)(head_dim - rotary_dim) * 2);
 }
 
 // qkv [tokens, heads + 2 · kv_heads, head_dim] → query [tokens, heads, head_dim], and keys and
 // values into their slots of the cache, where values are `value_offset` elements behind keys.
+// cos_sin [tokens, rotary_dim], cos in the first half.
 void rotate_and_write(const bf16* qkv, const float* cos_sin, bf16* kv, int64_t value_offset,
                       const int64_t* slot_mapping, const bf16* q_norm, const bf16* k_norm,
                       float eps, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                      bf16* query, int threads) {
+                      int64_t rotary_dim, bf16* query, int threads) {
   if (tokens * heads * head_dim < 1 << 13) threads = 1;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t token = 0; token < tokens; token++) {
     const bf16* from = qkv + token * (heads + 2 * kv_heads) * head_dim;
-    const float *cos = cos_sin + token * head_dim, *sin = cos + head_dim / 2;
+    const float *cos = cos_sin + token * rotary_dim, *sin = cos + rotary_dim / 2;
     for (int64_t head = 0; head < heads; head++, from += head_dim)
-      rotate_head(from, q_norm, eps, cos, sin, head_dim,
+      rotate_head(from, q_norm, eps, cos, sin, head_dim, rotary_dim,
                   query + (token * heads + head) * head_dim);
     bf16* to = kv + slot_mapping[token] * kv_heads * head_dim;
     for (int64_t head = 0; head < kv_heads; head++, from += head_dim)
-      rotate_head(from, k_norm, eps, cos, sin, head_dim, to + head * head_dim);
+      rotate_head(from, k_norm, eps, cos, sin, head_dim, rotary_dim, to + head * head_dim);
     memcpy(to + value_offset, from, (size_t)(kv_heads * head_dim) * 2);
   }
 }
