@@ -54,7 +54,7 @@ class MemoryPlan:
         if on_cpu and settings.dtype == torch.bfloat16 and config.tie_word_embeddings:
             head = config.vocab_size * config.hidden_size * item  # packed, besides the embedding
             weights += head // ranks
-        rotary_rows = config.rope.table_rows(config.max_positions)
+        rotary_rows = sum(rope.table_rows(config.max_positions) for rope in config.ropes)
         weights += 4 * rotary_rows * config.rotary_dim
         rows = min(settings.max_batch_size, settings.max_batch_tokens)
         groups = len(group_layers([layer.window for layer in config.layers]))

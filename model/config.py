@@ -69,6 +69,7 @@ class LayerConfig:
 
     window: int | None  # sliding attention window in tokens, the token itself included
     sparse: bool  # MoE instead of a dense MLP
+    rope: RopeConfig | None = None  # the layer's own rotary embedding; None: the model's
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class ModelConfig:
     head_dim: int
     rotary_dim: int  # the first values of each query and key head, which are rotated
     layers: tuple[LayerConfig, ...]
-    rope: RopeConfig
+    rope: RopeConfig  # of layers that have none of their own
     max_positions: int
     rms_norm_eps: float
     tie_word_embeddings: bool
@@ -103,6 +104,11 @@ class ModelConfig:
     moe: MoeConfig | None = None
     linear_format: WeightFormat = DENSE  # of the weights of attention and dense MLPs
     expert_format: WeightFormat = DENSE
+
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """The different rotary embeddings of the layers, in the order of their first layers."""
+        return tuple(dict.fromkeys(layer.rope or self.rope for layer in self.layers))
 
 
 def conversion_hint(folder: Path) -> str:

@@ -22,6 +22,7 @@ class Layer:
     """Pre-norm attention and MLP, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, shard: Shard = ALONE):
+        self.rope_index = config.ropes.index(layer.rope or config.rope)
         self.attention = Attention(config, layer, shard)
         self.mlp: Moe | Mlp = Moe(config, shard) if layer.sparse else Mlp(config, shard)
 
@@ -47,7 +48,8 @@ class Transformer:
         self.layers = [Layer(config, layer, shard) for layer in config.layers]
         self.final_norm = Norm(hidden, config.rms_norm_eps)
         self.head = Linear(hidden, vocab, False, DENSE)
-        self.rope: torch.Tensor | None = None  # float32 [positions, rotary_dim]
+        # For each of config.ropes: float32 [rows, rotary_dim].
+        self.rope_tables: list[torch.Tensor] = []
 
     def parameters(self) -> Iterator[Parameter]:
         """Declare every parameter of this rank; a head tied to the embedding is not one."""
@@ -62,7 +64,10 @@ class Transformer:
         """Tabulate cos and sin for positions up to (not including) `positions`."""
         from model.rope import rope_table
 
-        self.rope = rope_table(self.config.rope, self.config.rotary_dim, positions).to(device)
+        self.rope_tables = [
+            rope_table(rope, self.config.rotary_dim, positions).to(device)
+            for rope in self.config.ropes
+        ]
 
     def __call__(
         self,
@@ -76,15 +81,17 @@ class Transformer:
         caches: KV tensors [2, blocks, block_size, kv_heads, head_dim], written in place.
         places: for each layer, the index of its group in the batch and of its cache.
         """
-        assert self.rope is not None
         with EMBEDDING:
             x = ops.scale(self._embed(ops, batch.token_ids), self.config.embedding_scale)
-        cos_sin = ops.gather(self.rope, batch.positions)
+        cos_sin = [ops.gather(table, batch.positions) for table in self.rope_tables]
         delta: torch.Tensor | None = None
         for layer, (group, cache) in zip(self.layers, places, strict=True):
             tables = batch.groups[group]
-            rope = RopeArgs(layer.attention.heads, cos_sin, caches[cache], tables.slot_mapping)
-            x, delta = layer.attention(ops, x, delta, rope, batch, tables)
+            attention = layer.attention
+            rope = RopeArgs(
+                attention.heads, cos_sin[layer.rope_index], caches[cache], tables.slot_mapping
+            )
+            x, delta = attention(ops, x, delta, rope, batch, tables)
             x, delta = layer.mlp(ops, x, delta)
         if len(batch.logits_rows) < len(x):
             x = ops.gather(x, batch.logits_rows)

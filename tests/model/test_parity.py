@@ -2,13 +2,14 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from engine import Engine, EngineConfig, Request, SamplingParams
-from model import Transformer, load_config, loader
+from model import ModelConfig, Transformer, load_config, loader
 from model.ops.backend import choose_backend
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from tests.checkpoints import FAMILIES, Peer, edit_config, write_checkpoint, write_mxfp4_pair
@@ -20,9 +21,14 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(1, 512), k=length)
 
 
-def logits_of(folder: Path, ids: list[int]) -> torch.Tensor:
-    """All logits of one sequence in one chunk, with blocks in a scrambled order."""
-    config = load_config(folder)
+def logits_of(
+    folder: Path, ids: list[int], change: Callable[[ModelConfig], ModelConfig] = lambda c: c
+) -> torch.Tensor:
+    """All logits of one sequence in one chunk, with blocks in a scrambled order.
+
+    change: of the config that the checkpoint has.
+    """
+    config = change(load_config(folder))
     model, backend = Transformer(config), choose_backend(CPU, torch.float32)
     loader.load(model, folder, backend)
     model.prepare_rope(config.max_positions, CPU)
@@ -131,3 +137,27 @@ def test_a_sharded_checkpoint_loads_like_a_single_file(
     torch.testing.assert_close(
         logits_of(tmp_path, ids), logits_of(checkpoint("gpt_oss"), ids), rtol=0, atol=0
     )
+
+
+def test_layers_can_have_rotary_embeddings_of_their_own(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    """With two bases in turn, as Gemma 3 has them for its local and its global layers."""
+    folder, ids = checkpoint("qwen2"), prompt(40)
+    own = replace(load_config(folder).rope, theta=500.0)
+
+    def own_rope_of(which: Callable[[int], bool]) -> Callable[[ModelConfig], ModelConfig]:
+        def change(config: ModelConfig) -> ModelConfig:
+            layers = enumerate(config.layers)
+            changed = (replace(a, rope=own) if which(i) else a for i, a in layers)
+            return replace(config, layers=tuple(changed))
+
+        return change
+
+    every = logits_of(folder, ids, own_rope_of(lambda layer: True))
+    shared = logits_of(folder, ids, lambda config: replace(config, rope=own))
+    assert torch.equal(every, shared)
+    some = logits_of(folder, ids, own_rope_of(lambda layer: layer % 2 == 1))
+    plain = logits_of(folder, ids)
+    assert not torch.allclose(some, every, rtol=1e-3)
+    assert not torch.allclose(some, plain, rtol=1e-3)
