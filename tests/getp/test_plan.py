@@ -202,7 +202,7 @@ def test_the_roofline_on_the_terminal_needs_no_matplotlib_and_names_everything(
     assert cli.run(args) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines()[1:])) <= columns
-    assert "roofs: 1 H100 SXM, 2 A10" in out
+    assert "rooflines: 1 = H100 SXM, 2 = A10" in out
     for name in OPS[1:]:  # the embedding has no FLOPs
         assert name in out
 
