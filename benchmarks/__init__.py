@@ -1,3 +1,3 @@
-"""Timings against peers and against limits; see each file."""
+"""Timings compared with other engines and with hardware limits; see each file."""
 
 import model  # noqa: F401  before torch: it says how threads wait

@@ -1,4 +1,4 @@
-"""How requests become tokens: batching, KV blocks, sampling. Knows ids, not text.
+"""Generating tokens for requests: batching, KV blocks, sampling. Token ids only, no text.
 
 Owns the schedule, the KV cache and the step loop; never touches files, text or the terminal.
 The main class is `Engine`. Only `Engine` needs torch, which is imported when it is first used.

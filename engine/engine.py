@@ -107,7 +107,7 @@ class Engine:
     def steps(self) -> StepLoop:
         """The step loop and its scheduler, for probes. Raises RuntimeError before warm_up."""
         if self._steps is None:
-            raise RuntimeError("the engine is not warmed up")
+            raise RuntimeError("the engine is not warmed up: call warm_up() first")
         return self._steps
 
     def warm_up(self) -> None:

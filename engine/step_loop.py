@@ -126,8 +126,9 @@ class StepLoop:
         if device.type == "cuda":
             torch.cuda.empty_cache()
         self._notice(
-            f"out of memory in a step of {step.size} requests and {step.tokens} tokens; continuing"
-            f" with at most {self.scheduler.max_batch_size} and {self.scheduler.max_batch_tokens}"
+            f"out of memory in a step (requests: {step.size}, tokens: {step.tokens}); continuing "
+            f"with at most {self.scheduler.max_batch_size} requests and "
+            f"{self.scheduler.max_batch_tokens} tokens per step"
         )
 
 

@@ -63,8 +63,8 @@ class Probe:
                 tables, min(start, self._start), min(start + size, self._context)
             ):
                 raise EngineError(
-                    "the KV cache is too small for this batch at this context: lower either, or "
-                    "raise {kv_memory}"
+                    "the KV cache is too small for this batch at this context: use a smaller batch "
+                    "or context, or raise {kv_memory}"
                 )
         request = Request(tokens, SamplingParams(ignore_eos=True))
         limit = self._context + 2  # never reached: `step` removes the token that a step adds

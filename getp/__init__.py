@@ -1,4 +1,4 @@
-"""What a user asks for: the command line, jobs on files of prompts, chat and reports.
+"""Everything that a user sees: the command line, jobs on files of prompts, chat and reports.
 
 Owns text, files and the terminal; never touches tensors. `getp.cli.main` is the command and
 `getp.job.run` the main job. As a library:

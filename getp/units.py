@@ -27,6 +27,11 @@ def memory(size: int) -> str:
     return humanize.naturalsize(size, binary=True, format="%.2f")
 
 
+def plural(number: int, noun: str) -> str:
+    """Return a number with a noun in the singular or plural: `1 request`, `1,200 requests`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def percent(share: float) -> str:
     """Return a share as per cent with one decimal."""
     return f"{share:.1%}"

@@ -1,8 +1,8 @@
-"""What is computed: config, weights and the decoder of every family.
+"""The computation: config, weights and the decoder of every family.
 
-Knows tensors and nothing of requests or text. The main class is `Transformer`; `load_config`
-and `weights.load` bring a Hugging Face directory into it. What it costs (`cost`, `hardware`,
-`roofline`) is pure arithmetic on a config, so torch is imported only with `Transformer`.
+Works on tensors; requests and text do not occur here. The main class is `Transformer`;
+`load_config` and `loader` read a Hugging Face directory. The cost model (`cost`) is pure arithmetic
+on a config, so torch is imported only with `Transformer`.
 """
 
 import os
@@ -26,10 +26,10 @@ def _is_crowded(pressure: Path) -> bool:
     return float(first.removeprefix("avg10=")) >= 10
 
 
-# A thread that waits for another looks for it, and after so many looks sleeps. Those of GCC's
-# OpenMP, which torch and the CPU kernels share, look for tens of milliseconds, and where there is
-# other work keep the processor from the very thread that they wait for: 0.2 ms are better there.
-# On a quiet machine they are not: a step is then 5% slower. It is asked once, as torch is loaded.
+# A thread that waits for another one spins, and sleeps after a number of iterations. The threads of
+# GCC's OpenMP, which torch and the CPU kernels share, spin for tens of milliseconds. On a busy
+# machine this occupies the core that the other thread needs, so 0.2 ms are better there; on an idle
+# machine 0.2 ms make a step 5% slower. The count can be set only once, before torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ and _is_crowded(Path("/proc/pressure/cpu")):
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 

@@ -92,7 +92,7 @@ class ModelRunner:
         One extra block and one extra row are for padding.
         """
         if self.model is None:
-            raise RuntimeError("load() comes before allocate()")
+            raise RuntimeError("call load() before allocate()")
         self._block_size = block_size
         shape = (2, num_blocks + 1, block_size, self._kv_heads, self.config.head_dim)
         self.kv_caches = [
@@ -167,7 +167,7 @@ class ModelRunner:
         ahead_of_time: capture some batch sizes now, else each size when it first occurs.
         """
         if self.sampler is None or self.batches is None:
-            raise RuntimeError("allocate() comes before capture()")
+            raise RuntimeError("call allocate() before capture()")
         rows, padding_block = self.batches.padding_row, self.kv_caches[0].shape[1] - 1
         part = self.shard.vocab_part(self.config.vocab_size)
         self._graph_tables = None
@@ -224,7 +224,7 @@ class ModelRunner:
     def launch(self, step: Step) -> Sampled:
         """Start the step; the result holds the next token of each of `step.sampling()`."""
         if self.model is None or self.sampler is None:
-            raise RuntimeError("the engine is not warmed up")
+            raise RuntimeError("the engine is not warmed up: call warm_up() first")
         entering = [c.sequence for c in step.chunks if c.samples and not c.sequence.greedy]
         if entering:
             self.sampler.enter(

@@ -198,7 +198,7 @@ class WorkerPool:
         if self.processes:
             return None
         return EngineError(
-            "one of {size} ranks " + event + "; the output of torchrun names it", size=self.size
+            "one of {size} ranks " + event + "; see the output of torchrun", size=self.size
         )
 
     def _first_dead(self) -> tuple[int, EngineError] | None:

@@ -70,12 +70,12 @@ def judge(found: Profile) -> Verdict:
     bound = max(required, key=lambda kind: required[kind])
     shares = {kind: percent(required[kind] / found.step_s) for kind in required}
     kind = "kernels" if found.on_gpu else "operations"
-    how = "the GPU waits for" if found.on_gpu else "is spent on starting"
+    how = "is GPU idle time between" if found.on_gpu else "is spent on starting"
     sentences = {
         "launch": f"{shares['launch']} of the step {how} {found.launches:,} {kind}",
         "memory": f"moving {quantity(step.bytes.total, 'B')} at peak bandwidth takes "
         f"{shares['memory']} of the step",
-        "compute": f"its FLOPs at peak speed take {shares['compute']} of the step",
+        "compute": f"computing its FLOPs at peak speed takes {shares['compute']} of the step",
         "host": f"scheduling and batch preparation take {shares['host']} of the step",
     }
     evidence = "; ".join(sorted(sentences.values(), key=lambda text: text != sentences[bound]))
@@ -227,4 +227,5 @@ def rest(found: Profile, verdict: Verdict) -> str:
     """Describe the time of the step that the limits of the verdict do not explain."""
     known = verdict.launch_s + verdict.host_s + max(verdict.memory_s, verdict.compute_s)
     left = max(0.0, found.step_s - known)
-    return f"{percent(left / found.step_s)} ({duration(left)}) is kernels running below peak speed"
+    share = f"{percent(left / found.step_s)} ({duration(left)})"
+    return f"kernels running below peak speed take {share} of the step"

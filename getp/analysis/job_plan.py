@@ -105,7 +105,12 @@ def make_job(requests: "Requests", max_positions: int, max_length: int | None) -
     count = len(requests.prompts) + requests.refused
     if not fitting:
         limit = min(max_positions, most_positions(max_length, None) or max_positions)
-        raise GetpError(f"none of the {count} requests leaves room within {limit} positions")
+        raise GetpError(
+            "no request leaves room for output within the limit of {limit} tokens "
+            "({max_positions}, or the model's limit); requests: {count}",
+            limit=limit,
+            count=count,
+        )
     fitting.sort(key=lambda one: -one[0])
     prompts, outputs = ([one[i] for one in fitting] for i in (1, 2))
     return Job(prompts, outputs, count - len(fitting))

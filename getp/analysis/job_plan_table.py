@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from getp import tables
 from getp.analysis.job_plan import ASSUMED, Job, Limits, Prediction
 from getp.analysis.lookup import Model
-from getp.units import duration, percent
+from getp.units import duration, percent, plural
 
 
 def print_job(
@@ -14,14 +14,14 @@ def print_job(
     """Print the predictions on standard output. counted: how the prompt tokens were counted."""
     console = tables.console()
     console.print(
-        f"{model.name}, {dtype}: {len(job.prompts):,} requests, {job.prompt_tokens:,} prompt "
-        f"tokens ({counted}), at most {job.output_tokens:,} output tokens",
+        f"{model.name}, {dtype}: {plural(len(job.prompts), 'request')}, {job.prompt_tokens:,} "
+        f"prompt tokens ({counted}), at most {job.output_tokens:,} output tokens",
         style="bold",
         soft_wrap=True,
     )
     if job.refused:
         console.print(
-            f"{job.refused:,} requests are left out: they are refused or have no room for output",
+            f"not included: {plural(job.refused, 'request')}, refused or without room for output",
             soft_wrap=True,
         )
     priced = any(prediction.price is not None for prediction in found)
@@ -64,11 +64,16 @@ def _cells(one: Prediction, priced: bool) -> list[str]:
 
 def _notes(found: Sequence[Prediction], limits: Limits) -> str:
     lines = [
-        f"Every request runs to its limit; at most {limits.max_batch_size} requests at once, "
-        f"{limits.max_batch_tokens} tokens per step.",
-        "Scheduling, sampling and other host time are not included.",
-        "Efficiency: expected shares of peak FLOP/s / of bandwidth.",
+        "Every request is assumed to generate up to its limit, with at most",
+        f"{plural(limits.max_batch_size, 'request')} at once and "
+        f"{plural(limits.max_batch_tokens, 'token')} per step. Host time (scheduling,",
+        "sampling and other work) is not included.",
     ]
+    if any(one.tensor_parallel > 1 for one in found):
+        lines.append("comm.: the share of the time that the GPUs of a model communicate.")
+    if any(one.price is not None for one in found):
+        lines.append("Price: of the whole job, at the given price per GPU-hour.")
+    lines.append("Efficiency: the expected shares of peak FLOP/s and of bandwidth.")
     lines += dict.fromkeys(map(_efficiency_source, found))
     return "\n" + "\n".join(lines)
 

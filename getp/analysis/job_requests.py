@@ -30,7 +30,7 @@ def read_requests(path: str, folder: Path | None, defaults: RequestDefaults) -> 
     """
     source = scan(path)
     if folder is None:
-        found = Requests(f"estimated, {_BYTES_PER_TOKEN} bytes each")
+        found = Requests(f"estimated at {_BYTES_PER_TOKEN} bytes per token")
         reader: RequestReader = _ByteReader(source, defaults, cast(Tokenizer, None))
     else:
         found = Requests("counted")

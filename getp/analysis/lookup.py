@@ -36,7 +36,7 @@ def find_model(given: Path) -> Model:
     name = str(given).lower()
     if name not in SHAPES:
         raise UsageProblem(
-            f"no model {str(given)!r}: give a checkpoint directory, a config.json, or one of "
+            f"unknown model {str(given)!r}: give a checkpoint directory, a config.json, or one of "
             f"{', '.join(SHAPES)}"
         )
     return Model(name, named_config(name))

@@ -8,6 +8,7 @@ from rich.table import Table
 from getp import tables
 from getp.analysis.advice import Advice, Verdict, advise, judge, rest
 from getp.analysis.advice import as_json as advice_json
+from getp.analysis.lookup import LOCAL
 from getp.analysis.profile import Component, Profile
 from getp.units import duration, percent, quantity
 from model.cost.devices import Device
@@ -20,10 +21,12 @@ def print_profile(found: Profile, model: str, others: list[Device]) -> None:
     """Print the analysis on standard output, with the bandwidth that `others` would need."""
     verdict, advice = judge(found), advise(found)
     console = tables.console()
-    work = found.work
+    work, name = found.work, found.device.name
+    slowdown = round(found.times.slowdown, 3) + 0.0  # not -0.0
     console.print(
         f"{model}: {work.phase}, batch {work.batch:,}, query {work.query:,}, context "
-        f"{work.context:,}, {work.dtype} on {found.device.name} ({found.device.source})",
+        f"{work.context:,}, {work.dtype} on {'this machine' if name == LOCAL else name} "
+        f"({found.device.source})",
         style="bold",
         soft_wrap=True,
     )
@@ -31,11 +34,11 @@ def print_profile(found: Profile, model: str, others: list[Device]) -> None:
     tables.show(console, _parts_table(found, console.width >= _WIDE))
     console.print(_bandwidths(found, others), soft_wrap=True)
     console.print(f"\n{verdict.bound}-bound: {verdict.evidence}.", style="bold", soft_wrap=True)
-    console.print(f"Of the step, {rest(found, verdict)}.\n", soft_wrap=True)
+    console.print(f"Beyond these limits, {rest(found, verdict)}.\n", soft_wrap=True)
     tables.show(console, _advice_table(advice))
     console.print(
-        "\nGains are predicted by the cost model, at best, for each change by itself. Timing the "
-        f"parts changes the step by {found.times.slowdown:+.1%}; shares are of the timed step.",
+        "\nGains are upper limits that the cost model predicts for each change alone. Timing the "
+        f"parts changes the time of the step by {slowdown:+.1%}; shares refer to the timed step.",
         style="dim",
         soft_wrap=True,
     )
@@ -148,7 +151,7 @@ def _bandwidths(found: Profile, others: list[Device]) -> str:
         return ""
     moved = total(found.ops).bytes.total / found.step_s
     uses = (f"{device.name} {percent(moved / device.bandwidth)}" for device in others)
-    return f"\nBandwidth use of other devices at this speed: {', '.join(uses)}."
+    return f"\nShare of their bandwidth that other devices need for this speed: {', '.join(uses)}."
 
 
 def _advice_table(advice: list[Advice]) -> Table:

@@ -24,9 +24,9 @@ def check_plot(path: str) -> None:
         return
     if Path(path).suffix.lower() not in FORMATS:
         raise UsageProblem(
-            "{plot} {path}: the name must end in {suffixes}; - draws on the terminal",
+            "{plot} {path}: the name must end in {suffixes}, or be - to draw on the terminal",
             path=path,
-            suffixes=", ".join(FORMATS),
+            suffixes=" or ".join(FORMATS),
         )
     try:
         import matplotlib  # noqa: F401 - checks that it is installed
@@ -45,7 +45,8 @@ def draw_roofline(
     check_plot(path)
     if len(devices) > len(_COLOURS):
         raise UsageProblem(
-            "{plot}: {count} roofs cannot be told apart; give at most {most} GPUs with {gpu}",
+            "{plot}: {count} rooflines are too many for one plot; give at most {most} GPUs with "
+            "{gpu}",
             count=len(devices),
             most=len(_COLOURS),
         )

@@ -44,7 +44,7 @@ def intensity_range(
 
 
 def roofline_text(ops: Sequence[Op], devices: Sequence[Device], dtype: str, width: int) -> str:
-    """Return lines of at most `width` columns: roofs drawn as digits, operations as letters."""
+    """Return lines of at most `width` columns: rooflines drawn as digits, operations as letters."""
     points, devices = plotted(ops), devices[: len(_DIGITS)]
     low, high = intensity_range(points, [device.ridge(dtype) for device in devices])
     columns = max(20, min(width, 120) - _MARGIN - 1)
@@ -74,10 +74,10 @@ def roofline_text(ops: Sequence[Op], devices: Sequence[Device], dtype: str, widt
         lines.append(f"{label:>{_MARGIN - 1}} |" + "".join(row_of_marks).rstrip())
     lines.append(" " * _MARGIN + "+" + "-" * columns)
     lines.append(_axis(low, high, columns))
-    names = [f"{letter} {name}" for letter, (name, _) in zip(LETTERS, points, strict=False)]
-    roofs = [f"{mark} {device.name}" for mark, device in zip(_DIGITS, devices, strict=False)]
+    names = [f"{letter} = {name}" for letter, (name, _) in zip(LETTERS, points, strict=False)]
+    roofs = [f"{mark} = {device.name}" for mark, device in zip(_DIGITS, devices, strict=False)]
     return "\n".join(
-        [*lines, *wrapped("roofs: ", roofs, width), *wrapped("operations: ", names, width)]
+        [*lines, *wrapped("rooflines: ", roofs, width), *wrapped("operations: ", names, width)]
     )
 
 

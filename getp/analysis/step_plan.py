@@ -63,7 +63,7 @@ def make_plan(
     dtype = model.config.dtype if dtype == "auto" else dtype
     if query > context:
         raise UsageProblem(
-            "{query} {tokens} is larger than {context} {positions}",
+            "{query} {tokens} is larger than {context} {positions}, which includes the new tokens",
             tokens=query,
             positions=context,
         )
@@ -72,8 +72,8 @@ def make_plan(
     ops = operations(model.config, work)
     if context > model.config.max_positions:
         warn(
-            f"context {context} is beyond the {model.config.max_positions} positions of "
-            f"{model.name}"
+            f"a context of {context} tokens exceeds the limit of {model.config.max_positions} "
+            f"positions of {model.name}"
         )
     step = total(ops)
     sent = exchange(model.config, work)

@@ -41,7 +41,9 @@ def write_plot(plan: Plan, path: str) -> None:
     devices, dtype = [found.device for found in plan.bounds], plan.work.dtype
     title = _title(plan)
     if plan.work.backward:
-        raise GetpError("the backward pass has no roofline: only its FLOPs are counted")
+        raise GetpError(
+            "the backward pass has no roofline: only its FLOPs are counted; use prefill or decode"
+        )
     if path == "-":
         from getp.analysis.roofline_text import roofline_text
 
@@ -139,9 +141,10 @@ def _exchange_table(plan: Plan) -> Table:
 def _notes(plan: Plan) -> str:
     work = plan.work
     lines = [
+        "matrix, vector, special: FLOPs by execution unit. weights, activ., KV: bytes moved.",
         "Time = max(compute, memory, launch overhead) at datasheet peaks, plus communication.",
-        "MFU and MBU are the shares of peak FLOP/s and bandwidth used in that time. Fusion and",
-        "graph capture reduce launch overhead only.",
+        "MFU and MBU are the shares of peak FLOP/s and bandwidth used in that time.",
+        "Fusion reduces activation traffic and launches; graph capture only launch overhead.",
     ]
     lines += [
         f"{found.device.name}: {found.device.source}"

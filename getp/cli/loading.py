@@ -111,7 +111,12 @@ def load_engine(settings: Settings) -> "Engine":
     if device.startswith("cuda"):
         index, count = torch.device(device).index or 0, torch.cuda.device_count()
         if index >= count:
-            raise UsageProblem(f"--device {device}: torch finds {count} GPUs on this machine")
+            remedy = f"use --device cuda:{count - 1} or lower" if count else "use --device cpu"
+            if not count:
+                remedy = f"install the build of torch for your GPU, or {remedy}"
+            raise UsageProblem(
+                f"--device {device}: GPUs that torch finds on this machine: {count}; {remedy}"
+            )
     config = replace(settings.engine, tensor_parallel=ranks)
     return Engine(checkpoint_folder(settings), config, notice=warn)
 

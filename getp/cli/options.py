@@ -269,7 +269,11 @@ _ALL: tuple[_Decorator, ...] = (
         help="Context length per sequence, new tokens included.  "
         "[default: 1024 in decode, otherwise --query]",
     ),
-    _plan("--fused", is_flag=True, help="Assume fused kernels: no activation traffic in a layer."),
+    _plan(
+        "--fused",
+        is_flag=True,
+        help="Assume fused kernels: less activation traffic, fewer launches.",
+    ),
     _step(
         "--gpu",
         metavar="NAME",

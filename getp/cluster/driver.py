@@ -258,14 +258,14 @@ class Cluster:
         replica.note_death(len(lost))
         if replica.deaths_in_a_row >= _MAX_DEATHS:
             ids = ", ".join(map(str, lost[:8])) + (" …" if lost[8:] else "")
-            when = f"while running the requests {ids} (counted from 0)" if lost else "at its start"
+            when = f"while running requests {ids} (counted from 0)" if lost else "while starting"
             raise GetpError(
                 f"replica {replica.index} died {replica.deaths_in_a_row} times in a row, the last "
                 f"time {when}: {reason}"
             )
         warn(
-            f"replica {replica.index} died and is restarted; {len(lost)} requests are reassigned: "
-            f"{reason}"
+            f"replica {replica.index} died and is being restarted (requests reassigned: "
+            f"{len(lost)}): {reason}"
         )
         self._launch(replica)
 
@@ -276,8 +276,8 @@ class Cluster:
         elif time.monotonic() - self._last_notice > _SLOW_START_S:
             self._last_notice = time.monotonic()
             say(
-                f"getp: waiting for {len(missing)} of {len(self.replicas)} replicas, which load "
-                f"the model or wait for free resources: {', '.join(missing[:8])}"
+                f"getp: waiting for {len(missing)} of {len(self.replicas)} replicas to load "
+                f"the model or to get free resources: {', '.join(missing[:8])}"
             )
 
     def _stop(self) -> None:

@@ -87,7 +87,10 @@ class Replica:
         """Make the engine and warm it up. Raises the errors of the engine, and GetpError."""
         setup, host = self._setup, socket.gethostname()
         if setup.version != __version__:
-            raise GetpError(f"host {host} has getp {__version__}, the driver {setup.version}")
+            raise GetpError(
+                f"host {host} has getp {__version__}, but the driver has {setup.version}: install "
+                "the same version on every host"
+            )
         if not Path(setup.checkpoint).is_dir():
             raise GetpError(f"host {host} has no {setup.checkpoint}: every host needs a copy of it")
         if fingerprint.of_checkpoint(Path(setup.checkpoint)) != setup.identity:

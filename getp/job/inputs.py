@@ -56,7 +56,11 @@ class Source:
                     yield Line(found, number, data)
                     found += 1
         if found < self.total:
-            raise GetpError(f"{self.name} was changed while it was read")
+            raise GetpError(
+                "{file} was shortened while the job ran; restore the file and repeat the command "
+                "to resume, or start over with {restart}",
+                file=self.name,
+            )
 
 
 def scan(path: str) -> Source:

@@ -50,7 +50,8 @@ def run_job(job: Job, source: Source, tokenizer: Tokenizer, engine: JobEngine) -
         except (KeyboardInterrupt, Interrupted):
             raise stop.interrupted(f"interrupted: {run.resume_hint()}") from None
         except Exception:
-            say(f"getp: {run.resume_hint()}")
+            if journal.done:
+                say(f"getp: {run.resume_hint()}")
             raise
         write_results(journal, source.total, job.output, run.format)
         journal.remove()

@@ -7,7 +7,7 @@ from rich.table import Table
 from getp.report.job_report import Report
 from getp.report.measurements import Measurements
 from getp.terminal import visible
-from getp.units import memory
+from getp.units import memory, plural
 
 
 def final_line(measured: Measurements) -> str:
@@ -57,11 +57,14 @@ def _rows(r: Report) -> list[tuple[str, str]]:
         ),
         ("time to first token", _latency(r["ttft_median_s"], r["ttft_p99_s"])),
         ("time per output token", _latency(r["per_token_median_s"], r["per_token_p99_s"])),
-        ("batch", f"mean {r['mean_batch']:.1f}, peak {r['peak_batch']} over {r['steps']:,} steps"),
+        (
+            "batch",
+            f"mean {r['mean_batch']:.1f}, peak {r['peak_batch']} over {plural(r['steps'], 'step')}",
+        ),
         (
             "KV cache",
             f"{memory(r['kv_bytes'])}, peak use {r['peak_kv_use']:.1%}, "
-            f"{r['preemptions']:,} preemptions",
+            f"{plural(r['preemptions'], 'preemption')}",
         ),
         *_efficiency(r),
         *_replicas(r),
@@ -100,11 +103,11 @@ def _replicas(r: Report) -> list[tuple[str, str]]:
         deaths = ""
         if one["deaths"]:
             times = "once" if one["deaths"] == 1 else f"{one['deaths']} times"
-            deaths = f"; died {times}, {one['requests_left_to_others']:,} requests were reassigned"
+            deaths = f"; died {times}, requests reassigned: {one['requests_left_to_others']:,}"
         rows.append(
             (
                 f"replica {one['replica']}",
-                f"{one['requests']:,} requests, {one['output_tokens']:,} output tokens, "
+                f"{plural(one['requests'], 'request')}, {one['output_tokens']:,} output tokens, "
                 f"{one['output_tok_s']:,.1f} tok/s, batch {one['mean_batch']:.1f}, busy "
                 f"{one['busy']:.1%}, {memory(one['peak_memory_bytes'])} on {one['host']}{deaths}",
             )

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from getp.errors import GetpError, UsageProblem
 from getp.files import read_bytes, read_token_file, split_lines, writing
+from getp.units import plural
 from tokenizer import Tokenizer, answer_text
 from tokenizer.harmony import supports_harmony
 
@@ -105,8 +106,8 @@ def compare_tokens(rows: Sequence[Sequence[int]], reference: Sequence[Sequence[i
     """Compare two token files line by line. Raises GetpError if their lengths differ."""
     if len(rows) != len(reference):
         raise GetpError(
-            f"the token file has {len(rows)} lines and the reference {len(reference)}: they are "
-            "from different jobs"
+            f"the token file has {plural(len(rows), 'line')}, but the reference has "
+            f"{len(reference)}: give two files of the same job"
         )
     equal, tokens, share = 0, 0, 0.0
     first: Difference | None = None
@@ -153,7 +154,10 @@ def read_expected(path: str, count: int) -> list[str]:
     if len(lines) == count + 1 and lines[0].strip() == str(count):
         lines = lines[1:]
     if len(lines) != count:
-        raise GetpError(f"{path} has {len(lines)} lines, but the token file has {count}")
+        raise GetpError(
+            f"{path} has {plural(len(lines), 'line')}, but the token file has {count}: give "
+            "one expected text per line"
+        )
     return lines
 
 
@@ -185,9 +189,9 @@ def evaluate(
 
 
 def _show_agreement(table: Table, agreement: Agreement) -> None:
-    table.add_row("lines equal", f"{agreement.lines_equal:,} of {agreement.lines:,}")
+    table.add_row("equal lines", f"{agreement.lines_equal:,} of {agreement.lines:,}")
     table.add_row(
-        "mean agreed prefix",
+        "mean common prefix",
         f"{agreement.mean_prefix_tokens:.2f} tokens, {agreement.mean_prefix_share:.2%}",
     )
     first = agreement.first_difference
@@ -203,7 +207,7 @@ def _show_agreement(table: Table, agreement: Agreement) -> None:
 
 
 def _show_score(table: Table, score: Score) -> None:
-    table.add_row("right", f"{score.right:,} of {score.lines:,}, {score.share_right:.2%}")
+    table.add_row("correct", f"{score.right:,} of {score.lines:,}, {score.share_right:.2%}")
     for wrong in score.first_wrong:
         # Text, not markup: an answer may contain square brackets.
         table.add_row(

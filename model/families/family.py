@@ -94,7 +94,7 @@ def layers(
         windows = [window if is_sliding(layer) else None for layer in range(count)]
         return tuple(LayerConfig(own, sparse) for own in windows)
     if not isinstance(types, list) or len(types) != count:
-        raise keys.fail(f"'layer_types' must name the kind of each of the {count} layers")
+        raise keys.fail(f"'layer_types' must list one type for each of the {count} layers")
     for kind in types:
         if kind not in ("full_attention", "sliding_attention"):
             raise keys.fail(

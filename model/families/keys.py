@@ -94,8 +94,8 @@ class Keys:
             if value is None or value is False or value == [] or value == {}:
                 continue  # switched off
             raise self.fail(
-                f"'{key}' = {str(value)[:60]} is not understood and may change what the model"
-                " computes; remove it from the file if it does not"
+                f"'{key}' = {str(value)[:60]} is not supported and may change the results; if it "
+                "does not, remove it from the file"
             )
 
 

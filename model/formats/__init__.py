@@ -1,6 +1,6 @@
 """Weight formats: how the values of a weight are stored in a checkpoint and kept in memory.
 
-One file a format, all with the interface of `WeightFormat`. Nothing here imports torch at module
+One file per format, all with the interface of `WeightFormat`. Nothing here imports torch at module
 level, because configs and the cost model, which must start quickly, refer to formats.
 """
 

@@ -1,4 +1,4 @@
-"""The operations of the decoder: `backend.Backend` defines them, one class a device speeds them up.
+"""The operations of the decoder: `backend.Backend` defines them, a class per device speeds them up.
 
-`specs` has what operations take besides activations, `forward_batch` the input of a forward pass.
+`specs` has the arguments other than activations, `forward_batch` the input of a forward pass.
 """

@@ -197,4 +197,4 @@ def test_a_step_that_runs_out_of_memory_is_repeated_in_parts(
         assert {c.request_id: c.token_ids for c in engine.generate(requests)} == expected
     assert engine.stats.back_offs == 3
     assert len(notices) == 3
-    assert "continuing with at most 5 and" in notices[0]
+    assert "continuing with at most 5 requests and" in notices[0]

@@ -193,7 +193,7 @@ def test_a_replica_killed_during_a_job_changes_no_byte_and_duplicates_nothing(
     assert first["requests"] + second["requests"] == done
     assert 0 < report["balance"] <= 1
     shown = capsys.readouterr().err
-    assert "replica 0 died and is restarted" in shown
+    assert "replica 0 died and is being restarted" in shown
     assert reason in shown
     assert "died once" in " ".join(shown.split())
 

@@ -65,7 +65,7 @@ def test_equal_token_files_have_no_difference() -> None:
 
 
 def test_token_files_of_different_lengths_are_refused() -> None:
-    with pytest.raises(GetpError, match="has 1 lines and the reference 2"):
+    with pytest.raises(GetpError, match="has 1 line, but the reference has 2"):
         compare_tokens([[1]], [[1], [2]])
 
 

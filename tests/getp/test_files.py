@@ -126,7 +126,7 @@ def test_input_that_becomes_shorter_while_it_is_read_is_refused(tmp_path: Path) 
     path = numbered(tmp_path, b"3\na\nb\nc\n")
     source = scan(path)
     numbered(tmp_path, b"3\na\n")
-    with pytest.raises(GetpError, match="was changed while it was read"):
+    with pytest.raises(GetpError, match="was shortened while the job ran"):
         list(source.lines())
 
 

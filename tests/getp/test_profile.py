@@ -277,7 +277,9 @@ def test_graph_capture_is_advised_where_the_gpu_waits() -> None:
     busy = {"qkv_proj": 0.5e-3, "gate_up_proj": 1.0e-3}
     found = bottleneck(on_gpu=True, launches=Launches({"gate_up_proj": 300}, busy))
     assert judge(found).launch_s == pytest.approx(2.85e-3)
-    assert judge(found).evidence.startswith("65.5% of the step the GPU waits for 300 kernels")
+    assert judge(found).evidence.startswith(
+        "65.5% of the step is GPU idle time between 300 kernels"
+    )
     best = {advice.change: advice for advice in advise(found)}["capture the step as a graph"]
     assert best.step_s == pytest.approx(1.5e-3)
     assert best.gain == pytest.approx(4.35 / 1.5 - 1)

@@ -77,7 +77,7 @@ def test_older_names_of_longrope_are_read(kind: str) -> None:
         ({"partial_rotary_factor": 1.5}, "'partial_rotary_factor' of 1.5"),
         ({"partial_rotary_factor": 0.6875}, "'short_factor' must contain 44 numbers, not 48"),
         ({"partial_rotary_factor": 0.001}, "an even number of values, not 0"),
-        ({"attention_bias": True}, "'attention_bias' = True is not understood"),
+        ({"attention_bias": True}, "'attention_bias' = True is not supported"),
     ],
 )
 def test_phi3_keys_that_are_not_supported_are_refused(changes: dict[str, Any], words: str) -> None:

@@ -134,7 +134,7 @@ def test_a_broken_index_is_refused(sharded: Path, text: str) -> None:
     ("changes", "words"),
     [
         ({"model_type": "bert"}, ["model_type 'bert' is not supported", "gpt_oss", "qwen3_moe"]),
-        ({"logit_scale": 2.0}, ["'logit_scale' = 2.0 is not understood"]),
+        ({"logit_scale": 2.0}, ["'logit_scale' = 2.0 is not supported"]),
         ({"hidden_act": "gelu"}, ["hidden_act 'gelu'", "silu"]),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, ["'dynamic'", "yarn"]),
         ({"rope_parameters": {"rope_type": "longrope"}}, ["'short_factor' is missing"]),

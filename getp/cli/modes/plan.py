@@ -12,6 +12,7 @@ from getp.cli.settings import Settings
 from getp.errors import UsageProblem
 from getp.files import STANDARD, write_report
 from getp.terminal import warn
+from getp.units import plural
 from model.cost.devices import Device
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ def run(settings: Settings) -> int:
         raise UsageProblem("--price needs a job: -i/--input FILE")
     if plan.plot is not None:
         if plan.plot == STANDARD and step.format == "json":
-            raise UsageProblem("--plot - would mix with the JSON on standard output: name a file")
+            raise UsageProblem(
+                "--plot - would mix with the JSON on standard output: give a file name"
+            )
         roofline_plot.check_plot(plan.plot)
     made = step_plan.make_plan(
         _model(settings),
@@ -60,14 +63,16 @@ def _job(settings: Settings, path: str) -> int:
         ("context", step.context), ("plot", plan.plot), ("fused", plan.fused),
     ):  # fmt: skip
         if value:
-            raise UsageProblem(f"--{name} is for one step, and -i/--input plans a whole job")
+            raise UsageProblem(
+                f"--{name} applies to a single step, but -i/--input plans a whole job: remove one"
+            )
     model = _model(settings)
     gpus = lookup.find_gpus(step.gpu)
     prices = _prices(plan.price, gpus)
     requests = _requests(settings, path)
     if requests.refused:
         warn(
-            f"mode getp would refuse {requests.refused:,} requests; the first is in "
+            f"mode getp would refuse {plural(requests.refused, 'request')}; the first is in "
             f"{requests.first_refused}"
         )
     job = job_plan.make_job(requests, model.config.max_positions, settings.sampling.given_length)

@@ -29,7 +29,9 @@ def run(settings: Settings) -> int:
     limit = load_config(loading.checkpoint_folder(settings)).max_positions
     query, context = _sizes(step, phase, limit)
     if query > context:
-        raise UsageProblem(f"--query {query} is larger than --context {context}")
+        raise UsageProblem(
+            f"--query {query} is larger than --context {context}, which includes the new tokens"
+        )
     # The engine gets exactly the batch that is measured.
     config = replace(settings.engine, max_batch_size=batch, max_batch_tokens=batch * query)
     with loading.load_engine(replace(settings, engine=config)) as engine:

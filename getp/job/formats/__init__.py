@@ -1,6 +1,6 @@
 """The formats of a job's input and output: one file each, and one name in the list below.
 
-A module of an input format has a `FORMAT`, an `InputFormat`. `interface` says what that is.
+A module of an input format has a `FORMAT`, an `InputFormat`. `interface` defines both interfaces.
 """
 
 from importlib import import_module

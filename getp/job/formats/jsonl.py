@@ -90,7 +90,10 @@ def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise BadRequestError("invalid_json", f"the line is not valid JSON: {error}") from error
+        cause: object = error
+        if isinstance(error, json.JSONDecodeError):
+            cause = f"{error.msg} at column {error.colno}"  # its line is always 1
+        raise BadRequestError("invalid_json", f"the line is not valid JSON: {cause}") from error
     if not isinstance(value, dict):
         raise BadRequestError("invalid_json", "the line must be a JSON object")
     return value
