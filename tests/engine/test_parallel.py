@@ -272,10 +272,10 @@ def test_impossible_rank_counts_are_refused_with_the_possible_ones(
     folder: Callable[[str], Path],
 ) -> None:
     with pytest.raises(
-        EngineError, match=r"6 heads .2 KV., 6 experts .* 4 GPUs; possible: 1, 2, 6"
+        EngineError, match=r"6 heads, 2 KV heads, 6 experts.* split 4 ways; possible: 1, 2, 6"
     ):
         Engine(folder("gpt_oss"), EngineConfig(tensor_parallel=4))
-    with pytest.raises(EngineError, match="over 3 GPUs; possible: 1, 2, 4"):
+    with pytest.raises(EngineError, match="split 3 ways; possible: 1, 2, 4"):
         Engine(folder("qwen2"), EngineConfig(tensor_parallel=3))
 
 
