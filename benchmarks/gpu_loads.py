@@ -19,7 +19,7 @@ import torch
 from benchmarks.gpu_checks import CUDA
 from benchmarks.gpu_times import Limits, Row
 from engine import Engine, EngineConfig, Request, SamplingParams
-from engine.step_probe import Probe
+from engine.step_probe import StepProbe
 from getp.analysis import part_timer  # noqa: F401  it silences torch's profiler
 from getp.report.efficiency import run_cost
 from model.cost.known_models import SHAPES
@@ -145,7 +145,7 @@ def profile_step(engine: Engine, context: int) -> Iterator[Row]:
 
     from model.ops.triton.tiles import Target
 
-    probe = Probe(engine, engine.max_batch_size, 1, context)
+    probe = StepProbe(engine, engine.max_batch_size, 1, context)
     count, spent = 4, Counter[str]()
     with patch.object(Target, "launch_options", {"PROGRAMMATIC_LAUNCH": False}):
         probe.step()

@@ -21,7 +21,7 @@ from engine.execution.decode_graphs import (
     Capture,
     Compute,
     DecodeGraphs,
-    Inputs,
+    GraphInputs,
     capture_sizes,
     gpu_capture,
 )
@@ -143,10 +143,10 @@ def test_a_replayed_step_copies_one_tensor_and_only_changed_block_tables(
 ) -> None:
     sent: Counter[str] = Counter()
     for owner, name in (
-        (batch_builder, "put"),
-        (model_runner, "put"),
+        (batch_builder, "to_device"),
+        (model_runner, "to_device"),
         (DecodeGraphs, "set_block_tables"),
-        (Inputs, "fill"),
+        (GraphInputs, "fill"),
     ):
         original = getattr(owner, name)
 
@@ -191,15 +191,15 @@ def test_steps_are_captured_on_the_device_of_the_block_tables() -> None:
 
 @pytest.mark.parametrize("sequences", [1, 2, 7])
 def test_the_integers_of_a_step_do_not_overlap_and_are_aligned(sequences: int) -> None:
-    memory = torch.zeros(Inputs.bytes(sequences, 2) + 8, dtype=torch.uint8)
-    inputs, count = Inputs.over(memory, sequences, 2), torch.arange(sequences)
+    memory = torch.zeros(GraphInputs.bytes(sequences, 2) + 8, dtype=torch.uint8)
+    inputs, count = GraphInputs.over(memory, sequences, 2), torch.arange(sequences)
     inputs.fill(count + 1, count + 20, [count + 300, count + 4000])
     spans = (inputs.rows, inputs.positions, *inputs.slot_mapping, inputs.context_lens)
     assert [span.tolist() for span in spans] == [
         (count + first).tolist() for first in (1, 20, 300, 4000, 21)
     ]
     assert all((span.data_ptr() - memory.data_ptr()) % 16 == 0 for span in spans)
-    assert not memory[len(inputs.integers) :].any()
+    assert not memory[len(inputs.buffer) :].any()
 
 
 def test_the_peak_step_is_followed_by_short_prompts_and_leaves_nothing_allocated(

@@ -21,10 +21,10 @@ def sample(
     """The next tokens of sequences whose rows are in reverse order."""
     rows = list(reversed(range(len(params))))
     sampler = Sampler(len(rows), CPU)
-    sampler.enter(rows, params)
-    special = dict(enumerate(params))
+    sampler.set_params(rows, params)
+    non_greedy = dict(enumerate(params))
     found = sampler.sample(
-        logits, torch.tensor(rows), torch.tensor(positions), special, not special
+        logits, torch.tensor(rows), torch.tensor(positions), non_greedy, not non_greedy
     ).read()
     assert sampler.last.tolist() == found[0][::-1]
     return found
@@ -127,9 +127,9 @@ def test_a_row_that_is_not_finite_is_reported_and_its_last_token_is_valid(
     for params in ([p for each in every for p in (each, each)], [random_] * 8, []):
         sampler, rows = Sampler(8, CPU), torch.arange(8)
         if params:
-            sampler.enter(rows.tolist(), params)
-        special = dict(enumerate(params))
-        tokens, _ = sampler.sample(logits, rows, rows, special, not special).read()
+            sampler.set_params(rows.tolist(), params)
+        non_greedy = dict(enumerate(params))
+        tokens, _ = sampler.sample(logits, rows, rows, non_greedy, not non_greedy).read()
         assert tokens[0::2] == [NO_TOKEN] * 4
         assert tokens[1::2] == sampler.last[1::2].tolist()
         assert sampler.last.min() >= 0
