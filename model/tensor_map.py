@@ -84,7 +84,7 @@ def tensor_map(model: Transformer) -> TensorMap:
 def _whole(
     name: str, shape: tuple[int, ...], holder: Any, attribute: str = "weight", part: Part = ()
 ) -> Piece:
-    """A tensor of which this rank reads `part` into a whole parameter."""
+    """The piece of a tensor that fills a whole parameter; this rank reads `part` of the tensor."""
     return Piece(
         DENSE.stored(name, shape, part),
         holder,

@@ -119,7 +119,7 @@ class Sampler:
             highest, tokens = shard.argmax(*self._backend.argmax(logits), self._vocab)
             self.last.index_copy_(0, rows, tokens)
             return Sampled(tokens, highest)
-        logits = shard.vocab_columns(logits, self._vocab)
+        logits = shard.gather_logits(logits, self._vocab)
         if shard.rank == 0:
             highest, tokens = self._sample(logits, rows, positions, non_greedy)
         else:

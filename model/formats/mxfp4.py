@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from model.ops.backend import Backend
 
-_VALUES = 32  # of a block: 4 bits each, two a byte
+_VALUES = 32  # per block: 4 bits each, two per byte
 _BLOCK_BYTES = _VALUES // 2
 _SCALE_BYTES = 1
 

@@ -1,9 +1,9 @@
-"""Backend: every operation of the decoder in plain torch, the definition that kernels must meet.
+"""Backend: every operation of the decoder in plain torch, the reference for all kernels.
 
-Written to be evidently right, with float32 inside, on any device; speed is of no concern here.
+Written for clarity instead of speed: it computes in float32 internally and runs on any device.
 `CpuBackend` (model.ops.cpu) and `TritonBackend` (model.ops.triton) override the operations and
-storage forms that they are faster with. A fused operation is a method like any other: its base form
-does the steps one after the other.
+storage layouts for which they have faster kernels. A fused operation is a method like any other:
+its base form runs the steps one after the other.
 """
 
 from collections.abc import Callable
@@ -78,7 +78,7 @@ class Backend:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def recorder(self) -> Callable[[Compute], Compute] | None:
-        """Return what records a computation on the host for replay, or None if nothing does."""
+        """Return a recorder of computations for replay on the host; None if there is none."""
         return None
 
     # Operations
@@ -265,8 +265,8 @@ class Backend:
 
         Tokens are ordered by probability, equal ones by id, both for the limits and for the inverse
         of the cumulative distribution at `uniform`. The limits need this order anyway, and a sample
-        of the most likely tokens then never depends on how many follow. A row of NaN gives some
-        valid token.
+        among the most likely tokens then does not depend on the number of others. A row of NaN
+        yields a valid token.
         """
         return sample_sorted(logits, temperature, top_k, top_p, uniform)
 

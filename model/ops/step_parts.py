@@ -86,4 +86,4 @@ FUSED_INTO = {
     **dict.fromkeys(("input_norm", "rope"), "qkv_proj"),
     **dict.fromkeys(("post_norm", "activation", "down_proj"), "gate_up_proj"),
 }
-"""The part that does another part's work where a backend fuses the two into one kernel."""
+"""Part → the part that includes its work where a backend fuses the two into one kernel."""

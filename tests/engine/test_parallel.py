@@ -93,10 +93,10 @@ def load(logprobs: int | None = None, temperature: float = 0.0) -> list[Request]
 
 
 def run(
-    folder: Path, requests: list[Request], ranks: WorkerPool | None = None, **settings: Any
+    folder: Path, requests: list[Request], workers: WorkerPool | None = None, **settings: Any
 ) -> dict[int, Completion]:
     config = EngineConfig(dtype="float32", **{"kv_memory": 16 << 20, **settings})
-    with Engine(folder, config, workers=ranks) as engine:
+    with Engine(folder, config, workers=workers) as engine:
         return {c.request_id: c for c in engine.generate(requests)}
 
 

@@ -1,4 +1,4 @@
-"""The operations of the native kernels, on contiguous bfloat16 tensors."""
+"""Calls of the native kernels, on contiguous bfloat16 tensors."""
 
 import torch
 
