@@ -1,4 +1,4 @@
-// Memory for intermediate results that a thread keeps from call to call.
+// Memory for intermediate results, which a thread keeps between calls.
 #pragma once
 
 #include "types.h"
