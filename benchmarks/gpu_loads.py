@@ -22,7 +22,7 @@ from engine import Engine, EngineConfig, Request, SamplingParams
 from engine.step_probe import StepProbe
 from getp.analysis import part_timer  # noqa: F401  it silences torch's profiler
 from getp.report.efficiency import run_cost
-from model.cost.known_models import SHAPES
+from model.cost.known_models import KNOWN_CONFIGS
 
 
 def nano_load() -> tuple[list[list[int]], list[int]]:
@@ -58,7 +58,7 @@ def context_load(count: int, context: int, outputs: int) -> tuple[list[list[int]
 def dummy_checkpoint(name: str) -> Iterator[Path]:
     """Provide a directory with the config.json of a well-known model, without weights."""
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[name]))
+        (Path(folder) / "config.json").write_text(json.dumps(KNOWN_CONFIGS[name]))
         yield Path(folder)
 
 
@@ -203,7 +203,7 @@ def time_transformers(requests: int, outputs: int) -> Iterator[Row]:
     """Measure continuous batching of transformers on the first prompts of the nano-vllm load."""
     import transformers
 
-    config = transformers.AutoConfig.for_model(**SHAPES["qwen3-0.6b"])
+    config = transformers.AutoConfig.for_model(**KNOWN_CONFIGS["qwen3-0.6b"])
     with torch.device(CUDA):
         model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=torch.bfloat16, attn_implementation="sdpa"

@@ -4,9 +4,7 @@ import re
 from dataclasses import dataclass
 
 from engine.errors import EngineError
-
-DTYPES = ("bfloat16", "float16", "float32")
-"""Names of the supported compute dtypes."""
+from model.config import DTYPES
 
 
 @dataclass(frozen=True)

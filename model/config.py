@@ -8,6 +8,9 @@ from typing import Any
 from model.formats import DENSE, WeightFormat
 from model.ops.specs import Activation, RouterSpec
 
+DTYPES = ("bfloat16", "float16", "float32")
+"""Names of the supported compute dtypes."""
+
 _MAX_JSON_BYTES = 64 << 20  # far above any config
 
 

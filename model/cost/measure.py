@@ -21,8 +21,7 @@ from model.formats import DENSE
 from model.ops.backend import choose_backend
 from model.ops.specs import Linear
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_LONG_ENOUGH_S = 0.05  # for a product whose start-up time no longer matters
+_LONG_ENOUGH_S = 0.05  # duration of a product from which on its start-up is negligible
 _SMALLEST_PRODUCT, _BIGGEST_PRODUCT = 256, 8192
 _RUNS_KEY = "runs"  # in the cache, beside the machines
 _RUNS = 3  # the fastest counts: a peak is the speed of an undisturbed machine
@@ -41,13 +40,13 @@ class Measured:
         return device_of_driver(self.hardware) == device
 
 
-def local_device(target: torch.device | None = None, again: bool = False) -> Measured:
+def local_device(target: torch.device | None = None, remeasure: bool = False) -> Measured:
     """Return the device from the cache, or measure it, which takes seconds.
 
-    target None: the GPU if there is one, else the CPU. again: measure it even if it is cached.
+    target None: the GPU if there is one, else the CPU. remeasure: ignore the cache.
     """
     target = target or default_target()
-    found = None if again else cached_device(target)
+    found = None if remeasure else cached_device(target)
     if found is None:
         entry = measure(target)
         write_cache({**read_cache(), cache_key(target): entry})
@@ -63,7 +62,7 @@ def cached_device(target: torch.device | None = None) -> Measured | None:
 
 
 def peaks_of(target: torch.device) -> Device:
-    """Return the known device that `target` is, else this machine as measured."""
+    """Return the datasheet device of `target` if it is a known GPU, else its measured device."""
     known = device_of_driver(hardware_name(target)) if target.type == "cuda" else None
     return known or local_device(target).device
 
@@ -83,8 +82,8 @@ def cache_key(target: torch.device) -> str:
     return f"{hardware_name(target)}{threads}, torch {torch.__version__}"
 
 
-def record_reached(target: torch.device, model: str, share: float) -> None:
-    """Store the share of the device limit that a run of `model` reached, for later predictions."""
+def store_efficiency(target: torch.device, model: str, share: float) -> None:
+    """Store the share of the device limit that a run of `model` achieved, for predictions."""
     cache = read_cache()
     runs = cache.get(_RUNS_KEY)
     date = datetime.date.today().isoformat()
@@ -92,8 +91,8 @@ def record_reached(target: torch.device, model: str, share: float) -> None:
     write_cache({**cache, _RUNS_KEY: {**(runs if isinstance(runs, dict) else {}), **entry}})
 
 
-def reached(device: Device, model: str) -> tuple[float, str] | None:
-    """Return the share that the last run of `model` reached on this machine, and its date.
+def recorded_efficiency(device: Device, model: str) -> tuple[float, str] | None:
+    """Return the share of the limit that the last run of `model` achieved here, and its date.
 
     None if there was no run, or if `device` is not the device of this machine.
     """
@@ -113,7 +112,7 @@ def measure(target: torch.device) -> dict[str, Any]:
     dtypes = ["float32", "bfloat16", *(["float16"] if target.type == "cuda" else [])]
     return {
         "date": datetime.date.today().isoformat(),
-        "peaks": {dtype: _product_rate(target, _DTYPES[dtype]) for dtype in dtypes},
+        "peaks": {dtype: _product_rate(target, getattr(torch, dtype)) for dtype in dtypes},
         "bandwidth": _read_rate(target),
         "launch_s": _launch_time(target),
         "memory": _memory(target),

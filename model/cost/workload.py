@@ -1,4 +1,4 @@
-"""A step whose cost is wanted, and the integers that describe its cost. Without torch."""
+"""Workload: the step to cost. Op: the cost of an operation, in integers."""
 
 from dataclasses import dataclass
 from typing import Literal

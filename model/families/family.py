@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from model.config import LayerConfig, ModelConfig, MoeConfig
+from model.config import DTYPES, LayerConfig, ModelConfig, MoeConfig
 from model.families.keys import Keys
 from model.families.rope_keys import read_rope
 from model.families.tensor_names import TensorNames
@@ -16,7 +16,6 @@ _COMMON_KEYS = frozenset(
     num_key_value_heads head_dim hidden_act max_position_embeddings rms_norm_eps rope_theta
     rope_scaling rope_parameters tie_word_embeddings quantization_config""".split()
 )
-_DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -159,6 +158,6 @@ def _formats(keys: Keys, has_experts: bool) -> dict[str, Any]:
 
 def _dtype(keys: Keys) -> str:
     name = str(keys.get("dtype", keys.get("torch_dtype", "bfloat16"))).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise keys.fail(f"dtype {name!r} is not supported; supported: {', '.join(_DTYPES)}")
+    if name not in DTYPES:
+        raise keys.fail(f"dtype {name!r} is not supported; supported: {', '.join(DTYPES)}")
     return name
