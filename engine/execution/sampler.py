@@ -188,7 +188,7 @@ class Sampler:
 def keyed_uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Uniform float64 numbers in [0, 1) from (seed, position), both int64 [rows].
 
-    SplitMix64's finaliser (Steele, Lea & Flood 2014) over the seed's hash plus the position.
+    SplitMix64's finalizer (Steele, Lea & Flood 2014) over the seed's hash plus the position.
     """
     bits = _mix(_mix(seeds) + positions * -7046029254386353131)
     return (bits >> 11 & (1 << 53) - 1).double() * 2.0**-53

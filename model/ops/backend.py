@@ -74,7 +74,7 @@ class Backend:
         return weights
 
     def empty_cache(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return uninitialised memory for KV blocks. Raises OutOfMemoryError or MemoryError."""
+        """Return uninitialized memory for KV blocks. Raises OutOfMemoryError or MemoryError."""
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def recorder(self) -> Callable[[Compute], Compute] | None:
@@ -137,7 +137,7 @@ class Backend:
         """Norms of heads, rotary embedding and the write to the KV cache.
 
         qkv [tokens, heads + 2 · kv_heads, head_dim]: queries, then keys, then values. Queries and
-        keys are normalised by head where the layer has such norms, and the first rotary_dim values
+        keys are normalized by head where the layer has such norms, and the first rotary_dim values
         of each head are rotated by rope.cos_sin; keys and values are stored in rope.kv at
         rope.slot_mapping → query [tokens, heads, head_dim].
         """

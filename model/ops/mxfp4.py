@@ -18,7 +18,7 @@ class Mxfp4:
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], device: torch.device) -> "Mxfp4":
-        """Uninitialised storage for weights of this shape [..., out, in]."""
+        """Uninitialized storage for weights of this shape [..., out, in]."""
         groups = (*shape[:-1], shape[-1] // MXFP4_BLOCK)
         return cls(
             torch.empty(*groups, MXFP4_BLOCK // 2, dtype=torch.uint8, device=device),

@@ -58,7 +58,7 @@ class Linear:
 
 @dataclass(eq=False)
 class Norm:
-    """Root-mean-square normalisation with weight [size]."""
+    """Root-mean-square normalization with weight [size]."""
 
     size: int
     eps: float

@@ -22,7 +22,7 @@ def leave_to_torch() -> None:
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Uninitialised memory for a kernel's result."""
+    """Uninitialized memory for a kernel's result."""
     if _recorder is not None:
         return _recorder.empty(shape, dtype)
     return torch.empty(shape, dtype=dtype)

@@ -7,8 +7,8 @@
 // norm of the 64 integers to between 2^14 and 2^15. The product of two such norms is below 2^31, so
 // that sums within a group are exact in 32 bits; groups are added up in float32, in their order. An
 // integer is off by at most one half. If 64 values are of equal size, each is about 2^12 and its
-// error 2^-13, while bf16 rounds by up to 2^-9; a value next to one that is a hundred times as large
-// also has an error of about 2^-9.
+// error 2^-13, while bf16 rounds by up to 2^-9; a value next to one that is a hundred times as
+// large also has an error of about 2^-9.
 //
 // Rows are stored as [inputs / 64, rows, 64] and their scales as [inputs / 64, rows]: the distance
 // between rows is then a constant, which becomes part of the instructions that multiply them.
