@@ -1,4 +1,4 @@
-"""Several ranks compute what one computes; each reads only its share of the weights."""
+"""Several ranks give the results of one; each reads only its share of the weights."""
 
 import random
 import shutil
@@ -37,7 +37,7 @@ from tests.checkpoints import edit_config, write_mxfp4_pair
 from tests.engine.test_decode_graphs import FromTensors, recording
 
 CPU = torch.device("cpu")
-NEAR = 1e-3  # the order of a sum may swap two logits that are this close
+NEAR = 1e-3  # logits this close can change places with the order of a sum
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_several_ranks_give_the_tokens_and_logits_of_one(
     for i, completion in alone.items():
         for mine, other in zip(completion.logprobs or (), gathered[i].logprobs or (), strict=True):
             if mine.top[0][0] != other.top[0][0]:
-                break  # a near tie: the texts differ from here on
+                break  # a near tie: the tokens differ from here on
             assert other.logprob == pytest.approx(mine.logprob, abs=1e-4)
     sampled = run(folder(name), load(temperature=0.8), workers=ranks(size))
     expected = run(folder(name), load(temperature=0.8))

@@ -46,7 +46,7 @@ def test_samples_follow_the_softmax_at_a_temperature() -> None:
 
 
 def test_samples_from_a_large_vocabulary_follow_the_softmax_in_every_block() -> None:
-    """Including the last block, which is short, and the ends of the others."""
+    """Including the short last block and the first and last tokens of blocks."""
     logits = torch.full((5000,), -30.0)
     likely = [0, 1023, 1024, 2500, 4095, 4096, 4999]
     logits[likely] = torch.tensor([0.0, 1.0, -1.0, 0.5, 0.0, 2.0, 1.0])

@@ -21,7 +21,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 
 def logits_of(folder: Path, ids: list[int]) -> torch.Tensor:
-    """All logits of one sequence in one chunk, with blocks in a scrambled order."""
+    """Logits [len(ids), vocab] of a sequence in one chunk, with blocks in a shuffled order."""
     config = load_config(folder)
     model, backend = Transformer(config), choose_backend(CPU, torch.float32)
     loader.load(model, folder, backend)
@@ -102,7 +102,7 @@ def test_mxfp4_experts_equal_their_dequantized_weights(tmp_path: Path) -> None:
     assert peer.is_greedy(ids, done.token_ids)
 
 
-def test_rope_is_read_in_the_older_spelling_as_well(
+def test_older_rope_keys_give_the_same_config(
     tmp_path: Path, checkpoint: Callable[[str], Path]
 ) -> None:
     write_checkpoint(tmp_path, "llama-llama3-rope")
