@@ -1,4 +1,4 @@
-"""Benchmarks: getp against other engines and against hardware limits, described in each module.
+"""Benchmarks: getp against other engines and hardware limits. Each module describes one.
 
 Uses the packages as their users do; nothing else imports a benchmark.
 """

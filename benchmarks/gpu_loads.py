@@ -141,7 +141,7 @@ def _completed_requests(engine: Engine, load: tuple[list[list[int]], list[int]],
 
 
 def profile_step(engine: Engine, context: int) -> Iterator[Row]:
-    """Measure the kernels that take most of a decode step of the largest batch, without graphs.
+    """Measure the slowest kernels of a decode step of the largest batch, without graphs.
 
     Programmatic launch is off, because with it the times of successive kernels overlap.
     """

@@ -1,4 +1,4 @@
-"""The engine: warm_up, then generate (requests in, completions out as they finish), then finish."""
+"""Engine: warm_up, then generate (requests → completions, as they finish), then finish."""
 
 import logging
 import time

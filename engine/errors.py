@@ -8,7 +8,7 @@ _NAME = re.compile(r"\{([a-z_]+)\}")
 
 
 class EngineError(ValueError):
-    """These settings or this request cannot run; the message says what to change.
+    """The engine cannot run with these settings or this request; the message gives a remedy.
 
     `text` holds names in braces. A name in `fields` stands for that value (an EngineError among
     the values is rendered as part of the sentence). Any other name stands for a setting: a field of

@@ -31,7 +31,7 @@ class RunSummary:
 
     device: str  # for display: a GPU's name, "cpu", or a phrase that describes the replicas
     device_type: Literal["cpu", "cuda"]
-    device_count: int  # devices whose peaks add up to the limit of what `stats` counts
+    device_count: int  # devices that did the work in `stats`, for the sum of their peaks
     dtype: str  # "bfloat16", "float16" or "float32"
     tensor_parallel: int  # of the engine, or of each replica
     max_batch_size: int  # of the engine, or of each replica

@@ -147,7 +147,7 @@ def _linears(
     parts: dict[str, _LinearPart],
     shard: Shard,
 ) -> Iterator[Piece]:
-    """The pieces of linears whose rows are those of one or more parts, in order."""
+    """The pieces of linears; the rows of a linear are those of its parts, in order."""
     for stem, part_names in names:
         outputs = sum(parts[name].outputs for name in part_names)
         above = 0

@@ -199,7 +199,7 @@ class ModelRunner:
         return self.model(self.backend, batch, self.kv_caches, self._layer_caches)
 
     def _decode(self, rows: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        """Logits of a batch whose tokens are the ones that these rows sampled last."""
+        """Logits of a batch of decodes; its tokens are those that the rows sampled last."""
         assert self.sampler is not None
         last = self.backend.gather(self.sampler.last.unsqueeze(1), rows)
         return self.forward(replace(batch, token_ids=last.squeeze(1)))
@@ -253,7 +253,7 @@ class ModelRunner:
     def _replay(
         self, graphs: DecodeGraphs, batches: BatchBuilder, message: StepMessage
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(Logits, rows, positions) of a step of decodes, as `build` and `forward` give them."""
+        """(Logits, rows, positions) of a step of decodes, as those of `build` and `forward`."""
         size = message.size
         padding = graphs.padded_size(size) - size
         rows = [*message.rows, *[batches.padding_row] * padding]

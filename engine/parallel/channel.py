@@ -24,7 +24,7 @@ _REPORT_BYTES = 2048  # a rank's report of a call is truncated to this size
 
 
 class Channel:
-    """A rank's connections: a shard whose collectives use them, and messages between hosts."""
+    """A rank's connections to the others: collectives of its shard, and messages between hosts."""
 
     def __init__(self, rank: int, size: int, store: Any, device: torch.device, one_host: bool):
         """Connect to the other ranks, which must do so at the same time.

@@ -87,7 +87,7 @@ class WorkerPool:
             self.watch()
 
     def attach(self, channel: Channel) -> None:
-        """Use this channel, whose other ends wait for messages."""
+        """Use this channel; the ranks at its other ends must wait for messages."""
         self.channel, self._waiting = channel, True
 
     def watch(self) -> None:

@@ -111,7 +111,7 @@ class KVCache:
         )
         if not full and usable >= windowed:
             return 1 << 60
-        blocks = usable // len(self.groups)  # if windows freed nothing
+        blocks = usable // len(self.groups)  # if no block behind a window were freed
         if full:
             blocks = max(blocks, (usable - windowed) // full)
         return blocks * self.block_size

@@ -98,5 +98,5 @@ class Step:
         return len(self.decodes) + sum(chunk.end - chunk.start for chunk in self.chunks)
 
     def sampling(self) -> list[Sequence]:
-        """The sequences that get a next token, in the order of the sampled tokens."""
+        """The sequences for which the step samples a token, in the order of those tokens."""
         return self.decodes + [chunk.sequence for chunk in self.chunks if chunk.samples]

@@ -225,7 +225,7 @@ def is_device(name: str) -> bool:
 
 
 def device_of_driver(driver_name: str) -> Device | None:
-    """Return the known device whose driver name is `driver_name`; None if there is none."""
+    """Return the known device with this driver name; None if it is unknown."""
     name = _DRIVER_NAMES.get(driver_name)
     return None if name is None else find_device(name)
 

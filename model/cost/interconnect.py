@@ -54,7 +54,7 @@ class Exchange:
     bytes: int
 
     def seconds(self, link: Link) -> float:
-        """Return how long the collectives of the step take, one after the other."""
+        """Return the seconds of the step's collectives, one after the other."""
         return self.collectives * link.latency_s + self.bytes / link.bandwidth
 
 
@@ -62,7 +62,7 @@ NO_EXCHANGE = Exchange(0, 0)
 
 
 def exchange(config: ModelConfig, work: Workload, ranks: int | None = None) -> Exchange:
-    """Return what each GPU sends in a step; ranks: number of GPUs (None: as in the workload)."""
+    """Return the communication of each GPU in a step; ranks: GPUs (None: the workload's)."""
     ranks = ranks or work.tensor_parallel
     if ranks == 1:
         return NO_EXCHANGE

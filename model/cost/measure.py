@@ -21,7 +21,7 @@ from model.formats import DENSE
 from model.ops.backend import choose_backend
 from model.ops.specs import Linear
 
-_LONG_ENOUGH_S = 0.05  # duration of a product from which on its start-up is negligible
+_LONG_ENOUGH_S = 0.05  # longer products have a negligible start-up time
 _SMALLEST_PRODUCT, _BIGGEST_PRODUCT = 256, 8192
 _RUNS_KEY = "runs"  # in the cache, beside the machines
 _RUNS = 3  # the fastest counts: a peak is the speed of an undisturbed machine
@@ -41,7 +41,7 @@ class Measured:
 
 
 def local_device(target: torch.device | None = None, remeasure: bool = False) -> Measured:
-    """Return the device from the cache, or measure it, which takes seconds.
+    """Return the device from the cache, or measure it (several seconds).
 
     target None: the GPU if there is one, else the CPU. remeasure: ignore the cache.
     """
@@ -77,7 +77,7 @@ def _run_key(target: torch.device, model: str) -> str:
 
 
 def cache_key(target: torch.device) -> str:
-    """Return the key of a device in the cache: what its speed depends on."""
+    """Return the cache key of a device: hardware, CPU threads and torch version."""
     threads = f", {torch.get_num_threads()} threads" if target.type == "cpu" else ""
     return f"{hardware_name(target)}{threads}, torch {torch.__version__}"
 
@@ -147,7 +147,7 @@ def _best(function: Callable[[], Any], target: torch.device, runs: int = _RUNS) 
 def _product_rate(target: torch.device, dtype: torch.dtype) -> float:
     """Return the best FLOP/s of square products, by torch or on a CPU by our own kernels."""
     rate = _linear_rate(target, dtype, lambda a: partial(torch.nn.functional.linear, a, a))
-    if target.type == "cpu":  # our kernels may be faster than those of torch
+    if target.type == "cpu":  # getp's kernels may be faster than torch's
         own = _linear_rate(target, dtype, lambda a: _own_linear(target, dtype, a))
         rate = max(rate, own)
     return rate
@@ -169,7 +169,7 @@ def _linear_rate(
     dtype: torch.dtype,
     product: Callable[[torch.Tensor], Callable[[], torch.Tensor]],
 ) -> float:
-    """Return the best FLOP/s over growing sizes, until one product takes long enough."""
+    """Return the best FLOP/s over growing sizes, up to the first product of _LONG_ENOUGH_S."""
     size, rate = _SMALLEST_PRODUCT, 0.0
     while True:
         seconds = _best(product(torch.randn(size, size, device=target).to(dtype)), target)

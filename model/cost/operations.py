@@ -42,7 +42,7 @@ def check_tensor_parallel(config: ModelConfig, size: int) -> None:
 
 
 def _can_be_split(config: ModelConfig, size: int) -> bool:
-    """Return whether heads, experts and MLPs divide evenly and every GPU gets some vocabulary."""
+    """Return whether heads, experts and MLPs divide evenly and every GPU has vocabulary."""
     kv, moe = config.num_kv_heads, config.moe
     dense = any(not layer.sparse for layer in config.layers)
     return not (

@@ -39,7 +39,7 @@ class Bound:
 
 
 def bound(step: Op, device: Device, dtype: str, tokens: int, sent: Exchange = NO_EXCHANGE) -> Bound:
-    """Bound a step, given the total of its operations, its tokens and what each GPU sends."""
+    """Bound a step from the total of its operations, its tokens and the bytes each GPU sends."""
     compute = max(
         step.flops.matrix / device.peak(dtype),
         step.flops.vector / device.vector,

@@ -62,7 +62,7 @@ class Backend:
 
     @property
     def keeps_mxfp4(self) -> bool:
-        """Whether experts stay MXFP4 in memory; otherwise they become dense as they load."""
+        """Whether experts stay MXFP4 in memory; otherwise they become dense on loading."""
         return True
 
     def empty_mxfp4(self, shape: tuple[int, ...], parts: int = 1) -> Any:
@@ -256,7 +256,7 @@ class Backend:
         top_p: torch.Tensor,
         uniform: torch.Tensor,
     ) -> torch.Tensor:
-        """Sample a token of each row from what top-k and then top-p leave of its softmax.
+        """Sample a token for each row from its softmax after truncation by top-k, then top-p.
 
         logits [rows, vocab]; for each row temperature float32, above 0; top_k int64, how many
         tokens may be sampled, 0 for all (None: all in every row); top_p float32, the share of the

@@ -1,4 +1,4 @@
-"""The named parts of a step, which the decoder, the backends and the engine mark as they run.
+"""The named parts of a step: the decoder, the backends and the engine mark where each runs.
 
 `with QKV_PROJ: …` is a range in every trace of torch's profiler. While `observe` is active, its
 callback also receives the name of the part that starts or continues, so that a timer can stamp each

@@ -288,7 +288,7 @@ def test_a_shard_computes_only_its_own_experts(tokens: int, rank: int) -> None:
     expected = REFERENCE.experts(x, chosen, weights, experts, GPT_OSS, shard)
     ops = kernels()
     packed = packed_experts(ops, experts)
-    torch.use_deterministic_algorithms(True)  # fills uninitialized memory with NaN
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
     try:
         close(ops.experts(x, chosen, weights, packed, GPT_OSS, shard), expected, 3)
     finally:

@@ -1,4 +1,4 @@
-"""Calls of the native kernels, on contiguous bfloat16 tensors."""
+"""The operations of the native kernels, on contiguous bfloat16 tensors."""
 
 import torch
 

@@ -59,7 +59,7 @@ def _rotate_and_write(
     a, b = first.to(tl.float32), second.to(tl.float32)
     if NORMS:
         scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / DIM + eps)[:, None]
-        # Queries and keys have different weights; the normalized values are not used.
+        # Queries and keys have different weights; the normalised values are not used.
         queries = is_query[:, None] & is_inside[None, :]
         keys = (head >= HEADS)[:, None] & is_inside[None, :]
         zero = tl.zeros((BLOCK_H, 1), tl.int32)

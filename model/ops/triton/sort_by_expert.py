@@ -88,7 +88,7 @@ def sort_by_expert(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """chosen [tokens, top_k] → (order int32 [tokens · top_k], expert_starts int32 [experts + 1]).
 
-    From index expert_starts[experts] on `order` is not initialized.
+    From index expert_starts[experts] on `order` is not initialised.
     """
     pairs, block_e = chosen.numel(), triton.next_power_of_2(experts)
     chunks = triton.cdiv(pairs, _CHUNK)

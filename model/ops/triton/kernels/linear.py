@@ -56,7 +56,7 @@ def _products_of_row(
     NORM: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """As `products_of_tile` for a single row; without NORM the row is not normalized."""
+    """As `products_of_tile` for a single row; without NORM the row is not normalised."""
     product = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     second = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     squares = tl.zeros((BLOCK_K,), tl.float32)
