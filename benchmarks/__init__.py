@@ -1,3 +1,6 @@
-"""Timings compared with other engines and with hardware limits; see each file."""
+"""Benchmarks: getp against other engines and hardware limits. Each module describes one.
 
-import model  # noqa: F401  before torch: it says how threads wait
+Uses the packages as their users do; nothing else imports a benchmark.
+"""
+
+import model  # noqa: F401  before torch: sets how OpenMP threads wait

@@ -36,7 +36,7 @@ _MODEL = Path(__file__).resolve().parent.parent / "data" / "model"
 
 @dataclass
 class NoEngine:
-    """Has the interface of an engine, but no model."""
+    """An engine without a model: answers every request with its own prompt."""
 
     checkpoint: str
     max_batch_size: int = 2048
@@ -59,8 +59,8 @@ class NoEngine:
                 yield Completion(request.request_id, ids, "length", prompt_tokens=len(ids))
 
 
-def make(checkpoint: str, *_: Any, **__: Any) -> NoEngine:
-    """Make an engine, whatever the settings are."""
+def make_engine(checkpoint: str, *_: Any, **__: Any) -> NoEngine:
+    """Create an engine; the settings have no effect."""
     return NoEngine(checkpoint)
 
 
@@ -98,11 +98,13 @@ def whole_job(folder: Path, replicas: Cluster, count: int) -> dict[str, float]:
 
 
 class _Clock:
+    """Wall time and CPU time of this process since its creation."""
+
     def __init__(self) -> None:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def read(self, count: int) -> dict[str, float]:
-        """Return the rates of a number of requests since the clock was made."""
+        """Return the time and the rates of `count` requests."""
         wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
         return {
             "seconds": round(wall, 2),
@@ -119,13 +121,13 @@ def main() -> int:
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=100, help="length of each prompt and answer")
     options = parser.parse_args()
-    engines: Any = make
+    factory: Any = make_engine
     replicas = Cluster(
         _MODEL,
         _MODEL,
         EngineConfig(dtype="float32"),
         replicas=options.replicas,
-        make_engine=engines,
+        make_engine=factory,
     )
     found: dict[str, Any] = {"requests": options.requests, "replicas": options.replicas}
     with tempfile.TemporaryDirectory() as name:

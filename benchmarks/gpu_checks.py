@@ -207,10 +207,8 @@ def _norms(dtype: torch.dtype) -> Iterator[Comparison]:
         yield f"sum {size}", found[0], expected[0]
         yield f"norm {size}", found[1], expected[1]
         for limit in (None, 7.0):
-            gates, activation = (
-                rand(tokens, 2 * size, dtype=dtype, scale=3),
-                Activation(limit, 1.702),
-            )
+            gates = rand(tokens, 2 * size, dtype=dtype, scale=3)
+            activation = Activation(limit, 1.702)
             yield (
                 f"swiglu {limit}",
                 ops.activate(gates, activation),

@@ -19,10 +19,10 @@ import torch
 from benchmarks.gpu_checks import CUDA
 from benchmarks.gpu_times import Limits, Row
 from engine import Engine, EngineConfig, Request, SamplingParams
-from engine.step_probe import Probe
-from getp.analysis import part_timer  # noqa: F401  it silences torch's profiler
+from engine.step_probe import StepProbe
+from getp.analysis import part_timer  # noqa: F401  silences torch's profiler
 from getp.report.efficiency import run_cost
-from model.cost.known_models import SHAPES
+from model.cost.known_models import KNOWN_CONFIGS
 
 
 def nano_load() -> tuple[list[list[int]], list[int]]:
@@ -58,7 +58,7 @@ def context_load(count: int, context: int, outputs: int) -> tuple[list[list[int]
 def dummy_checkpoint(name: str) -> Iterator[Path]:
     """Provide a directory with the config.json of a well-known model, without weights."""
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[name]))
+        (Path(folder) / "config.json").write_text(json.dumps(KNOWN_CONFIGS[name]))
         yield Path(folder)
 
 
@@ -94,28 +94,8 @@ def time_load(
         yield Row(f"{name}: compiling", engine.stats.compile_s, "s")
         yield Row(f"{name}: capturing", engine.stats.capture_s, "s")
         before = replace(engine.stats)
-        start, done = time.perf_counter(), 0
-        end = start + max_s
-
-        def time_is_up(token: int) -> bool:
-            return time.perf_counter() > end
-
-        requests = [
-            Request(
-                prompt,
-                SamplingParams(max_new_tokens=count, ignore_eos=True),
-                i,
-                on_token=time_is_up,
-            )
-            for i, (prompt, count) in enumerate(zip(prompts, outputs, strict=True))
-        ]
-        # Each request checks the time: requests of equal length all complete in the last step.
-        for completion in engine.generate(requests):
-            if completion.error is not None:  # without this request it is a different load
-                raise RuntimeError(f"a request of {name} failed: {completion.error}")
-            done += completion.finish_reason == "length"
-            if time.perf_counter() > end:
-                break
+        start = time.perf_counter()
+        done = _completed_requests(engine, load, start + max_s)
         torch.cuda.synchronize()
         spent = time.perf_counter() - start
         stats = engine.stats.since(before)
@@ -136,8 +116,32 @@ def time_load(
         yield from profile_step(engine, middle[len(middle) // 2])
 
 
+def _completed_requests(engine: Engine, load: tuple[list[list[int]], list[int]], end: float) -> int:
+    """Run the load until `time.perf_counter()` reaches `end`; return how many requests completed.
+
+    Raises RuntimeError if a request fails, because without it the load would be another one.
+    """
+
+    def time_is_up(token: int) -> bool:
+        return time.perf_counter() > end
+
+    # Each request checks the time, because requests of equal length all finish in the last step.
+    requests = [
+        Request(prompt, SamplingParams(max_new_tokens=count, ignore_eos=True), i, time_is_up)
+        for i, (prompt, count) in enumerate(zip(*load, strict=True))
+    ]
+    done = 0
+    for completion in engine.generate(requests):
+        if completion.error is not None:
+            raise RuntimeError(f"request {completion.request_id} failed: {completion.error}")
+        done += completion.finish_reason == "length"
+        if time.perf_counter() > end:
+            break
+    return done
+
+
 def profile_step(engine: Engine, context: int) -> Iterator[Row]:
-    """Measure the kernels that take most of a decode step of the largest batch, without graphs.
+    """Measure the slowest kernels of a decode step of the largest batch, without graphs.
 
     Programmatic launch is off, because with it the times of successive kernels overlap.
     """
@@ -145,7 +149,7 @@ def profile_step(engine: Engine, context: int) -> Iterator[Row]:
 
     from model.ops.triton.tiles import Target
 
-    probe = Probe(engine, engine.max_batch_size, 1, context)
+    probe = StepProbe(engine, engine.max_batch_size, 1, context)
     count, spent = 4, Counter[str]()
     with patch.object(Target, "launch_options", {"PROGRAMMATIC_LAUNCH": False}):
         probe.step()
@@ -203,7 +207,7 @@ def time_transformers(requests: int, outputs: int) -> Iterator[Row]:
     """Measure continuous batching of transformers on the first prompts of the nano-vllm load."""
     import transformers
 
-    config = transformers.AutoConfig.for_model(**SHAPES["qwen3-0.6b"])
+    config = transformers.AutoConfig.for_model(**KNOWN_CONFIGS["qwen3-0.6b"])
     with torch.device(CUDA):
         model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=torch.bfloat16, attn_implementation="sdpa"

@@ -147,7 +147,8 @@ def time_experts(limits: Limits) -> Iterator[Row]:
 def time_tiles(limits: Limits) -> Iterator[Row]:
     """Time MXFP4 experts and products of one row with the tiles in use (first) and with others.
 
-    The fastest tiles belong into the table of tiles. A tile that does not fit this GPU has no row.
+    The fastest ones belong in TILES of model/ops/triton/tiles.py. A tile that is too large for this
+    GPU has no row.
     """
     from model.ops.triton.tiles import Tile
 
@@ -197,7 +198,7 @@ def _linears(ops: Backend, layer: Layer, x: torch.Tensor) -> Callable[[], Any]:
 
 
 def _allow_failure(shipped: "Tile", tile: "Tile") -> AbstractContextManager[None]:
-    """Suppress errors of tiles that jobs do not use: they can be too large for GPU or compiler."""
+    """Suppress errors of tiles that jobs do not use; they may be too large for GPU or compiler."""
     return nullcontext() if tile == shipped else suppress(Exception)
 
 
@@ -219,8 +220,8 @@ def _experts_call(ops: Backend, experts: Experts, tokens: int) -> tuple[Callable
 def time_fusions(limits: Limits) -> Iterator[Row]:
     """Time a layer's norms with the following operations, separate and fused, for several rows.
 
-    The rate is that of weights read. Then reports up to how many rows each fusion is faster; the
-    smallest number over all models belongs into `Tiles`. Also times the layer's other products of
+    The rate is that of weights read. Then reports up to how many rows each fusion is faster; copy
+    the smallest number over all models to `Tiles`. Also times the layer's other products of
     one row, with torch's kernel and with getp's.
     """
     for name in ("qwen2-0.5b", "llama-3-8b"):

@@ -1,10 +1,10 @@
-"""Times a step without its model: `python -m benchmarks.overhead [--checkpoint DIR]`.
+"""Time a step without its model: `python -m benchmarks.overhead [--checkpoint DIR]`.
 
-The engine is the real one, but its model returns ready logits: what remains is scheduling, batch
-preparation, sampling (greedy, over a tiny vocabulary) and bookkeeping. Each batch size is timed on
-a new engine, and again after many requests have finished. Prints microseconds per sequence and step
-as a table, then one JSON object as the last line. With the checkpoint of a real model, it prints
-instead which share of the ragged load's time is spent outside the model.
+The engine is the real one, but its model returns prepared logits, so that the time is that of
+scheduling, batch preparation, sampling (greedy, over a tiny vocabulary) and bookkeeping. Each batch
+size is timed on a new engine, and again after many requests have finished. Prints microseconds per
+sequence and step as a table, then one JSON object as the last line. With the checkpoint of a real
+model, it instead prints the share of the ragged load's time that is spent outside the model.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from engine import Engine, EngineConfig, Request, SamplingParams
 from model.ops.forward_batch import ForwardBatch
 from model.ops.step_parts import OTHER, observe
 
-_VOCAB = 16  # so that argmax takes no time
+_VOCAB = 16  # so small that argmax takes no time
 _PROMPT, _OUTPUT = 32, 400
 _CONFIG = {
     "model_type": "qwen2",
@@ -44,8 +44,8 @@ _CONFIG = {
 _PARTS = ("scheduling", "batch_preparation", "sampling")
 
 
-class ReadyLogits:
-    """Stands in for the model: returns logits that were made beforehand."""
+class PreparedLogits:
+    """Replaces the model; returns logits that were computed in advance."""
 
     def __init__(self, rows: int):
         self._logits = torch.randn(rows, _VOCAB)
@@ -62,7 +62,7 @@ class Stopwatch:
         self._part, self._since = OTHER, time.perf_counter()
 
     def __call__(self, part: str) -> None:
-        """Note that another part runs from now on."""
+        """Charge the time so far to the previous part and start the next one."""
         now = time.perf_counter()
         self.seconds[self._part] += now - self._since
         self._part, self._since = part, now
@@ -82,7 +82,7 @@ def measure(folder: Path, size: int, finished: int) -> dict[str, float]:
     )
     watch = Stopwatch()
     with engine:
-        engine.runner.model = ReadyLogits(size)  # type: ignore[assignment]
+        engine.runner.model = PreparedLogits(size)  # type: ignore[assignment]
         _run(engine, max(size, finished), 2)
         before = engine.stats.batch_sum
         start = time.perf_counter()
@@ -98,7 +98,7 @@ def measure(folder: Path, size: int, finished: int) -> dict[str, float]:
 
 
 def share(checkpoint: str) -> dict[str, float]:
-    """Shares of the ragged load's time: the model's, and the others by part."""
+    """Shares of the ragged load's time: the model and the other parts."""
     prompts, outputs = make_load("ragged")
     watch, model_s = Stopwatch(), 0.0
     with Engine(checkpoint, EngineConfig(device="cpu", prefix_cache=False)) as engine:

@@ -6,8 +6,9 @@ assumed efficiency, or the measured time given with `--step-ms`. The driver take
 benchmarks/cluster.py measures. Output lengths are lognormal: a few are many times the median.
 
 Prints a table. Efficiency: time at full batches on every replica over the time taken. Tail: time
-from 99% of the requests done to the end. Re-run: requests of dead replicas that others took over.
-Busy: share of the time in which replicas had requests. Driver: share of the time in which it works.
+from 99% of the requests done to the end. Re-run: requests of dead replicas, run again on others.
+Busy: share of the time in which replicas had requests. Driver: share of the time in which the
+driver worked.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from model.cost.operations import operations, total
 from model.cost.roofline import bound
 from model.cost.workload import Workload
 
-_TRIP_S = 0.001  # one way of a message, with the delay of an actor call
+_TRIP_S = 0.001  # latency of a message in one direction, including the actor call
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Speed:
 
 @dataclass
 class Replica:
-    """An engine: its batch advances step by step; requests are admitted and prefilled singly."""
+    """An engine: its batch advances step by step; requests are prefilled one by one."""
 
     index: int
     slowness: float
@@ -65,7 +66,7 @@ class Replica:
     running: list[tuple[float, int, Request]] = field(default_factory=list)  # heap by last step
     waiting: deque[Request] = field(default_factory=deque)
     finished: list[Request] = field(default_factory=list)
-    collecting: bool = True  # a call of the driver waits for results
+    collecting: bool = True  # a call from the driver waits for results
 
     def advance(self, now: float, speed: Speed) -> None:
         """Simulate up to `now`."""
@@ -89,8 +90,8 @@ class Replica:
 
 
 @dataclass
-class Found:
-    """A simulated job."""
+class Outcome:
+    """The figures of a simulated job."""
 
     seconds: float = 0.0
     tokens: int = 0
@@ -98,7 +99,7 @@ class Found:
     tail_s: float = 0.0
     rerun: int = 0
     busy: float = 0.0
-    driver: float = 0.0  # share of the time in which it worked
+    driver: float = 0.0  # share of the time in which the driver worked
 
 
 class Simulation:
@@ -120,12 +121,12 @@ class Simulation:
         self.driver_busy = 0.0
         self._message_s, self._request_s = driver_s
         self.ends: list[float] = []
-        self.found = Found()
+        self.outcome = Outcome()
         self._events: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
         self._order = itertools.count()
         self._delay = collect_delay_s(len(slowness))
 
-    def run(self, deaths: list[tuple[float, int]], restart_s: float) -> Found:
+    def run(self, deaths: list[tuple[float, int]], restart_s: float) -> Outcome:
         """Run the job; `deaths`: (time, replica)."""
         for replica in self.replicas:
             self.dispatcher.add(replica.index, max_in_flight(self.speed.batch))
@@ -135,7 +136,7 @@ class Simulation:
         while self.more or self.dispatcher.unfinished:
             now, _, act, arguments = heapq.heappop(self._events)
             act(now, *arguments)
-        found, ends = self.found, sorted(self.ends)
+        found, ends = self.outcome, sorted(self.ends)
         found.seconds = ends[-1]
         found.tail_s = ends[-1] - ends[math.ceil(0.99 * len(ends)) - 1]
         found.busy = sum(self.dispatcher.busy_s.values()) / len(self.replicas) / found.seconds
@@ -205,7 +206,7 @@ class Simulation:
             return
         self.dispatcher.finished(replica.index, [each.number for each in results], now)
         self.ends.extend([now] * len(results))
-        self.found.tokens += sum(each.output for each in results)
+        self.outcome.tokens += sum(each.output for each in results)
         self._at(now + _TRIP_S, self._collect, replica, generation)
         self._assign(now)
 
@@ -220,7 +221,7 @@ class Simulation:
     def _die(self, now: float, replica: Replica, restart_s: float) -> None:
         if not replica.alive:
             return
-        self.found.rerun += len(self.dispatcher.remove(replica.index, now))
+        self.outcome.rerun += len(self.dispatcher.remove(replica.index, now))
         replica.alive = False
         replica.generation += 1
         replica.version += 1
@@ -258,7 +259,7 @@ def simulate(
     deaths_each: float,
     driver_s: tuple[float, float],
     seed: int,
-) -> Found:
+) -> Outcome:
     """Simulate a job of `each` requests per replica. slow: share of replicas at half speed."""
     rng = random.Random(seed)
     requests = [
@@ -270,7 +271,7 @@ def simulate(
     work = sum(r.output for r in requests) * speed.step_s(speed.batch) / speed.batch
     work += sum(r.prompt for r in requests) * speed.prefill_s
     simulation = Simulation(speed, iter(requests), slowness, driver_s)
-    simulation.found.ideal_s = work / power
+    simulation.outcome.ideal_s = work / power
     number = math.ceil(deaths_each * count)
     deaths = [(rng.uniform(0, work / power), rng.randrange(count)) for _ in range(number)]
     found = simulation.run(deaths, restart_s=60.0)

@@ -1,7 +1,7 @@
 """A long job without a model: `python -m benchmarks.soak --requests 1000000`.
 
-Everything but the model is real: the input is scanned, streamed and tokenized ahead, each request
-is ordered, answered, rendered and written to the journal, and the result file is written. Prints,
+Everything but the model is real: the input is scanned, streamed and tokenized in advance; requests
+are ordered, answered, rendered and written to the journal; then the result file is written. Prints,
 as time passes, finished requests, the rate since the last line and the resident memory; then one
 JSON line. The rate should not drift and memory should not grow: the memory for each request (its
 journal offset and the hash of its id) is allocated at the start.
@@ -47,7 +47,7 @@ class Sample:
 
 @dataclass
 class IdleEngine:
-    """An engine that answers every request at once with its own prompt, and takes samples."""
+    """An engine that answers every request with its own prompt, and records samples."""
 
     every: int
     samples: list[Sample] = field(default_factory=list)
@@ -57,7 +57,7 @@ class IdleEngine:
     max_batch_size: int = _BATCH
 
     def __post_init__(self) -> None:
-        """Set the config that reports need."""
+        """Set a config, which reports need."""
         self.model_config = replace(named_config("qwen2-0.5b"), stop_ids=frozenset())
 
     def warm_up(self) -> None:
@@ -94,7 +94,7 @@ class IdleEngine:
                 last, last_cpu = now, cpu
 
     def summary(self) -> RunSummary:
-        """Return what the report needs."""
+        """Return the summary of the run."""
         return RunSummary(
             device="cpu",
             device_type="cpu",

@@ -14,11 +14,11 @@ import time
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import model  # noqa: F401, I001  imported before torch, since it configures how threads wait
+import model  # noqa: F401, I001  before torch: sets how OpenMP threads wait
 
 import click
 import torch
@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.loads import Load, make_load
-from engine import Engine, EngineConfig, Request, SamplingParams
+from engine import Engine, EngineConfig, EngineStats, Request, SamplingParams
 from engine.resolve import dtype_name
 from getp.report.efficiency import run_cost
 from getp.job.ordering import Schedule, order_for_throughput
@@ -72,50 +72,64 @@ def main(
     parts: bool,
 ) -> None:
     """Run a load and print output tokens per second."""
-    prompts, outputs = make_load(kind)
+    load = make_load(kind)
     start = time.perf_counter()
-    engine = Engine(
-        checkpoint,
-        EngineConfig(
-            dtype=dtype, device=device, prefix_cache=prefix_cache, dummy_weights=dummy_weights
-        ),
+    config = EngineConfig(
+        dtype=dtype, device=device, prefix_cache=prefix_cache, dummy_weights=dummy_weights
     )
-    with engine:
+    with Engine(checkpoint, config) as engine:
         warm = SamplingParams(max_new_tokens=4, ignore_eos=True)
-        list(engine.generate([Request(prompts[0], warm)]))
+        list(engine.generate([Request(load[0][0], warm)]))
         start_up = time.perf_counter() - start
         before = replace(engine.stats)
-        tasks = [
-            JobRequest(
-                i, i + 1, str(i), prompt, SamplingParams(max_new_tokens=count, ignore_eos=True)
-            )
-            for i, (prompt, count) in enumerate(zip(prompts, outputs, strict=True))
-        ]
-        ordered = order_for_throughput(tasks) if schedule == "throughput" else tasks
-        requests = [
-            Request(task.prompt_ids, task.params, task.index)
-            for task in ordered
-            if isinstance(task, JobRequest)
-        ]
+        requests = ordered_requests(*load, schedule)
         start = time.perf_counter()
         done = list(engine.generate(requests))
         seconds = time.perf_counter() - start
         stats = engine.stats.since(before)
         peaks = measure.measure(engine.device)
         shares = breakdown(engine, requests) if parts else {}
-    tokens = sum(len(completion.token_ids) for completion in done)
-    name = dtype_name(engine.dtype)
-    flops, moved = run_cost(engine.held_config, name, stats)
-    compute, memory = flops.matrix / peaks["peaks"][name], moved.total / peaks["bandwidth"]
     result: dict[str, object] = {
         "load": kind,
         "schedule": schedule,
         "checkpoint": Path(checkpoint).name,
-        "dtype": name,
+        "dtype": dtype_name(engine.dtype),
         "start_up_s": round(start_up, 2),
-        "output_tokens": tokens,
+        "output_tokens": sum(len(completion.token_ids) for completion in done),
+        **figures(engine, stats, peaks, seconds),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }
+    print_result(result, shares, stats.steps)
+
+
+def ordered_requests(
+    prompts: list[list[int]], outputs: list[int], schedule: Schedule
+) -> list[Request]:
+    """Return the requests of a load in the order in which a job runs them."""
+    tasks = [
+        JobRequest(i, i + 1, str(i), prompt, SamplingParams(max_new_tokens=count, ignore_eos=True))
+        for i, (prompt, count) in enumerate(zip(prompts, outputs, strict=True))
+    ]
+    ordered = order_for_throughput(tasks) if schedule == "throughput" else tasks
+    return [
+        Request(task.prompt_ids, task.params, task.index)
+        for task in ordered
+        if isinstance(task, JobRequest)
+    ]
+
+
+def figures(
+    engine: Engine, stats: EngineStats, peaks: dict[str, Any], seconds: float
+) -> dict[str, object]:
+    """Return the rates of a run and its shares of the limits in `peaks` (`measure.measure`)."""
+    name = dtype_name(engine.dtype)
+    flops, moved = run_cost(engine.held_config, name, stats)
+    compute, memory = flops.matrix / peaks["peaks"][name], moved.total / peaks["bandwidth"]
+    return {
         "seconds": round(seconds, 3),
-        "tok_s": round(tokens / seconds, 1),
+        "tok_s": round(stats.output_tokens / seconds, 1),
         "gemm_peak_gflop_s": round(peaks["peaks"][name] / 1e9),
         "read_bandwidth_gb_s": round(peaks["bandwidth"] / 1e9, 1),
         "of_gemm_peak": round(compute / seconds, 3),
@@ -125,11 +139,12 @@ def main(
         "steps": stats.steps,
         "mean_batch": round(stats.batch_sum / stats.steps, 1),
         "preemptions": stats.preemptions,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
     }
-    table = Table("figure", "value", title=f"{result['checkpoint']}, {kind}")
+
+
+def print_result(result: dict[str, object], shares: dict[str, float], steps: int) -> None:
+    """Print the tables, then the JSON line. shares: seconds by group of parts, or empty."""
+    table = Table("figure", "value", title=f"{result['checkpoint']}, {result['load']}")
     for figure, value in result.items():
         table.add_row(figure, str(value))
     console = Console()
@@ -138,7 +153,7 @@ def main(
         table = Table("part of a step", "share", "ms", title="breakdown of the time")
         for group, spent in sorted(shares.items(), key=lambda pair: -pair[1]):
             share = spent / sum(shares.values())
-            table.add_row(group, f"{share:.1%}", f"{spent / stats.steps * 1e3:.2f}")
+            table.add_row(group, f"{share:.1%}", f"{spent / steps * 1e3:.2f}")
         console.print(table)
         result["breakdown"] = {g: round(s / sum(shares.values()), 4) for g, s in shares.items()}
     print(json.dumps(result))

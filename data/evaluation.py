@@ -76,7 +76,7 @@ def generate(prompts: list[str], new_tokens: int, rows: int = 128) -> list[str]:
 
 
 def _until_stop(text: str) -> str:
-    """Return the text up to and including its first stop token, without the padding."""
+    """Return the text up to and including its first stop token."""
     ends = [text.index(stop) + len(stop) for stop in STOPS if stop in text]
     return text[: min(ends)] if ends else text
 

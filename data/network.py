@@ -159,7 +159,7 @@ class MoE(nn.Module):
         self.router = Router(shape)
         self.experts = Experts(shape)
 
-    def forward(self, x: Tensor, quantised: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, quantized: bool) -> tuple[Tensor, Tensor]:
         """Return the weighted sum of the experts of x [tokens, hidden], and the balance loss.
 
         The balance loss is 1 if all experts are used equally, and larger otherwise.
@@ -184,7 +184,7 @@ class MoE(nn.Module):
         w = self.experts
         up: Tensor = w.gate_up_proj
         down: Tensor = w.down_proj
-        if quantised:
+        if quantized:
             up, down = fake_mxfp4(up), fake_mxfp4(down)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         rows = Dispatch.apply(x.to(dtype), source, slot).view(count, capacity, -1)
@@ -228,7 +228,7 @@ class Network(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
-        self.quantised = False
+        self.quantized = False
         self.model = Decoder(shape)
         self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
         cos, sin = rotary_tables(shape)
@@ -266,7 +266,7 @@ class Network(nn.Module):
             assert isinstance(layer, Layer)
             x = x + layer.self_attn(layer.input_layernorm(x), cos, sin, masks[kind])
             y = layer.post_attention_layernorm(x).flatten(0, 1)
-            mixed, layer_balance = layer.mlp(y, self.quantised)
+            mixed, layer_balance = layer.mlp(y, self.quantized)
             x = x + mixed.view_as(x)
             balance = balance + layer_balance / self.shape.num_hidden_layers
         x = x.flatten(0, 1)

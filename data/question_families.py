@@ -1,4 +1,4 @@
-"""The families of the embedded model's questions, and the small talk that it knows."""
+"""The families of the embedded model's questions, and its small talk."""
 
 from __future__ import annotations
 

@@ -205,7 +205,7 @@ def spell(word: str) -> str:
 
 
 def explain_letter(fields: Fields) -> str:
-    """Return the word's numbered letters, up to the one that is asked for."""
+    """Return the word's numbered letters, up to the requested one."""
     at = ORDINALS.index(fields["ordinal"])
     word = fields["word"]
     return spell(word if fields["ordinal"] == "last" else word[: at + 1])

@@ -81,7 +81,7 @@ class Recipe:
     adam_lr: float = 3e-3
     warmup: float = 0.01
     decay: float = 0.4
-    quantise_after: float = 0.25
+    quantize_after: float = 0.25
     balance: float = 0.01
     seed: int = 1
     port: int = 29517  # of the process group's store
@@ -178,7 +178,7 @@ def train(worker: int, recipe: Recipe, shape: Shape, state: Path | None) -> None
     stream = batches(tokenizer, weights, recipe.tokens, rng)
     for step in range(first, recipe.steps + 1):
         batch = next(stream)
-        network.quantised = step > recipe.quantise_after * recipe.steps
+        network.quantized = step > recipe.quantize_after * recipe.steps
         with torch.autocast("cpu", torch.bfloat16):
             logits, balance = network(batch.ids, batch.position)
         loss = F.cross_entropy(logits, batch.target)

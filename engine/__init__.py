@@ -1,12 +1,13 @@
-"""Generating tokens for requests: batching, KV blocks, sampling. Token ids only, no text.
+"""The inference engine: requests of token ids → completions, with continuous batching.
 
-Owns the schedule, the KV cache and the step loop; never touches files, text or the terminal.
+Owns scheduling, the KV cache, the execution of steps, sampling and tensor parallelism. Never
+touches text, input and result files, or the terminal; it reads a checkpoint only through `model`.
 The main class is `Engine`. Only `Engine` needs torch, which is imported when it is first used.
 """
 
 from typing import TYPE_CHECKING, Any
 
-import model  # noqa: F401  before torch: it sets how OpenMP threads wait and filters a warning
+import model  # noqa: F401  before torch: sets how OpenMP threads wait and filters a warning
 from engine.config import EngineConfig
 from engine.errors import EngineError, RequestError
 from engine.request import Completion, Request, SamplingParams, TokenLogprobs

@@ -4,27 +4,25 @@ import re
 from dataclasses import dataclass
 
 from engine.errors import EngineError
-
-DTYPES = ("bfloat16", "float16", "float32")
-"""Names of the supported compute dtypes."""
+from model.config import DTYPES
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How to run a checkpoint. A setting left at None or "auto" is chosen for the device.
+    """How to run a checkpoint. `engine.resolve` chooses settings left at None or "auto".
 
-    `engine.resolve` makes these choices. Raises EngineError for a value that is out of range.
+    Raises EngineError for a value that is out of range.
     """
 
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto uses a GPU if there is one
     dtype: str = "auto"  # auto (the checkpoint's own), bfloat16, float16 or float32
     max_batch_size: int | None = None  # requests that run at once
     max_batch_tokens: int | None = None  # tokens computed in one step
-    kv_memory: int | None = None  # bytes of the KV cache; None: sized from the free memory
+    kv_memory: int | None = None  # bytes of the KV cache; None: sized from available memory
     block_size: int = 16  # positions of a KV cache block
-    prefix_cache: bool = True  # reuse the KV of prompts that begin alike
+    prefix_cache: bool = True  # reuse the KV of common prompt prefixes
     dummy_weights: bool = False  # random weights: only config.json is read
-    tensor_parallel: int = 1  # processes that compute the model together
+    tensor_parallel: int = 1  # ranks (processes) that the model is split over
 
     def __post_init__(self) -> None:
         """Check every setting that can be checked without the checkpoint and the hardware."""

@@ -1,4 +1,4 @@
-"""The engine: warm_up, then generate (requests in, completions out as they finish), then finish."""
+"""Engine: warm_up, then generate (requests → completions, as they finish), then finish."""
 
 import logging
 import time
@@ -37,13 +37,13 @@ from model import load_config
 _log = logging.getLogger(__name__)
 
 # Below this hidden size a single thread is faster: operations are too small to divide, and on a
-# busy machine each one waits for the other threads.
+# busy machine threads wait for each other in every operation.
 _ONE_THREAD_HIDDEN_SIZE = 512
-# On a GPU a step with a chunk takes the host milliseconds to launch, a replayed one a tenth of that
-# (benchmarks/RESULTS.md). Until one in 32 sequences has finished, 1/64 of the batch is unused on
-# average.
+# On a GPU the host needs milliseconds to launch a step with a chunk, and a tenth of that to replay
+# a captured step (benchmarks/RESULTS.md). Waiting until one in 32 sequences has finished leaves
+# 1/64 of the batch unused on average.
 _GPU_GROUP_SIZE = 32
-_on_gpu: "WeakSet[Engine]" = WeakSet()  # engines of this process that hold GPU memory
+_gpu_engines: "WeakSet[Engine]" = WeakSet()  # engines of this process that hold GPU memory
 
 
 class Engine:
@@ -53,11 +53,11 @@ class Engine:
             for completion in engine.generate([Request([1, 2, 3])]):
                 print(completion.token_ids)
 
-    With `tensor_parallel` above 1, that many processes compute the model together, each on its own
-    GPU or with its share of the CPU's cores. `ranks` are such processes, started earlier and kept
-    when the engine finishes; their number replaces `config.tensor_parallel`. `notice` is called
-    with warnings. Raises CheckpointError for a checkpoint that cannot be used and EngineError for
-    settings that cannot work here.
+    With `tensor_parallel` above 1, the model is split over that many processes, each with its own
+    GPU or its share of the CPU's cores. `workers` is a pool of such processes that outlives the
+    engine; its size replaces `config.tensor_parallel`. `notice` is called with each warning. Raises
+    CheckpointError for a checkpoint that cannot be used and EngineError for settings that cannot
+    work here.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class Engine:
         checkpoint: str | Path,
         config: EngineConfig = EngineConfig(),  # noqa: B008 - immutable
         *,
-        ranks: WorkerPool | None = None,
+        workers: WorkerPool | None = None,
         notice: Callable[[str], None] = _log.warning,
     ):
-        if ranks is not None:
-            config = replace(config, tensor_parallel=ranks.size)
+        if workers is not None:
+            config = replace(config, tensor_parallel=workers.size)
         self.checkpoint, self.config = Path(checkpoint), config
         self.model_config = load_config(checkpoint)
         self.settings = settings = resolve(config, self.model_config)
@@ -85,10 +85,10 @@ class Engine:
         self.lookahead = 0 if settings.on_cpu else 1  # see StepLoop
         self.group_size = 0 if settings.on_cpu else _GPU_GROUP_SIZE  # see Scheduler
         self.make_capture = None if settings.on_cpu else gpu_capture
-        self.ranks = ranks or WorkerPool(self.tensor_parallel)
-        self._keep_ranks = ranks is not None
+        self.workers = workers or WorkerPool(self.tensor_parallel)
+        self._keep_workers = workers is not None
         self.runner = (
-            CoordinatorRunner(self.model_config, self.device, self.dtype, self.ranks)
+            CoordinatorRunner(self.model_config, self.device, self.dtype, self.workers)
             if self.tensor_parallel > 1
             else ModelRunner(self.model_config, self.device, self.dtype)
         )
@@ -126,7 +126,7 @@ class Engine:
         cost = BlockCost(len(self.runner.groups), self.runner.block_bytes(self.settings.block_size))
         self._threads = torch.get_num_threads()
         if not self.settings.on_cpu:
-            _on_gpu.add(self)
+            _gpu_engines.add(self)
         try:
             self._set_threads()
             check_before_loading(plan, cost, self.settings, self._available())
@@ -146,7 +146,7 @@ class Engine:
         self.stats.warm_up_s += time.perf_counter() - start
 
     def _set_threads(self) -> None:
-        """Set the number of CPU threads, here and on the other ranks, which are started."""
+        """Start the other ranks, and set the number of CPU threads on every rank."""
         threads = max(1, self._threads // self.tensor_parallel)
         if self.model_config.hidden_size < _ONE_THREAD_HIDDEN_SIZE:
             threads = 1
@@ -162,7 +162,7 @@ class Engine:
         return available_bytes(self.device)
 
     def _prepare(self, plan: MemoryPlan, cost: BlockCost) -> StepLoop:
-        """Allocate the KV cache, capture decode steps and make the scheduler."""
+        """Allocate the KV cache, capture decode steps and create the step loop."""
         settings = self.settings
         if self.device.type == "cuda":
             plan = plan.measured(self._measure_peak_step(), settings)
@@ -234,23 +234,23 @@ class Engine:
 
     def _free(self) -> None:
         self.runner.free()
-        _on_gpu.discard(self)
-        if not self.settings.on_cpu and not _on_gpu:
-            # cuBLAS keeps memory for each stream it has met, which any engine's captured steps may
-            # use: only the last engine frees it. torch has no public function for this.
+        _gpu_engines.discard(self)
+        if not self.settings.on_cpu and not _gpu_engines:
+            # cuBLAS keeps a workspace for each stream that it has run on. Captured steps of any
+            # engine may use it, so only the last engine frees it; torch has no public function.
             torch._C._cuda_clearCublasWorkspaces()
-        if not self._keep_ranks:
-            self.ranks.close()
+        if not self._keep_workers:
+            self.workers.close()
         torch.set_num_threads(self._threads)
 
     def generate(self, requests: Iterable[Request | None]) -> Iterator[Completion]:
         """Run the requests; yields each completion as it finishes, in any order.
 
         Requests are taken from the iterable while there is room for them. None means that no
-        request is there now: the iterable is asked again after the next step. A request that
+        request is available now: the iterable is polled again after the next step. A request that
         cannot run completes with finish reason "error" and does not affect the others. Closing the
         iterator cancels all unfinished requests. Raises EngineError if memory runs out and
-        RuntimeError if the engine already generates.
+        RuntimeError if `generate` is already running.
         """
         self.warm_up()
         if self._generating:
@@ -284,7 +284,7 @@ class Engine:
             self.stats.inference_s += time.perf_counter() - start
 
     def summary(self) -> RunSummary:
-        """What a report needs to know of the runs so far; also valid after `finish`."""
+        """The summary that reports need of the runs so far; also valid after `finish`."""
         on_gpu = self.device.type == "cuda"
         return RunSummary(
             device=torch.cuda.get_device_name(self.device) if on_gpu else "cpu",

@@ -1,4 +1,4 @@
-"""Errors of the engine: a sentence with named fields, which a caller renders in its own words."""
+"""Errors of the engine: message templates in which callers can rename the engine's settings."""
 
 import re
 from collections.abc import Callable
@@ -8,7 +8,7 @@ _NAME = re.compile(r"\{([a-z_]+)\}")
 
 
 class EngineError(ValueError):
-    """The engine cannot run as asked; the message says what to change.
+    """The engine cannot run with these settings or this request; the message gives a remedy.
 
     `text` holds names in braces. A name in `fields` stands for that value (an EngineError among
     the values is rendered as part of the sentence). Any other name stands for a setting: a field of

@@ -1,6 +1,6 @@
-"""The memory of a run: what it needs, what is available, and how large its KV cache can be.
+"""The memory of a run: needed, available, and left for the KV cache.
 
-Available memory is counted on the device and under the limits of a container or a shell.
+Available memory respects the limits of a container (cgroup) and of a shell (ulimit).
 """
 
 import os
@@ -24,8 +24,8 @@ _SAMPLING_BYTES = 48
 # entries in Python lists.
 _ROW_BYTES = 200
 
-# The share of the memory left after loading that the KV cache gets. The rest of a CPU's machine
-# needs memory too, and blocks that are never used cost nothing there.
+# The KV cache's share of the memory that is left after loading. On a CPU other processes need
+# memory, too; blocks that are never used cost nothing there.
 _KV_SHARE = {"cpu": 0.4, "cuda": 0.9}
 
 
@@ -33,8 +33,8 @@ _KV_SHARE = {"cpu": 0.4, "cuda": 0.9}
 class MemoryPlan:
     """Bytes that a run needs besides its KV cache, at the largest step that can occur.
 
-    On a CPU, attention also gathers a part of one layer's KV. That is not included, as it grows
-    with the lengths that requests reach; a step that fails for it is repeated in parts.
+    On a CPU, attention also gathers a part of one layer's KV. That is not included, because it
+    grows with the lengths that requests reach; a step that fails for it is repeated in parts.
     """
 
     weights: int
@@ -74,7 +74,7 @@ class MemoryPlan:
         return self.weights + self.activations + self.logits + self.rows
 
     def measured(self, step_bytes: int, settings: Settings) -> "MemoryPlan":
-        """The plan with the bytes that the largest step allocated in place of estimates."""
+        """The plan with `step_bytes`, which the largest step allocated, in place of estimates."""
         # Captured steps have memory of their own: a decode step's, and the logits that they share.
         rows = min(settings.max_batch_size, settings.max_batch_tokens)
         logits = 2 * rows * settings.model.vocab_size * settings.dtype.itemsize
@@ -84,13 +84,13 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class BlockCost:
-    """What the blocks of the KV cache cost."""
+    """The memory cost of the KV cache's blocks."""
 
     groups: int  # layer groups, each with its own block tables
     block_bytes: int
 
     @property
-    def least_bytes(self) -> int:
+    def min_bytes(self) -> int:
         """The smallest useful KV cache: a block for each group, and the null block."""
         return (self.groups + 1) * self.block_bytes
 
@@ -99,7 +99,7 @@ def check_before_loading(
     plan: MemoryPlan, cost: BlockCost, settings: Settings, available: int
 ) -> None:
     """Raise EngineError if the run cannot fit into `available` bytes, or its KV cache is tiny."""
-    least, given = cost.least_bytes, settings.kv_memory
+    least, given = cost.min_bytes, settings.kv_memory
     if given is not None and given < least:
         raise EngineError(
             "{kv_memory} {given} means {given} bytes, which hold {blocks} blocks of {block} bytes; "
@@ -121,9 +121,9 @@ def pool_blocks(plan: MemoryPlan, cost: BlockCost, settings: Settings, available
     if settings.kv_memory is not None:
         return settings.kv_memory // cost.block_bytes
     needs = replace(plan, weights=0)
-    _check(needs, cost.least_bytes, settings, available)
+    _check(needs, cost.min_bytes, settings, available)
     share = _KV_SHARE[settings.device.type]
-    affordable = max(cost.least_bytes, int((available - needs.total) * share)) // cost.block_bytes
+    affordable = max(cost.min_bytes, int((available - needs.total) * share)) // cost.block_bytes
     per_sequence = -(-settings.model.max_positions // settings.block_size) * cost.groups
     useful = 2 * settings.max_batch_size * per_sequence  # twice: the rest keeps cached prefixes
     return 1 + min(affordable - 1, useful)
@@ -180,7 +180,7 @@ def _activation_bytes(config: ModelConfig, item: int, ranks: int) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error says that an allocation failed, in any of its known forms."""
+    """Whether the error reports a failed allocation, in any of torch's or Python's forms."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     words = ("allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
@@ -199,7 +199,7 @@ def available_bytes(device: torch.device) -> int:
     """Bytes that can still be allocated on the device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    found = [_meminfo_available(), *_cgroup_available(), _limit_available()]
+    found = [_meminfo_available(), *_cgroup_available(), _ulimit_available()]
     return min((value for value in found if value is not None), default=4 << 30)
 
 
@@ -216,7 +216,7 @@ def _meminfo_available() -> int | None:
         return None
 
 
-def _limit_available() -> int | None:
+def _ulimit_available() -> int | None:
     """Bytes that `ulimit -v` leaves; None if it is not set."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit == resource.RLIM_INFINITY:

@@ -14,15 +14,15 @@ from model.ops.backend import choose_backend
 
 @dataclass(frozen=True)
 class Settings:
-    """An EngineConfig in which nothing is left open."""
+    """An EngineConfig with a value for every setting."""
 
-    model: ModelConfig  # as the weights are held, see `held_config`
+    model: ModelConfig  # with the formats of the weights in memory, see `held_config`
     device: torch.device  # of rank 0
     dtype: torch.dtype
     max_batch_size: int
     max_batch_tokens: int
     block_size: int
-    kv_memory: int | None  # bytes; None: what the memory allows
+    kv_memory: int | None  # bytes; None: sized from available memory
     tensor_parallel: int
 
     @property
@@ -32,13 +32,13 @@ class Settings:
 
 
 def resolve(config: EngineConfig, model: ModelConfig) -> Settings:
-    """Choose what `config` leaves open for a model. Raises EngineError if it cannot run here."""
+    """Choose the settings that `config` leaves open. Raises EngineError if it cannot run here."""
     device = choose_device(config.device)
     if config.tensor_parallel > 1:
-        device = check_ranks(model, config.tensor_parallel, device)
+        device = rank_0_device(model, config.tensor_parallel, device)
     dtype = choose_dtype(config.dtype, model.dtype, device)
     on_cpu = device.type == "cpu"
-    # A CPU's kernels reach their full speed at 512 tokens; an expert gets only a part of them.
+    # CPU kernels reach their full speed at 512 tokens; an expert processes only some of a step's.
     tokens = (512 if model.moe is None else 1024) if on_cpu else 8192
     return Settings(
         model=held_config(model, device, dtype),
@@ -75,12 +75,12 @@ def choose_dtype(name: str, checkpoint_dtype: str, device: torch.device) -> torc
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name of a dtype as settings and reports have it, such as "bfloat16"."""
+    """The name of a dtype in settings and reports, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
-def check_ranks(model: ModelConfig, size: int, device: torch.device) -> torch.device:
-    """The device of rank 0 of `size` ranks. Raises EngineError if there cannot be that many."""
+def rank_0_device(model: ModelConfig, size: int, device: torch.device) -> torch.device:
+    """The device of rank 0 of `size` ranks. Raises EngineError if that many cannot run."""
     try:
         check_tensor_parallel(model, size)
     except ValueError as error:
@@ -107,9 +107,9 @@ def check_ranks(model: ModelConfig, size: int, device: torch.device) -> torch.de
 
 
 def held_config(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> ModelConfig:
-    """The config of the weights as they are held in memory, which may differ from the checkpoint.
+    """The config with the formats of weights in memory, which may differ from the checkpoint's.
 
-    Weights become dense where no kernel reads their format; the bytes of a step depend on it.
+    Weights become dense where no kernel reads their format, which changes the bytes of a step.
     """
     backend = choose_backend(device, dtype)
     return replace(

@@ -16,14 +16,14 @@ class EngineStats:
     cached_tokens: int = 0  # of these, found in the prefix cache
     output_tokens: int = 0
     preemptions: int = 0
-    back_offs: int = 0  # steps that ran out of memory and were taken back
+    back_offs: int = 0  # steps that ran out of memory and were rolled back
     batch_sum: int = 0  # sequences in a step, summed over steps
     peak_batch: int = 0
     kv_blocks: int = 0
     kv_bytes: int = 0
     peak_kv_blocks: int = 0
-    decode_tokens: int = 0  # tokens computed as the only one of their sequence in a step
-    decode_context: int = 0  # positions that these attended to, ignoring windows
+    decode_tokens: int = 0  # tokens that were the only one of their sequence in a step
+    decode_context: int = 0  # positions attended to by decode tokens, ignoring windows
     prefill_chunks: int = 0  # chunks of more than one token
     prefill_tokens: int = 0
     prefill_context: int = 0  # context lengths at the ends of the chunks, summed
@@ -32,7 +32,7 @@ class EngineStats:
     short_steps: int = 0  # steps with room for more requests than there were
     schedule_s: float = 0.0
     model_s: float = 0.0  # launching and waiting for steps, sampling included
-    warm_up_s: float = 0.0  # includes the next three
+    warm_up_s: float = 0.0  # includes load_s, compile_s and capture_s
     load_s: float = 0.0  # reading the weights onto the device
     compile_s: float = 0.0  # first runs of steps, which compile the GPU's kernels
     capture_s: float = 0.0  # capturing decode steps as graphs, without compiling
@@ -40,7 +40,7 @@ class EngineStats:
     finish_s: float = 0.0
 
     def since(self, before: "EngineStats") -> "EngineStats":
-        """Each counter minus an earlier copy's; peaks and sizes keep their value."""
+        """The difference to an earlier copy; peaks and sizes keep their value."""
         kept = ("peak_batch", "kv_blocks", "kv_bytes", "peak_kv_blocks")
         return EngineStats(
             **{

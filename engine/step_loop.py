@@ -1,4 +1,4 @@
-"""Runs the steps of a warm engine: schedule, launch, read the tokens, back off without memory."""
+"""Runs the steps of a warm engine: schedule, launch, read tokens, back off when out of memory."""
 
 import time
 import traceback
@@ -20,7 +20,7 @@ from model.ops.step_parts import SCHEDULING
 
 
 class StepLoop:
-    """Runs what is in the scheduler, a step at a time.
+    """Runs the sequences of a scheduler, step by step.
 
     A step is launched before the tokens of up to `lookahead` earlier steps are read: on a GPU the
     next step is then queued while the current one computes.
@@ -43,19 +43,19 @@ class StepLoop:
 
     @property
     def pending(self) -> int:
-        """Steps that are launched and not read."""
+        """The number of launched steps whose tokens have not been read."""
         return len(self._launched)
 
     def run_step(self) -> list[Completion]:
-        """Schedule and launch a step, and read earlier ones; returns what has finished.
+        """Schedule and launch a step, and read earlier ones; returns the finished requests.
 
         Raises EngineError if there is not enough memory for a step of one token.
         """
         start = time.perf_counter()
         with SCHEDULING:
             step = self.scheduler.schedule()
-        planned = time.perf_counter()
-        self._stats.schedule_s += planned - start
+        scheduled = time.perf_counter()
+        self._stats.schedule_s += scheduled - start
         if not step.size:
             return self.read()
         try:
@@ -66,14 +66,14 @@ class StepLoop:
             done = self.read()
             self._back_off(step, error)
             return done
-        self._stats.model_s += time.perf_counter() - planned
+        self._stats.model_s += time.perf_counter() - scheduled
         self.scheduler.note_success()
         self._stats.count(step, self.scheduler)
         self._launched.append((step, sampled))
         return self.read(self.lookahead)
 
     def read(self, keep: int = 0) -> list[Completion]:
-        """Read the launched steps, except for the last `keep`; returns what has finished."""
+        """Read the launched steps, except for the last `keep`; returns the finished requests."""
         done = []
         while len(self._launched) > keep:
             step, sampled = self._launched.popleft()
@@ -133,7 +133,7 @@ class StepLoop:
 
 
 def _not_finite(dtype: torch.dtype) -> RequestError:
-    """The error of a request whose next token cannot be chosen, with what may help."""
+    """The error of a request whose logits are not finite, with a remedy."""
     remedies = {
         torch.float16: "use {dtype} bfloat16 or float32",
         torch.bfloat16: "use {dtype} float32",

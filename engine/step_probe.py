@@ -8,12 +8,12 @@ from engine.request import Request, SamplingParams
 from engine.scheduling.sequence import Sequence
 
 
-class Probe:
+class StepProbe:
     """`batch` sequences of random tokens, each about to compute the last `query` of `context`.
 
     The KV cache holds random values for the earlier positions: nothing is prefilled. The step is
-    the engine's own, from scheduling to sampling, but it is never replayed as a graph, whose parts
-    cannot be timed. Raises EngineError if the engine has no room for the step.
+    the engine's own, from scheduling to sampling, but never replayed as a graph, because the parts
+    of a graph cannot be timed. Raises EngineError if the engine has no room for the step.
     """
 
     def __init__(self, engine: Engine, batch: int, query: int, context: int):
@@ -67,7 +67,7 @@ class Probe:
                     "or context, or raise {kv_memory}"
                 )
         request = Request(tokens, SamplingParams(ignore_eos=True))
-        limit = self._context + 2  # never reached: `step` removes the token that a step adds
+        limit = self._context + 2  # never reached: `step` removes each sampled token
         return Sequence(
             request, tokens, limit, frozenset(), tables, arrived=0.0, computed=self._start, row=row
         )

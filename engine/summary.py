@@ -1,4 +1,4 @@
-"""What a report needs to know of a finished run, whether one engine or many replicas did it."""
+"""The summary of a finished run, by one engine or by many replicas, as reports need it."""
 
 import resource
 import sys
@@ -11,17 +11,17 @@ from model import ModelConfig
 
 @dataclass(frozen=True)
 class ReplicaSummary:
-    """One replica's part of a run, through all the processes that it had."""
+    """One replica's part of a run, over all of its processes if it was restarted."""
 
     replica: int  # counted from 0
-    host: str | None  # None: it never started
+    host: str | None  # None: the replica never started
     requests: int  # finished here
     output_tokens: int
     output_tok_s: float
     busy: float  # share of the inference time in which it had requests
     mean_batch: float  # sequences in a step
     deaths: int  # processes that ended unexpectedly
-    requests_left_to_others: int  # requests that it held when it died
+    requests_left_to_others: int  # unfinished requests of its dead processes, run by other replicas
     peak_memory_bytes: int
 
 
@@ -31,11 +31,11 @@ class RunSummary:
 
     device: str  # for display: a GPU's name, "cpu", or a phrase that describes the replicas
     device_type: Literal["cpu", "cuda"]
-    device_count: int  # devices whose peaks add up to the limit of what `stats` counts
+    device_count: int  # devices that did the work in `stats`, for the sum of their peaks
     dtype: str  # "bfloat16", "float16" or "float32"
     tensor_parallel: int  # of the engine, or of each replica
     max_batch_size: int  # of the engine, or of each replica
-    config: ModelConfig  # as the weights are held
+    config: ModelConfig  # with the formats of the weights in memory
     stats: EngineStats  # of all replicas together
     peak_memory_bytes: int  # resident memory of this process
     peak_gpu_memory_bytes: int | None = None  # of the GPU that used the most; None on a CPU
@@ -44,6 +44,6 @@ class RunSummary:
 
 
 def peak_resident_bytes() -> int:
-    """The most memory that this process ever had resident."""
+    """Peak resident memory of this process in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

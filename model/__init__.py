@@ -1,8 +1,9 @@
-"""The computation: config, weights and the decoder of every family.
+"""The model: configs, weights and the one decoder of every family, split over ranks or not.
 
-Works on tensors; requests and text do not occur here. The main class is `Transformer`;
-`load_config` and `loader` read a Hugging Face directory. The cost model (`cost`) is pure arithmetic
-on a config, so torch is imported only with `Transformer`.
+Owns the decoder, its operations on each device (`ops`), weight formats, model families, checkpoint
+loading, and the arithmetic of what a step costs (`cost`). Never touches requests, scheduling or
+text. The main class is `Transformer`; `load_config` and `loader.load` read a Hugging Face
+directory. torch is imported only with `Transformer`, so that configs and costs load quickly.
 """
 
 import os
@@ -14,10 +15,10 @@ from model.config import CheckpointError, ModelConfig
 from model.families import load_config
 
 
-def _is_crowded(pressure: Path) -> bool:
-    """Whether work waited for a processor in a tenth of the last ten seconds: Linux's cpu.pressure.
+def _is_busy(pressure: Path) -> bool:
+    """Whether a task waited for a CPU in at least a tenth of the last ten seconds.
 
-    False where the file is not there.
+    pressure: Linux's /proc/pressure/cpu. False if the file does not exist.
     """
     try:
         first = pressure.read_text().split()[1]  # some avg10=0.00 avg60=…
@@ -26,14 +27,14 @@ def _is_crowded(pressure: Path) -> bool:
     return float(first.removeprefix("avg10=")) >= 10
 
 
-# A thread that waits for another one spins, and sleeps after a number of iterations. The threads of
-# GCC's OpenMP, which torch and the CPU kernels share, spin for tens of milliseconds. On a busy
-# machine this occupies the core that the other thread needs, so 0.2 ms are better there; on an idle
-# machine 0.2 ms make a step 5% slower. The count can be set only once, before torch is loaded.
-if "OMP_WAIT_POLICY" not in os.environ and _is_crowded(Path("/proc/pressure/cpu")):
+# Waiting threads of GCC's OpenMP runtime, which torch and the CPU kernels share, spin for tens of
+# milliseconds before they sleep. On a busy machine they can occupy the CPU that the awaited thread
+# needs, so the spin is limited to about 0.2 ms there. On an idle machine that limit would make a
+# step 5% slower. The runtime reads the setting once, when torch is imported.
+if "OMP_WAIT_POLICY" not in os.environ and _is_busy(Path("/proc/pressure/cpu")):
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
-# torch says so at import where NumPy is not installed; nothing here needs it.
+# torch warns at import if NumPy is not installed; nothing here needs it.
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 if TYPE_CHECKING:

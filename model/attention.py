@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class Attention:
-    """Grouped-query attention with what the family adds: biases, norms of heads, sinks, a window.
+    """Grouped-query attention; a family may add biases, norms of heads, sinks and a window.
 
-    Split by head: the heads are those of this rank.
+    Split by head: each rank has a part of the heads.
     """
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, shard: Shard = ALONE):
@@ -44,7 +44,7 @@ class Attention:
         batch: "ForwardBatch",
         group: "GroupTables",
     ) -> "tuple[torch.Tensor, torch.Tensor]":
-        """x, delta [tokens, hidden] → (x + delta, the attention of its norm).
+        """x, delta [tokens, hidden] → (x + delta, attention of its norm), both [tokens, hidden].
 
         Keys and values of the new tokens are written to rope.kv.
         """

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from model.config import CheckpointError, conversion_hint, read_json
 from model.formats import StoredTensor
 
-# Mapped pages count as resident memory until the file is closed; it is closed about this often.
+# Mapped pages count as resident memory until a file is closed, so files are closed after this many.
 _REOPEN_BYTES = 512 << 20
 
 
@@ -50,7 +50,7 @@ class CheckpointFiles:
     def describe(self, name: str) -> tuple[tuple[int, ...], str]:
         """Shape and dtype of a tensor, from the file's header."""
         file = self.file_of[name]
-        with self._clear_errors(file):
+        with self._as_checkpoint_errors(file):
             view = self._handle(file).get_slice(name)
             return tuple(view.get_shape()), view.get_dtype()
 
@@ -60,7 +60,7 @@ class CheckpointFiles:
         # A tensor that is needed as a whole is mapped instead of copied.
         if all(s.indices(n) == (0, n, 1) for s, n in zip(part, stored.shape, strict=False)):
             part = ()
-        with self._clear_errors(file):
+        with self._as_checkpoint_errors(file):
             handle = self._handle(file)
             tensor: torch.Tensor = (
                 handle.get_slice(stored.name)[part] if part else handle.get_tensor(stored.name)
@@ -96,14 +96,14 @@ class CheckpointFiles:
 
     def _handle(self, file: str) -> Any:
         if file not in self._open:
-            with self._clear_errors(file):
+            with self._as_checkpoint_errors(file):
                 self._open[file] = self._stack.enter_context(
                     safe_open(self.folder / file, framework="pt")
                 )
         return self._open[file]
 
     @contextlib.contextmanager
-    def _clear_errors(self, file: str) -> Iterator[None]:
+    def _as_checkpoint_errors(self, file: str) -> Iterator[None]:
         try:
             yield
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""ModelConfig: a model's properties, as fields that are the same for every family."""
+"""ModelConfig: the properties of a model, in fields that all families share."""
 
 import json
 from dataclasses import dataclass, field
@@ -7,6 +7,9 @@ from typing import Any
 
 from model.formats import DENSE, WeightFormat
 from model.ops.specs import Activation, RouterSpec
+
+DTYPES = ("bfloat16", "float16", "float32")
+"""Names of the supported compute dtypes."""
 
 _MAX_JSON_BYTES = 64 << 20  # far above any config
 
@@ -17,7 +20,7 @@ class CheckpointError(Exception):
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding: base frequency and how it is stretched beyond the original context."""
+    """Rotary embedding: base frequency and its scaling beyond the original context."""
 
     theta: float
     kind: str = "default"  # default, linear, llama3, yarn or longrope
@@ -45,7 +48,7 @@ class RopeConfig:
 
     @property
     def recompute_length(self) -> int:
-        """The length beyond which a sequence needs other factors at every position; 0: none."""
+        """The length beyond which a sequence needs the long factors at every position; 0: never."""
         return self.original_max_positions if self.kind == "longrope" else 0
 
     def table_rows(self, positions: int) -> int:

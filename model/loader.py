@@ -1,7 +1,7 @@
 """safetensors → parameters: checked against the config first, then streamed piece by piece.
 
-A parameter is allocated at its first piece and brought into its final form at its last, so that at
-most one parameter is in memory twice. A rank of a split model reads only its own part of each
+A parameter is allocated with its first piece and packed into its final form after its last, so that
+at most one parameter is in memory twice. A rank of a split model reads only its own part of each
 tensor.
 """
 

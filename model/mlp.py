@@ -1,4 +1,4 @@
-"""The MLPs of a layer: dense, or a sparse mixture of experts."""
+"""The MLP of a layer: dense, or a sparse mixture of experts."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -35,7 +35,7 @@ class Mlp:
     def __call__(
         self, ops: "Backend", x: "torch.Tensor", delta: "torch.Tensor"
     ) -> "tuple[torch.Tensor, torch.Tensor]":
-        """x, delta [tokens, hidden] → (x + delta, the MLP of its norm)."""
+        """x, delta [tokens, hidden] → (x + delta, MLP of its norm), both [tokens, hidden]."""
         with GATE_UP_PROJ:
             x, out = ops.norm_mlp(x, delta, self.norm, self.gate_up, self.down, self.activation)
         return x, ops.scale(self.shard.sum(out), self.residual_scale)
@@ -73,7 +73,7 @@ class Moe:
     def __call__(
         self, ops: "Backend", x: "torch.Tensor", delta: "torch.Tensor"
     ) -> "tuple[torch.Tensor, torch.Tensor]":
-        """x, delta [tokens, hidden] → (x + delta, the experts' sum for its norm)."""
+        """x, delta [tokens, hidden] → (x + delta, experts of its norm), both [tokens, hidden]."""
         with POST_NORM:
             x, normed = ops.add_rms_norm(x, delta, self.norm)
         with ROUTER:

@@ -29,7 +29,7 @@ def rope_table(rope: RopeConfig, rotary_dim: int, positions: int) -> torch.Tenso
 
 
 def inverse_frequencies(rope: RopeConfig, rotary_dim: int) -> torch.Tensor:
-    """Inverse frequencies, float32 [rotary_dim / 2], of every kind with one set of them.
+    """Inverse frequencies, float32 [rotary_dim / 2], of the kinds other than longrope.
 
     default: theta^(-2i/d) (RoFormer, 3.4.2). linear: divided by the factor. llama3: long
     wavelengths divided by the factor, with a smooth band between (Llama 3.1 model code).
@@ -51,7 +51,7 @@ def inverse_frequencies(rope: RopeConfig, rotary_dim: int) -> torch.Tensor:
 
 
 def cos_sin_factor(rope: RopeConfig) -> float:
-    """The factor on cos and sin.
+    """The factor by which cos and sin are multiplied.
 
     yarn: 0.1·ln(s) + 1 (YaRN, 3.4); longrope: √(1 + ln(s) / ln(original context)) (LongRoPE,
     3.4); 1 for the others.

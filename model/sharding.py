@@ -1,6 +1,6 @@
-"""One rank's share of a model that several ranks compute together, and how ranks exchange results.
+"""Shard: one rank's share of a model that is split over ranks, and the collectives between ranks.
 
-torch is imported by the exchanges alone, so that a model can be declared without it.
+Only the collectives import torch, so that a model can be declared without it.
 """
 
 from dataclasses import dataclass, field
@@ -41,14 +41,15 @@ class Shard:
         return slice(min(self.rank * each, vocab), min((self.rank + 1) * each, vocab))
 
     def sum(self, x: "torch.Tensor") -> "torch.Tensor":
-        """The sum of every rank's x, in place: the same bits on every rank."""
+        """All-reduce x in place; every rank gets the same bits."""
         if self.size > 1 and x.numel():
             self.group.allreduce([x]).wait()
         return x
 
-    def vocab_columns(self, logits: "torch.Tensor", vocab: int) -> "torch.Tensor":
-        """Gather every rank's logits [rows, its part] → [rows, vocab] on rank 0, no columns on
-        other ranks.
+    def gather_logits(self, logits: "torch.Tensor", vocab: int) -> "torch.Tensor":
+        """Gather the logits [rows, part of the vocabulary] of all ranks on rank 0.
+
+        Returns [rows, vocab] on rank 0 and [rows, 0] on other ranks.
         """
         if self.size == 1 or not len(logits):
             return logits
@@ -66,7 +67,7 @@ class Shard:
     def argmax(
         self, values: "torch.Tensor", tokens: "torch.Tensor", vocab: int
     ) -> "tuple[torch.Tensor, torch.Tensor]":
-        """Each row's largest logit and its token, of equal ones the first, on every rank.
+        """The largest logit of each row and its token (of equal ones the first), on every rank.
 
         values [rows] and tokens int64 [rows]: the largest logit of this rank's part of the
         vocabulary, and its index in the part. float64 holds both exactly, so one exchange suffices.

@@ -84,7 +84,7 @@ def tensor_map(model: Transformer) -> TensorMap:
 def _whole(
     name: str, shape: tuple[int, ...], holder: Any, attribute: str = "weight", part: Part = ()
 ) -> Piece:
-    """A tensor of which this rank reads `part` into a whole parameter."""
+    """The piece of a tensor that fills a whole parameter; this rank reads `part` of the tensor."""
     return Piece(
         DENSE.stored(name, shape, part),
         holder,
@@ -147,7 +147,7 @@ def _linears(
     parts: dict[str, _LinearPart],
     shard: Shard,
 ) -> Iterator[Piece]:
-    """The pieces of linears whose rows are those of one or more parts, in order."""
+    """The pieces of linears; the rows of a linear are those of its parts, in order."""
     for stem, part_names in names:
         outputs = sum(parts[name].outputs for name in part_names)
         above = 0

@@ -1,4 +1,4 @@
-"""The one decoder of every family: what differs between families is in the config."""
+"""The decoder of every family; differences between families are in the config."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -74,18 +74,18 @@ class Transformer:
         ops: "Backend",
         batch: "ForwardBatch",
         caches: "Sequence[torch.Tensor]",
-        places: Sequence[tuple[int, int]],
+        layer_caches: Sequence[tuple[int, int]],
     ) -> "torch.Tensor":
-        """Logits [rows, vocab] of the rows the batch asks for; vocab is this rank's part of it.
+        """Logits [rows, vocab] of `batch.logits_rows`; vocab is this rank's part of the vocabulary.
 
         caches: KV tensors [2, blocks, block_size, kv_heads, head_dim], written in place.
-        places: for each layer, the index of its group in the batch and of its cache.
+        layer_caches: for each layer, the index of its group in the batch and of its KV tensor.
         """
         with EMBEDDING:
             x = ops.scale(self._embed(ops, batch.token_ids), self.config.embedding_scale)
         cos_sin = [ops.gather(table, batch.positions) for table in self.rope_tables]
         delta: torch.Tensor | None = None
-        for layer, (group, cache) in zip(self.layers, places, strict=True):
+        for layer, (group, cache) in zip(self.layers, layer_caches, strict=True):
             tables = batch.groups[group]
             attention = layer.attention
             rope = RopeArgs(

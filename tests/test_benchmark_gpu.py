@@ -53,7 +53,9 @@ def run_loads_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the loads run a tiny model on the CPU."""
     config = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96}
     config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 10_001}
-    monkeypatch.setitem(gpu_loads.SHAPES, "qwen2-0.5b", gpu_loads.SHAPES["qwen2-0.5b"] | config)
+    monkeypatch.setitem(
+        gpu_loads.KNOWN_CONFIGS, "qwen2-0.5b", gpu_loads.KNOWN_CONFIGS["qwen2-0.5b"] | config
+    )
 
     def engine(folder: Path, config: EngineConfig, **given: Any) -> Engine:
         assert config.device == "cuda"

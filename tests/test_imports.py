@@ -94,7 +94,7 @@ def test_a_machine_that_does_not_tell_is_taken_for_a_quiet_one(
 ) -> None:
     if text is not None:
         (tmp_path / "cpu").write_text(text)
-    assert not model._is_crowded(tmp_path / "cpu")
+    assert not model._is_busy(tmp_path / "cpu")
 
 
 def test_torch_does_not_complain_where_numpy_is_missing(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
-"""Block tables of the running sequences, and from them the ForwardBatch of a step.
+"""Keeps the block tables of the running sequences and builds the ForwardBatch of each step.
 
 Every running sequence has a row. Block tables are kept on the host, by row, and are written when
-they change; a step selects its rows. All index arithmetic is on whole tensors: there is no Python
-work for each token.
+they change; a step selects its rows. All index arithmetic is on whole tensors: no Python code runs
+per token.
 """
 
 from array import array
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from engine.execution.sampler import put
+from engine.execution.sampler import to_device
 from engine.parallel.step_message import StepMessage
 from model.config import RopeConfig
 from model.ops.forward_batch import ForwardBatch, GroupTables
@@ -33,11 +33,11 @@ class DecodeInputs:
     rows: torch.Tensor  # [sequences]
     context_lens: torch.Tensor  # [sequences]
     positions: torch.Tensor  # [sequences]: rows of the rotary table, as in ForwardBatch
-    slot_mapping: list[torch.Tensor]  # for each layer group [sequences]
+    slot_mapping: list[torch.Tensor]  # [sequences] for each layer group
 
 
 class BatchBuilder:
-    """Builds the batches of steps, which can differ in every length."""
+    """Builds the batches of steps, in which every sequence can have another length."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class BatchBuilder:
         device: torch.device,
         rope: RopeConfig,
     ):
-        """Allocate `rows` rows, and one more for padding, whose blocks are all `padding_block`.
+        """Allocate `rows` rows and a padding row, which refers to `padding_block` everywhere.
 
         groups: the number of layer groups, each with its own tables.
         """
@@ -92,7 +92,7 @@ class BatchBuilder:
     ) -> torch.Tensor:
         """The rows of the rotary table for positions of sequences of these lengths.
 
-        owners: for each position the index of its sequence; None: one position a sequence.
+        owners: index of the sequence of each position; None: each sequence has one position.
         """
         if not self._rope.recompute_length:
             return positions
@@ -121,32 +121,32 @@ class BatchBuilder:
         groups = []
         for table in self.select_tables(rows, max(context_lens)):
             slots = table[owners, blocks] * self._block_size + offsets
-            groups.append(GroupTables(put(table, device), put(slots, device)))
+            groups.append(GroupTables(to_device(table, device), to_device(slots, device)))
         known_lengths = [*context_lens[:decodes], *message.lengths]
         logits_rows, sampling_rows, new_positions = query_ends - 1, rows, ends
         if not all(message.samples):
             kept = torch.tensor([1] * decodes + [*message.samples]).bool()
             logits_rows, sampling_rows = logits_rows[kept], sampling_rows[kept]
             new_positions = new_positions[kept]
-        token_ids = last[put(rows[:decodes], device)]
+        token_ids = last[to_device(rows[:decodes], device)]
         if chunks:
-            token_ids = torch.cat((token_ids, put(int64(message.tokens), device)))
+            token_ids = torch.cat((token_ids, to_device(int64(message.tokens), device)))
         batch = ForwardBatch(
             token_ids=token_ids,
-            positions=put(self._rope_rows(positions, known_lengths, owners), device),
+            positions=to_device(self._rope_rows(positions, known_lengths, owners), device),
             host_query_lens=query_lens,
             host_context_lens=context_lens,
             num_single=singles,
             groups=tuple(groups),
-            logits_rows=put(logits_rows, device),
-            cu_seqlens_q=put(torch.nn.functional.pad(query_ends, (1, 0)).int(), device),
-            context_lens=put(ends.int(), device),
+            logits_rows=to_device(logits_rows, device),
+            cu_seqlens_q=to_device(torch.nn.functional.pad(query_ends, (1, 0)).int(), device),
+            context_lens=to_device(ends.int(), device),
         )
         if not message.all_greedy:  # greedy sampling does not read the positions
-            new_positions = put(new_positions, device)
-        return PreparedBatch(batch, put(sampling_rows, device), new_positions)
+            new_positions = to_device(new_positions, device)
+        return PreparedBatch(batch, to_device(sampling_rows, device), new_positions)
 
 
 def int64(values: Iterable[int]) -> torch.Tensor:
-    """torch.tensor(values, dtype=torch.int64), which takes eight times as long."""
+    """As torch.tensor(values, dtype=torch.int64), but eight times as fast."""
     return torch.frombuffer(array("q", values), dtype=torch.int64)

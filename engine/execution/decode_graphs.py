@@ -2,9 +2,9 @@
 
 On a GPU a captured step is a CUDA or HIP graph, on a CPU a recorded list of kernel calls.
 
-A captured step reads its inputs from fixed buffers, and the last tokens from where they were
-sampled. A batch is padded to the next captured size, with rows that write to a block reserved for
-padding and whose logits are ignored.
+A captured step reads its inputs from fixed buffers, and the last tokens from the sampler's tensor.
+A batch is padded to the next captured size; padding rows write to a reserved block, and their
+logits are ignored.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from model.ops.forward_batch import ForwardBatch, GroupTables
 
 Compute = Callable[[], torch.Tensor]
 Capture = Callable[[Compute], Compute]
-"""Turns a computation into one that repeats it, on the data that its buffers hold at that time."""
+"""Turns a computation into a function that repeats it on the current content of its buffers."""
 
 
 def capture_sizes(largest: int) -> list[int]:
@@ -41,13 +41,13 @@ def _up_to(largest: int, *sizes: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Inputs of a captured step besides block tables: integers in one piece of memory.
+class GraphInputs:
+    """GraphInputs of a captured step besides block tables: views of one buffer, copied at once.
 
     Each tensor begins at a multiple of 16 bytes, for any size: kernels are compiled for that.
     """
 
-    integers: torch.Tensor  # uint8: all of the following, in this order
+    buffer: torch.Tensor  # uint8: all of the following, in this order
     rows: torch.Tensor  # int64 [sequences]: rows of the last tokens
     positions: torch.Tensor  # int64 [sequences]
     slot_mapping: tuple[torch.Tensor, ...]  # int64 [sequences], for each group
@@ -55,25 +55,25 @@ class Inputs:
 
     @staticmethod
     def bytes(sequences: int, groups: int) -> int:
-        """The size of the integers."""
+        """The size of the buffer in bytes."""
         return (2 + groups) * _span(sequences) + 4 * sequences
 
     @classmethod
-    def over(cls, memory: torch.Tensor, sequences: int, groups: int) -> "Inputs":
+    def over(cls, memory: torch.Tensor, sequences: int, groups: int) -> "GraphInputs":
         """Views of the first bytes of `memory`, uint8, for this number of sequences."""
         span = _span(sequences)
         starts = range(0, (2 + groups) * span, span)
         rows, positions, *slots = (
             memory[at : at + 8 * sequences].view(torch.int64) for at in starts
         )
-        integers = memory[: cls.bytes(sequences, groups)]
-        context_lens = integers[(2 + groups) * span :].view(torch.int32)
-        return cls(integers, rows, positions, tuple(slots), context_lens)
+        buffer = memory[: cls.bytes(sequences, groups)]
+        context_lens = buffer[(2 + groups) * span :].view(torch.int32)
+        return cls(buffer, rows, positions, tuple(slots), context_lens)
 
     def fill(
         self, rows: torch.Tensor, positions: torch.Tensor, slot_mapping: SequenceOf[torch.Tensor]
     ) -> None:
-        """Set the integers; arguments as the fields, on the host or the device."""
+        """Set the inputs; arguments as the fields, on the host or the device."""
         self.rows.copy_(rows)
         self.positions.copy_(positions)
         for own, given in zip(self.slot_mapping, slot_mapping, strict=True):
@@ -82,12 +82,12 @@ class Inputs:
 
 
 def _span(sequences: int) -> int:
-    """Bytes from one int64 tensor to the next."""
+    """Bytes from one int64 tensor to the next, a multiple of 16."""
     return 8 * (sequences + sequences % 2)
 
 
 Decode = Callable[[torch.Tensor, ForwardBatch], torch.Tensor]
-"""(Rows [sequences] of the last tokens, a batch that has no token ids yet) → logits."""
+"""(Rows of the last tokens [sequences], a batch without its token ids) → logits."""
 
 
 class DecodeGraphs:
@@ -105,9 +105,9 @@ class DecodeGraphs:
 
         block_tables: int32 [sequences, blocks] for each layer group, with valid blocks. padding: a
         row and a slot that padding rows may write to. logits [sequences, vocab]: buffer for the
-        results, since memory allocated in one capture is reused by the next. Without logits,
-        captures must be as cheap as a step: sizes are then close to each other, each is captured
-        when it first occurs, and the capture keeps its own results.
+        results, since memory allocated in one capture is reused by the next. Without this
+        buffer, a capture must cost no more than a step: sizes are then close to each other, each is
+        captured when it first occurs, and the capture keeps its own results.
         """
         largest, device = len(block_tables[0]), block_tables[0].device
         # A CPU computes padding rows like any other, so there should be few of them.
@@ -115,7 +115,7 @@ class DecodeGraphs:
         self.sizes = dense if logits is None else capture_sizes(largest)
         self._block_tables = block_tables
         self._memory = torch.zeros(
-            Inputs.bytes(largest, len(block_tables)), dtype=torch.uint8, device=device
+            GraphInputs.bytes(largest, len(block_tables)), dtype=torch.uint8, device=device
         )
         self._indices = torch.arange(largest + 1, device=device)
         self._starts = self._indices.int()
@@ -125,7 +125,7 @@ class DecodeGraphs:
         # captured later, the smallest is captured and run now, to fail early if it cannot be.
         row, slot = (torch.full((largest,), at, device=device) for at in padding)
         for size in [1] if logits is None else reversed(self.sizes):
-            inputs = Inputs.over(self._memory, size, len(block_tables))
+            inputs = GraphInputs.over(self._memory, size, len(block_tables))
             inputs.fill(row[:size], row[:size] * 0, [slot[:size]] * len(block_tables))
             self._captured(size)
         if logits is None:
@@ -136,8 +136,8 @@ class DecodeGraphs:
             self._replay[size] = self._capture(partial(self._compute, size))
         return self._replay[size]
 
-    def size(self, sequences: int) -> int:
-        """The size to which a batch of this many sequences is padded."""
+    def padded_size(self, sequences: int) -> int:
+        """The captured size to which a batch of this many sequences is padded."""
         return self.sizes[bisect_left(self.sizes, sequences)]
 
     def set_block_tables(self, block_tables: SequenceOf[torch.Tensor]) -> None:
@@ -154,20 +154,20 @@ class DecodeGraphs:
         """Replay a step; returns (rows on the device, logits [sequences, vocab]).
 
         The number of rows is one of the sizes. Both results are valid until the next call.
-        Arguments as in `Inputs`, on the host. Does not wait for the device.
+        Arguments as in `GraphInputs`, on the host. Does not wait for the device.
         """
         size, groups = len(rows), len(self._block_tables)
-        inputs = Inputs.over(self._memory, size, groups)
-        # On a GPU each copy is a launch, so all integers are copied at once.
+        inputs = GraphInputs.over(self._memory, size, groups)
+        # On a GPU each copy is a launch, so all inputs are copied at once.
         staged = torch.empty(
-            inputs.integers.shape, dtype=torch.uint8, pin_memory=self._memory.device.type != "cpu"
+            inputs.buffer.shape, dtype=torch.uint8, pin_memory=self._memory.device.type != "cpu"
         )
-        Inputs.over(staged, size, groups).fill(rows, positions, slot_mapping)
-        inputs.integers.copy_(staged, non_blocking=True)
+        GraphInputs.over(staged, size, groups).fill(rows, positions, slot_mapping)
+        inputs.buffer.copy_(staged, non_blocking=True)
         return inputs.rows, self._captured(size)()
 
     def _compute(self, size: int) -> torch.Tensor:
-        inputs = Inputs.over(self._memory, size, len(self._block_tables))
+        inputs = GraphInputs.over(self._memory, size, len(self._block_tables))
         batch = ForwardBatch(
             token_ids=inputs.rows,
             positions=inputs.positions,
@@ -190,12 +190,12 @@ def gpu_capture(stats: EngineStats) -> Capture:
     """A capture as CUDA graphs (HIP graphs on AMD), which share their memory.
 
     Adds the time of each step's first run, before its capture, to `stats.compile_s`. Raises
-    RuntimeError without a GPU, before any rank waits for another.
+    RuntimeError without a GPU, before any exchange between ranks.
     """
     if not torch.cuda.is_available():
         raise RuntimeError("there is no GPU to capture steps on")
     pool = torch.cuda.graph_pool_handle()
-    # One stream for all captures: cuBLAS keeps tens of megabytes for each stream that it meets.
+    # One stream for all captures: cuBLAS keeps a workspace of tens of megabytes for each stream.
     stream = torch.cuda.Stream()
 
     def capture(compute: Compute) -> Compute:

@@ -10,27 +10,26 @@ import torch
 
 from engine.execution.batch_builder import BatchBuilder
 from engine.execution.decode_graphs import Capture, DecodeGraphs
-from engine.execution.sampler import Sampled, Sampler, pin, put
+from engine.execution.sampler import Sampled, Sampler, pin, to_device
 from engine.parallel.step_message import StepMessage
 from engine.request import Request, SamplingParams
 from engine.scheduling.kv_cache import NULL_BLOCK, BlockTables, LayerGroup, group_layers
 from engine.scheduling.sequence import Chunk, Sequence, Step
-from model import ModelConfig, Transformer
-from model import loader as weights
+from model import ModelConfig, Transformer, loader
 from model.ops.backend import choose_backend
 from model.ops.forward_batch import ForwardBatch
 from model.ops.step_parts import BATCH_PREPARATION, SAMPLING
 from model.sharding import ALONE, Shard
 
-_LIKELY_TOKENS = 256  # of one sequence: what the KV cache is prepared for before the first step
+_LIKELY_TOKENS = 256  # per sequence; their KV pages are touched before the first step on a CPU
 _MAX_TOUCHED_BYTES = 256 << 20
 
 
 class ModelRunner:
-    """The model on its device, and by row the state of the running sequences there.
+    """The model on its device, with the state of the running sequences there, by row.
 
-    That state is their KV, their block tables and, in the sampler, their last tokens. With a
-    shard, the runner computes one rank's part; all ranks' runners get the same calls in the same
+    The state consists of KV, block tables and, in the sampler, the last tokens. With a shard, the
+    runner computes one rank's part; the runners of all ranks receive the same calls in the same
     order.
     """
 
@@ -45,7 +44,7 @@ class ModelRunner:
         self.groups: list[LayerGroup] = group_layers([layer.window for layer in config.layers])
         self.backend = choose_backend(device, dtype)
         self.model: Transformer | None = None
-        # [2, blocks, block_size, kv_heads, head_dim], one tensor for each layer of a group.
+        # One tensor [2, blocks, block_size, kv_heads, head_dim] for each layer of a group.
         self.kv_caches: list[torch.Tensor] = []
         self.sampler: Sampler | None = None
         self.batches: BatchBuilder | None = None
@@ -68,9 +67,9 @@ class ModelRunner:
         """Load the weights (random ones if dummy). Raises CheckpointError."""
         model = Transformer(self.config, self.shard)
         if dummy:
-            weights.load_dummy(model, self.backend)
+            loader.load_dummy(model, self.backend)
         else:
-            weights.load(model, checkpoint, self.backend)
+            loader.load(model, checkpoint, self.backend)
         self.model = model
 
     def block_bytes(self, block_size: int) -> int:
@@ -126,7 +125,7 @@ class ModelRunner:
     def run_peak_step(
         self, max_batch_size: int, max_batch_tokens: int, max_positions: int, block_size: int
     ) -> None:
-        """Run the step that needs the most memory, which samples every row in full.
+        """Run the step that needs the most memory, in which every row is sampled by a full sort.
 
         Then prompts of one sequence, each twice as long as the one before: kernels have variants
         for few and for many tokens, and all of them are compiled now. Waits for each step and
@@ -136,8 +135,8 @@ class ModelRunner:
         size = min(max_batch_size, max_batch_tokens)
         length = min(max_batch_tokens // size, max_positions)
         longest = min(max_batch_tokens, max_positions)
-        in_full = SamplingParams(temperature=1, top_p=0.9, logprobs=20)
-        self.launch(self._prompts(size, length, in_full)).read()
+        full_sort = SamplingParams(temperature=1, top_p=0.9, logprobs=20)
+        self.launch(self._prompts(size, length, full_sort)).read()
         for doubled in range(longest.bit_length()):
             self.launch(self._prompts(1, 1 << doubled, SamplingParams())).read()
         self.deallocate()
@@ -190,7 +189,7 @@ class ModelRunner:
         """Capture decode steps as recorded kernel calls, if the backend and the model allow it."""
         recorder = self.backend.recorder()
         if recorder is not None:
-            # Operations that only torch computes cannot be recorded; such a model is just computed.
+            # Raised if an operation falls back to torch: the model then runs unrecorded.
             with contextlib.suppress(RuntimeError):
                 self.capture(recorder, ahead_of_time=False)
 
@@ -200,7 +199,7 @@ class ModelRunner:
         return self.model(self.backend, batch, self.kv_caches, self._layer_caches)
 
     def _decode(self, rows: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        """Logits of a batch whose tokens are the ones that these rows sampled last."""
+        """Logits of a batch of decodes; its tokens are those that the rows sampled last."""
         assert self.sampler is not None
         last = self.backend.gather(self.sampler.last.unsqueeze(1), rows)
         return self.forward(replace(batch, token_ids=last.squeeze(1)))
@@ -218,25 +217,25 @@ class ModelRunner:
         self.kv_caches = []
 
     def uncapture(self) -> None:
-        """Drop captured steps: from now on each step is computed."""
+        """Drop captured steps: the following steps are not replayed."""
         self._graphs = None
 
     def launch(self, step: Step) -> Sampled:
         """Start the step; the result holds the next token of each of `step.sampling()`."""
         if self.model is None or self.sampler is None:
             raise RuntimeError("the engine is not warmed up: call warm_up() first")
-        entering = [c.sequence for c in step.chunks if c.samples and not c.sequence.greedy]
-        if entering:
-            self.sampler.enter(
-                [sequence.row for sequence in entering],
-                [sequence.request.params for sequence in entering],
+        starting = [c.sequence for c in step.chunks if c.samples and not c.sequence.greedy]
+        if starting:
+            self.sampler.set_params(
+                [sequence.row for sequence in starting],
+                [sequence.request.params for sequence in starting],
             )
-        special = {i: s.request.params for i, s in enumerate(step.sampling()) if not s.greedy}
-        return self.compute(StepMessage.of(step, all_greedy=not special), special)
+        non_greedy = {i: s.request.params for i, s in enumerate(step.sampling()) if not s.greedy}
+        return self.compute(StepMessage.of(step, all_greedy=not non_greedy), non_greedy)
 
     @torch.inference_mode()
-    def compute(self, message: StepMessage, special: Mapping[int, SamplingParams]) -> Sampled:
-        """Start a step; special: as in `Sampler.sample`, known only to rank 0."""
+    def compute(self, message: StepMessage, non_greedy: Mapping[int, SamplingParams]) -> Sampled:
+        """Start a step; non_greedy: as in `Sampler.sample`, known only to rank 0."""
         assert self.sampler is not None
         assert self.batches is not None
         if message.block_tables:
@@ -249,14 +248,14 @@ class ModelRunner:
         else:
             logits, rows, positions = self._replay(self._graphs, self.batches, message)
         with SAMPLING:
-            return self.sampler.sample(logits, rows, positions, special, message.all_greedy)
+            return self.sampler.sample(logits, rows, positions, non_greedy, message.all_greedy)
 
     def _replay(
         self, graphs: DecodeGraphs, batches: BatchBuilder, message: StepMessage
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(Logits, rows, positions) of a step of decodes, as `build` and `forward` give them."""
+        """(Logits, rows, positions) of a step of decodes, as those of `build` and `forward`."""
         size = message.size
-        padding = graphs.size(size) - size
+        padding = graphs.padded_size(size) - size
         rows = [*message.rows, *[batches.padding_row] * padding]
         inputs = batches.decode_inputs(rows, [*message.context_lens, *[1] * padding])
         longest = max(message.context_lens)
@@ -268,5 +267,5 @@ class ModelRunner:
         device_rows, logits = graphs(inputs.rows, inputs.positions, inputs.slot_mapping)
         positions = inputs.context_lens[:size]
         if not message.all_greedy:  # greedy sampling does not read the positions
-            positions = put(positions, self.device)
+            positions = to_device(positions, self.device)
         return logits[:size], device_rows[:size], positions

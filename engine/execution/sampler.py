@@ -1,4 +1,4 @@
-"""Logits → next tokens. Randomness is keyed, so results do not depend on the batch."""
+"""Logits → next tokens. Random numbers depend on seed and position alone, not on the batch."""
 
 import math
 from collections.abc import Mapping
@@ -12,22 +12,22 @@ from model.ops.backend import Backend
 from model.ops.sampling import find_in_cumulative, reduce_blocks, take_block
 from model.sharding import ALONE, Shard
 
-NO_TOKEN = -1  # read for a row whose logits are not finite
+NO_TOKEN = -1  # in place of a token, for a row whose logits are not finite
 _BLOCK = 1024  # tokens of the vocabulary that are reduced together
 
 
-def put(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a host tensor to the device, without waiting for either."""
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a host tensor to the device without blocking the host."""
     return pin(values, device).to(device, non_blocking=True)
 
 
 def pin(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The host tensor in memory from which the device can copy while the host continues."""
+    """The host tensor in pinned memory, which the device can copy asynchronously."""
     return values if device.type == "cpu" else values.pin_memory()
 
 
 class Sampled:
-    """The tokens that a step samples, while they are copied to the host."""
+    """The sampled tokens of a step, which are copied to the host asynchronously."""
 
     def __init__(
         self,
@@ -55,8 +55,8 @@ class Sampled:
     def read(self) -> tuple[list[int], dict[int, TokenLogprobs]]:
         """Wait for the step; returns each row's token, and log-probabilities by row if requested.
 
-        The token is NO_TOKEN if the row's logits are not finite. On the device such a row has some
-        valid token, which the next step can read.
+        The token is NO_TOKEN if the row's logits are not finite. On the device such a row has a
+        valid token, because the next step reads it.
         """
         if self._event is not None:
             self._event.synchronize()
@@ -91,27 +91,27 @@ class Sampler:
         self._temperature_and_top_p = torch.ones(rows, 2, device=device)
         self._top_k_and_seed = torch.zeros(rows, 2, dtype=torch.int64, device=device)
 
-    def enter(self, rows: SequenceOf[int], params: SequenceOf[SamplingParams]) -> None:
+    def set_params(self, rows: SequenceOf[int], params: SequenceOf[SamplingParams]) -> None:
         """Set the parameters of sequences that start in these rows and are not greedy."""
-        at = put(torch.tensor(rows), self._device)
+        at = to_device(torch.tensor(rows), self._device)
         floats = torch.tensor([(p.temperature, p.top_p) for p in params])
         ints = torch.tensor([(p.top_k, p.seed & (2**63 - 1)) for p in params])
-        self._temperature_and_top_p.index_copy_(0, at, put(floats, self._device))
-        self._top_k_and_seed.index_copy_(0, at, put(ints, self._device))
+        self._temperature_and_top_p.index_copy_(0, at, to_device(floats, self._device))
+        self._top_k_and_seed.index_copy_(0, at, to_device(ints, self._device))
 
     def sample(
         self,
         logits: torch.Tensor,
         rows: torch.Tensor,
         positions: torch.Tensor,
-        special: Mapping[int, SamplingParams],
+        non_greedy: Mapping[int, SamplingParams],
         all_greedy: bool,
     ) -> Sampled:
         """Sample the next token of each sequence; it becomes its row's last one, on every rank.
 
         logits [n, this rank's part of the vocabulary]; rows int64 [n], the sequences' rows;
         positions [n], the index of the new token in its sequence, which seeds the random number
-        together with the request's seed (not read if all are greedy); special: index below n →
+        together with the request's seed (not read if all are greedy); non_greedy: index below n →
         parameters, of the sequences that are not greedy; all_greedy: there are none, on any rank.
         """
         shard = self._shard
@@ -119,16 +119,16 @@ class Sampler:
             highest, tokens = shard.argmax(*self._backend.argmax(logits), self._vocab)
             self.last.index_copy_(0, rows, tokens)
             return Sampled(tokens, highest)
-        logits = shard.vocab_columns(logits, self._vocab)
+        logits = shard.gather_logits(logits, self._vocab)
         if shard.rank == 0:
-            highest, tokens = self._sample(logits, rows, positions, special)
+            highest, tokens = self._sample(logits, rows, positions, non_greedy)
         else:
             highest = tokens = torch.empty_like(rows)
         self.last.index_copy_(0, rows, shard.broadcast(tokens))
-        counts = {i: p.logprobs for i, p in special.items() if p.logprobs is not None}
+        counts = {i: p.logprobs for i, p in non_greedy.items() if p.logprobs is not None}
         if not counts:
             return Sampled(tokens, highest)
-        at = put(torch.tensor(list(counts)), self._device)
+        at = to_device(torch.tensor(list(counts)), self._device)
         logprobs = logits[at].float().log_softmax(-1)
         sampled = logprobs.gather(1, tokens[at].unsqueeze(1)).squeeze(1)
         values, ids = logprobs.topk(min(max(counts.values()), logprobs.shape[1]))
@@ -139,11 +139,11 @@ class Sampler:
         logits: torch.Tensor,
         rows: torch.Tensor,
         positions: torch.Tensor,
-        special: Mapping[int, SamplingParams],
+        non_greedy: Mapping[int, SamplingParams],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(Largest logit, next token) of each sequence, from logits [n, vocab]."""
         highest, tokens = self._backend.argmax(logits)
-        random = {i: params for i, params in special.items() if params.temperature > 0}
+        random = {i: params for i, params in non_greedy.items() if params.temperature > 0}
         truncated = {i: p for i, p in random.items() if p.top_k or p.top_p < 1}
         with_top_k = any(params.top_k for params in truncated.values())
         for indices, sample in (
@@ -153,7 +153,7 @@ class Sampler:
             if indices and len(indices) == len(logits):
                 tokens = sample(logits, rows, positions)
             elif indices:
-                at = put(torch.tensor(indices), self._device)
+                at = to_device(torch.tensor(indices), self._device)
                 tokens.index_copy_(0, at, sample(logits[at], rows[at], positions[at]))
         return highest, tokens
 
@@ -162,7 +162,7 @@ class Sampler:
     ) -> torch.Tensor:
         """Sample from the whole vocabulary, in the order of its ids; arguments as in `sample`.
 
-        A row of NaN gives some valid token: NaN probabilities count as ones.
+        A row of NaN yields a valid token: NaN probabilities count as ones.
         """
         temperature = self._temperature_and_top_p[rows, :1]
         probs = (logits.float() / temperature).softmax(-1)
@@ -188,7 +188,7 @@ class Sampler:
 def keyed_uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Uniform float64 numbers in [0, 1) from (seed, position), both int64 [rows].
 
-    SplitMix64's finaliser (Steele, Lea & Flood 2014) over the seed's hash plus the position.
+    SplitMix64's finalizer (Steele, Lea & Flood 2014) over the seed's hash plus the position.
     """
     bits = _mix(_mix(seeds) + positions * -7046029254386353131)
     return (bits >> 11 & (1 << 53) - 1).double() * 2.0**-53

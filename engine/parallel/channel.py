@@ -1,4 +1,4 @@
-"""Connections between ranks: one for tensors on devices, one for messages between hosts."""
+"""Connections between ranks: device collectives for tensors, host broadcasts for messages."""
 
 import os
 import pickle
@@ -16,15 +16,15 @@ from model.sharding import Shard
 
 OUT_OF_MEMORY_REMEDY = "lower {max_batch_tokens}, {max_batch_size} or {kv_memory}, or use more GPUs"
 PEER_LOST = 3  # exit status of a rank whose connection to another rank broke
-NO_TIMEOUT = timedelta(days=365)  # waiting is normal; a rank that dies is noticed otherwise
+NO_TIMEOUT = timedelta(days=365)  # idle ranks wait long; dead ones are detected by other means
 
 _STEP, _CALL = 0, 1  # kinds of message
-_FIRST = 4096  # int32 values in the first broadcast; only a longer message needs a second one
-_REPORT_BYTES = 2048  # a rank's report of a call is cut to this size
+_FIRST_BROADCAST = 4096  # int32 values of the first broadcast; longer messages need a second one
+_REPORT_BYTES = 2048  # a rank's report of a call is truncated to this size
 
 
 class Channel:
-    """A rank's connections: a shard whose collectives use them, and messages between hosts."""
+    """A rank's connections to the others: collectives of its shard, and messages between hosts."""
 
     def __init__(self, rank: int, size: int, store: Any, device: torch.device, one_host: bool):
         """Connect to the other ranks, which must do so at the same time.
@@ -33,7 +33,7 @@ class Channel:
         """
         host_store, make = dist.PrefixStore("host", store), dist.ProcessGroupGloo
         self._host: Any
-        if one_host:  # its host name may not resolve to an address of it
+        if one_host:  # the host name may not resolve to an address of this host
             options = make._Options()  # type: ignore[attr-defined]
             options._timeout = NO_TIMEOUT
             options._devices = [make.create_device(hostname="127.0.0.1")]
@@ -41,7 +41,7 @@ class Channel:
         else:
             self._host = make(host_store, rank, size, timeout=NO_TIMEOUT)
         group = self._host
-        if device.type == "cuda":  # on AMD, torch gives RCCL this name
+        if device.type == "cuda":  # torch uses this name for RCCL, too
             nccl: Any = dist.ProcessGroupNCCL
             group = nccl(dist.PrefixStore("device", store), rank, size, nccl.Options())
         self._group, self._device = group, device
@@ -69,14 +69,14 @@ class Channel:
         return name, args
 
     def _send(self, kind: int, body: array) -> None:
-        head = array("i", [kind, len(body)]) + body[: _FIRST - 2]
-        head.extend([0] * (_FIRST - len(head)))
+        head = array("i", [kind, len(body)]) + body[: _FIRST_BROADCAST - 2]
+        head.extend([0] * (_FIRST_BROADCAST - len(head)))
         self._broadcast(torch.frombuffer(head, dtype=torch.int32))
-        if len(body) > _FIRST - 2:
-            self._broadcast(torch.frombuffer(body[_FIRST - 2 :], dtype=torch.int32))
+        if len(body) > _FIRST_BROADCAST - 2:
+            self._broadcast(torch.frombuffer(body[_FIRST_BROADCAST - 2 :], dtype=torch.int32))
 
     def _receive(self) -> tuple[int, array]:
-        head = array("i", bytes(4 * _FIRST))
+        head = array("i", bytes(4 * _FIRST_BROADCAST))
         self._broadcast(torch.frombuffer(head, dtype=torch.int32))
         kind, length = head[:2]
         body = head[2 : 2 + length]
@@ -90,7 +90,7 @@ class Channel:
         self._host.broadcast([values], self._from_rank_0).wait()
 
     def gather_reports(self, report: str) -> list[str]:
-        """Exchange a text with all ranks; returns the texts by rank, cut to a fixed size."""
+        """All-gather a text per rank; returns the texts by rank, truncated to a fixed size."""
         text = report.encode()[:_REPORT_BYTES]
         own = torch.zeros(_REPORT_BYTES, dtype=torch.uint8)
         own[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
@@ -99,7 +99,7 @@ class Channel:
         return [bytes(each.tolist()).rstrip(b"\0").decode(errors="replace") for each in all_texts]
 
     def minimum(self, own: int) -> int:
-        """The smallest number of all ranks."""
+        """The smallest of the numbers that the ranks pass."""
         value, options = torch.tensor([own]), dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp(dist.ReduceOp.MIN)
         self._host.allreduce([value], options).wait()
@@ -124,13 +124,13 @@ def error_report(error: Exception) -> str:
 
 
 def is_connection_error(error: Exception) -> bool:
-    """Whether the connection to another rank broke, rather than something failing here."""
+    """Whether the error means that the connection to another rank broke."""
     words = ("gloo", "NCCL", "Connection", "connection", "Broken pipe")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def store_text(store: Any, key: str, text: str) -> None:
-    """Put a text into a store and wait until it has arrived: this process may end then."""
+    """Put a text into a store and wait until it has arrived, so that this process may exit."""
     store.set(key, text)
     store.get(key)
 

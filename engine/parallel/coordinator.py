@@ -1,7 +1,7 @@
-"""CoordinatorRunner: rank 0's runner, which makes the other ranks do what it does.
+"""CoordinatorRunner: rank 0's runner, which repeats each of its calls on the other ranks.
 
-Rank 0 is the process that has the engine: it schedules, samples, and sends each step to the other
-ranks. They run `worker.run`: the same runner on their share of the model.
+Rank 0 is the process with the engine: it schedules, samples, and sends each step to the other
+ranks. Each of them runs `worker.run`: a ModelRunner on its share of the model.
 
     rank 0:  schedule → send the step → compute own share ⇄ exchange ⇄ → tokens
     others:          receive the step → compute own share ⇄ exchange ⇄
@@ -24,7 +24,7 @@ from model import ModelConfig
 
 
 class CoordinatorRunner(ModelRunner):
-    """Rank 0's runner: the workers' runners do whatever it does."""
+    """Rank 0's runner; the workers' runners receive the same calls."""
 
     def __init__(
         self, config: ModelConfig, device: torch.device, dtype: torch.dtype, workers: WorkerPool
@@ -33,7 +33,7 @@ class CoordinatorRunner(ModelRunner):
         self._workers = workers
 
     def connect(self, checkpoint: Path, threads: int) -> None:
-        """Start the workers and give each a runner; threads: of each worker, on a CPU."""
+        """Start the workers and create a runner on each; threads: per worker, on a CPU."""
         self._workers.start(self.device)
         self.shard = self._workers.shard
         args = (str(checkpoint), dtype_name(self.dtype), threads)
@@ -75,14 +75,14 @@ class CoordinatorRunner(ModelRunner):
                 self._on_all("uncapture")
             raise
 
-    def compute(self, message: StepMessage, special: Mapping[int, SamplingParams]) -> Sampled:
+    def compute(self, message: StepMessage, non_greedy: Mapping[int, SamplingParams]) -> Sampled:
         """ModelRunner.compute on every rank."""
         with self._workers.collective():
             self._workers.send_step(message)
-            return super().compute(message, special)
+            return super().compute(message, non_greedy)
 
     def free(self) -> None:
-        """ModelRunner.free on every rank; workers that do not wait for a message are ended."""
+        """ModelRunner.free on every rank; workers that cannot receive a message are killed."""
         if self._workers.ready:
             self._on_all("free")
         else:

@@ -1,4 +1,4 @@
-"""A step as integers: all that a runner needs to compute it, and what rank 0 sends to others."""
+"""StepMessage: a step as integers, which a runner computes and rank 0 sends to other ranks."""
 
 import itertools
 from array import array
@@ -10,9 +10,9 @@ from engine.scheduling.sequence import Step
 
 @dataclass(frozen=True)
 class StepMessage:
-    """A `Step` by the rows of its sequences: those that decode first, then chunks."""
+    """A `Step` in terms of rows: decoding sequences first, then chunks."""
 
-    decodes: int  # sequences whose token is the one that their row sampled last
+    decodes: int  # sequences that compute the token that their row sampled last
     rows: SequenceOf[int]  # of every sequence
     context_lens: SequenceOf[int]  # of every sequence: positions with KV after the step
     starts: SequenceOf[int]  # of every chunk: its first position

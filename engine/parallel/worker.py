@@ -35,7 +35,7 @@ from model import load_config
 
 
 def run(channel: Channel, device: torch.device) -> None:
-    """Do what rank 0 sends until it sends "end". Raises what goes wrong in a step."""
+    """Execute the messages of rank 0 until "end". Raises the exception of a step that fails."""
     runner: ModelRunner | None = None
     capture: Capture | None = None
     while True:
@@ -46,7 +46,7 @@ def run(channel: Channel, device: torch.device) -> None:
             continue
         name, args = message
         if name == "end":
-            # Rank 0 waits for this report, but may be gone before the exchange completes here.
+            # Rank 0 waits for this report, but may exit before the exchange completes here.
             with contextlib.suppress(RuntimeError):
                 channel.gather_reports("")
             return
@@ -92,7 +92,7 @@ def serve_torchrun() -> None:
 
 
 def dismiss_torchrun() -> None:
-    """End the ranks that torchrun started, if rank 0 has not used them."""
+    """Let the ranks that torchrun started exit, if rank 0 has not used them."""
     store = torchrun_store()
     if not store.check(["device"]):
         store_text(store, "device", "none")
@@ -103,7 +103,7 @@ def _device(kind: str, index: int) -> torch.device:
 
 
 def _run_and_exit(rank: int, size: int, store: Any, device: torch.device, one_host: bool) -> None:
-    """Run as a rank, then exit the process; an error is left in the store for rank 0."""
+    """Run as a rank, then exit the process; an error is put into the store for rank 0."""
     try:
         if device.type == "cuda":
             torch.cuda.set_device(device)

@@ -1,4 +1,4 @@
-"""WorkerPool: the other ranks, as rank 0 starts, calls, watches and ends them.
+"""WorkerPool: the worker processes of rank 0.
 
 The process groups are private, so that one process can have several engines. Collectives use NCCL,
 RCCL or gloo.
@@ -34,13 +34,13 @@ from model import CheckpointError
 from model.sharding import Shard
 
 _START_TIMEOUT_S = 120.0  # importing torch can take this long on a busy machine
-_EXIT_TIMEOUT_S = 10.0  # from a broken connection to the exit of the process that broke it
+_EXIT_TIMEOUT_S = 10.0  # from a broken connection to the exit of the process at its other end
 
 
 class WorkerPool:
-    """The other ranks, as rank 0 sees them: it starts, calls, watches and ends them.
+    """Starts, calls, monitors and ends the other ranks, on behalf of rank 0.
 
-    If torchrun started this process and the others, those are the workers.
+    If torchrun started this process, the other processes that it started are the workers.
     """
 
     def __init__(self, size: int):
@@ -51,8 +51,8 @@ class WorkerPool:
         self._store: Any = None
         self._watcher: threading.Thread | None = None
         self._closing = threading.Event()
-        # Whether all ranks wait for a message. After an exception in the middle of an exchange
-        # they do not, and can no longer be called.
+        # Whether all workers wait for a message. After an exception in the middle of an exchange
+        # they may not, and can no longer be called.
         self._waiting = False
 
     @property
@@ -62,7 +62,7 @@ class WorkerPool:
 
     @property
     def ready(self) -> bool:
-        """Whether the workers are there and wait for a message."""
+        """Whether the workers run and wait for a message."""
         return self.channel is not None and self._waiting
 
     def start(self, device: torch.device) -> None:
@@ -87,7 +87,7 @@ class WorkerPool:
             self.watch()
 
     def attach(self, channel: Channel) -> None:
-        """Use this channel, whose other ends wait for messages."""
+        """Use this channel; the ranks at its other ends must wait for messages."""
         self.channel, self._waiting = channel, True
 
     def watch(self) -> None:
@@ -111,12 +111,12 @@ class WorkerPool:
             time.sleep(0.02)
 
     def send_step(self, message: StepMessage) -> None:
-        """Send a step to the workers; every rank must compute it then."""
+        """Send a step to the workers; rank 0 must then compute it, too."""
         assert self.channel is not None
         self.channel.send_step(message)
 
-    def call(self, name: str, args: tuple[Any, ...], own: Callable[[], Any]) -> Any:
-        """Run a call of `worker.run` on every worker and `own` on rank 0; returns own's result.
+    def call(self, name: str, args: tuple[Any, ...], local: Callable[[], Any]) -> Any:
+        """Run a call of `worker.run` on every worker and `local` on rank 0; returns its result.
 
         Raises rank 0's error if it has one, else the first worker's.
         """
@@ -125,7 +125,7 @@ class WorkerPool:
             self.channel.send_call(name, args)
             result, error = None, None
             try:
-                result = own()
+                result = local()
             except Exception as caught:
                 if is_out_of_memory(caught):
                     raise  # the workers may wait for a collective that will not happen
@@ -140,7 +140,7 @@ class WorkerPool:
 
     @contextlib.contextmanager
     def collective(self) -> Iterator[None]:
-        """Something that all ranks do at once: an error in it ends them all. Raises EngineError."""
+        """Context of work by all ranks at once: an error ends all of them. Raises EngineError."""
         self._waiting = False
         try:
             yield
@@ -234,7 +234,7 @@ def _reported_error(rank: int, report: str) -> Exception:
 
 
 def _spawn(rank: int, size: int, port: int, device: torch.device) -> "subprocess.Popen[bytes]":
-    """Start a worker, which exits when its standard input closes, at the latest with us."""
+    """Start a worker, which exits when its standard input closes, at the latest with rank 0."""
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     arguments = map(str, (rank, size, port, device.type))

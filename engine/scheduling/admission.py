@@ -1,4 +1,4 @@
-"""Takes requests as there is room, and turns each into a Sequence or into its error."""
+"""Admission: takes requests while there is room; each becomes a Sequence or fails."""
 
 import itertools
 import time
@@ -12,7 +12,7 @@ from model import ModelConfig
 
 
 def take_requests(source: Iterator[Request | None], room: int) -> tuple[list[Request], bool]:
-    """Up to `room` requests that are there now, and whether more may come."""
+    """Up to `room` requests that are available now, and whether the source may have more."""
     taken: list[Request] = []
     for request in itertools.islice(source, max(room, 0)):
         if request is None:

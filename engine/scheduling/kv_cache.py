@@ -1,4 +1,4 @@
-"""The paged KV cache as integers: blocks, their reference counts, and the prefix in each block.
+"""The bookkeeping of the paged KV cache: blocks, reference counts and cached prefixes.
 
 Layers that share an attention window form a group with its own block tables; all groups use one
 pool, since every block has the same size. Block tables are indexed by absolute position: a group
@@ -21,7 +21,7 @@ NULL_BLOCK = 0
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers with their KV in the same blocks; layer i of the group uses KV tensor i."""
+    """Layers that share block tables; layer i of the group uses KV tensor i."""
 
     window: int | None
     layers: tuple[int, ...]
@@ -52,14 +52,14 @@ class BlockTables:
     """One sequence's blocks: a table for each group, and the digests of its full blocks."""
 
     tables: list[array]  # of int32
-    room: int = 0  # positions that the tables can hold
+    capacity: int = 0  # positions that the allocated blocks can hold
     digests: list[bytes] = field(default_factory=list)
     freed: list[int] = field(default_factory=list)  # by group: blocks freed behind its window
     indexed: int = 0  # full blocks that are in the prefix index
     salt: bytes = b""  # only tables with the same salt share prefixes
 
     def use_salt(self, salt: bytes) -> None:
-        """Set the salt of empty tables."""
+        """Set the salt of empty tables; digests with another salt are dropped."""
         if salt != self.salt:
             self.salt, self.digests = salt, []
 
@@ -74,7 +74,7 @@ class KVCache:
         block_size: int,
         prefix_cache: bool = True,
     ):
-        """Make a pool of num_blocks blocks, the null block included."""
+        """Create a pool of num_blocks blocks, the null block included."""
         self.groups = groups
         self.block_size = block_size
         self.num_blocks = num_blocks
@@ -82,7 +82,7 @@ class KVCache:
         self._references = [0] * num_blocks
         self._entry: list[tuple[int, bytes] | None] = [None] * num_blocks  # its key in the index
         self._index: list[dict[bytes, int]] = [{} for _ in groups]
-        # Blocks without references, in order of reuse: unknown contents before cached prefixes.
+        # Blocks without references, in order of reuse: blocks outside the prefix index come first.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
 
     @property
@@ -111,7 +111,7 @@ class KVCache:
         )
         if not full and usable >= windowed:
             return 1 << 60
-        blocks = usable // len(self.groups)  # if windows freed nothing
+        blocks = usable // len(self.groups)  # if no block behind a window were freed
         if full:
             blocks = max(blocks, (usable - windowed) // full)
         return blocks * self.block_size
@@ -133,7 +133,7 @@ class KVCache:
         for table in tables.tables:
             while len(table) < wanted:
                 table.append(self._take())
-        tables.room = max(tables.room, wanted * self.block_size)
+        tables.capacity = max(tables.capacity, wanted * self.block_size)
         return True
 
     def release(self, tables: BlockTables) -> None:
@@ -142,7 +142,7 @@ class KVCache:
             for block in reversed(table):
                 self._drop(block)
             del table[:]
-        tables.room = 0
+        tables.capacity = 0
         tables.freed = [0] * len(self.groups)
         tables.indexed = 0  # digests remain valid: they depend only on salt and tokens
 
@@ -185,7 +185,7 @@ class KVCache:
                     del self._free[block]
                 self._references[block] += 1
                 table.append(block)
-        tables.room = best * self.block_size
+        tables.capacity = best * self.block_size
         tables.indexed = best
         return best * self.block_size
 

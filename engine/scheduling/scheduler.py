@@ -1,8 +1,8 @@
 """Chooses the tokens of the next step.
 
 One token budget serves prefill chunks and decodes together: running sequences first, in order of
-arrival, then waiting ones while budget, batch size and blocks last. Admission does not reserve
-memory for the output; when blocks run out, the sequence that arrived last is preempted and
+arrival, then waiting ones while token budget, batch size and free blocks allow. Admission does not
+reserve memory for the output; when blocks run out, the sequence that arrived last is preempted and
 recomputed later (most of it from the prefix cache).
 
 A step of decodes alone can be much cheaper to launch than one with chunks, if it is replayed as a
@@ -40,13 +40,13 @@ class Scheduler:
     gathering: bool = False  # sequences have finished, but admission waits for a larger group
     _successes: int = 0  # steps since the limits last changed
     _full_limits: tuple[int, int] = (0, 0)
-    _full: bool = False  # there was no room for the first waiting sequence; since then:
-    _left: int = 0  # sequences that have finished
-    _waited: int = 0  # steps that were scheduled
+    _full: bool = False  # there was no room for the first waiting sequence
+    _finished_since_full: int = 0  # sequences
+    _steps_since_full: int = 0
     _free_rows: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Keep the given limits, which hold again after a back-off."""
+        """Remember the given limits, to which a back-off returns in the end."""
         self._full_limits = self.max_batch_size, self.max_batch_tokens
         self._free_rows = list(reversed(range(self.max_batch_size)))
 
@@ -60,7 +60,7 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def schedule(self) -> Step:
-        """The next step, with its blocks allocated; empty if all sequences await a last token.
+        """The next step, with its blocks allocated; empty if every last token is scheduled.
 
         The tokens of all earlier steps but the last must be known (`Sequence.append`).
         """
@@ -80,7 +80,7 @@ class Scheduler:
             elif sequence.length < sequence.max_tokens and start == sequence.rope_context:
                 outgrown.append(sequence)
             elif sequence.length < sequence.max_tokens and (
-                start < sequence.block_tables.room
+                start < sequence.block_tables.capacity
                 or self._make_room(sequence, start, start + 1, step)
             ):
                 sequence.computed = start + 1
@@ -91,8 +91,8 @@ class Scheduler:
         self.gathering = False
         if preemptions < self.preemptions:
             self.lacks_blocks = True
-        elif self._gathers_a_group():
-            self.gathering = self._left > 0
+        elif self._waits_for_group():
+            self.gathering = self._finished_since_full > 0
         else:
             self._admit_waiting(budget, step)
         self._restart(outgrown)
@@ -101,9 +101,9 @@ class Scheduler:
         return step
 
     def _restart(self, sequences: list[Sequence]) -> None:
-        """Return sequences to the queue, to be recomputed with the other factors of longrope.
+        """Return sequences to the queue, to be recomputed with the long factors of longrope.
 
-        They can start again in the next step, when all of their tokens are known.
+        They can restart in the next step, when all of their tokens are known.
         """
         for sequence in reversed(sequences):
             if sequence.row >= 0:  # not preempted since
@@ -111,14 +111,14 @@ class Scheduler:
                 self._release(sequence)
                 self.waiting.appendleft(sequence)
 
-    def _gathers_a_group(self) -> bool:
-        """Whether admission waits for more sequences to finish."""
-        self._waited += self._full
+    def _waits_for_group(self) -> bool:
+        """Whether admission waits for more sequences to finish; counts the steps that it waits."""
+        self._steps_since_full += self._full
         self._full = (
             self._full
-            and self._waited <= self.group_size
-            and self._left * self.group_size < len(self.running)
-            and self._left < len(self.waiting)  # else a larger group cannot form
+            and self._steps_since_full <= self.group_size
+            and self._finished_since_full * self.group_size < len(self.running)
+            and self._finished_since_full < len(self.waiting)  # else a larger group cannot form
         )
         return self._full
 
@@ -129,14 +129,14 @@ class Scheduler:
             has_row = len(self.running) < self.max_batch_size
             tokens = self._admit(self.waiting[0], budget, step) if has_row else 0
             if not tokens:
-                self._full, self._left, self._waited = True, 0, 0
+                self._full, self._finished_since_full, self._steps_since_full = True, 0, 0
                 self.lacks_blocks = has_row
                 break
             self.running.append(self.waiting.popleft())
             budget -= tokens
 
     def back_off(self, step: Step) -> bool:
-        """Take back a step that ran out of memory and halve the limits.
+        """Undo a step that ran out of memory and halve the limits.
 
         False if the step computed a single token: there is nothing left to halve. The tokens of
         all earlier steps must be known. The KV that the step was to write is uncertain, and so is
@@ -174,8 +174,8 @@ class Scheduler:
     def finish(self, sequences: list[Sequence]) -> None:
         """Remove running or waiting sequences and free their blocks.
 
-        A launched step may still use the blocks: steps run in order, so whoever gets the blocks
-        writes them later.
+        A launched step may still use the blocks. That is safe: steps run in order, so their next
+        owner writes them later.
         """
         for sequence in sequences:
             sequence.finished = True
@@ -183,7 +183,7 @@ class Scheduler:
                 self.waiting.remove(sequence)
             else:
                 self._release(sequence)
-                self._left += 1
+                self._finished_since_full += 1
         self.running = [sequence for sequence in self.running if not sequence.finished]
 
     def _release(self, sequence: Sequence) -> None:

@@ -1,4 +1,4 @@
-"""A request while it runs (Sequence), and what one step computes of it (Chunk, Step)."""
+"""A request in the engine (Sequence) and the tokens that one step computes (Chunk, Step)."""
 
 from dataclasses import dataclass, field
 
@@ -16,18 +16,18 @@ class Sequence:
     max_tokens: int  # length at which it ends
     stop_ids: frozenset[int]
     block_tables: BlockTables
-    arrived: float
+    arrived: float  # seconds of time.perf_counter, as first_token
     length: int = 0  # of `tokens`, plus the tokens that launched steps sample
     computed: int = 0  # tokens whose KV the launched steps compute
     row: int = -1  # while it runs: its row in the runner's block tables and last tokens
-    greedy: bool = True  # takes the most likely token and wants no log-probabilities
-    decoding: bool = False  # the next token to compute is the one that its last step samples
+    greedy: bool = True  # temperature 0 and no log-probabilities requested
+    decoding: bool = False  # the next token to compute is sampled by its last launched step
     finished: bool = False
     cached: int = 0  # prompt tokens found in the prefix cache when first admitted
-    first_token: float = 0.0
+    first_token: float = 0.0  # when the first output token was known; 0: not yet
     logprobs: list[TokenLogprobs] | None = None
     admitted: bool = False
-    # longrope: a sequence that becomes longer is recomputed with other factors; 0: no such length.
+    # longrope: length beyond which the sequence is recomputed with the long factors; 0: never.
     rope_context: int = 0
 
     def __post_init__(self) -> None:
@@ -98,5 +98,5 @@ class Step:
         return len(self.decodes) + sum(chunk.end - chunk.start for chunk in self.chunks)
 
     def sampling(self) -> list[Sequence]:
-        """The sequences that get a next token, in the order of the sampled tokens."""
+        """The sequences for which the step samples a token, in the order of those tokens."""
         return self.decodes + [chunk.sequence for chunk in self.chunks if chunk.samples]

@@ -249,9 +249,9 @@ def efficiency_of(device: Device, dtype: str, model: Model) -> Efficiency:
     The last run of the model here takes precedence; then the peaks measured here count as fully
     reached.
     """
-    from model.cost.measure import cached_device, reached
+    from model.cost.measure import cached_device, recorded_efficiency
 
-    run = reached(device, model.name)
+    run = recorded_efficiency(device, model.name)
     if run is not None:
         share, date = run
         return Efficiency(share, share, f"reached by the last run of {model.name} here, {date}")

@@ -8,7 +8,7 @@ from getp.errors import UsageProblem
 from getp.terminal import say
 from model.config import ModelConfig, read_json
 from model.cost.devices import DEVICES, Device, UnknownDeviceError, find_device
-from model.cost.known_models import SHAPES, named_config
+from model.cost.known_models import KNOWN_CONFIGS, named_config
 from model.families import load_config, parse_config
 
 LOCAL = "local"
@@ -34,10 +34,10 @@ def find_model(given: Path) -> Model:
     if given.is_file():
         return Model(given.resolve().parent.name, parse_config(read_json(given), given))
     name = str(given).lower()
-    if name not in SHAPES:
+    if name not in KNOWN_CONFIGS:
         raise UsageProblem(
             f"unknown model {str(given)!r}: give a checkpoint directory, a config.json, or one of "
-            f"{', '.join(SHAPES)}"
+            f"{', '.join(KNOWN_CONFIGS)}"
         )
     return Model(name, named_config(name))
 
@@ -61,7 +61,7 @@ def measure_again() -> None:
     from model.cost.measure import local_device
 
     say("getp: measuring this machine")
-    local_device(again=True)
+    local_device(remeasure=True)
 
 
 def _find_gpu(name: str) -> Device:

@@ -9,7 +9,7 @@ import torch
 
 from engine import Engine
 from engine.resolve import dtype_name
-from engine.step_probe import Probe
+from engine.step_probe import StepProbe
 from getp.analysis.part_timer import Launches, Step, count_launches, time_parts
 from model.config import ModelConfig
 from model.cost.devices import Device
@@ -124,7 +124,7 @@ def profile(
 
     Raises EngineError if the engine has no room for such a step.
     """
-    probe = Probe(engine, batch, query, context)
+    probe = StepProbe(engine, batch, query, context)
     times = measure(probe.step, engine.device)
     launches = count_launches(probe.step, engine.device, trace)
     dtype = dtype_name(engine.dtype)

@@ -10,7 +10,7 @@ from getp.report.losses import FinishedRun, largest_loss
 from model.config import ModelConfig
 from model.cost.devices import Device, device_of_driver
 from model.cost.flops import Flops
-from model.cost.measure import peaks_of, record_reached
+from model.cost.measure import peaks_of, store_efficiency
 from model.cost.operations import operations, total
 from model.cost.workload import Bytes, Phase, Workload
 
@@ -91,7 +91,7 @@ def record_efficiency(run: RunSummary, model: str, found: Explanation, inference
     if found.limit_share is None or run.tensor_parallel > 1 or run.replicas:
         return
     if inference_s >= _MIN_SECONDS:
-        record_reached(_target(run), model, found.limit_share)
+        store_efficiency(_target(run), model, found.limit_share)
 
 
 def _work(phase: Phase, query: int, context: int, dtype: str, tensor_parallel: int) -> Workload:

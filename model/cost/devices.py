@@ -1,4 +1,4 @@
-"""Peak rates of known GPUs, from which rooflines are drawn.
+"""Peak rates of known GPUs, for rooflines.
 
 Peaks are dense (datasheets often print doubled ones, "with sparsity") and with float32
 accumulation, from the vendor document named as the source of each device. On 2026-11-20 they were
@@ -18,8 +18,8 @@ LAUNCH_S = 7.5e-6
 """Seconds to launch a kernel (bottleneck-analysis). Datasheets do not state it, because most of it
 is host time. A launch in a captured graph takes a fraction of it; that of `local` is measured."""
 
-# The dtypes that can stand in for a dtype, best first. Where a device has no units for a dtype,
-# weights and KV are stored in that dtype and widened on their way to the units.
+# The dtypes in which products of a dtype can be computed, best first. On a device without units for
+# a dtype, weights and KV are stored in it and converted when they are loaded.
 _COMPUTED_IN = {
     "float8": ("float8", "bfloat16", "float16", "float32"),
     "bfloat16": ("bfloat16", "float16", "float32"),
@@ -225,7 +225,7 @@ def is_device(name: str) -> bool:
 
 
 def device_of_driver(driver_name: str) -> Device | None:
-    """Return the known device whose driver name is `driver_name`; None if there is none."""
+    """Return the known device with this driver name; None if it is unknown."""
     name = _DRIVER_NAMES.get(driver_name)
     return None if name is None else find_device(name)
 

@@ -54,18 +54,18 @@ class Exchange:
     bytes: int
 
     def seconds(self, link: Link) -> float:
-        """Return how long the collectives of the step take, one after the other."""
+        """Return the seconds of the step's collectives, one after the other."""
         return self.collectives * link.latency_s + self.bytes / link.bandwidth
 
 
-NOTHING = Exchange(0, 0)
+NO_EXCHANGE = Exchange(0, 0)
 
 
 def exchange(config: ModelConfig, work: Workload, ranks: int | None = None) -> Exchange:
-    """Return what each GPU sends in a step with `ranks` GPUs (None: as the workload says)."""
+    """Return the communication of each GPU in a step; ranks: GPUs (None: the workload's)."""
     ranks = ranks or work.tensor_parallel
     if ranks == 1:
-        return NOTHING
+        return NO_EXCHANGE
     sums = 1 + 2 * len(config.layers)
     activation = work.tokens * config.hidden_size * DTYPE_BYTES[work.dtype]
     argmax = 16 * work.logits_rows  # a logit and a token, 8 bytes each, to every other rank

@@ -1,6 +1,6 @@
-"""Well-known models by name, for planning without a download.
+"""Configs of well-known models, for planning without a download.
 
-Each is its config.json on Hugging Face, reduced to the keys that matter for costs.
+Each is the model's config.json on Hugging Face, reduced to the keys that affect costs.
 """
 
 from typing import Any
@@ -38,7 +38,7 @@ def _gpt_oss(layers: int, experts: int) -> dict[str, Any]:
     }
 
 
-SHAPES: dict[str, dict[str, Any]] = {
+KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2-0.5b": {
         "model_type": "qwen2",
         "hidden_size": 896,
@@ -89,4 +89,4 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def named_config(name: str) -> ModelConfig:
     """Return the config of a well-known model. Raises KeyError for any other name."""
-    return parse_config(SHAPES[name], name)
+    return parse_config(KNOWN_CONFIGS[name], name)

@@ -21,8 +21,7 @@ from model.formats import DENSE
 from model.ops.backend import choose_backend
 from model.ops.specs import Linear
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_LONG_ENOUGH_S = 0.05  # for a product whose start-up time no longer matters
+_LONG_ENOUGH_S = 0.05  # longer products have a negligible start-up time
 _SMALLEST_PRODUCT, _BIGGEST_PRODUCT = 256, 8192
 _RUNS_KEY = "runs"  # in the cache, beside the machines
 _RUNS = 3  # the fastest counts: a peak is the speed of an undisturbed machine
@@ -41,13 +40,13 @@ class Measured:
         return device_of_driver(self.hardware) == device
 
 
-def local_device(target: torch.device | None = None, again: bool = False) -> Measured:
-    """Return the device from the cache, or measure it, which takes seconds.
+def local_device(target: torch.device | None = None, remeasure: bool = False) -> Measured:
+    """Return the device from the cache, or measure it (several seconds).
 
-    target None: the GPU if there is one, else the CPU. again: measure it even if it is cached.
+    target None: the GPU if there is one, else the CPU. remeasure: ignore the cache.
     """
     target = target or default_target()
-    found = None if again else cached_device(target)
+    found = None if remeasure else cached_device(target)
     if found is None:
         entry = measure(target)
         write_cache({**read_cache(), cache_key(target): entry})
@@ -63,7 +62,7 @@ def cached_device(target: torch.device | None = None) -> Measured | None:
 
 
 def peaks_of(target: torch.device) -> Device:
-    """Return the known device that `target` is, else this machine as measured."""
+    """Return the datasheet device of `target` if it is a known GPU, else its measured device."""
     known = device_of_driver(hardware_name(target)) if target.type == "cuda" else None
     return known or local_device(target).device
 
@@ -78,13 +77,13 @@ def _run_key(target: torch.device, model: str) -> str:
 
 
 def cache_key(target: torch.device) -> str:
-    """Return the key of a device in the cache: what its speed depends on."""
+    """Return the cache key of a device: hardware, CPU threads and torch version."""
     threads = f", {torch.get_num_threads()} threads" if target.type == "cpu" else ""
     return f"{hardware_name(target)}{threads}, torch {torch.__version__}"
 
 
-def record_reached(target: torch.device, model: str, share: float) -> None:
-    """Store the share of the device limit that a run of `model` reached, for later predictions."""
+def store_efficiency(target: torch.device, model: str, share: float) -> None:
+    """Store the share of the device limit that a run of `model` achieved, for predictions."""
     cache = read_cache()
     runs = cache.get(_RUNS_KEY)
     date = datetime.date.today().isoformat()
@@ -92,8 +91,8 @@ def record_reached(target: torch.device, model: str, share: float) -> None:
     write_cache({**cache, _RUNS_KEY: {**(runs if isinstance(runs, dict) else {}), **entry}})
 
 
-def reached(device: Device, model: str) -> tuple[float, str] | None:
-    """Return the share that the last run of `model` reached on this machine, and its date.
+def recorded_efficiency(device: Device, model: str) -> tuple[float, str] | None:
+    """Return the share of the limit that the last run of `model` achieved here, and its date.
 
     None if there was no run, or if `device` is not the device of this machine.
     """
@@ -113,7 +112,7 @@ def measure(target: torch.device) -> dict[str, Any]:
     dtypes = ["float32", "bfloat16", *(["float16"] if target.type == "cuda" else [])]
     return {
         "date": datetime.date.today().isoformat(),
-        "peaks": {dtype: _product_rate(target, _DTYPES[dtype]) for dtype in dtypes},
+        "peaks": {dtype: _product_rate(target, getattr(torch, dtype)) for dtype in dtypes},
         "bandwidth": _read_rate(target),
         "launch_s": _launch_time(target),
         "memory": _memory(target),
@@ -148,7 +147,7 @@ def _best(function: Callable[[], Any], target: torch.device, runs: int = _RUNS) 
 def _product_rate(target: torch.device, dtype: torch.dtype) -> float:
     """Return the best FLOP/s of square products, by torch or on a CPU by our own kernels."""
     rate = _linear_rate(target, dtype, lambda a: partial(torch.nn.functional.linear, a, a))
-    if target.type == "cpu":  # our kernels may be faster than those of torch
+    if target.type == "cpu":  # getp's kernels may be faster than torch's
         own = _linear_rate(target, dtype, lambda a: _own_linear(target, dtype, a))
         rate = max(rate, own)
     return rate
@@ -170,7 +169,7 @@ def _linear_rate(
     dtype: torch.dtype,
     product: Callable[[torch.Tensor], Callable[[], torch.Tensor]],
 ) -> float:
-    """Return the best FLOP/s over growing sizes, until one product takes long enough."""
+    """Return the best FLOP/s over growing sizes, up to the first product of _LONG_ENOUGH_S."""
     size, rate = _SMALLEST_PRODUCT, 0.0
     while True:
         seconds = _best(product(torch.randn(size, size, device=target).to(dtype)), target)

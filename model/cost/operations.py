@@ -10,7 +10,7 @@ All figures are integers computed from the config alone, without torch. Conventi
 - Unfused, each operation reads its input and writes its output (qwen2-layer-data-flow). Fused, a
   layer reads its input once and writes the results of its two blocks (roofline-prefill-decode).
 - The head runs for the rows that need logits: one per sequence in prefill, else every token.
-- Of the experts, only the expected number of distinct chosen ones is read.
+- Of the experts, only the expected number of distinct selected ones is read.
 - With tensor parallelism the figures are those of one GPU; communication is in `interconnect`.
 """
 
@@ -42,7 +42,7 @@ def check_tensor_parallel(config: ModelConfig, size: int) -> None:
 
 
 def _can_be_split(config: ModelConfig, size: int) -> bool:
-    """Return whether heads, experts and MLPs divide evenly and every GPU gets some vocabulary."""
+    """Return whether heads, experts and MLPs divide evenly and every GPU has vocabulary."""
     kv, moe = config.num_kv_heads, config.moe
     dense = any(not layer.sparse for layer in config.layers)
     return not (
@@ -65,7 +65,7 @@ def distinct_experts(num_experts: int, top_k: int, tokens: int) -> float:
 def operations(config: ModelConfig, work: Workload) -> list[Op]:
     """Return the operations of the step in order. Raises ValueError for an impossible split."""
     check_tensor_parallel(config, work.tensor_parallel)
-    shard = _Shard(config, work)
+    shard = _ShardCost(config, work)
     found: dict[str, Op] = {}
     for layer, count in Counter(config.layers).items():
         for op in (*shard.attention_block(layer), *shard.mlp_block(layer)):
@@ -126,8 +126,8 @@ def _add(a: Op, b: Op, layers: int | None = None) -> Op:
     return Op(a.name, layers, a.flops + b.flops, a.bytes + b.bytes, a.launches + b.launches)
 
 
-class _Shard:
-    """Builds the operations of one GPU's shard of the model, each for one layer."""
+class _ShardCost:
+    """The cost of the operations on one GPU's shard of the model, each for one layer."""
 
     def __init__(self, config: ModelConfig, work: Workload):
         self.config, self.work = config, work
@@ -225,7 +225,7 @@ class _Shard:
 
     @property
     def _residual(self) -> Flops:
-        """Adding what a block computes to the residual stream, scaled if the model does so."""
+        """FLOPs of adding a block's output, scaled in some families, to the residual stream."""
         values = self.work.tokens * self.config.hidden_size
         return Flops(vector=values if self.config.residual_scale == 1 else 2 * values)
 

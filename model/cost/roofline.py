@@ -1,4 +1,4 @@
-"""The least time in which a device can execute a step, and the limit that determines it.
+"""The minimum time of a step on a device, and the limit that determines it.
 
 The roofline model (Williams, Waterman, Patterson 2009) with kernel launches as a third limit:
 compute, memory traffic and launches are assumed to overlap perfectly, so the time is the longest
@@ -10,7 +10,7 @@ from typing import Literal, cast
 
 from model.config import ModelConfig
 from model.cost.devices import Device
-from model.cost.interconnect import NOTHING, Exchange
+from model.cost.interconnect import NO_EXCHANGE, Exchange
 from model.cost.operations import kv_bytes_per_sequence, parameter_bytes
 from model.cost.workload import Op, Workload
 
@@ -20,7 +20,7 @@ USABLE_MEMORY = 0.9  # share of GPU memory for weights and KV; activations and t
 
 @dataclass(frozen=True)
 class Bound:
-    """The least time of a step on a device, in seconds; mfu and mbu are shares from 0 to 1."""
+    """The minimum time of a step on a device, in seconds; mfu and mbu are shares from 0 to 1."""
 
     device: Device
     limit: Limit
@@ -38,8 +38,8 @@ class Bound:
         return max(self.compute_s, self.memory_s, self.launch_s) + self.link_s
 
 
-def bound(step: Op, device: Device, dtype: str, tokens: int, sent: Exchange = NOTHING) -> Bound:
-    """Bound a step, given the total of its operations, its tokens and what each GPU sends."""
+def bound(step: Op, device: Device, dtype: str, tokens: int, sent: Exchange = NO_EXCHANGE) -> Bound:
+    """Bound a step from the total of its operations, its tokens and the bytes each GPU sends."""
     compute = max(
         step.flops.matrix / device.peak(dtype),
         step.flops.vector / device.vector,
@@ -52,7 +52,7 @@ def bound(step: Op, device: Device, dtype: str, tokens: int, sent: Exchange = NO
     seconds = max(compute, memory, launch) + link
     return Bound(
         device,
-        _name(longest, compute=compute, memory=memory, launch=launch, link=link),
+        _limit_name(longest, compute=compute, memory=memory, launch=launch, link=link),
         compute,
         memory,
         launch,
@@ -63,7 +63,7 @@ def bound(step: Op, device: Device, dtype: str, tokens: int, sent: Exchange = NO
     )
 
 
-def _name(longest: float, **limits: float) -> Limit:
+def _limit_name(longest: float, **limits: float) -> Limit:
     return cast(Limit, next(name for name, seconds in limits.items() if seconds == longest))
 
 

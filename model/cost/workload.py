@@ -1,4 +1,4 @@
-"""A step whose cost is wanted, and the integers that describe its cost. Without torch."""
+"""Workload: the step to cost. Op: the cost of an operation, in integers."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -90,7 +90,7 @@ class Workload:
         return self.phase == "backward"
 
     def attended(self, window: int | None) -> int:
-        """Return the attended positions, summed over the query tokens."""
+        """Return the attended positions, summed over all query tokens of the batch."""
         limit = min(window or self.context, self.context)
         if not self.causal:
             return self.tokens * limit
@@ -100,6 +100,6 @@ class Workload:
         return self.batch * attended
 
     def kv_positions(self, window: int | None) -> int:
-        """Return the positions whose keys and values are written or read."""
+        """Return the positions of which keys and values are written or read, over the batch."""
         cached = self.context - self.query
         return self.batch * (self.query + (cached if window is None else min(cached, window - 1)))

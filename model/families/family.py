@@ -1,10 +1,10 @@
-"""Family: the definition that each family's module contains, and the keys that all share."""
+"""Family: the declaration in each family's module, and the config keys that all families share."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from model.config import LayerConfig, ModelConfig, MoeConfig
+from model.config import DTYPES, LayerConfig, ModelConfig, MoeConfig
 from model.families.keys import Keys
 from model.families.rope_keys import read_rope
 from model.families.tensor_names import TensorNames
@@ -16,12 +16,11 @@ _COMMON_KEYS = frozenset(
     num_key_value_heads head_dim hidden_act max_position_embeddings rms_norm_eps rope_theta
     rope_scaling rope_parameters tie_word_embeddings quantization_config""".split()
 )
-_DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
 class Family:
-    """One family: the config keys it understands, what they mean, and its tensor names."""
+    """One family: its config keys, their meaning, and the names of its tensors."""
 
     keys: str  # understood in addition to those that every family shares, separated by spaces
     fields: Callable[[Keys], dict[str, Any]]  # → the fields of ModelConfig that differ from Llama
@@ -111,13 +110,13 @@ def layers(
 def qwen_layers(keys: Keys) -> tuple[LayerConfig, ...]:
     """Every layer, with the window of those from `max_window_layers` on."""
     is_used = keys.boolean("use_sliding_window", False)
-    first = keys.integer("max_window_layers", 28, least=0)
+    first = keys.integer("max_window_layers", 28, minimum=0)
     window = keys.optional_integer("sliding_window") if is_used else None
     return layers(keys, window, lambda layer: layer >= first)
 
 
 def attention_biases(keys: Keys, default: bool = False) -> dict[str, Any]:
-    """The fields that `attention_bias` switches: biases of q, k, v and of the output."""
+    """The fields that `attention_bias` sets: biases of q, k, v and of the output."""
     bias = keys.boolean("attention_bias", default)
     return {"qkv_bias": bias, "o_bias": bias}
 
@@ -159,6 +158,6 @@ def _formats(keys: Keys, has_experts: bool) -> dict[str, Any]:
 
 def _dtype(keys: Keys) -> str:
     name = str(keys.get("dtype", keys.get("torch_dtype", "bfloat16"))).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise keys.fail(f"dtype {name!r} is not supported; supported: {', '.join(_DTYPES)}")
+    if name not in DTYPES:
+        raise keys.fail(f"dtype {name!r} is not supported; supported: {', '.join(DTYPES)}")
     return name

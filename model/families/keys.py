@@ -33,13 +33,13 @@ class Keys:
         value = self.values.get(key)
         return default if value is None else value
 
-    def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
-        """An integer of at least `least`. Raises CheckpointError if missing without a default."""
+    def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
+        """An integer of at least `minimum`. Raises CheckpointError if missing without a default."""
         value = self.get(key, default)
         if value is None:
             raise self.fail(f"'{key}' is missing")
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
-            raise self.fail(f"'{key}' must be an integer of at least {least}, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value < 2**31:
+            raise self.fail(f"'{key}' must be an integer of at least {minimum}, not {value!r}")
         return value
 
     def optional_integer(self, key: str) -> int | None:

@@ -1,7 +1,7 @@
 """Weight formats: how the values of a weight are stored in a checkpoint and kept in memory.
 
-One file per format, all with the interface of `WeightFormat`. Nothing here imports torch at module
-level, because configs and the cost model, which must start quickly, refer to formats.
+One module per format, each with the interface of `WeightFormat`. Nothing here imports torch at
+module level, because configs and the cost model, which must load quickly, refer to formats.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,4 +17,4 @@ __all__ = ["DENSE", "MXFP4", "QUANTIZATIONS", "StoredTensor", "WeightFormat", "f
 QUANTIZATIONS: dict[str, Callable[[Mapping[str, Any]], dict[str, WeightFormat]]] = {
     "mxfp4": mxfp4.read_settings,
 }
-"""quant_method of a `quantization_config` → the fields of ModelConfig that its settings set."""
+"""quant_method of a `quantization_config` → fields of ModelConfig, from its settings."""

@@ -1,4 +1,4 @@
-"""Dense weights: one floating-point number a value, in the dtype of the activations."""
+"""Dense weights: one floating-point number per value, in the dtype of the activations."""
 
 from __future__ import annotations
 

@@ -46,9 +46,9 @@ class WeightFormat(ABC):
 
     @abstractmethod
     def source(self, tensors: list[torch.Tensor], *, transposed: bool = False) -> Any:
-        """What was read of the `stored` tensors as one weight [..., outputs, inputs].
+        """The `stored` tensors, as read from the files, as one weight [..., outputs, inputs].
 
-        It is indexed by expert or sliced by rows, and the storage's `copy_` accepts the result.
+        The result can be indexed by expert and sliced by rows for the storage's `copy_`.
         """
 
     @abstractmethod
@@ -82,6 +82,6 @@ class WeightFormat(ABC):
 
 
 def full_interface(known: object) -> WeightFormat:
-    """A format that is declared by the part of its interface that operations use (model.ops)."""
+    """Narrow a format, which operations declare as model.ops.specs.WeightFormat, to this class."""
     assert isinstance(known, WeightFormat)
     return known

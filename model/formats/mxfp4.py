@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from model.ops.backend import Backend
 
-_VALUES = 32  # of a block: 4 bits each, two a byte
+_VALUES = 32  # per block: 4 bits each, two per byte
 _BLOCK_BYTES = _VALUES // 2
 _SCALE_BYTES = 1
 
@@ -54,7 +54,7 @@ class Mxfp4Format(WeightFormat):
         return backend.empty_mxfp4(shape, parts)
 
     def finish(self, backend: Backend, storage: Any) -> Any:
-        """As WeightFormat.finish: dense, one expert after the other, where no kernel takes it."""
+        """As WeightFormat.finish: without a kernel, dense, converted expert by expert."""
         return backend.pack_mxfp4(storage)
 
     def fill_random(self, storage: Any, generator: torch.Generator) -> None:

@@ -1,9 +1,9 @@
-"""Backend: every operation of the decoder in plain torch, the definition that kernels must meet.
+"""Backend: every operation of the decoder in plain torch, the reference for all kernels.
 
-Written to be evidently right, with float32 inside, on any device; speed is of no concern here.
+Written for clarity instead of speed: it computes in float32 internally and runs on any device.
 `CpuBackend` (model.ops.cpu) and `TritonBackend` (model.ops.triton) override the operations and
-storage forms that they are faster with. A fused operation is a method like any other: its base form
-does the steps one after the other.
+storage layouts for which they have faster kernels. A fused operation is a method like any other:
+its base form runs the steps one after the other.
 """
 
 from collections.abc import Callable
@@ -62,7 +62,7 @@ class Backend:
 
     @property
     def keeps_mxfp4(self) -> bool:
-        """Whether experts stay MXFP4 in memory; otherwise they become dense as they load."""
+        """Whether experts stay MXFP4 in memory; otherwise they become dense on loading."""
         return True
 
     def empty_mxfp4(self, shape: tuple[int, ...], parts: int = 1) -> Any:
@@ -74,11 +74,11 @@ class Backend:
         return weights
 
     def empty_cache(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return uninitialised memory for KV blocks. Raises OutOfMemoryError or MemoryError."""
+        """Return uninitialized memory for KV blocks. Raises OutOfMemoryError or MemoryError."""
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def recorder(self) -> Callable[[Compute], Compute] | None:
-        """Return what records a computation on the host for replay, or None if nothing does."""
+        """Return a recorder of computations for replay on the host; None if there is none."""
         return None
 
     # Operations
@@ -137,7 +137,7 @@ class Backend:
         """Norms of heads, rotary embedding and the write to the KV cache.
 
         qkv [tokens, heads + 2 · kv_heads, head_dim]: queries, then keys, then values. Queries and
-        keys are normalised by head where the layer has such norms, and the first rotary_dim values
+        keys are normalized by head where the layer has such norms, and the first rotary_dim values
         of each head are rotated by rope.cos_sin; keys and values are stored in rope.kv at
         rope.slot_mapping → query [tokens, heads, head_dim].
         """
@@ -256,7 +256,7 @@ class Backend:
         top_p: torch.Tensor,
         uniform: torch.Tensor,
     ) -> torch.Tensor:
-        """Sample a token of each row from what top-k and then top-p leave of its softmax.
+        """Sample a token for each row from its softmax after truncation by top-k, then top-p.
 
         logits [rows, vocab]; for each row temperature float32, above 0; top_k int64, how many
         tokens may be sampled, 0 for all (None: all in every row); top_p float32, the share of the
@@ -265,8 +265,8 @@ class Backend:
 
         Tokens are ordered by probability, equal ones by id, both for the limits and for the inverse
         of the cumulative distribution at `uniform`. The limits need this order anyway, and a sample
-        of the most likely tokens then never depends on how many follow. A row of NaN gives some
-        valid token.
+        among the most likely tokens then does not depend on the number of others. A row of NaN
+        yields a valid token.
         """
         return sample_sorted(logits, temperature, top_k, top_p, uniform)
 

@@ -8,7 +8,7 @@ import torch
 
 @dataclass
 class GroupTables:
-    """Where the KV of one layer group lies (layers that share an attention window).
+    """The KV blocks of one layer group (layers that share an attention window).
 
     Block 0 is the null block: it is never written, always zero, and takes the place of blocks that
     were freed behind the window.
@@ -16,7 +16,7 @@ class GroupTables:
 
     block_table: torch.Tensor  # int32 [sequences, blocks]: block ids at absolute positions
     slot_mapping: torch.Tensor  # int64 [tokens]: the block · block_size + offset each token writes
-    plan: Any = field(default=None, repr=False)  # what a backend's attention derives once a step
+    plan: Any = field(default=None, repr=False)  # derived by a backend's attention, once per step
 
 
 @dataclass
@@ -37,6 +37,6 @@ class ForwardBatch:
     host_context_lens: list[int]  # [sequences]: tokens attended to, the new ones included
     num_single: int  # sequences at the front whose query length is 1
     groups: tuple[GroupTables, ...]
-    logits_rows: torch.Tensor  # int64 [rows]: the tokens whose logits are wanted
+    logits_rows: torch.Tensor  # int64 [rows]: indices of the tokens that need logits
     cu_seqlens_q: torch.Tensor  # int32 [sequences + 1]: each sequence's first token, then `tokens`
     context_lens: torch.Tensor  # int32 [sequences]: as host_context_lens

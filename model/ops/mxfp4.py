@@ -13,12 +13,12 @@ MXFP4_BLOCK = 32  # values that share one scale
 class Mxfp4:
     """Weights [experts, out, in] as MXFP4: 32 values along `in` share a power-of-two scale."""
 
-    blocks: torch.Tensor  # uint8 [experts, out, in / 32, 16], two values a byte, low nibble first
+    blocks: torch.Tensor  # uint8 [experts, out, in / 32, 16], two values per byte, low nibble first
     scales: torch.Tensor  # uint8 [experts, out, in / 32], E8M0 with bias 127
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], device: torch.device) -> "Mxfp4":
-        """Uninitialised storage for weights of this shape [..., out, in]."""
+        """Uninitialized storage for weights of this shape [..., out, in]."""
         groups = (*shape[:-1], shape[-1] // MXFP4_BLOCK)
         return cls(
             torch.empty(*groups, MXFP4_BLOCK // 2, dtype=torch.uint8, device=device),
@@ -50,7 +50,7 @@ class Mxfp4:
         self.scales.copy_(source.scales)
 
     def random_(self, generator: torch.Generator) -> None:
-        """Fill with random values of a typical size."""
+        """Fill with random values of a typical magnitude."""
         self.blocks.random_(0, 256, generator=generator)
         self.scales.fill_(120)  # values of up to 6 · 2⁻⁷
 
@@ -64,7 +64,7 @@ def dequantize_mxfp4(
 ) -> torch.Tensor:
     """MXFP4 → dense: blocks uint8 [..., groups, 16], scales uint8 [..., groups] → [..., groups·32].
 
-    Two values a byte, low nibble first; a scale is a power of two, E8M0 with bias 127.
+    Two values per byte, low nibble first; a scale is a power of two, E8M0 with bias 127.
     """
     values = torch.tensor([*FP4_VALUES, *(-v for v in FP4_VALUES)], device=blocks.device)
     pairs = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)

@@ -1,4 +1,4 @@
-"""What operations take besides activations: parameters of the model and constants of a layer.
+"""Arguments of operations besides activations: parameters of the model, constants of a layer.
 
 The decoder declares parameters with shapes alone, which needs no torch; the loader fills them.
 """
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class WeightFormat(Protocol):
-    """What operations need to know of a weight's format; `model.formats` has the rest."""
+    """The part of a weight format that operations use; `model.formats` has the rest."""
 
     def dense(self, weight: Any, dtype: "torch.dtype") -> "torch.Tensor":
         """Return the values of a weight [out, in] as one tensor of that dtype."""
@@ -23,7 +23,7 @@ class Parameter:
     """A declared parameter: an attribute of its holder, which the loader sets.
 
     `format` is None for a plain tensor in the compute dtype; otherwise it is the format of a weight
-    [..., out, in], of whose outputs `parts` equal parts are used together, as gate and up are.
+    [..., out, in]. Its outputs consist of `parts` equal parts that are used together: gate and up.
     """
 
     holder: Any
@@ -58,7 +58,7 @@ class Linear:
 
 @dataclass(eq=False)
 class Norm:
-    """Root-mean-square normalisation with weight [size]."""
+    """Root-mean-square normalization with weight [size]."""
 
     size: int
     eps: float
@@ -107,7 +107,7 @@ class Heads:
 
 
 class RopeArgs(NamedTuple):
-    """How a QKV projection becomes queries to attend with and KV in the cache."""
+    """Arguments that turn a QKV projection into queries and KV cache entries."""
 
     heads: Heads
     cos_sin: "torch.Tensor"  # float32 [tokens, rotary_dim], cos in the first half
@@ -137,7 +137,7 @@ class Activation:
 
 @dataclass(frozen=True)
 class RouterSpec:
-    """How router logits become experts and weights."""
+    """How router logits select experts and their weights."""
 
     top_k: int
     softmax_after_top_k: bool  # gpt-oss: softmax over the chosen logits; else over all experts

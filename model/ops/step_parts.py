@@ -1,4 +1,4 @@
-"""The named parts of a step, which the decoder, the backends and the engine mark as they run.
+"""The named parts of a step: the decoder, the backends and the engine mark where each runs.
 
 `with QKV_PROJ: …` is a range in every trace of torch's profiler. While `observe` is active, its
 callback also receives the name of the part that starts or continues, so that a timer can stamp each
@@ -86,4 +86,4 @@ FUSED_INTO = {
     **dict.fromkeys(("input_norm", "rope"), "qkv_proj"),
     **dict.fromkeys(("post_norm", "activation", "down_proj"), "gate_up_proj"),
 }
-"""The part that does another part's work where a backend fuses the two into one kernel."""
+"""Part → the part that includes its work where a backend fuses the two into one kernel."""

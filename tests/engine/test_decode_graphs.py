@@ -1,6 +1,6 @@
-"""Decode steps at fixed, padded sizes give the same results.
+"""Captured decode steps of padded sizes give the same results as computed ones.
 
-A function that computes on the same buffers again stands in for a GPU's graphs.
+In place of a GPU graph, a captured step here is a function that computes on the same buffers again.
 """
 
 import time
@@ -21,7 +21,7 @@ from engine.execution.decode_graphs import (
     Capture,
     Compute,
     DecodeGraphs,
-    Inputs,
+    GraphInputs,
     capture_sizes,
     gpu_capture,
 )
@@ -33,7 +33,7 @@ from tests.engine.test_engine import load
 
 
 class FromTensors:
-    """A model that takes every length from the batch's tensors, as kernels in a graph do."""
+    """A model that reads all lengths from the batch's tensors, as captured kernels do."""
 
     def __init__(self, model: Any):
         self._model = model
@@ -50,10 +50,10 @@ class FromTensors:
 
 
 def recording(replays: Counter[int]) -> Capture:
-    """A capture that counts how often each size is replayed."""
+    """A capture that counts the replays of each size."""
 
     def capture(compute: Compute) -> Compute:
-        size = len(compute())  # a GPU's capture runs it first, too
+        size = len(compute())  # as a GPU's capture does
 
         def replay() -> torch.Tensor:
             replays[size] += 1
@@ -143,10 +143,10 @@ def test_a_replayed_step_copies_one_tensor_and_only_changed_block_tables(
 ) -> None:
     sent: Counter[str] = Counter()
     for owner, name in (
-        (batch_builder, "put"),
-        (model_runner, "put"),
+        (batch_builder, "to_device"),
+        (model_runner, "to_device"),
         (DecodeGraphs, "set_block_tables"),
-        (Inputs, "fill"),
+        (GraphInputs, "fill"),
     ):
         original = getattr(owner, name)
 
@@ -191,15 +191,15 @@ def test_steps_are_captured_on_the_device_of_the_block_tables() -> None:
 
 @pytest.mark.parametrize("sequences", [1, 2, 7])
 def test_the_integers_of_a_step_do_not_overlap_and_are_aligned(sequences: int) -> None:
-    memory = torch.zeros(Inputs.bytes(sequences, 2) + 8, dtype=torch.uint8)
-    inputs, count = Inputs.over(memory, sequences, 2), torch.arange(sequences)
+    memory = torch.zeros(GraphInputs.bytes(sequences, 2) + 8, dtype=torch.uint8)
+    inputs, count = GraphInputs.over(memory, sequences, 2), torch.arange(sequences)
     inputs.fill(count + 1, count + 20, [count + 300, count + 4000])
     spans = (inputs.rows, inputs.positions, *inputs.slot_mapping, inputs.context_lens)
     assert [span.tolist() for span in spans] == [
         (count + first).tolist() for first in (1, 20, 300, 4000, 21)
     ]
     assert all((span.data_ptr() - memory.data_ptr()) % 16 == 0 for span in spans)
-    assert not memory[len(inputs.integers) :].any()
+    assert not memory[len(inputs.buffer) :].any()
 
 
 def test_the_peak_step_is_followed_by_short_prompts_and_leaves_nothing_allocated(
@@ -232,14 +232,14 @@ def test_an_engine_without_graphs_gives_a_notice_and_runs(
     def capture(compute: Compute) -> Compute:
         try:
             raise RuntimeError("operation not permitted when stream is capturing")
-        finally:  # like the end of a GPU's capture
+        finally:  # as at the end of a GPU's capture
             raise RuntimeError("operation failed due to a previous error during capture")
 
     engine = Engine(checkpoint("qwen2"), EngineConfig(kv_memory=8 << 20), notice=notices.append)
     engine.make_capture = lambda stats: capture
     engine.group_size = 4
     with engine:
-        assert not engine.steps.scheduler.group_size  # pays only if steps are replayed
+        assert not engine.steps.scheduler.group_size  # groups are useful only if steps are replayed
         (done,) = engine.generate([Request([1, 2], SamplingParams(max_new_tokens=4))])
     assert len(done.token_ids) == 4
     assert notices == [
@@ -259,7 +259,7 @@ def test_loading_compiling_and_capturing_are_timed_separately(
 ) -> None:
     def capturing(stats: EngineStats) -> Capture:
         def capture(compute: Compute) -> Compute:
-            stats.compile_s += 1000.0  # only the capture can measure this
+            stats.compile_s += 1000.0  # measured by the capture
             time.sleep(0.01)
             return compute
 

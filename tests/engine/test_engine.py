@@ -43,7 +43,7 @@ def run(
         return {c.request_id: c.token_ids for c in engine.generate(requests)}, engine
 
 
-# few_blocks: room for one of the longest requests and little more.
+# few_blocks: enough for one of the longest requests and little more.
 @pytest.mark.parametrize("lookahead", [0, 1])
 @pytest.mark.parametrize(
     ("name", "few_blocks"), [("gpt_oss", 21), ("qwen2-window-yarn", 44), ("qwen3_moe", 14)]
@@ -79,7 +79,7 @@ def test_batching_chunking_caching_and_preemption_do_not_change_tokens(
 def test_batching_does_not_change_tokens_in_bfloat16_with_native_kernels(
     name: str, checkpoint: Callable[[str], Path]
 ) -> None:
-    """The native kernels sum each row in one order, whatever else is in the batch."""
+    """The native kernels sum each row in the same order, whatever the batch contains."""
     if library() is None:
         pytest.skip("no native kernels were built here")
     folder, requests = checkpoint(name), load()
@@ -123,8 +123,8 @@ def test_non_finite_logits_fail_only_their_own_request(
     tensors["model.embed_tokens.weight"][511] = float("nan")
     tensors["model.embed_tokens.weight"][510] = float("inf")
     save_file(tensors, folder / "model.safetensors")
-    random_: dict[str, Any] = {"temperature": 1.0, "seed": 3}
-    kinds: list[dict[str, Any]] = [{}, random_, {**random_, "top_p": 0.9}, {"logprobs": 2}]
+    sampled: dict[str, Any] = {"temperature": 1.0, "seed": 3}
+    kinds: list[dict[str, Any]] = [{}, sampled, {**sampled, "top_p": 0.9}, {"logprobs": 2}]
     good = load()
     bad = [
         Request([7, 8, token], SamplingParams(**kind, max_new_tokens=9), 100 + i)

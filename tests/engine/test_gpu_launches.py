@@ -1,7 +1,7 @@
-"""The launches of a GPU, recorded without one.
+"""The kernel launches of a GPU, recorded without a GPU.
 
-The engine runs on the CPU with the kernels and tiles of a GPU. Nothing is computed; of each launch
-the kernel's name and the key by which Triton distinguishes its compiled forms are recorded.
+The engine runs on the CPU with the Triton kernels and tiles of a GPU. Kernels do not compute; for
+each launch, the kernel's name and Triton's key of the compiled variant are recorded.
 """
 
 from collections import Counter
@@ -23,7 +23,7 @@ pytest.importorskip("triton")
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """(Kernel, key of its compiled form) of every launch on a device that poses as an H100."""
+    """(Kernel, key of its compiled variant) of every launch on a simulated H100."""
     from triton.compiler.compiler import make_backend
     from triton.runtime.jit import JITFunction, create_function_from_signature
 
@@ -57,7 +57,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
 
 class Launching(TorchDispatchMode):
-    """Adds torch's own operations to the launches, except those that launch no kernel."""
+    """Records torch's own operations as launches, except those that launch no kernel."""
 
     _none = (
         "empty",
@@ -83,7 +83,7 @@ class Launching(TorchDispatchMode):
 
 
 def prepare(engine: Engine, launches: list[tuple[str, str]]) -> None:
-    """As `Engine.warm_up` on a GPU: rehearse, allocate, capture."""
+    """As `Engine.warm_up` on a GPU: run the peak step, allocate, capture."""
     runner = engine.runner
     sizes = engine.max_batch_size, engine.max_batch_tokens
     runner.run_peak_step(*sizes, engine.max_batch_tokens, engine.config.block_size)
@@ -137,7 +137,7 @@ def test_warm_up_compiles_every_kernel_that_a_job_needs(
     assert set(launches) <= compiled, Counter(name for name, _ in set(launches) - compiled)
 
 
-# For one row every linear layer is a kernel of the project, and norms are fused with it.
+# For one row, getp's own kernel computes every linear layer, fused with the norm before it.
 _QKV = ("_add_rms_norm", "linear", "_rotate_and_write")
 _ATTENTION = ("decode_attention", "linear")
 _MLP = ("_add_rms_norm", "linear", "_swiglu", "linear")

@@ -27,14 +27,14 @@ def requests(new_tokens: int = 30) -> Iterator[Request]:
     return (Request(prompt(length), params, length) for length in LENGTHS)
 
 
-def run(folder: Path, config: EngineConfig, asked: Iterator[Request]) -> dict[int, list[int]]:
+def run(folder: Path, config: EngineConfig, requests: Iterator[Request]) -> dict[int, list[int]]:
     with Engine(folder, config) as engine:
-        return {c.request_id: c.token_ids for c in engine.generate(asked)}
+        return {c.request_id: c.token_ids for c in engine.generate(requests)}
 
 
 @pytest.fixture(scope="module")
 def expected(checkpoint: Callable[[str], Path]) -> dict[int, list[int]]:
-    """The tokens of each request when it is the only one of its engine."""
+    """The tokens of each request when it runs alone."""
     config = EngineConfig(dtype="float32", kv_memory=16 << 20)
     found: dict[int, list[int]] = {}
     for request in requests():
@@ -89,7 +89,7 @@ def test_a_prefix_with_other_factors_is_not_reused(
         (second,) = engine.generate([Request(long, params, 150)])
         (third,) = engine.generate([Request(long, params, 151)])
         (fourth,) = engine.generate([short])
-    assert second.cached_tokens == 0  # of the same tokens, but rotated by the short factors
+    assert second.cached_tokens == 0  # the cached keys are rotated by the short factors
     assert second.token_ids == third.token_ids == expected[150]
     assert third.cached_tokens == 144
     assert fourth.cached_tokens == 32

@@ -45,13 +45,13 @@ def test_planned_weights_are_as_large_as_the_loaded_tensors(
             found: dict[int, int] = {}
             todo: list[Any] = [model]
             while todo:
-                thing = todo.pop()
-                if isinstance(thing, torch.Tensor):
-                    found[thing.data_ptr()] = thing.nbytes
-                elif isinstance(thing, list | tuple):
-                    todo += thing
-                elif type(thing).__module__.startswith("model.") and hasattr(thing, "__dict__"):
-                    todo += vars(thing).values()
+                item = todo.pop()
+                if isinstance(item, torch.Tensor):
+                    found[item.data_ptr()] = item.nbytes
+                elif isinstance(item, list | tuple):
+                    todo += item
+                elif type(item).__module__.startswith("model.") and hasattr(item, "__dict__"):
+                    todo += vars(item).values()
         counted = MemoryPlan.of(engine.settings).weights
         assert counted == pytest.approx(sum(found.values()), rel=0.02)
 
@@ -188,7 +188,7 @@ def test_a_step_that_runs_out_of_memory_is_repeated_in_parts(
             nonlocal steps
             steps += 1
             if steps in (3, 20, 21):
-                for cache in engine.runner.kv_caches:  # what the failed step wrote must not be read
+                for cache in engine.runner.kv_caches:  # KV of the failed step must not be read
                     cache[:, 1:] = float("nan")
                 raise error
             return launch(step)

@@ -1,4 +1,4 @@
-"""Several ranks compute what one computes; each reads only its share of the weights."""
+"""Several ranks give the results of one; each reads only its share of the weights."""
 
 import random
 import shutil
@@ -37,7 +37,7 @@ from tests.checkpoints import edit_config, write_mxfp4_pair
 from tests.engine.test_decode_graphs import FromTensors, recording
 
 CPU = torch.device("cpu")
-NEAR = 1e-3  # the order of a sum may swap two logits that are this close
+NEAR = 1e-3  # logits this close can change places with the order of a sum
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +93,10 @@ def load(logprobs: int | None = None, temperature: float = 0.0) -> list[Request]
 
 
 def run(
-    folder: Path, requests: list[Request], ranks: WorkerPool | None = None, **settings: Any
+    folder: Path, requests: list[Request], workers: WorkerPool | None = None, **settings: Any
 ) -> dict[int, Completion]:
     config = EngineConfig(dtype="float32", **{"kv_memory": 16 << 20, **settings})
-    with Engine(folder, config, ranks=ranks) as engine:
+    with Engine(folder, config, workers=workers) as engine:
         return {c.request_id: c for c in engine.generate(requests)}
 
 
@@ -134,16 +134,18 @@ def test_several_ranks_give_the_tokens_and_logits_of_one(
 ) -> None:
     alone = run(folder(name), load(logprobs=2))
     assert sorted(alone) == list(range(8))
-    greedy = run(folder(name), load(), ranks=ranks(size))  # each rank finds the argmax of its part
+    greedy = run(
+        folder(name), load(), workers=ranks(size)
+    )  # each rank finds the argmax of its part
     assert near_ties(alone, greedy) <= 1
-    gathered = run(folder(name), load(logprobs=2), ranks=ranks(size))  # rank 0 gathers the logits
+    gathered = run(folder(name), load(logprobs=2), workers=ranks(size))  # rank 0 gathers the logits
     assert near_ties(alone, gathered) <= 1
     for i, completion in alone.items():
         for mine, other in zip(completion.logprobs or (), gathered[i].logprobs or (), strict=True):
             if mine.top[0][0] != other.top[0][0]:
-                break  # a near tie: the texts differ from here on
+                break  # a near tie: the tokens differ from here on
             assert other.logprob == pytest.approx(mine.logprob, abs=1e-4)
-    sampled = run(folder(name), load(temperature=0.8), ranks=ranks(size))
+    sampled = run(folder(name), load(temperature=0.8), workers=ranks(size))
     expected = run(folder(name), load(temperature=0.8))
     assert {i: c.token_ids for i, c in sampled.items()} == {
         i: c.token_ids for i, c in expected.items()
@@ -172,7 +174,7 @@ def test_a_step_is_one_broadcast_unless_it_is_long(
     alone = run(folder("qwen2"), requests, max_batch_tokens=8192)
     monkeypatch.setattr(Channel, "_broadcast", count)
     monkeypatch.setattr(Channel, "send_step", count_step)
-    found = run(folder("qwen2"), requests, max_batch_tokens=8192, ranks=ranks(2))
+    found = run(folder("qwen2"), requests, max_batch_tokens=8192, workers=ranks(2))
     assert {i: c.token_ids for i, c in found.items()} == {i: c.token_ids for i, c in alone.items()}
     assert sent["long"] == 1
     assert sent["short"] >= 3
@@ -272,17 +274,17 @@ def test_impossible_rank_counts_are_refused_with_the_possible_ones(
     folder: Callable[[str], Path],
 ) -> None:
     with pytest.raises(
-        EngineError, match=r"6 heads .2 KV., 6 experts .* 4 GPUs; possible: 1, 2, 6"
+        EngineError, match=r"6 heads, 2 KV heads, 6 experts.* split 4 ways; possible: 1, 2, 6"
     ):
         Engine(folder("gpt_oss"), EngineConfig(tensor_parallel=4))
-    with pytest.raises(EngineError, match="over 3 GPUs; possible: 1, 2, 4"):
+    with pytest.raises(EngineError, match="split 3 ways; possible: 1, 2, 4"):
         Engine(folder("qwen2"), EngineConfig(tensor_parallel=3))
 
 
 def test_the_error_of_a_killed_rank_names_it(folder: Callable[[str], Path]) -> None:
     requests = [Request([1, 2], SamplingParams(max_new_tokens=400, ignore_eos=True))] * 4
     with Engine(folder("qwen2"), EngineConfig(dtype="float32", tensor_parallel=2)) as engine:
-        (process,) = engine.ranks.processes
+        (process,) = engine.workers.processes
 
         def kill(token: int) -> None:
             process.kill()
@@ -294,7 +296,7 @@ def test_the_error_of_a_killed_rank_names_it(folder: Callable[[str], Path]) -> N
     # The engine can be warmed up again.
     with engine:
         (done,) = engine.generate([Request([1, 2], SamplingParams(max_new_tokens=4))])
-        processes = engine.ranks.processes
+        processes = engine.workers.processes
         assert len(done.token_ids) == 4
     assert processes[0].returncode == 0
 
@@ -322,8 +324,8 @@ def test_out_of_memory_on_any_rank_ends_the_run_with_advice(
 ) -> None:
     with Engine(folder("qwen2"), EngineConfig(dtype="float32", tensor_parallel=2)) as engine:
         with pytest.raises(EngineError, match=r"rank 1 of 2 died.* lower max_batch_tokens"):
-            engine.ranks.call("allocate", (1 << 40, 16, 64, 4), lambda: None)
-        assert not engine.ranks.ready
+            engine.workers.call("allocate", (1 << 40, 16, 64, 4), lambda: None)
+        assert not engine.workers.ready
     with Engine(folder("qwen2"), EngineConfig(dtype="float32", tensor_parallel=2)) as engine:
         forward, steps = engine.runner.forward, Counter[str]()
 
@@ -334,7 +336,7 @@ def test_out_of_memory_on_any_rank_ends_the_run_with_advice(
             return forward(batch)
 
         monkeypatch.setattr(engine.runner, "forward", fail_at_the_third)
-        (process,) = engine.ranks.processes
+        (process,) = engine.workers.processes
         with pytest.raises(EngineError, match=r"2 ranks compute together.* lower max_batch_tokens"):
             list(engine.generate(load()))
         assert process.returncode is not None
@@ -386,7 +388,7 @@ def test_the_kv_cache_fits_the_rank_with_the_least_memory(
         lambda device: 400 << 20 if threading.current_thread() is main else other,
     )  # fmt: skip
     ranks = InThreads(monkeypatch, Counter())
-    with Engine(folder("qwen2"), EngineConfig(dtype="float32"), ranks=ranks) as engine:
+    with Engine(folder("qwen2"), EngineConfig(dtype="float32"), workers=ranks) as engine:
         assert engine.runner.block_bytes(16) == 4 * 2 * 16 * 1 * 16 * 4  # one of 2 KV heads
         needs = MemoryPlan.of(engine.settings)
         left = other // 2 - needs.activations - needs.logits
@@ -408,7 +410,7 @@ def test_captured_steps_give_the_same_tokens_with_several_ranks(
     monkeypatch.setattr(ModelRunner, "capture", capture_from_tensors)
     mine, theirs = Counter[int](), Counter[int]()
     ranks = InThreads(monkeypatch, theirs)
-    engine = Engine(folder(name), EngineConfig(dtype="float32", kv_memory=16 << 20), ranks=ranks)
+    engine = Engine(folder(name), EngineConfig(dtype="float32", kv_memory=16 << 20), workers=ranks)
     engine.make_capture = lambda stats: recording(mine)
     with engine:
         found = {c.request_id: c.token_ids for c in engine.generate(load())}
@@ -427,7 +429,7 @@ def test_steps_are_captured_by_every_rank_or_by_none(
     engine = Engine(
         folder("qwen2"),
         EngineConfig(dtype="float32", kv_memory=16 << 20),
-        ranks=ranks(2),
+        workers=ranks(2),
         notice=notices.append,
     )
     # The other rank runs on a CPU, which has no graphs.

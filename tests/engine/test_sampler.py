@@ -21,10 +21,10 @@ def sample(
     """The next tokens of sequences whose rows are in reverse order."""
     rows = list(reversed(range(len(params))))
     sampler = Sampler(len(rows), CPU)
-    sampler.enter(rows, params)
-    special = dict(enumerate(params))
+    sampler.set_params(rows, params)
+    non_greedy = dict(enumerate(params))
     found = sampler.sample(
-        logits, torch.tensor(rows), torch.tensor(positions), special, not special
+        logits, torch.tensor(rows), torch.tensor(positions), non_greedy, not non_greedy
     ).read()
     assert sampler.last.tolist() == found[0][::-1]
     return found
@@ -46,7 +46,7 @@ def test_samples_follow_the_softmax_at_a_temperature() -> None:
 
 
 def test_samples_from_a_large_vocabulary_follow_the_softmax_in_every_block() -> None:
-    """Including the last block, which is short, and the ends of the others."""
+    """Including the short last block and the first and last tokens of blocks."""
     logits = torch.full((5000,), -30.0)
     likely = [0, 1023, 1024, 2500, 4095, 4096, 4999]
     logits[likely] = torch.tensor([0.0, 1.0, -1.0, 0.5, 0.0, 2.0, 1.0])
@@ -127,9 +127,9 @@ def test_a_row_that_is_not_finite_is_reported_and_its_last_token_is_valid(
     for params in ([p for each in every for p in (each, each)], [random_] * 8, []):
         sampler, rows = Sampler(8, CPU), torch.arange(8)
         if params:
-            sampler.enter(rows.tolist(), params)
-        special = dict(enumerate(params))
-        tokens, _ = sampler.sample(logits, rows, rows, special, not special).read()
+            sampler.set_params(rows.tolist(), params)
+        non_greedy = dict(enumerate(params))
+        tokens, _ = sampler.sample(logits, rows, rows, non_greedy, not non_greedy).read()
         assert tokens[0::2] == [NO_TOKEN] * 4
         assert tokens[1::2] == sampler.last[1::2].tolist()
         assert sampler.last.min() >= 0

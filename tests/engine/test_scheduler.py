@@ -1,12 +1,9 @@
 """Properties of the scheduler and the block pool under random loads, without a model.
 
-The stand-in for the model keeps the token history of every KV slot. A block that is leaked, shared
-by mistake, freed too early or read before it is written is therefore noticed at once.
+`HistoryRunner` takes the place of the model and detects wrong blocks.
 """
 
-import hashlib
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,117 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine import Completion, Engine, EngineConfig, EngineError, Request, SamplingParams
-from engine.scheduling.kv_cache import NULL_BLOCK, KVCache, LayerGroup, group_layers
+from engine.scheduling.kv_cache import KVCache, LayerGroup, group_layers
 from engine.scheduling.sequence import Step
 from tests.checkpoints import FAMILIES
-
-VOCAB = 5  # few tokens, so that equal prefixes are frequent
-
-
-def history(tokens: Sequence[int]) -> bytes:
-    return hashlib.blake2b(bytes(tokens), digest_size=12).digest()
-
-
-def next_token(tokens: Sequence[int]) -> int:
-    return history(tokens)[0] % VOCAB
-
-
-class Sampled(list[int]):
-    """Tokens of a launched step."""
-
-    def read(self) -> tuple[list[int], dict[int, Any]]:
-        return list(self), {}
-
-
-class HistoryRunner:
-    """A runner whose KV slots hold token histories, which are checked whenever they are read.
-
-    Like the real one it learns block tables only from `changed_tables`, and decodes from the tokens
-    that it sampled, which the sequence may not know yet.
-    """
-
-    def __init__(self, groups: list[LayerGroup], block_size: int):
-        self.groups, self.block_size = groups, block_size
-        self.slots: dict[tuple[int, int], bytes] = {}
-        self.tables: dict[int, list[list[int]]] = {}  # by row
-        self.last: dict[int, int] = {}  # sampled last, by row
-        self.steps = 0
-        self.unknown = 0  # decoded tokens that the sequence did not know yet
-        self.fail_at = -1
-        self.max_tokens = 1 << 60  # a step with more runs out of memory
-
-    def load(self, checkpoint: Path, dummy: bool) -> None: ...
-
-    def block_bytes(self, block_size: int) -> int:
-        return 1
-
-    def record(self) -> None: ...
-
-    def allocate(
-        self, num_blocks: int, block_size: int, max_positions: int, max_batch_size: int
-    ) -> None:
-        self.rows = range(max_batch_size)
-
-    def free(self) -> None: ...
-
-    def slot(self, row: int, group: int, at: int) -> tuple[int, int]:
-        block = self.tables[row][group][at // self.block_size]
-        assert block != NULL_BLOCK
-        return block, at % self.block_size
-
-    def launch(self, step: Step) -> Sampled:
-        self.steps += 1
-        for sequence in step.changed_tables:
-            self.tables[sequence.row] = [list(table) for table in sequence.block_tables.tables]
-        pieces: list[tuple[int, list[int], int, bool]] = []  # row, tokens, start, samples
-        for sequence in step.decodes:
-            tokens = sequence.tokens[: sequence.computed]
-            if len(tokens) < sequence.computed:
-                tokens.append(self.last[sequence.row])
-                self.unknown += 1
-            assert len(tokens) == sequence.computed
-            assert tokens[-1] == self.last[sequence.row]
-            pieces.append((sequence.row, tokens, sequence.computed - 1, True))
-        for chunk in step.chunks:
-            tokens = chunk.sequence.tokens[: chunk.end]
-            assert len(tokens) == chunk.end
-            pieces.append((chunk.sequence.row, tokens, chunk.start, chunk.samples))
-        lengths = [len(tokens) - start for _, tokens, start, _ in pieces]
-        assert lengths == sorted(lengths, key=lambda length: length > 1), "single tokens first"
-        assert step.context_lens == [len(tokens) for _, tokens, _, _ in pieces]
-        assert (step.size, step.tokens) == (len(pieces), sum(lengths))
-        rows = {row for row, *_ in pieces}
-        assert len(rows) == len(pieces)
-        assert rows <= set(self.rows)
-        written: set[tuple[int, int]] = set()
-        for row, tokens, start, _ in pieces:
-            assert start < len(tokens)
-            for g in range(len(self.groups)):
-                for at in range(start, len(tokens)):
-                    place = self.slot(row, g, at)
-                    assert place not in written, "two tokens write one slot"
-                    written.add(place)
-                    # All groups share the pool: a block belongs to one group at a time.
-                    self.slots[place] = bytes([g]) + history(tokens[: at + 1])
-        if self.steps == self.fail_at or sum(lengths) > self.max_tokens:
-            for place in written:
-                self.slots[place] = b"half written"
-            if self.steps == self.fail_at:
-                raise RuntimeError("the device is gone")
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        sampled = Sampled()
-        for row, tokens, start, samples in pieces:
-            for g, group in enumerate(self.groups):
-                first = 0 if group.window is None else max(0, start - group.window + 1)
-                for at in range(first, len(tokens)):
-                    held = self.slots[self.slot(row, g, at)]
-                    assert held == bytes([g]) + history(tokens[: at + 1])
-            if samples:
-                self.last[row] = next_token(tokens)
-                sampled.append(self.last[row])
-        assert len(sampled) == len(step.sampling())
-        return sampled
-
+from tests.engine.history_runner import VOCAB, HistoryRunner, Sampled, next_token
 
 ROOMY: dict[str, Any] = {
     "windows": [None],
@@ -398,7 +288,7 @@ def test_a_step_is_scheduled_before_the_previous_tokens_are_known(
     engine, runner = make_engine(config_folder, load)
     run(engine, [([1, 2, 3], 10)] * 3)
     assert runner.steps == 10
-    assert runner.unknown == 3 * 9
+    assert runner.unread == 3 * 9
     # A request that stops is computed in one more step, whose token is dropped.
     params = SamplingParams(max_new_tokens=10, ignore_eos=True)
     done = list(engine.generate([Request([1, 2, 3], params, on_token=lambda token: True)]))

@@ -101,7 +101,7 @@ def test_only_the_efficiency_of_a_long_run_on_one_device_is_recorded(
 ) -> None:
     recorded: list[tuple[str, float]] = []
     monkeypatch.setattr(
-        "getp.report.efficiency.record_reached",
+        "getp.report.efficiency.store_efficiency",
         lambda target, model, share: recorded.append((model, share)),
     )
     cpu = replace(RUN, device="cpu", device_type="cpu")

@@ -357,7 +357,7 @@ def test_predictions_use_the_efficiency_of_the_last_run_here(
     args = ["qwen2-0.5b", "-i", prompts, "--gpu", "local", "A10"]
     before, other = planned(capsys, *args)["gpus"]
     assert "measured on" in before["efficiency"]["source"]
-    measure.record_reached(cpu, "qwen2-0.5b", 0.25)
+    measure.store_efficiency(cpu, "qwen2-0.5b", 0.25)
     after, other_after = planned(capsys, *args)["gpus"]
     assert after["efficiency"]["compute"] == after["efficiency"]["memory"] == 0.25
     assert "last run of qwen2-0.5b here" in after["efficiency"]["source"]

@@ -14,7 +14,7 @@ import torch
 from torch.autograd import DeviceType
 
 from engine import Engine, EngineConfig, EngineError, Request, SamplingParams
-from engine.step_probe import Probe
+from engine.step_probe import StepProbe
 from getp.analysis.advice import advise, judge
 from getp.analysis.part_timer import Launches, add_up, time_parts
 from getp.analysis.profile import Profile, Times, assemble, measure
@@ -101,7 +101,7 @@ def test_parts_are_within_5_percent_of_the_step_of_a_mid_size_model(
     with Engine(
         tmp_path, EngineConfig(device="cpu", max_batch_size=8, dummy_weights=True)
     ) as engine:
-        probe = Probe(engine, batch=8, query=1, context=256)
+        probe = StepProbe(engine, batch=8, query=1, context=256)
         times = measure(probe.step, CPU, limit_s=30)  # it usually takes far less
     assert sum(times.parts.values()) == pytest.approx(times.step_s, rel=0.05)
     assert times.parts["other"] < 0.1 * times.step_s
@@ -133,7 +133,7 @@ def test_a_step_that_fails_ends_its_observation() -> None:
 
 def test_observing_a_step_changes_no_result(checkpoint: Callable[[str], Path]) -> None:
     with Engine(checkpoint("gpt_oss"), EngineConfig(device="cpu", max_batch_size=2)) as engine:
-        probe = Probe(engine, batch=2, query=1, context=200)
+        probe = StepProbe(engine, batch=2, query=1, context=200)
         seconds = time_parts(probe.step, CPU)
         assert seconds["attention"] > 0
         assert time_parts(probe.step, CPU).keys() == seconds.keys()
@@ -161,7 +161,7 @@ def test_kernels_count_where_they_were_launched() -> None:
 def test_a_probe_repeats_one_step_at_one_length(checkpoint: Callable[[str], Path]) -> None:
     """Also where a window frees blocks: the context is ten times the window of this gpt-oss."""
     with Engine(checkpoint("gpt_oss"), EngineConfig(device="cpu", max_batch_size=3)) as engine:
-        probe = Probe(engine, batch=3, query=1, context=250)
+        probe = StepProbe(engine, batch=3, query=1, context=250)
         used = []
         for _ in range(20):
             probe.step()
@@ -178,9 +178,9 @@ def test_a_step_that_the_engine_has_no_room_for_is_refused(
         checkpoint("qwen2"), EngineConfig(device="cpu", max_batch_size=2, kv_memory=2**18)
     ) as engine:
         with pytest.raises(EngineError, match="do not fit into one step"):
-            Probe(engine, batch=3, query=1, context=40)
+            StepProbe(engine, batch=3, query=1, context=40)
         with pytest.raises(EngineError, match="a context of 1000000 tokens exceeds the limit"):
-            Probe(engine, batch=2, query=1, context=10**6)
+            StepProbe(engine, batch=2, query=1, context=10**6)
 
 
 def test_a_profile_does_not_disturb_another_engine(
@@ -266,7 +266,7 @@ def test_operations_of_a_fused_kernel_have_no_part_of_their_own(
     monkeypatch.setattr(CpuBackend, "norm_qkv", norm_qkv)
     monkeypatch.setattr(CpuBackend, "norm_mlp", lambda self, x, delta, *rest: (x, delta.exp()))
     with Engine(checkpoint("qwen2"), EngineConfig(device="cpu", max_batch_size=1)) as engine:
-        probe = Probe(engine, batch=1, query=1, context=30)
+        probe = StepProbe(engine, batch=1, query=1, context=30)
         seconds = time_parts(probe.step, CPU)
     assert not seconds.keys() & FUSED_INTO.keys()
     assert seconds["qkv_proj"] > 0

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of the model."""
+"""Fixtures of the model's tests."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ from tests.model.emulator import native_level
 
 @pytest.fixture(params=["float32", *(f"bfloat16-{level}" for level in LEVELS)])
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.dtype]:
-    """Each dtype on each path: torch alone, and the kernels of each instruction set."""
+    """Each dtype with each implementation: torch alone, and the kernels of each instruction set."""
     name, _, level = request.param.partition("-")
     if level in ("", "none"):
         monkeypatch.setattr(backend, "library", lambda: None)

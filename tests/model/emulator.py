@@ -1,4 +1,4 @@
-"""The CPU kernels for AVX-512 and AMX on processors without them: intrinsics become functions."""
+"""The CPU kernels for AVX-512 and AMX on other processors: intrinsics are replaced by functions."""
 
 import ctypes
 import functools
@@ -19,7 +19,7 @@ from model.ops.cpu.bindings import kernels
 _SOURCES = Path(bindings.__file__).parent / "kernels"
 _EMULATOR = Path(__file__).with_name("emulator.h")
 _UNITS = ("dispatch.cpp", "vnni.cpp", "avx512.cpp")
-# What only a processor with the instruction sets can run, and its replacement.
+# Code that needs a processor with the instruction set → its replacement.
 _REPLACEMENTS = {
     "dispatch.cpp": [(r"(int getp_has_level\(int level\) {)", r"\1 return level > 0;")],
     "vnni.cpp": [(r"#pragma GCC target\([^)]*\)", '#pragma GCC target("avx2,fma,f16c,bmi2")')],
@@ -29,7 +29,7 @@ _REPLACEMENTS = {
         (r'asm\("vpdpwssd[^;]*;', "acc = emulated_vpdpwssd(acc, weights, pair);")
     ],
 }
-# Without the kernels for AVX2, which the processor can run: those for VNNI take their place.
+# The emulated kernels for VNNI take the place of those for AVX2, which need no emulation.
 _OPTIONS = ["-std=c++17", "-O1", "-mavx2", "-mfma", "-fopenmp", "-fPIC", "-Wno-psabi", "-w"]
 _OPTIONS += ["-Davx2_kernels=vnni_kernels", "-include", str(_EMULATOR)]
 

@@ -1,4 +1,4 @@
-"""Parameters and specs of operations from plain tensors, for tests that call a backend directly."""
+"""Builds arguments of operations from plain tensors, for tests that call a backend directly."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def random_mxfp4(count: int, outputs: int, inputs: int, octaves: int = 6) -> Mxf
 
 
 def reference(dtype: torch.dtype = torch.float32) -> Backend:
-    """The definition of every operation."""
+    """The reference backend, which defines every operation."""
     return Backend(CPU, dtype)
 
 
@@ -68,7 +68,7 @@ def experts_of(
 
 
 def packed_experts(backend: Backend, experts: Experts) -> Experts:
-    """The same experts loaded into a backend row by row, as a checkpoint's are."""
+    """The same experts in a backend's form, filled by rows as from a checkpoint."""
     loaded = []
     for weights, parts in ((experts.gate_up, 2), (experts.down, 1)):
         storage: Any = experts.format.allocate(  # type: ignore[attr-defined]
@@ -98,7 +98,7 @@ def rope_args(
     heads: int,
     norms: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> RopeArgs:
-    """How QKV becomes queries and KV in kv [2, blocks, block_size, kv_heads, head_dim]."""
+    """Arguments of rotary and KV write; kv [2, blocks, block_size, kv_heads, head_dim]."""
     q_norm, k_norm = (norm_of(w, 1e-6) for w in norms) if norms else (None, None)
     return RopeArgs(
         Heads(heads, kv.shape[3], kv.shape[4], q_norm, k_norm), cos_sin, kv, slot_mapping

@@ -1,4 +1,4 @@
-"""The cost model beyond the documents: experts, windows, MXFP4, tensor parallelism, memory."""
+"""The parts of the cost model that no document covers: experts, windows, MXFP4, splits, memory."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from model.config import CheckpointError
 from model.cost.devices import DEVICES, UnknownDeviceError, find_device
-from model.cost.known_models import SHAPES, named_config
+from model.cost.known_models import KNOWN_CONFIGS, named_config
 from model.cost.operations import (
     distinct_experts,
     kv_bytes_per_sequence,
@@ -79,7 +79,7 @@ def test_causal_attention_counts_each_pair_once(
     assert work.kv_positions(window) == batch * (context - first_read)
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", KNOWN_CONFIGS)
 @pytest.mark.parametrize("fused", [False, True])
 def test_two_gpus_halve_the_work(name: str, fused: bool) -> None:
     config = named_config(name)
@@ -87,7 +87,7 @@ def test_two_gpus_halve_the_work(name: str, fused: bool) -> None:
         pytest.skip("cannot be split")
     one = total(operations(config, Workload("prefill", 4, 64, 64, "bfloat16", fused=fused)))
     two = total(operations(config, Workload("prefill", 4, 64, 64, "bfloat16", 2, fused=fused)))
-    assert two.flops.matrix == pytest.approx(one.flops.matrix / 2, rel=0.005)  # router in both
+    assert two.flops.matrix == pytest.approx(one.flops.matrix / 2, rel=0.005)  # each has the router
     assert two.bytes.kv == one.bytes.kv / 2
     assert two.bytes.weights == pytest.approx(one.bytes.weights / 2, rel=0.01)
 
@@ -97,7 +97,7 @@ def test_an_impossible_split_is_refused() -> None:
         operations(named_config("qwen2-0.5b"), Workload("decode", 1, 1, 1, "float32", 4))
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", KNOWN_CONFIGS)
 def test_fusion_changes_activations_and_launches_only(name: str) -> None:
     work = Workload("decode", 8, 1, 100, "bfloat16")
     plain = total(operations(named_config(name), work))

@@ -18,7 +18,7 @@ def ops_of(model: str, work: Workload) -> dict[str, Op]:
 
 
 def of_layers(ops: dict[str, Op]) -> Op:
-    """The sum without the embedding, the final norm and the head, which the documents leave out."""
+    """The sum over layers, without embedding, final norm and head, which the documents omit."""
     return total([op for name, op in ops.items() if name not in _OUTSIDE])
 
 
@@ -75,7 +75,7 @@ def at_1000() -> dict[str, Op]:
 
 def test_bytes_of_a_qwen2_decode_step(at_1000: dict[str, Op]) -> None:
     weights = {name: op.bytes.weights for name, op in at_1000.items()}
-    biases = 24 * (896 + 2 * 128) * 2  # left out by the document
+    biases = 24 * (896 + 2 * 128) * 2  # omitted by the document
     parts = {
         "gate_up": weights["gate_up_proj"],
         "down": weights["down_proj"],
@@ -92,7 +92,7 @@ def test_bytes_of_a_qwen2_decode_step(at_1000: dict[str, Op]) -> None:
         "activations": 0.41,
     }  # fmt: skip
     assert sum(parts.values()) / MIB == pytest.approx(694.71, abs=0.01)
-    assert weights["lm_head"] == 272_269_312  # also left out: 39% more
+    assert weights["lm_head"] == 272_269_312  # also omitted: 39% more
 
 
 @pytest.mark.parametrize(

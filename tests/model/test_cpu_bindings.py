@@ -1,4 +1,4 @@
-"""The library of native CPU kernels: it is found and loaded, and its calls are recorded."""
+"""Finding, loading and calling the library of native CPU kernels; recording of its calls."""
 
 import ctypes
 from functools import partial
@@ -47,13 +47,13 @@ def test_a_warning_says_why_there_are_no_kernels(
 def test_only_the_library_of_the_running_python_is_loaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Several Pythons that install getp from one checkout each leave a file, maybe an old one."""
+    """Each Python that installs getp from a checkout leaves a library there, maybe an old one."""
     monkeypatch.delenv(bindings.VARIABLE, raising=False)
     monkeypatch.setattr(bindings, "__file__", str(tmp_path / "bindings.py"))
     (tmp_path / "_kernels.cpython-30-other.so").touch()
     with pytest.warns(UserWarning, match="they were not built"):
         assert bindings.library.__wrapped__() is None
-    # As one that was built from older sources might, this library loads but lacks functions.
+    # This library loads but lacks functions, like one that was built from older sources.
     (tmp_path / f"_kernels{EXTENSION_SUFFIXES[0]}").symlink_to(torch._C.__file__)
     with pytest.warns(UserWarning, match=r"does not load .*getp_has_level.*install again"):
         assert bindings.library.__wrapped__() is None

@@ -1,4 +1,4 @@
-"""The layout and the products of the native CPU kernels, on each instruction set."""
+"""Weight layout and matrix products of the native CPU kernels, for each instruction set."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -60,7 +60,7 @@ def test_int16_products_are_as_exact_as_documented(inputs: int, large: float, oc
     norms = [torch.stack([g.double().norm(dim=1) for g in m.split(64, 1)], 1) for m in (x, weight)]
     bound = norms[0] @ norms[1].T * 2.0**-11 + exact.abs() * 2.0**-7  # the last bit of bfloat16
     assert bool(((found - exact).abs() <= bound).all())
-    if large == 1:  # far less than the rounding of the results
+    if large == 1:  # far less error than the rounding of the results
         assert float((found != exact).double().mean()) < 0.05
 
 
@@ -81,7 +81,7 @@ def test_rows_that_are_not_finite_give_no_finite_int16_products(value: float) ->
 def test_mxfp4_products_do_not_depend_on_the_number_of_rows(
     inputs: int, dtype: torch.dtype
 ) -> None:
-    """With neighbouring scales up to twelve octaves apart, more than one common scale covers."""
+    """With adjacent scales up to twelve octaves apart, more than a common scale can represent."""
     backend = cpu_backend(dtype)
     stack: Any = backend.empty_mxfp4((1, 64, inputs))
     if not isinstance(stack, Packed):

@@ -24,7 +24,7 @@ _SIZES: dict[str, Any] = {
     "max_position_embeddings": 1024,
     "rms_norm_eps": 1e-5,
 }
-# As Phi-4-mini spells it: the older keys, and partial rotary outside of them.
+# The keys of Phi-4-mini: the older form, with partial_rotary_factor outside rope_scaling.
 _PHI4_MINI: dict[str, Any] = {
     **_SIZES,
     "model_type": "phi3",
@@ -54,7 +54,7 @@ def test_every_family_has_a_module() -> None:
         assert family(name).names.layer.format(layer=3) == "model.layers.3."
 
 
-def test_phi4_mini_is_read_in_its_own_spelling() -> None:
+def test_the_config_of_phi4_mini_is_understood() -> None:
     config = parse_config(_PHI4_MINI, "phi4")
     assert (config.head_dim, config.rotary_dim) == (128, 96)
     assert (config.rope.kind, config.rope.factor) == ("longrope", 16)
@@ -64,7 +64,7 @@ def test_phi4_mini_is_read_in_its_own_spelling() -> None:
 
 
 @pytest.mark.parametrize("kind", ["su", "yarn"])
-def test_older_names_of_longrope_are_read(kind: str) -> None:
+def test_older_names_of_longrope_are_understood(kind: str) -> None:
     scaling = _PHI4_MINI["rope_scaling"] | {"type": kind}
     older = parse_config(_PHI4_MINI | {"rope_scaling": scaling}, "phi3")
     assert older == parse_config(_PHI4_MINI, "phi4")
@@ -124,7 +124,7 @@ def test_granite_multipliers_become_scales() -> None:
     assert not config.mlp_bias
 
 
-def test_a_family_without_multipliers_has_scales_without_effect() -> None:
+def test_scales_of_a_family_without_multipliers_are_neutral() -> None:
     config = parse_config(_SIZES | {"model_type": "llama"}, "llama")
     assert (config.embedding_scale, config.residual_scale, config.logits_scale) == (1, 1, 1)
     assert config.attention_scale is None

@@ -1,4 +1,4 @@
-"""Every op's CPU form against the reference, over the shapes that break things."""
+"""The operations of the CPU backend against the reference, over edge-case shapes."""
 
 from importlib import import_module
 from inspect import signature
@@ -38,7 +38,7 @@ def paged(
     for row, count in enumerate(blocks):
         for i in range(count):
             table[row, i] = next(ids)
-        if window is not None:  # what lies behind the window has been given back
+        if window is not None:  # blocks behind the window are freed
             query, context = lengths[row]
             table[row, : max(0, context - query - window + 1) // block_size] = 0
     starts = torch.tensor([0, *(query for query, _ in lengths)]).cumsum(0)
@@ -84,7 +84,7 @@ def test_attention_equals_the_reference(
     query = rand(sum(q for q, _ in lengths), heads[0], head_dim, dtype=dtype)
     kv = rand(2, blocks, 8, heads[1], head_dim, seed=1, dtype=dtype)
     kv[:, 0] = 0
-    # Behind a sequence's end and in blocks of nobody there may be anything.
+    # Slots beyond a sequence's end may hold any value.
     for row, (_, context) in enumerate(lengths):
         if context % 8:
             kv[:, group.block_table[row, context // 8], context % 8 :] = float("nan")
@@ -140,7 +140,7 @@ def test_experts_equal_the_reference(
     count, hidden, size, top_k = 6, 32, 64, 2
     x = rand(tokens, hidden, dtype=dtype)
     logits = rand(tokens, count, seed=1)
-    if unbalanced:  # everything to two experts, nothing to the others
+    if unbalanced:  # all tokens to two experts, none to the others
         logits[:, 2:] -= 100
     chosen, shares = reference().route(logits, RouterSpec(top_k, True, False))
     experts = experts_of(
@@ -158,10 +158,12 @@ def test_experts_equal_the_reference(
 
 
 @pytest.mark.parametrize("tokens", [1, 33])
-def test_shares_of_experts_add_up_to_all(tokens: int, dtype: torch.dtype) -> None:
+def test_results_of_expert_shards_add_up_to_that_of_all_experts(
+    tokens: int, dtype: torch.dtype
+) -> None:
     count, hidden, size, ranks = 6, 32, 64, 3
     x, logits = rand(tokens, hidden, dtype=dtype), rand(tokens, count, seed=1)
-    logits[:, 2:4] -= 100  # nothing to those of rank 1
+    logits[:, 2:4] -= 100  # no token for the experts of rank 1
     chosen, shares = reference().route(logits, RouterSpec(2, True, False))
     up = rand(count, 2 * size, hidden, seed=2, dtype=dtype) * 0.2
     down = rand(count, hidden, size, seed=4, dtype=dtype) * 0.2
@@ -193,7 +195,7 @@ def test_mxfp4_experts_equal_the_dense_reference(
     chosen, shares = reference().route(rand(tokens, count, seed=1), router)
     up, down = random_mxfp4(count, 2 * size, hidden), random_mxfp4(count, hidden, size)
     for weights in (up, down):
-        # One scale below those that are told apart: what it scales is nil.
+        # The smallest scale: the values that it scales are negligible.
         weights.scales[0, 0, 0] = 0
     wide = [weights.dense(torch.float32) for weights in (up, down)]
     dense, activation = experts_of(wide[0], None, wide[1], None), Activation(7.0, 1.702)
@@ -242,13 +244,13 @@ def test_rotary_with_kv_write_equals_the_reference(
     tokens, heads, kv_heads = 7, 6, 2
     qkv = rand(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
     angle = rand(tokens, rotary_dim // 2, seed=1)
-    turn = torch.cat((angle.cos(), angle.sin()), -1)
+    cos_sin = torch.cat((angle.cos(), angle.sin()), -1)
     slots = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:tokens]
     weights = None
     if norms:
         weights = rand(head_dim, seed=2, dtype=dtype), rand(head_dim, seed=3, dtype=dtype)
     mine, theirs = (torch.zeros(2, 5, 8, kv_heads, head_dim, dtype=dtype) for _ in range(2))
-    ours, plain = (rope_args(kv, turn, slots, heads, weights) for kv in (mine, theirs))
+    ours, plain = (rope_args(kv, cos_sin, slots, heads, weights) for kv in (mine, theirs))
     found = cpu_backend(dtype).rotate_and_write(qkv, ours)
     expected = reference(dtype).rotate_and_write(qkv, plain)
     for one, other in ((found, expected), (mine, theirs)):
@@ -301,7 +303,7 @@ def test_backends_override_operations_with_the_signature_of_the_reference(kind: 
     assert own_names <= set(operations)
 
 
-def test_routers_weigh_as_their_families_do() -> None:
+def test_router_weights_follow_the_definition_of_each_family() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]])
     shares = logits.softmax(-1)[0]
     experts, weights = cpu_backend().route(logits, RouterSpec(2, True, False))  # gpt-oss

@@ -108,7 +108,7 @@ def test_mxfp4_experts_equal_their_dequantized_weights(tmp_path: Path) -> None:
     assert peer.is_greedy(ids, done.token_ids)
 
 
-def test_rope_is_read_in_the_older_spelling_as_well(
+def test_older_rope_keys_give_the_same_config(
     tmp_path: Path, checkpoint: Callable[[str], Path]
 ) -> None:
     write_checkpoint(tmp_path, "llama-llama3-rope")

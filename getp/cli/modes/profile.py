@@ -36,7 +36,7 @@ def run(settings: Settings) -> int:
     config = replace(settings.engine, max_batch_size=batch, max_batch_tokens=batch * query)
     with loading.load_engine(replace(settings, engine=config)) as engine:
         if step.measure:
-            local_device(engine.device, again=True)
+            local_device(engine.device, remeasure=True)
         found = profile(
             engine,
             peaks_of(engine.device),

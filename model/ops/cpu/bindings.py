@@ -1,7 +1,7 @@
-"""The native kernels: the library of `kernels/` is found, loaded and its functions are bound.
+"""Finds and loads the library of native kernels (`kernels/`) and binds its functions.
 
-The library is built when getp is installed with a C++ compiler. One of its instruction sets is
-used: the best of this processor, or the one that the environment variable GETP_CPU_KERNELS names.
+The library is built when getp is installed with a C++ compiler. It uses one instruction set: the
+fastest of this processor, or the one that the environment variable GETP_CPU_KERNELS names.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ With avx2 (on x86) and vnni, linears multiply 16-bit integers."""
 
 
 class KernelsError(ValueError):
-    """The environment asks for kernels that are not available, or the library is out of date."""
+    """GETP_CPU_KERNELS names kernels that are not available, or the library is out of date."""
 
 
 # Letters of kernels/table.h: the type, and the format in which `struct` packs it into 8 bytes.
@@ -72,8 +72,8 @@ class CallRecorder(Protocol):
 class Kernels:
     """The native functions of one instruction set, each an attribute: `kernels.linear(...)`.
 
-    Names, types and order of the arguments are those of the C++ functions. They are in use after
-    `library` has chosen an instruction set.
+    Names, types and order of the arguments are those of the C++ functions. Functions can be called
+    once `library` has chosen an instruction set.
     """
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class Kernels:
         )
 
     def use(self, library: ctypes.CDLL, level: str) -> None:
-        """Bind the functions of a level that the processor has."""
+        """Bind the functions of a level that this processor supports."""
         self.level, self._library = level, library
         self._table = library.getp_kernels(LEVELS.index(level))
         table = self._table.contents
@@ -107,7 +107,7 @@ class Kernels:
         function = prototype(entry.address)
 
         def call(*arguments: Any) -> None:
-            # ctypes refuses missing arguments, but passes further ones on.
+            # ctypes rejects missing arguments, but passes extra ones on.
             if len(arguments) != count:
                 raise TypeError(f"{name} takes {count} arguments, not {len(arguments)}")
             function(*arguments)
@@ -138,7 +138,7 @@ def library() -> ctypes.CDLL | None:
         raise KernelsError(f"{VARIABLE} must be {', '.join(LEVELS)}, not {wanted!r}")
     if wanted == "none":
         return None
-    # Only this Python's file: one that another Python left here may be built from older sources.
+    # Only the file of this Python: that of another Python may be built from older sources.
     files = [Path(__file__).with_name(f"_kernels{suffix}") for suffix in EXTENSION_SUFFIXES]
     file = next((file for file in files if file.exists()), None)
     if file is None:
@@ -174,7 +174,7 @@ def load(file: Path) -> ctypes.CDLL:
 
 
 def has_level(loaded: ctypes.CDLL, level: str) -> bool:
-    """Whether this processor can run the library's kernels of a level."""
+    """Whether this processor supports a level of the library."""
     return bool(loaded.getp_has_level(LEVELS.index(level)))
 
 

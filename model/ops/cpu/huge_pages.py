@@ -15,8 +15,8 @@ def memory(size: int) -> mmap.mmap:
     try:
         if not hasattr(mmap, "MADV_HUGEPAGE"):
             return mmap.mmap(-1, max(1, size))
-        # Private, because huge pages of shared memory, which is the default, have a setting of
-        # their own that is usually off.
+        # Private: mmap's default is shared memory, whose huge pages have a separate setting that
+        # is usually off.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         allocated = mmap.mmap(-1, max(1, size), flags=flags)
     except OSError as error:

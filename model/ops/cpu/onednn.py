@@ -1,8 +1,9 @@
 """The operations on a CPU through torch: oneDNN's linears and torch's flash attention.
 
 Weights are held in oneDNN's blocked layout (1.5 to 2.4 times the speed of plain rows at decode
-sizes). Paged KV is gathered once a layer with indices that are derived once a step; slots that
-must not be visible gather the null block, which is always zero, so stale values never enter.
+sizes). Paged KV is gathered once per layer with indices that are derived once per step; for
+positions that are not visible the null block is gathered, which is always zero, so that stale
+values are never read.
 """
 
 from collections.abc import Sequence
@@ -30,11 +31,11 @@ def lacks_bfloat16() -> bool:
 
 
 class OneDnnBackend(Backend):
-    """The operations that torch does faster on a CPU in another form than the reference's."""
+    """Operations for which torch has a faster form on a CPU than that of the reference."""
 
     @property
     def keeps_mxfp4(self) -> bool:
-        """Never: torch has no kernel for it."""
+        """Always False: torch has no kernel for MXFP4."""
         return False
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
@@ -95,7 +96,7 @@ class OneDnnBackend(Backend):
         with DOWN_PROJ:
             result = multiply(inner, experts.down, down_biases).float()
         result = result * weights.flatten()[order].unsqueeze(1)
-        # Back to each token's own order, so that a sum does not depend on the rest of the batch.
+        # Restore the order of each token's experts: a sum then does not depend on the batch.
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order))
         return result[back].view(*chosen.shape, -1).sum(1).to(x.dtype)
@@ -109,7 +110,7 @@ class OneDnnBackend(Backend):
         activation: Activation,
         shard: ExpertShard,
     ) -> torch.Tensor:
-        """As `experts`: a batch of the pairs of token and expert that this shard has."""
+        """As `experts`, for the (token, expert) pairs of this shard."""
         own = chosen - shard.rank * experts.count
         token, rank = torch.where((own >= 0) & (own < experts.count))
         results = x.new_zeros(*chosen.shape, x.shape[1])

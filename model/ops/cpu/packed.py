@@ -11,7 +11,7 @@ from model.ops.mxfp4 import MXFP4_BLOCK, Mxfp4
 
 PANEL = 32  # outputs that are stored together; as in kernels/types.h
 _INT16_GROUP = 64  # inputs that share a scale as 16-bit integers; as in kernels/types.h
-_MAX_SCALE = 250  # the largest with which 6, the largest value of FP4, is in the range of bf16
+_MAX_SCALE = 250  # largest code whose product with 6, FP4's maximum, is in the range of bf16
 
 
 class _Weight(ctypes.Structure):
@@ -55,7 +55,7 @@ class Packed:
             groups = 0
             data = empty((*panels, inputs // 2, PANEL, 2), torch.bfloat16)
         scales = empty((*panels, groups, PANEL), torch.uint8) if groups else None
-        if outputs % PANEL:  # The last panel has outputs that are never filled.
+        if outputs % PANEL:  # the last panel has outputs that are never filled
             data.select(len(stack), -1).zero_()
             if scales is not None:
                 scales.select(len(stack), -1).fill_(127)
@@ -82,7 +82,7 @@ class Packed:
         _Rows(self, 0, self.shape[0], 1).copy_(source)
 
     def random_(self, generator: torch.Generator) -> None:
-        """Fill with random values of the usual magnitude."""
+        """Fill with random values of a typical magnitude."""
         if self.scales is None:
             self.data.uniform_(-0.03, 0.03, generator=generator)
         elif self._mxfp4:
@@ -93,9 +93,9 @@ class Packed:
             self.scales.fill_(110)  # values of up to 4080 · 2⁻¹⁷
 
     def described(self, bias: torch.Tensor | None) -> int:
-        """Address of `Weight` structures, one a weight, with a bias [outputs] or [stack, outputs].
+        """Address of `Weight` structures, one per weight; bias [outputs] or [stack, outputs].
 
-        It is valid until the next call with another bias.
+        The address is valid until the next call with another bias.
         """
         if self._structs is None or bias is not self._bias:
             count = self.shape[0] if len(self.shape) == 3 else 1

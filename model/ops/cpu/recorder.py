@@ -1,4 +1,4 @@
-"""Records the native calls of a computation, to repeat them in one call from Python."""
+"""Records the native calls of a computation and replays them with one call from Python."""
 
 import math
 import mmap
@@ -22,7 +22,7 @@ def leave_to_torch() -> None:
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Uninitialised memory for a kernel's result."""
+    """Uninitialized memory for a kernel's result."""
     if _recorder is not None:
         return _recorder.empty(shape, dtype)
     return torch.empty(shape, dtype=dtype)
@@ -31,9 +31,9 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 class Recorder:
     """Records the native calls of computations and returns functions that repeat them.
 
-    Between two kernels, Python costs more than a small kernel, especially as the weights that are
-    read push it out of the caches. A computation that is recorded must consist of native kernels
-    over memory that stays where it is; it raises RuntimeError if an op is left to torch.
+    Python's overhead per kernel exceeds the time of a small kernel, especially because reading the
+    weights evicts the interpreter from the caches. A recorded computation must consist of native
+    kernels on memory that is not moved; it raises RuntimeError if an op is left to torch.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
-// The C interface of the library: which instruction sets there are, and calls that were recorded.
+// The C interface of the library: supported instruction sets, their functions, and replay of calls.
 //
 // Levels are numbered as in bindings.py: 1 AVX2 (other architectures: portable), 2 AVX-512 with
 // VNNI, 3 AVX-512 with BF16, 4 AVX-512 with BF16 and AMX.
-// OpenMP comes from the runtime that torch has loaded: this library is linked to none.
+// This library is not linked to an OpenMP runtime: it uses the one that torch has loaded.
 
 #include "table.h"
 
@@ -14,7 +14,7 @@
 
 bool amx_enabled = false;
 
-// Whether this processor and its kernel can run a level. For AMX it asks the kernel for permission.
+// Whether processor and operating system support a level. Requests permission to use AMX.
 extern "C" int getp_has_level(int level) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -49,8 +49,8 @@ extern "C" int getp_best_level() {
   return 0;
 }
 
-// The functions of a level that this processor has. Only the level that was asked for last may be
-// used: levels 3 and 4 share their functions.
+// The functions of a level that this processor supports. Only those of the latest call may be used:
+// levels 3 and 4 share their functions.
 extern "C" const Kernels* getp_kernels([[maybe_unused]] int level) {
 #if defined(__x86_64__)
   amx_enabled = level == 4;

@@ -43,7 +43,7 @@ const std::vector<ExpertItem>& expert_items(const PairsByExpert& sorted, int64_t
   return items;
 }
 
-// One expert's rows of x in the order of its pairs, in the form in which they are multiplied.
+// One expert's rows of x in the order of its pairs, in the number format that is multiplied.
 void gather_rows(const bf16* x, int64_t inputs, const int64_t* pairs, int64_t top_k,
                  const Rows& to) {
   for (int64_t r = 0; r < to.count; r++) {

@@ -1,4 +1,4 @@
-// The table of a unit's functions. A unit includes this after it has chosen an instruction set.
+// The table of a unit's functions. A unit includes this file after choosing an instruction set.
 #pragma once
 
 #include "attention.h"

@@ -1,4 +1,4 @@
-// The kernels for other architectures than x86-64, with the compiler's own vectors.
+// The kernels for architectures other than x86-64, with the compiler's vector extension.
 #if !defined(__x86_64__)
 
 #define VECTOR_BITS 128

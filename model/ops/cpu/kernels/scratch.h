@@ -1,11 +1,11 @@
-// Memory for intermediate results that a thread keeps from call to call.
+// Memory for intermediate results, which a thread keeps between calls.
 #pragma once
 
 #include "types.h"
 
 namespace {
 
-// At least `count` uninitialised values, aligned to a cache line, for the calling thread alone.
+// At least `count` uninitialized values, aligned to a cache line, for the calling thread alone.
 template <typename T>
 INLINE T* thread_scratch(int64_t count) {
   static thread_local std::vector<T> scratch;
@@ -13,7 +13,7 @@ INLINE T* thread_scratch(int64_t count) {
   return (T*)(((uintptr_t)scratch.data() + 63) & ~(uintptr_t)63);
 }
 
-// At least `count` uninitialised values that the calling thread shares with its team. Scratches of
+// At least `count` uninitialized values that the calling thread shares with its team. Scratches of
 // different `index` (0 to 2) are in use at the same time.
 template <typename T>
 INLINE T* shared_scratch(int index, int64_t count) {

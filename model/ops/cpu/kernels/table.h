@@ -8,9 +8,9 @@
 
 struct Function {
   const char* name;
-  const char* types;  // of its arguments, a letter each: see type_letter
+  const char* types;  // one letter per argument: see type_letter
   void* address;
-  // Calls the function with recorded arguments and returns the end of these.
+  // Calls the function with recorded arguments and returns a pointer to their end.
   const int64_t* (*replay)(const int64_t* arguments);
 };
 
@@ -64,7 +64,7 @@ struct Binding<function> {
 
 }  // namespace
 
-// A macro and not a function: the table has to be a constant. A table that is computed when the
-// library is loaded would run code for AVX-512 on processors without it.
+// A macro and not a function, because the table must be a constant: computing it when the library
+// is loaded would execute AVX-512 code on processors without AVX-512.
 #define NATIVE_FUNCTION(function) \
   { #function, Binding<function>::types, (void*)function, Binding<function>::replay }

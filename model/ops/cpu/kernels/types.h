@@ -2,8 +2,8 @@
 //
 // Each unit (avx2.cpp, vnni.cpp, ...) includes this file before it chooses an instruction set with
 // `#pragma GCC target`: templates of the standard library are then compiled for any processor. The
-// linker keeps one of the equal copies in the units, whichever it is. Everything of our own that is
-// compiled for an instruction set is in an anonymous namespace, so that units never share it.
+// linker keeps only one of the units' copies. All code of this library that is compiled for an
+// instruction set is in an anonymous namespace, so that units never share it.
 #pragma once
 
 #include <omp.h>

@@ -10,7 +10,7 @@
 #if !defined(VECTOR_BITS) || !defined(INT16_GEMM)
 #error "include this from a unit that chose an instruction set"
 #endif
-// Whether there is an instruction for products of bf16 pairs; its processors may have AMX, too.
+// Whether there is an instruction for products of bf16 pairs; such processors may also have AMX.
 #define BF16_DOT (VECTOR_BITS == 512 && !INT16_GEMM)
 
 namespace {
@@ -30,7 +30,7 @@ INLINE void store(float* to, vec_f32 value) { *(vec_f32_unaligned*)to = value; }
 INLINE vec_i32 load_i32(const void* from) { return *(const vec_i32_unaligned*)from; }
 INLINE void store_i32(void* to, vec_i32 value) { *(vec_i32_unaligned*)to = value; }
 
-// Keeps a loaded vector in its register: GCC would load it again for each use.
+// Keeps a loaded vector in a register; GCC would otherwise reload it for each use.
 INLINE vec_i32 keep_in_register(vec_i32 value) {
 #if VECTOR_BITS == 512
   asm("" : "+v"(value));

@@ -73,7 +73,7 @@ INLINE void multiply_tiles(const TileRows& first, const TileRows& second, int64_
       _tile_dpbf16ps(3, 5, 7);
       b += second.step;
     }
-    // Stores now and then: the first one after a while without any takes a thousand cycles.
+    // A store from time to time: after a pause, the first store takes a thousand cycles.
     if (k / 32 % 4 == 3) _tile_stored(6, discarded, 64);
   }
   _tile_stored(0, c, 128);
@@ -109,9 +109,9 @@ INLINE void multiply_mxfp4(const TileRows& first, const TileRows& second, int64_
   });
 }
 
-// For a single block of rows, which uses each unpacked group once: keeps few of them, so that they
-// stay in the first-level cache. Not inlined, to have registers enough (2 to 5% at up to 16
-// tokens); with many blocks, calls lose more, as their returns wait for the tiles' stores.
+// For a single block of rows, which uses each unpacked group once: keeps few groups, so that they
+// stay in the first-level cache. Not inlined, so that there are enough registers (2 to 5% faster
+// for up to 16 tokens). With many blocks a call costs more: its return waits for tile stores.
 template <bool TWO>
 __attribute__((noinline)) static void multiply_few_by_mxfp4(
     const TileRows first, const TileRows second, int64_t inputs, float* c, const uint8_t* codes,
@@ -146,7 +146,7 @@ INLINE void tiles_times_panels(const Weight& weight, const int64_t (&panels)[PAN
           return;
         }
         const bf16* panel = weight.mxfp4 ? unpacked : (const bf16*)data;
-        // Hidden from the compiler, whose loop for a constant fetches too fast: 5 to 10% slower.
+        // Hidden from the compiler: its loop for a constant prefetches too fast (5 to 10% slower).
         int64_t lines = row ? 0 : 32;
         asm("" : "+r"(lines));
         multiply_tiles<two.value>(first, second, inputs, c, data + PREFETCH * PANEL * 2, lines,

@@ -1,14 +1,14 @@
-// bf16 as 16-bit integers with scales, for processors that multiply such integers faster than bf16:
-// those with AVX2 alone, where a pair of bf16 takes two products in float32 and two conversions,
-// and Intel's with VNNI but without AMX, which start two VPDPWSSD in a cycle and one VDPBF16PS in
-// two cycles.
+// bf16 as 16-bit integers with scales, for processors that multiply such integers faster than bf16.
+// With AVX2 only, the product of two pairs of bf16 takes two float32 products and two conversions.
+// Intel's processors with VNNI but without AMX start two VPDPWSSD per cycle, but only one VDPBF16PS
+// per two cycles.
 //
 // 64 inputs of a row, or of an output's weights, share a scale: the power of two that brings the
 // norm of the 64 integers to between 2^14 and 2^15. The product of two such norms is below 2^31, so
 // that sums within a group are exact in 32 bits; groups are added up in float32, in their order. An
 // integer is off by at most one half. If 64 values are of equal size, each is about 2^12 and its
-// error 2^-13, while bf16 rounds by up to 2^-9; a value beside one that is a hundred times as large
-// has an error of about 2^-9, too.
+// error 2^-13, while bf16 rounds by up to 2^-9; a value next to one that is a hundred times as
+// large also has an error of about 2^-9.
 //
 // Rows are stored as [inputs / 64, rows, 64] and their scales as [inputs / 64, rows]: the distance
 // between rows is then a constant, which becomes part of the instructions that multiply them.

@@ -12,11 +12,11 @@ namespace {
 // acc + the products of weights and the pair of integers.
 INLINE vec_i32 dot_int16(vec_i32 acc, vec_i32 weights, const int32_t* pair) {
 #if VECTOR_BITS == 512
-  // Each product loads its pair: twice as fast as sharing one in a register, which is what
-  // compilers make of intrinsics.
+  // Each product loads its pair from memory: twice as fast as sharing a pair in a register, which
+  // is what compilers generate from intrinsics.
   asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(weights), "m"(*pair));
 #else
-  // Not intrinsics: GCC would reorder their sums and keep all products on the stack.
+  // Inline assembly: GCC would reorder the sums of intrinsics and keep all products on the stack.
   const vec_i32 pairs = vec_i32{} + *pair;
   vec_i32 product;
   asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"

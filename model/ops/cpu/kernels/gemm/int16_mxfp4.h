@@ -33,7 +33,7 @@ struct CommonScales {
 #if VECTOR_BITS == 512
 constexpr int FP4_SHIFT = 9;  // with room for eight octaves below
 
-// Twice: a look-up uses the low five bits of its index.
+// Stored twice, because a table lookup uses the low five bits of its index.
 alignas(64) const int16_t FP4_INT16[32] = {
     0, 256, 512, 768, 1024, 1536, 2048, 3072, 0, -256, -512, -768, -1024, -1536, -2048, -3072,
     0, 256, 512, 768, 1024, 1536, 2048, 3072, 0, -256, -512, -768, -1024, -1536, -2048, -3072};

@@ -1,11 +1,11 @@
-// Linear layers: out = x times a weight, plain or gated.
+// Linear layers: out = x times a weight, with or without a gated activation.
 #pragma once
 
 #include "panels.h"
 
 namespace {
 
-// Below so many multiplications, starting threads takes longer than one thread alone.
+// With fewer multiplications than this, a single thread is faster than starting a team.
 constexpr int64_t PARALLEL_PRODUCTS = 1 << 17;
 
 // x [rows, inputs] → out [rows, outputs]

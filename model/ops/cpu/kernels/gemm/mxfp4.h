@@ -7,7 +7,7 @@ namespace {
 
 #if VECTOR_BITS == 512
 // The sixteen values of FP4 E2M1 as bf16, less the bias of a scale's exponent (127 << 7); twice,
-// because a look-up uses the low five bits of its index. Zero is 2^-60: negligible next to any
+// because a table lookup uses the low five bits of its index. Zero is 2^-60: negligible next to any
 // other value, and its exponent has room for a scale to be added.
 alignas(64) const uint16_t FP4_BF16[32] = {
     0xe200, 0xff80, 0x0000, 0x0040, 0x0080, 0x00c0, 0x0100, 0x0140,
@@ -24,7 +24,7 @@ alignas(64) const uint8_t SPREAD[64] = {TO_WORDS(0), TO_WORDS(4), TO_WORDS(8), T
 
 // Unpacks a panel's next 32 inputs from MXFP4 to bf16. Scales are added to the exponents, which
 // stay in the range of bf16: pack_mxfp4 raises small scales, packed.py refuses large ones.
-// prefetch: memory of which each of the 8 units fetches a cache line, or null.
+// prefetch: memory to prefetch, one cache line for each of the 8 units, or null.
 INLINE void unpack_mxfp4_group(const uint8_t* codes, const uint8_t* scales, bf16* to,
                                [[maybe_unused]] const char* prefetch = nullptr) {
 #if VECTOR_BITS == 512

@@ -22,7 +22,7 @@ void pack(bf16* to, [[maybe_unused]] uint8_t* exponents, int64_t inputs, int64_t
     const int64_t low = std::max(first, panel * PANEL);
     const int64_t high = std::min(first + count, (panel + 1) * PANEL);
     bf16* panel_data = to + panel * PANEL * inputs;
-    // In spans of inputs that fit the first-level cache, whichever stride of the source is 1.
+    // In spans of inputs that fit the first-level cache, for either order of the source.
     for (int64_t span = 0; span < inputs; span += 128) {
       const int64_t span_end = std::min(inputs, span + 128);
       if (column_stride == 1) {

@@ -1,4 +1,4 @@
-// Rows times a weight's panels, in whichever form the unit multiplies.
+// Rows times a weight's panels, in the number format that the unit multiplies.
 #pragma once
 
 #include "../scratch.h"
@@ -34,8 +34,8 @@ INLINE Rows rows_of([[maybe_unused]] const bf16* x, int64_t rows,
 #endif
 }
 
-// Fills `rows` from x [rows.count, inputs] where they are integers. To be called by all threads of
-// a parallel region.
+// Fills `rows` from x [rows.count, inputs] if they are integers. All threads of a parallel region
+// must call it.
 INLINE void prepare_rows([[maybe_unused]] const bf16* x, [[maybe_unused]] const Rows& rows,
                          [[maybe_unused]] int64_t inputs) {
 #if INT16_GEMM
@@ -101,13 +101,13 @@ INLINE void write_row(const vec_f32 (&sums)[VECTORS], bf16* out, int64_t count) 
   }
 }
 
-// How many of `rows` are multiplied at a time: they stay in a core's second-level cache beside a
-// panel, and the last part is not much smaller than the others.
+// The number of `rows` to multiply at a time: they stay in a core's second-level cache together
+// with a panel, and the last part is not much smaller than the others.
 INLINE int64_t rows_at_once(int64_t rows, int64_t inputs) {
   constexpr int64_t CACHE = 3 << 19;  // bytes; processors with AMX have 2 MiB a core
   const int64_t fitting = CACHE / (2 * inputs) / ROW_BLOCK * ROW_BLOCK;
   const int64_t limit = std::max(ROW_BLOCK, fitting);
-  rows = std::max<int64_t>(1, rows);  // the head has no rows in a step in which no prompt ends
+  rows = std::max<int64_t>(1, rows);  // the head has no rows in a step that samples no token
   const int64_t parts = (rows + limit - 1) / limit;
   return ((rows + parts - 1) / parts + ROW_BLOCK - 1) / ROW_BLOCK * ROW_BLOCK;
 }

@@ -1,11 +1,11 @@
-// The rows that a weight's panels are multiplied by, and what happens to the sums.
+// Rows that are multiplied with a weight's panels, and the handling of the sums.
 #pragma once
 
 #include "../vectors.h"
 
 namespace {
 
-// Rows that share one pass over a panel: as many as have their sums in registers.
+// The number of rows that share a pass over a panel: their sums fit the registers.
 constexpr int PASS_ROWS = VECTOR_BITS == 512 ? 12 : 2;
 
 // Rows [count, inputs] of bf16, contiguous or arranged for AMX (see arranged_offset), or of int16,
