@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ class Packed:
         self.shape = shape
         self.inputs = shape[-1]
         self.data, self.scales = data, scales
-        self._mxfp4 = data.dtype == torch.uint8
+        self.is_mxfp4 = data.dtype == torch.uint8
         self._bias: torch.Tensor | None = None
         self._structs: ctypes.Array[_Weight] | None = None
 
@@ -85,7 +86,7 @@ class Packed:
         """Fill with random values of a typical magnitude."""
         if self.scales is None:
             self.data.uniform_(-0.03, 0.03, generator=generator)
-        elif self._mxfp4:
+        elif self.is_mxfp4:
             self.data.random_(0, 256, generator=generator)
             self.scales.fill_(120)  # values of up to 6 · 2⁻⁷
         else:
@@ -105,7 +106,7 @@ class Packed:
                 struct.scales = None if self.scales is None else _address(self.scales, i, count)
                 struct.bias = None if bias is None else _address(bias, i, count)
                 struct.outputs, struct.inputs = self.shape[-2:]
-                struct.mxfp4 = self._mxfp4
+                struct.mxfp4 = self.is_mxfp4
             self._structs, self._bias = structs, bias
         return ctypes.addressof(self._structs)
 
@@ -121,22 +122,30 @@ class _Rows:
         assert step == 1
         self._weight, self._first, self._count = weight, first, last - first
 
-    def copy_(self, source: torch.Tensor | Mxfp4) -> None:
-        """Take the rows from a source [rows, inputs] of any strides."""
-        weight, threads = self._weight, torch.get_num_threads()
-        scales = None if weight.scales is None else weight.scales.data_ptr()
-        if isinstance(source, Mxfp4):
-            if int(source.scales.max()) > _MAX_SCALE:
-                raise ValueError(f"an MXFP4 scale is above 2^{_MAX_SCALE - 127}")
-            codes = source.blocks
-            row_step = codes.stride(0) // (codes.shape[1] * codes.shape[2])
-            kernels.pack_mxfp4(
-                weight.data.data_ptr(), scales, weight.inputs, self._first, self._count,
-                codes.data_ptr(), source.scales.data_ptr(), row_step, threads,
-            )  # fmt: skip
-            return
-        source = source.to(torch.bfloat16)
+    def copy_(self, source: Any) -> None:
+        """Copy the rows of a source [rows, inputs]: Mxfp4 for an MXFP4 weight, else a tensor."""
+        if self._weight.is_mxfp4:
+            self._copy_mxfp4(source)
+        else:
+            self._copy_dense(source)
+
+    def _copy_mxfp4(self, source: Mxfp4) -> None:
+        weight, codes = self._weight, source.blocks
+        if int(source.scales.max()) > _MAX_SCALE:
+            raise ValueError(f"an MXFP4 scale is above 2^{_MAX_SCALE - 127}")
+        assert weight.scales is not None
+        row_step = codes.stride(0) // (codes.shape[1] * codes.shape[2])
+        kernels.pack_mxfp4(
+            weight.data.data_ptr(), weight.scales.data_ptr(), weight.inputs, self._first,
+            self._count, codes.data_ptr(), source.scales.data_ptr(), row_step,
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+    def _copy_dense(self, source: torch.Tensor) -> None:
+        """Copy a tensor of any dtype and strides."""
+        weight, source = self._weight, source.to(torch.bfloat16)
         kernels.pack(
-            weight.data.data_ptr(), scales, weight.inputs, self._first, self._count,
-            source.data_ptr(), source.stride(0), source.stride(1), threads,
+            weight.data.data_ptr(), None if weight.scales is None else weight.scales.data_ptr(),
+            weight.inputs, self._first, self._count,
+            source.data_ptr(), source.stride(0), source.stride(1), torch.get_num_threads(),
         )  # fmt: skip
