@@ -10,7 +10,7 @@ from types import FrameType
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
 
-def visible(text: str) -> str:
+def strip_control_characters(text: str) -> str:
     """Return `text` without the control characters that a terminal would obey."""
     return _CONTROL.sub("", text)
 
@@ -22,7 +22,7 @@ def say(message: str) -> None:
     that was closed does not end the job.
     """
     with suppress(OSError):
-        print(visible(message), file=sys.stderr, flush=True)
+        print(strip_control_characters(message), file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:

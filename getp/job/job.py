@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.resolve import dtype_name
 from getp.errors import NameOf
-from getp.files import check_writable, in_place, remove_leftovers
+from getp.files import check_writable, is_stream, remove_leftovers
 from getp.job.formats import output_format
 from getp.job.inputs import Source, scan
 from getp.job.job_engine import JobEngine
@@ -58,7 +58,7 @@ def read(job: Job) -> Source:
         )
     files = {"input": job.input}
     check_writable(job.output, "output", files)
-    if not in_place(job.output):
+    if not is_stream(job.output):
         beside = {"journal": job.journal_path, "errors file": errors_path(job.output)}
         for role, path in beside.items():
             check_writable(path, role, files)
@@ -75,7 +75,7 @@ def open_journal(job: Job, source: Source, engine: JobEngine) -> Journal:
         "seed": job.defaults.params.seed,
         "created": int(os.environ.get("SOURCE_DATE_EPOCH") or time.time()),
     }
-    if in_place(job.output):
+    if is_stream(job.output):
         descriptor, path = tempfile.mkstemp(".journal", "getp-")
         os.close(descriptor)
         journal = Journal(path, header, source.total, job.flush_s)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from getp.errors import GetpError
-from getp.files import STANDARD, in_place, writing
+from getp.files import STDIO, is_stream, open_output
 from getp.job.formats.interface import OutputFormat
 from getp.job.journal import Journal
 from getp.terminal import say
@@ -29,9 +29,9 @@ def write_results(journal: Journal, total: int, output: str, form: OutputFormat)
     try:
         _write(journal, total, output, form)
     except (GetpError, OSError) as error:
-        if not in_place(output):
+        if not is_stream(output):
             raise
-        if output == STANDARD:  # otherwise the rest of the buffer would fail again at exit
+        if output == STDIO:  # otherwise the rest of the buffer would fail again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         rescue = f"getp-results-{os.getpid()}{form.suffix}"
         _write(journal, total, rescue, form)
@@ -40,7 +40,7 @@ def write_results(journal: Journal, total: int, output: str, form: OutputFormat)
 
 
 def _write(journal: Journal, total: int, output: str, form: OutputFormat) -> None:
-    with writing(output) as file:
+    with open_output(output) as file:
         for index in range(total):
             ok, line = journal.read(index)
             file.write((line if ok or form.holds_failures else b"") + b"\n")
@@ -48,15 +48,15 @@ def _write(journal: Journal, total: int, output: str, form: OutputFormat) -> Non
 
 def _write_errors(journal: Journal, total: int, output: str) -> None:
     if not journal.failed:
-        if not in_place(output):
+        if not is_stream(output):
             Path(errors_path(output)).unlink(missing_ok=True)  # of an earlier run
         return
     failures = (line for ok, line in map(journal.read, range(total)) if not ok)
-    if in_place(output):
+    if is_stream(output):
         for line in failures:
             failure = json.loads(line)
             say(f"getp: line {failure['line']} failed: {failure['message']}")
         return
-    with writing(errors_path(output)) as file:
+    with open_output(errors_path(output)) as file:
         for line in failures:
             file.write(line + b"\n")

@@ -10,7 +10,7 @@ from datetime import datetime
 
 from engine import Completion, Request
 from getp.errors import SOME_FAILED, GetpError, Interrupted, worded
-from getp.files import STANDARD, in_place, write_report
+from getp.files import STDIO, is_stream, write_report
 from getp.job.formats import output_format
 from getp.job.formats.interface import Failure, JobRequest, ResultContext
 from getp.job.inputs import Source
@@ -100,7 +100,7 @@ class JobRun:
         """Return what is saved after a run that ended early, and how to resume it."""
         done = f"{self._journal.done} of {self.source.total} requests are done"
         name_of, limit = self.job.name_of, self.job.max_errors
-        if in_place(self.job.output):
+        if is_stream(self.job.output):
             return (
                 f"{done}, not saved: a job can be resumed only if {name_of('output')} is a "
                 "regular file"
@@ -196,7 +196,7 @@ class JobRun:
 def _report(run: JobRun, failed: int) -> None:
     """Print the report, and write it if asked to."""
     job = run.job
-    if failed and not in_place(job.output):
+    if failed and not is_stream(job.output):
         where = job.output if run.format.holds_failures else errors_path(job.output)
         say(f"getp: {failed} of {run.source.total} requests failed: see {where}")
     report = job_report(run.measured, run.engine.summary(), job.checkpoint)
@@ -204,7 +204,7 @@ def _report(run: JobRun, failed: int) -> None:
         write_report(job.report, report)
     print_report(report)
     # Results or the report on standard output must stay parseable.
-    taken = STANDARD in (job.output, job.report)
+    taken = STDIO in (job.output, job.report)
     print(final_line(run.measured), file=sys.stderr if taken else sys.stdout)
 
 

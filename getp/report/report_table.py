@@ -6,7 +6,7 @@ from rich.table import Table
 
 from getp.report.job_report import Report
 from getp.report.measurements import Measurements
-from getp.terminal import visible
+from getp.terminal import strip_control_characters
 from getp.units import memory
 
 
@@ -20,7 +20,7 @@ def final_line(measured: Measurements) -> str:
 
 def print_report(report: Report) -> None:
     """Print the report as a table on standard error, apart from output for scripts."""
-    title = f"getp on {escape(visible(report['checkpoint']))}"
+    title = f"getp on {escape(strip_control_characters(report['checkpoint']))}"
     table = Table(show_header=False, title=title, title_justify="left")
     table.add_column(style="bold")
     table.add_column()

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from getp.errors import GetpError, UsageProblem
-from getp.files import read_bytes, read_token_file, split_lines, writing
+from getp.files import open_output, read_bytes, read_token_file, split_lines
 from tokenizer import Tokenizer, answer_text
 from tokenizer.harmony import supports_harmony
 
@@ -84,7 +84,7 @@ def decode_file(path: str, output: str, tokenizer: Tokenizer, line: int | None) 
                 token=min(found),
             )
     texts = [_text(tokenizer, row) for row in chosen]
-    with writing(output) as file:
+    with open_output(output) as file:
         for text in texts:
             shown = text if line is not None else one_line(text)
             file.write(shown.encode("utf-8", "replace") + b"\n")

@@ -2,7 +2,7 @@
 
 from typing import TextIO
 
-from getp.terminal import visible
+from getp.terminal import strip_control_characters
 from tokenizer.harmony import FINAL, ChannelText
 
 _DIM, _NORMAL = "\x1b[2m", "\x1b[0m"
@@ -50,7 +50,7 @@ class Screen:
         self._channel, self._last = None, "\n"
 
     def _write(self, stream: TextIO, text: str) -> None:
-        shown = visible(text) if stream.isatty() else text
+        shown = strip_control_characters(text) if stream.isatty() else text
         stream.write(shown)
         stream.flush()
         self._last = shown[-1:] or self._last

@@ -10,7 +10,7 @@ from getp.analysis.step_plan_table import print_plan, write_plot
 from getp.cli import loading
 from getp.cli.settings import Settings
 from getp.errors import UsageProblem
-from getp.files import STANDARD, write_report
+from getp.files import STDIO, write_report
 from getp.terminal import warn
 from model.cost.devices import Device
 
@@ -29,7 +29,7 @@ def run(settings: Settings) -> int:
     if plan.price:
         raise UsageProblem("--price needs a job: -i/--input FILE")
     if plan.plot is not None:
-        if plan.plot == STANDARD and step.format == "json":
+        if plan.plot == STDIO and step.format == "json":
             raise UsageProblem("--plot - would mix with the JSON on standard output: name a file")
         roofline_plot.check_plot(plan.plot)
     made = step_plan.make_plan(
@@ -46,8 +46,8 @@ def run(settings: Settings) -> int:
     if plan.plot is not None:
         write_plot(made, plan.plot)
     if step.format == "json":
-        write_report(STANDARD, step_plan.as_json(made))
-    elif plan.plot != STANDARD:
+        write_report(STDIO, step_plan.as_json(made))
+    elif plan.plot != STDIO:
         print_plan(made)
     return 0
 
@@ -86,7 +86,7 @@ def _job(settings: Settings, path: str) -> int:
                 job_plan.predict(model, job, gpu, dtype, split, efficiency, price, replicas)
             )
     if step.format == "json":
-        write_report(STANDARD, job_plan.as_json(model, job, dtype, limits, found))
+        write_report(STDIO, job_plan.as_json(model, job, dtype, limits, found))
     else:
         print_job(model, job, dtype, limits, found, requests.counted)
     return 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO, ClassVar
 
 from engine import Completion, SamplingParams
-from getp.files import LONGEST_LINE, lines_of
+from getp.files import MAX_LINE_BYTES, iter_lines
 from tokenizer import Message, Tokenizer
 
 
@@ -110,7 +110,7 @@ class InputFormat(ABC):
 
     def records(self, file: BinaryIO) -> Iterator[bytes | None]:
         """Yield every record of the file; None stands for one that is too long."""
-        return lines_of(file)
+        return iter_lines(file)
 
     def announced(self, name: str, first: bytes | None) -> int | None:
         """Return the number of requests that the first record announces; None: it does not.
@@ -135,7 +135,9 @@ class InputFormat(ABC):
 def decoded(line: Line, what: str) -> str:
     """Return the text of a line, called `what` in the message. Raises BadRequestError."""
     if line.data is None:
-        raise BadRequestError("line_too_long", f"the line is longer than {LONGEST_LINE >> 20} MiB")
+        raise BadRequestError(
+            "line_too_long", f"the line is longer than {MAX_LINE_BYTES >> 20} MiB"
+        )
     try:
         return line.data.decode("utf-8")
     except UnicodeDecodeError:

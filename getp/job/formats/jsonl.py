@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine import Completion
-from getp.files import json_line
+from getp.files import UTF8_BOM, json_line
 from getp.job.formats.interface import (
     BadRequestError,
     Failure,
@@ -65,7 +65,7 @@ class Jsonl(InputFormat):
     name, suffix, has_ids, output = "jsonl", ".jsonl", True, BatchResults()
 
     def recognises(self, start: bytes) -> bool:
-        first = start.removeprefix(b"\xef\xbb\xbf").split(b"\n", 1)[0]
+        first = start.removeprefix(UTF8_BOM).split(b"\n", 1)[0]
         return first.lstrip().startswith(b"{")
 
     def is_request(self, number: int, data: bytes | None) -> bool:
