@@ -182,9 +182,9 @@ def open_output(path: str) -> Iterator[BinaryIO]:
             with open(temporary, "wb") as file:
                 with (
                     _open_compressor(file, path) as compressed,
-                    _sanitize_for_terminal(compressed) as shown,
+                    _sanitize_for_terminal(compressed) as sanitized,
                 ):
-                    yield shown
+                    yield sanitized
                 file.flush()
                 if temporary != target:
                     os.fsync(file.fileno())

@@ -28,5 +28,10 @@ def memory(size: int) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a share as per cent with one decimal."""
+    """Return a share as a percentage with one decimal."""
     return f"{share:.1%}"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: `1 GPU`, `2 GPUs`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from getp.errors import GetpError, UsageProblem
+from getp.units import counted
 
 _OBJECT_STORE_BYTES = 128 << 20  # small, because getp sends only requests and results
 
@@ -114,10 +115,10 @@ def plan_resources(
                 "{replicas} {given}: Ray finds {gpus} on {hosts}, enough for {possible} of {each} "
                 "each",
                 given=replicas or "auto",
-                gpus=_count(sum(gpus), "GPU"),
-                hosts=_count(len(hosts), "host"),
-                possible=_count(possible, "replica"),
-                each=_count(gpus_per_replica, "GPU"),
+                gpus=counted(sum(gpus), "GPU"),
+                hosts=counted(len(hosts), "host"),
+                possible=counted(possible, "replica"),
+                each=counted(gpus_per_replica, "GPU"),
             )
         return Resources(replicas or possible, gpus_per_replica, 0)
     cores = [host["CPU"] for host in hosts if host.get("CPU")]
@@ -140,7 +141,3 @@ def death_reason(error: BaseException) -> str:
     else:
         text = f"{type(error).__name__}: {text}"
     return text[:400]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -19,6 +19,7 @@ from getp.job.ordering import Schedule
 from getp.job.request_reader import RequestDefaults
 from getp.job.results import errors_path
 from getp.terminal import say, warn
+from getp.units import counted
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ def read(job: Job) -> Source:
     source = scan(job.input)
     if source.ignored:
         warn(
-            f"{source.name}: ignoring {_count(source.ignored, 'extra line')} after the "
-            f"{_count(source.total, 'prompt')} announced on line 1"
+            f"{source.name}: ignoring {counted(source.ignored, 'extra line')} after the "
+            f"{counted(source.total, 'prompt')} announced on line 1"
         )
     files = {"input": job.input}
     check_writable(job.output, "output", files)
@@ -86,7 +87,7 @@ def open_journal(job: Job, source: Source, engine: JobEngine) -> Journal:
     for file in (job.output, errors_path(job.output)):
         remove_leftovers(file)
     if journal.damaged:
-        damaged = _count(journal.damaged, "damaged record")
+        damaged = counted(journal.damaged, "damaged record")
         warn(f"{path}: {damaged}; the requests run again")
     if journal.done:
         say(f"getp: resuming: {journal.done} of {source.total} requests are done already")
@@ -116,7 +117,3 @@ def _fingerprint(job: Job, source: Source, engine: JobEngine) -> dict[str, Any]:
     }
     as_json: dict[str, Any] = json.loads(json.dumps(named))
     return as_json
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
