@@ -1,7 +1,7 @@
 """Tables on standard output that never cut off a value, however narrow the terminal is.
 
-rich shrinks the columns of a table that is too wide below their longest word and cuts the last
-ones off at the edge. So the widths are computed here, and rich prints the result.
+If a table is too wide, rich shrinks columns below their longest word and truncates the last ones
+at the edge. The widths are therefore computed here, and rich only prints the table.
 """
 
 import os
@@ -19,26 +19,26 @@ def console() -> Console:
 
     COLUMNS in the environment sets another width.
     """
-    found = Console(highlight=False)
-    if not found.is_terminal and "COLUMNS" not in os.environ:
-        found.width = _UNLIMITED
-    return found
+    result = Console(highlight=False)
+    if not result.is_terminal and "COLUMNS" not in os.environ:
+        result.width = _UNLIMITED
+    return result
 
 
 def table(texts: Iterable[str], numbers: Iterable[str]) -> Table:
     """Return a table for `show` with left-aligned text columns, then right-aligned numbers."""
-    found = Table(box=None, padding=(0, 0, 0, 1), header_style="bold")
+    result = Table(box=None, padding=(0, 0, 0, 1), header_style="bold")
     for name in texts:
-        found.add_column(name)
+        result.add_column(name)
     for name in numbers:
-        found.add_column(name, justify="right")
-    return found
+        result.add_column(name, justify="right")
+    return result
 
 
 def show(console: Console, table: Table) -> None:
     """Print a table. If it is too wide, wrap texts and headers between words, widest column first.
 
-    If that is not enough, the table runs over the edge, because half a number is another number.
+    If that is not enough, the table exceeds the width: a truncated number would be misread.
     """
     widths, least = [], []
     for column in table.columns:

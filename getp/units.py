@@ -14,7 +14,7 @@ def quantity(value: float, unit: str = "") -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time with the unit that suits it: μs, ms, s, min or h."""
+    """Return a time in a suitable unit: μs, ms, s, min or h."""
     if seconds < _MINUTES_FROM_S:
         return humanize.metric(seconds, "s")
     if seconds < _HOURS_FROM_S:

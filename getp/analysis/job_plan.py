@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from getp.analysis.lookup import LOCAL, Model
 from getp.analysis.step_plan import check_split
 from getp.errors import GetpError
-from getp.limits import most_positions
+from getp.limits import length_limit
 from model.cost.devices import Device
 from model.cost.interconnect import exchange
 from model.cost.operations import check_tensor_parallel, operations, total
@@ -97,14 +97,14 @@ def make_job(requests: "Requests", max_positions: int, max_length: int | None) -
     """
     fitting = []
     for prompt, asked in zip(requests.prompts, requests.limits, strict=True):
-        most = most_positions(max_length, asked)
+        most = length_limit(max_length, asked)
         limit = min(max_positions, most or max_positions)
         if 0 < prompt < limit:
             given = min(asked or limit, most - prompt if most else limit)
             fitting.append((given, prompt, min(limit - prompt, asked or limit)))
     count = len(requests.prompts) + requests.refused
     if not fitting:
-        limit = min(max_positions, most_positions(max_length, None) or max_positions)
+        limit = min(max_positions, length_limit(max_length, None) or max_positions)
         raise GetpError(f"none of the {count} requests leaves room within {limit} positions")
     fitting.sort(key=lambda one: -one[0])
     prompts, outputs = ([one[i] for one in fitting] for i in (1, 2))

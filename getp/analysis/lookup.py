@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from getp.errors import UsageProblem
-from getp.terminal import say
+from getp.terminal import print_message
 from model.config import ModelConfig, read_json
 from model.cost.devices import DEVICES, Device, UnknownDeviceError, find_device
 from model.cost.known_models import SHAPES, named_config
@@ -60,7 +60,7 @@ def measure_again() -> None:
     """Measure this machine, even if it was measured before."""
     from model.cost.measure import local_device
 
-    say("getp: measuring this machine")
+    print_message("getp: measuring this machine")
     local_device(again=True)
 
 
@@ -70,7 +70,7 @@ def _find_gpu(name: str) -> Device:
 
         found = cached_device()
         if found is None:
-            say("getp: measuring this machine for the first time")
+            print_message("getp: measuring this machine for the first time")
             found = local_device()
         return found.device
     try:

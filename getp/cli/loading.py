@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from getp import EMBEDDED
 from getp.cli.settings import Settings
 from getp.errors import GetpError, UsageProblem
-from getp.terminal import say, warn
+from getp.terminal import print_message, warn
 
 if TYPE_CHECKING:
     from engine import Engine, SamplingParams
@@ -79,7 +79,7 @@ def sampling_params(settings: Settings, tokenizer: "Tokenizer") -> "SamplingPara
     seed = options.seed
     if seed is None and options.temperature > 0:
         seed = secrets.randbelow(2**32)
-        say(f"getp: seed {seed}")
+        print_message(f"getp: seed {seed}")
     return SamplingParams(
         temperature=options.temperature,
         top_k=options.top_k,

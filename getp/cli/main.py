@@ -17,7 +17,7 @@ from getp.cli.options import with_options
 from getp.cli.settings import settings_of
 from getp.cli.wording import option_name
 from getp.errors import GetpError, Interrupted, UsageProblem, worded
-from getp.terminal import say, warn
+from getp.terminal import print_message, warn
 
 
 @cloup.command(cls=Command, add_help_option=False)
@@ -57,7 +57,7 @@ def run(args: Sequence[str]) -> int:
         return _fail("interrupted", Interrupted("").exit_code)
     except Exception as error:
         if "--debug" in args:
-            say(traceback.format_exc())
+            print_message(traceback.format_exc())
         status = error.exit_code if isinstance(error, GetpError) else 1
         return _fail(_message(error), status, hint=isinstance(error, UsageProblem))
 
@@ -82,9 +82,9 @@ def _message(error: Exception) -> str:
 
 
 def _fail(message: str, status: int, hint: bool = False) -> int:
-    say(f"getp: error: {' '.join(message.split())}")
+    print_message(f"getp: error: {' '.join(message.split())}")
     if hint:
-        say("getp --help lists the options")
+        print_message("getp --help lists the options")
     return status
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from getp.limits import most_positions
+from getp.limits import length_limit
 
 if TYPE_CHECKING:
     from engine import EngineConfig
@@ -43,8 +43,8 @@ class SamplingOptions:
 
     @property
     def max_positions(self) -> int | None:
-        """The most tokens of a request, prompt included; None: the model's limit."""
-        return most_positions(self.given_length, self.max_new_tokens)
+        """The maximum tokens per request, prompt included; None: the model's limit."""
+        return length_limit(self.given_length, self.max_new_tokens)
 
 
 @dataclass(frozen=True)

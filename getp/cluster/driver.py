@@ -25,7 +25,7 @@ from getp.cluster.ray_session import RaySession, death_reason, plan_resources
 from getp.cluster.replica import Replica, Results, Setup, Started, request_message
 from getp.cluster.replica_state import ReplicaState, merged_stats
 from getp.errors import GetpError
-from getp.terminal import say, warn
+from getp.terminal import print_message, warn
 from getp.text.answer_text import StopWatcher
 from model import CheckpointError, load_config
 
@@ -275,7 +275,7 @@ class Cluster:
             self._last_notice = time.monotonic()
         elif time.monotonic() - self._last_notice > _SLOW_START_S:
             self._last_notice = time.monotonic()
-            say(
+            print_message(
                 f"getp: waiting for {len(missing)} of {len(self.replicas)} replicas, which load "
                 f"the model or wait for free resources: {', '.join(missing[:8])}"
             )

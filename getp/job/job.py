@@ -18,7 +18,7 @@ from getp.job.journal import Journal
 from getp.job.ordering import Schedule
 from getp.job.request_reader import RequestDefaults
 from getp.job.results import errors_path
-from getp.terminal import say, warn
+from getp.terminal import print_message, warn
 from getp.units import counted
 
 
@@ -90,9 +90,9 @@ def open_journal(job: Job, source: Source, engine: JobEngine) -> Journal:
         damaged = counted(journal.damaged, "damaged record")
         warn(f"{path}: {damaged}; the requests run again")
     if journal.done:
-        say(f"getp: resuming: {journal.done} of {source.total} requests are done already")
+        print_message(f"getp: resuming: {journal.done} of {source.total} requests are done already")
     if journal.header["seed"] != job.defaults.params.seed:
-        say(f"getp: seed {journal.header['seed']}, from the previous run")
+        print_message(f"getp: seed {journal.header['seed']}, from the previous run")
     return journal
 
 

@@ -17,7 +17,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from getp.terminal import say
+from getp.terminal import print_message
 
 _LINE_EVERY_S = 10.0
 
@@ -78,7 +78,7 @@ def _lines(
             elapsed = time.perf_counter() - started
             left = f", about {elapsed / done * (total - done):.0f} s left" if done else ""
             rate = output_tokens() / elapsed
-            say(f"{done} of {total} requests, {rate:,.0f} tok/s{left}")
+            print_message(f"{done} of {total} requests, {rate:,.0f} tok/s{left}")
 
     writer = threading.Thread(target=write, daemon=True)
     writer.start()

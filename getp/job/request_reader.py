@@ -1,4 +1,4 @@
-"""From a line of the input to a request for the engine, or to the reason why there is none."""
+"""Converts a line of the input to a request for the engine, or to a failure with its reason."""
 
 import hashlib
 from array import array
@@ -10,10 +10,9 @@ from engine import SamplingParams
 from getp.errors import GetpError, NameOf, worded
 from getp.job.formats.interface import BadRequestError, Failure, JobRequest, Line, ParsedBody
 from getp.job.inputs import Source
+from getp.limits import NO_LIMIT
 from getp.text.prompts import chat_template, check_length, request_seed, system_message
 from tokenizer import TemplateError, Tokenizer, TokenizerError
-
-_NO_LIMIT = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class RequestReader:
         defaults: RequestDefaults,
         tokenizer: Tokenizer,
         now: datetime | None = None,
-        max_positions: int = _NO_LIMIT,
+        max_positions: int = NO_LIMIT,
         name_of: NameOf = str,
     ) -> None:
         """now: the time for chat templates, so that a resumed job has the same prompts.
@@ -108,7 +107,7 @@ class RequestReader:
             return body.prompt
         text = self._rendered(body) if by_template else str(body.prompt)
         try:
-            check_length(self._tokenizer, text, min(self._max_positions, limit or _NO_LIMIT))
+            check_length(self._tokenizer, text, min(self._max_positions, limit or NO_LIMIT))
         except GetpError as error:
             message = worded(error, self._name_of)
             raise BadRequestError("prompt_too_long", message) from error

@@ -9,7 +9,7 @@ from getp.errors import GetpError
 from getp.files import STDIO, is_stream, open_output
 from getp.job.formats.interface import OutputFormat
 from getp.job.journal import Journal
-from getp.terminal import say
+from getp.terminal import print_message
 
 
 def errors_path(output: str) -> str:
@@ -55,7 +55,7 @@ def _write_errors(journal: Journal, total: int, output: str) -> None:
     if is_stream(output):
         for line in failures:
             failure = json.loads(line)
-            say(f"getp: line {failure['line']} failed: {failure['message']}")
+            print_message(f"getp: line {failure['line']} failed: {failure['message']}")
         return
     with open_output(errors_path(output)) as file:
         for line in failures:

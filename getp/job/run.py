@@ -26,7 +26,7 @@ from getp.job.signals import GraceExpired, GracefulStop
 from getp.report.job_report import job_report
 from getp.report.measurements import Measurements
 from getp.report.report_table import final_line, print_report
-from getp.terminal import say
+from getp.terminal import print_message
 from getp.text.answer_text import StopWatcher
 from getp.text.prompts import chat_template
 from tokenizer import Tokenizer
@@ -50,7 +50,7 @@ def run_job(job: Job, source: Source, tokenizer: Tokenizer, engine: JobEngine) -
         except (KeyboardInterrupt, Interrupted):
             raise stop.interrupted(f"interrupted: {run.resume_hint()}") from None
         except Exception:
-            say(f"getp: {run.resume_hint()}")
+            print_message(f"getp: {run.resume_hint()}")
             raise
         write_results(journal, source.total, job.output, run.format)
         journal.remove()
@@ -198,7 +198,7 @@ def _report(run: JobRun, failed: int) -> None:
     job = run.job
     if failed and not is_stream(job.output):
         where = job.output if run.format.holds_failures else errors_path(job.output)
-        say(f"getp: {failed} of {run.source.total} requests failed: see {where}")
+        print_message(f"getp: {failed} of {run.source.total} requests failed: see {where}")
     report = job_report(run.measured, run.engine.summary(), job.checkpoint)
     if job.report is not None:
         write_report(job.report, report)

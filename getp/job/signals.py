@@ -7,7 +7,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from getp.errors import Interrupted
-from getp.terminal import say
+from getp.terminal import print_message
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -71,7 +71,7 @@ class GracefulStop:
         if not self.allow_grace:
             # Not an Exception: Thread.start would take it for its own failure and raise another.
             raise KeyboardInterrupt
-        say(
+        print_message(
             f"stopping: waiting up to {self._grace_s:g} s for running requests; press Ctrl-C again "
             "to stop now"
         )

@@ -11,7 +11,16 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("getp", "engine", "model", "tokenizer")
 
-_FUNCTIONS = {"say", "warn", "fail", "notice", "_notice", "_fail", "print", "check_writable"}
+_FUNCTIONS = {
+    "print_message",
+    "warn",
+    "fail",
+    "notice",
+    "_notice",
+    "_fail",
+    "print",
+    "check_writable",
+}
 _HELP = {"help", "epilog"}
 
 
