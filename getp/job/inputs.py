@@ -76,12 +76,12 @@ def scan(path: str) -> Source:
             records += 1
             digest.update(b"\0" if data is None else data + b"\n")
             if records == 1:
-                announced = found.announced(name, data)
+                announced = found.announced_count(name, data)
             if found.is_request(records, data):
                 requests += 1
                 checksums.append(_checksum(data))
     if not records:
-        announced = found.announced(name, b"")
+        announced = found.announced_count(name, b"")
     total = requests if announced is None else announced
     if requests < total:
         raise GetpError(f"{name}: line 1 says {total} prompts, but the file has only {requests}")

@@ -61,7 +61,7 @@ def _of_call(call: ast.Call, file: str) -> Iterator[Message]:
 def _is_error_or_output(call: ast.Call) -> bool:
     function = call.func
     name = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
-    is_error = name.endswith(("Error", "Problem", "Interrupted", "Failure", "_wrong"))
+    is_error = name.endswith(("Error", "Problem", "Interrupted", "Failure", "_invalid"))
     return is_error or name in _FUNCTIONS
 
 

@@ -1,6 +1,6 @@
-"""The formats of a job's input and output: one file each, and one name in the list below.
+"""The formats of a job's input and output: one module each, listed in `_MODULES`.
 
-A module of an input format has a `FORMAT`, an `InputFormat`. `interface` says what that is.
+The module of an input format defines `FORMAT`, an `InputFormat`; see `interface`.
 """
 
 from importlib import import_module
