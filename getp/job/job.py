@@ -1,4 +1,4 @@
-"""A job as the user asked for it: its files, its fingerprint and its journal."""
+"""A job's settings, its check before the run, its fingerprint and its journal."""
 
 import json
 import os
@@ -24,13 +24,13 @@ from getp.units import counted
 
 @dataclass(frozen=True)
 class Job:
-    """What the user asked for."""
+    """The settings of a job."""
 
     input: str
     output: str
-    checkpoint: str  # its name, for the report
+    checkpoint: str  # name of the checkpoint, for results and the report
     defaults: RequestDefaults
-    seed_given: bool = True  # otherwise a resumed job takes the random seed of the first run
+    seed_given: bool = True  # if not, a resumed job uses the random seed of the first run
     identity: Mapping[str, str] = field(default_factory=dict)  # fingerprints of the files
     report: str | None = None
     restart: bool = False
@@ -49,7 +49,7 @@ class Job:
 def read(job: Job) -> Source:
     """Make the first pass over the input and check that results can be written. Raises GetpError.
 
-    This comes before anything slow, so that a mistyped path is reported at once.
+    Call it before anything slow, so that a mistyped path is reported at once.
     """
     source = scan(job.input)
     if source.ignored:
@@ -80,7 +80,7 @@ def open_journal(job: Job, source: Source, engine: JobEngine) -> Journal:
         descriptor, path = tempfile.mkstemp(".journal", "getp-")
         os.close(descriptor)
         journal = Journal(path, header, source.total, job.flush_s)
-        journal.remove()  # only its name: the file lives until it is closed
+        journal.remove()  # removes only the name: the file exists until it is closed
         return journal
     path = job.journal_path
     journal = Journal(path, header, source.total, job.flush_s, job.restart)
@@ -97,7 +97,7 @@ def open_journal(job: Job, source: Source, engine: JobEngine) -> Journal:
 
 
 def _fingerprint(job: Job, source: Source, engine: JobEngine) -> dict[str, Any]:
-    """Return, by name and as JSON has it, what must be equal for results to be of one job."""
+    """Return the settings that a resumed job must not change, by name and as JSON values."""
     params = asdict(job.defaults.params)
     if not job.seed_given:
         params["seed"] = "random"

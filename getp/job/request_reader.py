@@ -17,13 +17,13 @@ from tokenizer import TemplateError, Tokenizer, TokenizerError
 
 @dataclass(frozen=True)
 class RequestDefaults:
-    """The parameters of a request that does not set its own."""
+    """The parameters of requests that do not set their own."""
 
     params: SamplingParams  # the seed is the job's; each request derives its own from it
     stops: tuple[str, ...] = ()
     chat: bool = False  # apply the chat template to prompts
     system: str | None = None
-    capped: bool = True  # max_positions also limits requests that limit their answer themselves
+    capped: bool = True  # max_positions also limits requests that set their own max_tokens
 
 
 class SeenIds:
@@ -42,11 +42,11 @@ class SeenIds:
         data = text.encode("utf-8", "surrogatepass")
         key = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") or 1
         mask = len(self._table) - 1
-        place = key & mask
-        while self._table[place] not in (0, key):
-            place = (place + 1) & mask
-        new = not self._table[place]
-        self._table[place] = key
+        slot = key & mask
+        while self._table[slot] not in (0, key):
+            slot = (slot + 1) & mask
+        new = not self._table[slot]
+        self._table[slot] = key
         return new
 
 
@@ -77,7 +77,7 @@ class RequestReader:
     def read(self, line: Line, needed: bool = True) -> JobRequest | Failure | None:
         """Return the request of a line, or its failure; None if it is not `needed`.
 
-        Lines that are done already must be read too: a later line may repeat their ids.
+        Lines of finished requests must be read too, because a later line may repeat their ids.
         """
         custom_id: str | None = None
         try:
@@ -91,7 +91,7 @@ class RequestReader:
             return self._request(line, custom_id, self._format.parse(line, record))
         except BadRequestError as error:
             return Failure(line.index, line.number, custom_id, error.code, str(error))
-        except Exception as error:  # one request never ends the job
+        except Exception as error:  # a single request must never end the job
             message = f"{type(error).__name__}: {error}"
             return Failure(line.index, line.number, custom_id, "internal_error", message)
 

@@ -20,9 +20,9 @@ def errors_path(output: str) -> str:
 def write_results(journal: Journal, total: int, output: str, form: OutputFormat) -> None:
     """Write the result of a finished job, in input order. Raises GetpError.
 
-    The errors file is written first: if the result exists, everything does. If standard output or a
-    pipe fails, the result goes to a file in the working directory, because no second run could
-    bring it back.
+    The errors file is written first, so that a result file always implies a complete job. If
+    standard output or a pipe fails, the result is written to a file in the working directory,
+    because such a job cannot be resumed.
     """
     if not form.holds_failures:
         _write_errors(journal, total, output)
@@ -33,10 +33,10 @@ def write_results(journal: Journal, total: int, output: str, form: OutputFormat)
             raise
         if output == STDIO:  # otherwise the rest of the buffer would fail again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        rescue = f"getp-results-{os.getpid()}{form.suffix}"
-        _write(journal, total, rescue, form)
+        fallback = f"getp-results-{os.getpid()}{form.suffix}"
+        _write(journal, total, fallback, form)
         cause = f"cannot write {output}: {error.strerror}" if isinstance(error, OSError) else error
-        raise GetpError(f"{cause}; the results are in {rescue} instead") from error
+        raise GetpError(f"{cause}; the results are in {fallback} instead") from error
 
 
 def _write(journal: Journal, total: int, output: str, form: OutputFormat) -> None:

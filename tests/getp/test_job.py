@@ -304,7 +304,7 @@ def test_lines_after_the_last_prompt_cause_a_warning(
 def test_progress_is_logged_line_by_line_without_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("getp.job.progress._LINE_EVERY_S", 0.02)
+    monkeypatch.setattr("getp.job.progress._LINE_INTERVAL_S", 0.02)
 
     def slow(prompt: Sequence[int]) -> Sequence[int]:
         time.sleep(0.05)
