@@ -136,8 +136,8 @@ def test_one_two_and_four_replicas_give_the_tokens_of_one_engine(
 class KilledOnce(Cluster):
     """Kills its first replica, or a rank of it, when the first results arrive."""
 
-    def _collected(self, replica: ReplicaState, answer: bytes) -> list[Completion]:
-        done = super()._collected(replica, answer)
+    def _handle_results(self, replica: ReplicaState, answer: bytes) -> list[Completion]:
+        done = super()._handle_results(replica, answer)
         first = self.replicas[0]
         if done and not first.deaths and first.started is not None and first.generation == 1:
             pid = first.started.pid
@@ -201,8 +201,8 @@ def test_a_replica_killed_during_a_job_changes_no_byte_and_duplicates_nothing(
 class Interrupting(Cluster):
     """Sends SIGINT to itself when the first results arrive."""
 
-    def _collected(self, replica: ReplicaState, answer: bytes) -> list[Completion]:
-        done = super()._collected(replica, answer)
+    def _handle_results(self, replica: ReplicaState, answer: bytes) -> list[Completion]:
+        done = super()._handle_results(replica, answer)
         if done and sum(each.requests for each in self.replicas) == len(done):
             os.kill(os.getpid(), signal.SIGINT)
         return done
