@@ -1,4 +1,4 @@
-"""The report of a job as a table for people, and its last line for scripts."""
+"""The report of a job as a table for users, and its last line for scripts."""
 
 from rich.console import Console
 from rich.markup import escape

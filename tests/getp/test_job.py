@@ -14,7 +14,7 @@ from getp.errors import SOME_FAILED, GetpError, Interrupted
 from getp.job import run as batch
 from getp.job.request_reader import RequestDefaults
 from getp.job.run import Job
-from getp.report.efficiency import Explanation
+from getp.report.efficiency import RunEfficiency
 from getp.report.measurements import quantile
 from getp.text.prompts import request_seed
 from tests.getp.helpers import FakeEngine, fake_engine, small_tokenizer
@@ -212,12 +212,12 @@ def test_peak_memory_of_the_report_excludes_measuring_the_machine(
 ) -> None:
     peak = 2**28
 
-    def explain(*of: object) -> Explanation:
+    def run_efficiency(*args: object) -> RunEfficiency:
         nonlocal peak
         peak = 2**29
-        return Explanation()
+        return RunEfficiency()
 
-    monkeypatch.setattr("getp.report.job_report.explain", explain)
+    monkeypatch.setattr("getp.report.job_report.run_efficiency", run_efficiency)
     monkeypatch.setattr("tests.getp.helpers.peak_resident_bytes", lambda: peak)
     run(job(tmp_path, b"1\nab\n", report=str(tmp_path / "report.json")))
     report = json.loads((tmp_path / "report.json").read_text())
@@ -227,7 +227,7 @@ def test_peak_memory_of_the_report_excludes_measuring_the_machine(
 def test_job_succeeds_without_memory_to_measure_the_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def no_memory(*of: object) -> Explanation:
+    def no_memory(*args: object) -> RunEfficiency:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
 
     monkeypatch.setattr("getp.report.efficiency.peaks_of", no_memory)
