@@ -1,7 +1,7 @@
-"""The checkpoint, tokenizer, sampling parameters and engine that the settings ask for.
+"""Loads the checkpoint, tokenizer, sampling parameters and engine for the given settings.
 
-torch takes a second to import, so whatever needs it is imported where it is used: a typing mistake
-is answered at once.
+Importing torch takes a second, so modules that need it are imported inside functions: a mistyped
+option is reported at once.
 """
 
 import secrets
@@ -23,7 +23,7 @@ _GETP = Path(__file__).parents[1]
 
 
 def checkpoint_folder(settings: Settings) -> Path:
-    """Return the given checkpoint, or the embedded model: in the package, or in the source."""
+    """Return the given checkpoint, or the embedded model, from the package or the source tree."""
     if settings.checkpoint is not None:
         return Path(settings.checkpoint)
     for folder in (_GETP / "data" / "model", _GETP.parent / "data" / "model"):
@@ -70,7 +70,7 @@ def load_tokenizer(settings: Settings) -> "Tokenizer":
 
 
 def sampling_params(settings: Settings, tokenizer: "Tokenizer") -> "SamplingParams":
-    """Return the sampling parameters; a random seed is chosen, and printed, if it matters."""
+    """Return the sampling parameters; a random seed is chosen, and printed, when sampling."""
     from engine import SamplingParams
 
     options = settings.sampling
@@ -93,7 +93,7 @@ def sampling_params(settings: Settings, tokenizer: "Tokenizer") -> "SamplingPara
 
 
 def load_engine(settings: Settings) -> "Engine":
-    """Make the engine; it loads its weights when it warms up. Raises UsageProblem, EngineError."""
+    """Create the engine, which loads weights in `warm_up`. Raises UsageProblem, EngineError."""
     import torch
 
     from engine import Engine
@@ -117,7 +117,7 @@ def load_engine(settings: Settings) -> "Engine":
 
 
 def load_cluster(settings: Settings) -> "Cluster":
-    """Make the replicas; they load their weights when they warm up. Raises UsageProblem."""
+    """Create the replicas, which load weights in `warm_up`. Raises UsageProblem."""
     from engine.parallel import channel
     from getp.cluster.driver import Cluster
 

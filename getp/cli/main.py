@@ -36,7 +36,7 @@ def command(ctx: click.Context, **given: Any) -> int:
             "--dtype float8 is only available in -m plan; use bfloat16, float16 or float32"
         )
     settings = settings_of(given)
-    if mode != "plan":  # which also takes the name of a known model
+    if mode != "plan":  # mode plan also accepts the name of a known model
         check_checkpoint(settings)
     return MODES[mode].run(settings)
 
@@ -89,16 +89,16 @@ def _fail(message: str, status: int, hint: bool = False) -> int:
 
 
 def main() -> None:
-    """Be the `getp` command."""
+    """Run the `getp` command and exit with its status."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        # Neither a character that the locale lacks nor an invalid byte may end the program.
+        # The program must not end at an invalid byte or a character that the locale lacks.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     sys.exit(_with_torchrun(sys.argv[1:]))
 
 
 def _with_torchrun(args: Sequence[str]) -> int:
-    """Run the command line; of the processes that torchrun started, only the first one does."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # then torch need not be imported
+    """Run the command line; under torchrun, run it in rank 0 and serve it in the other ranks."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torch need not be imported
         return run(args)
     from engine.parallel import channel, worker
 

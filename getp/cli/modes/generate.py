@@ -28,7 +28,7 @@ def run(settings: Settings) -> int:
 
 
 def chat_settings(settings: Settings, params: "SamplingParams") -> "ChatSettings":
-    """Return how answers on the terminal are generated."""
+    """Return the settings for answers on the terminal."""
     from getp.text.chat_session import ChatSettings
 
     return ChatSettings(
