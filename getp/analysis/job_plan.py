@@ -276,7 +276,7 @@ def layouts(model: Model, gpus: int) -> list[tuple[int, int]]:
 
 
 def as_json(
-    model: Model, job: Job, dtype: str, limits: Limits, found: Sequence[Prediction]
+    model: Model, job: Job, dtype: str, limits: Limits, predictions: Sequence[Prediction]
 ) -> dict[str, Any]:
     """Return the predictions for `--format json`."""
     return {
@@ -287,5 +287,5 @@ def as_json(
         "prompt_tokens": job.prompt_tokens,
         "output_tokens": job.output_tokens,
         **asdict(limits),
-        "gpus": [asdict(prediction) for prediction in found],
+        "gpus": [asdict(prediction) for prediction in predictions],
     }

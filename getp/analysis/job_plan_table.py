@@ -9,7 +9,12 @@ from getp.units import duration, percent
 
 
 def print_job(
-    model: Model, job: Job, dtype: str, limits: Limits, found: Sequence[Prediction], counted: str
+    model: Model,
+    job: Job,
+    dtype: str,
+    limits: Limits,
+    predictions: Sequence[Prediction],
+    counted: str,
 ) -> None:
     """Print the predictions on standard output. counted: how the prompt tokens were counted."""
     console = tables.console()
@@ -24,17 +29,17 @@ def print_job(
             f"{job.refused:,} requests are left out: they are refused or have no room for output",
             soft_wrap=True,
         )
-    priced = any(prediction.price is not None for prediction in found)
-    several = any(one.tensor_parallel * one.replicas > 1 for one in found)
+    priced = any(prediction.price is not None for prediction in predictions)
+    several = any(one.tensor_parallel * one.replicas > 1 for one in predictions)
     numbers = ["prefill", "decode", "batch", "time", "tok/s", "efficiency"]
     table = tables.table(
         ["GPU", *(["layout (comm.)"] if several else []), "bound by"],
         [*numbers, *(["price"] if priced else [])],
     )
-    for one in found:
+    for one in predictions:
         table.add_row(one.name, *([_layout(one)] if several else []), *_cells(one, priced))
     tables.show(console, table)
-    console.print(_notes(found, limits), style="dim", soft_wrap=True)
+    console.print(_notes(predictions, limits), style="dim", soft_wrap=True)
 
 
 def _layout(one: Prediction) -> str:
@@ -62,14 +67,14 @@ def _cells(one: Prediction, priced: bool) -> list[str]:
     return [*cells, f"{one.price:,.4f}" if one.price is not None else "-"] if priced else cells
 
 
-def _notes(found: Sequence[Prediction], limits: Limits) -> str:
+def _notes(predictions: Sequence[Prediction], limits: Limits) -> str:
     lines = [
         f"Every request runs to its limit; at most {limits.max_batch_size} requests at once, "
         f"{limits.max_batch_tokens} tokens per step.",
         "Scheduling, sampling and other host time are not included.",
         "Efficiency: expected shares of peak FLOP/s / of bandwidth.",
     ]
-    lines += dict.fromkeys(map(_efficiency_source, found))
+    lines += dict.fromkeys(map(_efficiency_source, predictions))
     return "\n" + "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The model and the GPUs that a user names for a plan."""
+"""Finds the model and the GPUs of a plan by their names."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,11 +68,11 @@ def _find_gpu(name: str) -> Device:
     if name.lower() == LOCAL:
         from model.cost.measure import cached_device, local_device
 
-        found = cached_device()
-        if found is None:
+        measured = cached_device()
+        if measured is None:
             print_message("getp: measuring this machine for the first time")
-            found = local_device()
-        return found.device
+            measured = local_device()
+        return measured.device
     try:
         return find_device(name)
     except UnknownDeviceError as error:

@@ -33,12 +33,12 @@ class Plan:
     @property
     def exchanges(self) -> dict[int, Exchange]:
         """Return the communication of one GPU by the number of GPUs that share the model."""
-        config, found = self.model.config, {}
+        config, exchanges = self.model.config, {}
         for ranks in {2, 4, 8, self.work.tensor_parallel} - {1}:
             with contextlib.suppress(ValueError):
                 check_tensor_parallel(config, ranks)
-                found[ranks] = exchange(config, self.work, ranks)
-        return dict(sorted(found.items()))
+                exchanges[ranks] = exchange(config, self.work, ranks)
+        return dict(sorted(exchanges.items()))
 
 
 def make_plan(
@@ -111,18 +111,18 @@ def as_json(plan: Plan) -> dict[str, Any]:
         },
         "gpus": [
             {
-                "name": found.device.name,
-                "bound": found.limit,
-                "seconds": found.seconds,
-                "link": found.device.link.name,
-                "link_s": found.link_s,
-                "tok_s": found.tok_s,
-                "mfu": found.mfu,
-                "mbu": found.mbu,
-                "ridge": found.device.ridge(work.dtype),
+                "name": gpu_bound.device.name,
+                "bound": gpu_bound.limit,
+                "seconds": gpu_bound.seconds,
+                "link": gpu_bound.device.link.name,
+                "link_s": gpu_bound.link_s,
+                "tok_s": gpu_bound.tok_s,
+                "mfu": gpu_bound.mfu,
+                "mbu": gpu_bound.mbu,
+                "ridge": gpu_bound.device.ridge(work.dtype),
                 "intensity": plan.total.intensity,
             }
-            for found in plan.bounds
+            for gpu_bound in plan.bounds
         ],
     }
 

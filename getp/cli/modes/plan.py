@@ -32,7 +32,7 @@ def run(settings: Settings) -> int:
         if plan.plot == STDIO and step.format == "json":
             raise UsageProblem("--plot - would mix with the JSON on standard output: name a file")
         roofline_plot.check_plot(plan.plot)
-    made = step_plan.make_plan(
+    planned = step_plan.make_plan(
         _model(settings),
         lookup.find_gpus(step.gpu),
         phase=step.phase or "decode",
@@ -44,11 +44,11 @@ def run(settings: Settings) -> int:
         fused=plan.fused,
     )
     if plan.plot is not None:
-        write_plot(made, plan.plot)
+        write_plot(planned, plan.plot)
     if step.format == "json":
-        write_report(STDIO, step_plan.as_json(made))
+        write_report(STDIO, step_plan.as_json(planned))
     elif plan.plot != STDIO:
-        print_plan(made)
+        print_plan(planned)
     return 0
 
 
@@ -77,18 +77,18 @@ def _job(settings: Settings, path: str) -> int:
         plan.max_batch_tokens or job_plan.Limits.max_batch_tokens,
         settings.parallel.tensor_parallel or 1,
     )
-    found = []
+    predictions = []
     for gpu, price in zip(gpus, prices, strict=True):
         efficiency = job_plan.efficiency_of(gpu, dtype, model)
         for ranks, replicas in job_plan.layouts(model, limits.tensor_parallel):
             split = replace(limits, tensor_parallel=ranks)
-            found.append(
+            predictions.append(
                 job_plan.predict(model, job, gpu, dtype, split, efficiency, price, replicas)
             )
     if step.format == "json":
-        write_report(STDIO, job_plan.as_json(model, job, dtype, limits, found))
+        write_report(STDIO, job_plan.as_json(model, job, dtype, limits, predictions))
     else:
-        print_job(model, job, dtype, limits, found, requests.counted)
+        print_job(model, job, dtype, limits, predictions, requests.counted)
     return 0
 
 

@@ -35,7 +35,7 @@ def run(settings: Settings) -> int:
     with loading.load_engine(replace(settings, engine=config)) as engine:
         if step.measure:
             local_device(engine.device, again=True)
-        found = profile(
+        measured = profile(
             engine,
             peaks_of(engine.device),
             phase=phase,
@@ -46,9 +46,9 @@ def run(settings: Settings) -> int:
         )
     name = loading.checkpoint_name(settings)
     if step.format == "json":
-        write_report(STDIO, as_json(found, name))
+        write_report(STDIO, as_json(measured, name))
     else:
-        print_profile(found, name, gpus)
+        print_profile(measured, name, gpus)
     return 0
 
 
