@@ -1,4 +1,4 @@
-"""Answers that are streamed to the terminal: of one prompt, or of a chat."""
+"""Streams answers to the terminal: for a single prompt, or in a chat."""
 
 import sys
 from dataclasses import dataclass, replace
@@ -31,7 +31,7 @@ Ctrl-C stops an answer; the part that was shown stays in the conversation."""
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """How answers are generated."""
+    """The settings for generating answers."""
 
     params: SamplingParams  # the seed is the chat's; each answer derives its own from it
     stops: tuple[str, ...] = ()
@@ -61,7 +61,7 @@ def generate(settings: ChatSettings, text: str, tokenizer: Tokenizer, engine: "E
 
 
 def chat(settings: ChatSettings, first: str | None, tokenizer: Tokenizer, engine: "Engine") -> None:
-    """Chat until the user leaves. `first` is the first message, if it is known already."""
+    """Chat until the user quits. `first` is the first message, if it is already known."""
     chat_template(tokenizer)  # fail before the model loads
     if sys.stdin.isatty():
         print_message("loading the model; type /help for the commands")
@@ -79,7 +79,7 @@ def chat(settings: ChatSettings, first: str | None, tokenizer: Tokenizer, engine
 
 
 class Conversation:
-    """The turns so far. All of them are the next prompt, most of which the prefix cache holds."""
+    """The turns so far. The next prompt contains all of them; the prefix cache holds most of it."""
 
     def __init__(self, settings: ChatSettings, tokenizer: Tokenizer, engine: "Engine") -> None:
         self._settings = settings
@@ -98,7 +98,7 @@ class Conversation:
             self._turns.pop()
             print_message(f"getp: error: {worded(error, self._settings.name_of)}")
             return
-        # Only the final text: chat templates leave out the reasoning of earlier answers.
+        # Only the final text, because chat templates omit the reasoning of earlier answers.
         self._turns.append({"role": "assistant", "content": reply.text})
         print_message(summary(reply))
 

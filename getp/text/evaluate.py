@@ -1,4 +1,4 @@
-"""Modes decode and eval: the text of a token file, and its comparison with a reference."""
+"""Modes decode and eval: convert a token file to text, or compare it with a reference."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,12 +14,12 @@ from getp.files import open_output, read_bytes, read_token_file, split_lines
 from tokenizer import Tokenizer, answer_text
 from tokenizer.harmony import supports_harmony
 
-_WRONG_SHOWN = 5
+_MAX_WRONG_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The first difference between two token files. An id is None if its line has ended."""
+    """The first difference between two token files. An id is None at the end of its line."""
 
     line: int  # from 1
     position: int  # in the line, from 0
@@ -29,7 +29,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Agreement:
-    """To what extent a token file agrees with a reference."""
+    """The agreement of a token file with a reference."""
 
     lines: int
     lines_equal: int
@@ -139,12 +139,12 @@ def score_texts(
 ) -> Score:
     """Compare the texts of the answers with the expected ones, without surrounding whitespace."""
     wrong = []
-    for number, (row, want) in enumerate(zip(rows, expected, strict=True), start=1):
+    for number, (row, expected_text) in enumerate(zip(rows, expected, strict=True), start=1):
         answer = one_line(answer_text(tokenizer, row).strip())
-        if answer != want.strip():
-            wrong.append(WrongAnswer(number, want.strip(), answer))
+        if answer != expected_text.strip():
+            wrong.append(WrongAnswer(number, expected_text.strip(), answer))
     right = len(rows) - len(wrong)
-    return Score(len(rows), right, right / max(len(rows), 1), tuple(wrong[:_WRONG_SHOWN]))
+    return Score(len(rows), right, right / max(len(rows), 1), tuple(wrong[:_MAX_WRONG_SHOWN]))
 
 
 def read_expected(path: str, count: int) -> list[str]:
@@ -164,7 +164,7 @@ def evaluate(
     tokenizer: Tokenizer | None,
     to_stderr: bool = False,
 ) -> dict[str, Any]:
-    """Compare a token file with a reference, with expected texts or both; print the outcome.
+    """Compare a token file with a reference, expected texts or both; print and return the result.
 
     tokenizer: needed for expected texts. to_stderr: print on standard error. Returns the report.
     """

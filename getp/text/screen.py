@@ -1,4 +1,4 @@
-"""An answer on the screen while it is generated."""
+"""Shows an answer on the screen while it is generated."""
 
 from typing import TextIO
 
