@@ -75,7 +75,7 @@ def test_utilization_is_relative_to_the_peaks_of_the_device() -> None:
     assert efficiency.peaks == "H100 SXM: NVIDIA H100 datasheet"
 
 
-def test_the_peaks_of_replicas_are_added_up() -> None:
+def test_the_peaks_of_replicas_are_summed() -> None:
     one = run_efficiency(RUN, 1.2, 0)
     phrase = "2 replicas on one host, NVIDIA H100 80GB HBM3 each"
     replicas = replace(
@@ -95,7 +95,7 @@ def test_the_peaks_of_replicas_are_added_up() -> None:
     )
 
 
-def test_each_gpu_of_a_shared_model_does_a_part_of_the_work() -> None:
+def test_each_gpu_of_a_split_model_does_an_equal_share_of_the_work() -> None:
     one, shared = (
         run_efficiency(RUN, 1.2, 0),
         run_efficiency(replace(RUN, tensor_parallel=2), 1.2, 0),

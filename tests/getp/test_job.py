@@ -11,7 +11,7 @@ import torch
 
 from engine import SamplingParams
 from getp.errors import SOME_FAILED, GetpError, Interrupted
-from getp.job import run as batch
+from getp.job import run as job_run
 from getp.job.request_reader import RequestDefaults
 from getp.job.run import Job
 from getp.report.efficiency import RunEfficiency
@@ -42,7 +42,7 @@ def job(tmp_path: Path, data: bytes, **changes: Any) -> Job:
 
 def run(job: Job, engine: Any = None) -> int:
     engine = engine or fake_engine()
-    return batch.run_job(job, batch.read(job), TOKENIZER, engine)
+    return job_run.run_job(job, job_run.read(job), TOKENIZER, engine)
 
 
 def ids(text: str) -> list[int]:
@@ -121,7 +121,7 @@ def test_much_too_long_prompts_are_refused_before_they_are_encoded(
 @pytest.mark.parametrize("name", ["output.txt", "output.txt.errors.jsonl", "output.txt.journal"])
 def test_report_must_not_overwrite_another_file_of_the_job(tmp_path: Path, name: str) -> None:
     with pytest.raises(GetpError, match=f"report and .* are the same file: .*{name}"):
-        batch.read(job(tmp_path, b"1\nab\n", report=str(tmp_path / name)))
+        job_run.read(job(tmp_path, b"1\nab\n", report=str(tmp_path / name)))
 
 
 def test_errors_file_of_an_earlier_run_is_removed(tmp_path: Path) -> None:
@@ -152,10 +152,10 @@ def test_stop_tokens_are_written_and_counted(
 
 def test_stop_string_ends_a_request_at_the_token_that_completes_it(tmp_path: Path) -> None:
     work = job(tmp_path, b"1\nab\n", stops=("o W", "never"))
-    said = ids("hello World again")
-    run(work, fake_engine(lambda prompt: said))
+    generated = ids("hello World again")
+    run(work, fake_engine(lambda prompt: generated))
     row = [int(word) for word in Path(work.output).read_text().split()]
-    assert row == said[: len(row)]
+    assert row == generated[: len(row)]
     assert "o W" in TOKENIZER.decode(row)
     assert "o W" not in TOKENIZER.decode(row[:-1])
 
@@ -288,7 +288,7 @@ def test_ctrl_c_reports_the_requests_done_and_frees_the_engine(tmp_path: Path) -
 def test_missing_chat_template_ends_the_job_before_the_model_loads(tmp_path: Path) -> None:
     work, engine = job(tmp_path, b"1\na\n", chat=True), FakeEngine()
     with pytest.raises(GetpError, match="no chat template"):
-        batch.run_job(work, batch.read(work), small_tokenizer(None), engine)
+        job_run.run_job(work, job_run.read(work), small_tokenizer(None), engine)
     assert engine.stats.steps == 0
 
 

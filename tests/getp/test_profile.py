@@ -107,7 +107,7 @@ def test_parts_are_within_5_percent_of_the_step_of_a_mid_size_model(
     assert times.parts["other"] < 0.1 * times.step_s
 
 
-def test_a_part_inside_another_is_timed_by_itself() -> None:
+def test_a_nested_part_is_timed_separately() -> None:
     seen: list[str] = []
     with observe(seen.append):
         with GATE_UP_PROJ, ACTIVATION:
@@ -139,7 +139,7 @@ def test_observing_a_step_changes_no_result(checkpoint: Callable[[str], Path]) -
         assert time_parts(probe.step, CPU).keys() == seconds.keys()
 
 
-def test_kernels_count_where_they_were_launched() -> None:
+def test_kernels_are_counted_in_the_part_that_launched_them() -> None:
     def event(name: str, parent: Any = None, *kernels: tuple[str, float]) -> Any:
         launched = [SimpleNamespace(name=kernel, duration=us) for kernel, us in kernels]
         return SimpleNamespace(
@@ -219,7 +219,7 @@ def test_the_step_of_the_document_is_launch_bound() -> None:
     assert [a.gain for a in advise(found)] == sorted((a.gain for a in advise(found)), reverse=True)
 
 
-def test_operations_of_a_fused_kernel_are_counted_there_and_not_advised_again(
+def test_fused_operations_are_counted_in_their_kernel_and_not_advised_again(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     apart = example_profile()
@@ -240,7 +240,7 @@ def test_operations_of_a_fused_kernel_are_counted_there_and_not_advised_again(
     assert "down_proj in gate_up_proj" in capsys.readouterr().out
 
 
-def test_a_narrow_terminal_cuts_off_no_number(
+def test_a_narrow_terminal_truncates_no_number(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     printed = []
@@ -326,12 +326,12 @@ def test_options_that_a_profile_cannot_use_are_refused(
         assert message in capsys.readouterr().err
 
 
-def test_a_profile_is_printed_as_an_analysis(
+def test_a_profile_is_printed_with_its_bottleneck_and_advice(
     checkpoint: Callable[[str], Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     args = [str(checkpoint("qwen2")), "-m", "profile", "--context", "30", "--gpu", "A10"]
     assert cli.run([*args, "--dummy-weights"]) == 0
-    text, aside = capfd.readouterr()
+    text, err = capfd.readouterr()
     for words in ("tok/s", "gate_up_proj", "rope", "-bound:", "possible change", "A10 "):
         assert words in text
-    assert "profiler_start" not in aside  # a log line of torch's profiler
+    assert "profiler_start" not in err  # a log line of torch's profiler
