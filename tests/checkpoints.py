@@ -45,18 +45,18 @@ def _gpt_oss(head_dim: int = 16) -> Any:
     )
 
 
-def _phi3(**own: Any) -> Any:
+def _phi3(**options: Any) -> Any:
     return tf.Phi3Config(
         **_COMMON,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        **own,
+        **options,
     )
 
 
-# name → config; each has fewer KV heads than query heads, and original contexts and windows that
-# prompts of 200 tokens exceed.
+# name → config. Each has fewer KV heads than query heads; windows and original contexts are shorter
+# than prompts of 200 tokens.
 FAMILIES: dict[str, Callable[[], Any]] = {
     "gpt_oss-wide": lambda: _gpt_oss(32),
     "qwen2": lambda: tf.Qwen2Config(

@@ -1,9 +1,9 @@
 """Mode plan with `-i`: how long a file of prompts takes on each GPU, and its price.
 
-A job is modelled as prefill steps full of prompts, then decode steps at the batch sizes that the
-output lengths lead to, at their mean context. Each step is bounded as in `model.cost.roofline`,
-with compute and memory slowed by an efficiency. Scheduling, sampling and other host time are not
-included. Several GPUs share the model, run replicas that share the requests, or do both.
+A job is modelled as full prefill steps, then decode steps with the batch sizes that follow from
+the output lengths, at the mean context. Each step is bounded as in `model.cost.roofline`, with
+compute and memory slowed down by an efficiency. Scheduling, sampling and other host time are not
+included. Several GPUs use tensor parallelism, replicas or both.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ ASSUMED = "assumed"
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Shares of peak FLOP/s and bandwidth that a job is expected to reach, and their source."""
+    """The expected shares of peak FLOP/s and bandwidth, and their source."""
 
     compute: float
     memory: float
@@ -62,7 +62,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of the engine, as in mode getp."""
+    """The engine's limits, with the defaults of mode getp."""
 
     max_batch_size: int = 256
     max_batch_tokens: int = 8192
@@ -121,9 +121,9 @@ def predict(
     price: float | None = None,
     replicas: int = 1,
 ) -> Prediction:
-    """Predict a job on GPUs of one kind at `price` an hour each.
+    """Predict a job on GPUs of one kind at `price` per GPU-hour.
 
-    With replicas the longest-running one counts. Raises UsageProblem for an impossible split.
+    With replicas, the time is that of the slowest one. Raises UsageProblem for an impossible split.
     """
     check_split(model, limits.tensor_parallel)
     share = _share(job, replicas) if replicas > 1 else job
@@ -209,10 +209,10 @@ def _share(job: Job, replicas: int) -> Job:
 def decode_batches(job: Job, slots: int) -> list[tuple[int, int]]:
     """Return (steps, tokens) of the decode steps, similar batch sizes grouped together.
 
-    Each request starts in the slot that becomes free first. So all slots are in use until the last
-    request has started, then fewer and fewer.
+    Each request starts in the slot that becomes free first. All slots are therefore in use until
+    the last request has started; then their number decreases.
     """
-    ends = [0] * slots  # decode steps after which each slot is free
+    ends = [0] * slots  # the decode step at which each slot becomes free
     full = 0
     for output in job.outputs:
         full = ends[0]
@@ -239,10 +239,10 @@ def _mean_context(job: Job) -> int:
 
 
 def efficiency_of(device: Device, dtype: str, model: Model) -> Efficiency:
-    """Return the efficiency measured on this machine if it is such a device, else the assumed one.
+    """Return the efficiency of a device: measured on this machine, if it has one, or assumed.
 
-    The last run of the model here takes precedence; then the peaks measured here count as fully
-    reached.
+    The last run of the model on this machine takes precedence over its measured peaks, which count
+    as fully reached.
     """
     from model.cost.measure import cached_device, reached
 

@@ -43,7 +43,7 @@ def print_job(
 
 
 def _layout(one: Prediction) -> str:
-    """Return how the GPUs are used, with the share of time that they communicate."""
+    """Return the layout of the GPUs, with the share of time spent on communication."""
     parts = []
     if one.replicas > 1:
         parts.append(f"{one.replicas} replicas")

@@ -55,8 +55,8 @@ class Component:
     seconds: float
     launches: int
     busy_s: float | None  # on a GPU: seconds in which its kernels ran
-    op: Op  # all zero if the cost model does not know the part, or if it is fused into another
-    within: str | None = None  # the part that it is fused into, whose op is the sum of both
+    op: Op  # zero if the cost model does not cover the part, or if it is fused into another part
+    within: str | None = None  # the part that it is fused into; the op of that part includes it
 
 
 @dataclass(frozen=True)
@@ -179,9 +179,9 @@ def merge_fused_ops(ops: Iterable[Op], within: Mapping[str, str]) -> list[Op]:
 
 
 def measure_times(step: Step, device: torch.device, limit_s: float = MEASURE_S) -> Times:
-    """Alternate undisturbed steps and steps timed by part, so that slow periods affect both.
+    """Time whole steps and steps by part, alternately, so that slow periods affect both.
 
-    Stops when they agree, which takes more steps on a busy machine, or after `limit_s` seconds.
+    Stops when both agree, which takes more steps on a busy machine, or after `limit_s` seconds.
     """
     for _ in range(WARM_UP_STEPS):
         step()

@@ -15,7 +15,7 @@ _DIGITS = "123456789"
 
 
 def operation_points(ops: Sequence[Op]) -> list[tuple[str, float]]:
-    """Return (name, FLOPs per byte) of the operations that have both; FLOPs of all units."""
+    """Return (name, FLOPs per byte) of each operation with FLOPs (of any unit) and bytes."""
     found = []
     for op in ops:
         flops = op.flops.matrix + op.flops.vector + op.flops.special
@@ -25,7 +25,10 @@ def operation_points(ops: Sequence[Op]) -> list[tuple[str, float]]:
 
 
 def group_points(points: Sequence[tuple[str, float]], decades: float) -> list[tuple[str, float]]:
-    """Give operations within that many decades of intensity one label, in ascending order."""
+    """Merge operations within that many decades of intensity, in ascending order.
+
+    Points are (name, FLOPs per byte).
+    """
     groups: list[list[tuple[str, float]]] = []
     for point in sorted(points, key=lambda point: point[1]):
         if groups and math.log10(point[1] / groups[-1][0][1]) < decades:

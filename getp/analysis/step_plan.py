@@ -1,4 +1,4 @@
-"""Mode plan: the cost of one step of a model and the least time it takes on each GPU.
+"""Mode plan: the cost of one step of a model and its minimum time on each GPU.
 
 Needs neither weights nor a GPU. With `-i` mode plan predicts a job instead, see `job_plan`.
 """
@@ -32,7 +32,7 @@ class Plan:
 
     @property
     def exchanges(self) -> dict[int, Exchange]:
-        """Return the communication of one GPU by the number of GPUs that share the model."""
+        """Return the communication per GPU, by the number of GPUs that the model is split over."""
         config, exchanges = self.model.config, {}
         for ranks in {2, 4, 8, self.work.tensor_parallel} - {1}:
             with contextlib.suppress(ValueError):
@@ -82,7 +82,7 @@ def make_plan(
 
 
 def check_split(model: Model, tensor_parallel: int) -> None:
-    """Raise UsageProblem if that many GPUs cannot share the model."""
+    """Raise UsageProblem if the model cannot be split over that many GPUs."""
     try:
         check_tensor_parallel(model.config, tensor_parallel)
     except ValueError as error:

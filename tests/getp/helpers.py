@@ -91,7 +91,7 @@ def small_tokenizer(template: str | None = CHAT_TEMPLATE) -> Tokenizer:
 
 
 def write_tokenizer(folder: Path, template: str | None = CHAT_TEMPLATE) -> Path:
-    """Write it as the files of a checkpoint directory."""
+    """Write the byte-level tokenizer as the files of a checkpoint directory."""
     folder.mkdir(exist_ok=True)
     byte_level().save(str(folder / "tokenizer.json"))
     config = {"bos_token": "<bos>", "eos_token": {"__type": "AddedToken", "content": "<eos>"}}
