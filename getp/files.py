@@ -175,7 +175,7 @@ def open_output(path: str) -> Iterator[BinaryIO]:
             yield sanitized
         sys.stdout.buffer.flush()
         return
-    target = Path(os.path.realpath(path))  # so that a symbolic link stays one
+    target = Path(os.path.realpath(path))  # a symbolic link is followed, not replaced
     temporary = target if is_stream(path) else _temporary_path(target)
     try:
         try:

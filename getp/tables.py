@@ -40,16 +40,16 @@ def show(console: Console, table: Table) -> None:
 
     If that is not enough, the table exceeds the width: a truncated number would be misread.
     """
-    widths, least = [], []
+    widths, min_widths = [], []
     for column in table.columns:
         header, cells = str(column.header), [str(cell) for cell in column.cells]
         numeric = column.justify == "right"
         unbroken = [*header.split(), *(cells if numeric else " ".join(cells).split())]
         widths.append(max(map(cell_len, [header, *cells])))
-        least.append(max(map(cell_len, unbroken)))
+        min_widths.append(max(map(cell_len, unbroken)))
     excess = sum(widths) + len(widths) - console.width
-    while excess > 0 and widths != least:
-        widest = max((width, at) for at, width in enumerate(widths) if width > least[at])[1]
+    while excess > 0 and widths != min_widths:
+        widest = max((width, at) for at, width in enumerate(widths) if width > min_widths[at])[1]
         widths[widest] -= 1
         excess -= 1
     for column, width in zip(table.columns, widths, strict=True):

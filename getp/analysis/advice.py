@@ -158,19 +158,19 @@ def _kernels(profile: Profile) -> list[Advice]:
 
 def _own_seconds(profile: Profile, part: Component) -> float:
     """Return the seconds of a part without its launches; for parts of the host, all of them."""
-    taken = profile.seconds_of(part.name)
+    seconds = profile.seconds_of(part.name)
     if part.name in HOST_PARTS:
-        return taken
+        return seconds
     if part.busy_s is not None:
         return part.busy_s
-    return max(0.0, taken - launch_seconds(profile) * part.launches / max(1, profile.launches))
+    return max(0.0, seconds - launch_seconds(profile) * part.launches / max(1, profile.launches))
 
 
 def _larger_batch(profile: Profile) -> list[Advice]:
     """Return the gain of doubling the batch for as long as that fits and is worthwhile."""
-    work, most = profile.work, largest_batch(profile.config, profile.work, profile.device)
+    work, max_batch = profile.work, largest_batch(profile.config, profile.work, profile.device)
     best, tok_s = work.batch, profile.tok_s
-    while 2 * best <= most:
+    while 2 * best <= max_batch:
         larger = replace(work, batch=2 * best)
         reached = larger.tokens / _predicted(profile, larger)
         if reached < tok_s * _MIN_DOUBLING_GAIN:
@@ -229,7 +229,9 @@ def _limit(profile: Profile, ops: list[Op], dtype: str) -> float:
 
 def unexplained_time(profile: Profile, bottleneck: Bottleneck) -> str:
     """Describe the time of the step that none of the limits accounts for."""
-    known = bottleneck.launch_s + bottleneck.host_s + max(bottleneck.memory_s, bottleneck.compute_s)
-    left = max(0.0, profile.step_s - known)
+    explained_s = (
+        bottleneck.launch_s + bottleneck.host_s + max(bottleneck.memory_s, bottleneck.compute_s)
+    )
+    left = max(0.0, profile.step_s - explained_s)
     share = percent(left / profile.step_s)
     return f"{share} ({duration(left)}) is kernels running below peak speed"

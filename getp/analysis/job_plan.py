@@ -96,12 +96,12 @@ def make_job(requests: "Requests", max_positions: int, max_length: int | None) -
     `getp.job.ordering`: longest given output limit first.
     """
     fitting = []
-    for prompt, asked in zip(requests.prompts, requests.limits, strict=True):
-        most = length_limit(max_length, asked)
+    for prompt, max_new_tokens in zip(requests.prompts, requests.limits, strict=True):
+        most = length_limit(max_length, max_new_tokens)
         limit = min(max_positions, most or max_positions)
         if 0 < prompt < limit:
-            given = min(asked or limit, most - prompt if most else limit)
-            fitting.append((given, prompt, min(limit - prompt, asked or limit)))
+            given = min(max_new_tokens or limit, most - prompt if most else limit)
+            fitting.append((given, prompt, min(limit - prompt, max_new_tokens or limit)))
     count = len(requests.prompts) + requests.refused
     if not fitting:
         limit = min(max_positions, length_limit(max_length, None) or max_positions)

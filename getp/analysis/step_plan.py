@@ -16,8 +16,8 @@ from model.cost.operations import check_tensor_parallel, operations, total
 from model.cost.roofline import Bound, bound
 from model.cost.workload import Op, Phase, Workload
 
-_DEFAULT_QUERY = 1024  # of a prefill
-_DEFAULT_CONTEXT = 1024  # of a decode step
+_DEFAULT_QUERY = 1024  # tokens per sequence in a prefill or backward step
+_DEFAULT_CONTEXT = 1024  # tokens per sequence in a decode step
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def run(args: Sequence[str]) -> int:
         status = command.main(list(args), prog_name="getp", standalone_mode=False)
         sys.stdout.flush()
         return status or 0
-    except BrokenPipeError:  # the reader of our output has exited: `getp … | head`
+    except BrokenPipeError:  # the reader of the pipe has exited: `getp … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except click.ClickException as error:

@@ -29,7 +29,7 @@ from getp.terminal import print_message, warn
 from getp.text.answer_text import StopWatcher
 from model import CheckpointError, load_config
 
-_MAX_DEATHS = 3  # of a replica in a row, without a finished request in between
+_MAX_DEATHS = 3  # deaths of a replica in a row, without a finished request in between
 _POLL_S = 0.1  # longest wait for results before signals are handled
 _SLOW_START_S = 30.0  # time without a start after which a message names the missing replicas
 
@@ -41,7 +41,7 @@ class _Event:
     """The result of a remote call to a replica, and the method that handles it."""
 
     replica: ReplicaState
-    generation: int  # of the replica at the time of the call
+    generation: int  # generation of the replica at the time of the call
     handler: _Handler
     answer: "Future[Any]"
 
@@ -79,7 +79,7 @@ class Cluster:
         self.dtype = choose_dtype(config.dtype, self.model_config.dtype, self.device)
         self.tensor_parallel = config.tensor_parallel
         self.held_config = held_config(self.model_config, self.device, self.dtype)
-        self.max_batch_size = 0  # of a replica; known after `warm_up`
+        self.max_batch_size = 0  # per replica; known after `warm_up`
         self.replicas = [ReplicaState(index) for index in range(self.resources.replicas)]
         self._setup = ReplicaSetup(
             str(checkpoint.resolve()),
@@ -166,7 +166,7 @@ class Cluster:
 
     def _completions(self, source: Iterator[Request]) -> Iterator[Completion]:
         more = True
-        check: Callable[[], None] | None = None  # of the job: raises when it should stop
+        check: Callable[[], None] | None = None  # raises when the job should stop
         while more or self._dispatcher.unfinished:
             wanted = self._dispatcher.assignable if more else 0
             new = list(islice(source, wanted))

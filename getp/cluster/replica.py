@@ -38,7 +38,7 @@ class ReplicaSetup:
     checkpoint: str
     tokenizer: str
     identity: str  # fingerprint of the driver's checkpoint
-    version: str  # of the driver's getp
+    version: str  # version of the driver's getp
     make_engine: Callable[..., Engine]
     config: EngineConfig
 

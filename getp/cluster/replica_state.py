@@ -24,10 +24,10 @@ class ReplicaState:
     reassigned: int = 0  # requests lost with a process and assigned again
     requests: int = 0  # finished requests
     output_tokens: int = 0
-    started: StartReport | None = None  # of the latest start
+    started: StartReport | None = None  # report of the latest start
     ready: bool = False  # False while the process starts
-    stats: EngineStats = field(default_factory=EngineStats)  # of the current process
-    earlier_stats: list[EngineStats] = field(default_factory=list)  # of its earlier processes
+    stats: EngineStats = field(default_factory=EngineStats)  # counters of the current process
+    earlier_stats: list[EngineStats] = field(default_factory=list)  # counters of earlier processes
     peak_memory: int = 0
     peak_gpu_memory: int = 0
     actor: Any = None

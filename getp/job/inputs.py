@@ -32,7 +32,7 @@ class Source:
     format: InputFormat
     total: int  # requests
     ignored: int  # records after the last request
-    digest: str  # of the decompressed bytes
+    digest: str  # hash of the decompressed lines
     checksums: "array[int]"  # CRC-32 of each request
     spool: BinaryIO | None = None  # the temporary copy of an input that can be read only once
 

@@ -49,7 +49,7 @@ def _write(journal: Journal, total: int, output: str, form: OutputFormat) -> Non
 def _write_errors(journal: Journal, total: int, output: str) -> None:
     if not journal.failed:
         if not is_stream(output):
-            Path(errors_path(output)).unlink(missing_ok=True)  # of an earlier run
+            Path(errors_path(output)).unlink(missing_ok=True)  # left by an earlier run
         return
     failures = (line for ok, line in map(journal.read, range(total)) if not ok)
     if is_stream(output):

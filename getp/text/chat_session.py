@@ -44,7 +44,7 @@ class ChatSettings:
 class Reply:
     """A finished answer."""
 
-    text: str  # of the final channel
+    text: str  # the text of the final channel
     completion: Completion
     interrupted: bool
 
@@ -87,7 +87,7 @@ class Conversation:
         self._engine = engine
         self._system = settings.system
         self._turns: list[Message] = []
-        self._answers = 0  # so far; each answer has its own seed
+        self._answers = 0  # number of answers so far; each has its own seed
 
     def send(self, text: str) -> None:
         """Add the user's turn and stream the answer; remove the turn if there is no answer."""

@@ -21,7 +21,7 @@ _MAX_WRONG_SHOWN = 5
 class Difference:
     """The first difference between two token files. An id is None at the end of its line."""
 
-    line: int  # from 1
+    line: int  # line number, from 1
     position: int  # in the line, from 0
     token: int | None
     reference: int | None
@@ -34,7 +34,7 @@ class Agreement:
     lines: int
     lines_equal: int
     mean_prefix_tokens: float  # tokens until the first difference, mean over lines
-    mean_prefix_share: float  # the same as a share of the longer line
+    mean_prefix_share: float  # mean_prefix_tokens as a share of the longer line
     first_difference: Difference | None
 
 
@@ -42,7 +42,7 @@ class Agreement:
 class WrongAnswer:
     """An answer that differs from the expected text."""
 
-    line: int  # of the token file, from 1
+    line: int  # line number in the token file, from 1
     expected: str
     answer: str
 

@@ -18,7 +18,7 @@ class Screen:
     def __init__(self, out: TextIO, aside: TextIO) -> None:
         self._out = out
         self._aside = aside
-        self._channel: str | None = None  # of the last piece; None: the final channel
+        self._channel: str | None = None  # channel of the last piece; None: final
         self._last = "\n"  # last character written, on either stream
 
     def show(self, piece: ChannelText | None) -> None:

@@ -23,8 +23,8 @@ class BadRequestError(Exception):
 class Line:
     """One request, unparsed. `data` is None if the line is too long."""
 
-    index: int  # of the request, from 0
-    number: int  # of the line, from 1
+    index: int  # request number, from 0
+    number: int  # line number, from 1
     data: bytes | None
 
 
@@ -36,7 +36,7 @@ class ParsedBody:
     messages: list[Message] | None = None
     params: dict[str, Any] = field(default_factory=dict)  # fields of SamplingParams
     stops: tuple[str, ...] | None = None  # None: the job's
-    variables: dict[str, Any] = field(default_factory=dict)  # of the chat template
+    variables: dict[str, Any] = field(default_factory=dict)  # variables of the chat template
     chat: bool | None = None  # whether to apply the chat template; None: the job's default
 
 
@@ -44,8 +44,8 @@ class ParsedBody:
 class JobRequest:
     """A valid request, ready for the engine."""
 
-    index: int  # in the job, from 0
-    line: int  # of the input, from 1
+    index: int  # request number, from 0
+    line: int  # line number in the input, from 1
     custom_id: str
     prompt_ids: list[int]
     params: SamplingParams
