@@ -97,10 +97,10 @@ def make_job(requests: "Requests", max_positions: int, max_length: int | None) -
     """
     fitting = []
     for prompt, max_new_tokens in zip(requests.prompts, requests.limits, strict=True):
-        most = length_limit(max_length, max_new_tokens)
-        limit = min(max_positions, most or max_positions)
+        max_tokens = length_limit(max_length, max_new_tokens)
+        limit = min(max_positions, max_tokens or max_positions)
         if 0 < prompt < limit:
-            given = min(max_new_tokens or limit, most - prompt if most else limit)
+            given = min(max_new_tokens or limit, max_tokens - prompt if max_tokens else limit)
             fitting.append((given, prompt, min(limit - prompt, max_new_tokens or limit)))
     count = len(requests.prompts) + requests.refused
     if not fitting:
@@ -148,16 +148,16 @@ def _predict_engine(
     room = largest_batch(model.config, Workload("decode", 1, 1, longest, dtype, parts), device)
     if room < 1:
         return Prediction(device.name, efficiency, tensor_parallel=parts)
-    most = min(count, room, limits.max_batch_size)
+    max_batch = min(count, room, limits.max_batch_size)
     mean_prompt = max(1, round(job.prompt_tokens / count))
-    batch = min(most, max(1, limits.max_batch_tokens // mean_prompt))
+    batch = min(max_batch, max(1, limits.max_batch_tokens // mean_prompt))
     prefill = Workload("prefill", batch, mean_prompt, mean_prompt, dtype, parts, causal=True)
     step = _step_time(model, prefill, device, efficiency)
     prefill_s, link_s = step.seconds * count / batch, step.link_s * count / batch
     decoded = job.output_tokens - count  # the prefill produces the first token of each request
     decode_steps, decode_s = 0, 0.0
     bounds: defaultdict[str, float] = defaultdict(float)  # seconds of decode steps by their limit
-    for number, tokens in decode_batches(job, most) if decoded else ():
+    for number, tokens in decode_batches(job, max_batch) if decoded else ():
         mean_batch, context = max(1, round(tokens / number)), _mean_context(job)
         decode = Workload("decode", mean_batch, 1, context, dtype, parts)
         step = _step_time(model, decode, device, efficiency)

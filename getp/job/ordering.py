@@ -10,7 +10,7 @@ from getp.limits import NO_LIMIT
 Schedule = Literal["throughput", "first"]
 """throughput: waiting requests run in the order of `order_for_throughput`; first: input order."""
 
-# Tokens that prompts must share to be grouped: a KV cache block, the least that can be reused.
+# Length of the common prefix by which prompts are grouped: a KV cache block (the unit of reuse).
 _SHARED_TOKENS = 16
 
 
