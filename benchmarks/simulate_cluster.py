@@ -155,7 +155,7 @@ class Simulation:
 
     def _assign(self, now: float) -> None:
         while True:
-            wanted = self.dispatcher.wanted if self.more else 0
+            wanted = self.dispatcher.assignable if self.more else 0
             new = list(itertools.islice(self.source, wanted))
             self.more = self.more and len(new) == wanted
             assigned = self.dispatcher.assign([(r.number, r) for r in new], not self.more, now)
@@ -163,7 +163,7 @@ class Simulation:
                 replica = self.replicas[index]
                 sent = self._drive(now, len(items))
                 self._at(sent + _TRIP_S, self._arrive, replica, replica.generation, items)
-            if not (assigned and self.more and self.dispatcher.wanted):
+            if not (assigned and self.more and self.dispatcher.assignable):
                 return
 
     def _arrive(self, now: float, replica: Replica, generation: int, items: list[Request]) -> None:
@@ -204,7 +204,7 @@ class Simulation:
     def _take(self, now: float, replica: Replica, generation: int, results: list[Request]) -> None:
         if generation != replica.generation:
             return
-        self.dispatcher.finished(replica.index, [each.number for each in results], now)
+        self.dispatcher.remove_finished(replica.index, [each.number for each in results], now)
         self.ends.extend([now] * len(results))
         self.outcome.tokens += sum(each.output for each in results)
         self._at(now + _TRIP_S, self._collect, replica, generation)

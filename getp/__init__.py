@@ -1,11 +1,11 @@
-"""Everything that a user sees: the command line, jobs on files of prompts, chat and reports.
+"""The user interface: the command line, jobs on files of prompts, chat and reports.
 
 Owns text, files and the terminal; never touches tensors. `getp.cli.main` is the command and
 `getp.job.run` the main job. As a library:
 
     from getp import Engine, Request, SamplingParams, Tokenizer
 
-These names are imported when they are first used, so that `import getp` stays fast.
+These names are imported lazily, so that `import getp` stays fast.
 """
 
 from importlib import import_module
@@ -20,7 +20,7 @@ EMBEDDED = "the embedded model"
 
 
 def _check_packages() -> None:
-    """Raise ImportError if a file of the user's hides one of the packages that belong to getp.
+    """Raise ImportError if a user's module hides one of getp's top-level packages.
 
     A `model.py` in the current directory is found before the package `model`; without this check
     the import fails much later with a message that does not name the cause.
@@ -31,14 +31,14 @@ def _check_packages() -> None:
             spec = find_spec(name)
         except ValueError:  # a module that was not imported from a file has this name
             spec = None
-        places = list(spec.submodule_search_locations or [spec.origin or ""]) if spec else []
-        if root / name in [Path(place).resolve() for place in places]:
+        locations = list(spec.submodule_search_locations or [spec.origin or ""]) if spec else []
+        if root / name in [Path(location).resolve() for location in locations]:
             continue
-        if not places:
+        if not locations:
             raise ImportError(f"getp needs its package {name!r}, which is missing: reinstall getp")
         raise ImportError(
-            f"{places[0]} hides getp's package {name!r}: rename it, or run from a directory that "
-            f"has no {name!r} of its own"
+            f"{locations[0]} hides getp's package {name!r}: rename it, or run from a directory "
+            f"that has no {name!r} of its own"
         )
 
 

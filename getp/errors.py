@@ -1,7 +1,7 @@
 """Errors that the command line prints as one line, and the exit statuses.
 
-0: success. 1: the job or the program failed. 2: wrong options. 3: the job ran to its end, but some
-of its requests failed. 128 + N: ended by signal N (130: Ctrl-C).
+0: success. 1: the job or the program failed. 2: invalid options. 3: the job completed, but some of
+its requests failed. 128 + N: ended by signal N (130: Ctrl-C).
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import Any
 SOME_FAILED = 3
 
 NameOf = Callable[[str], str]
-"""Returns the name under which a user knows a setting, such as the option of a command line."""
+"""Maps a setting to the name that messages use for it, such as its command-line option."""
 
 _FIELD = re.compile(r"\{([a-z_]+)\}")
 
@@ -61,6 +61,6 @@ class Interrupted(GetpError):
 
 
 def worded(error: BaseException, name_of: NameOf) -> str:
-    """Return the message of any error; errors that name settings name them by `name_of`."""
+    """Return the message of any error, with each setting written as `name_of(setting)`."""
     render = getattr(error, "worded", None)
     return str(error) if render is None else str(render(name_of))

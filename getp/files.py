@@ -17,28 +17,32 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
 
 from getp.errors import GetpError
-from getp.terminal import visible
+from getp.terminal import strip_control_characters
 
-STANDARD = "-"
-LONGEST_LINE = 64 << 20  # bytes; a longer line is not a prompt
-_BOM = b"\xef\xbb\xbf"
+STDIO = "-"  # the path of standard input and standard output
+MAX_LINE_BYTES = 64 << 20  # a longer line is not a prompt
+UTF8_BOM = b"\xef\xbb\xbf"
 _TOKEN_ID = re.compile(rb"[0-9]{1,10}")
-_LARGEST_ID = 2**31 - 1
+_MAX_TOKEN_ID = 2**31 - 1
 
 TokenIds: TypeAlias = "array[int]"
 """The ids of one completion, four bytes each."""
 
 
+def path_name(path: str) -> str:
+    """Return the name of an input for messages: the path, or "standard input" for `-`."""
+    return "standard input" if path == STDIO else path
+
+
 @contextmanager
-def opened(path: str) -> Iterator[BinaryIO]:
+def open_input(path: str) -> Iterator[BinaryIO]:
     """Open a file (or standard input) for reading, decompressed.
 
     Raises GetpError, also for errors while the file is read.
     """
-    name = "standard input" if path == STANDARD else path
     try:
         with ExitStack() as stack:
-            if path == STANDARD:
+            if path == STDIO:
                 yield sys.stdin.buffer
                 return
             file: BinaryIO = stack.enter_context(open(path, "rb"))
@@ -48,14 +52,14 @@ def opened(path: str) -> Iterator[BinaryIO]:
                 file = cast(BinaryIO, io.BufferedReader(_ZstdReader(file), 1 << 17))
             yield file
     except (OSError, EOFError, zlib.error) as error:
-        raise GetpError(f"cannot read {name}: {_reason(error)}") from error
+        raise GetpError(f"cannot read {path_name(path)}: {_reason(error)}") from error
 
 
 class _ZstdReader(io.RawIOBase):
-    """Decompresses frame after frame; unlike the library's reader, it refuses a truncated frame."""
+    """Decompresses a series of frames; unlike the library's reader, it rejects truncated ones."""
 
     def __init__(self, file: BinaryIO) -> None:
-        import zstandard  # here, so that other files need no zstandard
+        import zstandard  # imported lazily: only .zst files need the library
 
         self._library = zstandard
         self._file = file
@@ -92,46 +96,45 @@ class _ZstdReader(io.RawIOBase):
 
 def read_bytes(path: str) -> bytes:
     """Return a whole file, or all of standard input for `-`. Raises GetpError."""
-    with opened(path) as file:
+    with open_input(path) as file:
         return file.read()
 
 
-def lines_of(file: BinaryIO) -> Iterator[bytes | None]:
+def iter_lines(file: BinaryIO) -> Iterator[bytes | None]:
     r"""Yield lines without their `\n` or `\r\n`; None stands for a line that is too long.
 
     str.splitlines would also split at U+2028 and similar characters, which occur in prompts.
     """
     start = True
-    while line := file.readline(LONGEST_LINE):
+    while line := file.readline(MAX_LINE_BYTES):
         if start:
-            line, start = line.removeprefix(_BOM), False
+            line, start = line.removeprefix(UTF8_BOM), False
             if not line:
                 return
-        if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+        if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
             while line and not line.endswith(b"\n"):
-                line = file.readline(LONGEST_LINE)
+                line = file.readline(MAX_LINE_BYTES)
             yield None
         else:
             yield line.removesuffix(b"\n").removesuffix(b"\r")
 
 
 def split_lines(data: bytes) -> list[bytes]:
-    """Return the lines of a small file, as `lines_of` yields them."""
-    return [line for line in lines_of(io.BytesIO(data)) if line is not None]
+    """Return the lines of a small file, as `iter_lines` yields them."""
+    return [line for line in iter_lines(io.BytesIO(data)) if line is not None]
 
 
 def read_token_file(path: str) -> list[TokenIds]:
-    """Read token ids, one request per line. Raises GetpError naming the first wrong line."""
-    name = "standard input" if path == STANDARD else path
+    """Read token ids, one request per line. Raises GetpError naming the first invalid line."""
     rows: list[TokenIds] = []
     for number, line in enumerate(split_lines(read_bytes(path)), start=1):
         words = line.split()
         for word in words:
-            if not _TOKEN_ID.fullmatch(word) or int(word) > _LARGEST_ID:
+            if not _TOKEN_ID.fullmatch(word) or int(word) > _MAX_TOKEN_ID:
                 shown = word[:40].decode("utf-8", "replace")
                 raise GetpError(
-                    f"{name}, line {number}: {shown!r} is not a token id; a token file as "
-                    "written by mode getp is expected"
+                    f"{path_name(path)}, line {number}: {shown!r} is not a token id; a token file "
+                    "as written by mode getp is expected"
                 )
         rows.append(array("i", map(int, words)))
     return rows
@@ -156,29 +159,32 @@ def json_line(value: object) -> bytes:
 
 def write_report(path: str, report: Mapping[str, Any]) -> None:
     """Write a report as one indented JSON object, to a file or standard output (`-`)."""
-    with writing(path) as file:
+    with open_output(path) as file:
         file.write(json.dumps(report, indent=2).encode() + b"\n")
 
 
 @contextmanager
-def writing(path: str) -> Iterator[BinaryIO]:
-    """Open a file for writing that appears under its name when it is complete and on the disk.
+def open_output(path: str) -> Iterator[BinaryIO]:
+    """Open a file for writing; it gets its name only once it is complete and on the disk.
 
     Standard output (`-`), pipes and devices are written to directly. Raises GetpError.
     """
-    if path == STANDARD:
+    if path == STDIO:
         sys.stdout.flush()
-        with _shown(sys.stdout.buffer) as shown:
-            yield shown
+        with _sanitize_for_terminal(sys.stdout.buffer) as sanitized:
+            yield sanitized
         sys.stdout.buffer.flush()
         return
-    target = Path(os.path.realpath(path))  # so that a symbolic link stays one
-    temporary = target if in_place(path) else _temporary(target)
+    target = Path(os.path.realpath(path))  # a symbolic link is followed, not replaced
+    temporary = target if is_stream(path) else _temporary_path(target)
     try:
         try:
             with open(temporary, "wb") as file:
-                with _compressed(file, path) as compressed, _shown(compressed) as shown:
-                    yield shown
+                with (
+                    _open_compressor(file, path) as compressed,
+                    _sanitize_for_terminal(compressed) as sanitized,
+                ):
+                    yield sanitized
                 file.flush()
                 if temporary != target:
                     os.fsync(file.fileno())
@@ -193,20 +199,20 @@ def writing(path: str) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _shown(file: BinaryIO) -> Iterator[BinaryIO]:
-    """Yield the file, or for a terminal a buffer that is written without control characters."""
+def _sanitize_for_terminal(file: BinaryIO) -> Iterator[BinaryIO]:
+    """Yield the file; for a terminal, a buffer whose control characters are removed at the end."""
     if not file.isatty():
         yield file
         return
     text = io.BytesIO()
     yield text
-    file.write(visible(text.getvalue().decode("utf-8", "replace")).encode())
+    file.write(strip_control_characters(text.getvalue().decode("utf-8", "replace")).encode())
 
 
 @contextmanager
-def _compressed(file: BinaryIO, path: str) -> Iterator[BinaryIO]:
+def _open_compressor(file: BinaryIO, path: str) -> Iterator[BinaryIO]:
     if path.endswith(".gz"):
-        # Without name and time in the header, so that equal results are equal bytes.
+        # No name or time in the header, so that equal results give identical bytes.
         with gzip.GzipFile("", "wb", 6, file, mtime=0) as compressor:
             yield cast(BinaryIO, compressor)
     elif path.endswith(".zst"):
@@ -220,13 +226,16 @@ def _compressed(file: BinaryIO, path: str) -> Iterator[BinaryIO]:
         yield file
 
 
-def in_place(path: str) -> bool:
-    """Whether `path` cannot be replaced atomically: standard output, a pipe or a device."""
-    return path == STANDARD or (os.path.exists(path) and not os.path.isfile(path))
+def is_stream(path: str) -> bool:
+    """Whether `path` is standard input or output, a pipe or a device: not a regular file.
+
+    A stream can be read only once and cannot be replaced atomically.
+    """
+    return path == STDIO or (os.path.exists(path) and not os.path.isfile(path))
 
 
 def sync_folder(folder: Path) -> None:
-    """Write the names that were made, changed or removed in a folder to the disk."""
+    """Write a folder's entries to the disk, so that renamed and new files survive a power loss."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -239,17 +248,17 @@ def check_writable(path: str, role: str, others: Mapping[str, str] | None = None
 
     role: what the file is, for the message; others: paths of other files, by role.
     """
-    if path == STANDARD:
+    if path == STDIO:
         return
     if not path:
         raise GetpError(f"the name of the {role} file must not be empty")
     target = Path(os.path.realpath(path))
     for other_role, other in (others or {}).items():
-        if other != STANDARD and Path(os.path.realpath(other)) == target:
+        if other != STDIO and Path(os.path.realpath(other)) == target:
             raise GetpError(f"{role} and {other_role} are the same file: {path}")
-    if in_place(path) and not target.is_dir():
+    if is_stream(path) and not target.is_dir():
         return
-    probe = _temporary(target)
+    probe = _temporary_path(target)
     try:
         if target.is_dir():
             raise IsADirectoryError(0, "it is a directory")
@@ -267,7 +276,7 @@ def remove_leftovers(path: str) -> None:
             file.unlink(missing_ok=True)
 
 
-def _temporary(target: Path) -> Path:
+def _temporary_path(target: Path) -> Path:
     return target.with_name(f".{target.name}.{os.getpid()}.tmp")
 
 

@@ -1,10 +1,10 @@
-"""Fingerprints of checkpoints and tokenizers: of their contents, not of their paths."""
+"""Fingerprints of checkpoints and tokenizers: hashes of their contents, independent of paths."""
 
 import hashlib
 from pathlib import Path
 
-_WHOLE = 64 << 20  # files up to this size (bytes) are read completely
-_SAMPLES, _SAMPLE = 64, 64 << 10  # of larger files, this many evenly spaced pieces of this size
+_MAX_WHOLE_BYTES = 64 << 20  # smaller files are hashed completely
+_SAMPLES, _SAMPLE_BYTES = 64, 64 << 10  # larger files: this many evenly spaced samples
 
 _CHECKPOINT_FILES = ("config.json", "generation_config.json", "*.safetensors")
 _TOKENIZER_FILES = (
@@ -21,7 +21,7 @@ def of_checkpoint(folder: Path) -> str:
 
 
 def of_tokenizer(path: Path) -> str:
-    """Return the fingerprint of a tokenizer's files: of a directory, or beside a tokenizer.json."""
+    """Return the fingerprint of a tokenizer, given its directory or its tokenizer.json."""
     if path.is_dir():
         return _of_files(path, _TOKENIZER_FILES)
     return _of_files(path.parent, (path.name, *_TOKENIZER_FILES[1:]))
@@ -33,11 +33,11 @@ def _of_files(folder: Path, patterns: tuple[str, ...]) -> str:
         for file in sorted(folder.glob(pattern)):
             size = file.stat().st_size
             digest.update(f"{file.name}\0{size}\0".encode())
-            with open(file, "rb") as opened:
-                if size <= _WHOLE:
-                    digest.update(opened.read())
+            with open(file, "rb") as stream:
+                if size <= _MAX_WHOLE_BYTES:
+                    digest.update(stream.read())
                     continue
                 for sample in range(_SAMPLES):
-                    opened.seek((size - _SAMPLE) * sample // (_SAMPLES - 1))
-                    digest.update(opened.read(_SAMPLE))
+                    stream.seek((size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+                    digest.update(stream.read(_SAMPLE_BYTES))
     return digest.hexdigest()

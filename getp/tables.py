@@ -1,7 +1,7 @@
 """Tables on standard output that never cut off a value, however narrow the terminal is.
 
-rich shrinks the columns of a table that is too wide below their longest word and cuts the last
-ones off at the edge. So the widths are computed here, and rich prints the result.
+If a table is too wide, rich shrinks columns below their longest word and truncates the last ones
+at the edge. The widths are therefore computed here, and rich only prints the table.
 """
 
 import os
@@ -19,37 +19,37 @@ def console() -> Console:
 
     COLUMNS in the environment sets another width.
     """
-    found = Console(highlight=False)
-    if not found.is_terminal and "COLUMNS" not in os.environ:
-        found.width = _UNLIMITED
-    return found
+    result = Console(highlight=False)
+    if not result.is_terminal and "COLUMNS" not in os.environ:
+        result.width = _UNLIMITED
+    return result
 
 
 def table(texts: Iterable[str], numbers: Iterable[str]) -> Table:
     """Return a table for `show` with left-aligned text columns, then right-aligned numbers."""
-    found = Table(box=None, padding=(0, 0, 0, 1), header_style="bold")
+    result = Table(box=None, padding=(0, 0, 0, 1), header_style="bold")
     for name in texts:
-        found.add_column(name)
+        result.add_column(name)
     for name in numbers:
-        found.add_column(name, justify="right")
-    return found
+        result.add_column(name, justify="right")
+    return result
 
 
 def show(console: Console, table: Table) -> None:
     """Print a table. If it is too wide, wrap texts and headers between words, widest column first.
 
-    If that is not enough, the table runs over the edge, because half a number is another number.
+    If that is not enough, the table exceeds the width: a truncated number would be misread.
     """
-    widths, least = [], []
+    widths, min_widths = [], []
     for column in table.columns:
         header, cells = str(column.header), [str(cell) for cell in column.cells]
         numeric = column.justify == "right"
         unbroken = [*header.split(), *(cells if numeric else " ".join(cells).split())]
         widths.append(max(map(cell_len, [header, *cells])))
-        least.append(max(map(cell_len, unbroken)))
+        min_widths.append(max(map(cell_len, unbroken)))
     excess = sum(widths) + len(widths) - console.width
-    while excess > 0 and widths != least:
-        widest = max((width, at) for at, width in enumerate(widths) if width > least[at])[1]
+    while excess > 0 and widths != min_widths:
+        widest = max((width, at) for at, width in enumerate(widths) if width > min_widths[at])[1]
         widths[widest] -= 1
         excess -= 1
     for column, width in zip(table.columns, widths, strict=True):

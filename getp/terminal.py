@@ -10,50 +10,50 @@ from types import FrameType
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
 
-def visible(text: str) -> str:
-    """Return `text` without the control characters that a terminal would obey."""
+def strip_control_characters(text: str) -> str:
+    """Return `text` without control characters, which a terminal would interpret."""
     return _CONTROL.sub("", text)
 
 
-def say(message: str) -> None:
+def print_message(message: str) -> None:
     """Write a line on standard error: standard output is for results.
 
-    Control characters are removed, because a message may quote a prompt or a file name. A terminal
-    that was closed does not end the job.
+    Control characters are removed, because a message may quote a prompt or a file name. Errors are
+    ignored, so that closing the terminal does not end the job.
     """
     with suppress(OSError):
-        print(visible(message), file=sys.stderr, flush=True)
+        print(strip_control_characters(message), file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
     """Write a warning on standard error."""
-    say(f"getp: warning: {message}")
+    print_message(f"getp: warning: {message}")
 
 
 @contextmanager
-def ctrl_c_noted() -> Iterator[Callable[[], bool]]:
-    """Note Ctrl-C instead of raising KeyboardInterrupt; yields a function: was it pressed?
+def catch_ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Count Ctrl-C instead of raising KeyboardInterrupt; yield a function that tests for a press.
 
     An exception in the middle of a step would leave the engine in an inconsistent state. The third
     press does raise KeyboardInterrupt, in case the function is not called.
     """
     presses = 0
 
-    def note(signum: int, frame: FrameType | None) -> None:
+    def on_signal(signum: int, frame: FrameType | None) -> None:
         nonlocal presses
         presses += 1
         if presses == 3:
             raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, note)
+    previous_handler = signal.signal(signal.SIGINT, on_signal)
     try:
         yield lambda: presses > 0
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous_handler)
 
 
-def typed_lines(prompt: str) -> Iterator[str]:
-    """Yield the lines that a user types, or the lines of a pipe, until the input ends.
+def input_lines(prompt: str) -> Iterator[str]:
+    """Yield lines of standard input, typed at a prompt or from a pipe, until it ends.
 
     Ctrl-C at the prompt discards the line; a second Ctrl-C in a row ends the input.
     """
@@ -65,13 +65,13 @@ def typed_lines(prompt: str) -> Iterator[str]:
         try:
             line = input(prompt) if at_terminal else sys.stdin.readline()
         except EOFError:
-            say("")
+            print_message("")
             return
         except KeyboardInterrupt:
             if discarded or not at_terminal:
-                say("")
+                print_message("")
                 return
-            say("\n(Ctrl-C again, Ctrl-D or /quit ends the chat)")
+            print_message("\n(Ctrl-C again, Ctrl-D or /quit ends the chat)")
             discarded = True
             continue
         discarded = False
@@ -81,6 +81,6 @@ def typed_lines(prompt: str) -> Iterator[str]:
 
 
 def _enable_line_editing() -> None:
-    """Give `input` the usual keys and a history, if Python was built with readline."""
+    """Give `input` line editing and a history, if Python was built with readline."""
     with suppress(ImportError):
         import readline  # noqa: F401 - importing it is enough

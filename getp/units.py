@@ -14,7 +14,7 @@ def quantity(value: float, unit: str = "") -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time with the unit that suits it: μs, ms, s, min or h."""
+    """Return a time in a suitable unit: μs, ms, s, min or h."""
     if seconds < _MINUTES_FROM_S:
         return humanize.metric(seconds, "s")
     if seconds < _HOURS_FROM_S:
@@ -27,11 +27,11 @@ def memory(size: int) -> str:
     return humanize.naturalsize(size, binary=True, format="%.2f")
 
 
-def plural(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
     """Return a number with a noun in the singular or plural: `1 request`, `1,200 requests`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def percent(share: float) -> str:
-    """Return a share as per cent with one decimal."""
+    """Return a share as a percentage with one decimal."""
     return f"{share:.1%}"

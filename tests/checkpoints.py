@@ -51,12 +51,12 @@ def _gpt_oss(head_dim: int = 16) -> Any:
     )
 
 
-def _phi3(**own: Any) -> Any:
+def _phi3(**options: Any) -> Any:
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
-    return tf.Phi3Config(**{**_COMMON, **sizes, **own})
+    return tf.Phi3Config(**{**_COMMON, **sizes, **options})
 
 
-def _granite(**own: Any) -> Any:
+def _granite(**options: Any) -> Any:
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
     multipliers = {
         "embedding_multiplier": 3.0,
@@ -65,11 +65,11 @@ def _granite(**own: Any) -> Any:
         "logits_scaling": 4.0,
     }
     biases = {"attention_bias": True, "mlp_bias": True}
-    return tf.GraniteConfig(**{**_COMMON, **sizes, **biases, **multipliers, **own})
+    return tf.GraniteConfig(**{**_COMMON, **sizes, **biases, **multipliers, **options})
 
 
-# name → config; each has fewer KV heads than query heads, and original contexts and windows that
-# prompts of 200 tokens exceed.
+# name → config. Each has fewer KV heads than query heads; windows and original contexts are shorter
+# than prompts of 200 tokens.
 FAMILIES: dict[str, Callable[[], Any]] = {
     "gpt_oss-wide": lambda: _gpt_oss(32),
     "qwen2": lambda: tf.Qwen2Config(

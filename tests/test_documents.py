@@ -13,7 +13,7 @@ DOCUMENTS = (
     "benchmarks/RESULTS.md",
     "data/README.md",
 )
-# A path: at least one folder of ours and, unless it ends with a slash, a file with a suffix.
+# A path in this repository: it ends with a slash or in a file name with a suffix.
 _PATH = re.compile(
     r"(?<![\w./-])((?:getp|engine|model|tokenizer|data|tests|benchmarks)/[\w./-]*(?:/|\.\w+))"
 )

@@ -35,25 +35,25 @@ def test_packages_import_only_what_is_below_them() -> None:
         files = [ROOT / "run.py"] if package == "run" else list((ROOT / package).rglob("*.py"))
         assert files
         for path in files:
-            ours = {name.split(".")[0] for name in imports(path)} & MAY_IMPORT.keys()
-            assert ours <= allowed | {package}, path
+            packages = {name.split(".")[0] for name in imports(path)} & MAY_IMPORT.keys()
+            assert packages <= allowed | {package}, path
 
 
-def test_ops_know_nothing_of_the_decoder() -> None:
+def test_ops_do_not_import_the_decoder() -> None:
     for path in (ROOT / "model" / "ops").rglob("*.py"):
         for name in imports(path):
             if name.startswith("model."):
                 assert name.startswith(("model.ops", "model.ops.forward_batch")), f"{path}: {name}"
 
 
-_FINDER = """
+_PRINT_SPIN_COUNT = """
 import os, pathlib, sys
 read = pathlib.Path.read_text
-def pressure(path, *rest):
+def read_text(path, *rest):
     if str(path) == "/proc/pressure/cpu":
-        return "some avg10={waited} avg60=0.00 avg300=0.00 total=1"
+        return "some avg10={pressure} avg60=0.00 avg300=0.00 total=1"
     return read(path, *rest)
-pathlib.Path.read_text = pressure
+pathlib.Path.read_text = read_text
 class Finder:
     def find_spec(name, *rest):
         if name == "torch":
@@ -74,22 +74,22 @@ import {module}
         "benchmarks.throughput",
     ],
 )
-def test_how_threads_wait_is_said_before_torch_is_loaded(module: str) -> None:
+def test_thread_wait_policy_is_set_before_torch_is_imported(module: str) -> None:
     env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    kinds: list[tuple[str, dict[str, str], str]] = [
+    cases: list[tuple[str, dict[str, str], str]] = [
         ("24.69", {}, "3000"),
         ("24.69", {"GOMP_SPINCOUNT": "7"}, "7"),
         ("24.69", {"OMP_WAIT_POLICY": "active"}, "None"),
         ("0.07", {}, "None"),
     ]
-    for waited, given, expected in kinds if module == "engine.engine" else kinds[:1]:
-        run = [sys.executable, "-c", _FINDER.format(waited=waited, module=module)]
+    for pressure, given, expected in cases if module == "engine.engine" else cases[:1]:
+        run = [sys.executable, "-c", _PRINT_SPIN_COUNT.format(pressure=pressure, module=module)]
         done = subprocess.run(run, cwd=ROOT, env=env | given, capture_output=True, text=True)
         assert done.stdout.split() == [expected], done.stderr
 
 
 @pytest.mark.parametrize("text", [None, "", "some"])
-def test_a_machine_that_does_not_tell_is_taken_for_a_quiet_one(
+def test_missing_or_malformed_cpu_pressure_counts_as_an_idle_machine(
     text: str | None, tmp_path: Path
 ) -> None:
     if text is not None:
@@ -97,7 +97,7 @@ def test_a_machine_that_does_not_tell_is_taken_for_a_quiet_one(
     assert not model._is_busy(tmp_path / "cpu")
 
 
-def test_torch_does_not_complain_where_numpy_is_missing(tmp_path: Path) -> None:
+def test_no_warning_is_printed_without_numpy(tmp_path: Path) -> None:
     (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError(\"No module named 'numpy'\")")
     done = subprocess.run(
         [sys.executable, "-c", "import getp.cli.main, model.cost.measure"],
@@ -110,7 +110,7 @@ def test_torch_does_not_complain_where_numpy_is_missing(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
-def test_nothing_of_the_product_needs_transformers_or_numpy() -> None:
+def test_packages_import_neither_transformers_nor_numpy() -> None:
     for package in MAY_IMPORT.keys() - {"run"}:
         for path in (ROOT / package).rglob("*.py"):
             names = {name.split(".")[0] for name in imports(path)}

@@ -98,7 +98,7 @@ def answer_text(
 
 
 def _last_message(ids: Sequence[int], start: int | None) -> list[int]:
-    """Return the tokens from the last `<|start|>` to the end, or [] without a `<|start|>`."""
+    """Return the tokens from the last `<|start|>` to the end, or [] if there is none."""
     for at in range(len(ids) - 1, -1, -1):
         if ids[at] == start:
             return list(ids[at:])

@@ -17,11 +17,11 @@ MAX_TEXT = 16 << 20  # characters in the result of one expression, and in the re
 _MAX_TOTAL = 256 << 20  # characters created by all expressions of one rendering together
 _MAX_ITERATIONS = 1 << 20  # of all loops of one rendering together
 _MAX_SECONDS = 10.0  # CPU time of one rendering; real templates take milliseconds
-_MAX_BITS = 4096  # of an integer
-_COLLECTION_SIZE, _ITEM_SIZE = 256, 8  # charged for each collection and each of its items
+_MAX_INTEGER_BITS = 4096
+_COLLECTION_SIZE, _ITEM_SIZE = 256, 8  # characters charged per collection and per item
 _JINJA_ARGUMENTS = ("_loop_vars", "_block_vars")  # Jinja passes them with every call
-# A width that is an argument or has six digits or more, in `%` formatting and in str.format.
-_WIDE = re.compile(r"%[^a-zA-Z%]*(\*|\d{6})|\{[^{}]*:[^{}]*(\{|\d{6})")
+# A field width that is an argument or has at least six digits, in `%` formatting or str.format.
+_UNBOUNDED_WIDTH = re.compile(r"%[^a-zA-Z%]*(\*|\d{6})|\{[^{}]*:[^{}]*(\{|\d{6})")
 
 
 class _Namespace(jinja2.utils.Namespace):
@@ -43,7 +43,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.reset_limits()
-        self.globals.pop("lipsum", None)  # creates any amount of text
+        self.globals.pop("lipsum", None)  # can create unlimited text
         self.globals["namespace"] = _Namespace
         for name in ("urlize", "wordwrap", "pprint"):  # slow on long text
             self.filters.pop(name)
@@ -57,7 +57,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """Reset all counters; call it before each rendering."""
         self._iterations_left, self._created = _MAX_ITERATIONS, 0
         self._deadline = time.thread_time() + _MAX_SECONDS
-        # By id. Each entry keeps its collection alive, so that no other object gets the same id.
+        # Written sizes by id(). Each entry references its collection, so that no id is reused.
         self._sizes: dict[int, tuple[Any, int]] = {}
 
     def add_limits(self, tree: jinja2.nodes.Template) -> jinja2.nodes.Template:
@@ -99,7 +99,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """Return the result of an operation; raise TemplateError if a limit is exceeded."""
         if time.thread_time() > self._deadline:
             raise TemplateError(f"it takes more than {_MAX_SECONDS:g} seconds")
-        if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+        if isinstance(value, int) and value.bit_length() > _MAX_INTEGER_BITS:
             raise TemplateError("it computes a number that is too large")
         if isinstance(value, (list, tuple, dict)) and self._written_size(value) > MAX_TEXT:
             raise TemplateError(f"it creates more than {MAX_TEXT} characters of text")
@@ -133,7 +133,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self.checked(super().call_binop(context, operator, left, right))
 
     def call(self, context: Any, function: Any, /, *args: Any, **named: Any) -> Any:
-        """Call a function for a template; raise TemplateError if a str method makes a huge text."""
+        """Call a function for a template; raise TemplateError if its result would be too large."""
         text = getattr(function, "__self__", None)
         if text is self:  # a call that `add_limits` inserted
             return super().call(context, function, *args, **named)
@@ -238,7 +238,7 @@ def _max_length(name: str, text: str, args: tuple[Any, ...], named: dict[str, An
         pieces = args[0] if args else ()
         return sum(len(piece) + len(text) for piece in pieces if isinstance(piece, str))
     if name in ("format", "format_map"):
-        if _WIDE.search(text):
+        if _UNBOUNDED_WIDTH.search(text):
             raise TemplateError("it formats with a width that is an argument or too large")
         longest = max((len(str(value)) for value in given), default=0)
         return len(text) + (text.count("{") + text.count("%")) * (longest + 100_000 * (":" in text))

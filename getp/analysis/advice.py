@@ -1,4 +1,4 @@
-"""The limit of a measured step, and the changes that would help with their predicted gains.
+"""The bottleneck of a measured step, and changes that would help, with their predicted gains.
 
 A change saves launches, bytes or host time, or it scales the time of each part without its launches
 in proportion to the roofline limit of the part.
@@ -7,7 +7,7 @@ in proportion to the roofline limit of the part.
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from getp.analysis.profile import HOST_PARTS, Component, Profile, gather
+from getp.analysis.profile import HOST_PARTS, Component, Profile, merge_fused_ops
 from getp.units import duration, percent, quantity
 from model.cost.operations import operations, total
 from model.cost.roofline import largest_batch
@@ -17,8 +17,8 @@ _MIN_GAIN = 0.01  # smaller gains are not listed
 _MIN_DOUBLING_GAIN = 1.1  # the batch is doubled while throughput grows by this factor
 # float8 is a prediction only: the engine does not compute in it.
 _SMALLER = {"float32": "bfloat16", "bfloat16": "float8", "float16": "float8"}
-# Parts that become one kernel per layer (qwen2-layer-data-flow). Then the activations of one
-# operation are no longer moved: its name, and how often they were.
+# Parts that could become one kernel per layer (qwen2-layer-data-flow). Fusing them saves moving
+# the activations of one operation: its name, and the number of times they are moved.
 _FUSIONS = (
     ("norm and QKV", ("input_norm", "qkv_proj"), ("input_norm", 1)),
     ("norm and gate/up", ("post_norm", "gate_up_proj"), ("post_norm", 1)),
@@ -28,8 +28,8 @@ _FUSIONS = (
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Seconds that each limit requires of the step, the largest of them, and the evidence."""
+class Bottleneck:
+    """The limit that bounds a step, the evidence, and the seconds that each limit requires."""
 
     bound: str  # launch, memory, compute or host
     evidence: str
@@ -49,127 +49,130 @@ class Advice:
     gain: float  # of throughput: 0.36 means 36% more tokens per second
 
 
-def judge(found: Profile) -> Verdict:
+def find_bottleneck(profile: Profile) -> Bottleneck:
     """Return the limit that bounds the step.
 
     Launch overhead is the idle time of the GPU within the model. A CPU does not overlap operations,
     so there it is the number of operations times the cost of starting one.
     """
-    step, device = total(found.ops), found.device
+    step, device = total(profile.ops), profile.device
     compute = max(
-        step.flops.matrix / device.peak(found.work.dtype),
+        step.flops.matrix / device.peak(profile.work.dtype),
         step.flops.vector / device.vector,
         step.flops.special / device.special,
     )
     required = {
-        "launch": launch_seconds(found),
+        "launch": launch_seconds(profile),
         "memory": step.bytes.total / device.bandwidth,
         "compute": compute,
-        "host": found.seconds_of(*HOST_PARTS),
+        "host": profile.seconds_of(*HOST_PARTS),
     }
     bound = max(required, key=lambda kind: required[kind])
-    shares = {kind: percent(required[kind] / found.step_s) for kind in required}
-    kind = "kernels" if found.on_gpu else "operations"
-    how = "is GPU idle time between" if found.on_gpu else "is spent on starting"
+    shares = {kind: percent(required[kind] / profile.step_s) for kind in required}
+    kind = "kernels" if profile.on_gpu else "operations"
+    how = "is GPU idle time between" if profile.on_gpu else "is spent on starting"
     sentences = {
-        "launch": f"{shares['launch']} of the step {how} {found.launches:,} {kind}",
+        "launch": f"{shares['launch']} of the step {how} {profile.launches:,} {kind}",
         "memory": f"moving {quantity(step.bytes.total, 'B')} at peak bandwidth takes "
         f"{shares['memory']} of the step",
         "compute": f"computing its FLOPs at peak speed takes {shares['compute']} of the step",
         "host": f"scheduling and batch preparation take {shares['host']} of the step",
     }
     evidence = "; ".join(sorted(sentences.values(), key=lambda text: text != sentences[bound]))
-    return Verdict(bound, evidence, *required.values())
+    return Bottleneck(bound, evidence, *required.values())
 
 
-def launch_seconds(found: Profile) -> float:
-    """Return the seconds of the step that launches take, see `judge`."""
-    if found.busy_s is not None:
-        return max(0.0, found.step_s - found.busy_s - found.seconds_of(*HOST_PARTS))
-    return min(found.launches * found.device.launch_s, found.step_s)
+def launch_seconds(profile: Profile) -> float:
+    """Return the seconds of the step that launches take, see `find_bottleneck`."""
+    if profile.busy_s is not None:
+        return max(0.0, profile.step_s - profile.busy_s - profile.seconds_of(*HOST_PARTS))
+    return min(profile.launches * profile.device.launch_s, profile.step_s)
 
 
-def advise(found: Profile) -> list[Advice]:
+def advise(profile: Profile) -> list[Advice]:
     """Return the changes that would help, largest gain first."""
-    changes = [*_fusions(found), *_host(found), *_kernels(found)]
-    changes += [*_larger_batch(found), *_smaller_dtype(found)]
+    changes = [*_fusions(profile), *_host(profile), *_kernels(profile)]
+    changes += [*_larger_batch(profile), *_smaller_dtype(profile)]
     return sorted((a for a in changes if a.gain >= _MIN_GAIN), key=lambda a: -a.gain)
 
 
-def as_json(verdict: Verdict, advice: list[Advice]) -> dict[str, Any]:
+def as_json(bottleneck: Bottleneck, advice: list[Advice]) -> dict[str, Any]:
     """Return both for `--format json`."""
-    return {"verdict": asdict(verdict), "advice": [asdict(one) for one in advice]}
+    return {"verdict": asdict(bottleneck), "advice": [asdict(one) for one in advice]}
 
 
-def _saving(found: Profile, change: str, saved_s: float) -> Advice:
-    step = max(found.step_s - saved_s, found.step_s * 1e-3)
-    tok_s = found.work.tokens / step
-    return Advice(change, step, tok_s, tok_s / found.tok_s - 1)
+def _saving(profile: Profile, change: str, saved_s: float) -> Advice:
+    step = max(profile.step_s - saved_s, profile.step_s * 1e-3)
+    tok_s = profile.work.tokens / step
+    return Advice(change, step, tok_s, tok_s / profile.tok_s - 1)
 
 
-def _fusions(found: Profile) -> list[Advice]:
-    if not found.launches:
+def _fusions(profile: Profile) -> list[Advice]:
+    if not profile.launches:
         return []
-    each = launch_seconds(found) / found.launches
-    parts = {part.name: part for part in found.components}
+    each = launch_seconds(profile) / profile.launches
+    parts = {part.name: part for part in profile.components}
     advice = []
     for title, names, (moved, times) in _FUSIONS:
         before = sum(parts[name].launches for name in names)
         after = max(parts[name].op.layer_count for name in names)
         if before <= after:
             continue  # already fused
-        saved = parts[moved].op.bytes.activations * times / found.device.bandwidth
+        saved = parts[moved].op.bytes.activations * times / profile.device.bandwidth
         text = f"fuse {title}: {after:,} launches instead of {before:,}"
-        advice.append(_saving(found, text, (before - after) * each + saved))
-    unfused, fused = total(found.ops), total(_operations(found, replace(found.work, fused=True)))
-    if found.launches <= fused.launches:
+        advice.append(_saving(profile, text, (before - after) * each + saved))
+    unfused, fused = (
+        total(profile.ops),
+        total(_operations(profile, replace(profile.work, fused=True))),
+    )
+    if profile.launches <= fused.launches:
         return advice
-    saved = (unfused.bytes.activations - fused.bytes.activations) / found.device.bandwidth
-    fewer = found.launches - fused.launches
-    text = f"fuse whole layers: {fused.launches:,} launches instead of {found.launches:,}"
-    return [*advice, _saving(found, text, fewer * each + saved)]
+    saved = (unfused.bytes.activations - fused.bytes.activations) / profile.device.bandwidth
+    fewer = profile.launches - fused.launches
+    text = f"fuse whole layers: {fused.launches:,} launches instead of {profile.launches:,}"
+    return [*advice, _saving(profile, text, fewer * each + saved)]
 
 
-def _host(found: Profile) -> list[Advice]:
-    """Return the changes that apply only where the model runs on a GPU, beside the host."""
-    if not found.on_gpu:
+def _host(profile: Profile) -> list[Advice]:
+    """Return the changes that overlap host and GPU; none on a CPU."""
+    if not profile.on_gpu:
         return []
-    host = found.seconds_of(*HOST_PARTS)
+    host = profile.seconds_of(*HOST_PARTS)
     return [
-        _saving(found, "capture the step as a graph", launch_seconds(found)),
-        _saving(found, "schedule the next step while this one runs", host),
+        _saving(profile, "capture the step as a graph", launch_seconds(profile)),
+        _saving(profile, "schedule the next step while this one runs", host),
     ]
 
 
-def _kernels(found: Profile) -> list[Advice]:
-    """Return the gain of the operation that takes longest beyond its limit on this device."""
-    known = [part for part in found.components if part.op.layer_count]
-    limits = {part.name: _limit(found, [part.op], found.work.dtype) for part in known}
-    worst = max(known, key=lambda part: _own_seconds(found, part) - limits[part.name])
-    own, limit = _own_seconds(found, worst), limits[worst.name]
+def _kernels(profile: Profile) -> list[Advice]:
+    """Return the gain of running the operation that exceeds its limit the most at its limit."""
+    known = [part for part in profile.components if part.op.layer_count]
+    limits = {part.name: _limit(profile, [part.op], profile.work.dtype) for part in known}
+    worst = max(known, key=lambda part: _own_seconds(profile, part) - limits[part.name])
+    own, limit = _own_seconds(profile, worst), limits[worst.name]
     if own <= limit:
         return []
-    return [_saving(found, f"a faster {worst.name}: now at {percent(limit / own)} of its limit",
+    return [_saving(profile, f"a faster {worst.name}: now at {percent(limit / own)} of its limit",
                     own - limit)]  # fmt: skip
 
 
-def _own_seconds(found: Profile, part: Component) -> float:
+def _own_seconds(profile: Profile, part: Component) -> float:
     """Return the seconds of a part without its launches; for parts of the host, all of them."""
-    taken = found.seconds_of(part.name)
+    seconds = profile.seconds_of(part.name)
     if part.name in HOST_PARTS:
-        return taken
+        return seconds
     if part.busy_s is not None:
         return part.busy_s
-    return max(0.0, taken - launch_seconds(found) * part.launches / max(1, found.launches))
+    return max(0.0, seconds - launch_seconds(profile) * part.launches / max(1, profile.launches))
 
 
-def _larger_batch(found: Profile) -> list[Advice]:
-    """Return the gain of the largest batch up to which doubling pays and fits."""
-    work, most = found.work, largest_batch(found.config, found.work, found.device)
-    best, tok_s = work.batch, found.tok_s
-    while 2 * best <= most:
+def _larger_batch(profile: Profile) -> list[Advice]:
+    """Return the gain of doubling the batch for as long as that fits and is worthwhile."""
+    work, max_batch = profile.work, largest_batch(profile.config, profile.work, profile.device)
+    best, tok_s = work.batch, profile.tok_s
+    while 2 * best <= max_batch:
         larger = replace(work, batch=2 * best)
-        reached = larger.tokens / _predicted(found, larger)
+        reached = larger.tokens / _predicted(profile, larger)
         if reached < tok_s * _MIN_DOUBLING_GAIN:
             break
         best, tok_s = larger.batch, reached
@@ -177,41 +180,42 @@ def _larger_batch(found: Profile) -> list[Advice]:
         return []
     step = best * work.query / tok_s
     return [Advice(f"a batch of {best:,} instead of {work.batch:,}", step, tok_s,
-                   tok_s / found.tok_s - 1)]  # fmt: skip
+                   tok_s / profile.tok_s - 1)]  # fmt: skip
 
 
-def _smaller_dtype(found: Profile) -> list[Advice]:
-    smaller = _SMALLER[found.work.dtype]
-    if smaller not in found.device.peaks:
-        return []  # it would be widened on its way to the units, which costs time on a CPU
-    step = _predicted(found, replace(found.work, dtype=smaller))
-    return [_saving(found, f"weights, activations and KV cache in {smaller}", found.step_s - step)]
+def _smaller_dtype(profile: Profile) -> list[Advice]:
+    smaller = _SMALLER[profile.work.dtype]
+    if smaller not in profile.device.peaks:
+        return []  # the device would convert it to a wider type, which costs time
+    step = _predicted(profile, replace(profile.work, dtype=smaller))
+    saved_s = profile.step_s - step
+    return [_saving(profile, f"weights, activations and KV cache in {smaller}", saved_s)]
 
 
-def _predicted(found: Profile, work: Workload) -> float:
+def _predicted(profile: Profile, work: Workload) -> float:
     """Return the seconds of another step with the same number of launches.
 
     The time of a part grows with its roofline limit, or with the number of tokens if the cost model
     does not know the part.
     """
-    ops = {op.name: op for op in _operations(found, work)}
-    step = launch_seconds(found)
-    for part in found.components:
-        growth = work.tokens / found.work.tokens
+    ops = {op.name: op for op in _operations(profile, work)}
+    step = launch_seconds(profile)
+    for part in profile.components:
+        growth = work.tokens / profile.work.tokens
         if part.op.layer_count:
-            now = _limit(found, [part.op], found.work.dtype)
-            growth = _limit(found, [ops[part.name]], work.dtype) / now
-        step += _own_seconds(found, part) * growth
+            now = _limit(profile, [part.op], profile.work.dtype)
+            growth = _limit(profile, [ops[part.name]], work.dtype) / now
+        step += _own_seconds(profile, part) * growth
     return step
 
 
-def _operations(found: Profile, work: Workload) -> list[Op]:
-    return gather(operations(found.config, work), found.within)
+def _operations(profile: Profile, work: Workload) -> list[Op]:
+    return merge_fused_ops(operations(profile.config, work), profile.within)
 
 
-def _limit(found: Profile, ops: list[Op], dtype: str) -> float:
+def _limit(profile: Profile, ops: list[Op], dtype: str) -> float:
     """Return the seconds of the operations in sequence, each at its roofline limit."""
-    device = found.device
+    device = profile.device
     return sum(
         max(
             op.flops.matrix / device.peak(dtype),
@@ -223,9 +227,11 @@ def _limit(found: Profile, ops: list[Op], dtype: str) -> float:
     )
 
 
-def rest(found: Profile, verdict: Verdict) -> str:
-    """Describe the time of the step that the limits of the verdict do not explain."""
-    known = verdict.launch_s + verdict.host_s + max(verdict.memory_s, verdict.compute_s)
-    left = max(0.0, found.step_s - known)
-    share = f"{percent(left / found.step_s)} ({duration(left)})"
+def unexplained_time(profile: Profile, bottleneck: Bottleneck) -> str:
+    """Describe the time of the step that none of the limits accounts for."""
+    explained_s = (
+        bottleneck.launch_s + bottleneck.host_s + max(bottleneck.memory_s, bottleneck.compute_s)
+    )
+    left = max(0.0, profile.step_s - explained_s)
+    share = f"{percent(left / profile.step_s)} ({duration(left)})"
     return f"kernels running below peak speed take {share} of the step"

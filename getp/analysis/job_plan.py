@@ -1,9 +1,9 @@
 """Mode plan with `-i`: how long a file of prompts takes on each GPU, and its price.
 
-A job is modelled as prefill steps full of prompts, then decode steps at the batch sizes that the
-output lengths lead to, at their mean context. Each step is bounded as in `model.cost.roofline`,
-with compute and memory slowed by an efficiency. Scheduling, sampling and other host time are not
-included. Several GPUs share the model, run replicas that share the requests, or do both.
+A job is modelled as full prefill steps, then decode steps with the batch sizes that follow from
+the output lengths, at the mean context. Each step is bounded as in `model.cost.roofline`, with
+compute and memory slowed down by an efficiency. Scheduling, sampling and other host time are not
+included. Several GPUs use tensor parallelism, replicas or both.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from getp.analysis.lookup import LOCAL, Model
 from getp.analysis.step_plan import check_split
 from getp.errors import GetpError
-from getp.limits import most_positions
+from getp.limits import length_limit
 from model.cost.devices import Device
 from model.cost.interconnect import exchange
 from model.cost.operations import check_tensor_parallel, operations, total
@@ -34,7 +34,7 @@ ASSUMED = "assumed"
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Shares of peak FLOP/s and bandwidth that a job is expected to reach, and their source."""
+    """The expected shares of peak FLOP/s and bandwidth, and their source."""
 
     compute: float
     memory: float
@@ -62,7 +62,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of the engine, as in mode getp."""
+    """The engine's limits, with the defaults of mode getp."""
 
     max_batch_size: int = 256
     max_batch_tokens: int = 8192
@@ -96,15 +96,15 @@ def make_job(requests: "Requests", max_positions: int, max_length: int | None) -
     `getp.job.ordering`: longest given output limit first.
     """
     fitting = []
-    for prompt, asked in zip(requests.prompts, requests.limits, strict=True):
-        most = most_positions(max_length, asked)
-        limit = min(max_positions, most or max_positions)
+    for prompt, max_new_tokens in zip(requests.prompts, requests.limits, strict=True):
+        max_tokens = length_limit(max_length, max_new_tokens)
+        limit = min(max_positions, max_tokens or max_positions)
         if 0 < prompt < limit:
-            given = min(asked or limit, most - prompt if most else limit)
-            fitting.append((given, prompt, min(limit - prompt, asked or limit)))
+            given = min(max_new_tokens or limit, max_tokens - prompt if max_tokens else limit)
+            fitting.append((given, prompt, min(limit - prompt, max_new_tokens or limit)))
     count = len(requests.prompts) + requests.refused
     if not fitting:
-        limit = min(max_positions, most_positions(max_length, None) or max_positions)
+        limit = min(max_positions, length_limit(max_length, None) or max_positions)
         raise GetpError(
             "no request leaves room for output within the limit of {limit} tokens "
             "({max_positions}, or the model's limit); requests: {count}",
@@ -126,9 +126,9 @@ def predict(
     price: float | None = None,
     replicas: int = 1,
 ) -> Prediction:
-    """Predict a job on GPUs of one kind at `price` an hour each.
+    """Predict a job on GPUs of one kind at `price` per GPU-hour.
 
-    With replicas the longest-running one counts. Raises UsageProblem for an impossible split.
+    With replicas, the time is that of the slowest one. Raises UsageProblem for an impossible split.
     """
     check_split(model, limits.tensor_parallel)
     share = _share(job, replicas) if replicas > 1 else job
@@ -153,16 +153,16 @@ def _predict_engine(
     room = largest_batch(model.config, Workload("decode", 1, 1, longest, dtype, parts), device)
     if room < 1:
         return Prediction(device.name, efficiency, tensor_parallel=parts)
-    most = min(count, room, limits.max_batch_size)
+    max_batch = min(count, room, limits.max_batch_size)
     mean_prompt = max(1, round(job.prompt_tokens / count))
-    batch = min(most, max(1, limits.max_batch_tokens // mean_prompt))
+    batch = min(max_batch, max(1, limits.max_batch_tokens // mean_prompt))
     prefill = Workload("prefill", batch, mean_prompt, mean_prompt, dtype, parts, causal=True)
     step = _step_time(model, prefill, device, efficiency)
     prefill_s, link_s = step.seconds * count / batch, step.link_s * count / batch
     decoded = job.output_tokens - count  # the prefill produces the first token of each request
     decode_steps, decode_s = 0, 0.0
     bounds: defaultdict[str, float] = defaultdict(float)  # seconds of decode steps by their limit
-    for number, tokens in decode_batches(job, most) if decoded else ():
+    for number, tokens in decode_batches(job, max_batch) if decoded else ():
         mean_batch, context = max(1, round(tokens / number)), _mean_context(job)
         decode = Workload("decode", mean_batch, 1, context, dtype, parts)
         step = _step_time(model, decode, device, efficiency)
@@ -214,10 +214,10 @@ def _share(job: Job, replicas: int) -> Job:
 def decode_batches(job: Job, slots: int) -> list[tuple[int, int]]:
     """Return (steps, tokens) of the decode steps, similar batch sizes grouped together.
 
-    Each request starts in the slot that becomes free first. So all slots are in use until the last
-    request has started, then fewer and fewer.
+    Each request starts in the slot that becomes free first. All slots are therefore in use until
+    the last request has started; then their number decreases.
     """
-    ends = [0] * slots  # decode steps after which each slot is free
+    ends = [0] * slots  # the decode step at which each slot becomes free
     full = 0
     for output in job.outputs:
         full = ends[0]
@@ -244,10 +244,10 @@ def _mean_context(job: Job) -> int:
 
 
 def efficiency_of(device: Device, dtype: str, model: Model) -> Efficiency:
-    """Return the efficiency measured on this machine if it is such a device, else the assumed one.
+    """Return the efficiency of a device: measured on this machine, if it has one, or assumed.
 
-    The last run of the model here takes precedence; then the peaks measured here count as fully
-    reached.
+    The last run of the model on this machine takes precedence over its measured peaks, which count
+    as fully reached.
     """
     from model.cost.measure import cached_device, recorded_efficiency
 
@@ -281,7 +281,7 @@ def layouts(model: Model, gpus: int) -> list[tuple[int, int]]:
 
 
 def as_json(
-    model: Model, job: Job, dtype: str, limits: Limits, found: Sequence[Prediction]
+    model: Model, job: Job, dtype: str, limits: Limits, predictions: Sequence[Prediction]
 ) -> dict[str, Any]:
     """Return the predictions for `--format json`."""
     return {
@@ -292,5 +292,5 @@ def as_json(
         "prompt_tokens": job.prompt_tokens,
         "output_tokens": job.output_tokens,
         **asdict(limits),
-        "gpus": [asdict(prediction) for prediction in found],
+        "gpus": [asdict(prediction) for prediction in predictions],
     }

@@ -5,40 +5,45 @@ from collections.abc import Sequence
 from getp import tables
 from getp.analysis.job_plan import ASSUMED, Job, Limits, Prediction
 from getp.analysis.lookup import Model
-from getp.units import duration, percent, plural
+from getp.units import counted, duration, percent
 
 
 def print_job(
-    model: Model, job: Job, dtype: str, limits: Limits, found: Sequence[Prediction], counted: str
+    model: Model,
+    job: Job,
+    dtype: str,
+    limits: Limits,
+    predictions: Sequence[Prediction],
+    counted: str,
 ) -> None:
     """Print the predictions on standard output. counted: how the prompt tokens were counted."""
     console = tables.console()
     console.print(
-        f"{model.name}, {dtype}: {plural(len(job.prompts), 'request')}, {job.prompt_tokens:,} "
+        f"{model.name}, {dtype}: {counted(len(job.prompts), 'request')}, {job.prompt_tokens:,} "
         f"prompt tokens ({counted}), at most {job.output_tokens:,} output tokens",
         style="bold",
         soft_wrap=True,
     )
     if job.refused:
         console.print(
-            f"not included: {plural(job.refused, 'request')}, refused or without room for output",
+            f"not included: {counted(job.refused, 'request')}, refused or without room for output",
             soft_wrap=True,
         )
-    priced = any(prediction.price is not None for prediction in found)
-    several = any(one.tensor_parallel * one.replicas > 1 for one in found)
+    priced = any(prediction.price is not None for prediction in predictions)
+    several = any(one.tensor_parallel * one.replicas > 1 for one in predictions)
     numbers = ["prefill", "decode", "batch", "time", "tok/s", "efficiency"]
     table = tables.table(
         ["GPU", *(["layout (comm.)"] if several else []), "bound by"],
         [*numbers, *(["price"] if priced else [])],
     )
-    for one in found:
+    for one in predictions:
         table.add_row(one.name, *([_layout(one)] if several else []), *_cells(one, priced))
     tables.show(console, table)
-    console.print(_notes(found, limits), style="dim", soft_wrap=True)
+    console.print(_notes(predictions, limits), style="dim", soft_wrap=True)
 
 
 def _layout(one: Prediction) -> str:
-    """Return how the GPUs are used, with the share of time that they communicate."""
+    """Return the layout of the GPUs, with the share of time spent on communication."""
     parts = []
     if one.replicas > 1:
         parts.append(f"{one.replicas} replicas")
@@ -62,19 +67,19 @@ def _cells(one: Prediction, priced: bool) -> list[str]:
     return [*cells, f"{one.price:,.4f}" if one.price is not None else "-"] if priced else cells
 
 
-def _notes(found: Sequence[Prediction], limits: Limits) -> str:
+def _notes(predictions: Sequence[Prediction], limits: Limits) -> str:
     lines = [
         "Every request is assumed to generate up to its limit, with at most",
-        f"{plural(limits.max_batch_size, 'request')} at once and "
-        f"{plural(limits.max_batch_tokens, 'token')} per step. Host time (scheduling,",
+        f"{counted(limits.max_batch_size, 'request')} at once and "
+        f"{counted(limits.max_batch_tokens, 'token')} per step. Host time (scheduling,",
         "sampling and other work) is not included.",
     ]
-    if any(one.tensor_parallel > 1 for one in found):
+    if any(one.tensor_parallel > 1 for one in predictions):
         lines.append("comm.: the share of the time that the GPUs of a model communicate.")
-    if any(one.price is not None for one in found):
+    if any(one.price is not None for one in predictions):
         lines.append("Price: of the whole job, at the given price per GPU-hour.")
     lines.append("Efficiency: the expected shares of peak FLOP/s and of bandwidth.")
-    lines += dict.fromkeys(map(_efficiency_source, found))
+    lines += dict.fromkeys(map(_efficiency_source, predictions))
     return "\n" + "\n".join(lines)
 
 

@@ -14,11 +14,11 @@ _BYTES_PER_TOKEN = 4  # assumed without a tokenizer
 
 @dataclass
 class Requests:
-    """The requests that can run, and the number of those that mode getp would refuse."""
+    """The lengths of the valid requests, and the number of requests that mode getp would refuse."""
 
-    counted: str  # how their tokens were counted
+    counted: str  # how prompt tokens were counted, for the title
     prompts: list[int] = field(default_factory=list)  # tokens of each
-    limits: list[int | None] = field(default_factory=list)  # most new tokens of each
+    limits: list[int | None] = field(default_factory=list)  # maximum new tokens of each
     refused: int = 0
     first_refused: str | None = None  # its line number and the reason
 
@@ -46,10 +46,7 @@ def read_requests(path: str, folder: Path | None, defaults: RequestDefaults) -> 
 
 
 class _ByteReader(RequestReader):
-    """Estimates the tokens of a prompt, or of the messages of a chat, from their bytes.
-
-    It never uses the tokenizer.
-    """
+    """Estimates the number of tokens from the bytes of a prompt, without a tokenizer."""
 
     def encode(self, body: ParsedBody, chat: bool, limit: int | None) -> list[int]:
         if isinstance(body.prompt, list):

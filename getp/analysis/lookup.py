@@ -1,11 +1,11 @@
-"""The model and the GPUs that a user names for a plan."""
+"""Finds the model and the GPUs of a plan by their names."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from getp.errors import UsageProblem
-from getp.terminal import say
+from getp.terminal import print_message
 from model.config import ModelConfig, read_json
 from model.cost.devices import DEVICES, Device, UnknownDeviceError, find_device
 from model.cost.known_models import KNOWN_CONFIGS, named_config
@@ -60,7 +60,7 @@ def measure_again() -> None:
     """Measure this machine, even if it was measured before."""
     from model.cost.measure import local_device
 
-    say("getp: measuring this machine")
+    print_message("getp: measuring this machine")
     local_device(remeasure=True)
 
 
@@ -68,11 +68,11 @@ def _find_gpu(name: str) -> Device:
     if name.lower() == LOCAL:
         from model.cost.measure import cached_device, local_device
 
-        found = cached_device()
-        if found is None:
-            say("getp: measuring this machine for the first time")
-            found = local_device()
-        return found.device
+        measured = cached_device()
+        if measured is None:
+            print_message("getp: measuring this machine for the first time")
+            measured = local_device()
+        return measured.device
     try:
         return find_device(name)
     except UnknownDeviceError as error:

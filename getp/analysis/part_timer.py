@@ -1,4 +1,4 @@
-"""The parts of a step: how long each takes, and how many operations it launches."""
+"""The time and the number of launched operations of each part of a step."""
 
 import os
 import time
@@ -61,12 +61,12 @@ def count_launches(step: Step, device: torch.device, trace: str | None = None) -
         step()
     if trace is not None:
         profiler.export_chrome_trace(trace)
-    return add_up(profiler.events(), on_gpu)
+    return count_events(profiler.events(), on_gpu)
 
 
-def add_up(events: Iterable[Any], on_gpu: bool) -> Launches:
+def count_events(events: Iterable[Any], on_gpu: bool) -> Launches:
     """Count events of torch's profiler by the innermost part in which they ran."""
-    found = Launches(defaultdict(int), defaultdict(float) if on_gpu else None)
+    launches = Launches(defaultdict(int), defaultdict(float) if on_gpu else None)
     for event in events:
         if event.device_type != DeviceType.CPU:
             continue  # a kernel: it is counted with the operation that launched it
@@ -75,12 +75,12 @@ def add_up(events: Iterable[Any], on_gpu: bool) -> Launches:
             part = part.cpu_parent
         if part is None:
             continue
-        if found.busy_s is not None:
-            found.count[part.name] += len(event.kernels)
-            found.busy_s[part.name] += sum(kernel.duration for kernel in event.kernels) * 1e-6
+        if launches.busy_s is not None:
+            launches.count[part.name] += len(event.kernels)
+            launches.busy_s[part.name] += sum(kernel.duration for kernel in event.kernels) * 1e-6
         elif event.cpu_parent is part and "::" in event.name:
-            found.count[part.name] += 1
-    return found
+            launches.count[part.name] += 1
+    return launches
 
 
 def _clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:

@@ -21,7 +21,7 @@ from model.ops.step_parts import ALL_PARTS, FUSED_INTO
 WARM_UP_STEPS = 2
 MIN_STEPS = 8
 MEASURE_S = 10.0  # after MIN_STEPS, no step starts later than this
-_AGREEMENT = 0.03  # parts and step that agree this closely are taken as undisturbed
+_AGREEMENT = 0.03  # largest slowdown at which the measurement is accepted as undisturbed
 
 HOST_PARTS = ("scheduling", "batch_preparation")
 
@@ -55,8 +55,8 @@ class Component:
     seconds: float
     launches: int
     busy_s: float | None  # on a GPU: seconds in which its kernels ran
-    op: Op  # all zero if the cost model does not know the part, or if it is fused into another
-    within: str | None = None  # the part that it is fused into, whose op is the sum of both
+    op: Op  # zero if the cost model does not cover the part, or if it is fused into another part
+    within: str | None = None  # the part that it is fused into; the op of that part includes it
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def profile(
     Raises EngineError if the engine has no room for such a step.
     """
     probe = StepProbe(engine, batch, query, context)
-    times = measure(probe.step, engine.device)
+    times = measure_times(probe.step, engine.device)
     launches = count_launches(probe.step, engine.device, trace)
     dtype = dtype_name(engine.dtype)
     work = Workload(cast(Phase, phase), batch, query, context, dtype, causal=True)
@@ -147,7 +147,7 @@ def assemble(
         for op in known
         if op.name not in times.parts and FUSED_INTO.get(op.name) in times.parts
     }
-    ops = {op.name: op for op in gather(known, within)}
+    ops = {op.name: op for op in merge_fused_ops(known, within)}
     found = times.parts.keys() | ops.keys() | within.keys()
     components = [
         Component(
@@ -164,7 +164,7 @@ def assemble(
     return Profile(config, work, device, on_gpu, times, components)
 
 
-def gather(ops: Iterable[Op], within: Mapping[str, str]) -> list[Op]:
+def merge_fused_ops(ops: Iterable[Op], within: Mapping[str, str]) -> list[Op]:
     """Add the costs of fused operations to those of the operations they are fused into."""
     found = {op.name: op for op in ops}
     for inner, outer in within.items():
@@ -178,10 +178,10 @@ def gather(ops: Iterable[Op], within: Mapping[str, str]) -> list[Op]:
     return [*found.values()]
 
 
-def measure(step: Step, device: torch.device, limit_s: float = MEASURE_S) -> Times:
-    """Alternate undisturbed steps and steps timed by part, so that slow periods affect both.
+def measure_times(step: Step, device: torch.device, limit_s: float = MEASURE_S) -> Times:
+    """Time whole steps and steps by part, alternately, so that slow periods affect both.
 
-    Stops when they agree, which takes more steps on a busy machine, or after `limit_s` seconds.
+    Stops when both agree, which takes more steps on a busy machine, or after `limit_s` seconds.
     """
     for _ in range(WARM_UP_STEPS):
         step()
@@ -215,6 +215,6 @@ def _seconds(step: Step, device: torch.device) -> float:
 
 
 def _fastest(values: list[_Value], seconds: list[float]) -> list[_Value]:
-    """Return the fastest quarter of the values: other work on the machine only adds time."""
+    """Return the fastest quarter of the values: other processes only add time."""
     ranked = [value for _, value in sorted(zip(seconds, values, strict=True), key=lambda p: p[0])]
     return ranked[: max(1, len(ranked) // 4)]

@@ -1,4 +1,4 @@
-"""A measured step as a bottleneck analysis for people, and as JSON for programs."""
+"""A measured step as a bottleneck analysis for users, and as JSON for programs."""
 
 from dataclasses import asdict
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from getp import tables
-from getp.analysis.advice import Advice, Verdict, advise, judge, rest
+from getp.analysis.advice import Advice, Bottleneck, advise, find_bottleneck, unexplained_time
 from getp.analysis.advice import as_json as advice_json
 from getp.analysis.lookup import LOCAL
 from getp.analysis.profile import Component, Profile
@@ -17,24 +17,28 @@ from model.cost.operations import total
 _WIDE = 80  # columns; a narrower terminal does not show the share of all bytes
 
 
-def print_profile(found: Profile, model: str, others: list[Device]) -> None:
+def print_profile(profile: Profile, model: str, others: list[Device]) -> None:
     """Print the analysis on standard output, with the bandwidth that `others` would need."""
-    verdict, advice = judge(found), advise(found)
+    bottleneck, advice = find_bottleneck(profile), advise(profile)
     console = tables.console()
-    work, name = found.work, found.device.name
-    slowdown = round(found.times.slowdown, 3) + 0.0  # not -0.0
+    work, name = profile.work, profile.device.name
+    slowdown = round(profile.times.slowdown, 3) + 0.0  # not -0.0
     console.print(
         f"{model}: {work.phase}, batch {work.batch:,}, query {work.query:,}, context "
         f"{work.context:,}, {work.dtype} on {'this machine' if name == LOCAL else name} "
-        f"({found.device.source})",
+        f"({profile.device.source})",
         style="bold",
         soft_wrap=True,
     )
-    console.print(_summary(found, verdict), soft_wrap=True)
-    tables.show(console, _parts_table(found, console.width >= _WIDE))
-    console.print(_bandwidths(found, others), soft_wrap=True)
-    console.print(f"\n{verdict.bound}-bound: {verdict.evidence}.", style="bold", soft_wrap=True)
-    console.print(f"Beyond these limits, {rest(found, verdict)}.\n", soft_wrap=True)
+    console.print(_summary(profile, bottleneck), soft_wrap=True)
+    tables.show(console, _parts_table(profile, console.width >= _WIDE))
+    console.print(_bandwidths(profile, others), soft_wrap=True)
+    console.print(
+        f"\n{bottleneck.bound}-bound: {bottleneck.evidence}.", style="bold", soft_wrap=True
+    )
+    console.print(
+        f"Beyond these limits, {unexplained_time(profile, bottleneck)}.\n", soft_wrap=True
+    )
     tables.show(console, _advice_table(advice))
     console.print(
         "\nGains are upper limits that the cost model predicts for each change alone. Timing the "
@@ -44,9 +48,9 @@ def print_profile(found: Profile, model: str, others: list[Device]) -> None:
     )
 
 
-def as_json(found: Profile, model: str) -> dict[str, Any]:
+def as_json(profile: Profile, model: str) -> dict[str, Any]:
     """Return the profile for `--format json`: seconds, each operation over all its layers."""
-    work, step = found.work, total(found.ops)
+    work, step = profile.work, total(profile.ops)
     return {
         "model": model,
         "phase": work.phase,
@@ -54,30 +58,30 @@ def as_json(found: Profile, model: str) -> dict[str, Any]:
         "query": work.query,
         "context": work.context,
         "dtype": work.dtype,
-        "device": {"name": found.device.name, "source": found.device.source},
-        "step_s": found.step_s,
-        "followed_step_s": found.times.timed_s,
-        "slowdown": found.times.slowdown,
-        "steps_measured": found.times.steps,
-        "tok_s": found.tok_s,
-        "launches": found.launches,
-        "launches_per_token": found.launches / work.tokens,
+        "device": {"name": profile.device.name, "source": profile.device.source},
+        "step_s": profile.step_s,
+        "followed_step_s": profile.times.timed_s,
+        "slowdown": profile.times.slowdown,
+        "steps_measured": profile.times.steps,
+        "tok_s": profile.tok_s,
+        "launches": profile.launches,
+        "launches_per_token": profile.launches / work.tokens,
         "bytes": asdict(step.bytes),
         "flops": asdict(step.flops),
-        "bytes_per_s": step.bytes.total / found.step_s,
-        "flops_per_s": step.flops.matrix / found.step_s,
-        "mbu": step.bytes.total / found.step_s / found.device.bandwidth,
-        "mfu": step.flops.matrix / found.step_s / found.device.peak(work.dtype),
-        "parts": [_part_json(part, found) for part in found.components],
-        **advice_json(judge(found), advise(found)),
+        "bytes_per_s": step.bytes.total / profile.step_s,
+        "flops_per_s": step.flops.matrix / profile.step_s,
+        "mbu": step.bytes.total / profile.step_s / profile.device.bandwidth,
+        "mfu": step.flops.matrix / profile.step_s / profile.device.peak(work.dtype),
+        "parts": [_part_json(part, profile) for part in profile.components],
+        **advice_json(find_bottleneck(profile), advise(profile)),
     }
 
 
-def _part_json(part: Component, found: Profile) -> dict[str, Any]:
+def _part_json(part: Component, profile: Profile) -> dict[str, Any]:
     return {
         "name": part.name,
         "seconds": part.seconds,
-        "share": part.seconds / found.times.timed_s,
+        "share": part.seconds / profile.times.timed_s,
         "launches": part.launches,
         "busy_s": part.busy_s,
         "within": part.within,
@@ -86,37 +90,39 @@ def _part_json(part: Component, found: Profile) -> dict[str, Any]:
     }
 
 
-def _summary(found: Profile, verdict: Verdict) -> str:
-    work, step, device = found.work, total(found.ops), found.device
-    layers = len(found.config.layers)
-    moved, computed = step.bytes.total / found.step_s, step.flops.matrix / found.step_s
-    kind = "kernels" if found.on_gpu else "operations"
+def _summary(profile: Profile, bottleneck: Bottleneck) -> str:
+    work, step, device = profile.work, total(profile.ops), profile.device
+    layers = len(profile.config.layers)
+    moved, computed = step.bytes.total / profile.step_s, step.flops.matrix / profile.step_s
+    kind = "kernels" if profile.on_gpu else "operations"
     lines = [
-        f"step      {duration(found.step_s)}, {duration(found.step_s / layers)} per layer; "
-        f"{found.tok_s:,.1f} tok/s",
-        f"launches  {found.launches:,} {kind} per step, {found.launches / layers:.1f} per layer, "
-        f"{found.launches / work.tokens:,.1f} per token; {duration(verdict.launch_s)} of overhead",
+        f"step      {duration(profile.step_s)}, {duration(profile.step_s / layers)} per layer; "
+        f"{profile.tok_s:,.1f} tok/s",
+        f"launches  {profile.launches:,} {kind} per step, "
+        f"{profile.launches / layers:.1f} per layer, "
+        f"{profile.launches / work.tokens:,.1f} per token; "
+        f"{duration(bottleneck.launch_s)} of overhead",
         f"memory    {quantity(step.bytes.total, 'B')} per step: {quantity(moved, 'B/s')} of "
         f"{quantity(device.bandwidth, 'B/s')} ({percent(moved / device.bandwidth)})",
         f"compute   {quantity(step.flops.matrix, 'FLOP')} per step: "
         f"{quantity(computed, 'FLOP/s')} of {quantity(device.peak(work.dtype), 'FLOP/s')} "
         f"({percent(computed / device.peak(work.dtype))})",
     ]
-    if found.busy_s is not None:
-        lines.append(f"GPU       busy for {percent(found.busy_s / found.step_s)} of the step")
+    if profile.busy_s is not None:
+        lines.append(f"GPU       busy for {percent(profile.busy_s / profile.step_s)} of the step")
     return "\n".join([*lines, ""])
 
 
-def _parts_table(found: Profile, wide: bool) -> Table:
+def _parts_table(profile: Profile, wide: bool) -> Table:
     of_bytes = ["% bytes"] if wide else []
     figures = ["time", "% time", "launches", "bytes", *of_bytes, "B/s", "FLOP/s"]
     table = tables.table(["component"], figures)
-    bytes_of_all = total(found.ops).bytes.total
-    for part in found.components:
+    bytes_of_all = total(profile.ops).bytes.total
+    for part in profile.components:
         if part.within:
             table.add_row(_label(part), *["-"] * len(figures))
             continue
-        moved, share = part.op.bytes.total, part.seconds / found.times.timed_s
+        moved, share = part.op.bytes.total, part.seconds / profile.times.timed_s
         table.add_row(
             _label(part),
             duration(part.seconds),
@@ -129,9 +135,9 @@ def _parts_table(found: Profile, wide: bool) -> Table:
         )
     table.add_row(
         "total",
-        duration(found.times.timed_s),
+        duration(profile.times.timed_s),
         percent(1.0),
-        f"{found.launches:,}",
+        f"{profile.launches:,}",
         quantity(bytes_of_all),
         *([percent(1.0)] if wide else []),
         style="bold",
@@ -145,11 +151,11 @@ def _label(part: Component) -> str:
     return part.name if part.op.layer_count else part.name.replace("_", " ")
 
 
-def _bandwidths(found: Profile, others: list[Device]) -> str:
+def _bandwidths(profile: Profile, others: list[Device]) -> str:
     """Describe the share of the bandwidth of other devices that the same speed would use."""
     if not others:
         return ""
-    moved = total(found.ops).bytes.total / found.step_s
+    moved = total(profile.ops).bytes.total / profile.step_s
     uses = (f"{device.name} {percent(moved / device.bandwidth)}" for device in others)
     return f"\nShare of their bandwidth that other devices need for this speed: {', '.join(uses)}."
 

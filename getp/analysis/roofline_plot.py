@@ -3,7 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from getp.analysis.roofline_text import LETTERS, grouped, intensity_range, plotted, wrapped
+from getp.analysis.roofline_text import (
+    LETTERS,
+    group_points,
+    intensity_range,
+    operation_points,
+    wrap_items,
+)
 from getp.errors import GetpError, UsageProblem
 from model.cost.devices import Device
 from model.cost.workload import Op
@@ -52,7 +58,7 @@ def draw_roofline(
         )
     from matplotlib.figure import Figure
 
-    points = plotted(ops)
+    points = operation_points(ops)
     low, high = intensity_range(points, [device.ridge(dtype) for device in devices])
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
@@ -79,14 +85,14 @@ def draw_roofline(
         )
         axes.plot([], [], color=colour, linestyle=style, marker=mark, markerfacecolor="white",
                   label=f"{device.name} (ridge {ridge:,.0f})")  # fmt: skip
-    groups = grouped(points, _ONE_LABEL)
+    groups = group_points(points, _ONE_LABEL)
     for letter, (_, value) in zip(LETTERS, groups, strict=False):
         axes.axvline(value, color="#999999", linewidth=0.6, linestyle=(0, (1, 2)), zorder=1)
         axes.annotate(letter, (value, 1.01), xycoords=("data", "axes fraction"), ha="center")
     axes.set(xscale="log", yscale="log", xlim=(10.0**low, 10.0**high))
     named = [f"{letter} {names}" for letter, (names, _) in zip(LETTERS, groups, strict=False)]
     axes.set_xlabel(
-        "intensity (FLOPs per byte)\n" + "\n".join(wrapped("", named, _CAPTION_COLUMNS))
+        "intensity (FLOPs per byte)\n" + "\n".join(wrap_items("", named, _CAPTION_COLUMNS))
     )
     axes.set_ylabel("FLOP/s")
     axes.set_title(title, fontsize=10, pad=20)

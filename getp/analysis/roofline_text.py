@@ -14,8 +14,8 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _DIGITS = "123456789"
 
 
-def plotted(ops: Sequence[Op]) -> list[tuple[str, float]]:
-    """Return (name, FLOPs per byte) of the operations that have both; FLOPs of all units."""
+def operation_points(ops: Sequence[Op]) -> list[tuple[str, float]]:
+    """Return (name, FLOPs per byte) of each operation with FLOPs (of any unit) and bytes."""
     found = []
     for op in ops:
         flops = op.flops.matrix + op.flops.vector + op.flops.special
@@ -24,8 +24,11 @@ def plotted(ops: Sequence[Op]) -> list[tuple[str, float]]:
     return found
 
 
-def grouped(points: Sequence[tuple[str, float]], decades: float) -> list[tuple[str, float]]:
-    """Give operations within that many decades of intensity one label, in ascending order."""
+def group_points(points: Sequence[tuple[str, float]], decades: float) -> list[tuple[str, float]]:
+    """Merge operations within that many decades of intensity, in ascending order.
+
+    Points are (name, FLOPs per byte).
+    """
     groups: list[list[tuple[str, float]]] = []
     for point in sorted(points, key=lambda point: point[1]):
         if groups and math.log10(point[1] / groups[-1][0][1]) < decades:
@@ -45,10 +48,10 @@ def intensity_range(
 
 def roofline_text(ops: Sequence[Op], devices: Sequence[Device], dtype: str, width: int) -> str:
     """Return lines of at most `width` columns: rooflines drawn as digits, operations as letters."""
-    points, devices = plotted(ops), devices[: len(_DIGITS)]
+    points, devices = operation_points(ops), devices[: len(_DIGITS)]
     low, high = intensity_range(points, [device.ridge(dtype) for device in devices])
     columns = max(20, min(width, 120) - _MARGIN - 1)
-    points = grouped(points, (high - low) / columns)  # one letter per column
+    points = group_points(points, (high - low) / columns)  # one letter per column
     top = math.log10(max(device.peak(dtype) for device in devices) * 1.2)
     bottom = math.log10(min(device.bandwidth for device in devices)) + low
     grid = [[" "] * columns for _ in range(_HEIGHT)]
@@ -77,7 +80,11 @@ def roofline_text(ops: Sequence[Op], devices: Sequence[Device], dtype: str, widt
     names = [f"{letter} = {name}" for letter, (name, _) in zip(LETTERS, points, strict=False)]
     roofs = [f"{mark} = {device.name}" for mark, device in zip(_DIGITS, devices, strict=False)]
     return "\n".join(
-        [*lines, *wrapped("rooflines: ", roofs, width), *wrapped("operations: ", names, width)]
+        [
+            *lines,
+            *wrap_items("rooflines: ", roofs, width),
+            *wrap_items("operations: ", names, width),
+        ]
     )
 
 
@@ -91,7 +98,7 @@ def _axis(low: int, high: int, columns: int) -> str:
     return "".join(line).rstrip() + "\n" + " " * (_MARGIN + 1) + "FLOPs per byte"
 
 
-def wrapped(head: str, items: Sequence[str], width: int) -> list[str]:
+def wrap_items(head: str, items: Sequence[str], width: int) -> list[str]:
     """Return `head` and the comma-separated items in lines of at most `width` columns.
 
     Lines break between items only, and are indented under the first item.

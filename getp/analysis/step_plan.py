@@ -1,4 +1,4 @@
-"""Mode plan: the cost of one step of a model and the least time it takes on each GPU.
+"""Mode plan: the cost of one step of a model and its minimum time on each GPU.
 
 Needs neither weights nor a GPU. With `-i` mode plan predicts a job instead, see `job_plan`.
 """
@@ -16,8 +16,8 @@ from model.cost.operations import check_tensor_parallel, operations, total
 from model.cost.roofline import Bound, bound
 from model.cost.workload import Op, Phase, Workload
 
-_DEFAULT_QUERY = 1024  # of a prefill
-_DEFAULT_CONTEXT = 1024  # of a decode step
+_DEFAULT_QUERY = 1024  # tokens per sequence in a prefill or backward step
+_DEFAULT_CONTEXT = 1024  # tokens per sequence in a decode step
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Plan:
 
     @property
     def exchanges(self) -> dict[int, Exchange]:
-        """Return the communication of one GPU by the number of GPUs that share the model."""
-        config, found = self.model.config, {}
+        """Return the communication per GPU, by the number of GPUs that the model is split over."""
+        config, exchanges = self.model.config, {}
         for ranks in {2, 4, 8, self.work.tensor_parallel} - {1}:
             with contextlib.suppress(ValueError):
                 check_tensor_parallel(config, ranks)
-                found[ranks] = exchange(config, self.work, ranks)
-        return dict(sorted(found.items()))
+                exchanges[ranks] = exchange(config, self.work, ranks)
+        return dict(sorted(exchanges.items()))
 
 
 def make_plan(
@@ -82,7 +82,7 @@ def make_plan(
 
 
 def check_split(model: Model, tensor_parallel: int) -> None:
-    """Raise UsageProblem if that many GPUs cannot share the model."""
+    """Raise UsageProblem if the model cannot be split over that many GPUs."""
     try:
         check_tensor_parallel(model.config, tensor_parallel)
     except ValueError as error:
@@ -111,18 +111,18 @@ def as_json(plan: Plan) -> dict[str, Any]:
         },
         "gpus": [
             {
-                "name": found.device.name,
-                "bound": found.limit,
-                "seconds": found.seconds,
-                "link": found.device.link.name,
-                "link_s": found.link_s,
-                "tok_s": found.tok_s,
-                "mfu": found.mfu,
-                "mbu": found.mbu,
-                "ridge": found.device.ridge(work.dtype),
+                "name": gpu_bound.device.name,
+                "bound": gpu_bound.limit,
+                "seconds": gpu_bound.seconds,
+                "link": gpu_bound.device.link.name,
+                "link_s": gpu_bound.link_s,
+                "tok_s": gpu_bound.tok_s,
+                "mfu": gpu_bound.mfu,
+                "mbu": gpu_bound.mbu,
+                "ridge": gpu_bound.device.ridge(work.dtype),
                 "intensity": plan.total.intensity,
             }
-            for found in plan.bounds
+            for gpu_bound in plan.bounds
         ],
     }
 

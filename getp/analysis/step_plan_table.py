@@ -38,7 +38,7 @@ def print_plan(plan: Plan) -> None:
 
 def write_plot(plan: Plan, path: str) -> None:
     """Draw the roofline into a file, or on the terminal for `-`. Raises GetpError."""
-    devices, dtype = [found.device for found in plan.bounds], plan.work.dtype
+    devices, dtype = [gpu_bound.device for gpu_bound in plan.bounds], plan.work.dtype
     title = _title(plan)
     if plan.work.backward:
         raise GetpError(
@@ -109,17 +109,17 @@ def _gpu_table(plan: Plan) -> Table:
         [*(["comm."] if shared else []), *_GPU_COLUMNS],
     )
     work = plan.work
-    for found in plan.bounds:
-        device = found.device
+    for gpu_bound in plan.bounds:
+        device = gpu_bound.device
         fits = largest_batch(plan.model.config, work, device)
         table.add_row(
             device.name + ("*" if device.computes_in(work.dtype) != work.dtype else ""),
-            found.limit,
-            *([device.link.name, duration(found.link_s)] if shared else []),
-            duration(found.seconds),
-            f"{found.tok_s:,.0f}" if found.tok_s >= 100 else f"{found.tok_s:.2f}",
-            percent(found.mfu),
-            percent(found.mbu),
+            gpu_bound.limit,
+            *([device.link.name, duration(gpu_bound.link_s)] if shared else []),
+            duration(gpu_bound.seconds),
+            f"{gpu_bound.tok_s:,.0f}" if gpu_bound.tok_s >= 100 else f"{gpu_bound.tok_s:.2f}",
+            percent(gpu_bound.mfu),
+            percent(gpu_bound.mbu),
             f"{device.ridge(work.dtype):,.0f}",
             "-" if work.backward else f"{fits:,}" if fits else "none",
         )
@@ -147,21 +147,21 @@ def _notes(plan: Plan) -> str:
         "Fusion reduces activation traffic and launches; graph capture only launch overhead.",
     ]
     lines += [
-        f"{found.device.name}: {found.device.source}"
+        f"{gpu_bound.device.name}: {gpu_bound.device.source}"
         + (
-            f"; {duration(found.device.launch_s)} per launch; --measure measures it again"
-            if found.device.name == LOCAL
+            f"; {duration(gpu_bound.device.launch_s)} per launch; --measure measures it again"
+            if gpu_bound.device.name == LOCAL
             else ""
         )
-        for found in plan.bounds
+        for gpu_bound in plan.bounds
     ]
     lines += [
-        f"* {found.device.name} computes {work.dtype} as {found.device.computes_in(work.dtype)}."
-        for found in plan.bounds
-        if found.device.computes_in(work.dtype) != work.dtype
+        f"* {device.name} computes {work.dtype} as {device.computes_in(work.dtype)}."
+        for device in (gpu_bound.device for gpu_bound in plan.bounds)
+        if device.computes_in(work.dtype) != work.dtype
     ]
     lines.append("Communication = bytes sent / link bandwidth + assumed latency per collective.")
     if work.tensor_parallel > 1:
-        links = dict.fromkeys(found.device.link for found in plan.bounds)
+        links = dict.fromkeys(gpu_bound.device.link for gpu_bound in plan.bounds)
         lines += [f"{link.name}: {link.source}" for link in links]
     return "\n" + "\n".join(lines)

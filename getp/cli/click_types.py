@@ -1,4 +1,4 @@
-"""Parameter types, and the option and the command class, that click does not have."""
+"""Option, command and parameter types that click lacks."""
 
 import math
 import re
@@ -12,11 +12,11 @@ from getp.cli.modes import MODES, Subject
 from getp.errors import UsageProblem
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_LEAST_BYTES = 1024  # fewer are a forgotten unit
+_MIN_BYTES_WITHOUT_UNIT = 1024  # a smaller number is taken for a forgotten unit
 
 
 class Option(cloup.Option):
-    """An option that knows its subject, and thereby the modes to which it applies."""
+    """An option with a subject, which determines the modes to which it applies."""
 
     def __init__(self, *args: Any, subject: Subject = Subject.ANY, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -33,7 +33,7 @@ class Option(cloup.Option):
 
 
 class Command(cloup.Command):
-    """A command whose --gpu takes several names."""
+    """A command that accepts several names after one `--gpu`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments; `--gpu A10 V100` is read as `--gpu A10 --gpu V100`."""
@@ -112,7 +112,7 @@ class Size(click.ParamType):
                 param,
                 ctx,
             )
-        if not match[2] and size < _LEAST_BYTES:
+        if not match[2] and size < _MIN_BYTES_WITHOUT_UNIT:
             self.fail(f"{value} means {value} bytes; did you mean {value}GiB?", param, ctx)
         return int(size * _UNITS[match[2]])
 

@@ -1,7 +1,7 @@
-"""The checkpoint, tokenizer, sampling parameters and engine that the settings ask for.
+"""Loads the checkpoint, tokenizer, sampling parameters and engine for the given settings.
 
-torch takes a second to import, so whatever needs it is imported where it is used: a typing mistake
-is answered at once.
+Importing torch takes a second, so modules that need it are imported inside functions: a mistyped
+option is reported at once.
 """
 
 import secrets
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from getp import EMBEDDED
 from getp.cli.settings import Settings
 from getp.errors import GetpError, UsageProblem
-from getp.terminal import say, warn
+from getp.terminal import print_message, warn
 
 if TYPE_CHECKING:
     from engine import Engine, SamplingParams
@@ -23,7 +23,7 @@ _GETP = Path(__file__).parents[1]
 
 
 def checkpoint_folder(settings: Settings) -> Path:
-    """Return the given checkpoint, or the embedded model: in the package, or in the source."""
+    """Return the given checkpoint, or the embedded model, from the package or the source tree."""
     if settings.checkpoint is not None:
         return Path(settings.checkpoint)
     for folder in (_GETP / "data" / "model", _GETP.parent / "data" / "model"):
@@ -70,7 +70,7 @@ def load_tokenizer(settings: Settings) -> "Tokenizer":
 
 
 def sampling_params(settings: Settings, tokenizer: "Tokenizer") -> "SamplingParams":
-    """Return the sampling parameters; a random seed is chosen, and printed, if it matters."""
+    """Return the sampling parameters; a random seed is chosen, and printed, when sampling."""
     from engine import SamplingParams
 
     options = settings.sampling
@@ -79,7 +79,7 @@ def sampling_params(settings: Settings, tokenizer: "Tokenizer") -> "SamplingPara
     seed = options.seed
     if seed is None and options.temperature > 0:
         seed = secrets.randbelow(2**32)
-        say(f"getp: seed {seed}")
+        print_message(f"getp: seed {seed}")
     return SamplingParams(
         temperature=options.temperature,
         top_k=options.top_k,
@@ -93,7 +93,7 @@ def sampling_params(settings: Settings, tokenizer: "Tokenizer") -> "SamplingPara
 
 
 def load_engine(settings: Settings) -> "Engine":
-    """Make the engine; it loads its weights when it warms up. Raises UsageProblem, EngineError."""
+    """Create the engine, which loads weights in `warm_up`. Raises UsageProblem, EngineError."""
     import torch
 
     from engine import Engine
@@ -122,7 +122,7 @@ def load_engine(settings: Settings) -> "Engine":
 
 
 def load_cluster(settings: Settings) -> "Cluster":
-    """Make the replicas; they load their weights when they warm up. Raises UsageProblem."""
+    """Create the replicas, which load weights in `warm_up`. Raises UsageProblem."""
     from engine.parallel import channel
     from getp.cluster.driver import Cluster
 

@@ -17,7 +17,7 @@ from getp.cli.options import with_options
 from getp.cli.settings import settings_of
 from getp.cli.wording import option_name
 from getp.errors import GetpError, Interrupted, UsageProblem, worded
-from getp.terminal import say, warn
+from getp.terminal import print_message, warn
 
 
 @cloup.command(cls=Command, add_help_option=False)
@@ -36,7 +36,7 @@ def command(ctx: click.Context, **given: Any) -> int:
             "--dtype float8 is only available in -m plan; use bfloat16, float16 or float32"
         )
     settings = settings_of(given)
-    if mode != "plan":  # which also takes the name of a known model
+    if mode != "plan":  # mode plan also accepts the name of a known model
         check_checkpoint(settings)
     return MODES[mode].run(settings)
 
@@ -48,7 +48,7 @@ def run(args: Sequence[str]) -> int:
         status = command.main(list(args), prog_name="getp", standalone_mode=False)
         sys.stdout.flush()
         return status or 0
-    except BrokenPipeError:  # the reader of our output has exited: `getp … | head`
+    except BrokenPipeError:  # the reader of the pipe has exited: `getp … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except click.ClickException as error:
@@ -57,7 +57,7 @@ def run(args: Sequence[str]) -> int:
         return _fail("interrupted", Interrupted("").exit_code)
     except Exception as error:
         if "--debug" in args:
-            say(traceback.format_exc())
+            print_message(traceback.format_exc())
         status = error.exit_code if isinstance(error, GetpError) else 1
         return _fail(_message(error), status, hint=isinstance(error, UsageProblem))
 
@@ -82,23 +82,23 @@ def _message(error: Exception) -> str:
 
 
 def _fail(message: str, status: int, hint: bool = False) -> int:
-    say(f"getp: error: {' '.join(message.split())}")
+    print_message(f"getp: error: {' '.join(message.split())}")
     if hint:
-        say("getp --help lists the options")
+        print_message("getp --help lists the options")
     return status
 
 
 def main() -> None:
-    """Be the `getp` command."""
+    """Run the `getp` command and exit with its status."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        # Neither a character that the locale lacks nor an invalid byte may end the program.
+        # The program must not end at an invalid byte or a character that the locale lacks.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     sys.exit(_with_torchrun(sys.argv[1:]))
 
 
 def _with_torchrun(args: Sequence[str]) -> int:
-    """Run the command line; of the processes that torchrun started, only the first one does."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # then torch need not be imported
+    """Run the command line; under torchrun, run it in rank 0 and serve it in the other ranks."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torch need not be imported
         return run(args)
     from engine.parallel import channel, worker
 

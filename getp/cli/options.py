@@ -11,8 +11,8 @@ from getp.cli.click_types import Device, Dtype, Integer, Number, Option, Replica
 from getp.cli.modes import MODES, Subject
 from getp.limits import DEFAULT_MAX_LENGTH
 
-_YEAR = 365 * 24 * 3600  # seconds; Python's own limit for a wait is not much longer
-_MOST_IN_A_STEP = 2**20  # a larger batch or query is a typing error
+_MAX_SECONDS = 365 * 24 * 3600  # one year; Python cannot wait for much longer
+_MAX_STEP_SIZE = 2**20  # a larger batch, query or context is a typing error
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 _Decorator = Callable[[Any], Any]
@@ -87,7 +87,7 @@ _ALL: tuple[_Decorator, ...] = (
     ),
     _job(
         "--flush-interval",
-        type=Number(0, _YEAR),
+        type=Number(0, _MAX_SECONDS),
         default=1.0,
         show_default=True,
         metavar="SECONDS",
@@ -95,7 +95,7 @@ _ALL: tuple[_Decorator, ...] = (
     ),
     _job(
         "--grace",
-        type=Number(0, _YEAR),
+        type=Number(0, _MAX_SECONDS),
         default=10.0,
         show_default=True,
         metavar="SECONDS",
@@ -181,7 +181,7 @@ _ALL: tuple[_Decorator, ...] = (
         f"[default: {DEFAULT_MAX_LENGTH}, or the model's limit if --max-new-tokens or the request "
         "itself limits the answer]",
     ),
-    _length("--steps", hidden=True, type=Integer(min=0)),  # the former name of --max-length
+    _length("--steps", hidden=True, type=Integer(min=0)),  # the old name of --max-length
     _length("--max-new-tokens", type=Integer(min=1), help="Maximum tokens generated per request."),
     _length(
         "--stop",
@@ -257,15 +257,15 @@ _ALL: tuple[_Decorator, ...] = (
         type=click.Choice(["prefill", "decode", "backward"]),
         help="Phase to plan, or to profile (prefill or decode).  [default: decode]",
     ),
-    _step("--batch", type=Integer(1, _MOST_IN_A_STEP), help="Sequences in the step.  [default: 1]"),
+    _step("--batch", type=Integer(1, _MAX_STEP_SIZE), help="Sequences in the step.  [default: 1]"),
     _step(
         "--query",
-        type=Integer(1, _MOST_IN_A_STEP),
+        type=Integer(1, _MAX_STEP_SIZE),
         help="New tokens per sequence.  [default: 1 in decode, otherwise 1024]",
     ),
     _step(
         "--context",
-        type=Integer(1, _MOST_IN_A_STEP),
+        type=Integer(1, _MAX_STEP_SIZE),
         help="Context length per sequence, new tokens included.  "
         "[default: 1024 in decode, otherwise --query]",
     ),

@@ -1,10 +1,10 @@
-"""The values of all options as frozen dataclasses, one a subject."""
+"""The values of all options as frozen dataclasses, one per subject."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from getp.limits import most_positions
+from getp.limits import length_limit
 
 if TYPE_CHECKING:
     from engine import EngineConfig
@@ -14,7 +14,7 @@ _Options = TypeVar("_Options")
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """Where prompts and their token ids come from."""
+    """The source of prompts, the tokenizer and the use of the chat template."""
 
     input: str | None
     tokenizer: str | None
@@ -24,14 +24,14 @@ class PromptOptions:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How tokens are sampled and when a request ends."""
+    """Sampling and the limits of a request's length."""
 
     temperature: float
     top_p: float
     top_k: int
     seed: int | None  # None: random
     max_length: int | None
-    steps: int | None  # the former name of max_length
+    steps: int | None  # the old name of max_length
     max_new_tokens: int | None
     stop: tuple[str, ...]
     ignore_eos: bool
@@ -43,13 +43,13 @@ class SamplingOptions:
 
     @property
     def max_positions(self) -> int | None:
-        """The most tokens of a request, prompt included; None: the model's limit."""
-        return most_positions(self.given_length, self.max_new_tokens)
+        """The maximum tokens per request, prompt included; None: the model's limit."""
+        return length_limit(self.given_length, self.max_new_tokens)
 
 
 @dataclass(frozen=True)
 class JobOptions:
-    """What happens to results, and how a job is run."""
+    """The output of a job, and how it handles errors, signals and restarts."""
 
     output: str | None
     report: str | None
@@ -62,16 +62,16 @@ class JobOptions:
 
 @dataclass(frozen=True)
 class ParallelOptions:
-    """Over how many processes a model and a job are split."""
+    """The number of processes for a model and for a job."""
 
     tensor_parallel: int | None
-    replicas: int | None  # None: one engine without Ray; 0: as many as there is room for
+    replicas: int | None  # None: one engine without Ray; 0: as many as the resources allow
     ray_address: str | None
 
 
 @dataclass(frozen=True)
 class TokenFileOptions:
-    """What is done with a token file."""
+    """Options of modes decode and eval, which read a token file."""
 
     line: int | None
     reference: str | None
@@ -80,7 +80,7 @@ class TokenFileOptions:
 
 @dataclass(frozen=True)
 class StepOptions:
-    """Which step is planned or profiled, and how that is shown."""
+    """The step to plan or to profile, and the output format."""
 
     phase: Literal["prefill", "decode", "backward"] | None
     batch: int | None
@@ -94,7 +94,7 @@ class StepOptions:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What a plan assumes; EngineConfig would refuse the dtype float8."""
+    """The assumptions of a plan. They are separate because EngineConfig rejects float8."""
 
     dtype: str
     max_batch_size: int | None
@@ -106,7 +106,7 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a command line says."""
+    """The values of all options of a command line."""
 
     mode: str
     checkpoint: str | None  # None: the embedded model

@@ -1,4 +1,4 @@
-"""The options by which a user of the command line knows the settings named in errors."""
+"""Maps settings, which errors name, to the options of the command line."""
 
 _OPTIONS = {
     # engine.EngineConfig

@@ -1,4 +1,4 @@
-"""Which replica runs which request: bookkeeping only, without Ray, clocks or threads.
+"""The assignment of requests to replicas: bookkeeping only, without Ray, clocks or threads.
 
 `Cluster` assigns requests with it, and so does the simulation in benchmarks/simulate_cluster.py.
 """
@@ -11,21 +11,21 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 
-_RUNS = 8  # runs of neighbouring requests into which one assignment to a replica is divided
+_RUNS_PER_REPLICA = 8  # runs of neighbouring requests in one assignment to a replica
 _MAX_ASSIGNED = 128  # requests assigned to a replica at once
 
 
 def max_in_flight(batch: int) -> int:
-    """Return how many requests a replica holds at most if its engine runs `batch` at a time.
+    """Return the maximum number of requests in a replica whose engine runs `batch` at a time.
 
-    The surplus keeps the engine busy while results travel to the driver and new requests travel
-    back. A larger surplus would only queue there while other replicas are idle.
+    The surplus keeps the engine busy while results are sent to the driver and new requests are
+    sent back. A larger surplus would only queue there while other replicas are idle.
     """
     return batch + max(1, batch // 4)
 
 
 def collect_delay_s(replicas: int) -> float:
-    """Return how long a replica waits for more results before it returns the first one.
+    """Return the seconds for which a replica collects more results before it returns the first.
 
     The delay limits the driver to 1,000 messages per second, however many replicas there are.
     """
@@ -56,8 +56,10 @@ class Dispatcher(Generic[Item]):
         self._replicas: dict[int, _Replica[Item]] = {}
         self._available: set[int] = set()  # replicas that can take more requests
         self._free = 0  # requests that all replicas together can still take
-        self._retries: deque[tuple[int, Item]] = deque()  # lost once: assigned before new ones
-        self._quarantine: deque[tuple[int, Item]] = deque()  # lost more often: run last, alone
+        # Requests of dead replicas: lost once (assigned before new ones) or more often (run last
+        # and alone).
+        self._retries: deque[tuple[int, Item]] = deque()
+        self._quarantine: deque[tuple[int, Item]] = deque()
 
     def add(self, replica: int, capacity: int) -> None:
         """Start to assign requests to a replica, at most `capacity` at a time."""
@@ -68,8 +70,8 @@ class Dispatcher(Generic[Item]):
     def remove(self, replica: int, now: float) -> list[int]:
         """Remove a dead replica; return the ids of its requests, which will be reassigned.
 
-        A request that was lost with two replicas may be the cause of their death. It runs last and
-        alone, so that it does not take further replicas down while they run other requests.
+        A request that was lost with two replicas may be the cause of the crashes. It runs last and
+        alone, so that it cannot crash a replica that is running other requests.
         """
         dead = self._replicas.pop(replica, None)
         if dead is None:
@@ -85,10 +87,10 @@ class Dispatcher(Generic[Item]):
         return list(dead.requests)
 
     @property
-    def wanted(self) -> int:
-        """How many new requests can be assigned now: at most a part of each replica's capacity.
+    def assignable(self) -> int:
+        """The number of new requests that can be assigned now, a bounded number per replica.
 
-        Assigned in parts, requests that arrive slowly reach all replicas at the same time.
+        The bound spreads requests that arrive slowly evenly over the replicas.
         """
         return max(0, min(self._free, _MAX_ASSIGNED * len(self._available)) - len(self._retries))
 
@@ -97,9 +99,9 @@ class Dispatcher(Generic[Item]):
     ) -> dict[int, list[Item]]:
         """Assign new requests, as (id, request), and those of dead replicas: replica → requests.
 
-        At most `wanted` requests may be new. last: no more will come. Neighbours stay together in
-        runs, because they may share a prefix. The runs of a replica are spread over the input,
-        because neighbours may be equally long.
+        At most `assignable` requests may be new. last: whether these are the last new requests.
+        Neighbours stay together in runs, because they may share a prefix. The runs of a replica
+        are spread over the input, because neighbours may be equally long.
         """
         self.unfinished += len(new)
         waiting = deque(new)
@@ -112,7 +114,7 @@ class Dispatcher(Generic[Item]):
             return assigned
         by_load = [(self._replicas[index].load, index) for index in self._available]
         heapq.heapify(by_load)
-        run = max(1, len(waiting) // (_RUNS * max(1, len(by_load))))
+        run = max(1, len(waiting) // (_RUNS_PER_REPLICA * max(1, len(by_load))))
         while waiting and by_load:
             _, index = heapq.heappop(by_load)
             replica = self._replicas[index]
@@ -124,16 +126,16 @@ class Dispatcher(Generic[Item]):
         self._retries.extend(waiting)  # more were lost than the other replicas can take
         return assigned
 
-    def finished(self, replica: int, request_ids: Iterable[int], now: float) -> list[Item]:
-        """Note the results of a replica; return their requests."""
-        holder = self._replicas[replica]
-        items = [holder.requests.pop(request_id) for request_id in request_ids]
+    def remove_finished(self, replica: int, request_ids: Iterable[int], now: float) -> list[Item]:
+        """Remove finished requests from a replica, by id; return them."""
+        state = self._replicas[replica]
+        items = [state.requests.pop(request_id) for request_id in request_ids]
         self._free += len(items)
         self.unfinished -= len(items)
         if items:
             self._available.add(replica)
-            if not holder.requests:
-                self.busy_s[replica] += now - holder.busy_since
+            if not state.requests:
+                self.busy_s[replica] += now - state.busy_since
         return items
 
     def _assign_quarantined(self, assigned: dict[int, list[Item]], now: float) -> None:

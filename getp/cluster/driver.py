@@ -1,7 +1,7 @@
-"""The driver of the replicas: many engines over GPUs and hosts, behind the interface of one.
+"""The driver of the replicas: many engines on GPUs and hosts, behind the interface of one engine.
 
-It keeps every replica supplied with requests and takes results as they come. A replica that dies is
-restarted, and its requests run elsewhere; the result of a request does not depend on where it runs.
+It keeps every replica supplied with requests and yields results as they arrive. A replica that dies
+is restarted, and its requests run elsewhere; results do not depend on the replica.
 """
 
 import pickle
@@ -22,14 +22,14 @@ from engine.summary import peak_resident_bytes
 from getp import __version__, fingerprint
 from getp.cluster.dispatcher import Dispatcher, collect_delay_s, max_in_flight
 from getp.cluster.ray_session import RaySession, death_reason, plan_resources
-from getp.cluster.replica import Replica, Results, Setup, Started, request_message
+from getp.cluster.replica import Replica, ReplicaSetup, Results, StartReport, request_message
 from getp.cluster.replica_state import ReplicaState, merged_stats
 from getp.errors import GetpError
-from getp.terminal import say, warn
+from getp.terminal import print_message, warn
 from getp.text.answer_text import StopWatcher
 from model import CheckpointError, load_config
 
-_MAX_DEATHS = 3  # of a replica in a row, without a finished request in between
+_MAX_DEATHS = 3  # deaths of a replica in a row, without a finished request in between
 _POLL_S = 0.1  # longest wait for results before signals are handled
 _SLOW_START_S = 30.0  # time without a start after which a message names the missing replicas
 
@@ -38,10 +38,10 @@ _Handler = Callable[[ReplicaState, Any], list[Completion]]
 
 @dataclass(frozen=True)
 class _Event:
-    """The answer of a replica to a call, and the method that handles it."""
+    """The result of a remote call to a replica, and the method that handles it."""
 
     replica: ReplicaState
-    generation: int  # of the replica at the time of the call
+    generation: int  # generation of the replica at the time of the call
     handler: _Handler
     answer: "Future[Any]"
 
@@ -79,9 +79,9 @@ class Cluster:
         self.dtype = choose_dtype(config.dtype, self.model_config.dtype, self.device)
         self.tensor_parallel = config.tensor_parallel
         self.held_config = held_config(self.model_config, self.device, self.dtype)
-        self.max_batch_size = 0  # of a replica; known after `warm_up`
+        self.max_batch_size = 0  # per replica; known after `warm_up`
         self.replicas = [ReplicaState(index) for index in range(self.resources.replicas)]
-        self._setup = Setup(
+        self._setup = ReplicaSetup(
             str(checkpoint.resolve()),
             str(tokenizer.resolve()),
             fingerprint.of_checkpoint(checkpoint),
@@ -101,7 +101,7 @@ class Cluster:
         return merged_stats(self.replicas)
 
     def summary(self) -> RunSummary:
-        """Return what a report needs to know of the runs so far; also valid after `finish`."""
+        """Return the data of the runs so far for a report; also valid after `finish`."""
         resources = self.resources
         started = [replica.started for replica in self.replicas if replica.started]
         hosts = len({each.host for each in started}) or 1
@@ -166,26 +166,26 @@ class Cluster:
 
     def _completions(self, source: Iterator[Request]) -> Iterator[Completion]:
         more = True
-        check: Callable[[], None] | None = None  # of the job: raises when it should stop
+        check: Callable[[], None] | None = None  # raises when the job should stop
         while more or self._dispatcher.unfinished:
-            wanted = self._dispatcher.wanted if more else 0
+            wanted = self._dispatcher.assignable if more else 0
             new = list(islice(source, wanted))
             more = more and len(new) == wanted
             if new and isinstance(new[0].on_token, StopWatcher):
                 check = new[0].on_token.check
             self._assign(new, last=not more)
-            yield from self._handle_event(0 if more and self._dispatcher.wanted else _POLL_S)
+            yield from self._handle_event(0 if more and self._dispatcher.assignable else _POLL_S)
             if check is not None:
                 check()
 
     def _assign(self, new: list[Request], last: bool) -> None:
-        """Send new requests, and those of dead replicas, to replicas with room."""
+        """Send new requests, and those of dead replicas, to replicas with free capacity."""
         pairs = [(request.request_id, request) for request in new]
         assigned = self._dispatcher.assign(pairs, last, time.perf_counter())
         for index, requests in assigned.items():
             replica = self.replicas[index]
             chunk = pickle.dumps([request_message(request) for request in requests])
-            self._call(replica, replica.actor.submit.remote(chunk), _ignore)
+            self._call(replica, replica.actor.submit.remote(chunk), _ignore_answer)
 
     def _launch(self, replica: ReplicaState) -> None:
         """Start the next process of a replica, which loads the model."""
@@ -197,32 +197,32 @@ class Cluster:
             num_cpus=resources.cpus, max_concurrency=2, scheduling_strategy="SPREAD", **options
         )
         replica.actor = actor.remote(self._setup)
-        self._call(replica, replica.actor.start.remote(), self._started)
+        self._call(replica, replica.actor.start.remote(), self._handle_start)
 
     def _call(self, replica: ReplicaState, reference: Any, handler: _Handler) -> None:
-        """Turn the answer to a call into an event of the replica's current generation."""
+        """Queue the result of a remote call as an event of the replica's current generation."""
         generation = replica.generation
         reference.future().add_done_callback(
             lambda answer: self._events.put(_Event(replica, generation, handler, answer))
         )
 
     def _handle_event(self, timeout_s: float) -> list[Completion]:
-        """Handle the next answer of any replica, if one comes in time; return its completions."""
+        """Handle the next event, if there is one within the timeout; return its completions."""
         try:
             event = self._events.get(timeout=timeout_s)
         except queue.Empty:
             self._report_missing()
             return []
-        if event.generation != event.replica.generation:  # of a process that was given up
+        if event.generation != event.replica.generation:  # from an earlier process
             return []
         try:
             answer = event.answer.result()
         except Exception as error:
-            self._died(event.replica, error)
+            self._handle_death(event.replica, error)
             return []
         return event.handler(event.replica, answer)
 
-    def _started(self, replica: ReplicaState, started: Started) -> list[Completion]:
+    def _handle_start(self, replica: ReplicaState, started: StartReport) -> list[Completion]:
         replica.started, replica.ready = started, True
         self._dispatcher.add(replica.index, max_in_flight(started.max_batch_size))
         self._collect(replica)
@@ -231,9 +231,9 @@ class Cluster:
     def _collect(self, replica: ReplicaState) -> None:
         delay = collect_delay_s(len(self.replicas))
         reference = replica.actor.collect.remote(delay, max(1.0, 10 * delay))
-        self._call(replica, reference, self._collected)
+        self._call(replica, reference, self._handle_results)
 
-    def _collected(self, replica: ReplicaState, answer: bytes) -> list[Completion]:
+    def _handle_results(self, replica: ReplicaState, answer: bytes) -> list[Completion]:
         results: Results = pickle.loads(answer)
         self._collect(replica)
         replica.update(results)
@@ -241,21 +241,21 @@ class Cluster:
             warn(f"replica {replica.index}: {notice}")
         done = [completion for completion, _ in results.finished]
         ids = [completion.request_id for completion in done]
-        requests = self._dispatcher.finished(replica.index, ids, time.perf_counter())
+        requests = self._dispatcher.remove_finished(replica.index, ids, time.perf_counter())
         for request, (_, error) in zip(requests, results.finished, strict=True):
             if error is not None and isinstance(request.on_token, StopWatcher):
                 request.on_token.error = error
         return done
 
-    def _died(self, replica: ReplicaState, error: Exception) -> None:
-        """Restart a replica, unless it keeps dying. Raises GetpError, or the error of its start."""
+    def _handle_death(self, replica: ReplicaState, error: Exception) -> None:
+        """Restart a dead replica. Raises GetpError if it keeps dying, or the error of its start."""
         cause = getattr(error, "cause", None)
         if not replica.ready and isinstance(cause, EngineError | CheckpointError | GetpError):
-            raise cause  # the next start would fail in the same way
+            raise cause  # a restart would fail in the same way
         reason = death_reason(cause or error)
         self._session.ray.kill(replica.actor)
         lost = self._dispatcher.remove(replica.index, time.perf_counter())
-        replica.note_death(len(lost))
+        replica.record_death(len(lost))
         if replica.deaths_in_a_row >= _MAX_DEATHS:
             ids = ", ".join(map(str, lost[:8])) + (" …" if lost[8:] else "")
             when = f"while running requests {ids} (counted from 0)" if lost else "while starting"
@@ -275,7 +275,7 @@ class Cluster:
             self._last_notice = time.monotonic()
         elif time.monotonic() - self._last_notice > _SLOW_START_S:
             self._last_notice = time.monotonic()
-            say(
+            print_message(
                 f"getp: waiting for {len(missing)} of {len(self.replicas)} replicas to load "
                 f"the model or to get free resources: {', '.join(missing[:8])}"
             )
@@ -294,5 +294,5 @@ class Cluster:
         self._running = False
 
 
-def _ignore(replica: ReplicaState, answer: None) -> list[Completion]:
+def _ignore_answer(replica: ReplicaState, answer: None) -> list[Completion]:
     return []

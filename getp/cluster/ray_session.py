@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from getp.errors import GetpError, UsageProblem
-from getp.units import plural
+from getp.units import counted
 
 _OBJECT_STORE_BYTES = 128 << 20  # small, because getp sends only requests and results
 
 
 class RaySession:
-    """A connection to a running Ray cluster, or to one that is started here for its lifetime.
+    """A connection to a running Ray cluster, or to one that this session starts and stops.
 
-    A process that is already connected shares its connection, and keeps it. address: of a running
-    cluster; None: start one. Raises UsageProblem if Ray is not installed, and GetpError.
+    If the process is already connected to Ray, that connection is used and left open. address: of
+    a running cluster; None: start one. Raises UsageProblem if Ray is not installed, and GetpError.
     """
 
     def __init__(self, address: str | None) -> None:
@@ -39,7 +39,7 @@ class RaySession:
             return
         options: dict[str, Any] = {"address": address}
         if address is None:
-            # Sockets lie in this folder, and the length of their paths is limited.
+            # Ray's sockets are in this folder, and the length of socket paths is limited.
             self._folder = tempfile.mkdtemp(prefix="getp-ray-")
             options = {
                 "address": "local",
@@ -115,10 +115,10 @@ def plan_resources(
                 "{replicas} {given}: Ray finds {gpus} on {hosts}, enough for {possible} of {each} "
                 "each",
                 given=replicas or "auto",
-                gpus=plural(sum(gpus), "GPU"),
-                hosts=plural(len(hosts), "host"),
-                possible=plural(possible, "replica"),
-                each=plural(gpus_per_replica, "GPU"),
+                gpus=counted(sum(gpus), "GPU"),
+                hosts=counted(len(hosts), "host"),
+                possible=counted(possible, "replica"),
+                each=counted(gpus_per_replica, "GPU"),
             )
         return Resources(replicas or possible, gpus_per_replica, 0)
     cores = [host["CPU"] for host in hosts if host.get("CPU")]
@@ -127,14 +127,14 @@ def plan_resources(
             "{replicas}: the {cluster} has neither GPUs nor CPUs to run on", cluster="Ray cluster"
         )
     count = replicas or len(cores)
-    # The largest share with which all replicas fit: the cores of some host over an integer.
+    # The largest share that fits all replicas: it is some host's cores divided by an integer.
     shares = (int(size / k * 1e4) / 1e4 for size in set(cores) for k in range(1, count + 1))
     fitting = (s for s in shares if sum(int(size / s + 1e-9) for size in cores) >= count)
     return Resources(count, 0, max(fitting))
 
 
 def death_reason(error: BaseException) -> str:
-    """Return why a replica died, in one line: Ray's own message has many."""
+    """Return the reason for a replica's death in one line, from Ray's long message."""
     text = " ".join(str(error).split())
     if "The actor is dead because " in text:
         text = text.split("The actor is dead because ")[1].split(" Some common causes")[0]

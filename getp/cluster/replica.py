@@ -17,11 +17,11 @@ from getp.text.answer_text import StopWatcher
 from tokenizer import Tokenizer
 
 RequestMessage = tuple[Sequence[int], SamplingParams, int, tuple[str, ...], bool]
-"""A request as it is sent: prompt ids, parameters, id, stop strings, whether it is a chat."""
+"""A request in serializable form: prompt ids, parameters, id, stop strings, chat or not."""
 
 
 def request_message(request: Request) -> RequestMessage:
-    """Return a request as it is sent. Raises TypeError for an `on_token` that cannot be sent."""
+    """Convert a request for sending. Raises TypeError unless `on_token` is None or StopWatcher."""
     stops: tuple[str, ...] = ()
     chat = False
     if request.on_token is not None:
@@ -32,20 +32,20 @@ def request_message(request: Request) -> RequestMessage:
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What every replica needs to start. Paths are on its own host."""
+class ReplicaSetup:
+    """The arguments of every replica. Paths are resolved on the replica's host."""
 
     checkpoint: str
     tokenizer: str
     identity: str  # fingerprint of the driver's checkpoint
-    version: str  # of the driver's getp
+    version: str  # version of the driver's getp
     make_engine: Callable[..., Engine]
     config: EngineConfig
 
 
 @dataclass(frozen=True)
-class Started:
-    """What a replica reports when its engine is warm."""
+class StartReport:
+    """The message of a replica whose engine is warm."""
 
     host: str
     pid: int
@@ -55,7 +55,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Results:
-    """Finished requests, each with the error in its text if any, and the state of the replica."""
+    """Finished requests, each with its text error or None, and the replica's statistics."""
 
     finished: list[tuple[Completion, str | None]]
     stats: EngineStats
@@ -65,13 +65,13 @@ class Results:
 
 
 class Replica:
-    """Runs submitted requests and returns results as they are collected.
+    """Runs submitted requests and returns their results when they are collected.
 
     The engine runs in a thread; `submit` and `collect` may be called from any other thread.
-    Requests and results travel pickled, a chunk at a time, which costs the driver little.
+    Requests and results are pickled in chunks, which keeps the driver's cost per request low.
     """
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: ReplicaSetup) -> None:
         self._setup = setup
         self._changed = threading.Condition()
         self._inbox: deque[Request] = deque()
@@ -83,8 +83,8 @@ class Replica:
         self._engine: Engine
         self._tokenizer: Tokenizer | None = None
 
-    def start(self) -> Started:
-        """Make the engine and warm it up. Raises the errors of the engine, and GetpError."""
+    def start(self) -> StartReport:
+        """Create the engine and warm it up. Raises the errors of the engine, and GetpError."""
         setup, host = self._setup, socket.gethostname()
         if setup.version != __version__:
             raise GetpError(
@@ -104,7 +104,7 @@ class Replica:
         self._engine.warm_up()
         threading.Thread(target=self._run, daemon=True).start()
         summary = self._engine.summary()
-        return Started(host, os.getpid(), summary.device, summary.max_batch_size)
+        return StartReport(host, os.getpid(), summary.device, summary.max_batch_size)
 
     def submit(self, chunk: bytes) -> None:
         """Accept a pickled list of `RequestMessage`."""

@@ -1,11 +1,11 @@
-"""The driver's view of a replica over all the processes that it has had."""
+"""The driver's state of a replica, over all the processes that have run it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from engine import EngineStats, ReplicaSummary
-from getp.cluster.replica import Results, Started
+from getp.cluster.replica import Results, StartReport
 
 _STARTING = ("warm_up_s", "load_s", "compile_s", "capture_s")
 _MEANS = ("schedule_s", "model_s", *_STARTING, "inference_s", "finish_s")
@@ -18,16 +18,16 @@ class ReplicaState:
     """Counters and the current process of a replica."""
 
     index: int
-    generation: int = 0  # number of processes started so far; answers of earlier ones are ignored
+    generation: int = 0  # number of processes started so far; events of earlier ones are ignored
     deaths: int = 0
     deaths_in_a_row: int = 0  # without a finished request in between
-    reassigned: int = 0  # requests that other replicas took over
-    requests: int = 0  # that it finished
+    reassigned: int = 0  # requests lost with a process and assigned again
+    requests: int = 0  # finished requests
     output_tokens: int = 0
-    started: Started | None = None  # its latest report of a start
-    ready: bool = False  # False while it starts
-    stats: EngineStats = field(default_factory=EngineStats)  # of the current process
-    earlier_stats: list[EngineStats] = field(default_factory=list)  # of its earlier processes
+    started: StartReport | None = None  # report of the latest start
+    ready: bool = False  # False while the process starts
+    stats: EngineStats = field(default_factory=EngineStats)  # counters of the current process
+    earlier_stats: list[EngineStats] = field(default_factory=list)  # counters of earlier processes
     peak_memory: int = 0
     peak_gpu_memory: int = 0
     actor: Any = None
@@ -38,7 +38,7 @@ class ReplicaState:
         return [*self.earlier_stats, self.stats]
 
     def update(self, results: Results) -> None:
-        """Take over the counters that come with results."""
+        """Update the counters from results."""
         self.stats = results.stats
         self.peak_memory = max(self.peak_memory, results.peak_memory)
         self.peak_gpu_memory = max(self.peak_gpu_memory, results.peak_gpu_memory)
@@ -47,7 +47,7 @@ class ReplicaState:
         if results.finished:
             self.deaths_in_a_row = 0
 
-    def note_death(self, reassigned: int) -> None:
+    def record_death(self, reassigned: int) -> None:
         """Count the death of the current process, which held that many requests."""
         self.reassigned += reassigned
         self.deaths += 1
@@ -56,7 +56,7 @@ class ReplicaState:
         self.stats = EngineStats()
 
     def summary(self, busy_s: float, inference_s: float) -> ReplicaSummary:
-        """Return the report's line on this replica."""
+        """Return the data of this replica for the report."""
         steps = sum(stats.steps for stats in self.all_stats)
         batch_sum = sum(stats.batch_sum for stats in self.all_stats)
         return ReplicaSummary(

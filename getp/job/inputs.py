@@ -1,12 +1,11 @@
 """The input of a job: its format, its number of requests, and the requests one by one.
 
 The first pass counts and fingerprints the file, so that an error in it is found before any work;
-the second pass reads it while the job runs. Neither holds more than one line. Of each request the
-first pass keeps four bytes, by which the second pass notices that the file was changed.
+the second pass reads it while the job runs. Neither holds more than one line in memory. The first
+pass keeps a four-byte checksum per request, so that the second pass detects a changed file.
 """
 
 import hashlib
-import os
 import shutil
 import tempfile
 import zlib
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, cast
 
 from getp.errors import GetpError
-from getp.files import STANDARD, opened
+from getp.files import is_stream, open_input, path_name
 from getp.job.formats import input_format
 from getp.job.formats.interface import InputFormat, Line
 
@@ -33,7 +32,7 @@ class Source:
     format: InputFormat
     total: int  # requests
     ignored: int  # records after the last request
-    digest: str  # of the decompressed bytes
+    digest: str  # hash of the decompressed lines
     checksums: "array[int]"  # CRC-32 of each request
     spool: BinaryIO | None = None  # the temporary copy of an input that can be read only once
 
@@ -41,7 +40,7 @@ class Source:
         """Yield the requests. Raises GetpError if the file has changed since the first pass."""
         found = 0
         is_request = self.format.is_request
-        with _opened(self.path, self.spool) as file:
+        with _open_pass(self.path, self.spool) as file:
             for number, data in enumerate(self.format.records(file), start=1):
                 if found == self.total:
                     break
@@ -66,28 +65,27 @@ class Source:
 def scan(path: str) -> Source:
     """Make the first pass over a file, or over standard input (`-`). Raises GetpError.
 
-    The error names the line if the file announces a number of requests that is not a number, or is
-    larger than that of the requests that follow.
+    The error names line 1 if the announced number of requests is not a number, or exceeds the
+    number of requests that follow.
     """
-    name = "standard input" if path == STANDARD else path
-    once = path == STANDARD or (os.path.exists(path) and not os.path.isfile(path))
-    spool = _spooled(path) if once else None
-    with _opened(path, spool) as file:
+    name = path_name(path)
+    spool = _copy_to_spool(path) if is_stream(path) else None
+    with _open_pass(path, spool) as file:
         found = input_format(name, file.read(_START))
     digest, records, requests = hashlib.blake2b(digest_size=16), 0, 0
     announced: int | None = None
     checksums = array("I")
-    with _opened(path, spool) as file:
+    with _open_pass(path, spool) as file:
         for data in found.records(file):
             records += 1
             digest.update(b"\0" if data is None else data + b"\n")
             if records == 1:
-                announced = found.announced(name, data)
+                announced = found.announced_count(name, data)
             if found.is_request(records, data):
                 requests += 1
                 checksums.append(_checksum(data))
     if not records:
-        announced = found.announced(name, b"")
+        announced = found.announced_count(name, b"")
     total = requests if announced is None else announced
     if requests < total:
         raise GetpError(f"{name}: line 1 says {total} prompts, but the file has only {requests}")
@@ -99,21 +97,21 @@ def _checksum(data: bytes | None) -> int:
 
 
 @contextmanager
-def _opened(path: str, spool: BinaryIO | None) -> Iterator[BinaryIO]:
+def _open_pass(path: str, spool: BinaryIO | None) -> Iterator[BinaryIO]:
     """Open the input for one pass, from its beginning."""
     if spool is None:
-        with opened(path) as file:
+        with open_input(path) as file:
             yield file
         return
     spool.seek(0)
     yield spool
 
 
-def _spooled(path: str) -> BinaryIO:
-    """Copy a stream to a file without a name, which disappears however the process ends."""
+def _copy_to_spool(path: str) -> BinaryIO:
+    """Copy a stream to an unnamed temporary file, which the kernel removes if the process dies."""
     try:
         spool = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115 - it is used later
-        with opened(path) as file:
+        with open_input(path) as file:
             shutil.copyfileobj(file, spool)
         spool.flush()
     except OSError as error:

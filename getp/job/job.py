@@ -1,4 +1,4 @@
-"""A job as the user asked for it: its files, its fingerprint and its journal."""
+"""A job's settings, its check before the run, its fingerprint and its journal."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.resolve import dtype_name
 from getp.errors import NameOf
-from getp.files import check_writable, in_place, remove_leftovers
+from getp.files import check_writable, is_stream, remove_leftovers
 from getp.job.formats import output_format
 from getp.job.inputs import Source, scan
 from getp.job.job_engine import JobEngine
@@ -18,19 +18,19 @@ from getp.job.journal import Journal
 from getp.job.ordering import Schedule
 from getp.job.request_reader import RequestDefaults
 from getp.job.results import errors_path
-from getp.terminal import say, warn
-from getp.units import plural
+from getp.terminal import print_message, warn
+from getp.units import counted
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the user asked for."""
+    """The settings of a job."""
 
     input: str
     output: str
-    checkpoint: str  # its name, for the report
+    checkpoint: str  # name of the checkpoint, for results and the report
     defaults: RequestDefaults
-    seed_given: bool = True  # otherwise a resumed job takes the random seed of the first run
+    seed_given: bool = True  # if not, a resumed job uses the random seed of the first run
     identity: Mapping[str, str] = field(default_factory=dict)  # fingerprints of the files
     report: str | None = None
     restart: bool = False
@@ -49,17 +49,17 @@ class Job:
 def read(job: Job) -> Source:
     """Make the first pass over the input and check that results can be written. Raises GetpError.
 
-    This comes before anything slow, so that a mistyped path is reported at once.
+    Call it before anything slow, so that a mistyped path is reported at once.
     """
     source = scan(job.input)
     if source.ignored:
         warn(
-            f"{source.name}: ignoring {plural(source.ignored, 'extra line')} after the "
-            f"{plural(source.total, 'prompt')} announced on line 1"
+            f"{source.name}: ignoring {counted(source.ignored, 'extra line')} after the "
+            f"{counted(source.total, 'prompt')} announced on line 1"
         )
     files = {"input": job.input}
     check_writable(job.output, "output", files)
-    if not in_place(job.output):
+    if not is_stream(job.output):
         beside = {"journal": job.journal_path, "errors file": errors_path(job.output)}
         for role, path in beside.items():
             check_writable(path, role, files)
@@ -76,28 +76,28 @@ def open_journal(job: Job, source: Source, engine: JobEngine) -> Journal:
         "seed": job.defaults.params.seed,
         "created": int(os.environ.get("SOURCE_DATE_EPOCH") or time.time()),
     }
-    if in_place(job.output):
+    if is_stream(job.output):
         descriptor, path = tempfile.mkstemp(".journal", "getp-")
         os.close(descriptor)
         journal = Journal(path, header, source.total, job.flush_s)
-        journal.remove()  # only its name: the file lives until it is closed
+        journal.remove()  # removes only the name: the file exists until it is closed
         return journal
     path = job.journal_path
     journal = Journal(path, header, source.total, job.flush_s, job.restart)
     for file in (job.output, errors_path(job.output)):
         remove_leftovers(file)
     if journal.damaged:
-        damaged = plural(journal.damaged, "damaged record")
+        damaged = counted(journal.damaged, "damaged record")
         warn(f"{path} has {damaged}; the requests concerned run again")
     if journal.done:
-        say(f"getp: resuming: {journal.done} of {source.total} requests are done already")
+        print_message(f"getp: resuming: {journal.done} of {source.total} requests are done already")
     if journal.header["seed"] != job.defaults.params.seed:
-        say(f"getp: seed {journal.header['seed']}, from the previous run")
+        print_message(f"getp: seed {journal.header['seed']}, from the previous run")
     return journal
 
 
 def _fingerprint(job: Job, source: Source, engine: JobEngine) -> dict[str, Any]:
-    """Return, by name and as JSON has it, what must be equal for results to be of one job."""
+    """Return the settings that a resumed job must not change, by name and as JSON values."""
     params = asdict(job.defaults.params)
     if not job.seed_given:
         params["seed"] = "random"

@@ -1,4 +1,4 @@
-"""The interface that a job needs of what runs its requests: an `Engine` or a `Cluster`."""
+"""The interface of an engine that runs a job's requests: an `Engine` or a `Cluster`."""
 
 from collections.abc import Iterable, Iterator
 from typing import Protocol
@@ -18,7 +18,7 @@ class JobEngine(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Return the device, or the kind of device of the replicas."""
+        """Return the device; for replicas, the type of their devices."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -38,4 +38,4 @@ class JobEngine(Protocol):
         """Free memory and processes."""
 
     def summary(self) -> RunSummary:
-        """Return what the report needs; also valid after `finish`."""
+        """Return the data for the report; also valid after `finish`."""

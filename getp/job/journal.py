@@ -2,13 +2,13 @@
 
 A text file beside the output. Each line is the CRC-32 of the rest, then the rest:
 
-    crc {"fingerprint": …}          the first line: which job this is
-    crc INDEX + LINE                a request that succeeded, and its line of the result
-    crc INDEX - LINE                a request that failed, and its error as JSON
+    crc {"fingerprint": …}          the first line: the header, which identifies the job
+    crc INDEX + LINE                a request that succeeded, with its line of the result
+    crc INDEX - LINE                a request that failed, with its error as JSON
 
-When `append` returns, the kernel has the record, so that it survives the death of the process; a
+When `append` returns, the record is in the kernel's page cache and survives a killed process; a
 thread calls fsync within the flush interval, so that it survives a power failure. The lock is the
-kernel's (flock): it is released when its holder dies, and can never be stale.
+kernel's (flock): it is released when the process that holds it ends, so it is never stale.
 """
 
 import fcntl
@@ -34,8 +34,8 @@ Header = dict[str, Any]
 class Journal:
     """An open and locked journal. Raises GetpError if it is another job's, locked or damaged.
 
-    `header` is written into a new journal; an existing one keeps its own, whose "fingerprint" must
-    have the same names and values.
+    `header` is written into a new journal. An existing journal keeps its own header, which must
+    have the same "fingerprint".
     """
 
     def __init__(
@@ -44,17 +44,17 @@ class Journal:
         self.path = path
         self.done = 0  # requests in the journal
         self.failed = 0  # those of them that failed
-        self.damaged = 0  # damaged records that were found; their requests run again
+        self.damaged = 0  # damaged records; their requests run again
         self._total = total
         self._flush_s = flush_s
         self._offsets = array("q", [-1]) * total  # of each request's record; -1: none
         self._closed, self._unsynced = threading.Event(), False
         self._sync_error: OSError | None = None
-        self._file = self._locked(path)
+        self._file = self._open_locked(path)
         try:
             if restart:
                 os.ftruncate(self._file.fileno(), 0)
-            self.header = self._open(header)
+            self.header = self._read_or_write_header(header)
             # A second file object: the buffer of the first may still hold a truncated record.
             self._reader = os.fdopen(os.dup(self._file.fileno()), "rb", 1 << 16)
         except OSError as error:
@@ -81,24 +81,24 @@ class Journal:
         return self._offsets[index] >= 0
 
     def append(self, index: int, ok: bool, line: bytes) -> None:
-        """Save a finished request. When this returns, it survives the death of the process."""
+        """Save a finished request; from then on it survives a killed process. Raises GetpError."""
         if self._sync_error is not None:
             raise self._failure(self._sync_error)
-        record = _framed(b"%d %c %s" % (index, b"+" if ok else b"-", line))
+        record = _with_checksum(b"%d %c %s" % (index, b"+" if ok else b"-", line))
         try:
             self._write(record)
         except OSError as error:
             raise self._failure(error) from error
-        self._note(index, self._end - len(record), ok)
+        self._index_record(index, self._end - len(record), ok)
         self._unsynced = True
         if not self._flush_s:
             self.sync()
 
     def read(self, index: int) -> tuple[bool, bytes]:
-        """Return whether a finished request succeeded, and its line."""
+        """Return whether a finished request succeeded, and its line. Raises GetpError."""
         try:
             self._reader.seek(self._offsets[index])
-            content = _content(self._reader.readline())
+            content = _checked_content(self._reader.readline())
         except OSError as error:
             raise self._failure(error) from error
         match = _RECORD.fullmatch(content or b"")
@@ -110,7 +110,7 @@ class Journal:
         return match[2] == b"+", match[3]
 
     def sync(self) -> None:
-        """Write everything to the disk now."""
+        """Write everything to the disk now. Raises GetpError."""
         self._unsynced = False
         try:
             os.fsync(self._file.fileno())
@@ -119,7 +119,7 @@ class Journal:
             raise self._failure(error) from error
 
     def remove(self) -> None:
-        """Delete the journal, when the result of the job is written."""
+        """Delete the journal; call it after the result of the job is written."""
         Path(self.path).unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -135,7 +135,7 @@ class Journal:
             self._reader.close()
             self._file.close()
 
-    def _locked(self, path: str) -> BinaryIO:
+    def _open_locked(self, path: str) -> BinaryIO:
         while True:
             try:
                 file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "rb")
@@ -158,14 +158,14 @@ class Journal:
                 raise self._failure(error) from error
             file.close()
 
-    def _open(self, header: Header) -> Header:
+    def _read_or_write_header(self, header: Header) -> Header:
         """Read the existing journal, or begin a new one; return its header."""
         first = self._file.readline()
         self._end = len(first)
-        if not first.endswith(b"\n"):  # empty, or truncated before it was used
+        if not first.endswith(b"\n"):  # new, or truncated while its header was written
             os.ftruncate(self._file.fileno(), 0)
             self._end = 0
-            self._write(_framed(json.dumps(header).encode()))
+            self._write(_with_checksum(json.dumps(header).encode()))
             os.fsync(self._file.fileno())
             sync_folder(Path(self.path).absolute().parent)
             return header
@@ -176,11 +176,11 @@ class Journal:
                 "{restart} starts over",
                 journal=self.path,
             )
-        self._compare(found["fingerprint"], header["fingerprint"])
-        self._scan()
+        self._check_fingerprint(found["fingerprint"], header["fingerprint"])
+        self._index_records()
         return found
 
-    def _compare(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    def _check_fingerprint(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         changed = [
             f"{name} {old.get(name)!r}, now {new.get(name)!r}"
             for name in dict.fromkeys([*old, *new])
@@ -194,20 +194,20 @@ class Journal:
                 journal=self.path,
             )
 
-    def _scan(self) -> None:
-        """Find every intact record; remove a truncated one at the end."""
+    def _index_records(self) -> None:
+        """Find the offset of every intact record; remove a truncated one at the end."""
         for line in self._file:
             if not line.endswith(b"\n"):
                 os.ftruncate(self._file.fileno(), self._end)
                 return
-            match = _RECORD.fullmatch(_content(line) or b"")
+            match = _RECORD.fullmatch(_checked_content(line) or b"")
             if match is None or (index := int(match[1])) >= self._total:
                 self.damaged += 1
             else:
-                self._note(index, self._end, match[2] == b"+")
+                self._index_record(index, self._end, match[2] == b"+")
             self._end += len(line)
 
-    def _note(self, index: int, offset: int, ok: bool) -> None:
+    def _index_record(self, index: int, offset: int, ok: bool) -> None:
         if index in self:
             return
         self._offsets[index] = offset
@@ -235,17 +235,17 @@ class Journal:
                     return  # the next append raises it
 
     def _failure(self, error: OSError) -> GetpError:
-        safe = f"; {self.done} of {self._total} requests are saved" if self.done else ""
+        saved = f"; {self.done} of {self._total} requests are saved" if self.done else ""
         return GetpError(
-            f"cannot use the journal {self.path}: {error.strerror}{safe}. Fix the cause (disk "
+            f"cannot use the journal {self.path}: {error.strerror}{saved}. Fix the cause (disk "
             "full: make room), then repeat the command to resume"
         )
 
 
 def _header(line: bytes) -> Header | None:
-    """Return the header in a first line; None if it is damaged, or not of a journal."""
+    """Return the header in a first line; None if the line is damaged or is not a header."""
     try:
-        found = json.loads(_content(line) or b"")
+        found = json.loads(_checked_content(line) or b"")
     except (ValueError, RecursionError):
         return None
     if isinstance(found, dict) and isinstance(found.get("fingerprint"), dict):
@@ -253,11 +253,11 @@ def _header(line: bytes) -> Header | None:
     return None
 
 
-def _framed(content: bytes) -> bytes:
+def _with_checksum(content: bytes) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(content), content)
 
 
-def _content(line: bytes) -> bytes | None:
+def _checked_content(line: bytes) -> bytes | None:
     """Return the content of a line; None if it is damaged."""
     content = line[9:-1]
-    return content if line == _framed(content) else None
+    return content if line == _with_checksum(content) else None

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 from getp.job.formats.interface import Failure, JobRequest
+from getp.limits import NO_LIMIT
 
 Schedule = Literal["throughput", "first"]
 """throughput: waiting requests run in the order of `order_for_throughput`; first: input order."""
 
-# Tokens that prompts must share to be grouped: a KV cache block, the least that can be reused.
+# Length of the common prefix by which prompts are grouped: a KV cache block (the unit of reuse).
 _SHARED_TOKENS = 16
 
 
@@ -37,9 +38,9 @@ def _prompt(request: JobRequest) -> list[int]:
 
 
 def _longest_output(request: JobRequest) -> int:
-    """Return the most tokens that the parameters allow; 2⁶⁰ if there is no limit."""
+    """Return the maximum number of output tokens that the parameters allow, or NO_LIMIT."""
     params = request.params
     limits = [] if params.max_new_tokens is None else [params.max_new_tokens]
     if params.max_positions is not None:
         limits.append(params.max_positions - len(request.prompt_ids))
-    return min(limits, default=1 << 60)
+    return min(limits, default=NO_LIMIT)

@@ -1,4 +1,4 @@
-"""Items made in a background thread, so that taking them does not wait for them to be made."""
+"""Prefetching: a background thread produces items before the consumer needs them."""
 
 import queue
 import threading
@@ -9,13 +9,13 @@ from typing import Generic, TypeVar
 
 _Item = TypeVar("_Item")
 
-_POLL_S = 0.1  # how long a wait may delay the reaction to a signal or to the end
-_CHUNK_ITEMS = 64  # a queue operation per item would cost more than many items themselves
+_POLL_S = 0.1  # longest wait before a stop or the end is noticed
+_CHUNK_ITEMS = 64  # items per queue operation, which costs more than producing most items
 
 
 @dataclass(frozen=True)
 class _Chunk(Generic[_Item]):
-    """Items that pass through the queue together; the last chunk says what ended them."""
+    """Items that pass through the queue together; the last chunk has the error, if any."""
 
     items: list[_Item]
     cost: int
@@ -44,9 +44,9 @@ class _CostQueue(queue.Queue[_Chunk[_Item]]):
 
 
 class Prefetcher(Generic[_Item]):
-    """Iterates over `items` in a thread, ahead of the caller up to the total cost `limit`.
+    """Iterates over `items` in a thread, ahead of the consumer by at most the total cost `limit`.
 
-    An exception of theirs is raised where the items are taken. With `arrange`, items are taken in
+    An exception of the iterator is raised in the consumer. With `arrange`, items are consumed in
     windows of the total cost `limit`, each in the order that `arrange` returns.
     """
 
@@ -81,7 +81,7 @@ class Prefetcher(Generic[_Item]):
     def until(self, stopped: Callable[[], bool]) -> Iterator[_Item]:
         """Yield the items until they end, or until `stopped` returns true."""
         window: list[_Item] = []
-        missing = self._limit  # cost
+        missing = self._limit  # cost that the window still lacks
         while not stopped():
             try:
                 chunk = self._queue.get(timeout=_POLL_S)
@@ -103,13 +103,13 @@ class Prefetcher(Generic[_Item]):
     def _fill(self) -> None:
         error: BaseException | None = None
         chunk: list[_Item] = []
-        cost, most = 0, self._limit // 8
+        cost, chunk_cost = 0, self._limit // 8
         try:
             for item in self._items:
                 chunk.append(item)
                 cost += self._cost(item)
-                # An item is passed on at once if nothing else is there to take.
-                if cost >= most or len(chunk) == _CHUNK_ITEMS or self._queue.empty():
+                # If the queue is empty, the consumer may be waiting: pass the item on at once.
+                if cost >= chunk_cost or len(chunk) == _CHUNK_ITEMS or self._queue.empty():
                     if not self._put(_Chunk(chunk, cost)):
                         return
                     chunk, cost = [], 0

@@ -17,9 +17,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from getp.terminal import say
+from getp.terminal import print_message
 
-_LINE_EVERY_S = 10.0
+_LINE_INTERVAL_S = 10.0
 
 
 @contextmanager
@@ -59,7 +59,7 @@ class _TokenRate(ProgressColumn):
         self._output_tokens = output_tokens
 
     def render(self, task: Task) -> Text:
-        """Return the present rate."""
+        """Return the current rate."""
         return Text(f"{self._output_tokens() / max(task.elapsed or 0.0, 1e-9):,.0f} tok/s")
 
 
@@ -74,11 +74,11 @@ def _lines(
         done += 1
 
     def write() -> None:
-        while not ended.wait(_LINE_EVERY_S):
+        while not ended.wait(_LINE_INTERVAL_S):
             elapsed = time.perf_counter() - started
             left = f", about {elapsed / done * (total - done):.0f} s left" if done else ""
             rate = output_tokens() / elapsed
-            say(f"{done} of {total} requests, {rate:,.0f} tok/s{left}")
+            print_message(f"{done} of {total} requests, {rate:,.0f} tok/s{left}")
 
     writer = threading.Thread(target=write, daemon=True)
     writer.start()

@@ -1,4 +1,4 @@
-"""From a line of the input to a request for the engine, or to the reason why there is none."""
+"""Converts a line of the input to a request for the engine, or to a failure with its reason."""
 
 import hashlib
 from array import array
@@ -10,21 +10,20 @@ from engine import SamplingParams
 from getp.errors import GetpError, NameOf, worded
 from getp.job.formats.interface import BadRequestError, Failure, JobRequest, Line, ParsedBody
 from getp.job.inputs import Source
+from getp.limits import NO_LIMIT
 from getp.text.prompts import chat_template, check_length, request_seed, system_message
 from tokenizer import TemplateError, Tokenizer, TokenizerError
-
-_NO_LIMIT = 1 << 60
 
 
 @dataclass(frozen=True)
 class RequestDefaults:
-    """The parameters of a request that does not set its own."""
+    """The parameters of requests that do not set their own."""
 
     params: SamplingParams  # the seed is the job's; each request derives its own from it
     stops: tuple[str, ...] = ()
     chat: bool = False  # apply the chat template to prompts
     system: str | None = None
-    capped: bool = True  # max_positions also limits requests that limit their answer themselves
+    capped: bool = True  # max_positions also limits requests that set their own max_tokens
 
 
 class SeenIds:
@@ -43,11 +42,11 @@ class SeenIds:
         data = text.encode("utf-8", "surrogatepass")
         key = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") or 1
         mask = len(self._table) - 1
-        place = key & mask
-        while self._table[place] not in (0, key):
-            place = (place + 1) & mask
-        new = not self._table[place]
-        self._table[place] = key
+        slot = key & mask
+        while self._table[slot] not in (0, key):
+            slot = (slot + 1) & mask
+        new = not self._table[slot]
+        self._table[slot] = key
         return new
 
 
@@ -60,7 +59,7 @@ class RequestReader:
         defaults: RequestDefaults,
         tokenizer: Tokenizer,
         now: datetime | None = None,
-        max_positions: int = _NO_LIMIT,
+        max_positions: int = NO_LIMIT,
         name_of: NameOf = str,
     ) -> None:
         """now: the time for chat templates, so that a resumed job has the same prompts.
@@ -78,7 +77,7 @@ class RequestReader:
     def read(self, line: Line, needed: bool = True) -> JobRequest | Failure | None:
         """Return the request of a line, or its failure; None if it is not `needed`.
 
-        Lines that are done already must be read too: a later line may repeat their ids.
+        Lines of finished requests must be read too, because a later line may repeat their ids.
         """
         custom_id: str | None = None
         try:
@@ -92,7 +91,7 @@ class RequestReader:
             return self._request(line, custom_id, self._format.parse(line, record))
         except BadRequestError as error:
             return Failure(line.index, line.number, custom_id, error.code, str(error))
-        except Exception as error:  # one request never ends the job
+        except Exception as error:  # a single request must never end the job
             message = f"{type(error).__name__}: {error}"
             return Failure(line.index, line.number, custom_id, "internal_error", message)
 
@@ -108,7 +107,7 @@ class RequestReader:
             return body.prompt
         text = self._rendered(body) if by_template else str(body.prompt)
         try:
-            check_length(self._tokenizer, text, min(self._max_positions, limit or _NO_LIMIT))
+            check_length(self._tokenizer, text, min(self._max_positions, limit or NO_LIMIT))
         except GetpError as error:
             message = worded(error, self._name_of)
             raise BadRequestError("prompt_too_long", message) from error

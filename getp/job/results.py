@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 from getp.errors import GetpError
-from getp.files import STANDARD, in_place, writing
+from getp.files import STDIO, is_stream, open_output
 from getp.job.formats.interface import OutputFormat
 from getp.job.journal import Journal
-from getp.terminal import say
+from getp.terminal import print_message
 
 
 def errors_path(output: str) -> str:
@@ -20,27 +20,27 @@ def errors_path(output: str) -> str:
 def write_results(journal: Journal, total: int, output: str, form: OutputFormat) -> None:
     """Write the result of a finished job, in input order. Raises GetpError.
 
-    The errors file is written first: if the result exists, everything does. If standard output or a
-    pipe fails, the result goes to a file in the working directory, because no second run could
-    bring it back.
+    The errors file is written first, so that a result file always implies a complete job. If
+    standard output or a pipe fails, the result is written to a file in the working directory,
+    because such a job cannot be resumed.
     """
     if not form.holds_failures:
         _write_errors(journal, total, output)
     try:
         _write(journal, total, output, form)
     except (GetpError, OSError) as error:
-        if not in_place(output):
+        if not is_stream(output):
             raise
-        if output == STANDARD:  # otherwise the rest of the buffer would fail again at exit
+        if output == STDIO:  # otherwise the rest of the buffer would fail again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        rescue = f"getp-results-{os.getpid()}{form.suffix}"
-        _write(journal, total, rescue, form)
+        fallback = f"getp-results-{os.getpid()}{form.suffix}"
+        _write(journal, total, fallback, form)
         cause = f"cannot write {output}: {error.strerror}" if isinstance(error, OSError) else error
-        raise GetpError(f"{cause}; the results are in {rescue} instead") from error
+        raise GetpError(f"{cause}; the results are in {fallback} instead") from error
 
 
 def _write(journal: Journal, total: int, output: str, form: OutputFormat) -> None:
-    with writing(output) as file:
+    with open_output(output) as file:
         for index in range(total):
             ok, line = journal.read(index)
             file.write((line if ok or form.holds_failures else b"") + b"\n")
@@ -48,15 +48,15 @@ def _write(journal: Journal, total: int, output: str, form: OutputFormat) -> Non
 
 def _write_errors(journal: Journal, total: int, output: str) -> None:
     if not journal.failed:
-        if not in_place(output):
-            Path(errors_path(output)).unlink(missing_ok=True)  # of an earlier run
+        if not is_stream(output):
+            Path(errors_path(output)).unlink(missing_ok=True)  # left by an earlier run
         return
     failures = (line for ok, line in map(journal.read, range(total)) if not ok)
-    if in_place(output):
+    if is_stream(output):
         for line in failures:
             failure = json.loads(line)
-            say(f"getp: line {failure['line']} failed: {failure['message']}")
+            print_message(f"getp: line {failure['line']} failed: {failure['message']}")
         return
-    with writing(errors_path(output)) as file:
+    with open_output(errors_path(output)) as file:
         for line in failures:
             file.write(line + b"\n")

@@ -10,7 +10,7 @@ from datetime import datetime
 
 from engine import Completion, Request
 from getp.errors import SOME_FAILED, GetpError, Interrupted, worded
-from getp.files import STANDARD, in_place, write_report
+from getp.files import STDIO, is_stream, write_report
 from getp.job.formats import output_format
 from getp.job.formats.interface import Failure, JobRequest, ResultContext
 from getp.job.inputs import Source
@@ -26,21 +26,21 @@ from getp.job.signals import GraceExpired, GracefulStop
 from getp.report.job_report import job_report
 from getp.report.measurements import Measurements
 from getp.report.report_table import final_line, print_report
-from getp.terminal import say
+from getp.terminal import print_message
 from getp.text.answer_text import StopWatcher
 from getp.text.prompts import chat_template
 from tokenizer import Tokenizer
 
 __all__ = ["Job", "JobRun", "read", "run_job"]
 
-_PREFETCHED_TOKENS = 1 << 19  # prompt tokens that may wait for the engine
-_REQUEST_COST = 64  # of a request, in tokens, besides its prompt
+_MAX_PREFETCHED_TOKENS = 1 << 19  # prompt tokens that are encoded ahead of the engine
+_TOKENS_PER_REQUEST = 64  # cost of a queued request besides its prompt
 
 
 def run_job(job: Job, source: Source, tokenizer: Tokenizer, engine: JobEngine) -> int:
-    """Do the whole job; return the exit status. Raises Interrupted when a signal ends it."""
+    """Run the whole job; return the exit status. Raises Interrupted when a signal ends it."""
     if job.defaults.chat:
-        chat_template(tokenizer)  # its absence is one error, not one per request
+        chat_template(tokenizer)  # raises one error instead of one per request
     with ExitStack() as stack:
         stop = stack.enter_context(GracefulStop(job.grace_s))
         journal = stack.enter_context(open_journal(job, source, engine))
@@ -51,7 +51,7 @@ def run_job(job: Job, source: Source, tokenizer: Tokenizer, engine: JobEngine) -
             raise stop.interrupted(f"interrupted: {run.resume_hint()}") from None
         except Exception:
             if journal.done:
-                say(f"getp: {run.resume_hint()}")
+                print_message(f"getp: {run.resume_hint()}")
             raise
         write_results(journal, source.total, job.output, run.format)
         journal.remove()
@@ -60,7 +60,7 @@ def run_job(job: Job, source: Source, tokenizer: Tokenizer, engine: JobEngine) -
 
 
 class JobRun:
-    """One process's part of a job: from the first request that is not done to the last."""
+    """The run of a job in this process: every request that an earlier run did not finish."""
 
     def __init__(
         self, job: Job, source: Source, tokenizer: Tokenizer, engine: JobEngine,
@@ -86,11 +86,11 @@ class JobRun:
         if self._journal.done == self.source.total:
             return
         arrange = order_for_throughput if self.job.schedule == "throughput" else None
-        with Prefetcher(self._read(), _cost, _PREFETCHED_TOKENS, arrange) as requests:
+        with Prefetcher(self._read(), _prefetch_cost, _MAX_PREFETCHED_TOKENS, arrange) as requests:
             self.measured.warm_up_s = _seconds(self.engine.warm_up)
             try:
                 self._stop.allow_grace = True
-                self.measured.inference_s = _seconds(lambda: self._inference(requests))
+                self.measured.inference_s = _seconds(lambda: self._run_inference(requests))
             finally:
                 self._stop.allow_grace = False
                 self.measured.finish_s = _seconds(self.engine.finish)
@@ -101,7 +101,7 @@ class JobRun:
         """Return what is saved after a run that ended early, and how to resume it."""
         done = f"{self._journal.done} of {self.source.total} requests are done"
         name_of, limit = self.job.name_of, self.job.max_errors
-        if in_place(self.job.output):
+        if is_stream(self.job.output):
             return (
                 f"{done}, not saved: a job can be resumed only if {name_of('output')} is a "
                 "regular file"
@@ -128,15 +128,17 @@ class JobRun:
                 if request is not None and line.index not in self._journal:
                     yield request
 
-    def _inference(self, requests: Prefetcher[JobRequest | Failure]) -> None:
-        """Run every request through the engine, which takes them as it has room."""
+    def _run_inference(self, requests: Prefetcher[JobRequest | Failure]) -> None:
+        """Run every request through the engine, which admits requests as it has room."""
         left = self.source.total - self._journal.done
         with progress(left, lambda: self.engine.stats.output_tokens) as advance:
-            admitted = self._admitted(requests.until(lambda: self._stop.requested), advance)
-            completions = self.engine.generate(admitted)
+            engine_requests = self._engine_requests(
+                requests.until(lambda: self._stop.requested), advance
+            )
+            completions = self.engine.generate(engine_requests)
             try:
                 for completion in completions:
-                    self._take(completion)
+                    self._record_completion(completion)
                     advance()
             except GraceExpired:
                 return
@@ -144,13 +146,13 @@ class JobRun:
                 if isinstance(completions, Iterator) and hasattr(completions, "close"):
                     completions.close()
 
-    def _admitted(
+    def _engine_requests(
         self, requests: Iterator[JobRequest | Failure], advance: Callable[[], None]
     ) -> Iterator[Request]:
-        """Yield each request for the engine; those that cannot run fail here."""
+        """Yield the valid requests for the engine; record the failures of the others."""
         for request in requests:
             if isinstance(request, Failure):
-                self._fail(request)
+                self._record_failure(request)
                 advance()
                 continue
             watcher = StopWatcher(
@@ -159,14 +161,16 @@ class JobRun:
             self._running[request.index] = request, watcher
             yield Request(request.prompt_ids, request.params, request.index, watcher)
 
-    def _take(self, completion: Completion) -> None:
-        """Save a completion in the journal; they come in any order."""
+    def _record_completion(self, completion: Completion) -> None:
+        """Save a completion in the journal; completions arrive in any order."""
         request, watcher = self._running.pop(completion.request_id)
         if completion.finish_reason in ("error", "cancelled"):
             message = "the request was cancelled"
             if completion.error is not None:
                 message = worded(completion.error, self.job.name_of)
-            return self._fail(_failure(request, f"request_{completion.finish_reason}", message))
+            return self._record_failure(
+                _failure(request, f"request_{completion.finish_reason}", message)
+            )
         reason = watcher.error
         if reason is None:
             try:
@@ -174,11 +178,11 @@ class JobRun:
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
         if reason is not None:
-            return self._fail(_failure(request, "internal_error", reason))
+            return self._record_failure(_failure(request, "internal_error", reason))
         self._journal.append(request.index, True, line)
         self.measured.add(completion)
 
-    def _fail(self, failure: Failure) -> None:
+    def _record_failure(self, failure: Failure) -> None:
         """Save a failed request. Raises GetpError after too many of them."""
         self._journal.append(failure.index, False, self.format.failed(self._results, failure))
         self.measured.failed += 1
@@ -195,27 +199,27 @@ class JobRun:
 
 
 def _report(run: JobRun, failed: int) -> None:
-    """Print the report, and write it if asked to."""
+    """Print the report, and write it to the report file if there is one."""
     job = run.job
-    if failed and not in_place(job.output):
+    if failed and not is_stream(job.output):
         where = job.output if run.format.holds_failures else errors_path(job.output)
-        say(f"getp: {failed} of {run.source.total} requests failed: see {where}")
+        print_message(f"getp: {failed} of {run.source.total} requests failed: see {where}")
     report = job_report(run.measured, run.engine.summary(), job.checkpoint)
     if job.report is not None:
         write_report(job.report, report)
     print_report(report)
-    # Results or the report on standard output must stay parseable.
-    taken = STANDARD in (job.output, job.report)
-    print(final_line(run.measured), file=sys.stderr if taken else sys.stdout)
+    # If standard output holds the results or the report, it must stay parseable.
+    stdout_in_use = STDIO in (job.output, job.report)
+    print(final_line(run.measured), file=sys.stderr if stdout_in_use else sys.stdout)
 
 
 def _failure(request: JobRequest, code: str, message: str) -> Failure:
     return Failure(request.index, request.line, request.custom_id, code, message)
 
 
-def _cost(request: JobRequest | Failure) -> int:
+def _prefetch_cost(request: JobRequest | Failure) -> int:
     tokens = len(request.prompt_ids) if isinstance(request, JobRequest) else 0
-    return tokens + _REQUEST_COST
+    return tokens + _TOKENS_PER_REQUEST
 
 
 def _seconds(step: Callable[[], None]) -> float:

@@ -7,7 +7,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from getp.errors import Interrupted
-from getp.terminal import say
+from getp.terminal import print_message
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -20,22 +20,22 @@ class GracefulStop:
     """Handles SIGINT, SIGTERM and SIGHUP while it is entered.
 
     The first signal requests a stop. While `allow_grace` is false, there are no requests to wait
-    for, and the signal ends the block with Interrupted. The second signal meets the system's own
-    handler: the process is gone before any Python code runs.
+    for, and the signal ends the block with Interrupted. For the second signal the default handler
+    is installed, so the kernel ends the process at once.
     """
 
     def __init__(self, grace_s: float) -> None:
         self.allow_grace = False
-        self.signal: int | None = None  # the one that was received
+        self.signal: int | None = None  # the first signal received
         self._grace_s = grace_s
         self._deadline = 0.0
-        self._before: dict[int, Any] = {}
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "GracefulStop":
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
-                    self._before[number] = signal.signal(number, self._on_signal)
+                    self._previous_handlers[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(
@@ -44,7 +44,7 @@ class GracefulStop:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
         if kind is KeyboardInterrupt:
             raise self.interrupted("interrupted") from None
@@ -66,12 +66,12 @@ class GracefulStop:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         self._deadline = time.monotonic() + self._grace_s
-        for each in self._before:
+        for each in self._previous_handlers:
             signal.signal(each, signal.SIG_DFL)
         if not self.allow_grace:
-            # Not an Exception: Thread.start would take it for its own failure and raise another.
+            # Not an Exception, because Thread.start would replace an Exception by its own.
             raise KeyboardInterrupt
-        say(
+        print_message(
             f"stopping: waiting up to {self._grace_s:g} s for running requests; press Ctrl-C again "
             "to stop now"
         )

@@ -1,4 +1,4 @@
-"""How close a run came to the limits of its device."""
+"""The efficiency of a run: its speed relative to the limits of its device."""
 
 from dataclasses import dataclass, replace
 
@@ -18,29 +18,29 @@ _MIN_SECONDS = 1.0  # in a shorter run the start-up distorts the efficiency
 
 
 @dataclass(frozen=True)
-class Explanation:
-    """Shares of the inference time or of the device's peaks; None if no step ran."""
+class RunEfficiency:
+    """The utilization of the device and the largest loss of a run; None if no step ran."""
 
     mfu: float | None = None  # matrix FLOPs over peak: model FLOPs utilization
     mbu: float | None = None  # bytes over bandwidth: memory bandwidth utilization
-    bound: str | None = None  # the tighter limit of such a run: compute or memory
-    limit_share: float | None = None  # least time that the device needs, over the time taken
-    largest_loss: str | None = None  # in one sentence
+    bound: str | None = None  # the tighter limit of the device: compute or memory
+    limit_share: float | None = None  # minimum time at the device's peaks / inference time
+    largest_loss: str | None = None  # as a clause for the report
     peaks: str | None = None  # name of the device, and the source of its peaks
 
 
-def explain(run: RunSummary, inference_s: float, requests: int) -> Explanation:
-    """Explain a finished run of that many requests.
+def run_efficiency(run: RunSummary, inference_s: float, requests: int) -> RunEfficiency:
+    """Return the efficiency of a finished run of `requests` requests in `inference_s` seconds.
 
-    The peaks are those of a known device. For other devices they are measured, once.
+    The peaks are the datasheet's for a known device; otherwise they are measured once and stored.
     """
     if not run.stats.steps or not inference_s:
-        return Explanation()
+        return RunEfficiency()
     device = _device(run)
     if device is None:
-        return Explanation()
-    # An engine on several GPUs counts the work of all: compare the share of one with its peaks.
-    # Ranks on a CPU share one processor, and the peaks of replicas are added up.
+        return RunEfficiency()
+    # A tensor-parallel engine counts the work of all GPUs: compare one GPU's share with its peaks.
+    # Ranks on a CPU share one processor, and the peaks of replicas are summed.
     ranks = run.tensor_parallel if run.device_type == "cuda" and not run.replicas else 1
     cost, moved = run_cost(run.config, run.dtype, run.stats, ranks)
     compute, memory = cost.matrix / device.peak(run.dtype), moved.total / device.bandwidth
@@ -48,7 +48,7 @@ def explain(run: RunSummary, inference_s: float, requests: int) -> Explanation:
     finished = FinishedRun(
         run.config, run.dtype, device, run.stats, run.max_batch_size, inference_s, requests
     )
-    return Explanation(
+    return RunEfficiency(
         mfu=compute / inference_s,
         mbu=memory / inference_s,
         bound="compute" if compute >= memory else "memory",
@@ -61,10 +61,10 @@ def explain(run: RunSummary, inference_s: float, requests: int) -> Explanation:
 def run_cost(
     config: ModelConfig, dtype: str, stats: EngineStats, tensor_parallel: int = 1
 ) -> tuple[Flops, Bytes]:
-    """Return FLOPs and bytes of all steps, with activations kept on the chip where possible.
+    """Return the FLOPs and bytes of all steps, as if kernels were fused.
 
-    Decoded tokens count at their mean context and prefill chunks at their mean size, which is exact
-    except for windows and rounding. Each step reads the weights once.
+    The cost is computed at the mean context of decoded tokens and the mean size of prefill chunks,
+    which is exact except for windows and rounding. Each step reads the weights once.
     """
     cost, moved = Flops(), Bytes()
     if stats.decode_tokens:
@@ -83,15 +83,17 @@ def run_cost(
     return cost, moved + Bytes(step.bytes.weights) * stats.steps
 
 
-def record_efficiency(run: RunSummary, model: str, found: Explanation, inference_s: float) -> None:
+def record_efficiency(
+    run: RunSummary, model: str, efficiency: RunEfficiency, inference_s: float
+) -> None:
     """Record the efficiency of a long enough run, for the predictions of `-m plan -i`.
 
     Runs on several devices do not count: their communication would look like slow devices.
     """
-    if found.limit_share is None or run.tensor_parallel > 1 or run.replicas:
+    if efficiency.limit_share is None or run.tensor_parallel > 1 or run.replicas:
         return
     if inference_s >= _MIN_SECONDS:
-        store_efficiency(_target(run), model, found.limit_share)
+        store_efficiency(_target(run), model, efficiency.limit_share)
 
 
 def _work(phase: Phase, query: int, context: int, dtype: str, tensor_parallel: int) -> Workload:
@@ -99,7 +101,7 @@ def _work(phase: Phase, query: int, context: int, dtype: str, tensor_parallel: i
 
 
 def _device(run: RunSummary) -> Device | None:
-    """Return the devices of the run as one; None for GPUs of other hosts that are not known."""
+    """Return the devices of the run as one device; None for unknown GPUs of other hosts."""
     known = None
     if run.device_type == "cuda":
         known = device_of_driver(run.replicas_device or run.device)
@@ -118,7 +120,7 @@ def _device(run: RunSummary) -> Device | None:
 
 
 def _target(run: RunSummary) -> torch.device:
-    """Return the device of an engine in this process."""
+    """Return the torch device of an engine in this process."""
     if run.device_type == "cpu":
         return torch.device("cpu")
     names = map(torch.cuda.get_device_name, range(torch.cuda.device_count()))

@@ -9,7 +9,7 @@ import torch
 from engine.memory_plan import is_out_of_memory
 from engine.summary import RunSummary
 from getp import __version__
-from getp.report.efficiency import Explanation, explain, record_efficiency
+from getp.report.efficiency import RunEfficiency, record_efficiency, run_efficiency
 from getp.report.measurements import Measurements, quantile
 from getp.terminal import warn
 
@@ -61,20 +61,20 @@ def job_report(measured: Measurements, run: RunSummary, checkpoint: str) -> Repo
         "kv_bytes": stats.kv_bytes,
         "peak_kv_use": _ratio(stats.peak_kv_blocks, stats.kv_blocks),
         "prefix_hit_rate": _ratio(measured.cached_tokens, measured.prompt_tokens),
-        **asdict(_explained(measured, run, checkpoint)),
+        **asdict(_efficiency(measured, run, checkpoint)),
         "peak_memory_bytes": run.peak_memory_bytes,
     }
 
 
-def _explained(measured: Measurements, run: RunSummary, checkpoint: str) -> Explanation:
-    """Explain the run, and record its efficiency for later predictions.
+def _efficiency(measured: Measurements, run: RunSummary, checkpoint: str) -> RunEfficiency:
+    """Return the efficiency of the run, and record it for later predictions.
 
-    Measuring the peaks of this machine takes memory; without enough of it nothing is explained.
+    If memory is too scarce to measure the peaks of this machine, the result is empty.
     """
     try:
-        found = explain(run, measured.inference_s, measured.done)
-        record_efficiency(run, checkpoint, found, measured.inference_s)
-        return found
+        efficiency = run_efficiency(run, measured.inference_s, measured.done)
+        record_efficiency(run, checkpoint, efficiency, measured.inference_s)
+        return efficiency
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -82,7 +82,7 @@ def _explained(measured: Measurements, run: RunSummary, checkpoint: str) -> Expl
             "not enough free memory to measure the peak speed of this machine; the report does not "
             "state the efficiency"
         )
-        return Explanation()
+        return RunEfficiency()
 
 
 def _ratio(part: int, whole: int) -> float:

@@ -1,4 +1,4 @@
-"""Where a run lost most of its time, in one sentence."""
+"""The largest loss of time in a run, as a clause for the report."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,9 @@ from model.cost.workload import Workload
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run that computed something. Its config is that of the weights as they are held."""
+    """A run of at least one step."""
 
-    config: ModelConfig
+    config: ModelConfig  # with the weight format that the engine holds
     dtype: str
     device: Device
     stats: EngineStats
@@ -29,7 +29,7 @@ class _Loss:
 
 
 def largest_loss(run: FinishedRun, limit_s: float) -> str:
-    """Return the sentence on the largest loss. limit_s: least time that the device needs."""
+    """Describe the largest loss. limit_s: minimum time of the run at the device's peaks."""
     losses = [
         _reading_and_writing(run),
         _scheduling(run),
@@ -61,7 +61,7 @@ def _scheduling(run: FinishedRun) -> _Loss:
 def _recomputing(run: FinishedRun) -> _Loss:
     """Return the time of tokens recomputed after preemptions.
 
-    The last token of a request is sampled but never computed.
+    The last token of a request is sampled but never used as input, so it is not computed.
     """
     stats = run.stats
     computed = stats.decode_tokens + stats.prefill_tokens
@@ -77,9 +77,9 @@ def _recomputing(run: FinishedRun) -> _Loss:
 
 def _small_batch(run: FinishedRun) -> list[_Loss]:
     """Return the time that decoding at the largest batch would have saved, by the cost model."""
-    stats, most = run.stats, run.max_batch_size
+    stats, max_batch = run.stats, run.max_batch_size
     batch = stats.batch_sum / stats.steps
-    if not stats.decode_tokens or batch >= most:
+    if not stats.decode_tokens or batch >= max_batch:
         return []
     context = max(1, round(stats.decode_context / stats.decode_tokens))
 
@@ -89,7 +89,7 @@ def _small_batch(run: FinishedRun) -> list[_Loss]:
         compute = step.flops.matrix / run.device.peak(run.dtype)
         return max(compute, step.bytes.total / run.device.bandwidth) / size
 
-    saved = 1 - per_token(most) / per_token(max(1, round(batch)))
+    saved = 1 - per_token(max_batch) / per_token(max(1, round(batch)))
     decoding = stats.decode_tokens / (stats.decode_tokens + stats.prefill_tokens)
     reasons = {
         "too few requests to fill it": stats.short_steps,
@@ -98,25 +98,25 @@ def _small_batch(run: FinishedRun) -> list[_Loss]:
     }
     reason = max(reasons, key=lambda reason: reasons[reason])
     seconds = stats.model_s * decoding * saved
-    return [_Loss(seconds, f"the decode batch was {batch:.0f} of {most}: {reason}")]
+    return [_Loss(seconds, f"the decode batch was {batch:.0f} of {max_batch}: {reason}")]
 
 
 def _below_peak(run: FinishedRun, limit_s: float) -> list[_Loss]:
-    """Return the time of the steps beyond the limit of the device: launches, and the rest."""
-    beyond = max(0.0, run.stats.model_s - limit_s)
+    """Return the time of the steps beyond the device's limit: launches, and slow kernels."""
+    excess_s = max(0.0, run.stats.model_s - limit_s)
     work = Workload("decode", 1, 1, 1, run.dtype)
     launches = total(operations(run.config, work)).launches
-    launching = min(beyond, run.stats.steps * launches * run.device.launch_s)
-    rest = beyond - launching
+    launch_s = min(excess_s, run.stats.steps * launches * run.device.launch_s)
+    below_peak_s = excess_s - launch_s
     return [
         _Loss(
-            launching,
-            f"{launching / run.inference_s:.0%} of the time was spent on launching {launches:,} "
+            launch_s,
+            f"{launch_s / run.inference_s:.0%} of the time was spent on launching {launches:,} "
             "operations per step",
         ),
         _Loss(
-            rest,
-            f"{rest / run.inference_s:.0%} of the time is kernels and sampling running below peak "
-            "speed",
+            below_peak_s,
+            f"{below_peak_s / run.inference_s:.0%} of the time is kernels and sampling running "
+            "below peak speed",
         ),
     ]

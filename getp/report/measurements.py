@@ -1,4 +1,4 @@
-"""The figures that the completions of a job add up to."""
+"""The measurements of a job: counts and times, accumulated over its completions."""
 
 import math
 from array import array
@@ -11,19 +11,19 @@ from engine import Completion
 class Sample:
     """A series of numbers in bounded memory: a long series keeps evenly spaced values."""
 
-    def __init__(self, most: int = 1 << 16) -> None:
+    def __init__(self, max_values: int = 1 << 16) -> None:
         self.values = array("d")
-        self._most = most
+        self._max_values = max_values
         self._step, self._skipped = 1, 0
 
     def add(self, value: float) -> None:
-        """Keep the number if it is its turn."""
+        """Add a number; it is kept if its position is a multiple of the current step."""
         self._skipped += 1
         if self._skipped < self._step:
             return
         self._skipped = 0
         self.values.append(value)
-        if len(self.values) == self._most:
+        if len(self.values) == self._max_values:
             self.values = self.values[1::2]
             self._step *= 2
 
@@ -35,7 +35,7 @@ class Measurements:
     resumed: int = 0  # requests finished by an earlier run; not included in any other count
     done: int = 0
     failed: int = 0
-    cut: int = 0  # of those done: truncated at the length limit
+    cut: int = 0  # completed requests truncated at the length limit
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
@@ -74,7 +74,7 @@ class Measurements:
 
 
 def quantile(values: Sequence[float], share: float) -> float | None:
-    """Return the smallest value that at least `share` of all do not exceed; None without values."""
+    """Return the smallest value with at least `share` of all values at or below it, or None."""
     if not values:
         return None
     ordered = sorted(values)

@@ -1,4 +1,4 @@
-"""The report of a job as a table for people, and its last line for scripts."""
+"""The report of a job as a table for users, and its last line for scripts."""
 
 from rich.console import Console
 from rich.markup import escape
@@ -6,8 +6,8 @@ from rich.table import Table
 
 from getp.report.job_report import Report
 from getp.report.measurements import Measurements
-from getp.terminal import visible
-from getp.units import memory, plural
+from getp.terminal import strip_control_characters
+from getp.units import counted, memory
 
 
 def final_line(measured: Measurements) -> str:
@@ -20,7 +20,7 @@ def final_line(measured: Measurements) -> str:
 
 def print_report(report: Report) -> None:
     """Print the report as a table on standard error, apart from output for scripts."""
-    title = f"getp on {escape(visible(report['checkpoint']))}"
+    title = f"getp on {escape(strip_control_characters(report['checkpoint']))}"
     table = Table(show_header=False, title=title, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
@@ -59,12 +59,13 @@ def _rows(r: Report) -> list[tuple[str, str]]:
         ("time per output token", _latency(r["per_token_median_s"], r["per_token_p99_s"])),
         (
             "batch",
-            f"mean {r['mean_batch']:.1f}, peak {r['peak_batch']} over {plural(r['steps'], 'step')}",
+            f"mean {r['mean_batch']:.1f}, peak {r['peak_batch']} over "
+            f"{counted(r['steps'], 'step')}",
         ),
         (
             "KV cache",
             f"{memory(r['kv_bytes'])}, peak use {r['peak_kv_use']:.1%}, "
-            f"{plural(r['preemptions'], 'preemption')}",
+            f"{counted(r['preemptions'], 'preemption')}",
         ),
         *_efficiency(r),
         *_replicas(r),
@@ -107,7 +108,7 @@ def _replicas(r: Report) -> list[tuple[str, str]]:
         rows.append(
             (
                 f"replica {one['replica']}",
-                f"{plural(one['requests'], 'request')}, {one['output_tokens']:,} output tokens, "
+                f"{counted(one['requests'], 'request')}, {one['output_tokens']:,} output tokens, "
                 f"{one['output_tok_s']:,.1f} tok/s, batch {one['mean_batch']:.1f}, busy "
                 f"{one['busy']:.1%}, {memory(one['peak_memory_bytes'])} on {one['host']}{deaths}",
             )

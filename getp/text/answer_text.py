@@ -1,4 +1,4 @@
-"""The text of an answer, while its tokens are generated and afterwards."""
+"""Converts the tokens of an answer to text, during generation or afterwards."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,7 +16,7 @@ def texts_by_channel(
     """Return the text of a finished answer by channel, cut at the first stop string."""
     in_channels = chat and supports_harmony(tokenizer)
     if not stops and not in_channels:
-        return {FINAL: tokenizer.decode(token_ids)}  # all at once, which is much faster
+        return {FINAL: tokenizer.decode(token_ids)}  # much faster than token by token
     answer = AnswerText(tokenizer, prompt_ids, chat, stops)
     pieces = []
     for token_id in token_ids:
@@ -28,15 +28,15 @@ def texts_by_channel(
         if piece is not None:
             texts[piece.channel] = texts.get(piece.channel, "") + piece.text
     if in_channels and not texts and tokenizer.token_id("<|channel|>") not in token_ids:
-        return {FINAL: tokenizer.decode(token_ids)}  # not in channels: keep all of its text
+        return {FINAL: tokenizer.decode(token_ids)}  # no channels: return the whole text
     return texts
 
 
 class StopWatcher:
-    """Receives each token of a request and ends it at a stop string.
+    """An `on_token` callback that ends a request at a stop string.
 
-    The token that completes the string is kept, like a stop token. `check` is called at every token
-    and may raise. An error in the text ends only this request; it is kept in `error`.
+    The token that completes the string is kept, like a stop token. `check` is called for every
+    token and may raise. An error while decoding ends only this request and is stored in `error`.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class StopWatcher:
         """Return whether the request ends with this token."""
         if self.check is not None:
             self.check()
-        if not self.stops:  # the text is needed only when the answer has ended
+        if not self.stops:  # without stop strings there is no need to decode yet
             return False
         try:
             if self._answer is None:
@@ -72,11 +72,11 @@ class StopWatcher:
 
 
 class AnswerText:
-    """Turns an answer's tokens into text, by channel, up to the first stop string.
+    """Converts an answer's tokens to text by channel, up to the first stop string.
 
-    `chat`: the prompt came from a chat template, so that gpt-oss answers in channels. Any other
-    answer is entirely in the channel `final`. Stop strings end an answer only in `final`: in the
-    model's reasoning they mean nothing.
+    `chat`: the prompt came from a chat template, so gpt-oss answers in channels. Any other answer
+    is entirely in the channel `final`. Stop strings are detected only in `final`, not in the
+    model's reasoning.
     """
 
     def __init__(
@@ -95,24 +95,24 @@ class AnswerText:
         return "".join(self._final)
 
     def push(self, token_id: int) -> ChannelText | None:
-        """Take the next token; return the text it adds, if any. Sets `stopped`."""
+        """Process the next token; return the text it adds, if any. Sets `stopped`."""
         if self._parser is not None:
-            return self._watch(self._parser.push(token_id))
-        return self._watch(ChannelText(FINAL, self._decoder.push(token_id)))
+            return self._apply_stop_strings(self._parser.push(token_id))
+        return self._apply_stop_strings(ChannelText(FINAL, self._decoder.push(token_id)))
 
     def flush(self) -> list[ChannelText]:
-        """Return the text that was held back for a stop string, when the answer has ended."""
+        """Return the text held back for a stop string; call it after the last token."""
         if self.stopped:
             return []
         if self._parser is not None:
-            last = self._watch(self._parser.flush())
+            last = self._apply_stop_strings(self._parser.flush())
         else:
-            last = self._watch(ChannelText(FINAL, self._decoder.flush()))
+            last = self._apply_stop_strings(ChannelText(FINAL, self._decoder.flush()))
         held = ChannelText(FINAL, "" if self.stopped else self._stops.flush())
         self._final.append(held.text)
         return [piece for piece in (last, held) if piece and piece.text]
 
-    def _watch(self, piece: ChannelText | None) -> ChannelText | None:
+    def _apply_stop_strings(self, piece: ChannelText | None) -> ChannelText | None:
         if piece is None or piece.channel != FINAL:
             return piece
         result = self._stops.push(piece.text)

@@ -1,4 +1,4 @@
-"""Answers that are streamed to the terminal: of one prompt, or of a chat."""
+"""Streams answers to the terminal: for a single prompt, or in a chat."""
 
 import sys
 from dataclasses import dataclass, replace
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from engine import Completion, Request, SamplingParams
 from getp.errors import GetpError, Interrupted, NameOf, worded
-from getp.terminal import ctrl_c_noted, say, typed_lines
+from getp.terminal import catch_ctrl_c, input_lines, print_message
 from getp.text.answer_text import AnswerText
 from getp.text.prompts import (
     chat_template,
@@ -31,7 +31,7 @@ Ctrl-C stops an answer; the part that was shown stays in the conversation."""
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """How answers are generated."""
+    """The settings for generating answers."""
 
     params: SamplingParams  # the seed is the chat's; each answer derives its own from it
     stops: tuple[str, ...] = ()
@@ -44,7 +44,7 @@ class ChatSettings:
 class Reply:
     """A finished answer."""
 
-    text: str  # of the final channel
+    text: str  # the text of the final channel
     completion: Completion
     interrupted: bool
 
@@ -55,31 +55,31 @@ def generate(settings: ChatSettings, text: str, tokenizer: Tokenizer, engine: "E
     with engine:
         reply = stream_answer(settings, ids, 0, tokenizer, engine)
     _check(reply, settings)
-    say(summary(reply))
+    print_message(summary(reply))
     if reply.interrupted:
         raise Interrupted("interrupted")
 
 
 def chat(settings: ChatSettings, first: str | None, tokenizer: Tokenizer, engine: "Engine") -> None:
-    """Chat until the user leaves. `first` is the first message, if it is known already."""
+    """Chat until the user quits. `first` is the first message, if it is already known."""
     chat_template(tokenizer)  # fail before the model loads
     if sys.stdin.isatty():
-        say("loading the model; type /help for the commands")
+        print_message("loading the model; type /help for the commands")
     with engine:
         conversation = Conversation(settings, tokenizer, engine)
         if first:
-            conversation.say(first)
-        for line in typed_lines("> "):
+            conversation.send(first)
+        for line in input_lines("> "):
             if not line.strip():
                 continue
             if not line.startswith("/"):
-                conversation.say(line)
+                conversation.send(line)
             elif not conversation.command(line):
                 return
 
 
 class Conversation:
-    """The turns so far. All of them are the next prompt, most of which the prefix cache holds."""
+    """The turns so far. The next prompt contains all of them; the prefix cache holds most of it."""
 
     def __init__(self, settings: ChatSettings, tokenizer: Tokenizer, engine: "Engine") -> None:
         self._settings = settings
@@ -87,20 +87,20 @@ class Conversation:
         self._engine = engine
         self._system = settings.system
         self._turns: list[Message] = []
-        self._answers = 0  # so far; each answer has its own seed
+        self._answers = 0  # number of answers so far; each has its own seed
 
-    def say(self, text: str) -> None:
+    def send(self, text: str) -> None:
         """Add the user's turn and stream the answer; remove the turn if there is no answer."""
         self._turns.append({"role": "user", "content": text})
         try:
             reply = self._answer()
         except (GetpError, TokenizerError) as error:
             self._turns.pop()
-            say(f"getp: error: {worded(error, self._settings.name_of)}")
+            print_message(f"getp: error: {worded(error, self._settings.name_of)}")
             return
-        # Only the final text: chat templates leave out the reasoning of earlier answers.
+        # Only the final text, because chat templates omit the reasoning of earlier answers.
         self._turns.append({"role": "assistant", "content": reply.text})
-        say(summary(reply))
+        print_message(summary(reply))
 
     def command(self, line: str) -> bool:
         """Run a command that begins with a slash; return whether the chat continues."""
@@ -109,14 +109,14 @@ class Conversation:
             return False
         if name == "/reset":
             self._turns.clear()
-            say("new conversation")
+            print_message("new conversation")
         elif name == "/system":
             self._system = rest.strip() or None
-            say("system prompt set" if self._system else "system prompt removed")
+            print_message("system prompt set" if self._system else "system prompt removed")
         elif name == "/help":
-            say(_HELP)
+            print_message(_HELP)
         else:
-            say(f"unknown command {name}; type /help")
+            print_message(f"unknown command {name}; type /help")
         return True
 
     def _answer(self) -> Reply:
@@ -172,7 +172,7 @@ def stream_answer(
     answer = AnswerText(tokenizer, prompt_ids, settings.chat, settings.stops)
     screen = Screen(sys.stdout, sys.stderr)
     params = replace(settings.params, seed=request_seed(settings.params.seed, number))
-    with ctrl_c_noted() as interrupted:
+    with catch_ctrl_c() as interrupted:
 
         def on_token(token_id: int) -> bool:
             screen.show(answer.push(token_id))

@@ -1,4 +1,4 @@
-"""Modes decode and eval: the text of a token file, and its comparison with a reference."""
+"""Modes decode and eval: convert a token file to text, or compare it with a reference."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,19 +10,19 @@ from rich.table import Table
 from rich.text import Text
 
 from getp.errors import GetpError, UsageProblem
-from getp.files import read_bytes, read_token_file, split_lines, writing
-from getp.units import plural
+from getp.files import open_output, read_bytes, read_token_file, split_lines
+from getp.units import counted
 from tokenizer import Tokenizer, answer_text
 from tokenizer.harmony import supports_harmony
 
-_WRONG_SHOWN = 5
+_MAX_WRONG_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The first difference between two token files. An id is None if its line has ended."""
+    """The first difference between two token files. An id is None at the end of its line."""
 
-    line: int  # from 1
+    line: int  # line number, from 1
     position: int  # in the line, from 0
     token: int | None
     reference: int | None
@@ -30,12 +30,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Agreement:
-    """To what extent a token file agrees with a reference."""
+    """The agreement of a token file with a reference."""
 
     lines: int
     lines_equal: int
     mean_prefix_tokens: float  # tokens until the first difference, mean over lines
-    mean_prefix_share: float  # the same as a share of the longer line
+    mean_prefix_share: float  # mean_prefix_tokens as a share of the longer line
     first_difference: Difference | None
 
 
@@ -43,7 +43,7 @@ class Agreement:
 class WrongAnswer:
     """An answer that differs from the expected text."""
 
-    line: int  # of the token file, from 1
+    line: int  # line number in the token file, from 1
     expected: str
     answer: str
 
@@ -85,7 +85,7 @@ def decode_file(path: str, output: str, tokenizer: Tokenizer, line: int | None) 
                 token=min(found),
             )
     texts = [_text(tokenizer, row) for row in chosen]
-    with writing(output) as file:
+    with open_output(output) as file:
         for text in texts:
             shown = text if line is not None else one_line(text)
             file.write(shown.encode("utf-8", "replace") + b"\n")
@@ -106,7 +106,7 @@ def compare_tokens(rows: Sequence[Sequence[int]], reference: Sequence[Sequence[i
     """Compare two token files line by line. Raises GetpError if their lengths differ."""
     if len(rows) != len(reference):
         raise GetpError(
-            f"the token file has {plural(len(rows), 'line')}, but the reference has "
+            f"the token file has {counted(len(rows), 'line')}, but the reference has "
             f"{len(reference)}: give two files of the same job"
         )
     equal, tokens, share = 0, 0, 0.0
@@ -140,12 +140,12 @@ def score_texts(
 ) -> Score:
     """Compare the texts of the answers with the expected ones, without surrounding whitespace."""
     wrong = []
-    for number, (row, want) in enumerate(zip(rows, expected, strict=True), start=1):
+    for number, (row, expected_text) in enumerate(zip(rows, expected, strict=True), start=1):
         answer = one_line(answer_text(tokenizer, row).strip())
-        if answer != want.strip():
-            wrong.append(WrongAnswer(number, want.strip(), answer))
+        if answer != expected_text.strip():
+            wrong.append(WrongAnswer(number, expected_text.strip(), answer))
     right = len(rows) - len(wrong)
-    return Score(len(rows), right, right / max(len(rows), 1), tuple(wrong[:_WRONG_SHOWN]))
+    return Score(len(rows), right, right / max(len(rows), 1), tuple(wrong[:_MAX_WRONG_SHOWN]))
 
 
 def read_expected(path: str, count: int) -> list[str]:
@@ -155,7 +155,7 @@ def read_expected(path: str, count: int) -> list[str]:
         lines = lines[1:]
     if len(lines) != count:
         raise GetpError(
-            f"{path} has {plural(len(lines), 'line')}, but the token file has {count}: give "
+            f"{path} has {counted(len(lines), 'line')}, but the token file has {count}: give "
             "one expected text per line"
         )
     return lines
@@ -168,7 +168,7 @@ def evaluate(
     tokenizer: Tokenizer | None,
     to_stderr: bool = False,
 ) -> dict[str, Any]:
-    """Compare a token file with a reference, with expected texts or both; print the outcome.
+    """Compare a token file with a reference, expected texts or both; print and return the result.
 
     tokenizer: needed for expected texts. to_stderr: print on standard error. Returns the report.
     """

@@ -1,4 +1,4 @@
-"""The token ids and the seed of a prompt."""
+"""Encodes prompts and conversations, and derives the seed of each request."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from getp.errors import GetpError
 from tokenizer import ChatTemplate, Message, Tokenizer
 
 _MASK = 2**64 - 1
-_LONG = 1 << 20  # characters; shorter texts are encoded without a check
+_MIN_CHECKED_LENGTH = 1 << 20  # characters; shorter texts are encoded without a check
 
 
 def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
@@ -30,9 +30,9 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
 def check_length(tokenizer: Tokenizer, text: str, limit: int) -> None:
     """Raise GetpError for a long text that must have more than `limit` tokens.
 
-    To encode megabytes takes minutes and gigabytes, only to find that they are too many tokens.
+    Encoding megabytes of text takes minutes and gigabytes of memory, so this avoids it.
     """
-    if len(text) <= max(_LONG, limit):
+    if len(text) <= max(_MIN_CHECKED_LENGTH, limit):
         return
     size = len(text.encode("utf-8", "replace"))
     if size > limit * tokenizer.max_token_bytes:
@@ -60,8 +60,8 @@ def system_message(system: str | None) -> list[Message]:
 def request_seed(seed: int, index: int) -> int:
     """Return the seed of request `index` in a job with `seed`, from 0 to 2⁶³ - 1.
 
-    So equal prompts of a job are sampled differently, and in the next run in the same way.
-    SplitMix64's output function (Steele, Lea, Flood 2014) over the index-th state after `seed`.
+    Equal prompts of a job are thus sampled differently, but reproducibly. The seed is SplitMix64's
+    output function (Steele, Lea, Flood 2014) of the index-th state after `seed`.
     """
     z = (seed + (index + 1) * 0x9E3779B97F4A7C15) & _MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK

@@ -1,8 +1,8 @@
-"""An answer on the screen while it is generated."""
+"""Shows an answer on the screen while it is generated."""
 
 from typing import TextIO
 
-from getp.terminal import visible
+from getp.terminal import strip_control_characters
 from tokenizer.harmony import FINAL, ChannelText
 
 _DIM, _NORMAL = "\x1b[2m", "\x1b[0m"
@@ -18,7 +18,7 @@ class Screen:
     def __init__(self, out: TextIO, aside: TextIO) -> None:
         self._out = out
         self._aside = aside
-        self._channel: str | None = None  # of the last piece; None: the final channel
+        self._channel: str | None = None  # channel of the last piece; None: final
         self._last = "\n"  # last character written, on either stream
 
     def show(self, piece: ChannelText | None) -> None:
@@ -50,7 +50,7 @@ class Screen:
         self._channel, self._last = None, "\n"
 
     def _write(self, stream: TextIO, text: str) -> None:
-        shown = visible(text) if stream.isatty() else text
+        shown = strip_control_characters(text) if stream.isatty() else text
         stream.write(shown)
         stream.flush()
         self._last = shown[-1:] or self._last

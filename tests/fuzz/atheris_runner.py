@@ -1,8 +1,8 @@
 """Coverage-guided fuzzing: `python -m tests.fuzz.atheris_runner TARGET FOLDER [-libFuzzer …]`.
 
 Needs `pip install atheris`, which the tests do not. Runs the targets of `tests.fuzz.targets`
-until `-max_total_time=SECONDS` or the first exception that is not ours; inputs that reached
-something new are kept in FOLDER/corpus, and the one that failed is named at the end.
+until `-max_total_time=SECONDS` or the first exception that is not one of getp's errors. Inputs that
+reach new code are kept in FOLDER/corpus; the failing input is named at the end.
 """
 
 import sys
@@ -37,7 +37,7 @@ def main() -> None:
         targets["safetensors-index"] = Target(index_of(header), safetensors_index)
     work.mkdir(exist_ok=True)
     target = targets[name]
-    (corpus / "good").write_bytes(target.good)
+    (corpus / "valid").write_bytes(target.valid)
     limits = ["-timeout=120", "-rss_limit_mb=4096", "-max_len=65536"]
     arguments = [sys.argv[0], str(corpus), *limits, f"-artifact_prefix={folder}/", *sys.argv[3:]]
     atheris.Setup(arguments, lambda data: target.use(work, data))

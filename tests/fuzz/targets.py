@@ -1,6 +1,6 @@
-"""Fuzz targets: each takes a folder to work in and the bytes of a file, valid or not.
+"""Fuzz targets: each takes a working folder and the bytes of a file, valid or not.
 
-It may return or raise one of getp's errors; any other exception, or a hang, is a bug.
+A target may return, or raise one of getp's errors; any other exception, or a hang, is a bug.
 """
 
 import gzip
@@ -21,20 +21,19 @@ from getp.job.formats.interface import Failure, JobRequest
 from getp.job.inputs import scan
 from getp.job.journal import Journal
 from getp.job.request_reader import RequestDefaults, RequestReader
-from model import CheckpointError, Transformer, load_config
-from model import loader as weights
+from model import CheckpointError, Transformer, load_config, loader
 from model.ops.backend import choose_backend
 from tests.getp.helpers import CHAT_TEMPLATE, byte_level, small_tokenizer, write_tokenizer
 from tokenizer import ChatTemplate, Tokenizer, TokenizerError
 
 TOKENIZER = small_tokenizer()
-GOOD = {
+VALID_RECORD = {
     "custom_id": "a",
     "method": "POST",
     "url": "/v1/chat/completions",
     "body": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3},
 }
-_LINES = (json.dumps(GOOD) + "\n").encode() * 2
+_LINES = (json.dumps(VALID_RECORD) + "\n").encode() * 2
 _HEADER = {"fingerprint": {"a": 1}}
 _MODEL = {  # small, so that damaged variants of it are small as well
     "model_type": "gpt_oss", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
@@ -52,7 +51,7 @@ _MODEL = {  # small, so that damaged variants of it are small as well
 class Target(NamedTuple):
     """The bytes of a valid file, and the function that reads it."""
 
-    good: bytes
+    valid: bytes
     use: Callable[[Path, bytes], None]
 
 
@@ -83,7 +82,7 @@ def input_named(name: str) -> Callable[[Path, bytes], None]:
 def token_file(folder: Path, data: bytes) -> None:
     """Read a file of token ids."""
     (folder / "tokens").write_bytes(data)
-    _refused_at_most(lambda: read_token_file(str(folder / "tokens")), GetpError)
+    _may_raise(lambda: read_token_file(str(folder / "tokens")), GetpError)
 
 
 def journal_file(folder: Path, data: bytes) -> None:
@@ -96,7 +95,7 @@ def journal_file(folder: Path, data: bytes) -> None:
                 if index in journal:
                     journal.read(index)
 
-    _refused_at_most(open_again, GetpError)
+    _may_raise(open_again, GetpError)
 
 
 def tokenizer_file(folder: Path, data: bytes) -> None:
@@ -118,20 +117,20 @@ def _with_tokenizer(folder: Path, name: str, data: bytes) -> None:
     def use() -> None:
         Tokenizer.load(folder).encode("hello 你")
 
-    _refused_at_most(use, TokenizerError)
+    _may_raise(use, TokenizerError)
 
 
 def chat_template(folder: Path, data: bytes) -> None:
     """Compile and render a chat template."""
     source = data.decode("utf-8", "replace")
     messages = [{"role": "user", "content": "hi"}]
-    _refused_at_most(lambda: ChatTemplate(source).render(messages), TokenizerError)
+    _may_raise(lambda: ChatTemplate(source).render(messages), TokenizerError)
 
 
 def config_json(folder: Path, data: bytes) -> None:
     """Read a model's config."""
     (folder / "config.json").write_bytes(data)
-    _refused_at_most(lambda: load_config(folder), CheckpointError)
+    _may_raise(lambda: load_config(folder), CheckpointError)
 
 
 def safetensors_header(folder: Path, data: bytes) -> None:
@@ -156,13 +155,13 @@ def checkpoint_copy(checkpoint: Path, folder: Path) -> Path:
     """Prepare a folder for the two targets above, from a checkpoint of one file."""
     folder.mkdir(exist_ok=True)
     shutil.copy(checkpoint / "config.json", folder)
-    shutil.copy(checkpoint / "model.safetensors", folder / "good.safetensors")
+    shutil.copy(checkpoint / "model.safetensors", folder / "valid.safetensors")
     return folder
 
 
 def _shard(folder: Path) -> tuple[int, bytes]:
     """Return where the header of the valid file in `folder` ends, and the file."""
-    whole = (folder / "good.safetensors").read_bytes()
+    whole = (folder / "valid.safetensors").read_bytes()
     return 8 + int.from_bytes(whole[:8], "little"), whole
 
 
@@ -183,19 +182,19 @@ def _load(folder: Path) -> None:
 
     def load() -> None:
         backend = choose_backend(torch.device("cpu"), torch.float32)
-        weights.load(Transformer(config), folder, backend)
+        loader.load(Transformer(config), folder, backend)
 
-    _refused_at_most(load, CheckpointError)
+    _may_raise(load, CheckpointError)
 
 
-def _refused_at_most(step: Callable[[], object], error: type[Exception]) -> None:
+def _may_raise(step: Callable[[], object], error: type[Exception]) -> None:
     try:
         step()
     except error as refusal:
         assert str(refusal)  # noqa: PT017 - it may also not be refused
 
 
-def _good_journal() -> bytes:
+def _valid_journal() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "journal"
         with Journal(str(path), _HEADER, 5) as journal:
@@ -210,7 +209,7 @@ TARGETS = {
     "gzip": Target(gzip.compress(_LINES), input_named("in.jsonl.gz")),
     "zstd": Target(zstandard.compress(_LINES), input_named("in.jsonl.zst")),
     "tokens": Target(b"1 2 3\n\n44 5\n", token_file),
-    "journal": Target(_good_journal(), journal_file),
+    "journal": Target(_valid_journal(), journal_file),
     "tokenizer": Target(byte_level().to_str().encode(), tokenizer_file),
     "tokenizer-config": Target(
         b'{"bos_token": "<bos>", "chat_template": [{"name": "default", "template": "x"}]}',

@@ -1,6 +1,6 @@
 """Any bytes give a result or a clear error, never another exception, never a hang.
 
-`HYPOTHESIS_PROFILE=long pytest tests/fuzz/test_fuzz.py` tries much more than the check does.
+`HYPOTHESIS_PROFILE=long pytest tests/fuzz/test_fuzz.py` runs many more examples than `make test`.
 """
 
 import json
@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz.targets import (
-    GOOD,
     TARGETS,
+    VALID_RECORD,
     checkpoint_copy,
     header_of,
     index_of,
@@ -49,9 +49,9 @@ records = st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=5), odd_val
 
 
 @st.composite
-def damaged(draw: st.DrawFn, good: bytes) -> bytes:
+def damaged(draw: st.DrawFn, valid: bytes) -> bytes:
     """Bytes of a valid file, some of them replaced, removed or repeated."""
-    data = good
+    data = valid
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, max(len(data) - 1, 0)))
         end = min(len(data), at + draw(st.integers(0, 9)))
@@ -63,15 +63,20 @@ def damaged(draw: st.DrawFn, good: bytes) -> bytes:
 @given(st.data())
 def test_damaged_files_are_read_or_refused(name: str, tmp_path: Path, data: st.DataObject) -> None:
     target = TARGETS[name]
-    target.use(tmp_path, data.draw(st.binary(max_size=60) | damaged(target.good)))
+    target.use(tmp_path, data.draw(st.binary(max_size=60) | damaged(target.valid)))
 
 
 @given(records, records)
 def test_jsonl_with_unexpected_fields_is_read_or_refused(
     tmp_path: Path, record: Any, body: Any
 ) -> None:
-    lines = [record, {**GOOD, "body": body}, {**GOOD, **record}, {**body, "prompt": "x"}]
-    lines.append({**GOOD, "custom_id": "b", "body": {**GOOD["body"], **body}})  # type: ignore[dict-item]
+    lines = [
+        record,
+        {**VALID_RECORD, "body": body},
+        {**VALID_RECORD, **record},
+        {**body, "prompt": "x"},
+    ]
+    lines.append({**VALID_RECORD, "custom_id": "b", "body": {**VALID_RECORD["body"], **body}})  # type: ignore[dict-item]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
     read_all(tmp_path / "in.jsonl")
 

@@ -1,9 +1,9 @@
-"""Jobs under random faults: `python -m tests.getp.faults FOLDER --faults 50 [--checkpoint DIR]`.
+"""Fault injection: `python -m tests.getp.faults FOLDER --faults 50 [--checkpoint DIR]`.
 
-Runs a job undisturbed, then runs it again and again while it is killed, interrupted and its journal
-damaged at random, until the given number of faults was injected. Every finished job must have
-written the bytes of the undisturbed run. Without a checkpoint, a fake engine is used. Prints one
-JSON line. The job runs in a fork, so that a fault does not cost another start of Python.
+Runs a job undisturbed, then repeatedly kills and interrupts it and damages its journal at random,
+until the given number of faults has been injected. Every finished job must have written the bytes
+of the undisturbed run. Without a checkpoint, a fake engine is used. Prints one JSON line. The job
+runs in a fork, so that a fault does not require another start of Python.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 
 from engine import Engine, EngineConfig, SamplingParams
 from getp.errors import GetpError
-from getp.job import run as batch
+from getp.job import run as job_run
 from getp.job.request_reader import RequestDefaults
 from tests.getp.helpers import FakeEngine, small_tokenizer
 
@@ -55,7 +55,7 @@ def run(folder: Path, name: str, checkpoint: str | None) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     params = SamplingParams(seed=7, max_positions=200)
-    job = batch.Job(
+    job = job_run.Job(
         input=str(folder / "input.jsonl"),
         output=str(folder / name),
         checkpoint="small",
@@ -63,25 +63,24 @@ def run(folder: Path, name: str, checkpoint: str | None) -> int:
         flush_s=0.01,
         grace_s=0.05,
     )
-    engine: Any = FakeEngine(_slowly)
-    if (
-        checkpoint
-    ):  # in float32: in 16 bits, the batch can change a choice between nearly tied tokens
+    engine: Any = FakeEngine(_echo_slowly)
+    if checkpoint:
+        # In 16 bits, the batch can change a choice between nearly tied tokens.
         engine = Engine(checkpoint, EngineConfig(dtype="float32", max_batch_size=8))
     try:
-        return batch.run_job(job, batch.read(job), TOKENIZER, engine)
+        return job_run.run_job(job, job_run.read(job), TOKENIZER, engine)
     except GetpError as error:
         print(f"getp: error: {error}", flush=True)
         return error.exit_code
 
 
-def _slowly(prompt: Sequence[int]) -> Iterator[int]:
+def _echo_slowly(prompt: Sequence[int]) -> Iterator[int]:
     for token_id in prompt:
         time.sleep(0.0005)
         yield token_id
 
 
-def _forked(folder: Path, name: str, checkpoint: str | None) -> int:
+def _run_in_fork(folder: Path, name: str, checkpoint: str | None) -> int:
     child = os.fork()
     if not child:
         status = 99
@@ -96,22 +95,36 @@ def _forked(folder: Path, name: str, checkpoint: str | None) -> int:
     return child
 
 
-def _damage(journal: Path, kind: str, dice: random.Random) -> bool:
-    """Damage the journal like a power failure or a bad disk; return whether that was possible."""
+def _damage_journal(journal: Path, kind: str, rng: random.Random) -> bool:
+    """Damage the journal like a power failure or a bad disk; return whether it had a record."""
     data = journal.read_bytes()
     first = data.find(b"\n") + 1
     if first in (0, len(data)):
         return False
     if kind == "tail cut":
-        data = data[: dice.randrange(first, len(data))]
+        data = data[: rng.randrange(first, len(data))]
     elif kind == "tail of zeros":
-        data = data[: dice.randrange(first, len(data))] + bytes(dice.randrange(1, 3000))
+        data = data[: rng.randrange(first, len(data))] + bytes(rng.randrange(1, 3000))
     elif kind == "bit flipped":
-        at = dice.randrange(first, len(data))
-        data = data[:at] + bytes([data[at] ^ 1 << dice.randrange(8)]) + data[at + 1 :]
+        at = rng.randrange(first, len(data))
+        data = data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
     else:
-        data += dice.randbytes(20) + b"\n"
+        data += rng.randbytes(20) + b"\n"
     journal.write_bytes(data)
+    return True
+
+
+def _send_signal(child: int, fault: str) -> bool:
+    """Send the signal once or twice and wait for the job; return whether it was still running."""
+    for sent in range(2 if fault.endswith("twice") else 1):
+        if os.waitpid(child, os.WNOHANG) != (0, 0):
+            return sent > 0
+        os.kill(child, getattr(signal, fault.split()[0]))
+        time.sleep(0.005)
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    # 3: it had just finished. 129, 130, 143: stopped gracefully. Negative: killed.
+    assert code in (3, 129, 130, 143, -1, -2, -9, -15), (code, fault)
     return True
 
 
@@ -124,57 +137,47 @@ def main() -> int:
     parser.add_argument("--checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    folder, dice = options.folder, random.Random(options.seed)
+    folder, rng = options.folder, random.Random(options.seed)
     os.environ["SOURCE_DATE_EPOCH"] = "1750000000"
     write_input(folder / "input.jsonl", options.requests)
-    wanted, seconds = {}, {}
+    expected, seconds = {}, {}
     for name in ("out.jsonl", "out.txt"):
         started = time.perf_counter()
-        _, status = os.waitpid(_forked(folder, name, options.checkpoint), 0)
+        _, status = os.waitpid(_run_in_fork(folder, name, options.checkpoint), 0)
         seconds[name] = time.perf_counter() - started
         assert os.waitstatus_to_exitcode(status) == 3, (folder / "log").read_text()
-        wanted[name] = _results(folder, name)
-    dealt: dict[str, int] = {}
+        expected[name] = _results(folder, name)
+    injected: dict[str, int] = {}
     survived = jobs = 0
     while survived < options.faults:
-        name, jobs = dice.choice(list(wanted)), jobs + 1
+        name, jobs = rng.choice(list(expected)), jobs + 1
         pending = 0
         while True:
-            child = _forked(folder, name, options.checkpoint)
-            fault = dice.choice(_SIGNALS)
-            time.sleep(dice.uniform(0, seconds[name] * 0.7))
-            sent = 0
-            for _ in range(2 if fault.endswith("twice") else 1):
-                if os.waitpid(child, os.WNOHANG) == (0, 0):
-                    os.kill(child, getattr(signal, fault.split()[0]))
-                    sent += 1
-                    time.sleep(0.005)
-                else:
-                    child = 0
-                    break
-            if child:
-                _, status = os.waitpid(child, 0)
-                code = os.waitstatus_to_exitcode(status)
-                # 3: it had just finished. 129, 130, 143: stopped in order. Negative: killed.
-                assert code in (3, 129, 130, 143, -1, -2, -9, -15), (code, fault)
-            if sent:
-                dealt[fault] = dealt.get(fault, 0) + 1
+            child = _run_in_fork(folder, name, options.checkpoint)
+            fault = rng.choice(_SIGNALS)
+            time.sleep(rng.uniform(0, seconds[name] * 0.7))
+            if _send_signal(child, fault):
+                injected[fault] = injected.get(fault, 0) + 1
                 pending += 1
             journal = folder / f"{name}.journal"
             if not journal.exists() and (folder / name).exists():
                 break
-            damage = dice.choice(_DAMAGES)
-            if dice.random() < 0.3 and journal.exists() and _damage(journal, damage, dice):
-                dealt[damage] = dealt.get(damage, 0) + 1
+            damage = rng.choice(_DAMAGES)
+            if rng.random() < 0.3 and journal.exists() and _damage_journal(journal, damage, rng):
+                injected[damage] = injected.get(damage, 0) + 1
                 pending += 1
-        if _results(folder, name) != wanted[name]:
-            (folder / "wanted").write_bytes(wanted[name][name])
-            print(f"{name} differs from {folder / 'wanted'} after {dealt}", file=sys.stderr)
+        if _results(folder, name) != expected[name]:
+            (folder / "expected").write_bytes(expected[name][name])
+            print(f"{name} differs from {folder / 'expected'} after {injected}", file=sys.stderr)
             return 1
         survived += pending
         for file in folder.glob(f"{name}*"):
             file.unlink()
-    print(json.dumps({"jobs": jobs, "faults": sum(dealt.values()), "survived": survived, **dealt}))
+    print(
+        json.dumps(
+            {"jobs": jobs, "faults": sum(injected.values()), "survived": survived, **injected}
+        )
+    )
     return 0
 
 

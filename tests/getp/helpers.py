@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from engine import Completion, EngineStats, Request, RequestError, RunSummary
 from engine.summary import peak_resident_bytes
-from getp.files import token_line, writing
+from getp.files import open_output, token_line
 from model.cost.known_models import named_config
 from tokenizer import ChatTemplate, Tokenizer
 
@@ -91,7 +91,7 @@ def small_tokenizer(template: str | None = CHAT_TEMPLATE) -> Tokenizer:
 
 
 def write_tokenizer(folder: Path, template: str | None = CHAT_TEMPLATE) -> Path:
-    """Write it as the files of a checkpoint directory."""
+    """Write the byte-level tokenizer as the files of a checkpoint directory."""
     folder.mkdir(exist_ok=True)
     byte_level().save(str(folder / "tokenizer.json"))
     config = {"bos_token": "<bos>", "eos_token": {"__type": "AddedToken", "content": "<eos>"}}
@@ -103,7 +103,7 @@ def write_tokenizer(folder: Path, template: str | None = CHAT_TEMPLATE) -> Path:
 
 def write_tokens(path: str, rows: Iterable[Sequence[int]]) -> None:
     """Write a token file."""
-    with writing(path) as file:
+    with open_output(path) as file:
         for row in rows:
             file.write(token_line(row) + b"\n")
 

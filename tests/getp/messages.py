@@ -11,7 +11,16 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("getp", "engine", "model", "tokenizer")
 
-_FUNCTIONS = {"say", "warn", "fail", "notice", "_notice", "_fail", "print", "check_writable"}
+_FUNCTIONS = {
+    "print_message",
+    "warn",
+    "fail",
+    "notice",
+    "_notice",
+    "_fail",
+    "print",
+    "check_writable",
+}
 _HELP = {"help", "epilog"}
 
 
@@ -52,7 +61,7 @@ def _of_call(call: ast.Call, file: str) -> Iterator[Message]:
 def _is_error_or_output(call: ast.Call) -> bool:
     function = call.func
     name = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
-    is_error = name.endswith(("Error", "Problem", "Interrupted", "Failure", "_wrong"))
+    is_error = name.endswith(("Error", "Problem", "Interrupted", "Failure", "_invalid"))
     return is_error or name in _FUNCTIONS
 
 

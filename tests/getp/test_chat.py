@@ -10,7 +10,7 @@ import pytest
 from engine import SamplingParams
 from getp.cli.modes.generate import prompt_text
 from getp.errors import GetpError, Interrupted, UsageProblem
-from getp.text import chat_session as chat
+from getp.text import chat_session
 from getp.text.chat_session import ChatSettings
 from getp.text.screen import Screen
 from tests.getp.helpers import FakeEngine, fake_engine, metaspace, small_tokenizer
@@ -21,7 +21,7 @@ TOKENIZER = small_tokenizer()
 SETTINGS = ChatSettings(SamplingParams(max_positions=500, stop_ids=TOKENIZER.stop_ids), chat=True)
 FINAL = "<|channel|>final<|message|>"
 
-Talk = Callable[..., tuple[str, str]]
+RunChat = Callable[..., tuple[str, str]]
 
 
 class Terminal(io.StringIO):
@@ -30,21 +30,21 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture
-def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Talk:
+def run_chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunChat:
     """Run a chat on piped lines; return what it wrote to standard output and error."""
 
     def run(lines: str, engine: Any, **changes: Any) -> tuple[str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
         first = changes.pop("first", None)
         settings = ChatSettings(**{**vars(SETTINGS), **changes})
-        chat.chat(settings, first, TOKENIZER, engine)
+        chat_session.chat(settings, first, TOKENIZER, engine)
         out, err = capsys.readouterr()
         return out, err
 
     return run
 
 
-def says(text: str) -> Callable[[Sequence[int]], Sequence[int]]:
+def always_answers(text: str) -> Callable[[Sequence[int]], Sequence[int]]:
     return lambda prompt: TOKENIZER.encode(text)
 
 
@@ -52,10 +52,10 @@ def prompts(engine: FakeEngine) -> list[str]:
     return [TOKENIZER.decode(r.prompt_ids, skip_special=False) for r in engine.requests]
 
 
-def test_earlier_turns_keep_only_their_final_text(talk: Talk) -> None:
+def test_earlier_turns_keep_only_their_final_text(run_chat: RunChat) -> None:
     thinking = "<|channel|>analysis<|message|>hm 🙂<|end|><|start|>assistant"
-    engine = FakeEngine(says(thinking + FINAL + "It is 4.<|return|>"))
-    out, err = talk("2+2?\nsure?\n", engine)
+    engine = FakeEngine(always_answers(thinking + FINAL + "It is 4.<|return|>"))
+    out, err = run_chat("2+2?\nsure?\n", engine)
     assert out == "It is 4.\nIt is 4.\n"
     assert err.count("[analysis] hm 🙂\n") == 2
     assert prompts(engine)[1] == (
@@ -64,18 +64,18 @@ def test_earlier_turns_keep_only_their_final_text(talk: Talk) -> None:
     )
 
 
-def test_summary_of_an_answer_shows_its_speed_and_cached_tokens(talk: Talk) -> None:
-    engine = FakeEngine(says(FINAL + "4<|return|>"))
-    _, err = talk("hi\n", engine)
+def test_summary_of_an_answer_shows_its_speed_and_cached_tokens(run_chat: RunChat) -> None:
+    engine = FakeEngine(always_answers(FINAL + "4<|return|>"))
+    _, err = run_chat("hi\n", engine)
     count = len(engine.requests[0].prompt_ids)
     assert f", 2 of {count} prompt tokens cached, truncated at the length limit]" in err
     assert "9.0 tok/s" in err  # the fake engine takes one second for nine tokens
 
 
-def test_slash_commands_change_the_conversation(talk: Talk) -> None:
-    engine = FakeEngine(says(FINAL + "ok<|return|>"))
+def test_slash_commands_change_the_conversation(run_chat: RunChat) -> None:
+    engine = FakeEngine(always_answers(FINAL + "ok<|return|>"))
     lines = "one\n/system be kind\ntwo\n/reset\n\nthree\n/system\nfour\n/help\n/what\n/quit\nno\n"
-    out, err = talk(lines, engine, system="first")
+    out, err = run_chat(lines, engine, system="first")
     assert out == "ok\n" * 4
     one, two, three, four = prompts(engine)
     assert one.startswith("<|start|>system<|message|>first<|end|><|start|>user<|message|>one")
@@ -86,12 +86,12 @@ def test_slash_commands_change_the_conversation(talk: Talk) -> None:
     assert "unknown command /what" in err
 
 
-def test_first_message_can_be_given_on_the_command_line(talk: Talk) -> None:
-    engine = FakeEngine(says(FINAL + "ok<|return|>"))
-    assert talk("", engine, first="hello")[0] == "ok\n"
+def test_first_message_can_be_given_on_the_command_line(run_chat: RunChat) -> None:
+    engine = FakeEngine(always_answers(FINAL + "ok<|return|>"))
+    assert run_chat("", engine, first="hello")[0] == "ok\n"
 
 
-def test_ctrl_c_stops_the_answer_but_not_the_chat(talk: Talk) -> None:
+def test_ctrl_c_stops_the_answer_but_not_the_chat(run_chat: RunChat) -> None:
     presses = iter([signal.SIGINT])
 
     def answer(prompt: Sequence[int]) -> Iterator[int]:
@@ -102,7 +102,7 @@ def test_ctrl_c_stops_the_answer_but_not_the_chat(talk: Talk) -> None:
 
     engine = FakeEngine(answer)
     before = signal.getsignal(signal.SIGINT)
-    out, err = talk("go\nagain\n", engine)
+    out, err = run_chat("go\nagain\n", engine)
     assert signal.getsignal(signal.SIGINT) is before
     half, whole = out.splitlines()
     assert whole == "some words that go on"
@@ -112,9 +112,9 @@ def test_ctrl_c_stops_the_answer_but_not_the_chat(talk: Talk) -> None:
     assert f"assistant<|message|>{half}<|end|>" in prompts(engine)[1]
 
 
-def test_too_long_conversation_is_refused_and_the_chat_continues(talk: Talk) -> None:
-    engine = FakeEngine(says(FINAL + "ok<|return|>"), max_positions=60)
-    out, err = talk("x" * 100 + "\n" + "hi\n" * 20, engine)
+def test_too_long_conversation_is_refused_and_the_chat_continues(run_chat: RunChat) -> None:
+    engine = FakeEngine(always_answers(FINAL + "ok<|return|>"), max_positions=60)
+    out, err = run_chat("x" * 100 + "\n" + "hi\n" * 20, engine)
     assert out.startswith("ok\nok\n")
     alone, conversation, *_ = (line for line in err.splitlines() if "limit is 60" in line)
     assert "the message alone" in alone
@@ -123,23 +123,23 @@ def test_too_long_conversation_is_refused_and_the_chat_continues(talk: Talk) -> 
 
 
 def test_error_of_the_chat_template_does_not_end_the_chat(
-    talk: Talk, monkeypatch: pytest.MonkeyPatch
+    run_chat: RunChat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refusing = "{% if messages|length > 1 %}{{ raise_exception('one only') }}{% endif %}hi"
     monkeypatch.setattr(sys.modules[__name__], "TOKENIZER", small_tokenizer(refusing))
-    _, err = talk("a\nb\n/reset\nc\n", fake_engine(lambda prompt: [5]))
+    _, err = run_chat("a\nb\n/reset\nc\n", fake_engine(lambda prompt: [5]))
     assert "one only" in err
 
 
 def test_chat_without_a_chat_template_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(GetpError, match=r"no chat template.* with tokenizer"):
-        chat.chat(SETTINGS, None, small_tokenizer(None), fake_engine())
+        chat_session.chat(SETTINGS, None, small_tokenizer(None), fake_engine())
 
 
 def test_generate_streams_complete_characters(capsys: pytest.CaptureFixture[str]) -> None:
     settings = ChatSettings(SamplingParams())
     text = "naïve 🙂 déjà"
-    chat.generate(settings, "hi", TOKENIZER, fake_engine(says(text)))
+    chat_session.generate(settings, "hi", TOKENIZER, fake_engine(always_answers(text)))
     out, err = capsys.readouterr()
     assert out == text + "\n"
     assert "tok/s" in err
@@ -147,7 +147,7 @@ def test_generate_streams_complete_characters(capsys: pytest.CaptureFixture[str]
 
 def test_generate_stops_before_a_stop_string(capsys: pytest.CaptureFixture[str]) -> None:
     settings = ChatSettings(SamplingParams(), stops=("END",))
-    chat.generate(settings, "hi", TOKENIZER, fake_engine(says("words EEND more")))
+    chat_session.generate(settings, "hi", TOKENIZER, fake_engine(always_answers("words EEND more")))
     assert capsys.readouterr().out == "words E\n"
 
 
@@ -155,19 +155,19 @@ def test_text_held_back_for_a_stop_string_is_shown_at_the_end(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     settings = ChatSettings(SamplingParams(), stops=("END",))
-    chat.generate(settings, "hi", TOKENIZER, fake_engine(says("words EN")))
+    chat_session.generate(settings, "hi", TOKENIZER, fake_engine(always_answers("words EN")))
     assert capsys.readouterr().out == "words EN\n"
 
 
 def test_generate_works_with_a_sentencepiece_tokenizer(capsys: pytest.CaptureFixture[str]) -> None:
     plain = Tokenizer(metaspace())
-    chat.generate(ChatSettings(SamplingParams()), "a bad head é", plain, fake_engine())
+    chat_session.generate(ChatSettings(SamplingParams()), "a bad head é", plain, fake_engine())
     assert capsys.readouterr().out == "a bad head é\n"
 
 
 def test_generate_raises_the_error_of_the_engine() -> None:
     with pytest.raises(GetpError, match="too long"):
-        chat.generate(
+        chat_session.generate(
             ChatSettings(SamplingParams(max_positions=2)), "hello", TOKENIZER, fake_engine()
         )
 
@@ -178,7 +178,9 @@ def test_ctrl_c_ends_generate_after_the_text_so_far(capsys: pytest.CaptureFixtur
         return prompt
 
     with pytest.raises(Interrupted):
-        chat.generate(ChatSettings(SamplingParams()), "hello", TOKENIZER, fake_engine(answer))
+        chat_session.generate(
+            ChatSettings(SamplingParams()), "hello", TOKENIZER, fake_engine(answer)
+        )
     assert len(capsys.readouterr().out) <= len("hello\n")
 
 

@@ -14,7 +14,7 @@ from getp.cli import loading
 from getp.cli import main as cli
 from getp.cli.settings import Settings
 from getp.files import read_token_file
-from model.ops.cpu import bindings as calls
+from model.ops.cpu import bindings
 from tests.getp.helpers import FakeEngine, write_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +101,7 @@ def test_version_option_prints_the_version_of_the_package() -> None:
         (["-z", "/nowhere"], ["'--tokenizer'", "/nowhere"]),
     ],
 )
-def test_error_of_a_wrong_value_names_the_option_and_the_allowed_values(
+def test_error_of_an_invalid_value_names_the_option_and_the_allowed_values(
     checkpoint: str, capsys: pytest.CaptureFixture[str], args: list[str], words: list[str]
 ) -> None:
     prompt = [] if "-i" in args or "-m" in args else ["-i", "hi"]
@@ -114,15 +114,15 @@ def test_error_of_a_wrong_value_names_the_option_and_the_allowed_values(
         assert word in first
 
 
-def test_unknown_cpu_kernels_are_one_clear_line(
+def test_unknown_cpu_kernels_give_a_one_line_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("GETP_CPU_KERNELS", "bogus")
-    calls.library.cache_clear()
+    bindings.library.cache_clear()
     try:
         assert cli.run(["-i", "hi"]) == 1
     finally:
-        calls.library.cache_clear()
+        bindings.library.cache_clear()
     assert capsys.readouterr().err.startswith("getp: error: GETP_CPU_KERNELS must be none, avx2")
 
 
@@ -283,7 +283,7 @@ def test_sampling_options_are_passed_to_the_requests(
     assert engine.requests[-1].params.max_positions is None
 
 
-def test_own_max_tokens_of_a_request_is_limited_only_by_an_explicit_length(
+def test_max_tokens_of_a_request_is_limited_only_by_an_explicit_length(
     checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = FakeEngine()

@@ -21,7 +21,7 @@ from getp.cluster.driver import Cluster
 from getp.cluster.replica import request_message
 from getp.cluster.replica_state import ReplicaState
 from getp.errors import SOME_FAILED, GetpError, Interrupted
-from getp.job import run as batch
+from getp.job import run as job_run
 from getp.job.journal import Journal
 from getp.job.request_reader import RequestDefaults
 from tests.getp.helpers import FakeEngine
@@ -58,11 +58,11 @@ def _fixed_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1750000000")
 
 
-def job(folder: Path, records: Sequence[dict[str, Any]]) -> batch.Job:
+def job(folder: Path, records: Sequence[dict[str, Any]]) -> job_run.Job:
     folder.mkdir(exist_ok=True)
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (folder / "in.jsonl").write_text(lines)
-    return batch.Job(
+    return job_run.Job(
         input=str(folder / "in.jsonl"),
         output=str(folder / "out.jsonl"),
         checkpoint="small",
@@ -70,11 +70,11 @@ def job(folder: Path, records: Sequence[dict[str, Any]]) -> batch.Job:
     )
 
 
-def run(work: batch.Job, engine: Any) -> int:
-    return batch.run_job(work, batch.read(work), Tokenizer.load(MODEL), engine)
+def run(work: job_run.Job, engine: Any) -> int:
+    return job_run.run_job(work, job_run.read(work), Tokenizer.load(MODEL), engine)
 
 
-def mixed(count: int) -> list[dict[str, Any]]:
+def mixed_requests(count: int) -> list[dict[str, Any]]:
     """Valid and invalid requests of every kind, enough for each replica to get some of each."""
     records = []
     for index in range(count):
@@ -92,11 +92,11 @@ def mixed(count: int) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def wanted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def expected(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The result of the mixed job by one engine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOURCE_DATE_EPOCH", "1750000000")
-        work = job(tmp_path_factory.mktemp("one"), mixed(60))
+        work = job(tmp_path_factory.mktemp("one"), mixed_requests(60))
         assert run(work, Engine(MODEL, SMALL)) == SOME_FAILED
     result = Path(work.output).read_bytes()
     codes = re.findall(rb'"code": ?"(\w+)"', result)
@@ -136,8 +136,8 @@ def test_one_two_and_four_replicas_give_the_tokens_of_one_engine(
 class KilledOnce(Cluster):
     """Kills its first replica, or a rank of it, when the first results arrive."""
 
-    def _collected(self, replica: ReplicaState, answer: bytes) -> list[Completion]:
-        done = super()._collected(replica, answer)
+    def _handle_results(self, replica: ReplicaState, answer: bytes) -> list[Completion]:
+        done = super()._handle_results(replica, answer)
         first = self.replicas[0]
         if done and not first.deaths and first.started is not None and first.generation == 1:
             pid = first.started.pid
@@ -165,31 +165,31 @@ def test_a_replica_killed_during_a_job_changes_no_byte_and_duplicates_nothing(
     reason: str,
     one_ray: str,
     tmp_path: Path,
-    wanted: bytes,
+    expected: bytes,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    kept: list[int] = []
+    appended: list[int] = []
     append = Journal.append
 
     def counted(self: Journal, index: int, ok: bool, line: bytes) -> None:
-        kept.append(index)
+        appended.append(index)
         append(self, index, ok, line)
 
     monkeypatch.setattr(Journal, "append", counted)
-    work = job(tmp_path, mixed(60))
-    work = batch.replace(work, report=str(tmp_path / "report.json"))
+    work = job(tmp_path, mixed_requests(60))
+    work = replace(work, report=str(tmp_path / "report.json"))
     cluster = KilledOnce(MODEL, MODEL, replace(SMALL, tensor_parallel=ranks), replicas=2)
     assert run(work, cluster) == SOME_FAILED
     cluster.close()
-    assert Path(work.output).read_bytes() == wanted
-    assert sorted(kept) == list(range(60))
+    assert Path(work.output).read_bytes() == expected
+    assert sorted(appended) == list(range(60))
     first, second = json.loads((tmp_path / "report.json").read_text())["replicas"]
     assert first["deaths"] == 1
     assert first["requests_left_to_others"] > 0
     assert second["deaths"] == 0
     report = json.loads((tmp_path / "report.json").read_text())
-    done = report["requests_done"] + wanted.count(b'"request_error"')
+    done = report["requests_done"] + expected.count(b'"request_error"')
     assert first["requests"] + second["requests"] == done
     assert 0 < report["balance"] <= 1
     shown = capsys.readouterr().err
@@ -201,17 +201,17 @@ def test_a_replica_killed_during_a_job_changes_no_byte_and_duplicates_nothing(
 class Interrupting(Cluster):
     """Sends SIGINT to itself when the first results arrive."""
 
-    def _collected(self, replica: ReplicaState, answer: bytes) -> list[Completion]:
-        done = super()._collected(replica, answer)
+    def _handle_results(self, replica: ReplicaState, answer: bytes) -> list[Completion]:
+        done = super()._handle_results(replica, answer)
         if done and sum(each.requests for each in self.replicas) == len(done):
             os.kill(os.getpid(), signal.SIGINT)
         return done
 
 
 def test_one_engine_resumes_a_job_that_replicas_started(
-    one_ray: str, tmp_path: Path, wanted: bytes, capsys: pytest.CaptureFixture[str]
+    one_ray: str, tmp_path: Path, expected: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    work = batch.replace(job(tmp_path, mixed(60)), grace_s=0.0)
+    work = replace(job(tmp_path, mixed_requests(60)), grace_s=0.0)
     cluster = Interrupting(MODEL, MODEL, SMALL, replicas=2)
     with pytest.raises(Interrupted, match=r"\d+ of 60 requests are done and saved"):
         run(work, cluster)
@@ -219,7 +219,7 @@ def test_one_engine_resumes_a_job_that_replicas_started(
     cluster.close()
     assert run(work, Engine(MODEL, SMALL)) == SOME_FAILED
     assert "resuming: " in capsys.readouterr().err
-    assert Path(work.output).read_bytes() == wanted
+    assert Path(work.output).read_bytes() == expected
 
 
 class FatalEngine(FakeEngine):
@@ -289,7 +289,9 @@ def test_the_command_starts_ray_or_joins_a_running_cluster(
     assert ray.cluster_resources()["CPU"] == 2  # the cluster of the tests is still running
 
 
-def fails(capsys: pytest.CaptureFixture[str], tmp_path: Path, *args: str) -> tuple[int, str]:
+def run_job_command(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, *args: str
+) -> tuple[int, str]:
     (tmp_path / "in.txt").write_text("1\na\n")
     files = ["-i", str(tmp_path / "in.txt"), "-o", str(tmp_path / "out.txt")]
     return cli.run(["-m", "getp", *files, *args]), capsys.readouterr().err
@@ -299,7 +301,7 @@ def fails(capsys: pytest.CaptureFixture[str], tmp_path: Path, *args: str) -> tup
 def test_an_invalid_number_of_replicas_is_refused(
     value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, error = fails(capsys, tmp_path, "--replicas", value)
+    status, error = run_job_command(capsys, tmp_path, "--replicas", value)
     assert status == 2
     assert f"{value!r} is neither a number from 1 to 99999 nor auto" in error
     assert "--replicas" in error
@@ -308,7 +310,7 @@ def test_an_invalid_number_of_replicas_is_refused(
 def test_an_address_without_replicas_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, error = fails(capsys, tmp_path, "--ray-address", "auto")
+    status, error = run_job_command(capsys, tmp_path, "--ray-address", "auto")
     assert status == 2
     assert "--ray-address needs --replicas" in error
 
@@ -316,12 +318,12 @@ def test_an_address_without_replicas_is_refused(
 def test_impossible_splits_and_torchrun_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    status, error = fails(capsys, tmp_path, "--replicas", "2", "--tensor-parallel", "4")
+    status, error = run_job_command(capsys, tmp_path, "--replicas", "2", "--tensor-parallel", "4")
     assert status == 2
     assert "--tensor-parallel 4: this model (6 heads, 2 KV heads, 8 experts" in error
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    status, error = fails(capsys, tmp_path, "--replicas", "2")
+    status, error = run_job_command(capsys, tmp_path, "--replicas", "2")
     assert status == 2
     assert "without torchrun" in error
 
@@ -329,7 +331,7 @@ def test_impossible_splits_and_torchrun_are_refused(
 def test_a_single_gpu_for_all_replicas_is_refused(
     one_ray: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, error = fails(capsys, tmp_path, "--replicas", "2", "--device", "cuda:1")
+    status, error = run_job_command(capsys, tmp_path, "--replicas", "2", "--device", "cuda:1")
     assert status == 2
     assert "--device cuda:1 with --replicas" in error
 
@@ -338,6 +340,6 @@ def test_the_error_without_ray_says_what_to_install(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    status, error = fails(capsys, tmp_path, "--replicas", "2")
+    status, error = run_job_command(capsys, tmp_path, "--replicas", "2")
     assert status == 2
     assert "--replicas needs Ray, which is not installed: pip install 'getp[cluster]'" in error

@@ -29,7 +29,7 @@ def test_every_request_finishes_exactly_once_when_replicas_die(
     more, now, deaths = True, 0.0, 0
     while more or dispatcher.unfinished:
         now += 1
-        new = list(islice(source, dispatcher.wanted))
+        new = list(islice(source, dispatcher.assignable))
         more = len(done) + dispatcher.unfinished + len(new) < total
         for index, items in dispatcher.assign(new, not more, now).items():
             for item in items:
@@ -45,11 +45,11 @@ def test_every_request_finishes_exactly_once_when_replicas_die(
         elif held[index]:
             count = rng.randint(1, len(held[index]))
             ids = list(held[index])[:count]
-            items = dispatcher.finished(index, ids, now)
+            items = dispatcher.remove_finished(index, ids, now)
             assert items == [held[index].pop(each) for each in ids]
             done += ids
     assert sorted(done) == list(range(total))
-    assert dispatcher.wanted == replicas * size
+    assert dispatcher.assignable == replicas * size
     assert all(busy <= now for busy in dispatcher.busy_s.values())
 
 
@@ -79,13 +79,13 @@ def test_a_request_lost_with_two_replicas_runs_last_and_alone() -> None:
     assert dispatcher.assign(requests, False, 0.0) == {0: ["poison", "near", "far"]}
     assert dispatcher.remove(0, 1.0) == [0, 1, 2]
     dispatcher.add(0, 2)
-    assert dispatcher.wanted == 0  # a request that was lost once comes before new ones
+    assert dispatcher.assignable == 0  # a request that was lost once comes before new ones
     assert dispatcher.assign([], False, 1.0) == {0: ["poison", "near"]}
     dispatcher.remove(0, 2.0)
     dispatcher.add(0, 4)
     assert dispatcher.assign([(3, "new")], False, 2.0) == {0: ["far", "new"]}
     assert dispatcher.assign([], True, 2.0) == {}
-    dispatcher.finished(0, [2, 3], 3.0)
+    dispatcher.remove_finished(0, [2, 3], 3.0)
     assert dispatcher.assign([], True, 3.0) == {0: ["poison"]}
     dispatcher.remove(0, 4.0)
     dispatcher.add(0, 4)
@@ -97,8 +97,8 @@ def test_busy_time_is_the_time_with_requests() -> None:
     dispatcher: Dispatcher[str] = Dispatcher()
     dispatcher.add(0, 4)
     dispatcher.assign([(0, "a"), (1, "b")], True, 10.0)
-    dispatcher.finished(0, [0], 11.0)
-    dispatcher.finished(0, [1], 13.0)
+    dispatcher.remove_finished(0, [0], 11.0)
+    dispatcher.remove_finished(0, [1], 13.0)
     dispatcher.assign([(2, "c")], True, 20.0)
     dispatcher.remove(0, 21.5)
     assert dispatcher.busy_s == {0: 4.5}

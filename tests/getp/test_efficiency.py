@@ -16,7 +16,7 @@ from engine import (
     RunSummary,
     SamplingParams,
 )
-from getp.report.efficiency import Explanation, explain, record_efficiency, run_cost
+from getp.report.efficiency import RunEfficiency, record_efficiency, run_cost, run_efficiency
 from model.cost import measure
 from model.cost.devices import find_device
 from model.cost.known_models import named_config
@@ -50,8 +50,10 @@ RUN = RunSummary(
 REPLICA = ReplicaSummary(0, "here", 1, 1600, 1.0, 1.0, 32.0, 0, 0, 0)
 
 
-def explained(stats: EngineStats, inference_s: float, max_batch_size: int = 32) -> Explanation:
-    return explain(replace(RUN, stats=stats, max_batch_size=max_batch_size), inference_s, 0)
+def efficiency_of(
+    stats: EngineStats, inference_s: float, max_batch_size: int = 32
+) -> RunEfficiency:
+    return run_efficiency(replace(RUN, stats=stats, max_batch_size=max_batch_size), inference_s, 0)
 
 
 def test_the_cost_of_a_run_is_the_cost_of_its_steps() -> None:
@@ -65,16 +67,16 @@ def test_the_cost_of_a_run_is_the_cost_of_its_steps() -> None:
     assert run_cost(LLAMA3, "bfloat16", prompts)[0] == total(operations(LLAMA3, work)).flops
 
 
-def test_utilization_and_bound_of_a_run() -> None:
-    found = explained(DECODING, inference_s=1.2)
-    assert found.bound == "memory"
-    assert found.mbu == found.limit_share == pytest.approx(0.577 / 1.2, rel=0.01)
-    assert found.mfu == pytest.approx(100 * 0.4972e12 / 989.4e12 / 1.2, rel=0.01)
-    assert found.peaks == "H100 SXM: NVIDIA H100 datasheet"
+def test_utilization_is_relative_to_the_peaks_of_the_device() -> None:
+    efficiency = efficiency_of(DECODING, inference_s=1.2)
+    assert efficiency.bound == "memory"
+    assert efficiency.mbu == efficiency.limit_share == pytest.approx(0.577 / 1.2, rel=0.01)
+    assert efficiency.mfu == pytest.approx(100 * 0.4972e12 / 989.4e12 / 1.2, rel=0.01)
+    assert efficiency.peaks == "H100 SXM: NVIDIA H100 datasheet"
 
 
-def test_the_peaks_of_replicas_are_added_up() -> None:
-    one = explain(RUN, 1.2, 0)
+def test_the_peaks_of_replicas_are_summed() -> None:
+    one = run_efficiency(RUN, 1.2, 0)
     phrase = "2 replicas on one host, NVIDIA H100 80GB HBM3 each"
     replicas = replace(
         RUN,
@@ -83,15 +85,21 @@ def test_the_peaks_of_replicas_are_added_up() -> None:
         replicas=(REPLICA, REPLICA),
         replicas_device=RUN.device,
     )
-    both = explain(replicas, 1.2, 0)
+    both = run_efficiency(replicas, 1.2, 0)
     assert both.mbu == pytest.approx((one.mbu or 0) / 2)
     assert both.mfu == pytest.approx((one.mfu or 0) / 2)
     assert both.peaks == "2 × H100 SXM: NVIDIA H100 datasheet"
-    assert explain(replace(replicas, replicas_device="an unknown GPU"), 1.2, 0) == Explanation()
+    assert (
+        run_efficiency(replace(replicas, replicas_device="an unknown GPU"), 1.2, 0)
+        == RunEfficiency()
+    )
 
 
-def test_each_gpu_of_a_shared_model_does_a_part_of_the_work() -> None:
-    one, shared = explain(RUN, 1.2, 0), explain(replace(RUN, tensor_parallel=2), 1.2, 0)
+def test_each_gpu_of_a_split_model_does_an_equal_share_of_the_work() -> None:
+    one, shared = (
+        run_efficiency(RUN, 1.2, 0),
+        run_efficiency(replace(RUN, tensor_parallel=2), 1.2, 0),
+    )
     assert shared.mfu == pytest.approx((one.mfu or 0) / 2, rel=0.01)
     assert shared.peaks == one.peaks
 
@@ -105,20 +113,21 @@ def test_only_the_efficiency_of_a_long_run_on_one_device_is_recorded(
         lambda target, model, share: recorded.append((model, share)),
     )
     cpu = replace(RUN, device="cpu", device_type="cpu")
-    found = Explanation(limit_share=0.5)
-    record_efficiency(cpu, "short", found, 0.9)
-    record_efficiency(replace(cpu, tensor_parallel=2), "shared", found, 9.0)
-    record_efficiency(replace(cpu, replicas=(REPLICA,)), "replicas", found, 9.0)
-    record_efficiency(cpu, "nothing", Explanation(), 9.0)
-    record_efficiency(cpu, "long", found, 1.0)
+    efficiency = RunEfficiency(limit_share=0.5)
+    record_efficiency(cpu, "short", efficiency, 0.9)
+    record_efficiency(replace(cpu, tensor_parallel=2), "shared", efficiency, 9.0)
+    record_efficiency(replace(cpu, replicas=(REPLICA,)), "replicas", efficiency, 9.0)
+    record_efficiency(cpu, "nothing", RunEfficiency(), 9.0)
+    record_efficiency(cpu, "long", efficiency, 1.0)
     assert recorded == [("long", 0.5)]
     assert (
-        explain(cpu, 1.2, 0).peaks == f"local: {measure.peaks_of(measure.default_target()).source}"
+        run_efficiency(cpu, 1.2, 0).peaks
+        == f"local: {measure.peaks_of(measure.default_target()).source}"
     )
 
 
 @pytest.mark.parametrize(
-    ("stats", "inference_s", "most", "sentence"),
+    ("stats", "inference_s", "max_batch_size", "sentence"),
     [
         (DECODING, 1.0, 32, "36% of the time was spent on launching 483 operations"),
         (
@@ -146,15 +155,15 @@ def test_only_the_efficiency_of_a_long_run_on_one_device_is_recorded(
     ],
 )
 def test_the_largest_loss_is_one_sentence(
-    stats: EngineStats, inference_s: float, most: int, sentence: str
+    stats: EngineStats, inference_s: float, max_batch_size: int, sentence: str
 ) -> None:
-    found = explained(stats, inference_s, most)
-    assert found.largest_loss is not None
-    assert re.search(sentence, found.largest_loss)
+    efficiency = efficiency_of(stats, inference_s, max_batch_size)
+    assert efficiency.largest_loss is not None
+    assert re.search(sentence, efficiency.largest_loss)
 
 
-def test_a_run_without_steps_is_not_explained() -> None:
-    assert explain(FakeEngine().summary(), 1.0, 0) == Explanation()
+def test_a_run_without_steps_has_no_efficiency() -> None:
+    assert run_efficiency(FakeEngine().summary(), 1.0, 0) == RunEfficiency()
 
 
 def test_the_engine_counts_computed_tokens(checkpoint: Callable[[str], Path]) -> None:

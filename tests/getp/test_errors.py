@@ -1,4 +1,4 @@
-"""Errors that name settings, worded for the one who reads them."""
+"""Errors that name settings, worded for the command line or for Python."""
 
 import pickle
 

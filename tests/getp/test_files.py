@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from getp.errors import GetpError
 from getp.files import (
     check_writable,
+    open_output,
     read_bytes,
     read_token_file,
     split_lines,
-    writing,
 )
 from getp.job.formats.interface import Line
 from getp.job.inputs import scan
@@ -98,7 +98,7 @@ def test_blank_lines_of_jsonl_are_skipped(tmp_path: Path) -> None:
 def test_too_long_lines_are_skipped_without_reading_them_into_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("getp.files.LONGEST_LINE", 10)
+    monkeypatch.setattr("getp.files.MAX_LINE_BYTES", 10)
     path = numbered(tmp_path, b"3\n" + b"x" * 95 + b"\n123456789\n1234567890")
     assert [line.data for line in read(path)] == [None, b"123456789", None]
 
@@ -107,13 +107,13 @@ def test_too_long_lines_are_skipped_without_reading_them_into_memory(
 def test_files_are_compressed_and_decompressed_by_suffix(tmp_path: Path, suffix: str) -> None:
     path = str(tmp_path / f"a.jsonl{suffix}")
     for _ in range(2):
-        with writing(path) as file:
+        with open_output(path) as file:
             file.write(b"one\ntwo\n" * 1000)
     first = Path(path).read_bytes()
     assert (len(first) < 1000) == bool(suffix)
     source = scan(path)
     assert (source.format.name, source.total) == ("jsonl", 2000)
-    with writing(path) as file:
+    with open_output(path) as file:
         file.write(b"one\ntwo\n" * 1000)
     assert Path(path).read_bytes() == first
     if suffix:
@@ -238,7 +238,7 @@ def test_control_characters_of_a_text_do_not_reach_a_terminal(
 
     out = Buffer()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out))
-    with writing("-") as file:
+    with open_output("-") as file:
         file.write("a\x1b[31mb\u4f60\n".encode())
     assert out.getvalue().decode() == shown
 

@@ -12,7 +12,7 @@ from openai.types.chat import ChatCompletion
 from engine import Completion, Request, SamplingParams
 from engine.request import TokenLogprobs
 from getp.errors import SOME_FAILED
-from getp.job import run as batch
+from getp.job import run as job_run
 from getp.job.request_reader import RequestDefaults, SeenIds
 from getp.job.run import Job
 from tests.getp.helpers import FakeEngine, small_tokenizer
@@ -43,13 +43,13 @@ def run(
     defaults = RequestDefaults(params, **rest)
     job = Job(str(source), str(tmp_path / output), "small", defaults)
     engine = engine or Engine()
-    status = batch.run_job(job, batch.read(job), TOKENIZER, engine)
+    status = job_run.run_job(job, job_run.read(job), TOKENIZER, engine)
     if not output.endswith(".jsonl"):
         return status, (tmp_path / output).read_text().splitlines()
     return status, [json.loads(line) for line in (tmp_path / output).open(encoding="utf-8")]
 
 
-def asked(url: str, custom_id: str = "a", **body: Any) -> dict[str, Any]:
+def batch_line(url: str, custom_id: str = "a", **body: Any) -> dict[str, Any]:
     return {"custom_id": custom_id, "method": "POST", "url": url, "body": {"model": "m", **body}}
 
 
@@ -60,7 +60,7 @@ def body(record: Any) -> Any:
 
 
 def test_chat_completion_has_the_types_of_openai(tmp_path: Path) -> None:
-    request = asked(CHAT, "x", messages=HI, logprobs=True, top_logprobs=2, max_tokens=5)
+    request = batch_line(CHAT, "x", messages=HI, logprobs=True, top_logprobs=2, max_tokens=5)
     status, (record,) = run(tmp_path, [request])
     assert (status, record["custom_id"], set(record)) == (
         0,
@@ -88,8 +88,8 @@ def test_text_completion_has_the_types_of_openai(tmp_path: Path) -> None:
     _, (record, ids) = run(
         tmp_path,
         [
-            asked(TEXT, "x", prompt="naïve 你", logprobs=1),
-            asked(TEXT, "y", prompt=TOKENIZER.encode("hello")),
+            batch_line(TEXT, "x", prompt="naïve 你", logprobs=1),
+            batch_line(TEXT, "y", prompt=TOKENIZER.encode("hello")),
         ],
     )
     reply = OpenAICompletion.model_validate(body(record), strict=True)
@@ -103,9 +103,11 @@ def test_text_completion_has_the_types_of_openai(tmp_path: Path) -> None:
 
 
 def test_reasoning_is_separate_from_the_answer(tmp_path: Path) -> None:
-    said = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>4"
-    engine = Engine(lambda prompt: TOKENIZER.encode(said))
-    _, (record,) = run(tmp_path, [asked(CHAT, messages=HI)], engine=engine)
+    generated = (
+        "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>4"
+    )
+    engine = Engine(lambda prompt: TOKENIZER.encode(generated))
+    _, (record,) = run(tmp_path, [batch_line(CHAT, messages=HI)], engine=engine)
     message = ChatCompletion.model_validate(body(record), strict=True).choices[0].message
     assert message.content == "4"
     assert message.model_extra == {"reasoning_content": "hm"}
@@ -114,7 +116,9 @@ def test_reasoning_is_separate_from_the_answer(tmp_path: Path) -> None:
 def test_parameters_of_a_request_reach_the_engine(tmp_path: Path) -> None:
     engine = Engine()
     lines = [
-        asked(CHAT, "a", messages=HI, max_completion_tokens=3, temperature=1, top_p=0.5, seed=-1),
+        batch_line(
+            CHAT, "a", messages=HI, max_completion_tokens=3, temperature=1, top_p=0.5, seed=-1
+        ),
         {"prompt": "plain", "id": 7, "top_k": 4, "ignore_eos": True, "temperature": None},
         {"messages": HI, "max_tokens": 2, "n": 1, "stream": False, "frequency_penalty": 0.0},
     ]
@@ -130,7 +134,7 @@ def test_parameters_of_a_request_reach_the_engine(tmp_path: Path) -> None:
     assert [record["custom_id"] for record in records] == ["a", "7", "request-2"]
 
 
-def test_own_stop_string_of_a_request_cuts_its_text(tmp_path: Path) -> None:
+def test_stop_string_of_a_request_truncates_its_text(tmp_path: Path) -> None:
     lines = [{"prompt": "one two three", "stop": [" tw"]}, {"prompt": "one two"}]
     _, (cut, whole) = run(tmp_path, lines, stops=("never",))
     assert body(cut)["choices"][0] == {
@@ -166,22 +170,26 @@ def test_own_stop_string_of_a_request_cuts_its_text(tmp_path: Path) -> None:
         ({"messages": []}, "invalid_value", "'messages'"),
         ({"messages": [{"content": "x"}]}, "invalid_value", "'role'"),
         (
-            asked(CHAT, messages=HI, max_tokens=5, max_completion_tokens=6),
+            batch_line(CHAT, messages=HI, max_tokens=5, max_completion_tokens=6),
             "invalid_value",
             "differ",
         ),
-        (asked(CHAT, messages=HI, tools=[{}]), "unsupported_parameter", "'tools'"),
-        (asked(CHAT, messages=HI, top_logprobs=2), "invalid_value", "'logprobs': true"),
-        (asked(CHAT, messages=HI, reasoning_effort="low"), "unsupported_parameter", "template"),
+        (batch_line(CHAT, messages=HI, tools=[{}]), "unsupported_parameter", "'tools'"),
+        (batch_line(CHAT, messages=HI, top_logprobs=2), "invalid_value", "'logprobs': true"),
         (
-            asked(CHAT, messages=[{"role": "user", "content": [{"type": "image_url"}]}]),
+            batch_line(CHAT, messages=HI, reasoning_effort="low"),
+            "unsupported_parameter",
+            "template",
+        ),
+        (
+            batch_line(CHAT, messages=[{"role": "user", "content": [{"type": "image_url"}]}]),
             "unsupported_content",
             "text",
         ),
-        (asked(CHAT, prompt="x"), "unknown_parameter", "'prompt'"),
-        (asked("/v1/embeddings", input="x"), "unsupported_url", "/v1/completions"),
-        ({**asked(TEXT, prompt="x"), "method": "GET"}, "invalid_value", "'POST'"),
-        ({**asked(TEXT, prompt="x"), "extra": 1}, "unknown_parameter", "'extra'"),
+        (batch_line(CHAT, prompt="x"), "unknown_parameter", "'prompt'"),
+        (batch_line("/v1/embeddings", input="x"), "unsupported_url", "/v1/completions"),
+        ({**batch_line(TEXT, prompt="x"), "method": "GET"}, "invalid_value", "'POST'"),
+        ({**batch_line(TEXT, prompt="x"), "extra": 1}, "unknown_parameter", "'extra'"),
         ({"url": TEXT, "body": {"prompt": "x"}}, "missing_parameter", "custom_id"),
     ],
 )
@@ -198,7 +206,7 @@ def test_bad_line_fails_with_its_reason_and_does_not_affect_others(
         RequestDefaults(SamplingParams()),
     )
     engine: Any = Engine()
-    assert batch.run_job(job, batch.read(job), TOKENIZER, engine) == SOME_FAILED
+    assert job_run.run_job(job, job_run.read(job), TOKENIZER, engine) == SOME_FAILED
     first, bad, last = map(json.loads, (tmp_path / "out.jsonl").open(encoding="utf-8"))
     assert (body(first)["choices"][0]["text"], body(last)["choices"][0]["text"]) == ("a", "z")
     assert bad["response"] is None
@@ -217,7 +225,7 @@ def test_input_and_output_formats_can_be_combined(tmp_path: Path) -> None:
         RequestDefaults(SamplingParams()),
     )
     engine: Any = Engine()
-    assert batch.run_job(job, batch.read(job), TOKENIZER, engine) == SOME_FAILED
+    assert job_run.run_job(job, job_run.read(job), TOKENIZER, engine) == SOME_FAILED
     first, second = map(json.loads, (tmp_path / "o.jsonl").open())
     assert body(first)["choices"][0]["text"] == "ab"
     assert second["error"]["code"] == "empty_prompt"
@@ -230,7 +238,7 @@ def test_nan_in_a_result_fails_only_its_request(tmp_path: Path) -> None:
             at = TokenLogprobs(float("nan") if request.params.logprobs else -1.0, ())
             return Completion(**{**done.__dict__, "logprobs": [at] * len(ids)})
 
-    lines = [asked(TEXT, "a", prompt="hi", logprobs=1), asked(TEXT, "b", prompt="hi")]
+    lines = [batch_line(TEXT, "a", prompt="hi", logprobs=1), batch_line(TEXT, "b", prompt="hi")]
     status, (bad, good) = run(tmp_path, lines, engine=NotANumber())
     assert status == SOME_FAILED
     assert "JSON" in bad["error"]["message"]
@@ -249,7 +257,7 @@ def test_error_of_the_chat_template_fails_only_its_request(tmp_path: Path) -> No
         RequestDefaults(SamplingParams()),
     )
     engine: Any = Engine()
-    assert batch.run_job(job, batch.read(job), tokenizer, engine) == SOME_FAILED
+    assert job_run.run_job(job, job_run.read(job), tokenizer, engine) == SOME_FAILED
     bad, good = map(json.loads, (tmp_path / "o.jsonl").open())
     assert (bad["error"]["code"], "never" in bad["error"]["message"]) == ("template_failed", True)
     assert body(good)["choices"][0]["message"]["content"] == "ok"

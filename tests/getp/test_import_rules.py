@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("getp", "engine", "model", "tokenizer")
 MAX_FILES = 14  # source files in a folder, beside __init__.py
 
-# Rooms of getp and the rooms that each may import. Modules at getp's root and getp/text are shared.
+# Subpackages of getp, each with the subpackages that it may import. Modules at getp's root and in
+# getp/text are shared.
 SHARED = "shared"
 MAY_IMPORT = {
     "cli": {"job", "serve", "analysis", "cluster", "report", SHARED},
@@ -70,7 +71,7 @@ def module_level_nodes(module: str) -> Iterator[ast.AST]:
         pending += ast.iter_child_nodes(node)
 
 
-def room(module: str) -> str:
+def subpackage(module: str) -> str:
     parts = module.split(".")
     if parts[-1] == "__main__":  # `python -m getp` is the command line
         return "cli"
@@ -78,13 +79,13 @@ def room(module: str) -> str:
 
 
 @pytest.mark.parametrize("name", MAY_IMPORT)
-def test_rooms_of_getp_import_only_the_rooms_below_them(name: str) -> None:
+def test_subpackages_of_getp_import_only_those_below_them(name: str) -> None:
     for module in FILES:
-        if module.split(".")[0] != "getp" or room(module) != name:
+        if module.split(".")[0] != "getp" or subpackage(module) != name:
             continue
         for other in imported(all_nodes(module)):
-            if other.startswith("getp.") and room(other) != name:
-                assert room(other) in MAY_IMPORT[name], f"{module} imports {other}"
+            if other.startswith("getp.") and subpackage(other) != name:
+                assert subpackage(other) in MAY_IMPORT[name], f"{module} imports {other}"
 
 
 def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
@@ -115,7 +116,7 @@ def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
-def test_cycles_are_found() -> None:
+def test_cycles_returns_strongly_connected_modules() -> None:
     assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == [["b", "c"]]
 
 
@@ -132,7 +133,7 @@ def test_no_modules_import_each_other_in_a_cycle() -> None:
     assert cycles(graph) == []
 
 
-def test_no_folder_has_more_source_files_than_fit_on_a_screen() -> None:
+def test_folders_have_at_most_14_source_files() -> None:
     folders: dict[Path, list[str]] = {}
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*"):

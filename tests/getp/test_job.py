@@ -11,10 +11,10 @@ import torch
 
 from engine import SamplingParams
 from getp.errors import SOME_FAILED, GetpError, Interrupted
-from getp.job import run as batch
+from getp.job import run as job_run
 from getp.job.request_reader import RequestDefaults
 from getp.job.run import Job
-from getp.report.efficiency import Explanation
+from getp.report.efficiency import RunEfficiency
 from getp.report.measurements import quantile
 from getp.text.prompts import request_seed
 from tests.getp.helpers import FakeEngine, fake_engine, small_tokenizer
@@ -42,7 +42,7 @@ def job(tmp_path: Path, data: bytes, **changes: Any) -> Job:
 
 def run(job: Job, engine: Any = None) -> int:
     engine = engine or fake_engine()
-    return batch.run_job(job, batch.read(job), TOKENIZER, engine)
+    return job_run.run_job(job, job_run.read(job), TOKENIZER, engine)
 
 
 def ids(text: str) -> list[int]:
@@ -121,7 +121,7 @@ def test_much_too_long_prompts_are_refused_before_they_are_encoded(
 @pytest.mark.parametrize("name", ["output.txt", "output.txt.errors.jsonl", "output.txt.journal"])
 def test_report_must_not_overwrite_another_file_of_the_job(tmp_path: Path, name: str) -> None:
     with pytest.raises(GetpError, match=f"report and .* are the same file: .*{name}"):
-        batch.read(job(tmp_path, b"1\nab\n", report=str(tmp_path / name)))
+        job_run.read(job(tmp_path, b"1\nab\n", report=str(tmp_path / name)))
 
 
 def test_errors_file_of_an_earlier_run_is_removed(tmp_path: Path) -> None:
@@ -152,10 +152,10 @@ def test_stop_tokens_are_written_and_counted(
 
 def test_stop_string_ends_a_request_at_the_token_that_completes_it(tmp_path: Path) -> None:
     work = job(tmp_path, b"1\nab\n", stops=("o W", "never"))
-    said = ids("hello World again")
-    run(work, fake_engine(lambda prompt: said))
+    generated = ids("hello World again")
+    run(work, fake_engine(lambda prompt: generated))
     row = [int(word) for word in Path(work.output).read_text().split()]
-    assert row == said[: len(row)]
+    assert row == generated[: len(row)]
     assert "o W" in TOKENIZER.decode(row)
     assert "o W" not in TOKENIZER.decode(row[:-1])
 
@@ -212,12 +212,12 @@ def test_peak_memory_of_the_report_excludes_measuring_the_machine(
 ) -> None:
     peak = 2**28
 
-    def explain(*of: object) -> Explanation:
+    def run_efficiency(*args: object) -> RunEfficiency:
         nonlocal peak
         peak = 2**29
-        return Explanation()
+        return RunEfficiency()
 
-    monkeypatch.setattr("getp.report.job_report.explain", explain)
+    monkeypatch.setattr("getp.report.job_report.run_efficiency", run_efficiency)
     monkeypatch.setattr("tests.getp.helpers.peak_resident_bytes", lambda: peak)
     run(job(tmp_path, b"1\nab\n", report=str(tmp_path / "report.json")))
     report = json.loads((tmp_path / "report.json").read_text())
@@ -227,7 +227,7 @@ def test_peak_memory_of_the_report_excludes_measuring_the_machine(
 def test_job_succeeds_without_memory_to_measure_the_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def no_memory(*of: object) -> Explanation:
+    def no_memory(*args: object) -> RunEfficiency:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
 
     monkeypatch.setattr("getp.report.efficiency.peaks_of", no_memory)
@@ -288,7 +288,7 @@ def test_ctrl_c_reports_the_requests_done_and_frees_the_engine(tmp_path: Path) -
 def test_missing_chat_template_ends_the_job_before_the_model_loads(tmp_path: Path) -> None:
     work, engine = job(tmp_path, b"1\na\n", chat=True), FakeEngine()
     with pytest.raises(GetpError, match="no chat template"):
-        batch.run_job(work, batch.read(work), small_tokenizer(None), engine)
+        job_run.run_job(work, job_run.read(work), small_tokenizer(None), engine)
     assert engine.stats.steps == 0
 
 
@@ -304,7 +304,7 @@ def test_lines_after_the_last_prompt_cause_a_warning(
 def test_progress_is_logged_line_by_line_without_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("getp.job.progress._LINE_EVERY_S", 0.02)
+    monkeypatch.setattr("getp.job.progress._LINE_INTERVAL_S", 0.02)
 
     def slow(prompt: Sequence[int]) -> Sequence[int]:
         time.sleep(0.05)

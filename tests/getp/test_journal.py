@@ -17,17 +17,17 @@ def journal(tmp_path: Path, header: dict[str, Any] = HEADER, **options: Any) -> 
     return Journal(str(tmp_path / "j"), header, 10, **{"flush_s": 0.01, **options})
 
 
-def some(tmp_path: Path) -> list[bytes]:
+def write_records(tmp_path: Path) -> list[bytes]:
     """Write a journal with three records; return its lines."""
-    with journal(tmp_path) as made:
-        made.append(4, True, b"1 2 3")
-        made.append(0, False, b'{"code": "x"}')
-        made.append(2, True, b"")
+    with journal(tmp_path) as new:
+        new.append(4, True, b"1 2 3")
+        new.append(0, False, b'{"code": "x"}')
+        new.append(2, True, b"")
     return (tmp_path / "j").read_bytes().splitlines(keepends=True)
 
 
 def test_appended_records_are_found_again(tmp_path: Path) -> None:
-    some(tmp_path)
+    write_records(tmp_path)
     with journal(tmp_path, {**HEADER, "seed": 2}) as found:
         assert [index for index in range(10) if index in found] == [0, 2, 4]
         assert (found.done, found.failed, found.damaged) == (3, 1, 0)
@@ -39,7 +39,7 @@ def test_appended_records_are_found_again(tmp_path: Path) -> None:
 
 
 def test_complete_records_before_any_truncation_are_found(tmp_path: Path) -> None:
-    lines = some(tmp_path)
+    lines = write_records(tmp_path)
     data = b"".join(lines)
     for length in range(len(data)):
         (tmp_path / "j").write_bytes(data[:length])
@@ -52,7 +52,7 @@ def test_complete_records_before_any_truncation_are_found(tmp_path: Path) -> Non
 
 
 def test_flipped_bit_loses_only_the_records_that_it_touches(tmp_path: Path) -> None:
-    lines = some(tmp_path)
+    lines = write_records(tmp_path)
     data, first = b"".join(lines), len(lines[0])
     for at in range(first, len(data)):
         (tmp_path / "j").write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
@@ -64,13 +64,13 @@ def test_flipped_bit_loses_only_the_records_that_it_touches(tmp_path: Path) -> N
 
 
 def test_damaged_first_line_is_refused(tmp_path: Path) -> None:
-    data = bytearray(b"".join(some(tmp_path)))
+    data = bytearray(b"".join(write_records(tmp_path)))
     data[20] ^= 1
     (tmp_path / "j").write_bytes(data)
     with pytest.raises(GetpError, match=r"first line is damaged.*restart starts over"):
         journal(tmp_path)
-    with journal(tmp_path, restart=True) as made:
-        assert made.done == 0
+    with journal(tmp_path, restart=True) as new:
+        assert new.done == 0
 
 
 @pytest.mark.parametrize(
@@ -83,12 +83,12 @@ def test_first_line_that_is_not_a_journal_header_is_refused(content: bytes, tmp_
 
 
 def test_journal_of_another_job_is_refused_with_both_values(tmp_path: Path) -> None:
-    some(tmp_path)
+    write_records(tmp_path)
     other = {"fingerprint": {"temperature": 0.7, "input": "abc"}, "seed": 1}
     with pytest.raises(GetpError, match=r"temperature 0\.0, now 0\.7\..*restart"):
         journal(tmp_path, other)
-    with journal(tmp_path, other, restart=True) as made:
-        assert (made.done, made.header) == (0, other)
+    with journal(tmp_path, other, restart=True) as new:
+        assert (new.done, new.header) == (0, other)
 
 
 def test_lock_refuses_a_second_process_and_is_released_by_a_dead_one(tmp_path: Path) -> None:
@@ -104,16 +104,16 @@ def test_lock_refuses_a_second_process_and_is_released_by_a_dead_one(tmp_path: P
 
 
 def test_record_damaged_while_the_job_runs_is_detected_when_read(tmp_path: Path) -> None:
-    with journal(tmp_path) as made:
-        made.append(1, True, b"good")
+    with journal(tmp_path) as new:
+        new.append(1, True, b"good")
         data = (tmp_path / "j").read_bytes()
         (tmp_path / "j").write_bytes(data.replace(b"good", b"bad!"))
         with pytest.raises(GetpError, match="record of request 1 is damaged"):
-            made.read(1)
+            new.read(1)
 
 
 def test_records_beyond_the_end_of_the_input_count_as_damaged(tmp_path: Path) -> None:
-    some(tmp_path)
+    write_records(tmp_path)
     with Journal(str(tmp_path / "j"), HEADER, 3) as found:
         assert (found.done, found.damaged) == (2, 1)
 
@@ -123,8 +123,8 @@ def test_failed_partial_write_leaves_no_trace(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     real: Callable[..., int] = os.pwrite
-    with journal(tmp_path) as made:
-        made.append(1, True, b"one")
+    with journal(tmp_path) as new:
+        new.append(1, True, b"one")
         calls = 0
 
         def pwrite(fd: int, data: bytes, at: int) -> int:
@@ -136,7 +136,7 @@ def test_failed_partial_write_leaves_no_trace(
 
         monkeypatch.setattr(os, "pwrite", pwrite)
         with pytest.raises(GetpError, match=f"{os.strerror(code)}; 1 of 10 requests are saved"):
-            made.append(2, True, b"two")
+            new.append(2, True, b"two")
         monkeypatch.setattr(os, "pwrite", real)
     with journal(tmp_path) as found:
         assert (found.done, found.damaged) == (1, 0)
@@ -146,13 +146,13 @@ def test_failed_partial_write_leaves_no_trace(
 def test_failed_fsync_stops_the_job_at_the_next_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with journal(tmp_path, flush_s=60) as made:
+    with journal(tmp_path, flush_s=60) as new:
 
         def fsync(descriptor: int) -> None:
             raise OSError(errno.EIO, "Input/output error")
 
         monkeypatch.setattr(os, "fsync", fsync)
         with pytest.raises(GetpError, match="Input/output error"):
-            made.sync()
+            new.sync()
         with pytest.raises(GetpError, match="Input/output error"):
-            made.append(1, True, b"one")
+            new.append(1, True, b"one")

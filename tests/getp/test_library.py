@@ -64,7 +64,9 @@ def test_every_exported_name_can_be_imported_and_is_listed() -> None:
         ("folder", "import getp.cli.main"),
     ],
 )
-def test_file_that_hides_a_package_is_named(tmp_path: Path, name: str, kind: str, use: str) -> None:
+def test_error_names_a_file_that_hides_a_package(
+    tmp_path: Path, name: str, kind: str, use: str
+) -> None:
     hiding = tmp_path / (f"{name}.py" if kind == "file" else name)
     if kind == "file":
         hiding.write_text("")
@@ -89,7 +91,9 @@ def test_file_that_hides_a_package_is_named(tmp_path: Path, name: str, kind: str
 
 
 @pytest.mark.parametrize("name", ["engine", "model", "tokenizer"])
-def test_module_of_the_user_that_is_already_imported_is_named(tmp_path: Path, name: str) -> None:
+def test_error_names_an_already_imported_module_that_hides_a_package(
+    tmp_path: Path, name: str
+) -> None:
     (tmp_path / f"{name}.py").write_text("")
     program = f"import sys, {name}; sys.path[:] = [{str(ROOT)!r}, *sys.path[1:]]; import getp"
     done = python(program, tmp_path)
@@ -117,7 +121,9 @@ def test_run_py_and_the_command_work_beside_a_users_file(tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize("name", ["engine", "model", "tokenizer"])
-def test_command_names_a_users_file_on_the_python_path(tmp_path: Path, name: str) -> None:
+def test_error_names_a_file_on_the_python_path_that_hides_a_package(
+    tmp_path: Path, name: str
+) -> None:
     (tmp_path / f"{name}.py").write_text("")
     command = [sys.executable, "-m", "getp", "--version"]
     done = subprocess.run(

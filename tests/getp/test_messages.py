@@ -6,10 +6,10 @@ from getp.cli.main import command
 from getp.cli.wording import option_name
 from tests.getp.messages import Message, messages
 
-# Tools and variables of others, which messages may name.
-_NOT_OURS = re.compile(r"nvcc --version|ray start|pip install( -e)?|--local-dir")
+# Options of other tools, which messages may name.
+_FOREIGN_OPTIONS = re.compile(r"nvcc --version|ray start|pip install( -e)?|--local-dir")
 _OPTION = re.compile(r"(?<![\w…-])--?[a-z][a-z-]*")
-_WORDS = [
+_NONSTANDARD_PHRASES = [
     r"(?<!there) is no \w+",
     r"(?<!there) are no \w+",
     r"\bholds no\b",
@@ -31,10 +31,10 @@ _WORDS = [
     r"\bsafe from\b",
     r"\bat work on\b",
 ]
-_DIALECT = re.compile("|".join(_WORDS), re.IGNORECASE)
+_NONSTANDARD = re.compile("|".join(_NONSTANDARD_PHRASES), re.IGNORECASE)
 
 
-def shown(found: list[Message]) -> str:
+def listing(found: list[Message]) -> str:
     return "\n".join(f"{each.file}:{each.line}: {each.text}" for each in found)
 
 
@@ -42,14 +42,15 @@ def test_only_the_command_line_names_options() -> None:
     named = [
         each
         for each in messages()
-        if not each.file.startswith("getp/cli/") and _OPTION.search(_NOT_OURS.sub("", each.text))
+        if not each.file.startswith("getp/cli/")
+        and _OPTION.search(_FOREIGN_OPTIONS.sub("", each.text))
     ]
-    assert not named, shown(named)
+    assert not named, listing(named)
 
 
 def test_messages_are_in_standard_english() -> None:
-    found = [each for each in messages() if _DIALECT.search(each.text)]
-    assert not found, shown(found)
+    found = [each for each in messages() if _NONSTANDARD.search(each.text)]
+    assert not found, listing(found)
 
 
 def test_names_in_braces_are_replaced() -> None:
@@ -61,7 +62,7 @@ def test_names_in_braces_are_replaced() -> None:
         and not each.has_fields
         and each.file.startswith("getp/")
     ]
-    assert not left, shown(left)
+    assert not left, listing(left)
 
 
 def test_every_option_that_messages_name_exists() -> None:
@@ -75,4 +76,4 @@ def test_every_option_that_messages_name_exists() -> None:
 
 
 if __name__ == "__main__":
-    print(shown(messages()))
+    print(listing(messages()))

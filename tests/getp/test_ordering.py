@@ -1,11 +1,11 @@
-"""The order in which waiting requests run, which changes only the time that they take."""
+"""The order in which waiting requests run affects only the run time, not the results."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from engine import Engine, EngineConfig, SamplingParams
-from getp.job import run as batch
+from getp.job import run as job_run
 from getp.job.formats.interface import Failure, JobRequest
 from getp.job.ordering import order_for_throughput
 from getp.job.prefetch import Prefetcher
@@ -15,27 +15,27 @@ from tests.getp.helpers import FakeEngine, small_tokenizer
 TOKENIZER = small_tokenizer()
 
 
-def task(index: int, prompt: list[int], **limits: int) -> JobRequest:
+def request(index: int, prompt: list[int], **limits: int) -> JobRequest:
     return JobRequest(index, index, f"request-{index}", prompt, SamplingParams(**limits), (), False)  # type: ignore[arg-type]
 
 
-def order(tasks: list[JobRequest | Failure]) -> list[int]:
-    return [each.index for each in order_for_throughput(tasks)]
+def order(requests: list[JobRequest | Failure]) -> list[int]:
+    return [each.index for each in order_for_throughput(requests)]
 
 
 def test_prompts_with_a_common_prefix_are_grouped_and_long_answers_start_first() -> None:
     a, b = [1] * 20, [2] * 20
-    tasks: list[JobRequest | Failure] = [
-        task(0, [*a, 7], max_new_tokens=9),
-        task(1, [*b, 5], max_new_tokens=10),
-        task(2, [*a, 3], max_new_tokens=4),
-        task(3, [*b, 4], max_new_tokens=1),
-        task(4, [9], max_new_tokens=500),
-        task(5, [8], max_positions=300),
+    requests: list[JobRequest | Failure] = [
+        request(0, [*a, 7], max_new_tokens=9),
+        request(1, [*b, 5], max_new_tokens=10),
+        request(2, [*a, 3], max_new_tokens=4),
+        request(3, [*b, 4], max_new_tokens=1),
+        request(4, [9], max_new_tokens=500),
+        request(5, [8], max_positions=300),
         Failure(6, 6, None, "empty_prompt", "the prompt is empty"),
-        task(7, [3]),
+        request(7, [3]),
     ]
-    assert order(tasks) == [6, 7, 4, 5, 3, 1, 2, 0]
+    assert order(requests) == [6, 7, 4, 5, 3, 1, 2, 0]
     assert order([]) == []
 
 
@@ -46,8 +46,8 @@ def test_windows_are_filled_before_they_are_arranged_and_no_item_is_lost() -> No
         windows.append(len(items))
         return sorted(items, reverse=True)
 
-    with Prefetcher(iter(range(25)), lambda item: 1, 10, arrange) as ahead:
-        taken = list(ahead.until(lambda: False))
+    with Prefetcher(iter(range(25)), lambda item: 1, 10, arrange) as prefetcher:
+        taken = list(prefetcher.until(lambda: False))
     assert windows == [10, 10, 5]
     assert taken == [*range(9, -1, -1), *range(19, 9, -1), *range(24, 19, -1)]
 
@@ -55,7 +55,7 @@ def test_windows_are_filled_before_they_are_arranged_and_no_item_is_lost() -> No
 def run(folder: Path, schedule: Any, engine: Any, lines: list[str]) -> bytes:
     folder.mkdir()
     (folder / "input.txt").write_text("\n".join([str(len(lines)), *lines]) + "\n")
-    job = batch.Job(
+    job = job_run.Job(
         input=str(folder / "input.txt"),
         output=str(folder / "output.txt"),
         checkpoint="small",
@@ -64,7 +64,7 @@ def run(folder: Path, schedule: Any, engine: Any, lines: list[str]) -> bytes:
         ),
         schedule=schedule,
     )
-    assert batch.run_job(job, batch.read(job), TOKENIZER, engine) == 0
+    assert job_run.run_job(job, job_run.read(job), TOKENIZER, engine) == 0
     return (folder / "output.txt").read_bytes()
 
 

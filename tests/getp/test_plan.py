@@ -303,7 +303,7 @@ def test_a_predicted_job_is_printed_with_its_assumptions(
 
 
 @pytest.mark.parametrize("job", [True, False])
-def test_tables_cut_off_no_word(
+def test_tables_truncate_no_word(
     prompts: str, capsys: Printed, monkeypatch: pytest.MonkeyPatch, job: bool
 ) -> None:
     args = ["gpt-oss-120b", "-m", "plan", "--gpu", "MI250 die,H200", "--tensor-parallel", "8"]
@@ -321,7 +321,7 @@ def test_tables_cut_off_no_word(
     assert max(len(line) for line in out.splitlines() if line.startswith(" ")) <= 80
 
 
-def test_local_is_measured_once_and_shows_the_date(
+def test_the_local_device_is_measured_once_and_shows_the_date(
     tmp_path: Path, capsys: Printed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
@@ -378,7 +378,7 @@ def test_this_machine_can_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_slow_product_is_not_timed_at_larger_sizes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """torch's bfloat16 without AVX-512 is a hundred times slower than our kernels."""
+    """torch's bfloat16 without AVX-512 is a hundred times slower than the kernels of getp."""
     timed = []
 
     def best(function: Callable[[], object], target: torch.device) -> float:

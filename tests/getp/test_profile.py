@@ -15,9 +15,9 @@ from torch.autograd import DeviceType
 
 from engine import Engine, EngineConfig, EngineError, Request, SamplingParams
 from engine.step_probe import StepProbe
-from getp.analysis.advice import advise, judge
-from getp.analysis.part_timer import Launches, add_up, time_parts
-from getp.analysis.profile import Profile, Times, assemble, measure
+from getp.analysis.advice import advise, find_bottleneck
+from getp.analysis.part_timer import Launches, count_events, time_parts
+from getp.analysis.profile import Profile, Times, assemble, measure_times
 from getp.analysis.profile_table import print_profile
 from getp.cli import main as cli
 from model.cost.devices import find_device
@@ -44,7 +44,7 @@ def profiled(capsys: pytest.CaptureFixture[str], *args: object) -> dict[str, Any
     return result
 
 
-def bottleneck(work: Workload | None = None, **changes: Any) -> Profile:
+def example_profile(work: Workload | None = None, **changes: Any) -> Profile:
     """The step of bottleneck-analysis: 230 tok/s, 15 kernels per layer, launch-bound."""
     work = work or Workload("decode", 1, 1, 1000, "bfloat16")
     counts = {"input_norm": 24, "qkv_proj": 72, "rope": 48, "attention": 24, "o_proj": 48,
@@ -102,12 +102,12 @@ def test_parts_are_within_5_percent_of_the_step_of_a_mid_size_model(
         tmp_path, EngineConfig(device="cpu", max_batch_size=8, dummy_weights=True)
     ) as engine:
         probe = StepProbe(engine, batch=8, query=1, context=256)
-        times = measure(probe.step, CPU, limit_s=30)  # it usually takes far less
+        times = measure_times(probe.step, CPU, limit_s=30)  # it usually takes far less
     assert sum(times.parts.values()) == pytest.approx(times.step_s, rel=0.05)
     assert times.parts["other"] < 0.1 * times.step_s
 
 
-def test_a_part_inside_another_is_timed_by_itself() -> None:
+def test_a_nested_part_is_timed_separately() -> None:
     seen: list[str] = []
     with observe(seen.append):
         with GATE_UP_PROJ, ACTIVATION:
@@ -139,7 +139,7 @@ def test_observing_a_step_changes_no_result(checkpoint: Callable[[str], Path]) -
         assert time_parts(probe.step, CPU).keys() == seconds.keys()
 
 
-def test_kernels_count_where_they_were_launched() -> None:
+def test_kernels_are_counted_in_the_part_that_launched_them() -> None:
     def event(name: str, parent: Any = None, *kernels: tuple[str, float]) -> Any:
         launched = [SimpleNamespace(name=kernel, duration=us) for kernel, us in kernels]
         return SimpleNamespace(
@@ -152,10 +152,10 @@ def test_kernels_count_where_they_were_launched() -> None:
     stray = event("aten::empty", None, ("memset", 1.0))
     kernel = SimpleNamespace(name="gemm", cpu_parent=None, device_type=DeviceType.CUDA)
     events = [part, outer, inner, stray, kernel]
-    found = add_up(events, on_gpu=True)
+    found = count_events(events, on_gpu=True)
     assert found.count == {"attention": 3}
     assert found.busy_s == pytest.approx({"attention": 55e-6})
-    assert add_up(events, on_gpu=False) == Launches({"attention": 1})
+    assert count_events(events, on_gpu=False) == Launches({"attention": 1})
 
 
 def test_a_probe_repeats_one_step_at_one_length(checkpoint: Callable[[str], Path]) -> None:
@@ -206,11 +206,11 @@ def test_a_chrome_trace_names_the_parts(
 
 def test_the_step_of_the_document_is_launch_bound() -> None:
     """bottleneck-analysis: 360 launches of 7.5 µs are 62% of 4.35 ms at 230 tok/s."""
-    found = bottleneck()
-    verdict = judge(found)
-    assert (verdict.bound, found.launches, round(found.tok_s)) == ("launch", 360, 230)
-    assert verdict.launch_s == pytest.approx(2.70e-3)
-    assert verdict.evidence.startswith("62.1% of the step is spent on starting 360")
+    found = example_profile()
+    bottleneck = find_bottleneck(found)
+    assert (bottleneck.bound, found.launches, round(found.tok_s)) == ("launch", 360, 230)
+    assert bottleneck.launch_s == pytest.approx(2.70e-3)
+    assert bottleneck.evidence.startswith("62.1% of the step is spent on starting 360")
     gains = {advice.change.split(":")[0]: advice for advice in advise(found)}
     # Four launches fewer per layer save 0.72 ms. The document saves 1.15 ms (313 tok/s), because it
     # assumes that the fused kernel is also faster than its parts.
@@ -219,14 +219,14 @@ def test_the_step_of_the_document_is_launch_bound() -> None:
     assert [a.gain for a in advise(found)] == sorted((a.gain for a in advise(found)), reverse=True)
 
 
-def test_operations_of_a_fused_kernel_are_counted_there_and_not_advised_again(
+def test_fused_operations_are_counted_in_their_kernel_and_not_advised_again(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    apart = bottleneck()
+    apart = example_profile()
     inner = ("activation", "down_proj")
     times = {name: s for name, s in apart.times.parts.items() if name not in inner}
     counts = dict.fromkeys(times, 24)
-    found = bottleneck(times=Times(4.35e-3, times), launches=Launches(counts))
+    found = example_profile(times=Times(4.35e-3, times), launches=Launches(counts))
     assert found.within == dict.fromkeys(inner, "gate_up_proj")
     before, after = ({part.name: part.op for part in one.components} for one in (apart, found))
     together = [before[name] for name in ("gate_up_proj", *inner)]
@@ -240,13 +240,13 @@ def test_operations_of_a_fused_kernel_are_counted_there_and_not_advised_again(
     assert "down_proj in gate_up_proj" in capsys.readouterr().out
 
 
-def test_a_narrow_terminal_cuts_off_no_number(
+def test_a_narrow_terminal_truncates_no_number(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     printed = []
     for columns in (200, 60):
         monkeypatch.setenv("COLUMNS", str(columns))
-        print_profile(bottleneck(), "qwen2", [])
+        print_profile(example_profile(), "qwen2", [])
         printed.append(capsys.readouterr().out)
     wide, narrow = printed
     assert max(len(line) for line in narrow.splitlines() if line.startswith(" ")) <= 60
@@ -275,9 +275,9 @@ def test_operations_of_a_fused_kernel_have_no_part_of_their_own(
 
 def test_graph_capture_is_advised_where_the_gpu_waits() -> None:
     busy = {"qkv_proj": 0.5e-3, "gate_up_proj": 1.0e-3}
-    found = bottleneck(on_gpu=True, launches=Launches({"gate_up_proj": 300}, busy))
-    assert judge(found).launch_s == pytest.approx(2.85e-3)
-    assert judge(found).evidence.startswith(
+    found = example_profile(on_gpu=True, launches=Launches({"gate_up_proj": 300}, busy))
+    assert find_bottleneck(found).launch_s == pytest.approx(2.85e-3)
+    assert find_bottleneck(found).evidence.startswith(
         "65.5% of the step is GPU idle time between 300 kernels"
     )
     best = {advice.change: advice for advice in advise(found)}["capture the step as a graph"]
@@ -297,18 +297,20 @@ def test_the_largest_requirement_is_the_limit(
     work: Workload, parts: dict[str, float], bound: str
 ) -> None:
     times = Times(sum(parts.values()), parts)
-    verdict = judge(bottleneck(work, device=H100, times=times, launches=Launches({})))
-    assert verdict.bound == bound
+    bottleneck = find_bottleneck(
+        example_profile(work, device=H100, times=times, launches=Launches({}))
+    )
+    assert bottleneck.bound == bound
 
 
 def test_a_larger_batch_is_advised_while_it_is_faster_and_fits() -> None:
     def best(found: Profile) -> list[str]:
         return [a.change for a in advise(found) if a.change.startswith("a batch")]
 
-    assert best(bottleneck()) == ["a batch of 16 instead of 1"]
+    assert best(example_profile()) == ["a batch of 16 instead of 1"]
     weights, sequence = parameter_bytes(QWEN2, "bfloat16"), 1000 * 2 * 2 * 64 * 2 * 24
     full = replace(RTX3090, memory=round((weights + 5 * sequence) / USABLE_MEMORY))
-    assert best(bottleneck(device=full)) == ["a batch of 4 instead of 1"]
+    assert best(example_profile(device=full)) == ["a batch of 4 instead of 1"]
 
 
 def test_options_that_a_profile_cannot_use_are_refused(
@@ -324,12 +326,12 @@ def test_options_that_a_profile_cannot_use_are_refused(
         assert message in capsys.readouterr().err
 
 
-def test_a_profile_is_printed_as_an_analysis(
+def test_a_profile_is_printed_with_its_bottleneck_and_advice(
     checkpoint: Callable[[str], Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     args = [str(checkpoint("qwen2")), "-m", "profile", "--context", "30", "--gpu", "A10"]
     assert cli.run([*args, "--dummy-weights"]) == 0
-    text, aside = capfd.readouterr()
+    text, err = capfd.readouterr()
     for words in ("tok/s", "gate_up_proj", "rope", "-bound:", "possible change", "A10 "):
         assert words in text
-    assert "profiler_start" not in aside  # a log line of torch's profiler
+    assert "profiler_start" not in err  # a log line of torch's profiler

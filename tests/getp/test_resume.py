@@ -22,7 +22,7 @@ from engine import SamplingParams
 from getp.cli import loading
 from getp.cli import main as cli
 from getp.errors import SOME_FAILED, GetpError, Interrupted
-from getp.job import run as batch
+from getp.job import run as job_run
 from getp.job.prefetch import Prefetcher
 from getp.job.request_reader import RequestDefaults
 from getp.job.run import Job
@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
-def _one_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+def _fixed_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1750000000")
 
 
@@ -48,10 +48,10 @@ def job(tmp_path: Path, count: int = 12, output: str = "out.txt", **changes: Any
 
 def run(work: Job, engine: Any = None) -> int:
     engine = engine if engine is not None else FakeEngine()
-    return batch.run_job(work, batch.read(work), TOKENIZER, engine)
+    return job_run.run_job(work, job_run.read(work), TOKENIZER, engine)
 
 
-def stops_after(count: int, error: BaseException) -> FakeEngine:
+def engine_that_fails_after(count: int, error: BaseException) -> FakeEngine:
     calls = 0
 
     def answer(prompt: Sequence[int]) -> Sequence[int]:
@@ -70,18 +70,18 @@ def test_resumed_job_runs_only_the_rest_and_writes_the_same_bytes(
 ) -> None:
     work = job(tmp_path, output=output)
     assert run(work) == SOME_FAILED
-    wanted = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    expected = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     Path(work.output).unlink()
     for _ in range(3):
         with pytest.raises(RuntimeError, match="gone"):
-            run(work, stops_after(3, RuntimeError("the device is gone")))
+            run(work, engine_that_fails_after(3, RuntimeError("the device is gone")))
     engine = FakeEngine()
     assert run(work, engine) == SOME_FAILED
     assert len(engine.requests) < 6
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == wanted
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == expected
 
 
-def test_job_with_only_its_result_missing_needs_no_model(
+def test_job_that_lacks_only_its_result_file_does_not_load_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = job(tmp_path)
@@ -108,7 +108,7 @@ def test_changed_job_is_refused_unless_it_starts_over(
 ) -> None:
     before: dict[str, Any] = {"identity": {"checkpoint": "a"}}
     with pytest.raises(RuntimeError):
-        run(job(tmp_path, **before), stops_after(3, RuntimeError()))
+        run(job(tmp_path, **before), engine_that_fails_after(3, RuntimeError()))
     changed: dict[str, Any] = {**before, **changes}
     with pytest.raises(GetpError, match=words):
         run(job(tmp_path, **changed))
@@ -146,13 +146,13 @@ def test_time_in_a_chat_template_is_when_the_job_began(
     (tmp_path / "in.txt").write_text("3\none\ntwo\nthree\n")
     files: dict[str, Any] = {"input": str(tmp_path / "in.txt"), "output": str(tmp_path / "out.txt")}
     work = Job(**files, checkpoint="small", defaults=RequestDefaults(SamplingParams(), chat=True))
-    source, tokenizer = batch.read(work), small_tokenizer(template)
-    engine: Any = stops_after(1, RuntimeError())
+    source, tokenizer = job_run.read(work), small_tokenizer(template)
+    engine: Any = engine_that_fails_after(1, RuntimeError())
     with pytest.raises(RuntimeError):
-        batch.run_job(work, source, tokenizer, engine)
+        job_run.run_job(work, source, tokenizer, engine)
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1760000000")
     engine = FakeEngine()
-    assert batch.run_job(work, source, tokenizer, engine) == 0
+    assert job_run.run_job(work, source, tokenizer, engine) == 0
     began = datetime.fromtimestamp(1750000000).strftime("%F %T")
     texts = {tokenizer.decode(request.prompt_ids) for request in engine.requests}
     assert len(texts) == 2
@@ -163,7 +163,7 @@ def test_resumed_job_keeps_the_random_seed_of_the_first_run(tmp_path: Path) -> N
     seeds = {}
     work = job(tmp_path, params={"temperature": 1.0, "seed": 1}, seed_given=False)
     with pytest.raises(RuntimeError):
-        run(work, engine := stops_after(3, RuntimeError()))
+        run(work, engine := engine_that_fails_after(3, RuntimeError()))
     seeds.update({request.request_id: request.params.seed for request in engine.requests})
     second = FakeEngine()
     run(job(tmp_path, params={"temperature": 1.0, "seed": 2}, seed_given=False), second)
@@ -176,9 +176,9 @@ def test_resumed_job_keeps_the_random_seed_of_the_first_run(tmp_path: Path) -> N
 def test_too_many_failures_end_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(GetpError, match=r"2 requests have failed, more than max_errors 1.*line"):
         run(job(tmp_path, max_errors=1))
-    said = capsys.readouterr().err
-    assert "raise max_errors to resume, or start over with restart" in said
-    assert "the same command" not in said
+    shown = capsys.readouterr().err
+    assert "raise max_errors to resume, or start over with restart" in shown
+    assert "the same command" not in shown
     assert run(job(tmp_path, max_errors=2)) == SOME_FAILED
 
 
@@ -222,7 +222,7 @@ def test_job_can_be_resumed_after_any_failed_write(
     _Faulty.code, _Faulty.budget = code, 10**9
     work = job(tmp_path, flush_s=0)
     run(work)
-    wanted = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    expected = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.setattr(os, "pwrite", pwrite)
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr("getp.files.open", opened, raising=False)
@@ -238,7 +238,7 @@ def test_job_can_be_resumed_after_any_failed_write(
             _Faulty.budget = 10**9
             status = run(work)
         assert status == SOME_FAILED
-        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == wanted
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == expected
         if _Faulty.budget < 10**8:
             break
     assert faults > 40
@@ -281,8 +281,8 @@ def test_prefetching_is_bounded_by_total_cost() -> None:
             made.append(item)
             yield item
 
-    with Prefetcher(items(), lambda item: 10, 50) as ahead:
-        taken = ahead.until(lambda: False)
+    with Prefetcher(items(), lambda item: 10, 50) as prefetcher:
+        taken = prefetcher.until(lambda: False)
         assert next(taken) == 0
         time.sleep(0.1)
         assert len(made) <= 8
@@ -296,10 +296,10 @@ def test_error_in_the_prefetching_thread_is_raised_where_items_are_taken() -> No
         raise GetpError("no more")
 
     with (
-        Prefetcher(items(), lambda item: 1, 50) as ahead,
+        Prefetcher(items(), lambda item: 1, 50) as prefetcher,
         pytest.raises(GetpError, match="no more"),
     ):
-        list(ahead.until(lambda: False))
+        list(prefetcher.until(lambda: False))
 
 
 def test_job_reads_standard_input_and_writes_standard_output(
@@ -363,7 +363,7 @@ def test_results_of_a_job_larger_than_the_prefetch_limit_are_in_input_order(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_is_not_mistaken_for_an_error_of_the_code_that_it_interrupts(
+def test_signal_passes_through_except_exception_of_interrupted_code(
     number: signal.Signals,
 ) -> None:
     def start() -> None:

@@ -1,4 +1,4 @@
-"""Jobs with tensor parallelism, as a user runs them: same bytes, and no process left behind."""
+"""Jobs with tensor parallelism write the same bytes and leave no processes running."""
 
 import os
 import re
@@ -26,23 +26,23 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one_rank_output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of a job with one rank."""
-    output = tmp_path_factory.mktemp("alone") / "output.txt"
+    output = tmp_path_factory.mktemp("one_rank") / "output.txt"
     getp(*command(output)[2:])
     return output
 
 
-def test_two_ranks_give_the_same_bytes_as_one(alone: Path, tmp_path: Path) -> None:
+def test_two_ranks_give_the_same_bytes_as_one(one_rank_output: Path, tmp_path: Path) -> None:
     output, report = tmp_path / "o.txt", tmp_path / "r.json"
     run = getp(*command(output, "--tensor-parallel", 2, "--report", report)[2:])
     assert '"tensor_parallel": 2' in report.read_text()
     assert "tensor parallel over 2" in run.stderr
-    assert output.read_bytes() == alone.read_bytes()
+    assert output.read_bytes() == one_rank_output.read_bytes()
     assert share_correct(output, tmp_path) >= 0.95
 
 
-def test_torchrun_gives_the_same_bytes_as_the_option(alone: Path, tmp_path: Path) -> None:
+def test_torchrun_gives_the_same_bytes_as_the_option(one_rank_output: Path, tmp_path: Path) -> None:
     output = tmp_path / "o.txt"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     run = subprocess.run(
@@ -56,10 +56,10 @@ def test_torchrun_gives_the_same_bytes_as_the_option(alone: Path, tmp_path: Path
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("elapsed time(s)") == 1
     assert "tensor parallel over 2" in run.stderr
-    assert output.read_bytes() == alone.read_bytes()
+    assert output.read_bytes() == one_rank_output.read_bytes()
 
 
-def test_killed_rank_of_torchrun_ends_the_job(alone: Path, tmp_path: Path) -> None:
+def test_killed_rank_of_torchrun_ends_the_job(one_rank_output: Path, tmp_path: Path) -> None:
     output, log = tmp_path / "o.txt", tmp_path / "log"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     with open(log, "wb") as file:
@@ -79,7 +79,7 @@ def test_killed_rank_of_torchrun_ends_the_job(alone: Path, tmp_path: Path) -> No
     assert re.search(r"rank +: 1 .*\n *exitcode +: -9", log.read_text())
     assert not output.exists()
     assert "are done already" in getp(*command(output)[2:]).stderr
-    assert output.read_bytes() == alone.read_bytes()
+    assert output.read_bytes() == one_rank_output.read_bytes()
 
 
 def rank_of_torchrun(pid: int) -> bytes:
@@ -119,7 +119,7 @@ def test_disturbed_job_ends_at_once_and_can_be_resumed(
     disturb: Callable[["subprocess.Popen[bytes]", int], None],
     status: int,
     words: str,
-    alone: Path,
+    one_rank_output: Path,
     tmp_path: Path,
 ) -> None:
     output = tmp_path / "o.txt"
@@ -144,7 +144,7 @@ def test_disturbed_job_ends_at_once_and_can_be_resumed(
     resumed = getp(*command(output)[2:])
     assert "are done already" in resumed.stderr
     assert done >= 19
-    assert output.read_bytes() == alone.read_bytes()
+    assert output.read_bytes() == one_rank_output.read_bytes()
 
 
 def wait_for_results(output: Path, count: int, job: "subprocess.Popen[bytes]", log: Path) -> None:

@@ -9,7 +9,7 @@ from tests.getp.helpers import TEXTS, metaspace, small_tokenizer, write_tokenize
 from tokenizer import Tokenizer, TokenizerError
 
 
-def test_a_directory_and_its_tokenizer_json_load_alike(tmp_path: Path) -> None:
+def test_a_directory_and_its_tokenizer_json_load_the_same_tokenizer(tmp_path: Path) -> None:
     folder = write_tokenizer(tmp_path)
     for path in (folder, folder / "tokenizer.json", str(folder)):
         tokenizer = Tokenizer.load(path)

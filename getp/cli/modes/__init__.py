@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Subject(Flag):
-    """What options are about. Options of a subject apply to the modes that list it."""
+    """The subject of an option. An option applies to the modes that list its subject."""
 
     ANY = 0  # applies to every mode
     OUTPUT = auto()
@@ -39,7 +39,7 @@ _COMPLETES = (
 
 @dataclass(frozen=True)
 class Mode:
-    """A mode: the module whose `run` does it, its line in the help, and its options."""
+    """A mode: the module with its `run` function, its line in the help, and its options."""
 
     module: str
     help: str

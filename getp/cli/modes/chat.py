@@ -9,7 +9,7 @@ from getp.errors import UsageProblem
 
 
 def run(settings: Settings) -> int:
-    """Chat until the user leaves; return the exit status. Raises GetpError."""
+    """Chat until the user quits; return the exit status. Raises GetpError."""
     if settings.prompt.chat_template is False:
         raise UsageProblem("--raw does not apply to mode chat, which needs the chat template")
     from getp.text import chat_session

@@ -2,7 +2,7 @@
 
 from getp.cli import loading
 from getp.cli.settings import Settings
-from getp.files import STANDARD, check_writable
+from getp.files import STDIO, check_writable
 
 
 def run(settings: Settings) -> int:
@@ -10,7 +10,7 @@ def run(settings: Settings) -> int:
     source = loading.needed(settings, settings.prompt.input, "-i/--input FILE")
     from getp.text.evaluate import decode_file
 
-    output = settings.job.output or STANDARD
+    output = settings.job.output or STDIO
     check_writable(output, "output", {"input": source})
     decode_file(source, output, loading.load_tokenizer(settings), settings.token_file.line)
     return 0

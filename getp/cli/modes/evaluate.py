@@ -3,7 +3,7 @@
 from getp.cli import loading
 from getp.cli.settings import Settings
 from getp.errors import UsageProblem
-from getp.files import STANDARD, check_writable, write_report
+from getp.files import STDIO, check_writable, write_report
 
 
 def run(settings: Settings) -> int:
@@ -19,7 +19,7 @@ def run(settings: Settings) -> int:
         check_writable(report, "report", {role: path for role, path in files.items() if path})
     tokenizer = loading.load_tokenizer(settings) if options.expected is not None else None
     outcome = evaluate(
-        source, options.reference, options.expected, tokenizer, to_stderr=report == STANDARD
+        source, options.reference, options.expected, tokenizer, to_stderr=report == STDIO
     )
     if report is not None:
         write_report(report, outcome)

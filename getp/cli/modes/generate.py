@@ -8,7 +8,7 @@ from getp.cli import loading
 from getp.cli.settings import Settings
 from getp.cli.wording import option_name
 from getp.errors import GetpError, UsageProblem
-from getp.files import STANDARD, read_bytes
+from getp.files import STDIO, read_bytes
 
 if TYPE_CHECKING:
     from engine import SamplingParams
@@ -28,7 +28,7 @@ def run(settings: Settings) -> int:
 
 
 def chat_settings(settings: Settings, params: "SamplingParams") -> "ChatSettings":
-    """Return how answers on the terminal are generated."""
+    """Return the settings for answers on the terminal."""
     from getp.text.chat_session import ChatSettings
 
     return ChatSettings(
@@ -50,9 +50,9 @@ def prompt_text(given: str | None) -> str:
     """Return the prompt: `-i`, or standard input. Raises GetpError."""
     if given is None and sys.stdin.isatty():
         raise UsageProblem("mode generate needs a prompt: -i/--input TEXT, or pipe it in")
-    if given is None or given == STANDARD:
+    if given is None or given == STDIO:
         try:
-            given = read_bytes(STANDARD).decode("utf-8")
+            given = read_bytes(STDIO).decode("utf-8")
         except UnicodeDecodeError as error:
             raise GetpError(f"the prompt on standard input is not UTF-8: {error}") from error
         given = given.removesuffix("\n").removesuffix("\r")  # `echo` adds it

@@ -10,9 +10,9 @@ from getp.analysis.step_plan_table import print_plan, write_plot
 from getp.cli import loading
 from getp.cli.settings import Settings
 from getp.errors import UsageProblem
-from getp.files import STANDARD, write_report
+from getp.files import STDIO, write_report
 from getp.terminal import warn
-from getp.units import plural
+from getp.units import counted
 from model.cost.devices import Device
 
 if TYPE_CHECKING:
@@ -30,12 +30,12 @@ def run(settings: Settings) -> int:
     if plan.price:
         raise UsageProblem("--price needs a job: -i/--input FILE")
     if plan.plot is not None:
-        if plan.plot == STANDARD and step.format == "json":
+        if plan.plot == STDIO and step.format == "json":
             raise UsageProblem(
                 "--plot - would mix with the JSON on standard output: give a file name"
             )
         roofline_plot.check_plot(plan.plot)
-    made = step_plan.make_plan(
+    planned = step_plan.make_plan(
         _model(settings),
         lookup.find_gpus(step.gpu),
         phase=step.phase or "decode",
@@ -47,11 +47,11 @@ def run(settings: Settings) -> int:
         fused=plan.fused,
     )
     if plan.plot is not None:
-        write_plot(made, plan.plot)
+        write_plot(planned, plan.plot)
     if step.format == "json":
-        write_report(STANDARD, step_plan.as_json(made))
-    elif plan.plot != STANDARD:
-        print_plan(made)
+        write_report(STDIO, step_plan.as_json(planned))
+    elif plan.plot != STDIO:
+        print_plan(planned)
     return 0
 
 
@@ -72,7 +72,7 @@ def _job(settings: Settings, path: str) -> int:
     requests = _requests(settings, path)
     if requests.refused:
         warn(
-            f"mode getp would refuse {plural(requests.refused, 'request')}; the first is in "
+            f"mode getp would refuse {counted(requests.refused, 'request')}; the first is in "
             f"{requests.first_refused}"
         )
     job = job_plan.make_job(requests, model.config.max_positions, settings.sampling.given_length)
@@ -82,18 +82,18 @@ def _job(settings: Settings, path: str) -> int:
         plan.max_batch_tokens or job_plan.Limits.max_batch_tokens,
         settings.parallel.tensor_parallel or 1,
     )
-    found = []
+    predictions = []
     for gpu, price in zip(gpus, prices, strict=True):
         efficiency = job_plan.efficiency_of(gpu, dtype, model)
         for ranks, replicas in job_plan.layouts(model, limits.tensor_parallel):
             split = replace(limits, tensor_parallel=ranks)
-            found.append(
+            predictions.append(
                 job_plan.predict(model, job, gpu, dtype, split, efficiency, price, replicas)
             )
     if step.format == "json":
-        write_report(STANDARD, job_plan.as_json(model, job, dtype, limits, found))
+        write_report(STDIO, job_plan.as_json(model, job, dtype, limits, predictions))
     else:
-        print_job(model, job, dtype, limits, found, requests.counted)
+        print_job(model, job, dtype, limits, predictions, requests.counted)
     return 0
 
 

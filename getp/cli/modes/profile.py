@@ -5,7 +5,7 @@ from dataclasses import replace
 from getp.cli import loading
 from getp.cli.settings import Settings, StepOptions
 from getp.errors import UsageProblem
-from getp.files import STANDARD, check_writable, write_report
+from getp.files import STDIO, check_writable, write_report
 
 _DEFAULT_CONTEXT = 1024
 _DEFAULT_GPUS = ("RTX 3090", "RTX 4090", "A100 SXM 40GB", "H100 SXM")
@@ -37,7 +37,7 @@ def run(settings: Settings) -> int:
     with loading.load_engine(replace(settings, engine=config)) as engine:
         if step.measure:
             local_device(engine.device, remeasure=True)
-        found = profile(
+        measured = profile(
             engine,
             peaks_of(engine.device),
             phase=phase,
@@ -48,9 +48,9 @@ def run(settings: Settings) -> int:
         )
     name = loading.checkpoint_name(settings)
     if step.format == "json":
-        write_report(STANDARD, as_json(found, name))
+        write_report(STDIO, as_json(measured, name))
     else:
-        print_profile(found, name, gpus)
+        print_profile(measured, name, gpus)
     return 0
 
 

@@ -1,11 +1,11 @@
-"""The formats of a job's input and output: one file each, and one name in the list below.
+"""The formats of a job's input and output: one module each, listed in `_MODULES`.
 
-A module of an input format has a `FORMAT`, an `InputFormat`. `interface` defines both interfaces.
+The module of an input format defines `FORMAT`, an `InputFormat`; see `interface`.
 """
 
 from importlib import import_module
 
-from getp.files import STANDARD
+from getp.files import STDIO
 from getp.job.formats.interface import InputFormat, OutputFormat
 from getp.job.formats.token_lines import TOKEN_LINES
 
@@ -23,7 +23,7 @@ def input_format(path: str, start: bytes) -> InputFormat:
 
 def output_format(path: str, source: InputFormat) -> OutputFormat:
     """Return the format of results: by suffix, on standard output (`-`) by the input's format."""
-    if path == STANDARD:
+    if path == STDIO:
         return source.output
     found = _by_suffix(path)
     return TOKEN_LINES if found is None else found.output

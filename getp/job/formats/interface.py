@@ -1,4 +1,4 @@
-"""What an input format and an output format are. A format is one module with a `FORMAT`."""
+"""The interfaces of input and output formats, and the records that pass through them."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO, ClassVar
 
 from engine import Completion, SamplingParams
-from getp.files import LONGEST_LINE, lines_of
+from getp.files import MAX_LINE_BYTES, iter_lines
 from tokenizer import Message, Tokenizer
 
 
 class BadRequestError(Exception):
-    """A request that cannot run as it is; other requests are not affected."""
+    """An invalid request; other requests are not affected."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -21,31 +21,31 @@ class BadRequestError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One request as it is in the input. `data` is None if the line is too long."""
+    """One request, unparsed. `data` is None if the line is too long."""
 
-    index: int  # of the request, from 0
-    number: int  # of the line, from 1
+    index: int  # request number, from 0
+    number: int  # line number, from 1
     data: bytes | None
 
 
 @dataclass
 class ParsedBody:
-    """What a request asks for."""
+    """The prompt and parameters of one request; parameters that it does not set are absent."""
 
-    prompt: str | list[int] | None = None
+    prompt: str | list[int] | None = None  # text or token ids
     messages: list[Message] | None = None
-    params: dict[str, Any] = field(default_factory=dict)  # the SamplingParams that it sets
+    params: dict[str, Any] = field(default_factory=dict)  # fields of SamplingParams
     stops: tuple[str, ...] | None = None  # None: the job's
-    variables: dict[str, Any] = field(default_factory=dict)  # for the chat template
-    chat: bool | None = None  # through the chat template; None: the job's default
+    variables: dict[str, Any] = field(default_factory=dict)  # variables of the chat template
+    chat: bool | None = None  # whether to apply the chat template; None: the job's default
 
 
 @dataclass(frozen=True, slots=True)
 class JobRequest:
-    """A request that can run."""
+    """A valid request, ready for the engine."""
 
-    index: int  # in the job, from 0
-    line: int  # of the input, from 1
+    index: int  # request number, from 0
+    line: int  # line number in the input, from 1
     custom_id: str
     prompt_ids: list[int]
     params: SamplingParams
@@ -66,7 +66,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class ResultContext:
-    """What all results of a job share. `fingerprint` and `created` survive a resumed job."""
+    """Data common to all results of a job. A resumed job keeps `fingerprint` and `created`."""
 
     tokenizer: Tokenizer
     model: str
@@ -79,11 +79,13 @@ class ResultContext:
 
 
 class OutputFormat(ABC):
-    """How results are written."""
+    """A format of results."""
 
     name: ClassVar[str]  # part of the job's fingerprint
     suffix: ClassVar[str]  # of files in this format
-    holds_failures: ClassVar[bool]  # else a failed request is an empty line, and in the errors file
+    # Whether results include failures; otherwise a failed request is an empty line, and its
+    # failure is written to the errors file.
+    holds_failures: ClassVar[bool]
 
     @abstractmethod
     def completed(
@@ -97,11 +99,11 @@ class OutputFormat(ABC):
 
 
 class InputFormat(ABC):
-    """How requests are read. A record (of text formats: a line) holds at most one request."""
+    """A format of requests. A record (in text formats: a line) holds at most one request."""
 
     name: ClassVar[str]  # part of the job's fingerprint
     suffix: ClassVar[str]  # of files in this format
-    has_ids: ClassVar[bool]  # requests bring their own ids, which must differ
+    has_ids: ClassVar[bool]  # whether requests have their own ids, which must be unique
     output: ClassVar[OutputFormat]  # the format of results on standard output
 
     @abstractmethod
@@ -109,13 +111,13 @@ class InputFormat(ABC):
         """Return whether a file that starts with these bytes is in this format."""
 
     def records(self, file: BinaryIO) -> Iterator[bytes | None]:
-        """Yield every record of the file; None stands for one that is too long."""
-        return lines_of(file)
+        """Yield every record of the file; None stands for a record that is too long."""
+        return iter_lines(file)
 
-    def announced(self, name: str, first: bytes | None) -> int | None:
-        """Return the number of requests that the first record announces; None: it does not.
+    def announced_count(self, name: str, first: bytes | None) -> int | None:
+        """Return the number of requests that the first record announces, or None without one.
 
-        Raises GetpError, naming the file by `name`, for a first record that is wrong.
+        name: of the file, for messages. Raises GetpError for an invalid first record.
         """
         return None
 
@@ -125,17 +127,19 @@ class InputFormat(ABC):
 
     @abstractmethod
     def identify(self, line: Line) -> tuple[str, Any]:
-        """Return the id of a request, and what `parse` needs. Raises BadRequestError."""
+        """Return the id of a request and the record for `parse`. Raises BadRequestError."""
 
     @abstractmethod
     def parse(self, line: Line, record: Any) -> ParsedBody:
-        """Return what a request asks for; `record` is from `identify`. Raises BadRequestError."""
+        """Return the request's body; `record` is from `identify`. Raises BadRequestError."""
 
 
-def decoded(line: Line, what: str) -> str:
+def decode_line(line: Line, what: str) -> str:
     """Return the text of a line, called `what` in the message. Raises BadRequestError."""
     if line.data is None:
-        raise BadRequestError("line_too_long", f"the line is longer than {LONGEST_LINE >> 20} MiB")
+        raise BadRequestError(
+            "line_too_long", f"the line is longer than {MAX_LINE_BYTES >> 20} MiB"
+        )
     try:
         return line.data.decode("utf-8")
     except UnicodeDecodeError:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine import Completion
-from getp.files import json_line
+from getp.files import UTF8_BOM, json_line
 from getp.job.formats.interface import (
     BadRequestError,
     Failure,
@@ -18,14 +18,14 @@ from getp.job.formats.interface import (
     OutputFormat,
     ParsedBody,
     ResultContext,
-    decoded,
+    decode_line,
 )
 from getp.job.formats.openai_request import CHAT_URL, TEXT_URL, read_body
 from getp.job.formats.openai_response import response_body
 from getp.text.answer_text import texts_by_channel
 
 _BATCH_FIELDS = frozenset({"custom_id", "method", "url", "body"})
-_LONGEST_ID = 512
+_MAX_ID_LENGTH = 512
 
 
 class BatchResults(OutputFormat):
@@ -46,14 +46,14 @@ class BatchResults(OutputFormat):
         key = context.key(request.index)
         body = response_body(context, key, request.chat, texts, completion)
         response = {"status_code": 200, "request_id": f"req_{key}", "body": body}
-        return _record(key, request.custom_id, response, None)
+        return _result_line(key, request.custom_id, response, None)
 
     def failed(self, context: ResultContext, failure: Failure) -> bytes:
         error = {"code": failure.code, "message": failure.message, "line": failure.line}
-        return _record(context.key(failure.index), failure.custom_id, None, error)
+        return _result_line(context.key(failure.index), failure.custom_id, None, error)
 
 
-def _record(key: str, custom_id: str | None, response: object, error: object) -> bytes:
+def _result_line(key: str, custom_id: str | None, response: object, error: object) -> bytes:
     return json_line(
         {"id": f"batch_req_{key}", "custom_id": custom_id, "response": response, "error": error}
     )
@@ -65,30 +65,30 @@ class Jsonl(InputFormat):
     name, suffix, has_ids, output = "jsonl", ".jsonl", True, BatchResults()
 
     def recognises(self, start: bytes) -> bool:
-        first = start.removeprefix(b"\xef\xbb\xbf").split(b"\n", 1)[0]
+        first = start.removeprefix(UTF8_BOM).split(b"\n", 1)[0]
         return first.lstrip().startswith(b"{")
 
     def is_request(self, number: int, data: bytes | None) -> bool:
         return data is None or bool(data.strip())
 
     def identify(self, line: Line) -> tuple[str, dict[str, Any]]:
-        record = _json_object(decoded(line, "line"))
+        record = _json_object(decode_line(line, "line"))
         custom_id = record.get("custom_id", record.get("id", f"request-{line.index}"))
         if type(custom_id) is int:
             custom_id = str(custom_id)
-        if not isinstance(custom_id, str) or not 0 < len(custom_id) <= _LONGEST_ID:
+        if not isinstance(custom_id, str) or not 0 < len(custom_id) <= _MAX_ID_LENGTH:
             raise BadRequestError(
-                "invalid_id", f"the id must be a string of 1 to {_LONGEST_ID} characters"
+                "invalid_id", f"the id must be a string of 1 to {_MAX_ID_LENGTH} characters"
             )
         return custom_id, record
 
     def parse(self, line: Line, record: dict[str, Any]) -> ParsedBody:
-        return _batch(record) if "body" in record else _plain(record)
+        return _parse_batch(record) if "body" in record else _parse_flat(record)
 
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=_reject_constant)
     except (ValueError, RecursionError) as error:
         cause: object = error
         if isinstance(error, json.JSONDecodeError):
@@ -99,11 +99,11 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def _refuse_constant(name: str) -> Any:
+def _reject_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def _batch(record: Mapping[str, Any]) -> ParsedBody:
+def _parse_batch(record: Mapping[str, Any]) -> ParsedBody:
     """Read a line of an OpenAI batch file."""
     unknown = sorted(set(record) - _BATCH_FIELDS)
     if unknown:
@@ -117,17 +117,17 @@ def _batch(record: Mapping[str, Any]) -> ParsedBody:
     if not isinstance(record["body"], dict):
         raise BadRequestError("invalid_value", "'body' must be an object")
     chat: bool = record["url"] == CHAT_URL
-    asked = read_body(record["body"], chat)
-    asked.chat = chat
-    return asked
+    parsed = read_body(record["body"], chat)
+    parsed.chat = chat
+    return parsed
 
 
-def _plain(record: Mapping[str, Any]) -> ParsedBody:
+def _parse_flat(record: Mapping[str, Any]) -> ParsedBody:
     """Read a line with a "prompt" or "messages", and parameters beside it."""
     body = {name: value for name, value in record.items() if name not in ("id", "custom_id")}
-    asked = read_body(body, chat="messages" in body)
-    asked.chat = True if "messages" in body else None
-    return asked
+    parsed = read_body(body, chat="messages" in body)
+    parsed.chat = True if "messages" in body else None
+    return parsed
 
 
 FORMAT = Jsonl()

@@ -7,7 +7,7 @@ ignored.
 import re
 
 from getp.errors import GetpError
-from getp.job.formats.interface import InputFormat, Line, ParsedBody, decoded
+from getp.job.formats.interface import InputFormat, Line, ParsedBody, decode_line
 from getp.job.formats.token_lines import TOKEN_LINES
 
 _COUNT = re.compile(rb"[0-9]{1,12}")
@@ -21,7 +21,7 @@ class NumberedText(InputFormat):
     def recognises(self, start: bytes) -> bool:
         return True
 
-    def announced(self, name: str, first: bytes | None) -> int:
+    def announced_count(self, name: str, first: bytes | None) -> int:
         count = (first or b"").strip()
         if not _COUNT.fullmatch(count):
             shown = count[:40].decode("utf-8", "replace")
@@ -38,7 +38,7 @@ class NumberedText(InputFormat):
         return f"request-{line.index}", None
 
     def parse(self, line: Line, record: None) -> ParsedBody:
-        return ParsedBody(prompt=decoded(line, "prompt"))
+        return ParsedBody(prompt=decode_line(line, "prompt"))
 
 
 FORMAT = NumberedText()

@@ -14,7 +14,7 @@ _MIN_LOGPROB = -9999.0  # OpenAI's value for minus infinity, which JSON does not
 def response_body(
     context: ResultContext, key: str, chat: bool, texts: Mapping[str, str], completion: Completion
 ) -> dict[str, Any]:
-    """Return the body of a response; `texts` are the answer's, by channel.
+    """Return the body of a response; `texts` maps each channel to the answer's text in it.
 
     It does not depend on the rest of the batch, so a resumed job writes the same bytes.
     """
@@ -22,9 +22,9 @@ def response_body(
     choice: dict[str, Any] = {"index": 0}
     if chat:
         message = {"role": "assistant", "content": texts.get(FINAL, ""), "refusal": None}
-        thinking = "".join(text for name, text in texts.items() if name != FINAL)
-        if thinking:
-            message["reasoning_content"] = thinking
+        reasoning = "".join(text for name, text in texts.items() if name != FINAL)
+        if reasoning:
+            message["reasoning_content"] = reasoning
         choice["message"] = message
     else:
         choice["text"] = "".join(texts.values())
@@ -44,14 +44,14 @@ def response_body(
     }
 
 
-def _token(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
+def _token_entry(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
     text = tokenizer.decode([token_id], skip_special=False)
-    # A part of a character decodes to U+FFFD, from which its bytes cannot be derived.
-    own_bytes = None if "\ufffd" in text else list(text.encode())
-    return {"token": text, "logprob": max(logprob, _MIN_LOGPROB), "bytes": own_bytes}
+    # A partial character decodes to U+FFFD, so its bytes are not known.
+    token_bytes = None if "\ufffd" in text else list(text.encode())
+    return {"token": text, "logprob": max(logprob, _MIN_LOGPROB), "bytes": token_bytes}
 
 
-def _pairs(completion: Completion) -> list[tuple[int, TokenLogprobs]]:
+def _logprobs(completion: Completion) -> list[tuple[int, TokenLogprobs]]:
     return list(zip(completion.token_ids, completion.logprobs or (), strict=False))
 
 
@@ -60,10 +60,10 @@ def _chat_logprobs(completion: Completion, tokenizer: Tokenizer) -> dict[str, An
         return None
     content = [
         {
-            **_token(tokenizer, token_id, at.logprob),
-            "top_logprobs": [_token(tokenizer, other, value) for other, value in at.top],
+            **_token_entry(tokenizer, token_id, entry.logprob),
+            "top_logprobs": [_token_entry(tokenizer, other, value) for other, value in entry.top],
         }
-        for token_id, at in _pairs(completion)
+        for token_id, entry in _logprobs(completion)
     ]
     return {"content": content, "refusal": None}
 
@@ -71,7 +71,10 @@ def _chat_logprobs(completion: Completion, tokenizer: Tokenizer) -> dict[str, An
 def _text_logprobs(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any] | None:
     if completion.logprobs is None:
         return None
-    tokens = [_token(tokenizer, token_id, at.logprob) for token_id, at in _pairs(completion)]
+    tokens = [
+        _token_entry(tokenizer, token_id, entry.logprob)
+        for token_id, entry in _logprobs(completion)
+    ]
     offsets, offset = [], 0
     for token in tokens:
         offsets.append(offset)
@@ -79,9 +82,9 @@ def _text_logprobs(completion: Completion, tokenizer: Tokenizer) -> dict[str, An
     tops = [
         {
             token["token"]: token["logprob"]
-            for token in (_token(tokenizer, *pair) for pair in at.top)
+            for token in (_token_entry(tokenizer, *pair) for pair in entry.top)
         }
-        for _, at in _pairs(completion)
+        for _, entry in _logprobs(completion)
     ]
     return {
         "tokens": [token["token"] for token in tokens],

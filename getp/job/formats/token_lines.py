@@ -6,7 +6,7 @@ from getp.job.formats.interface import Failure, JobRequest, OutputFormat, Result
 
 
 class TokenLines(OutputFormat):
-    """Token lines. The line of a failed request is empty; the errors file tells the reason."""
+    """Token lines. The line of a failed request is empty; the errors file has the reason."""
 
     name, suffix, holds_failures = "tokens", ".txt", False
 
