@@ -14,13 +14,13 @@ def print_job(
     dtype: str,
     limits: Limits,
     predictions: Sequence[Prediction],
-    counted: str,
+    token_source: str,
 ) -> None:
-    """Print the predictions on standard output. counted: how the prompt tokens were counted."""
+    """Print the predictions on standard output. token_source: how the prompt tokens were counted."""
     console = tables.console()
     console.print(
         f"{model.name}, {dtype}: {counted(len(job.prompts), 'request')}, {job.prompt_tokens:,} "
-        f"prompt tokens ({counted}), at most {job.output_tokens:,} output tokens",
+        f"prompt tokens ({token_source}), at most {job.output_tokens:,} output tokens",
         style="bold",
         soft_wrap=True,
     )
