@@ -16,7 +16,7 @@ def print_job(
     predictions: Sequence[Prediction],
     token_source: str,
 ) -> None:
-    """Print the predictions on standard output. token_source: how the prompt tokens were counted."""
+    """Print the predictions on standard output; token_source: how tokens were counted."""
     console = tables.console()
     console.print(
         f"{model.name}, {dtype}: {counted(len(job.prompts), 'request')}, {job.prompt_tokens:,} "
