@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from engine.errors import EngineError
 from model.config import DTYPES
 
+DEVICE = re.compile(r"auto|cpu|cuda(:(0|[1-9][0-9]?))?")  # torch wraps indices above 127 silently
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -26,7 +28,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         """Check every setting that can be checked without the checkpoint and the hardware."""
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+        if not DEVICE.fullmatch(self.device):
             raise EngineError(
                 "{device} must be auto, cpu, cuda or cuda:N, not {given}", given=repr(self.device)
             )

@@ -8,6 +8,7 @@ import click
 import cloup
 from click.core import ParameterSource
 
+from engine.config import DEVICE
 from getp.cli.modes import MODES, Subject
 from getp.errors import UsageProblem
 
@@ -124,7 +125,7 @@ class Device(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the value unchanged."""
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        if not DEVICE.fullmatch(value):
             self.fail(f"{value!r} is not one of auto, cpu, cuda, cuda:0, cuda:1, …", param, ctx)
         return str(value)
 

@@ -2,17 +2,38 @@
 
 `with QKV_PROJ: …` is a range in every trace of torch's profiler. While `observe` is active, its
 callback also receives the name of the part that starts or continues, so that a timer can stamp each
-change. Parts may be nested: the time inside an inner part is not the outer part's own.
+change. Parts may be nested: the time inside an inner part is not the outer part's own. Only parts
+of the thread that called `observe` are reported: engines of other threads run unobserved.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 OTHER = "other"
 
-_observer: Callable[[str], None] | None = None
-_running = [OTHER]
+
+class _Observer:
+    """The callback of `observe`, and the parts that its thread is in, innermost last."""
+
+    def __init__(self, callback: Callable[[str], None]):
+        self._callback, self._running = callback, [OTHER]
+        self._thread = threading.get_ident()
+        callback(OTHER)
+
+    def enter(self, name: str) -> None:
+        if threading.get_ident() == self._thread:
+            self._running.append(name)
+            self._callback(name)
+
+    def exit(self) -> None:
+        if threading.get_ident() == self._thread:
+            self._running.pop()
+            self._callback(self._running[-1])
+
+
+_observer: _Observer | None = None
 
 
 class StepPart:
@@ -33,14 +54,14 @@ class StepPart:
 
             self._range = _RecordFunctionFast(self.name)
         self._range.__enter__()
-        if _observer is not None:
-            _running.append(self.name)
-            _observer(self.name)
+        observer = _observer  # another thread may end the observation at any time
+        if observer is not None:
+            observer.enter(self.name)
 
     def __exit__(self, *error: object) -> None:
-        if _observer is not None:
-            _running.pop()
-            _observer(_running[-1])
+        observer = _observer
+        if observer is not None:
+            observer.exit()
         self._range.__exit__(None, None, None)
 
 
@@ -50,10 +71,8 @@ def observe(callback: Callable[[str], None]) -> Iterator[None]:
     global _observer
     if _observer is not None:
         raise RuntimeError("the parts of a step are already being observed")
-    _running[:] = [OTHER]
-    _observer = callback
+    _observer = _Observer(callback)
     try:
-        callback(OTHER)
         yield
     finally:
         _observer = None

@@ -45,6 +45,13 @@ def test_samples_follow_the_softmax_at_a_temperature() -> None:
         torch.testing.assert_close(found, (logits / temperature).softmax(0), rtol=0, atol=0.012)
 
 
+def test_parameters_may_be_integers() -> None:
+    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
+    as_floats = [SamplingParams(temperature=1.0, top_p=1.0, seed=i) for i in range(2)]
+    as_integers = [SamplingParams(temperature=1, top_p=1, seed=i) for i in range(2)]
+    assert sample(logits, as_integers, [3, 4]) == sample(logits, as_floats, [3, 4])
+
+
 def test_samples_from_a_large_vocabulary_follow_the_softmax_in_every_block() -> None:
     """Including the short last block and the first and last tokens of blocks."""
     logits = torch.full((5000,), -30.0)

@@ -83,6 +83,7 @@ def test_version_option_prints_the_version_of_the_package() -> None:
         (["--kv-memory", "4 apples"], ["'--kv-memory'", "'4 apples'", "GiB"]),
         (["--kv-memory", "0"], ["'--kv-memory'", "'0'"]),
         (["--device", "tpu"], ["'--device'", "'tpu'", "auto, cpu, cuda"]),
+        (["--device", "cuda:128"], ["'--device'", "'cuda:128'", "auto, cpu, cuda"]),
         (["--dtype", "int8"], ["'--dtype'", "'int8'", "'bfloat16'"]),
         (["--stop", ""], ["--stop", "empty"]),
         (["--line", "1"], ["--line applies only to -m decode"]),

@@ -1,6 +1,7 @@
 """Mode profile: the times of the parts of a step, its limit, and the changes that would help."""
 
 import json
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -129,6 +130,28 @@ def test_a_step_that_fails_ends_its_observation() -> None:
     ):
         pass
     assert seen == ["other"]
+
+
+def test_parts_of_other_threads_are_not_observed() -> None:
+    seen: list[str] = []
+    steps = {name: threading.Event() for name in ("inside", "observed", "outside")}
+
+    def other_thread() -> None:
+        with ROPE:
+            steps["inside"].set()
+            assert steps["observed"].wait(10)
+        with ACTIVATION:
+            pass
+        steps["outside"].set()
+
+    thread = threading.Thread(target=other_thread)
+    thread.start()
+    assert steps["inside"].wait(10)
+    with observe(seen.append), GATE_UP_PROJ:
+        steps["observed"].set()
+        assert steps["outside"].wait(10)
+    thread.join()
+    assert seen == ["other", "gate_up_proj", "other"]
 
 
 def test_observing_a_step_changes_no_result(checkpoint: Callable[[str], Path]) -> None:
