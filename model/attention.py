@@ -57,8 +57,8 @@ class Attention:
         return x, ops.scale(self.shard.sum(out), self.residual_scale)
 
     def parameters(self) -> Iterator[Parameter]:
-        """Declare the norms, the linears and the sinks."""
-        for holder in (self.norm, self.qkv, self.out, self.heads.q_norm, self.heads.k_norm):
+        """Declare the linears, the norms of heads and the sinks."""
+        for holder in (self.qkv, self.out, self.heads.q_norm, self.heads.k_norm):
             if holder is not None:
                 yield from holder.parameters()
         if self.has_sinks:

@@ -41,8 +41,8 @@ class Mlp:
         return x, ops.scale(self.shard.sum(out), self.residual_scale)
 
     def parameters(self) -> Iterator[Parameter]:
-        """Declare the norm and the linears."""
-        for holder in (self.norm, self.gate_up, self.down):
+        """Declare the linears."""
+        for holder in (self.gate_up, self.down):
             yield from holder.parameters()
 
 
@@ -85,6 +85,6 @@ class Moe:
         return x, ops.scale(self.shard.sum(out), self.residual_scale)
 
     def parameters(self) -> Iterator[Parameter]:
-        """Declare the norm, the router and the experts."""
-        for holder in (self.norm, self.router, self.experts):
+        """Declare the router and the experts."""
+        for holder in (self.router, self.experts):
             yield from holder.parameters()

@@ -27,7 +27,9 @@ class Layer:
         self.mlp: Moe | Mlp = Moe(config, shard) if layer.sparse else Mlp(config, shard)
 
     def parameters(self) -> Iterator[Parameter]:
-        """Declare the attention's and the MLP's."""
+        """Declare the norms, then the rest of the attention and of the MLP."""
+        yield from self.attention.norm.parameters()
+        yield from self.mlp.norm.parameters()
         yield from self.attention.parameters()
         yield from self.mlp.parameters()
 
@@ -52,13 +54,16 @@ class Transformer:
         self.rope_tables: list[torch.Tensor] = []
 
     def parameters(self) -> Iterator[Parameter]:
-        """Declare every parameter of this rank; a head tied to the embedding is not one."""
+        """Declare every parameter of this rank; a head tied to the embedding is not one.
+
+        The order decides the values of dummy weights, so a new parameter belongs at the end.
+        """
         yield Parameter(self, "embedding", self.embedding_shape)
-        for layer in self.layers:
-            yield from layer.parameters()
         yield from self.final_norm.parameters()
         if not self.config.tie_word_embeddings:
             yield from self.head.parameters()
+        for layer in self.layers:
+            yield from layer.parameters()
 
     def prepare_rope(self, positions: int, device: "torch.device") -> None:
         """Tabulate cos and sin for positions up to (not including) `positions`."""

@@ -86,13 +86,13 @@ class Experts:
     down_bias: "torch.Tensor | None" = None
 
     def parameters(self) -> Iterator[Parameter]:
-        """Declare the weights and the biases."""
-        gate_up, down = (2 * self.size, self.hidden), (self.hidden, self.size)
-        yield Parameter(self, "gate_up", (self.count, *gate_up), self.format, parts=2)
-        yield Parameter(self, "down", (self.count, *down), self.format)
+        """Declare the biases and the weights."""
         if self.has_bias:
             yield Parameter(self, "gate_up_bias", (self.count, 2 * self.size))
             yield Parameter(self, "down_bias", (self.count, self.hidden))
+        gate_up, down = (2 * self.size, self.hidden), (self.hidden, self.size)
+        yield Parameter(self, "gate_up", (self.count, *gate_up), self.format, parts=2)
+        yield Parameter(self, "down", (self.count, *down), self.format)
 
 
 @dataclass(eq=False)
