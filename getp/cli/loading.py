@@ -4,6 +4,7 @@ Importing torch takes a second, so modules that need it are imported inside func
 option is reported at once.
 """
 
+import re
 import secrets
 from dataclasses import replace
 from pathlib import Path
@@ -45,10 +46,13 @@ def check_checkpoint(settings: Settings) -> None:
         return
     folder = Path(settings.checkpoint)
     if not folder.exists():
-        raise UsageProblem(
-            f"the directory {folder} does not exist. getp does not download models: "
-            f"huggingface-cli download NAME --local-dir {folder}"
-        )
+        if any(letter.isspace() for letter in settings.checkpoint):
+            hint = "A prompt is given with -i/--input"
+        else:
+            name = settings.checkpoint
+            model = name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) else "OWNER/NAME"
+            hint = f"getp does not download models: hf download {model} --local-dir {folder}"
+        raise UsageProblem(f"the directory {folder} does not exist. {hint}")
     if not folder.is_dir():
         raise UsageProblem(f"{folder} is a file: give the directory, {folder.parent}")
     if not any((folder / name).exists() for name in ("config.json", "tokenizer.json")):

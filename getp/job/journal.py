@@ -21,7 +21,7 @@ from array import array
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 from getp.errors import GetpError
 from getp.files import sync_folder
@@ -35,7 +35,7 @@ class Journal:
     """An open and locked journal. Raises GetpError if it is another job's, locked or damaged.
 
     `header` is written into a new journal. An existing journal keeps its own header, which must
-    have the same "fingerprint".
+    have the same "fingerprint"; one without any request is replaced if it has not.
     """
 
     def __init__(
@@ -163,12 +163,7 @@ class Journal:
         first = self._file.readline()
         self._end = len(first)
         if not first.endswith(b"\n"):  # new, or truncated while its header was written
-            os.ftruncate(self._file.fileno(), 0)
-            self._end = 0
-            self._write(_with_checksum(json.dumps(header).encode()))
-            os.fsync(self._file.fileno())
-            sync_folder(Path(self.path).absolute().parent)
-            return header
+            return self._begin(header)
         found = _header(first)
         if found is None or found.keys() != header.keys():
             raise GetpError(
@@ -176,23 +171,37 @@ class Journal:
                 "{restart} starts over",
                 journal=self.path,
             )
-        self._check_fingerprint(found["fingerprint"], header["fingerprint"])
+        if found["fingerprint"] != header["fingerprint"]:
+            if os.fstat(self._file.fileno()).st_size == len(first):
+                return self._begin(header)  # the job stopped before a request finished
+            self._refuse_changes(found["fingerprint"], header["fingerprint"])
         self._index_records()
         return found
 
-    def _check_fingerprint(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-        changed = [
-            f"{name} {old.get(name)!r}, now {new.get(name)!r}"
-            for name in dict.fromkeys([*old, *new])
-            if old.get(name) != new.get(name)
-        ]
-        if changed:
-            raise GetpError(
-                "this job was started with {changes}. Repeat the original command to resume, or "
-                "add {restart} to start over (journal: {journal})",
-                changes="; ".join(changed),
-                journal=self.path,
-            )
+    def _begin(self, header: Header) -> Header:
+        os.ftruncate(self._file.fileno(), 0)
+        self._end = 0
+        self._write(_with_checksum(json.dumps(header).encode()))
+        os.fsync(self._file.fileno())
+        sync_folder(Path(self.path).absolute().parent)
+        return header
+
+    def _refuse_changes(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> NoReturn:
+        # A value is a field, so that braces in it stay. A name without spaces is a setting.
+        fields: dict[str, str] = {}
+        changes = []
+        for name in {**old, **new}:
+            if old.get(name) != new.get(name):
+                key = name.replace(" ", "_")
+                fields |= {f"old_{key}": repr(old.get(name)), f"new_{key}": repr(new.get(name))}
+                setting = f"{{{name}}}" if key == name else name
+                changes.append(f"{setting} {{old_{key}}}, now {{new_{key}}}")
+        raise GetpError(
+            f"this job was started with {'; '.join(changes)}. Repeat the original command to "
+            "resume, or add {restart} to start over (journal: {journal})",
+            **fields,
+            journal=self.path,
+        )
 
     def _index_records(self) -> None:
         """Find the offset of every intact record; remove a truncated one at the end."""

@@ -183,7 +183,7 @@ def test_errors_of_a_job_name_the_options(
     assert "1 requests have failed, more than --max-errors 0; the last one: line 3" in error
     assert cli.run([*args, "-o", str(tmp_path / "out.txt"), "-t", "0.5", "-s", "1"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "temperature 0.0, now 0.5" in error
+    assert "started with -t/--temperature 0.0, now 0.5; -s/--seed" in error
     assert "add --restart to start over" in error
 
 
@@ -201,7 +201,8 @@ def test_errors_of_the_engine_name_the_options(
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("nowhere", "getp does not download models: huggingface-cli download NAME --local-dir"),
+        ("nowhere", "getp does not download models: hf download OWNER/NAME --local-dir /"),
+        ("What is it?", "does not exist. A prompt is given with -i/--input"),
         ("file", "is a file: give the directory, "),
         ("empty", "is not a Hugging Face model directory (no config.json, no tokenizer.json)"),
     ],

@@ -91,6 +91,16 @@ def test_journal_of_another_job_is_refused_with_both_values(tmp_path: Path) -> N
         assert (new.done, new.header) == (0, other)
 
 
+def test_journal_without_requests_does_not_bind_the_next_job(tmp_path: Path) -> None:
+    other = {"fingerprint": {"temperature": 0.7, "input": "abc"}, "seed": 2}
+    journal(tmp_path).close()
+    with journal(tmp_path, other) as new:
+        assert new.header == other
+        new.append(1, True, b"1 2")
+    with pytest.raises(GetpError, match=r"temperature 0\.7, now 0\.0\."):
+        journal(tmp_path)
+
+
 def test_lock_refuses_a_second_process_and_is_released_by_a_dead_one(tmp_path: Path) -> None:
     with journal(tmp_path), pytest.raises(GetpError, match="another process is running this job"):
         journal(tmp_path)
