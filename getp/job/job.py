@@ -111,9 +111,9 @@ def _fingerprint(job: Job, source: Source, engine: JobEngine) -> dict[str, Any]:
         "dtype": dtype_name(engine.dtype),
         **params,
         "stop": job.defaults.stops,
-        "chat_template": job.defaults.chat,
+        "chat template": job.defaults.chat,
         "system": job.defaults.system,
-        "length limit given": job.defaults.capped,
+        "capped": job.defaults.capped,
     }
     as_json: dict[str, Any] = json.loads(json.dumps(named))
     return as_json

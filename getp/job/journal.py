@@ -30,6 +30,9 @@ _RECORD = re.compile(rb"([0-9]{1,15}) ([+-]) (.*)", re.DOTALL)
 
 Header = dict[str, Any]
 
+# Fingerprint keys that do not say what they are; the keys are part of the file format.
+_LABELS = {"capped": "length limit given"}
+
 
 class Journal:
     """An open and locked journal. Raises GetpError if it is another job's, locked or damaged.
@@ -192,9 +195,10 @@ class Journal:
         changes = []
         for name in {**old, **new}:
             if old.get(name) != new.get(name):
+                label = _LABELS.get(name, name)
                 key = name.replace(" ", "_")
                 fields |= {f"old_{key}": repr(old.get(name)), f"new_{key}": repr(new.get(name))}
-                setting = f"{{{name}}}" if key == name else name
+                setting = f"{{{name}}}" if key == label else label
                 changes.append(f"{setting} {{old_{key}}}, now {{new_{key}}}")
         raise GetpError(
             f"this job was started with {'; '.join(changes)}. Repeat the original command to "
