@@ -244,7 +244,7 @@ def test_a_replica_that_keeps_dying_ends_the_job_and_names_the_requests(
     made: Any = FatalEngine
     cluster = Cluster(MODEL, MODEL, EngineConfig(dtype="float32"), replicas=1, make_engine=made)
     with pytest.raises(
-        GetpError, match=r"replica 0 died 3 times in a row.* while running the requests 5 \("
+        GetpError, match=r"replica 0 died 3 times in a row.* while running requests 5 \("
     ):
         run(work, cluster)
     cluster.close()
