@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+DIM, NORMAL = "\x1b[2m", "\x1b[0m"
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
 
@@ -15,14 +16,17 @@ def strip_control_characters(text: str) -> str:
     return _CONTROL.sub("", text)
 
 
-def print_message(message: str) -> None:
+def print_message(message: str, dim: bool = False) -> None:
     """Write a line on standard error: standard output is for results.
 
     Control characters are removed, because a message may quote a prompt or a file name. Errors are
-    ignored, so that closing the terminal does not end the job.
+    ignored, so that closing the terminal does not end the job. dim: on a terminal in a dim colour.
     """
+    shown = strip_control_characters(message)
     with suppress(OSError):
-        print(strip_control_characters(message), file=sys.stderr, flush=True)
+        if dim and sys.stderr.isatty():
+            shown = f"{DIM}{shown}{NORMAL}"
+        print(shown, file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:

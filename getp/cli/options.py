@@ -142,7 +142,7 @@ _ALL: tuple[_Decorator, ...] = (
         "chat_template",
         default=None,
         help="Apply the model's chat template to prompts, or use them as they are.  "
-        "[default: --raw; in chat --chat-template]",
+        "[default: in generate and chat the template, if the model has one; otherwise --raw]",
     ),
     _sampling(
         "-t",

@@ -197,4 +197,6 @@ def summary(reply: Reply) -> str:
         end = ", stopped"
     elif done.finish_reason == "length":
         end = ", truncated at the length limit"
+    elif not reply.text:
+        end = ", the answer is empty"
     return f"[{count} tokens, {rate:.1f} tok/s, {cached}{end}]"

@@ -2,10 +2,8 @@
 
 from typing import TextIO
 
-from getp.terminal import strip_control_characters
+from getp.terminal import DIM, NORMAL, strip_control_characters
 from tokenizer.harmony import FINAL, ChannelText
-
-_DIM, _NORMAL = "\x1b[2m", "\x1b[0m"
 
 
 class Screen:
@@ -31,7 +29,7 @@ class Screen:
             return
         if piece.channel != self._channel:
             self._leave_channel()
-            self._aside.write((_DIM if self._aside.isatty() else "") + f"[{piece.channel}] ")
+            self._aside.write((DIM if self._aside.isatty() else "") + f"[{piece.channel}] ")
             self._channel = piece.channel
         self._write(self._aside, piece.text)
 
@@ -45,7 +43,7 @@ class Screen:
         if self._channel is None:
             return
         line_end = "" if self._last == "\n" else "\n"
-        self._aside.write((_NORMAL if self._aside.isatty() else "") + line_end)
+        self._aside.write((NORMAL if self._aside.isatty() else "") + line_end)
         self._aside.flush()
         self._channel, self._last = None, "\n"
 

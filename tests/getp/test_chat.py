@@ -72,6 +72,11 @@ def test_summary_of_an_answer_shows_its_speed_and_cached_tokens(run_chat: RunCha
     assert "9.0 tok/s" in err  # the fake engine takes one second for nine tokens
 
 
+def test_summary_says_that_an_answer_is_empty(run_chat: RunChat) -> None:
+    _, err = run_chat("hi\n", FakeEngine(always_answers("<eos>")))
+    assert err.endswith("prompt tokens cached, the answer is empty]\n")
+
+
 def test_slash_commands_change_the_conversation(run_chat: RunChat) -> None:
     engine = FakeEngine(always_answers(FINAL + "ok<|return|>"))
     lines = "one\n/system be kind\ntwo\n/reset\n\nthree\n/system\nfour\n/help\n/what\n/quit\nno\n"

@@ -16,6 +16,7 @@ from getp.cli.settings import Settings
 from getp.files import read_token_file
 from model.ops.cpu import bindings
 from tests.getp.helpers import FakeEngine, write_tokenizer
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,7 +91,8 @@ def test_version_option_prints_the_version_of_the_package() -> None:
         (["-o", "x"], ["-o/--output applies only to -m getp and -m decode"]),
         (["--restart"], ["--restart applies only to -m getp"]),
         (["--max-errors", "-1"], ["'--max-errors'", "-1", "x>=0"]),
-        (["-y", "be kind"], ["-y/--system", "--chat-template"]),
+        (["-y", "be kind", "--raw"], ["-y/--system", "remove --raw"]),
+        (["-m", "getp", "-i", "x", "-o", "y", "-y", "be kind"], ["-y/--system", "--chat-template"]),
         (["-i", ""], ["-i/--input", "empty"]),
         (["-m", "chat", "--raw"], ["--raw", "mode chat"]),
         (["-m", "getp", "-o", "x"], ["mode getp needs -i/--input FILE"]),
@@ -161,6 +163,84 @@ def test_command_line_runs_a_job_then_decodes_and_evaluates_it(
     assert cli.run(["-m", "eval", "-i", output, "--reference", output, "--report", report]) == 0
     assert "2 of 2" in capsys.readouterr().out
     assert json.loads(Path(report).read_text())["reference"]["lines_equal"] == 2
+
+
+BE_KIND = "<|start|>system<|message|>be kind<|end|>"
+HELLO_IN_TEMPLATE = "<|start|>user<|message|>hello<|end|><|start|>assistant"
+
+
+@pytest.mark.parametrize(
+    ("options", "has_template", "prompt", "note"),
+    [
+        ([], True, HELLO_IN_TEMPLATE, True),
+        (["--chat-template"], True, HELLO_IN_TEMPLATE, False),
+        (["-y", "be kind"], True, BE_KIND + HELLO_IN_TEMPLATE, True),
+        (["--raw"], True, "hello", False),
+        ([], False, "hello", False),
+    ],
+)
+def test_generate_uses_the_chat_template_of_a_checkpoint_that_has_one(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    has_template: bool,
+    prompt: str,
+    note: bool,
+) -> None:
+    engine = FakeEngine()
+    monkeypatch.setattr(loading, "load_engine", lambda settings: engine)
+    folder = write_tokenizer(tmp_path / "model", **({} if has_template else {"template": None}))
+    assert cli.run([str(folder), "-m", "generate", "-i", "hello", *options]) == 0
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.decode(engine.requests[0].prompt_ids, skip_special=False) == prompt
+    line = "getp: using the model's chat template (--raw: complete the bare text)\n"
+    assert (line in capsys.readouterr().err) == note
+
+
+def test_the_note_on_the_template_is_dim_on_a_terminal(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert cli.run([checkpoint, "-i", "hello"]) == 0
+    assert capsys.readouterr().err.startswith("\x1b[2mgetp: using the model's chat template (--raw")
+
+
+def test_system_prompt_without_a_chat_template_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loading, "load_engine", lambda settings: FakeEngine())
+    folder = write_tokenizer(tmp_path / "model", template=None)
+    assert cli.run([str(folder), "-i", "hello", "-y", "be kind"]) == 1
+    assert "this model has no chat template" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "note"),
+    [
+        ("prompts.txt", [], True),
+        ("prompts.txt", ["--raw"], False),
+        ("prompts.txt", ["--chat-template"], False),
+        ("prompts.jsonl", [], False),
+    ],
+)
+def test_text_job_says_that_it_does_not_use_the_chat_template(
+    checkpoint: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    options: list[str],
+    note: bool,
+) -> None:
+    (tmp_path / "prompts.txt").write_text("1\nhello\n")
+    (tmp_path / "prompts.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
+    args = [checkpoint, "-m", "getp", "-i", str(tmp_path / file), "-o", str(tmp_path / "out")]
+    assert cli.run([*args, *options]) == 0
+    line = (
+        "getp: prompts are completed as they are; --chat-template applies the model's chat "
+        "template\n"
+    )
+    assert capsys.readouterr().err.count(line) == note
 
 
 def test_exit_status_is_3_if_some_requests_failed(

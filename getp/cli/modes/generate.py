@@ -5,36 +5,57 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from getp.cli import loading
-from getp.cli.settings import Settings
+from getp.cli.settings import PromptOptions, Settings
 from getp.cli.wording import option_name
 from getp.errors import GetpError, UsageProblem
 from getp.files import STDIO, read_bytes
+from getp.terminal import print_message
 
 if TYPE_CHECKING:
     from engine import SamplingParams
     from getp.text.chat_session import ChatSettings
+    from tokenizer import Tokenizer
 
 
 def run(settings: Settings) -> int:
     """Complete the prompt; return the exit status. Raises GetpError."""
-    loading.check_system(settings)
+    given = settings.prompt
+    if given.system is not None and given.chat_template is False:
+        raise UsageProblem("-y/--system needs the chat template: remove --raw")
     from getp.text import chat_session
 
-    prompt = prompt_text(settings.prompt.input)
+    prompt = prompt_text(given.input)
     tokenizer = loading.load_tokenizer(settings)
-    chat = chat_settings(settings, loading.sampling_params(settings, tokenizer))
-    chat_session.generate(chat, prompt, tokenizer, loading.load_engine(one_at_a_time(settings)))
+    params = loading.sampling_params(settings, tokenizer)
+    by_template = _by_template(given, tokenizer)
+    chat = chat_settings(settings, params, by_template)
+    engine = loading.load_engine(one_at_a_time(settings))
+    if by_template and given.chat_template is None:
+        print_message(
+            "getp: using the model's chat template (--raw: complete the bare text)", dim=True
+        )
+    chat_session.generate(chat, prompt, tokenizer, engine)
     return 0
 
 
-def chat_settings(settings: Settings, params: "SamplingParams") -> "ChatSettings":
-    """Return the settings for answers on the terminal."""
+def _by_template(given: PromptOptions, tokenizer: "Tokenizer") -> bool:
+    """Return whether the prompt goes through the chat template: by default if there is one.
+
+    A model that was trained on its template often ends its answer to bare text at once.
+    """
+    if given.chat_template is not None:
+        return given.chat_template
+    return tokenizer.template is not None or given.system is not None
+
+
+def chat_settings(settings: Settings, params: "SamplingParams", chat: bool) -> "ChatSettings":
+    """Return the settings for answers on the terminal; chat: apply the chat template."""
     from getp.text.chat_session import ChatSettings
 
     return ChatSettings(
         params,
         stops=settings.sampling.stop,
-        chat=bool(settings.prompt.chat_template),
+        chat=chat,
         system=settings.prompt.system,
         name_of=option_name,
     )

@@ -7,6 +7,7 @@ from getp.cli import loading
 from getp.cli.settings import Settings
 from getp.cli.wording import option_name
 from getp.errors import UsageProblem
+from getp.terminal import print_message
 
 if TYPE_CHECKING:
     from getp.job.run import Job
@@ -25,10 +26,20 @@ def run(settings: Settings) -> int:
     tokenizer = loading.load_tokenizer(settings)
     job = _job(settings, tokenizer)
     source = read(job)
+    if not source.format.has_messages and settings.prompt.chat_template is None:
+        _note_unused_template(tokenizer)
     if settings.parallel.replicas is None:
         return run_job(job, source, tokenizer, loading.load_engine(settings))
     with closing(loading.load_cluster(settings)) as cluster:
         return run_job(job, source, tokenizer, cluster)
+
+
+def _note_unused_template(tokenizer: "Tokenizer") -> None:
+    if tokenizer.template is not None:
+        print_message(
+            "getp: prompts are completed as they are; --chat-template applies the model's chat "
+            "template"
+        )
 
 
 def _job(settings: Settings, tokenizer: "Tokenizer") -> "Job":

@@ -104,6 +104,7 @@ class InputFormat(ABC):
     name: ClassVar[str]  # part of the job's fingerprint
     suffix: ClassVar[str]  # of files in this format
     has_ids: ClassVar[bool]  # whether requests have their own ids, which must be unique
+    has_messages: ClassVar[bool]  # whether a request can be a conversation instead of a text
     output: ClassVar[OutputFormat]  # the format of results on standard output
 
     @abstractmethod

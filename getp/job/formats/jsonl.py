@@ -62,7 +62,8 @@ def _result_line(key: str, custom_id: str | None, response: object, error: objec
 class Jsonl(InputFormat):
     """JSONL."""
 
-    name, suffix, has_ids, output = "jsonl", ".jsonl", True, BatchResults()
+    name, suffix, output = "jsonl", ".jsonl", BatchResults()
+    has_ids, has_messages = True, True
 
     def recognises(self, start: bytes) -> bool:
         first = start.removeprefix(UTF8_BOM).split(b"\n", 1)[0]
