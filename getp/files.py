@@ -10,11 +10,10 @@ import os
 import re
 import sys
 import zlib
-from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias, cast
+from typing import Any, BinaryIO, cast
 
 from getp.errors import GetpError
 from getp.terminal import strip_control_characters
@@ -22,11 +21,6 @@ from getp.terminal import strip_control_characters
 STDIO = "-"  # the path of standard input and standard output
 MAX_LINE_BYTES = 64 << 20  # a longer line is not a prompt
 UTF8_BOM = b"\xef\xbb\xbf"
-_TOKEN_ID = re.compile(rb"[0-9]{1,10}")
-_MAX_TOKEN_ID = 2**31 - 1
-
-TokenIds: TypeAlias = "array[int]"
-"""The ids of one completion, four bytes each."""
 
 
 def path_name(path: str) -> str:
@@ -122,22 +116,6 @@ def iter_lines(file: BinaryIO) -> Iterator[bytes | None]:
 def split_lines(data: bytes) -> list[bytes]:
     """Return the lines of a small file, as `iter_lines` yields them."""
     return [line for line in iter_lines(io.BytesIO(data)) if line is not None]
-
-
-def read_token_file(path: str) -> list[TokenIds]:
-    """Read token ids, one request per line. Raises GetpError naming the first invalid line."""
-    rows: list[TokenIds] = []
-    for number, line in enumerate(split_lines(read_bytes(path)), start=1):
-        words = line.split()
-        for word in words:
-            if not _TOKEN_ID.fullmatch(word) or int(word) > _MAX_TOKEN_ID:
-                shown = word[:40].decode("utf-8", "replace")
-                raise GetpError(
-                    f"{path_name(path)}, line {number}: {shown!r} is not a token id; a token file "
-                    "as written by mode getp is expected"
-                )
-        rows.append(array("i", map(int, words)))
-    return rows
 
 
 def token_line(ids: Sequence[int]) -> bytes:

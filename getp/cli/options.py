@@ -73,6 +73,13 @@ _ALL: tuple[_Decorator, ...] = (
         help="Result file (-: standard output).",
     ),
     _job(
+        "--output-format",
+        type=click.Choice(["ids", "text", "jsonl"]),
+        help="ids: the token ids of an answer per line. text: its text, with newlines as \\n and "
+        "backslashes as \\\\. jsonl: OpenAI batch responses.  [default: jsonl for *.jsonl; "
+        "otherwise ids]",
+    ),
+    _job(
         "--report",
         subject=Subject.REPORT,
         metavar="FILE.json",
@@ -114,14 +121,14 @@ _ALL: tuple[_Decorator, ...] = (
         subject=Subject.LINE,
         type=int,
         metavar="N",
-        help="decode: print only line N (from 1), unescaped. Without it, every line is printed, "
-        "newlines inside a text as \\n.",
+        help="decode: print only answer N (from 1), unescaped. Without it, every answer is printed "
+        "on one line, with newlines as \\n and backslashes as \\\\.",
     ),
     _job(
         "--reference",
         subject=Subject.EVALUATION,
         metavar="FILE",
-        help="eval: token file to compare with.",
+        help="eval: result file to compare with.",
     ),
     _job(
         "--expected",

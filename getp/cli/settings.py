@@ -52,6 +52,7 @@ class JobOptions:
     """The output of a job, and how it handles errors, signals and restarts."""
 
     output: str | None
+    output_format: Literal["ids", "text", "jsonl"] | None  # None: by the suffix of the output
     report: str | None
     restart: bool
     max_errors: int | None
@@ -70,8 +71,8 @@ class ParallelOptions:
 
 
 @dataclass(frozen=True)
-class TokenFileOptions:
-    """Options of modes decode and eval, which read a token file."""
+class ResultFileOptions:
+    """Options of modes decode and eval, which read a result file."""
 
     line: int | None
     reference: str | None
@@ -114,7 +115,7 @@ class Settings:
     sampling: SamplingOptions
     job: JobOptions
     parallel: ParallelOptions
-    token_file: TokenFileOptions
+    result_file: ResultFileOptions
     step: StepOptions
     plan: PlanOptions
     engine: "EngineConfig"  # the defaults in mode plan, which has no engine
@@ -135,7 +136,7 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
         _pick(SamplingOptions, given),
         _pick(JobOptions, given),
         _pick(ParallelOptions, given),
-        _pick(TokenFileOptions, given),
+        _pick(ResultFileOptions, given),
         _pick(StepOptions, given),
         _pick(PlanOptions, given),
         engine,

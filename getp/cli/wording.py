@@ -1,4 +1,8 @@
-"""Maps settings, which errors name, to the options of the command line."""
+"""Names the command and its options in messages; errors name settings."""
+
+import os
+import sys
+from pathlib import Path
 
 _OPTIONS = {
     # engine.EngineConfig
@@ -28,6 +32,7 @@ _OPTIONS = {
     "stop": "--stop",
     "input": "-i/--input",
     "output": "-o/--output",
+    "output_format": "--output-format",
     "restart": "--restart",
     "max_errors": "--max-errors",
     "flush_interval": "--flush-interval",
@@ -50,3 +55,12 @@ _OPTIONS = {
 def option_name(setting: str) -> str:
     """Return the option that sets `setting`; the setting itself if there is none."""
     return _OPTIONS.get(setting, setting)
+
+
+def program() -> list[str]:
+    """Return the words that start this program again in the same shell."""
+    script = sys.argv[0]
+    if Path(script).name != "run.py":
+        return ["getp"]
+    python = os.path.relpath(sys.executable)
+    return ["python" if python.startswith(os.pardir) else python, script]

@@ -32,6 +32,8 @@ class Job:
     defaults: RequestDefaults
     seed_given: bool = True  # if not, a resumed job uses the random seed of the first run
     identity: Mapping[str, str] = field(default_factory=dict)  # fingerprints of the files
+    output_format: str | None = None  # a name in OUTPUT_FORMATS; None: by the output's suffix
+    reading_hint: str | None = None  # how to read token ids, for the end of the run
     report: str | None = None
     restart: bool = False
     flush_s: float = 1.0
@@ -105,7 +107,7 @@ def _fingerprint(job: Job, source: Source, engine: JobEngine) -> dict[str, Any]:
     named = {
         "input": source.digest,
         "input format": source.format.name,
-        "output format": output_format(job.output, source.format).name,
+        "output format": output_format(job.output, source.format, job.output_format).name,
         **job.identity,
         "device": engine.device.type,
         "dtype": dtype_name(engine.dtype),

@@ -11,7 +11,7 @@ from datetime import datetime
 from engine import Completion, Request
 from getp.errors import SOME_FAILED, GetpError, Interrupted, worded
 from getp.files import STDIO, is_stream, write_report
-from getp.job.formats import output_format
+from getp.job.formats import TOKEN_LINES, output_format
 from getp.job.formats.interface import Failure, JobRequest, ResultContext
 from getp.job.inputs import Source
 from getp.job.job import Job, open_journal, read
@@ -70,7 +70,7 @@ class JobRun:
         self.source = source
         self.engine = engine
         self.measured = Measurements(resumed=journal.done)
-        self.format = output_format(job.output, source.format)
+        self.format = output_format(job.output, source.format, job.output_format)
         self._tokenizer = tokenizer
         self._journal = journal
         self._stop = stop
@@ -208,6 +208,8 @@ def _report(run: JobRun, failed: int) -> None:
     if job.report is not None:
         write_report(job.report, report)
     print_report(report)
+    if job.reading_hint is not None and run.format is TOKEN_LINES and not is_stream(job.output):
+        print_message(f"getp: {job.reading_hint}")
     # If standard output holds the results or the report, it must stay parseable.
     stdout_in_use = STDIO in (job.output, job.report)
     print(final_line(run.measured), file=sys.stderr if stdout_in_use else sys.stdout)

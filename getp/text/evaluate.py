@@ -1,41 +1,43 @@
-"""Modes decode and eval: convert a token file to text, or compare it with a reference."""
+"""Mode eval: compares a result file of mode getp with another one, or with expected texts."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from getp.errors import GetpError, UsageProblem
-from getp.files import open_output, read_bytes, read_token_file, split_lines
+from getp.errors import GetpError
+from getp.files import read_bytes, split_lines
+from getp.text.escape import unescape
+from getp.text.result_file import LoadTokenizer, Results, read_results
 from getp.units import counted
-from tokenizer import Tokenizer, answer_text
-from tokenizer.harmony import supports_harmony
 
 _MAX_WRONG_SHOWN = 5
+
+Unit = Literal["token", "character"]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The first difference between two token files. An id is None at the end of its line."""
+    """The first difference between two result files."""
 
-    line: int  # line number, from 1
-    position: int  # in the line, from 0
-    token: int | None
-    reference: int | None
+    line: int  # number of the answer, from 1
+    position: int  # in the answer, from 0
+    found: int | str | None  # a token id or a character; None: the answer ends here
+    reference: int | str | None
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """The agreement of a token file with a reference."""
+    """The agreement of a result file with a reference."""
 
-    lines: int
+    unit: Unit  # what was compared
+    lines: int  # answers
     lines_equal: int
-    mean_prefix_tokens: float  # tokens until the first difference, mean over lines
-    mean_prefix_share: float  # mean_prefix_tokens as a share of the longer line
+    mean_prefix: float  # units until the first difference, mean over answers
+    mean_prefix_share: float  # mean_prefix as a share of the longer answer
     first_difference: Difference | None
 
 
@@ -43,7 +45,7 @@ class Agreement:
 class WrongAnswer:
     """An answer that differs from the expected text."""
 
-    line: int  # line number in the token file, from 1
+    line: int  # number of the answer, from 1
     expected: str
     answer: str
 
@@ -58,94 +60,65 @@ class Score:
     first_wrong: tuple[WrongAnswer, ...]
 
 
-def decode_file(path: str, output: str, tokenizer: Tokenizer, line: int | None) -> None:
-    r"""Write the text of a token file: of one line unchanged, or of all lines, one text per line.
+def compare(results: Results, reference: Results, load_tokenizer: LoadTokenizer) -> Agreement:
+    """Compare two result files answer by answer: their token ids, or texts if one has only texts.
 
-    In the second form, newlines inside a text are written as `\n`. Raises GetpError for an id that
-    the tokenizer does not have, and UsageProblem for a line that does not exist.
+    Raises GetpError if the numbers of answers differ.
     """
-    rows = read_token_file(path)
-    if line is not None and not 1 <= line <= len(rows):
-        raise UsageProblem(
-            "{line} must be from 1 to {lines} for {file}, not {given}",
-            lines=len(rows),
-            file=path,
-            given=line,
-        )
-    first = 1 if line is None else line
-    chosen = rows if line is None else [rows[line - 1]]
-    unknown = {i for i in set(chain.from_iterable(chosen)) if not tokenizer.has_id(i)}
-    for number, row in enumerate(chosen if unknown else [], start=first):
-        if found := unknown.intersection(row):
-            raise GetpError(
-                "{file}, line {number}: the tokenizer has no token {token}; give the model that "
-                "wrote the file as {checkpoint}, or its tokenizer with {tokenizer}",
-                file=path,
-                number=number,
-                token=min(found),
-            )
-    texts = [_text(tokenizer, row) for row in chosen]
-    with open_output(output) as file:
-        for text in texts:
-            shown = text if line is not None else one_line(text)
-            file.write(shown.encode("utf-8", "replace") + b"\n")
-
-
-def one_line(text: str) -> str:
-    r"""Return `text` with `\n` and `\r` written out."""
-    return text.replace("\n", "\\n").replace("\r", "\\r")
-
-
-def _text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    # The markers separate the reasoning of gpt-oss from its answer.
-    in_channels = supports_harmony(tokenizer) and tokenizer.token_id("<|message|>") in ids
-    return tokenizer.decode(ids, skip_special=not in_channels)
-
-
-def compare_tokens(rows: Sequence[Sequence[int]], reference: Sequence[Sequence[int]]) -> Agreement:
-    """Compare two token files line by line. Raises GetpError if their lengths differ."""
-    if len(rows) != len(reference):
+    if len(results) != len(reference):
         raise GetpError(
-            f"the token file has {counted(len(rows), 'line')}, but the reference has "
-            f"{len(reference)}: give two files of the same job"
+            f"{results.name} has {counted(len(results), 'answer')}, but {reference.name} has "
+            f"{len(reference)}: give two results of the same job"
         )
-    equal, tokens, share = 0, 0, 0.0
+    if results.ids is not None and reference.ids is not None:
+        return _agreement(results.ids, reference.ids, "token")
+    texts = results.as_texts(load_tokenizer), reference.as_texts(load_tokenizer)
+    return _agreement(*texts, "character")
+
+
+_Answer = Sequence[int] | Sequence[str]
+
+
+def _agreement(answers: Sequence[_Answer], reference: Sequence[_Answer], unit: Unit) -> Agreement:
+    equal, units, share = 0, 0, 0.0
     first: Difference | None = None
-    for number, (row, other) in enumerate(zip(rows, reference, strict=True), start=1):
+    for number, (row, other) in enumerate(zip(answers, reference, strict=True), start=1):
         longer = max(len(row), len(other))
         common = _common_prefix(row, other)
-        tokens += common
+        units += common
         share += common / longer if longer else 1.0
         if common == longer:
             equal += 1
         elif first is None:
             first = Difference(number, common, _at(row, common), _at(other, common))
-    lines = len(rows)
-    return Agreement(lines, equal, tokens / max(lines, 1), share / lines if lines else 1.0, first)
+    lines = len(answers)
+    mean_share = share / lines if lines else 1.0
+    return Agreement(unit, lines, equal, units / max(lines, 1), mean_share, first)
 
 
-def _common_prefix(row: Sequence[int], other: Sequence[int]) -> int:
+def _common_prefix(row: _Answer, other: _Answer) -> int:
     for position, (a, b) in enumerate(zip(row, other, strict=False)):
         if a != b:
             return position
     return min(len(row), len(other))
 
 
-def _at(row: Sequence[int], position: int) -> int | None:
+def _at(row: _Answer, position: int) -> int | str | None:
     return row[position] if position < len(row) else None
 
 
-def score_texts(
-    rows: Sequence[Sequence[int]], expected: Sequence[str], tokenizer: Tokenizer
-) -> Score:
-    """Compare the texts of the answers with the expected ones, without surrounding whitespace."""
+def score_texts(answers: Sequence[str], expected: Sequence[str]) -> Score:
+    """Compare the answers with the expected texts, without surrounding whitespace.
+
+    An expected text may be escaped as mode decode writes it.
+    """
     wrong = []
-    for number, (row, expected_text) in enumerate(zip(rows, expected, strict=True), start=1):
-        answer = one_line(answer_text(tokenizer, row).strip())
-        if answer != expected_text.strip():
-            wrong.append(WrongAnswer(number, expected_text.strip(), answer))
-    right = len(rows) - len(wrong)
-    return Score(len(rows), right, right / max(len(rows), 1), tuple(wrong[:_MAX_WRONG_SHOWN]))
+    for number, (answer, line) in enumerate(zip(answers, expected, strict=True), start=1):
+        text = line.strip()
+        if answer.strip() not in (text, unescape(text)):
+            wrong.append(WrongAnswer(number, text, answer.strip()))
+    right = len(answers) - len(wrong)
+    return Score(len(answers), right, right / max(len(answers), 1), tuple(wrong[:_MAX_WRONG_SHOWN]))
 
 
 def read_expected(path: str, count: int) -> list[str]:
@@ -155,7 +128,7 @@ def read_expected(path: str, count: int) -> list[str]:
         lines = lines[1:]
     if len(lines) != count:
         raise GetpError(
-            f"{path} has {counted(len(lines), 'line')}, but the token file has {count}: give "
+            f"{path} has {counted(len(lines), 'line')}, but the result file has {count}: give "
             "one expected text per line"
         )
     return lines
@@ -165,23 +138,24 @@ def evaluate(
     path: str,
     reference: str | None,
     expected: str | None,
-    tokenizer: Tokenizer | None,
+    load_tokenizer: LoadTokenizer,
     to_stderr: bool = False,
 ) -> dict[str, Any]:
-    """Compare a token file with a reference, expected texts or both; print and return the result.
+    """Compare a result file with a reference, expected texts or both; print and return the result.
 
-    tokenizer: needed for expected texts. to_stderr: print on standard error. Returns the report.
+    load_tokenizer: called to compare token ids with texts. to_stderr: print on standard error.
+    Returns the report.
     """
-    rows = read_token_file(path)
+    results = read_results(path)
     table = Table(show_header=False)
     report: dict[str, Any] = {"input": path}
     if reference is not None:
-        agreement = compare_tokens(rows, read_token_file(reference))
+        agreement = compare(results, read_results(reference), load_tokenizer)
         report["reference"] = {"file": reference, **asdict(agreement)}
         _show_agreement(table, agreement)
     if expected is not None:
-        assert tokenizer is not None
-        score = score_texts(rows, read_expected(expected, len(rows)), tokenizer)
+        texts = results.as_texts(load_tokenizer)
+        score = score_texts(texts, read_expected(expected, len(texts)))
         report["expected"] = {"file": expected, **asdict(score)}
         _show_score(table, score)
     Console(stderr=to_stderr).print(table)
@@ -189,21 +163,20 @@ def evaluate(
 
 
 def _show_agreement(table: Table, agreement: Agreement) -> None:
-    table.add_row("equal lines", f"{agreement.lines_equal:,} of {agreement.lines:,}")
+    table.add_row("equal answers", f"{agreement.lines_equal:,} of {agreement.lines:,}")
     table.add_row(
         "mean common prefix",
-        f"{agreement.mean_prefix_tokens:.2f} tokens, {agreement.mean_prefix_share:.2%}",
+        f"{agreement.mean_prefix:.2f} {agreement.unit}s, {agreement.mean_prefix_share:.2%}",
     )
     first = agreement.first_difference
     if first is not None:
-        ids = [
-            "end of line" if token is None else str(token)
-            for token in (first.token, first.reference)
-        ]
-        table.add_row(
-            "first difference",
-            f"line {first.line}, token {first.position} (from 0): {ids[0]}, reference {ids[1]}",
+        found, reference = (
+            "end of the answer" if each is None else repr(each)
+            for each in (first.found, first.reference)
         )
+        where = f"line {first.line}, {agreement.unit} {first.position} (from 0)"
+        # Text, not markup: an answer may contain square brackets.
+        table.add_row("first difference", Text(f"{where}: {found}, reference {reference}"))
 
 
 def _show_score(table: Table, score: Score) -> None:

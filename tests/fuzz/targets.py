@@ -16,11 +16,11 @@ import zstandard
 
 from engine import SamplingParams
 from getp.errors import GetpError
-from getp.files import read_token_file
 from getp.job.formats.interface import Failure, JobRequest
 from getp.job.inputs import scan
 from getp.job.journal import Journal
 from getp.job.request_reader import RequestDefaults, RequestReader
+from getp.text.result_file import read_results
 from model import CheckpointError, Transformer, load_config, loader
 from model.ops.backend import choose_backend
 from tests.getp.helpers import CHAT_TEMPLATE, byte_level, small_tokenizer, write_tokenizer
@@ -79,10 +79,10 @@ def input_named(name: str) -> Callable[[Path, bytes], None]:
     return use
 
 
-def token_file(folder: Path, data: bytes) -> None:
-    """Read a file of token ids."""
-    (folder / "tokens").write_bytes(data)
-    _may_raise(lambda: read_token_file(str(folder / "tokens")), GetpError)
+def result_file(folder: Path, data: bytes) -> None:
+    """Read a file of results: token ids or JSONL."""
+    (folder / "results").write_bytes(data)
+    _may_raise(lambda: read_results(str(folder / "results")), GetpError)
 
 
 def journal_file(folder: Path, data: bytes) -> None:
@@ -208,7 +208,12 @@ TARGETS = {
     "jsonl": Target(_LINES, input_named("in.jsonl")),
     "gzip": Target(gzip.compress(_LINES), input_named("in.jsonl.gz")),
     "zstd": Target(zstandard.compress(_LINES), input_named("in.jsonl.zst")),
-    "tokens": Target(b"1 2 3\n\n44 5\n", token_file),
+    "tokens": Target(b"1 2 3\n\n44 5\n", result_file),
+    "results": Target(
+        b'{"response":{"body":{"choices":[{"message":{"content":"4"}}]}},"error":null}\n'
+        b'{"response":null,"error":{"message":"the prompt is empty"}}\n',
+        result_file,
+    ),
     "journal": Target(_valid_journal(), journal_file),
     "tokenizer": Target(byte_level().to_str().encode(), tokenizer_file),
     "tokenizer-config": Target(

@@ -1,11 +1,13 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 import getp
@@ -13,7 +15,9 @@ from engine import EngineError
 from getp.cli import loading
 from getp.cli import main as cli
 from getp.cli.settings import Settings
-from getp.files import read_token_file
+from getp.cli.wording import program
+from getp.job.formats import OUTPUT_FORMATS
+from getp.text.result_file import read_results
 from model.ops.cpu import bindings
 from tests.getp.helpers import FakeEngine, write_tokenizer
 from tokenizer import Tokenizer
@@ -155,7 +159,7 @@ def test_command_line_runs_a_job_then_decodes_and_evaluates_it(
     report = str(tmp_path / "report.json")
     args = [checkpoint, "-m", "getp", "-i", prompts, "-o", output]
     assert cli.run([*args, "--report", report]) == 0
-    assert len(read_token_file(output)) == 2
+    assert len(read_results(output)) == 2
     assert capsys.readouterr().out.startswith("elapsed time(s): ")
     assert json.loads(Path(report).read_text())["checkpoint"] == "checkpoint"
     assert cli.run([checkpoint, "-m", "decode", "-i", output]) == 0
@@ -241,6 +245,44 @@ def test_text_job_says_that_it_does_not_use_the_chat_template(
         "template\n"
     )
     assert capsys.readouterr().err.count(line) == note
+
+
+def test_end_of_a_job_says_how_to_read_token_ids(
+    checkpoint: str, prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The printed command works as it stands."""
+    output = str(tmp_path / "my out.txt")
+    args = [checkpoint, "-m", "getp", "-i", prompts, "-z", checkpoint]
+    assert cli.run([*args, "-o", output]) == 0
+    hint = capsys.readouterr().err.splitlines()[-1]
+    found = re.fullmatch(
+        "getp: the answers are token ids; to read them: getp (.*) "
+        r"\(or use --output-format text\)",
+        hint,
+    )
+    assert found is not None, hint
+    assert cli.run(shlex.split(found[1])) == 0
+    assert capsys.readouterr().out == "hello\nworld\n"
+    for rest in (["-o", output, "--output-format", "text"], ["-o", output + ".jsonl"], ["-o", "-"]):
+        assert cli.run([*args, *rest]) == 0
+        assert "token ids" not in capsys.readouterr().err
+
+
+def test_hint_names_the_program_as_it_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["run.py", "-m", "getp"])
+    monkeypatch.setattr(sys, "executable", str(ROOT / ".venv" / "bin" / "python"))
+    assert program() == [".venv/bin/python", "run.py"]
+    monkeypatch.setattr(sys, "executable", "/usr/bin/python3.11")
+    assert program() == ["python", "run.py"]
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/getp"])
+    assert program() == ["getp"]
+
+
+def test_output_formats_of_the_option_are_those_of_a_job() -> None:
+    (option,) = (one for one in cli.command.params if one.name == "output_format")
+    assert isinstance(option.type, click.Choice)
+    assert list(option.type.choices) == list(OUTPUT_FORMATS)
 
 
 def test_exit_status_is_3_if_some_requests_failed(
@@ -342,7 +384,7 @@ def test_random_seed_is_printed_and_reproduces_the_run(
     assert cli.run([*args, "-s", found[1]]) == 0
     seeds = [[request.params.seed for request in engine.requests] for engine in engines]
     assert seeds[0] == seeds[1]
-    assert "seed" not in capsys.readouterr().err
+    assert "getp: seed" not in capsys.readouterr().err
 
 
 def test_sampling_options_are_passed_to_the_requests(

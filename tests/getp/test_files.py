@@ -14,11 +14,11 @@ from getp.files import (
     check_writable,
     open_output,
     read_bytes,
-    read_token_file,
     split_lines,
 )
 from getp.job.formats.interface import Line
 from getp.job.inputs import scan
+from getp.text.result_file import read_results
 from tests.getp.helpers import write_tokens
 
 
@@ -175,15 +175,17 @@ def test_token_files_are_written_byte_for_byte(tmp_path: Path) -> None:
     path = str(tmp_path / "out.txt")
     write_tokens(path, [[1, 22, 333], [], [7]])
     assert Path(path).read_bytes() == b"1 22 333\n\n7\n"
-    assert [list(row) for row in read_token_file(path)] == [[1, 22, 333], [], [7]]
+    ids = read_results(path).ids
+    assert ids is not None
+    assert [list(row) for row in ids] == [[1, 22, 333], [], [7]]
 
 
 @pytest.mark.parametrize("word", ["x", "-1", "1.0", "99999999999", "2147483648", "²"])
 def test_word_that_is_not_a_token_id_is_refused_with_the_line_number(
     tmp_path: Path, word: str
 ) -> None:
-    with pytest.raises(GetpError, match=f"line 2: '{word}' is not a token id; a token file"):
-        read_token_file(numbered(tmp_path, f"1 2\n3 {word}\n".encode()))
+    with pytest.raises(GetpError, match=f"line 2: '{word}' is not a token id; give a result of"):
+        read_results(numbered(tmp_path, f"1 2\n3 {word}\n".encode()))
 
 
 def test_result_file_appears_complete_or_not_at_all(tmp_path: Path) -> None:

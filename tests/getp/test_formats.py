@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from openai.types import Completion as OpenAICompletion
@@ -229,6 +229,46 @@ def test_input_and_output_formats_can_be_combined(tmp_path: Path) -> None:
     first, second = map(json.loads, (tmp_path / "o.jsonl").open())
     assert body(first)["choices"][0]["text"] == "ab"
     assert second["error"]["code"] == "empty_prompt"
+
+
+@pytest.mark.parametrize("source", ["in.txt", "in.jsonl"])
+@pytest.mark.parametrize("output", ["out.txt", "out.jsonl"])
+@pytest.mark.parametrize("name", ["ids", "text", "jsonl"])
+def test_output_format_can_be_named(tmp_path: Path, name: str, output: str, source: str) -> None:
+    prompts = ["a\\b", "", "é"]
+    (tmp_path / "in.txt").write_text("\n".join(["3", *prompts]) + "\n", encoding="utf-8")
+    objects = (json.dumps({"prompt": text}) + "\n" for text in prompts)
+    (tmp_path / "in.jsonl").write_text("".join(objects))
+    defaults = RequestDefaults(SamplingParams())
+    result = tmp_path / output
+    job = Job(str(tmp_path / source), str(result), "small", defaults, output_format=name)
+    engine: Any = Engine(lambda prompt: [*prompt, *TOKENIZER.encode("\nend")])
+    assert job_run.run_job(job, job_run.read(job), TOKENIZER, engine) == SOME_FAILED
+    rows = result.read_text(encoding="utf-8").splitlines()
+    errors = Path(f"{result}.errors.jsonl")
+    if name == "jsonl":
+        first, failed, _ = map(json.loads, rows)
+        assert body(first)["choices"][0]["text"] == "a\\b\nend"
+        assert failed["error"]["code"] == "empty_prompt"
+        assert not errors.exists()
+        return
+    ids = [" ".join(map(str, TOKENIZER.encode(text + "\nend"))) for text in (prompts[0], "é")]
+    assert rows == ([ids[0], "", ids[1]] if name == "ids" else [r"a\\b\nend", "", r"é\nend"])
+    assert json.loads(errors.read_text())["code"] == "empty_prompt"
+
+
+def test_text_results_have_the_answer_without_its_reasoning(tmp_path: Path) -> None:
+    generated = (
+        "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>4 END"
+    )
+    engine = Engine(lambda prompt: TOKENIZER.encode(generated))
+    lines = [batch_line(CHAT, messages=HI, stop=" END")]
+    (tmp_path / "in.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    output = str(tmp_path / "out.txt")
+    params = RequestDefaults(SamplingParams(max_positions=1024))
+    job = Job(str(tmp_path / "in.jsonl"), output, "small", params, output_format="text")
+    assert job_run.run_job(job, job_run.read(job), TOKENIZER, cast("Any", engine)) == 0
+    assert Path(output).read_text() == "4\n"
 
 
 def test_nan_in_a_result_fails_only_its_request(tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ def test_job_that_lacks_only_its_result_file_does_not_load_the_model(
     [
         ({"params": {"temperature": 0.7}}, r"temperature 0.0, now 0.7"),
         ({"count": 13}, "started with input "),
+        ({"output_format": "text"}, "output format 'ids', now 'text'"),
         ({"identity": {"checkpoint": "b"}}, "checkpoint 'a', now 'b'"),
     ],
 )

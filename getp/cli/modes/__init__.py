@@ -59,8 +59,8 @@ MODES = {
         "complete a file of prompts",
         _COMPLETES | _S.OUTPUT | _S.REPORT | _S.JOB | _S.REPLICAS,
     ),
-    "decode": Mode("decode", "convert a token file to text", _S.OUTPUT | _S.LINE),
-    "eval": Mode("evaluate", "compare a token file with a reference", _S.REPORT | _S.EVALUATION),
+    "decode": Mode("decode", "print the answers of a result file as text", _S.OUTPUT | _S.LINE),
+    "eval": Mode("evaluate", "compare a result file with a reference", _S.REPORT | _S.EVALUATION),
     "plan": Mode(
         "plan",
         "estimate the cost and speed of a step or a job on GPUs",

@@ -1,4 +1,4 @@
-"""Mode eval: a token file against a reference, expected texts or both."""
+"""Mode eval: a result file against a reference, expected texts or both."""
 
 from getp.cli import loading
 from getp.cli.settings import Settings
@@ -9,7 +9,7 @@ from getp.files import STDIO, check_writable, write_report
 def run(settings: Settings) -> int:
     """Compare the files; return the exit status. Raises GetpError."""
     source = loading.needed(settings, settings.prompt.input, "-i/--input FILE")
-    options, report = settings.token_file, settings.job.report
+    options, report = settings.result_file, settings.job.report
     if options.reference is None and options.expected is None:
         raise UsageProblem("mode eval needs --reference FILE or --expected FILE")
     from getp.text.evaluate import evaluate
@@ -17,9 +17,12 @@ def run(settings: Settings) -> int:
     if report is not None:
         files = {"input": source, "reference": options.reference, "expected": options.expected}
         check_writable(report, "report", {role: path for role, path in files.items() if path})
-    tokenizer = loading.load_tokenizer(settings) if options.expected is not None else None
     outcome = evaluate(
-        source, options.reference, options.expected, tokenizer, to_stderr=report == STDIO
+        source,
+        options.reference,
+        options.expected,
+        lambda: loading.load_tokenizer(settings),
+        to_stderr=report == STDIO,
     )
     if report is not None:
         write_report(report, outcome)

@@ -1,11 +1,12 @@
 """Mode getp: a job on a file of prompts."""
 
+import shlex
 from contextlib import closing
 from typing import TYPE_CHECKING
 
 from getp.cli import loading
 from getp.cli.settings import Settings
-from getp.cli.wording import option_name
+from getp.cli.wording import option_name, program
 from getp.errors import UsageProblem
 from getp.terminal import print_message
 
@@ -42,6 +43,15 @@ def _note_unused_template(tokenizer: "Tokenizer") -> None:
         )
 
 
+def _reading_hint(settings: Settings) -> str:
+    """Return the command that prints the answers of this job as text."""
+    given = [settings.checkpoint] if settings.checkpoint is not None else []
+    if settings.prompt.tokenizer is not None:
+        given += ["-z", settings.prompt.tokenizer]
+    command = shlex.join([*program(), *given, "-m", "decode", "-i", settings.job.output or ""])
+    return f"the answers are token ids; to read them: {command} (or use --output-format text)"
+
+
 def _job(settings: Settings, tokenizer: "Tokenizer") -> "Job":
     from getp import fingerprint
     from getp.job.request_reader import RequestDefaults
@@ -66,6 +76,8 @@ def _job(settings: Settings, tokenizer: "Tokenizer") -> "Job":
             "tokenizer": fingerprint.of_tokenizer(loading.tokenizer_path(settings)),
             "weights": "dummy" if settings.engine.dummy_weights else "the checkpoint's",
         },
+        output_format=options.output_format,
+        reading_hint=_reading_hint(settings),
         report=options.report,
         restart=options.restart,
         flush_s=options.flush_interval,

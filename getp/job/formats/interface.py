@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO, ClassVar
 
 from engine import Completion, SamplingParams
-from getp.files import MAX_LINE_BYTES, iter_lines
+from getp.files import MAX_LINE_BYTES, iter_lines, json_line
+from getp.text.answer_text import texts_by_channel
 from tokenizer import Message, Tokenizer
 
 
@@ -77,15 +78,25 @@ class ResultContext:
         """Return the part of a result's ids that identifies the request."""
         return hashlib.blake2b(f"{self.fingerprint}/{index}".encode(), digest_size=12).hexdigest()
 
+    def texts(self, request: JobRequest, completion: Completion) -> dict[str, str]:
+        """Return the answer's text by channel."""
+        return texts_by_channel(
+            self.tokenizer,
+            completion.token_ids,
+            request.prompt_ids,
+            request.chat,
+            request.stops,
+        )
+
 
 class OutputFormat(ABC):
     """A format of results."""
 
-    name: ClassVar[str]  # part of the job's fingerprint
+    name: ClassVar[str]  # for the user, and part of the job's fingerprint
     suffix: ClassVar[str]  # of files in this format
     # Whether results include failures; otherwise a failed request is an empty line, and its
     # failure is written to the errors file.
-    holds_failures: ClassVar[bool]
+    holds_failures: ClassVar[bool] = False
 
     @abstractmethod
     def completed(
@@ -93,9 +104,16 @@ class OutputFormat(ABC):
     ) -> bytes:
         """Return the line of a request that succeeded. Raises ValueError for NaN in JSON."""
 
-    @abstractmethod
     def failed(self, context: ResultContext, failure: Failure) -> bytes:
         """Return the line of a request that failed: of the result or of the errors file."""
+        return json_line(
+            {
+                "line": failure.line,
+                "index": failure.index,
+                "code": failure.code,
+                "message": failure.message,
+            }
+        )
 
 
 class InputFormat(ABC):

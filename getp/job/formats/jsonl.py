@@ -22,7 +22,6 @@ from getp.job.formats.interface import (
 )
 from getp.job.formats.openai_request import CHAT_URL, TEXT_URL, read_body
 from getp.job.formats.openai_response import response_body
-from getp.text.answer_text import texts_by_channel
 
 _BATCH_FIELDS = frozenset({"custom_id", "method", "url", "body"})
 _MAX_ID_LENGTH = 512
@@ -36,13 +35,7 @@ class BatchResults(OutputFormat):
     def completed(
         self, context: ResultContext, request: JobRequest, completion: Completion
     ) -> bytes:
-        texts = texts_by_channel(
-            context.tokenizer,
-            completion.token_ids,
-            request.prompt_ids,
-            request.chat,
-            request.stops,
-        )
+        texts = context.texts(request, completion)
         key = context.key(request.index)
         body = response_body(context, key, request.chat, texts, completion)
         response = {"status_code": 200, "request_id": f"req_{key}", "body": body}
@@ -59,10 +52,13 @@ def _result_line(key: str, custom_id: str | None, response: object, error: objec
     )
 
 
+BATCH_RESULTS = BatchResults()
+
+
 class Jsonl(InputFormat):
     """JSONL."""
 
-    name, suffix, output = "jsonl", ".jsonl", BatchResults()
+    name, suffix, output = "jsonl", ".jsonl", BATCH_RESULTS
     has_ids, has_messages = True, True
 
     def recognises(self, start: bytes) -> bool:
