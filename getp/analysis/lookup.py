@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from getp.errors import UsageProblem
+from getp.hub import model_name
 from getp.terminal import print_message
 from model.config import ModelConfig, read_json
 from model.cost.devices import DEVICES, Device, UnknownDeviceError, find_device
@@ -23,6 +24,11 @@ class Model:
     config: ModelConfig
 
 
+def is_known(name: str) -> bool:
+    """Return whether this is the name of a well-known model, whose config comes with getp."""
+    return name.lower() in KNOWN_CONFIGS
+
+
 def find_model(given: Path) -> Model:
     """Return a model by checkpoint directory, config.json or well-known name.
 
@@ -30,11 +36,11 @@ def find_model(given: Path) -> Model:
     that cannot be used.
     """
     if given.is_dir():
-        return Model(given.resolve().name, load_config(given))
+        return Model(model_name(given), load_config(given))
     if given.is_file():
-        return Model(given.resolve().parent.name, parse_config(read_json(given), given))
+        return Model(model_name(given.parent), parse_config(read_json(given), given))
     name = str(given).lower()
-    if name not in KNOWN_CONFIGS:
+    if not is_known(name):
         raise UsageProblem(
             f"unknown model {str(given)!r}: give a checkpoint directory, a config.json, or one of "
             f"{', '.join(KNOWN_CONFIGS)}"

@@ -4,13 +4,12 @@ Importing torch takes a second, so modules that need it are imported inside func
 option is reported at once.
 """
 
-import re
 import secrets
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from getp import EMBEDDED
+from getp import EMBEDDED, hub
 from getp.cli.settings import Settings
 from getp.errors import GetpError, UsageProblem
 from getp.terminal import print_message, warn
@@ -25,6 +24,8 @@ _GETP = Path(__file__).parents[1]
 
 def checkpoint_folder(settings: Settings) -> Path:
     """Return the given checkpoint, or the embedded model, from the package or the source tree."""
+    if settings.snapshot is not None:
+        return settings.snapshot
     if settings.checkpoint is not None:
         return Path(settings.checkpoint)
     for folder in (_GETP / "data" / "model", _GETP.parent / "data" / "model"):
@@ -37,21 +38,55 @@ def checkpoint_name(settings: Settings) -> str:
     """Return the checkpoint's name for reports."""
     if settings.checkpoint is None:
         return EMBEDDED
-    return Path(settings.checkpoint).resolve().name
+    return hub.model_name(checkpoint_folder(settings))
 
 
-def check_checkpoint(settings: Settings) -> None:
+def find_files(settings: Settings) -> Settings:
+    """Return the settings with the directories of models that are given by their names on the hub.
+
+    Raises UsageProblem for a checkpoint or a tokenizer that does not exist, and GetpError if it
+    cannot be downloaded.
+    """
+    tokenizer = settings.prompt.tokenizer
+    if tokenizer is not None and not Path(tokenizer).exists():
+        if not hub.is_hub_name(tokenizer):
+            raise UsageProblem(
+                f"-z/--tokenizer {tokenizer} does not exist: give a tokenizer.json, its directory "
+                "or the name of a model, OWNER/NAME"
+            )
+        tokenizer = str(hub.find_checkpoint(tokenizer, "tokenizer"))
+        settings = replace(settings, prompt=replace(settings.prompt, tokenizer=tokenizer))
+    name = settings.checkpoint
+    if name is None or Path(name).exists() or not hub.is_hub_name(name):
+        if settings.mode != "plan":  # mode plan also accepts a config.json or a well-known model
+            _check_checkpoint(settings)
+        return settings
+    if settings.mode == "plan":
+        from getp.analysis.lookup import is_known
+
+        if is_known(name):
+            return settings
+    return replace(settings, snapshot=hub.find_checkpoint(name, _needed_part(settings)))
+
+
+def _needed_part(settings: Settings) -> hub.Part:
+    """Return what the mode needs of the checkpoint."""
+    if settings.mode == "plan" and settings.prompt.input is None:
+        return "config"
+    if settings.mode in ("plan", "decode", "eval") or settings.engine.dummy_weights:
+        return "tokenizer"
+    return "weights"
+
+
+def _check_checkpoint(settings: Settings) -> None:
     """Raise UsageProblem if the given checkpoint is not a directory with a model in it."""
     if settings.checkpoint is None:
         return
     folder = Path(settings.checkpoint)
     if not folder.exists():
+        hint = "Give a directory, or the name of a model on the Hugging Face Hub, OWNER/NAME"
         if any(letter.isspace() for letter in settings.checkpoint):
             hint = "A prompt is given with -i/--input"
-        else:
-            name = settings.checkpoint
-            model = name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) else "OWNER/NAME"
-            hint = f"getp does not download models: hf download {model} --local-dir {folder}"
         raise UsageProblem(f"the directory {folder} does not exist. {hint}")
     if not folder.is_dir():
         raise UsageProblem(f"{folder} is a file: give the directory, {folder.parent}")

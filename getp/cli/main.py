@@ -11,7 +11,7 @@ import click
 import cloup
 
 from getp.cli.click_types import Command, refuse_other_modes
-from getp.cli.loading import check_checkpoint
+from getp.cli.loading import find_files
 from getp.cli.modes import MODES
 from getp.cli.options import with_options
 from getp.cli.settings import settings_of
@@ -26,8 +26,9 @@ from getp.terminal import print_message, warn
 def command(ctx: click.Context, **given: Any) -> int:
     """Run language models on files of prompts, at the highest throughput the hardware allows.
 
-    CHECKPOINT is a Hugging Face model directory. Without it, the small model that comes with
-    getp runs.
+    CHECKPOINT is a Hugging Face model directory, or the name of a model on the Hugging Face Hub,
+    OWNER/NAME or OWNER/NAME@REVISION, which is downloaded if it is not in the local cache.
+    Without it, the small model that comes with getp runs.
     """
     mode = given["mode"]
     refuse_other_modes(ctx, mode)
@@ -35,10 +36,7 @@ def command(ctx: click.Context, **given: Any) -> int:
         raise UsageProblem(
             "--dtype float8 is only available in -m plan; use bfloat16, float16 or float32"
         )
-    settings = settings_of(given)
-    if mode != "plan":  # mode plan also accepts the name of a known model
-        check_checkpoint(settings)
-    return MODES[mode].run(settings)
+    return MODES[mode].run(find_files(settings_of(given)))
 
 
 def run(args: Sequence[str]) -> int:

@@ -140,8 +140,9 @@ _ALL: tuple[_Decorator, ...] = (
         "-z",
         "--tokenizer",
         subject=Subject.ANY,
-        type=click.Path(exists=True),
-        help="Another tokenizer.json or tokenizer directory.  [default: the checkpoint's]",
+        metavar="FILE|FOLDER|NAME",
+        help="Another tokenizer.json, tokenizer directory or model's name on the hub.  "
+        "[default: the checkpoint's]",
     ),
     _prompt("-y", "--system", metavar="TEXT", help="System prompt (needs the chat template)."),
     _prompt(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from getp.limits import length_limit
@@ -110,7 +111,7 @@ class Settings:
     """The values of all options of a command line."""
 
     mode: str
-    checkpoint: str | None  # None: the embedded model
+    checkpoint: str | None  # as given; None: the embedded model
     prompt: PromptOptions
     sampling: SamplingOptions
     job: JobOptions
@@ -119,6 +120,7 @@ class Settings:
     step: StepOptions
     plan: PlanOptions
     engine: "EngineConfig"  # the defaults in mode plan, which has no engine
+    snapshot: Path | None = None  # the directory of a checkpoint that was named OWNER/NAME
 
 
 def settings_of(given: Mapping[str, Any]) -> Settings:
