@@ -105,7 +105,7 @@ def test_version_option_prints_the_version_of_the_package() -> None:
         (["-m", "eval", "-i", "x"], ["--reference FILE or --expected FILE"]),
         (["-m", "eval", "-t", "1"], ["-t/--temperature applies only to -m generate, -m chat and"]),
         (["--nonsense"], ["--nonsense"]),
-        (["-z", "/nowhere"], ["'--tokenizer'", "/nowhere"]),
+        (["-z", "/nowhere"], ["-z/--tokenizer /nowhere does not exist", "OWNER/NAME"]),
     ],
 )
 def test_error_of_an_invalid_value_names_the_option_and_the_allowed_values(
@@ -323,7 +323,7 @@ def test_errors_of_the_engine_name_the_options(
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("nowhere", "getp does not download models: hf download OWNER/NAME --local-dir /"),
+        ("nowhere", "Give a directory, or the name of a model on the Hugging Face Hub, OWNER/NAME"),
         ("What is it?", "does not exist. A prompt is given with -i/--input"),
         ("file", "is a file: give the directory, "),
         ("empty", "is not a Hugging Face model directory (no config.json, no tokenizer.json)"),

@@ -7,7 +7,7 @@ from getp.cli.wording import option_name
 from tests.getp.messages import Message, messages
 
 # Options of other tools, which messages may name.
-_FOREIGN_OPTIONS = re.compile(r"nvcc --version|ray start|pip install( -e)?|--local-dir")
+_FOREIGN_OPTIONS = re.compile(r"nvcc --version|ray start|pip install( -e)?")
 _OPTION = re.compile(r"(?<![\w…-])--?[a-z][a-z-]*")
 _NONSTANDARD_PHRASES = [
     r"(?<!there) is no \w+",
