@@ -1,5 +1,5 @@
 PYTHON ?= python3
-PIP = .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP = .venv/bin/pip install --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: getp test clean help
 
@@ -13,8 +13,9 @@ test: .venv/test  ## set up .venv, then lint, type check and test
 	.venv/bin/pytest --numprocesses 2 --dist worksteal
 
 # torch is installed first and alone, at the pinned version, so that no other requirement selects a
-# different build of it.
+# different build of it. pip is not quiet: this takes minutes.
 .venv/getp: pyproject.toml constraints.txt
+	@echo "Installing torch, then getp, into .venv: pip shows what it downloads and how large it is"
 	$(PYTHON) -m venv .venv
 	$(PIP) torch
 	$(PIP) --editable .

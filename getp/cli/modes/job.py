@@ -44,12 +44,16 @@ def _note_unused_template(tokenizer: "Tokenizer") -> None:
 
 
 def _reading_hint(settings: Settings) -> str:
-    """Return the command that prints the answers of this job as text."""
+    """Return a message with the command that prints the answers of this job as text."""
     given = [settings.checkpoint] if settings.checkpoint is not None else []
     if settings.prompt.tokenizer is not None:
         given += ["-z", settings.prompt.tokenizer]
-    command = shlex.join([*program(), *given, "-m", "decode", "-i", settings.job.output or ""])
-    return f"the answers are token ids; to read them: {command} (or use --output-format text)"
+    output = settings.job.output or ""
+    command = shlex.join([*program(), *given, "-m", "decode", "-i", output])
+    return (
+        f"{output} has token ids; this prints the answers as text (or use --output-format text):\n"
+        f"    {command}"
+    )
 
 
 def _job(settings: Settings, tokenizer: "Tokenizer") -> "Job":
