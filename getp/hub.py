@@ -4,6 +4,7 @@
 HF_HUB_OFFLINE, HF_TOKEN, HF_ENDPOINT.
 """
 
+import errno
 import json
 import re
 import shutil
@@ -26,6 +27,7 @@ Part = Literal["config", "tokenizer", "weights"]
 
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 _SNAPSHOT = re.compile(r"models--(.+?)--(.+)/snapshots/[^/]+")
+_MAKE_ROOM = "make room, or set HF_HOME to a folder on another disk"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SMALL_FILES = [
     "config.json", "generation_config.json", _INDEX, "tokenizer.json", "tokenizer_config.json",
@@ -35,7 +37,16 @@ _SMALL_FILES = [
 
 def is_hub_name(text: str) -> bool:
     """Return whether `text` has the form OWNER/NAME or OWNER/NAME@REVISION."""
-    return _NAME.fullmatch(text) is not None
+    match = _NAME.fullmatch(text)
+    if match is None:
+        return False
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(match[1])
+    except HFValidationError:
+        return False
+    return True
 
 
 def model_name(folder: Path) -> str:
@@ -143,7 +154,7 @@ class _Repository:
         if size > free:
             raise GetpError(
                 f"{self.name} needs {memory(size)} in {self.cache}, which has "
-                f"{memory(free)} left: make room, or set HF_HOME to a folder on another disk"
+                f"{memory(free)} left; {_MAKE_ROOM}"
             )
 
     def _snapshot(self, files: list[str], local_files_only: bool = False) -> Path:
@@ -190,6 +201,10 @@ class _Repository:
                 "or give a directory"
             ) from error
         except Exception as error:  # of an HTTP library that depends on huggingface_hub's version
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise GetpError(
+                    f"the disk is full: {self.name} does not fit in {self.cache}; {_MAKE_ROOM}"
+                ) from error
             reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
             raise GetpError(
                 f"{self._not_cached()}, and cannot be downloaded from {self.endpoint}: {reason}. "

@@ -1,6 +1,7 @@
 """Names the command and its options in messages; errors name settings."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -62,5 +63,7 @@ def program() -> list[str]:
     script = sys.argv[0]
     if Path(script).name != "run.py":
         return ["getp"]
+    if shutil.which("python") == sys.executable:
+        return ["python", script]
     python = os.path.relpath(sys.executable)
-    return ["python" if python.startswith(os.pardir) else python, script]
+    return [sys.executable if python.startswith(os.pardir) else python, script]

@@ -273,7 +273,9 @@ def test_hint_names_the_program_as_it_was_started(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys, "argv", ["run.py", "-m", "getp"])
     monkeypatch.setattr(sys, "executable", str(ROOT / ".venv" / "bin" / "python"))
     assert program() == [".venv/bin/python", "run.py"]
-    monkeypatch.setattr(sys, "executable", "/usr/bin/python3.11")
+    monkeypatch.setattr(sys, "executable", "/opt/bin/python3.11")
+    assert program() == ["/opt/bin/python3.11", "run.py"]
+    monkeypatch.setattr("shutil.which", lambda name: f"/opt/bin/{name}3.11")
     assert program() == ["python", "run.py"]
     monkeypatch.setattr(sys, "argv", ["/usr/bin/getp"])
     assert program() == ["getp"]

@@ -4,18 +4,24 @@ huggingface_hub reads its settings when it is imported, so that each test runs t
 process of its own.
 """
 
+import errno
+import fcntl
 import json
 import os
+import pty
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from getp.hub import is_hub_name, model_name
+from getp.errors import GetpError
+from getp.hub import find_checkpoint, is_hub_name, model_name
 from tests.getp.hub_server import Hub, running_hub
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +64,9 @@ def shard(folder: Path) -> set[str]:
     return set(weight_map.values())
 
 
-def getp(hub: Hub, tmp_path: Path, *args: object, **env: str) -> "subprocess.CompletedProcess[str]":
+def getp(
+    hub: Hub, tmp_path: Path, *args: object, stderr: int = subprocess.PIPE, **env: str
+) -> "subprocess.CompletedProcess[str]":
     """Run the command line with the hub and a cache in the test's folder."""
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
@@ -66,7 +74,8 @@ def getp(hub: Hub, tmp_path: Path, *args: object, **env: str) -> "subprocess.Com
         [sys.executable, str(ROOT / "run.py"), *map(str, args)],
         cwd=tmp_path,
         env={**kept, **settings, **env},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         timeout=120,
         check=False,
@@ -93,6 +102,19 @@ def test_model_is_downloaded_once_and_then_found_in_the_cache(
     assert (run.returncode, run.stdout) == (0, "42\n"), run.stderr
     assert "downloading" not in run.stderr
     assert hub.requests == seen
+
+
+def test_download_shows_its_progress_on_a_terminal(hub: Hub, model: Path, tmp_path: Path) -> None:
+    hub.upload(NAME, model)
+    (tmp_path / "ids.txt").write_text("5 6\n")
+    terminal, stderr = pty.openpty()
+    fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # rows, columns
+    done = getp(hub, tmp_path, NAME, "-m", "decode", "-i", "ids.txt", stderr=stderr)
+    os.close(stderr)
+    shown = os.read(terminal, 1 << 16).decode()
+    os.close(terminal)
+    assert done.returncode == 0, shown
+    assert "100%|" in shown, shown
 
 
 def test_each_mode_downloads_only_what_it_needs(hub: Hub, model: Path, tmp_path: Path) -> None:
@@ -185,8 +207,23 @@ def test_download_that_does_not_fit_on_the_disk_is_refused(
     hub.upload(NAME, model).sizes["model.safetensors"] = 10**18
     error = last_line(getp(hub, tmp_path, NAME, "-i", "hi"))
     assert "needs 888.18 PiB in " in error
-    assert "left: make room, or set HF_HOME to a folder on another disk" in error
+    assert "left; make room, or set HF_HOME to a folder on another disk" in error
     assert "model.safetensors" not in hub.downloads
+
+
+def test_error_names_a_disk_that_fills_up_during_the_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_up(*args: object, **rest: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", fill_up)
+    monkeypatch.setattr("huggingface_hub.utils.disable_progress_bars", lambda: None)
+    with pytest.raises(
+        GetpError, match=f"the disk is full: {NAME} does not fit in {tmp_path}; make"
+    ):
+        find_checkpoint(NAME)
 
 
 def test_model_without_safetensors_is_refused(hub: Hub, model: Path, tmp_path: Path) -> None:
@@ -214,6 +251,8 @@ def test_directory_comes_before_a_name(hub: Hub, tmp_path: Path) -> None:
         ("~/models", False),
         ("a/b/c", False),
         ("../x", False),
+        ("models/qwen--v2", False),
+        ("a/" + 100 * "b", False),
         ("What is 4/2?", False),
     ],
 )
