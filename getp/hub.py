@@ -27,6 +27,12 @@ Part = Literal["config", "tokenizer", "weights"]
 
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 _SNAPSHOT = re.compile(r"models--(.+?)--(.+)/snapshots/[^/]+")
+# Other programs may cache only some files of a model. Without these, the others are uncertain too.
+_INDISPENSABLE: dict[Part, tuple[str, ...]] = {
+    "config": ("config.json",),
+    "tokenizer": ("config.json", "tokenizer.json"),
+    "weights": ("config.json", "tokenizer.json"),
+}
 _MAKE_ROOM = "make room, or set HF_HOME to a folder on another disk"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SMALL_FILES = [
@@ -72,8 +78,7 @@ def find_checkpoint(name: str, part: Part = "weights") -> Path:
     repository = _Repository(match[1], match[2])
     small = ["config.json"] if part == "config" else _SMALL_FILES
     folder = repository.cached(small)
-    marker = "config.json" if part == "config" else "tokenizer.json"
-    if folder is None or not (folder / marker).is_file():
+    if folder is None or not all((folder / name).is_file() for name in _INDISPENSABLE[part]):
         folder = repository.download(small)
     if part != "weights":
         return folder

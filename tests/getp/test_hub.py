@@ -155,6 +155,22 @@ def test_interrupted_download_is_completed(hub: Hub, model: Path, tmp_path: Path
     assert hub.downloads.count("config.json") == 1
 
 
+def test_cache_with_only_some_of_the_files_is_completed(
+    hub: Hub, model: Path, tmp_path: Path
+) -> None:
+    """Such as those of a program that used only the tokenizer, and no listing of the model."""
+    hub.upload(NAME, model)
+    (tmp_path / "ids.txt").write_text("5 6\n")
+    decode = ["-m", "decode", "-i", "ids.txt"]
+    assert getp(hub, tmp_path, NAME, *decode).returncode == 0
+    (cache,) = (tmp_path / "hf" / "hub").glob("models--*")
+    shutil.rmtree(cache / "trees", ignore_errors=True)
+    (config,) = cache.glob("snapshots/*/config.json")
+    config.unlink()
+    assert getp(hub, tmp_path, NAME, *decode).returncode == 0
+    assert config.exists()
+
+
 def test_unsupported_model_is_refused_before_its_weights_are_downloaded(
     hub: Hub, model: Path, tmp_path: Path
 ) -> None:
