@@ -41,18 +41,18 @@ _SMALL_FILES = [
 ]  # fmt: skip
 
 
-def is_hub_name(text: str) -> bool:
-    """Return whether `text` has the form OWNER/NAME or OWNER/NAME@REVISION."""
+def _hub_name(text: str) -> "re.Match[str] | None":
+    """Return the match of OWNER/NAME (group 1) or OWNER/NAME@REVISION (group 2)."""
     match = _NAME.fullmatch(text)
     if match is None:
-        return False
+        return None
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
         validate_repo_id(match[1])
     except HFValidationError:
-        return False
-    return True
+        return None
+    return match
 
 
 def model_name(folder: Path) -> str:
@@ -62,14 +62,16 @@ def model_name(folder: Path) -> str:
 
 
 def find_checkpoint(name: str, part: Part = "weights") -> Path:
-    """Return the directory of a model that is named OWNER/NAME or OWNER/NAME@REVISION.
+    """Return the directory of a checkpoint: itself, or that of OWNER/NAME or OWNER/NAME@REVISION.
 
-    What is in the local cache is used without asking the hub; what is missing is downloaded, the
-    weights only after the config was found to be supported. Raises GetpError, and CheckpointError
-    for a config that cannot be used.
+    A path that exists, or that is not of this form, is returned as it is. What is in the local
+    cache is used without asking the hub; what is missing is downloaded, the weights only after the
+    config was found to be supported. Raises GetpError, and CheckpointError for a config that cannot
+    be used.
     """
-    match = _NAME.fullmatch(name)
-    assert match is not None
+    match = _hub_name(name)
+    if match is None or Path(name).exists():
+        return Path(name)
     from huggingface_hub.utils import disable_progress_bars, logging
 
     logging.set_verbosity_error()  # errors are raised, and worded here

@@ -24,10 +24,8 @@ _GETP = Path(__file__).parents[1]
 
 def checkpoint_folder(settings: Settings) -> Path:
     """Return the given checkpoint, or the embedded model, from the package or the source tree."""
-    if settings.snapshot is not None:
-        return settings.snapshot
-    if settings.checkpoint is not None:
-        return Path(settings.checkpoint)
+    if settings.folder is not None:
+        return settings.folder
     for folder in (_GETP / "data" / "model", _GETP.parent / "data" / "model"):
         if folder.is_dir():
             return folder
@@ -42,31 +40,31 @@ def checkpoint_name(settings: Settings) -> str:
 
 
 def find_files(settings: Settings) -> Settings:
-    """Return the settings with the directories of models that are given by their names on the hub.
+    """Return the settings with the checkpoint's directory, also of one that is named on the hub.
 
     Raises UsageProblem for a checkpoint or a tokenizer that does not exist, and GetpError if it
     cannot be downloaded.
     """
-    tokenizer = settings.prompt.tokenizer
-    if tokenizer is not None and not Path(tokenizer).exists():
-        if not hub.is_hub_name(tokenizer):
+    prompt, name = settings.prompt, settings.checkpoint
+    if prompt.tokenizer is not None:
+        tokenizer = hub.find_checkpoint(prompt.tokenizer, "tokenizer")
+        if not tokenizer.exists():
             raise UsageProblem(
                 f"-z/--tokenizer {tokenizer} does not exist: give a tokenizer.json, its directory "
                 "or the name of a model, OWNER/NAME"
             )
-        tokenizer = str(hub.find_checkpoint(tokenizer, "tokenizer"))
-        settings = replace(settings, prompt=replace(settings.prompt, tokenizer=tokenizer))
-    name = settings.checkpoint
-    if name is None or Path(name).exists() or not hub.is_hub_name(name):
-        if settings.mode != "plan":  # mode plan also accepts a config.json or a well-known model
-            _check_checkpoint(settings)
+        settings = replace(settings, prompt=replace(prompt, tokenizer=str(tokenizer)))
+    if name is None:
         return settings
     if settings.mode == "plan":
         from getp.analysis.lookup import is_known
 
         if is_known(name):
-            return settings
-    return replace(settings, snapshot=hub.find_checkpoint(name, _needed_part(settings)))
+            return replace(settings, folder=Path(name))
+    folder = hub.find_checkpoint(name, _needed_part(settings))
+    if settings.mode != "plan":  # mode plan also accepts a config.json
+        _check_checkpoint(folder)
+    return replace(settings, folder=folder)
 
 
 def _needed_part(settings: Settings) -> hub.Part:
@@ -78,14 +76,11 @@ def _needed_part(settings: Settings) -> hub.Part:
     return "weights"
 
 
-def _check_checkpoint(settings: Settings) -> None:
-    """Raise UsageProblem if the given checkpoint is not a directory with a model in it."""
-    if settings.checkpoint is None:
-        return
-    folder = Path(settings.checkpoint)
+def _check_checkpoint(folder: Path) -> None:
+    """Raise UsageProblem if this is not a directory with a model in it."""
     if not folder.exists():
         hint = "Give a directory, or the name of a model on the Hugging Face Hub, OWNER/NAME"
-        if any(letter.isspace() for letter in settings.checkpoint):
+        if any(letter.isspace() for letter in str(folder)):
             hint = "A prompt is given with -i/--input"
         raise UsageProblem(f"the directory {folder} does not exist. {hint}")
     if not folder.is_dir():

@@ -120,7 +120,7 @@ class Settings:
     step: StepOptions
     plan: PlanOptions
     engine: "EngineConfig"  # the defaults in mode plan, which has no engine
-    snapshot: Path | None = None  # the directory of a checkpoint that was named OWNER/NAME
+    folder: Path | None = None  # where the checkpoint is; in mode plan also a well-known name
 
 
 def settings_of(given: Mapping[str, Any]) -> Settings:

@@ -21,7 +21,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from getp.errors import GetpError
-from getp.hub import find_checkpoint, is_hub_name, model_name
+from getp.hub import find_checkpoint, model_name
 from tests.getp.hub_server import Hub, running_hub
 
 ROOT = Path(__file__).parents[2]
@@ -272,8 +272,15 @@ def test_directory_comes_before_a_name(hub: Hub, tmp_path: Path) -> None:
         ("What is 4/2?", False),
     ],
 )
-def test_names_are_told_from_paths(text: str, is_name: bool) -> None:
-    assert is_hub_name(text) == is_name
+def test_names_are_told_from_paths(
+    text: str, is_name: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("getp.hub._Repository", None)  # calling it raises TypeError
+    if is_name:
+        with pytest.raises(TypeError):
+            find_checkpoint(text)
+    else:
+        assert find_checkpoint(text) == Path(text)
 
 
 def test_name_of_a_directory_in_the_cache_is_that_of_the_model(tmp_path: Path) -> None:
