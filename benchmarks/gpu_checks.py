@@ -26,6 +26,7 @@ from model.ops.specs import (
     Heads,
     Linear,
     Norm,
+    NormSpec,
     RopeArgs,
     RouterSpec,
 )
@@ -197,11 +198,17 @@ def experts_of(
     )
 
 
+def norm_of(weight: torch.Tensor) -> Norm:
+    """A norm with this weight [size]."""
+    return Norm(len(weight), NormSpec(1e-5), weight.float())
+
+
 def _norms(dtype: torch.dtype) -> Iterator[Comparison]:
     ops = kernels(dtype)
     for tokens, size in ((1, 896), (7, 2880), (300, 4096)):
-        x, delta, weight = (rand(n, size, dtype=dtype) for n in (tokens, tokens, 1))
-        norm = Norm(size, 1e-5, weight[0])
+        x, weight = (rand(n, size, dtype=torch.float32) for n in (tokens, 1))
+        delta = rand(tokens, size, dtype=dtype)
+        norm = norm_of(weight[0])
         found = ops.add_rms_norm(x, delta, norm)
         expected = _REFERENCE.add_rms_norm(x, delta, norm)
         yield f"sum {size}", found[0], expected[0]
@@ -220,9 +227,9 @@ def _fusions(dtype: torch.dtype) -> Iterator[Comparison]:
     size, inner, heads, kv_heads, dim = 896, 4864, 14, 2, 64
     up = linear_of(rand(2 * inner, size, dtype=dtype, scale=0.03))
     down = linear_of(rand(size, inner, dtype=dtype))
-    norm, width = Norm(size, 1e-6, rand(size, dtype=dtype)), (heads + 2 * kv_heads) * dim
+    norm, width = norm_of(rand(size, dtype=dtype)), (heads + 2 * kv_heads) * dim
     projection = linear_of(rand(width, size, dtype=dtype, scale=0.03), rand(width, dtype=dtype))
-    of_heads = [Norm(dim, 1e-6, rand(dim, dtype=dtype)) for _ in "qk"]
+    of_heads = [norm_of(rand(dim, dtype=dtype)) for _ in "qk"]
     angles = torch.rand(64, dim, device=CUDA)
     row = rand(1, size, dtype=dtype)
     for out in (width, 17, 5001):  # 17 and 5001 are not multiples of a program's outputs
@@ -230,7 +237,8 @@ def _fusions(dtype: torch.dtype) -> Iterator[Comparison]:
         expected = _REFERENCE.linear(row.float(), _float32(some))
         yield f"one row, {out} out", fused(dtype, one_row=one_row()).linear(row, some), expected
     for rows in (1, 9, 17, 64):
-        x, delta = rand(rows, size, dtype=dtype), rand(rows, size, dtype=dtype)
+        x = rand(rows, size, dtype=torch.float32)
+        delta = rand(rows, size, dtype=dtype)
         summed, normed = _REFERENCE.add_rms_norm(x, delta, norm)
         gates = _REFERENCE.linear(normed.float(), _float32(up))
         qkv = _REFERENCE.linear(normed.float(), _float32(projection)).unflatten(1, (-1, dim))
@@ -260,7 +268,7 @@ def _attention(dtype: torch.dtype) -> Iterator[Comparison]:
     shapes = ((6, 2, 32), (64, 8, 64), (16, 8, 128), (14, 2, 64))
     # Float32 kernels take the longest to compile, and only these checks and parity use them.
     for heads, kv_heads, dim in shapes[: 2 if dtype == torch.float32 else None]:
-        of_heads = [Norm(dim, 1e-5, rand(dim, dtype=dtype)) for _ in "qk"]
+        of_heads = [norm_of(rand(dim, dtype=dtype)) for _ in "qk"]
         qkv, angles = rand(50, heads + 2 * kv_heads, dim, dtype=dtype), torch.rand(50, dim).to(CUDA)
         slots = torch.randperm(160, device=CUDA)[:50]
         stores = [torch.zeros(2, 10, 16, kv_heads, dim, dtype=dtype, device=CUDA) for _ in "ab"]
@@ -324,20 +332,20 @@ def _repeated_experts() -> Iterator[str | None]:
         yield f"MXFP4 experts, {tokens} tokens: {others} of 30 differ" if others else None
 
 
-def sampling_arguments(rows: int, vocab: int, dtype: torch.dtype) -> list[Any]:
+def sampling_arguments(rows: int, vocab: int) -> list[Any]:
     """Return arguments of `Backend.sample`, with various top-k and small and large top-p."""
     logits = rand(rows, vocab, dtype=torch.float32) * torch.linspace(0.5, 4, rows).to(CUDA)[:, None]
     row = torch.arange(rows, device=CUDA)
     uniform = torch.rand(rows, dtype=torch.float64, device=CUDA)
     top_p = torch.where(row % 5 == 4, 1.0, 0.5 + 0.09 * (row % 5))
-    return [logits.to(dtype), torch.full((rows,), 0.8, device=CUDA), row % 3 * 40, top_p, uniform]
+    return [logits, torch.full((rows,), 0.8, device=CUDA), row % 3 * 40, top_p, uniform]
 
 
 def _sampling(dtype: torch.dtype) -> Iterator[Comparison]:
     """Compare the sampled tokens' logits: rounding can select a token with a nearly equal logit."""
     ops = kernels(dtype)
     for rows, vocab in ((1, 201_088), (200, 151_936), (64, 1000)):
-        logits, temperature, top_k, top_p, uniform = sampling_arguments(rows, vocab, dtype)
+        logits, temperature, top_k, top_p, uniform = sampling_arguments(rows, vocab)
         for limit in (None, top_k):
             found = ops.sample(logits, temperature, limit, top_p, uniform)
             want = _REFERENCE.sample(logits, temperature, limit, top_p, uniform)

@@ -193,8 +193,8 @@ def time_tiles(limits: Limits) -> Iterator[Row]:
 
 def _linears(ops: Backend, layer: Layer, x: torch.Tensor) -> Callable[[], Any]:
     """Return a call of the layer's norms with the linear layers that follow them."""
-    project = _project(ops, layer)
-    return lambda: (project(x, x), layer.mlp(ops, x, x))
+    project, stream = _project(ops, layer), x.float()
+    return lambda: (project(stream, x), layer.mlp(ops, stream, x))
 
 
 def _allow_failure(shipped: "Tile", tile: "Tile") -> AbstractContextManager[None]:
@@ -302,10 +302,11 @@ def _decode_step(
     kvs = [rand(*shape, dtype=torch.bfloat16) for _ in layers]
     cos_sin = rand(rows, heads.head_dim, dtype=torch.float32)
     slots = torch.arange(rows, device=CUDA)
-    stream = rand(rows, layers[0].mlp.norm.size, dtype=torch.bfloat16)
+    stream = rand(rows, layers[0].mlp.norm.size, dtype=torch.float32)
+    output = stream.bfloat16()
 
     def step() -> torch.Tensor:
-        x = delta = stream
+        x, delta = stream, output
         for layer, kv in zip(layers, kvs, strict=True):
             rope = RopeArgs(layer.attention.heads, cos_sin, kv, slots)
             x, delta = layer.attention(ops, x, delta, rope, batch, group)
@@ -322,7 +323,8 @@ def _random_layer(name: str) -> Layer:
     assert isinstance(layer.mlp, Mlp)
     for parameter in layer.parameters():
         scale = 0.02 if parameter.attribute == "weight" and parameter.format else 1.0
-        values = rand(*parameter.shape, dtype=torch.bfloat16, scale=scale)
+        dtype = torch.float32 if parameter.is_float32 else torch.bfloat16
+        values = rand(*parameter.shape, dtype=dtype, scale=scale)
         setattr(parameter.holder, parameter.attribute, values)
     return layer
 
@@ -331,9 +333,7 @@ def time_sampling(limits: Limits) -> Iterator[Row]:
     """Time top-k and top-p over gpt-oss's vocabulary, compared with a sort, which they avoid."""
     ops = kernels()
     for rows in (1, 32, 256):
-        logits, temperature, top_k, top_p, uniform = sampling_arguments(
-            rows, 201_088, torch.bfloat16
-        )
+        logits, temperature, top_k, top_p, uniform = sampling_arguments(rows, 201_088)
         calls: dict[str, Callable[[], Any]] = {
             "top-p": partial(ops.sample, logits, temperature, None, top_p, uniform),
             "top-k and top-p": partial(ops.sample, logits, temperature, top_k, top_p, uniform),

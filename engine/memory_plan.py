@@ -16,7 +16,7 @@ from engine.scheduling.kv_cache import group_layers
 from model import ModelConfig
 from model.cost.operations import parameter_bytes
 
-# Bytes for each logit of a row that is sampled by sorting it in full: float32 logits, sorted
+# Bytes for each logit of a row that is sampled by sorting it in full: scaled logits, sorted
 # float32 values and int64 ids, three float64 rows of probabilities at once, and masks.
 _SAMPLING_BYTES = 48
 
@@ -64,7 +64,7 @@ class MemoryPlan:
         return cls(
             weights=weights,
             activations=settings.max_batch_tokens * _activation_bytes(config, item, ranks),
-            logits=rows * config.vocab_size * (item * (3 if ranks > 1 else 1) + _SAMPLING_BYTES),
+            logits=rows * config.vocab_size * (4 * (3 if ranks > 1 else 1) + _SAMPLING_BYTES),
             rows=settings.max_batch_size * (tables + _ROW_BYTES),
         )
 
@@ -77,7 +77,7 @@ class MemoryPlan:
         """The plan with `step_bytes`, which the largest step allocated, in place of estimates."""
         # Captured steps have memory of their own: a decode step's, and the logits that they share.
         rows = min(settings.max_batch_size, settings.max_batch_tokens)
-        logits = 2 * rows * settings.model.vocab_size * settings.dtype.itemsize
+        logits = 2 * rows * settings.model.vocab_size * 4  # float32
         decode = self.activations * rows // settings.max_batch_tokens
         return replace(self, activations=max(step_bytes, 0) + decode, logits=logits)
 
@@ -166,17 +166,18 @@ def _activation_bytes(config: ModelConfig, item: int, ranks: int) -> int:
     hidden, moe = config.hidden_size, config.moe
     query = config.num_heads // ranks * config.head_dim
     key = max(1, config.num_kv_heads // ranks) * config.head_dim
-    # The residual stream and its norm; QKV before and after rotary; attention's output and its
-    # projection.
-    attention = item * (2 * hidden + 2 * (query + 2 * key) + query + hidden)
+    # The residual stream, float32; then its norm; QKV before and after rotary; attention's output
+    # and its projection.
+    stream = 4 * hidden
+    attention = item * (hidden + 2 * (query + 2 * key) + query + hidden)
     mlp = 0
     if any(not layer.sparse for layer in config.layers):
         # Gate and up in one tensor, then two tensors of half its size.
-        mlp = item * (3 * hidden + 4 * config.intermediate_size // ranks)
+        mlp = item * (2 * hidden + 4 * config.intermediate_size // ranks)
     if moe is not None:
         pair = item * (2 * hidden + 4 * moe.intermediate_size) + 2 * 4 * hidden  # float32 sums
-        mlp = max(mlp, item * 3 * hidden + moe.router.top_k * pair)
-    return max(attention, mlp)
+        mlp = max(mlp, item * 2 * hidden + moe.router.top_k * pair)
+    return 2 * stream + max(attention, mlp)  # twice: before and after the addition
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -22,11 +22,11 @@ class Attention:
     """
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, shard: Shard = ALONE):
-        hidden, head_dim, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
+        hidden, head_dim, spec = config.hidden_size, config.head_dim, config.norm
         heads, kv_heads = config.num_heads // shard.size, max(1, config.num_kv_heads // shard.size)
-        norms = (Norm(head_dim, eps), Norm(head_dim, eps)) if config.qk_norm else (None, None)
+        norms = (Norm(head_dim, spec), Norm(head_dim, spec)) if config.qk_norm else (None, None)
         self.shard, self.residual_scale = shard, config.residual_scale
-        self.norm = Norm(hidden, eps)
+        self.norm = Norm(hidden, spec)
         self.heads = Heads(heads, kv_heads, head_dim, *norms)
         self.spec = AttentionSpec(config.attention_scale or head_dim**-0.5, layer.window)
         self.has_sinks = config.sinks

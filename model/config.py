@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from model.formats import DENSE, WeightFormat
-from model.ops.specs import Activation, RouterSpec
+from model.ops.specs import Activation, NormSpec, RouterSpec
 
 DTYPES = ("bfloat16", "float16", "float32")
 """Names of the supported compute dtypes."""
@@ -90,7 +90,7 @@ class ModelConfig:
     layers: tuple[LayerConfig, ...]
     rope: RopeConfig  # of layers that have none of their own
     max_positions: int
-    rms_norm_eps: float
+    norm: NormSpec
     tie_word_embeddings: bool
     dtype: str  # the checkpoint's own: bfloat16, float16 or float32
     stop_ids: frozenset[int]

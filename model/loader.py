@@ -92,26 +92,29 @@ class _Filling:
         if self._storage is None:
             shape, backend = self.declared.shape, self.backend
             if self.format is None:
-                self._storage = torch.empty(shape, dtype=backend.dtype, device=backend.device)
+                dtype = torch.float32 if self.declared.is_float32 else backend.dtype
+                self._storage = torch.empty(shape, dtype=dtype, device=backend.device)
             else:
                 self._storage = self.format.allocate(backend, shape, self.declared.parts)
         return self._storage
 
     def fill_random(self, generator: torch.Generator) -> None:
-        """Fill matrices with random values, norms with 1 and other vectors with 0."""
+        """Fill matrices with random values, other vectors with 0, and norms so that they have 1."""
         declared, storage = self.declared, self.storage()
         if self.format is not None:
             self.format.fill_random(storage, generator)
         elif len(declared.shape) > 1:
             storage.uniform_(-0.03, 0.03, generator=generator)
         else:
-            storage.fill_(1.0 if isinstance(declared.holder, Norm) else 0.0)
+            storage.fill_(1.0 - declared.offset if isinstance(declared.holder, Norm) else 0.0)
 
     def complete(self) -> None:
         """Set the attribute to the filled storage in the form that the operations take."""
         declared, storage = self.declared, self.storage()
         if self.format is not None:
             storage = self.format.finish(self.backend, storage)
+        elif declared.offset:
+            storage += declared.offset
         setattr(declared.holder, declared.attribute, storage)
         self._storage = None
 
@@ -119,7 +122,7 @@ class _Filling:
 def _tie_head(model: Transformer, backend: Backend) -> None:
     if model.config.tie_word_embeddings:
         assert model.embedding is not None  # it was just filled
-        model.head.weight = backend.pack_embedding(model.embedding)
+        model.head.weight = backend.pack_head(model.embedding)
 
 
 def _check(found: TensorMap, files: CheckpointFiles, config: ModelConfig) -> None:

@@ -28,7 +28,7 @@ class Mlp:
         hidden, size = config.hidden_size, config.intermediate_size // shard.size
         self.shard, self.residual_scale = shard, config.residual_scale
         self.activation = config.activation
-        self.norm = Norm(hidden, config.rms_norm_eps)
+        self.norm = Norm(hidden, config.norm)
         self.gate_up = Linear(hidden, 2 * size, config.mlp_bias, config.linear_format)
         self.down = Linear(size, hidden, config.mlp_bias, config.linear_format, sum_over_ranks=True)
 
@@ -60,7 +60,7 @@ class Moe:
         self.residual_scale = config.residual_scale
         self.activation = config.activation
         self.router_spec = moe.router
-        self.norm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.norm = Norm(config.hidden_size, config.norm)
         self.router = Linear(config.hidden_size, moe.num_experts, moe.biases, DENSE)
         self.experts = Experts(
             moe.num_experts // shard.size,

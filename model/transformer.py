@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from model.attention import Attention
 from model.config import LayerConfig, ModelConfig
-from model.formats import DENSE
+from model.formats import HEAD
 from model.mlp import Mlp, Moe
 from model.ops.specs import Linear, Norm, Parameter, RopeArgs
 from model.ops.step_parts import EMBEDDING, FINAL_NORM, LM_HEAD
@@ -48,8 +48,8 @@ class Transformer:
         self.embedding_shape = (vocab, hidden)
         self.embedding: torch.Tensor | None = None
         self.layers = [Layer(config, layer, shard) for layer in config.layers]
-        self.final_norm = Norm(hidden, config.rms_norm_eps)
-        self.head = Linear(hidden, vocab, False, DENSE)
+        self.final_norm = Norm(hidden, config.norm)
+        self.head = Linear(hidden, vocab, False, HEAD)
         # For each of config.ropes: float32 [rows, rotary_dim].
         self.rope_tables: list[torch.Tensor] = []
 
@@ -81,13 +81,24 @@ class Transformer:
         caches: "Sequence[torch.Tensor]",
         layer_caches: Sequence[tuple[int, int]],
     ) -> "torch.Tensor":
-        """Logits [rows, vocab] of `batch.logits_rows`; vocab is this rank's part of the vocabulary.
+        """Logits float32 [rows, vocab] of `batch.logits_rows`; vocab is this rank's part.
+
+        The residual stream and the logits are float32 in every compute dtype: rounding them would
+        change more choices of tokens than rounding everything else does.
 
         caches: KV tensors [2, blocks, block_size, kv_heads, head_dim], written in place.
         layer_caches: for each layer, the index of its group in the batch and of its KV tensor.
         """
+        assert self.embedding is not None
         with EMBEDDING:
-            x = ops.scale(self._embed(ops, batch.token_ids), self.config.embedding_scale)
+            x = self.shard.sum(
+                ops.embed(
+                    self.embedding,
+                    batch.token_ids,
+                    self.config.embedding_scale,
+                    self._tokens.start,
+                )
+            )
         cos_sin = [ops.gather(table, batch.positions) for table in self.rope_tables]
         delta: torch.Tensor | None = None
         for layer, (group, cache) in zip(self.layers, layer_caches, strict=True):
@@ -104,13 +115,4 @@ class Transformer:
         with FINAL_NORM:
             _, normed = ops.add_rms_norm(x, delta, self.final_norm)
         with LM_HEAD:
-            return ops.scale(ops.linear(normed, self.head), self.config.logits_scale)
-
-    def _embed(self, ops: "Backend", token_ids: "torch.Tensor") -> "torch.Tensor":
-        assert self.embedding is not None
-        if self.shard.size == 1:
-            return ops.gather(self.embedding, token_ids)
-        own = token_ids - self._tokens.start
-        elsewhere = (own < 0) | (own >= len(self.embedding))
-        x = self.embedding[own.masked_fill(elsewhere, 0)]
-        return self.shard.sum(x.masked_fill_(elsewhere.unsqueeze(1), 0))
+            return ops.logits(normed, self.head, self.config.logits_scale)

@@ -179,7 +179,7 @@ class ModelRunner:
                 for _ in self.groups
             ],
             (rows, padding_block * self._block_size),
-            torch.empty(rows, part.stop - part.start, dtype=self.dtype, device=self.device)
+            torch.empty(rows, part.stop - part.start, dtype=torch.float32, device=self.device)
             if ahead_of_time
             else None,
             capture,
@@ -194,7 +194,7 @@ class ModelRunner:
                 self.capture(recorder, ahead_of_time=False)
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """The logits [len(batch.logits_rows), this rank's part of the vocabulary]."""
+        """The logits float32 [len(batch.logits_rows), this rank's part of the vocabulary]."""
         assert self.model is not None
         return self.model(self.backend, batch, self.kv_caches, self._layer_caches)
 

@@ -13,6 +13,7 @@ from model.ops.sampling import find_in_cumulative, reduce_blocks, take_block
 from model.sharding import ALONE, Shard
 
 NO_TOKEN = -1  # in place of a token, for a row whose logits are not finite
+_LOWEST_TEMPERATURE = 2.0**-126  # float32 has lower numbers, but GPUs may take them for 0
 _BLOCK = 1024  # tokens of the vocabulary that are reduced together
 
 
@@ -95,7 +96,10 @@ class Sampler:
         """Set the parameters of sequences that start in these rows and are not greedy."""
         at = to_device(torch.tensor(rows), self._device)
         # With the dtype given, since a caller may write 1 for 1.0.
-        floats = torch.tensor([(p.temperature, p.top_p) for p in params], dtype=torch.float32)
+        floats = torch.tensor(
+            [(max(p.temperature, _LOWEST_TEMPERATURE), p.top_p) for p in params],
+            dtype=torch.float32,
+        )
         ints = torch.tensor([(p.top_k, p.seed & (2**63 - 1)) for p in params])
         self._temperature_and_top_p.index_copy_(0, at, to_device(floats, self._device))
         self._top_k_and_seed.index_copy_(0, at, to_device(ints, self._device))
@@ -110,7 +114,7 @@ class Sampler:
     ) -> Sampled:
         """Sample the next token of each sequence; it becomes its row's last one, on every rank.
 
-        logits [n, this rank's part of the vocabulary]; rows int64 [n], the sequences' rows;
+        logits float32 [n, this rank's part of the vocabulary]; rows int64 [n], the sequences' rows;
         positions [n], the index of the new token in its sequence, which seeds the random number
         together with the request's seed (not read if all are greedy); non_greedy: index below n →
         parameters, of the sequences that are not greedy; all_greedy: there are none, on any rank.
@@ -130,10 +134,12 @@ class Sampler:
         if not counts:
             return Sampled(tokens, highest)
         at = to_device(torch.tensor(list(counts)), self._device)
-        logprobs = logits[at].float().log_softmax(-1)
-        sampled = logprobs.gather(1, tokens[at].unsqueeze(1)).squeeze(1)
-        values, ids = logprobs.topk(min(max(counts.values()), logprobs.shape[1]))
-        return Sampled(tokens, highest, (sampled, values, ids), counts)
+        logits = logits[at]
+        total = logits.logsumexp(-1, keepdim=True)
+        sampled = (logits.gather(1, tokens[at].unsqueeze(1)) - total).squeeze(1)
+        # Ordered as `argmax` orders them: the greedy token is the first.
+        values, ids = self._backend.top_tokens(logits, max(counts.values()))
+        return Sampled(tokens, highest, (sampled, values - total, ids), counts)
 
     def _sample(
         self,
@@ -151,22 +157,29 @@ class Sampler:
             (list(truncated), partial(self._sample_truncated, with_top_k=with_top_k)),
             ([i for i in random if i not in truncated], self._sample_vocabulary),
         ):
+            args = logits, highest, rows, positions
             if indices and len(indices) == len(logits):
-                tokens = sample(logits, rows, positions)
+                tokens = sample(*args)
             elif indices:
                 at = to_device(torch.tensor(indices), self._device)
-                tokens.index_copy_(0, at, sample(logits[at], rows[at], positions[at]))
+                tokens.index_copy_(0, at, sample(*(each[at] for each in args)))
         return highest, tokens
 
     def _sample_vocabulary(
-        self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor
+        self,
+        logits: torch.Tensor,
+        highest: torch.Tensor,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
     ) -> torch.Tensor:
         """Sample from the whole vocabulary, in the order of its ids; arguments as in `sample`.
 
-        A row of NaN yields a valid token: NaN probabilities count as ones.
+        highest [n]: the largest logit of each. A row of NaN yields a valid token: NaN probabilities
+        count as ones.
         """
         temperature = self._temperature_and_top_p[rows, :1]
-        probs = (logits.float() / temperature).softmax(-1)
+        # Of the difference to the largest, so that a tiny temperature does not overflow.
+        probs = ((logits - highest.unsqueeze(1)) / temperature).softmax(-1)
         uniform = keyed_uniform(self._top_k_and_seed[rows, 1:], positions.long().unsqueeze(1))
         blocks = reduce_blocks(probs, torch.sum, _BLOCK).double().nan_to_num_(1.0)
         block, rest = find_in_cumulative(blocks, uniform * blocks.sum(-1, keepdim=True))
@@ -175,7 +188,12 @@ class Sampler:
         return (block * _BLOCK + offset).squeeze(1)
 
     def _sample_truncated(
-        self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, with_top_k: bool
+        self,
+        logits: torch.Tensor,
+        highest: torch.Tensor,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        with_top_k: bool,
     ) -> torch.Tensor:
         """Sample from the tokens that top-k and top-p keep; with_top_k: some row has a top-k."""
         temperature, top_p = self._temperature_and_top_p[rows].unbind(1)

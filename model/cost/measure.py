@@ -158,8 +158,10 @@ def _own_linear(
 ) -> Callable[[], torch.Tensor]:
     """Return the product of a square matrix with itself by the backend's own linear."""
     backend = choose_backend(target, dtype)
+    weight = backend.empty_weight(tuple(a.shape))
+    weight[0 : len(a)].copy_(a)
     linear = Linear(
-        a.shape[1], a.shape[0], has_bias=False, format=DENSE, weight=backend.pack_embedding(a)
+        a.shape[1], a.shape[0], has_bias=False, format=DENSE, weight=backend.pack(weight)
     )
     return partial(backend.linear, a, linear)
 

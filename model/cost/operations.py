@@ -87,7 +87,10 @@ def total(ops: list[Op]) -> Op:
 
 
 def parameter_bytes(config: ModelConfig, dtype: str, tensor_parallel: int = 1) -> int:
-    """Return the bytes of weights that one GPU stores; a tied embedding counts once."""
+    """Return the bytes of weights that one GPU stores, norms in the same dtype as the rest.
+
+    A tied embedding counts once.
+    """
     check_tensor_parallel(config, tensor_parallel)
     item = DTYPE_BYTES[dtype]
     # The first rank, because the last may have a smaller part of the vocabulary.

@@ -9,7 +9,7 @@ from model.families.keys import Keys
 from model.families.rope_keys import read_rope
 from model.families.tensor_names import TensorNames
 from model.formats import QUANTIZATIONS
-from model.ops.specs import RouterSpec
+from model.ops.specs import NormSpec, RouterSpec
 
 _COMMON_KEYS = frozenset(
     """model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
@@ -68,12 +68,12 @@ class Family:
             "rotary_dim": rotary_dim,
             "rope": rope,
             "max_positions": positions,
-            "rms_norm_eps": keys.number("rms_norm_eps"),
+            "norm": NormSpec(keys.number("rms_norm_eps")),
             "tie_word_embeddings": keys.boolean("tie_word_embeddings", False),
             "dtype": _dtype(keys),
             "stop_ids": stop_ids,
         }
-        return ModelConfig(**shared, **own, **_formats(keys, has_experts="moe" in own))
+        return ModelConfig(**shared | own | _formats(keys, has_experts="moe" in own))
 
 
 def layers(

@@ -8,11 +8,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from model.formats import mxfp4
-from model.formats.dense import DENSE
+from model.formats.dense import DENSE, HEAD
 from model.formats.format import StoredTensor, WeightFormat, full_interface
 from model.formats.mxfp4 import MXFP4
 
-__all__ = ["DENSE", "MXFP4", "QUANTIZATIONS", "StoredTensor", "WeightFormat", "full_interface"]
+__all__ = [
+    "DENSE",
+    "HEAD",
+    "MXFP4",
+    "QUANTIZATIONS",
+    "StoredTensor",
+    "WeightFormat",
+    "full_interface",
+]
 
 QUANTIZATIONS: dict[str, Callable[[Mapping[str, Any]], dict[str, WeightFormat]]] = {
     "mxfp4": mxfp4.read_settings,

@@ -68,4 +68,17 @@ class Dense(WeightFormat):
         return self
 
 
+class Head(Dense):
+    """A dense weight of the head, which backends may keep in another form than other weights."""
+
+    def allocate(self, backend: Backend, shape: tuple[int, ...], parts: int = 1) -> Any:
+        """As WeightFormat.allocate."""
+        return backend.empty_head(shape)
+
+    def finish(self, backend: Backend, storage: Any) -> Any:
+        """As WeightFormat.finish."""
+        return backend.pack_head(storage)
+
+
 DENSE = Dense()
+HEAD = Head()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.mxfp4 import Mxfp4
-from model.ops.sampling import sample_sorted
+from model.ops.sampling import sample_sorted, top_tokens
 from model.ops.specs import (
     Activation,
     AttentionSpec,
@@ -27,6 +27,8 @@ from model.ops.specs import (
     RouterSpec,
 )
 from model.ops.step_parts import ACTIVATION, DOWN_PROJ, INPUT_NORM, POST_NORM, ROPE
+
+_HEAD_TOKENS = 1 << 14  # tokens of the vocabulary whose logits are computed at once
 
 Compute = Callable[[], torch.Tensor]
 
@@ -56,9 +58,13 @@ class Backend:
         """Return filled weights [experts, out, in] in the form that `experts` is fastest with."""
         return weights
 
-    def pack_embedding(self, embedding: torch.Tensor) -> Any:
-        """Return an embedding [vocab, hidden] as the weight of a head that is tied to it."""
-        return embedding
+    def empty_head(self, shape: tuple[int, ...]) -> Any:
+        """Return storage for the weight of the head, filled as `empty_weight`'s is."""
+        return self.empty_weight(shape)
+
+    def pack_head(self, weight: Any) -> Any:
+        """Return a filled weight in the form that `logits` takes: the head's or the embedding."""
+        return weight
 
     @property
     def keeps_mxfp4(self) -> bool:
@@ -87,6 +93,19 @@ class Backend:
         """table [rows, size], ids int64 [tokens], each a valid row → [tokens, size]."""
         return table[ids]
 
+    def embed(
+        self, table: torch.Tensor, ids: torch.Tensor, scale: float, first: int = 0
+    ) -> torch.Tensor:
+        """The start of the residual stream: rows of the embedding times `scale`, in float32.
+
+        table [rows, hidden] has the tokens from `first` on; ids int64 [tokens] → float32
+        [tokens, hidden], zeros for tokens that the table does not have.
+        """
+        rows = ids - first
+        is_elsewhere = (rows < 0) | (rows >= len(table))
+        x = table[rows.masked_fill(is_elsewhere, 0)].float()
+        return self.scale(x.masked_fill(is_elsewhere.unsqueeze(1), 0), scale)
+
     def scale(self, x: torch.Tensor, factor: float) -> torch.Tensor:
         """x of any shape → x · factor; x itself if the factor is 1."""
         return x if factor == 1 else x * factor
@@ -95,12 +114,21 @@ class Backend:
         """x [tokens, in] → x · weightᵀ + bias [tokens, out]."""
         return F.linear(x, linear.format.dense(linear.weight, x.dtype), linear.bias)
 
+    def logits(self, x: torch.Tensor, head: Linear, scale: float) -> torch.Tensor:
+        """x [rows, hidden] → x · weightᵀ · scale, float32 [rows, vocab]."""
+        parts = head.weight.split(_HEAD_TOKENS)  # bounds the memory of the float32 copy
+        x = x.float()
+        return self.scale(torch.cat([F.linear(x, part.float()) for part in parts], dim=1), scale)
+
     def add_rms_norm(
         self, x: torch.Tensor, delta: torch.Tensor | None, norm: Norm
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x and delta [tokens, size] → (x + delta, its norm); without a delta (x, its norm)."""
+        """The residual stream x float32 and delta [tokens, size] → (x + delta, its norm).
+
+        Without a delta (x, its norm). The sum is float32, the norm has the compute dtype.
+        """
         summed = x if delta is None else x + delta
-        return summed, rms_norm(summed, norm)
+        return summed, rms_norm(summed, norm).to(self.dtype)
 
     def norm_qkv(
         self,
@@ -144,7 +172,8 @@ class Backend:
         heads = rope.heads
         query, key, value = qkv.split((heads.heads, heads.kv_heads, heads.kv_heads), dim=1)
         if heads.q_norm is not None and heads.k_norm is not None:
-            query, key = rms_norm(query, heads.q_norm), rms_norm(key, heads.k_norm)
+            query = rms_norm(query, heads.q_norm).to(query.dtype)
+            key = rms_norm(key, heads.k_norm).to(key.dtype)
         write_kv(rope.kv, rope.slot_mapping, rotate(key, rope.cos_sin), value)
         return rotate(query, rope.cos_sin)
 
@@ -248,6 +277,13 @@ class Backend:
         """Logits [rows, vocab] → (largest logit, its token) [rows]; of equal ones the first."""
         return logits.max(-1)
 
+    def top_tokens(self, logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The largest logits of each row, equal ones by id: (values, ids int64) [rows, count].
+
+        logits [rows, vocab]; fewer than `count` if the vocabulary is smaller.
+        """
+        return top_tokens(logits, count)
+
     def sample(
         self,
         logits: torch.Tensor,
@@ -272,10 +308,9 @@ class Backend:
 
 
 def rms_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
-    """x [..., size] divided by its root mean square over the last dimension, times the weight."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
-    return (wide * norm.weight.float()).to(x.dtype)
+    """x [..., size] by its root mean square over the last dimension, times the weight; float32."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
 
 
 def rotate(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:

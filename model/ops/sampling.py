@@ -14,9 +14,19 @@ def sample_sorted(
 ) -> torch.Tensor:
     """Sample as `Backend.sample` describes it, by sorting every row in full."""
     values, ids = logits.sort(descending=True, stable=True)
-    values = values.float() / temperature.unsqueeze(1)
+    values = (values - values[:, :1]) / temperature.unsqueeze(1)
     total = values.logsumexp(-1, keepdim=True)
     return sample_candidates(values, ids, total, effective_top_k(logits, top_k), top_p, uniform)
+
+
+def top_tokens(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `Backend.top_tokens`, by a key that is different for every token of a row."""
+    vocab = logits.shape[1]
+    bits = (logits.float() + 0.0).view(torch.int32)  # -0 becomes 0
+    rising = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    keys = (rising << 32) + torch.arange(vocab - 1, -1, -1, device=logits.device)
+    ids = vocab - 1 - (keys.topk(min(count, vocab), dim=-1).values & 0xFFFFFFFF)
+    return logits.gather(1, ids), ids
 
 
 def effective_top_k(logits: torch.Tensor, top_k: torch.Tensor | None) -> torch.Tensor:
@@ -37,7 +47,8 @@ def sample_candidates(
 ) -> torch.Tensor:
     """Sample from the most likely candidates of each row.
 
-    values [rows, candidates] descending, divided by the temperature, ids int64 of the same shape;
+    values [rows, candidates] descending: logits less the row's largest, which keeps a tiny
+    temperature from overflowing, divided by the temperature; ids int64 of the same shape;
     total [rows, 1]: logsumexp of the values of all tokens; top_k from `effective_top_k`. If the
     candidates are not all tokens, they must number at least top-k or, where that is no limit, hold
     at least the probability top-p.

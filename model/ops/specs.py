@@ -22,8 +22,9 @@ class WeightFormat(Protocol):
 class Parameter:
     """A declared parameter: an attribute of its holder, which the loader sets.
 
-    `format` is None for a plain tensor in the compute dtype; otherwise it is the format of a weight
-    [..., out, in]. Its outputs consist of `parts` equal parts that are used together: gate and up.
+    `format` is None for a plain tensor; otherwise it is the format of a weight [..., out, in]. Its
+    outputs consist of `parts` equal parts that are used together: gate and up. A plain tensor has
+    the compute dtype, or float32 if `is_float32`, and `offset` is added to the values as stored.
     """
 
     holder: Any
@@ -31,6 +32,8 @@ class Parameter:
     shape: tuple[int, ...]
     format: WeightFormat | None = None
     parts: int = 1
+    is_float32: bool = False
+    offset: float = 0.0
 
 
 @dataclass(eq=False)
@@ -56,17 +59,31 @@ class Linear:
             yield Parameter(self, "bias", (self.outputs,))
 
 
+@dataclass(frozen=True)
+class NormSpec:
+    """The kind of a model's norms: RMSNorm, with what differs between families."""
+
+    eps: float  # added to the mean of the squares
+    weight_offset: float = 0.0  # added to stored weights: 1 where they are centered on zero (Gemma)
+
+
 @dataclass(eq=False)
 class Norm:
-    """Root-mean-square normalization with weight [size]."""
+    """Root-mean-square normalization with weight float32 [size]."""
 
     size: int
-    eps: float
+    spec: NormSpec
     weight: Any = None  # torch.Tensor once loaded
+
+    @property
+    def eps(self) -> float:
+        """What is added to the mean of the squares."""
+        return self.spec.eps
 
     def parameters(self) -> Iterator[Parameter]:
         """Declare the weight."""
-        yield Parameter(self, "weight", (self.size,))
+        offset = self.spec.weight_offset
+        yield Parameter(self, "weight", (self.size,), is_float32=True, offset=offset)
 
 
 @dataclass(eq=False)

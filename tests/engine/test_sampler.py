@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from engine import SamplingParams
 from engine.execution.sampler import NO_TOKEN, Sampler, keyed_uniform
+from model.ops.backend import Backend
 from model.ops.cpu.backend import CpuBackend
 from model.ops.sampling import sample_sorted
 
@@ -189,6 +190,59 @@ def test_greedy_sampling_takes_the_first_of_equal_tokens(vocab: int, dtype: torc
         logits[:3, -1] = logits.max() + 2
         tokens, _ = sample(logits, [SamplingParams()] * 40, [0] * 40)
         assert tokens == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("limits", [{}, {"top_k": 5}, {"top_p": 0.9}, {"top_k": 400}])
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-40, 1e-45, 5e-324])
+@pytest.mark.parametrize("backend", [CPU, Backend(CPU.device, CPU.dtype)])
+def test_a_tiny_temperature_samples_the_greedy_token(
+    backend: Backend, temperature: float, limits: dict[str, float]
+) -> None:
+    logits = torch.randn(3, 700, generator=torch.Generator().manual_seed(5)) * 20
+    sampler, rows = Sampler(3, backend), [0, 1, 2]
+    params = [
+        SamplingParams(temperature=temperature, seed=i, **limits)  # type: ignore[arg-type]
+        for i in rows
+    ]
+    sampler.set_params(rows, params)
+    found = sampler.sample(
+        logits, torch.tensor(rows), torch.tensor(rows), dict(enumerate(params)), False
+    )
+    assert found.read()[0] == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 20])
+def test_the_greedy_token_is_the_first_of_the_most_likely_ones(count: int) -> None:
+    """Also among equal logits, and where a log-probability rounds several logits to one value."""
+    logits = torch.zeros(5, 5000)
+    logits[1, [4000, 17, 30]] = 3.0
+    logits[2] = -0.0
+    logits[2, 1::2] = 0.0
+    logits[3, 70:] = 12345.0
+    logits[4, 11], logits[4, 9] = 1.0, torch.tensor(1.0).nextafter(torch.tensor(0.0))
+    params = [SamplingParams(logprobs=count)] * 5
+    tokens, logprobs = sample(logits, params, [0] * 5)
+    assert tokens == [0, 17, 0, 70, 11]
+    for row, token in enumerate(tokens):
+        top = [token_id for token_id, _ in logprobs[row].top]
+        assert top[:1] == [token][:count]
+        _, ids = logits[row].sort(descending=True, stable=True)
+        assert top == ids[:count].tolist()
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_most_likely_tokens_are_those_of_a_stable_sort(data: st.DataObject) -> None:
+    values = st.sampled_from([-1.5, -0.0, 0.0, 1.0, 1.0000001, 7.0, float("-inf")])
+    size = data.draw(st.integers(1, 40))
+    rows = data.draw(st.lists(st.lists(values, min_size=size, max_size=size), max_size=4))
+    logits = torch.tensor(rows).view(len(rows), size)
+    count = data.draw(st.integers(1, 45))
+    expected, order = logits.sort(dim=-1, descending=True, stable=True)
+    for backend in (CPU, Backend(CPU.device, CPU.dtype)):
+        found, ids = backend.top_tokens(logits, count)
+        assert torch.equal(ids, order[:, :count])
+        assert torch.equal(found, expected[:, :count])
 
 
 def test_uniform_numbers_are_uniform_and_differ_by_seed_and_position() -> None:

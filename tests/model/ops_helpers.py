@@ -8,7 +8,7 @@ from model.formats import DENSE, MXFP4
 from model.ops.backend import Backend
 from model.ops.cpu.backend import CpuBackend
 from model.ops.mxfp4 import Mxfp4
-from model.ops.specs import Experts, Heads, Linear, Norm, RopeArgs
+from model.ops.specs import Experts, Heads, Linear, Norm, NormSpec, RopeArgs
 
 CPU = torch.device("cpu")
 
@@ -54,7 +54,7 @@ def packed_linear(backend: Backend, weight: torch.Tensor, bias: Any = None) -> L
 
 def norm_of(weight: torch.Tensor, eps: float = 1e-5) -> Norm:
     """A norm with this weight [size]."""
-    return Norm(len(weight), eps, weight)
+    return Norm(len(weight), NormSpec(eps), weight.float())
 
 
 def experts_of(

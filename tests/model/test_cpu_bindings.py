@@ -138,8 +138,11 @@ def test_recorded_calls_repeat_arguments_of_every_type(library: ctypes.CDLL) -> 
             nonlocal calls
             calls += bindings.pack_call(index, types, arguments)
 
-    x, weight = rand(3, 32).bfloat16(), rand(32, seed=1).bfloat16()
-    normed, expert_ids = torch.empty_like(x), torch.empty(3, 4, dtype=torch.int64)
+    x, weight = rand(3, 32), rand(32, seed=1)
+    normed, expert_ids = (
+        torch.empty(3, 32, dtype=torch.bfloat16),
+        torch.empty(3, 4, dtype=torch.int64),
+    )
     weights = torch.empty(3, 4)
     recorded = Kernels()
     recorded.use(library, kernels.level)

@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from model.ops.backend import Backend
+from model.ops.cpu.bindings import kernels
+from model.ops.cpu.onednn import OneDnnBackend
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.mxfp4 import dequantize_mxfp4
 from model.ops.specs import Activation, AttentionSpec, ExpertShard, RouterSpec
 from tests.model.ops_helpers import (
+    CPU,
     cpu_backend,
     experts_of,
     linear_of,
@@ -214,13 +217,43 @@ def test_mxfp4_experts_equal_the_dense_reference(
 def test_norm_with_residual_equals_the_reference(
     delta: bool, rows: int, dtype: torch.dtype
 ) -> None:
-    x = rand(rows, 96, dtype=dtype)
+    x = rand(rows, 96)
     added = rand(rows, 96, seed=1, dtype=dtype) if delta else None
-    norm = norm_of(rand(96, seed=2).to(dtype))
+    norm = norm_of(rand(96, seed=2))
     expected = reference(dtype).add_rms_norm(x, added, norm)
     results = cpu_backend(dtype).add_rms_norm(x, added, norm)
     for found, wanted in zip(results, expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(("vocab", "hidden"), [(100, 96), (33, 32), (50, 40)])
+@pytest.mark.parametrize("rows", [0, 1, 5])
+@pytest.mark.parametrize("scale", [1.0, 0.125])
+def test_logits_are_not_rounded(
+    scale: float, rows: int, vocab: int, hidden: int, dtype: torch.dtype
+) -> None:
+    x, weight = rand(rows, hidden, dtype=dtype), rand(vocab, hidden, seed=1, dtype=dtype)
+    exact = (x.double() @ weight.double().T * scale).float()
+    for backend in (reference(dtype), OneDnnBackend(CPU, dtype), cpu_backend(dtype)):
+        head, stored = linear_of(weight), backend.empty_head((vocab, hidden))
+        stored[:vocab].copy_(weight)
+        for packed in (backend.pack_head(weight), backend.pack_head(stored)):  # tied, and its own
+            head.weight = packed
+            found = backend.logits(x, head, scale)
+            assert found.dtype == torch.float32
+            tolerance = 2e-5 if not kernels.int16_weights else 1e-3
+            torch.testing.assert_close(found, exact, rtol=tolerance, atol=tolerance * 10)
+
+
+@pytest.mark.parametrize("scale", [1.0, 12.0])
+@pytest.mark.parametrize("size", [40, 64])
+def test_embeddings_are_scaled_in_float32(size: int, scale: float, dtype: torch.dtype) -> None:
+    table, ids = rand(9, size, dtype=dtype), torch.tensor([0, 8, 3, 3])
+    expected = table.float()[ids] * scale
+    for backend in (reference(dtype), cpu_backend(dtype)):
+        assert torch.equal(backend.embed(table, ids, scale), expected)
+        part = backend.embed(table[5:], ids, scale, first=5)  # one rank's part of the vocabulary
+        assert torch.equal(part, expected * (ids >= 5).unsqueeze(1))
 
 
 @pytest.mark.parametrize("shape", [(0, 96), (1, 32), (3, 37), (70, 500)])

@@ -1,12 +1,14 @@
 """The decoder and the engine give the same results as transformers, in float32."""
 
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from engine import Engine, EngineConfig, Request, SamplingParams
 from model import ModelConfig, Transformer, load_config, loader
@@ -137,6 +139,26 @@ def test_a_sharded_checkpoint_loads_like_a_single_file(
     torch.testing.assert_close(
         logits_of(tmp_path, ids), logits_of(checkpoint("gpt_oss"), ids), rtol=0, atol=0
     )
+
+
+def test_norm_weights_may_be_centered_on_zero(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """As Gemma stores them: the same model, whose stored norms are less by one."""
+    folder, ids = checkpoint("qwen3"), prompt(40)
+    shutil.copytree(folder, tmp_path / "centered")
+    path = tmp_path / "centered" / "model.safetensors"
+    tensors = load_file(path)
+    norms = [name for name in tensors if "norm" in name]
+    assert len(norms) == 4 * len(load_config(folder).layers) + 1
+    for name in norms:
+        tensors[name] = tensors[name] - 1
+    save_file(tensors, path)
+
+    def centered(config: ModelConfig) -> ModelConfig:
+        return replace(config, norm=replace(config.norm, weight_offset=1.0))
+
+    torch.testing.assert_close(logits_of(path.parent, ids, centered), logits_of(folder, ids))
 
 
 def test_layers_can_have_rotary_embeddings_of_their_own(

@@ -167,7 +167,7 @@ def _calls(ops: TritonBackend, config: ModelConfig, rows: int) -> Iterator[Calla
 def _sampling_calls(
     ops: TritonBackend, config: ModelConfig, rows: int
 ) -> Iterator[Callable[[], Any]]:
-    logits = _empty(rows, config.vocab_size)
+    logits = _empty(rows, config.vocab_size, dtype=torch.float32)
     floats, top_k = _empty(rows, dtype=torch.float32), _empty(rows, dtype=torch.int64)
     uniform = _empty(rows, dtype=torch.float64)
     for limit in (None, top_k):
@@ -179,8 +179,11 @@ def _attention_calls(
 ) -> Iterator[Callable[[], Any]]:
     hidden, heads, dim = config.hidden_size, config.num_heads, config.head_dim
     x, norm = _empty(rows, hidden), norm_of(_empty(hidden))
-    yield lambda: ops.add_rms_norm(x, None, norm)
-    yield lambda: ops.add_rms_norm(x, x, norm)
+    stream = _empty(rows, hidden, dtype=torch.float32)
+    table, ids = _empty(config.vocab_size, hidden), _empty(rows, dtype=torch.int64)
+    yield lambda: ops.embed(table, ids, config.embedding_scale)
+    yield lambda: ops.add_rms_norm(stream, None, norm)
+    yield lambda: ops.add_rms_norm(stream, x, norm)
     kv = _empty(2, 60_000, 16, config.num_kv_heads, dim)
     qkv = _empty(rows, heads + 2 * config.num_kv_heads, dim)
     norms = (_empty(dim), _empty(dim)) if config.qk_norm else None
@@ -190,10 +193,10 @@ def _attention_calls(
     out = qkv.shape[1] * dim
     projection = linear_of(_empty(out, hidden), _empty(out) if config.qkv_bias else None)
     for delta in (None, x) if rows == 1 else (x,):  # one form is enough for more rows
-        yield partial(ops.norm_qkv, x, delta, norm, projection, rope)
+        yield partial(ops.norm_qkv, stream, delta, norm, projection, rope)
     query = _empty(rows, heads, dim)
     yield lambda: ops.linear(query.flatten(1), linear_of(_empty(hidden, heads * dim)))
-    yield lambda: ops.linear(x, linear_of(_empty(config.vocab_size, hidden)))
+    yield lambda: ops.logits(x, linear_of(_empty(config.vocab_size, hidden)), config.logits_scale)
     sinks = _empty(heads) if config.sinks else None
     for window in {layer.window for layer in config.layers}:
         spec = AttentionSpec(dim**-0.5, window)
@@ -210,7 +213,8 @@ def _mlp_calls(ops: TritonBackend, config: ModelConfig, rows: int) -> Iterator[C
     x, norm, gate_up = _empty(rows, hidden), norm_of(_empty(hidden)), _empty(rows, 2 * size)
     up, down = linear_of(_empty(2 * size, hidden)), linear_of(_empty(hidden, size))
     yield lambda: ops.activate(gate_up, plain)
-    yield lambda: ops.norm_mlp(x, x, norm, up, down, plain)
+    stream = _empty(rows, hidden, dtype=torch.float32)
+    yield lambda: ops.norm_mlp(stream, x, norm, up, down, plain)
     yield lambda: ops.linear(gate_up[:, :size], down)
     if rows <= ops.target.tiles.fused_qkv:
         biased = linear_of(up.weight, _empty(2 * size) if config.mlp_bias else None)

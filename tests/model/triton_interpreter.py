@@ -73,13 +73,24 @@ def close(found: torch.Tensor, expected: torch.Tensor, slack: float = 1.0) -> No
 @pytest.mark.parametrize("size", [64, 896, 2880])
 @pytest.mark.parametrize("tokens", [0, 1, 5])
 def test_norm_and_residual(tokens: int, size: int, dtype: torch.dtype) -> None:
-    x, delta = rand(tokens, size, dtype=dtype), rand(tokens, size, seed=1, dtype=dtype)
-    norm = norm_of(rand(size, seed=2, dtype=dtype))
+    x, delta = rand(tokens, size), rand(tokens, size, seed=1, dtype=dtype)
+    norm = norm_of(rand(size, seed=2))
     for change in (None, delta):
-        summed, normed = kernels().add_rms_norm(x, change, norm)
-        expected_sum, expected = REFERENCE.add_rms_norm(x, change, norm)
-        close(summed, expected_sum)  # the interpreter truncates to bfloat16
-        close(normed, expected)
+        summed, normed = kernels(dtype).add_rms_norm(x, change, norm)
+        expected_sum, expected = reference(dtype).add_rms_norm(x, change, norm)
+        assert torch.equal(summed, expected_sum)
+        assert normed.dtype == dtype
+        close(normed, expected)  # the interpreter truncates to bfloat16
+
+
+@pytest.mark.parametrize("scale", [1.0, 12.0])
+@pytest.mark.parametrize(("tokens", "size"), [(0, 64), (5, 72), (3, 2880)])
+def test_embedding(tokens: int, size: int, scale: float) -> None:
+    table = rand(11, size, dtype=torch.bfloat16)
+    for first in (0, 7):  # a rank's table may start with another token
+        ids = torch.arange(5, 5 + 3 * tokens, 3)
+        found = kernels(torch.bfloat16).embed(table, ids, scale, first)
+        assert torch.equal(found, reference(torch.bfloat16).embed(table, ids, scale, first))
 
 
 @pytest.mark.parametrize("norms", [False, True])
@@ -379,7 +390,7 @@ def test_norm_with_qkv_and_rotary(
     fused_calls: Counter[str],
 ) -> None:
     size, (queries, kv_heads) = 72, heads
-    x, delta, norm = (rand(n, size, seed=i, dtype=dtype) for i, n in enumerate((rows, rows, 1)))
+    x, delta, norm = rand(rows, size), rand(rows, size, seed=1, dtype=dtype), rand(1, size, seed=2)
     out = (queries + 2 * kv_heads) * dim
     weight, bias = rand(out, size, seed=3, dtype=dtype) * 0.2, rand(out, seed=4, dtype=dtype)
     cos_sin = rand(rows, dim, seed=5)
@@ -390,7 +401,7 @@ def test_norm_with_qkv_and_rotary(
         kvs = [torch.full((2, 7, 4, kv_heads, dim), 7.0, dtype=dtype) for _ in range(2)]
         ropes = [rope_args(kv, cos_sin, slots, queries, of_heads) for kv in kvs]
         parameters = norm_of(norm[0]), linear_of(weight, column)
-        expected_sum, expected = REFERENCE.norm_qkv(x, change, *parameters, ropes[0])
+        expected_sum, expected = reference(dtype).norm_qkv(x, change, *parameters, ropes[0])
         fused_calls.clear()
         found = ops.norm_qkv(x, change, *parameters, ropes[1])
         assert fused_calls == {"norm_linear": 1}
@@ -425,6 +436,10 @@ def test_one_row_times_a_weight(out: int, size: int, dtype: torch.dtype) -> None
     for bias in (None, rand(out, seed=2, dtype=dtype)):
         linear = linear_of(weight, bias)
         close(ops.linear(x, linear), REFERENCE.linear(x, linear))
+    for scale in (1.0, 0.125):
+        found = ops.logits(x, linear_of(weight), scale)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, x.float() @ weight.float().T * scale)
 
 
 @pytest.mark.parametrize(("rows", "one_row"), [(1, None), (1, ONE_ROW), (17, None)])
@@ -467,9 +482,10 @@ def test_float16_is_not_fused_because_it_may_overflow_before_it_is_scaled(
     fused_calls: Counter[str],
 ) -> None:
     ops = kernels(torch.float16, fused_qkv=4, fused_gate_up=4, fused_mlp=4)
-    x, norm = rand(2, 32, dtype=torch.float16), norm_of(rand(32, dtype=torch.float16))
+    x, delta, norm = rand(2, 32), rand(2, 32, dtype=torch.float16), norm_of(rand(32))
     weight = rand(64, 32, dtype=torch.float16)
-    ops.norm_mlp(x, x, norm, linear_of(weight), linear_of(weight.T[:, :32].contiguous()), PLAIN)
+    down = linear_of(weight.T[:, :32].contiguous())
+    ops.norm_mlp(x, delta, norm, linear_of(weight), down, PLAIN)
     assert not fused_calls
 
 

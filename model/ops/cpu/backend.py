@@ -11,7 +11,7 @@ from model.ops.cpu.bindings import library
 from model.ops.cpu.onednn import OneDnnBackend
 from model.ops.cpu.packed import PANEL, Packed
 from model.ops.cpu.recorder import Recorder, leave_to_torch
-from model.ops.cpu.sampling import sample
+from model.ops.cpu.sampling import sample, top_tokens
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.mxfp4 import MXFP4_BLOCK
 from model.ops.specs import (
@@ -60,12 +60,20 @@ class CpuBackend(OneDnnBackend):
         """As Backend.pack_experts; see `pack`."""
         return weights if self._packs(weights.shape) else super().pack_experts(weights)
 
-    def pack_embedding(self, embedding: torch.Tensor) -> Any:
-        """Return a packed copy."""
-        if not self._packs(tuple(embedding.shape)):
-            return super().pack_embedding(embedding)
-        packed = Packed.empty(embedding.shape, False)
-        packed.copy_(embedding)
+    def empty_head(self, shape: tuple[int, ...]) -> Any:
+        """As `empty_weight`."""
+        if self._packs(shape):
+            return Packed.empty(shape, False)
+        return super().empty_head(shape)
+
+    def pack_head(self, weight: Any) -> Any:
+        """Return the weight if it was filled packed, else a copy."""
+        if not self._packs(tuple(weight.shape)):
+            return super().pack_head(weight)
+        if isinstance(weight, Packed):
+            return weight
+        packed = Packed.empty(weight.shape, False)
+        packed.copy_(weight)
         return packed
 
     @property
@@ -98,11 +106,20 @@ class CpuBackend(OneDnnBackend):
         leave_to_torch()
         return super().gather(table, ids)
 
+    def embed(
+        self, table: torch.Tensor, ids: torch.Tensor, scale: float, first: int = 0
+    ) -> torch.Tensor:
+        """As Backend.embed."""
+        if self._has_kernels:
+            return native.embed(table, ids, scale, first)
+        leave_to_torch()
+        return super().embed(table, ids, scale, first)
+
     def scale(self, x: torch.Tensor, factor: float) -> torch.Tensor:
         """As Backend.scale."""
         if factor == 1:
             return x
-        if self._has_kernels:
+        if self._has_kernels and x.dtype == self.dtype:
             return native.scale(x, factor)
         leave_to_torch()
         return super().scale(x, factor)
@@ -113,6 +130,13 @@ class CpuBackend(OneDnnBackend):
             return native.linear(x, linear.weight, linear.bias)
         leave_to_torch()
         return super().linear(x, linear)
+
+    def logits(self, x: torch.Tensor, head: Linear, scale: float) -> torch.Tensor:
+        """As Backend.logits."""
+        if self._fits(head.inputs, MXFP4_BLOCK):
+            return native.logits(x, head.weight, scale)
+        leave_to_torch()
+        return super().logits(x, head, scale)
 
     def add_rms_norm(
         self, x: torch.Tensor, delta: torch.Tensor | None, norm: Norm
@@ -182,6 +206,10 @@ class CpuBackend(OneDnnBackend):
             leave_to_torch()
         return super().experts(x, chosen, weights, experts, activation, shard)
 
+    def top_tokens(self, logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """As Backend.top_tokens."""
+        return top_tokens(logits, count)
+
     def sample(
         self,
         logits: torch.Tensor,
@@ -190,5 +218,5 @@ class CpuBackend(OneDnnBackend):
         top_p: torch.Tensor,
         uniform: torch.Tensor,
     ) -> torch.Tensor:
-        """As Backend.sample, but for the order of equal logits, which is that of `topk`."""
+        """As Backend.sample."""
         return sample(logits, temperature, top_k, top_p, uniform)

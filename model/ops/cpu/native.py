@@ -1,4 +1,7 @@
-"""The operations of the native kernels, on contiguous bfloat16 tensors."""
+"""The operations of the native kernels, on contiguous tensors.
+
+The residual stream, the weights of norms and logits are float32, the rest is bfloat16.
+"""
 
 import ctypes
 import math
@@ -13,6 +16,15 @@ from model.ops.specs import Activation, AttentionSpec, Experts, RopeArgs, Router
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 32  # query heads of a KV head
+
+
+def embed(table: torch.Tensor, ids: torch.Tensor, scale: float, first: int) -> torch.Tensor:
+    """As Backend.embed."""
+    out = empty((len(ids), table.shape[1]), torch.float32)
+    kernels.embed(
+        table.data_ptr(), *table.shape, first, ids.data_ptr(), len(ids), scale, out.data_ptr()
+    )
+    return out
 
 
 def scale(x: torch.Tensor, factor: float) -> torch.Tensor:
@@ -31,11 +43,21 @@ def linear(x: torch.Tensor, weight: Packed, bias: torch.Tensor | None) -> torch.
     return out
 
 
+def logits(x: torch.Tensor, weight: Packed, scale: float) -> torch.Tensor:
+    """As Backend.logits."""
+    out = empty((x.shape[0], weight.shape[0]), torch.float32)
+    kernels.logits(
+        weight.described(None), x.data_ptr(), x.shape[0], scale, out.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
 def add_rms_norm(
     x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As Backend.add_rms_norm, for a size that is a multiple of 16."""
-    normed = empty(x.shape, x.dtype)
+    normed = empty(x.shape, torch.bfloat16)
     summed = x if delta is None else empty(x.shape, x.dtype)
     kernels.add_rms_norm(
         x.data_ptr(), None if delta is None else delta.data_ptr(), weight.data_ptr(), *x.shape,

@@ -46,9 +46,13 @@ class OneDnnBackend(Backend):
             return weight
         return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 32)
 
-    def pack_embedding(self, embedding: torch.Tensor) -> torch.Tensor:
-        """Return a packed copy, or the embedding itself where packing changes nothing."""
-        return OneDnnBackend.pack(self, embedding)
+    def empty_head(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return float32 storage: oneDNN has no product of bfloat16 with float32 results."""
+        return torch.empty(shape, dtype=torch.float32)
+
+    def pack_head(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the weight in float32."""
+        return weight.float()
 
     def pack_experts(self, weights: torch.Tensor) -> list[torch.Tensor]:
         """Return each expert's weight from `pack`."""
@@ -62,6 +66,10 @@ class OneDnnBackend(Backend):
     def linear(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
         """As Backend.linear, for weights from `pack`."""
         return _linear(x, linear.weight, linear.bias)
+
+    def logits(self, x: torch.Tensor, head: Linear, scale: float) -> torch.Tensor:
+        """As Backend.logits, for a weight from `pack_head`."""
+        return self.scale(torch.nn.functional.linear(x.float(), head.weight), scale)
 
     def experts(
         self,

@@ -17,11 +17,12 @@ def sample(
     top_p: torch.Tensor,
     uniform: torch.Tensor,
 ) -> torch.Tensor:
-    """As `Backend.sample`, but for the order of equal logits, which is that of `topk`."""
+    """As `Backend.sample`."""
     temperature, top_k = temperature.unsqueeze(1), effective_top_k(logits, top_k)
-    total = (logits.float() / temperature).logsumexp(-1, keepdim=True)
-    values, ids = logits.topk(min(_CANDIDATES, logits.shape[1]), dim=-1)
-    values = values.float() / temperature
+    values, ids = top_tokens(logits, _CANDIDATES)
+    highest = values[:, :1]
+    total = ((logits - highest) / temperature).logsumexp(-1, keepdim=True)
+    values = (values - highest) / temperature
     tokens = sample_candidates(values, ids, total, top_k, top_p, uniform)
     if values.shape[1] == logits.shape[1]:
         return tokens
@@ -33,15 +34,32 @@ def sample(
     limited = top_k[rest] < logits.shape[1]
     unlimited, rest = rest[(candidate_probs < top_p[rest]) & ~limited], rest[limited]
     for rows in unlimited.split(max(1, _SEARCH_LOGITS // logits.shape[1])):
-        probs = (logits[rows].float() / temperature[rows] - total[rows]).exp().double()
+        scaled = (logits[rows] - highest[rows]) / temperature[rows]
+        probs = (scaled - total[rows]).exp().double()
         tokens[rows] = _search(logits[rows], probs, top_p[rows], uniform[rows])
     if len(rest):
         values, ids = logits[rest].sort(descending=True, stable=True)
-        values = values.float() / temperature[rest]
+        values = (values - highest[rest]) / temperature[rest]
         tokens[rest] = sample_candidates(
             values, ids, total[rest], top_k[rest], top_p[rest], uniform[rest]
         )
     return tokens
+
+
+def top_tokens(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `Backend.top_tokens`: by `topk`, which orders equal logits anyhow, then their order."""
+    count = min(count, logits.shape[1])
+    values, ids = logits.topk(min(count + 1, logits.shape[1]), dim=-1)
+    is_tied = values[:, 1:] == values[:, :-1]
+    if is_tied.any():
+        ids, order = ids.sort(dim=-1)
+        values, order = values.gather(1, order).sort(dim=-1, descending=True, stable=True)
+        ids = ids.gather(1, order)
+        # Where the last one has equals that were left out, they may have lower ids.
+        rows = is_tied[:, count - 1 :].any(1).nonzero().flatten()
+        all_values, all_ids = logits[rows].sort(dim=-1, descending=True, stable=True)
+        values[rows], ids[rows] = (each[:, : ids.shape[1]] for each in (all_values, all_ids))
+    return values[:, :count], ids[:, :count]
 
 
 def _search(
@@ -68,12 +86,11 @@ def _search(
 def _key_digits(logits: torch.Tensor) -> list[torch.Tensor]:
     """Return sort keys that rise as logits fall, as digits of 16 bits, the upper one first.
 
-    Each is int64 [rows, vocab]. The keys of bfloat16 have one digit.
+    Each is int64 [rows, vocab].
     """
     bits = (logits.float() + 0.0).view(torch.int32)  # -0 becomes 0
     keys = torch.where(bits < 0, bits, bits ^ 0x7FFFFFFF)
-    upper = (keys >> 16 & 0xFFFF).long()
-    return [upper] if logits.dtype == torch.bfloat16 else [upper, (keys & 0xFFFF).long()]
+    return [(keys >> 16 & 0xFFFF).long(), (keys & 0xFFFF).long()]
 
 
 def _sum_by_digit(digit: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:

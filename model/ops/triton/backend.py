@@ -21,8 +21,10 @@ from model.ops.specs import (
     RouterSpec,
 )
 from model.ops.triton.attention import attention
+from model.ops.triton.embedding import embed
 from model.ops.triton.experts import experts as grouped_experts
 from model.ops.triton.fused import norm_mlp, norm_qkv
+from model.ops.triton.linear import float32_product, is_one_row, norm_linear
 from model.ops.triton.linear import linear as few_rows_linear
 from model.ops.triton.mxfp4 import dense_weights, pack
 from model.ops.triton.norm import activate, add_rms_norm
@@ -50,19 +52,33 @@ class TritonBackend(Backend):
         """As `Backend.pack_mxfp4`: packed in words, or dense if a scale is out of range."""
         return pack(weights, self.dtype)
 
+    def embed(
+        self, table: torch.Tensor, ids: torch.Tensor, scale: float, first: int = 0
+    ) -> torch.Tensor:
+        """As `Backend.embed`."""
+        return embed(table, ids, scale, first, self.target)
+
     def linear(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
         """As `Backend.linear`."""
         return few_rows_linear(x, linear, self.target)
+
+    def logits(self, x: torch.Tensor, head: Linear, scale: float) -> torch.Tensor:
+        """As `Backend.logits`."""
+        if is_one_row(x, self.target):
+            product = norm_linear(x, None, None, head, self.target, dtype=torch.float32)[1]
+        else:
+            product = float32_product(x, head.weight)
+        return self.scale(product, scale)
 
     def add_rms_norm(
         self, x: torch.Tensor, delta: torch.Tensor | None, norm: Norm
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Backend.add_rms_norm`."""
-        return add_rms_norm(x, delta, norm, self.target)
+        return add_rms_norm(x, delta, norm, self.dtype, self.target)
 
     def _fuses(self, x: torch.Tensor, most_rows: int) -> bool:
         """Whether to fuse; not in float16, whose products may overflow before they are scaled."""
-        return 0 < len(x) <= most_rows and x.dtype != torch.float16
+        return 0 < len(x) <= most_rows and self.dtype != torch.float16
 
     def norm_qkv(
         self,

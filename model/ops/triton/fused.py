@@ -45,8 +45,8 @@ def _norm_mlp(
 ):
     """Compute one slice of the inner size and its part of the output; grid (slices,).
 
-    x, delta, sum [rows, SIZE], norm [SIZE], gate_up [2 · INNER, SIZE], down [SIZE, INNER] →
-    parts float32 [slices, rows, SIZE].
+    x, sum float32, delta [rows, SIZE], norm float32 [SIZE], gate_up [2 · INNER, SIZE], down
+    [SIZE, INNER] → parts float32 [slices, rows, SIZE].
     """
     wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     inner = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -56,7 +56,7 @@ def _norm_mlp(
         SIZE, INNER, INNER, BLOCK_M, BLOCK_I, BLOCK_K, True,
     )  # fmt: skip
     scale = tl.rsqrt(squares / SIZE + eps)[None, :]
-    hidden = swiglu(gate * scale, up * scale, None, 1.0).to(x_ptr.dtype.element_ty)
+    hidden = swiglu(gate * scale, up * scale, None, 1.0).to(down_ptr.dtype.element_ty)
     for n in tl.range(0, SIZE, BLOCK_N):
         out = n + tl.arange(0, BLOCK_N)
         w = weight_tile(down_ptr, out, inner, SIZE, INNER, BLOCK_N, BLOCK_I)
@@ -135,10 +135,10 @@ def _mlp(
     The MLP of the norm of x + delta has plain SwiGLU and no biases.
     """
     rows, size = x.shape
-    tile = tile_of(x, target)
+    tile = tile_of(rows, down.dtype, target)
     inner = down.shape[1]
     slices = triton.cdiv(inner, _SLICE)
-    summed, out = torch.empty_like(x), torch.empty_like(x)
+    summed, out = torch.empty_like(x), torch.empty_like(delta)
     parts = x.new_empty(slices, rows, size, dtype=torch.float32)
     _norm_mlp[(slices,)](
         x,

@@ -15,9 +15,21 @@ HALF = 16  # weight rows of each half of a pair, the minimum of a matrix instruc
 
 def linear(x: torch.Tensor, linear: Linear, target: Target) -> torch.Tensor:
     """As `Backend.linear`: torch's, except for a single row if `Tiles.one_row` is set."""
-    if len(x) != 1 or target.tiles.one_row is None:
+    if not is_one_row(x, target):
         return F.linear(x, linear.weight, linear.bias)
     return norm_linear(x, None, None, linear, target)[1]
+
+
+def float32_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [rows, in] · weight [out, in]ᵀ → float32 [rows, out]."""
+    if weight.is_cuda and weight.dtype != torch.float32:
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    return F.linear(x.float(), weight.float())  # of Triton's interpreter, on the CPU
+
+
+def is_one_row(x: torch.Tensor, target: Target) -> bool:
+    """Whether x [rows, size] is a single row and there is a kernel for one."""
+    return len(x) == 1 and target.tiles.one_row is not None
 
 
 def norm_linear(
@@ -28,12 +40,14 @@ def norm_linear(
     target: Target,
     is_gated: bool = False,
     rope: RopeArgs | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x, delta [rows, size] → (x + delta, `linear` of its norm [rows, out]).
 
     Without a norm, x must be a single row, which is multiplied itself. is_gated: the linear layer
     gives gate and up, and their plain SwiGLU [rows, out / 2] is returned. rope: it gives QKV, which
-    is rotated and written as in `rotate_and_write`, and the query is returned.
+    is rotated and written as in `rotate_and_write`, and the query is returned. dtype: of the
+    result; by default the weight's.
     """
     rows, size = x.shape
     weight, bias = linear.weight, linear.bias
@@ -44,8 +58,8 @@ def norm_linear(
     if rope is not None:
         layer, cos_sin, kv, slot_mapping = rope
         heads, kv_heads, dim = layer.heads, layer.kv_heads, layer.head_dim
-    out = x.new_empty(rows, heads, dim) if heads else x.new_empty(rows, count)
-    tile = _tile(x, target, count, is_paired=is_gated or heads > 0)
+    out = weight.new_empty((rows, heads, dim) if heads else (rows, count), dtype=dtype)
+    tile = _tile(x, weight.dtype, target, count, is_paired=is_gated or heads > 0)
     grid = (heads + 2 * kv_heads) * (dim // 2 // tile.n) if heads else triton.cdiv(count, tile.n)
     fused_linear[(grid,)](
         x.contiguous(),
@@ -80,14 +94,16 @@ def norm_linear(
     return summed, out
 
 
-def tile_of(x: torch.Tensor, target: Target) -> Tile:
-    """Return a tile with room for all rows of x, at most 64."""
-    tile = for_dtype(target.tiles.fused, x.dtype)
-    height = max(16, triton.next_power_of_2(len(x)))
-    return replace(tile, m=height, warps=tile.warps * height // 16)
+def tile_of(rows: int, dtype: torch.dtype, target: Target) -> Tile:
+    """Return a tile with room for all rows, at most 64; dtype: of the weight."""
+    tile = for_dtype(target.tiles.fused, dtype)
+    height = max(16, triton.next_power_of_2(rows))
+    # The rows are float32: many of them in steps of k would take too many registers.
+    depth = tile.k // 2 if height > 16 else tile.k
+    return replace(tile, m=height, k=depth, warps=tile.warps * height // 16)
 
 
-def _tile(x: torch.Tensor, target: Target, count: int, is_paired: bool) -> Tile:
+def _tile(x: torch.Tensor, dtype: torch.dtype, target: Target, count: int, is_paired: bool) -> Tile:
     """Return the tile of a product with `count` weight rows, or pairs of them.
 
     For a small weight each program takes fewer rows, so that all of the device loads it. Programs
@@ -101,6 +117,6 @@ def _tile(x: torch.Tensor, target: Target, count: int, is_paired: bool) -> Tile:
         block = min(tile.n, max(2, 1 << most.bit_length() >> 1))
         columns = tile.n * tile.k // block  # the same number of weights in each step
         return replace(tile, n=block // pair, k=min(columns, triton.next_power_of_2(size)))
-    tile = tile_of(x, target)
+    tile = tile_of(rows, dtype, target)
     is_narrow = is_paired or count < tile.n * target.processors
     return replace(tile, n=HALF if is_narrow else tile.n)

@@ -10,12 +10,6 @@ from model.ops.triton.tiles import Target
 
 
 @triton.jit
-def add_rounded(x, delta):
-    """Return x + delta rounded to the stored type, which is what the next layer reads."""
-    return (x.to(tl.float32) + delta.to(tl.float32)).to(x.dtype)
-
-
-@triton.jit
 def _add_rms_norm(
     x_ptr,
     delta_ptr,
@@ -30,7 +24,7 @@ def _add_rms_norm(
 ):
     """Normalise one row of x + delta; grid (tokens,).
 
-    x, delta, sum, out [tokens, SIZE], weight [SIZE].
+    x, sum float32, delta, out [tokens, SIZE], weight float32 [SIZE].
     """
     wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     row = tl.program_id(0).to(tl.int64) * SIZE
@@ -38,21 +32,24 @@ def _add_rms_norm(
     inside = at < SIZE
     x = tl.load(x_ptr + row + at, inside, other=0.0)
     if DELTA:
-        x = add_rounded(x, tl.load(delta_ptr + row + at, inside, other=0.0))
+        x += tl.load(delta_ptr + row + at, inside, other=0.0).to(tl.float32)
         tl.store(sum_ptr + row + at, x, inside)
-    wide = x.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide) / SIZE + eps)
-    weight = tl.load(weight_ptr + at, inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row + at, (wide * scale * weight).to(x.dtype), inside)
+    scale = tl.rsqrt(tl.sum(x * x) / SIZE + eps)
+    weight = tl.load(weight_ptr + at, inside, other=0.0)
+    tl.store(out_ptr + row + at, (x * scale * weight).to(out_ptr.dtype.element_ty), inside)
 
 
 def add_rms_norm(
-    x: torch.Tensor, delta: torch.Tensor | None, norm: Norm, target: Target
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    norm: Norm,
+    dtype: torch.dtype,
+    target: Target,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `Backend.add_rms_norm`."""
+    """As `Backend.add_rms_norm`; dtype: of the norm."""
     x = x.contiguous()
     tokens, size = x.shape
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, dtype=dtype)
     summed = x if delta is None else torch.empty_like(x)
     if tokens:
         block = triton.next_power_of_2(size)

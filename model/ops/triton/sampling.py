@@ -9,6 +9,7 @@ from model.ops.triton.tiles import Target
 _BLOCK = 2048  # tokens that a program tests for the prefix at a time
 _PART = 256  # tokens that a program counts at a time
 _SPLITS = 64  # maximum number of programs of a row; each reads the sums of all of them
+_KEY_BITS = 16
 _BITS = 4  # bits of a digit: 16 counters fit in a thread's registers
 _TOP_K, _TOP_P, _SAMPLE = range(1, 4)  # purpose of a search
 
@@ -34,13 +35,12 @@ def sample(
     splits = min(_SPLITS, triton.cdiv(4 * target.processors, rows))
     span = triton.cdiv(triton.cdiv(vocab, splits), _BLOCK) * _BLOCK
     splits = triton.cdiv(vocab, span)
-    width = 8 * logits.element_size()
-    passes = width // _BITS
+    passes = _KEY_BITS // _BITS
     goals = (_TOP_P, _SAMPLE) if top_k is None else (_TOP_K, _TOP_P, _SAMPLE)
-    steps = [(0, False, width - _BITS)]
+    steps = [(0, False, _KEY_BITS - _BITS)]
     for goal in goals:
         for i in range(1, passes):
-            steps.append((goal if i == 1 else 0, goal == _TOP_K, width - _BITS * (i + 1)))
+            steps.append((goal if i == 1 else 0, goal == _TOP_K, _KEY_BITS - _BITS * (i + 1)))
     highest = logits.new_empty(rows, splits, dtype=torch.float32)
     tables = logits.new_empty(len(steps), rows, splits, 2, 16, dtype=torch.int64)
     states = logits.new_empty(len(steps), rows, 4, dtype=torch.int64)
@@ -65,13 +65,14 @@ def sample(
             shift,
             PART=_PART,
             SPLITS=_SPLITS,
-            WIDTH=width,
             TOP_K=_TOP_K,
             TOP_P=_TOP_P,
             **options,
         )
     find_token[(rows,)](
         logits,
+        temperature,
+        highest,
         tables,
         states,
         tokens,
@@ -80,7 +81,6 @@ def sample(
         splits,
         len(steps) - 1,
         SPLITS=_SPLITS,
-        WIDTH=width,
         **options,
     )
     return tokens

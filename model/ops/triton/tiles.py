@@ -64,7 +64,7 @@ _HOPPER = Tiles(
     # Not measured: estimated from the bytes a program loads and 2 us saved for each launch.
     fused_qkv=1,
     fused_gate_up=1,
-    one_row=Tile(1, 16, 256, 4, 4),
+    one_row=Tile(1, 16, 256, 4, 3),
     programmatic_launch=True,  # not measured
 )
 _BLACKWELL = replace(  # Hopper's attention tiles, and its expert tiles with k = 64, spill there

@@ -12,11 +12,13 @@ namespace {
 
 const Function functions[] = {
     NATIVE_FUNCTION(gather),
+    NATIVE_FUNCTION(embed),
     NATIVE_FUNCTION(scale),
     NATIVE_FUNCTION(add_rms_norm),
     NATIVE_FUNCTION(rotate_and_write),
     NATIVE_FUNCTION(attention),
     NATIVE_FUNCTION(linear),
+    NATIVE_FUNCTION(logits),
     NATIVE_FUNCTION(gated_linear),
     NATIVE_FUNCTION(route),
     NATIVE_FUNCTION(experts),

@@ -14,6 +14,24 @@ void gather(const uint8_t* table, int64_t row_bytes, const int64_t* ids, int64_t
     memcpy(out + i * row_bytes, table + ids[i] * row_bytes, (size_t)row_bytes);
 }
 
+// Rows of a table [rows, size] that starts with token `first`, times a factor → out [count, size].
+// Tokens that are not in the table get zeros.
+void embed(const bf16* table, int64_t rows, int64_t size, int64_t first, const int64_t* ids,
+           int64_t count, float factor, float* out) {
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t row = ids[i] - first;
+    float* to = out + i * size;
+    if (row < 0 || row >= rows) {
+      std::fill(to, to + size, 0.0f);
+      continue;
+    }
+    const bf16* from = table + row * size;
+    const int64_t whole = size / LANES * LANES;
+    for (int64_t k = 0; k < whole; k += LANES) store(to + k, load_bf16(from + k) * factor);
+    for (int64_t k = whole; k < size; k++) to[k] = to_float(from[k]) * factor;
+  }
+}
+
 // x [count] · factor → out, rounded once
 void scale(const bf16* x, float factor, int64_t count, bf16* out, int threads) {
   const int64_t whole = count / LANES * LANES;
@@ -23,37 +41,41 @@ void scale(const bf16* x, float factor, int64_t count, bf16* out, int threads) {
   for (int64_t i = whole; i < count; i++) out[i] = to_bf16(to_float(x[i]) * factor);
 }
 
-INLINE float sum_of_squares(const bf16* x, int64_t size) {
+INLINE vec_f32 load_values(const bf16* from) { return load_bf16(from); }
+INLINE vec_f32 load_values(const float* from) { return load(from); }
+
+template <typename T>
+INLINE float sum_of_squares(const T* x, int64_t size) {
   vec_f32 squares = {};
   for (int64_t i = 0; i < size; i += LANES) {
-    const vec_f32 value = load_bf16(x + i);
+    const vec_f32 value = load_values(x + i);
     squares += value * value;
   }
   return reduce_add(squares);
 }
 
 // x and delta [rows, size] → their sum and its RMSNorm; without a delta, the RMSNorm of x.
-void add_rms_norm(const bf16* x, const bf16* delta, const bf16* weight, int64_t rows, int64_t size,
-                  float eps, bf16* sum, bf16* normed, int threads) {
+void add_rms_norm(const float* x, const bf16* delta, const float* weight, int64_t rows,
+                  int64_t size, float eps, float* sum, bf16* normed, int threads) {
   if (rows * size < 1 << 14) threads = 1;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t row = 0; row < rows; row++) {
-    const bf16* from = x + row * size;
+    const float* from = x + row * size;
     if (delta) {
-      bf16* to = sum + row * size;
+      float* to = sum + row * size;
       for (int64_t i = 0; i < size; i += LANES)
-        store_bf16(to + i, load_bf16(from + i) + load_bf16(delta + row * size + i));
+        store(to + i, load(from + i) + load_bf16(delta + row * size + i));
       from = to;
     }
     const float factor = 1.0f / std::sqrt(sum_of_squares(from, size) / (float)size + eps);
     for (int64_t i = 0; i < size; i += LANES)
-      store_bf16(normed + row * size + i, load_bf16(from + i) * factor * load_bf16(weight + i));
+      store_bf16(normed + row * size + i, load(from + i) * factor * load(weight + i));
   }
 }
 
 // Rotates the first rotary_dim values of one head [head_dim], whose halves are the two coordinates,
 // after the head's RMSNorm if there is a weight for that. The other values are not rotated.
-INLINE void rotate_head(const bf16* from, const bf16* norm, float eps, const float* cos,
+INLINE void rotate_head(const bf16* from, const float* norm, float eps, const float* cos,
                         const float* sin, int64_t head_dim, int64_t rotary_dim, bf16* to) {
   float factor = 1;
   if (norm) factor = 1.0f / std::sqrt(sum_of_squares(from, head_dim) / (float)head_dim + eps);
@@ -61,15 +83,15 @@ INLINE void rotate_head(const bf16* from, const bf16* norm, float eps, const flo
   for (int64_t i = 0; i < half; i += LANES) {
     vec_f32 first = load_bf16(from + i), second = load_bf16(from + half + i);
     if (norm) {
-      first = first * factor * load_bf16(norm + i);
-      second = second * factor * load_bf16(norm + half + i);
+      first = first * factor * load(norm + i);
+      second = second * factor * load(norm + half + i);
     }
     store_bf16(to + i, first * load(cos + i) - second * load(sin + i));
     store_bf16(to + half + i, second * load(cos + i) + first * load(sin + i));
   }
   if (norm)
     for (int64_t i = rotary_dim; i < head_dim; i += LANES)
-      store_bf16(to + i, load_bf16(from + i) * factor * load_bf16(norm + i));
+      store_bf16(to + i, load_bf16(from + i) * factor * load(norm + i));
   else
     memcpy(to + rotary_dim, from + rotary_dim, (size_t)(head_dim - rotary_dim) * 2);
 }
@@ -78,7 +100,7 @@ INLINE void rotate_head(const bf16* from, const bf16* norm, float eps, const flo
 // values into their slots of the cache, where values are `value_offset` elements behind keys.
 // cos_sin [tokens, rotary_dim], cos in the first half.
 void rotate_and_write(const bf16* qkv, const float* cos_sin, bf16* kv, int64_t value_offset,
-                      const int64_t* slot_mapping, const bf16* q_norm, const bf16* k_norm,
+                      const int64_t* slot_mapping, const float* q_norm, const float* k_norm,
                       float eps, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
                       int64_t rotary_dim, bf16* query, int threads) {
   if (tokens * heads * head_dim < 1 << 13) threads = 1;

@@ -8,7 +8,7 @@ tiles of matrix instructions. Weights are prefetched while the previous kernel e
 import triton
 import triton.language as tl
 
-from model.ops.triton.norm import add_rounded, swiglu
+from model.ops.triton.norm import swiglu
 from model.ops.triton.programmatic_launch import prefetch, wait_for_previous_kernel
 
 
@@ -63,14 +63,13 @@ def _products_of_row(
     for k in tl.range(0, SIZE, BLOCK_K, num_stages=STAGES):
         at = k + tl.arange(0, BLOCK_K)
         x = _load_elements(x_ptr, at, SIZE, BLOCK_K)
-        if DELTA:
-            x = add_rounded(x, _load_elements(delta_ptr, at, SIZE, BLOCK_K))
-            if tl.program_id(0) == 0:
-                tl.store(sum_ptr + at, x, at < SIZE)
         x = x.to(tl.float32)
+        if DELTA:
+            x += _load_elements(delta_ptr, at, SIZE, BLOCK_K).to(tl.float32)
+            tl.store(sum_ptr + at, x, (at < SIZE) & (tl.program_id(0) == 0))
         if NORM:
             squares += x * x
-            x *= _load_elements(norm_ptr, at, SIZE, BLOCK_K).to(tl.float32)
+            x *= _load_elements(norm_ptr, at, SIZE, BLOCK_K)
         w = weight_tile(weight_ptr, out, at, OUT, SIZE, BLOCK_N, BLOCK_K)
         product += w.to(tl.float32) * x[None, :]
         if SECOND_ROW:
@@ -83,13 +82,13 @@ def _products_of_row(
 def _load_sum(
     x_ptr, delta_ptr, rows, at, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, DELTA: tl.constexpr
 ):
-    """Load columns `at` of x + delta [rows, SIZE], rounded as stored; without DELTA, of x."""
+    """Load columns `at` of x float32 + delta [rows, SIZE]; without DELTA, of x."""
     row = tl.arange(0, BLOCK_M)
     place = row[:, None] * SIZE + at[None, :]
     inside = (row < rows)[:, None] & (at < SIZE)[None, :]
     x = tl.load(x_ptr + place, inside, other=0.0)
     if DELTA:
-        x = add_rounded(x, tl.load(delta_ptr + place, inside, other=0.0))
+        x += tl.load(delta_ptr + place, inside, other=0.0).to(tl.float32)
     return x
 
 
@@ -112,11 +111,12 @@ def products_of_tile(
 ):
     """Multiply (x + delta) · norm with weight rows `out` and with those SECOND_ROW further on.
 
-    x, delta, sum [rows, SIZE], norm [SIZE], weight [at least OUT, SIZE] → products and second
-    products float32 [BLOCK_N, BLOCK_M], and the sum of squares of each row of x + delta [BLOCK_M];
-    the caller multiplies the products by the scale that follows from it. If SECOND_ROW is 0 the
-    second products are zeros. With DELTA the first program stores x + delta in sum.
+    x, sum float32, delta [rows, SIZE], norm float32 [SIZE], weight [at least OUT, SIZE] → products
+    and second products float32 [BLOCK_N, BLOCK_M], and the sum of squares of each row of x + delta
+    [BLOCK_M]; the caller multiplies the products by the scale that follows from it. If SECOND_ROW
+    is 0 the second products are zeros. With DELTA the first program stores x + delta in sum.
     """
+    dtype = weight_ptr.dtype.element_ty
     row = tl.arange(0, BLOCK_M)
     # A separate loop, because a store in the loop below would give x the layout of the store, and
     # reading x from shared memory would take eight times as long.
@@ -133,9 +133,11 @@ def products_of_tile(
     for k in tl.range(0, SIZE, BLOCK_K):
         at = k + tl.arange(0, BLOCK_K)
         x = _load_sum(x_ptr, delta_ptr, rows, at, SIZE, BLOCK_M, DELTA)
-        # A matrix product for the same reason, of which only the diagonal is used.
-        squares = tl.dot(x, x.T, squares, input_precision="ieee")
-        h = (x.to(tl.float32) * norm.to(tl.float32)[None, :]).to(x.dtype).T
+        # A matrix product for the same reason, of which only the diagonal is used. Rounding x to
+        # the weight's dtype changes the sum of so many squares less than the rounding of h does.
+        rounded = x.to(dtype)
+        squares = tl.dot(rounded, rounded.T, squares, input_precision="ieee")
+        h = (x * norm[None, :]).to(dtype).T
         # Loaded one step ahead, because asynchronous copies take at least 4 bytes a thread.
         norm = tl.load(norm_ptr + at + BLOCK_K, at + BLOCK_K < SIZE, other=0.0)
         w = weight_tile(weight_ptr, out, at, OUT, SIZE, BLOCK_N, BLOCK_K)
@@ -180,7 +182,8 @@ def fused_linear(
     """Multiply rows with BLOCK_N weight rows, or pairs of weight rows; grid (⌈OUT / BLOCK_N⌉,).
 
     x, delta, sum [rows, SIZE], norm [SIZE], weight [OUT, SIZE] → out [rows, OUT].
-    NORM: the norm of x + delta is multiplied; without it the single row x. GATED: weight
+    NORM: the norm of x + delta is multiplied, where x, sum and norm are float32; without it the
+    single row x. GATED: weight
     [2 · OUT, SIZE] has gate rows, then up rows, and out is their plain SwiGLU. HEADS > 0: OUT is
     (HEADS + 2 · KV_HEADS) · DIM; rotated queries are stored in out [rows, HEADS, DIM], rotated keys
     and values in kv, as in `rotary`. A program then computes the same BLOCK_N columns of both
@@ -228,7 +231,7 @@ def fused_linear(
         product += bias.to(tl.float32)[:, None]
         if SECOND_ROW:
             second += second_bias.to(tl.float32)[:, None]
-    dtype = x_ptr.dtype.element_ty
+    dtype = out_ptr.dtype.element_ty
     if HEADS > 0:
         # Rounded as the result of a separate QKV projection would be.
         a, b = product.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)

@@ -8,13 +8,17 @@ to the next.
 
 A search is a radix select over keys, integers that rise as logits fall, with digits of four bits.
 Each pass sums the count and the probability of the tokens by the next digit of their keys, and
-every program of the next pass finds the digit from the sums over its row. A bfloat16 key has four
-digits, and all searches share the sums of the first: 3 · 3 + 1 passes.
+every program of the next pass finds the digit from the sums over its row. A key has four digits,
+and all searches share the sums of the first: 3 · 3 + 1 passes.
+
+Key 0 is the largest logit's own. From there a key is the logarithm of the probability in steps of
+2⁻¹¹, about, down to where probabilities are 0: logits that are closer than that have one key. With
+exact keys there would be twice as many passes.
 
 Probabilities are integers in units of 2⁻⁴² of the most likely token's; smaller ones become 0. Their
 sum does not depend on the order of addition. So a row may be split over any number of programs
-without changing the result, and rounding cannot make two passes differ. Tokens with equal logits
-are told apart by count; the lower token comes first.
+without changing the result, and rounding cannot make two passes differ. Tokens with equal keys
+are told apart by count, as if they were equally likely; the lower token comes first.
 
 One program a row would leave most of the device idle for small batches, and one kernel for all
 passes would need programs that wait for each other, which is not portable. For small batches a row
@@ -30,22 +34,26 @@ from model.ops.triton.programmatic_launch import wait_for_previous_kernel
 
 @triton.jit
 def _load_logits(logits_ptr, at, end):
-    """Load the logits at indices `at`, -inf from `end` on; NaN becomes -inf and -0 becomes 0."""
+    """Load the logits at indices `at`, -inf from `end` on; NaN becomes -inf."""
     logits = tl.load(logits_ptr + at, at < end, other=float("-inf")).to(tl.float32)
-    logits = tl.where(logits == logits, logits, float("-inf"))
-    return tl.where(logits == 0, 0.0, logits).to(logits_ptr.dtype.element_ty)
+    return tl.where(logits == logits, logits, float("-inf"))
 
 
 @triton.jit
-def _keys(logits, WIDTH: tl.constexpr):
-    """Return uint32 keys that rise as logits fall: the bits of positive logits are inverted."""
-    if WIDTH == 16:
-        bits = logits.to(tl.int16, bitcast=True).to(tl.int32)
-        keys = (tl.where(bits < 0, bits, bits ^ 0x7FFF) & 0xFFFF).to(tl.uint32)
-    else:
-        bits = logits.to(tl.int32, bitcast=True)
-        keys = tl.where(bits < 0, bits, bits ^ 0x7FFFFFFF).to(tl.uint32, bitcast=True)
-    return keys
+def _highest(highest_ptr, row, splits, SPLITS: tl.constexpr):
+    """Load the largest logit of a row from the maxima of its spans."""
+    part = tl.arange(0, SPLITS)
+    tops = tl.load(highest_ptr + row * splits + part, part < splits, other=float("-inf"))
+    return tl.max(tops, 0)
+
+
+@triton.jit
+def _keys(logits, highest, temperature):
+    """Return int32 keys of 16 bits that rise as logits fall."""
+    # 65533 steps down to e^-29.25, which is below 2⁻⁴².
+    steps = tl.minimum((highest - logits) * (2240.0 / temperature), 65533.0)
+    # The maximum is a case of its own because infinity minus infinity is NaN, and 0 · infinity.
+    return tl.where(logits == highest, -1.0, steps).to(tl.int32) + 1
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -68,9 +76,7 @@ def row_maxima(
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
     for start in range(split * span, end, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        highest = tl.maximum(
-            highest, _load_logits(logits_ptr + row * vocab, at, end).to(tl.float32)
-        )
+        highest = tl.maximum(highest, _load_logits(logits_ptr + row * vocab, at, end))
     tl.store(highest_ptr + row * splits + split, tl.max(highest, 0))
 
 
@@ -129,6 +135,7 @@ def _search_target(
         each = equal_mass // equals
         # How many of the tokens that are equal to the last one kept are kept too.
         kept_equals = tl.where(by_count, last - count, (last - mass) // tl.maximum(each, 1)) + 1
+        kept_equals = tl.minimum(kept_equals, equals)
         kept = mass + tl.where(kept_equals == equals, equal_mass, kept_equals * each)
         if by_count:
             top_p = tl.load(top_p_ptr + row).to(tl.float64)
@@ -163,7 +170,6 @@ def count_digits(
     BLOCK: tl.constexpr,
     PART: tl.constexpr,
     SPLITS: tl.constexpr,
-    WIDTH: tl.constexpr,
     TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
@@ -212,29 +218,26 @@ def count_digits(
         tl.store(state_ptr + 2, mass)
         tl.store(state_ptr + 3, target)
 
-    part = tl.arange(0, SPLITS)
-    tops = tl.load(highest_ptr + row * splits + part, part < splits, other=float("-inf"))
-    highest = tl.max(tops, 0)
+    highest = _highest(highest_ptr, row, splits, SPLITS)
     temperature = tl.load(temperature_ptr + row)
-    start = prefix.to(tl.uint32)
+    start = prefix.to(tl.int32)
     digits = tl.arange(0, 16)
     counts = tl.zeros((PART, 16), tl.int32)
     masses = tl.zeros((PART, 16), tl.int64)
     end = tl.minimum((split + 1) * span, vocab)
     for first in range(split * span, end, BLOCK):
         place = first + tl.arange(0, BLOCK)
-        keys = _keys(_load_logits(logits_ptr + row * vocab, place, end), WIDTH)
+        keys = _keys(_load_logits(logits_ptr + row * vocab, place, end), highest, temperature)
         has_prefix = ((keys >> shift >> 4) == start) & (place < end)
         if tl.max(has_prefix.to(tl.int32), 0) > 0:
             for offset in range(0, BLOCK, PART):
                 # Each thread counts separately; sums over threads are computed once, at the end.
                 at = first + offset + tl.arange(0, PART)[:, None]
                 logits = _load_logits(logits_ptr + row * vocab, at, end)
-                found = _keys(logits, WIDTH) >> shift
+                found = _keys(logits, highest, temperature) >> shift
                 is_counted = ((found >> 4) == start) & (at < end)
-                wide = logits.to(tl.float32)
-                # The maximum is a case of its own because infinity minus infinity is NaN.
-                prob = tl.where(wide == highest, 1.0, tl.exp((wide - highest) / temperature))
+                prob = tl.exp((logits - highest) / temperature)
+                prob = tl.where(logits == highest, 1.0, prob)  # see _keys
                 mass_of_token = (prob * 4398046511104.0).to(tl.int64)
                 digit = tl.where(is_counted, (found & 15).to(tl.int32), -1)
                 is_digit = digit == digits[None, :]
@@ -245,9 +248,14 @@ def count_digits(
     tl.store(table_ptr + 16 + digits, tl.sum(masses, 0))
 
 
-@triton.jit(do_not_specialize=["splits", "step"])
+@triton.jit(
+    do_not_specialize=["splits", "step"],
+    do_not_specialize_on_alignment=["temperature_ptr"],
+)
 def find_token(
     logits_ptr,
+    temperature_ptr,
+    highest_ptr,
     tables_ptr,
     states_ptr,
     tokens_ptr,
@@ -257,7 +265,6 @@ def find_token(
     step,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
-    WIDTH: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
     """Finish the last search, whose last pass was `step` → tokens int64 [rows]; grid (rows,)."""
@@ -270,8 +277,11 @@ def find_token(
     digit, _, mass, equals, equal_mass = _find_digit(
         table_ptr, splits, False, count, mass, target, SPLITS
     )
-    key = (tl.load(state_ptr) * 16 + digit).to(tl.uint32)
-    left = (target - mass) // (equal_mass // equals)  # equal tokens before the sampled one
+    key = (tl.load(state_ptr) * 16 + digit).to(tl.int32)
+    # Equal tokens before the sampled one. Where the key's probabilities end, one may be 0.
+    left = tl.minimum((target - mass) // tl.maximum(equal_mass // equals, 1), equals - 1)
+    highest = _highest(highest_ptr, row, splits, SPLITS)
+    temperature = tl.load(temperature_ptr + row)
     part = tl.arange(0, SPLITS)
     counts = tl.load(table_ptr + part * 32 + digit, part < splits, other=0)
     cumulative = tl.cumsum(counts, 0)
@@ -279,15 +289,14 @@ def find_token(
     left -= tl.sum(tl.where(part < split, counts, 0), 0)
     start = split * span
     place = tl.arange(0, BLOCK)
-    same = (_keys(_load_logits(logits_ptr + row * vocab, start + place, vocab), WIDTH) == key).to(
-        tl.int32
-    )
+    logits = _load_logits(logits_ptr + row * vocab, start + place, vocab)
+    same = (_keys(logits, highest, temperature) == key).to(tl.int32)
     held = tl.sum(same, 0)
     while (held <= left) & (start + BLOCK < vocab):
         left -= held
         start += BLOCK
         logits = _load_logits(logits_ptr + row * vocab, start + place, vocab)
-        same = (_keys(logits, WIDTH) == key).to(tl.int32)
+        same = (_keys(logits, highest, temperature) == key).to(tl.int32)
         held = tl.sum(same, 0)
     before = tl.sum((tl.cumsum(same, 0) <= left).to(tl.int32), 0)
     tl.store(tokens_ptr + row, tl.minimum(start + before, vocab - 1).to(tl.int64))

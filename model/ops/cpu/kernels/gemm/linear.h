@@ -8,8 +8,11 @@ namespace {
 // With fewer multiplications than this, a single thread is faster than starting a team.
 constexpr int64_t PARALLEL_PRODUCTS = 1 << 17;
 
-// x [rows, inputs] → out [rows, outputs]
-void linear(const Weight* weight, const bf16* x, int64_t rows, bf16* out, int threads) {
+// x [rows, inputs] → out [rows, outputs] of bf16 or float; transform(sums [32]) before the result
+// is stored.
+template <typename T, typename Transform>
+INLINE void multiply(const Weight* weight, const bf16* x, int64_t rows, T* out, int threads,
+                     Transform transform) {
   const int64_t inputs = weight->inputs, outputs = weight->outputs;
   const int64_t panels = (outputs + PANEL - 1) / PANEL;
   const int64_t span = rows_at_once(rows, inputs), spans = (rows + span - 1) / span;
@@ -25,14 +28,27 @@ void linear(const Weight* weight, const bf16* x, int64_t rows, bf16* out, int th
     for (int64_t item = 0; item < items; item++) {
       const int64_t panel = item % panels, first = item / panels * span;
       const int64_t count = outputs - panel * PANEL;
-      bf16* to = out + first * outputs + panel * PANEL;
+      T* to = out + first * outputs + panel * PANEL;
       rows_times_panels<1>(*weight, {panel}, slice_rows(all, first, span, inputs), scratch,
                            configured_rows, [&](int64_t r, const vec_f32(&sums)[1][VECTORS]) {
-                             write_row(sums[0], to + r * outputs, count);
+                             vec_f32 results[VECTORS];
+                             for (int v = 0; v < VECTORS; v++) results[v] = transform(sums[0][v]);
+                             write_row(results, to + r * outputs, count);
                            });
     }
     release_tiles(configured_rows);
   }
+}
+
+// x [rows, inputs] → out [rows, outputs]
+void linear(const Weight* weight, const bf16* x, int64_t rows, bf16* out, int threads) {
+  multiply(weight, x, rows, out, threads, [](vec_f32 sums) { return sums; });
+}
+
+// x [rows, inputs] → out [rows, outputs] · scale
+void logits(const Weight* weight, const bf16* x, int64_t rows, float scale, float* out,
+            int threads) {
+  multiply(weight, x, rows, out, threads, [scale](vec_f32 sums) { return sums * scale; });
 }
 
 // A panel of gates and the panel of values that they gate, for rows x [count, inputs]: out [count,

@@ -92,12 +92,18 @@ INLINE void release_tiles([[maybe_unused]] int64_t configured_rows) {
 #endif
 }
 
+INLINE void store_values(bf16* to, vec_f32 values) { store_bf16(to, values); }
+INLINE void store_values(float* to, vec_f32 values) { store(to, values); }
+INLINE void store_value(bf16* to, float value) { *to = to_bf16(value); }
+INLINE void store_value(float* to, float value) { *to = value; }
+
 // Writes a panel's `count` outputs of a row, at most all of them.
-INLINE void write_row(const vec_f32 (&sums)[VECTORS], bf16* out, int64_t count) {
+template <typename T>
+INLINE void write_row(const vec_f32 (&sums)[VECTORS], T* out, int64_t count) {
   if (count >= PANEL) {
-    for (int v = 0; v < VECTORS; v++) store_bf16(out + v * LANES, sums[v]);
+    for (int v = 0; v < VECTORS; v++) store_values(out + v * LANES, sums[v]);
   } else {
-    for (int64_t i = 0; i < count; i++) out[i] = to_bf16(sums[i / LANES][i % LANES]);
+    for (int64_t i = 0; i < count; i++) store_value(out + i, sums[i / LANES][i % LANES]);
   }
 }
 
