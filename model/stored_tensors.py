@@ -55,9 +55,12 @@ class StoredTensors:
                 b.seek(other.start)
                 for done in range(0, one.size, _CHUNK_BYTES):
                     size = min(_CHUNK_BYTES, one.size - done)
-                    if a.read(size) != b.read(size):
+                    values = a.read(size)
+                    if values != b.read(size):
                         return True
-        except OSError:
+                    if len(values) < size:
+                        return False  # truncated
+        except (OSError, ValueError, OverflowError):
             return False
         return False
 
@@ -73,7 +76,7 @@ class StoredTensors:
             return _Location(
                 self._folder / file, str(found["dtype"]), tuple(found["shape"]), first, size
             )
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
 
     def _file_of(self, name: str) -> str | None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from getp.errors import UsageProblem
-from getp.terminal import print_message
+from getp.terminal import print_message, warn
 from model.config import ModelConfig, read_json
 from model.cost.devices import DEVICES, Device, UnknownDeviceError, find_device
 from model.cost.known_models import KNOWN_CONFIGS, named_config
@@ -30,7 +30,7 @@ def find_model(given: Path) -> Model:
     that cannot be used.
     """
     if given.is_dir():
-        return Model(given.resolve().name, load_config(given))
+        return Model(given.resolve().name, load_config(given, warn))
     if given.is_file():
         return Model(given.resolve().parent.name, parse_config(read_json(given), given))
     name = str(given).lower()

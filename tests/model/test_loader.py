@@ -257,6 +257,16 @@ def test_a_dtype_that_the_config_leaves_open_is_that_of_the_weights(
     assert load_config(folder).dtype == str(dtype).removeprefix("torch.")
 
 
+@pytest.mark.parametrize("offsets", [[0, 2**62], [-9, 2**62], [0, 1e400], [0, 2**80], [0], "ab"])
+def test_offsets_beyond_the_file_are_reported_by_the_loader(folder: Path, offsets: Any) -> None:
+    places = {"dtype": "F32", "shape": [512, 64], "data_offsets": offsets}
+    header = json.dumps({"model.embed_tokens.weight": places, "lm_head.weight": places}).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(100)
+    (folder / "model.safetensors").write_bytes(content)
+    assert load_config(folder).tie_word_embeddings
+    fails(folder, "damaged or truncated")
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff" * 16, b"\x02" + bytes(7) + b"[]", b"\x08" * 9])
 def test_a_damaged_file_is_reported_by_the_loader(folder: Path, content: bytes) -> None:
     (folder / "model.safetensors").write_bytes(content)
