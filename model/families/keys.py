@@ -1,5 +1,6 @@
 """Reading the keys of a config.json, with errors that name the file and the key."""
 
+import json
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ _HARMLESS = frozenset(
 
     bos_token_id decoder_start_token_id pad_token_id sep_token_id unk_token_id
 
-    attention_dropout attn_pdrop embd_pdrop hidden_dropout resid_pdrop
+    attention_dropout attn_pdrop embd_pdrop resid_pdrop
     router_aux_loss_coef router_jitter_noise
 
     bad_words_ids begin_suppress_tokens cache_implementation diversity_penalty do_sample
@@ -35,7 +36,6 @@ _HARMLESS = frozenset(
 _NEUTRAL: dict[str, Any] = {
     "activation": "swiglu",
     "is_causal": True,
-    "num_nextn_predict_layers": 0,
     "shared_expert_intermediate_size": 0,
 }
 
@@ -129,7 +129,8 @@ class Keys:
                 number = isinstance(value, int | float) and not isinstance(value, bool)
                 if value == needed[key] and number == (type(needed[key]) is int):
                     continue
-                raise self.fail(f"'{key}' must be {needed[key]}, not {str(value)[:60]}")
+                wanted, given = json.dumps(needed[key]), json.dumps(value)[:60]
+                raise self.fail(f"'{key}' must be {wanted}, not {given}")
             if value is False or value in ([], {}):
                 continue
             raise self.fail(

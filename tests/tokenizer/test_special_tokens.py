@@ -9,6 +9,7 @@ import tokenizers
 import transformers as tf
 from tokenizers import AddedToken
 
+from getp.fingerprint import of_tokenizer
 from tests.getp.helpers import byte_level
 from tokenizer import Tokenizer, TokenizerError
 
@@ -174,3 +175,15 @@ def test_malformed_tokens_are_a_clear_error(
     write(tmp_path, dict(files))
     with pytest.raises(TokenizerError, match=words):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"],
+)
+def test_every_file_with_tokens_is_part_of_the_fingerprint(name: str, tmp_path: Path) -> None:
+    write(tmp_path, {})
+    before = of_tokenizer(tmp_path)
+    with open(tmp_path / name, "a") as file:
+        file.write(" ")
+    assert of_tokenizer(tmp_path) != before
