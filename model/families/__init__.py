@@ -63,7 +63,8 @@ def load_config(
     config = parse_config(values, path, stop_ids)
     names, stored = family(config.model_type).names, StoredTensors(folder)
     if stated_dtype(Keys(path, values)) is None:
-        config = replace(config, dtype=stored.dtype(names.embedding) or config.dtype)
+        dtype = stored.dtype(names.embedding) or stored.dtype(names.head)  # if it is tied to it
+        config = replace(config, dtype=dtype or config.dtype)
     if config.tie_word_embeddings and stored.differ(names.embedding, names.head):
         notice(
             f"{path}: 'tie_word_embeddings' is true, but the stored {names.head} differs from the "

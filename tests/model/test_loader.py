@@ -239,7 +239,9 @@ def test_a_tied_checkpoint_may_store_only_its_head(folder: Path) -> None:
     change_tensors(
         folder, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")})
     )
+    edit_config(folder, dtype=None, torch_dtype=None)
     assert load_config(folder).tie_word_embeddings
+    assert load_config(folder).dtype == "float32"
     model = load(folder)
     assert model.embedding is not None
     assert original.embedding is not None
