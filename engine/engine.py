@@ -71,7 +71,7 @@ class Engine:
         if workers is not None:
             config = replace(config, tensor_parallel=workers.size)
         self.checkpoint, self.config = Path(checkpoint), config
-        self.model_config = load_config(checkpoint)
+        self.model_config = load_config(checkpoint, notice)
         self.settings = settings = resolve(config, self.model_config)
         self.device, self.dtype = settings.device, settings.dtype
         self.held_config = settings.model

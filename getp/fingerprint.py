@@ -8,7 +8,8 @@ _SAMPLES, _SAMPLE_BYTES = 64, 64 << 10  # larger files: this many evenly spaced 
 
 _CHECKPOINT_FILES = ("config.json", "generation_config.json", "*.safetensors")
 _TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja",
 )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ class RopeConfig:
     truncate: bool = True  # yarn: round the correction range to whole dimensions
     # Multiplies cos and sin (yarn, longrope); None: derived from `factor`.
     attention_factor: float | None = None
+    attn_factor: float = 1.0  # yarn: multiplies the derived attention_factor (DeepSeek-R1-0528)
     # longrope: divisors of the frequencies within and beyond the original context.
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()

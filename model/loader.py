@@ -6,7 +6,7 @@ tensor.
 """
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 
 from model.checkpoint_files import CheckpointFiles
 from model.config import CheckpointError, ModelConfig
+from model.families import family
+from model.families.tensor_names import TensorNames
 from model.formats import WeightFormat, full_interface
 from model.ops.backend import Backend
 from model.ops.specs import Norm, Parameter
@@ -30,10 +32,11 @@ def load(model: Transformer, checkpoint: str | Path, backend: Backend) -> None:
     Raises CheckpointError for a missing, unexpected or misshapen tensor and for unreadable files,
     before any large read.
     """
-    found = tensor_map(model)
     with contextlib.ExitStack() as stack:
         files = CheckpointFiles(Path(checkpoint), stack)
-        _check(found, files, model.config)
+        names = _stored_names(model.config, files)
+        found = tensor_map(model, names)
+        _check(found, files, model.config, names)
         parameters = _parameters(model, backend)
         for piece in found.pieces:
             parameters[id(piece.holder), piece.attribute].pieces_left += 1
@@ -45,8 +48,8 @@ def load(model: Transformer, checkpoint: str | Path, backend: Backend) -> None:
                 source = piece.format.source(tensors, transposed=piece.transposed)
                 piece.write(parameter.storage(), source)
             except ValueError as error:
-                names = " and ".join(stored.name for stored in piece.stored)
-                raise CheckpointError(f"{checkpoint}: {names}: {error}") from None
+                tensor_names = " and ".join(stored.name for stored in piece.stored)
+                raise CheckpointError(f"{checkpoint}: {tensor_names}: {error}") from None
             parameter.pieces_left -= 1
             if not parameter.pieces_left:
                 parameter.complete()
@@ -119,13 +122,23 @@ class _Filling:
         self._storage = None
 
 
+def _stored_names(config: ModelConfig, files: CheckpointFiles) -> TensorNames:
+    """The family's names; of a tied pair, one may be stored under the other's name."""
+    names = family(config.model_type).names
+    if config.tie_word_embeddings and names.embedding not in files.file_of:
+        return replace(names, embedding=names.head)
+    return names
+
+
 def _tie_head(model: Transformer, backend: Backend) -> None:
     if model.config.tie_word_embeddings:
         assert model.embedding is not None  # it was just filled
         model.head.weight = backend.pack_head(model.embedding)
 
 
-def _check(found: TensorMap, files: CheckpointFiles, config: ModelConfig) -> None:
+def _check(
+    found: TensorMap, files: CheckpointFiles, config: ModelConfig, names: TensorNames
+) -> None:
     expected = {stored.name: stored for stored in found.elsewhere}
     for piece in found.pieces:
         expected |= {stored.name: stored for stored in piece.stored}
@@ -146,7 +159,7 @@ def _check(found: TensorMap, files: CheckpointFiles, config: ModelConfig) -> Non
                 f" expected {' or '.join(stored.dtypes)}"
             )
     for name in files.file_of:
-        spare_head = name == "lm_head.weight" and config.tie_word_embeddings
+        spare_head = name == names.head and config.tie_word_embeddings
         if name not in expected and not spare_head and not name.endswith(_IGNORED_SUFFIXES):
             raise CheckpointError(
                 f"{files.path(name)}: tensor {name!r} is not part of a {config.model_type} model"

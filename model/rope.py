@@ -58,11 +58,9 @@ def cos_sin_factor(rope: RopeConfig) -> float:
     """
     if rope.attention_factor is not None:
         return rope.attention_factor
-    if rope.factor <= 1:
-        return 1.0
     if rope.kind == "yarn":
-        return 0.1 * math.log(rope.factor) + 1.0
-    if rope.kind == "longrope":
+        return (0.1 * math.log(max(rope.factor, 1.0)) + 1.0) * rope.attn_factor
+    if rope.kind == "longrope" and rope.factor > 1:
         return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_positions))
     return 1.0
 

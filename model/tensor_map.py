@@ -11,7 +11,6 @@ from typing import Any
 
 from model.attention import Attention
 from model.config import ModelConfig
-from model.families import family
 from model.families.tensor_names import ExpertNames, LinearName, TensorNames
 from model.formats import DENSE, StoredTensor, WeightFormat, full_interface
 from model.formats.format import Part
@@ -57,10 +56,12 @@ class _LinearPart:
     first: int = 0  # row of the linear where this rank's rows begin
 
 
-def tensor_map(model: Transformer) -> TensorMap:
-    """Map the tensors of a Hugging Face checkpoint to the parameters of this rank."""
-    config, shard = model.config, model.shard
-    names, found = family(config.model_type).names, TensorMap()
+def tensor_map(model: Transformer, names: TensorNames) -> TensorMap:
+    """Map the tensors of a Hugging Face checkpoint to the parameters of this rank.
+
+    names: the family's, or those of a checkpoint that stores only one of two tied tensors.
+    """
+    config, shard, found = model.config, model.shard, TensorMap()
     table, own = (config.vocab_size, config.hidden_size), (shard.vocab_part(config.vocab_size),)
     found.pieces += [
         _whole(names.embedding, table, model, "embedding", own),

@@ -11,6 +11,7 @@ import tokenizers
 
 from tokenizer.chat import ChatTemplate
 from tokenizer.errors import TokenizerError
+from tokenizer.special_tokens import add_special_tokens
 
 _MAX_JSON = 64 << 20  # bytes; tokenizer_config.json may list every added token
 
@@ -47,10 +48,10 @@ class Tokenizer:
     def load(cls, path: str | Path) -> "Tokenizer":
         """Load a tokenizer from a directory with a tokenizer.json, or from that file itself.
 
-        tokenizer_config.json, special_tokens_map.json and chat_template.jinja in the same
-        directory are used if they exist. As in transformers 5, only tokenizer.json decides which
-        tokens are added before and after a text; `add_bos_token` in the config is ignored. Raises
-        TokenizerError.
+        tokenizer_config.json, special_tokens_map.json, added_tokens.json and chat_template.jinja in
+        the same directory are used if they exist. As in transformers 5, only tokenizer.json decides
+        which tokens are added before and after a text; `add_bos_token` in the config is ignored.
+        Raises TokenizerError.
         """
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
@@ -60,8 +61,13 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(file))
         folder = file.parent
         config = _read_json(folder / "tokenizer_config.json")
-        special_tokens = _special_tokens(_read_json(folder / "special_tokens_map.json"))
-        special_tokens |= _special_tokens(config)
+        special_tokens = add_special_tokens(
+            backend,
+            config,
+            _read_json(folder / "special_tokens_map.json"),
+            _read_json(folder / "added_tokens.json"),
+        )
+        backend.encode_special_tokens = config.get("split_special_tokens") is True
         return cls(backend, special_tokens, ChatTemplate.load(folder, config, special_tokens))
 
     @property
@@ -132,13 +138,3 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TokenizerError(f"{file} must contain a JSON object")
     return value
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return the `…_token` entries. An entry is a string or an object with a "content" string."""
-    found = {}
-    for name, value in config.items():
-        content = value.get("content") if isinstance(value, dict) else value
-        if name.endswith("_token") and isinstance(content, str):
-            found[name] = content
-    return found

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from getp.errors import UsageProblem
 from getp.hub import model_name
-from getp.terminal import print_message
+from getp.terminal import print_message, warn
 from model.config import ModelConfig, read_json
 from model.cost.devices import DEVICES, Device, UnknownDeviceError, find_device
 from model.cost.known_models import KNOWN_CONFIGS, named_config
@@ -36,7 +36,7 @@ def find_model(given: Path) -> Model:
     that cannot be used.
     """
     if given.is_dir():
-        return Model(model_name(given), load_config(given))
+        return Model(model_name(given), load_config(given, warn))
     if given.is_file():
         return Model(model_name(given.parent), parse_config(read_json(given), given))
     name = str(given).lower()

@@ -5,14 +5,17 @@ A family is one module here, named as its `model_type`, that defines FAMILY, and
 a key that matters would give wrong results silently.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from model.config import CheckpointError, ModelConfig, conversion_hint, read_json
-from model.families.family import Family
+from model.families.family import Family, stated_dtype
 from model.families.keys import Keys
+from model.stored_tensors import StoredTensors
 
 FAMILIES = (
     "gpt_oss",
@@ -34,11 +37,15 @@ def family(model_type: str) -> Family:
     return found
 
 
-def load_config(checkpoint: str | Path) -> ModelConfig:
+def load_config(
+    checkpoint: str | Path, notice: Callable[[str], None] = lambda text: None
+) -> ModelConfig:
     """Read config.json and the stop ids of generation_config.json in a checkpoint directory.
 
-    Raises CheckpointError for a missing or malformed file, an unknown model_type, or a key that
-    changes the mathematics and is not supported.
+    What the config leaves to the weights, or contradicts, is read from them: a dtype that is
+    missing or "auto", and a head that is stored though it should be the embedding; `notice` is
+    called with a sentence about it. Raises CheckpointError for a missing or malformed file, an
+    unknown model_type, or a key that changes the mathematics and is not supported.
     """
     folder = Path(checkpoint)
     if not folder.is_dir():
@@ -48,19 +55,32 @@ def load_config(checkpoint: str | Path) -> ModelConfig:
         raise CheckpointError(
             f"{folder}: contains no config.json, so it is not a checkpoint{conversion_hint(folder)}"
         )
-    stop_ids: frozenset[int] = frozenset()
+    stop_ids = None
     generation = folder / "generation_config.json"
     if generation.is_file():
         stop_ids = Keys(generation, read_json(generation)).token_ids("eos_token_id")
-    return parse_config(read_json(path), path, stop_ids)
+    values = read_json(path)
+    config = parse_config(values, path, stop_ids)
+    names, stored = family(config.model_type).names, StoredTensors(folder)
+    if stated_dtype(Keys(path, values)) is None:
+        dtype = stored.dtype(names.embedding) or stored.dtype(names.head)  # if it is tied to it
+        config = replace(config, dtype=dtype or config.dtype)
+    if config.tie_word_embeddings and stored.differ(names.embedding, names.head):
+        notice(
+            f"{path}: 'tie_word_embeddings' is true, but the stored {names.head} differs from the "
+            "embedding; the stored one is used, as in transformers"
+        )
+        config = replace(config, tie_word_embeddings=False)
+    return config
 
 
 def parse_config(
-    values: dict[str, Any], source: str | Path, stop_ids: frozenset[int] = frozenset()
+    values: dict[str, Any], source: str | Path, stop_ids: frozenset[int] | None = None
 ) -> ModelConfig:
     """The content of a config.json → ModelConfig; errors name `source`.
 
-    `stop_ids` are added to those of the config itself. Raises CheckpointError as load_config does.
+    `stop_ids` are those of generation_config.json, which are added to those of the config itself;
+    None if there is no such file. Raises CheckpointError as load_config does.
     """
     keys = Keys(source, values)
     model_type = keys.get("model_type")

@@ -11,31 +11,57 @@ from model.families.tensor_names import TensorNames
 from model.formats import QUANTIZATIONS
 from model.ops.specs import NormSpec, RouterSpec
 
-_COMMON_KEYS = frozenset(
-    """model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
-    num_key_value_heads head_dim hidden_act max_position_embeddings rms_norm_eps rope_theta
-    rope_scaling rope_parameters tie_word_embeddings quantization_config""".split()
-)
+# The keys that every family understands, and their values where they are missing; None: no value.
+# The sizes have none: every config states them, and a wrong number of heads would not be noticed.
+_DEFAULTS: dict[str, Any] = {
+    "model_type": None,
+    "vocab_size": None,
+    "hidden_size": None,
+    "intermediate_size": None,
+    "num_hidden_layers": None,
+    "num_attention_heads": None,
+    "max_position_embeddings": None,
+    "rms_norm_eps": None,
+    "num_key_value_heads": None,  # as many as query heads
+    "head_dim": None,  # hidden_size / num_attention_heads
+    "hidden_act": "silu",
+    "rope_theta": 10_000.0,
+    "rope_scaling": None,
+    "rope_parameters": None,
+    "original_max_position_embeddings": None,
+    "partial_rotary_factor": None,
+    "tie_word_embeddings": False,
+    "quantization_config": None,
+}
+_DTYPE_NAMES: dict[str, str | None] = {"half": "float16", "float": "float32", "auto": None}
 
 
 @dataclass(frozen=True)
 class Family:
     """One family: its config keys, their meaning, and the names of its tensors."""
 
-    keys: str  # understood in addition to those that every family shares, separated by spaces
+    # The keys that it understands in addition to _DEFAULTS, or whose values differ where they are
+    # missing: those that the family's config class in transformers gives them.
+    defaults: Mapping[str, Any]
     fields: Callable[[Keys], dict[str, Any]]  # → the fields of ModelConfig that differ from Llama
     names: TensorNames = field(default_factory=TensorNames)
-    rope_theta: float = 10_000.0  # where the config has none
-    head_dim: int | None = None  # where the config has none; None: hidden_size / heads
+    neutral: Mapping[str, Any] = field(default_factory=dict)  # keys that must have this value
+    aliases: Mapping[str, str] = field(default_factory=dict)  # other names of keys
     partial_rotary: bool = False  # `partial_rotary_factor` is supported
     rope_aliases: Mapping[str, str] = field(default_factory=dict)  # rope types by other names
 
-    def config(self, keys: Keys, stop_ids: frozenset[int]) -> ModelConfig:
-        """The config of a checkpoint of this family. Raises CheckpointError."""
-        stop_ids |= keys.token_ids("eos_token_id")
-        keys.refuse_unknown(_COMMON_KEYS.union(self.keys.split()))
+    def config(self, keys: Keys, stop_ids: frozenset[int] | None) -> ModelConfig:
+        """The config of a checkpoint of this family. Raises CheckpointError.
+
+        stop_ids: those of generation_config.json; None: the checkpoint has none, so that the
+        family's default counts if the config has no stop ids either.
+        """
+        keys = self._with_defaults(keys)
+        own_stop_ids = keys.token_ids("eos_token_id")
+        if stop_ids is not None and "eos_token_id" not in keys.values:
+            own_stop_ids = frozenset()
         own = self.fields(keys)
-        if keys.get("hidden_act", "silu") != "silu":
+        if keys.get("hidden_act") not in ("silu", "swish"):  # two names of one function
             raise keys.fail(
                 f"hidden_act {keys.get('hidden_act')!r} is not supported; supported: silu"
             )
@@ -45,12 +71,10 @@ class Family:
             raise keys.fail(
                 f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
             )
-        head_dim = keys.integer("head_dim", self.head_dim or max(1, hidden // heads))
+        head_dim = keys.integer("head_dim", max(1, hidden // heads))
         if head_dim % 2:
             raise keys.fail(f"head_dim {head_dim} must be even for rotary embeddings")
-        rope, rotary_dim = read_rope(
-            keys, self.rope_theta, head_dim, self.partial_rotary, self.rope_aliases
-        )
+        rope, rotary_dim = read_rope(keys, head_dim, self.partial_rotary, self.rope_aliases)
         positions = keys.integer("max_position_embeddings")
         # A window that contains every position is not a window.
         own["layers"] = tuple(
@@ -69,11 +93,22 @@ class Family:
             "rope": rope,
             "max_positions": positions,
             "norm": NormSpec(keys.number("rms_norm_eps")),
-            "tie_word_embeddings": keys.boolean("tie_word_embeddings", False),
-            "dtype": _dtype(keys),
-            "stop_ids": stop_ids,
+            "tie_word_embeddings": keys.boolean("tie_word_embeddings"),
+            "dtype": stated_dtype(keys) or "bfloat16",
+            "stop_ids": own_stop_ids | (stop_ids or frozenset()),
         }
         return ModelConfig(**shared | own | _formats(keys, has_experts="moe" in own))
+
+    def _with_defaults(self, keys: Keys) -> Keys:
+        """The keys by their own names, with the family's defaults; all of them are understood."""
+        values, defaults = dict(keys.values), {**_DEFAULTS, **self.defaults}
+        for alias, key in self.aliases.items():
+            value = values.pop(alias, None)
+            if value is not None and values.setdefault(key, value) != value:
+                raise keys.fail(f"'{alias}' is {value!r} but '{key}' is {values[key]!r}")
+        keys = Keys(keys.source, values, defaults)
+        keys.refuse_unknown(defaults, self.neutral)
+        return keys
 
 
 def layers(
@@ -109,15 +144,19 @@ def layers(
 
 def qwen_layers(keys: Keys) -> tuple[LayerConfig, ...]:
     """Every layer, with the window of those from `max_window_layers` on."""
-    is_used = keys.boolean("use_sliding_window", False)
-    first = keys.integer("max_window_layers", 28, minimum=0)
-    window = keys.optional_integer("sliding_window") if is_used else None
-    return layers(keys, window, lambda layer: layer >= first)
+    first = keys.integer("max_window_layers", minimum=0)
+    return layers(keys, qwen_window(keys), lambda layer: layer >= first)
 
 
-def attention_biases(keys: Keys, default: bool = False) -> dict[str, Any]:
+def qwen_window(keys: Keys) -> int | None:
+    """The window, if `use_sliding_window` switches it on."""
+    is_used = keys.boolean("use_sliding_window")
+    return keys.optional_integer("sliding_window") if is_used else None
+
+
+def attention_biases(keys: Keys) -> dict[str, Any]:
     """The fields that `attention_bias` sets: biases of q, k, v and of the output."""
-    bias = keys.boolean("attention_bias", default)
+    bias = keys.boolean("attention_bias")
     return {"qkv_bias": bias, "o_bias": bias}
 
 
@@ -133,16 +172,25 @@ def softmax_moe(keys: Keys, experts: int, size: int, normalize: bool) -> MoeConf
 
 def top_k(keys: Keys, experts: int) -> int:
     """Experts of each token. Raises CheckpointError if there are fewer."""
-    count = keys.integer("num_experts_per_tok", keys.get("experts_per_token"))
+    count = keys.integer("num_experts_per_tok")
     if count > experts:
         raise keys.fail(f"num_experts_per_tok {count} is more than the {experts} experts")
     return count
 
 
+def stated_dtype(keys: Keys) -> str | None:
+    """The dtype that the config states, one of DTYPES; None if it leaves it to the weights."""
+    stated = str(keys.get("dtype", keys.get("torch_dtype", "auto"))).removeprefix("torch.")
+    name = _DTYPE_NAMES.get(stated, stated)
+    if name is not None and name not in DTYPES:
+        raise keys.fail(f"dtype {name!r} is not supported; supported: {', '.join(DTYPES)}")
+    return name
+
+
 def _formats(keys: Keys, has_experts: bool) -> dict[str, Any]:
     """The fields with the formats of a quantized checkpoint; empty if it is not quantized."""
     settings = keys.get("quantization_config")
-    if settings is None:
+    if settings is None or settings == {}:
         return {}
     if not isinstance(settings, dict):
         settings = {"quant_method": settings}
@@ -154,10 +202,3 @@ def _formats(keys: Keys, has_experts: bool) -> dict[str, Any]:
     if "expert_format" in formats and not has_experts:
         raise keys.fail(f"quantization {method!r} is supported for experts only")
     return formats
-
-
-def _dtype(keys: Keys) -> str:
-    name = str(keys.get("dtype", keys.get("torch_dtype", "bfloat16"))).removeprefix("torch.")
-    if name not in DTYPES:
-        raise keys.fail(f"dtype {name!r} is not supported; supported: {', '.join(DTYPES)}")
-    return name

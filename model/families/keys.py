@@ -1,36 +1,63 @@
 """Reading the keys of a config.json, with errors that name the file and the key."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
 from model.config import CheckpointError
 
-# Keys that cannot change what a forward pass computes (training, bookkeeping, generation).
+# Keys that cannot change what a forward pass computes. Each is in published configs, or was written
+# by transformers into every config of its time.
 _HARMLESS = frozenset(
-    """architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward dtype
-    eos_token_id id2label initializer_range is_decoder is_encoder_decoder
-    keys_to_ignore_at_inference label2id max_length name_or_path output_attentions
-    output_hidden_states output_router_logits pad_token_id pretraining_tp problem_type return_dict
-    router_aux_loss_coef router_jitter_noise sep_token_id task_specific_params tokenizer_class
-    torch_dtype torchscript transformers_version unk_token_id use_cache use_return_dict
-    unsloth_fixed unsloth_version""".split()
+    """architectures auto_map chunk_size_feed_forward dtype eos_token_id finetuning_task id2label
+    initializer_range internal_version is_decoder is_llama_config keys_to_ignore_at_inference
+    label2id max_sequence_length model_max_length name_or_path neftune_noise_alpha num_labels
+    output_attentions output_hidden_states output_router_logits prefix pretraining_tp problem_type
+    return_dict task_specific_params tf_legacy_loss tokenizer_class torch_dtype torchscript
+    transformers.js_config transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache
+    use_return_dict
+
+    bos_token_id decoder_start_token_id pad_token_id sep_token_id unk_token_id
+
+    attention_dropout attn_pdrop embd_pdrop resid_pdrop
+    router_aux_loss_coef router_jitter_noise
+
+    bad_words_ids begin_suppress_tokens cache_implementation diversity_penalty do_sample
+    early_stopping encoder_no_repeat_ngram_size epsilon_cutoff eta_cutoff
+    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty
+    max_length max_new_tokens max_time min_length min_new_tokens min_p no_repeat_ngram_size
+    num_beam_groups num_beams num_return_sequences output_logits output_scores penalty_alpha
+    remove_invalid_values renormalize_logits repetition_penalty return_dict_in_generate
+    suppress_tokens temperature top_k top_p typical_p""".split()
 )
+# Keys of other architectures that published configs of these families contain, each with the value
+# at which it changes nothing.
+_NEUTRAL: dict[str, Any] = {
+    "activation": "swiglu",
+    "is_causal": True,
+    "shared_expert_intermediate_size": 0,
+}
 
 
 class Keys:
-    """The keys of one JSON object and the file or name that errors refer to."""
+    """The keys of one JSON object and the file or name that errors refer to.
 
-    def __init__(self, source: str | Path, values: dict[str, Any]):
-        self.source, self.values = source, values
+    A missing key has its value in `defaults`, if there is one; null means that it has no value.
+    """
+
+    def __init__(
+        self, source: str | Path, values: dict[str, Any], defaults: Mapping[str, Any] | None = None
+    ):
+        self.source, self.values, self.defaults = source, values, defaults or {}
 
     def fail(self, problem: str) -> CheckpointError:
         """The error to raise for a problem with these keys."""
         return CheckpointError(f"{self.source}: {problem}")
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A value of any type; null counts as missing."""
-        value = self.values.get(key)
+        """A value of any type; `default` if it is null, or missing without a default of its own."""
+        value = self.values.get(key, self.defaults.get(key))
         return default if value is None else value
 
     def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
@@ -43,7 +70,7 @@ class Keys:
         return value
 
     def optional_integer(self, key: str) -> int | None:
-        """An integer of at least 1, or None if the key is missing."""
+        """An integer of at least 1, or None if the key has no value."""
         return None if self.get(key) is None else self.integer(key)
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -56,7 +83,7 @@ class Keys:
         return float(value)
 
     def optional_number(self, key: str) -> float | None:
-        """A number above 0, or None if the key is missing."""
+        """A number above 0, or None if the key has no value."""
         return None if self.get(key) is None else self.number(key)
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
@@ -70,9 +97,9 @@ class Keys:
             raise self.fail(f"'{key}' must contain {count} numbers, not {len(value)}")
         return tuple(map(float, value))
 
-    def boolean(self, key: str, default: bool) -> bool:
-        """True or False."""
-        value = self.get(key, default)
+    def boolean(self, key: str, default: bool | None = None) -> bool:
+        """True or False; null is the default."""
+        value = self.get(key, self.defaults.get(key, default))
         if not isinstance(value, bool):
             raise self.fail(f"'{key}' must be true or false, not {value!r}")
         return value
@@ -85,14 +112,27 @@ class Keys:
             raise self.fail(f"'{key}' must be token ids, not {ids!r}")
         return frozenset(ids)
 
-    def refuse_unknown(self, understood: Iterable[str]) -> None:
-        """Raise CheckpointError for a key that has a value and is not understood."""
-        known = _HARMLESS.union(understood)
+    def refuse_unknown(
+        self, understood: Container[str], neutral: Mapping[str, Any] | None = None
+    ) -> None:
+        """Raise CheckpointError for a key that is not understood and may change the results.
+
+        Accepted are keys that cannot change them, keys with no value, keys that are switched off
+        by false or an empty value, and those that have their value in `neutral` (or _NEUTRAL).
+        """
+        needed = _NEUTRAL | dict(neutral or {})
         for key, value in self.values.items():
-            if key in known or key.startswith("_"):
+            if value is None or key in understood or key in _HARMLESS or key.startswith("_"):
                 continue
-            if value is None or value is False or value == [] or value == {}:
-                continue  # switched off
+            if key in needed:
+                # 1 and True are equal, but not the same setting.
+                number = isinstance(value, int | float) and not isinstance(value, bool)
+                if value == needed[key] and number == (type(needed[key]) is int):
+                    continue
+                wanted, given = json.dumps(needed[key]), json.dumps(value)[:60]
+                raise self.fail(f"'{key}' must be {wanted}, not {given}")
+            if value is False or value in ([], {}):
+                continue
             raise self.fail(
                 f"'{key}' = {str(value)[:60]} is not supported and may change the results; if it "
                 "does not, remove it from the file"

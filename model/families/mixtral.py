@@ -14,7 +14,17 @@ def _fields(keys: Keys) -> dict[str, object]:
 
 
 FAMILY = Family(
-    "sliding_window layer_types num_local_experts num_experts_per_tok",
+    {
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-5,
+        "eos_token_id": 2,
+        "rope_theta": 1e6,
+        "sliding_window": None,
+        "layer_types": None,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
     _fields,
     TensorNames(
         experts=ExpertNames(
@@ -26,5 +36,6 @@ FAMILY = Family(
             ),
         )
     ),
-    rope_theta=1e6,
+    neutral={"norm_topk_prob": True},  # the weights of the chosen experts always sum to 1
+    aliases={"num_experts": "num_local_experts"},
 )

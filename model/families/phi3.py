@@ -6,20 +6,23 @@ from model.families.tensor_names import TensorNames
 
 
 def _fields(keys: Keys) -> dict[str, object]:
-    for key in ("full_attn_mod", "interpolate_factor"):
-        if keys.get(key, 1) != 1:
-            raise keys.fail(f"'{key}' must be 1, not {keys.get(key)!r}")
     return {"layers": layers(keys, keys.optional_integer("sliding_window"))}
 
 
 FAMILY = Family(
-    "embd_pdrop full_attn_mod interpolate_factor original_max_position_embeddings"
-    " partial_rotary_factor resid_pdrop sliding_window",
+    {
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "eos_token_id": 32_000,
+        "sliding_window": None,
+    },
     _fields,
     TensorNames(
         attention=(("self_attn.qkv_proj", ("q", "k", "v")), ("self_attn.o_proj", ("o",))),
         mlp=(("mlp.gate_up_proj", ("gate", "up")), ("mlp.down_proj", ("down",))),
     ),
+    neutral={"full_attn_mod": 1, "interpolate_factor": 1},
     partial_rotary=True,
     rope_aliases={"su": "longrope", "yarn": "longrope"},  # of the first Phi-3 checkpoints
 )

@@ -9,7 +9,17 @@ def _fields(keys: Keys) -> dict[str, object]:
 
 
 FAMILY = Family(
-    "attention_bias use_sliding_window sliding_window max_window_layers layer_types",
+    {
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32_768,
+        "rms_norm_eps": 1e-6,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "layer_types": None,
+        "head_dim": 128,
+        "attention_bias": False,
+    },
     _fields,
-    head_dim=128,
+    neutral={"use_qk_norm": True},
 )

@@ -1,34 +1,53 @@
 """Qwen3 with experts in some or all layers."""
 
+from dataclasses import replace
+
 from model.config import LayerConfig
-from model.families.family import Family, attention_biases, softmax_moe
+from model.families.family import Family, attention_biases, layers, qwen_window, softmax_moe
 from model.families.keys import Keys
 
 
 def _fields(keys: Keys) -> dict[str, object]:
-    experts = keys.integer("num_experts", keys.get("num_local_experts"))
-    size = keys.integer("moe_intermediate_size")
-    normalize = keys.boolean("norm_topk_prob", False)
+    experts, size = keys.integer("num_experts"), keys.integer("moe_intermediate_size")
     return attention_biases(keys) | {
         "layers": _layers(keys),
         "qk_norm": True,
-        "moe": softmax_moe(keys, experts, size, normalize),
+        "moe": softmax_moe(keys, experts, size, keys.boolean("norm_topk_prob")),
     }
 
 
 def _layers(keys: Keys) -> tuple[LayerConfig, ...]:
-    step, dense = keys.integer("decoder_sparse_step", 1), keys.get("mlp_only_layers", [])
-    is_used = keys.boolean("use_sliding_window", False)
-    window = keys.optional_integer("sliding_window") if is_used else None
+    step, dense = keys.integer("decoder_sparse_step"), keys.get("mlp_only_layers", [])
+    if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
+        raise keys.fail(f"'mlp_only_layers' must be a list of layers, not {dense!r}")
+    window, dense_layers = qwen_window(keys), set(dense)  # a list may be as long as a file allows
+    found = layers(keys, window)
+    if any(layer.window != window for layer in found):
+        raise keys.fail("'layer_types' must be the same for all layers, as 'use_sliding_window'")
     return tuple(
-        LayerConfig(window, sparse=layer not in dense and (layer + 1) % step == 0)
-        for layer in range(keys.integer("num_hidden_layers"))
+        replace(layer, sparse=i not in dense_layers and (i + 1) % step == 0)
+        for i, layer in enumerate(found)
     )
 
 
 FAMILY = Family(
-    "attention_bias decoder_sparse_step layer_types max_window_layers mlp_only_layers"
-    " moe_intermediate_size norm_topk_prob num_experts num_experts_per_tok num_local_experts"
-    " sliding_window use_sliding_window",
+    {
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32_768,
+        "rms_norm_eps": 1e-6,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": None,  # every layer has the window, if it is used
+        "layer_types": None,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": None,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": False,
+    },
     _fields,
+    neutral={"use_qk_norm": True},
+    aliases={"num_local_experts": "num_experts"},
 )

@@ -12,6 +12,7 @@ _KEYS = {
     "llama3": "factor low_freq_factor high_freq_factor original_max_position_embeddings",
     "yarn": (
         "factor original_max_position_embeddings beta_fast beta_slow truncate attention_factor"
+        " attn_factor"
     ),
     "longrope": (
         "factor original_max_position_embeddings short_factor long_factor attention_factor"
@@ -20,16 +21,15 @@ _KEYS = {
 
 
 def read_rope(
-    keys: Keys, theta: float, head_dim: int, partial: bool, aliases: Mapping[str, str]
+    keys: Keys, head_dim: int, partial: bool, aliases: Mapping[str, str]
 ) -> tuple[RopeConfig, int]:
     """The rotary embedding and how many values of each head it rotates.
 
-    Read from `rope_parameters` (newer), or `rope_scaling` and `rope_theta` (older). theta: the
-    family's default. partial: the family supports `partial_rotary_factor`. aliases: the family's
-    other names of rope types.
+    Read from `rope_parameters` (newer), or `rope_scaling` and `rope_theta` (older). partial: the
+    family supports `partial_rotary_factor`. aliases: the family's other names of rope types.
     """
     rope = _parameters(keys)
-    theta = rope.number("rope_theta", keys.number("rope_theta", theta))
+    theta = rope.number("rope_theta", keys.number("rope_theta", keys.defaults["rope_theta"]))
     if theta <= 1:
         raise keys.fail(f"'rope_theta' must be above 1, not {theta}")
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -50,13 +50,15 @@ def read_rope(
 
 
 def _parameters(keys: Keys) -> Keys:
-    values: dict[str, Any] = {}
+    """The parameters of the rotary embedding, or the family's own where the config has none."""
     for key in ("rope_scaling", "rope_parameters"):
         found = keys.get(key, {})
         if not isinstance(found, dict) or any(isinstance(v, dict) for v in found.values()):
             raise keys.fail(f"'{key}' must be one set of parameters for all layers, not {found!r}")
-        values |= {k: v for k, v in found.items() if v is not None}
-    return Keys(keys.source, values)
+    own = keys.defaults["rope_parameters"] or {}
+    # The older key counts if both are there, as in transformers.
+    values: dict[str, Any] = keys.get("rope_scaling") or keys.get("rope_parameters", own)
+    return Keys(keys.source, {key: value for key, value in values.items() if value is not None})
 
 
 def _read_kind(keys: Keys, rope: Keys, kind: str, theta: float, rotary_dim: int) -> RopeConfig:
@@ -95,4 +97,5 @@ def _read_kind(keys: Keys, rope: Keys, kind: str, theta: float, rotary_dim: int)
         beta_slow=rope.number("beta_slow", 1.0),
         truncate=rope.boolean("truncate", True),
         attention_factor=rope.optional_number("attention_factor"),
+        attn_factor=rope.number("attn_factor", 1.0),
     )

@@ -315,3 +315,21 @@ def test_bfloat16_stays_near_float32(checkpoint: Callable[[str], Path]) -> None:
     wide = torch.tensor([found[0][i] for i in range(10)])
     half = torch.tensor([found[1][i] for i in range(10)])
     assert (wide - half).abs().mean() < 0.2
+
+
+def test_a_head_that_is_not_the_tied_embedding_is_noticed_and_changes_the_answer(
+    tmp_path: Path, checkpoint: Callable[[str], Path]
+) -> None:
+    folder = Path(shutil.copytree(checkpoint("qwen2"), tmp_path / "untied"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].roll(1, 0).contiguous()
+    save_file(tensors, folder / "model.safetensors")
+    notices: list[str] = []
+    settings = EngineConfig(dtype="float32", kv_memory=8 << 20)
+    request = Request([5, 6, 7], SamplingParams(max_new_tokens=1, ignore_eos=True))
+    with Engine(folder, settings, notice=notices.append) as engine:
+        (untied,) = engine.generate([request])
+    with Engine(checkpoint("qwen2"), settings) as engine:
+        (tied,) = engine.generate([request])
+    assert [text for text in notices if "'tie_word_embeddings' is true" in text] == notices != []
+    assert untied.token_ids == [(tied.token_ids[0] + 1) % 512]

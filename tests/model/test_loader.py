@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from safetensors.torch import load_file, save_file
 
 from model import CheckpointError, Transformer, checkpoint_files, load_config, loader
@@ -192,12 +193,88 @@ def test_a_folder_that_is_not_a_checkpoint_is_refused(tmp_path: Path) -> None:
         load_config(tmp_path)
 
 
-def test_a_spare_head_of_a_tied_checkpoint_is_ignored(folder: Path) -> None:
-    change_tensors(folder, lambda t: t.update({"lm_head.weight": torch.zeros(512, 64)}))
+def test_a_stored_head_that_equals_the_tied_embedding_is_not_loaded(folder: Path) -> None:
+    change_tensors(
+        folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()})
+    )
+    notices: list[str] = []
+    assert load_config(folder, notices.append).tie_word_embeddings
+    assert notices == []
     model = load(folder)
     assert isinstance(model.head.weight, torch.Tensor)
     assert model.embedding is not None
-    assert torch.equal(model.head.weight, model.embedding)
+    assert model.head.weight.data_ptr() == model.embedding.data_ptr()
+
+
+def change_last_value(tensors: dict[str, torch.Tensor]) -> None:
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[-1, -1] += 1
+    tensors["lm_head.weight"] = head
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_stored_head_that_differs_from_the_tied_embedding_is_used_as_in_transformers(
+    folder: Path, shards: int
+) -> None:
+    change_tensors(folder, change_last_value)
+    peer = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if shards > 1:
+        peer.save_pretrained(folder, max_shard_size="50KB")
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        edit_config(folder, tie_word_embeddings=True)
+        assert len(list(folder.glob("model-*.safetensors"))) > 1
+    notices: list[str] = []
+    assert not load_config(folder, notices.append).tie_word_embeddings
+    assert len(notices) == 1
+    assert "config.json: 'tie_word_embeddings' is true, but the stored lm_head" in notices[0]
+    model = load(folder)
+    assert model.embedding is not None
+    assert torch.equal(model.head.weight, peer.lm_head.weight)
+    assert torch.equal(model.embedding, peer.model.embed_tokens.weight)
+    assert not torch.equal(model.embedding, peer.lm_head.weight)
+
+
+def test_a_tied_checkpoint_may_store_only_its_head(folder: Path) -> None:
+    original = load(folder)
+    change_tensors(
+        folder, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")})
+    )
+    edit_config(folder, dtype=None, torch_dtype=None)
+    assert load_config(folder).tie_word_embeddings
+    assert load_config(folder).dtype == "float32"
+    model = load(folder)
+    assert model.embedding is not None
+    assert original.embedding is not None
+    assert torch.equal(model.embedding, original.embedding)
+    assert torch.equal(model.head.weight, original.embedding)
+
+
+@pytest.mark.parametrize("stated", [None, "auto"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+def test_a_dtype_that_the_config_leaves_open_is_that_of_the_weights(
+    folder: Path, dtype: torch.dtype, stated: str | None
+) -> None:
+    change_tensors(folder, lambda t: t.update({name: v.to(dtype) for name, v in t.items()}))
+    edit_config(folder, dtype=stated, torch_dtype=None)
+    assert load_config(folder).dtype == str(dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("offsets", [[0, 2**62], [-9, 2**62], [0, 1e400], [0, 2**80], [0], "ab"])
+def test_offsets_beyond_the_file_are_reported_by_the_loader(folder: Path, offsets: Any) -> None:
+    places = {"dtype": "F32", "shape": [512, 64], "data_offsets": offsets}
+    header = json.dumps({"model.embed_tokens.weight": places, "lm_head.weight": places}).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(100)
+    (folder / "model.safetensors").write_bytes(content)
+    assert load_config(folder).tie_word_embeddings
+    fails(folder, "damaged or truncated")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 16, b"\x02" + bytes(7) + b"[]", b"\x08" * 9])
+def test_a_damaged_file_is_reported_by_the_loader(folder: Path, content: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(content)
+    edit_config(folder, dtype=None)
+    assert load_config(folder).dtype == "bfloat16"
+    fails(folder, "damaged or truncated")
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,0 +1,237 @@
+"""A key that config.json lacks has the value that transformers' config class gives it."""
+
+import copy
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from model.config import CheckpointError, ModelConfig
+from model.families import FAMILIES, family, parse_config
+from model.families.family import _DEFAULTS
+from model.families.keys import _HARMLESS
+from model.rope import rope_table
+
+CLASSES: dict[str, Any] = {
+    "gpt_oss": tf.GptOssConfig,
+    "granite": tf.GraniteConfig,
+    "llama": tf.LlamaConfig,
+    "mistral": tf.MistralConfig,
+    "mixtral": tf.MixtralConfig,
+    "phi3": tf.Phi3Config,
+    "qwen2": tf.Qwen2Config,
+    "qwen3": tf.Qwen3Config,
+    "qwen3_moe": tf.Qwen3MoeConfig,
+}
+SIZES: dict[str, Any] = {  # which no config lacks
+    "vocab_size": 100,
+    "hidden_size": 1024,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 32,
+}
+# A value of each key that is no family's default.
+OTHER: dict[str, Any] = {
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "max_position_embeddings": 3000,
+    "original_max_position_embeddings": 2048,
+    "rms_norm_eps": 3e-5,
+    "rope_theta": 5e5,
+    "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5},
+    "tie_word_embeddings": True,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "sliding_window": 17,
+    "use_sliding_window": True,
+    "max_window_layers": 1,
+    "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    "num_local_experts": 16,
+    "num_experts": 16,
+    "num_experts_per_tok": 3,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 2,
+    "mlp_only_layers": [1],
+    "moe_intermediate_size": 48,
+    "swiglu_alpha": 1.5,
+    "swiglu_limit": 5.0,
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.1,
+    "residual_multiplier": 0.3,
+    "logits_scaling": 4.0,
+    "eos_token_id": 7,
+    "hidden_act": "silu",
+}
+
+
+def own_keys(model_type: str) -> list[str]:
+    """The keys of the config class that change what is computed, without the sizes."""
+    own = {field.name for field in fields(CLASSES[model_type])}
+    own -= {field.name for field in fields(tf.PreTrainedConfig)}
+    return sorted(own - SIZES.keys() - _HARMLESS | {"eos_token_id"})
+
+
+def full_config(model_type: str) -> dict[str, Any]:
+    values = SIZES | {key: OTHER[key] for key in own_keys(model_type)}
+    if model_type == "gpt_oss":
+        values["attention_bias"] = False
+    if model_type == "phi3":  # which has no linear scaling
+        values["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
+    return values
+
+
+CASES = [(model_type, key) for model_type in FAMILIES for key in ["nothing", *own_keys(model_type)]]
+# Keys for which null is a value; of others it is an error in transformers.
+NULLABLE = [
+    (model_type, key)
+    for model_type, key in CASES
+    if key in ("num_key_value_heads", "head_dim", "sliding_window", "layer_types")
+    if "None" in str(CLASSES[model_type].__dataclass_fields__[key].type)
+    if (model_type, key) != ("gpt_oss", "sliding_window")  # its layers need one
+]
+
+
+def check(model_type: str, values: dict[str, Any]) -> ModelConfig:
+    """Compare a config with what the config class makes of the same keys, and return it."""
+    # The class changes what it gets.
+    expected = CLASSES[model_type](**copy.deepcopy(values))
+    config = parse_config({**values, "model_type": model_type}, "config.json")
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    head_dim = getattr(expected, "head_dim", None) or hidden // heads
+    assert config.head_dim == head_dim
+    assert config.num_kv_heads == expected.num_key_value_heads
+    assert config.max_positions == expected.max_position_embeddings
+    assert config.norm.eps == expected.rms_norm_eps
+    assert config.tie_word_embeddings == expected.tie_word_embeddings
+    assert config.o_bias == getattr(expected, "attention_bias", False)
+    assert config.qkv_bias == getattr(expected, "attention_bias", model_type == "qwen2")
+    assert config.mlp_bias == getattr(expected, "mlp_bias", False)
+    stop_ids = expected.eos_token_id if expected.eos_token_id is not None else []
+    assert config.stop_ids == set(stop_ids if isinstance(stop_ids, list) else [stop_ids])
+    assert config.embedding_scale == getattr(expected, "embedding_multiplier", 1.0)
+    assert config.residual_scale == getattr(expected, "residual_multiplier", 1.0)
+    assert config.attention_scale == getattr(expected, "attention_multiplier", None)
+    assert config.logits_scale == 1 / getattr(expected, "logits_scaling", 1.0)
+    check_layers(config, expected)
+    check_experts(config, expected)
+    check_rope(config, expected)
+    return config
+
+
+def check_layers(config: ModelConfig, expected: Any) -> None:
+    window = getattr(expected, "sliding_window", None)
+    if window is not None and window >= config.max_positions:
+        window = None
+    types = getattr(expected, "layer_types", None)
+    types = types or ["sliding_attention"] * expected.num_hidden_layers
+    windows = [window if kind == "sliding_attention" else None for kind in types]
+    assert [layer.window for layer in config.layers] == windows
+
+
+def check_experts(config: ModelConfig, expected: Any) -> None:
+    if not hasattr(expected, "num_experts_per_tok"):
+        assert config.moe is None
+        return
+    assert config.moe is not None
+    assert config.moe.num_experts == expected.num_local_experts  # for Qwen3-MoE, too
+    assert config.moe.router.top_k == expected.num_experts_per_tok
+    size = getattr(expected, "moe_intermediate_size", expected.intermediate_size)
+    assert config.moe.intermediate_size == size
+    if hasattr(expected, "norm_topk_prob"):
+        assert config.moe.router.normalize == expected.norm_topk_prob
+    step, dense = (
+        getattr(expected, "decoder_sparse_step", 1),
+        getattr(expected, "mlp_only_layers", []),
+    )
+    for i, layer in enumerate(config.layers):
+        assert layer.sparse == (i not in dense and (i + 1) % step == 0)
+    if hasattr(expected, "swiglu_limit"):
+        assert config.activation.limit == expected.swiglu_limit
+        assert config.activation.alpha == expected.swiglu_alpha
+
+
+def check_rope(config: ModelConfig, expected: Any) -> None:
+    rope, factor = expected.rope_parameters, 1.0
+    if rope["rope_type"] == "default":
+        dim = config.rotary_dim
+        frequencies = rope["rope_theta"] ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    else:
+        frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](expected)
+    angles = torch.outer(torch.arange(40.0), frequencies.float())
+    table = torch.cat((angles.cos(), angles.sin()), dim=-1) * factor
+    torch.testing.assert_close(rope_table(config.rope, config.rotary_dim, 40), table)
+
+
+def test_every_key_of_a_config_class_is_understood() -> None:
+    for model_type in FAMILIES:
+        understood = family(model_type).defaults.keys() | _DEFAULTS.keys()
+        assert set(own_keys(model_type)) - {"eos_token_id"} <= understood, model_type
+
+
+@pytest.mark.parametrize(("model_type", "missing"), CASES)
+def test_a_missing_key_has_the_value_of_transformers(model_type: str, missing: str) -> None:
+    values = full_config(model_type)
+    values.pop(missing, None)
+    if missing == "use_sliding_window":
+        values.pop("layer_types", None)  # a sliding layer needs a window
+    check(model_type, values)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_config_of_sizes_alone_is_that_of_transformers(model_type: str) -> None:
+    check(model_type, SIZES)
+
+
+@pytest.mark.parametrize(("model_type", "key"), NULLABLE)
+def test_null_is_not_the_default_of_a_missing_key(model_type: str, key: str) -> None:
+    values = full_config(model_type) | {key: None}
+    if key == "sliding_window":
+        values.pop("layer_types", None)
+    check(model_type, values)
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_gpt_oss_is_scaled_unless_its_config_has_rope_parameters(key: str) -> None:
+    for value in (None, {}, {"rope_type": "default", "rope_theta": 1e4}):
+        if value != {} or key == "rope_scaling":
+            check("gpt_oss", SIZES | {key: value})
+    config = parse_config(SIZES | {"model_type": "gpt_oss", "rope_theta": 1e6}, "config.json")
+    assert (config.rope.kind, config.rope.factor, config.rope.theta) == ("yarn", 32, 1e6)
+    assert not config.rope.truncate
+
+
+def test_rope_scaling_replaces_rope_parameters() -> None:
+    check(
+        "llama",
+        SIZES
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+        | {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 2e4},
+    )
+
+
+def test_the_original_context_of_phi3_is_outside_the_rope_parameters() -> None:
+    factors = [1 + i / 10 for i in range(16)]
+    rope = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
+    values = SIZES | {"max_position_embeddings": 65_536, "rope_parameters": rope}
+    check("phi3", values)
+    check("phi3", values | {"rope_parameters": rope | {"original_max_position_embeddings": 99}})
+    config = parse_config(values | {"model_type": "phi3"}, "config.json")
+    assert (config.rope.original_max_positions, config.rope.factor) == (4096, 16)
+
+
+def test_generation_config_replaces_the_default_of_the_stop_id() -> None:
+    values = SIZES | {"model_type": "llama"}
+    assert parse_config(values, "config.json", frozenset({9})).stop_ids == {9}
+    assert parse_config(values, "config.json", frozenset()).stop_ids == frozenset()
+    assert parse_config(values | {"eos_token_id": 5}, "c", frozenset({9})).stop_ids == {5, 9}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_missing_size_is_an_error(size: str) -> None:
+    values = {key: value for key, value in SIZES.items() if key != size}
+    with pytest.raises(CheckpointError, match=f"'{size}' is missing"):
+        parse_config(values | {"model_type": "llama"}, "config.json")
