@@ -62,6 +62,10 @@ class ChatTemplate:
         """
         return _sandbox.variables(self._source)
 
+    def check(self) -> None:
+        """Raise TemplateError if the template is not valid."""
+        _ = self.variables
+
     def render(
         self,
         messages: Sequence[Message],

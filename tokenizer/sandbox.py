@@ -98,8 +98,8 @@ class Sandbox:
             with theirs:
                 self._process = subprocess.Popen(
                     [sys.executable, "-S", str(_WORKER), str(_MAX_MEMORY), str(_MAX_TEXT)],
-                    stdin=theirs,
-                    stdout=theirs,
+                    stdin=theirs.fileno(),
+                    stdout=theirs.fileno(),
                     stderr=subprocess.DEVNULL,
                     env=os.environ | {"PYTHONPATH": _python_path(), "PYTHONSAFEPATH": "1"},
                     start_new_session=True,

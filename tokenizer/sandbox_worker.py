@@ -57,7 +57,7 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-# What transformers' apply_chat_template gives to a template, so that those on the Hub run unchanged.
+# As transformers' apply_chat_template has it, so that templates on the Hub run unchanged.
 _ENVIRONMENT = ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
 )
