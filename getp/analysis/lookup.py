@@ -31,7 +31,7 @@ def find_model(given: Path) -> Model:
     """
     if given.is_dir():
         return Model(given.resolve().name, load_config(given))
-    if given.is_file():
+    if given.exists():
         return Model(given.resolve().parent.name, parse_config(read_json(given), given))
     name = str(given).lower()
     if name not in KNOWN_CONFIGS:
