@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -109,7 +110,7 @@ class ModelConfig:
     linear_format: WeightFormat = DENSE  # of the weights of attention and dense MLPs
     expert_format: WeightFormat = DENSE
 
-    @property
+    @cached_property
     def ropes(self) -> tuple[RopeConfig, ...]:
         """The different rotary embeddings of the layers, in the order of their first layers."""
         return tuple(dict.fromkeys(layer.rope or self.rope for layer in self.layers))
