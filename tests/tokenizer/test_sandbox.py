@@ -175,7 +175,8 @@ def test_a_forked_process_starts_its_own() -> None:
 
 
 _PROGRAM = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have switched it off
 from tokenizer import ChatTemplate
 from tokenizer.chat import _sandbox
 assert "jinja2" not in sys.modules and _sandbox._process is None
