@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
@@ -230,3 +231,40 @@ def test_the_largest_plan_is_quick(tmp_path: Path) -> None:
     with within(2):
         model = find_model(tmp_path)
         assert parameter_bytes(model.config, "bfloat16") > 1 << 40
+
+
+def test_ctrl_c_ends_a_job_whose_chat_template_hangs(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(ROOT / "data" / "model", tmp_path / "model"))
+    (folder / "chat_template.jinja").write_text(
+        "{{ (messages | length) | round(30000000, 'floor') }}"
+    )
+    files = ["-i", "data/input.txt", "-o", str(tmp_path / "out.txt"), "--chat-template"]
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import run"
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{code}; run.main()", str(folder), "-m", "getp", *files],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    workers: list[int] = []
+    deadline = time.monotonic() + 60
+    while not any(_seconds_of_work(pid) > 1 for pid in workers):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+        tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
+        workers = [int(pid) for task in tasks for pid in task.read_text().split()]
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=15)
+    assert process.returncode == 130
+    assert "0 of 300 requests are done" in errors
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+def _seconds_of_work(pid: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except FileNotFoundError:
+        return 0.0
+    return int(fields[11]) / os.sysconf("SC_CLK_TCK")
