@@ -122,6 +122,8 @@ class Engine:
             # Streams, graphs and kernels belong to the current device.
             torch.cuda.set_device(self.device)
         start = time.perf_counter()
+        if not self.config.dummy_weights:
+            self.runner.check(self.checkpoint)  # first: memory is calculated from the config
         plan = MemoryPlan.of(self.settings)
         cost = BlockCost(len(self.runner.groups), self.runner.block_bytes(self.settings.block_size))
         self._threads = torch.get_num_threads()

@@ -1,7 +1,10 @@
 """Fingerprints of checkpoints and tokenizers: hashes of their contents, independent of paths."""
 
 import hashlib
+import os
 from pathlib import Path
+
+from model.config import open_regular
 
 _MAX_WHOLE_BYTES = 64 << 20  # smaller files are hashed completely
 _SAMPLES, _SAMPLE_BYTES = 64, 64 << 10  # larger files: this many evenly spaced samples
@@ -16,7 +19,8 @@ _TOKENIZER_FILES = (
 def of_checkpoint(folder: Path) -> str:
     """Return the fingerprint of a checkpoint's configuration and weights.
 
-    Large weight files are sampled: training changes every part of them.
+    Large weight files are sampled: training changes every part of them. Raises CheckpointError for
+    anything that is not a regular file.
     """
     return _of_files(folder, _CHECKPOINT_FILES)
 
@@ -32,11 +36,11 @@ def _of_files(folder: Path, patterns: tuple[str, ...]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for pattern in patterns:
         for file in sorted(folder.glob(pattern)):
-            size = file.stat().st_size
-            digest.update(f"{file.name}\0{size}\0".encode())
-            with open(file, "rb") as stream:
+            with open_regular(file) as stream:
+                size = os.fstat(stream.fileno()).st_size
+                digest.update(f"{file.name}\0{size}\0".encode())
                 if size <= _MAX_WHOLE_BYTES:
-                    digest.update(stream.read())
+                    digest.update(stream.read(size))
                     continue
                 for sample in range(_SAMPLES):
                     stream.seek((size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))

@@ -1,6 +1,7 @@
 """The safetensors files of a checkpoint directory."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from model.config import CheckpointError, conversion_hint, read_json
+from model.config import CheckpointError, conversion_hint, open_regular, read_json
 from model.formats import StoredTensor
 
 # Mapped pages count as resident memory until a file is closed, so files are closed after this many.
@@ -27,9 +28,9 @@ class CheckpointFiles:
         self._open: dict[str, Any] = {}
         self._mapped_bytes = 0
         index = folder / "model.safetensors.index.json"
-        if (folder / "model.safetensors").is_file():
+        if os.path.lexists(folder / "model.safetensors"):
             names = dict.fromkeys(self._keys("model.safetensors"), "model.safetensors")
-        elif index.is_file():
+        elif os.path.lexists(index):
             names = self._read_index(index)
         else:
             raise CheckpointError(
@@ -82,7 +83,7 @@ class CheckpointFiles:
         for name in sorted(set(names.values())):
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise CheckpointError(f"{index}: {name!r} is not a file of this directory")
-            if not (self.folder / name).is_file():
+            if not os.path.lexists(self.folder / name):
                 raise CheckpointError(f"{self.folder / name}: missing, but the index lists it")
         stored = {tensor: file for file in set(names.values()) for tensor in self._keys(file)}
         for tensor, file in names.items():
@@ -96,6 +97,7 @@ class CheckpointFiles:
 
     def _handle(self, file: str) -> Any:
         if file not in self._open:
+            open_regular(self.folder / file).close()  # the library would open anything
             with self._as_checkpoint_errors(file):
                 self._open[file] = self._stack.enter_context(
                     safe_open(self.folder / file, framework="pt")

@@ -1,9 +1,11 @@
 """ModelConfig: the properties of a model, in fields that all families share."""
 
 import json
+import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from model.formats import DENSE, WeightFormat
 from model.ops.specs import Activation, NormSpec, RouterSpec
@@ -109,7 +111,7 @@ class ModelConfig:
     linear_format: WeightFormat = DENSE  # of the weights of attention and dense MLPs
     expert_format: WeightFormat = DENSE
 
-    @property
+    @cached_property
     def ropes(self) -> tuple[RopeConfig, ...]:
         """The different rotary embeddings of the layers, in the order of their first layers."""
         return tuple(dict.fromkeys(layer.rope or self.rope for layer in self.layers))
@@ -128,12 +130,29 @@ def conversion_hint(folder: Path) -> str:
     return ""
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file, or a link to one, for reading.
+
+    Anything else, such as a named pipe or a link to a device, might never end. Raises
+    CheckpointError.
+    """
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: not a regular file or a link to one")
+        # It may have become a named pipe in the meantime.
+        return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a checkpoint. Raises CheckpointError."""
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: too large for a configuration file")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > _MAX_JSON_BYTES:
+                raise CheckpointError(f"{path}: too large for a configuration file")
+            value = json.loads(file.read(size).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     if not isinstance(value, dict):

@@ -34,9 +34,7 @@ def load(model: Transformer, checkpoint: str | Path, backend: Backend) -> None:
     """
     with contextlib.ExitStack() as stack:
         files = CheckpointFiles(Path(checkpoint), stack)
-        names = _stored_names(model.config, files)
-        found = tensor_map(model, names)
-        _check(found, files, model.config, names)
+        found = _checked_map(model, files)
         parameters = _parameters(model, backend)
         for piece in found.pieces:
             parameters[id(piece.holder), piece.attribute].pieces_left += 1
@@ -56,6 +54,12 @@ def load(model: Transformer, checkpoint: str | Path, backend: Backend) -> None:
             del tensors, source
             files.close_if_large()
     _tie_head(model, backend)
+
+
+def check(model: Transformer, checkpoint: str | Path) -> None:
+    """Raise CheckpointError as `load` does, from the headers of the files alone."""
+    with contextlib.ExitStack() as stack:
+        _checked_map(model, CheckpointFiles(Path(checkpoint), stack))
 
 
 def load_dummy(model: Transformer, backend: Backend, seed: int = 0) -> None:
@@ -134,6 +138,29 @@ def _tie_head(model: Transformer, backend: Backend) -> None:
     if model.config.tie_word_embeddings:
         assert model.embedding is not None  # it was just filled
         model.head.weight = backend.pack_head(model.embedding)
+
+
+def _checked_map(model: Transformer, files: CheckpointFiles) -> TensorMap:
+    """The map of the model's tensors, all of which are in the files."""
+    _check_count(model.config, files)
+    names = _stored_names(model.config, files)
+    found = tensor_map(model, names)
+    _check(found, files, model.config, names)
+    return found
+
+
+def _check_count(config: ModelConfig, files: CheckpointFiles) -> None:
+    """Refuse a config with far more layers or experts than are stored before they are mapped."""
+    stored, needed, experts = len(files.file_of), len(config.layers), ""
+    stems = [stem for stem, _ in family(config.model_type).names.experts.linears]
+    if config.moe is not None and any("{expert}" in stem for stem in stems):
+        needed += config.moe.num_experts * sum(layer.sparse for layer in config.layers)
+        experts = f" with {config.moe.num_experts} experts"
+    if needed > stored:
+        raise CheckpointError(
+            f"{files.folder}: config.json requires {len(config.layers)} layers{experts}, but only "
+            f"{stored} tensors are stored: it belongs to another model, or files are missing"
+        )
 
 
 def _check(

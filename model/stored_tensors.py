@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.config import CheckpointError, read_json
+from model.config import CheckpointError, open_regular, read_json
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _CHUNK_BYTES = 8 << 20
@@ -50,7 +50,7 @@ class StoredTensors:
         if (one.dtype, one.shape, one.size) != (other.dtype, other.shape, other.size):
             return True
         try:
-            with open(one.file, "rb") as a, open(other.file, "rb") as b:
+            with open_regular(one.file) as a, open_regular(other.file) as b:
                 a.seek(one.start)
                 b.seek(other.start)
                 for done in range(0, one.size, _CHUNK_BYTES):
@@ -60,7 +60,7 @@ class StoredTensors:
                         return True
                     if len(values) < size:
                         return False  # truncated
-        except (OSError, ValueError, OverflowError):
+        except (CheckpointError, OSError, ValueError, OverflowError):
             return False
         return False
 
@@ -76,7 +76,9 @@ class StoredTensors:
             return _Location(
                 self._folder / file, str(found["dtype"]), tuple(found["shape"]), first, size
             )
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        except (
+            CheckpointError, OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError
+        ):  # fmt: skip
             return None
 
     def _file_of(self, name: str) -> str | None:
@@ -94,7 +96,7 @@ class StoredTensors:
     def _header(self, file: str) -> dict[str, Any]:
         """The header of a file, and under "first_byte" where its tensors begin."""
         if file not in self._headers:
-            with open(self._folder / file, "rb") as opened:
+            with open_regular(self._folder / file) as opened:
                 size = int.from_bytes(opened.read(8), "little")
                 if size > _MAX_HEADER_BYTES:
                     raise ValueError("the header is too large")

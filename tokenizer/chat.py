@@ -2,25 +2,21 @@
 
 A template gets the same environment and the same names as in transformers'
 `apply_chat_template`, so templates from the Hub run unchanged. A template is untrusted code: it
-runs in Jinja's sandbox, with limits on loops, text, numbers and time.
+runs in a sandbox, a process with limits on its memory and its time.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.meta
-import jinja2.nodes
-import jinja2.parser
-
-from tokenizer.errors import TemplateError, TokenizerError
-from tokenizer.sandbox import MAX_TEXT, Sandbox
+from tokenizer.errors import TemplateError
+from tokenizer.files import read_file
+from tokenizer.sandbox import Sandbox
 
 _MAX_SOURCE = 1 << 20  # characters; templates on the Hub have at most tens of thousands
+_sandbox = Sandbox()  # of all templates of this process
 
 Message = Mapping[str, Any]
 """One message: {"role": "system" | "user" | "assistant", "content": text}, plus any other keys
@@ -28,19 +24,18 @@ that the template uses."""
 
 
 class ChatTemplate:
-    """A compiled template and the special tokens it can refer to by name."""
+    """A template and the special tokens that it can refer to by name.
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
+    It is compiled when it is first used, because most jobs do not use it: whatever is wrong with it
+    is raised then.
+    """
+
+    def __init__(
+        self, source: str | bytes, special_tokens: Mapping[str, str] | None = None
+    ) -> None:
+        """source: the template, or the content of its file."""
+        self._given = source
         self._special_tokens = dict(special_tokens or {})
-        if len(source) > _MAX_SOURCE:
-            raise TokenizerError(f"the chat template is longer than {_MAX_SOURCE} characters")
-        try:
-            self._environment = _environment()
-            tree = self._environment.parse(source)
-            self.variables = frozenset(jinja2.meta.find_undeclared_variables(tree))
-            self._template = self._environment.from_string(self._environment.add_limits(tree))
-        except (jinja2.TemplateError, RecursionError, MemoryError, ValueError) as error:
-            raise TokenizerError(f"the chat template is not valid: {error}") from error
 
     @classmethod
     def load(
@@ -49,96 +44,51 @@ class ChatTemplate:
         """Load the template from chat_template.jinja in `folder`, or else from `config`.
 
         `config` is the content of tokenizer_config.json. Returns None if neither has a template.
-        Raises TokenizerError.
+        Raises TokenizerError if the file cannot be read.
         """
-        file = folder / "chat_template.jinja"
-        source = config.get("chat_template")
-        if file.is_file():
-            try:
-                # A character has at most four bytes in UTF-8.
-                with open(file, "rb") as opened:
-                    source = opened.read(4 * _MAX_SOURCE + 1).decode("utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise TokenizerError(f"{file} cannot be read: {error}") from error
-        elif isinstance(source, list):  # several named templates
+        # A character has at most four bytes in UTF-8.
+        file = read_file(folder / "chat_template.jinja", 4 * _MAX_SOURCE)
+        source = config.get("chat_template") if file is None else file
+        if isinstance(source, list):  # several named templates
             named = {e.get("name"): e.get("template") for e in source if isinstance(e, dict)}
             source = named.get("default")
-        return cls(source, special_tokens) if isinstance(source, str) else None
+        return cls(source, special_tokens) if isinstance(source, str | bytes) else None
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """The names of all variables that the template uses.
+
+        Raises TemplateError if the template is not valid.
+        """
+        return _sandbox.variables(self._source)
+
+    def check(self) -> None:
+        """Raise TemplateError if the template is not valid."""
+        _ = self.variables
 
     def render(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
+        self,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any] | None = None,
+        now: datetime | None = None,
     ) -> str:
         """Return the conversation as text, ending where the assistant's answer begins.
 
-        `variables` are additional template variables (`reasoning_effort="low"`, …);
-        `self.variables` holds the names of all variables that the template uses. Raises
+        `variables` are additional template variables (`reasoning_effort`, …), or other values for
+        those that every template gets; `now` is the time that the template sees. Raises
         TemplateError, with the template's own message if the template rejects the conversation.
         """
-        names: dict[str, Any] = {"tools": None, "documents": None, **self._special_tokens}
-        names |= variables
-        names |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        self._environment.reset_limits()
-        pieces, length = [], 0
+        names: dict[str, Any] = {"tools": None, "documents": None, "add_generation_prompt": True}
+        names |= self._special_tokens | dict(variables or {}) | {"messages": messages}
+        return _sandbox.render(self._source, names, now)
+
+    @cached_property
+    def _source(self) -> str:
+        given = self._given
         try:
-            for piece in self._template.generate(names):
-                pieces.append(piece)
-                length += len(piece)
-                if length > MAX_TEXT:
-                    raise TemplateError(f"it creates more than {MAX_TEXT} characters of text")
-        except Exception as error:  # a template is a program: it can raise anything
-            raise TemplateError(f"the chat template failed: {error}") from error
-        return "".join(pieces)
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}` marks the assistant's text; only its body matters."""
-
-    tags = {"generation"}  # noqa: RUF012 - the base class declares it the same way
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        """Replace the block by its body."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> Sandbox:
-    """Return the environment that templates on the Hub expect."""
-    environment = Sandbox(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[_Generation, jinja2.ext.loopcontrols],
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes <, >, & and '; no model was trained on such text.
-    encoder = json.JSONEncoder(
-        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-    if indent is None:
-        return encoder.encode(value)
-    pieces, length = [], 0
-    for piece in encoder.iterencode(value):  # with deep nesting, indentation dominates the text
-        pieces.append(piece)
-        length += len(piece)
-        if length > MAX_TEXT:
-            raise TemplateError(f"it creates more than {MAX_TEXT} characters of text")
-    return "".join(pieces)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
+            text = given if isinstance(given, str) else given.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise TemplateError(f"the chat template is not valid: {error}") from None
+        if len(text) > _MAX_SOURCE:
+            raise TemplateError(f"the chat template is longer than {_MAX_SOURCE} characters")
+        return text

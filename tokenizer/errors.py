@@ -9,4 +9,4 @@ class TokenizerError(Exception):
 
 
 class TemplateError(TokenizerError):
-    """A chat template rejected a conversation, failed, or exceeded a limit of its sandbox."""
+    """A chat template is not valid, rejected a conversation, or exceeded a limit of its sandbox."""

@@ -11,8 +11,10 @@ import tokenizers
 
 from tokenizer.chat import ChatTemplate
 from tokenizer.errors import TokenizerError
+from tokenizer.files import read_file
 from tokenizer.special_tokens import add_special_tokens
 
+_MAX_TOKENIZER = 256 << 20  # bytes of tokenizer.json; the largest on the Hub have 35 MB
 _MAX_JSON = 64 << 20  # bytes; tokenizer_config.json may list every added token
 
 
@@ -55,10 +57,11 @@ class Tokenizer:
         """
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
-        if not file.is_file():
+        content = read_file(file, _MAX_TOKENIZER)
+        if content is None:
             raise TokenizerError(f"tokenizer not found: {file} does not exist")
         with _converted_errors(f"{file} is not a usable tokenizer.json"):
-            backend = tokenizers.Tokenizer.from_file(str(file))
+            backend = tokenizers.Tokenizer.from_buffer(content)
         folder = file.parent
         config = _read_json(folder / "tokenizer_config.json")
         special_tokens = add_special_tokens(
@@ -127,13 +130,12 @@ def _converted_errors(problem: str) -> Iterator[None]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     """Return the JSON object in `file`, or an empty one if the file does not exist."""
-    if not file.is_file():
+    content = read_file(file, _MAX_JSON)
+    if content is None:
         return {}
     try:
-        if file.stat().st_size > _MAX_JSON:
-            raise TokenizerError(f"{file} is larger than {_MAX_JSON} bytes")
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise TokenizerError(f"{file} must contain a JSON object")

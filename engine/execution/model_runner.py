@@ -63,6 +63,10 @@ class ModelRunner:
         """Whether decode steps are replayed."""
         return self._graphs is not None
 
+    def check(self, checkpoint: Path) -> None:
+        """Raise CheckpointError if the stored weights are not those of the config."""
+        loader.check(Transformer(self.config, self.shard), checkpoint)
+
     def load(self, checkpoint: Path, dummy: bool) -> None:
         """Load the weights (random ones if dummy). Raises CheckpointError."""
         model = Transformer(self.config, self.shard)

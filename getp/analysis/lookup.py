@@ -37,7 +37,7 @@ def find_model(given: Path) -> Model:
     """
     if given.is_dir():
         return Model(model_name(given), load_config(given, warn))
-    if given.is_file():
+    if given.exists():
         return Model(model_name(given.parent), parse_config(read_json(given), given))
     name = str(given).lower()
     if not is_known(name):

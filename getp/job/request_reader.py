@@ -147,10 +147,7 @@ class RequestReader:
         else:
             has_system = body.messages[0].get("role") in ("system", "developer")
             messages = body.messages if has_system else [*system, *body.messages]
-        variables = body.variables
-        if self._now is not None:
-            variables = {"strftime_now": self._now.strftime, **variables}
-        return template.render(messages, **variables)
+        return template.render(messages, body.variables, self._now)
 
     def _params(self, body: ParsedBody, index: int) -> SamplingParams:
         defaults = self.defaults.params

@@ -10,7 +10,10 @@ _MIN_CHECKED_LENGTH = 1 << 20  # characters; shorter texts are encoded without a
 
 
 def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
-    """Return the tokenizer's chat template. Raises GetpError if it has none."""
+    """Return the tokenizer's chat template, which is compiled at the first use.
+
+    Raises GetpError if there is none, and TemplateError if it is not valid.
+    """
     if tokenizer.template is None:
         raise GetpError(
             "this model has no chat template (no {file}, none in tokenizer_config.json): give a "
@@ -18,6 +21,7 @@ def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
             "a chat)",
             file="chat_template.jinja",
         )
+    tokenizer.template.check()
     return tokenizer.template
 
 

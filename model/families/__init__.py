@@ -5,6 +5,7 @@ A family is one module here, named as its `model_type`, that defines FAMILY, and
 a key that matters would give wrong results silently.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -51,13 +52,13 @@ def load_config(
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint directory")
     path = folder / "config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise CheckpointError(
             f"{folder}: contains no config.json, so it is not a checkpoint{conversion_hint(folder)}"
         )
     stop_ids = None
     generation = folder / "generation_config.json"
-    if generation.is_file():
+    if os.path.lexists(generation):
         stop_ids = Keys(generation, read_json(generation)).token_ids("eos_token_id")
     values = read_json(path)
     config = parse_config(values, path, stop_ids)

@@ -39,6 +39,21 @@ _NEUTRAL: dict[str, Any] = {
     "shared_expert_intermediate_size": 0,
 }
 
+# The largest values of integers, far above those of every published model. Whatever is larger is a
+# mistake or an attack, and would take much time before something else refuses it.
+_MAXIMUM = {
+    "num_hidden_layers": 1 << 10,
+    "num_attention_heads": 1 << 14,
+    "num_key_value_heads": 1 << 14,
+    "head_dim": 1 << 14,
+    "num_experts": 1 << 12,
+    "num_local_experts": 1 << 12,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 20,
+    "moe_intermediate_size": 1 << 20,
+    "vocab_size": 1 << 24,
+}
+
 
 class Keys:
     """The keys of one JSON object and the file or name that errors refer to.
@@ -61,12 +76,18 @@ class Keys:
         return default if value is None else value
 
     def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
-        """An integer of at least `minimum`. Raises CheckpointError if missing without a default."""
+        """An integer of at least `minimum` that is not absurdly large.
+
+        Raises CheckpointError for any other value, and if it is missing without a default.
+        """
         value = self.get(key, default)
         if value is None:
             raise self.fail(f"'{key}' is missing")
-        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value < 2**31:
-            raise self.fail(f"'{key}' must be an integer of at least {minimum}, not {value!r}")
+        maximum = _MAXIMUM.get(key, 2**31 - 1)
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            raise self.fail(
+                f"'{key}' must be an integer from {minimum} to {maximum}, not {value!r:.60}"
+            )
         return value
 
     def optional_integer(self, key: str) -> int | None:

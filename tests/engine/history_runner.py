@@ -49,6 +49,8 @@ class HistoryRunner:
         self.fail_at = -1
         self.max_tokens = 1 << 60  # a step with more runs out of memory
 
+    def check(self, checkpoint: Path) -> None: ...
+
     def load(self, checkpoint: Path, dummy: bool) -> None: ...
 
     def block_bytes(self, block_size: int) -> int:

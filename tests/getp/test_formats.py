@@ -303,6 +303,21 @@ def test_error_of_the_chat_template_fails_only_its_request(tmp_path: Path) -> No
     assert body(good)["choices"][0]["message"]["content"] == "ok"
 
 
+def test_only_requests_that_use_an_invalid_chat_template_fail(tmp_path: Path) -> None:
+    lines = [batch_line(CHAT, "a", messages=[{"role": "user", "content": "hi"}])]
+    lines += [batch_line(TEXT, "b", prompt="hi")]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    defaults = RequestDefaults(SamplingParams())
+    job = Job(str(tmp_path / "in.jsonl"), str(tmp_path / "o.jsonl"), "small", defaults)
+    engine: Any = Engine()
+    tokenizer = small_tokenizer("{% for x in y %}")
+    assert job_run.run_job(job, job_run.read(job), tokenizer, engine) == SOME_FAILED
+    bad, good = map(json.loads, (tmp_path / "o.jsonl").open())
+    assert bad["error"]["code"] == "template_failed"
+    assert "the chat template is not valid" in bad["error"]["message"]
+    assert body(good)["choices"][0]["text"] == "hi"
+
+
 def test_seen_ids_behave_like_a_set() -> None:
     seen = SeenIds(5000)
     assert all(seen.add(str(index)) for index in range(5000))

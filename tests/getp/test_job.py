@@ -17,8 +17,8 @@ from getp.job.run import Job
 from getp.report.efficiency import RunEfficiency
 from getp.report.measurements import quantile
 from getp.text.prompts import request_seed
-from tests.getp.helpers import FakeEngine, fake_engine, small_tokenizer
-from tokenizer import Tokenizer
+from tests.getp.helpers import FakeEngine, fake_engine, small_tokenizer, write_tokenizer
+from tokenizer import TemplateError, Tokenizer
 
 TOKENIZER = small_tokenizer()
 FINAL_LINE = r"elapsed time\(s\): \d+\.\d{6}, achieved throughput TPS \(tok/s\): \d+\.\d{6}"
@@ -290,6 +290,20 @@ def test_missing_chat_template_ends_the_job_before_the_model_loads(tmp_path: Pat
     with pytest.raises(GetpError, match="no chat template"):
         job_run.run_job(work, job_run.read(work), small_tokenizer(None), engine)
     assert engine.stats.steps == 0
+
+
+def test_invalid_chat_template_ends_the_job_before_the_model_loads(tmp_path: Path) -> None:
+    work, engine = job(tmp_path, b"1\na\n", chat=True), FakeEngine()
+    with pytest.raises(TemplateError, match=r"is not valid: .*endfor"):
+        job_run.run_job(work, job_run.read(work), small_tokenizer("{% for x in y %}"), engine)
+    assert engine.stats.steps == 0
+
+
+def test_a_job_that_does_not_use_the_chat_template_runs_whatever_is_in_it(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path / "model", "{% for x in y %}")
+    work, engine = job(tmp_path, b"1\na\n"), FakeEngine()
+    assert job_run.run_job(work, job_run.read(work), Tokenizer.load(folder), engine) == 0
+    assert len(engine.requests) == 1
 
 
 def test_lines_after_the_last_prompt_cause_a_warning(
