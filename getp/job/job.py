@@ -10,14 +10,14 @@ from typing import Any
 
 from engine.resolve import dtype_name
 from getp.errors import NameOf
-from getp.files import check_writable, is_stream, remove_leftovers
+from getp.files import check_writable, is_stream
 from getp.job.formats import output_format
 from getp.job.inputs import Source, scan
 from getp.job.job_engine import JobEngine
 from getp.job.journal import Journal
 from getp.job.ordering import Schedule
 from getp.job.request_reader import RequestDefaults
-from getp.job.results import errors_path
+from getp.ownership import errors_path, remove_leftovers
 from getp.terminal import print_message, warn
 from getp.units import counted
 
@@ -64,7 +64,7 @@ def read(job: Job) -> Source:
     if not is_stream(job.output):
         beside = {"journal": job.journal_path, "errors file": errors_path(job.output)}
         for role, path in beside.items():
-            check_writable(path, role, files)
+            check_writable(path, role, files, is_journal=role == "journal")
         files |= beside
     if job.report is not None:
         check_writable(job.report, "report", files | {"output": job.output})

@@ -21,8 +21,9 @@ from getp.job.ordering import order_for_throughput
 from getp.job.prefetch import Prefetcher
 from getp.job.progress import progress
 from getp.job.request_reader import RequestReader
-from getp.job.results import errors_path, write_results
+from getp.job.results import write_results
 from getp.job.signals import GraceExpired, GracefulStop
+from getp.ownership import errors_path
 from getp.report.job_report import job_report
 from getp.report.measurements import Measurements
 from getp.report.report_table import final_line, print_report
@@ -106,6 +107,9 @@ class JobRun:
                 f"{done}, not saved: a job can be resumed only if {name_of('output')} is a "
                 "regular file"
             )
+        if not self._journal.in_place:
+            path = self._journal.path
+            return f"{done}, not saved: {path} was deleted or replaced while the job ran"
         remedy = "the same command resumes the job"
         if limit is not None and self._journal.failed > limit:
             remedy = f"raise {name_of('max_errors')} to resume, or start over with "
