@@ -68,7 +68,22 @@ def read(job: Job) -> Source:
         files |= beside
     if job.report is not None:
         check_writable(job.report, "report", files | {"output": job.output})
+    _announce_replacements(job, source)
     return source
+
+
+def _announce_replacements(job: Job, source: Source) -> None:
+    """Say which existing files the job will replace with its own."""
+    written = [job.output, *([job.report] if job.report is not None else [])]
+    if (
+        not is_stream(job.output)
+        and not output_format(job.output, source.format, job.output_format).holds_failures
+    ):
+        written.insert(1, errors_path(job.output))
+    existing = [path for path in written if not is_stream(path) and os.path.exists(path)]
+    if existing:
+        verbs = "exists: it" if len(existing) == 1 else "exist: they"
+        print_message(f"getp: {', '.join(existing)} {verbs} will be replaced when the job is done")
 
 
 def open_journal(job: Job, source: Source, engine: JobEngine) -> Journal:

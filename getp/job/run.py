@@ -70,7 +70,7 @@ class JobRun:
         self.job = job
         self.source = source
         self.engine = engine
-        self.measured = Measurements(resumed=journal.done)
+        self.measured = Measurements(resumed=journal.done, ignored=source.ignored)
         self.format = output_format(job.output, source.format, job.output_format)
         self._tokenizer = tokenizer
         self._journal = journal
