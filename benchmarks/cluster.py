@@ -40,6 +40,7 @@ class NoEngine:
 
     checkpoint: str
     max_batch_size: int = 2048
+    rounding: dict[str, Any] = field(default_factory=dict)
     stats: EngineStats = field(default_factory=EngineStats)
 
     def warm_up(self) -> None:

@@ -55,6 +55,7 @@ class IdleEngine:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     max_batch_size: int = _BATCH
+    rounding: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Set a config, which reports need."""

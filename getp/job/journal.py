@@ -55,7 +55,7 @@ class Journal:
         self.done = 0  # requests in the journal
         self.failed = 0  # those of them that failed
         self.damaged = 0  # damaged records; their requests run again
-        self._total = total
+        self.total = total
         self._flush_s = flush_s
         self._offsets = array("q", [-1]) * total  # of each request's record; -1: none
         self._closed, self._unsynced = threading.Event(), False
@@ -235,7 +235,7 @@ class Journal:
         before = self.done
         os.pwrite(self._file.fileno(), self._first, 0)
         self._end = len(self._first)
-        self._offsets = array("q", [-1]) * self._total
+        self._offsets = array("q", [-1]) * self.total
         self.done = self.failed = self.damaged = 0
         # A new file object: the buffers of the others hold what was there before.
         with os.fdopen(os.dup(self._file.fileno()), "rb") as file:
@@ -250,7 +250,7 @@ class Journal:
                 os.ftruncate(self._file.fileno(), self._end)
                 return
             match = _RECORD.fullmatch(checked_content(line) or b"")
-            if match is None or (index := int(match[1])) >= self._total:
+            if match is None or (index := int(match[1])) >= self.total:
                 self.damaged += 1
             else:
                 self._index_record(index, self._end, match[2] == b"+")
@@ -284,7 +284,7 @@ class Journal:
                     return  # the next append raises it
 
     def _failure(self, error: OSError) -> GetpError:
-        saved = f"; {self.done} of {self._total} requests are saved" if self.done else ""
+        saved = f"; {self.done} of {self.total} requests are saved" if self.done else ""
         return GetpError(
             f"cannot use the journal {self.path}: {error.strerror}{saved}. Fix the cause (disk "
             "full: make room), then repeat the command to resume"

@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
+from getp import fingerprint
 from getp.errors import GetpError
 
 Header = dict[str, Any]
@@ -12,9 +13,6 @@ Header = dict[str, Any]
 
 ROUNDING = "rounding"
 """The key of what rounding depends on; journals of older versions lack it."""
-
-# Fingerprint keys that do not say what they are; the keys are part of the file format.
-_LABELS = {"capped": "length limit given"}
 
 
 def with_checksum(content: bytes) -> bytes:
@@ -46,7 +44,7 @@ def read_header(line: bytes) -> Header | None:
 
 def refuse_changes(path: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Raise GetpError if two fingerprints differ; it names each value that does."""
-    changes, fields = changed_values(old, new)
+    changes, fields = fingerprint.changes(old, new)
     if changes:
         raise GetpError(
             f"this job was started with {changes}. Repeat the original command to resume, or add "
@@ -54,18 +52,3 @@ def refuse_changes(path: str, old: Mapping[str, Any], new: Mapping[str, Any]) ->
             **fields,
             journal=path,
         )
-
-
-def changed_values(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
-    """Return the text of a GetpError that names what differs, and the values that it names."""
-    # A value is a field, so that braces in it stay. A name without spaces is a setting.
-    fields: dict[str, str] = {}
-    changes = []
-    for name in {**old, **new}:
-        if old.get(name) != new.get(name):
-            label = _LABELS.get(name, name)
-            key = name.replace(" ", "_")
-            fields |= {f"old_{key}": repr(old.get(name)), f"new_{key}": repr(new.get(name))}
-            setting = f"{{{name}}}" if key == label else label
-            changes.append(f"{setting} {{old_{key}}}, now {{new_{key}}}")
-    return "; ".join(changes), fields
