@@ -57,6 +57,7 @@ class NoEngine:
             if request is not None:
                 ids = list(request.prompt_ids)
                 self.stats.output_tokens += len(ids)
+                self.stats.generated_tokens += len(ids)
                 yield Completion(request.request_id, ids, "length", prompt_tokens=len(ids))
 
 

@@ -134,30 +134,23 @@ class JobRun:
 
     def _run_inference(self, requests: Prefetcher[JobRequest | Failure]) -> None:
         """Run every request through the engine, which admits requests as it has room."""
-        left = self.source.total - self._journal.done
-        with progress(left, lambda: self.engine.stats.output_tokens) as advance:
-            engine_requests = self._engine_requests(
-                requests.until(lambda: self._stop.requested), advance
-            )
+        with progress(self._journal, lambda: self.engine.stats):
+            engine_requests = self._engine_requests(requests.until(lambda: self._stop.requested))
             completions = self.engine.generate(engine_requests)
             try:
                 for completion in completions:
                     self._record_completion(completion)
-                    advance()
             except GraceExpired:
                 return
             finally:
                 if isinstance(completions, Iterator) and hasattr(completions, "close"):
                     completions.close()
 
-    def _engine_requests(
-        self, requests: Iterator[JobRequest | Failure], advance: Callable[[], None]
-    ) -> Iterator[Request]:
+    def _engine_requests(self, requests: Iterator[JobRequest | Failure]) -> Iterator[Request]:
         """Yield the valid requests for the engine; record the failures of the others."""
         for request in requests:
             if isinstance(request, Failure):
                 self._record_failure(request)
-                advance()
                 continue
             watcher = StopWatcher(
                 self._tokenizer, request.prompt_ids, request.chat, request.stops, self._stop.check

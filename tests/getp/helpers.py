@@ -177,6 +177,7 @@ class FakeEngine:
         for token_id in islice(self._answer(prompt), min(limit, params.max_new_tokens or 10**9)):
             ids.append(token_id)
             self.stats.output_tokens += 1
+            self.stats.generated_tokens += 1
             ended = request.on_token is not None and request.on_token(token_id)
             if ended or token_id in params.stop_ids:
                 return self._completion(request, ids, "stop")
