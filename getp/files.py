@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, cast
 
 from getp.errors import GetpError
 from getp.ownership import refuse_journal, temporary_path
+from getp.standard_streams import refuse_closed_output
 from getp.terminal import strip_control_characters
 
 STDIO = "-"  # the path of standard input and standard output
@@ -234,7 +235,7 @@ def check_writable(
     whether the path is for a journal.
     """
     if path == STDIO:
-        return
+        return refuse_closed_output()
     if not path:
         raise GetpError(f"the name of the {role} file must not be empty")
     target = Path(os.path.realpath(path))

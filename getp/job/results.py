@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from itertools import count
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from getp.files import STDIO, is_stream, open_output
 from getp.job.formats.interface import OutputFormat
 from getp.job.journal import Journal
 from getp.ownership import errors_path
-from getp.terminal import print_message
+from getp.terminal import discard_output, print_message
 
 
 def write_results(journal: Journal, total: int, output: str, form: OutputFormat) -> None:
@@ -28,8 +27,8 @@ def write_results(journal: Journal, total: int, output: str, form: OutputFormat)
     except (GetpError, OSError) as error:
         if not is_stream(output):
             raise
-        if output == STDIO:  # otherwise the rest of the buffer would fail again at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if output == STDIO:
+            discard_output()
         names = (f"getp-results-{os.getpid()}-{n}{form.suffix}" for n in count(1))
         fallback = next(name for name in names if not os.path.lexists(name))
         _write(journal, total, fallback, form)

@@ -1,7 +1,6 @@
 """The main job: read → warm_up → inference → finish → write → report."""
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -27,7 +26,7 @@ from getp.ownership import errors_path
 from getp.report.job_report import job_report
 from getp.report.measurements import Measurements
 from getp.report.report_table import final_line, print_report
-from getp.terminal import print_message
+from getp.terminal import print_last_line, print_message
 from getp.text.answer_text import StopWatcher
 from getp.text.prompts import chat_template
 from tokenizer import Tokenizer
@@ -208,8 +207,11 @@ def _report(run: JobRun, failed: int) -> None:
     if job.reading_hint is not None and run.format is TOKEN_LINES and not is_stream(job.output):
         print_message(f"getp: {job.reading_hint}")
     # If standard output holds the results or the report, it must stay parseable.
-    stdout_in_use = STDIO in (job.output, job.report)
-    print(final_line(run.measured), file=sys.stderr if stdout_in_use else sys.stdout)
+    line = final_line(run.measured)
+    if STDIO in (job.output, job.report):
+        print_message(line)
+    else:
+        print_last_line(line)
 
 
 def _failure(request: JobRequest, code: str, message: str) -> Failure:
