@@ -16,13 +16,12 @@ import os
 import re
 import threading
 from array import array
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
 from getp.errors import GetpError
-from getp.files import sync_folder
+from getp.files import MAX_LINE_BYTES, sync_folder
 from getp.job.journal_header import (
     ROUNDING,
     Header,
@@ -37,7 +36,7 @@ from getp.terminal import warn
 from getp.units import counted
 
 _RECORD = re.compile(rb"([0-9]{1,15}) ([+-]) (.*)", re.DOTALL)
-_MAX_SEARCHED_LINES = 1000  # lines of a file without a header, in search of a record
+_SEARCHED_BYTES = 16 << 20  # of a file without a header, in search of a record
 
 
 class Journal:
@@ -191,7 +190,7 @@ class Journal:
 
     def _read_or_write_header(self, header: Header, restart: bool) -> Header:
         """Read the existing journal, or begin a new one; return its header."""
-        first = self._file.readline()
+        first = self._file.readline(MAX_LINE_BYTES)
         found = read_header(first)
         if found is None and not self._is_ours(first):
             raise GetpError(
@@ -219,8 +218,8 @@ class Journal:
         """Whether a file without an intact header is a journal, possibly a damaged one."""
         if starts_journal(first) or (not first.endswith(b"\n") and may_start_journal(first)):
             return True
-        lines = [first, *islice(self._file, _MAX_SEARCHED_LINES)]
-        return any(checked_content(line) is not None for line in lines)
+        lines = (first + self._file.read(_SEARCHED_BYTES)).split(b"\n")
+        return any(checked_content(line + b"\n") is not None for line in lines)
 
     def _begin(self, header: Header) -> Header:
         os.ftruncate(self._file.fileno(), 0)
