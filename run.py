@@ -1,6 +1,6 @@
 """The command line: `python run.py [CHECKPOINT] -m MODE …`."""
 
-from getp.cli.main import main
+from getp_command import main
 
 if __name__ == "__main__":
     main()

@@ -40,6 +40,7 @@ class NoEngine:
 
     checkpoint: str
     max_batch_size: int = 2048
+    rounding: dict[str, Any] = field(default_factory=dict)
     stats: EngineStats = field(default_factory=EngineStats)
 
     def warm_up(self) -> None:
@@ -56,6 +57,7 @@ class NoEngine:
             if request is not None:
                 ids = list(request.prompt_ids)
                 self.stats.output_tokens += len(ids)
+                self.stats.generated_tokens += len(ids)
                 yield Completion(request.request_id, ids, "length", prompt_tokens=len(ids))
 
 

@@ -55,6 +55,7 @@ class IdleEngine:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     max_batch_size: int = _BATCH
+    rounding: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Set a config, which reports need."""
@@ -86,6 +87,7 @@ class IdleEngine:
             self.stats.steps += 1
             self.stats.batch_sum += len(batch_requests)
             self.stats.output_tokens += sum(len(request.prompt_ids) for request in batch_requests)
+            self.stats.generated_tokens = self.stats.output_tokens
             before, done = done, done + len(batch_requests)
             if done // self.every > before // self.every:
                 now, cpu = time.perf_counter(), time.process_time()

@@ -25,7 +25,7 @@ from engine.memory_plan import (
 from engine.parallel.coordinator import CoordinatorRunner
 from engine.parallel.worker_pool import WorkerPool
 from engine.request import Completion, Request
-from engine.resolve import dtype_name, resolve
+from engine.resolve import dtype_name, resolve, rounding
 from engine.scheduling.admission import admit, take_requests
 from engine.scheduling.kv_cache import KVCache
 from engine.scheduling.scheduler import Scheduler
@@ -74,8 +74,8 @@ class Engine:
         self.model_config = load_config(checkpoint, notice)
         self.settings = settings = resolve(config, self.model_config)
         self.device, self.dtype = settings.device, settings.dtype
-        self.held_config = settings.model
-        self.tensor_parallel = settings.tensor_parallel
+        self.held_config, self.tensor_parallel = settings.model, settings.tensor_parallel
+        self.rounding = rounding(self.device, self.dtype, self.tensor_parallel)
         self.max_batch_size = settings.max_batch_size
         self.max_batch_tokens = settings.max_batch_tokens
         self.max_positions = self.model_config.max_positions  # less if the KV cache is smaller

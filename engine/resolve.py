@@ -2,12 +2,14 @@
 
 import os
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from engine.config import EngineConfig
 from engine.errors import EngineError
 from model import ModelConfig
+from model.cost.measure import hardware_name
 from model.cost.operations import check_tensor_parallel
 from model.ops.backend import choose_backend
 
@@ -77,6 +79,18 @@ def choose_dtype(name: str, checkpoint_dtype: str, device: torch.device) -> torc
 def dtype_name(dtype: torch.dtype) -> str:
     """The name of a dtype in settings and reports, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
+
+
+def rounding(device: torch.device, dtype: torch.dtype, tensor_parallel: int) -> dict[str, Any]:
+    """What the rounding of results depends on besides checkpoint and dtype, as JSON values."""
+    torch_version = str(torch.__version__)
+    if device.type == "cpu":
+        torch_version += f", {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        "kernels": choose_backend(device, dtype).kernels(hardware_name(device)),
+        "torch": torch_version,
+        "tensor_parallel": tensor_parallel,
+    }
 
 
 def rank_0_device(model: ModelConfig, size: int, device: torch.device) -> torch.device:

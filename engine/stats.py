@@ -15,6 +15,7 @@ class EngineStats:
     prompt_tokens: int = 0  # of finished requests
     cached_tokens: int = 0  # of these, found in the prefix cache
     output_tokens: int = 0
+    generated_tokens: int = 0  # output tokens so far, those of unfinished requests included
     preemptions: int = 0
     back_offs: int = 0  # steps that ran out of memory and were rolled back
     batch_sum: int = 0  # sequences in a step, summed over steps

@@ -90,6 +90,7 @@ class StepLoop:
                     error = _not_finite(self._settings.dtype)
                     done.append(sequence.completion("error", now, error))
                     continue
+                self._stats.generated_tokens += 1
                 reason = sequence.append(token, now)
                 if sequence.logprobs is not None:
                     sequence.logprobs.append(logprobs[i])

@@ -1,5 +1,5 @@
 """`python -m getp` is the `getp` command."""
 
-from getp.cli.main import main
+from getp_command import main
 
 main()

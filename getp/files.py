@@ -3,19 +3,21 @@
 The path `-` is standard input or standard output; `.gz` and `.zst` files are compressed.
 """
 
+import fcntl
 import gzip
 import io
 import json
 import os
-import re
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from getp.errors import GetpError
+from getp.ownership import refuse_journal, temporary_path
+from getp.standard_streams import refuse_closed_output
 from getp.terminal import strip_control_characters
 
 STDIO = "-"  # the path of standard input and standard output
@@ -154,10 +156,12 @@ def open_output(path: str) -> Iterator[BinaryIO]:
         sys.stdout.buffer.flush()
         return
     target = Path(os.path.realpath(path))  # a symbolic link is followed, not replaced
-    temporary = target if is_stream(path) else _temporary_path(target)
+    temporary = target if is_stream(path) else temporary_path(target)
     try:
         try:
             with open(temporary, "wb") as file:
+                with suppress(OSError):  # some file systems have no locks
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 with (
                     _open_compressor(file, path) as compressed,
                     _sanitize_for_terminal(compressed) as sanitized,
@@ -167,6 +171,7 @@ def open_output(path: str) -> Iterator[BinaryIO]:
                 if temporary != target:
                     os.fsync(file.fileno())
             if temporary != target:
+                refuse_journal(str(target))
                 os.replace(temporary, target)
                 sync_folder(target.parent)
         finally:
@@ -221,13 +226,16 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def check_writable(path: str, role: str, others: Mapping[str, str] | None = None) -> None:
-    """Raise GetpError if `path` cannot be written, or is one of the other files.
+def check_writable(
+    path: str, role: str, others: Mapping[str, str] | None = None, is_journal: bool = False
+) -> None:
+    """Raise GetpError if `path` cannot be written, is one of the other files, or is a journal.
 
-    role: what the file is, for the message; others: paths of other files, by role.
+    role: what the file is, for the message; others: paths of other files, by role; is_journal:
+    whether the path is for a journal.
     """
     if path == STDIO:
-        return
+        return refuse_closed_output()
     if not path:
         raise GetpError(f"the name of the {role} file must not be empty")
     target = Path(os.path.realpath(path))
@@ -236,26 +244,16 @@ def check_writable(path: str, role: str, others: Mapping[str, str] | None = None
             raise GetpError(f"{role} and {other_role} are the same file: {path}")
     if is_stream(path) and not target.is_dir():
         return
-    probe = _temporary_path(target)
+    if not is_journal:
+        refuse_journal(path)
+    probe = temporary_path(target)
     try:
         if target.is_dir():
             raise IsADirectoryError(0, "it is a directory")
-        probe.touch()
+        probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:
         raise GetpError(f"cannot write {path}: {_reason(error)}") from error
-
-
-def remove_leftovers(path: str) -> None:
-    """Remove the temporary files of processes that were killed while they wrote `path`."""
-    target = Path(os.path.realpath(path))
-    for file in target.parent.iterdir():
-        if re.fullmatch(rf"\.{re.escape(target.name)}\.[0-9]+\.tmp", file.name):
-            file.unlink(missing_ok=True)
-
-
-def _temporary_path(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{os.getpid()}.tmp")
 
 
 def _reason(error: Exception) -> str:

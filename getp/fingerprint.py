@@ -1,8 +1,13 @@
-"""Fingerprints of checkpoints and tokenizers: hashes of their contents, independent of paths."""
+"""Fingerprints of checkpoints and tokenizers: hashes of their contents, independent of paths.
+
+And what differs between two fingerprints of jobs, as messages name it.
+"""
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from model.config import open_regular
 
@@ -14,6 +19,9 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja",
 )  # fmt: skip
+
+# Keys of a job's fingerprint that do not say what they are; they are part of the file format.
+_LABELS = {"capped": "length limit given"}
 
 
 def of_checkpoint(folder: Path) -> str:
@@ -46,3 +54,23 @@ def _of_files(folder: Path, patterns: tuple[str, ...]) -> str:
                     stream.seek((size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
                     digest.update(stream.read(_SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def changes(
+    old: Mapping[str, Any], new: Mapping[str, Any], now: str = "now"
+) -> tuple[str, dict[str, str]]:
+    """Return the text that names what differs, for a GetpError, and the fields of that text.
+
+    now: the word before each new value.
+    """
+    # A value is a field, so that braces in it stay. A name without spaces is a setting.
+    fields: dict[str, str] = {}
+    texts = []
+    for name in {**old, **new}:
+        if old.get(name) != new.get(name):
+            label = _LABELS.get(name, name)
+            key = name.replace(" ", "_")
+            fields |= {f"old_{key}": repr(old.get(name)), f"new_{key}": repr(new.get(name))}
+            setting = f"{{{name}}}" if key == label else label
+            texts.append(f"{setting} {{old_{key}}}, {now} {{new_{key}}}")
+    return "; ".join(texts), fields

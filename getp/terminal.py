@@ -1,11 +1,14 @@
 """The terminal: messages on standard error, Ctrl-C, and lines that a user types."""
 
+import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+
+from getp.errors import GetpError
 
 DIM, NORMAL = "\x1b[2m", "\x1b[0m"
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
@@ -27,6 +30,21 @@ def print_message(message: str, dim: bool = False) -> None:
         if dim and sys.stderr.isatty():
             shown = f"{DIM}{shown}{NORMAL}"
         print(shown, file=sys.stderr, flush=True)
+
+
+def print_last_line(line: str) -> None:
+    """Write a line on standard output after the work is done: if it fails, that is a message."""
+    try:
+        print(line, flush=True)
+    except (OSError, GetpError) as error:
+        discard_output()
+        reason = getattr(error, "strerror", None) or error
+        print_message(f"{line}\ngetp: that line is not on standard output: {reason}")
+
+
+def discard_output() -> None:
+    """Discard what standard output, which has failed, has buffered: it would fail again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def warn(message: str) -> None:

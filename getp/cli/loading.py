@@ -172,6 +172,7 @@ def load_cluster(settings: Settings) -> "Cluster":
         settings.engine,
         replicas=settings.parallel.replicas or None,
         address=settings.parallel.ray_address,
+        accept_different_rounding=settings.job.accept_different_rounding,
     )
 
 

@@ -17,7 +17,8 @@ from getp.cli.options import with_options
 from getp.cli.settings import settings_of
 from getp.cli.wording import option_name
 from getp.errors import GetpError, Interrupted, UsageProblem, worded
-from getp.terminal import print_message, warn
+from getp.standard_streams import open_closed_streams
+from getp.terminal import discard_output, print_message, warn
 
 
 @cloup.command(cls=Command, add_help_option=False)
@@ -47,7 +48,7 @@ def run(args: Sequence[str]) -> int:
         sys.stdout.flush()
         return status or 0
     except BrokenPipeError:  # the reader of the pipe has exited: `getp … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return 1
     except click.ClickException as error:
         return _fail(error.format_message(), error.exit_code, hint=True)
@@ -87,7 +88,8 @@ def _fail(message: str, status: int, hint: bool = False) -> int:
 
 
 def main() -> None:
-    """Run the `getp` command and exit with its status."""
+    """Run the command of this process and exit with its status."""
+    open_closed_streams()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         # The program must not end at an invalid byte or a character that the locale lacks.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]

@@ -87,6 +87,12 @@ _ALL: tuple[_Decorator, ...] = (
     ),
     _job("--restart", is_flag=True, help="Discard the journal and start over instead of resuming."),
     _job(
+        "--accept-different-rounding",
+        is_flag=True,
+        help="In 16 bits, also resume a job that other kernels or another kind of GPU have begun, "
+        "and run replicas on unlike hosts: nearly tied tokens may differ.",
+    ),
+    _job(
         "--max-errors",
         type=Integer(min=0),
         help="Stop the job after more than N failed requests.  [default: never]",

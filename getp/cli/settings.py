@@ -56,6 +56,7 @@ class JobOptions:
     output_format: Literal["ids", "text", "jsonl"] | None  # None: by the suffix of the output
     report: str | None
     restart: bool
+    accept_different_rounding: bool
     max_errors: int | None
     flush_interval: float  # seconds
     grace: float  # seconds

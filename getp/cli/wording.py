@@ -35,6 +35,7 @@ _OPTIONS = {
     "output": "-o/--output",
     "output_format": "--output-format",
     "restart": "--restart",
+    "accept_different_rounding": "--accept-different-rounding",
     "max_errors": "--max-errors",
     "flush_interval": "--flush-interval",
     "line": "--line",

@@ -7,12 +7,12 @@ is restarted, and its requests run elsewhere; results do not depend on the repli
 import pickle
 import queue
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -21,10 +21,11 @@ from engine.resolve import choose_dtype, dtype_name, held_config
 from engine.summary import peak_resident_bytes
 from getp import __version__, fingerprint
 from getp.cluster.dispatcher import Dispatcher, collect_delay_s, max_in_flight
-from getp.cluster.ray_session import RaySession, death_reason, plan_resources
+from getp.cluster.ray_session import RaySession, death_reason
 from getp.cluster.replica import Replica, ReplicaSetup, Results, StartReport, request_message
-from getp.cluster.replica_state import ReplicaState, merged_stats
+from getp.cluster.replica_state import Event, Handler, ReplicaState, merged_stats, missing_notice
 from getp.errors import GetpError
+from getp.rounding import check_replica
 from getp.terminal import print_message, warn
 from getp.text.answer_text import StopWatcher
 from model import CheckpointError, load_config
@@ -33,25 +34,14 @@ _MAX_DEATHS = 3  # deaths of a replica in a row, without a finished request in b
 _POLL_S = 0.1  # longest wait for results before signals are handled
 _SLOW_START_S = 30.0  # time without a start after which a message names the missing replicas
 
-_Handler = Callable[[ReplicaState, Any], list[Completion]]
-
-
-@dataclass(frozen=True)
-class _Event:
-    """The result of a remote call to a replica, and the method that handles it."""
-
-    replica: ReplicaState
-    generation: int  # generation of the replica at the time of the call
-    handler: _Handler
-    answer: "Future[Any]"
-
 
 class Cluster:
     """Has the interface of `Engine`: warm_up, generate, finish, summary, stats, device, dtype, ….
 
     Every replica calls `make_engine` with the path of the checkpoint and the config. replicas: None
     means one per `config.tensor_parallel` GPUs, or one per host without GPUs. address: of a running
-    Ray cluster; None: start Ray here, and stop it in `close`. Raises UsageProblem, GetpError,
+    Ray cluster; None: start Ray here, and stop it in `close`. accept_different_rounding: let
+    replicas round differently in 16 bits, too. Raises UsageProblem, GetpError,
     CheckpointError and EngineError.
     """
 
@@ -63,18 +53,13 @@ class Cluster:
         *,
         replicas: int | None = None,
         address: str | None = None,
+        accept_different_rounding: bool = False,
         make_engine: Callable[..., Engine] = Engine,
     ) -> None:
         self.config = config
         self.model_config = load_config(checkpoint)
         self._session = RaySession(address)
-        try:
-            self.resources = plan_resources(
-                self._session.hosts(), replicas, config.device, config.tensor_parallel
-            )
-        except BaseException:
-            self._session.close()
-            raise
+        self.resources = self._session.plan(replicas, config.device, config.tensor_parallel)
         self.device = torch.device("cuda" if self.resources.gpus else "cpu")
         self.dtype = choose_dtype(config.dtype, self.model_config.dtype, self.device)
         self.tensor_parallel = config.tensor_parallel
@@ -90,7 +75,8 @@ class Cluster:
             replace(config, device=self.device.type),
         )
         self._dispatcher: Dispatcher[Request] = Dispatcher()
-        self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._accept_different_rounding = accept_different_rounding
         self._running = False
         self._inference_s = 0.0  # in `generate`
         self._last_notice = 0.0  # time of the last message on missing replicas
@@ -99,6 +85,15 @@ class Cluster:
     def stats(self) -> EngineStats:
         """Return the counters of all replicas together; seconds are means over the replicas."""
         return merged_stats(self.replicas)
+
+    @cached_property
+    def rounding(self) -> Mapping[str, Any]:
+        """Return the rounding of the first replica; the processes of all are started for it."""
+        for replica in self.replicas:
+            self._start_process(replica)
+        self._last_notice = time.monotonic()
+        answer = self.replicas[0].actor.rounding.remote()
+        return cast(Mapping[str, Any], self._session.result(answer, self._report_missing))
 
     def summary(self) -> RunSummary:
         """Return the data of the runs so far for a report; also valid after `finish`."""
@@ -130,6 +125,7 @@ class Cluster:
         if self._running:
             return
         self._running = True
+        _ = self.rounding  # before any start: both would create the engine
         for replica in self.replicas:
             self._launch(replica)
         self._last_notice = time.monotonic()
@@ -191,19 +187,18 @@ class Cluster:
         """Start the next process of a replica, which loads the model."""
         replica.generation += 1
         replica.ready = False
-        resources = self.resources
-        options = {"num_gpus": resources.gpus} if resources.gpus else {}
-        actor = self._session.ray.remote(Replica).options(
-            num_cpus=resources.cpus, max_concurrency=2, scheduling_strategy="SPREAD", **options
-        )
-        replica.actor = actor.remote(self._setup)
+        self._start_process(replica)
         self._call(replica, replica.actor.start.remote(), self._handle_start)
 
-    def _call(self, replica: ReplicaState, reference: Any, handler: _Handler) -> None:
+    def _start_process(self, replica: ReplicaState) -> None:
+        if replica.actor is None:
+            replica.actor = self._session.actor(Replica, self.resources, self._setup)
+
+    def _call(self, replica: ReplicaState, reference: Any, handler: Handler) -> None:
         """Queue the result of a remote call as an event of the replica's current generation."""
         generation = replica.generation
         reference.future().add_done_callback(
-            lambda answer: self._events.put(_Event(replica, generation, handler, answer))
+            lambda answer: self._events.put(Event(replica, generation, handler, answer))
         )
 
     def _handle_event(self, timeout_s: float) -> list[Completion]:
@@ -223,6 +218,10 @@ class Cluster:
         return event.handler(event.replica, answer)
 
     def _handle_start(self, replica: ReplicaState, started: StartReport) -> list[Completion]:
+        name = f"replica {replica.index} on host {started.host}"
+        check_replica(
+            name, self.rounding, started.rounding, self.dtype, self._accept_different_rounding
+        )
         replica.started, replica.ready = started, True
         self._dispatcher.add(replica.index, max_in_flight(started.max_batch_size))
         self._collect(replica)
@@ -254,6 +253,7 @@ class Cluster:
             raise cause  # a restart would fail in the same way
         reason = death_reason(cause or error)
         self._session.ray.kill(replica.actor)
+        replica.actor = None
         lost = self._dispatcher.remove(replica.index, time.perf_counter())
         replica.record_death(len(lost))
         if replica.deaths_in_a_row >= _MAX_DEATHS:
@@ -270,15 +270,12 @@ class Cluster:
         self._launch(replica)
 
     def _report_missing(self) -> None:
-        missing = [str(replica.index) for replica in self.replicas if not replica.ready]
-        if not missing:
-            self._last_notice = time.monotonic()
-        elif time.monotonic() - self._last_notice > _SLOW_START_S:
-            self._last_notice = time.monotonic()
-            print_message(
-                f"getp: waiting for {len(missing)} of {len(self.replicas)} replicas to load "
-                f"the model or to get free resources: {', '.join(missing[:8])}"
-            )
+        missing, now = [replica for replica in self.replicas if not replica.ready], time.monotonic()
+        if missing and now - self._last_notice > _SLOW_START_S:
+            print_message(missing_notice(missing, len(self.replicas)))
+        elif missing:
+            return
+        self._last_notice = now
 
     def _stop(self) -> None:
         """Stop all replicas at once."""

@@ -6,13 +6,14 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from getp.errors import GetpError, UsageProblem
 from getp.units import counted
 
+_WAIT_S = 1.0  # between calls of `waiting`
 _OBJECT_STORE_BYTES = 128 << 20  # small, because getp sends only requests and results
 
 
@@ -69,9 +70,37 @@ class RaySession:
             if on_main_thread:  # ray.init replaces the handler
                 signal.signal(signal.SIGTERM, handler)
 
-    def hosts(self) -> list[Mapping[str, float]]:
-        """Return the resources of each host of the cluster: CPU, GPU."""
-        return [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+    def plan(self, replicas: int | None, device: str, gpus_per_replica: int) -> "Resources":
+        """Divide the resources of the cluster, as `plan_resources`; leave it on an error."""
+        try:
+            hosts = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+            return plan_resources(hosts, replicas, device, gpus_per_replica)
+        except BaseException:
+            self.close()
+            raise
+
+    def actor(self, kind: type, resources: "Resources", *args: Any) -> Any:
+        """Start an actor of a class with the resources of a replica; return its handle."""
+        gpus = {"num_gpus": resources.gpus} if resources.gpus else {}
+        actor = self.ray.remote(kind).options(
+            num_cpus=resources.cpus, max_concurrency=2, scheduling_strategy="SPREAD", **gpus
+        )
+        return actor.remote(*args)
+
+    def result(self, reference: Any, waiting: Callable[[], None]) -> Any:
+        """Return the result of a remote call; call `waiting` now and then until it is there.
+
+        Raises the exception of the call, and GetpError if its process died.
+        """
+        while not self.ray.wait([reference], timeout=_WAIT_S)[0]:
+            waiting()
+        try:
+            return self.ray.get(reference)
+        except self.ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, Exception):
+                raise cause from None
+            raise GetpError(f"a replica died: {death_reason(error)}") from error
 
     def close(self) -> None:
         """Leave the cluster; stop it if it was started here."""

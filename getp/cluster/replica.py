@@ -6,9 +6,11 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from engine import Completion, Engine, EngineConfig, EngineStats, Request, SamplingParams
 from getp import __version__, fingerprint
@@ -51,6 +53,7 @@ class StartReport:
     pid: int
     device: str
     max_batch_size: int
+    rounding: Mapping[str, Any]  # as Engine.rounding
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,11 @@ class Replica:
         self._finished: list[tuple[Completion, str | None]] = []
         self._notices: list[str] = []
         self._error: BaseException | None = None
-        self._engine: Engine
         self._tokenizer: Tokenizer | None = None
 
-    def start(self) -> StartReport:
-        """Create the engine and warm it up. Raises the errors of the engine, and GetpError."""
+    @cached_property
+    def _engine(self) -> Engine:
+        """The engine, created when it is first needed. Raises the errors of Engine, GetpError."""
         setup, host = self._setup, socket.gethostname()
         if setup.version != __version__:
             raise GetpError(
@@ -98,13 +101,24 @@ class Replica:
                 f"{setup.checkpoint} on host {host} differs from the checkpoint on the driver's "
                 "host"
             )
-        self._engine = setup.make_engine(
-            setup.checkpoint, setup.config, notice=self._notices.append
-        )
+        return setup.make_engine(setup.checkpoint, setup.config, notice=self._notices.append)
+
+    def rounding(self) -> Mapping[str, Any]:
+        """Return the rounding of the engine. Raises as `start`."""
+        return self._engine.rounding
+
+    def start(self) -> StartReport:
+        """Create the engine and warm it up. Raises the errors of the engine, and GetpError."""
         self._engine.warm_up()
         threading.Thread(target=self._run, daemon=True).start()
         summary = self._engine.summary()
-        return StartReport(host, os.getpid(), summary.device, summary.max_batch_size)
+        return StartReport(
+            socket.gethostname(),
+            os.getpid(),
+            summary.device,
+            summary.max_batch_size,
+            self._engine.rounding,
+        )
 
     def submit(self, chunk: bytes) -> None:
         """Accept a pickled list of `RequestMessage`."""

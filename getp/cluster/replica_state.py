@@ -1,10 +1,11 @@
 """The driver's state of a replica, over all the processes that have run it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from engine import EngineStats, ReplicaSummary
+from engine import Completion, EngineStats, ReplicaSummary
 from getp.cluster.replica import Results, StartReport
 
 _STARTING = ("warm_up_s", "load_s", "compile_s", "capture_s")
@@ -73,6 +74,19 @@ class ReplicaState:
         )
 
 
+Handler = Callable[[ReplicaState, Any], list[Completion]]
+
+
+@dataclass(frozen=True)
+class Event:
+    """The result of a remote call to a replica, and the method that handles it."""
+
+    replica: ReplicaState
+    generation: int  # generation of the replica at the time of the call
+    handler: Handler
+    answer: "Future[Any]"
+
+
 def merged_stats(replicas: Sequence[ReplicaState]) -> EngineStats:
     """Return the counters of all replicas together; seconds are means over the replicas."""
     every = [stats for replica in replicas for stats in replica.all_stats]
@@ -87,3 +101,12 @@ def merged_stats(replicas: Sequence[ReplicaState]) -> EngineStats:
             value = max(values) if name in _MAXIMA else sum(values)
         setattr(merged, name, value)
     return merged
+
+
+def missing_notice(missing: Sequence[ReplicaState], count: int) -> str:
+    """Return the message that some of `count` replicas are not ready after a long time."""
+    shown = ", ".join(str(replica.index) for replica in missing[:8])
+    return (
+        f"getp: waiting for {len(missing)} of {count} replicas to load the model or to get free "
+        f"resources: {shown}"
+    )

@@ -9,15 +9,18 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from engine.resolve import dtype_name
+from getp import __version__
 from getp.errors import NameOf
-from getp.files import check_writable, is_stream, remove_leftovers
+from getp.files import check_writable, is_stream
 from getp.job.formats import output_format
 from getp.job.inputs import Source, scan
 from getp.job.job_engine import JobEngine
 from getp.job.journal import Journal
+from getp.job.journal_header import ROUNDING, Header
 from getp.job.ordering import Schedule
 from getp.job.request_reader import RequestDefaults
-from getp.job.results import errors_path
+from getp.ownership import errors_path, remove_leftovers
+from getp.rounding import check_resumed
 from getp.terminal import print_message, warn
 from getp.units import counted
 
@@ -36,6 +39,7 @@ class Job:
     reading_hint: str | None = None  # how to read token ids, for the end of the run
     report: str | None = None
     restart: bool = False
+    accept_different_rounding: bool = False  # of requests in the journal, in 16 bits
     flush_s: float = 1.0
     grace_s: float = 10.0
     max_errors: int | None = None
@@ -64,11 +68,26 @@ def read(job: Job) -> Source:
     if not is_stream(job.output):
         beside = {"journal": job.journal_path, "errors file": errors_path(job.output)}
         for role, path in beside.items():
-            check_writable(path, role, files)
+            check_writable(path, role, files, is_journal=role == "journal")
         files |= beside
     if job.report is not None:
         check_writable(job.report, "report", files | {"output": job.output})
+    _announce_replacements(job, source)
     return source
+
+
+def _announce_replacements(job: Job, source: Source) -> None:
+    """Say which existing files the job will replace with its own."""
+    written = [job.output, *([job.report] if job.report is not None else [])]
+    if (
+        not is_stream(job.output)
+        and not output_format(job.output, source.format, job.output_format).holds_failures
+    ):
+        written.insert(1, errors_path(job.output))
+    existing = [path for path in written if not is_stream(path) and os.path.exists(path)]
+    if existing:
+        verbs = "exists: it" if len(existing) == 1 else "exist: they"
+        print_message(f"getp: {', '.join(existing)} {verbs} will be replaced when the job is done")
 
 
 def open_journal(job: Job, source: Source, engine: JobEngine) -> Journal:
@@ -77,6 +96,7 @@ def open_journal(job: Job, source: Source, engine: JobEngine) -> Journal:
         "fingerprint": _fingerprint(job, source, engine),
         "seed": job.defaults.params.seed,
         "created": int(os.environ.get("SOURCE_DATE_EPOCH") or time.time()),
+        ROUNDING: {**engine.rounding, "getp": __version__},
     }
     if is_stream(job.output):
         descriptor, path = tempfile.mkstemp(".journal", "getp-")
@@ -86,6 +106,11 @@ def open_journal(job: Job, source: Source, engine: JobEngine) -> Journal:
         return journal
     path = job.journal_path
     journal = Journal(path, header, source.total, job.flush_s, job.restart)
+    try:
+        _check_rounding(job, journal, header, engine)
+    except BaseException:
+        journal.close()
+        raise
     for file in (job.output, errors_path(job.output)):
         remove_leftovers(file)
     if journal.damaged:
@@ -96,6 +121,16 @@ def open_journal(job: Job, source: Source, engine: JobEngine) -> Journal:
     if journal.header["seed"] != job.defaults.params.seed:
         print_message(f"getp: seed {journal.header['seed']}, from the previous run")
     return journal
+
+
+def _check_rounding(job: Job, journal: Journal, header: Header, engine: JobEngine) -> None:
+    """Raise GetpError if the rest of the job would round differently than its first part."""
+    if journal.done == journal.total:
+        return
+    now = header[ROUNDING]
+    before = journal.header.get(ROUNDING) or now  # journals of older versions lack it
+    accepted = job.accept_different_rounding
+    check_resumed(journal.path, before, now, engine.dtype, accepted, job.name_of)
 
 
 def _fingerprint(job: Job, source: Source, engine: JobEngine) -> dict[str, Any]:

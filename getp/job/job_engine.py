@@ -1,7 +1,7 @@
 """The interface of an engine that runs a job's requests: an `Engine` or a `Cluster`."""
 
-from collections.abc import Iterable, Iterator
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 
@@ -23,6 +23,10 @@ class JobEngine(Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """Return the compute dtype."""
+
+    @property
+    def rounding(self) -> Mapping[str, Any]:
+        """Return what the rounding of results depends on besides checkpoint and dtype."""
 
     @property
     def stats(self) -> EngineStats:

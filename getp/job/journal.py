@@ -12,33 +12,39 @@ kernel's (flock): it is released when the process that holds it ends, so it is n
 """
 
 import fcntl
-import json
 import os
 import re
 import threading
-import zlib
 from array import array
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NoReturn
+from typing import BinaryIO
 
 from getp.errors import GetpError
-from getp.files import sync_folder
+from getp.files import MAX_LINE_BYTES, sync_folder
+from getp.job.journal_header import (
+    ROUNDING,
+    Header,
+    checked_content,
+    header_line,
+    read_header,
+    refuse_changes,
+    with_checksum,
+)
+from getp.ownership import may_start_journal, starts_journal
+from getp.terminal import warn
+from getp.units import counted
 
 _RECORD = re.compile(rb"([0-9]{1,15}) ([+-]) (.*)", re.DOTALL)
-
-Header = dict[str, Any]
-
-# Fingerprint keys that do not say what they are; the keys are part of the file format.
-_LABELS = {"capped": "length limit given"}
+_SEARCHED_BYTES = 16 << 20  # of a file without a header, in search of a record
 
 
 class Journal:
     """An open and locked journal. Raises GetpError if it is another job's, locked or damaged.
 
     `header` is written into a new journal. An existing journal keeps its own header, which must
-    have the same "fingerprint"; one without any request is replaced if it has not.
+    have the same "fingerprint" and may have another "rounding"; one without any request is replaced
+    if it differs in them.
     """
 
     def __init__(
@@ -48,16 +54,14 @@ class Journal:
         self.done = 0  # requests in the journal
         self.failed = 0  # those of them that failed
         self.damaged = 0  # damaged records; their requests run again
-        self._total = total
+        self.total = total
         self._flush_s = flush_s
         self._offsets = array("q", [-1]) * total  # of each request's record; -1: none
         self._closed, self._unsynced = threading.Event(), False
         self._sync_error: OSError | None = None
         self._file = self._open_locked(path)
         try:
-            if restart:
-                os.ftruncate(self._file.fileno(), 0)
-            self.header = self._read_or_write_header(header)
+            self.header = self._read_or_write_header(header, restart)
             # A second file object: the buffer of the first may still hold a truncated record.
             self._reader = os.fdopen(os.dup(self._file.fileno()), "rb", 1 << 16)
         except OSError as error:
@@ -80,6 +84,15 @@ class Journal:
     ) -> None:
         self.close()
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the path still names this journal: nobody has deleted or replaced it."""
+        try:
+            same = os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path))
+            return same and os.pread(self._file.fileno(), len(self._first), 0) == self._first
+        except OSError:
+            return False
+
     def __contains__(self, index: int) -> bool:
         return self._offsets[index] >= 0
 
@@ -87,8 +100,14 @@ class Journal:
         """Save a finished request; from then on it survives a killed process. Raises GetpError."""
         if self._sync_error is not None:
             raise self._failure(self._sync_error)
-        record = _with_checksum(b"%d %c %s" % (index, b"+" if ok else b"-", line))
+        record = with_checksum(b"%d %c %s" % (index, b"+" if ok else b"-", line))
         try:
+            if os.fstat(self._file.fileno()).st_size < self._end:
+                before, lost = self.done, self._restore()
+                raise GetpError(
+                    f"{self.path} was truncated by another program while the job ran: {lost} of "
+                    f"{before} finished requests are lost. Repeat the command to run them again"
+                )
             self._write(record)
         except OSError as error:
             raise self._failure(error) from error
@@ -101,14 +120,16 @@ class Journal:
         """Return whether a finished request succeeded, and its line. Raises GetpError."""
         try:
             self._reader.seek(self._offsets[index])
-            content = _checked_content(self._reader.readline())
+            content = checked_content(self._reader.readline())
         except OSError as error:
             raise self._failure(error) from error
         match = _RECORD.fullmatch(content or b"")
         if match is None or int(match[1]) != index:
+            lost = self._restore()
             raise GetpError(
-                f"{self.path}: the record of request {index} is damaged; repeat the command to run "
-                "the request again"
+                f"{self.path} was changed while the job ran: the record of request {index} is "
+                f"damaged, {counted(lost, 'record')} in all. Repeat the command to run these "
+                "requests again"
             )
         return match[2] == b"+", match[3]
 
@@ -122,8 +143,14 @@ class Journal:
             raise self._failure(error) from error
 
     def remove(self) -> None:
-        """Delete the journal; call it after the result of the job is written."""
-        Path(self.path).unlink(missing_ok=True)
+        """Delete the journal; call it after the result of the job is written.
+
+        A file that another program has put in its place is kept.
+        """
+        if self.in_place:
+            os.unlink(self.path)
+        elif os.path.lexists(self.path):
+            warn(f"{self.path} was replaced by another program while the job ran; it is kept")
 
     def close(self) -> None:
         """Write everything to the disk and release the lock."""
@@ -161,60 +188,68 @@ class Journal:
                 raise self._failure(error) from error
             file.close()
 
-    def _read_or_write_header(self, header: Header) -> Header:
+    def _read_or_write_header(self, header: Header, restart: bool) -> Header:
         """Read the existing journal, or begin a new one; return its header."""
-        first = self._file.readline()
-        self._end = len(first)
-        if not first.endswith(b"\n"):  # new, or truncated while its header was written
+        first = self._file.readline(MAX_LINE_BYTES)
+        found = read_header(first)
+        if found is None and not self._is_ours(first):
+            raise GetpError(
+                "{journal} is not a journal, and this job would write its journal there: move that "
+                "file, or choose another name for {output}",
+                journal=self.path,
+            )
+        if restart or not first.endswith(b"\n"):  # not: new, or truncated in its header
             return self._begin(header)
-        found = _header(first)
-        if found is None or found.keys() != header.keys():
+        if found is None or found.keys() | {ROUNDING} != header.keys() | {ROUNDING}:
             raise GetpError(
                 "{journal}: the first line is damaged, so the job that it belongs to is unknown; "
                 "{restart} starts over",
                 journal=self.path,
             )
-        if found["fingerprint"] != header["fingerprint"]:
+        if any(found.get(key) != header.get(key) for key in ("fingerprint", ROUNDING)):
             if os.fstat(self._file.fileno()).st_size == len(first):
                 return self._begin(header)  # the job stopped before a request finished
-            self._refuse_changes(found["fingerprint"], header["fingerprint"])
-        self._index_records()
+            refuse_changes(self.path, found["fingerprint"], header["fingerprint"])
+        self._first, self._end = first, len(first)
+        self._index_records(self._file)
         return found
+
+    def _is_ours(self, first: bytes) -> bool:
+        """Whether a file without an intact header is a journal, possibly a damaged one."""
+        if starts_journal(first) or (not first.endswith(b"\n") and may_start_journal(first)):
+            return True
+        lines = (first + self._file.read(_SEARCHED_BYTES)).split(b"\n")
+        return any(checked_content(line + b"\n") is not None for line in lines)
 
     def _begin(self, header: Header) -> Header:
         os.ftruncate(self._file.fileno(), 0)
-        self._end = 0
-        self._write(_with_checksum(json.dumps(header).encode()))
+        self._first, self._end = header_line(header), 0
+        self._write(self._first)
         os.fsync(self._file.fileno())
         sync_folder(Path(self.path).absolute().parent)
         return header
 
-    def _refuse_changes(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> NoReturn:
-        # A value is a field, so that braces in it stay. A name without spaces is a setting.
-        fields: dict[str, str] = {}
-        changes = []
-        for name in {**old, **new}:
-            if old.get(name) != new.get(name):
-                label = _LABELS.get(name, name)
-                key = name.replace(" ", "_")
-                fields |= {f"old_{key}": repr(old.get(name)), f"new_{key}": repr(new.get(name))}
-                setting = f"{{{name}}}" if key == label else label
-                changes.append(f"{setting} {{old_{key}}}, now {{new_{key}}}")
-        raise GetpError(
-            f"this job was started with {'; '.join(changes)}. Repeat the original command to "
-            "resume, or add {restart} to start over (journal: {journal})",
-            **fields,
-            journal=self.path,
-        )
+    def _restore(self) -> int:
+        """Make a journal that another program has damaged usable; return the requests lost."""
+        before = self.done
+        os.pwrite(self._file.fileno(), self._first, 0)
+        self._end = len(self._first)
+        self._offsets = array("q", [-1]) * self.total
+        self.done = self.failed = self.damaged = 0
+        # A new file object: the buffers of the others hold what was there before.
+        with os.fdopen(os.dup(self._file.fileno()), "rb") as file:
+            file.seek(self._end)
+            self._index_records(file)
+        return before - self.done
 
-    def _index_records(self) -> None:
+    def _index_records(self, file: BinaryIO) -> None:
         """Find the offset of every intact record; remove a truncated one at the end."""
-        for line in self._file:
+        for line in file:
             if not line.endswith(b"\n"):
                 os.ftruncate(self._file.fileno(), self._end)
                 return
-            match = _RECORD.fullmatch(_checked_content(line) or b"")
-            if match is None or (index := int(match[1])) >= self._total:
+            match = _RECORD.fullmatch(checked_content(line) or b"")
+            if match is None or (index := int(match[1])) >= self.total:
                 self.damaged += 1
             else:
                 self._index_record(index, self._end, match[2] == b"+")
@@ -248,29 +283,8 @@ class Journal:
                     return  # the next append raises it
 
     def _failure(self, error: OSError) -> GetpError:
-        saved = f"; {self.done} of {self._total} requests are saved" if self.done else ""
+        saved = f"; {self.done} of {self.total} requests are saved" if self.done else ""
         return GetpError(
             f"cannot use the journal {self.path}: {error.strerror}{saved}. Fix the cause (disk "
             "full: make room), then repeat the command to resume"
         )
-
-
-def _header(line: bytes) -> Header | None:
-    """Return the header in a first line; None if the line is damaged or is not a header."""
-    try:
-        found = json.loads(_checked_content(line) or b"")
-    except (ValueError, RecursionError):
-        return None
-    if isinstance(found, dict) and isinstance(found.get("fingerprint"), dict):
-        return found
-    return None
-
-
-def _with_checksum(content: bytes) -> bytes:
-    return b"%08x %s\n" % (zlib.crc32(content), content)
-
-
-def _checked_content(line: bytes) -> bytes | None:
-    """Return the content of a line; None if it is damaged."""
-    content = line[9:-1]
-    return content if line == _with_checksum(content) else None

@@ -2,19 +2,15 @@
 
 import json
 import os
-import sys
+from itertools import count
 from pathlib import Path
 
 from getp.errors import GetpError
 from getp.files import STDIO, is_stream, open_output
 from getp.job.formats.interface import OutputFormat
 from getp.job.journal import Journal
-from getp.terminal import print_message
-
-
-def errors_path(output: str) -> str:
-    """Return the path of the errors file for results that do not hold failures themselves."""
-    return f"{output}.errors.jsonl"
+from getp.ownership import errors_path
+from getp.terminal import discard_output, print_message
 
 
 def write_results(journal: Journal, total: int, output: str, form: OutputFormat) -> None:
@@ -31,9 +27,10 @@ def write_results(journal: Journal, total: int, output: str, form: OutputFormat)
     except (GetpError, OSError) as error:
         if not is_stream(output):
             raise
-        if output == STDIO:  # otherwise the rest of the buffer would fail again at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        fallback = f"getp-results-{os.getpid()}{form.suffix}"
+        if output == STDIO:
+            discard_output()
+        names = (f"getp-results-{os.getpid()}-{n}{form.suffix}" for n in count(1))
+        fallback = next(name for name in names if not os.path.lexists(name))
         _write(journal, total, fallback, form)
         cause = f"cannot write {output}: {error.strerror}" if isinstance(error, OSError) else error
         raise GetpError(f"{cause}; the results are in {fallback} instead") from error
@@ -49,7 +46,7 @@ def _write(journal: Journal, total: int, output: str, form: OutputFormat) -> Non
 def _write_errors(journal: Journal, total: int, output: str) -> None:
     if not journal.failed:
         if not is_stream(output):
-            Path(errors_path(output)).unlink(missing_ok=True)  # left by an earlier run
+            Path(errors_path(output)).unlink(missing_ok=True)  # of an earlier run
         return
     failures = (line for ok, line in map(journal.read, range(total)) if not ok)
     if is_stream(output):

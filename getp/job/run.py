@@ -1,7 +1,6 @@
 """The main job: read → warm_up → inference → finish → write → report."""
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -21,12 +20,13 @@ from getp.job.ordering import order_for_throughput
 from getp.job.prefetch import Prefetcher
 from getp.job.progress import progress
 from getp.job.request_reader import RequestReader
-from getp.job.results import errors_path, write_results
+from getp.job.results import write_results
 from getp.job.signals import GraceExpired, GracefulStop
+from getp.ownership import errors_path
 from getp.report.job_report import job_report
 from getp.report.measurements import Measurements
 from getp.report.report_table import final_line, print_report
-from getp.terminal import print_message
+from getp.terminal import print_last_line, print_message
 from getp.text.answer_text import StopWatcher
 from getp.text.prompts import chat_template
 from tokenizer import Tokenizer
@@ -69,7 +69,7 @@ class JobRun:
         self.job = job
         self.source = source
         self.engine = engine
-        self.measured = Measurements(resumed=journal.done)
+        self.measured = Measurements(resumed=journal.done, ignored=source.ignored)
         self.format = output_format(job.output, source.format, job.output_format)
         self._tokenizer = tokenizer
         self._journal = journal
@@ -106,6 +106,9 @@ class JobRun:
                 f"{done}, not saved: a job can be resumed only if {name_of('output')} is a "
                 "regular file"
             )
+        if not self._journal.in_place:
+            path = self._journal.path
+            return f"{done}, not saved: {path} was deleted or replaced while the job ran"
         remedy = "the same command resumes the job"
         if limit is not None and self._journal.failed > limit:
             remedy = f"raise {name_of('max_errors')} to resume, or start over with "
@@ -130,30 +133,23 @@ class JobRun:
 
     def _run_inference(self, requests: Prefetcher[JobRequest | Failure]) -> None:
         """Run every request through the engine, which admits requests as it has room."""
-        left = self.source.total - self._journal.done
-        with progress(left, lambda: self.engine.stats.output_tokens) as advance:
-            engine_requests = self._engine_requests(
-                requests.until(lambda: self._stop.requested), advance
-            )
+        with progress(self._journal, lambda: self.engine.stats):
+            engine_requests = self._engine_requests(requests.until(lambda: self._stop.requested))
             completions = self.engine.generate(engine_requests)
             try:
                 for completion in completions:
                     self._record_completion(completion)
-                    advance()
             except GraceExpired:
                 return
             finally:
                 if isinstance(completions, Iterator) and hasattr(completions, "close"):
                     completions.close()
 
-    def _engine_requests(
-        self, requests: Iterator[JobRequest | Failure], advance: Callable[[], None]
-    ) -> Iterator[Request]:
+    def _engine_requests(self, requests: Iterator[JobRequest | Failure]) -> Iterator[Request]:
         """Yield the valid requests for the engine; record the failures of the others."""
         for request in requests:
             if isinstance(request, Failure):
                 self._record_failure(request)
-                advance()
                 continue
             watcher = StopWatcher(
                 self._tokenizer, request.prompt_ids, request.chat, request.stops, self._stop.check
@@ -211,8 +207,11 @@ def _report(run: JobRun, failed: int) -> None:
     if job.reading_hint is not None and run.format is TOKEN_LINES and not is_stream(job.output):
         print_message(f"getp: {job.reading_hint}")
     # If standard output holds the results or the report, it must stay parseable.
-    stdout_in_use = STDIO in (job.output, job.report)
-    print(final_line(run.measured), file=sys.stderr if stdout_in_use else sys.stdout)
+    line = final_line(run.measured)
+    if STDIO in (job.output, job.report):
+        print_message(line)
+    else:
+        print_last_line(line)
 
 
 def _failure(request: JobRequest, code: str, message: str) -> Failure:

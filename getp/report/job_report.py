@@ -38,6 +38,7 @@ def job_report(measured: Measurements, run: RunSummary, checkpoint: str) -> Repo
         "requests_done": measured.done,
         "requests_failed": measured.failed,
         "requests_cut": measured.cut,
+        "requests_ignored": measured.ignored,
         "prompt_tokens": measured.prompt_tokens,
         "cached_tokens": measured.cached_tokens,
         "output_tokens": measured.output_tokens,

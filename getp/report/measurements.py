@@ -35,6 +35,7 @@ class Measurements:
     resumed: int = 0  # requests finished by an earlier run; not included in any other count
     done: int = 0
     failed: int = 0
+    ignored: int = 0  # records of the input after the announced number of requests
     cut: int = 0  # completed requests truncated at the length limit
     prompt_tokens: int = 0
     cached_tokens: int = 0

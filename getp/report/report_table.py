@@ -39,6 +39,9 @@ def _rows(r: Report) -> list[tuple[str, str]]:
     requests = f"{r['requests_done']:,} done{cut}, {r['requests_failed']:,} failed"
     if r["requests_resumed"]:
         requests += f" (and {r['requests_resumed']:,} finished by an earlier run)"
+    if r["requests_ignored"]:
+        lines = counted(r["requests_ignored"], "line")
+        requests += f"; {lines} after the announced prompts ignored"
     return [
         ("requests", requests),
         (

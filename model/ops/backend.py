@@ -39,6 +39,13 @@ class Backend:
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self.device, self.dtype = device, dtype
 
+    def kernels(self, processor: str) -> str:
+        """Return what the rounding of results depends on, the dtype and versions of torch aside.
+
+        processor: its name, which also stands for what torch's libraries choose for it.
+        """
+        return f"torch on {processor}"
+
     # Storage
 
     def empty_weight(self, shape: tuple[int, ...], parts: int = 1) -> Any:

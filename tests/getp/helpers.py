@@ -123,6 +123,7 @@ class FakeEngine:
         self.max_batch_size = batch
         self.tensor_parallel = 1
         self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.rounding: dict[str, object] = {"kernels": "none", "tensor_parallel": 1}
         self.stats = EngineStats(kv_bytes=2**20, kv_blocks=8, peak_kv_blocks=2)
         self.requests: list[Request] = []
         self.warm = False
@@ -176,6 +177,7 @@ class FakeEngine:
         for token_id in islice(self._answer(prompt), min(limit, params.max_new_tokens or 10**9)):
             ids.append(token_id)
             self.stats.output_tokens += 1
+            self.stats.generated_tokens += 1
             ended = request.on_token is not None and request.on_token(token_id)
             if ended or token_id in params.stop_ids:
                 return self._completion(request, ids, "stop")

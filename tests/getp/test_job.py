@@ -315,6 +315,42 @@ def test_lines_after_the_last_prompt_cause_a_warning(
     )
 
 
+@pytest.mark.parametrize("ignored", [0, 1, 2])
+def test_report_names_the_lines_that_were_ignored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ignored: int
+) -> None:
+    report = tmp_path / "report.json"
+    run(job(tmp_path, b"1\na\n" + b"extra\n" * ignored, report=str(report)))
+    assert json.loads(report.read_text())["requests_ignored"] == ignored
+    table = " ".join(re.sub("[│\n]", " ", capsys.readouterr().err).split())
+    shown = {0: ", 0 failed tokens", 1: "; 1 line after the", 2: "; 2 lines after the"}
+    assert shown[ignored] in table
+
+
+def test_files_that_will_be_replaced_are_named_at_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = str(tmp_path / "report.json")
+    work = job(tmp_path, b"2\na\n\n", report=report)
+    job_run.read(work)
+    assert "will be replaced" not in capsys.readouterr().err
+    (tmp_path / "output.txt.errors.jsonl").write_text("of the user\n")
+    assert run(work) == SOME_FAILED
+    assert "will be replaced" not in capsys.readouterr().err
+    job_run.read(work)
+    assert capsys.readouterr().err == (
+        f"getp: {work.output}, {work.output}.errors-2.jsonl, {report} exist: they will be "
+        "replaced when the job is done\n"
+    )
+    job_run.read(replace(work, report=None, output=str(tmp_path / "input.jsonl")))
+    assert "will be replaced" not in capsys.readouterr().err
+    (tmp_path / "input.jsonl").touch()
+    job_run.read(replace(work, report=None, output=str(tmp_path / "input.jsonl")))
+    assert "input.jsonl exists: it will be replaced" in capsys.readouterr().err
+    job_run.read(replace(work, report=None, output="/dev/null"))
+    assert "will be replaced" not in capsys.readouterr().err
+
+
 def test_progress_is_logged_line_by_line_without_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

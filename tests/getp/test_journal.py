@@ -166,3 +166,38 @@ def test_failed_fsync_stops_the_job_at_the_next_record(
             new.sync()
         with pytest.raises(GetpError, match="Input/output error"):
             new.append(1, True, b"one")
+
+
+def test_truncation_by_another_program_is_detected_and_its_advice_works(tmp_path: Path) -> None:
+    lines = write_records(tmp_path)
+    size = len(b"".join(lines))
+    for length in range(size):
+        (tmp_path / "j").write_bytes(b"".join(lines))
+        kept = max(b"".join(lines)[:length].count(b"\n") - 1, 0)
+        with journal(tmp_path) as running:
+            os.truncate(tmp_path / "j", length)
+            with pytest.raises(GetpError, match="j was truncated by another program") as refused:
+                running.append(9, True, b"next")
+            assert f"{3 - kept} of 3 finished requests are lost. Repeat" in str(refused.value)
+            assert running.done == kept  # what the hint to resume says
+        with journal(tmp_path, {**HEADER, "seed": 2}) as again:
+            assert (again.done, again.damaged) == (kept, 0)
+            assert again.header == HEADER
+            again.append(9, True, b"next")
+            assert again.read(9) == (True, b"next")
+
+
+def test_damage_to_all_of_a_journal_while_it_is_read_leaves_one_that_can_be_resumed(
+    tmp_path: Path,
+) -> None:
+    write_records(tmp_path)
+    size = (tmp_path / "j").stat().st_size
+    for damage in (b"", b"\0" * size, b"x" * size, b"a line\n" * 99):
+        with journal(tmp_path) as running:
+            running.append(7, True, b"1 2")
+            (tmp_path / "j").write_bytes(damage)
+            with pytest.raises(GetpError, match=r"was changed while the job ran.* in all\. Repeat"):
+                running.read(7)
+        with journal(tmp_path) as again:
+            assert (again.done, again.header) == (0, HEADER)
+            again.append(4, True, b"1 2 3")

@@ -160,6 +160,27 @@ def test_time_in_a_chat_template_is_when_the_job_began(
     assert all(text.startswith(began) for text in texts)
 
 
+@pytest.mark.parametrize("length", [0, 7, 300, -5])
+def test_job_whose_journal_another_program_truncates_can_be_resumed(
+    tmp_path: Path, length: int
+) -> None:
+    work = job(tmp_path, 40, schedule="first")
+    assert run(work) == SOME_FAILED
+    expected = Path(work.output).read_bytes()
+
+    def answer(prompt: Sequence[int]) -> Sequence[int]:
+        if len(engine.requests) == 12:
+            size = os.stat(work.journal_path).st_size
+            os.truncate(work.journal_path, length % size)
+        return prompt
+
+    engine = FakeEngine(answer)
+    with pytest.raises(GetpError, match="was truncated by another program while the job ran"):
+        run(work, engine)
+    assert run(work) == SOME_FAILED
+    assert Path(work.output).read_bytes() == expected
+
+
 def test_resumed_job_keeps_the_random_seed_of_the_first_run(tmp_path: Path) -> None:
     seeds = {}
     work = job(tmp_path, params={"temperature": 1.0, "seed": 1}, seed_given=False)

@@ -84,6 +84,7 @@ def _job(settings: Settings, tokenizer: "Tokenizer") -> "Job":
         reading_hint=_reading_hint(settings),
         report=options.report,
         restart=options.restart,
+        accept_different_rounding=options.accept_different_rounding,
         flush_s=options.flush_interval,
         grace_s=options.grace,
         max_errors=options.max_errors,

@@ -8,6 +8,7 @@ from typing import Any, BinaryIO, ClassVar
 
 from engine import Completion, SamplingParams
 from getp.files import MAX_LINE_BYTES, iter_lines, json_line
+from getp.ownership import ERROR_KEYS
 from getp.text.answer_text import texts_by_channel
 from tokenizer import Message, Tokenizer
 
@@ -106,14 +107,8 @@ class OutputFormat(ABC):
 
     def failed(self, context: ResultContext, failure: Failure) -> bytes:
         """Return the line of a request that failed: of the result or of the errors file."""
-        return json_line(
-            {
-                "line": failure.line,
-                "index": failure.index,
-                "code": failure.code,
-                "message": failure.message,
-            }
-        )
+        values = failure.line, failure.index, failure.code, failure.message
+        return json_line(dict(zip(ERROR_KEYS, values, strict=True)))
 
 
 class InputFormat(ABC):

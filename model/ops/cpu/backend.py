@@ -7,7 +7,7 @@ import torch
 
 from model.ops.backend import Compute
 from model.ops.cpu import huge_pages, native
-from model.ops.cpu.bindings import library
+from model.ops.cpu.bindings import kernels, library
 from model.ops.cpu.onednn import OneDnnBackend
 from model.ops.cpu.packed import PANEL, Packed
 from model.ops.cpu.recorder import Recorder, leave_to_torch
@@ -35,6 +35,10 @@ class CpuBackend(OneDnnBackend):
     def __init__(self, device: torch.device, dtype: torch.dtype):
         super().__init__(device, dtype)
         self._has_kernels = dtype == torch.bfloat16 and library() is not None
+
+    def kernels(self, processor: str) -> str:
+        """As Backend.kernels; the native kernels round alike on every processor of their level."""
+        return f"native {kernels.form}" if self._has_kernels else super().kernels(processor)
 
     def _fits(self, size: int, unit: int) -> bool:
         """Whether the kernels take this size, which must be a multiple of `unit`."""

@@ -7,6 +7,7 @@ fastest of this processor, or the one that the environment variable GETP_CPU_KER
 import ctypes
 import functools
 import os
+import platform
 import struct
 import warnings
 from collections.abc import Callable
@@ -90,6 +91,13 @@ class Kernels:
             f"the native CPU kernels have no function {name!r}: they were built from other sources;"
             " run `pip install -e .` again"
         )
+
+    @property
+    def form(self) -> str:
+        """The instruction set and the arithmetic of linears, on which rounding depends."""
+        on_x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
+        level = self.level if on_x86 else f"portable ({platform.machine()})"
+        return f"{level}, {'16-bit integers' if self.int16_weights else 'bfloat16'}"
 
     def use(self, library: ctypes.CDLL, level: str) -> None:
         """Bind the functions of a level that this processor supports."""

@@ -7,6 +7,7 @@ keep torch's layout.
 from typing import Any
 
 import torch
+import triton
 
 from model.ops.backend import Backend
 from model.ops.forward_batch import ForwardBatch, GroupTables
@@ -43,6 +44,11 @@ class TritonBackend(Backend):
     def __init__(self, device: torch.device, dtype: torch.dtype, target: Target | None = None):
         super().__init__(device, dtype)
         self.target = target_of(device) if target is None else target
+
+    def kernels(self, processor: str) -> str:
+        """As `Backend.kernels`; tiles and splits depend on the architecture and the processors."""
+        target = f"{self.target.architecture}, {self.target.processors} processors"
+        return f"Triton {triton.__version__} on {processor} ({target})"
 
     def pack_experts(self, weights: Any) -> Any:
         """As `Backend.pack_experts`: dense weights stay as they are."""

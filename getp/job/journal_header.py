@@ -1,0 +1,54 @@
+"""The header of a journal: its first line, which identifies the job that the journal belongs to."""
+
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+from getp import fingerprint
+from getp.errors import GetpError
+
+Header = dict[str, Any]
+"""The "fingerprint" and the values that a resumed job keeps."""
+
+ROUNDING = "rounding"
+"""The key of what rounding depends on; journals of older versions lack it."""
+
+
+def with_checksum(content: bytes) -> bytes:
+    """Return the line of a journal with this content."""
+    return b"%08x %s\n" % (zlib.crc32(content), content)
+
+
+def checked_content(line: bytes) -> bytes | None:
+    """Return the content of a line; None if it is damaged."""
+    content = line[9:-1]
+    return content if line == with_checksum(content) else None
+
+
+def header_line(header: Header) -> bytes:
+    """Return the first line of a journal."""
+    return with_checksum(json.dumps(header).encode())
+
+
+def read_header(line: bytes) -> Header | None:
+    """Return the header in a first line; None if the line is damaged or is not a header."""
+    try:
+        found = json.loads(checked_content(line) or b"")
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(found, dict) and isinstance(found.get("fingerprint"), dict):
+        return found
+    return None
+
+
+def refuse_changes(path: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raise GetpError if two fingerprints differ; it names each value that does."""
+    changes, fields = fingerprint.changes(old, new)
+    if changes:
+        raise GetpError(
+            f"this job was started with {changes}. Repeat the original command to resume, or add "
+            "{restart} to start over (journal: {journal})",
+            **fields,
+            journal=path,
+        )
