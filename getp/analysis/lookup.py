@@ -8,7 +8,12 @@ from getp.errors import UsageProblem
 from getp.terminal import print_message
 from model.config import ModelConfig, read_json
 from model.cost.devices import DEVICES, Device, UnknownDeviceError, find_device
-from model.cost.known_models import KNOWN_CONFIGS, named_config
+from model.cost.known_models import (
+    KNOWN_CONFIGS,
+    closest_known_models,
+    find_known_model,
+    named_config,
+)
 from model.families import load_config, parse_config
 
 LOCAL = "local"
@@ -24,20 +29,22 @@ class Model:
 
 
 def find_model(given: Path) -> Model:
-    """Return a model by checkpoint directory, config.json or well-known name.
+    """Return a model by checkpoint directory, config.json or the usual spelling of its name.
 
-    Raises UsageProblem, which lists the names, for anything else, and CheckpointError for a config
-    that cannot be used.
+    Raises UsageProblem, which names the closest ones, for anything else, and CheckpointError for
+    a config that cannot be used.
     """
     if given.is_dir():
         return Model(given.resolve().name, load_config(given))
     if given.is_file():
         return Model(given.resolve().parent.name, parse_config(read_json(given), given))
-    name = str(given).lower()
-    if name not in KNOWN_CONFIGS:
+    name = find_known_model(str(given))
+    if name is None:
+        closest = ", ".join(closest_known_models(str(given)))
+        names = f"did you mean {closest}?" if closest else f"known: {', '.join(KNOWN_CONFIGS)}."
         raise UsageProblem(
-            f"unknown model {str(given)!r}: give a checkpoint directory, a config.json, or one of "
-            f"{', '.join(KNOWN_CONFIGS)}"
+            f"unknown model {str(given)!r}; {names} A checkpoint directory or a config.json also "
+            "works"
         )
     return Model(name, named_config(name))
 

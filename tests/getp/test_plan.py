@@ -55,6 +55,11 @@ def test_a_plan_in_json_has_every_operation_and_their_sum(capsys: Printed) -> No
     assert gpu["intensity"] == plan["total"]["flops"]["matrix"] / moved
 
 
+def test_a_model_is_named_by_its_usual_spelling(capsys: Printed) -> None:
+    assert planned(capsys, "Qwen/Qwen3-0.6B") == planned(capsys, "qwen3-0.6b")
+    assert planned(capsys, "meta-llama/Llama-3.1-8B-Instruct")["model"] == "llama-3.1-8b"
+
+
 def test_a_dense_model_has_no_router(capsys: Printed) -> None:
     names = [op["name"] for op in planned(capsys, "llama-3-8b")["ops"]]
     assert names == [name for name in OPS if name != "router"]
@@ -111,6 +116,10 @@ def test_several_gpus_may_follow_one_option(capsys: Printed) -> None:
     ("args", "words"),
     [
         (["none"], ["unknown model 'none'", "config.json", "llama-3-8b"]),
+        (
+            ["Qwen/Qwen3-0.7B"],
+            ["'Qwen/Qwen3-0.7B'", "did you mean qwen3-1.7b, qwen3-0.6b", "config"],
+        ),
         (["qwen2-0.5b", "--query", "5", "--context", "3"], ["--query 5", "--context 3"]),
         (["qwen2-0.5b", "--tensor-parallel", "3"], ["--tensor-parallel", "14 heads", "3 ways"]),
         (["qwen2-0.5b", "--gpu", "H1000"], ["--gpu", "'H1000'", "did you mean", "MI355X", "local"]),
