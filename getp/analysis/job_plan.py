@@ -81,6 +81,8 @@ class Prediction:
     decode_s: float = 0.0
     decode_bound: str | None = None
     mean_batch: float = 0.0
+    ttft_s: float = 0.0  # time to first token: of a prefill step
+    per_token_s: float = 0.0  # mean time per output token: of a decode step
     seconds: float | None = None
     tok_s: float | None = None
     price: float | None = None
@@ -158,7 +160,8 @@ def _predict_engine(
     batch = min(max_batch, max(1, limits.max_batch_tokens // mean_prompt))
     prefill = Workload("prefill", batch, mean_prompt, mean_prompt, dtype, parts, causal=True)
     step = _step_time(model, prefill, device, efficiency)
-    prefill_s, link_s = step.seconds * count / batch, step.link_s * count / batch
+    ttft_s = step.seconds
+    prefill_s, link_s = ttft_s * count / batch, step.link_s * count / batch
     decoded = job.output_tokens - count  # the prefill produces the first token of each request
     decode_steps, decode_s = 0, 0.0
     bounds: defaultdict[str, float] = defaultdict(float)  # seconds of decode steps by their limit
@@ -180,6 +183,8 @@ def _predict_engine(
         decode_s=decode_s,
         decode_bound=max(bounds, key=bounds.__getitem__, default=None),
         mean_batch=decoded / max(1, decode_steps),
+        ttft_s=ttft_s,
+        per_token_s=decode_s / max(1, decode_steps),
         seconds=seconds,
         tok_s=job.output_tokens / seconds,
         tensor_parallel=parts,

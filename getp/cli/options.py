@@ -78,6 +78,12 @@ _ALL: tuple[_Decorator, ...] = (
         metavar="FILE.json",
         help="Also write the report to this file, as JSON.",
     ),
+    _job(
+        "--details",
+        subject=Subject.DETAILS,
+        is_flag=True,
+        help="getp, plan, profile: also print the long tables.",
+    ),
     _job("--restart", is_flag=True, help="Discard the journal and start over instead of resuming."),
     _job(
         "--max-errors",

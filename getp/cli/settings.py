@@ -117,6 +117,7 @@ class Settings:
     token_file: TokenFileOptions
     step: StepOptions
     plan: PlanOptions
+    details: bool  # print the long tables, too
     engine: "EngineConfig"  # the defaults in mode plan, which has no engine
 
 
@@ -138,6 +139,7 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
         _pick(TokenFileOptions, given),
         _pick(StepOptions, given),
         _pick(PlanOptions, given),
+        given["details"],
         engine,
     )
 

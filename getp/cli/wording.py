@@ -28,6 +28,7 @@ _OPTIONS = {
     "stop": "--stop",
     "input": "-i/--input",
     "output": "-o/--output",
+    "details": "--details",
     "restart": "--restart",
     "max_errors": "--max-errors",
     "flush_interval": "--flush-interval",

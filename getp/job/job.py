@@ -33,6 +33,7 @@ class Job:
     seed_given: bool = True  # if not, a resumed job uses the random seed of the first run
     identity: Mapping[str, str] = field(default_factory=dict)  # fingerprints of the files
     report: str | None = None
+    details: bool = False  # print the whole report
     restart: bool = False
     flush_s: float = 1.0
     grace_s: float = 10.0

@@ -207,7 +207,7 @@ def _report(run: JobRun, failed: int) -> None:
     report = job_report(run.measured, run.engine.summary(), job.checkpoint)
     if job.report is not None:
         write_report(job.report, report)
-    print_report(report)
+    print_report(report, job.details)
     # If standard output holds the results or the report, it must stay parseable.
     stdout_in_use = STDIO in (job.output, job.report)
     print(final_line(run.measured), file=sys.stderr if stdout_in_use else sys.stdout)

@@ -56,6 +56,7 @@ def _job(settings: Settings, tokenizer: "Tokenizer") -> "Job":
             "weights": "dummy" if settings.engine.dummy_weights else "the checkpoint's",
         },
         report=options.report,
+        details=settings.details,
         restart=options.restart,
         flush_s=options.flush_interval,
         grace_s=options.grace,

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from getp import tables
 from getp.cli import loading
 from getp.cli.settings import Settings, StepOptions
 from getp.errors import UsageProblem
@@ -50,7 +51,9 @@ def run(settings: Settings) -> int:
     if step.format == "json":
         write_report(STDIO, as_json(measured, name))
     else:
-        print_profile(measured, name, gpus)
+        print_profile(measured, name, gpus, settings.details)
+        if not settings.details:
+            tables.hint("--details: the launches, bytes and FLOPs of every component.")
     return 0
 
 
