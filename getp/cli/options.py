@@ -82,7 +82,7 @@ _ALL: tuple[_Decorator, ...] = (
         "--details",
         subject=Subject.DETAILS,
         is_flag=True,
-        help="getp, plan, profile: also print the long tables.",
+        help="getp, plan, profile: also print the details and long tables.",
     ),
     _job("--restart", is_flag=True, help="Discard the journal and start over instead of resuming."),
     _job(
