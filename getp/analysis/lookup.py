@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from getp.errors import UsageProblem
-from getp.terminal import print_message
 from model.config import ModelConfig, read_json
 from model.cost.devices import DEVICES, Device, UnknownDeviceError, find_device
 from model.cost.known_models import (
@@ -65,21 +64,16 @@ def find_gpus(names: Sequence[str]) -> list[Device]:
 
 def measure_again() -> None:
     """Measure this machine, even if it was measured before."""
-    from model.cost.measure import local_device
+    from getp.machine import local_device
 
-    print_message("getp: measuring this machine")
     local_device(remeasure=True)
 
 
 def _find_gpu(name: str) -> Device:
     if name.lower() == LOCAL:
-        from model.cost.measure import cached_device, local_device
+        from getp.machine import local_device
 
-        measured = cached_device()
-        if measured is None:
-            print_message("getp: measuring this machine for the first time")
-            measured = local_device()
-        return measured.device
+        return local_device().device
     try:
         return find_device(name)
     except UnknownDeviceError as error:

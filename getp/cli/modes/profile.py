@@ -23,7 +23,7 @@ def run(settings: Settings) -> int:
     from getp.analysis.lookup import find_gpus
     from getp.analysis.profile import profile
     from getp.analysis.profile_table import as_json, print_profile
-    from model.cost.measure import local_device, peaks_of
+    from getp.machine import local_device, peaks_of
     from model.families import load_config
 
     gpus = find_gpus(step.gpu or _DEFAULT_GPUS)
