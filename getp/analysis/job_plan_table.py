@@ -79,7 +79,8 @@ def _notes(predictions: Sequence[Prediction], limits: Limits) -> str:
         "Every request is assumed to generate up to its limit, with at most",
         f"{counted(limits.max_batch_size, 'request')} at once and "
         f"{counted(limits.max_batch_tokens, 'token')} per step. Host time (scheduling,",
-        "sampling and other work) and a request's wait before its first step are not included.",
+        "sampling and other work) is not included, nor is the time that a request waits",
+        "before its first step.",
     ]
     if any(one.tensor_parallel > 1 for one in predictions):
         lines.append("comm.: the share of the time that the GPUs of a model communicate.")

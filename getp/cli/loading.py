@@ -54,7 +54,10 @@ def check_checkpoint(settings: Settings) -> None:
             hint = f"getp does not download models: hf download {model} --local-dir {folder}"
         raise UsageProblem(f"the directory {folder} does not exist. {hint}")
     if not folder.is_dir():
-        raise UsageProblem(f"{folder} is a file: give the directory, {folder.parent}")
+        raise UsageProblem(
+            f"{folder} is a file: give the directory, {folder.resolve().parent} (an input file is "
+            "given with -i/--input)"
+        )
     if not any((folder / name).exists() for name in ("config.json", "tokenizer.json")):
         raise UsageProblem(
             f"{folder} is not a Hugging Face model directory (no config.json, no tokenizer.json)"

@@ -27,7 +27,7 @@ def command(ctx: click.Context, **given: Any) -> int:
     """Run language models on files of prompts, at the highest throughput the hardware allows.
 
     CHECKPOINT is a Hugging Face model directory. Without it, the small model that comes with
-    getp runs.
+    getp runs. Mode plan also takes a config.json or the usual name of a well-known model.
     """
     mode = given["mode"]
     refuse_other_modes(ctx, mode)

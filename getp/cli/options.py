@@ -242,7 +242,9 @@ _ALL: tuple[_Decorator, ...] = (
         "does the same. In mode plan, the figures of an operation are for one GPU.  [default: 1]",
     ),
     _engine(
-        "--dummy-weights", is_flag=True, help="Use random weights; only config.json is needed."
+        "--dummy-weights",
+        is_flag=True,
+        help="Use random weights; no *.safetensors file is needed.",
     ),
     _replicas(
         "--replicas",
@@ -284,12 +286,14 @@ _ALL: tuple[_Decorator, ...] = (
         "--gpu",
         metavar="NAME",
         multiple=True,
-        help="GPU from the table, local (this machine, measured) or all. Can be repeated.",
+        help="GPU such as H200; all: every known one; local: this machine, measured. Can be "
+        "repeated.  [default: several common ones]",
     ),
     _step(
         "--measure",
         is_flag=True,
-        help="Measure this machine's peaks again and store them; run it on an idle machine.",
+        help="Measure this machine's peaks again and store them; run it on an otherwise idle "
+        "machine.",
     ),
     _plan(
         "--price",

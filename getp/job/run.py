@@ -189,7 +189,7 @@ class JobRun:
         limit = self.job.max_errors
         if limit is not None and self._journal.failed > limit:
             raise GetpError(
-                "{failed} requests have failed, more than {max_errors} {limit}; the last one: line "
+                "failed requests: {failed}, more than {max_errors} {limit}; the last one: line "
                 "{number}: {reason}",
                 failed=self._journal.failed,
                 limit=limit,
