@@ -142,5 +142,13 @@ def test_the_make_targets_and_options_in_the_readme_exist() -> None:
     options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
     known = getp("--help").stdout
     # Options of benchmarks, Ray, torchrun and hf.
-    others = {"--load", "--help", "--head", "--port", "--address", "--nproc-per-node", "--local-dir"}
+    others = {
+        "--load",
+        "--help",
+        "--head",
+        "--port",
+        "--address",
+        "--nproc-per-node",
+        "--local-dir",
+    }
     assert all(option in known for option in options - others), options
