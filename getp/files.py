@@ -73,7 +73,7 @@ class _ZstdReader(io.RawIOBase):
             self._compressed = self._compressed or self._file.read(1 << 12)
             if not self._compressed:
                 if self._frame is not None:
-                    raise EOFError("the file ends inside a zstd frame")
+                    raise EOFError("the file is truncated: it ends inside a zstd frame")
                 return 0
             if self._frame is None:
                 self._frame = self._library.ZstdDecompressor().decompressobj()

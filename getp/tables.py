@@ -25,6 +25,11 @@ def console() -> Console:
     return result
 
 
+def hint(text: str) -> None:
+    """Print a dim line on standard output, which says how to see more."""
+    console().print(text, style="dim", soft_wrap=True, markup=False)
+
+
 def table(texts: Iterable[str], numbers: Iterable[str]) -> Table:
     """Return a table for `show` with left-aligned text columns, then right-aligned numbers."""
     result = Table(box=None, padding=(0, 0, 0, 1), header_style="bold")

@@ -27,8 +27,7 @@ from model.cost.workload import Workload
 if TYPE_CHECKING:
     from getp.analysis.job_requests import Requests
 
-ASSUMED_EFFICIENCY = 0.7
-"""Share of datasheet peak FLOP/s and bandwidth that good kernels reach."""
+ASSUMED_EFFICIENCY = 0.7  # share of datasheet peak FLOP/s and bandwidth that good kernels reach
 ASSUMED = "assumed"
 
 
@@ -81,6 +80,8 @@ class Prediction:
     decode_s: float = 0.0
     decode_bound: str | None = None
     mean_batch: float = 0.0
+    ttft_s: float = 0.0  # time to first token: of a prefill step
+    per_token_s: float = 0.0  # mean time per output token: of a decode step
     seconds: float | None = None
     tok_s: float | None = None
     price: float | None = None
@@ -157,8 +158,8 @@ def _predict_engine(
     mean_prompt = max(1, round(job.prompt_tokens / count))
     batch = min(max_batch, max(1, limits.max_batch_tokens // mean_prompt))
     prefill = Workload("prefill", batch, mean_prompt, mean_prompt, dtype, parts, causal=True)
-    step = _step_time(model, prefill, device, efficiency)
-    prefill_s, link_s = step.seconds * count / batch, step.link_s * count / batch
+    first = _step_time(model, prefill, device, efficiency)
+    prefill_s, link_s = first.seconds * count / batch, first.link_s * count / batch
     decoded = job.output_tokens - count  # the prefill produces the first token of each request
     decode_steps, decode_s = 0, 0.0
     bounds: defaultdict[str, float] = defaultdict(float)  # seconds of decode steps by their limit
@@ -180,6 +181,8 @@ def _predict_engine(
         decode_s=decode_s,
         decode_bound=max(bounds, key=bounds.__getitem__, default=None),
         mean_batch=decoded / max(1, decode_steps),
+        ttft_s=first.seconds,
+        per_token_s=decode_s / max(1, decode_steps),
         seconds=seconds,
         tok_s=job.output_tokens / seconds,
         tensor_parallel=parts,

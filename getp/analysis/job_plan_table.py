@@ -15,8 +15,12 @@ def print_job(
     limits: Limits,
     predictions: Sequence[Prediction],
     token_source: str,
+    details: bool = False,
 ) -> None:
-    """Print the predictions on standard output; token_source: how tokens were counted."""
+    """Print the predictions on standard output.
+
+    token_source: how tokens were counted. details: also the time and the batch of each phase.
+    """
     console = tables.console()
     console.print(
         f"{model.name}, {dtype}: {counted(len(job.prompts), 'request')}, {job.prompt_tokens:,} "
@@ -31,13 +35,15 @@ def print_job(
         )
     priced = any(prediction.price is not None for prediction in predictions)
     several = any(one.tensor_parallel * one.replicas > 1 for one in predictions)
-    numbers = ["prefill", "decode", "batch", "time", "tok/s", "efficiency"]
+    numbers = ["time", "tok/s", "time to first token", "time per output token"]
+    numbers += ["prefill", "decode", "batch"] if details else []
     table = tables.table(
         ["GPU", *(["layout (comm.)"] if several else []), "bound by"],
         [*numbers, *(["price"] if priced else [])],
     )
     for one in predictions:
-        table.add_row(one.name, *([_layout(one)] if several else []), *_cells(one, priced))
+        layout = [_layout(one)] if several else []
+        table.add_row(one.name, *layout, *_cells(one, details, priced))
     tables.show(console, table)
     console.print(_notes(predictions, limits), style="dim", soft_wrap=True)
 
@@ -48,22 +54,23 @@ def _layout(one: Prediction) -> str:
     if one.replicas > 1:
         parts.append(f"{one.replicas} replicas")
     if one.tensor_parallel > 1:
-        parts.append(f"TP={one.tensor_parallel} ({percent(one.link_s / (one.seconds or 1))})")
+        share = f" ({percent(one.link_s / one.seconds)})" if one.seconds else ""
+        parts.append(f"TP={one.tensor_parallel}{share}")
     return " × ".join(parts) or "1 GPU"
 
 
-def _cells(one: Prediction, priced: bool) -> list[str]:
+def _cells(one: Prediction, details: bool, priced: bool) -> list[str]:
     if one.seconds is None or one.tok_s is None:
         return ["does not fit"]
     cells = [
         one.decode_bound or "-",
-        duration(one.prefill_s),
-        duration(one.decode_s),
-        f"{one.mean_batch:,.1f}",
         duration(one.seconds),
         f"{one.tok_s:,.0f}",
-        f"{one.efficiency.compute:.0%}/{one.efficiency.memory:.0%}",
+        duration(one.ttft_s),
+        duration(one.per_token_s) if one.decode_steps else "-",
     ]
+    if details:
+        cells += [duration(one.prefill_s), duration(one.decode_s), f"{one.mean_batch:,.1f}"]
     return [*cells, f"{one.price:,.4f}" if one.price is not None else "-"] if priced else cells
 
 
@@ -72,19 +79,21 @@ def _notes(predictions: Sequence[Prediction], limits: Limits) -> str:
         "Every request is assumed to generate up to its limit, with at most",
         f"{counted(limits.max_batch_size, 'request')} at once and "
         f"{counted(limits.max_batch_tokens, 'token')} per step. Host time (scheduling,",
-        "sampling and other work) is not included.",
+        "sampling and other work) is not included, nor is the time that a request waits",
+        "before its first step.",
     ]
     if any(one.tensor_parallel > 1 for one in predictions):
         lines.append("comm.: the share of the time that the GPUs of a model communicate.")
     if any(one.price is not None for one in predictions):
         lines.append("Price: of the whole job, at the given price per GPU-hour.")
-    lines.append("Efficiency: the expected shares of peak FLOP/s and of bandwidth.")
-    lines += dict.fromkeys(map(_efficiency_source, predictions))
+    lines += dict.fromkeys(map(_efficiency, predictions))
     return "\n" + "\n".join(lines)
 
 
-def _efficiency_source(one: Prediction) -> str:
-    if one.efficiency.source != ASSUMED:
-        return f"  {one.name}: {one.efficiency.source}"
-    compute, memory = one.efficiency.compute, one.efficiency.memory
-    return f"  Assumed: {compute:.0%} of peak FLOP/s, {memory:.0%} of bandwidth"
+def _efficiency(one: Prediction) -> str:
+    """Return the expected shares of a device's peaks, and where they come from."""
+    found = one.efficiency
+    shares = f"{found.compute:.0%} of peak FLOP/s, {found.memory:.0%} of bandwidth"
+    if found.source == ASSUMED:
+        return f"Assumed: {shares}"
+    return f"{one.name}: {shares} ({found.source})"

@@ -6,10 +6,15 @@ from pathlib import Path
 
 from getp.errors import UsageProblem
 from getp.hub import model_name
-from getp.terminal import print_message, warn
+from getp.terminal import warn
 from model.config import ModelConfig, read_json
 from model.cost.devices import DEVICES, Device, UnknownDeviceError, find_device
-from model.cost.known_models import KNOWN_CONFIGS, named_config
+from model.cost.known_models import (
+    KNOWN_CONFIGS,
+    closest_known_models,
+    find_known_model,
+    named_config,
+)
 from model.families import load_config, parse_config
 
 LOCAL = "local"
@@ -26,24 +31,26 @@ class Model:
 
 def is_known(name: str) -> bool:
     """Return whether this is the name of a well-known model, whose config comes with getp."""
-    return name.lower() in KNOWN_CONFIGS
+    return find_known_model(name) is not None
 
 
 def find_model(given: Path) -> Model:
-    """Return a model by checkpoint directory, config.json or well-known name.
+    """Return a model by checkpoint directory, config.json or the usual spelling of its name.
 
-    Raises UsageProblem, which lists the names, for anything else, and CheckpointError for a config
-    that cannot be used.
+    Raises UsageProblem, which names the closest ones, for anything else, and CheckpointError for
+    a config that cannot be used.
     """
     if given.is_dir():
         return Model(model_name(given), load_config(given, warn))
     if given.exists():
         return Model(model_name(given.parent), parse_config(read_json(given), given))
-    name = str(given).lower()
-    if not is_known(name):
+    name = find_known_model(str(given))
+    if name is None:
+        closest = ", ".join(closest_known_models(str(given)))
+        names = f"did you mean {closest}?" if closest else f"known: {', '.join(KNOWN_CONFIGS)}."
         raise UsageProblem(
-            f"unknown model {str(given)!r}: give a checkpoint directory, a config.json, or one of "
-            f"{', '.join(KNOWN_CONFIGS)}"
+            f"unknown model {str(given)!r}; {names} A checkpoint directory or a config.json also "
+            "works"
         )
     return Model(name, named_config(name))
 
@@ -64,21 +71,16 @@ def find_gpus(names: Sequence[str]) -> list[Device]:
 
 def measure_again() -> None:
     """Measure this machine, even if it was measured before."""
-    from model.cost.measure import local_device
+    from getp.machine import local_device
 
-    print_message("getp: measuring this machine")
     local_device(remeasure=True)
 
 
 def _find_gpu(name: str) -> Device:
     if name.lower() == LOCAL:
-        from model.cost.measure import cached_device, local_device
+        from getp.machine import local_device
 
-        measured = cached_device()
-        if measured is None:
-            print_message("getp: measuring this machine for the first time")
-            measured = local_device()
-        return measured.device
+        return local_device().device
     try:
         return find_device(name)
     except UnknownDeviceError as error:

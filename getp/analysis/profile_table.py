@@ -10,15 +10,23 @@ from getp.analysis.advice import Advice, Bottleneck, advise, find_bottleneck, un
 from getp.analysis.advice import as_json as advice_json
 from getp.analysis.lookup import LOCAL
 from getp.analysis.profile import Component, Profile
+from getp.analysis.step_plan import time_name
 from getp.units import duration, percent, quantity
 from model.cost.devices import Device
 from model.cost.operations import total
 
+_LARGEST_PARTS = 5  # listed without details
 _WIDE = 80  # columns; a narrower terminal does not show the share of all bytes
 
 
-def print_profile(profile: Profile, model: str, others: list[Device]) -> None:
-    """Print the analysis on standard output, with the bandwidth that `others` would need."""
+def print_profile(
+    profile: Profile, model: str, others: list[Device], details: bool = False
+) -> None:
+    """Print the analysis on standard output.
+
+    details: also the launches, bytes and FLOPs of all components, and the share of their bandwidth
+    that `others` would need.
+    """
     bottleneck, advice = find_bottleneck(profile), advise(profile)
     console = tables.console()
     work, name = profile.work, profile.device.name
@@ -30,15 +38,18 @@ def print_profile(profile: Profile, model: str, others: list[Device]) -> None:
         style="bold",
         soft_wrap=True,
     )
-    console.print(_summary(profile, bottleneck), soft_wrap=True)
-    tables.show(console, _parts_table(profile, console.width >= _WIDE))
-    console.print(_bandwidths(profile, others), soft_wrap=True)
-    console.print(
-        f"\n{bottleneck.bound}-bound: {bottleneck.evidence}.", style="bold", soft_wrap=True
-    )
+    console.print(_step(profile), soft_wrap=True)
+    console.print(f"{bottleneck.bound}-bound: {bottleneck.evidence}.", style="bold", soft_wrap=True)
     console.print(
         f"Beyond these limits, {unexplained_time(profile, bottleneck)}.\n", soft_wrap=True
     )
+    if details:
+        console.print(_limits(profile, bottleneck), soft_wrap=True)
+        tables.show(console, _parts_table(profile, console.width >= _WIDE))
+        console.print(_bandwidths(profile, others), soft_wrap=True)
+    else:
+        tables.show(console, _largest_parts_table(profile))
+        console.print()
     tables.show(console, _advice_table(advice))
     console.print(
         "\nGains are upper limits that the cost model predicts for each change alone. Timing the "
@@ -90,27 +101,46 @@ def _part_json(part: Component, profile: Profile) -> dict[str, Any]:
     }
 
 
-def _summary(profile: Profile, bottleneck: Bottleneck) -> str:
+def _step(profile: Profile) -> str:
+    per_layer_s = profile.step_s / len(profile.config.layers)
+    return (
+        f"{time_name(profile.work)}: {duration(profile.step_s)}, {duration(per_layer_s)} per "
+        f"layer; {profile.tok_s:,.1f} tok/s"
+    )
+
+
+def _limits(profile: Profile, bottleneck: Bottleneck) -> str:
+    """Describe the launches, bytes and FLOPs of the step, and the rates that it reaches."""
     work, step, device = profile.work, total(profile.ops), profile.device
     layers = len(profile.config.layers)
     moved, computed = step.bytes.total / profile.step_s, step.flops.matrix / profile.step_s
     kind = "kernels" if profile.on_gpu else "operations"
     lines = [
-        f"step      {duration(profile.step_s)}, {duration(profile.step_s / layers)} per layer; "
-        f"{profile.tok_s:,.1f} tok/s",
         f"launches  {profile.launches:,} {kind} per step, "
         f"{profile.launches / layers:.1f} per layer, "
         f"{profile.launches / work.tokens:,.1f} per token; "
         f"{duration(bottleneck.launch_s)} of overhead",
         f"memory    {quantity(step.bytes.total, 'B')} per step: {quantity(moved, 'B/s')} of "
-        f"{quantity(device.bandwidth, 'B/s')} ({percent(moved / device.bandwidth)})",
+        f"{quantity(device.bandwidth, 'B/s')}",
         f"compute   {quantity(step.flops.matrix, 'FLOP')} per step: "
-        f"{quantity(computed, 'FLOP/s')} of {quantity(device.peak(work.dtype), 'FLOP/s')} "
-        f"({percent(computed / device.peak(work.dtype))})",
+        f"{quantity(computed, 'FLOP/s')} of {quantity(device.peak(work.dtype), 'FLOP/s')}",
     ]
     if profile.busy_s is not None:
         lines.append(f"GPU       busy for {percent(profile.busy_s / profile.step_s)} of the step")
     return "\n".join([*lines, ""])
+
+
+def _largest_parts_table(profile: Profile) -> Table:
+    """Return the components that take most of the time, and the sum of the others."""
+    table = tables.table(["component"], ["time", "% time"])
+    timed = (part for part in profile.components if not part.within)
+    ranked = sorted(timed, key=lambda part: -part.seconds)
+    others = ranked[_LARGEST_PARTS:]
+    rows = [(_label(part), part.seconds) for part in ranked[:_LARGEST_PARTS]]
+    rows.append((f"{len(others)} more components", sum(part.seconds for part in others)))
+    for name, seconds in rows:
+        table.add_row(name, duration(seconds), percent(seconds / profile.times.timed_s))
+    return table
 
 
 def _parts_table(profile: Profile, wide: bool) -> Table:
@@ -157,7 +187,9 @@ def _bandwidths(profile: Profile, others: list[Device]) -> str:
         return ""
     moved = total(profile.ops).bytes.total / profile.step_s
     uses = (f"{device.name} {percent(moved / device.bandwidth)}" for device in others)
-    return f"\nShare of their bandwidth that other devices need for this speed: {', '.join(uses)}."
+    return (
+        f"\nShare of their bandwidth that other devices need for this speed: {', '.join(uses)}.\n"
+    )
 
 
 def _advice_table(advice: list[Advice]) -> Table:

@@ -81,6 +81,14 @@ def make_plan(
     return Plan(model, work, ops, step, bounds)
 
 
+def time_name(work: Workload) -> str:
+    """Return what the time of a step is to each of its sequences."""
+    if work.phase == "decode" and work.query == 1:
+        return "time per output token"
+    whole_prompt = work.phase == "prefill" and work.query == work.context
+    return "time to first token" if whole_prompt else "time per step"
+
+
 def check_split(model: Model, tensor_parallel: int) -> None:
     """Raise UsageProblem if the model cannot be split over that many GPUs."""
     try:

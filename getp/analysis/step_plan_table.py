@@ -7,12 +7,12 @@ from rich.table import Table
 
 from getp import tables
 from getp.analysis.lookup import LOCAL
-from getp.analysis.step_plan import Plan
+from getp.analysis.step_plan import Plan, time_name
 from getp.errors import GetpError
 from getp.units import duration, percent, quantity
 from model.cost.interconnect import LINKS
 from model.cost.operations import activation_accesses, operations, parameter_bytes, total
-from model.cost.roofline import largest_batch
+from model.cost.roofline import Bound, largest_batch
 from model.cost.workload import Op
 from model.formats import DENSE
 
@@ -20,20 +20,23 @@ _OPERATION_COLUMNS = (
     *("layers", "matrix", "vector", "special"),
     *("weights", "activ.", "KV", "FLOP/B", "launches"),
 )
-_GPU_COLUMNS = ("time", "tok/s", "MFU", "MBU", "ridge", "largest batch")
 
 
-def print_plan(plan: Plan) -> None:
-    """Print the operations, their total and the GPUs as tables on standard output."""
+def print_plan(plan: Plan, details: bool = False) -> None:
+    """Print the time on each GPU on standard output.
+
+    details: also the utilization, the operations with their total, and the communication.
+    """
     console = tables.console()
     console.print(_title(plan), style="bold", soft_wrap=True)
-    tables.show(console, _operations_table(plan))
-    console.print(_summary(plan), soft_wrap=True)
-    tables.show(console, _gpu_table(plan))
-    if plan.exchanges and not plan.work.backward:
-        console.print()
-        tables.show(console, _exchange_table(plan))
-    console.print(_notes(plan), style="dim", soft_wrap=True)
+    tables.show(console, _gpu_table(plan, details))
+    console.print(_summary(plan, details), soft_wrap=True)
+    if details:
+        tables.show(console, _operations_table(plan))
+        if plan.exchanges and not plan.work.backward:
+            console.print()
+            tables.show(console, _exchange_table(plan))
+    console.print("\n".join(["", *_notes(plan, details)]), style="dim", soft_wrap=True)
 
 
 def write_plot(plan: Plan, path: str) -> None:
@@ -84,12 +87,14 @@ def _cells(op: Op) -> list[str]:
     return [*map(quantity, flops), *map(quantity, moved), intensity, f"{op.launches:,}"]
 
 
-def _summary(plan: Plan) -> str:
+def _summary(plan: Plan, details: bool) -> str:
     work, config = plan.work, plan.model.config
     weights = parameter_bytes(config, work.dtype, work.tensor_parallel)
     line = f"stored weights: {quantity(weights, 'B')}"
     if work.backward:
-        return line + "; the forward pass before this backward pass is not included\n"
+        line += "; the forward pass before this backward pass is not included"
+    if work.backward or not details:
+        return line
     other = replace(work, fused=not work.fused)
     totals = {work.fused: plan.total, other.fused: total(operations(config, other))}
     sparse = any(layer.sparse for layer in config.layers)
@@ -102,11 +107,12 @@ def _summary(plan: Plan) -> str:
     return f"{line}\n" + "\n".join(forms) + "\n"
 
 
-def _gpu_table(plan: Plan) -> Table:
+def _gpu_table(plan: Plan, details: bool) -> Table:
     shared = plan.work.tensor_parallel > 1
+    figures = [*(["comm."] if shared else []), time_name(plan.work), "tok/s"]
+    figures += ["MFU", "MBU", "ridge"] if details else []
     table = tables.table(
-        ["GPU", "bound by", *(["link"] if shared else [])],
-        [*(["comm."] if shared else []), *_GPU_COLUMNS],
+        ["GPU", "bound by", *(["link"] if shared else [])], [*figures, "largest batch"]
     )
     work = plan.work
     for gpu_bound in plan.bounds:
@@ -118,12 +124,15 @@ def _gpu_table(plan: Plan) -> Table:
             *([device.link.name, duration(gpu_bound.link_s)] if shared else []),
             duration(gpu_bound.seconds),
             f"{gpu_bound.tok_s:,.0f}" if gpu_bound.tok_s >= 100 else f"{gpu_bound.tok_s:.2f}",
-            percent(gpu_bound.mfu),
-            percent(gpu_bound.mbu),
-            f"{device.ridge(work.dtype):,.0f}",
+            *(_utilization(gpu_bound, work.dtype) if details else []),
             "-" if work.backward else f"{fits:,}" if fits else "none",
         )
     return table
+
+
+def _utilization(gpu_bound: Bound, dtype: str) -> list[str]:
+    ridge = f"{gpu_bound.device.ridge(dtype):,.0f}"
+    return [percent(gpu_bound.mfu), percent(gpu_bound.mbu), ridge]
 
 
 def _exchange_table(plan: Plan) -> Table:
@@ -138,30 +147,33 @@ def _exchange_table(plan: Plan) -> Table:
     return table
 
 
-def _notes(plan: Plan) -> str:
-    work = plan.work
-    lines = [
-        "matrix, vector, special: FLOPs by execution unit. weights, activ., KV: bytes moved.",
-        "Time = max(compute, memory, launch overhead) at datasheet peaks, plus communication.",
-        "MFU and MBU are the shares of peak FLOP/s and bandwidth used in that time.",
-        "Fusion reduces activation traffic and launches; graph capture only launch overhead.",
-    ]
+def _notes(plan: Plan, details: bool) -> list[str]:
+    work, devices = plan.work, [gpu_bound.device for gpu_bound in plan.bounds]
+    communication = ", plus communication" if details or work.tensor_parallel > 1 else ""
+    kind = "measured" if all(device.name == LOCAL for device in devices) else "datasheet"
+    lines = [f"Time = max(compute, memory, launch overhead) at {kind} peaks{communication}."]
+    if details:
+        lines += [
+            "MFU and MBU are the shares of peak FLOP/s and bandwidth used in that time.",
+            "matrix, vector, special: FLOPs by execution unit. weights, activ., KV: bytes moved.",
+            "Fusion reduces activation traffic and launches; graph capture only launch overhead.",
+        ]
     lines += [
-        f"{gpu_bound.device.name}: {gpu_bound.device.source}"
-        + (
-            f"; {duration(gpu_bound.device.launch_s)} per launch; --measure measures it again"
-            if gpu_bound.device.name == LOCAL
-            else ""
-        )
-        for gpu_bound in plan.bounds
+        f"{device.name}: {device.source}"
+        + (f"; {duration(device.launch_s)} per launch" if device.name == LOCAL else "")
+        for device in devices
+        if details or device.name == LOCAL
     ]
     lines += [
         f"* {device.name} computes {work.dtype} as {device.computes_in(work.dtype)}."
-        for device in (gpu_bound.device for gpu_bound in plan.bounds)
+        for device in devices
         if device.computes_in(work.dtype) != work.dtype
     ]
-    lines.append("Communication = bytes sent / link bandwidth + assumed latency per collective.")
-    if work.tensor_parallel > 1:
-        links = dict.fromkeys(gpu_bound.device.link for gpu_bound in plan.bounds)
-        lines += [f"{link.name}: {link.source}" for link in links]
-    return "\n" + "\n".join(lines)
+    if details:
+        lines.append(
+            "Communication = bytes sent / link bandwidth + assumed latency per collective."
+        )
+        if work.tensor_parallel > 1:
+            links = dict.fromkeys(device.link for device in devices)
+            lines += [f"{link.name}: {link.source}" for link in links]
+    return lines

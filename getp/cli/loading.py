@@ -82,9 +82,12 @@ def _check_checkpoint(folder: Path) -> None:
         hint = "Give a directory, or the name of a model on the Hugging Face Hub, OWNER/NAME"
         if any(letter.isspace() for letter in str(folder)):
             hint = "A prompt is given with -i/--input"
-        raise UsageProblem(f"the directory {folder} does not exist. {hint}")
+        raise UsageProblem(f"the directory {str(folder)!r} does not exist. {hint}")
     if not folder.is_dir():
-        raise UsageProblem(f"{folder} is a file: give the directory, {folder.parent}")
+        raise UsageProblem(
+            f"{folder} is a file: give the directory, {folder.resolve().parent} (an input file is "
+            "given with -i/--input)"
+        )
     if not any((folder / name).exists() for name in ("config.json", "tokenizer.json")):
         raise UsageProblem(
             f"{folder} is not a Hugging Face model directory (no config.json, no tokenizer.json)"

@@ -29,7 +29,8 @@ def command(ctx: click.Context, **given: Any) -> int:
 
     CHECKPOINT is a Hugging Face model directory, or the name of a model on the Hugging Face Hub,
     OWNER/NAME or OWNER/NAME@REVISION, which is downloaded if it is not in the local cache.
-    Without it, the small model that comes with getp runs.
+    Without it, the small model that comes with getp runs. Mode plan also takes a config.json or
+    the usual name of a well-known model.
     """
     mode = given["mode"]
     refuse_other_modes(ctx, mode)

@@ -85,6 +85,12 @@ _ALL: tuple[_Decorator, ...] = (
         metavar="FILE.json",
         help="Also write the report to this file, as JSON.",
     ),
+    _job(
+        "--details",
+        subject=Subject.DETAILS,
+        is_flag=True,
+        help="getp, plan, profile: also print the details and long tables.",
+    ),
     _job("--restart", is_flag=True, help="Discard the journal and start over instead of resuming."),
     _job(
         "--accept-different-rounding",
@@ -250,7 +256,9 @@ _ALL: tuple[_Decorator, ...] = (
         "does the same. In mode plan, the figures of an operation are for one GPU.  [default: 1]",
     ),
     _engine(
-        "--dummy-weights", is_flag=True, help="Use random weights; only config.json is needed."
+        "--dummy-weights",
+        is_flag=True,
+        help="Use random weights; no *.safetensors file is needed.",
     ),
     _replicas(
         "--replicas",
@@ -292,12 +300,14 @@ _ALL: tuple[_Decorator, ...] = (
         "--gpu",
         metavar="NAME",
         multiple=True,
-        help="GPU from the table, local (this machine, measured) or all. Can be repeated.",
+        help="GPU such as H200; all: every known one; local: this machine, measured. Can be "
+        "repeated.  [default: several common ones]",
     ),
     _step(
         "--measure",
         is_flag=True,
-        help="Measure this machine's peaks again and store them; run it on an idle machine.",
+        help="Measure this machine's peaks again and store them; run it on an otherwise idle "
+        "machine.",
     ),
     _plan(
         "--price",

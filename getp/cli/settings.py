@@ -120,6 +120,7 @@ class Settings:
     result_file: ResultFileOptions
     step: StepOptions
     plan: PlanOptions
+    details: bool  # print the long tables, too
     engine: "EngineConfig"  # the defaults in mode plan, which has no engine
     folder: Path | None = None  # where the checkpoint is; in mode plan also a well-known name
 
@@ -142,6 +143,7 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
         _pick(ResultFileOptions, given),
         _pick(StepOptions, given),
         _pick(PlanOptions, given),
+        given["details"],
         engine,
     )
 

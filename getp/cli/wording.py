@@ -34,6 +34,7 @@ _OPTIONS = {
     "input": "-i/--input",
     "output": "-o/--output",
     "output_format": "--output-format",
+    "details": "--details",
     "restart": "--restart",
     "accept_different_rounding": "--accept-different-rounding",
     "max_errors": "--max-errors",

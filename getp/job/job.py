@@ -38,6 +38,7 @@ class Job:
     output_format: str | None = None  # a name in OUTPUT_FORMATS; None: by the output's suffix
     reading_hint: str | None = None  # how to read token ids, for the end of the run
     report: str | None = None
+    details: bool = False  # print the whole report
     restart: bool = False
     accept_different_rounding: bool = False  # of requests in the journal, in 16 bits
     flush_s: float = 1.0

@@ -185,7 +185,7 @@ class JobRun:
         limit = self.job.max_errors
         if limit is not None and self._journal.failed > limit:
             raise GetpError(
-                "{failed} requests have failed, more than {max_errors} {limit}; the last one: line "
+                "failed requests: {failed}, more than {max_errors} {limit}; the last one: line "
                 "{number}: {reason}",
                 failed=self._journal.failed,
                 limit=limit,
@@ -203,7 +203,7 @@ def _report(run: JobRun, failed: int) -> None:
     report = job_report(run.measured, run.engine.summary(), job.checkpoint)
     if job.report is not None:
         write_report(job.report, report)
-    print_report(report)
+    print_report(report, job.details)
     if job.reading_hint is not None and run.format is TOKEN_LINES and not is_stream(job.output):
         print_message(f"getp: {job.reading_hint}")
     # If standard output holds the results or the report, it must stay parseable.

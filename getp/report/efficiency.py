@@ -6,11 +6,12 @@ import torch
 
 from engine import EngineStats
 from engine.summary import RunSummary
+from getp.machine import peaks_of
 from getp.report.losses import FinishedRun, largest_loss
 from model.config import ModelConfig
 from model.cost.devices import Device, device_of_driver
 from model.cost.flops import Flops
-from model.cost.measure import peaks_of, store_efficiency
+from model.cost.measure import store_efficiency
 from model.cost.operations import operations, total
 from model.cost.workload import Bytes, Phase, Workload
 

@@ -18,22 +18,19 @@ def final_line(measured: Measurements) -> str:
     )
 
 
-def print_report(report: Report) -> None:
+def print_report(report: Report, details: bool = False) -> None:
     """Print the report as a table on standard error, apart from output for scripts."""
     title = f"getp on {escape(strip_control_characters(report['checkpoint']))}"
     table = Table(show_header=False, title=title, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
-    for name, value in _rows(report):
+    for name, value in [*_answer(report, details), *(_details(report) if details else [])]:
         table.add_row(name, value)
     Console(stderr=True).print(table)
 
 
-def _rows(r: Report) -> list[tuple[str, str]]:
-    versions = ", ".join(f"{name} {version}" for name, version in r["versions"].items())
-    peak = memory(r["peak_memory_bytes"])
-    if r["peak_gpu_memory_bytes"] is not None:
-        peak += f", on the GPU {memory(r['peak_gpu_memory_bytes'])}"
+def _answer(r: Report, details: bool) -> list[tuple[str, str]]:
+    """Return the rows that are always shown, the result of the job first."""
     ranks = f", tensor parallel over {r['tensor_parallel']}" if r["tensor_parallel"] > 1 else ""
     cut = f" ({r['requests_cut']:,} truncated at the length limit)" if r["requests_cut"] else ""
     requests = f"{r['requests_done']:,} done{cut}, {r['requests_failed']:,} failed"
@@ -45,21 +42,32 @@ def _rows(r: Report) -> list[tuple[str, str]]:
     return [
         ("requests", requests),
         (
+            "throughput",
+            f"{r['output_tok_s']:,.1f} output tok/s, {r['total_tok_s']:,.1f} with prompts",
+        ),
+        ("time", f"inference {r['inference_s']:.2f} s, warm-up {r['warm_up_s']:.2f} s"),
+        (
             "tokens",
             f"{r['prompt_tokens']:,} prompt ({r['cached_tokens']:,} cached, "
             f"{r['prefix_hit_rate']:.1%}), {r['output_tokens']:,} output",
         ),
-        (
-            "time",
-            f"warm-up {r['warm_up_s']:.2f} s ({_warm_up(r)}), "
-            f"inference {r['inference_s']:.2f} s, finish {r['finish_s']:.2f} s",
-        ),
-        (
-            "throughput",
-            f"{r['output_tok_s']:,.1f} output tok/s, {r['total_tok_s']:,.1f} with prompts",
-        ),
         ("time to first token", _latency(r["ttft_median_s"], r["ttft_p99_s"])),
         ("time per output token", _latency(r["per_token_median_s"], r["per_token_p99_s"])),
+        *_efficiency(r, details),
+        *_replicas(r),
+        ("device", f"{r['device']}{ranks}, {r['dtype']}"),
+    ]
+
+
+def _details(r: Report) -> list[tuple[str, str]]:
+    parts = {"load": r["load_s"], "compile": r["compile_s"], "capture": r["capture_s"]}
+    peak = memory(r["peak_memory_bytes"])
+    if r["peak_gpu_memory_bytes"] is not None:
+        peak += f", on the GPU {memory(r['peak_gpu_memory_bytes'])}"
+    return [
+        # On a CPU nothing is compiled or captured.
+        ("warm-up", ", ".join(f"{n} {s:.2f} s" for n, s in parts.items() if s or n == "load")),
+        ("finish", f"{r['finish_s']:.2f} s"),
         (
             "batch",
             f"mean {r['mean_batch']:.1f}, peak {r['peak_batch']} over "
@@ -70,31 +78,25 @@ def _rows(r: Report) -> list[tuple[str, str]]:
             f"{memory(r['kv_bytes'])}, peak use {r['peak_kv_use']:.1%}, "
             f"{counted(r['preemptions'], 'preemption')}",
         ),
-        *_efficiency(r),
-        *_replicas(r),
         ("peak memory", peak),
-        ("device", f"{r['device']}{ranks}, {r['dtype']}; {versions}"),
+        *map(_replica, r["replicas"] or ()),
+        ("versions", ", ".join(f"{name} {version}" for name, version in r["versions"].items())),
     ]
 
 
-def _warm_up(r: Report) -> str:
-    """Return the parts of the warm-up; on a CPU nothing is compiled or captured."""
-    parts = {"load": r["load_s"], "compile": r["compile_s"], "capture": r["capture_s"]}
-    return ", ".join(f"{n} {s:.2f}" for n, s in parts.items() if s or n == "load")
-
-
-def _efficiency(r: Report) -> list[tuple[str, str]]:
+def _efficiency(r: Report, details: bool) -> list[tuple[str, str]]:
     if r["limit_share"] is None:
         return []
     device = r["peaks"].split(": ")[0]
     kind = "measured" if device.endswith("local") else "datasheet"
+    share = (
+        f"{r['limit_share']:.1%} of the {kind} peak of {device.replace('local', 'this machine')} "
+        f"({r['bound']}-bound)"
+    )
+    # The utilization of what bounds the run is the share itself.
+    other = f"MBU {r['mbu']:.1%}" if r["bound"] == "compute" else f"MFU {r['mfu']:.1%}"
     return [
-        (
-            "efficiency",
-            f"{r['limit_share']:.1%} of the {kind} peak of "
-            f"{device.replace('local', 'this machine')} ({r['bound']}-bound); "
-            f"MFU {r['mfu']:.1%}, MBU {r['mbu']:.1%}",
-        ),
+        ("efficiency", f"{share}; {other}" if details else share),
         ("largest loss", r["largest_loss"]),
     ]
 
@@ -102,21 +104,23 @@ def _efficiency(r: Report) -> list[tuple[str, str]]:
 def _replicas(r: Report) -> list[tuple[str, str]]:
     if r["replicas"] is None:
         return []
-    rows = [("balance", f"replicas had requests for {r['balance']:.1%} of the time")]
-    for one in r["replicas"]:
-        deaths = ""
-        if one["deaths"]:
-            times = "once" if one["deaths"] == 1 else f"{one['deaths']} times"
-            deaths = f"; died {times}, requests reassigned: {one['requests_left_to_others']:,}"
-        rows.append(
-            (
-                f"replica {one['replica']}",
-                f"{counted(one['requests'], 'request')}, {one['output_tokens']:,} output tokens, "
-                f"{one['output_tok_s']:,.1f} tok/s, batch {one['mean_batch']:.1f}, busy "
-                f"{one['busy']:.1%}, {memory(one['peak_memory_bytes'])} on {one['host']}{deaths}",
-            )
-        )
-    return rows
+    died = [f"replica {one['replica']} {_died(one)}" for one in r["replicas"] if one["deaths"]]
+    busy = f"{len(r['replicas']):,}, which had requests for {r['balance']:.1%} of the time"
+    return [("replicas", "; ".join([busy, *died]))]
+
+
+def _replica(one: Report) -> tuple[str, str]:
+    figures = (
+        f"{counted(one['requests'], 'request')}, {one['output_tokens']:,} output tokens, "
+        f"{one['output_tok_s']:,.1f} tok/s, batch {one['mean_batch']:.1f}, busy "
+        f"{one['busy']:.1%}, {memory(one['peak_memory_bytes'])} on {one['host']}"
+    )
+    return f"replica {one['replica']}", f"{figures}; {_died(one)}" if one["deaths"] else figures
+
+
+def _died(one: Report) -> str:
+    times = "once" if one["deaths"] == 1 else f"{one['deaths']} times"
+    return f"died {times}, requests reassigned: {one['requests_left_to_others']:,}"
 
 
 def _latency(median: float | None, p99: float | None) -> str:

@@ -214,9 +214,9 @@ def find_device(name: str) -> Device:
         return known[key]
     close = difflib.get_close_matches(key, [*known, *_ALIASES], n=1)
     found = known.get(close[0]) or known[_key(_ALIASES[close[0]])] if close else None
-    hint = f"did you mean {found.name}? " if found else ""
+    hint = f"did you mean {found.name}? Known" if found else "known"
     names = ", ".join(device.name for device in DEVICES)
-    raise UnknownDeviceError(f"unknown GPU {name!r}; {hint}Known GPUs: {names}, local")
+    raise UnknownDeviceError(f"unknown GPU {name!r}; {hint} GPUs: {names}, local")
 
 
 def is_device(name: str) -> bool:

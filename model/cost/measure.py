@@ -61,12 +61,6 @@ def cached_device(target: torch.device | None = None) -> Measured | None:
     return _parse(read_cache().get(cache_key(target)), hardware_name(target))
 
 
-def peaks_of(target: torch.device) -> Device:
-    """Return the datasheet device of `target` if it is a known GPU, else its measured device."""
-    known = device_of_driver(hardware_name(target)) if target.type == "cuda" else None
-    return known or local_device(target).device
-
-
 def default_target() -> torch.device:
     """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

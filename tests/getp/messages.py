@@ -14,6 +14,7 @@ PACKAGES = ("getp", "engine", "model", "tokenizer")
 _FUNCTIONS = {
     "print_message",
     "warn",
+    "hint",
     "fail",
     "notice",
     "_notice",

@@ -304,7 +304,7 @@ def test_errors_of_a_job_name_the_options(
     assert cli.run([*args, "-o", str(tmp_path / "out.txt"), "--max-errors", "0"]) == 1
     hint, error = capsys.readouterr().err.splitlines()[-2:]
     assert "raise --max-errors to resume, or start over with --restart" in hint
-    assert "1 requests have failed, more than --max-errors 0; the last one: line 3" in error
+    assert "failed requests: 1, more than --max-errors 0; the last one: line 3" in error
     assert cli.run([*args, "-o", str(tmp_path / "out.txt"), "-t", "0.5", "-s", "1"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "started with -t/--temperature 0.0, now 0.5; -s/--seed" in error

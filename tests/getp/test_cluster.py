@@ -274,7 +274,7 @@ def test_the_command_starts_ray_or_joins_a_running_cluster(
     files = ["-i", str(tmp_path / "in.txt"), "-o", str(tmp_path / "out.txt")]
     given = ["--ray-address", one_ray, "--replicas", "1"] if joined else ["--replicas", "2"]
     done = subprocess.run(
-        [sys.executable, "run.py", "-m", "getp", *files, *given],
+        [sys.executable, "run.py", "-m", "getp", "--details", *files, *given],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -16,6 +16,7 @@ from engine import (
     RunSummary,
     SamplingParams,
 )
+from getp import machine
 from getp.report.efficiency import RunEfficiency, record_efficiency, run_cost, run_efficiency
 from model.cost import measure
 from model.cost.devices import find_device
@@ -122,7 +123,7 @@ def test_only_the_efficiency_of_a_long_run_on_one_device_is_recorded(
     assert recorded == [("long", 0.5)]
     assert (
         run_efficiency(cpu, 1.2, 0).peaks
-        == f"local: {measure.peaks_of(measure.default_target()).source}"
+        == f"local: {machine.peaks_of(measure.default_target()).source}"
     )
 
 
@@ -189,3 +190,15 @@ def test_steps_that_wait_for_kv_memory_are_counted(checkpoint: Callable[[str], P
     with Engine(checkpoint("qwen2"), config) as engine:
         list(engine.generate([Request([1, 2, 3, n], params, n) for n in range(6)]))
     assert engine.stats.kv_full_steps > engine.stats.short_steps
+
+
+def test_a_measurement_of_this_machine_is_announced_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rates = {"peaks": {"float32": 1e11}, "bandwidth": 1e10, "launch_s": 1e-6, "memory": 2**33}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(measure, "measure", lambda target: {"date": "2030-01-02", **rates})
+    cpu = replace(RUN, device="cpu", device_type="cpu")
+    for message in ("getp: measuring the peak speed of this machine (once, some seconds)\n", ""):
+        run_efficiency(cpu, 1.2, 0)
+        assert capsys.readouterr().err == message

@@ -250,10 +250,10 @@ def test_report_on_standard_output_is_only_json(
 def test_report_splits_the_warm_up_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     engine = FakeEngine()
     engine.stats.load_s, engine.stats.compile_s = 1.5, 2.25
-    run(job(tmp_path, b"1\nab\n", report=str(tmp_path / "report.json")), engine)
+    run(job(tmp_path, b"1\nab\n", report=str(tmp_path / "report.json"), details=True), engine)
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["load_s"], report["compile_s"], report["capture_s"]) == (1.5, 2.25, 0.0)
-    assert "s (load 1.50, compile 2.25), inference" in capsys.readouterr().err
+    assert "load 1.50 s, compile 2.25 s" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,11 @@ def test_a_plan_in_json_has_every_operation_and_their_sum(capsys: Printed) -> No
     assert gpu["intensity"] == plan["total"]["flops"]["matrix"] / moved
 
 
+def test_a_model_is_named_by_its_usual_spelling(capsys: Printed) -> None:
+    assert planned(capsys, "Qwen/Qwen3-0.6B") == planned(capsys, "qwen3-0.6b")
+    assert planned(capsys, "meta-llama/Llama-3.1-8B-Instruct")["model"] == "llama-3.1-8b"
+
+
 def test_a_dense_model_has_no_router(capsys: Printed) -> None:
     names = [op["name"] for op in planned(capsys, "llama-3-8b")["ops"]]
     assert names == [name for name in OPS if name != "router"]
@@ -90,14 +95,13 @@ def test_tables_fit_the_terminal(
     capsys: Printed, monkeypatch: pytest.MonkeyPatch, args: list[str], columns: int
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    assert cli.run(["gpt-oss-120b", "-m", "plan", "--gpu", "all", "--dtype", "float8", *args]) == 0
+    args = ["gpt-oss-120b", "-m", "plan", "--gpu", "all", "--dtype", "float8", *args]
+    assert cli.run([*args, "--details"]) == 0
     out = capsys.readouterr().out
     title, *lines = out.splitlines()
     assert "…" not in out
-    assert max(map(len, lines)) <= max(
-        columns, 88
-    )  # the notes are up to 88 columns wide, the tables 80
-    assert all(len(line) <= 80 for line in lines if line.startswith(" "))
+    assert max(map(len, lines)) <= max(columns, 88)  # the notes are up to 88 columns wide
+    assert all(len(line) <= columns for line in lines if line.startswith(" "))
     assert title.startswith("gpt-oss-120b: ")
     assert "* A10 computes float8 as bfloat16" in out
 
@@ -111,6 +115,10 @@ def test_several_gpus_may_follow_one_option(capsys: Printed) -> None:
     ("args", "words"),
     [
         (["none"], ["unknown model 'none'", "config.json", "llama-3-8b"]),
+        (
+            ["Qwen/Qwen3-0.7B"],
+            ["'Qwen/Qwen3-0.7B'", "did you mean qwen3-1.7b, qwen3-0.6b", "config"],
+        ),
         (["qwen2-0.5b", "--query", "5", "--context", "3"], ["--query 5", "--context 3"]),
         (["qwen2-0.5b", "--tensor-parallel", "3"], ["--tensor-parallel", "14 heads", "3 ways"]),
         (["qwen2-0.5b", "--gpu", "H1000"], ["--gpu", "'H1000'", "did you mean", "MI355X", "local"]),
@@ -226,6 +234,8 @@ def test_a_job_is_predicted(prompts: str, capsys: Printed) -> None:
     weights_read = (16.06e9 - 128_256 * 4096 * 2) / (3350e9 * 0.7)  # without the embedding
     assert h100["decode_s"] == pytest.approx(48 * weights_read, rel=0.01)
     assert h100["seconds"] == h100["prefill_s"] + h100["decode_s"]
+    assert h100["ttft_s"] == h100["prefill_s"]  # one step
+    assert h100["per_token_s"] == pytest.approx(h100["decode_s"] / 48)
     assert h100["tok_s"] == pytest.approx(97 / h100["seconds"])
     assert a100["seconds"] > h100["seconds"]
     assert h100["price"] == pytest.approx(3 * h100["seconds"] / 3600)
@@ -297,9 +307,56 @@ def test_a_predicted_job_is_printed_with_its_assumptions(
     assert "prompt tokens (counted)" in out
     assert "A10" in out
     assert "does not fit" in out
-    assert "70%/70%" in out
+    assert out.count("70%") == 2
     assert "Assumed: 70% of peak FLOP/s, 70% of bandwidth" in out
     assert all(len(line) <= 80 for line in out.splitlines() if line.startswith(" "))
+
+
+def test_a_plan_shows_the_answer_first_and_the_long_tables_on_request(capsys: Printed) -> None:
+    args = ["gpt-oss-20b", "-m", "plan", "--gpu", "H200"]
+    assert cli.run(args) == 0
+    short = capsys.readouterr().out.splitlines()
+    assert short[1].split() == "GPU bound by time per output token tok/s largest batch".split()
+    assert short[2].split()[0] == "H200"
+    assert len(short) < 10
+    assert short[-1].startswith("--details: MFU and MBU, the cost of each operation")
+    assert cli.run([*args, "--details"]) == 0
+    long = capsys.readouterr().out
+    assert long.splitlines()[2].split()[0] == "H200"
+    for words in ("MBU", "operation", "gate_up_proj", "collectives", "H200: NVIDIA H200 datasheet"):
+        assert words in long
+        assert not any(words in line for line in short[:-1])
+    assert "--details" not in long
+
+
+@pytest.mark.parametrize(
+    ("args", "name"),
+    [
+        ([], "time per output token"),
+        (["--query", "4"], "time per step"),
+        (["--phase", "prefill"], "time to first token"),
+        (["--phase", "prefill", "--query", "8", "--context", "64"], "time per step"),
+    ],
+)
+def test_the_time_of_a_step_is_named_by_what_a_request_sees(
+    capsys: Printed, args: list[str], name: str
+) -> None:
+    assert cli.run(["llama-3-8b", "-m", "plan", "--gpu", "H200", *args]) == 0
+    assert f" {name} " in capsys.readouterr().out.splitlines()[1]
+
+
+def test_a_predicted_job_shows_both_latencies_and_its_phases_on_request(
+    prompts: str, capsys: Printed
+) -> None:
+    args = ["llama-3-8b", "-m", "plan", "-i", prompts, "--gpu", "H200"]
+    assert cli.run(args) == 0
+    short = capsys.readouterr().out
+    header = "GPU bound by time tok/s time to first token time per output token"
+    assert header.split() in [line.split() for line in short.splitlines()]
+    assert cli.run([*args, "--details"]) == 0
+    long = capsys.readouterr().out
+    longer = [*header.split(), "prefill", "decode", "batch"]
+    assert longer in [line.split() for line in long.splitlines()]
 
 
 @pytest.mark.parametrize("job", [True, False])
@@ -307,7 +364,7 @@ def test_tables_truncate_no_word(
     prompts: str, capsys: Printed, monkeypatch: pytest.MonkeyPatch, job: bool
 ) -> None:
     args = ["gpt-oss-120b", "-m", "plan", "--gpu", "MI250 die,H200", "--tensor-parallel", "8"]
-    args += ["-i", prompts, "--price", "3"] if job else []
+    args += ["-i", prompts, "--price", "3"] if job else ["--details"]
     monkeypatch.delenv("COLUMNS", raising=False)
     assert cli.run(args) == 0
     piped = capsys.readouterr().out

@@ -259,7 +259,7 @@ def test_fused_operations_are_counted_in_their_kernel_and_not_advised_again(
     titles = [advice.change.split(":")[0] for advice in advise(found)]
     assert "fuse norm and QKV" in titles
     assert "fuse gate/up, activation and down" not in titles
-    print_profile(found, "qwen2", [])
+    print_profile(found, "qwen2", [], details=True)
     assert "down_proj in gate_up_proj" in capsys.readouterr().out
 
 
@@ -269,7 +269,7 @@ def test_a_narrow_terminal_truncates_no_number(
     printed = []
     for columns in (200, 60):
         monkeypatch.setenv("COLUMNS", str(columns))
-        print_profile(example_profile(), "qwen2", [])
+        print_profile(example_profile(), "qwen2", [], details=True)
         printed.append(capsys.readouterr().out)
     wide, narrow = printed
     assert max(len(line) for line in narrow.splitlines() if line.startswith(" ")) <= 60
@@ -353,8 +353,32 @@ def test_a_profile_is_printed_with_its_bottleneck_and_advice(
     checkpoint: Callable[[str], Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     args = [str(checkpoint("qwen2")), "-m", "profile", "--context", "30", "--gpu", "A10"]
-    assert cli.run([*args, "--dummy-weights"]) == 0
+    assert cli.run([*args, "--details", "--dummy-weights"]) == 0
     text, err = capfd.readouterr()
     for words in ("tok/s", "gate_up_proj", "rope", "-bound:", "possible change", "A10 "):
         assert words in text
+    assert "--details" not in text
     assert "profiler_start" not in err  # a log line of torch's profiler
+
+
+def test_a_profile_shows_the_answer_first_and_the_long_table_on_request(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = example_profile()
+    print_profile(found, "qwen2", [])
+    title, step, bound, *rest = capsys.readouterr().out.splitlines()
+    assert step.startswith("time per output token: 4.35 ms")
+    assert bound.startswith("launch-bound:")
+    parts = [line for line in rest if line.endswith("%")]
+    largest = max(found.components, key=lambda part: part.seconds)
+    assert parts[0].split()[0] == largest.name
+    assert f" {len(found.components) - 5} more components" in parts[5]
+    assert sum(float(line.split()[-1].rstrip("%")) for line in parts[:6]) == pytest.approx(100, 1)
+    assert not any("FLOP/s" in line for line in rest)
+    print_profile(found, "qwen2", [], details=True)
+    detailed = capsys.readouterr().out
+    assert detailed.splitlines()[:3] == [title, step, bound]
+    assert "launches  " in detailed
+    # Each share of a limit is stated once.
+    share = bound.split("peak bandwidth takes ")[1].split()[0]
+    assert detailed.count(share) == 1

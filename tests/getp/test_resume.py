@@ -196,7 +196,7 @@ def test_resumed_job_keeps_the_random_seed_of_the_first_run(tmp_path: Path) -> N
 
 
 def test_too_many_failures_end_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(GetpError, match=r"2 requests have failed, more than max_errors 1.*line"):
+    with pytest.raises(GetpError, match=r"failed requests: 2, more than max_errors 1.*line"):
         run(job(tmp_path, max_errors=1))
     shown = capsys.readouterr().err
     assert "raise max_errors to resume, or start over with restart" in shown

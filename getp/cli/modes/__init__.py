@@ -15,6 +15,7 @@ class Subject(Flag):
     ANY = 0  # applies to every mode
     OUTPUT = auto()
     REPORT = auto()
+    DETAILS = auto()
     JOB = auto()
     REPLICAS = auto()
     LINE = auto()
@@ -57,18 +58,18 @@ MODES = {
     "getp": Mode(
         "job",
         "complete a file of prompts",
-        _COMPLETES | _S.OUTPUT | _S.REPORT | _S.JOB | _S.REPLICAS,
+        _COMPLETES | _S.OUTPUT | _S.REPORT | _S.DETAILS | _S.JOB | _S.REPLICAS,
     ),
     "decode": Mode("decode", "print the answers of a result file as text", _S.OUTPUT | _S.LINE),
     "eval": Mode("evaluate", "compare a result file with a reference", _S.REPORT | _S.EVALUATION),
     "plan": Mode(
         "plan",
         "estimate the cost and speed of a step or a job on GPUs",
-        _S.PROMPT | _S.LENGTH | _S.DTYPE | _S.BATCH | _S.STEP | _S.PLAN,
+        _S.PROMPT | _S.LENGTH | _S.DTYPE | _S.BATCH | _S.STEP | _S.PLAN | _S.DETAILS,
     ),
     "profile": Mode(
         "profile",
         "measure where the time of a step goes",
-        _S.DTYPE | _S.ENGINE | _S.STEP | _S.TRACE,
+        _S.DTYPE | _S.ENGINE | _S.STEP | _S.TRACE | _S.DETAILS,
     ),
 }

@@ -83,6 +83,7 @@ def _job(settings: Settings, tokenizer: "Tokenizer") -> "Job":
         output_format=options.output_format,
         reading_hint=_reading_hint(settings),
         report=options.report,
+        details=settings.details,
         restart=options.restart,
         accept_different_rounding=options.accept_different_rounding,
         flush_s=options.flush_interval,

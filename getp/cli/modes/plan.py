@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from getp import EMBEDDED
+from getp import EMBEDDED, tables
 from getp.analysis import job_plan, lookup, roofline_plot, step_plan
 from getp.analysis.job_plan_table import print_job
 from getp.analysis.step_plan_table import print_plan, write_plot
@@ -17,6 +17,8 @@ from model.cost.devices import Device
 
 if TYPE_CHECKING:
     from getp.analysis.job_requests import Requests
+
+_STEP_DETAILS = "MFU and MBU, the cost of each operation, communication, sources of the peaks"
 
 
 def run(settings: Settings) -> int:
@@ -51,7 +53,9 @@ def run(settings: Settings) -> int:
     if step.format == "json":
         write_report(STDIO, step_plan.as_json(planned))
     elif plan.plot != STDIO:
-        print_plan(planned)
+        print_plan(planned, settings.details)
+        if not settings.details:
+            tables.hint(f"--details: {_STEP_DETAILS}.")
     return 0
 
 
@@ -93,7 +97,9 @@ def _job(settings: Settings, path: str) -> int:
     if step.format == "json":
         write_report(STDIO, job_plan.as_json(model, job, dtype, limits, predictions))
     else:
-        print_job(model, job, dtype, limits, predictions, requests.counted)
+        print_job(model, job, dtype, limits, predictions, requests.counted, settings.details)
+        if not settings.details:
+            tables.hint("--details: the time and the mean batch size of prefill and decode.")
     return 0
 
 

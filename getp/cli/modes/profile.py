@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from getp import tables
 from getp.cli import loading
 from getp.cli.settings import Settings, StepOptions
 from getp.errors import UsageProblem
@@ -22,7 +23,7 @@ def run(settings: Settings) -> int:
     from getp.analysis.lookup import find_gpus
     from getp.analysis.profile import profile
     from getp.analysis.profile_table import as_json, print_profile
-    from model.cost.measure import local_device, peaks_of
+    from getp.machine import local_device, peaks_of
     from model.families import load_config
 
     gpus = find_gpus(step.gpu or _DEFAULT_GPUS)
@@ -50,7 +51,9 @@ def run(settings: Settings) -> int:
     if step.format == "json":
         write_report(STDIO, as_json(measured, name))
     else:
-        print_profile(measured, name, gpus)
+        print_profile(measured, name, gpus, settings.details)
+        if not settings.details:
+            tables.hint("--details: the launches, bytes and FLOPs of every component.")
     return 0
 
 
