@@ -96,7 +96,7 @@ class Sampler:
         at = to_device(torch.tensor(rows), self._device)
         # With the dtype given, since a caller may write 1 for 1.0.
         floats = torch.tensor([(p.temperature, p.top_p) for p in params], dtype=torch.float32)
-        ints = torch.tensor([(p.top_k, p.seed & (2**63 - 1)) for p in params])
+        ints = torch.tensor([(p.top_k, (p.seed or 0) & (2**63 - 1)) for p in params])
         self._temperature_and_top_p.index_copy_(0, at, to_device(floats, self._device))
         self._top_k_and_seed.index_copy_(0, at, to_device(ints, self._device))
 

@@ -57,12 +57,14 @@ def system_message(system: str | None) -> list[Message]:
     return [{"role": "system", "content": system}] if system else []
 
 
-def request_seed(seed: int, index: int) -> int:
-    """Return the seed of request `index` in a job with `seed`, from 0 to 2⁶³ - 1.
+def request_seed(seed: int | None, index: int) -> int | None:
+    """Return the seed of request `index` in a job with `seed`, from 0 to 2⁶³ - 1; None for None.
 
     Equal prompts of a job are thus sampled differently, but reproducibly. The seed is SplitMix64's
     output function (Steele, Lea, Flood 2014) of the index-th state after `seed`.
     """
+    if seed is None:
+        return None
     z = (seed + (index + 1) * 0x9E3779B97F4A7C15) & _MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
