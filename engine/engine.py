@@ -252,7 +252,7 @@ class Engine:
             self.workers.close()
         torch.set_num_threads(self._threads)
 
-    def generate(self, requests: Iterable[Request | None]) -> Iterator[Completion]:
+    def generate(self, requests: Iterable[Request | None]) -> Generator[Completion, None, None]:
         """Run the requests; yields each completion as it finishes, in any order.
 
         Requests are taken from the iterable while there is room for them. None means that no

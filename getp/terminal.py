@@ -3,6 +3,7 @@
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -39,8 +40,12 @@ def catch_ctrl_c() -> Iterator[Callable[[], bool]]:
     """Count Ctrl-C instead of raising KeyboardInterrupt; yield a function that tests for a press.
 
     An exception in the middle of a step would leave the engine in an inconsistent state. The third
-    press does raise KeyboardInterrupt, in case the function is not called.
+    press does raise KeyboardInterrupt, in case the function is not called. Signals reach only the
+    main thread; in another one nothing is counted.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
     presses = 0
 
     def on_signal(signum: int, frame: FrameType | None) -> None:

@@ -1,6 +1,7 @@
 """Encodes prompts and conversations, and derives the seed of each request."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from getp.errors import GetpError
 from tokenizer import ChatTemplate, Message, Tokenizer
@@ -23,8 +24,18 @@ def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """Return the prompt for the next answer of a conversation. Raises GetpError, TokenizerError."""
-    text = chat_template(tokenizer).render(messages)
-    return tokenizer.encode(text, special=False)  # the template writes the first special token
+    # The template writes the first special token.
+    return tokenizer.encode(render_chat(tokenizer, messages), special=False)
+
+
+def render_chat(
+    tokenizer: Tokenizer, messages: Sequence[Message], variables: Mapping[str, Any] | None = None
+) -> str:
+    """Return the text of `encode_chat`; variables: more variables of the template.
+
+    Raises GetpError, TokenizerError.
+    """
+    return chat_template(tokenizer).render(messages, **(variables or {}))
 
 
 def check_length(tokenizer: Tokenizer, text: str, limit: int) -> None:

@@ -51,7 +51,7 @@ def test_a_setting_of_the_wrong_type_is_named(setting: dict[str, Any], message: 
 
 
 def test_a_config_that_is_not_an_engine_config_is_refused() -> None:
-    with pytest.raises(TypeError, match="config must be an EngineConfig, not {'dtype'"):
+    with pytest.raises(TypeError, match=r"config must be an EngineConfig, not \{'dtype'"):
         Engine("data/model", {"dtype": "float32"})  # type: ignore[arg-type]
 
 
