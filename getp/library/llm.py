@@ -70,10 +70,11 @@ class LLM:
             for output in llm.generate(["2+2=", "3+4="], SamplingParams(max_new_tokens=8)):
                 print(output.outputs[0].text)
 
-    model: a directory or a name on the Hugging Face Hub, as on the command line; None is the embedded
-    model. tokenizer: another tokenizer.json, its directory or its name on the hub. settings: fields of EngineConfig, such as dtype. The model is
-    loaded at once, and freed by `close`, at the end of a `with` block, with the last reference to
-    the LLM, or when the program ends. Raises UsageProblem, GetpError, CheckpointError,
+    model: a directory or a name on the Hugging Face Hub, as on the command line; None is the
+    embedded model. tokenizer: another tokenizer.json, its directory or its name on the hub.
+    settings: fields of EngineConfig, such as dtype. The model is loaded at once, and freed by
+    `close`, at the end of a `with` block, with the last reference to the LLM, or when the program
+    ends. Raises UsageProblem, GetpError, CheckpointError,
     TokenizerError and EngineError.
     """
 
