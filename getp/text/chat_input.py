@@ -1,6 +1,7 @@
 """The messages that a user types in a chat: from an editor on a terminal, or as plain lines."""
 
 import select
+import signal
 import sys
 import termios
 from collections.abc import Iterator
@@ -68,6 +69,14 @@ class Editor:
 
     def __iter__(self) -> Iterator[str]:
         """Yield the messages until Ctrl-D at an empty prompt, or Ctrl-C twice."""
+        # Ctrl-C just after an answer has ended has nothing to stop: it must not end the chat.
+        previous_handler = signal.signal(signal.SIGINT, lambda number, frame: None)
+        try:
+            yield from self._messages()
+        finally:
+            signal.signal(signal.SIGINT, previous_handler)
+
+    def _messages(self) -> Iterator[str]:
         discarded = False
         while True:
             self.collect()

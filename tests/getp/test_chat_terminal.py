@@ -16,28 +16,51 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # A chat whose answers repeat the last message; those to messages that begin with "slow" take time.
+# The engine does not need torch, which takes seconds to import.
 CHAT = """
-import sys, time
-from engine import SamplingParams
+import os, signal, time
+from types import SimpleNamespace
+from engine import Completion, SamplingParams
 from getp.text.chat_session import ChatSettings, chat
-from tests.getp.helpers import fake_engine, small_tokenizer
+from tokenizer import Tokenizer
 
-tokenizer = small_tokenizer()
+tokenizer = Tokenizer.load("data/model")
+
+class FakeEngine:
+    model_config = SimpleNamespace(max_positions=100_000)
+
+    @property
+    def max_positions(self):  # read between the prompt and the answer
+        if "LATE_CTRL_C" in os.environ:
+            os.kill(os.getpid(), signal.SIGINT)
+        return 100_000
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, *error):
+        pass
+
+    def generate(self, requests):
+        for request in requests:
+            ids = []
+            for token in answer(request.prompt_ids):
+                ids.append(token)
+                if request.on_token(token):
+                    break
+            yield Completion(0, ids, "stop", finished=1.0)
 
 def answer(prompt):
     text = tokenizer.decode(prompt, skip_special=False)
     message = text.rsplit("<|start|>user<|message|>", 1)[1].partition("<|end|>")[0]
-    for token in tokenizer.encode(f"<|channel|>final<|message|>got {message[:200]!r}"):
-        yield token
+    yield from tokenizer.encode(f"<|channel|>final<|message|>got {message[:200]!r}")
     if message.startswith("slow"):
         for token in tokenizer.encode(" and so on" * 40):
-            time.sleep(0.01)
+            time.sleep(0.005)
             yield token
     yield from tokenizer.encode(" end.<|return|>")
 
-stop_ids = frozenset({tokenizer.token_id("<|return|>")})
-settings = ChatSettings(SamplingParams(stop_ids=stop_ids), chat=True)
-chat(settings, None, tokenizer, fake_engine(answer, 100_000))
+chat(ChatSettings(SamplingParams(), chat=True), None, tokenizer, FakeEngine())
 """
 CTRL_C, CTRL_D, ENTER, ESC_ENTER, UP = "\x03", "\x04", "\r", "\x1b\r", "\x1b[A"
 PASTE, PASTE_END = "\x1b[200~", "\x1b[201~"
@@ -171,7 +194,7 @@ def test_esc_during_an_answer_does_not_change_the_next_key(terminal: Terminal) -
     terminal.type(f"slow{ENTER}")
     terminal.wait_for("got 'slow'")
     terminal.type("\x1b")
-    terminal.wait_for("prompt tokens cached")
+    terminal.wait_for("tokens cached")
     time.sleep(0.3)
     terminal.type(f"back{ENTER}")
     terminal.wait_for("got 'back' end.")
@@ -180,14 +203,16 @@ def test_esc_during_an_answer_does_not_change_the_next_key(terminal: Terminal) -
 def test_arrow_keys_find_earlier_messages(terminal: Terminal) -> None:
     for text in ("one", "two"):
         terminal.type(f"{text}{ENTER}")
-        terminal.wait_for("prompt tokens cached")
+        terminal.wait_for("tokens cached")
+        terminal.wait_for(">")
+    time.sleep(0.3)  # the editor loads its history after it has drawn the prompt
     terminal.type(f"{UP}{UP}{ENTER}")
     terminal.wait_for("got 'one' end.")
 
 
 def test_ctrl_d_ends_the_chat_and_restores_the_terminal(terminal: Terminal) -> None:
     terminal.type(f"one{ENTER}")
-    terminal.wait_for("prompt tokens cached")
+    terminal.wait_for("tokens cached")
     terminal.wait_for(">")
     assert terminal.output.rindex(PASTES_MARKED) > terminal.output.rindex(b"got 'one'")
     terminal.type(CTRL_D)
@@ -200,19 +225,31 @@ def test_ctrl_c_discards_a_message_and_twice_ends_the_chat(terminal: Terminal) -
     terminal.type(f"forget this{CTRL_C}")
     terminal.wait_for("Ctrl-C again")
     terminal.type(f"one{ENTER}")
-    terminal.wait_for("got 'one' end.")
+    terminal.wait_for("tokens cached")
+    terminal.wait_for(">")
     terminal.type(CTRL_C)
     terminal.wait_for("Ctrl-C again")
+    terminal.wait_for(">")
     terminal.type(CTRL_C)
     assert terminal.wait() == 0
     assert termios.tcgetattr(terminal.slave) == terminal.before
+
+
+def test_ctrl_c_outside_an_answer_does_not_end_the_chat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATE_CTRL_C", "")
+    terminal = Terminal([sys.executable, "-c", CHAT])
+    for text in ("one", "two", "three", "four"):
+        terminal.wait_for(">")
+        terminal.type(f"{text}{ENTER}")
+        terminal.wait_for(f"got '{text}' end.")
+    terminal.close()
 
 
 def test_redirected_answers_contain_no_prompt() -> None:
     terminal = Terminal([sys.executable, "-c", CHAT], stdout=subprocess.PIPE)
     terminal.wait_for(">")
     terminal.type(f"one{ENTER}")
-    terminal.wait_for("prompt tokens cached")
+    terminal.wait_for("tokens cached")
     terminal.type(CTRL_D)
     assert terminal.wait() == 0
     assert terminal.process.stdout is not None
@@ -224,7 +261,7 @@ def test_the_command_chats_on_a_terminal() -> None:
     terminal = Terminal([sys.executable, "run.py", "-m", "chat", "--device", "cpu"])
     terminal.wait_for(">")
     terminal.type(f"{PASTE}What is{ENTER}17 plus 25?{PASTE_END}{ENTER}")
-    terminal.wait_for("prompt tokens cached]")
+    terminal.wait_for("tokens cached]")
     terminal.type(f"/help{ENTER}")
     assert "Esc Enter" in terminal.wait_for("kept for the next message.")
     terminal.type(f"/quit{ENTER}")
