@@ -74,8 +74,7 @@ class LLM:
     embedded model. tokenizer: another tokenizer.json, its directory or its name on the hub.
     settings: fields of EngineConfig, such as dtype. The model is loaded at once, and freed by
     `close`, at the end of a `with` block, with the last reference to the LLM, or when the program
-    ends. Raises UsageProblem, GetpError, CheckpointError,
-    TokenizerError and EngineError.
+    ends. Raises UsageProblem, GetpError, CheckpointError, TokenizerError and EngineError.
     """
 
     def __init__(

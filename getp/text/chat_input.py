@@ -32,8 +32,7 @@ class PlainInput:
             while line := sys.stdin.readline():
                 yield line.rstrip("\r\n")
         except KeyboardInterrupt:
-            pass
-        print_message("")
+            print_message("")
 
     def collect(self) -> None:
         """Do nothing: a file waits until it is read."""
