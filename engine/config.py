@@ -2,18 +2,21 @@
 
 import re
 from dataclasses import dataclass
+from numbers import Integral
 
 from engine.errors import EngineError
 from model.config import DTYPES
 
 DEVICE = re.compile(r"auto|cpu|cuda(:(0|[1-9][0-9]?))?")  # torch wraps indices above 127 silently
 
+_INTEGERS = ("max_batch_size", "max_batch_tokens", "kv_memory", "block_size", "tensor_parallel")
+
 
 @dataclass(frozen=True)
 class EngineConfig:
     """How to run a checkpoint. `engine.resolve` chooses settings left at None or "auto".
 
-    Raises EngineError for a value that is out of range.
+    Raises TypeError for a value of the wrong type and EngineError for one that is out of range.
     """
 
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto uses a GPU if there is one
@@ -28,6 +31,13 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         """Check every setting that can be checked without the checkpoint and the hardware."""
+        for name in ("device", "dtype"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} must be a string, not {getattr(self, name)!r}")
+        for name in _INTEGERS:
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Integral):
+                raise TypeError(f"{name} must be an integer, not {value!r}")
         if not DEVICE.fullmatch(self.device):
             raise EngineError(
                 "{device} must be auto, cpu, cuda or cuda:N, not {given}", given=repr(self.device)

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from weakref import WeakSet
@@ -24,7 +24,7 @@ from engine.memory_plan import (
 )
 from engine.parallel.coordinator import CoordinatorRunner
 from engine.parallel.worker_pool import WorkerPool
-from engine.request import Completion, Request
+from engine.request import Completion, Request, numbered
 from engine.resolve import dtype_name, resolve, rounding
 from engine.scheduling.admission import admit, take_requests
 from engine.scheduling.kv_cache import KVCache
@@ -68,6 +68,8 @@ class Engine:
         workers: WorkerPool | None = None,
         notice: Callable[[str], None] = _log.warning,
     ):
+        if not isinstance(config, EngineConfig):
+            raise TypeError(f"config must be an EngineConfig, not {config!r}")
         if workers is not None:
             config = replace(config, tensor_parallel=workers.size)
         self.checkpoint, self.config = Path(checkpoint), config
@@ -94,6 +96,8 @@ class Engine:
         )
         self._steps: StepLoop | None = None
         self._generating = False
+        # The iterators that `generate` has returned and that still exist.
+        self._iterators: WeakSet[Generator[Completion, None, None]] = WeakSet()
         self._threads = torch.get_num_threads()
 
     def __enter__(self) -> "Engine":
@@ -226,8 +230,13 @@ class Engine:
         return captured
 
     def finish(self) -> None:
-        """Free weights, KV cache and captured steps. The engine can be warmed up again."""
+        """Free weights, KV cache and captured steps, and cancel all unfinished requests.
+
+        The engine can be warmed up again.
+        """
         start = time.perf_counter()
+        for iterator in list(self._iterators):
+            iterator.close()
         self._steps = None
         self._free()
         if not self.settings.on_cpu:
@@ -245,25 +254,32 @@ class Engine:
             self.workers.close()
         torch.set_num_threads(self._threads)
 
-    def generate(self, requests: Iterable[Request | None]) -> Iterator[Completion]:
+    def generate(self, requests: Iterable[Request | None]) -> Generator[Completion, None, None]:
         """Run the requests; yields each completion as it finishes, in any order.
 
         Requests are taken from the iterable while there is room for them. None means that no
-        request is available now: the iterable is polled again after the next step. A request that
-        cannot run completes with finish reason "error" and does not affect the others. Closing the
-        iterator cancels all unfinished requests. Raises EngineError if memory runs out and
+        request is available now: the iterable is polled again after the next step. A request
+        without an id gets its position as its id; one without a seed gets a random seed. A request
+        that cannot run completes with finish reason "error" and does not affect the others. Closing
+        the iterator, or an exception, cancels all unfinished requests; the engine can then run
+        others. Raises TypeError for anything but requests, EngineError if memory runs out and
         RuntimeError if `generate` is already running.
         """
+        iterator = self._completions(numbered(requests))
+        self._iterators.add(iterator)
+        return iterator
+
+    def _completions(self, source: Iterator[Request | None]) -> Generator[Completion, None, None]:
         self.warm_up()
         if self._generating:
-            raise RuntimeError("generate() is already running on this engine")
+            raise RuntimeError(
+                "generate() is already running on this engine: read its iterator to the end or "
+                "close it; finish() also ends it"
+            )
         steps, scheduler = self.steps, self.steps.scheduler
-        self._generating = True
         start = time.perf_counter()
-        source = iter(requests)
-        complete = False
+        self._generating, complete, more = True, False, True
         try:
-            more = True
             while more or scheduler.running or scheduler.waiting:
                 room = self.max_batch_size - len(scheduler.waiting)
                 taken, more = take_requests(source, room) if more else ([], False)

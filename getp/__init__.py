@@ -3,7 +3,7 @@
 Owns text, files and the terminal; never touches tensors. `getp.cli.main` is the command and
 `getp.job.run` the main job. As a library:
 
-    from getp import Engine, Request, SamplingParams, Tokenizer
+    from getp import LLM, Engine, Request, SamplingParams, Tokenizer
 
 These names are imported lazily, so that `import getp` stays fast.
 """
@@ -48,13 +48,29 @@ import model  # noqa: E402, F401  before torch: it sets how OpenMP threads wait
 
 if TYPE_CHECKING:
     from engine import Completion, Engine, EngineConfig, Request, SamplingParams
+    from getp.library.llm import LLM, CompletionOutput, RequestOutput
     from tokenizer import Tokenizer
 
+_MODULES = {
+    "LLM": "getp.library.llm",
+    "Completion": "engine",
+    "CompletionOutput": "getp.library.llm",
+    "Engine": "engine",
+    "EngineConfig": "engine",
+    "Request": "engine",
+    "RequestOutput": "getp.library.llm",
+    "SamplingParams": "engine",
+    "Tokenizer": "tokenizer",
+}
+
 __all__ = [
+    "LLM",
     "Completion",
+    "CompletionOutput",
     "Engine",
     "EngineConfig",
     "Request",
+    "RequestOutput",
     "SamplingParams",
     "Tokenizer",
     "__version__",
@@ -62,9 +78,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("tokenizer" if name == "Tokenizer" else "engine"), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,9 +1,10 @@
-"""The terminal: messages on standard error, Ctrl-C, and lines that a user types."""
+"""The terminal: messages on standard error, and Ctrl-C."""
 
 import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -57,8 +58,12 @@ def catch_ctrl_c() -> Iterator[Callable[[], bool]]:
     """Count Ctrl-C instead of raising KeyboardInterrupt; yield a function that tests for a press.
 
     An exception in the middle of a step would leave the engine in an inconsistent state. The third
-    press does raise KeyboardInterrupt, in case the function is not called.
+    press does raise KeyboardInterrupt, in case the function is not called. Signals reach only the
+    main thread; in another one nothing is counted.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
     presses = 0
 
     def on_signal(signum: int, frame: FrameType | None) -> None:
@@ -72,37 +77,3 @@ def catch_ctrl_c() -> Iterator[Callable[[], bool]]:
         yield lambda: presses > 0
     finally:
         signal.signal(signal.SIGINT, previous_handler)
-
-
-def input_lines(prompt: str) -> Iterator[str]:
-    """Yield lines of standard input, typed at a prompt or from a pipe, until it ends.
-
-    Ctrl-C at the prompt discards the line; a second Ctrl-C in a row ends the input.
-    """
-    at_terminal = sys.stdin.isatty()
-    if at_terminal:
-        _enable_line_editing()
-    discarded = False
-    while True:
-        try:
-            line = input(prompt) if at_terminal else sys.stdin.readline()
-        except EOFError:
-            print_message("")
-            return
-        except KeyboardInterrupt:
-            if discarded or not at_terminal:
-                print_message("")
-                return
-            print_message("\n(Ctrl-C again, Ctrl-D or /quit ends the chat)")
-            discarded = True
-            continue
-        discarded = False
-        if not at_terminal and not line:
-            return
-        yield line.rstrip("\r\n")
-
-
-def _enable_line_editing() -> None:
-    """Give `input` line editing and a history, if Python was built with readline."""
-    with suppress(ImportError):
-        import readline  # noqa: F401 - importing it is enough

@@ -100,7 +100,7 @@ class Sampler:
             [(max(p.temperature, _LOWEST_TEMPERATURE), p.top_p) for p in params],
             dtype=torch.float32,
         )
-        ints = torch.tensor([(p.top_k, p.seed & (2**63 - 1)) for p in params])
+        ints = torch.tensor([(p.top_k, (p.seed or 0) & (2**63 - 1)) for p in params])
         self._temperature_and_top_p.index_copy_(0, at, to_device(floats, self._device))
         self._top_k_and_seed.index_copy_(0, at, to_device(ints, self._device))
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from getp import EMBEDDED, hub
+from getp.checkpoints import embedded_model, find_model
 from getp.cli.settings import Settings
-from getp.errors import GetpError, UsageProblem
+from getp.errors import UsageProblem
 from getp.terminal import print_message, warn
 
 if TYPE_CHECKING:
@@ -19,17 +20,10 @@ if TYPE_CHECKING:
     from getp.cluster.driver import Cluster
     from tokenizer import Tokenizer
 
-_GETP = Path(__file__).parents[1]
-
 
 def checkpoint_folder(settings: Settings) -> Path:
-    """Return the given checkpoint, or the embedded model, from the package or the source tree."""
-    if settings.folder is not None:
-        return settings.folder
-    for folder in (_GETP / "data" / "model", _GETP.parent / "data" / "model"):
-        if folder.is_dir():
-            return folder
-    raise GetpError("the embedded model is missing from this installation: give a CHECKPOINT")
+    """Return the directory of the given checkpoint, or of the embedded model."""
+    return settings.folder or embedded_model()
 
 
 def checkpoint_name(settings: Settings) -> str:
@@ -61,10 +55,10 @@ def find_files(settings: Settings) -> Settings:
 
         if is_known(name):
             return replace(settings, folder=Path(name))
-    folder = hub.find_checkpoint(name, _needed_part(settings))
-    if settings.mode != "plan":  # mode plan also accepts a config.json
-        _check_checkpoint(folder)
-    return replace(settings, folder=folder)
+        find = hub.find_checkpoint  # it also returns a config.json
+    else:
+        find = find_model
+    return replace(settings, folder=find(name, _needed_part(settings)))
 
 
 def _needed_part(settings: Settings) -> hub.Part:
@@ -74,24 +68,6 @@ def _needed_part(settings: Settings) -> hub.Part:
     if settings.mode in ("plan", "decode", "eval") or settings.engine.dummy_weights:
         return "tokenizer"
     return "weights"
-
-
-def _check_checkpoint(folder: Path) -> None:
-    """Raise UsageProblem if this is not a directory with a model in it."""
-    if not folder.exists():
-        hint = "Give a directory, or the name of a model on the Hugging Face Hub, OWNER/NAME"
-        if any(letter.isspace() for letter in str(folder)):
-            hint = "A prompt is given with -i/--input"
-        raise UsageProblem(f"the directory {str(folder)!r} does not exist. {hint}")
-    if not folder.is_dir():
-        raise UsageProblem(
-            f"{folder} is a file: give the directory, {folder.resolve().parent} (an input file is "
-            "given with -i/--input)"
-        )
-    if not any((folder / name).exists() for name in ("config.json", "tokenizer.json")):
-        raise UsageProblem(
-            f"{folder} is not a Hugging Face model directory (no config.json, no tokenizer.json)"
-        )
 
 
 def tokenizer_path(settings: Settings) -> Path:

@@ -198,8 +198,8 @@ _ALL: tuple[_Decorator, ...] = (
         "--max-length",
         type=Integer(min=0),
         help="Maximum total tokens per request (prompt + answer); 0: the model's limit.  "
-        f"[default: {DEFAULT_MAX_LENGTH}, or the model's limit if --max-new-tokens or the request "
-        "itself limits the answer]",
+        f"[default: {DEFAULT_MAX_LENGTH}, or the model's limit in chat and if --max-new-tokens or "
+        "the request itself limits the answer]",
     ),
     _length("--steps", hidden=True, type=Integer(min=0)),  # the old name of --max-length
     _length("--max-new-tokens", type=Integer(min=1), help="Maximum tokens generated per request."),

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 
 from engine import Completion, Engine, EngineConfig, EngineError, EngineStats, Request, RunSummary
+from engine.request import numbered
 from engine.resolve import choose_dtype, dtype_name, held_config
 from engine.summary import peak_resident_bytes
 from getp import __version__, fingerprint
@@ -144,7 +145,7 @@ class Cluster:
         start = time.perf_counter()
         complete = False
         try:
-            yield from self._completions(iter(requests))
+            yield from self._completions(filter(None, numbered(requests)))
             complete = True
         finally:
             self._inference_s += time.perf_counter() - start

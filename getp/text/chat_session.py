@@ -1,13 +1,16 @@
 """Streams answers to the terminal: for a single prompt, or in a chat."""
 
+import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NoReturn
 
 from engine import Completion, Request, SamplingParams
 from getp.errors import GetpError, Interrupted, NameOf, worded
-from getp.terminal import catch_ctrl_c, input_lines, print_message
+from getp.terminal import catch_ctrl_c, print_message
 from getp.text.answer_text import AnswerText
+from getp.text.chat_input import chat_input
 from getp.text.prompts import (
     chat_template,
     encode_chat,
@@ -27,6 +30,7 @@ _HELP = """\
 /quit         end the chat (also Ctrl-D)
 /help         show this list
 Ctrl-C stops an answer; the part that was shown stays in the conversation."""
+_COMMAND = re.compile(r"/[a-z]*(?=\s|$)")  # not a path or a comment
 
 
 @dataclass(frozen=True)
@@ -63,26 +67,33 @@ def generate(settings: ChatSettings, text: str, tokenizer: Tokenizer, engine: "E
 def chat(settings: ChatSettings, first: str | None, tokenizer: Tokenizer, engine: "Engine") -> None:
     """Chat until the user quits. `first` is the first message, if it is already known."""
     chat_template(tokenizer)  # fail before the model loads
-    if sys.stdin.isatty():
-        print_message("loading the model; type /help for the commands")
-    with engine:
-        conversation = Conversation(settings, tokenizer, engine)
-        if first:
-            conversation.send(first)
-        for line in input_lines("> "):
-            if not line.strip():
-                continue
-            if not line.startswith("/"):
-                conversation.send(line)
-            elif not conversation.command(line):
-                return
+    with chat_input() as messages:
+        if messages.help:
+            print_message("loading the model; type /help for the commands")
+        with engine:
+            conversation = Conversation(settings, tokenizer, engine, messages.collect)
+            if first:
+                conversation.send(first)
+            for text in messages:
+                if not _COMMAND.match(text.strip()):
+                    conversation.send(text)
+                elif not conversation.command(text, messages.help):
+                    return
 
 
 class Conversation:
     """The turns so far. The next prompt contains all of them; the prefix cache holds most of it."""
 
-    def __init__(self, settings: ChatSettings, tokenizer: Tokenizer, engine: "Engine") -> None:
+    def __init__(
+        self,
+        settings: ChatSettings,
+        tokenizer: Tokenizer,
+        engine: "Engine",
+        on_token: Callable[[], None],
+    ) -> None:
+        """on_token: called after each token of an answer."""
         self._settings = settings
+        self._on_token = on_token
         self._tokenizer = tokenizer
         self._engine = engine
         self._system = settings.system
@@ -90,7 +101,12 @@ class Conversation:
         self._answers = 0  # number of answers so far; each has its own seed
 
     def send(self, text: str) -> None:
-        """Add the user's turn and stream the answer; remove the turn if there is no answer."""
+        """Add the user's turn, unless it is blank, and stream the answer.
+
+        The turn is removed if there is no answer.
+        """
+        if not text.strip():
+            return
         self._turns.append({"role": "user", "content": text})
         try:
             reply = self._answer()
@@ -102,9 +118,9 @@ class Conversation:
         self._turns.append({"role": "assistant", "content": reply.text})
         print_message(summary(reply))
 
-    def command(self, line: str) -> bool:
+    def command(self, line: str, editor_help: str = "") -> bool:
         """Run a command that begins with a slash; return whether the chat continues."""
-        name, _, rest = line.strip().partition(" ")
+        name, rest = (*line.strip().split(maxsplit=1), "")[:2]
         if name == "/quit":
             return False
         if name == "/reset":
@@ -114,20 +130,22 @@ class Conversation:
             self._system = rest.strip() or None
             print_message("system prompt set" if self._system else "system prompt removed")
         elif name == "/help":
-            print_message(_HELP)
+            print_message(f"{_HELP}\n{editor_help}".strip())
         else:
             print_message(f"unknown command {name}; type /help")
         return True
 
     def _answer(self) -> Reply:
         ids = encode_chat(self._tokenizer, [*system_message(self._system), *self._turns])
-        limit = self._engine.model_config.max_positions
+        limit = self._engine.max_positions
         if self._settings.params.max_positions is not None:
             limit = min(limit, self._settings.params.max_positions)
         if len(ids) >= limit:
             self._refuse(len(ids), limit)
         self._answers += 1
-        reply = stream_answer(self._settings, ids, self._answers, self._tokenizer, self._engine)
+        reply = stream_answer(
+            self._settings, ids, self._answers, self._tokenizer, self._engine, self._on_token
+        )
         _check(reply, self._settings)
         return reply
 
@@ -135,8 +153,10 @@ class Conversation:
         """Raise GetpError for a prompt that leaves no room for an answer."""
         fields = {"limit": limit, "model": self._engine.model_config.max_positions}
         longer = ""
-        if limit < fields["model"]:
+        if limit < self._engine.max_positions:
             longer = " or start the chat with {max_positions} 0 for the model's limit of {model}"
+        elif limit < fields["model"]:
+            longer = " or start the chat with more {kv_memory} (the model's limit is {model})"
         last = [*system_message(self._system), self._turns[-1]]
         alone = len(encode_chat(self._tokenizer, last))
         if alone >= limit:
@@ -167,8 +187,12 @@ def stream_answer(
     number: int,
     tokenizer: Tokenizer,
     engine: "Engine",
+    after_token: Callable[[], None] = lambda: None,
 ) -> Reply:
-    """Stream one answer to standard output, its reasoning to standard error."""
+    """Stream one answer to standard output, its reasoning to standard error.
+
+    after_token: called after each token.
+    """
     answer = AnswerText(tokenizer, prompt_ids, settings.chat, settings.stops)
     screen = Screen(sys.stdout, sys.stderr)
     params = replace(settings.params, seed=request_seed(settings.params.seed, number))
@@ -176,6 +200,7 @@ def stream_answer(
 
         def on_token(token_id: int) -> bool:
             screen.show(answer.push(token_id))
+            after_token()
             return answer.stopped or interrupted()
 
         (completion,) = engine.generate([Request(prompt_ids, params, number, on_token)])

@@ -1,6 +1,7 @@
 """Encodes prompts and conversations, and derives the seed of each request."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from getp.errors import GetpError
 from tokenizer import ChatTemplate, Message, Tokenizer
@@ -27,8 +28,18 @@ def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """Return the prompt for the next answer of a conversation. Raises GetpError, TokenizerError."""
-    text = chat_template(tokenizer).render(messages)
-    return tokenizer.encode(text, special=False)  # the template writes the first special token
+    # The template writes the first special token.
+    return tokenizer.encode(render_chat(tokenizer, messages), special=False)
+
+
+def render_chat(
+    tokenizer: Tokenizer, messages: Sequence[Message], variables: Mapping[str, Any] | None = None
+) -> str:
+    """Return the text of `encode_chat`; variables: more variables of the template.
+
+    Raises GetpError, TokenizerError.
+    """
+    return chat_template(tokenizer).render(messages, variables)
 
 
 def check_length(tokenizer: Tokenizer, text: str, limit: int) -> None:
@@ -61,12 +72,14 @@ def system_message(system: str | None) -> list[Message]:
     return [{"role": "system", "content": system}] if system else []
 
 
-def request_seed(seed: int, index: int) -> int:
-    """Return the seed of request `index` in a job with `seed`, from 0 to 2⁶³ - 1.
+def request_seed(seed: int | None, index: int) -> int | None:
+    """Return the seed of request `index` in a job with `seed`, from 0 to 2⁶³ - 1; None for None.
 
     Equal prompts of a job are thus sampled differently, but reproducibly. The seed is SplitMix64's
     output function (Steele, Lea, Flood 2014) of the index-th state after `seed`.
     """
+    if seed is None:
+        return None
     z = (seed + (index + 1) * 0x9E3779B97F4A7C15) & _MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK

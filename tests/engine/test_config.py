@@ -38,6 +38,26 @@ def test_a_config_cannot_be_changed_and_has_defaults_for_every_setting() -> None
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
+        ({"dtype": torch.float32}, "dtype must be a string, not torch.float32"),
+        ({"device": torch.device("cpu")}, "device must be a string, not device(type='cpu')"),
+        ({"kv_memory": "4GiB"}, "kv_memory must be an integer, not '4GiB'"),
+        ({"max_batch_size": 2.5}, "max_batch_size must be an integer, not 2.5"),
+    ],
+)
+def test_a_setting_of_the_wrong_type_is_named(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError) as raised:
+        EngineConfig(**setting)
+    assert str(raised.value) == message
+
+
+def test_a_config_that_is_not_an_engine_config_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"config must be an EngineConfig, not \{'dtype'"):
+        Engine("data/model", {"dtype": "float32"})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
         ({"dtype": "int4"}, "dtype must be auto, bfloat16, float16, float32, not 'int4'"),
         ({"device": "tpu"}, "device must be auto, cpu, cuda or cuda:N, not 'tpu'"),
         ({"device": "cuda:x"}, "device must be auto, cpu, cuda or cuda:N, not 'cuda:x'"),

@@ -240,7 +240,7 @@ def test_logprobs_match_the_reference_model(
     others = [Request([5] * n, SamplingParams(max_new_tokens=n), n) for n in range(1, 5)]
     with Engine(checkpoint("qwen3"), EngineConfig(dtype="float32", kv_memory=32 << 20)) as engine:
         engine.steps.lookahead = lookahead
-        found = list(engine.generate([*others, Request(prompt, params)]))
+        found = list(engine.generate([*others, Request(prompt, params, 0)]))
     assert [completion.logprobs for completion in found if completion.request_id] == [None] * 4
     (done,) = (completion for completion in found if not completion.request_id)
     expected = peer("qwen3").logits([*prompt, *done.token_ids]).log_softmax(-1)[3:-1]

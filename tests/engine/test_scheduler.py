@@ -200,7 +200,7 @@ def test_a_failing_step_or_a_closed_iterator_leaks_no_block(
     runner.fail_at = -1
     iterator = engine.generate([Request(prompt) for prompt, _ in load["requests"]])
     next(iterator)
-    iterator.close()  # type: ignore[attr-defined]
+    iterator.close()
     assert_no_block_is_leaked(engine)
     # KV that the interrupted steps wrote in part is not found in the prefix cache.
     run(engine, load["requests"], load["stop_ids"])

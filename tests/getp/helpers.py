@@ -120,6 +120,7 @@ class FakeEngine:
         config = named_config("qwen2-0.5b")
         self.model_config = replace(config, max_positions=max_positions, stop_ids=frozenset())
         self.held_config = self.model_config
+        self.max_positions = max_positions
         self.max_batch_size = batch
         self.tensor_parallel = 1
         self.device, self.dtype = torch.device("cpu"), torch.float32

@@ -3,17 +3,25 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engine import SamplingParams
+from getp.cli import loading, main
 from getp.cli.modes.generate import prompt_text
 from getp.errors import GetpError, Interrupted, UsageProblem
 from getp.text import chat_session
 from getp.text.chat_session import ChatSettings
 from getp.text.screen import Screen
-from tests.getp.helpers import FakeEngine, fake_engine, metaspace, small_tokenizer
+from tests.getp.helpers import (
+    FakeEngine,
+    fake_engine,
+    metaspace,
+    small_tokenizer,
+    write_tokenizer,
+)
 from tokenizer import Tokenizer
 from tokenizer.harmony import ChannelText
 
@@ -125,6 +133,46 @@ def test_too_long_conversation_is_refused_and_the_chat_continues(run_chat: RunCh
     assert "the message alone" in alone
     assert "/reset" not in alone
     assert "/reset" in conversation
+
+
+def test_a_chat_limited_by_the_kv_cache_names_its_option(run_chat: RunChat) -> None:
+    engine = FakeEngine(always_answers(FINAL + "ok<|return|>"), max_positions=4096)
+    engine.max_positions = 60  # as after warm_up with little memory
+    _, err = run_chat("x" * 100 + "\n", engine)
+    assert "limit is 60 tokens" in err
+    assert "with more kv_memory (the model's limit is 4096)" in err
+
+
+@pytest.mark.parametrize(("options", "refused"), [([], False), (["-n", "1024"], True)])
+def test_a_chat_is_limited_by_the_model_unless_a_length_is_given(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    refused: bool,
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    folder = str(write_tokenizer(tmp_path))
+    engine = FakeEngine(always_answers(FINAL + "an answer<|return|>"))
+    monkeypatch.setattr(loading, "load_engine", lambda settings: engine)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x" * 2000 + "\n"))
+    assert main.run([folder, "-m", "chat", *options]) == 0
+    out, err = capsys.readouterr()
+    assert ("an answer" in out) != refused
+    assert ("the limit is 1024 tokens" in err) == refused
+
+
+def test_a_path_or_a_comment_is_a_message_and_not_a_command(run_chat: RunChat) -> None:
+    engine = FakeEngine(always_answers(FINAL + "ok<|return|>"))
+    out, _ = run_chat("/home/me/file.py is empty\n// a comment\n /quit\nno\n", engine)
+    assert out == "ok\nok\n"
+    assert "/home/me/file.py is empty" in prompts(engine)[0]
+
+
+def test_a_system_prompt_keeps_its_lines(run_chat: RunChat) -> None:
+    engine = FakeEngine(always_answers(FINAL + "ok<|return|>"))
+    run_chat("/system  be kind \nhi\n", engine)
+    assert prompts(engine)[0].startswith("<|start|>system<|message|>be kind<|end|>")
 
 
 def test_error_of_the_chat_template_does_not_end_the_chat(

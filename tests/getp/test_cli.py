@@ -12,6 +12,7 @@ import pytest
 
 import getp
 from engine import EngineError
+from getp import checkpoints
 from getp.cli import loading
 from getp.cli import main as cli
 from getp.cli.settings import Settings
@@ -143,7 +144,7 @@ def test_embedded_model_is_found_in_the_source_and_in_an_installation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], data: str
 ) -> None:
     monkeypatch.setattr(loading, "load_engine", lambda settings: FakeEngine())
-    monkeypatch.setattr(loading, "_GETP", tmp_path / "getp")
+    monkeypatch.setattr(checkpoints, "_GETP", tmp_path / "getp")
     assert cli.run(["-i", "hi"]) == 1
     assert "the embedded model is missing" in capsys.readouterr().err
     (tmp_path / data).parent.mkdir(parents=True)

@@ -114,8 +114,7 @@ def test_one_two_and_four_replicas_give_the_tokens_of_one_engine(
             SamplingParams(
                 temperature=index % 2, seed=index, max_new_tokens=24, logprobs=1, ignore_eos=True
             ),
-            index,
-        )
+        )  # without an id: each gets its position
         for index in range(24)
     ]
     folder = checkpoint("gpt_oss")

@@ -183,7 +183,7 @@ def test_equal_prompts_get_different_seeds_that_the_next_run_repeats(tmp_path: P
 def test_seeds_of_different_jobs_do_not_collide() -> None:
     seeds = {request_seed(seed, index) for seed in range(50) for index in range(50)}
     assert len(seeds) == 2500
-    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert all(seed is not None and 0 <= seed < 2**63 for seed in seeds)
 
 
 def test_report_sums_up_the_requests(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Mode chat: an interactive chat on the terminal."""
 
+from dataclasses import replace
+
 from getp.cli import loading
 from getp.cli.modes.generate import chat_settings, one_at_a_time
 from getp.cli.settings import Settings
@@ -14,6 +16,8 @@ def run(settings: Settings) -> int:
 
     tokenizer = loading.load_tokenizer(settings)
     params = loading.sampling_params(settings, tokenizer)
+    if settings.sampling.given_length is None:  # each turn makes a conversation longer
+        params = replace(params, max_positions=None)
     chat = chat_settings(settings, params, chat=True)
     engine = loading.load_engine(one_at_a_time(settings))
     chat_session.chat(chat, settings.prompt.input, tokenizer, engine)

@@ -1,0 +1,258 @@
+"""LLM: text or conversations in, answers in the order of the input. For scripts and notebooks."""
+
+import logging
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from engine import Completion, Engine, EngineConfig, Request, SamplingParams, TokenLogprobs
+from engine.request import FinishReason
+from getp.checkpoints import embedded_model, find_model
+from getp.errors import GetpError
+from getp.hub import Part, find_checkpoint
+from getp.job.formats.interface import BadRequestError
+from getp.job.formats.openai_request import read_body
+from getp.library.arguments import (
+    Prompt,
+    check_samples,
+    list_of_conversations,
+    list_of_prompts,
+    params_for_each,
+    tuple_of_stops,
+)
+from getp.terminal import catch_ctrl_c
+from getp.text.answer_text import StopWatcher, texts_by_channel
+from getp.text.prompts import check_length, render_chat, request_seed
+from getp.units import counted
+from tokenizer import Message, Tokenizer, TokenizerError
+from tokenizer.harmony import FINAL
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One answer to a prompt."""
+
+    index: int  # from 0 to n - 1
+    text: str  # without the stop string
+    token_ids: list[int]  # the stop token included
+    finish_reason: FinishReason
+    reasoning: str = ""  # the other channels of gpt-oss's answer in a chat
+    logprobs: list[TokenLogprobs] | None = None
+    error: str | None = None  # set when finish_reason is "error"
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A prompt and its answers."""
+
+    prompt: str | None  # the text that was encoded; None if token ids were given
+    prompt_token_ids: Sequence[int]
+    outputs: list[CompletionOutput]
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    text: str | None
+    ids: Sequence[int]
+    chat: bool = False
+    error: str | None = None
+
+
+class LLM:
+    """Runs a checkpoint on lists of prompts or conversations, with continuous batching.
+
+        with LLM("data/model") as llm:
+            for output in llm.generate(["2+2=", "3+4="], SamplingParams(max_new_tokens=8)):
+                print(output.outputs[0].text)
+
+    model: a directory or a name on the Hugging Face Hub, as on the command line; None is the
+    embedded model. tokenizer: another tokenizer.json, its directory or its name on the hub.
+    settings: fields of EngineConfig, such as dtype. The model is loaded at once, and freed by
+    `close`, at the end of a `with` block, with the last reference to the LLM, or when the program
+    ends. Raises UsageProblem, GetpError, CheckpointError, TokenizerError and EngineError.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        tokenizer: str | Path | None = None,
+        **settings: Any,
+    ) -> None:
+        config = EngineConfig(**settings)
+        part: Part = "tokenizer" if config.dummy_weights else "weights"
+        folder = embedded_model() if model is None else find_model(str(model), part)
+        if tokenizer is not None:
+            tokenizer = find_checkpoint(str(tokenizer), "tokenizer")
+        self.tokenizer = Tokenizer.load(tokenizer or folder)
+        self.engine = Engine(folder, config)
+        self.engine.warm_up()
+        self._finalizer = weakref.finalize(self, self.engine.finish)
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model's memory and end its processes. The LLM cannot be used afterwards."""
+        self._finalizer()
+
+    def generate(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        n: int = 1,
+        stop: str | Sequence[str] = (),
+    ) -> list[RequestOutput]:
+        """Complete one or several prompts; returns one result for each, in the same order.
+
+        sampling_params: for all prompts, or one for each. n: the number of different samples of
+        each prompt. stop: texts that end an answer. A prompt that cannot run has finish reason
+        "error" and does not affect the others. Raises TypeError and ValueError for arguments that
+        cannot be meant, KeyboardInterrupt at Ctrl-C; the LLM can be used again after any of them.
+        """
+        given = list_of_prompts(prompts)
+        encoders = [lambda prompt=prompt: self._encode(prompt) for prompt in given]
+        return self._run(encoders, sampling_params, n, stop)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Iterable[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        n: int = 1,
+        stop: str | Sequence[str] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or several, with the checkpoint's chat template.
+
+        A conversation is a list of messages such as {"role": "user", "content": "Hello"}.
+        chat_template_kwargs: variables of the template, such as {"enable_thinking": False}. The
+        rest is as in `generate`.
+        """
+        variables = dict(chat_template_kwargs or {})
+        given = list_of_conversations(messages)
+        encoders = [lambda turns=turns: self._encode_chat(turns, variables) for turns in given]
+        return self._run(encoders, sampling_params, n, stop)
+
+    def _encode(self, prompt: Prompt) -> _Encoded:
+        if not isinstance(prompt, str):
+            return _Encoded(None, prompt)
+        check_length(self.tokenizer, prompt, self.engine.max_positions)
+        return _Encoded(prompt, self.tokenizer.encode(prompt))
+
+    def _encode_chat(self, turns: Sequence[Message], variables: Mapping[str, Any]) -> _Encoded:
+        messages = [dict(turn) for turn in turns]
+        body = read_body({"messages": messages, "chat_template_kwargs": variables}, chat=True)
+        text = render_chat(self.tokenizer, body.messages or [], body.variables)
+        check_length(self.tokenizer, text, self.engine.max_positions)
+        return _Encoded(text, self.tokenizer.encode(text, special=False), chat=True)
+
+    def _run(
+        self,
+        encoders: Sequence[Callable[[], _Encoded]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        n: int,
+        stop: str | Sequence[str],
+    ) -> list[RequestOutput]:
+        if not self._finalizer.alive:
+            raise RuntimeError("this LLM is closed: create another one")
+        params = params_for_each(sampling_params, len(encoders))
+        stops = tuple_of_stops(stop)
+        check_samples(n, params)
+        prompts: list[_Encoded] = []
+        found: dict[int, CompletionOutput] = {}
+        with catch_ctrl_c() as pressed:
+
+            def check() -> None:
+                if pressed():
+                    raise KeyboardInterrupt
+
+            watchers: dict[int, StopWatcher] = {}
+
+            def requests() -> Iterator[Request]:
+                for encode, own in zip(encoders, params, strict=True):
+                    check()
+                    prompt = _encoded_or_error(encode)
+                    first = len(prompts) * n
+                    prompts.append(prompt)
+                    for index in range(n if prompt.error is None else 0):
+                        watcher = StopWatcher(
+                            self.tokenizer, list(prompt.ids), prompt.chat, stops, check
+                        )
+                        watchers[first + index] = watcher
+                        sample = self._sample_params(own, index)
+                        yield Request(prompt.ids, sample, first + index, watcher)
+
+            with closing(self.engine.generate(requests())) as completions:
+                for done in completions:
+                    number, index = divmod(done.request_id, n)
+                    watcher = watchers.pop(done.request_id)
+                    found[done.request_id] = self._output(done, index, prompts[number], watcher)
+            check()
+        return _in_order(prompts, found, n)
+
+    def _sample_params(self, params: SamplingParams, index: int) -> SamplingParams:
+        """Return the parameters of a prompt's sample `index`, each with its own seed."""
+        stop_ids = params.stop_ids
+        if not params.ignore_eos:
+            stop_ids = stop_ids | self.tokenizer.stop_ids
+        seed = params.seed if index == 0 else request_seed(params.seed, index)
+        return replace(params, stop_ids=stop_ids, seed=seed)
+
+    def _output(
+        self, done: Completion, index: int, prompt: _Encoded, watcher: StopWatcher
+    ) -> CompletionOutput:
+        if done.error is not None or watcher.error is not None:
+            return _failed(index, str(done.error or watcher.error))
+        try:
+            texts = texts_by_channel(
+                self.tokenizer, done.token_ids, prompt.ids, prompt.chat, watcher.stops
+            )
+        except TokenizerError as error:
+            return _failed(index, str(error))
+        return CompletionOutput(
+            index,
+            texts.get(FINAL, ""),
+            done.token_ids,
+            done.finish_reason,
+            "".join(text for name, text in texts.items() if name != FINAL),
+            done.logprobs,
+        )
+
+
+def _failed(index: int, error: str) -> CompletionOutput:
+    return CompletionOutput(index, "", [], "error", error=error)
+
+
+def _encoded_or_error(encode: Callable[[], _Encoded]) -> _Encoded:
+    try:
+        return encode()
+    except (BadRequestError, GetpError, TokenizerError) as error:
+        return _Encoded(None, (), error=str(error))
+
+
+def _in_order(
+    prompts: Sequence[_Encoded], found: Mapping[int, CompletionOutput], n: int
+) -> list[RequestOutput]:
+    """Return the answers prompt by prompt, and log how many failed and why the first did."""
+    results, errors = [], []
+    for number, prompt in enumerate(prompts):
+        if prompt.error is not None:
+            outputs = [_failed(index, prompt.error) for index in range(n)]
+        else:
+            outputs = [found[number * n + index] for index in range(n)]
+        if (reason := next((each.error for each in outputs if each.error), None)) is not None:
+            errors.append(f"prompt {number}: {reason}")
+        results.append(RequestOutput(prompt.text, prompt.ids, outputs))
+    if errors:
+        _log.warning("%s failed; %s", counted(len(errors), "prompt"), errors[0])
+    return results
