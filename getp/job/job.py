@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from engine.resolve import dtype_name
+from getp.defaults import describe
 from getp.errors import NameOf
 from getp.files import check_writable, is_stream, remove_leftovers
 from getp.job.formats import output_format
 from getp.job.inputs import Source, scan
 from getp.job.job_engine import JobEngine
-from getp.job.journal import Journal
+from getp.job.journal import OPENAI_TEMPERATURE, Journal
 from getp.job.ordering import Schedule
 from getp.job.request_reader import RequestDefaults
 from getp.job.results import errors_path
@@ -91,14 +92,23 @@ def open_journal(job: Job, source: Source, engine: JobEngine) -> Journal:
         warn(f"{path} has {damaged}; the requests concerned run again")
     if journal.done:
         print_message(f"getp: resuming: {journal.done} of {source.total} requests are done already")
-    if journal.header["seed"] != job.defaults.params.seed:
-        print_message(f"getp: seed {journal.header['seed']}, from the previous run")
     return journal
+
+
+def print_defaults(job: Job, source: Source, seed: int) -> None:
+    """Print what holds for requests that do not set their own values; seed: the journal's."""
+    origin = "given" if job.seed_given else "random"
+    if seed != job.defaults.params.seed:
+        origin = "from the previous run"
+    form = source.format
+    line = describe(job.defaults, form.own, form.openai, job.name_of, f"{seed} ({origin})")
+    print_message(f"getp: {line}")
 
 
 def _fingerprint(job: Job, source: Source, engine: JobEngine) -> dict[str, Any]:
     """Return the settings that a resumed job must not change, by name and as JSON values."""
-    params = asdict(job.defaults.params)
+    defaults, form = job.defaults, source.format
+    params = asdict(defaults.fill(form.own))
     if not job.seed_given:
         params["seed"] = "random"
     params["stop_ids"] = sorted(params["stop_ids"])
@@ -110,10 +120,11 @@ def _fingerprint(job: Job, source: Source, engine: JobEngine) -> dict[str, Any]:
         "device": engine.device.type,
         "dtype": dtype_name(engine.dtype),
         **params,
-        "stop": job.defaults.stops,
-        "chat template": job.defaults.chat,
-        "system": job.defaults.system,
-        "capped": job.defaults.capped,
+        OPENAI_TEMPERATURE: defaults.fill(form.openai or form.own).temperature,
+        "stop": defaults.stops,
+        "chat template": defaults.chat,
+        "system": defaults.system,
+        "capped": defaults.is_set("max_positions"),
     }
     as_json: dict[str, Any] = json.loads(json.dumps(named))
     return as_json

@@ -33,6 +33,9 @@ Header = dict[str, Any]
 # Fingerprint keys that do not say what they are; the keys are part of the file format.
 _LABELS = {"capped": "length limit given"}
 
+OPENAI_TEMPERATURE = "temperature of OpenAI requests"
+"""The fingerprint key of their default; in journals without it, it is that of other requests."""
+
 
 class Journal:
     """An open and locked journal. Raises GetpError if it is another job's, locked or damaged.
@@ -174,10 +177,11 @@ class Journal:
                 "{restart} starts over",
                 journal=self.path,
             )
-        if found["fingerprint"] != header["fingerprint"]:
+        old, new = _comparable(found["fingerprint"]), _comparable(header["fingerprint"])
+        if old != new:
             if os.fstat(self._file.fileno()).st_size == len(first):
                 return self._begin(header)  # the job stopped before a request finished
-            self._refuse_changes(found["fingerprint"], header["fingerprint"])
+            self._refuse_changes(old, new)
         self._index_records()
         return found
 
@@ -253,6 +257,16 @@ class Journal:
             f"cannot use the journal {self.path}: {error.strerror}{saved}. Fix the cause (disk "
             "full: make room), then repeat the command to resume"
         )
+
+
+def _comparable(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a fingerprint with the keys of this version, without values that have no effect."""
+    temperature = fingerprint.get("temperature")
+    found = {OPENAI_TEMPERATURE: temperature, **fingerprint}
+    if found.get("input format") == "text" and temperature == 0:
+        for name in ("top_p", "top_k"):  # a line of text cannot set its own temperature
+            found.pop(name, None)
+    return found
 
 
 def _header(line: bytes) -> Header | None:

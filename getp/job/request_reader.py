@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from engine import SamplingParams
+from getp.defaults import Defaults
 from getp.errors import GetpError, NameOf, worded
 from getp.job.formats.interface import BadRequestError, Failure, JobRequest, Line, ParsedBody
 from getp.job.inputs import Source
@@ -16,14 +17,15 @@ from tokenizer import TemplateError, Tokenizer, TokenizerError
 
 
 @dataclass(frozen=True)
-class RequestDefaults:
-    """The parameters of requests that do not set their own."""
+class RequestDefaults(Defaults):
+    """What holds for requests that do not set their own.
 
-    params: SamplingParams  # the seed is the job's; each request derives its own from it
+    The seed in `params` is the job's; each request derives its own from it.
+    """
+
     stops: tuple[str, ...] = ()
     chat: bool = False  # apply the chat template to prompts
     system: str | None = None
-    capped: bool = True  # max_positions also limits requests that set their own max_tokens
 
 
 class SeenIds:
@@ -153,10 +155,8 @@ class RequestReader:
         return template.render(messages, **variables)
 
     def _params(self, body: ParsedBody, index: int) -> SamplingParams:
-        defaults = self.defaults.params
+        defaults = self.defaults.fill(self._format.own if body.own is None else body.own)
         changes: dict[str, Any] = {"seed": request_seed(defaults.seed, index), **body.params}
-        if "max_new_tokens" in body.params and not self.defaults.capped:
-            changes["max_positions"] = None
         if changes.get("ignore_eos"):
             changes["stop_ids"] = frozenset()
         try:

@@ -15,8 +15,8 @@ def run(settings: Settings) -> int:
     from getp.text import chat_session
 
     tokenizer = loading.load_tokenizer(settings)
+    engine = loading.load_engine(one_at_a_time(settings))
     params = loading.sampling_params(settings, tokenizer)
     chat = replace(chat_settings(settings, params), chat=True)
-    engine = loading.load_engine(one_at_a_time(settings))
     chat_session.chat(chat, settings.prompt.input, tokenizer, engine)
     return 0

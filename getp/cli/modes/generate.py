@@ -22,8 +22,9 @@ def run(settings: Settings) -> int:
 
     prompt = prompt_text(settings.prompt.input)
     tokenizer = loading.load_tokenizer(settings)
+    engine = loading.load_engine(one_at_a_time(settings))
     chat = chat_settings(settings, loading.sampling_params(settings, tokenizer))
-    chat_session.generate(chat, prompt, tokenizer, loading.load_engine(one_at_a_time(settings)))
+    chat_session.generate(chat, prompt, tokenizer, engine)
     return 0
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO, ClassVar
 
 from engine import Completion, SamplingParams
+from getp.defaults import FormatValues
 from getp.files import MAX_LINE_BYTES, iter_lines
 from tokenizer import Message, Tokenizer
 
@@ -38,6 +39,7 @@ class ParsedBody:
     stops: tuple[str, ...] | None = None  # None: the job's
     variables: dict[str, Any] = field(default_factory=dict)  # variables of the chat template
     chat: bool | None = None  # whether to apply the chat template; None: the job's default
+    own: FormatValues | None = None  # what holds where nothing else does; None: the format's
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,8 @@ class InputFormat(ABC):
     suffix: ClassVar[str]  # of files in this format
     has_ids: ClassVar[bool]  # whether requests have their own ids, which must be unique
     output: ClassVar[OutputFormat]  # the format of results on standard output
+    own: ClassVar[FormatValues]  # what holds where neither request, option nor checkpoint says
+    openai: ClassVar[FormatValues | None] = None  # the same for its requests in OpenAI's format
 
     @abstractmethod
     def recognises(self, start: bytes) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine import Completion
+from getp.defaults import JSONL, OPENAI
 from getp.files import UTF8_BOM, json_line
 from getp.job.formats.interface import (
     BadRequestError,
@@ -63,6 +64,7 @@ class Jsonl(InputFormat):
     """JSONL."""
 
     name, suffix, has_ids, output = "jsonl", ".jsonl", True, BatchResults()
+    own, openai = JSONL, OPENAI
 
     def recognises(self, start: bytes) -> bool:
         first = start.removeprefix(UTF8_BOM).split(b"\n", 1)[0]

@@ -6,6 +6,7 @@ ignored.
 
 import re
 
+from getp.defaults import TEXT
 from getp.errors import GetpError
 from getp.job.formats.interface import InputFormat, Line, ParsedBody, decode_line
 from getp.job.formats.token_lines import TOKEN_LINES
@@ -16,7 +17,7 @@ _COUNT = re.compile(rb"[0-9]{1,12}")
 class NumberedText(InputFormat):
     """Numbered text, which is also the format of any file that no other format recognises."""
 
-    name, suffix, has_ids, output = "text", ".txt", False, TOKEN_LINES
+    name, suffix, has_ids, output, own = "text", ".txt", False, TOKEN_LINES, TEXT
 
     def recognises(self, start: bytes) -> bool:
         return True
