@@ -6,8 +6,10 @@ runs in Jinja's sandbox, with limits on loops, text, numbers and time.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +24,15 @@ from tokenizer.sandbox import MAX_TEXT, Sandbox
 
 _MAX_SOURCE = 1 << 20  # characters; templates on the Hub have at most tens of thousands
 
+# content is none, content'] == None
+_TESTS_NONE = re.compile(r"content['\"]?\]?\s*(is\s+(not\s+)?|[!=]=\s*)none\b", re.IGNORECASE)
+# arguments'] + '…', '…' ~ call.arguments, {{ call.arguments }}
+_JOINS_ARGUMENTS = re.compile(
+    r"arguments['\"]?\]?\s*[+~]|[+~]\s*[\w.\['\"\]]{0,99}\barguments['\"]?\]?|"
+    r"\{\{-?\s*[\w.\['\"\]]{0,99}\barguments['\"]?\]?\s*-?\}\}"
+)
+_READS_ARGUMENTS = re.compile(r"arguments['\"]?\]?\s*(\||is\s)")  # arguments | tojson
+
 Message = Mapping[str, Any]
 """One message: {"role": "system" | "user" | "assistant", "content": text}, plus any other keys
 that the template uses."""
@@ -31,6 +42,7 @@ class ChatTemplate:
     """A compiled template and the special tokens it can refer to by name."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
+        self._source = source
         self._special_tokens = dict(special_tokens or {})
         if len(source) > _MAX_SOURCE:
             raise TokenizerError(f"the chat template is longer than {_MAX_SOURCE} characters")
@@ -64,6 +76,18 @@ class ChatTemplate:
             named = {e.get("name"): e.get("template") for e in source if isinstance(e, dict)}
             source = named.get("default")
         return cls(source, special_tokens) if isinstance(source, str) else None
+
+    @cached_property
+    def distinguishes_none(self) -> bool:
+        """Whether the template handles a message whose content is None."""
+        return _TESTS_NONE.search(self._source) is not None
+
+    @cached_property
+    def writes_arguments_as_text(self) -> bool:
+        """Whether the template needs the arguments of a tool call as text, not as an object."""
+        return bool(_JOINS_ARGUMENTS.search(self._source)) and not (
+            _READS_ARGUMENTS.search(self._source)
+        )
 
     def render(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any

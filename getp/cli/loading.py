@@ -107,7 +107,8 @@ def sampling_params(settings: Settings, tokenizer: "Tokenizer") -> "SamplingPara
     from getp.defaults import TEXT, describe
 
     defaults = sampling_defaults(settings, tokenizer)
-    seed = f"{defaults.params.seed} ({'random' if settings.sampling.seed is None else 'given'})"
+    origin = "random" if settings.sampling.seed is None else option_name("seed")
+    seed = f"{defaults.params.seed} ({origin})"
     print_message(f"getp: {describe(defaults, TEXT, None, option_name, seed)}")
     return defaults.fill(TEXT)
 

@@ -15,7 +15,7 @@ from getp.files import check_writable, is_stream, remove_leftovers
 from getp.job.formats import output_format
 from getp.job.inputs import Source, scan
 from getp.job.job_engine import JobEngine
-from getp.job.journal import OPENAI_TEMPERATURE, Journal
+from getp.job.journal import Journal
 from getp.job.ordering import Schedule
 from getp.job.request_reader import RequestDefaults
 from getp.job.results import errors_path
@@ -97,7 +97,7 @@ def open_journal(job: Job, source: Source, engine: JobEngine) -> Journal:
 
 def print_defaults(job: Job, source: Source, seed: int) -> None:
     """Print what holds for requests that do not set their own values; seed: the journal's."""
-    origin = "given" if job.seed_given else "random"
+    origin = job.name_of("seed") if job.seed_given else "random"
     if seed != job.defaults.params.seed:
         origin = "from the previous run"
     form = source.format
@@ -120,11 +120,12 @@ def _fingerprint(job: Job, source: Source, engine: JobEngine) -> dict[str, Any]:
         "device": engine.device.type,
         "dtype": dtype_name(engine.dtype),
         **params,
-        OPENAI_TEMPERATURE: defaults.fill(form.openai or form.own).temperature,
         "stop": defaults.stops,
         "chat template": defaults.chat,
         "system": defaults.system,
         "capped": defaults.is_set("max_positions"),
     }
+    if form.openai is not None:
+        named["openai temperature"] = defaults.fill(form.openai).temperature
     as_json: dict[str, Any] = json.loads(json.dumps(named))
     return as_json

@@ -31,10 +31,10 @@ _RECORD = re.compile(rb"([0-9]{1,15}) ([+-]) (.*)", re.DOTALL)
 Header = dict[str, Any]
 
 # Fingerprint keys that do not say what they are; the keys are part of the file format.
-_LABELS = {"capped": "length limit given"}
-
-OPENAI_TEMPERATURE = "temperature of OpenAI requests"
-"""The fingerprint key of their default; in journals without it, it is that of other requests."""
+_LABELS = {
+    "capped": "length limit given",
+    "openai temperature": "temperature of OpenAI requests",
+}
 
 
 class Journal:
@@ -262,11 +262,10 @@ class Journal:
 def _comparable(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     """Return a fingerprint with the keys of this version, without values that have no effect."""
     temperature = fingerprint.get("temperature")
-    found = {OPENAI_TEMPERATURE: temperature, **fingerprint}
-    if found.get("input format") == "text" and temperature == 0:
-        for name in ("top_p", "top_k"):  # a line of text cannot set its own temperature
-            found.pop(name, None)
-    return found
+    if fingerprint.get("input format") != "text":  # older journals have one for all requests
+        return {"openai temperature": temperature, **fingerprint}
+    unused = ("top_p", "top_k") if temperature == 0 else ()  # no line can set its own temperature
+    return {name: value for name, value in fingerprint.items() if name not in unused}
 
 
 def _header(line: bytes) -> Header | None:

@@ -2,6 +2,7 @@
 
 import hashlib
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -12,7 +13,14 @@ from getp.errors import GetpError, NameOf, worded
 from getp.job.formats.interface import BadRequestError, Failure, JobRequest, Line, ParsedBody
 from getp.job.inputs import Source
 from getp.limits import NO_LIMIT
-from getp.text.prompts import chat_template, check_length, request_seed, system_message
+from getp.terminal import warn
+from getp.text.prompts import (
+    chat_template,
+    check_length,
+    request_seed,
+    system_message,
+    template_messages,
+)
 from tokenizer import TemplateError, Tokenizer, TokenizerError
 
 
@@ -63,11 +71,14 @@ class RequestReader:
         now: datetime | None = None,
         max_positions: int = NO_LIMIT,
         name_of: NameOf = str,
+        notice: Callable[[str], None] = warn,
     ) -> None:
         """now: the time for chat templates, so that a resumed job has the same prompts.
 
-        max_positions: the model's limit. name_of: how messages name settings.
+        max_positions: the model's limit. name_of: how messages name settings. notice: is called
+        with a warning that concerns many requests, once.
         """
+        self._notice, self._noticed_unused = notice, False
         self._now = now
         self._max_positions = max_positions
         self._format = source.format
@@ -136,12 +147,12 @@ class RequestReader:
 
     def _render(self, body: ParsedBody) -> str:
         template = chat_template(self._tokenizer)
-        unknown = sorted(set(body.variables) - template.variables)
-        if unknown:
-            raise BadRequestError(
-                "unsupported_parameter",
-                "this model's chat template does not use "
-                f"{', '.join(repr(name[:80]) for name in unknown)}",
+        unused = sorted(set(body.variables) - template.variables)
+        if unused and not self._noticed_unused:
+            self._noticed_unused = True
+            self._notice(
+                f"this model's chat template does not use {unused[0][:80]!r}: it is ignored, as is "
+                "every other template variable that the template does not use"
             )
         system = system_message(self.defaults.system)
         if body.messages is None:
@@ -149,10 +160,10 @@ class RequestReader:
         else:
             has_system = body.messages[0].get("role") in ("system", "developer")
             messages = body.messages if has_system else [*system, *body.messages]
-        variables = body.variables
+        variables = {name: body.variables[name] for name in body.variables.keys() - {*unused}}
         if self._now is not None:
             variables = {"strftime_now": self._now.strftime, **variables}
-        return template.render(messages, **variables)
+        return template.render(template_messages(template, messages), **variables)
 
     def _params(self, body: ParsedBody, index: int) -> SamplingParams:
         defaults = self.defaults.fill(self._format.own if body.own is None else body.own)
@@ -162,4 +173,5 @@ class RequestReader:
         try:
             return replace(defaults, **changes)
         except ValueError as error:
-            raise BadRequestError("invalid_value", str(error)) from error
+            message = worded(error, lambda name: repr(body.names.get(name, name)))
+            raise BadRequestError("invalid_value", message) from error

@@ -36,6 +36,7 @@ class ParsedBody:
     prompt: str | list[int] | None = None  # text or token ids
     messages: list[Message] | None = None
     params: dict[str, Any] = field(default_factory=dict)  # fields of SamplingParams
+    names: dict[str, str] = field(default_factory=dict)  # what the request calls these fields
     stops: tuple[str, ...] | None = None  # None: the job's
     variables: dict[str, Any] = field(default_factory=dict)  # variables of the chat template
     chat: bool | None = None  # whether to apply the chat template; None: the job's default
