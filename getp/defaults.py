@@ -58,13 +58,15 @@ def describe(
         return name_of(name) if found == "option" else "default"
 
     values = {name: f"{getattr(params, name):g}" for name in _SAMPLING}
-    if params.temperature == 0:
-        values["temperature"] = "0 (greedy)"
+    notes = {"temperature": "greedy, " if params.temperature == 0 else ""}
+    notes["top_k"] = "all tokens, " if params.top_k == 0 else ""
     if openai is not None and (theirs := defaults.fill(openai).temperature) != params.temperature:
         values["temperature"] = f"{theirs:g} in OpenAI's format, otherwise {values['temperature']}"
     if openai is None and params.temperature == 0:  # the others have no effect
         values, seed = {"temperature": values["temperature"]}, ""
-    parts = [f"{name} {value} ({origin(name)})" for name, value in values.items()]
+    parts = [
+        f"{name} {value} ({notes.get(name, '')}{origin(name)})" for name, value in values.items()
+    ]
     parts += [f"seed {seed}"] if seed else []
     limits = []
     if params.max_new_tokens is not None:
@@ -72,6 +74,9 @@ def describe(
     if params.max_positions is not None:
         shown = f"at most {params.max_positions} tokens with the prompt"
         limits.append(f"{shown} ({origin('max_positions')})")
-    length = ", ".join(limits) or f"up to the model's limit ({origin('max_positions')})"
+    if params.max_positions is None:
+        within = origin("max_positions") if defaults.is_set("max_positions") else ""
+        limits.append("within the model's limit" + (f" ({within})" if within else ""))
+    length = ", ".join(limits)
     start = "" if openai is None else "unless a request sets its own: "
     return f"{start}{', '.join(parts)}; {length}"

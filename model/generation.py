@@ -32,13 +32,13 @@ def recommended_sampling(checkpoint: Path, ignored: Container[str] = ()) -> dict
     """
     keys = _keys(checkpoint)
     found: dict[str, Any] = {}
-    sampled = keys.get("do_sample")
+    sampled = None if "temperature" in ignored else keys.get("do_sample")
     if sampled not in (None, True, False):
         raise keys.fail(f"'do_sample' must be true or false, not {sampled!r}")
     for name, read in _READERS.items():
         if name not in ignored and keys.get(name) is not None:
             found[name] = read(keys, name)
-    if "temperature" not in ignored and sampled is not None:
+    if sampled is not None:
         found["temperature"] = found.get("temperature", 1.0) if sampled else 0.0
     return found
 

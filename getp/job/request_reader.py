@@ -151,8 +151,8 @@ class RequestReader:
         if unused and not self._noticed_unused:
             self._noticed_unused = True
             self._notice(
-                f"this model's chat template does not use {unused[0][:80]!r}: it is ignored, as is "
-                "every other template variable that the template does not use"
+                f"this model's chat template does not use {unused[0][:80]!r}: it is ignored, and "
+                "so are other such values (this is said once)"
             )
         system = system_message(self.defaults.system)
         if body.messages is None:

@@ -23,7 +23,7 @@ from getp.job.formats.interface import (
 )
 from getp.job.formats.openai_request import CHAT_URL, FIELDS, TEXT_URL, read_body
 from getp.job.formats.openai_response import response_body
-from getp.text.answer_text import texts_by_channel
+from getp.text.answer_text import read_answer
 
 _BATCH_ONLY = frozenset({"method", "url", "body"})  # fields by which such a line is recognised
 _BATCH_FIELDS = _BATCH_ONLY | {"custom_id"}
@@ -38,7 +38,7 @@ class BatchResults(OutputFormat):
     def completed(
         self, context: ResultContext, request: JobRequest, completion: Completion
     ) -> bytes:
-        texts = texts_by_channel(
+        answer = read_answer(
             context.tokenizer,
             completion.token_ids,
             request.prompt_ids,
@@ -46,7 +46,7 @@ class BatchResults(OutputFormat):
             request.stops,
         )
         key = context.key(request.index)
-        body = response_body(context, key, request.chat, texts, completion)
+        body = response_body(context, key, request.chat, answer, completion)
         response = {"status_code": 200, "request_id": f"req_{key}", "body": body}
         return _result_line(key, request.custom_id, response, None)
 

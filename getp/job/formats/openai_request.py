@@ -121,7 +121,7 @@ def _check_prompt(body: Mapping[str, Any], chat: bool) -> None:
     if found == [other]:
         here, there = (CHAT_URL, TEXT_URL) if chat else (TEXT_URL, CHAT_URL)
         raise BadRequestError(
-            "invalid_value", f"{here!r} needs {wanted!r}; {other!r} belongs to {there!r}"
+            "unknown_parameter", f"{here!r} needs {wanted!r}; {other!r} belongs to {there!r}"
         )
 
 
