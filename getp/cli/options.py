@@ -148,21 +148,20 @@ _ALL: tuple[_Decorator, ...] = (
         "-t",
         "--temperature",
         type=Number(min=0),
-        help="Sampling temperature; 0 is greedy.  [default: the checkpoint's "
-        "generation_config.json, otherwise 1 for OpenAI's JSONL requests and 0 for others]",
+        help="Sampling temperature; 0 is greedy.  [default: the checkpoint's, else 0, or 1 for "
+        "OpenAI's JSONL]",
     ),
     _sampling(
         "-p",
         "--top-p",
         type=Number(0, 1, min_open=True),
         help="Sample from the most likely tokens whose total probability reaches this value.  "
-        "[default: the checkpoint's generation_config.json, otherwise 1]",
+        "[default: the checkpoint's, else 1]",
     ),
     _sampling(
         "--top-k",
         type=Integer(0, 2**63 - 1),
-        help="Sample from the K most likely tokens (0: from all).  [default: the checkpoint's "
-        "generation_config.json, otherwise 0]",
+        help="Sample from the K most likely tokens (0: all).  [default: the checkpoint's, else 0]",
     ),
     _sampling(
         "-s",
@@ -175,16 +174,14 @@ _ALL: tuple[_Decorator, ...] = (
         "--max-length",
         type=Integer(min=0),
         help="Maximum total tokens per request (prompt + answer); 0: the model's limit.  "
-        f"[default: {DEFAULT_MAX_LENGTH}; for JSONL requests, and with --max-new-tokens, the "
-        "model's limit]",
+        f"[default: {DEFAULT_MAX_LENGTH}; for JSONL, or with --max-new-tokens, the model's limit]",
     ),
     _length("--steps", hidden=True, type=Integer(min=0)),  # the old name of --max-length
     _length(
         "--max-new-tokens",
         type=Integer(min=1),
-        help="Maximum tokens generated per request.  [default: the checkpoint's "
-        f"generation_config.json, otherwise {DEFAULT_NEW_TOKENS} for JSONL requests and -n for "
-        "others]",
+        help="Maximum tokens generated per request.  [default: the checkpoint's, else "
+        f"{DEFAULT_NEW_TOKENS} for JSONL]",
     ),
     _length(
         "--stop",

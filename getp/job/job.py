@@ -101,14 +101,16 @@ def print_defaults(job: Job, source: Source, seed: int) -> None:
     if seed != job.defaults.params.seed:
         origin = "from the previous run"
     form = source.format
-    line = describe(job.defaults, form.own, form.openai, job.name_of, f"{seed} ({origin})")
+    line = describe(
+        job.defaults, form.defaults, form.openai_defaults, job.name_of, f"{seed} ({origin})"
+    )
     print_message(f"getp: {line}")
 
 
 def _fingerprint(job: Job, source: Source, engine: JobEngine) -> dict[str, Any]:
     """Return the settings that a resumed job must not change, by name and as JSON values."""
     defaults, form = job.defaults, source.format
-    params = asdict(defaults.fill(form.own))
+    params = asdict(defaults.fill(form.defaults))
     if not job.seed_given:
         params["seed"] = "random"
     params["stop_ids"] = sorted(params["stop_ids"])
@@ -125,7 +127,7 @@ def _fingerprint(job: Job, source: Source, engine: JobEngine) -> dict[str, Any]:
         "system": defaults.system,
         "capped": defaults.is_set("max_positions"),
     }
-    if form.openai is not None:
-        named["openai temperature"] = defaults.fill(form.openai).temperature
+    if form.openai_defaults is not None:
+        named["openai temperature"] = defaults.fill(form.openai_defaults).temperature
     as_json: dict[str, Any] = json.loads(json.dumps(named))
     return as_json

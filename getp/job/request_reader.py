@@ -83,6 +83,8 @@ class RequestReader:
         self._max_positions = max_positions
         self._format = source.format
         self.defaults = defaults
+        self._other_params = defaults.fill(source.format.defaults)
+        self._openai_params = defaults.fill(source.format.openai_defaults or {})
         self._tokenizer = tokenizer
         self._name_of = name_of
         self._seen = SeenIds(source.total if source.format.has_ids else 0)
@@ -166,7 +168,7 @@ class RequestReader:
         return template.render(template_messages(template, messages), **variables)
 
     def _params(self, body: ParsedBody, index: int) -> SamplingParams:
-        defaults = self.defaults.fill(self._format.own if body.own is None else body.own)
+        defaults = self._openai_params if body.openai else self._other_params
         changes: dict[str, Any] = {"seed": request_seed(defaults.seed, index), **body.params}
         if changes.get("ignore_eos"):
             changes["stop_ids"] = frozenset()

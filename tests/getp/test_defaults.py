@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from engine import SamplingParams
+from getp.analysis.job_requests import read_requests
 from getp.cli import loading
 from getp.cli import main as cli
+from getp.job.request_reader import RequestDefaults
 from getp.limits import DEFAULT_MAX_LENGTH, DEFAULT_NEW_TOKENS
 from model import CheckpointError
 from model.generation import recommended_sampling, unsupported_generation
@@ -138,6 +140,17 @@ def test_a_jsonl_prompt_may_be_longer_than_1024_tokens(checkpoint: Checkpoint) -
     usage = [each["response"]["body"]["usage"]["completion_tokens"] for each in (long, short)]
     assert usage[1] == DEFAULT_NEW_TOKENS
     assert long["response"]["body"]["usage"]["prompt_tokens"] > DEFAULT_MAX_LENGTH
+
+
+def test_a_plan_assumes_the_lengths_of_a_job(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(openai()) + "\n")
+    (tmp_path / "a.txt").write_text("1\nhi\n")
+    defaults = RequestDefaults(SamplingParams(), {})
+    found = [read_requests(str(tmp_path / name), None, defaults) for name in ("a.jsonl", "a.txt")]
+    assert [(each.limits, each.max_lengths) for each in found] == [
+        ([DEFAULT_NEW_TOKENS], [None]),
+        ([None], [DEFAULT_MAX_LENGTH]),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ class ParsedBody:
     stops: tuple[str, ...] | None = None  # None: the job's
     variables: dict[str, Any] = field(default_factory=dict)  # variables of the chat template
     chat: bool | None = None  # whether to apply the chat template; None: the job's default
-    own: FormatValues | None = None  # what holds where nothing else does; None: the format's
+    openai: bool = False  # in OpenAI's format, which has its own defaults
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +108,8 @@ class InputFormat(ABC):
     suffix: ClassVar[str]  # of files in this format
     has_ids: ClassVar[bool]  # whether requests have their own ids, which must be unique
     output: ClassVar[OutputFormat]  # the format of results on standard output
-    own: ClassVar[FormatValues]  # what holds where neither request, option nor checkpoint says
-    openai: ClassVar[FormatValues | None] = None  # the same for its requests in OpenAI's format
+    defaults: ClassVar[FormatValues]  # what holds where nothing else does
+    openai_defaults: ClassVar[FormatValues | None] = None  # for requests in OpenAI's format
 
     @abstractmethod
     def recognises(self, start: bytes) -> bool:

@@ -65,7 +65,7 @@ class Jsonl(InputFormat):
     """JSONL."""
 
     name, suffix, has_ids, output = "jsonl", ".jsonl", True, BatchResults()
-    own, openai = JSONL, OPENAI
+    defaults, openai_defaults = JSONL, OPENAI
 
     def recognises(self, start: bytes) -> bool:
         first = start.removeprefix(UTF8_BOM).split(b"\n", 1)[0]
@@ -130,7 +130,7 @@ def _parse_batch(record: Mapping[str, Any]) -> ParsedBody:
         raise BadRequestError("invalid_value", "'body' must be an object")
     chat: bool = record["url"] == CHAT_URL
     parsed = read_body(record["body"], chat)
-    parsed.chat, parsed.own = chat, OPENAI
+    parsed.chat, parsed.openai = chat, True
     return parsed
 
 

@@ -17,7 +17,8 @@ _COUNT = re.compile(rb"[0-9]{1,12}")
 class NumberedText(InputFormat):
     """Numbered text, which is also the format of any file that no other format recognises."""
 
-    name, suffix, has_ids, output, own = "text", ".txt", False, TOKEN_LINES, TEXT
+    name, suffix, has_ids, output = "text", ".txt", False, TOKEN_LINES
+    defaults = TEXT
 
     def recognises(self, start: bytes) -> bool:
         return True

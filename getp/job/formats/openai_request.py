@@ -85,8 +85,7 @@ def read_body(body: Mapping[str, Any], chat: bool) -> ParsedBody:
     """Read the body of a chat or a text completion. Raises BadRequestError."""
     parsed = ParsedBody()
     _check_prompt(body, chat)
-    readers = _COMMON_READERS | (_CHAT_READERS if chat else _TEXT_READERS)
-    neutral_values = _NEUTRAL_VALUES | (_NEUTRAL_IN_CHAT if chat else _NEUTRAL_IN_TEXT)
+    readers, neutral_values = _READERS[chat], _ALL_NEUTRAL[chat]
     for name, value in body.items():
         if value is None or name in _IGNORED_FIELDS:
             continue
@@ -127,7 +126,7 @@ def _check_prompt(body: Mapping[str, Any], chat: bool) -> None:
 
 def _unknown(name: str, chat: bool) -> BadRequestError:
     shown = repr(name[:80])
-    if name in (_TEXT_READERS | _NEUTRAL_IN_TEXT if chat else _CHAT_READERS | _NEUTRAL_IN_CHAT):
+    if name in _READERS[not chat] or name in _ALL_NEUTRAL[not chat]:
         kind = "prompts" if chat else "chats ('messages')"
         return BadRequestError("unsupported_parameter", f"{shown} applies only to {kind}")
     return BadRequestError("unknown_parameter", f"unknown parameter {shown}")
@@ -275,6 +274,11 @@ _CHAT_READERS: dict[str, _FieldReader] = {
     "reasoning_effort": _read_reasoning_effort,
     "chat_template_kwargs": _read_variables,
 }
+_READERS = {True: _COMMON_READERS | _CHAT_READERS, False: _COMMON_READERS | _TEXT_READERS}
+_ALL_NEUTRAL = {
+    True: _NEUTRAL_VALUES | _NEUTRAL_IN_CHAT,
+    False: _NEUTRAL_VALUES | _NEUTRAL_IN_TEXT,
+}
 
-FIELDS = frozenset(_COMMON_READERS | _TEXT_READERS | _CHAT_READERS | _NEUTRAL_VALUES)
+FIELDS = frozenset().union(*_READERS.values(), *_ALL_NEUTRAL.values())
 """The fields of a body, as far as they are known."""
