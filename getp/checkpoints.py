@@ -37,7 +37,8 @@ def _check(folder: Path) -> None:
         )
     if not folder.is_dir():
         raise UsageProblem(
-            "{folder} is a file: give the directory, {parent} (an input file is given with {input})",
+            "{folder} is a file: give the directory, {parent} (an input file is given with "
+            "{input})",
             folder=folder,
             parent=folder.resolve().parent,
         )

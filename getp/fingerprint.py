@@ -21,7 +21,10 @@ _TOKENIZER_FILES = (
 )  # fmt: skip
 
 # Keys of a job's fingerprint that do not say what they are; they are part of the file format.
-_LABELS = {"capped": "length limit given"}
+_LABELS = {
+    "capped": "length limit given",
+    "openai temperature": "temperature of OpenAI requests",
+}
 
 
 def of_checkpoint(folder: Path) -> str:

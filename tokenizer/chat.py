@@ -5,6 +5,7 @@ A template gets the same environment and the same names as in transformers'
 runs in a sandbox, a process with limits on its memory and its time.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -17,6 +18,15 @@ from tokenizer.sandbox import Sandbox
 
 _MAX_SOURCE = 1 << 20  # characters; templates on the Hub have at most tens of thousands
 _sandbox = Sandbox()  # of all templates of this process
+
+# content is none, content'] == None
+_TESTS_NONE = re.compile(r"content['\"]?\]?\s*(is\s+(not\s+)?|[!=]=\s*)none\b", re.IGNORECASE)
+# arguments'] + '…', '…' ~ call.arguments, {{ call.arguments }}
+_JOINS_ARGUMENTS = re.compile(
+    r"arguments['\"]?\]?\s*[+~]|[+~]\s*[\w.\['\"\]]{0,99}\barguments['\"]?\]?|"
+    r"\{\{-?\s*[\w.\['\"\]]{0,99}\barguments['\"]?\]?\s*-?\}\}"
+)
+_READS_ARGUMENTS = re.compile(r"arguments['\"]?\]?\s*(\||is\s)")  # arguments | tojson
 
 Message = Mapping[str, Any]
 """One message: {"role": "system" | "user" | "assistant", "content": text}, plus any other keys
@@ -66,6 +76,18 @@ class ChatTemplate:
         """Raise TemplateError if the template is not valid."""
         _ = self.variables
 
+    @cached_property
+    def distinguishes_none(self) -> bool:
+        """Whether the template handles a message whose content is None."""
+        return _TESTS_NONE.search(self._source) is not None
+
+    @cached_property
+    def writes_arguments_as_text(self) -> bool:
+        """Whether the template needs the arguments of a tool call as text, not as an object."""
+        return bool(_JOINS_ARGUMENTS.search(self._source)) and not (
+            _READS_ARGUMENTS.search(self._source)
+        )
+
     def render(
         self,
         messages: Sequence[Message],
@@ -81,6 +103,10 @@ class ChatTemplate:
         names: dict[str, Any] = {"tools": None, "documents": None, "add_generation_prompt": True}
         names |= self._special_tokens | dict(variables or {}) | {"messages": messages}
         return _sandbox.render(self._source, names, now)
+
+    def close(self) -> None:
+        """End the process of the sandbox; it starts again when a template needs it."""
+        _sandbox.close()
 
     @cached_property
     def _source(self) -> str:

@@ -46,6 +46,14 @@ class Sandbox:
         """
         return self._call(source=source, names=names, now=now and now.isoformat())
 
+    def close(self) -> None:
+        """End the process, unless another thread uses it. The next call starts another one."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._stop()
+            finally:
+                self._lock.release()
+
     def _call(self, **request: Any) -> str:
         try:
             data = json.dumps(request, ensure_ascii=False, default=_as_json)

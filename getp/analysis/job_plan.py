@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from getp.analysis.lookup import LOCAL, Model
 from getp.analysis.step_plan import check_split
 from getp.errors import GetpError
-from getp.limits import length_limit
 from model.cost.devices import Device
 from model.cost.interconnect import exchange
 from model.cost.operations import check_tensor_parallel, operations, total
@@ -90,22 +89,23 @@ class Prediction:
     link_s: float = 0.0  # the part of `seconds` spent on communication between GPUs
 
 
-def make_job(requests: "Requests", max_positions: int, max_length: int | None) -> Job:
+def make_job(requests: "Requests", max_positions: int) -> Job:
     """Return the job in which the output of every request reaches its limit. Raises GetpError.
 
-    max_positions: of the model; max_length: the value of -n. The requests are in the order of
-    `getp.job.ordering`: longest given output limit first.
+    max_positions: of the model. The requests are in the order of `getp.job.ordering`: longest given
+    output limit first.
     """
     fitting = []
-    for prompt, max_new_tokens in zip(requests.prompts, requests.limits, strict=True):
-        max_tokens = length_limit(max_length, max_new_tokens)
+    for prompt, max_new_tokens, max_tokens in zip(
+        requests.prompts, requests.limits, requests.max_lengths, strict=True
+    ):
         limit = min(max_positions, max_tokens or max_positions)
         if 0 < prompt < limit:
             given = min(max_new_tokens or limit, max_tokens - prompt if max_tokens else limit)
             fitting.append((given, prompt, min(limit - prompt, max_new_tokens or limit)))
     count = len(requests.prompts) + requests.refused
     if not fitting:
-        limit = min(max_positions, length_limit(max_length, None) or max_positions)
+        limit = min([max_positions, *filter(None, requests.max_lengths)])
         raise GetpError(
             "no request leaves room for output within the limit of {limit} tokens "
             "({max_positions}, or the model's limit); requests: {count}",

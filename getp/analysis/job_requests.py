@@ -19,6 +19,7 @@ class Requests:
     counted: str  # how prompt tokens were counted, for the title
     prompts: list[int] = field(default_factory=list)  # tokens of each
     limits: list[int | None] = field(default_factory=list)  # maximum new tokens of each
+    max_lengths: list[int | None] = field(default_factory=list)  # maximum tokens with the prompt
     refused: int = 0
     first_refused: str | None = None  # its line number and the reason
 
@@ -39,6 +40,7 @@ def read_requests(path: str, folder: Path | None, defaults: RequestDefaults) -> 
         if isinstance(request, JobRequest):
             found.prompts.append(len(request.prompt_ids))
             found.limits.append(request.params.max_new_tokens)
+            found.max_lengths.append(request.params.max_positions)
         elif isinstance(request, Failure):
             found.refused += 1
             found.first_refused = found.first_refused or f"line {request.line}: {request.message}"

@@ -7,17 +7,19 @@ option is reported at once.
 import secrets
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from getp import EMBEDDED, hub
 from getp.checkpoints import embedded_model, find_model
 from getp.cli.settings import Settings
+from getp.cli.wording import option_name
 from getp.errors import UsageProblem
 from getp.terminal import print_message, warn
 
 if TYPE_CHECKING:
     from engine import Engine, SamplingParams
     from getp.cluster.driver import Cluster
+    from getp.defaults import Defaults, FormatValues, Origin
     from tokenizer import Tokenizer
 
 
@@ -82,27 +84,62 @@ def load_tokenizer(settings: Settings) -> "Tokenizer":
     return Tokenizer.load(tokenizer_path(settings))
 
 
-def sampling_params(settings: Settings, tokenizer: "Tokenizer") -> "SamplingParams":
-    """Return the sampling parameters; a random seed is chosen, and printed, when sampling."""
+def sampling_defaults(settings: Settings, tokenizer: "Tokenizer") -> "Defaults":
+    """Return what options and the checkpoint's generation_config.json say about requests.
+
+    Without a given seed it is random. Raises UsageProblem, CheckpointError.
+    """
     from engine import SamplingParams
+    from getp.defaults import Defaults
+    from model.generation import unsupported_generation
 
     options = settings.sampling
     if "" in options.stop:
         raise UsageProblem("--stop must not be empty")
-    seed = options.seed
-    if seed is None and options.temperature > 0:
-        seed = secrets.randbelow(2**32)
-        print_message(f"getp: seed {seed}")
-    return SamplingParams(
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=seed or 0,
-        max_new_tokens=options.max_new_tokens,
-        max_positions=options.max_positions,
+    values, origins = length_and_sampling(settings)
+    for setting in unsupported_generation(checkpoint_folder(settings)):
+        warn(f"generation_config.json asks for {setting}, which is not supported: it is ignored")
+    params = SamplingParams(
+        **values,
+        seed=secrets.randbelow(2**32) if options.seed is None else options.seed,
         stop_ids=frozenset() if options.ignore_eos else tokenizer.stop_ids,
         ignore_eos=options.ignore_eos,
     )
+    return Defaults(params, origins)
+
+
+def sampling_params(
+    settings: Settings, tokenizer: "Tokenizer", own: "FormatValues"
+) -> "SamplingParams":
+    """Return the parameters of a prompt on the terminal, and print what holds.
+
+    own: what holds where neither an option nor the checkpoint sets it. Raises UsageProblem,
+    CheckpointError.
+    """
+    from getp.defaults import describe
+
+    defaults = sampling_defaults(settings, tokenizer)
+    origin = "random" if settings.sampling.seed is None else option_name("seed")
+    seed = f"{defaults.params.seed} ({origin})"
+    print_message(f"getp: {describe(defaults, own, None, option_name, seed)}")
+    return defaults.fill(own)
+
+
+def length_and_sampling(settings: Settings) -> "tuple[dict[str, Any], dict[str, Origin]]":
+    """Return the fields of SamplingParams that options or the checkpoint set, and their origins."""
+    from model.generation import recommended_sampling
+
+    options, folder = settings.sampling, checkpoint_folder(settings)
+    names = ("temperature", "top_p", "top_k", "max_new_tokens")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.given_length is not None or "max_new_tokens" in given:
+        given.setdefault("max_new_tokens", None)
+        given["max_positions"] = options.given_length or None  # 0: the model's limit
+    recommended = recommended_sampling(folder, ignored=given)
+    return {**recommended, **given}, {
+        **dict.fromkeys(recommended, "checkpoint"),
+        **dict.fromkeys(given, "option"),
+    }
 
 
 def load_engine(settings: Settings) -> "Engine":

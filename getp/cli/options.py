@@ -9,7 +9,7 @@ from cloup import OptionGroup
 from getp import __version__
 from getp.cli.click_types import Device, Dtype, Integer, Number, Option, Replicas, Size
 from getp.cli.modes import MODES, Subject
-from getp.limits import DEFAULT_MAX_LENGTH
+from getp.limits import DEFAULT_MAX_LENGTH, DEFAULT_NEW_TOKENS
 
 _MAX_SECONDS = 365 * 24 * 3600  # one year; Python cannot wait for much longer
 _MAX_STEP_SIZE = 2**20  # a larger batch, query or context is a typing error
@@ -168,24 +168,20 @@ _ALL: tuple[_Decorator, ...] = (
         "-t",
         "--temperature",
         type=Number(min=0),
-        default=0.0,
-        show_default=True,
-        help="Sampling temperature; 0 is greedy.",
+        help="Sampling temperature; 0 is greedy.  [default: the checkpoint's, else 0, or 1 for "
+        "OpenAI's JSONL]",
     ),
     _sampling(
         "-p",
         "--top-p",
         type=Number(0, 1, min_open=True),
-        default=0.9,
-        show_default=True,
-        help="Sample from the most likely tokens whose total probability reaches this value.",
+        help="Sample from the most likely tokens whose total probability reaches this value.  "
+        "[default: the checkpoint's, else 1]",
     ),
     _sampling(
         "--top-k",
         type=Integer(0, 2**63 - 1),
-        default=0,
-        show_default=True,
-        help="Sample from the K most likely tokens (0: from all).",
+        help="Sample from the K most likely tokens (0: all).  [default: the checkpoint's, else 0]",
     ),
     _sampling(
         "-s",
@@ -198,11 +194,16 @@ _ALL: tuple[_Decorator, ...] = (
         "--max-length",
         type=Integer(min=0),
         help="Maximum total tokens per request (prompt + answer); 0: the model's limit.  "
-        f"[default: {DEFAULT_MAX_LENGTH}, or the model's limit in chat and if --max-new-tokens or "
-        "the request itself limits the answer]",
+        f"[default: {DEFAULT_MAX_LENGTH}; the model's limit for JSONL, in chat, and with "
+        "--max-new-tokens]",
     ),
     _length("--steps", hidden=True, type=Integer(min=0)),  # the old name of --max-length
-    _length("--max-new-tokens", type=Integer(min=1), help="Maximum tokens generated per request."),
+    _length(
+        "--max-new-tokens",
+        type=Integer(min=1),
+        help="Maximum tokens generated per request.  [default: the checkpoint's, else "
+        f"{DEFAULT_NEW_TOKENS} for JSONL]",
+    ),
     _length(
         "--stop",
         subject=Subject.STOPPING,

@@ -5,8 +5,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from getp.limits import length_limit
-
 if TYPE_CHECKING:
     from engine import EngineConfig
 
@@ -27,9 +25,9 @@ class PromptOptions:
 class SamplingOptions:
     """Sampling and the limits of a request's length."""
 
-    temperature: float
-    top_p: float
-    top_k: int
+    temperature: float | None  # None, here and below: not given
+    top_p: float | None
+    top_k: int | None
     seed: int | None  # None: random
     max_length: int | None
     steps: int | None  # the old name of max_length
@@ -41,11 +39,6 @@ class SamplingOptions:
     def given_length(self) -> int | None:
         """The value of -n/--max-length; None: not given."""
         return self.steps if self.max_length is None else self.max_length
-
-    @property
-    def max_positions(self) -> int | None:
-        """The maximum tokens per request, prompt included; None: the model's limit."""
-        return length_limit(self.given_length, self.max_new_tokens)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from engine.resolve import dtype_name
 from getp import __version__
+from getp.defaults import describe
 from getp.errors import NameOf
 from getp.files import check_writable, is_stream
 from getp.job.formats import output_format
@@ -119,8 +120,6 @@ def open_journal(job: Job, source: Source, engine: JobEngine) -> Journal:
         warn(f"{path} has {damaged}; the requests concerned run again")
     if journal.done:
         print_message(f"getp: resuming: {journal.done} of {source.total} requests are done already")
-    if journal.header["seed"] != job.defaults.params.seed:
-        print_message(f"getp: seed {journal.header['seed']}, from the previous run")
     return journal
 
 
@@ -134,9 +133,22 @@ def _check_rounding(job: Job, journal: Journal, header: Header, engine: JobEngin
     check_resumed(journal.path, before, now, engine.dtype, accepted, job.name_of)
 
 
+def print_defaults(job: Job, source: Source, seed: int) -> None:
+    """Print what holds for requests that do not set their own values; seed: the journal's."""
+    origin = job.name_of("seed") if job.seed_given else "random"
+    if seed != job.defaults.params.seed:
+        origin = "from the previous run"
+    form = source.format
+    line = describe(
+        job.defaults, form.defaults, form.openai_defaults, job.name_of, f"{seed} ({origin})"
+    )
+    print_message(f"getp: {line}")
+
+
 def _fingerprint(job: Job, source: Source, engine: JobEngine) -> dict[str, Any]:
     """Return the settings that a resumed job must not change, by name and as JSON values."""
-    params = asdict(job.defaults.params)
+    defaults, form = job.defaults, source.format
+    params = asdict(defaults.fill(form.defaults))
     if not job.seed_given:
         params["seed"] = "random"
     params["stop_ids"] = sorted(params["stop_ids"])
@@ -148,10 +160,12 @@ def _fingerprint(job: Job, source: Source, engine: JobEngine) -> dict[str, Any]:
         "device": engine.device.type,
         "dtype": dtype_name(engine.dtype),
         **params,
-        "stop": job.defaults.stops,
-        "chat template": job.defaults.chat,
-        "system": job.defaults.system,
-        "capped": job.defaults.capped,
+        "stop": defaults.stops,
+        "chat template": defaults.chat,
+        "system": defaults.system,
+        "capped": defaults.is_set("max_positions"),
     }
+    if form.openai_defaults is not None:
+        named["openai temperature"] = defaults.fill(form.openai_defaults).temperature
     as_json: dict[str, Any] = json.loads(json.dumps(named))
     return as_json

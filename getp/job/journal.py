@@ -26,6 +26,7 @@ from getp.job.journal_header import (
     ROUNDING,
     Header,
     checked_content,
+    comparable,
     header_line,
     read_header,
     refuse_changes,
@@ -206,10 +207,11 @@ class Journal:
                 "{restart} starts over",
                 journal=self.path,
             )
-        if any(found.get(key) != header.get(key) for key in ("fingerprint", ROUNDING)):
+        old, new = comparable(found["fingerprint"]), comparable(header["fingerprint"])
+        if old != new or found.get(ROUNDING) != header.get(ROUNDING):
             if os.fstat(self._file.fileno()).st_size == len(first):
                 return self._begin(header)  # the job stopped before a request finished
-            refuse_changes(self.path, found["fingerprint"], header["fingerprint"])
+            refuse_changes(self.path, old, new)
         self._first, self._end = first, len(first)
         self._index_records(self._file)
         return found

@@ -14,6 +14,8 @@ Header = dict[str, Any]
 ROUNDING = "rounding"
 """The key of what rounding depends on; journals of older versions lack it."""
 
+_OLD_IDS = "tokens"  # what older journals call the output format "ids"
+
 
 def with_checksum(content: bytes) -> bytes:
     """Return the line of a journal with this content."""
@@ -40,6 +42,18 @@ def read_header(line: bytes) -> Header | None:
     if isinstance(found, dict) and isinstance(found.get("fingerprint"), dict):
         return found
     return None
+
+
+def comparable(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a fingerprint as this version writes it, without values that have no effect."""
+    found = dict(fingerprint)
+    if found.get("output format") == _OLD_IDS:
+        found["output format"] = "ids"
+    temperature = found.get("temperature")
+    if found.get("input format") != "text":  # older journals have one for all requests
+        return {"openai temperature": temperature, **found}
+    unused = ("top_p", "top_k") if temperature == 0 else ()  # no line can set its own temperature
+    return {name: value for name, value in found.items() if name not in unused}
 
 
 def refuse_changes(path: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

@@ -2,28 +2,38 @@
 
 import hashlib
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
 from engine import SamplingParams
+from getp.defaults import Defaults
 from getp.errors import GetpError, NameOf, worded
 from getp.job.formats.interface import BadRequestError, Failure, JobRequest, Line, ParsedBody
 from getp.job.inputs import Source
 from getp.limits import NO_LIMIT
-from getp.text.prompts import chat_template, check_length, request_seed, system_message
+from getp.terminal import warn
+from getp.text.prompts import (
+    chat_template,
+    check_length,
+    request_seed,
+    system_message,
+    template_messages,
+)
 from tokenizer import TemplateError, Tokenizer, TokenizerError
 
 
 @dataclass(frozen=True)
-class RequestDefaults:
-    """The parameters of requests that do not set their own."""
+class RequestDefaults(Defaults):
+    """What holds for requests that do not set their own.
 
-    params: SamplingParams  # the seed is the job's; each request derives its own from it
+    The seed in `params` is the job's; each request derives its own from it.
+    """
+
     stops: tuple[str, ...] = ()
     chat: bool = False  # apply the chat template to prompts
     system: str | None = None
-    capped: bool = True  # max_positions also limits requests that set their own max_tokens
 
 
 class SeenIds:
@@ -61,15 +71,20 @@ class RequestReader:
         now: datetime | None = None,
         max_positions: int = NO_LIMIT,
         name_of: NameOf = str,
+        notice: Callable[[str], None] = warn,
     ) -> None:
         """now: the time for chat templates, so that a resumed job has the same prompts.
 
-        max_positions: the model's limit. name_of: how messages name settings.
+        max_positions: the model's limit. name_of: how messages name settings. notice: is called
+        with a warning that concerns many requests, once.
         """
+        self._notice, self._noticed_unused = notice, False
         self._now = now
         self._max_positions = max_positions
         self._format = source.format
         self.defaults = defaults
+        self._other_params = defaults.fill(source.format.defaults)
+        self._openai_params = defaults.fill(source.format.openai_defaults or {})
         self._tokenizer = tokenizer
         self._name_of = name_of
         self._seen = SeenIds(source.total if source.format.has_ids else 0)
@@ -134,12 +149,12 @@ class RequestReader:
 
     def _render(self, body: ParsedBody) -> str:
         template = chat_template(self._tokenizer)
-        unknown = sorted(set(body.variables) - template.variables)
-        if unknown:
-            raise BadRequestError(
-                "unsupported_parameter",
-                "this model's chat template does not use "
-                f"{', '.join(repr(name[:80]) for name in unknown)}",
+        unused = sorted(set(body.variables) - template.variables)
+        if unused and not self._noticed_unused:
+            self._noticed_unused = True
+            self._notice(
+                f"this model's chat template does not use {unused[0][:80]!r}: it is ignored, and "
+                "so are other such values (this is said once)"
             )
         system = system_message(self.defaults.system)
         if body.messages is None:
@@ -147,16 +162,16 @@ class RequestReader:
         else:
             has_system = body.messages[0].get("role") in ("system", "developer")
             messages = body.messages if has_system else [*system, *body.messages]
-        return template.render(messages, body.variables, self._now)
+        variables = {name: body.variables[name] for name in body.variables.keys() - {*unused}}
+        return template.render(template_messages(template, messages), variables, self._now)
 
     def _params(self, body: ParsedBody, index: int) -> SamplingParams:
-        defaults = self.defaults.params
+        defaults = self._openai_params if body.openai else self._other_params
         changes: dict[str, Any] = {"seed": request_seed(defaults.seed, index), **body.params}
-        if "max_new_tokens" in body.params and not self.defaults.capped:
-            changes["max_positions"] = None
         if changes.get("ignore_eos"):
             changes["stop_ids"] = frozenset()
         try:
             return replace(defaults, **changes)
         except ValueError as error:
-            raise BadRequestError("invalid_value", str(error)) from error
+            message = worded(error, lambda name: repr(body.names.get(name, name)))
+            raise BadRequestError("invalid_value", message) from error

@@ -13,7 +13,7 @@ from getp.files import STDIO, is_stream, write_report
 from getp.job.formats import TOKEN_LINES, output_format
 from getp.job.formats.interface import Failure, JobRequest, ResultContext
 from getp.job.inputs import Source
-from getp.job.job import Job, open_journal, read
+from getp.job.job import Job, open_journal, print_defaults, read
 from getp.job.job_engine import JobEngine
 from getp.job.journal import Journal
 from getp.job.ordering import order_for_throughput
@@ -44,6 +44,7 @@ def run_job(job: Job, source: Source, tokenizer: Tokenizer, engine: JobEngine) -
     with ExitStack() as stack:
         stop = stack.enter_context(GracefulStop(job.grace_s))
         journal = stack.enter_context(open_journal(job, source, engine))
+        print_defaults(job, source, journal.header["seed"])
         run = JobRun(job, source, tokenizer, engine, journal, stop)
         try:
             run.complete_requests()

@@ -49,10 +49,10 @@ def list_of_conversations(given: Any) -> list[Sequence[Message]]:
     return entries
 
 
-def params_for_each(given: Any, count: int) -> list[SamplingParams]:
+def params_for_each(given: Any, default: SamplingParams, count: int) -> list[SamplingParams]:
     """Return the sampling parameters of each of `count` prompts. Raises TypeError, ValueError."""
     if given is None:
-        given = SamplingParams()
+        given = default
     if isinstance(given, SamplingParams):
         return [given] * count
     if not isinstance(given, (list, tuple)):

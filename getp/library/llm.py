@@ -4,13 +4,14 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from engine import Completion, Engine, EngineConfig, Request, SamplingParams, TokenLogprobs
 from engine.request import FinishReason
 from getp.checkpoints import embedded_model, find_model
+from getp.defaults import JSONL, Defaults
 from getp.errors import GetpError
 from getp.hub import Part, find_checkpoint
 from getp.job.formats.interface import BadRequestError
@@ -24,11 +25,11 @@ from getp.library.arguments import (
     tuple_of_stops,
 )
 from getp.terminal import catch_ctrl_c
-from getp.text.answer_text import StopWatcher, texts_by_channel
+from getp.text.answer_text import StopWatcher, ToolCall, read_answer
 from getp.text.prompts import check_length, render_chat, request_seed
 from getp.units import counted
+from model.generation import recommended_sampling
 from tokenizer import Message, Tokenizer, TokenizerError
-from tokenizer.harmony import FINAL
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ class CompletionOutput:
     text: str  # without the stop string
     token_ids: list[int]  # the stop token included
     finish_reason: FinishReason
-    reasoning: str = ""  # the other channels of gpt-oss's answer in a chat
+    reasoning: str = ""  # of gpt-oss in a chat
+    tool_calls: list[ToolCall] = field(default_factory=list)  # of gpt-oss in a chat
     logprobs: list[TokenLogprobs] | None = None
     error: str | None = None  # set when finish_reason is "error"
 
@@ -90,9 +92,12 @@ class LLM:
         if tokenizer is not None:
             tokenizer = find_checkpoint(str(tokenizer), "tokenizer")
         self.tokenizer = Tokenizer.load(tokenizer or folder)
+        recommended = recommended_sampling(folder)
+        given = Defaults(SamplingParams(**recommended), dict.fromkeys(recommended, "checkpoint"))
+        self._default_params = given.fill(JSONL)
         self.engine = Engine(folder, config)
         self.engine.warm_up()
-        self._finalizer = weakref.finalize(self, self.engine.finish)
+        self._finalizer = weakref.finalize(self, _free, self.engine, self.tokenizer)
 
     def __enter__(self) -> "LLM":
         return self
@@ -114,10 +119,11 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete one or several prompts; returns one result for each, in the same order.
 
-        sampling_params: for all prompts, or one for each. n: the number of different samples of
-        each prompt. stop: texts that end an answer. A prompt that cannot run has finish reason
-        "error" and does not affect the others. Raises TypeError and ValueError for arguments that
-        cannot be meant, KeyboardInterrupt at Ctrl-C; the LLM can be used again after any of them.
+        sampling_params: for all prompts, or one for each; None: as a JSONL request that sets none.
+        n: the number of different samples of each prompt. stop: texts that end an answer. A prompt
+        that cannot run has finish reason "error" and does not affect the others. Raises TypeError
+        and ValueError for arguments that cannot be meant, KeyboardInterrupt at Ctrl-C; the LLM can
+        be used again after any of them.
         """
         given = list_of_prompts(prompts)
         encoders = [lambda prompt=prompt: self._encode(prompt) for prompt in given]
@@ -165,7 +171,7 @@ class LLM:
     ) -> list[RequestOutput]:
         if not self._finalizer.alive:
             raise RuntimeError("this LLM is closed: create another one")
-        params = params_for_each(sampling_params, len(encoders))
+        params = params_for_each(sampling_params, self._default_params, len(encoders))
         stops = tuple_of_stops(stop)
         check_samples(n, params)
         prompts: list[_Encoded] = []
@@ -214,19 +220,26 @@ class LLM:
         if done.error is not None or watcher.error is not None:
             return _failed(index, str(done.error or watcher.error))
         try:
-            texts = texts_by_channel(
+            answer = read_answer(
                 self.tokenizer, done.token_ids, prompt.ids, prompt.chat, watcher.stops
             )
         except TokenizerError as error:
             return _failed(index, str(error))
         return CompletionOutput(
             index,
-            texts.get(FINAL, ""),
+            answer.content,
             done.token_ids,
             done.finish_reason,
-            "".join(text for name, text in texts.items() if name != FINAL),
+            answer.reasoning,
+            answer.tool_calls,
             done.logprobs,
         )
+
+
+def _free(engine: Engine, tokenizer: Tokenizer) -> None:
+    engine.finish()
+    if tokenizer.template is not None:
+        tokenizer.template.close()
 
 
 def _failed(index: int, error: str) -> CompletionOutput:

@@ -1,35 +1,63 @@
 """Converts the tokens of an answer to text, during generation or afterwards."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from tokenizer import HarmonyParser, StopStrings, StreamDecoder, Tokenizer
 from tokenizer.harmony import FINAL, ChannelText, supports_harmony
 
 
-def texts_by_channel(
+@dataclass
+class ToolCall:
+    """A message of the model to a tool."""
+
+    recipient: str
+    arguments: str = ""
+
+
+@dataclass
+class Answer:
+    """The parts of a finished answer. Without channels all of it is `content`."""
+
+    content: str = ""  # the text for the user
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+
+
+def read_answer(
     tokenizer: Tokenizer,
     token_ids: Sequence[int],
     prompt_ids: Sequence[int],
     chat: bool,
     stops: Sequence[str] = (),
-) -> dict[str, str]:
-    """Return the text of a finished answer by channel, cut at the first stop string."""
+) -> Answer:
+    """Return the parts of a finished answer, its content cut at the first stop string."""
     in_channels = chat and supports_harmony(tokenizer)
     if not stops and not in_channels:
-        return {FINAL: tokenizer.decode(token_ids)}  # much faster than token by token
-    answer = AnswerText(tokenizer, prompt_ids, chat, stops)
+        return Answer(tokenizer.decode(token_ids))  # much faster than token by token
+    text = AnswerText(tokenizer, prompt_ids, chat, stops)
     pieces = []
     for token_id in token_ids:
-        pieces.append(answer.push(token_id))
-        if answer.stopped:
+        pieces.append(text.push(token_id))
+        if text.stopped:
             break
-    texts: dict[str, str] = {}
-    for piece in [*pieces, *answer.flush()]:
-        if piece is not None:
-            texts[piece.channel] = texts.get(piece.channel, "") + piece.text
-    if in_channels and not texts and tokenizer.token_id("<|channel|>") not in token_ids:
-        return {FINAL: tokenizer.decode(token_ids)}  # no channels: return the whole text
-    return texts
+    found = [piece for piece in [*pieces, *text.flush()] if piece is not None]
+    if in_channels and not found and tokenizer.token_id("<|channel|>") not in token_ids:
+        return Answer(tokenizer.decode(token_ids))  # no channels: return the whole text
+    return _join(found)
+
+
+def _join(pieces: Sequence[ChannelText]) -> Answer:
+    content: list[str] = []
+    reasoning: list[str] = []
+    calls: dict[int, ToolCall] = {}
+    for piece in pieces:
+        if piece.recipient is not None:
+            call = calls.setdefault(piece.message, ToolCall(piece.recipient))
+            call.arguments += piece.text
+        else:
+            (content if piece.channel == FINAL else reasoning).append(piece.text)
+    return Answer("".join(content), "".join(reasoning), list(calls.values()))
 
 
 class StopWatcher:

@@ -1,5 +1,6 @@
 """Encodes prompts and conversations, and derives the seed of each request."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,26 @@ def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
     return tokenizer.template
 
 
+def template_messages(template: ChatTemplate, messages: Sequence[Message]) -> list[Message]:
+    """Return messages as this template needs them: what it would write as "None" becomes text."""
+    return [_template_message(template, message) for message in messages]
+
+
+def _template_message(template: ChatTemplate, message: Message) -> Message:
+    found = dict(message)
+    if found.get("content") is None and not template.distinguishes_none:
+        found["content"] = ""
+    if template.writes_arguments_as_text and "tool_calls" in found:
+        found["tool_calls"] = [_with_text_arguments(call) for call in found["tool_calls"]]
+    return found
+
+
+def _with_text_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    text = json.dumps(function["arguments"], ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": text}}
+
+
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """Return the prompt for the next answer of a conversation. Raises GetpError, TokenizerError."""
     # The template writes the first special token.
@@ -39,7 +60,8 @@ def render_chat(
 
     Raises GetpError, TokenizerError.
     """
-    return chat_template(tokenizer).render(messages, variables)
+    template = chat_template(tokenizer)
+    return template.render(template_messages(template, messages), variables)
 
 
 def check_length(tokenizer: Tokenizer, text: str, limit: int) -> None:

@@ -16,7 +16,8 @@ class Screen:
     def __init__(self, out: TextIO, aside: TextIO) -> None:
         self._out = out
         self._aside = aside
-        self._channel: str | None = None  # channel of the last piece; None: final
+        # Channel, recipient and number of the last piece's message; None: final.
+        self._channel: tuple[str, str | None, int] | None = None
         self._last = "\n"  # last character written, on either stream
 
     def show(self, piece: ChannelText | None) -> None:
@@ -27,10 +28,15 @@ class Screen:
             self._leave_channel()
             self._write(self._out, piece.text)
             return
-        if piece.channel != self._channel:
+        message = (piece.channel, piece.recipient, piece.message if piece.recipient else 0)
+        if message != self._channel:
             self._leave_channel()
-            self._aside.write((DIM if self._aside.isatty() else "") + f"[{piece.channel}] ")
-            self._channel = piece.channel
+            if self._last != "\n":  # a preamble of the answer
+                self._write(self._aside, "\n")
+            title = " to ".join(filter(None, message[:2]))
+            shown = strip_control_characters(title) if self._aside.isatty() else title
+            self._aside.write((DIM if self._aside.isatty() else "") + f"[{shown}] ")
+            self._channel = message
         self._write(self._aside, piece.text)
 
     def end(self) -> None:

@@ -72,6 +72,17 @@ def test_earlier_turns_keep_only_their_final_text(run_chat: RunChat) -> None:
     )
 
 
+def test_a_preamble_is_shown_and_a_tool_call_names_its_recipient(run_chat: RunChat) -> None:
+    answer = (
+        "<|channel|>commentary<|message|>I look.<|end|>"
+        "<|start|>assistant<|channel|>commentary to=functions.f<|message|>{}<|end|>"
+        "<|start|>assistant" + FINAL + "It is 4.<|return|>"
+    )
+    out, err = run_chat("2+2?\n", FakeEngine(always_answers(answer)))
+    assert out == "I look.\nIt is 4.\n"
+    assert "[commentary to functions.f] {}\n" in err
+
+
 def test_summary_of_an_answer_shows_its_speed_and_cached_tokens(run_chat: RunChat) -> None:
     engine = FakeEngine(always_answers(FINAL + "4<|return|>"))
     _, err = run_chat("hi\n", engine)

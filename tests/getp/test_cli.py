@@ -18,6 +18,7 @@ from getp.cli import main as cli
 from getp.cli.settings import Settings
 from getp.cli.wording import program
 from getp.job.formats import OUTPUT_FORMATS
+from getp.limits import DEFAULT_NEW_TOKENS
 from getp.text.result_file import read_results
 from model.ops.cpu import bindings
 from tests.getp.helpers import FakeEngine, write_tokenizer
@@ -382,12 +383,12 @@ def test_random_seed_is_printed_and_reproduces_the_run(
     monkeypatch.setattr(loading, "load_engine", load_engine)
     args = [checkpoint, "-m", "getp", "-i", prompts, "-o", str(tmp_path / "out.txt"), "-t", "0.7"]
     assert cli.run(args) == 0
-    found = re.search(r"^getp: seed (\d+)$", capsys.readouterr().err, re.MULTILINE)
+    found = re.search(r"seed (\d+) \(random\)", capsys.readouterr().err)
     assert found is not None
     assert cli.run([*args, "-s", found[1]]) == 0
     seeds = [[request.params.seed for request in engine.requests] for engine in engines]
     assert seeds[0] == seeds[1]
-    assert "getp: seed" not in capsys.readouterr().err
+    assert f"seed {found[1]} (-s/--seed)" in capsys.readouterr().err
 
 
 def test_sampling_options_are_passed_to_the_requests(
@@ -421,14 +422,17 @@ def test_max_tokens_of_a_request_is_limited_only_by_an_explicit_length(
     args = [checkpoint, "-m", "getp", "-i", str(source), "-o", str(tmp_path / "out.jsonl")]
     first = ["--schedule", "first"]
     for given, limits in (
-        (first, [None, 1024]),
-        ([*first, "--restart", "-n", "50"], [50, 50]),
-        ([*first, "--restart", "--max-length", "60"], [60, 60]),
-        ([*first, "--restart", "--steps", "70"], [70, 70]),
+        (first, [(None, 2000), (None, DEFAULT_NEW_TOKENS)]),
+        ([*first, "--restart", "--max-new-tokens", "9"], [(None, 2000), (None, 9)]),
+        ([*first, "--restart", "-n", "0"], [(None, 2000), (None, None)]),
+        ([*first, "--restart", "-n", "50"], [(50, 2000), (50, None)]),
+        ([*first, "--restart", "--max-length", "60"], [(60, 2000), (60, None)]),
+        ([*first, "--restart", "--steps", "70"], [(70, 2000), (70, None)]),
     ):
         assert cli.run([*args, *given]) == 0
-        found = {r.request_id: r.params.max_positions for r in engine.requests[-2:]}
-        assert [found[0], found[1]] == limits
+        last = sorted(engine.requests[-2:], key=lambda request: request.request_id)
+        found = [(each.params.max_positions, each.params.max_new_tokens) for each in last]
+        assert found == limits
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from getp.job import run as job_run
 from getp.job.request_reader import RequestDefaults, SeenIds
 from getp.job.run import Job
 from tests.getp.helpers import FakeEngine, small_tokenizer
+from tokenizer import Tokenizer
 
 TOKENIZER = small_tokenizer()
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -35,7 +36,12 @@ class Engine(FakeEngine):
 
 
 def run(
-    tmp_path: Path, lines: Sequence[Any], output: str = "out.jsonl", engine: Any = None, **rest: Any
+    tmp_path: Path,
+    lines: Sequence[Any],
+    output: str = "out.jsonl",
+    engine: Any = None,
+    tokenizer: Tokenizer = TOKENIZER,
+    **rest: Any,
 ) -> tuple[int, list[Any]]:
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -43,7 +49,7 @@ def run(
     defaults = RequestDefaults(params, **rest)
     job = Job(str(source), str(tmp_path / output), "small", defaults)
     engine = engine or Engine()
-    status = job_run.run_job(job, job_run.read(job), TOKENIZER, engine)
+    status = job_run.run_job(job, job_run.read(job), tokenizer, engine)
     if not output.endswith(".jsonl"):
         return status, (tmp_path / output).read_text().splitlines()
     return status, [json.loads(line) for line in (tmp_path / output).open(encoding="utf-8")]
@@ -51,6 +57,13 @@ def run(
 
 def batch_line(url: str, custom_id: str = "a", **body: Any) -> dict[str, Any]:
     return {"custom_id": custom_id, "method": "POST", "url": url, "body": {"model": "m", **body}}
+
+
+def calls(arguments: Any = "{}") -> dict[str, Any]:
+    """A message of the assistant that calls a tool."""
+    function = {"name": "f", "arguments": arguments}
+    call = {"id": "call_1", "type": "function", "function": function}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
 
 
 def body(record: Any) -> Any:
@@ -161,14 +174,31 @@ def test_stop_string_of_a_request_truncates_its_text(tmp_path: Path) -> None:
         ({"prompt": "x", "logit_bias": {"1": 5}}, "unsupported_parameter", "'logit_bias'"),
         ({"prompt": "x", "temperature": -1}, "invalid_value", "temperature"),
         ({"prompt": "x", "temperature": "1"}, "invalid_value", "'temperature'"),
-        ({"prompt": "x", "max_tokens": 0}, "invalid_value", "max_new_tokens"),
-        ({"prompt": "x", "logprobs": 21}, "invalid_value", "logprobs"),
+        ({"prompt": "x", "max_tokens": 0}, "invalid_value", "'max_tokens' must be 1 or more"),
+        ({"prompt": "x", "max_tokens": "5"}, "invalid_value", "the string '5': remove the quotes"),
+        ({"prompt": "x", "max_tokens": 2.5}, "invalid_value", "an integer, not 2.5"),
+        ({"prompt": "x", "max_tokens": 1e300}, "invalid_value", "at most 64 bits"),
+        ({"prompt": "x", "logprobs": 21}, "invalid_value", "'logprobs'"),
+        ({"prompt": "x", "logprobs": True}, "invalid_value", "'logprobs'"),
+        ({"prompt": "x", "top_k": -2}, "invalid_value", "'top_k'"),
+        ({"prompt": "x", "min_p": 0.1}, "unsupported_parameter", "'min_p' must be 0"),
+        ({"prompt": "x", "repetition_penalty": 1.1}, "unsupported_parameter", "penalties"),
+        ({"prompt": "x", "guided_json": {}}, "unsupported_parameter", "'guided_json'"),
+        ({"prompt": "x", "top_logprobs": 1}, "unsupported_parameter", "only to chats"),
+        ({"prompt": "x", "messages": HI}, "invalid_value", "'messages' and 'prompt' are both"),
+        ({"custom_id": "c"}, "missing_parameter", "'prompt' or 'messages'"),
         ({"prompt": "x", "stop": [""]}, "invalid_value", "'stop'"),
         ({"prompt": "x", "stop": "y" * 2000}, "invalid_value", "'stop'"),
         ({"prompt": "x", "id": ["i"]}, "invalid_id", "id"),
         ({"prompt": "x", "id": "again"}, "duplicate_custom_id", "'again'"),
         ({"messages": []}, "invalid_value", "'messages'"),
-        ({"messages": [{"content": "x"}]}, "invalid_value", "'role'"),
+        ({"messages": [{"content": "x"}]}, "invalid_value", "message 1 of 'messages' must be"),
+        ({"messages": [*HI, {"role": "user", "content": None}]}, "invalid_value", "message 2"),
+        ({"messages": [*HI, calls('{"a": ')]}, "invalid_value", "'f' are not valid JSON"),
+        ({"messages": [*HI, calls("[" * 100_000)]}, "invalid_value", "'f' are not valid JSON"),
+        ({"messages": [*HI, calls("5")]}, "invalid_value", "'f' must be a JSON object"),
+        ({"messages": [*HI, {**calls(), "tool_calls": [{}]}]}, "invalid_value", "'function'"),
+        ({"messages": [*HI, {**calls(), "tool_calls": "f"}]}, "invalid_value", "must be a list"),
         (
             batch_line(CHAT, messages=HI, max_tokens=5, max_completion_tokens=6),
             "invalid_value",
@@ -176,11 +206,11 @@ def test_stop_string_of_a_request_truncates_its_text(tmp_path: Path) -> None:
         ),
         (batch_line(CHAT, messages=HI, tools=[{}]), "unsupported_parameter", "'tools'"),
         (batch_line(CHAT, messages=HI, top_logprobs=2), "invalid_value", "'logprobs': true"),
-        (
-            batch_line(CHAT, messages=HI, reasoning_effort="low"),
-            "unsupported_parameter",
-            "template",
-        ),
+        (batch_line(CHAT, messages=HI, top_logprobs=21, logprobs=True), "invalid_value", "'top_l"),
+        (batch_line(CHAT, messages=HI, prompt="x"), "invalid_value", "are both given"),
+        (batch_line(TEXT, messages=HI), "unknown_parameter", "needs 'prompt'; 'messages' belongs"),
+        (batch_line(CHAT, messages=HI, echo=True), "unsupported_parameter", "'echo'"),
+        (batch_line(CHAT, messages=HI, reasoning_effort=3), "invalid_value", "a string, not 3"),
         (
             batch_line(CHAT, messages=[{"role": "user", "content": [{"type": "image_url"}]}]),
             "unsupported_content",
@@ -191,6 +221,14 @@ def test_stop_string_of_a_request_truncates_its_text(tmp_path: Path) -> None:
         ({**batch_line(TEXT, prompt="x"), "method": "GET"}, "invalid_value", "'POST'"),
         ({**batch_line(TEXT, prompt="x"), "extra": 1}, "unknown_parameter", "'extra'"),
         ({"url": TEXT, "body": {"prompt": "x"}}, "missing_parameter", "custom_id"),
+        ({"custom_id": "c", "url": TEXT, "prompt": "x"}, "missing_parameter", "'body' is missing"),
+        ({"custom_id": "c", "method": "POST", "url": TEXT}, "missing_parameter", "'body' is"),
+        ({"custom_id": "c", "body": {"prompt": "x"}}, "missing_parameter", "'url' is missing"),
+        (
+            {**batch_line(TEXT, prompt="x"), "max_tokens": 1},
+            "invalid_value",
+            "'max_tokens' is beside 'body'",
+        ),
     ],
 )
 def test_bad_line_fails_with_its_reason_and_does_not_affect_others(

@@ -1,9 +1,11 @@
 """LLM: text or messages in, answers in the order of the input."""
 
 import asyncio
+import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from engine import Request, SamplingParams
 from getp import LLM
 from getp.errors import UsageProblem
 from getp.text.prompts import encode_chat
+from tokenizer.chat import _sandbox
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["What is 17 plus 25?", "12+7=", "Sort the numbers 3 1 2.", "3+4="]
@@ -234,6 +237,27 @@ def test_a_checkpoint_that_is_missing_is_refused_as_on_the_command_line(tmp_path
         LLM(tensor_parallel_size=2)
 
 
+def test_closing_an_llm_ends_the_process_for_chat_templates() -> None:
+    with LLM(device="cpu", dtype="float32", kv_memory=8 << 20) as llm:
+        llm.chat(CONVERSATION, SHORT)
+        assert _sandbox._process is not None
+    assert _sandbox._process is None
+
+
+def test_the_checkpoint_recommends_the_sampling(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(ROOT / "data" / "model", model)
+    recommended = {"do_sample": True, "temperature": 50.0, "max_new_tokens": 5}
+    file = model / "generation_config.json"
+    values = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(values | recommended))
+    with LLM(model, device="cpu", dtype="float32", kv_memory=8 << 20) as llm:
+        (output,) = llm.generate("3+4=", n=3)
+        assert len({tuple(answer.token_ids) for answer in output.outputs}) == 3
+        assert all(len(answer.token_ids) <= 5 for answer in output.outputs)
+        assert len(llm.generate("3+4=", SHORT)[0].outputs[0].token_ids) <= 8
+
+
 def test_a_closed_llm_says_so() -> None:
     llm = LLM(device="cpu", dtype="float32", kv_memory=8 << 20)
     llm.close()
@@ -248,7 +272,10 @@ _TWO_RANKS = """
 
     def main():
         llm = LLM(device="cpu", dtype="float32", tensor_parallel=2, kv_memory=8 << 20)
-        print(os.getpid(), *[process.pid for process in llm.engine.workers.processes])
+        llm.chat([{"role": "user", "content": "3+4="}], SamplingParams(max_new_tokens=1))
+        from tokenizer.chat import _sandbox
+        ranks = [process.pid for process in llm.engine.workers.processes]
+        print(os.getpid(), *ranks, _sandbox._process.pid)
         print(llm.generate("3+4=", SamplingParams(max_new_tokens=2))[0].outputs[0].finish_reason)
         {end}
 
@@ -269,7 +296,7 @@ _TWO_RANKS = """
 def test_no_process_is_left_over(end: str, after: str) -> None:
     lines = python(_TWO_RANKS.format(end=end, after=after)).splitlines()
     pids = [int(pid) for pid in lines[0].split()]
-    assert len(pids) == 2
+    assert len(pids) == 3  # this process, the other rank and the one for chat templates
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)

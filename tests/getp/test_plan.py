@@ -251,9 +251,10 @@ def test_a_request_starts_in_the_slot_that_becomes_free_first() -> None:
 
 
 def test_a_predicted_job_has_the_order_of_a_real_one() -> None:
-    requests = Requests("counted", [5, 3, 4], [None, None, 1])
-    assert make_job(requests, max_positions=100, max_length=0).prompts == [5, 3, 4]
-    assert make_job(requests, max_positions=100, max_length=10).prompts == [3, 5, 4]
+    requests = Requests("counted", [5, 3, 4], [None, None, 1], [None] * 3)
+    assert make_job(requests, max_positions=100).prompts == [5, 3, 4]
+    requests.max_lengths = [10] * 3
+    assert make_job(requests, max_positions=100).prompts == [3, 5, 4]
 
 
 def test_requests_beyond_the_first_batch_make_the_job_longer(

@@ -110,6 +110,48 @@ def test_an_answer_is_split_into_channels() -> None:
 
 
 @pytest.mark.parametrize(
+    ("header", "channel", "recipient"),
+    [
+        ("<|channel|>commentary", "final", None),
+        ("<|channel|>commentary json", "final", None),
+        ("<|channel|>final <|constrain|>json", "final", None),
+        ("<|channel|>analysis", "analysis", None),
+        ("<|channel|>commentary to=functions.f", "commentary", "functions.f"),
+        ("<|channel|>commentary to=functions.f <|constrain|>json", "commentary", "functions.f"),
+        ("<|channel|>commentary to=functions.f<|constrain|>json", "commentary", "functions.f"),
+        (" to=functions.f<|channel|>commentary json", "commentary", "functions.f"),
+        (" to=functions.f<|channel|>commentary<|constrain|>json", "commentary", "functions.f"),
+        (" to=functions.f", "commentary", "functions.f"),
+        ("<|channel|>analysis to=browser.search code", "analysis", "browser.search"),
+        ("<|channel|>commentary to=assistant", "commentary", None),  # a tool's result
+    ],
+)
+def test_a_message_is_for_the_user_unless_it_is_reasoning_or_calls_a_tool(
+    header: str, channel: str, recipient: str | None
+) -> None:
+    tokenizer = small_tokenizer()
+    parser = HarmonyParser(tokenizer, tokenizer.encode("<|start|>assistant"))
+    ids = tokenizer.encode(header + "<|message|>x<|end|>")
+    pieces = [*filter(None, map(parser.push, ids)), *filter(None, [parser.flush()])]
+    assert {piece.channel for piece in pieces} == {channel}
+    assert {piece.recipient for piece in pieces} == {recipient}
+    assert "".join(piece.text for piece in pieces) == "x"
+
+
+def test_messages_of_one_channel_are_separated_by_a_newline() -> None:
+    tokenizer = small_tokenizer()
+    text = (
+        "<|channel|>commentary<|message|>I look.<|end|>"
+        "<|start|>assistant<|channel|>analysis<|message|>hm<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>It is 4.<|return|>"
+    )
+    ids = tokenizer.encode(text)
+    assert (
+        answer_text(tokenizer, ids, tokenizer.encode("<|start|>assistant")) == "I look.\nIt is 4."
+    )
+
+
+@pytest.mark.parametrize(
     ("prompt", "answer", "text"),
     [
         ("<|start|>assistant", ANSWER, "It is 42 🙂."),

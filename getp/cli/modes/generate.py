@@ -22,14 +22,15 @@ def run(settings: Settings) -> int:
     given = settings.prompt
     if given.system is not None and given.chat_template is False:
         raise UsageProblem("-y/--system needs the chat template: remove --raw")
+    from getp.defaults import TEXT
     from getp.text import chat_session
 
     prompt = prompt_text(given.input)
     tokenizer = loading.load_tokenizer(settings)
-    params = loading.sampling_params(settings, tokenizer)
-    by_template = _by_template(given, tokenizer)
-    chat = chat_settings(settings, params, by_template)
     engine = loading.load_engine(one_at_a_time(settings))
+    by_template = _by_template(given, tokenizer)
+    params = loading.sampling_params(settings, tokenizer, TEXT)
+    chat = chat_settings(settings, params, by_template)
     if by_template and given.chat_template is None:
         print_message(
             "getp: using the model's chat template (--raw: complete the bare text)", dim=True

@@ -62,17 +62,18 @@ def _job(settings: Settings, tokenizer: "Tokenizer") -> "Job":
     from getp.job.run import Job
 
     options, prompt = settings.job, settings.prompt
+    defaults = loading.sampling_defaults(settings, tokenizer)
     checkpoint = loading.checkpoint_folder(settings)
     return Job(
         input=prompt.input or "",
         output=options.output or "",
         checkpoint=loading.checkpoint_name(settings),
         defaults=RequestDefaults(
-            loading.sampling_params(settings, tokenizer),
+            defaults.params,
+            defaults.origins,
             settings.sampling.stop,
             bool(prompt.chat_template),
             prompt.system,
-            capped=settings.sampling.given_length is not None,
         ),
         seed_given=settings.sampling.seed is not None,
         identity={

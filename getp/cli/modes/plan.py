@@ -79,7 +79,7 @@ def _job(settings: Settings, path: str) -> int:
             f"mode getp would refuse {counted(requests.refused, 'request')}; the first is in "
             f"{requests.first_refused}"
         )
-    job = job_plan.make_job(requests, model.config.max_positions, settings.sampling.given_length)
+    job = job_plan.make_job(requests, model.config.max_positions)
     dtype = model.config.dtype if plan.dtype == "auto" else plan.dtype
     limits = job_plan.Limits(
         plan.max_batch_size or job_plan.Limits.max_batch_size,
@@ -126,6 +126,8 @@ def _requests(settings: Settings, path: str) -> "Requests":
     prompt = settings.prompt
     checkpoint = loading.checkpoint_folder(settings)
     folder = loading.tokenizer_path(settings) if prompt.tokenizer or checkpoint.is_dir() else None
-    params = SamplingParams(max_new_tokens=settings.sampling.max_new_tokens)
-    defaults = RequestDefaults(params, chat=bool(prompt.chat_template), system=prompt.system)
+    values, origins = loading.length_and_sampling(settings)
+    defaults = RequestDefaults(
+        SamplingParams(**values), origins, chat=bool(prompt.chat_template), system=prompt.system
+    )
     return read_requests(path, folder, defaults)

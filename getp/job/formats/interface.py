@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO, ClassVar
 
 from engine import Completion, SamplingParams
+from getp.defaults import FormatValues
 from getp.files import MAX_LINE_BYTES, iter_lines, json_line
 from getp.ownership import ERROR_KEYS
-from getp.text.answer_text import texts_by_channel
+from getp.text.answer_text import Answer, read_answer
 from tokenizer import Message, Tokenizer
 
 
@@ -37,9 +38,11 @@ class ParsedBody:
     prompt: str | list[int] | None = None  # text or token ids
     messages: list[Message] | None = None
     params: dict[str, Any] = field(default_factory=dict)  # fields of SamplingParams
+    names: dict[str, str] = field(default_factory=dict)  # what the request calls these fields
     stops: tuple[str, ...] | None = None  # None: the job's
     variables: dict[str, Any] = field(default_factory=dict)  # variables of the chat template
     chat: bool | None = None  # whether to apply the chat template; None: the job's default
+    openai: bool = False  # in OpenAI's format, which has its own defaults
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +82,9 @@ class ResultContext:
         """Return the part of a result's ids that identifies the request."""
         return hashlib.blake2b(f"{self.fingerprint}/{index}".encode(), digest_size=12).hexdigest()
 
-    def texts(self, request: JobRequest, completion: Completion) -> dict[str, str]:
-        """Return the answer's text by channel."""
-        return texts_by_channel(
+    def answer(self, request: JobRequest, completion: Completion) -> Answer:
+        """Return the parts of the answer. Raises TokenizerError."""
+        return read_answer(
             self.tokenizer,
             completion.token_ids,
             request.prompt_ids,
@@ -119,6 +122,8 @@ class InputFormat(ABC):
     has_ids: ClassVar[bool]  # whether requests have their own ids, which must be unique
     has_messages: ClassVar[bool]  # whether a request can be a conversation instead of a text
     output: ClassVar[OutputFormat]  # the format of results on standard output
+    defaults: ClassVar[FormatValues]  # what holds where nothing else does
+    openai_defaults: ClassVar[FormatValues | None] = None  # for requests in OpenAI's format
 
     @abstractmethod
     def recognises(self, start: bytes) -> bool:

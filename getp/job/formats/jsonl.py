@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine import Completion
+from getp.defaults import JSONL, OPENAI
 from getp.files import UTF8_BOM, json_line
 from getp.job.formats.interface import (
     BadRequestError,
@@ -20,10 +21,11 @@ from getp.job.formats.interface import (
     ResultContext,
     decode_line,
 )
-from getp.job.formats.openai_request import CHAT_URL, TEXT_URL, read_body
+from getp.job.formats.openai_request import CHAT_URL, FIELDS, TEXT_URL, read_body
 from getp.job.formats.openai_response import response_body
 
-_BATCH_FIELDS = frozenset({"custom_id", "method", "url", "body"})
+_BATCH_ONLY = frozenset({"method", "url", "body"})  # fields by which such a line is recognised
+_BATCH_FIELDS = _BATCH_ONLY | {"custom_id"}
 _MAX_ID_LENGTH = 512
 
 
@@ -35,9 +37,9 @@ class BatchResults(OutputFormat):
     def completed(
         self, context: ResultContext, request: JobRequest, completion: Completion
     ) -> bytes:
-        texts = context.texts(request, completion)
+        answer = context.answer(request, completion)
         key = context.key(request.index)
-        body = response_body(context, key, request.chat, texts, completion)
+        body = response_body(context, key, request.chat, answer, completion)
         response = {"status_code": 200, "request_id": f"req_{key}", "body": body}
         return _result_line(key, request.custom_id, response, None)
 
@@ -60,6 +62,7 @@ class Jsonl(InputFormat):
 
     name, suffix, output = "jsonl", ".jsonl", BATCH_RESULTS
     has_ids, has_messages = True, True
+    defaults, openai_defaults = JSONL, OPENAI
 
     def recognises(self, start: bytes) -> bool:
         first = start.removeprefix(UTF8_BOM).split(b"\n", 1)[0]
@@ -80,7 +83,8 @@ class Jsonl(InputFormat):
         return custom_id, record
 
     def parse(self, line: Line, record: dict[str, Any]) -> ParsedBody:
-        return _parse_batch(record) if "body" in record else _parse_flat(record)
+        batch = not _BATCH_ONLY.isdisjoint(record)
+        return _parse_batch(record) if batch else _parse_flat(record)
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -102,28 +106,39 @@ def _reject_constant(name: str) -> Any:
 
 def _parse_batch(record: Mapping[str, Any]) -> ParsedBody:
     """Read a line of an OpenAI batch file."""
+    for name in ("custom_id", "url", "body"):
+        if record.get(name) is None:
+            raise BadRequestError(
+                "missing_parameter",
+                f"{name!r} is missing: a line of an OpenAI batch file has 'custom_id', 'method', "
+                "'url' and 'body', and the prompt and its parameters are in 'body'",
+            )
     unknown = sorted(set(record) - _BATCH_FIELDS)
     if unknown:
-        raise BadRequestError("unknown_parameter", f"unknown field {unknown[0][:80]!r}")
-    if "custom_id" not in record:
-        raise BadRequestError("missing_parameter", "'custom_id' is missing")
+        shown = repr(unknown[0][:80])
+        if unknown[0] in FIELDS:
+            raise BadRequestError("invalid_value", f"{shown} is beside 'body': put it into 'body'")
+        raise BadRequestError("unknown_parameter", f"unknown field {shown}")
     if record.get("method", "POST") != "POST":
         raise BadRequestError("invalid_value", "'method' must be 'POST'")
-    if record.get("url") not in (CHAT_URL, TEXT_URL):
+    if record["url"] not in (CHAT_URL, TEXT_URL):
         raise BadRequestError("unsupported_url", f"'url' must be {CHAT_URL!r} or {TEXT_URL!r}")
     if not isinstance(record["body"], dict):
         raise BadRequestError("invalid_value", "'body' must be an object")
     chat: bool = record["url"] == CHAT_URL
     parsed = read_body(record["body"], chat)
-    parsed.chat = chat
+    parsed.chat, parsed.openai = chat, True
     return parsed
 
 
 def _parse_flat(record: Mapping[str, Any]) -> ParsedBody:
     """Read a line with a "prompt" or "messages", and parameters beside it."""
     body = {name: value for name, value in record.items() if name not in ("id", "custom_id")}
-    parsed = read_body(body, chat="messages" in body)
-    parsed.chat = True if "messages" in body else None
+    if body.get("messages") is None and body.get("prompt") is None:
+        raise BadRequestError("missing_parameter", "'prompt' or 'messages' is missing")
+    chat = body.get("messages") is not None
+    parsed = read_body(body, chat)
+    parsed.chat = chat or None
     return parsed
 
 

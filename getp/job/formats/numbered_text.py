@@ -6,6 +6,7 @@ ignored.
 
 import re
 
+from getp.defaults import TEXT
 from getp.errors import GetpError
 from getp.job.formats.interface import InputFormat, Line, ParsedBody, decode_line
 from getp.job.formats.token_lines import TOKEN_LINES
@@ -18,6 +19,7 @@ class NumberedText(InputFormat):
 
     name, suffix, output = "text", ".txt", TOKEN_LINES
     has_ids, has_messages = False, False
+    defaults = TEXT
 
     def recognises(self, start: bytes) -> bool:
         return True

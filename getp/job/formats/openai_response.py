@@ -1,35 +1,34 @@
 """Response bodies of OpenAI's /v1/chat/completions and /v1/completions."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from engine import Completion, TokenLogprobs
 from getp.job.formats.interface import ResultContext
-from tokenizer import Tokenizer
-from tokenizer.harmony import FINAL
+from getp.text.answer_text import Answer
+from tokenizer import StreamDecoder, Tokenizer
 
 _MIN_LOGPROB = -9999.0  # OpenAI's value for minus infinity, which JSON does not have
 
 
 def response_body(
-    context: ResultContext, key: str, chat: bool, texts: Mapping[str, str], completion: Completion
+    context: ResultContext, key: str, chat: bool, answer: Answer, completion: Completion
 ) -> dict[str, Any]:
-    """Return the body of a response; `texts` maps each channel to the answer's text in it.
+    """Return the body of a response.
 
     It does not depend on the rest of the batch, so a resumed job writes the same bytes.
     """
     prompt, output = completion.prompt_tokens, len(completion.token_ids)
     choice: dict[str, Any] = {"index": 0}
+    reason: str = completion.finish_reason
     if chat:
-        message = {"role": "assistant", "content": texts.get(FINAL, ""), "refusal": None}
-        reasoning = "".join(text for name, text in texts.items() if name != FINAL)
-        if reasoning:
-            message["reasoning_content"] = reasoning
-        choice["message"] = message
+        choice["message"] = _message(answer, key)
+        if answer.tool_calls and reason == "stop":
+            reason = "tool_calls"
+        choice["logprobs"] = _chat_logprobs(completion, context.tokenizer)
     else:
-        choice["text"] = "".join(texts.values())
-    choice["logprobs"] = (_chat_logprobs if chat else _text_logprobs)(completion, context.tokenizer)
-    choice["finish_reason"] = completion.finish_reason
+        choice["text"] = answer.content
+        choice["logprobs"] = _text_logprobs(completion, context.tokenizer, len(answer.content))
+    choice["finish_reason"] = reason
     return {
         "id": f"chatcmpl-{key}" if chat else f"cmpl-{key}",
         "object": "chat.completion" if chat else "text_completion",
@@ -42,6 +41,26 @@ def response_body(
             "total_tokens": prompt + output,
         },
     }
+
+
+def _message(answer: Answer, key: str) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": answer.content, "refusal": None}
+    if answer.reasoning:
+        message["reasoning_content"] = answer.reasoning
+    if answer.tool_calls:
+        message["content"] = answer.content or None
+        message["tool_calls"] = [
+            {
+                "id": f"call_{key}_{number}",
+                "type": "function",
+                "function": {
+                    "name": call.recipient.removeprefix("functions."),
+                    "arguments": call.arguments,
+                },
+            }
+            for number, call in enumerate(answer.tool_calls)
+        ]
+    return message
 
 
 def _token_entry(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
@@ -68,24 +87,26 @@ def _chat_logprobs(completion: Completion, tokenizer: Tokenizer) -> dict[str, An
     return {"content": content, "refusal": None}
 
 
-def _text_logprobs(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any] | None:
+def _text_logprobs(
+    completion: Completion, tokenizer: Tokenizer, length: int
+) -> dict[str, Any] | None:
+    """Return the log-probabilities of a text of `length` characters; special tokens add no text."""
     if completion.logprobs is None:
         return None
-    tokens = [
-        _token_entry(tokenizer, token_id, entry.logprob)
-        for token_id, entry in _logprobs(completion)
-    ]
-    offsets, offset = [], 0
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token["token"])
-    tops = [
-        {
-            token["token"]: token["logprob"]
-            for token in (_token_entry(tokenizer, *pair) for pair in entry.top)
-        }
-        for _, entry in _logprobs(completion)
-    ]
+    tokens, tops, offsets = [], [], []
+    decoder, offset = StreamDecoder(tokenizer), 0
+    for token_id, entry in _logprobs(completion):
+        token = _token_entry(tokenizer, token_id, entry.logprob)
+        tokens.append(token)
+        # Several tokens may have the same text, such as parts of characters. The sampled one is
+        # always in the map, and of the others with the same text the most likely.
+        top = {token["token"]: token["logprob"]}
+        for other in (_token_entry(tokenizer, *pair) for pair in entry.top):
+            top.setdefault(other["token"], other["logprob"])
+        tops.append(top)
+        # A token that continues a character begins where the character does.
+        offsets.append(min(offset, length))
+        offset += len(decoder.push(token_id))
     return {
         "tokens": [token["token"] for token in tokens],
         "token_logprobs": [token["logprob"] for token in tokens],

@@ -3,7 +3,6 @@
 from engine import Completion
 from getp.job.formats.interface import JobRequest, OutputFormat, ResultContext
 from getp.text.escape import escape
-from tokenizer.harmony import FINAL
 
 
 class TextLines(OutputFormat):
@@ -14,9 +13,8 @@ class TextLines(OutputFormat):
     def completed(
         self, context: ResultContext, request: JobRequest, completion: Completion
     ) -> bytes:
-        texts = context.texts(request, completion)
-        text = texts.get(FINAL, "") if request.chat else "".join(texts.values())
-        return escape(text).encode("utf-8", "replace")
+        answer = context.answer(request, completion)
+        return escape(answer.content).encode("utf-8", "replace")
 
 
 TEXT_LINES = TextLines()
