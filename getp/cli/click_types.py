@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -11,6 +12,8 @@ from click.core import ParameterSource
 from engine.config import DEVICE
 from getp.cli.modes import MODES, Subject
 from getp.errors import UsageProblem
+
+Decorator = Callable[[Any], Any]
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _MIN_BYTES_WITHOUT_UNIT = 1024  # a smaller number is taken for a forgotten unit
@@ -31,6 +34,15 @@ class Option(cloup.Option):
             for name, mode in MODES.items()
             if not self.subject or self.subject in mode.subjects
         ]
+
+
+def in_group(group: cloup.OptionGroup, subject: Subject = Subject.ANY) -> Callable[..., Decorator]:
+    """Return a function like click.option for the options of a group and a subject."""
+
+    def option(*names: str, **attributes: Any) -> Decorator:
+        return group.option(*names, cls=Option, **{"subject": subject, **attributes})
+
+    return option
 
 
 class Command(cloup.Command):

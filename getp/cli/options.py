@@ -7,15 +7,24 @@ import click
 from cloup import OptionGroup
 
 from getp import __version__
-from getp.cli.click_types import Device, Dtype, Integer, Number, Option, Replicas, Size
+from getp.cli.click_types import (
+    Decorator,
+    Device,
+    Dtype,
+    Integer,
+    Number,
+    Option,
+    Replicas,
+    Size,
+    in_group,
+)
 from getp.cli.modes import MODES, Subject
+from getp.cli.plan_options import PLAN_OPTIONS
 from getp.limits import DEFAULT_MAX_LENGTH, DEFAULT_NEW_TOKENS
 
 _MAX_SECONDS = 365 * 24 * 3600  # one year; Python cannot wait for much longer
-_MAX_STEP_SIZE = 2**20  # a larger batch, query or context is a typing error
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
-_Decorator = Callable[[Any], Any]
 
 
 def with_options(function: _Decorated) -> _Decorated:
@@ -25,29 +34,17 @@ def with_options(function: _Decorated) -> _Decorated:
     return function
 
 
-def _in(group: OptionGroup, subject: Subject = Subject.ANY) -> Callable[..., _Decorator]:
-    """Return a function like click.option for the options of a group and a subject."""
+_JOB, _ENGINE, _HELP = OptionGroup("Job"), OptionGroup("Engine"), OptionGroup("Help")
 
-    def option(*names: str, **attributes: Any) -> _Decorator:
-        return group.option(*names, cls=Option, **{"subject": subject, **attributes})
+_job = in_group(_JOB, Subject.JOB)
+_prompt = in_group(OptionGroup("Prompt"), Subject.PROMPT)
+_sampling = in_group(OptionGroup("Sampling"), Subject.SAMPLING)
+_length = in_group(OptionGroup("Length"), Subject.LENGTH)
+_engine = in_group(_ENGINE, Subject.ENGINE)
+_batch = in_group(_ENGINE, Subject.BATCH)
+_replicas = in_group(_ENGINE, Subject.REPLICAS)
 
-    return option
-
-
-_JOB, _ENGINE, _PLAN = OptionGroup("Job"), OptionGroup("Engine"), OptionGroup("Plan")
-_HELP = OptionGroup("Help")
-
-_job = _in(_JOB, Subject.JOB)
-_prompt = _in(OptionGroup("Prompt"), Subject.PROMPT)
-_sampling = _in(OptionGroup("Sampling"), Subject.SAMPLING)
-_length = _in(OptionGroup("Length"), Subject.LENGTH)
-_engine = _in(_ENGINE, Subject.ENGINE)
-_batch = _in(_ENGINE, Subject.BATCH)
-_replicas = _in(_ENGINE, Subject.REPLICAS)
-_step = _in(_PLAN, Subject.STEP)
-_plan = _in(_PLAN, Subject.PLAN)
-
-_ALL: tuple[_Decorator, ...] = (
+_ALL: tuple[Decorator, ...] = (
     click.argument("checkpoint", required=False),
     _job(
         "-m",
@@ -275,66 +272,8 @@ _ALL: tuple[_Decorator, ...] = (
         help="Run the replicas on this Ray cluster (auto: the one of this host).  "
         "[default: a private Ray instance on this host]",
     ),
-    _step(
-        "--phase",
-        type=click.Choice(["prefill", "decode", "backward"]),
-        help="Phase to plan, or to profile (prefill or decode).  [default: decode]",
-    ),
-    _step("--batch", type=Integer(1, _MAX_STEP_SIZE), help="Sequences in the step.  [default: 1]"),
-    _step(
-        "--query",
-        type=Integer(1, _MAX_STEP_SIZE),
-        help="New tokens per sequence.  [default: 1 in decode, otherwise 1024]",
-    ),
-    _step(
-        "--context",
-        type=Integer(1, _MAX_STEP_SIZE),
-        help="Context length per sequence, new tokens included.  "
-        "[default: 1024 in decode, otherwise --query]",
-    ),
-    _plan(
-        "--fused",
-        is_flag=True,
-        help="Assume fused kernels: less activation traffic, fewer launches.",
-    ),
-    _step(
-        "--gpu",
-        metavar="NAME",
-        multiple=True,
-        help="GPU such as H200; all: every known one; local: this machine, measured. Can be "
-        "repeated.  [default: several common ones]",
-    ),
-    _step(
-        "--measure",
-        is_flag=True,
-        help="Measure this machine's peaks again and store them; run it on an otherwise idle "
-        "machine.",
-    ),
-    _plan(
-        "--price",
-        type=Number(min=0),
-        multiple=True,
-        help="Price per GPU-hour (with -i); give one, or one per --gpu.",
-    ),
-    _step(
-        "--format",
-        type=click.Choice(["text", "json"]),
-        default="text",
-        show_default=True,
-        help="Output format.",
-    ),
-    _plan(
-        "--plot",
-        metavar="FILE.png|.svg",
-        help="Draw a roofline plot with the operations (-: on the terminal).",
-    ),
-    _step(
-        "--trace",
-        subject=Subject.TRACE,
-        metavar="FILE.json",
-        help="Write a Chrome trace of one step, part by part.",
-    ),
-    _in(_HELP)("--debug", is_flag=True, help="Show tracebacks."),
+    *PLAN_OPTIONS,
+    in_group(_HELP)("--debug", is_flag=True, help="Show tracebacks."),
     click.version_option(
         __version__, prog_name="getp", message="%(prog)s %(version)s", cls=Option, group=_HELP
     ),
