@@ -1,5 +1,6 @@
 """The sampling that a checkpoint recommends in its generation_config.json."""
 
+import os
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def unsupported_generation(checkpoint: Path) -> list[str]:
 
 def _keys(checkpoint: Path) -> Keys:
     file = checkpoint / GENERATION_CONFIG
-    return Keys(file, read_json(file) if file.is_file() else {})
+    return Keys(file, read_json(file) if os.path.lexists(file) else {})
 
 
 def _temperature(keys: Keys, name: str) -> float:
