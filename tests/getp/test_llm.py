@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def python(program: str, *, status: int = 0) -> str:
         timeout=300,
     )
     assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
     return done.stdout
 
 
@@ -228,6 +230,41 @@ def test_it_works_in_another_thread_and_inside_an_event_loop(llm: LLM) -> None:
     assert asyncio.run(cell()) == expected * 2
 
 
+def test_calls_from_several_threads_run_one_after_the_other(llm: LLM) -> None:
+    expected = texts(llm, PROMPTS)
+
+    async def cells() -> list[list[str]]:
+        calls = [asyncio.to_thread(texts, llm, PROMPTS) for _ in range(4)]
+        return await asyncio.gather(*calls)
+
+    assert asyncio.run(cells()) == [expected] * 4
+
+
+def test_closing_an_llm_ends_a_call_in_another_thread() -> None:
+    llm = LLM(device="cpu", dtype="float32", kv_memory=8 << 20)
+    errors: list[str] = []
+
+    def run(started: threading.Event) -> None:
+        started.set()
+        try:
+            llm.generate(PROMPTS * 200, SamplingParams(ignore_eos=True))
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    started = [threading.Event(), threading.Event()]  # the second call waits for the first
+    threads = [threading.Thread(target=run, args=(event,)) for event in started]
+    for thread, event in zip(threads, started, strict=True):
+        thread.start()
+        event.wait()
+    while not llm.engine.stats.generated_tokens:
+        time.sleep(0.001)
+    llm.close()
+    assert llm.engine._steps is None
+    for thread in threads:
+        thread.join(60)
+    assert errors == ["this LLM is closed: create another one"] * 2
+
+
 def test_a_checkpoint_that_is_missing_is_refused_as_on_the_command_line(tmp_path: Path) -> None:
     with pytest.raises(UsageProblem, match=r"nothing' does not exist.*Hugging Face Hub"):
         LLM(tmp_path / "nothing")
@@ -272,7 +309,7 @@ _TWO_RANKS = """
 
     def main():
         llm = LLM(device="cpu", dtype="float32", tensor_parallel=2, kv_memory=8 << 20)
-        llm.chat([{"role": "user", "content": "3+4="}], SamplingParams(max_new_tokens=1))
+        llm.chat([{{"role": "user", "content": "3+4="}}], SamplingParams(max_new_tokens=1))
         from tokenizer.chat import _sandbox
         ranks = [process.pid for process in llm.engine.workers.processes]
         print(os.getpid(), *ranks, _sandbox._process.pid)
