@@ -23,13 +23,14 @@ from getp.library.arguments import (
     list_of_conversations,
     list_of_prompts,
     params_for_each,
+    template_variables,
     tuple_of_stops,
 )
 from getp.terminal import catch_ctrl_c
 from getp.text.answer_text import StopWatcher, ToolCall, read_answer
 from getp.text.prompts import check_length, render_chat, request_seed
 from getp.units import counted
-from model.generation import recommended_sampling
+from model.generation import recommended_sampling, unsupported_generation
 from tokenizer import Message, Tokenizer, TokenizerError
 
 _log = logging.getLogger(__name__)
@@ -94,6 +95,8 @@ class LLM:
             tokenizer = find_checkpoint(str(tokenizer), "tokenizer")
         self.tokenizer = Tokenizer.load(tokenizer or folder)
         recommended = recommended_sampling(folder)
+        for setting in unsupported_generation(folder):
+            _log.warning("generation_config.json: %s is not supported; it is ignored", setting)
         given = Defaults(SamplingParams(**recommended), dict.fromkeys(recommended, "checkpoint"))
         self._default_params = given.fill(JSONL)
         self.engine = Engine(folder, config)
@@ -151,7 +154,7 @@ class LLM:
         chat_template_kwargs: variables of the template, such as {"enable_thinking": False}. The
         rest is as in `generate`.
         """
-        variables = dict(chat_template_kwargs or {})
+        variables = template_variables(chat_template_kwargs)
         given = list_of_conversations(messages)
         encoders = [lambda turns=turns: self._encode_chat(turns, variables) for turns in given]
         return self._run(encoders, sampling_params, n, stop)

@@ -16,7 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from engine import Request, SamplingParams
 from getp import LLM
@@ -76,6 +78,17 @@ def test_one_text_or_one_list_of_token_ids_is_one_prompt(llm: LLM) -> None:
     assert ids.prompt is None
     assert llm.generate([]) == []
     assert texts(llm, iter(PROMPTS[:2])) == texts(llm, PROMPTS[:2])
+
+
+@pytest.mark.parametrize("array", [np.array, torch.tensor])
+def test_arrays_and_tensors_of_token_ids_are_prompts(llm: LLM, array: Any) -> None:
+    ids = llm.tokenizer.encode("3+4=")
+    expected = llm.generate(ids, SHORT)
+    assert llm.generate(array(ids), SHORT) == expected
+    assert llm.generate([array(ids)], SHORT) == expected
+    assert llm.generate(array([ids, ids]), SHORT) == expected * 2
+    with pytest.raises(TypeError, match=r"prompt 0 must be .*, not 1\.0"):
+        llm.generate(array([1.0, 2.0]))
 
 
 def test_chat_applies_the_chat_template(llm: LLM) -> None:
@@ -182,6 +195,11 @@ def test_a_conversation_that_cannot_be_rendered_fails_alone(llm: LLM) -> None:
         (lambda llm: llm.chat("hello"), 'must be a list of messages such as {"role": "user"'),
         (lambda llm: llm.chat(CONVERSATION[0]), "messages must be a list of messages"),
         (lambda llm: llm.chat(["hello"]), "conversation 0 must be a list of messages"),
+        (
+            lambda llm: llm.chat(CONVERSATION, chat_template_kwargs=5),
+            "chat_template_kwargs must be",
+        ),
+        (lambda llm: llm.chat(CONVERSATION, chat_template_kwargs={1: 2}), "must be a dict"),
         (lambda llm: llm.chat([CONVERSATION, "b"]), "conversation 1 must be .*, not 'b'"),
     ],
 )
@@ -281,10 +299,12 @@ def test_closing_an_llm_ends_the_process_for_chat_templates() -> None:
     assert _sandbox._process is None
 
 
-def test_the_checkpoint_recommends_the_sampling(tmp_path: Path) -> None:
+def test_the_checkpoint_recommends_the_sampling(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = tmp_path / "model"
     shutil.copytree(ROOT / "data" / "model", model)
-    recommended = {"do_sample": True, "temperature": 50.0, "max_new_tokens": 5}
+    recommended = {"do_sample": True, "temperature": 50.0, "max_new_tokens": 5, "min_p": 0.1}
     file = model / "generation_config.json"
     values = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps(values | recommended))
@@ -293,6 +313,7 @@ def test_the_checkpoint_recommends_the_sampling(tmp_path: Path) -> None:
         assert len({tuple(answer.token_ids) for answer in output.outputs}) == 3
         assert all(len(answer.token_ids) <= 5 for answer in output.outputs)
         assert len(llm.generate("3+4=", SHORT)[0].outputs[0].token_ids) <= 8
+    assert "min_p 0.1 is not supported; it is ignored" in caplog.text
 
 
 def test_a_closed_llm_says_so() -> None:
