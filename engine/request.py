@@ -27,6 +27,7 @@ _PARAM_TYPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
     ("max_new_tokens", _OPTIONAL, "an integer or None"),
     ("max_positions", _OPTIONAL, "an integer or None"),
     ("stop_ids", (frozenset, Set), "a set of token ids"),
+    ("ignore_eos", (bool,), "True or False"),
     ("logprobs", _OPTIONAL, "an integer or None"),
 )
 
@@ -58,6 +59,9 @@ class SamplingParams:
             value = getattr(self, name)
             if not isinstance(value, types):
                 raise TypeError(f"{name} must be {wanted}, not {repr(value)}")
+        for token_id in self.stop_ids:
+            if not isinstance(token_id, _INTEGER):
+                raise TypeError(f"stop_ids must be a set of token ids, but has {repr(token_id)}")
         if not 0 <= self.temperature < float("inf"):
             raise _out_of_range("temperature", "0 or more", self.temperature)
         if not 0 < self.top_p <= 1:

@@ -14,6 +14,8 @@ from model.sharding import ALONE, Shard
 
 NO_TOKEN = -1  # in place of a token, for a row whose logits are not finite
 _LOWEST_TEMPERATURE = 2.0**-126  # float32 has lower numbers, but GPUs may take them for 0
+_HIGHEST_TEMPERATURE = 2.0**127
+_MAX_INT64 = 2**63 - 1
 _BLOCK = 1024  # tokens of the vocabulary that are reduced together
 
 
@@ -95,12 +97,16 @@ class Sampler:
     def set_params(self, rows: SequenceOf[int], params: SequenceOf[SamplingParams]) -> None:
         """Set the parameters of sequences that start in these rows and are not greedy."""
         at = to_device(torch.tensor(rows), self._device)
-        # With the dtype given, since a caller may write 1 for 1.0.
+        # Python's integers have no largest value. The dtype is given, as 1 may be written for 1.0.
+        temperatures = [
+            max(min(p.temperature, _HIGHEST_TEMPERATURE), _LOWEST_TEMPERATURE) for p in params
+        ]
         floats = torch.tensor(
-            [(max(p.temperature, _LOWEST_TEMPERATURE), p.top_p) for p in params],
-            dtype=torch.float32,
+            [(t, p.top_p) for t, p in zip(temperatures, params, strict=True)], dtype=torch.float32
         )
-        ints = torch.tensor([(p.top_k, (p.seed or 0) & (2**63 - 1)) for p in params])
+        ints = torch.tensor(
+            [(min(p.top_k, _MAX_INT64), (p.seed or 0) & _MAX_INT64) for p in params]
+        )
         self._temperature_and_top_p.index_copy_(0, at, to_device(floats, self._device))
         self._top_k_and_seed.index_copy_(0, at, to_device(ints, self._device))
 

@@ -18,13 +18,19 @@ def _is_token_ids(value: Any) -> bool:
     return len(value) > 0 and isinstance(value[0], Integral)
 
 
+def _without_arrays(value: Any) -> Any:
+    """Return an array or a tensor as a list, and anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def list_of_prompts(given: Any) -> list[Prompt]:
     """Return the prompts as a list. Raises TypeError."""
+    given = _without_arrays(given)
     if isinstance(given, str) or _is_token_ids(given):
         return [given]
     if isinstance(given, (bytes, Mapping)) or not isinstance(given, Iterable):
         raise TypeError(f"prompts must be a text or a list of texts, not {repr(given)}")
-    prompts = list(given)
+    prompts = [_without_arrays(prompt) for prompt in given]
     for number, prompt in enumerate(prompts):
         if not isinstance(prompt, str) and not _is_token_ids(prompt):
             remedy = ": use chat() for messages" if isinstance(prompt, Mapping) else ""
@@ -87,3 +93,15 @@ def check_samples(n: Any, params: Sequence[SamplingParams]) -> None:
         raise ValueError(
             f"n={n} needs a temperature above 0: at temperature 0 all answers are the same"
         )
+
+
+def template_variables(given: Any) -> dict[str, Any]:
+    """Return more variables of the chat template. Raises TypeError."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise TypeError(
+            'chat_template_kwargs must be a dict such as {"enable_thinking": False}, not '
+            f"{repr(given)}"
+        )
+    return dict(given)

@@ -1,6 +1,7 @@
 """LLM: text or conversations in, answers in the order of the input. For scripts and notebooks."""
 
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -22,13 +23,14 @@ from getp.library.arguments import (
     list_of_conversations,
     list_of_prompts,
     params_for_each,
+    template_variables,
     tuple_of_stops,
 )
 from getp.terminal import catch_ctrl_c
 from getp.text.answer_text import StopWatcher, ToolCall, read_answer
 from getp.text.prompts import check_length, render_chat, request_seed
 from getp.units import counted
-from model.generation import recommended_sampling
+from model.generation import recommended_sampling, unsupported_generation
 from tokenizer import Message, Tokenizer, TokenizerError
 
 _log = logging.getLogger(__name__)
@@ -93,11 +95,16 @@ class LLM:
             tokenizer = find_checkpoint(str(tokenizer), "tokenizer")
         self.tokenizer = Tokenizer.load(tokenizer or folder)
         recommended = recommended_sampling(folder)
+        for setting in unsupported_generation(folder):
+            _log.warning("generation_config.json: %s is not supported; it is ignored", setting)
         given = Defaults(SamplingParams(**recommended), dict.fromkeys(recommended, "checkpoint"))
         self._default_params = given.fill(JSONL)
         self.engine = Engine(folder, config)
         self.engine.warm_up()
-        self._finalizer = weakref.finalize(self, _free, self.engine, self.tokenizer)
+        self._running, self._closed = threading.RLock(), threading.Event()
+        self._finalizer = weakref.finalize(
+            self, _free, self.engine, self.tokenizer, self._running, self._closed
+        )
 
     def __enter__(self) -> "LLM":
         return self
@@ -106,7 +113,10 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Free the model's memory and end its processes. The LLM cannot be used afterwards."""
+        """Free the model's memory and end its processes. The LLM cannot be used afterwards.
+
+        A call that runs in another thread is ended; there it raises RuntimeError.
+        """
         self._finalizer()
 
     def generate(
@@ -123,7 +133,7 @@ class LLM:
         n: the number of different samples of each prompt. stop: texts that end an answer. A prompt
         that cannot run has finish reason "error" and does not affect the others. Raises TypeError
         and ValueError for arguments that cannot be meant, KeyboardInterrupt at Ctrl-C; the LLM can
-        be used again after any of them.
+        be used again after any of them. Calls from several threads run one after the other.
         """
         given = list_of_prompts(prompts)
         encoders = [lambda prompt=prompt: self._encode(prompt) for prompt in given]
@@ -144,7 +154,7 @@ class LLM:
         chat_template_kwargs: variables of the template, such as {"enable_thinking": False}. The
         rest is as in `generate`.
         """
-        variables = dict(chat_template_kwargs or {})
+        variables = template_variables(chat_template_kwargs)
         given = list_of_conversations(messages)
         encoders = [lambda turns=turns: self._encode_chat(turns, variables) for turns in given]
         return self._run(encoders, sampling_params, n, stop)
@@ -169,18 +179,20 @@ class LLM:
         n: int,
         stop: str | Sequence[str],
     ) -> list[RequestOutput]:
-        if not self._finalizer.alive:
-            raise RuntimeError("this LLM is closed: create another one")
+        self._check_open()
         params = params_for_each(sampling_params, self._default_params, len(encoders))
         stops = tuple_of_stops(stop)
         check_samples(n, params)
         prompts: list[_Encoded] = []
         found: dict[int, CompletionOutput] = {}
-        with catch_ctrl_c() as pressed:
+        with self._running, catch_ctrl_c() as pressed:
 
             def check() -> None:
+                self._check_open()
                 if pressed():
                     raise KeyboardInterrupt
+
+            check()  # it may have been closed while this call waited for another one
 
             watchers: dict[int, StopWatcher] = {}
 
@@ -205,6 +217,10 @@ class LLM:
                     found[done.request_id] = self._output(done, index, prompts[number], watcher)
             check()
         return _in_order(prompts, found, n)
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise RuntimeError("this LLM is closed: create another one")
 
     def _sample_params(self, params: SamplingParams, index: int) -> SamplingParams:
         """Return the parameters of a prompt's sample `index`, each with its own seed."""
@@ -236,10 +252,14 @@ class LLM:
         )
 
 
-def _free(engine: Engine, tokenizer: Tokenizer) -> None:
-    engine.finish()
-    if tokenizer.template is not None:
-        tokenizer.template.close()
+def _free(
+    engine: Engine, tokenizer: Tokenizer, running: "threading.RLock", closed: threading.Event
+) -> None:
+    closed.set()
+    with running:  # the engine cannot be freed in the middle of a step
+        engine.finish()
+        if tokenizer.template is not None:
+            tokenizer.template.close()
 
 
 def _failed(index: int, error: str) -> CompletionOutput:

@@ -1,6 +1,7 @@
 """Arguments of `Engine.generate`: ids, seeds, and errors that leave the engine usable."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,8 @@ def test_an_argument_of_the_wrong_type_is_refused_at_the_call(engine: Engine) ->
         (lambda: SamplingParams(max_new_tokens=5.0), "max_new_tokens must be an integer or None"),  # type: ignore[arg-type]
         (lambda: SamplingParams(seed="x"), "seed must be an integer or None"),  # type: ignore[arg-type]
         (lambda: SamplingParams(stop_ids=[5]), "stop_ids must be a set of token ids"),  # type: ignore[arg-type]
+        (lambda: SamplingParams(stop_ids={"a"}), "a set of token ids, but has 'a'"),  # type: ignore[arg-type]
+        (lambda: SamplingParams(ignore_eos="no"), "ignore_eos must be True or False, not 'no'"),  # type: ignore[arg-type]
         (lambda: SamplingParams(logprobs=2.5), "logprobs must be an integer or None"),  # type: ignore[arg-type]
     ],
 )
@@ -127,6 +130,15 @@ def test_samples_with_a_seed_are_equal(engine: Engine) -> None:
     seeded = SamplingParams(temperature=1.5, max_new_tokens=8, ignore_eos=True, seed=3)
     samples = run(engine, *[Request(PROMPT, seeded)] * 3)
     assert len({tuple(done.token_ids) for done in samples}) == 1
+
+
+def test_integers_beyond_64_bits_have_the_effect_of_large_ones(engine: Engine) -> None:
+    params = SamplingParams(temperature=1.5, max_new_tokens=8, ignore_eos=True, seed=3)
+    large, larger = (Request(PROMPT, replace(params, top_k=top_k)) for top_k in (2**62, 10**30))
+    first, second = run(engine, large, larger)
+    assert first.token_ids == second.token_ids
+    (done,) = run(engine, Request(PROMPT, replace(params, temperature=10**400)))
+    assert len(done.token_ids) == 8
 
 
 def test_an_error_in_a_callback_leaves_the_engine_usable(engine: Engine) -> None:

@@ -1,21 +1,20 @@
 """LLM: text or messages in, answers in the order of the input."""
 
-import asyncio
 import json
 import logging
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from engine import Request, SamplingParams
 from getp import LLM
@@ -50,6 +49,7 @@ def python(program: str, *, status: int = 0) -> str:
         timeout=300,
     )
     assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
     return done.stdout
 
 
@@ -74,6 +74,17 @@ def test_one_text_or_one_list_of_token_ids_is_one_prompt(llm: LLM) -> None:
     assert ids.prompt is None
     assert llm.generate([]) == []
     assert texts(llm, iter(PROMPTS[:2])) == texts(llm, PROMPTS[:2])
+
+
+@pytest.mark.parametrize("array", [np.array, torch.tensor])
+def test_arrays_and_tensors_of_token_ids_are_prompts(llm: LLM, array: Any) -> None:
+    ids = llm.tokenizer.encode("3+4=")
+    expected = llm.generate(ids, SHORT)
+    assert llm.generate(array(ids), SHORT) == expected
+    assert llm.generate([array(ids)], SHORT) == expected
+    assert llm.generate(array([ids, ids]), SHORT) == expected * 2
+    with pytest.raises(TypeError, match=r"prompt 0 must be .*, not 1\.0"):
+        llm.generate(array([1.0, 2.0]))
 
 
 def test_chat_applies_the_chat_template(llm: LLM) -> None:
@@ -180,6 +191,11 @@ def test_a_conversation_that_cannot_be_rendered_fails_alone(llm: LLM) -> None:
         (lambda llm: llm.chat("hello"), 'must be a list of messages such as {"role": "user"'),
         (lambda llm: llm.chat(CONVERSATION[0]), "messages must be a list of messages"),
         (lambda llm: llm.chat(["hello"]), "conversation 0 must be a list of messages"),
+        (
+            lambda llm: llm.chat(CONVERSATION, chat_template_kwargs=5),
+            "chat_template_kwargs must be",
+        ),
+        (lambda llm: llm.chat(CONVERSATION, chat_template_kwargs={1: 2}), "must be a dict"),
         (lambda llm: llm.chat([CONVERSATION, "b"]), "conversation 1 must be .*, not 'b'"),
     ],
 )
@@ -207,27 +223,6 @@ def test_values_that_cannot_be_meant_are_named(llm: LLM, call: Any, message: str
     assert texts(llm, "3+4=")
 
 
-def test_ctrl_c_stops_a_call_and_the_llm_can_be_used_again(llm: LLM) -> None:
-    endless = SamplingParams(ignore_eos=True)
-    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        llm.generate(PROMPTS * 50, endless)
-    timer.join()
-    assert llm.engine.steps.scheduler.cache.num_used == 0
-    assert texts(llm, "3+4=")
-
-
-def test_it_works_in_another_thread_and_inside_an_event_loop(llm: LLM) -> None:
-    expected = texts(llm, PROMPTS)
-
-    async def cell() -> list[str]:  # a notebook runs its cells inside an event loop
-        here = texts(llm, PROMPTS)
-        return here + await asyncio.to_thread(texts, llm, PROMPTS)
-
-    assert asyncio.run(cell()) == expected * 2
-
-
 def test_a_checkpoint_that_is_missing_is_refused_as_on_the_command_line(tmp_path: Path) -> None:
     with pytest.raises(UsageProblem, match=r"nothing' does not exist.*Hugging Face Hub"):
         LLM(tmp_path / "nothing")
@@ -244,10 +239,12 @@ def test_closing_an_llm_ends_the_process_for_chat_templates() -> None:
     assert _sandbox._process is None
 
 
-def test_the_checkpoint_recommends_the_sampling(tmp_path: Path) -> None:
+def test_the_checkpoint_recommends_the_sampling(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = tmp_path / "model"
     shutil.copytree(ROOT / "data" / "model", model)
-    recommended = {"do_sample": True, "temperature": 50.0, "max_new_tokens": 5}
+    recommended = {"do_sample": True, "temperature": 50.0, "max_new_tokens": 5, "min_p": 0.1}
     file = model / "generation_config.json"
     values = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps(values | recommended))
@@ -256,6 +253,7 @@ def test_the_checkpoint_recommends_the_sampling(tmp_path: Path) -> None:
         assert len({tuple(answer.token_ids) for answer in output.outputs}) == 3
         assert all(len(answer.token_ids) <= 5 for answer in output.outputs)
         assert len(llm.generate("3+4=", SHORT)[0].outputs[0].token_ids) <= 8
+    assert "min_p 0.1 is not supported; it is ignored" in caplog.text
 
 
 def test_a_closed_llm_says_so() -> None:
@@ -272,7 +270,7 @@ _TWO_RANKS = """
 
     def main():
         llm = LLM(device="cpu", dtype="float32", tensor_parallel=2, kv_memory=8 << 20)
-        llm.chat([{"role": "user", "content": "3+4="}], SamplingParams(max_new_tokens=1))
+        llm.chat([{{"role": "user", "content": "3+4="}}], SamplingParams(max_new_tokens=1))
         from tokenizer.chat import _sandbox
         ranks = [process.pid for process in llm.engine.workers.processes]
         print(os.getpid(), *ranks, _sandbox._process.pid)
