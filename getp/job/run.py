@@ -210,7 +210,8 @@ def _report(run: JobRun, failed: int, first_failure: bytes | None) -> None:
     if job.report is not None:
         write_report(job.report, report)
     print_report(report, job.details)
-    if job.reading_hint is not None and run.format is TOKEN_LINES and not is_stream(job.output):
+    has_answers = failed < run.source.total and not is_stream(job.output)
+    if job.reading_hint is not None and run.format is TOKEN_LINES and has_answers:
         print_message(f"getp: {job.reading_hint}")
     # If standard output holds the results or the report, it must stay parseable.
     line = final_line(run.measured)

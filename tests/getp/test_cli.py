@@ -272,6 +272,14 @@ def test_end_of_a_job_says_how_to_read_token_ids(
         assert "token ids" not in capsys.readouterr().err
 
 
+def test_job_without_any_answer_does_not_say_how_to_read_them(
+    checkpoint: str, prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [checkpoint, "-m", "getp", "-i", prompts, "-o", str(tmp_path / "out.txt"), "-n", "1"]
+    assert cli.run(args) == 3
+    assert "token ids" not in capsys.readouterr().err
+
+
 def test_hint_names_the_program_as_it_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PATH", "/usr/bin")  # an activated environment would change the hint

@@ -122,8 +122,7 @@ def test_replicas_are_one_row_that_names_those_that_died(
     short = printed(capsys, False, replicas=replicas, balance=0.5)
     assert len(short) == len(ANSWER) + 1
     assert short["replicas"] == (
-        "1,024, which had requests for 50.0% of the time; "
-        "replica 7 died 2 times, requests reassigned: 3"
+        "1,024, busy for 50.0% of the time; replica 7 died 2 times, requests reassigned: 3"
     )
     long = printed(capsys, True, replicas=replicas[:8], balance=0.5)
     assert long["replica 6"].startswith("2 requests, 8 output tokens, 4.0 tok/s")
