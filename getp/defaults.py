@@ -10,7 +10,10 @@ from typing import Any, Literal
 
 from engine import SamplingParams
 from getp.errors import NameOf
-from getp.limits import DEFAULT_MAX_LENGTH, DEFAULT_NEW_TOKENS
+
+DEFAULT_MAX_LENGTH = 1024  # tokens, prompt included: of a text prompt
+DEFAULT_NEW_TOKENS = 4096  # of an answer to a JSONL request
+NO_LIMIT = 1 << 60  # stands for "no limit" where token counts are compared
 
 Origin = Literal["option", "checkpoint"]
 """Where a value that comes before the format's own was set."""

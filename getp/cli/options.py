@@ -20,7 +20,7 @@ from getp.cli.click_types import (
 )
 from getp.cli.modes import MODES, Subject
 from getp.cli.plan_options import PLAN_OPTIONS
-from getp.limits import DEFAULT_MAX_LENGTH, DEFAULT_NEW_TOKENS
+from getp.defaults import DEFAULT_MAX_LENGTH, DEFAULT_NEW_TOKENS
 
 _MAX_SECONDS = 365 * 24 * 3600  # one year; Python cannot wait for much longer
 

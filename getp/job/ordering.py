@@ -4,8 +4,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Literal
 
+from getp.defaults import NO_LIMIT
 from getp.job.formats.interface import Failure, JobRequest
-from getp.limits import NO_LIMIT
 
 Schedule = Literal["throughput", "first"]
 """throughput: waiting requests run in the order of `order_for_throughput`; first: input order."""

@@ -8,11 +8,10 @@ from datetime import datetime
 from typing import Any
 
 from engine import SamplingParams
-from getp.defaults import Defaults
+from getp.defaults import NO_LIMIT, Defaults
 from getp.errors import GetpError, NameOf, worded
 from getp.job.formats.interface import BadRequestError, Failure, JobRequest, Line, ParsedBody
 from getp.job.inputs import Source
-from getp.limits import NO_LIMIT
 from getp.terminal import warn
 from getp.text.prompts import (
     chat_template,

@@ -17,8 +17,8 @@ from getp.cli import loading
 from getp.cli import main as cli
 from getp.cli.settings import Settings
 from getp.cli.wording import program
+from getp.defaults import DEFAULT_NEW_TOKENS
 from getp.job.formats import OUTPUT_FORMATS
-from getp.limits import DEFAULT_NEW_TOKENS
 from getp.text.result_file import read_results
 from model.ops.cpu import bindings
 from tests.getp.helpers import FakeEngine, write_tokenizer

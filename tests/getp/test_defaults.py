@@ -11,8 +11,8 @@ from engine import SamplingParams
 from getp.analysis.job_requests import read_requests
 from getp.cli import loading
 from getp.cli import main as cli
+from getp.defaults import DEFAULT_MAX_LENGTH, DEFAULT_NEW_TOKENS
 from getp.job.request_reader import RequestDefaults
-from getp.limits import DEFAULT_MAX_LENGTH, DEFAULT_NEW_TOKENS
 from model import CheckpointError
 from model.generation import recommended_sampling, unsupported_generation
 from tests.getp.helpers import FakeEngine, write_tokenizer
