@@ -27,6 +27,7 @@ REPORT: dict[str, Any] = {
     "requests_resumed": 0,
     "requests_done": 5,
     "requests_failed": 0,
+    "requests_ignored": 0,
     "requests_cut": 2,
     "prompt_tokens": 10,
     "cached_tokens": 0,
