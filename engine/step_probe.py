@@ -20,7 +20,7 @@ class StepProbe:
         engine.warm_up()
         if context > engine.max_positions:
             raise EngineError(
-                "a context of {context} tokens exceeds the limit of {limit} positions",
+                "a context of {context} tokens exceeds the limit of {limit} tokens",
                 context=context,
                 limit=engine.max_positions,
             )

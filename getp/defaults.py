@@ -76,11 +76,12 @@ def describe(
     if params.max_new_tokens is not None:
         limits.append(f"at most {params.max_new_tokens} new tokens ({origin('max_new_tokens')})")
     if params.max_positions is not None:
-        shown = f"at most {params.max_positions} tokens with the prompt"
+        shown = f"at most {params.max_positions} tokens, prompt included"
         limits.append(f"{shown} ({origin('max_positions')})")
-    if params.max_positions is None:
+    else:
         within = origin("max_positions") if defaults.is_set("max_positions") else ""
-        limits.append("within the model's limit" + (f" ({within})" if within else ""))
+        words = "within" if limits else "length up to"
+        limits.append(f"{words} the model's limit" + (f" ({within})" if within else ""))
     length = ", ".join(limits)
     start = "" if openai is None else "unless a request sets its own: "
     return f"{start}{', '.join(parts)}; {length}"

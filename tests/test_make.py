@@ -53,7 +53,7 @@ def stable(lines: list[str]) -> list[str]:
     """Return the parts of an output that do not depend on the machine and its load.
 
     Of the table these are the labels and the number of requests; elsewhere everything but numbers
-    and the path of Python.
+    and the path of Python. Whether this machine was measured before does not matter.
     """
     found = []
     for line in lines:
@@ -61,7 +61,7 @@ def stable(lines: list[str]) -> list[str]:
         if len(cells) > 1:  # a row; without a label it continues the row above
             requests = [cells[2]] if cells[1] == "requests" else []
             found += [cells[1], *requests] if cells[1] else []
-        elif not re.match("[┌└├┏┗┡]", line):
+        elif not re.match("[┌└├┏┗┡]|getp: measuring", line):
             line = re.sub(r"^( +)\S+ run\.py", r"\1PYTHON run.py", line.rstrip())
             found.append(re.sub(r"\d[\d.,]*", "#", line))
     return found

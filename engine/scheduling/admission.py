@@ -70,7 +70,7 @@ def _check(request: Request, limit: int, model: ModelConfig) -> RequestError | N
             reason = "all that the KV cache holds; the model's limit is {model_limit}"
         return RequestError(
             "the prompt has {length} tokens, which leaves no room for output within the limit of "
-            "{limit} positions (" + reason + ")",
+            "{limit} tokens (" + reason + ")",
             length=len(ids),
             limit=limit,
             model_limit=model.max_positions,

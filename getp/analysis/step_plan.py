@@ -72,8 +72,8 @@ def make_plan(
     ops = operations(model.config, work)
     if context > model.config.max_positions:
         warn(
-            f"a context of {context} tokens exceeds the limit of {model.config.max_positions} "
-            f"positions of {model.name}"
+            f"a context of {context} tokens exceeds the limit of {model.name}: "
+            f"{model.config.max_positions} tokens"
         )
     step = total(ops)
     sent = exchange(model.config, work)

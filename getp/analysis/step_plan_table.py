@@ -68,7 +68,7 @@ def _title(plan: Plan) -> str:
         work.dtype + ("" if experts == DENSE else f", experts in {experts.name}"),
     ]
     if work.tensor_parallel > 1:
-        words.append(f"one of {work.tensor_parallel} GPUs")
+        words.append(f"split over {work.tensor_parallel} GPUs (figures per GPU)")
     return ", ".join([*words, *(["fused"] if work.fused else [])])
 
 

@@ -121,7 +121,7 @@ def sampling_params(
     defaults = sampling_defaults(settings, tokenizer)
     origin = "random" if settings.sampling.seed is None else option_name("seed")
     seed = f"{defaults.params.seed} ({origin})"
-    print_message(f"getp: {describe(defaults, own, None, option_name, seed)}")
+    print_message(f"getp: {describe(defaults, own, None, option_name, seed)}", dim=True)
     return defaults.fill(own)
 
 

@@ -92,8 +92,8 @@ _ALL: tuple[Decorator, ...] = (
     _job(
         "--accept-different-rounding",
         is_flag=True,
-        help="In 16 bits, also resume a job that other kernels or another kind of GPU have begun, "
-        "and run replicas on unlike hosts: nearly tied tokens may differ.",
+        help="In 16 bits, also resume a job that was started with other kernels or another kind of "
+        "GPU, and run replicas on hosts that differ: nearly tied tokens may differ.",
     ),
     _job(
         "--max-errors",

@@ -13,8 +13,10 @@ from getp.ownership import errors_path
 from getp.terminal import discard_output, print_message
 
 
-def write_results(journal: Journal, total: int, output: str, form: OutputFormat) -> None:
+def write_results(journal: Journal, total: int, output: str, form: OutputFormat) -> bytes | None:
     """Write the result of a finished job, in input order. Raises GetpError.
+
+    Returns the line of the first failed request as the journal has it, or None.
 
     The errors file is written first, so that a result file always implies a complete job. If
     standard output or a pipe fails, the result is written to a file in the working directory,
@@ -23,7 +25,7 @@ def write_results(journal: Journal, total: int, output: str, form: OutputFormat)
     if not form.holds_failures:
         _write_errors(journal, total, output)
     try:
-        _write(journal, total, output, form)
+        return _write(journal, total, output, form)
     except (GetpError, OSError) as error:
         if not is_stream(output):
             raise
@@ -36,11 +38,15 @@ def write_results(journal: Journal, total: int, output: str, form: OutputFormat)
         raise GetpError(f"{cause}; the results are in {fallback} instead") from error
 
 
-def _write(journal: Journal, total: int, output: str, form: OutputFormat) -> None:
+def _write(journal: Journal, total: int, output: str, form: OutputFormat) -> bytes | None:
+    first_failure = None
     with open_output(output) as file:
         for index in range(total):
             ok, line = journal.read(index)
+            if not ok and first_failure is None:
+                first_failure = line
             file.write((line if ok or form.holds_failures else b"") + b"\n")
+    return first_failure
 
 
 def _write_errors(journal: Journal, total: int, output: str) -> None:

@@ -54,9 +54,9 @@ def run_job(job: Job, source: Source, tokenizer: Tokenizer, engine: JobEngine) -
             if journal.done:
                 print_message(f"getp: {run.resume_hint()}")
             raise
-        write_results(journal, source.total, job.output, run.format)
+        first_failure = write_results(journal, source.total, job.output, run.format)
         journal.remove()
-    _report(run, journal.failed)
+    _report(run, journal.failed, first_failure)
     return SOME_FAILED if journal.failed else 0
 
 
@@ -195,17 +195,23 @@ class JobRun:
             )
 
 
-def _report(run: JobRun, failed: int) -> None:
+def _report(run: JobRun, failed: int, first_failure: bytes | None) -> None:
     """Print the report, and write it to the report file if there is one."""
     job = run.job
-    if failed and not is_stream(job.output):
+    if first_failure is not None and not is_stream(job.output):
         where = job.output if run.format.holds_failures else errors_path(job.output)
-        print_message(f"getp: {failed} of {run.source.total} requests failed: see {where}")
+        record = json.loads(first_failure)
+        error = record.get("error", record)  # JSONL results have the failure under "error"
+        print_message(
+            f"getp: {failed} of {run.source.total} requests failed: see {where}; the first is "
+            f"line {error['line']}: {error['message']}"
+        )
     report = job_report(run.measured, run.engine.summary(), job.checkpoint)
     if job.report is not None:
         write_report(job.report, report)
     print_report(report, job.details)
-    if job.reading_hint is not None and run.format is TOKEN_LINES and not is_stream(job.output):
+    has_answers = failed < run.source.total and not is_stream(job.output)
+    if job.reading_hint is not None and run.format is TOKEN_LINES and has_answers:
         print_message(f"getp: {job.reading_hint}")
     # If standard output holds the results or the report, it must stay parseable.
     line = final_line(run.measured)

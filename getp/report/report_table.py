@@ -105,7 +105,7 @@ def _replicas(r: Report) -> list[tuple[str, str]]:
     if r["replicas"] is None:
         return []
     died = [f"replica {one['replica']} {_died(one)}" for one in r["replicas"] if one["deaths"]]
-    busy = f"{len(r['replicas']):,}, which had requests for {r['balance']:.1%} of the time"
+    busy = f"{len(r['replicas']):,}, busy for {r['balance']:.1%} of the time"
     return [("replicas", "; ".join([busy, *died]))]
 
 

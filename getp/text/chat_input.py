@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 _LFLAG, _IFLAG, _CC = 3, 0, 6  # positions in the list of termios.tcgetattr
 
 EDITOR_HELP = """\
-Enter sends the message. Esc Enter (or Alt-Enter) begins a new line; pasted lines are one message.
-The arrow keys find earlier messages of this chat (they are not saved). Text that is typed during an
-answer is kept for the next message."""
+Enter sends the message; Esc Enter (or Alt-Enter) begins a new line. Pasted
+lines are one message. The arrow keys recall earlier messages of this chat
+(they are not saved). Text typed during an answer goes into the next message."""
 
 
 class PlainInput:

@@ -222,8 +222,8 @@ def test_the_error_of_a_long_prompt_names_the_limit_that_it_exceeds(
     with Engine(checkpoint("qwen2"), EngineConfig(dtype="float32", kv_memory=32 << 20)) as engine:
         limits = [SamplingParams(), SamplingParams(max_positions=300)]
         own, given = engine.generate([Request(long, params) for params in limits])
-    assert "limit of 512 positions (the model's limit)" in str(own.error)
-    assert "limit of 300 positions (set by max_positions; the model's limit is 512)" in str(
+    assert "limit of 512 tokens (the model's limit)" in str(own.error)
+    assert "limit of 300 tokens (set by max_positions; the model's limit is 512)" in str(
         given.error
     )
     with Engine(checkpoint("qwen2"), EngineConfig(dtype="float32", kv_memory=1 << 17)) as engine:

@@ -204,12 +204,14 @@ def test_generate_uses_the_chat_template_of_a_checkpoint_that_has_one(
     assert (line in capsys.readouterr().err) == note
 
 
-def test_the_note_on_the_template_is_dim_on_a_terminal(
+def test_the_notes_on_settings_and_template_are_dim_on_a_terminal(
     checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert cli.run([checkpoint, "-i", "hello"]) == 0
-    assert capsys.readouterr().err.startswith("\x1b[2mgetp: using the model's chat template (--raw")
+    settings, template, *_ = capsys.readouterr().err.splitlines()
+    assert settings.startswith("\x1b[2mgetp: temperature 0 (greedy")
+    assert template.startswith("\x1b[2mgetp: using the model's chat template (--raw")
 
 
 def test_system_prompt_without_a_chat_template_is_refused(
@@ -270,8 +272,17 @@ def test_end_of_a_job_says_how_to_read_token_ids(
         assert "token ids" not in capsys.readouterr().err
 
 
+def test_job_without_any_answer_does_not_say_how_to_read_them(
+    checkpoint: str, prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [checkpoint, "-m", "getp", "-i", prompts, "-o", str(tmp_path / "out.txt"), "-n", "1"]
+    assert cli.run(args) == 3
+    assert "token ids" not in capsys.readouterr().err
+
+
 def test_hint_names_the_program_as_it_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PATH", "/usr/bin")  # an activated environment would change the hint
     monkeypatch.setattr(sys, "argv", ["run.py", "-m", "getp"])
     monkeypatch.setattr(sys, "executable", str(ROOT / ".venv" / "bin" / "python"))
     assert program() == [".venv/bin/python", "run.py"]
@@ -292,10 +303,16 @@ def test_output_formats_of_the_option_are_those_of_a_job() -> None:
 def test_exit_status_is_3_if_some_requests_failed(
     checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "input.txt").write_text("2\nhello\n\n")
-    output = str(tmp_path / "out.txt")
-    assert cli.run([checkpoint, "-m", "getp", "-i", str(tmp_path / "input.txt"), "-o", output]) == 3
-    assert "1 of 2 requests failed: see" in capsys.readouterr().err
+    (tmp_path / "input.txt").write_text("3\nhello\n\n\n")
+    for name, where in (("out.txt", "out.txt.errors.jsonl"), ("out.jsonl", "out.jsonl")):
+        output = str(tmp_path / name)
+        job = [checkpoint, "-m", "getp", "-i", str(tmp_path / "input.txt"), "-o", output]
+        assert cli.run(job) == 3
+        expected = (
+            f"2 of 3 requests failed: see {tmp_path / where}; the first is line 3: "
+            "the prompt is empty"
+        )
+        assert expected in capsys.readouterr().err
 
 
 def test_errors_of_a_job_name_the_options(

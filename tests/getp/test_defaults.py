@@ -160,7 +160,7 @@ def test_a_plan_assumes_the_lengths_of_a_job(tmp_path: Path) -> None:
             "hi",
             [],
             {},
-            "getp: temperature 0 (greedy, default); at most 1024 tokens with the prompt (d",
+            "getp: temperature 0 (greedy, default); at most 1024 tokens, prompt included (d",
         ),
         (
             "hi",
@@ -169,8 +169,8 @@ def test_a_plan_assumes_the_lengths_of_a_job(tmp_path: Path) -> None:
             "temperature 0.5 (-t/--temperature), top_p 1 (default), top_k 0 (",
         ),
         ("hi", ["-s", "5", "-t", "1"], {}, "seed 5 (-s/--seed); at most 1024 tokens"),
-        ("hi", ["-n", "9"], {}, "; at most 9 tokens with the prompt (-n/--max-length)"),
-        ("hi", ["-n", "0"], {}, "; within the model's limit (-n/--max-length)"),
+        ("hi", ["-n", "9"], {}, "; at most 9 tokens, prompt included (-n/--max-length)"),
+        ("hi", ["-n", "0"], {}, "; length up to the model's limit (-n/--max-length)"),
         (
             openai(),
             [],

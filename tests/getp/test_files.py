@@ -147,7 +147,8 @@ def test_request_that_was_edited_after_the_first_pass_is_refused(
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "line 1: must be the number of prompts, not ''"),
+        (b"", "line 1: must be the number of prompts, but it is empty"),
+        (b"\n", "line 1: must be the number of prompts, but it is empty"),
         (b"hello\n", "line 1: must be the number of prompts, not 'hello'"),
         (b"-1\na\n", "line 1: must be"),
         (b"1.5\na\n", "line 1: must be"),

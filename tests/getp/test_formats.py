@@ -191,7 +191,7 @@ def test_stop_string_of_a_request_truncates_its_text(tmp_path: Path) -> None:
         ({"prompt": "x", "stop": "y" * 2000}, "invalid_value", "'stop'"),
         ({"prompt": "x", "id": ["i"]}, "invalid_id", "id"),
         ({"prompt": "x", "id": "again"}, "duplicate_custom_id", "'again'"),
-        ({"messages": []}, "invalid_value", "'messages'"),
+        ({"messages": []}, "invalid_value", "at least one message"),
         ({"messages": [{"content": "x"}]}, "invalid_value", "message 1 of 'messages' must be"),
         ({"messages": [*HI, {"role": "user", "content": None}]}, "invalid_value", "message 2"),
         ({"messages": [*HI, calls('{"a": ')]}, "invalid_value", "'f' are not valid JSON"),

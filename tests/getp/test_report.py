@@ -27,6 +27,7 @@ REPORT: dict[str, Any] = {
     "requests_resumed": 0,
     "requests_done": 5,
     "requests_failed": 0,
+    "requests_ignored": 0,
     "requests_cut": 2,
     "prompt_tokens": 10,
     "cached_tokens": 0,
@@ -122,8 +123,7 @@ def test_replicas_are_one_row_that_names_those_that_died(
     short = printed(capsys, False, replicas=replicas, balance=0.5)
     assert len(short) == len(ANSWER) + 1
     assert short["replicas"] == (
-        "1,024, which had requests for 50.0% of the time; "
-        "replica 7 died 2 times, requests reassigned: 3"
+        "1,024, busy for 50.0% of the time; replica 7 died 2 times, requests reassigned: 3"
     )
     long = printed(capsys, True, replicas=replicas[:8], balance=0.5)
     assert long["replica 6"].startswith("2 requests, 8 output tokens, 4.0 tok/s")

@@ -27,9 +27,10 @@ class NumberedText(InputFormat):
     def announced_count(self, name: str, first: bytes | None) -> int:
         count = (first or b"").strip()
         if not _COUNT.fullmatch(count):
-            shown = count[:40].decode("utf-8", "replace")
+            shown = repr(count[:40].decode("utf-8", "replace"))
+            found = f"not {shown}" if count else "but it is empty"
             raise GetpError(
-                f"{name}, line 1: must be the number of prompts, not {shown!r} (numbered text: the "
+                f"{name}, line 1: must be the number of prompts, {found} (numbered text: the "
                 "first line is the number of prompts; use .jsonl for prompts without it)"
             )
         return int(count)

@@ -14,7 +14,7 @@ from tokenizer import Message
 def read_messages(value: Any) -> list[Message]:
     """Return the messages; an assistant's content may be None. Raises BadRequestError."""
     if not isinstance(value, list) or not value:
-        raise _invalid("'messages' must be a list of messages")
+        raise _invalid("'messages' must be a list of at least one message")
     return [_read_message(entry, number) for number, entry in enumerate(value, start=1)]
 
 
