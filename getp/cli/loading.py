@@ -13,7 +13,7 @@ from getp import EMBEDDED, hub
 from getp.checkpoints import embedded_model, find_model
 from getp.cli.settings import Settings
 from getp.cli.wording import option_name
-from getp.errors import UsageProblem
+from getp.errors import GetpError, UsageProblem
 from getp.terminal import print_message, warn
 
 if TYPE_CHECKING:
@@ -57,10 +57,26 @@ def find_files(settings: Settings) -> Settings:
 
         if is_known(name):
             return replace(settings, folder=Path(name))
-        find = hub.find_checkpoint  # it also returns a config.json
-    else:
-        find = find_model
-    return replace(settings, folder=find(name, _needed_part(settings)))
+        return replace(settings, folder=_find_planned(name, _needed_part(settings)))
+    return replace(settings, folder=find_model(name, _needed_part(settings)))
+
+
+def _find_planned(name: str, part: hub.Part) -> Path:
+    """Return the folder or config.json of a model to plan, which is not a well-known one."""
+    from model.cost.known_models import closest_known_models
+
+    try:
+        return hub.find_checkpoint(name, part)
+    except GetpError as error:
+        closest = ", ".join(closest_known_models(name))
+        if not closest:
+            raise
+        raise UsageProblem(
+            "unknown model {name}; did you mean {closest}? {reason}",
+            name=repr(name),
+            closest=closest,
+            reason=error,
+        ) from None
 
 
 def _needed_part(settings: Settings) -> hub.Part:

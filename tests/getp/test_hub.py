@@ -217,6 +217,13 @@ def test_errors_without_a_network_say_what_is_missing(hub: Hub, tmp_path: Path) 
     assert f"from {nowhere}: " in error
 
 
+def test_plan_of_an_unknown_name_names_the_closest_known_models(hub: Hub, tmp_path: Path) -> None:
+    run = getp(hub, tmp_path, "Qwen/Qwen3-0.7B", "-m", "plan")
+    assert run.returncode == 2
+    assert "'Qwen/Qwen3-0.7B'; did you mean qwen3-1.7b, qwen3-0.6b" in run.stderr
+    assert "for a private model log in" in run.stderr  # why it was not downloaded
+
+
 def test_download_that_does_not_fit_on_the_disk_is_refused(
     hub: Hub, model: Path, tmp_path: Path
 ) -> None:
