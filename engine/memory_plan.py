@@ -15,6 +15,7 @@ from engine.resolve import Settings, dtype_name
 from engine.scheduling.kv_cache import group_layers
 from model import ModelConfig
 from model.cost.operations import parameter_bytes
+from model.ops.cpu.bindings import library
 
 # Bytes for each logit of a row that is sampled by sorting it in full: scaled logits, sorted
 # float32 values and int64 ids, three float64 rows of probabilities at once, and masks.
@@ -51,9 +52,11 @@ class MemoryPlan:
         config, ranks, on_cpu = settings.model, settings.tensor_parallel, settings.on_cpu
         item = settings.dtype.itemsize
         weights = parameter_bytes(config, dtype_name(settings.dtype), ranks)
-        if on_cpu and settings.dtype == torch.bfloat16 and config.tie_word_embeddings:
-            head = config.vocab_size * config.hidden_size * item  # packed, besides the embedding
-            weights += head // ranks
+        if on_cpu and settings.dtype == torch.bfloat16:
+            # The head is packed, besides an embedding that it is tied to; torch's is float32.
+            packed = item if library() is not None else 4
+            more = packed if config.tie_word_embeddings else packed - item
+            weights += more * config.vocab_size * config.hidden_size // ranks
         rotary_rows = sum(rope.table_rows(config.max_positions) for rope in config.ropes)
         weights += 4 * rotary_rows * config.rotary_dim
         rows = min(settings.max_batch_size, settings.max_batch_tokens)

@@ -25,7 +25,8 @@ def needs(**changes: Any) -> MemoryPlan:
     return MemoryPlan.of(resolve(EngineConfig(device="cpu", dtype="bfloat16"), config))
 
 
-def test_the_plan_follows_from_shapes() -> None:
+def test_the_plan_follows_from_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "library", object)
     llama = needs()
     rotary = 4 * 8192 * 128
     assert llama.weights == 8_030_261_248 * 2 + rotary  # the parameter count of the model card
@@ -34,6 +35,9 @@ def test_the_plan_follows_from_shapes() -> None:
     assert llama.logits == 64 * 128_256 * (4 + 48)
     tied = needs(tie_word_embeddings=True)
     assert tied.weights == llama.weights  # the embedding is held twice: as it is, and packed
+    monkeypatch.setattr(memory, "library", lambda: None)  # torch's head is float32
+    assert needs().weights == llama.weights + 2 * 128_256 * 4096
+    assert needs(tie_word_embeddings=True).weights == needs().weights
 
 
 def test_planned_weights_are_as_large_as_the_loaded_tensors(
