@@ -209,7 +209,7 @@ def test_the_note_on_the_template_is_dim_on_a_terminal(
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert cli.run([checkpoint, "-i", "hello"]) == 0
-    assert capsys.readouterr().err.startswith("\x1b[2mgetp: using the model's chat template (--raw")
+    assert "\n\x1b[2mgetp: using the model's chat template (--raw" in capsys.readouterr().err
 
 
 def test_system_prompt_without_a_chat_template_is_refused(

@@ -272,7 +272,7 @@ _TWO_RANKS = """
 
     def main():
         llm = LLM(device="cpu", dtype="float32", tensor_parallel=2, kv_memory=8 << 20)
-        llm.chat([{"role": "user", "content": "3+4="}], SamplingParams(max_new_tokens=1))
+        llm.chat([dict(role="user", content="3+4=")], SamplingParams(max_new_tokens=1))
         from tokenizer.chat import _sandbox
         ranks = [process.pid for process in llm.engine.workers.processes]
         print(os.getpid(), *ranks, _sandbox._process.pid)

@@ -116,8 +116,8 @@ def test_several_gpus_may_follow_one_option(capsys: Printed) -> None:
     [
         (["none"], ["unknown model 'none'", "config.json", "llama-3-8b"]),
         (
-            ["Qwen/Qwen3-0.7B"],
-            ["'Qwen/Qwen3-0.7B'", "did you mean qwen3-1.7b, qwen3-0.6b", "config"],
+            ["Qwen3-0.7B"],
+            ["'Qwen3-0.7B'", "did you mean qwen3-1.7b, qwen3-0.6b", "config"],
         ),
         (["qwen2-0.5b", "--query", "5", "--context", "3"], ["--query 5", "--context 3"]),
         (["qwen2-0.5b", "--tensor-parallel", "3"], ["--tensor-parallel", "14 heads", "3 ways"]),
