@@ -323,7 +323,7 @@ def test_report_names_the_lines_that_were_ignored(
     run(job(tmp_path, b"1\na\n" + b"extra\n" * ignored, report=str(report)))
     assert json.loads(report.read_text())["requests_ignored"] == ignored
     table = " ".join(re.sub("[│\n]", " ", capsys.readouterr().err).split())
-    shown = {0: ", 0 failed tokens", 1: "; 1 line after the", 2: "; 2 lines after the"}
+    shown = {0: ", 0 failed throughput", 1: "; 1 line after the", 2: "; 2 lines after the"}
     assert shown[ignored] in table
 
 

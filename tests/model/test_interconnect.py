@@ -58,7 +58,7 @@ def test_communication_adds_to_the_time_of_a_shared_step(
     moved = sum(plan["total"]["bytes"].values()) / find_device("H200").bandwidth
     launches = plan["total"]["launches"] * find_device("H200").launch_s
     assert gpu["seconds"] == pytest.approx(max(moved, launches) + gpu["link_s"])
-    assert cli.run(args) == 0
+    assert cli.run([*args, "--details"]) == 0
     printed = capsys.readouterr().out
     assert "NVLink 4: half of 900 GB/s" in printed
     assert "Ethernet 400G" in printed
