@@ -29,7 +29,6 @@ REPORT: dict[str, Any] = {
     "requests_failed": 0,
     "requests_ignored": 0,
     "requests_cut": 2,
-    "requests_ignored": 0,
     "prompt_tokens": 10,
     "cached_tokens": 0,
     "output_tokens": 20,
