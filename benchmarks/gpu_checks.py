@@ -213,6 +213,13 @@ def _norms(dtype: torch.dtype) -> Iterator[Comparison]:
         expected = _REFERENCE.add_rms_norm(x, delta, norm)
         yield f"sum {size}", found[0], expected[0]
         yield f"norm {size}", found[1], expected[1]
+        table, ids = rand(1000, size, dtype=dtype), torch.randint(1000, (tokens,), device=CUDA)
+        part = (table[100:], ids, 12.0, 100)  # as a rank holds it that has not the first tokens
+        yield f"embedding {size}", ops.embed(*part), _REFERENCE.embed(*part)
+        head, rows = linear_of(table), rand(tokens, size, dtype=dtype)
+        for own in (None, one_row()):
+            logits = fused(dtype, one_row=own).logits(rows, head, 0.5)
+            yield f"logits {size}", logits, _REFERENCE.logits(rows, head, 0.5)
         for limit in (None, 7.0):
             gates = rand(tokens, 2 * size, dtype=dtype, scale=3)
             activation = Activation(limit, 1.702)

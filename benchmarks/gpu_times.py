@@ -237,11 +237,11 @@ def time_fusions(limits: Limits) -> Iterator[Row]:
             wins = dict.fromkeys(fields_of, 0)
             losing = set[str]()
             for rows in (1, 2, 4, 8, 16, 32, 64):
-                x = rand(rows, layer.mlp.norm.size, dtype=torch.bfloat16)
-                steps = math.inf
+                x = rand(rows, layer.mlp.norm.size, dtype=torch.float32)
+                delta, steps = x.bfloat16(), math.inf
                 for kind in ("in steps", *fields_of):
                     limits_of = {kind: 64, "one_row": one_row()} if kind in wins else {}
-                    spent = seconds_of(partial(call_of(fused(**limits_of)), x, x))
+                    spent = seconds_of(partial(call_of(fused(**limits_of)), x, delta))
                     full = f"{name} norm + {title}, {rows} rows, {kind}"
                     share = read / spent / limits.copy
                     yield Row(full, read / spent / 1e12, "TB/s", share, "copy")
