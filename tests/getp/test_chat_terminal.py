@@ -263,7 +263,7 @@ def test_the_command_chats_on_a_terminal() -> None:
     terminal.type(f"{PASTE}What is{ENTER}17 plus 25?{PASTE_END}{ENTER}")
     terminal.wait_for("tokens cached]")
     terminal.type(f"/help{ENTER}")
-    assert "Esc Enter" in terminal.wait_for("kept for the next message.")
+    assert "Esc Enter" in terminal.wait_for("goes into the next message.")
     terminal.type(f"/quit{ENTER}")
     assert terminal.wait() == 0
     terminal.close()

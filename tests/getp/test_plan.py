@@ -347,8 +347,9 @@ def test_the_time_of_a_step_is_named_by_what_a_request_sees(
 
 
 def test_a_predicted_job_shows_both_latencies_and_its_phases_on_request(
-    prompts: str, capsys: Printed
+    prompts: str, capsys: Printed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     args = ["llama-3-8b", "-m", "plan", "-i", prompts, "--gpu", "H200"]
     assert cli.run(args) == 0
     short = capsys.readouterr().out
