@@ -178,7 +178,7 @@ def open_output(path: str) -> Iterator[BinaryIO]:
             if temporary != target:
                 temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise GetpError(f"cannot write {path}: {_reason(error)}") from error
+        raise GetpError(f"cannot write {path}: {_cause_of_failed_write(error, path)}") from error
 
 
 @contextmanager
@@ -253,7 +253,13 @@ def check_writable(
         probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:
-        raise GetpError(f"cannot write {path}: {_reason(error)}") from error
+        raise GetpError(f"cannot write {path}: {_cause_of_failed_write(error, path)}") from error
+
+
+def _cause_of_failed_write(error: OSError, path: str) -> str:
+    folder = Path(path).parent
+    is_missing = isinstance(error, FileNotFoundError) and not folder.exists()
+    return f"the directory {folder} does not exist" if is_missing else _reason(error)
 
 
 def _reason(error: Exception) -> str:

@@ -363,7 +363,7 @@ def test_wrong_checkpoint_path_is_explained(
     ("content", "output", "words"),
     [
         ("3\na\n", "out.txt", "line 1 says 3 prompts, but the file has only 1"),
-        ("1\na\n", "no/where/out.txt", "cannot write"),
+        ("1\na\n", "no/where/out.txt", "no/where does not exist"),
         ("1\na\n", "", "the name of the output file must not be empty"),
         (None, "out.txt", "cannot read"),
     ],
