@@ -55,7 +55,13 @@ def unsupported_generation(checkpoint: Path) -> list[str]:
 
 def _keys(checkpoint: Path) -> Keys:
     file = checkpoint / GENERATION_CONFIG
-    return Keys(file, read_json(file) if os.path.lexists(file) else {})
+    stored = read_json(file) if os.path.lexists(file) else {}
+    # In JSON 50.0 is the same number as 50.
+    return Keys(file, {name: _without_fraction(value) for name, value in stored.items()})
+
+
+def _without_fraction(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _temperature(keys: Keys, name: str) -> float:

@@ -69,6 +69,7 @@ def sampling(params: SamplingParams) -> tuple[float, float, int]:
         ({"temperature": 1}, [], {}, (1.0, 1.0, 0)),
         ({"top_p": None, "temperature": None}, [], {}, (1.0, 1.0, 0)),
         ({}, [], GENERATION, (0.6, 0.95, 20)),
+        ({}, [], GENERATION | {"top_k": 20.0}, (0.6, 0.95, 20)),
         ({}, ["-t", "0.2"], GENERATION, (0.2, 0.95, 20)),
         ({}, ["-p", "0.5", "--top-k", "0"], GENERATION, (0.6, 0.5, 0)),
         ({"temperature": 0.9}, ["-t", "0.2"], GENERATION, (0.9, 0.95, 20)),

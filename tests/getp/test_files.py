@@ -165,6 +165,16 @@ def test_wrong_input_file_is_refused_with_the_line_number(
         scan(numbered(tmp_path, data))
 
 
+@pytest.mark.parametrize("data", [b'[{"prompt": "a"}]', b'\xef\xbb\xbf[\n{"prompt": "a"},\n]'])
+def test_json_array_is_refused_with_the_remedy(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "input.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(
+        GetpError, match=r"input.jsonl is a JSON array; write each request on a line"
+    ):
+        scan(str(path))
+
+
 def test_error_names_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(GetpError, match=r"cannot read .*nowhere.*No such file"):
         scan(str(tmp_path / "nowhere"))

@@ -27,7 +27,7 @@ def test_values_without_effect_are_accepted(tmp_path: Path) -> None:
     both: dict[str, Any] = {
         "n": 1.0, "best_of": 1, "stream": True, "stream_options": {"include_usage": True},
         "min_p": 0, "repetition_penalty": 1.0, "length_penalty": 1, "frequency_penalty": 0,
-        "presence_penalty": 0.0, "min_tokens": 0, "use_beam_search": False, "logit_bias": {},
+        "presence_penalty": 0.0, "min_tokens": 0, "use_beam_search": False, "logit_bias": {"5": 0},
         "stop_token_ids": [], "bad_words": [], "skip_special_tokens": True, "top_k": -1,
         "include_stop_str_in_output": False, "response_format": {"type": "text"}, "priority": 3,
         "prompt_logprobs": None, "guided_json": None, "max_tokens": 5.0, "seed": 1.0,

@@ -9,6 +9,7 @@ from typing import Any
 
 from engine import Completion
 from getp.defaults import JSONL, OPENAI
+from getp.errors import GetpError
 from getp.files import UTF8_BOM, json_line
 from getp.job.formats.interface import (
     BadRequestError,
@@ -67,6 +68,13 @@ class Jsonl(InputFormat):
     def recognises(self, start: bytes) -> bool:
         first = start.removeprefix(UTF8_BOM).split(b"\n", 1)[0]
         return first.lstrip().startswith(b"{")
+
+    def announced_count(self, name: str, first: bytes | None) -> None:
+        if (first or b"").removeprefix(UTF8_BOM).lstrip().startswith(b"["):
+            raise GetpError(
+                f"{name} is a JSON array; write each request on a line of its own, without the "
+                "array's brackets and commas"
+            )
 
     def is_request(self, number: int, data: bytes | None) -> bool:
         return data is None or bool(data.strip())

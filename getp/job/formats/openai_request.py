@@ -95,6 +95,8 @@ def read_body(body: Mapping[str, Any], chat: bool) -> ParsedBody:
             raise _unknown(name, chat)
         else:
             neutral, reason = neutral_values[name]
+            if name == "logit_bias" and isinstance(value, dict):
+                value = {token: bias for token, bias in value.items() if bias != 0}
             if not any(_equals_neutral(value, each) for each in neutral):
                 raise BadRequestError("unsupported_parameter", f"{name!r} {reason}")
     limits = {name: body[name] for name in _LIMIT_NAMES if body.get(name) is not None}
