@@ -6,6 +6,7 @@ stored apart from the embedding. Damaged files are not reported here but where t
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -81,15 +82,20 @@ class StoredTensors:
         ):  # fmt: skip
             return None
 
-    def _file_of(self, name: str) -> str | None:
-        if (self._folder / "model.safetensors").is_file():
-            return "model.safetensors"
+    @cached_property
+    def _weight_map(self) -> dict[str, Any]:
+        """The file of each tensor by the index; empty without a valid one."""
         index = self._folder / "model.safetensors.index.json"
         try:
             files = read_json(index).get("weight_map") if index.is_file() else None
         except CheckpointError:
-            return None
-        file = files.get(name) if isinstance(files, dict) else None
+            return {}
+        return files if isinstance(files, dict) else {}
+
+    def _file_of(self, name: str) -> str | None:
+        if (self._folder / "model.safetensors").is_file():
+            return "model.safetensors"
+        file = self._weight_map.get(name)
         is_here = isinstance(file, str) and Path(file).name == file
         return file if is_here and (self._folder / str(file)).is_file() else None
 

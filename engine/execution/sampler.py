@@ -1,7 +1,7 @@
 """Logits → next tokens. Random numbers depend on seed and position alone, not on the batch."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from functools import partial
 
@@ -159,17 +159,28 @@ class Sampler:
         random = {i: params for i, params in non_greedy.items() if params.temperature > 0}
         truncated = {i: p for i, p in random.items() if p.top_k or p.top_p < 1}
         with_top_k = any(params.top_k for params in truncated.values())
-        for indices, sample in (
-            (list(truncated), partial(self._sample_truncated, with_top_k=with_top_k)),
-            ([i for i in random if i not in truncated], self._sample_vocabulary),
-        ):
-            args = logits, highest, rows, positions
-            if indices and len(indices) == len(logits):
-                tokens = sample(*args)
-            elif indices:
-                at = to_device(torch.tensor(indices), self._device)
-                tokens.index_copy_(0, at, sample(*(each[at] for each in args)))
+        whole = [i for i in random if i not in truncated]
+        sample = partial(self._sample_truncated, with_top_k=with_top_k)
+        tokens = self._replace(tokens, list(truncated), sample, logits, rows, positions)
+        tokens = self._replace(
+            tokens, whole, self._sample_vocabulary, logits, highest, rows, positions
+        )
         return highest, tokens
+
+    def _replace(
+        self,
+        tokens: torch.Tensor,
+        indices: list[int],
+        sample: Callable[..., torch.Tensor],
+        *args: torch.Tensor,
+    ) -> torch.Tensor:
+        """The tokens [n], those of `indices` from `sample`, which gets these rows of `args`."""
+        if not indices:
+            return tokens
+        if len(indices) == len(tokens):
+            return sample(*args)
+        at = to_device(torch.tensor(indices), self._device)
+        return tokens.index_copy_(0, at, sample(*(each[at] for each in args)))
 
     def _sample_vocabulary(
         self,
@@ -194,12 +205,7 @@ class Sampler:
         return (block * _BLOCK + offset).squeeze(1)
 
     def _sample_truncated(
-        self,
-        logits: torch.Tensor,
-        highest: torch.Tensor,
-        rows: torch.Tensor,
-        positions: torch.Tensor,
-        with_top_k: bool,
+        self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, with_top_k: bool
     ) -> torch.Tensor:
         """Sample from the tokens that top-k and top-p keep; with_top_k: some row has a top-k."""
         temperature, top_p = self._temperature_and_top_p[rows].unbind(1)

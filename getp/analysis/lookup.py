@@ -46,13 +46,15 @@ def find_model(given: Path) -> Model:
         return Model(model_name(given.parent), parse_config(read_json(given), given))
     name = find_known_model(str(given))
     if name is None:
-        closest = ", ".join(closest_known_models(str(given)))
-        names = f"did you mean {closest}?" if closest else f"known: {', '.join(KNOWN_CONFIGS)}."
-        raise UsageProblem(
-            f"unknown model {str(given)!r}; {names} A checkpoint directory or a config.json also "
-            "works"
-        )
+        raise unknown_model(str(given), "A checkpoint directory or a config.json also works")
     return Model(name, named_config(name))
+
+
+def unknown_model(name: str, addition: str) -> UsageProblem:
+    """Return the error for a name that is not known, with the closest ones and one more remark."""
+    closest = ", ".join(closest_known_models(name))
+    names = f"did you mean {closest}?" if closest else f"known: {', '.join(KNOWN_CONFIGS)}."
+    return UsageProblem(f"unknown model {name!r}; {names} {addition}")
 
 
 def find_gpus(names: Sequence[str]) -> list[Device]:

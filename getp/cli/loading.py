@@ -63,20 +63,15 @@ def find_files(settings: Settings) -> Settings:
 
 def _find_planned(name: str, part: hub.Part) -> Path:
     """Return the folder or config.json of a model to plan, which is not a well-known one."""
+    from getp.analysis.lookup import unknown_model
     from model.cost.known_models import closest_known_models
 
     try:
         return hub.find_checkpoint(name, part)
     except GetpError as error:
-        closest = ", ".join(closest_known_models(name))
-        if not closest:
+        if not closest_known_models(name):
             raise
-        raise UsageProblem(
-            "unknown model {name}; did you mean {closest}? {reason}",
-            name=repr(name),
-            closest=closest,
-            reason=error,
-        ) from None
+        raise unknown_model(name, str(error)) from None
 
 
 def _needed_part(settings: Settings) -> hub.Part:

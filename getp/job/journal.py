@@ -87,7 +87,7 @@ class Journal:
 
     @property
     def in_place(self) -> bool:
-        """Whether the path still names this journal: nobody has deleted or replaced it."""
+        """Whether the path still names this journal: it was not deleted or replaced."""
         try:
             same = os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path))
             return same and os.pread(self._file.fileno(), len(self._first), 0) == self._first

@@ -43,7 +43,6 @@ _NEUTRAL_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     "min_tokens": ((0,), "must be 0 (a minimum length is not supported)"),
     "use_beam_search": ((False,), "must be false (beam search is not supported)"),
     "early_stopping": ((False,), "must be false (beam search is not supported)"),
-    "logit_bias": (({},), _NOT_SUPPORTED),
     "bad_words": (([],), _NOT_SUPPORTED),
     "allowed_token_ids": (([],), _NOT_SUPPORTED),
     "stop_token_ids": (([],), _NOT_SUPPORTED),
@@ -95,8 +94,6 @@ def read_body(body: Mapping[str, Any], chat: bool) -> ParsedBody:
             raise _unknown(name, chat)
         else:
             neutral, reason = neutral_values[name]
-            if name == "logit_bias" and isinstance(value, dict):
-                value = {token: bias for token, bias in value.items() if bias != 0}
             if not any(_equals_neutral(value, each) for each in neutral):
                 raise BadRequestError("unsupported_parameter", f"{name!r} {reason}")
     limits = {name: body[name] for name in _LIMIT_NAMES if body.get(name) is not None}
@@ -194,6 +191,11 @@ def _read_flag(body: ParsedBody, name: str, value: Any) -> None:
     _set(body, name, value, name)
 
 
+def _read_logit_bias(body: ParsedBody, name: str, value: Any) -> None:
+    if not isinstance(value, dict) or any(bias != 0 for bias in value.values()):
+        raise BadRequestError("unsupported_parameter", f"{name!r} {_NOT_SUPPORTED}")
+
+
 def _read_stop(body: ParsedBody, name: str, value: Any) -> None:
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
@@ -266,6 +268,7 @@ _COMMON_READERS: dict[str, _FieldReader] = {
     "seed": _read_seed,
     "stop": _read_stop,
     "ignore_eos": _read_flag,
+    "logit_bias": _read_logit_bias,
 }
 _TEXT_READERS: dict[str, _FieldReader] = {"prompt": _read_prompt, "logprobs": _read_text_logprobs}
 _CHAT_READERS: dict[str, _FieldReader] = {
