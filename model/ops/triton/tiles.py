@@ -23,11 +23,20 @@ class Tile:
     k: int
     warps: int
     stages: int
+    max_registers: int = 0  # of a thread, NVIDIA only: fewer let more programs share a processor
+    matrix_instruction: int = 0  # rows and columns of a matrix instruction, CDNA only: 16 or 32
+    waves_per_simd: int = 0  # that must have room, CDNA only; 0 in these three: the compiler's own
 
     @property
     def options(self) -> dict[str, int]:
         """Arguments of a kernel launch."""
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        asked = {
+            "maxnreg": self.max_registers,
+            "matrix_instr_nonkdim": self.matrix_instruction,
+            "waves_per_eu": self.waves_per_simd,
+        }
+        chosen = {name: value for name, value in asked.items() if value}
+        return {"num_warps": self.warps, "num_stages": self.stages, **chosen}
 
 
 @dataclass(frozen=True)
