@@ -76,7 +76,7 @@ def _find_planned(name: str, part: hub.Part) -> Path:
 
 def _needed_part(settings: Settings) -> hub.Part:
     """Return what the mode needs of the checkpoint."""
-    if settings.mode == "plan" and settings.prompt.input is None:
+    if settings.mode == "doctor" or (settings.mode == "plan" and settings.prompt.input is None):
         return "config"
     if settings.mode in ("plan", "decode", "eval") or settings.engine.dummy_weights:
         return "tokenizer"

@@ -88,6 +88,12 @@ _ALL: tuple[Decorator, ...] = (
         is_flag=True,
         help="getp, plan, profile: also print the details and long tables.",
     ),
+    _job(
+        "--json",
+        subject=Subject.JSON,
+        is_flag=True,
+        help="doctor: print one JSON object instead of tables.",
+    ),
     _job("--restart", is_flag=True, help="Discard the journal and start over instead of resuming."),
     _job(
         "--accept-different-rounding",
@@ -216,6 +222,7 @@ _ALL: tuple[Decorator, ...] = (
     ),
     _engine(
         "--device",
+        subject=Subject.DEVICE,
         type=Device(),
         default="auto",
         show_default=True,

@@ -114,6 +114,7 @@ class Settings:
     step: StepOptions
     plan: PlanOptions
     details: bool  # print the long tables, too
+    json: bool  # print JSON instead of tables
     engine: "EngineConfig"  # the defaults in mode plan, which has no engine
     folder: Path | None = None  # where the checkpoint is; in mode plan also a well-known name
 
@@ -137,6 +138,7 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
         _pick(StepOptions, given),
         _pick(PlanOptions, given),
         given["details"],
+        given["json"],
         engine,
     )
 

@@ -35,6 +35,7 @@ _OPTIONS = {
     "output": "-o/--output",
     "output_format": "--output-format",
     "details": "--details",
+    "json": "--json",
     "restart": "--restart",
     "accept_different_rounding": "--accept-different-rounding",
     "max_errors": "--max-errors",

@@ -26,15 +26,17 @@ class Subject(Flag):
     LENGTH = auto()
     DTYPE = auto()
     BATCH = auto()
+    DEVICE = auto()
     ENGINE = auto()
     STEP = auto()
     PLAN = auto()
     TRACE = auto()
+    JSON = auto()
 
 
 _S = Subject
 _COMPLETES = (
-    _S.PROMPT | _S.SAMPLING | _S.STOPPING | _S.LENGTH | _S.DTYPE | _S.BATCH | _S.ENGINE
+    _S.PROMPT | _S.SAMPLING | _S.STOPPING | _S.LENGTH | _S.DTYPE | _S.BATCH | _S.DEVICE | _S.ENGINE
 )  # modes that complete prompts
 
 
@@ -70,6 +72,7 @@ MODES = {
     "profile": Mode(
         "profile",
         "measure where the time of a step goes",
-        _S.DTYPE | _S.ENGINE | _S.STEP | _S.TRACE | _S.DETAILS,
+        _S.DTYPE | _S.DEVICE | _S.ENGINE | _S.STEP | _S.TRACE | _S.DETAILS,
     ),
+    "doctor": Mode("doctor", "check that this machine works, and how fast", _S.DEVICE | _S.JSON),
 }

@@ -1,0 +1,82 @@
+"""What runs in a child process of the examination: one task after the other, each reported."""
+
+import faulthandler
+import os
+import sys
+from collections.abc import Callable, Iterator
+from itertools import count
+
+from getp.analysis.doctor import reports
+from getp.analysis.doctor.reports import Ended, Failed, Report, Request, Started
+
+_Task = tuple[Started, Callable[[], Report]]
+
+
+def main() -> None:
+    """Run the tasks of the request that is the last argument; write a line for each report."""
+    faulthandler.enable()
+    request = Request.read(sys.argv[-1])
+    try:
+        for task, run in _tasks(request):
+            if task.number >= request.first and not _run(task, run):
+                return  # another process runs the rest
+    except Exception as error:
+        _write(Failed("list of checks", _cause(error)))
+    _write(Ended())
+
+
+def _run(task: Started, run: Callable[[], Report]) -> bool:
+    """Run and report a task. Returns whether others can still run in this process."""
+    _write(task)
+    try:
+        _write(run())
+    except Exception as error:
+        _write(Failed(task.name, _cause(error), task.model))
+    return _gpu_works()
+
+
+def _write(report: Report) -> None:
+    print(reports.write(report), flush=True)
+
+
+def _cause(error: BaseException) -> str:
+    """Return the error in one line: those of torch and Triton go on for many."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def _gpu_works() -> bool:
+    """Whether this process can still use the GPU: after a fault in a kernel every call fails."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return True
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _tasks(request: Request) -> Iterator[_Task]:
+    """Yield the tasks in an order that is the same in each process."""
+    # Imported only now: if an import fails, that is a report, too.
+    from model.ops.cpu import bindings
+
+    if request.level is not None:
+        os.environ[bindings.VARIABLE] = request.level
+    from engine.resolve import choose_device
+    from getp.analysis.doctor.device import describe_device, describe_library, measure_rates
+    from getp.analysis.doctor.kernels import kernel_tasks, score
+
+    numbers = count()
+    if request.machine:
+        yield Started(next(numbers), "device"), lambda: describe_device(request.device)
+    device = choose_device(request.device)
+    if request.machine:
+        if device.type == "cpu":
+            yield Started(next(numbers), "native kernels"), describe_library
+        yield Started(next(numbers), "rates"), lambda: measure_rates(device)
+    for model in request.models:
+        for task in kernel_tasks(model, device, request.machine):
+            yield Started(next(numbers), task.name, task.model), task
+    yield Started(next(numbers), "score"), lambda: score(device)

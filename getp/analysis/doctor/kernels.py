@@ -1,0 +1,151 @@
+"""Checks of kernels and of the whole engine on one backend; run in a child process."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine import Engine, EngineConfig, Request, SamplingParams
+from engine.resolve import choose_dtype, dtype_name
+from getp import EMBEDDED
+from getp.analysis.doctor.reports import KernelReport, ScoreReport
+from getp.checkpoints import embedded_model
+from getp.hub import model_name
+from model import ModelConfig, load_config
+from model.checks import OPERATIONS, Case, cases, problem, reference_of
+from model.cost.known_models import KNOWN_CONFIGS, named_config
+from model.ops.backend import Backend, choose_backend
+from model.ops.cpu.bindings import kernels, library
+from tokenizer import Tokenizer
+
+_ON_HOST = ("argmax", "top_tokens", "sample")
+"""Operations that torch computes on a CPU, whatever the instruction set of the native kernels."""
+_LONGEST_ANSWER = 64  # tokens; the answers are numbers and words
+_TIMED_S = 2e-3  # of repeated calls, from which the fastest counts
+_MIN_CALLS, _MAX_CALLS = 3, 50
+_REPLAYS = 20
+
+
+def kernel_tasks(model: str, device: torch.device, with_sampling: bool) -> "Iterator[KernelTask]":
+    """Yield a task for each case of the kernels that a model uses.
+
+    model: a checkpoint directory, or the name of a well-known model.
+    """
+    config = _config(model)
+    dtype = choose_dtype("auto", config.dtype, device)
+    backend = choose_backend(device, dtype)
+    reference = reference_of(backend)
+    operations = [name for name in OPERATIONS if with_sampling or name not in _ON_HOST]
+    for case in cases(config, device, dtype, operations=operations):
+        yield KernelTask(_name(model), case, backend, reference)
+
+
+def _config(model: str) -> ModelConfig:
+    return named_config(model) if model in KNOWN_CONFIGS else load_config(model)
+
+
+def _name(model: str) -> str:
+    if model in KNOWN_CONFIGS:
+        return model
+    folder = Path(model)
+    return EMBEDDED if folder == embedded_model() else model_name(folder)
+
+
+class KernelTask:
+    """Compares one case with the reference, and times it."""
+
+    def __init__(self, model: str, case: Case, backend: Backend, reference: Backend) -> None:
+        self.name, self.model = str(case), model
+        self._case, self._backend, self._reference = case, backend, reference
+
+    @torch.inference_mode()
+    def __call__(self) -> KernelReport:
+        case, backend = self._case, self._backend
+        found = problem(case, backend, self._reference)
+        return KernelReport(
+            backend=backend_name(backend),
+            model=self.model,
+            op=case.op,
+            label=case.label,
+            dtype=dtype_name(backend.dtype),
+            problem=found,
+            seconds=None if found else _seconds(case.prepare(backend), backend.device),
+            bytes=case.bytes,
+            flops=case.flops,
+        )
+
+
+def backend_name(backend: Backend) -> str:
+    """Return the instruction set of native kernels, triton, or torch."""
+    if backend.device.type == "cuda":
+        return "triton" if type(backend) is not Backend else "torch"
+    return kernels.level if library() is not None else "torch"
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds of the fastest call; on a GPU of a captured one, if it can be captured."""
+    if device.type == "cuda":
+        return _gpu_seconds(call)
+    best, started = float("inf"), time.perf_counter()
+    for number in range(_MAX_CALLS):
+        before = time.perf_counter()
+        call()
+        now = time.perf_counter()
+        best = min(best, now - before)
+        if number + 1 >= _MIN_CALLS and now - started > _TIMED_S:
+            break
+    return best
+
+
+def _gpu_seconds(call: Callable[[], Any]) -> float:
+    # A launch from Python takes longer than a small kernel, and the engine replays graphs, too.
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_REPLAYS):
+            call()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    times = []
+    for _ in range(_MIN_CALLS):
+        events[0].record()
+        graph.replay()
+        events[1].record()
+        torch.cuda.synchronize()
+        times.append(events[0].elapsed_time(events[1]) / 1e3 / _REPLAYS)
+    return min(times)
+
+
+def score(device: torch.device) -> ScoreReport:
+    """Let the embedded model answer its questions, and see whether decode steps are replayed."""
+    folder = embedded_model()
+    count, *questions = (folder.parent / "input.txt").read_text(encoding="utf-8").split("\n")
+    del questions[int(count) :]
+    answers = (folder.parent / "answers.txt").read_text(encoding="utf-8").split("\n")
+    tokenizer = Tokenizer.load(folder)
+    params = SamplingParams(max_new_tokens=_LONGEST_ANSWER, stop_ids=tokenizer.stop_ids)
+    requests = [Request(tokenizer.encode(question), params) for question in questions]
+    notices: list[str] = []
+    started, right = time.perf_counter(), 0
+    with Engine(folder, EngineConfig(device=str(device)), notice=notices.append) as engine:
+        captured = engine.runner.captured
+        recorder = engine.runner.backend.recorder() if device.type == "cpu" else None
+        if recorder is not None and not captured:
+            try:
+                engine.runner.capture(recorder, ahead_of_time=False)
+            except RuntimeError as error:
+                notices.append(str(error))
+        for done in engine.generate(requests):
+            text = tokenizer.decode(done.token_ids)
+            right += text.strip() == answers[done.request_id].strip()
+        return ScoreReport(
+            backend=backend_name(engine.runner.backend),
+            right=right,
+            questions=len(questions),
+            seconds=time.perf_counter() - started,
+            captured=captured,
+            can_capture=device.type == "cuda" or recorder is not None,
+            notices=tuple(notices),
+        )

@@ -1,0 +1,42 @@
+"""Mode doctor: whether this machine is well, and what to do if not."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from getp.cli import loading
+from getp.cli.settings import Settings
+from getp.files import STDIO, write_report
+from getp.terminal import print_message
+
+
+def run(settings: Settings) -> int:
+    """Examine this machine; return 1 if anything is wrong. Raises GetpError."""
+    from getp.analysis.doctor.examine import TYPICAL_MODEL, examine
+
+    models = [str(loading.checkpoint_folder(settings).resolve())]
+    if settings.checkpoint is None:
+        models.append(TYPICAL_MODEL)
+    name = loading.checkpoint_name(settings)
+    with _progress(settings.json) as progress:
+        diagnosis = examine(name, tuple(models), settings.engine.device, progress)
+    if settings.json:
+        write_report(STDIO, diagnosis.as_json())
+    else:
+        from getp.analysis.doctor.table import print_diagnosis
+
+        print_diagnosis(diagnosis)
+    return 0 if diagnosis.is_well else 1
+
+
+@contextmanager
+def _progress(is_plain: bool) -> Iterator[Callable[[str], None]]:
+    """Yield a function that shows on a terminal's standard error what is running."""
+    print_message("getp: examining this machine (half a minute; minutes while a GPU compiles)")
+    if is_plain:
+        yield lambda text: None
+        return
+    from rich.console import Console
+    from rich.markup import escape
+
+    with Console(stderr=True).status("") as status:
+        yield lambda text: status.update(escape(text))
