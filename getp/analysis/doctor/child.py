@@ -4,6 +4,7 @@ import faulthandler
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 
 from getp.analysis.doctor import reports
@@ -21,7 +22,7 @@ def main() -> None:
             if task.number >= request.first and not _run(task, run):
                 return  # another process runs the rest
     except Exception as error:
-        _write(Failed("list of checks", _cause(error)))
+        _write(Failed("device", _cause(error)))
     _write(Ended())
 
 
@@ -58,25 +59,38 @@ def _gpu_works() -> bool:
 
 
 def _tasks(request: Request) -> Iterator[_Task]:
-    """Yield the tasks in an order that is the same in each process."""
+    """Yield the tasks in an order that is the same in each process.
+
+    Raises ImportError and EngineError if torch or the device cannot be used.
+    """
     # Imported only now: if an import fails, that is a report, too.
     from model.ops.cpu import bindings
 
     if request.level is not None:
         os.environ[bindings.VARIABLE] = request.level
-    from engine.resolve import choose_device
-    from getp.analysis.doctor.device import describe_device, describe_library, measure_rates
+    from getp.analysis.doctor.device import (
+        describe_device,
+        describe_library,
+        find_device,
+        measure_rates,
+    )
     from getp.analysis.doctor.kernels import kernel_tasks, score
 
     numbers = count()
+    device, notices = find_device(request.device)
     if request.machine:
-        yield Started(next(numbers), "device"), lambda: describe_device(request.device)
-    device = choose_device(request.device)
-    if request.machine:
+        yield Started(next(numbers), "device"), lambda: describe_device(device, notices)
         if device.type == "cpu":
             yield Started(next(numbers), "native kernels"), describe_library
-        yield Started(next(numbers), "rates"), lambda: measure_rates(device)
+        yield Started(next(numbers), "speed"), lambda: measure_rates(device)
     for model in request.models:
-        for task in kernel_tasks(model, device, request.machine):
-            yield Started(next(numbers), task.name, task.model), task
-    yield Started(next(numbers), "score"), lambda: score(device)
+        try:
+            for task in kernel_tasks(model, device, request.machine):
+                yield Started(next(numbers), task.name, task.model), task
+        except Exception as error:
+            yield Started(next(numbers), f"kernels of {model}"), partial(_fail, error)
+    yield Started(next(numbers), "answers"), lambda: score(device)
+
+
+def _fail(error: Exception) -> Report:
+    raise error

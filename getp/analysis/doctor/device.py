@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from engine import EngineError
 from engine.memory_plan import available_bytes
 from engine.resolve import choose_device
 from getp.analysis.doctor.reports import DeviceReport, LibraryReport, RatesReport
@@ -19,12 +20,23 @@ from model.ops.cpu import bindings
 _DRIVER_VERSIONS = (Path("/sys/module/nvidia/version"), Path("/sys/module/amdgpu/version"))
 
 
-def describe_device(name: str) -> DeviceReport:
-    """Describe the device of a setting. Raises EngineError if it does not exist."""
+def find_device(name: str) -> tuple[torch.device, tuple[str, ...]]:
+    """Return the device of a setting, and what torch says about GPUs that it cannot use.
+
+    Raises EngineError if there is no such device.
+    """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        device = choose_device(name)
-    notices = tuple(dict.fromkeys(str(warning.message) for warning in caught))
+        try:
+            device = choose_device(name)
+        except EngineError as error:
+            messages = [str(error), *(str(warning.message) for warning in caught)]
+            raise EngineError("{messages}", messages="; ".join(dict.fromkeys(messages))) from None
+    return device, tuple(dict.fromkeys(str(warning.message) for warning in caught))
+
+
+def describe_device(device: torch.device, notices: tuple[str, ...]) -> DeviceReport:
+    """Describe a device; notices: as of `find_device`."""
     if device.type == "cpu":
         return DeviceReport(
             type="cpu",

@@ -42,7 +42,7 @@ def run_tasks(request: Request) -> Iterator[Report]:
                     running = None
                 yield report
             if running is None and last < request.first:
-                yield Failed("start of a process", child.cause())
+                yield Failed("start of a child process", child.cause())
                 return
             if running is not None:
                 yield Failed(running.name, child.cause(), running.model)

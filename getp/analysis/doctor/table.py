@@ -16,8 +16,8 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
     tables.show(console, _checks_table(diagnosis))
     if diagnosis.kernels:
         console.print(
-            "\nKernels: the share of the measured limit that the largest input reaches, small on a "
-            "CPU, where inputs are small, and above 100% from its caches.",
+            "\nThe share of this machine's measured limit that each operation reaches on its "
+            "largest input. Inputs on a CPU are small; above 100% they come from its caches.",
             style="dim",
             soft_wrap=True,
         )
@@ -55,4 +55,5 @@ def _cell(kernels: list[KernelCheck]) -> Text:
     if any(kernel.state == "wrong" for kernel in kernels):
         return Text("wrong", style=_STYLES["wrong"])
     timed = [(k.share * k.seconds, k.share) for k in kernels if k.share and k.seconds]
-    return Text(f"{max(timed)[1]:.1%}" if timed else "ok")
+    share = max(timed)[1] if timed else 0.0
+    return Text("ok" if not timed else ">100%" if share > 1 else f"{share:.1%}")

@@ -12,12 +12,13 @@ from getp.terminal import print_message
 def run(settings: Settings) -> int:
     """Examine this machine; return 1 if anything is wrong. Raises GetpError."""
     from getp.analysis.doctor.examine import TYPICAL_MODEL, examine
+    from model.families import load_config
 
-    models = [str(loading.checkpoint_folder(settings).resolve())]
-    if settings.checkpoint is None:
-        models.append(TYPICAL_MODEL)
+    folder = loading.checkpoint_folder(settings).resolve()
+    load_config(folder)  # raises CheckpointError for one that cannot be used
+    models = [str(folder), *([TYPICAL_MODEL] if settings.checkpoint is None else [])]
     name = loading.checkpoint_name(settings)
-    with _progress(settings.json) as progress:
+    with _progress(is_shown=not settings.json) as progress:
         diagnosis = examine(name, tuple(models), settings.engine.device, progress)
     if settings.json:
         write_report(STDIO, diagnosis.as_json())
@@ -29,10 +30,10 @@ def run(settings: Settings) -> int:
 
 
 @contextmanager
-def _progress(is_plain: bool) -> Iterator[Callable[[str], None]]:
+def _progress(is_shown: bool) -> Iterator[Callable[[str], None]]:
     """Yield a function that shows on a terminal's standard error what is running."""
     print_message("getp: examining this machine (half a minute; minutes while a GPU compiles)")
-    if is_plain:
+    if not is_shown:
         yield lambda text: None
         return
     from rich.console import Console
