@@ -555,6 +555,18 @@ def test_kernels_that_the_user_has_switched_off_are_no_problem() -> None:
     assert (found.state, found.finding) == ("ok", "none, as GETP_CPU_KERNELS says")
 
 
+@needs_library
+def test_kernels_of_a_dtype_without_native_kernels_are_those_of_torch() -> None:
+    import torch
+
+    from getp.analysis.doctor.kernels import backend_name
+    from model.ops.cpu.backend import CpuBackend
+
+    cpu = torch.device("cpu")
+    assert backend_name(CpuBackend(cpu, torch.float32)) == "torch"
+    assert backend_name(CpuBackend(cpu, torch.bfloat16)) == bindings.kernels.level
+
+
 def test_reports_survive_the_way_from_the_child() -> None:
     from getp.analysis.doctor import reports
 

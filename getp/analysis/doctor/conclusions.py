@@ -72,8 +72,8 @@ def checks_of(series: Series) -> Iterator[Check]:
             name = f"{failure.name} ({series.backend})"
             yield Check(name, "wrong", failure.cause, REPORT_IT)
     kernels = kernels_of(series, series.rates)
-    if kernels:
-        yield kernels_check(series.backend, kernels)
+    for backend in dict.fromkeys(kernel.backend for kernel in kernels):
+        yield kernels_check(backend, [one for one in kernels if one.backend == backend])
     if series.score is not None:
         yield replay_check(series.score)
         yield score_check(series.score)

@@ -59,6 +59,7 @@ def _all_series(models: tuple[str, ...], device: str, progress: Progress) -> Ite
 def _series(request: Request, backend: str, progress: Progress) -> Series:
     """Run the tasks of a request."""
     series = Series(backend)
+    progress(f"{backend}: starting a process")
     for report in run_tasks(request):
         if isinstance(report, Started):
             progress(": ".join(filter(None, [series.backend, report.model, report.name])))

@@ -25,18 +25,21 @@ _ON_HOST = ("argmax", "top_tokens", "sample")
 _LONGEST_ANSWER = 64  # tokens; the answers are numbers and words
 _TIMED_S = 2e-3  # of repeated calls, from which the fastest counts
 _MIN_CALLS, _MAX_CALLS = 3, 50
-_REPLAYS = 20
+_REPEATED = 20  # calls that are timed together on a GPU
 
 
 def kernel_tasks(model: str, device: torch.device, with_sampling: bool) -> "Iterator[KernelTask]":
     """Yield a task for each case of the kernels that a model uses.
 
-    model: a checkpoint directory, or the name of a well-known model.
+    model: a checkpoint directory, or the name of a well-known model. with_sampling: also of what
+    does not depend on the instruction set of the native kernels.
     """
     config = _config(model)
     dtype = choose_dtype("auto", config.dtype, device)
     backend = choose_backend(device, dtype)
     reference = reference_of(backend)
+    if not with_sampling and library() is not None and backend_name(backend) == "torch":
+        return  # a dtype without native kernels
     operations = [name for name in OPERATIONS if with_sampling or name not in _ON_HOST]
     for case in cases(config, device, dtype, operations=operations):
         yield KernelTask(_name(model), case, backend, reference)
@@ -50,7 +53,7 @@ def _name(model: str) -> str:
     if model in KNOWN_CONFIGS:
         return model
     folder = Path(model)
-    return EMBEDDED if folder == embedded_model() else model_name(folder)
+    return EMBEDDED if folder.samefile(embedded_model()) else model_name(folder)
 
 
 class KernelTask:
@@ -81,11 +84,13 @@ def backend_name(backend: Backend) -> str:
     """Return the instruction set of native kernels, triton, or torch."""
     if backend.device.type == "cuda":
         return "triton" if type(backend) is not Backend else "torch"
-    return kernels.level if library() is not None else "torch"
+    # Native kernels are for bfloat16.
+    is_native = library() is not None and backend.dtype == torch.bfloat16
+    return kernels.level if is_native else "torch"
 
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Return the seconds of the fastest call; on a GPU of a captured one, if it can be captured."""
+    """Return the seconds of the fastest call."""
     if device.type == "cuda":
         return _gpu_seconds(call)
     best, started = float("inf"), time.perf_counter()
@@ -100,22 +105,41 @@ def _seconds(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def _gpu_seconds(call: Callable[[], Any]) -> float:
-    # A launch from Python takes longer than a small kernel, and the engine replays graphs, too.
+    def call_repeatedly() -> None:
+        for _ in range(_REPEATED):
+            call()
+
     call()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(_REPLAYS):
-            call()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    repeat = _captured(call_repeatedly) or call_repeatedly
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times = []
     for _ in range(_MIN_CALLS):
-        events[0].record()
-        graph.replay()
-        events[1].record()
+        start.record()
+        repeat()
+        end.record()
         torch.cuda.synchronize()
-        times.append(events[0].elapsed_time(events[1]) / 1e3 / _REPLAYS)
+        times.append(start.elapsed_time(end) / 1e3 / _REPEATED)
     return min(times)
+
+
+def _captured(call: Callable[[], Any]) -> Callable[[], Any] | None:
+    """Return a replay of a graph of the call; None if it cannot be captured.
+
+    A launch from Python takes longer than a small kernel. On AMD's GPUs nothing is captured here: a
+    capture that fails there can end the process, which would be taken for a fault of the kernel.
+    """
+    if torch.version.hip:
+        return None
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:  # an operation that waits for the GPU
+        torch.cuda.set_stream(stream)  # which torch does not restore if the capture fails
+        torch.cuda.synchronize()
+        return None
+    return graph.replay
 
 
 def score(device: torch.device) -> ScoreReport:

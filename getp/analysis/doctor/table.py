@@ -16,8 +16,7 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
     tables.show(console, _checks_table(diagnosis))
     if diagnosis.kernels:
         console.print(
-            "\nThe share of this machine's measured limit that each operation reaches on its "
-            "largest input. Inputs on a CPU are small; above 100% they come from its caches.",
+            "\nShare of the measured limit on the largest input; above 100%: from caches.",
             style="dim",
             soft_wrap=True,
         )

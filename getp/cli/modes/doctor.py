@@ -32,7 +32,9 @@ def run(settings: Settings) -> int:
 @contextmanager
 def _progress(is_shown: bool) -> Iterator[Callable[[str], None]]:
     """Yield a function that shows on a terminal's standard error what is running."""
-    print_message("getp: examining this machine (half a minute; minutes while a GPU compiles)")
+    print_message(
+        "getp: examining this machine: half a minute; minutes while kernels of a GPU are compiled"
+    )
     if not is_shown:
         yield lambda text: None
         return
