@@ -42,6 +42,8 @@ def _write(report: Report) -> None:
 
 def _cause(error: BaseException) -> str:
     """Return the error in one line: those of torch and Triton go on for many."""
+    if hasattr(error, "worded"):  # an error of getp, which is a sentence
+        return str(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 

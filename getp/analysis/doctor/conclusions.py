@@ -17,6 +17,7 @@ from getp.analysis.doctor.reports import (
 from getp.units import counted, duration, memory, percent, quantity
 from model.cost.devices import Device, device_of_driver
 
+_INSTALL = "install the build of torch for this machine, and a driver that is new enough for it"
 LEAST_SCORE = 0.95
 """Share of right answers: rounding changes some of those that are nearly tied."""
 _LEAST_BANDWIDTH, _LEAST_PRODUCT = 0.6, 0.35
@@ -69,8 +70,11 @@ def checks_of(series: Series) -> Iterator[Check]:
         yield rates_check(series.rates, series.device)
     for failure in series.failed:
         if not failure.model:
-            name = f"{failure.name} ({series.backend})"
-            yield Check(name, "wrong", failure.cause, REPORT_IT)
+            if failure.name == "device":
+                yield Check("device", "wrong", failure.cause, _INSTALL)
+            else:
+                name = f"{failure.name}, {series.backend}"
+                yield Check(name, "wrong", failure.cause, REPORT_IT)
     kernels = kernels_of(series, series.rates)
     for backend in dict.fromkeys(kernel.backend for kernel in kernels):
         yield kernels_check(backend, [one for one in kernels if one.backend == backend])
@@ -111,8 +115,7 @@ def device_check(device: DeviceReport) -> Check:
         if node is None:
             return Check("CPU", "ok", finding, figures=figures)
         cause = f"{node} exists, but torch (built for {device.torch_build}) finds no GPU"
-        remedy = "install the build of torch for this GPU, or a driver that is new enough for it"
-        return Check("GPU", "wrong", ": ".join([cause, *device.notices]), remedy, figures)
+        return Check("GPU", "wrong", ": ".join([cause, *device.notices]), _INSTALL, figures)
     driver = f"driver {device.driver}" if device.driver else "driver unknown"
     finding = (
         f"{device.name}, {device.architecture}, {device.processors} processors, {driver}, "

@@ -28,12 +28,17 @@ def examine(model: str, models: tuple[str, ...], device: str, progress: Progress
     progress("versions and disks")
     checks = [_guarded("versions", host.version_check)]
     kernels: list[KernelCheck] = []
-    rates = None
+    rates, on_gpu = None, False
     for series in _all_series(models, device, progress):
         rates = series.rates or rates  # measured once for all instruction sets
+        on_gpu |= series.device is not None and series.device.type == "cuda"
         checks += checks_of(series)
         kernels += kernels_of(series, rates)
-    checks += _disk_checks()
+    checks += [
+        _guarded(folder.use, partial(host.folder_check, folder))
+        for folder in host.FOLDERS
+        if on_gpu or not folder.on_gpu
+    ]
     checks.append(_guarded("Ray", host.ray_check))
     seconds = time.perf_counter() - started
     return Diagnosis(model, __version__, seconds, tuple(checks), tuple(kernels))
@@ -65,11 +70,6 @@ def _series(request: Request, backend: str, progress: Progress) -> Series:
             progress(": ".join(filter(None, [series.backend, report.model, report.name])))
         series.add(report)
     return series
-
-
-def _disk_checks() -> Iterator[Check]:
-    for use, find, variable in host.FOLDERS:
-        yield _guarded(use, partial(host.folder_check, use, find, variable))
 
 
 def _guarded(name: str, check: Callable[[], Check]) -> Check:

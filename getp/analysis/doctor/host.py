@@ -6,11 +6,12 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from getp import __version__
-from getp.analysis.doctor.findings import Check
+from getp.analysis.doctor.findings import Check, State
 from getp.units import memory
 from model.user_cache import cache_folder
 
@@ -87,37 +88,46 @@ def triton_folder() -> Path:
     return Path(given) if given else home / ".triton" / "cache"
 
 
-Folder = tuple[str, Callable[[], Path], str]
-FOLDERS: tuple[Folder, ...] = (
-    ("temporary files", temporary_folder, "TMPDIR"),
-    ("measurements", cache_folder, "XDG_CACHE_HOME"),
-    ("compiled kernels", triton_folder, "TRITON_CACHE_DIR"),
-    ("downloaded models", hub_folder, "HF_HOME"),
+@dataclass(frozen=True)
+class Folder:
+    """A folder that getp writes to."""
+
+    use: str  # what is in it
+    find: Callable[[], Path]
+    variable: str  # of the environment, which sets it
+    on_gpu: bool = False  # whether only a GPU needs it
+    is_needed: bool = True  # whether it is a problem if it cannot be written
+
+
+FOLDERS = (
+    Folder("temporary files", temporary_folder, "TMPDIR"),
+    Folder("measurements", cache_folder, "XDG_CACHE_HOME"),
+    Folder("compiled kernels", triton_folder, "TRITON_CACHE_DIR", on_gpu=True),
+    Folder("downloaded models", hub_folder, "HF_HOME", is_needed=False),  # it may be shared
 )
-"""The folders that getp writes to: what for, which, and the variable that sets it."""
 
 
-def folder_check(use: str, find: Callable[[], Path], variable: str) -> Check:
+def folder_check(folder: Folder) -> Check:
     """Check that files can be written to a folder, and that its disk has room.
 
     If it does not exist yet, its nearest existing parent is checked. Raises OSError.
     """
-    folder = find()
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    path, use = folder.find(), folder.use
+    existing = next(found for found in (path, *path.absolute().parents) if found.exists())
     free = shutil.disk_usage(existing).free
-    figures = {"folder": str(folder), "free": free}
-    remedy = f"set {variable} to a folder on a disk with room"
-    if find is temporary_folder and not folder.exists():
-        return Check(use, "wrong", f"{folder} does not exist", f"create it, or {remedy}", figures)
+    figures = {"folder": str(path), "free": free}
+    remedy = f"set {folder.variable} to a folder that can be written, on a disk with room"
+    bad: State = "wrong" if folder.is_needed else "skipped"
+    if folder.find is temporary_folder and existing != path:
+        return Check(use, bad, f"{path} does not exist", f"create it, or {remedy}", figures)
     try:
         with tempfile.TemporaryFile(dir=existing) as file:
             file.write(bytes(_PROBE_BYTES))
             file.flush()
     except OSError as error:
-        reason = error.strerror or error
-        finding = f"{folder} cannot be written: {reason}; {memory(free)} free"
-        return Check(use, "wrong", finding, remedy, figures)
+        finding = f"{path} cannot be written: {error.strerror or error}; {memory(free)} free"
+        return Check(use, bad, finding, remedy, figures)
     if free < LEAST_FREE:
-        finding = f"{folder} has only {memory(free)} free"
-        return Check(use, "wrong", finding, f"make room, or {remedy}", figures)
-    return Check(use, "ok", f"{folder}, {memory(free)} free", figures=figures)
+        finding = f"{path} has only {memory(free)} free"
+        return Check(use, bad, finding, f"make room, or {remedy}", figures)
+    return Check(use, "ok", f"{path}, {memory(free)} free", figures=figures)

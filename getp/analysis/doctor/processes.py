@@ -23,7 +23,9 @@ _ROOT = str(Path(__file__).resolve().parents[3])
 def child_command() -> list[str]:
     """Return the command of a child, without the request."""
     # From the folder of this getp: a model.py in the current folder must not hide its package.
-    program = f"import sys; sys.path[0] = {_ROOT!r}; from getp.analysis.doctor.child import main"
+    program = (
+        f"import sys; sys.path.insert(0, {_ROOT!r}); from getp.analysis.doctor.child import main"
+    )
     return [sys.executable, "-c", f"{program}; main()"]
 
 
