@@ -230,7 +230,7 @@ def replay_check(score: ScoreReport) -> Check:
         return Check(name, "ok", finding, figures=figures)
     if not score.can_capture:
         return Check(name, "skipped", "torch's operations on a CPU are not recorded", None, figures)
-    cause = "; ".join(score.notices) or "no reason given"
+    cause = "; ".join(score.notices) or "the native kernels do not compute every operation"
     return Check(name, "wrong", f"decode steps are not replayed: {cause}", REPORT_IT, figures)
 
 

@@ -154,22 +154,16 @@ def score(device: torch.device) -> ScoreReport:
     notices: list[str] = []
     started, right = time.perf_counter(), 0
     with Engine(folder, EngineConfig(device=str(device)), notice=notices.append) as engine:
-        captured = engine.runner.captured
-        recorder = engine.runner.backend.recorder() if device.type == "cpu" else None
-        if recorder is not None and not captured:
-            try:
-                engine.runner.capture(recorder, ahead_of_time=False)
-            except RuntimeError as error:
-                notices.append(str(error))
+        backend = engine.runner.backend
         for done in engine.generate(requests):
             text = tokenizer.decode(done.token_ids)
             right += text.strip() == answers[done.request_id].strip()
         return ScoreReport(
-            backend=backend_name(engine.runner.backend),
+            backend=backend_name(backend),
             right=right,
             questions=len(questions),
             seconds=time.perf_counter() - started,
-            captured=captured,
-            can_capture=device.type == "cuda" or recorder is not None,
+            captured=engine.runner.captured,
+            can_capture=device.type == "cuda" or backend.recorder() is not None,
             notices=tuple(notices),
         )
