@@ -105,10 +105,13 @@ def new_memory_is_nan() -> Iterator[None]:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # The function that `torch.use_deterministic_algorithms` calls, which first imports torch's
+    # compiler: that takes seconds.
+    set_deterministic = torch._C._set_deterministic_algorithms
+    set_deterministic(True, warn_only=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of operations that are not deterministic
             yield
     finally:
-        torch.use_deterministic_algorithms(before, warn_only=warns)
+        set_deterministic(before, warn_only=warns)
