@@ -20,6 +20,7 @@ from model.cost.devices import Device, device_of_driver
 from model.formats import DENSE
 from model.ops.backend import choose_backend
 from model.ops.specs import Linear
+from model.user_cache import cache_folder
 
 _LONG_ENOUGH_S = 0.05  # longer products have a negligible start-up time
 _SMALLEST_PRODUCT, _BIGGEST_PRODUCT = 256, 8192
@@ -181,6 +182,14 @@ def _read_rate(target: torch.device) -> float:
     return values.numel() * 4 / _best(values.sum, target)
 
 
+def copy_rate(target: torch.device) -> float:
+    """Return the bytes per second, read plus written, of a copy larger than any cache."""
+    size = 1 << 30 if target.type == "cuda" else 1 << 28
+    source = torch.zeros(size, dtype=torch.uint8, device=target)
+    copied = torch.empty_like(source)
+    return 2 * size / _best(lambda: copied.copy_(source), target)
+
+
 def _launch_time(target: torch.device, launches: int = 1000) -> float:
     """Return the seconds per launch of a minimal operation."""
     value = torch.zeros(1, device=target)
@@ -226,8 +235,7 @@ def _parse(entry: Any, hardware: str) -> Measured | None:
 
 
 def _cache_file() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "getp" / "hardware.json"
+    return cache_folder() / "hardware.json"
 
 
 def read_cache() -> dict[str, Any]:
