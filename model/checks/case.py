@@ -4,12 +4,15 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from model.ops.backend import Backend
 
 Tensors = tuple[torch.Tensor, ...]
+Capture = Callable[[Callable[[], Any]], Callable[[], Any]]
+"""Captures a call, on a GPU as a graph, and returns its replay, which returns the same tensors."""
 
 # Largest error relative to the largest expected value. Products of 16-bit inputs are compared with
 # a float32 reference on the same inputs, so only roundings within an operation count.
@@ -45,19 +48,26 @@ def reference_of(backend: Backend) -> Backend:
     return Backend(backend.device, torch.float32)
 
 
-def problem(case: Case, backend: Backend, reference: Backend) -> str | None:
+def problem(
+    case: Case, backend: Backend, reference: Backend, capture: Capture | None = None
+) -> str | None:
     """Return what is wrong with a backend's results of a case; None if nothing is.
 
-    reference: a plain-torch Backend, see `reference_of`. New memory is filled with NaN, so that a
-    value that a kernel does not write is found. An exception is a problem, too, except that
-    torch.OutOfMemoryError is raised: it says nothing about a kernel.
+    reference: a plain-torch Backend, see `reference_of`. capture: also capture the call and compare
+    the results of its replay. New memory is filled with NaN, so that a value that a kernel does not
+    write is found. An exception is a problem, too, except that torch.OutOfMemoryError is raised: it
+    says nothing about a kernel.
     """
     expected = case.run(reference)
     try:
         call = case.prepare(backend)
         with new_memory_is_nan():
             found = call()
-        return compare(found, expected, backend.dtype)
+        wrong = compare(found, expected, backend.dtype)
+        if wrong is None and capture is not None:
+            wrong = compare(capture(call)(), expected, backend.dtype)
+            wrong = wrong and f"replayed: {wrong}"
+        return wrong
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -66,6 +76,8 @@ def problem(case: Case, backend: Backend, reference: Backend) -> str | None:
 
 def error_text(error: BaseException) -> str:
     """Return the type of an error and the start of its message, in one line."""
+    # torch raises again, without the cause, when a failed capture ends.
+    error = error.__context__ or error
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}".removesuffix(": ")
 

@@ -4,7 +4,6 @@ The only module of the cost model that imports torch.
 """
 
 import datetime
-import json
 import os
 import platform
 import time
@@ -20,8 +19,9 @@ from model.cost.devices import Device, device_of_driver
 from model.formats import DENSE
 from model.ops.backend import choose_backend
 from model.ops.specs import Linear
-from model.user_cache import cache_folder
+from model.user_cache import read_object, write_object
 
+_CACHE = "hardware.json"
 _LONG_ENOUGH_S = 0.05  # longer products have a negligible start-up time
 _SMALLEST_PRODUCT, _BIGGEST_PRODUCT = 256, 8192
 _RUNS_KEY = "runs"  # in the cache, beside the machines
@@ -234,26 +234,11 @@ def _parse(entry: Any, hardware: str) -> Measured | None:
         return None
 
 
-def _cache_file() -> Path:
-    return cache_folder() / "hardware.json"
-
-
 def read_cache() -> dict[str, Any]:
     """Return the cache; empty if there is none or it is damaged."""
-    try:
-        found = json.loads(_cache_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return read_object(_CACHE)
 
 
 def write_cache(cache: dict[str, Any]) -> None:
     """Write the cache if possible; without it the next run measures again."""
-    file = _cache_file()
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(cache, indent=2), encoding="utf-8")
-        os.replace(temporary, file)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+    write_object(_CACHE, cache)
