@@ -33,11 +33,11 @@ def key_of(proof: Proof) -> str:
 
 
 def driver_version() -> str:
-    """Return the version of the GPU's driver as the kernel has it; else the kernel's own."""
-    for file in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
+    """Return the version of the GPU's driver; the kernel's where the driver comes with it."""
+    for vendor in ("nvidia", "amdgpu"):
         try:
-            return Path(file).read_text().splitlines()[0].strip()
-        except (OSError, IndexError):
+            return Path(f"/sys/module/{vendor}/version").read_text().strip()
+        except OSError:
             continue
     return platform.release()
 

@@ -116,10 +116,9 @@ def device_check(device: DeviceReport) -> Check:
             return Check("CPU", "ok", finding, figures=figures)
         cause = f"{node} exists, but torch (built for {device.torch_build}) finds no GPU"
         return Check("GPU", "wrong", ": ".join([cause, *device.notices]), _INSTALL, figures)
-    driver = f"driver {device.driver}" if device.driver else "driver unknown"
     finding = (
-        f"{device.name}, {device.architecture}, {device.processors} processors, {driver}, "
-        f"{device.torch_build}; 1 of {counted(device.count, 'GPU')}"
+        f"{device.name}, {device.architecture}, {device.processors} processors, "
+        f"driver {device.driver}, {device.torch_build}; 1 of {counted(device.count, 'GPU')}"
     )
     if not device.is_built_for:
         return Check(

@@ -6,7 +6,6 @@ import re
 import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
@@ -14,10 +13,9 @@ from engine import EngineError
 from engine.memory_plan import available_bytes
 from engine.resolve import choose_device
 from getp.analysis.doctor.reports import DeviceReport, LibraryReport, RatesReport
+from model.checks.kernel_cache import driver_version
 from model.cost import measure
 from model.ops.cpu import bindings
-
-_DRIVER_VERSIONS = (Path("/sys/module/nvidia/version"), Path("/sys/module/amdgpu/version"))
 
 
 def find_device(name: str) -> tuple[torch.device, tuple[str, ...]]:
@@ -59,7 +57,7 @@ def describe_device(device: torch.device, notices: tuple[str, ...]) -> DeviceRep
         memory=int(properties.total_memory),
         free=available_bytes(device),
         torch_build=_torch_build(),
-        driver=_driver(),
+        driver=driver_version(),
         architecture=architecture,
         processors=int(properties.multi_processor_count),
         is_built_for=is_built_for(architecture, torch.cuda.get_arch_list()),
@@ -72,16 +70,6 @@ def _torch_build() -> str:
     if torch.version.hip:
         return f"ROCm {torch.version.hip}"
     return f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
-
-
-def _driver() -> str | None:
-    """Return the version of the loaded driver; None if the system does not say it."""
-    for file in _DRIVER_VERSIONS:
-        try:
-            return file.read_text(encoding="ascii").strip()
-        except OSError:
-            continue
-    return None
 
 
 def is_built_for(architecture: str, built: Sequence[str]) -> bool:
