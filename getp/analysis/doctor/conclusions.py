@@ -215,7 +215,9 @@ def kernels_check(backend: str, kernels: list[KernelCheck]) -> Check:
     more = [f"{len(wrong) - 3} more"] if len(wrong) > 3 else []
     finding = f"{len(wrong)} of {len(kernels)} wrong: {'; '.join([*texts, *more])}"
     remedy = REPORT_IT
-    if backend not in ("torch", "triton"):
+    if backend == "triton":
+        remedy += "; until then a job uses another kernel or plain torch in their place"
+    elif backend != "torch":
         remedy += "; until then set GETP_CPU_KERNELS to an instruction set that is right"
     return Check(name, "wrong", finding, remedy, figures)
 
