@@ -80,7 +80,7 @@ class Proof:
         """Return the first problem of the given cases with these choices."""
         backend, reference = self.backend.with_choices(choices), reference_of(self.backend)
         for case in found:
-            capture = self.capture if case.is_timed else None
+            capture = self.capture if case.is_timed or case is found[0] else None
             wrong = problem(case, backend, reference, capture)
             if wrong is not None:
                 return f"{case.label}: {wrong}"
