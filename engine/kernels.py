@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engine.stats import EngineStats
+from model.checks.case import ReferenceFailedError
 from model.checks.kernel_cache import remember, remembered
 from model.checks.prove import MEASURED, Kernels, Proof, Timing, measure, prove
 from model.ops.backend import Backend
@@ -49,6 +50,9 @@ def choose_kernels(
             "there is not enough free memory on the GPU to check its kernels: they are used as "
             "they are"
         )
+        return Kernels(preferred or {})
+    except ReferenceFailedError as error:
+        engine.notice(f"the kernels cannot be checked on this GPU: {error}")
         return Kernels(preferred or {})
     finally:
         if engine.device.type == "cuda":

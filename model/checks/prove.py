@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 
-from model.checks.case import Capture, Case, problem, reference_of
+from model.checks.case import (
+    Capture,
+    Case,
+    ReferenceFailedError,
+    problem,
+    reference_of,
+)
 from model.checks.cases import OPERATIONS, cases
 from model.config import ModelConfig
 from model.ops.backend import Backend
@@ -74,7 +80,7 @@ class Proof:
         """Return the first problem of the given cases with these choices."""
         backend, reference = self.backend.with_choices(choices), reference_of(self.backend)
         for case in found:
-            capture = self.capture if case.is_timed else None
+            capture = self.capture if case.is_timed or case is found[0] else None
             wrong = problem(case, backend, reference, capture)
             if wrong is not None:
                 return f"{case.label}: {wrong}"
@@ -86,7 +92,7 @@ def prove(proof: Proof, preferred: Mapping[str, Any] | None = None) -> Kernels:
     """Return right kernels: for each operation the preferred one, the table's or a candidate.
 
     preferred: choices to try before the table. Raises ValueError if the backend does not know them,
-    and torch.OutOfMemoryError.
+    ReferenceFailedError and torch.OutOfMemoryError.
     """
     proof.backend.with_choices(preferred or {})
     choices: dict[str, Any] = {}
@@ -105,7 +111,13 @@ def prove(proof: Proof, preferred: Mapping[str, Any] | None = None) -> Kernels:
         wrong = None
         for candidate in order:
             tried = choices if candidate is None else {**choices, op: candidate}
-            why = proof.problem(found, tried)
+            try:
+                why = proof.problem(found, tried)
+            except ReferenceFailedError as error:
+                if wrong is None:
+                    raise
+                # A kernel that accesses memory that is not its own leaves the device unusable.
+                raise ReferenceFailedError(f"{error}, after {op} failed: {wrong}") from error
             if why is None:
                 choices = dict(tried)
                 break
@@ -123,17 +135,19 @@ def measure(proof: Proof, kernels: Kernels, timing: Timing) -> Kernels:
 
     Each candidate changes one thing; it is kept, together with those kept before, if it is faster
     by more than the margin over all timed cases. Operations that were measured before, and those
-    that there is no time for, stay as they are. Raises torch.OutOfMemoryError.
+    that there is no time for, stay as they are. Raises ReferenceFailedError and
+    torch.OutOfMemoryError.
     """
     end = timing.clock() + timing.budget_s
     for op in MEASURED:
         *candidates, last = proof.backend.kernel_choices(op) or [None]
         if op in kernels.measured or last is None or kernels.choices.get(op) == last:
             continue
-        choices = _fastest(proof, op, candidates, kernels.choices, timing, end)
-        if choices is None:
+        choices, is_complete = _fastest(proof, op, candidates, kernels.choices, timing, end)
+        kernels = replace(kernels, choices=choices)
+        if not is_complete:
             break
-        kernels = replace(kernels, choices=choices, measured=(*kernels.measured, op))
+        kernels = replace(kernels, measured=(*kernels.measured, op))
     return kernels
 
 
@@ -144,24 +158,38 @@ def _fastest(
     choices: Mapping[str, Any],
     timing: Timing,
     end: float,
-) -> Mapping[str, Any] | None:
-    """Return the choices with the fastest one of an operation; None if the time is used up."""
+) -> tuple[Mapping[str, Any], bool]:
+    """Return the choices with the fastest one of an operation, and whether there was enough time.
+
+    A candidate is proved after it was found to be faster, since that compiles more kernels.
+    """
     found = proof.cases(op)
     timed = [case for case in found if case.is_timed]
     if not timed or not candidates:
-        return choices
-    best = [_seconds(proof, case, choices, timing) for case in timed]
+        return choices, True
+
+    def share(tried: Mapping[str, Any]) -> float:
+        """Return the time of these choices over that of the ones in use, a mean over the cases."""
+        ratios = [
+            _seconds(proof, case, tried, timing) / _seconds(proof, case, choices, timing)
+            for case in timed
+        ]
+        return sum(ratios) / len(ratios)
+
     for candidate in candidates:
         if timing.clock() >= end:
-            return None
+            return choices, False
         tried = {**choices, op: {**choices.get(op, {}), **candidate}}
-        if tried == choices or proof.problem(found, tried) is not None:
+        try:
+            is_faster = tried != choices and share(tried) < 1 - _MARGIN
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # such as a tile that the device has no room for
             continue
-        times = [_seconds(proof, case, tried, timing) for case in timed]
-        ratios = [time / before for time, before in zip(times, best, strict=True)]
-        if sum(ratios) / len(ratios) < 1 - _MARGIN:
-            best, choices = times, tried
-    return choices
+        # Timed twice, because a disturbance can make a candidate seem faster.
+        if is_faster and proof.problem(found, tried) is None and share(tried) < 1 - _MARGIN:
+            choices = tried
+    return choices, True
 
 
 def _seconds(proof: Proof, case: Case, choices: Mapping[str, Any], timing: Timing) -> float:

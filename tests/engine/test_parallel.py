@@ -5,10 +5,10 @@ import shutil
 import threading
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from engine import Completion, Engine, EngineConfig, EngineError, Request, SamplingParams
+from engine import Completion, Engine, EngineConfig, EngineError, Request, SamplingParams, kernels
+from engine.execution import model_runner
 from engine.execution.model_runner import ModelRunner
 from engine.memory_plan import MemoryPlan
 from engine.parallel import channel as channel_module
@@ -29,9 +30,11 @@ from model import CheckpointError, ModelConfig, Transformer, load_config
 from model import loader as weights
 from model.attention import Attention
 from model.checkpoint_files import CheckpointFiles
+from model.checks.prove import Kernels
 from model.cost.operations import parameter_bytes
 from model.mlp import Mlp, Moe
 from model.ops.backend import choose_backend
+from model.ops.cpu.backend import CpuBackend
 from model.sharding import Shard
 from tests.checkpoints import edit_config, write_mxfp4_pair
 from tests.engine.test_decode_graphs import FromTensors, recording
@@ -376,6 +379,39 @@ class InThreads(WorkerPool):
         super().close()
         self._other.join()
         del channel
+
+
+class Choosable(CpuBackend):
+    """A backend that keeps the choices of kernels that it was given."""
+
+    given: ClassVar[list[Mapping[str, Any]]] = []
+
+    def with_choices(self, choices: Mapping[str, Any]) -> CpuBackend:
+        self.given.append(choices)
+        return self
+
+
+def test_every_rank_runs_with_the_kernels_that_rank_0_has_chosen(
+    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_runner, "choose_backend", Choosable)
+    choices = {"linear": "torch"}
+    proved: list[Any] = []
+
+    def decide(proof: Any, *_: Any) -> Kernels:
+        proved.append(proof.shard)
+        return Kernels(choices)
+
+    monkeypatch.setattr(kernels, "_decide", decide)
+    ranks = InThreads(monkeypatch, Counter())
+    engine = Engine(folder("qwen2"), EngineConfig(dtype="float32"), workers=ranks)
+    engine.checks_kernels = True
+    Choosable.given.clear()
+    with engine:
+        assert [shard.size for shard in proved] == [2]  # rank 0's share, and only there
+        assert Choosable.given[-2:] == [choices, choices]
+        assert engine.rounding["kernel choices"] == choices
+    ranks.close()
 
 
 @pytest.mark.parametrize("other", [40 << 20, 60 << 20])

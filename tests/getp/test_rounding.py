@@ -13,7 +13,7 @@ import ray
 import torch
 
 from engine import EngineConfig, SamplingParams
-from engine.resolve import rounding
+from engine.resolve import KERNEL_CHOICES, rounding
 from getp.cluster.driver import Cluster
 from getp.errors import GetpError
 from getp.job import run as job_run
@@ -237,3 +237,58 @@ def test_killed_job_is_not_finished_by_other_kernels(tmp_path: Path) -> None:
     assert accepted.returncode == 3
     assert "are a mixture of both" in accepted.stderr
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 31
+
+
+class Choosing(FakeEngine):
+    """An engine that would choose other kernels than those a journal names."""
+
+    def __init__(self, own: dict[str, str], stop_after: int) -> None:
+        left = iter(range(stop_after))
+
+        def answer(prompt: Any) -> Any:
+            if next(left, None) is None:
+                raise RuntimeError("killed")
+            return prompt
+
+        super().__init__(answer, batch=1)
+        self.own, self.dtype = own, torch.bfloat16
+
+    def choose_kernels(self, preferred: Any = None, expected_s: Any = None) -> None:
+        super().choose_kernels(preferred, expected_s)
+        choices = self.own if preferred is None else preferred
+        self.rounding = {**AMX, **({KERNEL_CHOICES: choices} if choices else {})}
+
+
+@pytest.mark.parametrize("first", [{}, {"linear": "torch"}])
+def test_a_resumed_job_takes_the_kernels_that_its_journal_names(
+    tmp_path: Path, first: dict[str, str]
+) -> None:
+    work = job(tmp_path, expected_s=90.0)
+
+    def start(engine: Choosing, work: Job = work) -> int:
+        given: Any = engine
+        return job_run.run_job(work, job_run.read(work), small_tokenizer(), given)
+
+    with pytest.raises(RuntimeError, match="killed"):
+        start(engine := Choosing(first, 2))
+    assert (engine.preferred, engine.expected_s) == (None, 90.0)
+    header = read_header(Path(work.journal_path).read_bytes().splitlines(keepends=True)[0])
+    assert header is not None
+    assert header[ROUNDING].get(KERNEL_CHOICES, {}) == first
+    with pytest.raises(RuntimeError, match="killed"):
+        start(engine := Choosing({"experts": "torch"}, 1))
+    assert engine.preferred == first
+    with pytest.raises(RuntimeError, match="killed"):
+        start(engine := Choosing({"experts": "torch"}, 1), replace(work, restart=True))
+    assert engine.preferred is None
+    assert start(engine := Choosing({}, 9)) == 0
+    assert engine.preferred == {"experts": "torch"}
+
+
+def test_a_job_whose_kernels_are_wrong_here_is_refused_like_other_roundings(
+    tmp_path: Path,
+) -> None:
+    work, other = job(tmp_path), {**AMX, KERNEL_CHOICES: {"experts": "torch"}}
+    begin(work, AMX, torch.bfloat16)
+    with pytest.raises(GetpError, match=r"kernel choices None, now .*experts"):
+        run(work, other, torch.bfloat16)
