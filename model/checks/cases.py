@@ -1,6 +1,7 @@
 """The cases of every operation that a model uses."""
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -44,6 +45,9 @@ OPERATIONS = (
 """Every operation with cases; one that runs others comes after them."""
 
 
+_WEIGHTS_IN_MEMORY = 16
+
+
 def cases(
     config: ModelConfig,
     device: torch.device,
@@ -60,11 +64,17 @@ def cases(
     operation are created when its first case is taken, and freed with its cases.
     """
     if size is None:
-        size = SMALL if device.type == "cpu" else FULL
+        size = SMALL if device.type == "cpu" else _fitting(FULL, device)
     for operation in OPERATIONS:
         if operation in operations:
             inputs = Inputs(device, dtype, size)
             yield from _cases_of(operation, config, shard, block_size, inputs)
+
+
+def _fitting(size: Size, device: torch.device) -> Size:
+    """Return a size whose weights fit in a GPU several times, in several forms."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return replace(size, weight_bytes=min(size.weight_bytes, free // _WEIGHTS_IN_MEMORY))
 
 
 def _cases_of(

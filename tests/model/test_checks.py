@@ -44,8 +44,8 @@ def test_a_right_backend_has_no_problem(
 class Faulty(Backend):
     """The reference with a fault in one operation."""
 
-    def __init__(self, fault: str):
-        super().__init__(CPU, torch.float32)
+    def __init__(self, fault: str, dtype: torch.dtype = torch.float32):
+        super().__init__(CPU, dtype)
         self.fault = fault
 
     def attention(
@@ -110,6 +110,7 @@ class Faulty(Backend):
         return super().activate(gate_up, activation)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("fault", "op"),
     [
@@ -131,12 +132,12 @@ class Faulty(Backend):
     ],
 )
 def test_a_fault_is_found_in_its_operation(
-    fault: str, op: str, checkpoint: Callable[[str], Path]
+    fault: str, op: str, dtype: torch.dtype, checkpoint: Callable[[str], Path]
 ) -> None:
-    config, backend = load_config(checkpoint("gpt_oss-wide")), Faulty(fault)
+    config, backend = load_config(checkpoint("gpt_oss-wide")), Faulty(fault, dtype)
     found = {
         case.op
-        for case in cases(config, CPU, torch.float32)
+        for case in cases(config, CPU, dtype)
         if problem(case, backend, reference_of(backend)) is not None
     }
     assert op in found
