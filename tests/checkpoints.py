@@ -68,6 +68,19 @@ def _granite(**options: Any) -> Any:
     return tf.GraniteConfig(**{**_COMMON, **sizes, **biases, **multipliers, **options})
 
 
+def _gemma(kind: Any, **options: Any) -> Any:
+    sizes = {
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 20,
+        "max_position_embeddings": 512,
+    }
+    return kind(**{**_COMMON, **sizes, **options})
+
+
 # name → config. Each has fewer KV heads than query heads; windows and original contexts are shorter
 # than prompts of 200 tokens.
 FAMILIES: dict[str, Callable[[], Any]] = {
@@ -182,6 +195,15 @@ FAMILIES: dict[str, Callable[[], Any]] = {
             "partial_rotary_factor": 0.5,
         },
     ),
+    "gemma2": lambda: _gemma(tf.Gemma2Config, attn_logit_softcapping=5.0),
+    "gemma3_text": lambda: _gemma(
+        tf.Gemma3TextConfig,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    ),
     "granite": _granite,
     "granite-wide": lambda: _granite(**_WIDE_HEADS),
 }
@@ -270,7 +292,7 @@ class Peer:
         ids = [*prompt, *output[:-1]]
         best = self.logits(ids).argmax(-1).tolist()
         rope = self.model.config.rope_parameters
-        if rope["rope_type"] == "longrope":
+        if rope.get("rope_type") == "longrope":
             original = rope["original_max_position_embeddings"]
             best[:original] = self.logits(ids[:original]).argmax(-1).tolist()
         return best[len(prompt) - 1 :] == output

@@ -19,6 +19,8 @@ from model.families.keys import Keys
 from model.stored_tensors import StoredTensors
 
 FAMILIES = (
+    "gemma2",
+    "gemma3_text",
     "gpt_oss",
     "granite",
     "llama",

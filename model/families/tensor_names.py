@@ -39,6 +39,8 @@ class TensorNames:
     layer: str = "model.layers.{layer}."  # before each of the following
     attention_norm: str = "input_layernorm.weight"
     mlp_norm: str = "post_attention_layernorm.weight"
+    attention_post_norm: str = ""  # of families whose config has post_norms
+    mlp_post_norm: str = ""
     q_norm: str = "self_attn.q_norm.weight"
     k_norm: str = "self_attn.k_norm.weight"
     sinks: str = "self_attn.sinks"
