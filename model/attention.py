@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from model.config import LayerConfig, ModelConfig
 from model.ops.specs import AttentionSpec, Heads, Linear, Norm, Parameter, RopeArgs
-from model.ops.step_parts import ATTENTION, O_PROJ, QKV_PROJ
+from model.ops.step_parts import ATTENTION, O_PROJ, POST_NORM, QKV_PROJ
 from model.sharding import ALONE, Shard
 
 if TYPE_CHECKING:
@@ -27,8 +27,11 @@ class Attention:
         norms = (Norm(head_dim, spec), Norm(head_dim, spec)) if config.qk_norm else (None, None)
         self.shard, self.residual_scale = shard, config.residual_scale
         self.norm = Norm(hidden, spec)
+        self.post_norm = Norm(hidden, spec) if config.post_norms else None
         self.heads = Heads(heads, kv_heads, head_dim, *norms)
-        self.spec = AttentionSpec(config.attention_scale or head_dim**-0.5, layer.window)
+        self.spec = AttentionSpec(
+            config.attention_scale or head_dim**-0.5, layer.window, config.attention_softcap
+        )
         self.has_sinks = config.sinks
         self.sinks: torch.Tensor | None = None
         form, qkv_width = config.linear_format, (heads + 2 * kv_heads) * head_dim
@@ -54,11 +57,16 @@ class Attention:
             mixed = ops.attention(query, rope.kv, batch, group, self.spec, self.sinks)
         with O_PROJ:
             out = ops.linear(mixed.flatten(1), self.out)
-        return x, ops.scale(self.shard.sum(out), self.residual_scale)
+        out = self.shard.sum(out)
+        if self.post_norm is not None:
+            with POST_NORM:
+                out = ops.rms_norm(out, self.post_norm)
+        return x, ops.scale(out, self.residual_scale)
 
     def parameters(self) -> Iterator[Parameter]:
         """Declare the linears, the norms of heads and the sinks."""
-        for holder in (self.qkv, self.out, self.heads.q_norm, self.heads.k_norm):
+        norms = self.heads.q_norm, self.heads.k_norm, self.post_norm
+        for holder in (self.qkv, self.out, *norms):
             if holder is not None:
                 yield from holder.parameters()
         if self.has_sinks:

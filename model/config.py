@@ -100,12 +100,15 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    post_norms: bool = False  # norms of what attention and MLP add to the residual stream
     qk_norm: bool = False  # RMSNorm on each query and key head before the rotation
     sinks: bool = False  # a learned logit of each query head joins the softmax
     embedding_scale: float = 1.0  # multiplies the embedding of each token
     residual_scale: float = 1.0  # multiplies what attention and MLP add to the residual stream
     attention_scale: float | None = None  # multiplies the scores; None: head_dim ** -0.5
+    attention_softcap: float | None = None  # scores s become softcap · tanh(s / softcap)
     logits_scale: float = 1.0  # multiplies the logits
+    logits_softcap: float | None = None  # as attention_softcap, of the scaled logits
     activation: Activation = field(default_factory=Activation)
     moe: MoeConfig | None = None
     linear_format: WeightFormat = DENSE  # of the weights of attention and dense MLPs

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from model.checkpoint_files import CheckpointFiles
-from model.config import CheckpointError, ModelConfig
-from model.families import family
-from model.families.tensor_names import TensorNames
+from model.config import CheckpointError, ModelConfig, MoeConfig
+from model.families import is_of_another_part, stored_names
+from model.families.tensor_names import ExpertNames, TensorNames
 from model.formats import WeightFormat, full_interface
 from model.ops.backend import Backend
 from model.ops.specs import Norm, Parameter
@@ -128,10 +128,30 @@ class _Filling:
 
 def _stored_names(config: ModelConfig, files: CheckpointFiles) -> TensorNames:
     """The family's names; of a tied pair, one may be stored under the other's name."""
-    names = family(config.model_type).names
+    names = stored_names(config.model_type, files.file_of)
     if config.tie_word_embeddings and names.embedding not in files.file_of:
-        return replace(names, embedding=names.head)
+        names = replace(names, embedding=names.head)
+    if names.experts.transposed and config.moe is not None:
+        names = replace(names, experts=_as_stored(names, config, config.moe, files))
     return names
+
+
+def _as_stored(
+    names: TensorNames, config: ModelConfig, moe: MoeConfig, files: CheckpointFiles
+) -> ExpertNames:
+    """The names of experts, not transposed if the tensors of the first layer with experts are not.
+
+    Later versions of transformers wrote Qwen3-VL-MoE's experts as [experts, outputs, inputs].
+    """
+    first = next(i for i, layer in enumerate(config.layers) if layer.sparse)
+    hidden, size = config.hidden_size, moe.intermediate_size
+    for stem, parts in names.experts.linears:
+        outputs, inputs = (hidden, size) if parts == ("down",) else (2 * size, hidden)
+        name = names.layer.format(layer=first) + stem
+        if outputs != inputs and name in files.file_of:
+            shape, _ = files.describe(name)
+            return replace(names.experts, transposed=shape[1:] != (outputs, inputs))
+    return names.experts
 
 
 def _tie_head(model: Transformer, backend: Backend) -> None:
@@ -152,7 +172,8 @@ def _checked_map(model: Transformer, files: CheckpointFiles) -> TensorMap:
 def _check_count(config: ModelConfig, files: CheckpointFiles) -> None:
     """Refuse a config with far more layers or experts than are stored before they are mapped."""
     stored, needed, experts = len(files.file_of), len(config.layers), ""
-    stems = [stem for stem, _ in family(config.model_type).names.experts.linears]
+    names = stored_names(config.model_type, files.file_of)
+    stems = [stem for stem, _ in names.experts.linears]
     if config.moe is not None and any("{expert}" in stem for stem in stems):
         needed += config.moe.num_experts * sum(layer.sparse for layer in config.layers)
         experts = f" with {config.moe.num_experts} experts"
@@ -187,7 +208,8 @@ def _check(
             )
     for name in files.file_of:
         spare_head = name == names.head and config.tie_word_embeddings
-        if name not in expected and not spare_head and not name.endswith(_IGNORED_SUFFIXES):
+        ignored = name.endswith(_IGNORED_SUFFIXES) or is_of_another_part(config.model_type, name)
+        if name not in expected and not spare_head and not ignored:
             raise CheckpointError(
                 f"{files.path(name)}: tensor {name!r} is not part of a {config.model_type} model"
                 " with this config.json"

@@ -29,6 +29,7 @@ class Mlp:
         self.shard, self.residual_scale = shard, config.residual_scale
         self.activation = config.activation
         self.norm = Norm(hidden, config.norm)
+        self.post_norm = Norm(hidden, config.norm) if config.post_norms else None
         self.gate_up = Linear(hidden, 2 * size, config.mlp_bias, config.linear_format)
         self.down = Linear(size, hidden, config.mlp_bias, config.linear_format, sum_over_ranks=True)
 
@@ -38,12 +39,17 @@ class Mlp:
         """x, delta [tokens, hidden] → (x + delta, MLP of its norm), both [tokens, hidden]."""
         with GATE_UP_PROJ:
             x, out = ops.norm_mlp(x, delta, self.norm, self.gate_up, self.down, self.activation)
-        return x, ops.scale(self.shard.sum(out), self.residual_scale)
+        out = self.shard.sum(out)
+        if self.post_norm is not None:
+            with POST_NORM:
+                out = ops.rms_norm(out, self.post_norm)
+        return x, ops.scale(out, self.residual_scale)
 
     def parameters(self) -> Iterator[Parameter]:
-        """Declare the linears."""
-        for holder in (self.gate_up, self.down):
-            yield from holder.parameters()
+        """Declare the linears and the norm after them."""
+        for holder in (self.gate_up, self.down, self.post_norm):
+            if holder is not None:
+                yield from holder.parameters()
 
 
 class Moe:

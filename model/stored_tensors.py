@@ -35,6 +35,10 @@ class StoredTensors:
         self._folder = folder
         self._headers: dict[str, dict[str, Any]] = {}
 
+    def __contains__(self, name: object) -> bool:
+        """Whether a tensor is stored."""
+        return isinstance(name, str) and self._find(name) is not None
+
     def dtype(self, name: str) -> str | None:
         """The dtype of a tensor, one of `DTYPES`; None if it is not stored or has another."""
         found = self._find(name)

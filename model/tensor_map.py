@@ -101,6 +101,8 @@ def _layer_vectors(
     for name, norm in (
         (names.attention_norm, attention.norm),
         (names.mlp_norm, layer.mlp.norm),
+        (names.attention_post_norm, attention.post_norm),
+        (names.mlp_post_norm, getattr(layer.mlp, "post_norm", None)),
         (names.q_norm, attention.heads.q_norm),
         (names.k_norm, attention.heads.k_norm),
     ):

@@ -115,4 +115,5 @@ class Transformer:
         with FINAL_NORM:
             _, normed = ops.add_rms_norm(x, delta, self.final_norm)
         with LM_HEAD:
-            return ops.logits(normed, self.head, self.config.logits_scale)
+            logits = ops.logits(normed, self.head, self.config.logits_scale)
+            return ops.softcap(logits, self.config.logits_softcap)

@@ -68,6 +68,59 @@ def _granite(**options: Any) -> Any:
     return tf.GraniteConfig(**{**_COMMON, **sizes, **biases, **multipliers, **options})
 
 
+def _gemma(kind: Any, **options: Any) -> Any:
+    sizes = {
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 20,
+        "max_position_embeddings": 512,
+    }
+    return kind(**{**_COMMON, **sizes, **options})
+
+
+_VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_QWEN_VISION: dict[str, Any] = {
+    "depth": 1,
+    "embed_dim": 32,
+    "hidden_size": 64,
+    "num_heads": 2,
+    "intermediate_size": 48,
+}
+_QWEN3_VISION: dict[str, Any] = {
+    "depth": 1,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "intermediate_size": 48,
+    "out_hidden_size": 64,
+    "deepstack_visual_indexes": [0],
+}
+
+
+def _text(name: str) -> dict[str, Any]:
+    """The config of another family as the text part of a nested one."""
+    values: dict[str, Any] = FAMILIES[name]().to_dict()
+    head_dim = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+    sections = [head_dim // 8, head_dim // 8, head_dim // 4]
+    return {
+        **{k: v for k, v in values.items() if k != "model_type"},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e5,
+            "mrope_section": sections,
+        },
+    }
+
+
 # name → config. Each has fewer KV heads than query heads; windows and original contexts are shorter
 # than prompts of 200 tokens.
 FAMILIES: dict[str, Callable[[], Any]] = {
@@ -182,6 +235,30 @@ FAMILIES: dict[str, Callable[[], Any]] = {
             "partial_rotary_factor": 0.5,
         },
     ),
+    "gemma2": lambda: _gemma(tf.Gemma2Config, attn_logit_softcapping=5.0),
+    "gemma3_text": lambda: _gemma(
+        tf.Gemma3TextConfig,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    ),
+    "gemma3": lambda: tf.Gemma3Config(
+        text_config=_gemma(tf.Gemma3TextConfig).to_dict(), vision_config=_VISION
+    ),
+    "mistral3": lambda: tf.Mistral3Config(
+        text_config=FAMILIES["mistral"]().to_dict(),
+        vision_config={"model_type": "pixtral", "head_dim": 16, **_VISION},
+    ),
+    "qwen2_vl": lambda: tf.Qwen2VLConfig(text_config=_text("qwen2"), vision_config=_QWEN_VISION),
+    "qwen2_5_vl": lambda: tf.Qwen2_5_VLConfig(
+        text_config=_text("qwen2"), vision_config={**_QWEN_VISION, "out_hidden_size": 64}
+    ),
+    "qwen3_vl": lambda: tf.Qwen3VLConfig(text_config=_text("qwen3"), vision_config=_QWEN3_VISION),
+    "qwen3_vl_moe": lambda: tf.Qwen3VLMoeConfig(
+        text_config=_text("qwen3_moe"), vision_config=_QWEN3_VISION
+    ),
     "granite": _granite,
     "granite-wide": lambda: _granite(**_WIDE_HEADS),
 }
@@ -191,7 +268,7 @@ def write_checkpoint(folder: Path, name: str, max_shard_size: str = "5GB") -> Pa
     """Write a float32 checkpoint with weights large enough that attention and experts matter."""
     config = FAMILIES[name]()
     torch.manual_seed(sum(map(ord, name)))
-    model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = _auto_class(config).from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter_name, value in model.named_parameters():
             if value.dim() > 1:
@@ -203,6 +280,12 @@ def write_checkpoint(folder: Path, name: str, max_shard_size: str = "5GB") -> Pa
     model.generation_config.eos_token_id = 0
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
+
+
+def _auto_class(config: Any) -> Any:
+    """The class of transformers that loads a text model, or one with other parts."""
+    is_nested = hasattr(config, "text_config")
+    return tf.AutoModelForImageTextToText if is_nested else tf.AutoModelForCausalLM
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -252,9 +335,11 @@ class Peer:
     folder: Path
 
     def __post_init__(self) -> None:
-        self.model = tf.AutoModelForCausalLM.from_pretrained(
-            self.folder, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
+        self.model = (
+            _auto_class(tf.AutoConfig.from_pretrained(self.folder))
+            .from_pretrained(self.folder, dtype=torch.float32, attn_implementation="eager")
+            .eval()
+        )
 
     @torch.inference_mode()
     def logits(self, ids: list[int]) -> torch.Tensor:
@@ -269,8 +354,8 @@ class Peer:
         """
         ids = [*prompt, *output[:-1]]
         best = self.logits(ids).argmax(-1).tolist()
-        rope = self.model.config.rope_parameters
-        if rope["rope_type"] == "longrope":
+        rope = self.model.config.get_text_config().rope_parameters
+        if rope.get("rope_type") == "longrope":
             original = rope["original_max_position_embeddings"]
             best[:original] = self.logits(ids[:original]).argmax(-1).tolist()
         return best[len(prompt) - 1 :] == output

@@ -6,7 +6,7 @@ a key that matters would give wrong results silently.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
@@ -16,9 +16,13 @@ from typing import Any
 from model.config import CheckpointError, ModelConfig, conversion_hint, read_json
 from model.families.family import Family, stated_dtype
 from model.families.keys import Keys
+from model.families.nested import NESTED, nested_names, text_keys
+from model.families.tensor_names import TensorNames
 from model.stored_tensors import StoredTensors
 
 FAMILIES = (
+    "gemma2",
+    "gemma3_text",
     "gpt_oss",
     "granite",
     "llama",
@@ -61,9 +65,9 @@ def load_config(
     if os.path.lexists(generation):
         stop_ids = Keys(generation, read_json(generation)).token_ids("eos_token_id")
     values = read_json(path)
-    config = parse_config(values, path, stop_ids)
-    names, stored = family(config.model_type).names, StoredTensors(folder)
-    if stated_dtype(Keys(path, values)) is None:
+    config, stored = parse_config(values, path, stop_ids), StoredTensors(folder)
+    names = stored_names(config.model_type, stored)
+    if stated_dtype(_text_keys(Keys(path, values))) is None:
         dtype = stored.dtype(names.embedding) or stored.dtype(names.head)  # if it is tied to it
         config = replace(config, dtype=dtype or config.dtype)
     if config.tie_word_embeddings and stored.differ(names.embedding, names.head):
@@ -85,8 +89,34 @@ def parse_config(
     """
     keys = Keys(source, values)
     model_type = keys.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    known = sorted((*FAMILIES, *NESTED))
+    if not isinstance(model_type, str) or model_type not in known:
         raise keys.fail(
-            f"model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
+            f"model_type {model_type!r} is not supported; supported: {', '.join(known)}"
         )
-    return family(model_type).config(keys, stop_ids)
+    if model_type not in NESTED:
+        return family(model_type).config(keys, stop_ids)
+    nested = NESTED[model_type]
+    own = family(nested.text)
+    text = replace(own, defaults={**own.defaults, **nested.defaults})
+    return replace(text.config(text_keys(keys, nested), stop_ids), model_type=model_type)
+
+
+def _text_keys(keys: Keys) -> Keys:
+    """The keys of the text model, which are all of them unless the checkpoint has other parts."""
+    nested = NESTED.get(keys.values["model_type"])
+    return keys if nested is None else text_keys(keys, nested)
+
+
+def stored_names(model_type: str, stored: Container[str]) -> TensorNames:
+    """The names of a checkpoint's tensors, of which `stored` are there."""
+    if model_type not in NESTED:
+        return family(model_type).names
+    nested = NESTED[model_type]
+    candidates = nested_names(family(nested.text).names, nested)
+    return next((names for names in candidates if names.embedding in stored), candidates[-1])
+
+
+def is_of_another_part(model_type: str, name: str) -> bool:
+    """Whether a stored tensor belongs to a part of the checkpoint that is not run."""
+    return model_type in NESTED and name.startswith(NESTED[model_type].others)

@@ -9,7 +9,7 @@ from model.families.keys import Keys
 from model.families.rope_keys import read_rope
 from model.families.tensor_names import TensorNames
 from model.formats import QUANTIZATIONS
-from model.ops.specs import NormSpec, RouterSpec
+from model.ops.specs import Activation, NormSpec, RouterSpec
 
 # The keys that every family understands, and their values where they are missing; None: no value.
 # The sizes have none: every config states them, and a wrong number of heads would not be noticed.
@@ -33,6 +33,7 @@ _DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
     "quantization_config": None,
 }
+_SWIGLU = {"silu": Activation(), "swish": Activation()}  # two names of one function
 _DTYPE_NAMES: dict[str, str | None] = {"half": "float16", "float": "float32", "auto": None}
 
 
@@ -47,6 +48,9 @@ class Family:
     names: TensorNames = field(default_factory=TensorNames)
     neutral: Mapping[str, Any] = field(default_factory=dict)  # keys that must have this value
     aliases: Mapping[str, str] = field(default_factory=dict)  # other names of keys
+    # The values of `hidden_act` that are supported.
+    activations: Mapping[str, Activation] = field(default_factory=lambda: _SWIGLU)
+    norm_offset: float = 0.0  # see NormSpec
     partial_rotary: bool = False  # `partial_rotary_factor` is supported
     rope_aliases: Mapping[str, str] = field(default_factory=dict)  # rope types by other names
 
@@ -61,10 +65,10 @@ class Family:
         if stop_ids is not None and "eos_token_id" not in keys.values:
             own_stop_ids = frozenset()
         own = self.fields(keys)
-        if keys.get("hidden_act") not in ("silu", "swish"):  # two names of one function
-            raise keys.fail(
-                f"hidden_act {keys.get('hidden_act')!r} is not supported; supported: silu"
-            )
+        activation = keys.get("hidden_act")
+        if not isinstance(activation, str) or activation not in self.activations:
+            known = next(iter(self.activations))
+            raise keys.fail(f"hidden_act {activation!r} is not supported; supported: {known}")
         hidden, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
         kv_heads = keys.integer("num_key_value_heads", heads)
         if heads % kv_heads:
@@ -74,7 +78,10 @@ class Family:
         head_dim = keys.integer("head_dim", max(1, hidden // heads))
         if head_dim % 2:
             raise keys.fail(f"head_dim {head_dim} must be even for rotary embeddings")
-        rope, rotary_dim = read_rope(keys, head_dim, self.partial_rotary, self.rope_aliases)
+        if "rope" not in own:
+            own["rope"], own["rotary_dim"] = read_rope(
+                keys, head_dim, self.partial_rotary, self.rope_aliases
+            )
         positions = keys.integer("max_position_embeddings")
         # A window that contains every position is not a window.
         own["layers"] = tuple(
@@ -89,10 +96,9 @@ class Family:
             "num_heads": heads,
             "num_kv_heads": kv_heads,
             "head_dim": head_dim,
-            "rotary_dim": rotary_dim,
-            "rope": rope,
             "max_positions": positions,
-            "norm": NormSpec(keys.number("rms_norm_eps")),
+            "norm": NormSpec(keys.number("rms_norm_eps"), self.norm_offset),
+            "activation": self.activations[activation],
             "tie_word_embeddings": keys.boolean("tie_word_embeddings"),
             "dtype": stated_dtype(keys) or "bfloat16",
             "stop_ids": own_stop_ids | (stop_ids or frozenset()),

@@ -7,7 +7,7 @@ Linears are described by the parts of the decoder that they contain, in order of
 so that ("self_attn.qkv_proj", ("q", "k", "v")) is one tensor with the rows of three parts.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 LinearName = tuple[str, tuple[str, ...]]
 """A name without ".weight" and ".bias", and the parts that the tensor contains."""
@@ -39,6 +39,8 @@ class TensorNames:
     layer: str = "model.layers.{layer}."  # before each of the following
     attention_norm: str = "input_layernorm.weight"
     mlp_norm: str = "post_attention_layernorm.weight"
+    attention_post_norm: str = ""  # of families whose config has post_norms
+    mlp_post_norm: str = ""
     q_norm: str = "self_attn.q_norm.weight"
     k_norm: str = "self_attn.k_norm.weight"
     sinks: str = "self_attn.sinks"
@@ -54,3 +56,23 @@ class TensorNames:
         ("mlp.down_proj", ("down",)),
     )
     experts: ExpertNames = field(default_factory=ExpertNames)
+
+    def under(self, prefix: str) -> "TensorNames":
+        """These names after a prefix."""
+        return replace(
+            self,
+            embedding=prefix + self.embedding,
+            final_norm=prefix + self.final_norm,
+            head=prefix + self.head,
+            layer=prefix + self.layer,
+        )
+
+    def within(self, part: str) -> "TensorNames":
+        """The names of a decoder that is the part "model.PART" of a larger model."""
+        whole, inner = "model.", f"model.{part}."
+        return replace(
+            self,
+            embedding=self.embedding.replace(whole, inner, 1),
+            final_norm=self.final_norm.replace(whole, inner, 1),
+            layer=self.layer.replace(whole, inner, 1),
+        )

@@ -157,6 +157,17 @@ class Backend:
         summed = x if delta is None else x + delta
         return summed, rms_norm(summed, norm).to(self.dtype)
 
+    def rms_norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """x [tokens, size] → its norm, in the same dtype."""
+        return rms_norm(x, norm).to(x.dtype)
+
+    def softcap(self, logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+        """Logits float32 [rows, vocab] → cap · tanh(logits / cap), which may be in place.
+
+        The logits themselves if cap is None.
+        """
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
     def norm_qkv(
         self,
         x: torch.Tensor,
@@ -229,6 +240,8 @@ class Backend:
             key, value = kv[:, group.block_table[row]].flatten(1, 2)[:, :context].float()
             q = query[first : first + count].float().unflatten(1, (kv_heads, heads // kv_heads))
             scores = torch.einsum("qhgd,khd->hgqk", q, key) * spec.scale
+            if spec.softcap is not None:
+                scores = spec.softcap * torch.tanh(scores / spec.softcap)
             position = torch.arange(context, device=query.device)
             age = position[context - count :, None] - position[None, :]  # 0 for the token itself
             visible = age >= 0
@@ -256,6 +269,8 @@ class Backend:
         """gate_up [tokens, 2 · size], gate first → [tokens, size]; see `Activation`."""
         gate, up = gate_up.chunk(2, dim=-1)
         limit = activation.limit
+        if activation.kind == "gelu_tanh":
+            return F.gelu(gate, approximate="tanh") * up
         if limit is None:
             return F.silu(gate) * up
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)

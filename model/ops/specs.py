@@ -5,7 +5,7 @@ The decoder declares parameters with shapes alone, which needs no torch; the loa
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -138,11 +138,12 @@ class AttentionSpec:
 
     scale: float  # of the scores
     window: int | None  # sliding window in tokens, the token itself included
+    softcap: float | None = None  # scores s become softcap · tanh(s / softcap)
 
 
 @dataclass(frozen=True)
 class Activation:
-    """SwiGLU of a gate and an up: silu(gate) · up.
+    """SwiGLU of a gate and an up: silu(gate) · up; or gelu(gate) · up, by tanh ("gelu_tanh").
 
     With a limit (gpt-oss) the gate is clamped from above and up on both sides, and the result is
     gate · sigmoid(alpha · gate) · (up + 1).
@@ -150,6 +151,7 @@ class Activation:
 
     limit: float | None = None
     alpha: float = 1.0
+    kind: Literal["silu", "gelu_tanh"] = "silu"
 
 
 @dataclass(frozen=True)

@@ -214,7 +214,7 @@ def test_stop_string_of_a_request_truncates_its_text(tmp_path: Path) -> None:
         (
             batch_line(CHAT, messages=[{"role": "user", "content": [{"type": "image_url"}]}]),
             "unsupported_content",
-            "text",
+            "has the part {'type': 'image_url'}",
         ),
         (batch_line(CHAT, prompt="x"), "unknown_parameter", "'prompt'"),
         (batch_line("/v1/embeddings", input="x"), "unsupported_url", "/v1/completions"),

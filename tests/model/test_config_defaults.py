@@ -9,13 +9,15 @@ import torch
 import transformers as tf
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from model.config import CheckpointError, ModelConfig
+from model.config import CheckpointError, ModelConfig, RopeConfig
 from model.families import FAMILIES, family, parse_config
 from model.families.family import _DEFAULTS
 from model.families.keys import _HARMLESS
 from model.rope import rope_table
 
 CLASSES: dict[str, Any] = {
+    "gemma2": tf.Gemma2Config,
+    "gemma3_text": tf.Gemma3TextConfig,
     "gpt_oss": tf.GptOssConfig,
     "granite": tf.GraniteConfig,
     "llama": tf.LlamaConfig,
@@ -65,6 +67,11 @@ OTHER: dict[str, Any] = {
     "logits_scaling": 4.0,
     "eos_token_id": 7,
     "hidden_act": "silu",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 64,
+    "attn_logit_softcapping": 20.0,
+    "final_logit_softcapping": 10.0,
+    "use_bidirectional_attention": False,
 }
 
 
@@ -79,6 +86,11 @@ def full_config(model_type: str) -> dict[str, Any]:
     values = SIZES | {key: OTHER[key] for key in own_keys(model_type)}
     if model_type == "gpt_oss":
         values["attention_bias"] = False
+    if model_type == "gemma3_text":
+        values["rope_parameters"] = {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+        }
     if model_type == "phi3":  # which has no linear scaling
         values["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
     return values
@@ -112,9 +124,15 @@ def check(model_type: str, values: dict[str, Any]) -> ModelConfig:
     assert config.mlp_bias == getattr(expected, "mlp_bias", False)
     stop_ids = expected.eos_token_id if expected.eos_token_id is not None else []
     assert config.stop_ids == set(stop_ids if isinstance(stop_ids, list) else [stop_ids])
-    assert config.embedding_scale == getattr(expected, "embedding_multiplier", 1.0)
+    is_gemma = model_type.startswith("gemma")
+    scale = hidden**0.5 if is_gemma else getattr(expected, "embedding_multiplier", 1.0)
+    assert config.embedding_scale == scale
     assert config.residual_scale == getattr(expected, "residual_multiplier", 1.0)
-    assert config.attention_scale == getattr(expected, "attention_multiplier", None)
+    attention = expected.query_pre_attn_scalar**-0.5 if is_gemma else None
+    assert config.attention_scale == getattr(expected, "attention_multiplier", attention)
+    assert config.attention_softcap == getattr(expected, "attn_logit_softcapping", None)
+    assert config.logits_softcap == getattr(expected, "final_logit_softcapping", None)
+    assert (config.activation.kind == "gelu_tanh") == config.post_norms == is_gemma
     assert config.logits_scale == 1 / getattr(expected, "logits_scaling", 1.0)
     check_layers(config, expected)
     check_experts(config, expected)
@@ -155,20 +173,33 @@ def check_experts(config: ModelConfig, expected: Any) -> None:
 
 
 def check_rope(config: ModelConfig, expected: Any) -> None:
-    rope, factor = expected.rope_parameters, 1.0
+    parameters = expected.rope_parameters
+    if "rope_type" in parameters:
+        return check_one_rope(config, config.rope, parameters, expected)
+    for layer, kind in zip(config.layers, expected.layer_types, strict=True):
+        rope = layer.rope or config.rope
+        check_one_rope(config, rope, parameters[kind], expected, layer_type=kind)
+    return None
+
+
+def check_one_rope(
+    config: ModelConfig, found: RopeConfig, rope: dict[str, Any], expected: Any, **layer: str
+) -> None:
+    factor = 1.0
     if rope["rope_type"] == "default":
         dim = config.rotary_dim
         frequencies = rope["rope_theta"] ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     else:
-        frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](expected)
+        frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](expected, **layer)
     angles = torch.outer(torch.arange(40.0), frequencies.float())
     table = torch.cat((angles.cos(), angles.sin()), dim=-1) * factor
-    torch.testing.assert_close(rope_table(config.rope, config.rotary_dim, 40), table)
+    torch.testing.assert_close(rope_table(found, config.rotary_dim, 40), table)
 
 
 def test_every_key_of_a_config_class_is_understood() -> None:
     for model_type in FAMILIES:
-        understood = family(model_type).defaults.keys() | _DEFAULTS.keys()
+        own = family(model_type)
+        understood = own.defaults.keys() | own.aliases.keys() | _DEFAULTS.keys()
         assert set(own_keys(model_type)) - {"eos_token_id"} <= understood, model_type
 
 

@@ -114,6 +114,39 @@ def test_attention_with_another_scale_equals_the_reference(
     torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("cap", [0.5, 5.0, 50.0])
+@pytest.mark.parametrize("head_dim", [40, 64])
+def test_scores_are_capped_softly(head_dim: int, cap: float, dtype: torch.dtype) -> None:
+    lengths = [(1, 200), (1, 65), (70, 190), (3, 3)]
+    batch, group, blocks = paged(lengths, 30, block_size=8)
+    query = 4 * rand(sum(q for q, _ in lengths), 6, head_dim, dtype=dtype)
+    kv = rand(2, blocks, 8, 2, head_dim, seed=1, dtype=dtype)
+    spec = AttentionSpec(0.5, 30, cap)
+    expected = reference(dtype).attention(query, kv, batch, group, spec)
+    found = cpu_backend(dtype).attention(query, kv, batch, group, spec)
+    torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    plain = reference(dtype).attention(query, kv, batch, group, AttentionSpec(0.5, 30))
+    assert not torch.allclose(plain, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(0, 100), (3, 37), (70, 500)])
+def test_logits_are_capped_softly(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    logits = 100 * rand(*shape)
+    logits.view(-1)[:4] = torch.tensor([1e30, -1e30, 0.0, 1e-6])[: logits.numel()]
+    expected = 30 * torch.tanh(logits / 30)
+    found = cpu_backend(dtype).softcap(logits.clone(), 30.0)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
+    assert cpu_backend(dtype).softcap(logits, None) is logits
+
+
+@pytest.mark.parametrize("rows", [0, 1, 40])
+@pytest.mark.parametrize("size", [40, 96, 1024])
+def test_a_norm_alone_equals_the_reference(size: int, rows: int, dtype: torch.dtype) -> None:
+    x, norm = 3 * rand(rows, size, dtype=dtype), norm_of(rand(size, seed=1) + 1)
+    expected = reference(dtype).rms_norm(x, norm)
+    torch.testing.assert_close(cpu_backend(dtype).rms_norm(x, norm), expected)
+
+
 def test_a_sink_takes_its_share_of_the_softmax() -> None:
     """The reference itself, by hand: one key, one sink, half of the weight each."""
     batch, group, blocks = paged([(1, 1)], None, block_size=4)
@@ -292,17 +325,18 @@ def test_rotary_with_kv_write_equals_the_reference(
         assert torch.equal(found[..., rotary_dim:], qkv[:, :heads, rotary_dim:])
 
 
-@pytest.mark.parametrize("limit", [None, 1.0])
+@pytest.mark.parametrize(
+    "activation", [Activation(), Activation(1.0, 1.702), Activation(kind="gelu_tanh")]
+)
 @pytest.mark.parametrize("rows", [0, 1, 9, 40])
 @pytest.mark.parametrize("size", [48, 96])
 def test_a_gated_linear_equals_the_reference(
-    size: int, rows: int, limit: float | None, dtype: torch.dtype
+    size: int, rows: int, activation: Activation, dtype: torch.dtype
 ) -> None:
     x, weight = rand(rows, 64, dtype=dtype), rand(2 * size, 64, seed=1, dtype=dtype)
     bias = rand(2 * size, seed=2, dtype=dtype)
     bias[:3] = torch.tensor([100.0, -100.0, 50.0])
-    activation, backend = Activation(limit, 1.702), cpu_backend(dtype)
-    wide = linear_of(weight.float(), bias.float())
+    backend, wide = cpu_backend(dtype), linear_of(weight.float(), bias.float())
     expected = reference().gated_linear(x.float(), wide, activation)
     found = backend.gated_linear(x, packed_linear(backend, weight, bias), activation)
     torch.testing.assert_close(found.float(), expected, rtol=3e-2, atol=5e-2)

@@ -39,9 +39,12 @@ def _read_message(entry: Any, number: int) -> Message:
 def _content(content: Any, where: str, optional: bool) -> str | None:
     """Return the text of a message; an `optional` one may be None."""
     if isinstance(content, list):
-        if not all(map(_is_text, content)):
+        other = next((part for part in content if not _is_text(part)), None)
+        if other is not None:
             raise BadRequestError(
-                "unsupported_content", f"{where}: every part of 'content' must be of type 'text'"
+                "unsupported_content",
+                f"{where}: 'content' has the part {other!r:.60}, but only parts with the type "
+                "'text' and a 'text' are supported",
             )
         return "".join(part["text"] for part in content)
     if not isinstance(content, str) and not (content is None and optional):

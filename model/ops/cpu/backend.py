@@ -151,6 +151,22 @@ class CpuBackend(OneDnnBackend):
         leave_to_torch()
         return super().add_rms_norm(x, delta, norm)
 
+    def rms_norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """As Backend.rms_norm."""
+        if self._fits(norm.size, 16):
+            return native.rms_norm(x, norm.weight, norm.eps)
+        leave_to_torch()
+        return super().rms_norm(x, norm)
+
+    def softcap(self, logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+        """As Backend.softcap."""
+        if cap is None:
+            return logits
+        if library() is not None:
+            return native.softcap(logits, cap)
+        leave_to_torch()
+        return super().softcap(logits, cap)
+
     def rotate_and_write(self, qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:
         """As Backend.rotate_and_write."""
         if self._fits(rope.heads.head_dim, 32) and self._fits(rope.cos_sin.shape[1], 32):

@@ -66,6 +66,21 @@ def add_rms_norm(
     return summed, normed
 
 
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """As Backend.rms_norm, for a size that is a multiple of 16."""
+    out = empty(x.shape, x.dtype)
+    kernels.rms_norm(
+        x.data_ptr(), weight.data_ptr(), *x.shape, eps, out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+def softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
+    """As Backend.softcap, in place."""
+    kernels.softcap(x.data_ptr(), cap, x.numel(), torch.get_num_threads())
+    return x
+
+
 def rotate_and_write(qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:
     """As Backend.rotate_and_write, for head_dim and rotary_dim that are multiples of 32."""
     tokens, _, head_dim = qkv.shape
@@ -100,8 +115,8 @@ def attention(
         query.data_ptr(), kv.data_ptr(), kv.stride(0), table.data_ptr(), table.stride(0),
         batch.cu_seqlens_q.data_ptr(), batch.context_lens.data_ptr(),
         None if sinks is None else sinks.data_ptr(), table.shape[0], heads, kv.shape[3], head_dim,
-        kv.shape[2], _score_scale(spec, head_dim), spec.window or 0, out.data_ptr(),
-        torch.get_num_threads(),
+        kv.shape[2], _score_scale(spec, head_dim), spec.softcap or 0.0, spec.window or 0,
+        out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -117,6 +132,12 @@ def _score_scale(spec: AttentionSpec, head_dim: int) -> float:
     return spec.scale
 
 
+def _activation(activation: Activation) -> tuple[int, float, float]:
+    """The kind, limit and alpha of an activation, as in kernels/types.h."""
+    kind = 2 if activation.kind == "gelu_tanh" else int(activation.limit is not None)
+    return kind, activation.limit or 0.0, activation.alpha
+
+
 def gated_linear(
     x: torch.Tensor,
     weight: Packed,
@@ -124,11 +145,10 @@ def gated_linear(
     activation: Activation,
 ) -> torch.Tensor:
     """As Backend.gated_linear, for a number of outputs that is a multiple of 64."""
-    limit = activation.limit
     out = empty((x.shape[0], weight.shape[0] // 2), x.dtype)
     kernels.gated_linear(
-        weight.described(bias), x.data_ptr(), x.shape[0], limit is not None, limit or 0.0,
-        activation.alpha, out.data_ptr(), torch.get_num_threads(),
+        weight.described(bias), x.data_ptr(), x.shape[0], *_activation(activation),
+        out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -153,14 +173,13 @@ def experts(
     activation: Activation,
 ) -> torch.Tensor:
     """As Backend.experts; the results of a token's experts are added in the experts' order."""
-    limit = activation.limit
     tokens, top_k = expert_ids.shape
     out = empty((tokens, experts.hidden), x.dtype)
     kernels.experts(
         experts.gate_up.described(experts.gate_up_bias),
         experts.down.described(experts.down_bias), experts.count, x.data_ptr(), tokens,
-        expert_ids.data_ptr(), weights.data_ptr(), top_k, limit is not None, limit or 0.0,
-        activation.alpha, out.data_ptr(), torch.get_num_threads(),
+        expert_ids.data_ptr(), weights.data_ptr(), top_k, *_activation(activation),
+        out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 

@@ -142,6 +142,8 @@ class OneDnnBackend(Backend):
         (chunks), so KV is neither repeated nor read twice. Sinks enter through the log-sum-exp:
         softmax with one more column is softmax times sigmoid(lse - sink).
         """
+        if spec.softcap is not None:  # torch's flash attention has none
+            return super().attention(query, kv, batch, group, spec, sinks)
         if group.plan is None:
             group.plan = _make_plan(batch, group, spec.window, kv.shape[2], query.dtype)
         plan: _Plan = group.plan

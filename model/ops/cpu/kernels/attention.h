@@ -44,7 +44,7 @@ INLINE void find_offsets(const PagedCache& cache, const int32_t* block_table, in
 // One item of one sequence. query and out [tokens, heads, head_dim] and block_table begin at the
 // sequence, of which `num_computed` tokens precede the query.
 void attend(const bf16* query, bf16* out, const AttentionItem& item, int64_t num_computed,
-            int64_t heads, float scale, int64_t window, const PagedCache& cache,
+            int64_t heads, float scale, float cap, int64_t window, const PagedCache& cache,
             const int32_t* block_table, const bf16* sinks, int64_t& configured_rows) {
   const bf16* kv = cache.keys;
   const int64_t head_dim = cache.head_dim, group = heads / cache.kv_heads;
@@ -104,7 +104,7 @@ void attend(const bf16* query, bf16* out, const AttentionItem& item, int64_t num
       for (int64_t r = 0; r < rows; r++) {
         with_constant<SPAN / KEYS>(padded / KEYS, [&](auto parts) {
           softmax_span<parts.value * KEYS / LANES>(
-              scores + r * SPAN, use_amx() ? weights + r * SPAN : nullptr, scale,
+              scores + r * SPAN, use_amx() ? weights + r * SPAN : nullptr, scale, cap,
               window ? visible_end[r] - window - at : 0, visible_end[r] - at,
               softmax[h * rows + r], head_output + r * head_dim, head_dim);
         });
@@ -141,13 +141,13 @@ void attend(const bf16* query, bf16* out, const AttentionItem& item, int64_t num
 
 // query [tokens, heads, head_dim] → out, over the sequences' blocks in the cache.
 // block_tables [sequences, block_table_stride], cu_seqlens_q [sequences + 1], context_lens
-// [sequences], sinks [heads] or null; scale: the factor of the scores; window: the positions that a
-// token attends to, 0 for all.
+// [sequences], sinks [heads] or null; scale: the factor of the scores; cap: their soft limit, 0 for
+// none; window: the positions that a token attends to, 0 for all.
 void attention(const bf16* query, const bf16* kv, int64_t value_offset,
                const int32_t* block_tables, int64_t block_table_stride,
                const int32_t* cu_seqlens_q, const int32_t* context_lens, const bf16* sinks,
                int64_t sequences, int64_t heads, int64_t kv_heads, int64_t head_dim,
-               int64_t block_size, float scale, int64_t window, bf16* out, int threads) {
+               int64_t block_size, float scale, float cap, int64_t window, bf16* out, int threads) {
   const PagedCache cache{kv, value_offset, block_size, kv_heads, head_dim};
   const int64_t group = heads / kv_heads;
   const int64_t tokens_at_once = std::max<int64_t>(1, MAX_QUERY_ROWS / group);
@@ -178,7 +178,7 @@ void attention(const bf16* query, const bf16* kv, int64_t value_offset,
     for (int64_t i = 0; i < count; i++) {
       const int64_t s = items[i].sequence, offset = (int64_t)cu_seqlens_q[s] * heads * head_dim;
       const int64_t num_computed = context_lens[s] - (cu_seqlens_q[s + 1] - cu_seqlens_q[s]);
-      attend(query + offset, out + offset, items[i], num_computed, heads, scale, window,
+      attend(query + offset, out + offset, items[i], num_computed, heads, scale, cap, window,
              cache, block_tables + s * block_table_stride, sinks, configured_rows);
     }
     release_tiles(configured_rows);

@@ -159,17 +159,18 @@ struct RowSoftmax {
 
 // Turns a row's scores of a span, of which positions [from, to) are visible, into weights relative
 // to the largest score so far, and rescales the row's sums and output to that. The weights replace
-// the scores, or go to `weights` as bf16 [SPAN].
+// the scores, or go to `weights` as bf16 [SPAN]. cap: of the scores, softly; 0: none.
 template <int PARTS>
-INLINE void softmax_span(float* scores, bf16* weights, float scale, int64_t from, int64_t to,
-                         RowSoftmax& row, float* output, int64_t head_dim) {
+INLINE void softmax_span(float* scores, bf16* weights, float scale, float cap, int64_t from,
+                         int64_t to, RowSoftmax& row, float* output, int64_t head_dim) {
   vec_i32 lane;
   for (int i = 0; i < LANES; i++) lane[i] = i;
   const vec_f32 masked = broadcast(-INFINITY);
   vec_f32 weight[PARTS], part_max = masked, sums = {};
   for (int p = 0; p < PARTS; p++) {
     const vec_i32 position = lane + p * LANES;
-    const vec_f32 value = load(scores + p * LANES) * scale;
+    vec_f32 value = load(scores + p * LANES) * scale;
+    if (cap) value = cap_softly(value, cap);
     weight[p] = (position >= (int32_t)from) & (position < (int32_t)to) ? value : masked;
     part_max = weight[p] > part_max ? weight[p] : part_max;
   }

@@ -67,8 +67,8 @@ void gather_rows(const bf16* x, int64_t inputs, const int64_t* pairs, int64_t to
 // other tokens. gate_up, down: one weight for each expert.
 void experts(const Weight* gate_up, const Weight* down, int64_t num_experts,
              const bf16* x, int64_t tokens, const int64_t* expert_ids, const float* weights,
-             int64_t top_k, bool clamped, float limit, float alpha, bf16* out, int threads) {
-  const Swiglu swiglu{clamped, limit, alpha};
+             int64_t top_k, int64_t kind, float limit, float alpha, bf16* out, int threads) {
+  const Activation activation{kind, limit, alpha};
   const int64_t pairs = tokens * top_k, inputs = gate_up->inputs, size = gate_up->outputs / 2;
   const PairsByExpert& sorted = sort_by_expert(expert_ids, pairs, num_experts);
   const auto& items =
@@ -99,7 +99,7 @@ void experts(const Weight* gate_up, const Weight* down, int64_t num_experts,
     for (int64_t i = 0; i < total; i++) {
       const ExpertItem item = items[(size_t)i];
       gated_block(gate_up[item.expert], item.panel,
-                  slice_rows(gathered, item.first, item.last - item.first, inputs), swiglu,
+                  slice_rows(gathered, item.first, item.last - item.first, inputs), activation,
                   inner + item.first * size, scratch, configured_rows);
     }
     prepare_rows(inner, inner_rows, size);

@@ -14,6 +14,8 @@ const Function functions[] = {
     NATIVE_FUNCTION(gather),
     NATIVE_FUNCTION(embed),
     NATIVE_FUNCTION(scale),
+    NATIVE_FUNCTION(rms_norm),
+    NATIVE_FUNCTION(softcap),
     NATIVE_FUNCTION(add_rms_norm),
     NATIVE_FUNCTION(rotate_and_write),
     NATIVE_FUNCTION(attention),

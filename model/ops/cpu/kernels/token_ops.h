@@ -54,6 +54,28 @@ INLINE float sum_of_squares(const T* x, int64_t size) {
   return reduce_add(squares);
 }
 
+// RMSNorm of x [rows, size], without a residual stream → out
+void rms_norm(const bf16* x, const float* weight, int64_t rows, int64_t size, float eps, bf16* out,
+              int threads) {
+  if (rows * size < 1 << 14) threads = 1;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t row = 0; row < rows; row++) {
+    const bf16* from = x + row * size;
+    const float factor = 1.0f / std::sqrt(sum_of_squares(from, size) / (float)size + eps);
+    for (int64_t i = 0; i < size; i += LANES)
+      store_bf16(out + row * size + i, load_bf16(from + i) * factor * load(weight + i));
+  }
+}
+
+// Caps x [count] softly, in place.
+void softcap(float* x, float cap, int64_t count, int threads) {
+  if (count < 1 << 14) threads = 1;
+  const int64_t whole = count / LANES * LANES;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < whole; i += LANES) store(x + i, cap_softly(load(x + i), cap));
+  for (int64_t i = whole; i < count; i++) x[i] = cap_softly(broadcast(x[i]), cap)[0];
+}
+
 // x and delta [rows, size] → their sum and its RMSNorm; without a delta, the RMSNorm of x.
 void add_rms_norm(const float* x, const bf16* delta, const float* weight, int64_t rows,
                   int64_t size, float eps, float* sum, bf16* normed, int threads) {

@@ -45,9 +45,10 @@ struct Weight {
   int64_t outputs, inputs, mxfp4;
 };
 
-// The gated activation of an MLP; limit and alpha only count if `clamped` (gpt-oss).
-struct Swiglu {
-  bool clamped;
+// The gated activation of an MLP. limit and alpha only count for CLAMPED_SWIGLU (gpt-oss).
+enum : int64_t { SWIGLU, CLAMPED_SWIGLU, GELU_TANH };  // native.py has the same numbers
+struct Activation {
+  int64_t kind;
   float limit, alpha;
 };
 

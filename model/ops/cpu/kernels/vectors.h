@@ -141,12 +141,22 @@ INLINE vec_f32 exponential(vec_f32 x) {
   return (vec_f32)((vec_i32)p + (n << 23));
 }
 
-INLINE vec_f32 activate(vec_f32 gate, vec_f32 up, Swiglu swiglu) {
-  if (!swiglu.clamped) return gate / (1.0f + exponential(-gate)) * up;
-  gate = gate > swiglu.limit ? broadcast(swiglu.limit) : gate;
-  up = up > swiglu.limit ? broadcast(swiglu.limit) : up;
-  up = up < -swiglu.limit ? broadcast(-swiglu.limit) : up;
-  return gate / (1.0f + exponential(-swiglu.alpha * gate)) * (up + 1.0f);
+INLINE vec_f32 activate(vec_f32 gate, vec_f32 up, Activation by) {
+  if (by.kind == SWIGLU) return gate / (1.0f + exponential(-gate)) * up;
+  if (by.kind == GELU_TANH) {
+    // (1 + tanh(y)) / 2 = 1 / (1 + e^-2y), with 2y = 2 · √(2 / π) · (x + 0.044715 · x³)
+    const vec_f32 twice = 1.59576912160573f * (gate + 0.044715f * gate * gate * gate);
+    return gate / (1.0f + exponential(-twice)) * up;
+  }
+  gate = gate > by.limit ? broadcast(by.limit) : gate;
+  up = up > by.limit ? broadcast(by.limit) : up;
+  up = up < -by.limit ? broadcast(-by.limit) : up;
+  return gate / (1.0f + exponential(-by.alpha * gate)) * (up + 1.0f);
+}
+
+// cap · tanh(x / cap) = cap · (1 - 2 / (e^(2x / cap) + 1))
+INLINE vec_f32 cap_softly(vec_f32 x, float cap) {
+  return cap * (1.0f - 2.0f / (exponential(x * (2.0f / cap)) + 1.0f));
 }
 
 // Calls `f` with `count`, which is from 1 to MAX, as a compile-time constant.

@@ -53,7 +53,7 @@ void logits(const Weight* weight, const bf16* x, int64_t rows, float scale, floa
 
 // A panel of gates and the panel of values that they gate, for rows x [count, inputs]: out [count,
 // outputs / 2], arranged as x is. The first half of the outputs are gates.
-void gated_block(const Weight& weight, int64_t panel, const Rows& x, Swiglu swiglu, bf16* out,
+void gated_block(const Weight& weight, int64_t panel, const Rows& x, Activation activation, bf16* out,
                  float* scratch, int64_t& configured_rows) {
   const int64_t size = weight.outputs / 2;
   rows_times_panels<2>(weight, {panel, panel + size / PANEL}, x, scratch, configured_rows,
@@ -62,14 +62,14 @@ void gated_block(const Weight& weight, int64_t panel, const Rows& x, Swiglu swig
                                         ? out + arranged_offset(r, x.count, size, panel * PANEL)
                                         : out + r * size + panel * PANEL;
                          for (int v = 0; v < VECTORS; v++)
-                           store_bf16(to + v * LANES, activate(sums[0][v], sums[1][v], swiglu));
+                           store_bf16(to + v * LANES, activate(sums[0][v], sums[1][v], activation));
                        });
 }
 
 // x [rows, inputs] → out [rows, outputs / 2]
-void gated_linear(const Weight* weight, const bf16* x, int64_t rows, bool clamped, float limit,
+void gated_linear(const Weight* weight, const bf16* x, int64_t rows, int64_t kind, float limit,
                   float alpha, bf16* out, int threads) {
-  const Swiglu swiglu{clamped, limit, alpha};
+  const Activation activation{kind, limit, alpha};
   const int64_t inputs = weight->inputs, panels = weight->outputs / 2 / PANEL;
   const int64_t span = rows_at_once(rows, inputs), items = panels * ((rows + span - 1) / span);
   const int64_t chunk = std::max<int64_t>(1, items / (8 * threads));
@@ -83,7 +83,7 @@ void gated_linear(const Weight* weight, const bf16* x, int64_t rows, bool clampe
 #pragma omp for schedule(dynamic, chunk) nowait
     for (int64_t item = 0; item < items; item++) {
       const int64_t first = item / panels * span;
-      gated_block(*weight, item % panels, slice_rows(all, first, span, inputs), swiglu,
+      gated_block(*weight, item % panels, slice_rows(all, first, span, inputs), activation,
                   out + first * weight->outputs / 2, scratch, configured_rows);
     }
     release_tiles(configured_rows);
