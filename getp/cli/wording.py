@@ -14,6 +14,7 @@ _OPTIONS = {
     "kv_memory": "--kv-memory",
     "block_size": "--block-size",
     "prefix_cache": "--no-prefix-cache",
+    "speculation": "--no-speculation",
     "dummy_weights": "--dummy-weights",
     "tensor_parallel": "--tensor-parallel",
     # engine.SamplingParams
