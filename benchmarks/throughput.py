@@ -75,7 +75,11 @@ def main(
     load = make_load(kind)
     start = time.perf_counter()
     config = EngineConfig(
-        dtype=dtype, device=device, prefix_cache=prefix_cache, dummy_weights=dummy_weights
+        dtype=dtype,
+        device=device,
+        prefix_cache=prefix_cache,
+        dummy_weights=dummy_weights,
+        speculation=False,  # random weights repeat themselves, which text does not
     )
     with Engine(checkpoint, config) as engine:
         warm = SamplingParams(max_new_tokens=4, ignore_eos=True)

@@ -31,6 +31,7 @@ from engine.resolve import dtype_name, resolve, rounding
 from engine.scheduling.admission import admit, take_requests
 from engine.scheduling.kv_cache import KVCache
 from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.speculation import MOST_GUESSES, Speculation
 from engine.stats import EngineStats
 from engine.step_loop import StepLoop
 from engine.summary import RunSummary, peak_resident_bytes
@@ -215,12 +216,21 @@ class Engine:
                 blocks=blocks,
             )
         self.max_positions = limit
-        self.runner.allocate(blocks, settings.block_size, limit, self.max_batch_size)
+        # Steps are read before the next is scheduled only without lookahead.
+        speculates = self.config.speculation and not self.lookahead
+        rows = self.max_batch_size + (MOST_GUESSES if speculates else 0)
+        self.runner.allocate(blocks, settings.block_size, limit, rows)
         # Admission in groups pays only if decode steps are replayed.
         group_size = self.group_size if self._capture() else 0
         self.stats.kv_blocks = blocks - 1
         self.stats.kv_bytes = blocks * cost.block_bytes
-        scheduler = Scheduler(cache, self.max_batch_size, self.max_batch_tokens, group_size)
+        scheduler = Scheduler(
+            cache,
+            self.max_batch_size,
+            self.max_batch_tokens,
+            group_size,
+            Speculation(self.max_batch_size) if speculates else None,
+        )
         return StepLoop(scheduler, self.runner, settings, self.stats, self.notice, self.lookahead)
 
     def _measure_peak_step(self) -> int:

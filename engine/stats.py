@@ -23,7 +23,9 @@ class EngineStats:
     kv_blocks: int = 0
     kv_bytes: int = 0
     peak_kv_blocks: int = 0
-    decode_tokens: int = 0  # tokens that were the only one of their sequence in a step
+    decode_tokens: int = 0  # computed in rows of their own: of decodes, guesses, short chunks
+    guessed_tokens: int = 0  # by speculation, and computed
+    right_guesses: int = 0
     decode_context: int = 0  # positions attended to by decode tokens, ignoring windows
     prefill_chunks: int = 0  # chunks of more than one token
     prefill_tokens: int = 0
@@ -54,13 +56,15 @@ class EngineStats:
     def count(self, step: Step, scheduler: Scheduler) -> None:
         """Count a step that was launched."""
         self.steps += 1
-        self.batch_sum += step.size
-        self.peak_batch = max(self.peak_batch, step.size)
+        sequences = step.size - step.guesses
+        self.batch_sum += sequences
+        self.peak_batch = max(self.peak_batch, sequences)
         self.peak_kv_blocks = max(self.peak_kv_blocks, scheduler.cache.num_used)
         self.preemptions = scheduler.preemptions
-        self.decode_tokens += len(step.decodes)
-        self.decode_context += sum(step.context_lens[: len(step.decodes)])
-        computed = len(step.decodes)
+        computed = len(step.decodes) + step.guesses
+        self.guessed_tokens += step.guesses
+        self.decode_tokens += computed
+        self.decode_context += sum(step.context_lens[:computed])
         for chunk in step.chunks:
             tokens = chunk.end - chunk.start
             computed += tokens

@@ -14,7 +14,7 @@ from engine.memory_plan import available_bytes, format_bytes, is_out_of_memory
 from engine.request import Completion
 from engine.resolve import Settings, dtype_name
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.sequence import Step
+from engine.scheduling.sequence import Sequence, Step
 from engine.stats import EngineStats
 from model.ops.step_parts import SCHEDULING
 
@@ -70,7 +70,10 @@ class StepLoop:
         self.scheduler.note_success()
         self._stats.count(step, self.scheduler)
         self._launched.append((step, sampled))
-        return self.read(self.lookahead)
+        done = self.read(self.lookahead)
+        if self.scheduler.speculation is not None:
+            self.scheduler.speculation.measured(step, time.perf_counter() - scheduled)
+        return done
 
     def read(self, keep: int = 0) -> list[Completion]:
         """Read the launched steps, except for the last `keep`; returns the finished requests."""
@@ -81,10 +84,18 @@ class StepLoop:
             tokens, logprobs = sampled.read()
             now = time.perf_counter()
             self._stats.model_s += now - start
-            ended = []
-            for i, (sequence, token) in enumerate(zip(step.sampling(), tokens, strict=True)):
+            ended: list[Sequence] = []
+            wrong = set[Sequence]()  # sequences with a wrong guess: what follows it is dropped
+            sampled_rows = zip(step.sampling(), step.guessed(), tokens, strict=True)
+            for i, (sequence, guess, token) in enumerate(sampled_rows):
                 if sequence.finished:  # this step was launched before its end was known
                     continue
+                if guess is not None:
+                    if sequence in wrong or sequence in ended:
+                        continue
+                    if sequence.tokens[-1] != guess:
+                        wrong.add(sequence)
+                        continue
                 if token == NO_TOKEN:
                     ended.append(sequence)
                     error = _not_finite(self._settings.dtype)
@@ -98,6 +109,8 @@ class StepLoop:
                     ended.append(sequence)
                     done.append(sequence.completion(reason, now))
                     self._stats.count_finished(done[-1])
+            if self.scheduler.speculation is not None:
+                self._stats.right_guesses += self.scheduler.speculation.settle(step)
             if ended:
                 self.scheduler.finish(ended)
         return done

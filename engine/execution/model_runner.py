@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from engine.execution.batch_builder import BatchBuilder
+from engine.execution.batch_builder import BatchBuilder, int64
 from engine.execution.decode_graphs import Capture, DecodeGraphs
 from engine.execution.sampler import Sampled, Sampler, pin, to_device
 from engine.parallel.step_message import StepMessage
@@ -233,12 +233,17 @@ class ModelRunner:
         """Start the step; the result holds the next token of each of `step.sampling()`."""
         if self.model is None or self.sampler is None:
             raise RuntimeError("the engine is not warmed up: call warm_up() first")
-        starting = [c.sequence for c in step.chunks if c.samples and not c.sequence.greedy]
+        starting = [
+            (chunk.sequence.row, chunk.sequence)
+            for chunk in step.chunks
+            if chunk.samples and not chunk.sequence.greedy
+        ]
+        for draft in step.drafts:
+            if not draft.sequence.greedy:
+                starting += [(row, draft.sequence) for row in draft.rows]
         if starting:
-            self.sampler.set_params(
-                [sequence.row for sequence in starting],
-                [sequence.request.params for sequence in starting],
-            )
+            rows, sequences = zip(*starting, strict=True)
+            self.sampler.set_params(rows, [sequence.request.params for sequence in sequences])
         non_greedy = {i: s.request.params for i, s in enumerate(step.sampling()) if not s.greedy}
         return self.compute(StepMessage.of(step, all_greedy=not non_greedy), non_greedy)
 
@@ -250,6 +255,10 @@ class ModelRunner:
         if message.block_tables:
             self.batches.update_tables(message)
             self._graph_tables = None
+        if message.given:
+            given_rows, tokens = (int64(each) for each in zip(*message.given, strict=True))
+            last = self.sampler.last
+            last.index_copy_(0, to_device(given_rows, self.device), to_device(tokens, self.device))
         if self._graphs is None or message.starts:
             with BATCH_PREPARATION:
                 batch, rows, positions = self.batches.build(message, self.sampler.last)

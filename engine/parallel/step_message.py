@@ -12,8 +12,8 @@ from engine.scheduling.sequence import Step
 class StepMessage:
     """A `Step` in terms of rows: decoding sequences first, then chunks."""
 
-    decodes: int  # sequences that compute the token that their row sampled last
-    rows: SequenceOf[int]  # of every sequence
+    decodes: int  # rows that compute the token that they sampled last, or one that is given
+    rows: SequenceOf[int]  # of every decode and chunk
     context_lens: SequenceOf[int]  # of every sequence: positions with KV after the step
     starts: SequenceOf[int]  # of every chunk: its first position
     lengths: SequenceOf[int]  # of every chunk: known tokens of its sequence
@@ -21,6 +21,7 @@ class StepMessage:
     tokens: SequenceOf[int]  # of all chunks, concatenated
     block_tables: SequenceOf[tuple[int, SequenceOf[array]]]  # changed rows: a table for each group
     all_greedy: bool  # every sampled token is the most likely one, without log-probabilities
+    given: SequenceOf[tuple[int, int]] = ()  # (row, token): replaces what the row sampled last
 
     @classmethod
     def of(cls, step: Step, all_greedy: bool) -> "StepMessage":
@@ -28,6 +29,12 @@ class StepMessage:
         chunks = step.chunks
         known = (chunk.sequence.tokens[chunk.start : chunk.end] for chunk in chunks)
         rows = [sequence.row for sequence in step.decodes]
+        tables = [(sequence.row, sequence.block_tables.tables) for sequence in step.changed_tables]
+        given = [(sequence.row, sequence.tokens[-1]) for sequence in step.corrected]
+        for draft in step.drafts:
+            rows += draft.rows
+            tables += [(row, draft.sequence.block_tables.tables) for row in draft.rows]
+            given += zip(draft.rows, draft.tokens, strict=True)
         return cls(
             len(rows),
             rows + [chunk.sequence.row for chunk in chunks],
@@ -36,23 +43,24 @@ class StepMessage:
             [len(chunk.sequence.tokens) for chunk in chunks],
             [chunk.samples for chunk in chunks],
             list(itertools.chain.from_iterable(known)),
-            [(sequence.row, sequence.block_tables.tables) for sequence in step.changed_tables],
+            tables,
             all_greedy,
+            given,
         )
 
     @property
     def size(self) -> int:
-        """The number of sequences."""
+        """The number of rows."""
         return len(self.rows)
 
     def packed(self) -> array:
         """All fields as int32, lengths first."""
-        tables = self.block_tables
-        packed = array(
-            "i", [self.decodes, self.size, len(self.tokens), len(tables), self.all_greedy]
-        )
+        tables, given = self.block_tables, self.given
+        counts = self.decodes, self.size, len(self.tokens), len(given), len(tables)
+        packed = array("i", [*counts, self.all_greedy])
         packed.extend(itertools.chain(self.rows, self.context_lens))
         packed.extend(itertools.chain(self.starts, self.lengths, self.samples, self.tokens))
+        packed.extend(itertools.chain.from_iterable(given))
         for row, row_tables in tables:
             packed.append(row)
             for table in row_tables:
@@ -63,13 +71,13 @@ class StepMessage:
     @classmethod
     def unpacked(cls, packed: array, groups: int) -> "StepMessage":
         """The message from `packed`; groups: block tables of each sequence."""
-        decodes, size, count, changed, all_greedy = packed[:5]
-        at = 5
+        decodes, size, count, corrections, changed, all_greedy = packed[:6]
+        at = 6
         lists = []
-        for length in (size, size, *[size - decodes] * 3, count):
+        for length in (size, size, *[size - decodes] * 3, count, 2 * corrections):
             lists.append(packed[at : at + length].tolist())
             at += length
-        rows, context_lens, starts, lengths, samples, tokens = lists
+        rows, context_lens, starts, lengths, samples, tokens, given = lists
         block_tables = []
         for _ in range(changed):
             row, at = packed[at], at + 1
@@ -89,4 +97,5 @@ class StepMessage:
             tokens,
             block_tables,
             bool(all_greedy),
+            list(zip(given[::2], given[1::2], strict=True)),
         )

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from engine.scheduling.kv_cache import KVCache
 from engine.scheduling.sequence import Chunk, Sequence, Step
+from engine.scheduling.speculation import Speculation
 
 _STEPS_BEFORE_GROWTH = 128  # successful steps after a back-off until the limits grow again
 
@@ -32,6 +33,7 @@ class Scheduler:
     # While the batch is full, admission waits until one in `group_size` running sequences has
     # finished, for at most `group_size` steps. 0: sequences are admitted as soon as there is room.
     group_size: int = 0
+    speculation: Speculation | None = None  # only if the tokens of every earlier step are known
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)
     preemptions: int = 0
@@ -98,6 +100,8 @@ class Scheduler:
         self._restart(outgrown)
         step.chunks.sort(key=lambda chunk: chunk.end - chunk.start > 1)  # stable
         context_lens += [chunk.end for chunk in step.chunks]
+        if self.speculation is not None:
+            self.speculation.extend(step, self.cache)
         return step
 
     def _restart(self, sequences: list[Sequence]) -> None:

@@ -1,10 +1,14 @@
 """A request in the engine (Sequence) and the tokens that one step computes (Chunk, Step)."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from engine.errors import RequestError
 from engine.request import Completion, FinishReason, Request, TokenLogprobs
 from engine.scheduling.kv_cache import BlockTables
+
+if TYPE_CHECKING:
+    from engine.scheduling.speculation import Lookup
 
 
 @dataclass(eq=False, slots=True)
@@ -29,6 +33,7 @@ class Sequence:
     admitted: bool = False
     # longrope: length beyond which the sequence is recomputed with the long factors; 0: never.
     rope_context: int = 0
+    lookup: "Lookup | None" = None  # guesses of its next tokens
 
     def __post_init__(self) -> None:
         """Derive the length and whether sampling is greedy."""
@@ -75,28 +80,61 @@ class Chunk:
     samples: bool  # the step samples the sequence's next token
 
 
+@dataclass(frozen=True)
+class Draft:
+    """Guessed tokens that follow the token which a decoding sequence computes in the same step.
+
+    Each is computed in a row of its own, from `first_row` on, with the sequence's block tables.
+    """
+
+    sequence: Sequence
+    tokens: list[int]
+    first_row: int
+
+    @property
+    def rows(self) -> range:
+        """The row of each token."""
+        return range(self.first_row, self.first_row + len(self.tokens))
+
+
 @dataclass
 class Step:
-    """One step: one token of each decoding sequence, then chunks with single-token chunks first.
+    """One step: one token of each decoding sequence, drafts, chunks with single-token ones first.
 
     The token of a decoding sequence is the one that it sampled last; the host may not know it yet.
     """
 
     decodes: list[Sequence] = field(default_factory=list)
+    drafts: list[Draft] = field(default_factory=list)
+    corrected: list[Sequence] = field(default_factory=list)  # decodes whose last token is given
     chunks: list[Chunk] = field(default_factory=list)
     context_lens: list[int] = field(default_factory=list)  # positions with KV after the step
     changed_tables: list[Sequence] = field(default_factory=list)  # those with new blocks
 
     @property
     def size(self) -> int:
-        """The number of sequences."""
+        """The number of rows: one for each sequence and each guessed token."""
         return len(self.context_lens)
+
+    @property
+    def guesses(self) -> int:
+        """The number of guessed tokens."""
+        return sum(len(draft.tokens) for draft in self.drafts)
 
     @property
     def tokens(self) -> int:
         """The number of tokens computed."""
-        return len(self.decodes) + sum(chunk.end - chunk.start for chunk in self.chunks)
+        return (
+            len(self.decodes) + self.guesses + sum(chunk.end - chunk.start for chunk in self.chunks)
+        )
 
     def sampling(self) -> list[Sequence]:
-        """The sequences for which the step samples a token, in the order of those tokens."""
-        return self.decodes + [chunk.sequence for chunk in self.chunks if chunk.samples]
+        """The sequence of each token that the step samples; with guesses, several have the same."""
+        drafted = [draft.sequence for draft in self.drafts for _ in draft.tokens]
+        return self.decodes + drafted + [c.sequence for c in self.chunks if c.samples]
+
+    def guessed(self) -> list[int | None]:
+        """For each sampled token the guessed token that it follows, None if it is not guessed."""
+        known: list[int | None] = [None] * len(self.decodes)
+        known += [token for draft in self.drafts for token in draft.tokens]
+        return known + [None for chunk in self.chunks if chunk.samples]

@@ -253,6 +253,14 @@ _ALL: tuple[Decorator, ...] = (
         default=True,
         help="Disable prefix caching.",
     ),
+    _engine(
+        "--no-speculation",
+        "speculation",
+        flag_value=False,
+        default=True,
+        help="Disable speculation, which computes likely next tokens ahead while few requests run "
+        "on a CPU. Results are the same.",
+    ),
     _batch(
         "--tensor-parallel",
         type=Integer(1, 1024),

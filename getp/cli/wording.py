@@ -14,6 +14,7 @@ _OPTIONS = {
     "kv_memory": "--kv-memory",
     "block_size": "--block-size",
     "prefix_cache": "--no-prefix-cache",
+    "speculation": "--no-speculation",
     "dummy_weights": "--dummy-weights",
     "trust_kernels": "--trust-kernels",
     "tensor_parallel": "--tensor-parallel",

@@ -60,6 +60,8 @@ def job_report(measured: Measurements, run: RunSummary, checkpoint: str) -> Repo
         "mean_batch": _ratio(stats.batch_sum, stats.steps),
         "peak_batch": stats.peak_batch,
         "preemptions": stats.preemptions,
+        "guessed_tokens": stats.guessed_tokens,
+        "right_guesses": stats.right_guesses,
         "back_offs": stats.back_offs,
         "kv_bytes": stats.kv_bytes,
         "peak_kv_use": _ratio(stats.peak_kv_blocks, stats.kv_blocks),

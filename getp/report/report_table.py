@@ -84,10 +84,18 @@ def _details(r: Report) -> list[tuple[str, str]]:
             f"{memory(r['kv_bytes'])}, peak use {r['peak_kv_use']:.1%}, "
             f"{counted(r['preemptions'], 'preemption')}",
         ),
+        *_speculation(r),
         ("peak memory", peak),
         *map(_replica, r["replicas"] or ()),
         ("versions", ", ".join(f"{name} {version}" for name, version in r["versions"].items())),
     ]
+
+
+def _speculation(r: Report) -> list[tuple[str, str]]:
+    guessed, right = r["guessed_tokens"], r["right_guesses"]
+    if not guessed:
+        return []
+    return [("speculation", f"{right:,} of {guessed:,} guessed tokens were right")]
 
 
 def _efficiency(r: Report, details: bool) -> list[tuple[str, str]]:

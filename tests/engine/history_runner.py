@@ -75,6 +75,8 @@ class HistoryRunner:
         for sequence in step.changed_tables:
             self.tables[sequence.row] = [list(table) for table in sequence.block_tables.tables]
         pieces: list[tuple[int, list[int], int, bool]] = []  # row, tokens, start, samples
+        for sequence in step.corrected:
+            self.last[sequence.row] = sequence.tokens[-1]
         for sequence in step.decodes:
             tokens = sequence.tokens[: sequence.computed]
             if len(tokens) < sequence.computed:
@@ -83,6 +85,14 @@ class HistoryRunner:
             assert len(tokens) == sequence.computed
             assert tokens[-1] == self.last[sequence.row]
             pieces.append((sequence.row, tokens, sequence.computed - 1, True))
+        for draft in step.drafts:
+            sequence = draft.sequence
+            assert sequence in step.decodes
+            for i, row in enumerate(draft.rows):
+                self.tables[row] = [list(table) for table in sequence.block_tables.tables]
+                tokens = sequence.tokens + draft.tokens[: i + 1]
+                assert len(tokens) < sequence.max_tokens
+                pieces.append((row, tokens, len(tokens) - 1, True))
         for chunk in step.chunks:
             tokens = chunk.sequence.tokens[: chunk.end]
             assert len(tokens) == chunk.end

@@ -119,7 +119,12 @@ def test_replayed_and_padded_steps_give_the_same_tokens(
     name: str, lookahead: int, checkpoint: Callable[[str], Path]
 ) -> None:
     requests = load()
-    settings: dict[str, Any] = {"dtype": "float32", "kv_memory": 32 << 20, "max_batch_size": 10}
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "kv_memory": 32 << 20,
+        "max_batch_size": 10,
+        "speculation": False,
+    }
     with Engine(checkpoint(name), EngineConfig(**settings)) as engine:
         expected = {c.request_id: c.token_ids for c in engine.generate(requests)}
     with Engine(checkpoint(name), EngineConfig(**settings)) as engine:
@@ -155,9 +160,8 @@ def test_a_replayed_step_copies_one_tensor_and_only_changed_block_tables(
             return original(*given)
 
         monkeypatch.setattr(owner, name, counted)
-    with Engine(
-        checkpoint("qwen3"), EngineConfig(dtype="float32", kv_memory=32 << 20, block_size=16)
-    ) as engine:
+    config = EngineConfig(dtype="float32", kv_memory=32 << 20, block_size=16, speculation=False)
+    with Engine(checkpoint("qwen3"), config) as engine:
         engine.runner.model = FromTensors(engine.runner.model)  # type: ignore[assignment]
         engine.runner.capture(recording(Counter()))
         counts = []
@@ -265,7 +269,8 @@ def test_loading_compiling_and_capturing_are_timed_separately(
 
         return capture
 
-    engine = Engine(checkpoint("qwen2"), EngineConfig(kv_memory=8 << 20, max_batch_size=2))
+    config = EngineConfig(kv_memory=8 << 20, max_batch_size=2, speculation=False)
+    engine = Engine(checkpoint("qwen2"), config)
     engine.make_capture = capturing
     with engine:
         stats = engine.stats
@@ -306,7 +311,8 @@ def test_a_decode_step_is_launched_without_waiting_for_the_device(
         )
         for i, kind in enumerate(kinds)
     ]
-    with Engine(checkpoint("gpt_oss"), EngineConfig(dtype="float32", kv_memory=32 << 20)) as engine:
+    config = EngineConfig(dtype="float32", kv_memory=32 << 20, speculation=False)
+    with Engine(checkpoint("gpt_oss"), config) as engine:
         expected = {c.request_id: c.token_ids for c in engine.generate(requests)}
         runner, guarded = engine.runner, 0
         engine.steps.lookahead = 1

@@ -182,7 +182,7 @@ def test_a_step_that_runs_out_of_memory_is_repeated_in_parts(
     notices: list[str] = []
     with Engine(
         checkpoint("gpt_oss"),
-        EngineConfig(dtype="float32", kv_memory=32 << 20),
+        EngineConfig(dtype="float32", kv_memory=32 << 20, speculation=not lookahead),
         notice=notices.append,
     ) as engine:
         expected = {c.request_id: c.token_ids for c in engine.generate(requests)}

@@ -207,6 +207,7 @@ def test_a_packed_message_is_unpacked_unchanged(data: st.DataObject) -> None:
         data.draw(_ints),
         tables,
         data.draw(st.booleans()),
+        data.draw(st.lists(st.tuples(st.integers(0, 999), st.integers(0, 999)), max_size=3)),
     )
     assert StepMessage.unpacked(message.packed(), groups) == message
 

@@ -6,6 +6,7 @@
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from engine import Completion, Engine, EngineConfig, EngineError, Request, SamplingParams
 from engine.scheduling.kv_cache import KVCache, LayerGroup, group_layers
 from engine.scheduling.sequence import Step
+from engine.scheduling.speculation import Speculation
 from tests.checkpoints import FAMILIES
 from tests.engine.history_runner import VOCAB, HistoryRunner, Sampled, next_token
 
@@ -49,6 +51,7 @@ def loads(draw: st.DrawFn) -> dict[str, Any]:
         "max_batch_tokens": draw(st.integers(1, 50), label="max_batch_tokens"),
         "prefix_cache": draw(st.booleans(), label="prefix_cache"),
         "lookahead": draw(st.integers(0, 1), label="lookahead"),
+        "guesses": draw(st.integers(0, 5), label="guesses"),
         "group_size": draw(st.sampled_from([0, 1, 2, 4]), label="group size"),
         "stop_ids": draw(st.frozensets(st.integers(0, VOCAB - 1), max_size=1), label="stop_ids"),
         "requests": [([*head, *tail], count) for head, tail, count in requests],
@@ -117,6 +120,11 @@ def test_every_request_completes_correctly_and_no_block_is_leaked(
     config_folder: Path, load: dict[str, Any]
 ) -> None:
     engine, _ = make_engine(config_folder, load)
+    with patch.object(Speculation, "_best_limit", return_value=load["guesses"]):
+        check_load(engine, load)
+
+
+def check_load(engine: Engine, load: dict[str, Any]) -> None:
     done = run(engine, load["requests"], load["stop_ids"])
     assert sorted(done) == list(range(len(load["requests"])))
     for i, (prompt, count) in enumerate(load["requests"]):

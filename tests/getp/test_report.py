@@ -14,7 +14,7 @@ ANSWER = [
     *("requests", "throughput", "time", "tokens", "time to first token", "time per output token"),
     *("efficiency", "largest loss", "device"),
 ]
-DETAILS = ["warm-up", "finish", "batch", "KV cache", "peak memory", "versions"]
+DETAILS = ["warm-up", "finish", "batch", "KV cache", "speculation", "peak memory", "versions"]
 REPORT: dict[str, Any] = {
     "checkpoint": "model",
     "device": "cpu",
@@ -50,6 +50,8 @@ REPORT: dict[str, Any] = {
     "mean_batch": 2.0,
     "peak_batch": 4,
     "preemptions": 0,
+    "guessed_tokens": 40,
+    "right_guesses": 31,
     "kv_bytes": 1024,
     "peak_kv_use": 0.5,
     "prefix_hit_rate": 0.0,
