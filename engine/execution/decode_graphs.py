@@ -8,7 +8,6 @@ logits are ignored.
 """
 
 import itertools
-import time
 from bisect import bisect_left
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
@@ -17,12 +16,10 @@ from functools import partial
 
 import torch
 
-from engine.stats import EngineStats
+from engine.execution.batch_builder import DecodeInputs
+from engine.execution.capture import Record
+from model.ops.backend import Compute
 from model.ops.forward_batch import ForwardBatch, GroupTables
-
-Compute = Callable[[], torch.Tensor]
-Capture = Callable[[Compute], Compute]
-"""Turns a computation into a function that repeats it on the current content of its buffers."""
 
 
 def capture_sizes(largest: int) -> list[int]:
@@ -70,15 +67,13 @@ class GraphInputs:
         context_lens = buffer[(2 + groups) * span :].view(torch.int32)
         return cls(buffer, rows, positions, tuple(slots), context_lens)
 
-    def fill(
-        self, rows: torch.Tensor, positions: torch.Tensor, slot_mapping: SequenceOf[torch.Tensor]
-    ) -> None:
-        """Set the inputs; arguments as the fields, on the host or the device."""
-        self.rows.copy_(rows)
-        self.positions.copy_(positions)
-        for own, given in zip(self.slot_mapping, slot_mapping, strict=True):
+    def fill(self, step: DecodeInputs) -> None:
+        """Set the inputs; the tensors of `step` are on the host or the device."""
+        self.rows.copy_(step.rows)
+        self.positions.copy_(step.positions)
+        for own, given in zip(self.slot_mapping, step.slot_mapping, strict=True):
             own.copy_(given)
-        torch.add(positions, 1, out=self.context_lens)
+        self.context_lens.copy_(step.context_lens)
 
 
 def _span(sequences: int) -> int:
@@ -99,7 +94,8 @@ class DecodeGraphs:
         block_tables: SequenceOf[torch.Tensor],
         padding: tuple[int, int],
         logits: torch.Tensor | None,
-        capture: Capture,
+        record: Record,
+        knows_lengths: bool = False,
     ):
         """Capture `decode` for batches of up to len(block_tables[0]) sequences.
 
@@ -107,7 +103,8 @@ class DecodeGraphs:
         row and a slot that padding rows may write to. logits [sequences, vocab]: buffer for the
         results, since memory allocated in one capture is reused by the next. Without this
         buffer, a capture must cost no more than a step: sizes are then close to each other, each is
-        captured when it first occurs, and the capture keeps its own results.
+        captured when it first occurs, and the capture keeps its own results. knows_lengths: batches
+        have the context lengths of each step on the host, for operations that are not captured.
         """
         largest, device = len(block_tables[0]), block_tables[0].device
         # A CPU computes padding rows like any other, so there should be few of them.
@@ -119,21 +116,27 @@ class DecodeGraphs:
         )
         self._indices = torch.arange(largest + 1, device=device)
         self._starts = self._indices.int()
-        self._decode, self._logits, self._capture = decode, logits, capture
+        self._decode, self._logits, self._record = decode, logits, record
+        # Of the current step. Without operations that read it in every step it stays empty: a
+        # capture would keep the lengths of its own step, and fails instead.
+        self._host_context_lens: list[int] = []
+        self._knows_lengths = knows_lengths
         self._replay: dict[int, Compute] = {}
         # Largest first: the memory of its capture is enough for the smaller ones. If sizes are
         # captured later, the smallest is captured and run now, to fail early if it cannot be.
-        row, slot = (torch.full((largest,), at, device=device) for at in padding)
         for size in [1] if logits is None else reversed(self.sizes):
+            row, slot, zero = (torch.full((size,), at, device=device) for at in (*padding, 0))
+            slots = [slot] * len(block_tables)
             inputs = GraphInputs.over(self._memory, size, len(block_tables))
-            inputs.fill(row[:size], row[:size] * 0, [slot[:size]] * len(block_tables))
+            inputs.fill(DecodeInputs(row, zero + 1, zero, slots))
+            self._set_lengths([1] * size)
             self._captured(size)
         if logits is None:
             self._captured(1)()
 
     def _captured(self, size: int) -> Compute:
         if size not in self._replay:
-            self._replay[size] = self._capture(partial(self._compute, size))
+            self._replay[size] = self._record(partial(self._compute, size))
         return self._replay[size]
 
     def padded_size(self, sequences: int) -> int:
@@ -148,23 +151,27 @@ class DecodeGraphs:
         for own, given in zip(self._block_tables, block_tables, strict=True):
             own[: len(given), : given.shape[1]].copy_(given, non_blocking=True)
 
-    def __call__(
-        self, rows: torch.Tensor, positions: torch.Tensor, slot_mapping: SequenceOf[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, step: DecodeInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Replay a step; returns (rows on the device, logits [sequences, vocab]).
 
-        The number of rows is one of the sizes. Both results are valid until the next call.
-        Arguments as in `GraphInputs`, on the host. Does not wait for the device.
+        The number of sequences is one of the sizes. Both results are valid until the next call.
+        Does not wait for the device.
         """
-        size, groups = len(rows), len(self._block_tables)
+        size, groups = len(step.rows), len(self._block_tables)
         inputs = GraphInputs.over(self._memory, size, groups)
         # On a GPU each copy is a launch, so all inputs are copied at once.
         staged = torch.empty(
             inputs.buffer.shape, dtype=torch.uint8, pin_memory=self._memory.device.type != "cpu"
         )
-        GraphInputs.over(staged, size, groups).fill(rows, positions, slot_mapping)
+        GraphInputs.over(staged, size, groups).fill(step)
         inputs.buffer.copy_(staged, non_blocking=True)
+        if self._knows_lengths:
+            self._set_lengths(step.context_lens.tolist())
         return inputs.rows, self._captured(size)()
+
+    def _set_lengths(self, context_lens: list[int]) -> None:
+        if self._knows_lengths:
+            self._host_context_lens[:] = context_lens
 
     def _compute(self, size: int) -> torch.Tensor:
         inputs = GraphInputs.over(self._memory, size, len(self._block_tables))
@@ -172,7 +179,7 @@ class DecodeGraphs:
             token_ids=inputs.rows,
             positions=inputs.positions,
             host_query_lens=[1] * size,
-            host_context_lens=[],  # differs in every step, and a capture would keep this one's
+            host_context_lens=self._host_context_lens,
             num_single=size,
             groups=tuple(
                 GroupTables(table[:size], slots)
@@ -184,39 +191,3 @@ class DecodeGraphs:
         )
         logits = self._decode(inputs.rows, batch)
         return logits if self._logits is None else self._logits[:size].copy_(logits)
-
-
-def gpu_capture(stats: EngineStats) -> Capture:
-    """A capture as CUDA graphs (HIP graphs on AMD), which share their memory.
-
-    Adds the time of each step's first run, before its capture, to `stats.compile_s`. Raises
-    RuntimeError without a GPU, before any exchange between ranks.
-    """
-    if not torch.cuda.is_available():
-        raise RuntimeError("there is no GPU to capture steps on")
-    pool = torch.cuda.graph_pool_handle()
-    # One stream for all captures: cuBLAS keeps a workspace of tens of megabytes for each stream.
-    stream = torch.cuda.Stream()
-
-    def capture(compute: Compute) -> Compute:
-        # Run once first: compiling kernels and initializing libraries cannot be captured.
-        start = time.perf_counter()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            compute()
-        stream.synchronize()
-        stats.compile_s += time.perf_counter() - start
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        try:
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
-                result = compute()
-        finally:
-            torch.cuda.set_stream(current)  # which torch does not restore if the capture fails
-
-        def replay() -> torch.Tensor:
-            graph.replay()
-            return result
-
-        return replay
-
-    return capture

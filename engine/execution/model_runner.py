@@ -2,21 +2,29 @@
 
 import contextlib
 from array import array
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from engine.execution.batch_builder import BatchBuilder
-from engine.execution.decode_graphs import Capture, DecodeGraphs
+from engine.execution.capture import (
+    Capture,
+    CaptureMode,
+    PartsCapture,
+    Record,
+    capture_error,
+)
+from engine.execution.decode_graphs import DecodeGraphs
 from engine.execution.sampler import Sampled, Sampler, pin, to_device
 from engine.parallel.step_message import StepMessage
 from engine.request import Request, SamplingParams
 from engine.scheduling.kv_cache import NULL_BLOCK, BlockTables, LayerGroup, group_layers
 from engine.scheduling.sequence import Chunk, Sequence, Step
 from model import ModelConfig, Transformer, loader
-from model.ops.backend import choose_backend
+from model.ops.backend import Backend, Compute, choose_backend
 from model.ops.forward_batch import ForwardBatch
 from model.ops.step_parts import BATCH_PREPARATION, SAMPLING
 from model.sharding import ALONE, Shard
@@ -55,6 +63,8 @@ class ModelRunner:
                 self._layer_caches[layer] = (g, i)
         self._graphs: DecodeGraphs | None = None
         self._block_size = 0
+        # Exchanges a report with the other ranks; returns those of all ranks.
+        self.exchange_reports: Callable[[str], list[str]] = lambda report: [report]
         # Rows whose block tables the graphs have now, and the longest context length in blocks.
         self._graph_tables: tuple[list[int], int] | None = None
 
@@ -163,19 +173,56 @@ class ModelRunner:
         for cache in self.kv_caches:
             cache[:, 1 : last_block + 1] = torch.randn(cache.shape[2:]).to(cache)
 
-    @torch.inference_mode()
-    def capture(self, capture: Capture, ahead_of_time: bool = True) -> None:
+    @property
+    def capture_modes(self) -> list[CaptureMode]:
+        """The modes of `capture`, in the order in which to try them."""
+        has_plain = self.backend.without_programmatic_launch() is not self.backend
+        return [mode for mode in CaptureMode if has_plain or mode != CaptureMode.PLAIN_LAUNCH]
+
+    def capture(self, capture: Capture, mode: CaptureMode = CaptureMode.WHOLE) -> None:
         """Capture the steps in which every sequence decodes; `launch` then replays them.
 
-        ahead_of_time: capture some batch sizes now, else each size when it first occurs.
+        Raises an error on every rank if it fails on one of them, and then captures nothing.
         """
-        if self.sampler is None or self.batches is None:
+        ops, record = self.backend, cast(Record, capture)
+        if mode != CaptureMode.WHOLE:
+            ops = ops.without_programmatic_launch()
+        if mode == CaptureMode.PARTS:
+            record = parts = PartsCapture(capture, ops)
+            ops = parts.ops
+        self._make_graphs(partial(self._record_on_all, record), ops, mode)
+
+    def _record_on_all(self, record: Record, compute: Compute) -> Compute:
+        """Record on every rank. Raises on all of them if one fails: they capture in step, since
+        the first run of a computation exchanges tensors.
+        """
+        failure: Exception | None = None
+        try:
+            replay = record(compute)
+        except Exception as error:
+            failure = error
+        reports = self.exchange_reports("" if failure is None else capture_error(failure))
+        if failure is not None:
+            raise failure
+        for rank, report in enumerate(reports):
+            if report:
+                raise RuntimeError(f"rank {rank}: {report}")
+        return replay
+
+    @torch.inference_mode()
+    def _make_graphs(self, record: Record, ops: Backend, mode: CaptureMode | None) -> None:
+        """Create the graphs. mode None: each batch size is recorded when it first occurs."""
+        if self.batches is None:
             raise RuntimeError("call allocate() before capture()")
         rows, padding_block = self.batches.padding_row, self.kv_caches[0].shape[1] - 1
         part = self.shard.vocab_part(self.config.vocab_size)
-        self._graph_tables = None
+        logits = None
+        if mode is not None:
+            shape = rows, part.stop - part.start
+            logits = torch.empty(shape, dtype=torch.float32, device=self.device)
+        self._graph_tables = self._graphs = None
         self._graphs = DecodeGraphs(
-            self._decode,
+            partial(self._decode, ops),
             [
                 torch.full(
                     (rows, self.batches.width), padding_block, dtype=torch.int32, device=self.device
@@ -183,30 +230,33 @@ class ModelRunner:
                 for _ in self.groups
             ],
             (rows, padding_block * self._block_size),
-            torch.empty(rows, part.stop - part.start, dtype=torch.float32, device=self.device)
-            if ahead_of_time
-            else None,
-            capture,
+            logits,
+            record,
+            knows_lengths=mode == CaptureMode.PARTS,
         )
 
     def record(self) -> None:
-        """Capture decode steps as recorded kernel calls, if the backend and the model allow it."""
+        """Record decode steps as kernel calls, if the backend and the model allow it.
+
+        Each batch size is recorded when it first occurs.
+        """
         recorder = self.backend.recorder()
         if recorder is not None:
             # Raised if an operation falls back to torch: the model then runs unrecorded.
             with contextlib.suppress(RuntimeError):
-                self.capture(recorder, ahead_of_time=False)
+                self._make_graphs(recorder, self.backend, None)
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """The logits float32 [len(batch.logits_rows), this rank's part of the vocabulary]."""
         assert self.model is not None
         return self.model(self.backend, batch, self.kv_caches, self._layer_caches)
 
-    def _decode(self, rows: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+    def _decode(self, ops: Backend, rows: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         """Logits of a batch of decodes; its tokens are those that the rows sampled last."""
+        assert self.model is not None
         assert self.sampler is not None
-        last = self.backend.gather(self.sampler.last.unsqueeze(1), rows)
-        return self.forward(replace(batch, token_ids=last.squeeze(1)))
+        batch.token_ids = ops.gather(self.sampler.last.unsqueeze(1), rows).squeeze(1)
+        return self.model(ops, batch, self.kv_caches, self._layer_caches)
 
     def free(self) -> None:
         """Free weights, KV and captured steps."""
@@ -268,7 +318,7 @@ class ModelRunner:
             tables = batches.select_tables(inputs.rows, longest)
             graphs.set_block_tables([pin(table, self.device) for table in tables])
             self._graph_tables = rows, blocks
-        device_rows, logits = graphs(inputs.rows, inputs.positions, inputs.slot_mapping)
+        device_rows, logits = graphs(inputs)
         positions = inputs.context_lens[:size]
         if not message.all_greedy:  # greedy sampling does not read the positions
             positions = to_device(positions, self.device)

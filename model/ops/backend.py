@@ -94,6 +94,10 @@ class Backend:
         """Return a recorder of computations for replay on the host; None if there is none."""
         return None
 
+    def without_programmatic_launch(self) -> "Backend":
+        """Return this backend with every kernel launched after the previous one has ended."""
+        return self
+
     # Operations
 
     def gather(self, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -200,6 +204,8 @@ class Backend:
         [tokens, heads, head_dim]. A sink is one more column of the softmax, after scaling, that is
         then dropped.
         """
+        if len(batch.host_context_lens) != len(batch.host_query_lens):
+            raise RuntimeError("torch's attention needs lengths that a captured step does not have")
         _, heads, _ = query.shape
         kv_heads = kv.shape[3]
         out = torch.empty_like(query)

@@ -4,6 +4,8 @@ Dense linear layers are computed by torch (cuBLAS, hipBLASLt) except for few row
 keep torch's layout.
 """
 
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,6 +51,16 @@ class TritonBackend(Backend):
         """As `Backend.kernels`; tiles and splits depend on the architecture and the processors."""
         target = f"{self.target.architecture}, {self.target.processors} processors"
         return f"Triton {triton.__version__} on {processor} ({target})"
+
+    def without_programmatic_launch(self) -> Backend:
+        """As `Backend.without_programmatic_launch`."""
+        if not self.target.tiles.programmatic_launch:
+            return self
+        other = copy(self)
+        other.target = replace(
+            self.target, tiles=replace(self.target.tiles, programmatic_launch=False)
+        )
+        return other
 
     def pack_experts(self, weights: Any) -> Any:
         """As `Backend.pack_experts`: dense weights stay as they are."""
