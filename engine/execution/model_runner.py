@@ -278,7 +278,7 @@ class ModelRunner:
         """Start the step; the result holds the next token of each of `step.sampling()`."""
         if self.model is None or self.sampler is None:
             raise RuntimeError("the engine is not warmed up: call warm_up() first")
-        starting = [c.sequence for c in step.chunks if c.samples and not c.sequence.greedy]
+        starting = [c.sequence for c in step.chunks if c.samples]
         if starting:
             self.sampler.set_params(
                 [sequence.row for sequence in starting],

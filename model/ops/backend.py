@@ -15,7 +15,13 @@ import torch.nn.functional as F
 
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.mxfp4 import Mxfp4
-from model.ops.sampling import sample_sorted, top_tokens
+from model.ops.sampling import (
+    NO_TOKEN,
+    keyed_uniform,
+    sample_sorted,
+    sample_vocabulary,
+    top_tokens,
+)
 from model.ops.specs import (
     Activation,
     AttentionSpec,
@@ -25,6 +31,7 @@ from model.ops.specs import (
     Norm,
     RopeArgs,
     RouterSpec,
+    SamplingTables,
 )
 from model.ops.step_parts import ACTIVATION, DOWN_PROJ, INPUT_NORM, POST_NORM, ROPE
 
@@ -318,6 +325,41 @@ class Backend:
         yields a valid token.
         """
         return sample_sorted(logits, temperature, top_k, top_p, uniform)
+
+    def sample_rows(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        last: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        tables: SamplingTables | None = None,
+    ) -> torch.Tensor:
+        """Choose each sequence's next token and write it to `last`, by the sequence's row.
+
+        logits float32 [n, vocab]; rows int64 [n], the sequences' rows; last int64 [all rows];
+        positions int32 or int64 [n], the index of the new token in its sequence. A row's token is
+        the most likely one at temperature 0 or without tables, from `sample` if top-k or top-p
+        leaves tokens out, and else from `sample_vocabulary`, with the number of `keyed_uniform`.
+
+        Returns the tokens int64 [n], NO_TOKEN where the row's largest logit is not finite; such a
+        row has a valid token in `last`. Nothing here waits for the device or depends on its values,
+        so that a GPU can capture it.
+        """
+        highest, tokens = self.argmax(logits)
+        if tables is not None and positions is not None:
+            temperature, top_p = tables.temperature_and_top_p[rows].unbind(1)
+            top_k, seeds = tables.top_k_and_seed[rows].unbind(1)
+            is_greedy = temperature == 0
+            temperature = torch.where(is_greedy, 1.0, temperature)
+            uniform = keyed_uniform(seeds, positions.long())
+            sampled = torch.where(
+                (top_k > 0) | (top_p < 1),
+                self.sample(logits, temperature, top_k, top_p, uniform),
+                sample_vocabulary(logits, highest, temperature, uniform),
+            )
+            tokens = torch.where(is_greedy, tokens, sampled)
+        last.index_copy_(0, rows, tokens)
+        return torch.where(highest.isfinite(), tokens, NO_TOKEN)
 
 
 def rms_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:

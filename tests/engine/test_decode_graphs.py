@@ -261,7 +261,7 @@ def test_a_decode_step_is_launched_without_waiting_for_the_device(
         runner, guarded = engine.runner, 0
         engine.steps.lookahead = 1
         # The CPU backend first finds the rows that need a full sort, which other backends do not.
-        for name in ("sample", "top_tokens"):
+        for name in ("sample", "sample_rows", "top_tokens"):
             monkeypatch.setattr(CpuBackend, name, getattr(Backend, name))
         launch, forward = runner.launch, runner.forward
 
