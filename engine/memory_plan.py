@@ -78,9 +78,10 @@ class MemoryPlan:
 
     def measured(self, step_bytes: int, settings: Settings) -> "MemoryPlan":
         """The plan with `step_bytes`, which the largest step allocated, in place of estimates."""
-        # Captured steps have memory of their own: a decode step's, and the logits that they share.
+        # Captured steps have memory of their own: a decode step's, the logits that they share, and
+        # up to three more tensors of that size for sampling.
         rows = min(settings.max_batch_size, settings.max_batch_tokens)
-        logits = 2 * rows * settings.model.vocab_size * 4  # float32
+        logits = 4 * rows * settings.model.vocab_size * 4  # float32
         decode = self.activations * rows // settings.max_batch_tokens
         return replace(self, activations=max(step_bytes, 0) + decode, logits=logits)
 

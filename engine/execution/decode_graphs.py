@@ -9,10 +9,12 @@ logits are ignored.
 
 import itertools
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 
@@ -81,12 +83,34 @@ def _span(sequences: int) -> int:
     return 8 * (sequences + sequences % 2)
 
 
-Decode = Callable[[torch.Tensor, ForwardBatch], torch.Tensor]
-"""(Rows of the last tokens [sequences], a batch without its token ids) → logits."""
+Decode = Callable[[torch.Tensor, ForwardBatch, torch.Tensor | None], torch.Tensor]
+"""(Rows of the last tokens [sequences], a batch without its token ids, a buffer for the logits that
+may be missing) → logits."""
+
+Tail = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(Logits [sequences, vocab], rows and positions of the new tokens [sequences]) → tokens."""
+
+
+class Replayed(NamedTuple):
+    """Results of a replayed step, on the device; valid until the next one."""
+
+    logits: torch.Tensor  # float32 [sequences, vocab]
+    rows: torch.Tensor  # int64 [sequences]
+    positions: torch.Tensor  # int32 [sequences], of the new tokens
+    tokens: torch.Tensor | None  # int64 [sequences], if a tail was replayed
+
+    def first(self, size: int) -> "Replayed":
+        """The results of the first sequences; those after them are padding."""
+        tokens = None if self.tokens is None else self.tokens[:size]
+        return Replayed(self.logits[:size], self.rows[:size], self.positions[:size], tokens)
 
 
 class DecodeGraphs:
-    """One captured step for each size, all on the same buffers."""
+    """One captured step for each size, all on the same buffers.
+
+    The end of a step, from its logits to its tokens, is captured apart, once for each way to sample
+    that a step may need: a second replay costs less than the model captured twice.
+    """
 
     def __init__(
         self,
@@ -96,6 +120,7 @@ class DecodeGraphs:
         logits: torch.Tensor | None,
         record: Record,
         knows_lengths: bool = False,
+        tails: Mapping[str, Tail] = MappingProxyType({}),
     ):
         """Capture `decode` for batches of up to len(block_tables[0]) sequences.
 
@@ -105,6 +130,7 @@ class DecodeGraphs:
         buffer, a capture must cost no more than a step: sizes are then close to each other, each is
         captured when it first occurs, and the capture keeps its own results. knows_lengths: batches
         have the context lengths of each step on the host, for operations that are not captured.
+        tails: by name, ends of a step that are captured as well, if there is a buffer for logits.
         """
         largest, device = len(block_tables[0]), block_tables[0].device
         # A CPU computes padding rows like any other, so there should be few of them.
@@ -122,6 +148,7 @@ class DecodeGraphs:
         self._host_context_lens: list[int] = []
         self._knows_lengths = knows_lengths
         self._replay: dict[int, Compute] = {}
+        self._tails: dict[tuple[str, int], Compute] = {}
         # Largest first: the memory of its capture is enough for the smaller ones. If sizes are
         # captured later, the smallest is captured and run now, to fail early if it cannot be.
         for size in [1] if logits is None else reversed(self.sizes):
@@ -131,6 +158,11 @@ class DecodeGraphs:
             inputs.fill(DecodeInputs(row, zero + 1, zero, slots))
             self._set_lengths([1] * size)
             self._captured(size)
+            if logits is None:
+                continue
+            for name, tail in tails.items():
+                sample = partial(tail, logits[:size], inputs.rows, inputs.context_lens)
+                self._tails[name, size] = record(sample)
         if logits is None:
             self._captured(1)()
 
@@ -151,11 +183,10 @@ class DecodeGraphs:
         for own, given in zip(self._block_tables, block_tables, strict=True):
             own[: len(given), : given.shape[1]].copy_(given, non_blocking=True)
 
-    def __call__(self, step: DecodeInputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Replay a step; returns (rows on the device, logits [sequences, vocab]).
+    def __call__(self, step: DecodeInputs, tail: str = "") -> Replayed:
+        """Replay a step, and its end of this name if that is captured.
 
-        The number of sequences is one of the sizes. Both results are valid until the next call.
-        Does not wait for the device.
+        The number of sequences is one of the sizes. Does not wait for the device.
         """
         size, groups = len(step.rows), len(self._block_tables)
         inputs = GraphInputs.over(self._memory, size, groups)
@@ -167,7 +198,10 @@ class DecodeGraphs:
         inputs.buffer.copy_(staged, non_blocking=True)
         if self._knows_lengths:
             self._set_lengths(step.context_lens.tolist())
-        return inputs.rows, self._captured(size)()
+        logits = self._captured(size)()
+        sample = self._tails.get((tail, size))
+        tokens = None if sample is None else sample()
+        return Replayed(logits, inputs.rows, inputs.context_lens, tokens)
 
     def _set_lengths(self, context_lens: list[int]) -> None:
         if self._knows_lengths:
@@ -189,5 +223,5 @@ class DecodeGraphs:
             cu_seqlens_q=self._starts[: size + 1],
             context_lens=inputs.context_lens,
         )
-        logits = self._decode(inputs.rows, batch)
-        return logits if self._logits is None else self._logits[:size].copy_(logits)
+        out = None if self._logits is None else self._logits[:size]
+        return self._decode(inputs.rows, batch, out)

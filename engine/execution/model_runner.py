@@ -17,8 +17,8 @@ from engine.execution.capture import (
     Record,
     capture_error,
 )
-from engine.execution.decode_graphs import DecodeGraphs
-from engine.execution.sampler import Sampled, Sampler, pin, to_device
+from engine.execution.decode_graphs import DecodeGraphs, Replayed, Tail
+from engine.execution.sampler import Sampled, Sampler, pin
 from engine.parallel.step_message import StepMessage
 from engine.request import Request, SamplingParams
 from engine.scheduling.kv_cache import NULL_BLOCK, BlockTables, LayerGroup, group_layers
@@ -31,6 +31,7 @@ from model.sharding import ALONE, Shard
 
 _LIKELY_TOKENS = 256  # per sequence; their KV pages are touched before the first step on a CPU
 _MAX_TOUCHED_BYTES = 256 << 20
+_GREEDY, _SAMPLED = "greedy", "sampled"  # names of captured ends of steps
 
 
 class ModelRunner:
@@ -233,7 +234,19 @@ class ModelRunner:
             logits,
             record,
             knows_lengths=mode == CaptureMode.PARTS,
+            tails=self._tails(ops) if mode in (CaptureMode.WHOLE, CaptureMode.PLAIN_LAUNCH) else {},
         )
+
+    def _tails(self, ops: Backend) -> dict[str, Tail]:
+        """The ends of steps that are captured; others run after the replay."""
+        assert self.sampler is not None
+        sampler = self.sampler.on(ops)
+        tails: dict[str, Tail] = {
+            _GREEDY: lambda logits, rows, positions: sampler.sample_greedy(logits, rows)
+        }
+        if self.shard.size == 1:  # else rank 0 gathers the logits of all ranks
+            tails[_SAMPLED] = sampler.sample_rows
+        return tails
 
     def record(self) -> None:
         """Record decode steps as kernel calls, if the backend and the model allow it.
@@ -251,12 +264,14 @@ class ModelRunner:
         assert self.model is not None
         return self.model(self.backend, batch, self.kv_caches, self._layer_caches)
 
-    def _decode(self, ops: Backend, rows: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+    def _decode(
+        self, ops: Backend, rows: torch.Tensor, batch: ForwardBatch, out: torch.Tensor | None
+    ) -> torch.Tensor:
         """Logits of a batch of decodes; its tokens are those that the rows sampled last."""
         assert self.model is not None
         assert self.sampler is not None
         batch.token_ids = ops.gather(self.sampler.last.unsqueeze(1), rows).squeeze(1)
-        return self.model(ops, batch, self.kv_caches, self._layer_caches)
+        return self.model(ops, batch, self.kv_caches, self._layer_caches, out)
 
     def free(self) -> None:
         """Free weights, KV and captured steps."""
@@ -300,15 +315,18 @@ class ModelRunner:
                 batch, rows, positions = self.batches.build(message, self.sampler.last)
             logits = self.forward(batch)
         else:
-            logits, rows, positions = self._replay(self._graphs, self.batches, message)
+            has_logprobs = any(p.logprobs is not None for p in non_greedy.values())
+            tail = _GREEDY if message.all_greedy else "" if has_logprobs else _SAMPLED
+            logits, rows, positions, tokens = self._replay(self._graphs, message, tail)
+            if tokens is not None:
+                return Sampled(tokens)
         with SAMPLING:
             return self.sampler.sample(logits, rows, positions, non_greedy, message.all_greedy)
 
-    def _replay(
-        self, graphs: DecodeGraphs, batches: BatchBuilder, message: StepMessage
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(Logits, rows, positions) of a step of decodes, as those of `build` and `forward`."""
-        size = message.size
+    def _replay(self, graphs: DecodeGraphs, message: StepMessage, tail: str) -> Replayed:
+        """Replay a step of decodes, padded; returns the results of its sequences."""
+        batches, size = self.batches, message.size
+        assert batches is not None
         padding = graphs.padded_size(size) - size
         rows = [*message.rows, *[batches.padding_row] * padding]
         inputs = batches.decode_inputs(rows, [*message.context_lens, *[1] * padding])
@@ -318,8 +336,4 @@ class ModelRunner:
             tables = batches.select_tables(inputs.rows, longest)
             graphs.set_block_tables([pin(table, self.device) for table in tables])
             self._graph_tables = rows, blocks
-        device_rows, logits = graphs(inputs)
-        positions = inputs.context_lens[:size]
-        if not message.all_greedy:  # greedy sampling does not read the positions
-            positions = to_device(positions, self.device)
-        return logits[:size], device_rows[:size], positions
+        return graphs(inputs, tail).first(size)

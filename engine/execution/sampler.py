@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
+from copy import copy
 
 import torch
 
@@ -88,6 +89,12 @@ class Sampler:
             torch.zeros(rows, 2, dtype=torch.int64, device=device),
         )
         self._random: set[int] = set()  # rows whose temperature in the tables is not 0
+
+    def on(self, backend: Backend) -> "Sampler":
+        """This sampler with its state, computing with another backend."""
+        other = copy(self)
+        other._backend = backend
+        return other
 
     def set_params(self, rows: SequenceOf[int], params: SequenceOf[SamplingParams]) -> None:
         """Set the parameters of sequences that start in these rows."""

@@ -132,11 +132,14 @@ class Backend:
         """x [tokens, in] → x · weightᵀ + bias [tokens, out]."""
         return F.linear(x, linear.format.dense(linear.weight, x.dtype), linear.bias)
 
-    def logits(self, x: torch.Tensor, head: Linear, scale: float) -> torch.Tensor:
-        """x [rows, hidden] → x · weightᵀ · scale, float32 [rows, vocab]."""
+    def logits(
+        self, x: torch.Tensor, head: Linear, scale: float, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x [rows, hidden] → x · weightᵀ · scale, float32 [rows, vocab]; `out` if it is given."""
         parts = head.weight.split(_HEAD_TOKENS)  # bounds the memory of the float32 copy
         x = x.float()
-        return self.scale(torch.cat([F.linear(x, part.float()) for part in parts], dim=1), scale)
+        logits = torch.cat([F.linear(x, part.float()) for part in parts], dim=1, out=out)
+        return self.scale(logits, scale) if out is None else logits.mul_(scale)
 
     def add_rms_norm(
         self, x: torch.Tensor, delta: torch.Tensor | None, norm: Norm

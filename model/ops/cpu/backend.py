@@ -137,12 +137,15 @@ class CpuBackend(OneDnnBackend):
         leave_to_torch()
         return super().linear(x, linear)
 
-    def logits(self, x: torch.Tensor, head: Linear, scale: float) -> torch.Tensor:
+    def logits(
+        self, x: torch.Tensor, head: Linear, scale: float, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """As Backend.logits."""
-        if self._fits(head.inputs, MXFP4_BLOCK):
-            return native.logits(x, head.weight, scale)
-        leave_to_torch()
-        return super().logits(x, head, scale)
+        if not self._fits(head.inputs, MXFP4_BLOCK):
+            leave_to_torch()
+            return super().logits(x, head, scale, out)
+        logits = native.logits(x, head.weight, scale)
+        return logits if out is None else out.copy_(logits)
 
     def add_rms_norm(
         self, x: torch.Tensor, delta: torch.Tensor | None, norm: Norm

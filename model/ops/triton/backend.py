@@ -80,13 +80,17 @@ class TritonBackend(Backend):
         """As `Backend.linear`."""
         return few_rows_linear(x, linear, self.target)
 
-    def logits(self, x: torch.Tensor, head: Linear, scale: float) -> torch.Tensor:
+    def logits(
+        self, x: torch.Tensor, head: Linear, scale: float, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """As `Backend.logits`."""
+        if out is None:
+            out = x.new_empty(len(x), len(head.weight), dtype=torch.float32)
         if is_one_row(x, self.target):
-            product = norm_linear(x, None, None, head, self.target, dtype=torch.float32)[1]
+            norm_linear(x, None, None, head, self.target, out=out)
         else:
-            product = float32_product(x, head.weight)
-        return self.scale(product, scale)
+            float32_product(x, head.weight, out)
+        return out if scale == 1 else out.mul_(scale)
 
     def add_rms_norm(
         self, x: torch.Tensor, delta: torch.Tensor | None, norm: Norm
