@@ -226,7 +226,9 @@ class Engine:
                 self.runner.record()
             return True
         start, compiled = time.perf_counter(), stats.compile_s
-        captured = capture_if_possible(self.runner, lambda: make_capture(stats), self.notice)
+        captured = capture_if_possible(
+            self.runner, lambda: make_capture(stats), self.notice, self.max_batch_tokens
+        )
         compiling = stats.compile_s - compiled
         stats.capture_s += time.perf_counter() - start - compiling
         return captured

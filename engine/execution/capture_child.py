@@ -47,9 +47,11 @@ def small_runner(
 
 def try_captures(runner: ModelRunner, make_capture: Callable[[], Capture]) -> list[int] | None:
     """Capture and replay steps of the runner; returns a step's tokens, None without a capture."""
-    if not capture_if_possible(runner, make_capture, lambda text: None):
+    if not capture_if_possible(runner, make_capture, lambda text: None, _POSITIONS):
         return None
     tokens: list[int] = []
+    chunk = StepMessage(0, [0], [8], [0], [8], [1], [1] * 8, [], all_greedy=True)
+    runner.compute(chunk, {}).read()
     for size in range(1, _ROWS + 1):
         rows = list(range(size))
         tables = [(row, [array("i", [0]) for _ in runner.groups]) for row in rows]

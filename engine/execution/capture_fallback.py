@@ -20,9 +20,12 @@ _CHILD_TIMEOUT_S = 240.0  # importing torch, and compiling the kernels of a deco
 
 
 def capture_if_possible(
-    runner: ModelRunner, make_capture: Callable[[], Capture], notice: Callable[[str], None]
+    runner: ModelRunner,
+    make_capture: Callable[[], Capture],
+    notice: Callable[[str], None],
+    max_batch_tokens: int = 0,
 ) -> bool:
-    """Capture decode steps in the first mode that works, on all ranks in the same.
+    """Capture steps as `ModelRunner.capture` in the first mode that works, the same on all ranks.
 
     False if none does. `notice` is called once for each mode that fails. Raises errors that have
     other causes than the capture.
@@ -30,7 +33,7 @@ def capture_if_possible(
     modes = runner.capture_modes
     for mode, following in zip(modes, [*modes[1:], None], strict=True):
         try:
-            runner.capture(make_capture(), mode)
+            runner.capture(make_capture(), mode, max_batch_tokens)
         except (RuntimeError, ValueError) as error:
             if is_out_of_memory(error):
                 raise

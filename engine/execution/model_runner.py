@@ -17,6 +17,7 @@ from engine.execution.capture import (
     Record,
     capture_error,
 )
+from engine.execution.chunk_graphs import ChunkGraphs
 from engine.execution.decode_graphs import DecodeGraphs, Replayed, Tail
 from engine.execution.sampler import Sampled, Sampler, pin
 from engine.parallel.step_message import StepMessage
@@ -63,6 +64,7 @@ class ModelRunner:
             for i, layer in enumerate(group.layers):
                 self._layer_caches[layer] = (g, i)
         self._graphs: DecodeGraphs | None = None
+        self._chunk_graphs: ChunkGraphs | None = None
         self._block_size = 0
         # Exchanges a report with the other ranks; returns those of all ranks.
         self.exchange_reports: Callable[[str], list[str]] = lambda report: [report]
@@ -180,9 +182,15 @@ class ModelRunner:
         has_plain = self.backend.without_programmatic_launch() is not self.backend
         return [mode for mode in CaptureMode if has_plain or mode != CaptureMode.PLAIN_LAUNCH]
 
-    def capture(self, capture: Capture, mode: CaptureMode = CaptureMode.WHOLE) -> None:
-        """Capture the steps in which every sequence decodes; `launch` then replays them.
+    def capture(
+        self,
+        capture: Capture,
+        mode: CaptureMode = CaptureMode.WHOLE,
+        max_batch_tokens: int = 0,
+    ) -> None:
+        """Capture steps in which every sequence decodes; `launch` then replays them.
 
+        Whole steps are also captured with chunks, of up to max_batch_tokens tokens.
         Raises an error on every rank if it fails on one of them, and then captures nothing.
         """
         ops, record = self.backend, cast(Record, capture)
@@ -191,7 +199,7 @@ class ModelRunner:
         if mode == CaptureMode.PARTS:
             record = parts = PartsCapture(capture, ops)
             ops = parts.ops
-        self._make_graphs(partial(self._record_on_all, record), ops, mode)
+        self._make_graphs(partial(self._record_on_all, record), ops, mode, max_batch_tokens)
 
     def _record_on_all(self, record: Record, compute: Compute) -> Compute:
         """Record on every rank. Raises on all of them if one fails: they capture in step, since
@@ -211,7 +219,9 @@ class ModelRunner:
         return replay
 
     @torch.inference_mode()
-    def _make_graphs(self, record: Record, ops: Backend, mode: CaptureMode | None) -> None:
+    def _make_graphs(
+        self, record: Record, ops: Backend, mode: CaptureMode | None, max_batch_tokens: int = 0
+    ) -> None:
         """Create the graphs. mode None: each batch size is recorded when it first occurs."""
         if self.batches is None:
             raise RuntimeError("call allocate() before capture()")
@@ -221,7 +231,9 @@ class ModelRunner:
         if mode is not None:
             shape = rows, part.stop - part.start
             logits = torch.empty(shape, dtype=torch.float32, device=self.device)
-        self._graph_tables = self._graphs = None
+        is_whole = mode in (CaptureMode.WHOLE, CaptureMode.PLAIN_LAUNCH)
+        self.uncapture()
+        self._graph_tables = None
         self._graphs = DecodeGraphs(
             partial(self._decode, ops),
             [
@@ -234,8 +246,18 @@ class ModelRunner:
             logits,
             record,
             knows_lengths=mode == CaptureMode.PARTS,
-            tails=self._tails(ops) if mode in (CaptureMode.WHOLE, CaptureMode.PLAIN_LAUNCH) else {},
+            tails=self._tails(ops) if is_whole else {},
         )
+        if logits is not None and is_whole:
+            self._chunk_graphs = ChunkGraphs(
+                partial(self._forward, ops),
+                [self.batches.width] * len(self.groups),
+                padding_block,
+                self._block_size,
+                (rows, min(max_batch_tokens, self.batches.width * self._block_size)),
+                logits,
+                record,
+            )
 
     def _tails(self, ops: Backend) -> dict[str, Tail]:
         """The ends of steps that are captured; others run after the replay."""
@@ -264,6 +286,10 @@ class ModelRunner:
         assert self.model is not None
         return self.model(self.backend, batch, self.kv_caches, self._layer_caches)
 
+    def _forward(self, ops: Backend, batch: ForwardBatch, out: torch.Tensor) -> torch.Tensor:
+        assert self.model is not None
+        return self.model(ops, batch, self.kv_caches, self._layer_caches, out)
+
     def _decode(
         self, ops: Backend, rows: torch.Tensor, batch: ForwardBatch, out: torch.Tensor | None
     ) -> torch.Tensor:
@@ -287,7 +313,7 @@ class ModelRunner:
 
     def uncapture(self) -> None:
         """Drop captured steps: the following steps are not replayed."""
-        self._graphs = None
+        self._graphs = self._chunk_graphs = None
 
     def launch(self, step: Step) -> Sampled:
         """Start the step; the result holds the next token of each of `step.sampling()`."""
@@ -313,7 +339,8 @@ class ModelRunner:
         if self._graphs is None or message.starts:
             with BATCH_PREPARATION:
                 batch, rows, positions = self.batches.build(message, self.sampler.last)
-            logits = self.forward(batch)
+            replayed = None if self._chunk_graphs is None else self._chunk_graphs(batch)
+            logits = self.forward(batch) if replayed is None else replayed
         else:
             has_logprobs = any(p.logprobs is not None for p in non_greedy.values())
             tail = _GREEDY if message.all_greedy else "" if has_logprobs else _SAMPLED

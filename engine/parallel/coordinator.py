@@ -58,7 +58,12 @@ class CoordinatorRunner(ModelRunner):
         super().run_peak_step(*sizes)  # which allocates and computes on all of them
         self._on_all("deallocate")
 
-    def capture(self, capture: Capture, mode: CaptureMode = CaptureMode.WHOLE) -> None:
+    def capture(
+        self,
+        capture: Capture,
+        mode: CaptureMode = CaptureMode.WHOLE,
+        max_batch_tokens: int = 0,
+    ) -> None:
         """ModelRunner.capture on every rank, or on none if one of them cannot capture.
 
         Every rank prepares first: capturing exchanges tensors, so the others would wait forever for
@@ -70,7 +75,8 @@ class CoordinatorRunner(ModelRunner):
         self._workers.call("prepare_capture", (), lambda: None)
         own = ModelRunner.capture
         try:
-            self._workers.call("capture", (mode,), lambda: own(self, capture, mode))
+            args = mode, max_batch_tokens
+            self._workers.call("capture", args, lambda: own(self, capture, *args))
         except Exception:
             if self._workers.channel is not None:
                 self._on_all("uncapture")

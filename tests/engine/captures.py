@@ -9,7 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.execution.capture import Part, capture_whole
-from model.ops.backend import Compute
+from model.ops.backend import Backend, Compute
+from model.ops.forward_batch import ForwardBatch, GroupTables
+from model.ops.specs import AttentionSpec
 
 
 class Repeating:
@@ -99,3 +101,35 @@ class _Tape(TorchDispatchMode):
             for old, new in pairs:
                 if old.data_ptr() != new.data_ptr():
                     old.copy_(new)
+
+
+class TensorLengths(Backend):
+    """Attention without lengths on the host, for every query over the width of its block table."""
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        kv: torch.Tensor,
+        batch: ForwardBatch,
+        group: GroupTables,
+        spec: AttentionSpec,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        tokens, heads, _ = query.shape
+        token = torch.arange(tokens)
+        owner = torch.searchsorted(batch.cu_seqlens_q, token, right=True) - 1
+        context = batch.context_lens[owner]
+        position = context - batch.cu_seqlens_q[owner + 1] + token
+        key, value = kv[:, group.block_table[owner]].flatten(2, 3)
+        at = torch.arange(key.shape[1])
+        visible = at <= position[:, None]
+        if spec.window is not None:
+            visible &= at > position[:, None] - spec.window
+        repeats = heads // kv.shape[3]
+        value = value.masked_fill(~visible[:, :, None, None], 0.0).repeat_interleave(repeats, 2)
+        key = key.repeat_interleave(repeats, 2)
+        scores = torch.einsum("thd,tkhd->thk", query, key) * spec.scale
+        scores = scores.masked_fill(~visible[:, None], float("-inf"))
+        if sinks is not None:
+            scores = torch.cat((scores, sinks.view(1, heads, 1).expand(tokens, -1, -1)), dim=-1)
+        return torch.einsum("thk,tkhd->thd", scores.softmax(-1)[..., : len(at)], value)

@@ -20,21 +20,21 @@ from engine.execution.capture_fallback import crash_of_child, crash_of_hip
 from model import load_config
 from model.ops.backend import Backend, Compute
 from model.ops.specs import Linear
-from tests.engine.captures import Refusing, Repeating, Taping
+from tests.engine.captures import Refusing, Repeating, Taping, TensorLengths
 from tests.engine.test_engine import load
 
 CPU = torch.device("cpu")
 _RUN = subprocess.run
-SETTINGS = EngineConfig(dtype="float32", kv_memory=32 << 20, max_batch_size=10)
+SETTINGS = EngineConfig(
+    dtype="float32", kv_memory=32 << 20, max_batch_size=10, max_batch_tokens=128
+)
 
 
-class OverlappingLaunches(Backend):
+class OverlappingLaunches(TensorLengths):
     """A backend whose kernels cannot be captured with programmatic launch."""
 
-    overlaps = True
-
     def without_programmatic_launch(self) -> Backend:
-        return Backend(self.device, self.dtype)
+        return TensorLengths(self.device, self.dtype)
 
     def linear(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
         if TapingWithoutOverlap.capturing:
@@ -113,15 +113,6 @@ def test_programmatic_launch_is_left_out_where_it_cannot_be_captured(
     monkeypatch.setattr(model_runner, "choose_backend", OverlappingLaunches)
     folder = checkpoint("qwen3")
     expected, _, _ = tokens_and_notices(folder, None)
-    # Attention must be captured as well, so it gets its lengths in an earlier place.
-    attention = Backend.attention
-
-    def attend(self: Backend, query: Any, kv: Any, batch: Any, group: Any, *rest: Any) -> Any:
-        if batch.host_context_lens:
-            return attention(self, query, kv, batch, group, *rest)
-        return padded_attention(query, kv, batch, group, *rest)
-
-    monkeypatch.setattr(Backend, "attention", attend)
     found, notices, captured = tokens_and_notices(folder, TapingWithoutOverlap)
     assert found == expected
     assert captured
@@ -129,20 +120,6 @@ def test_programmatic_launch_is_left_out_where_it_cannot_be_captured(
         "decode steps are captured whole, without programmatic launch, because a capture failed: "
         "launch attribute not supported"
     ]
-
-
-def padded_attention(
-    query: torch.Tensor, kv: torch.Tensor, batch: Any, group: Any, spec: Any, sinks: Any = None
-) -> torch.Tensor:
-    """Attention of single tokens over the whole width of their block tables, without a window."""
-    groups = query.shape[1] // kv.shape[3]
-    key, value = kv[:, group.block_table].flatten(2, 3)
-    key = key.repeat_interleave(groups, 2)
-    scores = torch.einsum("shd,skhd->shk", query, key) * spec.scale
-    seen = torch.arange(key.shape[1]) < batch.context_lens[:, None]
-    probs = scores.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
-    value = value.masked_fill(~seen[:, :, None, None], 0.0).repeat_interleave(groups, 2)
-    return torch.einsum("shk,skhd->shd", probs, value)
 
 
 def test_an_engine_that_cannot_capture_gives_one_notice_a_mode_and_runs(
