@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -12,7 +13,8 @@ import torch
 
 from engine.config import EngineConfig
 from engine.errors import EngineError
-from engine.execution.decode_graphs import Capture, gpu_capture
+from engine.execution.capture import Capture, GpuCapture
+from engine.execution.capture_fallback import capture_if_possible, crash_of_hip
 from engine.execution.model_runner import ModelRunner
 from engine.kernels import choose_kernels, described
 from engine.memory_plan import (
@@ -89,7 +91,9 @@ class Engine:
         # Chosen for the device; a change takes effect at the next warm_up.
         self.lookahead = 0 if settings.on_cpu else 1  # see StepLoop
         self.group_size = 0 if settings.on_cpu else _GPU_GROUP_SIZE  # see Scheduler
-        self.make_capture = None if settings.on_cpu else gpu_capture
+        self.make_capture: Callable[[EngineStats], Capture] | None = (
+            None if settings.on_cpu else GpuCapture
+        )
         self.checks_kernels = not settings.on_cpu and not config.trust_kernels
         self.workers = workers or WorkerPool(self.tensor_parallel)
         self._keep_workers = workers is not None
@@ -139,6 +143,14 @@ class Engine:
         self.choose_kernels()
         assert self._kernels is not None
         return self._kernels
+
+    @cached_property
+    def capture_crash(self) -> str:
+        """Why captures must not be tried in this process, "" if they may; see `crash_of_hip`."""
+        if self.make_capture is None:
+            return ""
+        dtype = dtype_name(self.dtype)
+        return crash_of_hip(self.checkpoint, self.device, dtype, self.settings.block_size)
 
     @property
     def rounding(self) -> dict[str, Any]:
@@ -207,6 +219,7 @@ class Engine:
         settings = self.settings
         if self.device.type == "cuda":
             plan = plan.measured(self._measure_peak_step(), settings)
+        crash = self.capture_crash  # found before the KV cache takes the memory
         blocks = pool_blocks(plan, cost, settings, self._available())
         cache = KVCache(self.runner.groups, blocks, settings.block_size, self.config.prefix_cache)
         limit = min(self.model_config.max_positions, cache.capacity(self.max_batch_tokens))
@@ -221,7 +234,7 @@ class Engine:
         rows = self.max_batch_size + (MOST_GUESSES if speculates else 0)
         self.runner.allocate(blocks, settings.block_size, limit, rows)
         # Admission in groups pays only if decode steps are replayed.
-        group_size = self.group_size if self._capture() else 0
+        group_size = self.group_size if self._capture(crash) else 0
         self.stats.kv_blocks = blocks - 1
         self.stats.kv_bytes = blocks * cost.block_bytes
         scheduler = Scheduler(
@@ -248,29 +261,25 @@ class Engine:
         torch.cuda.empty_cache()
         return peak
 
-    def _capture(self) -> bool:
-        """Capture decode steps. False, with a notice on a GPU, if they cannot be captured."""
-        if self.make_capture is not None:
-            return self._capture_graphs(self.make_capture(self.stats))
-        if self.tensor_parallel == 1:  # exchanges between ranks cannot be recorded
-            self.runner.record()
-        return True
+    def _capture(self, crash: str) -> bool:
+        """Capture decode steps and count the time. False, with a notice, if they cannot be.
 
-    def _capture_graphs(self, capture: Capture) -> bool:
-        """Capture GPU graphs and count the time; False if the capture fails."""
-        start, compiled = time.perf_counter(), self.stats.compile_s
-        captured = True
-        try:
-            self.runner.capture(capture)
-        except (RuntimeError, ValueError) as error:
-            if is_out_of_memory(error):
-                raise
-            # torch raises again, without the cause, when the failed capture ends.
-            cause = error.__context__ or error
-            self.notice(f"decode steps are not replayed as graphs: {cause}")
-            captured = False
-        compiling = self.stats.compile_s - compiled
-        self.stats.capture_s += time.perf_counter() - start - compiling
+        crash: why a capture must not be tried, from `crash_of_hip`; "" if it may be.
+        """
+        if crash:
+            self.notice(f"decode steps are not replayed as graphs: {crash}")
+            return False
+        make_capture, stats = self.make_capture, self.stats
+        if make_capture is None:
+            if self.tensor_parallel == 1:  # exchanges between ranks cannot be recorded
+                self.runner.record()
+            return True
+        start, compiled = time.perf_counter(), stats.compile_s
+        captured = capture_if_possible(
+            self.runner, lambda: make_capture(stats), self.notice, self.max_batch_tokens
+        )
+        compiling = stats.compile_s - compiled
+        stats.capture_s += time.perf_counter() - start - compiling
         return captured
 
     def finish(self) -> None:

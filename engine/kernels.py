@@ -38,7 +38,9 @@ def choose_kernels(
         return Kernels(preferred or {})
     if engine.device.type == "cuda" and engine.device.index is not None:
         torch.cuda.set_device(engine.device)
-    capture = None if engine.make_capture is None else engine.make_capture(EngineStats())
+    capture = None
+    if engine.make_capture is not None and not engine.capture_crash:
+        capture = engine.make_capture(EngineStats())
     proof = Proof(
         backend, engine.model_config, engine.runner.shard, engine.settings.block_size, capture
     )

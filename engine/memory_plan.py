@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from engine.errors import EngineError
+from engine.execution.chunk_graphs import MAX_CHUNK_TOKENS
 from engine.resolve import Settings, dtype_name
 from engine.scheduling.kv_cache import group_layers
 from model import ModelConfig
@@ -62,8 +63,9 @@ class MemoryPlan:
         rows = min(settings.max_batch_size, settings.max_batch_tokens)
         groups = len(group_layers([layer.window for layer in config.layers]))
         table = 4 * -(-config.max_positions // settings.block_size)
-        # A CPU holds each table twice; a GPU's host copies are not in the device's memory.
-        tables = (2 * groups + 1 if on_cpu else groups) * table
+        # A CPU holds each table twice. A GPU's captured steps have up to four tables a row in all;
+        # its host copies are not in the device's memory.
+        tables = (2 * groups + 1 if on_cpu else 4 * groups) * table
         return cls(
             weights=weights,
             activations=settings.max_batch_tokens * _activation_bytes(config, item, ranks),
@@ -78,10 +80,12 @@ class MemoryPlan:
 
     def measured(self, step_bytes: int, settings: Settings) -> "MemoryPlan":
         """The plan with `step_bytes`, which the largest step allocated, in place of estimates."""
-        # Captured steps have memory of their own: a decode step's, and the logits that they share.
+        # Captured steps have memory of their own: a step's, the logits that they share, and
+        # up to three more tensors of that size for sampling.
         rows = min(settings.max_batch_size, settings.max_batch_tokens)
-        logits = 2 * rows * settings.model.vocab_size * 4  # float32
-        decode = self.activations * rows // settings.max_batch_tokens
+        logits = 4 * rows * settings.model.vocab_size * 4  # float32
+        tokens = rows + min(MAX_CHUNK_TOKENS, settings.max_batch_tokens)
+        decode = self.activations * tokens // settings.max_batch_tokens
         return replace(self, activations=max(step_bytes, 0) + decode, logits=logits)
 
 

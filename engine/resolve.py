@@ -10,6 +10,7 @@ import torch
 from engine.config import EngineConfig
 from engine.errors import EngineError
 from model import ModelConfig
+from model.cost.batch_limits import default_batch_size, default_batch_tokens
 from model.cost.measure import hardware_name
 from model.cost.operations import check_tensor_parallel
 from model.ops.backend import choose_backend
@@ -40,14 +41,22 @@ def resolve(config: EngineConfig, model: ModelConfig) -> Settings:
     if config.tensor_parallel > 1:
         device = rank_0_device(model, config.tensor_parallel, device)
     dtype = choose_dtype(config.dtype, model.dtype, device)
-    on_cpu = device.type == "cpu"
-    # CPU kernels reach their full speed at 512 tokens; an expert processes only some of a step's.
-    tokens = (512 if model.moe is None else 1024) if on_cpu else 8192
+    held = held_config(model, device, dtype)
+    if device.type == "cpu":
+        size = config.max_batch_size or 64
+        # CPU kernels reach their full speed at 512 tokens; an expert processes only some of a
+        # step's.
+        tokens = 512 if model.moe is None else 1024
+    else:
+        memory = torch.cuda.get_device_properties(device).total_memory
+        ranks = config.tensor_parallel
+        size = config.max_batch_size or default_batch_size(held, dtype_name(dtype), memory, ranks)
+        tokens = default_batch_tokens(size)
     return Settings(
-        model=held_config(model, device, dtype),
+        model=held,
         device=device,
         dtype=dtype,
-        max_batch_size=config.max_batch_size or (64 if on_cpu else 256),
+        max_batch_size=size,
         max_batch_tokens=config.max_batch_tokens or tokens,
         block_size=config.block_size,
         kv_memory=config.kv_memory,

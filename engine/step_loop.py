@@ -9,13 +9,14 @@ import torch
 
 from engine.errors import EngineError, RequestError
 from engine.execution.model_runner import ModelRunner
-from engine.execution.sampler import NO_TOKEN, Sampled
+from engine.execution.sampler import Sampled
 from engine.memory_plan import available_bytes, format_bytes, is_out_of_memory
 from engine.request import Completion
 from engine.resolve import Settings, dtype_name
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence, Step
 from engine.stats import EngineStats
+from model.ops.sampling import NO_TOKEN
 from model.ops.step_parts import SCHEDULING
 
 

@@ -80,6 +80,7 @@ class Transformer:
         batch: "ForwardBatch",
         caches: "Sequence[torch.Tensor]",
         layer_caches: Sequence[tuple[int, int]],
+        out: "torch.Tensor | None" = None,
     ) -> "torch.Tensor":
         """Logits float32 [rows, vocab] of `batch.logits_rows`; vocab is this rank's part.
 
@@ -88,6 +89,7 @@ class Transformer:
 
         caches: KV tensors [2, blocks, block_size, kv_heads, head_dim], written in place.
         layer_caches: for each layer, the index of its group in the batch and of its KV tensor.
+        out: takes the logits, if it is given.
         """
         assert self.embedding is not None
         with EMBEDDING:
@@ -115,5 +117,5 @@ class Transformer:
         with FINAL_NORM:
             _, normed = ops.add_rms_norm(x, delta, self.final_norm)
         with LM_HEAD:
-            logits = ops.logits(normed, self.head, self.config.logits_scale)
+            logits = ops.logits(normed, self.head, self.config.logits_scale, out)
             return ops.softcap(logits, self.config.logits_softcap)

@@ -115,8 +115,12 @@ class BatchBuilder:
         if singles < size:
             ranges = [torch.arange(start, end) for start, end in chunks[singles - decodes :]]
             positions = torch.cat((positions, *ranges))
-            lengths = int64(query_lens)
-            owners, query_ends = owners.repeat_interleave(lengths), lengths.cumsum(0)
+            query_ends = int64(query_lens).cumsum(0)
+            # As owners.repeat_interleave, which divides even a few lengths among threads: on a
+            # busy machine waiting for them takes longer than the step.
+            owners = torch.zeros(len(positions), dtype=torch.int64)
+            owners[query_ends[:-1]] = 1
+            owners = owners.cumsum(0)
         blocks, offsets = positions // self._block_size, positions % self._block_size
         groups = []
         for table in self.select_tables(rows, max(context_lens)):

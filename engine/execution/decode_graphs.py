@@ -8,21 +8,20 @@ logits are ignored.
 """
 
 import itertools
-import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 
-from engine.stats import EngineStats
+from engine.execution.batch_builder import DecodeInputs
+from engine.execution.capture import Record
+from model.ops.backend import Compute
 from model.ops.forward_batch import ForwardBatch, GroupTables
-
-Compute = Callable[[], torch.Tensor]
-Capture = Callable[[Compute], Compute]
-"""Turns a computation into a function that repeats it on the current content of its buffers."""
 
 
 def capture_sizes(largest: int) -> list[int]:
@@ -70,15 +69,13 @@ class GraphInputs:
         context_lens = buffer[(2 + groups) * span :].view(torch.int32)
         return cls(buffer, rows, positions, tuple(slots), context_lens)
 
-    def fill(
-        self, rows: torch.Tensor, positions: torch.Tensor, slot_mapping: SequenceOf[torch.Tensor]
-    ) -> None:
-        """Set the inputs; arguments as the fields, on the host or the device."""
-        self.rows.copy_(rows)
-        self.positions.copy_(positions)
-        for own, given in zip(self.slot_mapping, slot_mapping, strict=True):
+    def fill(self, step: DecodeInputs) -> None:
+        """Set the inputs; the tensors of `step` are on the host or the device."""
+        self.rows.copy_(step.rows)
+        self.positions.copy_(step.positions)
+        for own, given in zip(self.slot_mapping, step.slot_mapping, strict=True):
             own.copy_(given)
-        torch.add(positions, 1, out=self.context_lens)
+        self.context_lens.copy_(step.context_lens)
 
 
 def _span(sequences: int) -> int:
@@ -86,12 +83,34 @@ def _span(sequences: int) -> int:
     return 8 * (sequences + sequences % 2)
 
 
-Decode = Callable[[torch.Tensor, ForwardBatch], torch.Tensor]
-"""(Rows of the last tokens [sequences], a batch without its token ids) → logits."""
+Decode = Callable[[torch.Tensor, ForwardBatch, torch.Tensor | None], torch.Tensor]
+"""(Rows of the last tokens [sequences], a batch without its token ids, a buffer for the logits that
+may be missing) → logits."""
+
+Tail = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(Logits [sequences, vocab], rows and positions of the new tokens [sequences]) → tokens."""
+
+
+class Replayed(NamedTuple):
+    """Results of a replayed step, on the device; valid until the next one."""
+
+    logits: torch.Tensor  # float32 [sequences, vocab]
+    rows: torch.Tensor  # int64 [sequences]
+    positions: torch.Tensor  # int32 [sequences], of the new tokens
+    tokens: torch.Tensor | None  # int64 [sequences], if a tail was replayed
+
+    def first(self, size: int) -> "Replayed":
+        """The results of the first sequences; those after them are padding."""
+        tokens = None if self.tokens is None else self.tokens[:size]
+        return Replayed(self.logits[:size], self.rows[:size], self.positions[:size], tokens)
 
 
 class DecodeGraphs:
-    """One captured step for each size, all on the same buffers."""
+    """One captured step for each size, all on the same buffers.
+
+    The end of a step, from its logits to its tokens, is captured apart, once for each way to sample
+    that a step may need: a second replay costs less than the model captured twice.
+    """
 
     def __init__(
         self,
@@ -99,7 +118,9 @@ class DecodeGraphs:
         block_tables: SequenceOf[torch.Tensor],
         padding: tuple[int, int],
         logits: torch.Tensor | None,
-        capture: Capture,
+        record: Record,
+        knows_lengths: bool = False,
+        tails: Mapping[str, Tail] = MappingProxyType({}),
     ):
         """Capture `decode` for batches of up to len(block_tables[0]) sequences.
 
@@ -107,7 +128,9 @@ class DecodeGraphs:
         row and a slot that padding rows may write to. logits [sequences, vocab]: buffer for the
         results, since memory allocated in one capture is reused by the next. Without this
         buffer, a capture must cost no more than a step: sizes are then close to each other, each is
-        captured when it first occurs, and the capture keeps its own results.
+        captured when it first occurs, and the capture keeps its own results. knows_lengths: batches
+        have the context lengths of each step on the host, for operations that are not captured.
+        tails: by name, ends of a step that are captured as well, if there is a buffer for logits.
         """
         largest, device = len(block_tables[0]), block_tables[0].device
         # A CPU computes padding rows like any other, so there should be few of them.
@@ -119,21 +142,33 @@ class DecodeGraphs:
         )
         self._indices = torch.arange(largest + 1, device=device)
         self._starts = self._indices.int()
-        self._decode, self._logits, self._capture = decode, logits, capture
+        self._decode, self._logits, self._record = decode, logits, record
+        # Of the current step. Without operations that read it in every step it stays empty: a
+        # capture would keep the lengths of its own step, and fails instead.
+        self._host_context_lens: list[int] = []
+        self._knows_lengths = knows_lengths
         self._replay: dict[int, Compute] = {}
+        self._tails: dict[tuple[str, int], Compute] = {}
         # Largest first: the memory of its capture is enough for the smaller ones. If sizes are
         # captured later, the smallest is captured and run now, to fail early if it cannot be.
-        row, slot = (torch.full((largest,), at, device=device) for at in padding)
         for size in [1] if logits is None else reversed(self.sizes):
+            row, slot, zero = (torch.full((size,), at, device=device) for at in (*padding, 0))
+            slots = [slot] * len(block_tables)
             inputs = GraphInputs.over(self._memory, size, len(block_tables))
-            inputs.fill(row[:size], row[:size] * 0, [slot[:size]] * len(block_tables))
+            inputs.fill(DecodeInputs(row, zero + 1, zero, slots))
+            self._set_lengths([1] * size)
             self._captured(size)
+            if logits is None:
+                continue
+            for name, tail in tails.items():
+                sample = partial(tail, logits[:size], inputs.rows, inputs.context_lens)
+                self._tails[name, size] = record(sample)
         if logits is None:
             self._captured(1)()
 
     def _captured(self, size: int) -> Compute:
         if size not in self._replay:
-            self._replay[size] = self._capture(partial(self._compute, size))
+            self._replay[size] = self._record(partial(self._compute, size))
         return self._replay[size]
 
     def padded_size(self, sequences: int) -> int:
@@ -148,23 +183,29 @@ class DecodeGraphs:
         for own, given in zip(self._block_tables, block_tables, strict=True):
             own[: len(given), : given.shape[1]].copy_(given, non_blocking=True)
 
-    def __call__(
-        self, rows: torch.Tensor, positions: torch.Tensor, slot_mapping: SequenceOf[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Replay a step; returns (rows on the device, logits [sequences, vocab]).
+    def __call__(self, step: DecodeInputs, tail: str = "") -> Replayed:
+        """Replay a step, and its end of this name if that is captured.
 
-        The number of rows is one of the sizes. Both results are valid until the next call.
-        Arguments as in `GraphInputs`, on the host. Does not wait for the device.
+        The number of sequences is one of the sizes. Does not wait for the device.
         """
-        size, groups = len(rows), len(self._block_tables)
+        size, groups = len(step.rows), len(self._block_tables)
         inputs = GraphInputs.over(self._memory, size, groups)
         # On a GPU each copy is a launch, so all inputs are copied at once.
         staged = torch.empty(
             inputs.buffer.shape, dtype=torch.uint8, pin_memory=self._memory.device.type != "cpu"
         )
-        GraphInputs.over(staged, size, groups).fill(rows, positions, slot_mapping)
+        GraphInputs.over(staged, size, groups).fill(step)
         inputs.buffer.copy_(staged, non_blocking=True)
-        return inputs.rows, self._captured(size)()
+        if self._knows_lengths:
+            self._set_lengths(step.context_lens.tolist())
+        logits = self._captured(size)()
+        sample = self._tails.get((tail, size))
+        tokens = None if sample is None else sample()
+        return Replayed(logits, inputs.rows, inputs.context_lens, tokens)
+
+    def _set_lengths(self, context_lens: list[int]) -> None:
+        if self._knows_lengths:
+            self._host_context_lens[:] = context_lens
 
     def _compute(self, size: int) -> torch.Tensor:
         inputs = GraphInputs.over(self._memory, size, len(self._block_tables))
@@ -172,7 +213,7 @@ class DecodeGraphs:
             token_ids=inputs.rows,
             positions=inputs.positions,
             host_query_lens=[1] * size,
-            host_context_lens=[],  # differs in every step, and a capture would keep this one's
+            host_context_lens=self._host_context_lens,
             num_single=size,
             groups=tuple(
                 GroupTables(table[:size], slots)
@@ -182,41 +223,5 @@ class DecodeGraphs:
             cu_seqlens_q=self._starts[: size + 1],
             context_lens=inputs.context_lens,
         )
-        logits = self._decode(inputs.rows, batch)
-        return logits if self._logits is None else self._logits[:size].copy_(logits)
-
-
-def gpu_capture(stats: EngineStats) -> Capture:
-    """A capture as CUDA graphs (HIP graphs on AMD), which share their memory.
-
-    Adds the time of each step's first run, before its capture, to `stats.compile_s`. Raises
-    RuntimeError without a GPU, before any exchange between ranks.
-    """
-    if not torch.cuda.is_available():
-        raise RuntimeError("there is no GPU to capture steps on")
-    pool = torch.cuda.graph_pool_handle()
-    # One stream for all captures: cuBLAS keeps a workspace of tens of megabytes for each stream.
-    stream = torch.cuda.Stream()
-
-    def capture(compute: Compute) -> Compute:
-        # Run once first: compiling kernels and initializing libraries cannot be captured.
-        start = time.perf_counter()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            compute()
-        stream.synchronize()
-        stats.compile_s += time.perf_counter() - start
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        try:
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
-                result = compute()
-        finally:
-            torch.cuda.set_stream(current)  # which torch does not restore if the capture fails
-
-        def replay() -> torch.Tensor:
-            graph.replay()
-            return result
-
-        return replay
-
-    return capture
+        out = None if self._logits is None else self._logits[:size]
+        return self._decode(inputs.rows, batch, out)

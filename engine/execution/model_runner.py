@@ -2,28 +2,37 @@
 
 import contextlib
 from array import array
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from engine.execution.batch_builder import BatchBuilder, int64
-from engine.execution.decode_graphs import Capture, DecodeGraphs
+from engine.execution.capture import (
+    Capture,
+    CaptureMode,
+    PartsCapture,
+    Record,
+    capture_error,
+)
+from engine.execution.chunk_graphs import ChunkGraphs
+from engine.execution.decode_graphs import DecodeGraphs, Replayed, Tail
 from engine.execution.sampler import Sampled, Sampler, pin, to_device
 from engine.parallel.step_message import StepMessage
 from engine.request import Request, SamplingParams
 from engine.scheduling.kv_cache import NULL_BLOCK, BlockTables, LayerGroup, group_layers
 from engine.scheduling.sequence import Chunk, Sequence, Step
 from model import ModelConfig, Transformer, loader
-from model.ops.backend import choose_backend
+from model.ops.backend import Backend, Compute, choose_backend
 from model.ops.forward_batch import ForwardBatch
 from model.ops.step_parts import BATCH_PREPARATION, SAMPLING
 from model.sharding import ALONE, Shard
 
 _LIKELY_TOKENS = 256  # per sequence; their KV pages are touched before the first step on a CPU
 _MAX_TOUCHED_BYTES = 256 << 20
+_GREEDY, _SAMPLED = "greedy", "sampled"  # names of captured ends of steps
 
 
 class ModelRunner:
@@ -55,7 +64,10 @@ class ModelRunner:
             for i, layer in enumerate(group.layers):
                 self._layer_caches[layer] = (g, i)
         self._graphs: DecodeGraphs | None = None
+        self._chunk_graphs: ChunkGraphs | None = None
         self._block_size = 0
+        # Exchanges a report with the other ranks; returns those of all ranks.
+        self.exchange_reports: Callable[[str], list[str]] = lambda report: [report]
         # Rows whose block tables the graphs have now, and the longest context length in blocks.
         self._graph_tables: tuple[list[int], int] | None = None
 
@@ -168,19 +180,66 @@ class ModelRunner:
         for cache in self.kv_caches:
             cache[:, 1 : last_block + 1] = torch.randn(cache.shape[2:]).to(cache)
 
-    @torch.inference_mode()
-    def capture(self, capture: Capture, ahead_of_time: bool = True) -> None:
-        """Capture the steps in which every sequence decodes; `launch` then replays them.
+    @property
+    def capture_modes(self) -> list[CaptureMode]:
+        """The modes of `capture`, in the order in which to try them."""
+        has_plain = self.backend.without_programmatic_launch() is not self.backend
+        return [mode for mode in CaptureMode if has_plain or mode != CaptureMode.PLAIN_LAUNCH]
 
-        ahead_of_time: capture some batch sizes now, else each size when it first occurs.
+    def capture(
+        self,
+        capture: Capture,
+        mode: CaptureMode = CaptureMode.WHOLE,
+        max_batch_tokens: int = 0,
+    ) -> None:
+        """Capture steps in which every sequence decodes; `launch` then replays them.
+
+        Whole steps are also captured with chunks, of up to max_batch_tokens tokens.
+        Raises an error on every rank if it fails on one of them, and then captures nothing.
         """
-        if self.sampler is None or self.batches is None:
+        ops, record = self.backend, cast(Record, capture)
+        if mode != CaptureMode.WHOLE:
+            ops = ops.without_programmatic_launch()
+        if mode == CaptureMode.PARTS:
+            record = parts = PartsCapture(capture, ops)
+            ops = parts.ops
+        self._make_graphs(partial(self._record_on_all, record), ops, mode, max_batch_tokens)
+
+    def _record_on_all(self, record: Record, compute: Compute) -> Compute:
+        """Record on every rank. Raises on all of them if one fails: they capture in step, since
+        the first run of a computation exchanges tensors.
+        """
+        failure: Exception | None = None
+        try:
+            replay = record(compute)
+        except Exception as error:
+            failure = error
+        reports = self.exchange_reports("" if failure is None else capture_error(failure))
+        if failure is not None:
+            raise failure
+        for rank, report in enumerate(reports):
+            if report:
+                raise RuntimeError(f"rank {rank}: {report}")
+        return replay
+
+    @torch.inference_mode()
+    def _make_graphs(
+        self, record: Record, ops: Backend, mode: CaptureMode | None, max_batch_tokens: int = 0
+    ) -> None:
+        """Create the graphs. mode None: each batch size is recorded when it first occurs."""
+        if self.batches is None:
             raise RuntimeError("call allocate() before capture()")
         rows, padding_block = self.batches.padding_row, self.kv_caches[0].shape[1] - 1
         part = self.shard.vocab_part(self.config.vocab_size)
+        logits = None
+        if mode is not None:
+            shape = rows, part.stop - part.start
+            logits = torch.empty(shape, dtype=torch.float32, device=self.device)
+        is_whole = mode in (CaptureMode.WHOLE, CaptureMode.PLAIN_LAUNCH)
+        self.uncapture()
         self._graph_tables = None
         self._graphs = DecodeGraphs(
-            self._decode,
+            partial(self._decode, ops),
             [
                 torch.full(
                     (rows, self.batches.width), padding_block, dtype=torch.int32, device=self.device
@@ -188,30 +247,61 @@ class ModelRunner:
                 for _ in self.groups
             ],
             (rows, padding_block * self._block_size),
-            torch.empty(rows, part.stop - part.start, dtype=torch.float32, device=self.device)
-            if ahead_of_time
-            else None,
-            capture,
+            logits,
+            record,
+            knows_lengths=mode == CaptureMode.PARTS,
+            tails=self._tails(ops) if is_whole else {},
         )
+        if logits is not None and is_whole:
+            self._chunk_graphs = ChunkGraphs(
+                partial(self._forward, ops),
+                [self.batches.width] * len(self.groups),
+                padding_block,
+                self._block_size,
+                (rows, min(max_batch_tokens, self.batches.width * self._block_size)),
+                logits,
+                record,
+            )
+
+    def _tails(self, ops: Backend) -> dict[str, Tail]:
+        """The ends of steps that are captured; others run after the replay."""
+        assert self.sampler is not None
+        sampler = self.sampler.on(ops)
+        tails: dict[str, Tail] = {
+            _GREEDY: lambda logits, rows, positions: sampler.sample_greedy(logits, rows)
+        }
+        if self.shard.size == 1:  # else rank 0 gathers the logits of all ranks
+            tails[_SAMPLED] = sampler.sample_rows
+        return tails
 
     def record(self) -> None:
-        """Capture decode steps as recorded kernel calls, if the backend and the model allow it."""
+        """Record decode steps as kernel calls, if the backend and the model allow it.
+
+        Each batch size is recorded when it first occurs.
+        """
         recorder = self.backend.recorder()
         if recorder is not None:
             # Raised if an operation falls back to torch: the model then runs unrecorded.
             with contextlib.suppress(RuntimeError):
-                self.capture(recorder, ahead_of_time=False)
+                self._make_graphs(recorder, self.backend, None)
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """The logits float32 [len(batch.logits_rows), this rank's part of the vocabulary]."""
         assert self.model is not None
         return self.model(self.backend, batch, self.kv_caches, self._layer_caches)
 
-    def _decode(self, rows: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+    def _forward(self, ops: Backend, batch: ForwardBatch, out: torch.Tensor) -> torch.Tensor:
+        assert self.model is not None
+        return self.model(ops, batch, self.kv_caches, self._layer_caches, out)
+
+    def _decode(
+        self, ops: Backend, rows: torch.Tensor, batch: ForwardBatch, out: torch.Tensor | None
+    ) -> torch.Tensor:
         """Logits of a batch of decodes; its tokens are those that the rows sampled last."""
+        assert self.model is not None
         assert self.sampler is not None
-        last = self.backend.gather(self.sampler.last.unsqueeze(1), rows)
-        return self.forward(replace(batch, token_ids=last.squeeze(1)))
+        batch.token_ids = ops.gather(self.sampler.last.unsqueeze(1), rows).squeeze(1)
+        return self.model(ops, batch, self.kv_caches, self._layer_caches, out)
 
     def free(self) -> None:
         """Free weights, KV and captured steps."""
@@ -227,20 +317,15 @@ class ModelRunner:
 
     def uncapture(self) -> None:
         """Drop captured steps: the following steps are not replayed."""
-        self._graphs = None
+        self._graphs = self._chunk_graphs = None
 
     def launch(self, step: Step) -> Sampled:
         """Start the step; the result holds the next token of each of `step.sampling()`."""
         if self.model is None or self.sampler is None:
             raise RuntimeError("the engine is not warmed up: call warm_up() first")
-        starting = [
-            (chunk.sequence.row, chunk.sequence)
-            for chunk in step.chunks
-            if chunk.samples and not chunk.sequence.greedy
-        ]
+        starting = [(c.sequence.row, c.sequence) for c in step.chunks if c.samples]
         for draft in step.drafts:
-            if not draft.sequence.greedy:
-                starting += [(row, draft.sequence) for row in draft.rows]
+            starting += [(row, draft.sequence) for row in draft.rows]
         if starting:
             rows, sequences = zip(*starting, strict=True)
             self.sampler.set_params(rows, [sequence.request.params for sequence in sequences])
@@ -256,23 +341,26 @@ class ModelRunner:
             self.batches.update_tables(message)
             self._graph_tables = None
         if message.given:
-            given_rows, tokens = (int64(each) for each in zip(*message.given, strict=True))
-            last = self.sampler.last
-            last.index_copy_(0, to_device(given_rows, self.device), to_device(tokens, self.device))
+            given = (int64(each) for each in zip(*message.given, strict=True))
+            self.sampler.last.index_copy_(0, *(to_device(each, self.device) for each in given))
         if self._graphs is None or message.starts:
             with BATCH_PREPARATION:
                 batch, rows, positions = self.batches.build(message, self.sampler.last)
-            logits = self.forward(batch)
+            replayed = None if self._chunk_graphs is None else self._chunk_graphs(batch)
+            logits = self.forward(batch) if replayed is None else replayed
         else:
-            logits, rows, positions = self._replay(self._graphs, self.batches, message)
+            has_logprobs = any(p.logprobs is not None for p in non_greedy.values())
+            tail = _GREEDY if message.all_greedy else "" if has_logprobs else _SAMPLED
+            logits, rows, positions, tokens = self._replay(self._graphs, message, tail)
+            if tokens is not None:
+                return Sampled(tokens)
         with SAMPLING:
             return self.sampler.sample(logits, rows, positions, non_greedy, message.all_greedy)
 
-    def _replay(
-        self, graphs: DecodeGraphs, batches: BatchBuilder, message: StepMessage
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(Logits, rows, positions) of a step of decodes, as those of `build` and `forward`."""
-        size = message.size
+    def _replay(self, graphs: DecodeGraphs, message: StepMessage, tail: str) -> Replayed:
+        """Replay a step of decodes, padded; returns the results of its sequences."""
+        batches, size = self.batches, message.size
+        assert batches is not None
         padding = graphs.padded_size(size) - size
         rows = [*message.rows, *[batches.padding_row] * padding]
         inputs = batches.decode_inputs(rows, [*message.context_lens, *[1] * padding])
@@ -282,8 +370,4 @@ class ModelRunner:
             tables = batches.select_tables(inputs.rows, longest)
             graphs.set_block_tables([pin(table, self.device) for table in tables])
             self._graph_tables = rows, blocks
-        device_rows, logits = graphs(inputs.rows, inputs.positions, inputs.slot_mapping)
-        positions = inputs.context_lens[:size]
-        if not message.all_greedy:  # greedy sampling does not read the positions
-            positions = to_device(positions, self.device)
-        return logits[:size], device_rows[:size], positions
+        return graphs(inputs, tail).first(size)

@@ -1,22 +1,20 @@
 """Logits → next tokens. Random numbers depend on seed and position alone, not on the batch."""
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from functools import partial
+from copy import copy
 
 import torch
 
 from engine.request import SamplingParams, TokenLogprobs
 from model.ops.backend import Backend
-from model.ops.sampling import find_in_cumulative, reduce_blocks, take_block
+from model.ops.sampling import NO_TOKEN
+from model.ops.specs import SamplingTables
 from model.sharding import ALONE, Shard
 
-NO_TOKEN = -1  # in place of a token, for a row whose logits are not finite
 _LOWEST_TEMPERATURE = 2.0**-126  # float32 has lower numbers, but GPUs may take them for 0
 _HIGHEST_TEMPERATURE = 2.0**127
 _MAX_INT64 = 2**63 - 1
-_BLOCK = 1024  # tokens of the vocabulary that are reduced together
 
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -35,17 +33,16 @@ class Sampled:
     def __init__(
         self,
         tokens: torch.Tensor,
-        highest: torch.Tensor,
         logprobs: tuple[torch.Tensor, ...] = (),
         logprob_counts: Mapping[int, int] | None = None,
     ):
-        """tokens int64 [rows]; highest [rows]: the largest logit of each, NaN if one is NaN.
+        """tokens int64 [rows]; NO_TOKEN for a row whose logits are not finite.
 
         logprob_counts: row → how many most likely tokens to return with log-probabilities;
         logprobs: for these rows the sampled token's [rows], then values and ids [rows, tokens].
         """
         self._logprob_counts = logprob_counts or {}
-        self._tensors = (tokens, highest, *logprobs)
+        self._tensors = (tokens, *logprobs)
         self._event: torch.cuda.Event | None = None
         if tokens.device.type == "cuda":
             copies = [torch.empty_like(t, device="cpu", pin_memory=True) for t in self._tensors]
@@ -58,18 +55,14 @@ class Sampled:
     def read(self) -> tuple[list[int], dict[int, TokenLogprobs]]:
         """Wait for the step; returns each row's token, and log-probabilities by row if requested.
 
-        The token is NO_TOKEN if the row's logits are not finite. On the device such a row has a
-        valid token, because the next step reads it.
+        The token is NO_TOKEN if the row's logits are not finite.
         """
         if self._event is not None:
             self._event.synchronize()
-        tokens, highest = self._tensors[0].tolist(), self._tensors[1].tolist()
-        if not math.isfinite(sum(highest)):
-            finite = map(math.isfinite, highest)
-            tokens = [t if ok else NO_TOKEN for t, ok in zip(tokens, finite, strict=True)]
+        tokens = self._tensors[0].tolist()
         if not self._logprob_counts:
             return tokens, {}
-        sampled, values, ids = (tensor.tolist() for tensor in self._tensors[2:])
+        sampled, values, ids = (tensor.tolist() for tensor in self._tensors[1:])
         return tokens, {
             row: TokenLogprobs(
                 sampled[i], tuple(zip(ids[i][:count], values[i][:count], strict=True))
@@ -91,24 +84,39 @@ class Sampler:
         self._shard, self._vocab = shard, vocab
         self.last = torch.zeros(rows, dtype=torch.int64, device=device)  # token sampled last
         self._backend, self._device = backend, device
-        self._temperature_and_top_p = torch.ones(rows, 2, device=device)
-        self._top_k_and_seed = torch.zeros(rows, 2, dtype=torch.int64, device=device)
+        self._tables = SamplingTables(
+            torch.tensor([0.0, 1.0], device=device).repeat(rows, 1),
+            torch.zeros(rows, 2, dtype=torch.int64, device=device),
+        )
+        self._random: set[int] = set()  # rows whose temperature in the tables is not 0
+
+    def on(self, backend: Backend) -> "Sampler":
+        """This sampler with its state, computing with another backend."""
+        other = copy(self)
+        other._backend = backend
+        return other
 
     def set_params(self, rows: SequenceOf[int], params: SequenceOf[SamplingParams]) -> None:
-        """Set the parameters of sequences that start in these rows and are not greedy."""
-        at = to_device(torch.tensor(rows), self._device)
+        """Set the parameters of sequences that start in these rows."""
+        changed = {
+            row: p
+            for row, p in zip(rows, params, strict=True)
+            if p.temperature > 0 or row in self._random
+        }
+        if not changed:  # greedy sequences in rows that have been greedy
+            return
+        self._random -= changed.keys()
+        self._random |= {row for row, p in changed.items() if p.temperature > 0}
+        at = to_device(torch.tensor(list(changed)), self._device)
         # Python's integers have no largest value. The dtype is given, as 1 may be written for 1.0.
-        temperatures = [
-            max(min(p.temperature, _HIGHEST_TEMPERATURE), _LOWEST_TEMPERATURE) for p in params
-        ]
         floats = torch.tensor(
-            [(t, p.top_p) for t, p in zip(temperatures, params, strict=True)], dtype=torch.float32
+            [(_temperature(p), p.top_p) for p in changed.values()], dtype=torch.float32
         )
         ints = torch.tensor(
-            [(min(p.top_k, _MAX_INT64), (p.seed or 0) & _MAX_INT64) for p in params]
+            [(min(p.top_k, _MAX_INT64), (p.seed or 0) & _MAX_INT64) for p in changed.values()]
         )
-        self._temperature_and_top_p.index_copy_(0, at, to_device(floats, self._device))
-        self._top_k_and_seed.index_copy_(0, at, to_device(ints, self._device))
+        self._tables.temperature_and_top_p.index_copy_(0, at, to_device(floats, self._device))
+        self._tables.top_k_and_seed.index_copy_(0, at, to_device(ints, self._device))
 
     def sample(
         self,
@@ -125,107 +133,59 @@ class Sampler:
         together with the request's seed (not read if all are greedy); non_greedy: index below n →
         parameters, of the sequences that are not greedy; all_greedy: there are none, on any rank.
         """
-        shard = self._shard
         if all_greedy:
-            highest, tokens = shard.argmax(*self._backend.argmax(logits), self._vocab)
-            self.last.index_copy_(0, rows, tokens)
-            return Sampled(tokens, highest)
-        logits = shard.gather_logits(logits, self._vocab)
-        if shard.rank == 0:
-            highest, tokens = self._sample(logits, rows, positions, non_greedy)
-        else:
-            highest = tokens = torch.empty_like(rows)
-        self.last.index_copy_(0, rows, shard.broadcast(tokens))
+            return Sampled(self.sample_greedy(logits, rows))
         counts = {i: p.logprobs for i, p in non_greedy.items() if p.logprobs is not None}
         if not counts:
-            return Sampled(tokens, highest)
+            return Sampled(self.sample_rows(logits, rows, positions))
+        logits = self._shard.gather_logits(logits, self._vocab)
+        tokens = self._sample_gathered(logits, rows, positions)
         at = to_device(torch.tensor(list(counts)), self._device)
         logits = logits[at]
         total = logits.logsumexp(-1, keepdim=True)
-        sampled = (logits.gather(1, tokens[at].unsqueeze(1)) - total).squeeze(1)
+        sampled = (logits.gather(1, self.last[rows[at]].unsqueeze(1)) - total).squeeze(1)
         # Ordered as `argmax` orders them: the greedy token is the first.
         values, ids = self._backend.top_tokens(logits, max(counts.values()))
-        return Sampled(tokens, highest, (sampled, values - total, ids), counts)
+        return Sampled(tokens, (sampled, values - total, ids), counts)
 
-    def _sample(
-        self,
-        logits: torch.Tensor,
-        rows: torch.Tensor,
-        positions: torch.Tensor,
-        non_greedy: Mapping[int, SamplingParams],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(Largest logit, next token) of each sequence, from logits [n, vocab]."""
-        highest, tokens = self._backend.argmax(logits)
-        random = {i: params for i, params in non_greedy.items() if params.temperature > 0}
-        truncated = {i: p for i, p in random.items() if p.top_k or p.top_p < 1}
-        with_top_k = any(params.top_k for params in truncated.values())
-        whole = [i for i in random if i not in truncated]
-        sample = partial(self._sample_truncated, with_top_k=with_top_k)
-        tokens = self._replace(tokens, list(truncated), sample, logits, rows, positions)
-        tokens = self._replace(
-            tokens, whole, self._sample_vocabulary, logits, highest, rows, positions
-        )
-        return highest, tokens
+    def sample_greedy(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """As `sample_rows` in a step in which every sequence is greedy."""
+        if self._shard.size == 1:
+            return self._backend.sample_rows(logits, rows, self.last)
+        highest, tokens = self._shard.argmax(*self._backend.argmax(logits), self._vocab)
+        self.last.index_copy_(0, rows, tokens)
+        return torch.where(highest.isfinite(), tokens, NO_TOKEN)
 
-    def _replace(
-        self,
-        tokens: torch.Tensor,
-        indices: list[int],
-        sample: Callable[..., torch.Tensor],
-        *args: torch.Tensor,
+    def sample_rows(
+        self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
-        """The tokens [n], those of `indices` from `sample`, which gets these rows of `args`."""
-        if not indices:
-            return tokens
-        if len(indices) == len(tokens):
-            return sample(*args)
-        at = to_device(torch.tensor(indices), self._device)
-        return tokens.index_copy_(0, at, sample(*(each[at] for each in args)))
+        """Sample each sequence's next token by its row's parameters; it becomes the row's last one.
 
-    def _sample_vocabulary(
-        self,
-        logits: torch.Tensor,
-        highest: torch.Tensor,
-        rows: torch.Tensor,
-        positions: torch.Tensor,
-    ) -> torch.Tensor:
-        """Sample from the whole vocabulary, in the order of its ids; arguments as in `sample`.
-
-        highest [n]: the largest logit of each. A row of NaN yields a valid token: NaN probabilities
-        count as ones.
+        logits and rows as in `sample`; positions int32 or int64 [n]. Returns the tokens int64 [n],
+        NO_TOKEN where the logits are not finite; on ranks other than 0, the rows' last tokens.
+        Every argument is on the device, and no kernel, size or argument depends on the parameters:
+        on a GPU this can be captured once for each n and replayed with other rows and parameters.
         """
-        temperature = self._temperature_and_top_p[rows, :1]
-        # Of the difference to the largest, so that a tiny temperature does not overflow.
-        probs = ((logits - highest.unsqueeze(1)) / temperature).softmax(-1)
-        uniform = keyed_uniform(self._top_k_and_seed[rows, 1:], positions.long().unsqueeze(1))
-        blocks = reduce_blocks(probs, torch.sum, _BLOCK).double().nan_to_num_(1.0)
-        block, rest = find_in_cumulative(blocks, uniform * blocks.sum(-1, keepdim=True))
-        within = take_block(probs, block, 0.0, _BLOCK).double().nan_to_num_(1.0)
-        offset, _ = find_in_cumulative(within, rest)
-        return (block * _BLOCK + offset).squeeze(1)
-
-    def _sample_truncated(
-        self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, with_top_k: bool
-    ) -> torch.Tensor:
-        """Sample from the tokens that top-k and top-p keep; with_top_k: some row has a top-k."""
-        temperature, top_p = self._temperature_and_top_p[rows].unbind(1)
-        top_k, seeds = self._top_k_and_seed[rows].unbind(1)
-        uniform = keyed_uniform(seeds, positions.long())
-        return self._backend.sample(
-            logits, temperature, top_k if with_top_k else None, top_p, uniform
+        return self._sample_gathered(
+            self._shard.gather_logits(logits, self._vocab), rows, positions
         )
 
+    def _sample_gathered(
+        self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """As `sample_rows`, from logits [n, vocab], which only rank 0 has."""
+        shard = self._shard
+        if shard.rank == 0:
+            tokens = self._backend.sample_rows(logits, rows, self.last, positions, self._tables)
+        if shard.size == 1:
+            return tokens
+        last = shard.broadcast(self.last[rows])
+        self.last.index_copy_(0, rows, last)
+        return tokens if shard.rank == 0 else last
 
-def keyed_uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Uniform float64 numbers in [0, 1) from (seed, position), both int64 [rows].
 
-    SplitMix64's finalizer (Steele, Lea & Flood 2014) over the seed's hash plus the position.
-    """
-    bits = _mix(_mix(seeds) + positions * -7046029254386353131)
-    return (bits >> 11 & (1 << 53) - 1).double() * 2.0**-53
-
-
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    x = (x ^ (x >> 30 & (1 << 34) - 1)) * -4658895280553007687
-    x = (x ^ (x >> 27 & (1 << 37) - 1)) * -7723592293110705685
-    return x ^ (x >> 31 & (1 << 33) - 1)
+def _temperature(params: SamplingParams) -> float:
+    """The temperature in the range that all devices can divide by, or 0."""
+    if params.temperature == 0:
+        return 0.0
+    return max(min(params.temperature, _HIGHEST_TEMPERATURE), _LOWEST_TEMPERATURE)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from engine.execution.decode_graphs import Capture
+from engine.execution.capture import Capture, CaptureMode
 from engine.execution.model_runner import ModelRunner
 from engine.execution.sampler import Sampled
 from engine.parallel.step_message import StepMessage
@@ -62,18 +62,25 @@ class CoordinatorRunner(ModelRunner):
         super().run_peak_step(*sizes)  # which allocates and computes on all of them
         self._on_all("deallocate")
 
-    def capture(self, capture: Capture, ahead_of_time: bool = True) -> None:
+    def capture(
+        self,
+        capture: Capture,
+        mode: CaptureMode = CaptureMode.WHOLE,
+        max_batch_tokens: int = 0,
+    ) -> None:
         """ModelRunner.capture on every rank, or on none if one of them cannot capture.
 
         Every rank prepares first: capturing exchanges tensors, so the others would wait forever for
         a rank that fails before.
         """
+        channel = self._workers.channel
+        assert channel is not None
+        self.exchange_reports = channel.gather_reports
         self._workers.call("prepare_capture", (), lambda: None)
         own = ModelRunner.capture
         try:
-            self._workers.call(
-                "capture", (ahead_of_time,), lambda: own(self, capture, ahead_of_time)
-            )
+            args = mode, max_batch_tokens
+            self._workers.call("capture", args, lambda: own(self, capture, *args))
         except Exception:
             if self._workers.channel is not None:
                 self._on_all("uncapture")

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from engine.errors import EngineError
-from engine.execution.decode_graphs import Capture, gpu_capture
+from engine.execution.capture import Capture, GpuCapture
 from engine.execution.model_runner import ModelRunner
 from engine.memory_plan import is_out_of_memory
 from engine.parallel.channel import (
@@ -57,7 +57,7 @@ def run(channel: Channel, device: torch.device) -> None:
             elif name == "available":
                 channel.available()
             elif name == "prepare_capture":
-                capture = gpu_capture(EngineStats())  # only rank 0's times are reported
+                capture = GpuCapture(EngineStats())  # only rank 0's times are reported
             elif name == "capture":
                 assert runner is not None
                 assert capture is not None
@@ -77,7 +77,9 @@ def _make_runner(
     if device.type == "cpu":
         torch.set_num_threads(threads)
     config = load_config(checkpoint)
-    return ModelRunner(config, device, choose_dtype(dtype, dtype, device), channel.shard)
+    runner = ModelRunner(config, device, choose_dtype(dtype, dtype, device), channel.shard)
+    runner.exchange_reports = channel.gather_reports
+    return runner
 
 
 def serve_torchrun() -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from getp.analysis.lookup import LOCAL, Model
 from getp.analysis.step_plan import check_split
 from getp.errors import GetpError
+from model.cost.batch_limits import default_batch_size, default_batch_tokens
 from model.cost.devices import Device
 from model.cost.interconnect import exchange
 from model.cost.operations import check_tensor_parallel, operations, total
@@ -60,11 +61,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Limits:
-    """The engine's limits, with the defaults of mode getp."""
+    """The engine's limits; None: those that mode getp chooses for the GPU."""
 
-    max_batch_size: int = 256
-    max_batch_tokens: int = 8192
+    max_batch_size: int | None = None
+    max_batch_tokens: int | None = None
     tensor_parallel: int = 1
+
+    def on(self, device: Device, model: Model, dtype: str) -> tuple[int, int]:
+        """Return the requests and the tokens of a step on a device."""
+        ranks = self.tensor_parallel
+        size = self.max_batch_size or default_batch_size(model.config, dtype, device.memory, ranks)
+        return size, self.max_batch_tokens or default_batch_tokens(size)
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,8 @@ class Prediction:
 
     name: str
     efficiency: Efficiency
+    max_batch_size: int
+    max_batch_tokens: int
     prefill_steps: int = 0
     prefill_s: float = 0.0
     decode_steps: int = 0
@@ -152,11 +161,12 @@ def _predict_engine(
     parts, count = limits.tensor_parallel, len(job.prompts)
     longest = round((job.prompt_tokens + job.output_tokens) / count)
     room = largest_batch(model.config, Workload("decode", 1, 1, longest, dtype, parts), device)
+    max_size, max_tokens = limits.on(device, model, dtype)
     if room < 1:
-        return Prediction(device.name, efficiency, tensor_parallel=parts)
-    max_batch = min(count, room, limits.max_batch_size)
+        return Prediction(device.name, efficiency, max_size, max_tokens, tensor_parallel=parts)
+    max_batch = min(count, room, max_size)
     mean_prompt = max(1, round(job.prompt_tokens / count))
-    batch = min(max_batch, max(1, limits.max_batch_tokens // mean_prompt))
+    batch = min(max_batch, max(1, max_tokens // mean_prompt))
     prefill = Workload("prefill", batch, mean_prompt, mean_prompt, dtype, parts, causal=True)
     first = _step_time(model, prefill, device, efficiency)
     prefill_s, link_s = first.seconds * count / batch, first.link_s * count / batch
@@ -175,6 +185,8 @@ def _predict_engine(
     return Prediction(
         name=device.name,
         efficiency=efficiency,
+        max_batch_size=max_size,
+        max_batch_tokens=max_tokens,
         prefill_steps=-(-count // batch),
         prefill_s=prefill_s,
         decode_steps=decode_steps,

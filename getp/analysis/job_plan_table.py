@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from getp import tables
-from getp.analysis.job_plan import ASSUMED, Job, Limits, Prediction
+from getp.analysis.job_plan import ASSUMED, Job, Prediction
 from getp.analysis.lookup import Model
 from getp.units import counted, duration, percent
 
@@ -12,7 +12,6 @@ def print_job(
     model: Model,
     job: Job,
     dtype: str,
-    limits: Limits,
     predictions: Sequence[Prediction],
     token_source: str,
     details: bool = False,
@@ -45,7 +44,7 @@ def print_job(
         layout = [_layout(one)] if several else []
         table.add_row(one.name, *layout, *_cells(one, details, priced))
     tables.show(console, table)
-    console.print(_notes(predictions, limits), style="dim", soft_wrap=True)
+    console.print(_notes(predictions), style="dim", soft_wrap=True)
 
 
 def _layout(one: Prediction) -> str:
@@ -74,14 +73,22 @@ def _cells(one: Prediction, details: bool, priced: bool) -> list[str]:
     return [*cells, f"{one.price:,.4f}" if one.price is not None else "-"] if priced else cells
 
 
-def _notes(predictions: Sequence[Prediction], limits: Limits) -> str:
+def _notes(predictions: Sequence[Prediction]) -> str:
     lines = [
-        "Every request is assumed to generate up to its limit, with at most",
-        f"{counted(limits.max_batch_size, 'request')} at once and "
-        f"{counted(limits.max_batch_tokens, 'token')} per step. Host time (scheduling,",
+        "Every request is assumed to generate up to its limit. Host time (scheduling,",
         "sampling and other work) is not included, nor is the time that a request waits",
         "before its first step.",
     ]
+    of_limits: dict[str, list[str]] = {}
+    for one in predictions:
+        size, tokens = (
+            counted(one.max_batch_size, "request"),
+            counted(one.max_batch_tokens, "token"),
+        )
+        of_limits.setdefault(f"At most {size} at once and {tokens} per step", []).append(one.name)
+    for text, names in of_limits.items():
+        where = f" on {', '.join(dict.fromkeys(names))}" if len(of_limits) > 1 else ""
+        lines.append(f"{text}{where}.")
     if any(one.tensor_parallel > 1 for one in predictions):
         lines.append("comm.: the share of the time that the GPUs of a model communicate.")
     if any(one.price is not None for one in predictions):

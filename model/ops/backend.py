@@ -15,7 +15,13 @@ import torch.nn.functional as F
 
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.mxfp4 import Mxfp4
-from model.ops.sampling import sample_sorted, top_tokens
+from model.ops.sampling import (
+    NO_TOKEN,
+    keyed_uniform,
+    sample_sorted,
+    sample_vocabulary,
+    top_tokens,
+)
 from model.ops.specs import (
     Activation,
     AttentionSpec,
@@ -25,6 +31,7 @@ from model.ops.specs import (
     Norm,
     RopeArgs,
     RouterSpec,
+    SamplingTables,
 )
 from model.ops.step_parts import ACTIVATION, DOWN_PROJ, INPUT_NORM, POST_NORM, ROPE
 
@@ -114,6 +121,10 @@ class Backend:
         """Return a recorder of computations for replay on the host; None if there is none."""
         return None
 
+    def without_programmatic_launch(self) -> "Backend":
+        """Return this backend with every kernel launched after the previous one has ended."""
+        return self
+
     # Operations
 
     def gather(self, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -141,11 +152,14 @@ class Backend:
         """x [tokens, in] → x · weightᵀ + bias [tokens, out]."""
         return F.linear(x, linear.format.dense(linear.weight, x.dtype), linear.bias)
 
-    def logits(self, x: torch.Tensor, head: Linear, scale: float) -> torch.Tensor:
-        """x [rows, hidden] → x · weightᵀ · scale, float32 [rows, vocab]."""
+    def logits(
+        self, x: torch.Tensor, head: Linear, scale: float, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x [rows, hidden] → x · weightᵀ · scale, float32 [rows, vocab]; `out` if it is given."""
         parts = head.weight.split(_HEAD_TOKENS)  # bounds the memory of the float32 copy
         x = x.float()
-        return self.scale(torch.cat([F.linear(x, part.float()) for part in parts], dim=1), scale)
+        logits = torch.cat([F.linear(x, part.float()) for part in parts], dim=1, out=out)
+        return self.scale(logits, scale) if out is None else logits.mul_(scale)
 
     def add_rms_norm(
         self, x: torch.Tensor, delta: torch.Tensor | None, norm: Norm
@@ -162,11 +176,8 @@ class Backend:
         return rms_norm(x, norm).to(x.dtype)
 
     def softcap(self, logits: torch.Tensor, cap: float | None) -> torch.Tensor:
-        """Logits float32 [rows, vocab] → cap · tanh(logits / cap), which may be in place.
-
-        The logits themselves if cap is None.
-        """
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        """Logits float32 [rows, vocab] → cap · tanh(logits / cap), in place; without a cap as is."""
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     def norm_qkv(
         self,
@@ -231,6 +242,8 @@ class Backend:
         [tokens, heads, head_dim]. A sink is one more column of the softmax, after scaling, that is
         then dropped.
         """
+        if len(batch.host_context_lens) != len(batch.host_query_lens):
+            raise RuntimeError("torch's attention needs lengths that a captured step does not have")
         _, heads, _ = query.shape
         kv_heads = kv.shape[3]
         out = torch.empty_like(query)
@@ -347,6 +360,41 @@ class Backend:
         yields a valid token.
         """
         return sample_sorted(logits, temperature, top_k, top_p, uniform)
+
+    def sample_rows(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        last: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        tables: SamplingTables | None = None,
+    ) -> torch.Tensor:
+        """Choose each sequence's next token and write it to `last`, by the sequence's row.
+
+        logits float32 [n, vocab]; rows int64 [n], the sequences' rows; last int64 [all rows];
+        positions int32 or int64 [n], the index of the new token in its sequence. A row's token is
+        the most likely one at temperature 0 or without tables, from `sample` if top-k or top-p
+        leaves tokens out, and else from `sample_vocabulary`, with the number of `keyed_uniform`.
+
+        Returns the tokens int64 [n], NO_TOKEN where the row's largest logit is not finite; such a
+        row has a valid token in `last`. Nothing here waits for the device or depends on its values,
+        so that a GPU can capture it.
+        """
+        highest, tokens = self.argmax(logits)
+        if tables is not None and positions is not None:
+            temperature, top_p = tables.temperature_and_top_p[rows].unbind(1)
+            top_k, seeds = tables.top_k_and_seed[rows].unbind(1)
+            is_greedy = temperature == 0
+            temperature = torch.where(is_greedy, 1.0, temperature)
+            uniform = keyed_uniform(seeds, positions.long())
+            sampled = torch.where(
+                (top_k > 0) | (top_p < 1),
+                self.sample(logits, temperature, top_k, top_p, uniform),
+                sample_vocabulary(logits, highest, temperature, uniform),
+            )
+            tokens = torch.where(is_greedy, tokens, sampled)
+        last.index_copy_(0, rows, tokens)
+        return torch.where(highest.isfinite(), tokens, NO_TOKEN)
 
 
 def rms_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:

@@ -1,8 +1,47 @@
-"""Sampling from logits in plain torch: top-k, top-p and the inverse of the cumulative."""
+"""Sampling from logits in plain torch: top-k, top-p and the inverse of the cumulative.
+
+Random numbers depend on seed and position alone, not on the batch.
+"""
 
 from collections.abc import Callable
 
 import torch
+
+NO_TOKEN = -1  # in place of a token, for a row whose logits are not finite
+_BLOCK = 1024  # tokens of the vocabulary that are reduced together
+
+
+def keyed_uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Uniform float64 numbers in [0, 1) from (seed, position), both int64 [rows].
+
+    SplitMix64's finalizer (Steele, Lea & Flood 2014) over the seed's hash plus the position.
+    """
+    bits = _mix(_mix(seeds) + positions * -7046029254386353131)
+    return (bits >> 11 & (1 << 53) - 1).double() * 2.0**-53
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    x = (x ^ (x >> 30 & (1 << 34) - 1)) * -4658895280553007687
+    x = (x ^ (x >> 27 & (1 << 37) - 1)) * -7723592293110705685
+    return x ^ (x >> 31 & (1 << 33) - 1)
+
+
+def sample_vocabulary(
+    logits: torch.Tensor, highest: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tensor
+) -> torch.Tensor:
+    """Sample from the whole vocabulary, in the order of its ids → int64 [rows].
+
+    logits [rows, vocab]; highest: the largest logit of each row; uniform float64 in [0, 1). A row
+    of NaN yields a valid token: NaN probabilities count as ones.
+    """
+    # Of the difference to the largest, so that a tiny temperature does not overflow.
+    probs = ((logits - highest.unsqueeze(1)) / temperature.unsqueeze(1)).softmax(-1)
+    blocks = reduce_blocks(probs, torch.sum, _BLOCK).double().nan_to_num_(1.0)
+    target = uniform.unsqueeze(1) * blocks.sum(-1, keepdim=True)
+    block, rest = find_in_cumulative(blocks, target)
+    within = take_block(probs, block, 0.0, _BLOCK).double().nan_to_num_(1.0)
+    offset, _ = find_in_cumulative(within, rest)
+    return (block * _BLOCK + offset).squeeze(1)
 
 
 def sample_sorted(

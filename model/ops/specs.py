@@ -168,3 +168,14 @@ class ExpertShard(NamedTuple):
 
     rank: int = 0
     size: int = 1
+
+
+class SamplingTables(NamedTuple):
+    """Sampling parameters by row, on the device, where kernels read those of a step's rows.
+
+    Temperature 0 is greedy, top-k 0 keeps all tokens; the seed and a token's position determine its
+    random number.
+    """
+
+    temperature_and_top_p: "torch.Tensor"  # float32 [rows, 2]
+    top_k_and_seed: "torch.Tensor"  # int64 [rows, 2]

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from engine import (
 )
 from engine.resolve import resolve
 from model.cost.known_models import named_config
+from model.ops.backend import Backend
 
 
 def option(name: str) -> str:
@@ -90,6 +92,31 @@ def test_settings_left_open_are_chosen_for_the_device_and_the_model() -> None:
     assert resolve(EngineConfig(device="cpu", dtype="float16"), half).dtype == torch.float16
     given = resolve(EngineConfig(device="cpu", max_batch_size=3, max_batch_tokens=5), dense)
     assert (given.max_batch_size, given.max_batch_tokens) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "given", "size", "tokens"),
+    [
+        (24, {}, 256, 8192),
+        (141, {}, 1024, 16384),
+        (141, {"max_batch_size": 300}, 300, 8192),
+        (141, {"max_batch_tokens": 2048}, 1024, 2048),
+        (24, {"max_batch_size": 2000, "max_batch_tokens": 99}, 2000, 99),
+    ],
+)
+def test_the_batch_on_a_gpu_follows_from_its_memory_unless_it_is_given(
+    gigabytes: int,
+    given: dict[str, Any],
+    size: int,
+    tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    properties = SimpleNamespace(total_memory=gigabytes * 10**9)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr("engine.resolve.choose_backend", Backend)
+    found = resolve(EngineConfig(device="cuda", **given), named_config("llama-3-8b"))
+    assert (found.max_batch_size, found.max_batch_tokens) == (size, tokens)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -5,7 +5,8 @@ In place of a GPU graph, a captured step here is a function that computes on the
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import Engine, EngineConfig, EngineError, EngineStats, Request, SamplingParams
-from engine.execution import batch_builder, model_runner
-from engine.execution.decode_graphs import (
-    Capture,
-    Compute,
-    DecodeGraphs,
-    GraphInputs,
-    capture_sizes,
-    gpu_capture,
-)
+from engine import Engine, EngineConfig, EngineStats, Request, SamplingParams
+from engine.execution import batch_builder, sampler
+from engine.execution.batch_builder import DecodeInputs
+from engine.execution.capture import GpuCapture
+from engine.execution.decode_graphs import DecodeGraphs, GraphInputs, capture_sizes
 from engine.scheduling.kv_cache import NULL_BLOCK
-from model.ops.backend import Backend
+from model.ops.backend import Backend, Compute
 from model.ops.cpu.backend import CpuBackend
 from model.ops.forward_batch import ForwardBatch
+from tests.engine.captures import Repeating
 from tests.engine.test_engine import load
 
 
@@ -49,55 +46,40 @@ class FromTensors:
         return logits
 
 
-def recording(replays: Counter[int]) -> Capture:
-    """A capture that counts the replays of each size."""
-
-    def capture(compute: Compute) -> Compute:
-        size = len(compute())  # as a GPU's capture does
-
-        def replay() -> torch.Tensor:
-            replays[size] += 1
-            return compute()
-
-        return replay
-
-    return capture
-
-
 def test_without_a_gpu_a_capture_is_refused_before_it_begins() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(RuntimeError, match="no GPU"):
-        gpu_capture(EngineStats())
+        GpuCapture(EngineStats())
 
 
 def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch raises at the end of a failed capture before it restores the stream."""
     streams = ["the usual"]
 
-    class Capturing:
-        def __init__(self, graph: Any, pool: Any, stream: Any):
-            self.stream = stream
+    @contextmanager
+    def stream(given: Any) -> Iterator[None]:
+        streams.append(given)
+        try:
+            yield
+        finally:
+            streams.pop()
 
-        def __enter__(self) -> None:
-            streams.append(self.stream)
-
-        def __exit__(self, *error: object) -> None:
+    class Graph(MagicMock):
+        def capture_end(self) -> None:
             raise RuntimeError("the capture was invalidated")
 
     cuda: dict[str, Any] = {
         "is_available": lambda: True,
         "graph_pool_handle": lambda: None,
         "Stream": MagicMock(),
-        "stream": MagicMock(),
-        "CUDAGraph": MagicMock(),
-        "graph": Capturing,
+        "stream": stream,
+        "CUDAGraph": Graph,
         "current_stream": lambda: streams[-1],
-        "set_stream": streams.append,
+        "empty_cache": lambda: None,
     }
     for name, stand_in in cuda.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    capture = gpu_capture(EngineStats())
+    capture = GpuCapture(EngineStats())
     with pytest.raises(RuntimeError, match="invalidated"):
         capture(lambda: torch.zeros(1))
     assert torch.cuda.current_stream() == "the usual"
@@ -114,7 +96,7 @@ def test_capture_sizes_are_few_and_include_the_largest_batch() -> None:
 
 
 @pytest.mark.parametrize("lookahead", [0, 1])
-@pytest.mark.parametrize("name", ["gpt_oss", "qwen2-window-yarn", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen2-window-yarn", "qwen3_moe", "phi3-longrope"])
 def test_replayed_and_padded_steps_give_the_same_tokens(
     name: str, lookahead: int, checkpoint: Callable[[str], Path]
 ) -> None:
@@ -131,7 +113,7 @@ def test_replayed_and_padded_steps_give_the_same_tokens(
         runner, replays = engine.runner, Counter[int]()
         engine.steps.lookahead = lookahead
         runner.model = FromTensors(runner.model)  # type: ignore[assignment]
-        runner.capture(recording(replays))
+        runner.capture(Repeating(replays))
         for cache in runner.kv_caches:
             cache[:, 1:] = float("nan")
         found = {c.request_id: c.token_ids for c in engine.generate(requests)}
@@ -143,13 +125,48 @@ def test_replayed_and_padded_steps_give_the_same_tokens(
     assert set(replays) <= {1, 2, 4, 8, 10}
 
 
+def test_the_end_of_a_step_is_replayed_unless_logprobs_are_wanted(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    """The tokens equal those of steps that are not replayed, for every kind of request."""
+    kinds: dict[str, list[dict[str, Any]]] = {
+        "greedy": [{}],
+        "sampled": [{}, {"temperature": 0.8, "top_p": 0.9}, {"temperature": 0.9, "top_k": 5}],
+        "": [{"logprobs": 2}, {"temperature": 0.8, "top_p": 0.9}, {}],
+    }
+    for tail, params in kinds.items():
+        requests = [
+            Request(
+                [7, 8 + i], SamplingParams(max_new_tokens=12, seed=i, ignore_eos=True, **each), i
+            )
+            for i, each in enumerate(params)
+        ]
+        settings = EngineConfig(dtype="float32", kv_memory=32 << 20, max_batch_size=4)
+        with Engine(checkpoint("qwen3"), settings) as engine:
+            expected = {c.request_id: (c.token_ids, c.logprobs) for c in engine.generate(requests)}
+            runner, replayed = engine.runner, Counter[tuple[str, bool]]()
+            runner.model = FromTensors(runner.model)  # type: ignore[assignment]
+            runner.capture(Repeating())
+            replay = runner._replay
+
+            def noted(graphs: Any, message: Any, tail: str) -> Any:
+                found = replay(graphs, message, tail)  # noqa: B023
+                replayed[tail, found.tokens is not None] += 1  # noqa: B023
+                return found
+
+            runner._replay = noted  # type: ignore[method-assign]
+            found = {c.request_id: (c.token_ids, c.logprobs) for c in engine.generate(requests)}
+        assert found == expected
+        assert replayed == {(tail, tail != ""): 11}
+
+
 def test_a_replayed_step_copies_one_tensor_and_only_changed_block_tables(
     monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[[str], Path]
 ) -> None:
     sent: Counter[str] = Counter()
     for owner, name in (
         (batch_builder, "to_device"),
-        (model_runner, "to_device"),
+        (sampler, "to_device"),
         (DecodeGraphs, "set_block_tables"),
         (GraphInputs, "fill"),
     ):
@@ -163,7 +180,7 @@ def test_a_replayed_step_copies_one_tensor_and_only_changed_block_tables(
     config = EngineConfig(dtype="float32", kv_memory=32 << 20, block_size=16, speculation=False)
     with Engine(checkpoint("qwen3"), config) as engine:
         engine.runner.model = FromTensors(engine.runner.model)  # type: ignore[assignment]
-        engine.runner.capture(recording(Counter()))
+        engine.runner.capture(Repeating())
         counts = []
         for tokens in (10, 40):
             sent.clear()
@@ -178,17 +195,13 @@ def test_steps_are_captured_on_the_device_of_the_block_tables() -> None:
     tables = [torch.empty(3, 5, dtype=torch.int32, device="meta") for _ in range(2)]
     logits, devices = torch.empty(3, 8, device="meta"), list[torch.device]()
 
-    def decode(rows: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+    def decode(rows: torch.Tensor, batch: ForwardBatch, out: torch.Tensor | None) -> torch.Tensor:
         given = (rows, batch.positions, batch.logits_rows, batch.cu_seqlens_q, batch.context_lens)
         devices.extend(tensor.device for tensor in given)
         devices.extend(group.slot_mapping.device for group in batch.groups)
         return logits[: len(rows)]
 
-    def capture(compute: Compute) -> Compute:
-        compute()
-        return compute
-
-    graphs = DecodeGraphs(decode, tables, (3, 70), logits, capture)
+    graphs = DecodeGraphs(decode, tables, (3, 70), logits, Repeating())
     assert graphs.sizes == [1, 2, 3]
     assert devices == [torch.device("meta")] * (3 * 7)
 
@@ -197,7 +210,7 @@ def test_steps_are_captured_on_the_device_of_the_block_tables() -> None:
 def test_the_integers_of_a_step_do_not_overlap_and_are_aligned(sequences: int) -> None:
     memory = torch.zeros(GraphInputs.bytes(sequences, 2) + 8, dtype=torch.uint8)
     inputs, count = GraphInputs.over(memory, sequences, 2), torch.arange(sequences)
-    inputs.fill(count + 1, count + 20, [count + 300, count + 4000])
+    inputs.fill(DecodeInputs(count + 1, count + 21, count + 20, [count + 300, count + 4000]))
     spans = (inputs.rows, inputs.positions, *inputs.slot_mapping, inputs.context_lens)
     assert [span.tolist() for span in spans] == [
         (count + first).tolist() for first in (1, 20, 300, 4000, 21)
@@ -228,54 +241,26 @@ def test_the_peak_step_is_followed_by_short_prompts_and_leaves_nothing_allocated
         assert runner.sampler is None
 
 
-def test_an_engine_without_graphs_gives_a_notice_and_runs(
-    checkpoint: Callable[[str], Path],
-) -> None:
-    notices: list[str] = []
-
-    def capture(compute: Compute) -> Compute:
-        try:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        finally:  # as at the end of a GPU's capture
-            raise RuntimeError("operation failed due to a previous error during capture")
-
-    engine = Engine(checkpoint("qwen2"), EngineConfig(kv_memory=8 << 20), notice=notices.append)
-    engine.make_capture = lambda stats: capture
-    engine.group_size = 4
-    with engine:
-        assert not engine.steps.scheduler.group_size  # groups are useful only if steps are replayed
-        (done,) = engine.generate([Request([1, 2], SamplingParams(max_new_tokens=4))])
-    assert len(done.token_ids) == 4
-    assert notices == [
-        "decode steps are not replayed as graphs: operation not permitted when stream is capturing"
-    ]
-
-    def full(compute: Compute) -> Compute:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    engine.make_capture = lambda stats: full
-    with pytest.raises(EngineError, match="out of memory while the model was loaded"):
-        engine.warm_up()
-
-
 def test_loading_compiling_and_capturing_are_timed_separately(
     checkpoint: Callable[[str], Path],
 ) -> None:
-    def capturing(stats: EngineStats) -> Capture:
-        def capture(compute: Compute) -> Compute:
-            stats.compile_s += 1000.0  # measured by the capture
+    class Timed(Repeating):
+        def __init__(self, stats: EngineStats):
+            super().__init__()
+            self.stats = stats
+
+        def __call__(self, compute: Compute) -> Compute:
+            self.stats.compile_s += 1000.0  # measured by the capture
             time.sleep(0.01)
             return compute
 
-        return capture
-
     config = EngineConfig(kv_memory=8 << 20, max_batch_size=2, speculation=False)
     engine = Engine(checkpoint("qwen2"), config)
-    engine.make_capture = capturing
+    engine.make_capture = Timed
     with engine:
         stats = engine.stats
-    assert stats.compile_s == 2000
-    assert 0.02 <= stats.capture_s + 2000 < stats.warm_up_s
+    assert stats.compile_s == 6000  # of two sizes: the model and two ends of a step
+    assert 0.06 <= stats.capture_s + 6000 < stats.warm_up_s
     assert 0 < stats.load_s < stats.warm_up_s
 
 
@@ -317,7 +302,7 @@ def test_a_decode_step_is_launched_without_waiting_for_the_device(
         runner, guarded = engine.runner, 0
         engine.steps.lookahead = 1
         # The CPU backend first finds the rows that need a full sort, which other backends do not.
-        for name in ("sample", "top_tokens"):
+        for name in ("sample", "sample_rows", "top_tokens"):
             monkeypatch.setattr(CpuBackend, name, getattr(Backend, name))
         launch, forward = runner.launch, runner.forward
 

@@ -17,8 +17,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from engine import Completion, Engine, EngineConfig, EngineError, Request, SamplingParams, kernels
+from engine import (
+    Completion,
+    Engine,
+    EngineConfig,
+    EngineError,
+    Request,
+    SamplingParams,
+    kernels,
+)
 from engine.execution import model_runner
+from engine.execution.capture import CaptureMode
 from engine.execution.model_runner import ModelRunner
 from engine.memory_plan import MemoryPlan
 from engine.parallel import channel as channel_module
@@ -33,11 +42,12 @@ from model.checkpoint_files import CheckpointFiles
 from model.checks.prove import Kernels
 from model.cost.operations import parameter_bytes
 from model.mlp import Mlp, Moe
-from model.ops.backend import choose_backend
+from model.ops.backend import Backend, Compute, choose_backend
 from model.ops.cpu.backend import CpuBackend
 from model.sharding import Shard
 from tests.checkpoints import edit_config, write_mxfp4_pair
-from tests.engine.test_decode_graphs import FromTensors, recording
+from tests.engine.captures import Repeating, Taping
+from tests.engine.test_decode_graphs import FromTensors
 
 CPU = torch.device("cpu")
 NEAR = 1e-3  # logits this close can change places with the order of a sum
@@ -367,7 +377,7 @@ class InThreads(WorkerPool):
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, replays: Counter[int]) -> None:
         super().__init__(2)
-        monkeypatch.setattr(worker, "gpu_capture", lambda stats: recording(replays))
+        monkeypatch.setattr(worker, "GpuCapture", lambda stats: Repeating(replays))
         store = dist.HashStore()
         self._other = threading.Thread(
             target=lambda: worker.run(Channel(1, 2, store, CPU, True), CPU), daemon=True
@@ -437,6 +447,8 @@ def test_the_kv_cache_fits_the_rank_with_the_least_memory(
 def test_captured_steps_give_the_same_tokens_with_several_ranks(
     name: str, folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Other CPU backends do not take the sequences without tokens that pad a step with chunks.
+    monkeypatch.setattr(model_runner, "choose_backend", Backend)
     expected = run(folder(name), load())
     capture = ModelRunner.capture
 
@@ -447,8 +459,10 @@ def test_captured_steps_give_the_same_tokens_with_several_ranks(
     monkeypatch.setattr(ModelRunner, "capture", capture_from_tensors)
     mine, theirs = Counter[int](), Counter[int]()
     ranks = InThreads(monkeypatch, theirs)
-    engine = Engine(folder(name), EngineConfig(dtype="float32", kv_memory=16 << 20), workers=ranks)
-    engine.make_capture = lambda stats: recording(mine)
+    settings: dict[str, Any] = {"max_batch_size": 10, "max_batch_tokens": 128}
+    config = EngineConfig(dtype="float32", kv_memory=16 << 20, **settings)
+    engine = Engine(folder(name), config, workers=ranks)
+    engine.make_capture = lambda stats: Repeating(mine)
     with engine:
         found = {c.request_id: c.token_ids for c in engine.generate(load())}
     ranks.close()
@@ -470,10 +484,69 @@ def test_steps_are_captured_by_every_rank_or_by_none(
         notice=notices.append,
     )
     # The other rank runs on a CPU, which has no graphs.
-    engine.make_capture = lambda stats: recording(replays)
+    engine.make_capture = lambda stats: Repeating(replays)
     with engine:
         found = {c.request_id: c.token_ids for c in engine.generate(load())}
     assert found == {i: c.token_ids for i, c in expected.items()}
     assert not replays
-    assert len(notices) == 1
-    assert "rank 1" in notices[0]
+    assert len(notices) == 2  # of the two modes
+    assert all("rank 1: there is no GPU" in notice for notice in notices)
+
+
+class Partly(Taping):
+    """Captures whole steps up to a number of sizes, and any number of parts."""
+
+    def __init__(self, sizes: int):
+        super().__init__()
+        self._sizes = sizes
+
+    def __call__(self, compute: Compute) -> Compute:
+        replay = Repeating.__call__(self, compute)  # in step with the other rank
+        self._sizes -= 1
+        if self._sizes < 0:
+            raise RuntimeError("too many captures")
+        return replay
+
+
+def test_a_rank_that_fails_leads_all_ranks_to_the_next_mode(
+    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails at a size that the other rank can capture: both stop there."""
+    monkeypatch.setattr(model_runner, "choose_backend", Backend)
+    capture = ModelRunner.capture
+
+    def capture_from_tensors(self: ModelRunner, own: Any, mode: CaptureMode, *rest: Any) -> None:
+        model = self.model
+        if mode == CaptureMode.WHOLE:
+            self.model = FromTensors(model)  # type: ignore[assignment]
+        try:
+            capture(self, own, mode, *rest)
+        finally:
+            self.model = model
+
+    monkeypatch.setattr(ModelRunner, "capture", capture_from_tensors)
+    notices: list[str] = []
+    ranks = InThreads(monkeypatch, Counter())
+    captures: dict[int, list[Partly]] = {2: [], 99: []}
+
+    def captures_up_to(sizes: int) -> Partly:
+        captures[sizes].append(Partly(sizes))
+        return captures[sizes][-1]
+
+    monkeypatch.setattr(worker, "GpuCapture", lambda stats: captures_up_to(2))
+    engine = Engine(
+        folder("gpt_oss"),
+        EngineConfig(dtype="float32", kv_memory=16 << 20),
+        workers=ranks,
+        notice=notices.append,
+    )
+    engine.make_capture = lambda stats: captures_up_to(99)
+    with engine:
+        assert engine.runner.captured
+    ranks.close()
+    assert notices == [
+        "decode steps are captured in parts, with attention and experts outside of graphs, because "
+        "a capture failed: rank 1: too many captures"
+    ]
+    assert captures[99][0]._sizes == 99 - 3
+    assert captures[99][1].segments == captures[2][1].segments > 0

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import SamplingParams
-from engine.execution.sampler import NO_TOKEN, Sampler, keyed_uniform
+from engine.execution.sampler import Sampler
 from model.ops.backend import Backend
 from model.ops.cpu.backend import CpuBackend
-from model.ops.sampling import sample_sorted
+from model.ops.sampling import NO_TOKEN, keyed_uniform, sample_sorted
 
 CPU = CpuBackend(torch.device("cpu"), torch.float32)
 
@@ -151,6 +151,31 @@ def test_tokens_with_probability_zero_are_never_sampled() -> None:
         logits, [SamplingParams(temperature=1, seed=i) for i in range(2000)], [0] * 2000
     )
     assert sorted(set(tokens)) == [5, 7, 8]
+
+
+@pytest.mark.parametrize("backend", [CPU, Backend(CPU.device, CPU.dtype)])
+def test_a_row_takes_the_parameters_of_the_sequence_that_starts_in_it(backend: Backend) -> None:
+    """Also a greedy sequence, after one with a temperature, in the same row or in another."""
+    logits = torch.randn(3, 700, generator=torch.Generator().manual_seed(3)) / 4
+    greedy, whole = SamplingParams(), SamplingParams(temperature=2.0, seed=1)
+    truncated = SamplingParams(temperature=2.0, top_k=300, top_p=0.9, seed=1)
+    rows = torch.tensor([2, 0, 1])
+
+    def sample_after(*history: list[SamplingParams]) -> list[int]:
+        sampler = Sampler(4, backend)
+        for params in history:
+            sampler.set_params(rows.tolist(), params)
+        tokens = sampler.sample_rows(logits, rows, rows.int()).tolist()
+        assert sampler.last[rows].tolist() == tokens
+        return tokens
+
+    mixed = [truncated, greedy, whole]
+    expected = sample_after(mixed)
+    assert expected[1] == logits[1].argmax()
+    assert expected[0] != logits[0].argmax()
+    assert expected[2] != logits[2].argmax()
+    assert sample_after([greedy, whole, truncated], [whole, truncated, greedy], mixed) == expected
+    assert sample_after(mixed, [greedy] * 3) == logits.argmax(-1).tolist()
 
 
 @settings(max_examples=50, deadline=None)

@@ -257,6 +257,26 @@ def test_a_predicted_job_has_the_order_of_a_real_one() -> None:
     assert make_job(requests, max_positions=100).prompts == [3, 5, 4]
 
 
+def test_a_job_is_planned_with_the_batch_that_each_gpu_gets(
+    prompts: str, capsys: Printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ["qwen3-0.6b", "-i", prompts, "--gpu", "RTX 4090,H200"]
+    gpus = planned(capsys, *args)["gpus"]
+    assert [(one["max_batch_size"], one["max_batch_tokens"]) for one in gpus] == [
+        (256, 8192),
+        (1024, 16384),
+    ]
+    given = planned(capsys, *args, "--max-batch-size", "40", "--max-batch-tokens", "100")["gpus"]
+    assert {(one["max_batch_size"], one["max_batch_tokens"]) for one in given} == {(40, 100)}
+    monkeypatch.setenv("COLUMNS", "120")
+    assert cli.run(["qwen3-0.6b", "-m", "plan", *args[1:]]) == 0
+    text = capsys.readouterr().out
+    assert "At most 256 requests at once and 8,192 tokens per step on RTX 4090." in text
+    assert "At most 1,024 requests at once and 16,384 tokens per step on H200." in text
+    assert cli.run(["qwen3-0.6b", "-m", "plan", *args[1:], "--max-batch-size", "40"]) == 0
+    assert "At most 40 requests at once and 8,192 tokens per step.\n" in capsys.readouterr().out
+
+
 def test_requests_beyond_the_first_batch_make_the_job_longer(
     tmp_path: Path, capsys: Printed
 ) -> None:

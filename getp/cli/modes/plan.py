@@ -82,8 +82,8 @@ def _job(settings: Settings, path: str) -> int:
     job = job_plan.make_job(requests, model.config.max_positions)
     dtype = model.config.dtype if plan.dtype == "auto" else plan.dtype
     limits = job_plan.Limits(
-        plan.max_batch_size or job_plan.Limits.max_batch_size,
-        plan.max_batch_tokens or job_plan.Limits.max_batch_tokens,
+        plan.max_batch_size,
+        plan.max_batch_tokens,
         settings.parallel.tensor_parallel or 1,
     )
     predictions = []
@@ -97,7 +97,7 @@ def _job(settings: Settings, path: str) -> int:
     if step.format == "json":
         write_report(STDIO, job_plan.as_json(model, job, dtype, limits, predictions))
     else:
-        print_job(model, job, dtype, limits, predictions, requests.counted, settings.details)
+        print_job(model, job, dtype, predictions, requests.counted, settings.details)
         if not settings.details:
             tables.hint("--details: the time and the mean batch size of prefill and decode.")
     return 0

@@ -11,9 +11,10 @@ from model.ops.cpu.bindings import kernels, library
 from model.ops.cpu.onednn import OneDnnBackend
 from model.ops.cpu.packed import PANEL, Packed
 from model.ops.cpu.recorder import Recorder, leave_to_torch
-from model.ops.cpu.sampling import sample, top_tokens
+from model.ops.cpu.sampling import sample, sample_by_kind, top_tokens
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.mxfp4 import MXFP4_BLOCK
+from model.ops.sampling import NO_TOKEN
 from model.ops.specs import (
     Activation,
     AttentionSpec,
@@ -23,6 +24,7 @@ from model.ops.specs import (
     Norm,
     RopeArgs,
     RouterSpec,
+    SamplingTables,
 )
 
 
@@ -135,12 +137,15 @@ class CpuBackend(OneDnnBackend):
         leave_to_torch()
         return super().linear(x, linear)
 
-    def logits(self, x: torch.Tensor, head: Linear, scale: float) -> torch.Tensor:
+    def logits(
+        self, x: torch.Tensor, head: Linear, scale: float, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """As Backend.logits."""
-        if self._fits(head.inputs, MXFP4_BLOCK):
-            return native.logits(x, head.weight, scale)
-        leave_to_torch()
-        return super().logits(x, head, scale)
+        if not self._fits(head.inputs, MXFP4_BLOCK):
+            leave_to_torch()
+            return super().logits(x, head, scale, out)
+        logits = native.logits(x, head.weight, scale)
+        return logits if out is None else out.copy_(logits)
 
     def add_rms_norm(
         self, x: torch.Tensor, delta: torch.Tensor | None, norm: Norm
@@ -240,3 +245,20 @@ class CpuBackend(OneDnnBackend):
     ) -> torch.Tensor:
         """As Backend.sample."""
         return sample(logits, temperature, top_k, top_p, uniform)
+
+    def sample_rows(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        last: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        tables: SamplingTables | None = None,
+    ) -> torch.Tensor:
+        """As Backend.sample_rows; each row is sampled in only the way that it needs."""
+        highest, tokens = self.argmax(logits)
+        if tables is not None and positions is not None:
+            tokens = sample_by_kind(logits, highest, tokens, rows, positions, tables)
+        last.index_copy_(0, rows, tokens)
+        if not highest.sum().isfinite():
+            tokens = torch.where(highest.isfinite(), tokens, NO_TOKEN)
+        return tokens

@@ -76,7 +76,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
-    """As Backend.softcap, in place."""
+    """As Backend.softcap."""
     kernels.softcap(x.data_ptr(), cap, x.numel(), torch.get_num_threads())
     return x
 

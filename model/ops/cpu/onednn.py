@@ -67,9 +67,12 @@ class OneDnnBackend(Backend):
         """As Backend.linear, for weights from `pack`."""
         return _linear(x, linear.weight, linear.bias)
 
-    def logits(self, x: torch.Tensor, head: Linear, scale: float) -> torch.Tensor:
+    def logits(
+        self, x: torch.Tensor, head: Linear, scale: float, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """As Backend.logits, for a weight from `pack_head`."""
-        return self.scale(torch.nn.functional.linear(x.float(), head.weight), scale)
+        logits = self.scale(torch.nn.functional.linear(x.float(), head.weight), scale)
+        return logits if out is None else out.copy_(logits)
 
     def experts(
         self,

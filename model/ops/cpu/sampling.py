@@ -2,12 +2,21 @@
 
 import torch
 
-from model.ops.sampling import effective_top_k, find_in_cumulative, sample_candidates
+from model.ops.sampling import (
+    effective_top_k,
+    find_in_cumulative,
+    keyed_uniform,
+    sample_candidates,
+    sample_vocabulary,
+)
+from model.ops.specs import SamplingTables
 
 _CANDIDATES = 256  # of the most likely tokens, which nearly always contain all that top-p keeps
 _SEARCH_LOGITS = 1 << 16  # logits that are searched together: their results stay in the caches
 _DIGITS = 1 << 16  # values of a digit of 16 bits
 _BLOCK = 1 << 8  # values of a digit that are summed as one block; there are as many blocks
+
+Rows = torch.Tensor | slice  # indices of rows
 
 
 def sample(
@@ -43,6 +52,40 @@ def sample(
         tokens[rest] = sample_candidates(
             values, ids, total[rest], top_k[rest], top_p[rest], uniform[rest]
         )
+    return tokens
+
+
+def sample_by_kind(
+    logits: torch.Tensor,
+    highest: torch.Tensor,
+    tokens: torch.Tensor,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    tables: SamplingTables,
+) -> torch.Tensor:
+    """As `Backend.sample_rows`: the tokens int64 [n], where greedy rows keep those of `tokens`.
+
+    highest [n]: the largest logit of each row, and `tokens` its token.
+    """
+    temperature, top_p = tables.temperature_and_top_p[rows].unbind(1)
+    top_k, seeds = tables.top_k_and_seed[rows].unbind(1)
+    uniform = keyed_uniform(seeds, positions.long())
+    is_random, is_truncated = temperature > 0, (top_k > 0) | (top_p < 1)
+
+    def truncated(at: Rows) -> torch.Tensor:
+        # Without a top-k, no row needs a full sort.
+        limit = top_k[at] if top_k.any() else None
+        return sample(logits[at], temperature[at], limit, top_p[at], uniform[at])
+
+    def whole(at: Rows) -> torch.Tensor:
+        return sample_vocabulary(logits[at], highest[at], temperature[at], uniform[at])
+
+    for kind, method in ((is_random & is_truncated, truncated), (is_random & ~is_truncated, whole)):
+        at = kind.nonzero().flatten()
+        if len(at) == len(tokens):
+            return method(slice(None))
+        if len(at):
+            tokens[at] = method(at)
     return tokens
 
 

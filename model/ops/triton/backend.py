@@ -5,6 +5,7 @@ keep torch's layout.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -84,6 +85,14 @@ class TritonBackend(Backend):
         target = f"{self.target.architecture}, {self.target.processors} processors"
         return f"Triton {triton.__version__} on {processor} ({target})"
 
+    def without_programmatic_launch(self) -> Backend:
+        """As `Backend.without_programmatic_launch`."""
+        if not self.target.tiles.programmatic_launch:
+            return self
+        tiles = replace(self.target.tiles, programmatic_launch=False)
+        selection = self.selection.without("programmatic_launch")
+        return type(self)(self.device, self.dtype, replace(self.target, tiles=tiles), selection)
+
     def pack_experts(self, weights: Any) -> Any:
         """As `Backend.pack_experts`: dense weights stay as they are."""
         return dense_weights(weights)
@@ -102,14 +111,18 @@ class TritonBackend(Backend):
         """As `Backend.linear`."""
         return few_rows_linear(x, linear, self._target("linear"))
 
-    def logits(self, x: torch.Tensor, head: Linear, scale: float) -> torch.Tensor:
+    def logits(
+        self, x: torch.Tensor, head: Linear, scale: float, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """As `Backend.logits`."""
         target = self._target("logits")
+        if out is None:
+            out = x.new_empty(len(x), len(head.weight), dtype=torch.float32)
         if is_one_row(x, target):
-            product = norm_linear(x, None, None, head, target, dtype=torch.float32)[1]
+            norm_linear(x, None, None, head, target, out=out)
         else:
-            product = float32_product(x, head.weight)
-        return self.scale(product, scale)
+            float32_product(x, head.weight, out)
+        return out if scale == 1 else out.mul_(scale)
 
     def add_rms_norm(
         self, x: torch.Tensor, delta: torch.Tensor | None, norm: Norm

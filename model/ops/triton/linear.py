@@ -20,11 +20,12 @@ def linear(x: torch.Tensor, linear: Linear, target: Target) -> torch.Tensor:
     return norm_linear(x, None, None, linear, target)[1]
 
 
-def float32_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [rows, in] · weight [out, in]ᵀ → float32 [rows, out]."""
+def float32_product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    """x [rows, in] · weight [outputs, in]ᵀ → out float32 [rows, outputs]."""
     if weight.is_cuda and weight.dtype != torch.float32:
-        return torch.mm(x, weight.t(), out_dtype=torch.float32)
-    return F.linear(x.float(), weight.float())  # of Triton's interpreter, on the CPU
+        torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
+    else:  # of Triton's interpreter, on the CPU
+        torch.mm(x.float(), weight.float().t(), out=out)
 
 
 def is_one_row(x: torch.Tensor, target: Target) -> bool:
@@ -40,14 +41,14 @@ def norm_linear(
     target: Target,
     is_gated: bool = False,
     rope: RopeArgs | None = None,
-    dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x, delta [rows, size] → (x + delta, `linear` of its norm [rows, out]).
 
     Without a norm, x must be a single row, which is multiplied itself. is_gated: the linear layer
     gives gate and up, and their plain SwiGLU [rows, out / 2] is returned. rope: it gives QKV, which
-    is rotated and written as in `rotate_and_write`, and the query is returned. dtype: of the
-    result; by default the weight's.
+    is rotated and written as in `rotate_and_write`, and the query is returned. out: takes the
+    result, in any dtype; without it the result has the weight's.
     """
     rows, size = x.shape
     weight, bias = linear.weight, linear.bias
@@ -58,7 +59,8 @@ def norm_linear(
     if rope is not None:
         layer, cos_sin, kv, slot_mapping = rope
         heads, kv_heads, dim = layer.heads, layer.kv_heads, layer.head_dim
-    out = weight.new_empty((rows, heads, dim) if heads else (rows, count), dtype=dtype)
+    if out is None:
+        out = weight.new_empty((rows, heads, dim) if heads else (rows, count))
     tile = _tile(x, weight.dtype, target, count, is_paired=is_gated or heads > 0)
     grid = (heads + 2 * kv_heads) * (dim // 2 // tile.n) if heads else triton.cdiv(count, tile.n)
     fused_linear[(grid,)](

@@ -47,6 +47,16 @@ class Selection:
         """Whether plain torch computes an operation."""
         return self.choices.get(op) == TORCH
 
+    def without(self, name: str) -> "Selection":
+        """Return the same choices but for a field of Tiles, which has the table's value again."""
+        kept: dict[str, Choice] = {}
+        for op, choice in self.choices.items():
+            if isinstance(choice, Mapping):
+                choice = {field: value for field, value in choice.items() if field != name}
+            if choice:
+                kept[op] = choice
+        return Selection(kept)
+
     def target(self, op: str, target: Target) -> Target:
         """Return a device with the tiles that an operation uses."""
         choice = self.choices.get(op, TORCH)
