@@ -20,6 +20,7 @@ from model.ops.specs import (
     Norm,
     RopeArgs,
     RouterSpec,
+    SamplingTables,
 )
 from model.ops.triton.attention import attention
 from model.ops.triton.embedding import embed
@@ -31,7 +32,7 @@ from model.ops.triton.mxfp4 import dense_weights, pack
 from model.ops.triton.norm import activate, add_rms_norm
 from model.ops.triton.rotary import rotate_and_write
 from model.ops.triton.route import route
-from model.ops.triton.sampling import sample
+from model.ops.triton.sampling import sample_rows
 from model.ops.triton.tiles import Target, target_of
 
 
@@ -152,13 +153,13 @@ class TritonBackend(Backend):
         """As `Backend.experts`."""
         return grouped_experts(x, chosen, weights, experts, activation, shard, self.target)
 
-    def sample(
+    def sample_rows(
         self,
         logits: torch.Tensor,
-        temperature: torch.Tensor,
-        top_k: torch.Tensor | None,
-        top_p: torch.Tensor,
-        uniform: torch.Tensor,
+        rows: torch.Tensor,
+        last: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        tables: SamplingTables | None = None,
     ) -> torch.Tensor:
-        """As `Backend.sample`."""
-        return sample(logits, temperature, top_k, top_p, uniform, self.target)
+        """As `Backend.sample_rows`."""
+        return sample_rows(logits, rows, last, positions, tables, self.target)
