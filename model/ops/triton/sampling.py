@@ -4,7 +4,9 @@ import torch
 import triton
 
 from model.ops.specs import SamplingTables
-from model.ops.triton.kernels.sampling import choose_tokens, list_candidates, summarize_blocks
+from model.ops.triton.kernels.candidates import list_candidates
+from model.ops.triton.kernels.sampling import choose_tokens
+from model.ops.triton.kernels.vocabulary_blocks import summarize_blocks
 from model.ops.triton.tiles import Target
 
 _BLOCK = 1024  # tokens whose probabilities are summed together: the result depends on it

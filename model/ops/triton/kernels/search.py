@@ -35,11 +35,17 @@ def log_scale(temperature):
 
 
 @triton.jit
-def token_keys(logits, highest, temperature):
-    """Return int32 keys of 16 bits that rise as logits fall."""
+def key_steps(logits, highest, scale):
+    """Return the keys of `token_keys` before they are rounded up, but of `highest` itself 0."""
     # 65533 steps down to e^-29.25, which is below 2⁻⁴².
-    steps = tl.minimum((highest - logits) * key_scale(temperature), 65533.0)
-    return tl.where(logits == highest, 0, steps.to(tl.int32) + 1)
+    return tl.minimum((highest - logits) * scale, 65533.0)
+
+
+@triton.jit
+def token_keys(logits, highest, temperature):
+    """Return int32 keys of 16 bits that rise as logits fall; 0 is the key of `highest` alone."""
+    steps = key_steps(logits, highest, key_scale(temperature)).to(tl.int32)
+    return tl.where(logits == highest, 0, steps + 1)
 
 
 @triton.jit
@@ -132,3 +138,69 @@ def find_among_equals(
         else:
             low = middle + 1
     return tl.cast(low, tl.int64)
+
+
+@triton.jit
+def _top_p_target(top_p, total):
+    """Return the largest sum of probabilities that does not reach the fraction p of the total."""
+    target = tl.ceil(top_p.to(tl.float64) * total.to(tl.float64)).to(tl.int64) - 1
+    return tl.minimum(tl.maximum(target, 0), total - 1)
+
+
+@triton.jit
+def sample_truncated(
+    logits_ptr,
+    listed_logits_ptr,
+    listed_ids_ptr,
+    state_ptr,
+    highest,
+    temperature,
+    top_k,
+    top_p,
+    uniform,
+    vocab,
+    capacity,
+    CHUNK: tl.constexpr,
+):
+    """Sample from the tokens of a row that top-k and top-p keep, by up to three searches.
+
+    A search for the last token that top-k keeps, in terms of their number, yields the probability
+    that is kept. A search for a fraction p of that yields the last token that top-p keeps. A
+    search for a uniform fraction of what both keep yields the sampled token.
+    """
+    size, kept = tl.load(state_ptr), tl.load(state_ptr + 1)
+    fits = size <= capacity
+    if top_k > 0:
+        fits = fits & (size >= tl.minimum(top_k, vocab))
+    elif fits:
+        mass = tl.zeros((CHUNK,), tl.int64)
+        for start in range(0, size.to(tl.int32), CHUNK):
+            at = start + tl.arange(0, CHUNK)
+            logits = tl.load(listed_logits_ptr + at, at < size, other=float("-inf"))
+            mass += mass_of(logits, highest, log_scale(temperature))
+        fits = _top_p_target(top_p, kept) < tl.sum(mass, 0)
+    size = tl.where(fits, size, vocab).to(tl.int32)
+    source = logits_ptr
+    if fits:
+        source = listed_logits_ptr
+    key, left, equals = 0, kept * 0, kept * 0
+    for goal in range(tl.where(top_k > 0, 0, 1), 3):
+        if goal == 0:
+            target = tl.minimum(top_k, vocab) - 1
+        elif goal == 1:
+            target = _top_p_target(top_p, kept)
+        else:
+            target = (uniform * kept.to(tl.float64)).to(tl.int64)
+            target = tl.minimum(tl.maximum(target, 0), kept - 1)
+        key, count, mass, equals, equal_mass = search(
+            source, size, highest, temperature, goal == 0, target, CHUNK
+        )
+        # Tokens with one key are told apart by count, as if they were equally likely. Where the
+        # key's probabilities end, one may be 0.
+        each = equal_mass // tl.maximum(equals, 1)
+        left = tl.where(goal == 0, target - count, (target - mass) // tl.maximum(each, 1))
+        left = tl.minimum(left, equals - 1)
+        kept = mass + tl.where(left + 1 == equals, equal_mass, (left + 1) * each)
+    return find_among_equals(
+        source, listed_ids_ptr, fits, size, highest, temperature, key, left, equals, vocab, CHUNK
+    )
