@@ -84,10 +84,8 @@ def list_candidates(
         for block in range(first, tl.minimum(first + blocks_of_program, blocks)):
             at = block * BLOCK + tl.arange(0, BLOCK)
             block_highest = tl.load(maxima_ptr + row * blocks + block)
-            has_candidates = ((highest - block_highest) * scale < bound) | (
-                block_highest == highest
-            )
-            if has_candidates | (top_k <= 0):
+            steps = key_steps(block_highest, highest, scale)
+            if (steps < bound) | (block_highest == highest) | (top_k <= 0):
                 logits = load_logits(logits_ptr + row * vocab, at, vocab)
                 # A key is the next integer above its steps: it is at most `bound`.
                 kept = (key_steps(logits, highest, scale) < bound) | (logits == highest)
