@@ -142,7 +142,7 @@ def oracle(logits: np.ndarray, row: Row) -> set[int]:
 
 
 @settings(
-    max_examples=25,
+    max_examples=12,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
