@@ -93,11 +93,10 @@ def list_candidates(
                 count = tl.sum(kept, 0)
                 if count > 0:
                     place = tl.atomic_add(states_ptr + row * 2, count.to(tl.int64), sem="relaxed")
-                    place += tl.cumsum(kept, 0) - 1
+                    place = place.to(tl.int32) + tl.cumsum(kept, 0) - 1
                     is_stored = (kept > 0) & (place < capacity)
-                    place += row * capacity
-                    tl.store(listed_logits_ptr + place, logits, is_stored)
-                    tl.store(listed_ids_ptr + place, at, is_stored)
+                    tl.store(listed_logits_ptr + row * capacity + place, logits, is_stored)
+                    tl.store(listed_ids_ptr + row * capacity + place, at, is_stored)
                 if top_k <= 0:
                     masses += mass_of(logits, highest, log2_scale)
         if top_k <= 0:
