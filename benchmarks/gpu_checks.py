@@ -29,6 +29,7 @@ from model.ops.specs import (
     NormSpec,
     RopeArgs,
     RouterSpec,
+    SamplingTables,
 )
 
 if TYPE_CHECKING:
@@ -340,25 +341,25 @@ def _repeated_experts() -> Iterator[str | None]:
 
 
 def sampling_arguments(rows: int, vocab: int) -> list[Any]:
-    """Return arguments of `Backend.sample`, with various top-k and small and large top-p."""
+    """Return arguments of `Backend.sample_rows`: greedy, whole-vocabulary and truncated rows."""
     logits = rand(rows, vocab, dtype=torch.float32) * torch.linspace(0.5, 4, rows).to(CUDA)[:, None]
     row = torch.arange(rows, device=CUDA)
-    uniform = torch.rand(rows, dtype=torch.float64, device=CUDA)
     top_p = torch.where(row % 5 == 4, 1.0, 0.5 + 0.09 * (row % 5))
-    return [logits, torch.full((rows,), 0.8, device=CUDA), row % 3 * 40, top_p, uniform]
+    temperature = torch.where(row % 7 == 6, 0.0, 0.8).to(top_p)
+    tables = SamplingTables(
+        torch.stack((temperature, top_p), 1), torch.stack((row % 3 * 40, row + 1), 1)
+    )
+    return [logits, row, torch.zeros_like(row), row + 100, tables]
 
 
 def _sampling(dtype: torch.dtype) -> Iterator[Comparison]:
     """Compare the sampled tokens' logits: rounding can select a token with a nearly equal logit."""
     ops = kernels(dtype)
     for rows, vocab in ((1, 201_088), (200, 151_936), (64, 1000)):
-        logits, temperature, top_k, top_p, uniform = sampling_arguments(rows, vocab)
-        for limit in (None, top_k):
-            found = ops.sample(logits, temperature, limit, top_p, uniform)
-            want = _REFERENCE.sample(logits, temperature, limit, top_p, uniform)
-            at = torch.stack((found, want), 1)
-            found, want = logits.float().gather(1, at).unbind(1)
-            yield f"sampling, {rows} rows of {vocab}", found, want
+        arguments = sampling_arguments(rows, vocab)
+        at = torch.stack([each.sample_rows(*arguments) for each in (ops, _REFERENCE)], 1)
+        found, want = arguments[0].gather(1, at).unbind(1)
+        yield f"sampling, {rows} rows of {vocab}", found, want
 
 
 def check_parity_dense() -> Iterator[str | None]:

@@ -40,7 +40,7 @@ OPERATIONS = (
     "experts",
     "argmax",
     "top_tokens",
-    "sample",
+    "sample_rows",
 )
 """Every operation with cases; one that runs others comes after them."""
 
@@ -116,5 +116,5 @@ def _cases_of(
         yield from argmax_cases(vocab, inputs)
     elif operation == "top_tokens":
         yield from top_tokens_cases(vocab, inputs)
-    elif operation == "sample":
+    elif operation == "sample_rows":
         yield from sample_cases(vocab, inputs)

@@ -7,51 +7,57 @@ import torch
 from model.checks.case import Case, Tensors
 from model.checks.inputs import Inputs
 from model.ops.backend import Backend
+from model.ops.specs import SamplingTables
 
 
 def sample_cases(vocab: int, inputs: Inputs) -> Iterator[Case]:
-    """Yield the cases of sampling with top-p, with and without top-k."""
-    yield _sample_case(1, vocab, True, inputs)
-    for with_top_k in (False, True):
-        yield _sample_case(inputs.size.rows, vocab, with_top_k, inputs)
+    """Yield the cases of sampling rows of all kinds, and of greedy ones alone."""
+    yield _sample_case(inputs.size.rows, vocab, inputs, is_greedy=True)
+    for rows in (1, inputs.size.rows):
+        yield _sample_case(rows, vocab, inputs)
     logits = torch.full((2, vocab), float("nan"), device=inputs.device)
-    arguments = _arguments(2, inputs)
-
-    def prepare(backend: Backend) -> Callable[[], Tensors]:
-        return lambda: (_is_token(backend.sample(logits, *arguments), vocab),)
-
-    yield Case("sample", "rows of NaN", prepare, logits.nbytes, 0)
-
-
-def _arguments(rows: int, inputs: Inputs) -> list[torch.Tensor]:
-    """Return temperature, top_k, top_p and uniform of `Backend.sample`."""
-    row = torch.arange(rows, device=inputs.device)
-    uniform = torch.rand(
-        rows, dtype=torch.float64, generator=inputs.generator, device=inputs.device
-    )
-    top_p = torch.where(row % 5 == 4, 1.0, 0.95 - 0.11 * (row % 5))
-    temperature = 0.6 + 0.2 * (row % 3)
-    return [temperature, (row + 1) % 3 * 20, top_p, uniform]
-
-
-def _sample_case(rows: int, vocab: int, with_top_k: bool, inputs: Inputs) -> Case:
-    spread = torch.linspace(1, 4, rows, device=inputs.device)[:, None]
-    logits = inputs.normal(rows, vocab, dtype=torch.float32) * spread
-    temperature, top_k, top_p, uniform = _arguments(rows, inputs)
+    row, positions, tables = _arguments(2, inputs)
 
     def prepare(backend: Backend) -> Callable[[], Tensors]:
         def call() -> Tensors:
-            tokens = backend.sample(
-                logits, temperature, top_k if with_top_k else None, top_p, uniform
-            )
-            # Rounding can select a token with a nearly equal logit, so logits are compared.
-            at = tokens.clamp(0, vocab - 1).unsqueeze(1)
-            return _is_token(tokens, vocab), logits.gather(1, at)
+            last = torch.zeros_like(row)
+            tokens = backend.sample_rows(logits, row, last, positions, tables)
+            return tokens, _is_token(last, vocab)
 
         return call
 
-    label = f"{rows} rows, top-p" + (" and top-k" if with_top_k else "")
-    return Case("sample", label, prepare, logits.nbytes, 0, is_timed=True)
+    yield Case("sample_rows", "rows of NaN", prepare, logits.nbytes, 0)
+
+
+def _arguments(rows: int, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, SamplingTables]:
+    """Return rows, positions and tables of `Backend.sample_rows`: every seventh row is greedy."""
+    row = torch.arange(rows, device=inputs.device)
+    top_p = torch.where(row % 5 == 4, 1.0, 0.95 - 0.11 * (row % 5))
+    temperature = torch.where(row % 7 == 6, 0.0, 0.6 + 0.2 * (row % 3))
+    tables = SamplingTables(
+        torch.stack((temperature, top_p), 1), torch.stack(((row + 1) % 3 * 20, row + 1), 1)
+    )
+    return row, row + 100, tables
+
+
+def _sample_case(rows: int, vocab: int, inputs: Inputs, is_greedy: bool = False) -> Case:
+    spread = torch.linspace(1, 4, rows, device=inputs.device)[:, None]
+    logits = inputs.normal(rows, vocab, dtype=torch.float32) * spread
+    row, positions, tables = _arguments(rows, inputs)
+
+    def prepare(backend: Backend) -> Callable[[], Tensors]:
+        def call() -> Tensors:
+            last = torch.zeros_like(row)
+            how = () if is_greedy else (positions, tables)
+            tokens = backend.sample_rows(logits, row, last, *how)
+            # Rounding can select a token with a nearly equal logit, so logits are compared.
+            at = tokens.clamp(0, vocab - 1).unsqueeze(1)
+            return _is_token(tokens, vocab), logits.gather(1, at), last == tokens
+
+        return call
+
+    label = f"{rows} rows, " + ("greedy" if is_greedy else "all kinds")
+    return Case("sample_rows", label, prepare, logits.nbytes, 0, is_timed=True)
 
 
 def _is_token(tokens: torch.Tensor, vocab: int) -> torch.Tensor:

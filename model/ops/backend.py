@@ -176,7 +176,7 @@ class Backend:
         return rms_norm(x, norm).to(x.dtype)
 
     def softcap(self, logits: torch.Tensor, cap: float | None) -> torch.Tensor:
-        """Logits float32 [rows, vocab] → cap · tanh(logits / cap), in place; without a cap as is."""
+        """Logits float32 [rows, vocab] → cap · tanh(logits / cap), in place, if there is a cap."""
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     def norm_qkv(

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import Engine, EngineConfig, Request, SamplingParams
 from engine.execution import model_runner
+from engine.execution.sampler import Sampler
 from model.ops.backend import Compute
 from tests.engine.captures import Repeating
 
@@ -121,7 +122,11 @@ def test_warm_up_compiles_every_kernel_that_a_job_needs(
     with Engine(
         checkpoint(name),
         EngineConfig(
-            dtype="bfloat16", max_batch_size=batch_size, max_batch_tokens=256, kv_memory=32 << 20
+            dtype="bfloat16",
+            max_batch_size=batch_size,
+            max_batch_tokens=256,
+            kv_memory=32 << 20,
+            speculation=False,
         ),
     ) as engine:
         prepare(engine, launches)
@@ -191,5 +196,32 @@ def test_kernels_of_a_decode_step(
     expected += ["fused_linear" if rows == 1 else "linear"]
     decode, greedy, sampled = steps[rows]
     assert decode == expected  # the head writes into the buffer of the logits
-    assert len(greedy) <= 4
-    assert "find_token" in sampled
+    zeros = ["zero_"]  # of this test, see above
+    assert greedy == ["summarize_blocks", "choose_tokens", *zeros]
+    assert sampled == ["summarize_blocks", "list_candidates", "choose_tokens", *zeros]
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_kernels_that_sample_a_step(rows: int, launches: list[tuple[str, str]]) -> None:
+    """No launch or size depends on the rows' parameters, so that a GPU can capture the step."""
+    backend = model_runner.choose_backend(torch.device("cpu"), torch.bfloat16)
+    sampler, at = Sampler(rows, backend), torch.arange(rows)
+    logits, positions = torch.zeros(rows, 5000), at.int()
+    captured = []
+    kinds: list[dict[str, Any]] = [{}, {"temperature": 0.7}, {"temperature": 1, "top_p": 0.9}]
+    kinds.append({"temperature": 1, "top_k": 30})
+    for first in range(len(kinds)):
+        params = [SamplingParams(seed=1, **kinds[(first + i) % len(kinds)]) for i in range(rows)]
+        sampler.set_params(at.tolist(), params)
+        launches.clear()
+        with Launching(launches):
+            sampler.sample_rows(logits, at, positions)
+        captured.append(list(launches))
+    kernels = ["summarize_blocks", "list_candidates", "choose_tokens"]
+    zeros = ["zero_"]  # of this test, see above
+    assert [name for name, _ in captured[0]] == kernels + zeros
+    assert captured == captured[:1] * len(kinds)
+    launches.clear()
+    with Launching(launches):
+        sampler.sample_greedy(logits, at)
+    assert [name for name, _ in launches] == ["summarize_blocks", "choose_tokens", *zeros]

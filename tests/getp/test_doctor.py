@@ -118,7 +118,7 @@ def test_a_healthy_machine_is_well_on_every_instruction_set(
     assert {kernel["backend"] for kernel in found["kernels"]} == levels
     assert names >= {f"{check}, {level}" for check in ("kernels", "answers") for level in levels}
     operations = {kernel["op"] for kernel in found["kernels"]}
-    assert operations >= {"linear", "attention", "experts", "logits", "sample"}
+    assert operations >= {"linear", "attention", "experts", "logits", "sample_rows"}
     assert all(kernel["share"] > 0 for kernel in found["kernels"])
 
 
@@ -160,7 +160,7 @@ def test_a_kernel_that_crashes_is_named_and_the_other_checks_run(
     assert len(bad) > 1  # every case of it: the series goes on after a crash
     assert {kernel["problem"] for kernel in bad} == {cause}
     operations = {kernel["op"] for kernel in found["kernels"] if kernel["state"] == "ok"}
-    assert operations >= {"linear", "attention", "experts", "sample"}
+    assert operations >= {"linear", "attention", "experts", "sample_rows"}
     assert {check["name"] for check in found["checks"]} >= {"Ray", "temporary files"}
 
 

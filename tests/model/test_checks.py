@@ -127,8 +127,8 @@ class Faulty(Backend):
         ("a key written to the wrong slot", "rotate_and_write"),
         ("sum without delta", "add_rms_norm"),
         ("tokens of another rank", "embed"),
-        ("no top-p", "sample"),
-        ("no top-k", "sample"),
+        ("no top-p", "sample_rows"),
+        ("no top-k", "sample_rows"),
     ],
 )
 def test_a_fault_is_found_in_its_operation(

@@ -24,7 +24,7 @@ from model.cost.known_models import named_config
 from model.families import parse_config
 from model.formats import DENSE, MXFP4
 from model.ops.forward_batch import ForwardBatch, GroupTables
-from model.ops.specs import Activation, AttentionSpec, Experts
+from model.ops.specs import Activation, AttentionSpec, Experts, SamplingTables
 from model.ops.triton.backend import TritonBackend
 from model.ops.triton.linear import norm_linear
 from model.ops.triton.mxfp4 import ExpertWeights, dense_weights
@@ -168,10 +168,13 @@ def _sampling_calls(
     ops: TritonBackend, config: ModelConfig, rows: int
 ) -> Iterator[Callable[[], Any]]:
     logits = _empty(rows, config.vocab_size, dtype=torch.float32)
-    floats, top_k = _empty(rows, dtype=torch.float32), _empty(rows, dtype=torch.int64)
-    uniform = _empty(rows, dtype=torch.float64)
-    for limit in (None, top_k):
-        yield partial(ops.sample, logits, floats, limit, floats, uniform)
+    ids, last = _empty(rows, dtype=torch.int64), _empty(1024, dtype=torch.int64)
+    tables = SamplingTables(
+        _empty(1024, 2, dtype=torch.float32), _empty(1024, 2, dtype=torch.int64)
+    )
+    yield lambda: ops.sample_rows(logits, ids, last)
+    for dtype in (torch.int32, torch.int64):
+        yield partial(ops.sample_rows, logits, ids, last, _empty(rows, dtype=dtype), tables)
 
 
 def _attention_calls(

@@ -111,7 +111,7 @@ FAULTS: list[tuple[str, Any, str, Callable[[Any], Any]]] = [
     ("experts", experts, "experts_gate_up", lambda k: Changed(k, setting(LIMIT=None))),
     ("experts", experts, "experts_down", lambda k: Changed(k, setting(BIAS=False))),
     ("experts", experts, "sum_experts", Missing),
-    ("sample", sampling, "find_token", Missing),
+    ("sample_rows", sampling, "choose_tokens", Missing),
 ]
 
 
@@ -142,7 +142,7 @@ def test_nothing_is_replaced_where_every_kernel_is_right(
     folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Sampling takes half a minute, and the interpreter compares it in a file of its own.
-    slow = "sample"
+    slow = "sample_rows"
     monkeypatch.setattr(
         "model.checks.prove.OPERATIONS", tuple(op for op in OPERATIONS if op != slow)
     )

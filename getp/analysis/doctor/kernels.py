@@ -20,7 +20,7 @@ from model.ops.backend import Backend, choose_backend
 from model.ops.cpu.bindings import kernels, library
 from tokenizer import Tokenizer
 
-_ON_HOST = ("argmax", "top_tokens", "sample")
+_ON_HOST = ("argmax", "top_tokens", "sample_rows")
 """Operations that torch computes on a CPU, whatever the instruction set of the native kernels."""
 _LONGEST_ANSWER = 64  # tokens; the answers are numbers and words
 _TIMED_S = 2e-3  # of repeated calls, from which the fastest counts

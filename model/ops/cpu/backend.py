@@ -1,5 +1,6 @@
 """The operations on a CPU: native kernels for bfloat16 where they are built, else torch."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -259,6 +260,6 @@ class CpuBackend(OneDnnBackend):
         if tables is not None and positions is not None:
             tokens = sample_by_kind(logits, highest, tokens, rows, positions, tables)
         last.index_copy_(0, rows, tokens)
-        if not highest.sum().isfinite():
+        if not math.isfinite(sum(highest.tolist())):
             tokens = torch.where(highest.isfinite(), tokens, NO_TOKEN)
         return tokens

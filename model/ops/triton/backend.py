@@ -23,6 +23,7 @@ from model.ops.specs import (
     Norm,
     RopeArgs,
     RouterSpec,
+    SamplingTables,
 )
 from model.ops.triton.attention import attention
 from model.ops.triton.experts import experts as grouped_experts
@@ -34,7 +35,7 @@ from model.ops.triton.mxfp4 import dense_weights, pack
 from model.ops.triton.norm import activate, add_rms_norm
 from model.ops.triton.rotary import rotate_and_write
 from model.ops.triton.route import route
-from model.ops.triton.sampling import sample
+from model.ops.triton.sampling import sample_rows
 from model.ops.triton.selection import STORAGE, Choice, Selection, candidates, describe
 from model.ops.triton.tiles import Target, target_of
 
@@ -207,13 +208,14 @@ class TritonBackend(Backend):
         target = self._target("experts")
         return grouped_experts(x, chosen, weights, experts, activation, shard, target)
 
-    def sample(
+    def sample_rows(
         self,
         logits: torch.Tensor,
-        temperature: torch.Tensor,
-        top_k: torch.Tensor | None,
-        top_p: torch.Tensor,
-        uniform: torch.Tensor,
+        rows: torch.Tensor,
+        last: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        tables: SamplingTables | None = None,
     ) -> torch.Tensor:
-        """As `Backend.sample`."""
-        return sample(logits, temperature, top_k, top_p, uniform, self._target("sample"))
+        """As `Backend.sample_rows`."""
+        target = self._target("sample_rows")
+        return sample_rows(logits, rows, last, positions, tables, target)

@@ -1,86 +1,104 @@
-"""Launches of sampling with top-k and top-p: the passes of three searches."""
+"""Launches of the kernels that sample the rows of a step."""
 
 import torch
 import triton
 
-from model.ops.triton.kernels.sampling import count_digits, find_token, row_maxima
+from model.ops.specs import SamplingTables
+from model.ops.triton.kernels.candidates import list_candidates
+from model.ops.triton.kernels.sampling import choose_tokens
+from model.ops.triton.kernels.vocabulary_blocks import summarize_blocks
 from model.ops.triton.tiles import Target
 
-_BLOCK = 2048  # tokens that a program tests for the prefix at a time
-_PART = 256  # tokens that a program counts at a time
-_SPLITS = 64  # maximum number of programs of a row; each reads the sums of all of them
-_KEY_BITS = 16
-_BITS = 4  # bits of a digit: 16 counters fit in a thread's registers
-_TOP_K, _TOP_P, _SAMPLE = range(1, 4)  # purpose of a search
+_BLOCK = 1024  # tokens whose probabilities are summed together: the result depends on it
+_CHUNK = 512  # tokens of a list, or of a row, that one program searches at a time
+_PROGRAMS = 8  # of the row passes, on each processor: enough loads in flight to use the memory
+# Tokens of all lists together; a row has at least _LEAST. Longer lists would rarely be of use.
+_CAPACITY = 1 << 20
+_LEAST = 4096
 
 
-def sample(
+def sample_rows(
     logits: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor | None,
-    top_p: torch.Tensor,
-    uniform: torch.Tensor,
+    rows: torch.Tensor,
+    last: torch.Tensor,
+    positions: torch.Tensor | None,
+    tables: SamplingTables | None,
     target: Target,
 ) -> torch.Tensor:
-    """As `Backend.sample`, for vocabularies of up to a million tokens."""
-    logits, temperature, top_p = logits.contiguous(), temperature.contiguous(), top_p.contiguous()
-    top_k = None if top_k is None else top_k.contiguous()
-    uniform = uniform.contiguous()
-    rows, vocab = logits.shape
-    tokens = logits.new_empty(rows, dtype=torch.int64)
-    if not rows:
+    """As `Backend.sample_rows`, for vocabularies of up to a million tokens."""
+    logits, rows = logits.contiguous(), rows.contiguous()
+    count, vocab = logits.shape
+    tokens = torch.empty_like(rows)
+    if not count:
         return tokens
-    # Rows of small batches are split over the device. More programs than it can run at once would
-    # only read more tables.
-    splits = min(_SPLITS, triton.cdiv(4 * target.processors, rows))
-    span = triton.cdiv(triton.cdiv(vocab, splits), _BLOCK) * _BLOCK
-    splits = triton.cdiv(vocab, span)
-    passes = _KEY_BITS // _BITS
-    goals = (_TOP_P, _SAMPLE) if top_k is None else (_TOP_K, _TOP_P, _SAMPLE)
-    steps = [(0, False, _KEY_BITS - _BITS)]
-    for goal in goals:
-        for i in range(1, passes):
-            steps.append((goal if i == 1 else 0, goal == _TOP_K, _KEY_BITS - _BITS * (i + 1)))
-    highest = logits.new_empty(rows, splits, dtype=torch.float32)
-    tables = logits.new_empty(len(steps), rows, splits, 2, 16, dtype=torch.int64)
-    states = logits.new_empty(len(steps), rows, 4, dtype=torch.int64)
+    blocks = triton.cdiv(vocab, _BLOCK)
+    # Rows of small batches are split over the device.
+    per_program = triton.cdiv(blocks, triton.cdiv(_PROGRAMS * target.processors, count))
+    grid = count, triton.cdiv(blocks, per_program)
+    maxima = logits.new_empty(count, blocks, dtype=torch.float32)
+    parts = {"PARTS": triton.next_power_of_2(blocks)}
     options = {"BLOCK": _BLOCK, "num_warps": 4, **target.launch_options}
-    row_maxima[rows, splits](logits, highest, vocab, span, splits, **options)
-    for step, (goal, by_count, shift) in enumerate(steps):
-        count_digits[rows, splits](
+    greedy = positions is None or tables is None
+    if positions is None or tables is None:  # these arguments are not read
+        floats = sums = lists = maxima
+        ints = states = positions = ids = tokens
+        capacity = 0
+    else:
+        floats, ints = tables
+        capacity = min(blocks * _BLOCK, max(_CAPACITY // count, _LEAST))
+        sums, states = torch.empty_like(maxima), tokens.new_empty(count, 2)
+        lists = logits.new_empty(count, capacity, dtype=torch.float32)
+        ids = torch.empty_like(lists, dtype=torch.int32)
+    summarize_blocks[grid](
+        logits,
+        rows,
+        floats,
+        maxima,
+        sums,
+        states,
+        vocab,
+        blocks,
+        per_program,
+        GREEDY=greedy,
+        **options,
+    )
+    if not greedy:
+        list_candidates[grid](
             logits,
-            temperature,
-            tokens if top_k is None else top_k,
-            top_p,
-            uniform,
-            highest,
-            tables,
+            rows,
+            floats,
+            ints,
+            maxima,
+            sums,
             states,
+            lists,
+            ids,
             vocab,
-            span,
-            splits,
-            step,
-            goal,
-            int(by_count),
-            shift,
-            PART=_PART,
-            SPLITS=_SPLITS,
-            TOP_K=_TOP_K,
-            TOP_P=_TOP_P,
+            blocks,
+            per_program,
+            capacity,
+            **parts,
             **options,
         )
-    find_token[(rows,)](
+    choose_tokens[(count,)](
         logits,
-        temperature,
-        highest,
-        tables,
+        rows,
+        positions,
+        floats,
+        ints,
+        maxima,
+        sums,
         states,
+        lists,
+        ids,
         tokens,
+        last,
         vocab,
-        span,
-        splits,
-        len(steps) - 1,
-        SPLITS=_SPLITS,
+        blocks,
+        capacity,
+        CHUNK=_CHUNK,
+        GREEDY=greedy,
+        **parts,
         **options,
     )
     return tokens

@@ -1,302 +1,177 @@
-"""Top-k, top-p and sampling without a sort: each is a search in the order of probability.
+"""Sampling the rows of a step, greedy, from the whole vocabulary, or with top-k and top-p.
 
-The last token that top-k keeps is the one at which the cumulative count passes k. The last token
-that top-p keeps is the one at which the cumulative probability passes a fraction of the probability
-that top-k kept. The sampled token is the one at which it passes a uniform fraction of the
-probability that both kept. So there are three searches of one kind, and each passes a single number
-to the next.
+Three kernels, each in one launch for all rows, and each row by the parameters of its sequence:
 
-A search is a radix select over keys, integers that rise as logits fall, with digits of four bits.
-Each pass sums the count and the probability of the tokens by the next digit of their keys, and
-every program of the next pass finds the digit from the sums over its row. A key has four digits,
-and all searches share the sums of the first: 3 · 3 + 1 passes.
+1. `summarize_blocks` reads the logits once: the maximum of each block of tokens, and the sum of the
+   probabilities in the block.
+2. `list_candidates` reads the logits of rows with top-k or top-p a second time and writes the
+   tokens that can be sampled at all to a list.
+3. `choose_tokens`, one program a row, finds the token. For a greedy row it reads the block with the
+   maximum. To sample from the whole vocabulary it selects a block by the sums, then reads that
+   block. With top-k and top-p it searches the list (`search.py`), or the row if the list does not
+   hold the tokens that it needs.
 
-Key 0 is the largest logit's own. From there a key is the logarithm of the probability in steps of
-2⁻¹¹, about, down to where probabilities are 0: logits that are closer than that have one key. With
-exact keys there would be twice as many passes.
+The last of these is decided by counts, on the device, and has no effect on the result: keys and
+probabilities are integers, and a search among the tokens of all keys up to some key finds the same
+token as a search in the row if its target lies below their sum. The list only makes it fast. Its
+largest key comes from one of two bounds.
 
-Probabilities are integers in units of 2⁻⁴² of the most likely token's; smaller ones become 0. Their
-sum does not depend on the order of addition. So a row may be split over any number of programs
-without changing the result, and rounding cannot make two passes differ. Tokens with equal keys
-are told apart by count, as if they were equally likely; the lower token comes first.
+- Top-k: the k-th largest of the blocks' maxima is a lower bound of the k-th largest logit.
+- Top-p: let P be the sum of all probabilities, in units of the largest, and V the number of tokens.
+  If a token's probability is at most (1 - p) · P / V, then it and all tokens after it sum up to at
+  most (1 - p) · P. So the tokens before it reach p · P, and it is not among those kept.
 
-One program a row would leave most of the device idle for small batches, and one kernel for all
-passes would need programs that wait for each other, which is not portable. For small batches a row
-stays in the L2 cache between passes. After the first pass, blocks without a token whose key has the
-found prefix are only read.
+Of 150,000 logits of a language model a few hundred are left.
 """
 
 import triton
 import triton.language as tl
 
+from model.ops.triton.kernels.search import log_scale, mass_of, sample_truncated
+from model.ops.triton.kernels.vocabulary_blocks import (
+    is_finite,
+    load_logits,
+    load_maxima,
+    load_sums,
+)
 from model.ops.triton.programmatic_launch import wait_for_previous_kernel
 
 
 @triton.jit
-def _load_logits(logits_ptr, at, end):
-    """Load the logits at indices `at`, -inf from `end` on; NaN becomes -inf."""
-    logits = tl.load(logits_ptr + at, at < end, other=float("-inf")).to(tl.float32)
-    return tl.where(logits == logits, logits, float("-inf"))
+def _first_of_maximum(logits_ptr, maxima, highest, vocab, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """Find the first token with the largest logit of a row."""
+    part, at = tl.arange(0, PARTS), tl.arange(0, BLOCK)
+    start = tl.min(tl.where(maxima == highest, part, PARTS), 0) * BLOCK
+    logits = load_logits(logits_ptr, start + at, vocab)
+    return (start + tl.min(tl.where(logits == highest, at, BLOCK - 1), 0)).to(tl.int64)
 
 
 @triton.jit
-def _highest(highest_ptr, row, splits, SPLITS: tl.constexpr):
-    """Load the largest logit of a row from the maxima of its spans."""
-    part = tl.arange(0, SPLITS)
-    tops = tl.load(highest_ptr + row * splits + part, part < splits, other=float("-inf"))
-    return tl.max(tops, 0)
+def _mix(x):
+    x = (x ^ (x >> 30 & ((1 << 34) - 1))) * -4658895280553007687
+    x = (x ^ (x >> 27 & ((1 << 37) - 1))) * -7723592293110705685
+    return x ^ (x >> 31 & ((1 << 33) - 1))
 
 
 @triton.jit
-def _keys(logits, highest, temperature):
-    """Return int32 keys of 16 bits that rise as logits fall."""
-    # 65533 steps down to e^-29.25, which is below 2⁻⁴².
-    steps = tl.minimum((highest - logits) * (2240.0 / temperature), 65533.0)
-    # The maximum is a case of its own because infinity minus infinity is NaN, and 0 · infinity.
-    return tl.where(logits == highest, -1.0, steps).to(tl.int32) + 1
+def _keyed_uniform(seed, position):
+    """Return the number of `model.ops.sampling.keyed_uniform`, bit for bit."""
+    bits = _mix(_mix(seed) + position * -7046029254386353131)
+    return (bits >> 11 & ((1 << 53) - 1)).to(tl.float64) * 1.1102230246251565e-16  # 2⁻⁵³
 
 
-@triton.jit(do_not_specialize=["splits"])
-def row_maxima(
+@triton.jit
+def _find_in(masses, target, SIZE: tl.constexpr):
+    """Find where the cumulative sum of masses int64 [SIZE] passes the target.
+
+    Returns (the index, the part of the target that is left there, the mass there).
+    """
+    index = tl.arange(0, SIZE)
+    found = tl.sum((tl.cumsum(masses, 0) <= target).to(tl.int32), 0)
+    left = target - tl.sum(tl.where(index < found, masses, 0), 0)
+    return found, left, tl.sum(tl.where(index == found, masses, 0), 0)
+
+
+@triton.jit
+def _sample_vocabulary(
     logits_ptr,
-    highest_ptr,
+    maxima_ptr,
+    sums,
+    uniform,
+    temperature,
     vocab,
-    span,
-    splits,
     BLOCK: tl.constexpr,
-    PROGRAMMATIC_LAUNCH: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """Find the maximum of each span of a row; grid (rows, splits).
+    """Sample from all tokens of a row in the order of their ids.
 
-    logits [rows, vocab] → highest float32 [rows, splits].
+    sums float32 [PARTS]: the probability of each block. First by block, then within the block in
+    proportion to the block's own sum, which is rounded in another way.
     """
-    wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
-    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    end = tl.minimum((split + 1) * span, vocab)
-    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for start in range(split * span, end, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        highest = tl.maximum(highest, _load_logits(logits_ptr + row * vocab, at, end))
-    tl.store(highest_ptr + row * splits + split, tl.max(highest, 0))
-
-
-@triton.jit
-def _find_digit(table_ptr, splits, by_count, count, mass, target, SPLITS: tl.constexpr):
-    """Find the digit at which the cumulative count or probability passes the target.
-
-    table int64 [splits, 2, 16]: count and probability of each digit; count, mass: of the tokens
-    before the first digit → (digit, count and mass of the tokens before it, and of its own tokens).
-    """
-    split, digit = tl.arange(0, SPLITS), tl.arange(0, 16)
-    source = table_ptr + split[:, None] * 32 + digit[None, :]
-    inside = (split < splits)[:, None]
-    counts = tl.sum(tl.load(source, inside, other=0), 0)
-    masses = tl.sum(tl.load(source + 16, inside, other=0), 0)
-    cumulative = tl.where(by_count, count, mass) + tl.cumsum(tl.where(by_count, counts, masses), 0)
-    found = tl.sum((cumulative <= target).to(tl.int32), 0)
-    count += tl.sum(tl.where(digit < found, counts, 0), 0)
-    mass += tl.sum(tl.where(digit < found, masses, 0), 0)
-    is_found = digit == found
-    found_count = tl.sum(tl.where(is_found, counts, 0), 0)
-    found_mass = tl.sum(tl.where(is_found, masses, 0), 0)
-    return found, count, mass, found_count, found_mass
-
-
-@triton.jit
-def _search_target(
-    goal,
-    top_k_ptr,
-    top_p_ptr,
-    uniform_ptr,
-    table_ptr,
-    state_ptr,
-    row,
-    vocab,
-    splits,
-    SPLITS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    TOP_P: tl.constexpr,
-):
-    """Return the target of a search, from the table and the state of the pass before it.
-
-    That pass was the last of the previous search, or the first of all, as if top-k had kept all
-    tokens.
-    """
-    if goal == TOP_K:
-        top_k = tl.load(top_k_ptr + row)
-        target = tl.where((top_k <= 0) | (top_k > vocab), vocab, top_k) - 1
-    else:
-        by_count = goal == TOP_P
-        count, mass = tl.load(state_ptr + 1), tl.load(state_ptr + 2)
-        last = tl.load(state_ptr + 3)
-        _, count, mass, equals, equal_mass = _find_digit(
-            table_ptr, splits, by_count, count, mass, last, SPLITS
-        )
-        each = equal_mass // equals
-        # How many of the tokens that are equal to the last one kept are kept too.
-        kept_equals = tl.where(by_count, last - count, (last - mass) // tl.maximum(each, 1)) + 1
-        kept_equals = tl.minimum(kept_equals, equals)
-        kept = mass + tl.where(kept_equals == equals, equal_mass, kept_equals * each)
-        if by_count:
-            top_p = tl.load(top_p_ptr + row).to(tl.float64)
-            target = tl.ceil(top_p * kept.to(tl.float64)).to(tl.int64) - 1
-        else:
-            target = (tl.load(uniform_ptr + row) * kept.to(tl.float64)).to(tl.int64)
-        target = tl.minimum(tl.maximum(target, 0), kept - 1)
-    return target
+    masses = (sums * 4398046511104.0).to(tl.int64)
+    total = tl.sum(masses, 0)
+    target = tl.minimum((uniform * total.to(tl.float64)).to(tl.int64), total - 1)
+    block, left, mass = _find_in(masses, target, PARTS)
+    logits = load_logits(logits_ptr, block * BLOCK + tl.arange(0, BLOCK), vocab)
+    within = mass_of(logits, tl.load(maxima_ptr + block), log_scale(temperature))
+    total = tl.sum(within, 0)
+    share = left.to(tl.float64) / mass.to(tl.float64)
+    target = tl.minimum((share * total.to(tl.float64)).to(tl.int64), total - 1)
+    offset, _, _ = _find_in(within, target, BLOCK)
+    return (block * BLOCK + offset).to(tl.int64)
 
 
 @triton.jit(
-    do_not_specialize=["splits", "step", "goal", "by_count", "shift"],
-    # The parameters of a row are a column of a matrix, which may start at any address.
-    do_not_specialize_on_alignment=["temperature_ptr", "top_k_ptr", "top_p_ptr", "uniform_ptr"],
+    do_not_specialize=["capacity"],
+    do_not_specialize_on_alignment=["rows_ptr", "positions_ptr"],
 )
-def count_digits(
+def choose_tokens(
     logits_ptr,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    uniform_ptr,
-    highest_ptr,
-    tables_ptr,
+    rows_ptr,
+    positions_ptr,
+    floats_ptr,
+    ints_ptr,
+    maxima_ptr,
+    sums_ptr,
     states_ptr,
-    vocab,
-    span,
-    splits,
-    step,
-    goal,
-    by_count,
-    shift,
-    BLOCK: tl.constexpr,
-    PART: tl.constexpr,
-    SPLITS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    TOP_P: tl.constexpr,
-    PROGRAMMATIC_LAUNCH: tl.constexpr,
-):
-    """One pass: count and mass by the digit at `shift` of keys with the prefix found so far.
-
-    Grid (rows, splits). tables int64 [steps, rows, splits, 2, 16]; states int64 [steps, rows, 4]:
-    prefix, count and mass of the tokens before it, and the target, which is a count if by_count.
-    goal: the purpose of the search that starts with this step, or 0.
-    """
-    wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
-    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    rows = tl.num_programs(0)
-    prefix = row * 0
-    count, mass, target = prefix, prefix, prefix + vocab - 1
-    if step > 0:
-        table_ptr = tables_ptr + ((step - 1) * rows + row) * splits * 32
-        state_ptr = states_ptr + ((step - 1) * rows + row) * 4
-        if goal > 0:
-            target = _search_target(
-                goal,
-                top_k_ptr,
-                top_p_ptr,
-                uniform_ptr,
-                table_ptr,
-                state_ptr,
-                row,
-                vocab,
-                splits,
-                SPLITS,
-                TOP_K,
-                TOP_P,
-            )
-            table_ptr = tables_ptr + row * splits * 32
-        else:
-            prefix, count = tl.load(state_ptr), tl.load(state_ptr + 1)
-            mass, target = tl.load(state_ptr + 2), tl.load(state_ptr + 3)
-        digit, count, mass, _, _ = _find_digit(
-            table_ptr, splits, by_count != 0, count, mass, target, SPLITS
-        )
-        prefix = prefix * 16 + digit
-    if split == 0:
-        state_ptr = states_ptr + (step * rows + row) * 4
-        tl.store(state_ptr, prefix)
-        tl.store(state_ptr + 1, count)
-        tl.store(state_ptr + 2, mass)
-        tl.store(state_ptr + 3, target)
-
-    highest = _highest(highest_ptr, row, splits, SPLITS)
-    temperature = tl.load(temperature_ptr + row)
-    start = prefix.to(tl.int32)
-    digits = tl.arange(0, 16)
-    counts = tl.zeros((PART, 16), tl.int32)
-    masses = tl.zeros((PART, 16), tl.int64)
-    end = tl.minimum((split + 1) * span, vocab)
-    for first in range(split * span, end, BLOCK):
-        place = first + tl.arange(0, BLOCK)
-        keys = _keys(_load_logits(logits_ptr + row * vocab, place, end), highest, temperature)
-        has_prefix = ((keys >> shift >> 4) == start) & (place < end)
-        if tl.max(has_prefix.to(tl.int32), 0) > 0:
-            for offset in range(0, BLOCK, PART):
-                # Each thread counts separately; sums over threads are computed once, at the end.
-                at = first + offset + tl.arange(0, PART)[:, None]
-                logits = _load_logits(logits_ptr + row * vocab, at, end)
-                found = _keys(logits, highest, temperature) >> shift
-                is_counted = ((found >> 4) == start) & (at < end)
-                prob = tl.exp((logits - highest) / temperature)
-                prob = tl.where(logits == highest, 1.0, prob)  # see _keys
-                mass_of_token = (prob * 4398046511104.0).to(tl.int64)
-                digit = tl.where(is_counted, (found & 15).to(tl.int32), -1)
-                is_digit = digit == digits[None, :]
-                counts += is_digit.to(tl.int32)
-                masses += tl.where(is_digit, mass_of_token, 0)
-    table_ptr = tables_ptr + ((step * rows + row) * splits + split) * 32
-    tl.store(table_ptr + digits, tl.sum(counts, 0).to(tl.int64))
-    tl.store(table_ptr + 16 + digits, tl.sum(masses, 0))
-
-
-@triton.jit(
-    do_not_specialize=["splits", "step"],
-    do_not_specialize_on_alignment=["temperature_ptr"],
-)
-def find_token(
-    logits_ptr,
-    temperature_ptr,
-    highest_ptr,
-    tables_ptr,
-    states_ptr,
+    listed_logits_ptr,
+    listed_ids_ptr,
     tokens_ptr,
+    last_ptr,
     vocab,
-    span,
-    splits,
-    step,
+    blocks,
+    capacity,
     BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    GREEDY: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
-    """Finish the last search, whose last pass was `step` → tokens int64 [rows]; grid (rows,)."""
+    """Choose the token of each row; grid (n,).
+
+    Writes it to tokens int64 [n], or -1 where the largest logit is not finite, and a valid token
+    to `last` at the sequence's row. GREEDY: all rows are greedy.
+    """
     wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
-    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    table_ptr = tables_ptr + (step * rows + row) * splits * 32
-    state_ptr = states_ptr + (step * rows + row) * 4
-    count, mass = tl.load(state_ptr + 1), tl.load(state_ptr + 2)
-    target = tl.load(state_ptr + 3)
-    digit, _, mass, equals, equal_mass = _find_digit(
-        table_ptr, splits, False, count, mass, target, SPLITS
-    )
-    key = (tl.load(state_ptr) * 16 + digit).to(tl.int32)
-    # Equal tokens before the sampled one. Where the key's probabilities end, one may be 0.
-    left = tl.minimum((target - mass) // tl.maximum(equal_mass // equals, 1), equals - 1)
-    highest = _highest(highest_ptr, row, splits, SPLITS)
-    temperature = tl.load(temperature_ptr + row)
-    part = tl.arange(0, SPLITS)
-    counts = tl.load(table_ptr + part * 32 + digit, part < splits, other=0)
-    cumulative = tl.cumsum(counts, 0)
-    split = tl.sum((cumulative <= left).to(tl.int32), 0)
-    left -= tl.sum(tl.where(part < split, counts, 0), 0)
-    start = split * span
-    place = tl.arange(0, BLOCK)
-    logits = _load_logits(logits_ptr + row * vocab, start + place, vocab)
-    same = (_keys(logits, highest, temperature) == key).to(tl.int32)
-    held = tl.sum(same, 0)
-    while (held <= left) & (start + BLOCK < vocab):
-        left -= held
-        start += BLOCK
-        logits = _load_logits(logits_ptr + row * vocab, start + place, vocab)
-        same = (_keys(logits, highest, temperature) == key).to(tl.int32)
-        held = tl.sum(same, 0)
-    before = tl.sum((tl.cumsum(same, 0) <= left).to(tl.int32), 0)
-    tl.store(tokens_ptr + row, tl.minimum(start + before, vocab - 1).to(tl.int64))
+    row = tl.program_id(0).to(tl.int64)
+    index = tl.load(rows_ptr + row)
+    logits_ptr += row * vocab
+    maxima = load_maxima(maxima_ptr, row, blocks, PARTS)
+    highest = tl.max(maxima, 0)
+    has_finite_logits = is_finite(highest)
+    token = _first_of_maximum(logits_ptr, maxima, highest, vocab, BLOCK, PARTS)
+    if not GREEDY:
+        temperature, top_p = tl.load(floats_ptr + index * 2), tl.load(floats_ptr + index * 2 + 1)
+        top_k, seed = tl.load(ints_ptr + index * 2), tl.load(ints_ptr + index * 2 + 1)
+        uniform = _keyed_uniform(seed, tl.load(positions_ptr + row).to(tl.int64))
+        if (temperature > 0) & has_finite_logits:
+            if (top_k > 0) | (top_p < 1):
+                token = sample_truncated(
+                    logits_ptr,
+                    listed_logits_ptr + row * capacity,
+                    listed_ids_ptr + row * capacity,
+                    states_ptr + row * 2,
+                    highest,
+                    temperature,
+                    top_k,
+                    top_p,
+                    uniform,
+                    vocab,
+                    capacity,
+                    CHUNK,
+                )
+            else:
+                sums = load_sums(sums_ptr, row, blocks, maxima, highest, temperature, PARTS)
+                token = _sample_vocabulary(
+                    logits_ptr,
+                    maxima_ptr + row * blocks,
+                    sums,
+                    uniform,
+                    temperature,
+                    vocab,
+                    BLOCK,
+                    PARTS,
+                )
+    token = tl.minimum(token, vocab - 1)
+    tl.store(last_ptr + index, token)
+    tl.store(tokens_ptr + row, tl.where(has_finite_logits, token, -1))
