@@ -21,7 +21,7 @@ from model.ops.specs import (
     RopeArgs,
     RouterSpec,
 )
-from model.ops.triton.attention import attention
+from model.ops.triton.attention import arrival_counters, attention
 from model.ops.triton.embedding import embed
 from model.ops.triton.experts import experts as grouped_experts
 from model.ops.triton.fused import norm_mlp, norm_qkv
@@ -44,6 +44,7 @@ class TritonBackend(Backend):
     def __init__(self, device: torch.device, dtype: torch.dtype, target: Target | None = None):
         super().__init__(device, dtype)
         self.target = target_of(device) if target is None else target
+        self._arrivals = arrival_counters(self.target, device)
 
     def kernels(self, processor: str) -> str:
         """As `Backend.kernels`; tiles and splits depend on the architecture and the processors."""
@@ -130,7 +131,7 @@ class TritonBackend(Backend):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As `Backend.attention`."""
-        return attention(query, kv, batch, group, spec, sinks, self.target)
+        return attention(query, kv, batch, group, spec, sinks, self.target, self._arrivals)
 
     def activate(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
         """As `Backend.activate`."""

@@ -43,7 +43,10 @@ class Tile:
 class Tiles:
     """The tiles of one architecture. Attention does not use k, which is the head size."""
 
-    decode: Tile  # attention of single tokens; m is the smallest height of a matrix instruction
+    # Attention of single tokens; m is the smallest height of a matrix instruction. Several warps
+    # would compute the same scores and softmax, and wait for each other at barriers.
+    decode: Tile  # head size up to 128
+    decode_wide: Tile  # larger heads
     prefill: Tile  # attention of chunks, head size up to 64
     prefill_wide: Tile  # attention of chunks, larger heads
     experts: tuple[Tile, ...]  # by rising m: the first with room for an expert's mean rows is used
@@ -61,8 +64,14 @@ class Tiles:
     programmatic_launch: bool = False  # see programmatic_launch.py
 
 
+# Two KV tiles of each program are in shared memory, and 6 programs share an H200's processor with
+# heads of 128, 11 with heads of 64. Of each program at least one tile is on its way, together 88 to
+# 96 KiB. At 4.3 TB/s and a latency of about 800 ns, 132 processors need 26 KB each (Little's law).
+_NVIDIA_DECODE = Tile(16, 32, 0, 1, 5)
+_NVIDIA_DECODE_WIDE = Tile(16, 32, 0, 2, 5)  # with one warp, registers would spill
 _HOPPER = Tiles(
-    decode=Tile(16, 64, 0, 4, 5),
+    decode=_NVIDIA_DECODE,
+    decode_wide=_NVIDIA_DECODE_WIDE,
     prefill=Tile(128, 64, 0, 8, 5),
     prefill_wide=Tile(128, 64, 0, 8, 5),
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
@@ -83,7 +92,8 @@ _BLACKWELL = replace(  # Hopper's attention tiles, and its expert tiles with k =
     mxfp4=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 128, 4, 3), Tile(128, 128, 64, 8, 3)),
 )
 _AMPERE = Tiles(
-    decode=Tile(16, 64, 0, 4, 5),
+    decode=_NVIDIA_DECODE,
+    decode_wide=_NVIDIA_DECODE_WIDE,
     prefill=Tile(128, 64, 0, 8, 4),
     prefill_wide=Tile(128, 32, 0, 8, 4),
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)),
@@ -91,7 +101,11 @@ _AMPERE = Tiles(
     fused=Tile(16, 32, 64, 4, 3),
 )
 _CDNA = Tiles(
-    decode=Tile(16, 64, 0, 4, 2),
+    # Tiles are loaded when they are needed: with two stages half as many programs fit. At 5.3 TB/s
+    # and 900 ns, 304 compute units need 16 KB each on the way; each program loads 8 or 16 KiB.
+    # With one wave, the wait before a counter's atomic addition covers all stores of a program.
+    decode=Tile(16, 32, 0, 1, 1),
+    decode_wide=Tile(16, 32, 0, 1, 1),
     prefill=Tile(128, 32, 0, 4, 2),
     prefill_wide=Tile(128, 32, 0, 4, 2),
     experts=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2), Tile(128, 64, 64, 8, 2)),
@@ -99,7 +113,8 @@ _CDNA = Tiles(
     fused=Tile(16, 16, 32, 4, 2),
 )
 _SMALL = Tiles(
-    decode=Tile(16, 32, 0, 4, 2),
+    decode=Tile(16, 16, 0, 1, 1),  # with 32 keys, heads of 128 would spill on a Radeon
+    decode_wide=Tile(16, 32, 0, 4, 2),
     prefill=Tile(64, 32, 0, 4, 2),
     prefill_wide=Tile(64, 32, 0, 8, 2),
     experts=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 32, 4, 2)),
