@@ -117,7 +117,7 @@ def _attend_single_tokens(call: _Call, out: torch.Tensor) -> None:
     constants, rows = call.constants, call.batch.num_single
     _, heads, dim = query.shape
     kv_heads, group = constants["KV_HEADS"], constants["GROUP"]
-    tile = target.tiles.decode if dim <= 128 else target.tiles.decode_wide
+    tile = target.tiles.decode if dim <= 128 else target.tiles.decode_256
     tile = for_dtype(tile, query.dtype)
     split = Splitting.of(rows, kv_heads, call.spec.window, tile, target.processors)
     mixed = stats = out
@@ -155,7 +155,8 @@ def _attend_chunks(call: _Call, out: torch.Tensor) -> None:
     constants, batch = call.constants, call.batch
     sequences, singles = batch.context_lens.shape[0], batch.num_single
     kv_heads, group, dim = constants["KV_HEADS"], constants["GROUP"], constants["DIM"]
-    tile = target.tiles.prefill if dim <= 64 else target.tiles.prefill_wide
+    tiles = target.tiles
+    tile = tiles.prefill if dim <= 64 else tiles.prefill_wide if dim <= 128 else tiles.prefill_256
     tile = for_dtype(tile, query.dtype)
     height = max(tile.m, triton.next_power_of_2(group))
     blocks = (query.shape[0] - singles) // (height // group) + sequences - singles

@@ -46,9 +46,10 @@ class Tiles:
     # Attention of single tokens; m is the smallest height of a matrix instruction. Several warps
     # would compute the same scores and softmax, and wait for each other at barriers.
     decode: Tile  # head size up to 128
-    decode_wide: Tile  # larger heads
+    decode_256: Tile  # larger heads
     prefill: Tile  # attention of chunks, head size up to 64
-    prefill_wide: Tile  # attention of chunks, larger heads
+    prefill_wide: Tile  # attention of chunks, head size up to 128
+    prefill_256: Tile  # attention of chunks, larger heads
     experts: tuple[Tile, ...]  # by rising m: the first with room for an expert's mean rows is used
     mxfp4: tuple[Tile, ...]  # the same for packed weights
     short: int = 0  # rows of the smaller tile for an expert's last rows if they fit; 0: none
@@ -68,12 +69,14 @@ class Tiles:
 # heads of 128, 11 with heads of 64. Of each program at least one tile is on its way, together 88 to
 # 96 KiB. At 4.3 TB/s and a latency of about 800 ns, 132 processors need 26 KB each (Little's law).
 _NVIDIA_DECODE = Tile(16, 32, 0, 1, 5)
-_NVIDIA_DECODE_WIDE = Tile(16, 32, 0, 2, 5)  # with one warp, registers would spill
+_NVIDIA_DECODE_256 = Tile(16, 32, 0, 2, 5)  # with one warp, registers would spill
 _HOPPER = Tiles(
     decode=_NVIDIA_DECODE,
-    decode_wide=_NVIDIA_DECODE_WIDE,
-    prefill=Tile(128, 64, 0, 8, 5),
-    prefill_wide=Tile(128, 64, 0, 8, 5),
+    decode_256=_NVIDIA_DECODE_256,
+    # Two programs share a processor: one multiplies while the other computes its softmax.
+    prefill=Tile(128, 64, 0, 8, 4, max_registers=128),
+    prefill_wide=Tile(64, 64, 0, 4, 4),
+    prefill_256=Tile(128, 32, 0, 8, 4),
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
     mxfp4=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
     # Of 1024 tokens each expert of gpt-oss gets 128 ± 11, so every other one has a second tile.
@@ -88,14 +91,17 @@ _HOPPER = Tiles(
 _BLACKWELL = replace(  # Hopper's attention tiles, and its expert tiles with k = 64, spill there
     _HOPPER,
     prefill=Tile(64, 64, 0, 4, 4),
+    prefill_wide=Tile(128, 64, 0, 8, 5),
+    prefill_256=Tile(64, 32, 0, 8, 4),
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 128, 4, 2), Tile(128, 128, 64, 8, 3)),
     mxfp4=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 128, 4, 3), Tile(128, 128, 64, 8, 3)),
 )
 _AMPERE = Tiles(
     decode=_NVIDIA_DECODE,
-    decode_wide=_NVIDIA_DECODE_WIDE,
+    decode_256=_NVIDIA_DECODE_256,
     prefill=Tile(128, 64, 0, 8, 4),
-    prefill_wide=Tile(128, 32, 0, 8, 4),
+    prefill_wide=Tile(128, 64, 0, 8, 4),
+    prefill_256=Tile(64, 32, 0, 8, 4),
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)),
     mxfp4=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)),
     fused=Tile(16, 32, 64, 4, 3),
@@ -105,18 +111,22 @@ _CDNA = Tiles(
     # and 900 ns, 304 compute units need 16 KB each on the way; each program loads 8 or 16 KiB.
     # With one wave, the wait before a counter's atomic addition covers all stores of a program.
     decode=Tile(16, 32, 0, 1, 1),
-    decode_wide=Tile(16, 32, 0, 1, 1),
+    decode_256=Tile(16, 16, 0, 1, 1),
     prefill=Tile(128, 32, 0, 4, 2),
-    prefill_wide=Tile(128, 32, 0, 4, 2),
+    prefill_wide=Tile(128, 32, 0, 4, 2, matrix_instruction=16, waves_per_simd=2),
+    prefill_256=Tile(128, 32, 0, 4, 2),
     experts=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2), Tile(128, 64, 64, 8, 2)),
     mxfp4=(Tile(16, 64, 128, 4, 2), Tile(64, 64, 64, 4, 2), Tile(128, 64, 64, 8, 2)),
     fused=Tile(16, 16, 32, 4, 2),
 )
+# The registers of these heads have room for two waves without asking.
+_CDNA4 = replace(_CDNA, prefill_wide=Tile(128, 32, 0, 4, 2))
 _SMALL = Tiles(
     decode=Tile(16, 16, 0, 1, 1),  # with 32 keys, heads of 128 would spill on a Radeon
-    decode_wide=Tile(16, 32, 0, 4, 2),
+    decode_256=Tile(16, 32, 0, 4, 2),
     prefill=Tile(64, 32, 0, 4, 2),
     prefill_wide=Tile(64, 32, 0, 8, 2),
+    prefill_256=Tile(64, 32, 0, 8, 2),
     experts=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 32, 4, 2)),
     mxfp4=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2)),
     fused=Tile(16, 32, 32, 4, 2),
@@ -127,7 +137,7 @@ TILES: dict[str, Tiles] = {
     "sm_100": _BLACKWELL,
     "gfx90a": _CDNA,
     "gfx942": _CDNA,
-    "gfx950": _CDNA,
+    "gfx950": _CDNA4,
     "gfx1201": _SMALL,
 }
 
