@@ -71,8 +71,9 @@ def _combine_parts(
     top = tl.full((BLOCK_G,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
     mixed = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
-    # Unrolled so that the loads of several parts are in flight at once.
-    for part in tl.range(0, parts, loop_unroll_factor=4):
+    # Unrolled so that the loads of several parts are in flight at once: 8 KiB, for the registers.
+    UNROLL: tl.constexpr = 4 if BLOCK_G * BLOCK_D <= 512 else 2
+    for part in tl.range(0, parts, loop_unroll_factor=UNROLL):
         at = part * GROUP + member
         part_top = tl.load(stats_ptr + part * GROUP + at, is_member, other=0.0)
         part_total = tl.load(stats_ptr + (part + 1) * GROUP + at, is_member, other=0.0)
