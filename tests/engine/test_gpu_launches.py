@@ -148,8 +148,7 @@ def test_warm_up_compiles_every_kernel_that_a_job_needs(
 _QKV = ("_add_rms_norm", "linear", "_rotate_and_write")
 _ATTENTION = ("decode_attention", "linear")
 _MLP = ("_add_rms_norm", "linear", "_swiglu", "linear")
-_SPLIT = ("decode_attention", "combine_splits", "fused_linear")
-_WINDOW = ("decode_attention", "fused_linear")
+_ONE_ROW_ATTENTION = ("decode_attention", "fused_linear")
 _FUSED_MLP = ("fused_linear", "fused_linear")
 _EXPERTS = ("experts_gate_up", "experts_down", "sum_experts")
 _MOE = ("_add_rms_norm", "fused_linear", "_route", "_sort_by_expert", *_EXPERTS)
@@ -158,11 +157,10 @@ _MOE = ("_add_rms_norm", "fused_linear", "_route", "_sort_by_expert", *_EXPERTS)
 @pytest.mark.parametrize(
     ("name", "rows", "layers"),
     [
-        ("llama-llama3-rope", 1, [("fused_linear", *_SPLIT, *_FUSED_MLP)] * 4),
-        ("qwen3", 1, [("fused_linear", "_rotate_and_write", *_SPLIT, *_FUSED_MLP)] * 4),
+        ("llama-llama3-rope", 1, [("fused_linear", *_ONE_ROW_ATTENTION, *_FUSED_MLP)] * 4),
+        ("qwen3", 1, [("fused_linear", "_rotate_and_write", *_ONE_ROW_ATTENTION, *_FUSED_MLP)] * 4),
         ("qwen3", 256, [_QKV + _ATTENTION + _MLP] * 4),
-        # Every second layer has a window.
-        ("gpt_oss-wide", 1, [("fused_linear", *x, *_MOE) for x in (_WINDOW, _SPLIT) * 2]),
+        ("gpt_oss-wide", 1, [("fused_linear", *_ONE_ROW_ATTENTION, *_MOE)] * 4),
     ],
 )
 def test_kernels_of_a_decode_step(

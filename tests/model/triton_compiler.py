@@ -113,7 +113,7 @@ def launches(architecture: str) -> list[Launch]:
     found: dict[Launch, None] = {}
 
     def record(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kw: Any) -> None:
-        found[_launch(kernel, args, kw)] = None
+        found[launch_of(kernel, args, kw)] = None
 
     # More rows than norms are fused for in jobs, because benchmarks try up to 64 on Hopper.
     most = 64 if architecture == "sm_90" else 16
@@ -128,7 +128,8 @@ def launches(architecture: str) -> list[Launch]:
     return list(found)
 
 
-def _launch(kernel: JITFunction[Any], args: tuple[Any, ...], kw: dict[str, Any]) -> Launch:
+def launch_of(kernel: JITFunction[Any], args: tuple[Any, ...], kw: dict[str, Any]) -> Launch:
+    """The launch of a kernel with these arguments and, beside named ones, options."""
     values = dict(zip(kernel.arg_names, args, strict=False))
     options = tuple((k, v) for k, v in kw.items() if k not in kernel.arg_names)
     values |= {k: v for k, v in kw.items() if k in kernel.arg_names}

@@ -14,6 +14,7 @@ import pytest
 import torch
 import triton.language as tl
 from triton import jit
+from triton.runtime.interpreter import interpreter_builder
 
 from engine import Engine, EngineConfig, Request, SamplingParams
 from engine.execution import model_runner
@@ -26,6 +27,7 @@ from model.ops.triton import attention as attention_kernels
 from model.ops.triton import experts as expert_kernels
 from model.ops.triton import fused as fused_kernels
 from model.ops.triton import mxfp4
+from model.ops.triton.attention import Splitting
 from model.ops.triton.backend import TritonBackend
 from model.ops.triton.mxfp4 import unpack
 from model.ops.triton.sort_by_expert import sort_by_expert
@@ -156,30 +158,90 @@ def test_attention(
     attend(lengths, heads, 32, window, sinks)
 
 
-@pytest.mark.parametrize("dim", [16, 64, 80, 128])
+@pytest.mark.parametrize("dim", [16, 64, 80, 96, 128, 192, 256])
 def test_attention_of_head_sizes(dim: int) -> None:
     attend(MIXED, (8, 2), dim, 24, True)
     attend(MIXED, (8, 2), dim, None, False, torch.float16, 16)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
-def test_a_sink_counts_once_if_the_kv_is_split(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    used = []
-    original = attention_kernels.splits_of
-
-    def counted(*arguments: Any) -> int:
-        used.append(original(*arguments))
-        return int(used[-1])
-
-    # With 16 processors some of these cases are split and others are not.
+@pytest.mark.parametrize("window", [None, 100, 200])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_long_rows_are_split(rows: int, window: int | None, sinks: bool) -> None:
+    """A sink counts once for all parts of a row."""
     ops = with_processors(16)
-    monkeypatch.setattr(attention_kernels, "splits_of", counted)
     lengths = [(1, 300), (1, 40), (1, 1), (1, 33), (1, 129)][:rows]
-    for sinks in (False, True):
-        attend(lengths, (6, 2), 32, None, sinks, ops=ops)
-        attend(lengths, (6, 2), 32, 100, sinks, ops=ops)
-        attend(lengths, (6, 2), 32, 200, sinks, ops=ops)
-    assert used == {1: [16, 1, 2], 2: [8, 1, 2], 5: [2, 1, 2]}[rows] * 2
+    split = Splitting.of(rows, 2, window, ops.target.tiles.decode, 16)
+    assert split.max_parts > 1
+    assert split.part_len < 100
+    for _ in range(2):  # a captured launch is repeated: it must leave the counters as they were
+        attend(lengths, (6, 2), 32, window, sinks, ops=ops)
+        assert not ops._arrivals.any()
+
+
+def test_a_window_of_one_part_is_not_split() -> None:
+    split = Splitting.of(1, 2, 64, target_of(CPU).tiles.decode, 16)
+    assert (split.max_parts, split.extras) == (1, 0)
+
+
+def split_by(monkeypatch: pytest.MonkeyPatch, split: Splitting) -> None:
+    monkeypatch.setattr(attention_kernels.Splitting, "of", lambda *_: split)
+
+
+@pytest.mark.parametrize("extras", [3, 150])
+def test_few_programs_share_many_parts(extras: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also parts of rows that are counted in the second round, and of rows without keys."""
+    split_by(monkeypatch, Splitting(3, 16, extras))
+    lengths = [(1, 1 + i % 17) for i in range(130)]
+    lengths[3] = lengths[129] = (1, 70)
+    attend(lengths, (2, 1), 16, None, True, ops=(ops := with_processors(16)))
+    assert not ops._arrivals.any()
+
+
+@pytest.mark.parametrize("length", [31, 32, 33, 63, 64, 65, 96, 127, 128, 129])
+def test_lengths_at_the_edges_of_tiles_and_parts(
+    length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split_by(monkeypatch, Splitting(4, 32, 2))
+    for window in (None, 32, 64, length - 1, length, length + 1):
+        attend([(1, length), (1, 32), (5, length)], (3, 1), 32, window, True)
+
+
+def test_the_part_that_ends_last_combines_all_in_their_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever the order in which programs run, the result is the same to the last bit."""
+    split_by(monkeypatch, Splitting(8, 16, 5))
+    batch, group, blocks = paged([(1, 100), (1, 20), (1, 61)], None, 8)
+    query, kv = rand(3, 4, 32), rand(2, blocks, 8, 2, 32, seed=1)
+    ops, spec = with_processors(16), AttentionSpec(32**-0.5, None)
+    programs = (5 + 3) * 2
+    expected = ops.attention(query, kv, batch, group, spec)
+    close(expected, REFERENCE.attention(query, kv, batch, group, spec))
+    set_index = interpreter_builder.set_grid_idx
+    for seed in range(4):
+        order = torch.randperm(programs, generator=torch.Generator().manual_seed(seed)).tolist()
+        monkeypatch.setattr(
+            interpreter_builder,
+            "set_grid_idx",
+            lambda x, y, z, order=order: set_index(order[x], y, z),
+        )
+        assert torch.equal(ops.attention(query, kv, batch, group, spec), expected)
+        assert not ops._arrivals.any()
+
+
+def test_how_a_row_is_split_does_not_depend_on_the_other_rows() -> None:
+    """In a step of the same shape a row has the same result beside short and beside long rows."""
+    ops, spec = with_processors(16), AttentionSpec(32**-0.5, None)
+    results = []
+    for other in (1, 70, 400):
+        batch, group, blocks = paged([(1, 300), (1, other), (1, 40)], None, 8)
+        order = group.block_table[0, :38].long(), group.block_table[2, :5].long()
+        query, kv = rand(3, 4, 32), rand(2, blocks, 8, 2, 32, seed=1)
+        kv[:, order[0]], kv[:, order[1]] = (rand(2, len(ids), 8, 2, 32, seed=5) for ids in order)
+        results.append(ops.attention(query, kv, batch, group, spec)[[0, 2]])
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 def test_rows_that_pad_a_batch_give_zeros() -> None:

@@ -8,11 +8,19 @@ import triton
 
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.specs import AttentionSpec
-from model.ops.triton.kernels.attention import combine_splits, decode_attention, prefill_attention
+from model.ops.triton.kernels.decode_attention import decode_attention
+from model.ops.triton.kernels.prefill_attention import prefill_attention
 from model.ops.triton.tiles import Target, Tile, for_dtype
 
-_MAX_SPLITS = 32
-_MIN_TILES = 4  # KV tiles of a window in each split, since splits need a second launch
+_MIN_TILES = 4  # KV tiles in each part, since combining parts takes time
+_MAX_PARTS = 64  # of a row
+_MAX_ROWS = 64  # (rows · KV heads) that each processor has if long rows are still split
+_EXTRAS = 4  # programs on each processor for the further parts of long rows
+
+
+def arrival_counters(target: Target, device: torch.device) -> torch.Tensor:
+    """Counters of the parts that ended, for all launches of one stream; each leaves them at 0."""
+    return torch.zeros(_MAX_ROWS * target.processors, dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,7 @@ class _Call:
     spec: AttentionSpec
     sinks: torch.Tensor | None  # [heads]
     target: Target
+    arrivals: torch.Tensor  # see `arrival_counters`
 
     @property
     def sinks_or_any(self) -> torch.Tensor:
@@ -58,9 +67,10 @@ def attention(
     spec: AttentionSpec,
     sinks: torch.Tensor | None,
     target: Target,
+    arrivals: torch.Tensor,
 ) -> torch.Tensor:
     """As `Backend.attention`; a sequence of length 0, which only pads a batch, gives zeros."""
-    call = _Call(query.contiguous(), kv, batch, group.block_table, spec, sinks, target)
+    call = _Call(query.contiguous(), kv, batch, group.block_table, spec, sinks, target, arrivals)
     out = torch.empty_like(call.query)
     if batch.num_single:
         _attend_single_tokens(call, out)
@@ -69,16 +79,39 @@ def attention(
     return out
 
 
-def splits_of(rows: int, kv_heads: int, window: int | None, tile: Tile, processors: int) -> int:
-    """Return into how many parts the KV of each token is split: a power of 2.
+@dataclass(frozen=True)
+class Splitting:
+    """How the KV of single tokens is split, from the shapes of a launch alone.
 
-    As many as keep the device busy. The context lengths do not matter, so that a step with few
-    short rows needs no kernel that was not compiled for the captured steps.
+    A row of at most `part_len` keys is not split. A longer one has parts of `part_len` keys, or of
+    more, so that there are at most `max_parts`. So in steps of one shape a row's result does not
+    depend on the other rows. The parts' results take at most 128 · processors · query heads for
+    each KV head · head size · 4 bytes: 35 MB on an H200 with 8 heads of 64.
     """
-    most = min(_MAX_SPLITS, 2 * processors // (rows * kv_heads))
-    if window is not None:
-        most = min(most, triton.cdiv(window, _MIN_TILES * tile.n))
-    return 1 << max(0, most.bit_length() - 1)
+
+    max_parts: int  # 1: no row is split
+    part_len: int  # keys
+    extras: int  # programs, for each KV head, that share the parts behind the first of each row
+
+    @classmethod
+    def of(
+        cls, rows: int, kv_heads: int, window: int | None, tile: Tile, processors: int
+    ) -> "Splitting":
+        """The splitting of a step of `rows` single tokens.
+
+        Few rows are split to use all processors. With many, only a row much longer than the others
+        is worth splitting, because the step would wait for it: n times the rows have parts n times
+        as long.
+        """
+        occupied = triton.next_power_of_2(triton.cdiv(rows * kv_heads, processors))
+        part_len = _MIN_TILES * tile.n * occupied
+        max_parts = min(_MAX_PARTS, 2 * _MAX_ROWS // occupied)
+        if window is not None:
+            max_parts = min(max_parts, triton.cdiv(window, part_len))
+        if max_parts < 2:
+            return cls(1, part_len, 0)
+        extras = min(rows * (max_parts - 1), triton.cdiv(_EXTRAS * processors, kv_heads))
+        return cls(max_parts, part_len, extras)
 
 
 def _attend_single_tokens(call: _Call, out: torch.Tensor) -> None:
@@ -86,13 +119,17 @@ def _attend_single_tokens(call: _Call, out: torch.Tensor) -> None:
     constants, rows = call.constants, call.batch.num_single
     _, heads, dim = query.shape
     kv_heads, group = constants["KV_HEADS"], constants["GROUP"]
-    tile = for_dtype(target.tiles.decode, query.dtype)
-    splits = splits_of(rows, kv_heads, call.spec.window, tile, target.processors)
+    tile = target.tiles.decode if dim <= 128 else target.tiles.decode_256
+    tile = for_dtype(tile, query.dtype)
+    split = Splitting.of(rows, kv_heads, call.spec.window, tile, target.processors)
+    if target.vendor == "amd" and tile.warps > 1:
+        # Nothing makes one wave wait for the stores of the others before it counts their part.
+        split = Splitting(1, split.part_len, 0)
     mixed = stats = out
-    if splits > 1:
-        mixed = query.new_empty(rows, heads, splits, dim, dtype=torch.float32)
-        stats = query.new_empty(2, rows, heads, splits, dtype=torch.float32)
-    decode_attention[(kv_heads, rows, splits)](
+    if split.max_parts > 1:
+        mixed = query.new_empty(rows, heads, split.max_parts, dim, dtype=torch.float32)
+        stats = query.new_empty(rows, heads, split.max_parts, 2, dtype=torch.float32)
+    decode_attention[((split.extras + rows) * kv_heads,)](
         query,
         kv,
         kv.stride(0),
@@ -103,28 +140,19 @@ def _attend_single_tokens(call: _Call, out: torch.Tensor) -> None:
         out,
         mixed,
         stats,
+        call.arrivals,
+        rows,
+        split.extras,
+        split.max_parts,
+        split.part_len,
         BLOCK_M=max(16, triton.next_power_of_2(group)),
         BLOCK_N=tile.n,
-        SPLIT=splits > 1,
+        BLOCK_G=triton.next_power_of_2(group),
+        SPLIT=split.max_parts > 1,
         **constants,
         **tile.options,
         **target.launch_options,
     )
-    if splits > 1:
-        combine_splits[(heads, rows)](
-            mixed,
-            stats,
-            call.sinks_or_any,
-            out,
-            splits,
-            HEADS=heads,
-            DIM=dim,
-            BLOCK_D=constants["BLOCK_D"],
-            BLOCK_S=_MAX_SPLITS,
-            SINKS=constants["SINKS"],
-            num_warps=2,
-            **target.launch_options,
-        )
 
 
 def _attend_chunks(call: _Call, out: torch.Tensor) -> None:
@@ -132,11 +160,12 @@ def _attend_chunks(call: _Call, out: torch.Tensor) -> None:
     constants, batch = call.constants, call.batch
     sequences, singles = batch.context_lens.shape[0], batch.num_single
     kv_heads, group, dim = constants["KV_HEADS"], constants["GROUP"], constants["DIM"]
-    tile = target.tiles.prefill if dim <= 64 else target.tiles.prefill_wide
+    tiles = target.tiles
+    tile = tiles.prefill if dim <= 64 else tiles.prefill_wide if dim <= 128 else tiles.prefill_256
     tile = for_dtype(tile, query.dtype)
     height = max(tile.m, triton.next_power_of_2(group))
     blocks = (query.shape[0] - singles) // (height // group) + sequences - singles
-    prefill_attention[(kv_heads, blocks)](
+    prefill_attention[(kv_heads * blocks,)](
         query,
         kv,
         kv.stride(0),

@@ -25,7 +25,7 @@ from model.ops.specs import (
     RouterSpec,
     SamplingTables,
 )
-from model.ops.triton.attention import attention
+from model.ops.triton.attention import arrival_counters, attention
 from model.ops.triton.experts import experts as grouped_experts
 from model.ops.triton.fused import norm_mlp, norm_qkv
 from model.ops.triton.kernels.embedding import embed
@@ -62,6 +62,7 @@ class TritonBackend(Backend):
             if selection.is_torch(op):
                 for name in (op, *STORAGE.get(op, ())):
                     setattr(self, name, MethodType(getattr(Backend, name), self))
+        self._arrivals = arrival_counters(self.target, device)
 
     def kernel_choices(self, op: str) -> list[Choice]:
         """As `Backend.kernel_choices`; none for operations that have no kernel here."""
@@ -183,7 +184,8 @@ class TritonBackend(Backend):
         """As `Backend.attention`."""
         if spec.softcap is not None:
             return super().attention(query, kv, batch, group, spec, sinks)
-        return attention(query, kv, batch, group, spec, sinks, self._target("attention"))
+        target = self._target("attention")
+        return attention(query, kv, batch, group, spec, sinks, target, self._arrivals)
 
     def activate(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
         """As `Backend.activate`."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from model.ops.triton.tiles import Target, Tile, Tiles
+from model.ops.triton.tiles import SMALL, Target, Tile, Tiles
 
 TORCH = "torch"
 """The choice of an operation that plain torch computes."""
@@ -20,15 +20,7 @@ Choice = str | Mapping[str, Any]
 STORAGE: dict[str, tuple[str, ...]] = {"experts": ("pack_experts", "pack_mxfp4")}
 
 _ONE_ROW = Tile(1, 16, 256, 4, 3)
-# Small enough for the shared memory and registers of every GPU.
-_SMALL: dict[str, Any] = {
-    "decode": Tile(16, 32, 0, 4, 2),
-    "prefill": Tile(64, 32, 0, 4, 2),
-    "prefill_wide": Tile(64, 32, 0, 8, 2),
-    "experts": (Tile(16, 64, 64, 4, 2), Tile(64, 64, 32, 4, 2)),
-    "mxfp4": (Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2)),
-    "fused": Tile(16, 32, 32, 4, 2),
-}
+_ATTENTION = ("decode", "decode_256", "prefill", "prefill_wide", "prefill_256")
 
 
 @dataclass(frozen=True)
@@ -75,20 +67,23 @@ def candidates(op: str, target: Target) -> list[Choice]:
     if op in ("linear", "logits", "norm_qkv", "norm_mlp"):
         found += _few_rows(op, tiles)
     elif op == "attention":
-        one_warp = replace(tiles.decode, n=32, warps=1)
-        four_warps = replace(tiles.decode, n=64, warps=4)
-        short = {
-            name: replace(getattr(tiles, name), m=64, warps=4)
-            for name in ("prefill", "prefill_wide")
-        }
-        found += [{"decode": one_warp}, {"decode": four_warps}, short]
-        found.append({name: _SMALL[name] for name in ("decode", "prefill", "prefill_wide")})
+        found.append({"decode": replace(tiles.decode, n=16, warps=1)})
+        if target.vendor != "amd":  # where rows are split only with one wave
+            found.append({"decode": replace(tiles.decode, n=64, warps=4)})
+        for m, warps in ((64, 4), (128, 8)):
+            found.append(
+                {
+                    name: replace(getattr(tiles, name), m=m, warps=warps, max_registers=0)
+                    for name in ("prefill", "prefill_wide")
+                }
+            )
+        found.append({name: getattr(SMALL, name) for name in _ATTENTION})
     elif op == "experts":
         for name in ("mxfp4", "experts"):
             few, *more = getattr(tiles, name)
             found.append({name: (replace(few, n=32, warps=2), *more)})
         found.append({"short": 0 if tiles.short else 32})
-        found.append({name: _SMALL[name] for name in ("experts", "mxfp4")})
+        found.append({name: getattr(SMALL, name) for name in ("experts", "mxfp4")})
     if tiles.programmatic_launch:
         found.append({"programmatic_launch": False})
     prior = {name: getattr(tiles, name) for each in found for name in each}
@@ -110,7 +105,7 @@ def _few_rows(op: str, tiles: Tiles) -> list[dict[str, Any]]:
         if op in ("linear", "logits"):
             found.append({"one_row": None})  # torch's library
     if op in ("norm_qkv", "norm_mlp"):
-        found.append({"fused": _SMALL["fused"], "one_row": None})
+        found.append({"fused": SMALL.fused, "one_row": None})
     return found
 
 

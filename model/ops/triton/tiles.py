@@ -43,9 +43,13 @@ class Tile:
 class Tiles:
     """The tiles of one architecture. Attention does not use k, which is the head size."""
 
-    decode: Tile  # attention of single tokens; m is the smallest height of a matrix instruction
+    # Attention of single tokens; m is the smallest height of a matrix instruction. Several warps
+    # would compute the same scores and softmax, and wait for each other at barriers.
+    decode: Tile  # head size up to 128
+    decode_256: Tile  # larger heads
     prefill: Tile  # attention of chunks, head size up to 64
-    prefill_wide: Tile  # attention of chunks, larger heads
+    prefill_wide: Tile  # attention of chunks, head size up to 128
+    prefill_256: Tile  # attention of chunks, larger heads
     experts: tuple[Tile, ...]  # by rising m: the first with room for an expert's mean rows is used
     mxfp4: tuple[Tile, ...]  # the same for packed weights
     short: int = 0  # rows of the smaller tile for an expert's last rows if they fit; 0: none
@@ -61,10 +65,18 @@ class Tiles:
     programmatic_launch: bool = False  # see programmatic_launch.py
 
 
+# Two KV tiles of each program are in shared memory, and 6 programs share an H200's processor with
+# heads of 128, 11 with heads of 64. Of each program at least one tile is on its way, together 88 to
+# 96 KiB. At 4.3 TB/s and a latency of about 800 ns, 132 processors need 26 KB each (Little's law).
+_NVIDIA_DECODE = Tile(16, 32, 0, 1, 5)
+_NVIDIA_DECODE_256 = Tile(16, 32, 0, 2, 5)  # with one warp, registers would spill
 _HOPPER = Tiles(
-    decode=Tile(16, 64, 0, 4, 5),
-    prefill=Tile(128, 64, 0, 8, 5),
-    prefill_wide=Tile(128, 64, 0, 8, 5),
+    decode=_NVIDIA_DECODE,
+    decode_256=_NVIDIA_DECODE_256,
+    # Two programs share a processor: one multiplies while the other computes its softmax.
+    prefill=Tile(128, 64, 0, 8, 4, max_registers=128),
+    prefill_wide=Tile(64, 64, 0, 4, 4),
+    prefill_256=Tile(128, 32, 0, 8, 4),
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
     mxfp4=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
     # Of 1024 tokens each expert of gpt-oss gets 128 ± 11, so every other one has a second tile.
@@ -79,29 +91,42 @@ _HOPPER = Tiles(
 _BLACKWELL = replace(  # Hopper's attention tiles, and its expert tiles with k = 64, spill there
     _HOPPER,
     prefill=Tile(64, 64, 0, 4, 4),
+    prefill_wide=Tile(128, 64, 0, 8, 5),
+    prefill_256=Tile(64, 32, 0, 8, 4),
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 128, 4, 2), Tile(128, 128, 64, 8, 3)),
     mxfp4=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 128, 4, 3), Tile(128, 128, 64, 8, 3)),
 )
 _AMPERE = Tiles(
-    decode=Tile(16, 64, 0, 4, 5),
+    decode=_NVIDIA_DECODE,
+    decode_256=_NVIDIA_DECODE_256,
     prefill=Tile(128, 64, 0, 8, 4),
-    prefill_wide=Tile(128, 32, 0, 8, 4),
+    prefill_wide=Tile(128, 64, 0, 8, 4),
+    prefill_256=Tile(64, 32, 0, 8, 4),
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)),
     mxfp4=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)),
     fused=Tile(16, 32, 64, 4, 3),
 )
 _CDNA = Tiles(
-    decode=Tile(16, 64, 0, 4, 2),
+    # Tiles are loaded when they are needed: with two stages half as many programs fit. At 5.3 TB/s
+    # and 900 ns, 304 compute units need 16 KB each on the way; each program loads 8 or 16 KiB.
+    # With one wave, the wait before a counter's atomic addition covers all stores of a program.
+    decode=Tile(16, 32, 0, 1, 1),
+    decode_256=Tile(16, 16, 0, 1, 1),
     prefill=Tile(128, 32, 0, 4, 2),
-    prefill_wide=Tile(128, 32, 0, 4, 2),
+    prefill_wide=Tile(128, 32, 0, 4, 2, matrix_instruction=16, waves_per_simd=2),
+    prefill_256=Tile(128, 32, 0, 4, 2),
     experts=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2), Tile(128, 64, 64, 8, 2)),
     mxfp4=(Tile(16, 64, 128, 4, 2), Tile(64, 64, 64, 4, 2), Tile(128, 64, 64, 8, 2)),
     fused=Tile(16, 16, 32, 4, 2),
 )
-_SMALL = Tiles(
-    decode=Tile(16, 32, 0, 4, 2),
+# The registers of these heads have room for two waves without asking.
+_CDNA4 = replace(_CDNA, prefill_wide=Tile(128, 32, 0, 4, 2))
+SMALL = Tiles(
+    decode=Tile(16, 16, 0, 1, 1),  # with 32 keys, heads of 128 would spill on a Radeon
+    decode_256=Tile(16, 32, 0, 4, 2),
     prefill=Tile(64, 32, 0, 4, 2),
     prefill_wide=Tile(64, 32, 0, 8, 2),
+    prefill_256=Tile(64, 32, 0, 8, 2),
     experts=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 32, 4, 2)),
     mxfp4=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2)),
     fused=Tile(16, 32, 32, 4, 2),
@@ -112,8 +137,8 @@ TILES: dict[str, Tiles] = {
     "sm_100": _BLACKWELL,
     "gfx90a": _CDNA,
     "gfx942": _CDNA,
-    "gfx950": _CDNA,
-    "gfx1201": _SMALL,
+    "gfx950": _CDNA4,
+    "gfx1201": SMALL,
 }
 
 
@@ -141,12 +166,12 @@ class Target:
 def target_of(device: torch.device) -> Target:
     """Return what launches on a device need; the CPU stands for Triton's interpreter."""
     if device.type != "cuda":
-        return Target("none", 4, _SMALL)
+        return Target("none", 4, SMALL)
     properties = torch.cuda.get_device_properties(device)
     architecture = f"sm_{properties.major}{properties.minor}"
     if torch.version.hip:
         architecture = str(properties.gcnArchName).split(":")[0]
-    tiles = TILES.get(architecture, _SMALL)
+    tiles = TILES.get(architecture, SMALL)
     return Target(architecture, int(properties.multi_processor_count), tiles)
 
 

@@ -1,0 +1,93 @@
+"""Attention of a tile of rows to keys and values in blocks, with a running softmax.
+
+Source of the method: Dao et al., FlashAttention-2 (2023), section 3.1.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def attend(
+    top,
+    total,
+    mixed,
+    query,
+    position,
+    kv_ptr,
+    value_offset,
+    block_table_ptr,
+    kv_head,
+    first,
+    unmasked,
+    last,
+    CAUSAL: tl.constexpr,
+    SCALE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Online softmax of rows (query [rows, BLOCK_D], position [rows]) over keys [first, last).
+
+    Updates the maximum of the scores (base 2), the sum of their exponentials and the weighted sum
+    of values. CAUSAL: keys are masked by position and WINDOW. Without a window all rows attend to
+    all keys before `unmasked`, a multiple of BLOCK_N, so those need no mask. (With a second loop
+    for them Hopper's matrix products would wait for each other, because both loops accumulate in
+    the same registers.)
+    """
+    dim = tl.arange(0, BLOCK_D)
+    for start in tl.range(first, last, BLOCK_N):
+        at = start + tl.arange(0, BLOCK_N)
+        block = tl.load(block_table_ptr + at // BLOCK_SIZE, at < last, other=0)
+        slot = block.to(tl.int64) * BLOCK_SIZE + at % BLOCK_SIZE
+        source = kv_ptr + (slot * KV_HEADS + kv_head)[:, None] * DIM + dim[None, :]
+        if BLOCK_D == DIM:
+            key = tl.load(source)
+        else:
+            key = tl.load(source, (dim < DIM)[None, :], other=0.0)
+        # Slots outside the context may hold anything, also NaN. The scores of such keys are
+        # replaced, but a probability of 0 times a value of NaN is NaN, so values are zeroed.
+        inside = (at < last)[:, None] & (dim < DIM)[None, :]
+        value = tl.load(source + value_offset, inside, other=0.0)
+        scores = tl.dot(query, key.T, input_precision=PRECISION) * (SCALE * LOG2E)
+        if CAUSAL and WINDOW is None:
+            if start >= unmasked:
+                mask = (at < last)[None, :] & (position[:, None] >= at[None, :])
+                scores = tl.where(mask, scores, float("-inf"))
+        else:
+            mask = (at < last)[None, :]
+            if CAUSAL:
+                age = position[:, None] - at[None, :]
+                mask = mask & (age >= 0) & (age < WINDOW)
+            scores = tl.where(mask, scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        # A row without unmasked keys so far has no maximum to subtract.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        probs = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(top - base)
+        total = total * shrink + tl.sum(probs, 1)
+        mixed = mixed * shrink[:, None]
+        mixed = tl.dot(probs.to(value.dtype), value, mixed, input_precision=PRECISION)
+        top = higher
+    return top, total, mixed
+
+
+@triton.jit
+def normalize(top, total, mixed, sinks_ptr, head, is_head, SINKS: tl.constexpr):
+    """Divide the weighted sums by the sum of exponentials, which includes the head's sink.
+
+    A sink is one more column of the softmax, whose value is zero. Rows without keys give zeros.
+    """
+    if SINKS:
+        sink = tl.load(sinks_ptr + head, is_head, other=0.0).to(tl.float32) * LOG2E
+        higher = tl.maximum(top, sink)
+        shrink = tl.exp2(top - higher)
+        total = total * shrink + tl.exp2(sink - higher)
+        return mixed * (shrink / total)[:, None]
+    return mixed / tl.where(total == 0, 1.0, total)[:, None]
