@@ -250,7 +250,7 @@ def test_pairs_are_sorted_by_expert_and_otherwise_keep_their_order(tokens: int) 
         (100, torch.float32, False, False, 16),
         (1, torch.float16, False, False, 16),
         (70, torch.float16, True, True, 0),
-        (70, torch.float16, True, True, 16),  # a tile of 64 and a short one of 6 for each
+        (70, torch.float16, True, True, 16),  # 64 rows of each and 6 more
     ],
 )
 def test_experts(
@@ -284,6 +284,31 @@ def test_experts(
     wide_experts = experts_of(wide[0], wide_biases[0], wide[1], wide_biases[1])
     expected = REFERENCE.experts(x.float(), chosen, weights, wide_experts, activation)
     close(found, expected.to(dtype), 3)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("top_k", [1, 4, 8])
+def test_experts_with_any_number_of_rows(top_k: int, packed: bool) -> None:
+    """Rows that fill tiles of 16, low tiles of 4 and tiles with 4 more rows; and none."""
+    count, hidden, size = 11, 32, 32
+    rows = [0, 1, 4, 5, 16, 17, 20, 21, 36, 37, 0]
+    pool = [e for e, n in enumerate(rows) for _ in range(n)]
+    chosen = torch.tensor(pool[: len(pool) // top_k * top_k]).view(top_k, -1).T
+    x, weights = rand(len(chosen), hidden), rand(*chosen.shape, seed=1)
+    gate_up: Any = rand(count, 2 * size, hidden, seed=2) * 0.2
+    down: Any = rand(count, hidden, size, seed=4) * 0.2
+    if packed:
+        gate_up, down = (Mxfp4(*quantize_mxfp4(w)) for w in (gate_up, down))
+    biases = rand(count, 2 * size, seed=3), rand(count, hidden, seed=5)
+    high = (Tile(16, 16, 32, 4, 1),)
+    ops = kernels(experts=high, mxfp4_gate_up=high, mxfp4_down=high, short=4)
+    experts = experts_of(gate_up, biases[0], down, biases[1])
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
+    try:
+        found = ops.experts(x, chosen, weights, packed_experts(ops, experts), GPT_OSS)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    close(found, REFERENCE.experts(x, chosen, weights, experts, GPT_OSS), 3)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -47,8 +47,12 @@ class Tiles:
     prefill: Tile  # attention of chunks, head size up to 64
     prefill_wide: Tile  # attention of chunks, larger heads
     experts: tuple[Tile, ...]  # by rising m: the first with room for an expert's mean rows is used
-    mxfp4: tuple[Tile, ...]  # the same for packed weights
-    short: int = 0  # rows of the smaller tile for an expert's last rows if they fit; 0: none
+    # The same for packed weights. Gate and up take two sums and twice as much of a stage.
+    mxfp4_gate_up: tuple[Tile, ...]
+    mxfp4_down: tuple[Tile, ...]
+    # Up to so many last rows of an expert are computed with the rows before them, or in a tile of
+    # this height if there are none. 0: they have a tile of their own.
+    short: int = 0
     fused: Tile = Tile(16, 32, 128, 4, 3)  # norm with linear or MLP; m is not used
     # The largest numbers of rows (at most 64) for which a norm is fused with the operation after
     # it: up to there `gpu.py --section fusions` measured that to be faster. 0: not measured.
@@ -66,8 +70,10 @@ _HOPPER = Tiles(
     prefill=Tile(128, 64, 0, 8, 5),
     prefill_wide=Tile(128, 64, 0, 8, 5),
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
-    mxfp4=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
-    # Of 1024 tokens each expert of gpt-oss gets 128 ± 11, so every other one has a second tile.
+    # The highest tiles leave room for two programs: one multiplies while the other unpacks.
+    mxfp4_gate_up=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 4, 3)),
+    mxfp4_down=(Tile(16, 64, 128, 4, 6), Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 4, 128)),
+    # Of 1024 tokens each expert of gpt-oss gets 128 ± 11, so every other one has more than 128.
     short=32,
     fused=Tile(16, 32, 128, 2, 5),  # each of 4 warps would read all of x for half of the weights
     # Not measured: estimated from the bytes a program loads and 2 us saved for each launch.
@@ -80,14 +86,16 @@ _BLACKWELL = replace(  # Hopper's attention tiles, and its expert tiles with k =
     _HOPPER,
     prefill=Tile(64, 64, 0, 4, 4),
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 128, 4, 2), Tile(128, 128, 64, 8, 3)),
-    mxfp4=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 128, 4, 3), Tile(128, 128, 64, 8, 3)),
+    mxfp4_gate_up=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 128, 4, 3), Tile(128, 128, 64, 8, 3)),
+    mxfp4_down=(Tile(16, 64, 128, 4, 6), Tile(64, 64, 128, 4, 4), Tile(128, 128, 64, 8, 4)),
 )
 _AMPERE = Tiles(
     decode=Tile(16, 64, 0, 4, 5),
     prefill=Tile(128, 64, 0, 8, 4),
     prefill_wide=Tile(128, 32, 0, 8, 4),
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)),
-    mxfp4=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)),
+    mxfp4_gate_up=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)),
+    mxfp4_down=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 8, 4)),
     fused=Tile(16, 32, 64, 4, 3),
 )
 _CDNA = Tiles(
@@ -95,7 +103,8 @@ _CDNA = Tiles(
     prefill=Tile(128, 32, 0, 4, 2),
     prefill_wide=Tile(128, 32, 0, 4, 2),
     experts=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2), Tile(128, 64, 64, 8, 2)),
-    mxfp4=(Tile(16, 64, 128, 4, 2), Tile(64, 64, 64, 4, 2), Tile(128, 64, 64, 8, 2)),
+    mxfp4_gate_up=(Tile(16, 64, 128, 4, 2), Tile(64, 64, 64, 4, 2), Tile(128, 64, 64, 8, 2)),
+    mxfp4_down=(Tile(16, 64, 128, 4, 2), Tile(64, 64, 64, 4, 2), Tile(128, 64, 64, 8, 2)),
     fused=Tile(16, 16, 32, 4, 2),
 )
 _SMALL = Tiles(
@@ -103,7 +112,8 @@ _SMALL = Tiles(
     prefill=Tile(64, 32, 0, 4, 2),
     prefill_wide=Tile(64, 32, 0, 8, 2),
     experts=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 32, 4, 2)),
-    mxfp4=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2)),
+    mxfp4_gate_up=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2)),
+    mxfp4_down=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2)),
     fused=Tile(16, 32, 32, 4, 2),
 )
 TILES: dict[str, Tiles] = {
