@@ -49,6 +49,7 @@ DTYPES = [torch.float32, torch.float16]
 REFERENCE = reference()
 GPT_OSS, PLAIN = Activation(7.0, 1.702), Activation()
 AFTER_TOP_K = RouterSpec(2, softmax_after_top_k=True, normalize=False)
+ONE_ROW = Tile(1, 16, 32, 4, 3)
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -81,6 +82,100 @@ def test_norm_and_residual(tokens: int, size: int, dtype: torch.dtype) -> None:
         assert torch.equal(summed, expected_sum)
         assert normed.dtype == dtype
         close(normed, expected)  # the interpreter truncates to bfloat16
+
+
+@pytest.mark.parametrize("one_row", [None, ONE_ROW])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_delta_may_be_the_parts_that_norm_experts_returns(
+    rows: int, one_row: Tile | None
+) -> None:
+    size, parts = 72, 3
+    x, delta, norm = rand(rows, size), rand(rows, parts, size, seed=1), norm_of(rand(size, seed=2))
+    ops = kernels(fused_qkv=8, one_row=one_row)
+    expected_sum, expected = REFERENCE.add_rms_norm(x, delta, norm)
+    assert torch.equal(expected_sum, x + (delta[:, 0] + delta[:, 1] + delta[:, 2]))
+    for found in (ops.add_rms_norm(x, delta, norm), kernels().add_rms_norm(x, delta, norm)):
+        assert torch.equal(found[0], expected_sum)
+        close(found[1], expected)
+    qkv, cos_sin = linear_of(rand(4 * 32, size, seed=3) * 0.2), rand(rows, 32, seed=4)
+    kvs = [torch.zeros(2, 7, 4, 1, 32) for _ in range(2)]
+    ropes = [rope_args(kv, cos_sin, torch.arange(rows), 2) for kv in kvs]
+    expected_sum, expected = REFERENCE.norm_qkv(x, delta, norm, qkv, ropes[0])
+    summed, query = ops.norm_qkv(x, delta, norm, qkv, ropes[1])
+    assert torch.equal(summed, expected_sum)
+    close(query, expected, 3)
+    close(kvs[1], kvs[0], 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("rows", "count", "top_k", "router_spec"),
+    [
+        (1, 8, 1, AFTER_TOP_K),
+        (1, 32, 4, AFTER_TOP_K),
+        (3, 6, 3, RouterSpec(3, False, True)),
+        (16, 12, 8, RouterSpec(8, False, False)),
+    ],
+)
+def test_norm_router_and_experts(
+    rows: int,
+    count: int,
+    top_k: int,
+    router_spec: RouterSpec,
+    ranks: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One kernel for norm and router, one for routing and sorting, and no sum on a single rank."""
+    hidden, size, held = 72, 32, count // ranks
+    spec = replace(router_spec, top_k=top_k)
+    x, delta, norm = rand(rows, hidden), rand(rows, hidden, seed=1, dtype=dtype), rand(hidden)
+    router = linear_of(rand(count, hidden, seed=6, dtype=dtype), rand(count, seed=7, dtype=dtype))
+    launched = Counter[str]()
+    for name in ("norm_linear", "route_and_sort", "sum_pairs"):
+        original = getattr(fused_kernels, name)
+
+        def counted(*given: Any, name: str = name, original: Any = original, **named: Any) -> Any:
+            launched[name] += 1
+            return original(*given, **named)
+
+        monkeypatch.setattr(fused_kernels, name, counted)
+    for rank in range(ranks):
+        gate_up = rand(held, 2 * size, hidden, seed=2, dtype=dtype) * 0.2
+        down = rand(held, hidden, size, seed=4, dtype=dtype) * 0.2
+        biases = rand(held, 2 * size, seed=3, dtype=dtype), rand(held, hidden, seed=5, dtype=dtype)
+        experts = experts_of(gate_up, biases[0], down, biases[1])
+        ops, shard = kernels(dtype), ExpertShard(rank, ranks)
+        arguments = x, delta, norm_of(norm), router, spec
+        expected_sum, expected = reference(dtype).norm_experts(*arguments, experts, GPT_OSS, shard)
+        launched.clear()
+        found = ops.norm_experts(*arguments, packed_experts(ops, experts), GPT_OSS, shard)
+        assert launched == {
+            "norm_linear": 1,
+            "route_and_sort": 1,
+            **({"sum_pairs": 1} if ranks > 1 else {}),
+        }
+        assert torch.equal(found[0], expected_sum)
+        assert found[1].shape == ((rows, top_k, hidden) if ranks == 1 else (rows, hidden))
+        if ranks == 1:
+            found = found[0], found[1].float().sum(1).to(dtype)
+        close(found[1], expected, 5)
+
+
+def test_more_rows_are_normed_routed_and_summed_separately() -> None:
+    hidden, count = 32, 4
+    norm, router = norm_of(rand(hidden)), linear_of(rand(count, hidden, seed=1))
+    up, down = rand(count, 64, hidden, seed=2), rand(count, hidden, 32, seed=3)
+    for rows, fused in ((17, 16), (3, 2), (0, 16)):
+        ops = kernels(fused_router=fused)
+        experts = packed_experts(ops, experts_of(up, None, down, None))
+        x, delta = rand(rows, hidden), rand(rows, hidden, seed=4)
+        found = ops.norm_experts(x, delta, norm, router, AFTER_TOP_K, experts, PLAIN)
+        arguments = norm, router, AFTER_TOP_K, experts_of(up, None, down, None), PLAIN
+        expected = REFERENCE.norm_experts(x, delta, *arguments)
+        assert torch.equal(found[0], expected[0])
+        close(found[1], expected[1], 5)
 
 
 @pytest.mark.parametrize("scale", [1.0, 12.0])
@@ -375,9 +470,6 @@ def test_mxfp4_is_unpacked_to_the_dtype_of_the_product(dtype: torch.dtype) -> No
     kind = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
     unpacked[(1,)](words.values, words.scales, out, K=128, DTYPE=kind)
     assert torch.equal(out, weights.dense(dtype)[0])
-
-
-ONE_ROW = Tile(1, 16, 32, 4, 3)
 
 
 @pytest.fixture

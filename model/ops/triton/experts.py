@@ -40,15 +40,25 @@ def experts(
     first = shard.rank * experts.count
     order, expert_starts = sort_by_expert(chosen, first, experts.count, target)
     pairs = expert_pairs(x, weights, order, expert_starts, experts, activation, shard.size, target)
-    out = torch.empty_like(x)
-    (tokens, hidden), block = x.shape, min(1024, triton.next_power_of_2(x.shape[1]))
+    return sum_pairs(pairs, chosen, first, experts.count, target)
+
+
+def sum_pairs(
+    pairs: torch.Tensor, chosen: torch.Tensor, first: int, experts: int, target: Target
+) -> torch.Tensor:
+    """pairs [tokens, top_k, hidden] → sums [tokens, hidden] for the experts from `first` on.
+
+    chosen [tokens, top_k]: the expert of each pair; those of other experts are not read.
+    """
+    tokens, top_k, hidden = pairs.shape
+    out, block = pairs.new_empty(tokens, hidden), min(1024, triton.next_power_of_2(hidden))
     sum_experts[(tokens, triton.cdiv(hidden, block))](
         pairs,
         chosen,
         out,
         first,
-        TOP_K=chosen.shape[1],
-        EXPERTS=experts.count,
+        TOP_K=top_k,
+        EXPERTS=experts,
         HIDDEN=hidden,
         BLOCK=block,
         num_warps=4,

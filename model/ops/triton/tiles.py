@@ -59,6 +59,9 @@ class Tiles:
     fused_qkv: int = 0
     fused_gate_up: int = 0
     fused_mlp: int = 0
+    # The same for a norm with the router after it, where a program multiplies a single row. Not
+    # measured: up to 16 rows the programs of all rows run at once, and it saves two launches.
+    fused_router: int = 16
     # For a single row: at most n weight rows a program and k columns a step; with fewer rows, more
     # columns. None: torch multiplies it where there is no norm, and `fused` is used where there is.
     one_row: Tile | None = None
