@@ -81,7 +81,7 @@ def test_kernels_compile_and_fit_their_targets(architecture: str) -> None:
         ("experts_down", tiles.mxfp4_down),
     ):
         experts = [dict(x.constants) for x in chosen if x.kernel.__name__ == kernel]
-        found = {(bool(x["PACKED"]), x["BLOCK_M"], x["BLOCK_N"]) for x in experts}
+        found = {(bool(x["RUN"]), x["BLOCK_M"], x["BLOCK_N"]) for x in experts}
         dense = {(False, tile.m, tile.n) for tile in tiles.experts}
         assert found == dense | {(True, tile.m, tile.n) for tile in packed}
     for launch in chosen:
@@ -91,7 +91,7 @@ def test_kernels_compile_and_fit_their_targets(architecture: str) -> None:
         if TILES[architecture].programmatic_launch:
             assert waits_before_memory(compiled.binary.asm["ptx"]), str(launch)
         named = dict(launch.constants)
-        if named.get("PACKED") and architecture == "sm_90":
+        if named.get("RUN") and architecture == "sm_90":
             waits = re.findall(
                 r"wgmma\.wait_group\.sync\.aligned (\d+)", compiled.binary.asm["ptx"]
             )

@@ -240,7 +240,8 @@ def _moe_calls(ops: TritonBackend, config: ModelConfig, rows: int) -> Iterator[C
     weights = _empty(rows, spec.top_k, dtype=torch.float32)
     biases = (_empty(count, 2 * size), _empty(count, hidden)) if biased else (None, None)
     dense = (_empty(count, 2 * size, hidden), _empty(count, hidden, size))
-    for stack, form in ((dense_weights, DENSE), (_packed, MXFP4)):
+    packed = partial(_packed, run=ops.target.mxfp4_run)
+    for stack, form in ((dense_weights, DENSE), (packed, MXFP4)):
         up, down = map(stack, dense)
         experts = Experts(count, hidden, size, biased, form, up, biases[0], down, biases[1])
         activation = config.activation
@@ -248,11 +249,11 @@ def _moe_calls(ops: TritonBackend, config: ModelConfig, rows: int) -> Iterator[C
         yield partial(ops.norm_experts, stream, x, norm, router, spec, experts, activation)
 
 
-def _packed(weight: torch.Tensor) -> ExpertWeights:
+def _packed(weight: torch.Tensor, run: int) -> ExpertWeights:
     count, outputs, inputs = weight.shape
     values = _empty(count, outputs, inputs // 8, dtype=torch.int32)
     scales = _empty(count, -(-inputs // 128), outputs, dtype=torch.int32)
-    return ExpertWeights(values, scales, is_packed=True)
+    return ExpertWeights(values, scales, run)
 
 
 def compile_launch(launch: Launch, architecture: str) -> Compiled:

@@ -29,7 +29,7 @@ from model.ops.triton import mxfp4
 from model.ops.triton.backend import TritonBackend
 from model.ops.triton.mxfp4 import unpack
 from model.ops.triton.sort_by_expert import sort_by_expert
-from model.ops.triton.tiles import Tile, target_of
+from model.ops.triton.tiles import Target, Tile, target_of
 from tests.checkpoints import quantize_mxfp4, write_checkpoint
 from tests.model.ops_helpers import (
     CPU,
@@ -426,11 +426,12 @@ def test_a_shard_computes_only_its_own_experts(tokens: int, rank: int) -> None:
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("columns", [32, 64, 128])
+@pytest.mark.parametrize(("columns", "run"), [(32, 2), (64, 4), (128, 2), (128, 4), (128, 8)])
 def test_every_code_and_scale_of_mxfp4_is_unpacked_exactly(
-    columns: int, monkeypatch: pytest.MonkeyPatch
+    columns: int, run: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One-hot inputs of `experts` read every weight, for usual and unusual scales."""
+    monkeypatch.setattr(Target, "mxfp4_run", run)
     tile = Tile(128, 32, columns, 4, 1)  # many rows for each program that unpacks
     monkeypatch.setattr(expert_kernels, "for_dtype", lambda *_: tile)
     size = 160  # five scales, one more than fits in a word
@@ -454,22 +455,50 @@ def test_every_code_and_scale_of_mxfp4_is_unpacked_exactly(
 
 
 @jit
-def unpacked(values_ptr, scales_ptr, out_ptr, K: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+def unpacked(  # type: ignore[no-untyped-def]
+    values_ptr, scales_ptr, out_ptr, K: tl.constexpr, RUN: tl.constexpr, DTYPE: tl.constexpr
+):
     row, column = tl.arange(0, 16), tl.arange(0, K)
     words = tl.load(values_ptr + row[:, None] * (K // 8) + tl.arange(0, K // 8)[None, :])
-    found = unpack(words, tl.load(scales_ptr + row), 0, "none", DTYPE)
+    found = unpack(words, tl.load(scales_ptr + row), 0, RUN, "none", DTYPE)
     tl.store(out_ptr + row[:, None] * K + column[None, :], found)
 
 
+@pytest.mark.parametrize("run", [2, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_mxfp4_is_unpacked_to_the_dtype_of_the_product(dtype: torch.dtype) -> None:
+def test_mxfp4_is_unpacked_to_the_dtype_of_the_product(dtype: torch.dtype, run: int) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(1, 16, 1, 16).repeat(1, 1, 4, 1)
     weights = Mxfp4(codes, torch.arange(65, 129, dtype=torch.uint8).view(1, 16, 4))
-    words, out = mxfp4.pack(weights, dtype), torch.empty(16, 128, dtype=dtype)
+    words, out = mxfp4.pack(weights, dtype, run), torch.empty(16, 128, dtype=dtype)
     assert words.is_packed
     kind = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
-    unpacked[(1,)](words.values, words.scales, out, K=128, DTYPE=kind)
+    unpacked[(1,)](words.values, words.scales, out, K=128, RUN=run, DTYPE=kind)
     assert torch.equal(out, weights.dense(dtype)[0])
+
+
+@pytest.mark.parametrize("run", [2, 4, 8])
+def test_a_word_holds_the_values_that_a_lane_of_the_matrix_instruction_needs(run: int) -> None:
+    """Runs of `run` columns, 4 · run apart, so that nothing is exchanged between lanes."""
+    for column in range(32):
+        nibble = 1 << 4 * (column % 2)  # the code 1 in this column, 0 in all others
+        blocks = torch.zeros(1, 2, 1, 16, dtype=torch.uint8)
+        blocks[..., column // 2] = nibble
+        weights = Mxfp4(blocks, torch.full((1, 2, 1), 120, dtype=torch.uint8))
+        words = mxfp4.pack(weights, torch.bfloat16, run).values[0, 0]
+        assert words.nonzero().tolist() == [[column // run % 4]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "processors", "width"),
+    [(1, 100, 32), (1, 40, 64), (16, 100, 64)],  # 45 columns of 64 for each of 2 or 8 blocks
+)
+def test_a_narrow_tile_is_used_where_wide_ones_give_too_few_programs(
+    rows: int, processors: int, width: int
+) -> None:
+    choices = Tile(16, 64, 64, 4, 2), Tile(16, 32, 64, 2, 2), Tile(64, 128, 64, 8, 2)
+    target = replace(target_of(CPU), processors=processors)
+    tile = expert_kernels._tile(choices, rows / 4, 2 * rows, 8, 2880, target)
+    assert (tile.m, tile.n) == (16, width)
 
 
 @pytest.fixture

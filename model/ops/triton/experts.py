@@ -18,10 +18,25 @@ def row_blocks(pairs: int, experts: int, height: int) -> int:
     return used + (pairs - used) // height
 
 
-def _tile(choices: tuple[Tile, ...], dtype: torch.dtype, mean_rows: float) -> Tile:
-    """Return the lowest tile with room for the mean number of rows of an expert."""
-    fitting = [tile for tile in choices if tile.m >= mean_rows]
-    return for_dtype(fitting[0] if fitting else choices[-1], dtype)
+def _tile(
+    choices: tuple[Tile, ...],
+    mean_rows: float,
+    pairs: int,
+    count: int,
+    columns: int,
+    target: Target,
+) -> Tile:
+    """Return the lowest tile with room for the mean number of rows of an expert.
+
+    Of tiles of that height the widest whose programs fill the device twice, else the narrowest.
+    """
+    height = next((tile.m for tile in choices if tile.m >= mean_rows), choices[-1].m)
+    *wider, narrowest = (tile for tile in choices if tile.m == height)
+    blocks = row_blocks(pairs, count, height)
+    for tile in wider:
+        if blocks * triton.cdiv(columns, tile.n) >= 2 * target.processors:
+            return tile
+    return narrowest
 
 
 def experts(
@@ -91,7 +106,9 @@ def expert_pairs(
     def launch(
         weights: ExpertWeights, columns: int, packed: tuple[Tile, ...]
     ) -> tuple[tuple[int, int], dict[str, Any]]:
-        tile = _tile(packed if weights.is_packed else tiles.experts, x.dtype, mean_rows)
+        choices = packed if weights.is_packed else tiles.experts
+        tile = _tile(choices, mean_rows, tokens * top_k, count, columns, target)
+        tile = for_dtype(tile, x.dtype)
         grid = triton.cdiv(columns, tile.n), row_blocks(tokens * top_k, count, tile.m)
         return grid, {
             "EXPERTS": count,
@@ -102,7 +119,7 @@ def expert_pairs(
             "SHORT": tiles.short if tiles.short < tile.m else 0,
             "BLOCK_N": tile.n,
             "BLOCK_K": tile.k,
-            "PACKED": weights.is_packed,
+            "RUN": weights.run,
             "VENDOR": target.vendor,
             **tile.options,
             **target.launch_options,

@@ -46,7 +46,9 @@ class Tiles:
     decode: Tile  # attention of single tokens; m is the smallest height of a matrix instruction
     prefill: Tile  # attention of chunks, head size up to 64
     prefill_wide: Tile  # attention of chunks, larger heads
-    experts: tuple[Tile, ...]  # by rising m: the first with room for an expert's mean rows is used
+    # By rising m: the first with room for an expert's mean rows is used. Tiles of one m are by
+    # falling n: a narrow one is used where wide ones give too few programs.
+    experts: tuple[Tile, ...]
     # The same for packed weights. Gate and up take two sums and twice as much of a stage.
     mxfp4_gate_up: tuple[Tile, ...]
     mxfp4_down: tuple[Tile, ...]
@@ -97,8 +99,8 @@ _AMPERE = Tiles(
     prefill=Tile(128, 64, 0, 8, 4),
     prefill_wide=Tile(128, 32, 0, 8, 4),
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)),
-    mxfp4_gate_up=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)),
-    mxfp4_down=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 8, 4)),
+    mxfp4_gate_up=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 32, 4, 4)),
+    mxfp4_down=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 4), Tile(128, 64, 32, 4, 4)),
     fused=Tile(16, 32, 64, 4, 3),
 )
 _CDNA = Tiles(
@@ -106,8 +108,18 @@ _CDNA = Tiles(
     prefill=Tile(128, 32, 0, 4, 2),
     prefill_wide=Tile(128, 32, 0, 4, 2),
     experts=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2), Tile(128, 64, 64, 8, 2)),
-    mxfp4_gate_up=(Tile(16, 64, 128, 4, 2), Tile(64, 64, 64, 4, 2), Tile(128, 64, 64, 8, 2)),
-    mxfp4_down=(Tile(16, 64, 128, 4, 2), Tile(64, 64, 64, 4, 2), Tile(128, 64, 64, 8, 2)),
+    mxfp4_gate_up=(
+        Tile(16, 64, 128, 4, 2),
+        Tile(16, 16, 128, 1, 2),  # one wave: no barriers, and four times as many programs
+        Tile(64, 64, 64, 4, 2),
+        Tile(128, 64, 64, 8, 2),
+    ),
+    mxfp4_down=(
+        Tile(16, 64, 128, 4, 2),
+        Tile(16, 16, 128, 1, 2),  # one wave: no barriers, and four times as many programs
+        Tile(64, 64, 64, 4, 2),
+        Tile(128, 64, 64, 8, 2),
+    ),
     fused=Tile(16, 16, 32, 4, 2),
 )
 _SMALL = Tiles(
@@ -142,6 +154,18 @@ class Target:
     def vendor(self) -> str:
         """The vendor whose instructions a kernel may use: "nvidia", "amd" or "none"."""
         return {"sm": "nvidia", "gf": "amd"}.get(self.architecture[:2], "none")
+
+    @property
+    def mxfp4_run(self) -> int:
+        """How many neighbouring columns of a weight a lane holds in a matrix instruction.
+
+        As Triton lays out operands in registers: 2 for Hopper's wgmma, 4 for mma.sync and for
+        MFMA's 16 columns (gfx90a, gfx942), 8 for MFMA's 32 columns (gfx950) and for WMMA. On sm_100
+        operands pass through tensor memory, so that it does not matter.
+        """
+        if self.vendor == "nvidia":
+            return 2 if self.architecture in ("sm_90", "sm_100") else 4
+        return 4 if self.architecture in ("gfx90a", "gfx942") else 8
 
     @property
     def launch_options(self) -> dict[str, Any]:

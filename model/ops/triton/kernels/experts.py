@@ -111,7 +111,7 @@ def _gate_up_rows(
     MORE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PACKED: tl.constexpr,
+    RUN: tl.constexpr,
     BIAS: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -121,8 +121,8 @@ def _gate_up_rows(
     row = first + tl.arange(0, BLOCK_M)
     source = _tokens(x_ptr, order_ptr, row, end, TOP_K, HIDDEN)
     dtype = x_ptr.dtype.element_ty
-    weight_ptr += expert.to(tl.int64) * (2 * SIZE * HIDDEN // (8 if PACKED else 1))
-    up_ptr = weight_ptr + SIZE * HIDDEN // (8 if PACKED else 1)
+    weight_ptr += expert.to(tl.int64) * (2 * SIZE * HIDDEN // (8 if RUN else 1))
+    up_ptr = weight_ptr + SIZE * HIDDEN // (8 if RUN else 1)
     ROW: tl.constexpr = 2 * SIZE
     scale_ptr += expert.to(tl.int64) * (ROW * ((HIDDEN + 127) // 128))
     bias_ptr += expert * (2 * SIZE)
@@ -139,17 +139,17 @@ def _gate_up_rows(
         if MORE:
             more_x = _load_rows(more_source, at, more_row < end, HIDDEN, MORE, BLOCK_K)
         w = load_weights(
-            weight_ptr, scale_ptr, out, k, SIZE, HIDDEN, ROW, BLOCK_K, PACKED, VENDOR, dtype
+            weight_ptr, scale_ptr, out, k, SIZE, HIDDEN, ROW, BLOCK_K, RUN, VENDOR, dtype
         )
-        gate = multiply(w, x, gate, PACKED, VENDOR)
+        gate = multiply(w, x, gate, RUN, VENDOR)
         if MORE:
-            more_gate = multiply(w, more_x, more_gate, PACKED, VENDOR)
+            more_gate = multiply(w, more_x, more_gate, RUN, VENDOR)
         w = load_weights(
-            up_ptr, scale_ptr + SIZE, out, k, SIZE, HIDDEN, ROW, BLOCK_K, PACKED, VENDOR, dtype
+            up_ptr, scale_ptr + SIZE, out, k, SIZE, HIDDEN, ROW, BLOCK_K, RUN, VENDOR, dtype
         )
-        up = multiply(w, x, up, PACKED, VENDOR)
+        up = multiply(w, x, up, RUN, VENDOR)
         if MORE:
-            more_up = multiply(w, more_x, more_up, PACKED, VENDOR)
+            more_up = multiply(w, more_x, more_up, RUN, VENDOR)
     _store_inner(gate, up, bias_ptr, out_ptr, row, end, out, SIZE, BIAS, LIMIT, ALPHA)
     if MORE:
         _store_inner(
@@ -175,7 +175,7 @@ def experts_gate_up(
     SHORT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PACKED: tl.constexpr,
+    RUN: tl.constexpr,
     BIAS: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -199,18 +199,18 @@ def experts_gate_up(
     if SHORT > 0 and end - first <= SHORT:
         _gate_up_rows(
             x_ptr, weight_ptr, scale_ptr, bias_ptr, order_ptr, out_ptr, expert, first, end, out,
-            TOP_K, HIDDEN, SIZE, SHORT, 0, BLOCK_N, BLOCK_K, PACKED, BIAS, LIMIT, ALPHA, VENDOR,
+            TOP_K, HIDDEN, SIZE, SHORT, 0, BLOCK_N, BLOCK_K, RUN, BIAS, LIMIT, ALPHA, VENDOR,
         )  # fmt: skip
     elif SHORT > 0 and end - first > BLOCK_M:
         _gate_up_rows(
             x_ptr, weight_ptr, scale_ptr, bias_ptr, order_ptr, out_ptr, expert, first, end, out,
-            TOP_K, HIDDEN, SIZE, BLOCK_M, SHORT, BLOCK_N, BLOCK_K, PACKED, BIAS, LIMIT, ALPHA,
+            TOP_K, HIDDEN, SIZE, BLOCK_M, SHORT, BLOCK_N, BLOCK_K, RUN, BIAS, LIMIT, ALPHA,
             VENDOR,
         )  # fmt: skip
     else:
         _gate_up_rows(
             x_ptr, weight_ptr, scale_ptr, bias_ptr, order_ptr, out_ptr, expert, first, end, out,
-            TOP_K, HIDDEN, SIZE, BLOCK_M, 0, BLOCK_N, BLOCK_K, PACKED, BIAS, LIMIT, ALPHA, VENDOR,
+            TOP_K, HIDDEN, SIZE, BLOCK_M, 0, BLOCK_N, BLOCK_K, RUN, BIAS, LIMIT, ALPHA, VENDOR,
         )  # fmt: skip
 
 
@@ -256,7 +256,7 @@ def _down_rows(
     MORE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PACKED: tl.constexpr,
+    RUN: tl.constexpr,
     BIAS: tl.constexpr,
     VENDOR: tl.constexpr,
 ):
@@ -264,7 +264,7 @@ def _down_rows(
     row = first + tl.arange(0, BLOCK_M)
     dtype = x_ptr.dtype.element_ty
     source = x_ptr + tl.minimum(row, end - 1)[:, None].to(tl.int64) * SIZE
-    weight_ptr += expert.to(tl.int64) * (HIDDEN * SIZE // (8 if PACKED else 1))
+    weight_ptr += expert.to(tl.int64) * (HIDDEN * SIZE // (8 if RUN else 1))
     scale_ptr += expert.to(tl.int64) * (HIDDEN * ((SIZE + 127) // 128))
     bias_ptr += expert * HIDDEN
     mixed = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -278,11 +278,11 @@ def _down_rows(
         if MORE:
             more_x = _load_rows(more_source, at, more_row < end, SIZE, MORE, BLOCK_K)
         w = load_weights(
-            weight_ptr, scale_ptr, out, k, HIDDEN, SIZE, HIDDEN, BLOCK_K, PACKED, VENDOR, dtype
+            weight_ptr, scale_ptr, out, k, HIDDEN, SIZE, HIDDEN, BLOCK_K, RUN, VENDOR, dtype
         )
-        mixed = multiply(w, x, mixed, PACKED, VENDOR)
+        mixed = multiply(w, x, mixed, RUN, VENDOR)
         if MORE:
-            more_mixed = multiply(w, more_x, more_mixed, PACKED, VENDOR)
+            more_mixed = multiply(w, more_x, more_mixed, RUN, VENDOR)
     _store_pairs(
         mixed, bias_ptr, router_weights_ptr, order_ptr, out_ptr, row, end, out, HIDDEN, BIAS
     )
@@ -311,7 +311,7 @@ def experts_down(
     SHORT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PACKED: tl.constexpr,
+    RUN: tl.constexpr,
     BIAS: tl.constexpr,
     VENDOR: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
@@ -332,17 +332,17 @@ def experts_down(
     if SHORT > 0 and end - first <= SHORT:
         _down_rows(
             x_ptr, weight_ptr, scale_ptr, bias_ptr, router_weights_ptr, order_ptr, out_ptr, expert,
-            first, end, out, HIDDEN, SIZE, SHORT, 0, BLOCK_N, BLOCK_K, PACKED, BIAS, VENDOR,
+            first, end, out, HIDDEN, SIZE, SHORT, 0, BLOCK_N, BLOCK_K, RUN, BIAS, VENDOR,
         )  # fmt: skip
     elif SHORT > 0 and end - first > BLOCK_M:
         _down_rows(
             x_ptr, weight_ptr, scale_ptr, bias_ptr, router_weights_ptr, order_ptr, out_ptr, expert,
-            first, end, out, HIDDEN, SIZE, BLOCK_M, SHORT, BLOCK_N, BLOCK_K, PACKED, BIAS, VENDOR,
+            first, end, out, HIDDEN, SIZE, BLOCK_M, SHORT, BLOCK_N, BLOCK_K, RUN, BIAS, VENDOR,
         )  # fmt: skip
     else:
         _down_rows(
             x_ptr, weight_ptr, scale_ptr, bias_ptr, router_weights_ptr, order_ptr, out_ptr, expert,
-            first, end, out, HIDDEN, SIZE, BLOCK_M, 0, BLOCK_N, BLOCK_K, PACKED, BIAS, VENDOR,
+            first, end, out, HIDDEN, SIZE, BLOCK_M, 0, BLOCK_N, BLOCK_K, RUN, BIAS, VENDOR,
         )  # fmt: skip
 
 
