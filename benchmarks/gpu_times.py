@@ -168,12 +168,15 @@ def time_tiles(limits: Limits) -> Iterator[Row]:
         Tile(128, 128, 64, 8, 4),
         Tile(256, 64, 64, 8, 3),
     ]
-    for tokens, table, others in ((1, own.mxfp4[0], few), (1024, own.mxfp4[-1], many)):
-        for tile in (table, *others):
-            call, _ = _experts_call(kernels(mxfp4=(tile,)), experts, tokens)
-            with _allow_failure(table, tile):
-                spent = seconds_of(call)
-                yield Row(f"MXFP4 experts, {tokens} tokens, {tile}", spent * 1e6, "us")
+    for kernel in ("mxfp4_gate_up", "mxfp4_down"):
+        for tokens, at, others in ((1, 0, few), (1024, -1, many)):
+            table = getattr(own, kernel)[at]
+            for tile in (table, *others):
+                changed: dict[str, Any] = {kernel: (tile,)}
+                call, _ = _experts_call(kernels(**changed), experts, tokens)
+                with _allow_failure(table, tile):
+                    spent = seconds_of(call)
+                    yield Row(f"{kernel}, {tokens} tokens, {tile}", spent * 1e6, "us")
     if own.one_row is None:
         return
     single = [

@@ -12,7 +12,7 @@ from model.ops.specs import (
     Norm,
     Parameter,
 )
-from model.ops.step_parts import GATE_UP_PROJ, POST_NORM, ROUTER
+from model.ops.step_parts import GATE_UP_PROJ, POST_NORM
 from model.sharding import ALONE, Shard
 
 if TYPE_CHECKING:
@@ -79,14 +79,20 @@ class Moe:
     def __call__(
         self, ops: "Backend", x: "torch.Tensor", delta: "torch.Tensor"
     ) -> "tuple[torch.Tensor, torch.Tensor]":
-        """x, delta [tokens, hidden] → (x + delta, experts of its norm), both [tokens, hidden]."""
-        with POST_NORM:
-            x, normed = ops.add_rms_norm(x, delta, self.norm)
-        with ROUTER:
-            chosen, weights = ops.route(ops.linear(normed, self.router), self.router_spec)
+        """x, delta [tokens, hidden] → (x + delta, experts of its norm).
+
+        The experts' sum is [tokens, hidden], or its parts as in `Backend.norm_experts`.
+        """
         with GATE_UP_PROJ:
-            out = ops.experts(
-                normed, chosen, weights, self.experts, self.activation, self.expert_shard
+            x, out = ops.norm_experts(
+                x,
+                delta,
+                self.norm,
+                self.router,
+                self.router_spec,
+                self.experts,
+                self.activation,
+                self.expert_shard,
             )
         return x, ops.scale(self.shard.sum(out), self.residual_scale)
 

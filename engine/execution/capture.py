@@ -208,3 +208,7 @@ class _WithPartsOutside:
             return self._backend.experts(x, chosen, weights, experts, activation, shard)
 
         return self._outside("experts", (x, chosen, weights), compute)
+
+    def norm_experts(self, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Backend.norm_experts`, in steps, of which the experts are outside."""
+        return Backend.norm_experts(cast(Backend, self), *arguments)

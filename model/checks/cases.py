@@ -18,7 +18,7 @@ from model.checks.dense import (
     norm_qkv_cases,
     rotate_cases,
 )
-from model.checks.experts import experts_cases, route_cases
+from model.checks.experts import experts_cases, norm_experts_cases, route_cases
 from model.checks.inputs import FULL, SMALL, Inputs, Size
 from model.checks.sampling import argmax_cases, sample_cases, top_tokens_cases
 from model.config import ModelConfig
@@ -38,6 +38,7 @@ OPERATIONS = (
     "norm_mlp",
     "route",
     "experts",
+    "norm_experts",
     "argmax",
     "top_tokens",
     "sample_rows",
@@ -112,6 +113,8 @@ def _cases_of(
         yield from route_cases(moe, inputs)
     elif operation == "experts" and moe is not None:
         yield from experts_cases(moe, inputs)
+    elif operation == "norm_experts" and moe is not None:
+        yield from norm_experts_cases(moe, inputs)
     elif operation == "argmax":
         yield from argmax_cases(vocab, inputs)
     elif operation == "top_tokens":

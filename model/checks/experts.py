@@ -9,7 +9,7 @@ from model.checks.case import Case, Tensors
 from model.checks.inputs import Inputs, Weights, parameter_bytes
 from model.mlp import Moe
 from model.ops.backend import Backend
-from model.ops.specs import Experts
+from model.ops.specs import Experts, Norm
 
 
 def route_cases(layer: Moe, inputs: Inputs) -> Iterator[Case]:
@@ -73,3 +73,50 @@ def _experts_case(
     flops = 6 * int(held.sum()) * experts.hidden * experts.size
     is_timed = tokens == 1 or tokens >= inputs.size.rows
     return Case("experts", f"{label}, {tokens} tokens", prepare, moved, flops, is_timed)
+
+
+def norm_experts_cases(layer: Moe, inputs: Inputs) -> Iterator[Case]:
+    """Yield the cases of norm, router and experts in one, for few and for some rows."""
+    shard, spec, norm = layer.expert_shard, layer.router_spec, inputs.norm(layer.norm)
+    experts = Weights(_fitting(layer.experts, spec.top_k, inputs), inputs)
+    router = Weights(replace(layer.router, outputs=experts.holder.count * shard.size), inputs)
+    item, hidden = inputs.dtype.itemsize, norm.size
+    for rows in (1, 5, min(16, inputs.size.rows)):
+        x, delta = _clear_rows(rows, norm, router, spec.top_k, inputs)
+
+        def prepare(
+            backend: Backend, x: torch.Tensor = x, delta: torch.Tensor = delta
+        ) -> Callable[[], Tensors]:
+            own, chooses, loaded = delta.to(backend.dtype), router.on(backend), experts.on(backend)
+
+            def call() -> Tensors:
+                summed, out = backend.norm_experts(
+                    x, own, norm, chooses, spec, loaded, layer.activation, shard
+                )
+                return summed, out if out.dim() == 2 else out.sum(1, dtype=torch.float32)
+
+            return call
+
+        used = min(rows * spec.top_k, experts.holder.count)
+        moved = router.bytes(item) + experts.bytes(item) * used // experts.holder.count
+        flops = 6 * rows * spec.top_k * hidden * experts.holder.size
+        moved += rows * hidden * (8 + 2 * item)
+        yield Case("norm_experts", f"{rows} rows", prepare, moved, flops, rows == 1)
+
+
+def _clear_rows(
+    rows: int, norm: Norm, router: Weights, top_k: int, inputs: Inputs
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x and delta [rows, hidden] for which rounding does not change the choice of experts.
+
+    They are those of many random rows whose last chosen expert is clearest ahead of the next.
+    """
+    x = inputs.normal(64 * rows, norm.size, dtype=torch.float32)
+    delta = inputs.normal(64 * rows, norm.size)
+    plain = Backend(inputs.device, torch.float32)
+    _, normed = plain.add_rms_norm(x, delta.float(), norm)
+    logits = plain.linear(normed, router.on(plain)).sort(-1, descending=True).values
+    if logits.shape[1] == top_k:
+        return x[:rows], delta[:rows]
+    best = (logits[:, top_k - 1] - logits[:, top_k]).topk(rows).indices
+    return x[best], delta[best]

@@ -30,7 +30,16 @@ _MOST_COPIES = 8
 _RUNS = 3  # the fastest counts
 _LONG_ENOUGH_S = 1e-3  # of a run, beside the resolution of the clock and the launch of a replay
 # Operations by the time that they can gain, as long as there is time to measure them.
-_BY_GAIN = ("experts", "attention", "norm_mlp", "norm_qkv", "linear", "logits", "sample_rows")
+_BY_GAIN = (
+    "experts",
+    "attention",
+    "norm_experts",
+    "norm_mlp",
+    "norm_qkv",
+    "linear",
+    "logits",
+    "sample_rows",
+)
 MEASURED = (*_BY_GAIN, *(op for op in OPERATIONS if op not in _BY_GAIN))
 
 

@@ -33,7 +33,7 @@ from model.ops.specs import (
     RouterSpec,
     SamplingTables,
 )
-from model.ops.step_parts import ACTIVATION, DOWN_PROJ, INPUT_NORM, POST_NORM, ROPE
+from model.ops.step_parts import ACTIVATION, DOWN_PROJ, INPUT_NORM, POST_NORM, ROPE, ROUTER
 
 _HEAD_TOKENS = 1 << 14  # tokens of the vocabulary whose logits are computed at once
 
@@ -166,8 +166,11 @@ class Backend:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream x float32 and delta [tokens, size] → (x + delta, its norm).
 
-        Without a delta (x, its norm). The sum is float32, the norm has the compute dtype.
+        Without a delta (x, its norm). The sum is float32, the norm has the compute dtype. From a
+        backend whose `norm_experts` returns parts, delta may also be [tokens, parts, size].
         """
+        if delta is not None and delta.dim() == 3:
+            delta = delta.sum(1, dtype=torch.float32)
         summed = x if delta is None else x + delta
         return summed, rms_norm(summed, norm).to(self.dtype)
 
@@ -209,6 +212,28 @@ class Backend:
         inner = self.gated_linear(normed, gate_up, activation)
         with DOWN_PROJ:
             return x, self.linear(inner, down)
+
+    def norm_experts(
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor,
+        norm: Norm,
+        router: Linear,
+        router_spec: RouterSpec,
+        experts: Experts,
+        activation: Activation,
+        shard: ExpertShard = ExpertShard(),  # noqa: B008 - immutable
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`add_rms_norm`, `linear`, `route` and `experts` → (x + delta, the experts of its norm).
+
+        A backend may leave their sum to the next norm and return [tokens, parts, hidden], where it
+        takes such a delta and the shard holds all experts.
+        """
+        with POST_NORM:
+            x, normed = self.add_rms_norm(x, delta, norm)
+        with ROUTER:
+            chosen, weights = self.route(self.linear(normed, router), router_spec)
+        return x, self.experts(normed, chosen, weights, experts, activation, shard)
 
     def rotate_and_write(self, qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:
         """Norms of heads, rotary embedding and the write to the KV cache.

@@ -103,6 +103,6 @@ ALL_PARTS = tuple(
 
 FUSED_INTO = {
     **dict.fromkeys(("input_norm", "rope"), "qkv_proj"),
-    **dict.fromkeys(("post_norm", "activation", "down_proj"), "gate_up_proj"),
+    **dict.fromkeys(("post_norm", "router", "activation", "down_proj"), "gate_up_proj"),
 }
 """Part → the part that includes its work where a backend fuses the two into one kernel."""

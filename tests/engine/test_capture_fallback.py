@@ -26,7 +26,7 @@ from tests.engine.test_engine import load
 CPU = torch.device("cpu")
 _RUN = subprocess.run
 SETTINGS = EngineConfig(
-    dtype="float32", kv_memory=32 << 20, max_batch_size=10, max_batch_tokens=128
+    dtype="float32", kv_memory=32 << 20, max_batch_size=10, max_batch_tokens=128, speculation=False
 )
 
 

@@ -150,8 +150,10 @@ _ATTENTION = ("decode_attention", "linear")
 _MLP = ("_add_rms_norm", "linear", "_swiglu", "linear")
 _ONE_ROW_ATTENTION = ("decode_attention", "fused_linear")
 _FUSED_MLP = ("fused_linear", "fused_linear")
-_EXPERTS = ("experts_gate_up", "experts_down", "sum_experts")
-_MOE = ("_add_rms_norm", "fused_linear", "_route", "_sort_by_expert", *_EXPERTS)
+_EXPERTS = ("experts_gate_up", "experts_down")
+_MOE = ("fused_linear", "_route_and_sort", *_EXPERTS)  # the next norm sums the experts
+_ROUTE = ("_add_rms_norm", "linear", "_route", "_count_by_expert", "_sort_by_expert")
+_LARGE_MOE = (*_ROUTE, *_EXPERTS, "sum_experts")
 
 
 @pytest.mark.parametrize(
@@ -161,6 +163,8 @@ _MOE = ("_add_rms_norm", "fused_linear", "_route", "_sort_by_expert", *_EXPERTS)
         ("qwen3", 1, [("fused_linear", "_rotate_and_write", *_ONE_ROW_ATTENTION, *_FUSED_MLP)] * 4),
         ("qwen3", 256, [_QKV + _ATTENTION + _MLP] * 4),
         ("gpt_oss-wide", 1, [("fused_linear", *_ONE_ROW_ATTENTION, *_MOE)] * 4),
+        ("gpt_oss-wide", 16, [(*_QKV, "decode_attention", "linear", *_MOE)] * 4),
+        ("gpt_oss-wide", 256, [(*_QKV, *_ATTENTION, *_LARGE_MOE)] * 4),
     ],
 )
 def test_kernels_of_a_decode_step(

@@ -36,7 +36,7 @@ def test_a_right_backend_has_no_problem(
         dense = "norm_mlp" in {case.op for case in found}
         assert sparse or dense
         assert {case.op for case in found} == set(OPERATIONS) - (
-            set() if sparse else {"route", "experts"}
+            set() if sparse else {"route", "experts", "norm_experts"}
         ) - (set() if dense else {"activate", "norm_mlp"})
         assert all(case.bytes > 0 for case in found)
 
@@ -141,8 +141,8 @@ def test_a_fault_is_found_in_its_operation(
         if problem(case, backend, reference_of(backend)) is not None
     }
     assert op in found
-    # norm_qkv runs add_rms_norm and rotate_and_write.
-    assert found <= {op, "norm_qkv"}
+    # norm_qkv runs add_rms_norm and rotate_and_write, norm_experts add_rms_norm and experts.
+    assert found <= {op, "norm_qkv", "norm_experts"}
 
 
 def test_an_exception_is_a_problem_in_one_line(checkpoint: Callable[[str], Path]) -> None:

@@ -78,12 +78,15 @@ def test_kernels_compile_and_fit_their_targets(architecture: str) -> None:
     assert {dict(x.options).get("launch_pdl", False) for x in chosen} == {
         TILES[architecture].programmatic_launch
     }
-    experts = [dict(x.constants) for x in chosen if x.kernel.__name__ == "experts_gate_up"]
-    assert {(x["PACKED"], x["BLOCK_M"]) for x in experts} == {
-        (packed, tile.m)
-        for packed, choices in enumerate((TILES[architecture].experts, TILES[architecture].mxfp4))
-        for tile in choices
-    }
+    tiles = TILES[architecture]
+    for kernel, packed in (
+        ("experts_gate_up", tiles.mxfp4_gate_up),
+        ("experts_down", tiles.mxfp4_down),
+    ):
+        experts = [dict(x.constants) for x in chosen if x.kernel.__name__ == kernel]
+        found = {(bool(x["RUN"]), x["BLOCK_M"], x["BLOCK_N"]) for x in experts}
+        dense = {(False, tile.m, tile.n) for tile in tiles.experts}
+        assert found == dense | {(True, tile.m, tile.n) for tile in packed}
     for launch in chosen:
         compiled = compile_launch(launch, architecture)
         assert compiled.shared <= LIMITS[architecture], f"{launch}: {compiled.shared} bytes"
@@ -91,7 +94,7 @@ def test_kernels_compile_and_fit_their_targets(architecture: str) -> None:
         if TILES[architecture].programmatic_launch:
             assert waits_before_memory(compiled.binary.asm["ptx"]), str(launch)
         named = dict(launch.constants)
-        if named.get("PACKED") and architecture == "sm_90":
+        if named.get("RUN") and architecture == "sm_90":
             waits = re.findall(
                 r"wgmma\.wait_group\.sync\.aligned (\d+)", compiled.binary.asm["ptx"]
             )

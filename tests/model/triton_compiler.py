@@ -196,7 +196,12 @@ def _attention_calls(
     yield lambda: ops.rotate_and_write(qkv, rope)
     out = qkv.shape[1] * dim
     projection = linear_of(_empty(out, hidden), _empty(out) if config.qkv_bias else None)
-    for delta in (None, x) if rows == 1 else (x,):  # one form is enough for more rows
+    deltas = (None, x) if rows == 1 else (x,)  # one form is enough for more rows
+    if config.moe is not None and rows <= ops.target.tiles.fused_router:
+        parts = _empty(rows, config.moe.router.top_k, hidden)
+        yield lambda: ops.add_rms_norm(stream, parts, norm)
+        deltas = (*deltas, parts)
+    for delta in deltas:
         yield partial(ops.norm_qkv, stream, delta, norm, projection, rope)
     query = _empty(rows, heads, dim)
     yield lambda: ops.linear(query.flatten(1), linear_of(_empty(hidden, heads * dim)))
@@ -229,7 +234,8 @@ def _moe_calls(ops: TritonBackend, config: ModelConfig, rows: int) -> Iterator[C
     moe, hidden = config.moe, config.hidden_size
     assert moe is not None
     count, size, biased = moe.num_experts, moe.intermediate_size, moe.biases
-    x, scores = _empty(rows, hidden), _empty(rows, count)
+    x, scores, norm = _empty(rows, hidden), _empty(rows, count), norm_of(_empty(hidden))
+    stream = _empty(rows, hidden, dtype=torch.float32)
     router = linear_of(_empty(count, hidden), _empty(count) if biased else None)
     spec = moe.router
     yield lambda: ops.linear(x, router)
@@ -238,17 +244,20 @@ def _moe_calls(ops: TritonBackend, config: ModelConfig, rows: int) -> Iterator[C
     weights = _empty(rows, spec.top_k, dtype=torch.float32)
     biases = (_empty(count, 2 * size), _empty(count, hidden)) if biased else (None, None)
     dense = (_empty(count, 2 * size, hidden), _empty(count, hidden, size))
-    for stack, form in ((dense_weights, DENSE), (_packed, MXFP4)):
+    packed = partial(_packed, run=ops.target.mxfp4_run)
+    for stack, form in ((dense_weights, DENSE), (packed, MXFP4)):
         up, down = map(stack, dense)
         experts = Experts(count, hidden, size, biased, form, up, biases[0], down, biases[1])
-        yield partial(ops.experts, x, chosen, weights, experts, config.activation)
+        activation = config.activation
+        yield partial(ops.experts, x, chosen, weights, experts, activation)
+        yield partial(ops.norm_experts, stream, x, norm, router, spec, experts, activation)
 
 
-def _packed(weight: torch.Tensor) -> ExpertWeights:
+def _packed(weight: torch.Tensor, run: int) -> ExpertWeights:
     count, outputs, inputs = weight.shape
     values = _empty(count, outputs, inputs // 8, dtype=torch.int32)
     scales = _empty(count, -(-inputs // 128), outputs, dtype=torch.int32)
-    return ExpertWeights(values, scales, is_packed=True)
+    return ExpertWeights(values, scales, run)
 
 
 def compile_launch(launch: Launch, architecture: str) -> Compiled:

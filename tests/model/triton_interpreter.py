@@ -31,7 +31,7 @@ from model.ops.triton.attention import Splitting
 from model.ops.triton.backend import TritonBackend
 from model.ops.triton.mxfp4 import unpack
 from model.ops.triton.sort_by_expert import sort_by_expert
-from model.ops.triton.tiles import Tile, target_of
+from model.ops.triton.tiles import Target, Tile, target_of
 from tests.checkpoints import quantize_mxfp4, write_checkpoint
 from tests.model.ops_helpers import (
     CPU,
@@ -51,6 +51,7 @@ DTYPES = [torch.float32, torch.float16]
 REFERENCE = reference()
 GPT_OSS, PLAIN = Activation(7.0, 1.702), Activation()
 AFTER_TOP_K = RouterSpec(2, softmax_after_top_k=True, normalize=False)
+ONE_ROW = Tile(1, 16, 32, 4, 3)
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -83,6 +84,100 @@ def test_norm_and_residual(tokens: int, size: int, dtype: torch.dtype) -> None:
         assert torch.equal(summed, expected_sum)
         assert normed.dtype == dtype
         close(normed, expected)  # the interpreter truncates to bfloat16
+
+
+@pytest.mark.parametrize("one_row", [None, ONE_ROW])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_delta_may_be_the_parts_that_norm_experts_returns(
+    rows: int, one_row: Tile | None
+) -> None:
+    size, parts = 72, 3
+    x, delta, norm = rand(rows, size), rand(rows, parts, size, seed=1), norm_of(rand(size, seed=2))
+    ops = kernels(fused_qkv=8, one_row=one_row)
+    expected_sum, expected = REFERENCE.add_rms_norm(x, delta, norm)
+    assert torch.equal(expected_sum, x + (delta[:, 0] + delta[:, 1] + delta[:, 2]))
+    for found in (ops.add_rms_norm(x, delta, norm), kernels().add_rms_norm(x, delta, norm)):
+        assert torch.equal(found[0], expected_sum)
+        close(found[1], expected)
+    qkv, cos_sin = linear_of(rand(4 * 32, size, seed=3) * 0.2), rand(rows, 32, seed=4)
+    kvs = [torch.zeros(2, 7, 4, 1, 32) for _ in range(2)]
+    ropes = [rope_args(kv, cos_sin, torch.arange(rows), 2) for kv in kvs]
+    expected_sum, expected = REFERENCE.norm_qkv(x, delta, norm, qkv, ropes[0])
+    summed, query = ops.norm_qkv(x, delta, norm, qkv, ropes[1])
+    assert torch.equal(summed, expected_sum)
+    close(query, expected, 3)
+    close(kvs[1], kvs[0], 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("rows", "count", "top_k", "router_spec"),
+    [
+        (1, 8, 1, AFTER_TOP_K),
+        (1, 32, 4, AFTER_TOP_K),
+        (3, 6, 3, RouterSpec(3, False, True)),
+        (16, 12, 8, RouterSpec(8, False, False)),
+    ],
+)
+def test_norm_router_and_experts(
+    rows: int,
+    count: int,
+    top_k: int,
+    router_spec: RouterSpec,
+    ranks: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One kernel for norm and router, one for routing and sorting, and no sum on a single rank."""
+    hidden, size, held = 72, 32, count // ranks
+    spec = replace(router_spec, top_k=top_k)
+    x, delta, norm = rand(rows, hidden), rand(rows, hidden, seed=1, dtype=dtype), rand(hidden)
+    router = linear_of(rand(count, hidden, seed=6, dtype=dtype), rand(count, seed=7, dtype=dtype))
+    launched = Counter[str]()
+    for name in ("norm_linear", "route_and_sort", "sum_pairs"):
+        original = getattr(fused_kernels, name)
+
+        def counted(*given: Any, name: str = name, original: Any = original, **named: Any) -> Any:
+            launched[name] += 1
+            return original(*given, **named)
+
+        monkeypatch.setattr(fused_kernels, name, counted)
+    for rank in range(ranks):
+        gate_up = rand(held, 2 * size, hidden, seed=2, dtype=dtype) * 0.2
+        down = rand(held, hidden, size, seed=4, dtype=dtype) * 0.2
+        biases = rand(held, 2 * size, seed=3, dtype=dtype), rand(held, hidden, seed=5, dtype=dtype)
+        experts = experts_of(gate_up, biases[0], down, biases[1])
+        ops, shard = kernels(dtype), ExpertShard(rank, ranks)
+        arguments = x, delta, norm_of(norm), router, spec
+        expected_sum, expected = reference(dtype).norm_experts(*arguments, experts, GPT_OSS, shard)
+        launched.clear()
+        found = ops.norm_experts(*arguments, packed_experts(ops, experts), GPT_OSS, shard)
+        assert launched == {
+            "norm_linear": 1,
+            "route_and_sort": 1,
+            **({"sum_pairs": 1} if ranks > 1 else {}),
+        }
+        assert torch.equal(found[0], expected_sum)
+        assert found[1].shape == ((rows, top_k, hidden) if ranks == 1 else (rows, hidden))
+        if ranks == 1:
+            found = found[0], found[1].float().sum(1).to(dtype)
+        close(found[1], expected, 5)
+
+
+def test_more_rows_are_normed_routed_and_summed_separately() -> None:
+    hidden, count = 32, 4
+    norm, router = norm_of(rand(hidden)), linear_of(rand(count, hidden, seed=1))
+    up, down = rand(count, 64, hidden, seed=2), rand(count, hidden, 32, seed=3)
+    for rows, fused in ((17, 16), (3, 2), (0, 16)):
+        ops = kernels(fused_router=fused)
+        experts = packed_experts(ops, experts_of(up, None, down, None))
+        x, delta = rand(rows, hidden), rand(rows, hidden, seed=4)
+        found = ops.norm_experts(x, delta, norm, router, AFTER_TOP_K, experts, PLAIN)
+        arguments = norm, router, AFTER_TOP_K, experts_of(up, None, down, None), PLAIN
+        expected = REFERENCE.norm_experts(x, delta, *arguments)
+        assert torch.equal(found[0], expected[0])
+        close(found[1], expected[1], 5)
 
 
 @pytest.mark.parametrize("scale", [1.0, 12.0])
@@ -312,7 +407,7 @@ def test_pairs_are_sorted_by_expert_and_otherwise_keep_their_order(tokens: int) 
         (100, torch.float32, False, False, 16),
         (1, torch.float16, False, False, 16),
         (70, torch.float16, True, True, 0),
-        (70, torch.float16, True, True, 16),  # a tile of 64 and a short one of 6 for each
+        (70, torch.float16, True, True, 16),  # 64 rows of each and 6 more
     ],
 )
 def test_experts(
@@ -348,6 +443,31 @@ def test_experts(
     close(found, expected.to(dtype), 3)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("top_k", [1, 4, 8])
+def test_experts_with_any_number_of_rows(top_k: int, packed: bool) -> None:
+    """Rows that fill tiles of 16, low tiles of 4 and tiles with 4 more rows; and none."""
+    count, hidden, size = 11, 32, 32
+    rows = [0, 1, 4, 5, 16, 17, 20, 21, 36, 37, 0]
+    pool = [e for e, n in enumerate(rows) for _ in range(n)]
+    chosen = torch.tensor(pool[: len(pool) // top_k * top_k]).view(top_k, -1).T
+    x, weights = rand(len(chosen), hidden), rand(*chosen.shape, seed=1)
+    gate_up: Any = rand(count, 2 * size, hidden, seed=2) * 0.2
+    down: Any = rand(count, hidden, size, seed=4) * 0.2
+    if packed:
+        gate_up, down = (Mxfp4(*quantize_mxfp4(w)) for w in (gate_up, down))
+    biases = rand(count, 2 * size, seed=3), rand(count, hidden, seed=5)
+    high = (Tile(16, 16, 32, 4, 1),)
+    ops = kernels(experts=high, mxfp4_gate_up=high, mxfp4_down=high, short=4)
+    experts = experts_of(gate_up, biases[0], down, biases[1])
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
+    try:
+        found = ops.experts(x, chosen, weights, packed_experts(ops, experts), GPT_OSS)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    close(found, REFERENCE.experts(x, chosen, weights, experts, GPT_OSS), 3)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("tokens", [1, 100])
 def test_a_shard_computes_only_its_own_experts(tokens: int, rank: int) -> None:
@@ -368,11 +488,12 @@ def test_a_shard_computes_only_its_own_experts(tokens: int, rank: int) -> None:
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("columns", [32, 64, 128])
+@pytest.mark.parametrize(("columns", "run"), [(32, 2), (64, 4), (128, 2), (128, 4), (128, 8)])
 def test_every_code_and_scale_of_mxfp4_is_unpacked_exactly(
-    columns: int, monkeypatch: pytest.MonkeyPatch
+    columns: int, run: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One-hot inputs of `experts` read every weight, for usual and unusual scales."""
+    monkeypatch.setattr(Target, "mxfp4_run", run)
     tile = Tile(128, 32, columns, 4, 1)  # many rows for each program that unpacks
     monkeypatch.setattr(expert_kernels, "for_dtype", lambda *_: tile)
     size = 160  # five scales, one more than fits in a word
@@ -396,25 +517,50 @@ def test_every_code_and_scale_of_mxfp4_is_unpacked_exactly(
 
 
 @jit
-def unpacked(values_ptr, scales_ptr, out_ptr, K: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+def unpacked(  # type: ignore[no-untyped-def]
+    values_ptr, scales_ptr, out_ptr, K: tl.constexpr, RUN: tl.constexpr, DTYPE: tl.constexpr
+):
     row, column = tl.arange(0, 16), tl.arange(0, K)
     words = tl.load(values_ptr + row[:, None] * (K // 8) + tl.arange(0, K // 8)[None, :])
-    found = unpack(words, tl.load(scales_ptr + row), 0, "none", DTYPE)
+    found = unpack(words, tl.load(scales_ptr + row), 0, RUN, "none", DTYPE)
     tl.store(out_ptr + row[:, None] * K + column[None, :], found)
 
 
+@pytest.mark.parametrize("run", [2, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_mxfp4_is_unpacked_to_the_dtype_of_the_product(dtype: torch.dtype) -> None:
+def test_mxfp4_is_unpacked_to_the_dtype_of_the_product(dtype: torch.dtype, run: int) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(1, 16, 1, 16).repeat(1, 1, 4, 1)
     weights = Mxfp4(codes, torch.arange(65, 129, dtype=torch.uint8).view(1, 16, 4))
-    words, out = mxfp4.pack(weights, dtype), torch.empty(16, 128, dtype=dtype)
+    words, out = mxfp4.pack(weights, dtype, run), torch.empty(16, 128, dtype=dtype)
     assert words.is_packed
     kind = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
-    unpacked[(1,)](words.values, words.scales, out, K=128, DTYPE=kind)
+    unpacked[(1,)](words.values, words.scales, out, K=128, RUN=run, DTYPE=kind)
     assert torch.equal(out, weights.dense(dtype)[0])
 
 
-ONE_ROW = Tile(1, 16, 32, 4, 3)
+@pytest.mark.parametrize("run", [2, 4, 8])
+def test_a_word_holds_the_values_that_a_lane_of_the_matrix_instruction_needs(run: int) -> None:
+    """Runs of `run` columns, 4 · run apart, so that nothing is exchanged between lanes."""
+    for column in range(32):
+        nibble = 1 << 4 * (column % 2)  # the code 1 in this column, 0 in all others
+        blocks = torch.zeros(1, 2, 1, 16, dtype=torch.uint8)
+        blocks[..., column // 2] = nibble
+        weights = Mxfp4(blocks, torch.full((1, 2, 1), 120, dtype=torch.uint8))
+        words = mxfp4.pack(weights, torch.bfloat16, run).values[0, 0]
+        assert words.nonzero().tolist() == [[column // run % 4]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "processors", "width"),
+    [(1, 100, 32), (1, 40, 64), (16, 100, 64)],  # 45 columns of 64 for each of 2 or 8 blocks
+)
+def test_a_narrow_tile_is_used_where_wide_ones_give_too_few_programs(
+    rows: int, processors: int, width: int
+) -> None:
+    choices = Tile(16, 64, 64, 4, 2), Tile(16, 32, 64, 2, 2), Tile(64, 128, 64, 8, 2)
+    target = replace(target_of(CPU), processors=processors)
+    tile = expert_kernels._tile(choices, rows / 4, 2 * rows, 8, 2880, target)
+    assert (tile.m, tile.n) == (16, width)
 
 
 @pytest.fixture

@@ -27,17 +27,20 @@ from model.ops.specs import (
 )
 from model.ops.triton.attention import arrival_counters, attention
 from model.ops.triton.experts import experts as grouped_experts
-from model.ops.triton.fused import norm_mlp, norm_qkv
+from model.ops.triton.fused import norm_experts, norm_mlp, norm_qkv
 from model.ops.triton.kernels.embedding import embed
 from model.ops.triton.linear import float32_product, is_one_row, norm_linear
 from model.ops.triton.linear import linear as few_rows_linear
 from model.ops.triton.mxfp4 import dense_weights, pack
-from model.ops.triton.norm import activate, add_rms_norm
+from model.ops.triton.norm import activate, add_rms_norm, delta_parts
 from model.ops.triton.rotary import rotate_and_write
-from model.ops.triton.route import route
+from model.ops.triton.route import MAX_PAIRS, route
 from model.ops.triton.sampling import sample_rows
 from model.ops.triton.selection import STORAGE, Choice, Selection, candidates, describe
 from model.ops.triton.tiles import Target, target_of
+
+_IN_EXPERTS = ("add_rms_norm", "route", "experts")
+"""Operations whose kernels the fused `norm_experts` runs, or whose storage it reads."""
 
 
 class TritonBackend(Backend):
@@ -101,7 +104,7 @@ class TritonBackend(Backend):
 
     def pack_mxfp4(self, weights: Any) -> Any:
         """As `Backend.pack_mxfp4`: packed in words, or dense if a scale is out of range."""
-        return pack(weights, self.dtype)
+        return pack(weights, self.dtype, self.target.mxfp4_run)
 
     def embed(
         self, table: torch.Tensor, ids: torch.Tensor, scale: float, first: int = 0
@@ -146,7 +149,9 @@ class TritonBackend(Backend):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Backend.norm_qkv`, fused for few rows."""
         target = self._target("norm_qkv")
-        if self._fuses(x, target.tiles.fused_qkv):
+        # A tile of rows does not have the registers to sum parts of a delta.
+        is_one_delta = delta_parts(delta) <= 1 or is_one_row(x, target)
+        if self._fuses(x, target.tiles.fused_qkv) and is_one_delta:
             return norm_qkv(x, delta, norm, qkv, rope, target)
         return super().norm_qkv(x, delta, norm, qkv, rope)
 
@@ -167,6 +172,26 @@ class TritonBackend(Backend):
         if self._fuses(x, most_rows) and activation == Activation():
             return norm_mlp(x, delta, norm, gate_up, down, target)
         return super().norm_mlp(x, delta, norm, gate_up, down, activation)
+
+    def norm_experts(
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor,
+        norm: Norm,
+        router: Linear,
+        router_spec: RouterSpec,
+        experts: Experts,
+        activation: Activation,
+        shard: ExpertShard = ExpertShard(),  # noqa: B008 - immutable
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Backend.norm_experts`, fused for few rows; then the sum is left to the next norm."""
+        arguments = x, delta, norm, router, router_spec, experts, activation, shard
+        most_rows = MAX_PAIRS // triton.next_power_of_2(router_spec.top_k)
+        # A row is multiplied in float32, so unlike in other fusions float16 does not overflow.
+        most_rows = min(self._target("norm_experts").tiles.fused_router, most_rows)
+        if 0 < len(x) <= most_rows and not any(map(self.selection.is_torch, _IN_EXPERTS)):
+            return norm_experts(*arguments, self._target("experts"))
+        return super().norm_experts(*arguments)
 
     def rotate_and_write(self, qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:
         """As `Backend.rotate_and_write`."""

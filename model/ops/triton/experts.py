@@ -7,6 +7,7 @@ import triton
 
 from model.ops.specs import Activation, Experts, ExpertShard
 from model.ops.triton.kernels.experts import experts_down, experts_gate_up, sum_experts
+from model.ops.triton.mxfp4 import ExpertWeights
 from model.ops.triton.sort_by_expert import sort_by_expert
 from model.ops.triton.tiles import Target, Tile, for_dtype
 
@@ -17,11 +18,25 @@ def row_blocks(pairs: int, experts: int, height: int) -> int:
     return used + (pairs - used) // height
 
 
-def _tile(target: Target, dtype: torch.dtype, mean_rows: float, packed: bool) -> Tile:
-    """Return the smallest tile with room for the mean number of rows of an expert."""
-    choices = target.tiles.mxfp4 if packed else target.tiles.experts
-    fitting = [tile for tile in choices if tile.m >= mean_rows]
-    return for_dtype(fitting[0] if fitting else choices[-1], dtype)
+def _tile(
+    choices: tuple[Tile, ...],
+    mean_rows: float,
+    pairs: int,
+    count: int,
+    columns: int,
+    target: Target,
+) -> Tile:
+    """Return the lowest tile with room for the mean number of rows of an expert.
+
+    Of tiles of that height the widest whose programs fill the device twice, else the narrowest.
+    """
+    height = next((tile.m for tile in choices if tile.m >= mean_rows), choices[-1].m)
+    *wider, narrowest = (tile for tile in choices if tile.m == height)
+    blocks = row_blocks(pairs, count, height)
+    for tile in wider:
+        if blocks * triton.cdiv(columns, tile.n) >= 2 * target.processors:
+            return tile
+    return narrowest
 
 
 def experts(
@@ -34,33 +49,85 @@ def experts(
     target: Target,
 ) -> torch.Tensor:
     """As `Backend.experts`, for weights as `mxfp4.ExpertWeights`."""
+    x, chosen = x.contiguous(), chosen.contiguous()
+    if not len(x):
+        return torch.empty_like(x)
+    first = shard.rank * experts.count
+    order, expert_starts = sort_by_expert(chosen, first, experts.count, target)
+    pairs = expert_pairs(x, weights, order, expert_starts, experts, activation, shard.size, target)
+    return sum_pairs(pairs, chosen, first, experts.count, target)
+
+
+def sum_pairs(
+    pairs: torch.Tensor, chosen: torch.Tensor, first: int, experts: int, target: Target
+) -> torch.Tensor:
+    """pairs [tokens, top_k, hidden] → sums [tokens, hidden] for the experts from `first` on.
+
+    chosen [tokens, top_k]: the expert of each pair; those of other experts are not read.
+    """
+    tokens, top_k, hidden = pairs.shape
+    out, block = pairs.new_empty(tokens, hidden), min(1024, triton.next_power_of_2(hidden))
+    sum_experts[(tokens, triton.cdiv(hidden, block))](
+        pairs,
+        chosen,
+        out,
+        first,
+        TOP_K=top_k,
+        EXPERTS=experts,
+        HIDDEN=hidden,
+        BLOCK=block,
+        num_warps=4,
+        **target.launch_options,
+    )
+    return out
+
+
+def expert_pairs(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    order: torch.Tensor,
+    expert_starts: torch.Tensor,
+    experts: Experts,
+    activation: Activation,
+    shards: int,
+    target: Target,
+) -> torch.Tensor:
+    """x [tokens, hidden], weights [tokens, top_k] → each pair's result times its weight.
+
+    order and expert_starts as from `sort_by_expert` → [tokens, top_k, hidden], not initialised for
+    pairs whose experts another of the `shards` holds.
+    """
     gate_up, down = experts.gate_up, experts.down
     gate_up_bias, down_bias = experts.gate_up_bias, experts.down_bias
-    x, chosen = x.contiguous(), chosen.contiguous()
-    (tokens, hidden), (_, top_k) = x.shape, chosen.shape
-    if not tokens:
-        return torch.empty_like(x)
-    count, size, packed = experts.count, experts.size, down.is_packed
-    pairs = tokens * top_k
-    tile = _tile(target, x.dtype, pairs / (count * shard.size), packed)
-    first = shard.rank * count
-    order, expert_starts = sort_by_expert(chosen, first, count, target)
-    shared: dict[str, Any] = {
-        "EXPERTS": count,
-        "BLOCK_E": triton.next_power_of_2(count),
-        "HIDDEN": hidden,
-        "SIZE": size,
-        "BLOCK_M": tile.m,
-        "SHORT": min(target.tiles.short or tile.m, tile.m),
-        "BLOCK_N": tile.n,
-        "BLOCK_K": tile.k,
-        "VENDOR": target.vendor,
-        **tile.options,
-        **target.launch_options,
-    }
-    blocks = row_blocks(pairs, count, tile.m)
-    inner = x.new_empty(pairs, size)
-    experts_gate_up[(triton.cdiv(size, tile.n), blocks)](
+    (tokens, hidden), (_, top_k) = x.shape, weights.shape
+    count, size, tiles = experts.count, experts.size, target.tiles
+    mean_rows = tokens * top_k / (count * shards)
+
+    def launch(
+        weights: ExpertWeights, columns: int, packed: tuple[Tile, ...]
+    ) -> tuple[tuple[int, int], dict[str, Any]]:
+        choices = packed if weights.is_packed else tiles.experts
+        tile = _tile(choices, mean_rows, tokens * top_k, count, columns, target)
+        tile = for_dtype(tile, x.dtype)
+        grid = triton.cdiv(columns, tile.n), row_blocks(tokens * top_k, count, tile.m)
+        return grid, {
+            "EXPERTS": count,
+            "BLOCK_E": triton.next_power_of_2(count),
+            "HIDDEN": hidden,
+            "SIZE": size,
+            "BLOCK_M": tile.m,
+            "SHORT": tiles.short if tiles.short < tile.m else 0,
+            "BLOCK_N": tile.n,
+            "BLOCK_K": tile.k,
+            "RUN": weights.run,
+            "VENDOR": target.vendor,
+            **tile.options,
+            **target.launch_options,
+        }
+
+    inner = x.new_empty(tokens * top_k, size)
+    grid, options = launch(gate_up, size, tiles.mxfp4_gate_up)
+    experts_gate_up[grid](
         x,
         gate_up.values,
         gate_up.scales,
@@ -69,15 +136,14 @@ def experts(
         expert_starts,
         inner,
         TOP_K=top_k,
-        PACKED=gate_up.is_packed,
         BIAS=gate_up_bias is not None,
         LIMIT=activation.limit,
         ALPHA=activation.alpha,
-        **shared,
+        **options,
     )
-    parts = x.new_empty(pairs, hidden)
-    # A stage loads half as much as in gate and up; twice the stages keep as much in flight.
-    experts_down[(triton.cdiv(hidden, tile.n), blocks)](
+    pairs = x.new_empty(tokens, top_k, hidden)
+    grid, options = launch(down, hidden, tiles.mxfp4_down)
+    experts_down[grid](
         inner,
         down.values,
         down.scales,
@@ -85,23 +151,8 @@ def experts(
         weights.contiguous(),
         order,
         expert_starts,
-        parts,
-        PACKED=packed,
+        pairs,
         BIAS=down_bias is not None,
-        **{**shared, "num_stages": 2 * (tile.stages - 1) if packed else tile.stages},
+        **options,
     )
-    out = torch.empty_like(x)
-    block = min(1024, triton.next_power_of_2(hidden))
-    sum_experts[(tokens, triton.cdiv(hidden, block))](
-        parts,
-        chosen,
-        out,
-        first,
-        TOP_K=top_k,
-        EXPERTS=count,
-        HIDDEN=hidden,
-        BLOCK=block,
-        num_warps=4,
-        **target.launch_options,
-    )
-    return out
+    return pairs

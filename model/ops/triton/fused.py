@@ -1,4 +1,4 @@
-"""Norms fused with QKV and rotary, with gate and up, or with a whole MLP: fewer launches at decode.
+"""Norms fused with QKV and rotary, with the router, or with an MLP: fewer launches at decode.
 
 This is faster for few rows, where a launch takes longer than reading the activations again in every
 program. `Tiles` has the largest number of rows for each fusion (`fused_qkv` and so on).
@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from model.ops.specs import Linear, Norm, RopeArgs
+from model.ops.specs import Activation, Experts, ExpertShard, Linear, Norm, RopeArgs, RouterSpec
+from model.ops.triton.experts import expert_pairs, sum_pairs
 from model.ops.triton.kernels.linear import products_of_tile, weight_tile
 from model.ops.triton.linear import (
     HALF,
@@ -19,6 +20,7 @@ from model.ops.triton.linear import (
 from model.ops.triton.norm import swiglu
 from model.ops.triton.programmatic_launch import wait_for_previous_kernel
 from model.ops.triton.rotary import rotate_and_write
+from model.ops.triton.route import route_and_sort
 from model.ops.triton.tiles import Target
 
 _SLICE = 32  # columns of the MLP's inner size that one program computes
@@ -120,6 +122,36 @@ def norm_mlp(
         return _mlp(x, delta, norm, gate_up.weight, down.weight, target)
     summed, hidden = norm_linear(x, delta, norm, gate_up, target, is_gated=True)
     return summed, linear(hidden, down, target)
+
+
+def norm_experts(
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    norm: Norm,
+    router: Linear,
+    router_spec: RouterSpec,
+    experts: Experts,
+    activation: Activation,
+    shard: ExpertShard,
+    target: Target,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `Backend.norm_experts`: norm and router, route and sort, and the experts' two products.
+
+    The result is left unsummed, [tokens, top_k, hidden], if the shard holds all experts.
+    """
+    normed = torch.empty_like(x, dtype=router.weight.dtype)
+    logits = x.new_empty(len(x), router.outputs, dtype=torch.float32)
+    summed, _ = norm_linear(x, delta, norm, router, target, out=logits, normed=normed)
+    first = shard.rank * experts.count
+    chosen, weights, order, expert_starts = route_and_sort(
+        logits, router_spec, first, experts.count, target
+    )
+    pairs = expert_pairs(
+        normed, weights, order, expert_starts, experts, activation, shard.size, target
+    )
+    if shard.size == 1:
+        return summed, pairs
+    return summed, sum_pairs(pairs, chosen, first, experts.count, target)
 
 
 def _mlp(

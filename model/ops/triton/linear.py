@@ -8,8 +8,10 @@ import triton
 
 from model.ops.specs import Linear, Norm, RopeArgs
 from model.ops.triton.kernels.linear import fused_linear
+from model.ops.triton.norm import delta_parts
 from model.ops.triton.tiles import Target, Tile, for_dtype
 
+_ROW = Tile(1, 16, 256, 4, 3)  # used as `Tiles.one_row` where each row has its own programs
 HALF = 16  # weight rows of each half of a pair, the minimum of a matrix instruction
 
 
@@ -42,13 +44,15 @@ def norm_linear(
     is_gated: bool = False,
     rope: RopeArgs | None = None,
     out: torch.Tensor | None = None,
+    normed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x, delta [rows, size] → (x + delta, `linear` of its norm [rows, out]).
+    """x [rows, size], delta of `Backend.add_rms_norm` → (x + delta, `linear` of its norm).
 
-    Without a norm, x must be a single row, which is multiplied itself. is_gated: the linear layer
-    gives gate and up, and their plain SwiGLU [rows, out / 2] is returned. rope: it gives QKV, which
-    is rotated and written as in `rotate_and_write`, and the query is returned. out: takes the
-    result, in any dtype; without it the result has the weight's.
+    The result is [rows, out]. Without a norm, x must be a single row, which is multiplied itself.
+    is_gated: the linear layer gives gate and up, and their plain SwiGLU [rows, out / 2] is
+    returned. rope: it gives QKV, which is rotated and written as in `rotate_and_write`, and the
+    query is returned. out: takes the result, in any dtype; without it the result has the weight's.
+    normed [rows, size]: the norm is written to it, and each row has its own programs.
     """
     rows, size = x.shape
     weight, bias = linear.weight, linear.bias
@@ -61,9 +65,12 @@ def norm_linear(
         heads, kv_heads, dim = layer.heads, layer.kv_heads, layer.head_dim
     if out is None:
         out = weight.new_empty((rows, heads, dim) if heads else (rows, count))
-    tile = _tile(x, weight.dtype, target, count, is_paired=is_gated or heads > 0)
+    one_row = target.tiles.one_row if rows == 1 else None
+    if normed is not None:
+        one_row = target.tiles.one_row or _ROW
+    tile = _tile(x, weight.dtype, target, count, is_gated or heads > 0, one_row)
     grid = (heads + 2 * kv_heads) * (dim // 2 // tile.n) if heads else triton.cdiv(count, tile.n)
-    fused_linear[(grid,)](
+    fused_linear[(grid, rows if tile.m == 1 else 1)](
         x.contiguous(),
         x if delta is None else delta.contiguous(),
         x if norm is None else norm.weight,
@@ -73,6 +80,7 @@ def norm_linear(
         slot_mapping,
         summed,
         out,
+        out if normed is None else normed,
         kv,
         kv.stride(0) if heads else 0,
         rows,
@@ -83,7 +91,8 @@ def norm_linear(
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
         NORM=norm is not None,
-        DELTA=delta is not None,
+        PARTS=delta_parts(delta),
+        SLICE=0 if normed is None else triton.next_power_of_2(triton.cdiv(size, grid)),
         BIAS=bias is not None,
         GATED=is_gated,
         HEADS=heads,
@@ -105,17 +114,23 @@ def tile_of(rows: int, dtype: torch.dtype, target: Target) -> Tile:
     return replace(tile, m=height, k=depth, warps=tile.warps * height // 16)
 
 
-def _tile(x: torch.Tensor, dtype: torch.dtype, target: Target, count: int, is_paired: bool) -> Tile:
+def _tile(
+    x: torch.Tensor,
+    dtype: torch.dtype,
+    target: Target,
+    count: int,
+    is_paired: bool,
+    one_row: Tile | None,
+) -> Tile:
     """Return the tile of a product with `count` weight rows, or pairs of them.
 
     For a small weight each program takes fewer rows, so that all of the device loads it. Programs
-    of pairs take half as many pairs.
+    of pairs take half as many pairs. one_row: the tile if a program multiplies a single row.
     """
-    (rows, size), one_row = x.shape, target.tiles.one_row
-    pair = 2 if is_paired else 1
-    if rows == 1 and one_row is not None:
+    (rows, size), pair = x.shape, 2 if is_paired else 1
+    if one_row is not None:
         tile = one_row
-        most = pair * count // (2 * target.processors)
+        most = pair * rows * count // (2 * target.processors)
         block = min(tile.n, max(2, 1 << most.bit_length() >> 1))
         columns = tile.n * tile.k // block  # the same number of weights in each step
         return replace(tile, n=block // pair, k=min(columns, triton.next_power_of_2(size)))

@@ -10,6 +10,22 @@ from model.ops.triton.tiles import Target
 
 
 @triton.jit
+def add_delta(x, delta_ptr, at, inside, SIZE: tl.constexpr, PARTS: tl.constexpr):
+    """Add a delta to x, float32: elements `at` of its PARTS, SIZE apart, summed in their order."""
+    delta = tl.load(delta_ptr + at, inside, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        delta += tl.load(delta_ptr + part * SIZE + at, inside, other=0.0).to(tl.float32)
+    return x + delta
+
+
+def delta_parts(delta: torch.Tensor | None) -> int:
+    """Return how many parts a delta [tokens, size] or [tokens, parts, size] has; 0 without one."""
+    if delta is None:
+        return 0
+    return delta.shape[1] if delta.dim() == 3 else 1
+
+
+@triton.jit
 def _add_rms_norm(
     x_ptr,
     delta_ptr,
@@ -19,20 +35,21 @@ def _add_rms_norm(
     eps,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
-    DELTA: tl.constexpr,
+    PARTS: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
     """Normalise one row of x + delta; grid (tokens,).
 
-    x, sum float32, delta, out [tokens, SIZE], weight float32 [SIZE].
+    x, sum float32, out [tokens, SIZE], delta [tokens, PARTS, SIZE] (PARTS 0: none), weight float32
+    [SIZE].
     """
     wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     row = tl.program_id(0).to(tl.int64) * SIZE
     at = tl.arange(0, BLOCK)
     inside = at < SIZE
     x = tl.load(x_ptr + row + at, inside, other=0.0)
-    if DELTA:
-        x += tl.load(delta_ptr + row + at, inside, other=0.0).to(tl.float32)
+    if PARTS:
+        x = add_delta(x, delta_ptr + row * PARTS, at, inside, SIZE, PARTS)
         tl.store(sum_ptr + row + at, x, inside)
     scale = tl.rsqrt(tl.sum(x * x) / SIZE + eps)
     weight = tl.load(weight_ptr + at, inside, other=0.0)
@@ -62,7 +79,7 @@ def add_rms_norm(
             norm.eps,
             SIZE=size,
             BLOCK=block,
-            DELTA=delta is not None,
+            PARTS=delta_parts(delta),
             num_warps=min(8, max(1, block // 512)),
             **target.launch_options,
         )

@@ -79,11 +79,13 @@ def candidates(op: str, target: Target) -> list[Choice]:
             )
         found.append({name: getattr(SMALL, name) for name in _ATTENTION})
     elif op == "experts":
-        for name in ("mxfp4", "experts"):
-            few, *more = getattr(tiles, name)
-            found.append({name: (replace(few, n=32, warps=2), *more)})
+        packed = ("mxfp4_gate_up", "mxfp4_down")
+        for names in (packed, ("experts",)):
+            found.append({name: _narrow(getattr(tiles, name)) for name in names})
         found.append({"short": 0 if tiles.short else 32})
-        found.append({name: getattr(SMALL, name) for name in ("experts", "mxfp4")})
+        found.append({name: getattr(SMALL, name) for name in (*packed, "experts")})
+    elif op == "norm_experts":
+        found.append({"fused_router": 0 if tiles.fused_router else 16})
     if tiles.programmatic_launch:
         found.append({"programmatic_launch": False})
     prior = {name: getattr(tiles, name) for each in found for name in each}
@@ -107,6 +109,12 @@ def _few_rows(op: str, tiles: Tiles) -> list[dict[str, Any]]:
     if op in ("norm_qkv", "norm_mlp"):
         found.append({"fused": SMALL.fused, "one_row": None})
     return found
+
+
+def _narrow(tiles: tuple[Tile, ...]) -> tuple[Tile, ...]:
+    """Return tiles of which those for few rows have half as many columns."""
+    few, *more = tiles
+    return (replace(few, n=few.n // 2, warps=max(1, few.warps // 2)), *more)
 
 
 def _as_json(changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,34 @@ from model.ops.triton.tiles import Target
 _CHUNK = 128  # pairs that one program sorts
 
 
+@triton.jit
+def store_sorted(
+    order_ptr,
+    expert_starts_ptr,
+    pair,
+    local_expert,
+    total,
+    earlier,
+    chunk_id,
+    EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Store a chunk's pairs [CHUNK] at their sorted places; the first chunk stores the starts.
+
+    total, earlier [BLOCK_E]: pairs of each expert in all chunks and in those before this one.
+    """
+    expert, lane = tl.arange(0, BLOCK_E), tl.arange(0, CHUNK)
+    start = tl.cumsum(total, 0) - total
+    if chunk_id == 0:
+        tl.store(expert_starts_ptr + expert, start, expert < EXPERTS)
+        tl.store(expert_starts_ptr + EXPERTS, tl.sum(tl.where(expert < EXPERTS, total, 0), 0))
+    is_held = (local_expert >= 0) & (local_expert < EXPERTS)
+    base = tl.gather(start + earlier, tl.where(is_held, local_expert, 0), 0)
+    equals = (local_expert[:, None] == local_expert[None, :]) & (lane[None, :] < lane[:, None])
+    tl.store(order_ptr + base + tl.sum(equals.to(tl.int32), 1), pair, is_held)
+
+
 @triton.jit(do_not_specialize=["first", "pairs"])
 def _count_by_expert(
     chosen_ptr,
@@ -57,9 +85,8 @@ def _sort_by_expert(
     """
     wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     chunk_id = tl.program_id(0)
-    lane = tl.arange(0, CHUNK)
     expert = tl.arange(0, BLOCK_E)
-    pair = chunk_id * CHUNK + lane
+    pair = chunk_id * CHUNK + tl.arange(0, CHUNK)
     local_expert = tl.load(chosen_ptr + pair, pair < pairs, other=-1).to(tl.int32) - first
     if SINGLE_CHUNK:
         total = tl.sum((local_expert[:, None] == expert[None, :]).to(tl.int32), 0)
@@ -73,14 +100,10 @@ def _sort_by_expert(
             counts = tl.load(source, (chunk < chunks)[:, None], other=0)
             total += tl.sum(counts, 0)
             earlier += tl.sum(tl.where((chunk < chunk_id)[:, None], counts, 0), 0)
-    start = tl.cumsum(total, 0) - total
-    if chunk_id == 0:
-        tl.store(expert_starts_ptr + expert, start, expert < EXPERTS)
-        tl.store(expert_starts_ptr + EXPERTS, tl.sum(tl.where(expert < EXPERTS, total, 0), 0))
-    is_held = (local_expert >= 0) & (local_expert < EXPERTS)
-    base = tl.gather(start + earlier, tl.where(is_held, local_expert, 0), 0)
-    equals = (local_expert[:, None] == local_expert[None, :]) & (lane[None, :] < lane[:, None])
-    tl.store(order_ptr + base + tl.sum(equals.to(tl.int32), 1), pair, is_held)
+    store_sorted(
+        order_ptr, expert_starts_ptr, pair, local_expert, total, earlier, chunk_id,
+        EXPERTS, BLOCK_E, CHUNK,
+    )  # fmt: skip
 
 
 def sort_by_expert(

@@ -50,15 +50,24 @@ class Tiles:
     prefill: Tile  # attention of chunks, head size up to 64
     prefill_wide: Tile  # attention of chunks, head size up to 128
     prefill_256: Tile  # attention of chunks, larger heads
-    experts: tuple[Tile, ...]  # by rising m: the first with room for an expert's mean rows is used
-    mxfp4: tuple[Tile, ...]  # the same for packed weights
-    short: int = 0  # rows of the smaller tile for an expert's last rows if they fit; 0: none
+    # By rising m: the first with room for an expert's mean rows is used. Tiles of one m are by
+    # falling n: a narrow one is used where wide ones give too few programs.
+    experts: tuple[Tile, ...]
+    # The same for packed weights. Gate and up take two sums and twice as much of a stage.
+    mxfp4_gate_up: tuple[Tile, ...]
+    mxfp4_down: tuple[Tile, ...]
+    # Up to so many last rows of an expert are computed with the rows before them, or in a tile of
+    # this height if there are none. 0: they have a tile of their own.
+    short: int = 0
     fused: Tile = Tile(16, 32, 128, 4, 3)  # norm with linear or MLP; m is not used
     # The largest numbers of rows (at most 64) for which a norm is fused with the operation after
     # it: up to there `gpu.py --section fusions` measured that to be faster. 0: not measured.
     fused_qkv: int = 0
     fused_gate_up: int = 0
     fused_mlp: int = 0
+    # The same for a norm with the router after it, where a program multiplies a single row. Not
+    # measured: up to 16 rows the programs of all rows run at once, and it saves two launches.
+    fused_router: int = 16
     # For a single row: at most n weight rows a program and k columns a step; with fewer rows, more
     # columns. None: torch multiplies it where there is no norm, and `fused` is used where there is.
     one_row: Tile | None = None
@@ -78,8 +87,10 @@ _HOPPER = Tiles(
     prefill_wide=Tile(64, 64, 0, 4, 4),
     prefill_256=Tile(128, 32, 0, 8, 4),
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
-    mxfp4=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
-    # Of 1024 tokens each expert of gpt-oss gets 128 ± 11, so every other one has a second tile.
+    # The highest tiles leave room for two programs: one multiplies while the other unpacks.
+    mxfp4_gate_up=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 4, 3)),
+    mxfp4_down=(Tile(16, 64, 128, 4, 6), Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 4, 128)),
+    # Of 1024 tokens each expert of gpt-oss gets 128 ± 11, so every other one has more than 128.
     short=32,
     fused=Tile(16, 32, 128, 2, 5),  # each of 4 warps would read all of x for half of the weights
     # Not measured: estimated from the bytes a program loads and 2 us saved for each launch.
@@ -94,7 +105,8 @@ _BLACKWELL = replace(  # Hopper's attention tiles, and its expert tiles with k =
     prefill_wide=Tile(128, 64, 0, 8, 5),
     prefill_256=Tile(64, 32, 0, 8, 4),
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 128, 4, 2), Tile(128, 128, 64, 8, 3)),
-    mxfp4=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 128, 4, 3), Tile(128, 128, 64, 8, 3)),
+    mxfp4_gate_up=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 128, 4, 3), Tile(128, 128, 64, 8, 3)),
+    mxfp4_down=(Tile(16, 64, 128, 4, 6), Tile(64, 64, 128, 4, 4), Tile(128, 128, 64, 8, 4)),
 )
 _AMPERE = Tiles(
     decode=_NVIDIA_DECODE,
@@ -103,7 +115,8 @@ _AMPERE = Tiles(
     prefill_wide=Tile(128, 64, 0, 8, 4),
     prefill_256=Tile(64, 32, 0, 8, 4),
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)),
-    mxfp4=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)),
+    mxfp4_gate_up=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 32, 4, 4)),
+    mxfp4_down=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 4), Tile(128, 64, 32, 4, 4)),
     fused=Tile(16, 32, 64, 4, 3),
 )
 _CDNA = Tiles(
@@ -116,19 +129,31 @@ _CDNA = Tiles(
     prefill_wide=Tile(128, 32, 0, 4, 2, matrix_instruction=16, waves_per_simd=2),
     prefill_256=Tile(128, 32, 0, 4, 2),
     experts=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2), Tile(128, 64, 64, 8, 2)),
-    mxfp4=(Tile(16, 64, 128, 4, 2), Tile(64, 64, 64, 4, 2), Tile(128, 64, 64, 8, 2)),
+    mxfp4_gate_up=(
+        Tile(16, 64, 128, 4, 2),
+        Tile(16, 16, 128, 1, 2),  # one wave: no barriers, and four times as many programs
+        Tile(64, 64, 64, 4, 2),
+        Tile(128, 64, 64, 8, 2),
+    ),
+    mxfp4_down=(
+        Tile(16, 64, 128, 4, 2),
+        Tile(16, 16, 128, 1, 2),  # one wave: no barriers, and four times as many programs
+        Tile(64, 64, 64, 4, 2),
+        Tile(128, 64, 64, 8, 2),
+    ),
     fused=Tile(16, 16, 32, 4, 2),
 )
 # The registers of these heads have room for two waves without asking.
 _CDNA4 = replace(_CDNA, prefill_wide=Tile(128, 32, 0, 4, 2))
 SMALL = Tiles(
     decode=Tile(16, 16, 0, 1, 1),  # with 32 keys, heads of 128 would spill on a Radeon
-    decode_256=Tile(16, 32, 0, 4, 2),
+    decode_256=Tile(16, 16, 0, 1, 1),
     prefill=Tile(64, 32, 0, 4, 2),
     prefill_wide=Tile(64, 32, 0, 8, 2),
     prefill_256=Tile(64, 32, 0, 8, 2),
     experts=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 32, 4, 2)),
-    mxfp4=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2)),
+    mxfp4_gate_up=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2)),
+    mxfp4_down=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2)),
     fused=Tile(16, 32, 32, 4, 2),
 )
 TILES: dict[str, Tiles] = {
@@ -154,6 +179,18 @@ class Target:
     def vendor(self) -> str:
         """The vendor whose instructions a kernel may use: "nvidia", "amd" or "none"."""
         return {"sm": "nvidia", "gf": "amd"}.get(self.architecture[:2], "none")
+
+    @property
+    def mxfp4_run(self) -> int:
+        """How many neighbouring columns of a weight a lane holds in a matrix instruction.
+
+        As Triton lays out operands in registers: 2 for Hopper's wgmma, 4 for mma.sync and for
+        MFMA's 16 columns (gfx90a, gfx942), 8 for MFMA's 32 columns (gfx950) and for WMMA. On sm_100
+        operands pass through tensor memory, so that it does not matter.
+        """
+        if self.vendor == "nvidia":
+            return 2 if self.architecture in ("sm_90", "sm_100") else 4
+        return 4 if self.architecture in ("gfx90a", "gfx942") else 8
 
     @property
     def launch_options(self) -> dict[str, Any]:

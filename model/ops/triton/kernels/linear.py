@@ -8,7 +8,7 @@ tiles of matrix instructions. Weights are prefetched while the previous kernel e
 import triton
 import triton.language as tl
 
-from model.ops.triton.norm import swiglu
+from model.ops.triton.norm import add_delta, swiglu
 from model.ops.triton.programmatic_launch import prefetch, wait_for_previous_kernel
 
 
@@ -52,7 +52,7 @@ def _products_of_row(
     SECOND_ROW: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    DELTA: tl.constexpr,
+    PARTS: tl.constexpr,
     NORM: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -64,8 +64,12 @@ def _products_of_row(
         at = k + tl.arange(0, BLOCK_K)
         x = _load_elements(x_ptr, at, SIZE, BLOCK_K)
         x = x.to(tl.float32)
-        if DELTA:
-            x += _load_elements(delta_ptr, at, SIZE, BLOCK_K).to(tl.float32)
+        if PARTS:
+            delta = _load_elements(delta_ptr, at, SIZE, BLOCK_K).to(tl.float32)
+            for part in tl.static_range(1, PARTS):
+                more = _load_elements(delta_ptr + part * SIZE, at, SIZE, BLOCK_K)
+                delta += more.to(tl.float32)
+            x += delta
             tl.store(sum_ptr + at, x, (at < SIZE) & (tl.program_id(0) == 0))
         if NORM:
             squares += x * x
@@ -160,6 +164,7 @@ def fused_linear(
     slot_mapping_ptr,
     sum_ptr,
     out_ptr,
+    normed_ptr,
     kv_ptr,
     value_offset: tl.int64,
     rows,
@@ -170,7 +175,8 @@ def fused_linear(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NORM: tl.constexpr,
-    DELTA: tl.constexpr,
+    PARTS: tl.constexpr,
+    SLICE: tl.constexpr,
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
     HEADS: tl.constexpr,
@@ -179,11 +185,13 @@ def fused_linear(
     STAGES: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
-    """Multiply rows with BLOCK_N weight rows, or pairs of weight rows; grid (⌈OUT / BLOCK_N⌉,).
+    """Multiply rows with BLOCK_N weight rows, or pairs of weight rows; grid (⌈OUT / BLOCK_N⌉, 1).
 
-    x, delta, sum [rows, SIZE], norm [SIZE], weight [OUT, SIZE] → out [rows, OUT].
-    NORM: the norm of x + delta is multiplied, where x, sum and norm are float32; without it the
-    single row x. GATED: weight
+    x, sum [rows, SIZE], delta [rows, PARTS, SIZE] (PARTS 0: none; more than 1 for BLOCK_M 1), norm
+    [SIZE], weight [OUT, SIZE] → out [rows, OUT]. BLOCK_M 1: a program multiplies one row, and the
+    second dimension of the grid is the rows. NORM: the norm of x + delta is multiplied, where x,
+    sum and norm are float32; without it the row x. SLICE > 0, for BLOCK_M 1: each program also
+    stores SLICE elements of the norm in normed [rows, SIZE]. GATED: weight
     [2 · OUT, SIZE] has gate rows, then up rows, and out is their plain SwiGLU. HEADS > 0: OUT is
     (HEADS + 2 · KV_HEADS) · DIM; rotated queries are stored in out [rows, HEADS, DIM], rotated keys
     and values in kv, as in `rotary`. A program then computes the same BLOCK_N columns of both
@@ -193,10 +201,10 @@ def fused_linear(
     SECOND_ROW: tl.constexpr = OUT if GATED else DIM // 2
     program = tl.program_id(0)
     if HEADS > 0:
-        PARTS: tl.constexpr = DIM // 2 // BLOCK_N
-        head = program // PARTS
-        column = program % PARTS * BLOCK_N + tl.arange(0, BLOCK_N)
-        first = head * DIM + program % PARTS * BLOCK_N
+        BLOCKS: tl.constexpr = DIM // 2 // BLOCK_N
+        head = program // BLOCKS
+        column = program % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
+        first = head * DIM + program % BLOCKS * BLOCK_N
     else:
         first = program * BLOCK_N
     out = first + tl.arange(0, BLOCK_N)
@@ -209,6 +217,13 @@ def fused_linear(
     wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     row = tl.arange(0, BLOCK_M)
     inside = (row < rows)[None, :]
+    if BLOCK_M == 1:
+        start = tl.program_id(1) * SIZE
+        x_ptr += start
+        delta_ptr += start * PARTS
+        sum_ptr += start
+        normed_ptr += start
+        out_ptr += tl.program_id(1) * OUT
     if BIAS:  # loaded before the products, because it comes from memory rather than a cache
         bias = tl.load(bias_ptr + out, out < OUT, other=0.0)
         if SECOND_ROW:
@@ -216,17 +231,24 @@ def fused_linear(
     if BLOCK_M == 1:
         product, second, squares = _products_of_row(
             x_ptr, delta_ptr, norm_ptr, weight_ptr, sum_ptr, out,
-            SIZE, OUT, SECOND_ROW, BLOCK_N, BLOCK_K, DELTA, NORM, STAGES,
+            SIZE, OUT, SECOND_ROW, BLOCK_N, BLOCK_K, PARTS, NORM, STAGES,
         )  # fmt: skip
     else:
         product, second, squares = products_of_tile(
             x_ptr, delta_ptr, norm_ptr, weight_ptr, sum_ptr, rows, out,
-            SIZE, OUT, SECOND_ROW, BLOCK_M, BLOCK_N, BLOCK_K, DELTA,
+            SIZE, OUT, SECOND_ROW, BLOCK_M, BLOCK_N, BLOCK_K, PARTS > 0,
         )  # fmt: skip
     if NORM:
-        scale = tl.rsqrt(squares / SIZE + eps)[None, :]
-        product *= scale
-        second *= scale
+        scale = tl.rsqrt(squares / SIZE + eps)
+        product *= scale[None, :]
+        second *= scale[None, :]
+        if SLICE > 0:
+            at = program * SLICE + tl.arange(0, SLICE)
+            x = tl.load(x_ptr + at, at < SIZE, other=0.0)
+            if PARTS:
+                x = add_delta(x, delta_ptr, at, at < SIZE, SIZE, PARTS)
+            x *= scale * tl.load(norm_ptr + at, at < SIZE, other=0.0)
+            tl.store(normed_ptr + at, x.to(normed_ptr.dtype.element_ty), at < SIZE)
     if BIAS:
         product += bias.to(tl.float32)[:, None]
         if SECOND_ROW:
