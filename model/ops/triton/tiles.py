@@ -110,6 +110,7 @@ _RDNA3 = replace(  # its matrix instructions take every operand twice, so larger
     _SMALL,
     decode=Tile(16, 16, 0, 4, 2),
     prefill=Tile(64, 32, 0, 8, 2),
+    prefill_wide=Tile(64, 16, 0, 4, 2),
     mxfp4=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 8, 2)),
 )
 TILES: dict[str, Tiles] = {
