@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.compiled_kernels import Kernel
-from tests.model.machine_code import Instruction, amd_code, innermost_loop, nvidia_code
+from tests.model.machine_code import Instruction, disassemble, innermost_loop
 from tests.model.occupancy import PROCESSORS
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -89,10 +89,7 @@ def compiled_kernels(
         problem = run.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         raise click.ClickException(f"cannot compile the kernels of {tree}: {problem}")
     kernels = [Kernel(*values) for values in pickle.loads(run.stdout)]
-    if architecture.startswith("sm_"):
-        codes = nvidia_code([x.code for x in kernels], architecture)
-    else:
-        codes = [amd_code(x.code) for x in kernels]
+    codes = disassemble([x.code for x in kernels], architecture)
     return [
         (kernel, count(kernel, code, architecture))
         for kernel, code in zip(kernels, codes, strict=True)

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from benchmarks import kernel_counts
 from benchmarks.compiled_kernels import Kernel
 from benchmarks.kernel_counts import count, main
-from tests.model.machine_code import amd_code
+from tests.model.machine_code import disassemble
 from tests.model.occupancy import PROCESSORS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +35,8 @@ kernel:
 
 def test_the_innermost_loop_is_counted_apart() -> None:
     kernel = Kernel("config", 1, "kernel", 1, "", 4, 130, 0, 16 << 10, _LOOP)
-    values = count(kernel, amd_code(_LOOP), "gfx942").values
+    (code,) = disassemble([_LOOP], "gfx942")
+    values = count(kernel, code, "gfx942").values
     assert values == ("130", "0", "16384", "3", "8/4", "1/1", "1x16 1x2 / 1x16", "1/1")
 
 

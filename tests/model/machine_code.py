@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import triton
 
@@ -79,7 +80,14 @@ def innermost_loop(code: Sequence[Instruction]) -> Sequence[Instruction]:
     return max(inner, key=lambda x: (sum(i.is_matrix for i in x), len(x)), default=())
 
 
-def nvidia_code(cubins: Sequence[bytes], architecture: str) -> list[list[Instruction]]:
+def disassemble(binaries: Sequence[Any], architecture: str) -> list[list[Instruction]]:
+    """Return the instructions of kernels, each a cubin, or the text of AMD's assembly."""
+    if architecture.startswith("sm_"):
+        return _nvidia_code(binaries, architecture)
+    return [_amd_code(text) for text in binaries]
+
+
+def _nvidia_code(cubins: Sequence[bytes], architecture: str) -> list[list[Instruction]]:
     """Disassemble kernels, each the only function of its cubin, up to the NOPs at its end.
 
     One call of the disassembler for all: most of its time is spent on starting.
@@ -138,7 +146,7 @@ def _nvidia_instructions(binary: bytes, architecture: str) -> list[Instruction]:
     return code
 
 
-def amd_code(text: str) -> list[Instruction]:
+def _amd_code(text: str) -> list[Instruction]:
     """Return the instructions of one kernel's assembly, as Triton keeps it in `asm["amdgcn"]`."""
     found: list[tuple[str, str]] = []
     labels: dict[str, int] = {}

@@ -14,7 +14,8 @@ from triton.runtime.jit import JITFunction
 
 from model.ops.triton.backend import TritonBackend
 from model.ops.triton.tiles import TILES, Target
-from tests.model.triton_compiler import LIMITS, compile_launch, launch_of
+from tests.model.occupancy import PROCESSORS
+from tests.model.triton_compiler import compile_launch, launch_of
 
 _MOST_PROGRAMS = (2**31 - 1, 65_535, 65_535)  # on each axis of a grid, on NVIDIA's GPUs
 
@@ -73,7 +74,7 @@ def test_heads_of_256_compile_and_fit(architecture: str, monkeypatch: pytest.Mon
     for kernel, args, named in launches:
         options = {name: value for name, value in named.items() if name != "grid"}
         compiled = compile_launch(launch_of(kernel, args, options), architecture)
-        assert compiled.shared <= LIMITS[architecture]
+        assert compiled.shared <= PROCESSORS[architecture].program_shared
         # On AMD the count includes scalar registers kept in a vector register, and a Radeon's
         # vector registers are not enough for such heads.
         assert not compiled.spills or architecture.startswith("gfx")

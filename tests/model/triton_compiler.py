@@ -6,7 +6,7 @@ The operations run on tensors without storage, and launches are recorded instead
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -21,50 +21,26 @@ from triton.runtime.jit import JITFunction
 
 from model import ModelConfig
 from model.cost.known_models import named_config
-from model.families import parse_config
 from model.formats import DENSE, MXFP4
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.specs import Activation, AttentionSpec, Experts, SamplingTables
 from model.ops.triton.backend import TritonBackend
 from model.ops.triton.linear import norm_linear
 from model.ops.triton.mxfp4 import ExpertWeights, dense_weights
-from model.ops.triton.tiles import TILES, Target
+from model.ops.triton.tiles import Target, nearest_tiles
 from tests.model.ops_helpers import linear_of, norm_of, rope_args
 
-# Bytes of shared memory that one program may use.
-LIMITS = {
-    "sm_80": 163 << 10,
-    "sm_90": 227 << 10,
-    "sm_100": 227 << 10,
-    "gfx90a": 64 << 10,
-    "gfx942": 64 << 10,
-    "gfx950": 160 << 10,
-    "gfx1201": 64 << 10,
-}
-# Qwen3-30B-A3B: many experts, without biases and with plain SwiGLU.
-_QWEN3_MOE = {
-    "model_type": "qwen3_moe",
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "moe_intermediate_size": 768,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "vocab_size": 151_936,
-    "max_position_embeddings": 40_960,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1_000_000,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "norm_topk_prob": True,
-    "torch_dtype": "bfloat16",
-}
-CONFIGS = (
-    *map(named_config, ("gpt-oss-20b", "qwen3-0.6b", "llama-3-8b", "qwen2-0.5b")),
-    parse_config(_QWEN3_MOE, "qwen3-30b-a3b"),
+CONFIGS = tuple(
+    map(
+        named_config,
+        ("gpt-oss-20b", "qwen3-0.6b", "llama-3-8b", "qwen2-0.5b", "qwen3-30b-a3b"),
+    )
 )
 ROWS = (1, 16, 32, 64, 512, 4096)  # every choice by number of rows occurs
+# For architectures that share another's tiles and most of its instructions: every tile occurs, and
+# both forms of each operation with tiles.
+FEW_CONFIGS = (CONFIGS[0], CONFIGS[2])
+FEW_ROWS = (1, 512, 4096)
 _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -100,6 +76,11 @@ class Compiled:
     registers: int
     binary: Any
 
+    @property
+    def code(self) -> Any:
+        """NVIDIA: the cubin; AMD: the text of the assembly."""
+        return self.binary.asm.get("cubin") or self.binary.asm["amdgcn"]
+
 
 def target(architecture: str) -> GPUTarget:
     """Return the compiler's target; Radeons (gfx10 and later) have waves of 32 threads."""
@@ -108,24 +89,53 @@ def target(architecture: str) -> GPUTarget:
     return GPUTarget("hip", architecture, 32 if architecture.startswith("gfx1") else 64)
 
 
-def launches(architecture: str) -> list[Launch]:
-    """Return every distinct launch of the layers of CONFIGS for the numbers of ROWS."""
+def launches(
+    architecture: str,
+    configs: Sequence[ModelConfig] | None = None,
+    rows: Sequence[int] | None = None,
+) -> list[Launch]:
+    """Return every distinct launch of the layers of the configs for the numbers of rows.
+
+    By default CONFIGS and ROWS.
+    """
     found: dict[Launch, None] = {}
 
     def record(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kw: Any) -> None:
         found[launch_of(kernel, args, kw)] = None
 
+    _run(architecture, configs or CONFIGS, rows or ROWS, record)
+    return list(found)
+
+
+def grids(
+    architecture: str, configs: Sequence[ModelConfig], rows: int
+) -> set[tuple[str, tuple[int, ...]]]:
+    """Return the kernels and grids of a step of `rows` tokens."""
+    found = set()
+
+    def record(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kw: Any) -> None:
+        found.add((kernel.__name__, tuple(grid)))
+
+    _run(architecture, configs, (rows,), record)
+    return found
+
+
+def _run(
+    architecture: str,
+    configs: Sequence[ModelConfig],
+    rows: Sequence[int],
+    record: Callable[..., None],
+) -> None:
+    """Run the operations of the configs' layers with `record` in place of launches."""
     # More rows than norms are fused for in jobs, because benchmarks try up to 64 on Hopper.
     most = 64 if architecture == "sm_90" else 16
-    tiles = replace(TILES[architecture], fused_qkv=most, fused_mlp=most)
-    target = Target(architecture, 132, tiles)
-    backend = TritonBackend(torch.device("meta"), torch.bfloat16, target)
+    tiles = replace(nearest_tiles(architecture), fused_qkv=most, fused_mlp=most)
+    backend = TritonBackend(torch.device("meta"), torch.bfloat16, Target(architecture, 132, tiles))
     with patch.object(JITFunction, "run", record):
-        for config in CONFIGS:
-            for rows in ROWS:
-                for call in _calls(backend, config, rows):
+        for config in configs:
+            for count in rows:
+                for call in _calls(backend, config, count):
                     call()
-    return list(found)
 
 
 def launch_of(kernel: JITFunction[Any], args: tuple[Any, ...], kw: dict[str, Any]) -> Launch:

@@ -1,7 +1,7 @@
 """Tile sizes, warps and pipeline stages of each GPU architecture.
 
 They are chosen by hand to fit a target's shared memory and registers; nothing is tuned while a job
-runs. An architecture that is not listed uses the smallest tiles.
+runs. An architecture that is not listed uses those of the nearest older one of its vendor.
 """
 
 from dataclasses import dataclass, replace
@@ -156,15 +156,52 @@ SMALL = Tiles(
     mxfp4_down=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2)),
     fused=Tile(16, 32, 32, 4, 2),
 )
+_RDNA3 = replace(  # its matrix instructions take every operand twice, so larger tiles spill
+    SMALL,
+    decode=Tile(16, 16, 0, 4, 2),
+    prefill=Tile(64, 32, 0, 8, 2),
+    prefill_wide=Tile(64, 16, 0, 4, 2),
+    mxfp4_gate_up=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 8, 2)),
+    mxfp4_down=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 8, 2)),
+)
 TILES: dict[str, Tiles] = {
     "sm_80": _AMPERE,
+    "sm_86": _AMPERE,  # 99 KiB of shared memory a program, like sm_89 and sm_120
+    "sm_89": _AMPERE,
     "sm_90": _HOPPER,
     "sm_100": _BLACKWELL,
+    "sm_103": _BLACKWELL,
+    "sm_120": _AMPERE,  # without the asynchronous matrix instructions of sm_90 and sm_100
     "gfx90a": _CDNA,
     "gfx942": _CDNA,
     "gfx950": _CDNA4,
+    "gfx1100": _RDNA3,
+    "gfx1151": _RDNA3,
     "gfx1201": SMALL,
 }
+
+
+def nearest_tiles(architecture: str) -> Tiles:
+    """Return the tiles of an architecture, or of the nearest older one of its kind.
+
+    Kinds are NVIDIA's GPUs, AMD's CDNA and AMD's RDNA. If all of its kind in TILES are newer, these
+    are the smallest tiles.
+    """
+    older = [x for x in TILES if _kind(x) == _kind(architecture)]
+    older = [x for x in older if _number(x) <= _number(architecture)]
+    return TILES[max(older, key=_number)] if older else SMALL
+
+
+def _number(architecture: str) -> int:
+    """Return the version in the name, which AMD writes with hexadecimal digits."""
+    digits = architecture.removeprefix("sm_").removeprefix("gfx")
+    return int(digits, 10 if architecture.startswith("sm_") else 16)
+
+
+def _kind(architecture: str) -> str:
+    if architecture.startswith("sm_"):
+        return "nvidia"
+    return "rdna" if _number(architecture) >= 0x1000 else "cdna"
 
 
 @dataclass(frozen=True)
@@ -208,8 +245,8 @@ def target_of(device: torch.device) -> Target:
     architecture = f"sm_{properties.major}{properties.minor}"
     if torch.version.hip:
         architecture = str(properties.gcnArchName).split(":")[0]
-    tiles = TILES.get(architecture, SMALL)
-    return Target(architecture, int(properties.multi_processor_count), tiles)
+    processors = int(properties.multi_processor_count)
+    return Target(architecture, processors, nearest_tiles(architecture))
 
 
 def for_dtype(tile: Tile, dtype: torch.dtype) -> Tile:
