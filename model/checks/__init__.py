@@ -1,0 +1,12 @@
+"""Checks of kernels: small inputs for every operation that a model uses, compared with torch.
+
+`cases` yields inputs at the model's true widths and `problem` compares a backend's results with
+those of the plain-torch `Backend` on the same device. `prove` uses both to decide which kernels an
+engine runs with. Nothing here loads a checkpoint: weights are random.
+"""
+
+from model.checks.case import Case, problem, reference_of
+from model.checks.cases import OPERATIONS, cases
+from model.checks.inputs import FULL, SMALL, Size
+
+__all__ = ["FULL", "OPERATIONS", "SMALL", "Case", "Size", "cases", "problem", "reference_of"]

@@ -1,0 +1,110 @@
+"""The cases of every operation that a model uses."""
+
+from collections.abc import Collection, Iterator
+
+import torch
+
+from model.attention import Attention
+from model.checks.attention import attention_cases
+from model.checks.case import Case
+from model.checks.dense import (
+    activate_cases,
+    embed_cases,
+    linear_cases,
+    logits_cases,
+    norm_cases,
+    norm_mlp_cases,
+    norm_qkv_cases,
+    rotate_cases,
+)
+from model.checks.experts import experts_cases, route_cases
+from model.checks.inputs import FULL, SMALL, Inputs, Size
+from model.checks.sampling import argmax_cases, sample_cases, top_tokens_cases
+from model.config import ModelConfig
+from model.mlp import Mlp, Moe
+from model.sharding import ALONE, Shard
+from model.transformer import Transformer
+
+OPERATIONS = (
+    "embed",
+    "add_rms_norm",
+    "linear",
+    "logits",
+    "rotate_and_write",
+    "norm_qkv",
+    "attention",
+    "activate",
+    "norm_mlp",
+    "route",
+    "experts",
+    "argmax",
+    "top_tokens",
+    "sample",
+)
+"""Every operation with cases; one that runs others comes after them."""
+
+
+def cases(
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    shard: Shard = ALONE,
+    block_size: int = 16,
+    operations: Collection[str] = OPERATIONS,
+    size: Size | None = None,
+) -> Iterator[Case]:
+    """Yield the cases of the operations that one rank of a model uses, in the order of OPERATIONS.
+
+    block_size: positions of a KV block. size: by default FULL on a GPU, else SMALL. Inputs of an
+    operation are created when its first case is taken, and freed with its cases.
+    """
+    if size is None:
+        size = SMALL if device.type == "cpu" else FULL
+    for operation in OPERATIONS:
+        if operation in operations:
+            inputs = Inputs(device, dtype, size)
+            yield from _cases_of(operation, config, shard, block_size, inputs)
+
+
+def _cases_of(
+    operation: str, config: ModelConfig, shard: Shard, block_size: int, inputs: Inputs
+) -> Iterator[Case]:
+    kinds = {layer.window: layer for layer in config.layers}
+    layers = [Attention(config, layer, shard) for layer in kinds.values()]
+    attention = layers[0]
+    mlp = Mlp(config, shard) if any(not layer.sparse for layer in config.layers) else None
+    moe = Moe(config, shard) if any(layer.sparse for layer in config.layers) else None
+    rotary, vocab = config.rotary_dim, config.vocab_size
+    if operation == "embed":
+        yield from embed_cases(config, inputs)
+    elif operation == "add_rms_norm":
+        yield from norm_cases(attention.norm, inputs)
+    elif operation == "linear":
+        yield from linear_cases("attention's output", attention.out, inputs)
+        if moe is not None:
+            yield from linear_cases("router", moe.router, inputs)
+    elif operation == "logits":
+        head = Transformer(config, shard).head
+        yield from logits_cases(head, config.logits_scale, inputs)
+    elif operation == "rotate_and_write":
+        yield from rotate_cases(attention, rotary, block_size, inputs)
+    elif operation == "norm_qkv":
+        yield from norm_qkv_cases(attention, rotary, block_size, inputs)
+    elif operation == "attention":
+        for layer in layers:
+            yield from attention_cases(layer, block_size, inputs)
+    elif operation == "activate" and mlp is not None:
+        yield from activate_cases(mlp.down.inputs, config.activation, inputs)
+    elif operation == "norm_mlp" and mlp is not None:
+        yield from norm_mlp_cases(mlp, inputs)
+    elif operation == "route" and moe is not None:
+        yield from route_cases(moe, inputs)
+    elif operation == "experts" and moe is not None:
+        yield from experts_cases(moe, inputs)
+    elif operation == "argmax":
+        yield from argmax_cases(vocab, inputs)
+    elif operation == "top_tokens":
+        yield from top_tokens_cases(vocab, inputs)
+    elif operation == "sample":
+        yield from sample_cases(vocab, inputs)
