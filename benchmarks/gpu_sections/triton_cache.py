@@ -1,0 +1,177 @@
+"""Compile the kernels of checks and loads without a GPU, into a folder that a GPU can use.
+
+Triton finds a compiled kernel by a hash of its source, its arguments' types and alignment, the
+target and Triton's own files. So models are run as on the GPU, layer by layer, on tensors without
+memory, for a driver that only names the target; each launch compiles its kernel.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from benchmarks.gpu_sections.compile_ahead import compile_together
+from engine.execution.decode_graphs import capture_sizes
+from model.config import ModelConfig
+from model.cost.known_models import named_config
+from model.ops.forward_batch import ForwardBatch, GroupTables
+from model.ops.specs import Experts
+from model.ops.triton.backend import TritonBackend
+from model.ops.triton.mxfp4 import ExpertWeights
+from model.ops.triton.tiles import TILES, Target
+from model.transformer import Transformer
+
+META = torch.device("meta")
+# The models of the loads, and their largest batches.
+MODELS = {"gpt-oss-20b": 1024, "qwen3-0.6b": 256, "llama-3.1-8b": 256, "qwen2-0.5b": 256}
+_MAX_TOKENS = 8192  # of a step
+_PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+_BLOCK = 16
+_CHECK_ROWS = (1, 3, 33, 64)  # of the cases of model.checks
+
+
+class _Driver:
+    """Triton's driver of a GPU that is not there."""
+
+    def __init__(self, target: GPUTarget):
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_for(architecture: str, folder: Path) -> None:
+    """Compile all kernels for an architecture of TILES; print their number, size and time.
+
+    Raises SystemExit, with a message, for an unknown architecture.
+    """
+    if architecture not in TILES:
+        raise SystemExit(f"gpu.py: unknown architecture {architecture}; known: {', '.join(TILES)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["TRITON_CACHE_DIR"] = str(folder.resolve())
+    started = time.monotonic()
+    driver: Any = _Driver(_target(architecture))
+    triton.runtime.driver.set_active(driver)
+    errors = compile_together(calls(architecture))
+    if errors:
+        raise SystemExit(f"gpu.py: {len(errors)} steps failed: {errors[0]!r}") from errors[0]
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(
+        f"{compiled_kernels(folder)} kernels for {architecture}, {size / 1e6:.1f} MB, "
+        f"{time.monotonic() - started:.0f} s, with Triton {triton.__version__}"
+    )
+
+
+def compiled_kernels(folder: Path) -> int:
+    """Return the number of kernels in a folder of compiled kernels."""
+    return sum(1 for kind in ("cubin", "hsaco") for _ in folder.glob(f"*/*.{kind}"))
+
+
+def _target(architecture: str) -> GPUTarget:
+    if architecture.startswith("sm_"):
+        return GPUTarget("cuda", int(architecture[3:]), 32)
+    return GPUTarget("hip", architecture, 32 if architecture.startswith("gfx1") else 64)
+
+
+def calls(architecture: str) -> Iterator[Callable[[], Any]]:
+    """Yield the steps of all models that warm-ups and loads run, on tensors without memory."""
+    processors = _PROCESSORS.get(architecture, 132)
+    tiles = TILES[architecture]
+
+    def backend(**changes: Any) -> TritonBackend:
+        target = Target(architecture, processors, replace(tiles, **changes))
+        return TritonBackend(META, torch.bfloat16, target)
+
+    # Profiles, and one of the checks, run without programmatic launch.
+    for other in {tiles.programmatic_launch, False}:
+        yield from _calls_of(backend(programmatic_launch=other), MODELS)
+    # What `check_fusions` tries: norms fused for more rows.
+    limits = {"fused_qkv": 64, "fused_gate_up": 64}
+    for fused_mlp in (0, 64):
+        ops = backend(**limits, fused_mlp=fused_mlp)
+        for name in MODELS:
+            config = named_config(name)
+            model = _model(replace(config, layers=config.layers[:2]), ops)
+            yield from (partial(_step, model, ops, [1] * rows) for rows in _CHECK_ROWS)
+
+
+def _calls_of(ops: TritonBackend, models: dict[str, int]) -> Iterator[Callable[[], Any]]:
+    for name, largest in models.items():
+        config = named_config(name)
+        config = replace(config, layers=config.layers[:2])  # one of each kind
+        model = _model(config, ops)
+        sizes = {size for most in (256, largest) for size in capture_sizes(most)}
+        for rows in sizes.union(_CHECK_ROWS):
+            yield partial(_step, model, ops, [1] * rows)
+        for tokens in (1 << power for power in range(1, _MAX_TOKENS.bit_length())):
+            yield partial(_step, model, ops, [tokens])
+        yield partial(_step, model, ops, [_MAX_TOKENS // largest] * largest)
+        for rows in (1, 4, 64, largest):
+            yield partial(_sample, ops, config, rows)
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)
+
+
+def _model(config: ModelConfig, ops: TritonBackend) -> Transformer:
+    """Return the model with weights in the form that the kernels read, without memory."""
+    model = Transformer(config)
+    for parameter in model.parameters():
+        holder, shape = parameter.holder, parameter.shape
+        if isinstance(holder, Experts) and parameter.format is not None:
+            value: Any = _experts(shape, config.expert_format.name == "mxfp4", ops)
+        else:
+            dtype = torch.float32 if parameter.is_float32 else ops.dtype
+            value = _empty(*shape, dtype=dtype)
+        setattr(holder, parameter.attribute, value)
+    if config.tie_word_embeddings:
+        model.head.weight = model.embedding
+    model.prepare_rope(16, META)
+    return model
+
+
+def _experts(shape: tuple[int, ...], is_mxfp4: bool, ops: TritonBackend) -> Any:
+    if not is_mxfp4:
+        return ops.pack_experts(_empty(*shape))
+    count, outputs, inputs = shape
+    values = _empty(count, outputs, inputs // 8, dtype=torch.int32)
+    return ExpertWeights(
+        values, _empty(count, -(-inputs // 128), outputs, dtype=torch.int32), is_packed=True
+    )
+
+
+def _step(model: Transformer, ops: TritonBackend, lengths: list[int]) -> None:
+    """Run a step of sequences with these numbers of new tokens."""
+    config, tokens, rows = model.config, sum(lengths), len(lengths)
+    ids, lens = _empty(tokens, dtype=torch.int64), _empty(rows, dtype=torch.int32)
+    tables = GroupTables(_empty(rows, 512, dtype=torch.int32), ids)
+    groups = tuple(tables for _ in config.layers)
+    singles = sum(length == 1 for length in lengths)
+    starts, last = _empty(rows + 1, dtype=torch.int32), _empty(rows, dtype=torch.int64)
+    batch = ForwardBatch(ids, ids, lengths, lengths, singles, groups, last, starts, lens)
+    shape = 2, 4096, _BLOCK, config.num_kv_heads, config.head_dim
+    caches = [_empty(*shape, dtype=ops.dtype) for _ in config.layers]
+    model(ops, batch, caches, [(i, i) for i in range(len(config.layers))])
+
+
+def _sample(ops: TritonBackend, config: ModelConfig, rows: int) -> None:
+    """Sample with top-p, alone and with top-k."""
+    logits = _empty(rows, config.vocab_size, dtype=torch.float32)
+    floats, top_k = _empty(rows, dtype=torch.float32), _empty(rows, dtype=torch.int64)
+    uniform = _empty(rows, dtype=torch.float64)
+    for limit in (None, top_k):
+        ops.sample(logits, floats, limit, floats, uniform)
