@@ -436,6 +436,55 @@ def test_every_operation_with_a_check_can_be_replaced_by_torch() -> None:
     assert all(hasattr(Backend, name) for name in operations)
 
 
+def compile_one_step(folder: Path, *changes: str) -> str:
+    """Compile the first step for an H200 in a new process; return what it prints."""
+    pytest.importorskip("triton")
+    code = [
+        "import itertools, pathlib",
+        "from dataclasses import replace",
+        "from benchmarks.gpu_sections import triton_cache as cache",
+        "calls = cache.calls",
+        "cache.calls = lambda name: itertools.islice(calls(name), 1)",
+        *changes,
+        f"cache.compile_for('sm_90', pathlib.Path({str(folder)!r}))",
+    ]
+    run = subprocess.run(
+        [sys.executable, "-c", "\n".join(code)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_kernels_are_compiled_without_a_gpu_into_a_folder_that_other_processes_use(
+    tmp_path: Path,
+) -> None:
+    """A kernel is found again unless its source, arguments or options change."""
+    first = compile_one_step(tmp_path)
+    kernels = {path.parent.name for path in tmp_path.glob("*/*.cubin")}
+    assert first.startswith(f"{len(kernels)} kernels for sm_90, ")
+    names = {path.stem for path in tmp_path.glob("*/*.cubin")}
+    assert {"decode_attention", "experts_gate_up", "experts_down"} <= names
+    compile_one_step(tmp_path)
+    assert {path.parent.name for path in tmp_path.glob("*/*.cubin")} == kernels
+    tiles = "cache.TILES['sm_90']"
+    compile_one_step(tmp_path, f"{tiles} = replace({tiles}, decode=replace({tiles}.decode, n=32))")
+    new = [path for path in tmp_path.glob("*/*.cubin") if path.parent.name not in kernels]
+    assert {path.stem for path in new} == {"decode_attention"}
+
+
+def test_kernels_of_an_unknown_architecture_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    run = subprocess.run(
+        [sys.executable, "benchmarks/gpu.py", "--compile-for", "sm_12", str(tmp_path / "new")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    assert run.stderr.startswith("gpu.py: unknown architecture sm_12; known: sm_80, ")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.skipif(find_spec("nvidia") is not None, reason="torch is built for CUDA")
 def test_the_null_gpu_names_its_missing_requirements() -> None:
     result = subprocess.run(

@@ -95,15 +95,6 @@ def experts_of(
     )
 
 
-def sampling_arguments(rows: int, vocab: int) -> list[Any]:
-    """Return arguments of `Backend.sample`, with various top-k and small and large top-p."""
-    logits = rand(rows, vocab, dtype=torch.float32) * torch.linspace(0.5, 4, rows).to(CUDA)[:, None]
-    row = torch.arange(rows, device=CUDA)
-    uniform = torch.rand(rows, dtype=torch.float64, device=CUDA)
-    top_p = torch.where(row % 5 == 4, 1.0, 0.5 + 0.09 * (row % 5))
-    return [logits, torch.full((rows,), 0.8, device=CUDA), row % 3 * 40, top_p, uniform]
-
-
 def random_layer(name: str) -> Layer:
     """Return the first layer of a well-known dense model with random bf16 weights on the GPU."""
     config = named_config(name)

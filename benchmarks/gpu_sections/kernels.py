@@ -7,15 +7,17 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_sections.inputs import (
+    CUDA,
     GPT_OSS,
     experts_of,
     kernels,
     paged_batch,
     rand,
     random_mxfp4,
-    sampling_arguments,
 )
 from benchmarks.gpu_sections.measure import Limits, Row, seconds_of
+from model.checks import cases
+from model.cost.known_models import named_config
 from model.ops.backend import Backend
 from model.ops.specs import AttentionSpec, Experts, RouterSpec
 
@@ -87,16 +89,13 @@ def experts_call(ops: Backend, experts: Experts, tokens: int) -> tuple[Callable[
 
 
 def time_sampling(limits: Limits) -> Iterator[Row]:
-    """Time top-k and top-p over gpt-oss's vocabulary, compared with a sort, which they avoid."""
-    ops = kernels()
-    for rows in (1, 32, 256):
-        logits, temperature, top_k, top_p, uniform = sampling_arguments(rows, 201_088)
-        calls: dict[str, Callable[[], Any]] = {
-            "top-p": partial(ops.sample, logits, temperature, None, top_p, uniform),
-            "top-k and top-p": partial(ops.sample, logits, temperature, top_k, top_p, uniform),
-            "torch.sort alone": partial(torch.sort, logits, descending=True, stable=True),
-        }
-        for title, call in calls.items():
-            spent = seconds_of(call)
-            share = logits.nbytes / spent / limits.copy  # of the time to read the logits once
-            yield Row(f"sampling {rows} rows: {title}", spent * 1e6, "us", share, "copy")
+    """Time sampling over gpt-oss's vocabulary, compared with a sort, which it avoids."""
+    config, ops = named_config("gpt-oss-20b"), kernels()
+    for case in cases(config, CUDA, ops.dtype, operations=("sample", "argmax")):
+        if case.is_timed or case.op == "argmax":
+            spent = seconds_of(case.prepare(ops))
+            share = case.bytes / spent / limits.copy
+            yield Row(str(case), spent * 1e6, "us", share, "copy")
+    logits = rand(64, config.vocab_size, dtype=torch.float32)
+    spent = seconds_of(partial(torch.sort, logits, descending=True, stable=True))
+    yield Row("torch.sort, 64 rows", spent * 1e6, "us", logits.nbytes / spent / limits.copy, "copy")

@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 
 from benchmarks.gpu_sections.compile_ahead import compile_together
 from engine.execution.decode_graphs import capture_sizes
+from model.checks import FULL, cases
 from model.config import ModelConfig
 from model.cost.known_models import named_config
 from model.ops.forward_batch import ForwardBatch, GroupTables
@@ -34,6 +35,7 @@ MODELS = {"gpt-oss-20b": 1024, "qwen3-0.6b": 256, "llama-3.1-8b": 256, "qwen2-0.
 _MAX_TOKENS = 8192  # of a step
 _PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 _BLOCK = 16
+_SMALL = ("embed", "rotate_and_write", "activate", "argmax", "top_tokens", "sample")
 _CHECK_ROWS = (1, 3, 33, 64)  # of the cases of model.checks
 
 
@@ -106,6 +108,7 @@ def calls(architecture: str) -> Iterator[Callable[[], Any]]:
             config = named_config(name)
             model = _model(replace(config, layers=config.layers[:2]), ops)
             yield from (partial(_step, model, ops, [1] * rows) for rows in _CHECK_ROWS)
+    yield from _small_calls(architecture)
 
 
 def _calls_of(ops: TritonBackend, models: dict[str, int]) -> Iterator[Callable[[], Any]]:
@@ -119,8 +122,6 @@ def _calls_of(ops: TritonBackend, models: dict[str, int]) -> Iterator[Callable[[
         for tokens in (1 << power for power in range(1, _MAX_TOKENS.bit_length())):
             yield partial(_step, model, ops, [tokens])
         yield partial(_step, model, ops, [_MAX_TOKENS // largest] * largest)
-        for rows in (1, 4, 64, largest):
-            yield partial(_sample, ops, config, rows)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -168,10 +169,10 @@ def _step(model: Transformer, ops: TritonBackend, lengths: list[int]) -> None:
     model(ops, batch, caches, [(i, i) for i in range(len(config.layers))])
 
 
-def _sample(ops: TritonBackend, config: ModelConfig, rows: int) -> None:
-    """Sample with top-p, alone and with top-k."""
-    logits = _empty(rows, config.vocab_size, dtype=torch.float32)
-    floats, top_k = _empty(rows, dtype=torch.float32), _empty(rows, dtype=torch.int64)
-    uniform = _empty(rows, dtype=torch.float64)
-    for limit in (None, top_k):
-        ops.sample(logits, floats, limit, floats, uniform)
+def _small_calls(architecture: str) -> Iterator[Callable[[], Any]]:
+    """Yield the cases of operations whose inputs are small enough for a CPU."""
+    target = Target(architecture, 132, TILES[architecture])
+    ops = TritonBackend(torch.device("cpu"), torch.bfloat16, target)
+    for name in MODELS:
+        for case in cases(named_config(name), ops.device, ops.dtype, operations=_SMALL, size=FULL):
+            yield case.prepare(ops)
