@@ -158,6 +158,10 @@ FULL: dict[str, Section] = {
     "sanitizer": Section(
         _of("sanitizer", "sanitize"), 40, "compute-sanitizer, if installed", False
     ),
+    "parity": Section(
+        _check("check_parity_others", "model_checks"), 40, "tiny models of other families", False,
+        _PARITY,
+    ),
     "gpt-oss": Section(
         _load("gpt-oss-20b", "gpt-oss-20b 14/991 × 4096", ("equal_load", 4096, 14, 991), 12, 1024,
               _COURSE, running=True),

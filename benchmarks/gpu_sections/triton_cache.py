@@ -22,6 +22,7 @@ from engine.execution.decode_graphs import capture_sizes
 from model.checks import FULL, cases
 from model.config import ModelConfig
 from model.cost.known_models import named_config
+from model.families import parse_config
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.specs import Experts
 from model.ops.triton.backend import TritonBackend
@@ -36,6 +37,7 @@ _MAX_TOKENS = 8192  # of a step
 _PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 _BLOCK = 16
 _SMALL = ("embed", "rotate_and_write", "activate", "argmax", "top_tokens", "sample")
+_IS_MXFP4 = {"quantization_config": {"quant_method": "mxfp4"}}
 _CHECK_ROWS = (1, 3, 33, 64)  # of the cases of model.checks
 
 
@@ -109,6 +111,7 @@ def calls(architecture: str) -> Iterator[Callable[[], Any]]:
             model = _model(replace(config, layers=config.layers[:2]), ops)
             yield from (partial(_step, model, ops, [1] * rows) for rows in _CHECK_ROWS)
     yield from _small_calls(architecture)
+    yield from _tiny_calls(architecture)
 
 
 def _calls_of(ops: TritonBackend, models: dict[str, int]) -> Iterator[Callable[[], Any]]:
@@ -147,7 +150,7 @@ def _model(config: ModelConfig, ops: TritonBackend) -> Transformer:
 
 def _experts(shape: tuple[int, ...], is_mxfp4: bool, ops: TritonBackend) -> Any:
     if not is_mxfp4:
-        return ops.pack_experts(_empty(*shape))
+        return ops.pack_experts(_empty(*shape, dtype=ops.dtype))
     count, outputs, inputs = shape
     values = _empty(count, outputs, inputs // 8, dtype=torch.int32)
     return ExpertWeights(
@@ -160,6 +163,7 @@ def _step(model: Transformer, ops: TritonBackend, lengths: list[int]) -> None:
     config, tokens, rows = model.config, sum(lengths), len(lengths)
     ids, lens = _empty(tokens, dtype=torch.int64), _empty(rows, dtype=torch.int32)
     tables = GroupTables(_empty(rows, 512, dtype=torch.int32), ids)
+    # Each layer has its own group here, which makes no difference to kernels.
     groups = tuple(tables for _ in config.layers)
     singles = sum(length == 1 for length in lengths)
     starts, last = _empty(rows + 1, dtype=torch.int32), _empty(rows, dtype=torch.int64)
@@ -167,6 +171,22 @@ def _step(model: Transformer, ops: TritonBackend, lengths: list[int]) -> None:
     shape = 2, 4096, _BLOCK, config.num_kv_heads, config.head_dim
     caches = [_empty(*shape, dtype=ops.dtype) for _ in config.layers]
     model(ops, batch, caches, [(i, i) for i in range(len(config.layers))])
+
+
+def _tiny_calls(architecture: str) -> Iterator[Callable[[], Any]]:
+    """Yield the steps of the tiny models that are compared with the CPU, in float32."""
+    from tests.checkpoints import FAMILIES
+
+    target = Target(architecture, 132, TILES[architecture])
+    ops = TritonBackend(META, torch.float32, target)
+    packed = FAMILIES["gpt_oss-wide"]().to_dict() | _IS_MXFP4
+    families = {name: make().to_dict() for name, make in FAMILIES.items()} | {"mxfp4": packed}
+    for name, given in families.items():
+        model = _model(parse_config(given, name), ops)
+        for rows in (1, 2, 4):
+            yield partial(_step, model, ops, [1] * rows)
+        for tokens in (1 << power for power in range(1, 10)):
+            yield partial(_step, model, ops, [tokens])
 
 
 def _small_calls(architecture: str) -> Iterator[Callable[[], Any]]:
