@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.gpu_sections.compile_ahead import compile_together
 from benchmarks.gpu_sections.inputs import fused, kernels, paged_batch, rand, random_layer
-from benchmarks.gpu_sections.kernels import experts_call, random_experts
+from benchmarks.gpu_sections.kernels import ATTENTION_SHAPES, experts_call, random_experts
 from benchmarks.gpu_sections.measure import Limits, Row, seconds_of
 from benchmarks.gpu_sections.switches import layer_products
 from model.ops.backend import Backend
@@ -59,11 +59,8 @@ def with_tile(field: str, tile: Any) -> Backend:
 def sweep_decode(limits: Limits) -> Iterator[Row]:
     """Sweep the tiles of attention of single tokens."""
     own = kernels().target.tiles.decode
-    for heads, kv_heads, dim, rows, context in (
-        (64, 8, 64, 256, 1000),
-        (16, 8, 128, 256, 1000),
-        (32, 8, 128, 1, 32_000),
-    ):
+    rows, context = 256, 1000
+    for heads, kv_heads, dim in ATTENTION_SHAPES[:2]:
         batch, group, blocks = paged_batch([(1, context)] * rows)
         kv = rand(2, blocks, 16, kv_heads, dim, dtype=torch.bfloat16)
         query, spec = rand(rows, heads, dim, dtype=torch.bfloat16), AttentionSpec(dim**-0.5, None)
