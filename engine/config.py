@@ -28,6 +28,7 @@ class EngineConfig:
     prefix_cache: bool = True  # reuse the KV of common prompt prefixes
     dummy_weights: bool = False  # random weights: only config.json is read
     tensor_parallel: int = 1  # ranks (processes) that the model is split over
+    trust_kernels: bool = False  # on a GPU, use the kernels of the table without checking them
 
     def __post_init__(self) -> None:
         """Check every setting that can be checked without the checkpoint and the hardware."""

@@ -2,9 +2,10 @@
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -13,6 +14,7 @@ from engine.config import EngineConfig
 from engine.errors import EngineError
 from engine.execution.decode_graphs import Capture, gpu_capture
 from engine.execution.model_runner import ModelRunner
+from engine.kernels import choose_kernels, described
 from engine.memory_plan import (
     BlockCost,
     MemoryPlan,
@@ -33,6 +35,7 @@ from engine.stats import EngineStats
 from engine.step_loop import StepLoop
 from engine.summary import RunSummary, peak_resident_bytes
 from model import load_config
+from model.checks.prove import Kernels
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +80,6 @@ class Engine:
         self.settings = settings = resolve(config, self.model_config)
         self.device, self.dtype = settings.device, settings.dtype
         self.held_config, self.tensor_parallel = settings.model, settings.tensor_parallel
-        self.rounding = rounding(self.device, self.dtype, self.tensor_parallel)
         self.max_batch_size = settings.max_batch_size
         self.max_batch_tokens = settings.max_batch_tokens
         self.max_positions = self.model_config.max_positions  # less if the KV cache is smaller
@@ -87,6 +89,7 @@ class Engine:
         self.lookahead = 0 if settings.on_cpu else 1  # see StepLoop
         self.group_size = 0 if settings.on_cpu else _GPU_GROUP_SIZE  # see Scheduler
         self.make_capture = None if settings.on_cpu else gpu_capture
+        self.checks_kernels = not settings.on_cpu and not config.trust_kernels
         self.workers = workers or WorkerPool(self.tensor_parallel)
         self._keep_workers = workers is not None
         self.runner = (
@@ -94,6 +97,7 @@ class Engine:
             if self.tensor_parallel > 1
             else ModelRunner(self.model_config, self.device, self.dtype)
         )
+        self._kernels: Kernels | None = None
         self._steps: StepLoop | None = None
         self._generating = False
         # The iterators that `generate` has returned and that still exist.
@@ -114,6 +118,33 @@ class Engine:
             raise RuntimeError("the engine is not warmed up: call warm_up() first")
         return self._steps
 
+    def choose_kernels(
+        self, preferred: Mapping[str, Any] | None = None, expected_s: float | None = None
+    ) -> None:
+        """Check the kernels on this device, once; later calls change nothing. `warm_up` calls it.
+
+        preferred: the choices of an earlier part of the same job, to continue it with the same
+        rounding; None: there is none. expected_s: how long the requests will take, which decides
+        whether candidates are also timed; None: not known, so they are not.
+        """
+        if self._kernels is None:
+            start = time.perf_counter()
+            self._kernels = choose_kernels(self, preferred, expected_s)
+            self.stats.check_s += time.perf_counter() - start
+
+    @property
+    def kernels(self) -> Kernels:
+        """The kernels that are not the table's, from `choose_kernels`."""
+        self.choose_kernels()
+        assert self._kernels is not None
+        return self._kernels
+
+    @property
+    def rounding(self) -> dict[str, Any]:
+        """What the rounding of results depends on besides checkpoint and dtype, as JSON values."""
+        choices = self.kernels.choices
+        return rounding(self.device, self.dtype, self.tensor_parallel, choices)
+
     def warm_up(self) -> None:
         """Load the weights, then size the KV cache from the memory that is left and allocate it.
 
@@ -125,6 +156,7 @@ class Engine:
         if self.device.type == "cuda" and self.device.index is not None:
             # Streams, graphs and kernels belong to the current device.
             torch.cuda.set_device(self.device)
+        self.choose_kernels()
         start = time.perf_counter()
         if not self.config.dummy_weights:
             self.runner.check(self.checkpoint)  # first: memory is calculated from the config
@@ -135,6 +167,8 @@ class Engine:
             _gpu_engines.add(self)
         try:
             self._set_threads()
+            if self.kernels.choices:
+                self.runner.set_kernels(self.kernels.choices)
             check_before_loading(plan, cost, self.settings, self._available())
             loading = time.perf_counter()
             self.runner.load(self.checkpoint, self.config.dummy_weights)
@@ -315,4 +349,5 @@ class Engine:
             stats=self.stats,
             peak_memory_bytes=peak_resident_bytes(),
             peak_gpu_memory_bytes=torch.cuda.max_memory_allocated(self.device) if on_gpu else None,
+            kernels=described(self.runner.backend, self.kernels),
         )

@@ -1,6 +1,7 @@
 """EngineConfig → Settings: the device, the dtype and the limits of a run on this machine."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,8 +82,17 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def rounding(device: torch.device, dtype: torch.dtype, tensor_parallel: int) -> dict[str, Any]:
-    """What the rounding of results depends on besides checkpoint and dtype, as JSON values."""
+KERNEL_CHOICES = "kernel choices"
+"""The key in `rounding` of the choices of kernels that are not the table's."""
+
+
+def rounding(
+    device: torch.device, dtype: torch.dtype, tensor_parallel: int, choices: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the rounding of results depends on besides checkpoint and dtype, as JSON values.
+
+    choices: kernels that are not the table's, by operation.
+    """
     torch_version = str(torch.__version__)
     if device.type == "cpu":
         torch_version += f", {torch.backends.cpu.get_cpu_capability()}"
@@ -90,6 +100,7 @@ def rounding(device: torch.device, dtype: torch.dtype, tensor_parallel: int) -> 
         "kernels": choose_backend(device, dtype).kernels(hardware_name(device)),
         "torch": torch_version,
         "tensor_parallel": tensor_parallel,
+        **({KERNEL_CHOICES: dict(choices)} if choices else {}),
     }
 
 

@@ -34,6 +34,7 @@ class EngineStats:
     schedule_s: float = 0.0
     model_s: float = 0.0  # launching and waiting for steps, sampling included
     warm_up_s: float = 0.0  # includes load_s, compile_s and capture_s
+    check_s: float = 0.0  # checking and timing kernels, before warm-up
     load_s: float = 0.0  # reading the weights onto the device
     compile_s: float = 0.0  # first runs of steps, which compile the GPU's kernels
     capture_s: float = 0.0  # capturing decode steps as graphs, without compiling

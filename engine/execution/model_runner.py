@@ -5,6 +5,7 @@ from array import array
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,6 +63,10 @@ class ModelRunner:
     def captured(self) -> bool:
         """Whether decode steps are replayed."""
         return self._graphs is not None
+
+    def set_kernels(self, choices: Mapping[str, Any]) -> None:
+        """Use these kernels instead of the table's, by operation; call it before `load`."""
+        self.backend = self.backend.with_choices(choices)
 
     def check(self, checkpoint: Path) -> None:
         """Raise CheckpointError if the stored weights are not those of the config."""

@@ -39,6 +39,10 @@ class CoordinatorRunner(ModelRunner):
         args = (str(checkpoint), dtype_name(self.dtype), threads)
         self._workers.call("make_runner", args, lambda: None)
 
+    def set_kernels(self, choices: Mapping[str, Any]) -> None:
+        """ModelRunner.set_kernels on every rank."""
+        self._on_all("set_kernels", choices)
+
     def load(self, checkpoint: Path, dummy: bool) -> None:
         """ModelRunner.load on every rank."""
         self._on_all("load", checkpoint, dummy)

@@ -258,6 +258,11 @@ _ALL: tuple[Decorator, ...] = (
         is_flag=True,
         help="Use random weights; no *.safetensors file is needed.",
     ),
+    _engine(
+        "--trust-kernels",
+        is_flag=True,
+        help="On a GPU, neither check kernels on first use nor measure which are fastest.",
+    ),
     _replicas(
         "--replicas",
         type=Replicas(),

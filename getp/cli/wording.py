@@ -15,6 +15,7 @@ _OPTIONS = {
     "block_size": "--block-size",
     "prefix_cache": "--no-prefix-cache",
     "dummy_weights": "--dummy-weights",
+    "trust_kernels": "--trust-kernels",
     "tensor_parallel": "--tensor-parallel",
     # engine.SamplingParams
     "temperature": "-t/--temperature",

@@ -18,7 +18,7 @@ import torch
 
 from engine import Completion, Engine, EngineConfig, EngineError, EngineStats, Request, RunSummary
 from engine.request import numbered
-from engine.resolve import choose_dtype, dtype_name, held_config
+from engine.resolve import KERNEL_CHOICES, choose_dtype, dtype_name, held_config
 from engine.summary import peak_resident_bytes
 from getp import __version__, fingerprint
 from getp.cluster.dispatcher import Dispatcher, collect_delay_s, max_in_flight
@@ -78,6 +78,7 @@ class Cluster:
         self._dispatcher: Dispatcher[Request] = Dispatcher()
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._accept_different_rounding = accept_different_rounding
+        self._kernel_request: tuple[Mapping[str, Any] | None, float | None] = None, None
         self._running = False
         self._inference_s = 0.0  # in `generate`
         self._last_notice = 0.0  # time of the last message on missing replicas
@@ -87,13 +88,17 @@ class Cluster:
         """Return the counters of all replicas together; seconds are means over the replicas."""
         return merged_stats(self.replicas)
 
+    def choose_kernels(self, preferred: Mapping[str, Any] | None, expected_s: float | None) -> None:
+        """Let the first replica choose the kernels of all; call it before reading `rounding`."""
+        self._kernel_request = preferred, expected_s
+
     @cached_property
     def rounding(self) -> Mapping[str, Any]:
         """Return the rounding of the first replica; the processes of all are started for it."""
         for replica in self.replicas:
             self._start_process(replica)
         self._last_notice = time.monotonic()
-        answer = self.replicas[0].actor.rounding.remote()
+        answer = self.replicas[0].actor.rounding.remote(*self._kernel_request)
         return cast(Mapping[str, Any], self._session.result(answer, self._report_missing))
 
     def summary(self) -> RunSummary:
@@ -189,7 +194,8 @@ class Cluster:
         replica.generation += 1
         replica.ready = False
         self._start_process(replica)
-        self._call(replica, replica.actor.start.remote(), self._handle_start)
+        kernels = self.rounding.get(KERNEL_CHOICES, {})
+        self._call(replica, replica.actor.start.remote(kernels), self._handle_start)
 
     def _start_process(self, replica: ReplicaState) -> None:
         if replica.actor is None:

@@ -103,12 +103,19 @@ class Replica:
             )
         return setup.make_engine(setup.checkpoint, setup.config, notice=self._notices.append)
 
-    def rounding(self) -> Mapping[str, Any]:
-        """Return the rounding of the engine. Raises as `start`."""
+    def rounding(
+        self, preferred: Mapping[str, Any] | None, expected_s: float | None
+    ) -> Mapping[str, Any]:
+        """Choose the kernels, as Engine.choose_kernels; return the rounding. Raises as `start`."""
+        self._engine.choose_kernels(preferred, expected_s)
         return self._engine.rounding
 
-    def start(self) -> StartReport:
-        """Create the engine and warm it up. Raises the errors of the engine, and GetpError."""
+    def start(self, kernels: Mapping[str, Any]) -> StartReport:
+        """Create the engine and warm it up. Raises the errors of the engine, and GetpError.
+
+        kernels: the choices of the first replica, so that all replicas round alike.
+        """
+        self._engine.choose_kernels(kernels)
         self._engine.warm_up()
         threading.Thread(target=self._run, daemon=True).start()
         summary = self._engine.summary()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from engine.resolve import dtype_name
+from engine.resolve import KERNEL_CHOICES, dtype_name
 from getp import __version__
 from getp.defaults import describe
 from getp.errors import NameOf
@@ -17,7 +17,7 @@ from getp.job.formats import output_format
 from getp.job.inputs import Source, scan
 from getp.job.job_engine import JobEngine
 from getp.job.journal import Journal
-from getp.job.journal_header import ROUNDING, Header
+from getp.job.journal_header import ROUNDING, Header, noted_rounding
 from getp.job.ordering import Schedule
 from getp.job.request_reader import RequestDefaults
 from getp.ownership import errors_path, remove_leftovers
@@ -46,6 +46,7 @@ class Job:
     grace_s: float = 10.0
     max_errors: int | None = None
     schedule: Schedule = "throughput"
+    expected_s: float | None = None  # how long the whole job will take; None: not known
     name_of: NameOf = str  # how messages name settings
 
     @property
@@ -93,7 +94,14 @@ def _announce_replacements(job: Job, source: Source) -> None:
 
 
 def open_journal(job: Job, source: Source, engine: JobEngine) -> Journal:
-    """Open the journal beside the output; a temporary one if the output is not a regular file."""
+    """Open the journal beside the output; a temporary one if the output is not a regular file.
+
+    The kernels are chosen first, since rounding depends on them: those of the journal if there is
+    one, so that the rest of the job rounds like its first part.
+    """
+    earlier = None if is_stream(job.output) or job.restart else noted_rounding(job.journal_path)
+    preferred = None if earlier is None else earlier.get(KERNEL_CHOICES, {})
+    engine.choose_kernels(preferred, job.expected_s)
     header = {
         "fingerprint": _fingerprint(job, source, engine),
         "seed": job.defaults.params.seed,

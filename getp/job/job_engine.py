@@ -24,6 +24,9 @@ class JobEngine(Protocol):
     def dtype(self) -> torch.dtype:
         """Return the compute dtype."""
 
+    def choose_kernels(self, preferred: Mapping[str, Any] | None, expected_s: float | None) -> None:
+        """Choose the kernels, those of an earlier part of the job if possible; see Engine."""
+
     @property
     def rounding(self) -> Mapping[str, Any]:
         """Return what the rounding of results depends on besides checkpoint and dtype."""

@@ -1,12 +1,14 @@
 """The header of a journal: its first line, which identifies the job that the journal belongs to."""
 
 import json
+import os
 import zlib
 from collections.abc import Mapping
 from typing import Any
 
 from getp import fingerprint
 from getp.errors import GetpError
+from getp.files import MAX_LINE_BYTES
 
 Header = dict[str, Any]
 """The "fingerprint" and the values that a resumed job keeps."""
@@ -42,6 +44,19 @@ def read_header(line: bytes) -> Header | None:
     if isinstance(found, dict) and isinstance(found.get("fingerprint"), dict):
         return found
     return None
+
+
+def noted_rounding(path: str) -> dict[str, Any] | None:
+    """Return what a journal at this path says of its rounding; None if there is no journal."""
+    if not os.path.isfile(path):
+        return None
+    try:
+        with open(path, "rb") as file:
+            header = read_header(file.readline(MAX_LINE_BYTES))
+    except OSError:
+        return None  # opening the journal says why
+    found = None if header is None else header.get(ROUNDING, {})
+    return found if isinstance(found, dict) else None
 
 
 def comparable(fingerprint: Mapping[str, Any]) -> dict[str, Any]:

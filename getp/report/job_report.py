@@ -29,6 +29,7 @@ def job_report(measured: Measurements, run: RunSummary, checkpoint: str) -> Repo
         "replicas": replicas or None,
         "tensor_parallel": run.tensor_parallel,
         "dtype": run.dtype,
+        "kernels": list(run.kernels),
         "versions": {
             "getp": __version__,
             "python": platform.python_version(),
@@ -43,6 +44,7 @@ def job_report(measured: Measurements, run: RunSummary, checkpoint: str) -> Repo
         "cached_tokens": measured.cached_tokens,
         "output_tokens": measured.output_tokens,
         "warm_up_s": measured.warm_up_s,
+        "check_s": stats.check_s,
         "load_s": stats.load_s,
         "compile_s": stats.compile_s,
         "capture_s": stats.capture_s,

@@ -56,11 +56,17 @@ def _answer(r: Report, details: bool) -> list[tuple[str, str]]:
         *_efficiency(r, details),
         *_replicas(r),
         ("device", f"{r['device']}{ranks}, {r['dtype']}"),
+        *([("kernels", "\n".join(map(escape, r["kernels"])))] if r["kernels"] else []),
     ]
 
 
 def _details(r: Report) -> list[tuple[str, str]]:
-    parts = {"load": r["load_s"], "compile": r["compile_s"], "capture": r["capture_s"]}
+    parts = {
+        "check of kernels": r["check_s"],
+        "load": r["load_s"],
+        "compile": r["compile_s"],
+        "capture": r["capture_s"],
+    }
     peak = memory(r["peak_memory_bytes"])
     if r["peak_gpu_memory_bytes"] is not None:
         peak += f", on the GPU {memory(r['peak_gpu_memory_bytes'])}"

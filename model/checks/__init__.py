@@ -5,8 +5,18 @@ those of the plain-torch `Backend` on the same device. `prove` uses both to deci
 engine runs with. Nothing here loads a checkpoint: weights are random.
 """
 
-from model.checks.case import Case, problem, reference_of
+from model.checks.case import Case, ReferenceFailedError, problem, reference_of
 from model.checks.cases import OPERATIONS, cases
 from model.checks.inputs import FULL, SMALL, Size
 
-__all__ = ["FULL", "OPERATIONS", "SMALL", "Case", "Size", "cases", "problem", "reference_of"]
+__all__ = [
+    "FULL",
+    "OPERATIONS",
+    "SMALL",
+    "Case",
+    "ReferenceFailedError",
+    "Size",
+    "cases",
+    "problem",
+    "reference_of",
+]

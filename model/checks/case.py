@@ -4,16 +4,23 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from model.ops.backend import Backend
 
 Tensors = tuple[torch.Tensor, ...]
+Capture = Callable[[Callable[[], Any]], Callable[[], Any]]
+"""Captures a call, on a GPU as a graph, and returns its replay, which returns the same tensors."""
 
 # Largest error relative to the largest expected value. Products of 16-bit inputs are compared with
 # a float32 reference on the same inputs, so only roundings within an operation count.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+class ReferenceFailedError(Exception):
+    """Plain torch itself fails on this device, so that nothing can be said about kernels."""
 
 
 @dataclass(frozen=True)
@@ -45,27 +52,52 @@ def reference_of(backend: Backend) -> Backend:
     return Backend(backend.device, torch.float32)
 
 
-def problem(case: Case, backend: Backend, reference: Backend) -> str | None:
+def problem(
+    case: Case, backend: Backend, reference: Backend, capture: Capture | None = None
+) -> str | None:
     """Return what is wrong with a backend's results of a case; None if nothing is.
 
-    reference: a plain-torch Backend, see `reference_of`. New memory is filled with NaN, so that a
-    value that a kernel does not write is found. An exception is a problem, too, except that
-    torch.OutOfMemoryError is raised: it says nothing about a kernel.
+    reference: a plain-torch Backend, see `reference_of`. capture: also capture the call and compare
+    the results of its replay. New memory is filled with NaN, so that a value that a kernel does not
+    write is found. An exception is a problem, too. Raises ReferenceFailedError, and
+    torch.OutOfMemoryError, which says nothing about a kernel.
     """
-    expected = case.run(reference)
+    expected = _expected(case, reference)
     try:
         call = case.prepare(backend)
         with new_memory_is_nan():
             found = call()
-        return compare(found, expected, backend.dtype)
+        wrong = compare(found, expected, backend.dtype)
+        if wrong is None and capture is not None:
+            wrong = compare(capture(call)(), expected, backend.dtype)
+            wrong = wrong and f"replayed: {wrong}"
+        return wrong
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         return error_text(error)
 
 
+def _expected(case: Case, reference: Backend) -> Tensors:
+    """Return the results of the reference. Raises ReferenceFailedError if they cannot be right."""
+    try:
+        expected = case.run(reference)
+        is_finite = all(
+            not one.is_floating_point() or bool(one.isfinite().all()) for one in expected
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ReferenceFailedError(f"{case}: plain torch fails: {error_text(error)}") from error
+    if not is_finite:
+        raise ReferenceFailedError(f"{case}: plain torch gives values that are not finite")
+    return expected
+
+
 def error_text(error: BaseException) -> str:
     """Return the type of an error and the start of its message, in one line."""
+    # torch raises again, without the cause, when a failed capture ends.
+    error = error.__context__ or error
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}".removesuffix(": ")
 
@@ -86,8 +118,6 @@ def compare(found: Tensors, expected: Tensors, dtype: torch.dtype) -> str | None
                 return f"{name}: {different} of {want.numel()} values differ"
             continue
         want = want.float()
-        if not want.isfinite().all():
-            raise ValueError(f"{name}: the reference itself has values that are not finite")
         error = (one.float() - want).abs().max() if want.numel() else want.new_zeros(())
         if not error.isfinite():
             return f"{name} has values that are not finite"
@@ -105,10 +135,13 @@ def new_memory_is_nan() -> Iterator[None]:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # The function that `torch.use_deterministic_algorithms` calls, which first imports torch's
+    # compiler: that takes seconds.
+    set_deterministic = torch._C._set_deterministic_algorithms
+    set_deterministic(True, warn_only=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of operations that are not deterministic
             yield
     finally:
-        torch.use_deterministic_algorithms(before, warn_only=warns)
+        set_deterministic(before, warn_only=warns)

@@ -4,7 +4,6 @@ The only module of the cost model that imports torch.
 """
 
 import datetime
-import json
 import os
 import platform
 import time
@@ -20,7 +19,9 @@ from model.cost.devices import Device, device_of_driver
 from model.formats import DENSE
 from model.ops.backend import choose_backend
 from model.ops.specs import Linear
+from model.user_cache import read_object, write_object
 
+_CACHE = "hardware.json"
 _LONG_ENOUGH_S = 0.05  # longer products have a negligible start-up time
 _SMALLEST_PRODUCT, _BIGGEST_PRODUCT = 256, 8192
 _RUNS_KEY = "runs"  # in the cache, beside the machines
@@ -181,6 +182,14 @@ def _read_rate(target: torch.device) -> float:
     return values.numel() * 4 / _best(values.sum, target)
 
 
+def copy_rate(target: torch.device) -> float:
+    """Return the bytes per second, read plus written, of a copy larger than any cache."""
+    size = 1 << 30 if target.type == "cuda" else 1 << 28
+    source = torch.zeros(size, dtype=torch.uint8, device=target)
+    copied = torch.empty_like(source)
+    return 2 * size / _best(lambda: copied.copy_(source), target)
+
+
 def _launch_time(target: torch.device, launches: int = 1000) -> float:
     """Return the seconds per launch of a minimal operation."""
     value = torch.zeros(1, device=target)
@@ -225,27 +234,11 @@ def _parse(entry: Any, hardware: str) -> Measured | None:
         return None
 
 
-def _cache_file() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "getp" / "hardware.json"
-
-
 def read_cache() -> dict[str, Any]:
     """Return the cache; empty if there is none or it is damaged."""
-    try:
-        found = json.loads(_cache_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return read_object(_CACHE)
 
 
 def write_cache(cache: dict[str, Any]) -> None:
     """Write the cache if possible; without it the next run measures again."""
-    file = _cache_file()
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(cache, indent=2), encoding="utf-8")
-        os.replace(temporary, file)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+    write_object(_CACHE, cache)

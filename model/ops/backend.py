@@ -6,7 +6,7 @@ storage layouts for which they have faster kernels. A fused operation is a metho
 its base form runs the steps one after the other.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -45,6 +45,26 @@ class Backend:
         processor: its name, which also stands for what torch's libraries choose for it.
         """
         return f"torch on {processor}"
+
+    def kernel_choices(self, op: str) -> list[Any]:
+        """Return what else may serve an operation, as JSON values, the most promising first.
+
+        The last one is plain torch. Empty if the operation has no kernel that could be replaced.
+        """
+        return []
+
+    def with_choices(self, choices: Mapping[str, Any]) -> "Backend":
+        """Return this backend with the given one of `kernel_choices` for some operations.
+
+        Raises ValueError for a choice that is not known, as of another version or another backend.
+        """
+        if choices:
+            raise ValueError(f"no choice of kernels on {self.device.type}: {', '.join(choices)}")
+        return self
+
+    def describe_choice(self, op: str, choice: Any) -> str:
+        """Return a choice of an operation as a report shows it."""
+        return f"{op}: {choice}"
 
     # Storage
 

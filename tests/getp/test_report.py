@@ -23,6 +23,7 @@ REPORT: dict[str, Any] = {
     "replicas": None,
     "tensor_parallel": 1,
     "dtype": "bfloat16",
+    "kernels": [],
     "versions": {"getp": "1", "python": "2", "torch": "3"},
     "requests_resumed": 0,
     "requests_done": 5,
@@ -33,6 +34,7 @@ REPORT: dict[str, Any] = {
     "cached_tokens": 0,
     "output_tokens": 20,
     "warm_up_s": 1.5,
+    "check_s": 0.0,
     "load_s": 1.0,
     "compile_s": 0.0,
     "capture_s": 0.0,
@@ -143,3 +145,11 @@ def test_the_option_selects_the_details(tmp_path: Path, capsys: pytest.CaptureFi
 def test_the_example_in_the_readme_has_the_rows_of_the_report() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [name for name, _ in rows(text) if name] == ANSWER
+
+
+def test_kernels_are_named_only_where_they_are_not_the_tables(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert "kernels" not in printed(capsys, True)
+    named = ["experts: plain torch (instead of a wrong one: one token: it [failed])"]
+    assert printed(capsys, False, kernels=named)["kernels"] == named[0]

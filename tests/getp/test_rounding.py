@@ -180,7 +180,7 @@ def test_replicas_on_unlike_hosts_are_refused_in_16_bits_unless_accepted() -> No
 
 
 def test_rounding_names_kernels_processor_and_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = rounding(CPU, torch.float32, 2)
+    found = rounding(CPU, torch.float32, 2, {})
     assert found == json.loads(json.dumps(found))
     assert found["tensor_parallel"] == 2
     assert found["kernels"].startswith("torch on ")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model import load_config
-from model.checks import OPERATIONS, cases, problem, reference_of
+from model.checks import OPERATIONS, ReferenceFailedError, cases, problem, reference_of
 from model.checks.case import compare
 from model.ops.backend import Backend
 from model.ops.cpu.backend import CpuBackend
@@ -158,5 +158,21 @@ def test_nan_and_a_wrong_integer_are_problems() -> None:
     assert "not finite" in str(compare((nan,), (one,), torch.bfloat16))
     found = compare((torch.tensor([1, 2]),), (torch.tensor([1, 3]),), torch.float32)
     assert found == "result 0: 1 of 2 values differ"
-    with pytest.raises(ValueError, match="the reference itself"):
-        compare((one,), (nan,), torch.float32)
+
+
+def test_a_reference_that_fails_says_nothing_about_a_kernel(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    config, right = load_config(checkpoint("qwen2")), Backend(CPU, torch.float32)
+
+    class NotFinite(Backend):
+        def activate(self, gate_up: Any, activation: Any) -> torch.Tensor:
+            return gate_up * float("nan")
+
+    first = next(cases(config, CPU, torch.float32, operations=["activate"]))
+    for reference, words in (
+        (Faulty("raises"), "activate: 1 rows: plain torch fails: RuntimeError: out of resource"),
+        (NotFinite(CPU, torch.float32), "plain torch gives values that are not finite"),
+    ):
+        with pytest.raises(ReferenceFailedError, match=words):
+            problem(first, right, reference)

@@ -2,6 +2,7 @@
 
 import shlex
 from contextlib import closing
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from getp.cli import loading
@@ -11,8 +12,12 @@ from getp.errors import UsageProblem
 from getp.terminal import print_message
 
 if TYPE_CHECKING:
+    from getp.job.inputs import Source
     from getp.job.run import Job
     from tokenizer import Tokenizer
+
+
+_PROMPT_TOKENS = 64  # of a short prompt
 
 
 def run(settings: Settings) -> int:
@@ -27,12 +32,49 @@ def run(settings: Settings) -> int:
     tokenizer = loading.load_tokenizer(settings)
     job = _job(settings, tokenizer)
     source = read(job)
+    job = replace(job, expected_s=_expected_seconds(settings, job, source))
     if not source.format.has_messages and settings.prompt.chat_template is None:
         _note_unused_template(tokenizer)
     if settings.parallel.replicas is None:
         return run_job(job, source, tokenizer, loading.load_engine(settings))
     with closing(loading.load_cluster(settings)) as cluster:
         return run_job(job, source, tokenizer, cluster)
+
+
+def _expected_seconds(settings: Settings, job: "Job", source: "Source") -> float | None:
+    """Return how long the job takes on this machine's GPU as mode plan predicts it.
+
+    Prompts are not read for it: each counts as a short one, and each answer has the length limit
+    that holds where a request sets none. None on a CPU, with replicas, for a GPU that the
+    cost model does not know, and for a model that does not fit.
+    """
+    import torch
+
+    from getp.analysis import job_plan
+    from getp.analysis.lookup import find_model
+    from model.cost.devices import device_of_driver
+    from model.cost.measure import hardware_name
+
+    has_own_gpu = settings.engine.device != "cpu" and settings.parallel.replicas is None
+    if not has_own_gpu or not torch.cuda.is_available() or not source.total:
+        return None
+    device = device_of_driver(hardware_name(torch.device("cuda", torch.cuda.current_device())))
+    model = find_model(loading.checkpoint_folder(settings))
+    params = job.defaults.fill(source.format.defaults)
+    longest = min(params.max_positions or model.config.max_positions, model.config.max_positions)
+    output = max(1, min(params.max_new_tokens or longest, longest - _PROMPT_TOKENS))
+    if device is None:
+        return None
+    engine = settings.engine
+    limits = job_plan.Limits(
+        engine.max_batch_size or job_plan.Limits.max_batch_size,
+        engine.max_batch_tokens or job_plan.Limits.max_batch_tokens,
+        engine.tensor_parallel,
+    )
+    dtype = model.config.dtype if engine.dtype == "auto" else engine.dtype
+    planned = job_plan.Job([_PROMPT_TOKENS] * source.total, [output] * source.total)
+    efficiency = job_plan.efficiency_of(device, dtype, model)
+    return job_plan.predict(model, planned, device, dtype, limits, efficiency).seconds
 
 
 def _note_unused_template(tokenizer: "Tokenizer") -> None:

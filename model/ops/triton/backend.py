@@ -4,6 +4,8 @@ Dense linear layers are computed by torch (cuBLAS, hipBLASLt) except for few row
 keep torch's layout.
 """
 
+from collections.abc import Mapping
+from types import MethodType
 from typing import Any
 
 import torch
@@ -22,9 +24,9 @@ from model.ops.specs import (
     RouterSpec,
 )
 from model.ops.triton.attention import attention
-from model.ops.triton.embedding import embed
 from model.ops.triton.experts import experts as grouped_experts
 from model.ops.triton.fused import norm_mlp, norm_qkv
+from model.ops.triton.kernels.embedding import embed
 from model.ops.triton.linear import float32_product, is_one_row, norm_linear
 from model.ops.triton.linear import linear as few_rows_linear
 from model.ops.triton.mxfp4 import dense_weights, pack
@@ -32,18 +34,50 @@ from model.ops.triton.norm import activate, add_rms_norm
 from model.ops.triton.rotary import rotate_and_write
 from model.ops.triton.route import route
 from model.ops.triton.sampling import sample
+from model.ops.triton.selection import STORAGE, Choice, Selection, candidates, describe
 from model.ops.triton.tiles import Target, target_of
 
 
 class TritonBackend(Backend):
     """Triton kernels; fused ones for up to the number of rows for which they are faster.
 
-    target: the device that kernels are launched for; by default the backend's device.
+    target: the device that kernels are launched for; by default the backend's device. selection:
+    the operations that do not use the kernels and tiles of the table.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, target: Target | None = None):
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        target: Target | None = None,
+        selection: Selection = Selection(),  # noqa: B008 - immutable
+    ):
         super().__init__(device, dtype)
         self.target = target_of(device) if target is None else target
+        self.selection = selection
+        self._targets = {op: selection.target(op, self.target) for op in selection.choices}
+        for op in selection.choices:
+            if selection.is_torch(op):
+                for name in (op, *STORAGE.get(op, ())):
+                    setattr(self, name, MethodType(getattr(Backend, name), self))
+
+    def kernel_choices(self, op: str) -> list[Choice]:
+        """As `Backend.kernel_choices`; none for operations that have no kernel here."""
+        if getattr(type(self), op) is getattr(Backend, op):
+            return []
+        return candidates(op, self.target)
+
+    def with_choices(self, choices: Mapping[str, Choice]) -> "TritonBackend":
+        """As `Backend.with_choices`."""
+        return type(self)(self.device, self.dtype, self.target, Selection(choices))
+
+    def describe_choice(self, op: str, choice: Choice) -> str:
+        """As `Backend.describe_choice`."""
+        return describe(op, choice)
+
+    def _target(self, op: str) -> Target:
+        """The device with the tiles of an operation."""
+        return self._targets.get(op, self.target)
 
     def kernels(self, processor: str) -> str:
         """As `Backend.kernels`; tiles and splits depend on the architecture and the processors."""
@@ -62,16 +96,17 @@ class TritonBackend(Backend):
         self, table: torch.Tensor, ids: torch.Tensor, scale: float, first: int = 0
     ) -> torch.Tensor:
         """As `Backend.embed`."""
-        return embed(table, ids, scale, first, self.target)
+        return embed(table, ids, scale, first, self._target("embed"))
 
     def linear(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
         """As `Backend.linear`."""
-        return few_rows_linear(x, linear, self.target)
+        return few_rows_linear(x, linear, self._target("linear"))
 
     def logits(self, x: torch.Tensor, head: Linear, scale: float) -> torch.Tensor:
         """As `Backend.logits`."""
-        if is_one_row(x, self.target):
-            product = norm_linear(x, None, None, head, self.target, dtype=torch.float32)[1]
+        target = self._target("logits")
+        if is_one_row(x, target):
+            product = norm_linear(x, None, None, head, target, dtype=torch.float32)[1]
         else:
             product = float32_product(x, head.weight)
         return self.scale(product, scale)
@@ -80,7 +115,7 @@ class TritonBackend(Backend):
         self, x: torch.Tensor, delta: torch.Tensor | None, norm: Norm
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Backend.add_rms_norm`."""
-        return add_rms_norm(x, delta, norm, self.dtype, self.target)
+        return add_rms_norm(x, delta, norm, self.dtype, self._target("add_rms_norm"))
 
     def _fuses(self, x: torch.Tensor, most_rows: int) -> bool:
         """Whether to fuse; not in float16, whose products may overflow before they are scaled."""
@@ -95,8 +130,9 @@ class TritonBackend(Backend):
         rope: RopeArgs,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Backend.norm_qkv`, fused for few rows."""
-        if self._fuses(x, self.target.tiles.fused_qkv):
-            return norm_qkv(x, delta, norm, qkv, rope, self.target)
+        target = self._target("norm_qkv")
+        if self._fuses(x, target.tiles.fused_qkv):
+            return norm_qkv(x, delta, norm, qkv, rope, target)
         return super().norm_qkv(x, delta, norm, qkv, rope)
 
     def norm_mlp(
@@ -109,16 +145,17 @@ class TritonBackend(Backend):
         activation: Activation,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Backend.norm_mlp`, fused for few rows."""
-        tiles = self.target.tiles
+        target = self._target("norm_mlp")
+        tiles = target.tiles
         has_bias = gate_up.has_bias or down.has_bias
         most_rows = max(tiles.fused_gate_up, 0 if has_bias else tiles.fused_mlp)
         if self._fuses(x, most_rows) and activation == Activation():
-            return norm_mlp(x, delta, norm, gate_up, down, self.target)
+            return norm_mlp(x, delta, norm, gate_up, down, target)
         return super().norm_mlp(x, delta, norm, gate_up, down, activation)
 
     def rotate_and_write(self, qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:
         """As `Backend.rotate_and_write`."""
-        return rotate_and_write(qkv, rope, self.target)
+        return rotate_and_write(qkv, rope, self._target("rotate_and_write"))
 
     def attention(
         self,
@@ -130,15 +167,15 @@ class TritonBackend(Backend):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As `Backend.attention`."""
-        return attention(query, kv, batch, group, spec, sinks, self.target)
+        return attention(query, kv, batch, group, spec, sinks, self._target("attention"))
 
     def activate(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
         """As `Backend.activate`."""
-        return activate(gate_up, activation, self.target)
+        return activate(gate_up, activation, self._target("activate"))
 
     def route(self, logits: torch.Tensor, router: RouterSpec) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Backend.route`."""
-        return route(logits, router, self.target)
+        return route(logits, router, self._target("route"))
 
     def experts(
         self,
@@ -150,7 +187,8 @@ class TritonBackend(Backend):
         shard: ExpertShard = ExpertShard(),  # noqa: B008 - immutable
     ) -> torch.Tensor:
         """As `Backend.experts`."""
-        return grouped_experts(x, chosen, weights, experts, activation, shard, self.target)
+        target = self._target("experts")
+        return grouped_experts(x, chosen, weights, experts, activation, shard, target)
 
     def sample(
         self,
@@ -161,4 +199,4 @@ class TritonBackend(Backend):
         uniform: torch.Tensor,
     ) -> torch.Tensor:
         """As `Backend.sample`."""
-        return sample(logits, temperature, top_k, top_p, uniform, self.target)
+        return sample(logits, temperature, top_k, top_p, uniform, self._target("sample"))

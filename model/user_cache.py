@@ -1,0 +1,33 @@
+"""The folder in which getp keeps what it has measured on this machine."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def cache_folder() -> Path:
+    """Return `getp` in the user's cache folder, which XDG_CACHE_HOME names or is ~/.cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "getp"
+
+
+def read_object(name: str) -> dict[str, Any]:
+    """Return the JSON object in a file of the folder; empty if there is none or it is damaged."""
+    try:
+        found = json.loads((cache_folder() / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_object(name: str, value: dict[str, Any]) -> None:
+    """Replace a file of the folder at once, if possible."""
+    file = cache_folder() / name
+    temporary = file.with_name(f".{name}.{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(value, indent=2), encoding="utf-8")
+        os.replace(temporary, file)
+    except OSError:
+        temporary.unlink(missing_ok=True)
