@@ -1,5 +1,6 @@
 """Tests of benchmarks/gpu.py that do not need a GPU."""
 
+import inspect
 import itertools
 import json
 import re
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -428,6 +430,18 @@ def test_no_section_starts_after_the_budget(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(gpu, "start_section", lambda *_: pytest.fail("started"))
     assert gpu.run_all(tuple(QUICK), time.monotonic() + 1) == 1
+
+
+def test_the_functions_of_all_sections_exist() -> None:
+    """They are imported only in the process of their section."""
+    pytest.importorskip("triton")
+    pytest.importorskip("transformers")
+    for name, section in SECTIONS.items():
+        given = inspect.getclosurevars(section.run).nonlocals
+        module = given.get("module", "loads")
+        function = given.get("function") or given["load"][0]
+        found = import_module(f"benchmarks.gpu_sections.{module}")
+        assert callable(getattr(found, function, None)), name
 
 
 def test_every_operation_with_a_check_can_be_replaced_by_torch() -> None:

@@ -57,7 +57,7 @@ def time_attention(limits: Limits) -> Iterator[Row]:
         yield Row(f"decode attention in a window of 128, {rows} rows", spent * 1e6, "us")
 
 
-def timerandom_experts(limits: Limits) -> Iterator[Row]:
+def time_experts(limits: Limits) -> Iterator[Row]:
     """Time gpt-oss-20b's experts: bytes of the selected experts per second, and FLOP/s."""
     for name, experts, width in (
         ("MXFP4", random_experts(packed=True), 17 / 32),

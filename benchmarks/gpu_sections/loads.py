@@ -78,10 +78,15 @@ def dummy_checkpoint(name: str) -> Iterator[Path]:
 def dummy_engine(name: str, batch_size: int, notices: list[str] | None = None) -> Iterator[Engine]:
     """Provide an engine on the GPU with random weights of a well-known model.
 
-    Notices are added to the list; without one they raise RuntimeError.
+    It uses the kernels of the table, which the checks are about, even if they are wrong. Notices
+    are added to the list; without one they raise RuntimeError.
     """
     config = EngineConfig(
-        device="cuda", dummy_weights=True, prefix_cache=False, max_batch_size=batch_size
+        device="cuda",
+        dummy_weights=True,
+        prefix_cache=False,
+        max_batch_size=batch_size,
+        trust_kernels=True,
     )
     keep = _refuse if notices is None else notices.append
     with dummy_checkpoint(name) as folder, Engine(folder, config, notice=keep) as engine:
