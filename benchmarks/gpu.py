@@ -18,7 +18,7 @@ Compiling takes most of the first minute. Kernels can be compiled beforehand on 
 GPU that has the same Triton wheel (version and Python version), and the folder copied:
 
     python benchmarks/gpu.py --compile-for sm_90 FOLDER
-    TRITON_CACHE_DIR=FOLDER python benchmarks/gpu.py --quick
+    python benchmarks/gpu.py --quick --kernels FOLDER
 """
 
 import itertools
@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -92,6 +93,11 @@ def _command() -> None:
         help="Write the JSON object to this file as results come, and continue if it exists.",
     )
     @click.option(
+        "--kernels",
+        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        help="Use the kernels in this folder, and add those that it lacks.",
+    )
+    @click.option(
         "--compile-for",
         type=(str, click.Path(path_type=Path)),
         metavar="ARCHITECTURE FOLDER",
@@ -103,6 +109,7 @@ def _command() -> None:
         budget: float | None,
         time_factor: float,
         results: Path | None,
+        kernels: Path | None,
         compile_for: tuple[str, Path] | None,
     ) -> None:
         if compile_for is not None:
@@ -119,12 +126,29 @@ def _command() -> None:
         end = started + (default if budget is None else budget)  # the time of the imports counts
         names = chosen or tuple(QUICK if quick else FULL)
         try:
-            raise SystemExit(run_all(names, end, results, time_factor))
+            with _kernels_of(kernels):
+                status = run_all(names, end, results, time_factor)
         except ResultsError as error:
             print(f"gpu.py: {error}", file=sys.stderr)
             raise SystemExit(2) from None
+        raise SystemExit(status)
 
     command()
+
+
+@contextmanager
+def _kernels_of(folder: Path | None) -> Iterator[None]:
+    """Use the kernels in a folder, and say at the end how many of those needed it lacked."""
+    if folder is None:
+        yield
+        return
+    from benchmarks.gpu_sections.triton_cache import compiled_kernels, use_kernels
+
+    use_kernels(folder)
+    before = compiled_kernels(folder)
+    print(f"{before} kernels in {folder}")
+    yield
+    print(f"{compiled_kernels(folder) - before} more kernels were compiled", file=sys.stderr)
 
 
 def run_all(

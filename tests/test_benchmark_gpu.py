@@ -480,10 +480,19 @@ def test_kernels_are_compiled_without_a_gpu_into_a_folder_that_other_processes_u
     assert {"decode_attention", "experts_gate_up", "experts_down"} <= names
     compile_one_step(tmp_path)
     assert {path.parent.name for path in tmp_path.glob("*/*.cubin")} == kernels
+    assert {path.suffix for path in tmp_path.glob("*/*")} == {".cubin", ".json"}
     tiles = "cache.TILES['sm_90']"
     compile_one_step(tmp_path, f"{tiles} = replace({tiles}, decode=replace({tiles}.decode, n=32))")
     new = [path for path in tmp_path.glob("*/*.cubin") if path.parent.name not in kernels]
     assert {path.stem for path in new} == {"decode_attention"}
+
+
+def test_compiled_kernels_are_found_in_a_folder_that_was_moved(tmp_path: Path) -> None:
+    compile_one_step(tmp_path / "made")
+    folder = (tmp_path / "made").rename(tmp_path / "moved")
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.cubin")}
+    compile_one_step(folder)
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*/*.cubin")} == before
 
 
 def test_kernels_of_an_unknown_architecture_are_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ target and Triton's own files. So models are run as on the GPU, layer by layer, 
 memory, for a driver that only names the target; each launch compiles its kernel.
 """
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -65,18 +66,38 @@ def compile_for(architecture: str, folder: Path) -> None:
     if architecture not in TILES:
         raise SystemExit(f"gpu.py: unknown architecture {architecture}; known: {', '.join(TILES)}")
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ["TRITON_CACHE_DIR"] = str(folder.resolve())
+    use_kernels(folder)
     started = time.monotonic()
     driver: Any = _Driver(_target(architecture))
     triton.runtime.driver.set_active(driver)
     errors = compile_together(calls(architecture))
     if errors:
         raise SystemExit(f"gpu.py: {len(errors)} steps failed: {errors[0]!r}") from errors[0]
+    _delete_intermediate_code(folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(
         f"{compiled_kernels(folder)} kernels for {architecture}, {size / 1e6:.1f} MB, "
         f"{time.monotonic() - started:.0f} s, with Triton {triton.__version__}"
     )
+
+
+def use_kernels(folder: Path) -> None:
+    """Let this process and its children use the kernels in a folder, which may have been moved.
+
+    Triton's lists of a kernel's files hold absolute paths, so they are written again.
+    """
+    for group in folder.resolve().glob("*/__grp__*.json"):
+        names = json.loads(group.read_text())["child_paths"]
+        found = {name: str(group.parent / name) for name in names}
+        group.write_text(json.dumps({"child_paths": found}))
+    os.environ["TRITON_CACHE_DIR"] = str(folder.resolve())
+
+
+def _delete_intermediate_code(folder: Path) -> None:
+    """Keep only what a launch needs: the binary and its description, a sixth of the bytes."""
+    for kind in ("source", "ttir", "ttgir", "llir", "ptx", "amdgcn"):
+        for path in folder.glob(f"*/*.{kind}"):
+            path.unlink()
 
 
 def compiled_kernels(folder: Path) -> int:
