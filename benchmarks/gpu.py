@@ -1,5 +1,6 @@
 """Check and time getp on a GPU, without a network. Two calls, with one file of results:
 
+\b
     python benchmarks/gpu.py --quick --results RESULTS.json    90 seconds: right, and how fast?
     python benchmarks/gpu.py --results RESULTS.json            8 minutes: what is slow, what helps?
 
@@ -17,6 +18,7 @@ exit status is 1 if a section failed and 2 without a GPU. The parity checks need
 Compiling takes most of the first minute. Kernels can be compiled beforehand on a machine without a
 GPU that has the same Triton wheel (version and Python version), and the folder copied:
 
+\b
     python benchmarks/gpu.py --compile-for sm_90 FOLDER
     python benchmarks/gpu.py --quick --kernels FOLDER
 """

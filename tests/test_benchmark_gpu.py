@@ -7,7 +7,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,7 +20,15 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.gpu_sections import checks, loads, processes, profiles, results, variants
+from benchmarks.gpu_sections import (
+    checks,
+    loads,
+    model_checks,
+    processes,
+    profiles,
+    results,
+    variants,
+)
 from benchmarks.gpu_sections.measure import Limits
 from benchmarks.gpu_sections.model_checks import CheckError
 from benchmarks.gpu_sections.processes import Outcome
@@ -346,6 +355,29 @@ def test_a_check_reports_every_problem_and_the_number_of_comparisons(
     assert next(QUICK["check-norms"].run(Limits(1.0, 1.0))).name == (
         "check of norms: 3 comparisons ran; results are not computed here"
     )
+
+
+def test_tokens_that_depend_on_the_mode_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks share the GPU's memory, so no engine of a check may take all of it."""
+    pytest.importorskip("triton")
+    memory, runs = list[int | None](), itertools.count()
+
+    @contextmanager
+    def engine(name: str, batch_size: int, kv_memory: int | None = None) -> Iterator[Any]:
+        memory.append(kv_memory)
+        yield SimpleNamespace(runner=SimpleNamespace(uncapture=lambda: None))
+
+    def tokens(*_: Any) -> dict[int, list[int]]:
+        return {0: [next(runs) // 3]}  # the fourth run differs
+
+    monkeypatch.setattr(model_checks, "dummy_engine", engine)
+    monkeypatch.setattr(model_checks, "run_load", tokens)
+    *same, last = model_checks.check_tokens()
+    assert same == [None] * 3
+    assert last is not None
+    assert last.startswith("without programmatic launch: tokens ")
+    assert len(memory) == 2
+    assert None not in memory
 
 
 def test_a_result_that_varies_is_a_problem() -> None:

@@ -75,7 +75,12 @@ def dummy_checkpoint(name: str) -> Iterator[Path]:
 
 
 @contextmanager
-def dummy_engine(name: str, batch_size: int, notices: list[str] | None = None) -> Iterator[Engine]:
+def dummy_engine(
+    name: str,
+    batch_size: int,
+    notices: list[str] | None = None,
+    kv_memory: int | None = None,
+) -> Iterator[Engine]:
     """Provide an engine on the GPU with random weights of a well-known model.
 
     It uses the kernels of the table, which the checks are about, even if they are wrong. Notices
@@ -86,6 +91,7 @@ def dummy_engine(name: str, batch_size: int, notices: list[str] | None = None) -
         dummy_weights=True,
         prefix_cache=False,
         max_batch_size=batch_size,
+        kv_memory=kv_memory,
         trust_kernels=True,
     )
     keep = _refuse if notices is None else notices.append

@@ -22,6 +22,9 @@ from engine import Engine, EngineConfig, Request, SamplingParams
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+_KV = 4 << 30  # bytes: checks run concurrently, so none may take all of the memory
+
+
 class CheckError(Exception):
     """A result is wrong. The message says which one and how large the error is."""
 
@@ -101,14 +104,14 @@ def check_tokens() -> Iterator[str | None]:
     A race in a kernel at full load leaves plausible tokens, but not the same ones in every run.
     """
     load = ragged_load(160)
-    with dummy_engine("qwen3-0.6b", 64) as engine:
+    with dummy_engine("qwen3-0.6b", 64, kv_memory=_KV) as engine:
         tokens = {
             "with programmatic launch": _hash(run_load(engine, load)),
             "once more": _hash(run_load(engine, load)),
         }
         engine.runner.uncapture()
         tokens["without graphs"] = _hash(run_load(engine, load))
-    with changed_kernels(WITHOUT_OVERLAP), dummy_engine("qwen3-0.6b", 64) as engine:
+    with changed_kernels(WITHOUT_OVERLAP), dummy_engine("qwen3-0.6b", 64, kv_memory=_KV) as engine:
         tokens[WITHOUT_OVERLAP] = _hash(run_load(engine, load))
     first = tokens["with programmatic launch"]
     for kind, found in tokens.items():
@@ -125,17 +128,8 @@ def score_rows(limits: Limits) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         output, report = Path(folder) / "output.txt", Path(folder) / "eval.json"
         data = ROOT / "data"
-        _getp(
-            "-m",
-            "getp",
-            "-i",
-            data / "input.txt",
-            "-o",
-            output,
-            "--device",
-            "cuda",
-            "--trust-kernels",
-        )
+        options = ("--device", "cuda", "--trust-kernels", "--kv-memory", "1GiB")
+        _getp("-m", "getp", "-i", data / "input.txt", "-o", output, *options)
         _getp("-m", "eval", "-i", output, "--expected", data / "answers.txt", "--report", report)
         share = float(json.loads(report.read_text())["expected"]["share_right"])
     if share < 0.95 and COMPUTES:
