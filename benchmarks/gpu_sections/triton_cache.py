@@ -122,7 +122,7 @@ def calls(architecture: str) -> Iterator[Callable[[], Any]]:
 
     # Profiles, and one of the checks, run without programmatic launch.
     for other in {tiles.programmatic_launch, False}:
-        yield from _calls_of(backend(programmatic_launch=other), MODELS)
+        yield from _calls_of(backend(programmatic_launch=other))
     # What `check_fusions` tries: norms fused for more rows.
     limits = {"fused_qkv": 64, "fused_gate_up": 64}
     for fused_mlp in (0, 64):
@@ -135,9 +135,9 @@ def calls(architecture: str) -> Iterator[Callable[[], Any]]:
     yield from _tiny_calls(architecture)
 
 
-def _calls_of(ops: TritonBackend, models: dict[str, int]) -> Iterator[Callable[[], Any]]:
-    for name, largest in models.items():
-        config = named_config(name)
+def _calls_of(ops: TritonBackend) -> Iterator[Callable[[], Any]]:
+    configs = [(named_config(name), largest) for name, largest in MODELS.items()]
+    for config, largest in [*configs, (_embedded(), 256)]:
         config = replace(config, layers=config.layers[:2])  # one of each kind
         model = _model(config, ops)
         sizes = {size for most in (256, largest) for size in capture_sizes(most)}
@@ -146,6 +146,12 @@ def _calls_of(ops: TritonBackend, models: dict[str, int]) -> Iterator[Callable[[
         for tokens in (1 << power for power in range(1, _MAX_TOKENS.bit_length())):
             yield partial(_step, model, ops, [tokens])
         yield partial(_step, model, ops, [_MAX_TOKENS // largest] * largest)
+
+
+def _embedded() -> ModelConfig:
+    """The config of the model in data/, whose score is checked."""
+    folder = Path(__file__).resolve().parent.parent.parent / "data" / "model"
+    return parse_config(json.loads((folder / "config.json").read_text()), "embedded")
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
