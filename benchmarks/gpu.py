@@ -1,167 +1,48 @@
-"""Check and time getp on a GPU: `python benchmarks/gpu.py`, under ten minutes, no network.
+"""Check and time getp on a GPU, without a network. Two calls, with one file of results:
 
-Checks run first, then timings on dummy weights with the shapes of real models, each with its share
-of this GPU's measured limits. Every section runs in a separate process with a time limit, so that
-a section that fails or hangs does not affect the others. The exit status is 1 if a section failed
-and 2 without a GPU. Checks run concurrently, timed sections one at a time. A table is printed after
-each section, and one JSON object as the last line; --results also writes the object to a file after
-each section. The parity checks need transformers.
+\b
+    python benchmarks/gpu.py --quick --results RESULTS.json    90 seconds: right, and how fast?
+    python benchmarks/gpu.py --results RESULTS.json            8 minutes: what is slow, what helps?
+
+The first stands alone: the GPU's limits, every kernel against the reference, tiny models against
+the CPU, and a few seconds of each load, on dummy weights with the shapes of real models. If a check
+fails, it is repeated with variants of the kernels, to find those that help. The second times whole
+loads, single kernels, other tiles, features on and off, and other engines.
+
+Every section runs in a separate process with a time limit, so that a section that fails or hangs
+does not affect the others. Checks run concurrently, timed sections one at a time. A table is
+printed after each section; the last lines are rows for the table in RESULTS.md and one JSON object.
+With --results a run that was interrupted continues: sections that succeeded are not repeated. The
+exit status is 1 if a section failed and 2 without a GPU. The parity checks need transformers.
+
+Compiling takes most of the first minute. Kernels can be compiled beforehand on a machine without a
+GPU that has the same Triton wheel (version and Python version), and the folder copied:
+
+\b
+    python benchmarks/gpu.py --compile-for sm_90 FOLDER
+    python benchmarks/gpu.py --quick --kernels FOLDER
 """
 
 import itertools
-import json
-import math
 import os
-import platform
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from benchmarks.gpu_times import Limits, Row
+from benchmarks.gpu_sections.processes import Outcome, run_section, start_section
+from benchmarks.gpu_sections.results import Results, ResultsError
+from benchmarks.gpu_sections.sections import FULL, FULL_BUDGET_S, QUICK, QUICK_BUDGET_S, SECTIONS
 
 _NEEDED = ("torch", "triton", "safetensors", "tokenizers", "click", "rich", "jinja2")
-RESULT_PREFIX = "section result: "
-_Outcome = tuple[str, list[dict[str, Any]], str, float]
-"""A section's name, its rows, its problem ("" without one), and its seconds."""
-
-
-@dataclass(frozen=True)
-class Section:
-    """One part of the benchmark, run in a separate process.
-
-    `run` yields result rows, given the GPU's measured limits. A timed section has the GPU to
-    itself; sections that are not timed mostly compile, so they run concurrently.
-    """
-
-    run: "Callable[[Limits], Iterator[Row]]"
-    limit_s: float
-    description: str
-    timed: bool = True
-
-
-def _check(name: str) -> "Callable[[Limits], Iterator[Row]]":
-    """Return a section that makes all comparisons of one check, even if some of them fail."""
-
-    def run(limits: "Limits") -> "Iterator[Row]":
-        from benchmarks import gpu_checks
-        from benchmarks.gpu_times import Row
-
-        found = list(getattr(gpu_checks, f"check_{name}")())
-        problems = [problem for problem in found if problem is not None]
-        yield Row(f"check of {name}", len(found) - len(problems), f"of {len(found)} correct")
-        if problems:
-            raise gpu_checks.CheckError("; ".join(problems))
-
-    return run
-
-
-def _score(limits: "Limits") -> "Iterator[Row]":
-    from benchmarks.gpu_checks import check_score
-    from benchmarks.gpu_times import Row
-
-    yield Row("check of the score", check_score(), "of answers correct")
-
-
-def _measured_limits(limits: "Limits") -> "Iterator[Row]":
-    from benchmarks.gpu_times import Row, measure_limits
-
-    found = measure_limits()
-    yield Row("copy", found.copy / 1e12, "TB/s")
-    yield Row("bf16 product", found.product / 1e12, "TFLOP/s")
-
-
-def _times(function: str) -> "Callable[[Limits], Iterator[Row]]":
-    """Return a section that calls a function of gpu_times."""
-
-    def run(limits: "Limits") -> "Iterator[Row]":
-        from benchmarks import gpu_times
-
-        yield from getattr(gpu_times, function)(limits)
-
-    return run
-
-
-def _peer(function: str, *arguments: int) -> "Callable[[Limits], Iterator[Row]]":
-    """Return a section that calls a function of gpu_loads."""
-
-    def run(limits: "Limits") -> "Iterator[Row]":
-        from benchmarks import gpu_loads
-
-        yield from getattr(gpu_loads, function)(*arguments)
-
-    return run
-
-
-def _load(
-    model: str, load: str, sizes: tuple[int, ...], max_s: float, batch_size: int = 256
-) -> "Callable[[Limits], Iterator[Row]]":
-    """Return a section that times a load on dummy weights of a well-known model."""
-
-    def run(limits: "Limits") -> "Iterator[Row]":
-        from benchmarks import gpu_loads
-
-        requests = getattr(gpu_loads, load)(*sizes)
-        yield from gpu_loads.time_load(model, requests, limits, max_s, batch_size)
-
-    return run
-
-
-# Ordered by importance: correctness, loads, single kernels, peers. The time limits of all timed
-# sections plus the longest limit of the others fit the budget. Peers are not counted: they may not
-# be installed.
-BUDGET_S = 570.0
-SECTIONS: dict[str, Section] = {
-    "limits": Section(_measured_limits, 20, "copy bandwidth and bf16 matrix product"),
-    "check-norms": Section(_check("norms"), 70, "norms and SwiGLU against the reference", False),
-    "check-attention": Section(_check("attention"), 70, "attention, rotary and KV", False),
-    "check-experts": Section(_check("experts"), 70, "router and experts", False),
-    "check-sampling": Section(_check("sampling"), 70, "top-k and top-p", False),
-    "check-fusions": Section(_check("fusions"), 70, "fused norms", False),
-    "parity-dense": Section(_check("parity_dense"), 70, "tiny models: same tokens as CPU", False),
-    "parity-experts": Section(_check("parity_experts"), 70, "the same, with experts", False),
-    "score": Section(_score, 70, "the embedded model's score", False),
-    "gpt-oss": Section(
-        _load("gpt-oss-20b", "short_load", (4096, 1024), 35, 1024), 80, "4096 short prompts"
-    ),
-    "nano": Section(_load("qwen3-0.6b", "nano_load", (), 30), 50, "the nano-vllm load"),
-    "ragged": Section(
-        _load("qwen3-0.6b", "ragged_load", (1536,), 8), 35, "more requests than a batch holds"
-    ),
-    "gpt-oss-1": Section(
-        _load("gpt-oss-20b", "context_load", (1, 500, 400), 10), 40, "gpt-oss-20b, batch 1"
-    ),
-    "qwen2": Section(
-        _load("qwen2-0.5b", "context_load", (1, 1000, 400), 10), 30, "batch 1, context 1000"
-    ),
-    "llama-1": Section(
-        _load("llama-3-8b", "context_load", (1, 1000, 200), 10), 30, "Llama-3-8B, batch 1"
-    ),
-    "llama": Section(
-        _load("llama-3-8b", "context_load", (256, 512, 256), 20), 40, "Llama-3-8B, batch 256"
-    ),
-    "attention": Section(_times("time_attention"), 30, "attention kernels"),
-    "experts": Section(_times("time_experts"), 30, "grouped matrix products"),
-    "tiles": Section(_times("time_tiles"), 45, "other tiles for experts and single rows"),
-    "fusions": Section(_times("time_fusions"), 35, "norm with linear and MLP, fused or not"),
-    "overlap": Section(_times("time_overlap"), 20, "programmatic launch on or off"),
-    "sampling": Section(_times("time_sampling"), 15, "top-k and top-p, compared with a sort"),
-    "transformers": Section(_peer("time_transformers", 64, 128), 60, "peer: transformers"),
-    "vllm": Section(_peer("time_vllm"), 120, "peer: vLLM, if installed"),
-}
+VARIANTS_LIMIT_S = 40.0
+_LEAST_S = 5.0  # a section is not started with less time than this
 
 
 def missing_packages() -> list[str]:
@@ -169,52 +50,10 @@ def missing_packages() -> list[str]:
     return [name for name in _NEEDED if find_spec(name) is None]
 
 
-def run_section(name: str, limits: dict[str, float]) -> None:
-    """Run a section in this process and print each row as soon as it is measured."""
-    from benchmarks.gpu_times import Limits
-
-    for row in SECTIONS[name].run(Limits(**limits)):
-        print(RESULT_PREFIX + json.dumps(asdict(row)), flush=True)
-
-
-def start_section(
-    name: str, limits: dict[str, float], limit_s: float
-) -> tuple[list[dict[str, Any]], str | None]:
-    """Run a section in a separate process; return its rows and its problem, or None."""
-    command = [sys.executable, __file__, "--run", name, json.dumps(limits)]
-    problem = None
-    # Output goes to files and the section gets its own session, because processes started by the
-    # section can outlive it and would keep pipes open.
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=out, stderr=log, start_new_session=True)
-        try:
-            status = process.wait(limit_s)
-            problem = f"status {status}" if status else None
-        except subprocess.TimeoutExpired:
-            problem = f"stopped after {limit_s:.0f} s"
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        out.seek(0)
-        log.seek(0)
-        output, errors = out.read(), log.read().strip()
-    if problem:
-        print(errors[-3000:], file=sys.stderr)
-        if errors:
-            problem += f": {errors.splitlines()[-1][:1000]}"
-    rows = [
-        json.loads(line.removeprefix(RESULT_PREFIX))
-        for line in output.splitlines()
-        if line.startswith(RESULT_PREFIX)
-    ]
-    return rows, problem
-
-
 def main() -> None:
     """Run the chosen sections and print their results, or one section in this process (--run)."""
     if sys.argv[1:2] == ["--run"]:
-        run_section(sys.argv[2], json.loads(sys.argv[3]))
+        run_section(sys.argv[2], sys.argv[3])
         return
     missing = missing_packages()
     if missing:
@@ -230,6 +69,7 @@ def _command() -> None:
     import click
 
     @click.command(help=__doc__)
+    @click.option("--quick", is_flag=True, help="Run the sections of the 90-second call.")
     @click.option(
         "--section",
         "chosen",
@@ -239,93 +79,166 @@ def _command() -> None:
     )
     @click.option(
         "--budget",
-        default=BUDGET_S,
-        show_default=True,
-        help="Time limit in seconds for all sections.",
+        type=float,
+        help=f"Time limit in seconds for all sections [default: {FULL_BUDGET_S:.0f}; with --quick "
+        f"{QUICK_BUDGET_S:.0f}].",
+    )
+    @click.option(
+        "--time-factor",
+        type=click.FloatRange(min=0, min_open=True),
+        default=1.0,
+        help="Multiply all time limits, for a slower machine.",
     )
     @click.option(
         "--results",
         type=click.Path(path_type=Path),
-        help="Also write the JSON object to this file.",
+        help="Write the JSON object to this file as results come, and continue if it exists.",
     )
-    def command(chosen: tuple[str, ...], budget: float, results: Path | None) -> None:
+    @click.option(
+        "--kernels",
+        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        help="Use the kernels in this folder, and add those that it lacks.",
+    )
+    @click.option(
+        "--compile-for",
+        type=(str, click.Path(path_type=Path)),
+        metavar="ARCHITECTURE FOLDER",
+        help="Compile the kernels of checks and loads into a folder; needs no GPU.",
+    )
+    def command(
+        quick: bool,
+        chosen: tuple[str, ...],
+        budget: float | None,
+        time_factor: float,
+        results: Path | None,
+        kernels: Path | None,
+        compile_for: tuple[str, Path] | None,
+    ) -> None:
+        if compile_for is not None:
+            from benchmarks.gpu_sections.triton_cache import compile_for as compile_all
+
+            compile_all(*compile_for)
+            return
         import torch
 
         if not torch.cuda.is_available():
             print("gpu.py: torch does not find a GPU", file=sys.stderr)
             raise SystemExit(2)
-        end = started + budget  # the time of the imports counts
-        raise SystemExit(run_all(chosen or tuple(SECTIONS), end, results))
+        default = time_factor * (QUICK_BUDGET_S if quick else FULL_BUDGET_S)
+        end = started + (default if budget is None else budget)  # the time of the imports counts
+        names = chosen or tuple(QUICK if quick else FULL)
+        try:
+            with _kernels_of(kernels):
+                status = run_all(names, end, results, time_factor)
+        except ResultsError as error:
+            print(f"gpu.py: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        raise SystemExit(status)
 
     command()
 
 
-def _figure(row: dict[str, Any]) -> str:
-    value = row["value"]
-    return f"{value:,.0f} {row['unit']}" if value >= 1000 else f"{value:.4g} {row['unit']}"
+@contextmanager
+def _kernels_of(folder: Path | None) -> Iterator[None]:
+    """Use the kernels in a folder, and say at the end how many of those needed it lacked."""
+    if folder is None:
+        yield
+        return
+    from benchmarks.gpu_sections.triton_cache import compiled_kernels, use_kernels
+
+    use_kernels(folder)
+    before = compiled_kernels(folder)
+    print(f"{before} kernels in {folder}")
+    yield
+    print(f"{compiled_kernels(folder) - before} more kernels were compiled", file=sys.stderr)
 
 
-def run_all(chosen: tuple[str, ...], end: float, file: Path | None = None) -> int:
-    """Run the sections until time.monotonic() reaches `end`; return the exit status."""
-    import torch
-    import triton
-    from rich.console import Console
+def run_all(
+    chosen: tuple[str, ...], end: float, file: Path | None = None, time_factor: float = 1.0
+) -> int:
+    """Run the sections until time.monotonic() reaches `end`; return the exit status.
 
-    limits = {"copy": math.nan, "product": math.nan}
-    results: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "sections": {},
-    }
-    failed = False
+    time_factor: multiplies the sections' own time limits.
+    """
+    results = Results(file)
+    names = list(dict.fromkeys(("limits", *chosen)))
 
-    def run(name: str) -> _Outcome:
+    def run(name: str, variant: str = "", limit_s: float | None = None) -> Outcome:
         started, left = time.monotonic(), end - time.monotonic()
-        rows, problem = list[dict[str, Any]](), "no time left"
-        if left > 5:
-            found = start_section(name, limits, min(left, SECTIONS[name].limit_s))
-            rows, problem = found[0], found[1] or ""
-        return name, rows, problem, round(time.monotonic() - started, 1)
-
-    for outcome in _run_in_order(list(dict.fromkeys(("limits", *chosen))), run):
-        name, rows, problem, seconds = outcome
-        failed |= bool(problem)
-        if name == "limits" and len(rows) == 2:
-            limits = {"copy": rows[0]["value"] * 1e12, "product": rows[1]["value"] * 1e12}
-        results["sections"][name] = {"rows": rows, "problem": problem or None, "seconds": seconds}
-        title = f"{name}, {seconds} s"
-        Console(width=140).print(_table(title, SECTIONS[name].description, rows, problem))
-        sys.stdout.flush()
-        if file is not None:
-            file.write_text(json.dumps(results))
-    print(json.dumps(results))
-    return 1 if failed else 0
-
-
-def _run_in_order(names: list[str], run: Callable[[str], _Outcome]) -> Iterator[_Outcome]:
-    """Yield the outcome of each section in order; adjacent untimed sections run concurrently."""
-    for timed, group in itertools.groupby(names, lambda name: SECTIONS[name].timed):
-        if timed:
-            yield from map(run, group)
+        own = SECTIONS[name].limit_s if limit_s is None else limit_s
+        most = min(left, time_factor * own)
+        outcome = Outcome(name, variant)
+        if left < _LEAST_S:
+            outcome.problem = "no time left"
         else:
-            untimed = list(group)
-            with ThreadPoolExecutor(len(untimed)) as pool:
-                yield from pool.map(run, untimed)
+            # Rows are saved as they come, so a run that is killed loses nothing.
+            start_section(outcome, results.limits, most, lambda: results.save(outcome))
+        outcome.seconds = round(time.monotonic() - started, 1)
+        return outcome
+
+    def show(outcome: Outcome) -> None:
+        results.save(outcome)
+        results.show(outcome)
+
+    for name in filter(results.is_done, names):
+        print(f"{name}: already measured")
+    left_names = [name for name in names if not results.is_done(name)]
+    for group in _groups(left_names):
+        outcomes = list[Outcome]()
+        for outcome in _run_group(group, run):
+            show(outcome)
+            outcomes.append(outcome)
+        failed = [each for each in outcomes if each.problem and SECTIONS[each.name].operations]
+        if failed and end - time.monotonic() > _LEAST_S:
+            for outcome in find_variants([each.name for each in failed], run):
+                show(outcome)
+    results.finish()
+    return 1 if results.failed(names) else 0
 
 
-def _table(title: str, description: str, rows: list[dict[str, Any]], problem: str) -> "Table":
-    from rich.markup import escape
-    from rich.table import Table
+def _groups(names: list[str]) -> Iterator[list[str]]:
+    """Yield the sections that run together: neighbours that are not timed, or a timed one."""
+    for timed, group in itertools.groupby(names, lambda name: SECTIONS[name].timed):
+        together = list(group)
+        yield from ([name] for name in together) if timed else [together]
 
-    table = Table("measurement", "value", "share of the limit", title=title, title_justify="left")
-    for row in rows:
-        share = "" if row["share"] is None else f"{row['share']:.1%} of {row['of']}"
-        table.add_row(escape(row["name"]), _figure(row), share)
-    if problem:
-        table.add_row(description, "FAILED", escape(problem))
-    return table
+
+def _run_group(names: list[str], run: Callable[[str], Outcome]) -> Iterator[Outcome]:
+    with ThreadPoolExecutor(len(names)) as pool:
+        yield from pool.map(run, names)
+
+
+def find_variants(
+    failed: list[str], run: Callable[[str, str, float], Outcome]
+) -> Iterator[Outcome]:
+    """Repeat failed checks with each variant of the kernels; yield which variants help each."""
+    from benchmarks.gpu_sections.variants import VARIANTS
+
+    cases = list(itertools.product(failed, VARIANTS))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(lambda case: run(case[0], case[1], VARIANTS_LIMIT_S), cases))
+    for name in failed:
+        yield judge(name, [outcome for outcome in found if outcome.name == name])
+
+
+def judge(name: str, outcomes: list[Outcome]) -> Outcome:
+    """Return which of the variants make a failed check succeed, as the outcome of one section."""
+    from benchmarks.gpu_sections.measure import note
+    from benchmarks.gpu_sections.variants import BY_TORCH
+
+    found = Outcome(f"variants of {name}", seconds=max(each.seconds or 0.0 for each in outcomes))
+    for each in outcomes:
+        result = f"fails: {each.problem[:200]}" if each.problem else "succeeds"
+        found.rows.append(asdict(note(f"{name} {each.variant}: {result}")))
+    helping = [each.variant for each in outcomes if not each.problem]
+    if not helping:
+        verdict = "no variant helps, not even torch: look at the check, torch and the GPU"
+    elif helping == [BY_TORCH]:
+        verdict = "only torch helps: the kernel itself is at fault"
+    else:
+        verdict = f"{name} succeeds {', '.join(helping)}"
+    found.rows.append(asdict(note(verdict)))
+    return found
 
 
 if __name__ == "__main__":

@@ -1,0 +1,84 @@
+"""Checks of kernels on a GPU, at the true widths of real models, and that repetition is exact."""
+
+import sys
+from collections.abc import Iterator
+from itertools import chain
+
+import torch
+
+from benchmarks.gpu_sections.inputs import COMPUTES, CUDA, fused, kernels, one_row
+from model.checks import Case, cases, problem, reference_of
+from model.checks.case import error_text
+from model.cost.known_models import named_config
+from model.ops.backend import Backend
+
+MODELS = ("gpt-oss-20b", "qwen3-0.6b", "qwen2-0.5b", "llama-3.1-8b")
+_REPEATS = 10
+
+
+def check_norms() -> Iterator[str | None]:
+    """Check the embedding, sums, norms, SwiGLU, rotary embedding and the logits."""
+    operations = ("embed", "add_rms_norm", "activate", "rotate_and_write", "logits")
+    return compare(kernels(), *operations)
+
+
+def check_attention() -> Iterator[str | None]:
+    """Check attention of single tokens and of chunks."""
+    return compare(kernels(), "attention")
+
+
+def check_experts() -> Iterator[str | None]:
+    """Check router and experts."""
+    return compare(kernels(), "route", "experts", "norm_experts")
+
+
+def check_sampling() -> Iterator[str | None]:
+    """Check sampling with top-k and top-p."""
+    return compare(kernels(), "argmax", "top_tokens", "sample_rows")
+
+
+def check_fusions() -> Iterator[str | None]:
+    """Check linear layers and fused norms: as jobs use them, and fused for up to 64 rows."""
+    operations = ("linear", "norm_qkv", "norm_mlp")
+    limits = {"fused_qkv": 64, "fused_gate_up": 64, "one_row": one_row()}
+    return chain(
+        compare(kernels(), *operations),
+        compare(fused(**limits), *operations[1:]),
+        compare(fused(**limits | {"fused_mlp": 64}), "norm_mlp"),
+    )
+
+
+def compare(backend: Backend, *operations: str) -> Iterator[str | None]:
+    """Yield the problem of each case of these operations in MODELS, or None."""
+    reference = reference_of(backend)
+    for model in MODELS:
+        for case in cases(named_config(model), CUDA, backend.dtype, operations=operations):
+            print(f"{model}, {case}", file=sys.stderr, flush=True)  # shows where a check hangs
+            if COMPUTES:
+                found = problem(case, backend, reference) or difference(case, backend)
+            else:
+                found = failure(case, backend)
+            yield None if found is None else f"{model}, {case}: {found}"
+
+
+def failure(case: Case, backend: Backend) -> str | None:
+    """Return the error of a case that is run without looking at its results."""
+    try:
+        case.run(backend)
+    except Exception as error:
+        return error_text(error)
+    return None
+
+
+def difference(case: Case, backend: Backend) -> str | None:
+    """Return how many of some repetitions differ, if any.
+
+    The order of execution in a kernel varies, but must not change its result.
+    """
+    call = case.prepare(backend)
+    first = [result.clone() for result in call()]
+    differ = sum(
+        not all(torch.equal(a, b) for a, b in zip(first, call(), strict=True))
+        for _ in range(_REPEATS)
+    )
+    return f"{differ} of {_REPEATS} repetitions differ" if differ else None
