@@ -147,7 +147,7 @@ def test_warm_up_compiles_every_kernel_that_a_job_needs(
 # For one row, getp's own kernel computes every linear layer, fused with the norm before it.
 _QKV = ("_add_rms_norm", "linear", "_rotate_and_write")
 _ATTENTION = ("decode_attention", "linear")
-_MLP = ("_add_rms_norm", "linear", "_swiglu", "linear")
+_MLP = ("_add_rms_norm", "linear", "_activate", "linear")
 _ONE_ROW_ATTENTION = ("decode_attention", "fused_linear")
 _FUSED_MLP = ("fused_linear", "fused_linear")
 _EXPERTS = ("experts_gate_up", "experts_down")

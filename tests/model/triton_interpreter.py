@@ -359,11 +359,22 @@ def test_attention_multiplies_scores_by_the_scale_of_its_spec() -> None:
         close(kernels().attention(query, kv, batch, group, spec), expected)
 
 
+@pytest.mark.parametrize("cap", [0.5, 30.0])
+def test_scores_are_capped_softly(cap: float) -> None:
+    batch, group, blocks = paged([(1, 170), (20, 40)], None, 8)
+    query, kv = 4 * rand(21, 4, 32), rand(2, blocks, 8, 2, 32, seed=1)
+    for window in (None, 24):
+        spec = AttentionSpec(0.5, window, cap)
+        expected = REFERENCE.attention(query, kv, batch, group, spec)
+        close(kernels().attention(query, kv, batch, group, spec), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("limit", [None, 7.0])
-def test_swiglu(limit: float | None, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "activation", [Activation(), Activation(7.0, 1.702), Activation(kind="gelu_tanh")]
+)
+def test_gated_activations(activation: Activation, dtype: torch.dtype) -> None:
     gate_up = rand(5, 2 * 96, dtype=dtype) * 6
-    activation = Activation(limit, 1.702)
     close(kernels().activate(gate_up, activation), REFERENCE.activate(gate_up, activation), 2)
 
 

@@ -96,7 +96,7 @@ def scaled(name: str, factor: float) -> Callable[[dict[str, Any]], None]:
 FAULTS: list[tuple[str, Any, str, Callable[[Any], Any]]] = [
     ("embed", embedding, "_embed", Missing),
     ("add_rms_norm", norm, "_add_rms_norm", lambda k: Changed(k, setting(BLOCK=32))),
-    ("activate", norm, "_swiglu", lambda k: Changed(k, setting(LIMIT=1.0))),
+    ("activate", norm, "_activate", lambda k: Changed(k, setting(LIMIT=1.0))),
     ("rotate_and_write", rotary, "_rotate_and_write", lambda k: Changed(k, setting(HALF=4))),
     ("linear", linear, "fused_linear", lambda k: Changed(k, setting(BIAS=False))),
     ("logits", linear, "fused_linear", Missing),

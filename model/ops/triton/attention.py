@@ -48,6 +48,7 @@ class _Call:
         _, _, block_size, kv_heads, _ = self.kv.shape
         return {
             "SCALE": self.spec.scale,
+            "SOFTCAP": self.spec.softcap,
             "WINDOW": self.spec.window,
             "KV_HEADS": kv_heads,
             "GROUP": heads // kv_heads,

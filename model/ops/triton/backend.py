@@ -207,15 +207,11 @@ class TritonBackend(Backend):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As `Backend.attention`."""
-        if spec.softcap is not None:
-            return super().attention(query, kv, batch, group, spec, sinks)
         target = self._target("attention")
         return attention(query, kv, batch, group, spec, sinks, target, self._arrivals)
 
     def activate(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
         """As `Backend.activate`."""
-        if activation.kind != "silu":
-            return super().activate(gate_up, activation)
         return activate(gate_up, activation, self._target("activate"))
 
     def route(self, logits: torch.Tensor, router: RouterSpec) -> tuple[torch.Tensor, torch.Tensor]:

@@ -129,6 +129,7 @@ def _attend_to_part(
     max_parts,
     part_len,
     SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -162,7 +163,7 @@ def _attend_to_part(
     top, total, mixed = attend(
         top, total, mixed, query, context_len, kv_ptr, value_offset,
         block_table_ptr + row * table_stride, kv_head, first, last, last, False,
-        SCALE, WINDOW, KV_HEADS, DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N, PRECISION,
+        SCALE, SOFTCAP, WINDOW, KV_HEADS, DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N, PRECISION,
     )  # fmt: skip
     if not SPLIT or parts <= 1:
         _store_result(
@@ -209,6 +210,7 @@ def decode_attention(
     max_parts,
     part_len,
     SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -246,8 +248,8 @@ def decode_attention(
             _attend_to_part(
                 row, part, kv_head, query_ptr, kv_ptr, value_offset, block_table_ptr, table_stride,
                 context_lens_ptr, sinks_ptr, out_ptr, mixed_ptr, stats_ptr, arrivals_ptr, max_parts,
-                part_len, SCALE, WINDOW, KV_HEADS, GROUP, DIM, BLOCK_M, BLOCK_D, BLOCK_SIZE,
-                BLOCK_N, BLOCK_G, SPLIT, SINKS, PRECISION,
+                part_len, SCALE, SOFTCAP, WINDOW, KV_HEADS, GROUP, DIM, BLOCK_M, BLOCK_D,
+                BLOCK_SIZE, BLOCK_N, BLOCK_G, SPLIT, SINKS, PRECISION,
             )  # fmt: skip
         index += extras
         has_work = has_work & is_extra

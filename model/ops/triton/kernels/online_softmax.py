@@ -25,6 +25,7 @@ def attend(
     last,
     CAUSAL: tl.constexpr,
     SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
@@ -55,7 +56,12 @@ def attend(
         # replaced, but a probability of 0 times a value of NaN is NaN, so values are zeroed.
         inside = (at < last)[:, None] & (dim < DIM)[None, :]
         value = tl.load(source + value_offset, inside, other=0.0)
-        scores = tl.dot(query, key.T, input_precision=PRECISION) * (SCALE * LOG2E)
+        scores = tl.dot(query, key.T, input_precision=PRECISION)
+        if SOFTCAP is None:
+            scores *= SCALE * LOG2E
+        else:  # cap · tanh(s / cap) = cap · (1 - 2 / (e^(2s / cap) + 1))
+            power = tl.exp2(scores * (2 * LOG2E * SCALE / SOFTCAP))
+            scores = (SOFTCAP * LOG2E) * (1 - 2 / (power + 1))
         if CAUSAL and WINDOW is None:
             if start >= unmasked:
                 mask = (at < last)[None, :] & (position[:, None] >= at[None, :])

@@ -25,6 +25,7 @@ def prefill_attention(
     singles,
     sequences,
     SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -84,7 +85,8 @@ def prefill_attention(
     unmasked = (before + skipped + 1) // BLOCK_N * BLOCK_N  # the first query attends to itself
     top, total, mixed = attend(
         top, total, mixed, query, position, kv_ptr, value_offset, block_table_ptr, kv_head, first,
-        unmasked, last, True, SCALE, WINDOW, KV_HEADS, DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N, PRECISION,
+        unmasked, last, True, SCALE, SOFTCAP, WINDOW, KV_HEADS, DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N,
+        PRECISION,
     )  # fmt: skip
     mixed = normalize(top, total, mixed, sinks_ptr, head, is_row, SINKS)
     tl.store(out_ptr + place, mixed.to(query.dtype), mask)
