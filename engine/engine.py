@@ -14,7 +14,7 @@ import torch
 from engine.config import EngineConfig
 from engine.errors import EngineError
 from engine.execution.capture import Capture, GpuCapture
-from engine.execution.capture_fallback import capture_if_possible, crash_of_hip
+from engine.execution.capture_fallback import crash_of_hip
 from engine.execution.model_runner import ModelRunner
 from engine.kernels import choose_kernels, described
 from engine.memory_plan import (
@@ -24,19 +24,16 @@ from engine.memory_plan import (
     check_before_loading,
     format_bytes,
     is_out_of_memory,
-    pool_blocks,
 )
 from engine.parallel.coordinator import CoordinatorRunner
 from engine.parallel.worker_pool import WorkerPool
 from engine.request import Completion, Request, numbered
 from engine.resolve import dtype_name, resolve, rounding
 from engine.scheduling.admission import admit, take_requests
-from engine.scheduling.kv_cache import KVCache
-from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.speculation import MOST_GUESSES, Speculation
 from engine.stats import EngineStats
 from engine.step_loop import StepLoop
 from engine.summary import RunSummary, peak_resident_bytes
+from engine.warm_up import prepare
 from model import load_config
 from model.checks.prove import Kernels
 
@@ -182,11 +179,11 @@ class Engine:
             self._set_threads()
             if self.kernels.choices:
                 self.runner.set_kernels(self.kernels.choices)
-            check_before_loading(plan, cost, self.settings, self._available())
+            check_before_loading(plan, cost, self.settings, self.available_bytes())
             loading = time.perf_counter()
             self.runner.load(self.checkpoint, self.config.dummy_weights)
             self.stats.load_s += time.perf_counter() - loading
-            self._steps = self._prepare(plan, cost)
+            self._steps = prepare(self, plan, cost)
         except BaseException as error:
             self._free()
             if not is_out_of_memory(error):
@@ -208,79 +205,11 @@ class Engine:
         if isinstance(self.runner, CoordinatorRunner):
             self.runner.connect(self.checkpoint, threads)
 
-    def _available(self) -> int:
+    def available_bytes(self) -> int:
         """Bytes that can still be allocated, here and on every other rank."""
         if isinstance(self.runner, CoordinatorRunner):
             return self.runner.available()
         return available_bytes(self.device)
-
-    def _prepare(self, plan: MemoryPlan, cost: BlockCost) -> StepLoop:
-        """Allocate the KV cache, capture decode steps and create the step loop."""
-        settings = self.settings
-        if self.device.type == "cuda":
-            plan = plan.measured(self._measure_peak_step(), settings)
-        crash = self.capture_crash  # found before the KV cache takes the memory
-        blocks = pool_blocks(plan, cost, settings, self._available())
-        cache = KVCache(self.runner.groups, blocks, settings.block_size, self.config.prefix_cache)
-        limit = min(self.model_config.max_positions, cache.capacity(self.max_batch_tokens))
-        if limit < 1:
-            raise EngineError(
-                "the KV cache holds {blocks} blocks, too few for one token; raise {kv_memory}",
-                blocks=blocks,
-            )
-        self.max_positions = limit
-        # Steps are read before the next is scheduled only without lookahead.
-        speculates = self.config.speculation and not self.lookahead
-        rows = self.max_batch_size + (MOST_GUESSES if speculates else 0)
-        self.runner.allocate(blocks, settings.block_size, limit, rows)
-        # Admission in groups pays only if decode steps are replayed.
-        group_size = self.group_size if self._capture(crash) else 0
-        self.stats.kv_blocks = blocks - 1
-        self.stats.kv_bytes = blocks * cost.block_bytes
-        scheduler = Scheduler(
-            cache,
-            self.max_batch_size,
-            self.max_batch_tokens,
-            group_size,
-            Speculation(self.max_batch_size) if speculates else None,
-        )
-        return StepLoop(scheduler, self.runner, settings, self.stats, self.notice, self.lookahead)
-
-    def _measure_peak_step(self) -> int:
-        """Bytes that the largest step allocates on the GPU; compiles the kernels as well."""
-        start, before = time.perf_counter(), torch.cuda.memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        self.runner.run_peak_step(
-            self.max_batch_size,
-            self.max_batch_tokens,
-            min(self.model_config.max_positions, self.max_batch_tokens),
-            self.settings.block_size,
-        )
-        self.stats.compile_s += time.perf_counter() - start
-        peak = torch.cuda.max_memory_allocated(self.device) - before
-        torch.cuda.empty_cache()
-        return peak
-
-    def _capture(self, crash: str) -> bool:
-        """Capture decode steps and count the time. False, with a notice, if they cannot be.
-
-        crash: why a capture must not be tried, from `crash_of_hip`; "" if it may be.
-        """
-        if crash:
-            self.notice(f"decode steps are not replayed as graphs: {crash}")
-            return False
-        make_capture, stats = self.make_capture, self.stats
-        if make_capture is None:
-            if self.tensor_parallel == 1:  # exchanges between ranks cannot be recorded
-                self.runner.record()
-            return True
-        start, compiled = time.perf_counter(), stats.compile_s
-        captured = capture_if_possible(
-            self.runner, lambda: make_capture(stats), self.notice, self.max_batch_tokens
-        )
-        compiling = stats.compile_s - compiled
-        stats.capture_s += time.perf_counter() - start - compiling
-        return captured
 
     def finish(self) -> None:
         """Free weights, KV cache and captured steps, and cancel all unfinished requests.

@@ -41,7 +41,7 @@ def _up_to(largest: int, *sizes: int) -> list[int]:
 
 @dataclass(frozen=True)
 class GraphInputs:
-    """GraphInputs of a captured step besides block tables: views of one buffer, copied at once.
+    """The inputs of a captured step besides block tables: views of one buffer, copied at once.
 
     Each tensor begins at a multiple of 16 bytes, for any size: kernels are compiled for that.
     """

@@ -17,9 +17,8 @@ from engine.execution.capture import (
     Record,
     capture_error,
 )
-from engine.execution.chunk_graphs import ChunkGraphs
-from engine.execution.decode_graphs import DecodeGraphs, Replayed, Tail
-from engine.execution.sampler import Sampled, Sampler, pin, to_device
+from engine.execution.sampler import Sampled, Sampler, to_device
+from engine.execution.step_graphs import StepGraphs
 from engine.parallel.step_message import StepMessage
 from engine.request import Request, SamplingParams
 from engine.scheduling.kv_cache import NULL_BLOCK, BlockTables, LayerGroup, group_layers
@@ -32,7 +31,6 @@ from model.sharding import ALONE, Shard
 
 _LIKELY_TOKENS = 256  # per sequence; their KV pages are touched before the first step on a CPU
 _MAX_TOUCHED_BYTES = 256 << 20
-_GREEDY, _SAMPLED = "greedy", "sampled"  # names of captured ends of steps
 
 
 class ModelRunner:
@@ -63,13 +61,10 @@ class ModelRunner:
         for g, group in enumerate(self.groups):
             for i, layer in enumerate(group.layers):
                 self._layer_caches[layer] = (g, i)
-        self._graphs: DecodeGraphs | None = None
-        self._chunk_graphs: ChunkGraphs | None = None
-        self._block_size = 0
+        self._graphs: StepGraphs | None = None
+        self.block_size = 0
         # Exchanges a report with the other ranks; returns those of all ranks.
         self.exchange_reports: Callable[[str], list[str]] = lambda report: [report]
-        # Rows whose block tables the graphs have now, and the longest context length in blocks.
-        self._graph_tables: tuple[list[int], int] | None = None
 
     @property
     def captured(self) -> bool:
@@ -113,7 +108,7 @@ class ModelRunner:
         """
         if self.model is None:
             raise RuntimeError("call load() before allocate()")
-        self._block_size = block_size
+        self.block_size = block_size
         shape = (2, num_blocks + 1, block_size, self._kv_heads, self.config.head_dim)
         self.kv_caches = [
             self.backend.empty_cache(shape)
@@ -166,7 +161,7 @@ class ModelRunner:
         """A step of `count` prompts of one length, all in the null block."""
         step = Step()
         for row in range(count):
-            blocks = array("i", [NULL_BLOCK]) * -(-length // self._block_size)
+            blocks = array("i", [NULL_BLOCK]) * -(-length // self.block_size)
             tokens, tables = [0] * length, BlockTables([blocks] * len(self.groups))
             request = Request(tokens, params)
             sequence = Sequence(request, tokens, length + 1, frozenset(), tables, 0.0, row=row)
@@ -226,53 +221,8 @@ class ModelRunner:
     def _make_graphs(
         self, record: Record, ops: Backend, mode: CaptureMode | None, max_batch_tokens: int = 0
     ) -> None:
-        """Create the graphs. mode None: each batch size is recorded when it first occurs."""
-        if self.batches is None:
-            raise RuntimeError("call allocate() before capture()")
-        rows, padding_block = self.batches.padding_row, self.kv_caches[0].shape[1] - 1
-        part = self.shard.vocab_part(self.config.vocab_size)
-        logits = None
-        if mode is not None:
-            shape = rows, part.stop - part.start
-            logits = torch.empty(shape, dtype=torch.float32, device=self.device)
-        is_whole = mode in (CaptureMode.WHOLE, CaptureMode.PLAIN_LAUNCH)
         self.uncapture()
-        self._graph_tables = None
-        self._graphs = DecodeGraphs(
-            partial(self._decode, ops),
-            [
-                torch.full(
-                    (rows, self.batches.width), padding_block, dtype=torch.int32, device=self.device
-                )
-                for _ in self.groups
-            ],
-            (rows, padding_block * self._block_size),
-            logits,
-            record,
-            knows_lengths=mode == CaptureMode.PARTS,
-            tails=self._tails(ops) if is_whole else {},
-        )
-        if logits is not None and is_whole:
-            self._chunk_graphs = ChunkGraphs(
-                partial(self._forward, ops),
-                [self.batches.width] * len(self.groups),
-                padding_block,
-                self._block_size,
-                (rows, min(max_batch_tokens, self.batches.width * self._block_size)),
-                logits,
-                record,
-            )
-
-    def _tails(self, ops: Backend) -> dict[str, Tail]:
-        """The ends of steps that are captured; others run after the replay."""
-        assert self.sampler is not None
-        sampler = self.sampler.on(ops)
-        tails: dict[str, Tail] = {
-            _GREEDY: lambda logits, rows, positions: sampler.sample_greedy(logits, rows)
-        }
-        if self.shard.size == 1:  # else rank 0 gathers the logits of all ranks
-            tails[_SAMPLED] = sampler.sample_rows
-        return tails
+        self._graphs = StepGraphs(self, record, ops, mode, max_batch_tokens)
 
     def record(self) -> None:
         """Record decode steps as kernel calls, if the backend and the model allow it.
@@ -287,20 +237,13 @@ class ModelRunner:
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """The logits float32 [len(batch.logits_rows), this rank's part of the vocabulary]."""
-        assert self.model is not None
-        return self.model(self.backend, batch, self.kv_caches, self._layer_caches)
+        return self.forward_on(self.backend, batch)
 
-    def _forward(self, ops: Backend, batch: ForwardBatch, out: torch.Tensor) -> torch.Tensor:
-        assert self.model is not None
-        return self.model(ops, batch, self.kv_caches, self._layer_caches, out)
-
-    def _decode(
-        self, ops: Backend, rows: torch.Tensor, batch: ForwardBatch, out: torch.Tensor | None
+    def forward_on(
+        self, ops: Backend, batch: ForwardBatch, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Logits of a batch of decodes; its tokens are those that the rows sampled last."""
+        """As `forward`, with the operations of a backend; out: takes the logits."""
         assert self.model is not None
-        assert self.sampler is not None
-        batch.token_ids = ops.gather(self.sampler.last.unsqueeze(1), rows).squeeze(1)
         return self.model(ops, batch, self.kv_caches, self._layer_caches, out)
 
     def free(self) -> None:
@@ -317,7 +260,7 @@ class ModelRunner:
 
     def uncapture(self) -> None:
         """Drop captured steps: the following steps are not replayed."""
-        self._graphs = self._chunk_graphs = None
+        self._graphs = None
 
     def launch(self, step: Step) -> Sampled:
         """Start the step; the result holds the next token of each of `step.sampling()`."""
@@ -337,37 +280,22 @@ class ModelRunner:
         """Start a step; non_greedy: as in `Sampler.sample`, known only to rank 0."""
         assert self.sampler is not None
         assert self.batches is not None
+        graphs = self._graphs
         if message.block_tables:
             self.batches.update_tables(message)
-            self._graph_tables = None
+            if graphs is not None:
+                graphs.update_tables()
         if message.given:
             given = (int64(each) for each in zip(*message.given, strict=True))
             self.sampler.last.index_copy_(0, *(to_device(each, self.device) for each in given))
-        if self._graphs is None or message.starts:
+        if graphs is None or message.starts:
             with BATCH_PREPARATION:
                 batch, rows, positions = self.batches.build(message, self.sampler.last)
-            replayed = None if self._chunk_graphs is None else self._chunk_graphs(batch)
+            replayed = None if graphs is None else graphs.replay_chunks(batch)
             logits = self.forward(batch) if replayed is None else replayed
         else:
-            has_logprobs = any(p.logprobs is not None for p in non_greedy.values())
-            tail = _GREEDY if message.all_greedy else "" if has_logprobs else _SAMPLED
-            logits, rows, positions, tokens = self._replay(self._graphs, message, tail)
+            logits, rows, positions, tokens = graphs.replay_decodes(message, non_greedy)
             if tokens is not None:
                 return Sampled(tokens)
         with SAMPLING:
             return self.sampler.sample(logits, rows, positions, non_greedy, message.all_greedy)
-
-    def _replay(self, graphs: DecodeGraphs, message: StepMessage, tail: str) -> Replayed:
-        """Replay a step of decodes, padded; returns the results of its sequences."""
-        batches, size = self.batches, message.size
-        assert batches is not None
-        padding = graphs.padded_size(size) - size
-        rows = [*message.rows, *[batches.padding_row] * padding]
-        inputs = batches.decode_inputs(rows, [*message.context_lens, *[1] * padding])
-        longest = max(message.context_lens)
-        blocks = -(-longest // self._block_size)
-        if (rows, blocks) != self._graph_tables:
-            tables = batches.select_tables(inputs.rows, longest)
-            graphs.set_block_tables([pin(table, self.device) for table in tables])
-            self._graph_tables = rows, blocks
-        return graphs(inputs, tail).first(size)

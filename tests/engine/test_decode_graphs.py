@@ -147,14 +147,17 @@ def test_the_end_of_a_step_is_replayed_unless_logprobs_are_wanted(
             runner, replayed = engine.runner, Counter[tuple[str, bool]]()
             runner.model = FromTensors(runner.model)  # type: ignore[assignment]
             runner.capture(Repeating())
-            replay = runner._replay
+            assert runner._graphs is not None
+            graphs = runner._graphs._decodes
 
-            def noted(graphs: Any, message: Any, tail: str) -> Any:
-                found = replay(graphs, message, tail)  # noqa: B023
+            def noted(inputs: Any, tail: str) -> Any:
+                found = graphs(inputs, tail)  # noqa: B023
                 replayed[tail, found.tokens is not None] += 1  # noqa: B023
                 return found
 
-            runner._replay = noted  # type: ignore[method-assign]
+            noted.padded_size = graphs.padded_size  # type: ignore[attr-defined]
+            noted.set_block_tables = graphs.set_block_tables  # type: ignore[attr-defined]
+            runner._graphs._decodes = noted  # type: ignore[assignment]
             found = {c.request_id: (c.token_ids, c.logprobs) for c in engine.generate(requests)}
         assert found == expected
         assert replayed == {(tail, tail != ""): 11}

@@ -6,7 +6,8 @@ import torch
 import triton
 
 from model.ops.specs import Activation, Experts, ExpertShard
-from model.ops.triton.kernels.experts import experts_down, experts_gate_up, sum_experts
+from model.ops.triton.kernels.experts_down import experts_down, sum_experts
+from model.ops.triton.kernels.experts_gate_up import experts_gate_up
 from model.ops.triton.mxfp4 import ExpertWeights
 from model.ops.triton.sort_by_expert import sort_by_expert
 from model.ops.triton.tiles import Target, Tile, for_dtype

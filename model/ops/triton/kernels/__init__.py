@@ -1,4 +1,4 @@
-"""Kernels of the larger operations, which the modules of the same names above launch.
+"""Kernels of the larger operations. The modules of `model.ops.triton` launch them.
 
-The kernel of the embedding, which has one variant, is here with its launch.
+Only the embedding's launch is here as well: its kernel has one variant.
 """

@@ -1,0 +1,92 @@
+"""The end of warm-up, once the weights are loaded: KV cache, captured steps, step loop."""
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from engine.errors import EngineError
+from engine.execution.capture_fallback import capture_if_possible
+from engine.memory_plan import BlockCost, MemoryPlan, pool_blocks
+from engine.scheduling.kv_cache import KVCache
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.speculation import MOST_GUESSES, Speculation
+from engine.step_loop import StepLoop
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
+
+
+def prepare(engine: "Engine", plan: MemoryPlan, cost: BlockCost) -> StepLoop:
+    """Allocate the KV cache, capture decode steps and create the step loop.
+
+    Sets `max_positions` of the engine. Raises EngineError if the KV cache is too small.
+    """
+    settings, config, runner = engine.settings, engine.config, engine.runner
+    if engine.device.type == "cuda":
+        plan = plan.measured(_measure_peak_step(engine), settings)
+    crash = engine.capture_crash  # found before the KV cache takes the memory
+    blocks = pool_blocks(plan, cost, settings, engine.available_bytes())
+    cache = KVCache(runner.groups, blocks, settings.block_size, config.prefix_cache)
+    limit = min(engine.model_config.max_positions, cache.capacity(engine.max_batch_tokens))
+    if limit < 1:
+        raise EngineError(
+            "the KV cache holds {blocks} blocks, too few for one token; raise {kv_memory}",
+            blocks=blocks,
+        )
+    engine.max_positions = limit
+    # Steps are read before the next is scheduled only without lookahead.
+    speculates = config.speculation and not engine.lookahead
+    rows = engine.max_batch_size + (MOST_GUESSES if speculates else 0)
+    runner.allocate(blocks, settings.block_size, limit, rows)
+    # Admission in groups pays only if decode steps are replayed.
+    group_size = engine.group_size if _capture(engine, crash) else 0
+    engine.stats.kv_blocks = blocks - 1
+    engine.stats.kv_bytes = blocks * cost.block_bytes
+    scheduler = Scheduler(
+        cache,
+        engine.max_batch_size,
+        engine.max_batch_tokens,
+        group_size,
+        Speculation(engine.max_batch_size) if speculates else None,
+    )
+    return StepLoop(scheduler, runner, settings, engine.stats, engine.notice, engine.lookahead)
+
+
+def _measure_peak_step(engine: "Engine") -> int:
+    """Bytes that the largest step allocates on the GPU; compiles the kernels as well."""
+    device, start = engine.device, time.perf_counter()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    engine.runner.run_peak_step(
+        engine.max_batch_size,
+        engine.max_batch_tokens,
+        min(engine.model_config.max_positions, engine.max_batch_tokens),
+        engine.settings.block_size,
+    )
+    engine.stats.compile_s += time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    return peak
+
+
+def _capture(engine: "Engine", crash: str) -> bool:
+    """Capture decode steps and count the time. False, with a notice, if they cannot be.
+
+    crash: why a capture must not be tried, from `crash_of_hip`; "" if it may be.
+    """
+    if crash:
+        engine.notice(f"decode steps are not replayed as graphs: {crash}")
+        return False
+    make_capture, stats = engine.make_capture, engine.stats
+    if make_capture is None:
+        if engine.tensor_parallel == 1:  # exchanges between ranks cannot be recorded
+            engine.runner.record()
+        return True
+    start, compiled = time.perf_counter(), stats.compile_s
+    captured = capture_if_possible(
+        engine.runner, lambda: make_capture(stats), engine.notice, engine.max_batch_tokens
+    )
+    compiling = stats.compile_s - compiled
+    stats.capture_s += time.perf_counter() - start - compiling
+    return captured
