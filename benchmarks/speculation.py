@@ -1,9 +1,9 @@
-"""Single requests with and without speculation: `python benchmarks/speculation.py CHECKPOINT`.
+"""Time single requests with and without speculation: `python benchmarks/speculation.py CHECKPOINT`.
 
 Two prompts, alternating in one process. The first asks to repeat a text, as requests to correct,
 translate or quote one do; the second is answered from random token ids, sampled at a high
-temperature, so that nothing repeats. Needs a checkpoint with trained weights.
-The results of each pair must be equal. Prints one JSON object.
+temperature, so that nothing repeats. Needs a checkpoint with trained weights. The results of each
+pair must be equal. Prints one JSON object.
 """
 
 import json
@@ -73,7 +73,7 @@ def main(checkpoint: Path, runs: int, tokens: int) -> None:
                 ],
             }
         stats = engine.stats
-        results["guessed"] = {"computed": stats.guessed_tokens, "right": stats.right_guesses}
+        results["drafts"] = {"computed": stats.draft_tokens, "accepted": stats.accepted_tokens}
     print(json.dumps(results))
 
 

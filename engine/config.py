@@ -26,10 +26,10 @@ class EngineConfig:
     kv_memory: int | None = None  # bytes of the KV cache; None: sized from available memory
     block_size: int = 16  # positions of a KV cache block
     prefix_cache: bool = True  # reuse the KV of common prompt prefixes
-    speculation: bool = True  # compute likely next tokens ahead, on a CPU; results are the same
+    speculation: bool = True  # by prompt lookup, on a CPU; results are the same
     dummy_weights: bool = False  # random weights: only config.json is read
     tensor_parallel: int = 1  # ranks (processes) that the model is split over
-    trust_kernels: bool = False  # on a GPU, use the kernels of the table without checking them
+    trust_kernels: bool = False  # on a GPU, use the default kernels without checking them
 
     def __post_init__(self) -> None:
         """Check every setting that can be checked without the checkpoint and the hardware."""

@@ -35,7 +35,7 @@ from engine.step_loop import StepLoop
 from engine.summary import RunSummary, peak_resident_bytes
 from engine.warm_up import prepare
 from model import load_config
-from model.checks.prove import Kernels
+from model.checks.verify import Kernels
 
 _log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class Engine:
 
     @property
     def kernels(self) -> Kernels:
-        """The kernels that are not the table's, from `choose_kernels`."""
+        """The kernels other than the defaults, from `choose_kernels`."""
         self.choose_kernels()
         assert self._kernels is not None
         return self._kernels

@@ -1,8 +1,7 @@
-"""Which kernels an engine runs with: checked on its device, remembered, and timed for long jobs.
+"""The choice of an engine's kernels: checked on its device, stored, and timed before long jobs.
 
-With tensor parallelism rank 0 decides for all ranks: they must round alike, their devices are of
-one kind, and every rank's share of the model has the same shapes. So another rank would find the
-same, at the cost of the same time, or different times, which could not be used.
+With tensor parallelism rank 0 chooses for all ranks. They must use the same kernels, so that they
+round alike, and their devices and the shapes of their shares of the model are the same.
 """
 
 import time
@@ -14,14 +13,14 @@ import torch
 from engine.stats import EngineStats
 from model.checks.case import ReferenceFailedError
 from model.checks.kernel_cache import remember, remembered
-from model.checks.prove import MEASURED, Kernels, Proof, Timing, measure, prove
+from model.checks.verify import MEASURED, Kernels, Timing, Verifier, measure, verify
 from model.ops.backend import Backend
 
 if TYPE_CHECKING:
     from engine.engine import Engine
 
 LONG_JOB_S = 60.0
-"""From which expected time on candidates are timed: they take about ten seconds, once."""
+"""Before a job expected to take this long or longer, candidates are timed for ten seconds, once."""
 
 
 def choose_kernels(
@@ -29,7 +28,7 @@ def choose_kernels(
 ) -> Kernels:
     """Return the kernels of an engine, before it loads weights; arguments as those of the engine.
 
-    Says once for each kernel that is wrong here what serves instead.
+    A notice names each kernel that fails its check, and its replacement.
     """
     backend = engine.runner.backend
     if not _is_known(backend, preferred):
@@ -41,29 +40,28 @@ def choose_kernels(
     capture = None
     if engine.make_capture is not None and not engine.capture_crash:
         capture = engine.make_capture(EngineStats())
-    proof = Proof(
+    verifier = Verifier(
         backend, engine.model_config, engine.runner.shard, engine.settings.block_size, capture
     )
     is_long = preferred is None and expected_s is not None and expected_s >= LONG_JOB_S
     try:
-        kernels = _decide(proof, preferred, is_long)
+        kernels = _decide(verifier, preferred, is_long)
     except torch.OutOfMemoryError:
         engine.notice(
-            "there is not enough free memory on the GPU to check its kernels: they are used as "
-            "they are"
+            "the kernels are used unchecked: the GPU does not have enough free memory to check them"
         )
         return Kernels(preferred or {})
     except ReferenceFailedError as error:
-        engine.notice(f"the kernels cannot be checked on this GPU: {error}")
+        engine.notice(f"the kernels are used unchecked: {error}")
         return Kernels(preferred or {})
     finally:
         if engine.device.type == "cuda":
             torch.cuda.empty_cache()
     for op, wrong in kernels.replaced.items():
         choice = kernels.choices.get(op)
-        instead = "the table's kernel" if choice is None else backend.describe_choice(op, choice)
+        instead = "the default kernel" if choice is None else backend.describe_choice(op, choice)
         engine.notice(
-            f"the kernel of {op} is wrong on this GPU ({wrong}); used instead: "
+            f"the kernel of {op} failed its check on this GPU ({wrong}); used instead: "
             f"{instead.removeprefix(f'{op}: ')}"
         )
     return kernels
@@ -77,20 +75,20 @@ def _is_known(backend: Backend, choices: Any) -> bool:
     return True
 
 
-def _decide(proof: Proof, preferred: Mapping[str, Any] | None, is_long: bool) -> Kernels:
-    known = remembered(proof)
+def _decide(verifier: Verifier, preferred: Mapping[str, Any] | None, is_long: bool) -> Kernels:
+    known = remembered(verifier)
     if preferred is not None:
         if known is not None and known.choices == preferred:
             return known
-        kernels = prove(proof, preferred)
-        if known is None:  # else this job's choices are not the best that is known here
-            remember(proof, kernels)
+        kernels = verify(verifier, preferred)
+        if known is None:  # else better choices than this job's are stored
+            remember(verifier, kernels)
         return kernels
-    kernels = known or prove(proof)
+    kernels = known or verify(verifier)
     if is_long and not set(MEASURED) <= set(kernels.measured):
-        kernels = measure(proof, kernels, _timing(proof.backend.device))
+        kernels = measure(verifier, kernels, _timing(verifier.backend.device))
     if kernels != known:
-        remember(proof, kernels)
+        remember(verifier, kernels)
     return kernels
 
 
@@ -106,11 +104,11 @@ def _timing(device: torch.device) -> Timing:
 
 
 def described(backend: Backend, kernels: Kernels) -> tuple[str, ...]:
-    """Return the kernels that are not the table's in words, and what was wrong with the others."""
+    """Return the kernels other than the defaults in words, and why others failed."""
     texts = []
     for op in {**kernels.choices, **kernels.replaced}:
         choice = kernels.choices.get(op)
-        text = f"{op}: the table's" if choice is None else backend.describe_choice(op, choice)
+        text = f"{op}: default kernel" if choice is None else backend.describe_choice(op, choice)
         wrong = kernels.replaced.get(op)
-        texts.append(text if wrong is None else f"{text} (instead of a wrong one: {wrong})")
+        texts.append(text if wrong is None else f"{text} (instead of one that failed: {wrong})")
     return tuple(texts)

@@ -92,7 +92,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 KERNEL_CHOICES = "kernel choices"
-"""The key in `rounding` of the choices of kernels that are not the table's."""
+"""The key in `rounding` of the choices of kernels other than the defaults."""
 
 
 def rounding(
@@ -100,7 +100,7 @@ def rounding(
 ) -> dict[str, Any]:
     """What the rounding of results depends on besides checkpoint and dtype, as JSON values.
 
-    choices: kernels that are not the table's, by operation.
+    choices: kernels other than the defaults, by operation.
     """
     torch_version = str(torch.__version__)
     if device.type == "cpu":

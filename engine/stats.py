@@ -23,9 +23,9 @@ class EngineStats:
     kv_blocks: int = 0
     kv_bytes: int = 0
     peak_kv_blocks: int = 0
-    decode_tokens: int = 0  # computed in rows of their own: of decodes, guesses, short chunks
-    guessed_tokens: int = 0  # by speculation, and computed
-    right_guesses: int = 0
+    decode_tokens: int = 0  # computed in rows of their own: of decodes, drafts, short chunks
+    draft_tokens: int = 0  # proposed by speculation and computed
+    accepted_tokens: int = 0  # draft tokens that were also sampled
     decode_context: int = 0  # positions attended to by decode tokens, ignoring windows
     prefill_chunks: int = 0  # chunks of more than one token
     prefill_tokens: int = 0
@@ -56,13 +56,13 @@ class EngineStats:
     def count(self, step: Step, scheduler: Scheduler) -> None:
         """Count a step that was launched."""
         self.steps += 1
-        sequences = step.size - step.guesses
+        sequences = step.size - step.draft_tokens
         self.batch_sum += sequences
         self.peak_batch = max(self.peak_batch, sequences)
         self.peak_kv_blocks = max(self.peak_kv_blocks, scheduler.cache.num_used)
         self.preemptions = scheduler.preemptions
-        computed = len(step.decodes) + step.guesses
-        self.guessed_tokens += step.guesses
+        computed = len(step.decodes) + step.draft_tokens
+        self.draft_tokens += step.draft_tokens
         self.decode_tokens += computed
         self.decode_context += sum(step.context_lens[:computed])
         for chunk in step.chunks:

@@ -86,16 +86,16 @@ class StepLoop:
             now = time.perf_counter()
             self._stats.model_s += now - start
             ended: list[Sequence] = []
-            wrong = set[Sequence]()  # sequences with a wrong guess: what follows it is dropped
-            sampled_rows = zip(step.sampling(), step.guessed(), tokens, strict=True)
-            for i, (sequence, guess, token) in enumerate(sampled_rows):
+            rejected = set[Sequence]()  # sequences with a wrong draft token; later ones are dropped
+            sampled_rows = zip(step.sampling(), step.preceding_drafts(), tokens, strict=True)
+            for i, (sequence, draft, token) in enumerate(sampled_rows):
                 if sequence.finished:  # this step was launched before its end was known
                     continue
-                if guess is not None:
-                    if sequence in wrong or sequence in ended:
+                if draft is not None:
+                    if sequence in rejected or sequence in ended:
                         continue
-                    if sequence.tokens[-1] != guess:
-                        wrong.add(sequence)
+                    if sequence.tokens[-1] != draft:
+                        rejected.add(sequence)
                         continue
                 if token == NO_TOKEN:
                     ended.append(sequence)
@@ -111,7 +111,7 @@ class StepLoop:
                     done.append(sequence.completion(reason, now))
                     self._stats.count_finished(done[-1])
             if self.scheduler.speculation is not None:
-                self._stats.right_guesses += self.scheduler.speculation.settle(step)
+                self._stats.accepted_tokens += self.scheduler.speculation.settle(step)
             if ended:
                 self.scheduler.finish(ended)
         return done

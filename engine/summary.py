@@ -39,7 +39,7 @@ class RunSummary:
     stats: EngineStats  # of all replicas together
     peak_memory_bytes: int  # resident memory of this process
     peak_gpu_memory_bytes: int | None = None  # of the GPU that used the most; None on a CPU
-    kernels: tuple[str, ...] = ()  # those that are not the table's, each in words
+    kernels: tuple[str, ...] = ()  # those other than the defaults, each in words
     replicas: tuple[ReplicaSummary, ...] = ()  # empty for one engine
     replicas_device: str | None = None  # device name of a replica: a GPU's name, or "cpu"
 

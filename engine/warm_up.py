@@ -10,7 +10,7 @@ from engine.execution.capture_fallback import capture_if_possible
 from engine.memory_plan import BlockCost, MemoryPlan, pool_blocks
 from engine.scheduling.kv_cache import KVCache
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.speculation import MOST_GUESSES, Speculation
+from engine.scheduling.speculation import MAX_DRAFT_TOKENS, Speculation
 from engine.step_loop import StepLoop
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def prepare(engine: "Engine", plan: MemoryPlan, cost: BlockCost) -> StepLoop:
     engine.max_positions = limit
     # Steps are read before the next is scheduled only without lookahead.
     speculates = config.speculation and not engine.lookahead
-    rows = engine.max_batch_size + (MOST_GUESSES if speculates else 0)
+    rows = engine.max_batch_size + (MAX_DRAFT_TOKENS if speculates else 0)
     runner.allocate(blocks, settings.block_size, limit, rows)
     # Admission in groups pays only if decode steps are replayed.
     group_size = engine.group_size if _capture(engine, crash) else 0

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from model.config import read_json
-from model.families.keys import Keys
+from model.families.config_keys.keys import Keys
 
 GENERATION_CONFIG = "generation_config.json"
 

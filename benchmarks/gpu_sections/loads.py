@@ -83,8 +83,8 @@ def dummy_engine(
 ) -> Iterator[Engine]:
     """Provide an engine on the GPU with random weights of a well-known model.
 
-    It uses the kernels of the table, which the checks are about, even if they are wrong. Notices
-    are added to the list; without one they raise RuntimeError.
+    It uses the default kernels, even if they fail their checks. Notices are added
+    to the list; without one they raise RuntimeError.
     """
     config = EngineConfig(
         device="cuda",

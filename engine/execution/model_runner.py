@@ -72,7 +72,7 @@ class ModelRunner:
         return self._graphs is not None
 
     def set_kernels(self, choices: Mapping[str, Any]) -> None:
-        """Use these kernels instead of the table's, by operation; call it before `load`."""
+        """Use these kernels instead of the defaults, by operation; call it before `load`."""
         self.backend = self.backend.with_choices(choices)
 
     def check(self, checkpoint: Path) -> None:

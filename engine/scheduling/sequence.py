@@ -33,7 +33,7 @@ class Sequence:
     admitted: bool = False
     # longrope: length beyond which the sequence is recomputed with the long factors; 0: never.
     rope_context: int = 0
-    lookup: "Lookup | None" = None  # guesses of its next tokens
+    lookup: "Lookup | None" = None  # proposes its next tokens
 
     def __post_init__(self) -> None:
         """Derive the length and whether sampling is greedy."""
@@ -82,7 +82,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Draft:
-    """Guessed tokens that follow the token which a decoding sequence computes in the same step.
+    """Proposed tokens, computed in the same step as the last token of a decoding sequence.
 
     Each is computed in a row of its own, from `first_row` on, with the sequence's block tables.
     """
@@ -113,28 +113,27 @@ class Step:
 
     @property
     def size(self) -> int:
-        """The number of rows: one for each sequence and each guessed token."""
+        """The number of rows: one for each sequence and each draft token."""
         return len(self.context_lens)
 
     @property
-    def guesses(self) -> int:
-        """The number of guessed tokens."""
+    def draft_tokens(self) -> int:
+        """The number of draft tokens."""
         return sum(len(draft.tokens) for draft in self.drafts)
 
     @property
     def tokens(self) -> int:
         """The number of tokens computed."""
-        return (
-            len(self.decodes) + self.guesses + sum(chunk.end - chunk.start for chunk in self.chunks)
-        )
+        in_chunks = sum(chunk.end - chunk.start for chunk in self.chunks)
+        return len(self.decodes) + self.draft_tokens + in_chunks
 
     def sampling(self) -> list[Sequence]:
-        """The sequence of each token that the step samples; with guesses, several have the same."""
+        """The sequence of each token that the step samples; with drafts, several have the same."""
         drafted = [draft.sequence for draft in self.drafts for _ in draft.tokens]
         return self.decodes + drafted + [c.sequence for c in self.chunks if c.samples]
 
-    def guessed(self) -> list[int | None]:
-        """For each sampled token the guessed token that it follows, None if it is not guessed."""
+    def preceding_drafts(self) -> list[int | None]:
+        """For each sampled token the draft token before it; None if that token is not a draft."""
         known: list[int | None] = [None] * len(self.decodes)
         known += [token for draft in self.drafts for token in draft.tokens]
         return known + [None for chunk in self.chunks if chunk.samples]

@@ -258,8 +258,8 @@ _ALL: tuple[Decorator, ...] = (
         "speculation",
         flag_value=False,
         default=True,
-        help="Disable speculation, which computes likely next tokens ahead while few requests run "
-        "on a CPU. Results are the same.",
+        help="Disable speculative decoding (prompt lookup), used on a CPU while few requests run. "
+        "Results are the same either way.",
     ),
     _batch(
         "--tensor-parallel",
@@ -276,7 +276,7 @@ _ALL: tuple[Decorator, ...] = (
     _engine(
         "--trust-kernels",
         is_flag=True,
-        help="On a GPU, neither check kernels on first use nor measure which are fastest.",
+        help="On a GPU, use the default kernels: do not check them, and do not time alternatives.",
     ),
     _replicas(
         "--replicas",

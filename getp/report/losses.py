@@ -64,8 +64,8 @@ def _recomputing(run: FinishedRun) -> _Loss:
     The last token of a request is sampled but never used as input, so it is not computed.
     """
     stats = run.stats
-    wrong_guesses = stats.guessed_tokens - stats.right_guesses
-    computed = stats.decode_tokens + stats.prefill_tokens - wrong_guesses
+    rejected = stats.draft_tokens - stats.accepted_tokens
+    computed = stats.decode_tokens + stats.prefill_tokens - rejected
     needed = stats.prompt_tokens - stats.cached_tokens + stats.output_tokens - run.requests
     recomputed = max(0, computed - needed) if stats.preemptions else 0
     seconds = stats.model_s * recomputed / max(1, computed)

@@ -62,7 +62,7 @@ def _answer(r: Report, details: bool) -> list[tuple[str, str]]:
 
 def _details(r: Report) -> list[tuple[str, str]]:
     parts = {
-        "check of kernels": r["check_s"],
+        "kernel checks": r["check_s"],
         "load": r["load_s"],
         "compile": r["compile_s"],
         "capture": r["capture_s"],
@@ -70,9 +70,10 @@ def _details(r: Report) -> list[tuple[str, str]]:
     peak = memory(r["peak_memory_bytes"])
     if r["peak_gpu_memory_bytes"] is not None:
         peak += f", on the GPU {memory(r['peak_gpu_memory_bytes'])}"
+    # On a CPU nothing is checked, compiled or captured.
+    shown = {name: s for name, s in parts.items() if s >= 0.005 or name == "load"}
     return [
-        # On a CPU nothing is compiled or captured.
-        ("warm-up", ", ".join(f"{n} {s:.2f} s" for n, s in parts.items() if s or n == "load")),
+        ("warm-up", ", ".join(f"{name} {s:.2f} s" for name, s in shown.items())),
         ("finish", f"{r['finish_s']:.2f} s"),
         (
             "batch",
@@ -92,10 +93,10 @@ def _details(r: Report) -> list[tuple[str, str]]:
 
 
 def _speculation(r: Report) -> list[tuple[str, str]]:
-    guessed, right = r["guessed_tokens"], r["right_guesses"]
-    if not guessed:
+    drafted, accepted = r["draft_tokens"], r["accepted_tokens"]
+    if not drafted:
         return []
-    return [("speculation", f"{right:,} of {guessed:,} guessed tokens were right")]
+    return [("speculation", f"{accepted:,} of {counted(drafted, 'draft token')} accepted")]
 
 
 def _efficiency(r: Report, details: bool) -> list[tuple[str, str]]:

@@ -20,7 +20,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
 class ReferenceFailedError(Exception):
-    """Plain torch itself fails on this device, so that nothing can be said about kernels."""
+    """Plain torch fails on this device, so kernels cannot be compared with it."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Case:
     prepare: Callable[[Backend], Callable[[], Tensors]]
     bytes: int
     flops: int
-    is_timed: bool = False  # large enough that its time says which kernel is faster
+    is_timed: bool = False  # large enough to show which kernel is faster
 
     def run(self, backend: Backend) -> Tensors:
         """Return the results on a backend."""

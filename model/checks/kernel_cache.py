@@ -1,4 +1,4 @@
-"""What was proved and measured on this machine, in the user's cache directory."""
+"""The kernels verified and measured on this machine, stored in the user's cache directory."""
 
 import hashlib
 import json
@@ -10,16 +10,16 @@ from typing import Any
 import torch
 
 from model import ops
-from model.checks.prove import Kernels, Proof
+from model.checks.verify import Kernels, Verifier
 from model.cost.measure import hardware_name
 from model.user_cache import read_object, write_object
 
 _FILE = "kernels.json"
 
 
-def key_of(proof: Proof) -> str:
+def key_of(verifier: Verifier) -> str:
     """Return everything that results and times of kernels depend on, as a key of the cache."""
-    backend, name = proof.backend, hardware_name(proof.backend.device)
+    backend, name = verifier.backend, hardware_name(verifier.backend.device)
     parts = {
         "device": name,
         "driver": driver_version(),
@@ -27,7 +27,7 @@ def key_of(proof: Proof) -> str:
         "kernels": backend.kernels(name),
         "sources": _sources(),
         "dtype": str(backend.dtype).removeprefix("torch."),
-        "shapes": _shapes(proof),
+        "shapes": _shapes(verifier),
     }
     return json.dumps(parts)
 
@@ -51,31 +51,31 @@ def _sources() -> str:
     return digest.hexdigest()
 
 
-def _shapes(proof: Proof) -> str:
+def _shapes(verifier: Verifier) -> str:
     """Return a hash of what the cases depend on besides the device."""
     config = replace(
-        proof.config,
-        layers=tuple(dict.fromkeys(proof.config.layers)),
+        verifier.config,
+        layers=tuple(dict.fromkeys(verifier.config.layers)),
         stop_ids=frozenset(),
         max_positions=0,
     )
-    described = repr((config, proof.shard.size, proof.block_size))
+    described = repr((config, verifier.shard.size, verifier.block_size))
     return hashlib.blake2b(described.encode(), digest_size=8).hexdigest()
 
 
-def remembered(proof: Proof) -> Kernels | None:
+def remembered(verifier: Verifier) -> Kernels | None:
     """Return the kernels of an earlier run; None if there are none, or none that can be used."""
-    entry: Any = read_object(_FILE).get(key_of(proof))
+    entry: Any = read_object(_FILE).get(key_of(verifier))
     try:
         kernels = Kernels(dict(entry["choices"]), dict(entry["replaced"]), tuple(entry["measured"]))
-        proof.backend.with_choices(kernels.choices)
+        verifier.backend.with_choices(kernels.choices)
     except (TypeError, KeyError, ValueError):
         return None
     texts = (*kernels.replaced, *kernels.replaced.values(), *kernels.measured)
     return kernels if all(isinstance(text, str) for text in texts) else None
 
 
-def remember(proof: Proof, kernels: Kernels) -> None:
+def remember(verifier: Verifier, kernels: Kernels) -> None:
     """Store the kernels for later runs, if possible."""
     entry: dict[str, Any] = asdict(kernels)
-    write_object(_FILE, {**read_object(_FILE), key_of(proof): entry})
+    write_object(_FILE, {**read_object(_FILE), key_of(verifier): entry})

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from model.config import CheckpointError, ModelConfig, conversion_hint, read_json
+from model.families.config_keys.keys import Keys
 from model.families.family import Family, stated_dtype
-from model.families.keys import Keys
 from model.families.nested import NESTED, nested_names, text_keys
 from model.families.tensor_names import TensorNames
 from model.stored_tensors import StoredTensors

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from model.config import DTYPES, LayerConfig, ModelConfig, MoeConfig
-from model.families.keys import Keys
-from model.families.rope_keys import read_rope
+from model.families.config_keys.keys import Keys
+from model.families.config_keys.rope_keys import read_rope
 from model.families.tensor_names import TensorNames
 from model.formats import QUANTIZATIONS
 from model.ops.specs import Activation, NormSpec, RouterSpec

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from model.families.config_keys.keys import Keys
 from model.families.family import Family, attention_biases, layers
-from model.families.keys import Keys
 from model.families.tensor_names import TensorNames
 from model.ops.specs import Activation
 

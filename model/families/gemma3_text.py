@@ -4,10 +4,10 @@ from dataclasses import replace
 from typing import Any
 
 from model.config import RopeConfig
+from model.families.config_keys.keys import Keys
+from model.families.config_keys.rope_keys import read_rope
 from model.families.family import Family
 from model.families.gemma2 import ACTIVATIONS, GEMMA, NAMES, gemma_fields
-from model.families.keys import Keys
-from model.families.rope_keys import read_rope
 
 
 def _fields(keys: Keys) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """gpt-oss: attention sinks, alternating windows, experts in MXFP4 with a clamped activation."""
 
 from model.config import MoeConfig
+from model.families.config_keys.keys import Keys
 from model.families.family import Family, attention_biases, layers, top_k
-from model.families.keys import Keys
 from model.families.tensor_names import ExpertNames, TensorNames
 from model.ops.specs import Activation, RouterSpec
 

@@ -1,7 +1,7 @@
 """Granite 3: Llama with four multipliers."""
 
+from model.families.config_keys.keys import Keys
 from model.families.family import Family, attention_biases
-from model.families.keys import Keys
 
 
 def _fields(keys: Keys) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """Llama 1 to 3, and models that use its architecture."""
 
+from model.families.config_keys.keys import Keys
 from model.families.family import Family, attention_biases
-from model.families.keys import Keys
 
 
 def _fields(keys: Keys) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """Mistral: Llama with a sliding window."""
 
+from model.families.config_keys.keys import Keys
 from model.families.family import Family, layers
-from model.families.keys import Keys
 
 
 def _fields(keys: Keys) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """Mixtral: Mistral with experts."""
 
+from model.families.config_keys.keys import Keys
 from model.families.family import Family, layers, softmax_moe
-from model.families.keys import Keys
 from model.families.tensor_names import ExpertNames, TensorNames
 
 

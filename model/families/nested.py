@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from model.families.keys import Keys
+from model.families.config_keys.keys import Keys
 from model.families.tensor_names import ExpertNames, TensorNames
 
 # Keys of the whole that also count for the text model, and that its own values must not contradict.

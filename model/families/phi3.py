@@ -1,7 +1,7 @@
 """Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: Llama with fused tensors, longrope and a window."""
 
+from model.families.config_keys.keys import Keys
 from model.families.family import Family, layers
-from model.families.keys import Keys
 from model.families.tensor_names import TensorNames
 
 

@@ -1,7 +1,7 @@
 """Qwen2 and Qwen2.5: Llama with biases of q, k and v."""
 
+from model.families.config_keys.keys import Keys
 from model.families.family import Family, qwen_layers
-from model.families.keys import Keys
 
 
 def _fields(keys: Keys) -> dict[str, object]:

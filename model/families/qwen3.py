@@ -1,7 +1,7 @@
 """Qwen3: Llama with norms of the query and key heads."""
 
+from model.families.config_keys.keys import Keys
 from model.families.family import Family, attention_biases, qwen_layers
-from model.families.keys import Keys
 
 
 def _fields(keys: Keys) -> dict[str, object]:

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from model.config import LayerConfig
+from model.families.config_keys.keys import Keys
 from model.families.family import Family, attention_biases, layers, qwen_window, softmax_moe
-from model.families.keys import Keys
 
 
 def _fields(keys: Keys) -> dict[str, object]:

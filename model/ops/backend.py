@@ -54,14 +54,14 @@ class Backend:
         return f"torch on {processor}"
 
     def kernel_choices(self, op: str) -> list[Any]:
-        """Return what else may serve an operation, as JSON values, the most promising first.
+        """Return alternatives to an operation's kernel, as JSON values, the most promising first.
 
         The last one is plain torch. Empty if the operation has no kernel that could be replaced.
         """
         return []
 
     def with_choices(self, choices: Mapping[str, Any]) -> "Backend":
-        """Return this backend with the given one of `kernel_choices` for some operations.
+        """Return this backend with other kernels for some operations, from `kernel_choices`.
 
         Raises ValueError for a choice that is not known, as of another version or another backend.
         """

@@ -122,12 +122,12 @@ def test_the_plan_includes_the_state_of_each_request(checkpoint: Callable[[str],
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
+    folder = checkpoint("gpt_oss-wide")  # before measuring: it may import transformers
     grown = []
     for count in (64, 500_000):
         before = resident()
-        with Engine(
-            checkpoint("gpt_oss-wide"), EngineConfig(kv_memory=8 << 20, max_batch_size=count)
-        ) as engine:
+        config = EngineConfig(kv_memory=8 << 20, max_batch_size=count)
+        with Engine(folder, config) as engine:
             grown.append(resident() - before)
     needs = MemoryPlan.of(engine.settings)
     assert 0.3 * needs.rows < grown[1] - grown[0] < needs.rows

@@ -39,7 +39,7 @@ from model import CheckpointError, ModelConfig, Transformer, load_config
 from model import loader as weights
 from model.attention import Attention
 from model.checkpoint_files import CheckpointFiles
-from model.checks.prove import Kernels
+from model.checks.verify import Kernels
 from model.cost.operations import parameter_bytes
 from model.mlp import Mlp, Moe
 from model.ops.backend import Backend, Compute, choose_backend
@@ -407,10 +407,10 @@ def test_every_rank_runs_with_the_kernels_that_rank_0_has_chosen(
 ) -> None:
     monkeypatch.setattr(model_runner, "choose_backend", Choosable)
     choices = {"linear": "torch"}
-    proved: list[Any] = []
+    verified: list[Any] = []
 
-    def decide(proof: Any, *_: Any) -> Kernels:
-        proved.append(proof.shard)
+    def decide(verifier: Any, *_: Any) -> Kernels:
+        verified.append(verifier.shard)
         return Kernels(choices)
 
     monkeypatch.setattr(kernels, "_decide", decide)
@@ -419,7 +419,7 @@ def test_every_rank_runs_with_the_kernels_that_rank_0_has_chosen(
     engine.checks_kernels = True
     Choosable.given.clear()
     with engine:
-        assert [shard.size for shard in proved] == [2]  # rank 0's share, and only there
+        assert [shard.size for shard in verified] == [2]  # rank 0's share, and only there
         assert Choosable.given[-2:] == [choices, choices]
         assert engine.rounding["kernel choices"] == choices
     ranks.close()

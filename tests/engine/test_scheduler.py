@@ -51,7 +51,7 @@ def loads(draw: st.DrawFn) -> dict[str, Any]:
         "max_batch_tokens": draw(st.integers(1, 50), label="max_batch_tokens"),
         "prefix_cache": draw(st.booleans(), label="prefix_cache"),
         "lookahead": draw(st.integers(0, 1), label="lookahead"),
-        "guesses": draw(st.integers(0, 5), label="guesses"),
+        "drafts": draw(st.integers(0, 5), label="drafts"),
         "group_size": draw(st.sampled_from([0, 1, 2, 4]), label="group size"),
         "stop_ids": draw(st.frozensets(st.integers(0, VOCAB - 1), max_size=1), label="stop_ids"),
         "requests": [([*head, *tail], count) for head, tail, count in requests],
@@ -120,7 +120,7 @@ def test_every_request_completes_correctly_and_no_block_is_leaked(
     config_folder: Path, load: dict[str, Any]
 ) -> None:
     engine, _ = make_engine(config_folder, load)
-    with patch.object(Speculation, "_best_limit", return_value=load["guesses"]):
+    with patch.object(Speculation, "_best_limit", return_value=load["drafts"]):
         check_load(engine, load)
 
 

@@ -1,4 +1,4 @@
-"""Speculation: guesses from the sequence's own text, which change the speed but not the result."""
+"""Speculation: drafts from the sequence's own text, which change the speed but not the result."""
 
 import random
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import pytest
 
 from engine import Completion, Engine, EngineConfig, Request, SamplingParams
 from engine.scheduling.sequence import Step
-from engine.scheduling.speculation import MOST_GUESSES, Lookup, Speculation
+from engine.scheduling.speculation import MAX_DRAFT_TOKENS, Lookup, Speculation
 from engine.stats import EngineStats
 
 PROMPT = random.Random(0).choices(range(3, 500), k=40) * 3
@@ -36,7 +36,7 @@ def logprobs(done: list[Completion]) -> list[float]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen2", "qwen3_moe"])
 @pytest.mark.parametrize("limit", [1, 5])
-def test_results_are_the_same_with_guesses(
+def test_results_are_the_same_with_drafts(
     name: str, dtype: str, limit: int, checkpoint: Callable[[str], Path]
 ) -> None:
     """Greedy and sampled, with log-probabilities, alone and several, of different lengths."""
@@ -50,14 +50,14 @@ def test_results_are_the_same_with_guesses(
         requests = [Request(PROMPT[i:], p) for i, p in enumerate(chosen)]
         plain, _ = complete(checkpoint(name), requests, False, dtype=dtype)
         with patch.object(Speculation, "_best_limit", return_value=limit):
-            guessed, stats = complete(checkpoint(name), requests, True, dtype=dtype)
-        assert results(guessed) == results(plain)
-        assert logprobs(guessed) == pytest.approx(logprobs(plain), abs=1e-2)
-        assert stats.guessed_tokens > 0
+            drafted, stats = complete(checkpoint(name), requests, True, dtype=dtype)
+        assert results(drafted) == results(plain)
+        assert logprobs(drafted) == pytest.approx(logprobs(plain), abs=1e-2)
+        assert stats.draft_tokens > 0
         assert stats.output_tokens == sum(len(c.token_ids) for c in plain)
 
 
-def test_a_stop_token_ends_a_request_among_right_guesses(
+def test_a_stop_token_ends_a_request_among_accepted_tokens(
     checkpoint: Callable[[str], Path],
 ) -> None:
     params = SamplingParams(max_new_tokens=60, ignore_eos=True)
@@ -72,38 +72,38 @@ def test_a_stop_token_ends_a_request_among_right_guesses(
         assert ended.finish_reason == "stop"
 
 
-def test_ranks_agree_on_guesses(checkpoint: Callable[[str], Path]) -> None:
+def test_ranks_agree_on_drafts(checkpoint: Callable[[str], Path]) -> None:
     requests = [Request(PROMPT, SamplingParams(max_new_tokens=40, ignore_eos=True))]
     plain, _ = complete(checkpoint("qwen2"), requests, False, tensor_parallel=2)
-    guessed, stats = complete(checkpoint("qwen2"), requests, True, tensor_parallel=2)
-    assert results(guessed) == results(plain)
-    assert stats.guessed_tokens > 0
+    drafted, stats = complete(checkpoint("qwen2"), requests, True, tensor_parallel=2)
+    assert results(drafted) == results(plain)
+    assert stats.draft_tokens > 0
 
 
-def test_a_guess_is_what_followed_the_longest_match() -> None:
+def test_a_draft_is_what_followed_the_longest_match() -> None:
     lookup = Lookup()
     tokens = [9, 1, 2, 3, 8, 1, 2, 4, 9, 1, 2]
-    assert lookup.guess(tokens, 3) == [3, 8, 1]
-    assert lookup.guess([*tokens, 7], 3) == []
-    assert lookup.guess([*tokens, 7, 8, 1, 2], 2) == [4, 9]
-    assert Lookup().guess([5], 3) == []
-    assert Lookup().guess([5, 5], 3) == []
-    assert Lookup().guess([5, 5, 5], 3) == [5]
+    assert lookup.propose(tokens, 3) == [3, 8, 1]
+    assert lookup.propose([*tokens, 7], 3) == []
+    assert lookup.propose([*tokens, 7, 8, 1, 2], 2) == [4, 9]
+    assert Lookup().propose([5], 3) == []
+    assert Lookup().propose([5, 5], 3) == []
+    assert Lookup().propose([5, 5, 5], 3) == [5]
 
 
-def test_the_rate_follows_guesses_that_were_not_computed() -> None:
+def test_the_rate_follows_drafts_that_were_not_computed() -> None:
     right, wrong = Lookup(), Lookup()
     tokens = [1, 2, 3] * 3
     for _ in range(60):
-        right.guess(tokens, 5)
-        wrong.guess(tokens, 5)
+        right.propose(tokens, 5)
+        wrong.propose(tokens, 5)
         tokens.append(tokens[-3])
-        wrong._guess = [99]
+        wrong._draft = [99]
     assert right.rate > 0.95
     assert wrong.rate < 0.05
 
 
-def test_guesses_are_computed_only_where_they_gain() -> None:
+def test_drafts_are_computed_only_where_they_gain() -> None:
     speculation = Speculation(8)
     times = {1: 1.0, 2: 1.02, 4: 1.1, 8: 2.0, 16: 4.0}
 
@@ -120,4 +120,4 @@ def test_guesses_are_computed_only_where_they_gain() -> None:
     assert limit(0.1) == 1  # 1.1 tokens in 1.02
     assert limit(0.9) in (3, 5)
     assert limit(0.01) == 0
-    assert MOST_GUESSES == 15
+    assert MAX_DRAFT_TOKENS == 15

@@ -34,7 +34,7 @@ KERNEL = {
     "state": str,
 }  # fmt: skip
 DIAGNOSIS = {
-    "well": bool, "getp": str, "model": str, "seconds": float, "checks": list, "kernels": list,
+    "ok": bool, "getp": str, "model": str, "seconds": float, "checks": list, "kernels": list,
 }  # fmt: skip
 
 needs_library = pytest.mark.skipif(
@@ -56,17 +56,17 @@ def parsed(text: str) -> dict[str, Any]:
     assert all(has_fields(check, CHECK) for check in found["checks"])
     assert all(has_fields(kernel, KERNEL) for kernel in found["kernels"])
     states = {one["state"] for one in [*found["checks"], *found["kernels"]]}
-    assert states <= {"ok", "wrong", "skipped"}
-    assert all(check["remedy"] for check in found["checks"] if check["state"] == "wrong")
-    assert found["well"] == all(check["state"] != "wrong" for check in found["checks"])
+    assert states <= {"ok", "failed", "skipped"}
+    assert all(check["remedy"] for check in found["checks"] if check["state"] == "failed")
+    assert found["ok"] == all(check["state"] != "failed" for check in found["checks"])
     assert isinstance(found, dict)
     return found
 
 
-def wrong(found: dict[str, Any]) -> dict[str, str]:
+def failed(found: dict[str, Any]) -> dict[str, str]:
     """The findings of checks that found a problem, by name."""
     return {
-        check["name"]: check["finding"] for check in found["checks"] if check["state"] == "wrong"
+        check["name"]: check["finding"] for check in found["checks"] if check["state"] == "failed"
     }
 
 
@@ -102,13 +102,13 @@ def child(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return replace
 
 
-def test_a_healthy_machine_is_well_on_every_instruction_set(
+def test_every_check_passes_on_every_instruction_set(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     status = cli.run([MODEL, "-m", "doctor", "--json", "--device", "cpu"])
     found = parsed(capfd.readouterr().out)
-    assert wrong(found) == {}
-    assert (status, found["well"]) == (0, True)
+    assert failed(found) == {}
+    assert (status, found["ok"]) == (0, True)
     names = {check["name"] for check in found["checks"]}
     assert names >= {"versions", "CPU", "memory", "speed of the CPU", "temporary files", "Ray"}
     library = bindings.library()
@@ -129,12 +129,12 @@ def test_a_wrong_kernel_is_named_and_the_status_is_1(
     fault("wrong linear")
     assert cli.run([MODEL, "-m", "doctor", "--json", "--device", "cpu"]) == 1
     found = parsed(capfd.readouterr().out)
-    bad = {kernel["op"] for kernel in found["kernels"] if kernel["state"] == "wrong"}
+    bad = {kernel["op"] for kernel in found["kernels"] if kernel["state"] == "failed"}
     assert "linear" in bad
     assert bad <= {"linear", "norm_qkv", "norm_mlp"}  # which use linear
-    (name,) = (name for name in wrong(found) if name.startswith("kernels"))
-    assert "linear (attention's output, 1 rows; the embedded model)" in wrong(found)[name]
-    assert "differs by" in wrong(found)[name]
+    (name,) = (name for name in failed(found) if name.startswith("kernels"))
+    assert "linear (attention's output, 1 rows; the embedded model)" in failed(found)[name]
+    assert "differs by" in failed(found)[name]
 
 
 @needs_library
@@ -155,7 +155,7 @@ def test_a_kernel_that_crashes_is_named_and_the_other_checks_run(
     fault(name)
     assert cli.run([MODEL, "-m", "doctor", "--json", "--device", "cpu"]) == 1
     found = parsed(capfd.readouterr().out)
-    bad = [kernel for kernel in found["kernels"] if kernel["state"] == "wrong"]
+    bad = [kernel for kernel in found["kernels"] if kernel["state"] == "failed"]
     assert {kernel["op"] for kernel in bad} == {op}
     assert len(bad) > 1  # every case of it: the series goes on after a crash
     assert {kernel["problem"] for kernel in bad} == {cause}
@@ -177,9 +177,9 @@ def test_a_library_that_cannot_be_used_is_a_problem_and_torch_is_checked(
     fault(name)
     assert cli.run([MODEL, "-m", "doctor", "--json", "--device", "cpu"]) == 1
     found = parsed(capfd.readouterr().out)
-    assert finding in wrong(found)["native kernels"]
+    assert finding in failed(found)["native kernels"]
     assert {kernel["backend"] for kernel in found["kernels"]} == {"torch"}
-    assert wrong(found).keys() == {"native kernels"}
+    assert failed(found).keys() == {"native kernels"}
 
 
 def test_the_table_fits_80_columns_and_says_what_to_do(
@@ -195,8 +195,8 @@ def test_the_table_fits_80_columns_and_says_what_to_do(
     tables = out.split("\n\n")
     assert max(map(len, tables[0].splitlines())) <= 80
     text = " ".join(out.split())
-    assert "native kernels wrong" in text
-    assert "temporary files wrong /sys cannot be written" in text
+    assert "native kernels failed" in text
+    assert "temporary files failed /sys cannot be written" in text
     assert "What to do: set TMPDIR to a folder that can be written, on a disk with room." in text
     assert "2 problems found" in text
 
@@ -214,7 +214,7 @@ sys.exit(status or (9 if "torch" in sys.modules else 0))
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert parsed(done.stdout)["well"], done.stdout
+    assert parsed(done.stdout)["ok"], done.stdout
     assert done.returncode == 0, done.stderr
 
 
@@ -292,7 +292,7 @@ def test_a_device_that_does_not_exist_is_one_finding() -> None:
     assert "cuda:99 does not exist: torch finds" in found[0].cause
 
 
-def test_a_check_that_raises_is_wrong_and_does_not_end_the_others(
+def test_a_check_that_raises_fails_and_does_not_end_the_others(
     child: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails() -> Check:
@@ -301,7 +301,7 @@ def test_a_check_that_raises_is_wrong_and_does_not_end_the_others(
     child("say(Ended())")
     monkeypatch.setattr(host, "ray_check", fails)
     diagnosis = examine.examine("m", (), "cpu", lambda text: None)
-    assert [check.finding for check in diagnosis.wrong] == ["ZeroDivisionError: of the test"]
+    assert [check.finding for check in diagnosis.failed] == ["ZeroDivisionError: of the test"]
     assert [check.name for check in diagnosis.checks[:2]] == ["versions", "temporary files"]
 
 

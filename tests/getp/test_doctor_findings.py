@@ -38,7 +38,7 @@ def test_a_usable_temporary_folder_is_ok(tmp_path: Path, monkeypatch: pytest.Mon
     assert [*tmp_path.iterdir()] == []
 
 
-def test_a_temporary_folder_that_cannot_be_written_is_wrong_even_if_python_uses_another(
+def test_a_temporary_folder_that_cannot_be_written_fails_even_if_python_uses_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for folder, words in (
@@ -48,25 +48,25 @@ def test_a_temporary_folder_that_cannot_be_written_is_wrong_even_if_python_uses_
         monkeypatch.setenv("TMPDIR", folder)
         assert Path(tempfile.gettempdir()) != Path(folder)
         found = temporary_check()
-        assert found.state == "wrong"
+        assert found.state == "failed"
         assert words in found.finding
         assert "TMPDIR" in (found.remedy or "")
 
 
-def test_a_full_disk_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     usage = SimpleNamespace(free=5 << 20)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage)
         found = temporary_check()
-    assert (found.state, found.finding) == ("wrong", f"{tmp_path} has only 5.00 MiB free")
+    assert (found.state, found.finding) == ("failed", f"{tmp_path} has only 5.00 MiB free")
 
     def no_room(**options: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", no_room)
     found = temporary_check()
-    assert found.state == "wrong"
+    assert found.state == "failed"
     assert "No space left on device" in found.finding
 
 
@@ -99,11 +99,11 @@ def versions(monkeypatch: pytest.MonkeyPatch, **installed: str) -> None:
     ("installed", "state", "words"),
     [
         ({"torch": "2.13.0+cpu"}, "ok", "torch 2.13.0+cpu"),
-        ({"torch": "2.9.1"}, "wrong", "torch 2.9.1 is too old"),
-        ({}, "wrong", "torch is not installed"),
+        ({"torch": "2.9.1"}, "failed", "torch 2.9.1 is too old"),
+        ({}, "failed", "torch is not installed"),
     ],
 )
-def test_an_old_or_missing_torch_is_wrong(
+def test_an_old_or_missing_torch_fails(
     installed: dict[str, str], state: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     versions(monkeypatch, **installed)
@@ -114,7 +114,7 @@ def test_an_old_or_missing_torch_is_wrong(
 
 @pytest.mark.parametrize(
     ("installed", "state"),
-    [({"ray": "2.60.0"}, "ok"), ({"ray": "2.9.3"}, "wrong"), ({}, "skipped")],
+    [({"ray": "2.60.0"}, "ok"), ({"ray": "2.9.3"}, "failed"), ({}, "skipped")],
 )
 def test_ray_need_not_be_installed_but_must_be_new_enough(
     installed: dict[str, str], state: str, monkeypatch: pytest.MonkeyPatch
@@ -162,9 +162,9 @@ def test_the_speed_of_a_known_gpu_is_compared_with_its_data_sheet() -> None:
         (RatesReport(3e12, 3e12, 5e-6, {"float32": 1e13, "bfloat16": 1e14}), "products far below"),
     ],
 )
-def test_a_gpu_far_below_its_data_sheet_is_wrong(measured: RatesReport, words: str) -> None:
+def test_a_gpu_far_below_its_data_sheet_fails(measured: RatesReport, words: str) -> None:
     found = conclusions.rates_check(measured, gpu())
-    assert found.state == "wrong"
+    assert found.state == "failed"
     assert words in found.finding
 
 
@@ -182,20 +182,20 @@ def test_a_gpu_is_ok_only_with_kernels_triton_and_memory() -> None:
         ({"has_triton": False}, "Triton is not installed"),
     ):
         found = conclusions.device_check(gpu(**changes))
-        assert (found.name, found.state) == ("GPU", "wrong")
+        assert (found.name, found.state) == ("GPU", "failed")
         assert words in found.finding
     assert conclusions.memory_check(gpu()).state == "ok"
-    assert conclusions.memory_check(gpu(free=1 << 20)).state == "wrong"
+    assert conclusions.memory_check(gpu(free=1 << 20)).state == "failed"
 
 
-def test_a_gpu_that_torch_does_not_find_is_wrong(
+def test_a_gpu_that_torch_does_not_find_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(conclusions, "_NODES", (str(tmp_path),))
     found = conclusions.device_check(
         gpu(type="cpu", torch_build="CUDA 13.0", notices=("the driver is too old",))
     )
-    assert (found.name, found.state) == ("GPU", "wrong")
+    assert (found.name, found.state) == ("GPU", "failed")
     assert "built for CUDA 13.0) finds no GPU: the driver is too old" in found.finding
 
 
@@ -235,12 +235,12 @@ def test_a_share_is_that_of_the_limit_by_bytes_or_by_flops() -> None:
     assert [one.share for one in conclusions.kernels_of(series, None)] == [None, None]
 
 
-def test_a_kernel_that_ended_its_process_is_a_wrong_kernel() -> None:
+def test_a_kernel_that_ended_its_process_fails() -> None:
     series = conclusions.Series("avx512", failed=[Failed("linear: 1 rows", "crashed", "m")])
     (found,) = conclusions.kernels_of(series, None)
     assert (found.backend, found.op, found.label) == ("avx512", "linear", "1 rows")
     (check,) = conclusions.checks_of(series)
-    assert check.finding == "1 of 1 wrong: linear (1 rows; m): crashed"
+    assert check.finding == "1 of 1 failed: linear (1 rows; m): crashed"
     assert "GETP_CPU_KERNELS" in (check.remedy or "")
 
 
@@ -248,11 +248,11 @@ def test_a_kernel_that_ended_its_process_is_a_wrong_kernel() -> None:
     ("fields", "state", "words"),
     [
         ({"captured": True}, "ok", "decode steps are replayed"),
-        ({"captured": False}, "wrong", "not replayed: no memory for it"),
+        ({"captured": False}, "failed", "not replayed: no memory for it"),
         ({"captured": False, "can_capture": False}, "skipped", "not recorded"),
     ],
 )
-def test_steps_that_could_be_replayed_but_are_not_are_wrong(
+def test_steps_that_could_be_replayed_but_are_not_fail(
     fields: dict[str, Any], state: str, words: str
 ) -> None:
     report = ScoreReport(
@@ -264,8 +264,8 @@ def test_steps_that_could_be_replayed_but_are_not_are_wrong(
     assert words in found.finding
 
 
-@pytest.mark.parametrize(("right", "state"), [(300, "ok"), (285, "ok"), (284, "wrong")])
-def test_fewer_than_95_percent_of_right_answers_are_wrong(right: int, state: str) -> None:
+@pytest.mark.parametrize(("right", "state"), [(300, "ok"), (285, "ok"), (284, "failed")])
+def test_fewer_than_95_percent_of_correct_answers_fail(right: int, state: str) -> None:
     report = ScoreReport("amx", right, 300, 1.0, True, True)
     assert conclusions.score_check(report).state == state
 

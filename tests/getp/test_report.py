@@ -50,8 +50,8 @@ REPORT: dict[str, Any] = {
     "mean_batch": 2.0,
     "peak_batch": 4,
     "preemptions": 0,
-    "guessed_tokens": 40,
-    "right_guesses": 31,
+    "draft_tokens": 40,
+    "accepted_tokens": 31,
     "kv_bytes": 1024,
     "peak_kv_use": 0.5,
     "prefix_hit_rate": 0.0,
@@ -153,5 +153,5 @@ def test_kernels_are_named_only_where_they_are_not_the_tables(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert "kernels" not in printed(capsys, True)
-    named = ["experts: plain torch (instead of a wrong one: one token: it [failed])"]
+    named = ["experts: plain torch (instead of one that failed: one token: it [failed])"]
     assert printed(capsys, False, kernels=named)["kernels"] == named[0]

@@ -11,8 +11,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from model.config import CheckpointError, ModelConfig, RopeConfig
 from model.families import FAMILIES, family, parse_config
+from model.families.config_keys.keys import _HARMLESS
 from model.families.family import _DEFAULTS
-from model.families.keys import _HARMLESS
 from model.rope import rope_table
 
 CLASSES: dict[str, Any] = {

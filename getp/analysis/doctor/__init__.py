@@ -1,5 +1,5 @@
-"""Mode doctor: whether this machine is well, check by check.
+"""Mode doctor: checks that this machine works.
 
-`examine` is the whole examination. Whatever imports torch or runs a kernel is done in child
+`examine` runs all checks. Whatever imports torch or runs a kernel is done in child
 processes (`child`, started by `processes`), so that a crash there is a finding like any other.
 """

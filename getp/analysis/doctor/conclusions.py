@@ -19,7 +19,7 @@ from model.cost.devices import Device, device_of_driver
 
 _INSTALL = "install the build of torch for this machine, and a driver that is new enough for it"
 LEAST_SCORE = 0.95
-"""Share of right answers: rounding changes some of those that are nearly tied."""
+"""Minimum share of correct answers: rounding can change a token if two are nearly tied."""
 _LEAST_BANDWIDTH, _LEAST_PRODUCT = 0.6, 0.35
 """Shares of the data sheet. A GPU on its own reaches 75% or more of its bandwidth and half or more
 of its product rate; far less means that it is throttled, shared or has a low power limit."""
@@ -71,10 +71,10 @@ def checks_of(series: Series) -> Iterator[Check]:
     for failure in series.failed:
         if not failure.model:
             if failure.name == "device":
-                yield Check("device", "wrong", failure.cause, _INSTALL)
+                yield Check("device", "failed", failure.cause, _INSTALL)
             else:
                 name = f"{failure.name}, {series.backend}"
-                yield Check(name, "wrong", failure.cause, REPORT_IT)
+                yield Check(name, "failed", failure.cause, REPORT_IT)
     kernels = kernels_of(series, series.rates)
     for backend in dict.fromkeys(kernel.backend for kernel in kernels):
         yield kernels_check(backend, [one for one in kernels if one.backend == backend])
@@ -115,19 +115,19 @@ def device_check(device: DeviceReport) -> Check:
         if node is None:
             return Check("CPU", "ok", finding, figures=figures)
         cause = f"{node} exists, but torch (built for {device.torch_build}) finds no GPU"
-        return Check("GPU", "wrong", ": ".join([cause, *device.notices]), _INSTALL, figures)
+        return Check("GPU", "failed", ": ".join([cause, *device.notices]), _INSTALL, figures)
     finding = (
         f"{device.name}, {device.architecture}, {device.processors} processors, "
         f"driver {device.driver}, {device.torch_build}; 1 of {counted(device.count, 'GPU')}"
     )
     if not device.is_built_for:
         return Check(
-            "GPU", "wrong", f"torch has no kernels for {device.architecture}: {finding}",
+            "GPU", "failed", f"torch has no kernels for {device.architecture}: {finding}",
             "install a build of torch for this GPU", figures,
         )  # fmt: skip
     if not device.has_triton:
         return Check(
-            "GPU", "wrong", f"Triton is not installed, so torch computes, slower: {finding}",
+            "GPU", "failed", f"Triton is not installed, so plain torch is used: {finding}",
             "install the build of torch for this GPU, which includes Triton", figures,
         )  # fmt: skip
     return Check("GPU", "ok", finding, figures=figures)
@@ -139,7 +139,7 @@ def memory_check(device: DeviceReport) -> Check:
     finding = f"{memory(device.free)} of {memory(device.memory)} free"
     figures = {"free": device.free, "total": device.memory}
     if device.free < _LEAST_MEMORY:
-        return Check(name, "wrong", finding, "end the programs that use it", figures)
+        return Check(name, "failed", finding, "end programs that use it", figures)
     return Check(name, "ok", finding, figures=figures)
 
 
@@ -148,7 +148,7 @@ def library_check(library: LibraryReport) -> Check:
     name, figures = "native kernels", asdict(library)
     if library.problem is not None:
         remedy = "run `pip install -e .` where there is a C++ compiler"
-        return Check(name, "wrong", library.problem, remedy, figures)
+        return Check(name, "failed", library.problem, remedy, figures)
     others = ", ".join(level for level in library.levels if level not in (library.level, "none"))
     finding = f"{library.level}" + (f"; this processor also has {others}" if others else "")
     if library.chosen_by_user:
@@ -182,10 +182,10 @@ def rates_check(rates: RatesReport, device: DeviceReport) -> Check:
         slow.append("products")
     if slow:
         return Check(
-            name, "wrong", f"{' and '.join(slow)} far below the data sheet: {finding}",
-            "look for other programs on this GPU, its power limit and its temperature", figures,
+            name, "failed", f"{' and '.join(slow)} far below the data sheet: {finding}",
+            "check the GPU for other programs, its power limit and its temperature", figures,
         )  # fmt: skip
-    return Check(name, "ok", f"{finding} (of the data sheet of the {sheet.name})", figures=figures)
+    return Check(name, "ok", f"{finding} (% of the data sheet: {sheet.name})", figures=figures)
 
 
 def _figures(sheet: Device) -> dict[str, object]:
@@ -205,21 +205,21 @@ def _rate(value: float, unit: str, limit: float | None) -> str:
 
 def kernels_check(backend: str, kernels: list[KernelCheck]) -> Check:
     """Sum up the kernels of a backend."""
-    wrong = [kernel for kernel in kernels if kernel.problem is not None]
-    right = len(kernels) - len(wrong)
-    figures = {"right": right, "checked": len(kernels)}
+    failed = [kernel for kernel in kernels if kernel.problem is not None]
+    passed = len(kernels) - len(failed)
+    figures = {"passed": passed, "checked": len(kernels)}
     name = f"kernels, {backend}"
-    if not wrong:
-        return Check(name, "ok", f"{right} of {len(kernels)} right", figures=figures)
-    texts = [f"{one.op} ({one.label}; {one.model}): {one.problem}" for one in wrong[:3]]
-    more = [f"{len(wrong) - 3} more"] if len(wrong) > 3 else []
-    finding = f"{len(wrong)} of {len(kernels)} wrong: {'; '.join([*texts, *more])}"
+    if not failed:
+        return Check(name, "ok", f"{passed} of {len(kernels)} correct", figures=figures)
+    texts = [f"{one.op} ({one.label}; {one.model}): {one.problem}" for one in failed[:3]]
+    more = [f"{len(failed) - 3} more"] if len(failed) > 3 else []
+    finding = f"{len(failed)} of {len(kernels)} failed: {'; '.join([*texts, *more])}"
     remedy = REPORT_IT
     if backend == "triton":
-        remedy += "; until then a job uses another kernel or plain torch in their place"
+        remedy += "; until then a job uses other kernels or plain torch instead"
     elif backend != "torch":
-        remedy += "; until then set GETP_CPU_KERNELS to an instruction set that is right"
-    return Check(name, "wrong", finding, remedy, figures)
+        remedy += "; until then set GETP_CPU_KERNELS to an instruction set that passes"
+    return Check(name, "failed", finding, remedy, figures)
 
 
 def replay_check(score: ScoreReport) -> Check:
@@ -230,17 +230,17 @@ def replay_check(score: ScoreReport) -> Check:
         finding = "; ".join(["decode steps are replayed", *score.notices])
         return Check(name, "ok", finding, figures=figures)
     if not score.can_capture:
-        return Check(name, "skipped", "torch's operations on a CPU are not recorded", None, figures)
+        return Check(name, "skipped", "not recorded: torch's operations on a CPU", None, figures)
     cause = "; ".join(score.notices) or "the native kernels do not compute every operation"
-    return Check(name, "wrong", f"decode steps are not replayed: {cause}", REPORT_IT, figures)
+    return Check(name, "failed", f"decode steps are not replayed: {cause}", REPORT_IT, figures)
 
 
 def score_check(score: ScoreReport) -> Check:
     """Check the answers of the embedded model."""
     name = f"answers, {score.backend}"
-    finding = f"{score.right} of {score.questions} right in {duration(score.seconds)}"
+    finding = f"{score.right} of {score.questions} correct in {duration(score.seconds)}"
     figures = {"right": score.right, "questions": score.questions, "seconds": score.seconds}
     if score.right < LEAST_SCORE * score.questions:
-        finding += f"; at least {percent(LEAST_SCORE)} are expected"
-        return Check(name, "wrong", finding, REPORT_IT, figures)
+        finding += f"; at least {percent(LEAST_SCORE)} must be"
+        return Check(name, "failed", finding, REPORT_IT, figures)
     return Check(name, "ok", finding, figures=figures)

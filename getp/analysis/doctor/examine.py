@@ -77,4 +77,4 @@ def _guarded(name: str, check: Callable[[], Check]) -> Check:
     try:
         return check()
     except Exception as error:
-        return Check(name, "wrong", f"{type(error).__name__}: {error}", REPORT_IT)
+        return Check(name, "failed", f"{type(error).__name__}: {error}", REPORT_IT)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 REPORT_IT = "report it with this output"
 """The remedy for faults of getp."""
 
-State = Literal["ok", "wrong", "skipped"]
+State = Literal["ok", "failed", "skipped"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Check:
     name: str
     state: State
     finding: str
-    remedy: str | None = None  # what the user can do; None where nothing is wrong
+    remedy: str | None = None  # what the user can do; None if there is no problem
     figures: Mapping[str, Any] = field(default_factory=dict)  # JSON values
 
 
@@ -37,8 +37,8 @@ class KernelCheck:
 
     @property
     def state(self) -> State:
-        """Whether the kernel is right."""
-        return "ok" if self.problem is None else "wrong"
+        """Whether the kernel passed."""
+        return "ok" if self.problem is None else "failed"
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,19 @@ class Diagnosis:
     kernels: tuple[KernelCheck, ...]
 
     @property
-    def wrong(self) -> list[Check]:
+    def failed(self) -> list[Check]:
         """The checks that found a problem; those of kernels sum up `kernels`."""
-        return [check for check in self.checks if check.state == "wrong"]
+        return [check for check in self.checks if check.state == "failed"]
 
     @property
-    def is_well(self) -> bool:
+    def is_ok(self) -> bool:
         """Whether no check found a problem."""
-        return not self.wrong
+        return not self.failed
 
     def as_json(self) -> dict[str, Any]:
         """Return the diagnosis for `--json`; sizes in bytes, times in seconds."""
         return {
-            "well": self.is_well,
+            "ok": self.is_ok,
             "getp": self.version,
             "model": self.model,
             "seconds": self.seconds,

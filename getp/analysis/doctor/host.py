@@ -34,13 +34,13 @@ def version_check() -> Check:
     text = ", ".join(f"{name} {version}" for name, version in found.items())
     if "torch" in missing:
         return Check(
-            "versions", "wrong", f"torch is not installed; {text}",
+            "versions", "failed", f"torch is not installed; {text}",
             "install the build of torch for your machine: see README.md", found,
         )  # fmt: skip
     if _numbers(found["torch"]) < MINIMUM["torch"]:
         oldest = ".".join(map(str, MINIMUM["torch"]))
         return Check(
-            "versions", "wrong", f"torch {found['torch']} is too old; {text}",
+            "versions", "failed", f"torch {found['torch']} is too old; {text}",
             f"install torch {oldest} or newer", found,
         )  # fmt: skip
     return Check("versions", "ok", text, figures=found)
@@ -57,7 +57,7 @@ def ray_check() -> Check:
     if _numbers(version) < MINIMUM["ray"]:
         oldest = ".".join(map(str, MINIMUM["ray"]))
         return Check(
-            "Ray", "wrong", f"{version} is too old: replicas need {oldest}", package, figures
+            "Ray", "failed", f"{version} is too old: replicas need {oldest}", package, figures
         )
     return Check("Ray", "ok", version, figures=figures)
 
@@ -117,7 +117,7 @@ def folder_check(folder: Folder) -> Check:
     free = shutil.disk_usage(existing).free
     figures = {"folder": str(path), "free": free}
     remedy = f"set {folder.variable} to a folder that can be written, on a disk with room"
-    bad: State = "wrong" if folder.is_needed else "skipped"
+    bad: State = "failed" if folder.is_needed else "skipped"
     if folder.find is temporary_folder and existing != path:
         return Check(use, bad, f"{path} does not exist", f"create it, or {remedy}", figures)
     try:

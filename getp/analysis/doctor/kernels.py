@@ -153,7 +153,7 @@ def score(device: torch.device) -> ScoreReport:
     requests = [Request(tokenizer.encode(question), params) for question in questions]
     notices: list[str] = []
     started, right = time.perf_counter(), 0
-    # With every kernel, also one that a job would not use because it is wrong.
+    # With every kernel, including those that a job would replace because they fail.
     config = EngineConfig(device=str(device), trust_kernels=True)
     with Engine(folder, config, notice=notices.append) as engine:
         backend = engine.runner.backend

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 PREFIX = "getp-doctor: "
-"""Begins the lines of a child's output that are reports; others are messages of libraries."""
+"""Prefix of the reports in a child's output; other lines are messages of libraries."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Request:
     models: tuple[str, ...]  # whose widths are used: directories, or names of well-known models
     level: str | None = None  # instruction set of CPU kernels; None: as in a job
     machine: bool = True  # describe the device, measure its rates, and check sampling, too
-    first: int = 0  # the first task to run: a child before has run the others
+    first: int = 0  # the first task to run: earlier children have run the others
 
     @classmethod
     def read(cls, text: str) -> "Request":
@@ -35,7 +35,7 @@ class Started:
 
     number: int
     name: str  # of a kernel's task: OPERATION: LABEL
-    model: str = ""  # whose widths the kernel has; empty: the task is none of a kernel
+    model: str = ""  # whose widths the kernel has; empty: the task is not a kernel's
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class RatesReport:
 
 @dataclass(frozen=True)
 class KernelReport:
-    """A kernel compared with the reference, and timed if it is right."""
+    """A kernel compared with the reference, and timed if it passed."""
 
     backend: str
     model: str

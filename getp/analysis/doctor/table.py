@@ -7,7 +7,7 @@ from getp import tables
 from getp.analysis.doctor.findings import Diagnosis, KernelCheck
 from getp.units import counted, duration
 
-_STYLES = {"ok": "green", "wrong": "bold red", "skipped": "dim"}
+_STYLES = {"ok": "green", "failed": "bold red", "skipped": "dim"}
 
 
 def print_diagnosis(diagnosis: Diagnosis) -> None:
@@ -16,13 +16,14 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
     tables.show(console, _checks_table(diagnosis))
     if diagnosis.kernels:
         console.print(
-            "\nShare of the measured limit on the largest input; above 100%: from caches.",
+            "\nKernels on their largest input: share of the bandwidth or FLOP/s measured above. "
+            "More than 100%: the data was in caches.",
             style="dim",
             soft_wrap=True,
         )
         tables.show(console, _kernels_table(diagnosis.kernels))
-    found = len(diagnosis.wrong)
-    conclusion = f"{counted(found, 'problem')} found" if found else "This machine is well"
+    found = len(diagnosis.failed)
+    conclusion = f"{counted(found, 'problem')} found" if found else "No problems found"
     console.print(f"\n{conclusion} ({duration(diagnosis.seconds)}).", style="bold", soft_wrap=True)
 
 
@@ -48,11 +49,11 @@ def _kernels_table(kernels: tuple[KernelCheck, ...]) -> Table:
 
 
 def _cell(kernels: list[KernelCheck]) -> Text:
-    """Return the state of an operation on a backend: wrong, or its share of the limit."""
+    """Return the state of an operation on a backend: failed, or its share of the limit."""
     if not kernels:
         return Text("-")
-    if any(kernel.state == "wrong" for kernel in kernels):
-        return Text("wrong", style=_STYLES["wrong"])
+    if any(kernel.state == "failed" for kernel in kernels):
+        return Text("failed", style=_STYLES["failed"])
     timed = [(k.share * k.seconds, k.share) for k in kernels if k.share and k.seconds]
     share = max(timed)[1] if timed else 0.0
     return Text("ok" if not timed else ">100%" if share > 1 else f"{share:.1%}")

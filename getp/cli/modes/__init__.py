@@ -74,5 +74,9 @@ MODES = {
         "measure where the time of a step goes",
         _S.DTYPE | _S.DEVICE | _S.ENGINE | _S.STEP | _S.TRACE | _S.DETAILS,
     ),
-    "doctor": Mode("doctor", "check that this machine works, and how fast", _S.DEVICE | _S.JSON),
+    "doctor": Mode(
+        "doctor",
+        "check that this machine works correctly, and measure its speed",
+        _S.DEVICE | _S.JSON,
+    ),
 }

@@ -1,4 +1,4 @@
-"""Mode doctor: whether this machine is well, and what to do if not."""
+"""Mode doctor: check that this machine works, and say what to do about each problem."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from getp.terminal import print_message
 
 
 def run(settings: Settings) -> int:
-    """Examine this machine; return 1 if anything is wrong. Raises GetpError."""
+    """Check this machine; return 1 if a check fails. Raises GetpError."""
     from getp.analysis.doctor.examine import TYPICAL_MODEL, examine
     from model.families import load_config
 
@@ -26,14 +26,15 @@ def run(settings: Settings) -> int:
         from getp.analysis.doctor.table import print_diagnosis
 
         print_diagnosis(diagnosis)
-    return 0 if diagnosis.is_well else 1
+    return 0 if diagnosis.is_ok else 1
 
 
 @contextmanager
 def _progress(is_shown: bool) -> Iterator[Callable[[str], None]]:
     """Yield a function that shows on a terminal's standard error what is running."""
     print_message(
-        "getp: examining this machine: half a minute; minutes while kernels of a GPU are compiled"
+        "getp: checking this machine; this takes about half a minute, or a few minutes if GPU "
+        "kernels must be compiled"
     )
     if not is_shown:
         yield lambda text: None

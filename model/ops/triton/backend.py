@@ -47,7 +47,7 @@ class TritonBackend(Backend):
     """Triton kernels; fused ones for up to the number of rows for which they are faster.
 
     target: the device that kernels are launched for; by default the backend's device. selection:
-    the operations that do not use the kernels and tiles of the table.
+    the operations that do not use the default kernels and tiles.
     """
 
     def __init__(

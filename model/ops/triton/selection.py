@@ -1,7 +1,8 @@
-"""Which kernels serve each operation: the table's, others with changed tiles, or plain torch.
+"""The kernel of each operation: the default, one with other tiles, or plain torch.
 
-`Tiles` was chosen without every device at hand, so it is a prior: `candidates` lists what else may
-be faster on a device, or right where the table's kernel is not. `model.checks.prove` tries them.
+The default tiles (`tiles.py`) were chosen without access to every device. `candidates` lists
+alternatives that may be faster on a device, or correct where the default fails.
+`model.checks.verify` tries them.
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ TORCH = "torch"
 Choice = str | Mapping[str, Any]
 """TORCH, or values of fields of `Tiles` as JSON has them."""
 
-# With an operation, the storage that its torch form reads must be torch's.
+# Where torch computes an operation, these methods must store its weights as torch reads them.
 STORAGE: dict[str, tuple[str, ...]] = {"experts": ("pack_experts", "pack_mxfp4")}
 
 _ONE_ROW = Tile(1, 16, 256, 4, 3)
@@ -25,7 +26,7 @@ _ATTENTION = ("decode", "decode_256", "prefill", "prefill_wide", "prefill_256")
 
 @dataclass(frozen=True)
 class Selection:
-    """The choices of all operations that do not use the table; as JSON in reports and journals."""
+    """Choices for operations that do not use the default kernel; JSON in reports and journals."""
 
     choices: Mapping[str, Choice] = field(default_factory=dict)
 
@@ -40,7 +41,7 @@ class Selection:
         return self.choices.get(op) == TORCH
 
     def without(self, name: str) -> "Selection":
-        """Return the same choices but for a field of Tiles, which has the table's value again."""
+        """Return the same choices, with the default value of one field of Tiles."""
         kept: dict[str, Choice] = {}
         for op, choice in self.choices.items():
             if isinstance(choice, Mapping):
@@ -58,7 +59,7 @@ class Selection:
 
 
 def candidates(op: str, target: Target) -> list[Choice]:
-    """Return what may serve an operation besides the table, the most promising first.
+    """Return alternatives to an operation's default kernel, the most promising first.
 
     The last one is TORCH. Each changes one thing, so that the best of several can be combined.
     """

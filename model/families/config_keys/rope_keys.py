@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from model.config import RopeConfig
-from model.families.keys import Keys
+from model.families.config_keys.keys import Keys
 
 _KEYS = {
     "default": "",

@@ -17,7 +17,7 @@ from engine import kernels as engine_kernels
 from engine.execution import model_runner
 from model import load_config
 from model.checks import OPERATIONS, kernel_cache
-from model.checks.prove import Kernels, Proof, Timing, measure, prove
+from model.checks.verify import Kernels, Timing, Verifier, measure, verify
 from model.ops.backend import Backend
 from model.ops.cpu.backend import CpuBackend
 from model.ops.triton import attention, experts, linear, norm, rotary, route, sampling
@@ -115,8 +115,8 @@ FAULTS: list[tuple[str, Any, str, Callable[[Any], Any]]] = [
 ]
 
 
-def proof_of(path: Path, backend: TritonBackend, capture: Any = None) -> Proof:
-    return Proof(backend, load_config(path), capture=capture)
+def verifier_of(path: Path, backend: TritonBackend, capture: Any = None) -> Verifier:
+    return Verifier(backend, load_config(path), capture=capture)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault[0]}-{fault[2]}")
@@ -128,14 +128,14 @@ def test_a_fault_is_found_and_plain_torch_serves_instead(
     op, module, name, change = fault
     path = folder("qwen3_moe" if op in ("activate", "norm_mlp") else "gpt_oss-wide")
     monkeypatch.setattr(module, name, change(getattr(module, name)))
-    monkeypatch.setattr("model.checks.prove.OPERATIONS", (op,))
-    found = prove(proof_of(path, kernels()))
+    monkeypatch.setattr("model.checks.verify.OPERATIONS", (op,))
+    found = verify(verifier_of(path, kernels()))
     assert found.choices.keys() == found.replaced.keys() == {op}
     # Other tiles do not help against these faults, but the library or no fusion does.
     assert found.choices[op] in (TORCH, {"one_row": None}, {"fused_gate_up": 0})
-    proof = proof_of(path, kernels())
-    assert proof.problem(proof.cases(op), {}) is not None
-    assert proof.problem(proof.cases(op), found.choices) is None
+    verifier = verifier_of(path, kernels())
+    assert verifier.problem(verifier.cases(op), {}) is not None
+    assert verifier.problem(verifier.cases(op), found.choices) is None
 
 
 def test_nothing_is_replaced_where_every_kernel_is_right(
@@ -144,7 +144,7 @@ def test_nothing_is_replaced_where_every_kernel_is_right(
     # Sampling takes half a minute, and the interpreter compares it in a file of its own.
     slow = "sample_rows"
     monkeypatch.setattr(
-        "model.checks.prove.OPERATIONS", tuple(op for op in OPERATIONS if op != slow)
+        "model.checks.verify.OPERATIONS", tuple(op for op in OPERATIONS if op != slow)
     )
     captured = []
 
@@ -152,7 +152,7 @@ def test_nothing_is_replaced_where_every_kernel_is_right(
         captured.append(call)
         return call
 
-    found = prove(proof_of(folder("gpt_oss-wide"), kernels(), capture))
+    found = verify(verifier_of(folder("gpt_oss-wide"), kernels(), capture))
     assert found == Kernels()
     assert captured  # and the replays were compared as well
 
@@ -166,11 +166,11 @@ def test_a_tile_that_the_device_refuses_is_replaced_by_the_next_that_it_takes(
         if options["BLOCK_N"] > 32:
             raise RuntimeError("out of resource: shared memory\nRequired: 300000")
 
-    proof = proof_of(folder("gpt_oss-wide"), kernels(decode=Tile(16, 64, 0, 4, 5)))
-    monkeypatch.setattr("model.checks.prove.OPERATIONS", ("attention",))
+    verifier = verifier_of(folder("gpt_oss-wide"), kernels(decode=Tile(16, 64, 0, 4, 5)))
+    monkeypatch.setattr("model.checks.verify.OPERATIONS", ("attention",))
     monkeypatch.setattr(attention, "for_dtype", lambda tile, dtype: tile)
     monkeypatch.setattr(attention, "decode_attention", Changed(attention.decode_attention, refuse))
-    found = prove(proof)
+    found = verify(verifier)
     assert found.choices == {
         "attention": {"decode": {"m": 16, "n": 32, "k": 0, "warps": 1, "stages": 5}}
     }
@@ -182,7 +182,7 @@ def test_a_tile_that_the_device_refuses_is_replaced_by_the_next_that_it_takes(
 def test_a_kernel_that_cannot_be_captured_or_replays_wrongly_is_replaced(
     folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("model.checks.prove.OPERATIONS", ("linear",))
+    monkeypatch.setattr("model.checks.verify.OPERATIONS", ("linear",))
 
     def refuse(call: Callable[[], Any]) -> Callable[[], Any]:
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -192,7 +192,7 @@ def test_a_kernel_that_cannot_be_captured_or_replays_wrongly_is_replaced(
 
     path = folder("gpt_oss-wide")
     for capture, words in ((refuse, "not permitted when stream"), (forget, "replayed: result 0")):
-        found = prove(proof_of(path, kernels(), capture))
+        found = verify(verifier_of(path, kernels(), capture))
         assert found.choices == {"linear": TORCH}
         assert words in found.replaced["linear"]
 
@@ -200,15 +200,15 @@ def test_a_kernel_that_cannot_be_captured_or_replays_wrongly_is_replaced(
 def test_choices_of_a_journal_come_before_the_table_if_they_are_right(
     folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("model.checks.prove.OPERATIONS", ("linear", "activate"))
-    proof = proof_of(folder("qwen3_moe"), kernels())
+    monkeypatch.setattr("model.checks.verify.OPERATIONS", ("linear", "activate"))
+    verifier = verifier_of(folder("qwen3_moe"), kernels())
     preferred = {"linear": {"one_row": None}, "activate": TORCH}
-    assert prove(proof, preferred) == Kernels(preferred)
+    assert verify(verifier, preferred) == Kernels(preferred)
     monkeypatch.setattr(linear, "fused_linear", Missing(linear.fused_linear))
-    found = prove(proof, {"linear": {"one_row": {**_json(ONE_ROW), "n": 8}}})
+    found = verify(verifier, {"linear": {"one_row": {**_json(ONE_ROW), "n": 8}}})
     assert found.choices == {"linear": {"one_row": None}}
     with pytest.raises(ValueError, match="is not a choice of kernels"):
-        prove(proof, {"linear": {"two_rows": 1}})
+        verify(verifier, {"linear": {"two_rows": 1}})
 
 
 def _json(tile: Tile) -> dict[str, Any]:
@@ -246,16 +246,16 @@ def test_the_fastest_candidate_is_kept_if_it_is_faster_by_a_margin(
     folder: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("model.checks.prove.MEASURED", ("linear",))
+    monkeypatch.setattr("model.checks.verify.MEASURED", ("linear",))
     monkeypatch.setattr(Timed, "seconds", staticmethod(seconds))
     monkeypatch.setattr(Timed, "now", 0.0)
     backend = Timed(CPU, torch.float32, kernels().target)
-    proof = proof_of(folder("gpt_oss-wide"), backend)
-    found = measure(proof, Kernels(), Timing(lambda: Timed.now, budget_s=1e9))
+    verifier = verifier_of(folder("gpt_oss-wide"), backend)
+    found = measure(verifier, Kernels(), Timing(lambda: Timed.now, budget_s=1e9))
     assert found == Kernels(expected, measured=("linear",))
     # Without time left, everything stays as it is and can be measured in a later job.
     Timed.now = 0.0
-    assert measure(proof, Kernels(), Timing(lambda: Timed.now, budget_s=0)) == Kernels()
+    assert measure(verifier, Kernels(), Timing(lambda: Timed.now, budget_s=0)) == Kernels()
 
 
 @pytest.mark.parametrize("architecture", sorted(TILES))
@@ -303,20 +303,20 @@ def test_an_engine_with_wrong_kernels_gives_the_tokens_of_a_cpu(
     expected = tokens_of(engine_with(CpuBackend(CPU, torch.float32), path, monkeypatch)[0])
     monkeypatch.setattr(experts, "experts_down", Changed(experts.experts_down, setting(BIAS=False)))
     names = ("linear", "attention", "experts")
-    monkeypatch.setattr("model.checks.prove.OPERATIONS", names)
+    monkeypatch.setattr("model.checks.verify.OPERATIONS", names)
     trusting, notices = engine_with(kernels(), path, monkeypatch, trust_kernels=True)
     assert tokens_of(trusting) != expected  # the fault matters
     assert notices == []
     engine, notices = engine_with(kernels(), path, monkeypatch)
     assert tokens_of(engine) == expected
     assert len(notices) == 1
-    assert notices[0].startswith("the kernel of experts is wrong on this GPU (")
+    assert notices[0].startswith("the kernel of experts failed its check on this GPU (")
     assert notices[0].endswith("; used instead: plain torch")
     assert engine.rounding["kernel choices"] == {"experts": TORCH}
     (named,) = engine.summary().kernels
-    assert named.startswith("experts: plain torch (instead of a wrong one: ")
+    assert named.startswith("experts: plain torch (instead of one that failed: ")
     # The next engine takes the result from the disk, and says the same.
-    monkeypatch.setattr(engine_kernels, "prove", None)
+    monkeypatch.setattr(engine_kernels, "verify", None)
     again, repeated = engine_with(kernels(), path, monkeypatch)
     assert again.rounding == engine.rounding
     assert repeated == notices
@@ -327,11 +327,11 @@ def test_the_cache_is_for_one_driver_and_ignored_if_damaged(
 ) -> None:
     runs: list[Mapping[str, Any] | None] = []
 
-    def fake_prove(proof: Proof, preferred: Mapping[str, Any] | None = None) -> Kernels:
+    def fake_verify(verifier: Verifier, preferred: Mapping[str, Any] | None = None) -> Kernels:
         runs.append(preferred)
         return Kernels(preferred or {})
 
-    monkeypatch.setattr(engine_kernels, "prove", fake_prove)
+    monkeypatch.setattr(engine_kernels, "verify", fake_verify)
     path = folder("gpt_oss-wide")
 
     def settle(preferred: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -341,7 +341,7 @@ def test_the_cache_is_for_one_driver_and_ignored_if_damaged(
 
     settle()
     settle()
-    settle({})  # a resumed job whose journal names the table's
+    settle({})  # a resumed job whose journal names the defaults
     assert runs == [None]
     monkeypatch.setattr(kernel_cache, "driver_version", lambda: "NVRM version: 999")
     settle()
@@ -367,13 +367,13 @@ def test_candidates_are_timed_for_long_jobs_only(
     folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
     faster = Kernels({"linear": {"one_row": None}}, measured=("linear",))
-    monkeypatch.setattr(engine_kernels, "prove", lambda *_: Kernels())
+    monkeypatch.setattr(engine_kernels, "verify", lambda *_: Kernels())
     monkeypatch.setattr(engine_kernels, "measure", lambda *_: faster)
     path = folder("gpt_oss-wide")
     for preferred, expected_s, choices in (
         (None, None, {}),
         (None, 59.0, {}),
-        ({}, 600.0, {}),  # resumed with the table's
+        ({}, 600.0, {}),  # resumed with the defaults
         (None, 60.0, faster.choices),
         (None, 1.0, faster.choices),  # from the disk
     ):

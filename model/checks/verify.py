@@ -1,9 +1,10 @@
-"""Kernels proved and chosen on the device that runs them, before a model is loaded.
+"""Verify and choose kernels on the device that runs them, before a model is loaded.
 
-A kernel that is wrong on a device would cost a user the whole job, and the tiles of the table were
-chosen without every device at hand. So each operation's kernel runs the cases of `model.checks`; a
-wrong one is replaced by the next candidate, in the end by plain torch. Then candidates that are
-right may be timed. The clock and the capture are arguments, so that this runs without a GPU, too.
+A kernel that computes wrong results on a device would cost a user the whole job, and the default
+tiles were chosen without access to every device. So each operation's kernel runs the cases of
+`model.checks`. One that fails is replaced by the next candidate, or by plain torch if all of them
+fail. Then candidates may be timed. The clock and the capture are arguments, so that this also runs
+without a GPU.
 """
 
 import math
@@ -25,11 +26,11 @@ from model.config import ModelConfig
 from model.ops.backend import Backend
 from model.sharding import ALONE, Shard
 
-_MARGIN = 0.03  # by which another candidate must be faster than the one in use
+_MARGIN = 0.03  # a candidate must be faster than the kernel in use by more than this
 _MOST_COPIES = 8
 _RUNS = 3  # the fastest counts
-_LONG_ENOUGH_S = 1e-3  # of a run, beside the resolution of the clock and the launch of a replay
-# Operations by the time that they can gain, as long as there is time to measure them.
+_LONG_ENOUGH_S = 1e-3  # for a run to hide the clock's resolution and the launch
+# In this order operations are measured until the time is up: those that can gain most come first.
 _BY_GAIN = (
     "experts",
     "attention",
@@ -45,7 +46,7 @@ MEASURED = (*_BY_GAIN, *(op for op in OPERATIONS if op not in _BY_GAIN))
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernels that an engine runs with, where they are not the table's."""
+    """The kernels that an engine uses instead of the defaults."""
 
     choices: Mapping[str, Any] = field(default_factory=dict)  # by operation: `kernel_choices`
     replaced: Mapping[str, str] = field(default_factory=dict)  # operation → problem of its kernel
@@ -62,10 +63,10 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Proof:
-    """What kernels are proved for: one rank's share of a model on a backend."""
+class Verifier:
+    """Compares kernels with plain torch, for one rank's share of a model on a backend."""
 
-    backend: Backend  # with the kernels of the table
+    backend: Backend  # the default kernels
     config: ModelConfig
     shard: Shard = ALONE
     block_size: int = 16
@@ -97,18 +98,18 @@ class Proof:
 
 
 @torch.inference_mode()
-def prove(proof: Proof, preferred: Mapping[str, Any] | None = None) -> Kernels:
-    """Return right kernels: for each operation the preferred one, the table's or a candidate.
+def verify(verifier: Verifier, preferred: Mapping[str, Any] | None = None) -> Kernels:
+    """Return kernels that pass: for each operation the preferred one, the default or a candidate.
 
-    preferred: choices to try before the table. Raises ValueError if the backend does not know them,
-    ReferenceFailedError and torch.OutOfMemoryError.
+    preferred: choices to try before the default ones. Raises ValueError if the backend does not
+    know them, ReferenceFailedError and torch.OutOfMemoryError.
     """
-    proof.backend.with_choices(preferred or {})
+    verifier.backend.with_choices(preferred or {})
     choices: dict[str, Any] = {}
     replaced: dict[str, str] = {}
     for op in OPERATIONS:
-        candidates = proof.backend.kernel_choices(op)
-        found = proof.cases(op) if candidates else []
+        candidates = verifier.backend.kernel_choices(op)
+        found = verifier.cases(op) if candidates else []
         if not found:
             continue
         *others, last = candidates
@@ -121,11 +122,11 @@ def prove(proof: Proof, preferred: Mapping[str, Any] | None = None) -> Kernels:
         for candidate in order:
             tried = choices if candidate is None else {**choices, op: candidate}
             try:
-                why = proof.problem(found, tried)
+                why = verifier.problem(found, tried)
             except ReferenceFailedError as error:
                 if wrong is None:
                     raise
-                # A kernel that accesses memory that is not its own leaves the device unusable.
+                # After an invalid memory access the device is unusable.
                 raise ReferenceFailedError(f"{error}, after {op} failed: {wrong}") from error
             if why is None:
                 choices = dict(tried)
@@ -139,20 +140,20 @@ def prove(proof: Proof, preferred: Mapping[str, Any] | None = None) -> Kernels:
 
 
 @torch.inference_mode()
-def measure(proof: Proof, kernels: Kernels, timing: Timing) -> Kernels:
-    """Return the kernels with faster candidates, of those that are right.
+def measure(verifier: Verifier, kernels: Kernels, timing: Timing) -> Kernels:
+    """Return the kernels with candidates that are faster and pass.
 
-    Each candidate changes one thing; it is kept, together with those kept before, if it is faster
-    by more than the margin over all timed cases. Operations that were measured before, and those
-    that there is no time for, stay as they are. Raises ReferenceFailedError and
+    Each candidate changes one thing and is tried in addition to those kept before; it is kept if it
+    is faster by more than the margin, on average over the timed cases. Operations that were
+    measured before, or for which no time is left, do not change. Raises ReferenceFailedError and
     torch.OutOfMemoryError.
     """
     end = timing.clock() + timing.budget_s
     for op in MEASURED:
-        *candidates, last = proof.backend.kernel_choices(op) or [None]
+        *candidates, last = verifier.backend.kernel_choices(op) or [None]
         if op in kernels.measured or last is None or kernels.choices.get(op) == last:
             continue
-        choices, is_complete = _fastest(proof, op, candidates, kernels.choices, timing, end)
+        choices, is_complete = _fastest(verifier, op, candidates, kernels.choices, timing, end)
         kernels = replace(kernels, choices=choices)
         if not is_complete:
             break
@@ -161,7 +162,7 @@ def measure(proof: Proof, kernels: Kernels, timing: Timing) -> Kernels:
 
 
 def _fastest(
-    proof: Proof,
+    verifier: Verifier,
     op: str,
     candidates: list[Mapping[str, Any]],
     choices: Mapping[str, Any],
@@ -170,9 +171,9 @@ def _fastest(
 ) -> tuple[Mapping[str, Any], bool]:
     """Return the choices with the fastest one of an operation, and whether there was enough time.
 
-    A candidate is proved after it was found to be faster, since that compiles more kernels.
+    A candidate is timed first and verified if it is faster, since verifying compiles more kernels.
     """
-    found = proof.cases(op)
+    found = verifier.cases(op)
     timed = [case for case in found if case.is_timed]
     if not timed or not candidates:
         return choices, True
@@ -180,7 +181,7 @@ def _fastest(
     def share(tried: Mapping[str, Any]) -> float:
         """Return the time of these choices over that of the ones in use, a mean over the cases."""
         ratios = [
-            _seconds(proof, case, tried, timing) / _seconds(proof, case, choices, timing)
+            _seconds(verifier, case, tried, timing) / _seconds(verifier, case, choices, timing)
             for case in timed
         ]
         return sum(ratios) / len(ratios)
@@ -196,21 +197,21 @@ def _fastest(
         except Exception:  # such as a tile that the device has no room for
             continue
         # Timed twice, because a disturbance can make a candidate seem faster.
-        if is_faster and proof.problem(found, tried) is None and share(tried) < 1 - _MARGIN:
+        if is_faster and verifier.problem(found, tried) is None and share(tried) < 1 - _MARGIN:
             choices = tried
     return choices, True
 
 
-def _seconds(proof: Proof, case: Case, choices: Mapping[str, Any], timing: Timing) -> float:
+def _seconds(verifier: Verifier, case: Case, choices: Mapping[str, Any], timing: Timing) -> float:
     """Return the seconds of one call, replayed on copies that do not fit in the device's cache."""
     copies = min(_MOST_COPIES, 1 + math.ceil(timing.cache_bytes / case.bytes))
     # Weights are packed once for each backend, so several backends have several copies.
-    calls = [case.prepare(proof.backend.with_choices(choices)) for _ in range(copies)]
+    calls = [case.prepare(verifier.backend.with_choices(choices)) for _ in range(copies)]
 
     def call_all() -> list[Any]:
         return [call() for call in calls]
 
-    replay = call_all if proof.capture is None else proof.capture(call_all)
+    replay = call_all if verifier.capture is None else verifier.capture(call_all)
 
     def seconds(replays: int) -> float:
         start = timing.clock()
