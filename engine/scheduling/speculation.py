@@ -76,8 +76,8 @@ class Speculation:
         self._seconds: dict[int, float] = {}  # rows of a step of decodes → its time
         self._corrected: list[Sequence] = []  # whose row sampled last is not their last token
 
-    def extend(self, step: Step, cache: KVCache) -> None:
-        """Add guesses to a step whose sequences have no unread tokens."""
+    def extend(self, step: Step, cache: KVCache, max_tokens: int) -> None:
+        """Add guesses to a step whose sequences have no unread tokens; max_tokens: of the step."""
         step.corrected = [s for s in self._corrected if s.decoding and not s.finished]
         self._corrected = []
         if step.chunks or not 0 < len(step.decodes) <= _MOST_SEQUENCES:
@@ -85,8 +85,9 @@ class Speculation:
         guesses = [self._guess(sequence) for sequence in step.decodes]
         limit = self._best_limit(step.decodes, guesses)
         row = self._first_row
+        end_row = row + min(MOST_GUESSES, max_tokens - step.tokens)
         for sequence, guess in zip(step.decodes, guesses, strict=True):
-            tokens = guess[: min(limit, self._first_row + MOST_GUESSES - row)]
+            tokens = guess[: min(limit, end_row - row)]
             end = sequence.computed + len(tokens)
             if not tokens or not self._has_room(cache, sequence, end, step):
                 continue
@@ -155,7 +156,8 @@ class Speculation:
         right = 0
         for draft in step.drafts:
             sequence = draft.sequence
-            right += len(sequence.tokens) - 1 - sequence.computed
+            # Without a token at all, if the logits were not finite, none was right.
+            right += max(0, len(sequence.tokens) - 1 - sequence.computed)
             sequence.computed = len(sequence.tokens) - 1
             sequence.length = len(sequence.tokens)
             self._corrected.append(sequence)

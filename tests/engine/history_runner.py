@@ -13,6 +13,7 @@ import torch
 
 from engine.scheduling.kv_cache import NULL_BLOCK, LayerGroup
 from engine.scheduling.sequence import Step
+from model.ops.backend import Backend
 
 VOCAB = 5  # few tokens, so that equal prefixes are frequent
 
@@ -41,6 +42,7 @@ class HistoryRunner:
 
     def __init__(self, groups: list[LayerGroup], block_size: int):
         self.groups, self.block_size = groups, block_size
+        self.backend = Backend(torch.device("cpu"), torch.float32)
         self.slots: dict[tuple[int, int], bytes] = {}
         self.tables: dict[int, list[list[int]]] = {}  # by row
         self.last: dict[int, int] = {}  # sampled last, by row
