@@ -101,7 +101,7 @@ class Scheduler:
         step.chunks.sort(key=lambda chunk: chunk.end - chunk.start > 1)  # stable
         context_lens += [chunk.end for chunk in step.chunks]
         if self.speculation is not None:
-            self.speculation.extend(step, self.cache)
+            self.speculation.extend(step, self.cache, self.max_batch_tokens)
         return step
 
     def _restart(self, sequences: list[Sequence]) -> None:
@@ -154,7 +154,8 @@ class Scheduler:
             victim = self._preempt_last()
             victim.length = len(victim.tokens)
         self.cache.forget_prefixes()
-        self.max_batch_size = max(1, step.size // 2)
+        # With drafts a step may have more rows than the limit on sequences.
+        self.max_batch_size = max(1, min(self.max_batch_size, step.size // 2))
         self.max_batch_tokens = max(1, tokens // 2)
         self.back_offs += 1
         self._successes = 0

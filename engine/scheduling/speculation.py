@@ -77,8 +77,8 @@ class Speculation:
         self._seconds: dict[int, float] = {}  # rows of a step of decodes → its time
         self._corrected: list[Sequence] = []  # whose row sampled last is not their last token
 
-    def extend(self, step: Step, cache: KVCache) -> None:
-        """Add drafts to a step whose sequences have no unread tokens."""
+    def extend(self, step: Step, cache: KVCache, max_tokens: int) -> None:
+        """Add drafts to a step whose sequences have no unread tokens; max_tokens: of the step."""
         step.corrected = [s for s in self._corrected if s.decoding and not s.finished]
         self._corrected = []
         if step.chunks or not 0 < len(step.decodes) <= _MAX_SEQUENCES:
@@ -86,8 +86,9 @@ class Speculation:
         drafts = [self._propose(sequence) for sequence in step.decodes]
         limit = self._best_limit(step.decodes, drafts)
         row = self._first_row
+        end_row = row + min(MAX_DRAFT_TOKENS, max_tokens - step.tokens)
         for sequence, draft in zip(step.decodes, drafts, strict=True):
-            tokens = draft[: min(limit, self._first_row + MAX_DRAFT_TOKENS - row)]
+            tokens = draft[: min(limit, end_row - row)]
             end = sequence.computed + len(tokens)
             if not tokens or not self._has_room(cache, sequence, end, step):
                 continue
@@ -156,7 +157,8 @@ class Speculation:
         accepted = 0
         for draft in step.drafts:
             sequence = draft.sequence
-            accepted += len(sequence.tokens) - 1 - sequence.computed
+            # If the logits were not finite, nothing was sampled and nothing accepted.
+            accepted += max(0, len(sequence.tokens) - 1 - sequence.computed)
             sequence.computed = len(sequence.tokens) - 1
             sequence.length = len(sequence.tokens)
             self._corrected.append(sequence)

@@ -1,7 +1,8 @@
 """Configs of well-known models, for planning without a download.
 
-Each has the keys of the model's config.json on Hugging Face that affect costs. Base and instruct
-models have the same shape; if their context lengths differ, the one of the instruct model is given.
+Each has the keys of the model's config.json on Hugging Face that affect costs; of models with
+vision towers, those of the text model. Base and instruct models have the same shape; if their
+context lengths differ, the one of the instruct model is given.
 """
 
 import difflib
@@ -14,6 +15,13 @@ from model.families import parse_config
 # Columns: name, model_type, hidden size, MLP size (of one expert, if there are experts), layers,
 # heads, KV heads, head dimension, vocabulary, context length, rope theta, tied embeddings.
 _SHAPES = """
+gemma-2-2b           gemma2     2304  9216  26   8  4 256 256000   8192 1e4   tied
+gemma-2-9b           gemma2     3584 14336  42  16  8 256 256000   8192 1e4   tied
+gemma-2-27b          gemma2     4608 36864  46  32 16 128 256000   8192 1e4   tied
+gemma-3-1b           gemma3_text 1152 6912  26   4  1 256 262144  32768 1e6   tied
+gemma-3-4b           gemma3_text 2560 10240 34   8  4 256 262208 131072 1e6   tied
+gemma-3-12b          gemma3_text 3840 15360 48  16  8 256 262208 131072 1e6   tied
+gemma-3-27b          gemma3_text 5376 21504 62  32 16 128 262208 131072 1e6   tied
 granite-3.3-8b       granite    4096 12800  40  32  8 128  49159 131072 1e7   tied
 llama-2-7b           llama      4096 11008  32  32 32 128  32000   4096 1e4
 llama-3-8b           llama      4096 14336  32  32  8 128 128256   8192 5e5
@@ -65,6 +73,7 @@ def _qwen3_moe(mlp: int, expert: int) -> dict[str, Any]:
     }
 
 
+_GEMMA3 = {"sliding_window": 1024, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
 _GPT_OSS = {
     "num_experts_per_tok": 4,
     "sliding_window": 128,
@@ -80,6 +89,11 @@ _GPT_OSS = {
 }
 # What the columns do not say, by the beginning of the name.
 _MORE: dict[str, dict[str, Any]] = {
+    "gemma-2-27b": {"query_pre_attn_scalar": 144},
+    "gemma-3-1b": {"sliding_window": 512},
+    "gemma-3-4b": _GEMMA3,
+    "gemma-3-12b": _GEMMA3,
+    "gemma-3-27b": {**_GEMMA3, "query_pre_attn_scalar": 168},
     "granite-3.3-8b": {
         "attention_multiplier": 0.0078125,
         "embedding_multiplier": 12.0,
@@ -98,7 +112,7 @@ _MORE: dict[str, dict[str, Any]] = {
 }
 _ALIASES = {"mistral-7b": "mistral-7b-v0.3", "mixtral-8x7b": "mixtral-8x7b-v0.1"}
 # Parts of a published name that do not change the shape.
-_IGNORED_WORDS = frozenset("base chat hf instruct it meta thinking".split())
+_IGNORED_WORDS = frozenset("base chat hf instruct it meta pt thinking".split())
 _MAX_SUGGESTIONS = 3
 
 
@@ -116,7 +130,7 @@ def _config(line: str) -> tuple[str, dict[str, Any]]:
         "head_dim": head_dim,
         "vocab_size": vocab,
         "max_position_embeddings": positions,
-        "rms_norm_eps": 1e-6 if name.startswith("qwen") else 1e-5,
+        "rms_norm_eps": 1e-6 if name.startswith(("gemma", "qwen")) else 1e-5,
         "rope_theta": float(theta),
         "tie_word_embeddings": line.endswith("tied"),
         "torch_dtype": "bfloat16",

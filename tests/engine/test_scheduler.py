@@ -227,6 +227,7 @@ def test_every_request_completes_correctly_when_steps_run_out_of_memory(
     runner.max_tokens = most
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("engine.scheduling.scheduler._STEPS_BEFORE_GROWTH", steps)
+        patch.setattr(Speculation, "_best_limit", lambda *_: load["drafts"])
         done = run(engine, load["requests"], load["stop_ids"])
     assert {i: c.token_ids for i, c in done.items()} == {
         i: c.token_ids for i, c in expected.items()
@@ -235,6 +236,41 @@ def test_every_request_completes_correctly_when_steps_run_out_of_memory(
     assert len(notices) == engine.stats.back_offs
     assert all("out of memory" in message for message in notices)
     assert engine.stats.peak_batch <= most
+    assert engine.steps.scheduler.max_batch_size <= load["max_batch_size"]
+    assert engine.steps.scheduler.max_batch_tokens <= load["max_batch_tokens"]
+
+
+def test_drafts_that_run_out_of_memory_are_given_up(config_folder: Path) -> None:
+    """Each draft token has a row, but does not count as a request of the batch."""
+    load = {**ROOMY, "max_batch_size": 1, "max_batch_tokens": 64}
+    requests = [([1, 2, 3, 4] * 10, 30), ([1, 2] * 10, 30), ([3] * 20, 30)]
+    expected = run(make_engine(config_folder, load)[0], requests)
+    engine, runner = make_engine(config_folder, load)
+    engine.notice = lambda message: None
+    runner.max_tokens = 1
+    with patch.object(Speculation, "_best_limit", return_value=15):
+        done = run(engine, requests)
+    assert {i: c.token_ids for i, c in done.items()} == {
+        i: c.token_ids for i, c in expected.items()
+    }
+    assert engine.steps.scheduler.max_batch_size == 1
+    assert_no_block_is_leaked(engine)
+
+
+def test_drafts_count_among_the_tokens_of_a_step(config_folder: Path) -> None:
+    load = {**ROOMY, "max_batch_size": 2, "max_batch_tokens": 4}
+    engine, runner = make_engine(config_folder, load)
+    launch, sizes = runner.launch, []
+
+    def measuring(step: Step) -> Sampled:
+        sizes.append(step.tokens)
+        return launch(step)
+
+    runner.launch = measuring  # type: ignore[method-assign]
+    with patch.object(Speculation, "_best_limit", return_value=15):
+        run(engine, [([1, 2, 3, 4] * 10, 30)] * 2)
+    assert engine.stats.draft_tokens > 0
+    assert max(sizes) == 4
 
 
 def test_limits_grow_again_when_there_is_memory(config_folder: Path) -> None:

@@ -9,7 +9,8 @@ from unittest.mock import patch
 import pytest
 
 from engine import Completion, Engine, EngineConfig, Request, SamplingParams
-from engine.scheduling.sequence import Step
+from engine.scheduling.kv_cache import BlockTables
+from engine.scheduling.sequence import Draft, Sequence, Step
 from engine.scheduling.speculation import MAX_DRAFT_TOKENS, Lookup, Speculation
 from engine.stats import EngineStats
 
@@ -121,3 +122,13 @@ def test_drafts_are_computed_only_where_they_gain() -> None:
     assert limit(0.9) in (3, 5)
     assert limit(0.01) == 0
     assert MAX_DRAFT_TOKENS == 15
+
+
+def test_a_step_without_a_token_accepts_no_draft() -> None:
+    """As where logits are not finite: the sequence then ends with the tokens that it had."""
+    request = Request([5, 6, 5], SamplingParams())
+    sequence = Sequence(request, [5, 6, 5], 9, frozenset(), BlockTables([]), 0.0)
+    sequence.computed = 3
+    speculation = Speculation(1)
+    assert speculation.settle(Step(drafts=[Draft(sequence, [6, 5], 1)])) == 0
+    assert sequence.computed == 2

@@ -11,8 +11,23 @@ from model.cost.known_models import (
 )
 from model.cost.operations import parameter_bytes
 
+# Number of parameters of Gemma 3's vision tower, and of its projection to each hidden size.
+VISION = 416_866_032
+
+
+def projection(hidden_size: int) -> int:
+    return 1152 * hidden_size + 1152
+
+
 # Number of parameters of the published checkpoints in bfloat16.
 PARAMETERS = {
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-2-9b": 9_241_705_984,
+    "gemma-2-27b": 27_227_128_320,
+    "gemma-3-1b": 999_885_952,
+    "gemma-3-4b": 4_300_079_472 - VISION - projection(2560),
+    "gemma-3-12b": 12_187_325_040 - VISION - projection(3840),
+    "gemma-3-27b": 27_432_406_640 - VISION - projection(5376),
     "granite-3.3-8b": 8_170_864_640,
     "llama-2-7b": 6_738_415_616,
     "llama-3-8b": 8_030_261_248,
@@ -67,6 +82,7 @@ def test_weights_are_as_large_as_the_published_checkpoint() -> None:
         ("mistral-7b-v0.1", transformers.MistralConfig),
         ("mixtral-8x7b-v0.1", transformers.MixtralConfig),
         ("gpt-oss-120b", transformers.GptOssConfig),
+        ("gemma-2-2b", transformers.Gemma2Config),
     ],
 )
 def test_shapes_are_the_defaults_of_transformers(name: str, published: type) -> None:
@@ -84,6 +100,9 @@ def test_shapes_are_the_defaults_of_transformers(name: str, published: type) -> 
     ("spelling", "name"),
     [
         ("llama-3.1-8b", "llama-3.1-8b"),
+        ("google/gemma-3-4b-it", "gemma-3-4b"),
+        ("google/gemma-3-27b-pt", "gemma-3-27b"),
+        ("gemma2:2b", "gemma-2-2b"),
         ("Qwen/Qwen3-0.6B", "qwen3-0.6b"),
         ("meta-llama/Meta-Llama-3.1-8B-Instruct", "llama-3.1-8b"),
         ("Llama 3.1 8B", "llama-3.1-8b"),
