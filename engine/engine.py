@@ -217,8 +217,11 @@ class Engine:
     def _prepare(self, plan: MemoryPlan, cost: BlockCost) -> StepLoop:
         """Allocate the KV cache, capture decode steps and create the step loop."""
         settings = self.settings
+        # Steps are read before the next is scheduled only without lookahead.
+        speculates = self.config.speculation and not self.lookahead
+        rows = self.max_batch_size + (MOST_GUESSES if speculates else 0)
         if self.device.type == "cuda":
-            plan = plan.measured(self._measure_peak_step(), settings)
+            plan = self._measured(plan, rows)
         crash = self.capture_crash  # found before the KV cache takes the memory
         blocks = pool_blocks(plan, cost, settings, self._available())
         cache = KVCache(self.runner.groups, blocks, settings.block_size, self.config.prefix_cache)
@@ -229,9 +232,6 @@ class Engine:
                 blocks=blocks,
             )
         self.max_positions = limit
-        # Steps are read before the next is scheduled only without lookahead.
-        speculates = self.config.speculation and not self.lookahead
-        rows = self.max_batch_size + (MOST_GUESSES if speculates else 0)
         self.runner.allocate(blocks, settings.block_size, limit, rows)
         # Admission in groups pays only if decode steps are replayed.
         group_size = self.group_size if self._capture(crash) else 0
@@ -246,17 +246,28 @@ class Engine:
         )
         return StepLoop(scheduler, self.runner, settings, self.stats, self.notice, self.lookahead)
 
-    def _measure_peak_step(self) -> int:
-        """Bytes that the largest step allocates on the GPU; compiles the kernels as well."""
-        start, before = time.perf_counter(), torch.cuda.memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        self.runner.run_peak_step(
+    def _measured(self, plan: MemoryPlan, rows: int) -> MemoryPlan:
+        """The plan with what a GPU's largest steps allocate, where at most `rows` rows decode.
+
+        Running them compiles the kernels as well.
+        """
+        start = time.perf_counter()
+        step = self._peak_bytes(
+            self.runner.run_peak_step,
             self.max_batch_size,
             self.max_batch_tokens,
             min(self.model_config.max_positions, self.max_batch_tokens),
             self.settings.block_size,
         )
+        end = self._peak_bytes(self.runner.run_peak_end, rows)
         self.stats.compile_s += time.perf_counter() - start
+        return plan.measured(step, end, self.settings)
+
+    def _peak_bytes(self, run: Callable[..., None], *sizes: int) -> int:
+        """The most bytes that a function has allocated on the GPU at any time."""
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        run(*sizes)
         peak = torch.cuda.max_memory_allocated(self.device) - before
         torch.cuda.empty_cache()
         return peak
