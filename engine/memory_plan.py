@@ -78,15 +78,15 @@ class MemoryPlan:
         """The sum of all parts."""
         return self.weights + self.activations + self.logits + self.rows
 
-    def measured(self, step_bytes: int, settings: Settings) -> "MemoryPlan":
-        """The plan with `step_bytes`, which the largest step allocated, in place of estimates."""
-        # Captured steps have memory of their own: a step's, the logits that they share, and
-        # up to three more tensors of that size for sampling.
-        rows = min(settings.max_batch_size, settings.max_batch_tokens)
-        logits = 4 * rows * settings.model.vocab_size * 4  # float32
-        tokens = rows + min(MAX_CHUNK_TOKENS, settings.max_batch_tokens)
-        decode = self.activations * tokens // settings.max_batch_tokens
-        return replace(self, activations=max(step_bytes, 0) + decode, logits=logits)
+    def measured(self, step_bytes: int, end_bytes: int, settings: Settings) -> "MemoryPlan":
+        """The plan with what a GPU's largest steps allocated in place of estimates.
+
+        step_bytes: of the largest step; end_bytes: the logits of a captured step, and what sampling
+        them allocates. Captured steps have both in memory of their own, as well as activations.
+        """
+        tokens = settings.max_batch_size + min(MAX_CHUNK_TOKENS, settings.max_batch_tokens)
+        captured = self.activations * tokens // settings.max_batch_tokens
+        return replace(self, activations=step_bytes + captured, logits=end_bytes)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The end of warm-up, once the weights are loaded: KV cache, captured steps, step loop."""
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,8 +24,11 @@ def prepare(engine: "Engine", plan: MemoryPlan, cost: BlockCost) -> StepLoop:
     Sets `max_positions` of the engine. Raises EngineError if the KV cache is too small.
     """
     settings, config, runner = engine.settings, engine.config, engine.runner
+    # Steps are read before the next is scheduled only without lookahead.
+    speculates = config.speculation and not engine.lookahead
+    rows = engine.max_batch_size + (MAX_DRAFT_TOKENS if speculates else 0)
     if engine.device.type == "cuda":
-        plan = plan.measured(_measure_peak_step(engine), settings)
+        plan = _measured(engine, plan, rows)
     crash = engine.capture_crash  # found before the KV cache takes the memory
     blocks = pool_blocks(plan, cost, settings, engine.available_bytes())
     cache = KVCache(runner.groups, blocks, settings.block_size, config.prefix_cache)
@@ -35,9 +39,6 @@ def prepare(engine: "Engine", plan: MemoryPlan, cost: BlockCost) -> StepLoop:
             blocks=blocks,
         )
     engine.max_positions = limit
-    # Steps are read before the next is scheduled only without lookahead.
-    speculates = config.speculation and not engine.lookahead
-    rows = engine.max_batch_size + (MAX_DRAFT_TOKENS if speculates else 0)
     runner.allocate(blocks, settings.block_size, limit, rows)
     # Admission in groups pays only if decode steps are replayed.
     group_size = engine.group_size if _capture(engine, crash) else 0
@@ -53,18 +54,30 @@ def prepare(engine: "Engine", plan: MemoryPlan, cost: BlockCost) -> StepLoop:
     return StepLoop(scheduler, runner, settings, engine.stats, engine.notice, engine.lookahead)
 
 
-def _measure_peak_step(engine: "Engine") -> int:
-    """Bytes that the largest step allocates on the GPU; compiles the kernels as well."""
-    device, start = engine.device, time.perf_counter()
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    engine.runner.run_peak_step(
+def _measured(engine: "Engine", plan: MemoryPlan, rows: int) -> MemoryPlan:
+    """The plan with what a GPU's largest steps allocate, where at most `rows` rows decode.
+
+    Running them compiles the kernels as well.
+    """
+    start, runner = time.perf_counter(), engine.runner
+    step = _peak_bytes(
+        engine.device,
+        runner.run_peak_step,
         engine.max_batch_size,
         engine.max_batch_tokens,
         min(engine.model_config.max_positions, engine.max_batch_tokens),
         engine.settings.block_size,
     )
+    end = _peak_bytes(engine.device, runner.run_peak_end, rows)
     engine.stats.compile_s += time.perf_counter() - start
+    return plan.measured(step, end, engine.settings)
+
+
+def _peak_bytes(device: torch.device, run: Callable[..., None], *sizes: int) -> int:
+    """The most bytes that a function has allocated on the GPU at any time."""
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run(*sizes)
     peak = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
     return peak

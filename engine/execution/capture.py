@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from enum import Enum
 from typing import Any, Protocol, cast
+from weakref import WeakSet
 
 import torch
 
@@ -54,7 +55,8 @@ class GpuCapture:
         """
         if not torch.cuda.is_available():
             raise RuntimeError("there is no GPU to capture steps on")
-        self._stats, self._pool = stats, torch.cuda.graph_pool_handle()
+        self._stats = stats
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()  # that share the pool
         # One stream for all captures: cuBLAS keeps a workspace of tens of megabytes for each
         # stream.
         self._stream = torch.cuda.Stream()
@@ -76,6 +78,8 @@ class GpuCapture:
     @contextmanager
     def segment(self) -> Iterator[Part]:
         """As `Capture`: one graph."""
+        if not self._graphs:  # torch refuses a pool whose graphs have all been freed
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):  # which is left even if the capture fails
             graph.capture_begin(pool=self._pool)
@@ -83,6 +87,7 @@ class GpuCapture:
                 yield graph.replay
             finally:
                 graph.capture_end()
+        self._graphs.add(graph)
 
 
 def capture_whole(capture: Capture, compute: Compute) -> Compute:

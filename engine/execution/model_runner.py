@@ -141,7 +141,7 @@ class ModelRunner:
     def run_peak_step(
         self, max_batch_size: int, max_batch_tokens: int, max_positions: int, block_size: int
     ) -> None:
-        """Run the step that needs the most memory, in which every row is sampled by a full sort.
+        """Run the step that needs the most memory: every row is sampled, with log-probabilities.
 
         Then prompts of one sequence, each twice as long as the one before: kernels have variants
         for few and for many tokens, and all of them are compiled now. Waits for each step and
@@ -151,11 +151,24 @@ class ModelRunner:
         size = min(max_batch_size, max_batch_tokens)
         length = min(max_batch_tokens // size, max_positions)
         longest = min(max_batch_tokens, max_positions)
-        full_sort = SamplingParams(temperature=1, top_p=0.9, logprobs=20)
-        self.launch(self._prompts(size, length, full_sort)).read()
+        costly = SamplingParams(temperature=1, top_p=0.9, logprobs=20)
+        self.launch(self._prompts(size, length, costly)).read()
         for doubled in range(longest.bit_length()):
             self.launch(self._prompts(1, 1 << doubled, SamplingParams())).read()
         self.deallocate()
+
+    @torch.inference_mode()
+    def run_peak_end(self, rows: int) -> None:
+        """Sample the logits of this many rows as the captured ends of steps do (`step_graphs.py`).
+
+        With several ranks the logits are only allocated: what else is captured then is small.
+        """
+        part = self.shard.vocab_part(self.config.vocab_size)
+        logits = torch.zeros(rows, part.stop - part.start, device=self.device)
+        if self.shard.size == 1:
+            sampler = Sampler(rows, self.backend)
+            each = torch.arange(rows, device=self.device)
+            sampler.sample_rows(logits, each, each.int()).tolist()
 
     def _prompts(self, count: int, length: int, params: SamplingParams) -> Step:
         """A step of `count` prompts of one length, all in the null block."""

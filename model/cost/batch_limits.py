@@ -7,7 +7,8 @@ from model.cost.roofline import USABLE_MEMORY
 _BATCH_SIZES = (1024, 512, 256)
 # Positions of a sequence that runs, on average: 512 of the prompt, and half of 512 new tokens.
 _TYPICAL_CONTEXT = 768
-# A step that samples every row by sorting it needs about as many bytes for each logit.
+# Plain torch samples with 49 bytes for each logit, the logit's own included; log-probabilities of
+# every row take 36. Kernels sample with less than one more.
 _LOGIT_BYTES = 52
 # More tokens make no step of chunks more efficient; a larger batch needs them so that its decodes
 # leave most of a step to chunks.

@@ -3,13 +3,15 @@
 In place of a GPU graph, a captured step here is a function that computes on the same buffers again.
 """
 
+import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import MagicMock
 
 import pytest
@@ -53,7 +55,18 @@ def test_without_a_gpu_a_capture_is_refused_before_it_begins() -> None:
         GpuCapture(EngineStats())
 
 
-def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+class FakeGraph(MagicMock):
+    """A graph without a GPU; the class lists the pools of all captures."""
+
+    pools: ClassVar[list[int]] = []
+
+    def capture_begin(self, pool: int) -> None:
+        self.pools.append(pool)
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Let GpuCapture run without a GPU; the value ends with the current stream."""
     streams = ["the usual"]
 
     @contextmanager
@@ -64,25 +77,45 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch: pytest.Mo
         finally:
             streams.pop()
 
-    class Graph(MagicMock):
-        def capture_end(self) -> None:
-            raise RuntimeError("the capture was invalidated")
-
     cuda: dict[str, Any] = {
         "is_available": lambda: True,
-        "graph_pool_handle": lambda: None,
+        "graph_pool_handle": count().__next__,
         "Stream": MagicMock(),
         "stream": stream,
-        "CUDAGraph": Graph,
+        "CUDAGraph": FakeGraph,
         "current_stream": lambda: streams[-1],
         "empty_cache": lambda: None,
     }
     for name, stand_in in cuda.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    FakeGraph.pools.clear()
+    return streams
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(
+    streams: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def invalidated(graph: FakeGraph) -> None:
+        raise RuntimeError("the capture was invalidated")
+
+    monkeypatch.setattr(FakeGraph, "capture_end", invalidated, raising=False)
     capture = GpuCapture(EngineStats())
     with pytest.raises(RuntimeError, match="invalidated"):
         capture(lambda: torch.zeros(1))
-    assert torch.cuda.current_stream() == "the usual"
+    assert streams == ["the usual"]
+
+
+def test_captures_share_memory_while_one_of_them_is_kept(streams: list[Any]) -> None:
+    """torch refuses a pool of memory whose captures were all freed."""
+    capture = GpuCapture(EngineStats())
+    kept = [capture(lambda: torch.zeros(1)) for _ in range(3)]
+    assert len(set(FakeGraph.pools)) == 1
+    kept.clear()
+    gc.collect()
+    for _ in range(2):
+        capture(lambda: torch.zeros(1))
+        gc.collect()
+    assert len(set(FakeGraph.pools)) == 3
 
 
 def test_capture_sizes_are_few_and_include_the_largest_batch() -> None:

@@ -40,6 +40,34 @@ def test_the_plan_follows_from_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert needs(tie_word_embeddings=True).weights == needs().weights
 
 
+def test_what_steps_allocated_replaces_estimates() -> None:
+    """Captured steps, of every row and a thousand tokens of chunks, have memory of their own."""
+    given = EngineConfig(device="cpu", max_batch_size=64, max_batch_tokens=4096)
+    settings = resolve(given, named_config("llama-3-8b"))
+    plan = MemoryPlan.of(settings)
+    found = plan.measured(5000, 700, settings)
+    assert found.activations == 5000 + plan.activations * (64 + 1024) // 4096
+    assert found == replace(plan, activations=found.activations, logits=700)
+
+
+def test_the_end_of_a_captured_step_is_measured_with_every_row(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    """What it allocates may only depend on the number of rows, as it does in captured steps."""
+    with Engine(checkpoint("qwen3"), EngineConfig(dtype="float32", kv_memory=8 << 20)) as engine:
+        runner, given = engine.runner, list[Any]()
+        sample = runner.backend.sample_rows
+
+        def noted(*arguments: Any) -> torch.Tensor:
+            given.extend(argument.shape for argument in arguments[:2])
+            assert arguments[4] is not None  # tables: not only the most likely tokens
+            return sample(*arguments)
+
+        runner.backend.sample_rows = noted  # type: ignore[method-assign, assignment]
+        runner.run_peak_end(40)
+        assert given == [(40, engine.model_config.vocab_size), (40,)]
+
+
 def test_planned_weights_are_as_large_as_the_loaded_tensors(
     checkpoint: Callable[[str], Path],
 ) -> None:
