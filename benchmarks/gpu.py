@@ -1,7 +1,7 @@
 """Check and time getp on a GPU, without a network. Two calls, with one file of results:
 
 \b
-    python benchmarks/gpu.py --quick --results RESULTS.json    90 seconds: right, and how fast?
+    python benchmarks/gpu.py --quick --results RESULTS.json    90 seconds: correct, and how fast?
     python benchmarks/gpu.py --results RESULTS.json            8 minutes: what is slow, what helps?
 
 The first stands alone: the GPU's limits, every kernel against the reference, tiny models against

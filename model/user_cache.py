@@ -1,4 +1,4 @@
-"""The folder in which getp keeps what it has measured on this machine."""
+"""The folder in which getp stores measurements and kernel choices for this machine."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def read_object(name: str) -> dict[str, Any]:
 
 
 def write_object(name: str, value: dict[str, Any]) -> None:
-    """Replace a file of the folder at once, if possible."""
+    """Replace a file of the folder atomically, if possible."""
     file = cache_folder() / name
     temporary = file.with_name(f".{name}.{os.getpid()}.tmp")
     try:

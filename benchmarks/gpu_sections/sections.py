@@ -93,8 +93,8 @@ _PARITY = (
 _TRT = "TensorRT-LLM on an H200"
 _COURSE = "39,120 (gpt-oss-team01, bf16, eight MI250 dies)"
 
-# Stands alone: is everything right, and about how fast is it? Ordered by importance. The limits of
-# all timed sections plus the longest limit of the others are the budget.
+# Stands alone: is everything correct, and about how fast is it? Ordered by importance. The limits
+# of all timed sections plus the longest limit of the others are the budget.
 QUICK_BUDGET_S = 90.0
 QUICK: dict[str, Section] = {
     "limits": Section(

@@ -1,9 +1,9 @@
 """The process that tries captures before the engine does: a crash ends only this process.
 
 Run as `python -m engine.execution.capture_child CHECKPOINT DEVICE DTYPE BLOCK_SIZE`. It captures
-and replays decode steps of a model with the checkpoint's layers and random weights, of which all
-layers of a kind share the same. So its graphs have as many kernels as those of the engine. Exits
-with status 0 unless it crashes: a capture that is refused is not a crash.
+and replays decode steps of a model with the checkpoint's layers, so that its graphs have as many
+kernels as the engine's. Weights are random, and layers of the same kind share them. Exits with
+status 0 unless it crashes: a capture that raises an error is not a crash.
 """
 
 import sys
@@ -29,7 +29,7 @@ _POSITIONS = 64
 def small_runner(
     config: ModelConfig, device: torch.device, dtype: torch.dtype, block_size: int
 ) -> ModelRunner:
-    """A runner with the layers of the model; those of a kind are one layer, repeated."""
+    """A runner with the layers of the model; layers of the same kind share one set of weights."""
     config = replace(config, vocab_size=min(config.vocab_size, _MAX_VOCAB))
     if config.moe is not None:
         experts = min(config.moe.num_experts, 2 * config.moe.router.top_k)

@@ -1,4 +1,4 @@
-"""What happens where steps cannot be captured: other modes are tried, and the user is told.
+"""Fallbacks where steps cannot be captured: other modes are tried, with a notice for each failure.
 
 A HIP graph can crash the process (pytorch/pytorch#155720, vllm-project/vllm#35485), which cannot be
 caught, so on HIP a child process tries first.
@@ -73,7 +73,7 @@ def crash_of_child(arguments: list[str], timeout: float = _CHILD_TIMEOUT_S) -> s
 
 
 def crash_of_hip(checkpoint: Path, device: torch.device, dtype: str, block_size: int) -> str:
-    """Why captures must not be tried in this process; "" if they may: always, except on HIP."""
+    """Why captures must not be tried in this process; "" if they may, as always except on HIP."""
     if torch.version.hip is None:
         return ""
     return crash_of_child([str(checkpoint), str(device), dtype, str(block_size)])

@@ -1,4 +1,4 @@
-"""Gemma 2: norms after attention and MLP too, GELU, windows in turns, scores and logits capped."""
+"""Gemma 2: also norms after attention and MLP, GELU, alternating windows, softcapping."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

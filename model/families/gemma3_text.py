@@ -1,4 +1,4 @@
-"""Gemma 3: Gemma 2 with norms of heads, longer runs of windows, and rotary embeddings by layer."""
+"""Gemma 3: Gemma 2 with QK norms, more layers with windows, and rotary embeddings by layer."""
 
 from dataclasses import replace
 from typing import Any

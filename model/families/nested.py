@@ -1,4 +1,4 @@
-"""Checkpoints with a text model and other parts, such as a vision tower: the text model is run.
+"""The text models of checkpoints that also have other parts, such as a vision tower.
 
 The text model's config is in `text_config`, or, in older files, among the keys of the whole. Its
 tensors have a prefix. Rotary embeddings with positions in time, height and width ("mrope") are
