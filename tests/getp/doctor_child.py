@@ -44,7 +44,7 @@ _linear, fault = native.linear, sys.argv[1]
 if fault == "wrong linear":
     native.linear = _wrong_linear
 elif fault == "crash":
-    CpuBackend.route = _illegal_instruction  # type: ignore[method-assign, assignment]
+    CpuBackend.embed = _illegal_instruction  # type: ignore[method-assign, assignment]
 elif fault == "raise":
     CpuBackend.embed = _raise  # type: ignore[method-assign, assignment]
 elif fault == "missing library":

@@ -141,7 +141,7 @@ def test_a_wrong_kernel_is_named_and_the_status_is_1(
 @pytest.mark.parametrize(
     ("name", "op", "cause"),
     [
-        ("crash", "route", "the process crashed: Illegal instruction (SIGILL)"),
+        ("crash", "embed", "the process crashed: Illegal instruction (SIGILL)"),
         ("raise", "embed", "ZeroDivisionError: of the test"),
     ],
 )
