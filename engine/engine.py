@@ -230,11 +230,15 @@ class Engine:
             )
         self.max_positions = limit
         # Steps are read before the next is scheduled only without lookahead.
-        speculates = self.config.speculation and not self.lookahead
-        rows = self.max_batch_size + (MOST_GUESSES if speculates else 0)
+        may_speculate = self.config.speculation and not self.lookahead
+        rows = self.max_batch_size + (MOST_GUESSES if may_speculate else 0)
         self.runner.allocate(blocks, settings.block_size, limit, rows)
         # Admission in groups pays only if decode steps are replayed.
         group_size = self.group_size if self._capture(crash) else 0
+        # How many guesses a step computes depends on measured times, so the results of a row must
+        # not depend on the other rows. In 16 bits only native kernels ensure that; steps are
+        # recorded if they use nothing else.
+        speculates = may_speculate and (self.dtype == torch.float32 or self.runner.captured)
         self.stats.kv_blocks = blocks - 1
         self.stats.kv_bytes = blocks * cost.block_bytes
         scheduler = Scheduler(
