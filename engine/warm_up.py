@@ -25,8 +25,8 @@ def prepare(engine: "Engine", plan: MemoryPlan, cost: BlockCost) -> StepLoop:
     """
     settings, config, runner = engine.settings, engine.config, engine.runner
     # Steps are read before the next is scheduled only without lookahead.
-    speculates = config.speculation and not engine.lookahead
-    rows = engine.max_batch_size + (MAX_DRAFT_TOKENS if speculates else 0)
+    may_speculate = config.speculation and not engine.lookahead
+    rows = engine.max_batch_size + (MAX_DRAFT_TOKENS if may_speculate else 0)
     if engine.device.type == "cuda":
         plan = _measured(engine, plan, rows)
     crash = engine.capture_crash  # found before the KV cache takes the memory
@@ -42,6 +42,10 @@ def prepare(engine: "Engine", plan: MemoryPlan, cost: BlockCost) -> StepLoop:
     runner.allocate(blocks, settings.block_size, limit, rows)
     # Admission in groups pays only if decode steps are replayed.
     group_size = engine.group_size if _capture(engine, crash) else 0
+    # How many draft tokens a step computes depends on measured times, so the results of a row must
+    # not depend on the other rows. In 16 bits only native kernels ensure that; steps are recorded
+    # if they use nothing else.
+    speculates = may_speculate and (engine.dtype == torch.float32 or runner.captured)
     engine.stats.kv_blocks = blocks - 1
     engine.stats.kv_bytes = blocks * cost.block_bytes
     scheduler = Scheduler(

@@ -40,6 +40,8 @@ class HistoryRunner:
     its sampled tokens, which the sequence may not contain yet.
     """
 
+    captured = True
+
     def __init__(self, groups: list[LayerGroup], block_size: int):
         self.groups, self.block_size = groups, block_size
         self.backend = Backend(torch.device("cpu"), torch.float32)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from getp.analysis.doctor import examine, host, processes, reports
+from getp.analysis.doctor.conclusions import Series, checks_of
 from getp.analysis.doctor.findings import Check
 from getp.analysis.doctor.reports import (
     DeviceReport,
@@ -290,6 +292,60 @@ def test_a_device_that_does_not_exist_is_one_finding() -> None:
     assert len(found) == 1
     assert isinstance(found[0], Failed)
     assert "cuda:99 does not exist: torch finds" in found[0].cause
+
+
+def test_kernels_that_there_are_not_are_one_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(bindings.VARIABLE, "fast")
+    series = Series("native")
+    for report in processes.run_tasks(Request("cpu", (MODEL,))):
+        series.add(report)
+    bad = [check for check in checks_of(series) if check.state == "failed"]
+    assert [check.name for check in bad] == ["native kernels"]
+    assert "must be none, avx2" in bad[0].finding
+    assert bad[0].remedy == "change GETP_CPU_KERNELS in the environment, or unset it"
+
+
+def test_memory_that_does_not_suffice_is_no_fault_of_getp(child: Callable[[str], None]) -> None:
+    child(
+        "from getp.analysis.doctor import child\n"
+        "say(child._failed('kernels of m', RuntimeError(\"can't allocate memory\")))\n"
+        "say(Started(0, 'answers')); say(Ended())"
+    )
+    series = Series("amx")
+    for report in processes.run_tasks(Request("cpu", ())):
+        series.add(report)
+    (check,) = checks_of(series)
+    assert "free memory" in (check.remedy or "")
+
+
+def test_a_child_ends_with_its_parent() -> None:
+    """Also if a signal ended the parent at once, so that it could not end the child."""
+    parent = (
+        "import os, subprocess, sys; from getp.analysis.doctor import processes\n"
+        "from getp.analysis.doctor.reports import Request\n"
+        "kept = subprocess.Popen\n"
+        "def start(*args, **options):\n"
+        "    child = kept(*args, **options); print(child.pid, flush=True); return child\n"
+        "subprocess.Popen = start\n"
+        f"next(processes.run_tasks(Request('cpu', ({MODEL!r},)))); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
+    )
+    assert done.returncode == -9
+    deadline = time.monotonic() + 20
+    while _runs(int(done.stdout.split()[0])):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _runs(process: int) -> bool:
+    """Whether the process exists, and is not only waited for."""
+    try:
+        status = Path(f"/proc/{process}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return status.rsplit(")", 1)[1].split()[0] != "Z"
 
 
 def test_a_check_that_raises_fails_and_does_not_end_the_others(

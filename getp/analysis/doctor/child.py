@@ -3,6 +3,7 @@
 import faulthandler
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
@@ -10,20 +11,28 @@ from itertools import count
 from getp.analysis.doctor import reports
 from getp.analysis.doctor.reports import Ended, Failed, Report, Request, Started
 
+_LIBRARY = "native kernels"
 _Task = tuple[Started, Callable[[], Report]]
 
 
 def main() -> None:
     """Run the tasks of the request that is the last argument; write a line for each report."""
     faulthandler.enable()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     request = Request.read(sys.argv[-1])
     try:
         for task, run in _tasks(request):
             if task.number >= request.first and not _run(task, run):
                 return  # another process runs the rest
     except Exception as error:
-        _write(Failed("device", _cause(error)))
+        _write(_failed("device", error))
     _write(Ended())
+
+
+def _end_with_parent() -> None:
+    """End this process once the parent has ended, by whatever signal: it holds the other end."""
+    sys.stdin.buffer.read()
+    os._exit(1)
 
 
 def _run(task: Started, run: Callable[[], Report]) -> bool:
@@ -32,12 +41,27 @@ def _run(task: Started, run: Callable[[], Report]) -> bool:
     try:
         _write(run())
     except Exception as error:
-        _write(Failed(task.name, _cause(error), task.model))
+        if task.name == _LIBRARY:  # then nothing can be computed
+            raise
+        _write(_failed(task.name, error, task.model))
     return _gpu_works()
 
 
 def _write(report: Report) -> None:
     print(reports.write(report), flush=True)
+
+
+def _failed(name: str, error: BaseException, model: str = "") -> Failed:
+    """Return the report on an error, with what to do if that is known."""
+    from engine.memory_plan import is_out_of_memory
+    from model.ops.cpu.bindings import VARIABLE
+
+    remedy = ""
+    if is_out_of_memory(error):
+        remedy = "free memory, or use a smaller model: a layer of this one does not fit"
+    elif str(error).startswith(VARIABLE):
+        name, remedy = _LIBRARY, f"change {VARIABLE} in the environment, or unset it"
+    return Failed(name, _cause(error), model, remedy)
 
 
 def _cause(error: BaseException) -> str:
@@ -83,7 +107,7 @@ def _tasks(request: Request) -> Iterator[_Task]:
     if request.machine:
         yield Started(next(numbers), "device"), lambda: describe_device(device, notices)
         if device.type == "cpu":
-            yield Started(next(numbers), "native kernels"), describe_library
+            yield Started(next(numbers), _LIBRARY), describe_library
         yield Started(next(numbers), "speed"), lambda: measure_rates(device)
     for model in request.models:
         try:

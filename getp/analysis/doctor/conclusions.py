@@ -70,7 +70,9 @@ def checks_of(series: Series) -> Iterator[Check]:
         yield rates_check(series.rates, series.device)
     for failure in series.failed:
         if not failure.model:
-            if failure.name == "device":
+            if failure.remedy:
+                yield Check(failure.name, "failed", failure.cause, failure.remedy)
+            elif failure.name == "device":
                 yield Check("device", "failed", failure.cause, _INSTALL)
             else:
                 name = f"{failure.name}, {series.backend}"

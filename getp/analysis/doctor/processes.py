@@ -58,7 +58,7 @@ class _Child:
     def __init__(self, request: Request) -> None:
         self._process = subprocess.Popen(
             [*child_command(), request.write()],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # closed when this process ends, and the child then ends, too
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,  # a pipe of its own could fill up
             text=True,
@@ -74,7 +74,9 @@ class _Child:
     def __exit__(self, *error: object) -> None:
         self._process.kill()
         self._process.wait()
+        assert self._process.stdin is not None
         assert self._process.stdout is not None
+        self._process.stdin.close()
         self._process.stdout.close()
 
     def reports(self) -> Iterator[Report]:

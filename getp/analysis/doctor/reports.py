@@ -45,6 +45,7 @@ class Failed:
     name: str
     cause: str
     model: str = ""  # name and model as in Started
+    remedy: str = ""  # what to do, if the cause says that
 
 
 @dataclass(frozen=True)

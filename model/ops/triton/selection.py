@@ -155,7 +155,10 @@ def _value(op: str, name: str, value: Any) -> Any:
 def _tile(op: str, name: str, value: Any) -> Tile:
     known = isinstance(value, Mapping) and set(_SHAPE) <= set(value) <= _TILE_FIELDS
     if known and all(type(number) is int and number >= 0 for number in value.values()):
-        return Tile(**value)
+        powers = all(number & (number - 1) == 0 for number in map(value.__getitem__, "mnk"))
+        warps, stages = value["warps"], value["stages"]
+        if powers and warps and warps & (warps - 1) == 0 and stages:
+            return Tile(**value)
     raise ValueError(f"{op}: {name} {value!r} is not a tile")
 
 
