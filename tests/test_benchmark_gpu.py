@@ -476,6 +476,20 @@ def test_the_functions_of_all_sections_exist() -> None:
         assert callable(getattr(found, function, None)), name
 
 
+def test_a_sweep_leaves_out_tiles_that_do_not_fit_into_registers() -> None:
+    pytest.importorskip("triton")
+    from benchmarks.gpu_sections.sweeps import _tiles
+    from model.ops.triton.tiles import Tile
+
+    own = Tile(128, 128, 64, 2, 4)  # stays, although it does not fit
+    found = _tiles(own, (64, 128), (64, 128), (2, 4), 64)
+    assert found[0] == own
+    others = {(tile.m, tile.n, tile.warps) for tile in found[1:]}
+    assert (128, 128, 4) in others
+    assert (128, 64, 2) in others
+    assert (128, 128, 2) not in others
+
+
 def test_every_operation_with_a_check_can_be_replaced_by_torch() -> None:
     operations = {name for each in QUICK.values() for name in each.operations}
     assert set(OPERATIONS) <= operations

@@ -24,6 +24,8 @@ from model.ops.specs import AttentionSpec
 if TYPE_CHECKING:
     from model.ops.triton.tiles import Tile
 
+_MOST_SUMS = 128  # of a thread, float32
+
 _Calls = Mapping["Tile", Callable[[], Any]]
 
 
@@ -47,7 +49,9 @@ def _tiles(
     from model.ops.triton.tiles import Tile
 
     sizes = itertools.product(rows, columns, warps, (own.stages, max(2, own.stages - 2)))
-    return list(dict.fromkeys([own, *(Tile(m, n, k, w, s) for m, n, w, s in sizes)]))
+    # A thread with more sums has too few registers, and the compiler takes several times as long.
+    fitting = (Tile(m, n, k, w, s) for m, n, w, s in sizes if m * n <= _MOST_SUMS * 32 * w)
+    return list(dict.fromkeys([own, *fitting]))
 
 
 def with_tile(field: str, tile: Any) -> Backend:
