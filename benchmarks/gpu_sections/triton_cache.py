@@ -25,7 +25,7 @@ from model.config import ModelConfig
 from model.cost.known_models import named_config
 from model.families import parse_config
 from model.ops.forward_batch import ForwardBatch, GroupTables
-from model.ops.specs import Experts
+from model.ops.specs import Experts, SamplingTables
 from model.ops.triton.backend import TritonBackend
 from model.ops.triton.mxfp4 import ExpertWeights
 from model.ops.triton.tiles import TILES, Target
@@ -185,7 +185,7 @@ def _experts(shape: tuple[int, ...], is_mxfp4: bool, ops: TritonBackend) -> Any:
 
 
 def _step(model: Transformer, ops: TritonBackend, lengths: list[int]) -> None:
-    """Run a step of sequences with these numbers of new tokens."""
+    """Run a step of sequences with these numbers of new tokens, and sample all of them."""
     config, tokens, rows = model.config, sum(lengths), len(lengths)
     ids, lens = _empty(tokens, dtype=torch.int64), _empty(rows, dtype=torch.int32)
     tables = GroupTables(_empty(rows, 512, dtype=torch.int32), ids)
@@ -196,7 +196,12 @@ def _step(model: Transformer, ops: TritonBackend, lengths: list[int]) -> None:
     batch = ForwardBatch(ids, ids, lengths, lengths, singles, groups, last, starts, lens)
     shape = 2, 4096, _BLOCK, config.num_kv_heads, config.head_dim
     caches = [_empty(*shape, dtype=ops.dtype) for _ in config.layers]
-    model(ops, batch, caches, [(i, i) for i in range(len(config.layers))])
+    logits = model(ops, batch, caches, [(i, i) for i in range(len(config.layers))])
+    row, parameters = _empty(rows, dtype=torch.int64), _empty(rows, 2, dtype=torch.int64)
+    sampling = SamplingTables(parameters.float(), parameters)
+    ops.sample_rows(logits, row, row)
+    for positions in (row, lens):  # of steps that are computed, and of captured ones
+        ops.sample_rows(logits, row, row, positions, sampling)
 
 
 def _tiny_calls(architecture: str) -> Iterator[Callable[[], Any]]:
