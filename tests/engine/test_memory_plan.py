@@ -1,6 +1,8 @@
 """Memory is checked before it is used, and a run continues after running out of it."""
 
 import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from model.cost.known_models import named_config
 from tests.engine.test_engine import load
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def needs(**changes: Any) -> MemoryPlan:
@@ -144,21 +147,31 @@ def test_a_ulimit_reduces_the_available_memory(
     assert memory.available_bytes(CPU) <= 2 << 20
 
 
+_GROWTH = """
+import resource, sys
+from pathlib import Path
+from engine import Engine, EngineConfig
+from engine.memory_plan import MemoryPlan
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+grown = []
+for count in (64, 500_000):
+    before = resident()
+    config = EngineConfig(kv_memory=8 << 20, max_batch_size=count)
+    with Engine(sys.argv[1], config) as engine:
+        grown.append(resident() - before)
+print(grown[1] - grown[0], MemoryPlan.of(engine.settings).rows)
+"""
+
+
 def test_the_plan_includes_the_state_of_each_request(checkpoint: Callable[[str], Path]) -> None:
-    """Planned bytes (block tables, parameters, lists) are near the growth of the process."""
-
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-    folder = checkpoint("gpt_oss-wide")  # before measuring: it may import transformers
-    grown = []
-    for count in (64, 500_000):
-        before = resident()
-        config = EngineConfig(kv_memory=8 << 20, max_batch_size=count)
-        with Engine(folder, config) as engine:
-            grown.append(resident() - before)
-    needs = MemoryPlan.of(engine.settings)
-    assert 0.3 * needs.rows < grown[1] - grown[0] < needs.rows
+    """Planned bytes (block tables, parameters, lists) are near the growth of a new process."""
+    command = [sys.executable, "-c", _GROWTH, str(checkpoint("gpt_oss-wide"))]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    grown, planned = map(int, run.stdout.split())
+    assert 0.3 * planned < grown < planned
 
 
 def test_running_out_of_memory_while_loading_is_an_engine_error(
