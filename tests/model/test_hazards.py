@@ -60,7 +60,7 @@ def test_weights_overwritten_during_a_product_are_found() -> None:
     guarded = next(
         x
         for x in launches("sm_90", (named_config("gpt-oss-20b"),), (1,))
-        if x.kernel.__name__ == "experts_down" and dict(x.constants)["PACKED"]
+        if x.kernel.__name__ == "experts_down" and dict(x.constants)["RUN"]
     )
     constants = {**dict(guarded.constants), "VENDOR": "none"}
     unguarded = replace(guarded, constants=tuple(constants.items()))
