@@ -11,6 +11,7 @@ from model.ops.specs import (
     Linear,
     Norm,
     Parameter,
+    Router,
 )
 from model.ops.step_parts import GATE_UP_PROJ, POST_NORM
 from model.sharding import ALONE, Shard
@@ -88,8 +89,7 @@ class Moe:
                 x,
                 delta,
                 self.norm,
-                self.router,
-                self.router_spec,
+                Router(self.router, self.router_spec),
                 self.experts,
                 self.activation,
                 self.expert_shard,

@@ -9,7 +9,7 @@ from model.checks.case import Case, Tensors
 from model.checks.inputs import Inputs, Weights, parameter_bytes
 from model.mlp import Moe
 from model.ops.backend import Backend
-from model.ops.specs import Experts, Norm
+from model.ops.specs import Experts, Norm, Router
 
 
 def route_cases(layer: Moe, inputs: Inputs) -> Iterator[Case]:
@@ -91,7 +91,7 @@ def norm_experts_cases(layer: Moe, inputs: Inputs) -> Iterator[Case]:
 
             def call() -> Tensors:
                 summed, out = backend.norm_experts(
-                    x, own, norm, chooses, spec, loaded, layer.activation, shard
+                    x, own, norm, Router(chooses, spec), loaded, layer.activation, shard
                 )
                 return summed, out if out.dim() == 2 else out.sum(1, dtype=torch.float32)
 

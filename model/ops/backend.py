@@ -30,6 +30,7 @@ from model.ops.specs import (
     Linear,
     Norm,
     RopeArgs,
+    Router,
     RouterSpec,
     SamplingTables,
 )
@@ -218,8 +219,7 @@ class Backend:
         x: torch.Tensor,
         delta: torch.Tensor,
         norm: Norm,
-        router: Linear,
-        router_spec: RouterSpec,
+        router: Router,
         experts: Experts,
         activation: Activation,
         shard: ExpertShard = ExpertShard(),  # noqa: B008 - immutable
@@ -232,7 +232,7 @@ class Backend:
         with POST_NORM:
             x, normed = self.add_rms_norm(x, delta, norm)
         with ROUTER:
-            chosen, weights = self.route(self.linear(normed, router), router_spec)
+            chosen, weights = self.route(self.linear(normed, router.linear), router.spec)
         return x, self.experts(normed, chosen, weights, experts, activation, shard)
 
     def rotate_and_write(self, qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:

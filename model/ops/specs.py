@@ -163,6 +163,13 @@ class RouterSpec:
     normalize: bool  # divide the chosen weights by their sum
 
 
+class Router(NamedTuple):
+    """The router of a layer: the linear that gives an expert's logit each, and what follows."""
+
+    linear: Linear
+    spec: RouterSpec
+
+
 class ExpertShard(NamedTuple):
     """Which of `size` equal shares of the experts a rank holds."""
 

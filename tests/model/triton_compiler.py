@@ -23,7 +23,7 @@ from model import ModelConfig
 from model.cost.known_models import named_config
 from model.formats import DENSE, MXFP4
 from model.ops.forward_batch import ForwardBatch, GroupTables
-from model.ops.specs import Activation, AttentionSpec, Experts, SamplingTables
+from model.ops.specs import Activation, AttentionSpec, Experts, Router, SamplingTables
 from model.ops.triton.backend import TritonBackend
 from model.ops.triton.linear import norm_linear
 from model.ops.triton.mxfp4 import ExpertWeights, dense_weights
@@ -260,7 +260,7 @@ def _moe_calls(ops: TritonBackend, config: ModelConfig, rows: int) -> Iterator[C
         experts = Experts(count, hidden, size, biased, form, up, biases[0], down, biases[1])
         activation = config.activation
         yield partial(ops.experts, x, chosen, weights, experts, activation)
-        yield partial(ops.norm_experts, stream, x, norm, router, spec, experts, activation)
+        yield partial(ops.norm_experts, stream, x, norm, Router(router, spec), experts, activation)
 
 
 def _packed(weight: torch.Tensor, run: int) -> ExpertWeights:

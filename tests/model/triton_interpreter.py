@@ -22,7 +22,7 @@ from model.ops.backend import Backend
 from model.ops.cpu.backend import CpuBackend
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.mxfp4 import Mxfp4
-from model.ops.specs import Activation, AttentionSpec, ExpertShard, RouterSpec
+from model.ops.specs import Activation, AttentionSpec, ExpertShard, Router, RouterSpec
 from model.ops.triton import attention as attention_kernels
 from model.ops.triton import experts as expert_kernels
 from model.ops.triton import fused as fused_kernels
@@ -149,7 +149,7 @@ def test_norm_router_and_experts(
         biases = rand(held, 2 * size, seed=3, dtype=dtype), rand(held, hidden, seed=5, dtype=dtype)
         experts = experts_of(gate_up, biases[0], down, biases[1])
         ops, shard = kernels(dtype), ExpertShard(rank, ranks)
-        arguments = x, delta, norm_of(norm), router, spec
+        arguments = x, delta, norm_of(norm), Router(router, spec)
         expected_sum, expected = reference(dtype).norm_experts(*arguments, experts, GPT_OSS, shard)
         launched.clear()
         found = ops.norm_experts(*arguments, packed_experts(ops, experts), GPT_OSS, shard)
@@ -173,8 +173,9 @@ def test_more_rows_are_normed_routed_and_summed_separately() -> None:
         ops = kernels(fused_router=fused)
         experts = packed_experts(ops, experts_of(up, None, down, None))
         x, delta = rand(rows, hidden), rand(rows, hidden, seed=4)
-        found = ops.norm_experts(x, delta, norm, router, AFTER_TOP_K, experts, PLAIN)
-        arguments = norm, router, AFTER_TOP_K, experts_of(up, None, down, None), PLAIN
+        found = ops.norm_experts(x, delta, norm, Router(router, AFTER_TOP_K), experts, PLAIN)
+        choice = Router(router, AFTER_TOP_K)
+        arguments = norm, choice, experts_of(up, None, down, None), PLAIN
         expected = REFERENCE.norm_experts(x, delta, *arguments)
         assert torch.equal(found[0], expected[0])
         close(found[1], expected[1], 5)

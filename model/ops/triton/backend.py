@@ -22,6 +22,7 @@ from model.ops.specs import (
     Linear,
     Norm,
     RopeArgs,
+    Router,
     RouterSpec,
     SamplingTables,
 )
@@ -178,15 +179,14 @@ class TritonBackend(Backend):
         x: torch.Tensor,
         delta: torch.Tensor,
         norm: Norm,
-        router: Linear,
-        router_spec: RouterSpec,
+        router: Router,
         experts: Experts,
         activation: Activation,
         shard: ExpertShard = ExpertShard(),  # noqa: B008 - immutable
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Backend.norm_experts`, fused for few rows; then the sum is left to the next norm."""
-        arguments = x, delta, norm, router, router_spec, experts, activation, shard
-        most_rows = MAX_PAIRS // triton.next_power_of_2(router_spec.top_k)
+        arguments = x, delta, norm, router, experts, activation, shard
+        most_rows = MAX_PAIRS // triton.next_power_of_2(router.spec.top_k)
         # A row is multiplied in float32, so unlike in other fusions float16 does not overflow.
         most_rows = min(self._target("norm_experts").tiles.fused_router, most_rows)
         if 0 < len(x) <= most_rows and not any(map(self.selection.is_torch, _IN_EXPERTS)):

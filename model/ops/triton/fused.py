@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from model.ops.specs import Activation, Experts, ExpertShard, Linear, Norm, RopeArgs, RouterSpec
+from model.ops.specs import Activation, Experts, ExpertShard, Linear, Norm, RopeArgs, Router
 from model.ops.triton.experts import expert_pairs, sum_pairs
 from model.ops.triton.kernels.linear import products_of_tile, weight_tile
 from model.ops.triton.linear import (
@@ -128,8 +128,7 @@ def norm_experts(
     x: torch.Tensor,
     delta: torch.Tensor,
     norm: Norm,
-    router: Linear,
-    router_spec: RouterSpec,
+    router: Router,
     experts: Experts,
     activation: Activation,
     shard: ExpertShard,
@@ -139,12 +138,12 @@ def norm_experts(
 
     The result is left unsummed, [tokens, top_k, hidden], if the shard holds all experts.
     """
-    normed = torch.empty_like(x, dtype=router.weight.dtype)
-    logits = x.new_empty(len(x), router.outputs, dtype=torch.float32)
-    summed, _ = norm_linear(x, delta, norm, router, target, out=logits, normed=normed)
+    normed = torch.empty_like(x, dtype=router.linear.weight.dtype)
+    logits = x.new_empty(len(x), router.linear.outputs, dtype=torch.float32)
+    summed, _ = norm_linear(x, delta, norm, router.linear, target, out=logits, normed=normed)
     first = shard.rank * experts.count
     chosen, weights, order, expert_starts = route_and_sort(
-        logits, router_spec, first, experts.count, target
+        logits, router.spec, first, experts.count, target
     )
     pairs = expert_pairs(
         normed, weights, order, expert_starts, experts, activation, shard.size, target
