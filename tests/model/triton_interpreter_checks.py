@@ -100,7 +100,7 @@ FAULTS: list[tuple[str, Any, str, Callable[[Any], Any]]] = [
     ("rotate_and_write", rotary, "_rotate_and_write", lambda k: Changed(k, setting(HALF=4))),
     ("linear", linear, "fused_linear", lambda k: Changed(k, setting(BIAS=False))),
     ("logits", linear, "fused_linear", Missing),
-    ("norm_mlp", linear, "fused_linear", lambda k: Changed(k, setting(DELTA=False))),
+    ("norm_mlp", linear, "fused_linear", lambda k: Changed(k, setting(PARTS=0))),
     ("attention", attention, "decode_attention", lambda k: Changed(k, setting(WINDOW=None))),
     ("attention", attention, "decode_attention", lambda k: Changed(k, setting(SINKS=False))),
     ("attention", attention, "decode_attention", lambda k: Changed(k, scaled("SCALE", 1.1))),
@@ -172,7 +172,7 @@ def test_a_tile_that_the_device_refuses_is_replaced_by_the_next_that_it_takes(
     monkeypatch.setattr(attention, "decode_attention", Changed(attention.decode_attention, refuse))
     found = verify(verifier)
     assert found.choices == {
-        "attention": {"decode": {"m": 16, "n": 32, "k": 0, "warps": 1, "stages": 5}}
+        "attention": {"decode": {"m": 16, "n": 16, "k": 0, "warps": 1, "stages": 5}}
     }
     assert found.replaced == {
         "attention": "one token, window 20: RuntimeError: out of resource: shared memory"

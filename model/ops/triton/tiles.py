@@ -99,8 +99,9 @@ _HOPPER = Tiles(
     one_row=Tile(1, 16, 256, 4, 3),
     programmatic_launch=True,  # not measured
 )
-_BLACKWELL = replace(  # Hopper's attention tiles, and its expert tiles with k = 64, spill there
+_BLACKWELL = replace(  # Hopper's attention, expert and single-row tiles spill there
     _HOPPER,
+    one_row=Tile(1, 8, 256, 4, 3),
     prefill=Tile(64, 64, 0, 4, 4),
     prefill_wide=Tile(128, 64, 0, 8, 5),
     prefill_256=Tile(64, 32, 0, 8, 4),
