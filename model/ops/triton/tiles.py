@@ -106,7 +106,7 @@ _BLACKWELL = replace(  # Hopper's attention, expert and single-row tiles spill t
     prefill_wide=Tile(128, 64, 0, 8, 5),
     prefill_256=Tile(64, 32, 0, 8, 4),
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 128, 4, 2), Tile(128, 128, 64, 8, 3)),
-    mxfp4_gate_up=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 128, 4, 3), Tile(128, 128, 64, 8, 3)),
+    mxfp4_gate_up=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 128, 4, 2), Tile(128, 128, 64, 8, 3)),
     mxfp4_down=(Tile(16, 64, 128, 4, 6), Tile(64, 64, 128, 4, 4), Tile(128, 128, 64, 8, 4)),
 )
 _AMPERE = Tiles(
