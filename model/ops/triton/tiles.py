@@ -156,6 +156,7 @@ SMALL = Tiles(
     mxfp4_gate_up=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2)),
     mxfp4_down=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2)),
     fused=Tile(16, 32, 32, 4, 2),
+    fused_router=8,  # with 16 rows and 128 experts registers spill on a Radeon
 )
 _RDNA3 = replace(  # its matrix instructions take every operand twice, so larger tiles spill
     SMALL,
