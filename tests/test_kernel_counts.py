@@ -69,7 +69,7 @@ def test_only_kernels_that_differ_from_another_revision_are_printed(
     monkeypatch.setattr(kernel_counts, "_worktree", lambda _: nullcontext(tmp_path))
     source = tmp_path / "model" / "ops" / "triton" / "norm.py"
     source.write_text(source.read_text().replace("gate * tl.sigmoid(gate)", "gate"))
-    arguments = "sm_90 --only swiglu --config qwen2-0.5b --rows 64 --against HEAD"
+    arguments = "sm_90 --only activate --config qwen2-0.5b --rows 64 --against HEAD"
     output = CliRunner().invoke(main, arguments.split()).output
     lines = [line.split()[:2] for line in output.splitlines() if line.startswith(" _")]
-    assert lines == [["_swiglu", "before"], ["_swiglu", "after"]]
+    assert lines == [["_activate", "before"], ["_activate", "after"]]
