@@ -68,7 +68,9 @@ def compile_for(architecture: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     use_kernels(folder)
     started = time.monotonic()
-    driver: Any = _Driver(_target(architecture))
+    from tests.model.triton_compiler import target
+
+    driver: Any = _Driver(target(architecture))
     triton.runtime.driver.set_active(driver)
     errors = compile_together(calls(architecture))
     if errors:
@@ -103,12 +105,6 @@ def _delete_intermediate_code(folder: Path) -> None:
 def compiled_kernels(folder: Path) -> int:
     """Return the number of kernels in a folder of compiled kernels."""
     return sum(1 for kind in ("cubin", "hsaco") for _ in folder.glob(f"*/*.{kind}"))
-
-
-def _target(architecture: str) -> GPUTarget:
-    if architecture.startswith("sm_"):
-        return GPUTarget("cuda", int(architecture[3:]), 32)
-    return GPUTarget("hip", architecture, 32 if architecture.startswith("gfx1") else 64)
 
 
 def calls(architecture: str) -> Iterator[Callable[[], Any]]:

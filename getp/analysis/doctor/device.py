@@ -16,6 +16,7 @@ from getp.analysis.doctor.reports import DeviceReport, LibraryReport, RatesRepor
 from model.checks.kernel_cache import driver_version
 from model.cost import measure
 from model.ops.cpu import bindings
+from model.ops.triton.tiles import architecture_of
 
 
 def find_device(name: str) -> tuple[torch.device, tuple[str, ...]]:
@@ -47,9 +48,7 @@ def describe_device(device: torch.device, notices: tuple[str, ...]) -> DeviceRep
             notices=notices,
         )
     properties = torch.cuda.get_device_properties(device)
-    architecture = f"sm_{properties.major}{properties.minor}"
-    if torch.version.hip:
-        architecture = str(properties.gcnArchName).split(":")[0]
+    architecture = architecture_of(device)
     return DeviceReport(
         type="cuda",
         name=measure.hardware_name(device),

@@ -243,12 +243,17 @@ def target_of(device: torch.device) -> Target:
     """Return what launches on a device need; the CPU stands for Triton's interpreter."""
     if device.type != "cuda":
         return Target("none", 4, SMALL)
-    properties = torch.cuda.get_device_properties(device)
-    architecture = f"sm_{properties.major}{properties.minor}"
-    if torch.version.hip:
-        architecture = str(properties.gcnArchName).split(":")[0]
-    processors = int(properties.multi_processor_count)
+    architecture = architecture_of(device)
+    processors = int(torch.cuda.get_device_properties(device).multi_processor_count)
     return Target(architecture, processors, nearest_tiles(architecture))
+
+
+def architecture_of(device: torch.device) -> str:
+    """Return the architecture of a GPU as compilers spell it: sm_90, gfx942."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
 
 
 def for_dtype(tile: Tile, dtype: torch.dtype) -> Tile:
