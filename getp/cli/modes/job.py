@@ -48,29 +48,26 @@ def _expected_seconds(settings: Settings, job: "Job", source: "Source") -> float
     that holds where a request sets none. None on a CPU, with replicas, for a GPU that the
     cost model does not know, and for a model that does not fit.
     """
+    engine = settings.engine
+    if engine.device == "cpu" or settings.parallel.replicas is not None or not source.total:
+        return None
     import torch
 
+    if not torch.cuda.is_available():
+        return None
     from getp.analysis import job_plan
     from getp.analysis.lookup import find_model
     from model.cost.devices import device_of_driver
     from model.cost.measure import hardware_name
 
-    has_own_gpu = settings.engine.device != "cpu" and settings.parallel.replicas is None
-    if not has_own_gpu or not torch.cuda.is_available() or not source.total:
-        return None
     device = device_of_driver(hardware_name(torch.device("cuda", torch.cuda.current_device())))
+    if device is None:
+        return None
     model = find_model(loading.checkpoint_folder(settings))
     params = job.defaults.fill(source.format.defaults)
     longest = min(params.max_positions or model.config.max_positions, model.config.max_positions)
     output = max(1, min(params.max_new_tokens or longest, longest - _PROMPT_TOKENS))
-    if device is None:
-        return None
-    engine = settings.engine
-    limits = job_plan.Limits(
-        engine.max_batch_size or job_plan.Limits.max_batch_size,
-        engine.max_batch_tokens or job_plan.Limits.max_batch_tokens,
-        engine.tensor_parallel,
-    )
+    limits = job_plan.Limits(engine.max_batch_size, engine.max_batch_tokens, engine.tensor_parallel)
     dtype = model.config.dtype if engine.dtype == "auto" else engine.dtype
     planned = job_plan.Job([_PROMPT_TOKENS] * source.total, [output] * source.total)
     efficiency = job_plan.efficiency_of(device, dtype, model)
