@@ -1,8 +1,9 @@
 """The program of the sandbox's process: renders the chat templates that it receives.
 
-It is run by its path with two arguments, the bytes of memory and the characters of text that a
-rendering may take, and imports nothing but Jinja and the standard library. A request is JSON. A
-reply is `+` and a text, or `-` and an error message. Before each is its length, in eight bytes.
+It is run by its path with three arguments: the bytes of memory and the characters of text that a
+rendering may take, and the number of a socket that carries nothing and closes when the other side
+ends. It imports nothing but Jinja and the standard library. A request is JSON. A reply is `+` and
+a text, or `-` and an error message. Before each is its length, in eight bytes.
 """
 
 import contextlib
@@ -106,13 +107,25 @@ def _limit_memory(extra: int) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
+def _end_with(other_side: int) -> None:
+    """Let SIGIO end this process when the socket `other_side` closes.
+
+    It does so at once, even within a function of Python's that does not return for minutes. The
+    socket of the requests cannot serve for this: its SIGIO for a request may come after the
+    request itself, and would end the process during the rendering.
+    """
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    fcntl.fcntl(other_side, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(other_side, fcntl.F_SETFL, fcntl.fcntl(other_side, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([other_side], [], [], 0)[0]:  # it has closed already
+        sys.exit()
+
+
 def main() -> None:
     """Answer requests until the other side closes the socket that is both input and output."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGIO, signal.SIG_IGN)
-    fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
-    max_memory, max_text = map(int, sys.argv[1:])
+    max_memory, max_text, other_side = map(int, sys.argv[1:])
+    _end_with(other_side)
     _limit_memory(max_memory)
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     replies.write(b"r")  # ready
@@ -120,13 +133,7 @@ def main() -> None:
     while header := requests.read(8):
         data = requests.read(int.from_bytes(header, "little"))
         request = json.loads(data.decode("utf-8", "surrogatepass"))
-        # The other side sends nothing now. SIGIO thus means that it has ended, and ends this
-        # process at once, even within a function of Python's that does not return for minutes.
-        signal.signal(signal.SIGIO, signal.SIG_DFL)
-        if select.select([0], [], [], 0)[0]:
-            return
         reply = _reply(max_text=max_text, **request).encode("utf-8", "surrogatepass")
-        signal.signal(signal.SIGIO, signal.SIG_IGN)
         replies.write(len(reply).to_bytes(8, "little"))
         replies.write(reply)
         replies.flush()
