@@ -134,5 +134,5 @@ def test_the_make_targets_and_options_in_the_readme_exist() -> None:
     options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
     known = getp("--help").stdout
     # Options of benchmarks, Ray and torchrun.
-    others = {"--load", "--help", "--head", "--port", "--address", "--nproc-per-node"}
+    others = {"--load", "--quick", "--help", "--head", "--port", "--address", "--nproc-per-node"}
     assert all(option in known for option in options - others), options

@@ -148,7 +148,7 @@ def test_norm_router_and_experts(
         down = rand(held, hidden, size, seed=4, dtype=dtype) * 0.2
         biases = rand(held, 2 * size, seed=3, dtype=dtype), rand(held, hidden, seed=5, dtype=dtype)
         experts = experts_of(gate_up, biases[0], down, biases[1])
-        ops, shard = kernels(dtype), ExpertShard(rank, ranks)
+        ops, shard = kernels(dtype, fused_router=16), ExpertShard(rank, ranks)
         arguments = x, delta, norm_of(norm), Router(router, spec)
         expected_sum, expected = reference(dtype).norm_experts(*arguments, experts, GPT_OSS, shard)
         launched.clear()
