@@ -176,7 +176,7 @@ def test_the_end_of_a_step_is_replayed_unless_logprobs_are_wanted(
         ]
         settings = EngineConfig(dtype="float32", kv_memory=32 << 20, max_batch_size=4)
         with Engine(checkpoint("qwen3"), settings) as engine:
-            expected = {c.request_id: (c.token_ids, c.logprobs) for c in engine.generate(requests)}
+            expected = {c.request_id: c for c in engine.generate(requests)}
             runner, replayed = engine.runner, Counter[tuple[str, bool]]()
             runner.model = FromTensors(runner.model)  # type: ignore[assignment]
             runner.capture(Repeating())
@@ -191,8 +191,12 @@ def test_the_end_of_a_step_is_replayed_unless_logprobs_are_wanted(
             noted.padded_size = graphs.padded_size  # type: ignore[attr-defined]
             noted.set_block_tables = graphs.set_block_tables  # type: ignore[attr-defined]
             runner._graphs._decodes = noted  # type: ignore[assignment]
-            found = {c.request_id: (c.token_ids, c.logprobs) for c in engine.generate(requests)}
-        assert found == expected
+            found = {c.request_id: c for c in engine.generate(requests)}
+        for i, one in expected.items():
+            assert found[i].token_ids == one.token_ids
+            # Padded rows make other shapes, for which torch's products can round differently.
+            logprobs, others = found[i].logprobs or [], one.logprobs or []
+            assert [x.logprob for x in logprobs] == pytest.approx([x.logprob for x in others])
         assert replayed == {(tail, tail != ""): 11}
 
 
