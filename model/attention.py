@@ -24,11 +24,15 @@ class Attention:
     def __init__(self, config: ModelConfig, layer: LayerConfig, shard: Shard = ALONE):
         hidden, head_dim, spec = config.hidden_size, config.head_dim, config.norm
         heads, kv_heads = config.num_heads // shard.size, max(1, config.num_kv_heads // shard.size)
-        norms = (Norm(head_dim, spec), Norm(head_dim, spec)) if config.qk_norm else (None, None)
+        norms: tuple[Norm | None, Norm | None] = (None, None)
+        if config.qk_norm:
+            whole = config.whole_qk_norm
+            widths = (heads * head_dim, kv_heads * head_dim) if whole else (head_dim, head_dim)
+            norms = Norm(widths[0], spec), Norm(widths[1], spec)
         self.shard, self.residual_scale = shard, config.residual_scale
-        self.norm = Norm(hidden, spec)
+        self.norm = Norm(hidden, spec, is_identity=not config.pre_norms)
         self.post_norm = Norm(hidden, spec) if config.post_norms else None
-        self.heads = Heads(heads, kv_heads, head_dim, *norms)
+        self.heads = Heads(heads, kv_heads, head_dim, *norms, config.rotates_before_qk_norm)
         self.spec = AttentionSpec(
             config.attention_scale or head_dim**-0.5, layer.window, config.attention_softcap
         )

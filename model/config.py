@@ -25,7 +25,7 @@ class RopeConfig:
     """Rotary embedding: base frequency and its scaling beyond the original context."""
 
     theta: float
-    kind: str = "default"  # default, linear, llama3, yarn or longrope
+    kind: str = "default"  # default, linear, llama3, yarn, longrope, or none: no rotation
     factor: float = 1.0
     original_max_positions: int = 0
     low_freq_factor: float = 1.0  # llama3
@@ -39,6 +39,8 @@ class RopeConfig:
     # longrope: divisors of the frequencies within and beyond the original context.
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+    # Queries at position p are multiplied by 1 + query_beta · ln(1 + ⌊p / original_max_positions⌋).
+    query_beta: float = 0.0
 
     def first_row(self, length: int) -> int:
         """The row of `rope_table` for position 0 of a sequence of `length` tokens.
@@ -100,8 +102,11 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    pre_norms: bool = True  # norms of what attention and MLP read from the residual stream
     post_norms: bool = False  # norms of what attention and MLP add to the residual stream
     qk_norm: bool = False  # RMSNorm on each query and key head before the rotation
+    whole_qk_norm: bool = False  # if qk_norm: one over all query heads, one over all key heads
+    rotates_before_qk_norm: bool = False  # if qk_norm: the rotation comes first
     sinks: bool = False  # a learned logit of each query head joins the softmax
     embedding_scale: float = 1.0  # multiplies the embedding of each token
     residual_scale: float = 1.0  # multiplies what attention and MLP add to the residual stream

@@ -29,7 +29,7 @@ class Mlp:
         hidden, size = config.hidden_size, config.intermediate_size // shard.size
         self.shard, self.residual_scale = shard, config.residual_scale
         self.activation = config.activation
-        self.norm = Norm(hidden, config.norm)
+        self.norm = Norm(hidden, config.norm, is_identity=not config.pre_norms)
         self.post_norm = Norm(hidden, config.norm) if config.post_norms else None
         self.gate_up = Linear(hidden, 2 * size, config.mlp_bias, config.linear_format)
         self.down = Linear(size, hidden, config.mlp_bias, config.linear_format, sum_over_ranks=True)

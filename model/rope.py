@@ -16,6 +16,9 @@ def rope_table(rope: RopeConfig, rotary_dim: int, positions: int) -> torch.Tenso
     attention between two positions depends on the difference of their angles. Which factors a
     sequence uses depends on its own length alone, not on the rest of the batch.
     """
+    if rope.kind == "none":
+        ones = torch.ones(positions, rotary_dim // 2)
+        return torch.cat((ones, torch.zeros_like(ones)), dim=-1)
     factor = cos_sin_factor(rope)
     if rope.kind != "longrope":
         return _rows(inverse_frequencies(rope, rotary_dim), positions) * factor
@@ -26,6 +29,16 @@ def rope_table(rope: RopeConfig, rotary_dim: int, positions: int) -> torch.Tenso
         long = _frequencies(rope.theta, rotary_dim, torch.tensor(rope.long_factors))
         table = torch.cat((table, _rows(long, positions)))
     return table * factor
+
+
+def query_scales(rope: RopeConfig, positions: int) -> torch.Tensor:
+    """What queries at each position are multiplied by: float32 [positions, 1].
+
+    1 + beta · ln(1 + ⌊position / original context⌋), which keeps the softmax as sharp over more
+    positions than the model was first trained on (the temperature of Llama 4, Ministral 3).
+    """
+    contexts = (torch.arange(positions) // rope.original_max_positions).float()
+    return (1 + rope.query_beta * torch.log1p(contexts)).unsqueeze(1)
 
 
 def inverse_frequencies(rope: RopeConfig, rotary_dim: int) -> torch.Tensor:

@@ -106,7 +106,7 @@ def _layer_vectors(
         (names.q_norm, attention.heads.q_norm),
         (names.k_norm, attention.heads.k_norm),
     ):
-        if norm is not None:
+        if norm is not None and not norm.is_identity:
             yield _whole(prefix + name, (norm.size,), norm)
     if attention.has_sinks:
         heads = shard.part(config.num_heads)

@@ -52,6 +52,7 @@ class Transformer:
         self.head = Linear(hidden, vocab, False, HEAD)
         # For each of config.ropes: float32 [rows, rotary_dim].
         self.rope_tables: list[torch.Tensor] = []
+        self.query_scales: torch.Tensor | None = None  # float32 [rows, 1]
 
     def parameters(self) -> Iterator[Parameter]:
         """Declare every parameter of this rank; a head tied to the embedding is not one.
@@ -67,12 +68,14 @@ class Transformer:
 
     def prepare_rope(self, positions: int, device: "torch.device") -> None:
         """Tabulate cos and sin for positions up to (not including) `positions`."""
-        from model.rope import rope_table
+        from model.rope import query_scales, rope_table
 
         self.rope_tables = [
             rope_table(rope, self.config.rotary_dim, positions).to(device)
             for rope in self.config.ropes
         ]
+        if self.config.rope.query_beta:
+            self.query_scales = query_scales(self.config.rope, positions).to(device)
 
     def __call__(
         self,
@@ -102,12 +105,19 @@ class Transformer:
                 )
             )
         cos_sin = [ops.gather(table, batch.positions) for table in self.rope_tables]
+        query_scale = self.query_scales
+        if query_scale is not None:
+            query_scale = ops.gather(query_scale, batch.positions)
         delta: torch.Tensor | None = None
         for layer, (group, cache) in zip(self.layers, layer_caches, strict=True):
             tables = batch.groups[group]
             attention = layer.attention
             rope = RopeArgs(
-                attention.heads, cos_sin[layer.rope_index], caches[cache], tables.slot_mapping
+                attention.heads,
+                cos_sin[layer.rope_index],
+                caches[cache],
+                tables.slot_mapping,
+                query_scale,
             )
             x, delta = attention(ops, x, delta, rope, batch, tables)
             x, delta = layer.mlp(ops, x, delta)

@@ -68,6 +68,11 @@ def _granite(**options: Any) -> Any:
     return tf.GraniteConfig(**{**_COMMON, **sizes, **biases, **multipliers, **options})
 
 
+def _decoder(kind: Any, **options: Any) -> Any:
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    return kind(**{**_COMMON, **sizes, **options})
+
+
 def _gemma(kind: Any, **options: Any) -> Any:
     sizes = {
         "num_hidden_layers": 6,
@@ -258,6 +263,44 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "qwen3_vl": lambda: tf.Qwen3VLConfig(text_config=_text("qwen3"), vision_config=_QWEN3_VISION),
     "qwen3_vl_moe": lambda: tf.Qwen3VLMoeConfig(
         text_config=_text("qwen3_moe"), vision_config=_QWEN3_VISION
+    ),
+    "seed_oss": lambda: _decoder(tf.SeedOssConfig, head_dim=32, attention_out_bias=True),
+    "smollm3": lambda: _decoder(
+        tf.SmolLM3Config, use_sliding_window=True, sliding_window=24, no_rope_layer_interval=2
+    ),
+    "olmo2": lambda: _decoder(tf.Olmo2Config, attention_bias=True),
+    "olmo2-wide": lambda: _decoder(tf.Olmo2Config, **_WIDE_HEADS),
+    "olmo3": lambda: _decoder(
+        tf.Olmo3Config,
+        sliding_window=24,
+        rope_parameters={
+            "full_attention": _YARN,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        },
+    ),
+    "exaone4": lambda: _decoder(tf.Exaone4Config, sliding_window=24, sliding_window_pattern=2),
+    "exaone4-full": lambda: _decoder(
+        tf.Exaone4Config, sliding_window=None, layer_types=["full_attention"] * 4
+    ),
+    "ministral3": lambda: _decoder(
+        tf.Ministral3Config, head_dim=16, rope_parameters={**_YARN, "llama_4_scaling_beta": 0.5}
+    ),
+    "ministral3-wide": lambda: _decoder(
+        tf.Ministral3Config,
+        **{**_WIDE_HEADS, "head_dim": 64},
+        rope_parameters={**_YARN, "llama_4_scaling_beta": 0.5},
+    ),
+    "mistral3-ministral3": lambda: tf.Mistral3Config(
+        text_config=FAMILIES["ministral3"]().to_dict(),
+        vision_config={"model_type": "pixtral", "head_dim": 16, **_VISION},
+    ),
+    "hunyuan_v1_dense": lambda: _decoder(
+        tf.HunYuanDenseV1Config,
+        head_dim=32,
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 1.0, "alpha": 1000.0},
+    ),
+    "hunyuan_v1_dense-wide": lambda: _decoder(
+        tf.HunYuanDenseV1Config, **{**_WIDE_HEADS, "head_dim": 64}
     ),
     "granite": _granite,
     "granite-wide": lambda: _granite(**_WIDE_HEADS),

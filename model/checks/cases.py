@@ -86,7 +86,7 @@ def _cases_of(
     attention = layers[0]
     mlp = Mlp(config, shard) if any(not layer.sparse for layer in config.layers) else None
     moe = Moe(config, shard) if any(layer.sparse for layer in config.layers) else None
-    rotary, vocab = config.rotary_dim, config.vocab_size
+    vocab = config.vocab_size
     if operation == "embed":
         yield from embed_cases(config, inputs)
     elif operation == "add_rms_norm":
@@ -99,9 +99,9 @@ def _cases_of(
         head = Transformer(config, shard).head
         yield from logits_cases(head, config.logits_scale, inputs)
     elif operation == "rotate_and_write":
-        yield from rotate_cases(attention, rotary, block_size, inputs)
+        yield from rotate_cases(attention, config, block_size, inputs)
     elif operation == "norm_qkv":
-        yield from norm_qkv_cases(attention, rotary, block_size, inputs)
+        yield from norm_qkv_cases(attention, config, block_size, inputs)
     elif operation == "attention":
         for layer in layers:
             yield from attention_cases(layer, block_size, inputs)

@@ -89,17 +89,20 @@ def logits_cases(head: Linear, scale: float, inputs: Inputs) -> Iterator[Case]:
 class _Cache:
     """New keys and values: their angles, slots and cache."""
 
-    def __init__(self, heads: Heads, rotary_dim: int, rows: int, block_size: int, inputs: Inputs):
+    def __init__(
+        self, heads: Heads, config: ModelConfig, rows: int, block_size: int, inputs: Inputs
+    ):
         blocks = -(-rows // block_size) + 2
         self.heads, self._dtype = heads, inputs.dtype
-        self.cos_sin = inputs.angles(rows, rotary_dim)
+        self.cos_sin = inputs.angles(rows, config.rotary_dim)
+        self.query_scale = inputs.factors(rows) if config.rope.query_beta else None
         self.slots = inputs.order(blocks * block_size)[:rows]
         self.shape = (2, blocks, block_size, heads.kv_heads, heads.head_dim)
 
     def on(self, backend: Backend) -> RopeArgs:
         """Return the arguments with a cache whose values show where nothing was written."""
         kv = torch.full(self.shape, 0.5, dtype=backend.dtype, device=backend.device)
-        return RopeArgs(self.heads, self.cos_sin, kv, self.slots)
+        return RopeArgs(self.heads, self.cos_sin, kv, self.slots, self.query_scale)
 
 
 def _normed_heads(heads: Heads, inputs: Inputs) -> Heads:
@@ -108,14 +111,14 @@ def _normed_heads(heads: Heads, inputs: Inputs) -> Heads:
 
 
 def rotate_cases(
-    layer: Attention, rotary_dim: int, block_size: int, inputs: Inputs
+    layer: Attention, config: ModelConfig, block_size: int, inputs: Inputs
 ) -> Iterator[Case]:
     """Yield the cases of norms of heads, rotation and the write of keys and values."""
     heads = _normed_heads(layer.heads, inputs)
     width = heads.heads + 2 * heads.kv_heads
     for rows in _row_counts(inputs):
         qkv = inputs.normal(rows, width, heads.head_dim)
-        cache = _Cache(heads, rotary_dim, rows, block_size, inputs)
+        cache = _Cache(heads, config, rows, block_size, inputs)
 
         def prepare(
             backend: Backend, qkv: torch.Tensor = qkv, cache: _Cache = cache
@@ -128,7 +131,7 @@ def rotate_cases(
 
 
 def norm_qkv_cases(
-    layer: Attention, rotary_dim: int, block_size: int, inputs: Inputs
+    layer: Attention, config: ModelConfig, block_size: int, inputs: Inputs
 ) -> Iterator[Case]:
     """Yield the cases of the norm with QKV, rotation and the write of keys and values."""
     heads, norm = _normed_heads(layer.heads, inputs), inputs.norm(layer.norm)
@@ -137,7 +140,7 @@ def norm_qkv_cases(
         x = inputs.normal(rows, hidden, dtype=torch.float32)
         change = inputs.normal(rows, hidden) if rows > 1 else None
         for delta in (change, inputs.normal(rows, hidden)) if change is None else (change,):
-            cache = _Cache(heads, rotary_dim, rows, block_size, inputs)
+            cache = _Cache(heads, config, rows, block_size, inputs)
 
             def prepare(
                 backend: Backend,

@@ -56,8 +56,14 @@ class Inputs:
         ).mul(6.28)
         return torch.cat((angles.cos(), angles.sin()), dim=1)
 
+    def factors(self, count: int) -> torch.Tensor:
+        """Return factors around 1.5, float32 [count, 1]."""
+        return 1.5 + 0.1 * self.normal(count, 1, dtype=torch.float32)
+
     def norm(self, norm: Norm) -> Norm:
         """Return a declared norm with weights around 1."""
+        if norm.is_identity:
+            return norm
         weight = self.normal(norm.size, scale=0.2, dtype=torch.float32) + 1
         return replace(norm, weight=weight)
 

@@ -43,6 +43,8 @@ def check_tensor_parallel(config: ModelConfig, size: int) -> None:
 
 def _can_be_split(config: ModelConfig, size: int) -> bool:
     """Return whether heads, experts and MLPs divide evenly and every GPU has vocabulary."""
+    if config.whole_qk_norm and size > 1:
+        return False  # a norm over the heads of all ranks would need one more exchange
     kv, moe = config.num_kv_heads, config.moe
     dense = any(not layer.sparse for layer in config.layers)
     return not (
@@ -164,6 +166,13 @@ class _ShardCost:
         cost = flops.rms_norm(rows, size, self.work.backward)
         return self.op(name, cost, size * self.item, 2 * rows * size, 1, fused=fused)
 
+    def pre_norm(self, name: str, fused: tuple[int, int] = (0, 0)) -> Op:
+        """Return the norm of the residual stream, or its conversion where there is no norm."""
+        if self.config.pre_norms:
+            return self.norm(name, self.work.tokens, fused)
+        moved = 2 * self.work.tokens * self.config.hidden_size
+        return self.op(name, Flops(), 0, moved, 1, fused=fused)
+
     def attention_block(self, layer: LayerConfig) -> list[Op]:
         """Return norm, QKV, rotary with the norms of the heads, attention, output with residual."""
         c, work, back = self.config, self.work, self.work.backward
@@ -171,11 +180,13 @@ class _ShardCost:
         query, key = self.heads * c.head_dim, self.kv_heads * c.head_dim
         rotated_heads = self.heads + self.kv_heads
         rotate = flops.rotary(tokens, rotated_heads, c.rotary_dim)
+        norm_weights = 0
         if c.qk_norm:
             rotate += flops.rms_norm(tokens * rotated_heads, c.head_dim, back)
+            norm_weights = c.head_dim * (rotated_heads if c.whole_qk_norm else 2)
         attend = flops.attention(work.attended(layer.window), self.heads, c.head_dim, back)
         return [
-            self.norm("input_norm", tokens, fused=(tokens * hidden, 0)),
+            self.pre_norm("input_norm", fused=(tokens * hidden, 0)),
             self.op(
                 "qkv_proj",
                 flops.linear(tokens, hidden, query + 2 * key, c.qkv_bias, back),
@@ -186,7 +197,7 @@ class _ShardCost:
             self.op(
                 "rope",
                 rotate,
-                2 * c.head_dim * self.item if c.qk_norm else 0,
+                norm_weights * self.item,
                 2 * tokens * (query + key),
                 4 if c.qk_norm else 2,
             ),
@@ -210,7 +221,7 @@ class _ShardCost:
 
     def mlp_block(self, layer: LayerConfig) -> list[Op]:
         """Return norm, the router if there are experts, gate/up, activation, down with residual."""
-        norm = self.norm("post_norm", self.work.tokens)
+        norm = self.pre_norm("post_norm")
         return [norm, *(self._experts() if layer.sparse else self._dense())]
 
     def head(self) -> list[Op]:

@@ -16,22 +16,29 @@ from typing import Any
 from model.config import CheckpointError, ModelConfig, conversion_hint, read_json
 from model.families.config_keys.keys import Keys
 from model.families.family import Family, stated_dtype
-from model.families.nested import NESTED, nested_names, text_keys
+from model.families.nested import NESTED, nested_names, text_family, text_keys
 from model.families.tensor_names import TensorNames
 from model.stored_tensors import StoredTensors
 
 FAMILIES = (
+    "exaone4",
     "gemma2",
     "gemma3_text",
     "gpt_oss",
     "granite",
+    "hunyuan_v1_dense",
     "llama",
+    "ministral3",
     "mistral",
     "mixtral",
+    "olmo2",
+    "olmo3",
     "phi3",
     "qwen2",
     "qwen3",
     "qwen3_moe",
+    "seed_oss",
+    "smollm3",
 )
 
 
@@ -97,7 +104,7 @@ def parse_config(
     if model_type not in NESTED:
         return family(model_type).config(keys, stop_ids)
     nested = NESTED[model_type]
-    own = family(nested.text)
+    own = family(text_family(keys, nested))
     text = replace(own, defaults={**own.defaults, **nested.defaults})
     return replace(text.config(text_keys(keys, nested), stop_ids), model_type=model_type)
 

@@ -32,11 +32,12 @@ _QWEN3_VL = {"max_position_embeddings": 128_000, "rope_theta": 5e5}
 class Nested:
     """One model_type of such checkpoints."""
 
-    text: str  # the family of the text model
+    text: str  # the family of the text model, unless its config names one of `other_texts`
     defaults: Mapping[str, Any] = field(default_factory=dict)  # that differ from the family's
     # Beginnings of the names of tensors that are not the text model's.
     others: tuple[str, ...] = ("model.visual.", "visual.")
     experts: ExpertNames | None = None  # if they differ from the family's
+    other_texts: tuple[str, ...] = ()
 
 
 _LLAVA = tuple(
@@ -46,7 +47,7 @@ _LLAVA = tuple(
 )
 NESTED = {
     "gemma3": Nested("gemma3_text", others=_LLAVA),
-    "mistral3": Nested("mistral", others=_LLAVA),
+    "mistral3": Nested("mistral", others=_LLAVA, other_texts=("ministral3",)),
     "qwen2_5_vl": Nested("qwen2", _QWEN_VL),
     "qwen2_vl": Nested("qwen2", _QWEN_VL),
     "qwen3_vl": Nested("qwen3", {**_QWEN3_VL, "head_dim": 128}),
@@ -84,7 +85,14 @@ def text_keys(keys: Keys, nested: Nested) -> Keys:
     for key in ("rope_scaling", "rope_parameters"):
         if isinstance(text.get(key), dict):
             text[key] = _plain(text[key])
-    return Keys(keys.source, {**text, "model_type": nested.text})
+    return Keys(keys.source, {**text, "model_type": text_family(keys, nested)})
+
+
+def text_family(keys: Keys, nested: Nested) -> str:
+    """The name of the text model's family."""
+    own = keys.get("text_config")
+    stated = own.get("model_type") if isinstance(own, dict) else None
+    return stated if stated in nested.other_texts else nested.text
 
 
 def _plain(rope: dict[str, Any]) -> dict[str, Any]:

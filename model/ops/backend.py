@@ -167,7 +167,8 @@ class Backend:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream x float32 and delta [tokens, size] → (x + delta, its norm).
 
-        Without a delta (x, its norm). The sum is float32, the norm has the compute dtype. From a
+        Without a delta (x, its norm). The sum is float32, the norm has the compute dtype; it is
+        the sum itself in that dtype where the model has no norm at this place. From a
         backend whose `norm_experts` returns parts, delta may also be [tokens, parts, size].
         """
         if delta is not None and delta.dim() == 3:
@@ -239,17 +240,22 @@ class Backend:
         """Norms of heads, rotary embedding and the write to the KV cache.
 
         qkv [tokens, heads + 2 · kv_heads, head_dim]: queries, then keys, then values. Queries and
-        keys are normalized by head where the layer has such norms, and the first rotary_dim values
-        of each head are rotated by rope.cos_sin; keys and values are stored in rope.kv at
-        rope.slot_mapping → query [tokens, heads, head_dim].
+        keys are normalized where the layer has such norms, each head or all heads at once, and the
+        first rotary_dim values of each head are rotated by rope.cos_sin, before or after that;
+        keys and values are stored in rope.kv at rope.slot_mapping → query [tokens, heads,
+        head_dim], times rope.query_scale if there is one.
         """
         heads = rope.heads
         query, key, value = qkv.split((heads.heads, heads.kv_heads, heads.kv_heads), dim=1)
-        if heads.q_norm is not None and heads.k_norm is not None:
-            query = rms_norm(query, heads.q_norm).to(query.dtype)
-            key = rms_norm(key, heads.k_norm).to(key.dtype)
-        write_kv(rope.kv, rope.slot_mapping, rotate(key, rope.cos_sin), value)
-        return rotate(query, rope.cos_sin)
+        if heads.rotates_before_norm:
+            query, key = rotate(query, rope.cos_sin), rotate(key, rope.cos_sin)
+        query, key = norm_heads(query, heads.q_norm), norm_heads(key, heads.k_norm)
+        if not heads.rotates_before_norm:
+            query, key = rotate(query, rope.cos_sin), rotate(key, rope.cos_sin)
+        write_kv(rope.kv, rope.slot_mapping, key, value)
+        if rope.query_scale is not None:
+            query = (query * rope.query_scale.unsqueeze(-1)).to(qkv.dtype)
+        return query
 
     def attention(
         self,
@@ -425,7 +431,17 @@ class Backend:
 def rms_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     """x [..., size] by its root mean square over the last dimension, times the weight; float32."""
     x = x.float()
+    if norm.is_identity:
+        return x
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
+
+
+def norm_heads(x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+    """The norm of each head of x [tokens, heads, head_dim], or of all at once, by its size."""
+    if norm is None:
+        return x
+    rows = x if norm.size == x.shape[-1] else x.flatten(1)
+    return rms_norm(rows, norm).to(x.dtype).view_as(x)
 
 
 def rotate(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:

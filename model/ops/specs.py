@@ -69,10 +69,11 @@ class NormSpec:
 
 @dataclass(eq=False)
 class Norm:
-    """Root-mean-square normalization with weight float32 [size]."""
+    """Root-mean-square normalization with weight float32 [size]; or nothing, in its place."""
 
     size: int
     spec: NormSpec
+    is_identity: bool = False  # has no weight, and its result is what it is given
     weight: Any = None  # torch.Tensor once loaded
 
     @property
@@ -82,6 +83,8 @@ class Norm:
 
     def parameters(self) -> Iterator[Parameter]:
         """Declare the weight."""
+        if self.is_identity:
+            return
         offset = self.spec.weight_offset
         yield Parameter(self, "weight", (self.size,), is_float32=True, offset=offset)
 
@@ -114,13 +117,22 @@ class Experts:
 
 @dataclass(eq=False)
 class Heads:
-    """The attention heads of one layer on this rank, with the norms of queries and keys if any."""
+    """The attention heads of one layer on this rank, with the norms of queries and keys if any.
+
+    The norms are of each head, or if their size is that of all heads together, of all at once.
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
     q_norm: Norm | None = None
     k_norm: Norm | None = None
+    rotates_before_norm: bool = False
+
+    @property
+    def has_whole_norms(self) -> bool:
+        """Whether there are norms over all heads at once."""
+        return self.q_norm is not None and self.q_norm.size != self.head_dim
 
 
 class RopeArgs(NamedTuple):
@@ -130,6 +142,7 @@ class RopeArgs(NamedTuple):
     cos_sin: "torch.Tensor"  # float32 [tokens, rotary_dim], cos in the first half
     kv: "torch.Tensor"  # [2, blocks, block_size, kv_heads, head_dim]
     slot_mapping: "torch.Tensor"  # int64 [tokens]: block · block_size + offset
+    query_scale: "torch.Tensor | None" = None  # float32 [tokens, 1]: multiplies rotated queries
 
 
 @dataclass(frozen=True)

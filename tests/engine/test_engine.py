@@ -74,7 +74,17 @@ def test_batching_chunking_caching_and_preemption_do_not_change_tokens(
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt_oss-wide", "qwen3", "qwen3_moe", "granite-wide", "phi3-partial-rotary-wide"]
+    "name",
+    [
+        "gpt_oss-wide",
+        "qwen3",
+        "qwen3_moe",
+        "granite-wide",
+        "phi3-partial-rotary-wide",
+        "olmo2-wide",
+        "ministral3-wide",
+        "hunyuan_v1_dense-wide",
+    ],
 )
 def test_batching_does_not_change_tokens_in_bfloat16_with_native_kernels(
     name: str, checkpoint: Callable[[str], Path]

@@ -54,7 +54,7 @@ def packed_linear(backend: Backend, weight: torch.Tensor, bias: Any = None) -> L
 
 def norm_of(weight: torch.Tensor, eps: float = 1e-5) -> Norm:
     """A norm with this weight [size]."""
-    return Norm(len(weight), NormSpec(eps), weight.float())
+    return Norm(len(weight), NormSpec(eps), weight=weight.float())
 
 
 def experts_of(
@@ -89,6 +89,15 @@ def packed_experts(backend: Backend, experts: Experts) -> Experts:
         loaded[1],
         experts.down_bias,
     )
+
+
+def heads_with_norms(heads: int, kv_heads: int, dim: int, norms: str) -> Heads:
+    """Heads with norms "after the rotation" or "of all heads at once", or with "none"."""
+    if norms == "none":
+        return Heads(heads, kv_heads, dim)
+    widths = (heads * dim, kv_heads * dim) if norms == "of all heads at once" else (dim, dim)
+    weights = [norm_of(rand(width, seed=2 + i), 1e-6) for i, width in enumerate(widths)]
+    return Heads(heads, kv_heads, dim, *weights, norms == "after the rotation")
 
 
 def rope_args(

@@ -18,6 +18,7 @@ from model.sharding import Shard
 from tests.model.ops_helpers import CPU
 
 FAMILIES = ["gpt_oss-wide", "qwen2", "qwen3", "qwen3_moe", "granite"]
+FAMILIES += ["olmo2-wide", "ministral3-wide", "hunyuan_v1_dense-wide"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -16,17 +16,24 @@ from model.families.family import _DEFAULTS
 from model.rope import rope_table
 
 CLASSES: dict[str, Any] = {
+    "exaone4": tf.Exaone4Config,
     "gemma2": tf.Gemma2Config,
     "gemma3_text": tf.Gemma3TextConfig,
     "gpt_oss": tf.GptOssConfig,
     "granite": tf.GraniteConfig,
+    "hunyuan_v1_dense": tf.HunYuanDenseV1Config,
     "llama": tf.LlamaConfig,
+    "ministral3": tf.Ministral3Config,
     "mistral": tf.MistralConfig,
     "mixtral": tf.MixtralConfig,
+    "olmo2": tf.Olmo2Config,
+    "olmo3": tf.Olmo3Config,
     "phi3": tf.Phi3Config,
     "qwen2": tf.Qwen2Config,
     "qwen3": tf.Qwen3Config,
     "qwen3_moe": tf.Qwen3MoeConfig,
+    "seed_oss": tf.SeedOssConfig,
+    "smollm3": tf.SmolLM3Config,
 }
 SIZES: dict[str, Any] = {  # which no config lacks
     "vocab_size": 100,
@@ -72,6 +79,10 @@ OTHER: dict[str, Any] = {
     "attn_logit_softcapping": 20.0,
     "final_logit_softcapping": 10.0,
     "use_bidirectional_attention": False,
+    "attention_out_bias": True,
+    "no_rope_layers": [1, 0, 1],
+    "no_rope_layer_interval": 2,
+    "sliding_window_pattern": 2,
 }
 
 
@@ -86,7 +97,7 @@ def full_config(model_type: str) -> dict[str, Any]:
     values = SIZES | {key: OTHER[key] for key in own_keys(model_type)}
     if model_type == "gpt_oss":
         values["attention_bias"] = False
-    if model_type == "gemma3_text":
+    if model_type in ("gemma3_text", "olmo3"):
         values["rope_parameters"] = {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
             "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
@@ -103,7 +114,7 @@ NULLABLE = [
     for model_type, key in CASES
     if key in ("num_key_value_heads", "head_dim", "sliding_window", "layer_types")
     if "None" in str(CLASSES[model_type].__dataclass_fields__[key].type)
-    if (model_type, key) != ("gpt_oss", "sliding_window")  # its layers need one
+    if model_type not in ("gpt_oss", "exaone4") or key != "sliding_window"  # their layers need one
 ]
 
 
@@ -119,7 +130,8 @@ def check(model_type: str, values: dict[str, Any]) -> ModelConfig:
     assert config.max_positions == expected.max_position_embeddings
     assert config.norm.eps == expected.rms_norm_eps
     assert config.tie_word_embeddings == expected.tie_word_embeddings
-    assert config.o_bias == getattr(expected, "attention_bias", False)
+    stated_bias = getattr(expected, "attention_bias", False)
+    assert config.o_bias == getattr(expected, "attention_out_bias", stated_bias)
     assert config.qkv_bias == getattr(expected, "attention_bias", model_type == "qwen2")
     assert config.mlp_bias == getattr(expected, "mlp_bias", False)
     stop_ids = expected.eos_token_id if expected.eos_token_id is not None else []
@@ -132,7 +144,10 @@ def check(model_type: str, values: dict[str, Any]) -> ModelConfig:
     assert config.attention_scale == getattr(expected, "attention_multiplier", attention)
     assert config.attention_softcap == getattr(expected, "attn_logit_softcapping", None)
     assert config.logits_softcap == getattr(expected, "final_logit_softcapping", None)
-    assert (config.activation.kind == "gelu_tanh") == config.post_norms == is_gemma
+    assert (config.activation.kind == "gelu_tanh") == is_gemma
+    has_no_pre_norms = model_type in ("olmo2", "olmo3", "exaone4")
+    assert config.pre_norms != has_no_pre_norms
+    assert config.post_norms == (is_gemma or has_no_pre_norms)
     assert config.logits_scale == 1 / getattr(expected, "logits_scaling", 1.0)
     check_layers(config, expected)
     check_experts(config, expected)
@@ -174,6 +189,11 @@ def check_experts(config: ModelConfig, expected: Any) -> None:
 
 def check_rope(config: ModelConfig, expected: Any) -> None:
     parameters = expected.rope_parameters
+    rotates = getattr(expected, "no_rope_layers", None) or [1] * len(config.layers)
+    if config.model_type == "exaone4" and expected.sliding_window is not None:
+        rotates = [kind == "sliding_attention" for kind in expected.layer_types]
+    for layer, is_rotated in zip(config.layers, rotates, strict=True):
+        assert (layer.rope is not None and layer.rope.kind == "none") != is_rotated
     if "rope_type" in parameters:
         return check_one_rope(config, config.rope, parameters, expected)
     for layer, kind in zip(config.layers, expected.layer_types, strict=True):

@@ -11,11 +11,20 @@ from model.ops.cpu.bindings import kernels
 from model.ops.cpu.onednn import OneDnnBackend
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.mxfp4 import dequantize_mxfp4
-from model.ops.specs import Activation, AttentionSpec, ExpertShard, RouterSpec
+from model.ops.specs import (
+    Activation,
+    AttentionSpec,
+    ExpertShard,
+    Norm,
+    NormSpec,
+    RopeArgs,
+    RouterSpec,
+)
 from tests.model.ops_helpers import (
     CPU,
     cpu_backend,
     experts_of,
+    heads_with_norms,
     linear_of,
     norm_of,
     packed_experts,
@@ -323,6 +332,35 @@ def test_rotary_with_kv_write_equals_the_reference(
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
     if not norms:
         assert torch.equal(found[..., rotary_dim:], qkv[:, :heads, rotary_dim:])
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("norms", ["after the rotation", "of all heads at once", "none"])
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(16, 16), (64, 64), (64, 32)])
+def test_other_norms_of_heads_and_scaled_queries(
+    head_dim: int, rotary_dim: int, norms: str, scaled: bool, dtype: torch.dtype
+) -> None:
+    tokens, heads, kv_heads = 7, 6, 2
+    qkv = rand(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
+    angle = rand(tokens, rotary_dim // 2, seed=1)
+    cos_sin = torch.cat((angle.cos(), angle.sin()), -1)
+    slots = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:tokens]
+    scale = 1 + rand(tokens, 1).abs() if scaled else None
+    of_layer, results = heads_with_norms(heads, kv_heads, head_dim, norms), []
+    for backend in (cpu_backend(dtype), reference(dtype)):
+        kv = torch.zeros(2, 5, 8, kv_heads, head_dim, dtype=dtype)
+        rope = RopeArgs(of_layer, cos_sin, kv, slots, scale)
+        results.append((backend.rotate_and_write(qkv, rope), kv))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+
+
+def test_a_sum_without_a_norm_is_only_rounded(dtype: torch.dtype) -> None:
+    x, delta = rand(3, 64, dtype=torch.float32), rand(3, 64, seed=1, dtype=dtype)
+    norm = Norm(64, NormSpec(1e-6), is_identity=True)
+    total, rounded = cpu_backend(dtype).add_rms_norm(x, delta, norm)
+    assert torch.equal(total, x + delta)
+    assert torch.equal(rounded, total.to(dtype))
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,21 @@ from model import ModelConfig
 from model.cost.known_models import named_config
 from model.formats import DENSE, MXFP4
 from model.ops.forward_batch import ForwardBatch, GroupTables
-from model.ops.specs import Activation, AttentionSpec, Experts, Router, SamplingTables
+from model.ops.specs import (
+    Activation,
+    AttentionSpec,
+    Experts,
+    Norm,
+    NormSpec,
+    RopeArgs,
+    Router,
+    SamplingTables,
+)
 from model.ops.triton.backend import TritonBackend
 from model.ops.triton.linear import norm_linear
 from model.ops.triton.mxfp4 import ExpertWeights, dense_weights
 from model.ops.triton.tiles import Target, nearest_tiles
-from tests.model.ops_helpers import linear_of, norm_of, rope_args
+from tests.model.ops_helpers import heads_with_norms, linear_of, norm_of, rope_args
 
 CONFIGS = tuple(
     map(
@@ -204,6 +213,13 @@ def _attention_calls(
     slots, cos_sin = _empty(rows, dtype=torch.int64), _empty(rows, dim, dtype=torch.float32)
     rope = rope_args(kv, cos_sin, slots, heads, norms)
     yield lambda: ops.rotate_and_write(qkv, rope)
+    if rows == 1:  # one form is enough
+        identity = Norm(hidden, NormSpec(1e-6), is_identity=True)
+        yield lambda: ops.add_rms_norm(stream, x, identity)
+        scale = _empty(rows, 1, dtype=torch.float32)
+        for kind in ("after the rotation", "of all heads at once"):
+            other = heads_with_norms(heads, config.num_kv_heads, dim, kind)
+            yield partial(ops.rotate_and_write, qkv, RopeArgs(other, cos_sin, kv, slots, scale))
     out = qkv.shape[1] * dim
     projection = linear_of(_empty(out, hidden), _empty(out) if config.qkv_bias else None)
     deltas = (None, x) if rows == 1 else (x,)  # one form is enough for more rows

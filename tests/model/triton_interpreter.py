@@ -22,7 +22,16 @@ from model.ops.backend import Backend
 from model.ops.cpu.backend import CpuBackend
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.mxfp4 import Mxfp4
-from model.ops.specs import Activation, AttentionSpec, ExpertShard, Router, RouterSpec
+from model.ops.specs import (
+    Activation,
+    AttentionSpec,
+    ExpertShard,
+    Norm,
+    NormSpec,
+    RopeArgs,
+    Router,
+    RouterSpec,
+)
 from model.ops.triton import attention as attention_kernels
 from model.ops.triton import experts as expert_kernels
 from model.ops.triton import fused as fused_kernels
@@ -36,6 +45,7 @@ from tests.checkpoints import quantize_mxfp4, write_checkpoint
 from tests.model.ops_helpers import (
     CPU,
     experts_of,
+    heads_with_norms,
     linear_of,
     norm_of,
     packed_experts,
@@ -211,6 +221,31 @@ def test_rotary_norms_and_kv_write(
     )
     close(found, expected)
     close(found_kv, expected_kv)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("norms", ["after the rotation", "of all heads at once", "none"])
+def test_other_norms_of_heads_and_scaled_queries(norms: str, scaled: bool) -> None:
+    tokens, queries, kv_heads, dim = 5, 6, 2, 80
+    qkv = rand(tokens, queries + 2 * kv_heads, dim)
+    heads = heads_with_norms(queries, kv_heads, dim, norms)
+    found = []
+    for ops in (REFERENCE, kernels()):
+        kv = torch.full((2, 4, 4, kv_heads, dim), 7.0)
+        slots, scale = torch.tensor([9, 3, 4, 15, 12]), 1 + rand(tokens, 1).abs()
+        cos_sin = rand(tokens, 40, seed=1)
+        rope = RopeArgs(heads, cos_sin, kv, slots, scale if scaled else None)
+        found.append((ops.rotate_and_write(qkv.clone(), rope), kv))
+    close(found[1][0], found[0][0])
+    close(found[1][1], found[0][1])
+
+
+def test_a_sum_without_a_norm_is_only_rounded() -> None:
+    x, delta = rand(3, 72), rand(3, 72, dtype=torch.float16)
+    norm = Norm(72, NormSpec(1e-6), is_identity=True)
+    total, rounded = kernels(torch.float16).add_rms_norm(x, delta, norm)
+    assert torch.equal(total, x + delta)
+    assert torch.equal(rounded, total.half())
 
 
 def attend(
@@ -579,7 +614,7 @@ def test_a_narrow_tile_is_used_where_wide_ones_give_too_few_programs(
 def float16_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let float16 stand for bfloat16, which the interpreter does not multiply."""
 
-    def fuses(ops: TritonBackend, x: torch.Tensor, most_rows: int) -> bool:
+    def fuses(ops: TritonBackend, x: torch.Tensor, norm: Norm, most_rows: int) -> bool:
         return 0 < len(x) <= most_rows
 
     monkeypatch.setattr(TritonBackend, "_fuses", fuses)

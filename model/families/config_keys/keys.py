@@ -18,9 +18,9 @@ _HARMLESS = frozenset(
     transformers.js_config transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache
     use_return_dict
 
-    bos_token_id decoder_start_token_id pad_token_id sep_token_id unk_token_id
+    bos_token_id decoder_start_token_id eod_token_id pad_token_id sep_token_id unk_token_id
 
-    attention_dropout attn_pdrop embd_pdrop resid_pdrop
+    attention_dropout attn_pdrop embd_pdrop resid_pdrop residual_dropout
     router_aux_loss_coef router_jitter_noise
 
     bad_words_ids begin_suppress_tokens cache_implementation diversity_penalty do_sample

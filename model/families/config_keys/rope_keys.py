@@ -1,10 +1,14 @@
 """The keys of rotary embeddings → RopeConfig."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from model.config import RopeConfig
 from model.families.config_keys.keys import Keys
+
+NO_ROPE = RopeConfig(1.0, "none")
+"""Of layers that do not rotate queries and keys (NoPE)."""
 
 _KEYS = {
     "default": "",
@@ -12,7 +16,7 @@ _KEYS = {
     "llama3": "factor low_freq_factor high_freq_factor original_max_position_embeddings",
     "yarn": (
         "factor original_max_position_embeddings beta_fast beta_slow truncate attention_factor"
-        " attn_factor"
+        " attn_factor mscale mscale_all_dim"
     ),
     "longrope": (
         "factor original_max_position_embeddings short_factor long_factor attention_factor"
@@ -47,6 +51,57 @@ def read_rope(
     if rotary_dim % 2 or not rotary_dim:
         raise keys.fail(f"rotary embeddings need an even number of values, not {rotary_dim}")
     return _read_kind(keys, rope, kind, theta, rotary_dim), rotary_dim
+
+
+def ropes_by_layer_type(keys: Keys, local_theta: float) -> tuple[RopeConfig, RopeConfig, int]:
+    """The rotary embeddings of layers without and with a window, and the values they rotate.
+
+    Read from `rope_parameters` by layer type. The older `rope_scaling` is that of layers without a
+    window; local_theta: the base of layers with one.
+    """
+    heads = keys.integer("num_attention_heads")
+    head_dim = keys.integer("head_dim", max(1, keys.integer("hidden_size") // heads))
+    given = keys.get("rope_parameters") or {}
+    if not isinstance(given, dict) or not all(isinstance(v, dict) for v in given.values()):
+        raise keys.fail(f"'rope_parameters' must have parameters by layer type, not {given!r:.60}")
+    scaling = keys.get("rope_scaling", {})
+    if not isinstance(scaling, dict):
+        raise keys.fail(f"'rope_scaling' must be a set of parameters, not {scaling!r:.60}")
+    parameters = {
+        "full_attention": {
+            "rope_theta": keys.number("rope_theta"),
+            **given.get("full_attention", {}),
+            **scaling,
+        },
+        "sliding_attention": {
+            "rope_theta": local_theta,
+            **given.get("sliding_attention", {}),
+        },
+    }
+    whole, local = (
+        read_rope(
+            Keys(
+                keys.source,
+                {**keys.values, "rope_scaling": None, "rope_parameters": parameters[kind]},
+                keys.defaults,
+            ),
+            head_dim,
+            partial=False,
+            aliases={},
+        )
+        for kind in ("full_attention", "sliding_attention")
+    )
+    return whole[0], local[0], whole[1]
+
+
+def _yarn_attention_factor(rope: Keys) -> float | None:
+    """The stated factor, or that of `mscale` and `mscale_all_dim` (DeepSeek's code of YaRN)."""
+    stated = rope.optional_number("attention_factor")
+    above, below = rope.optional_number("mscale"), rope.optional_number("mscale_all_dim")
+    if stated is not None or above is None or below is None:
+        return stated
+    log = math.log(max(rope.number("factor"), 1.0))
+    return (0.1 * above * log + 1) / (0.1 * below * log + 1)
 
 
 def _parameters(keys: Keys) -> Keys:
@@ -96,6 +151,6 @@ def _read_kind(keys: Keys, rope: Keys, kind: str, theta: float, rotary_dim: int)
         beta_fast=rope.number("beta_fast", 32.0),
         beta_slow=rope.number("beta_slow", 1.0),
         truncate=rope.boolean("truncate", True),
-        attention_factor=rope.optional_number("attention_factor"),
+        attention_factor=_yarn_attention_factor(rope),
         attn_factor=rope.number("attn_factor", 1.0),
     )

@@ -153,7 +153,7 @@ class CpuBackend(OneDnnBackend):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As Backend.add_rms_norm."""
         if self._fits(norm.size, 16):
-            return native.add_rms_norm(x, delta, norm.weight, norm.eps)
+            return native.add_rms_norm(x, delta, norm)
         leave_to_torch()
         return super().add_rms_norm(x, delta, norm)
 

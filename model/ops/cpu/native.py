@@ -12,7 +12,7 @@ from model.ops.cpu.bindings import kernels
 from model.ops.cpu.packed import Packed
 from model.ops.cpu.recorder import empty
 from model.ops.forward_batch import ForwardBatch, GroupTables
-from model.ops.specs import Activation, AttentionSpec, Experts, RopeArgs, RouterSpec
+from model.ops.specs import Activation, AttentionSpec, Experts, Norm, RopeArgs, RouterSpec
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 32  # query heads of a KV head
@@ -54,14 +54,15 @@ def logits(x: torch.Tensor, weight: Packed, scale: float) -> torch.Tensor:
 
 
 def add_rms_norm(
-    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
+    x: torch.Tensor, delta: torch.Tensor | None, norm: Norm
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As Backend.add_rms_norm, for a size that is a multiple of 16."""
     normed = empty(x.shape, torch.bfloat16)
     summed = x if delta is None else empty(x.shape, x.dtype)
     kernels.add_rms_norm(
-        x.data_ptr(), None if delta is None else delta.data_ptr(), weight.data_ptr(), *x.shape,
-        eps, summed.data_ptr(), normed.data_ptr(), torch.get_num_threads(),
+        x.data_ptr(), None if delta is None else delta.data_ptr(),
+        None if norm.is_identity else norm.weight.data_ptr(), *x.shape, norm.eps, summed.data_ptr(),
+        normed.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return summed, normed
 
@@ -93,8 +94,10 @@ def rotate_and_write(qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:
         eps = heads.q_norm.eps
     kernels.rotate_and_write(
         qkv.data_ptr(), rope.cos_sin.data_ptr(), kv.data_ptr(), kv.stride(0),
-        rope.slot_mapping.data_ptr(), q_norm, k_norm, eps, tokens, heads.heads, heads.kv_heads,
-        head_dim, rope.cos_sin.shape[1], query.data_ptr(), torch.get_num_threads(),
+        rope.slot_mapping.data_ptr(), q_norm, k_norm, heads.has_whole_norms,
+        heads.rotates_before_norm, eps,
+        None if rope.query_scale is None else rope.query_scale.data_ptr(), tokens, heads.heads,
+        heads.kv_heads, head_dim, rope.cos_sin.shape[1], query.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return query
 

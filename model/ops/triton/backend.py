@@ -136,9 +136,10 @@ class TritonBackend(Backend):
         """As `Backend.add_rms_norm`."""
         return add_rms_norm(x, delta, norm, self.dtype, self._target("add_rms_norm"))
 
-    def _fuses(self, x: torch.Tensor, most_rows: int) -> bool:
+    def _fuses(self, x: torch.Tensor, norm: Norm, most_rows: int) -> bool:
         """Whether to fuse; not in float16, whose products may overflow before they are scaled."""
-        return 0 < len(x) <= most_rows and self.dtype != torch.float16
+        is_fused = 0 < len(x) <= most_rows and not norm.is_identity
+        return is_fused and self.dtype != torch.float16
 
     def norm_qkv(
         self,
@@ -152,7 +153,7 @@ class TritonBackend(Backend):
         target = self._target("norm_qkv")
         # A tile of rows does not have the registers to sum parts of a delta.
         is_one_delta = delta_parts(delta) <= 1 or is_one_row(x, target)
-        if self._fuses(x, target.tiles.fused_qkv) and is_one_delta:
+        if self._fuses(x, norm, target.tiles.fused_qkv) and is_one_delta:
             return norm_qkv(x, delta, norm, qkv, rope, target)
         return super().norm_qkv(x, delta, norm, qkv, rope)
 
@@ -170,7 +171,7 @@ class TritonBackend(Backend):
         tiles = target.tiles
         has_bias = gate_up.has_bias or down.has_bias
         most_rows = max(tiles.fused_gate_up, 0 if has_bias else tiles.fused_mlp)
-        if self._fuses(x, most_rows) and activation == Activation():
+        if self._fuses(x, norm, most_rows) and activation == Activation():
             return norm_mlp(x, delta, norm, gate_up, down, target)
         return super().norm_mlp(x, delta, norm, gate_up, down, activation)
 
@@ -189,7 +190,8 @@ class TritonBackend(Backend):
         most_rows = MAX_PAIRS // triton.next_power_of_2(router.spec.top_k)
         # A row is multiplied in float32, so unlike in other fusions float16 does not overflow.
         most_rows = min(self._target("norm_experts").tiles.fused_router, most_rows)
-        if 0 < len(x) <= most_rows and not any(map(self.selection.is_torch, _IN_EXPERTS)):
+        is_kernel = not any(map(self.selection.is_torch, _IN_EXPERTS))
+        if 0 < len(x) <= most_rows and is_kernel and not norm.is_identity:
             return norm_experts(*arguments, self._target("experts"))
         return super().norm_experts(*arguments)
 

@@ -103,7 +103,8 @@ def norm_qkv(
     """
     heads = rope.heads
     rotates_whole_heads = rope.cos_sin.shape[1] == heads.head_dim
-    if heads.q_norm is None and rotates_whole_heads and heads.head_dim // 2 % HALF == 0:
+    is_plain = heads.q_norm is None and rope.query_scale is None
+    if is_plain and rotates_whole_heads and heads.head_dim // 2 % HALF == 0:
         return norm_linear(x, delta, norm, qkv, target, rope=rope)
     summed, projected = norm_linear(x, delta, norm, qkv, target)
     return summed, rotate_and_write(projected.unflatten(-1, (-1, heads.head_dim)), rope, target)

@@ -61,7 +61,7 @@ def norm_linear(
     cos_sin = kv = slot_mapping = x
     heads = kv_heads = dim = 0
     if rope is not None:
-        layer, cos_sin, kv, slot_mapping = rope
+        layer, cos_sin, kv, slot_mapping = rope[:4]
         heads, kv_heads, dim = layer.heads, layer.kv_heads, layer.head_dim
     if out is None:
         out = weight.new_empty((rows, heads, dim) if heads else (rows, count))

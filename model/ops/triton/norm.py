@@ -36,9 +36,10 @@ def _add_rms_norm(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
+    IDENTITY: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
-    """Normalise one row of x + delta; grid (tokens,).
+    """Normalise one row of x + delta, or with IDENTITY only convert it; grid (tokens,).
 
     x, sum float32, out [tokens, SIZE], delta [tokens, PARTS, SIZE] (PARTS 0: none), weight float32
     [SIZE].
@@ -51,9 +52,10 @@ def _add_rms_norm(
     if PARTS:
         x = add_delta(x, delta_ptr + row * PARTS, at, inside, SIZE, PARTS)
         tl.store(sum_ptr + row + at, x, inside)
-    scale = tl.rsqrt(tl.sum(x * x) / SIZE + eps)
-    weight = tl.load(weight_ptr + at, inside, other=0.0)
-    tl.store(out_ptr + row + at, (x * scale * weight).to(out_ptr.dtype.element_ty), inside)
+    if not IDENTITY:
+        weight = tl.load(weight_ptr + at, inside, other=0.0)
+        x = x * tl.rsqrt(tl.sum(x * x) / SIZE + eps) * weight
+    tl.store(out_ptr + row + at, x.to(out_ptr.dtype.element_ty), inside)
 
 
 def add_rms_norm(
@@ -73,13 +75,14 @@ def add_rms_norm(
         _add_rms_norm[(tokens,)](
             x,
             x if delta is None else delta.contiguous(),
-            norm.weight,
+            x if norm.is_identity else norm.weight,
             summed,
             out,
             norm.eps,
             SIZE=size,
             BLOCK=block,
             PARTS=delta_parts(delta),
+            IDENTITY=norm.is_identity,
             num_warps=min(8, max(1, block // 512)),
             **target.launch_options,
         )

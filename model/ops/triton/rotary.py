@@ -10,6 +10,57 @@ from model.ops.triton.tiles import Target
 
 
 @triton.jit
+def _norm_all_heads(
+    qkv_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    out_ptr,
+    eps,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PROGRAMMATIC_LAUNCH: tl.constexpr,
+):
+    """Normalise all queries or all keys of a token at once, or copy its values; grid (tokens, 3).
+
+    qkv, out [tokens, HEADS + 2 · KV_HEADS, DIM]; q_norm float32 [HEADS · DIM], k_norm
+    [KV_HEADS · DIM].
+    """
+    wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
+    at, part = tl.arange(0, BLOCK), tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64) * (HEADS + 2 * KV_HEADS) * DIM + at
+    if part > 0:
+        row += (HEADS + (part - 1) * KV_HEADS) * DIM
+    size = tl.where(part == 0, HEADS * DIM, KV_HEADS * DIM)
+    inside = at < size
+    x = tl.load(qkv_ptr + row, inside, other=0.0)
+    values = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values) / size + eps)
+    weight = tl.load(q_norm_ptr + at, inside & (part == 0), other=0.0)
+    weight += tl.load(k_norm_ptr + at, inside & (part == 1), other=0.0)
+    normed = (values * scale * weight).to(x.dtype)
+    tl.store(out_ptr + row, tl.where(part == 2, x, normed), inside)
+
+
+@triton.jit
+def _norm_pairs(
+    a, b, q_norm_ptr, k_norm_ptr, place, gap, queries, keys, eps,
+    DIM: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Normalise the heads whose pairs of values are a and b, float32 [BLOCK_H, HALF]."""
+    scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / DIM + eps)[:, None]
+    # Queries and keys have different weights; the normalised values are not used.
+    zero = tl.zeros((BLOCK_H, 1), tl.int32)
+    q_norm, k_norm = q_norm_ptr + place[None, :] + zero, k_norm_ptr + place[None, :] + zero
+    low = tl.load(q_norm, queries, other=0.0).to(tl.float32)
+    low += tl.load(k_norm, keys, other=0.0).to(tl.float32)
+    high = tl.load(q_norm + gap, queries, other=0.0).to(tl.float32)
+    high += tl.load(k_norm + gap, keys, other=0.0).to(tl.float32)
+    return a * scale * low, b * scale * high
+
+
+@triton.jit
 def _rotate_and_write(
     qkv_ptr,
     cos_sin_ptr,
@@ -17,6 +68,7 @@ def _rotate_and_write(
     slot_mapping_ptr,
     q_norm_ptr,
     k_norm_ptr,
+    query_scale_ptr,
     out_ptr,
     value_offset: tl.int64,
     eps,
@@ -27,13 +79,16 @@ def _rotate_and_write(
     HALF: tl.constexpr,
     BLOCK_H: tl.constexpr,
     NORMS: tl.constexpr,
+    ROTATES_FIRST: tl.constexpr,
+    QUERY_SCALE: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
     """Process a block of heads of one token; grid (tokens, ⌈(HEADS + 2 · KV_HEADS) / BLOCK_H⌉).
 
     qkv [tokens, HEADS + 2 · KV_HEADS, DIM], cos_sin float32 [tokens, ROTARY], kv [2, slots,
     KV_HEADS, DIM] with the values value_offset after the keys, out [tokens, HEADS, DIM].
-    The first ROTARY values of a head are rotated. HALF is DIM / 2 rounded up to a power of 2.
+    The first ROTARY values of a head are rotated, with ROTATES_FIRST before the norms. query_scale
+    float32 [tokens] multiplies queries. HALF is DIM / 2 rounded up to a power of 2.
     """
     wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     token = tl.program_id(0).to(tl.int64)
@@ -57,25 +112,29 @@ def _rotate_and_write(
     second = tl.load(source + gap, mask, other=0.0)
     dtype = first.dtype
     a, b = first.to(tl.float32), second.to(tl.float32)
-    if NORMS:
-        scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / DIM + eps)[:, None]
-        # Queries and keys have different weights; the normalised values are not used.
-        queries = is_query[:, None] & is_inside[None, :]
-        keys = (head >= HEADS)[:, None] & is_inside[None, :]
-        zero = tl.zeros((BLOCK_H, 1), tl.int32)
-        q_norm, k_norm = q_norm_ptr + place[None, :] + zero, k_norm_ptr + place[None, :] + zero
-        low = tl.load(q_norm, queries, other=0.0).to(tl.float32)
-        low += tl.load(k_norm, keys, other=0.0).to(tl.float32)
-        high = tl.load(q_norm + gap, queries, other=0.0).to(tl.float32)
-        high += tl.load(k_norm + gap, keys, other=0.0).to(tl.float32)
+    queries = is_query[:, None] & is_inside[None, :]
+    keys = (head >= HEADS)[:, None] & is_inside[None, :]
+    if NORMS and not ROTATES_FIRST:
+        a, b = _norm_pairs(
+            a, b, q_norm_ptr, k_norm_ptr, place, gap, queries, keys, eps, DIM, BLOCK_H
+        )
         # Rounded as the result of a separate norm would be.
-        a = (a * scale * low).to(dtype).to(tl.float32)
-        b = (b * scale * high).to(dtype).to(tl.float32)
+        a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
     angles = cos_sin_ptr + token * ROTARY + half
     cos = tl.load(angles, is_rotated, other=1.0)[None, :]
     sin = tl.load(angles + ROTARY // 2, is_rotated, other=0.0)[None, :]
-    left = tl.where(is_value[:, None], first, (a * cos - b * sin).to(dtype))
-    right = tl.where(is_value[:, None], second, (b * cos + a * sin).to(dtype))
+    left, right = (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
+    if NORMS and ROTATES_FIRST:
+        a, b = _norm_pairs(
+            left.to(tl.float32), right.to(tl.float32),
+            q_norm_ptr, k_norm_ptr, place, gap, queries, keys, eps, DIM, BLOCK_H,
+        )  # fmt: skip
+        left, right = a.to(dtype), b.to(dtype)
+    if QUERY_SCALE:
+        scale = tl.where(is_query, tl.load(query_scale_ptr + token), 1.0)[:, None]
+        left, right = (left * scale).to(dtype), (right * scale).to(dtype)
+    left = tl.where(is_value[:, None], first, left)
+    right = tl.where(is_value[:, None], second, right)
 
     target = out_ptr + (token * HEADS + head[:, None]) * DIM + place[None, :]
     tl.store(target, left, mask & is_query[:, None])
@@ -95,27 +154,48 @@ def rotate_and_write(qkv: torch.Tensor, rope: RopeArgs, target: Target) -> torch
     tokens, width, dim = qkv.shape
     heads, kv = rope.heads, rope.kv
     out = qkv.new_empty(tokens, heads.heads, dim)
-    norm = heads.q_norm
-    if tokens:
-        block = min(8, triton.next_power_of_2(width))
-        _rotate_and_write[(tokens, triton.cdiv(width, block))](
+    norms = heads.q_norm, heads.k_norm
+    eps = 0.0 if norms[0] is None else norms[0].eps
+    q_norm, k_norm = (qkv if norm is None else norm.weight for norm in norms)
+    if not tokens:
+        return out
+    if heads.has_whole_norms:
+        projected, qkv = qkv, torch.empty_like(qkv)
+        _norm_all_heads[(tokens, 3)](
+            projected,
+            q_norm,
+            k_norm,
             qkv,
-            rope.cos_sin.contiguous(),
-            kv,
-            rope.slot_mapping,
-            heads.q_norm.weight if heads.q_norm else qkv,
-            heads.k_norm.weight if heads.k_norm else qkv,
-            out,
-            kv.stride(0),
-            norm.eps if norm else 0.0,
+            eps,
             HEADS=heads.heads,
-            KV_HEADS=kv.shape[3],
+            KV_HEADS=heads.kv_heads,
             DIM=dim,
-            ROTARY=rope.cos_sin.shape[1],
-            HALF=triton.next_power_of_2(dim // 2),
-            BLOCK_H=block,
-            NORMS=norm is not None,
-            num_warps=2,
+            BLOCK=triton.next_power_of_2(heads.heads * dim),
+            num_warps=4,
             **target.launch_options,
         )
+    block = min(8, triton.next_power_of_2(width))
+    _rotate_and_write[(tokens, triton.cdiv(width, block))](
+        qkv,
+        rope.cos_sin.contiguous(),
+        kv,
+        rope.slot_mapping,
+        q_norm,
+        k_norm,
+        qkv if rope.query_scale is None else rope.query_scale,
+        out,
+        kv.stride(0),
+        eps,
+        HEADS=heads.heads,
+        KV_HEADS=kv.shape[3],
+        DIM=dim,
+        ROTARY=rope.cos_sin.shape[1],
+        HALF=triton.next_power_of_2(dim // 2),
+        BLOCK_H=block,
+        NORMS=norms[0] is not None and not heads.has_whole_norms,
+        ROTATES_FIRST=heads.rotates_before_norm,
+        QUERY_SCALE=rope.query_scale is not None,
+        num_warps=2,
+        **target.launch_options,
+    )
     return out

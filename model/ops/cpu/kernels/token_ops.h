@@ -76,7 +76,8 @@ void softcap(float* x, float cap, int64_t count, int threads) {
   for (int64_t i = whole; i < count; i++) x[i] = cap_softly(broadcast(x[i]), cap)[0];
 }
 
-// x and delta [rows, size] → their sum and its RMSNorm; without a delta, the RMSNorm of x.
+// x and delta [rows, size] → their sum and its RMSNorm; without a delta, the RMSNorm of x. Without
+// a weight the sum takes the place of its norm.
 void add_rms_norm(const float* x, const bf16* delta, const float* weight, int64_t rows,
                   int64_t size, float eps, float* sum, bf16* normed, int threads) {
   if (rows * size < 1 << 14) threads = 1;
@@ -89,53 +90,101 @@ void add_rms_norm(const float* x, const bf16* delta, const float* weight, int64_
         store(to + i, load(from + i) + load_bf16(delta + row * size + i));
       from = to;
     }
+    if (!weight) {
+      for (int64_t i = 0; i < size; i += LANES) store_bf16(normed + row * size + i, load(from + i));
+      continue;
+    }
     const float factor = 1.0f / std::sqrt(sum_of_squares(from, size) / (float)size + eps);
     for (int64_t i = 0; i < size; i += LANES)
       store_bf16(normed + row * size + i, load(from + i) * factor * load(weight + i));
   }
 }
 
-// Rotates the first rotary_dim values of one head [head_dim], whose halves are the two coordinates,
-// after the head's RMSNorm if there is a weight for that. The other values are not rotated.
-INLINE void rotate_head(const bf16* from, const float* norm, float eps, const float* cos,
+// The norms of the query or key heads of a layer, if any: float32 weights [head_dim], or with `whole`
+// [heads, head_dim], where one norm covers all heads. `last`: the rotation comes before it.
+struct HeadNorms {
+  const float* weights;  // or null
+  bool whole, last;
+  float eps;
+};
+
+INLINE float norm_factor(float squares, int64_t size, float eps) {
+  return 1.0f / std::sqrt(squares / (float)size + eps);
+}
+
+// Rotates the first rotary_dim values of one head [head_dim], whose halves are the two coordinates.
+// Every value is multiplied by `factor` and its weight before that, if there are weights.
+INLINE void rotate_head(const bf16* from, const float* weights, float factor, const float* cos,
                         const float* sin, int64_t head_dim, int64_t rotary_dim, bf16* to) {
-  float factor = 1;
-  if (norm) factor = 1.0f / std::sqrt(sum_of_squares(from, head_dim) / (float)head_dim + eps);
   const int64_t half = rotary_dim / 2;
   for (int64_t i = 0; i < half; i += LANES) {
     vec_f32 first = load_bf16(from + i), second = load_bf16(from + half + i);
-    if (norm) {
-      first = first * factor * load(norm + i);
-      second = second * factor * load(norm + half + i);
+    if (weights) {
+      first = first * factor * load(weights + i);
+      second = second * factor * load(weights + half + i);
     }
     store_bf16(to + i, first * load(cos + i) - second * load(sin + i));
     store_bf16(to + half + i, second * load(cos + i) + first * load(sin + i));
   }
-  if (norm)
+  if (weights)
     for (int64_t i = rotary_dim; i < head_dim; i += LANES)
-      store_bf16(to + i, load_bf16(from + i) * factor * load(norm + i));
+      store_bf16(to + i, load_bf16(from + i) * factor * load(weights + i));
   else
     memcpy(to + rotary_dim, from + rotary_dim, (size_t)(head_dim - rotary_dim) * 2);
 }
 
+// x [count] · factor, times the weights if there are any, in place.
+INLINE void multiply_in_place(bf16* x, const float* weights, float factor, int64_t count) {
+  for (int64_t i = 0; i < count; i += LANES) {
+    vec_f32 value = load_bf16(x + i) * factor;
+    if (weights) value *= load(weights + i);
+    store_bf16(x + i, value);
+  }
+}
+
+// Norms and rotation of `heads` heads of a token: from, to [heads, head_dim].
+INLINE void rotate_heads(const bf16* from, int64_t heads, const HeadNorms& norms, const float* cos,
+                         const float* sin, int64_t head_dim, int64_t rotary_dim, bf16* to) {
+  const int64_t count = norms.whole ? heads : 1, groups = heads / count, size = count * head_dim;
+  const bool is_first = norms.weights && !norms.last;
+  for (int64_t group = 0; group < groups; group++, from += size, to += size) {
+    float factor = 1;
+    if (is_first) factor = norm_factor(sum_of_squares(from, size), size, norms.eps);
+    for (int64_t head = 0; head < count; head++) {
+      const float* weights = is_first ? norms.weights + head * head_dim : nullptr;
+      rotate_head(from + head * head_dim, weights, factor, cos, sin, head_dim, rotary_dim,
+                  to + head * head_dim);
+    }
+    if (norms.weights && norms.last) {
+      factor = norm_factor(sum_of_squares(to, size), size, norms.eps);
+      multiply_in_place(to, norms.weights, factor, size);
+    }
+  }
+}
+
 // qkv [tokens, heads + 2 · kv_heads, head_dim] → query [tokens, heads, head_dim], and keys and
 // values into their slots of the cache, where values are `value_offset` elements behind keys.
-// cos_sin [tokens, rotary_dim], cos in the first half.
+// cos_sin [tokens, rotary_dim], cos in the first half. q_norm, k_norm: see HeadNorms. query_scale
+// [tokens] or null: multiplies rotated queries.
 void rotate_and_write(const bf16* qkv, const float* cos_sin, bf16* kv, int64_t value_offset,
                       const int64_t* slot_mapping, const float* q_norm, const float* k_norm,
-                      float eps, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                      bool whole_norms, bool norms_last, float eps, const float* query_scale,
+                      int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
                       int64_t rotary_dim, bf16* query, int threads) {
+  const HeadNorms q_norms{q_norm, whole_norms, norms_last, eps};
+  const HeadNorms k_norms{k_norm, whole_norms, norms_last, eps};
   if (tokens * heads * head_dim < 1 << 13) threads = 1;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t token = 0; token < tokens; token++) {
     const bf16* from = qkv + token * (heads + 2 * kv_heads) * head_dim;
     const float *cos = cos_sin + token * rotary_dim, *sin = cos + rotary_dim / 2;
-    for (int64_t head = 0; head < heads; head++, from += head_dim)
-      rotate_head(from, q_norm, eps, cos, sin, head_dim, rotary_dim,
-                  query + (token * heads + head) * head_dim);
-    bf16* to = kv + slot_mapping[token] * kv_heads * head_dim;
-    for (int64_t head = 0; head < kv_heads; head++, from += head_dim)
-      rotate_head(from, k_norm, eps, cos, sin, head_dim, rotary_dim, to + head * head_dim);
+    bf16* to = query + token * heads * head_dim;
+    rotate_heads(from, heads, q_norms, cos, sin, head_dim, rotary_dim, to);
+    if (query_scale) multiply_in_place(to, nullptr, query_scale[token], heads * head_dim);
+    from += heads * head_dim;
+    to = kv + slot_mapping[token] * kv_heads * head_dim;
+    rotate_heads(from, kv_heads, k_norms, cos, sin, head_dim, rotary_dim, to);
+    from += kv_heads * head_dim;
     memcpy(to + value_offset, from, (size_t)(kv_heads * head_dim) * 2);
   }
 }
