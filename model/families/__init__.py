@@ -8,6 +8,7 @@ a key that matters would give wrong results silently.
 import os
 from collections.abc import Callable, Container
 from dataclasses import replace
+from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -98,8 +99,10 @@ def parse_config(
     model_type = keys.get("model_type")
     known = sorted((*FAMILIES, *NESTED))
     if not isinstance(model_type, str) or model_type not in known:
+        near = get_close_matches(str(model_type), known, 1)
+        hint = f"; the nearest is {near[0]}, which is another architecture" if near else ""
         raise keys.fail(
-            f"model_type {model_type!r} is not supported; supported: {', '.join(known)}"
+            f"model_type {model_type!r} is not supported{hint}; supported: {', '.join(known)}"
         )
     if model_type not in NESTED:
         return family(model_type).config(keys, stop_ids)
