@@ -170,7 +170,6 @@ def library() -> ctypes.CDLL | None:
 
 def load(file: Path) -> ctypes.CDLL:
     """Load a library of kernels. Raises OSError, and AttributeError if it is another library."""
-    _share_openmp()
     loaded = ctypes.CDLL(str(file))
     loaded.getp_has_level.argtypes = (ctypes.c_int,)
     loaded.getp_best_level.argtypes = ()
@@ -191,15 +190,3 @@ def _warn(reason: str) -> None:
         reason += "; on this processor dtype float32 is then faster, with twice the memory"
     warnings.warn(f"slower without the native CPU kernels: {reason}", stacklevel=3)
 
-
-def _share_openmp() -> None:
-    """Make torch's OpenMP runtime visible to the kernels, which are not linked to one.
-
-    With two runtimes in one process, the threads of each would spin against those of the other.
-    """
-    names = ("libgomp", "libiomp5", "libomp")
-    maps = Path("/proc/self/maps")
-    lines = maps.read_text().splitlines() if maps.exists() else []
-    loaded = {line.split()[-1] for line in lines if Path(line.split()[-1]).name.startswith(names)}
-    paths = [path for path in loaded if "torch" in path] or [*loaded, "libgomp.so.1"]
-    ctypes.CDLL(paths[0], mode=ctypes.RTLD_GLOBAL)
