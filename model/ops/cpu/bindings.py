@@ -189,4 +189,3 @@ def _warn(reason: str) -> None:
     if onednn.lacks_bfloat16():
         reason += "; on this processor dtype float32 is then faster, with twice the memory"
     warnings.warn(f"slower without the native CPU kernels: {reason}", stacklevel=3)
-
