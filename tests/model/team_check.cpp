@@ -117,11 +117,11 @@ int main(int, char** arguments) {
   const std::string check = arguments[1];
   if (check == "worker") {
     run(2, lose_worker);
-    require(refused == 1, "the late thread may not write");
+    require(refused >= 1, "the late thread may not write");
     require_each_written(1);
   } else if (check == "leader") {
     run(2, lose_leader);
-    require(refused == 1 && led_by_others > 0, "another thread leads");
+    require(refused >= 1 && led_by_others > 0, "another thread leads");
     require_each_written(1);
   } else if (check == "random") {
     for (int i = 0; i < 50; i++) run(6, leave_at_random);

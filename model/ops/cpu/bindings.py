@@ -12,10 +12,12 @@ import struct
 import warnings
 from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 from model.ops.cpu import onednn
+from model.ops.cpu.topology import topology
 
 VARIABLE = "GETP_CPU_KERNELS"
 LEVELS = ("none", "avx2", "vnni", "avx512", "amx")
@@ -165,6 +167,8 @@ def library() -> ctypes.CDLL | None:
         _warn("this processor does not have AVX2, which they need")
         return None
     kernels.use(loaded, level)
+    if len(topology().nodes) > 1:
+        set_nodes(loaded, [[*chain(*cores)] for cores in topology().nodes.values()])
     return loaded
 
 
@@ -177,7 +181,16 @@ def load(file: Path) -> ctypes.CDLL:
     loaded.getp_kernels.restype = ctypes.POINTER(_Table)
     loaded.getp_replay.argtypes = (ctypes.POINTER(_Table), ctypes.c_char_p, ctypes.c_int64)
     loaded.getp_replay.restype = None
+    loaded.getp_set_nodes.argtypes = (ctypes.POINTER(ctypes.c_int32), ctypes.c_int, ctypes.c_int)
+    loaded.getp_set_nodes.restype = None
     return loaded
+
+
+def set_nodes(loaded: ctypes.CDLL, nodes: list[list[int]]) -> None:
+    """Divide the kernels' work among NUMA nodes, given as their CPUs; threads stay on them."""
+    width = max(len(cpus) for cpus in nodes)
+    cpus = [cpu for node in nodes for cpu in (*node, *[-1] * (width - len(node)))]
+    loaded.getp_set_nodes((ctypes.c_int32 * len(cpus))(*cpus), len(nodes), width)
 
 
 def has_level(loaded: ctypes.CDLL, level: str) -> bool:
