@@ -7,9 +7,11 @@ median of the runs in tokens a second, and the worst as a part of the fair share
 that the scheduler owes this engine's threads, times the engine's median without other work. The
 last line is one JSON object.
 
-A peer is a name and a command, which prints its tokens a second as its last number:
+A peer is a name and a shell command, which decodes once for each line of its input and prints a
+line whose last number is the tokens a second:
 
-    python benchmarks/steady.py DIR --peer llama.cpp "llama-bench -m FILE -p 0 -n 64 -r 1 -o csv"
+    python benchmarks/steady.py DIR --peer llama.cpp \
+        "while read _; do llama-bench -m FILE -p 0 -n 64 -r 1 -o json | grep avg_ts; done"
 """
 
 import contextlib
@@ -17,7 +19,6 @@ import json
 import os
 import random
 import re
-import shlex
 import signal
 import statistics
 import subprocess
@@ -99,6 +100,34 @@ LOADS = {
 }
 
 
+class Peer:
+    """Another engine, as a process that decodes once for each line that it reads."""
+
+    def __init__(self, name: str, command: str):
+        self.name = name
+        self._process = subprocess.Popen(
+            command, shell=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.run()  # until it has started
+
+    def run(self) -> float:
+        """Decode once: tokens a second. Raises click.ClickException if it prints no number."""
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+        numbers = re.findall(r"\d+(?:\.\d+)?", line)
+        if not numbers:
+            raise click.ClickException(f"{self.name} printed {line!r} instead of a number")
+        return float(numbers[-1])
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+
 @contextlib.contextmanager
 def running(load: Load) -> Iterator[None]:
     """Run the processes of a load."""
@@ -147,6 +176,7 @@ def main(
     chosen = list(dict.fromkeys(("none", *(names or LOADS))))
     config = EngineConfig(prefix_cache=False, speculation=False, max_batch_size=4)
     request = Request(list(range(100, 116)), SamplingParams(max_new_tokens=tokens, ignore_eos=True))
+    others = [Peer(*peer) for peer in peers]
     with Engine(checkpoint, config) as engine:
         list(engine.generate([request]))  # records the steps
         for name in chosen:
@@ -156,19 +186,12 @@ def main(
                     start = time.perf_counter()
                     list(engine.generate([request]))
                     speeds["getp"].append(tokens / (time.perf_counter() - start))
-                    for peer, command in peers:
-                        speeds[peer].append(time_peer(peer, command))
+                    for peer in others:
+                        speeds[peer.name].append(peer.run())
             results[name] = speeds
+    for peer in others:
+        peer.close()
     report(results, os.cpu_count() or 1)
-
-
-def time_peer(name: str, command: str) -> float:
-    """Run a peer once; its tokens a second. Raises click.ClickException if it prints no number."""
-    done = subprocess.run(shlex.split(command), capture_output=True, text=True)
-    numbers = re.findall(r"\d+(?:\.\d+)?", done.stdout)
-    if done.returncode or not numbers:
-        raise click.ClickException(f"{name} failed: {done.stderr[-500:] or 'it printed no number'}")
-    return float(numbers[-1])
 
 
 def report(results: dict[str, dict[str, list[float]]], threads: int) -> None:
