@@ -36,6 +36,7 @@ from engine.summary import RunSummary, peak_resident_bytes
 from engine.warm_up import prepare
 from model import load_config
 from model.checks.verify import Kernels
+from model.ops.cpu.topology import usable_threads
 
 _log = logging.getLogger(__name__)
 
@@ -197,7 +198,7 @@ class Engine:
 
     def _set_threads(self) -> None:
         """Start the other ranks, and set the number of CPU threads on every rank."""
-        threads = max(1, self._threads // self.tensor_parallel)
+        threads = max(1, usable_threads(self._threads) // self.tensor_parallel)
         if self.model_config.hidden_size < _ONE_THREAD_HIDDEN_SIZE:
             threads = 1
         if self.settings.on_cpu:

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import model
-
 ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT = {
     "run": {"getp"},
@@ -49,13 +47,7 @@ def test_ops_do_not_import_the_decoder() -> None:
 
 
 _PRINT_SPIN_COUNT = """
-import os, pathlib, sys
-read = pathlib.Path.read_text
-def read_text(path, *rest):
-    if str(path) == "/proc/pressure/cpu":
-        return "some avg10={pressure} avg60=0.00 avg300=0.00 total=1"
-    return read(path, *rest)
-pathlib.Path.read_text = read_text
+import os, sys
 class Finder:
     def find_spec(name, *rest):
         if name == "torch":
@@ -78,25 +70,15 @@ import {module}
 )
 def test_thread_wait_policy_is_set_before_torch_is_imported(module: str) -> None:
     env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    cases: list[tuple[str, dict[str, str], str]] = [
-        ("24.69", {}, "3000"),
-        ("24.69", {"GOMP_SPINCOUNT": "7"}, "7"),
-        ("24.69", {"OMP_WAIT_POLICY": "active"}, "None"),
-        ("0.07", {}, "None"),
+    cases: list[tuple[dict[str, str], str]] = [
+        ({}, "1000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, "None"),
     ]
-    for pressure, given, expected in cases if module == "engine.engine" else cases[:1]:
-        run = [sys.executable, "-c", _PRINT_SPIN_COUNT.format(pressure=pressure, module=module)]
+    for given, expected in cases if module == "engine.engine" else cases[:1]:
+        run = [sys.executable, "-c", _PRINT_SPIN_COUNT.format(module=module)]
         done = subprocess.run(run, cwd=ROOT, env=env | given, capture_output=True, text=True)
         assert done.stdout.split() == [expected], done.stderr
-
-
-@pytest.mark.parametrize("text", [None, "", "some"])
-def test_missing_or_malformed_cpu_pressure_counts_as_an_idle_machine(
-    text: str | None, tmp_path: Path
-) -> None:
-    if text is not None:
-        (tmp_path / "cpu").write_text(text)
-    assert not model._is_busy(tmp_path / "cpu")
 
 
 def test_no_warning_is_printed_without_numpy(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from model.ops.cpu.bindings import kernels
 
 _SOURCES = Path(bindings.__file__).parent / "kernels"
 _EMULATOR = Path(__file__).with_name("emulator.h")
-_UNITS = ("dispatch.cpp", "vnni.cpp", "avx512.cpp")
+_UNITS = ("dispatch.cpp", "vnni.cpp", "avx512.cpp", "threads/team.cpp")
 # Code that needs a processor with the instruction set → its replacement.
 _REPLACEMENTS = {
     "dispatch.cpp": [(r"(int getp_has_level\(int level\) {)", r"\1 return level > 0;")],
@@ -30,7 +30,7 @@ _REPLACEMENTS = {
     ],
 }
 # The emulated kernels for VNNI take the place of those for AVX2, which need no emulation.
-_OPTIONS = ["-std=c++17", "-O1", "-mavx2", "-mfma", "-fopenmp", "-fPIC", "-Wno-psabi", "-w"]
+_OPTIONS = ["-std=c++17", "-O1", "-mavx2", "-mfma", "-pthread", "-fPIC", "-Wno-psabi", "-w"]
 _OPTIONS += ["-Davx2_kernels=vnni_kernels", "-include", str(_EMULATOR)]
 
 

@@ -56,7 +56,7 @@ class CpuBackend(OneDnnBackend):
     def empty_weight(self, shape: tuple[int, ...], parts: int = 1) -> Any:
         """Return storage in the layout of the kernels where they take the shape."""
         if self._packs(shape, parts):
-            return Packed.empty(shape, False)
+            return Packed.empty(shape, False, parts)
         return super().empty_weight(shape, parts)
 
     def pack(self, weight: Any) -> Any:
@@ -91,7 +91,7 @@ class CpuBackend(OneDnnBackend):
     def empty_mxfp4(self, shape: tuple[int, ...], parts: int = 1) -> Any:
         """As `empty_weight`, for MXFP4."""
         if self._packs(shape, parts):
-            return Packed.empty(shape, True)
+            return Packed.empty(shape, True, parts)
         return super().empty_mxfp4(shape, parts)
 
     def pack_mxfp4(self, weights: Any) -> Any:
@@ -100,7 +100,9 @@ class CpuBackend(OneDnnBackend):
 
     def empty_cache(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Return memory of which pages that are never touched cost nothing."""
-        return huge_pages.empty(shape, self.dtype)
+        cache = huge_pages.empty(shape, self.dtype)
+        huge_pages.interleave(cache)  # any thread may read any sequence
+        return cache
 
     def recorder(self) -> Callable[[Compute], Compute] | None:
         """Return a recorder of the kernels' calls, if there are kernels."""

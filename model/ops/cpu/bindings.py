@@ -12,10 +12,12 @@ import struct
 import warnings
 from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 from model.ops.cpu import onednn
+from model.ops.cpu.topology import topology
 
 VARIABLE = "GETP_CPU_KERNELS"
 LEVELS = ("none", "avx2", "vnni", "avx512", "amx")
@@ -165,12 +167,13 @@ def library() -> ctypes.CDLL | None:
         _warn("this processor does not have AVX2, which they need")
         return None
     kernels.use(loaded, level)
+    if len(topology().nodes) > 1:
+        set_nodes(loaded, [[*chain(*cores)] for cores in topology().nodes.values()])
     return loaded
 
 
 def load(file: Path) -> ctypes.CDLL:
     """Load a library of kernels. Raises OSError, and AttributeError if it is another library."""
-    _share_openmp()
     loaded = ctypes.CDLL(str(file))
     loaded.getp_has_level.argtypes = (ctypes.c_int,)
     loaded.getp_best_level.argtypes = ()
@@ -178,7 +181,16 @@ def load(file: Path) -> ctypes.CDLL:
     loaded.getp_kernels.restype = ctypes.POINTER(_Table)
     loaded.getp_replay.argtypes = (ctypes.POINTER(_Table), ctypes.c_char_p, ctypes.c_int64)
     loaded.getp_replay.restype = None
+    loaded.getp_set_nodes.argtypes = (ctypes.POINTER(ctypes.c_int32), ctypes.c_int, ctypes.c_int)
+    loaded.getp_set_nodes.restype = None
     return loaded
+
+
+def set_nodes(loaded: ctypes.CDLL, nodes: list[list[int]]) -> None:
+    """Divide the kernels' work among NUMA nodes, given as their CPUs; threads stay on them."""
+    width = max(len(cpus) for cpus in nodes)
+    cpus = [cpu for node in nodes for cpu in (*node, *[-1] * (width - len(node)))]
+    loaded.getp_set_nodes((ctypes.c_int32 * len(cpus))(*cpus), len(nodes), width)
 
 
 def has_level(loaded: ctypes.CDLL, level: str) -> bool:
@@ -190,16 +202,3 @@ def _warn(reason: str) -> None:
     if onednn.lacks_bfloat16():
         reason += "; on this processor dtype float32 is then faster, with twice the memory"
     warnings.warn(f"slower without the native CPU kernels: {reason}", stacklevel=3)
-
-
-def _share_openmp() -> None:
-    """Make torch's OpenMP runtime visible to the kernels, which are not linked to one.
-
-    With two runtimes in one process, the threads of each would spin against those of the other.
-    """
-    names = ("libgomp", "libiomp5", "libomp")
-    maps = Path("/proc/self/maps")
-    lines = maps.read_text().splitlines() if maps.exists() else []
-    loaded = {line.split()[-1] for line in lines if Path(line.split()[-1]).name.startswith(names)}
-    paths = [path for path in loaded if "torch" in path] or [*loaded, "libgomp.so.1"]
-    ctypes.CDLL(paths[0], mode=ctypes.RTLD_GLOBAL)

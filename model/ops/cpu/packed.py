@@ -1,13 +1,14 @@
 """Weights in the layout of the native kernels."""
 
 import ctypes
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from model.ops.cpu.bindings import kernels
-from model.ops.cpu.huge_pages import empty
+from model.ops.cpu.huge_pages import empty, place_parts
 from model.ops.mxfp4 import MXFP4_BLOCK, Mxfp4
 
 PANEL = 32  # outputs that are stored together; as in kernels/types.h
@@ -42,8 +43,11 @@ class Packed:
         self._structs: ctypes.Array[_Weight] | None = None
 
     @classmethod
-    def empty(cls, shape: Sequence[int], mxfp4: bool) -> "Packed":
-        """Return storage for weights of a shape whose last two sizes are outputs and inputs."""
+    def empty(cls, shape: Sequence[int], mxfp4: bool, parts: int = 1) -> "Packed":
+        """Return storage for weights of a shape whose last two sizes are outputs and inputs.
+
+        parts: as in Backend.empty_weight.
+        """
         *stack, outputs, inputs = shape
         panels = (*stack, -(-outputs // PANEL))
         if mxfp4:
@@ -56,6 +60,12 @@ class Packed:
             groups = 0
             data = empty((*panels, inputs // 2, PANEL, 2), torch.bfloat16)
         scales = empty((*panels, groups, PANEL), torch.uint8) if groups else None
+        if stack:
+            # The kernel divides pairs of gate and up by expert, and `down` by output.
+            parts = 1 if parts > 1 else math.prod(stack)
+        for tensor in (data, scales):
+            if tensor is not None:
+                place_parts(tensor, parts)
         if outputs % PANEL:  # the last panel has outputs that are never filled
             data.select(len(stack), -1).zero_()
             if scales is not None:

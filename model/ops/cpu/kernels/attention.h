@@ -171,18 +171,16 @@ void attention(const bf16* query, const bf16* kv, int64_t value_offset,
   if (products * heads * head_dim < 1 << 16) threads = 1;
   const AttentionItem* items = item_list.data();
   const int64_t count = (int64_t)item_list.size();
-#pragma omp parallel num_threads(threads)
-  {
+  divide(threads, count, 1, [=](int64_t first_item, int64_t last_item) {
     int64_t configured_rows = 0;
-#pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t i = 0; i < count; i++) {
+    for (int64_t i = first_item; i < last_item; i++) {
       const int64_t s = items[i].sequence, offset = (int64_t)cu_seqlens_q[s] * heads * head_dim;
       const int64_t num_computed = context_lens[s] - (cu_seqlens_q[s + 1] - cu_seqlens_q[s]);
       attend(query + offset, out + offset, items[i], num_computed, heads, scale, cap, window,
              cache, block_tables + s * block_table_stride, sinks, configured_rows);
     }
     release_tiles(configured_rows);
-  }
+  });
 }
 
 }  // namespace

@@ -2,7 +2,6 @@
 //
 // Levels are numbered as in bindings.py: 1 AVX2 (other architectures: portable), 2 AVX-512 with
 // VNNI, 3 AVX-512 with BF16, 4 AVX-512 with BF16 and AMX.
-// This library is not linked to an OpenMP runtime: it uses the one that torch has loaded.
 
 #include "table.h"
 
@@ -60,8 +59,27 @@ extern "C" const Kernels* getp_kernels([[maybe_unused]] int level) {
 #endif
 }
 
+namespace {
+
+struct Replay {
+  const Function* functions;
+  const int64_t *next, *end;
+};
+
+bool replay_next(void* state) {
+  Replay& replay = *(Replay*)state;
+  if (replay.next == replay.end) return false;
+  const int64_t* call = replay.next;
+  const Function& function = replay.functions[*call];
+  replay.next += 1 + strlen(function.types);
+  function.replay(call + 1);
+  return true;
+}
+
+}  // namespace
+
 // Repeats recorded calls: for each, the index of its function in the table, then its arguments.
 extern "C" void getp_replay(const Kernels* kernels, const int64_t* calls, int64_t size) {
-  const int64_t* end = calls + size;
-  while (calls < end) calls = kernels->functions[*calls].replay(calls + 1);
+  Replay replay{kernels->functions, calls, calls + size};
+  run_sequence(replay_next, &replay);
 }

@@ -84,39 +84,48 @@ void experts(const Weight* gate_up, const Weight* down, int64_t num_experts,
   const int64_t span = std::max(rows_at_once(pairs, inputs), rows_at_once(pairs, size));
   const int64_t sums_offset =
       std::max(scratch_size(*gate_up, span, 2), scratch_size(*down, span, 1));
-#pragma omp parallel num_threads(threads)
-  {
-    float* scratch = thread_scratch<float>(sums_offset + panels_at_once * tokens * PANEL);
+  const int64_t* offsets = sorted.offsets.data();
+  const int64_t* sorted_pairs = sorted.pairs.data();
+  const ExpertItem* item_list = items.data();
+  divide(pairs * inputs < 1 << 15 ? 1 : threads, num_experts, 1, [=](int64_t e, int64_t last) {
+    for (; e < last; e++)
+      gather_rows(x, inputs, sorted_pairs + offsets[e], top_k,
+                  slice_rows(gathered, offsets[e], offsets[e + 1] - offsets[e], inputs));
+  });
+  divide(threads, total, chunk, [=](int64_t first_item, int64_t last_item) {
+    float* scratch = thread_scratch<float>(sums_offset);
     int64_t configured_rows = 0;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t e = 0; e < num_experts; e++) {
-      const int64_t first = sorted.offsets[(size_t)e];
-      const int64_t count = sorted.offsets[(size_t)e + 1] - first;
-      gather_rows(x, inputs, sorted.pairs.data() + first, top_k,
-                  slice_rows(gathered, first, count, inputs));
+    for (int64_t i = first_item; i < last_item; i++) {
+      const ExpertItem item = item_list[i];
+      const Rows rows = slice_rows(gathered, item.first, item.last - item.first, inputs);
+      bf16* out_rows = inner + item.first * size;
+      gated_block(gate_up[item.expert], item.panel, rows, activation, scratch, configured_rows,
+                  [&](int64_t r) {
+                    return out_rows + (rows.arranged ? arranged_offset(r, rows.count, size,
+                                                                       item.panel * PANEL)
+                                                     : r * size + item.panel * PANEL);
+                  });
     }
-#pragma omp for schedule(dynamic, chunk)
-    for (int64_t i = 0; i < total; i++) {
-      const ExpertItem item = items[(size_t)i];
-      gated_block(gate_up[item.expert], item.panel,
-                  slice_rows(gathered, item.first, item.last - item.first, inputs), activation,
-                  inner + item.first * size, scratch, configured_rows);
-    }
-    prepare_rows(inner, inner_rows, size);
+    release_tiles(configured_rows);
+  });
+  prepare_rows(inner, inner_rows, size, threads);
+  const int64_t parts = (panels + panels_at_once - 1) / panels_at_once;
+  divide(threads, parts, 1, [=](int64_t part, int64_t last_part) {
+    float* scratch = thread_scratch<float>(sums_offset + panels_at_once * tokens * PANEL);
     float* sums = scratch + sums_offset;
-#pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t begin = 0; begin < panels; begin += panels_at_once) {
-      const int64_t end = std::min(panels, begin + panels_at_once);
+    int64_t configured_rows = 0;
+    for (; part < last_part; part++) {
+      const int64_t begin = part * panels_at_once, end = std::min(panels, begin + panels_at_once);
       memset(sums, 0, (size_t)((end - begin) * tokens * PANEL) * 4);
       for (int64_t e = 0; e < num_experts; e++) {
-        const int64_t last = sorted.offsets[(size_t)e + 1];
-        for (int64_t first = sorted.offsets[(size_t)e]; first < last; first += span) {
+        const int64_t last = offsets[e + 1];
+        for (int64_t first = offsets[e]; first < last; first += span) {
           const Rows rows = slice_rows(inner_rows, first, std::min(span, last - first), size);
           for (int64_t panel = begin; panel < end; panel++) {
             float* panel_sums = sums + (panel - begin) * tokens * PANEL;
             rows_times_panels<1>(down[e], {panel}, rows, scratch, configured_rows,
                                  [&](int64_t r, const vec_f32(&products)[1][VECTORS]) {
-                                   const int64_t pair = sorted.pairs[(size_t)(first + r)];
+                                   const int64_t pair = sorted_pairs[first + r];
                                    float* to = panel_sums + pair / top_k * PANEL;
                                    for (int v = 0; v < VECTORS; v++, to += LANES)
                                      store(to, load(to) + products[0][v] * weights[pair]);
@@ -133,7 +142,7 @@ void experts(const Weight* gate_up, const Weight* down, int64_t num_experts,
         }
     }
     release_tiles(configured_rows);
-  }
+  });
 }
 
 }  // namespace

@@ -19,7 +19,10 @@ template <typename T>
 INLINE T* shared_scratch(int index, int64_t count) {
   static thread_local std::vector<T> scratches[3];
   std::vector<T>& scratch = scratches[index];
-  if ((int64_t)scratch.size() < count) scratch.resize((size_t)count);
+  if ((int64_t)scratch.size() < count) {
+    wait_for_late_threads();  // which may still read the memory that is freed
+    scratch.resize((size_t)count);
+  }
   return scratch.data();
 }
 

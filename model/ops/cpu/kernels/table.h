@@ -10,8 +10,7 @@ struct Function {
   const char* name;
   const char* types;  // one letter per argument: see type_letter
   void* address;
-  // Calls the function with recorded arguments and returns a pointer to their end.
-  const int64_t* (*replay)(const int64_t* arguments);
+  void (*replay)(const int64_t* arguments);  // calls the function with recorded arguments
 };
 
 // One unit's functions. bindings.py reads this structure.
@@ -51,9 +50,8 @@ struct Binding<function> {
   static_assert(((type_letter<T>() != 0) && ...), "an argument has a type that Python cannot pass");
   static constexpr char types[] = {type_letter<T>()..., 0};
 
-  static const int64_t* replay(const int64_t* arguments) {
+  static void replay(const int64_t* arguments) {
     replay(arguments, std::index_sequence_for<T...>());
-    return arguments + sizeof...(T);
   }
 
   template <size_t... I>

@@ -32,12 +32,16 @@ void embed(const bf16* table, int64_t rows, int64_t size, int64_t first, const i
   }
 }
 
+constexpr int64_t VECTORS_PER_PIECE = 512;  // of operations on each value by itself
+
 // x [count] · factor → out, rounded once
 void scale(const bf16* x, float factor, int64_t count, bf16* out, int threads) {
   const int64_t whole = count / LANES * LANES;
   if (count < 1 << 14) threads = 1;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t i = 0; i < whole; i += LANES) store_bf16(out + i, load_bf16(x + i) * factor);
+  divide(threads, whole / LANES, VECTORS_PER_PIECE, [=](int64_t first, int64_t last) {
+    for (int64_t i = first * LANES; i < last * LANES; i += LANES)
+      store_bf16(out + i, load_bf16(x + i) * factor);
+  });
   for (int64_t i = whole; i < count; i++) out[i] = to_bf16(to_float(x[i]) * factor);
 }
 
@@ -54,25 +58,33 @@ INLINE float sum_of_squares(const T* x, int64_t size) {
   return reduce_add(squares);
 }
 
+// Rows of a piece, for operations on each row by itself.
+INLINE int64_t rows_per_piece(int64_t rows, int threads) {
+  return std::max<int64_t>(1, rows / (4 * threads));
+}
+
 // RMSNorm of x [rows, size], without a residual stream → out
 void rms_norm(const bf16* x, const float* weight, int64_t rows, int64_t size, float eps, bf16* out,
               int threads) {
   if (rows * size < 1 << 14) threads = 1;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t row = 0; row < rows; row++) {
-    const bf16* from = x + row * size;
-    const float factor = 1.0f / std::sqrt(sum_of_squares(from, size) / (float)size + eps);
-    for (int64_t i = 0; i < size; i += LANES)
-      store_bf16(out + row * size + i, load_bf16(from + i) * factor * load(weight + i));
-  }
+  divide(threads, rows, rows_per_piece(rows, threads), [=](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+      const bf16* from = x + row * size;
+      const float factor = 1.0f / std::sqrt(sum_of_squares(from, size) / (float)size + eps);
+      for (int64_t i = 0; i < size; i += LANES)
+        store_bf16(out + row * size + i, load_bf16(from + i) * factor * load(weight + i));
+    }
+  });
 }
 
 // Caps x [count] softly, in place.
 void softcap(float* x, float cap, int64_t count, int threads) {
   if (count < 1 << 14) threads = 1;
   const int64_t whole = count / LANES * LANES;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t i = 0; i < whole; i += LANES) store(x + i, cap_softly(load(x + i), cap));
+  divide(threads, whole / LANES, VECTORS_PER_PIECE, [=](int64_t first, int64_t last) {
+    for (int64_t i = first * LANES; i < last * LANES; i += LANES)
+      store(x + i, cap_softly(load(x + i), cap));
+  });
   for (int64_t i = whole; i < count; i++) x[i] = cap_softly(broadcast(x[i]), cap)[0];
 }
 
@@ -81,23 +93,25 @@ void softcap(float* x, float cap, int64_t count, int threads) {
 void add_rms_norm(const float* x, const bf16* delta, const float* weight, int64_t rows,
                   int64_t size, float eps, float* sum, bf16* normed, int threads) {
   if (rows * size < 1 << 14) threads = 1;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t row = 0; row < rows; row++) {
-    const float* from = x + row * size;
-    if (delta) {
-      float* to = sum + row * size;
+  divide(threads, rows, rows_per_piece(rows, threads), [=](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+      const float* from = x + row * size;
+      if (delta) {
+        float* to = sum + row * size;
+        for (int64_t i = 0; i < size; i += LANES)
+          store(to + i, load(from + i) + load_bf16(delta + row * size + i));
+        from = to;
+      }
+      if (!weight) {
+        for (int64_t i = 0; i < size; i += LANES)
+          store_bf16(normed + row * size + i, load(from + i));
+        continue;
+      }
+      const float factor = 1.0f / std::sqrt(sum_of_squares(from, size) / (float)size + eps);
       for (int64_t i = 0; i < size; i += LANES)
-        store(to + i, load(from + i) + load_bf16(delta + row * size + i));
-      from = to;
+        store_bf16(normed + row * size + i, load(from + i) * factor * load(weight + i));
     }
-    if (!weight) {
-      for (int64_t i = 0; i < size; i += LANES) store_bf16(normed + row * size + i, load(from + i));
-      continue;
-    }
-    const float factor = 1.0f / std::sqrt(sum_of_squares(from, size) / (float)size + eps);
-    for (int64_t i = 0; i < size; i += LANES)
-      store_bf16(normed + row * size + i, load(from + i) * factor * load(weight + i));
-  }
+  });
 }
 
 // The norms of the query or key heads of a layer, if any: float32 weights [head_dim], or with `whole`
@@ -174,19 +188,20 @@ void rotate_and_write(const bf16* qkv, const float* cos_sin, bf16* kv, int64_t v
   const HeadNorms q_norms{q_norm, whole_norms, norms_last, eps};
   const HeadNorms k_norms{k_norm, whole_norms, norms_last, eps};
   if (tokens * heads * head_dim < 1 << 13) threads = 1;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t token = 0; token < tokens; token++) {
-    const bf16* from = qkv + token * (heads + 2 * kv_heads) * head_dim;
-    const float *cos = cos_sin + token * rotary_dim, *sin = cos + rotary_dim / 2;
-    bf16* to = query + token * heads * head_dim;
-    rotate_heads(from, heads, q_norms, cos, sin, head_dim, rotary_dim, to);
-    if (query_scale) multiply_in_place(to, nullptr, query_scale[token], heads * head_dim);
-    from += heads * head_dim;
-    to = kv + slot_mapping[token] * kv_heads * head_dim;
-    rotate_heads(from, kv_heads, k_norms, cos, sin, head_dim, rotary_dim, to);
-    from += kv_heads * head_dim;
-    memcpy(to + value_offset, from, (size_t)(kv_heads * head_dim) * 2);
-  }
+  divide(threads, tokens, rows_per_piece(tokens, threads), [=](int64_t first, int64_t last) {
+    for (int64_t token = first; token < last; token++) {
+      const bf16* from = qkv + token * (heads + 2 * kv_heads) * head_dim;
+      const float *cos = cos_sin + token * rotary_dim, *sin = cos + rotary_dim / 2;
+      bf16* to = query + token * heads * head_dim;
+      rotate_heads(from, heads, q_norms, cos, sin, head_dim, rotary_dim, to);
+      if (query_scale) multiply_in_place(to, nullptr, query_scale[token], heads * head_dim);
+      from += heads * head_dim;
+      to = kv + slot_mapping[token] * kv_heads * head_dim;
+      rotate_heads(from, kv_heads, k_norms, cos, sin, head_dim, rotary_dim, to);
+      from += kv_heads * head_dim;
+      memcpy(to + value_offset, from, (size_t)(kv_heads * head_dim) * 2);
+    }
+  });
 }
 
 void route_row(const bf16* logits, int64_t experts, int64_t top_k, bool softmax_after_top_k,
@@ -215,14 +230,12 @@ void route(const bf16* logits, int64_t rows, int64_t experts, int64_t top_k,
            bool softmax_after_top_k, bool normalize, int64_t* expert_ids, float* weights,
            int threads) {
   if (rows * experts < 1 << 11) threads = 1;
-#pragma omp parallel num_threads(threads)
-  {
+  divide(threads, rows, rows_per_piece(rows, threads), [=](int64_t first, int64_t last) {
     float* values = thread_scratch<float>(experts);
-#pragma omp for schedule(static) nowait
-    for (int64_t row = 0; row < rows; row++)
+    for (int64_t row = first; row < last; row++)
       route_row(logits + row * experts, experts, top_k, softmax_after_top_k, normalize, values,
                 expert_ids + row * top_k, weights + row * top_k);
-  }
+  });
 }
 
 }  // namespace

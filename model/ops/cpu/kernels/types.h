@@ -6,8 +6,6 @@
 // instruction set is in an anonymous namespace, so that units never share it.
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -16,12 +14,13 @@
 #include <utility>
 #include <vector>
 
+#include "threads/team.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
-#define HIDDEN __attribute__((visibility("hidden")))
 
 using bf16 = uint16_t;
 

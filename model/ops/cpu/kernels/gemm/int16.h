@@ -126,28 +126,29 @@ INLINE void quantize_columns(const bf16* stage, int64_t width, int64_t first, in
 void pack_int16(int16_t* to, uint8_t* exponents, int64_t inputs, int64_t first, int64_t count,
                 const bf16* from, int64_t row_stride, int64_t column_stride, int threads) {
   const int64_t begin = first / PANEL, end = (first + count + PANEL - 1) / PANEL;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t panel = begin; panel < end; panel++) {
-    const int64_t low = std::max(first, panel * PANEL) - panel * PANEL;
-    const int64_t high = std::min(first + count, (panel + 1) * PANEL) - panel * PANEL;
-    const bf16* source = from + (panel * PANEL - first) * row_stride;
-    alignas(64) bf16 stage[INT16_GROUP * PANEL] = {};
-    for (int64_t k = 0; k < inputs; k += INT16_GROUP) {
-      const int64_t width = std::min(INT16_GROUP, inputs - k);
-      if (column_stride == 1) {
-        for (int64_t o = low; o < high; o++)
-          for (int64_t i = 0; i < width; i++) stage[i * PANEL + o] = source[o * row_stride + k + i];
-      } else {
-        for (int64_t i = 0; i < width; i++)
+  divide(threads, end - begin, 1, [=](int64_t first_panel, int64_t last_panel) {
+    for (int64_t panel = begin + first_panel; panel < begin + last_panel; panel++) {
+      const int64_t low = std::max(first, panel * PANEL) - panel * PANEL;
+      const int64_t high = std::min(first + count, (panel + 1) * PANEL) - panel * PANEL;
+      const bf16* source = from + (panel * PANEL - first) * row_stride;
+      alignas(64) bf16 stage[INT16_GROUP * PANEL] = {};
+      for (int64_t k = 0; k < inputs; k += INT16_GROUP) {
+        const int64_t width = std::min(INT16_GROUP, inputs - k);
+        if (column_stride == 1) {
           for (int64_t o = low; o < high; o++)
-            stage[i * PANEL + o] = source[o * row_stride + (k + i) * column_stride];
+            for (int64_t i = 0; i < width; i++) stage[i * PANEL + o] = source[o * row_stride + k + i];
+        } else {
+          for (int64_t i = 0; i < width; i++)
+            for (int64_t o = low; o < high; o++)
+              stage[i * PANEL + o] = source[o * row_stride + (k + i) * column_stride];
+        }
+        const int64_t group = panel * scale_count(inputs) + k / INT16_GROUP;
+        for (int64_t o = 0; o < PANEL; o += LANES)
+          quantize_columns(stage + o, width, std::max(o, low) - o, std::min(o + LANES, high) - o,
+                           to + (panel * inputs + k) * PANEL + o * 2, exponents + group * PANEL + o);
       }
-      const int64_t group = panel * scale_count(inputs) + k / INT16_GROUP;
-      for (int64_t o = 0; o < PANEL; o += LANES)
-        quantize_columns(stage + o, width, std::max(o, low) - o, std::min(o + LANES, high) - o,
-                         to + (panel * inputs + k) * PANEL + o * 2, exponents + group * PANEL + o);
     }
-  }
+  });
 }
 
 }  // namespace

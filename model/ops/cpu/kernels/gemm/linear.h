@@ -8,6 +8,52 @@ namespace {
 // With fewer multiplications than this, a single thread is faster than starting a team.
 constexpr int64_t PARALLEL_PRODUCTS = 1 << 17;
 
+// Items of a piece: enough for several pieces a thread, and few enough that a piece takes some tens
+// of microseconds. An item is a number of panels of `inputs`, times `rows`.
+INLINE int64_t items_per_piece(int64_t items, int64_t inputs, int64_t panels, int64_t rows,
+                               int threads) {
+  const int64_t cost = panels * inputs * PANEL * 2 * (1 + rows / 16);
+  return std::max<int64_t>(1, std::min(items / (8 * threads), (1 << 18) / cost));
+}
+
+// Where the results of a piece's items are written: 32 outputs of each row. If another thread can
+// take the piece over, that is memory of the thread until the piece is committed.
+template <typename T>
+class Results {
+ public:
+  // out [rows, outputs]; an item is a panel and at most `span` rows; buffer [items of the piece,
+  // span, 32]: that memory, or null.
+  Results(T* out, int64_t outputs, int64_t panels, int64_t span, T* buffer)
+      : out(out), outputs(outputs), panels(panels), span(span), buffer(buffer) {}
+
+  // The place of row r of the i-th item of the piece that begins with item `first`.
+  T* at(int64_t first, int64_t i, int64_t r) const {
+    return buffer ? buffer + (i * span + r) * PANEL : place(first + i, r);
+  }
+  int64_t writable(int64_t item) const {
+    return buffer ? PANEL : outputs - item % panels * PANEL;
+  }
+
+  // Copies what is in the buffer to `out`, for `rows` rows in all.
+  void write(const Piece& piece, int64_t rows) const {
+    for (int64_t item = piece.first; buffer && item < piece.last; item++) {
+      const int64_t count = std::min(PANEL, outputs - item % panels * PANEL);
+      const int64_t item_rows = std::min(span, rows - item / panels * span);
+      for (int64_t r = 0; r < item_rows; r++)
+        memcpy(place(item, r), at(piece.first, item - piece.first, r), (size_t)count * sizeof(T));
+    }
+  }
+
+ private:
+  T* place(int64_t item, int64_t r) const {
+    return out + (item / panels * span + r) * outputs + item % panels * PANEL;
+  }
+
+  T* out;
+  int64_t outputs, panels, span;
+  T* buffer;
+};
+
 // x [rows, inputs] → out [rows, outputs] of bf16 or float; transform(sums [32]) before the result
 // is stored.
 template <typename T, typename Transform>
@@ -16,28 +62,29 @@ INLINE void multiply(const Weight* weight, const bf16* x, int64_t rows, T* out, 
   const int64_t inputs = weight->inputs, outputs = weight->outputs;
   const int64_t panels = (outputs + PANEL - 1) / PANEL;
   const int64_t span = rows_at_once(rows, inputs), spans = (rows + span - 1) / span;
-  const int64_t items = panels * spans, chunk = std::max<int64_t>(1, items / (8 * threads));
   if (rows * outputs * inputs < PARALLEL_PRODUCTS) threads = 1;
+  const int64_t items = panels * spans;
+  const int64_t size = items_per_piece(items, inputs, 1, std::min(rows, span), threads);
   const Rows all = rows_of(x, rows, inputs);
-#pragma omp parallel num_threads(threads)
-  {
-    prepare_rows(x, all, inputs);
-    float* scratch = thread_scratch<float>(scratch_size(*weight, span, 1));
+  prepare_rows(x, all, inputs, threads);
+  const bool buffered = threads > 1 && in_sequence();
+  divide_last(threads, items, size, [=](Piece& piece) {
+    const int64_t scratch_floats = scratch_size(*weight, span, 1);
+    float* scratch = thread_scratch<float>(scratch_floats + size * span * PANEL);
+    const Results<T> results(out, outputs, panels, span, buffered ? (T*)(scratch + scratch_floats) : nullptr);
     int64_t configured_rows = 0;
-#pragma omp for schedule(dynamic, chunk) nowait
-    for (int64_t item = 0; item < items; item++) {
-      const int64_t panel = item % panels, first = item / panels * span;
-      const int64_t count = outputs - panel * PANEL;
-      T* to = out + first * outputs + panel * PANEL;
-      rows_times_panels<1>(*weight, {panel}, slice_rows(all, first, span, inputs), scratch,
+    for (int64_t item = piece.first; item < piece.last; item++) {
+      const int64_t first = item / panels * span, count = results.writable(item);
+      rows_times_panels<1>(*weight, {item % panels}, slice_rows(all, first, span, inputs), scratch,
                            configured_rows, [&](int64_t r, const vec_f32(&sums)[1][VECTORS]) {
-                             vec_f32 results[VECTORS];
-                             for (int v = 0; v < VECTORS; v++) results[v] = transform(sums[0][v]);
-                             write_row(results, to + r * outputs, count);
+                             vec_f32 row[VECTORS];
+                             for (int v = 0; v < VECTORS; v++) row[v] = transform(sums[0][v]);
+                             write_row(row, results.at(piece.first, item - piece.first, r), count);
                            });
     }
     release_tiles(configured_rows);
-  }
+    if (piece.commit()) results.write(piece, rows);
+  });
 }
 
 // x [rows, inputs] → out [rows, outputs]
@@ -51,16 +98,14 @@ void logits(const Weight* weight, const bf16* x, int64_t rows, float scale, floa
   multiply(weight, x, rows, out, threads, [scale](vec_f32 sums) { return sums * scale; });
 }
 
-// A panel of gates and the panel of values that they gate, for rows x [count, inputs]: out [count,
-// outputs / 2], arranged as x is. The first half of the outputs are gates.
-void gated_block(const Weight& weight, int64_t panel, const Rows& x, Activation activation, bf16* out,
-                 float* scratch, int64_t& configured_rows) {
-  const int64_t size = weight.outputs / 2;
-  rows_times_panels<2>(weight, {panel, panel + size / PANEL}, x, scratch, configured_rows,
-                       [&](int64_t r, const vec_f32(&sums)[2][VECTORS]) {
-                         bf16* to = x.arranged
-                                        ? out + arranged_offset(r, x.count, size, panel * PANEL)
-                                        : out + r * size + panel * PANEL;
+// A panel of gates and the panel of values that they gate, for rows x [count, inputs]: 32 values of
+// each row r are written to place(r). The first half of the outputs are gates.
+template <typename Place>
+INLINE void gated_block(const Weight& weight, int64_t panel, const Rows& x, Activation activation,
+                        float* scratch, int64_t& configured_rows, Place place) {
+  rows_times_panels<2>(weight, {panel, panel + weight.outputs / 2 / PANEL}, x, scratch,
+                       configured_rows, [&](int64_t r, const vec_f32(&sums)[2][VECTORS]) {
+                         bf16* to = place(r);
                          for (int v = 0; v < VECTORS; v++)
                            store_bf16(to + v * LANES, activate(sums[0][v], sums[1][v], activation));
                        });
@@ -70,24 +115,26 @@ void gated_block(const Weight& weight, int64_t panel, const Rows& x, Activation 
 void gated_linear(const Weight* weight, const bf16* x, int64_t rows, int64_t kind, float limit,
                   float alpha, bf16* out, int threads) {
   const Activation activation{kind, limit, alpha};
-  const int64_t inputs = weight->inputs, panels = weight->outputs / 2 / PANEL;
+  const int64_t inputs = weight->inputs, outputs = weight->outputs / 2, panels = outputs / PANEL;
   const int64_t span = rows_at_once(rows, inputs), items = panels * ((rows + span - 1) / span);
-  const int64_t chunk = std::max<int64_t>(1, items / (8 * threads));
   if (rows * weight->outputs * inputs < PARALLEL_PRODUCTS) threads = 1;
+  const int64_t size = items_per_piece(items, inputs, 2, std::min(rows, span), threads);
   const Rows all = rows_of(x, rows, inputs);
-#pragma omp parallel num_threads(threads)
-  {
-    prepare_rows(x, all, inputs);
-    float* scratch = thread_scratch<float>(scratch_size(*weight, span, 2));
+  prepare_rows(x, all, inputs, threads);
+  const bool buffered = threads > 1 && in_sequence();
+  divide_last(threads, items, size, [=](Piece& piece) {
+    const int64_t scratch_floats = scratch_size(*weight, span, 2);
+    float* scratch = thread_scratch<float>(scratch_floats + size * span * PANEL);
+    const Results<bf16> results(out, outputs, panels, span, buffered ? (bf16*)(scratch + scratch_floats) : nullptr);
     int64_t configured_rows = 0;
-#pragma omp for schedule(dynamic, chunk) nowait
-    for (int64_t item = 0; item < items; item++) {
-      const int64_t first = item / panels * span;
-      gated_block(*weight, item % panels, slice_rows(all, first, span, inputs), activation,
-                  out + first * weight->outputs / 2, scratch, configured_rows);
+    for (int64_t item = piece.first; item < piece.last; item++) {
+      const Rows block = slice_rows(all, item / panels * span, span, inputs);
+      gated_block(*weight, item % panels, block, activation, scratch, configured_rows,
+                  [&](int64_t r) { return results.at(piece.first, item - piece.first, r); });
     }
     release_tiles(configured_rows);
-  }
+    if (piece.commit()) results.write(piece, rows);
+  });
 }
 
 }  // namespace

@@ -34,15 +34,17 @@ INLINE Rows rows_of([[maybe_unused]] const bf16* x, int64_t rows,
 #endif
 }
 
-// Fills `rows` from x [rows.count, inputs] if they are integers. All threads of a parallel region
-// must call it.
+// Fills `rows` from x [rows.count, inputs] if they are integers.
 INLINE void prepare_rows([[maybe_unused]] const bf16* x, [[maybe_unused]] const Rows& rows,
-                         [[maybe_unused]] int64_t inputs) {
+                         [[maybe_unused]] int64_t inputs, [[maybe_unused]] int threads) {
 #if INT16_GEMM
-#pragma omp for schedule(static)
-  for (int64_t r = 0; r < rows.count; r++)
-    quantize_row(x + r * inputs, inputs, (int16_t*)rows.data + r * INT16_GROUP,
-                 (float*)rows.scales + r, rows.stride);
+  if (rows.count * inputs < 1 << 14) threads = 1;
+  divide(threads, rows.count, std::max<int64_t>(1, rows.count / (4 * threads)),
+         [=](int64_t first, int64_t last) {
+           for (int64_t r = first; r < last; r++)
+             quantize_row(x + r * inputs, inputs, (int16_t*)rows.data + r * INT16_GROUP,
+                          (float*)rows.scales + r, rows.stride);
+         });
 #endif
 }
 
