@@ -41,7 +41,7 @@ def choose_kernels(
     if engine.make_capture is not None and not engine.capture_crash:
         capture = engine.make_capture(EngineStats())
     verifier = Verifier(
-        backend, engine.model_config, engine.runner.shard, engine.settings.block_size, capture
+        backend, engine.held_config, engine.runner.shard, engine.settings.block_size, capture
     )
     is_long = preferred is None and expected_s is not None and expected_s >= LONG_JOB_S
     try:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -145,9 +145,4 @@ def held_config(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
 
     Weights become dense where no kernel reads their format, which changes the bytes of a step.
     """
-    backend = choose_backend(device, dtype)
-    return replace(
-        config,
-        linear_format=config.linear_format.held(backend),
-        expert_format=config.expert_format.held(backend),
-    )
+    return config.held(choose_backend(device, dtype))

@@ -38,9 +38,9 @@ class Attention:
         )
         self.has_sinks = config.sinks
         self.sinks: torch.Tensor | None = None
-        form, qkv_width = config.linear_format, (heads + 2 * kv_heads) * head_dim
-        self.qkv = Linear(hidden, qkv_width, config.qkv_bias, form)
-        self.out = Linear(heads * head_dim, hidden, config.o_bias, form, sum_over_ranks=True)
+        forms, qkv_width = layer.formats, (heads + 2 * kv_heads) * head_dim
+        self.qkv = Linear(hidden, qkv_width, config.qkv_bias, forms.qkv)
+        self.out = Linear(heads * head_dim, hidden, config.o_bias, forms.out, sum_over_ranks=True)
 
     def __call__(
         self,

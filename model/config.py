@@ -2,13 +2,16 @@
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from model.formats import DENSE, WeightFormat
+from model.formats import DENSE, FormatRules, WeightFormat
 from model.ops.specs import Activation, NormSpec, RouterSpec
+
+if TYPE_CHECKING:
+    from model.ops.backend import Backend
 
 DTYPES = ("bfloat16", "float16", "float32")
 """Names of the supported compute dtypes."""
@@ -72,12 +75,36 @@ class MoeConfig:
 
 
 @dataclass(frozen=True)
+class LayerFormats:
+    """The formats of a layer's weights in memory, as they would be kept with every kernel.
+
+    A weight that consists of tensors of several formats is dense.
+    """
+
+    qkv: WeightFormat = DENSE
+    out: WeightFormat = DENSE
+    gate_up: WeightFormat = DENSE  # of a dense MLP
+    down: WeightFormat = DENSE
+    experts: WeightFormat = DENSE
+
+    def held(self, backend: "Backend") -> "LayerFormats":
+        """The formats on a backend, which may have no kernels for these."""
+        return LayerFormats(
+            *(
+                getattr(self, field.name).held(backend, stacked=field.name == "experts")
+                for field in fields(self)
+            )
+        )
+
+
+@dataclass(frozen=True)
 class LayerConfig:
     """Properties that differ from layer to layer."""
 
     window: int | None  # sliding attention window in tokens, the token itself included
     sparse: bool  # MoE instead of a dense MLP
     rope: RopeConfig | None = None  # the layer's own rotary embedding; None: the model's
+    formats: LayerFormats = LayerFormats()
 
 
 @dataclass(frozen=True)
@@ -116,13 +143,20 @@ class ModelConfig:
     logits_softcap: float | None = None  # as attention_softcap, of the scaled logits
     activation: Activation = field(default_factory=Activation)
     moe: MoeConfig | None = None
-    linear_format: WeightFormat = DENSE  # of the weights of attention and dense MLPs
-    expert_format: WeightFormat = DENSE
+    # Of the checkpoint; see also LayerFormats.
+    stored_formats: FormatRules = field(default_factory=FormatRules)
 
     @cached_property
     def ropes(self) -> tuple[RopeConfig, ...]:
         """The different rotary embeddings of the layers, in the order of their first layers."""
         return tuple(dict.fromkeys(layer.rope or self.rope for layer in self.layers))
+
+    def held(self, backend: "Backend") -> "ModelConfig":
+        """This config with the formats of the weights on a backend."""
+        kinds = {
+            layer: replace(layer, formats=layer.formats.held(backend)) for layer in set(self.layers)
+        }
+        return replace(self, layers=tuple(kinds[layer] for layer in self.layers))
 
 
 def conversion_hint(folder: Path) -> str:

@@ -17,9 +17,11 @@ from model.config import CheckpointError, ModelConfig, MoeConfig
 from model.families import is_of_another_part, stored_names
 from model.families.tensor_names import ExpertNames, TensorNames
 from model.formats import WeightFormat, full_interface
+from model.formats.dense import Dense
 from model.ops.backend import Backend
 from model.ops.specs import Norm, Parameter
-from model.tensor_map import TensorMap, tensor_map
+from model.stored_weights import StoredMap
+from model.tensor_map import tensor_map
 from model.transformer import Transformer
 
 # Stored by old exports; derived from the config here.
@@ -36,17 +38,17 @@ def load(model: Transformer, checkpoint: str | Path, backend: Backend) -> None:
         files = CheckpointFiles(Path(checkpoint), stack)
         found = _checked_map(model, files)
         parameters = _parameters(model, backend)
-        for piece in found.pieces:
-            parameters[id(piece.holder), piece.attribute].pieces_left += 1
+        for stored in found.pieces:
+            parameters[stored.piece.holder_key].pieces_left += 1
         # In file order, so that each file is read once, front to back.
-        for piece in sorted(found.pieces, key=lambda piece: files.order(piece.stored[0].name)):
-            parameter = parameters[id(piece.holder), piece.attribute]
-            tensors = [files.read(stored) for stored in piece.stored]
+        for stored in sorted(found.pieces, key=lambda stored: files.order(stored.tensors[0].name)):
+            piece, parameter = stored.piece, parameters[stored.piece.holder_key]
+            tensors = [files.read(tensor) for tensor in stored.tensors]
             try:
-                source = piece.format.source(tensors, transposed=piece.transposed)
-                piece.write(parameter.storage(), source)
+                source = stored.format.source(tensors, transposed=piece.weight.transposed)
+                piece.write(parameter.storage(), parameter.accepted(source))
             except ValueError as error:
-                tensor_names = " and ".join(stored.name for stored in piece.stored)
+                tensor_names = " and ".join(tensor.name for tensor in stored.tensors)
                 raise CheckpointError(f"{checkpoint}: {tensor_names}: {error}") from None
             parameter.pieces_left -= 1
             if not parameter.pieces_left:
@@ -105,6 +107,22 @@ class _Filling:
                 self._storage = self.format.allocate(backend, shape, self.declared.parts)
         return self._storage
 
+    def accepted(self, source: Any) -> Any:
+        """A weight from the checkpoint in the form that the storage takes.
+
+        Raises ValueError if it is dense and the storage is not.
+        """
+        is_dense = self.format is None or isinstance(self.format, Dense)
+        if isinstance(source, torch.Tensor):
+            if not is_dense:
+                assert self.format is not None
+                raise ValueError(
+                    f"stored dense, though by 'quantization_config' it is {self.format.name}: name"
+                    " it there as an exception"
+                )
+            return source
+        return source.dense(self.backend.dtype) if is_dense else source
+
     def fill_random(self, generator: torch.Generator) -> None:
         """Fill matrices with random values, other vectors with 0, and norms so that they have 1."""
         declared, storage = self.declared, self.storage()
@@ -160,11 +178,18 @@ def _tie_head(model: Transformer, backend: Backend) -> None:
         model.head.weight = backend.pack_head(model.embedding)
 
 
-def _checked_map(model: Transformer, files: CheckpointFiles) -> TensorMap:
+def _checked_map(model: Transformer, files: CheckpointFiles) -> StoredMap:
     """The map of the model's tensors, all of which are in the files."""
     _check_count(model.config, files)
     names = _stored_names(model.config, files)
-    found = tensor_map(model, names)
+
+    def find(name: str) -> tuple[tuple[int, ...], str] | None:
+        return files.describe(name) if name in files.file_of else None
+
+    try:
+        found = StoredMap.of(tensor_map(model, names), model.config.stored_formats, find)
+    except ValueError as error:
+        raise CheckpointError(f"{files.folder}: {error}") from None
     _check(found, files, model.config, names)
     return found
 
@@ -185,11 +210,9 @@ def _check_count(config: ModelConfig, files: CheckpointFiles) -> None:
 
 
 def _check(
-    found: TensorMap, files: CheckpointFiles, config: ModelConfig, names: TensorNames
+    found: StoredMap, files: CheckpointFiles, config: ModelConfig, names: TensorNames
 ) -> None:
-    expected = {stored.name: stored for stored in found.elsewhere}
-    for piece in found.pieces:
-        expected |= {stored.name: stored for stored in piece.stored}
+    expected = found.expected
     for name, stored in expected.items():
         if name not in files.file_of:
             raise CheckpointError(
@@ -209,6 +232,7 @@ def _check(
     for name in files.file_of:
         spare_head = name == names.head and config.tie_word_embeddings
         ignored = name.endswith(_IGNORED_SUFFIXES) or is_of_another_part(config.model_type, name)
+        ignored = ignored or found.is_unused(name)
         if name not in expected and not spare_head and not ignored:
             raise CheckpointError(
                 f"{files.path(name)}: tensor {name!r} is not part of a {config.model_type} model"

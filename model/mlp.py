@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from model.config import ModelConfig
+from model.config import LayerConfig, ModelConfig
 from model.formats import DENSE
 from model.ops.specs import (
     Experts,
@@ -25,14 +25,15 @@ if TYPE_CHECKING:
 class Mlp:
     """Dense gated MLP; gate and up are one linear, gate rows first. Split by its inner size."""
 
-    def __init__(self, config: ModelConfig, shard: Shard = ALONE):
+    def __init__(self, config: ModelConfig, layer: LayerConfig, shard: Shard = ALONE):
         hidden, size = config.hidden_size, config.intermediate_size // shard.size
         self.shard, self.residual_scale = shard, config.residual_scale
         self.activation = config.activation
         self.norm = Norm(hidden, config.norm, is_identity=not config.pre_norms)
         self.post_norm = Norm(hidden, config.norm) if config.post_norms else None
-        self.gate_up = Linear(hidden, 2 * size, config.mlp_bias, config.linear_format)
-        self.down = Linear(size, hidden, config.mlp_bias, config.linear_format, sum_over_ranks=True)
+        bias, forms = config.mlp_bias, layer.formats
+        self.gate_up = Linear(hidden, 2 * size, bias, forms.gate_up)
+        self.down = Linear(size, hidden, bias, forms.down, sum_over_ranks=True)
 
     def __call__(
         self, ops: "Backend", x: "torch.Tensor", delta: "torch.Tensor"
@@ -59,7 +60,7 @@ class Moe:
     Experts are distributed whole over the ranks, and every rank has the router.
     """
 
-    def __init__(self, config: ModelConfig, shard: Shard = ALONE):
+    def __init__(self, config: ModelConfig, layer: LayerConfig, shard: Shard = ALONE):
         moe = config.moe
         if moe is None:
             raise ValueError("the model has no experts")
@@ -74,7 +75,7 @@ class Moe:
             config.hidden_size,
             moe.intermediate_size,
             moe.biases,
-            config.expert_format,
+            layer.formats.experts,
         )
 
     def __call__(

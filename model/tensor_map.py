@@ -12,7 +12,6 @@ from typing import Any
 from model.attention import Attention
 from model.config import ModelConfig
 from model.families.tensor_names import ExpertNames, LinearName, TensorNames
-from model.formats import DENSE, StoredTensor, WeightFormat, full_interface
 from model.formats.format import Part
 from model.mlp import Mlp, Moe
 from model.ops.specs import Linear
@@ -25,23 +24,38 @@ def _all() -> slice:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Tensors of the checkpoint that together hold one weight, and how it fills a parameter."""
+class NamedWeight:
+    """A weight, or a vector, of a checkpoint, in whatever format it is stored."""
 
-    stored: list[StoredTensor]
+    name: str  # of its tensor if it is dense
+    shape: tuple[int, ...]
+    part: Part = ()  # what this rank reads
+    module: str | None = None  # the module whose format it has; None: dense
+    is_embedding: bool = False
+    transposed: bool = False  # see WeightFormat.stored
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A weight of the checkpoint, and how it fills a parameter."""
+
+    weight: NamedWeight
     holder: Any  # the object whose attribute is the parameter
     attribute: str
     write: Callable[[Any, Any], None]  # (the parameter's storage, WeightFormat.source)
-    format: WeightFormat = DENSE
-    transposed: bool = False
+
+    @property
+    def holder_key(self) -> tuple[int, str]:
+        """What identifies the parameter."""
+        return id(self.holder), self.attribute
 
 
 @dataclass
 class TensorMap:
-    """Every tensor that a checkpoint of the model's config must contain."""
+    """Every weight that a checkpoint of the model's config must contain."""
 
     pieces: list[Piece] = field(default_factory=list)
-    elsewhere: list[StoredTensor] = field(default_factory=list)  # read only by other ranks
+    elsewhere: list[NamedWeight] = field(default_factory=list)  # read only by other ranks
 
 
 @dataclass(frozen=True)
@@ -64,11 +78,11 @@ def tensor_map(model: Transformer, names: TensorNames) -> TensorMap:
     config, shard, found = model.config, model.shard, TensorMap()
     table, own = (config.vocab_size, config.hidden_size), (shard.vocab_part(config.vocab_size),)
     found.pieces += [
-        _whole(names.embedding, table, model, "embedding", own),
-        _whole(names.final_norm, table[1:], model.final_norm),
+        _whole(_weight(names.embedding, table, own, is_embedding=True), model, "embedding"),
+        _whole(NamedWeight(names.final_norm, table[1:]), model.final_norm),
     ]
     if not config.tie_word_embeddings:
-        found.pieces.append(_whole(names.head, table, model.head, part=own))
+        found.pieces.append(_whole(_weight(names.head, table, own), model.head))
     for i, layer in enumerate(model.layers):
         prefix = names.layer.format(layer=i)
         found.pieces += _layer_vectors(prefix, names, layer, config, shard)
@@ -82,16 +96,16 @@ def tensor_map(model: Transformer, names: TensorNames) -> TensorMap:
     return found
 
 
-def _whole(
-    name: str, shape: tuple[int, ...], holder: Any, attribute: str = "weight", part: Part = ()
-) -> Piece:
-    """The piece of a tensor that fills a whole parameter; this rank reads `part` of the tensor."""
-    return Piece(
-        DENSE.stored(name, shape, part),
-        holder,
-        attribute,
-        lambda storage, source: storage.copy_(source),
-    )
+def _weight(
+    name: str, shape: tuple[int, ...], part: Part = (), *, is_embedding: bool = False
+) -> NamedWeight:
+    """A weight of a module of its own."""
+    return NamedWeight(name, shape, part, name.removesuffix(".weight"), is_embedding)
+
+
+def _whole(weight: NamedWeight, holder: Any, attribute: str = "weight") -> Piece:
+    """The piece that fills a whole parameter."""
+    return Piece(weight, holder, attribute, lambda storage, source: storage.copy_(source))
 
 
 def _layer_vectors(
@@ -107,10 +121,11 @@ def _layer_vectors(
         (names.k_norm, attention.heads.k_norm),
     ):
         if norm is not None and not norm.is_identity:
-            yield _whole(prefix + name, (norm.size,), norm)
+            yield _whole(NamedWeight(prefix + name, (norm.size,)), norm)
     if attention.has_sinks:
         heads = shard.part(config.num_heads)
-        yield _whole(prefix + names.sinks, (config.num_heads,), attention, "sinks", (heads,))
+        sinks = NamedWeight(prefix + names.sinks, (config.num_heads,), (heads,))
+        yield _whole(sinks, attention, "sinks")
 
 
 def _attention_parts(
@@ -166,13 +181,12 @@ def _linear(
     name: str, part: _LinearPart, outputs: int, rows: slice, shard: Shard
 ) -> Iterator[Piece]:
     linear, write = part.linear, _write_rows(part.first, rows.stop - rows.start)
-    form = full_interface(linear.format)
-    stored = form.stored(f"{name}.weight", (outputs, part.inputs), (rows, part.columns))
-    yield Piece(stored, linear, "weight", write, form)
+    weight = _weight(f"{name}.weight", (outputs, part.inputs), (rows, part.columns))
+    yield Piece(weight, linear, "weight", write)
     if linear.has_bias:
         if linear.sum_over_ranks and shard.rank:
             write = _write_zeros  # rank 0 alone adds the bias
-        yield Piece(DENSE.stored(f"{name}.bias", (outputs,), (rows,)), linear, "bias", write)
+        yield Piece(NamedWeight(f"{name}.bias", (outputs,), (rows,)), linear, "bias", write)
 
 
 def _write_rows(first: int, count: int) -> Callable[[Any, Any], None]:
@@ -222,11 +236,6 @@ class _ExpertLinear:
             return experts.hidden, experts.size
         return len(self.parts) * experts.size, experts.hidden
 
-    @property
-    def format(self) -> WeightFormat:
-        """The format of the weights."""
-        return full_interface(self.moe.experts.format)
-
     def write(self, storage: Any, source: Any) -> None:
         """Fill one expert's rows from its tensor, both [outputs, inputs] or [outputs]."""
         count = len(self.parts)
@@ -244,15 +253,14 @@ def _add_single_experts(found: TensorMap, stem: str, target: _ExpertLinear, coun
     experts, own, attribute = target.moe.experts, target.moe.shard.part(count), target.attribute
     for expert in range(count):
         name = stem.format(expert=expert)
-        weight = target.format.stored(f"{name}.weight", target.shape)
-        bias = DENSE.stored(f"{name}.bias", target.shape[:1]) if experts.has_bias else []
+        tensors = {attribute: _weight(f"{name}.weight", target.shape)}
+        if experts.has_bias:
+            tensors[f"{attribute}_bias"] = NamedWeight(f"{name}.bias", target.shape[:1])
         if not own.start <= expert < own.stop:
-            found.elsewhere += weight + bias
+            found.elsewhere += tensors.values()
             continue
         write = _write_expert(target, expert - own.start)
-        found.pieces.append(Piece(weight, experts, attribute, write, target.format))
-        if bias:
-            found.pieces.append(Piece(bias, experts, f"{attribute}_bias", write))
+        found.pieces += [Piece(tensors[key], experts, key, write) for key in tensors]
 
 
 def _write_expert(target: _ExpertLinear, expert: int) -> Callable[[Any, Any], None]:
@@ -271,8 +279,9 @@ def _stacked_experts(stem: str, target: _ExpertLinear, count: int) -> Iterator[P
             target.write(storage[expert], source[expert])
 
     shape, transposed = (count, *target.shape), target.names.transposed
-    stored = target.format.stored(stem, shape, (own,), transposed=transposed)
-    yield Piece(stored, experts, attribute, write, target.format, transposed)
+    weight = NamedWeight(stem, shape, (own,), module=stem, transposed=transposed)
+    yield Piece(weight, experts, attribute, write)
     if experts.has_bias:
-        bias = DENSE.stored(f"{stem}_bias", shape[:2], (own,))
-        yield Piece(bias, experts, f"{attribute}_bias", write)
+        yield Piece(
+            NamedWeight(f"{stem}_bias", shape[:2], (own,)), experts, f"{attribute}_bias", write
+        )

@@ -24,7 +24,7 @@ class Layer:
     def __init__(self, config: ModelConfig, layer: LayerConfig, shard: Shard = ALONE):
         self.rope_index = config.ropes.index(layer.rope or config.rope)
         self.attention = Attention(config, layer, shard)
-        self.mlp: Moe | Mlp = Moe(config, shard) if layer.sparse else Mlp(config, shard)
+        self.mlp: Moe | Mlp = (Moe if layer.sparse else Mlp)(config, layer, shard)
 
     def parameters(self) -> Iterator[Parameter]:
         """Declare the norms, then the rest of the attention and of the MLP."""

@@ -24,6 +24,7 @@ from model.checks import FULL, cases
 from model.config import ModelConfig
 from model.cost.known_models import named_config
 from model.families import parse_config
+from model.formats import MXFP4
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.specs import Experts, SamplingTables
 from model.ops.triton.backend import TritonBackend
@@ -160,7 +161,7 @@ def _model(config: ModelConfig, ops: TritonBackend) -> Transformer:
     for parameter in model.parameters():
         holder, shape = parameter.holder, parameter.shape
         if isinstance(holder, Experts) and parameter.format is not None:
-            value: Any = _experts(shape, config.expert_format.name == "mxfp4", ops)
+            value: Any = _experts(shape, holder.format == MXFP4, ops)
         else:
             dtype = torch.float32 if parameter.is_float32 else ops.dtype
             value = _empty(*shape, dtype=dtype)

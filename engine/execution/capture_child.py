@@ -34,8 +34,9 @@ def small_runner(
     if config.moe is not None:
         experts = min(config.moe.num_experts, 2 * config.moe.router.top_k)
         config = replace(config, moe=replace(config.moe, num_experts=experts))
-    kinds = tuple(dict.fromkeys(config.layers))
     runner = ModelRunner(config, device, dtype)
+    config = runner.config
+    kinds = tuple(dict.fromkeys(config.layers))
     small = Transformer(replace(config, layers=kinds))
     loader.load_dummy(small, runner.backend)
     layers = dict(zip(kinds, small.layers, strict=True))

@@ -48,9 +48,10 @@ class ModelRunner:
         dtype: torch.dtype,
         shard: Shard = ALONE,
     ):
-        self.config, self.device, self.dtype, self.shard = config, device, dtype, shard
+        self.device, self.dtype, self.shard = device, dtype, shard
         self.groups: list[LayerGroup] = group_layers([layer.window for layer in config.layers])
         self.backend = choose_backend(device, dtype)
+        self.config = config.held(self.backend)
         self.model: Transformer | None = None
         # One tensor [2, blocks, block_size, kv_heads, head_dim] for each layer of a group.
         self.kv_caches: list[torch.Tensor] = []

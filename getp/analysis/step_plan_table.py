@@ -10,11 +10,13 @@ from getp.analysis.lookup import LOCAL
 from getp.analysis.step_plan import Plan, time_name
 from getp.errors import GetpError
 from getp.units import duration, percent, quantity
+from model.config import ModelConfig
 from model.cost.interconnect import LINKS
 from model.cost.operations import activation_accesses, operations, parameter_bytes, total
 from model.cost.roofline import Bound, largest_batch
 from model.cost.workload import Op
-from model.formats import DENSE
+from model.formats import MXFP4
+from model.formats.dense import Dequantized
 
 _OPERATION_COLUMNS = (
     *("layers", "matrix", "vector", "special"),
@@ -59,17 +61,27 @@ def write_plot(plan: Plan, path: str) -> None:
 
 
 def _title(plan: Plan) -> str:
-    work, experts = plan.work, plan.model.config.expert_format
+    work = plan.work
     words = [
         f"{plan.model.name}: {work.phase}",
         f"batch {work.batch:,}",
         f"query {work.query:,}",
         f"context {work.context:,}",
-        work.dtype + ("" if experts == DENSE else f", experts in {experts.name}"),
+        work.dtype + _formats(plan.model.config),
     ]
     if work.tensor_parallel > 1:
         words.append(f"split over {work.tensor_parallel} GPUs (figures per GPU)")
     return ", ".join([*words, *(["fused"] if work.fused else [])])
+
+
+def _formats(config: ModelConfig) -> str:
+    """The formats of the weights, as an addition to the dtype; empty if all are dense."""
+    kept = dict.fromkeys(layer.formats.experts.name for layer in config.layers if layer.sparse)
+    dequantized = dict.fromkeys(
+        form.name for form in config.stored_formats.formats if isinstance(form, Dequantized)
+    )
+    found = f" (dequantized from {', '.join(dequantized)})" if dequantized else ""
+    return found + "".join(f", experts in {name}" for name in kept if name == MXFP4.name)
 
 
 def _operations_table(plan: Plan) -> Table:

@@ -84,8 +84,10 @@ def _cases_of(
     kinds = {layer.window: layer for layer in config.layers}
     layers = [Attention(config, layer, shard) for layer in kinds.values()]
     attention = layers[0]
-    mlp = Mlp(config, shard) if any(not layer.sparse for layer in config.layers) else None
-    moe = Moe(config, shard) if any(layer.sparse for layer in config.layers) else None
+    dense = next((layer for layer in config.layers if not layer.sparse), None)
+    sparse = next((layer for layer in config.layers if layer.sparse), None)
+    mlp = None if dense is None else Mlp(config, dense, shard)
+    moe = None if sparse is None else Moe(config, sparse, shard)
     vocab = config.vocab_size
     if operation == "embed":
         yield from embed_cases(config, inputs)

@@ -190,7 +190,7 @@ class _ShardCost:
             self.op(
                 "qkv_proj",
                 flops.linear(tokens, hidden, query + 2 * key, c.qkv_bias, back),
-                self.matrix(hidden, query + 2 * key, c.qkv_bias, c.linear_format),
+                self.matrix(hidden, query + 2 * key, c.qkv_bias, layer.formats.qkv),
                 tokens * (hidden + query + 2 * key),
                 3,
             ),
@@ -212,7 +212,7 @@ class _ShardCost:
             self.op(
                 "o_proj",
                 flops.linear(tokens, query, hidden, c.o_bias, back) + self._residual,
-                self.matrix(query, hidden, c.o_bias, c.linear_format),
+                self.matrix(query, hidden, c.o_bias, layer.formats.out),
                 tokens * (query + 2 * hidden),
                 2 + self._all_reduce,
                 fused=(tokens * hidden, 1 + self._all_reduce),
@@ -222,7 +222,7 @@ class _ShardCost:
     def mlp_block(self, layer: LayerConfig) -> list[Op]:
         """Return norm, the router if there are experts, gate/up, activation, down with residual."""
         norm = self.pre_norm("post_norm")
-        return [norm, *(self._experts() if layer.sparse else self._dense())]
+        return [norm, *(self._experts(layer) if layer.sparse else self._dense(layer))]
 
     def head(self) -> list[Op]:
         """Return the final norm and the unembedding of the rows that need logits."""
@@ -247,7 +247,7 @@ class _ShardCost:
     def _all_reduce(self) -> int:
         return 1 if self.parts > 1 else 0
 
-    def _dense(self) -> list[Op]:
+    def _dense(self, layer: LayerConfig) -> list[Op]:
         c, tokens, back = self.config, self.work.tokens, self.work.backward
         hidden, size = c.hidden_size, c.intermediate_size // self.parts
         down = flops.linear(tokens, size, hidden, c.mlp_bias, back)
@@ -256,15 +256,15 @@ class _ShardCost:
             flops.swiglu(tokens, size, back),
             down + self._residual,
             (
-                self.matrix(hidden, 2 * size, c.mlp_bias, c.linear_format),
-                self.matrix(size, hidden, c.mlp_bias, c.linear_format),
+                self.matrix(hidden, 2 * size, c.mlp_bias, layer.formats.gate_up),
+                self.matrix(size, hidden, c.mlp_bias, layer.formats.down),
             ),
             pairs=tokens,
             size=size,
             gate_up_launches=2,
         )
 
-    def _experts(self) -> list[Op]:
+    def _experts(self, layer: LayerConfig) -> list[Op]:
         c, tokens, back = self.config, self.work.tokens, self.work.backward
         moe = c.moe
         assert moe is not None  # the config says that the layer is sparse
@@ -272,8 +272,8 @@ class _ShardCost:
         # Pairs of token and expert on this GPU, rounded to the nearest integer.
         pairs = (tokens * moe.router.top_k + self.parts // 2) // self.parts
         read = distinct_experts(moe.num_experts, moe.router.top_k, tokens) / self.parts
-        gate_up = self.matrix(hidden, 2 * size, moe.biases, c.expert_format)
-        down = self.matrix(size, hidden, moe.biases, c.expert_format)
+        gate_up = self.matrix(hidden, 2 * size, moe.biases, layer.formats.experts)
+        down = self.matrix(size, hidden, moe.biases, layer.formats.experts)
         chosen = moe.router.top_k if moe.router.softmax_after_top_k else moe.num_experts
         route = flops.linear(tokens, hidden, moe.num_experts, moe.biases, back)
         combine = flops.weighted_sum(1, pairs, hidden, back) + self._residual

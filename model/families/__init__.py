@@ -17,6 +17,7 @@ from typing import Any
 from model.config import CheckpointError, ModelConfig, conversion_hint, read_json
 from model.families.config_keys.keys import Keys
 from model.families.family import Family, stated_dtype
+from model.families.layer_formats import with_layer_formats
 from model.families.nested import NESTED, nested_names, text_family, text_keys
 from model.families.tensor_names import TensorNames
 from model.stored_tensors import StoredTensors
@@ -75,6 +76,7 @@ def load_config(
     values = read_json(path)
     config, stored = parse_config(values, path, stop_ids), StoredTensors(folder)
     names = stored_names(config.model_type, stored)
+    config = with_layer_formats(config, names)
     if stated_dtype(_text_keys(Keys(path, values))) is None:
         dtype = stored.dtype(names.embedding) or stored.dtype(names.head)  # if it is tied to it
         config = replace(config, dtype=dtype or config.dtype)
@@ -105,11 +107,13 @@ def parse_config(
             f"model_type {model_type!r} is not supported{hint}; supported: {', '.join(known)}"
         )
     if model_type not in NESTED:
-        return family(model_type).config(keys, stop_ids)
-    nested = NESTED[model_type]
-    own = family(text_family(keys, nested))
-    text = replace(own, defaults={**own.defaults, **nested.defaults})
-    return replace(text.config(text_keys(keys, nested), stop_ids), model_type=model_type)
+        config = family(model_type).config(keys, stop_ids)
+    else:
+        nested = NESTED[model_type]
+        own = family(text_family(keys, nested))
+        text = replace(own, defaults={**own.defaults, **nested.defaults})
+        config = replace(text.config(text_keys(keys, nested), stop_ids), model_type=model_type)
+    return with_layer_formats(config, stored_names(model_type, ()))
 
 
 def _text_keys(keys: Keys) -> Keys:

@@ -194,7 +194,7 @@ def stated_dtype(keys: Keys) -> str | None:
 
 
 def _formats(keys: Keys, has_experts: bool) -> dict[str, Any]:
-    """The fields with the formats of a quantized checkpoint; empty if it is not quantized."""
+    """The field with the formats of a quantized checkpoint; empty if it is not quantized."""
     settings = keys.get("quantization_config")
     if settings is None or settings == {}:
         return {}
@@ -204,7 +204,6 @@ def _formats(keys: Keys, has_experts: bool) -> dict[str, Any]:
     if not isinstance(method, str) or method not in QUANTIZATIONS:
         known = ", ".join(QUANTIZATIONS)
         raise keys.fail(f"quantization {method!r} is not supported; supported: {known}")
-    formats = QUANTIZATIONS[method](settings)
-    if "expert_format" in formats and not has_experts:
+    if method == "mxfp4" and not has_experts:
         raise keys.fail(f"quantization {method!r} is supported for experts only")
-    return formats
+    return {"stored_formats": QUANTIZATIONS[method](keys.inside("quantization_config", settings))}

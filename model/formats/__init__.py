@@ -4,25 +4,37 @@ One module per format, each with the interface of `WeightFormat`. Nothing here i
 module level, because configs and the cost model, which must load quickly, refer to formats.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from __future__ import annotations
 
-from model.formats import mxfp4
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from model.formats import awq, compressed_tensors, fp8, gptq, mxfp4, nvfp4
 from model.formats.dense import DENSE, HEAD
 from model.formats.format import StoredTensor, WeightFormat, full_interface
 from model.formats.mxfp4 import MXFP4
+from model.formats.rules import FormatRules
+
+if TYPE_CHECKING:
+    from model.families.config_keys.keys import Keys
 
 __all__ = [
     "DENSE",
     "HEAD",
     "MXFP4",
     "QUANTIZATIONS",
+    "FormatRules",
     "StoredTensor",
     "WeightFormat",
     "full_interface",
 ]
 
-QUANTIZATIONS: dict[str, Callable[[Mapping[str, Any]], dict[str, WeightFormat]]] = {
+QUANTIZATIONS: dict[str, Callable[[Keys], FormatRules]] = {
+    "awq": awq.read_settings,
+    "compressed-tensors": compressed_tensors.read_settings,
+    "fp8": fp8.read_settings,
+    "gptq": gptq.read_settings,
+    "modelopt": nvfp4.read_settings,
     "mxfp4": mxfp4.read_settings,
 }
-"""quant_method of a `quantization_config` → fields of ModelConfig, from its settings."""
+"""quant_method of a `quantization_config` → the formats of the weights, from its settings."""

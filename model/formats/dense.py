@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from model.formats.format import Part, StoredTensor, WeightFormat
+from model.formats.format import Find, Part, StoredTensor, WeightFormat
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +63,7 @@ class Dense(WeightFormat):
         """As WeightFormat.bytes."""
         return math.prod(shape) * item
 
-    def held(self, backend: Backend) -> WeightFormat:
+    def held(self, backend: Backend, *, stacked: bool) -> WeightFormat:
         """As WeightFormat.held."""
         return self
 
@@ -82,3 +82,33 @@ class Head(Dense):
 
 DENSE = Dense()
 HEAD = Head()
+
+
+class Dequantized(Dense):
+    """A format of checkpoints for which there are no kernels: its weights become dense on loading.
+
+    Subclasses define `stored` and `source`.
+    """
+
+    name = "dequantized"
+
+    def as_stored(self, name: str, shape: tuple[int, ...], part: Part, find: Find) -> WeightFormat:
+        """As WeightFormat.as_stored: DENSE if the weight was not quantized."""
+        return DENSE if is_dense(name, find) else self.variant(name, shape, part, find)
+
+    def variant(self, name: str, shape: tuple[int, ...], part: Part, find: Find) -> WeightFormat:
+        """As `as_stored`, of a weight that was quantized."""
+        return self
+
+    def held(self, backend: Backend, *, stacked: bool) -> WeightFormat:
+        """As WeightFormat.held."""
+        return DENSE
+
+
+def is_dense(name: str, find: Find) -> bool:
+    """Whether a weight is stored as plain numbers.
+
+    Routers and heads often are though a config does not list them as exceptions.
+    """
+    found = find(name)
+    return found is not None and found[1] in FLOATS

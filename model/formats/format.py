@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 
 Part = tuple[slice, ...]
 """One slice for each of a tensor's first dimensions; an empty tuple means the whole tensor."""
+
+Find = Callable[[str], "tuple[tuple[int, ...], str] | None"]
+"""The shape and the dtype, by safetensors' name, of a tensor in a checkpoint; None: not stored."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,16 @@ class WeightFormat(ABC):
 
         part: the slices of the weight's dimensions that this rank reads, translated here into
         slices of the stored tensors. transposed: the family stores dense weights as
-        [..., inputs, outputs]; formats with an order of their own ignore it.
+        [..., inputs, outputs]; formats with an order of their own ignore it. Raises ValueError for
+        a shape or a part that the format does not have, such as a part of a group.
         """
+
+    def as_stored(self, name: str, shape: tuple[int, ...], part: Part, find: Find) -> WeightFormat:
+        """The format of the weight `name`, an argument of `stored`, in the files of a checkpoint.
+
+        Where configs leave something open, such as the name of a tensor, the files decide.
+        """
+        return self
 
     @abstractmethod
     def source(self, tensors: list[torch.Tensor], *, transposed: bool = False) -> Any:
@@ -77,8 +89,8 @@ class WeightFormat(ABC):
         """Bytes of a weight in memory; item: bytes of one value in the dtype of the activations."""
 
     @abstractmethod
-    def held(self, backend: Backend) -> WeightFormat:
-        """The format that the weight has in memory on this backend."""
+    def held(self, backend: Backend, *, stacked: bool) -> WeightFormat:
+        """The format in memory on this backend of a weight, or of a stack of experts."""
 
 
 def full_interface(known: object) -> WeightFormat:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from model.formats.dense import DENSE
-from model.formats.format import Part, StoredTensor, WeightFormat
+from model.formats.dense import DENSE, is_dense
+from model.formats.format import Find, Part, StoredTensor, WeightFormat
+from model.formats.packing import cut
+from model.formats.rules import FormatRules, any_of
 
 if TYPE_CHECKING:
     import torch
 
+    from model.families.config_keys.keys import Keys
     from model.ops.backend import Backend
 
 _VALUES = 32  # per block: 4 bits each, two per byte
@@ -35,9 +37,7 @@ class Mxfp4Format(WeightFormat):
         """
         *outer, inputs = shape
         groups = inputs // _VALUES
-        if len(part) == len(shape):
-            first, last, _ = part[-1].indices(inputs)
-            part = (*part[:-1], slice(first // _VALUES, last // _VALUES))
+        part = cut(part, shape, _VALUES)
         return [
             StoredTensor(f"{name}_blocks", (*outer, groups, _BLOCK_BYTES), ("U8",), part),
             StoredTensor(f"{name}_scales", (*outer, groups), ("U8",), part),
@@ -71,14 +71,43 @@ class Mxfp4Format(WeightFormat):
         *outer, inputs = shape
         return math.prod(outer) * -(-inputs // _VALUES) * (_BLOCK_BYTES + _SCALE_BYTES)
 
-    def held(self, backend: Backend) -> WeightFormat:
+    def held(self, backend: Backend, *, stacked: bool) -> WeightFormat:
         """As WeightFormat.held: dense where the backend has no kernel for MXFP4."""
-        return self if backend.keeps_mxfp4 else DENSE
+        return MXFP4 if backend.keeps_mxfp4(stacked) else DENSE
 
 
 MXFP4 = Mxfp4Format()
 
 
-def read_settings(settings: Mapping[str, Any]) -> dict[str, WeightFormat]:
-    """The fields of ModelConfig that a `quantization_config` of this method sets."""
-    return {"expert_format": MXFP4}
+@dataclass(frozen=True)
+class PackedMxfp4(Mxfp4Format):
+    """MXFP4 as compressed-tensors stores it: NAME_packed and NAME_scale."""
+
+    def as_stored(self, name: str, shape: tuple[int, ...], part: Part, find: Find) -> WeightFormat:
+        """As WeightFormat.as_stored: DENSE if the weight was not quantized."""
+        return DENSE if is_dense(name, find) else self
+
+    def stored(
+        self, name: str, shape: tuple[int, ...], part: Part = (), *, transposed: bool = False
+    ) -> list[StoredTensor]:
+        """As WeightFormat.stored: packed uint8 [out, in / 2], scale uint8 [out, in / 32]."""
+        outputs, inputs = shape
+        codes = cut(part, shape, _VALUES, _BLOCK_BYTES)
+        return [
+            StoredTensor(f"{name}_packed", (outputs, inputs // 2), ("U8",), codes),
+            StoredTensor(
+                f"{name}_scale", (outputs, inputs // _VALUES), ("U8",), cut(part, shape, _VALUES)
+            ),
+        ]
+
+    def source(self, tensors: list[torch.Tensor], *, transposed: bool = False) -> Any:
+        """As WeightFormat.source."""
+        from model.ops.mxfp4 import Mxfp4
+
+        codes, scales = tensors
+        return Mxfp4(codes.unflatten(-1, (-1, _BLOCK_BYTES)), scales)
+
+
+def read_settings(keys: Keys) -> FormatRules:
+    """The formats of a checkpoint with this `quantization_config`: experts in one stack."""
+    return FormatRules(any_of([r".*\.experts\."], MXFP4))

@@ -101,17 +101,19 @@ class Backend:
         """Return a filled weight in the form that `logits` takes: the head's or the embedding."""
         return weight
 
-    @property
-    def keeps_mxfp4(self) -> bool:
-        """Whether experts stay MXFP4 in memory; otherwise they become dense on loading."""
+    def keeps_mxfp4(self, stacked: bool) -> bool:
+        """Return whether a weight, or a stack of experts, stays MXFP4 in memory.
+
+        Otherwise it becomes dense on loading.
+        """
         return True
 
     def empty_mxfp4(self, shape: tuple[int, ...], parts: int = 1) -> Any:
-        """Return storage for MXFP4 weights [experts, out, in], filled as `empty_weight`'s is."""
+        """Return storage for MXFP4 weights of a shape as `empty_weight`'s, filled like it."""
         return Mxfp4.empty(shape, self.device)
 
     def pack_mxfp4(self, weights: Any) -> Any:
-        """Return filled MXFP4 weights in the form that `experts` is fastest with."""
+        """Return filled MXFP4 weights in the form that `linear` or `experts` is fastest with."""
         return weights
 
     def empty_cache(self, shape: tuple[int, ...]) -> torch.Tensor:

@@ -11,10 +11,10 @@ MXFP4_BLOCK = 32  # values that share one scale
 
 @dataclass(frozen=True)
 class Mxfp4:
-    """Weights [experts, out, in] as MXFP4: 32 values along `in` share a power-of-two scale."""
+    """Weights [..., out, in] as MXFP4: 32 values along `in` share a power-of-two scale."""
 
-    blocks: torch.Tensor  # uint8 [experts, out, in / 32, 16], two values per byte, low nibble first
-    scales: torch.Tensor  # uint8 [experts, out, in / 32], E8M0 with bias 127
+    blocks: torch.Tensor  # uint8 [..., out, in / 32, 16], two values per byte, low nibble first
+    scales: torch.Tensor  # uint8 [..., out, in / 32], E8M0 with bias 127
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], device: torch.device) -> "Mxfp4":

@@ -256,8 +256,9 @@ def test_a_rank_reads_only_its_share_of_the_checkpoint(
 
 
 def loaded(config: ModelConfig, folder: Path, shard: Shard) -> Transformer:
-    model = Transformer(config, shard)
-    weights.load(model, folder, choose_backend(torch.device("cpu"), torch.float32))
+    backend = choose_backend(torch.device("cpu"), torch.float32)
+    model = Transformer(config.held(backend), shard)
+    weights.load(model, folder, backend)
     return model
 
 

@@ -182,7 +182,7 @@ def _load(folder: Path) -> None:
 
     def load() -> None:
         backend = choose_backend(torch.device("cpu"), torch.float32)
-        loader.load(Transformer(config), folder, backend)
+        loader.load(Transformer(config.held(backend)), folder, backend)
 
     _may_raise(load, CheckpointError)
 

@@ -23,8 +23,9 @@ def folder(tmp_path: Path, checkpoint: Callable[[str], Path]) -> Path:
 
 
 def load(folder: Path) -> Transformer:
-    model = Transformer(load_config(folder))
-    loader.load(model, folder, choose_backend(torch.device("cpu"), torch.float32))
+    backend = choose_backend(torch.device("cpu"), torch.float32)
+    model = Transformer(load_config(folder).held(backend))
+    loader.load(model, folder, backend)
     return model
 
 
@@ -156,7 +157,7 @@ def test_a_broken_index_is_refused(sharded: Path, text: str) -> None:
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1, "factor": 2}}, ["above 1"]),
         ({"rope_parameters": {"rope_theta": 1e4, "mscale": 2.0}}, ["'mscale'"]),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, ["all layers"]),
-        ({"quantization_config": {"quant_method": "gptq"}}, ["quantization 'gptq'", "mxfp4"]),
+        ({"quantization_config": {"quant_method": "quip"}}, ["quantization 'quip'", "mxfp4"]),
         ({"quantization_config": {"quant_method": "mxfp4"}}, ["'mxfp4'", "for experts only"]),
         ({"num_key_value_heads": 3}, ["num_attention_heads 4 is not a multiple"]),
         ({"hidden_size": "64"}, ["'hidden_size' must be an integer", "'64'"]),

@@ -30,8 +30,9 @@ def logits_of(
 
     change: of the config that the checkpoint has.
     """
-    config = change(load_config(folder))
-    model, backend = Transformer(config), choose_backend(CPU, torch.float32)
+    backend = choose_backend(CPU, torch.float32)
+    config = change(load_config(folder)).held(backend)
+    model = Transformer(config)
     loader.load(model, folder, backend)
     model.prepare_rope(config.max_positions, CPU)
     count, size = len(ids), 16

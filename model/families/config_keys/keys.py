@@ -1,7 +1,7 @@
 """Reading the keys of a config.json, with errors that name the file and the key."""
 
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,30 @@ class Keys:
         """A value of any type; `default` if it is null, or missing without a default of its own."""
         value = self.values.get(key, self.defaults.get(key))
         return default if value is None else value
+
+    def inside(self, key: str, values: dict[str, Any]) -> "Keys":
+        """The keys of the object that is the value of a key."""
+        return Keys(f"{self.source}: {key}", values)
+
+    def with_defaults(self, defaults: Mapping[str, Any], neutral: Collection[str] = ()) -> "Keys":
+        """These keys with defaults, which name all keys that are understood.
+
+        Those in `neutral` may have any value. Raises CheckpointError for other keys.
+        """
+        self.refuse_unknown({*defaults, *neutral})
+        return Keys(self.source, self.values, defaults)
+
+    def one_of(self, key: str, *allowed: Any) -> Any:
+        """A value that must be one of these; null is the default. Raises CheckpointError."""
+        value = self.get(key, self.defaults.get(key))
+        if not any(
+            value is each or (type(value) is type(each) and value == each) for each in allowed
+        ):
+            raise self.fail(
+                f"'{key}' = {str(value)[:60]} is not supported; supported: "
+                f"{', '.join(map(str, allowed))}"
+            )
+        return value
 
     def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
         """An integer of at least `minimum` that is not absurdly large.

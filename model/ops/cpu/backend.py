@@ -83,9 +83,8 @@ class CpuBackend(OneDnnBackend):
         packed.copy_(weight)
         return packed
 
-    @property
-    def keeps_mxfp4(self) -> bool:
-        """Whether there are kernels that read MXFP4."""
+    def keeps_mxfp4(self, stacked: bool) -> bool:
+        """As Backend.keeps_mxfp4: if there are kernels."""
         return self._has_kernels
 
     def empty_mxfp4(self, shape: tuple[int, ...], parts: int = 1) -> Any:

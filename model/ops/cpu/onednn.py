@@ -14,7 +14,6 @@ import torch
 
 from model.ops.backend import Backend
 from model.ops.forward_batch import ForwardBatch, GroupTables
-from model.ops.mxfp4 import Mxfp4
 from model.ops.sampling import reduce_blocks, take_block
 from model.ops.specs import Activation, AttentionSpec, Experts, ExpertShard, Linear
 from model.ops.step_parts import ACTIVATION, DOWN_PROJ
@@ -33,9 +32,8 @@ def lacks_bfloat16() -> bool:
 class OneDnnBackend(Backend):
     """Operations for which torch has a faster form on a CPU than that of the reference."""
 
-    @property
-    def keeps_mxfp4(self) -> bool:
-        """Always False: torch has no kernel for MXFP4."""
+    def keeps_mxfp4(self, stacked: bool) -> bool:
+        """As Backend.keeps_mxfp4: torch has no kernel for MXFP4."""
         return False
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
@@ -57,11 +55,6 @@ class OneDnnBackend(Backend):
     def pack_experts(self, weights: torch.Tensor) -> list[torch.Tensor]:
         """Return each expert's weight from `pack`."""
         return [OneDnnBackend.pack(self, weight) for weight in weights]
-
-    def pack_mxfp4(self, weights: Mxfp4) -> list[torch.Tensor]:
-        """Return each expert's weight made dense and packed, one expert after the other."""
-        experts = range(len(weights))
-        return [OneDnnBackend.pack(self, weights[e].dense(self.dtype)) for e in experts]
 
     def linear(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
         """As Backend.linear, for weights from `pack`."""

@@ -103,6 +103,10 @@ class TritonBackend(Backend):
         """As `Backend.pack_experts`: dense weights stay as they are."""
         return dense_weights(weights)
 
+    def keeps_mxfp4(self, stacked: bool) -> bool:
+        """As `Backend.keeps_mxfp4`: only experts, of whose kernels there are such."""
+        return stacked
+
     def pack_mxfp4(self, weights: Any) -> Any:
         """As `Backend.pack_mxfp4`: packed in words, or dense if a scale is out of range."""
         return pack(weights, self.dtype, self.target.mxfp4_run)

@@ -1,0 +1,177 @@
+"""What the package compressed-tensors writes: groups of modules, each with a format of its own."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from model.formats.compressed_int import CompressedInt
+from model.formats.dense import DENSE
+from model.formats.format import WeightFormat
+from model.formats.fp8 import Fp8, block_size
+from model.formats.mxfp4 import PackedMxfp4
+from model.formats.nvfp4 import Nvfp4
+from model.formats.rules import FormatRules, any_of, checked, names, refuse_kv_cache
+
+if TYPE_CHECKING:
+    from model.families.config_keys.keys import Keys
+
+_LINEAR, _EMBEDDING = "Linear", "Embedding"
+_DEFAULTS: dict[str, Any] = {
+    "quant_method": None,
+    "config_groups": None,
+    "format": None,
+    "ignore": None,
+    "kv_cache_scheme": None,
+    "sparsity_config": None,
+    "quantization_status": "compressed",
+}
+_NEUTRAL = ("global_compression_ratio", "version")
+_GROUP_DEFAULTS: dict[str, Any] = {
+    "targets": None,
+    "weights": None,
+    "input_activations": None,
+    "output_activations": None,
+    "format": None,
+}
+_WEIGHT_DEFAULTS: dict[str, Any] = {
+    "num_bits": 8,
+    "type": "int",
+    "symmetric": True,
+    "group_size": None,
+    "strategy": None,
+    "block_structure": None,
+    "dynamic": False,
+    "actorder": None,
+}
+_WEIGHT_NEUTRAL = ("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
+
+
+def read_settings(keys: Keys) -> FormatRules:
+    """The formats of a checkpoint with this `quantization_config`. Raises CheckpointError.
+
+    A module has the format of the group that names it; of the groups with a pattern of it if none
+    does, and else of those with its class.
+    """
+    keys = keys.with_defaults(_DEFAULTS, _NEUTRAL)
+    refuse_kv_cache(keys)
+    keys.one_of("quantization_status", "compressed", "frozen")
+    sparsity = keys.get("sparsity_config", {})
+    if not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense":
+        raise keys.fail(f"'sparsity_config' = {sparsity!r:.60} is not supported")
+    ignored = names(keys, "ignore")
+    named: list[tuple[str, WeightFormat]] = [(_pattern(keys, name), DENSE) for name in ignored]
+    classes: dict[str, WeightFormat] = {}
+    targets, activations = _groups(keys)
+    for is_pattern in (False, True):
+        for target, form in targets:
+            if target in (_LINEAR, _EMBEDDING):
+                classes.setdefault(target, DENSE if target in ignored else form)
+            elif target.startswith("re:") == is_pattern:
+                named.append((_pattern(keys, target), form))
+    return FormatRules(
+        _merged(named),
+        classes.get(_LINEAR, DENSE),
+        classes.get(_EMBEDDING, DENSE),
+        " and ".join(dict.fromkeys(activations)),
+    )
+
+
+def _groups(keys: Keys) -> tuple[list[tuple[str, WeightFormat]], list[str]]:
+    """The format of each target, and the activations' quantization in words."""
+    groups = keys.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        raise keys.fail(f"'config_groups' must be an object with groups, not {groups!r:.60}")
+    targets: list[tuple[str, WeightFormat]] = []
+    activations = []
+    for name, values in groups.items():
+        if not isinstance(values, dict):
+            raise keys.fail(f"'config_groups' {name!r} must be an object, not {values!r:.60}")
+        group = keys.inside(name, values).with_defaults(_GROUP_DEFAULTS)
+        form = _format(group, keys.get("format"))
+        targets += [(target, form) for target in names(group, "targets")]
+        inputs = group.get("input_activations")
+        if isinstance(inputs, dict):
+            kind = "FP" if inputs.get("type") == "float" else "int"
+            activations.append(f"{kind}{inputs.get('num_bits', 8)}")
+    return targets, activations
+
+
+def _pattern(keys: Keys, name: str) -> str:
+    """The regular expression for a name, or for a pattern after "re:"."""
+    if name.startswith("re:"):
+        return checked(keys, name.removeprefix("re:"))
+    return re.escape(name) + "$"
+
+
+def _merged(named: list[tuple[str, WeightFormat]]) -> Any:
+    """Neighbouring rules with the same format as one."""
+    merged: list[tuple[list[str], WeightFormat]] = []
+    for pattern, form in named:
+        if not merged or merged[-1][1] != form:
+            merged.append(([], form))
+        merged[-1][0].append(pattern)
+    return tuple(rule for patterns, form in merged for rule in any_of(patterns, form))
+
+
+@dataclass(frozen=True)
+class _Scheme:
+    """The quantization of the weights of a group."""
+
+    keys: Keys
+    bits: int
+    is_float: bool
+    group: int | None  # inputs that share a scale; None: see `block`
+    block: tuple[int, int] | None  # None: one scale for each output, or for all
+
+    @classmethod
+    def read(cls, group: Keys, weights: dict[str, Any]) -> _Scheme:
+        keys = group.inside("weights", weights).with_defaults(_WEIGHT_DEFAULTS, _WEIGHT_NEUTRAL)
+        keys.one_of("dynamic", False)
+        keys.one_of("actorder", None, False, "weight", "static", "group", "dynamic")
+        size = keys.get("group_size")
+        given = keys.get("strategy", "channel" if size == -1 else "group" if size else "tensor")
+        strategy = str(given).lower()
+        if strategy not in ("tensor", "channel", "group", "tensor_group", "block"):
+            raise keys.fail(f"strategy {strategy!r:.60} is not supported for weights")
+        is_float = keys.one_of("type", "int", "float") == "float"
+        grouped = strategy in ("group", "tensor_group")
+        size = keys.integer("group_size") if grouped else None
+        block = block_size(keys, "block_structure") if strategy == "block" else None
+        if strategy == "block" and block is None:
+            raise keys.fail("'block_structure' is missing")
+        return cls(keys, keys.integer("num_bits"), is_float, size, block)
+
+
+def _format(group: Keys, of_all: Any) -> WeightFormat:
+    """The format of a group; of_all: the format that all groups have if they state none."""
+    weights = group.get("weights")
+    if weights is None:
+        return DENSE
+    if not isinstance(weights, dict):
+        raise group.fail(f"'weights' must be an object, not {weights!r:.60}")
+    scheme, name = _Scheme.read(group, weights), group.get("format") or of_all
+    kind = (name, scheme.bits, scheme.is_float)
+    is_symmetric = scheme.keys.boolean("symmetric")
+    if name == "dense":
+        return DENSE
+    if name in ("pack-quantized", "int-quantized", "naive-quantized") and not scheme.is_float:
+        if scheme.bits in (4, 8) and scheme.block is None:
+            return CompressedInt(
+                scheme.bits, scheme.group, is_symmetric, is_packed=name == "pack-quantized"
+            )
+    elif not is_symmetric:
+        raise scheme.keys.fail("'symmetric' must be true for weights of type float")
+    elif kind in (("float-quantized", 8, True), ("naive-quantized", 8, True)):
+        return Fp8(scheme.block if scheme.group is None else (1, scheme.group), "_scale")
+    elif kind == ("nvfp4-pack-quantized", 4, True) and scheme.group == 16:
+        return Nvfp4()
+    elif kind == ("mxfp4-pack-quantized", 4, True) and scheme.group == 32:
+        return PackedMxfp4()
+    raise scheme.keys.fail(
+        f"format {name!r:.60} with {scheme.bits} bits of type "
+        f"{'float' if scheme.is_float else 'int'} is not supported; supported: pack-quantized and"
+        " int-quantized (4 and 8 bits), float-quantized (8 bits), nvfp4-pack-quantized (groups of"
+        " 16), mxfp4-pack-quantized (groups of 32)"
+    )

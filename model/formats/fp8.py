@@ -1,0 +1,133 @@
+"""FP8 (OCP 8-bit Floating Point, E4M3): one byte per value, a scale per tensor, output or block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from model.formats.dense import DENSE, FLOATS, Dequantized
+from model.formats.format import Find, Part, StoredTensor, WeightFormat
+from model.formats.rules import FormatRules, any_of, excluded, refuse_kv_cache
+
+if TYPE_CHECKING:
+    import torch
+
+    from model.families.config_keys.keys import Keys
+
+_SCALES = (*FLOATS, "F8_E8M0", "U8")  # the last two: exponents with bias 127
+_NAMES = ("_scale_inv", "_scale")  # all of them multiply; an inverse is meant of the quantization
+
+
+@dataclass(frozen=True)
+class Fp8(Dequantized):
+    """NAME in E4M3, and NAME_scale_inv or NAME_scale with a scale for each block of values."""
+
+    # Outputs and inputs that share a scale; None: one for each output, or for the whole tensor.
+    block: tuple[int, int] | None = None
+    # Of one weight in a checkpoint:
+    scale: str = _NAMES[0]
+    scale_shape: tuple[int, ...] = ()
+    first: tuple[int, int] = (0, 0)  # output and input of the part that is read
+
+    name = "fp8"
+
+    def variant(self, name: str, shape: tuple[int, ...], part: Part, find: Find) -> WeightFormat:
+        """As Dequantized.variant: with the name and the shape of the scales, and the part."""
+        for scale in _NAMES:
+            found = find(name + scale)
+            if found is not None:
+                break
+        given = found[0] if found is not None else ()
+        allowed = self._scale_shapes(shape)
+        first = [part.indices(size)[0] for part, size in zip(part, shape, strict=False)]
+        return replace(
+            self,
+            scale=scale,
+            scale_shape=given if given in allowed else allowed[0],
+            first=(first[0], first[1]) if len(first) == 2 else (first[0] if first else 0, 0),
+        )
+
+    def _scale_shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+        outputs, inputs = shape
+        if self.block is not None:
+            rows, columns = self.block
+            return [(-(-outputs // rows), -(-inputs // columns))]
+        return [(), (1,), (1, 1), (outputs, 1), (outputs,)]
+
+    def stored(
+        self, name: str, shape: tuple[int, ...], part: Part = (), *, transposed: bool = False
+    ) -> list[StoredTensor]:
+        """As WeightFormat.stored: the scales are always read as a whole."""
+        return [
+            StoredTensor(name, shape, ("F8_E4M3",), part),
+            StoredTensor(name + self.scale, self.scale_shape, _SCALES),
+        ]
+
+    def source(self, tensors: list[torch.Tensor], *, transposed: bool = False) -> Any:
+        """As WeightFormat.source: GroupedFloat; a block of inputs may be divided."""
+        import torch
+
+        from model.ops.quantized import GroupedFloat
+
+        codes, scales = tensors
+        scales = as_float32(scales)
+        outputs, inputs = codes.shape
+        if self.block is None:
+            rows = scales.reshape(-1, 1)
+            first = self.first[0] if len(rows) > 1 else 0
+            return GroupedFloat(codes, rows[first : first + outputs].expand(outputs, 1))
+        height, width = self.block
+        rows = scales[(self.first[0] + torch.arange(outputs)) // height]
+        columns = (self.first[1] + torch.arange(inputs)) // width
+        aligned = self.first[1] % width == 0 and inputs % width == 0
+        return GroupedFloat(codes, rows[:, columns[::width] if aligned else columns])
+
+
+def as_float32(scales: torch.Tensor) -> torch.Tensor:
+    """Scales in float32; uint8 ones are exponents of two with bias 127."""
+    import torch
+
+    return (scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales).float()
+
+
+_DEFAULTS: dict[str, Any] = {
+    "quant_method": None,
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "weight_block_size": None,
+    "modules_to_not_convert": None,
+    "ignored_layers": None,
+    "kv_cache_scheme": None,
+    "scale_fmt": "float",
+    "expert_dtype": "fp8",
+    "dequantize": False,
+}
+
+
+def read_settings(keys: Keys) -> FormatRules:
+    """The formats of a checkpoint with this `quantization_config`. Raises CheckpointError."""
+    keys = keys.with_defaults(_DEFAULTS)
+    refuse_kv_cache(keys)
+    keys.one_of("fmt", "e4m3", "float8_e4m3fn")
+    keys.one_of("scale_fmt", "float", "ue8m0")
+    keys.one_of("expert_dtype", "fp8")
+    scheme = keys.one_of("activation_scheme", "dynamic", "static")
+    form = Fp8(block_size(keys, "weight_block_size"))
+    named = excluded(keys, "modules_to_not_convert") + excluded(keys, "ignored_layers")
+    return FormatRules(
+        named + any_of(["lm_head$"], DENSE), form, activations=f"FP8 ({scheme} scales)"
+    )
+
+
+def block_size(keys: Keys, key: str) -> tuple[int, int] | None:
+    """Rows and columns of a block in the settings. Raises CheckpointError."""
+    size = keys.get(key)
+    if size is None:
+        return None
+    if not isinstance(size, list) or len(size) != 2 or not all(map(_is_size, size)):
+        raise keys.fail(f"'{key}' must be two integers above 0, not {size!r:.60}")
+    return size[0], size[1]
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 20

@@ -1,0 +1,126 @@
+"""Which weight of a checkpoint has which format, by the names of modules."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from model.formats.dense import DENSE
+from model.formats.format import WeightFormat
+
+if TYPE_CHECKING:
+    from model.families.config_keys.keys import Keys
+
+Named = tuple[tuple[str, WeightFormat], ...]
+"""Regular expressions, which match from a name's beginning, and the formats of these modules."""
+
+# Most steps of matching one pattern with a name of _NAME characters: a fraction of a second.
+_MAX_STEPS = 10_000_000
+_NAME = 64
+_MAX_PATTERN = 1000  # characters
+_TOKENS = re.compile(r"\\.|\[\^?\]?[^]]*\]|\(\?[:=!]|.", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class FormatRules:
+    """The formats of a checkpoint's modules; without rules, all are dense."""
+
+    named: Named = ()  # the first pattern that matches decides
+    linears: WeightFormat = DENSE  # of other linears
+    embeddings: WeightFormat = DENSE  # of the embedding, if no pattern matches
+    # How the config quantizes activations, as a notice shows it; they are not quantized here.
+    activations: str = ""
+
+    def of(self, module: str, *, embedding: bool = False) -> WeightFormat:
+        """The format of a module's weight, such as that of "model.layers.0.mlp.up_proj"."""
+        for pattern, form in self._patterns:
+            if pattern.match(module):
+                return form
+        return self.embeddings if embedding else self.linears
+
+    @property
+    def formats(self) -> tuple[WeightFormat, ...]:
+        """The formats that occur, other than dense."""
+        every = (self.linears, self.embeddings, *(form for _, form in self.named))
+        return tuple(form for form in dict.fromkeys(every) if form != DENSE)
+
+    @cached_property
+    def _patterns(self) -> list[tuple[re.Pattern[str], WeightFormat]]:
+        return [(re.compile(pattern), form) for pattern, form in self.named]
+
+
+def names(keys: Keys, key: str) -> list[str]:
+    """A list of names in the settings; null is an empty one. Raises CheckpointError."""
+    value = keys.get(key, [])
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise keys.fail(f"'{key}' must be a list of names, not {value!r:.60}")
+    return value
+
+
+def any_of(patterns: Iterable[str], form: WeightFormat) -> Named:
+    """The rule for modules that match any of the patterns; none if there are no patterns."""
+    joined = "|".join(f"(?:{pattern})" for pattern in patterns)
+    return ((joined, form),) if joined else ()
+
+
+def checked(keys: Keys, pattern: str) -> str:
+    """A regular expression from a config. Raises CheckpointError for one that may match slowly."""
+    try:
+        is_quick = len(pattern) <= _MAX_PATTERN and _steps(pattern) <= _MAX_STEPS
+        re.compile(pattern if is_quick else "")
+    except (re.error, RecursionError, OverflowError) as error:
+        raise keys.fail(f"{pattern!r:.60} is not a regular expression: {error}") from None
+    if not is_quick:
+        raise keys.fail(f"the regular expression {pattern!r:.60} may take long: simplify it")
+    return pattern
+
+
+def _steps(pattern: str) -> float:
+    """An upper bound of the steps in which a pattern without matches is compared with a name."""
+    loops, choices, alternatives, previous = 0, 1.0, [1], ""
+    for token in _TOKENS.findall(pattern):
+        if token.startswith("("):
+            alternatives.append(1)
+        elif token == "|":
+            alternatives[-1] += 1
+        elif token == ")" and len(alternatives) > 1:
+            choices *= alternatives.pop()
+        elif token in ("*", "+", "{"):
+            if previous == ")":
+                return math.inf  # a repeated group
+            loops += 1
+        elif token == "?" and not previous.startswith("("):
+            choices *= 2
+        previous = token
+    return (
+        choices
+        * math.prod(alternatives)
+        * float(_NAME) ** min(loops, 99)
+        / math.factorial(min(loops, 9))
+    )
+
+
+def excluded(keys: Keys, key: str) -> Named:
+    """The rule for `modules_to_not_convert` and its like, which transformers reads as patterns.
+
+    An entry names a module and what is inside it, by the beginning or by the end of the name.
+    """
+    boundary = r"(?:(?<=\.)|(?=\.|$))"
+    patterns = []
+    for name in names(keys, key):
+        patterns += [rf"(?:{checked(keys, name)}){boundary}", rf".*{re.escape(name)}$"]
+    return any_of(patterns, DENSE)
+
+
+def refuse_kv_cache(keys: Keys, key: str = "kv_cache_scheme") -> None:
+    """Raise CheckpointError if the settings quantize keys and values."""
+    value: Any = keys.get(key)
+    if value not in (None, {}, False):
+        raise keys.fail(
+            f"'{key}' is not supported: set it to null; keys and values are then kept in the dtype"
+            " of the activations, which is more precise"
+        )
