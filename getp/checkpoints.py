@@ -1,15 +1,22 @@
 """Finds the checkpoint that a user names, for the command line and for the library."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from getp import hub
 from getp.errors import GetpError, UsageProblem
+from model.gguf import is_gguf, read_gguf
+
+if TYPE_CHECKING:
+    from tokenizer import Tokenizer
 
 _GETP = Path(__file__).parent
 
 
 def find_model(name: str, part: hub.Part = "weights") -> Path:
     """Return the directory of a model: the given one, or that of a name on the Hugging Face Hub.
+
+    A GGUF file is returned as it is.
 
     part: what is needed of the model. Raises UsageProblem, GetpError and CheckpointError.
     """
@@ -26,8 +33,23 @@ def embedded_model() -> Path:
     raise GetpError("the embedded model is missing from this installation: name another checkpoint")
 
 
+def load_tokenizer(path: str | Path) -> "Tokenizer":
+    """Load the tokenizer of a directory, a tokenizer.json or a GGUF file. Raises TokenizerError.
+
+    Raises CheckpointError for a GGUF file that is damaged.
+    """
+    from tokenizer import Tokenizer
+
+    path = Path(path)
+    if is_gguf(path):
+        return Tokenizer.from_gguf(read_gguf(path).metadata, path)
+    return Tokenizer.load(path)
+
+
 def _check(folder: Path) -> None:
-    """Raise UsageProblem if this is not a directory with a model in it."""
+    """Raise UsageProblem if this is not a GGUF file or a directory with a model in it."""
+    if is_gguf(folder):
+        return
     if not folder.exists():
         hint = "Give a directory, or the name of a model on the Hugging Face Hub, OWNER/NAME"
         if any(letter.isspace() for letter in str(folder)):
@@ -37,8 +59,8 @@ def _check(folder: Path) -> None:
         )
     if not folder.is_dir():
         raise UsageProblem(
-            "{folder} is a file: give the directory, {parent} (an input file is given with "
-            "{input})",
+            "{folder} is not a GGUF file: give the directory, {parent} (an input file is given "
+            "with {input})",
             folder=folder,
             parent=folder.resolve().parent,
         )

@@ -5,11 +5,12 @@ And what differs between two fingerprints of jobs, as messages name it.
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from model.config import open_regular
+from model.gguf import is_gguf, read_gguf
 
 _MAX_WHOLE_BYTES = 64 << 20  # smaller files are hashed completely
 _SAMPLES, _SAMPLE_BYTES = 64, 64 << 10  # larger files: this many evenly spaced samples
@@ -28,34 +29,41 @@ _LABELS = {
 
 
 def of_checkpoint(folder: Path) -> str:
-    """Return the fingerprint of a checkpoint's configuration and weights.
+    """Return the fingerprint of a checkpoint's configuration and weights: a directory or a GGUF.
 
     Large weight files are sampled: training changes every part of them. Raises CheckpointError for
     anything that is not a regular file.
     """
+    if is_gguf(folder):
+        return _of_paths(read_gguf(folder).files)
     return _of_files(folder, _CHECKPOINT_FILES)
 
 
 def of_tokenizer(path: Path) -> str:
-    """Return the fingerprint of a tokenizer, given its directory or its tokenizer.json."""
+    """Return the fingerprint of a tokenizer: of a directory, a tokenizer.json or a GGUF file."""
+    if is_gguf(path):
+        return _of_paths(read_gguf(path).files)
     if path.is_dir():
         return _of_files(path, _TOKENIZER_FILES)
     return _of_files(path.parent, (path.name, *_TOKENIZER_FILES[1:]))
 
 
 def _of_files(folder: Path, patterns: tuple[str, ...]) -> str:
+    return _of_paths(file for pattern in patterns for file in sorted(folder.glob(pattern)))
+
+
+def _of_paths(files: Iterable[Path]) -> str:
     digest = hashlib.blake2b(digest_size=8)
-    for pattern in patterns:
-        for file in sorted(folder.glob(pattern)):
-            with open_regular(file) as stream:
-                size = os.fstat(stream.fileno()).st_size
-                digest.update(f"{file.name}\0{size}\0".encode())
-                if size <= _MAX_WHOLE_BYTES:
-                    digest.update(stream.read(size))
-                    continue
-                for sample in range(_SAMPLES):
-                    stream.seek((size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
-                    digest.update(stream.read(_SAMPLE_BYTES))
+    for file in files:
+        with open_regular(file) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            digest.update(f"{file.name}\0{size}\0".encode())
+            if size <= _MAX_WHOLE_BYTES:
+                digest.update(stream.read(size))
+                continue
+            for sample in range(_SAMPLES):
+                stream.seek((size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+                digest.update(stream.read(_SAMPLE_BYTES))
     return digest.hexdigest()
 
 

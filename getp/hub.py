@@ -56,7 +56,7 @@ def _hub_name(text: str) -> "re.Match[str] | None":
 
 
 def model_name(folder: Path) -> str:
-    """Return the name of a checkpoint directory: OWNER/NAME if it is in the hub's cache."""
+    """Return the name of a checkpoint: OWNER/NAME if it is in the hub's cache."""
     match = _SNAPSHOT.search(folder.resolve().as_posix())
     return folder.resolve().name if match is None else f"{match[1]}/{match[2]}"
 

@@ -23,6 +23,8 @@ class CheckpointFiles:
     stack is closed.
     """
 
+    config_name = "config.json"
+
     def __init__(self, folder: Path, stack: contextlib.ExitStack):
         self.folder, self._stack = folder, stack
         self._open: dict[str, Any] = {}

@@ -160,9 +160,10 @@ class ModelConfig:
 
 
 def conversion_hint(folder: Path) -> str:
-    """How to convert weights that are in an unsupported file format; empty if there are none."""
-    if any(folder.glob("*.gguf")):
-        return "; GGUF is not supported: use the safetensors files that it was made from"
+    """What to do about weights in another format than safetensors; empty if there are none."""
+    files = sorted(folder.glob("*.gguf"))
+    if files:
+        return f"; give the GGUF file itself: {files[0]}"
     if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
         return (
             "; PyTorch's pickle files are not supported, because loading them can run code."

@@ -1,4 +1,4 @@
-"""The sampling that a checkpoint recommends in its generation_config.json."""
+"""The sampling that a checkpoint recommends: in generation_config.json, or in GGUF's metadata."""
 
 import os
 from collections.abc import Container
@@ -7,6 +7,7 @@ from typing import Any
 
 from model.config import read_json
 from model.families.config_keys.keys import Keys
+from model.gguf import Gguf, is_gguf, read_gguf
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -21,6 +22,14 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "bad_words_ids": ([],),
     "suppress_tokens": ([],),
     "begin_suppress_tokens": ([],),
+}
+
+_GGUF_KEYS = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
 }
 
 
@@ -54,10 +63,21 @@ def unsupported_generation(checkpoint: Path) -> list[str]:
 
 
 def _keys(checkpoint: Path) -> Keys:
+    if is_gguf(checkpoint):
+        return Keys(checkpoint, _of_gguf(read_gguf(checkpoint)))
     file = checkpoint / GENERATION_CONFIG
     stored = read_json(file) if os.path.lexists(file) else {}
     # In JSON 50.0 is the same number as 50.
     return Keys(file, {name: _without_fraction(value) for name, value in stored.items()})
+
+
+def _of_gguf(gguf: Gguf) -> dict[str, Any]:
+    found = {
+        own: gguf.metadata[f"general.sampling.{key}"]
+        for key, own in _GGUF_KEYS.items()
+        if f"general.sampling.{key}" in gguf.metadata
+    }
+    return {name: _without_fraction(value) for name, value in found.items()}
 
 
 def _without_fraction(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""safetensors → parameters: checked against the config first, then streamed piece by piece.
+"""safetensors or GGUF → parameters: checked against the config first, then streamed piece by piece.
 
 A parameter is allocated with its first piece and packed into its final form after its last, so that
 at most one parameter is in memory twice. A rank of a split model reads only its own part of each
@@ -18,24 +18,27 @@ from model.families import is_of_another_part, stored_names
 from model.families.tensor_names import ExpertNames, TensorNames
 from model.formats import WeightFormat, full_interface
 from model.formats.dense import Dense
+from model.gguf.files import GgufFiles, is_gguf
 from model.ops.backend import Backend
 from model.ops.specs import Norm, Parameter
 from model.stored_weights import StoredMap
 from model.tensor_map import tensor_map
 from model.transformer import Transformer
 
+Files = CheckpointFiles | GgufFiles
+
 # Stored by old exports; derived from the config here.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 
 
 def load(model: Transformer, checkpoint: str | Path, backend: Backend) -> None:
-    """Fill the model's parameters from a checkpoint directory.
+    """Fill the model's parameters from a checkpoint: a directory or a GGUF file.
 
     Raises CheckpointError for a missing, unexpected or misshapen tensor and for unreadable files,
     before any large read.
     """
     with contextlib.ExitStack() as stack:
-        files = CheckpointFiles(Path(checkpoint), stack)
+        files = _open(model, checkpoint, stack)
         found = _checked_map(model, files)
         parameters = _parameters(model, backend)
         for stored in found.pieces:
@@ -61,7 +64,14 @@ def load(model: Transformer, checkpoint: str | Path, backend: Backend) -> None:
 def check(model: Transformer, checkpoint: str | Path) -> None:
     """Raise CheckpointError as `load` does, from the headers of the files alone."""
     with contextlib.ExitStack() as stack:
-        _checked_map(model, CheckpointFiles(Path(checkpoint), stack))
+        _checked_map(model, _open(model, checkpoint, stack))
+
+
+def _open(model: Transformer, checkpoint: str | Path, stack: contextlib.ExitStack) -> Files:
+    path = Path(checkpoint)
+    if is_gguf(path):
+        return GgufFiles(path, model.config, stack)
+    return CheckpointFiles(path, stack)
 
 
 def load_dummy(model: Transformer, backend: Backend, seed: int = 0) -> None:
@@ -144,8 +154,10 @@ class _Filling:
         self._storage = None
 
 
-def _stored_names(config: ModelConfig, files: CheckpointFiles) -> TensorNames:
+def _stored_names(config: ModelConfig, files: Files) -> TensorNames:
     """The family's names; of a tied pair, one may be stored under the other's name."""
+    if isinstance(files, GgufFiles):
+        return files.names
     names = stored_names(config.model_type, files.file_of)
     if config.tie_word_embeddings and names.embedding not in files.file_of:
         names = replace(names, embedding=names.head)
@@ -155,7 +167,7 @@ def _stored_names(config: ModelConfig, files: CheckpointFiles) -> TensorNames:
 
 
 def _as_stored(
-    names: TensorNames, config: ModelConfig, moe: MoeConfig, files: CheckpointFiles
+    names: TensorNames, config: ModelConfig, moe: MoeConfig, files: Files
 ) -> ExpertNames:
     """The names of experts, not transposed if the tensors of the first layer with experts are not.
 
@@ -178,7 +190,7 @@ def _tie_head(model: Transformer, backend: Backend) -> None:
         model.head.weight = backend.pack_head(model.embedding)
 
 
-def _checked_map(model: Transformer, files: CheckpointFiles) -> StoredMap:
+def _checked_map(model: Transformer, files: Files) -> StoredMap:
     """The map of the model's tensors, all of which are in the files."""
     _check_count(model.config, files)
     names = _stored_names(model.config, files)
@@ -194,24 +206,23 @@ def _checked_map(model: Transformer, files: CheckpointFiles) -> StoredMap:
     return found
 
 
-def _check_count(config: ModelConfig, files: CheckpointFiles) -> None:
+def _check_count(config: ModelConfig, files: Files) -> None:
     """Refuse a config with far more layers or experts than are stored before they are mapped."""
+    source = files.config_name
     stored, needed, experts = len(files.file_of), len(config.layers), ""
-    names = stored_names(config.model_type, files.file_of)
+    names = _stored_names(config, files)
     stems = [stem for stem, _ in names.experts.linears]
     if config.moe is not None and any("{expert}" in stem for stem in stems):
         needed += config.moe.num_experts * sum(layer.sparse for layer in config.layers)
         experts = f" with {config.moe.num_experts} experts"
     if needed > stored:
         raise CheckpointError(
-            f"{files.folder}: config.json requires {len(config.layers)} layers{experts}, but only "
+            f"{files.folder}: {source} requires {len(config.layers)} layers{experts}, but only "
             f"{stored} tensors are stored: it belongs to another model, or files are missing"
         )
 
 
-def _check(
-    found: StoredMap, files: CheckpointFiles, config: ModelConfig, names: TensorNames
-) -> None:
+def _check(found: StoredMap, files: Files, config: ModelConfig, names: TensorNames) -> None:
     expected = found.expected
     for name, stored in expected.items():
         if name not in files.file_of:
@@ -222,7 +233,7 @@ def _check(
         if shape != stored.shape:
             raise CheckpointError(
                 f"{files.path(name)}: tensor {name!r} has shape {list(shape)},"
-                f" but config.json requires {list(stored.shape)}"
+                f" but {files.config_name} requires {list(stored.shape)}"
             )
         if dtype not in stored.dtypes:
             raise CheckpointError(
@@ -236,5 +247,5 @@ def _check(
         if name not in expected and not spare_head and not ignored:
             raise CheckpointError(
                 f"{files.path(name)}: tensor {name!r} is not part of a {config.model_type} model"
-                " with this config.json"
+                f" with {files.config_name.replace('its', 'this')}"
             )

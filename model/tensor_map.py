@@ -279,9 +279,11 @@ def _stacked_experts(stem: str, target: _ExpertLinear, count: int) -> Iterator[P
             target.write(storage[expert], source[expert])
 
     shape, transposed = (count, *target.shape), target.names.transposed
-    weight = NamedWeight(stem, shape, (own,), module=stem, transposed=transposed)
+    names = target.names
+    weight = NamedWeight(
+        stem + names.weight_suffix, shape, (own,), module=stem, transposed=transposed
+    )
     yield Piece(weight, experts, attribute, write)
     if experts.has_bias:
-        yield Piece(
-            NamedWeight(f"{stem}_bias", shape[:2], (own,)), experts, f"{attribute}_bias", write
-        )
+        bias = NamedWeight(stem + names.bias_suffix, shape[:2], (own,))
+        yield Piece(bias, experts, f"{attribute}_bias", write)

@@ -16,7 +16,7 @@ from tokenizer.errors import TokenizerError
 
 # The order in which named tokens get new ids; names of a model's own follow.
 _NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-_MAX_TOKENS = 100_000  # the time to add them grows with their square; models have up to 30,000
+MAX_TOKENS = 100_000  # the time to add them grows with their square; models have up to 30,000
 
 
 @dataclass
@@ -72,8 +72,8 @@ def add_special_tokens(
         # A token that tokenizer.json calls special is skipped in answers whatever others say.
         is_special = text in own and own[text].special
         token.special = token.special or text in names or is_special
-    if len(new) > _MAX_TOKENS:
-        raise TokenizerError(f"the tokenizer has more than {_MAX_TOKENS} added tokens")
+    if len(new) > MAX_TOKENS:
+        raise TokenizerError(f"the tokenizer has more than {MAX_TOKENS} added tokens")
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     new.pop("", None)
     backend.add_tokens([token for text, token in new.items() if known.get(text) != token])

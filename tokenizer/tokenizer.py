@@ -12,6 +12,7 @@ import tokenizers
 from tokenizer.chat import ChatTemplate
 from tokenizer.errors import TokenizerError
 from tokenizer.files import read_file
+from tokenizer.gguf import build_tokenizer
 from tokenizer.special_tokens import add_special_tokens
 
 _MAX_TOKENIZER = 256 << 20  # bytes of tokenizer.json; the largest on the Hub have 35 MB
@@ -73,6 +74,21 @@ class Tokenizer:
         backend.encode_special_tokens = config.get("split_special_tokens") is True
         return cls(backend, special_tokens, ChatTemplate.load(folder, config, special_tokens))
 
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], source: str | Path) -> "Tokenizer":
+        """The tokenizer and the chat template in the metadata of a GGUF file.
+
+        source: the file, for messages. Raises TokenizerError.
+        """
+        try:
+            with _converted_errors("its tokenizer cannot be used"):
+                backend, special_tokens = build_tokenizer(metadata)
+        except TokenizerError as error:
+            raise TokenizerError(f"{source}: {error}") from error
+        text = metadata.get("tokenizer.chat_template")
+        template = ChatTemplate(text, special_tokens) if isinstance(text, str) else None
+        return cls(backend, special_tokens, template)
+
     @property
     def vocab_size(self) -> int:
         """Number of tokens, including added tokens."""
@@ -122,6 +138,8 @@ def _converted_errors(problem: str) -> Iterator[None]:
     """
     try:
         yield
+    except TokenizerError:
+        raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise

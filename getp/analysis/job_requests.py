@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
+from getp.checkpoints import load_tokenizer
 from getp.job.formats.interface import BadRequestError, Failure, JobRequest, ParsedBody
 from getp.job.inputs import scan
 from getp.job.request_reader import RequestDefaults, RequestReader
@@ -35,7 +36,7 @@ def read_requests(path: str, folder: Path | None, defaults: RequestDefaults) -> 
         reader: RequestReader = _ByteReader(source, defaults, cast(Tokenizer, None))
     else:
         found = Requests("counted")
-        reader = RequestReader(source, defaults, Tokenizer.load(folder))
+        reader = RequestReader(source, defaults, load_tokenizer(folder))
     for request in map(reader.read, source.lines()):
         if isinstance(request, JobRequest):
             found.prompts.append(len(request.prompt_ids))

@@ -16,6 +16,7 @@ from model.cost.known_models import (
     named_config,
 )
 from model.families import load_config, parse_config
+from model.gguf import is_gguf
 
 LOCAL = "local"
 DEFAULT_GPUS = ("A100 SXM 80GB", "H100 SXM", "H200", "B200", "MI300X", "MI355X")
@@ -35,12 +36,12 @@ def is_known(name: str) -> bool:
 
 
 def find_model(given: Path) -> Model:
-    """Return a model by checkpoint directory, config.json or the usual spelling of its name.
+    """Return a model by checkpoint, config.json or the usual spelling of its name.
 
     Raises UsageProblem, which names the closest ones, for anything else, and CheckpointError for
     a config that cannot be used.
     """
-    if given.is_dir():
+    if given.is_dir() or is_gguf(given):
         return Model(model_name(given), load_config(given, warn))
     if given.exists():
         return Model(model_name(given.parent), parse_config(read_json(given), given))

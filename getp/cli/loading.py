@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from getp import EMBEDDED, hub
+from getp import EMBEDDED, checkpoints, hub
 from getp.checkpoints import embedded_model, find_model
 from getp.cli.settings import Settings
 from getp.cli.wording import option_name
@@ -90,9 +90,7 @@ def tokenizer_path(settings: Settings) -> Path:
 
 def load_tokenizer(settings: Settings) -> "Tokenizer":
     """Load the tokenizer. Raises TokenizerError."""
-    from tokenizer import Tokenizer
-
-    return Tokenizer.load(tokenizer_path(settings))
+    return checkpoints.load_tokenizer(tokenizer_path(settings))
 
 
 def sampling_defaults(settings: Settings, tokenizer: "Tokenizer") -> "Defaults":

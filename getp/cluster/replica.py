@@ -14,6 +14,7 @@ from typing import Any
 
 from engine import Completion, Engine, EngineConfig, EngineStats, Request, SamplingParams
 from getp import __version__, fingerprint
+from getp.checkpoints import load_tokenizer
 from getp.errors import GetpError
 from getp.text.answer_text import StopWatcher
 from tokenizer import Tokenizer
@@ -94,7 +95,7 @@ class Replica:
                 f"host {host} has getp {__version__}, but the driver has {setup.version}: install "
                 "the same version on every host"
             )
-        if not Path(setup.checkpoint).is_dir():
+        if not Path(setup.checkpoint).exists():
             raise GetpError(f"host {host} has no {setup.checkpoint}: every host needs a copy of it")
         if fingerprint.of_checkpoint(Path(setup.checkpoint)) != setup.identity:
             raise GetpError(
@@ -164,7 +165,7 @@ class Replica:
         if not stops:
             return Request(prompt_ids, params, request_id)
         if self._tokenizer is None:
-            self._tokenizer = Tokenizer.load(self._setup.tokenizer)
+            self._tokenizer = load_tokenizer(self._setup.tokenizer)
         watcher = StopWatcher(self._tokenizer, prompt_ids, chat, stops)
         self._watchers[request_id] = watcher
         return Request(prompt_ids, params, request_id, watcher)

@@ -11,7 +11,7 @@ from typing import Any
 
 from engine import Completion, Engine, EngineConfig, Request, SamplingParams, TokenLogprobs
 from engine.request import FinishReason
-from getp.checkpoints import embedded_model, find_model
+from getp.checkpoints import embedded_model, find_model, load_tokenizer
 from getp.defaults import JSONL, Defaults
 from getp.errors import GetpError
 from getp.hub import Part, find_checkpoint
@@ -93,7 +93,7 @@ class LLM:
         folder = embedded_model() if model is None else find_model(str(model), part)
         if tokenizer is not None:
             tokenizer = find_checkpoint(str(tokenizer), "tokenizer")
-        self.tokenizer = Tokenizer.load(tokenizer or folder)
+        self.tokenizer = load_tokenizer(tokenizer or folder)
         recommended = recommended_sampling(folder)
         for setting in unsupported_generation(folder):
             _log.warning("generation_config.json: %s is not supported; it is ignored", setting)

@@ -20,6 +20,9 @@ from model.families.family import Family, stated_dtype
 from model.families.layer_formats import with_layer_formats
 from model.families.nested import NESTED, nested_names, text_family, text_keys
 from model.families.tensor_names import TensorNames
+from model.gguf import is_gguf, read_gguf
+from model.gguf.config import config_values
+from model.gguf.names import stored_formats, tensor_names
 from model.stored_tensors import StoredTensors
 
 FAMILIES = (
@@ -56,12 +59,16 @@ def load_config(
 ) -> ModelConfig:
     """Read config.json and the stop ids of generation_config.json in a checkpoint directory.
 
+    Or read the metadata of a GGUF file, which contain both.
+
     What the config leaves to the weights, or contradicts, is read from them: a dtype that is
     missing or "auto", and a head that is stored though it should be the embedding; `notice` is
     called with a sentence about it. Raises CheckpointError for a missing or malformed file, an
     unknown model_type, or a key that changes the mathematics and is not supported.
     """
     folder = Path(checkpoint)
+    if is_gguf(folder):
+        return _gguf_config(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint directory")
     path = folder / "config.json"
@@ -87,6 +94,15 @@ def load_config(
         )
         config = replace(config, tie_word_embeddings=False)
     return config
+
+
+def _gguf_config(path: Path) -> ModelConfig:
+    gguf = read_gguf(path)
+    config = parse_config(config_values(gguf), path)
+    # Norms are stored as they are used, with the family's offset added.
+    norm = replace(config.norm, weight_offset=0.0)
+    config = replace(config, norm=norm, stored_formats=stored_formats(gguf))
+    return with_layer_formats(config, tensor_names(gguf))
 
 
 def parse_config(

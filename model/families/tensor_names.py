@@ -19,7 +19,7 @@ class ExpertNames:
 
     router: str = "mlp.gate"
     # A name with {expert} is one tensor for each expert. A name without it is one tensor for all
-    # experts: its weight has no ".weight" after the name, and its bias is NAME_bias.
+    # experts, with the suffixes below.
     linears: tuple[LinearName, ...] = (
         ("mlp.experts.{expert}.gate_proj", ("gate",)),
         ("mlp.experts.{expert}.up_proj", ("up",)),
@@ -27,6 +27,8 @@ class ExpertNames:
     )
     transposed: bool = False  # dense weights are stored as [experts, inputs, outputs]
     interleaved: bool = False  # rows of gate and up alternate
+    weight_suffix: str = ""  # after the name of a tensor for all experts
+    bias_suffix: str = "_bias"
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,13 @@ from engine import Engine, EngineConfig, Request, SamplingParams
 from engine.resolve import choose_dtype, dtype_name
 from getp import EMBEDDED
 from getp.analysis.doctor.reports import KernelReport, ScoreReport
-from getp.checkpoints import embedded_model
+from getp.checkpoints import embedded_model, load_tokenizer
 from getp.hub import model_name
 from model import ModelConfig, load_config
 from model.checks import OPERATIONS, Case, cases, problem, reference_of
 from model.cost.known_models import KNOWN_CONFIGS, named_config
 from model.ops.backend import Backend, choose_backend
 from model.ops.cpu.bindings import kernels, library
-from tokenizer import Tokenizer
 
 _ON_HOST = ("argmax", "top_tokens", "sample_rows")
 """Operations that torch computes on a CPU, whatever the instruction set of the native kernels."""
@@ -148,7 +147,7 @@ def score(device: torch.device) -> ScoreReport:
     count, *questions = (folder.parent / "input.txt").read_text(encoding="utf-8").split("\n")
     del questions[int(count) :]
     answers = (folder.parent / "answers.txt").read_text(encoding="utf-8").split("\n")
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = load_tokenizer(folder)
     params = SamplingParams(max_new_tokens=_LONGEST_ANSWER, stop_ids=tokenizer.stop_ids)
     requests = [Request(tokenizer.encode(question), params) for question in questions]
     notices: list[str] = []

@@ -14,6 +14,7 @@ from getp.files import STDIO, write_report
 from getp.terminal import warn
 from getp.units import counted
 from model.cost.devices import Device
+from model.gguf import is_gguf
 
 if TYPE_CHECKING:
     from getp.analysis.job_requests import Requests
@@ -125,7 +126,8 @@ def _requests(settings: Settings, path: str) -> "Requests":
 
     prompt = settings.prompt
     checkpoint = loading.checkpoint_folder(settings)
-    folder = loading.tokenizer_path(settings) if prompt.tokenizer or checkpoint.is_dir() else None
+    has_tokenizer = checkpoint.is_dir() or is_gguf(checkpoint)
+    folder = loading.tokenizer_path(settings) if prompt.tokenizer or has_tokenizer else None
     values, origins = loading.length_and_sampling(settings)
     defaults = RequestDefaults(
         SamplingParams(**values), origins, chat=bool(prompt.chat_template), system=prompt.system
