@@ -13,6 +13,9 @@ from model.ops.specs import Activation, NormSpec, RouterSpec
 DTYPES = ("bfloat16", "float16", "float32")
 """Names of the supported compute dtypes."""
 
+KV_DTYPES = (*DTYPES, "fp8", "int8")
+"""Names of the supported dtypes of the KV cache, see `model.ops.kv_values`."""
+
 _MAX_JSON_BYTES = 64 << 20  # far above any config
 
 
@@ -113,6 +116,7 @@ class ModelConfig:
     moe: MoeConfig | None = None
     linear_format: WeightFormat = DENSE  # of the weights of attention and dense MLPs
     expert_format: WeightFormat = DENSE
+    kv_dtype: str = "auto"  # of the KV cache: one of KV_DTYPES; auto: the compute dtype
 
     @cached_property
     def ropes(self) -> tuple[RopeConfig, ...]:

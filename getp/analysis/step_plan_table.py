@@ -59,13 +59,15 @@ def write_plot(plan: Plan, path: str) -> None:
 
 
 def _title(plan: Plan) -> str:
-    work, experts = plan.work, plan.model.config.expert_format
+    work, config = plan.work, plan.model.config
+    experts, kv = config.expert_format, config.kv_dtype
     words = [
         f"{plan.model.name}: {work.phase}",
         f"batch {work.batch:,}",
         f"query {work.query:,}",
         f"context {work.context:,}",
         work.dtype + ("" if experts == DENSE else f", experts in {experts.name}"),
+        *([] if kv == "auto" else [f"KV cache in {kv}"]),
     ]
     if work.tensor_parallel > 1:
         words.append(f"split over {work.tensor_parallel} GPUs (figures per GPU)")
