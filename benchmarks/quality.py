@@ -11,6 +11,7 @@ added. Prints a table, then one JSON object as the last line.
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from engine.execution.model_runner import ModelRunner
 from engine.resolve import resolve
 from getp.text.prompts import encode_prompt
 from model import load_config
+from model.config import DTYPES
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from tokenizer import Tokenizer
 
@@ -78,23 +80,34 @@ Which ocean is the largest?""".split("\n")
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(exists=True, file_okay=False))
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16"]), default="bfloat16")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16")
+@click.option("--kv-dtype", "kv_dtypes", default=["auto"], multiple=True, help="Can be repeated.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--tokens", default=32, show_default=True, help="Tokens of each answer, at most.")
 @click.option("--transformers", "with_transformers", is_flag=True, help="Measure transformers too.")
-def main(checkpoint: str, dtype: str, device: str, tokens: int, with_transformers: bool) -> None:
-    """Compare a 16-bit dtype with float32 on a checkpoint."""
+def main(
+    checkpoint: str,
+    dtype: str,
+    kv_dtypes: tuple[str, ...],
+    device: str,
+    tokens: int,
+    with_transformers: bool,
+) -> None:
+    """Compare a dtype with float32 on a checkpoint, and dtypes of the KV cache."""
     prompts = _prompts(checkpoint)
-    reference = _answers(checkpoint, EngineConfig(dtype="float32", device=device), prompts, tokens)
+    exact = EngineConfig(dtype="float32", device=device)
+    reference = _answers(checkpoint, exact, prompts, tokens)
     texts = [prompt + answer for prompt, answer in zip(prompts, reference, strict=True)]
     starts = [len(prompt) - 1 for prompt in prompts]  # where the answer's first token is predicted
-    expected = _distributions(_own(checkpoint, "float32", device, texts), texts)
-    measured = {
-        f"getp {dtype}": (
-            _distributions(_own(checkpoint, dtype, device, texts), texts),
-            _answers(checkpoint, EngineConfig(dtype=dtype, device=device), prompts, tokens),
+    expected = _distributions(_own(checkpoint, exact, texts), texts)
+    measured = {}
+    for kv_dtype in kv_dtypes:
+        config = EngineConfig(dtype=dtype, kv_dtype=kv_dtype, device=device)
+        name = f"getp {dtype}" + ("" if kv_dtype == "auto" else f", KV cache in {kv_dtype}")
+        measured[name] = (
+            _distributions(_own(checkpoint, config, texts), texts),
+            _answers(checkpoint, config, prompts, tokens),
         )
-    }
     if with_transformers:
         measured[f"transformers {dtype}"] = _transformers(checkpoint, dtype, prompts, texts, tokens)
     rows = {
@@ -125,9 +138,10 @@ def _answers(
     return [done[i] for i in range(len(prompts))]
 
 
-def _own(checkpoint: str, dtype: str, device: str, texts: list[list[int]]) -> Logits:
+def _own(checkpoint: str, config: EngineConfig, texts: list[list[int]]) -> Logits:
     """The engine's own forward pass, with all of a sequence in one step."""
-    settings = resolve(EngineConfig(dtype=dtype, device=device), load_config(checkpoint))
+    model_config = replace(load_config(checkpoint), kv_dtype=config.kv_dtype)
+    settings = resolve(config, model_config)
     runner = ModelRunner(settings.model, settings.device, settings.dtype)
     runner.load(Path(checkpoint), dummy=False)
     size, longest = settings.block_size, max(map(len, texts))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from numbers import Integral
 
 from engine.errors import EngineError
-from model.config import DTYPES
+from model.config import DTYPES, KV_DTYPES
 
 DEVICE = re.compile(r"auto|cpu|cuda(:(0|[1-9][0-9]?))?")  # torch wraps indices above 127 silently
 
@@ -21,6 +21,9 @@ class EngineConfig:
 
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto uses a GPU if there is one
     dtype: str = "auto"  # auto (the checkpoint's own), bfloat16, float16 or float32
+    # Of the KV cache: auto (the compute dtype), one of DTYPES, fp8 (e4m3) or int8. The formats of 8
+    # bits hold twice as many tokens as bfloat16, with errors as in benchmarks/RESULTS.md.
+    kv_dtype: str = "auto"
     max_batch_size: int | None = None  # requests that run at once
     max_batch_tokens: int | None = None  # tokens computed in one step
     kv_memory: int | None = None  # bytes of the KV cache; None: sized from available memory
@@ -33,7 +36,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         """Check every setting that can be checked without the checkpoint and the hardware."""
-        for name in ("device", "dtype"):
+        for name in ("device", "dtype", "kv_dtype"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} must be a string, not {getattr(self, name)!r}")
         for name in _INTEGERS:
@@ -49,6 +52,12 @@ class EngineConfig:
                 "{dtype} must be auto, {known}, not {given}",
                 known=", ".join(DTYPES),
                 given=repr(self.dtype),
+            )
+        if self.kv_dtype not in ("auto", *KV_DTYPES):
+            raise EngineError(
+                "{kv_dtype} must be auto, {known}, not {given}",
+                known=", ".join(KV_DTYPES),
+                given=repr(self.kv_dtype),
             )
         for name in ("max_batch_size", "max_batch_tokens", "block_size", "tensor_parallel"):
             value = getattr(self, name)

@@ -36,6 +36,7 @@ from engine.summary import RunSummary, peak_resident_bytes
 from engine.warm_up import prepare
 from model import load_config
 from model.checks.verify import Kernels
+from model.cost.workload import kv_dtype
 from model.ops.cpu.topology import usable_threads
 
 _log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class Engine:
         if workers is not None:
             config = replace(config, tensor_parallel=workers.size)
         self.checkpoint, self.config = Path(checkpoint), config
-        self.model_config = load_config(checkpoint, notice)
+        self.model_config = replace(load_config(checkpoint, notice), kv_dtype=config.kv_dtype)
         self.settings = settings = resolve(config, self.model_config)
         self.device, self.dtype = settings.device, settings.dtype
         self.held_config, self.tensor_parallel = settings.model, settings.tensor_parallel
@@ -115,6 +116,11 @@ class Engine:
         self.finish()
 
     @property
+    def kv_dtype(self) -> str:
+        """The dtype of the KV cache, one of `KV_DTYPES`."""
+        return kv_dtype(self.model_config, dtype_name(self.dtype))
+
+    @property
     def steps(self) -> StepLoop:
         """The step loop and its scheduler, for probes. Raises RuntimeError before warm_up."""
         if self._steps is None:
@@ -148,7 +154,8 @@ class Engine:
         if self.make_capture is None:
             return ""
         dtype = dtype_name(self.dtype)
-        return crash_of_hip(self.checkpoint, self.device, dtype, self.settings.block_size)
+        kv_dtype, block_size = self.config.kv_dtype, self.settings.block_size
+        return crash_of_hip(self.checkpoint, self.device, dtype, kv_dtype, block_size)
 
     @property
     def rounding(self) -> dict[str, Any]:

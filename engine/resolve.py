@@ -13,14 +13,14 @@ from model import ModelConfig
 from model.cost.batch_limits import default_batch_size, default_batch_tokens
 from model.cost.measure import hardware_name
 from model.cost.operations import check_tensor_parallel
-from model.ops.backend import choose_backend
+from model.ops.backend import Backend, KvDtypeError, choose_backend
 
 
 @dataclass(frozen=True)
 class Settings:
     """An EngineConfig with a value for every setting."""
 
-    model: ModelConfig  # with the formats of the weights in memory, see `held_config`
+    model: ModelConfig  # with the formats in memory, see `held_config`
     device: torch.device  # of rank 0
     dtype: torch.dtype
     max_batch_size: int
@@ -144,5 +144,18 @@ def held_config(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
     """The config with the formats of weights in memory, which may differ from the checkpoint's.
 
     Weights become dense where no kernel reads their format, which changes the bytes of a step.
+    Raises EngineError if the device has no operations for the config's KV cache.
     """
-    return config.held(choose_backend(device, dtype))
+    return config.held(backend_of(config, device, dtype))
+
+
+def backend_of(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend of a model. Raises EngineError if it has no operations for its KV cache."""
+    try:
+        return choose_backend(device, dtype, config.kv_dtype)
+    except KvDtypeError as error:
+        raise EngineError(
+            "{kv_dtype} {name} is not possible here: {cause}; use {kv_dtype} auto",
+            name=config.kv_dtype,
+            cause=error,
+        ) from None

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 DTYPES = ("bfloat16", "float16", "float32")
 """Names of the supported compute dtypes."""
 
+KV_DTYPES = (*DTYPES, "fp8", "int8")
+"""Names of the supported dtypes of the KV cache, see `model.ops.kv_values`."""
+
 _MAX_JSON_BYTES = 64 << 20  # far above any config
 
 
@@ -143,6 +146,7 @@ class ModelConfig:
     logits_softcap: float | None = None  # as attention_softcap, of the scaled logits
     activation: Activation = field(default_factory=Activation)
     moe: MoeConfig | None = None
+    kv_dtype: str = "auto"  # of the KV cache: one of KV_DTYPES; auto: the compute dtype
     # Of the checkpoint; see also LayerFormats.
     stored_formats: FormatRules = field(default_factory=FormatRules)
 

@@ -23,8 +23,11 @@ def check_norms() -> Iterator[str | None]:
 
 
 def check_attention() -> Iterator[str | None]:
-    """Check attention of single tokens and of chunks."""
-    return compare(kernels(), "attention")
+    """Check attention of single tokens and of chunks, and with a KV cache in fp8."""
+    yield from compare(kernels(), "attention")
+    if kernels().target.fp8 is not None:
+        fp8 = kernels(kv_dtype="fp8")
+        yield from compare(fp8, "rotate_and_write", "norm_qkv", "attention")
 
 
 def check_experts() -> Iterator[str | None]:
@@ -52,7 +55,10 @@ def compare(backend: Backend, *operations: str) -> Iterator[str | None]:
     """Yield the problem of each case of these operations in MODELS, or None."""
     reference = reference_of(backend)
     for model in MODELS:
-        for case in cases(named_config(model), CUDA, backend.dtype, operations=operations):
+        config = named_config(model)
+        for case in cases(
+            config, CUDA, backend.dtype, kv_dtype=backend.kv_dtype, operations=operations
+        ):
             print(f"{model}, {case}", file=sys.stderr, flush=True)  # shows where a check hangs
             if COMPUTES:
                 found = problem(case, backend, reference) or difference(case, backend)
@@ -78,7 +84,13 @@ def difference(case: Case, backend: Backend) -> str | None:
     call = case.prepare(backend)
     first = [result.clone() for result in call()]
     differ = sum(
-        not all(torch.equal(a, b) for a, b in zip(first, call(), strict=True))
+        not all(_is_equal(a, b) for a, b in zip(first, call(), strict=True))
         for _ in range(_REPEATS)
     )
     return f"{differ} of {_REPEATS} repetitions differ" if differ else None
+
+
+def _is_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.dtype.itemsize == 1:  # fp8, which torch does not compare
+        a, b = a.view(torch.uint8), b.view(torch.uint8)
+    return torch.equal(a, b)

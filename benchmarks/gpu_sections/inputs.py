@@ -43,13 +43,16 @@ def random_mxfp4(experts: int, outputs: int, inputs: int) -> Mxfp4:
     return Mxfp4(blocks.to(torch.uint8), scales.to(torch.uint8))
 
 
-def kernels(dtype: torch.dtype = torch.bfloat16, **tiles: Any) -> "TritonBackend":
+def kernels(
+    dtype: torch.dtype = torch.bfloat16, *, kv_dtype: str = "auto", **tiles: Any
+) -> "TritonBackend":
     """Return the backend of this GPU, with some fields of its `Tiles` changed."""
     from model.ops.triton.backend import TritonBackend
     from model.ops.triton.tiles import target_of
 
     target = target_of(CUDA)
-    return TritonBackend(CUDA, dtype, replace(target, tiles=replace(target.tiles, **tiles)))
+    target = replace(target, tiles=replace(target.tiles, **tiles))
+    return TritonBackend(CUDA, dtype, target, kv_dtype=kv_dtype)
 
 
 def fused(dtype: torch.dtype = torch.bfloat16, **limits: Any) -> "TritonBackend":

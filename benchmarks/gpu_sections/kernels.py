@@ -48,6 +48,17 @@ def time_attention(limits: Limits) -> Iterator[Row]:
         rate = 4 * heads * dim * count * (count + 1) / 2 / spent
         name = f"prefill attention {heads}/{kv_heads} heads of {dim}, {count} tokens"
         yield Row(name, rate / 1e12, "TFLOP/s", rate / limits.product, "product")
+    fp8 = kernels().target.fp8
+    if fp8 is not None:
+        heads, kv_heads, dim, rows, context = 32, 8, 128, 256, 1000
+        batch, group, blocks = paged_batch([(1, context)] * rows)
+        kv = rand(2, blocks, 16, kv_heads, dim, dtype=torch.bfloat16).to(fp8)
+        query, spec = rand(rows, heads, dim, dtype=torch.bfloat16), AttentionSpec(dim**-0.5, None)
+        call = partial(kernels(kv_dtype="fp8").attention, query, kv, batch, group, spec)
+        spent = seconds_of(call)
+        rate = rows * context * 2 * kv_heads * dim / spent
+        name = f"decode attention {heads}/{kv_heads} heads of {dim}, {rows} x {context}, KV in fp8"
+        yield Row(name, rate / 1e12, "TB/s", rate / limits.copy, "copy")
     sinks, spec = rand(64, dtype=torch.bfloat16), AttentionSpec(64**-0.5, 128)
     for rows in (1, 256):
         batch, group, blocks = paged_batch([(1, 1000)] * rows)

@@ -25,8 +25,9 @@ from model.config import ModelConfig
 from model.cost.known_models import named_config
 from model.families import parse_config
 from model.formats import MXFP4
+from model.mlp import Moe
 from model.ops.forward_batch import ForwardBatch, GroupTables
-from model.ops.specs import Experts, SamplingTables
+from model.ops.specs import Experts, RopeArgs, SamplingTables
 from model.ops.triton.backend import TritonBackend
 from model.ops.triton.mxfp4 import ExpertWeights
 from model.ops.triton.tiles import TILES, Target
@@ -128,6 +129,7 @@ def calls(architecture: str) -> Iterator[Callable[[], Any]]:
             config = named_config(name)
             model = _model(replace(config, layers=config.layers[:2]), ops)
             yield from (partial(_step, model, ops, [1] * rows) for rows in _CHECK_ROWS)
+            yield from _layer_calls(model, ops)
     yield from _small_calls(architecture)
     yield from _tiny_calls(architecture)
 
@@ -199,6 +201,23 @@ def _step(model: Transformer, ops: TritonBackend, lengths: list[int]) -> None:
     ops.sample_rows(logits, row, row)
     for positions in (row, lens):  # of steps that are computed, and of captured ones
         ops.sample_rows(logits, row, row, positions, sampling)
+
+
+def _layer_calls(model: Transformer, ops: TritonBackend) -> Iterator[Callable[[], Any]]:
+    """Yield what the cases of `model.checks` run but no step does, since it is part of a fusion:
+    QKV behind a sum that is not left to the norm, and the router without a norm.
+    """
+    layer = model.layers[0]
+    attention, heads = layer.attention, layer.attention.heads
+    kv = ops.empty_cache((2, 4096, _BLOCK, heads.kv_heads, heads.head_dim))
+    for rows in _CHECK_ROWS:
+        x = _empty(rows, model.config.hidden_size)
+        slots = _empty(rows, dtype=torch.int64)
+        cos_sin = _empty(rows, model.config.rotary_dim, dtype=torch.float32)
+        rope = RopeArgs(heads, cos_sin, kv, slots)
+        yield partial(ops.norm_qkv, x.float(), x, attention.norm, attention.qkv, rope)
+        if isinstance(layer.mlp, Moe):
+            yield partial(ops.linear, x, layer.mlp.router)
 
 
 def _tiny_calls(architecture: str) -> Iterator[Callable[[], Any]]:

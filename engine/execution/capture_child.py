@@ -1,9 +1,9 @@
 """The process that tries captures before the engine does: a crash ends only this process.
 
-Run as `python -m engine.execution.capture_child CHECKPOINT DEVICE DTYPE BLOCK_SIZE`. It captures
-and replays decode steps of a model with the checkpoint's layers, so that its graphs have as many
-kernels as the engine's. Weights are random, and layers of the same kind share them. Exits with
-status 0 unless it crashes: a capture that raises an error is not a crash.
+Run as `python -m engine.execution.capture_child CHECKPOINT DEVICE DTYPE KV_DTYPE BLOCK_SIZE`. It
+captures and replays decode steps of a model with the checkpoint's layers, so that its graphs have
+as many kernels as the engine's. Weights are random, and layers of the same kind share them. Exits
+with status 0 unless it crashes: a capture that raises an error is not a crash.
 """
 
 import sys
@@ -63,8 +63,8 @@ def try_captures(runner: ModelRunner, make_capture: Callable[[], Capture]) -> li
 
 def main() -> None:
     """Try the captures of the checkpoint that the arguments name."""
-    checkpoint, name, dtype, block_size = sys.argv[1:]
-    config, device = load_config(checkpoint), torch.device(name)
+    checkpoint, name, dtype, kv_dtype, block_size = sys.argv[1:]
+    config, device = replace(load_config(checkpoint), kv_dtype=kv_dtype), torch.device(name)
     torch.cuda.set_device(device)
     runner = small_runner(config, device, getattr(torch, dtype), int(block_size))
     try_captures(runner, lambda: GpuCapture(EngineStats()))

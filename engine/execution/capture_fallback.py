@@ -72,8 +72,10 @@ def crash_of_child(arguments: list[str], timeout: float = _CHILD_TIMEOUT_S) -> s
     return f"a child process that tried it exited with status {child.returncode}: {last}"
 
 
-def crash_of_hip(checkpoint: Path, device: torch.device, dtype: str, block_size: int) -> str:
+def crash_of_hip(
+    checkpoint: Path, device: torch.device, dtype: str, kv_dtype: str, block_size: int
+) -> str:
     """Why captures must not be tried in this process; "" if they may, as always except on HIP."""
     if torch.version.hip is None:
         return ""
-    return crash_of_child([str(checkpoint), str(device), dtype, str(block_size)])
+    return crash_of_child([str(checkpoint), str(device), dtype, kv_dtype, str(block_size)])

@@ -26,6 +26,7 @@ from engine.scheduling.sequence import Chunk, Sequence, Step
 from model import ModelConfig, Transformer, loader
 from model.ops.backend import Backend, Compute, choose_backend
 from model.ops.forward_batch import ForwardBatch
+from model.ops.kv_values import rounded, vector_width
 from model.ops.step_parts import BATCH_PREPARATION, SAMPLING
 from model.sharding import ALONE, Shard
 
@@ -50,10 +51,10 @@ class ModelRunner:
     ):
         self.device, self.dtype, self.shard = device, dtype, shard
         self.groups: list[LayerGroup] = group_layers([layer.window for layer in config.layers])
-        self.backend = choose_backend(device, dtype)
+        self.backend = choose_backend(device, dtype, config.kv_dtype)
         self.config = config.held(self.backend)
         self.model: Transformer | None = None
-        # One tensor [2, blocks, block_size, kv_heads, head_dim] for each layer of a group.
+        # One tensor for each layer of a group, as `Backend.empty_cache` returns it.
         self.kv_caches: list[torch.Tensor] = []
         self.sampler: Sampler | None = None
         self.batches: BatchBuilder | None = None
@@ -92,8 +93,8 @@ class ModelRunner:
     def block_bytes(self, block_size: int) -> int:
         """Bytes of one KV block over all layers of a group."""
         layers = max(len(group.layers) for group in self.groups)
-        heads, size = self._kv_heads, self.config.head_dim
-        return 2 * layers * block_size * heads * size * self.dtype.itemsize
+        vectors, dtype = 2 * layers * block_size * self._kv_heads, self.backend.kv_dtype
+        return vectors * vector_width(dtype, self.config.head_dim) * dtype.itemsize
 
     @property
     def _kv_heads(self) -> int:
@@ -187,7 +188,8 @@ class ModelRunner:
     def fill_kv_randomly(self, last_block: int) -> None:
         """Write random values to the KV blocks 1 … last_block, for measurements without prefill."""
         for cache in self.kv_caches:
-            cache[:, 1 : last_block + 1] = torch.randn(cache.shape[2:]).to(cache)
+            values = torch.randn(*cache.shape[2:4], self.config.head_dim)
+            cache[:, 1 : last_block + 1] = rounded(values, cache.dtype)
 
     @property
     def capture_modes(self) -> list[CaptureMode]:

@@ -36,7 +36,7 @@ class CoordinatorRunner(ModelRunner):
         """Start the workers and create a runner on each; threads: per worker, on a CPU."""
         self._workers.start(self.device)
         self.shard = self._workers.shard
-        args = (str(checkpoint), dtype_name(self.dtype), threads)
+        args = (str(checkpoint), dtype_name(self.dtype), self.config.kv_dtype, threads)
         self._workers.call("make_runner", args, lambda: None)
 
     def set_kernels(self, choices: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,11 +73,11 @@ def run(channel: Channel, device: torch.device) -> None:
 
 
 def _make_runner(
-    channel: Channel, device: torch.device, checkpoint: str, dtype: str, threads: int
+    channel: Channel, device: torch.device, checkpoint: str, dtype: str, kv_dtype: str, threads: int
 ) -> ModelRunner:
     if device.type == "cpu":
         torch.set_num_threads(threads)
-    config = load_config(checkpoint)
+    config = replace(load_config(checkpoint), kv_dtype=kv_dtype)
     runner = ModelRunner(config, device, choose_dtype(dtype, dtype, device), channel.shard)
     runner.exchange_reports = channel.gather_reports
     return runner

@@ -22,7 +22,7 @@ from model.cost.devices import Device
 from model.cost.interconnect import exchange
 from model.cost.operations import check_tensor_parallel, operations, total
 from model.cost.roofline import bound, largest_batch
-from model.cost.workload import Workload
+from model.cost.workload import Workload, kv_dtype
 
 if TYPE_CHECKING:
     from getp.analysis.job_requests import Requests
@@ -302,6 +302,7 @@ def as_json(
     return {
         "model": model.name,
         "dtype": dtype,
+        "kv_dtype": kv_dtype(model.config, dtype),
         "requests": len(job.prompts),
         "requests_refused": job.refused,
         "prompt_tokens": job.prompt_tokens,

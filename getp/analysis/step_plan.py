@@ -14,7 +14,7 @@ from model.cost.devices import Device
 from model.cost.interconnect import LINKS, Exchange, exchange
 from model.cost.operations import check_tensor_parallel, operations, total
 from model.cost.roofline import Bound, bound
-from model.cost.workload import Op, Phase, Workload
+from model.cost.workload import Op, Phase, Workload, kv_dtype
 
 _DEFAULT_QUERY = 1024  # tokens per sequence in a prefill or backward step
 _DEFAULT_CONTEXT = 1024  # tokens per sequence in a decode step
@@ -107,6 +107,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "query": work.query,
         "context": work.context,
         "dtype": work.dtype,
+        "kv_dtype": kv_dtype(plan.model.config, work.dtype),
         "ops": [{"name": op.name, "layer_count": op.layer_count, **_cost(op)} for op in plan.ops],
         "total": _cost(plan.total),
         "tensor_parallel": work.tensor_parallel,

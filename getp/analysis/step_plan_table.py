@@ -61,13 +61,14 @@ def write_plot(plan: Plan, path: str) -> None:
 
 
 def _title(plan: Plan) -> str:
-    work = plan.work
+    work, kv = plan.work, plan.model.config.kv_dtype
     words = [
         f"{plan.model.name}: {work.phase}",
         f"batch {work.batch:,}",
         f"query {work.query:,}",
         f"context {work.context:,}",
         work.dtype + _formats(plan.model.config),
+        *([] if kv == "auto" else [f"KV cache in {kv}"]),
     ]
     if work.tensor_parallel > 1:
         words.append(f"split over {work.tensor_parallel} GPUs (figures per GPU)")

@@ -21,6 +21,7 @@ from getp.cli.click_types import (
 from getp.cli.modes import MODES, Subject
 from getp.cli.plan_options import PLAN_OPTIONS
 from getp.defaults import DEFAULT_MAX_LENGTH, DEFAULT_NEW_TOKENS
+from model.config import KV_DTYPES
 
 _MAX_SECONDS = 365 * 24 * 3600  # one year; Python cannot wait for much longer
 
@@ -235,6 +236,15 @@ _ALL: tuple[Decorator, ...] = (
         default="auto",
         show_default=True,
         help="Compute dtype; auto: the checkpoint's. float8 only in mode plan.",
+    ),
+    _engine(
+        "--kv-dtype",
+        subject=Subject.DTYPE,
+        type=click.Choice(["auto", *KV_DTYPES]),
+        default="auto",
+        show_default=True,
+        help="Dtype of the KV cache; auto: the compute dtype. fp8 (e4m3; on GPUs that have it) and "
+        "int8 (on CPUs) hold about twice as many tokens as bfloat16, but are less exact.",
     ),
     _batch("--max-batch-size", type=Integer(min=1), help="Maximum concurrent requests."),
     _batch("--max-batch-tokens", type=Integer(min=1), help="Maximum tokens computed in one step."),

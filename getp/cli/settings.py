@@ -93,6 +93,7 @@ class PlanOptions:
     """The assumptions of a plan. They are separate because EngineConfig rejects float8."""
 
     dtype: str
+    kv_dtype: str
     max_batch_size: int | None
     max_batch_tokens: int | None
     fused: bool

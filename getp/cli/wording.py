@@ -9,6 +9,7 @@ _OPTIONS = {
     # engine.EngineConfig
     "device": "--device",
     "dtype": "--dtype",
+    "kv_dtype": "--kv-dtype",
     "max_batch_size": "--max-batch-size",
     "max_batch_tokens": "--max-batch-tokens",
     "kv_memory": "--kv-memory",

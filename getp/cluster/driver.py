@@ -30,6 +30,7 @@ from getp.rounding import check_replica
 from getp.terminal import print_message, warn
 from getp.text.answer_text import StopWatcher
 from model import CheckpointError, load_config
+from model.cost.workload import kv_dtype
 
 _MAX_DEATHS = 3  # deaths of a replica in a row, without a finished request in between
 _POLL_S = 0.1  # longest wait for results before signals are handled
@@ -58,7 +59,7 @@ class Cluster:
         make_engine: Callable[..., Engine] = Engine,
     ) -> None:
         self.config = config
-        self.model_config = load_config(checkpoint)
+        self.model_config = replace(load_config(checkpoint), kv_dtype=config.kv_dtype)
         self._session = RaySession(address)
         self.resources = self._session.plan(replicas, config.device, config.tensor_parallel)
         self.device = torch.device("cuda" if self.resources.gpus else "cpu")
@@ -82,6 +83,11 @@ class Cluster:
         self._running = False
         self._inference_s = 0.0  # in `generate`
         self._last_notice = 0.0  # time of the last message on missing replicas
+
+    @property
+    def kv_dtype(self) -> str:
+        """Return the dtype of the replicas' KV caches."""
+        return kv_dtype(self.model_config, dtype_name(self.dtype))
 
     @property
     def stats(self) -> EngineStats:

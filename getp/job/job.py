@@ -167,6 +167,7 @@ def _fingerprint(job: Job, source: Source, engine: JobEngine) -> dict[str, Any]:
         **job.identity,
         "device": engine.device.type,
         "dtype": dtype_name(engine.dtype),
+        "kv_dtype": engine.kv_dtype,
         **params,
         "stop": defaults.stops,
         "chat template": defaults.chat,

@@ -24,6 +24,10 @@ class JobEngine(Protocol):
     def dtype(self) -> torch.dtype:
         """Return the compute dtype."""
 
+    @property
+    def kv_dtype(self) -> str:
+        """Return the dtype of the KV cache, as in EngineConfig but never auto."""
+
     def choose_kernels(self, preferred: Mapping[str, Any] | None, expected_s: float | None) -> None:
         """Choose the kernels, those of an earlier part of the job if possible; see Engine."""
 

@@ -61,7 +61,8 @@ def noted_rounding(path: str) -> dict[str, Any] | None:
 
 def comparable(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     """Return a fingerprint as this version writes it, without values that have no effect."""
-    found = dict(fingerprint)
+    # Older journals name no dtype of the KV cache, which always had the compute dtype.
+    found = {"kv_dtype": fingerprint.get("dtype"), **fingerprint}
     if found.get("output format") == _OLD_IDS:
         found["output format"] = "ids"
     temperature = found.get("temperature")

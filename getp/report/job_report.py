@@ -12,6 +12,7 @@ from getp import __version__
 from getp.report.efficiency import RunEfficiency, record_efficiency, run_efficiency
 from getp.report.measurements import Measurements, quantile
 from getp.terminal import warn
+from model.cost.workload import kv_dtype
 
 Report = dict[str, Any]
 """Times are in seconds, memory is in bytes; None means "not measured"."""
@@ -29,6 +30,7 @@ def job_report(measured: Measurements, run: RunSummary, checkpoint: str) -> Repo
         "replicas": replicas or None,
         "tensor_parallel": run.tensor_parallel,
         "dtype": run.dtype,
+        "kv_dtype": kv_dtype(run.config, run.dtype),
         "kernels": list(run.kernels),
         "versions": {
             "getp": __version__,

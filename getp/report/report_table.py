@@ -82,7 +82,7 @@ def _details(r: Report) -> list[tuple[str, str]]:
         ),
         (
             "KV cache",
-            f"{memory(r['kv_bytes'])}, peak use {r['peak_kv_use']:.1%}, "
+            f"{memory(r['kv_bytes'])} in {r['kv_dtype']}, peak use {r['peak_kv_use']:.1%}, "
             f"{counted(r['preemptions'], 'preemption')}",
         ),
         *_speculation(r),

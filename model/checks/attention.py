@@ -9,6 +9,7 @@ from model.checks.case import Case, Tensors
 from model.checks.inputs import Inputs
 from model.ops.backend import Backend
 from model.ops.forward_batch import ForwardBatch, GroupTables
+from model.ops.kv_values import read_kv, rounded, vector_width
 
 _SPARE_BLOCKS = 2  # that belong to no sequence
 _EDGES = (15, 16, 31, 32, 63, 64, 127, 128)  # positions where tiles of keys end and begin
@@ -57,6 +58,7 @@ def _case(
     query = inputs.normal(tokens, heads.heads, heads.head_dim)
     kv = inputs.normal(2, blocks, block_size, heads.kv_heads, heads.head_dim)
     _mark_edges(query, kv, lengths, group, spec.window, inputs)
+    kv = read_kv(rounded(kv, inputs.kv_dtype), torch.float32)  # the same values for every backend
     _set_unread_to_nan(kv, lengths, group, spec.window)
     sinks = None
     if layer.has_sinks:  # about as large as the scores of marked keys
@@ -64,7 +66,7 @@ def _case(
 
     def prepare(backend: Backend) -> Callable[[], Tensors]:
         dtype = backend.dtype
-        own_query, own_kv = query.to(dtype), kv.to(dtype)
+        own_query, own_kv = query.to(dtype), rounded(kv, backend.kv_dtype)
         own_sinks = None if sinks is None else sinks.to(dtype)
         return lambda: (backend.attention(own_query, own_kv, batch, group, spec, own_sinks),)
 
@@ -74,9 +76,10 @@ def _case(
         pairs += sum(seen)
         positions += min(context, count - 1 + (spec.window or context))
     item = inputs.dtype.itemsize
-    moved = 2 * positions * heads.kv_heads * heads.head_dim + 2 * query.numel()
+    vector = vector_width(inputs.kv_dtype, heads.head_dim) * inputs.kv_dtype.itemsize
+    moved = 2 * positions * heads.kv_heads * vector + 2 * query.numel() * item
     flops = 4 * pairs * heads.heads * heads.head_dim
-    return Case("attention", label, prepare, moved * item, flops, is_timed)
+    return Case("attention", label, prepare, moved, flops, is_timed)
 
 
 def paged_batch(

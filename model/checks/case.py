@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from model.ops.backend import Backend
+from model.ops.kv_values import FP8
 
 Tensors = tuple[torch.Tensor, ...]
 Capture = Callable[[Callable[[], Any]], Callable[[], Any]]
@@ -17,6 +18,7 @@ Capture = Callable[[Callable[[], Any]], Callable[[], Any]]
 # Largest error relative to the largest expected value. Products of 16-bit inputs are compared with
 # a float32 reference on the same inputs, so only roundings within an operation count.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+_TOLERANCE |= dict.fromkeys(FP8, 2**-4 + 2e-2)  # half of its step, and the error before rounding
 
 
 class ReferenceFailedError(Exception):
@@ -105,8 +107,9 @@ def error_text(error: BaseException) -> str:
 def compare(found: Tensors, expected: Tensors, dtype: torch.dtype) -> str | None:
     """Return the first difference between results and what was expected.
 
-    Whole numbers must be equal; floating-point numbers may differ by the tolerance of the dtype,
-    relative to the largest expected value of their tensor. NaN is always wrong.
+    Whole numbers must be equal; floating-point numbers may differ by the tolerance of the dtype, or
+    of their own one if that is larger, relative to the largest expected value of their tensor. NaN
+    is always wrong.
     """
     for number, (one, want) in enumerate(zip(found, expected, strict=True)):
         name = f"result {number}"
@@ -123,7 +126,7 @@ def compare(found: Tensors, expected: Tensors, dtype: torch.dtype) -> str | None
             return f"{name} has values that are not finite"
         largest = float(want.abs().max()) if want.numel() else 1.0
         share = float(error) / (largest or 1.0)
-        if share > _TOLERANCE[dtype]:
+        if share > max(_TOLERANCE[dtype], _TOLERANCE.get(one.dtype, 0.0)):
             return f"{name} differs by {share:.1e} of its largest value"
     return None
 

@@ -54,6 +54,7 @@ def cases(
     device: torch.device,
     dtype: torch.dtype,
     *,
+    kv_dtype: torch.dtype | None = None,
     shard: Shard = ALONE,
     block_size: int = 16,
     operations: Collection[str] = OPERATIONS,
@@ -61,14 +62,15 @@ def cases(
 ) -> Iterator[Case]:
     """Yield the cases of the operations that one rank of a model uses, in the order of OPERATIONS.
 
-    block_size: positions of a KV block. size: by default FULL on a GPU, else SMALL. Inputs of an
-    operation are created when its first case is taken, and freed with its cases.
+    kv_dtype: of the KV cache; None: dtype. block_size: positions of a KV block. size: by default
+    FULL on a GPU, else SMALL. Inputs of an operation are created when its first case is taken, and
+    freed with its cases.
     """
     if size is None:
         size = SMALL if device.type == "cpu" else _fitting(FULL, device)
     for operation in OPERATIONS:
         if operation in operations:
-            inputs = Inputs(device, dtype, size)
+            inputs = Inputs(device, dtype, size, kv_dtype)
             yield from _cases_of(operation, config, shard, block_size, inputs)
 
 

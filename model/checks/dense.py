@@ -101,7 +101,8 @@ class _Cache:
 
     def on(self, backend: Backend) -> RopeArgs:
         """Return the arguments with a cache whose values show where nothing was written."""
-        kv = torch.full(self.shape, 0.5, dtype=backend.dtype, device=backend.device)
+        kv = backend.empty_cache(self.shape)
+        kv.copy_(torch.full_like(kv, 0.5, dtype=torch.float32))
         return RopeArgs(self.heads, self.cos_sin, kv, self.slots, self.query_scale)
 
 

@@ -21,7 +21,7 @@ class Size:
     weight_bytes: int  # of one weight: the head has fewer tokens, a layer fewer experts if larger
 
 
-FULL = Size(rows=64, tokens=1024, context=1000, weight_bytes=1 << 30)
+FULL = Size(rows=64, tokens=1024, context=1000, weight_bytes=2 << 30)
 """For a GPU: seconds in all. Weights are whole, so that kernels are the ones that a job uses."""
 SMALL = Size(rows=6, tokens=72, context=150, weight_bytes=1 << 20)
 """For a CPU, on which Triton's interpreter runs a program of a kernel in milliseconds."""
@@ -30,8 +30,15 @@ SMALL = Size(rows=6, tokens=72, context=150, weight_bytes=1 << 20)
 class Inputs:
     """Reproducible random tensors on one device, rounded to one dtype."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, size: Size):
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        size: Size,
+        kv_dtype: torch.dtype | None = None,  # of the KV cache; None: dtype
+    ):
         self.device, self.dtype, self.size = device, dtype, size
+        self.kv_dtype = kv_dtype or dtype
         self.generator = torch.Generator(device).manual_seed(0)
 
     def normal(

@@ -80,6 +80,7 @@ class Verifier:
                 self.config,
                 backend.device,
                 backend.dtype,
+                kv_dtype=backend.kv_dtype,
                 shard=self.shard,
                 block_size=self.block_size,
                 operations=[op],

@@ -19,7 +19,7 @@ from collections import Counter
 from model.config import LayerConfig, ModelConfig
 from model.cost import flops
 from model.cost.flops import Flops
-from model.cost.workload import DTYPE_BYTES, Bytes, Op, Workload
+from model.cost.workload import DTYPE_BYTES, Bytes, Op, Workload, kv_vector_bytes
 from model.formats import DENSE, WeightFormat, full_interface
 from model.sharding import Shard
 from model.transformer import Transformer
@@ -107,9 +107,9 @@ def kv_bytes_per_sequence(
     config: ModelConfig, context: int, dtype: str, tensor_parallel: int = 1
 ) -> int:
     """Return the bytes of keys and values of one sequence of `context` positions on one GPU."""
-    width = 2 * max(1, config.num_kv_heads // tensor_parallel) * config.head_dim
+    vectors = 2 * max(1, config.num_kv_heads // tensor_parallel)
     positions = sum(min(layer.window or context, context) for layer in config.layers)
-    return positions * width * DTYPE_BYTES[dtype]
+    return positions * vectors * kv_vector_bytes(config, dtype)
 
 
 def activation_accesses(fused: bool, sparse: bool = False) -> int:
@@ -146,9 +146,9 @@ class _ShardCost:
         self, name: str, cost: Flops, weights: int, moved: int, launches: int, *,
         kv: int = 0, fused: tuple[int, int] = (0, 0),
     ) -> Op:  # fmt: skip
-        """Make an operation. weights: bytes; moved, kv: values; fused: (moved, launches)."""
+        """Make an operation. weights, kv: bytes; moved: values; fused: (moved, launches)."""
         moved, launches = fused if self.work.fused else (moved, launches)
-        return Op(name, 1, cost, Bytes(weights, moved * self.item, kv * self.item), launches)
+        return Op(name, 1, cost, Bytes(weights, moved * self.item, kv), launches)
 
     def matrix(self, inputs: int, outputs: int, bias: bool, form: WeightFormat = DENSE) -> int:
         """Return the bytes of the weight and bias of a linear layer."""
@@ -207,7 +207,10 @@ class _ShardCost:
                 self.heads * self.item if c.sinks else 0,
                 tokens * (2 * query + 2 * key),
                 1,
-                kv=2 * key * work.kv_positions(layer.window),
+                kv=2
+                * self.kv_heads
+                * work.kv_positions(layer.window)
+                * kv_vector_bytes(c, work.dtype),
             ),
             self.op(
                 "o_proj",

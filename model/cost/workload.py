@@ -3,10 +3,25 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from model.config import ModelConfig
 from model.cost.flops import Flops
+from model.ops.specs import KV_SCALE_BYTES
 
 Phase = Literal["prefill", "decode", "backward"]
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
+_KV_DTYPE_BYTES = DTYPE_BYTES | {"fp8": 1, "int8": 1}
+
+
+def kv_dtype(config: ModelConfig, dtype: str) -> str:
+    """Return the name of the KV cache's dtype with a compute dtype."""
+    return dtype if config.kv_dtype == "auto" else config.kv_dtype
+
+
+def kv_vector_bytes(config: ModelConfig, dtype: str) -> int:
+    """Return the bytes of a token's key or value of one head in the KV cache."""
+    name = kv_dtype(config, dtype)
+    scale = KV_SCALE_BYTES if name == "int8" else 0
+    return config.head_dim * _KV_DTYPE_BYTES[name] + scale
 
 
 @dataclass(frozen=True)

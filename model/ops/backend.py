@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from model.ops.forward_batch import ForwardBatch, GroupTables
+from model.ops.kv_values import read_kv, vector_width, write_kv
 from model.ops.mxfp4 import Mxfp4
 from model.ops.sampling import (
     NO_TOKEN,
@@ -41,11 +42,25 @@ _HEAD_TOKENS = 1 << 14  # tokens of the vocabulary whose logits are computed at 
 Compute = Callable[[], torch.Tensor]
 
 
-class Backend:
-    """The operations on one device in one compute dtype."""
+class KvDtypeError(ValueError):
+    """The backend has no operations on a KV cache of this dtype; the text says why."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype):
-        self.device, self.dtype = device, dtype
+
+class Backend:
+    """The operations on one device in one compute dtype.
+
+    kv_dtype: of the KV cache, "auto" (the compute dtype) or one of `model.config.KV_DTYPES`. Raises
+    KvDtypeError for one that the backend does not have.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, kv_dtype: str = "auto"):
+        self.device, self.dtype, self.kv_name = device, dtype, kv_dtype
+        self.kv_dtype = dtype if kv_dtype == "auto" else self.stored_kv_dtype(kv_dtype)
+
+    def stored_kv_dtype(self, name: str) -> torch.dtype:
+        """Return the dtype in memory of one of `model.config.KV_DTYPES`. Raises KvDtypeError."""
+        dtype: torch.dtype = torch.float8_e4m3fn if name == "fp8" else getattr(torch, name)
+        return dtype
 
     def kernels(self, processor: str) -> str:
         """Return what the rounding of results depends on, the dtype and versions of torch aside.
@@ -117,8 +132,16 @@ class Backend:
         return weights
 
     def empty_cache(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return uninitialized memory for KV blocks. Raises OutOfMemoryError or MemoryError."""
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+        """Return uninitialized memory for KV blocks [2, blocks, block_size, kv_heads, head_dim].
+
+        It has the cache's dtype, and as last dimension `kv_values.vector_width`. Raises
+        OutOfMemoryError or MemoryError.
+        """
+        return torch.empty(self.cache_shape(shape), dtype=self.kv_dtype, device=self.device)
+
+    def cache_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape in memory of vectors [..., head_dim] of the KV cache."""
+        return (*shape[:-1], vector_width(self.kv_dtype, shape[-1]))
 
     def recorder(self) -> Callable[[Compute], Compute] | None:
         """Return a recorder of computations for replay on the host; None if there is none."""
@@ -252,8 +275,8 @@ class Backend:
         if heads.rotates_before_norm:
             query, key = rotate(query, rope.cos_sin), rotate(key, rope.cos_sin)
         query, key = norm_heads(query, heads.q_norm), norm_heads(key, heads.k_norm)
-        if not heads.rotates_before_norm:
-            query, key = rotate(query, rope.cos_sin), rotate(key, rope.cos_sin)
+        if not heads.rotates_before_norm:  # keys are then rounded once, to the cache's dtype
+            query, key = rotate(query, rope.cos_sin), rotate(key.float(), rope.cos_sin)
         write_kv(rope.kv, rope.slot_mapping, key, value)
         if rope.query_scale is not None:
             query = (query * rope.query_scale.unsqueeze(-1)).to(qkv.dtype)
@@ -270,10 +293,9 @@ class Backend:
     ) -> torch.Tensor:
         """Causal attention of each sequence's new tokens over its paged KV.
 
-        query [tokens, heads, head_dim] (head h reads KV head h // (heads / kv_heads)); kv
-        [2, blocks, block_size, kv_heads, head_dim]; sinks [heads] or None →
-        [tokens, heads, head_dim]. A sink is one more column of the softmax, after scaling, that is
-        then dropped.
+        query [tokens, heads, head_dim] (head h reads KV head h // (heads / kv_heads)); kv as
+        `empty_cache` returns it; sinks [heads] or None → [tokens, heads, head_dim]. A sink is one
+        more column of the softmax, after scaling, that is then dropped.
         """
         if len(batch.host_context_lens) != len(batch.host_query_lens):
             raise RuntimeError("torch's attention needs lengths that a captured step does not have")
@@ -283,7 +305,8 @@ class Backend:
         first = 0
         lengths = zip(batch.host_query_lens, batch.host_context_lens, strict=True)
         for row, (count, context) in enumerate(lengths):
-            key, value = kv[:, group.block_table[row]].flatten(1, 2)[:, :context].float()
+            stored = kv[:, group.block_table[row]].flatten(1, 2)[:, :context]
+            key, value = read_kv(stored, torch.float32)
             q = query[first : first + count].float().unflatten(1, (kv_heads, heads // kv_heads))
             scores = torch.einsum("qhgd,khd->hgqk", q, key) * spec.scale
             if spec.softcap is not None:
@@ -458,31 +481,23 @@ def rotate(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
     return torch.cat((rotated.to(x.dtype), rest), dim=-1)
 
 
-def write_kv(
-    kv: torch.Tensor, slot_mapping: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> None:
-    """Store key and value [tokens, kv_heads, head_dim] in kv [2, blocks, block_size, …]."""
-    flat = kv.flatten(1, 2)
-    flat[0].index_copy_(0, slot_mapping, key)
-    flat[1].index_copy_(0, slot_mapping, value)
-
-
 def _row(bias: torch.Tensor | None, expert: int) -> torch.Tensor | None:
     return None if bias is None else bias[expert]
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype) -> Backend:
-    """Return the fastest backend for a device and a compute dtype.
+def choose_backend(device: torch.device, dtype: torch.dtype, kv_dtype: str = "auto") -> Backend:
+    """Return the fastest backend for a device, a compute dtype and a dtype of the KV cache.
 
-    torch's device type "cuda" also stands for AMD's GPUs where torch is built for HIP.
+    torch's device type "cuda" also stands for AMD's GPUs where torch is built for HIP. Raises
+    KvDtypeError.
     """
     if device.type == "cpu":
         from model.ops.cpu.backend import CpuBackend
 
-        return CpuBackend(device, dtype)
+        return CpuBackend(device, dtype, kv_dtype)
     if device.type == "cuda" and find_spec("triton") is not None:
         # Imported only here: torch for CPUs comes without Triton.
         from model.ops.triton.backend import TritonBackend
 
-        return TritonBackend(device, dtype)
-    return Backend(device, dtype)
+        return TritonBackend(device, dtype, kv_dtype=kv_dtype)
+    return Backend(device, dtype, kv_dtype)

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 if TYPE_CHECKING:
     import torch
 
+KV_SCALE_BYTES = 4
+"""The scale of a vector of the KV cache in int8; see `kv_values.py`."""
+
 
 class WeightFormat(Protocol):
     """The part of a weight format that operations use; `model.formats` has the rest."""
@@ -140,7 +143,7 @@ class RopeArgs(NamedTuple):
 
     heads: Heads
     cos_sin: "torch.Tensor"  # float32 [tokens, rotary_dim], cos in the first half
-    kv: "torch.Tensor"  # [2, blocks, block_size, kv_heads, head_dim]
+    kv: "torch.Tensor"  # as `Backend.empty_cache` returns it
     slot_mapping: "torch.Tensor"  # int64 [tokens]: block · block_size + offset
     query_scale: "torch.Tensor | None" = None  # float32 [tokens, 1]: multiplies rotated queries
 

@@ -166,7 +166,7 @@ def test_running_out_of_memory_is_no_reason_to_try_another_mode(
 
 def test_only_hip_needs_a_child() -> None:
     if torch.version.hip is None:
-        assert crash_of_hip(Path("none"), CPU, "float32", 16) == ""
+        assert crash_of_hip(Path("none"), CPU, "float32", "auto", 16) == ""
 
 
 def started_as(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
@@ -201,7 +201,7 @@ def test_the_child_gets_a_checkpoint_that_it_can_read(checkpoint: Callable[[str]
     """Here it fails for the lack of a GPU, after its imports and the config have succeeded."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    found = crash_of_child([str(checkpoint("qwen3")), "cuda:0", "float32", "16"])
+    found = crash_of_child([str(checkpoint("qwen3")), "cuda:0", "float32", "auto", "16"])
     assert "exited with status 1" in found
     assert "cuda" in found.lower()
 

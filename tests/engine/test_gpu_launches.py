@@ -53,7 +53,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     monkeypatch.setattr(
         model_runner,
         "choose_backend",
-        lambda device, dtype: TritonBackend(device, dtype, h100),
+        lambda device, dtype, kv_dtype: TritonBackend(device, dtype, h100, kv_dtype=kv_dtype),
     )
     return found
 

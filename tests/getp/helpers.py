@@ -124,6 +124,7 @@ class FakeEngine:
         self.max_batch_size = batch
         self.tensor_parallel = 1
         self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.kv_dtype = "float32"
         self.rounding: dict[str, object] = {"kernels": "none", "tensor_parallel": 1}
         self.stats = EngineStats(kv_bytes=2**20, kv_blocks=8, peak_kv_blocks=2)
         self.requests: list[Request] = []

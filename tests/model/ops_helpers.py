@@ -96,8 +96,8 @@ def heads_with_norms(heads: int, kv_heads: int, dim: int, norms: str) -> Heads:
     if norms == "none":
         return Heads(heads, kv_heads, dim)
     widths = (heads * dim, kv_heads * dim) if norms == "of all heads at once" else (dim, dim)
-    weights = [norm_of(rand(width, seed=2 + i), 1e-6) for i, width in enumerate(widths)]
-    return Heads(heads, kv_heads, dim, *weights, norms == "after the rotation")
+    q_norm, k_norm = (norm_of(rand(size, seed=size), 1e-6) for size in widths)
+    return Heads(heads, kv_heads, dim, q_norm, k_norm, norms == "after the rotation")
 
 
 def rope_args(

@@ -58,6 +58,8 @@ _POINTERS = {
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.uint8: "*u8",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.float8_e4m3fnuz: "*fp8e4b8",
 }
 
 
@@ -207,7 +209,7 @@ def _attention_calls(
     yield lambda: ops.embed(table, ids, config.embedding_scale)
     yield lambda: ops.add_rms_norm(stream, None, norm)
     yield lambda: ops.add_rms_norm(stream, x, norm)
-    kv = _empty(2, 60_000, 16, config.num_kv_heads, dim)
+    kv = ops.empty_cache((2, 60_000, 16, config.num_kv_heads, dim))
     qkv = _empty(rows, heads + 2 * config.num_kv_heads, dim)
     norms = (_empty(dim), _empty(dim)) if config.qk_norm else None
     slots, cos_sin = _empty(rows, dtype=torch.int64), _empty(rows, dim, dtype=torch.float32)

@@ -64,6 +64,7 @@ def _expected_seconds(settings: Settings, job: "Job", source: "Source") -> float
     if device is None:
         return None
     model = find_model(loading.checkpoint_folder(settings))
+    model = replace(model, config=replace(model.config, kv_dtype=engine.kv_dtype))
     params = job.defaults.fill(source.format.defaults)
     longest = min(params.max_positions or model.config.max_positions, model.config.max_positions)
     output = max(1, min(params.max_new_tokens or longest, longest - _PROMPT_TOKENS))

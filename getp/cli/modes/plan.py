@@ -106,6 +106,7 @@ def _job(settings: Settings, path: str) -> int:
 
 def _model(settings: Settings) -> lookup.Model:
     model = lookup.find_model(loading.checkpoint_folder(settings))
+    model = replace(model, config=replace(model.config, kv_dtype=settings.plan.kv_dtype))
     return model if settings.checkpoint is not None else replace(model, name=EMBEDDED)
 
 

@@ -35,8 +35,8 @@ class CpuBackend(OneDnnBackend):
     An operation that is left to torch cannot be recorded: `leave_to_torch` then raises.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype):
-        super().__init__(device, dtype)
+    def __init__(self, device: torch.device, dtype: torch.dtype, kv_dtype: str = "auto"):
+        super().__init__(device, dtype, kv_dtype)
         self._has_kernels = dtype == torch.bfloat16 and library() is not None
 
     def kernels(self, processor: str) -> str:
@@ -99,7 +99,7 @@ class CpuBackend(OneDnnBackend):
 
     def empty_cache(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Return memory of which pages that are never touched cost nothing."""
-        cache = huge_pages.empty(shape, self.dtype)
+        cache = huge_pages.empty(self.cache_shape(shape), self.kv_dtype)
         huge_pages.interleave(cache)  # any thread may read any sequence
         return cache
 
@@ -176,7 +176,8 @@ class CpuBackend(OneDnnBackend):
 
     def rotate_and_write(self, qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:
         """As Backend.rotate_and_write."""
-        if self._fits(rope.heads.head_dim, 32) and self._fits(rope.cos_sin.shape[1], 32):
+        fits = self._fits(rope.heads.head_dim, 32) and self._fits(rope.cos_sin.shape[1], 32)
+        if fits and self.kv_dtype == self.dtype:
             return native.rotate_and_write(qkv, rope)
         leave_to_torch()
         return super().rotate_and_write(qkv, rope)
@@ -193,7 +194,7 @@ class CpuBackend(OneDnnBackend):
         """As Backend.attention."""
         _, heads, head_dim = query.shape
         fits = heads // kv.shape[3] <= native.MAX_GROUP and head_dim <= native.MAX_HEAD_DIM
-        if fits and self._fits(head_dim, 32):
+        if fits and self._fits(head_dim, 32) and self.kv_dtype == self.dtype:
             return native.attention(query, kv, batch, group, spec, sinks)
         leave_to_torch()
         return super().attention(query, kv, batch, group, spec, sinks)

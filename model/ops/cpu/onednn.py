@@ -14,6 +14,7 @@ import torch
 
 from model.ops.backend import Backend
 from model.ops.forward_batch import ForwardBatch, GroupTables
+from model.ops.kv_values import read_kv, select_kv
 from model.ops.sampling import reduce_blocks, take_block
 from model.ops.specs import Activation, AttentionSpec, Experts, ExpertShard, Linear
 from model.ops.step_parts import ACTIVATION, DOWN_PROJ
@@ -146,7 +147,12 @@ class OneDnnBackend(Backend):
         heads, head_dim = query.shape[1:]
         kv_heads = kv.shape[3]
         shared = heads // kv_heads
-        keys, values = kv.flatten(3).flatten(1, 2)
+        stored = kv.flatten(1, 2)
+
+        def select(part: int, slots: torch.Tensor) -> torch.Tensor:
+            """Keys (0) or values (1) of these slots, [slots, kv_heads, head_dim]."""
+            return read_kv(select_kv(stored[part], slots), query.dtype)
+
         out = torch.empty_like(query)
         sinks = None if sinks is None else sinks.float().view(kv_heads, shared)
         if plan.single is not None:
@@ -154,8 +160,8 @@ class OneDnnBackend(Backend):
             shape = (count, -1, kv_heads, head_dim)
             mixed, lse = _flash(
                 query[:count].view(count, kv_heads, shared, head_dim),
-                keys.index_select(0, plan.single.slots).view(shape).transpose(1, 2),
-                values.index_select(0, plan.single.slots).view(shape).transpose(1, 2),
+                select(0, plan.single.slots).view(shape).transpose(1, 2),
+                select(1, plan.single.slots).view(shape).transpose(1, 2),
                 attn_mask=plan.single.mask.expand(-1, 1, shared, -1),
                 scale=spec.scale,
             )
@@ -172,8 +178,8 @@ class OneDnnBackend(Backend):
             own = query[chunk.first : chunk.last].view(count, kv_heads, shared, head_dim)
             mixed, lse = _flash(
                 own.permute(1, 2, 0, 3),
-                by_head(keys.index_select(0, chunk.slots)),
-                by_head(values.index_select(0, chunk.slots)),
+                by_head(select(0, chunk.slots)),
+                by_head(select(1, chunk.slots)),
                 is_causal=chunk.mask is None,
                 attn_mask=chunk.mask,
                 scale=spec.scale,

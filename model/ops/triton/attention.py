@@ -1,12 +1,13 @@
 """Launches of attention over paged KV, for single tokens and for chunks of tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
 
 from model.ops.forward_batch import ForwardBatch, GroupTables
+from model.ops.kv_values import FP8
 from model.ops.specs import AttentionSpec
 from model.ops.triton.kernels.decode_attention import decode_attention
 from model.ops.triton.kernels.prefill_attention import prefill_attention
@@ -28,7 +29,7 @@ class _Call:
     """The arguments of one attention operation, and the shapes that its launches share."""
 
     query: torch.Tensor  # [tokens, heads, head_dim], contiguous
-    kv: torch.Tensor  # [2, blocks, block_size, kv_heads, head_dim]
+    kv: torch.Tensor  # [2, blocks, block_size, kv_heads, head_dim], in any floating-point dtype
     batch: ForwardBatch
     block_table: torch.Tensor  # int32 [sequences, blocks]
     spec: AttentionSpec
@@ -121,6 +122,8 @@ def _attend_single_tokens(call: _Call, out: torch.Tensor) -> None:
     _, heads, dim = query.shape
     kv_heads, group = constants["KV_HEADS"], constants["GROUP"]
     tile = target.tiles.decode if dim <= 128 else target.tiles.decode_256
+    if kv.dtype in FP8:
+        tile = replace(tile, warps=max(tile.warps, target.tiles.fp8_warps))
     tile = for_dtype(tile, query.dtype)
     split = Splitting.of(rows, kv_heads, call.spec.window, tile, target.processors)
     if target.vendor == "amd" and tile.warps > 1:
@@ -163,6 +166,8 @@ def _attend_chunks(call: _Call, out: torch.Tensor) -> None:
     kv_heads, group, dim = constants["KV_HEADS"], constants["GROUP"], constants["DIM"]
     tiles = target.tiles
     tile = tiles.prefill if dim <= 64 else tiles.prefill_wide if dim <= 128 else tiles.prefill_256
+    if kv.dtype in FP8:
+        tile = replace(tile, n=min(tile.n, tiles.fp8_keys if dim <= 64 else tiles.fp8_keys_wide))
     tile = for_dtype(tile, query.dtype)
     height = max(tile.m, triton.next_power_of_2(group))
     blocks = (query.shape[0] - singles) // (height // group) + sequences - singles

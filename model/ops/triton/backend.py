@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import triton
 
-from model.ops.backend import Backend
+from model.ops.backend import Backend, KvDtypeError
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.specs import (
     Activation,
@@ -27,6 +27,7 @@ from model.ops.specs import (
     SamplingTables,
 )
 from model.ops.triton.attention import arrival_counters, attention
+from model.ops.triton.cache_keys import fix_cache_keys
 from model.ops.triton.experts import experts as grouped_experts
 from model.ops.triton.fused import norm_experts, norm_mlp, norm_qkv
 from model.ops.triton.kernels.embedding import embed
@@ -39,6 +40,8 @@ from model.ops.triton.route import MAX_PAIRS, route
 from model.ops.triton.sampling import sample_rows
 from model.ops.triton.selection import STORAGE, Choice, Selection, candidates, describe
 from model.ops.triton.tiles import Target, target_of
+
+fix_cache_keys()  # of all kernels: their modules are imported above
 
 _IN_EXPERTS = ("add_rms_norm", "route", "experts")
 """Operations whose kernels the fused `norm_experts` runs, or whose storage it reads."""
@@ -57,9 +60,10 @@ class TritonBackend(Backend):
         dtype: torch.dtype,
         target: Target | None = None,
         selection: Selection = Selection(),  # noqa: B008 - immutable
+        kv_dtype: str = "auto",
     ):
-        super().__init__(device, dtype)
         self.target = target_of(device) if target is None else target
+        super().__init__(device, dtype, kv_dtype)
         self.selection = selection
         self._targets = {op: selection.target(op, self.target) for op in selection.choices}
         for op in selection.choices:
@@ -67,6 +71,16 @@ class TritonBackend(Backend):
                 for name in (op, *STORAGE.get(op, ())):
                     setattr(self, name, MethodType(getattr(Backend, name), self))
         self._arrivals = arrival_counters(self.target, device)
+
+    def stored_kv_dtype(self, name: str) -> torch.dtype:
+        """As `Backend.stored_kv_dtype`, with the form of fp8 that the hardware has."""
+        if name == "int8":
+            raise KvDtypeError("kernels for GPUs have no KV cache in int8")
+        if name != "fp8":
+            return super().stored_kv_dtype(name)
+        if self.target.fp8 is None:
+            raise KvDtypeError(f"{self.target.architecture} has no fp8")
+        return self.target.fp8
 
     def kernel_choices(self, op: str) -> list[Choice]:
         """As `Backend.kernel_choices`; none for operations that have no kernel here."""
@@ -76,7 +90,10 @@ class TritonBackend(Backend):
 
     def with_choices(self, choices: Mapping[str, Choice]) -> "TritonBackend":
         """As `Backend.with_choices`."""
-        return type(self)(self.device, self.dtype, self.target, Selection(choices))
+        return self._with(self.target, Selection(choices))
+
+    def _with(self, target: Target, selection: Selection) -> "TritonBackend":
+        return type(self)(self.device, self.dtype, target, selection, self.kv_name)
 
     def describe_choice(self, op: str, choice: Choice) -> str:
         """As `Backend.describe_choice`."""
@@ -97,7 +114,7 @@ class TritonBackend(Backend):
             return self
         tiles = replace(self.target.tiles, programmatic_launch=False)
         selection = self.selection.without("programmatic_launch")
-        return type(self)(self.device, self.dtype, replace(self.target, tiles=tiles), selection)
+        return self._with(replace(self.target, tiles=tiles), selection)
 
     def pack_experts(self, weights: Any) -> Any:
         """As `Backend.pack_experts`: dense weights stay as they are."""

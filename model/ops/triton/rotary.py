@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from model.ops.specs import RopeArgs
+from model.ops.triton.kernels.kv_cache import rounded
 from model.ops.triton.programmatic_launch import wait_for_previous_kernel
 from model.ops.triton.tiles import Target
 
@@ -123,29 +124,30 @@ def _rotate_and_write(
     angles = cos_sin_ptr + token * ROTARY + half
     cos = tl.load(angles, is_rotated, other=1.0)[None, :]
     sin = tl.load(angles + ROTARY // 2, is_rotated, other=0.0)[None, :]
-    left, right = (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
+    left, right = a * cos - b * sin, b * cos + a * sin
     if NORMS and ROTATES_FIRST:
-        a, b = _norm_pairs(
-            left.to(tl.float32), right.to(tl.float32),
+        # Rounded as the result of a separate rotation would be.
+        left, right = _norm_pairs(
+            left.to(dtype).to(tl.float32), right.to(dtype).to(tl.float32),
             q_norm_ptr, k_norm_ptr, place, gap, queries, keys, eps, DIM, BLOCK_H,
         )  # fmt: skip
-        left, right = a.to(dtype), b.to(dtype)
     if QUERY_SCALE:
-        scale = tl.where(is_query, tl.load(query_scale_ptr + token), 1.0)[:, None]
-        left, right = (left * scale).to(dtype), (right * scale).to(dtype)
-    left = tl.where(is_value[:, None], first, left)
-    right = tl.where(is_value[:, None], second, right)
+        scale = tl.load(query_scale_ptr + token)
+        left = tl.where(is_query[:, None], left.to(dtype) * scale, left)
+        right = tl.where(is_query[:, None], right.to(dtype) * scale, right)
 
     target = out_ptr + (token * HEADS + head[:, None]) * DIM + place[None, :]
-    tl.store(target, left, mask & is_query[:, None])
-    tl.store(target + gap, right, mask & is_query[:, None])
+    tl.store(target, left.to(dtype), mask & is_query[:, None])
+    tl.store(target + gap, right.to(dtype), mask & is_query[:, None])
     slot = tl.load(slot_mapping_ptr + token)
     kv_head = tl.where(is_value, head - HEADS - KV_HEADS, head - HEADS)
     target = kv_ptr + (slot * KV_HEADS + kv_head[:, None]) * DIM + place[None, :]
     target += tl.where(is_value, value_offset, 0)[:, None]
     is_written = mask & (head >= HEADS)[:, None]
-    tl.store(target, left, is_written)
-    tl.store(target + gap, right, is_written)
+    left = tl.where(is_value[:, None], first.to(tl.float32), left)
+    right = tl.where(is_value[:, None], second.to(tl.float32), right)
+    tl.store(target, rounded(left, kv_ptr.dtype.element_ty), is_written)
+    tl.store(target + gap, rounded(right, kv_ptr.dtype.element_ty), is_written)
 
 
 def rotate_and_write(qkv: torch.Tensor, rope: RopeArgs, target: Target) -> torch.Tensor:

@@ -68,6 +68,11 @@ class Tiles:
     # The same for a norm with the router after it, where a program multiplies a single row. Not
     # measured: up to 16 rows the programs of all rows run at once, and it saves two launches.
     fused_router: int = 16
+    # With a KV cache in fp8, whose conversion takes registers: the most keys of a tile of chunks
+    # with heads of up to 64 and with larger ones, and the fewest warps for single tokens.
+    fp8_keys: int = 64
+    fp8_keys_wide: int = 64
+    fp8_warps: int = 1
     # For a single row: at most n weight rows a program and k columns a step; with fewer rows, more
     # columns. None: torch multiplies it where there is no norm, and `fused` is used where there is.
     one_row: Tile | None = None
@@ -108,6 +113,8 @@ _BLACKWELL = replace(  # Hopper's attention, expert and single-row tiles spill t
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 128, 4, 2), Tile(128, 128, 64, 8, 3)),
     mxfp4_gate_up=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 128, 4, 2), Tile(128, 128, 64, 8, 3)),
     mxfp4_down=(Tile(16, 64, 128, 4, 6), Tile(64, 64, 128, 4, 4), Tile(128, 128, 64, 8, 4)),
+    fp8_keys=32,
+    fp8_warps=2,
 )
 _AMPERE = Tiles(
     decode=_NVIDIA_DECODE,
@@ -119,6 +126,7 @@ _AMPERE = Tiles(
     mxfp4_gate_up=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 32, 4, 4)),
     mxfp4_down=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 4), Tile(128, 64, 32, 4, 4)),
     fused=Tile(16, 32, 64, 4, 3),
+    fp8_keys_wide=32,
 )
 _CDNA = Tiles(
     # Tiles are loaded when they are needed: with two stages half as many programs fit. At 5.3 TB/s
@@ -173,7 +181,8 @@ TILES: dict[str, Tiles] = {
     "sm_90": _HOPPER,
     "sm_100": _BLACKWELL,
     "sm_103": _BLACKWELL,
-    "sm_120": _AMPERE,  # without the asynchronous matrix instructions of sm_90 and sm_100
+    # Without the asynchronous matrix instructions of sm_90 and sm_100.
+    "sm_120": replace(_AMPERE, fp8_warps=2),
     "gfx90a": _CDNA,
     "gfx942": _CDNA,
     "gfx950": _CDNA4,
@@ -230,6 +239,16 @@ class Target:
         if self.vendor == "nvidia":
             return 2 if self.architecture in ("sm_90", "sm_100") else 4
         return 4 if self.architecture in ("gfx90a", "gfx942") else 8
+
+    @property
+    def fp8(self) -> torch.dtype | None:
+        """The form of e4m3 that the hardware converts: OCP's, or of gfx942 ("fnuz"); None: none."""
+        if self.vendor == "nvidia":
+            return torch.float8_e4m3fn if _number(self.architecture) >= 89 else None
+        if self.architecture == "gfx942":
+            return torch.float8_e4m3fnuz
+        has_ocp = self.vendor == "none" or self.architecture == "gfx950"
+        return torch.float8_e4m3fn if has_ocp or self.architecture[:5] == "gfx12" else None
 
     @property
     def launch_options(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ tiles of matrix instructions. Weights are prefetched while the previous kernel e
 import triton
 import triton.language as tl
 
+from model.ops.triton.kernels.kv_cache import rounded
 from model.ops.triton.norm import add_delta, swiglu
 from model.ops.triton.programmatic_launch import prefetch, wait_for_previous_kernel
 
@@ -261,16 +262,18 @@ def fused_linear(
         source = cos_sin_ptr + row[None, :] * DIM + column[:, None]
         cos = tl.load(source, inside & is_rotated, other=1.0)
         sin = tl.load(source + DIM // 2, inside & is_rotated, other=0.0)
-        left, right = (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
+        left, right = a * cos - b * sin, b * cos + a * sin
         if head < HEADS:
             target = out_ptr + (row[None, :] * HEADS + head) * DIM + column[:, None]
+            tl.store(target, left.to(dtype), inside)
+            tl.store(target + DIM // 2, right.to(dtype), inside)
         else:
             slot = tl.load(slot_mapping_ptr + row, row < rows, other=0)[None, :]
             kv_head = (head - HEADS) % KV_HEADS
-            target = kv_ptr + (slot * KV_HEADS + kv_head) * DIM + column[:, None]
-            target += tl.where(is_rotated, 0, value_offset)
-        tl.store(target, left, inside)
-        tl.store(target + DIM // 2, right, inside)
+            place = kv_ptr + (slot * KV_HEADS + kv_head) * DIM + column[:, None]
+            place += tl.where(is_rotated, 0, value_offset)
+            tl.store(place, rounded(left, kv_ptr.dtype.element_ty), inside)
+            tl.store(place + DIM // 2, rounded(right, kv_ptr.dtype.element_ty), inside)
     else:
         if GATED:
             product = swiglu(product, second, None, 1.0)

@@ -56,7 +56,8 @@ def attend(
         # replaced, but a probability of 0 times a value of NaN is NaN, so values are zeroed.
         inside = (at < last)[:, None] & (dim < DIM)[None, :]
         value = tl.load(source + value_offset, inside, other=0.0)
-        scores = tl.dot(query, key.T, input_precision=PRECISION)
+        # A cache in fp8 is converted: products of fp8 would also need the query in fp8.
+        scores = tl.dot(query, key.to(query.dtype).T, input_precision=PRECISION)
         if SOFTCAP is None:
             scores *= SCALE * LOG2E
         else:  # cap · tanh(s / cap) = cap · (1 - 2 / (e^(2s / cap) + 1))
@@ -79,7 +80,9 @@ def attend(
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(probs, 1)
         mixed = mixed * shrink[:, None]
-        mixed = tl.dot(probs.to(value.dtype), value, mixed, input_precision=PRECISION)
+        mixed = tl.dot(
+            probs.to(query.dtype), value.to(query.dtype), mixed, input_precision=PRECISION
+        )
         top = higher
     return top, total, mixed
 
