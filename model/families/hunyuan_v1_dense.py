@@ -33,14 +33,23 @@ def _with_stretched_base(keys: Keys, head_dim: int) -> Keys:
     return Keys(keys.source, values, keys.defaults)
 
 
+# In published configs, for classifiers, images, and attention shared by layers (use_cla, refused).
+_OF_OTHER_MODELS = (
+    *("attention_head_dim", "cla_share_factor", "class_num", "dense_list", "pool_type"),
+    *("im_end_id", "im_newline_id", "im_start_id", "mask_init_id", "text_end_id", "text_start_id"),
+    *("org_vocab_size", "pad_id"),
+)
+
+
 FAMILY = Family(
     {
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5,
         "eos_token_id": 2,
         "attention_bias": False,
+        **dict.fromkeys(_OF_OTHER_MODELS),
     },
     _fields,
     TensorNames(q_norm="self_attn.query_layernorm.weight", k_norm="self_attn.key_layernorm.weight"),
-    neutral={"use_qk_norm": True, "use_cla": False},
+    neutral={"use_qk_norm": True, "use_rotary_pos_emb": True, "norm_type": "rms"},
 )

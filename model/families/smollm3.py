@@ -38,6 +38,7 @@ FAMILY = Family(
         "use_sliding_window": False,
         "sliding_window": None,
         "layer_types": None,
+        "max_window_layers": None,  # published configs have it; layer_types decide
         "no_rope_layers": None,
         "no_rope_layer_interval": 4,
     },

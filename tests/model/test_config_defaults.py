@@ -206,8 +206,11 @@ def check_one_rope(
     config: ModelConfig, found: RopeConfig, rope: dict[str, Any], expected: Any, **layer: str
 ) -> None:
     factor = 1.0
+    dim = config.rotary_dim
+    if rope.get("alpha"):  # which only stretches the base (Hunyuan)
+        theta = rope["rope_theta"] * rope["alpha"] ** (dim / (dim - 2))
+        rope = {"rope_type": "default", "rope_theta": theta}
     if rope["rope_type"] == "default":
-        dim = config.rotary_dim
         frequencies = rope["rope_theta"] ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     else:
         frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](expected, **layer)
