@@ -136,7 +136,8 @@ void pack_int16(int16_t* to, uint8_t* exponents, int64_t inputs, int64_t first, 
         const int64_t width = std::min(INT16_GROUP, inputs - k);
         if (column_stride == 1) {
           for (int64_t o = low; o < high; o++)
-            for (int64_t i = 0; i < width; i++) stage[i * PANEL + o] = source[o * row_stride + k + i];
+            for (int64_t i = 0; i < width; i++)
+              stage[i * PANEL + o] = source[o * row_stride + k + i];
         } else {
           for (int64_t i = 0; i < width; i++)
             for (int64_t o = low; o < high; o++)
@@ -145,7 +146,8 @@ void pack_int16(int16_t* to, uint8_t* exponents, int64_t inputs, int64_t first, 
         const int64_t group = panel * scale_count(inputs) + k / INT16_GROUP;
         for (int64_t o = 0; o < PANEL; o += LANES)
           quantize_columns(stage + o, width, std::max(o, low) - o, std::min(o + LANES, high) - o,
-                           to + (panel * inputs + k) * PANEL + o * 2, exponents + group * PANEL + o);
+                           to + (panel * inputs + k) * PANEL + o * 2,
+                           exponents + group * PANEL + o);
       }
     }
   });

@@ -30,6 +30,7 @@ class Results {
   T* at(int64_t first, int64_t i, int64_t r) const {
     return buffer ? buffer + (i * span + r) * PANEL : place(first + i, r);
   }
+  // The number of values that may be written there.
   int64_t writable(int64_t item) const {
     return buffer ? PANEL : outputs - item % panels * PANEL;
   }
@@ -71,7 +72,8 @@ INLINE void multiply(const Weight* weight, const bf16* x, int64_t rows, T* out, 
   divide_last(threads, items, size, [=](Piece& piece) {
     const int64_t scratch_floats = scratch_size(*weight, span, 1);
     float* scratch = thread_scratch<float>(scratch_floats + size * span * PANEL);
-    const Results<T> results(out, outputs, panels, span, buffered ? (T*)(scratch + scratch_floats) : nullptr);
+    T* buffer = buffered ? (T*)(scratch + scratch_floats) : nullptr;
+    const Results<T> results(out, outputs, panels, span, buffer);
     int64_t configured_rows = 0;
     for (int64_t item = piece.first; item < piece.last; item++) {
       const int64_t first = item / panels * span, count = results.writable(item);
@@ -125,7 +127,8 @@ void gated_linear(const Weight* weight, const bf16* x, int64_t rows, int64_t kin
   divide_last(threads, items, size, [=](Piece& piece) {
     const int64_t scratch_floats = scratch_size(*weight, span, 2);
     float* scratch = thread_scratch<float>(scratch_floats + size * span * PANEL);
-    const Results<bf16> results(out, outputs, panels, span, buffered ? (bf16*)(scratch + scratch_floats) : nullptr);
+    bf16* buffer = buffered ? (bf16*)(scratch + scratch_floats) : nullptr;
+    const Results<bf16> results(out, outputs, panels, span, buffer);
     int64_t configured_rows = 0;
     for (int64_t item = piece.first; item < piece.last; item++) {
       const Rows block = slice_rows(all, item / panels * span, span, inputs);

@@ -54,8 +54,8 @@ void pack_mxfp4(uint8_t* to, uint8_t* to_scales, int64_t inputs, int64_t first, 
     for (int64_t panel = begin + first_panel; panel < begin + last_panel; panel++) {
       const int64_t low = std::max(first, panel * PANEL);
       const int64_t high = std::min(first + count, (panel + 1) * PANEL);
-      // Outputs o and o + 16 share a 32-bit word: four nibbles each, of a unit's four inputs. `keep`
-      // masks the nibbles of outputs that are not packed now.
+      // Outputs o and o + 16 share a 32-bit word: four nibbles each, of a unit's four inputs.
+      // `keep` masks the nibbles of outputs that are not packed now.
       uint32_t keep[16];
       const uint8_t* rows[PANEL];
       for (int64_t o = 0; o < PANEL; o++) {

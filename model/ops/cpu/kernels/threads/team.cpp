@@ -1,26 +1,23 @@
 #include "team.h"
 
-#include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
-#include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <climits>
 #include <cstddef>
+#include <system_error>
 #include <thread>
+
+#include "event.h"
 
 namespace {
 
-constexpr int64_t SPIN_NS = 50'000;      // before a thread without work sleeps
 constexpr int64_t PATIENCE_NS = 20'000;  // and two pieces' time, before a piece is taken over
 
 // A thread's state: the job's generation, the piece, and one of these.
 enum : uint64_t { IDLE, COMPUTING, COMMITTED, REVOKED };
 constexpr int STATE_BITS = 2, PIECE_BITS = 24;
-constexpr int64_t MAX_PIECES = 1 << 20;
+constexpr int64_t MAX_PIECES = (1 << PIECE_BITS) - 1;
 
 // One cache line each, which other threads' writes do not take away.
 struct alignas(64) ThreadState {
@@ -33,8 +30,7 @@ struct alignas(64) Counter {
 struct Team {
   Counter counters[MAX_NODES];  // the generation is odd while the job is written
   alignas(64) std::atomic<int64_t> unfinished{0};
-  alignas(64) std::atomic<uint32_t> event{0};  // changes when waiting threads should look again
-  std::atomic<uint32_t> sleepers{0};
+  alignas(64) Event event;
   alignas(64) std::atomic<bool> in_use{false};
   std::atomic<int> leader{0};
   std::atomic<bool> in_sequence{false};
@@ -56,41 +52,6 @@ thread_local int thread_index = 0;  // of any thread that is not one of the team
 thread_local int node = 0;
 thread_local bool is_member = false;  // of the team that runs the current sequence
 thread_local bool lost_lead = false;
-
-int64_t now() {
-  timespec time;
-  clock_gettime(CLOCK_MONOTONIC, &time);
-  return time.tv_sec * 1'000'000'000ll + time.tv_nsec;
-}
-
-void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
-void notify() {
-  team.event++;
-  if (team.sleepers) syscall(SYS_futex, &team.event, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
-}
-
-void sleep_until_changed(uint32_t seen) {
-  team.sleepers++;
-  while (team.event == seen)
-    syscall(SYS_futex, &team.event, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
-  team.sleepers--;
-}
-
-void wait_until_changed(uint32_t seen) {
-  const int64_t end = now() + SPIN_NS;
-  do {
-    for (int i = 0; i < 32; i++, pause())
-      if (team.event.load(std::memory_order_acquire) != seen) return;
-  } while (now() < end);
-  sleep_until_changed(seen);
-}
 
 uint64_t generation_of(uint64_t counter) { return counter >> PIECE_BITS; }
 bool is_current(uint64_t generation) {
@@ -125,7 +86,7 @@ bool compute(const Job& job, uint64_t generation, int64_t index) {
   const bool is_own = piece.commit();
   if (job.is_last) state = IDLE;
   // If the piece was taken over, another thread may wait until this one has finished reading.
-  if (!is_own || --team.unfinished == 0) notify();
+  if (!is_own || --team.unfinished == 0) team.event.change();
   return is_own;
 }
 
@@ -178,8 +139,8 @@ bool work_on(const Job& job, uint64_t generation, bool leads) {
     }
     if (waited <= std::max(SPIN_NS, can_take_over ? patience : 0)) continue;
     if (!leads) return false;
-    const uint32_t seen = team.event;
-    if (team.unfinished) sleep_until_changed(seen);
+    const uint32_t seen = team.event.current();
+    if (team.unfinished) team.event.sleep_until_changed(seen);
     start = now();
   }
   return leads;
@@ -208,7 +169,7 @@ void lead_sequence() {
   while (team.run_next(team.sequence))
     if (lost_lead) return;
   team.in_sequence = false;
-  notify();
+  team.event.change();
 }
 
 void run_worker(int index) {
@@ -222,8 +183,8 @@ void run_worker(int index) {
       sched_setaffinity(0, sizeof(cpu_set_t), &team.node_cpus[node]);
     }
     if (help()) lead_sequence();
-    wait_until_changed(seen);
-    seen = team.event;
+    team.event.wait_until_changed(seen);
+    seen = team.event.current();
   }
 }
 
@@ -247,7 +208,12 @@ bool enter() {
 }
 
 void start_workers(int threads) {
-  while (team.workers < threads - 1) std::thread(run_worker, ++team.workers).detach();
+  try {
+    for (; team.workers < threads - 1; team.workers++)
+      std::thread(run_worker, team.workers + 1).detach();
+  } catch (const std::system_error&) {
+    // The system permits no more threads: those that are there do all the work.
+  }
 }
 
 }  // namespace
@@ -280,7 +246,7 @@ void run_job(Job& job) {
   team.unfinished = pieces;
   for (int n = team.nodes - 1; n >= 0; n--)
     team.counters[n].value = generation << PIECE_BITS | (n ? job.node_ends[n - 1] : 0);
-  notify();
+  team.event.change();
   work_on(job, generation, true);
   if (!is_in_sequence) team.in_use = false;
 }
@@ -297,9 +263,9 @@ void run_sequence(bool (*run_next)(void* state), void* state) {
   team.in_sequence = true;
   lead_sequence();
   while (team.in_sequence) {
-    const uint32_t seen = team.event;
+    const uint32_t seen = team.event.current();
     if (help()) lead_sequence();
-    if (team.in_sequence) wait_until_changed(seen);
+    if (team.in_sequence) team.event.wait_until_changed(seen);
   }
   wait_for_late_threads();
   is_member = false;
@@ -309,9 +275,9 @@ void run_sequence(bool (*run_next)(void* state), void* state) {
 void wait_for_late_threads() {
   for (int i = 0; i <= team.workers; i++)
     for (;;) {
-      const uint32_t seen = team.event;
+      const uint32_t seen = team.event.current();
       if ((team.states[i].value & 3) != REVOKED || i == thread_index) break;
-      wait_until_changed(seen);
+      team.event.wait_until_changed(seen);
     }
 }
 
