@@ -42,6 +42,7 @@ _KINDS = {
     "lora_B.weight": "B",
     "lora_embedding_A": "embedding A",
     "lora_embedding_B": "embedding B",
+    "base_layer.weight": "base",  # of an embedding, which PEFT stores with its change
     "weight": "whole",
 }
 
@@ -51,7 +52,13 @@ class _Change:
     """What an adapter changes in one module."""
 
     adapter: "_Adapter"
+    module: str
     tensors: Mapping[str, str]  # kind → name in the adapter's file
+
+    @property
+    def replaces(self) -> bool:
+        """Whether the result does not depend on the checkpoint's weight."""
+        return not self.tensors.keys().isdisjoint(("whole", "base"))
 
     def apply(self, weight: NamedWeight, values: torch.Tensor) -> torch.Tensor:
         """Change this rank's part of a weight, float32. Raises CheckpointError."""
@@ -66,7 +73,9 @@ class _Change:
         else:  # of embeddings they are transposed
             second = self.adapter.tensor(self.tensors["embedding A"], (None, outputs)).T
             first = self.adapter.tensor(self.tensors["embedding B"], (inputs, second.shape[1])).T
-        scale = self.adapter.scale(weight.name.removesuffix(".weight"), len(first))
+        if "base" in self.tensors:
+            values = self.adapter.tensor(self.tensors["base"], weight.shape)[rows, columns]
+        scale = self.adapter.scale(self.module, len(first))
         return values + second[rows] @ first[:, columns] * scale
 
 
@@ -87,17 +96,20 @@ class _Adapter:
         """What it changes, by module. Raises CheckpointError for a tensor that is not known."""
         modules: dict[str, dict[str, str]] = {}
         for name in self._names:
-            kind = next((k for ending, k in _KINDS.items() if name.endswith(f".{ending}")), None)
-            if kind is None or not name.startswith(_PREFIX):
+            ending = next((ending for ending in _KINDS if name.endswith(f".{ending}")), None)
+            if ending is None or not name.startswith(_PREFIX):
                 raise CheckpointError(
                     f"{self.folder / WEIGHTS}: tensor {name!r} is not supported: only LoRA of "
                     "linear layers and embeddings, and whole modules"
                 )
-            ending = next(ending for ending in _KINDS if name.endswith(f".{ending}"))
             module = name[len(_PREFIX) : -len(ending) - 1]
-            modules.setdefault(module, {})[kind] = name
+            modules.setdefault(module, {})[_KINDS[ending]] = name
         for module, tensors in modules.items():
-            if set(tensors) not in ({"A", "B"}, {"embedding A", "embedding B"}, {"whole"}):
+            if tensors.keys() - {"base"} not in (
+                {"A", "B"},
+                {"embedding A", "embedding B"},
+                {"whole"},
+            ):
                 raise CheckpointError(
                     f"{self.folder / WEIGHTS}: of {module!r} it contains {' and '.join(tensors)}"
                 )
@@ -106,7 +118,7 @@ class _Adapter:
                     f"{self.folder / WEIGHTS}: replaces {module!r} as a whole, so that its weight "
                     f"can only be 1, not {self._factor:g}"
                 )
-        return {module: _Change(self, tensors) for module, tensors in modules.items()}
+        return {module: _Change(self, module, own) for module, own in modules.items()}
 
     def tensor(self, name: str, shape: tuple[int | None, ...]) -> torch.Tensor:
         """A tensor in float32; None in its shape is any size. Raises CheckpointError."""
@@ -181,7 +193,7 @@ class Adapters:
                 name = f"{module}.weight"
                 self._changes.setdefault((names or {}).get(name, name), []).append(change)
         for name, changes in self._changes.items():
-            if len(changes) > 1 and any("whole" in change.tensors for change in changes):
+            if len(changes) > 1 and any(change.replaces for change in changes):
                 raise CheckpointError(
                     f"{changes[-1].adapter.folder}: several adapters change {name!r}, and one of "
                     "them replaces it as a whole"
