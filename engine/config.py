@@ -31,6 +31,8 @@ class EngineConfig:
     prefix_cache: bool = True  # reuse the KV of common prompt prefixes
     speculation: bool = True  # by prompt lookup, on a CPU; results are the same
     dummy_weights: bool = False  # random weights: only config.json is read
+    # LoRA adapters, by directory, and the factor of their changes; they are added to the weights.
+    adapter: tuple[tuple[str, float], ...] = ()
     tensor_parallel: int = 1  # ranks (processes) that the model is split over
     trust_kernels: bool = False  # on a GPU, use the default kernels without checking them
 
@@ -43,6 +45,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and not isinstance(value, Integral):
                 raise TypeError(f"{name} must be an integer, not {value!r}")
+        if not all(isinstance(f, str) and isinstance(w, int | float) for f, w in self.adapter):
+            raise TypeError(f"adapter must be pairs (directory, weight), not {self.adapter!r}")
         if not DEVICE.fullmatch(self.device):
             raise EngineError(
                 "{device} must be auto, cpu, cuda or cuda:N, not {given}", given=repr(self.device)

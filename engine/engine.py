@@ -177,7 +177,9 @@ class Engine:
         self.choose_kernels()
         start = time.perf_counter()
         if not self.config.dummy_weights:
-            self.runner.check(self.checkpoint)  # first: memory is calculated from the config
+            self.runner.check(
+                self.checkpoint, self.config.adapter
+            )  # first: memory is calculated from the config
         plan = MemoryPlan.of(self.settings)
         cost = BlockCost(len(self.runner.groups), self.runner.block_bytes(self.settings.block_size))
         self._threads = torch.get_num_threads()
@@ -189,7 +191,7 @@ class Engine:
                 self.runner.set_kernels(self.kernels.choices)
             check_before_loading(plan, cost, self.settings, self.available_bytes())
             loading = time.perf_counter()
-            self.runner.load(self.checkpoint, self.config.dummy_weights)
+            self.runner.load(self.checkpoint, self.config.dummy_weights, self.config.adapter)
             self.stats.load_s += time.perf_counter() - loading
             self._steps = prepare(self, plan, cost)
         except BaseException as error:

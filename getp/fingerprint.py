@@ -39,6 +39,11 @@ def of_checkpoint(folder: Path) -> str:
     return _of_files(folder, _CHECKPOINT_FILES)
 
 
+def of_adapter(folder: Path) -> str:
+    """Return the fingerprint of an adapter's directory. Raises CheckpointError."""
+    return _of_files(folder, ("adapter_config.json", "adapter_model.safetensors"))
+
+
 def of_tokenizer(path: Path) -> str:
     """Return the fingerprint of a tokenizer: of a directory, a tokenizer.json or a GGUF file."""
     if is_gguf(path):

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
+from model.adapters import AdapterList, Adapters
 from model.checkpoint_files import CheckpointFiles
 from model.config import CheckpointError, ModelConfig, MoeConfig
 from model.families import is_of_another_part, stored_names
-from model.families.tensor_names import ExpertNames, TensorNames
+from model.families.tensor_names import ExpertNames, TensorNames, names_by
 from model.formats import WeightFormat, full_interface
 from model.formats.dense import Dense
 from model.gguf.files import GgufFiles, is_gguf
@@ -31,8 +32,12 @@ Files = CheckpointFiles | GgufFiles
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 
 
-def load(model: Transformer, checkpoint: str | Path, backend: Backend) -> None:
+def load(
+    model: Transformer, checkpoint: str | Path, backend: Backend, adapters: AdapterList = ()
+) -> None:
     """Fill the model's parameters from a checkpoint: a directory or a GGUF file.
+
+    adapters: changes of the weights, which are added to them.
 
     Raises CheckpointError for a missing, unexpected or misshapen tensor and for unreadable files,
     before any large read.
@@ -40,6 +45,7 @@ def load(model: Transformer, checkpoint: str | Path, backend: Backend) -> None:
     with contextlib.ExitStack() as stack:
         files = _open(model, checkpoint, stack)
         found = _checked_map(model, files)
+        changes = _checked_adapters(model, files, found, adapters, stack)
         parameters = _parameters(model, backend)
         for stored in found.pieces:
             parameters[stored.piece.holder_key].pieces_left += 1
@@ -49,6 +55,7 @@ def load(model: Transformer, checkpoint: str | Path, backend: Backend) -> None:
             tensors = [files.read(tensor) for tensor in stored.tensors]
             try:
                 source = stored.format.source(tensors, transposed=piece.weight.transposed)
+                source = changes.merged(piece.weight, source)
                 piece.write(parameter.storage(), parameter.accepted(source))
             except ValueError as error:
                 tensor_names = " and ".join(tensor.name for tensor in stored.tensors)
@@ -61,10 +68,11 @@ def load(model: Transformer, checkpoint: str | Path, backend: Backend) -> None:
     _tie_head(model, backend)
 
 
-def check(model: Transformer, checkpoint: str | Path) -> None:
+def check(model: Transformer, checkpoint: str | Path, adapters: AdapterList = ()) -> None:
     """Raise CheckpointError as `load` does, from the headers of the files alone."""
     with contextlib.ExitStack() as stack:
-        _checked_map(model, _open(model, checkpoint, stack))
+        files = _open(model, checkpoint, stack)
+        _checked_adapters(model, files, _checked_map(model, files), adapters, stack)
 
 
 def _open(model: Transformer, checkpoint: str | Path, stack: contextlib.ExitStack) -> Files:
@@ -204,6 +212,24 @@ def _checked_map(model: Transformer, files: Files) -> StoredMap:
         raise CheckpointError(f"{files.folder}: {error}") from None
     _check(found, files, model.config, names)
     return found
+
+
+def _checked_adapters(
+    model: Transformer,
+    files: Files,
+    found: StoredMap,
+    given: AdapterList,
+    stack: contextlib.ExitStack,
+) -> Adapters:
+    """The adapters, which fit the model."""
+    if not given:
+        return Adapters((), stack)
+    config, names = model.config, _stored_names(model.config, files)
+    others = names_by(stored_names(config.model_type, ()), names, len(config.layers))
+    changes = Adapters(given, stack, others)
+    tied = (names.embedding, names.head) if config.tie_word_embeddings else ()
+    changes.check((stored.piece.weight for stored in found.pieces), found.expected, tied)
+    return changes
 
 
 def _check_count(config: ModelConfig, files: Files) -> None:

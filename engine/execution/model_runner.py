@@ -24,6 +24,7 @@ from engine.request import Request, SamplingParams
 from engine.scheduling.kv_cache import NULL_BLOCK, BlockTables, LayerGroup, group_layers
 from engine.scheduling.sequence import Chunk, Sequence, Step
 from model import ModelConfig, Transformer, loader
+from model.adapters import AdapterList
 from model.ops.backend import Backend, Compute, choose_backend
 from model.ops.forward_batch import ForwardBatch
 from model.ops.kv_values import rounded, vector_width
@@ -77,17 +78,17 @@ class ModelRunner:
         """Use these kernels instead of the defaults, by operation; call it before `load`."""
         self.backend = self.backend.with_choices(choices)
 
-    def check(self, checkpoint: Path) -> None:
-        """Raise CheckpointError if the stored weights are not those of the config."""
-        loader.check(Transformer(self.config, self.shard), checkpoint)
+    def check(self, checkpoint: Path, adapters: AdapterList = ()) -> None:
+        """Raise CheckpointError if the stored weights or the adapters do not fit the config."""
+        loader.check(Transformer(self.config, self.shard), checkpoint, adapters)
 
-    def load(self, checkpoint: Path, dummy: bool) -> None:
-        """Load the weights (random ones if dummy). Raises CheckpointError."""
+    def load(self, checkpoint: Path, dummy: bool, adapters: AdapterList = ()) -> None:
+        """Load the weights with adapters (random ones if dummy). Raises CheckpointError."""
         model = Transformer(self.config, self.shard)
         if dummy:
             loader.load_dummy(model, self.backend)
         else:
-            loader.load(model, checkpoint, self.backend)
+            loader.load(model, checkpoint, self.backend, adapters)
         self.model = model
 
     def block_bytes(self, block_size: int) -> int:

@@ -21,6 +21,7 @@ from engine.parallel.worker_pool import WorkerPool
 from engine.request import SamplingParams
 from engine.resolve import dtype_name
 from model import ModelConfig
+from model.adapters import AdapterList
 
 
 class CoordinatorRunner(ModelRunner):
@@ -43,9 +44,9 @@ class CoordinatorRunner(ModelRunner):
         """ModelRunner.set_kernels on every rank."""
         self._on_all("set_kernels", choices)
 
-    def load(self, checkpoint: Path, dummy: bool) -> None:
+    def load(self, checkpoint: Path, dummy: bool, adapters: AdapterList = ()) -> None:
         """ModelRunner.load on every rank."""
-        self._on_all("load", checkpoint, dummy)
+        self._on_all("load", checkpoint, dummy, adapters)
 
     def available(self) -> int:
         """Bytes that every rank can still allocate."""

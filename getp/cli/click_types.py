@@ -1,6 +1,7 @@
 """Option, command and parameter types that click lacks."""
 
 import math
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -154,6 +155,29 @@ class Replicas(click.ParamType):
         if not re.fullmatch(r"0*[1-9]\d{0,4}", str(value)):
             self.fail(f"{value!r} is neither a number from 1 to 99999 nor auto", param, ctx)
         return int(value)
+
+
+class Adapter(click.ParamType):
+    """The directory of an adapter, which is returned as it is, and its weight after a colon."""
+
+    name = "DIR[:WEIGHT]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, float]:
+        """Return the absolute path and the weight."""
+        if isinstance(value, tuple):
+            return value
+        folder, colon, weight = str(value).rpartition(":")
+        if not colon or os.path.isdir(value):
+            return os.path.abspath(value), 1.0
+        try:
+            number = float(weight)
+        except ValueError:
+            self.fail(f"{value!r} is neither a directory nor DIRECTORY:WEIGHT", param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"the weight of {folder} must be a number, not {weight}", param, ctx)
+        return os.path.abspath(folder), number
 
 
 class Dtype(click.Choice[str]):

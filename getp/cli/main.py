@@ -27,10 +27,10 @@ from getp.terminal import discard_output, print_message, warn
 def command(ctx: click.Context, **given: Any) -> int:
     """Run language models on files of prompts, at the highest throughput the hardware allows.
 
-    CHECKPOINT is a Hugging Face model directory, or the name of a model on the Hugging Face Hub,
-    OWNER/NAME or OWNER/NAME@REVISION, which is downloaded if it is not in the local cache.
-    Without it, the small model that comes with getp runs. Mode plan also takes a config.json or
-    the usual name of a well-known model.
+    CHECKPOINT is a Hugging Face model directory, a GGUF file, or the name of a model on the Hugging
+    Face Hub, OWNER/NAME or OWNER/NAME@REVISION, which is downloaded if it is not in the local
+    cache. Without it, the small model that comes with getp runs. Mode plan also takes a
+    config.json or the usual name of a well-known model.
     """
     mode = given["mode"]
     refuse_other_modes(ctx, mode)

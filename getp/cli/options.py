@@ -8,6 +8,7 @@ from cloup import OptionGroup
 
 from getp import __version__
 from getp.cli.click_types import (
+    Adapter,
     Decorator,
     Device,
     Dtype,
@@ -277,6 +278,14 @@ _ALL: tuple[Decorator, ...] = (
         metavar="N",
         help="Split the model across N GPUs (on a CPU: N processes); `torchrun --nproc-per-node N` "
         "does the same. In mode plan, the figures of an operation are for one GPU.  [default: 1]",
+    ),
+    _engine(
+        "--adapter",
+        type=Adapter(),
+        metavar="DIR[:WEIGHT]",
+        multiple=True,
+        help="Add a LoRA adapter in PEFT's format to the weights, times WEIGHT.  [default: 1]  "
+        "Can be repeated.",
     ),
     _engine(
         "--dummy-weights",

@@ -78,3 +78,14 @@ class TensorNames:
             final_norm=self.final_norm.replace(whole, inner, 1),
             layer=self.layer.replace(whole, inner, 1),
         )
+
+
+def names_by(names: TensorNames, others: TensorNames, layers: int) -> dict[str, str]:
+    """The names of weights by their names in another form of checkpoint, where they differ."""
+    found = {names.embedding: others.embedding, names.head: others.head}
+    by_parts = {parts: stem for stem, parts in (*others.attention, *others.mlp)}
+    for stem, parts in (*names.attention, *names.mlp):
+        for layer in range(layers if parts in by_parts else 0):
+            old, new = names.layer.format(layer=layer), others.layer.format(layer=layer)
+            found[f"{old}{stem}.weight"] = f"{new}{by_parts[parts]}.weight"
+    return {old: new for old, new in found.items() if old != new}

@@ -159,14 +159,14 @@ def _mapped(weight: Weight, function: Callable[[torch.Tensor], torch.Tensor]) ->
 
 
 def _columns(weight: Weight, first: int, last: int) -> Weight:
-    """Some inputs of a weight; of quantized ones whole groups."""
+    """Some inputs of a weight, which becomes dense if they are not whole groups."""
     if isinstance(weight, torch.Tensor):
         return weight[:, first:last]
     if last - first == weight.shape[1]:
         return weight
     group = MXFP4_BLOCK if isinstance(weight, Mxfp4) else weight.group
     if first % group or last % group:
-        raise ValueError(f"inputs {first} to {last} are not whole groups of {group}")
+        return weight.dense(torch.float32)[:, first:last]
     groups = slice(first // group, last // group)
     if isinstance(weight, Mxfp4):
         return Mxfp4(weight.blocks[:, groups], weight.scales[:, groups])

@@ -8,6 +8,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 import zstandard
 
 from engine import SamplingParams
+from getp.checkpoints import load_tokenizer
 from getp.errors import GetpError
 from getp.job.formats.interface import Failure, JobRequest
 from getp.job.inputs import scan
@@ -146,6 +148,20 @@ def safetensors_index(folder: Path, data: bytes) -> None:
     (folder / "a.safetensors").write_bytes(_shard(folder)[1])
     (folder / _INDEX).write_bytes(data)
     _load(folder)
+
+
+def gguf_file(folder: Path, data: bytes) -> None:
+    """Read everything that is in a GGUF file."""
+    path = folder / "model.gguf"
+    path.write_bytes(data)
+
+    def read() -> None:
+        config, backend = load_config(path), choose_backend(torch.device("cpu"), torch.float32)
+        loader.load(Transformer(config.held(backend)), path, backend)
+
+    _may_raise(read, CheckpointError)
+    with suppress(CheckpointError):
+        _may_raise(lambda: load_tokenizer(path).encode("hello 你"), TokenizerError)
 
 
 _INDEX = "model.safetensors.index.json"

@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,16 +14,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from model.gguf import read_gguf
 from tests.fuzz.targets import (
     TARGETS,
     VALID_RECORD,
     checkpoint_copy,
+    gguf_file,
     header_of,
     index_of,
     read_all,
     safetensors_header,
     safetensors_index,
 )
+from tests.gguf_files import write_gguf
 
 _SLOW_DISK = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 settings.register_profile(
@@ -94,3 +98,22 @@ def test_damaged_safetensors_header_is_read_or_refused(copied: Path, data: st.Da
 @given(st.data())
 def test_damaged_safetensors_index_is_read_or_refused(copied: Path, data: st.DataObject) -> None:
     safetensors_index(copied, data.draw(damaged(index_of(header_of(copied)))))
+
+
+@pytest.fixture
+def gguf_bytes(tmp_path: Path, checkpoint: Callable[[str], Path]) -> bytes:
+    return write_gguf(checkpoint("qwen2"), tmp_path / "valid.gguf").read_bytes()
+
+
+@given(st.data())
+def test_damaged_gguf_file_is_read_or_refused(
+    tmp_path: Path, gguf_bytes: bytes, data: st.DataObject
+) -> None:
+    header = (
+        len(gguf_bytes)
+        - sum(  # of the tensors
+            tensor.row_bytes * math.prod(tensor.shape[:-1])
+            for tensor in read_gguf(tmp_path / "valid.gguf").tensors.values()
+        )
+    )
+    gguf_file(tmp_path, data.draw(damaged(gguf_bytes[:header])) + gguf_bytes[header:])

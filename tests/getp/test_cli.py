@@ -15,6 +15,7 @@ from engine import EngineError
 from getp import checkpoints
 from getp.cli import loading
 from getp.cli import main as cli
+from getp.cli.click_types import Adapter
 from getp.cli.settings import Settings
 from getp.cli.wording import program
 from getp.defaults import DEFAULT_NEW_TOKENS
@@ -519,3 +520,14 @@ def test_output_works_in_a_locale_without_the_characters(tmp_path: Path) -> None
     (tmp_path / "want").write_bytes("é\n".encode())
     done = command(str(checkpoint), *args, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_adapter_has_a_directory_and_a_weight(tmp_path: Path) -> None:
+    kind, folder = Adapter(), tmp_path / "a:2"
+    assert kind.convert(f"{folder}:-0.5", None, None) == (str(folder), -0.5)
+    folder.mkdir()
+    assert kind.convert(str(folder), None, None) == (str(folder), 1.0)
+    assert kind.convert("here", None, None) == (os.path.abspath("here"), 1.0)
+    for wrong in ("here:x", "here:nan"):
+        with pytest.raises(click.BadParameter):
+            kind.convert(wrong, None, None)

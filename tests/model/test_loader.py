@@ -90,7 +90,7 @@ def test_missing_weights_name_the_expected_files_and_a_conversion(folder: Path) 
     fails(folder, "Convert them once", f"from_pretrained('{folder}'")
     (folder / "model.gguf").touch()
     (folder / "config.json").unlink()
-    fails(folder, "GGUF is not supported: use the safetensors")
+    fails(folder, "give the GGUF file itself")
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import shlex
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from getp.cli import loading
@@ -96,6 +97,17 @@ def _reading_hint(settings: Settings) -> str:
     )
 
 
+def _adapters(settings: Settings) -> dict[str, list[str]]:
+    """Return what identifies the adapters; nothing without any, as in older journals."""
+    from getp import fingerprint
+
+    found = [
+        f"{fingerprint.of_adapter(Path(folder))}:{weight:g}"
+        for folder, weight in settings.engine.adapter
+    ]
+    return {"adapters": found} if found else {}
+
+
 def _job(settings: Settings, tokenizer: "Tokenizer") -> "Job":
     from getp import fingerprint
     from getp.job.request_reader import RequestDefaults
@@ -119,6 +131,7 @@ def _job(settings: Settings, tokenizer: "Tokenizer") -> "Job":
         identity={
             "checkpoint": fingerprint.of_checkpoint(checkpoint),
             "tokenizer": fingerprint.of_tokenizer(loading.tokenizer_path(settings)),
+            **_adapters(settings),
             "weights": "dummy" if settings.engine.dummy_weights else "the checkpoint's",
         },
         output_format=options.output_format,
