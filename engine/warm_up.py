@@ -43,9 +43,10 @@ def prepare(engine: "Engine", plan: MemoryPlan, cost: BlockCost) -> StepLoop:
     # Admission in groups pays only if decode steps are replayed.
     group_size = engine.group_size if _capture(engine, crash) else 0
     # How many draft tokens a step computes depends on measured times, so the results of a row must
-    # not depend on the other rows. In 16 bits only native kernels ensure that; steps are recorded
-    # if they use nothing else.
-    speculates = may_speculate and (engine.dtype == torch.float32 or runner.captured)
+    # not depend on the other rows. Where values are rounded to 16 or 8 bits, also in the KV cache,
+    # only native kernels ensure that; steps are recorded if they use nothing else.
+    is_exact = engine.dtype == torch.float32 and engine.kv_dtype == "float32"
+    speculates = may_speculate and (is_exact or runner.captured)
     engine.stats.kv_blocks = blocks - 1
     engine.stats.kv_bytes = blocks * cost.block_bytes
     scheduler = Scheduler(

@@ -39,6 +39,7 @@ MODELS = {"gpt-oss-20b": 1024, "qwen3-0.6b": 256, "llama-3.1-8b": 256, "qwen2-0.
 _MAX_TOKENS = 8192  # of a step
 _PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 _BLOCK = 16
+_CHUNK = 1024  # tokens: the same kernels run for every length of a chunk
 _SMALL = ("embed", "rotate_and_write", "activate", "argmax", "top_tokens", "sample_rows")
 _IS_MXFP4 = {"quantization_config": {"quant_method": "mxfp4"}}
 _CHECK_ROWS = (1, 3, 33, 64)  # of the cases of model.checks
@@ -130,6 +131,14 @@ def calls(architecture: str) -> Iterator[Callable[[], Any]]:
             model = _model(replace(config, layers=config.layers[:2]), ops)
             yield from (partial(_step, model, ops, [1] * rows) for rows in _CHECK_ROWS)
             yield from _layer_calls(model, ops)
+    if backend().target.fp8 is not None:
+        ops = TritonBackend(META, torch.bfloat16, backend().target, kv_dtype="fp8")
+        for name in MODELS:
+            config = named_config(name)
+            model = _model(replace(config, layers=config.layers[:2]), ops)
+            for lengths in ([1], [1] * 3, [1] * 64, [1] * 256, [_CHUNK]):
+                yield partial(_step, model, ops, lengths)
+            yield from _layer_calls(model, ops)
     yield from _small_calls(architecture)
     yield from _tiny_calls(architecture)
 
@@ -194,7 +203,7 @@ def _step(model: Transformer, ops: TritonBackend, lengths: list[int]) -> None:
     starts, last = _empty(rows + 1, dtype=torch.int32), _empty(rows, dtype=torch.int64)
     batch = ForwardBatch(ids, ids, lengths, lengths, singles, groups, last, starts, lens)
     shape = 2, 4096, _BLOCK, config.num_kv_heads, config.head_dim
-    caches = [_empty(*shape, dtype=ops.dtype) for _ in config.layers]
+    caches = [ops.empty_cache(shape) for _ in config.layers]
     logits = model(ops, batch, caches, [(i, i) for i in range(len(config.layers))])
     row, parameters = _empty(rows, dtype=torch.int64), _empty(rows, 2, dtype=torch.int64)
     sampling = SamplingTables(parameters.float(), parameters)

@@ -60,7 +60,7 @@ _ALL: tuple[Decorator, ...] = (
     _job(
         "-i",
         "--input",
-        subject=Subject.ANY,
+        subject=Subject.INPUT,
         metavar="FILE|TEXT",
         help="generate, chat: the prompt. Other modes: the input file (-: standard input).",
     ),

@@ -6,8 +6,9 @@ an engine uses. Nothing here loads a checkpoint: weights are random.
 """
 
 from model.checks.case import Case, ReferenceFailedError, problem, reference_of
-from model.checks.cases import OPERATIONS, cases
+from model.checks.cases import cases
 from model.checks.inputs import FULL, SMALL, Size
+from model.ops.backend import OPERATIONS
 
 __all__ = [
     "FULL",

@@ -23,28 +23,9 @@ from model.checks.inputs import FULL, SMALL, Inputs, Size
 from model.checks.sampling import argmax_cases, sample_cases, top_tokens_cases
 from model.config import ModelConfig
 from model.mlp import Mlp, Moe
+from model.ops.backend import OPERATIONS
 from model.sharding import ALONE, Shard
 from model.transformer import Transformer
-
-OPERATIONS = (
-    "embed",
-    "add_rms_norm",
-    "linear",
-    "logits",
-    "rotate_and_write",
-    "norm_qkv",
-    "attention",
-    "activate",
-    "norm_mlp",
-    "route",
-    "experts",
-    "norm_experts",
-    "argmax",
-    "top_tokens",
-    "sample_rows",
-)
-"""Every operation with cases; one that runs others comes after them."""
-
 
 _WEIGHTS_IN_MEMORY = 16
 

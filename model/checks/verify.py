@@ -21,9 +21,9 @@ from model.checks.case import (
     problem,
     reference_of,
 )
-from model.checks.cases import OPERATIONS, cases
+from model.checks.cases import cases
 from model.config import ModelConfig
-from model.ops.backend import Backend
+from model.ops.backend import OPERATIONS, Backend
 from model.sharding import ALONE, Shard
 
 _MARGIN = 0.03  # a candidate must be faster than the kernel in use by more than this

@@ -37,6 +37,24 @@ from model.ops.specs import (
 )
 from model.ops.step_parts import ACTIVATION, DOWN_PROJ, INPUT_NORM, POST_NORM, ROPE, ROUTER
 
+OPERATIONS = (
+    "embed",
+    "add_rms_norm",
+    "linear",
+    "logits",
+    "rotate_and_write",
+    "norm_qkv",
+    "attention",
+    "activate",
+    "norm_mlp",
+    "route",
+    "experts",
+    "norm_experts",
+    "argmax",
+    "top_tokens",
+    "sample_rows",
+)
+"""Operations whose kernels are checked and chosen; one that runs others comes after them."""
 _HEAD_TOKENS = 1 << 14  # tokens of the vocabulary whose logits are computed at once
 
 Compute = Callable[[], torch.Tensor]

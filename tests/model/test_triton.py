@@ -96,6 +96,48 @@ def test_kernels_compile_and_fit_their_targets(architecture: str) -> None:
             assert compiled.shared >= 2 * 2 * 2 * named["BLOCK_N"] * named["BLOCK_D"], str(launch)
 
 
+FP8 = {
+    "*fp8e4nv": {"sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx950", "gfx1201"},
+    "*fp8e4b8": {"gfx942"},
+}
+
+
+@pytest.mark.parametrize("form", FP8)
+def test_kernels_of_a_cache_in_fp8_compile_where_the_hardware_has_the_form(form: str) -> None:
+    pytest.importorskip("triton")
+    from tests.model.occupancy import PROCESSORS
+    from tests.model.triton_compiler import compile_launch, fp8_launches
+
+    for architecture in sorted(FP8[form]):
+        launches = fp8_launches(architecture)
+        assert {launch.kernel.__name__ for launch in launches} >= {
+            "_rotate_and_write", "decode_attention", "prefill_attention",
+        }  # fmt: skip
+        for launch in launches:
+            assert form in dict(launch.types).values()
+            compiled = compile_launch(launch, architecture)
+            assert not compiled.spills, f"{architecture}, {launch}: {compiled.spills} spilled"
+            assert compiled.shared <= PROCESSORS[architecture].program_shared, str(launch)
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *SIMILAR_ARCHITECTURES])
+def test_what_the_hardware_lacks_for_a_cache_in_8_bits_is_refused(architecture: str) -> None:
+    pytest.importorskip("triton")
+    from model.ops.backend import KvDtypeError
+    from model.ops.triton.backend import TritonBackend
+    from model.ops.triton.tiles import Target, nearest_tiles
+
+    target = Target(architecture, 132, nearest_tiles(architecture))
+    meta = torch.device("meta")
+    with pytest.raises(KvDtypeError, match="int8"):
+        TritonBackend(meta, torch.bfloat16, target, kv_dtype="int8")
+    if any(architecture in each for each in FP8.values()):
+        assert TritonBackend(meta, torch.bfloat16, target, kv_dtype="fp8").kv_dtype == target.fp8
+    else:
+        with pytest.raises(KvDtypeError, match=f"{architecture} has no fp8"):
+            TritonBackend(meta, torch.bfloat16, target, kv_dtype="fp8")
+
+
 def test_kernels_are_compiled_for_every_architecture_with_tiles() -> None:
     pytest.importorskip("triton")
     from model.ops.triton.tiles import TILES

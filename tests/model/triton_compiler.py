@@ -118,6 +118,24 @@ def launches(
     return list(found)
 
 
+def fp8_launches(architecture: str) -> list[Launch]:
+    """Return every distinct launch that writes or reads a KV cache in fp8, for FEW_CONFIGS."""
+    found: dict[Launch, None] = {}
+
+    def record(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kw: Any) -> None:
+        found[launch_of(kernel, args, kw)] = None
+
+    tiles = replace(nearest_tiles(architecture), fused_qkv=16)
+    meta, known = torch.device("meta"), Target(architecture, 132, tiles)
+    ops = TritonBackend(meta, torch.bfloat16, known, kv_dtype="fp8")
+    with patch.object(JITFunction, "run", record):
+        for config in FEW_CONFIGS:
+            for rows in FEW_ROWS:
+                for call in _attention_calls(ops, config, rows):
+                    call()
+    return [launch for launch in found if any("fp8" in kind for _, kind in launch.types)]
+
+
 def grids(
     architecture: str, configs: Sequence[ModelConfig], rows: int
 ) -> set[tuple[str, tuple[int, ...]]]:

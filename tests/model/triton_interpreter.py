@@ -21,6 +21,7 @@ from engine.execution import model_runner
 from model.ops.backend import Backend
 from model.ops.cpu.backend import CpuBackend
 from model.ops.forward_batch import ForwardBatch, GroupTables
+from model.ops.kv_values import rounded
 from model.ops.mxfp4 import Mxfp4
 from model.ops.specs import (
     Activation,
@@ -65,10 +66,13 @@ ONE_ROW = Tile(1, 16, 32, 4, 3)
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
-def kernels(dtype: torch.dtype = torch.float32, **tiles: Any) -> TritonBackend:
+def kernels(
+    dtype: torch.dtype = torch.float32, *, kv_dtype: str = "auto", **tiles: Any
+) -> TritonBackend:
     """The kernels, with some fields of `Tiles` changed."""
     target = target_of(CPU)
-    return TritonBackend(CPU, dtype, replace(target, tiles=replace(target.tiles, **tiles)))
+    target = replace(target, tiles=replace(target.tiles, **tiles))
+    return TritonBackend(CPU, dtype, target, kv_dtype=kv_dtype)
 
 
 def with_processors(count: int) -> TritonBackend:
@@ -278,6 +282,37 @@ def attend(
 
 
 MIXED = [(1, 50), (1, 17), (20, 20), (7, 40), (2, 2)]
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "fp8"])
+def test_a_cache_in_another_dtype_is_written_and_read(name: str) -> None:
+    heads, kv_heads, dim, tokens = 6, 2, 32, 8
+    ops = kernels(torch.float16, kv_dtype=name)
+    qkv = rand(tokens, heads + 2 * kv_heads, dim, dtype=torch.float16)
+    qkv[0] *= 300  # beyond the range of fp8
+    cos_sin, slots = rand(tokens, dim, seed=1), torch.tensor([9, 3, 4, 15, 12, 2, 0, 7])
+    args = [
+        rope_args(backend.empty_cache((2, 4, 4, kv_heads, dim)).zero_(), cos_sin, slots, heads)
+        for backend in (ops, Backend(CPU, torch.float16, name))
+    ]
+    found = ops.rotate_and_write(qkv, args[0])
+    close(found, reference(torch.float16).rotate_and_write(qkv, args[1]))
+    written, expected = (each.kv.float() for each in args)
+    assert written.isfinite().all()
+    assert (written != 0).any()
+    # Float32 sums differ in their last bits, which can move a value to the next step.
+    assert ((written - expected).abs() <= expected.abs() * 2**-3).all()
+    assert (written != expected).float().mean() < 0.01
+    attend_to(name)
+
+
+def attend_to(name: str) -> None:
+    batch, group, blocks = paged(MIXED, 24, 8)
+    query = rand(sum(q for q, _ in MIXED), 6, 32, dtype=torch.float16)
+    kv = rounded(rand(2, blocks, 8, 2, 32, seed=1), Backend(CPU, torch.float16, name).kv_dtype)
+    spec = AttentionSpec(32**-0.5, 24)
+    expected = reference(torch.float16).attention(query, kv, batch, group, spec)
+    close(kernels(torch.float16, kv_dtype=name).attention(query, kv, batch, group, spec), expected)
 
 
 @pytest.mark.parametrize("window", [None, 5, 40])

@@ -9,7 +9,7 @@ from functools import partial
 from itertools import count
 
 from getp.analysis.doctor import reports
-from getp.analysis.doctor.reports import Ended, Failed, Report, Request, Started
+from getp.analysis.doctor.reports import INSTALL, REFERENCE, Ended, Failed, Report, Request, Started
 
 _LIBRARY = "native kernels"
 _Task = tuple[Started, Callable[[], Report]]
@@ -54,9 +54,12 @@ def _write(report: Report) -> None:
 def _failed(name: str, error: BaseException, model: str = "") -> Failed:
     """Return the report on an error, with what to do if that is known."""
     from engine.memory_plan import is_out_of_memory
+    from model.checks import ReferenceFailedError
     from model.ops.cpu.bindings import VARIABLE
 
     remedy = ""
+    if isinstance(error, ReferenceFailedError):  # nothing is known about the kernel
+        return Failed(REFERENCE, str(error), remedy=INSTALL)
     if is_out_of_memory(error):
         remedy = "free memory, or use a smaller model: a layer of this one does not fit"
     elif str(error).startswith(VARIABLE):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from getp.analysis.doctor.findings import REPORT_IT, Check, KernelCheck
 from getp.analysis.doctor.reports import (
+    INSTALL,
+    REFERENCE,
     DeviceReport,
     Failed,
     KernelReport,
@@ -17,7 +19,6 @@ from getp.analysis.doctor.reports import (
 from getp.units import counted, duration, memory, percent, quantity
 from model.cost.devices import Device, device_of_driver
 
-_INSTALL = "install the build of torch for this machine, and a driver that is new enough for it"
 LEAST_SCORE = 0.95
 """Minimum share of correct answers: rounding can change a token if two are nearly tied."""
 _LEAST_BANDWIDTH, _LEAST_PRODUCT = 0.6, 0.35
@@ -68,12 +69,17 @@ def checks_of(series: Series) -> Iterator[Check]:
         yield library_check(series.library)
     if series.rates is not None and series.device is not None:
         yield rates_check(series.rates, series.device)
+    without_reference = [failure for failure in series.failed if failure.name == REFERENCE]
+    if without_reference:
+        cases = counted(len(without_reference), "kernel check")
+        finding = f"{without_reference[0].cause}; {cases} could not be made"
+        yield Check(f"{REFERENCE}, {series.backend}", "failed", finding, INSTALL)
     for failure in series.failed:
-        if not failure.model:
+        if not failure.model and failure.name != REFERENCE:
             if failure.remedy:
                 yield Check(failure.name, "failed", failure.cause, failure.remedy)
             elif failure.name == "device":
-                yield Check("device", "failed", failure.cause, _INSTALL)
+                yield Check("device", "failed", failure.cause, INSTALL)
             else:
                 name = f"{failure.name}, {series.backend}"
                 yield Check(name, "failed", failure.cause, REPORT_IT)
@@ -117,7 +123,7 @@ def device_check(device: DeviceReport) -> Check:
         if node is None:
             return Check("CPU", "ok", finding, figures=figures)
         cause = f"{node} exists, but torch (built for {device.torch_build}) finds no GPU"
-        return Check("GPU", "failed", ": ".join([cause, *device.notices]), _INSTALL, figures)
+        return Check("GPU", "failed", ": ".join([cause, *device.notices]), INSTALL, figures)
     finding = (
         f"{device.name}, {device.architecture}, {device.processors} processors, "
         f"driver {device.driver}, {device.torch_build}; 1 of {counted(device.count, 'GPU')}"

@@ -7,6 +7,10 @@ from typing import Any
 PREFIX = "getp-doctor: "
 """Prefix of the reports in a child's output; other lines are messages of libraries."""
 
+INSTALL = "install the build of torch for this machine, and a driver that is new enough for it"
+REFERENCE = "plain torch"
+"""The name of failures of the operations that kernels are compared with."""
+
 
 @dataclass(frozen=True)
 class Request:

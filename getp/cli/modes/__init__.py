@@ -13,6 +13,7 @@ class Subject(Flag):
     """The subject of an option. An option applies to the modes that list its subject."""
 
     ANY = 0  # applies to every mode
+    INPUT = auto()
     OUTPUT = auto()
     REPORT = auto()
     DETAILS = auto()
@@ -36,7 +37,15 @@ class Subject(Flag):
 
 _S = Subject
 _COMPLETES = (
-    _S.PROMPT | _S.SAMPLING | _S.STOPPING | _S.LENGTH | _S.DTYPE | _S.BATCH | _S.DEVICE | _S.ENGINE
+    _S.INPUT
+    | _S.PROMPT
+    | _S.SAMPLING
+    | _S.STOPPING
+    | _S.LENGTH
+    | _S.DTYPE
+    | _S.BATCH
+    | _S.DEVICE
+    | _S.ENGINE
 )  # modes that complete prompts
 
 
@@ -62,12 +71,16 @@ MODES = {
         "complete a file of prompts",
         _COMPLETES | _S.OUTPUT | _S.REPORT | _S.DETAILS | _S.JOB | _S.REPLICAS,
     ),
-    "decode": Mode("decode", "print the answers of a result file as text", _S.OUTPUT | _S.LINE),
-    "eval": Mode("evaluate", "compare a result file with a reference", _S.REPORT | _S.EVALUATION),
+    "decode": Mode(
+        "decode", "print the answers of a result file as text", _S.INPUT | _S.OUTPUT | _S.LINE
+    ),
+    "eval": Mode(
+        "evaluate", "compare a result file with a reference", _S.INPUT | _S.REPORT | _S.EVALUATION
+    ),
     "plan": Mode(
         "plan",
         "estimate the cost and speed of a step or a job on GPUs",
-        _S.PROMPT | _S.LENGTH | _S.DTYPE | _S.BATCH | _S.STEP | _S.PLAN | _S.DETAILS,
+        _S.INPUT | _S.PROMPT | _S.LENGTH | _S.DTYPE | _S.BATCH | _S.STEP | _S.PLAN | _S.DETAILS,
     ),
     "profile": Mode(
         "profile",

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from model.ops.backend import OPERATIONS
 from model.ops.triton.tiles import SMALL, Target, Tile, Tiles
 
 TORCH = "torch"
@@ -33,6 +34,8 @@ class Selection:
     def __post_init__(self) -> None:
         """Raise ValueError for choices that this version does not know."""
         for op, choice in self.choices.items():
+            if op not in OPERATIONS:
+                raise ValueError(f"{op!r} is not an operation whose kernel can be chosen")
             if choice != TORCH:
                 _changes(op, choice)
 
