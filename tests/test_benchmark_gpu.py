@@ -476,6 +476,36 @@ def test_the_functions_of_all_sections_exist() -> None:
         assert callable(getattr(found, function, None)), name
 
 
+def test_a_sweep_ends_in_time_and_says_what_it_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from benchmarks.gpu_sections import sweeps
+    from model.ops.triton.tiles import Tile
+
+    now = [0.0]
+
+    def compile_together(calls: Any) -> None:
+        now[0] += 4.0  # however many there are
+
+    monkeypatch.setattr(sweeps, "compile_together", compile_together)
+    monkeypatch.setattr(sweeps, "seconds_of", lambda call: call())
+    monkeypatch.setattr(sweeps.time, "time", lambda: now[0])
+    monkeypatch.setattr(sweeps.os, "cpu_count", lambda: 2)
+    tiles = [Tile(16, 16 << i, 0, 1, 2) for i in range(8)]
+    calls = {tile: (lambda i=i: 1.0 / (i + 1)) for i, tile in enumerate(tiles)}
+    found = [(name, calls, tiles[0]) for name in "abc"]
+    names = [row.name for row in sweeps.sweeps(found, 30.0)]
+    # 10 s for each: the tile in use, then one group of two, after which a third would be too late.
+    assert names[:3] == [f"a, {tile}" for tile in tiles[:3]]
+    assert names[3:5] == [
+        f"a: fastest {tiles[2]}",
+        "a: 5 of 8 tiles were left out for lack of time",
+    ]
+    assert now[0] <= 30.0
+    assert list(sweeps.sweeps(found[:1] * 3, now[0] + 5.0))[-1].name == (
+        "a: left out for lack of time"
+    )
+
+
 def test_a_sweep_leaves_out_tiles_that_do_not_fit_into_registers() -> None:
     pytest.importorskip("triton")
     from benchmarks.gpu_sections.sweeps import _tiles

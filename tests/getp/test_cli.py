@@ -97,6 +97,8 @@ def test_version_option_prints_the_version_of_the_package() -> None:
         (["--line", "1"], ["--line applies only to -m decode"]),
         (["-o", "x"], ["-o/--output applies only to -m getp and -m decode"]),
         (["--restart"], ["--restart applies only to -m getp"]),
+        (["-m", "doctor", "-i", "x"], ["-i/--input applies only to -m generate, -m chat"]),
+        (["-m", "profile", "-i", "x"], ["-i/--input applies only to -m generate, -m chat"]),
         (["--max-errors", "-1"], ["'--max-errors'", "-1", "x>=0"]),
         (["-y", "be kind", "--raw"], ["-y/--system", "remove --raw"]),
         (["-m", "getp", "-i", "x", "-o", "y", "-y", "be kind"], ["-y/--system", "--chat-template"]),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from getp.analysis.doctor import conclusions, host
+from getp.analysis.doctor import child, conclusions, host
 from getp.analysis.doctor.device import is_built_for
 from getp.analysis.doctor.findings import Check
 from getp.analysis.doctor.reports import (
@@ -21,6 +21,7 @@ from getp.analysis.doctor.reports import (
     RatesReport,
     ScoreReport,
 )
+from model.checks import ReferenceFailedError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -242,6 +243,17 @@ def test_a_kernel_that_ended_its_process_fails() -> None:
     (check,) = conclusions.checks_of(series)
     assert check.finding == "1 of 1 failed: linear (1 rows; m): crashed"
     assert "GETP_CPU_KERNELS" in (check.remedy or "")
+
+
+def test_a_failing_reference_says_nothing_about_kernels() -> None:
+    error = ReferenceFailedError("linear: 1 rows: plain torch fails: RuntimeError: no device")
+    failure = child._failed("linear: 1 rows", error, "m")
+    series = conclusions.Series("avx512", failed=[failure, failure])
+    assert conclusions.kernels_of(series, None) == []
+    (check,) = conclusions.checks_of(series)
+    assert (check.name, check.state) == ("plain torch, avx512", "failed")
+    assert check.finding == f"{error}; 2 kernel checks could not be made"
+    assert "torch" in (check.remedy or "")
 
 
 @pytest.mark.parametrize(

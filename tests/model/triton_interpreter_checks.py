@@ -274,6 +274,9 @@ def test_every_candidate_is_a_selection_as_json(architecture: str) -> None:
     for wrong in ({"fused": {"m": 1}}, {"decode": None}, {"short": True}, {"experts": []}, 3, None):
         with pytest.raises(ValueError, match="linear"):
             Selection({"linear": wrong})
+    for op in ("liner", "kernels"):  # no operation, and a method that is none
+        with pytest.raises(ValueError, match=op):
+            Selection({op: TORCH})
 
 
 def engine_with(
