@@ -21,8 +21,8 @@ class EngineConfig:
 
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto uses a GPU if there is one
     dtype: str = "auto"  # auto (the checkpoint's own), bfloat16, float16 or float32
-    # Of the KV cache: auto (the compute dtype), one of DTYPES, fp8 (e4m3) or int8. The formats of 8
-    # bits hold twice as many tokens as bfloat16, with errors as in benchmarks/RESULTS.md.
+    # Of the KV cache: auto (the compute dtype), one of DTYPES, fp8 (e4m3) or int8. Those of 8 bits
+    # hold twice as many tokens as bfloat16; `model.ops.kv_values` states their errors.
     kv_dtype: str = "auto"
     max_batch_size: int | None = None  # requests that run at once
     max_batch_tokens: int | None = None  # tokens computed in one step

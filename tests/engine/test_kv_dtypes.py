@@ -15,11 +15,14 @@ from tests.engine.test_engine import run
 from tests.test_end_to_end import DATA
 from tokenizer import Tokenizer
 
+_NEARLY_TIED = 2  # of 12 answers
+
 
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "float16", "fp8", "int8"])
 def test_batching_chunking_caching_and_preemption_do_not_change_answers(kv_dtype: str) -> None:
-    """With a trained model: in products of other shapes float32 rounds differently, which can move
-    a stored value to the next step of its dtype, and change a token if two are nearly tied.
+    """In products of other shapes float32 rounds differently, which can move a stored value to the
+    next step of its dtype, and change a token if two are nearly tied: in few answers of a trained
+    model. Wrong slots or scales would change nearly all of them.
     """
     tokenizer = Tokenizer.load(DATA / "model")
     questions = (DATA / "input.txt").read_text(encoding="utf-8").split("\n")[1:13]
@@ -30,19 +33,22 @@ def test_batching_chunking_caching_and_preemption_do_not_change_answers(kv_dtype
     def answers(count: int = 1, **settings: Any) -> tuple[dict[int, Any], Engine]:
         return run(DATA / "model", requests * count, kv_dtype=kv_dtype, block_size=4, **settings)
 
+    def changed(found: dict[int, Any]) -> int:
+        return sum(found[i] != answer for i, answer in alone.items())
+
     alone, _ = answers(max_batch_size=1, prefix_cache=False)
     batched, engine = answers(prefix_cache=False)
     assert engine.stats.peak_batch == 12
-    assert batched == alone
+    assert changed(batched) <= _NEARLY_TIED
     chunked, _ = answers(max_batch_tokens=13, prefix_cache=False)
-    assert chunked == alone
+    assert changed(chunked) <= _NEARLY_TIED
     cached, engine = answers(2)
     assert engine.stats.cached_tokens > 100
-    assert cached == alone
+    assert changed(cached) <= _NEARLY_TIED
     block = engine.stats.kv_bytes // (engine.stats.kv_blocks + 1)
     preempted, engine = answers(kv_memory=24 * block)
     assert engine.stats.preemptions > 0
-    assert preempted == alone
+    assert changed(preempted) <= _NEARLY_TIED
 
 
 def test_the_same_memory_holds_more_tokens_in_8_bits(checkpoint: Callable[[str], Path]) -> None:
