@@ -62,7 +62,7 @@ def read_settings(keys: Keys) -> FormatRules:
         raise keys.fail(f"'sparsity_config' = {sparsity!r:.60} is not supported")
     ignored = names(keys, "ignore")
     targets, activations = _groups(keys)
-    named = [(name, DENSE) for name in ignored]
+    named: list[tuple[str, WeightFormat]] = [(name, DENSE) for name in ignored]
     named += [target for target in targets if not _is_pattern(target[0])]
     named += [target for target in targets if _is_pattern(target[0])]
     classes = {name: form for name, form in reversed(named) if name in (_LINEAR, _EMBEDDING)}
