@@ -16,6 +16,8 @@ from engine.resolve import Settings, dtype_name
 from engine.scheduling.kv_cache import group_layers
 from model import ModelConfig
 from model.cost.operations import parameter_bytes
+from model.formats import DENSE, WeightFormat
+from model.ops.backend import choose_backend
 from model.ops.cpu.bindings import library
 
 # Bytes for each logit of a row that is sampled by sorting it in full: scaled logits, sorted
@@ -193,6 +195,37 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     words = ("allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def dequantization_notice(checkpoint: Path, config: ModelConfig, settings: Settings) -> str:
+    """What a user should know of weights that have no kernel here; empty if all have one.
+
+    config: of the checkpoint, in whose files they are smaller than they will be in memory.
+    """
+    backend, kept = choose_backend(settings.device, settings.dtype), set[WeightFormat]()
+    for layer in settings.model.layers:
+        forms = layer.formats
+        kept |= {forms.qkv, forms.out, forms.gate_up, forms.down, forms.experts} - {DENSE}
+    names = dict.fromkeys(
+        form.name
+        for form in config.stored_formats.formats
+        if not kept & {form.held(backend, stacked=stacked) for stacked in (False, True)}
+    )
+    if not names:
+        return ""
+    dtype = dtype_name(settings.dtype)
+    needed = format_bytes(parameter_bytes(settings.model, dtype))
+    files = [checkpoint] if checkpoint.is_file() else checkpoint.glob("*.safetensors")
+    stored = sum(file.stat().st_size for file in files)
+    text = (
+        f"the weights in {' and '.join(names)} are dequantized to {dtype} when they are loaded,"
+        f" because there is no kernel for them on {settings.device.type}: the weights take {needed}"
+        f"{f' instead of {format_bytes(stored)}' if stored else ''}"
+    )
+    activations = config.stored_formats.activations
+    if activations:
+        text += f"; activations stay in {dtype} instead of {activations}, which is more precise"
+    return text
 
 
 def format_bytes(count: int) -> str:

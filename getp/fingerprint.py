@@ -15,7 +15,9 @@ from model.gguf import is_gguf, read_gguf
 _MAX_WHOLE_BYTES = 64 << 20  # smaller files are hashed completely
 _SAMPLES, _SAMPLE_BYTES = 64, 64 << 10  # larger files: this many evenly spaced samples
 
-_CHECKPOINT_FILES = ("config.json", "generation_config.json", "*.safetensors")
+_CHECKPOINT_FILES = (
+    "config.json", "generation_config.json", "hf_quant_config.json", "*.safetensors",
+)  # fmt: skip
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja",

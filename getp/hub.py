@@ -36,8 +36,8 @@ _INDISPENSABLE: dict[Part, tuple[str, ...]] = {
 _MAKE_ROOM = "make room, or set HF_HOME to a folder on another disk"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SMALL_FILES = [
-    "config.json", "generation_config.json", _INDEX, "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "config.json", "generation_config.json", "hf_quant_config.json", _INDEX, "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 ]  # fmt: skip
 
 

@@ -167,7 +167,8 @@ def _stored_names(config: ModelConfig, files: Files) -> TensorNames:
     if isinstance(files, GgufFiles):
         return files.names
     names = stored_names(config.model_type, files.file_of)
-    if config.tie_word_embeddings and names.embedding not in files.file_of:
+    is_under_head = names.embedding not in files.file_of and names.head in files.file_of
+    if config.tie_word_embeddings and is_under_head:
         names = replace(names, embedding=names.head)
     if names.experts.transposed and config.moe is not None:
         names = replace(names, experts=_as_stored(names, config, config.moe, files))

@@ -46,6 +46,8 @@ FAMILIES = (
     "smollm3",
 )
 
+_MODELOPT = "hf_quant_config.json"
+
 
 @cache
 def family(model_type: str) -> Family:
@@ -81,6 +83,8 @@ def load_config(
     if os.path.lexists(generation):
         stop_ids = Keys(generation, read_json(generation)).token_ids("eos_token_id")
     values = read_json(path)
+    if values.get("quantization_config") is None and os.path.lexists(folder / _MODELOPT):
+        values["quantization_config"] = _modelopt_settings(folder / _MODELOPT)
     config, stored = parse_config(values, path, stop_ids), StoredTensors(folder)
     names = stored_names(config.model_type, stored)
     config = with_layer_formats(config, names)
@@ -103,6 +107,14 @@ def _gguf_config(path: Path) -> ModelConfig:
     norm = replace(config.norm, weight_offset=0.0)
     config = replace(config, norm=norm, stored_formats=stored_formats(gguf))
     return with_layer_formats(config, tensor_names(gguf))
+
+
+def _modelopt_settings(path: Path) -> dict[str, Any]:
+    """The quantization of a checkpoint of ModelOpt that has it in a file of its own."""
+    settings = read_json(path).get("quantization")
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path}: 'quantization' must be an object, not {settings!r:.60}")
+    return {"quant_method": "modelopt", **settings}
 
 
 def parse_config(
@@ -144,7 +156,8 @@ def stored_names(model_type: str, stored: Container[str]) -> TensorNames:
         return family(model_type).names
     nested = NESTED[model_type]
     candidates = nested_names(family(nested.text).names, nested)
-    return next((names for names in candidates if names.embedding in stored), candidates[-1])
+    # The embedding may be quantized, and then has tensors of other names.
+    return next((names for names in candidates if names.final_norm in stored), candidates[-1])
 
 
 def is_of_another_part(model_type: str, name: str) -> bool:

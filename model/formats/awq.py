@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from model.formats.dense import DENSE, FLOATS, Dequantized
 from model.formats.format import Part, StoredTensor
 from model.formats.packing import grouped, scaled, unpack
-from model.formats.rules import FormatRules, any_of, names
+from model.formats.rules import HEAD_IS_DENSE, FormatRules, Rule, names
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,8 @@ class Awq(Dequantized):
             if size % unit:
                 raise ValueError(f"{size} rows or columns are not a multiple of {unit}")
         rows, columns = (*part, slice(None), slice(None))[:2]
-        groups, words = scaled(columns, inputs, group), scaled(rows, outputs, _PER_WORD)
+        groups = slice(None) if self.group is None else scaled(columns, inputs, group)
+        words = scaled(rows, outputs, _PER_WORD)
         counts = inputs // group, outputs // _PER_WORD
         return [
             StoredTensor(f"{stem}qweight", (inputs, counts[1]), ("I32",), (columns, words)),
@@ -84,5 +85,5 @@ def read_settings(keys: Keys) -> FormatRules:
         raise keys.fail(f"version {version!r:.60} is not supported; supported: gemm")
     group = None if keys.get("group_size") == -1 else keys.integer("group_size")
     # AutoAWQ excludes each module whose name contains one of these.
-    excluded = [".*" + re.escape(name) for name in names(keys, "modules_to_not_convert")]
-    return FormatRules(any_of([*excluded, "lm_head$"], DENSE), Awq(group))
+    patterns = (".*" + re.escape(name) for name in names(keys, "modules_to_not_convert"))
+    return FormatRules((Rule(DENSE, patterns=tuple(patterns)), HEAD_IS_DENSE), Awq(group))

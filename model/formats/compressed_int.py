@@ -27,9 +27,10 @@ class CompressedInt(Dequantized):
     is_symmetric: bool  # no zero points
     is_packed: bool
     # Of one weight in a checkpoint:
-    scale_shape: tuple[int, ...] = ()
+    scale_shape: tuple[int, ...] | None = None
     has_shape: bool = False
     has_index: bool = False  # the inputs' groups are given one by one
+    first: int = 0  # input of the part that is read
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -47,8 +48,10 @@ class CompressedInt(Dequantized):
         return replace(
             self,
             scale_shape=found[0] if found is not None and found[0] in allowed else allowed[0],
+            is_symmetric=self.is_symmetric and find(f"{name}_zero_point") is None,
             has_shape=find(f"{name}_shape") is not None,
             has_index=find(f"{name}_g_idx") is not None,
+            first=part[1].indices(shape[1])[0] if len(part) > 1 else 0,
         )
 
     def _scale_shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -78,7 +81,7 @@ class CompressedInt(Dequantized):
             found.append(StoredTensor(f"{name}_packed", words, ("I32",), (*rows, columns)))
         else:
             found.append(StoredTensor(name, shape, ("I8",), part))
-        scales = self.scale_shape or self._scale_shapes(shape)[0]
+        scales = self._scale_shapes(shape)[0] if self.scale_shape is None else self.scale_shape
         scale_part: Part = ()
         if len(scales) == 2:
             whole = self.has_index or self.group is None
@@ -119,8 +122,11 @@ class CompressedInt(Dequantized):
         scales = scales.reshape(1, -1) if scales.dim() < 2 else scales
         scales = scales.expand(len(codes), scales.shape[1])
         zeros = half if self.is_symmetric else self._read_zeros(rest[0], scales.shape)
-        # -1 stands for the order as it is.
-        if index is None or int(index.min()) == -1 or in_order(index, scales.shape[1]):
+        if index is None:
+            return grouped(codes, scales, zeros, self.bits)
+        if int(index.min()) == -1:  # it stands for the order as it is
+            index = (self.first + torch.arange(codes.shape[1])) // (self.group or codes.shape[1])
+        if in_order(index, scales.shape[1]):
             return grouped(codes, scales, zeros, self.bits)
         return by_index(codes, scales, zeros, index)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from model.formats.compressed_int import CompressedInt
@@ -12,12 +12,12 @@ from model.formats.format import WeightFormat
 from model.formats.fp8 import Fp8, block_size
 from model.formats.mxfp4 import PackedMxfp4
 from model.formats.nvfp4 import Nvfp4
-from model.formats.rules import FormatRules, any_of, checked, names, refuse_kv_cache
+from model.formats.rules import FormatRules, Rule, checked, names, refuse_kv_cache
 
 if TYPE_CHECKING:
     from model.families.config_keys.keys import Keys
 
-_LINEAR, _EMBEDDING = "Linear", "Embedding"
+_LINEAR, _EMBEDDING, _PATTERN = "Linear", "Embedding", "re:"
 _DEFAULTS: dict[str, Any] = {
     "quant_method": None,
     "config_groups": None,
@@ -61,17 +61,13 @@ def read_settings(keys: Keys) -> FormatRules:
     if not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense":
         raise keys.fail(f"'sparsity_config' = {sparsity!r:.60} is not supported")
     ignored = names(keys, "ignore")
-    named: list[tuple[str, WeightFormat]] = [(_pattern(keys, name), DENSE) for name in ignored]
-    classes: dict[str, WeightFormat] = {}
     targets, activations = _groups(keys)
-    for is_pattern in (False, True):
-        for target, form in targets:
-            if target in (_LINEAR, _EMBEDDING):
-                classes.setdefault(target, DENSE if target in ignored else form)
-            elif target.startswith("re:") == is_pattern:
-                named.append((_pattern(keys, target), form))
+    named: list[tuple[str, WeightFormat]] = [(name, DENSE) for name in ignored]
+    named += [target for target in targets if not _is_pattern(target[0])]
+    named += [target for target in targets if _is_pattern(target[0])]
+    classes = {name: form for name, form in reversed(named) if name in (_LINEAR, _EMBEDDING)}
     return FormatRules(
-        _merged(named),
+        tuple(_rule(keys, [*same], form) for form, same in groupby(named, lambda rule: rule[1])),
         classes.get(_LINEAR, DENSE),
         classes.get(_EMBEDDING, DENSE),
         " and ".join(dict.fromkeys(activations)),
@@ -98,21 +94,19 @@ def _groups(keys: Keys) -> tuple[list[tuple[str, WeightFormat]], list[str]]:
     return targets, activations
 
 
-def _pattern(keys: Keys, name: str) -> str:
-    """The regular expression for a name, or for a pattern after "re:"."""
-    if name.startswith("re:"):
-        return checked(keys, name.removeprefix("re:"))
-    return re.escape(name) + "$"
+def _is_pattern(name: str) -> bool:
+    return name.startswith(_PATTERN)
 
 
-def _merged(named: list[tuple[str, WeightFormat]]) -> Any:
-    """Neighbouring rules with the same format as one."""
-    merged: list[tuple[list[str], WeightFormat]] = []
-    for pattern, form in named:
-        if not merged or merged[-1][1] != form:
-            merged.append(([], form))
-        merged[-1][0].append(pattern)
-    return tuple(rule for patterns, form in merged for rule in any_of(patterns, form))
+def _rule(keys: Keys, named: list[tuple[str, WeightFormat]], form: WeightFormat) -> Rule:
+    """The rule for modules with these names, or with names that match these patterns."""
+    every = [name for name, _ in named]
+    patterns = (name.removeprefix(_PATTERN) for name in every if _is_pattern(name))
+    return Rule(
+        form,
+        exact=frozenset(name for name in every if not _is_pattern(name)),
+        patterns=tuple(checked(keys, pattern) for pattern in patterns),
+    )
 
 
 @dataclass(frozen=True)
@@ -163,7 +157,7 @@ def _format(group: Keys, of_all: Any) -> WeightFormat:
             )
     elif not is_symmetric:
         raise scheme.keys.fail("'symmetric' must be true for weights of type float")
-    elif kind in (("float-quantized", 8, True), ("naive-quantized", 8, True)):
+    elif kind in ((f"{start}-quantized", 8, True) for start in ("float", "naive", "mxfp8")):
         return Fp8(scheme.block if scheme.group is None else (1, scheme.group), "_scale")
     elif kind == ("nvfp4-pack-quantized", 4, True) and scheme.group == 16:
         return Nvfp4()
@@ -172,6 +166,6 @@ def _format(group: Keys, of_all: Any) -> WeightFormat:
     raise scheme.keys.fail(
         f"format {name!r:.60} with {scheme.bits} bits of type "
         f"{'float' if scheme.is_float else 'int'} is not supported; supported: pack-quantized and"
-        " int-quantized (4 and 8 bits), float-quantized (8 bits), nvfp4-pack-quantized (groups of"
-        " 16), mxfp4-pack-quantized (groups of 32)"
+        " int-quantized (4 and 8 bits), float-quantized and mxfp8-quantized (8 bits),"
+        " nvfp4-pack-quantized (groups of 16), mxfp4-pack-quantized (groups of 32)"
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from model.formats.dense import DENSE, FLOATS, Dequantized
+from model.formats.dense import FLOATS, Dequantized
 from model.formats.format import Find, Part, StoredTensor, WeightFormat
-from model.formats.rules import FormatRules, any_of, excluded, refuse_kv_cache
+from model.formats.rules import HEAD_IS_DENSE, FormatRules, excluded, refuse_kv_cache
 
 if TYPE_CHECKING:
     import torch
@@ -29,14 +29,12 @@ class Fp8(Dequantized):
     scale_shape: tuple[int, ...] = ()
     first: tuple[int, int] = (0, 0)  # output and input of the part that is read
 
-    name = "fp8"
+    name = "FP8"
 
     def variant(self, name: str, shape: tuple[int, ...], part: Part, find: Find) -> WeightFormat:
         """As Dequantized.variant: with the name and the shape of the scales, and the part."""
-        for scale in _NAMES:
-            found = find(name + scale)
-            if found is not None:
-                break
+        scale = next((scale for scale in _NAMES if find(name + scale) is not None), self.scale)
+        found = find(name + scale)
         given = found[0] if found is not None else ()
         allowed = self._scale_shapes(shape)
         first = [part.indices(size)[0] for part, size in zip(part, shape, strict=False)]
@@ -113,10 +111,9 @@ def read_settings(keys: Keys) -> FormatRules:
     keys.one_of("expert_dtype", "fp8")
     scheme = keys.one_of("activation_scheme", "dynamic", "static")
     form = Fp8(block_size(keys, "weight_block_size"))
-    named = excluded(keys, "modules_to_not_convert") + excluded(keys, "ignored_layers")
-    return FormatRules(
-        named + any_of(["lm_head$"], DENSE), form, activations=f"FP8 ({scheme} scales)"
-    )
+    exceptions = [excluded(keys, key) for key in ("modules_to_not_convert", "ignored_layers")]
+    activations = f"FP8 ({scheme} scales)"
+    return FormatRules((*exceptions, HEAD_IS_DENSE), form, activations=activations)
 
 
 def block_size(keys: Keys, key: str) -> tuple[int, int] | None:

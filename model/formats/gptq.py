@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from model.formats.dense import DENSE, FLOATS, Dequantized
 from model.formats.format import Find, Part, StoredTensor, WeightFormat
 from model.formats.packing import by_index, grouped, in_order, scaled, unpack
-from model.formats.rules import FormatRules, any_of, checked
+from model.formats.rules import HEAD_IS_DENSE, FormatRules, Rule, checked
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,8 @@ class Gptq(Dequantized):
             if size % unit:
                 raise ValueError(f"{size} rows or columns are not a multiple of {unit}")
         rows, columns = (*part, slice(None), slice(None))[:2]
-        groups = slice(None) if self.is_ordered else scaled(columns, inputs, group)
+        is_whole = self.is_ordered or self.group is None
+        groups = slice(None) if is_whole else scaled(columns, inputs, group)
         packed_rows = scaled(rows, outputs, per_word)
         found = [
             StoredTensor(
@@ -100,7 +101,7 @@ def _stem(name: str) -> str:
 
 _DEFAULTS: dict[str, Any] = {
     "quant_method": None,
-    "bits": 4,
+    "bits": None,
     "group_size": 128,
     "desc_act": False,
     "sym": True,
@@ -132,16 +133,16 @@ def read_settings(keys: Keys) -> FormatRules:
     form = _format(keys, Gptq(4, None, zero_offset=0 if version == "gptq_v2" else 1))
     named = _dynamic(keys, form)
     if not keys.boolean("lm_head"):
-        named += any_of(["lm_head$"], DENSE)
+        named.append(HEAD_IS_DENSE)
     only = keys.get("modules_in_block_to_quantize")
     if only is None:
-        return FormatRules(named, form)
+        return FormatRules(tuple(named), form)
     blocks = only if isinstance(only, list) else [None]
     modules = [name for block in blocks for name in (block if isinstance(block, list) else [block])]
     if not all(isinstance(name, str) for name in modules):
         raise keys.fail("'modules_in_block_to_quantize' must be a list of lists of names")
-    patterns = [rf".*\.{checked(keys, str(name))}$" for name in modules]
-    return FormatRules(named + any_of(patterns, form))
+    named.append(Rule(form, endings=tuple(f".{name}" for name in modules)))
+    return FormatRules(tuple(named))
 
 
 def _format(keys: Keys, base: Gptq) -> Gptq:
@@ -152,16 +153,16 @@ def _format(keys: Keys, base: Gptq) -> Gptq:
     return replace(base, bits=bits, group=group, is_ordered=keys.boolean("desc_act"))
 
 
-def _dynamic(keys: Keys, form: Gptq) -> Any:
+def _dynamic(keys: Keys, form: Gptq) -> list[Rule]:
     """The rules of GPTQModel's `dynamic`: "-:PATTERN" excludes modules, "+:" changes them."""
     dynamic = keys.get("dynamic", {})
     if not isinstance(dynamic, dict):
         raise keys.fail(f"'dynamic' must be an object, not {dynamic!r:.60}")
-    named: Any = ()
+    named = []
     for pattern, changes in dynamic.items():
         expression = checked(keys, pattern.removeprefix("+:").removeprefix("-:"))
         if pattern.startswith("-:"):
-            named += any_of([expression], DENSE)
+            named.append(Rule(DENSE, patterns=(expression,)))
             continue
         if not isinstance(changes, dict):
             raise keys.fail(f"'dynamic' {pattern!r:.60} must be an object, not {changes!r:.60}")
@@ -174,5 +175,5 @@ def _dynamic(keys: Keys, form: Gptq) -> Any:
             },
             _NEUTRAL,
         )
-        named += any_of([expression], _format(own, form))
+        named.append(Rule(_format(own, form), patterns=(expression,)))
     return named

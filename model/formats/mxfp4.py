@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from model.formats.dense import DENSE, is_dense
 from model.formats.format import Find, Part, StoredTensor, WeightFormat
 from model.formats.packing import cut
-from model.formats.rules import FormatRules, any_of
+from model.formats.rules import FormatRules, Rule
 
 if TYPE_CHECKING:
     import torch
@@ -110,4 +110,4 @@ class PackedMxfp4(Mxfp4Format):
 
 def read_settings(keys: Keys) -> FormatRules:
     """The formats of a checkpoint with this `quantization_config`: experts in one stack."""
-    return FormatRules(any_of([r".*\.experts\."], MXFP4))
+    return FormatRules((Rule(MXFP4, patterns=(r".*\.experts\.",)),))

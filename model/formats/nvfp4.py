@@ -10,7 +10,7 @@ from model.formats.dense import DENSE, Dequantized
 from model.formats.format import Find, Part, StoredTensor, WeightFormat
 from model.formats.fp8 import Fp8
 from model.formats.packing import cut
-from model.formats.rules import FormatRules, any_of, checked, names, refuse_kv_cache
+from model.formats.rules import HEAD_IS_DENSE, FormatRules, Rule, checked, names, refuse_kv_cache
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,7 @@ class Nvfp4(Dequantized):
         codes = torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(-2)
         # E2M1's exponent has bias 1, E4M3's has 7; there 0.5, the code 1, is not subnormal.
         size = codes & 7
-        bits = (size * 4 + 0x30 - 4 * (size == 1)) * (size > 0) | (codes & 8) << 4
+        bits = (size * 4 + 0x30 - (size == 1).byte() * 4) * (size > 0) | (codes & 8) << 4
         of_all = last.float().reshape(1, 1)
         if not self.is_modelopt:
             of_all = 1 / of_all
@@ -95,5 +95,6 @@ def read_settings(keys: Keys) -> FormatRules:
         keys.one_of("group_size", _VALUES)
         form = Nvfp4(is_modelopt=True)
     excluded = names(keys, "ignore") + names(keys, "exclude_modules")
-    patterns = [checked(keys, translate(name)) for name in excluded]
-    return FormatRules(any_of([*patterns, "lm_head$"], DENSE), form, activations=algorithm)
+    patterns = tuple(checked(keys, translate(name)) for name in excluded)
+    exceptions = (Rule(DENSE, patterns=patterns), HEAD_IS_DENSE)
+    return FormatRules(exceptions, form, activations=algorithm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -15,9 +15,6 @@ from model.formats.format import WeightFormat
 if TYPE_CHECKING:
     from model.families.config_keys.keys import Keys
 
-Named = tuple[tuple[str, WeightFormat], ...]
-"""Regular expressions, which match from a name's beginning, and the formats of these modules."""
-
 # Most steps of matching one pattern with a name of _NAME characters: a fraction of a second.
 _MAX_STEPS = 10_000_000
 _NAME = 64
@@ -26,31 +23,57 @@ _TOKENS = re.compile(r"\\.|\[\^?\]?[^]]*\]|\(\?[:=!]|.", re.DOTALL)
 
 
 @dataclass(frozen=True)
+class Rule:
+    """The format of the modules that any of the names or patterns describes."""
+
+    format: WeightFormat
+    exact: frozenset[str] = frozenset()
+    inside: frozenset[str] = frozenset()  # modules with all that is inside them
+    endings: tuple[str, ...] = ()
+    patterns: tuple[str, ...] = ()  # regular expressions, compared with a name's beginning
+
+    def describes(self, module: str) -> bool:
+        """Whether a module has this format."""
+        if module in self.exact or module.endswith(self.endings):
+            return True
+        if self.inside and any(end in self.inside for end in _containers(module)):
+            return True
+        return any(pattern.match(module) for pattern in self._compiled)
+
+    @cached_property
+    def _compiled(self) -> list[re.Pattern[str]]:
+        return [re.compile(pattern) for pattern in self.patterns]
+
+
+def _containers(module: str) -> Iterator[str]:
+    """A module's name, and the names of the modules around it."""
+    while module:
+        yield module
+        module = module.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
 class FormatRules:
     """The formats of a checkpoint's modules; without rules, all are dense."""
 
-    named: Named = ()  # the first pattern that matches decides
+    named: tuple[Rule, ...] = ()  # the first that describes a module decides
     linears: WeightFormat = DENSE  # of other linears
-    embeddings: WeightFormat = DENSE  # of the embedding, if no pattern matches
+    embeddings: WeightFormat = DENSE  # of the embedding, if no rule describes it
     # How the config quantizes activations, as a notice shows it; they are not quantized here.
     activations: str = ""
 
     def of(self, module: str, *, embedding: bool = False) -> WeightFormat:
         """The format of a module's weight, such as that of "model.layers.0.mlp.up_proj"."""
-        for pattern, form in self._patterns:
-            if pattern.match(module):
-                return form
+        for rule in self.named:
+            if rule.describes(module):
+                return rule.format
         return self.embeddings if embedding else self.linears
 
     @property
     def formats(self) -> tuple[WeightFormat, ...]:
         """The formats that occur, other than dense."""
-        every = (self.linears, self.embeddings, *(form for _, form in self.named))
+        every = (self.linears, self.embeddings, *(rule.format for rule in self.named))
         return tuple(form for form in dict.fromkeys(every) if form != DENSE)
-
-    @cached_property
-    def _patterns(self) -> list[tuple[re.Pattern[str], WeightFormat]]:
-        return [(re.compile(pattern), form) for pattern, form in self.named]
 
 
 def names(keys: Keys, key: str) -> list[str]:
@@ -61,10 +84,8 @@ def names(keys: Keys, key: str) -> list[str]:
     return value
 
 
-def any_of(patterns: Iterable[str], form: WeightFormat) -> Named:
-    """The rule for modules that match any of the patterns; none if there are no patterns."""
-    joined = "|".join(f"(?:{pattern})" for pattern in patterns)
-    return ((joined, form),) if joined else ()
+HEAD_IS_DENSE = Rule(DENSE, exact=frozenset({"lm_head"}))
+"""The exception that most methods make without saying so."""
 
 
 def checked(keys: Keys, pattern: str) -> str:
@@ -104,16 +125,20 @@ def _steps(pattern: str) -> float:
     )
 
 
-def excluded(keys: Keys, key: str) -> Named:
-    """The rule for `modules_to_not_convert` and its like, which transformers reads as patterns.
+def excluded(keys: Keys, key: str) -> Rule:
+    """The rule for `modules_to_not_convert` and its like, as transformers reads them.
 
-    An entry names a module and what is inside it, by the beginning or by the end of the name.
+    An entry is the name of a module, with what is inside it; the end of names; or a pattern.
     """
-    boundary = r"(?:(?<=\.)|(?=\.|$))"
-    patterns = []
-    for name in names(keys, key):
-        patterns += [rf"(?:{checked(keys, name)}){boundary}", rf".*{re.escape(name)}$"]
-    return any_of(patterns, DENSE)
+    entries = names(keys, key)
+    plain = [name for name in entries if re.fullmatch(r"[\w.-]*", name)]
+    patterns = [checked(keys, name) for name in entries if name not in plain]
+    return Rule(
+        DENSE,
+        inside=frozenset(name.removesuffix(".") for name in plain),
+        endings=tuple(plain),
+        patterns=tuple(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))" for pattern in patterns),
+    )
 
 
 def refuse_kv_cache(keys: Keys, key: str = "kv_cache_scheme") -> None:

@@ -1,10 +1,9 @@
 """The names and the formats of tensors in GGUF files."""
 
-import re
 from dataclasses import replace
 
 from model.families.tensor_names import ExpertNames, TensorNames
-from model.formats.rules import FormatRules, any_of
+from model.formats.rules import FormatRules, Rule
 from model.gguf.format import GgufFormat
 from model.gguf.header import Gguf
 
@@ -64,11 +63,8 @@ def stored_formats(gguf: Gguf) -> FormatRules:
     for name, tensor in gguf.tensors.items():
         if tensor.type.values > 1:
             modules.setdefault(tensor.type.name, []).append(name.removesuffix(".weight"))
-    rules = (
-        any_of([f"{re.escape(module)}$" for module in own], GgufFormat(kind))
-        for kind, own in modules.items()
-    )
-    return FormatRules(tuple(rule for named in rules for rule in named))
+    rules = (Rule(GgufFormat(kind), exact=frozenset(own)) for kind, own in modules.items())
+    return FormatRules(tuple(rules))
 
 
 def rotated_rows(gguf: Gguf, name: str, heads: int, kv_heads: int, head_dim: int) -> int:

@@ -16,8 +16,11 @@ from engine import engine as module
 from engine import memory_plan as memory
 from engine.memory_plan import MemoryPlan, format_bytes, is_out_of_memory
 from engine.resolve import resolve
+from model import load_config
 from model.cost.known_models import named_config
+from model.cost.operations import parameter_bytes
 from tests.engine.test_engine import load
+from tests.quantized_checkpoints import fp8_blocks, is_linear, mxfp4, write_quantized
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +44,65 @@ def test_the_plan_follows_from_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "library", lambda: None)  # torch's head is float32
     assert needs().weights == llama.weights + 2 * 128_256 * 4096
     assert needs(tie_word_embeddings=True).weights == needs().weights
+
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+MXFP4 = {
+    "quant_method": "compressed-tensors",
+    "format": "mxfp4-pack-quantized",
+    "config_groups": {
+        "a": {
+            "targets": ["re:.*_proj$"],
+            "weights": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32},
+        }
+    },
+}
+
+
+def notices(checkpoint: Path, dtype: str) -> list[str]:
+    found: list[str] = []
+    engine = Engine(
+        checkpoint, EngineConfig(device="cpu", dtype=dtype, kv_memory=8 << 20), notice=found.append
+    )
+    engine.warm_up()
+    engine.finish()
+    return found
+
+
+def test_weights_without_a_kernel_are_named_with_the_memory_that_they_take(
+    tmp_path: Path, checkpoint: Callable[[str], Path]
+) -> None:
+    folder = tmp_path / "fp8"
+    write_quantized(
+        checkpoint("qwen3_moe"), folder, tmp_path / "dense", FP8,
+        lambda module: fp8_blocks(32, 32) if is_linear(module) else None,
+    )  # fmt: skip
+    config = load_config(folder)
+    (notice,) = notices(folder, "float32")
+    stored = (folder / "model.safetensors").stat().st_size
+    assert "the weights in FP8 are dequantized to float32" in notice
+    needed = format_bytes(parameter_bytes(config, "float32"))
+    assert f"take {needed} instead of {format_bytes(stored)};" in notice
+    assert "activations stay in float32 instead of FP8 (dynamic scales)" in notice
+
+
+def test_weights_with_a_kernel_need_no_notice(
+    tmp_path: Path, checkpoint: Callable[[str], Path]
+) -> None:
+    folder = tmp_path / "mxfp4"
+    write_quantized(
+        checkpoint("qwen3_moe"), folder, tmp_path / "dense", MXFP4,
+        lambda module: mxfp4 if is_linear(module) else None,
+    )  # fmt: skip
+    (notice,) = notices(folder, "float32")
+    assert "the weights in mxfp4 are dequantized to float32" in notice
+    if memory.library() is not None:
+        assert notices(folder, "bfloat16") == []
+        held = resolve(EngineConfig(device="cpu", dtype="bfloat16"), load_config(folder)).model
+        dense = load_config(tmp_path / "dense")
+        whole = parameter_bytes(dense, "bfloat16")
+        linears = whole - parameter_bytes(replace(dense, layers=()), "bfloat16")
+        assert parameter_bytes(held, "bfloat16") < whole - linears // 2
 
 
 def test_what_steps_allocated_replaces_estimates() -> None:

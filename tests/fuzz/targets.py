@@ -37,7 +37,7 @@ VALID_RECORD = {
 }
 _LINES = (json.dumps(VALID_RECORD) + "\n").encode() * 2
 _HEADER = {"fingerprint": {"a": 1}}
-_MODEL = {  # small, so that damaged variants of it are small as well
+MODEL = {  # small, so that damaged variants of it are small as well
     "model_type": "gpt_oss", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
     "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512,
     "num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 20,
@@ -47,6 +47,14 @@ _MODEL = {  # small, so that damaged variants of it are small as well
         "rope_type": "yarn", "rope_theta": 150000.0, "factor": 8.0, "beta_fast": 32.0,
         "beta_slow": 1.0, "original_max_position_embeddings": 64, "truncate": False,
     },
+}  # fmt: skip
+
+
+_QUANTIZATION = {
+    "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["re:.*lm_head"],
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
+        "num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": False,
+    }}},
 }  # fmt: skip
 
 
@@ -237,5 +245,8 @@ TARGETS = {
         tokenizer_config,
     ),
     "template": Target(CHAT_TEMPLATE.encode(), chat_template),
-    "config": Target(json.dumps(_MODEL).encode(), config_json),
+    "config": Target(json.dumps(MODEL).encode(), config_json),
+    "quantization": Target(
+        json.dumps({**MODEL, "quantization_config": _QUANTIZATION}).encode(), config_json
+    ),
 }

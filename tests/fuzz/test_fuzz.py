@@ -3,6 +3,7 @@
 `HYPOTHESIS_PROFILE=long pytest tests/fuzz/test_fuzz.py` runs many more examples than `make test`.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -14,8 +15,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from model import CheckpointError
+from model.families import parse_config
+from model.formats import QUANTIZATIONS
 from model.gguf import read_gguf
 from tests.fuzz.targets import (
+    MODEL,
     TARGETS,
     VALID_RECORD,
     checkpoint_copy,
@@ -27,6 +32,7 @@ from tests.fuzz.targets import (
     safetensors_index,
 )
 from tests.gguf_files import write_gguf
+from tests.quantized_checkpoints import Encoder, fp8_blocks, gptq, is_linear, write_quantized
 
 _SLOW_DISK = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 settings.register_profile(
@@ -93,6 +99,52 @@ def copied(tmp_path: Path, checkpoint: Callable[[str], Path]) -> Path:
 @given(st.data())
 def test_damaged_safetensors_header_is_read_or_refused(copied: Path, data: st.DataObject) -> None:
     safetensors_header(copied, data.draw(damaged(header_of(copied))))
+
+
+_PACKED: dict[str, tuple[dict[str, Any], Encoder]] = {
+    "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True}, gptq(4, 32)),
+    "fp8": ({"quant_method": "fp8", "weight_block_size": [40, 24]}, fp8_blocks(40, 24)),
+}
+
+
+@pytest.mark.parametrize("name", _PACKED)
+@given(st.data())
+def test_damaged_quantized_checkpoints_are_read_or_refused(
+    name: str, tmp_path: Path, checkpoint: Callable[[str], Path], data: st.DataObject
+) -> None:
+    folder, (quantization, encoder) = tmp_path / "quantized", _PACKED[name]
+    if not folder.exists():
+        write_quantized(
+            checkpoint("qwen2"), folder, tmp_path / "dense", quantization,
+            lambda module: encoder if is_linear(module) else None,
+        )  # fmt: skip
+        checkpoint_copy(folder, tmp_path / "copy")
+    copy = tmp_path / "copy"
+    safetensors_header(copy, data.draw(damaged(header_of(copy))))
+
+
+_SETTINGS = (
+    "activation_scheme fmt weight_block_size modules_to_not_convert kv_cache_scheme bits "
+    "group_size desc_act dynamic checkpoint_format version zero_point quant_algo ignore "
+    "config_groups format targets weights num_bits type strategy symmetric block_structure "
+    "actorder sparsity_config modules_in_block_to_quantize input_activations"
+).split()
+settings_of = st.recursive(
+    values | st.sampled_from(["group", "float", "pack-quantized", "re:.*", "Linear", 4, 8, 32]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(
+        st.sampled_from(_SETTINGS), inner, max_size=6
+    ),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@given(st.sampled_from([*QUANTIZATIONS]), st.dictionaries(st.sampled_from(_SETTINGS), settings_of))
+def test_unexpected_settings_of_a_quantization_are_read_or_refused(
+    method: str, chosen: dict[str, Any]
+) -> None:
+    config = {**MODEL, "quantization_config": {**chosen, "quant_method": method}}
+    with contextlib.suppress(CheckpointError):
+        parse_config(config, "config.json")
 
 
 @given(st.data())

@@ -15,6 +15,7 @@ from getp.analysis.job_requests import Requests
 from getp.cli import main as cli
 from getp.units import duration, quantity
 from model.cost import measure
+from model.cost.known_models import KNOWN_CONFIGS
 from tests.getp.helpers import write_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -87,6 +88,18 @@ def test_a_checkpoint_directory_and_its_config_give_the_same_plan(
     plan = planned(capsys, str(folder))
     assert plan["model"] == "mine"
     assert plan == planned(capsys, str(folder / "config.json"))
+
+
+def test_weights_that_no_kernel_reads_are_planned_as_dense_ones(
+    tmp_path: Path, capsys: Printed
+) -> None:
+    dense = KNOWN_CONFIGS["qwen3-30b-a3b"]
+    settings = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "config.json").write_text(json.dumps({**dense, "quantization_config": settings}))
+    plan, usual = planned(capsys, str(tmp_path)), planned(capsys, "qwen3-30b-a3b")
+    assert {**plan, "model": "qwen3-30b-a3b"} == usual
+    assert cli.run([str(tmp_path), "-m", "plan"]) == 0
+    assert "bfloat16 (dequantized from FP8)" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("args", [["--batch", "64"], ["--phase", "prefill", "--batch", "4096"]])

@@ -36,6 +36,7 @@ def kernel_tasks(model: str, device: torch.device, with_sampling: bool) -> "Iter
     config = _config(model)
     dtype = choose_dtype("auto", config.dtype, device)
     backend = choose_backend(device, dtype)
+    config = config.held(backend)
     reference = reference_of(backend)
     if not with_sampling and library() is not None and backend_name(backend) == "torch":
         return  # a dtype without native kernels

@@ -15,6 +15,7 @@ import torch
 from model.ops.backend import Backend
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.kv_values import read_kv, select_kv
+from model.ops.mxfp4 import Mxfp4
 from model.ops.sampling import reduce_blocks, take_block
 from model.ops.specs import Activation, AttentionSpec, Experts, ExpertShard, Linear
 from model.ops.step_parts import ACTIVATION, DOWN_PROJ
@@ -56,6 +57,11 @@ class OneDnnBackend(Backend):
     def pack_experts(self, weights: torch.Tensor) -> list[torch.Tensor]:
         """Return each expert's weight from `pack`."""
         return [OneDnnBackend.pack(self, weight) for weight in weights]
+
+    def pack_mxfp4(self, weights: Mxfp4) -> list[torch.Tensor]:
+        """Return each expert's weight made dense and packed, one expert after the other."""
+        experts = range(len(weights))
+        return [OneDnnBackend.pack(self, weights[e].dense(self.dtype)) for e in experts]
 
     def linear(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
         """As Backend.linear, for weights from `pack`."""
