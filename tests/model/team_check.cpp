@@ -75,7 +75,14 @@ void lose_worker(int call) {
   }
 }
 void lose_leader(int call) {
-  if (call == 3 && is_main()) leave_until_next_call();
+  static std::atomic<bool> is_there{false};
+  if (call != 3) return;
+  if (is_main()) {
+    is_there = true;
+    leave_until_next_call();
+  } else {
+    while (!is_there) std::this_thread::yield();
+  }
 }
 void leave_at_random(int) {
   static thread_local unsigned seed = (unsigned)(uintptr_t)&seed;
