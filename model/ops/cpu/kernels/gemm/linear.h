@@ -143,7 +143,9 @@ void gated_linear(const Weight* weight, const bf16* x, int64_t rows, int64_t kin
     for (int64_t item = piece.first; item < piece.last; item++) {
       const Rows block = slice_rows(all, item / panels * span, span, inputs);
       gated_block(*weight, item % panels, next_item(piece, item, size, threads) % panels, block,
-                  activation, scratch, configured_rows, [&](int64_t r) { return results.at(piece.first, item - piece.first, r); });
+                  activation, scratch, configured_rows, [&](int64_t r) {
+                    return results.at(piece.first, item - piece.first, r);
+                  });
     }
     release_tiles(configured_rows);
     if (piece.commit()) results.write(piece, rows);
