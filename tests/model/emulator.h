@@ -129,6 +129,22 @@ EMULATED __m512i emulated_permutexvar_epi16(__m512i index, __m512i a) {
   return (__m512i)value;
 }
 
+// What rounding to integers takes off.
+EMULATED __m512 emulated_reduce_ps(__m512 a, int rounding) {
+  if (rounding != 0) abort();  // only to nearest
+  Floats value = (Floats)a;
+  for (int i = 0; i < 16; i++)
+    value[i] = std::isinf(value[i]) ? 0.0f : value[i] - std::nearbyint(value[i]);
+  return (__m512)value;
+}
+
+EMULATED __m512 emulated_scalef_ps(__m512 a, __m512 b) {
+  Floats value;
+  for (int i = 0; i < 16; i++)
+    value[i] = (float)(((Floats)a)[i] * std::exp2(std::floor((double)((Floats)b)[i])));
+  return (__m512)value;
+}
+
 EMULATED float emulated_reduce_add_ps(__m512 a) {
   float sums[16];
   memcpy(sums, &a, 64);
@@ -258,6 +274,8 @@ EMULATED void emulated_dpbf16ps(int sums, int a, int b) {
 #define _mm512_reduce_add_ps emulated_reduce_add_ps
 #define _mm512_reduce_max_ps emulated_reduce_max_ps
 #define _mm512_reduce_max_epi32 emulated_reduce_max_epi32
+#define _mm512_reduce_ps emulated_reduce_ps
+#define _mm512_scalef_ps emulated_scalef_ps
 #define _mm512_set1_epi16 emulated_set1_epi16
 #define _mm512_setr_epi32 emulated_setr_epi32
 #define _mm512_setzero_si512 emulated_setzero

@@ -99,8 +99,8 @@ void experts(const Weight* gate_up, const Weight* down, int64_t num_experts,
       const ExpertItem item = item_list[i];
       const Rows rows = slice_rows(gathered, item.first, item.last - item.first, inputs);
       bf16* out_rows = inner + item.first * size;
-      gated_block(gate_up[item.expert], item.panel, rows, activation, scratch, configured_rows,
-                  [&](int64_t r) {
+      gated_block(gate_up[item.expert], item.panel, item.panel + 1, rows, activation, scratch,
+                  configured_rows, [&](int64_t r) {
                     return out_rows + (rows.arranged ? arranged_offset(r, rows.count, size,
                                                                        item.panel * PANEL)
                                                      : r * size + item.panel * PANEL);
@@ -123,7 +123,7 @@ void experts(const Weight* gate_up, const Weight* down, int64_t num_experts,
           const Rows rows = slice_rows(inner_rows, first, std::min(span, last - first), size);
           for (int64_t panel = begin; panel < end; panel++) {
             float* panel_sums = sums + (panel - begin) * tokens * PANEL;
-            rows_times_panels<1>(down[e], {panel}, rows, scratch, configured_rows,
+            rows_times_panels<1>(down[e], {panel}, rows, scratch, configured_rows, panel + 1,
                                  [&](int64_t r, const vec_f32(&products)[1][VECTORS]) {
                                    const int64_t pair = sorted_pairs[first + r];
                                    float* to = panel_sums + pair / top_k * PANEL;

@@ -16,6 +16,12 @@ INLINE int64_t items_per_piece(int64_t items, int64_t inputs, int64_t panels, in
   return std::max<int64_t>(1, std::min(items / (8 * threads), (1 << 18) / cost));
 }
 
+// The item that a thread probably computes after one of a piece of `size` items: the next one, or
+// after the last of the piece, where threads take turns, the first of the thread's next piece.
+INLINE int64_t next_item(const Piece& piece, int64_t item, int64_t size, int threads) {
+  return item + 1 < piece.last ? item + 1 : item + 1 + (threads - 1) * size;
+}
+
 // Where the results of a piece's items are written: 32 outputs of each row. If another thread can
 // take the piece over, that is memory of the thread until the piece is committed.
 template <typename T>
@@ -78,7 +84,8 @@ INLINE void multiply(const Weight* weight, const bf16* x, int64_t rows, T* out, 
     for (int64_t item = piece.first; item < piece.last; item++) {
       const int64_t first = item / panels * span, count = results.writable(item);
       rows_times_panels<1>(*weight, {item % panels}, slice_rows(all, first, span, inputs), scratch,
-                           configured_rows, [&](int64_t r, const vec_f32(&sums)[1][VECTORS]) {
+                           configured_rows, next_item(piece, item, size, threads) % panels,
+                           [&](int64_t r, const vec_f32(&sums)[1][VECTORS]) {
                              vec_f32 row[VECTORS];
                              for (int v = 0; v < VECTORS; v++) row[v] = transform(sums[0][v]);
                              write_row(row, results.at(piece.first, item - piece.first, r), count);
@@ -101,12 +108,15 @@ void logits(const Weight* weight, const bf16* x, int64_t rows, float scale, floa
 }
 
 // A panel of gates and the panel of values that they gate, for rows x [count, inputs]: 32 values of
-// each row r are written to place(r). The first half of the outputs are gates.
+// each row r are written to place(r). The first half of the outputs are gates. next_panel: the panel
+// of gates that this thread probably multiplies next.
 template <typename Place>
-INLINE void gated_block(const Weight& weight, int64_t panel, const Rows& x, Activation activation,
-                        float* scratch, int64_t& configured_rows, Place place) {
+INLINE void gated_block(const Weight& weight, int64_t panel, int64_t next_panel, const Rows& x,
+                        Activation activation, float* scratch, int64_t& configured_rows,
+                        Place place) {
   rows_times_panels<2>(weight, {panel, panel + weight.outputs / 2 / PANEL}, x, scratch,
-                       configured_rows, [&](int64_t r, const vec_f32(&sums)[2][VECTORS]) {
+                       configured_rows, next_panel,
+                       [&](int64_t r, const vec_f32(&sums)[2][VECTORS]) {
                          bf16* to = place(r);
                          for (int v = 0; v < VECTORS; v++)
                            store_bf16(to + v * LANES, activate(sums[0][v], sums[1][v], activation));
@@ -132,8 +142,10 @@ void gated_linear(const Weight* weight, const bf16* x, int64_t rows, int64_t kin
     int64_t configured_rows = 0;
     for (int64_t item = piece.first; item < piece.last; item++) {
       const Rows block = slice_rows(all, item / panels * span, span, inputs);
-      gated_block(*weight, item % panels, block, activation, scratch, configured_rows,
-                  [&](int64_t r) { return results.at(piece.first, item - piece.first, r); });
+      gated_block(*weight, item % panels, next_item(piece, item, size, threads) % panels, block,
+                  activation, scratch, configured_rows, [&](int64_t r) {
+                    return results.at(piece.first, item - piece.first, r);
+                  });
     }
     release_tiles(configured_rows);
     if (piece.commit()) results.write(piece, rows);

@@ -71,10 +71,11 @@ INLINE int64_t scratch_size(const Weight& weight, int64_t rows, int64_t panels) 
 // finish(r, sums [PANELS, 32]) for each row in turn. A row's products are added up in the same
 // order whatever the number of rows: a result does not depend on the batch.
 // configured_rows: those of the tiles that this thread configured last, 0 before the first call.
+// next_panel: the one that this thread probably multiplies next.
 template <int PANELS, typename Finish>
 INLINE void rows_times_panels(const Weight& weight, const int64_t (&panels)[PANELS], const Rows& x,
                               float* scratch, [[maybe_unused]] int64_t& configured_rows,
-                              Finish finish) {
+                              [[maybe_unused]] int64_t next_panel, Finish finish) {
   vec_f32 bias[PANELS][VECTORS];
   for (int p = 0; p < PANELS; p++) load_bias(weight, panels[p], bias[p]);
 #if INT16_GEMM
@@ -84,7 +85,7 @@ INLINE void rows_times_panels(const Weight& weight, const int64_t (&panels)[PANE
   if (use_amx())
     return tiles_times_panels<PANELS>(weight, panels, x, bias, scratch, configured_rows, finish);
 #endif
-  bf16_times_panels<PANELS>(weight, panels, x, bias, scratch, finish);
+  bf16_times_panels<PANELS>(weight, panels, next_panel, x, bias, scratch, finish);
 #endif
 }
 
@@ -112,8 +113,10 @@ INLINE void write_row(const vec_f32 (&sums)[VECTORS], T* out, int64_t count) {
 // The number of `rows` to multiply at a time: they stay in a core's second-level cache together
 // with a panel, and the last part is not much smaller than the others.
 INLINE int64_t rows_at_once(int64_t rows, int64_t inputs) {
-  constexpr int64_t CACHE = 3 << 19;  // bytes; processors with AMX have 2 MiB a core
-  const int64_t fitting = CACHE / (2 * inputs) / ROW_BLOCK * ROW_BLOCK;
+  // Bytes. Processors with AMX have 2 MiB a core, those with BF16 alone (Zen 4, Zen 5) 1 MiB, which
+  // the weights that are used and fetched share.
+  const int64_t cache = BF16_DOT && !use_amx() ? 5 << 17 : 3 << 19;
+  const int64_t fitting = cache / (2 * inputs) / ROW_BLOCK * ROW_BLOCK;
   const int64_t limit = std::max(ROW_BLOCK, fitting);
   rows = std::max<int64_t>(1, rows);  // the head has no rows in a step that samples no token
   const int64_t parts = (rows + limit - 1) / limit;
