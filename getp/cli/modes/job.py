@@ -97,7 +97,7 @@ def _reading_hint(settings: Settings) -> str:
     )
 
 
-def _adapters(settings: Settings) -> dict[str, list[str]]:
+def _adapters(settings: Settings) -> dict[str, str]:
     """Return what identifies the adapters; nothing without any, as in older journals."""
     from getp import fingerprint
 
@@ -105,7 +105,7 @@ def _adapters(settings: Settings) -> dict[str, list[str]]:
         f"{fingerprint.of_adapter(Path(folder))}:{weight:g}"
         for folder, weight in settings.engine.adapter
     ]
-    return {"adapters": found} if found else {}
+    return {"adapters": " ".join(found)} if found else {}
 
 
 def _job(settings: Settings, tokenizer: "Tokenizer") -> "Job":
