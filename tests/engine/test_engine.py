@@ -106,6 +106,16 @@ def test_batching_does_not_change_tokens_in_bfloat16_with_native_kernels(
     longest_first = sorted(requests, key=lambda request: -len(request.prompt_ids))
     chunked, _ = run(folder, longest_first, max_batch_tokens=13, **settings)
     assert chunked == alone
+    # Requests with a common prefix read its blocks together.
+    settings["prefix_cache"] = True
+    cached, engine = run(folder, requests * 2, **settings)
+    assert engine.stats.cached_tokens > 500
+    assert cached == alone
+    few_blocks = 14 if len(engine.runner.groups) == 1 else 21
+    small = few_blocks * (engine.stats.kv_bytes // (engine.stats.kv_blocks + 1))
+    preempted, engine = run(folder, requests, kv_memory=small, max_batch_tokens=64, **settings)
+    assert engine.stats.preemptions > 0
+    assert preempted == alone
     settings["prefix_cache"] = True
     cached, engine = run(folder, requests * 2, **settings)
     assert engine.stats.cached_tokens > 500

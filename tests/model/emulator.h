@@ -42,6 +42,16 @@ EMULATED __m512i emulated_broadcast(__m128i a) {
   return value;
 }
 
+EMULATED __m512i emulated_mask_broadcast(__m512i other, uint32_t mask, __m128i a) {
+  Ints value = (Ints)other, broadcast = (Ints)emulated_broadcast(a);
+  for (int i = 0; i < 16; i++)
+    if (mask >> i & 1) value[i] = broadcast[i];
+  return (__m512i)value;
+}
+EMULATED __m512i emulated_maskz_broadcast(uint32_t mask, __m128i a) {
+  return emulated_mask_broadcast((__m512i)Ints{}, mask, a);
+}
+
 EMULATED uint32_t emulated_cmple_epu16(__m512i a, __m512i b) {
   uint32_t mask = 0;
   for (int i = 0; i < 32; i++) mask |= (uint32_t)(((Words)a)[i] <= ((Words)b)[i]) << i;
@@ -158,6 +168,23 @@ EMULATED float emulated_reduce_max_ps(__m512 a) {
   return most;
 }
 
+// What is left of each value when it is rounded down: how 1 as the last argument rounds.
+EMULATED __m512 emulated_reduce_ps(__m512 a, int rounding) {
+  if (rounding != 1) abort();
+  Floats value = (Floats)a;
+  for (int i = 0; i < 16; i++)
+    value[i] = std::isinf(value[i]) ? 0 : value[i] - std::floor(value[i]);
+  return (__m512)value;
+}
+EMULATED __m512 emulated_scalef_ps(__m512 a, __m512 b) {
+  Floats value;
+  for (int i = 0; i < 16; i++) {
+    const float exponent = ((Floats)b)[i];
+    value[i] = std::isnan(exponent) ? exponent : ((Floats)a)[i] * std::exp2(std::floor(exponent));
+  }
+  return (__m512)value;
+}
+
 EMULATED int32_t emulated_reduce_max_epi32(__m512i a) {
   int32_t most = ((Ints)a)[0];
   for (int i = 1; i < 16; i++) most = std::max(most, ((Ints)a)[i]);
@@ -173,16 +200,6 @@ EMULATED __m512i emulated_shuffle_epi8(__m512i a, __m512i index) {
   for (int i = 0; i < 64; i++) {
     const uint8_t from = ((Bytes)index)[i];
     value[i] = from & 0x80 ? 0 : ((Bytes)a)[i / 16 * 16 + (from & 15)];
-  }
-  return (__m512i)value;
-}
-
-template <int ORDER>
-static __m512i shuffle_lanes(__m512i a, __m512i b) {
-  Ints value;
-  for (int i = 0; i < 16; i++) {
-    const int from = (ORDER >> (i / 4 * 2) & 3) * 4 + i % 4;
-    value[i] = i < 8 ? ((Ints)a)[from] : ((Ints)b)[from];
   }
   return (__m512i)value;
 }
@@ -251,7 +268,7 @@ EMULATED void emulated_dpbf16ps(int sums, int a, int b) {
   }
 }
 
-#undef _mm512_shuffle_i32x4
+#undef _mm512_reduce_ps
 #undef _tile_loadconfig
 #undef _tile_release
 #undef _tile_loadd
@@ -269,9 +286,12 @@ EMULATED void emulated_dpbf16ps(int sums, int a, int b) {
 #define _mm512_load_si512 emulated_load
 #define _mm512_loadu_si512 emulated_load
 #define _mm512_maskz_srav_epi16 emulated_maskz_srav_epi16
+#define _mm512_mask_broadcast_i32x4 emulated_mask_broadcast
+#define _mm512_maskz_broadcast_i32x4 emulated_maskz_broadcast
 #define _mm512_permutex2var_ps emulated_permutex2var_ps
 #define _mm512_permutexvar_epi16 emulated_permutexvar_epi16
 #define _mm512_reduce_add_ps emulated_reduce_add_ps
+#define _mm512_reduce_ps emulated_reduce_ps
 #define _mm512_reduce_max_ps emulated_reduce_max_ps
 #define _mm512_reduce_max_epi32 emulated_reduce_max_epi32
 #define _mm512_reduce_ps emulated_reduce_ps
@@ -280,7 +300,7 @@ EMULATED void emulated_dpbf16ps(int sums, int a, int b) {
 #define _mm512_setr_epi32 emulated_setr_epi32
 #define _mm512_setzero_si512 emulated_setzero
 #define _mm512_shuffle_epi8 emulated_shuffle_epi8
-#define _mm512_shuffle_i32x4(a, b, order) shuffle_lanes<order>(a, b)
+#define _mm512_scalef_ps emulated_scalef_ps
 #define _mm512_slli_epi32 emulated_slli_epi32
 #define _mm512_srli_epi16 emulated_srli_epi16
 #define _mm512_storeu_si512 emulated_store

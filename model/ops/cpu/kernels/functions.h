@@ -1,7 +1,7 @@
 // The table of a unit's functions. A unit includes this file after choosing an instruction set.
 #pragma once
 
-#include "attention.h"
+#include "attention/attention.h"
 #include "experts.h"
 #include "gemm/linear.h"
 #include "gemm/pack.h"

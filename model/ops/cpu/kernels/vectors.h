@@ -153,6 +153,28 @@ INLINE vec_f32 exponential(vec_f32 x) {
 #endif
 }
 
+// 2^x for x up to about 0: 2^⌊x⌋ times a polynomial with a relative error below 3e-6. 2^0 is 1 and
+// 2^-inf is 0, exactly.
+INLINE vec_f32 power_of_2(vec_f32 x) {
+#if VECTOR_BITS == 512
+  const vec_f32 rest = (vec_f32)_mm512_reduce_ps((__m512)x, 1);  // x - ⌊x⌋
+#else
+  const vec_f32 clamped = x < -126.0f ? broadcast(-126.0f) : x;
+  const vec_f32 shifted = clamped - 0.5f + 12582912.0f;  // 1.5 · 2²³: rounds to an integer
+  const vec_f32 rest = clamped - (shifted - 12582912.0f);
+#endif
+  vec_f32 p = rest * 0.0134266857f + 0.0522424728f;
+  p = p * rest + 0.241280213f;
+  p = p * rest + 0.693044841f;
+  p = p * rest + 1.0f;
+#if VECTOR_BITS == 512
+  return (vec_f32)_mm512_scalef_ps((__m512)p, (__m512)x);  // p · 2^⌊x⌋
+#else
+  const vec_f32 power = (vec_f32)((vec_i32)p + (((vec_i32)shifted - 0x4b400000) << 23));
+  return x < -126.0f ? vec_f32{} : power;
+#endif
+}
+
 INLINE vec_f32 activate(vec_f32 gate, vec_f32 up, Activation by) {
   if (by.kind == SWIGLU) return gate / (1.0f + exponential(-gate)) * up;
   if (by.kind == GELU_TANH) {

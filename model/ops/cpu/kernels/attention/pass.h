@@ -1,0 +1,214 @@
+// The computation of one item of attention.
+#pragma once
+
+#include "../scratch.h"
+#include "item.h"
+#include "values.h"
+
+namespace {
+
+// Sums of chunks, to be merged: totals [rows] and outputs [rows, head_dim].
+struct Sums {
+  RowTotal* totals;
+  float* outputs;
+};
+
+// Before any chunk, only a sink has a part in the softmax.
+INLINE RowTotal first_total(const AttentionInput& input, int64_t head) {
+  if (!input.sinks) return {-INFINITY, 0};
+  return {to_float(input.sinks[head]) * LOG2_E, 1};
+}
+
+// Divides a row's output [head_dim] by the sum of its weights.
+INLINE void finish_row(const RowTotal& total, const float* output, int64_t head_dim, bf16* out) {
+  const float factor = total.sum > 0 ? 1 / total.sum : 0;
+  for (int64_t d = 0; d < head_dim; d += 32) {
+    vec_f32 value[VECTORS];
+    for (int v = 0; v < VECTORS; v++) value[v] = load(output + d + v * LANES) * factor;
+#if BF16_DOT
+    restore_order(value[0], value[1]);
+#endif
+    for (int v = 0; v < VECTORS; v++) store_bf16(out + d + v * LANES, value[v]);
+  }
+}
+
+class ItemPass {
+ public:
+  ItemPass(const AttentionInput& attention, const Item& an_item, int64_t& rows_of_tiles)
+      : input(attention), item(an_item), configured_rows(rows_of_tiles),
+        head_dim(attention.head_dim), row_count(an_item.kv_heads * an_item.rows),
+        scale{(attention.cap ? 1 : attention.scale) * LOG2_E, attention.scale, attention.cap} {
+    take_memory();
+    for_rows(input, item, [&](int64_t i, int64_t token, int64_t head) {
+      load_queries(input.query + (token * input.heads + head) * head_dim, head_dim,
+                   queries + i * head_dim);
+    });
+    int64_t row = 0;
+    for (int64_t m = 0; m < item.count; m++) {
+      const Member& member = item.members[m];
+      for (int64_t token = member.first; token < member.last; token++)
+        for (int64_t g = 0; g < input.group(); g++, row++) {
+          visible_end[row] = member.end - member.last + token + 1;
+          first_visible[row] = input.window ? visible_end[row] - input.window : 0;
+        }
+    }
+  }
+
+  // partials: where the sums of an item with a single chunk go.
+  void run(const Sums& partials) {
+    const bool is_partial = item.partial >= 0;
+    const auto start_chunk = [&] {
+      memset(output, 0, (size_t)((row_count + 16) * head_dim) * 4);
+      for (int64_t i = 0; i < row_count; i++) softmax[i] = RunningSoftmax{-INFINITY, vec_f32{}};
+    };
+    start_chunk();
+    if (!is_partial) {
+      memset(total_output, 0, (size_t)(row_count * head_dim) * 4);
+      for_rows(input, item,
+               [&](int64_t i, int64_t, int64_t head) { totals[i] = first_total(input, head); });
+    }
+    const auto end_chunk = [&] {
+      for (int64_t i = 0; i < row_count; i++)
+        merge_rows(total_of(softmax[i]), output + i * head_dim, head_dim, totals[i],
+                   total_output + i * head_dim);
+    };
+    int64_t offsets[2][SPAN];  // of this unit's positions and of the next unit's
+    int64_t current = 0;
+    Unit unit = find_unit(item, item.from, 0);
+    int64_t count = find_offsets(input, item, unit, offsets[0]);
+    while (unit.at < item.to) {
+      const Unit next = find_unit(item, unit.at, unit.last);
+      const int64_t next_count = find_offsets(input, item, next, offsets[1 - current]);
+      attend_unit(unit, offsets[current], count, offsets[1 - current], next_count);
+      if (next.at / CHUNK > unit.at / CHUNK && next.at < item.to) end_chunk(), start_chunk();
+      unit = next, count = next_count, current = 1 - current;
+    }
+    if (is_partial) {
+      memcpy(partials.outputs + item.partial * head_dim, output,
+             (size_t)(row_count * head_dim) * 4);
+      for (int64_t i = 0; i < row_count; i++)
+        partials.totals[item.partial + i] = total_of(softmax[i]);
+      return;
+    }
+    end_chunk();
+    for_rows(input, item, [&](int64_t i, int64_t token, int64_t head) {
+      finish_row(totals[i], total_output + i * head_dim, head_dim,
+                 input.out + (token * input.heads + head) * head_dim);
+    });
+  }
+
+ private:
+  const AttentionInput& input;
+  const Item& item;
+  int64_t& configured_rows;
+  const int64_t head_dim, row_count;
+  const ScoreScale scale;
+  // Rows of each KV head, in memory of the thread. Tiles of queries and output reach beyond them.
+  Query* queries;                        // [KV heads, rows, head_dim]
+  float *output, *total_output;          // likewise; of this chunk and of those before it
+  RunningSoftmax* softmax;               // of this chunk
+  RowTotal* totals;                      // of the chunks before it
+  int64_t *first_visible, *visible_end;  // positions; alike for all KV heads
+  alignas(64) bf16 keys[SPAN * MAX_HEAD_DIM];
+  alignas(64) bf16 values[SPAN * MAX_HEAD_DIM];
+
+  static RowTotal total_of(const RunningSoftmax& row) { return {row.max, reduce_add(row.sums)}; }
+
+  void take_memory() {
+    const int64_t size = row_count * head_dim, tiled = size + 16 * head_dim;
+    const int64_t row_bytes = sizeof *softmax + sizeof *totals + 2 * sizeof *visible_end;
+    char* at = thread_scratch<char>((2 * tiled + size) * 4 + row_count * row_bytes + 7 * 64);
+    const auto take = [&](auto*& memory, int64_t count) {
+      memory = (std::remove_reference_t<decltype(memory)>)at;
+      at += (count * (int64_t)sizeof *memory + 63) / 64 * 64;
+    };
+    take(queries, tiled);
+    take(output, tiled);
+    take(total_output, size);
+    take(softmax, row_count);
+    take(totals, row_count);
+    take(first_visible, item.rows);
+    take(visible_end, item.rows);
+  }
+
+  // A span of positions, at `offsets` in the cache, for its members' rows of all KV heads. The next
+  // unit's keys and values are prefetched: pages may be anywhere, which no processor predicts.
+  void attend_unit(const Unit& unit, const int64_t* offsets, int64_t count,
+                   const int64_t* next_offsets, int64_t next_count) {
+    const bf16 *key_rows[SPAN], *value_rows[SPAN];
+    const int64_t groups = (count + KEYS - 1) / KEYS;
+    const Member& last_member = item.members[unit.last - 1];
+    int64_t first = item.members[unit.first].row;
+    int64_t last = last_member.row + (last_member.last - last_member.first) * input.group();
+    while (first < last && visible_end[first] <= unit.at) first++;
+    while (first < last && first_visible[last - 1] >= unit.at + count) last--;
+    for (int64_t h = 0; h < item.kv_heads; h++) {
+      for (int64_t i = 0; i < groups * KEYS; i++) {
+        key_rows[i] = input.keys + offsets[i < count ? i : 0] + h * head_dim;
+        value_rows[i] = key_rows[i] + input.value_offset;
+      }
+      for (int64_t g = 0; g < SPAN / KEYS; g++) {
+        for (int64_t i = g * KEYS; i < std::min(next_count, (g + 1) * KEYS); i++)
+          for (int64_t d = h * head_dim; d < (h + 1) * head_dim; d += 32) {
+            __builtin_prefetch(input.keys + next_offsets[i] + d, 0, 2);
+            __builtin_prefetch(input.keys + input.value_offset + next_offsets[i] + d, 0, 2);
+          }
+        if (g < groups)
+          transpose_keys(key_rows + g * KEYS, head_dim, keys + g * KEYS * head_dim);
+      }
+      const bf16* interleaved = nullptr;
+#if BF16_DOT
+      // Not for a single pass over the values.
+      if (use_amx() || last - first > block_rows()) {
+        interleave_values(value_rows, count, head_dim, values);
+        interleaved = values;
+      }
+#endif
+      const int64_t tile_rows = std::min<int64_t>(16, last - first);
+      for (int64_t row = first; row < last; row += block_rows())
+        attend_rows(h, row, std::min(block_rows(), last - row), tile_rows, unit.at, count,
+                    interleaved, value_rows);
+    }
+  }
+
+  // `rows` rows from `row` on, with the keys and values of `count` positions of a span.
+  void attend_rows(int64_t h, int64_t row, int64_t rows, [[maybe_unused]] int64_t tile_rows,
+                   int64_t at, int64_t count, [[maybe_unused]] const bf16* interleaved,
+                   const bf16* const* value_rows) {
+    alignas(64) float scores[BLOCK_ROWS * SPAN];
+    alignas(64) bf16 weights[BLOCK_ROWS * SPAN];
+    [[maybe_unused]] alignas(64) char discarded[16 * 64];
+    const int64_t groups = (count + KEYS - 1) / KEYS, i = h * item.rows + row;
+    score(queries + i * head_dim, keys, rows, groups, head_dim, scores, tile_rows,
+          configured_rows);
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t from = first_visible[row + r] - at, to = visible_end[row + r] - at;
+      const auto compute = [&](auto parts, auto masked) {
+        softmax_span<parts.value * KEYS / LANES, masked.value>(
+            scores + r * SPAN, weights + r * SPAN, scale, from, to, head_dim, softmax[i + r],
+            output + (i + r) * head_dim);
+      };
+      if (from <= 0 && to >= SPAN)
+        compute(std::integral_constant<int, SPAN / KEYS>(), std::false_type());
+      else
+        with_constant<SPAN / KEYS>(groups, [&](auto parts) { compute(parts, std::true_type()); });
+#if BF16_DOT
+      if (use_amx() && r % 8 == 7) _tile_stored(6, discarded, 64);  // idle tiles become slow
+#endif
+    }
+#if BF16_DOT
+    if (use_amx()) {
+      // Tiles may reach into other rows, to which they must add nothing.
+      const int64_t padded = (rows + tile_rows - 1) / tile_rows * tile_rows;
+      memset(weights + rows * SPAN, 0, (size_t)((padded - rows) * SPAN) * 2);
+      mix_tiles(weights, interleaved, rows, count, head_dim, output + i * head_dim);
+    } else {
+      mix_pairs(weights, interleaved, value_rows, rows, count, head_dim, output + i * head_dim);
+    }
+#else
+    mix_values(scores, value_rows, rows, count, head_dim, output + i * head_dim);
+#endif
+  }
+};
+
+}  // namespace
