@@ -18,6 +18,7 @@ from model.families import is_of_another_part, stored_names
 from model.families.tensor_names import ExpertNames, TensorNames
 from model.formats import WeightFormat, full_interface
 from model.formats.dense import Dense
+from model.formats.integers import Integers
 from model.gguf.files import GgufFiles, is_gguf
 from model.ops.backend import Backend
 from model.ops.specs import Norm, Parameter
@@ -122,6 +123,8 @@ class _Filling:
 
         Raises ValueError if it is dense and the storage is not.
         """
+        if isinstance(self.format, Integers):
+            return source  # which takes a weight of any form
         is_dense = self.format is None or isinstance(self.format, Dense)
         if isinstance(source, torch.Tensor):
             if not is_dense:
@@ -187,7 +190,7 @@ def _as_stored(
 def _tie_head(model: Transformer, backend: Backend) -> None:
     if model.config.tie_word_embeddings:
         assert model.embedding is not None  # it was just filled
-        model.head.weight = backend.pack_head(model.embedding)
+        model.head.weight = full_interface(model.head.format).tied(backend, model.embedding)
 
 
 def _checked_map(model: Transformer, files: Files) -> StoredMap:

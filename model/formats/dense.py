@@ -79,6 +79,10 @@ class Head(Dense):
         """As WeightFormat.finish."""
         return backend.pack_head(storage)
 
+    def tied(self, backend: Backend, embedding: torch.Tensor) -> Any:
+        """As WeightFormat.tied; the embedding itself where the backend takes it."""
+        return backend.pack_head(embedding)
+
 
 DENSE = Dense()
 HEAD = Head()

@@ -56,13 +56,13 @@ INLINE void bf16_times_panels(const Weight& weight, const int64_t (&panels)[PANE
   constexpr int64_t SPAN = 256;  // inputs of a panel that stay in the first-level cache
   alignas(64) bf16 unpacked[SPAN * PANEL];
   const int64_t inputs = weight.inputs, panel_stride = x.count * PANEL;
-  const bool single_pass = x.count <= ROW_BLOCK && !weight.mxfp4;
+  const bool single_pass = x.count <= ROW_BLOCK && weight.kind != MXFP4;
   const int64_t step = single_pass ? inputs : x.count <= 4 * ROW_BLOCK ? SPAN / 2 : SPAN;
   for (int p = 0; p < PANELS; p++)
     for (int64_t k = 0; k < inputs; k += step) {
       const int64_t width = std::min(step, inputs - k), at = panels[p] * inputs + k;
-      const bf16* panel = weight.mxfp4 ? unpacked : (const bf16*)weight.data + at * PANEL;
-      for (int64_t i = 0; weight.mxfp4 && i < width; i += MXFP4_GROUP)
+      const bf16* panel = weight.kind == MXFP4 ? unpacked : (const bf16*)weight.data + at * PANEL;
+      for (int64_t i = 0; weight.kind == MXFP4 && i < width; i += MXFP4_GROUP)
         unpack_mxfp4_group((const uint8_t*)weight.data + (at + i) * PANEL / 2,
                            weight.scales + at + i, unpacked + i * PANEL);
       for (int64_t row = 0; row < x.count; row += ROW_BLOCK)
