@@ -8,10 +8,10 @@ answers are equal as a whole. With --transformers the same figures of transforme
 added. Prints a table, then one JSON object as the last line.
 """
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,8 @@ from rich.table import Table
 
 from engine import Engine, EngineConfig, Request, SamplingParams
 from engine.execution.model_runner import ModelRunner
-from engine.resolve import resolve
+from engine.resolve import load_model_config, resolve
 from getp.text.prompts import encode_prompt
-from model import load_config
 from model.config import DTYPES
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from tokenizer import Tokenizer
@@ -83,6 +82,9 @@ Which ocean is the largest?""".split("\n")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16")
 @click.option("--kv-dtype", "kv_dtypes", default=["auto"], multiple=True, help="Can be repeated.")
 @click.option("--device", default="auto", show_default=True)
+@click.option(
+    "--quantize", multiple=True, help="Also measure with weights in int8 or int4. Can be repeated."
+)
 @click.option("--tokens", default=32, show_default=True, help="Tokens of each answer, at most.")
 @click.option("--transformers", "with_transformers", is_flag=True, help="Measure transformers too.")
 def main(
@@ -90,10 +92,11 @@ def main(
     dtype: str,
     kv_dtypes: tuple[str, ...],
     device: str,
+    quantize: tuple[str, ...],
     tokens: int,
     with_transformers: bool,
 ) -> None:
-    """Compare a dtype with float32 on a checkpoint, and dtypes of the KV cache."""
+    """Compare a dtype with float32 on a checkpoint, dtypes of the KV cache, quantized weights."""
     prompts = _prompts(checkpoint)
     exact = EngineConfig(dtype="float32", device=device)
     reference = _answers(checkpoint, exact, prompts, tokens)
@@ -101,9 +104,9 @@ def main(
     starts = [len(prompt) - 1 for prompt in prompts]  # where the answer's first token is predicted
     expected = _distributions(_own(checkpoint, exact, texts), texts)
     measured = {}
-    for kv_dtype in kv_dtypes:
-        config = EngineConfig(dtype=dtype, kv_dtype=kv_dtype, device=device)
-        name = f"getp {dtype}" + ("" if kv_dtype == "auto" else f", KV cache in {kv_dtype}")
+    for kv_dtype, form in itertools.product(kv_dtypes, (None, *quantize)):
+        config = EngineConfig(dtype=dtype, kv_dtype=kv_dtype, device=device, quantize=form)
+        name = f"getp {form or dtype}" + ("" if kv_dtype == "auto" else f", KV cache in {kv_dtype}")
         measured[name] = (
             _distributions(_own(checkpoint, config, texts), texts),
             _answers(checkpoint, config, prompts, tokens),
@@ -140,8 +143,7 @@ def _answers(
 
 def _own(checkpoint: str, config: EngineConfig, texts: list[list[int]]) -> Logits:
     """The engine's own forward pass, with all of a sequence in one step."""
-    model_config = replace(load_config(checkpoint), kv_dtype=config.kv_dtype)
-    settings = resolve(config, model_config)
+    settings = resolve(config, load_model_config(checkpoint, config))
     runner = ModelRunner(settings.model, settings.device, settings.dtype)
     runner.load(Path(checkpoint), dummy=False)
     size, longest = settings.block_size, max(map(len, texts))

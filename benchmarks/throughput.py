@@ -53,6 +53,7 @@ _GROUPS = {
 @click.option("--load", "kind", type=click.Choice(get_args(Load)), required=True)
 @click.option("--dtype", default="auto", show_default=True)
 @click.option("--device", default="auto", show_default=True)
+@click.option("--quantize", help="int8 or int4: convert the weights as they are loaded.")
 @click.option("--prefix-cache/--no-prefix-cache", default=False, show_default=True)
 @click.option("--dummy-weights", is_flag=True, help="Random weights from config.json alone.")
 @click.option(
@@ -66,6 +67,7 @@ def main(
     kind: Load,
     dtype: str,
     device: str,
+    quantize: str | None,
     prefix_cache: bool,
     dummy_weights: bool,
     schedule: Schedule,
@@ -77,6 +79,7 @@ def main(
     config = EngineConfig(
         dtype=dtype,
         device=device,
+        quantize=quantize,
         prefix_cache=prefix_cache,
         dummy_weights=dummy_weights,
         speculation=False,  # random weights repeat themselves, which text does not
@@ -98,6 +101,7 @@ def main(
         "schedule": schedule,
         "checkpoint": Path(checkpoint).name,
         "dtype": dtype_name(engine.dtype),
+        "quantize": quantize,
         "start_up_s": round(start_up, 2),
         "output_tokens": sum(len(completion.token_ids) for completion in done),
         **figures(engine, stats, peaks, seconds),

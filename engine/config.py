@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from numbers import Integral
 
 from engine.errors import EngineError
-from model.config import DTYPES, KV_DTYPES
+from model.config import DTYPES, KV_DTYPES, QUANTIZED
 
 DEVICE = re.compile(r"auto|cpu|cuda(:(0|[1-9][0-9]?))?")  # torch wraps indices above 127 silently
 
@@ -24,6 +24,7 @@ class EngineConfig:
     # Of the KV cache: auto (the compute dtype), one of DTYPES, fp8 (e4m3) or int8. Those of 8 bits
     # hold twice as many tokens as bfloat16; `model.ops.kv_values` states their errors.
     kv_dtype: str = "auto"
+    quantize: str | None = None  # int8 or int4: convert dense weights as they are loaded
     max_batch_size: int | None = None  # requests that run at once
     max_batch_tokens: int | None = None  # tokens computed in one step
     kv_memory: int | None = None  # bytes of the KV cache; None: sized from available memory
@@ -62,6 +63,12 @@ class EngineConfig:
                 "{kv_dtype} must be auto, {known}, not {given}",
                 known=", ".join(KV_DTYPES),
                 given=repr(self.kv_dtype),
+            )
+        if self.quantize is not None and self.quantize not in QUANTIZED:
+            raise EngineError(
+                "{quantize} must be {known}, not {given}",
+                known=" or ".join(QUANTIZED),
+                given=repr(self.quantize),
             )
         for name in ("max_batch_size", "max_batch_tokens", "block_size", "tensor_parallel"):
             value = getattr(self, name)

@@ -29,13 +29,12 @@ from engine.memory_plan import (
 from engine.parallel.coordinator import CoordinatorRunner
 from engine.parallel.worker_pool import WorkerPool
 from engine.request import Completion, Request, numbered
-from engine.resolve import dtype_name, resolve, rounding
+from engine.resolve import dtype_name, load_model_config, resolve, rounding
 from engine.scheduling.admission import admit, take_requests
 from engine.stats import EngineStats
 from engine.step_loop import StepLoop
 from engine.summary import RunSummary, peak_resident_bytes
 from engine.warm_up import prepare
-from model import load_config
 from model.checks.verify import Kernels
 from model.cost.workload import kv_dtype
 from model.ops.cpu.topology import usable_threads
@@ -79,7 +78,7 @@ class Engine:
         if workers is not None:
             config = replace(config, tensor_parallel=workers.size)
         self.checkpoint, self.config = Path(checkpoint), config
-        self.model_config = replace(load_config(checkpoint, notice), kv_dtype=config.kv_dtype)
+        self.model_config = load_model_config(checkpoint, config, notice)
         self.settings = settings = resolve(config, self.model_config)
         self.device, self.dtype = settings.device, settings.dtype
         self.held_config, self.tensor_parallel = settings.model, settings.tensor_parallel
@@ -217,7 +216,7 @@ class Engine:
         if self.settings.on_cpu:
             torch.set_num_threads(threads)
         if isinstance(self.runner, CoordinatorRunner):
-            self.runner.connect(self.checkpoint, threads)
+            self.runner.connect(self.checkpoint, self.config.quantize, threads)
 
     def available_bytes(self) -> int:
         """Bytes that can still be allocated, here and on every other rank."""

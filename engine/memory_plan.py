@@ -16,7 +16,7 @@ from engine.resolve import Settings, dtype_name
 from engine.scheduling.kv_cache import group_layers
 from model import ModelConfig
 from model.cost.operations import parameter_bytes
-from model.formats import DENSE, WeightFormat
+from model.formats import DENSE, WeightFormat, full_interface
 from model.ops.backend import choose_backend
 from model.ops.cpu.bindings import library
 
@@ -57,9 +57,13 @@ class MemoryPlan:
         weights = parameter_bytes(config, dtype_name(settings.dtype), ranks)
         if on_cpu and settings.dtype == torch.bfloat16:
             # The head is packed, besides an embedding that it is tied to; torch's is float32.
-            packed = item if library() is not None else 4
-            more = packed if config.tie_word_embeddings else packed - item
-            weights += more * config.vocab_size * config.hidden_size // ranks
+            # A head in fewer bits is counted with the weights, unless it is tied.
+            size = config.vocab_size * config.hidden_size
+            head = full_interface(config.head_format)
+            stored = head.bytes((config.vocab_size, config.hidden_size), item)
+            packed = stored if library() is not None else 4 * size
+            more = packed if config.tie_word_embeddings else packed - stored
+            weights += more // ranks
         rotary_rows = sum(rope.table_rows(config.max_positions) for rope in config.ropes)
         weights += 4 * rotary_rows * config.rotary_dim
         rows = min(settings.max_batch_size, settings.max_batch_tokens)

@@ -1,19 +1,21 @@
 """EngineConfig → Settings: the device, the dtype and the limits of a run on this machine."""
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from engine.config import EngineConfig
 from engine.errors import EngineError
-from model import ModelConfig
+from model import ModelConfig, load_config
 from model.cost.batch_limits import default_batch_size, default_batch_tokens
 from model.cost.measure import hardware_name
 from model.cost.operations import check_tensor_parallel
 from model.ops.backend import Backend, KvDtypeError, choose_backend
+from model.ops.cpu.bindings import library
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,15 @@ def resolve(config: EngineConfig, model: ModelConfig) -> Settings:
     if config.tensor_parallel > 1:
         device = rank_0_device(model, config.tensor_parallel, device)
     dtype = choose_dtype(config.dtype, model.dtype, device)
+    if config.quantize and not choose_backend(device, dtype).keeps_integers:
+        raise EngineError(
+            "{quantize} {name} needs getp's native kernels for CPUs, which compute in bfloat16; "
+            "this run would be on {where} in {type}: use {device} cpu and {dtype} bfloat16, or "
+            "omit {quantize}",
+            name=config.quantize,
+            where=device if device.type != "cpu" or library() else "a CPU without them",
+            type=dtype_name(dtype),
+        )
     held = held_config(model, device, dtype)
     if device.type == "cpu":
         size = config.max_batch_size or 64
@@ -62,6 +73,14 @@ def resolve(config: EngineConfig, model: ModelConfig) -> Settings:
         kv_memory=config.kv_memory,
         tensor_parallel=config.tensor_parallel,
     )
+
+
+def load_model_config(
+    checkpoint: str | Path, config: EngineConfig, notice: Callable[[str], None] = lambda text: None
+) -> ModelConfig:
+    """The config of a checkpoint with the KV cache and the weights that the settings ask for."""
+    found = replace(load_config(checkpoint, notice), kv_dtype=config.kv_dtype)
+    return found.quantized(config.quantize) if config.quantize else found
 
 
 def choose_device(name: str) -> torch.device:

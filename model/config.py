@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from model.formats import DENSE, FormatRules, WeightFormat
+from model.formats import DENSE, HEAD, INT4, INT8, FormatRules, WeightFormat
 from model.ops.specs import Activation, NormSpec, RouterSpec
 
 if TYPE_CHECKING:
@@ -18,6 +18,9 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 KV_DTYPES = (*DTYPES, "fp8", "int8")
 """Names of the supported dtypes of the KV cache, see `model.ops.kv_values`."""
+
+QUANTIZED = {"int8": INT8, "int4": INT4}
+"""Formats into which weights of 16 or 32 bits can be converted as they are loaded."""
 
 _MAX_JSON_BYTES = 64 << 20  # far above any config
 
@@ -99,6 +102,11 @@ class LayerFormats:
             )
         )
 
+    def quantized(self, form: WeightFormat) -> "LayerFormats":
+        """These formats, with `form` in place of dense."""
+        forms = (getattr(self, field.name) for field in fields(self))
+        return LayerFormats(*(form if own == DENSE else own for own in forms))
+
 
 @dataclass(frozen=True)
 class LayerConfig:
@@ -146,6 +154,7 @@ class ModelConfig:
     logits_softcap: float | None = None  # as attention_softcap, of the scaled logits
     activation: Activation = field(default_factory=Activation)
     moe: MoeConfig | None = None
+    head_format: WeightFormat = HEAD
     kv_dtype: str = "auto"  # of the KV cache: one of KV_DTYPES; auto: the compute dtype
     # Of the checkpoint; see also LayerFormats.
     stored_formats: FormatRules = field(default_factory=FormatRules)
@@ -160,7 +169,19 @@ class ModelConfig:
         kinds = {
             layer: replace(layer, formats=layer.formats.held(backend)) for layer in set(self.layers)
         }
-        return replace(self, layers=tuple(kinds[layer] for layer in self.layers))
+        layers = tuple(kinds[layer] for layer in self.layers)
+        head = self.head_format.held(backend, stacked=False)
+        return replace(self, layers=layers, head_format=head)
+
+    def quantized(self, name: str) -> "ModelConfig":
+        """This config with the dense weights of linears in a format of `QUANTIZED`.
+
+        The head becomes int8 in either. Embedding, router, norms and biases stay as they are, and
+        so do weights that the checkpoint stores in fewer bits.
+        """
+        form = QUANTIZED[name]
+        layers = (replace(layer, formats=layer.formats.quantized(form)) for layer in self.layers)
+        return replace(self, layers=tuple(layers), head_format=INT8)
 
 
 def conversion_hint(folder: Path) -> str:

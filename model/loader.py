@@ -19,6 +19,7 @@ from model.families import is_of_another_part, stored_names
 from model.families.tensor_names import ExpertNames, TensorNames, names_by
 from model.formats import WeightFormat, full_interface
 from model.formats.dense import Dense
+from model.formats.integers import Integers
 from model.gguf.files import GgufFiles, is_gguf
 from model.ops.backend import Backend
 from model.ops.specs import Norm, Parameter
@@ -131,8 +132,10 @@ class _Filling:
         Raises ValueError if it is dense and the storage is not.
         """
         is_dense = self.format is None or isinstance(self.format, Dense)
+        if isinstance(self.format, Integers):  # dense if the kernels do not take the shape
+            is_dense = not getattr(self.storage(), "group", 0)
         if isinstance(source, torch.Tensor):
-            if not is_dense:
+            if not is_dense and not getattr(self.format, "quantizes", False):
                 assert self.format is not None
                 raise ValueError(
                     f"stored dense, though by 'quantization_config' it is {self.format.name}: name"
@@ -196,7 +199,7 @@ def _as_stored(
 def _tie_head(model: Transformer, backend: Backend) -> None:
     if model.config.tie_word_embeddings:
         assert model.embedding is not None  # it was just filled
-        model.head.weight = backend.pack_head(model.embedding)
+        model.head.weight = full_interface(model.head.format).tied(backend, model.embedding)
 
 
 def _checked_map(model: Transformer, files: Files) -> StoredMap:

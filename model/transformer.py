@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 from model.attention import Attention
 from model.config import LayerConfig, ModelConfig
-from model.formats import HEAD
 from model.mlp import Mlp, Moe
 from model.ops.specs import Linear, Norm, Parameter, RopeArgs
 from model.ops.step_parts import EMBEDDING, FINAL_NORM, LM_HEAD
@@ -49,7 +48,7 @@ class Transformer:
         self.embedding: torch.Tensor | None = None
         self.layers = [Layer(config, layer, shard) for layer in config.layers]
         self.final_norm = Norm(hidden, config.norm)
-        self.head = Linear(hidden, vocab, False, HEAD)
+        self.head = Linear(hidden, vocab, False, config.head_format)
         # For each of config.ropes: float32 [rows, rotary_dim].
         self.rope_tables: list[torch.Tensor] = []
         self.query_scales: torch.Tensor | None = None  # float32 [rows, 1]

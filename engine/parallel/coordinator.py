@@ -33,11 +33,14 @@ class CoordinatorRunner(ModelRunner):
         super().__init__(config, device, dtype, workers.shard)
         self._workers = workers
 
-    def connect(self, checkpoint: Path, threads: int) -> None:
-        """Start the workers and create a runner on each; threads: per worker, on a CPU."""
+    def connect(self, checkpoint: Path, quantize: str | None, threads: int) -> None:
+        """Start the workers and create a runner on each; threads: per worker, on a CPU.
+
+        quantize: as in EngineConfig.
+        """
         self._workers.start(self.device)
         self.shard = self._workers.shard
-        args = (str(checkpoint), dtype_name(self.dtype), self.config.kv_dtype, threads)
+        args = (str(checkpoint), dtype_name(self.dtype), self.config.kv_dtype, quantize, threads)
         self._workers.call("make_runner", args, lambda: None)
 
     def set_kernels(self, choices: Mapping[str, Any]) -> None:

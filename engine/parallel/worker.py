@@ -73,11 +73,19 @@ def run(channel: Channel, device: torch.device) -> None:
 
 
 def _make_runner(
-    channel: Channel, device: torch.device, checkpoint: str, dtype: str, kv_dtype: str, threads: int
+    channel: Channel,
+    device: torch.device,
+    checkpoint: str,
+    dtype: str,
+    kv_dtype: str,
+    quantize: str | None,
+    threads: int,
 ) -> ModelRunner:
     if device.type == "cpu":
         torch.set_num_threads(threads)
     config = replace(load_config(checkpoint), kv_dtype=kv_dtype)
+    if quantize:
+        config = config.quantized(quantize)
     runner = ModelRunner(config, device, choose_dtype(dtype, dtype, device), channel.shard)
     runner.exchange_reports = channel.gather_reports
     return runner

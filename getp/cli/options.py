@@ -247,6 +247,15 @@ _ALL: tuple[Decorator, ...] = (
         help="Dtype of the KV cache; auto: the compute dtype. fp8 (e4m3; on GPUs that have it) and "
         "int8 (on CPUs) hold about twice as many tokens as bfloat16, but are less exact.",
     ),
+    _engine(
+        "--quantize",
+        subject=Subject.DTYPE,
+        type=click.Choice(["int8", "int4"]),
+        help="On a CPU, convert 16-bit weights to integers with a scale for each 32 as they are "
+        "loaded: faster, with less memory and less precision. The head becomes int8 in either; the "
+        "embedding keeps its dtype (if they are tied, the head is a copy).  [default: keep the "
+        "checkpoint's]",
+    ),
     _batch("--max-batch-size", type=Integer(min=1), help="Maximum concurrent requests."),
     _batch("--max-batch-tokens", type=Integer(min=1), help="Maximum tokens computed in one step."),
     _engine("--kv-memory", type=Size(), help="Memory of the KV cache, such as 4GiB."),

@@ -94,6 +94,7 @@ class PlanOptions:
 
     dtype: str
     kv_dtype: str
+    quantize: str | None
     max_batch_size: int | None
     max_batch_tokens: int | None
     fused: bool

@@ -18,7 +18,13 @@ import torch
 
 from engine import Completion, Engine, EngineConfig, EngineError, EngineStats, Request, RunSummary
 from engine.request import numbered
-from engine.resolve import KERNEL_CHOICES, choose_dtype, dtype_name, held_config
+from engine.resolve import (
+    KERNEL_CHOICES,
+    choose_dtype,
+    dtype_name,
+    held_config,
+    load_model_config,
+)
 from engine.summary import peak_resident_bytes
 from getp import __version__, fingerprint
 from getp.cluster.dispatcher import Dispatcher, collect_delay_s, max_in_flight
@@ -29,7 +35,7 @@ from getp.errors import GetpError
 from getp.rounding import check_replica
 from getp.terminal import print_message, warn
 from getp.text.answer_text import StopWatcher
-from model import CheckpointError, load_config
+from model import CheckpointError
 from model.cost.workload import kv_dtype
 
 _MAX_DEATHS = 3  # deaths of a replica in a row, without a finished request in between
@@ -59,7 +65,7 @@ class Cluster:
         make_engine: Callable[..., Engine] = Engine,
     ) -> None:
         self.config = config
-        self.model_config = replace(load_config(checkpoint), kv_dtype=config.kv_dtype)
+        self.model_config = load_model_config(checkpoint, config)
         self._session = RaySession(address)
         self.resources = self._session.plan(replicas, config.device, config.tensor_parallel)
         self.device = torch.device("cuda" if self.resources.gpus else "cpu")

@@ -168,6 +168,7 @@ def _fingerprint(job: Job, source: Source, engine: JobEngine) -> dict[str, Any]:
         "device": engine.device.type,
         "dtype": dtype_name(engine.dtype),
         "kv_dtype": engine.kv_dtype,
+        **({"quantize": engine.config.quantize} if engine.config.quantize else {}),
         **params,
         "stop": defaults.stops,
         "chat template": defaults.chat,

@@ -5,12 +5,16 @@ from typing import Any, Protocol
 
 import torch
 
-from engine import Completion, EngineStats, Request, RunSummary
+from engine import Completion, EngineConfig, EngineStats, Request, RunSummary
 from model import ModelConfig
 
 
 class JobEngine(Protocol):
     """Runs requests. `finish` frees its resources; `warm_up` can make it ready again."""
+
+    @property
+    def config(self) -> EngineConfig:
+        """Return the settings as given."""
 
     @property
     def model_config(self) -> ModelConfig:

@@ -234,7 +234,7 @@ class _ShardCost:
         cost = flops.linear(rows, hidden, self.vocab, backward=self.work.backward)
         if self.config.logits_scale != 1:
             cost += Flops(vector=rows * self.vocab)
-        weights = self.matrix(hidden, self.vocab, False)
+        weights = self.matrix(hidden, self.vocab, False, self.config.head_format)
         return [
             self.norm("final_norm", rows),
             self.op("lm_head", cost, weights, moved, 1, fused=(moved, 1)),

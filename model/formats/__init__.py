@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from model.formats import awq, compressed_tensors, fp8, gptq, mxfp4, nvfp4
 from model.formats.dense import DENSE, HEAD
 from model.formats.format import StoredTensor, WeightFormat, full_interface
+from model.formats.integers import INT4, INT8
 from model.formats.mxfp4 import MXFP4
 from model.formats.rules import FormatRules
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = [
     "DENSE",
     "HEAD",
+    "INT4",
+    "INT8",
     "MXFP4",
     "QUANTIZATIONS",
     "FormatRules",

@@ -153,7 +153,11 @@ def _format(group: Keys, of_all: Any) -> WeightFormat:
     if name in ("pack-quantized", "int-quantized", "naive-quantized") and not scheme.is_float:
         if scheme.bits in (4, 8) and scheme.block is None:
             return CompressedInt(
-                scheme.bits, scheme.group, is_symmetric, is_packed=name == "pack-quantized"
+                scheme.bits,
+                scheme.group,
+                is_symmetric,
+                is_packed=name == "pack-quantized",
+                is_ordered=scheme.keys.get("actorder") in ("group", "dynamic"),
             )
     elif not is_symmetric:
         raise scheme.keys.fail("'symmetric' must be true for weights of type float")

@@ -76,6 +76,12 @@ class WeightFormat(ABC):
     def finish(self, backend: Backend, storage: Any) -> Any:
         """The filled storage in the form that the backend's ops take."""
 
+    def tied(self, backend: Backend, embedding: torch.Tensor) -> Any:
+        """The weight of a head of this format that is tied to the embedding [vocab, hidden]."""
+        storage = self.allocate(backend, tuple(embedding.shape))
+        storage.copy_(embedding)
+        return self.finish(backend, storage)
+
     @abstractmethod
     def fill_random(self, storage: Any, generator: torch.Generator) -> None:
         """Fill storage from `allocate` with random values of a typical magnitude."""

@@ -28,6 +28,7 @@ from model.ops.specs import (
     AttentionSpec,
     Experts,
     ExpertShard,
+    IntegerFormat,
     Linear,
     Norm,
     RopeArgs,
@@ -148,6 +149,18 @@ class Backend:
     def pack_mxfp4(self, weights: Any) -> Any:
         """Return filled MXFP4 weights in the form that `linear` or `experts` is fastest with."""
         return weights
+
+    @property
+    def keeps_integers(self) -> bool:
+        """Whether weights stay integers of 8 or 4 bits in memory; otherwise they are dense."""
+        return False
+
+    def empty_integers(self, shape: tuple[int, ...], form: IntegerFormat, parts: int = 1) -> Any:
+        """Return storage for integers [out, in] or [experts, out, in], filled as `empty_weight`'s.
+
+        Dense where the kernels do not take the shape.
+        """
+        return self.empty_weight(shape, parts)
 
     def empty_cache(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Return uninitialized memory for KV blocks [2, blocks, block_size, kv_heads, head_dim].

@@ -21,6 +21,22 @@ class WeightFormat(Protocol):
         """Return the values of a weight [out, in] as one tensor of that dtype."""
 
 
+class IntegerFormat(Protocol):
+    """The part of a format of 8-bit or 4-bit integers that the layout in memory depends on."""
+
+    @property
+    def bits(self) -> int:
+        """8 or 4."""
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale, a multiple of 32; 0: all."""
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether groups have zeros: values are (code + zero) · scale."""
+
+
 @dataclass(frozen=True)
 class Parameter:
     """A declared parameter: an attribute of its holder, which the loader sets.

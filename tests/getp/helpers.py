@@ -12,7 +12,7 @@ import tokenizers
 import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from engine import Completion, EngineStats, Request, RequestError, RunSummary
+from engine import Completion, EngineConfig, EngineStats, Request, RequestError, RunSummary
 from engine.summary import peak_resident_bytes
 from getp.files import open_output, token_line
 from model.cost.known_models import named_config
@@ -117,6 +117,7 @@ class FakeEngine:
         max_positions: int = 4096,
         batch: int = 4,
     ) -> None:
+        self.config = EngineConfig()
         config = named_config("qwen2-0.5b")
         self.model_config = replace(config, max_positions=max_positions, stop_ids=frozenset())
         self.held_config = self.model_config

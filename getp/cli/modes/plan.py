@@ -107,6 +107,8 @@ def _job(settings: Settings, path: str) -> int:
 def _model(settings: Settings) -> lookup.Model:
     model = lookup.find_model(loading.checkpoint_folder(settings))
     model = replace(model, config=replace(model.config, kv_dtype=settings.plan.kv_dtype))
+    if settings.plan.quantize:
+        model = replace(model, config=model.config.quantized(settings.plan.quantize))
     return model if settings.checkpoint is not None else replace(model, name=EMBEDDED)
 
 

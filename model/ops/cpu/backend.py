@@ -10,7 +10,7 @@ from model.ops.backend import Compute
 from model.ops.cpu import huge_pages, native
 from model.ops.cpu.bindings import kernels, library
 from model.ops.cpu.onednn import OneDnnBackend
-from model.ops.cpu.packed import PANEL, Packed
+from model.ops.cpu.packed import MXFP4, PANEL, Packed
 from model.ops.cpu.recorder import Recorder, leave_to_torch
 from model.ops.cpu.sampling import sample, sample_by_kind, top_tokens
 from model.ops.forward_batch import ForwardBatch, GroupTables
@@ -21,6 +21,7 @@ from model.ops.specs import (
     AttentionSpec,
     Experts,
     ExpertShard,
+    IntegerFormat,
     Linear,
     Norm,
     RopeArgs,
@@ -56,7 +57,7 @@ class CpuBackend(OneDnnBackend):
     def empty_weight(self, shape: tuple[int, ...], parts: int = 1) -> Any:
         """Return storage in the layout of the kernels where they take the shape."""
         if self._packs(shape, parts):
-            return Packed.empty(shape, False, parts)
+            return Packed.empty(shape, parts=parts)
         return super().empty_weight(shape, parts)
 
     def pack(self, weight: Any) -> Any:
@@ -70,7 +71,7 @@ class CpuBackend(OneDnnBackend):
     def empty_head(self, shape: tuple[int, ...]) -> Any:
         """As `empty_weight`."""
         if self._packs(shape):
-            return Packed.empty(shape, False)
+            return Packed.empty(shape)
         return super().empty_head(shape)
 
     def pack_head(self, weight: Any) -> Any:
@@ -79,7 +80,7 @@ class CpuBackend(OneDnnBackend):
             return super().pack_head(weight)
         if isinstance(weight, Packed):
             return weight
-        packed = Packed.empty(weight.shape, False)
+        packed = Packed.empty(weight.shape)
         packed.copy_(weight)
         return packed
 
@@ -90,12 +91,24 @@ class CpuBackend(OneDnnBackend):
     def empty_mxfp4(self, shape: tuple[int, ...], parts: int = 1) -> Any:
         """As `empty_weight`, for MXFP4."""
         if self._packs(shape, parts):
-            return Packed.empty(shape, True, parts)
+            return Packed.empty(shape, MXFP4, parts)
         return super().empty_mxfp4(shape, parts)
 
     def pack_mxfp4(self, weights: Any) -> Any:
         """As `pack_experts`, for MXFP4."""
         return weights if self._packs(weights.shape) else super().pack_mxfp4(weights)
+
+    @property
+    def keeps_integers(self) -> bool:
+        """As Backend.keeps_integers: if there are kernels."""
+        return self._has_kernels
+
+    def empty_integers(self, shape: tuple[int, ...], form: IntegerFormat, parts: int = 1) -> Any:
+        """As Backend.empty_integers."""
+        group = form.group or shape[-1]
+        if self._packs(shape, parts) and not (group % MXFP4_BLOCK or shape[-1] % group):
+            return Packed.empty_integers(shape, form, parts)
+        return super().empty_integers(shape, form, parts)
 
     def empty_cache(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Return memory of which pages that are never touched cost nothing."""

@@ -10,9 +10,14 @@ import torch
 from model.ops.cpu.bindings import kernels
 from model.ops.cpu.huge_pages import empty, place_parts
 from model.ops.mxfp4 import MXFP4_BLOCK, Mxfp4
+from model.ops.quantized import GroupedInt
+from model.ops.specs import IntegerFormat
 
 PANEL = 32  # outputs that are stored together; as in kernels/types.h
+DENSE, MXFP4, _INT8, _INT4 = range(4)  # kinds of weights; as in kernels/types.h
 _INT16_GROUP = 64  # inputs that share a scale as 16-bit integers; as in kernels/types.h
+_STORED_SCALE = 1 << 12  # float16 scales of integers are stored times this; as in gemm/int8.h
+_CHUNK_VALUES = 1 << 22  # that are quantized at once
 _MAX_SCALE = 250  # largest code whose product with 6, FP4's maximum, is in the range of bf16
 
 
@@ -20,8 +25,9 @@ class _Weight(ctypes.Structure):
     """Weight of kernels/types.h."""
 
     _fields_ = [
-        ("data", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("bias", ctypes.c_void_p),
-        ("outputs", ctypes.c_int64), ("inputs", ctypes.c_int64), ("mxfp4", ctypes.c_int64),
+        ("data", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("zeros", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p), ("outputs", ctypes.c_int64), ("inputs", ctypes.c_int64),
+        ("kind", ctypes.c_int64), ("group", ctypes.c_int64),
     ]  # fmt: skip
 
 
@@ -29,28 +35,34 @@ class Packed:
     """Weights [outputs, inputs], or a stack of them, in the layout of the kernels.
 
     Filled by rows, with `weight[first:last].copy_(source)` or
-    `weight[expert][first:last].copy_(source)`, from any float tensor, or from MXFP4 if the weight
-    is MXFP4.
+    `weight[expert][first:last].copy_(source)`: from MXFP4 if the weight is MXFP4, from integers or
+    any float tensor, which is then quantized, if it has integers, else from any float tensor.
     """
 
-    def __init__(self, data: torch.Tensor, scales: torch.Tensor | None, shape: tuple[int, ...]):
-        """data and scales: see Weight in kernels/types.h; shape: that of the plain weights."""
-        self.shape = shape
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        kind: int,
+        data: torch.Tensor,
+        scales: torch.Tensor | None,
+        zeros: torch.Tensor | None = None,
+    ):
+        """shape: that of the plain weights; the others: see Weight in kernels/types.h."""
+        self.shape, self.kind = shape, kind
         self.inputs = shape[-1]
-        self.data, self.scales = data, scales
-        self.is_mxfp4 = data.dtype == torch.uint8
+        self.data, self.scales, self.zeros = data, scales, zeros
         self._bias: torch.Tensor | None = None
         self._structs: ctypes.Array[_Weight] | None = None
 
     @classmethod
-    def empty(cls, shape: Sequence[int], mxfp4: bool, parts: int = 1) -> "Packed":
+    def empty(cls, shape: Sequence[int], kind: int = DENSE, parts: int = 1) -> "Packed":
         """Return storage for weights of a shape whose last two sizes are outputs and inputs.
 
-        parts: as in Backend.empty_weight.
+        kind: DENSE or MXFP4; parts: as in Backend.empty_weight.
         """
         *stack, outputs, inputs = shape
         panels = (*stack, -(-outputs // PANEL))
-        if mxfp4:
+        if kind == MXFP4:
             groups = inputs // MXFP4_BLOCK
             data = empty((*panels, groups, 512), torch.uint8)
         elif kernels.int16_weights:
@@ -60,17 +72,40 @@ class Packed:
             groups = 0
             data = empty((*panels, inputs // 2, PANEL, 2), torch.bfloat16)
         scales = empty((*panels, groups, PANEL), torch.uint8) if groups else None
-        if stack:
-            # The kernel divides pairs of gate and up by expert, and `down` by output.
-            parts = 1 if parts > 1 else math.prod(stack)
-        for tensor in (data, scales):
-            if tensor is not None:
-                place_parts(tensor, parts)
+        _place(parts, stack, data, scales)
         if outputs % PANEL:  # the last panel has outputs that are never filled
             data.select(len(stack), -1).zero_()
             if scales is not None:
                 scales.select(len(stack), -1).fill_(127)
-        return cls(data, scales, tuple(shape))
+        return cls(tuple(shape), kind, data, scales)
+
+    @classmethod
+    def empty_integers(cls, shape: Sequence[int], form: IntegerFormat, parts: int = 1) -> "Packed":
+        """As `empty`, for integers; the group must divide the inputs."""
+        *stack, outputs, inputs = shape
+        panels = (*stack, -(-outputs // PANEL))
+        data = empty((*panels, inputs // 4, PANEL * form.bits // 8, 4), torch.uint8)
+        groups = inputs // (form.group or inputs)
+        scales = empty((*panels, groups, PANEL), torch.float16)
+        zeros = empty((*panels, groups, PANEL), torch.float16) if form.has_zeros else None
+        _place(parts, stack, data, scales, zeros)
+        if outputs % PANEL:  # see `empty`
+            for tensor in (data, scales, *([] if zeros is None else [zeros])):
+                tensor.select(len(stack), -1).zero_()
+        return cls(tuple(shape), _INT8 if form.bits == 8 else _INT4, data, scales, zeros)
+
+    @property
+    def bits(self) -> int:
+        """The bits of integers."""
+        return 8 if self.kind == _INT8 else 4
+
+    @property
+    def group(self) -> int:
+        """The inputs that share a scale of integers; 0 for other kinds."""
+        if self.kind < _INT8:
+            return 0
+        assert self.scales is not None
+        return self.inputs // self.scales.shape[-2]
 
     @property
     def device(self) -> torch.device:
@@ -86,9 +121,10 @@ class Packed:
         if isinstance(index, slice):
             return _Rows(self, *index.indices(self.shape[0]))
         scales = None if self.scales is None else self.scales[index]
-        return Packed(self.data[index], scales, self.shape[1:])
+        zeros = None if self.zeros is None else self.zeros[index]
+        return Packed(self.shape[1:], self.kind, self.data[index], scales, zeros)
 
-    def copy_(self, source: torch.Tensor | Mxfp4) -> None:
+    def copy_(self, source: torch.Tensor | Mxfp4 | GroupedInt) -> None:
         """Fill all of a single weight. Raises ValueError for a scale that is out of range."""
         _Rows(self, 0, self.shape[0], 1).copy_(source)
 
@@ -96,9 +132,14 @@ class Packed:
         """Fill with random values of a typical magnitude."""
         if self.scales is None:
             self.data.uniform_(-0.03, 0.03, generator=generator)
-        elif self.is_mxfp4:
+        elif self.kind == MXFP4:
             self.data.random_(0, 256, generator=generator)
             self.scales.fill_(120)  # values of up to 6 · 2⁻⁷
+        elif self.kind >= _INT8:
+            self.data.random_(0, 256, generator=generator)
+            self.scales.fill_(0.03 * _STORED_SCALE / 2 ** (self.bits - 1))  # values of up to 0.03
+            if self.zeros is not None:
+                self.zeros.zero_()
         else:
             self.data.random_(-4080, 4081, generator=generator)
             self.scales.fill_(110)  # values of up to 4080 · 2⁻¹⁷
@@ -114,11 +155,22 @@ class Packed:
             for i, struct in enumerate(structs):
                 struct.data = _address(self.data, i, count)
                 struct.scales = None if self.scales is None else _address(self.scales, i, count)
+                struct.zeros = None if self.zeros is None else _address(self.zeros, i, count)
                 struct.bias = None if bias is None else _address(bias, i, count)
                 struct.outputs, struct.inputs = self.shape[-2:]
-                struct.mxfp4 = self.is_mxfp4
+                struct.kind, struct.group = self.kind, self.group
             self._structs, self._bias = structs, bias
         return ctypes.addressof(self._structs)
+
+
+def _place(parts: int, stack: Sequence[int], *tensors: torch.Tensor | None) -> None:
+    """Place storage on the NUMA nodes that use it; parts: as in Backend.empty_weight."""
+    if stack:
+        # The kernel divides pairs of gate and up by expert, and `down` by output.
+        parts = 1 if parts > 1 else math.prod(stack)
+    for tensor in tensors:
+        if tensor is not None:
+            place_parts(tensor, parts)
 
 
 def _address(stack: torch.Tensor, index: int, count: int) -> int:
@@ -133,9 +185,11 @@ class _Rows:
         self._weight, self._first, self._count = weight, first, last - first
 
     def copy_(self, source: Any) -> None:
-        """Copy the rows of a source [rows, inputs]: Mxfp4 for an MXFP4 weight, else a tensor."""
-        if self._weight.is_mxfp4:
+        """Copy the rows of a source [rows, inputs]; see Packed."""
+        if self._weight.kind == MXFP4:
             self._copy_mxfp4(source)
+        elif self._weight.kind in (_INT8, _INT4):
+            self._copy_integers(source)
         else:
             self._copy_dense(source)
 
@@ -159,3 +213,83 @@ class _Rows:
             weight.inputs, self._first, self._count,
             source.data_ptr(), source.stride(0), source.stride(1), torch.get_num_threads(),
         )  # fmt: skip
+
+    def _copy_integers(self, source: Any) -> None:
+        """Copy integers that fit, or quantize any other source, some rows at a time."""
+        step = max(1, _CHUNK_VALUES // self._weight.inputs)
+        for first in range(0, self._count, step):
+            rows = source[first : min(first + step, self._count)]
+            if not self._fits(rows):
+                values = rows if isinstance(rows, torch.Tensor) else rows.dense(torch.float32)
+                rows = quantize(values, self._weight.bits)
+            self._pack_integers(first, rows)
+
+    def _fits(self, source: Any) -> bool:
+        """Whether these are integers that the storage can hold as they are."""
+        weight = self._weight
+        if not isinstance(source, GroupedInt):
+            return False
+        is_symmetric = source.offsets is None or not bool(_stored_zeros(source).any())
+        return (
+            source.bits == weight.bits
+            and source.group % weight.group == 0
+            and (weight.zeros is not None or is_symmetric)
+        )
+
+    def _pack_integers(self, first: int, source: GroupedInt) -> None:
+        """Pack integers as the rows from `first` on."""
+        weight = self._weight
+        assert weight.scales is not None
+        stored = _stored_scales(source)
+        zeros = None if weight.zeros is None else _stored_zeros(source)
+        repeats = source.group // weight.group
+        if repeats > 1:
+            stored = stored.repeat_interleave(repeats, dim=1)
+            zeros = None if zeros is None else zeros.repeat_interleave(repeats, dim=1)
+        codes = source.codes.contiguous()
+        kernels.pack_int8(
+            weight.data.data_ptr(), weight.scales.data_ptr(),
+            None if weight.zeros is None else weight.zeros.data_ptr(), weight.kind, weight.inputs,
+            stored.shape[1], self._first + first, len(codes), codes.data_ptr(), stored.data_ptr(),
+            None if zeros is None else zeros.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+
+
+def quantize(values: torch.Tensor, bits: int) -> GroupedInt:
+    """values [out, in] of any dtype → integers with a scale, of 4 bits an offset, for 32 inputs.
+
+    Scales and the kernels' zeros are exact as float16; of several scales the one with the least
+    squared error is taken.
+    """
+    values = values.float().contiguous()
+    outputs, inputs = values.shape
+    codes = torch.empty(outputs, inputs, dtype=torch.int8)
+    scales = torch.empty(outputs, inputs // MXFP4_BLOCK)
+    offsets = None if bits == 8 else torch.empty_like(scales)
+    kernels.quantize_weight(
+        values.data_ptr(), bits, outputs, inputs, codes.data_ptr(), scales.data_ptr(),
+        None if offsets is None else offsets.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return GroupedInt(bits, codes, scales, offsets)
+
+
+def _stored_scales(source: GroupedInt) -> torch.Tensor:
+    """The scales as the kernels read them, float16 [rows, groups]. Raises ValueError."""
+    stored = (source.scales * _STORED_SCALE).half()
+    if not stored.isfinite().all():
+        raise ValueError(
+            "a weight is not finite, or too large for integers with scales below "
+            f"{65520 // _STORED_SCALE + 1}"
+        )
+    return stored.contiguous()
+
+
+def _stored_zeros(source: GroupedInt) -> torch.Tensor:
+    """The zeros as the kernels read them, float16 [rows, groups]: see gemm/int8.h.
+
+    They are offset / scale, plus 8 for codes from 0 to 15, divided by the codes' negative bias.
+    """
+    offsets, scales = source.offsets, source.scales
+    zeros = torch.zeros_like(scales) if offsets is None else offsets / scales
+    zeros = torch.where(scales == 0, 0 if source.bits == 8 else -8, zeros)
+    return ((zeros / -128) if source.bits == 8 else (zeros + 8) / -8).half().contiguous()

@@ -1,4 +1,4 @@
-// The kernels for processors with AVX-512 and BF16, and with AMX if dispatch.cpp enables it.
+// The kernels for processors with AVX-512, VNNI and BF16, and with AMX if dispatch.cpp enables it.
 #if defined(__x86_64__)
 
 #define VECTOR_BITS 512
@@ -8,7 +8,7 @@
 
 #pragma GCC push_options
 #pragma GCC target( \
-    "avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")
+    "avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,amx-tile,amx-bf16")
 #include "functions.h"
 #pragma GCC pop_options
 

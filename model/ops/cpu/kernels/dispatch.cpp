@@ -1,7 +1,7 @@
 // The C interface of the library: supported instruction sets, their functions, and replay of calls.
 //
 // Levels are numbered as in bindings.py: 1 AVX2 (other architectures: portable), 2 AVX-512 with
-// VNNI, 3 AVX-512 with BF16, 4 AVX-512 with BF16 and AMX.
+// VNNI, 3 that with BF16, 4 that with BF16 and AMX.
 
 #include "table.h"
 
@@ -18,15 +18,15 @@ extern "C" int getp_has_level(int level) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   unsigned eax, ebx, ecx, edx;
-  const bool avx512 = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512dq");
+  const bool vnni = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
   const bool has_bf16 = __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & (1u << 5));
   switch (level) {
     case 1: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    case 2: return avx512 && __builtin_cpu_supports("avx512vnni");
-    case 3: return avx512 && has_bf16;
+    case 2: return vnni;
+    case 3: return vnni && has_bf16;
   }
-  if (!avx512 || !has_bf16 || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return 0;
+  if (!vnni || !has_bf16 || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return 0;
   const bool amx_bf16 = edx & (1u << 22), amx_tile = edx & (1u << 24);
   if (!amx_bf16 || !amx_tile) return 0;
   constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;

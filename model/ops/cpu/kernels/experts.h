@@ -44,21 +44,21 @@ const std::vector<ExpertItem>& expert_items(const PairsByExpert& sorted, int64_t
 }
 
 // One expert's rows of x in the order of its pairs, in the number format that is multiplied.
-void gather_rows(const bf16* x, int64_t inputs, const int64_t* pairs, int64_t top_k,
+void gather_rows(const Weight& weight, const bf16* x, const int64_t* pairs, int64_t top_k,
                  const Rows& to) {
+  const int64_t inputs = weight.inputs;
   for (int64_t r = 0; r < to.count; r++) {
     const bf16* from = x + pairs[r] / top_k * inputs;
-#if INT16_GEMM
-    quantize_row(from, inputs, (int16_t*)to.data + r * INT16_GROUP, (float*)to.scales + r,
-                 to.stride);
-#else
+    if (takes_integers(weight)) {
+      quantize_row_of(weight, from, to, r);
+      continue;
+    }
     if (!to.arranged) {
       memcpy((bf16*)to.data + r * inputs, from, (size_t)inputs * 2);
       continue;
     }
     for (int64_t k = 0; k < inputs; k += 32)
       memcpy((bf16*)to.data + arranged_offset(r, to.count, inputs, k), from + k, 64);
-#endif
   }
 }
 
@@ -72,16 +72,18 @@ void experts(const Weight* gate_up, const Weight* down, int64_t num_experts,
   const int64_t pairs = tokens * top_k, inputs = gate_up->inputs, size = gate_up->outputs / 2;
   const PairsByExpert& sorted = sort_by_expert(expert_ids, pairs, num_experts);
   const auto& items =
-      expert_items(sorted, num_experts, size / PANEL, rows_at_once(pairs, inputs));
+      expert_items(sorted, num_experts, size / PANEL, rows_at_once(*gate_up, pairs));
   const int64_t total = (int64_t)items.size();
   const int64_t chunk = std::max<int64_t>(1, total / (16 * threads));
-  const Rows gathered = allocate_rows(0, pairs, inputs), inner_rows = allocate_rows(1, pairs, size);
+  const Rows gathered = allocate_rows(*gate_up, 0, pairs);
+  const Rows inner_rows = allocate_rows(*down, 1, pairs);
   // Gated values: where they will be multiplied, or as bf16 that become integers later.
-  bf16* inner = INT16_GEMM ? shared_scratch<bf16>(2, pairs * size) : (bf16*)inner_rows.data;
+  bf16* inner =
+      takes_integers(*down) ? shared_scratch<bf16>(2, pairs * size) : (bf16*)inner_rows.data;
   // Panels of `down` that share a pass over the rows: with their sums they fit a core's cache.
   const int64_t outputs = down->outputs, panels = (outputs + PANEL - 1) / PANEL;
   const int64_t panels_at_once = std::clamp<int64_t>(panels / (2 * threads), 1, 8);
-  const int64_t span = std::max(rows_at_once(pairs, inputs), rows_at_once(pairs, size));
+  const int64_t span = std::max(rows_at_once(*gate_up, pairs), rows_at_once(*down, pairs));
   const int64_t sums_offset =
       std::max(scratch_size(*gate_up, span, 2), scratch_size(*down, span, 1));
   const int64_t* offsets = sorted.offsets.data();
@@ -89,7 +91,7 @@ void experts(const Weight* gate_up, const Weight* down, int64_t num_experts,
   const ExpertItem* item_list = items.data();
   divide(pairs * inputs < 1 << 15 ? 1 : threads, num_experts, 1, [=](int64_t e, int64_t last) {
     for (; e < last; e++)
-      gather_rows(x, inputs, sorted_pairs + offsets[e], top_k,
+      gather_rows(*gate_up, x, sorted_pairs + offsets[e], top_k,
                   slice_rows(gathered, offsets[e], offsets[e + 1] - offsets[e], inputs));
   });
   divide(threads, total, chunk, [=](int64_t first_item, int64_t last_item) {
@@ -108,7 +110,7 @@ void experts(const Weight* gate_up, const Weight* down, int64_t num_experts,
     }
     release_tiles(configured_rows);
   });
-  prepare_rows(inner, inner_rows, size, threads);
+  prepare_rows(*down, inner, inner_rows, threads);
   const int64_t parts = (panels + panels_at_once - 1) / panels_at_once;
   divide(threads, parts, 1, [=](int64_t part, int64_t last_part) {
     float* scratch = thread_scratch<float>(sums_offset + panels_at_once * tokens * PANEL);

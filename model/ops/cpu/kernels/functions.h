@@ -3,6 +3,7 @@
 
 #include "attention/attention.h"
 #include "experts.h"
+#include "gemm/int8_pack.h"
 #include "gemm/linear.h"
 #include "gemm/pack.h"
 #include "table.h"
@@ -26,6 +27,8 @@ const Function functions[] = {
     NATIVE_FUNCTION(experts),
     NATIVE_FUNCTION(pack),
     NATIVE_FUNCTION(pack_mxfp4),
+    NATIVE_FUNCTION(pack_int8),
+    NATIVE_FUNCTION(quantize_weight),
 };
 
 }  // namespace

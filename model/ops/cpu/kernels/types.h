@@ -27,6 +27,7 @@ using bf16 = uint16_t;
 constexpr int64_t PANEL = 32;        // outputs of a weight that are stored together
 constexpr int64_t MXFP4_GROUP = 32;  // inputs that share a scale in MXFP4
 constexpr int64_t INT16_GROUP = 64;  // inputs that share a scale as 16-bit integers
+constexpr int64_t INT8_GROUP = 32;   // inputs of a row that share a scale as 8-bit integers
 constexpr int64_t ROW_BLOCK = 32;    // rows that are multiplied by a panel in one pass
 
 // A weight [outputs, inputs], stored as panels of 32 outputs. Python fills it in: see packed.py.
@@ -34,14 +35,21 @@ constexpr int64_t ROW_BLOCK = 32;    // rows that are multiplied by a panel in o
 // bf16: [panels, inputs / 2, 32, 2]. The values of two inputs are next to each other, for all
 // outputs of the panel.
 // Integers (gemm/int16.h): int16 in the same layout, scales uint8 [panels, inputs / 64, 32].
+// INT8: codes plus 128 as bytes [panels, inputs / 4, 32, 4]. INT4: codes plus 8 [panels, inputs / 4,
+// 16, 4]: a byte holds that of outputs 0 to 15 in its low nibble and that of the output 16 further
+// in its high one. Scales float16 [panels, inputs / group, 32] and, as float16 in the same order,
+// zeros or null: see int8.h.
 // MXFP4: for each panel and group of 32 inputs, 512 bytes of codes in 8 units of 32 16-bit words.
 // The nibbles of a word, from the lowest, belong to four vectors of bf16: two pairs of inputs, each
 // for outputs 0 to 15 and 16 to 31. Scales: uint8 [panels, groups, 32].
+enum : int64_t { DENSE, MXFP4, INT8, INT4 };  // packed.py has the same numbers
 struct Weight {
   const void* data;
   const uint8_t* scales;  // or null
+  const uint16_t* zeros;  // or null
   const bf16* bias;       // [outputs] or null
-  int64_t outputs, inputs, mxfp4;
+  int64_t outputs, inputs;
+  int64_t kind, group;  // group: inputs that share a scale of INT8 and INT4
 };
 
 // The gated activation of an MLP. limit and alpha only count for CLAMPED_SWIGLU (gpt-oss).

@@ -128,7 +128,7 @@ INLINE void tiles_times_panels(const Weight& weight, const int64_t (&panels)[PAN
   constexpr int64_t BLOCK = ROW_BLOCK * PANEL, PREFETCH = 32;  // inputs; measured
   const int64_t inputs = weight.inputs, rows = std::min<int64_t>(16, x.count);
   if (configured_rows != rows) configure_tiles(configured_rows = rows);
-  const int64_t panel_bytes = inputs * PANEL * (weight.mxfp4 ? 1 : 4) / 2;
+  const int64_t panel_bytes = inputs * PANEL * (weight.kind == MXFP4 ? 1 : 4) / 2;
   for (int64_t row = 0; row < x.count; row += ROW_BLOCK) {
     const TileRows first = tile_rows(x, row, inputs);
     const TileRows second = row + 16 < x.count ? tile_rows(x, row + 16, inputs) : TileRows{};
@@ -137,7 +137,7 @@ INLINE void tiles_times_panels(const Weight& weight, const int64_t (&panels)[PAN
       float* c = scratch + p * BLOCK;
       bf16* unpacked = (bf16*)(scratch + PANELS * BLOCK) + p * inputs * PANEL;
       const auto multiply = [&](auto two) {
-        if (weight.mxfp4 && row == 0) {
+        if (weight.kind == MXFP4 && row == 0) {
           const uint8_t *codes = (const uint8_t*)data, *scales = weight.scales + panels[p] * inputs;
           if (x.count > ROW_BLOCK)
             multiply_mxfp4<two.value>(first, second, inputs, c, codes, scales, unpacked, inputs);
@@ -145,7 +145,7 @@ INLINE void tiles_times_panels(const Weight& weight, const int64_t (&panels)[PAN
             multiply_few_by_mxfp4<two.value>(first, second, inputs, c, codes, scales, unpacked);
           return;
         }
-        const bf16* panel = weight.mxfp4 ? unpacked : (const bf16*)data;
+        const bf16* panel = weight.kind == MXFP4 ? unpacked : (const bf16*)data;
         // Hidden from the compiler: its loop for a constant prefetches too fast (5 to 10% slower).
         int64_t lines = row ? 0 : 32;
         asm("" : "+r"(lines));

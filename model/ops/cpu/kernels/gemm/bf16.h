@@ -65,15 +65,16 @@ INLINE void bf16_times_panels(const Weight& weight, const int64_t (&panels)[PANE
   constexpr int64_t AHEAD = 6144;         // measured
   alignas(64) bf16 unpacked[UNPACKED_SPAN * PANEL];
   const int64_t inputs = weight.inputs, panel_stride = x.count * PANEL;
-  const int64_t input_bytes = PANEL * (weight.mxfp4 ? 1 : 4) / 2;
-  const int64_t span = weight.mxfp4 ? UNPACKED_SPAN : SPAN, spans = (inputs + span - 1) / span;
+  const bool is_mxfp4 = weight.kind == MXFP4;
+  const int64_t input_bytes = PANEL * (is_mxfp4 ? 1 : 4) / 2;
+  const int64_t span = is_mxfp4 ? UNPACKED_SPAN : SPAN, spans = (inputs + span - 1) / span;
   const int64_t step = ((inputs + spans - 1) / spans + 31) / 32 * 32;
   for (int p = 0; p < PANELS; p++)
     for (int64_t k = 0; k < inputs; k += step) {
       const int64_t width = std::min(step, inputs - k), at = panels[p] * inputs + k;
       const char* data = (const char*)weight.data + at * input_bytes;
-      const bf16* panel = weight.mxfp4 ? unpacked : (const bf16*)data;
-      for (int64_t i = 0; weight.mxfp4 && i < width; i += MXFP4_GROUP)
+      const bf16* panel = is_mxfp4 ? unpacked : (const bf16*)data;
+      for (int64_t i = 0; is_mxfp4 && i < width; i += MXFP4_GROUP)
         unpack_mxfp4_group((const uint8_t*)data + i * PANEL / 2, weight.scales + at + i,
                            unpacked + i * PANEL);
       const char* next = data + AHEAD;

@@ -182,7 +182,7 @@ INLINE void int16_times_panels(const Weight& weight, const int64_t (&panels)[PAN
   alignas(64) int16_t unpacked[STEP * PANEL];
   uint8_t unpacked_exponents[STEP / INT16_GROUP * PANEL];
   const int64_t inputs = weight.inputs, panel_stride = x.count * PANEL;
-  const bool few = weight.mxfp4 && x.count <= PASS_ROWS;
+  const bool few = weight.kind == MXFP4 && x.count <= PASS_ROWS;
   memset(scratch, 0, (size_t)(PANELS * panel_stride) * 4);
   for (int p = 0; p < PANELS; p++) {
     if (few) {
@@ -193,12 +193,12 @@ INLINE void int16_times_panels(const Weight& weight, const int64_t (&panels)[PAN
     }
     for (int64_t k = 0; k < inputs; k += STEP) {
       const int64_t width = std::min(STEP, inputs - k), at = panels[p] * inputs + k;
-      const int64_t bytes = width * PANEL * (weight.mxfp4 ? 1 : 4) / 2;
-      const char* data = (const char*)weight.data + at * PANEL * (weight.mxfp4 ? 1 : 4) / 2;
+      const int64_t bytes = width * PANEL * (weight.kind == MXFP4 ? 1 : 4) / 2;
+      const char* data = (const char*)weight.data + at * PANEL * (weight.kind == MXFP4 ? 1 : 4) / 2;
       const int16_t* panel = (const int16_t*)data;
       const uint8_t* exponents =
           weight.scales + (panels[p] * scale_count(inputs) + k / INT16_GROUP) * PANEL;
-      if (weight.mxfp4) {
+      if (weight.kind == MXFP4) {
         unpack_mxfp4_to_int16((const uint8_t*)data, weight.scales + at, width, unpacked,
                               unpacked_exponents);
         panel = unpacked;

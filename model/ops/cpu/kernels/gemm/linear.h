@@ -68,12 +68,12 @@ INLINE void multiply(const Weight* weight, const bf16* x, int64_t rows, T* out, 
                      Transform transform) {
   const int64_t inputs = weight->inputs, outputs = weight->outputs;
   const int64_t panels = (outputs + PANEL - 1) / PANEL;
-  const int64_t span = rows_at_once(rows, inputs), spans = (rows + span - 1) / span;
+  const int64_t span = rows_at_once(*weight, rows), spans = (rows + span - 1) / span;
   if (rows * outputs * inputs < PARALLEL_PRODUCTS) threads = 1;
   const int64_t items = panels * spans;
   const int64_t size = items_per_piece(items, inputs, 1, std::min(rows, span), threads);
-  const Rows all = rows_of(x, rows, inputs);
-  prepare_rows(x, all, inputs, threads);
+  const Rows all = rows_of(*weight, x, rows);
+  prepare_rows(*weight, x, all, threads);
   const bool buffered = threads > 1 && in_sequence();
   divide_last(threads, items, size, [=](Piece& piece) {
     const int64_t scratch_floats = scratch_size(*weight, span, 1);
@@ -128,11 +128,11 @@ void gated_linear(const Weight* weight, const bf16* x, int64_t rows, int64_t kin
                   float alpha, bf16* out, int threads) {
   const Activation activation{kind, limit, alpha};
   const int64_t inputs = weight->inputs, outputs = weight->outputs / 2, panels = outputs / PANEL;
-  const int64_t span = rows_at_once(rows, inputs), items = panels * ((rows + span - 1) / span);
+  const int64_t span = rows_at_once(*weight, rows), items = panels * ((rows + span - 1) / span);
   if (rows * weight->outputs * inputs < PARALLEL_PRODUCTS) threads = 1;
   const int64_t size = items_per_piece(items, inputs, 2, std::min(rows, span), threads);
-  const Rows all = rows_of(x, rows, inputs);
-  prepare_rows(x, all, inputs, threads);
+  const Rows all = rows_of(*weight, x, rows);
+  prepare_rows(*weight, x, all, threads);
   const bool buffered = threads > 1 && in_sequence();
   divide_last(threads, items, size, [=](Piece& piece) {
     const int64_t scratch_floats = scratch_size(*weight, span, 2);

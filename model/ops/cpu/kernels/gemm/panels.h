@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../scratch.h"
+#include "int8_gemm.h"
 #include "rows.h"
 #if INT16_GEMM
 #include "int16_gemm.h"
@@ -12,58 +13,75 @@
 
 namespace {
 
-// Memory for `count` rows in the form in which they are multiplied.
-INLINE Rows allocate_rows(int index, int64_t count, int64_t inputs) {
+// Memory for `count` rows in the form in which they are multiplied with this weight.
+INLINE Rows allocate_rows(const Weight& weight, int index, int64_t count) {
+  const int64_t inputs = weight.inputs;
+  if (is_int8(weight)) {
+    const int64_t scales = count * (inputs / INT8_GROUP);
+    return {(const bf16*)shared_scratch<int8_t>(index, count * inputs), count, false,
+            shared_scratch<float>(index, scales), count, shared_scratch<int32_t>(index, scales)};
+  }
 #if INT16_GEMM
   const int64_t scales = count * scale_count(inputs);
   return {shared_scratch<bf16>(index, scales * INT16_GROUP), count, false,
-          shared_scratch<float>(index, scales), count};
+          shared_scratch<float>(index, scales), count, nullptr};
 #else
   // 512 values more, which may be read beyond the last row: see tile_rows.
-  return {shared_scratch<bf16>(index, count * inputs + 512), count, use_amx(), nullptr, count};
+  return {shared_scratch<bf16>(index, count * inputs + 512), count, use_amx(), nullptr, count, nullptr};
 #endif
 }
 
+// Whether the rows that are multiplied with this weight are integers.
+INLINE bool takes_integers(const Weight& weight) { return INT16_GEMM || is_int8(weight); }
+
 // The rows x [rows, inputs] of a linear: x itself, or memory for its integers (see prepare_rows).
-INLINE Rows rows_of([[maybe_unused]] const bf16* x, int64_t rows,
-                    [[maybe_unused]] int64_t inputs) {
+INLINE Rows rows_of(const Weight& weight, const bf16* x, int64_t rows) {
+  if (takes_integers(weight)) return allocate_rows(weight, 0, rows);
+  return {x, rows, false, nullptr, rows, nullptr};
+}
+
+// Fills row r of `rows`, which are integers, from x [inputs].
+INLINE void quantize_row_of(const Weight& weight, const bf16* x, const Rows& rows, int64_t r) {
+  if (is_int8(weight))
+    return quantize_row_int8(x, weight.inputs, code_bias(weight.kind),
+                             (int8_t*)rows.data + r * INT8_GROUP, (float*)rows.scales + r,
+                             (int32_t*)rows.corrections + r, rows.stride);
 #if INT16_GEMM
-  return allocate_rows(0, rows, inputs);
-#else
-  return {x, rows, false, nullptr, rows};
+  quantize_row(x, weight.inputs, (int16_t*)rows.data + r * INT16_GROUP, (float*)rows.scales + r,
+               rows.stride);
 #endif
 }
 
 // Fills `rows` from x [rows.count, inputs] if they are integers.
-INLINE void prepare_rows([[maybe_unused]] const bf16* x, [[maybe_unused]] const Rows& rows,
-                         [[maybe_unused]] int64_t inputs, [[maybe_unused]] int threads) {
-#if INT16_GEMM
-  if (rows.count * inputs < 1 << 14) threads = 1;
+INLINE void prepare_rows(const Weight& weight, const bf16* x, const Rows& rows, int threads) {
+  if (!takes_integers(weight)) return;
+  if (rows.count * weight.inputs < 1 << 14) threads = 1;
   divide(threads, rows.count, std::max<int64_t>(1, rows.count / (4 * threads)),
-         [=](int64_t first, int64_t last) {
+         [=, at = &weight](int64_t first, int64_t last) {
            for (int64_t r = first; r < last; r++)
-             quantize_row(x + r * inputs, inputs, (int16_t*)rows.data + r * INT16_GROUP,
-                          (float*)rows.scales + r, rows.stride);
+             quantize_row_of(*at, x + r * at->inputs, rows, r);
          });
-#endif
 }
 
 // At most `max_count` rows from `first` on.
 INLINE Rows slice_rows(const Rows& x, int64_t first, int64_t max_count,
                        [[maybe_unused]] int64_t inputs) {
   const int64_t count = std::min(max_count, x.count - first);
+  if (x.corrections)
+    return {(const bf16*)((const int8_t*)x.data + first * INT8_GROUP), count, false,
+            x.scales + first, x.stride, x.corrections + first};
 #if INT16_GEMM
-  return {x.data + first * INT16_GROUP, count, false, x.scales + first, x.stride};
+  return {x.data + first * INT16_GROUP, count, false, x.scales + first, x.stride, nullptr};
 #else
-  return {x.data + first * inputs, count, x.arranged, nullptr, count};
+  return {x.data + first * inputs, count, x.arranged, nullptr, count, nullptr};
 #endif
 }
 
 // The number of float32 values that rows_times_panels needs as scratch.
 INLINE int64_t scratch_size(const Weight& weight, int64_t rows, int64_t panels) {
-  if (!use_amx()) return panels * rows * PANEL;
+  if (!use_amx() || is_int8(weight)) return panels * rows * PANEL;
   const int64_t unpacked =
-      weight.mxfp4 ? std::max(weight.inputs, 4 * MXFP4_GROUP) * PANEL / 2 : 0;
+      weight.kind == MXFP4 ? std::max(weight.inputs, 4 * MXFP4_GROUP) * PANEL / 2 : 0;
   return panels * (ROW_BLOCK * PANEL + unpacked);
 }
 
@@ -78,6 +96,8 @@ INLINE void rows_times_panels(const Weight& weight, const int64_t (&panels)[PANE
                               [[maybe_unused]] int64_t next_panel, Finish finish) {
   vec_f32 bias[PANELS][VECTORS];
   for (int p = 0; p < PANELS; p++) load_bias(weight, panels[p], bias[p]);
+  if (is_int8(weight))
+    return int8_times_panels<PANELS>(weight, panels, x, bias, scratch, finish);
 #if INT16_GEMM
   int16_times_panels<PANELS>(weight, panels, x, bias, scratch, finish);
 #else
@@ -112,11 +132,12 @@ INLINE void write_row(const vec_f32 (&sums)[VECTORS], T* out, int64_t count) {
 
 // The number of `rows` to multiply at a time: they stay in a core's second-level cache together
 // with a panel, and the last part is not much smaller than the others.
-INLINE int64_t rows_at_once(int64_t rows, int64_t inputs) {
+INLINE int64_t rows_at_once(const Weight& weight, int64_t rows) {
   // Bytes. Processors with AMX have 2 MiB a core, those with BF16 alone (Zen 4, Zen 5) 1 MiB, which
   // the weights that are used and fetched share.
   const int64_t cache = BF16_DOT && !use_amx() ? 5 << 17 : 3 << 19;
-  const int64_t fitting = cache / (2 * inputs) / ROW_BLOCK * ROW_BLOCK;
+  const int64_t row_bytes = weight.inputs * (is_int8(weight) ? 1 : 2);
+  const int64_t fitting = cache / row_bytes / ROW_BLOCK * ROW_BLOCK;
   const int64_t limit = std::max(ROW_BLOCK, fitting);
   rows = std::max<int64_t>(1, rows);  // the head has no rows in a step that samples no token
   const int64_t parts = (rows + limit - 1) / limit;

@@ -8,14 +8,15 @@ namespace {
 // The number of rows that share a pass over a panel: their sums fit the registers.
 constexpr int PASS_ROWS = VECTOR_BITS == 512 ? 12 : 2;
 
-// Rows [count, inputs] of bf16, contiguous or arranged for AMX (see arranged_offset), or of int16,
-// with their scales, as part of `stride` rows (see int16.h).
+// Rows [count, inputs] of bf16, contiguous or arranged for AMX (see arranged_offset), or of int16 or
+// int8, with their scales, as part of `stride` rows (see int16.h and int8.h).
 struct Rows {
   const bf16* data;
   int64_t count;
   bool arranged;
   const float* scales;  // null for bf16
   int64_t stride;
+  const int32_t* corrections;  // null but for int8
 };
 
 // Whether rows are multiplied with AMX.

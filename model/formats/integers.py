@@ -1,0 +1,90 @@
+"""Integers of 8 or 4 bits, of which groups along the inputs share a scale: the form in memory.
+
+Weights come into it from checkpoints that store such integers, or from 16 bits as they are loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from model.formats.dense import DENSE
+from model.formats.format import Part, StoredTensor, WeightFormat
+
+if TYPE_CHECKING:
+    import torch
+
+    from model.ops.backend import Backend
+
+QUANTIZED_GROUP = 32  # inputs that share a scale in a weight that is quantized as it is loaded
+_SCALE_BYTES = 2  # of a scale, and of a zero
+
+
+@dataclass(frozen=True)
+class Integers(WeightFormat):
+    """Codes of `bits` bits with a float16 scale, and a float16 zero if has_zeros, per group.
+
+    group: inputs that share a scale, a multiple of 32; 0: all of them. As a format of a checkpoint
+    it is that of dense weights, which are quantized as they are loaded. quantizes: whether this is
+    wanted; otherwise only integers are taken.
+    """
+
+    bits: int
+    group: int = QUANTIZED_GROUP
+    has_zeros: bool = False  # values are (code + zero) · scale; otherwise code · scale
+    quantizes: bool = True
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The name that --quantize and reports have for it."""
+        return f"int{self.bits}"
+
+    def stored(
+        self, name: str, shape: tuple[int, ...], part: Part = (), *, transposed: bool = False
+    ) -> list[StoredTensor]:
+        """As WeightFormat.stored: dense."""
+        return DENSE.stored(name, shape, part, transposed=transposed)
+
+    def source(self, tensors: list[torch.Tensor], *, transposed: bool = False) -> torch.Tensor:
+        """As WeightFormat.source."""
+        return DENSE.source(tensors, transposed=transposed)
+
+    def allocate(self, backend: Backend, shape: tuple[int, ...], parts: int = 1) -> Any:
+        """As WeightFormat.allocate; rows are filled from a tensor or from GroupedInt."""
+        return backend.empty_integers(shape, self, parts)
+
+    def finish(self, backend: Backend, storage: Any) -> Any:
+        """As WeightFormat.finish."""
+        return DENSE.finish(backend, storage)
+
+    def fill_random(self, storage: Any, generator: torch.Generator) -> None:
+        """As WeightFormat.fill_random."""
+        DENSE.fill_random(storage, generator)
+
+    def dense(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """As WeightFormat.dense: only backends with kernels hold integers."""
+        return DENSE.dense(weight, dtype)
+
+    def bytes(self, shape: tuple[int, ...], item: int) -> int:
+        """As WeightFormat.bytes: 34 for 32 values of INT8, 20 of INT4."""
+        *outer, inputs = shape
+        scales = -(-inputs // (self.group or inputs)) * _SCALE_BYTES
+        return math.prod(outer) * (inputs * self.bits // 8 + scales * (1 + self.has_zeros))
+
+    def held(self, backend: Backend, *, stacked: bool) -> WeightFormat:
+        """As WeightFormat.held: dense where the backend has no kernels for integers."""
+        return self if backend.keeps_integers else DENSE
+
+
+def integers_of(bits: int, group: int | None, *, zeros: bool = True) -> WeightFormat:
+    """The format in memory of a checkpoint's integers of 4 or 8 bits, with scales and zeros.
+
+    group: inputs that share a scale; None: all of them. Dense for what the kernels do not take.
+    """
+    if group is not None and group % QUANTIZED_GROUP:
+        return DENSE
+    return Integers(bits, group or 0, has_zeros=zeros, quantizes=False)
+
+
+INT8, INT4 = Integers(8), Integers(4, has_zeros=True)

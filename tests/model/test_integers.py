@@ -1,0 +1,181 @@
+"""Weights of 8 and 4 bits on a CPU: their products for each instruction set, and quantization."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from model.formats.integers import INT4, INT8, Integers
+from model.ops.cpu.bindings import library
+from model.ops.cpu.packed import Packed, quantize
+from model.ops.quantized import GroupedInt
+from model.ops.specs import Activation
+from tests.model.ops_helpers import cpu_backend, experts_of, linear_of, rand, reference
+
+FORMS = [
+    Integers(bits, group, has_zeros)
+    for bits in (8, 4)
+    for group, has_zeros in ((32, False), (64, True), (0, False))
+]
+
+
+def integers(form: Integers, outputs: int, inputs: int) -> GroupedInt:
+    """Random integers, with scales that are exact as float16, as a checkpoint may store them."""
+    torch.manual_seed(form.bits)
+    first, last = (0, 16) if form.bits == 4 else (-128, 128)
+    codes = torch.randint(first, last, (outputs, inputs), dtype=torch.int8)
+    scales = (torch.rand(outputs, inputs // (form.group or inputs)) + 0.1).half().float() / 100
+    zeros = torch.full_like(scales, 0 if form.bits == 8 else -8)
+    if form.has_zeros:
+        zeros += torch.randint(-8, 8, scales.shape)
+    return GroupedInt(form.bits, codes, scales, zeros * scales)
+
+
+def stored(dtype: torch.dtype, source: GroupedInt, form: Integers) -> Packed:
+    """The integers in the layout of the kernels, filled in two parts. Skips without kernels."""
+    backend = cpu_backend(dtype)
+    if not backend.keeps_integers:
+        pytest.skip("no kernel reads integers here")
+    weight: Any = form.allocate(backend, source.shape)
+    weight[:40].copy_(source[:40])
+    weight[40 : len(source)].copy_(source[40:])
+    packed: Packed = form.finish(backend, weight)
+    return packed
+
+
+def eight_bits(x: torch.Tensor) -> torch.Tensor:
+    """x [rows, inputs] with each 32 inputs rounded to 8-bit integers of one scale."""
+    groups = x.float().unflatten(-1, (-1, 32))
+    largest = groups.abs().amax(-1, keepdim=True)
+    return ((groups * (127 / largest)).round() * (largest / 127)).flatten(-2)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 7, 70])
+def test_products_are_those_of_the_values_with_rows_of_8_bits(
+    form: Integers, rows: int, dtype: torch.dtype
+) -> None:
+    source = integers(form, 72, 192)
+    weight = stored(dtype, source, form)
+    x, bias = rand(rows, 192, dtype=dtype), rand(72, seed=2, dtype=dtype)
+    found = cpu_backend(dtype).linear(x, linear_of(weight, bias)).float()
+    expected = eight_bits(x) @ source.dense(torch.float32).T + bias.float()
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=2e-3)  # bfloat16's last bit
+
+
+@pytest.mark.parametrize("form", [INT8, INT4], ids=str)
+def test_products_do_not_depend_on_the_number_of_rows(form: Integers, dtype: torch.dtype) -> None:
+    backend = cpu_backend(dtype)
+    layer = linear_of(stored(dtype, integers(form, 96, 320), form))
+    x = rand(45, 320, dtype=dtype)
+    together = backend.linear(x, layer)
+    for rows in range(1, 45):
+        assert torch.equal(backend.linear(x[:rows].contiguous(), layer), together[:rows])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_rows_that_are_not_finite_give_no_finite_products(value: float, dtype: torch.dtype) -> None:
+    backend, layer = cpu_backend(dtype), linear_of(stored(dtype, integers(INT8, 64, 96), INT8))
+    x = rand(3, 96, dtype=dtype)
+    good = backend.linear(x, layer)
+    x[1, 70] = value
+    found = backend.linear(x, layer)
+    assert not bool(found[1].isfinite().any())
+    assert torch.equal(found[::2], good[::2])
+
+
+@pytest.mark.parametrize("form", [INT8, INT4], ids=str)
+def test_gated_linears_and_experts_take_integers(form: Integers, dtype: torch.dtype) -> None:
+    backend, plain, activation = cpu_backend(dtype), reference(dtype), Activation()
+    up, down = (rand(4, *shape, seed=i) / 8 for i, shape in enumerate(((128, 96), (96, 64))))
+    layers: list[Any] = []
+    for parts, weights in ((2, up), (1, down)):
+        storage: Any = form.allocate(backend, tuple(weights.shape), parts)
+        if not isinstance(storage, Packed):
+            pytest.skip("no kernel reads integers here")
+        for expert, weight in enumerate(weights):
+            rows: Any = storage[expert]
+            rows[0 : len(weight)].copy_(weight)
+        layers.append(form.finish(backend, storage))
+    x, chosen = rand(19, 96, dtype=dtype), torch.randint(0, 4, (19, 2))
+    shares = rand(19, 2, seed=5).softmax(-1)
+    dense = [
+        torch.stack([quantize(weight, form.bits).dense(dtype) for weight in weights])
+        for weights in (up, down)
+    ]
+    experts = experts_of(dense[0], None, dense[1], None)
+    expected = plain.experts(x, chosen, shares, experts, activation)
+    experts.gate_up, experts.down = layers
+    found = backend.experts(x, chosen, shares, experts, activation)
+    torch.testing.assert_close(found, expected, rtol=5e-2, atol=2e-2)
+    gated = backend.gated_linear(x, linear_of(layers[0][1]), activation)
+    expected = plain.gated_linear(x, linear_of(dense[0][1]), activation)
+    torch.testing.assert_close(gated, expected, rtol=5e-2, atol=2e-2)
+
+
+@pytest.fixture
+def native() -> None:
+    """Skips where the native kernels were not built."""
+    if library() is None:
+        pytest.skip("the native kernels were not built here")
+
+
+@pytest.mark.parametrize(("form", "error"), [(INT8, 0.005), (INT4, 0.073)], ids=str)
+@pytest.mark.usefixtures("native")
+def test_quantization_searches_for_the_scale_with_the_least_error(
+    form: Integers, error: float
+) -> None:
+    """Scales from the ends of the range have an error of 0.0053 and 0.078 on normal numbers."""
+    torch.manual_seed(0)
+    values = torch.randn(64, 896)
+    found = quantize(values, form.bits)
+    assert float((found.dense(torch.float32) - values).norm() / values.norm()) < error
+    again = quantize(values.clone(), form.bits)
+    assert torch.equal(found.codes, again.codes)
+    assert torch.equal(found.scales, again.scales)
+
+
+@pytest.mark.parametrize("form", [INT8, INT4], ids=str)
+@pytest.mark.parametrize("spread", [0.0, 1e-3])
+@pytest.mark.usefixtures("native")
+def test_equal_and_nearly_equal_values_keep_their_size(form: Integers, spread: float) -> None:
+    values = torch.cat((torch.zeros(1, 32), 3 + spread * rand(1, 32), -3 + spread * rand(1, 32)))
+    found = quantize(values, form.bits).dense(torch.float32)
+    torch.testing.assert_close(found, values, rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("form", [INT8, INT4], ids=str)
+@pytest.mark.usefixtures("native")
+def test_storage_has_the_declared_bytes_and_the_values_of_its_source(form: Integers) -> None:
+    values = rand(64, 320)
+    weight: Any = form.allocate(cpu_backend(torch.bfloat16), (64, 320))
+    weight.copy_(values)
+    parts = [part for part in (weight.data, weight.scales, weight.zeros) if part is not None]
+    assert sum(part.nbytes for part in parts) == form.bytes((64, 320), 2)
+    layer, x = linear_of(weight), torch.eye(320).bfloat16()
+    found = cpu_backend(torch.bfloat16).linear(x, layer).float().T
+    expected = quantize(values, form.bits).dense(torch.float32)
+    torch.testing.assert_close(found, expected, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e5])
+@pytest.mark.parametrize("form", [INT8, INT4], ids=str)
+@pytest.mark.usefixtures("native")
+def test_weights_out_of_range_are_refused(form: Integers, value: float) -> None:
+    weight: Any = form.allocate(cpu_backend(torch.bfloat16), (64, 320))
+    values = rand(64, 320)
+    values[3, 7] = value
+    with pytest.raises(ValueError, match="not finite, or too large"):
+        weight.copy_(values)
+
+
+@pytest.mark.parametrize("other", [Integers(4, 32), Integers(8, 64, True)], ids=str)
+@pytest.mark.usefixtures("native")
+def test_integers_that_the_storage_cannot_hold_are_quantized_again(other: Integers) -> None:
+    weight: Any = INT8.allocate(cpu_backend(torch.bfloat16), (64, 320))
+    source = integers(other, 64, 320)
+    weight.copy_(source)
+    expected: Any = INT8.allocate(cpu_backend(torch.bfloat16), (64, 320))
+    expected.copy_(source.dense(torch.float32))
+    assert torch.equal(weight.data, expected.data)
+    assert torch.equal(weight.scales, expected.scales)
