@@ -32,7 +32,7 @@ from engine.resolve import dtype_name, resolve, rounding
 from engine.scheduling.admission import admit, take_requests
 from engine.stats import EngineStats
 from engine.step_loop import StepLoop
-from engine.summary import RunSummary, peak_resident_bytes
+from engine.summary import RunSummary, longest_wait, peak_resident_bytes, thread_waits
 from engine.warm_up import prepare
 from model import load_config
 from model.checks.verify import Kernels
@@ -267,7 +267,7 @@ class Engine:
                 "close it; finish() also ends it"
             )
         steps, scheduler = self.steps, self.steps.scheduler
-        start = time.perf_counter()
+        start, waits = time.perf_counter(), thread_waits()
         self._generating, complete, more = True, False, True
         try:
             while more or scheduler.running or scheduler.waiting:
@@ -290,6 +290,7 @@ class Engine:
             steps.clear()
             self._generating = False
             self.stats.inference_s += time.perf_counter() - start
+            self.stats.cpu_wait_s += longest_wait(waits, thread_waits())
 
     def summary(self) -> RunSummary:
         """The summary that reports need of the runs so far; also valid after `finish`."""

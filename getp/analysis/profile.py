@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar, cast
 
 import torch
@@ -169,12 +169,7 @@ def merge_fused_ops(ops: Iterable[Op], within: Mapping[str, str]) -> list[Op]:
     found = {op.name: op for op in ops}
     for inner, outer in within.items():
         one, both = found.pop(inner), found[outer]
-        found[outer] = replace(
-            both,
-            flops=both.flops + one.flops,
-            bytes=both.bytes + one.bytes,
-            launches=both.launches + one.launches,
-        )
+        found[outer] = both.plus(one, both.layer_count)
     return [*found.values()]
 
 
