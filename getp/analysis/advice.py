@@ -172,7 +172,7 @@ def _larger_batch(profile: Profile) -> list[Advice]:
     best, tok_s = work.batch, profile.tok_s
     while 2 * best <= max_batch:
         larger = replace(work, batch=2 * best)
-        reached = larger.tokens / _predicted(profile, larger)
+        reached = larger.tokens / predicted_seconds(profile, larger)
         if reached < tok_s * _MIN_DOUBLING_GAIN:
             break
         best, tok_s = larger.batch, reached
@@ -187,12 +187,12 @@ def _smaller_dtype(profile: Profile) -> list[Advice]:
     smaller = _SMALLER[profile.work.dtype]
     if smaller not in profile.device.peaks:
         return []  # the device would convert it to a wider type, which costs time
-    step = _predicted(profile, replace(profile.work, dtype=smaller))
+    step = predicted_seconds(profile, replace(profile.work, dtype=smaller))
     saved_s = profile.step_s - step
     return [_saving(profile, f"weights, activations and KV cache in {smaller}", saved_s)]
 
 
-def _predicted(profile: Profile, work: Workload) -> float:
+def predicted_seconds(profile: Profile, work: Workload) -> float:
     """Return the seconds of another step with the same number of launches.
 
     The time of a part grows with that at the measured rates of kernels, where there are some, or

@@ -2,8 +2,9 @@
 
 A job is modelled as full prefill steps, then decode steps with the batch sizes that follow from
 the output lengths, at the mean context. Each step is bounded as in `model.cost.roofline`, with
-compute and memory slowed down by an efficiency. Scheduling, sampling and other host time are not
-included. Several GPUs use tensor parallelism, replicas or both.
+compute and memory slowed down by an efficiency; scheduling, sampling and other host time are not
+included. On this machine's CPU a step takes its time at the measured rates of kernels. Several GPUs
+use tensor parallelism, replicas or both.
 """
 
 import contextlib
@@ -42,6 +43,7 @@ class Efficiency:
     compute: float
     memory: float
     source: str
+    at_rates: bool = False  # the device has measured rates of kernels, which need no efficiency
 
 
 @dataclass(frozen=True, eq=False)  # hashed by identity, for the caches below
@@ -274,7 +276,7 @@ def efficiency_of(device: Device, dtype: str, model: Model) -> Efficiency:
     from model.cost.measure import cached_device, recorded_efficiency
 
     if device.rates is not None:
-        return Efficiency(1.0, 1.0, f"rates of its kernels, {device.source}")
+        return Efficiency(1.0, 1.0, device.source, at_rates=True)
     run = recorded_efficiency(device, model.name)
     if run is not None:
         share, date = run

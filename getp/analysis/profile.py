@@ -127,6 +127,7 @@ def profile(
     probe = StepProbe(engine, batch, query, context)
     times = measure_times(probe.step, engine.device)
     launches = count_launches(probe.step, engine.device, trace)
+    probe.release()
     dtype = dtype_name(engine.dtype)
     work = Workload(cast(Phase, phase), batch, query, context, dtype, causal=True)
     return assemble(engine.held_config, work, device, engine.device.type == "cuda", times, launches)

@@ -31,7 +31,9 @@ _HEADS, _HEAD_DIM, _BLOCK = 16, 64, 16  # of attention
 _CONTEXT, _SHORT, _QUERY, _SEQUENCES = 1024, 128, 512, 32
 _KV_BYTES = 1 << 26
 _LOGITS = 64, 1 << 17
-_HOST_OPERATIONS = 100  # in Python; about as many as a step has besides those of the model
+# The host's part of a step (scheduling, batch, sampling, bookkeeping) takes 1.1 to 1.2 ms where 100
+# small operations from Python take 0.35 ms; both wait for code and data that kernels evicted.
+_HOST_OPERATIONS = 300
 
 
 @dataclass(frozen=True)

@@ -434,7 +434,7 @@ def test_a_cpu_is_planned_at_the_rates_of_its_kernels(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cpu = torch.device("cpu")
     entry = {"date": "2030-01-02", "peaks": {"float32": 1e11}, "bandwidth": 1e10, "launch_s": 0}
-    rates = Rates({"bfloat16": [(1, 1e-12, 0.0), (64, 1e-12, 0.0)]}, *[0.0] * 8, host_s=0.25)
+    rates = Rates({"bfloat16": [(1, 1e-12, 0.0), (64, 1e-12, 0.0)]}, *[0.0] * 8, 0.25)
     entry |= {"memory": 2**34, "rates": rates.as_json()}
     measure.write_cache({measure.cache_key(cpu): entry})
     measure.store_efficiency(cpu, "qwen2-0.5b", 0.25)
@@ -445,9 +445,10 @@ def test_a_cpu_is_planned_at_the_rates_of_its_kernels(
     (job,) = planned(capsys, "qwen2-0.5b", "-i", prompts, "--gpu", "local")["gpus"]
     assert job["per_token_s"] == pytest.approx(0.25 + weights * 1e-12)
     assert (job["max_batch_size"], job["max_batch_tokens"]) == (64, 512)
-    assert job["efficiency"]["compute"] == 1.0
-    assert cli.run(["qwen2-0.5b", "-m", "plan", "--gpu", "local"]) == 0
-    assert "at the measured rates of its kernels" in capsys.readouterr().out
+    assert job["efficiency"]["at_rates"]
+    for options in ([], ["-i", prompts]):
+        assert cli.run(["qwen2-0.5b", "-m", "plan", "--gpu", "local", *options]) == 0
+        assert "at the measured rates of its kernels" in capsys.readouterr().out
 
 
 def test_predictions_use_the_efficiency_of_the_last_run_here(
