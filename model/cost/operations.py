@@ -15,7 +15,6 @@ All figures are integers computed from the config alone, without torch. Conventi
 """
 
 from collections import Counter
-from dataclasses import replace
 
 from model.config import LayerConfig, ModelConfig
 from model.cost import flops
