@@ -49,7 +49,7 @@ class Lookup:
                 del positions[0]
         self._indexed = max(self._indexed, len(tokens))
         self._draft, self._draft_at = [], len(tokens)
-        positions = self._positions.get(tuple(tokens[-_SHORTEST_MATCH:]))
+        positions = self._positions.get(tuple(tokens[-_SHORTEST_MATCH:]), [])
         if positions:
             best = max(positions, key=lambda at: (_match(tokens, at), at))
             self._draft = list(tokens[best : best + most])

@@ -53,12 +53,12 @@ def measure_rates(target: torch.device) -> Rates:
         seconds = _medians(timed)
         products = {"float32": _speeds(seconds)}
         timed = {**_dense(half), **_host(), **_others(half)}
-        if half.keeps_mxfp4:
+        if half.keeps_mxfp4(stacked=True):
             timed |= _experts(half)
         seconds = _medians(timed)
         products["bfloat16"] = _speeds(seconds)
         activated_s = max(0.0, seconds["gated"] - seconds["plain"])
-        if half.keeps_mxfp4:
+        if half.keeps_mxfp4(stacked=True):
             # Their kernel includes the activation, which the cost model has as an operation.
             per_row = activated_s / (3 * _SIZE)
             products[MXFP4.name] = [
@@ -220,7 +220,7 @@ def _host() -> dict[str, _Timed]:
 
 
 def _norms(backend: Backend, tokens: int) -> Compute:
-    norm = Norm(_SIZE, NormSpec(1e-5), torch.ones(_SIZE))
+    norm = Norm(_SIZE, NormSpec(1e-5), weight=torch.ones(_SIZE))
     # Rows that are not in the caches, as after a product that has read its weights.
     xs = torch.randn(_NORMS, tokens, _SIZE)
     deltas = xs.to(backend.dtype)

@@ -230,7 +230,12 @@ def test_a_job_is_predicted(prompts: str, capsys: Printed) -> None:
     assert (job["requests"], job["requests_refused"], job["prompt_tokens"]) == (2, 1, 3)
     assert job["output_tokens"] == 48 + 49
     h100, a100 = job["gpus"]
-    assert h100["efficiency"] == {"compute": 0.7, "memory": 0.7, "source": "assumed"}
+    assert h100["efficiency"] == {
+        "compute": 0.7,
+        "memory": 0.7,
+        "source": "assumed",
+        "at_rates": False,
+    }
     assert h100["decode_steps"] == 48
     weights_read = (16.06e9 - 128_256 * 4096 * 2) / (3350e9 * 0.7)  # without the embedding
     assert h100["decode_s"] == pytest.approx(48 * weights_read, rel=0.01)
