@@ -33,7 +33,7 @@ from engine.resolve import dtype_name, load_model_config, resolve, rounding
 from engine.scheduling.admission import admit, take_requests
 from engine.stats import EngineStats
 from engine.step_loop import StepLoop
-from engine.summary import RunSummary, peak_resident_bytes
+from engine.summary import RunSummary, longest_wait, peak_resident_bytes, thread_waits
 from engine.warm_up import prepare
 from model.checks.verify import Kernels
 from model.cost.workload import kv_dtype
@@ -272,7 +272,7 @@ class Engine:
                 "close it; finish() also ends it"
             )
         steps, scheduler = self.steps, self.steps.scheduler
-        start = time.perf_counter()
+        start, waits = time.perf_counter(), thread_waits()
         self._generating, complete, more = True, False, True
         try:
             while more or scheduler.running or scheduler.waiting:
@@ -295,6 +295,7 @@ class Engine:
             steps.clear()
             self._generating = False
             self.stats.inference_s += time.perf_counter() - start
+            self.stats.cpu_wait_s += longest_wait(waits, thread_waits())
 
     def summary(self) -> RunSummary:
         """The summary that reports need of the runs so far; also valid after `finish`."""

@@ -11,7 +11,12 @@ import torch
 from engine.config import EngineConfig
 from engine.errors import EngineError
 from model import ModelConfig, load_config
-from model.cost.batch_limits import default_batch_size, default_batch_tokens
+from model.cost.batch_limits import (
+    CPU_BATCH_SIZE,
+    cpu_batch_tokens,
+    default_batch_size,
+    default_batch_tokens,
+)
 from model.cost.measure import hardware_name
 from model.cost.operations import check_tensor_parallel
 from model.ops.backend import Backend, KvDtypeError, choose_backend
@@ -54,10 +59,8 @@ def resolve(config: EngineConfig, model: ModelConfig) -> Settings:
         )
     held = held_config(model, device, dtype)
     if device.type == "cpu":
-        size = config.max_batch_size or 64
-        # CPU kernels reach their full speed at 512 tokens; an expert processes only some of a
-        # step's.
-        tokens = 512 if model.moe is None else 1024
+        size = config.max_batch_size or CPU_BATCH_SIZE
+        tokens = cpu_batch_tokens(model)
     else:
         memory = torch.cuda.get_device_properties(device).total_memory
         ranks = config.tensor_parallel

@@ -41,6 +41,7 @@ class EngineStats:
     compile_s: float = 0.0  # first runs of steps, which compile the GPU's kernels
     capture_s: float = 0.0  # capturing decode steps as graphs, without compiling
     inference_s: float = 0.0
+    cpu_wait_s: float = 0.0  # of it: the longest that a thread was ready to run but had no core
     finish_s: float = 0.0
 
     def since(self, before: "EngineStats") -> "EngineStats":

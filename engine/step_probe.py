@@ -12,11 +12,14 @@ class StepProbe:
     """`batch` sequences of random tokens, each about to compute the last `query` of `context`.
 
     The KV cache holds random values for the earlier positions: nothing is prefilled. The step is
-    the engine's own, from scheduling to sampling, but never replayed as a graph, because the parts
-    of a graph cannot be timed. Raises EngineError if the engine has no room for the step.
+    the engine's own, from scheduling to sampling, without drafts. Unless `replayed` is set it is
+    never replayed, because the parts of a graph or a recording cannot be timed. Raises EngineError
+    if the engine has no room for the step.
     """
 
-    def __init__(self, engine: Engine, batch: int, query: int, context: int):
+    def __init__(
+        self, engine: Engine, batch: int, query: int, context: int, replayed: bool = False
+    ):
         engine.warm_up()
         if context > engine.max_positions:
             raise EngineError(
@@ -38,8 +41,10 @@ class StepProbe:
             (batch, context),
             generator=torch.Generator().manual_seed(0),
         )
-        engine.runner.uncapture()
+        if not replayed:
+            engine.runner.uncapture()
         scheduler = self._steps.scheduler
+        scheduler.speculation = None
         scheduler.running = [self._sequence(i, tokens) for i, tokens in enumerate(ids.tolist())]
         tables = [table for each in scheduler.running for table in each.block_tables.tables]
         engine.runner.fill_kv_randomly(max(max(table) for table in tables))
@@ -53,6 +58,13 @@ class StepProbe:
             sequence.computed, sequence.length = self._start, self._context
             # The first step gives the runner the block tables and a last token to decode from.
             sequence.decoding = self._context - self._start == 1
+
+    def release(self) -> None:
+        """Free the KV blocks, so that the engine has room for another probe."""
+        scheduler = self._steps.scheduler
+        for sequence in scheduler.running:
+            scheduler.cache.release(sequence.block_tables)
+        scheduler.running = []
 
     def _sequence(self, row: int, tokens: list[int]) -> Sequence:
         cache = self._steps.scheduler.cache

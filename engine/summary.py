@@ -1,8 +1,10 @@
 """The summary of a finished run, by one engine or by many replicas, as reports need it."""
 
+import contextlib
 import resource
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from engine.stats import EngineStats
@@ -48,3 +50,22 @@ def peak_resident_bytes() -> int:
     """Peak resident memory of this process in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def thread_waits() -> dict[str, float]:
+    """Seconds that each thread of this process was ready to run but had no core, by thread id.
+
+    Other processes then used the cores. Empty where the system does not count this (only Linux
+    does).
+    """
+    waits = {}
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for thread in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # it has ended
+                waits[thread.name] = int((thread / "schedstat").read_text().split()[1]) * 1e-9
+    return waits
+
+
+def longest_wait(before: dict[str, float], after: dict[str, float]) -> float:
+    """The longest wait of a thread between two results of `thread_waits`, in seconds."""
+    return max((wait - before.get(thread, 0.0) for thread, wait in after.items()), default=0.0)

@@ -24,7 +24,7 @@ def _measured_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         entry = {"date": "2030-01-02", "peaks": {"float32": 1e11, "bfloat16": 1e11}}
-        rates = {"bandwidth": 1e10, "launch_s": 1e-6, "memory": 2**33}
+        rates = {"bandwidth": 1e10, "launch_s": 1e-6, "memory": 2**33, "rates": None}
         patch.setattr(measure, "default_target", lambda: cpu)
         measure.write_cache({measure.cache_key(cpu): entry | rates})
         yield

@@ -21,6 +21,7 @@ from engine.scheduling.sequence import Draft, Sequence, Step
 MAX_DRAFT_TOKENS = 15  # in a step
 _MAX_SEQUENCES = 8  # decoding in a step; larger batches leave little unused
 _LIMITS = (0, 1, 2, 3, 5, 7, 10, 15)  # numbers of draft tokens of a sequence that are compared
+_SHORTEST_MATCH = 2  # tokens before a draft that must have occurred before
 _LONGEST_MATCH = 16  # tokens compared to choose among earlier occurrences
 _OCCURRENCES = 4  # earlier occurrences that are kept
 _INITIAL_RATE = 0.3  # acceptance rate that a sequence starts with
@@ -35,20 +36,20 @@ class Lookup:
         self.rate = _INITIAL_RATE
         self._draft: list[int] = []  # the tokens proposed from position _draft_at on
         self._draft_at = 0
-        self._positions: dict[tuple[int, int], list[int]] = {}  # two tokens → positions after them
-        self._indexed = 2  # pairs that end before this position are in _positions
+        self._positions: dict[tuple[int, ...], list[int]] = {}  # tokens → positions after them
+        self._indexed = _SHORTEST_MATCH  # those that end before this position are in _positions
 
     def propose(self, tokens: SequenceOf[int], most: int) -> list[int]:
         """Up to `most` tokens that may follow `tokens`, of which none was removed since."""
         self._update_rate(tokens)
-        for at in range(self._indexed, len(tokens)):  # not the pair at the very end
-            positions = self._positions.setdefault((tokens[at - 2], tokens[at - 1]), [])
+        for at in range(self._indexed, len(tokens)):  # not those at the very end
+            positions = self._positions.setdefault(tuple(tokens[at - _SHORTEST_MATCH : at]), [])
             positions.append(at)
             if len(positions) > _OCCURRENCES:
                 del positions[0]
         self._indexed = max(self._indexed, len(tokens))
         self._draft, self._draft_at = [], len(tokens)
-        positions = self._positions.get((tokens[-2], tokens[-1]), []) if len(tokens) > 1 else []
+        positions = self._positions.get(tuple(tokens[-_SHORTEST_MATCH:]), [])
         if positions:
             best = max(positions, key=lambda at: (_match(tokens, at), at))
             self._draft = list(tokens[best : best + most])

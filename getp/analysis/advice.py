@@ -1,7 +1,7 @@
 """The bottleneck of a measured step, and changes that would help, with their predicted gains.
 
 A change saves launches, bytes or host time, or it scales the time of each part without its launches
-in proportion to the roofline limit of the part.
+in proportion to what the cost model predicts for the part.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -172,7 +172,7 @@ def _larger_batch(profile: Profile) -> list[Advice]:
     best, tok_s = work.batch, profile.tok_s
     while 2 * best <= max_batch:
         larger = replace(work, batch=2 * best)
-        reached = larger.tokens / _predicted(profile, larger)
+        reached = larger.tokens / predicted_seconds(profile, larger)
         if reached < tok_s * _MIN_DOUBLING_GAIN:
             break
         best, tok_s = larger.batch, reached
@@ -187,30 +187,35 @@ def _smaller_dtype(profile: Profile) -> list[Advice]:
     smaller = _SMALLER[profile.work.dtype]
     if smaller not in profile.device.peaks:
         return []  # the device would convert it to a wider type, which costs time
-    step = _predicted(profile, replace(profile.work, dtype=smaller))
+    step = predicted_seconds(profile, replace(profile.work, dtype=smaller))
     saved_s = profile.step_s - step
     return [_saving(profile, f"weights, activations and KV cache in {smaller}", saved_s)]
 
 
-def _predicted(profile: Profile, work: Workload) -> float:
+def predicted_seconds(profile: Profile, work: Workload) -> float:
     """Return the seconds of another step with the same number of launches.
 
-    The time of a part grows with its roofline limit, or with the number of tokens if the cost model
-    does not know the part.
+    The time of a part grows with that at the measured rates of kernels, where there are some, or
+    else with its roofline limit; with the number of tokens if the cost model does not know it.
     """
     ops = {op.name: op for op in _operations(profile, work)}
     step = launch_seconds(profile)
     for part in profile.components:
         growth = work.tokens / profile.work.tokens
-        if part.op.layer_count:
-            now = _limit(profile, [part.op], profile.work.dtype)
-            growth = _limit(profile, [ops[part.name]], work.dtype) / now
+        if part.op.layer_count and (now := _cost(profile, part.op, profile.work)):
+            growth = _cost(profile, ops[part.name], work) / now
         step += _own_seconds(profile, part) * growth
     return step
 
 
 def _operations(profile: Profile, work: Workload) -> list[Op]:
     return merge_fused_ops(operations(profile.config, work), profile.within)
+
+
+def _cost(profile: Profile, op: Op, work: Workload) -> float:
+    """Return what the seconds of an operation are proportional to in different steps."""
+    rates = profile.device.rates
+    return _limit(profile, [op], work.dtype) if rates is None else rates.op_seconds(op, work)
 
 
 def _limit(profile: Profile, ops: list[Op], dtype: str) -> float:

@@ -2,8 +2,9 @@
 
 A job is modelled as full prefill steps, then decode steps with the batch sizes that follow from
 the output lengths, at the mean context. Each step is bounded as in `model.cost.roofline`, with
-compute and memory slowed down by an efficiency. Scheduling, sampling and other host time are not
-included. Several GPUs use tensor parallelism, replicas or both.
+compute and memory slowed down by an efficiency; scheduling, sampling and other host time are not
+included. On this machine's CPU a step takes its time at the measured rates of kernels. Several GPUs
+use tensor parallelism, replicas or both.
 """
 
 import contextlib
@@ -17,11 +18,15 @@ from typing import TYPE_CHECKING, Any
 from getp.analysis.lookup import LOCAL, Model
 from getp.analysis.step_plan import check_split
 from getp.errors import GetpError
-from model.cost.batch_limits import default_batch_size, default_batch_tokens
+from model.cost.batch_limits import (
+    CPU_BATCH_SIZE,
+    cpu_batch_tokens,
+    default_batch_size,
+    default_batch_tokens,
+)
 from model.cost.devices import Device
-from model.cost.interconnect import exchange
-from model.cost.operations import check_tensor_parallel, operations, total
-from model.cost.roofline import bound, largest_batch
+from model.cost.operations import check_tensor_parallel
+from model.cost.roofline import bound_step, largest_batch
 from model.cost.workload import Workload, kv_dtype
 
 if TYPE_CHECKING:
@@ -38,6 +43,7 @@ class Efficiency:
     compute: float
     memory: float
     source: str
+    at_rates: bool = False  # the device has measured rates of kernels, which need no efficiency
 
 
 @dataclass(frozen=True, eq=False)  # hashed by identity, for the caches below
@@ -69,6 +75,9 @@ class Limits:
 
     def on(self, device: Device, model: Model, dtype: str) -> tuple[int, int]:
         """Return the requests and the tokens of a step on a device."""
+        if device.rates is not None:
+            size = self.max_batch_size or CPU_BATCH_SIZE
+            return size, self.max_batch_tokens or cpu_batch_tokens(model.config)
         ranks = self.tensor_parallel
         size = self.max_batch_size or default_batch_size(model.config, dtype, device.memory, ranks)
         return size, self.max_batch_tokens or default_batch_tokens(size)
@@ -211,13 +220,13 @@ class _StepTime:
 
 def _step_time(model: Model, work: Workload, device: Device, efficiency: Efficiency) -> _StepTime:
     """Return the time of one step at the given efficiency."""
-    link_s = exchange(model.config, work).seconds(device.link)
-    step = total(operations(model.config, work))
-    found = bound(step, device, work.dtype, work.tokens)
+    found = bound_step(model.config, work, device)
     compute, memory = found.compute_s / efficiency.compute, found.memory_s / efficiency.memory
     longest = max(compute, memory, found.launch_s)
     limit = "compute" if longest == compute else "memory" if longest == memory else "launch"
-    return _StepTime(longest + link_s, link_s, "link" if link_s > longest else limit)
+    own = longest if found.measured_s is None else found.measured_s
+    link_s = found.link_s
+    return _StepTime(own + link_s, link_s, "link" if link_s > own else limit)
 
 
 @lru_cache
@@ -262,10 +271,12 @@ def efficiency_of(device: Device, dtype: str, model: Model) -> Efficiency:
     """Return the efficiency of a device: measured on this machine, if it has one, or assumed.
 
     The last run of the model on this machine takes precedence over its measured peaks, which count
-    as fully reached.
+    as fully reached. Measured rates of kernels need neither.
     """
     from model.cost.measure import cached_device, recorded_efficiency
 
+    if device.rates is not None:
+        return Efficiency(1.0, 1.0, device.source, at_rates=True)
     run = recorded_efficiency(device, model.name)
     if run is not None:
         share, date = run

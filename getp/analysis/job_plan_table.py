@@ -100,6 +100,8 @@ def _notes(predictions: Sequence[Prediction]) -> str:
 def _efficiency(one: Prediction) -> str:
     """Return the expected shares of a device's peaks, and where they come from."""
     found = one.efficiency
+    if found.at_rates:
+        return f"{one.name}: at the measured rates of its kernels ({found.source})"
     shares = f"{found.compute:.0%} of peak FLOP/s, {found.memory:.0%} of bandwidth"
     if found.source == ASSUMED:
         return f"Assumed: {shares}"

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar, cast
 
 import torch
@@ -127,6 +127,7 @@ def profile(
     probe = StepProbe(engine, batch, query, context)
     times = measure_times(probe.step, engine.device)
     launches = count_launches(probe.step, engine.device, trace)
+    probe.release()
     dtype = dtype_name(engine.dtype)
     work = Workload(cast(Phase, phase), batch, query, context, dtype, causal=True)
     return assemble(engine.held_config, work, device, engine.device.type == "cuda", times, launches)
@@ -169,12 +170,7 @@ def merge_fused_ops(ops: Iterable[Op], within: Mapping[str, str]) -> list[Op]:
     found = {op.name: op for op in ops}
     for inner, outer in within.items():
         one, both = found.pop(inner), found[outer]
-        found[outer] = replace(
-            both,
-            flops=both.flops + one.flops,
-            bytes=both.bytes + one.bytes,
-            launches=both.launches + one.launches,
-        )
+        found[outer] = both.plus(one, both.layer_count)
     return [*found.values()]
 
 

@@ -13,7 +13,7 @@ from getp.terminal import warn
 from model.cost.devices import Device
 from model.cost.interconnect import LINKS, Exchange, exchange
 from model.cost.operations import check_tensor_parallel, operations, total
-from model.cost.roofline import Bound, bound
+from model.cost.roofline import Bound, bound_step
 from model.cost.workload import Op, Phase, Workload, kv_dtype
 
 _DEFAULT_QUERY = 1024  # tokens per sequence in a prefill or backward step
@@ -75,10 +75,8 @@ def make_plan(
             f"a context of {context} tokens exceeds the limit of {model.name}: "
             f"{model.config.max_positions} tokens"
         )
-    step = total(ops)
-    sent = exchange(model.config, work)
-    bounds = [bound(step, device, dtype, work.tokens, sent) for device in gpus]
-    return Plan(model, work, ops, step, bounds)
+    bounds = [bound_step(model.config, work, device) for device in gpus]
+    return Plan(model, work, ops, total(ops), bounds)
 
 
 def time_name(work: Workload) -> str:

@@ -164,7 +164,11 @@ def _notes(plan: Plan, details: bool) -> list[str]:
     work, devices = plan.work, [gpu_bound.device for gpu_bound in plan.bounds]
     communication = ", plus communication" if details or work.tensor_parallel > 1 else ""
     kind = "measured" if all(device.name == LOCAL for device in devices) else "datasheet"
-    lines = [f"Time = max(compute, memory, launch overhead) at {kind} peaks{communication}."]
+    lines = []
+    if any(device.rates is None for device in devices):
+        lines = [f"Time = max(compute, memory, launch overhead) at {kind} peaks{communication}."]
+    if any(device.rates is not None for device in devices):
+        lines += ["local: the sum of its operations at the measured rates of its kernels."]
     if details:
         lines += [
             "MFU and MBU are the shares of peak FLOP/s and bandwidth used in that time.",

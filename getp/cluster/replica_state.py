@@ -9,7 +9,7 @@ from engine import Completion, EngineStats, ReplicaSummary
 from getp.cluster.replica import Results, StartReport
 
 _STARTING = ("warm_up_s", "load_s", "compile_s", "capture_s")
-_MEANS = ("schedule_s", "model_s", *_STARTING, "inference_s", "finish_s")
+_MEANS = ("schedule_s", "model_s", *_STARTING, "inference_s", "cpu_wait_s", "finish_s")
 _MAXIMA = ("peak_batch",)
 _CURRENT = ("kv_blocks", "kv_bytes", "peak_kv_blocks")
 

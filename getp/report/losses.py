@@ -1,11 +1,12 @@
 """The largest loss of time in a run, as a clause for the report."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine import EngineStats
 from model.config import ModelConfig
 from model.cost.devices import Device
 from model.cost.operations import operations, total
+from model.cost.roofline import bound_step
 from model.cost.workload import Workload
 
 
@@ -34,6 +35,7 @@ def largest_loss(run: FinishedRun, limit_s: float) -> str:
         _reading_and_writing(run),
         _scheduling(run),
         _recomputing(run),
+        _other_processes(run),
         *_small_batch(run),
         *_below_peak(run, limit_s),
     ]
@@ -76,6 +78,18 @@ def _recomputing(run: FinishedRun) -> _Loss:
     )
 
 
+def _other_processes(run: FinishedRun) -> _Loss:
+    """Return the time in which other processes had the cores of a CPU that computes the model.
+
+    Threads of a GPU's host also wait, but the GPU computes meanwhile.
+    """
+    seconds = run.stats.cpu_wait_s if run.device.rates is not None else 0.0
+    return _Loss(
+        seconds,
+        f"{seconds / run.inference_s:.0%} of the time other processes used the processor's cores",
+    )
+
+
 def _small_batch(run: FinishedRun) -> list[_Loss]:
     """Return the time that decoding at the largest batch would have saved, by the cost model."""
     stats, max_batch = run.stats, run.max_batch_size
@@ -86,12 +100,12 @@ def _small_batch(run: FinishedRun) -> list[_Loss]:
 
     def per_token(size: int) -> float:
         work = Workload("decode", size, 1, context, run.dtype, fused=True)
-        step = total(operations(run.config, work))
-        compute = step.flops.matrix / run.device.peak(run.dtype)
-        return max(compute, step.bytes.total / run.device.bandwidth) / size
+        return _step_seconds(run, work) / size
 
-    saved = 1 - per_token(max_batch) / per_token(max(1, round(batch)))
-    decoding = stats.decode_tokens / (stats.decode_tokens + stats.prefill_tokens)
+    now = per_token(max(1, round(batch)))
+    saved = max(0.0, 1 - per_token(max_batch) / now)
+    decode_s = stats.decode_tokens * now
+    decoding = decode_s / (decode_s + _prefill_seconds(run))
     reasons = {
         "too few requests to fill it": stats.short_steps,
         "KV memory was full": stats.kv_full_steps,
@@ -102,9 +116,29 @@ def _small_batch(run: FinishedRun) -> list[_Loss]:
     return [_Loss(seconds, f"the decode batch was {batch:.0f} of {max_batch}: {reason}")]
 
 
+def _prefill_seconds(run: FinishedRun) -> float:
+    """Return the seconds of the chunks of prompts by the cost model."""
+    stats = run.stats
+    if not stats.prefill_chunks:
+        return 0.0
+    query = max(1, round(stats.prefill_tokens / stats.prefill_chunks))
+    context = max(query, round(stats.prefill_context / stats.prefill_chunks))
+    work = Workload("prefill", 1, query, context, run.dtype, fused=True, causal=True)
+    # Chunks of several sequences share a step, and what it costs to read the weights.
+    chunks = max(1, round(stats.prefill_chunks / stats.steps))
+    return _step_seconds(run, replace(work, batch=chunks)) * stats.prefill_chunks / chunks
+
+
+def _step_seconds(run: FinishedRun, work: Workload) -> float:
+    """Return the seconds of a step: at the measured rates of kernels, or the roofline's."""
+    found = bound_step(run.config, work, run.device)
+    return max(found.compute_s, found.memory_s) if found.measured_s is None else found.measured_s
+
+
 def _below_peak(run: FinishedRun, limit_s: float) -> list[_Loss]:
     """Return the time of the steps beyond the device's limit: launches, and slow kernels."""
-    excess_s = max(0.0, run.stats.model_s - limit_s)
+    waited_s = _other_processes(run).seconds
+    excess_s = max(0.0, run.stats.model_s - limit_s - waited_s)
     work = Workload("decode", 1, 1, 1, run.dtype)
     launches = total(operations(run.config, work)).launches
     launch_s = min(excess_s, run.stats.steps * launches * run.device.launch_s)

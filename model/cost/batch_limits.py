@@ -1,4 +1,4 @@
-"""The default limits of a step on a GPU, from its memory and the model's."""
+"""The default limits of a step: on a GPU from its memory and the model's, on a CPU fixed."""
 
 from model.config import ModelConfig
 from model.cost.operations import kv_bytes_per_sequence, parameter_bytes
@@ -13,6 +13,18 @@ _LOGIT_BYTES = 52
 # More tokens make no step of chunks more efficient; a larger batch needs them so that its decodes
 # leave most of a step to chunks.
 _MIN_TOKENS, _MAX_TOKENS, _TOKENS_PER_SEQUENCE = 8192, 16384, 16
+
+
+CPU_BATCH_SIZE = 64
+"""How many requests run at once on a CPU."""
+
+
+def cpu_batch_tokens(config: ModelConfig) -> int:
+    """Return how many tokens a step computes on a CPU, chunks and decodes together.
+
+    Kernels reach their full speed at 512 tokens; an expert processes only some of a step's.
+    """
+    return 512 if config.moe is None else 1024
 
 
 def default_batch_size(

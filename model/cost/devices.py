@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from model.cost.interconnect import LINKS, Link
+from model.cost.rates import Rates
 
 LAUNCH_S = 7.5e-6
 """Seconds to launch a kernel (bottleneck-analysis). Datasheets do not state it, because most of it
@@ -41,6 +42,7 @@ class Device:
     source: str
     launch_s: float = LAUNCH_S
     link: Link = LINKS["PCIe 4"]  # to GPUs of the same kind in one host
+    rates: Rates | None = None  # of a measured CPU's kernels
 
     def computes_in(self, dtype: str) -> str:
         """Return the dtype in which this device computes matrix products of `dtype`."""

@@ -1,6 +1,6 @@
 """Measure this machine: the Device called `local`, stored with its date in the user's cache.
 
-The only module of the cost model that imports torch.
+With `measure_rates` the only module of the cost model that imports torch.
 """
 
 import datetime
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from model.cost.devices import Device, device_of_driver
+from model.cost.measure_rates import measure_rates
+from model.cost.rates import Rates
 from model.formats import DENSE
 from model.ops.backend import choose_backend
 from model.ops.specs import Linear
@@ -103,7 +105,10 @@ def recorded_efficiency(device: Device, model: str) -> tuple[float, str] | None:
 
 
 def measure(target: torch.device) -> dict[str, Any]:
-    """Measure peak FLOP/s of matrix products by dtype, read bandwidth and launch time."""
+    """Measure peak FLOP/s of matrix products by dtype, read bandwidth and launch time.
+
+    On a CPU also the rates of the kernels.
+    """
     dtypes = ["float32", "bfloat16", *(["float16"] if target.type == "cuda" else [])]
     return {
         "date": datetime.date.today().isoformat(),
@@ -111,6 +116,7 @@ def measure(target: torch.device) -> dict[str, Any]:
         "bandwidth": _read_rate(target),
         "launch_s": _launch_time(target),
         "memory": _memory(target),
+        "rates": measure_rates(target).as_json() if target.type == "cpu" else None,
     }
 
 
@@ -228,6 +234,7 @@ def _parse(entry: Any, hardware: str) -> Measured | None:
             memory=int(entry["memory"]),
             source=f"measured on {hardware}, {entry['date']}",
             launch_s=float(entry["launch_s"]),
+            rates=None if entry["rates"] is None else Rates.parse(entry["rates"]),
         )
         return Measured(device, str(entry["date"]), hardware)
     except (TypeError, KeyError, ValueError, AttributeError):

@@ -19,7 +19,7 @@ from collections import Counter
 from model.config import LayerConfig, ModelConfig
 from model.cost import flops
 from model.cost.flops import Flops
-from model.cost.workload import DTYPE_BYTES, Bytes, Op, Workload, kv_vector_bytes
+from model.cost.workload import DTYPE_BYTES, Bytes, Op, Product, Workload, kv_vector_bytes
 from model.formats import DENSE, WeightFormat, full_interface
 from model.sharding import Shard
 from model.transformer import Transformer
@@ -71,8 +71,8 @@ def operations(config: ModelConfig, work: Workload) -> list[Op]:
     found: dict[str, Op] = {}
     for layer, count in Counter(config.layers).items():
         for op in (*shard.attention_block(layer), *shard.mlp_block(layer)):
-            one = Op(op.name, count, op.flops * count, op.bytes * count, op.launches * count)
-            found[op.name] = _add(found[op.name], one) if op.name in found else one
+            one = op.repeated(count)
+            found[op.name] = found[op.name].plus(one) if op.name in found else one
     ops = [shard.embedding(), *(found[name] for name in _LAYER_OPS if name in found)]
     ops += shard.head()
     if work.backward:
@@ -84,7 +84,7 @@ def total(ops: list[Op]) -> Op:
     """Return the sum of the operations; its layer_count is the largest of theirs."""
     result = Op("total", 0, Flops(), Bytes(), 0)
     for op in ops:
-        result = _add(result, op, max(result.layer_count, op.layer_count))
+        result = result.plus(op, max(result.layer_count, op.layer_count))
     return result
 
 
@@ -126,11 +126,6 @@ _LAYER_OPS = (
 ).split()
 
 
-def _add(a: Op, b: Op, layers: int | None = None) -> Op:
-    layers = a.layer_count + b.layer_count if layers is None else layers
-    return Op(a.name, layers, a.flops + b.flops, a.bytes + b.bytes, a.launches + b.launches)
-
-
 class _ShardCost:
     """The cost of the operations on one GPU's shard of the model, each for one layer."""
 
@@ -144,11 +139,12 @@ class _ShardCost:
 
     def op(
         self, name: str, cost: Flops, weights: int, moved: int, launches: int, *,
-        kv: int = 0, fused: tuple[int, int] = (0, 0),
+        kv: int = 0, fused: tuple[int, int] = (0, 0), product: Product | None = None,
     ) -> Op:  # fmt: skip
         """Make an operation. weights, kv: bytes; moved: values; fused: (moved, launches)."""
         moved, launches = fused if self.work.fused else (moved, launches)
-        return Op(name, 1, cost, Bytes(weights, moved * self.item, kv), launches)
+        cost_bytes = Bytes(weights, moved * self.item, kv)
+        return Op(name, 1, cost, cost_bytes, launches, () if product is None else (product,))
 
     def matrix(self, inputs: int, outputs: int, bias: bool, form: WeightFormat = DENSE) -> int:
         """Return the bytes of the weight and bias of a linear layer."""
@@ -193,6 +189,7 @@ class _ShardCost:
                 self.matrix(hidden, query + 2 * key, c.qkv_bias, layer.formats.qkv),
                 tokens * (hidden + query + 2 * key),
                 3,
+                product=Product(layer.formats.qkv.name, tokens, hidden * (query + 2 * key)),
             ),
             self.op(
                 "rope",
@@ -219,6 +216,7 @@ class _ShardCost:
                 tokens * (query + 2 * hidden),
                 2 + self._all_reduce,
                 fused=(tokens * hidden, 1 + self._all_reduce),
+                product=Product(layer.formats.out.name, tokens, query * hidden),
             ),
         ]
 
@@ -237,7 +235,15 @@ class _ShardCost:
         weights = self.matrix(hidden, self.vocab, False, self.config.head_format)
         return [
             self.norm("final_norm", rows),
-            self.op("lm_head", cost, weights, moved, 1, fused=(moved, 1)),
+            self.op(
+                "lm_head",
+                cost,
+                weights,
+                moved,
+                1,
+                fused=(moved, 1),
+                product=Product(DENSE.name, rows, hidden * self.vocab),
+            ),
         ]
 
     @property
@@ -265,6 +271,10 @@ class _ShardCost:
             pairs=tokens,
             size=size,
             gate_up_launches=2,
+            products=(
+                Product(layer.formats.gate_up.name, tokens, 2 * hidden * size),
+                Product(layer.formats.down.name, tokens, hidden * size),
+            ),
         )
 
     def _experts(self, layer: LayerConfig) -> list[Op]:
@@ -286,6 +296,7 @@ class _ShardCost:
             self.matrix(hidden, moe.num_experts, moe.biases),
             tokens * (hidden + moe.num_experts),
             2,
+            product=Product(DENSE.name, tokens, hidden * moe.num_experts),
         )
         rest = self._mlp(
             flops.linear(pairs, hidden, 2 * size, moe.biases, back),
@@ -295,17 +306,29 @@ class _ShardCost:
             pairs=pairs,
             size=size,
             gate_up_launches=1,
+            products=(
+                Product(layer.formats.experts.name, pairs / read, 2 * read * hidden * size),
+                Product(layer.formats.experts.name, pairs / read, read * hidden * size),
+            ),
         )
         return [router, *rest]
 
     def _mlp(
         self, gate_up: Flops, activation: Flops, down: Flops, weights: tuple[int, int], *,
-        pairs: int, size: int, gate_up_launches: int,
+        pairs: int, size: int, gate_up_launches: int, products: tuple[Product, Product],
     ) -> list[Op]:  # fmt: skip
+        """Return gate/up, activation and down; products: of the first and of the last."""
         written, reduce = self.work.tokens * self.config.hidden_size, self._all_reduce
         read = pairs * self.config.hidden_size
         return [
-            self.op("gate_up_proj", gate_up, weights[0], read + 2 * pairs * size, gate_up_launches),
+            self.op(
+                "gate_up_proj",
+                gate_up,
+                weights[0],
+                read + 2 * pairs * size,
+                gate_up_launches,
+                product=products[0],
+            ),
             self.op("activation", activation, 0, 3 * pairs * size, 1),
             self.op(
                 "down_proj",
@@ -314,5 +337,6 @@ class _ShardCost:
                 pairs * size + 2 * written,
                 2 + reduce,
                 fused=(written, 1 + reduce),
+                product=products[1],
             ),
         ]

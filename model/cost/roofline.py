@@ -10,8 +10,9 @@ from typing import Literal, cast
 
 from model.config import ModelConfig
 from model.cost.devices import Device
-from model.cost.interconnect import NO_EXCHANGE, Exchange
-from model.cost.operations import kv_bytes_per_sequence, parameter_bytes
+from model.cost.interconnect import NO_EXCHANGE, Exchange, exchange
+from model.cost.operations import kv_bytes_per_sequence, operations, parameter_bytes, total
+from model.cost.rates import step_seconds
 from model.cost.workload import Op, Workload
 
 Limit = Literal["compute", "memory", "launch", "link"]
@@ -31,15 +32,38 @@ class Bound:
     mfu: float  # matrix FLOPs over peak: model FLOPs utilization
     mbu: float  # bytes over bandwidth: memory bandwidth utilization
     link_s: float = 0.0  # communication with other GPUs
+    measured_s: float | None = None  # at the measured rates of the device's kernels, if it has them
 
     @property
     def seconds(self) -> float:
         """Return the time of the step."""
+        if self.measured_s is not None:
+            return self.measured_s + self.link_s
         return max(self.compute_s, self.memory_s, self.launch_s) + self.link_s
 
 
-def bound(step: Op, device: Device, dtype: str, tokens: int, sent: Exchange = NO_EXCHANGE) -> Bound:
-    """Bound a step from the total of its operations, its tokens and the bytes each GPU sends."""
+def bound_step(config: ModelConfig, work: Workload, device: Device) -> Bound:
+    """Bound a step of a model; at the measured rates of the device's kernels, if it has them."""
+    step = total(operations(config, work))
+    measured_s = None
+    if device.rates is not None and not work.backward:
+        measured_s = step_seconds(config, work, device.rates)
+    sent = exchange(config, work)
+    return bound(step, device, work.dtype, work.tokens, sent, measured_s)
+
+
+def bound(
+    step: Op,
+    device: Device,
+    dtype: str,
+    tokens: int,
+    sent: Exchange = NO_EXCHANGE,
+    measured_s: float | None = None,
+) -> Bound:
+    """Bound a step from the total of its operations, its tokens and the bytes each GPU sends.
+
+    measured_s: the time that the measured rates of kernels predict, in place of the bound.
+    """
     compute = max(
         step.flops.matrix / device.peak(dtype),
         step.flops.vector / device.vector,
@@ -49,7 +73,7 @@ def bound(step: Op, device: Device, dtype: str, tokens: int, sent: Exchange = NO
     launch = step.launches * device.launch_s
     link = sent.seconds(device.link)
     longest = max(compute, memory, launch, link)
-    seconds = max(compute, memory, launch) + link
+    seconds = (max(compute, memory, launch) if measured_s is None else measured_s) + link
     return Bound(
         device,
         _limit_name(longest, compute=compute, memory=memory, launch=launch, link=link),
@@ -60,6 +84,7 @@ def bound(step: Op, device: Device, dtype: str, tokens: int, sent: Exchange = NO
         mfu=step.flops.matrix / device.peak(dtype) / seconds,
         mbu=memory / seconds,
         link_s=link,
+        measured_s=measured_s,
     )
 
 

@@ -1,6 +1,6 @@
 """Workload: the step to cost. Op: the cost of an operation, in integers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from model.config import ModelConfig
@@ -49,6 +49,16 @@ class Bytes:
 
 
 @dataclass(frozen=True)
+class Product:
+    """Products of rows with weights that are read once for all of these rows."""
+
+    kind: str  # the format of the weights; "dense": in the dtype of the step
+    rows: float  # for each weight; experts: the mean of those that are read
+    weights: float  # the number of their values
+    count: int = 1  # products with different weights
+
+
+@dataclass(frozen=True)
 class Op:
     """The cost of one operation, summed over all layers that have it."""
 
@@ -57,11 +67,32 @@ class Op:
     flops: Flops
     bytes: Bytes
     launches: int
+    products: tuple[Product, ...] = ()  # of which its matrix FLOPs consist; none for attention
 
     @property
     def intensity(self) -> float:
         """Return matrix FLOPs per byte; 0 where no bytes are counted."""
         return self.flops.matrix / self.bytes.total if self.bytes.total else 0.0
+
+    def repeated(self, layers: int) -> "Op":
+        """Return this operation of one layer over that many equal layers."""
+        products = tuple(
+            replace(each, weights=each.weights * layers, count=each.count * layers)
+            for each in self.products
+        )
+        flops, moved = self.flops * layers, self.bytes * layers
+        return Op(self.name, layers, flops, moved, self.launches * layers, products)
+
+    def plus(self, other: "Op", layers: int | None = None) -> "Op":
+        """Return the sum with another operation; layers None: the sum of their layers."""
+        return Op(
+            self.name,
+            self.layer_count + other.layer_count if layers is None else layers,
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            self.launches + other.launches,
+            self.products + other.products,
+        )
 
 
 @dataclass(frozen=True)

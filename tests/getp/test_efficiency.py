@@ -1,6 +1,8 @@
 """The efficiency of a run and its largest loss, from the counters of the engine."""
 
+import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +18,15 @@ from engine import (
     RunSummary,
     SamplingParams,
 )
+from engine.summary import longest_wait, thread_waits
 from getp import machine
 from getp.report.efficiency import RunEfficiency, record_efficiency, run_cost, run_efficiency
+from getp.report.losses import FinishedRun, largest_loss
 from model.cost import measure
 from model.cost.devices import find_device
 from model.cost.known_models import named_config
 from model.cost.operations import operations, total
+from model.cost.rates import Rates
 from model.cost.workload import Workload
 from tests.getp.helpers import FakeEngine
 
@@ -163,6 +168,31 @@ def test_the_largest_loss_is_one_sentence(
     assert re.search(sentence, efficiency.largest_loss)
 
 
+def test_on_a_cpu_the_loss_may_be_other_processes_or_a_small_batch() -> None:
+    """Time in which other processes had the cores does not count as kernels below peak speed."""
+    rates = Rates({"bfloat16": [(1, 1e-12, 0.0), (64, 2e-12, 0.0)]}, *[0.0] * 9)
+    cpu = replace(H100, peaks={"bfloat16": 1e15}, bandwidth=1e15, launch_s=0.0, rates=rates)
+    for wait, batch, sentence in (
+        (0.7, 32, "70% of the time other processes used the processor's cores"),
+        (0.2, 32, "80% of the time is kernels and sampling running below peak speed"),
+        (0.0, 1024, "the decode batch was 32 of 1024: too few requests to fill it"),
+        (0.9, 1024, "90% of the time other processes used the processor's cores"),
+    ):
+        stats = replace(DECODING, cpu_wait_s=wait)
+        # At this limit a larger batch costs as much for each token as at the measured rates.
+        limit_s = 1.0 if batch > 32 else 0.0
+        run = FinishedRun(LLAMA3, "bfloat16", cpu, stats, batch, 1.0, 32)
+        assert largest_loss(run, limit_s) == sentence
+
+
+def test_waiting_for_a_core_is_counted() -> None:
+    """The longest wait of a thread counts, since threads wait for each other."""
+    assert longest_wait({"1": 1.0, "2": 5.0}, {"1": 1.5, "2": 5.25, "3": 0.125}) == 0.5
+    assert longest_wait({}, {}) == 0.0
+    if sys.platform == "linux":
+        assert str(os.getpid()) in thread_waits()
+
+
 def test_a_run_without_steps_has_no_efficiency() -> None:
     assert run_efficiency(FakeEngine().summary(), 1.0, 0) == RunEfficiency()
 
@@ -195,7 +225,8 @@ def test_steps_that_wait_for_kv_memory_are_counted(checkpoint: Callable[[str], P
 def test_a_measurement_of_this_machine_is_announced_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rates = {"peaks": {"float32": 1e11}, "bandwidth": 1e10, "launch_s": 1e-6, "memory": 2**33}
+    rates = {"peaks": {"float32": 1e11}, "bandwidth": 1e10, "launch_s": 1e-6, "memory": 2**33,
+             "rates": None}  # fmt: skip
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(measure, "measure", lambda target: {"date": "2030-01-02", **rates})
     cpu = replace(RUN, device="cpu", device_type="cpu")

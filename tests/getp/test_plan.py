@@ -14,8 +14,9 @@ from getp.analysis.job_plan import Job, decode_batches, make_job
 from getp.analysis.job_requests import Requests
 from getp.cli import main as cli
 from getp.units import duration, quantity
-from model.cost import measure
+from model.cost import measure, measure_rates
 from model.cost.known_models import KNOWN_CONFIGS
+from model.cost.rates import Rates
 from tests.getp.helpers import write_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -242,7 +243,12 @@ def test_a_job_is_predicted(prompts: str, capsys: Printed) -> None:
     assert (job["requests"], job["requests_refused"], job["prompt_tokens"]) == (2, 1, 3)
     assert job["output_tokens"] == 48 + 49
     h100, a100 = job["gpus"]
-    assert h100["efficiency"] == {"compute": 0.7, "memory": 0.7, "source": "assumed"}
+    assert h100["efficiency"] == {
+        "compute": 0.7,
+        "memory": 0.7,
+        "source": "assumed",
+        "at_rates": False,
+    }
     assert h100["decode_steps"] == 48
     weights_read = (16.06e9 - 128_256 * 4096 * 2) / (3350e9 * 0.7)  # without the embedding
     assert h100["decode_s"] == pytest.approx(48 * weights_read, rel=0.01)
@@ -422,7 +428,7 @@ def test_the_local_device_is_measured_once_and_shows_the_date(
         calls.append(target)
         peaks = {"float32": 1e11, "bfloat16": 2e11}
         return {"date": "2030-01-02", "peaks": peaks, "bandwidth": 1e10, "launch_s": 1e-6,
-                "memory": 2**33}  # fmt: skip
+                "memory": 2**33, "rates": None}  # fmt: skip
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(measure, "measure", small)
@@ -439,13 +445,39 @@ def test_the_local_device_is_measured_once_and_shows_the_date(
     assert len(calls) == 3
 
 
+def test_a_cpu_is_planned_at_the_rates_of_its_kernels(
+    prompts: str, tmp_path: Path, capsys: Printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither its peaks nor the efficiency of an earlier run count, and limits are a CPU's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpu = torch.device("cpu")
+    entry = {"date": "2030-01-02", "peaks": {"float32": 1e11}, "bandwidth": 1e10, "launch_s": 0}
+    rates = Rates({"bfloat16": [(1, 1e-12, 0.0), (64, 1e-12, 0.0)]}, *[0.0] * 8, 0.25)
+    entry |= {"memory": 2**34, "rates": rates.as_json()}
+    measure.write_cache({measure.cache_key(cpu): entry})
+    measure.store_efficiency(cpu, "qwen2-0.5b", 0.25)
+    (step,) = planned(capsys, "qwen2-0.5b", "--gpu", "local", "--batch", "2")["gpus"]
+    weights = 357_826_560 + 151_936 * 896  # of all linear layers, and of the head
+    assert step["seconds"] == pytest.approx(0.25 + weights * 1e-12)
+    assert step["tok_s"] == pytest.approx(2 / step["seconds"])
+    (job,) = planned(capsys, "qwen2-0.5b", "-i", prompts, "--gpu", "local")["gpus"]
+    assert job["per_token_s"] == pytest.approx(0.25 + weights * 1e-12)
+    assert (job["max_batch_size"], job["max_batch_tokens"]) == (64, 512)
+    assert job["efficiency"]["at_rates"]
+    for options in ([], ["-i", prompts]):
+        assert cli.run(["qwen2-0.5b", "-m", "plan", "--gpu", "local", *options]) == 0
+        assert "at the measured rates of its kernels" in capsys.readouterr().out
+
+
 def test_predictions_use_the_efficiency_of_the_last_run_here(
     prompts: str, tmp_path: Path, capsys: Printed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cpu = torch.device("cpu")
     entry = {"date": "2030-01-02", "peaks": {"float32": 1e11}, "bandwidth": 1e10}
-    measure.write_cache({measure.cache_key(cpu): entry | {"launch_s": 0, "memory": 2**34}})
+    measure.write_cache(
+        {measure.cache_key(cpu): entry | {"launch_s": 0, "memory": 2**34, "rates": None}}
+    )
     args = ["qwen2-0.5b", "-i", prompts, "--gpu", "local", "A10"]
     before, other = planned(capsys, *args)["gpus"]
     assert "measured on" in before["efficiency"]["source"]
@@ -460,11 +492,22 @@ def test_predictions_use_the_efficiency_of_the_last_run_here(
 def test_this_machine_can_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "_BIGGEST_PRODUCT", 256)
     monkeypatch.setattr(measure, "_RUNS", 1)
+    for name, value in (
+        ("_PASSES", 1), ("_SIZE", 128), ("_ROWS", (1, 8)), ("_EXPERT_ROWS", (1, 2)),
+        ("_WEIGHT_BYTES", 1 << 20), ("_NORMS", 2), ("_CONTEXT", 64), ("_SHORT", 32),
+        ("_QUERY", 32), ("_KV_BYTES", 1 << 20), ("_LOGITS", (2, 256)),
+    ):  # fmt: skip
+        monkeypatch.setattr(measure_rates, name, value)
     found = measure.measure(measure.default_target())
     assert 0 < found["launch_s"] < 1
     assert found["peaks"]["float32"] > 1e8
     assert 1e7 < found["bandwidth"] < 1e15
     assert found["memory"] > 2**28
+    rates = Rates.parse(json.loads(json.dumps(found["rates"])))
+    assert rates.products.keys() >= {"float32", "bfloat16"}
+    for speeds in rates.products.values():
+        assert all(each > 0 or more > 0 for _, each, more in speeds)
+    assert min(rates.kernel_s, rates.kv_byte_s, rates.prefill_s, rates.logit_s, rates.host_s) > 0
 
 
 def test_a_slow_product_is_not_timed_at_larger_sizes(

@@ -1,0 +1,79 @@
+"""The time of a step at measured rates of kernels."""
+
+from dataclasses import fields
+
+import pytest
+
+from model.cost.known_models import named_config
+from model.cost.operations import distinct_experts, operations
+from model.cost.rates import Rates, step_seconds
+from model.cost.workload import Op, Workload
+
+PRODUCTS = {
+    "bfloat16": [(1.0, 1.0, 10.0), (4.0, 1.0, 10.0), (8.0, 2.0, 10.0)],
+    "mxfp4": [(1.0, 0.5, 0.0), (16.0, 2.0, 0.0)],
+}
+ZERO = {field.name: 0.0 for field in fields(Rates) if field.name != "products"}
+
+
+def ops_of(name: str, work: Workload) -> dict[str, Op]:
+    return {op.name: op for op in operations(named_config(name), work)}
+
+
+@pytest.mark.parametrize(
+    ("rows", "each"), [(1, 1.0), (2, 1.0), (4, 1.0), (6, 1.5), (8, 2.0), (16, 4.0)]
+)
+def test_products_take_the_time_of_their_rows(rows: int, each: float) -> None:
+    """Between measured numbers of rows it grows linearly, beyond them in proportion."""
+    work = Workload("decode", rows, 1, 9, "bfloat16")
+    op = ops_of("qwen2-0.5b", work)["down_proj"]
+    besides = 10.0 * (2 if rows == 16 else 1)
+    expected = 24 * (4864 * 896 * each + besides)
+    assert Rates(PRODUCTS, **ZERO).op_seconds(op, work) == pytest.approx(expected)
+
+
+def test_experts_take_the_time_of_the_rows_that_each_one_has() -> None:
+    for tokens in (1, 8, 64):
+        work = Workload("decode", tokens, 1, 9, "bfloat16")
+        op = ops_of("gpt-oss-20b", work)["gate_up_proj"]
+        experts = distinct_experts(32, 4, tokens)
+        assert len(op.products) == 2  # layers with a window, and without
+        for product in op.products:
+            assert (product.kind, product.count) == ("mxfp4", 12)
+            assert product.rows == pytest.approx(4 * tokens / experts)
+            assert product.weights == pytest.approx(12 * experts * 2 * 2880 * 2880)
+
+
+def test_products_are_all_matrix_operations_but_attention() -> None:
+    for name in ("qwen2-0.5b", "gpt-oss-20b", "llama-3-8b"):
+        for op in operations(named_config(name), Workload("prefill", 2, 64, 64, "bfloat16")):
+            flops = sum(2 * each.rows * each.weights for each in op.products)
+            if op.name != "attention":
+                assert flops == pytest.approx(op.flops.matrix)
+
+
+def test_attention_reads_keys_and_values_or_computes() -> None:
+    work = Workload("decode", 3, 1, 1000, "bfloat16", causal=True)
+    op = ops_of("qwen2-0.5b", work)["attention"]
+    memory = Rates(PRODUCTS, **{**ZERO, "kv_byte_s": 1.0, "sequence_s": 2.0})
+    assert memory.op_seconds(op, work) == pytest.approx(op.bytes.kv + 24 * 3 * 2)
+    compute = Rates(PRODUCTS, **{**ZERO, "kv_byte_s": 1e-9, "decode_s": 1.0})
+    assert compute.op_seconds(op, work) == pytest.approx(24 * 3 * 1000 * 14 * 64)
+    chunk = Workload("prefill", 1, 100, 100, "bfloat16", causal=True)
+    prefill = Rates(PRODUCTS, **{**ZERO, "prefill_s": 1.0})
+    op = ops_of("qwen2-0.5b", chunk)["attention"]
+    assert prefill.op_seconds(op, chunk) == pytest.approx(24 * 5050 * 14 * 64)
+
+
+def test_a_step_adds_the_choice_of_tokens_and_the_host() -> None:
+    config, work = named_config("qwen2-0.5b"), Workload("decode", 8, 1, 100, "bfloat16")
+    free = {"bfloat16": [(1.0, 0.0, 0.0)]}
+    rates = Rates(free, **{**ZERO, "host_s": 3.0, "logit_s": 1.0})
+    assert step_seconds(config, work, rates) == pytest.approx(3 + 8 * 151_936)
+
+
+@pytest.mark.parametrize("products", [{}, {"bfloat16": []}])
+def test_rates_without_products_are_refused(products: dict[str, list[float]]) -> None:
+    with pytest.raises(ValueError, match="no rates of products"):
+        Rates.parse({**ZERO, "products": products})
+    assert Rates.parse(Rates(PRODUCTS, **ZERO).as_json()) == Rates(PRODUCTS, **ZERO)
