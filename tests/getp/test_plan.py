@@ -39,7 +39,15 @@ def test_a_plan_in_json_has_every_operation_and_their_sum(capsys: Printed) -> No
     settings = {key: plan[key] for key in ("model", "phase", "batch", "query", "context", "dtype")}
     assert list(settings.values()) == ["gpt-oss-20b", "decode", 7, 1, 1024, "bfloat16"]
     assert [op["name"] for op in plan["ops"]] == OPS
-    assert list(plan) == [*settings, "ops", "total", "tensor_parallel", "exchange", "gpus"]
+    assert list(plan) == [
+        *settings,
+        "kv_dtype",
+        "ops",
+        "total",
+        "tensor_parallel",
+        "exchange",
+        "gpus",
+    ]
     for op in plan["ops"]:
         assert list(op) == ["name", "layer_count", "flops", "bytes", "launches"]
         assert op["layer_count"] == (1 if op["name"] in (OPS[0], *OPS[-2:]) else 24)
@@ -452,7 +460,11 @@ def test_a_cpu_is_planned_at_the_rates_of_its_kernels(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cpu = torch.device("cpu")
     entry = {"date": "2030-01-02", "peaks": {"float32": 1e11}, "bandwidth": 1e10, "launch_s": 0}
-    rates = Rates({"bfloat16": [(1, 1e-12, 0.0), (64, 1e-12, 0.0)]}, *[0.0] * 8, 0.25)
+    rates = Rates(
+        {"bfloat16": [(1, 1e-12, 0.0), (64, 1e-12, 0.0)]},
+        *(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+        0.25,
+    )
     entry |= {"memory": 2**34, "rates": rates.as_json()}
     measure.write_cache({measure.cache_key(cpu): entry})
     measure.store_efficiency(cpu, "qwen2-0.5b", 0.25)

@@ -27,9 +27,9 @@ from model.ops.specs import (
     SamplingTables,
 )
 from model.ops.triton.attention import arrival_counters, attention
-from model.ops.triton.cache_keys import fix_cache_keys
 from model.ops.triton.experts import experts as grouped_experts
 from model.ops.triton.fused import norm_experts, norm_mlp, norm_qkv
+from model.ops.triton.kernels.cache_keys import fix_cache_keys
 from model.ops.triton.kernels.embedding import embed
 from model.ops.triton.linear import float32_product, is_one_row, norm_linear
 from model.ops.triton.linear import linear as few_rows_linear

@@ -12,7 +12,7 @@ def fix_cache_keys() -> None:
     keys of these functions were computed before (`DependenciesFinder._update_hash`). So the key
     depends on which kernel is launched first, and compiled kernels would not be found again.
     """
-    package = __name__.rpartition(".")[0]
+    package = __name__.partition(".kernels")[0]
     for name, module in sorted(sys.modules.items()):
         if name.startswith(package):
             for each in list(vars(module).values()):
