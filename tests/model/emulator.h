@@ -139,20 +139,30 @@ EMULATED __m512i emulated_permutexvar_epi16(__m512i index, __m512i a) {
   return (__m512i)value;
 }
 
-// What rounding to integers takes off.
-EMULATED __m512 emulated_reduce_ps(__m512 a, int rounding) {
-  if (rounding != 0) abort();  // only to nearest
-  Floats value = (Floats)a;
-  for (int i = 0; i < 16; i++)
-    value[i] = std::isinf(value[i]) ? 0.0f : value[i] - std::nearbyint(value[i]);
+EMULATED __m512 emulated_cvtph_ps(__m256i a) {
+  uint16_t halves[16];
+  memcpy(halves, &a, 32);
+  Floats value;
+  for (int i = 0; i < 16; i++) {  // the exponent's bias is 112 less than float32's
+    const uint32_t bits = (halves[i] & 0x8000u) << 16 | (halves[i] & 0x7fffu) << 13;
+    memcpy(&value[i], &bits, 4);
+    value[i] *= 0x1p112f;
+  }
   return (__m512)value;
 }
 
-EMULATED __m512 emulated_scalef_ps(__m512 a, __m512 b) {
-  Floats value;
-  for (int i = 0; i < 16; i++)
-    value[i] = (float)(((Floats)a)[i] * std::exp2(std::floor((double)((Floats)b)[i])));
-  return (__m512)value;
+// sums plus the products of four unsigned bytes of each 32 bits with the four signed ones at `four`.
+template <typename T>
+EMULATED T emulated_vpdpbusd(T sums, T codes, const int32_t* four) {
+  int8_t row[4];
+  memcpy(row, four, 4);
+  for (int i = 0; i < 16; i++) {
+    uint8_t bytes[4];
+    const int32_t lane = ((Ints)codes)[i];
+    memcpy(bytes, &lane, 4);
+    for (int k = 0; k < 4; k++) sums[i] += bytes[k] * row[k];
+  }
+  return sums;
 }
 
 EMULATED float emulated_reduce_add_ps(__m512 a) {
@@ -168,12 +178,14 @@ EMULATED float emulated_reduce_max_ps(__m512 a) {
   return most;
 }
 
-// What is left of each value when it is rounded down: how 1 as the last argument rounds.
+// What is left of each value when it is rounded: 0 as the last argument rounds to nearest, 1 down.
 EMULATED __m512 emulated_reduce_ps(__m512 a, int rounding) {
-  if (rounding != 1) abort();
+  if (rounding != 0 && rounding != 1) abort();
   Floats value = (Floats)a;
-  for (int i = 0; i < 16; i++)
-    value[i] = std::isinf(value[i]) ? 0 : value[i] - std::floor(value[i]);
+  for (int i = 0; i < 16; i++) {
+    const float whole = rounding ? std::floor(value[i]) : std::nearbyint(value[i]);
+    value[i] = std::isinf(value[i]) ? 0 : value[i] - whole;
+  }
   return (__m512)value;
 }
 EMULATED __m512 emulated_scalef_ps(__m512 a, __m512 b) {
@@ -281,6 +293,7 @@ EMULATED void emulated_dpbf16ps(int sums, int a, int b) {
 #define _mm512_cvtepu16_epi32 emulated_cvtepu16_epi32
 #define _mm512_cvtepu8_epi32 emulated_cvtepu8_epi32
 #define _mm512_cvtneps_pbh emulated_cvtneps_pbh
+#define _mm512_cvtph_ps emulated_cvtph_ps
 #define _mm512_cvtps_epi32 emulated_cvtps_epi32
 #define _mm512_dpbf16_ps emulated_dpbf16_ps
 #define _mm512_load_si512 emulated_load
@@ -291,11 +304,9 @@ EMULATED void emulated_dpbf16ps(int sums, int a, int b) {
 #define _mm512_permutex2var_ps emulated_permutex2var_ps
 #define _mm512_permutexvar_epi16 emulated_permutexvar_epi16
 #define _mm512_reduce_add_ps emulated_reduce_add_ps
-#define _mm512_reduce_ps emulated_reduce_ps
 #define _mm512_reduce_max_ps emulated_reduce_max_ps
 #define _mm512_reduce_max_epi32 emulated_reduce_max_epi32
 #define _mm512_reduce_ps emulated_reduce_ps
-#define _mm512_scalef_ps emulated_scalef_ps
 #define _mm512_set1_epi16 emulated_set1_epi16
 #define _mm512_setr_epi32 emulated_setr_epi32
 #define _mm512_setzero_si512 emulated_setzero
