@@ -206,7 +206,7 @@ def test_kernels_of_a_decode_step(
 @pytest.mark.parametrize("rows", [1, 40])
 def test_kernels_that_sample_a_step(rows: int, launches: list[tuple[str, str]]) -> None:
     """No launch or size depends on the rows' parameters, so that a GPU can capture the step."""
-    backend = model_runner.choose_backend(torch.device("cpu"), torch.bfloat16)
+    backend = model_runner.choose_backend(torch.device("cpu"), torch.bfloat16, "auto")
     sampler, at = Sampler(rows, backend), torch.arange(rows)
     logits, positions = torch.zeros(rows, 5000), at.int()
     captured = []
