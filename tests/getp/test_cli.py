@@ -349,7 +349,7 @@ def test_errors_of_the_engine_name_the_options(
     [
         ("nowhere", "Give a directory, or the name of a model on the Hugging Face Hub, OWNER/NAME"),
         ("What is it?", "does not exist. A prompt is given with -i/--input"),
-        ("file", "is a file: give the directory, "),
+        ("file", "is not a GGUF file: give the directory, "),
         ("empty", "is not a Hugging Face model directory (no config.json, no tokenizer.json)"),
     ],
 )
