@@ -120,7 +120,7 @@ def _read_gguf(path: Path, size: int, changed: int) -> Gguf:
             raise CheckpointError(f"{file}: its metadata does not say that it is file {number + 1}")
         both = tensors.keys() & found.keys()
         if both:
-            raise CheckpointError(f"{file}: tensor {min(both)!r} is in another file, too")
+            raise CheckpointError(f"{file}: tensor {min(both)!r} is also in another file")
         metadata, tensors = metadata or own, tensors | found
     stated = metadata.get("split.tensors.count", len(tensors))
     if stated != len(tensors):

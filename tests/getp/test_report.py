@@ -23,6 +23,7 @@ REPORT: dict[str, Any] = {
     "replicas": None,
     "tensor_parallel": 1,
     "dtype": "bfloat16",
+    "kv_dtype": "bfloat16",
     "kernels": [],
     "versions": {"getp": "1", "python": "2", "torch": "3"},
     "requests_resumed": 0,
