@@ -26,14 +26,12 @@ class Integers(WeightFormat):
     """Codes of `bits` bits with a float16 scale, and a float16 zero if has_zeros, per group.
 
     group: inputs that share a scale, a multiple of 32; 0: all of them. As a format of a checkpoint
-    it is that of dense weights, which are quantized as they are loaded. quantizes: whether this is
-    wanted; otherwise only integers are taken.
+    it is that of dense weights, which are quantized as they are loaded.
     """
 
     bits: int
     group: int = QUANTIZED_GROUP
     has_zeros: bool = False  # values are (code + zero) · scale; otherwise code · scale
-    quantizes: bool = True
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -75,16 +73,6 @@ class Integers(WeightFormat):
     def held(self, backend: Backend, *, stacked: bool) -> WeightFormat:
         """As WeightFormat.held: dense where the backend has no kernels for integers."""
         return self if backend.keeps_integers else DENSE
-
-
-def integers_of(bits: int, group: int | None, *, zeros: bool = True) -> WeightFormat:
-    """The format in memory of a checkpoint's integers of 4 or 8 bits, with scales and zeros.
-
-    group: inputs that share a scale; None: all of them. Dense for what the kernels do not take.
-    """
-    if group is not None and group % QUANTIZED_GROUP:
-        return DENSE
-    return Integers(bits, group or 0, has_zeros=zeros, quantizes=False)
 
 
 INT8, INT4 = Integers(8), Integers(4, has_zeros=True)
