@@ -180,9 +180,8 @@ class Engine:
         self.choose_kernels()
         start = time.perf_counter()
         if not self.config.dummy_weights:
-            self.runner.check(
-                self.checkpoint, self.config.adapter
-            )  # first: memory is calculated from the config
+            # First, because memory is calculated from the config.
+            self.runner.check(self.checkpoint, self.config.adapter)
         plan = MemoryPlan.of(self.settings)
         cost = BlockCost(len(self.runner.groups), self.runner.block_bytes(self.settings.block_size))
         self._threads = torch.get_num_threads()

@@ -8,12 +8,12 @@ import os
 import signal
 import sys
 import threading
-from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from engine.config import EngineConfig
 from engine.errors import EngineError
 from engine.execution.capture import Capture, GpuCapture
 from engine.execution.model_runner import ModelRunner
@@ -30,9 +30,8 @@ from engine.parallel.channel import (
     torchrun_store,
 )
 from engine.parallel.step_message import StepMessage
-from engine.resolve import choose_dtype
+from engine.resolve import choose_dtype, load_model_config
 from engine.stats import EngineStats
-from model import load_config
 
 
 def run(channel: Channel, device: torch.device) -> None:
@@ -83,9 +82,7 @@ def _make_runner(
 ) -> ModelRunner:
     if device.type == "cpu":
         torch.set_num_threads(threads)
-    config = replace(load_config(checkpoint), kv_dtype=kv_dtype)
-    if quantize:
-        config = config.quantized(quantize)
+    config = load_model_config(checkpoint, EngineConfig(kv_dtype=kv_dtype, quantize=quantize))
     runner = ModelRunner(config, device, choose_dtype(dtype, dtype, device), channel.shard)
     runner.exchange_reports = channel.gather_reports
     return runner

@@ -87,7 +87,8 @@ def load_config(
         values["quantization_config"] = _modelopt_settings(folder / _MODELOPT)
     config, stored = parse_config(values, path, stop_ids), StoredTensors(folder)
     names = stored_names(config.model_type, stored)
-    config = with_layer_formats(config, names)
+    if names != stored_names(config.model_type, ()):  # for which parse_config found the formats
+        config = with_layer_formats(config, names)
     if stated_dtype(_text_keys(Keys(path, values))) is None:
         dtype = stored.dtype(names.embedding) or stored.dtype(names.head)  # if it is tied to it
         config = replace(config, dtype=dtype or config.dtype)
