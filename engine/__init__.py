@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import model  # noqa: F401  before torch: sets how OpenMP threads wait and filters a warning
 from engine.config import EngineConfig
 from engine.errors import EngineError, RequestError
-from engine.request import Completion, Request, SamplingParams, TokenLogprobs
+from engine.request import Completion, Request, TokenLogprobs
+from engine.sampling_params import SamplingParams, ThinkingBudget
 from engine.stats import EngineStats
 from engine.summary import ReplicaSummary, RunSummary
 
@@ -28,6 +29,7 @@ __all__ = [
     "RequestError",
     "RunSummary",
     "SamplingParams",
+    "ThinkingBudget",
     "TokenLogprobs",
 ]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from engine.errors import EngineError
+from engine.execution.adjustments import adjustment_bytes
 from engine.execution.chunk_graphs import MAX_CHUNK_TOKENS
 from engine.resolve import Settings, dtype_name
 from engine.scheduling.kv_cache import group_layers
@@ -72,11 +73,13 @@ class MemoryPlan:
         # A CPU holds each table twice. A GPU's captured steps have up to four tables a row in all;
         # its host copies are not in the device's memory.
         tables = (2 * groups + 1 if on_cpu else 4 * groups) * table
+        # On a CPU only requests that change logits touch the memory for it.
+        row_bytes = _ROW_BYTES + (0 if on_cpu else adjustment_bytes(config.vocab_size))
         return cls(
             weights=weights,
             activations=settings.max_batch_tokens * _activation_bytes(config, item, ranks),
             logits=rows * config.vocab_size * (4 * (3 if ranks > 1 else 1) + _SAMPLING_BYTES),
-            rows=settings.max_batch_size * (tables + _ROW_BYTES),
+            rows=settings.max_batch_size * (tables + row_bytes),
         )
 
     @property

@@ -1,85 +1,21 @@
-"""Input and output of the engine: requests, sampling parameters, completions."""
+"""Input and output of the engine: requests and completions."""
 
 import itertools
 import operator
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral, Real
+from numbers import Integral
 from reprlib import repr  # long values are shortened
 from typing import Any, Literal
 
-from engine.errors import EngineError, RequestError
+from engine.errors import RequestError
+from engine.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 BY_POSITION = -1
 """The id of a request that gets its position among the requests, from 0, as its id."""
-
-# Abstract types come last, because they are slow to check.
-_NUMBER, _INTEGER = (float, int, Real), (int, Integral)
-_OPTIONAL = (int, type(None), Integral)
-_PARAM_TYPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
-    ("temperature", _NUMBER, "a number"),
-    ("top_k", _INTEGER, "an integer"),
-    ("top_p", _NUMBER, "a number"),
-    ("seed", _OPTIONAL, "an integer or None"),
-    ("max_new_tokens", _OPTIONAL, "an integer or None"),
-    ("max_positions", _OPTIONAL, "an integer or None"),
-    ("stop_ids", (frozenset, Set), "a set of token ids"),
-    ("ignore_eos", (bool,), "True or False"),
-    ("logprobs", _OPTIONAL, "an integer or None"),
-)
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the tokens of one request are sampled and when it ends.
-
-    A request ends at the first of: a stop id (kept in the output), `max_new_tokens`,
-    `max_positions` (prompt included), the model's own limit. Raises TypeError for a value of the
-    wrong type and EngineError for one that is out of range.
-    """
-
-    temperature: float = 0.0  # 0: greedy; top_k, top_p and seed have no effect then
-    top_k: int = 0  # 0: keep every token
-    top_p: float = 1.0  # nucleus: the smallest set of tokens with at least this probability
-    # The same seed gives the same tokens, in any batch. None: each request has a random one.
-    seed: int | None = None
-    max_new_tokens: int | None = None
-    max_positions: int | None = None
-    stop_ids: frozenset[int] = frozenset()  # in addition to the checkpoint's own
-    ignore_eos: bool = False  # ignore the checkpoint's own stop ids (`stop_ids` still count)
-    # None: no log-probabilities; n: those of the sampled token and of the n most likely tokens
-    logprobs: int | None = None
-
-    def __post_init__(self) -> None:
-        """Raise an error that names the first parameter with a wrong type or value."""
-        for name, types, wanted in _PARAM_TYPES:
-            value = getattr(self, name)
-            if not isinstance(value, types):
-                raise TypeError(f"{name} must be {wanted}, not {repr(value)}")
-        for token_id in self.stop_ids:
-            if not isinstance(token_id, _INTEGER):
-                raise TypeError(f"stop_ids must be a set of token ids, but has {repr(token_id)}")
-        if not 0 <= self.temperature < float("inf"):
-            raise _out_of_range("temperature", "0 or more", self.temperature)
-        if not 0 < self.top_p <= 1:
-            raise _out_of_range("top_p", "above 0 and at most 1", self.top_p)
-        if self.top_k < 0:
-            raise _out_of_range("top_k", "0 (all tokens) or more", self.top_k)
-        for name in ("max_new_tokens", "max_positions"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise _out_of_range(name, "1 or more", value)
-        if self.logprobs is not None and not 0 <= self.logprobs <= 20:
-            raise _out_of_range("logprobs", "from 0 to 20", self.logprobs)
-
-
-def _out_of_range(parameter: str, allowed: str, value: float) -> EngineError:
-    return EngineError(
-        f"{{{parameter}}} must be {{allowed}}, not {{value}}", allowed=allowed, value=value
-    )
 
 
 @dataclass(frozen=True)
@@ -174,9 +110,12 @@ def _remedy(given: object) -> str:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Natural-log probabilities at one output position, before temperature and truncation."""
+    """Natural-log probabilities at one output position, of the logits that the model computed.
 
-    logprob: float  # of the sampled token
+    Nothing that `SamplingParams` changes is part of them.
+    """
+
+    logprob: float  # of the sampled token; 0 for one that a thinking budget wrote
     top: tuple[tuple[int, float], ...]  # (token id, log-probability), most likely first
 
 
@@ -194,3 +133,4 @@ class Completion:
     arrived: float = 0.0  # when the engine took the request
     first_token: float = 0.0  # when the first output token was known
     finished: float = 0.0
+    stop_id: int | None = None  # the last of token_ids, if it ended the request

@@ -4,6 +4,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -11,7 +12,7 @@ from engine.errors import EngineError, RequestError
 from engine.execution.model_runner import ModelRunner
 from engine.execution.sampler import Sampled
 from engine.memory_plan import available_bytes, format_bytes, is_out_of_memory
-from engine.request import Completion
+from engine.request import Completion, FinishReason
 from engine.resolve import Settings, dtype_name
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence, Step
@@ -103,9 +104,14 @@ class StepLoop:
                     done.append(sequence.completion("error", now, error))
                     continue
                 self._stats.generated_tokens += 1
-                reason = sequence.append(token, now)
+                if sequence.thinking is None:
+                    reason = sequence.append(token, now)
+                else:
+                    reason = self._append_forced(sequence, token, now)
                 if sequence.logprobs is not None:
-                    sequence.logprobs.append(logprobs[i])
+                    was_forced = sequence.thinking is not None and sequence.thinking.was_forced
+                    own = replace(logprobs[i], logprob=0.0) if was_forced else logprobs[i]
+                    sequence.logprobs.append(own)
                 if reason is not None:
                     ended.append(sequence)
                     done.append(sequence.completion(reason, now))
@@ -115,6 +121,15 @@ class StepLoop:
             if ended:
                 self.scheduler.finish(ended)
         return done
+
+    def _append_forced(self, sequence: Sequence, token: int, now: float) -> FinishReason | None:
+        """As `Sequence.append`, for one that a thinking budget may give another token."""
+        thinking = sequence.thinking
+        assert thinking is not None
+        reason = sequence.append(token if thinking.forced is None else thinking.forced, now)
+        if thinking.was_forced or thinking.forced is not None:
+            self.scheduler.forced.append(sequence)
+        return reason
 
     def cancel(self) -> None:
         """Remove every sequence, after an error or when the caller stops early."""

@@ -4,7 +4,8 @@ import torch
 
 from engine.engine import Engine
 from engine.errors import EngineError
-from engine.request import Request, SamplingParams
+from engine.request import Request
+from engine.sampling_params import SamplingParams
 from engine.scheduling.sequence import Sequence
 
 

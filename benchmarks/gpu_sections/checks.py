@@ -37,7 +37,7 @@ def check_experts() -> Iterator[str | None]:
 
 def check_sampling() -> Iterator[str | None]:
     """Check sampling with top-k and top-p."""
-    return compare(kernels(), "argmax", "top_tokens", "sample_rows")
+    return compare(kernels(), "argmax", "top_tokens", "adjust_logits", "sample_rows")
 
 
 def check_fusions() -> Iterator[str | None]:

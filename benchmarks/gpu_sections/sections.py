@@ -114,7 +114,7 @@ QUICK: dict[str, Section] = {
     ),
     "check-sampling": Section(
         _check("check_sampling"), 30, "top-k and top-p", False, 
-        ("sample_rows", "argmax", "top_tokens"),
+        ("adjust_logits", "sample_rows", "argmax", "top_tokens"),
 
     ),
     "check-fusions": Section(

@@ -40,7 +40,15 @@ _MAX_TOKENS = 8192  # of a step
 _PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 _BLOCK = 16
 _CHUNK = 1024  # tokens: the same kernels run for every length of a chunk
-_SMALL = ("embed", "rotate_and_write", "activate", "argmax", "top_tokens", "sample_rows")
+_SMALL = (
+    "embed",
+    "rotate_and_write",
+    "activate",
+    "argmax",
+    "top_tokens",
+    "adjust_logits",
+    "sample_rows",
+)
 _IS_MXFP4 = {"quantization_config": {"quant_method": "mxfp4"}}
 _CHECK_ROWS = (1, 3, 33, 64)  # of the cases of model.checks
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from engine.execution.sampler import to_device
+from engine.execution.transfer import to_device
 from engine.parallel.step_message import StepMessage
 from model.config import RopeConfig
 from model.ops.forward_batch import ForwardBatch, GroupTables

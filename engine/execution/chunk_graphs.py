@@ -18,7 +18,7 @@ from itertools import accumulate
 import torch
 
 from engine.execution.capture import Record
-from engine.execution.sampler import to_device
+from engine.execution.transfer import to_device
 from model.ops.backend import Compute
 from model.ops.forward_batch import ForwardBatch, GroupTables
 

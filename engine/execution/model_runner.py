@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 
+from engine.execution.adjustments import row_starts
 from engine.execution.batch_builder import BatchBuilder, int64
 from engine.execution.capture import (
     Capture,
@@ -17,10 +18,12 @@ from engine.execution.capture import (
     Record,
     capture_error,
 )
-from engine.execution.sampler import Sampled, Sampler, to_device
+from engine.execution.sampler import Sampled, Sampler
 from engine.execution.step_graphs import StepGraphs
+from engine.execution.transfer import to_device
 from engine.parallel.step_message import StepMessage
-from engine.request import Request, SamplingParams
+from engine.request import Request
+from engine.sampling_params import SamplingParams
 from engine.scheduling.kv_cache import NULL_BLOCK, BlockTables, LayerGroup, group_layers
 from engine.scheduling.sequence import Chunk, Sequence, Step
 from model import ModelConfig, Transformer, loader
@@ -154,7 +157,7 @@ class ModelRunner:
         size = min(max_batch_size, max_batch_tokens)
         length = min(max_batch_tokens // size, max_positions)
         longest = min(max_batch_tokens, max_positions)
-        costly = SamplingParams(temperature=1, top_p=0.9, logprobs=20)
+        costly = SamplingParams(temperature=1, top_p=0.9, logprobs=20, repetition_penalty=2)
         self.launch(self._prompts(size, length, costly)).read()
         for doubled in range(longest.bit_length()):
             self.launch(self._prompts(1, 1 << doubled, SamplingParams())).read()
@@ -169,9 +172,9 @@ class ModelRunner:
         part = self.shard.vocab_part(self.config.vocab_size)
         logits = torch.zeros(rows, part.stop - part.start, device=self.device)
         if self.shard.size == 1:
-            sampler = Sampler(rows, self.backend)
+            sampler = Sampler(rows, self.backend, vocab=self.config.vocab_size)
             each = torch.arange(rows, device=self.device)
-            sampler.sample_rows(logits, each, each.int()).tolist()
+            sampler.sample_adjusted(logits, each, each.int()).tolist()
 
     def _prompts(self, count: int, length: int, params: SamplingParams) -> Step:
         """A step of `count` prompts of one length, all in the null block."""
@@ -283,12 +286,11 @@ class ModelRunner:
         """Start the step; the result holds the next token of each of `step.sampling()`."""
         if self.model is None or self.sampler is None:
             raise RuntimeError("the engine is not warmed up: call warm_up() first")
-        starting = [(c.sequence.row, c.sequence) for c in step.chunks if c.samples]
-        for draft in step.drafts:
-            starting += [(row, draft.sequence) for row in draft.rows]
-        if starting:
-            rows, sequences = zip(*starting, strict=True)
-            self.sampler.set_params(rows, [sequence.request.params for sequence in sequences])
+        starts = row_starts(step)
+        if starts:
+            rows, params = [start.row for start in starts], [start.params for start in starts]
+            self.sampler.set_params(rows, params)
+        self.sampler.adjustments.update(step, starts)
         non_greedy = {i: s.request.params for i, s in enumerate(step.sampling()) if not s.greedy}
         return self.compute(StepMessage.of(step, all_greedy=not non_greedy), non_greedy)
 

@@ -6,7 +6,10 @@ from copy import copy
 
 import torch
 
-from engine.request import SamplingParams, TokenLogprobs
+from engine.execution.adjustments import LogitAdjustments
+from engine.execution.transfer import to_device
+from engine.request import TokenLogprobs
+from engine.sampling_params import SamplingParams
 from model.ops.backend import Backend
 from model.ops.sampling import NO_TOKEN
 from model.ops.specs import SamplingTables
@@ -15,16 +18,6 @@ from model.sharding import ALONE, Shard
 _LOWEST_TEMPERATURE = 2.0**-126  # float32 has lower numbers, but GPUs may take them for 0
 _HIGHEST_TEMPERATURE = 2.0**127
 _MAX_INT64 = 2**63 - 1
-
-
-def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a host tensor to the device without blocking the host."""
-    return pin(values, device).to(device, non_blocking=True)
-
-
-def pin(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The host tensor in pinned memory, which the device can copy asynchronously."""
-    return values if device.type == "cpu" else values.pin_memory()
 
 
 class Sampled:
@@ -79,7 +72,7 @@ class Sampler:
     """
 
     def __init__(self, rows: int, backend: Backend, shard: Shard = ALONE, vocab: int = 0):
-        """vocab: the size of the whole vocabulary, needed with several ranks."""
+        """vocab: the size of the whole vocabulary."""
         device = backend.device
         self._shard, self._vocab = shard, vocab
         self.last = torch.zeros(rows, dtype=torch.int64, device=device)  # token sampled last
@@ -89,6 +82,7 @@ class Sampler:
             torch.zeros(rows, 2, dtype=torch.int64, device=device),
         )
         self._random: set[int] = set()  # rows whose temperature in the tables is not 0
+        self.adjustments = LogitAdjustments(rows, vocab, device)
 
     def on(self, backend: Backend) -> "Sampler":
         """This sampler with its state, computing with another backend."""
@@ -136,16 +130,18 @@ class Sampler:
         if all_greedy:
             return Sampled(self.sample_greedy(logits, rows))
         counts = {i: p.logprobs for i, p in non_greedy.items() if p.logprobs is not None}
+        adjusts = any(params.adjusts_logits for params in non_greedy.values())
         if not counts:
-            return Sampled(self.sample_rows(logits, rows, positions))
+            sample = self.sample_adjusted if adjusts else self.sample_rows
+            return Sampled(sample(logits, rows, positions))
         logits = self._shard.gather_logits(logits, self._vocab)
-        tokens = self._sample_gathered(logits, rows, positions)
         at = to_device(torch.tensor(list(counts)), self._device)
-        logits = logits[at]
-        total = logits.logsumexp(-1, keepdim=True)
-        sampled = (logits.gather(1, self.last[rows[at]].unsqueeze(1)) - total).squeeze(1)
+        original = logits[at]  # a copy
+        tokens = self._sample_gathered(logits, rows, positions, adjusts)
+        total = original.logsumexp(-1, keepdim=True)
+        sampled = (original.gather(1, self.last[rows[at]].unsqueeze(1)) - total).squeeze(1)
         # Ordered as `argmax` orders them: the greedy token is the first.
-        values, ids = self._backend.top_tokens(logits, max(counts.values()))
+        values, ids = self._backend.top_tokens(original, max(counts.values()))
         return Sampled(tokens, (sampled, values - total, ids), counts)
 
     def sample_greedy(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -166,16 +162,29 @@ class Sampler:
         Every argument is on the device, and no kernel, size or argument depends on the parameters:
         on a GPU this can be captured once for each n and replayed with other rows and parameters.
         """
-        return self._sample_gathered(
-            self._shard.gather_logits(logits, self._vocab), rows, positions
-        )
+        logits = self._shard.gather_logits(logits, self._vocab)
+        return self._sample_gathered(logits, rows, positions)
 
-    def _sample_gathered(
+    def sample_adjusted(
         self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
-        """As `sample_rows`, from logits [n, vocab], which only rank 0 has."""
+        """As `sample_rows` in a step in which a row changes its logits, in place."""
+        logits = self._shard.gather_logits(logits, self._vocab)
+        return self._sample_gathered(logits, rows, positions, adjusts=True)
+
+    def _sample_gathered(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        adjusts: bool = False,
+    ) -> torch.Tensor:
+        """As `sample_rows`, from logits [n, vocab], which only rank 0 has; adjusts: change them."""
         shard = self._shard
         if shard.rank == 0:
+            if adjusts:
+                tables = self.adjustments.tables
+                logits = self._backend.adjust_logits(logits, rows, self.last, positions, tables)
             tokens = self._backend.sample_rows(logits, rows, self.last, positions, self._tables)
         if shard.size == 1:
             return tokens

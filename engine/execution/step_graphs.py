@@ -1,6 +1,6 @@
 """The captured steps of a runner: steps of decodes alone, and small steps with chunks."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -9,9 +9,10 @@ import torch
 from engine.execution.capture import CaptureMode, Record
 from engine.execution.chunk_graphs import ChunkGraphs
 from engine.execution.decode_graphs import DecodeGraphs, Replayed, Tail
-from engine.execution.sampler import Sampler, pin
+from engine.execution.sampler import Sampler
+from engine.execution.transfer import pin
 from engine.parallel.step_message import StepMessage
-from engine.request import SamplingParams
+from engine.sampling_params import SamplingParams
 from model.ops.backend import Backend
 from model.ops.forward_batch import ForwardBatch
 from model.sharding import Shard
@@ -19,7 +20,7 @@ from model.sharding import Shard
 if TYPE_CHECKING:
     from engine.execution.model_runner import ModelRunner
 
-_GREEDY, _SAMPLED = "greedy", "sampled"  # names of captured ends of steps
+_GREEDY, _SAMPLED, _ADJUSTED = "greedy", "sampled", "adjusted"  # names of captured ends of steps
 
 
 class StepGraphs:
@@ -91,8 +92,7 @@ class StepGraphs:
 
         The tokens are sampled as well, unless log-probabilities are needed.
         """
-        has_logprobs = any(params.logprobs is not None for params in non_greedy.values())
-        tail = _GREEDY if message.all_greedy else "" if has_logprobs else _SAMPLED
+        tail = _GREEDY if message.all_greedy else _tail(non_greedy.values())
         batches, graphs, size = self._batches, self._decodes, message.size
         padding = graphs.padded_size(size) - size
         rows = [*message.rows, *[batches.padding_row] * padding]
@@ -113,7 +113,15 @@ def _tails(sampler: Sampler, shard: Shard) -> dict[str, Tail]:
     }
     if shard.size == 1:  # else rank 0 gathers the logits of all ranks
         tails[_SAMPLED] = sampler.sample_rows
+        tails[_ADJUSTED] = sampler.sample_adjusted
     return tails
+
+
+def _tail(params: Collection[SamplingParams]) -> str:
+    """The end of a step with sequences that are not greedy; "": one that is not captured."""
+    if any(each.logprobs is not None for each in params):
+        return ""
+    return _ADJUSTED if any(each.adjusts_logits for each in params) else _SAMPLED
 
 
 # A function: as a method it would keep the graphs, and their memory, until a garbage collection.

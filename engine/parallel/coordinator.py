@@ -18,8 +18,8 @@ from engine.execution.model_runner import ModelRunner
 from engine.execution.sampler import Sampled
 from engine.parallel.step_message import StepMessage
 from engine.parallel.worker_pool import WorkerPool
-from engine.request import SamplingParams
 from engine.resolve import dtype_name
+from engine.sampling_params import SamplingParams
 from model import ModelConfig
 from model.adapters import AdapterList
 

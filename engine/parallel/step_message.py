@@ -31,6 +31,7 @@ class StepMessage:
         rows = [sequence.row for sequence in step.decodes]
         tables = [(sequence.row, sequence.block_tables.tables) for sequence in step.changed_tables]
         given = [(sequence.row, sequence.tokens[-1]) for sequence in step.corrected]
+        given += [(s.row, s.given_token) for s in step.forced if s.given_token is not None]
         for draft in step.drafts:
             rows += draft.rows
             tables += [(row, draft.sequence.block_tables.tables) for row in draft.rows]

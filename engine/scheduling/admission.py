@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from engine.errors import RequestError
 from engine.request import Completion, Request
+from engine.sampling_params import MAX_BIASED_TOKENS, SamplingParams
 from engine.scheduling.kv_cache import KVCache
 from engine.scheduling.sequence import Sequence
 from model import ModelConfig
@@ -78,5 +79,27 @@ def _check(request: Request, limit: int, model: ModelConfig) -> RequestError | N
     if min(ids) < 0 or max(ids) >= vocab:
         return RequestError(
             "the prompt has token ids outside the vocabulary of {vocab} tokens", vocab=vocab
+        )
+    return _check_tokens(request.params, model)
+
+
+def _check_tokens(params: SamplingParams, model: ModelConfig) -> RequestError | None:
+    """Why a request's changes of logits cannot be applied; None if they can."""
+    if not params.adjusts_logits:
+        return None
+    words = (token for word in params.bad_words for token in word)
+    named = (("logit_bias", (token for token, _ in params.bias)), ("bad_words", words))
+    for name, tokens in named:
+        other = next((token for token in tokens if not 0 <= token < model.vocab_size), None)
+        if other is not None:
+            return RequestError(
+                f"{{{name}}} has the token id {{token}}, but the vocabulary has {{vocab}} tokens",
+                token=other,
+                vocab=model.vocab_size,
+            )
+    if params.min_new_tokens and len(params.stop_ids | model.stop_ids) > MAX_BIASED_TOKENS:
+        return RequestError(
+            "{min_new_tokens} allows at most {allowed} tokens in {stop_ids}",
+            allowed=MAX_BIASED_TOKENS,
         )
     return None

@@ -39,6 +39,8 @@ class Scheduler:
     preemptions: int = 0
     back_offs: int = 0
     lacks_blocks: bool = False  # too few free blocks for the first waiting sequence, as last seen
+    # Sequences with a thinking budget whose last token, or the one that is sampled now, is forced.
+    forced: list[Sequence] = field(default_factory=list)
     gathering: bool = False  # sequences have finished, but admission waits for a larger group
     _successes: int = 0  # steps since the limits last changed
     _full_limits: tuple[int, int] = (0, 0)
@@ -66,7 +68,8 @@ class Scheduler:
 
         The tokens of all earlier steps but the last must be known (`Sequence.append`).
         """
-        step = Step()
+        step = Step(forced=[s for s in self.forced if s.decoding and not s.finished])
+        self.forced.clear()
         decodes, context_lens = step.decodes, step.context_lens
         budget, preemptions = self.max_batch_tokens, self.preemptions
         outgrown = []
@@ -222,6 +225,8 @@ class Scheduler:
         sequence.computed = end
         sequence.decoding = samples
         sequence.length += samples
+        if samples and sequence.thinking is not None and sequence.thinking.forced is not None:
+            self.forced.append(sequence)
         self.cache.index_full_blocks(sequence.block_tables, sequence.tokens, end)
 
     def _preempt_last(self) -> Sequence:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from engine.errors import RequestError
 from engine.request import Completion, FinishReason, Request, TokenLogprobs
 from engine.scheduling.kv_cache import BlockTables
+from engine.scheduling.thinking import Thinking
 
 if TYPE_CHECKING:
     from engine.scheduling.speculation import Lookup
@@ -24,7 +25,7 @@ class Sequence:
     length: int = 0  # of `tokens`, plus the tokens that launched steps sample
     computed: int = 0  # tokens whose KV the launched steps compute
     row: int = -1  # while it runs: its row in the runner's block tables and last tokens
-    greedy: bool = True  # temperature 0 and no log-probabilities requested
+    greedy: bool = True  # the next token is the one with the largest of the model's logits
     decoding: bool = False  # the next token to compute is sampled by its last launched step
     finished: bool = False
     cached: int = 0  # prompt tokens found in the prefix cache when first admitted
@@ -34,22 +35,40 @@ class Sequence:
     # longrope: length beyond which the sequence is recomputed with the long factors; 0: never.
     rope_context: int = 0
     lookup: "Lookup | None" = None  # proposes its next tokens
+    stop_id: int | None = None  # that ended it
+    thinking: Thinking | None = None
 
     def __post_init__(self) -> None:
         """Derive the length and whether sampling is greedy."""
         self.length = len(self.tokens)
         params = self.request.params
-        self.greedy = params.temperature == 0 and params.logprobs is None
+        is_plain = params.logprobs is None and not params.adjusts_logits
+        self.greedy = params.temperature == 0 and is_plain
+        if params.thinking is not None:
+            self.thinking = Thinking(params.thinking)
 
     def append(self, token: int, now: float) -> FinishReason | None:
         """Add an output token; returns the finish reason if the sequence ends with it."""
         self.tokens.append(token)
+        if self.thinking is not None:
+            self.thinking.append(token)
         if not self.first_token:
             self.first_token = now
         stop_requested = self.request.on_token is not None and self.request.on_token(token)
-        if token in self.stop_ids or stop_requested:
+        if token in self.stop_ids:
+            self.stop_id = token
+            return "stop"
+        if stop_requested:
             return "stop"
         return "length" if len(self.tokens) >= self.max_tokens else None
+
+    @property
+    def given_token(self) -> int | None:
+        """The last token of a decode, if the host knows it or a thinking budget gives it."""
+        at = self.computed - 1
+        if at < len(self.tokens):
+            return self.tokens[at]
+        return None if self.thinking is None else self.thinking.forced
 
     def completion(
         self, reason: FinishReason, now: float, error: RequestError | None = None
@@ -67,6 +86,7 @@ class Sequence:
             arrived=self.arrived,
             first_token=self.first_token,
             finished=now,
+            stop_id=self.stop_id,
         )
 
 
@@ -107,6 +127,8 @@ class Step:
     decodes: list[Sequence] = field(default_factory=list)
     drafts: list[Draft] = field(default_factory=list)
     corrected: list[Sequence] = field(default_factory=list)  # decodes whose last token is given
+    # Decodes whose last token may be another than the one that their row sampled.
+    forced: list[Sequence] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     context_lens: list[int] = field(default_factory=list)  # positions with KV after the step
     changed_tables: list[Sequence] = field(default_factory=list)  # those with new blocks

@@ -20,7 +20,7 @@ from model.checks.dense import (
 )
 from model.checks.experts import experts_cases, norm_experts_cases, route_cases
 from model.checks.inputs import FULL, SMALL, Inputs, Size
-from model.checks.sampling import argmax_cases, sample_cases, top_tokens_cases
+from model.checks.sampling import adjust_cases, argmax_cases, sample_cases, top_tokens_cases
 from model.config import ModelConfig
 from model.mlp import Mlp, Moe
 from model.ops.backend import OPERATIONS
@@ -104,5 +104,7 @@ def _cases_of(
         yield from argmax_cases(vocab, inputs)
     elif operation == "top_tokens":
         yield from top_tokens_cases(vocab, inputs)
+    elif operation == "adjust_logits":
+        yield from adjust_cases(vocab, inputs)
     elif operation == "sample_rows":
         yield from sample_cases(vocab, inputs)

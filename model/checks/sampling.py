@@ -6,8 +6,9 @@ import torch
 
 from model.checks.case import Case, Tensors
 from model.checks.inputs import Inputs
+from model.ops.adjustments import NO_FACTORS
 from model.ops.backend import Backend
-from model.ops.specs import SamplingTables
+from model.ops.specs import AdjustmentTables, SamplingTables
 
 
 def sample_cases(vocab: int, inputs: Inputs) -> Iterator[Case]:
@@ -92,3 +93,40 @@ def top_tokens_cases(vocab: int, inputs: Inputs) -> Iterator[Case]:
             return lambda: backend.top_tokens(logits, 20)
 
         yield Case("top_tokens", f"{rows} rows", prepare, logits.nbytes, 0)
+
+
+def adjust_cases(vocab: int, inputs: Inputs) -> Iterator[Case]:
+    """Yield the cases of changes of logits: rows with biases, penalties, min-p, and with none."""
+    for rows in (1, inputs.size.rows):
+        yield _adjust_case(rows, vocab, inputs)
+
+
+def _adjust_case(rows: int, vocab: int, inputs: Inputs) -> Case:
+    logits = inputs.normal(rows, vocab, dtype=torch.float32) * 3
+    row = torch.arange(rows, device=inputs.device)
+    is_penalized, has_min_p = row % 3 == 0, row % 2 == 0
+    factors = torch.stack((1.2 + row * 0, 0.1 + row * 0, 0.3 + row * 0, -2.0 + row * 0), 1)
+    neutral = torch.tensor(NO_FACTORS, device=inputs.device)
+    factors[:, :3] = torch.where(is_penalized[:, None], factors[:, :3], neutral[:3])
+    factors[:, 3] = torch.where(has_min_p, factors[:, 3], neutral[3])
+    starts = torch.stack((100 + row % 2, 4 * (row % 5), is_penalized), 1).int()
+    token = torch.arange(vocab, device=inputs.device)
+    counts = ((token + row[:, None]) % 11 % 5).to(torch.int16)
+    entries = torch.zeros(rows, 16, 4, dtype=torch.int32, device=inputs.device)
+    entries[:, :, 0] = torch.arange(16, device=inputs.device) * (vocab // 16)
+    entries[:, :, 2], entries[:, :, 3] = 1 << 30, -1
+    biases = torch.ones(rows, 16, device=inputs.device)
+
+    def prepare(backend: Backend) -> Callable[[], Tensors]:
+        def call() -> Tensors:
+            own = counts.clone()
+            tables = AdjustmentTables(factors, starts, own, entries, biases)
+            last = row % vocab
+            found = backend.adjust_logits(logits.clone(), row, last, row * 0 + 101, tables)
+            # Rounding decides where min-p ends.
+            near = found.amax(1, keepdim=True) - 2 + 1e-3
+            return torch.where(found < near, -1e9, found), own
+
+        return call
+
+    return Case("adjust_logits", f"{rows} rows", prepare, logits.nbytes, 0)

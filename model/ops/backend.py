@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from model.ops.adjustments import adjust_logits
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.kv_values import read_kv, vector_width, write_kv
 from model.ops.mxfp4 import Mxfp4
@@ -25,6 +26,7 @@ from model.ops.sampling import (
 )
 from model.ops.specs import (
     Activation,
+    AdjustmentTables,
     AttentionSpec,
     Experts,
     ExpertShard,
@@ -53,6 +55,7 @@ OPERATIONS = (
     "norm_experts",
     "argmax",
     "top_tokens",
+    "adjust_logits",
     "sample_rows",
 )
 """Operations whose kernels are checked and chosen; one that runs others comes after them."""
@@ -447,6 +450,24 @@ class Backend:
         yields a valid token.
         """
         return sample_sorted(logits, temperature, top_k, top_p, uniform)
+
+    def adjust_logits(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        last: torch.Tensor,
+        positions: torch.Tensor,
+        tables: AdjustmentTables,
+    ) -> torch.Tensor:
+        """Change the logits by what the rows' requests ask for, in place, and return them.
+
+        The arguments are those of `sample_rows`, which follows. First the biases that apply at the
+        row's position, then the repetition, frequency and presence penalties, then min-p, whose
+        tokens become -inf. The row's last token is counted before, unless it was counted when the
+        row was set. Nothing here waits for the device or depends on its values, so that a GPU can
+        capture it.
+        """
+        return adjust_logits(logits, rows, last, positions, tables)
 
     def sample_rows(
         self,

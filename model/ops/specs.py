@@ -218,3 +218,21 @@ class SamplingTables(NamedTuple):
 
     temperature_and_top_p: "torch.Tensor"  # float32 [rows, 2]
     top_k_and_seed: "torch.Tensor"  # int64 [rows, 2]
+
+
+class AdjustmentTables(NamedTuple):
+    """How logits change before temperature, top-k and top-p apply, by row, on the device.
+
+    Columns of `factors`: the repetition, frequency and presence penalties, then how far below the
+    largest logit min-p removes tokens (-inf: nowhere). Columns of `starts`: how many tokens of the
+    sequence were counted when its row was set, the number of its entries, and whether it has
+    penalties. An element of `counts` is twice the token's occurrences in the output, plus 1 if it
+    is in the prompt. Columns of `entries`: a token, the positions from the first to before the
+    second at which its bias applies, and the token before it that is needed (-1: any).
+    """
+
+    factors: "torch.Tensor"  # float32 [rows, 4]
+    starts: "torch.Tensor"  # int32 [rows, 3]
+    counts: "torch.Tensor"  # int16 [rows, vocab]
+    entries: "torch.Tensor"  # int32 [rows, entries, 4]
+    biases: "torch.Tensor"  # float32 [rows, entries], -inf for a token that must not be sampled

@@ -111,11 +111,12 @@ def test_warm_up_compiles_every_kernel_that_a_job_needs(
         {},
         {"temperature": 0.7, "top_p": 0.9},
         {"temperature": 0.7, "top_k": 30, "logprobs": 2},
+        {"temperature": 0.7, "min_p": 0.1, "repetition_penalty": 1.1, "logit_bias": {7: 1}},
     ]
     requests = [
         Request(
             [5] * size,
-            SamplingParams(max_new_tokens=3 + i % 5, ignore_eos=True, **kinds[i % 3]),
+            SamplingParams(max_new_tokens=3 + i % 5, ignore_eos=True, **kinds[i % 4]),
         )
         for i, size in enumerate((1, 2, 1, 20, 60, 150, 400, 3, 1, 7) * 6)
     ]
@@ -196,18 +197,19 @@ def test_kernels_of_a_decode_step(
     # The last tokens, their embeddings, and the angles of their positions.
     expected = ["index", "_embed", "index", *sum(layers, ()), "_add_rms_norm"]
     expected += ["fused_linear" if rows == 1 else "linear"]
-    decode, greedy, sampled = steps[rows]
+    decode, greedy, sampled, adjusted = steps[rows]
     assert decode == expected  # the head writes into the buffer of the logits
     zeros = ["zero_"]  # of this test, see above
     assert greedy == ["summarize_blocks", "choose_tokens", *zeros]
     assert sampled == ["summarize_blocks", "list_candidates", "choose_tokens", *zeros]
+    assert adjusted == ["add_biases", "apply_penalties", "apply_min_p", *sampled]
 
 
 @pytest.mark.parametrize("rows", [1, 40])
 def test_kernels_that_sample_a_step(rows: int, launches: list[tuple[str, str]]) -> None:
     """No launch or size depends on the rows' parameters, so that a GPU can capture the step."""
     backend = model_runner.choose_backend(torch.device("cpu"), torch.bfloat16, "auto")
-    sampler, at = Sampler(rows, backend), torch.arange(rows)
+    sampler, at = Sampler(rows, backend, vocab=5000), torch.arange(rows)
     logits, positions = torch.zeros(rows, 5000), at.int()
     captured = []
     kinds: list[dict[str, Any]] = [{}, {"temperature": 0.7}, {"temperature": 1, "top_p": 0.9}]

@@ -25,6 +25,7 @@ from model.formats import DENSE, MXFP4
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.specs import (
     Activation,
+    AdjustmentTables,
     AttentionSpec,
     Experts,
     Norm,
@@ -212,9 +213,18 @@ def _sampling_calls(
     tables = SamplingTables(
         _empty(1024, 2, dtype=torch.float32), _empty(1024, 2, dtype=torch.int64)
     )
+    adjustments = AdjustmentTables(
+        _empty(1024, 4, dtype=torch.float32),
+        _empty(1024, 3, dtype=torch.int32),
+        _empty(1024, config.vocab_size, dtype=torch.int16),
+        _empty(1024, 3072, 4, dtype=torch.int32),
+        _empty(1024, 3072, dtype=torch.float32),
+    )
     yield lambda: ops.sample_rows(logits, ids, last)
     for dtype in (torch.int32, torch.int64):
-        yield partial(ops.sample_rows, logits, ids, last, _empty(rows, dtype=dtype), tables)
+        positions = _empty(rows, dtype=dtype)
+        yield partial(ops.sample_rows, logits, ids, last, positions, tables)
+        yield partial(ops.adjust_logits, logits, ids, last, positions, adjustments)
 
 
 def _attention_calls(

@@ -18,9 +18,10 @@ from model.ops.sampling import NO_TOKEN, keyed_uniform
 from model.ops.specs import SamplingTables
 from model.ops.triton import sampling
 from model.ops.triton.backend import TritonBackend
-from model.ops.triton.kernels.sampling import _keyed_uniform
+from model.ops.triton.kernels.sampling.choose import _keyed_uniform
 from model.ops.triton.tiles import target_of
-from tests.model.ops_helpers import CPU, reference
+from tests.model.adjustment_cases import adjusted, random_tables
+from tests.model.ops_helpers import CPU, cpu_backend, reference
 from tests.model.test_ops import rand
 
 REFERENCE, KERNELS = reference(), TritonBackend(CPU, torch.float32)
@@ -301,3 +302,18 @@ def test_a_sample_depends_on_neither_the_split_of_rows_nor_the_batch() -> None:
         assert torch.equal(run(logits, rows, TritonBackend(CPU, logits.dtype, target)), expected)
     alone = [run(logits[i : i + 1], rows[i : i + 1]) for i in range(9)]
     assert torch.equal(torch.cat(alone), expected)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("vocab", [3, 130])
+def test_adjusted_logits_equal_the_reference(vocab: int) -> None:
+    rows, logits = 24, rand(24, vocab) * 3
+    index, last = torch.arange(rows).flip(0), torch.arange(rows) % vocab
+    positions = torch.tensor([10, 11] * 12, dtype=torch.int32)
+    tables = random_tables(rows, vocab)
+    expected = adjusted(logits, index.tolist(), last.tolist(), positions.tolist(), tables)
+    for ops in (REFERENCE, KERNELS, cpu_backend()):
+        own = random_tables(rows, vocab)
+        found = ops.adjust_logits(logits.clone(), index, last, positions, own)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(own.counts, tables.counts)

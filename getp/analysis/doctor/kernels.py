@@ -19,7 +19,7 @@ from model.cost.known_models import KNOWN_CONFIGS, named_config
 from model.ops.backend import Backend, choose_backend
 from model.ops.cpu.bindings import kernels, library
 
-_ON_HOST = ("argmax", "top_tokens", "sample_rows")
+_ON_HOST = ("argmax", "top_tokens", "adjust_logits", "sample_rows")
 """Operations that torch computes on a CPU, whatever the instruction set of the native kernels."""
 _LONGEST_ANSWER = 64  # tokens; the answers are numbers and words
 _TIMED_S = 2e-3  # of repeated calls, from which the fastest counts

@@ -8,6 +8,7 @@ import torch
 
 from model.ops.backend import Compute
 from model.ops.cpu import huge_pages, native
+from model.ops.cpu.adjustments import adjust_logits
 from model.ops.cpu.bindings import kernels, library
 from model.ops.cpu.onednn import OneDnnBackend
 from model.ops.cpu.packed import MXFP4, PANEL, Packed
@@ -18,6 +19,7 @@ from model.ops.mxfp4 import MXFP4_BLOCK
 from model.ops.sampling import NO_TOKEN
 from model.ops.specs import (
     Activation,
+    AdjustmentTables,
     AttentionSpec,
     Experts,
     ExpertShard,
@@ -261,6 +263,17 @@ class CpuBackend(OneDnnBackend):
     ) -> torch.Tensor:
         """As Backend.sample."""
         return sample(logits, temperature, top_k, top_p, uniform)
+
+    def adjust_logits(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        last: torch.Tensor,
+        positions: torch.Tensor,
+        tables: AdjustmentTables,
+    ) -> torch.Tensor:
+        """As Backend.adjust_logits."""
+        return adjust_logits(logits, rows, last, positions, tables)
 
     def sample_rows(
         self,

@@ -16,6 +16,7 @@ from model.ops.backend import Backend, KvDtypeError
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.specs import (
     Activation,
+    AdjustmentTables,
     AttentionSpec,
     Experts,
     ExpertShard,
@@ -37,7 +38,7 @@ from model.ops.triton.mxfp4 import dense_weights, pack
 from model.ops.triton.norm import activate, add_rms_norm, delta_parts
 from model.ops.triton.rotary import rotate_and_write
 from model.ops.triton.route import MAX_PAIRS, route
-from model.ops.triton.sampling import sample_rows
+from model.ops.triton.sampling import adjust_logits, sample_rows
 from model.ops.triton.selection import STORAGE, Choice, Selection, candidates, describe
 from model.ops.triton.tiles import Target, target_of
 
@@ -253,6 +254,18 @@ class TritonBackend(Backend):
         """As `Backend.experts`."""
         target = self._target("experts")
         return grouped_experts(x, chosen, weights, experts, activation, shard, target)
+
+    def adjust_logits(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        last: torch.Tensor,
+        positions: torch.Tensor,
+        tables: AdjustmentTables,
+    ) -> torch.Tensor:
+        """As `Backend.adjust_logits`."""
+        target = self._target("adjust_logits")
+        return adjust_logits(logits, rows, last, positions, tables, target)
 
     def sample_rows(
         self,

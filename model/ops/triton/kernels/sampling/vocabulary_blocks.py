@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from model.ops.triton.kernels.search import log_scale
+from model.ops.triton.kernels.sampling.search import log_scale
 from model.ops.triton.programmatic_launch import wait_for_previous_kernel
 
 _INFINITY = tl.constexpr(float("inf"))

@@ -3,14 +3,14 @@
 import triton
 import triton.language as tl
 
-from model.ops.triton.kernels.search import (
+from model.ops.triton.kernels.sampling.search import (
     key_scale,
     key_steps,
     log_scale,
     mass_of,
     token_keys,
 )
-from model.ops.triton.kernels.vocabulary_blocks import (
+from model.ops.triton.kernels.sampling.vocabulary_blocks import (
     is_finite,
     load_logits,
     load_maxima,

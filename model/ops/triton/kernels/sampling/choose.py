@@ -27,8 +27,8 @@ Of 150,000 logits of a language model a few hundred are left.
 import triton
 import triton.language as tl
 
-from model.ops.triton.kernels.search import log_scale, mass_of, sample_truncated
-from model.ops.triton.kernels.vocabulary_blocks import (
+from model.ops.triton.kernels.sampling.search import log_scale, mass_of, sample_truncated
+from model.ops.triton.kernels.sampling.vocabulary_blocks import (
     is_finite,
     load_logits,
     load_maxima,

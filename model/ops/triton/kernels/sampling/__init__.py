@@ -1,0 +1,1 @@
+"""The kernels that sample the rows of a step: `choose.py` describes them."""
