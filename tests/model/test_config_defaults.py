@@ -196,7 +196,7 @@ def check_experts(config: ModelConfig, expected: Any) -> None:
     shared = getattr(expected, "n_shared_experts", 0) * size
     shared = getattr(expected, "shared_expert_intermediate_size", shared)
     assert config.moe.shared_size == shared
-    assert config.moe.shared_gate == hasattr(expected, "shared_expert_intermediate_size")
+    assert config.moe.shared_gate == (shared > 0 and not hasattr(expected, "n_shared_experts"))
     assert config.moe.router.scale == getattr(expected, "routed_scaling_factor", 1.0)
     groups, stated = config.moe.router.groups, getattr(expected, "n_group", 1)
     if (stated or 1) > 1:
