@@ -27,7 +27,7 @@ from getp.job import run as batch
 from getp.job.journal import Journal
 from getp.job.request_reader import RequestDefaults
 from getp.report.measurements import Measurements
-from getp.text.answer_text import StopWatcher
+from getp.text.answer_text import AnswerOptions, StopWatcher
 from model import load_config
 from tokenizer import Tokenizer
 
@@ -72,13 +72,13 @@ def dispatch(folder: Path, replicas: Cluster, count: int, tokens: int) -> dict[s
     requests = []
     for index in range(count):
         ids, params = [index % 1000] * tokens, SamplingParams(seed=index)
-        requests.append(Request(ids, params, index, StopWatcher(tokenizer, ids, False, ())))
+        requests.append(Request(ids, params, index, StopWatcher(tokenizer, ids, AnswerOptions())))
     measured = Measurements()
     with Journal(str(folder / "journal"), {"fingerprint": {}}, count, flush_s=1.0) as journal:
         clock = _Clock()
         for done in replicas.generate(requests):
             journal.append(done.request_id, True, token_line(done.token_ids))
-            measured.add(done)
+            measured.add([done])
         found = clock.read(count)
         assert journal.done == measured.done == count
     return found

@@ -26,7 +26,10 @@ CHAT: FormatValues = {}  # each turn makes a conversation longer
 JSONL: FormatValues = {"max_new_tokens": DEFAULT_NEW_TOKENS}
 OPENAI: FormatValues = {**JSONL, "temperature": 1.0}
 
-_SAMPLING = ("temperature", "top_p", "top_k")
+_SHOWN = ("temperature", "top_p", "top_k")
+_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+SAMPLING = (*_SHOWN, "min_p", *_PENALTIES)
+"""Fields of SamplingParams that options and generation_config.json can set, besides lengths."""
 
 
 @dataclass(frozen=True)
@@ -61,18 +64,26 @@ def describe(
             return "generation_config.json"
         return name_of(name) if found == "option" else "default"
 
-    values = {name: f"{getattr(params, name):g}" for name in _SAMPLING}
+    def has_effect(name: str) -> bool:
+        return bool(getattr(params, name) != getattr(SamplingParams(), name))
+
+    values = {name: f"{getattr(params, name):g}" for name in _SHOWN}
+    if params.min_p:
+        values["min_p"] = f"{params.min_p:g}"
     notes = {"temperature": "greedy, " if params.temperature == 0 else ""}
     notes["top_k"] = "all tokens, " if params.top_k == 0 else ""
     if openai is not None and (theirs := defaults.fill(openai).temperature) != params.temperature:
         values["temperature"] = f"{theirs:g} in OpenAI's format, otherwise {values['temperature']}"
     if openai is None and params.temperature == 0:  # the others have no effect
         values, seed = {"temperature": values["temperature"]}, ""
+    values |= {name: f"{getattr(params, name):g}" for name in _PENALTIES if has_effect(name)}
     parts = [
         f"{name} {value} ({notes.get(name, '')}{origin(name)})" for name, value in values.items()
     ]
     parts += [f"seed {seed}"] if seed else []
     limits = []
+    if params.min_new_tokens:
+        limits.append(f"at least {params.min_new_tokens} tokens ({origin('min_new_tokens')})")
     if params.max_new_tokens is not None:
         limits.append(f"at most {params.max_new_tokens} new tokens ({origin('max_new_tokens')})")
     if params.max_positions is not None:

@@ -13,11 +13,8 @@ GENERATION_CONFIG = "generation_config.json"
 
 # Keys that change the tokens and are not supported, with the values that switch them off.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "repetition_penalty": (1,),
-    "min_p": (0,),
     "typical_p": (1,),
     "no_repeat_ngram_size": (0,),
-    "min_new_tokens": (0,),
     "num_beams": (1,),
     "bad_words_ids": ([],),
     "suppress_tokens": ([],),
@@ -34,7 +31,7 @@ _GGUF_KEYS = {
 
 
 def recommended_sampling(checkpoint: Path, ignored: Container[str] = ()) -> dict[str, Any]:
-    """Return what generation_config.json has of temperature, top_p, top_k and max_new_tokens.
+    """Return what generation_config.json has of the sampling and the lengths that are supported.
 
     `do_sample: false` means temperature 0, and `do_sample: true` without a temperature means 1, as
     in transformers. A top_k of -1 is returned as 0 (all tokens). The keys in `ignored` are not
@@ -102,6 +99,24 @@ def _top_k(keys: Keys, name: str) -> int:
     return max(0, keys.integer(name, minimum=-1))
 
 
+def _min_p(keys: Keys, name: str) -> float:
+    value = keys.get(name)
+    if not _is_number(value) or not 0 <= value <= 1:
+        raise keys.fail(f"'{name}' must be a number from 0 to 1, not {value!r}")
+    return float(value)
+
+
+def _repetition_penalty(keys: Keys, name: str) -> float:
+    value = keys.get(name)
+    if not _is_number(value) or not 0 < value <= 100:
+        raise keys.fail(f"'{name}' must be a number above 0 and at most 100, not {value!r}")
+    return float(value)
+
+
+def _min_new_tokens(keys: Keys, name: str) -> int:
+    return keys.integer(name, minimum=0)
+
+
 def _max_new_tokens(keys: Keys, name: str) -> int:
     return keys.integer(name)
 
@@ -114,5 +129,8 @@ _READERS = {
     "temperature": _temperature,
     "top_p": _top_p,
     "top_k": _top_k,
+    "min_p": _min_p,
+    "repetition_penalty": _repetition_penalty,
+    "min_new_tokens": _min_new_tokens,
     "max_new_tokens": _max_new_tokens,
 }

@@ -82,15 +82,15 @@ class StopResult:
 class StopStrings:
     """Finds the stop string that is completed first in a stream of text.
 
-    The text ends before that string. A suffix that may begin a stop string is held back, so text
-    that has been returned is never withdrawn. The result does not depend on how the text is split
-    into pieces.
+    The text ends before that string, or after it with `include`. A suffix that may begin a stop
+    string is held back, so text that has been returned is never withdrawn. The result does not
+    depend on how the text is split into pieces.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], include: bool = False) -> None:
         if not all(stops):
             raise ValueError("a stop string must not be empty")
-        self._stops = tuple(stops)
+        self._stops, self._include = tuple(stops), include
         self._held = ""
 
     def push(self, piece: str) -> StopResult:
@@ -99,7 +99,8 @@ class StopStrings:
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self._held = ""
-            return StopResult(text[: min(found)[1]], stopped=True)
+            end, at = min(found)
+            return StopResult(text[: end if self._include else at], stopped=True)
         keep = self._partial_match_length(text)
         self._held = text[len(text) - keep :]
         return StopResult(text[: len(text) - keep], stopped=False)

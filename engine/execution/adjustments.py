@@ -82,6 +82,10 @@ class LogitAdjustments:
                 torch.zeros(rows, MAX_ENTRIES, device=device),
             )
 
+    def allocate(self) -> None:
+        """Allocate the tables now."""
+        _ = self.tables
+
     def update(self, step: Step, starts: SequenceOf[RowStart]) -> None:
         """Set the rows of a step before it is launched; starts: from `row_starts`."""
         changed = [s for s in starts if s.params.adjusts_logits or s.row in self._active]

@@ -113,6 +113,7 @@ def _tails(sampler: Sampler, shard: Shard) -> dict[str, Tail]:
     }
     if shard.size == 1:  # else rank 0 gathers the logits of all ranks
         tails[_SAMPLED] = sampler.sample_rows
+        sampler.adjustments.allocate()  # not in a capture, whose memory is its own
         tails[_ADJUSTED] = sampler.sample_adjusted
     return tails
 

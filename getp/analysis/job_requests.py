@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import cast
 
 from getp.checkpoints import load_tokenizer
-from getp.job.formats.interface import BadRequestError, Failure, JobRequest, ParsedBody
+from getp.job.formats.interface import Failure, JobRequest
 from getp.job.inputs import scan
 from getp.job.request_reader import RequestDefaults, RequestReader
+from getp.openai.parsed import BadRequestError, ParsedBody
 from tokenizer import Tokenizer
 
 _BYTES_PER_TOKEN = 4  # assumed without a tokenizer
@@ -39,9 +40,10 @@ def read_requests(path: str, folder: Path | None, defaults: RequestDefaults) -> 
         reader = RequestReader(source, defaults, load_tokenizer(folder))
     for request in map(reader.read, source.lines()):
         if isinstance(request, JobRequest):
-            found.prompts.append(len(request.prompt_ids))
-            found.limits.append(request.params.max_new_tokens)
-            found.max_lengths.append(request.params.max_positions)
+            answers = request.best_of
+            found.prompts += [len(request.prompt_ids)] * answers
+            found.limits += [request.params.max_new_tokens] * answers
+            found.max_lengths += [request.params.max_positions] * answers
         elif isinstance(request, Failure):
             found.refused += 1
             found.first_refused = found.first_refused or f"line {request.line}: {request.message}"

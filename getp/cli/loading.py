@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from engine import Engine, SamplingParams
     from getp.cluster.driver import Cluster
     from getp.defaults import Defaults, FormatValues, Origin
+    from getp.text.answer_text import AnswerOptions
     from tokenizer import Tokenizer
 
 
@@ -100,21 +101,40 @@ def sampling_defaults(settings: Settings, tokenizer: "Tokenizer") -> "Defaults":
     """
     from engine import SamplingParams
     from getp.defaults import Defaults
+    from getp.text.prompts import bad_word_ids
     from model.generation import unsupported_generation
 
     options = settings.sampling
-    if "" in options.stop:
-        raise UsageProblem("--stop must not be empty")
+    for name in ("stop", "bad_words"):
+        if "" in getattr(options, name):
+            raise UsageProblem(f"{option_name(name)} must not be empty")
     values, origins = length_and_sampling(settings)
-    for setting in unsupported_generation(checkpoint_folder(settings)):
-        warn(f"generation_config.json asks for {setting}, which is not supported: it is ignored")
+    if options.generation_config == "auto":
+        for setting in unsupported_generation(checkpoint_folder(settings)):
+            warn(f"generation_config.json asks for {setting}, which is not supported: ignored")
+    eos_ids = frozenset[int]() if options.ignore_eos else tokenizer.stop_ids
     params = SamplingParams(
         **values,
         seed=secrets.randbelow(2**32) if options.seed is None else options.seed,
-        stop_ids=frozenset() if options.ignore_eos else tokenizer.stop_ids,
+        stop_ids=eos_ids | frozenset(options.stop_token_ids),
         ignore_eos=options.ignore_eos,
+        bad_words=bad_word_ids(tokenizer, options.bad_words),
     )
     return Defaults(params, origins)
+
+
+def answer_options(settings: Settings, chat: bool) -> "AnswerOptions":
+    """Return how answers become text; chat: apply the chat template."""
+    from getp.text.answer_text import AnswerOptions
+
+    options = settings.sampling
+    return AnswerOptions(
+        chat,
+        options.stop,
+        options.include_stop,
+        not options.keep_special_tokens,
+        options.min_new_tokens or 0,
+    )
 
 
 def sampling_params(
@@ -136,15 +156,18 @@ def sampling_params(
 
 def length_and_sampling(settings: Settings) -> "tuple[dict[str, Any], dict[str, Origin]]":
     """Return the fields of SamplingParams that options or the checkpoint set, and their origins."""
+    from getp.defaults import SAMPLING
     from model.generation import recommended_sampling
 
     options, folder = settings.sampling, checkpoint_folder(settings)
-    names = ("temperature", "top_p", "top_k", "max_new_tokens")
+    names = (*SAMPLING, "max_new_tokens", "min_new_tokens")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.given_length is not None or "max_new_tokens" in given:
         given.setdefault("max_new_tokens", None)
         given["max_positions"] = options.given_length or None  # 0: the model's limit
-    recommended = recommended_sampling(folder, ignored=given)
+    recommended = {}
+    if options.generation_config == "auto":
+        recommended = recommended_sampling(folder, ignored=given)
     return {**recommended, **given}, {
         **dict.fromkeys(recommended, "checkpoint"),
         **dict.fromkeys(given, "option"),

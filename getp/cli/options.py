@@ -21,7 +21,7 @@ from getp.cli.click_types import (
 )
 from getp.cli.modes import MODES, Subject
 from getp.cli.plan_options import PLAN_OPTIONS
-from getp.defaults import DEFAULT_MAX_LENGTH, DEFAULT_NEW_TOKENS
+from getp.cli.sampling_options import SAMPLING_OPTIONS
 from model.config import KV_DTYPES
 
 _MAX_SECONDS = 365 * 24 * 3600  # one year; Python cannot wait for much longer
@@ -40,8 +40,6 @@ _JOB, _ENGINE, _HELP = OptionGroup("Job"), OptionGroup("Engine"), OptionGroup("H
 
 _job = in_group(_JOB, Subject.JOB)
 _prompt = in_group(OptionGroup("Prompt"), Subject.PROMPT)
-_sampling = in_group(OptionGroup("Sampling"), Subject.SAMPLING)
-_length = in_group(OptionGroup("Length"), Subject.LENGTH)
 _engine = in_group(_ENGINE, Subject.ENGINE)
 _batch = in_group(_ENGINE, Subject.BATCH)
 _replicas = in_group(_ENGINE, Subject.REPLICAS)
@@ -169,59 +167,7 @@ _ALL: tuple[Decorator, ...] = (
         help="Apply the model's chat template to prompts, or use them as they are.  "
         "[default: in generate and chat the template, if the model has one; otherwise --raw]",
     ),
-    _sampling(
-        "-t",
-        "--temperature",
-        type=Number(min=0),
-        help="Sampling temperature; 0 is greedy.  [default: the checkpoint's, else 0, or 1 for "
-        "OpenAI's JSONL]",
-    ),
-    _sampling(
-        "-p",
-        "--top-p",
-        type=Number(0, 1, min_open=True),
-        help="Sample from the most likely tokens whose total probability reaches this value.  "
-        "[default: the checkpoint's, else 1]",
-    ),
-    _sampling(
-        "--top-k",
-        type=Integer(0, 2**63 - 1),
-        help="Sample from the K most likely tokens (0: all).  [default: the checkpoint's, else 0]",
-    ),
-    _sampling(
-        "-s",
-        "--seed",
-        type=Integer(0, 2**63 - 1),
-        help="Random seed; the same seed gives the same samples.  [default: random, printed]",
-    ),
-    _length(
-        "-n",
-        "--max-length",
-        type=Integer(min=0),
-        help="Maximum total tokens per request (prompt + answer); 0: the model's limit.  "
-        f"[default: {DEFAULT_MAX_LENGTH}; the model's limit for JSONL, in chat, and with "
-        "--max-new-tokens]",
-    ),
-    _length("--steps", hidden=True, type=Integer(min=0)),  # the old name of --max-length
-    _length(
-        "--max-new-tokens",
-        type=Integer(min=1),
-        help="Maximum tokens generated per request.  [default: the checkpoint's, else "
-        f"{DEFAULT_NEW_TOKENS} for JSONL]",
-    ),
-    _length(
-        "--stop",
-        subject=Subject.STOPPING,
-        metavar="TEXT",
-        multiple=True,
-        help="End an answer at this text. Can be repeated.",
-    ),
-    _length(
-        "--ignore-eos",
-        subject=Subject.STOPPING,
-        is_flag=True,
-        help="Do not stop at EOS (for benchmarking).",
-    ),
+    *SAMPLING_OPTIONS,
     _engine(
         "--device",
         subject=Subject.DEVICE,

@@ -28,11 +28,21 @@ class SamplingOptions:
     temperature: float | None  # None, here and below: not given
     top_p: float | None
     top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    bad_words: tuple[str, ...]
+    generation_config: Literal["auto", "none"]
     seed: int | None  # None: random
     max_length: int | None
     steps: int | None  # the old name of max_length
     max_new_tokens: int | None
+    min_new_tokens: int | None
     stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    include_stop: bool
+    keep_special_tokens: bool
     ignore_eos: bool
 
     @property

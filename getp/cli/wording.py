@@ -25,6 +25,13 @@ _OPTIONS = {
     "top_p": "-p/--top-p",
     "seed": "-s/--seed",
     "max_new_tokens": "--max-new-tokens",
+    "min_new_tokens": "--min-tokens",
+    "min_p": "--min-p",
+    "repetition_penalty": "--repetition-penalty",
+    "presence_penalty": "--presence-penalty",
+    "frequency_penalty": "--frequency-penalty",
+    "bad_words": "--bad-words",
+    "stop_ids": "--stop-token-id",
     "max_positions": "-n/--max-length",
     "ignore_eos": "--ignore-eos",
     # getp

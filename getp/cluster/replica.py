@@ -16,22 +16,21 @@ from engine import Completion, Engine, EngineConfig, EngineStats, Request, Sampl
 from getp import __version__, fingerprint
 from getp.checkpoints import load_tokenizer
 from getp.errors import GetpError
-from getp.text.answer_text import StopWatcher
+from getp.text.answer_text import AnswerOptions, StopWatcher
 from tokenizer import Tokenizer
 
-RequestMessage = tuple[Sequence[int], SamplingParams, int, tuple[str, ...], bool]
-"""A request in serializable form: prompt ids, parameters, id, stop strings, chat or not."""
+RequestMessage = tuple[Sequence[int], SamplingParams, int, AnswerOptions]
+"""A request in serializable form: prompt ids, parameters, id, what stop strings depend on."""
 
 
 def request_message(request: Request) -> RequestMessage:
     """Convert a request for sending. Raises TypeError unless `on_token` is None or StopWatcher."""
-    stops: tuple[str, ...] = ()
-    chat = False
+    options = AnswerOptions()
     if request.on_token is not None:
         if not isinstance(request.on_token, StopWatcher):
             raise TypeError("on_token of a request to replicas must be a StopWatcher")
-        stops, chat = request.on_token.stops, request.on_token.chat
-    return request.prompt_ids, request.params, request.request_id, stops, chat
+        options = request.on_token.options
+    return request.prompt_ids, request.params, request.request_id, options
 
 
 @dataclass(frozen=True)
@@ -159,14 +158,13 @@ class Replica:
         prompt_ids: Sequence[int],
         params: SamplingParams,
         request_id: int,
-        stops: tuple[str, ...],
-        chat: bool,
+        options: AnswerOptions,
     ) -> Request:
-        if not stops:
+        if not options.stops:
             return Request(prompt_ids, params, request_id)
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self._setup.tokenizer)
-        watcher = StopWatcher(self._tokenizer, prompt_ids, chat, stops)
+        watcher = StopWatcher(self._tokenizer, prompt_ids, options)
         self._watchers[request_id] = watcher
         return Request(prompt_ids, params, request_id, watcher)
 

@@ -5,7 +5,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from engine.resolve import KERNEL_CHOICES, dtype_name
@@ -23,6 +23,7 @@ from getp.job.request_reader import RequestDefaults
 from getp.ownership import errors_path, remove_leftovers
 from getp.rounding import check_resumed
 from getp.terminal import print_message, warn
+from getp.text.answer_text import AnswerOptions
 from getp.units import counted
 
 
@@ -170,8 +171,9 @@ def _fingerprint(job: Job, source: Source, engine: JobEngine) -> dict[str, Any]:
         "kv_dtype": engine.kv_dtype,
         **({"quantize": engine.config.quantize} if engine.config.quantize else {}),
         **params,
-        "stop": defaults.stops,
-        "chat template": defaults.chat,
+        "stop": defaults.answer.stops,
+        "answer": _changed(replace(defaults.answer, chat=False, stops=()), AnswerOptions()),
+        "chat template": defaults.answer.chat,
         "system": defaults.system,
         "capped": defaults.is_set("max_positions"),
     }
@@ -179,3 +181,9 @@ def _fingerprint(job: Job, source: Source, engine: JobEngine) -> dict[str, Any]:
         named["openai temperature"] = defaults.fill(form.openai_defaults).temperature
     as_json: dict[str, Any] = json.loads(json.dumps(named))
     return as_json
+
+
+def _changed(options: AnswerOptions, neutral: AnswerOptions) -> dict[str, Any]:
+    """Return the fields that differ, so that new ones do not refuse older journals."""
+    before = asdict(neutral)
+    return {name: value for name, value in asdict(options).items() if value != before[name]}

@@ -59,16 +59,33 @@ def noted_rounding(path: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+_NEUTRAL = {
+    "min_p": 0,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "repetition_penalty": 1,
+    "min_new_tokens": 0,
+    "logit_bias": [],
+    "bad_words": [],
+    "thinking": None,
+    "answer": {},
+}
+
+
 def comparable(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     """Return a fingerprint as this version writes it, without values that have no effect."""
     # Older journals name no dtype of the KV cache, which always had the compute dtype.
     found = {"kv_dtype": fingerprint.get("dtype"), **fingerprint}
     if found.get("output format") == _OLD_IDS:
         found["output format"] = "ids"
+    for name, neutral in _NEUTRAL.items():  # older journals lack them
+        if found.get(name) == neutral:
+            del found[name]
     temperature = found.get("temperature")
     if found.get("input format") != "text":  # older journals have one for all requests
         return {"openai temperature": temperature, **found}
-    unused = ("top_p", "top_k") if temperature == 0 else ()  # no line can set its own temperature
+    # No line can set its own temperature.
+    unused = ("top_p", "top_k", "min_p") if temperature == 0 else ()
     return {name: value for name, value in found.items() if name not in unused}
 
 

@@ -10,10 +10,13 @@ from typing import Any
 from engine import SamplingParams
 from getp.defaults import NO_LIMIT, Defaults
 from getp.errors import GetpError, NameOf, worded
-from getp.job.formats.interface import BadRequestError, Failure, JobRequest, Line, ParsedBody
+from getp.job.formats.interface import Failure, JobRequest, Line
 from getp.job.inputs import Source
+from getp.openai.parsed import BadRequestError, ParsedBody
 from getp.terminal import warn
+from getp.text.answer_text import PLAIN, AnswerOptions
 from getp.text.prompts import (
+    bad_word_ids,
     chat_template,
     check_length,
     request_seed,
@@ -30,8 +33,7 @@ class RequestDefaults(Defaults):
     The seed in `params` is the job's; each request derives its own from it.
     """
 
-    stops: tuple[str, ...] = ()
-    chat: bool = False  # apply the chat template to prompts
+    answer: AnswerOptions = PLAIN
     system: str | None = None
 
 
@@ -132,11 +134,21 @@ class RequestReader:
             raise BadRequestError("not_encodable", str(error)) from error
 
     def _request(self, line: Line, custom_id: str, body: ParsedBody) -> JobRequest:
-        chat = self.defaults.chat if body.chat is None else body.chat
+        chat = self.defaults.answer.chat if body.chat is None else body.chat
         params = self._params(body, line.index)
-        ids = self.encode(body, chat, params.max_positions)
-        stops = self.defaults.stops if body.stops is None else body.stops
-        return JobRequest(line.index, line.number, custom_id, ids, params, stops, chat)
+        changes = {"chat": chat, "min_tokens": params.min_new_tokens, **body.answer}
+        if body.stops is not None:
+            changes["stops"] = body.stops
+        return JobRequest(
+            line.index,
+            line.number,
+            custom_id,
+            self.encode(body, chat, params.max_positions),
+            params,
+            replace(self.defaults.answer, **changes),
+            body.n,
+            body.best_of or body.n,
+        )
 
     def _rendered(self, body: ParsedBody) -> str:
         try:
@@ -167,8 +179,13 @@ class RequestReader:
     def _params(self, body: ParsedBody, index: int) -> SamplingParams:
         defaults = self._openai_params if body.openai else self._other_params
         changes: dict[str, Any] = {"seed": request_seed(defaults.seed, index), **body.params}
+        own_stops: frozenset[int] = changes.get("stop_ids", frozenset())
         if changes.get("ignore_eos"):
-            changes["stop_ids"] = frozenset()
+            changes["stop_ids"] = own_stops
+        elif own_stops:
+            changes["stop_ids"] = own_stops | defaults.stop_ids
+        if body.bad_words is not None and self._tokenizer is not None:
+            changes["bad_words"] = bad_word_ids(self._tokenizer, body.bad_words)
         try:
             return replace(defaults, **changes)
         except ValueError as error:

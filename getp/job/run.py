@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from engine import Completion, Request
@@ -29,17 +29,19 @@ from getp.report.report_table import final_line, print_report
 from getp.terminal import print_last_line, print_message
 from getp.text.answer_text import StopWatcher
 from getp.text.prompts import chat_template
+from getp.text.samples import choose_samples, sample_params
 from tokenizer import Tokenizer
 
 __all__ = ["Job", "JobRun", "read", "run_job"]
 
 _MAX_PREFETCHED_TOKENS = 1 << 19  # prompt tokens that are encoded ahead of the engine
+_INDEX_BITS = 40  # of a request in the ids of its answers
 _TOKENS_PER_REQUEST = 64  # cost of a queued request besides its prompt
 
 
 def run_job(job: Job, source: Source, tokenizer: Tokenizer, engine: JobEngine) -> int:
     """Run the whole job; return the exit status. Raises Interrupted when a signal ends it."""
-    if job.defaults.chat:
+    if job.defaults.answer.chat:
         chat_template(tokenizer)  # raises one error instead of one per request
     with ExitStack() as stack:
         stop = stack.enter_context(GracefulStop(job.grace_s))
@@ -58,6 +60,15 @@ def run_job(job: Job, source: Source, tokenizer: Tokenizer, engine: JobEngine) -
         journal.remove()
     _report(run, journal.failed, first_failure)
     return SOME_FAILED if journal.failed else 0
+
+
+@dataclass
+class _Running:
+    """A request in the engine, and those of its answers that are complete, by their number."""
+
+    request: JobRequest
+    watchers: list[StopWatcher] = field(default_factory=list)
+    completions: dict[int, Completion] = field(default_factory=dict)
 
 
 class JobRun:
@@ -80,7 +91,7 @@ class JobRun:
         self._defaults = replace(job.defaults, params=params)
         fingerprint = json.dumps(header["fingerprint"], sort_keys=True)
         self._results = ResultContext(tokenizer, job.checkpoint, fingerprint, header["created"])
-        self._running: dict[int, tuple[JobRequest, StopWatcher]] = {}
+        self._running: dict[int, _Running] = {}
 
     def complete_requests(self) -> None:
         """Complete every request that is not done. Raises Interrupted, GetpError."""
@@ -152,32 +163,56 @@ class JobRun:
             if isinstance(request, Failure):
                 self._record_failure(request)
                 continue
+            yield from self._samples(request)
+
+    def _samples(self, request: JobRequest) -> Iterator[Request]:
+        """Yield the engine's requests for the answers of a request, which share its prompt."""
+        self._running[request.index] = running = _Running(request)
+        for number in range(request.best_of):
             watcher = StopWatcher(
-                self._tokenizer, request.prompt_ids, request.chat, request.stops, self._stop.check
+                self._tokenizer, request.prompt_ids, request.answer, self._stop.check
             )
-            self._running[request.index] = request, watcher
-            yield Request(request.prompt_ids, request.params, request.index, watcher)
+            running.watchers.append(watcher)
+            params = sample_params(request.params, number, request.n, request.best_of)
+            sample_id = request.index + (number << _INDEX_BITS)
+            yield Request(request.prompt_ids, params, sample_id, watcher)
 
     def _record_completion(self, completion: Completion) -> None:
-        """Save a completion in the journal; completions arrive in any order."""
-        request, watcher = self._running.pop(completion.request_id)
-        if completion.finish_reason in ("error", "cancelled"):
-            message = "the request was cancelled"
-            if completion.error is not None:
-                message = worded(completion.error, self.job.name_of)
-            return self._record_failure(
-                _failure(request, f"request_{completion.finish_reason}", message)
-            )
-        reason = watcher.error
-        if reason is None:
+        """Save a request in the journal when its last answer is complete, in any order."""
+        number, index = divmod(completion.request_id, 1 << _INDEX_BITS)
+        running = self._running[index]
+        running.completions[number] = completion
+        if len(running.completions) < running.request.best_of:
+            return
+        del self._running[index]
+        request = running.request
+        completions = [running.completions[i] for i in range(request.best_of)]
+        failure = self._failure_of(running, completions)
+        if failure is None:
+            with_logprobs = request.params.logprobs is not None
+            samples = choose_samples(completions, request.n, with_logprobs)
             try:
-                line = self.format.completed(self._results, request, completion)
+                line = self.format.completed(self._results, request, samples)
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
-        if reason is not None:
-            return self._record_failure(_failure(request, "internal_error", reason))
+                failure = _failure(request, "internal_error", reason)
+        if failure is not None:
+            return self._record_failure(failure)
         self._journal.append(request.index, True, line)
-        self.measured.add(completion)
+        self.measured.add(completions)
+
+    def _failure_of(self, running: "_Running", completions: list[Completion]) -> Failure | None:
+        """Return the failure of the first answer that failed."""
+        for completion, watcher in zip(completions, running.watchers, strict=True):
+            if completion.finish_reason in ("error", "cancelled"):
+                message = "the request was cancelled"
+                if completion.error is not None:
+                    message = worded(completion.error, self.job.name_of)
+                code = f"request_{completion.finish_reason}"
+                return _failure(running.request, code, message)
+            if watcher.error is not None:
+                return _failure(running.request, "internal_error", watcher.error)
+        return None
 
     def _record_failure(self, failure: Failure) -> None:
         """Save a failed request. Raises GetpError after too many of them."""

@@ -15,8 +15,6 @@ from getp.checkpoints import embedded_model, find_model, load_tokenizer
 from getp.defaults import JSONL, Defaults
 from getp.errors import GetpError
 from getp.hub import Part, find_checkpoint
-from getp.job.formats.interface import BadRequestError
-from getp.job.formats.openai_request import read_body
 from getp.library.arguments import (
     Prompt,
     check_samples,
@@ -26,9 +24,12 @@ from getp.library.arguments import (
     template_variables,
     tuple_of_stops,
 )
+from getp.openai.body import read_body
+from getp.openai.parsed import BadRequestError
 from getp.terminal import catch_ctrl_c
-from getp.text.answer_text import StopWatcher, ToolCall, read_answer
-from getp.text.prompts import check_length, render_chat, request_seed
+from getp.text.answer_text import AnswerOptions, StopWatcher, ToolCall, read_answer
+from getp.text.prompts import check_length, render_chat
+from getp.text.samples import sample_params
 from getp.units import counted
 from model.generation import recommended_sampling, unsupported_generation
 from tokenizer import Message, Tokenizer, TokenizerError
@@ -203,11 +204,10 @@ class LLM:
                     first = len(prompts) * n
                     prompts.append(prompt)
                     for index in range(n if prompt.error is None else 0):
-                        watcher = StopWatcher(
-                            self.tokenizer, list(prompt.ids), prompt.chat, stops, check
-                        )
+                        options = AnswerOptions(prompt.chat, stops, min_tokens=own.min_new_tokens)
+                        watcher = StopWatcher(self.tokenizer, list(prompt.ids), options, check)
                         watchers[first + index] = watcher
-                        sample = self._sample_params(own, index)
+                        sample = sample_params(self._with_stop_ids(own), index, n, n)
                         yield Request(prompt.ids, sample, first + index, watcher)
 
             with closing(self.engine.generate(requests())) as completions:
@@ -222,13 +222,11 @@ class LLM:
         if self._closed.is_set():
             raise RuntimeError("this LLM is closed: create another one")
 
-    def _sample_params(self, params: SamplingParams, index: int) -> SamplingParams:
-        """Return the parameters of a prompt's sample `index`, each with its own seed."""
-        stop_ids = params.stop_ids
-        if not params.ignore_eos:
-            stop_ids = stop_ids | self.tokenizer.stop_ids
-        seed = params.seed if index == 0 else request_seed(params.seed, index)
-        return replace(params, stop_ids=stop_ids, seed=seed)
+    def _with_stop_ids(self, params: SamplingParams) -> SamplingParams:
+        """Return the parameters with the tokenizer's stop ids, unless they are ignored."""
+        if params.ignore_eos:
+            return params
+        return replace(params, stop_ids=params.stop_ids | self.tokenizer.stop_ids)
 
     def _output(
         self, done: Completion, index: int, prompt: _Encoded, watcher: StopWatcher
@@ -237,7 +235,7 @@ class LLM:
             return _failed(index, str(done.error or watcher.error))
         try:
             answer = read_answer(
-                self.tokenizer, done.token_ids, prompt.ids, prompt.chat, watcher.stops
+                self.tokenizer, done.token_ids, prompt.ids, watcher.options, done.stop_id
             )
         except TokenizerError as error:
             return _failed(index, str(error))

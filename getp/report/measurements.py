@@ -56,19 +56,20 @@ class Measurements:
         """Return prompt and output tokens per second of inference."""
         return self._rate(self.prompt_tokens + self.output_tokens)
 
-    def add(self, completion: Completion) -> None:
-        """Count a request that succeeded."""
-        tokens = len(completion.token_ids)
+    def add(self, completions: Sequence[Completion]) -> None:
+        """Count a request that succeeded, with all of its answers."""
         self.done += 1
-        self.cut += completion.finish_reason == "length"
-        self.prompt_tokens += completion.prompt_tokens
-        self.cached_tokens += completion.cached_tokens
-        self.output_tokens += tokens
-        if tokens:
-            self.ttft_s.add(completion.first_token - completion.arrived)
-        if tokens > 1:
-            decoding = completion.finished - completion.first_token
-            self.per_token_s.add(decoding / (tokens - 1))
+        self.cut += any(each.finish_reason == "length" for each in completions)
+        self.prompt_tokens += completions[0].prompt_tokens
+        self.cached_tokens += completions[0].cached_tokens
+        for completion in completions:
+            tokens = len(completion.token_ids)
+            self.output_tokens += tokens
+            if tokens:
+                self.ttft_s.add(completion.first_token - completion.arrived)
+            if tokens > 1:
+                decoding = completion.finished - completion.first_token
+                self.per_token_s.add(decoding / (tokens - 1))
 
     def _rate(self, tokens: int) -> float:
         return tokens / self.inference_s if self.inference_s > 0 else 0.0

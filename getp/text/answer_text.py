@@ -7,6 +7,21 @@ from tokenizer import HarmonyParser, StopStrings, StreamDecoder, Tokenizer
 from tokenizer.harmony import FINAL, ChannelText, supports_harmony
 
 
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How tokens become the text of an answer."""
+
+    chat: bool = False  # the prompt came from the chat template
+    stops: tuple[str, ...] = ()  # texts that end the answer
+    include_stop: bool = False  # keep the text or the token that ended the answer
+    skip_special: bool = True  # leave special tokens out
+    min_tokens: int = 0  # tokens in which no stop string counts
+
+
+PLAIN = AnswerOptions()
+"""The whole text of an answer, without special tokens."""
+
+
 @dataclass
 class ToolCall:
     """A message of the model to a tool."""
@@ -28,14 +43,20 @@ def read_answer(
     tokenizer: Tokenizer,
     token_ids: Sequence[int],
     prompt_ids: Sequence[int],
-    chat: bool,
-    stops: Sequence[str] = (),
+    options: AnswerOptions,
+    stop_id: int | None = None,
 ) -> Answer:
-    """Return the parts of a finished answer, its content cut at the first stop string."""
-    in_channels = chat and supports_harmony(tokenizer)
-    if not stops and not in_channels:
-        return Answer(tokenizer.decode(token_ids))  # much faster than token by token
-    text = AnswerText(tokenizer, prompt_ids, chat, stops)
+    """Return the parts of a finished answer, its content cut at the first stop string.
+
+    stop_id: the last token, if it ended the request; it is part of the text only on request.
+    """
+    if stop_id is not None and not options.include_stop:
+        token_ids = token_ids[:-1]
+    in_channels = options.chat and supports_harmony(tokenizer)
+    if not options.stops and not in_channels:
+        # Much faster than token by token.
+        return Answer(tokenizer.decode(token_ids, skip_special=options.skip_special))
+    text = AnswerText(tokenizer, prompt_ids, options)
     pieces = []
     for token_id in token_ids:
         pieces.append(text.push(token_id))
@@ -71,12 +92,10 @@ class StopWatcher:
         self,
         tokenizer: Tokenizer,
         prompt_ids: Sequence[int],
-        chat: bool,
-        stops: tuple[str, ...],
+        options: AnswerOptions,
         check: Callable[[], None] | None = None,
     ) -> None:
-        self.chat = chat
-        self.stops = stops
+        self.options = options
         self.check = check
         self.error: str | None = None
         self._tokenizer = tokenizer
@@ -87,11 +106,11 @@ class StopWatcher:
         """Return whether the request ends with this token."""
         if self.check is not None:
             self.check()
-        if not self.stops:  # without stop strings there is no need to decode yet
+        if not self.options.stops:  # without stop strings there is no need to decode yet
             return False
         try:
             if self._answer is None:
-                self._answer = AnswerText(self._tokenizer, self._prompt_ids, self.chat, self.stops)
+                self._answer = AnswerText(self._tokenizer, self._prompt_ids, self.options)
             self._answer.push(token_id)
         except Exception as error:
             self.error = f"{type(error).__name__}: {error}"
@@ -102,18 +121,19 @@ class StopWatcher:
 class AnswerText:
     """Converts an answer's tokens to text by channel, up to the first stop string.
 
-    `chat`: the prompt came from a chat template, so gpt-oss answers in channels. Any other answer
-    is entirely in the channel `final`. Stop strings are detected only in `final`, not in the
-    model's reasoning.
+    If the prompt came from a chat template, gpt-oss answers in channels. Any other answer is
+    entirely in the channel `final`. Stop strings are detected only in `final`, not in the model's
+    reasoning.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt_ids: Sequence[int], chat: bool, stops: Sequence[str]
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int], options: AnswerOptions
     ) -> None:
-        harmony = chat and supports_harmony(tokenizer)
+        harmony = options.chat and supports_harmony(tokenizer)
         self._parser = HarmonyParser(tokenizer, prompt_ids) if harmony else None
-        self._decoder = StreamDecoder(tokenizer)
-        self._stops = StopStrings(stops)
+        self._decoder = StreamDecoder(tokenizer, options.skip_special)
+        self._stops = StopStrings(options.stops, options.include_stop)
+        self._unchecked = options.min_tokens  # tokens in which no stop string counts
         self._final: list[str] = []
         self.stopped = False
 
@@ -124,6 +144,7 @@ class AnswerText:
 
     def push(self, token_id: int) -> ChannelText | None:
         """Process the next token; return the text it adds, if any. Sets `stopped`."""
+        self._unchecked -= 1
         if self._parser is not None:
             return self._apply_stop_strings(self._parser.push(token_id))
         return self._apply_stop_strings(ChannelText(FINAL, self._decoder.push(token_id)))
@@ -142,6 +163,9 @@ class AnswerText:
 
     def _apply_stop_strings(self, piece: ChannelText | None) -> ChannelText | None:
         if piece is None or piece.channel != FINAL:
+            return piece
+        if self._unchecked >= 0:
+            self._final.append(piece.text)
             return piece
         result = self._stops.push(piece.text)
         self.stopped = result.stopped

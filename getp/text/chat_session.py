@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 from engine import Completion, Request, SamplingParams
 from getp.errors import GetpError, Interrupted, NameOf, worded
 from getp.terminal import catch_ctrl_c, print_message
-from getp.text.answer_text import AnswerText
+from getp.text.answer_text import PLAIN, AnswerOptions, AnswerText
 from getp.text.chat_input import chat_input
 from getp.text.prompts import (
     chat_template,
@@ -38,8 +38,7 @@ class ChatSettings:
     """The settings for generating answers."""
 
     params: SamplingParams  # the seed is the chat's; each answer derives its own from it
-    stops: tuple[str, ...] = ()
-    chat: bool = False  # apply the chat template
+    answer: AnswerOptions = PLAIN
     system: str | None = None
     name_of: NameOf = str  # how messages name settings
 
@@ -55,7 +54,7 @@ class Reply:
 
 def generate(settings: ChatSettings, text: str, tokenizer: Tokenizer, engine: "Engine") -> None:
     """Stream the answer to one prompt. Raises GetpError; Interrupted on Ctrl-C."""
-    ids = encode_prompt(tokenizer, text, settings.chat, settings.system)
+    ids = encode_prompt(tokenizer, text, settings.answer.chat, settings.system)
     with engine:
         reply = stream_answer(settings, ids, 0, tokenizer, engine)
     _check(reply, settings)
@@ -193,7 +192,7 @@ def stream_answer(
 
     after_token: called after each token.
     """
-    answer = AnswerText(tokenizer, prompt_ids, settings.chat, settings.stops)
+    answer = AnswerText(tokenizer, prompt_ids, settings.answer)
     screen = Screen(sys.stdout, sys.stderr)
     params = replace(settings.params, seed=request_seed(settings.params.seed, number))
     with catch_ctrl_c() as interrupted:

@@ -89,6 +89,19 @@ def encode_prompt(tokenizer: Tokenizer, text: str, chat: bool, system: str | Non
     return encode_chat(tokenizer, [*system_message(system), {"role": "user", "content": text}])
 
 
+def bad_word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Return the tokens of words that must not be written, at the start of a line and after others.
+
+    Raises TokenizerError.
+    """
+    found: dict[tuple[int, ...], None] = {}
+    for word in words:
+        for text in (word, f" {word.lstrip()}"):
+            found[tuple(tokenizer.encode(text, special=False))] = None
+    found.pop((), None)
+    return tuple(found)
+
+
 def system_message(system: str | None) -> list[Message]:
     """Return the first messages of a conversation: the system prompt, if there is one."""
     return [{"role": "system", "content": system}] if system else []

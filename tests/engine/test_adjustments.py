@@ -127,16 +127,19 @@ def test_results_depend_on_neither_the_batch_nor_how_steps_run(
     small, engine = complete(folder, PARAMS, speculation=False, kv_memory=7 << 14)
     assert results(small) == expected
     assert engine.stats.preemptions > 0
-    # Steps that are captured, and launched before the tokens of the last one are known.
+    # Steps that are captured, or launched before the tokens of the last one are known.
     monkeypatch.setattr(model_runner, "choose_backend", TensorLengths)
     config = EngineConfig(
         dtype="float32", kv_memory=1 << 20, speculation=False, max_batch_size=5, max_batch_tokens=64
     )
-    with Engine(folder, config) as engine:
-        engine.runner.capture(Taping())
-        engine.steps.lookahead = 1
-        captured = engine.generate([Request(PROMPT, each) for each in PARAMS])
-        assert results(sorted(captured, key=lambda c: c.request_id)) == expected
+    for is_captured in (True, False):
+        with Engine(folder, config) as engine:
+            if is_captured:
+                engine.runner.capture(Taping())
+            else:
+                engine.steps.lookahead = 1
+            found = engine.generate([Request(PROMPT, each) for each in PARAMS])
+            assert results(sorted(found, key=lambda c: c.request_id)) == expected
 
 
 @pytest.mark.parametrize(

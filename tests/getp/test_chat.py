@@ -13,6 +13,7 @@ from getp.cli import loading, main
 from getp.cli.modes.generate import prompt_text
 from getp.errors import GetpError, Interrupted, UsageProblem
 from getp.text import chat_session
+from getp.text.answer_text import AnswerOptions
 from getp.text.chat_session import ChatSettings
 from getp.text.screen import Screen
 from tests.getp.helpers import (
@@ -26,7 +27,9 @@ from tokenizer import Tokenizer
 from tokenizer.harmony import ChannelText
 
 TOKENIZER = small_tokenizer()
-SETTINGS = ChatSettings(SamplingParams(max_positions=500, stop_ids=TOKENIZER.stop_ids), chat=True)
+SETTINGS = ChatSettings(
+    SamplingParams(max_positions=500, stop_ids=TOKENIZER.stop_ids), AnswerOptions(chat=True)
+)
 FINAL = "<|channel|>final<|message|>"
 
 RunChat = Callable[..., tuple[str, str]]
@@ -210,7 +213,7 @@ def test_generate_streams_complete_characters(capsys: pytest.CaptureFixture[str]
 
 
 def test_generate_stops_before_a_stop_string(capsys: pytest.CaptureFixture[str]) -> None:
-    settings = ChatSettings(SamplingParams(), stops=("END",))
+    settings = ChatSettings(SamplingParams(), AnswerOptions(stops=("END",)))
     chat_session.generate(settings, "hi", TOKENIZER, fake_engine(always_answers("words EEND more")))
     assert capsys.readouterr().out == "words E\n"
 
@@ -218,7 +221,7 @@ def test_generate_stops_before_a_stop_string(capsys: pytest.CaptureFixture[str])
 def test_text_held_back_for_a_stop_string_is_shown_at_the_end(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    settings = ChatSettings(SamplingParams(), stops=("END",))
+    settings = ChatSettings(SamplingParams(), AnswerOptions(stops=("END",)))
     chat_session.generate(settings, "hi", TOKENIZER, fake_engine(always_answers("words EN")))
     assert capsys.readouterr().out == "words EN\n"
 

@@ -21,6 +21,7 @@ CHAT = """
 import os, signal, time
 from types import SimpleNamespace
 from engine import Completion, SamplingParams
+from getp.text.answer_text import AnswerOptions
 from getp.text.chat_session import ChatSettings, chat
 from tokenizer import Tokenizer
 
@@ -60,7 +61,7 @@ def answer(prompt):
             yield token
     yield from tokenizer.encode(" end.<|return|>")
 
-chat(ChatSettings(SamplingParams(), chat=True), None, tokenizer, FakeEngine())
+chat(ChatSettings(SamplingParams(), AnswerOptions(chat=True)), None, tokenizer, FakeEngine())
 """
 CTRL_C, CTRL_D, ENTER, ESC_ENTER, UP = "\x03", "\x04", "\r", "\x1b\r", "\x1b[A"
 PASTE, PASTE_END = "\x1b[200~", "\x1b[201~"

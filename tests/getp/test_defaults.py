@@ -187,7 +187,7 @@ def test_a_plan_assumes_the_lengths_of_a_job(tmp_path: Path) -> None:
             "own: temperature 0.6 (generation_config.json), top_p 0.5 (-p/--top-p), top_k 20 "
             "(generation_config.json), seed ",
         ),
-        (openai(), [], {"repetition_penalty": 1.05}, "asks for repetition_penalty 1.05, which is"),
+        (openai(), [], {"num_beams": 4}, "asks for num_beams 4, which is"),
     ],
 )
 def test_one_line_says_what_holds_and_why(

@@ -15,6 +15,7 @@ from getp.errors import SOME_FAILED
 from getp.job import run as job_run
 from getp.job.request_reader import RequestDefaults, SeenIds
 from getp.job.run import Job
+from getp.text.answer_text import AnswerOptions
 from tests.getp.helpers import FakeEngine, small_tokenizer
 from tokenizer import Tokenizer
 
@@ -46,7 +47,7 @@ def run(
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     params = SamplingParams(max_positions=1024, stop_ids=TOKENIZER.stop_ids)
-    defaults = RequestDefaults(params, **rest)
+    defaults = RequestDefaults(params, answer=AnswerOptions(**rest))
     job = Job(str(source), str(tmp_path / output), "small", defaults)
     engine = engine or Engine()
     status = job_run.run_job(job, job_run.read(job), tokenizer, engine)
@@ -169,9 +170,18 @@ def test_stop_string_of_a_request_truncates_its_text(tmp_path: Path) -> None:
         ({"prompt": ["a", "b"]}, "invalid_value", "several lines"),
         ({"prompt": "\ud800"}, "not_encodable", "character 0 is half of a surrogate pair"),
         ({"prompt": "x", "nonsense": 1}, "unknown_parameter", "'nonsense'"),
-        ({"prompt": "x", "n": 2}, "unsupported_parameter", "'n'"),
-        ({"prompt": "x", "n": True}, "unsupported_parameter", "'n'"),
-        ({"prompt": "x", "logit_bias": {"1": 5}}, "unsupported_parameter", "'logit_bias'"),
+        ({"prompt": "x", "n": 0}, "invalid_value", "'n' must be from 1 to 128, not 0"),
+        ({"prompt": "x", "n": True}, "invalid_value", "'n' must be an integer"),
+        ({"prompt": "x", "n": 3, "best_of": 2}, "invalid_value", "at least 'n', which is 3"),
+        (
+            {"prompt": "x", "logit_bias": {"a": 5}},
+            "invalid_value",
+            "values are numbers",
+        ),
+        ({"prompt": "x", "bad_words": [""]}, "invalid_value", "'bad_words'"),
+        ({"prompt": "x", "stop_token_ids": "5"}, "invalid_value", "'stop_token_ids'"),
+        ({"prompt": "x", "min_tokens": 9, "max_tokens": 8}, "invalid_value", "most 'max_tokens'"),
+        ({"prompt": "x", "skip_special_tokens": 1}, "invalid_value", "true or false, not 1"),
         ({"prompt": "x", "temperature": -1}, "invalid_value", "temperature"),
         ({"prompt": "x", "temperature": "1"}, "invalid_value", "'temperature'"),
         ({"prompt": "x", "max_tokens": 0}, "invalid_value", "'max_tokens' must be 1 or more"),
@@ -181,8 +191,8 @@ def test_stop_string_of_a_request_truncates_its_text(tmp_path: Path) -> None:
         ({"prompt": "x", "logprobs": 21}, "invalid_value", "'logprobs'"),
         ({"prompt": "x", "logprobs": True}, "invalid_value", "'logprobs'"),
         ({"prompt": "x", "top_k": -2}, "invalid_value", "'top_k'"),
-        ({"prompt": "x", "min_p": 0.1}, "unsupported_parameter", "'min_p' must be 0"),
-        ({"prompt": "x", "repetition_penalty": 1.1}, "unsupported_parameter", "penalties"),
+        ({"prompt": "x", "min_p": 1.1}, "invalid_value", "'min_p' must be from 0 to 1, not 1.1"),
+        ({"prompt": "x", "presence_penalty": 3}, "invalid_value", "'presence_penalty' must be"),
         ({"prompt": "x", "guided_json": {}}, "unsupported_parameter", "'guided_json'"),
         ({"prompt": "x", "top_logprobs": 1}, "unsupported_parameter", "only to chats"),
         ({"prompt": "x", "messages": HI}, "invalid_value", "'messages' and 'prompt' are both"),

@@ -16,12 +16,13 @@ MAX_FILES = 14  # source files in a folder, beside __init__.py
 # getp/text are shared; getp's __init__ may name what it exports.
 SHARED = "shared"
 MAY_IMPORT = {
-    "cli": {"job", "serve", "analysis", "cluster", "report", SHARED},
-    "serve": {"job", "report", SHARED},
-    "library": {"job", SHARED},
-    "analysis": {"job", "report", SHARED},
+    "cli": {"job", "openai", "serve", "analysis", "cluster", "report", SHARED},
+    "serve": {"job", "report", "openai", SHARED},
+    "library": {"openai", SHARED},
+    "analysis": {"job", "report", "openai", SHARED},
     "cluster": {"report", SHARED},
-    "job": {"report", SHARED},
+    "job": {"report", "openai", SHARED},
+    "openai": {SHARED},
     "report": {SHARED},
     SHARED: {SHARED},
 }

@@ -16,6 +16,7 @@ from getp.job.request_reader import RequestDefaults
 from getp.job.run import Job
 from getp.report.efficiency import RunEfficiency
 from getp.report.measurements import quantile
+from getp.text.answer_text import AnswerOptions
 from getp.text.prompts import request_seed
 from tests.getp.helpers import FakeEngine, fake_engine, small_tokenizer, write_tokenizer
 from tokenizer import TemplateError, Tokenizer
@@ -34,9 +35,11 @@ def job(tmp_path: Path, data: bytes, **changes: Any) -> Job:
     defaults: dict[str, Any] = {
         "params": SamplingParams(max_positions=1024, stop_ids=TOKENIZER.stop_ids),
     }
-    for name in ("params", "stops", "chat", "system"):
+    for name in ("params", "system"):
         if name in changes:
             defaults[name] = changes.pop(name)
+    texts = {name: changes.pop(name) for name in ("stops", "chat") if name in changes}
+    defaults["answer"] = AnswerOptions(**texts)
     return Job(**{**given, **changes}, defaults=RequestDefaults(**defaults))
 
 
@@ -109,7 +112,9 @@ def test_much_too_long_prompts_are_refused_before_they_are_encoded(
     long = b"a" * (3 << 20)
     work = job(tmp_path, b"2\n" + long + b"\nab\n", params=SamplingParams(max_positions=1024))
     for chat in (False, True):
-        changed = replace(work, defaults=replace(work.defaults, chat=chat), restart=True)
+        changed = replace(
+            work, defaults=replace(work.defaults, answer=AnswerOptions(chat=chat)), restart=True
+        )
         assert run(changed) == SOME_FAILED
         (error,) = errors(work)
         assert error["code"] == "prompt_too_long"

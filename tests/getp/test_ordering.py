@@ -16,7 +16,7 @@ TOKENIZER = small_tokenizer()
 
 
 def request(index: int, prompt: list[int], **limits: int) -> JobRequest:
-    return JobRequest(index, index, f"request-{index}", prompt, SamplingParams(**limits), (), False)  # type: ignore[arg-type]
+    return JobRequest(index, index, f"request-{index}", prompt, SamplingParams(**limits))  # type: ignore[arg-type]
 
 
 def order(requests: list[JobRequest | Failure]) -> list[int]:

@@ -27,6 +27,7 @@ from getp.job.prefetch import Prefetcher
 from getp.job.request_reader import RequestDefaults
 from getp.job.run import Job
 from getp.job.signals import GracefulStop
+from getp.text.answer_text import AnswerOptions
 from tests.getp.helpers import FakeEngine, small_tokenizer, write_tokenizer
 
 TOKENIZER = small_tokenizer()
@@ -146,7 +147,11 @@ def test_time_in_a_chat_template_is_when_the_job_began(
     template = "{{ strftime_now('%F %T') }} {{ messages[0].content }}"
     (tmp_path / "in.txt").write_text("3\none\ntwo\nthree\n")
     files: dict[str, Any] = {"input": str(tmp_path / "in.txt"), "output": str(tmp_path / "out.txt")}
-    work = Job(**files, checkpoint="small", defaults=RequestDefaults(SamplingParams(), chat=True))
+    work = Job(
+        **files,
+        checkpoint="small",
+        defaults=RequestDefaults(SamplingParams(), answer=AnswerOptions(chat=True)),
+    )
     source, tokenizer = job_run.read(work), small_tokenizer(template)
     engine: Any = engine_that_fails_after(1, RuntimeError())
     with pytest.raises(RuntimeError):

@@ -55,8 +55,7 @@ def chat_settings(settings: Settings, params: "SamplingParams", chat: bool) -> "
 
     return ChatSettings(
         params,
-        stops=settings.sampling.stop,
-        chat=chat,
+        loading.answer_options(settings, chat),
         system=settings.prompt.system,
         name_of=option_name,
     )

@@ -123,8 +123,7 @@ def _job(settings: Settings, tokenizer: "Tokenizer") -> "Job":
         defaults=RequestDefaults(
             defaults.params,
             defaults.origins,
-            settings.sampling.stop,
-            bool(prompt.chat_template),
+            loading.answer_options(settings, bool(prompt.chat_template)),
             prompt.system,
         ),
         seed_given=settings.sampling.seed is not None,

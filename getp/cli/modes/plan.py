@@ -132,7 +132,6 @@ def _requests(settings: Settings, path: str) -> "Requests":
     has_tokenizer = checkpoint.is_dir() or is_gguf(checkpoint)
     folder = loading.tokenizer_path(settings) if prompt.tokenizer or has_tokenizer else None
     values, origins = loading.length_and_sampling(settings)
-    defaults = RequestDefaults(
-        SamplingParams(**values), origins, chat=bool(prompt.chat_template), system=prompt.system
-    )
+    answer = loading.answer_options(settings, bool(prompt.chat_template))
+    defaults = RequestDefaults(SamplingParams(**values), origins, answer, system=prompt.system)
     return read_requests(path, folder, defaults)

@@ -3,23 +3,17 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, BinaryIO, ClassVar
 
 from engine import Completion, SamplingParams
 from getp.defaults import FormatValues
 from getp.files import MAX_LINE_BYTES, iter_lines, json_line
+from getp.openai.parsed import BadRequestError, ParsedBody
 from getp.ownership import ERROR_KEYS
-from getp.text.answer_text import Answer, read_answer
-from tokenizer import Message, Tokenizer
-
-
-class BadRequestError(Exception):
-    """An invalid request; other requests are not affected."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
+from getp.text.answer_text import PLAIN, Answer, AnswerOptions, read_answer
+from getp.text.samples import Samples
+from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,20 +25,6 @@ class Line:
     data: bytes | None
 
 
-@dataclass
-class ParsedBody:
-    """The prompt and parameters of one request; parameters that it does not set are absent."""
-
-    prompt: str | list[int] | None = None  # text or token ids
-    messages: list[Message] | None = None
-    params: dict[str, Any] = field(default_factory=dict)  # fields of SamplingParams
-    names: dict[str, str] = field(default_factory=dict)  # what the request calls these fields
-    stops: tuple[str, ...] | None = None  # None: the job's
-    variables: dict[str, Any] = field(default_factory=dict)  # variables of the chat template
-    chat: bool | None = None  # whether to apply the chat template; None: the job's default
-    openai: bool = False  # in OpenAI's format, which has its own defaults
-
-
 @dataclass(frozen=True, slots=True)
 class JobRequest:
     """A valid request, ready for the engine."""
@@ -54,8 +34,9 @@ class JobRequest:
     custom_id: str
     prompt_ids: list[int]
     params: SamplingParams
-    stops: tuple[str, ...] = ()
-    chat: bool = False  # the prompt came from the chat template
+    answer: AnswerOptions = PLAIN
+    n: int = 1  # answers
+    best_of: int = 1  # answers that are generated; the n most likely are returned
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +69,8 @@ class ResultContext:
             self.tokenizer,
             completion.token_ids,
             request.prompt_ids,
-            request.chat,
-            request.stops,
+            request.answer,
+            completion.stop_id,
         )
 
 
@@ -103,9 +84,7 @@ class OutputFormat(ABC):
     holds_failures: ClassVar[bool] = False
 
     @abstractmethod
-    def completed(
-        self, context: ResultContext, request: JobRequest, completion: Completion
-    ) -> bytes:
+    def completed(self, context: ResultContext, request: JobRequest, samples: Samples) -> bytes:
         """Return the line of a request that succeeded. Raises ValueError for NaN in JSON."""
 
     def failed(self, context: ResultContext, failure: Failure) -> bytes:

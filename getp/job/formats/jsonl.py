@@ -7,23 +7,22 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from engine import Completion
 from getp.defaults import JSONL, OPENAI
 from getp.errors import GetpError
 from getp.files import UTF8_BOM, json_line
 from getp.job.formats.interface import (
-    BadRequestError,
     Failure,
     InputFormat,
     JobRequest,
     Line,
     OutputFormat,
-    ParsedBody,
     ResultContext,
     decode_line,
 )
-from getp.job.formats.openai_request import CHAT_URL, FIELDS, TEXT_URL, read_body
-from getp.job.formats.openai_response import response_body
+from getp.openai.body import CHAT_URL, FIELDS, TEXT_URL, read_body
+from getp.openai.parsed import BadRequestError, ParsedBody
+from getp.openai.response import response_body
+from getp.text.samples import Samples
 
 _BATCH_ONLY = frozenset({"method", "url", "body"})  # fields by which such a line is recognised
 _BATCH_FIELDS = _BATCH_ONLY | {"custom_id"}
@@ -35,12 +34,10 @@ class BatchResults(OutputFormat):
 
     name, suffix, holds_failures = "jsonl", ".jsonl", True
 
-    def completed(
-        self, context: ResultContext, request: JobRequest, completion: Completion
-    ) -> bytes:
-        answer = context.answer(request, completion)
+    def completed(self, context: ResultContext, request: JobRequest, samples: Samples) -> bytes:
         key = context.key(request.index)
-        body = response_body(context, key, request.chat, answer, completion)
+        answers = [context.answer(request, each) for each in samples.chosen]
+        body = response_body(context, key, request.answer.chat, answers, samples)
         response = {"status_code": 200, "request_id": f"req_{key}", "body": body}
         return _result_line(key, request.custom_id, response, None)
 

@@ -1,8 +1,8 @@
 """Text lines: the text of one answer per line, in input order."""
 
-from engine import Completion
 from getp.job.formats.interface import JobRequest, OutputFormat, ResultContext
 from getp.text.escape import escape
+from getp.text.samples import Samples
 
 
 class TextLines(OutputFormat):
@@ -10,10 +10,8 @@ class TextLines(OutputFormat):
 
     name, suffix = "text", ".txt"
 
-    def completed(
-        self, context: ResultContext, request: JobRequest, completion: Completion
-    ) -> bytes:
-        answer = context.answer(request, completion)
+    def completed(self, context: ResultContext, request: JobRequest, samples: Samples) -> bytes:
+        answer = context.answer(request, samples.chosen[0])
         return escape(answer.content).encode("utf-8", "replace")
 
 

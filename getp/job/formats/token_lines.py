@@ -1,8 +1,8 @@
 """Token lines: the token ids of one answer per line, separated by spaces, in input order."""
 
-from engine import Completion
 from getp.files import token_line
 from getp.job.formats.interface import JobRequest, OutputFormat, ResultContext
+from getp.text.samples import Samples
 
 
 class TokenLines(OutputFormat):
@@ -10,10 +10,8 @@ class TokenLines(OutputFormat):
 
     name, suffix = "ids", ".txt"
 
-    def completed(
-        self, context: ResultContext, request: JobRequest, completion: Completion
-    ) -> bytes:
-        return token_line(completion.token_ids)
+    def completed(self, context: ResultContext, request: JobRequest, samples: Samples) -> bytes:
+        return token_line(samples.chosen[0].token_ids)
 
 
 TOKEN_LINES = TokenLines()

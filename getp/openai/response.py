@@ -1,46 +1,73 @@
 """Response bodies of OpenAI's /v1/chat/completions and /v1/completions."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from engine import Completion, TokenLogprobs
-from getp.job.formats.interface import ResultContext
 from getp.text.answer_text import Answer
+from getp.text.samples import Samples
 from tokenizer import StreamDecoder, Tokenizer
 
 _MIN_LOGPROB = -9999.0  # OpenAI's value for minus infinity, which JSON does not have
 
 
+class ResponseContext(Protocol):
+    """What responses have in common."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer, for the texts of log-probabilities."""
+
+    @property
+    def model(self) -> str:
+        """Return the model's name."""
+
+    @property
+    def created(self) -> int:
+        """Return the time of creation, in seconds since 1970."""
+
+
 def response_body(
-    context: ResultContext, key: str, chat: bool, answer: Answer, completion: Completion
+    context: ResponseContext, key: str, chat: bool, answers: Sequence[Answer], samples: Samples
 ) -> dict[str, Any]:
-    """Return the body of a response.
+    """Return the body of a response; answers: the texts of the samples, in their order.
 
     It does not depend on the rest of the batch, so a resumed job writes the same bytes.
     """
-    prompt, output = completion.prompt_tokens, len(completion.token_ids)
-    choice: dict[str, Any] = {"index": 0}
-    reason: str = completion.finish_reason
-    if chat:
-        choice["message"] = _message(answer, key)
-        if answer.tool_calls and reason == "stop":
-            reason = "tool_calls"
-        choice["logprobs"] = _chat_logprobs(completion, context.tokenizer)
-    else:
-        choice["text"] = answer.content
-        choice["logprobs"] = _text_logprobs(completion, context.tokenizer, len(answer.content))
-    choice["finish_reason"] = reason
+    prompt, output = samples.chosen[0].prompt_tokens, samples.completion_tokens
     return {
         "id": f"chatcmpl-{key}" if chat else f"cmpl-{key}",
         "object": "chat.completion" if chat else "text_completion",
         "created": context.created,
         "model": context.model,
-        "choices": [choice],
+        "choices": [
+            _choice(context.tokenizer, key if index == 0 else f"{key}_{index}", chat, *parts)
+            | {"index": index}
+            for index, parts in enumerate(zip(answers, samples.chosen, strict=True))
+        ],
         "usage": {
             "prompt_tokens": prompt,
             "completion_tokens": output,
             "total_tokens": prompt + output,
         },
     }
+
+
+def _choice(
+    tokenizer: Tokenizer, key: str, chat: bool, answer: Answer, completion: Completion
+) -> dict[str, Any]:
+    choice: dict[str, Any] = {"index": 0}
+    reason: str = completion.finish_reason
+    if chat:
+        choice["message"] = _message(answer, key)
+        if answer.tool_calls and reason == "stop":
+            reason = "tool_calls"
+        choice["logprobs"] = _chat_logprobs(completion, tokenizer)
+    else:
+        choice["text"] = answer.content
+        choice["logprobs"] = _text_logprobs(completion, tokenizer, len(answer.content))
+    choice["finish_reason"] = reason
+    return choice
 
 
 def _message(answer: Answer, key: str) -> dict[str, Any]:

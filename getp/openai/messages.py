@@ -7,7 +7,7 @@ expect an object, and no key.
 import json
 from typing import Any
 
-from getp.job.formats.interface import BadRequestError
+from getp.openai.parsed import BadRequestError
 from tokenizer import Message
 
 
