@@ -84,8 +84,17 @@ class Head(Dense):
         return backend.pack_head(embedding)
 
 
+class PerHead(Dense):
+    """A stack of dense weights, one for each attention head."""
+
+    def finish(self, backend: Backend, storage: Any) -> Any:
+        """As WeightFormat.finish."""
+        return storage
+
+
 DENSE = Dense()
 HEAD = Head()
+PER_HEAD = PerHead()
 
 
 class Dequantized(Dense):

@@ -19,6 +19,7 @@ from tests.model.ops_helpers import CPU
 
 FAMILIES = ["gpt_oss-wide", "qwen2", "qwen3", "qwen3_moe", "granite"]
 FAMILIES += ["olmo2-wide", "ministral3-wide", "hunyuan_v1_dense-wide", "glm4_moe-wide"]
+FAMILIES += ["deepseek_v3-wide"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -39,7 +40,7 @@ def test_a_right_backend_has_no_problem(
         assert {case.op for case in found} == set(OPERATIONS) - (
             set() if sparse else {"route", "experts", "norm_experts"}
         ) - (set() if dense else {"activate", "norm_mlp"}) - (
-            set() if name.startswith("glm4_moe") else {"add_gated"}
+            set() if name.startswith(("glm4_moe", "deepseek")) else {"add_gated"}
         )
         assert all(case.bytes > 0 for case in found)
 

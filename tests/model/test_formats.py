@@ -208,5 +208,5 @@ def test_mxfp4_stays_mxfp4_where_there_are_kernels(write: Write) -> None:
     assert {layer.formats.qkv for layer in held.layers} == {MXFP4}
     model = Transformer(held)
     loader.load(model, quantized, backend)
-    assert isinstance(model.layers[0].attention.qkv.weight, Mxfp4)
+    assert isinstance(model.layers[0].attention.qkv.weight, Mxfp4)  # type: ignore[union-attr]
     assert isinstance(model.layers[0].mlp.experts.gate_up, Mxfp4)  # type: ignore[union-attr]
