@@ -35,7 +35,6 @@ def _layers(keys: Keys) -> tuple[LayerConfig, ...]:
 FAMILY = Family(
     {
         **LATENT_DEFAULTS,
-        "num_key_value_heads": 20,
         "max_position_embeddings": 202_752,
         "rms_norm_eps": 1e-5,
         "eos_token_id": 1,

@@ -141,7 +141,8 @@ CASES = [
     (model_type, key)
     for model_type in FAMILIES
     for key in ["nothing", *own_keys(model_type)]
-    if (model_type, key) != ("deepseek_v2", "num_experts_per_tok")  # which no config lacks
+    # Which no config lacks.
+    if model_type != "deepseek_v2" or key not in ("num_experts_per_tok", "topk_group")
 ]
 # Keys for which null is a value; of others it is an error in transformers.
 NULLABLE = [
@@ -250,7 +251,8 @@ def check_experts(config: ModelConfig, expected: Any) -> None:
         assert (groups.count, groups.chosen) == (stated, expected.topk_group)
     else:
         assert groups is None
-    assert config.mtp_layers == getattr(expected, "num_mtp_layers", 0)
+    stated = getattr(expected, "num_nextn_predict_layers", 0)
+    assert config.mtp_layers == getattr(expected, "num_mtp_layers", stated)
     if hasattr(expected, "norm_topk_prob"):
         assert config.moe.router.normalize == expected.norm_topk_prob
     step, dense = (
