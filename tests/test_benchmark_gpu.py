@@ -35,6 +35,7 @@ from benchmarks.gpu_sections.processes import Outcome
 from benchmarks.gpu_sections.sections import (
     FULL,
     FULL_BUDGET_S,
+    PARITY_PARTS,
     QUICK,
     QUICK_BUDGET_S,
     SECTIONS,
@@ -280,6 +281,18 @@ def test_only_notices_of_the_gpu_are_problems_of_a_parity_check(
     assert list(model_checks._parity(["mxfp4"])) == [None, None]
     noticed.append("cuda")
     assert list(model_checks._parity(["mxfp4"])) == ["mxfp4: CheckError: weights become dense"]
+
+
+def test_every_family_is_in_one_part_of_the_parity_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    from tests.checkpoints import FAMILIES
+
+    monkeypatch.setattr(model_checks, "_parity", list)
+    parts = [model_checks.check_parity_others(i + 1) for i in range(PARITY_PARTS)]
+    names = [name for part in parts for name in part]
+    quick = {*model_checks.QUICK_DENSE, *model_checks.QUICK_EXPERTS} - {"mxfp4"}
+    assert sorted([*names, *quick]) == sorted(FAMILIES)
+    assert sum(name.startswith("parity-others") for name in FULL) == PARITY_PARTS
 
 
 def test_variants_change_the_kernels_of_new_backends_only_in_their_context() -> None:

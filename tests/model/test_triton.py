@@ -98,7 +98,7 @@ def test_kernels_compile_and_fit_their_targets(architecture: str) -> None:
             # Lanes load the packed weights that they need: only x passes through shared memory.
             threads = 64 * dict(launch.options)["num_warps"]
             stored = threads * sum(x.shared_bytes for x in innermost_loop(code))
-            assert stored == 2 * named["BLOCK_M"] * named["BLOCK_K"], str(launch)
+            assert stored <= 2 * named["BLOCK_M"] * named["BLOCK_K"], str(launch)
 
 
 FP8 = {
