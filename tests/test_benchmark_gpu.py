@@ -289,7 +289,7 @@ def test_every_family_is_in_one_part_of_the_parity_checks(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(model_checks, "_parity", list)
     parts = [model_checks.check_parity_others(i + 1) for i in range(PARITY_PARTS)]
-    names = [name for part in parts for name in part]
+    names = [str(name) for part in parts for name in part]
     quick = {*model_checks.QUICK_DENSE, *model_checks.QUICK_EXPERTS} - {"mxfp4"}
     assert sorted([*names, *quick]) == sorted(FAMILIES)
     assert sum(name.startswith("parity-others") for name in FULL) == PARITY_PARTS
