@@ -14,7 +14,7 @@ from getp.text.samples import choose_samples, sample_params
 
 Run = Callable[..., dict[str, Any]]
 
-_SAMPLED = {"temperature": 1.5, "seed": 4, "max_tokens": 12}
+_SAMPLED = {"temperature": 4, "seed": 4, "max_tokens": 12}
 LINES: list[dict[str, Any]] = [
     {"id": "three", "prompt": "What is 17 plus 25?", "n": 3, **_SAMPLED},
     {"id": "best", "prompt": "What is 17 plus 25?", "n": 1, "best_of": 4, **_SAMPLED},
