@@ -105,7 +105,7 @@ class CpuBackend(OneDnnBackend):
 
     def empty_integers(self, shape: tuple[int, ...], form: IntegerFormat, parts: int = 1) -> Any:
         """As Backend.empty_integers."""
-        group = form.group or shape[-1]
+        group = form.group_of(shape[-1])
         if self._packs(shape, parts) and not (group % MXFP4_BLOCK or shape[-1] % group):
             return Packed.empty_integers(shape, form, parts)
         return super().empty_integers(shape, form, parts)
