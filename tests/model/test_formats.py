@@ -18,8 +18,8 @@ from model.formats.integers import Integers
 from model.ops.backend import Backend, choose_backend
 from model.ops.mxfp4 import Mxfp4
 from model.sharding import Shard
-from tests.model.test_parity import logits_of, prompt
 from tests.model.quantized import compute_alike, of_case, refusal
+from tests.model.test_parity import logits_of, prompt
 from tests.quantized_cases import CASES, CHANNEL, FLOAT8, FP8, GPTQ, WITH_EXPERTS, grouped
 from tests.quantized_checkpoints import Encoder, Write, compressed, fp8, is_linear
 
@@ -53,7 +53,8 @@ def test_integers_keep_their_bits_where_there_are_kernels(name: str, write: Writ
     held = load_config(quantized).held(backend)
     assert {type(layer.formats.down) for layer in held.layers} == {Integers}
     errors = [
-        (logits_of(folder, ids, dtype=torch.bfloat16) - exact).norm() for folder in (quantized, dense)
+        (logits_of(folder, ids, dtype=torch.bfloat16) - exact).norm()
+        for folder in (quantized, dense)
     ]
     assert errors[0] < 1.1 * errors[1]
 
