@@ -1,6 +1,7 @@
 """Files as bytes: opened by suffix, read line by line, written completely or not at all.
 
-The path `-` is standard input or standard output; `.gz` and `.zst` files are compressed.
+The path `-` is standard input or standard output, and a path may be a URL; `.gz` and `.zst` files
+are compressed.
 """
 
 import fcntl
@@ -8,7 +9,9 @@ import gzip
 import io
 import json
 import os
+import shutil
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,6 +20,7 @@ from typing import Any, BinaryIO, cast
 
 from getp.errors import GetpError
 from getp.ownership import refuse_journal, temporary_path
+from getp.remote import check_remote, is_remote, open_remote
 from getp.standard_streams import refuse_closed_output
 from getp.terminal import strip_control_characters
 
@@ -41,7 +45,11 @@ def open_input(path: str) -> Iterator[BinaryIO]:
             if path == STDIO:
                 yield sys.stdin.buffer
                 return
-            file: BinaryIO = stack.enter_context(open(path, "rb"))
+            file: BinaryIO
+            if is_remote(path):
+                file = stack.enter_context(open_remote(path))
+            else:
+                file = stack.enter_context(open(path, "rb"))
             if path.endswith(".gz"):
                 file = cast(BinaryIO, stack.enter_context(gzip.GzipFile(fileobj=file)))
             elif path.endswith(".zst"):
@@ -155,6 +163,15 @@ def open_output(path: str) -> Iterator[BinaryIO]:
             yield sanitized
         sys.stdout.buffer.flush()
         return
+    if is_remote(path):
+        # A copy, since a file system may keep what was written before an error.
+        with tempfile.TemporaryFile() as copy:
+            with _open_compressor(cast(BinaryIO, copy), path) as compressed:
+                yield compressed
+            copy.seek(0)
+            with open_remote(path, "wb") as file:
+                shutil.copyfileobj(copy, file)
+        return
     target = Path(os.path.realpath(path))  # a symbolic link is followed, not replaced
     temporary = target if is_stream(path) else temporary_path(target)
     try:
@@ -236,6 +253,8 @@ def check_writable(
     """
     if path == STDIO:
         return refuse_closed_output()
+    if is_remote(path):
+        return check_remote(path)
     if not path:
         raise GetpError(f"the name of the {role} file must not be empty")
     target = Path(os.path.realpath(path))

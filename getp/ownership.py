@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 
 from getp.errors import GetpError
+from getp.remote import local_name
 
 ERROR_KEYS = ("line", "index", "code", "message")
 """The keys of each line of an errors file, in this order."""
@@ -52,6 +53,7 @@ def errors_path(output: str) -> str:
     OUTPUT.errors.jsonl or, if there is such a file that getp did not write, OUTPUT.errors-2.jsonl
     and so on.
     """
+    output = local_name(output)
     paths = (f"{output}.errors{f'-{n}' if n > 1 else ''}.jsonl" for n in count(1))
     return next(path for path in paths if not os.path.lexists(path) or is_errors_file(path))
 
