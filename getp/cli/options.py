@@ -116,8 +116,8 @@ _ALL: tuple[Decorator, ...] = (
     _job(
         "--report",
         subject=Subject.REPORT,
-        metavar="FILE.json",
-        help="Also write the report to this file, as JSON.",
+        metavar="FILE.json|.html",
+        help="Also write the report to this file, as JSON or as a page with figures.",
     ),
     _job(
         "--details",

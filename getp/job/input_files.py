@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from getp.errors import GetpError
-from getp.files import STDIO
+from getp.files import STDIO, remote_files
 from getp.job.formats import InputFormat, format_of_suffix
-from getp.remote import is_remote, remote_files
+from getp.ownership import is_remote
 from getp.units import counted
 
 _STATE = "state.json"  # of a data set that the package `datasets` saved to disk: its files

@@ -21,8 +21,8 @@ from getp.job.journal import Journal
 from getp.job.journal_header import ROUNDING, Header, noted_rounding
 from getp.job.ordering import Schedule
 from getp.job.request_reader import RequestDefaults
-from getp.ownership import errors_path, remove_leftovers
-from getp.remote import is_remote, local_name
+from getp.ownership import errors_path, is_remote, local_name, remove_leftovers
+from getp.report.html_report import check_html
 from getp.rounding import check_resumed
 from getp.terminal import print_message, warn
 from getp.text.result_file import read_results
@@ -44,6 +44,7 @@ class Job:
     output_format: str | None = None  # a name in OUTPUT_FORMATS; None: by the output's suffix
     reading_hint: str | None = None  # how to read token ids, for the end of the run
     report: str | None = None
+    price: float | None = None  # of a device per hour, for the report
     reference: str | None = None  # a result file to compare the results with
     required_agreement: float | None = None  # share of the answers that must equal the reference
     details: bool = False  # print the whole report
@@ -96,6 +97,7 @@ def read(job: Job) -> Source:
         files |= beside
     if job.report is not None:
         check_writable(job.report, "report", files | {"output": job.output})
+        check_html(job.report)
     _announce_replacements(job, source)
     return source
 

@@ -24,6 +24,7 @@ from getp.job.request_reader import RequestReader
 from getp.job.results import write_results
 from getp.job.signals import GraceExpired, GracefulStop
 from getp.ownership import errors_path
+from getp.report import html_report
 from getp.report.job_report import job_report
 from getp.report.measurements import Measurements
 from getp.report.report_table import final_line, print_report
@@ -139,7 +140,8 @@ class JobRun:
 
     def _run_inference(self, requests: Prefetcher[JobRequest | Failure]) -> None:
         """Run every request through the engine, which admits requests as it has room."""
-        with progress(self._journal, lambda: self.engine.stats):
+        stats, note = lambda: self.engine.stats, self.measured.history.sample
+        with progress(self._journal, stats, note):
             engine_requests = self._engine_requests(requests.until(lambda: self._stop.requested))
             completions = self.engine.generate(engine_requests)
             try:
@@ -223,9 +225,11 @@ def _report(
             f"getp: {failed} of {run.source.total} requests failed: see {where}; the first is "
             f"{run.source.format.record_word} {error['line']}: {error['message']}"
         )
-    report = job_report(run.measured, run.engine.summary(), job.checkpoint)
+    report = job_report(run.measured, run.engine.summary(), job.checkpoint, job.price)
     report["agreement"] = agreement
-    if job.report is not None:
+    if job.report is not None and job.report.endswith(html_report.SUFFIX):
+        html_report.write_html(job.report, report, run.measured)
+    elif job.report is not None:
         write_report(job.report, report)
     print_report(report, job.details)
     has_answers = failed < run.source.total and not is_stream(job.output)

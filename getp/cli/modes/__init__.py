@@ -35,6 +35,7 @@ class Subject(Flag):
     JSON = auto()
     TABLE = auto()
     REFERENCE = auto()
+    PRICE = auto()
 
 
 _S = Subject
@@ -78,7 +79,8 @@ MODES = {
         | _S.JOB
         | _S.REPLICAS
         | _S.TABLE
-        | _S.REFERENCE,
+        | _S.REFERENCE
+        | _S.PRICE,
     ),
     "decode": Mode(
         "decode", "print the answers of a result file as text", _S.INPUT | _S.OUTPUT | _S.LINE
@@ -100,7 +102,8 @@ MODES = {
         | _S.STEP
         | _S.PLAN
         | _S.DETAILS
-        | _S.TABLE,
+        | _S.TABLE
+        | _S.PRICE,
     ),
     "profile": Mode(
         "profile",

@@ -101,6 +101,14 @@ def _reading_hint(settings: Settings) -> str:
     )
 
 
+def _price(settings: Settings) -> float | None:
+    """Return the price of a device per hour, if it is given. Raises UsageProblem."""
+    prices = settings.plan.price
+    if len(prices) > 1:
+        raise UsageProblem("--price was given several times: give one price in mode getp")
+    return prices[0] if prices else None
+
+
 def _of_shard(settings: Settings, path: str) -> str:
     """Return the path of a file that each shard of the input has of its own."""
     from getp.job.results import shard_path
@@ -152,6 +160,7 @@ def _job(settings: Settings, tokenizer: "Tokenizer") -> "Job":
         output_format=options.output_format,
         reading_hint=_reading_hint(settings),
         report=options.report and _of_shard(settings, options.report),
+        price=_price(settings),
         reference=settings.result_file.reference,
         required_agreement=settings.result_file.require_agreement,
         details=settings.details,
