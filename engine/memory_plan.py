@@ -67,7 +67,8 @@ class MemoryPlan:
         rotary_rows = sum(rope.table_rows(config.max_positions) for rope in config.ropes)
         weights += 4 * rotary_rows * config.rotary_dim
         rows = min(settings.max_batch_size, settings.max_batch_tokens)
-        groups = len(group_layers([layer.window for layer in config.layers]))
+        windows = [layer.window for layer in config.layers]
+        groups = len(group_layers(windows, config.recurrent_layers))
         table = 4 * -(-config.max_positions // settings.block_size)
         # A CPU holds each table twice. A GPU's captured steps have up to four tables a row in all;
         # its host copies are not in the device's memory.

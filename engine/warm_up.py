@@ -25,13 +25,17 @@ def prepare(engine: "Engine", plan: MemoryPlan, cost: BlockCost) -> StepLoop:
     """
     settings, config, runner = engine.settings, engine.config, engine.runner
     # Steps are read before the next is scheduled only without lookahead.
-    may_speculate = config.speculation and not engine.lookahead
+    # A wrong draft token cannot be taken back from the state of a recurrent layer.
+    has_states = bool(engine.model_config.recurrent_layers)
+    may_speculate = config.speculation and not engine.lookahead and not has_states
     rows = engine.max_batch_size + (MAX_DRAFT_TOKENS if may_speculate else 0)
     if engine.device.type == "cuda":
         plan = _measured(engine, plan, rows)
     crash = engine.capture_crash  # found before the KV cache takes the memory
     blocks = pool_blocks(plan, cost, settings, engine.available_bytes())
-    cache = KVCache(runner.groups, blocks, settings.block_size, config.prefix_cache)
+    cache = KVCache(
+        runner.groups, blocks, settings.block_size, config.prefix_cache and not has_states
+    )
     limit = min(engine.model_config.max_positions, cache.capacity(engine.max_batch_tokens))
     if limit < 1:
         raise EngineError(

@@ -86,6 +86,21 @@ def _gemma(kind: Any, **options: Any) -> Any:
     return kind(**{**_COMMON, **sizes, **options})
 
 
+def _hybrid(kind: Any, **options: Any) -> Any:
+    """Three recurrent layers and one with attention; each key head serves two value heads."""
+    sizes = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 32,
+        "max_position_embeddings": 512,
+    }
+    return kind(**{**_COMMON, **sizes, **options})
+
+
 _VISION: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -301,6 +316,12 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     ),
     "hunyuan_v1_dense-wide": lambda: _decoder(
         tf.HunYuanDenseV1Config, **{**_WIDE_HEADS, "head_dim": 64}
+    ),
+    "qwen3_5_text": lambda: _hybrid(tf.Qwen3_5TextConfig),
+    "qwen3_5": lambda: tf.Qwen3_5Config(
+        text_config=_hybrid(tf.Qwen3_5TextConfig, tie_word_embeddings=True).to_dict(),
+        vision_config={k: v for k, v in _QWEN3_VISION.items() if "deepstack" not in k},
+        tie_word_embeddings=True,
     ),
     "granite": _granite,
     "granite-wide": lambda: _granite(**_WIDE_HEADS),

@@ -13,6 +13,7 @@ cached prefix is usable as long as the blocks within the window are still cached
 import hashlib
 from array import array
 from collections import OrderedDict
+from collections.abc import Container
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
@@ -27,8 +28,12 @@ class LayerGroup:
     layers: tuple[int, ...]
 
 
-def group_layers(windows: SequenceOf[int | None]) -> list[LayerGroup]:
+def group_layers(
+    windows: SequenceOf[int | None], without_kv: Container[int] = ()
+) -> list[LayerGroup]:
     """Group layers by window, into groups of one size so that blocks are interchangeable.
+
+    without_kv: layers that have no keys and values, and belong to no group.
 
     A kind is all layers with the same window. The size is that of the smallest kind, so a kind with
     k times as many layers becomes k groups. A group may have fewer layers than others; a part of
@@ -36,7 +41,8 @@ def group_layers(windows: SequenceOf[int | None]) -> list[LayerGroup]:
     """
     kinds: dict[int | None, list[int]] = {}
     for layer, window in enumerate(windows):
-        kinds.setdefault(window, []).append(layer)
+        if layer not in without_kv:
+            kinds.setdefault(window, []).append(layer)
     size = min(len(layers) for layers in kinds.values())
     if max(len(layers) for layers in kinds.values()) <= 1.5 * size:
         size = max(len(layers) for layers in kinds.values())

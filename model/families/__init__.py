@@ -41,6 +41,7 @@ FAMILIES = (
     "phi3",
     "qwen2",
     "qwen3",
+    "qwen3_5_text",
     "qwen3_moe",
     "seed_oss",
     "smollm3",
@@ -163,4 +164,5 @@ def stored_names(model_type: str, stored: Container[str]) -> TensorNames:
 
 def is_of_another_part(model_type: str, name: str) -> bool:
     """Whether a stored tensor belongs to a part of the checkpoint that is not run."""
-    return model_type in NESTED and name.startswith(NESTED[model_type].others)
+    nested = NESTED.get(model_type)
+    return name.startswith((family(model_type) if nested is None else nested).others)

@@ -52,6 +52,7 @@ class Family:
     activations: Mapping[str, Activation] = field(default_factory=lambda: _SWIGLU)
     norm_offset: float = 0.0  # see NormSpec
     partial_rotary: bool = False  # `partial_rotary_factor` is supported
+    others: tuple[str, ...] = ()  # beginnings of the names of stored tensors that are not used
     rope_aliases: Mapping[str, str] = field(default_factory=dict)  # rope types by other names
 
     def config(self, keys: Keys, stop_ids: frozenset[int] | None) -> ModelConfig:

@@ -35,9 +35,12 @@ def with_layer_formats(config: ModelConfig, names: TensorNames) -> ModelConfig:
 def _formats(
     rules: FormatRules, prefix: str, names: TensorNames, layer: LayerConfig, experts: int
 ) -> LayerFormats:
+    linears, parts, out = names.attention, ("q", "k", "v"), "o"
+    if layer.recurrent:
+        linears, parts, out = names.delta_rule.linears, ("q", "k", "v", "z"), "out"
     attention = LayerFormats(
-        qkv=_common(_of(rules, prefix, names.attention, "qkv")),
-        out=_common(_of(rules, prefix, names.attention, "o")),
+        qkv=_common(_of(rules, prefix, linears, parts)),
+        out=_common(_of(rules, prefix, linears, (out,))),
     )
     if layer.sparse:
         stems = [stem for stem, _ in names.experts.linears]

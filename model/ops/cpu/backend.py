@@ -116,6 +116,12 @@ class CpuBackend(OneDnnBackend):
         huge_pages.interleave(cache)  # any thread may read any sequence
         return cache
 
+    def empty_state(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """As `empty_cache`."""
+        state = huge_pages.empty(shape, dtype)
+        huge_pages.interleave(state)
+        return state
+
     def recorder(self) -> Callable[[Compute], Compute] | None:
         """Return a recorder of the kernels' calls, if there are kernels."""
         return Recorder() if self._has_kernels else None
