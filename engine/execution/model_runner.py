@@ -3,6 +3,7 @@
 import contextlib
 from array import array
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as SequenceOf
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +26,7 @@ from engine.scheduling.kv_cache import NULL_BLOCK, BlockTables, LayerGroup, grou
 from engine.scheduling.sequence import Chunk, Sequence, Step
 from model import ModelConfig, Transformer, loader
 from model.adapters import AdapterList
+from model.cost.workload import state_bytes
 from model.ops.backend import Backend, Compute, choose_backend
 from model.ops.forward_batch import ForwardBatch
 from model.ops.kv_values import rounded, vector_width
@@ -107,10 +109,7 @@ class ModelRunner:
 
     def state_bytes(self) -> int:
         """Bytes of one sequence's state over all recurrent layers."""
-        spec, layers = self.config.delta_rule, len(self.config.recurrent_layers)
-        if spec is None:
-            return 0
-        return layers * spec.part(self.shard.size).state_bytes(self.dtype.itemsize)
+        return state_bytes(self.config, self.dtype.itemsize, self.shard.size)
 
     @property
     def _kv_heads(self) -> int:
@@ -175,6 +174,15 @@ class ModelRunner:
             )
             for _ in self.config.recurrent_layers
         ]
+
+    def _copy_states(self, pairs: SequenceOf[tuple[int, int]]) -> None:
+        """Copy states of recurrent layers from one row to another."""
+        if not pairs:
+            return
+        source, target = (to_device(int64(rows), self.device) for rows in zip(*pairs, strict=True))
+        for state in self.states:
+            for tensor in state:
+                tensor.index_copy_(0, target, tensor.index_select(0, source))
 
     def run_peak_step(
         self, max_batch_size: int, max_batch_tokens: int, max_positions: int, block_size: int
@@ -344,11 +352,13 @@ class ModelRunner:
         if message.given:
             given = (int64(each) for each in zip(*message.given, strict=True))
             self.sampler.last.index_copy_(0, *(to_device(each, self.device) for each in given))
+        self._copy_states(message.restored)
         if graphs is None or message.starts:
             with BATCH_PREPARATION:
                 batch, rows, positions = self.batches.build(message, self.sampler.last)
             replayed = None if graphs is None else graphs.replay_chunks(batch)
             logits = self.forward(batch) if replayed is None else replayed
+            self._copy_states(message.saved)
         else:
             logits, rows, positions, tokens = graphs.replay_decodes(message, non_greedy)
             if tokens is not None:
