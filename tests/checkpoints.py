@@ -318,6 +318,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         tf.HunYuanDenseV1Config, **{**_WIDE_HEADS, "head_dim": 64}
     ),
     "qwen3_5_text": lambda: _hybrid(tf.Qwen3_5TextConfig),
+    "qwen3_5_text-wide": lambda: _hybrid(
+        tf.Qwen3_5TextConfig,
+        **{**_WIDE_HEADS, "head_dim": 128, "linear_key_head_dim": 32, "linear_num_key_heads": 1},
+    ),
     "qwen3_5": lambda: tf.Qwen3_5Config(
         text_config=_hybrid(tf.Qwen3_5TextConfig, tie_word_embeddings=True).to_dict(),
         vision_config={k: v for k, v in _QWEN3_VISION.items() if "deepstack" not in k},

@@ -13,6 +13,7 @@ from model.config import CheckpointError, ModelConfig, RopeConfig
 from model.families import FAMILIES, family, parse_config
 from model.families.config_keys.keys import _HARMLESS
 from model.families.family import _DEFAULTS
+from model.ops.specs import DeltaRuleSpec
 from model.rope import rope_table
 
 CLASSES: dict[str, Any] = {
@@ -31,6 +32,7 @@ CLASSES: dict[str, Any] = {
     "phi3": tf.Phi3Config,
     "qwen2": tf.Qwen2Config,
     "qwen3": tf.Qwen3Config,
+    "qwen3_5_text": tf.Qwen3_5TextConfig,
     "qwen3_moe": tf.Qwen3MoeConfig,
     "seed_oss": tf.SeedOssConfig,
     "smollm3": tf.SmolLM3Config,
@@ -83,6 +85,11 @@ OTHER: dict[str, Any] = {
     "no_rope_layers": [1, 0, 1],
     "no_rope_layer_interval": 2,
     "sliding_window_pattern": 2,
+    "linear_conv_kernel_dim": 3,
+    "linear_key_head_dim": 24,
+    "linear_value_head_dim": 40,
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 6,
 }
 
 
@@ -104,6 +111,8 @@ def full_config(model_type: str) -> dict[str, Any]:
         }
     if model_type == "phi3":  # which has no linear scaling
         values["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
+    if "linear_num_key_heads" in values:
+        values["layer_types"] = ["full_attention", "linear_attention", "full_attention"]
     return values
 
 
@@ -163,6 +172,21 @@ def check_layers(config: ModelConfig, expected: Any) -> None:
     types = types or ["sliding_attention"] * expected.num_hidden_layers
     windows = [window if kind == "sliding_attention" else None for kind in types]
     assert [layer.window for layer in config.layers] == windows
+    assert [layer.recurrent for layer in config.layers] == [
+        kind == "linear_attention" for kind in types
+    ]
+    is_hybrid = hasattr(expected, "linear_num_key_heads")
+    assert config.output_gate == is_hybrid
+    if not is_hybrid:
+        assert config.delta_rule is None
+        return
+    assert config.delta_rule == DeltaRuleSpec(
+        expected.linear_num_key_heads,
+        expected.linear_num_value_heads,
+        expected.linear_key_head_dim,
+        expected.linear_value_head_dim,
+        expected.linear_conv_kernel_dim,
+    )
 
 
 def check_experts(config: ModelConfig, expected: Any) -> None:
