@@ -1,4 +1,4 @@
-"""A recurrent layer: norm, projections, causal convolution, gated delta rule, gated norm, output."""
+"""A recurrent layer: norm, projections, convolution, gated delta rule, gated norm, output."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING

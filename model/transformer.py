@@ -95,8 +95,8 @@ class Transformer:
 
         caches: KV tensors [2, blocks, block_size, kv_heads, head_dim], written in place.
         layer_caches: for each layer, the index of its group in the batch and of its KV tensor.
-        out: takes the logits, if it is given. states: those of the recurrent layers, in order, whose
-        entries in layer_caches do not count.
+        out: takes the logits, if it is given.
+        states: those of the recurrent layers, in order; layer_caches is not read for these layers.
         """
         assert self.embedding is not None
         with EMBEDDING:

@@ -1,10 +1,10 @@
 """Snapshots of the states of recurrent layers, so that cached prefixes can be continued.
 
-A state is that after the last token alone, unlike keys and values, which a prefix of any length
-has. So a prefix is found only as far as a snapshot of its state exists: one of a block's end, by the
-digest of the tokens before it. A snapshot is taken where a sequence has blocks in common with an
-earlier one, which is the sign that others will share the prefix, too. The least recently used one
-is replaced.
+A sequence has keys and values of every position, but only the state after its last one. So a prefix
+is found only as far as there is a snapshot of its state, which is taken at the end of a block.
+Snapshots are found by the digest of the tokens before them. One is taken where a sequence has
+blocks in common with an earlier one, because others may then share the prefix, too. The least
+recently used one is replaced.
 """
 
 from collections import OrderedDict

@@ -38,9 +38,12 @@ def _formats(
     linears, parts, out = names.attention, ("q", "k", "v"), "o"
     if layer.recurrent:
         linears, parts, out = names.delta_rule.linears, ("q", "k", "v", "z"), "out"
-    attention = LayerFormats(
+    mlp = names.experts.shared if layer.sparse else names.mlp
+    found = LayerFormats(
         qkv=_common(_of(rules, prefix, linears, parts)),
         out=_common(_of(rules, prefix, linears, (out,))),
+        gate_up=_common(_of(rules, prefix, mlp, ("gate", "up"))),
+        down=_common(_of(rules, prefix, mlp, ("down",))),
     )
     if layer.sparse:
         stems = [stem for stem, _ in names.experts.linears]
@@ -49,12 +52,8 @@ def _formats(
             for stem in stems
             for expert in range(experts if "{expert}" in stem else 1)
         )
-        return replace(attention, experts=_common(every))
-    return replace(
-        attention,
-        gate_up=_common(_of(rules, prefix, names.mlp, ("gate", "up"))),
-        down=_common(_of(rules, prefix, names.mlp, ("down",))),
-    )
+        return replace(found, experts=_common(every))
+    return found
 
 
 def _of(

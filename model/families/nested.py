@@ -52,6 +52,7 @@ NESTED = {
     "qwen2_5_vl": Nested("qwen2", _QWEN_VL),
     "qwen2_vl": Nested("qwen2", _QWEN_VL),
     "qwen3_5": Nested("qwen3_5_text", others=("model.visual.", "visual.", *MTP)),
+    "qwen3_5_moe": Nested("qwen3_5_moe_text", others=("model.visual.", "visual.", *MTP)),
     "qwen3_vl": Nested("qwen3", {**_QWEN3_VL, "head_dim": 128}),
     "qwen3_vl_moe": Nested(
         "qwen3_moe",

@@ -1,17 +1,8 @@
 """Qwen3.5 and Qwen3.6, the dense ones: Qwen3-Next without experts, with fewer fused tensors."""
 
 from model.families.family import Family
-from model.families.qwen3_next import HYBRID, MTP, NEUTRAL, hybrid_fields
+from model.families.qwen3_next import GATED_ATTENTION, HYBRID, MTP, NEUTRAL, hybrid_fields
 from model.families.tensor_names import TensorNames
-
-NAMES = TensorNames(
-    attention=(
-        ("self_attn.q_proj", ("q", "gate")),
-        ("self_attn.k_proj", ("k",)),
-        ("self_attn.v_proj", ("v",)),
-        ("self_attn.o_proj", ("o",)),
-    )
-)
 
 FAMILY = Family(
     {
@@ -23,7 +14,7 @@ FAMILY = Family(
         "num_key_value_heads": 4,
     },
     hybrid_fields,
-    NAMES,
+    TensorNames(attention=GATED_ATTENTION),
     neutral=NEUTRAL,
     norm_offset=1.0,
     partial_rotary=True,

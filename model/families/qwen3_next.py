@@ -5,7 +5,10 @@ from typing import Any
 
 from model.config import LayerConfig
 from model.families.config_keys.keys import Keys
-from model.families.family import attention_biases
+from model.families.config_keys.moe_keys import by_sparse_step, softmax_moe
+from model.families.family import Family, attention_biases
+from model.families.qwen2_moe import GATED_SHARED_EXPERT
+from model.families.tensor_names import DeltaRuleNames, LinearName, TensorNames
 from model.ops.specs import DeltaRuleSpec
 
 HYBRID: dict[str, Any] = {
@@ -32,6 +35,12 @@ HYBRID: dict[str, Any] = {
 
 MTP = ("mtp.",)
 """Beginnings of the names of tensors for predicting several tokens."""
+GATED_ATTENTION: tuple[LinearName, ...] = (
+    ("self_attn.q_proj", ("q", "gate")),
+    ("self_attn.k_proj", ("k",)),
+    ("self_attn.v_proj", ("v",)),
+    ("self_attn.o_proj", ("o",)),
+)
 NEUTRAL = {"attn_output_gate": True, "mamba_ssm_dtype": "float32"}
 
 
@@ -75,3 +84,51 @@ def _layers(keys: Keys) -> tuple[LayerConfig, ...]:
         raise keys.fail("'layer_types' must have a layer of type full_attention")
     layer = LayerConfig(window=None, sparse=False)
     return tuple(replace(layer, recurrent=kind == "linear_attention") for kind in types)
+
+
+def hybrid_experts(keys: Keys, normalize: bool) -> dict[str, Any]:
+    """`hybrid_fields` with experts, and one that all tokens share, in every layer."""
+    experts, size = keys.integer("num_experts"), keys.integer("moe_intermediate_size")
+    moe = softmax_moe(keys, experts, size, normalize)
+    shared = keys.integer("shared_expert_intermediate_size")
+    found = hybrid_fields(keys)
+    layers = tuple(replace(layer, sparse=True) for layer in found["layers"])
+    return found | {"layers": layers, "moe": replace(moe, shared_size=shared, shared_gate=True)}
+
+
+def _fields(keys: Keys) -> dict[str, Any]:
+    found = hybrid_experts(keys, keys.boolean("norm_topk_prob"))
+    return found | {"layers": by_sparse_step(keys, found["layers"])}
+
+
+FAMILY = Family(
+    {
+        **HYBRID,
+        "vocab_size": 151_936,
+        "num_hidden_layers": 48,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": None,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "num_experts": 512,
+        "num_experts_per_tok": 10,
+        "norm_topk_prob": True,
+    },
+    _fields,
+    TensorNames(
+        attention=GATED_ATTENTION,
+        delta_rule=DeltaRuleNames(
+            linears=(
+                ("linear_attn.in_proj_qkvz", ("q", "k", "v", "z")),
+                ("linear_attn.in_proj_ba", ("b", "a")),
+                ("linear_attn.out_proj", ("out",)),
+            ),
+            interleaved=True,
+        ),
+        experts=GATED_SHARED_EXPERT,
+    ),
+    neutral=NEUTRAL,
+    norm_offset=1.0,
+    partial_rotary=True,
+    others=MTP,
+)

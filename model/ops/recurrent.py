@@ -1,8 +1,9 @@
 """The operations of recurrent layers in plain torch: causal convolution and gated delta rule.
 
-The rule, for each value head with its key head's query q and key k, both divided by their lengths,
-and a value v: the state S [key_dim, value_dim] decays by a factor α, and β of what it would give for
-the key is replaced by the value (Yang et al. 2024, "Gated Delta Networks"):
+The rule (Yang et al. 2024, "Gated Delta Networks") is computed for each value head, with a value v
+and its key head's query q and key k, both divided by their lengths. The state S
+[key_dim, value_dim] decays by a factor α, and a part β of what it gives for the key is replaced by
+the value:
 
     S ← α·S + β·k (v - α·kᵀS)ᵀ        α = exp(-A · softplus(a + bias)), β = sigmoid(b)
     output = Sᵀ·q / √key_dim
@@ -96,9 +97,7 @@ class RuleInputs(NamedTuple):
     beta: torch.Tensor  # [value heads, tokens]
 
 
-def rule_inputs(
-    mixed: torch.Tensor, gates: torch.Tensor, parameters: DeltaRuleGates
-) -> RuleInputs:
+def rule_inputs(mixed: torch.Tensor, gates: torch.Tensor, parameters: DeltaRuleGates) -> RuleInputs:
     """The inputs of the rule from the arguments of `RecurrentOps.delta_rule`."""
     spec = parameters.spec
     assert parameters.decay_log is not None

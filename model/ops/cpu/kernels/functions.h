@@ -8,6 +8,7 @@
 #include "gemm/pack.h"
 #include "recurrent/causal_conv.h"
 #include "recurrent/delta_rule.h"
+#include "route.h"
 #include "table.h"
 #include "token_ops.h"
 
@@ -26,6 +27,7 @@ const Function functions[] = {
     NATIVE_FUNCTION(logits),
     NATIVE_FUNCTION(gated_linear),
     NATIVE_FUNCTION(route),
+    NATIVE_FUNCTION(add_gated),
     NATIVE_FUNCTION(experts),
     NATIVE_FUNCTION(causal_conv),
     NATIVE_FUNCTION(delta_rule),
