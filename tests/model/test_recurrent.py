@@ -62,6 +62,8 @@ class Layer:
         conv = torch.full((rows, *self.spec.conv_shape), torch.nan, dtype=self.dtype)
         return conv, torch.full((rows, *self.spec.recurrent_shape), torch.nan)
 
+    batch = staticmethod(batch_of)
+
     def run(self, ops: Backend, cuts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """The rule's outputs and its last state, in chunks that end at the cuts."""
         conv_state, state = self.empty_state(3)
@@ -143,8 +145,11 @@ def test_native_results_do_not_depend_on_where_a_sequence_is_cut(
 
 @pytest.mark.parametrize("kind", BACKENDS)
 def test_sequences_of_a_step_use_their_own_states(kind: type[Backend]) -> None:
+    check_sequences(kind(CPU, torch.float32))
+
+
+def check_sequences(ops: Backend) -> None:
     """Two of one token, one that starts and one that continues, in rows of any order."""
-    ops = kind(CPU, torch.float32)
     lengths, starts, rows = [1, 1, 7, 3], [0, 9, 0, 5], [4, 0, 3, 1]
     layers = [Layer(SPEC, start + n) for start, n in zip(starts, lengths, strict=True)]
     shared = layers[0]

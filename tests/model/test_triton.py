@@ -29,7 +29,12 @@ def test_a_run_on_the_cpu_does_not_import_triton_kernels() -> None:
 
 @pytest.mark.parametrize(
     "file",
-    ["triton_interpreter.py", "triton_interpreter_sampling.py", "triton_interpreter_checks.py"],
+    [
+        "triton_interpreter.py",
+        "triton_interpreter_sampling.py",
+        "triton_interpreter_checks.py",
+        "triton_interpreter_recurrent.py",
+    ],
 )
 def test_kernels_equal_their_references_in_the_interpreter(file: str) -> None:
     pytest.importorskip("triton")
