@@ -14,6 +14,7 @@ from model.config import ModelConfig
 from model.delta_rule import DeltaRule
 from model.families.tensor_names import DeltaRuleNames, ExpertNames, LinearName, TensorNames
 from model.formats.format import Part
+from model.latent_attention import LatentAttention
 from model.mlp import Moe
 from model.ops.specs import Linear
 from model.sharding import Shard
@@ -69,9 +70,10 @@ class _LinearPart:
     rows: slice = field(default_factory=_all)  # this rank's part of the outputs
     columns: slice = field(default_factory=_all)  # this rank's part of the inputs
     first: int = 0  # row of the linear where this rank's rows begin
-    block: int = (
-        0  # rows that alternate with those of the tensor's other parts; 0: one after another
-    )
+    block: int = 0  # rows that alternate with those of other parts; 0: one part after another
+    # Rows are in groups of so many, and of the last so many of a group the stored ones alternate
+    # between the two coordinates of rotated pairs, which are halves in the linear.
+    pairs: tuple[int, int] = (0, 0)
 
 
 def tensor_map(model: Transformer, names: TensorNames) -> TensorMap:
@@ -94,8 +96,7 @@ def tensor_map(model: Transformer, names: TensorNames) -> TensorMap:
         if isinstance(attention, DeltaRule):
             found.pieces += _delta_rule_pieces(prefix, names.delta_rule, attention, config, shard)
         else:
-            parts = _attention_parts(attention, config, shard)
-            found.pieces += _linears(prefix, names.attention, parts, shard)
+            found.pieces += _attention(prefix, names.attention, attention, config, shard)
         if isinstance(layer.mlp, Moe):
             _add_experts(found, prefix, names.experts, layer.mlp, config)
         else:
@@ -132,6 +133,8 @@ def _layer_vectors(
         norms.append((names.attention_post_norm, attention.post_norm))
         norms.append((names.q_norm, attention.heads.q_norm))
         norms.append((names.k_norm, attention.heads.k_norm))
+        norms.append((names.query_norm, getattr(attention, "query_norm", None)))
+        norms.append((names.latent_norm, getattr(attention, "latent_norm", None)))
     for name, norm in norms:
         if norm is not None and not norm.is_identity:
             yield _whole(NamedWeight(prefix + name, (norm.size,)), norm)
@@ -139,6 +142,75 @@ def _layer_vectors(
         heads = shard.part(config.num_heads)
         sinks = NamedWeight(prefix + names.sinks, (config.num_heads,), (heads,))
         yield _whole(sinks, attention, "sinks")
+
+
+def _attention(
+    prefix: str,
+    names: tuple[LinearName, ...],
+    attention: Attention | LatentAttention,
+    config: ModelConfig,
+    shard: Shard,
+) -> Iterator[Piece]:
+    if isinstance(attention, Attention):
+        yield from _linears(prefix, names, _attention_parts(attention, config, shard), shard)
+        return
+    parts = _latent_parts(attention, config, shard)
+    stored = tuple(name for name in names if set(name[1]) <= parts.keys())
+    yield from _linears(prefix, stored, parts, shard)
+    (stem,) = (stem for stem, own in names if own == ("kv",))
+    yield from _head_linears(f"{prefix}{stem}.weight", attention, config, shard)
+
+
+def _latent_parts(
+    attention: LatentAttention, config: ModelConfig, shard: Shard
+) -> dict[str, _LinearPart]:
+    latent, hidden, rotary = config.latent, config.hidden_size, config.rotary_dim
+    assert latent is not None  # the model has such attention
+    head_dim, heads = latent.plain_dim + rotary, shard.part(config.num_heads)
+    pairs = rotary if latent.has_interleaved_pairs else 0
+    query = "direct_q" if attention.query_down is None else "q"
+    parts = {
+        query: _LinearPart(
+            attention.query,
+            config.num_heads * head_dim,
+            attention.query.inputs,
+            _of_heads(heads, head_dim),
+            pairs=(head_dim, pairs),
+        ),
+        "kv_down": _LinearPart(
+            attention.latent, config.head_dim, hidden, pairs=(config.head_dim, pairs)
+        ),
+        "o": _LinearPart(
+            attention.out,
+            hidden,
+            config.num_heads * latent.value_dim,
+            columns=_of_heads(heads, latent.value_dim),
+        ),
+    }
+    if attention.query_down is not None:
+        parts["q_down"] = _LinearPart(attention.query_down, attention.query_down.outputs, hidden)
+    return parts
+
+
+def _head_linears(
+    name: str, attention: LatentAttention, config: ModelConfig, shard: Shard
+) -> Iterator[Piece]:
+    """The pieces of the projection from latents to each head's keys, transposed, and values."""
+    absorb, expand = attention.absorb, attention.expand
+    keys, rows = absorb.inputs, absorb.inputs + expand.outputs
+    own = _of_heads(shard.part(config.num_heads), rows)
+    weight = _weight(name, (config.num_heads * rows, expand.inputs), (own,))
+
+    def write_keys(storage: Any, source: Any) -> None:
+        for head in range(absorb.heads):
+            storage[head].copy_(source[head * rows : head * rows + keys].T)
+
+    def write_values(storage: Any, source: Any) -> None:
+        for head in range(expand.heads):
+            storage[head].copy_(source[head * rows + keys : (head + 1) * rows])
+
+    yield Piece(weight, absorb, "weight", write_keys)
+    yield Piece(weight, expand, "weight", write_values)
 
 
 def _attention_parts(
@@ -253,6 +325,8 @@ def _linear(
     name: str, part: _LinearPart, outputs: int, rows: slice, shard: Shard
 ) -> Iterator[Piece]:
     linear, write = part.linear, _write_rows(part.first, rows.stop - rows.start)
+    if part.pairs[1]:
+        write = _write_pairs(rows.stop - rows.start, *part.pairs)
     weight = _weight(f"{name}.weight", (outputs, part.inputs), (rows, part.columns))
     yield Piece(weight, linear, "weight", write)
     if linear.has_bias:
@@ -295,6 +369,20 @@ def _write_rows(first: int, count: int) -> Callable[[Any, Any], None]:
     return write
 
 
+def _write_pairs(count: int, group: int, paired: int) -> Callable[[Any, Any], None]:
+    """Write rows in the order of `_LinearPart.pairs`."""
+
+    def write(storage: Any, source: Any) -> None:
+        for start in range(0, count, group):
+            stop, first = start + group, start + group - paired
+            storage[start:first].copy_(source[start:first])
+            middle = first + paired // 2
+            storage[first:middle].copy_(source[first:stop:2])
+            storage[middle:stop].copy_(source[first + 1 : stop : 2])
+
+    return write
+
+
 def _write_zeros(storage: Any, source: Any) -> None:
     storage.zero_()
 
@@ -319,8 +407,8 @@ def _add_experts(
             parts["shared_gate"] = _LinearPart(shared.gate, 1, hidden)
             linears += ((names.shared_gate, ("shared_gate",)),)
     found.pieces += _linears(prefix, linears, parts, moe.shard)
-    for stem, parts in names.linears:
-        target = _ExpertLinear(moe, names, parts)
+    for stem, own in names.linears:
+        target = _ExpertLinear(moe, names, own)
         if "{expert}" in stem:
             _add_single_experts(found, prefix + stem, target, count)
         else:

@@ -8,6 +8,7 @@ from model.config import CheckpointError, LayerConfig, LayerFormats, ModelConfig
 from model.families.tensor_names import LinearName, TensorNames
 from model.formats import DENSE, FormatRules, WeightFormat
 
+_TO_HEADS = ("q", "k", "v", "q_down", "direct_q", "kv_down")  # parts of attention
 _MAX_SECONDS = 10.0  # for all names of a model, far more than any needs
 
 

@@ -47,7 +47,13 @@ def run(
 @pytest.mark.parametrize("lookahead", [0, 1])
 @pytest.mark.parametrize(
     ("name", "few_blocks"),
-    [("gpt_oss", 21), ("qwen2-window-yarn", 44), ("qwen3_moe", 14), ("qwen3_5_text", 14)],
+    [
+        ("gpt_oss", 21),
+        ("qwen2-window-yarn", 44),
+        ("qwen3_moe", 14),
+        ("deepseek_v3", 14),
+        ("qwen3_5_text", 14),
+    ],
 )
 def test_batching_chunking_caching_and_preemption_do_not_change_tokens(
     name: str, few_blocks: int, lookahead: int, checkpoint: Callable[[str], Path]
