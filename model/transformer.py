@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 
 def attention_of(
     config: ModelConfig, layer: LayerConfig, shard: Shard = ALONE
-) -> Attention | LatentAttention | DeltaRule:
-    """Declare the attention of a layer, or what it has in its place."""
-    if layer.recurrent:
-        return DeltaRule(config, layer, shard)
+) -> Attention | LatentAttention:
+    """Declare the attention of a layer."""
     return (Attention if config.latent is None else LatentAttention)(config, layer, shard)
 
 
@@ -33,7 +31,9 @@ class Layer:
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, shard: Shard = ALONE):
         self.rope_index = config.ropes.index(layer.rope or config.rope)
-        self.attention = attention_of(config, layer, shard)
+        self.attention: Attention | LatentAttention | DeltaRule = (
+            DeltaRule if layer.recurrent else attention_of
+        )(config, layer, shard)
         self.mlp: Moe | Mlp = (Moe if layer.sparse else Mlp)(config, layer, shard)
 
     def parameters(self) -> Iterator[Parameter]:

@@ -36,7 +36,8 @@ def with_layer_formats(config: ModelConfig, names: TensorNames) -> ModelConfig:
 def _formats(
     rules: FormatRules, prefix: str, names: TensorNames, layer: LayerConfig, experts: int
 ) -> LayerFormats:
-    linears, parts, out = names.attention, ("q", "k", "v"), "o"
+    parts: Iterable[str]
+    linears, parts, out = names.attention, _TO_HEADS, "o"
     if layer.recurrent:
         linears, parts, out = names.delta_rule.linears, ("q", "k", "v", "z"), "out"
     mlp = names.experts.shared if layer.sparse else names.mlp
