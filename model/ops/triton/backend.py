@@ -37,6 +37,7 @@ from model.ops.triton.linear import float32_product, is_one_row, norm_linear
 from model.ops.triton.linear import linear as few_rows_linear
 from model.ops.triton.mxfp4 import dense_weights, pack
 from model.ops.triton.norm import activate, add_gated, add_rms_norm, delta_parts
+from model.ops.triton.recurrent.operations import TritonRecurrentOps
 from model.ops.triton.rotary import rotate_and_write
 from model.ops.triton.route import MAX_PAIRS, route
 from model.ops.triton.sampling import sample_rows
@@ -49,7 +50,7 @@ _IN_EXPERTS = ("add_rms_norm", "route", "experts")
 """Operations whose kernels the fused `norm_experts` runs, or whose storage it reads."""
 
 
-class TritonBackend(Backend):
+class TritonBackend(TritonRecurrentOps, Backend):
     """Triton kernels; fused ones for up to the number of rows for which they are faster.
 
     target: the device that kernels are launched for; by default the backend's device. selection:
