@@ -71,7 +71,7 @@ def _fitting(size: Size, device: torch.device) -> Size:
 def _cases_of(
     operation: str, config: ModelConfig, shard: Shard, block_size: int, inputs: Inputs
 ) -> Iterator[Case]:
-    kinds = {layer.window: layer for layer in config.layers}
+    kinds = {layer.window: layer for layer in config.layers if not layer.recurrent}
     layers = [attention_of(config, layer, shard) for layer in kinds.values()]
     attention = layers[0]
     latent = attention if isinstance(attention, LatentAttention) else None
