@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from model.attention import Attention
 from model.config import ModelConfig
-from model.delta_rule import DeltaRule
 from model.families.tensor_names import DeltaRuleNames, ExpertNames, LinearName, TensorNames
 from model.formats.format import Part
-from model.latent_attention import LatentAttention
-from model.mlp import Moe
+from model.layers.attention import Attention
+from model.layers.delta_rule import DeltaRule
+from model.layers.latent_attention import LatentAttention
+from model.layers.mlp import Moe
 from model.ops.specs import Linear
 from model.sharding import Shard
 from model.transformer import Layer, Transformer

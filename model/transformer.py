@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from model.attention import Attention
 from model.config import LayerConfig, ModelConfig
-from model.delta_rule import DeltaRule
-from model.latent_attention import LatentAttention
-from model.mlp import Mlp, Moe
+from model.layers.attention import Attention
+from model.layers.delta_rule import DeltaRule
+from model.layers.latent_attention import LatentAttention
+from model.layers.mlp import Mlp, Moe
 from model.ops.specs import LayerState, Linear, Norm, Parameter, RopeArgs
 from model.ops.step_parts import EMBEDDING, FINAL_NORM, LM_HEAD
 from model.sharding import ALONE, Shard

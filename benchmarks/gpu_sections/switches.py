@@ -20,9 +20,9 @@ from benchmarks.gpu_sections.inputs import (
 )
 from benchmarks.gpu_sections.loads import dummy_engine, equal_load, run_load
 from benchmarks.gpu_sections.measure import Limits, Row, seconds_of
-from model.attention import Attention
 from model.cost.known_models import named_config
-from model.mlp import Mlp
+from model.layers.attention import Attention
+from model.layers.mlp import Mlp
 from model.ops.backend import Backend
 from model.ops.specs import RopeArgs
 from model.transformer import Layer

@@ -20,13 +20,13 @@ from triton.backends.compiler import GPUTarget
 
 from benchmarks.gpu_sections.compile_ahead import compile_together
 from engine.execution.decode_graphs import capture_sizes
-from model.attention import Attention
 from model.checks import FULL, cases
 from model.config import ModelConfig
 from model.cost.known_models import named_config
 from model.families import parse_config
 from model.formats import MXFP4
-from model.mlp import Moe
+from model.layers.attention import Attention
+from model.layers.mlp import Moe
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.specs import Experts, RopeArgs, SamplingTables
 from model.ops.triton.backend import TritonBackend

@@ -37,11 +37,11 @@ from engine.parallel.step_message import StepMessage
 from engine.parallel.worker_pool import WorkerPool
 from model import CheckpointError, ModelConfig, Transformer, load_config
 from model import loader as weights
-from model.attention import Attention
 from model.checkpoint_files import CheckpointFiles
 from model.checks.verify import Kernels
 from model.cost.operations import parameter_bytes
-from model.mlp import Mlp, Moe
+from model.layers.attention import Attention
+from model.layers.mlp import Mlp, Moe
 from model.ops.backend import Backend, Compute, choose_backend
 from model.ops.cpu.backend import CpuBackend
 from model.sharding import Shard
