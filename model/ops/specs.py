@@ -29,13 +29,18 @@ class IntegerFormat(Protocol):
     def bits(self) -> int:
         """8 or 4."""
 
-    @property
-    def group(self) -> int:
-        """Inputs that share a scale, a multiple of 32; 0: all."""
+    def group_of(self, inputs: int) -> int:
+        """How many of a weight's inputs share a scale."""
 
     @property
     def has_zeros(self) -> bool:
         """Whether groups have zeros: values are (code + zero) · scale."""
+
+    @property
+    def rows(self) -> str:
+        """How the rows that are multiplied become integers: "8" bits, or "16", which is as good as
+        exact; "rotated 8" bits, after a rotation of each group that the weights had too.
+        """
 
 
 @dataclass(frozen=True)

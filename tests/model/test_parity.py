@@ -25,13 +25,16 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 
 def logits_of(
-    folder: Path, ids: list[int], change: Callable[[ModelConfig], ModelConfig] = lambda c: c
+    folder: Path,
+    ids: list[int],
+    change: Callable[[ModelConfig], ModelConfig] = lambda c: c,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """All logits of one sequence in one chunk, with blocks in a scrambled order.
 
     change: of the config that the checkpoint has.
     """
-    backend = choose_backend(CPU, torch.float32)
+    backend = choose_backend(CPU, dtype)
     config = change(load_config(folder)).held(backend)
     model = Transformer(config)
     loader.load(model, folder, backend)

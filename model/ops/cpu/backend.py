@@ -107,7 +107,7 @@ class CpuBackend(CpuRecurrentOps, OneDnnBackend):
 
     def empty_integers(self, shape: tuple[int, ...], form: IntegerFormat, parts: int = 1) -> Any:
         """As Backend.empty_integers."""
-        group = form.group or shape[-1]
+        group = form.group_of(shape[-1])
         if self._packs(shape, parts) and not (group % MXFP4_BLOCK or shape[-1] % group):
             return Packed.empty_integers(shape, form, parts)
         return super().empty_integers(shape, form, parts)
@@ -286,6 +286,12 @@ class CpuBackend(CpuRecurrentOps, OneDnnBackend):
     ) -> torch.Tensor:
         """As Backend.sample."""
         return sample(logits, temperature, top_k, top_p, uniform)
+
+    def argmax(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As Backend.argmax, in one call."""
+        if not self._has_kernels or logits.dtype != torch.float32:
+            return super().argmax(logits)
+        return native.argmax(logits.contiguous())
 
     def sample_rows(
         self,
