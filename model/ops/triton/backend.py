@@ -32,13 +32,12 @@ from model.ops.triton.experts import experts as grouped_experts
 from model.ops.triton.fused import norm_experts, norm_mlp, norm_qkv
 from model.ops.triton.kernels.cache_keys import fix_cache_keys
 from model.ops.triton.kernels.embedding import embed
-from model.ops.triton.latent import head_linear, latent_query
-from model.ops.triton.linear import float32_product, is_one_row, norm_linear
+from model.ops.triton.linear import float32_product, head_linear, is_one_row, norm_linear
 from model.ops.triton.linear import linear as few_rows_linear
 from model.ops.triton.mxfp4 import dense_weights, pack
 from model.ops.triton.norm import activate, add_gated, add_rms_norm, delta_parts
 from model.ops.triton.recurrent.operations import TritonRecurrentOps
-from model.ops.triton.rotary import rotate_and_write
+from model.ops.triton.rotary import latent_query, rotate_and_write
 from model.ops.triton.route import MAX_PAIRS, route
 from model.ops.triton.sampling import sample_rows
 from model.ops.triton.selection import STORAGE, Choice, Selection, candidates, describe
