@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from model.formats import DENSE, HEAD, INT4, INT8, FormatRules, WeightFormat
-from model.ops.specs import Activation, NormSpec, RouterSpec
+from model.ops.specs import Activation, DeltaRuleSpec, NormSpec, RouterSpec
 
 if TYPE_CHECKING:
     from model.ops.backend import Backend
@@ -134,6 +134,7 @@ class LayerConfig:
     window: int | None  # sliding attention window in tokens, the token itself included
     sparse: bool  # MoE instead of a dense MLP
     rope: RopeConfig | None = None  # the layer's own rotary embedding; None: the model's
+    recurrent: bool = False  # the gated delta rule with its state instead of attention
     formats: LayerFormats = LayerFormats()
 
 
@@ -175,6 +176,8 @@ class ModelConfig:
     logits_softcap: float | None = None  # as attention_softcap, of the scaled logits
     activation: Activation = field(default_factory=Activation)
     moe: MoeConfig | None = None
+    output_gate: bool = False  # attention's output is multiplied by a sigmoid of its input
+    delta_rule: DeltaRuleSpec | None = None  # of recurrent layers
     mtp_layers: int = (
         0  # stored after the other layers: they predict further tokens, and do not run
     )
@@ -187,6 +190,11 @@ class ModelConfig:
     def ropes(self) -> tuple[RopeConfig, ...]:
         """The different rotary embeddings of the layers, in the order of their first layers."""
         return tuple(dict.fromkeys(layer.rope or self.rope for layer in self.layers))
+
+    @property
+    def recurrent_layers(self) -> tuple[int, ...]:
+        """The layers that have a state for each sequence, and no keys and values."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.recurrent)
 
     @property
     def kv_vectors(self) -> int:

@@ -3,11 +3,12 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from model.attention import Attention
 from model.config import LayerConfig, ModelConfig
-from model.latent_attention import LatentAttention
-from model.mlp import Mlp, Moe
-from model.ops.specs import Linear, Norm, Parameter, RopeArgs
+from model.layers.attention import Attention
+from model.layers.delta_rule import DeltaRule
+from model.layers.latent_attention import LatentAttention
+from model.layers.mlp import Mlp, Moe
+from model.ops.specs import LayerState, Linear, Norm, Parameter, RopeArgs
 from model.ops.step_parts import EMBEDDING, FINAL_NORM, LM_HEAD
 from model.sharding import ALONE, Shard
 
@@ -26,11 +27,13 @@ def attention_of(
 
 
 class Layer:
-    """Pre-norm attention and MLP, each added to the residual stream."""
+    """Attention, or a recurrence in its place, and MLP, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, shard: Shard = ALONE):
         self.rope_index = config.ropes.index(layer.rope or config.rope)
-        self.attention = attention_of(config, layer, shard)
+        self.attention: Attention | LatentAttention | DeltaRule = (
+            DeltaRule if layer.recurrent else attention_of
+        )(config, layer, shard)
         self.mlp: Moe | Mlp = (Moe if layer.sparse else Mlp)(config, layer, shard)
 
     def parameters(self) -> Iterator[Parameter]:
@@ -91,6 +94,7 @@ class Transformer:
         caches: "Sequence[torch.Tensor]",
         layer_caches: Sequence[tuple[int, int]],
         out: "torch.Tensor | None" = None,
+        states: Sequence[LayerState] = (),
     ) -> "torch.Tensor":
         """Logits float32 [rows, vocab] of `batch.logits_rows`; vocab is this rank's part.
 
@@ -100,6 +104,7 @@ class Transformer:
         caches: KV tensors as from `Backend.empty_cache`, written in place.
         layer_caches: for each layer, the index of its group in the batch and of its KV tensor.
         out: takes the logits, if it is given.
+        states: those of the recurrent layers, in order; layer_caches is not read for these layers.
         """
         assert self.embedding is not None
         with EMBEDDING:
@@ -116,9 +121,14 @@ class Transformer:
         if query_scale is not None:
             query_scale = ops.gather(query_scale, batch.positions)
         delta: torch.Tensor | None = None
+        next_state = iter(states)
         for layer, (group, cache) in zip(self.layers, layer_caches, strict=True):
-            tables = batch.groups[group]
             attention = layer.attention
+            if isinstance(attention, DeltaRule):
+                x, delta = attention(ops, x, delta, next(next_state), batch)
+                x, delta = layer.mlp(ops, x, delta)
+                continue
+            tables = batch.groups[group]
             rope = RopeArgs(
                 attention.heads,
                 cos_sin[layer.rope_index],

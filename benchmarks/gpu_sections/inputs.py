@@ -10,7 +10,7 @@ from model.checks import FULL, attention
 from model.checks.inputs import Inputs
 from model.cost.known_models import named_config
 from model.formats import DENSE, MXFP4
-from model.mlp import Mlp
+from model.layers.mlp import Mlp
 from model.ops.backend import Backend
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.mxfp4 import Mxfp4

@@ -20,13 +20,13 @@ from triton.backends.compiler import GPUTarget
 
 from benchmarks.gpu_sections.compile_ahead import compile_together
 from engine.execution.decode_graphs import capture_sizes
-from model.attention import Attention
 from model.checks import FULL, cases
 from model.config import ModelConfig
 from model.cost.known_models import named_config
 from model.families import parse_config
 from model.formats import MXFP4
-from model.mlp import Moe
+from model.layers.attention import Attention
+from model.layers.mlp import Moe
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.specs import Experts, RopeArgs, SamplingTables
 from model.ops.triton.backend import TritonBackend
@@ -227,8 +227,9 @@ def _layer_calls(model: Transformer, ops: TritonBackend) -> Iterator[Callable[[]
     QKV behind a sum that is not left to the norm, and the router without a norm.
     """
     layer = model.layers[0]
-    attention, heads = layer.attention, layer.attention.heads
+    attention = layer.attention
     assert isinstance(attention, Attention)  # of the models that are compared
+    heads = attention.heads
     kv = ops.empty_cache((2, 4096, _BLOCK, heads.kv_heads, heads.head_dim))
     for rows in _CHECK_ROWS:
         x = _empty(rows, model.config.hidden_size)

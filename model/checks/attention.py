@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from model.attention import Attention
 from model.checks.case import Case, Tensors
 from model.checks.inputs import Inputs
-from model.latent_attention import LatentAttention
+from model.layers.attention import Attention
+from model.layers.latent_attention import LatentAttention
 from model.ops.backend import Backend
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.kv_values import read_kv, rounded, vector_width

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import torch
 
-from model.attention import Attention
 from model.checks.attention import attention_cases
 from model.checks.case import Case
 from model.checks.dense import (
@@ -28,8 +27,9 @@ from model.checks.inputs import FULL, SMALL, Inputs, Size
 from model.checks.latent import head_linear_cases, latent_query_cases
 from model.checks.sampling import adjust_cases, argmax_cases, sample_cases, top_tokens_cases
 from model.config import ModelConfig
-from model.latent_attention import LatentAttention
-from model.mlp import Mlp, Moe
+from model.layers.attention import Attention
+from model.layers.latent_attention import LatentAttention
+from model.layers.mlp import Mlp, Moe
 from model.ops.backend import OPERATIONS
 from model.sharding import ALONE, Shard
 from model.transformer import Transformer, attention_of
@@ -71,7 +71,7 @@ def _fitting(size: Size, device: torch.device) -> Size:
 def _cases_of(
     operation: str, config: ModelConfig, shard: Shard, block_size: int, inputs: Inputs
 ) -> Iterator[Case]:
-    kinds = {layer.window: layer for layer in config.layers}
+    kinds = {layer.window: layer for layer in config.layers if not layer.recurrent}
     layers = [attention_of(config, layer, shard) for layer in kinds.values()]
     attention = layers[0]
     latent = attention if isinstance(attention, LatentAttention) else None

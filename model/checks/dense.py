@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import torch
 
-from model.attention import Attention
 from model.checks.case import Case, Tensors
 from model.checks.inputs import Inputs, Weights
 from model.config import ModelConfig
-from model.mlp import Mlp
+from model.layers.attention import Attention
+from model.layers.mlp import Mlp
 from model.ops.backend import Backend
 from model.ops.specs import Activation, Heads, Linear, Norm, RopeArgs
 

@@ -6,7 +6,7 @@ import torch
 
 from model.checks.case import Case, Tensors
 from model.checks.inputs import Inputs, Weights
-from model.latent_attention import LatentAttention
+from model.layers.latent_attention import LatentAttention
 from model.ops.backend import Backend
 from model.ops.specs import RopeArgs
 

@@ -36,10 +36,14 @@ def with_layer_formats(config: ModelConfig, names: TensorNames) -> ModelConfig:
 def _formats(
     rules: FormatRules, prefix: str, names: TensorNames, layer: LayerConfig, experts: int
 ) -> LayerFormats:
+    parts: Iterable[str]
+    linears, parts, out = names.attention, _TO_HEADS, "o"
+    if layer.recurrent:
+        linears, parts, out = names.delta_rule.linears, ("q", "k", "v", "z"), "out"
     mlp = names.experts.shared if layer.sparse else names.mlp
     found = LayerFormats(
-        qkv=_common(_of(rules, prefix, names.attention, _TO_HEADS)),
-        out=_common(_of(rules, prefix, names.attention, ("o",))),
+        qkv=_common(_of(rules, prefix, linears, parts)),
+        out=_common(_of(rules, prefix, linears, (out,))),
         gate_up=_common(_of(rules, prefix, mlp, ("gate", "up"))),
         down=_common(_of(rules, prefix, mlp, ("down",))),
     )

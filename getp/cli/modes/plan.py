@@ -134,4 +134,5 @@ def _requests(settings: Settings, path: str) -> "Requests":
     values, origins = loading.length_and_sampling(settings)
     answer = loading.answer_options(settings, bool(prompt.chat_template))
     defaults = RequestDefaults(SamplingParams(**values), origins, answer, system=prompt.system)
-    return read_requests(path, folder, defaults)
+    columns = loading.columns(settings)
+    return read_requests(path, folder, defaults, columns, settings.table.first)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from model.ops.specs import Linear, Norm, RopeArgs
+from model.ops.specs import HeadLinear, Linear, Norm, RopeArgs
 from model.ops.triton.kernels.linear import fused_linear
 from model.ops.triton.norm import delta_parts
 from model.ops.triton.tiles import Target, Tile, for_dtype
@@ -137,3 +137,15 @@ def _tile(
     tile = tile_of(rows, dtype, target)
     is_narrow = is_paired or count < tile.n * target.processors
     return replace(tile, n=HALF if is_narrow else tile.n)
+
+
+def head_linear(x: torch.Tensor, linear: HeadLinear) -> torch.Tensor:
+    """As `Backend.head_linear`."""
+    out = x.new_empty(*x.shape[:2], linear.outputs)
+    multiply_heads(x, linear, out)
+    return out
+
+
+def multiply_heads(x: torch.Tensor, linear: HeadLinear, out: torch.Tensor) -> None:
+    """Fill out [tokens, heads, outputs] with the products of x [tokens, heads, inputs]."""
+    torch.bmm(x.transpose(0, 1), linear.weight.transpose(1, 2), out=out.transpose(0, 1))
