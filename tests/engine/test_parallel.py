@@ -198,6 +198,7 @@ def test_a_step_is_one_broadcast_unless_it_is_long(
 
 
 _ints = st.lists(st.integers(0, 2**31 - 1), max_size=5)
+_pairs = st.lists(st.tuples(st.integers(0, 999), st.integers(0, 999)), max_size=3)
 
 
 @given(st.data())
@@ -220,7 +221,7 @@ def test_a_packed_message_is_unpacked_unchanged(data: st.DataObject) -> None:
         data.draw(_ints),
         tables,
         data.draw(st.booleans()),
-        data.draw(st.lists(st.tuples(st.integers(0, 999), st.integers(0, 999)), max_size=3)),
+        *(data.draw(_pairs) for _ in range(3)),
     )
     assert StepMessage.unpacked(message.packed(), groups) == message
 

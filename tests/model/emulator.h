@@ -36,6 +36,12 @@ EMULATED void emulated_store(void* at, __m512i value) { memcpy(at, &value, 64); 
 
 EMULATED __m512i emulated_add_epi16(__m512i a, __m512i b) { return (__m512i)((Words)a + (Words)b); }
 
+EMULATED __m512 emulated_fmadd_ps(__m512 a, __m512 b, __m512 c) {
+  Floats value;
+  for (int i = 0; i < 16; i++) value[i] = std::fma(((Floats)a)[i], ((Floats)b)[i], ((Floats)c)[i]);
+  return (__m512)value;
+}
+
 EMULATED __m512i emulated_broadcast(__m128i a) {
   __m512i value;
   for (int i = 0; i < 4; i++) memcpy((char*)&value + 16 * i, &a, 16);
@@ -287,6 +293,7 @@ EMULATED void emulated_dpbf16ps(int sums, int a, int b) {
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbf16ps
+#define _mm512_fmadd_ps emulated_fmadd_ps
 #define _mm512_add_epi16 emulated_add_epi16
 #define _mm512_broadcast_i32x4 emulated_broadcast
 #define _mm512_cmple_epu16_mask emulated_cmple_epu16

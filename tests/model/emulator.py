@@ -1,7 +1,9 @@
 """The CPU kernels for AVX-512 and AMX on other processors: intrinsics are replaced by functions."""
 
 import ctypes
+import fcntl
 import functools
+import hashlib
 import platform
 import re
 import shutil
@@ -18,6 +20,7 @@ from model.ops.cpu.bindings import kernels
 
 _SOURCES = Path(bindings.__file__).parent / "kernels"
 _EMULATOR = Path(__file__).with_name("emulator.h")
+_CACHE = Path(__file__).parents[2] / ".pytest_cache"
 _UNITS = ("dispatch.cpp", "vnni.cpp", "avx512.cpp", "threads/team.cpp")
 # Code that needs a processor with the instruction set → its replacement.
 _REPLACEMENTS = {
@@ -41,6 +44,25 @@ def emulated_library() -> ctypes.CDLL | None:
     compiler = shutil.which("g++")
     if compiler is None or platform.machine() != "x86_64":
         return None
+    _CACHE.mkdir(exist_ok=True)
+    built = _CACHE / f"emulated-{_digest()}.so"
+    with open(_CACHE / "emulated.lock", "w") as lock:  # one of several test processes builds it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not built.exists():
+            _build(compiler, built)
+    return bindings.load(built)
+
+
+def _digest() -> str:
+    """Return a hash of everything that the library is built from."""
+    files = [_EMULATOR, Path(__file__), *sorted(_SOURCES.rglob("*.h")), *_SOURCES.rglob("*.cpp")]
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(files):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _build(compiler: str, built: Path) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "kernels"
         shutil.copytree(_SOURCES, folder)
@@ -57,7 +79,7 @@ def emulated_library() -> ctypes.CDLL | None:
         assert [unit.wait() for unit in units] == [0] * len(units)
         objects = [f"{unit}.o" for unit in _UNITS]
         subprocess.run([compiler, "-shared", "-o", "emulated.so", *objects], cwd=folder, check=True)
-        return bindings.load(folder / "emulated.so")
+        shutil.copy(folder / "emulated.so", built)
 
 
 @contextmanager
