@@ -12,8 +12,8 @@ import torch
 
 from engine.errors import EngineError
 from engine.execution.chunk_graphs import MAX_CHUNK_TOKENS
+from engine.execution.kv_tensors import KvLayout
 from engine.resolve import Settings, dtype_name
-from engine.scheduling.kv_cache import group_layers
 from model import ModelConfig
 from model.cost.operations import parameter_bytes
 from model.formats import DENSE, WeightFormat, full_interface
@@ -64,10 +64,12 @@ class MemoryPlan:
             packed = stored if library() is not None else 4 * size
             more = packed if config.tie_word_embeddings else packed - stored
             weights += more // ranks
-        rotary_rows = sum(rope.table_rows(config.max_positions) for rope in config.ropes)
-        weights += 4 * rotary_rows * config.rotary_dim
+        weights += sum(
+            4 * rope.table_rows(config.max_positions) * rotary_dim
+            for rope, rotary_dim in config.ropes
+        )
         rows = min(settings.max_batch_size, settings.max_batch_tokens)
-        groups = len(group_layers([layer.window for layer in config.layers]))
+        groups = len(KvLayout.of(config, ranks, settings.dtype).groups)
         table = 4 * -(-config.max_positions // settings.block_size)
         # A CPU holds each table twice. A GPU's captured steps have up to four tables a row in all;
         # its host copies are not in the device's memory.
@@ -177,12 +179,14 @@ def _check(plan: MemoryPlan, kv: int, settings: Settings, available: int) -> Non
 def _activation_bytes(config: ModelConfig, item: int, ranks: int) -> int:
     """Activation bytes of one token where a layer needs the most; tensors are freed after use."""
     hidden, moe = config.hidden_size, config.moe
-    query = config.num_heads // ranks * config.head_dim
-    key = max(1, config.num_kv_heads // ranks) * config.head_dim
     # The residual stream, float32; then its norm; QKV before and after rotary; attention's output
     # and its projection.
-    stream = 4 * hidden
-    attention = item * (hidden + 2 * (query + 2 * key) + query + hidden)
+    stream, attention = 4 * hidden, 0
+    for sizes in {config.heads(layer) for layer in config.layers}:
+        query = config.num_heads // ranks * sizes.head_dim
+        key = max(1, sizes.num_kv_heads // ranks) * sizes.head_dim
+        values = hidden + 2 * (query + 2 * key) + query + hidden
+        attention = max(attention, item * values)
     mlp = 0
     if any(not layer.sparse for layer in config.layers):
         # Gate and up in one tensor, then two tensors of half its size.

@@ -22,8 +22,9 @@ class Attention:
     """
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, shard: Shard = ALONE):
-        hidden, head_dim, spec = config.hidden_size, config.head_dim, config.norm
-        heads, kv_heads = config.num_heads // shard.size, max(1, config.num_kv_heads // shard.size)
+        hidden, sizes, spec = config.hidden_size, config.heads(layer), config.norm
+        heads, head_dim = config.num_heads // shard.size, sizes.head_dim
+        kv_heads = max(1, sizes.num_kv_heads // shard.size)
         norms: tuple[Norm | None, Norm | None] = (None, None)
         if config.qk_norm:
             whole = config.whole_qk_norm

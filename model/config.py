@@ -109,6 +109,15 @@ class LayerFormats:
 
 
 @dataclass(frozen=True)
+class HeadSizes:
+    """The keys and values of a layer, and the size of its heads."""
+
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int  # the first values of each query and key head, which are rotated
+
+
+@dataclass(frozen=True)
 class LayerConfig:
     """Properties that differ from layer to layer."""
 
@@ -116,6 +125,10 @@ class LayerConfig:
     sparse: bool  # MoE instead of a dense MLP
     rope: RopeConfig | None = None  # the layer's own rotary embedding; None: the model's
     formats: LayerFormats = LayerFormats()
+    heads: HeadSizes | None = None  # the layer's own; None: the model's
+    # An earlier layer with equal heads and window, to whose keys and values this one attends. It
+    # has none of its own.
+    kv_source: int | None = None
 
 
 @dataclass(frozen=True)
@@ -159,10 +172,18 @@ class ModelConfig:
     # Of the checkpoint; see also LayerFormats.
     stored_formats: FormatRules = field(default_factory=FormatRules)
 
+    def heads(self, layer: LayerConfig) -> HeadSizes:
+        """The sizes of a layer's heads."""
+        return layer.heads or HeadSizes(self.num_kv_heads, self.head_dim, self.rotary_dim)
+
+    def rope_of(self, layer: LayerConfig) -> tuple[RopeConfig, int]:
+        """A layer's rotary embedding, and how many values of each head it rotates."""
+        return layer.rope or self.rope, self.heads(layer).rotary_dim
+
     @cached_property
-    def ropes(self) -> tuple[RopeConfig, ...]:
-        """The different rotary embeddings of the layers, in the order of their first layers."""
-        return tuple(dict.fromkeys(layer.rope or self.rope for layer in self.layers))
+    def ropes(self) -> tuple[tuple[RopeConfig, int], ...]:
+        """The different results of `rope_of`, in the order of their first layers."""
+        return tuple(dict.fromkeys(map(self.rope_of, self.layers)))
 
     def held(self, backend: "Backend") -> "ModelConfig":
         """This config with the formats of the weights on a backend."""

@@ -86,7 +86,8 @@ def tensor_map(model: Transformer, names: TensorNames) -> TensorMap:
     for i, layer in enumerate(model.layers):
         prefix = names.layer.format(layer=i)
         found.pieces += _layer_vectors(prefix, names, layer, config, shard)
-        parts = _attention_parts(layer.attention, config, shard)
+        kv_heads = config.heads(config.layers[i]).num_kv_heads
+        parts = _attention_parts(layer.attention, config, kv_heads, shard)
         found.pieces += _linears(prefix, names.attention, parts, shard)
         if isinstance(layer.mlp, Moe):
             _add_experts(found, prefix, names.experts, layer.mlp, config)
@@ -129,12 +130,13 @@ def _layer_vectors(
 
 
 def _attention_parts(
-    attention: Attention, config: ModelConfig, shard: Shard
+    attention: Attention, config: ModelConfig, kv_heads: int, shard: Shard
 ) -> dict[str, _LinearPart]:
-    hidden, head_dim, own = config.hidden_size, config.head_dim, attention.heads
+    hidden, own = config.hidden_size, attention.heads
+    head_dim = own.head_dim
     q_rows = _of_heads(shard.part(config.num_heads), head_dim)
-    kv_rows = _of_heads(shard.kv_part(config.num_kv_heads), head_dim)
-    q_width, kv_width = config.num_heads * head_dim, config.num_kv_heads * head_dim
+    kv_rows = _of_heads(shard.kv_part(kv_heads), head_dim)
+    q_width, kv_width = config.num_heads * head_dim, kv_heads * head_dim
     first_k = own.heads * head_dim
     first_v = first_k + own.kv_heads * head_dim
     return {

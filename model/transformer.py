@@ -21,7 +21,7 @@ class Layer:
     """Pre-norm attention and MLP, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, shard: Shard = ALONE):
-        self.rope_index = config.ropes.index(layer.rope or config.rope)
+        self.rope_index = config.ropes.index(config.rope_of(layer))
         self.attention = Attention(config, layer, shard)
         self.mlp: Moe | Mlp = (Moe if layer.sparse else Mlp)(config, layer, shard)
 
@@ -70,8 +70,8 @@ class Transformer:
         from model.rope import query_scales, rope_table
 
         self.rope_tables = [
-            rope_table(rope, self.config.rotary_dim, positions).to(device)
-            for rope in self.config.ropes
+            rope_table(rope, rotary_dim, positions).to(device)
+            for rope, rotary_dim in self.config.ropes
         ]
         if self.config.rope.query_beta:
             self.query_scales = query_scales(self.config.rope, positions).to(device)
@@ -89,7 +89,8 @@ class Transformer:
         The residual stream and the logits are float32 in every compute dtype: rounding them would
         change more choices of tokens than rounding everything else does.
 
-        caches: KV tensors [2, blocks, block_size, kv_heads, head_dim], written in place.
+        caches: KV tensors [2, blocks, block_size, kv_heads, head_dim], written in place. Blocks
+        may have any distance from each other.
         layer_caches: for each layer, the index of its group in the batch and of its KV tensor.
         out: takes the logits, if it is given.
         """

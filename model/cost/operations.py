@@ -30,7 +30,8 @@ def check_tensor_parallel(config: ModelConfig, size: int) -> None:
     if _can_be_split(config, size):
         return
     possible = [n for n in range(1, config.num_heads + 1) if _can_be_split(config, n)]
-    parts = [f"{config.num_heads} heads", f"{config.num_kv_heads} KV heads"]
+    kv_heads = " and ".join(map(str, _kv_head_counts(config)))
+    parts = [f"{config.num_heads} heads", f"{kv_heads} KV heads"]
     if any(not layer.sparse for layer in config.layers):
         parts.append(f"MLP {config.intermediate_size}")
     if config.moe is not None:
@@ -45,15 +46,20 @@ def _can_be_split(config: ModelConfig, size: int) -> bool:
     """Return whether heads, experts and MLPs divide evenly and every GPU has vocabulary."""
     if config.whole_qk_norm and size > 1:
         return False  # a norm over the heads of all ranks would need one more exchange
-    kv, moe = config.num_kv_heads, config.moe
+    moe = config.moe
     dense = any(not layer.sparse for layer in config.layers)
     return not (
         config.num_heads % size
-        or (kv % size and size % kv)
+        or any(kv % size and size % kv for kv in _kv_head_counts(config))
         or (moe is not None and moe.num_experts % size)
         or (dense and config.intermediate_size % size)
         or (size - 1) * -(-config.vocab_size // size) >= config.vocab_size
     )
+
+
+def _kv_head_counts(config: ModelConfig) -> list[int]:
+    """Return the different numbers of KV heads that layers have."""
+    return list(dict.fromkeys(config.heads(layer).num_kv_heads for layer in config.layers))
 
 
 def distinct_experts(num_experts: int, top_k: int, tokens: int) -> float:
@@ -107,9 +113,14 @@ def kv_bytes_per_sequence(
     config: ModelConfig, context: int, dtype: str, tensor_parallel: int = 1
 ) -> int:
     """Return the bytes of keys and values of one sequence of `context` positions on one GPU."""
-    vectors = 2 * max(1, config.num_kv_heads // tensor_parallel)
-    positions = sum(min(layer.window or context, context) for layer in config.layers)
-    return positions * vectors * kv_vector_bytes(config, dtype)
+    found = 0
+    for layer, count in Counter(config.layers).items():
+        if layer.kv_source is None:
+            heads = config.heads(layer)
+            vectors = 2 * max(1, heads.num_kv_heads // tensor_parallel) * count
+            positions = min(layer.window or context, context)
+            found += positions * vectors * kv_vector_bytes(config, heads.head_dim, dtype)
+    return found
 
 
 def activation_accesses(fused: bool, sparse: bool = False) -> int:
@@ -134,7 +145,6 @@ class _ShardCost:
         self.parts = work.tensor_parallel
         self.item = DTYPE_BYTES[work.dtype]
         self.heads = config.num_heads // self.parts
-        self.kv_heads = max(1, config.num_kv_heads // self.parts)
         self.vocab = -(-config.vocab_size // self.parts)
 
     def op(
@@ -172,15 +182,17 @@ class _ShardCost:
     def attention_block(self, layer: LayerConfig) -> list[Op]:
         """Return norm, QKV, rotary with the norms of the heads, attention, output with residual."""
         c, work, back = self.config, self.work, self.work.backward
-        tokens, hidden = work.tokens, c.hidden_size
-        query, key = self.heads * c.head_dim, self.kv_heads * c.head_dim
-        rotated_heads = self.heads + self.kv_heads
-        rotate = flops.rotary(tokens, rotated_heads, c.rotary_dim)
+        tokens, hidden, sizes = work.tokens, c.hidden_size, c.heads(layer)
+        head_dim, stored_heads = sizes.head_dim, max(1, sizes.num_kv_heads // self.parts)
+        kv_heads = stored_heads if layer.kv_source is None else 0  # that this layer computes
+        query, key = self.heads * head_dim, kv_heads * head_dim
+        rotated_heads = self.heads + kv_heads
+        rotate = flops.rotary(tokens, rotated_heads, sizes.rotary_dim)
         norm_weights = 0
         if c.qk_norm:
-            rotate += flops.rms_norm(tokens * rotated_heads, c.head_dim, back)
-            norm_weights = c.head_dim * (rotated_heads if c.whole_qk_norm else 2)
-        attend = flops.attention(work.attended(layer.window), self.heads, c.head_dim, back)
+            rotate += flops.rms_norm(tokens * rotated_heads, head_dim, back)
+            norm_weights = head_dim * (rotated_heads if c.whole_qk_norm else 2)
+        attend = flops.attention(work.attended(layer.window), self.heads, head_dim, back)
         return [
             self.pre_norm("input_norm", fused=(tokens * hidden, 0)),
             self.op(
@@ -205,9 +217,9 @@ class _ShardCost:
                 tokens * (2 * query + 2 * key),
                 1,
                 kv=2
-                * self.kv_heads
+                * stored_heads
                 * work.kv_positions(layer.window)
-                * kv_vector_bytes(c, work.dtype),
+                * kv_vector_bytes(c, head_dim, work.dtype),
             ),
             self.op(
                 "o_proj",

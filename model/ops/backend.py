@@ -295,20 +295,24 @@ class Backend:
     def rotate_and_write(self, qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:
         """Norms of heads, rotary embedding and the write to the KV cache.
 
-        qkv [tokens, heads + 2 · kv_heads, head_dim]: queries, then keys, then values. Queries and
+        qkv [tokens, sum of `Heads.parts`, head_dim]: queries, then keys, then values. Queries and
         keys are normalized where the layer has such norms, each head or all heads at once, and the
         first rotary_dim values of each head are rotated by rope.cos_sin, before or after that;
         keys and values are stored in rope.kv at rope.slot_mapping → query [tokens, heads,
         head_dim], times rope.query_scale if there is one.
         """
         heads = rope.heads
-        query, key, value = qkv.split((heads.heads, heads.kv_heads, heads.kv_heads), dim=1)
+        query, key, *rest = qkv.split(heads.parts, dim=1)
+        value = rest[0] if rest else key
         if heads.rotates_before_norm:
             query, key = rotate(query, rope.cos_sin), rotate(key, rope.cos_sin)
         query, key = norm_heads(query, heads.q_norm), norm_heads(key, heads.k_norm)
         if not heads.rotates_before_norm:  # keys are then rounded once, to the cache's dtype
             query, key = rotate(query, rope.cos_sin), rotate(key.float(), rope.cos_sin)
-        write_kv(rope.kv, rope.slot_mapping, key, value)
+        if heads.norms_values and heads.q_norm is not None:
+            value = normalize(value, heads.q_norm.eps).to(value.dtype)
+        if heads.kv_heads:
+            write_kv(rope.kv, rope.slot_mapping, key, value)
         if rope.query_scale is not None:
             query = (query * rope.query_scale.unsqueeze(-1)).to(qkv.dtype)
         return query
@@ -486,10 +490,13 @@ class Backend:
 
 def rms_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     """x [..., size] by its root mean square over the last dimension, times the weight; float32."""
+    return x.float() if norm.is_identity else normalize(x, norm.eps) * norm.weight
+
+
+def normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [..., size] by its root mean square over the last dimension; float32."""
     x = x.float()
-    if norm.is_identity:
-        return x
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
 def norm_heads(x: torch.Tensor, norm: Norm | None) -> torch.Tensor:

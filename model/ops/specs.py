@@ -139,6 +139,7 @@ class Heads:
     """The attention heads of one layer on this rank, with the norms of queries and keys if any.
 
     The norms are of each head, or if their size is that of all heads together, of all at once.
+    Without KV heads the layer attends to the keys and values of another.
     """
 
     heads: int
@@ -147,6 +148,13 @@ class Heads:
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     rotates_before_norm: bool = False
+    norms_values: bool = False  # if q_norm: values have a norm as well, without weights
+    values_are_keys: bool = False  # projected alike; the norm and the rotation of keys come later
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Heads of the projection: queries, keys and, unless they are projected alike, values."""
+        return (self.heads, self.kv_heads, *([] if self.values_are_keys else [self.kv_heads]))
 
     @property
     def has_whole_norms(self) -> bool:

@@ -14,7 +14,7 @@ from model.ops.cpu.recorder import empty
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.specs import Activation, AttentionSpec, Experts, Norm, RopeArgs, RouterSpec
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 MAX_GROUP = 32  # query heads of a KV head
 
 
@@ -87,15 +87,14 @@ def rotate_and_write(qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:
     tokens, _, head_dim = qkv.shape
     heads, kv = rope.heads, rope.kv
     query = empty((tokens, heads.heads, head_dim), qkv.dtype)
-    q_norm = k_norm = None
-    eps = 0.0
-    if heads.q_norm is not None and heads.k_norm is not None:
-        q_norm, k_norm = heads.q_norm.weight.data_ptr(), heads.k_norm.weight.data_ptr()
-        eps = heads.q_norm.eps
+    q_norm, k_norm = (
+        None if norm is None else norm.weight.data_ptr() for norm in (heads.q_norm, heads.k_norm)
+    )
     kernels.rotate_and_write(
-        qkv.data_ptr(), rope.cos_sin.data_ptr(), kv.data_ptr(), kv.stride(0),
-        rope.slot_mapping.data_ptr(), q_norm, k_norm, heads.has_whole_norms,
-        heads.rotates_before_norm, eps,
+        qkv.data_ptr(), rope.cos_sin.data_ptr(), kv.data_ptr(), kv.stride(0), kv.shape[2],
+        kv.stride(1), rope.slot_mapping.data_ptr(), q_norm, k_norm, heads.has_whole_norms,
+        heads.rotates_before_norm, heads.norms_values, heads.values_are_keys,
+        0.0 if heads.q_norm is None else heads.q_norm.eps,
         None if rope.query_scale is None else rope.query_scale.data_ptr(), tokens, heads.heads,
         heads.kv_heads, head_dim, rope.cos_sin.shape[1], query.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -118,8 +117,8 @@ def attention(
         query.data_ptr(), kv.data_ptr(), kv.stride(0), table.data_ptr(), table.stride(0),
         batch.cu_seqlens_q.data_ptr(), batch.context_lens.data_ptr(),
         None if sinks is None else sinks.data_ptr(), table.shape[0], heads, kv.shape[3], head_dim,
-        kv.shape[2], _score_scale(spec, head_dim), spec.softcap or 0.0, spec.window or 0,
-        out.data_ptr(), torch.get_num_threads(),
+        kv.shape[2], kv.stride(1), _score_scale(spec, head_dim), spec.softcap or 0.0,
+        spec.window or 0, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 

@@ -56,6 +56,7 @@ class _Call:
             "DIM": dim,
             "BLOCK_D": max(16, triton.next_power_of_2(dim)),
             "BLOCK_SIZE": block_size,
+            "BLOCK_STRIDE": self.kv.stride(1),
             "SINKS": self.sinks is not None,
             "PRECISION": "ieee",
         }

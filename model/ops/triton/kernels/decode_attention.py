@@ -137,6 +137,7 @@ def _attend_to_part(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    BLOCK_STRIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_G: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -163,7 +164,7 @@ def _attend_to_part(
     top, total, mixed = attend(
         top, total, mixed, query, context_len, kv_ptr, value_offset,
         block_table_ptr + row * table_stride, kv_head, first, last, last, False,
-        SCALE, SOFTCAP, WINDOW, KV_HEADS, DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N, PRECISION,
+        SCALE, SOFTCAP, WINDOW, KV_HEADS, DIM, BLOCK_D, BLOCK_SIZE, BLOCK_STRIDE, BLOCK_N, PRECISION,
     )  # fmt: skip
     if not SPLIT or parts <= 1:
         _store_result(
@@ -218,6 +219,7 @@ def decode_attention(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    BLOCK_STRIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_G: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -249,7 +251,7 @@ def decode_attention(
                 row, part, kv_head, query_ptr, kv_ptr, value_offset, block_table_ptr, table_stride,
                 context_lens_ptr, sinks_ptr, out_ptr, mixed_ptr, stats_ptr, arrivals_ptr, max_parts,
                 part_len, SCALE, SOFTCAP, WINDOW, KV_HEADS, GROUP, DIM, BLOCK_M, BLOCK_D,
-                BLOCK_SIZE, BLOCK_N, BLOCK_G, SPLIT, SINKS, PRECISION,
+                BLOCK_SIZE, BLOCK_STRIDE, BLOCK_N, BLOCK_G, SPLIT, SINKS, PRECISION,
             )  # fmt: skip
         index += extras
         has_work = has_work & is_extra

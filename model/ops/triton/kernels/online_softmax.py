@@ -31,6 +31,7 @@ def attend(
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    BLOCK_STRIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -46,8 +47,8 @@ def attend(
     for start in tl.range(first, last, BLOCK_N):
         at = start + tl.arange(0, BLOCK_N)
         block = tl.load(block_table_ptr + at // BLOCK_SIZE, at < last, other=0)
-        slot = block.to(tl.int64) * BLOCK_SIZE + at % BLOCK_SIZE
-        source = kv_ptr + (slot * KV_HEADS + kv_head)[:, None] * DIM + dim[None, :]
+        place = block.to(tl.int64) * BLOCK_STRIDE + (at % BLOCK_SIZE * KV_HEADS + kv_head) * DIM
+        source = kv_ptr + place[:, None] + dim[None, :]
         if BLOCK_D == DIM:
             key = tl.load(source)
         else:

@@ -33,6 +33,7 @@ def prefill_attention(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    BLOCK_STRIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -85,8 +86,8 @@ def prefill_attention(
     unmasked = (before + skipped + 1) // BLOCK_N * BLOCK_N  # the first query attends to itself
     top, total, mixed = attend(
         top, total, mixed, query, position, kv_ptr, value_offset, block_table_ptr, kv_head, first,
-        unmasked, last, True, SCALE, SOFTCAP, WINDOW, KV_HEADS, DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N,
-        PRECISION,
+        unmasked, last, True, SCALE, SOFTCAP, WINDOW, KV_HEADS, DIM, BLOCK_D, BLOCK_SIZE,
+        BLOCK_STRIDE, BLOCK_N, PRECISION,
     )  # fmt: skip
     mixed = normalize(top, total, mixed, sinks_ptr, head, is_row, SINKS)
     tl.store(out_ptr + place, mixed.to(query.dtype), mask)
