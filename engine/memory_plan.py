@@ -182,20 +182,24 @@ def _activation_bytes(config: ModelConfig, item: int, ranks: int) -> int:
     # The residual stream, float32; then its norm; QKV before and after rotary; attention's output
     # and its projection.
     stream, attention = 4 * hidden, 0
-    for sizes in {config.heads(layer) for layer in config.layers}:
-        query = config.num_heads // ranks * sizes.head_dim
-        key = max(1, sizes.num_kv_heads // ranks) * sizes.head_dim
+    for heads in {config.heads(layer) for layer in config.layers}:
+        query = config.num_heads // ranks * heads.head_dim
+        key = max(1, heads.num_kv_heads // ranks) * heads.head_dim
         values = hidden + 2 * (query + 2 * key) + query + hidden
         attention = max(attention, item * values)
     mlp = 0
-    if any(not layer.sparse for layer in config.layers):
+    sizes = [config.mlp_size(layer) for layer in config.layers if config.has_mlp(layer)]
+    if sizes:
         # Gate and up in one tensor, then two tensors of half its size.
-        mlp = item * (2 * hidden + 4 * config.intermediate_size // ranks)
+        mlp = item * (2 * hidden + 4 * max(sizes) // ranks)
     if moe is not None:
         pair = item * (2 * hidden + 4 * moe.intermediate_size) + 2 * 4 * hidden  # float32 sums
         shared = item * (2 * hidden + 4 * moe.shared_size // ranks) if moe.shared_size else 0
-        mlp = max(mlp, item * 2 * hidden + moe.router.top_k * pair + shared)
-    return 2 * stream + max(attention, mlp)  # twice: before and after the addition
+        beside = item * hidden if moe.beside_mlp else 0  # the result of the dense MLP
+        mlp = max(mlp, item * 2 * hidden + moe.router.top_k * pair + shared + beside)
+    own = config.per_layer_size * len(config.layers)  # what layers read besides the stream
+    largest = 2 * stream + max(attention, mlp) + item * own  # twice: before and after the addition
+    return max(largest, stream + item * hidden + (8 + 3 * item) * own)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

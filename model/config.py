@@ -34,7 +34,8 @@ class RopeConfig:
     """Rotary embedding: base frequency and its scaling beyond the original context."""
 
     theta: float
-    kind: str = "default"  # default, linear, llama3, yarn, longrope, or none: no rotation
+    # default, linear, llama3, yarn, longrope, proportional, or none: no rotation
+    kind: str = "default"
     factor: float = 1.0
     original_max_positions: int = 0
     low_freq_factor: float = 1.0  # llama3
@@ -48,6 +49,7 @@ class RopeConfig:
     # longrope: divisors of the frequencies within and beyond the original context.
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+    rotated_share: float = 1.0  # proportional: of the pairs of values; the others stay
     # Queries at position p are multiplied by 1 + query_beta · ln(1 + ⌊p / original_max_positions⌋).
     query_beta: float = 0.0
 
@@ -80,6 +82,9 @@ class MoeConfig:
     biases: bool  # router and experts have biases
     shared_size: int = 0  # inner size of the MLP that all tokens share beside them; 0: none
     shared_gate: bool = False  # its result is multiplied by a learned sigmoid
+    # Beside the experts, sparse layers have the dense MLP. Both, their sum, the router and what the
+    # experts read have a norm of their own.
+    beside_mlp: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,7 @@ class HeadSizes:
     num_kv_heads: int
     head_dim: int
     rotary_dim: int  # the first values of each query and key head, which are rotated
+    values_are_keys: bool = False  # projected alike; keys then have a norm and are rotated
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,7 @@ class LayerConfig:
     # An earlier layer with equal heads and window, to whose keys and values this one attends. It
     # has none of its own.
     kv_source: int | None = None
+    intermediate_size: int | None = None  # of its dense MLP; None: the model's
 
 
 @dataclass(frozen=True)
@@ -160,6 +167,7 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm on each query and key head before the rotation
     whole_qk_norm: bool = False  # if qk_norm: one over all query heads, one over all key heads
     rotates_before_qk_norm: bool = False  # if qk_norm: the rotation comes first
+    value_norm: bool = False  # if qk_norm: values have a norm without weights
     sinks: bool = False  # a learned logit of each query head joins the softmax
     embedding_scale: float = 1.0  # multiplies the embedding of each token
     residual_scale: float = 1.0  # multiplies what attention and MLP add to the residual stream
@@ -168,6 +176,8 @@ class ModelConfig:
     logits_scale: float = 1.0  # multiplies the logits
     logits_softcap: float | None = None  # as attention_softcap, of the scaled logits
     activation: Activation = field(default_factory=Activation)
+    per_layer_size: int = 0  # of what each layer reads of a token's own embedding; 0: nothing
+    layer_scalars: bool = False  # the residual stream after a layer has a learned factor
     moe: MoeConfig | None = None
     mtp_layers: int = (
         0  # stored after the other layers: they predict further tokens, and do not run
@@ -180,6 +190,14 @@ class ModelConfig:
     def heads(self, layer: LayerConfig) -> HeadSizes:
         """The sizes of a layer's heads."""
         return layer.heads or HeadSizes(self.num_kv_heads, self.head_dim, self.rotary_dim)
+
+    def mlp_size(self, layer: LayerConfig) -> int:
+        """The inner size of a layer's dense MLP."""
+        return layer.intermediate_size or self.intermediate_size
+
+    def has_mlp(self, layer: LayerConfig) -> bool:
+        """Whether a layer has a dense MLP, instead of experts or beside them."""
+        return not layer.sparse or (self.moe is not None and self.moe.beside_mlp)
 
     def rope_of(self, layer: LayerConfig) -> tuple[RopeConfig, int]:
         """A layer's rotary embedding, and how many values of each head it rotates."""

@@ -152,15 +152,16 @@ class _Filling:
         elif len(declared.shape) > 1:
             storage.uniform_(-0.03, 0.03, generator=generator)
         else:
-            storage.fill_(1.0 - declared.offset if isinstance(declared.holder, Norm) else 0.0)
+            is_factor = isinstance(declared.holder, Norm) or declared.attribute == "scalar"
+            storage.fill_(1.0 - declared.offset if is_factor else 0.0)
 
     def complete(self) -> None:
         """Set the attribute to the filled storage in the form that the operations take."""
         declared, storage = self.declared, self.storage()
         if self.format is not None:
             storage = self.format.finish(self.backend, storage)
-        elif declared.offset:
-            storage += declared.offset
+        elif declared.offset or declared.factor != 1:
+            storage.mul_(declared.factor).add_(declared.offset)
         setattr(declared.holder, declared.attribute, storage)
         self._storage = None
 
@@ -252,6 +253,14 @@ def _check_count(config: ModelConfig, files: Files) -> None:
         )
 
 
+def _unused_projections(config: ModelConfig, names: TensorNames) -> list[str]:
+    """Names of unused keys and values, stored with layers that attend to those of others."""
+    stems = [stem for stem, parts in names.attention if set(parts) <= {"k", "v"}]
+    stems += [names.k_norm, names.k_norm.replace("k_norm", "v_norm")]
+    layers = (i for i, layer in enumerate(config.layers) if layer.kv_source is not None)
+    return [names.layer.format(layer=i) + stem for i in layers for stem in stems]
+
+
 def _check(found: StoredMap, files: Files, config: ModelConfig, names: TensorNames) -> None:
     expected = found.expected
     for name, stored in expected.items():
@@ -271,11 +280,11 @@ def _check(found: StoredMap, files: Files, config: ModelConfig, names: TensorNam
                 f" expected {' or '.join(stored.dtypes)}"
             )
     beyond = range(len(config.layers), len(config.layers) + config.mtp_layers)
-    unused_layers = tuple(names.layer.format(layer=i) for i in beyond)
+    unused = (*(names.layer.format(layer=i) for i in beyond), *_unused_projections(config, names))
     for name in files.file_of:
         spare_head = name == names.head and config.tie_word_embeddings
         ignored = name.endswith(_IGNORED_SUFFIXES) or is_of_another_part(config.model_type, name)
-        ignored = ignored or found.is_unused(name) or name.startswith(unused_layers)
+        ignored = ignored or found.is_unused(name) or name.startswith(unused)
         if name not in expected and not spare_head and not ignored:
             raise CheckpointError(
                 f"{files.path(name)}: tensor {name!r} is not part of a {config.model_type} model"

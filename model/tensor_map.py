@@ -11,9 +11,9 @@ from typing import Any
 
 from model.attention import Attention
 from model.config import ModelConfig
-from model.families.tensor_names import ExpertNames, LinearName, TensorNames
+from model.families.tensor_names import ExpertNames, LinearName, PerLayerNames, TensorNames
 from model.formats.format import Part
-from model.mlp import Moe
+from model.mlp import Mlp, MlpBesideExperts, Moe, PerLayerInputs, PerLayerMlp
 from model.ops.specs import Linear
 from model.sharding import Shard
 from model.transformer import Layer, Transformer
@@ -89,13 +89,42 @@ def tensor_map(model: Transformer, names: TensorNames) -> TensorMap:
         kv_heads = config.heads(config.layers[i]).num_kv_heads
         parts = _attention_parts(layer.attention, config, kv_heads, shard)
         found.pieces += _linears(prefix, names.attention, parts, shard)
-        if isinstance(layer.mlp, Moe):
-            _add_experts(found, prefix, names.experts, layer.mlp, config)
-        else:
-            mlp, sizes = layer.mlp, (config.hidden_size, config.intermediate_size)
-            parts = _gated_parts(mlp.gate_up, mlp.down, *sizes, shard)
+        mlp = layer.mlp.mlp if isinstance(layer.mlp, MlpBesideExperts) else layer.mlp
+        moe = layer.mlp.moe if isinstance(layer.mlp, MlpBesideExperts) else layer.mlp
+        if isinstance(moe, Moe):
+            _add_experts(found, prefix, names.experts, moe, config)
+        if isinstance(mlp, Mlp):
+            size = config.mlp_size(config.layers[i])
+            parts = _gated_parts(mlp.gate_up, mlp.down, config.hidden_size, size, shard)
             found.pieces += _linears(prefix, names.mlp, parts, shard)
+        if layer.per_layer is not None:
+            found.pieces += _per_layer_mlp(prefix, names.per_layer, layer.per_layer, shard)
+    if model.per_layer is not None:
+        found.pieces += _per_layer_inputs(names.per_layer, model.per_layer, config, shard)
     return found
+
+
+def _per_layer_mlp(
+    prefix: str, names: PerLayerNames, own: PerLayerMlp, shard: Shard
+) -> Iterator[Piece]:
+    hidden, size = own.gate.inputs, own.gate.outputs
+    parts = {
+        "gate": _LinearPart(own.gate, size, hidden),
+        "down": _LinearPart(own.down, hidden, size),
+    }
+    yield from _linears(prefix, ((names.gate, ("gate",)), (names.down, ("down",))), parts, shard)
+
+
+def _per_layer_inputs(
+    names: PerLayerNames, own: PerLayerInputs, config: ModelConfig, shard: Shard
+) -> Iterator[Piece]:
+    projection = own.projection
+    shape = config.vocab_size, projection.outputs
+    table = _weight(names.embedding, shape, (own.tokens,), is_embedding=True)
+    yield _whole(table, own, "table")
+    yield _whole(NamedWeight(names.norm, (own.norm.size,)), own.norm)
+    part = _LinearPart(projection, projection.outputs, projection.inputs)
+    yield from _linears("", ((names.projection, ("all",)),), {"all": part}, shard)
 
 
 def _weight(
@@ -113,17 +142,29 @@ def _whole(weight: NamedWeight, holder: Any, attribute: str = "weight") -> Piece
 def _layer_vectors(
     prefix: str, names: TensorNames, layer: Layer, config: ModelConfig, shard: Shard
 ) -> Iterator[Piece]:
-    attention = layer.attention
-    for name, norm in (
+    attention, mlp = layer.attention, layer.mlp
+    norms = [
         (names.attention_norm, attention.norm),
-        (names.mlp_norm, layer.mlp.norm),
+        (names.mlp_norm, mlp.norm),
         (names.attention_post_norm, attention.post_norm),
-        (names.mlp_post_norm, getattr(layer.mlp, "post_norm", None)),
+        (names.mlp_post_norm, getattr(mlp, "post_norm", None)),
         (names.q_norm, attention.heads.q_norm),
         (names.k_norm, attention.heads.k_norm),
-    ):
+    ]
+    if isinstance(mlp, MlpBesideExperts):
+        norms += [
+            (names.experts.router_norm, mlp.router_norm),
+            (names.experts.norm, mlp.moe.norm),
+            (names.experts.mlp_post_norm, mlp.mlp.post_norm),
+            (names.experts.post_norm, mlp.experts_post_norm),
+        ]
+    if layer.per_layer is not None:
+        norms.append((names.per_layer.post_norm, layer.per_layer.post_norm))
+    for name, norm in norms:
         if norm is not None and not norm.is_identity:
             yield _whole(NamedWeight(prefix + name, (norm.size,)), norm)
+    if layer.has_scalar:
+        yield _whole(NamedWeight(prefix + names.layer_scalar, (1,)), layer, "scalar")
     if attention.has_sinks:
         heads = shard.part(config.num_heads)
         sinks = NamedWeight(prefix + names.sinks, (config.num_heads,), (heads,))
@@ -140,12 +181,14 @@ def _attention_parts(
     q_width, kv_width = config.num_heads * head_dim, kv_heads * head_dim
     first_k = own.heads * head_dim
     first_v = first_k + own.kv_heads * head_dim
-    return {
+    found = {
         "q": _LinearPart(attention.qkv, q_width, hidden, q_rows),
-        "k": _LinearPart(attention.qkv, kv_width, hidden, kv_rows, first=first_k),
-        "v": _LinearPart(attention.qkv, kv_width, hidden, kv_rows, first=first_v),
         "o": _LinearPart(attention.out, hidden, q_width, columns=q_rows),
     }
+    for part, first in zip("kv", (first_k, first_v), strict=True):
+        if own.kv_heads and (part == "k" or not own.values_are_keys):
+            found[part] = _LinearPart(attention.qkv, kv_width, hidden, kv_rows, first=first)
+    return found
 
 
 def _of_heads(heads: slice, head_dim: int) -> slice:
@@ -172,6 +215,8 @@ def _linears(
 ) -> Iterator[Piece]:
     """The pieces of linears; the rows of a linear are those of its parts, in order."""
     for stem, part_names in names:
+        if not parts.keys() & set(part_names):  # of other layers
+            continue
         outputs = sum(parts[name].outputs for name in part_names)
         above = 0
         for name in part_names:
@@ -212,7 +257,7 @@ def _add_experts(
     hidden, count = config.hidden_size, config.moe.num_experts
     parts = {"router": _LinearPart(moe.router, count, hidden)}
     linears: tuple[LinearName, ...] = ((names.router, ("router",)),)
-    if moe.router_spec.has_correction:
+    if moe.router_spec.has_correction or moe.router_spec.scales_experts:
         found.pieces.append(
             _whole(NamedWeight(prefix + names.correction, (count,)), moe, "correction")
         )

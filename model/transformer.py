@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from model.attention import Attention
 from model.config import LayerConfig, ModelConfig
-from model.mlp import Mlp, Moe
+from model.mlp import PerLayerInputs, PerLayerMlp, make_mlp
 from model.ops.specs import Linear, Norm, Parameter, RopeArgs
 from model.ops.step_parts import EMBEDDING, FINAL_NORM, LM_HEAD
 from model.sharding import ALONE, Shard
@@ -23,7 +23,10 @@ class Layer:
     def __init__(self, config: ModelConfig, layer: LayerConfig, shard: Shard = ALONE):
         self.rope_index = config.ropes.index(config.rope_of(layer))
         self.attention = Attention(config, layer, shard)
-        self.mlp: Moe | Mlp = (Moe if layer.sparse else Mlp)(config, layer, shard)
+        self.mlp = make_mlp(config, layer, shard)
+        self.per_layer = PerLayerMlp(config) if config.per_layer_size else None
+        self.has_scalar = config.layer_scalars
+        self.scalar: torch.Tensor | None = None  # float32 [1]
 
     def parameters(self) -> Iterator[Parameter]:
         """Declare the norms, then the rest of the attention and of the MLP."""
@@ -31,6 +34,10 @@ class Layer:
         yield from self.mlp.norm.parameters()
         yield from self.attention.parameters()
         yield from self.mlp.parameters()
+        if self.per_layer is not None:
+            yield from self.per_layer.parameters()
+        if self.has_scalar:
+            yield Parameter(self, "scalar", (1,), is_float32=True)
 
 
 class Transformer:
@@ -47,6 +54,7 @@ class Transformer:
         self.embedding_shape = (vocab, hidden)
         self.embedding: torch.Tensor | None = None
         self.layers = [Layer(config, layer, shard) for layer in config.layers]
+        self.per_layer = PerLayerInputs(config, shard) if config.per_layer_size else None
         self.final_norm = Norm(hidden, config.norm)
         self.head = Linear(hidden, vocab, False, config.head_format)
         # For each of config.ropes: float32 [rows, rotary_dim].
@@ -64,6 +72,8 @@ class Transformer:
             yield from self.head.parameters()
         for layer in self.layers:
             yield from layer.parameters()
+        if self.per_layer is not None:
+            yield from self.per_layer.parameters()
 
     def prepare_rope(self, positions: int, device: "torch.device") -> None:
         """Tabulate cos and sin for positions up to (not including) `positions`."""
@@ -109,7 +119,8 @@ class Transformer:
         if query_scale is not None:
             query_scale = ops.gather(query_scale, batch.positions)
         delta: torch.Tensor | None = None
-        for layer, (group, cache) in zip(self.layers, layer_caches, strict=True):
+        own = None if self.per_layer is None else self.per_layer(ops, x, batch.token_ids)
+        for i, (layer, (group, cache)) in enumerate(zip(self.layers, layer_caches, strict=True)):
             tables = batch.groups[group]
             attention = layer.attention
             rope = RopeArgs(
@@ -121,6 +132,10 @@ class Transformer:
             )
             x, delta = attention(ops, x, delta, rope, batch, tables)
             x, delta = layer.mlp(ops, x, delta)
+            if layer.per_layer is not None and own is not None:
+                x, delta = layer.per_layer(ops, x, delta, own[:, i])
+            if layer.scalar is not None:
+                x, delta = ops.scaled_sum(x, delta, layer.scalar), None
         if len(batch.logits_rows) < len(x):
             x = ops.gather(x, batch.logits_rows)
             delta = None if delta is None else ops.gather(delta, batch.logits_rows)

@@ -15,6 +15,7 @@ All figures are integers computed from the config alone, without torch. Conventi
 """
 
 from collections import Counter
+from itertools import chain
 
 from model.config import LayerConfig, ModelConfig, MoeConfig
 from model.cost import flops
@@ -32,7 +33,7 @@ def check_tensor_parallel(config: ModelConfig, size: int) -> None:
     possible = [n for n in range(1, config.num_heads + 1) if _can_be_split(config, n)]
     kv_heads = " and ".join(map(str, _kv_head_counts(config)))
     parts = [f"{config.num_heads} heads", f"{kv_heads} KV heads"]
-    if any(not layer.sparse for layer in config.layers):
+    if any(config.has_mlp(layer) for layer in config.layers):
         parts.append(f"MLP {config.intermediate_size}")
     if config.moe is not None:
         parts.append(f"{config.moe.num_experts} experts")
@@ -49,7 +50,7 @@ def _can_be_split(config: ModelConfig, size: int) -> bool:
     if config.whole_qk_norm and size > 1:
         return False  # a norm over the heads of all ranks would need one more exchange
     moe = config.moe
-    dense = any(not layer.sparse for layer in config.layers)
+    dense = any(config.has_mlp(layer) for layer in config.layers)
     return not (
         config.num_heads % size
         or any(kv % size and size % kv for kv in _kv_head_counts(config))
@@ -78,7 +79,8 @@ def operations(config: ModelConfig, work: Workload) -> list[Op]:
     shard = _ShardCost(config, work)
     found: dict[str, Op] = {}
     for layer, count in Counter(config.layers).items():
-        for op in (*shard.attention_block(layer), *shard.mlp_block(layer)):
+        blocks = shard.attention_block(layer), shard.mlp_block(layer), shard.per_layer_block()
+        for op in chain.from_iterable(blocks):
             one = op.repeated(count)
             found[op.name] = found[op.name].plus(one) if op.name in found else one
     ops = [shard.embedding(), *(found[name] for name in _LAYER_OPS if name in found)]
@@ -136,6 +138,7 @@ def activation_accesses(fused: bool, sparse: bool = False) -> int:
 
 _LAYER_OPS = (
     "input_norm qkv_proj rope attention o_proj post_norm router gate_up_proj activation down_proj"
+    " per_layer_mlp"
 ).split()
 
 
@@ -167,7 +170,18 @@ class _ShardCost:
         rows = min(tokens, self.config.vocab_size) * size * self.item
         written = tokens * size
         cost = Flops(vector=written if self.config.embedding_scale != 1 else 0)
-        return self.op("embedding", cost, rows, written, 1, fused=(written, 1))
+        own = self.config.per_layer_size * len(self.config.layers)
+        product = None
+        if own:  # the layers' own embedding and projection, see `model.mlp.PerLayerInputs`
+            cost += flops.linear(tokens, size, own, backward=self.work.backward)
+            rows += min(tokens, self.config.vocab_size) * own * self.item
+            rows += self.matrix(size, own, False)
+            product = Product(DENSE.name, tokens, size * own)
+            written += 4 * tokens * own
+        launches = 5 if own else 1
+        return self.op(
+            "embedding", cost, rows, written, launches, fused=(written, launches), product=product
+        )
 
     def norm(self, name: str, rows: int, fused: tuple[int, int] = (0, 0)) -> Op:
         size = self.config.hidden_size
@@ -188,6 +202,7 @@ class _ShardCost:
         head_dim, stored_heads = sizes.head_dim, max(1, sizes.num_kv_heads // self.parts)
         kv_heads = stored_heads if layer.kv_source is None else 0  # that this layer computes
         query, key = self.heads * head_dim, kv_heads * head_dim
+        projected = query + (1 if sizes.values_are_keys else 2) * key
         rotated_heads = self.heads + kv_heads
         rotate = flops.rotary(tokens, rotated_heads, sizes.rotary_dim)
         norm_weights = 0
@@ -199,11 +214,11 @@ class _ShardCost:
             self.pre_norm("input_norm", fused=(tokens * hidden, 0)),
             self.op(
                 "qkv_proj",
-                flops.linear(tokens, hidden, query + 2 * key, c.qkv_bias, back),
-                self.matrix(hidden, query + 2 * key, c.qkv_bias, layer.formats.qkv),
-                tokens * (hidden + query + 2 * key),
+                flops.linear(tokens, hidden, projected, c.qkv_bias, back),
+                self.matrix(hidden, projected, c.qkv_bias, layer.formats.qkv),
+                tokens * (hidden + projected),
                 3,
-                product=Product(layer.formats.qkv.name, tokens, hidden * (query + 2 * key)),
+                product=Product(layer.formats.qkv.name, tokens, hidden * projected),
             ),
             self.op(
                 "rope",
@@ -239,10 +254,26 @@ class _ShardCost:
         norm, moe = self.pre_norm("post_norm"), self.config.moe
         if not layer.sparse or moe is None:
             return [norm, *self._dense(layer)]
-        found = {op.name: op for op in self._experts(layer, moe)}
-        for op in self._shared_expert(layer, moe) if moe.shared_size else ():
+        found = {op.name: op for op in [norm, *self._experts(layer, moe)]}
+        beside = self._shared_expert(layer, moe) if moe.shared_size else []
+        if moe.beside_mlp:  # with norms before the router and the experts and after both parts
+            beside = [*self._dense(layer), *[norm] * 4]
+        for op in beside:
             found[op.name] = found[op.name].plus(op, 1)
-        return [norm, *found.values()]
+        return list(found.values())
+
+    def per_layer_block(self) -> list[Op]:
+        """Return the MLP that reads a layer's part of a token's own embedding, if there is one."""
+        tokens, hidden, size = self.work.tokens, self.config.hidden_size, self.config.per_layer_size
+        if not size:
+            return []
+        back = self.work.backward
+        cost = flops.linear(tokens, hidden, size, backward=back) * 2 + self._residual
+        cost += flops.swiglu(tokens, size, back) + flops.rms_norm(tokens, hidden, back)
+        weights = self.matrix(hidden, size, False) * 2 + hidden * self.item
+        product = Product(DENSE.name, tokens, 2 * hidden * size)
+        moved = tokens * (4 * hidden + 4 * size)
+        return [self.op("per_layer_mlp", cost, weights, moved, 6, product=product)]
 
     def head(self) -> list[Op]:
         """Return the final norm and the unembedding of the rows that need logits."""
@@ -277,7 +308,7 @@ class _ShardCost:
 
     def _dense(self, layer: LayerConfig) -> list[Op]:
         c, tokens, back = self.config, self.work.tokens, self.work.backward
-        hidden, size = c.hidden_size, c.intermediate_size // self.parts
+        hidden, size = c.hidden_size, c.mlp_size(layer) // self.parts
         down = flops.linear(tokens, size, hidden, c.mlp_bias, back)
         return self._mlp(
             flops.linear(tokens, hidden, 2 * size, c.mlp_bias, back),

@@ -29,6 +29,7 @@ FAMILIES = (
     "exaone4",
     "gemma2",
     "gemma3_text",
+    "gemma4_text",
     "glm4_moe",
     "gpt_oss",
     "granite",

@@ -23,7 +23,8 @@ def with_layer_formats(config: ModelConfig, names: TensorNames) -> ModelConfig:
     layers, deadline = [], time.monotonic() + _MAX_SECONDS
     for i, layer in enumerate(config.layers):
         prefix = names.layer.format(layer=i)
-        layers.append(replace(layer, formats=_formats(rules, prefix, names, layer, experts)))
+        formats = _formats(rules, prefix, names, layer, config.has_mlp(layer), experts)
+        layers.append(replace(layer, formats=formats))
         if time.monotonic() > deadline:
             raise CheckpointError(
                 "the patterns of 'quantization_config' take too long to compare with all names: "
@@ -33,9 +34,14 @@ def with_layer_formats(config: ModelConfig, names: TensorNames) -> ModelConfig:
 
 
 def _formats(
-    rules: FormatRules, prefix: str, names: TensorNames, layer: LayerConfig, experts: int
+    rules: FormatRules,
+    prefix: str,
+    names: TensorNames,
+    layer: LayerConfig,
+    has_mlp: bool,
+    experts: int,
 ) -> LayerFormats:
-    mlp = names.experts.shared if layer.sparse else names.mlp
+    mlp = names.mlp if has_mlp else names.experts.shared
     found = LayerFormats(
         qkv=_common(_of(rules, prefix, names.attention, "qkv")),
         out=_common(_of(rules, prefix, names.attention, "o")),

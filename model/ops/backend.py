@@ -49,6 +49,8 @@ OPERATIONS = (
     "norm_qkv",
     "attention",
     "activate",
+    "gated",
+    "scaled_sum",
     "norm_mlp",
     "route",
     "experts",
@@ -238,6 +240,15 @@ class Backend:
         summed = x if delta is None else x + delta
         return summed, rms_norm(summed, norm).to(self.dtype)
 
+    def scaled_sum(
+        self, x: torch.Tensor, delta: torch.Tensor, factor: torch.Tensor
+    ) -> torch.Tensor:
+        """x float32 and delta [tokens, size], factor float32 [1] → (x + delta) · factor, float32.
+
+        delta has no parts.
+        """
+        return (x + delta) * factor
+
     def rms_norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         """x [tokens, size] → its norm, in the same dtype."""
         return rms_norm(x, norm).to(x.dtype)
@@ -382,6 +393,10 @@ class Backend:
     def activate(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
         """gate_up [tokens, 2 · size], gate first → [tokens, size]; see `Activation`."""
         gate, up = gate_up.chunk(2, dim=-1)
+        return self.gated(gate, up, activation)
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """gate and up [tokens, size], with any distance of rows → [tokens, size]."""
         limit = activation.limit
         if activation.kind == "gelu_tanh":
             return F.gelu(gate, approximate="tanh") * up
@@ -395,9 +410,12 @@ class Backend:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [tokens, experts] → (experts int64, weights float32), both [tokens, top_k].
 
-        correction: float32 [experts], added to the scores for the choice alone.
+        correction: float32 [experts], added to the scores for the choice alone; or, if the router
+        scales experts, a factor of each expert's weights.
         """
-        logits = logits.float()
+        logits, factors = logits.float(), None
+        if router.scales_experts:
+            factors, correction = correction, None
         if router.softmax_after_top_k:
             chosen, experts = logits.topk(router.top_k, dim=-1)
             return experts, chosen.softmax(-1)
@@ -409,6 +427,8 @@ class Backend:
         weights = scores.gather(-1, experts)
         if router.normalize:
             weights = weights / (weights.sum(-1, keepdim=True) + SMALLEST_SUM)
+        if factors is not None:
+            weights = weights * factors[experts]
         return experts, self.scale(weights, router.scale)
 
     def shared_expert(

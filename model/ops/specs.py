@@ -43,7 +43,8 @@ class Parameter:
 
     `format` is None for a plain tensor; otherwise it is the format of a weight [..., out, in]. Its
     outputs consist of `parts` equal parts that are used together: gate and up. A plain tensor has
-    the compute dtype, or float32 if `is_float32`, and `offset` is added to the values as stored.
+    the compute dtype, or float32 if `is_float32`; its values are those stored times `factor`, plus
+    `offset`.
     """
 
     holder: Any
@@ -53,6 +54,7 @@ class Parameter:
     parts: int = 1
     is_float32: bool = False
     offset: float = 0.0
+    factor: float = 1.0
 
 
 @dataclass(eq=False)
@@ -93,6 +95,7 @@ class Norm:
     size: int
     spec: NormSpec
     is_identity: bool = False  # has no weight, and its result is what it is given
+    factor: float = 1.0  # multiplies stored weights
     weight: Any = None  # torch.Tensor once loaded
 
     @property
@@ -104,8 +107,8 @@ class Norm:
         """Declare the weight."""
         if self.is_identity:
             return
-        offset = self.spec.weight_offset
-        yield Parameter(self, "weight", (self.size,), is_float32=True, offset=offset)
+        offset, factor = self.spec.weight_offset, self.factor
+        yield Parameter(self, "weight", (self.size,), is_float32=True, offset=offset, factor=factor)
 
 
 @dataclass(eq=False)
@@ -227,6 +230,7 @@ class RouterSpec:
     has_correction: bool = False  # a learned bias of the scores for the choice, not for the weights
     groups: ExpertGroups | None = None
     scale: float = 1.0  # multiplies the weights
+    scales_experts: bool = False  # a learned factor of each expert multiplies its weights
 
     @property
     def ranks_scores(self) -> bool:
@@ -246,7 +250,8 @@ class Router(NamedTuple):
 
     linear: Linear
     spec: RouterSpec
-    correction: "torch.Tensor | None" = None  # float32 [experts], see RouterSpec
+    # float32 [experts]: what RouterSpec.has_correction or scales_experts says.
+    correction: "torch.Tensor | None" = None
 
 
 class ExpertShard(NamedTuple):

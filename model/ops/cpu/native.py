@@ -84,6 +84,26 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return out
 
 
+def scaled_sum(x: torch.Tensor, delta: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """As Backend.scaled_sum."""
+    out = empty(x.shape, x.dtype)
+    kernels.scaled_sum(
+        x.data_ptr(), delta.data_ptr(), factor.data_ptr(), x.numel(), out.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """As Backend.gated, for a size that is a multiple of 16."""
+    out = empty(gate.shape, gate.dtype)
+    kernels.gated(
+        gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), *gate.shape,
+        *_activation(activation), out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
 def softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
     """As Backend.softcap."""
     kernels.softcap(x.data_ptr(), cap, x.numel(), torch.get_num_threads())
@@ -174,8 +194,8 @@ def route(
     kernels.route(
         logits.data_ptr(), None if correction is None else correction.data_ptr(), rows, count,
         top_k, router.softmax_after_top_k, router.normalize, router.sigmoid, groups.count,
-        groups.chosen, groups.best, router.scale, expert_ids.data_ptr(), weights.data_ptr(),
-        torch.get_num_threads(),
+        groups.chosen, groups.best, router.scale, router.scales_experts, expert_ids.data_ptr(),
+        weights.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return expert_ids, weights
 

@@ -113,6 +113,33 @@ void add_rms_norm(const float* x, const bf16* delta, const float* weight, int64_
   });
 }
 
+// (x + delta) · factor, all [count], but for `factor`, a single value → out
+void scaled_sum(const float* x, const bf16* delta, const float* factor, int64_t count, float* out,
+                int threads) {
+  const int64_t whole = count / LANES * LANES;
+  if (count < 1 << 14) threads = 1;
+  divide(threads, whole / LANES, VECTORS_PER_PIECE, [=](int64_t first, int64_t last) {
+    for (int64_t i = first * LANES; i < last * LANES; i += LANES)
+      store(out + i, (load(x + i) + load_bf16(delta + i)) * *factor);
+  });
+  for (int64_t i = whole; i < count; i++) out[i] = (x[i] + to_float(delta[i])) * *factor;
+}
+
+// The activation of gates [rows, size] times as many ups, whose rows are `gate_stride` and
+// `up_stride` values apart → out [rows, size]
+void gated(const bf16* gate, int64_t gate_stride, const bf16* up, int64_t up_stride, int64_t rows,
+           int64_t size, int64_t kind, float limit, float alpha, bf16* out, int threads) {
+  const Activation by{kind, limit, alpha};
+  if (rows * size < 1 << 13) threads = 1;
+  divide(threads, rows, rows_per_piece(rows, threads), [=](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+      const bf16 *gates = gate + row * gate_stride, *ups = up + row * up_stride;
+      for (int64_t i = 0; i < size; i += LANES)
+        store_bf16(out + row * size + i, activate(load_bf16(gates + i), load_bf16(ups + i), by));
+    }
+  });
+}
+
 // The norms of the query or key heads of a layer, if any: float32 weights [head_dim], or with `whole`
 // [heads, head_dim], where one norm covers all heads. `last`: the rotation comes before it.
 struct HeadNorms {

@@ -164,7 +164,8 @@ def _attend_to_part(
     top, total, mixed = attend(
         top, total, mixed, query, context_len, kv_ptr, value_offset,
         block_table_ptr + row * table_stride, kv_head, first, last, last, False,
-        SCALE, SOFTCAP, WINDOW, KV_HEADS, DIM, BLOCK_D, BLOCK_SIZE, BLOCK_STRIDE, BLOCK_N, PRECISION,
+        SCALE, SOFTCAP, WINDOW, KV_HEADS, DIM, BLOCK_D, BLOCK_SIZE, BLOCK_STRIDE, BLOCK_N,
+        PRECISION,
     )  # fmt: skip
     if not SPLIT or parts <= 1:
         _store_result(
