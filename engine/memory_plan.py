@@ -191,7 +191,7 @@ def _activation_bytes(config: ModelConfig, item: int, ranks: int) -> int:
     sizes = [config.mlp_size(layer) for layer in config.layers if config.has_mlp(layer)]
     if sizes:
         # Gate and up in one tensor, then two tensors of half its size.
-        mlp = item * (2 * hidden + 4 * max(sizes) // ranks)
+        mlp = item * (2 * hidden + 2 * config.activation.parts * max(sizes) // ranks)
     if moe is not None:
         pair = item * (2 * hidden + 4 * moe.intermediate_size) + 2 * 4 * hidden  # float32 sums
         shared = item * (2 * hidden + 4 * moe.shared_size // ranks) if moe.shared_size else 0

@@ -49,6 +49,7 @@ class RopeConfig:
     # longrope: divisors of the frequencies within and beyond the original context.
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+    is_reversed: bool = False  # rotates in the other direction
     rotated_share: float = 1.0  # proportional: of the pairs of values; the others stay
     # Queries at position p are multiplied by 1 + query_beta · ln(1 + ⌊p / original_max_positions⌋).
     query_beta: float = 0.0
@@ -168,6 +169,7 @@ class ModelConfig:
     whole_qk_norm: bool = False  # if qk_norm: one over all query heads, one over all key heads
     rotates_before_qk_norm: bool = False  # if qk_norm: the rotation comes first
     value_norm: bool = False  # if qk_norm: values have a norm without weights
+    embedding_norm: bool = False  # the embedding of each token has a norm without weights
     sinks: bool = False  # a learned logit of each query head joins the softmax
     embedding_scale: float = 1.0  # multiplies the embedding of each token
     residual_scale: float = 1.0  # multiplies what attention and MLP add to the residual stream

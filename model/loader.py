@@ -21,7 +21,7 @@ from model.formats import WeightFormat, full_interface
 from model.formats.dense import Dense
 from model.formats.integers import Integers
 from model.gguf.files import GgufFiles, is_gguf
-from model.ops.backend import Backend
+from model.ops.backend import Backend, normalize
 from model.ops.specs import Norm, Parameter
 from model.stored_weights import StoredMap
 from model.tensor_map import tensor_map
@@ -66,7 +66,8 @@ def load(
                 parameter.complete()
             del tensors, source
             files.close_if_large()
-    _tie_head(model, backend)
+        _fill_unstored(parameters)
+    _finish(model, backend)
 
 
 def check(model: Transformer, checkpoint: str | Path, adapters: AdapterList = ()) -> None:
@@ -90,7 +91,7 @@ def load_dummy(model: Transformer, backend: Backend, seed: int = 0) -> None:
         generator.manual_seed(seed + number)  # parameters that all ranks hold are equal on all
         parameter.fill_random(generator)
         parameter.complete()
-    _tie_head(model, backend)
+    _finish(model, backend)
 
 
 def _parameters(model: Transformer, backend: Backend) -> dict[tuple[int, str], "_Filling"]:
@@ -197,7 +198,21 @@ def _as_stored(
     return names.experts
 
 
-def _tie_head(model: Transformer, backend: Backend) -> None:
+def _fill_unstored(parameters: "dict[tuple[int, str], _Filling]") -> None:
+    """Fill the weights of norms that checkpoints do not have."""
+    for parameter in parameters.values():
+        holder = parameter.declared.holder
+        if isinstance(holder, Norm) and not holder.is_stored:
+            parameter.storage().fill_(1.0)
+            parameter.complete()
+
+
+def _finish(model: Transformer, backend: Backend) -> None:
+    """Tie the head and normalize the embedding, if the config says so."""
+    if model.config.embedding_norm:
+        assert model.embedding is not None  # it was just filled
+        for rows in model.embedding.split(1 << 12):  # bounds the memory of the float32 copy
+            rows.copy_(normalize(rows, model.config.norm.eps))
     if model.config.tie_word_embeddings:
         assert model.embedding is not None  # it was just filled
         model.head.weight = full_interface(model.head.format).tied(backend, model.embedding)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Mlp:
-    """Dense gated MLP; gate and up are one linear, gate rows first. Split by its inner size."""
+    """Dense MLP; gate, if any, and up are one linear, gate rows first. Split by its inner size."""
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, shard: Shard = ALONE):
         hidden, size = config.hidden_size, config.mlp_size(layer) // shard.size
@@ -34,7 +34,7 @@ class Mlp:
         self.norm = Norm(hidden, config.norm, is_identity=not config.pre_norms)
         self.post_norm = Norm(hidden, config.norm) if config.post_norms else None
         bias, forms = config.mlp_bias, layer.formats
-        self.gate_up = Linear(hidden, 2 * size, bias, forms.gate_up)
+        self.gate_up = Linear(hidden, config.activation.parts * size, bias, forms.gate_up)
         self.down = Linear(size, hidden, bias, forms.down, sum_over_ranks=True)
 
     def __call__(

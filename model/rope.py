@@ -21,7 +21,8 @@ def rope_table(rope: RopeConfig, rotary_dim: int, positions: int) -> torch.Tenso
         return torch.cat((ones, torch.zeros_like(ones)), dim=-1)
     factor = cos_sin_factor(rope)
     if rope.kind != "longrope":
-        return _rows(inverse_frequencies(rope, rotary_dim), positions) * factor
+        frequencies = inverse_frequencies(rope, rotary_dim)
+        return _rows(-frequencies if rope.is_reversed else frequencies, positions) * factor
     original = rope.original_max_positions
     short = _frequencies(rope.theta, rotary_dim, torch.tensor(rope.short_factors))
     table = _rows(short, min(positions, original))

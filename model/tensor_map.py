@@ -79,8 +79,9 @@ def tensor_map(model: Transformer, names: TensorNames) -> TensorMap:
     table, own = (config.vocab_size, config.hidden_size), (shard.vocab_part(config.vocab_size),)
     found.pieces += [
         _whole(_weight(names.embedding, table, own, is_embedding=True), model, "embedding"),
-        _whole(NamedWeight(names.final_norm, table[1:]), model.final_norm),
     ]
+    if model.final_norm.is_stored:
+        found.pieces.append(_whole(NamedWeight(names.final_norm, table[1:]), model.final_norm))
     if not config.tie_word_embeddings:
         found.pieces.append(_whole(_weight(names.head, table, own), model.head))
     for i, layer in enumerate(model.layers):
@@ -161,7 +162,7 @@ def _layer_vectors(
     if layer.per_layer is not None:
         norms.append((names.per_layer.post_norm, layer.per_layer.post_norm))
     for name, norm in norms:
-        if norm is not None and not norm.is_identity:
+        if norm is not None and norm.is_stored:
             yield _whole(NamedWeight(prefix + name, (norm.size,)), norm)
     if layer.has_scalar:
         yield _whole(NamedWeight(prefix + names.layer_scalar, (1,)), layer, "scalar")
@@ -199,12 +200,14 @@ def _gated_parts(
     gate_up: Linear, down: Linear, hidden: int, size: int, shard: Shard
 ) -> dict[str, _LinearPart]:
     """The parts of a gated MLP; size: its inner size on all ranks together."""
-    own = shard.part(size)
-    return {
-        "gate": _LinearPart(gate_up, size, hidden, own),
-        "up": _LinearPart(gate_up, size, hidden, own, first=size // shard.size),
+    own, each = shard.part(size), size // shard.size
+    found = {
+        "up": _LinearPart(gate_up, size, hidden, own, first=gate_up.outputs - each),
         "down": _LinearPart(down, hidden, size, columns=own),
     }
+    if gate_up.outputs > each:
+        found["gate"] = _LinearPart(gate_up, size, hidden, own)
+    return found
 
 
 def _linears(

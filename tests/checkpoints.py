@@ -94,6 +94,8 @@ _DEEPSEEK_EXPERTS: dict[str, Any] = {
     "first_k_dense_replace": 1,
     "routed_scaling_factor": 1.5,
 }
+
+
 def _gemma4(head_dim: int = 16, **options: Any) -> Any:
     """Layers without a window have heads twice as large."""
     kind, local = options.pop("kind", tf.Gemma4TextConfig), ["sliding_attention"] * 2
@@ -392,6 +394,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         num_experts_per_tok=3,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
     ),
+    "arcee": lambda: _decoder(tf.ArceeConfig, attention_bias=True, mlp_bias=True),
+    "arcee-wide": lambda: _decoder(tf.ArceeConfig, **_WIDE_HEADS),
+    "nanochat": lambda: _decoder(tf.NanoChatConfig),
+    "nanochat-wide": lambda: _decoder(tf.NanoChatConfig, **_WIDE_HEADS),
     "granite": _granite,
     "granite-wide": lambda: _granite(**_WIDE_HEADS),
 }

@@ -185,7 +185,7 @@ def norm_mlp_cases(layer: Mlp, inputs: Inputs) -> Iterator[Case]:
 def activate_cases(size: int, activation: Activation, inputs: Inputs) -> Iterator[Case]:
     """Yield the cases of the activation of gate and up, `size` values each."""
     for rows in _row_counts(inputs):
-        gate_up = inputs.normal(rows, 2 * size, scale=4.0)
+        gate_up = inputs.normal(rows, activation.parts * size, scale=4.0)
 
         def prepare(backend: Backend, gate_up: torch.Tensor = gate_up) -> Callable[[], Tensors]:
             own = gate_up.to(backend.dtype)

@@ -309,20 +309,21 @@ class _ShardCost:
     def _dense(self, layer: LayerConfig) -> list[Op]:
         c, tokens, back = self.config, self.work.tokens, self.work.backward
         hidden, size = c.hidden_size, c.mlp_size(layer) // self.parts
+        up = c.activation.parts * size
         down = flops.linear(tokens, size, hidden, c.mlp_bias, back)
         return self._mlp(
-            flops.linear(tokens, hidden, 2 * size, c.mlp_bias, back),
+            flops.linear(tokens, hidden, up, c.mlp_bias, back),
             flops.swiglu(tokens, size, back),
             down + self._residual,
             (
-                self.matrix(hidden, 2 * size, c.mlp_bias, layer.formats.gate_up),
+                self.matrix(hidden, up, c.mlp_bias, layer.formats.gate_up),
                 self.matrix(size, hidden, c.mlp_bias, layer.formats.down),
             ),
             pairs=tokens,
             size=size,
             gate_up_launches=2,
             products=(
-                Product(layer.formats.gate_up.name, tokens, 2 * hidden * size),
+                Product(layer.formats.gate_up.name, tokens, hidden * up),
                 Product(layer.formats.down.name, tokens, hidden * size),
             ),
         )

@@ -26,6 +26,7 @@ from model.gguf.names import stored_formats, tensor_names
 from model.stored_tensors import StoredTensors
 
 FAMILIES = (
+    "arcee",
     "exaone4",
     "gemma2",
     "gemma3_text",
@@ -39,6 +40,7 @@ FAMILIES = (
     "ministral3",
     "mistral",
     "mixtral",
+    "nanochat",
     "olmo2",
     "olmo3",
     "olmoe",

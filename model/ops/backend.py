@@ -391,8 +391,11 @@ class Backend:
             return self.activate(gate_up, activation)
 
     def activate(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
-        """gate_up [tokens, 2 · size], gate first → [tokens, size]; see `Activation`."""
-        gate, up = gate_up.chunk(2, dim=-1)
+        """gate_up [tokens, 2 · size], gate first → [tokens, size]; see `Activation`.
+
+        [tokens, size] if the activation is not gated.
+        """
+        gate, up = split_gate(gate_up, activation)
         return self.gated(gate, up, activation)
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
@@ -400,6 +403,8 @@ class Backend:
         limit = activation.limit
         if activation.kind == "gelu_tanh":
             return F.gelu(gate, approximate="tanh") * up
+        if activation.kind == "relu":
+            return F.relu(gate) * up
         if limit is None:
             return F.silu(gate) * up
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
@@ -548,6 +553,12 @@ class Backend:
             tokens = torch.where(is_greedy, tokens, sampled)
         last.index_copy_(0, rows, tokens)
         return torch.where(highest.isfinite(), tokens, NO_TOKEN)
+
+
+def split_gate(gate_up: torch.Tensor, by: Activation) -> tuple[torch.Tensor, torch.Tensor]:
+    """gate_up [tokens, parts · size] → gate and up [tokens, size]; the same one without a gate."""
+    gate, *up = gate_up.chunk(by.parts, dim=-1)
+    return gate, up[0] if up else gate
 
 
 def rms_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:

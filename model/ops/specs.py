@@ -86,6 +86,7 @@ class NormSpec:
 
     eps: float  # added to the mean of the squares
     weight_offset: float = 0.0  # added to stored weights: 1 where they are centered on zero (Gemma)
+    is_weighted: bool = True  # otherwise weights are 1 and are not stored
 
 
 @dataclass(eq=False)
@@ -97,6 +98,11 @@ class Norm:
     is_identity: bool = False  # has no weight, and its result is what it is given
     factor: float = 1.0  # multiplies stored weights
     weight: Any = None  # torch.Tensor once loaded
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether checkpoints have its weight."""
+        return self.spec.is_weighted and not self.is_identity
 
     @property
     def eps(self) -> float:
@@ -202,12 +208,19 @@ class Activation:
     """SwiGLU of a gate and an up: silu(gate) · up; or gelu(gate) · up, by tanh ("gelu_tanh").
 
     With a limit (gpt-oss) the gate is clamped from above and up on both sides, and the result is
-    gate · sigmoid(alpha · gate) · (up + 1).
+    gate · sigmoid(alpha · gate) · (up + 1). "relu" is max(0, gate) · up. Without `is_gated` one
+    value takes the place of both, so that this is its square where it is positive.
     """
 
     limit: float | None = None
     alpha: float = 1.0
-    kind: Literal["silu", "gelu_tanh"] = "silu"
+    kind: Literal["silu", "gelu_tanh", "relu"] = "silu"
+    is_gated: bool = True
+
+    @property
+    def parts(self) -> int:
+        """Values of the first linear for each of the second."""
+        return 2 if self.is_gated else 1
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,8 @@ class CpuBackend(OneDnnBackend):
 
     def gated_linear(self, x: torch.Tensor, linear: Linear, activation: Activation) -> torch.Tensor:
         """As Backend.gated_linear."""
-        if self._fits(linear.inputs, MXFP4_BLOCK) and not linear.outputs % (2 * PANEL):
+        fits = self._fits(linear.inputs, MXFP4_BLOCK) and not linear.outputs % (2 * PANEL)
+        if fits and activation.is_gated:
             return native.gated_linear(x, linear.weight, linear.bias, activation)
         return super().gated_linear(x, linear, activation)
 

@@ -164,8 +164,8 @@ def _score_scale(spec: AttentionSpec, head_dim: int) -> float:
 
 def _activation(activation: Activation) -> tuple[int, float, float]:
     """The kind, limit and alpha of an activation, as in kernels/types.h."""
-    kind = 2 if activation.kind == "gelu_tanh" else int(activation.limit is not None)
-    return kind, activation.limit or 0.0, activation.alpha
+    kinds = {"silu": int(activation.limit is not None), "gelu_tanh": 2, "relu": 3}
+    return kinds[activation.kind], activation.limit or 0.0, activation.alpha
 
 
 def gated_linear(

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from model.ops.backend import split_gate
 from model.ops.specs import Activation, Norm
 from model.ops.triton.programmatic_launch import wait_for_previous_kernel
 from model.ops.triton.tiles import Target
@@ -121,10 +122,10 @@ def _activate(
     BLOCK: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
-    GELU: tl.constexpr,
+    KIND: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
-    """SwiGLU, or GELU times up, of a block of one row; grid (tokens, ⌈SIZE / BLOCK⌉).
+    """SwiGLU, or GELU or ReLU times up, of a block of one row; grid (tokens, ⌈SIZE / BLOCK⌉).
 
     gate, up [tokens, SIZE], with rows gate_stride and up_stride apart → out [tokens, SIZE].
     """
@@ -134,8 +135,10 @@ def _activate(
     inside = at < SIZE
     gate = tl.load(gate_ptr + row * gate_stride + at, inside, other=0.0)
     up = tl.load(up_ptr + row * up_stride + at, inside, other=0.0)
-    if GELU:
+    if KIND == "gelu_tanh":
         out = geglu(gate.to(tl.float32), up.to(tl.float32))
+    elif KIND == "relu":
+        out = tl.maximum(gate.to(tl.float32), 0.0) * up.to(tl.float32)
     else:
         out = swiglu(gate.to(tl.float32), up.to(tl.float32), LIMIT, ALPHA)
     tl.store(out_ptr + row * SIZE + at, out.to(gate.dtype), inside)
@@ -210,7 +213,7 @@ def gated(
             BLOCK=block,
             LIMIT=activation.limit,
             ALPHA=activation.alpha,
-            GELU=activation.kind == "gelu_tanh",
+            KIND=activation.kind,
             num_warps=4,
             **target.launch_options,
         )
@@ -219,7 +222,7 @@ def gated(
 
 def activate(gate_up: torch.Tensor, activation: Activation, target: Target) -> torch.Tensor:
     """As `Backend.activate`."""
-    gate, up = gate_up.contiguous().chunk(2, dim=-1)
+    gate, up = split_gate(gate_up.contiguous(), activation)
     return gated(gate, up, activation, target)
 
 
