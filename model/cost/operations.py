@@ -15,6 +15,7 @@ All figures are integers computed from the config alone, without torch. Conventi
 """
 
 from collections import Counter
+from dataclasses import replace
 from itertools import chain
 
 from model.config import LayerConfig, ModelConfig, MoeConfig
@@ -338,7 +339,7 @@ class _ShardCost:
         if moe.shared_gate:
             down += flops.linear(tokens, hidden, 1, backward=back)
             gate_bytes = self.matrix(hidden, 1, False)
-        return self._mlp(
+        ops = self._mlp(
             flops.linear(tokens, hidden, 2 * size, backward=back),
             flops.swiglu(tokens, size, back),
             down,
@@ -354,6 +355,10 @@ class _ShardCost:
                 Product(forms.down.name, tokens, hidden * size),
             ),
         )
+        if self.work.fused:  # in the kernel of the other experts
+            return [replace(op, launches=0, bytes=replace(op.bytes, activations=0)) for op in ops]
+        *first, last = ops  # the results of all ranks are added with those of the other experts
+        return [*first, replace(last, launches=last.launches - self._all_reduce)]
 
     def _experts(self, layer: LayerConfig, moe: MoeConfig) -> list[Op]:
         c, tokens, back = self.config, self.work.tokens, self.work.backward

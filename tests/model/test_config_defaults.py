@@ -16,9 +16,11 @@ from model.families.family import _DEFAULTS
 from model.rope import rope_table
 
 CLASSES: dict[str, Any] = {
+    "arcee": tf.ArceeConfig,
     "exaone4": tf.Exaone4Config,
     "gemma2": tf.Gemma2Config,
     "gemma3_text": tf.Gemma3TextConfig,
+    "gemma4_text": tf.Gemma4TextConfig,
     "glm4_moe": tf.Glm4MoeConfig,
     "gpt_oss": tf.GptOssConfig,
     "granite": tf.GraniteConfig,
@@ -28,6 +30,7 @@ CLASSES: dict[str, Any] = {
     "ministral3": tf.Ministral3Config,
     "mistral": tf.MistralConfig,
     "mixtral": tf.MixtralConfig,
+    "nanochat": tf.NanoChatConfig,
     "olmo2": tf.Olmo2Config,
     "olmo3": tf.Olmo3Config,
     "olmoe": tf.OlmoeConfig,
@@ -94,6 +97,13 @@ OTHER: dict[str, Any] = {
     "attn_logit_softcapping": 20.0,
     "final_logit_softcapping": 10.0,
     "use_bidirectional_attention": False,
+    "hidden_size_per_layer_input": 64,
+    "vocab_size_per_layer_input": 100,
+    "attention_k_eq_v": True,
+    "num_kv_shared_layers": 1,
+    "use_double_wide_mlp": True,
+    "enable_moe_block": True,
+    "top_k_experts": 3,
     "attention_out_bias": True,
     "no_rope_layers": [1, 0, 1],
     "no_rope_layer_interval": 2,
@@ -112,7 +122,14 @@ def full_config(model_type: str) -> dict[str, Any]:
     values = SIZES | {key: OTHER[key] for key in own_keys(model_type)}
     if model_type == "gpt_oss":
         values["attention_bias"] = False
-    if model_type in ("gemma3_text", "olmo3"):
+    if model_type == "gemma4_text":
+        values["use_bidirectional_attention"] = "vision"
+        values["layer_types"] = ["full_attention", "sliding_attention", "full_attention"]
+    if model_type in ("arcee", "nanochat"):
+        values["hidden_act"] = "relu2"
+    if model_type == "nanochat":
+        values["tie_word_embeddings"] = False
+    if model_type in ("gemma3_text", "gemma4_text", "olmo3"):
         values["rope_parameters"] = {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
             "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
@@ -157,7 +174,7 @@ def check(model_type: str, values: dict[str, Any]) -> ModelConfig:
     scale = hidden**0.5 if is_gemma else getattr(expected, "embedding_multiplier", 1.0)
     assert config.embedding_scale == scale
     assert config.residual_scale == getattr(expected, "residual_multiplier", 1.0)
-    attention = expected.query_pre_attn_scalar**-0.5 if is_gemma else None
+    attention = getattr(expected, "query_pre_attn_scalar", 1.0) ** -0.5 if is_gemma else None
     assert config.attention_scale == getattr(expected, "attention_multiplier", attention)
     assert config.attention_softcap == getattr(expected, "attn_logit_softcapping", None)
     assert config.logits_softcap == getattr(expected, "final_logit_softcapping", None)
@@ -196,7 +213,7 @@ def check_experts(config: ModelConfig, expected: Any) -> None:
     shared = getattr(expected, "n_shared_experts", 0) * size
     shared = getattr(expected, "shared_expert_intermediate_size", shared)
     assert config.moe.shared_size == shared
-    assert config.moe.shared_gate == hasattr(expected, "shared_expert_intermediate_size")
+    assert config.moe.shared_gate == (shared > 0 and not hasattr(expected, "n_shared_experts"))
     assert config.moe.router.scale == getattr(expected, "routed_scaling_factor", 1.0)
     groups, stated = config.moe.router.groups, getattr(expected, "n_group", 1)
     if (stated or 1) > 1:

@@ -404,7 +404,7 @@ def test_routers_equal_the_reference(router: RouterSpec, dtype: torch.dtype) -> 
 
 def test_routing_limits_experts_to_the_best_groups_and_weighs_them_without_the_correction() -> None:
     """By hand: three groups of two; the best expert of all is in the worst group."""
-    scores = torch.tensor([[0.9, 0.1, 0.6, 0.6, 0.7, 0.6]])
+    scores = torch.tensor([[0.9, 0.1, 0.6, 0.6, 0.7, 0.5]])
     logits, correction = torch.logit(scores), torch.tensor([0.0, 0, 0, 0.25, 0, 0])
     groups = ExpertGroups(3, 2, 2)
     router = RouterSpec(3, False, True, sigmoid=True, has_correction=True, groups=groups, scale=2.0)

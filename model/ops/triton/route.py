@@ -78,7 +78,8 @@ def _route_tokens(
     logits = tl.where((expert < EXPERTS)[None, :], logits, float("-inf"))
     highest = tl.max(logits, 1)[:, None]
     total = tl.sum(tl.exp(logits - highest), 1)
-    ranks = scores = logits
+    scores = logits
+    ranks = logits
     if RANKS_SCORES:
         scores = tl.sigmoid(logits) if SIGMOID else tl.exp(logits - highest) / total[:, None]
         ranks = scores
