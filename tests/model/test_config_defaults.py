@@ -125,6 +125,7 @@ def full_config(model_type: str) -> dict[str, Any]:
     if model_type == "gemma4_text":
         values["use_bidirectional_attention"] = "vision"
         values["layer_types"] = ["full_attention", "sliding_attention", "full_attention"]
+        values["enable_moe_block"] = False
     if model_type in ("arcee", "nanochat"):
         values["hidden_act"] = "relu2"
     if model_type == "nanochat":
@@ -134,6 +135,9 @@ def full_config(model_type: str) -> dict[str, Any]:
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
             "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
         }
+    if model_type == "gemma4_text":
+        rope = {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 5e5}
+        values["rope_parameters"]["full_attention"] = rope
     if model_type == "phi3":  # which has no linear scaling
         values["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
     return values
@@ -154,6 +158,7 @@ def check(model_type: str, values: dict[str, Any]) -> ModelConfig:
     """Compare a config with what the config class makes of the same keys, and return it."""
     # The class changes what it gets.
     expected = CLASSES[model_type](**copy.deepcopy(values))
+    expected.allow_global_per_layer_attribute_access = True
     config = parse_config({**values, "model_type": model_type}, "config.json")
     hidden, heads = values["hidden_size"], values["num_attention_heads"]
     head_dim = getattr(expected, "head_dim", None) or hidden // heads
@@ -197,9 +202,19 @@ def check_layers(config: ModelConfig, expected: Any) -> None:
     types = types or ["sliding_attention"] * expected.num_hidden_layers
     windows = [window if kind == "sliding_attention" else None for kind in types]
     assert [layer.window for layer in config.layers] == windows
+    if config.model_type == "gemma4_text":
+        shared = [mode == "reuse" for mode in expected.kv_sharing_modes]
+        assert [layer.kv_source is not None for layer in config.layers] == shared
+        for layer, own in zip(config.layers, expected.per_layer_config, strict=True):
+            heads = config.heads(layer)
+            assert (heads.num_kv_heads, heads.head_dim) == (own.num_key_value_heads, own.head_dim)
+            is_same = expected.attention_k_eq_v and own.head_dim != expected.head_dim
+            assert heads.values_are_keys == is_same
 
 
 def check_experts(config: ModelConfig, expected: Any) -> None:
+    if config.model_type == "gemma4_text" and expected.enable_moe_block:
+        expected.num_experts_per_tok = expected.top_k_experts
     if not hasattr(expected, "num_experts_per_tok"):
         assert config.moe is None
         return
@@ -244,18 +259,18 @@ def check_rope(config: ModelConfig, expected: Any) -> None:
     for layer, is_rotated in zip(config.layers, rotates, strict=True):
         assert (layer.rope is not None and layer.rope.kind == "none") != is_rotated
     if "rope_type" in parameters:
-        return check_one_rope(config, config.rope, parameters, expected)
+        return check_one_rope(config.rotary_dim, config.rope, parameters, expected)
     for layer, kind in zip(config.layers, expected.layer_types, strict=True):
         rope = layer.rope or config.rope
-        check_one_rope(config, rope, parameters[kind], expected, layer_type=kind)
+        dim = config.heads(layer).rotary_dim
+        check_one_rope(dim, rope, parameters[kind], expected, layer_type=kind)
     return None
 
 
 def check_one_rope(
-    config: ModelConfig, found: RopeConfig, rope: dict[str, Any], expected: Any, **layer: str
+    dim: int, found: RopeConfig, rope: dict[str, Any], expected: Any, **layer: str
 ) -> None:
     factor = 1.0
-    dim = config.rotary_dim
     if rope.get("alpha"):  # which only stretches the base (Hunyuan)
         theta = rope["rope_theta"] * rope["alpha"] ** (dim / (dim - 2))
         rope = {"rope_type": "default", "rope_theta": theta}
@@ -263,9 +278,11 @@ def check_one_rope(
         frequencies = rope["rope_theta"] ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     else:
         frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](expected, **layer)
+    if found.is_reversed:
+        frequencies = -frequencies
     angles = torch.outer(torch.arange(40.0), frequencies.float())
     table = torch.cat((angles.cos(), angles.sin()), dim=-1) * factor
-    torch.testing.assert_close(rope_table(found, config.rotary_dim, 40), table)
+    torch.testing.assert_close(rope_table(found, dim, 40), table)
 
 
 def test_every_key_of_a_config_class_is_understood() -> None:
@@ -279,6 +296,10 @@ def test_every_key_of_a_config_class_is_understood() -> None:
 def test_a_missing_key_has_the_value_of_transformers(model_type: str, missing: str) -> None:
     values = full_config(model_type)
     values.pop(missing, None)
+    if model_type == "gemma4_text" and missing == "layer_types":
+        values.pop("num_kv_shared_layers")  # no earlier layer of the last one's kind
+    if missing == "vocab_size_per_layer_input":
+        values["hidden_size_per_layer_input"] = 0
     if missing == "use_sliding_window":
         values.pop("layer_types", None)  # a sliding layer needs a window
     check(model_type, values)
@@ -286,12 +307,15 @@ def test_a_missing_key_has_the_value_of_transformers(model_type: str, missing: s
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_config_of_sizes_alone_is_that_of_transformers(model_type: str) -> None:
-    check(model_type, SIZES)
+    same = {"vocab_size_per_layer_input": 100} if model_type == "gemma4_text" else {}
+    check(model_type, SIZES | same)
 
 
 @pytest.mark.parametrize(("model_type", "key"), NULLABLE)
 def test_null_is_not_the_default_of_a_missing_key(model_type: str, key: str) -> None:
     values = full_config(model_type) | {key: None}
+    if key == "layer_types":
+        values.pop("num_kv_shared_layers", None)
     if key == "sliding_window":
         values.pop("layer_types", None)
     check(model_type, values)
