@@ -29,7 +29,7 @@ from model.mlp import Moe
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.specs import Experts, RopeArgs, SamplingTables
 from model.ops.triton.backend import TritonBackend
-from model.ops.triton.mxfp4 import ExpertWeights
+from model.ops.triton.mxfp4 import ExpertWeights, words_shape
 from model.ops.triton.tiles import TILES, Target
 from model.transformer import Transformer
 
@@ -187,7 +187,8 @@ def _experts(shape: tuple[int, ...], is_mxfp4: bool, ops: TritonBackend) -> Any:
     if not is_mxfp4:
         return ops.pack_experts(_empty(*shape, dtype=ops.dtype))
     count, outputs, inputs = shape
-    values = _empty(count, outputs, inputs // 8, dtype=torch.int32)
+    shape = words_shape(outputs, inputs, ops.target.mxfp4_rows)
+    values = _empty(count, *shape, dtype=torch.int32)
     scales = _empty(count, -(-inputs // 128), outputs, dtype=torch.int32)
     return ExpertWeights(values, scales, ops.target.mxfp4_run)
 

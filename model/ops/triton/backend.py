@@ -133,7 +133,7 @@ class TritonBackend(Backend):
 
     def pack_mxfp4(self, weights: Any) -> Any:
         """As `Backend.pack_mxfp4`: packed in words, or dense if a scale is out of range."""
-        return pack(weights, self.dtype, self.target.mxfp4_run)
+        return pack(weights, self.dtype, self.target.mxfp4_run, self.target.mxfp4_rows)
 
     def embed(
         self, table: torch.Tensor, ids: torch.Tensor, scale: float, first: int = 0
