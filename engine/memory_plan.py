@@ -187,6 +187,13 @@ def _activation_bytes(config: ModelConfig, item: int, ranks: int) -> int:
         key = max(1, heads.num_kv_heads // ranks) * heads.head_dim
         values = hidden + 2 * (query + 2 * key) + query + hidden
         attention = max(attention, item * values)
+    latent = config.latent
+    if latent is not None:
+        # Latents of queries, the queries before and after their products, and the results of heads.
+        count = config.num_heads // ranks
+        width = 2 * latent.plain_dim + 2 * config.rotary_dim + 2 * latent.rank + latent.value_dim
+        latents = 2 * (latent.query_rank or 0) + 2 * config.head_dim
+        attention = item * (2 * hidden + latents + count * width)
     mlp = 0
     sizes = [config.mlp_size(layer) for layer in config.layers if config.has_mlp(layer)]
     if sizes:

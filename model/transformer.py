@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from model.attention import Attention
 from model.config import LayerConfig, ModelConfig
+from model.latent_attention import LatentAttention
 from model.mlp import PerLayerInputs, PerLayerMlp, make_mlp
 from model.ops.specs import Linear, Norm, Parameter, RopeArgs
 from model.ops.step_parts import EMBEDDING, FINAL_NORM, LM_HEAD
@@ -17,12 +18,19 @@ if TYPE_CHECKING:
     from model.ops.forward_batch import ForwardBatch
 
 
+def attention_of(
+    config: ModelConfig, layer: LayerConfig, shard: Shard = ALONE
+) -> Attention | LatentAttention:
+    """Declare the attention of a layer."""
+    return (Attention if config.latent is None else LatentAttention)(config, layer, shard)
+
+
 class Layer:
     """Pre-norm attention and MLP, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, shard: Shard = ALONE):
         self.rope_index = config.ropes.index(config.rope_of(layer))
-        self.attention = Attention(config, layer, shard)
+        self.attention = attention_of(config, layer, shard)
         self.mlp = make_mlp(config, layer, shard)
         self.per_layer = PerLayerMlp(config) if config.per_layer_size else None
         self.has_scalar = config.layer_scalars
@@ -99,8 +107,8 @@ class Transformer:
         The residual stream and the logits are float32 in every compute dtype: rounding them would
         change more choices of tokens than rounding everything else does.
 
-        caches: KV tensors [2, blocks, block_size, kv_heads, head_dim], written in place. Blocks
-        may have any distance from each other.
+        caches: KV tensors as from `Backend.empty_cache`, written in place. Blocks may have any
+        distance from each other.
         layer_caches: for each layer, the index of its group in the batch and of its KV tensor.
         out: takes the logits, if it is given.
         """

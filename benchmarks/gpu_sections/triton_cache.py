@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 
 from benchmarks.gpu_sections.compile_ahead import compile_together
 from engine.execution.decode_graphs import capture_sizes
+from model.attention import Attention
 from model.checks import FULL, cases
 from model.config import ModelConfig
 from model.cost.known_models import named_config
@@ -219,6 +220,7 @@ def _layer_calls(model: Transformer, ops: TritonBackend) -> Iterator[Callable[[]
     """
     layer = model.layers[0]
     attention, heads = layer.attention, layer.attention.heads
+    assert isinstance(attention, Attention)  # of the models that are compared
     kv = ops.empty_cache((2, 4096, _BLOCK, heads.kv_heads, heads.head_dim))
     for rows in _CHECK_ROWS:
         x = _empty(rows, model.config.hidden_size)

@@ -29,6 +29,7 @@ class KvLayout:
     heads: list[tuple[int, int]]  # of each layer: KV heads on this rank, head_dim
     sources: list[int]  # of each layer: whose keys and values it attends to, usually its own
     dtype: torch.dtype
+    vectors: int = 2  # of a position and head: key and value, or a latent that is both
 
     @classmethod
     def of(cls, config: ModelConfig, ranks: int, dtype: torch.dtype) -> "KvLayout":
@@ -41,7 +42,7 @@ class KvLayout:
             kinds.append(kind if layer.kv_source is None else None)
         given = [layer.kv_source for layer in config.layers]
         sources = [i if source is None else source for i, source in enumerate(given)]
-        return cls(group_layers(kinds), heads, sources, dtype)
+        return cls(group_layers(kinds), heads, sources, dtype, config.kv_vectors)
 
     @property
     def _tensors(self) -> int:
@@ -57,7 +58,7 @@ class KvLayout:
 
     def block_bytes(self, block_size: int) -> int:
         """Bytes of one KV block over all layers of a group."""
-        positions = 2 * self._tensors * block_size
+        positions = self.vectors * self._tensors * block_size
         return positions * self._width(self._widest) * self.dtype.itemsize
 
     def _places(self) -> Iterator[tuple[int, int, _Place]]:
@@ -79,7 +80,7 @@ class KvLayout:
 
         Those of layers with smaller keys than others are parts of larger blocks.
         """
-        shape = (2, blocks, block_size, *self._widest)
+        shape = (self.vectors, blocks, block_size, *self._widest)
         whole = [backend.empty_cache(shape) for _ in range(self._tensors)]
         found = []
         for tensor, part, parts, heads in dict.fromkeys(place for _, _, place in self._places()):

@@ -41,7 +41,7 @@ def logits_of(
     slot_mapping = table[positions // size] * size + positions % size
     windows = list(dict.fromkeys(layer.window for layer in config.layers))
     heads = [config.heads(layer) for layer in config.layers]
-    shape = (2, len(table) + 1, size)
+    shape = (config.kv_vectors, len(table) + 1, size)
     sources = [
         i if layer.kv_source is None else layer.kv_source for i, layer in enumerate(config.layers)
     ]

@@ -246,6 +246,8 @@ class TritonBackend(Backend):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As `Backend.attention`."""
+        if spec.latent_dim is not None:
+            return super().attention(query, kv, batch, group, spec, sinks)
         target = self._target("attention")
         return attention(query, kv, batch, group, spec, sinks, target, self._arrivals)
 
