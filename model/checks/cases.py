@@ -105,7 +105,8 @@ def _cases_of(
         yield from logits_cases(head, config.logits_scale, inputs)
     elif operation == "rotate_and_write" and plain is not None:
         for layer in {layer.heads.head_dim: layer for layer in layers}.values():
-            yield from rotate_cases(layer, config, block_size, inputs)
+            if isinstance(layer, Attention):
+                yield from rotate_cases(layer, config, block_size, inputs)
     elif operation == "norm_qkv" and plain is not None:
         yield from norm_qkv_cases(plain, config, block_size, inputs)
     elif operation == "head_linear" and latent is not None:
