@@ -74,7 +74,9 @@ def dispatch(folder: Path, replicas: Cluster, count: int, tokens: int) -> dict[s
         ids, params = [index % 1000] * tokens, SamplingParams(seed=index)
         requests.append(Request(ids, params, index, StopWatcher(tokenizer, ids, False, ())))
     measured = Measurements()
-    with Journal(str(folder / "journal"), {"fingerprint": {}}, count, flush_s=1.0) as journal:
+    with Journal(
+        str(folder / "journal"), {"fingerprint": {}}, range(count), flush_s=1.0
+    ) as journal:
         clock = _Clock()
         for done in replicas.generate(requests):
             journal.append(done.request_id, True, token_line(done.token_ids))

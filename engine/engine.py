@@ -183,7 +183,11 @@ class Engine:
             # First, because memory is calculated from the config.
             self.runner.check(self.checkpoint, self.config.adapter)
         plan = MemoryPlan.of(self.settings)
-        cost = BlockCost(len(self.runner.groups), self.runner.block_bytes(self.settings.block_size))
+        cost = BlockCost(
+            len(self.runner.groups),
+            self.runner.block_bytes(self.settings.block_size),
+            self.runner.state_bytes(),
+        )
         self._threads = torch.get_num_threads()
         if not self.settings.on_cpu:
             _gpu_engines.add(self)

@@ -16,6 +16,7 @@ from engine.execution.kv_tensors import KvLayout
 from engine.resolve import Settings, dtype_name
 from model import ModelConfig
 from model.cost.operations import parameter_bytes
+from model.cost.workload import state_bytes
 from model.formats import DENSE, WeightFormat, full_interface
 from model.ops.backend import choose_backend
 from model.ops.cpu.bindings import library
@@ -31,6 +32,7 @@ _ROW_BYTES = 200
 # The KV cache's share of the memory that is left after loading. On a CPU other processes need
 # memory, too; blocks that are never used cost nothing there.
 _KV_SHARE = {"cpu": 0.4, "cuda": 0.9}
+_SNAPSHOT_SHARE = 0.05  # of that memory, for the states of cached prefixes
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class MemoryPlan:
     activations: int
     logits: int
     rows: int = 0  # block tables and parameters of `max_batch_size` requests
+    states: int = 0  # of recurrent layers, for as many requests, and their snapshots
 
     @classmethod
     def of(cls, settings: Settings) -> "MemoryPlan":
@@ -79,12 +82,13 @@ class MemoryPlan:
             activations=settings.max_batch_tokens * _activation_bytes(config, item, ranks),
             logits=rows * config.vocab_size * (4 * (3 if ranks > 1 else 1) + _SAMPLING_BYTES),
             rows=settings.max_batch_size * (tables + _ROW_BYTES),
+            states=(settings.max_batch_size + 1) * state_bytes(config, item, ranks),
         )
 
     @property
     def total(self) -> int:
         """The sum of all parts."""
-        return self.weights + self.activations + self.logits + self.rows
+        return self.weights + self.activations + self.logits + self.rows + self.states
 
     def measured(self, step_bytes: int, end_bytes: int, settings: Settings) -> "MemoryPlan":
         """The plan with what a GPU's largest steps allocated in place of estimates.
@@ -92,6 +96,7 @@ class MemoryPlan:
         step_bytes: of the largest step; end_bytes: the logits of a captured step, and what sampling
         them allocates. Captured steps have both in memory of their own, as well as activations.
         """
+        step_bytes = max(0, step_bytes - self.states)  # which the step allocates, too
         tokens = settings.max_batch_size + min(MAX_CHUNK_TOKENS, settings.max_batch_tokens)
         captured = self.activations * tokens // settings.max_batch_tokens
         return replace(self, activations=step_bytes + captured, logits=end_bytes)
@@ -103,6 +108,7 @@ class BlockCost:
 
     groups: int  # layer groups, each with its own block tables
     block_bytes: int
+    state_bytes: int = 0  # of a sequence in all recurrent layers
 
     @property
     def min_bytes(self) -> int:
@@ -144,6 +150,15 @@ def pool_blocks(plan: MemoryPlan, cost: BlockCost, settings: Settings, available
     return 1 + min(affordable - 1, useful)
 
 
+def snapshot_count(plan: MemoryPlan, cost: BlockCost, settings: Settings, available: int) -> int:
+    """Snapshots of states that are kept for cached prefixes once the weights are loaded.
+
+    At most one for each request that may run, within a share of the memory that is left.
+    """
+    left = available - replace(plan, weights=0).total
+    return max(0, min(settings.max_batch_size, int(left * _SNAPSHOT_SHARE) // cost.state_bytes))
+
+
 def _check(plan: MemoryPlan, kv: int, settings: Settings, available: int) -> None:
     """Raise EngineError, with the arithmetic, if plan and KV cache need more than `available`."""
     needed, given = plan.total + kv, settings.kv_memory is not None
@@ -157,11 +172,13 @@ def _check(plan: MemoryPlan, kv: int, settings: Settings, available: int) -> Non
         advice = "lower {kv_memory} to {left} or less"
     elif plan.total < available:
         advice = "lower {block_size}: even a few blocks do not fit"
+    elif plan.states > plan.activations:
+        advice = "lower {max_batch_size} (states of recurrent layers, logits, block tables)"
     else:
         advice = "lower {max_batch_tokens} (activations) or {max_batch_size} (logits, block tables)"
     raise EngineError(
         "not enough memory on {where}: weights {weights} + KV cache {at_least}{kv} + "
-        "activations {activations} + logits {logits} + block tables {rows} = {needed}, but "
+        "activations {activations} + logits {logits} + block tables {rows}{states} = {needed}, but "
         "only {available} are available; " + advice,
         where=settings.device,
         weights=format_bytes(plan.weights),
@@ -170,6 +187,7 @@ def _check(plan: MemoryPlan, kv: int, settings: Settings, available: int) -> Non
         activations=format_bytes(plan.activations),
         logits=format_bytes(plan.logits),
         rows=format_bytes(plan.rows),
+        states=f" + states {format_bytes(plan.states)}" if plan.states else "",
         needed=format_bytes(needed),
         available=format_bytes(available),
         left=format_bytes(available - plan.total),
@@ -182,11 +200,17 @@ def _activation_bytes(config: ModelConfig, item: int, ranks: int) -> int:
     # The residual stream, float32; then its norm; QKV before and after rotary; attention's output
     # and its projection.
     stream, attention = 4 * hidden, 0
-    for heads in {config.heads(layer) for layer in config.layers}:
+    for heads in {config.heads(layer) for layer in config.layers if not layer.recurrent}:
         query = config.num_heads // ranks * heads.head_dim
         key = max(1, heads.num_kv_heads // ranks) * heads.head_dim
-        values = hidden + 2 * (query + 2 * key) + query + hidden
+        gate = 2 * query if config.output_gate else 0
+        values = hidden + 2 * (query + 2 * key) + query + gate + hidden
         attention = max(attention, item * values)
+    if config.delta_rule is not None:
+        # Projections, the convolution's output, and the rule's before and after its norm.
+        spec = config.delta_rule.part(ranks)
+        width = spec.value_heads * spec.value_dim
+        attention = max(attention, item * (2 * hidden + 2 * spec.channels + 3 * width))
     latent = config.latent
     if latent is not None:
         # Latents of queries, the queries before and after their products, and the results of heads.

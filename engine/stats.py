@@ -23,6 +23,9 @@ class EngineStats:
     kv_blocks: int = 0
     kv_bytes: int = 0
     peak_kv_blocks: int = 0
+    used_kv_blocks: int = 0  # at the last step, like the next two
+    running: int = 0  # sequences
+    waiting: int = 0
     decode_tokens: int = 0  # computed in rows of their own: of decodes, drafts, short chunks
     draft_tokens: int = 0  # proposed by speculation and computed
     accepted_tokens: int = 0  # draft tokens that were also sampled
@@ -46,7 +49,15 @@ class EngineStats:
 
     def since(self, before: "EngineStats") -> "EngineStats":
         """The difference to an earlier copy; peaks and sizes keep their value."""
-        kept = ("peak_batch", "kv_blocks", "kv_bytes", "peak_kv_blocks")
+        kept = (
+            "peak_batch",
+            "kv_blocks",
+            "kv_bytes",
+            "peak_kv_blocks",
+            "used_kv_blocks",
+            "running",
+            "waiting",
+        )
         return EngineStats(
             **{
                 name: value if name in kept else value - getattr(before, name)
@@ -60,7 +71,9 @@ class EngineStats:
         sequences = step.size - step.draft_tokens
         self.batch_sum += sequences
         self.peak_batch = max(self.peak_batch, sequences)
-        self.peak_kv_blocks = max(self.peak_kv_blocks, scheduler.cache.num_used)
+        self.used_kv_blocks = scheduler.cache.num_used
+        self.running, self.waiting = len(scheduler.running), len(scheduler.waiting)
+        self.peak_kv_blocks = max(self.peak_kv_blocks, self.used_kv_blocks)
         self.preemptions = scheduler.preemptions
         computed = len(step.decodes) + step.draft_tokens
         self.draft_tokens += step.draft_tokens

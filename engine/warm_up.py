@@ -2,16 +2,18 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from engine.errors import EngineError
 from engine.execution.capture_fallback import capture_if_possible
-from engine.memory_plan import BlockCost, MemoryPlan, pool_blocks
+from engine.memory_plan import BlockCost, MemoryPlan, pool_blocks, snapshot_count
 from engine.scheduling.kv_cache import KVCache
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculation import MAX_DRAFT_TOKENS, Speculation
+from engine.scheduling.state_cache import StateCache
 from engine.step_loop import StepLoop
 
 if TYPE_CHECKING:
@@ -25,13 +27,21 @@ def prepare(engine: "Engine", plan: MemoryPlan, cost: BlockCost) -> StepLoop:
     """
     settings, config, runner = engine.settings, engine.config, engine.runner
     # Steps are read before the next is scheduled only without lookahead.
-    may_speculate = config.speculation and not engine.lookahead
+    # A wrong draft token cannot be taken back from the state of a recurrent layer.
+    has_states = bool(engine.model_config.recurrent_layers)
+    may_speculate = config.speculation and not engine.lookahead and not has_states
     rows = engine.max_batch_size + (MAX_DRAFT_TOKENS if may_speculate else 0)
     if engine.device.type == "cuda":
         plan = _measured(engine, plan, rows)
     crash = engine.capture_crash  # found before the KV cache takes the memory
+    snapshots = 0
+    if has_states and config.prefix_cache:
+        snapshots = snapshot_count(plan, cost, settings, engine.available_bytes())
+        plan = replace(plan, states=plan.states + snapshots * cost.state_bytes)
     blocks = pool_blocks(plan, cost, settings, engine.available_bytes())
-    cache = KVCache(runner.groups, blocks, settings.block_size, config.prefix_cache)
+    # Rows of states: those of sequences, one of padding, snapshots.
+    states = StateCache(rows + 1, snapshots) if has_states else None
+    cache = KVCache(runner.groups, blocks, settings.block_size, config.prefix_cache, states)
     limit = min(engine.model_config.max_positions, cache.capacity(engine.max_batch_tokens))
     if limit < 1:
         raise EngineError(
@@ -39,7 +49,7 @@ def prepare(engine: "Engine", plan: MemoryPlan, cost: BlockCost) -> StepLoop:
             blocks=blocks,
         )
     engine.max_positions = limit
-    runner.allocate(blocks, settings.block_size, limit, rows)
+    runner.allocate(blocks, settings.block_size, limit, rows, snapshots)
     # Admission in groups pays only if decode steps are replayed.
     group_size = engine.group_size if _capture(engine, crash) else 0
     # How many draft tokens a step computes depends on measured times, so the results of a row must

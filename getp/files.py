@@ -1,6 +1,7 @@
 """Files as bytes: opened by suffix, read line by line, written completely or not at all.
 
-The path `-` is standard input or standard output; `.gz` and `.zst` files are compressed.
+The path `-` is standard input or standard output, and a path may be a URL; `.gz` and `.zst` files
+are compressed.
 """
 
 import fcntl
@@ -8,7 +9,9 @@ import gzip
 import io
 import json
 import os
+import shutil
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from getp.errors import GetpError
-from getp.ownership import refuse_journal, temporary_path
+from getp.ownership import is_remote, refuse_journal, temporary_path
 from getp.standard_streams import refuse_closed_output
 from getp.terminal import strip_control_characters
 
@@ -41,7 +44,11 @@ def open_input(path: str) -> Iterator[BinaryIO]:
             if path == STDIO:
                 yield sys.stdin.buffer
                 return
-            file: BinaryIO = stack.enter_context(open(path, "rb"))
+            file: BinaryIO
+            if is_remote(path):
+                file = stack.enter_context(open_remote(path))
+            else:
+                file = stack.enter_context(open(path, "rb"))
             if path.endswith(".gz"):
                 file = cast(BinaryIO, stack.enter_context(gzip.GzipFile(fileobj=file)))
             elif path.endswith(".zst"):
@@ -155,6 +162,15 @@ def open_output(path: str) -> Iterator[BinaryIO]:
             yield sanitized
         sys.stdout.buffer.flush()
         return
+    if is_remote(path):
+        # A copy, since a file system may keep what was written before an error.
+        with tempfile.TemporaryFile() as copy:
+            with _open_compressor(cast(BinaryIO, copy), path) as compressed:
+                yield compressed
+            copy.seek(0)
+            with open_remote(path, "wb") as file:
+                shutil.copyfileobj(copy, file)
+        return
     target = Path(os.path.realpath(path))  # a symbolic link is followed, not replaced
     temporary = target if is_stream(path) else temporary_path(target)
     try:
@@ -236,6 +252,8 @@ def check_writable(
     """
     if path == STDIO:
         return refuse_closed_output()
+    if is_remote(path):
+        return check_remote(path)
     if not path:
         raise GetpError(f"the name of the {role} file must not be empty")
     target = Path(os.path.realpath(path))
@@ -264,3 +282,56 @@ def _cause_of_failed_write(error: OSError, path: str) -> str:
 
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
+
+
+def remote_files(url: str) -> list[str]:
+    """Return the URL itself or, for a pattern or a directory, the sorted URLs of its files."""
+    with _reported(url):
+        system, path = _file_system(url)
+        if any(character in path for character in "*?["):
+            found = system.glob(path)
+        elif system.isdir(path):
+            found = system.find(path)
+        else:
+            return [url]
+        return sorted(str(system.unstrip_protocol(name)) for name in found)
+
+
+@contextmanager
+def open_remote(url: str, mode: str = "rb") -> Iterator[BinaryIO]:
+    """Open a URL. Raises GetpError, also for errors while it is read or written."""
+    with _reported(url, "write" if "w" in mode else "read"):
+        system, path = _file_system(url)
+        with system.open(path, mode) as file:
+            yield cast(BinaryIO, file)
+
+
+def check_remote(url: str) -> None:
+    """Raise GetpError if the file system of a URL is not usable."""
+    with _reported(url, "write"):
+        _file_system(url)
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    """Return the file system of a URL and the path in it."""
+    try:
+        from fsspec.core import url_to_fs
+    except ImportError:
+        raise GetpError(f"{url} needs the package fsspec: pip install fsspec") from None
+    found: tuple[Any, str] = url_to_fs(url)
+    return found
+
+
+@contextmanager
+def _reported(url: str, verb: str = "read") -> Iterator[None]:
+    """Turn the errors of a file system, which are of many kinds, into GetpError."""
+    try:
+        yield
+    except (GetpError, GeneratorExit):
+        raise
+    except ImportError as error:  # its message names the package to install
+        raise GetpError(f"cannot {verb} {url}: {error}") from error
+    except Exception as error:
+        # The exceptions of remote file systems have no common class but Exception.
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise GetpError(f"cannot {verb} {url}: {reason}") from error

@@ -15,8 +15,23 @@ from getp.errors import GetpError
 ERROR_KEYS = ("line", "index", "code", "message")
 """The keys of each line of an errors file, in this order."""
 
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://")
+
 _JOURNAL_START = b'00000000 {"fingerprint": {'
 """The start of a journal, with zeros in place of its checksum."""
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL."""
+    return _URL.match(path) is not None
+
+
+def local_name(path: str) -> str:
+    """Return the path beside which a job keeps its own files: of a URL, the name alone.
+
+    Files at a URL can neither be locked nor appended to.
+    """
+    return os.path.basename(path.rstrip("/")) if is_remote(path) else path
 
 
 def starts_journal(start: bytes) -> bool:
@@ -52,6 +67,7 @@ def errors_path(output: str) -> str:
     OUTPUT.errors.jsonl or, if there is such a file that getp did not write, OUTPUT.errors-2.jsonl
     and so on.
     """
+    output = local_name(output)
     paths = (f"{output}.errors{f'-{n}' if n > 1 else ''}.jsonl" for n in count(1))
     return next(path for path in paths if not os.path.lexists(path) or is_errors_file(path))
 

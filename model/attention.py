@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from model.config import LayerConfig, ModelConfig
 from model.ops.specs import AttentionSpec, Heads, Linear, Norm, Parameter, RopeArgs
-from model.ops.step_parts import ATTENTION, O_PROJ, POST_NORM, QKV_PROJ
+from model.ops.step_parts import ATTENTION, INPUT_NORM, O_PROJ, POST_NORM, QKV_PROJ, ROPE
 from model.sharding import ALONE, Shard
 
 if TYPE_CHECKING:
@@ -50,6 +50,11 @@ class Attention:
         self.sinks: torch.Tensor | None = None
         forms, qkv_width = layer.formats, sum(self.heads.parts) * head_dim
         self.qkv = Linear(hidden, qkv_width, config.qkv_bias, forms.qkv)
+        self.gate = (
+            Linear(hidden, heads * head_dim, config.qkv_bias, forms.qkv)
+            if config.output_gate
+            else None
+        )
         self.out = Linear(heads * head_dim, hidden, config.o_bias, forms.out, sum_over_ranks=True)
 
     def __call__(
@@ -65,22 +70,44 @@ class Attention:
 
         Keys and values of the new tokens are written to rope.kv.
         """
-        with QKV_PROJ:
-            x, query = ops.norm_qkv(x, delta, self.norm, self.qkv, rope)
+        if self.gate is None:
+            with QKV_PROJ:
+                x, query = ops.norm_qkv(x, delta, self.norm, self.qkv, rope)
+        else:
+            x, query, gate = self._gated_query(ops, x, delta, rope, self.gate)
         with ATTENTION:
-            mixed = ops.attention(query, rope.kv, batch, group, self.spec, self.sinks)
+            mixed = ops.attention(query, rope.kv, batch, group, self.spec, self.sinks).flatten(1)
+            if self.gate is not None:
+                mixed = ops.output_gate(mixed, gate)
         with O_PROJ:
-            out = ops.linear(mixed.flatten(1), self.out)
+            out = ops.linear(mixed, self.out)
         out = self.shard.sum(out)
         if self.post_norm is not None:
             with POST_NORM:
                 out = ops.rms_norm(out, self.post_norm)
         return x, ops.scale(out, self.residual_scale)
 
+    def _gated_query(
+        self,
+        ops: "Backend",
+        x: "torch.Tensor",
+        delta: "torch.Tensor | None",
+        rope: RopeArgs,
+        gate: Linear,
+    ) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
+        """As `Backend.norm_qkv`, and the output's gate from the same norm."""
+        with INPUT_NORM:
+            x, normed = ops.add_rms_norm(x, delta, self.norm)
+        with QKV_PROJ:
+            qkv = ops.linear(normed, self.qkv).unflatten(-1, (-1, self.heads.head_dim))
+            gate_in = ops.linear(normed, gate)
+        with ROPE:
+            return x, ops.rotate_and_write(qkv, rope), gate_in
+
     def parameters(self) -> Iterator[Parameter]:
         """Declare the linears, the norms of heads and the sinks."""
         norms = self.heads.q_norm, self.heads.k_norm, self.post_norm
-        for holder in (self.qkv, self.out, *norms):
+        for holder in (self.qkv, self.out, *norms, self.gate):
             if holder is not None:
                 yield from holder.parameters()
         if self.has_sinks:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from model.formats import DENSE, HEAD, INT4, INT8, FormatRules, WeightFormat
-from model.ops.specs import Activation, NormSpec, RouterSpec
+from model.ops.specs import Activation, DeltaRuleSpec, NormSpec, RouterSpec
 
 if TYPE_CHECKING:
     from model.ops.backend import Backend
@@ -150,6 +150,7 @@ class LayerConfig:
     window: int | None  # sliding attention window in tokens, the token itself included
     sparse: bool  # MoE instead of a dense MLP
     rope: RopeConfig | None = None  # the layer's own rotary embedding; None: the model's
+    recurrent: bool = False  # the gated delta rule with its state instead of attention
     formats: LayerFormats = LayerFormats()
     heads: HeadSizes | None = None  # the layer's own; None: the model's
     # An earlier layer with equal heads and window, to whose keys and values this one attends. It
@@ -200,6 +201,8 @@ class ModelConfig:
     per_layer_size: int = 0  # of what each layer reads of a token's own embedding; 0: nothing
     layer_scalars: bool = False  # the residual stream after a layer has a learned factor
     moe: MoeConfig | None = None
+    output_gate: bool = False  # attention's output is multiplied by a sigmoid of its input
+    delta_rule: DeltaRuleSpec | None = None  # of recurrent layers
     mtp_layers: int = (
         0  # stored after the other layers: they predict further tokens, and do not run
     )
@@ -228,6 +231,11 @@ class ModelConfig:
     def ropes(self) -> tuple[tuple[RopeConfig, int], ...]:
         """The different results of `rope_of`, in the order of their first layers."""
         return tuple(dict.fromkeys(map(self.rope_of, self.layers)))
+
+    @property
+    def recurrent_layers(self) -> tuple[int, ...]:
+        """The layers that have a state for each sequence, and no keys and values."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.recurrent)
 
     @property
     def kv_vectors(self) -> int:

@@ -136,7 +136,7 @@ class _Filling:
         if isinstance(self.format, Integers):  # dense if the kernels do not take the shape
             is_dense = not getattr(self.storage(), "group", 0)
         if isinstance(source, torch.Tensor):
-            if not is_dense and not isinstance(self.format, Integers):
+            if not is_dense and not getattr(self.format, "quantizes", False):
                 assert self.format is not None
                 raise ValueError(
                     f"stored dense, though by 'quantization_config' it is {self.format.name}: name"

@@ -11,7 +11,14 @@ from typing import Any
 
 from model.attention import Attention
 from model.config import ModelConfig
-from model.families.tensor_names import ExpertNames, LinearName, PerLayerNames, TensorNames
+from model.delta_rule import DeltaRule
+from model.families.tensor_names import (
+    DeltaRuleNames,
+    ExpertNames,
+    LinearName,
+    PerLayerNames,
+    TensorNames,
+)
 from model.formats.format import Part
 from model.latent_attention import LatentAttention
 from model.mlp import Mlp, MlpBesideExperts, Moe, PerLayerInputs, PerLayerMlp
@@ -69,6 +76,7 @@ class _LinearPart:
     rows: slice = field(default_factory=_all)  # this rank's part of the outputs
     columns: slice = field(default_factory=_all)  # this rank's part of the inputs
     first: int = 0  # row of the linear where this rank's rows begin
+    block: int = 0  # rows that alternate with those of other parts; 0: one part after another
     # Rows are in groups of so many, and of the last so many of a group the stored ones alternate
     # between the two coordinates of rotated pairs, which are halves in the linear.
     pairs: tuple[int, int] = (0, 0)
@@ -91,10 +99,12 @@ def tensor_map(model: Transformer, names: TensorNames) -> TensorMap:
     for i, layer in enumerate(model.layers):
         prefix = names.layer.format(layer=i)
         found.pieces += _layer_vectors(prefix, names, layer, config, shard)
-        kv_heads = config.heads(config.layers[i]).num_kv_heads
-        found.pieces += _attention(
-            prefix, names.attention, layer.attention, config, kv_heads, shard
-        )
+        attention = layer.attention
+        if isinstance(attention, DeltaRule):
+            found.pieces += _delta_rule_pieces(prefix, names.delta_rule, attention, config, shard)
+        else:
+            kv_heads = config.heads(config.layers[i]).num_kv_heads
+            found.pieces += _attention(prefix, names.attention, attention, config, kv_heads, shard)
         mlp = layer.mlp.mlp if isinstance(layer.mlp, MlpBesideExperts) else layer.mlp
         moe = layer.mlp.moe if isinstance(layer.mlp, MlpBesideExperts) else layer.mlp
         if isinstance(moe, Moe):
@@ -152,13 +162,16 @@ def _layer_vectors(
     norms = [
         (names.attention_norm, attention.norm),
         (names.mlp_norm, mlp.norm),
-        (names.attention_post_norm, attention.post_norm),
         (names.mlp_post_norm, getattr(mlp, "post_norm", None)),
-        (names.q_norm, attention.heads.q_norm),
-        (names.k_norm, attention.heads.k_norm),
-        (names.query_norm, getattr(attention, "query_norm", None)),
-        (names.latent_norm, getattr(attention, "latent_norm", None)),
     ]
+    if isinstance(attention, DeltaRule):
+        norms.append((names.delta_rule.norm, attention.head_norm))
+    else:
+        norms.append((names.attention_post_norm, attention.post_norm))
+        norms.append((names.q_norm, attention.heads.q_norm))
+        norms.append((names.k_norm, attention.heads.k_norm))
+        norms.append((names.query_norm, getattr(attention, "query_norm", None)))
+        norms.append((names.latent_norm, getattr(attention, "latent_norm", None)))
     if isinstance(mlp, MlpBesideExperts):
         norms += [
             (names.experts.router_norm, mlp.router_norm),
@@ -173,7 +186,7 @@ def _layer_vectors(
             yield _whole(NamedWeight(prefix + name, (norm.size,)), norm)
     if layer.has_scalar:
         yield _whole(NamedWeight(prefix + names.layer_scalar, (1,)), layer, "scalar")
-    if attention.has_sinks and isinstance(attention, Attention):
+    if isinstance(attention, Attention) and attention.has_sinks:
         heads = shard.part(config.num_heads)
         sinks = NamedWeight(prefix + names.sinks, (config.num_heads,), (heads,))
         yield _whole(sinks, attention, "sinks")
@@ -260,10 +273,13 @@ def _attention_parts(
     q_width, kv_width = config.num_heads * head_dim, kv_heads * head_dim
     first_k = own.heads * head_dim
     first_v = first_k + own.kv_heads * head_dim
+    block = head_dim if attention.gate is not None else 0
     found = {
-        "q": _LinearPart(attention.qkv, q_width, hidden, q_rows),
+        "q": _LinearPart(attention.qkv, q_width, hidden, q_rows, block=block),
         "o": _LinearPart(attention.out, hidden, q_width, columns=q_rows),
     }
+    if attention.gate is not None:
+        found["gate"] = _LinearPart(attention.gate, q_width, hidden, q_rows, block=block)
     for part, first in zip("kv", (first_k, first_v), strict=True):
         if own.kv_heads and (part == "k" or not own.values_are_keys):
             found[part] = _LinearPart(attention.qkv, kv_width, hidden, kv_rows, first=first)
@@ -272,6 +288,55 @@ def _attention_parts(
 
 def _of_heads(heads: slice, head_dim: int) -> slice:
     return slice(heads.start * head_dim, heads.stop * head_dim)
+
+
+def _delta_rule_pieces(
+    prefix: str, names: DeltaRuleNames, layer: DeltaRule, config: ModelConfig, shard: Shard
+) -> Iterator[Piece]:
+    assert config.delta_rule is not None  # the config says that the layer is recurrent
+    spec, hidden = config.delta_rule, config.hidden_size
+    keys, values = shard.part(spec.key_heads), shard.part(spec.value_heads)
+    widths = {  # heads of all ranks, those of this rank, and the size of a head
+        "q": (spec.key_heads, keys, spec.key_dim),
+        "k": (spec.key_heads, keys, spec.key_dim),
+        "v": (spec.value_heads, values, spec.value_dim),
+        "z": (spec.value_heads, values, spec.value_dim),
+        "b": (spec.value_heads, values, 1),
+        "a": (spec.value_heads, values, 1),
+    }
+    parts, first = dict[str, _LinearPart](), 0
+    for name, (heads, of_rank, size) in widths.items():
+        linear = layer.gates_in if size == 1 else layer.qkv_gate
+        first = 0 if name == "b" else first
+        block = size * (heads // spec.key_heads) if names.interleaved else 0
+        rows = _of_heads(of_rank, size)
+        parts[name] = _LinearPart(linear, heads * size, hidden, rows, first=first, block=block)
+        first += rows.stop - rows.start
+    of_values = _of_heads(values, spec.value_dim)
+    parts["out"] = _LinearPart(
+        layer.out, hidden, spec.value_heads * spec.value_dim, columns=of_values
+    )
+    yield from _linears(prefix, names.linears, parts, shard)
+    shape = (spec.channels, 1, spec.kernel)
+    above = first = 0
+    for name in ("q", "k", "v"):
+        rows, width = parts[name].rows, parts[name].outputs
+        stored = slice(above + rows.start, above + rows.stop)
+        conv = NamedWeight(prefix + names.conv, shape, (stored,))
+        yield Piece(conv, layer, "conv", _write_channels(first, rows.stop - rows.start))
+        above, first = above + width, first + rows.stop - rows.start
+    for name, attribute in ((names.decay_log, "decay_log"), (names.bias, "bias")):
+        vector = NamedWeight(prefix + name, (spec.value_heads,), (values,))
+        yield _whole(vector, layer.gates, attribute)
+
+
+def _write_channels(first: int, count: int) -> Callable[[Any, Any], None]:
+    """Fill channels of a convolution [kernel, channels] from [channels, 1, kernel]."""
+
+    def write(storage: Any, source: Any) -> None:
+        storage[:, first : first + count].copy_(source.squeeze(1).T)
+
+    return write
 
 
 def _gated_parts(
@@ -294,9 +359,13 @@ def _linears(
     parts: dict[str, _LinearPart],
     shard: Shard,
 ) -> Iterator[Piece]:
-    """The pieces of linears; the rows of a linear are those of its parts, in order."""
+    """The pieces of linears; the rows of a tensor are those of its parts, in order."""
     for stem, part_names in names:
         if not parts.keys() & set(part_names):  # of other layers
+            continue
+        if parts[part_names[0]].block:
+            own = [parts[name] for name in part_names]
+            yield from _alternating(prefix + stem, own)
             continue
         outputs = sum(parts[name].outputs for name in part_names)
         above = 0
@@ -320,6 +389,33 @@ def _linear(
         if linear.sum_over_ranks and shard.rank:
             write = _write_zeros  # rank 0 alone adds the bias
         yield Piece(NamedWeight(f"{name}.bias", (outputs,), (rows,)), linear, "bias", write)
+
+
+def _alternating(name: str, parts: list[_LinearPart]) -> Iterator[Piece]:
+    """The pieces of a tensor whose parts alternate, a block of each for every head."""
+    stride, above = sum(part.block for part in parts), 0
+    for part in parts:
+        heads, (start, stop, _) = part.outputs // part.block, part.rows.indices(part.outputs)
+        rows = slice(start // part.block * stride, stop // part.block * stride)
+        linear, write = part.linear, _write_blocks(part, above, stride)
+        weight = _weight(f"{name}.weight", (heads * stride, part.inputs), (rows, part.columns))
+        yield Piece(weight, linear, "weight", write)
+        if linear.has_bias:
+            bias = NamedWeight(f"{name}.bias", (heads * stride,), (rows,))
+            yield Piece(bias, linear, "bias", write)
+        above += part.block
+
+
+def _write_blocks(part: _LinearPart, above: int, stride: int) -> Callable[[Any, Any], None]:
+    start, stop, _ = part.rows.indices(part.outputs)
+
+    def write(storage: Any, source: Any) -> None:
+        for head in range((stop - start) // part.block):
+            first, from_row = part.first + head * part.block, head * stride + above
+            block = source[from_row : from_row + part.block]
+            storage[first : first + part.block].copy_(block)
+
+    return write
 
 
 def _write_rows(first: int, count: int) -> Callable[[Any, Any], None]:

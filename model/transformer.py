@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 
 from model.attention import Attention
 from model.config import LayerConfig, ModelConfig
+from model.delta_rule import DeltaRule
 from model.latent_attention import LatentAttention
 from model.mlp import PerLayerInputs, PerLayerMlp, make_mlp
-from model.ops.specs import Linear, Norm, Parameter, RopeArgs
+from model.ops.specs import LayerState, Linear, Norm, Parameter, RopeArgs
 from model.ops.step_parts import EMBEDDING, FINAL_NORM, LM_HEAD
 from model.sharding import ALONE, Shard
 
@@ -26,11 +27,13 @@ def attention_of(
 
 
 class Layer:
-    """Pre-norm attention and MLP, each added to the residual stream."""
+    """Attention, or a recurrence in its place, and MLP, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, shard: Shard = ALONE):
         self.rope_index = config.ropes.index(config.rope_of(layer))
-        self.attention = attention_of(config, layer, shard)
+        self.attention: Attention | LatentAttention | DeltaRule = (
+            DeltaRule if layer.recurrent else attention_of
+        )(config, layer, shard)
         self.mlp = make_mlp(config, layer, shard)
         self.per_layer = PerLayerMlp(config) if config.per_layer_size else None
         self.has_scalar = config.layer_scalars
@@ -101,6 +104,7 @@ class Transformer:
         caches: "Sequence[torch.Tensor]",
         layer_caches: Sequence[tuple[int, int]],
         out: "torch.Tensor | None" = None,
+        states: Sequence[LayerState] = (),
     ) -> "torch.Tensor":
         """Logits float32 [rows, vocab] of `batch.logits_rows`; vocab is this rank's part.
 
@@ -111,6 +115,7 @@ class Transformer:
         distance from each other.
         layer_caches: for each layer, the index of its group in the batch and of its KV tensor.
         out: takes the logits, if it is given.
+        states: those of the recurrent layers, in order; layer_caches is not read for these layers.
         """
         assert self.embedding is not None
         with EMBEDDING:
@@ -128,17 +133,21 @@ class Transformer:
             query_scale = ops.gather(query_scale, batch.positions)
         delta: torch.Tensor | None = None
         own = None if self.per_layer is None else self.per_layer(ops, x, batch.token_ids)
+        next_state = iter(states)
         for i, (layer, (group, cache)) in enumerate(zip(self.layers, layer_caches, strict=True)):
-            tables = batch.groups[group]
             attention = layer.attention
-            rope = RopeArgs(
-                attention.heads,
-                cos_sin[layer.rope_index],
-                caches[cache],
-                tables.slot_mapping,
-                query_scale,
-            )
-            x, delta = attention(ops, x, delta, rope, batch, tables)
+            if isinstance(attention, DeltaRule):
+                x, delta = attention(ops, x, delta, next(next_state), batch)
+            else:
+                tables = batch.groups[group]
+                rope = RopeArgs(
+                    attention.heads,
+                    cos_sin[layer.rope_index],
+                    caches[cache],
+                    tables.slot_mapping,
+                    query_scale,
+                )
+                x, delta = attention(ops, x, delta, rope, batch, tables)
             x, delta = layer.mlp(ops, x, delta)
             if layer.per_layer is not None and own is not None:
                 x, delta = layer.per_layer(ops, x, delta, own[:, i])

@@ -86,6 +86,29 @@ def _gemma(kind: Any, **options: Any) -> Any:
     return kind(**{**_COMMON, **sizes, **options})
 
 
+_HYBRID_EXPERTS: dict[str, Any] = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 64,
+}
+
+
+def _hybrid(kind: Any, **options: Any) -> Any:
+    """Three recurrent layers and one with attention; each key head serves two value heads."""
+    sizes = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 32,
+        "max_position_embeddings": 512,
+    }
+    return kind(**{**_COMMON, **sizes, **options})
+
+
 _DEEPSEEK_EXPERTS: dict[str, Any] = {
     "moe_intermediate_size": 32,
     "n_routed_experts": 16,
@@ -380,6 +403,27 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     ),
     "hunyuan_v1_dense-wide": lambda: _decoder(
         tf.HunYuanDenseV1Config, **{**_WIDE_HEADS, "head_dim": 64}
+    ),
+    "qwen3_5_text": lambda: _hybrid(tf.Qwen3_5TextConfig),
+    "qwen3_5_text-wide": lambda: _hybrid(
+        tf.Qwen3_5TextConfig,
+        **{**_WIDE_HEADS, "head_dim": 128, "linear_key_head_dim": 32, "linear_num_key_heads": 1},
+    ),
+    "qwen3_5_moe_text": lambda: _hybrid(tf.Qwen3_5MoeTextConfig, **_HYBRID_EXPERTS),
+    "qwen3_next": lambda: _hybrid(
+        tf.Qwen3NextConfig,
+        **_HYBRID_EXPERTS,
+        mlp_only_layers=[1],
+        layer_types=["full_attention", *["linear_attention"] * 2, "full_attention"],
+    ),
+    "qwen3_5": lambda: tf.Qwen3_5Config(
+        text_config=_hybrid(tf.Qwen3_5TextConfig, tie_word_embeddings=True).to_dict(),
+        vision_config={k: v for k, v in _QWEN3_VISION.items() if "deepstack" not in k},
+        tie_word_embeddings=True,
+    ),
+    "qwen3_5_moe": lambda: tf.Qwen3_5MoeConfig(
+        text_config=_hybrid(tf.Qwen3_5MoeTextConfig, **_HYBRID_EXPERTS).to_dict(),
+        vision_config={k: v for k, v in _QWEN3_VISION.items() if "deepstack" not in k},
     ),
     "qwen2_moe": lambda: _decoder(
         tf.Qwen2MoeConfig,

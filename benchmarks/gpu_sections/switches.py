@@ -79,8 +79,9 @@ def time_fusions(limits: Limits) -> Iterator[Row]:
 
 def project_of(ops: Backend, layer: Layer) -> Callable[[torch.Tensor, torch.Tensor], Any]:
     """Return the operations of a layer before attention, starting with the norm; up to 64 rows."""
-    attention, heads = layer.attention, layer.attention.heads
+    attention = layer.attention
     assert isinstance(attention, Attention)
+    heads = attention.heads
     kv = rand(2, 4, 16, heads.kv_heads, heads.head_dim, dtype=torch.bfloat16)
     cos_sin = rand(64, heads.head_dim, dtype=torch.float32)
     slots = torch.arange(64, device=CUDA)
@@ -115,7 +116,8 @@ def _decode_step(
     ops: Backend, layers: list[Layer], rows: int, context: int
 ) -> Callable[[], torch.Tensor]:
     """Return a decode step: one token per row through all layers, each with its own KV cache."""
-    heads = layers[0].attention.heads
+    attentions = [layer.attention for layer in layers if isinstance(layer.attention, Attention)]
+    heads = attentions[0].heads
     batch, group, blocks = paged_batch([(1, context)] * rows)
     shape = 2, blocks, 16, heads.kv_heads, heads.head_dim
     kvs = [rand(*shape, dtype=torch.bfloat16) for _ in layers]
@@ -126,9 +128,9 @@ def _decode_step(
 
     def step() -> torch.Tensor:
         x, delta = stream, output
-        for layer, kv in zip(layers, kvs, strict=True):
-            rope = RopeArgs(layer.attention.heads, cos_sin, kv, slots)
-            x, delta = layer.attention(ops, x, delta, rope, batch, group)
+        for layer, attention, kv in zip(layers, attentions, kvs, strict=True):
+            rope = RopeArgs(attention.heads, cos_sin, kv, slots)
+            x, delta = attention(ops, x, delta, rope, batch, group)
             x, delta = layer.mlp(ops, x, delta)
         return delta
 

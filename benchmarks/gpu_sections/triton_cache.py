@@ -219,8 +219,9 @@ def _layer_calls(model: Transformer, ops: TritonBackend) -> Iterator[Callable[[]
     QKV behind a sum that is not left to the norm, and the router without a norm.
     """
     layer = model.layers[0]
-    attention, heads = layer.attention, layer.attention.heads
+    attention = layer.attention
     assert isinstance(attention, Attention)  # of the models that are compared
+    heads = attention.heads
     kv = ops.empty_cache((2, 4096, _BLOCK, heads.kv_heads, heads.head_dim))
     for rows in _CHECK_ROWS:
         x = _empty(rows, model.config.hidden_size)

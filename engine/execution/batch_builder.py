@@ -14,7 +14,7 @@ import torch
 
 from engine.execution.sampler import to_device
 from engine.parallel.step_message import StepMessage
-from model.config import RopeConfig
+from model.config import ModelConfig
 from model.ops.forward_batch import ForwardBatch, GroupTables
 
 
@@ -47,7 +47,7 @@ class BatchBuilder:
         block_size: int,
         padding_block: int,
         device: torch.device,
-        rope: RopeConfig,
+        config: ModelConfig,
     ):
         """Allocate `rows` rows and a padding row, which refers to `padding_block` everywhere.
 
@@ -55,7 +55,8 @@ class BatchBuilder:
         """
         self.width = -(-max_positions // block_size)  # blocks of the longest sequence
         self.padding_row = rows
-        self._block_size, self._device, self._rope = block_size, device, rope
+        self._block_size, self._device, self._rope = block_size, device, config.rope
+        self._has_states = config.delta_rule is not None
         table = array("i", bytes(4 * rows * self.width)) + array("i", [padding_block]) * self.width
         # For each group int32 [rows + 1, width]: written as arrays, read as tensors.
         self._arrays = [table[:] for _ in range(groups)]
@@ -145,6 +146,7 @@ class BatchBuilder:
             logits_rows=to_device(logits_rows, device),
             cu_seqlens_q=to_device(torch.nn.functional.pad(query_ends, (1, 0)).int(), device),
             context_lens=to_device(ends.int(), device),
+            state_rows=to_device(rows, device) if self._has_states else None,
         )
         if not message.all_greedy:  # greedy sampling does not read the positions
             new_positions = to_device(new_positions, device)

@@ -63,13 +63,19 @@ class ChunkGraphs:
         """Capture steps of up to `sizes` single tokens and tokens of chunks.
 
         widths: for each layer group, the blocks of the longest sequence. logits [rows, vocab]: a
-        buffer for the results, with a row for every sequence that may be sampled.
+        buffer for the results, with a row for every sequence that may be sampled. The row after
+        those of single tokens is for padding.
         """
         self._tokens = chunk_token_sizes(sizes[1])
         self._singles = single_token_sizes(sizes[0])
         self._inputs = [
             _Inputs(
-                singles, max(self._tokens, default=0), widths, padding_block, block_size, logits
+                singles,
+                max(self._tokens, default=0),
+                widths,
+                (padding_block, sizes[0]),
+                block_size,
+                logits,
             )
             for singles in self._singles
         ]
@@ -110,10 +116,12 @@ class _Inputs:
         singles: int,
         tokens: int,
         widths: SequenceOf[int],
-        padding_block: int,
+        padding: tuple[int, int],
         block_size: int,
         logits: torch.Tensor,
     ):
+        """padding: the block and the row that padding may write to."""
+        padding_block, self._padding_row = padding
         device, sequences = logits.device, singles + _CHUNKS + 1
         self._singles, self._device, self._padding_block = singles, device, padding_block
         self.logits = logits[: singles + _CHUNKS]
@@ -122,6 +130,7 @@ class _Inputs:
         self._logits_rows = new(len(self.logits))
         self._lengths = new(sequences, dtype=torch.int32)
         self._starts = new(sequences + 1, dtype=torch.int32)
+        self._rows = torch.full((sequences,), self._padding_row, device=device)
         # Padding writes to all slots of its block that it reads.
         offsets = torch.arange(singles + tokens, device=device) % block_size
         self._padding_slots = padding_block * block_size + offsets
@@ -148,6 +157,7 @@ class _Inputs:
             logits_rows=self._logits_rows,
             cu_seqlens_q=self._starts,
             context_lens=self._lengths,
+            state_rows=self._rows,
         )
 
     def fill_padding(self, tokens: int) -> None:
@@ -175,6 +185,12 @@ class _Inputs:
             table[count:singles, :1] = self._padding_block
             chunks = len(of.block_table) - count
             table[singles : singles + chunks, :width].copy_(of.block_table[count:])
+        if batch.state_rows is not None:
+            chunks = len(batch.state_rows) - count
+            self._rows[first].copy_(batch.state_rows[:count])
+            self._rows[count:singles] = self._padding_row
+            self._rows[singles : singles + chunks].copy_(batch.state_rows[count:])
+            self._rows[singles + chunks :] = self._padding_row
         rows = batch.logits_rows
         self._logits_rows[: len(rows)].copy_(rows + (rows >= count) * (singles - count))
         self._logits_rows[len(rows) :] = 0

@@ -39,7 +39,8 @@ class KvLayout:
         kinds: list[KvKind | None] = []
         for layer, own in zip(config.layers, heads, strict=True):
             kind = KvKind(layer.window, own[0] * vector_width(dtype, own[1]))
-            kinds.append(kind if layer.kv_source is None else None)
+            has_kv = layer.kv_source is None and not layer.recurrent
+            kinds.append(kind if has_kv else None)
         given = [layer.kv_source for layer in config.layers]
         sources = [i if source is None else source for i, source in enumerate(given)]
         return cls(group_layers(kinds), heads, sources, dtype, config.kv_vectors)
@@ -50,7 +51,8 @@ class KvLayout:
 
     @property
     def _widest(self) -> tuple[int, int]:
-        return max(self.heads, key=self._width)
+        heads = (self.heads[layer] for group in self.groups for layer in group.layers)
+        return max(heads, key=self._width)
 
     def _width(self, heads: tuple[int, int]) -> int:
         """Elements of a position's keys."""
@@ -70,10 +72,13 @@ class KvLayout:
 
     @property
     def layer_caches(self) -> list[tuple[int, int]]:
-        """For each layer its group, and its place among the tensors of `allocate`."""
+        """For each layer its group, and its place among the tensors of `allocate`.
+
+        Recurrent layers have neither; theirs are 0.
+        """
         places = list(dict.fromkeys(place for _, _, place in self._places()))
         own = {layer: (g, places.index(place)) for layer, g, place in self._places()}
-        return [own[source] for source in self.sources]
+        return [own.get(source, (0, 0)) for source in self.sources]
 
     def allocate(self, backend: Backend, blocks: int, block_size: int) -> list[torch.Tensor]:
         """The KV tensors [2, blocks, block_size, kv_heads, …], as `Backend.empty_cache`'s.

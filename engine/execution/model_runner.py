@@ -3,6 +3,7 @@
 import contextlib
 from array import array
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as SequenceOf
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -26,9 +27,11 @@ from engine.scheduling.kv_cache import NULL_BLOCK, BlockTables, LayerGroup
 from engine.scheduling.sequence import Chunk, Sequence, Step
 from model import ModelConfig, Transformer, loader
 from model.adapters import AdapterList
+from model.cost.workload import state_bytes
 from model.ops.backend import Backend, Compute, choose_backend
 from model.ops.forward_batch import ForwardBatch
 from model.ops.kv_values import random_kv
+from model.ops.specs import LayerState
 from model.ops.step_parts import BATCH_PREPARATION, SAMPLING
 from model.sharding import ALONE, Shard
 
@@ -59,6 +62,8 @@ class ModelRunner:
         self.model: Transformer | None = None
         # See `KvLayout.allocate`.
         self.kv_caches: list[torch.Tensor] = []
+        # Of each recurrent layer. Rows follow those of sequences and padding for snapshots.
+        self.states: list[LayerState] = []
         self.sampler: Sampler | None = None
         self.batches: BatchBuilder | None = None
         # For each layer: its group, and its KV tensor.
@@ -94,12 +99,22 @@ class ModelRunner:
         """Bytes of one KV block over all layers of a group."""
         return self._layout.block_bytes(block_size)
 
+    def state_bytes(self) -> int:
+        """Bytes of one sequence's state over all recurrent layers."""
+        return state_bytes(self.config, self.dtype.itemsize, self.shard.size)
+
     def allocate(
-        self, num_blocks: int, block_size: int, max_positions: int, max_batch_size: int
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_positions: int,
+        max_batch_size: int,
+        snapshots: int = 0,
     ) -> None:
         """Allocate the KV tensors, the rotary table and the state of each row.
 
-        One extra block and one extra row are for padding.
+        One extra block and one extra row are for padding. snapshots: further rows of the states of
+        recurrent layers.
         """
         if self.model is None:
             raise RuntimeError("call load() before allocate()")
@@ -117,6 +132,7 @@ class ModelRunner:
             )
         for cache in self.kv_caches:
             cache[:, :touched].zero_()
+        self.states = self._empty_states(max_batch_size + 1 + snapshots)
         self.model.prepare_rope(max_positions, self.device)
         self.sampler = Sampler(max_batch_size + 1, self.backend, self.shard, self.config.vocab_size)
         self.batches = BatchBuilder(
@@ -126,8 +142,30 @@ class ModelRunner:
             block_size,
             num_blocks,
             self.device,
-            self.config.rope,
+            self.config,
         )
+
+    def _empty_states(self, rows: int) -> list[LayerState]:
+        """States of the recurrent layers; each is written before it is read."""
+        if self.config.delta_rule is None:
+            return []
+        spec = self.config.delta_rule.part(self.shard.size)
+        return [
+            LayerState(
+                self.backend.empty_state((rows, *spec.conv_shape), self.dtype),
+                self.backend.empty_state((rows, *spec.recurrent_shape), torch.float32),
+            )
+            for _ in self.config.recurrent_layers
+        ]
+
+    def _copy_states(self, pairs: SequenceOf[tuple[int, int]]) -> None:
+        """Copy states of recurrent layers from one row to another."""
+        if not pairs:
+            return
+        source, target = (to_device(int64(rows), self.device) for rows in zip(*pairs, strict=True))
+        for state in self.states:
+            for tensor in state:
+                tensor.index_copy_(0, target, tensor.index_select(0, source))
 
     def run_peak_step(
         self, max_batch_size: int, max_batch_tokens: int, max_positions: int, block_size: int
@@ -178,6 +216,9 @@ class ModelRunner:
         """Write random values to the KV blocks 1 … last_block, for measurements without prefill."""
         for cache in self.kv_caches:
             cache[:, 1 : last_block + 1] = random_kv(cache)
+        for state in self.states:
+            for tensor in state:
+                tensor.zero_()
 
     @property
     def capture_modes(self) -> list[CaptureMode]:
@@ -248,7 +289,7 @@ class ModelRunner:
     ) -> torch.Tensor:
         """As `forward`, with the operations of a backend; out: takes the logits."""
         assert self.model is not None
-        return self.model(ops, batch, self.kv_caches, self._layer_caches, out)
+        return self.model(ops, batch, self.kv_caches, self._layer_caches, out, self.states)
 
     def free(self) -> None:
         """Free weights, KV and captured steps."""
@@ -261,6 +302,7 @@ class ModelRunner:
         self.sampler = None
         self.batches = None
         self.kv_caches = []
+        self.states = []
 
     def uncapture(self) -> None:
         """Drop captured steps: the following steps are not replayed."""
@@ -292,11 +334,13 @@ class ModelRunner:
         if message.given:
             given = (int64(each) for each in zip(*message.given, strict=True))
             self.sampler.last.index_copy_(0, *(to_device(each, self.device) for each in given))
+        self._copy_states(message.restored)
         if graphs is None or message.starts:
             with BATCH_PREPARATION:
                 batch, rows, positions = self.batches.build(message, self.sampler.last)
             replayed = None if graphs is None else graphs.replay_chunks(batch)
             logits = self.forward(batch) if replayed is None else replayed
+            self._copy_states(message.saved)
         else:
             logits, rows, positions, tokens = graphs.replay_decodes(message, non_greedy)
             if tokens is not None:

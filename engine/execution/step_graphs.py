@@ -127,4 +127,5 @@ def _decode(
     """Logits of a batch of decodes; its tokens are those that the rows sampled last."""
     assert runner.sampler is not None
     batch.token_ids = ops.gather(runner.sampler.last.unsqueeze(1), rows).squeeze(1)
+    batch.state_rows = rows if runner.states else None
     return runner.forward_on(ops, batch, out)

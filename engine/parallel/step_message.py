@@ -22,6 +22,8 @@ class StepMessage:
     block_tables: SequenceOf[tuple[int, SequenceOf[array]]]  # changed rows: a table for each group
     all_greedy: bool  # every sampled token is the most likely one, without log-probabilities
     given: SequenceOf[tuple[int, int]] = ()  # (row, token): replaces what the row sampled last
+    restored: SequenceOf[tuple[int, int]] = ()  # as in Step
+    saved: SequenceOf[tuple[int, int]] = ()
 
     @classmethod
     def of(cls, step: Step, all_greedy: bool) -> "StepMessage":
@@ -46,6 +48,8 @@ class StepMessage:
             tables,
             all_greedy,
             given,
+            step.restored,
+            step.saved,
         )
 
     @property
@@ -55,12 +59,12 @@ class StepMessage:
 
     def packed(self) -> array:
         """All fields as int32, lengths first."""
-        tables, given = self.block_tables, self.given
-        counts = self.decodes, self.size, len(self.tokens), len(given), len(tables)
+        tables, pairs = self.block_tables, (self.given, self.restored, self.saved)
+        counts = self.decodes, self.size, len(self.tokens), *map(len, pairs), len(tables)
         packed = array("i", [*counts, self.all_greedy])
         packed.extend(itertools.chain(self.rows, self.context_lens))
         packed.extend(itertools.chain(self.starts, self.lengths, self.samples, self.tokens))
-        packed.extend(itertools.chain.from_iterable(given))
+        packed.extend(itertools.chain.from_iterable(itertools.chain(*pairs)))
         for row, row_tables in tables:
             packed.append(row)
             for table in row_tables:
@@ -71,13 +75,13 @@ class StepMessage:
     @classmethod
     def unpacked(cls, packed: array, groups: int) -> "StepMessage":
         """The message from `packed`; groups: block tables of each sequence."""
-        decodes, size, count, corrections, changed, all_greedy = packed[:6]
-        at = 6
+        decodes, size, count, *pairs, changed, all_greedy = packed[:8]
+        at = 8
         lists = []
-        for length in (size, size, *[size - decodes] * 3, count, 2 * corrections):
+        for length in (size, size, *[size - decodes] * 3, count, *(2 * n for n in pairs)):
             lists.append(packed[at : at + length].tolist())
             at += length
-        rows, context_lens, starts, lengths, samples, tokens, given = lists
+        rows, context_lens, starts, lengths, samples, tokens, *flat = lists
         block_tables = []
         for _ in range(changed):
             row, at = packed[at], at + 1
@@ -97,5 +101,5 @@ class StepMessage:
             tokens,
             block_tables,
             bool(all_greedy),
-            list(zip(given[::2], given[1::2], strict=True)),
+            *(list(zip(each[::2], each[1::2], strict=True)) for each in flat),
         )

@@ -18,6 +18,8 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from engine.scheduling.state_cache import StateCache
+
 NULL_BLOCK = 0
 
 
@@ -78,6 +80,10 @@ class BlockTables:
     freed: list[int] = field(default_factory=list)  # by group: blocks freed behind its window
     indexed: int = 0  # full blocks that are in the prefix index
     salt: bytes = b""  # only tables with the same salt share prefixes
+    # As `match_prefix` last found: positions whose blocks are cached, also those beyond the last
+    # snapshot of a state, and whether the step that is being scheduled takes a better snapshot.
+    shared: int = 0
+    awaits_snapshot: bool = False
 
     def use_salt(self, salt: bytes) -> None:
         """Set the salt of empty tables; digests with another salt are dropped."""
@@ -94,9 +100,14 @@ class KVCache:
         num_blocks: int,
         block_size: int,
         prefix_cache: bool = True,
+        states: StateCache | None = None,
     ):
-        """Create a pool of num_blocks blocks, the null block included."""
-        self.groups = groups
+        """Create a pool of num_blocks blocks, the null block included.
+
+        states: the snapshots that prefixes need in models with recurrent layers; None: there are no
+        such layers.
+        """
+        self.groups, self.states = groups, states
         self.block_size = block_size
         self.num_blocks = num_blocks
         self._prefix_cache = prefix_cache
@@ -171,12 +182,14 @@ class KVCache:
         """Fill empty tables with the longest cached prefix; returns its length in tokens.
 
         At least the last token remains to be computed. A group without a window needs every block
-        of the prefix, a group with one only those that the next token attends to.
+        of the prefix, a group with one only those that the next token attends to. With states the
+        prefix must also have a snapshot.
         """
         if not self._prefix_cache:
             return 0
         longest = (len(tokens) - 1) // self.block_size
-        best = 0
+        states, best = self.states, 0
+        tables.shared, tables.awaits_snapshot = 0, False
         runs = [0] * len(self.groups)  # consecutive cached blocks up to the current one
         for count in range(1, longest + 1):
             digest = self._digest(tables, tokens, count - 1)
@@ -194,7 +207,11 @@ class KVCache:
                 run >= count - self._first_attended(group, count * self.block_size)
                 for run, group in zip(runs, self.groups, strict=True)
             ):
-                best = count
+                tables.shared = count * self.block_size
+                if states is None or states.has(digest):
+                    best, tables.awaits_snapshot = count, False
+                else:
+                    tables.awaits_snapshot |= states.is_pending(digest)
         for g, group in enumerate(self.groups):
             first = self._first_attended(group, best * self.block_size)
             table = tables.tables[g]
@@ -235,6 +252,14 @@ class KVCache:
             for block in index.values():
                 self._entry[block] = None
             index.clear()
+        if self.states is not None:
+            self.states.forget()
+
+    def snapshot_row(self, tables: BlockTables, end: int) -> int | None:
+        """The row that takes the state at a block's end; None if no snapshot is to be taken."""
+        if self.states is None:
+            return None
+        return self.states.take(tables.digests[end // self.block_size - 1])
 
     def _digest(self, tables: BlockTables, tokens: SequenceOf[int], i: int) -> bytes:
         """128-bit digest of all tokens up to the end of block i: collisions are negligible."""

@@ -67,6 +67,8 @@ class Scheduler:
         The tokens of all earlier steps but the last must be known (`Sequence.append`).
         """
         step = Step()
+        if self.cache.states is not None:
+            self.cache.states.begin_step()
         decodes, context_lens = step.decodes, step.context_lens
         budget, preemptions = self.max_batch_tokens, self.preemptions
         outgrown = []
@@ -75,7 +77,7 @@ class Scheduler:
                 break
             start = sequence.computed
             if not sequence.decoding:
-                end = min(sequence.length, start + budget)
+                end = _chunk_end(sequence, start, min(sequence.length, start + budget))
                 if self._make_room(sequence, start, end, step):
                     self._plan(sequence, end, step)
                     budget -= end - start
@@ -223,6 +225,10 @@ class Scheduler:
         sequence.decoding = samples
         sequence.length += samples
         self.cache.index_full_blocks(sequence.block_tables, sequence.tokens, end)
+        if end == sequence.snapshot_at:
+            row = self.cache.snapshot_row(sequence.block_tables, end)
+            if row is not None:
+                step.saved.append((sequence.row, row))
 
     def _preempt_last(self) -> Sequence:
         victim = self.running.pop()
@@ -242,8 +248,13 @@ class Scheduler:
             return 0
         if 0 < sequence.rope_context < len(sequence.tokens):
             sequence.block_tables.use_salt(b"long")
-        cached = self.cache.match_prefix(sequence.block_tables, sequence.tokens)
-        end = min(len(sequence.tokens), cached + budget)
+        tables = sequence.block_tables
+        cached = self.cache.match_prefix(tables, sequence.tokens)
+        if tables.awaits_snapshot:
+            self.cache.release(tables)
+            return 0
+        sequence.snapshot_at = tables.shared if tables.shared > cached else 0
+        end = _chunk_end(sequence, cached, min(len(sequence.tokens), cached + budget))
         if spare:
             spare += -(-(len(sequence.tokens) - end) // self.cache.block_size)
         needed = self.cache.blocks_for(sequence.block_tables, end)
@@ -253,9 +264,17 @@ class Scheduler:
             return 0
         sequence.row = self._free_rows.pop()
         sequence.computed = cached
+        if cached and self.cache.states is not None:
+            digest = tables.digests[cached // self.cache.block_size - 1]
+            step.restored.append((self.cache.states.use(digest), sequence.row))
         if not sequence.admitted:
             sequence.admitted = True
             sequence.cached = min(cached, len(sequence.request.prompt_ids))
         step.changed_tables.append(sequence)
         self._plan(sequence, end, step)
         return end - cached
+
+
+def _chunk_end(sequence: Sequence, start: int, end: int) -> int:
+    """The end of a chunk, which is at the position of the sequence's snapshot if it passes it."""
+    return sequence.snapshot_at if start < sequence.snapshot_at < end else end

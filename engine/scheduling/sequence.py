@@ -33,6 +33,7 @@ class Sequence:
     admitted: bool = False
     # longrope: length beyond which the sequence is recomputed with the long factors; 0: never.
     rope_context: int = 0
+    snapshot_at: int = 0  # the position whose state is kept for others; 0: none
     lookup: "Lookup | None" = None  # proposes its next tokens
 
     def __post_init__(self) -> None:
@@ -110,6 +111,9 @@ class Step:
     chunks: list[Chunk] = field(default_factory=list)
     context_lens: list[int] = field(default_factory=list)  # positions with KV after the step
     changed_tables: list[Sequence] = field(default_factory=list)  # those with new blocks
+    # States of recurrent layers that are copied before and after the step: (from row, to row).
+    restored: list[tuple[int, int]] = field(default_factory=list)
+    saved: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def size(self) -> int:

@@ -6,7 +6,8 @@ from typing import cast
 
 from getp.checkpoints import load_tokenizer
 from getp.job.formats.interface import BadRequestError, Failure, JobRequest, ParsedBody
-from getp.job.inputs import scan
+from getp.job.formats.table import Columns
+from getp.job.inputs import Part, scan
 from getp.job.request_reader import RequestDefaults, RequestReader
 from tokenizer import Tokenizer
 
@@ -25,12 +26,20 @@ class Requests:
     first_refused: str | None = None  # its line number and the reason
 
 
-def read_requests(path: str, folder: Path | None, defaults: RequestDefaults) -> Requests:
+def read_requests(
+    path: str,
+    folder: Path | None,
+    defaults: RequestDefaults,
+    columns: Columns | None = None,
+    first: int | None = None,
+) -> Requests:
     """Read a file as mode getp does. folder: of the tokenizer; None: estimate from bytes.
+
+    columns: of a table; first: read only that many requests.
 
     Raises GetpError for a file that mode getp would refuse.
     """
-    source = scan(path)
+    source = scan(path, columns, Part(first))
     if folder is None:
         found = Requests(f"estimated at {_BYTES_PER_TOKEN} bytes per token")
         reader: RequestReader = _ByteReader(source, defaults, cast(Tokenizer, None))
@@ -44,7 +53,9 @@ def read_requests(path: str, folder: Path | None, defaults: RequestDefaults) -> 
             found.max_lengths.append(request.params.max_positions)
         elif isinstance(request, Failure):
             found.refused += 1
-            found.first_refused = found.first_refused or f"line {request.line}: {request.message}"
+            found.first_refused = found.first_refused or (
+                f"{source.format.record_word} {request.line}: {request.message}"
+            )
     return found
 
 

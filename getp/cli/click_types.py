@@ -157,6 +157,23 @@ class Replicas(click.ParamType):
         return int(value)
 
 
+class Shard(click.ParamType):
+    """A part of the input: its number, from 1, and the number of parts."""
+
+    name = "I/N"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        """Return both numbers."""
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", str(value))
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            self.fail(f"{value!r} is not I/N with I from 1 to N, such as 1/8", param, ctx)
+        return int(match[1]), int(match[2])
+
+
 class Adapter(click.ParamType):
     """The directory of an adapter, which is returned as it is, and its weight after a colon."""
 

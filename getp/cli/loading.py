@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from engine import Engine, SamplingParams
     from getp.cluster.driver import Cluster
     from getp.defaults import Defaults, FormatValues, Origin
+    from getp.job.formats.table import Columns
     from tokenizer import Tokenizer
 
 
@@ -216,6 +217,30 @@ def check_system(settings: Settings) -> None:
     """Raise UsageProblem for a system prompt without a chat template."""
     if settings.prompt.system is not None and not settings.prompt.chat_template:
         raise UsageProblem(f"-y/--system needs --chat-template in mode {settings.mode}")
+
+
+def check_agreement(settings: Settings) -> None:
+    """Raise UsageProblem for a required agreement without a reference."""
+    options = settings.result_file
+    if options.require_agreement is not None and options.reference is None:
+        raise UsageProblem("--require-agreement needs --reference FILE")
+
+
+def columns(settings: Settings) -> "Columns":
+    """Return the columns of an input that is a table. Raises UsageProblem."""
+    from getp.job.formats.openai_request import FIELDS
+    from getp.job.formats.table import Columns
+
+    options, parameters = settings.table, {}
+    for given in options.parameter_column:
+        name, _, column = given.partition("=")
+        if name not in FIELDS or name in ("prompt", "messages"):
+            raise UsageProblem(
+                f"--parameter-column {given}: {name!r} is not a parameter of a request, such as "
+                "max_tokens or temperature"
+            )
+        parameters[name] = column or name
+    return Columns(options.column, options.id_column, parameters)
 
 
 def needed(settings: Settings, value: str | None, option: str) -> str:

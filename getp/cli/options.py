@@ -16,6 +16,7 @@ from getp.cli.click_types import (
     Number,
     Option,
     Replicas,
+    Shard,
     Size,
     in_group,
 )
@@ -73,16 +74,50 @@ _ALL: tuple[Decorator, ...] = (
     ),
     _job(
         "--output-format",
-        type=click.Choice(["ids", "text", "jsonl"]),
+        type=click.Choice(["ids", "text", "jsonl", "parquet", "arrow", "csv", "tsv"]),
         help="ids: the token ids of an answer per line. text: its text, with newlines as \\n and "
-        "backslashes as \\\\. jsonl: OpenAI batch responses.  [default: jsonl for *.jsonl; "
-        "otherwise ids]",
+        "backslashes as \\\\. jsonl: OpenAI batch responses. Others: a table with the columns of "
+        "the input and of the answers.  [default: by the suffix of -o; otherwise ids]",
+    ),
+    _job(
+        "--column",
+        subject=Subject.TABLE,
+        metavar="NAME",
+        help="Column of an input table (Parquet, Arrow, CSV, TSV) that holds the prompts or "
+        "messages.  [default: prompt or messages]",
+    ),
+    _job(
+        "--id-column",
+        subject=Subject.TABLE,
+        metavar="NAME",
+        help="Column that holds the ids of requests.",
+    ),
+    _job(
+        "--parameter-column",
+        subject=Subject.TABLE,
+        metavar="FIELD[=NAME]",
+        multiple=True,
+        help="Column that holds a field of each request, such as max_tokens. Can be repeated.",
+    ),
+    _job(
+        "--first",
+        subject=Subject.TABLE,
+        type=Integer(min=1),
+        metavar="N",
+        help="Run only the first N requests of the input.",
+    ),
+    _job(
+        "--shard",
+        type=Shard(),
+        metavar="I/N",
+        help="Run only part I of N of the input, and add the numbers to the name of -o; "
+        "-m merge joins the results.",
     ),
     _job(
         "--report",
         subject=Subject.REPORT,
-        metavar="FILE.json",
-        help="Also write the report to this file, as JSON.",
+        metavar="FILE.json|.html",
+        help="Also write the report to this file, as JSON or as a page with figures.",
     ),
     _job(
         "--details",
@@ -143,9 +178,16 @@ _ALL: tuple[Decorator, ...] = (
     ),
     _job(
         "--reference",
-        subject=Subject.EVALUATION,
+        subject=Subject.REFERENCE,
         metavar="FILE",
-        help="eval: result file to compare with.",
+        help="getp, eval: result file to compare the results with.",
+    ),
+    _job(
+        "--require-agreement",
+        subject=Subject.REFERENCE,
+        type=Number(0, 1),
+        metavar="SHARE",
+        help="Fail unless this share of the answers, such as 0.99, equals the reference.",
     ),
     _job(
         "--expected",

@@ -50,9 +50,11 @@ PLAN_OPTIONS: tuple[Decorator, ...] = (
     ),
     _plan(
         "--price",
+        subject=Subject.PRICE,
         type=Number(min=0),
         multiple=True,
-        help="Price per GPU-hour (with -i); give one, or one per --gpu.",
+        help="Price of a GPU (in getp: or a host) per hour, to state the cost of the job. plan: "
+        "with -i; give one, or one per --gpu.",
     ),
     _step(
         "--format",

@@ -46,7 +46,8 @@ class JobOptions:
     """The output of a job, and how it handles errors, signals and restarts."""
 
     output: str | None
-    output_format: Literal["ids", "text", "jsonl"] | None  # None: by the suffix of the output
+    output_format: str | None  # None: by the suffix of the output
+    shard: tuple[int, int] | None  # the number of the part of the input, and of all parts
     report: str | None
     restart: bool
     accept_different_rounding: bool
@@ -54,6 +55,16 @@ class JobOptions:
     flush_interval: float  # seconds
     grace: float  # seconds
     schedule: Literal["throughput", "first"]
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """The columns of an input that is a table, and how many requests to read."""
+
+    column: str | None
+    id_column: str | None
+    parameter_column: tuple[str, ...]  # FIELD or FIELD=COLUMN
+    first: int | None
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,7 @@ class ResultFileOptions:
 
     line: int | None
     reference: str | None
+    require_agreement: float | None  # share of equal answers
     expected: str | None
 
 
@@ -111,6 +123,7 @@ class Settings:
     prompt: PromptOptions
     sampling: SamplingOptions
     job: JobOptions
+    table: TableOptions
     parallel: ParallelOptions
     result_file: ResultFileOptions
     step: StepOptions
@@ -135,6 +148,7 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
         _pick(PromptOptions, given),
         _pick(SamplingOptions, given),
         _pick(JobOptions, given),
+        _pick(TableOptions, given),
         _pick(ParallelOptions, given),
         _pick(ResultFileOptions, given),
         _pick(StepOptions, given),

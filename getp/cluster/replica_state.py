@@ -11,7 +11,7 @@ from getp.cluster.replica import Results, StartReport
 _STARTING = ("warm_up_s", "load_s", "compile_s", "capture_s")
 _MEANS = ("schedule_s", "model_s", *_STARTING, "inference_s", "cpu_wait_s", "finish_s")
 _MAXIMA = ("peak_batch",)
-_CURRENT = ("kv_blocks", "kv_bytes", "peak_kv_blocks")
+_CURRENT = ("kv_blocks", "kv_bytes", "peak_kv_blocks", "used_kv_blocks", "running", "waiting")
 
 
 @dataclass

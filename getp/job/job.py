@@ -11,18 +11,21 @@ from typing import Any
 from engine.resolve import KERNEL_CHOICES, dtype_name
 from getp import __version__
 from getp.defaults import describe
-from getp.errors import NameOf
+from getp.errors import GetpError, NameOf
 from getp.files import check_writable, is_stream
 from getp.job.formats import output_format
-from getp.job.inputs import Source, scan
+from getp.job.formats.table import Columns
+from getp.job.inputs import Part, Source, scan
 from getp.job.job_engine import JobEngine
 from getp.job.journal import Journal
 from getp.job.journal_header import ROUNDING, Header, noted_rounding
 from getp.job.ordering import Schedule
 from getp.job.request_reader import RequestDefaults
-from getp.ownership import errors_path, remove_leftovers
+from getp.ownership import errors_path, is_remote, local_name, remove_leftovers
+from getp.report.html_report import check_html
 from getp.rounding import check_resumed
 from getp.terminal import print_message, warn
+from getp.text.result_file import read_results
 from getp.units import counted
 
 
@@ -36,9 +39,14 @@ class Job:
     defaults: RequestDefaults
     seed_given: bool = True  # if not, a resumed job uses the random seed of the first run
     identity: Mapping[str, str] = field(default_factory=dict)  # fingerprints of the files
+    columns: Columns | None = None  # of an input that is a table; None: the usual ones
+    part: Part = field(default_factory=Part)
     output_format: str | None = None  # a name in OUTPUT_FORMATS; None: by the output's suffix
     reading_hint: str | None = None  # how to read token ids, for the end of the run
     report: str | None = None
+    price: float | None = None  # of a device per hour, for the report
+    reference: str | None = None  # a result file to compare the results with
+    required_agreement: float | None = None  # share of the answers that must equal the reference
     details: bool = False  # print the whole report
     restart: bool = False
     accept_different_rounding: bool = False  # of requests in the journal, in 16 bits
@@ -52,7 +60,7 @@ class Job:
     @property
     def journal_path(self) -> str:
         """The path of the journal, beside the output."""
-        return f"{os.path.realpath(self.output)}.journal"
+        return f"{os.path.realpath(local_name(self.output))}.journal"
 
 
 def read(job: Job) -> Source:
@@ -60,13 +68,27 @@ def read(job: Job) -> Source:
 
     Call it before anything slow, so that a mistyped path is reported at once.
     """
-    source = scan(job.input)
+    source = scan(job.input, job.columns, job.part)
     if source.ignored:
         warn(
             f"{source.name}: ignoring {counted(source.ignored, 'extra line')} after the "
             f"{counted(source.total, 'prompt')} announced on line 1"
         )
     files = {"input": job.input}
+    if list(source.files) != [job.input]:
+        files = {f"input file {path}": path for path in source.files if not is_remote(path)}
+        print_message(
+            f"getp: {job.input}: {counted(source.total, 'request')} in "
+            f"{counted(len(source.files), f'{source.format.name} file')}"
+        )
+    if job.reference is not None:
+        files["reference"] = job.reference
+        answers = len(read_results(job.reference))
+        if answers != source.total:
+            raise GetpError(
+                f"{job.reference} has {counted(answers, 'answer')}, but {source.name} has "
+                f"{counted(source.total, 'request')}: give results of the same requests"
+            )
     check_writable(job.output, "output", files)
     if not is_stream(job.output):
         beside = {"journal": job.journal_path, "errors file": errors_path(job.output)}
@@ -75,6 +97,7 @@ def read(job: Job) -> Source:
         files |= beside
     if job.report is not None:
         check_writable(job.report, "report", files | {"output": job.output})
+        check_html(job.report)
     _announce_replacements(job, source)
     return source
 
@@ -111,17 +134,17 @@ def open_journal(job: Job, source: Source, engine: JobEngine) -> Journal:
     if is_stream(job.output):
         descriptor, path = tempfile.mkstemp(".journal", "getp-")
         os.close(descriptor)
-        journal = Journal(path, header, source.total, job.flush_s)
+        journal = Journal(path, header, source.indices, job.flush_s)
         journal.remove()  # removes only the name: the file exists until it is closed
         return journal
     path = job.journal_path
-    journal = Journal(path, header, source.total, job.flush_s, job.restart)
+    journal = Journal(path, header, source.indices, job.flush_s, job.restart)
     try:
         _check_rounding(job, journal, header, engine)
     except BaseException:
         journal.close()
         raise
-    for file in (job.output, errors_path(job.output)):
+    for file in (local_name(job.output), errors_path(job.output)):
         remove_leftovers(file)
     if journal.damaged:
         damaged = counted(journal.damaged, "damaged record")
@@ -164,6 +187,8 @@ def _fingerprint(job: Job, source: Source, engine: JobEngine) -> dict[str, Any]:
         "input": source.digest,
         "input format": source.format.name,
         "output format": output_format(job.output, source.format, job.output_format).name,
+        **({"first": job.part.first} if job.part.first is not None else {}),
+        **({"shard": list(job.part.shard)} if job.part.shard is not None else {}),
         **job.identity,
         "device": engine.device.type,
         "dtype": dtype_name(engine.dtype),

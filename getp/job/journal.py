@@ -49,15 +49,16 @@ class Journal:
     """
 
     def __init__(
-        self, path: str, header: Header, total: int, flush_s: float = 1.0, restart: bool = False
+        self, path: str, header: Header, indices: range, flush_s: float = 1.0, restart: bool = False
     ) -> None:
+        """indices: the numbers of the job's requests."""
         self.path = path
         self.done = 0  # requests in the journal
         self.failed = 0  # those of them that failed
         self.damaged = 0  # damaged records; their requests run again
-        self.total = total
+        self.indices, self.total = indices, len(indices)
         self._flush_s = flush_s
-        self._offsets = array("q", [-1]) * total  # of each request's record; -1: none
+        self._offsets = array("q", [-1]) * self.total  # of each request's record; -1: none
         self._closed, self._unsynced = threading.Event(), False
         self._sync_error: OSError | None = None
         self._file = self._open_locked(path)
@@ -95,7 +96,7 @@ class Journal:
             return False
 
     def __contains__(self, index: int) -> bool:
-        return self._offsets[index] >= 0
+        return self._offsets[index - self.indices.start] >= 0
 
     def append(self, index: int, ok: bool, line: bytes) -> None:
         """Save a finished request; from then on it survives a killed process. Raises GetpError."""
@@ -120,7 +121,7 @@ class Journal:
     def read(self, index: int) -> tuple[bool, bytes]:
         """Return whether a finished request succeeded, and its line. Raises GetpError."""
         try:
-            self._reader.seek(self._offsets[index])
+            self._reader.seek(self._offsets[index - self.indices.start])
             content = checked_content(self._reader.readline())
         except OSError as error:
             raise self._failure(error) from error
@@ -251,7 +252,7 @@ class Journal:
                 os.ftruncate(self._file.fileno(), self._end)
                 return
             match = _RECORD.fullmatch(checked_content(line) or b"")
-            if match is None or (index := int(match[1])) >= self.total:
+            if match is None or (index := int(match[1])) not in self.indices:
                 self.damaged += 1
             else:
                 self._index_record(index, self._end, match[2] == b"+")
@@ -260,7 +261,7 @@ class Journal:
     def _index_record(self, index: int, offset: int, ok: bool) -> None:
         if index in self:
             return
-        self._offsets[index] = offset
+        self._offsets[index - self.indices.start] = offset
         self.done += 1
         self.failed += not ok
 

@@ -96,10 +96,21 @@ def _duration(seconds: float) -> str:
 
 
 @contextmanager
-def progress(counts: Counts, stats: Callable[[], EngineStats]) -> Iterator[None]:
-    """Show progress while the block runs; `counts` and `stats` are read from another thread."""
+def progress(
+    counts: Counts, stats: Callable[[], EngineStats], note: Callable[[EngineStats], None]
+) -> Iterator[None]:
+    """Show progress while the block runs; `counts` and `stats` are read from another thread.
+
+    note: is called with the statistics at each sample.
+    """
     console = Console(stderr=True)
-    tracker = Tracker(counts, stats)
+
+    def noted() -> EngineStats:
+        found = stats()
+        note(found)
+        return found
+
+    tracker = Tracker(counts, noted)
     if not console.is_terminal:
         with _regularly(tracker, _LINE_INTERVAL_S, lambda: print_message(tracker.text())):
             yield

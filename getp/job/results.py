@@ -1,19 +1,37 @@
-"""The result file of a job and its errors file, written from the journal."""
+"""The result file of a job and its errors file, written from the journal or joined from shards."""
 
+import glob
 import json
 import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from getp.errors import GetpError
-from getp.files import STDIO, is_stream, open_output
+from getp.files import STDIO, is_stream, open_input, open_output
+from getp.job.formats import format_of_suffix
 from getp.job.formats.interface import OutputFormat
+from getp.job.formats.table import TableFormat
+from getp.job.formats.table_files import DELIMITERS, Table, empty_batch, read_header
+from getp.job.formats.table_results import write_batches
+from getp.job.inputs import Source
 from getp.job.journal import Journal
 from getp.ownership import errors_path
 from getp.terminal import discard_output, print_message
 
+if TYPE_CHECKING:
+    import pyarrow as pa
 
-def write_results(journal: Journal, total: int, output: str, form: OutputFormat) -> bytes | None:
+_COMPRESSION = (".gz", ".zst")
+_SHARD = re.compile(r"([0-9]+)-of-([0-9]+)")
+
+
+def write_results(
+    journal: Journal, source: Source, output: str, form: OutputFormat
+) -> bytes | None:
     """Write the result of a finished job, in input order. Raises GetpError.
 
     Returns the line of the first failed request as the journal has it, or None.
@@ -23,9 +41,9 @@ def write_results(journal: Journal, total: int, output: str, form: OutputFormat)
     because such a job cannot be resumed.
     """
     if not form.holds_failures:
-        _write_errors(journal, total, output)
+        _write_errors(journal, output)
     try:
-        return _write(journal, total, output, form)
+        return _write(journal, source, output, form)
     except (GetpError, OSError) as error:
         if not is_stream(output):
             raise
@@ -33,28 +51,32 @@ def write_results(journal: Journal, total: int, output: str, form: OutputFormat)
             discard_output()
         names = (f"getp-results-{os.getpid()}-{n}{form.suffix}" for n in count(1))
         fallback = next(name for name in names if not os.path.lexists(name))
-        _write(journal, total, fallback, form)
+        _write(journal, source, fallback, form)
         cause = f"cannot write {output}: {error.strerror}" if isinstance(error, OSError) else error
         raise GetpError(f"{cause}; the results are in {fallback} instead") from error
 
 
-def _write(journal: Journal, total: int, output: str, form: OutputFormat) -> bytes | None:
-    first_failure = None
-    with open_output(output) as file:
-        for index in range(total):
+def _write(journal: Journal, source: Source, output: str, form: OutputFormat) -> bytes | None:
+    failures: list[bytes] = []  # the first one
+
+    def results() -> Iterator[tuple[bool, bytes]]:
+        for index in journal.indices:
             ok, line = journal.read(index)
-            if not ok and first_failure is None:
-                first_failure = line
-            file.write((line if ok or form.holds_failures else b"") + b"\n")
-    return first_failure
+            if not ok and not failures:
+                failures.append(line)
+            yield ok, line
+
+    with open_output(output) as file:
+        form.write(file, results(), source.rows())
+    return failures[0] if failures else None
 
 
-def _write_errors(journal: Journal, total: int, output: str) -> None:
+def _write_errors(journal: Journal, output: str) -> None:
     if not journal.failed:
         if not is_stream(output):
             Path(errors_path(output)).unlink(missing_ok=True)  # of an earlier run
         return
-    failures = (line for ok, line in map(journal.read, range(total)) if not ok)
+    failures = (line for ok, line in map(journal.read, journal.indices) if not ok)
     if is_stream(output):
         for line in failures:
             failure = json.loads(line)
@@ -63,3 +85,80 @@ def _write_errors(journal: Journal, total: int, output: str) -> None:
     with open_output(errors_path(output)) as file:
         for line in failures:
             file.write(line + b"\n")
+
+
+def shard_path(output: str, shard: tuple[int, int]) -> str:
+    """Return the path of a shard's results: `out.jsonl` → `out-03-of-12.jsonl`."""
+    number, shards = shard
+    stem, suffix = _split(output)
+    return f"{stem}-{number:0{len(str(shards))}}-of-{shards}{suffix}"
+
+
+def merge_shards(output: str) -> int:
+    """Join the results of all shards of a job, in order; return their number.
+
+    output: as it was given to the shards. Raises GetpError if a shard is missing or not finished.
+    """
+    paths = _finished_shards(output)
+    form = format_of_suffix(output)
+    with open_output(output) as file:
+        if isinstance(form, TableFormat) and form.name not in DELIMITERS:
+            write_batches(file, form.name, _table_batches(paths, form.name))
+            return len(paths)
+        for number, path in enumerate(paths):
+            with open_input(path) as part:
+                if isinstance(form, TableFormat) and number:
+                    read_header(part, DELIMITERS[form.name])  # the first shard has written it
+                shutil.copyfileobj(part, file)
+    failures = [name for name in map(errors_path, paths) if os.path.exists(name)]
+    if failures:
+        with open_output(errors_path(output)) as file:
+            for path in failures:
+                with open_input(path) as part:
+                    shutil.copyfileobj(part, file)
+    return len(paths)
+
+
+def _split(path: str) -> tuple[str, str]:
+    """Split a path before its suffix, which may be followed by that of a compression."""
+    plain, compression = next(
+        ((path.removesuffix(each), each) for each in _COMPRESSION if path.endswith(each)),
+        (path, ""),
+    )
+    stem, suffix = os.path.splitext(plain)
+    return stem, suffix + compression
+
+
+def _finished_shards(output: str) -> list[str]:
+    """Return the paths of all shards' results. Raises GetpError unless each one is there."""
+    stem, suffix = _split(output)
+    found: dict[int, set[int]] = {}
+    names = [*glob.glob(f"{glob.escape(stem)}-*-of-*{glob.escape(suffix)}")]
+    names += glob.glob(f"{glob.escape(stem)}-*-of-*{glob.escape(suffix)}.journal")
+    for name in names:
+        middle = name.removesuffix(".journal")[len(stem) + 1 :].removesuffix(suffix)
+        if match := _SHARD.fullmatch(middle):
+            found.setdefault(int(match[2]), set()).add(int(match[1]))
+    if len(found) != 1:
+        counts = " and ".join(f"of {count} shards" for count in sorted(found))
+        problem = (
+            f"has results of jobs {counts}: delete those of the other job"
+            if found
+            else (f"has no shards: there is no file {stem}-*-of-*{suffix}")
+        )
+        raise GetpError(f"{output} {problem}")
+    shards = next(iter(found))
+    paths = [shard_path(output, (number, shards)) for number in range(1, shards + 1)]
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise GetpError(f"not all shards are finished: {missing[0]}{more} does not exist")
+    return paths
+
+
+def _table_batches(paths: Sequence[str], kind: str) -> Iterator["pa.RecordBatch"]:
+    for path in paths:
+        with open_input(path) as file:
+            table = Table(file, kind)
+            yield empty_batch(table.schema)
+            yield from table.batches()

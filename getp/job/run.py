@@ -4,8 +4,9 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
+from typing import Any
 
 from engine import Completion, Request
 from getp.errors import SOME_FAILED, GetpError, Interrupted, worded
@@ -23,12 +24,15 @@ from getp.job.request_reader import RequestReader
 from getp.job.results import write_results
 from getp.job.signals import GraceExpired, GracefulStop
 from getp.ownership import errors_path
+from getp.report import html_report
 from getp.report.job_report import job_report
 from getp.report.measurements import Measurements
 from getp.report.report_table import final_line, print_report
 from getp.terminal import print_last_line, print_message
 from getp.text.answer_text import StopWatcher
+from getp.text.evaluate import check_agreement, compare
 from getp.text.prompts import chat_template
+from getp.text.result_file import read_results
 from tokenizer import Tokenizer
 
 __all__ = ["Job", "JobRun", "read", "run_job"]
@@ -54,9 +58,11 @@ def run_job(job: Job, source: Source, tokenizer: Tokenizer, engine: JobEngine) -
             if journal.done:
                 print_message(f"getp: {run.resume_hint()}")
             raise
-        first_failure = write_results(journal, source.total, job.output, run.format)
+        first_failure = write_results(journal, source, job.output, run.format)
         journal.remove()
-    _report(run, journal.failed, first_failure)
+    agreement = _agreement(run)
+    _report(run, journal.failed, first_failure, agreement)
+    check_agreement(agreement, job.required_agreement)
     return SOME_FAILED if journal.failed else 0
 
 
@@ -72,7 +78,7 @@ class JobRun:
         self.engine = engine
         self.measured = Measurements(resumed=journal.done, ignored=source.ignored)
         self.format = output_format(job.output, source.format, job.output_format)
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._journal = journal
         self._stop = stop
         header = journal.header
@@ -121,7 +127,7 @@ class JobRun:
         reader = RequestReader(
             self.source,
             self._defaults,
-            self._tokenizer,
+            self.tokenizer,
             datetime.fromtimestamp(self._journal.header["created"]),
             self.engine.model_config.max_positions,
             self.job.name_of,
@@ -134,7 +140,8 @@ class JobRun:
 
     def _run_inference(self, requests: Prefetcher[JobRequest | Failure]) -> None:
         """Run every request through the engine, which admits requests as it has room."""
-        with progress(self._journal, lambda: self.engine.stats):
+        stats, note = lambda: self.engine.stats, self.measured.history.sample
+        with progress(self._journal, stats, note):
             engine_requests = self._engine_requests(requests.until(lambda: self._stop.requested))
             completions = self.engine.generate(engine_requests)
             try:
@@ -153,7 +160,7 @@ class JobRun:
                 self._record_failure(request)
                 continue
             watcher = StopWatcher(
-                self._tokenizer, request.prompt_ids, request.chat, request.stops, self._stop.check
+                self.tokenizer, request.prompt_ids, request.chat, request.stops, self._stop.check
             )
             self._running[request.index] = request, watcher
             yield Request(request.prompt_ids, request.params, request.index, watcher)
@@ -186,8 +193,9 @@ class JobRun:
         limit = self.job.max_errors
         if limit is not None and self._journal.failed > limit:
             raise GetpError(
-                "failed requests: {failed}, more than {max_errors} {limit}; the last one: line "
+                "failed requests: {failed}, more than {max_errors} {limit}; the last one: {word} "
                 "{number}: {reason}",
+                word=self.source.format.record_word,
                 failed=self._journal.failed,
                 limit=limit,
                 number=failure.line,
@@ -195,7 +203,18 @@ class JobRun:
             )
 
 
-def _report(run: JobRun, failed: int, first_failure: bytes | None) -> None:
+def _agreement(run: JobRun) -> dict[str, Any] | None:
+    """Return how far the results agree with the reference, if there is one."""
+    job = run.job
+    if job.reference is None:
+        return None
+    results, reference = read_results(job.output), read_results(job.reference)
+    return {"file": job.reference, **asdict(compare(results, reference, lambda: run.tokenizer))}
+
+
+def _report(
+    run: JobRun, failed: int, first_failure: bytes | None, agreement: dict[str, Any] | None
+) -> None:
     """Print the report, and write it to the report file if there is one."""
     job = run.job
     if first_failure is not None and not is_stream(job.output):
@@ -204,10 +223,13 @@ def _report(run: JobRun, failed: int, first_failure: bytes | None) -> None:
         error = record.get("error", record)  # JSONL results have the failure under "error"
         print_message(
             f"getp: {failed} of {run.source.total} requests failed: see {where}; the first is "
-            f"line {error['line']}: {error['message']}"
+            f"{run.source.format.record_word} {error['line']}: {error['message']}"
         )
-    report = job_report(run.measured, run.engine.summary(), job.checkpoint)
-    if job.report is not None:
+    report = job_report(run.measured, run.engine.summary(), job.checkpoint, job.price)
+    report["agreement"] = agreement
+    if job.report is not None and job.report.endswith(html_report.SUFFIX):
+        html_report.write_html(job.report, report, run.measured)
+    elif job.report is not None:
         write_report(job.report, report)
     print_report(report, job.details)
     has_answers = failed < run.source.total and not is_stream(job.output)

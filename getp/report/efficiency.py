@@ -28,6 +28,8 @@ class RunEfficiency:
     limit_share: float | None = None  # minimum time at the device's peaks / inference time
     largest_loss: str | None = None  # as a clause for the report
     peaks: str | None = None  # name of the device, and the source of its peaks
+    peak_flops: float | None = None  # of the device in this dtype, FLOP/s
+    bandwidth: float | None = None  # of the device's memory, bytes/s
 
 
 def run_efficiency(run: RunSummary, inference_s: float, requests: int) -> RunEfficiency:
@@ -56,6 +58,8 @@ def run_efficiency(run: RunSummary, inference_s: float, requests: int) -> RunEff
         limit_share=limit / inference_s,
         largest_loss=largest_loss(finished, limit),
         peaks=f"{device.name}: {device.source}",
+        peak_flops=device.peak(run.dtype),
+        bandwidth=device.bandwidth,
     )
 
 

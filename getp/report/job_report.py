@@ -18,9 +18,12 @@ Report = dict[str, Any]
 """Times are in seconds, memory is in bytes; None means "not measured"."""
 
 
-def job_report(measured: Measurements, run: RunSummary, checkpoint: str) -> Report:
-    """Return the report of a finished job."""
+def job_report(
+    measured: Measurements, run: RunSummary, checkpoint: str, price: float | None = None
+) -> Report:
+    """Return the report of a finished job. price: of a device per hour."""
     stats = run.stats
+    devices = run.device_count * (run.tensor_parallel if run.device_type == "cuda" else 1)
     replicas = [asdict(replica) for replica in run.replicas]
     return {
         "checkpoint": checkpoint,
@@ -70,6 +73,7 @@ def job_report(measured: Measurements, run: RunSummary, checkpoint: str) -> Repo
         "prefix_hit_rate": _ratio(measured.cached_tokens, measured.prompt_tokens),
         **asdict(_efficiency(measured, run, checkpoint)),
         "peak_memory_bytes": run.peak_memory_bytes,
+        "cost": None if price is None else price * devices * measured.total_s / 3600,
     }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine import Completion
+from getp.report.history import History
 
 
 class Sample:
@@ -45,6 +46,7 @@ class Measurements:
     finish_s: float = 0.0
     ttft_s: Sample = field(default_factory=Sample)  # time to first token
     per_token_s: Sample = field(default_factory=Sample)  # mean time per output token after it
+    history: History = field(default_factory=History)  # of this run
 
     @property
     def output_tok_s(self) -> float:
@@ -55,6 +57,11 @@ class Measurements:
     def total_tok_s(self) -> float:
         """Return prompt and output tokens per second of inference."""
         return self._rate(self.prompt_tokens + self.output_tokens)
+
+    @property
+    def total_s(self) -> float:
+        """Return the seconds of the run, warm-up included."""
+        return self.warm_up_s + self.inference_s + self.finish_s
 
     def add(self, completion: Completion) -> None:
         """Count a request that succeeded."""

@@ -24,9 +24,14 @@ def print_report(report: Report, details: bool = False) -> None:
     table = Table(show_header=False, title=title, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
-    for name, value in [*_answer(report, details), *(_details(report) if details else [])]:
-        table.add_row(name, value)
+    for name, value in report_rows(report, details):
+        table.add_row(name, escape(value))
     Console(stderr=True).print(table)
+
+
+def report_rows(report: Report, details: bool) -> list[tuple[str, str]]:
+    """Return the rows of the report as plain text, each with its name."""
+    return [*_answer(report, details), *(_details(report) if details else [])]
 
 
 def _answer(r: Report, details: bool) -> list[tuple[str, str]]:
@@ -55,9 +60,17 @@ def _answer(r: Report, details: bool) -> list[tuple[str, str]]:
         ("time per output token", _latency(r["per_token_median_s"], r["per_token_p99_s"])),
         *_efficiency(r, details),
         *_replicas(r),
+        *_cost(r),
         ("device", f"{r['device']}{ranks}, {r['dtype']}"),
-        *([("kernels", "\n".join(map(escape, r["kernels"])))] if r["kernels"] else []),
+        *([("kernels", "\n".join(r["kernels"]))] if r["kernels"] else []),
     ]
+
+
+def _cost(r: Report) -> list[tuple[str, str]]:
+    if r.get("cost") is None:
+        return []
+    each = f", {r['cost'] / r['output_tokens'] * 1e6:,.2f} per million output tokens"
+    return [("cost", f"{r['cost']:,.4f}{each if r['output_tokens'] else ''}")]
 
 
 def _details(r: Report) -> list[tuple[str, str]]:

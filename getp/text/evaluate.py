@@ -1,6 +1,6 @@
 """Mode eval: compares a result file of mode getp with another one, or with expected texts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from getp.errors import GetpError
 from getp.files import read_bytes, split_lines
 from getp.text.escape import unescape
 from getp.text.result_file import LoadTokenizer, Results, read_results
+from getp.text.similarity import INSTALL, Similarity, similarity
 from getp.units import counted
 
 _MAX_WRONG_SHOWN = 5
@@ -134,6 +135,21 @@ def read_expected(path: str, count: int) -> list[str]:
     return lines
 
 
+def check_agreement(agreement: Mapping[str, Any] | None, required: float | None) -> None:
+    """Raise GetpError if a smaller share of answers than required equals the reference."""
+    if agreement is None or required is None:
+        return
+    equal, lines = agreement["lines_equal"], agreement["lines"]
+    if equal < required * lines:
+        raise GetpError(
+            "{equal} of {lines} answers equal {file}, fewer than the share of {required:g} that "
+            "{require_agreement} asks for".replace("{required:g}", f"{required:g}"),
+            equal=equal,
+            lines=lines,
+            file=agreement["file"],
+        )
+
+
 def evaluate(
     path: str,
     reference: str | None,
@@ -150,16 +166,32 @@ def evaluate(
     table = Table(show_header=False)
     report: dict[str, Any] = {"input": path}
     if reference is not None:
-        agreement = compare(results, read_results(reference), load_tokenizer)
-        report["reference"] = {"file": reference, **asdict(agreement)}
+        other = read_results(reference)
+        agreement = compare(results, other, load_tokenizer)
+        similar = similarity(results.as_texts(load_tokenizer), other.as_texts(load_tokenizer))
+        report["reference"] = _entry(reference, agreement, similar)
         _show_agreement(table, agreement)
+        _show_similarity(table, similar)
     if expected is not None:
         texts = results.as_texts(load_tokenizer)
-        score = score_texts(texts, read_expected(expected, len(texts)))
-        report["expected"] = {"file": expected, **asdict(score)}
+        wanted = read_expected(expected, len(texts))
+        score, similar = score_texts(texts, wanted), similarity(texts, list(map(unescape, wanted)))
+        report["expected"] = _entry(expected, score, similar)
         _show_score(table, score)
+        _show_similarity(table, similar)
     Console(stderr=to_stderr).print(table)
     return report
+
+
+def _entry(file: str, found: Agreement | Score, similar: Similarity | None) -> dict[str, Any]:
+    return {"file": file, **asdict(found), **(asdict(similar) if similar is not None else {})}
+
+
+def _show_similarity(table: Table, similar: Similarity | None) -> None:
+    if similar is None:
+        table.add_row("chrF, ROUGE-L", f"not computed: {INSTALL}")
+    else:
+        table.add_row("chrF, ROUGE-L", f"{similar.chrf:.4f}, {similar.rouge_l:.4f} (1: equal)")
 
 
 def _show_agreement(table: Table, agreement: Agreement) -> None:

@@ -76,7 +76,7 @@ def _cases_of(
     kinds = {
         (layer.window, config.heads(layer)): layer
         for layer in config.layers
-        if layer.kv_source is None
+        if layer.kv_source is None and not layer.recurrent
     }
     layers = [attention_of(config, layer, shard) for layer in kinds.values()]
     attention = layers[0]

@@ -79,6 +79,24 @@ def softmax(rows: int, size: int, backward: bool = False) -> Flops:
     return Flops(vector=3 * rows * size, special=rows * size)
 
 
+def delta_rule(tokens: int, heads: int, key_dim: int, value_dim: int) -> Flops:
+    """The gated delta rule: products of the state with key and query, and its change.
+
+    For each token and head 6·key_dim·value_dim matrix for these three; key_dim·value_dim vector for
+    the decay, and 4·key_dim for the lengths of query and key; 4 special for the gates. Backward is
+    not counted.
+    """
+    each = tokens * heads
+    size = key_dim * value_dim
+    return Flops(6 * each * size, each * (size + 4 * key_dim), 4 * each)
+
+
+def causal_conv(tokens: int, channels: int, kernel: int) -> Flops:
+    """Convolve [tokens, channels] and apply SiLU: 2·kernel + 2 vector and 1 special each."""
+    values = tokens * channels
+    return Flops(vector=(2 * kernel + 2) * values, special=values)
+
+
 def swiglu(tokens: int, size: int, backward: bool = False) -> Flops:
     """[tokens, 2·size] → [tokens, size]: 2·T·I vector and T·I special; backward 6·T·I vector.
 

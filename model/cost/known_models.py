@@ -52,6 +52,11 @@ qwen3-4b-2507        qwen3      2560  9728  36  32  8 128 151936 262144 5e6   ti
 qwen3-8b             qwen3      4096 12288  36  32  8 128 151936  40960 1e6
 qwen3-14b            qwen3      5120 17408  40  40  8 128 151936  40960 1e6
 qwen3-32b            qwen3      5120 25600  64  64  8 128 151936  40960 1e6
+qwen3-next-80b-a3b   qwen3_next 2048   512  48  16  2 256 151936 262144 1e7
+qwen3.5-0.8b         qwen3_5_text 1024 3584 24   8  2 256 248320 262144 1e7   tied
+qwen3.5-9b           qwen3_5_text 4096 12288 32 16  4 256 248320 262144 1e7
+qwen3.5-27b          qwen3_5_text 5120 17408 64 24  4 256 248320 262144 1e7
+qwen3.5-35b-a3b      qwen3_5_moe_text 2048 512 40 16 2 256 248320 262144 1e7
 qwen3-30b-a3b        qwen3_moe  2048   768  48  32  4 128 151936  40960 1e6
 qwen3-30b-a3b-2507   qwen3_moe  2048   768  48  32  4 128 151936 262144 1e7
 qwen3-coder-30b-a3b  qwen3_moe  2048   768  48  32  4 128 151936 262144 1e7
@@ -123,6 +128,9 @@ _MORE: dict[str, dict[str, Any]] = {
     "mistral-7b-v0.3": {"sliding_window": None},
     "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
     "phi-4-mini": {"partial_rotary_factor": 0.75},
+    "qwen3-next-80b": {"intermediate_size": 5120},
+    "qwen3.5-0.8b": {"linear_num_value_heads": 16},
+    "qwen3.5-27b": {"linear_num_value_heads": 48},
     "qwen3-30b": _qwen3_moe(mlp=6144, expert=768),
     "qwen3-coder-30b": _qwen3_moe(mlp=5472, expert=768),
     "qwen3-235b": _qwen3_moe(mlp=12_288, expert=1536),

@@ -21,7 +21,15 @@ from itertools import chain
 from model.config import LatentConfig, LayerConfig, ModelConfig, MoeConfig
 from model.cost import flops
 from model.cost.flops import Flops
-from model.cost.workload import DTYPE_BYTES, Bytes, Op, Product, Workload, kv_vector_bytes
+from model.cost.workload import (
+    DTYPE_BYTES,
+    Bytes,
+    Op,
+    Product,
+    Workload,
+    kv_vector_bytes,
+    state_bytes,
+)
 from model.formats import DENSE, WeightFormat, full_interface
 from model.sharding import Shard
 from model.transformer import Transformer
@@ -40,6 +48,8 @@ def check_tensor_parallel(config: ModelConfig, size: int) -> None:
         parts.append(f"{config.moe.num_experts} experts")
         if config.moe.shared_size:
             parts.append(f"shared expert {config.moe.shared_size}")
+    if config.delta_rule is not None:
+        parts.append(f"{config.delta_rule.key_heads} key heads of recurrent layers")
     raise ValueError(
         f"this model ({', '.join(parts)}) cannot be split {size} ways; possible: "
         f"{', '.join(map(str, possible))}"
@@ -50,11 +60,12 @@ def _can_be_split(config: ModelConfig, size: int) -> bool:
     """Return whether heads, experts and MLPs divide evenly and every GPU has vocabulary."""
     if config.whole_qk_norm and size > 1:
         return False  # a norm over the heads of all ranks would need one more exchange
-    moe = config.moe
+    moe, rule = config.moe, config.delta_rule
     dense = any(config.has_mlp(layer) for layer in config.layers)
     return not (
         config.num_heads % size
         or any(kv % size and size % kv for kv in _kv_head_counts(config))
+        or (rule is not None and rule.key_heads % size)
         or (moe is not None and (moe.num_experts % size or moe.shared_size % size))
         or (dense and config.intermediate_size % size)
         or (size - 1) * -(-config.vocab_size // size) >= config.vocab_size
@@ -80,8 +91,8 @@ def operations(config: ModelConfig, work: Workload) -> list[Op]:
     shard = _ShardCost(config, work)
     found: dict[str, Op] = {}
     for layer, count in Counter(config.layers).items():
-        blocks = shard.attention_block(layer), shard.mlp_block(layer), shard.per_layer_block()
-        for op in chain.from_iterable(blocks):
+        block = shard.recurrent_block if layer.recurrent else shard.attention_block
+        for op in chain(block(layer), shard.mlp_block(layer), shard.per_layer_block()):
             one = op.repeated(count)
             found[op.name] = found[op.name].plus(one) if op.name in found else one
     ops = [shard.embedding(), *(found[name] for name in _LAYER_OPS if name in found)]
@@ -117,10 +128,13 @@ def parameter_bytes(config: ModelConfig, dtype: str, tensor_parallel: int = 1) -
 def kv_bytes_per_sequence(
     config: ModelConfig, context: int, dtype: str, tensor_parallel: int = 1
 ) -> int:
-    """Return the bytes of keys and values of one sequence of `context` positions on one GPU."""
-    found = 0
+    """Return the bytes of keys and values of one sequence of `context` positions on one GPU.
+
+    The states of recurrent layers are included.
+    """
+    found = state_bytes(config, DTYPE_BYTES[dtype], tensor_parallel)
     for layer, count in Counter(config.layers).items():
-        if layer.kv_source is None:
+        if layer.kv_source is None and not layer.recurrent:
             heads = config.heads(layer)
             vectors = config.kv_vectors * max(1, heads.num_kv_heads // tensor_parallel) * count
             positions = min(layer.window or context, context)
@@ -206,6 +220,7 @@ class _ShardCost:
         kv_heads = stored_heads if layer.kv_source is None else 0  # that this layer computes
         query, key = self.heads * head_dim, kv_heads * head_dim
         projected = query + (1 if sizes.values_are_keys else 2) * key
+        projected += query if c.output_gate else 0
         rotated_heads = self.heads + kv_heads
         rotate = flops.rotary(tokens, rotated_heads, sizes.rotary_dim)
         norm_weights = 0
@@ -213,6 +228,8 @@ class _ShardCost:
             rotate += flops.rms_norm(tokens * rotated_heads, head_dim, back)
             norm_weights = head_dim * (rotated_heads if c.whole_qk_norm else 2)
         attend = flops.attention(work.attended(layer.window), self.heads, head_dim, back)
+        if c.output_gate:
+            attend += Flops(vector=3 * tokens * query, special=tokens * query)
         return [
             self.pre_norm("input_norm", fused=(tokens * hidden, 0)),
             self.op(
@@ -308,6 +325,51 @@ class _ShardCost:
                 3 + self._all_reduce,
                 fused=(tokens * hidden, 1 + self._all_reduce),
                 product=Product(layer.formats.out.name, tokens, own * hidden + heads * values),
+            ),
+        ]
+
+    def recurrent_block(self, layer: LayerConfig) -> list[Op]:
+        """Return norm, projections, the recurrence with its gated norm, output with residual.
+
+        The states are read and written once for each sequence, and count as KV.
+        """
+        c, work, back = self.config, self.work, self.work.backward
+        assert c.delta_rule is not None  # the config says that the layer is recurrent
+        spec, tokens, hidden = c.delta_rule.part(self.parts), work.tokens, c.hidden_size
+        values = spec.value_heads * spec.value_dim
+        wide, gates = spec.channels + values, 2 * spec.value_heads
+        rule = flops.causal_conv(tokens, spec.channels, spec.kernel)
+        rule += flops.delta_rule(tokens, spec.value_heads, spec.key_dim, spec.value_dim)
+        rule += flops.rms_norm(tokens * spec.value_heads, spec.value_dim, back)
+        rule += flops.swiglu(tokens, values, back)
+        small = spec.kernel * spec.channels + gates + spec.value_dim  # float32
+        return [
+            self.pre_norm("input_norm", fused=(tokens * hidden, 0)),
+            self.op(
+                "qkv_proj",
+                flops.linear(tokens, hidden, wide + gates, False, back),
+                self.matrix(hidden, wide, False, layer.formats.qkv)
+                + self.matrix(hidden, gates, False),
+                tokens * (hidden + wide + gates),
+                2,
+                product=Product(layer.formats.qkv.name, tokens, hidden * (wide + gates)),
+            ),
+            self.op(
+                "attention",
+                rule,
+                4 * small,
+                tokens * (3 * spec.channels + 4 * values + gates),
+                3,
+                kv=2 * work.batch * spec.state_bytes(self.item),
+            ),
+            self.op(
+                "o_proj",
+                flops.linear(tokens, values, hidden, False, back) + self._residual,
+                self.matrix(values, hidden, False, layer.formats.out),
+                tokens * (values + 2 * hidden),
+                2 + self._all_reduce,
+                fused=(tokens * hidden, 1 + self._all_reduce),
+                product=Product(layer.formats.out.name, tokens, values * hidden),
             ),
         ]
 

@@ -24,6 +24,14 @@ def kv_vector_bytes(config: ModelConfig, head_dim: int, dtype: str) -> int:
     return head_dim * _KV_DTYPE_BYTES[name] + scale
 
 
+def state_bytes(config: ModelConfig, item: int, tensor_parallel: int = 1) -> int:
+    """Return the bytes of a sequence's states on one GPU; item: of a value in the compute dtype."""
+    if config.delta_rule is None:
+        return 0
+    part = config.delta_rule.part(tensor_parallel)
+    return len(config.recurrent_layers) * part.state_bytes(item)
+
+
 @dataclass(frozen=True)
 class Bytes:
     """Bytes moved between memory and chip, by their content."""

@@ -19,7 +19,7 @@ from model.families.config_keys.keys import Keys
 from model.families.family import Family, stated_dtype
 from model.families.layer_formats import with_layer_formats
 from model.families.nested import NESTED, nested_names, text_family, text_keys
-from model.families.tensor_names import TensorNames
+from model.families.tensor_names import ExpertNames, TensorNames
 from model.gguf import is_gguf, read_gguf
 from model.gguf.config import config_values
 from model.gguf.names import stored_formats, tensor_names
@@ -52,7 +52,10 @@ FAMILIES = (
     "qwen2",
     "qwen2_moe",
     "qwen3",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
     "qwen3_moe",
+    "qwen3_next",
     "seed_oss",
     "smollm3",
 )
@@ -165,13 +168,28 @@ def _text_keys(keys: Keys) -> Keys:
 def stored_names(model_type: str, stored: Container[str]) -> TensorNames:
     """The names of a checkpoint's tensors, of which `stored` are there."""
     if model_type not in NESTED:
-        return family(model_type).names
+        own = family(model_type)
+        return _with_stored_experts(own.names, own.single_experts, stored)
     nested = NESTED[model_type]
-    candidates = nested_names(family(nested.text).names, nested)
+    own = family(nested.text)
+    candidates = nested_names(own.names, nested)
     # The embedding may be quantized, and then has tensors of other names.
-    return next((names for names in candidates if names.final_norm in stored), candidates[-1])
+    found = next((names for names in candidates if names.final_norm in stored), candidates[-1])
+    return _with_stored_experts(found, own.single_experts, stored)
+
+
+def _with_stored_experts(
+    names: TensorNames, single: ExpertNames | None, stored: Container[str]
+) -> TensorNames:
+    """The names, with those of experts in separate tensors if the first of these is stored."""
+    if single is None:
+        return names
+    stem, _ = single.linears[0]
+    first = f"{names.layer.format(layer=0)}{stem.format(expert=0)}.weight"
+    return replace(names, experts=single) if first in stored else names
 
 
 def is_of_another_part(model_type: str, name: str) -> bool:
     """Whether a stored tensor belongs to a part of the checkpoint that is not run."""
-    return model_type in NESTED and name.startswith(NESTED[model_type].others)
+    nested = NESTED.get(model_type)
+    return name.startswith((family(model_type) if nested is None else nested).others)

@@ -7,7 +7,7 @@ from typing import Any
 from model.config import DTYPES, LayerConfig, ModelConfig
 from model.families.config_keys.keys import Keys
 from model.families.config_keys.rope_keys import read_rope
-from model.families.tensor_names import TensorNames
+from model.families.tensor_names import ExpertNames, TensorNames
 from model.formats import QUANTIZATIONS
 from model.ops.specs import Activation, NormSpec
 
@@ -53,6 +53,9 @@ class Family:
     norm_offset: float = 0.0  # see NormSpec
     norm_weights: bool = True  # see NormSpec
     partial_rotary: bool = False  # `partial_rotary_factor` is supported
+    # The experts of a family that stores them in one tensor for all, where each has its own.
+    single_experts: ExpertNames | None = None
+    others: tuple[str, ...] = ()  # beginnings of the names of stored tensors that are not used
     rope_aliases: Mapping[str, str] = field(default_factory=dict)  # rope types by other names
 
     def config(self, keys: Keys, stop_ids: frozenset[int] | None) -> ModelConfig:

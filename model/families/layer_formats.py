@@ -42,10 +42,14 @@ def _formats(
     has_mlp: bool,
     experts: int,
 ) -> LayerFormats:
+    parts: Iterable[str]
+    linears, parts, out = names.attention, _TO_HEADS, "o"
+    if layer.recurrent:
+        linears, parts, out = names.delta_rule.linears, ("q", "k", "v", "z"), "out"
     mlp = names.mlp if has_mlp else names.experts.shared
     found = LayerFormats(
-        qkv=_common(_of(rules, prefix, names.attention, _TO_HEADS)),
-        out=_common(_of(rules, prefix, names.attention, ("o",))),
+        qkv=_common(_of(rules, prefix, linears, parts)),
+        out=_common(_of(rules, prefix, linears, (out,))),
         gate_up=_common(_of(rules, prefix, mlp, ("gate", "up"))),
         down=_common(_of(rules, prefix, mlp, ("down",))),
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from model.families.config_keys.keys import Keys
+from model.families.qwen3_next import MTP
 from model.families.tensor_names import ExpertNames, TensorNames
 
 # Keys of the whole that also count for the text model, and that its own values must not contradict.
@@ -65,6 +66,8 @@ NESTED = {
     "mistral3": Nested("mistral", others=_LLAVA, other_texts=("ministral3",)),
     "qwen2_5_vl": Nested("qwen2", _QWEN_VL),
     "qwen2_vl": Nested("qwen2", _QWEN_VL),
+    "qwen3_5": Nested("qwen3_5_text", others=("model.visual.", "visual.", *MTP)),
+    "qwen3_5_moe": Nested("qwen3_5_moe_text", others=("model.visual.", "visual.", *MTP)),
     "qwen3_vl": Nested("qwen3", {**_QWEN3_VL, "head_dim": 128}),
     "qwen3_vl_moe": Nested(
         "qwen3_moe",

@@ -6,7 +6,8 @@ Linears are described by the parts of the decoder that they contain, in order of
     latent attention: q_down and q, or direct_q; kv_down; kv (for each head its keys' rows, then its
     values'); o
 
-so that ("self_attn.qkv_proj", ("q", "k", "v")) is one tensor with the rows of three parts.
+so that ("self_attn.qkv_proj", ("q", "k", "v")) is one tensor with the rows of three parts. In
+families with output gates q and gate alternate in one tensor, head by head.
 """
 
 from collections.abc import Callable
@@ -69,6 +70,24 @@ class PerLayerNames:
 
 
 @dataclass(frozen=True)
+class DeltaRuleNames:
+    """A recurrent layer: queries, keys, values, the output's gate z, and b and a of the gates."""
+
+    linears: tuple[LinearName, ...] = (
+        ("linear_attn.in_proj_qkv", ("q", "k", "v")),
+        ("linear_attn.in_proj_z", ("z",)),
+        ("linear_attn.in_proj_b", ("b",)),
+        ("linear_attn.in_proj_a", ("a",)),
+        ("linear_attn.out_proj", ("out",)),
+    )
+    interleaved: bool = False  # the parts of a tensor alternate, by key head
+    conv: str = "linear_attn.conv1d.weight"
+    decay_log: str = "linear_attn.A_log"
+    bias: str = "linear_attn.dt_bias"
+    norm: str = "linear_attn.norm.weight"
+
+
+@dataclass(frozen=True)
 class TensorNames:
     """Names of all tensors; the defaults are those of Llama."""
 
@@ -91,6 +110,7 @@ class TensorNames:
         ("self_attn.v_proj", ("v",)),
         ("self_attn.o_proj", ("o",)),
     )
+    delta_rule: DeltaRuleNames = field(default_factory=DeltaRuleNames)
     mlp: tuple[LinearName, ...] = (
         ("mlp.gate_proj", ("gate",)),
         ("mlp.up_proj", ("up",)),

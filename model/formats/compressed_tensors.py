@@ -157,6 +157,7 @@ def _format(group: Keys, of_all: Any) -> WeightFormat:
                 scheme.group,
                 is_symmetric,
                 is_packed=name == "pack-quantized",
+                is_ordered=scheme.keys.get("actorder") in ("group", "dynamic"),
             )
     elif not is_symmetric:
         raise scheme.keys.fail("'symmetric' must be true for weights of type float")

@@ -104,12 +104,17 @@ PER_HEAD = PerHead()
 
 
 class Dequantized(Dense):
-    """A format of checkpoints that no kernel reads: its weights become dense on loading.
+    """A format of checkpoints alone: in memory weights become another format, or dense.
 
     Subclasses define `stored` and `source`.
     """
 
     name = "dequantized"
+
+    @property
+    def kept(self) -> WeightFormat:
+        """The format in memory of a backend with all kernels."""
+        return DENSE
 
     def as_stored(self, name: str, shape: tuple[int, ...], part: Part, find: Find) -> WeightFormat:
         """As WeightFormat.as_stored: DENSE if the weight was not quantized."""
@@ -121,7 +126,7 @@ class Dequantized(Dense):
 
     def held(self, backend: Backend, *, stacked: bool) -> WeightFormat:
         """As WeightFormat.held."""
-        return DENSE
+        return self.kept.held(backend, stacked=stacked)
 
 
 def is_dense(name: str, find: Find) -> bool:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from model.ops.backend import Backend
 
-QUANTIZED_GROUP = 32  # inputs that share a scale in a weight that is quantized as it is loaded
+_SMALLEST_GROUP = 32  # of inputs that share a scale: the kernels need a multiple of it
 _SCALE_BYTES = 2  # of a scale, and of a zero
 
 
@@ -25,18 +25,27 @@ _SCALE_BYTES = 2  # of a scale, and of a zero
 class Integers(WeightFormat):
     """Codes of `bits` bits with a float16 scale, and a float16 zero if has_zeros, per group.
 
-    group: inputs that share a scale, a multiple of 32; 0: all of them. As a format of a checkpoint
-    it is that of dense weights, which are quantized as they are loaded.
+    group: inputs that share a scale, a multiple of 32; 0: all of them. rows: as in IntegerFormat.
+    As a format of a checkpoint it is that of dense weights, which are quantized as they are loaded.
+    quantizes: whether this is wanted; otherwise only integers are taken.
     """
 
     bits: int
-    group: int = QUANTIZED_GROUP
+    group: int = _SMALLEST_GROUP
     has_zeros: bool = False  # values are (code + zero) · scale; otherwise code · scale
+    rows: str = "8"
+    quantizes: bool = True
 
     @property
     def name(self) -> str:  # type: ignore[override]
         """The name that --quantize and reports have for it."""
         return f"int{self.bits}"
+
+    def group_of(self, inputs: int) -> int:
+        """As IntegerFormat.group_of: 32 where the format's group does not divide the inputs."""
+        if not self.group:
+            return inputs
+        return self.group if inputs % self.group == 0 else _SMALLEST_GROUP
 
     def stored(
         self, name: str, shape: tuple[int, ...], part: Part = (), *, transposed: bool = False
@@ -65,9 +74,9 @@ class Integers(WeightFormat):
         return DENSE.dense(weight, dtype)
 
     def bytes(self, shape: tuple[int, ...], item: int) -> int:
-        """As WeightFormat.bytes: 34 for 32 values of INT8, 20 of INT4."""
+        """As WeightFormat.bytes: 66 for 64 values of INT8, 20 for 32 of INT4."""
         *outer, inputs = shape
-        scales = -(-inputs // (self.group or inputs)) * _SCALE_BYTES
+        scales = -(-inputs // self.group_of(inputs)) * _SCALE_BYTES
         return math.prod(outer) * (inputs * self.bits // 8 + scales * (1 + self.has_zeros))
 
     def held(self, backend: Backend, *, stacked: bool) -> WeightFormat:
@@ -75,4 +84,15 @@ class Integers(WeightFormat):
         return self if backend.keeps_integers else DENSE
 
 
-INT8, INT4 = Integers(8), Integers(4, has_zeros=True)
+def integers_of(bits: int, group: int | None, *, zeros: bool = True) -> WeightFormat:
+    """The format in memory of a checkpoint's integers of 4 or 8 bits, with scales and zeros.
+
+    group: inputs that share a scale; None: all of them. Dense for what the kernels do not take.
+    """
+    if group is not None and group % _SMALLEST_GROUP:
+        return DENSE
+    return Integers(bits, group or 0, has_zeros=zeros, rows="16", quantizes=False)
+
+
+INT8 = Integers(8, 64, rows="rotated 8")
+INT4 = Integers(4, 32, has_zeros=True)

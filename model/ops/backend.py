@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.kv_values import read_kv, vector_width, write_kv
 from model.ops.mxfp4 import Mxfp4
+from model.ops.recurrent import RecurrentOps
 from model.ops.sampling import (
     NO_TOKEN,
     keyed_uniform,
@@ -76,7 +77,7 @@ class KvDtypeError(ValueError):
     """The backend has no operations on a KV cache of this dtype; the text says why."""
 
 
-class Backend:
+class Backend(RecurrentOps):
     """The operations on one device in one compute dtype.
 
     kv_dtype: of the KV cache, "auto" (the compute dtype) or one of `model.config.KV_DTYPES`. Raises
@@ -180,6 +181,13 @@ class Backend:
         as last dimension `kv_values.vector_width`. Raises OutOfMemoryError or MemoryError.
         """
         return torch.empty(self.cache_shape(shape), dtype=self.kv_dtype, device=self.device)
+
+    def empty_state(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return uninitialized memory for states of recurrent layers, by row.
+
+        Raises OutOfMemoryError or MemoryError.
+        """
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
     def cache_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape in memory of vectors [..., head_dim] of the KV cache."""

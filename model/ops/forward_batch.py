@@ -40,3 +40,6 @@ class ForwardBatch:
     logits_rows: torch.Tensor  # int64 [rows]: indices of the tokens that need logits
     cu_seqlens_q: torch.Tensor  # int32 [sequences + 1]: each sequence's first token, then `tokens`
     context_lens: torch.Tensor  # int32 [sequences]: as host_context_lens
+    # int64 [sequences]: rows of the states of recurrent layers; None: the model has none. A
+    # sequence whose context consists of its new tokens begins without a state.
+    state_rows: torch.Tensor | None = None

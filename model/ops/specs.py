@@ -3,8 +3,9 @@
 The decoder declares parameters with shapes alone, which needs no torch; the loader fills them.
 """
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -28,13 +29,18 @@ class IntegerFormat(Protocol):
     def bits(self) -> int:
         """8 or 4."""
 
-    @property
-    def group(self) -> int:
-        """Inputs that share a scale, a multiple of 32; 0: all."""
+    def group_of(self, inputs: int) -> int:
+        """How many of a weight's inputs share a scale."""
 
     @property
     def has_zeros(self) -> bool:
         """Whether groups have zeros: values are (code + zero) · scale."""
+
+    @property
+    def rows(self) -> str:
+        """How the rows that are multiplied become integers: "8" bits, or "16", which is as good as
+        exact; "rotated 8" bits, after a rotation of each group that the weights had too.
+        """
 
 
 @dataclass(frozen=True)
@@ -208,6 +214,67 @@ class RopeArgs(NamedTuple):
     kv: "torch.Tensor"  # as `Backend.empty_cache` returns it
     slot_mapping: "torch.Tensor"  # int64 [tokens]: block · block_size + offset
     query_scale: "torch.Tensor | None" = None  # float32 [tokens, 1]: multiplies rotated queries
+
+
+@dataclass(frozen=True)
+class DeltaRuleSpec:
+    """Sizes of a gated delta rule (Gated DeltaNet), of the model or of one rank's part.
+
+    Each key head serves value_heads / key_heads consecutive value heads. Queries, keys and values
+    pass through a causal convolution over the last `kernel` tokens, each channel by itself.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+
+    @property
+    def channels(self) -> int:
+        """Channels of the convolution: queries, keys, then values of all heads."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+    @property
+    def conv_shape(self) -> tuple[int, int]:
+        """The state of the convolution: the inputs of the last tokens [kernel - 1, channels]."""
+        return self.kernel - 1, self.channels
+
+    @property
+    def recurrent_shape(self) -> tuple[int, int, int]:
+        """The state of the rule, float32 [value heads, key_dim, value_dim]."""
+        return self.value_heads, self.key_dim, self.value_dim
+
+    def part(self, ranks: int) -> "DeltaRuleSpec":
+        """The sizes of one of `ranks` equal parts."""
+        return replace(
+            self, key_heads=self.key_heads // ranks, value_heads=self.value_heads // ranks
+        )
+
+    def state_bytes(self, item: int) -> int:
+        """Bytes of a sequence's state in one layer; item: of a value of the convolution's."""
+        return item * math.prod(self.conv_shape) + 4 * math.prod(self.recurrent_shape)
+
+
+class LayerState(NamedTuple):
+    """The states of a recurrent layer by row; a sequence has the same row in every layer."""
+
+    conv: "torch.Tensor"  # [rows, kernel - 1, channels], the oldest token first
+    recurrent: "torch.Tensor"  # float32 [rows, value heads, key_dim, value_dim]
+
+
+@dataclass(eq=False)
+class DeltaRuleGates:
+    """Parameters of the gates of a gated delta rule, float32 [value heads] each."""
+
+    spec: DeltaRuleSpec
+    decay_log: "torch.Tensor | None" = None  # ln A
+    bias: "torch.Tensor | None" = None  # added to the input of softplus
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Declare both."""
+        for name in ("decay_log", "bias"):
+            yield Parameter(self, name, (self.spec.value_heads,), is_float32=True)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ class HistoryRunner:
 
     def __init__(self, groups: list[LayerGroup], block_size: int):
         self.groups, self.block_size = groups, block_size
+        self.states: dict[int, bytes] = {}  # the history that a recurrent layer's state is of
         self.backend = Backend(torch.device("cpu"), torch.float32)
         self.slots: dict[tuple[int, int], bytes] = {}
         self.tables: dict[int, list[list[int]]] = {}  # by row
@@ -52,6 +53,7 @@ class HistoryRunner:
         self.unread = 0  # decoded tokens that the sequence did not contain yet
         self.fail_at = -1
         self.max_tokens = 1 << 60  # a step with more runs out of memory
+        self.has_states = False  # whether the model has recurrent layers
 
     def check(self, checkpoint: Path, adapters: object = ()) -> None: ...
 
@@ -60,10 +62,18 @@ class HistoryRunner:
     def block_bytes(self, block_size: int) -> int:
         return 1
 
+    def state_bytes(self) -> int:
+        return 1
+
     def record(self) -> None: ...
 
     def allocate(
-        self, num_blocks: int, block_size: int, max_positions: int, max_batch_size: int
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_positions: int,
+        max_batch_size: int,
+        snapshots: int = 0,
     ) -> None:
         self.rows = range(max_batch_size)
 
@@ -108,6 +118,13 @@ class HistoryRunner:
         rows = {row for row, *_ in pieces}
         assert len(rows) == len(pieces)
         assert rows <= set(self.rows)
+        for source, target in step.restored:
+            self.states[target] = self.states[source]
+        if self.has_states:
+            for row, tokens, start, _ in pieces:
+                if start:
+                    assert self.states[row] == history(tokens[:start])
+                self.states[row] = history(tokens)
         written: set[tuple[int, int]] = set()
         for row, tokens, start, _ in pieces:
             assert start < len(tokens)
@@ -121,6 +138,7 @@ class HistoryRunner:
         if self.steps == self.fail_at or sum(lengths) > self.max_tokens:
             for slot in written:
                 self.slots[slot] = b"half written"
+            self.states = dict.fromkeys(self.states, b"half written")
             if self.steps == self.fail_at:
                 raise RuntimeError("the device is gone")
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -135,4 +153,8 @@ class HistoryRunner:
                 self.last[row] = next_token(tokens)
                 sampled.append(self.last[row])
         assert len(sampled) == len(step.sampling())
+        assert len({target for _, target in step.saved}) == len(step.saved)
+        for source, target in step.saved:
+            assert target not in self.rows
+            self.states[target] = self.states[source]
         return sampled

@@ -47,7 +47,13 @@ def run(
 @pytest.mark.parametrize("lookahead", [0, 1])
 @pytest.mark.parametrize(
     ("name", "few_blocks"),
-    [("gpt_oss", 21), ("qwen2-window-yarn", 44), ("qwen3_moe", 14), ("deepseek_v3", 14)],
+    [
+        ("gpt_oss", 21),
+        ("qwen2-window-yarn", 44),
+        ("qwen3_moe", 14),
+        ("deepseek_v3", 14),
+        ("qwen3_5_text", 14),
+    ],
 )
 def test_batching_chunking_caching_and_preemption_do_not_change_tokens(
     name: str, few_blocks: int, lookahead: int, checkpoint: Callable[[str], Path]
@@ -64,7 +70,8 @@ def test_batching_chunking_caching_and_preemption_do_not_change_tokens(
     assert chunked == alone
 
     cached, engine = run(folder, requests * 2, lookahead)
-    assert engine.stats.cached_tokens > 500
+    # A recurrent layer needs a snapshot, of which the second sequence with a prefix is the first.
+    assert engine.stats.cached_tokens > (300 if engine.runner.states else 500)
     assert cached == alone
 
     block = engine.stats.kv_bytes // (engine.stats.kv_blocks + 1)
@@ -85,6 +92,7 @@ def test_batching_chunking_caching_and_preemption_do_not_change_tokens(
         "olmo2-wide",
         "ministral3-wide",
         "hunyuan_v1_dense-wide",
+        "qwen3_5_text-wide",
         "glm4_moe-wide",
         "gemma4_text-experts-wide",
         "gemma4_text-shared-wide",
@@ -103,6 +111,7 @@ def test_batching_does_not_change_tokens_in_bfloat16_with_native_kernels(
         assert engine.runner.captured  # recorded: torch computes no operation
         engine.runner.uncapture()
         alone = {c.request_id: c.token_ids for c in engine.generate(requests)}
+        most_cached = 300 if engine.runner.states else 500
     settings["max_batch_size"] = 10
     batched, engine = run(folder, requests, **settings)
     assert engine.stats.peak_batch == 10
@@ -114,7 +123,7 @@ def test_batching_does_not_change_tokens_in_bfloat16_with_native_kernels(
     # Requests with a common prefix read its blocks together.
     settings["prefix_cache"] = True
     cached, engine = run(folder, requests * 2, **settings)
-    assert engine.stats.cached_tokens > 500
+    assert engine.stats.cached_tokens > most_cached
     assert cached == alone
     few_blocks = 7 * (1 + len(engine.runner.groups))
     small = few_blocks * (engine.stats.kv_bytes // (engine.stats.kv_blocks + 1))
@@ -123,7 +132,7 @@ def test_batching_does_not_change_tokens_in_bfloat16_with_native_kernels(
     assert preempted == alone
     settings["prefix_cache"] = True
     cached, engine = run(folder, requests * 2, **settings)
-    assert engine.stats.cached_tokens > 500
+    assert engine.stats.cached_tokens > most_cached
     assert cached == alone
 
 

@@ -17,6 +17,7 @@ from engine import Completion, Engine, EngineConfig, EngineError, Request, Sampl
 from engine.scheduling.kv_cache import KVCache, KvKind, LayerGroup, group_layers
 from engine.scheduling.sequence import Step
 from engine.scheduling.speculation import Speculation
+from engine.scheduling.state_cache import StateCache
 from tests.checkpoints import FAMILIES
 from tests.engine.history_runner import VOCAB, HistoryRunner, Sampled, next_token
 
@@ -53,6 +54,7 @@ def loads(draw: st.DrawFn) -> dict[str, Any]:
         "lookahead": draw(st.integers(0, 1), label="lookahead"),
         "drafts": draw(st.integers(0, 5), label="drafts"),
         "group_size": draw(st.sampled_from([0, 1, 2, 4]), label="group size"),
+        "snapshots": draw(st.sampled_from([None, None, 0, 1, 3]), label="snapshots"),
         "stop_ids": draw(st.frozensets(st.integers(0, VOCAB - 1), max_size=1), label="stop_ids"),
         "requests": [([*head, *tail], count) for head, tail, count in requests],
     }
@@ -81,6 +83,13 @@ def make_engine(folder: Path, load: dict[str, Any]) -> tuple[Engine, HistoryRunn
     engine.runner = runner  # type: ignore[assignment]
     engine.lookahead = load.get("lookahead", 0)
     engine.group_size = load.get("group_size", 0)
+    if load.get("snapshots") is not None:
+        runner.has_states = True
+        states = StateCache(1000, load["snapshots"])
+        engine.warm_up()
+        engine.steps._notice = lambda text: engine.notice(text)  # which a test may replace
+        engine.steps.scheduler.cache.states = states
+        engine.steps.scheduler.speculation = None
     return engine, runner
 
 
@@ -112,6 +121,10 @@ def assert_no_block_is_leaked(engine: Engine) -> None:
     assert not engine.steps.pending
     entered = [(g, digest) for g, index in enumerate(cache._index) for digest in index]
     assert sorted(entered) == sorted(entry for entry in cache._entry if entry is not None)
+    if cache.states is not None:
+        rows = [*cache.states._free, *cache.states._rows.values()]
+        assert len(set(rows)) == len(rows)
+        assert all(row >= 1000 for row in rows)
 
 
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -354,6 +367,32 @@ def test_equal_prompts_admitted_in_one_step_share_their_blocks(config_folder: Pa
     done = run(engine, [([1, 2, 3, 4] * 5, 1) for _ in range(8)])
     assert runner.steps == 1
     assert [done[i].cached_tokens for i in range(8)] == [0] + [16] * 7
+
+
+def test_a_prefix_with_states_is_found_as_far_as_it_has_a_snapshot(config_folder: Path) -> None:
+    load = {**ROOMY, "block_size": 4, "max_batch_size": 1, "prefix_cache": True, "snapshots": 1}
+    engine, _ = make_engine(config_folder, load)
+    prefix = [1, 2, 3, 4, 0] * 4
+    cached = [
+        run(engine, [([*prefix, *own], 1)])[0].cached_tokens
+        # The second has blocks in common with the first, and takes the snapshot.
+        for own in ([0, 0, 0], [1, 1], [2, 2, 2], [3])
+    ]
+    assert cached == [0, 0, 20, 20]
+    # With one row, a snapshot of another prefix takes its place.
+    for own in ([0], [1]):
+        run(engine, [([*prefix[1:], *own], 1)])
+    assert run(engine, [([*prefix, 4], 1)])[0].cached_tokens == 0
+    assert_no_block_is_leaked(engine)
+
+
+def test_equal_prompts_admitted_in_one_step_wait_for_a_snapshot(config_folder: Path) -> None:
+    """The second takes it, the others begin a step later and from it."""
+    load = {**ROOMY, "block_size": 4, "prefix_cache": True, "snapshots": 1}
+    engine, runner = make_engine(config_folder, load)
+    done = run(engine, [([1, 2, 3, 4] * 5, 1) for _ in range(8)])
+    assert [done[i].cached_tokens for i in range(8)] == [0, 0] + [16] * 6
+    assert runner.steps == 2
 
 
 def test_blocks_behind_a_window_are_freed() -> None:

@@ -100,7 +100,7 @@ def journal_file(folder: Path, data: bytes) -> None:
     (folder / "journal").write_bytes(data)
 
     def open_again() -> None:
-        with Journal(str(folder / "journal"), _HEADER, 5) as journal:
+        with Journal(str(folder / "journal"), _HEADER, range(5)) as journal:
             for index in range(5):
                 if index in journal:
                     journal.read(index)
@@ -221,7 +221,7 @@ def _may_raise(step: Callable[[], object], error: type[Exception]) -> None:
 def _valid_journal() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "journal"
-        with Journal(str(path), _HEADER, 5) as journal:
+        with Journal(str(path), _HEADER, range(5)) as journal:
             for index in range(4):
                 journal.append(index, index != 2, b"%d %d" % (index, index))
         return path.read_bytes()

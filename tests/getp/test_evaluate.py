@@ -201,3 +201,25 @@ def test_jsonl_results_are_scored_and_compared_as_texts(
     assert "line 2, character 7 (from 0): 'e', reference 'k'" in capsys.readouterr().out
     report = evaluate(source, source, None, lambda: pytest.fail("texts need no tokenizer"))
     assert report["reference"]["lines_equal"] == 4
+
+
+def test_similar_texts_are_measured(tmp_path: Path) -> None:
+    expected = tmp_path / "expected"
+    expected.write_text("the cat sat on the mat\n12 apples\n")
+    source = tokens(tmp_path / "ids", "the cat sat on a mat<eos>", "12 apples<eos>")
+    report = evaluate(source, source, str(expected), lambda: TOKENIZER)
+    found, same = report["expected"], report["reference"]
+    assert (same["chrf"], same["rouge_l"]) == (1.0, 1.0)
+    # Five of the six words of each text are common, in order.
+    assert found["rouge_l"] == pytest.approx((5 / 6 + 1) / 2)
+    assert 0.7 < found["chrf"] < 1
+
+
+def test_a_low_agreement_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tokens(tmp_path / "a", "one", "two", "six", "ten")
+    other = tokens(tmp_path / "b", "one", "two", "six", "TEN")
+    command = ["-m", "eval", "-i", source, "--reference", other, "--require-agreement"]
+    assert cli.run([*command, "0.75"]) == 0
+    assert cli.run([*command, "0.76"]) == 1
+    assert "3 of 4 answers equal" in capsys.readouterr().err
+    assert cli.run(["-m", "eval", "-i", source, "--expected", "x", "--require-agreement", "1"]) == 2

@@ -364,3 +364,22 @@ def test_progress_is_logged_line_by_line_without_a_terminal(
     lines = capsys.readouterr().err.splitlines()
     form = r"[0-3] of 3 requests, \d+ tok/s(, about \d+ s left)?"
     assert len([line for line in lines if re.fullmatch(form, line)]) >= 2
+
+
+def test_results_are_compared_with_a_reference(tmp_path: Path) -> None:
+    data = b"3\nab\ncd\nef\n"
+    first = job(tmp_path, data)
+    assert run(first) == 0
+    reference = tmp_path / "reference.txt"
+    lines = Path(first.output).read_text().splitlines()
+    reference.write_text("\n".join([lines[0], "1 2", lines[2], ""]))
+    report = str(tmp_path / "report.json")
+    given: dict[str, Any] = {"reference": str(reference), "report": report}
+    assert run(job(tmp_path, data, required_agreement=0.6, **given)) == 0
+    agreement = json.loads(Path(report).read_text())["agreement"]
+    assert (agreement["lines_equal"], agreement["lines"]) == (2, 3)
+    assert agreement["first_difference"]["line"] == 2
+    with pytest.raises(GetpError, match="2 of 3 answers equal"):
+        run(job(tmp_path, data, required_agreement=0.9, **given))
+    with pytest.raises(GetpError, match=r"reference\.txt has 3 answers, but .* has 2 requests"):
+        run(job(tmp_path, b"2\nab\ncd\n", **given))

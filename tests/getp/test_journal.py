@@ -14,7 +14,7 @@ HEADER = {"fingerprint": {"temperature": 0.0, "input": "abc"}, "seed": 1}
 
 
 def journal(tmp_path: Path, header: dict[str, Any] = HEADER, **options: Any) -> Journal:
-    return Journal(str(tmp_path / "j"), header, 10, **{"flush_s": 0.01, **options})
+    return Journal(str(tmp_path / "j"), header, range(10), **{"flush_s": 0.01, **options})
 
 
 def write_records(tmp_path: Path) -> list[bytes]:
@@ -124,7 +124,7 @@ def test_record_damaged_while_the_job_runs_is_detected_when_read(tmp_path: Path)
 
 def test_records_beyond_the_end_of_the_input_count_as_damaged(tmp_path: Path) -> None:
     write_records(tmp_path)
-    with Journal(str(tmp_path / "j"), HEADER, 3) as found:
+    with Journal(str(tmp_path / "j"), HEADER, range(3)) as found:
         assert (found.done, found.damaged) == (2, 1)
 
 

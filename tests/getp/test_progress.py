@@ -157,7 +157,7 @@ def test_bar_shows_failed_requests_and_speed(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(job_progress, "Console", lambda **options: console)
     monkeypatch.setattr(job_progress, "_BAR_INTERVAL_S", 0.01)
     counts, stats = Counts(9, 4, 1), EngineStats()
-    with progress(counts, lambda: stats):
+    with progress(counts, lambda: stats, lambda _: None):
         for _ in range(20):
             stats.generated_tokens += 100
             time.sleep(0.01)

@@ -14,6 +14,7 @@ from model.config import CheckpointError, ModelConfig, RopeConfig
 from model.families import FAMILIES, family, parse_config
 from model.families.config_keys.keys import _HARMLESS
 from model.families.family import _DEFAULTS
+from model.ops.specs import DeltaRuleSpec
 from model.rope import rope_table
 
 CLASSES: dict[str, Any] = {
@@ -43,6 +44,9 @@ CLASSES: dict[str, Any] = {
     "qwen2": tf.Qwen2Config,
     "qwen2_moe": tf.Qwen2MoeConfig,
     "qwen3": tf.Qwen3Config,
+    "qwen3_5_moe_text": tf.Qwen3_5MoeTextConfig,
+    "qwen3_next": tf.Qwen3NextConfig,
+    "qwen3_5_text": tf.Qwen3_5TextConfig,
     "qwen3_moe": tf.Qwen3MoeConfig,
     "seed_oss": tf.SeedOssConfig,
     "smollm3": tf.SmolLM3Config,
@@ -121,6 +125,11 @@ OTHER: dict[str, Any] = {
     "no_rope_layers": [1, 0, 1],
     "no_rope_layer_interval": 2,
     "sliding_window_pattern": 2,
+    "linear_conv_kernel_dim": 3,
+    "linear_key_head_dim": 24,
+    "linear_value_head_dim": 40,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 64,
 }
 
 
@@ -155,6 +164,9 @@ def full_config(model_type: str) -> dict[str, Any]:
         values |= {"mlp_bias": False, "norm_topk_prob": False}
     if model_type == "phi3":  # which has no linear scaling
         values["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
+    if "linear_num_key_heads" in values:
+        values["num_hidden_layers"] = 4
+        values["layer_types"] = ["full_attention", *["linear_attention"] * 2, "full_attention"]
     return values
 
 
@@ -255,6 +267,21 @@ def check_layers(config: ModelConfig, expected: Any) -> None:
             assert (heads.num_kv_heads, heads.head_dim) == (own.num_key_value_heads, own.head_dim)
             is_same = expected.attention_k_eq_v and own.head_dim != expected.head_dim
             assert heads.values_are_keys == is_same
+    assert [layer.recurrent for layer in config.layers] == [
+        kind == "linear_attention" for kind in types
+    ]
+    is_hybrid = hasattr(expected, "linear_num_key_heads")
+    assert config.output_gate == is_hybrid
+    if not is_hybrid:
+        assert config.delta_rule is None
+        return
+    assert config.delta_rule == DeltaRuleSpec(
+        expected.linear_num_key_heads,
+        expected.linear_num_value_heads,
+        expected.linear_key_head_dim,
+        expected.linear_value_head_dim,
+        expected.linear_conv_kernel_dim,
+    )
 
 
 def check_experts(config: ModelConfig, expected: Any) -> None:
@@ -268,7 +295,7 @@ def check_experts(config: ModelConfig, expected: Any) -> None:
     count = next(getattr(expected, name) for name in names if hasattr(expected, name))
     assert config.moe.num_experts == count
     assert config.moe.router.top_k == expected.num_experts_per_tok
-    size = getattr(expected, "moe_intermediate_size", expected.intermediate_size)
+    size = getattr(expected, "moe_intermediate_size", None) or expected.intermediate_size
     assert config.moe.intermediate_size == size
     shared = getattr(expected, "n_shared_experts", 0) * size
     shared = getattr(expected, "shared_expert_intermediate_size", shared)
@@ -358,11 +385,13 @@ def test_a_missing_key_has_the_value_of_transformers(model_type: str, missing: s
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_config_of_sizes_alone_is_that_of_transformers(model_type: str) -> None:
-    needed = {
+    needed: dict[str, int] = {
         "deepseek_v2": {"num_experts_per_tok": 6},
         "gemma4_text": {"vocab_size_per_layer_input": 100},
-    }
-    check(model_type, SIZES | needed.get(model_type, {}))
+    }.get(model_type, {})
+    if "linear_num_key_heads" in own_keys(model_type):  # one layer in four has attention
+        needed = {"num_hidden_layers": 4}
+    check(model_type, SIZES | needed)
 
 
 @pytest.mark.parametrize(("model_type", "key"), NULLABLE)

@@ -97,7 +97,7 @@ def test_two_gpus_halve_the_work(name: str, fused: bool) -> None:
         pytest.skip("cannot be split in equal parts")
     one = total(operations(config, Workload("prefill", 4, 64, 64, "bfloat16", fused=fused)))
     two = total(operations(config, Workload("prefill", 4, 64, 64, "bfloat16", 2, fused=fused)))
-    assert two.flops.matrix == pytest.approx(one.flops.matrix / 2, rel=0.005)  # each has the router
+    assert two.flops.matrix == pytest.approx(one.flops.matrix / 2, rel=0.03)  # each has the router
     kv_shares = 2 if config.latent is None else 1  # every GPU has the latents
     assert two.bytes.kv == one.bytes.kv / kv_shares
     assert two.bytes.weights == pytest.approx(one.bytes.weights / 2, rel=0.01)

@@ -14,10 +14,12 @@ import torch
 
 from model import CheckpointError, Transformer, load_config, loader
 from model.formats import DENSE, MXFP4
+from model.formats.integers import Integers
 from model.ops.backend import Backend, choose_backend
 from model.ops.mxfp4 import Mxfp4
 from model.sharding import Shard
 from tests.model.quantized import compute_alike, of_case, refusal
+from tests.model.test_parity import logits_of, prompt
 from tests.quantized_cases import CASES, CHANNEL, FLOAT8, FP8, GPTQ, WITH_EXPERTS, grouped
 from tests.quantized_checkpoints import Encoder, Write, compressed, fp8, is_linear
 
@@ -34,6 +36,27 @@ def test_logits_with_experts_are_those_of_the_dequantized_checkpoint(
     name: str, write: Write
 ) -> None:
     compute_alike(*of_case(write, name, "qwen3_moe"))
+
+
+KEPT = ["w4 asymmetric", "w8 channel", "w8a8 int", "gptq", "gptq 8 bits", "awq", "awq channel"]
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_integers_keep_their_bits_where_there_are_kernels(name: str, write: Write) -> None:
+    """Rows have 16 bits then: results are as exact as those of dense weights in bfloat16."""
+    backend = choose_backend(CPU, torch.bfloat16)
+    if not backend.keeps_integers:
+        pytest.skip("no kernel reads integers here")
+    quantized, dense = of_case(write, name)
+    ids = prompt(20)
+    exact = logits_of(dense, ids)
+    held = load_config(quantized).held(backend)
+    assert {type(layer.formats.down) for layer in held.layers} == {Integers}
+    errors = [
+        (logits_of(folder, ids, dtype=torch.bfloat16) - exact).norm()
+        for folder in (quantized, dense)
+    ]
+    assert errors[0] < 1.1 * errors[1]
 
 
 @pytest.mark.parametrize("name", ["fp8 small blocks", "fp8 channel", "w4 group order"])

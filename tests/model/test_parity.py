@@ -14,6 +14,7 @@ from engine import Engine, EngineConfig, Request, SamplingParams
 from model import ModelConfig, Transformer, load_config, loader
 from model.ops.backend import choose_backend
 from model.ops.forward_batch import ForwardBatch, GroupTables
+from model.ops.specs import LayerState
 from tests.checkpoints import FAMILIES, Peer, edit_config, write_checkpoint, write_mxfp4_pair
 
 CPU = torch.device("cpu")
@@ -24,13 +25,16 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 
 def logits_of(
-    folder: Path, ids: list[int], change: Callable[[ModelConfig], ModelConfig] = lambda c: c
+    folder: Path,
+    ids: list[int],
+    change: Callable[[ModelConfig], ModelConfig] = lambda c: c,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """All logits of one sequence in one chunk, with blocks in a scrambled order.
 
     change: of the config that the checkpoint has.
     """
-    backend = choose_backend(CPU, torch.float32)
+    backend = choose_backend(CPU, dtype)
     config = change(load_config(folder)).held(backend)
     model = Transformer(config)
     loader.load(model, folder, backend)
@@ -58,9 +62,18 @@ def logits_of(
                 positions,
                 torch.tensor([0, count], dtype=torch.int32),
                 torch.tensor([count], dtype=torch.int32),
+                torch.tensor([1]),
             ),
             [torch.zeros(*shape, own.num_kv_heads, own.head_dim) for own in heads],
             [(windows.index(config.layers[i].window), i) for i in sources],
+            states=[
+                LayerState(
+                    torch.full((3, *config.delta_rule.conv_shape), torch.nan),
+                    torch.full((3, *config.delta_rule.recurrent_shape), torch.nan),
+                )
+                for _ in config.recurrent_layers
+                if config.delta_rule is not None
+            ],
         )
 
 

@@ -29,7 +29,12 @@ def test_a_run_on_the_cpu_does_not_import_triton_kernels() -> None:
 
 @pytest.mark.parametrize(
     "file",
-    ["triton_interpreter.py", "triton_interpreter_sampling.py", "triton_interpreter_checks.py"],
+    [
+        "triton_interpreter.py",
+        "triton_interpreter_sampling.py",
+        "triton_interpreter_checks.py",
+        "triton_interpreter_recurrent.py",
+    ],
 )
 def test_kernels_equal_their_references_in_the_interpreter(file: str) -> None:
     pytest.importorskip("triton")
@@ -55,6 +60,24 @@ def test_nothing_is_tuned_while_a_job_runs() -> None:
     sources = [p for folder in ("model", "engine", "getp") for p in (ROOT / folder).rglob("*.py")]
     tuners = re.compile(r"autotune|cudnn\.benchmark|tunable|torch\.compile")
     assert [p for p in sources if tuners.search(p.read_text())] == []
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx90a", "gfx942", "gfx1201"])
+def test_kernels_of_recurrent_layers_compile_and_fit_their_targets(architecture: str) -> None:
+    pytest.importorskip("triton")
+    from model.ops.triton.tiles import TILES
+    from tests.model.triton_compiler import compile_launch, recurrent_launches
+
+    launches = recurrent_launches(architecture)
+    assert {launch.kernel.__name__ for launch in launches} == {
+        *("_causal_conv", "_single_token", "_chunks", "_gated_norm", "_output_gate")
+    }
+    for launch in launches:
+        options = dict(launch.options)
+        assert options.get("launch_pdl", False) == TILES[architecture].programmatic_launch
+        compiled = compile_launch(launch, architecture)
+        assert compiled.shared <= 64 << 10, launch
+        assert not compiled.spills, launch
 
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, *SIMILAR_ARCHITECTURES])

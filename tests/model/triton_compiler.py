@@ -26,6 +26,8 @@ from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.specs import (
     Activation,
     AttentionSpec,
+    DeltaRuleGates,
+    DeltaRuleSpec,
     Experts,
     Norm,
     NormSpec,
@@ -134,6 +136,33 @@ def fp8_launches(architecture: str) -> list[Launch]:
                 for call in _attention_calls(ops, config, rows):
                     call()
     return [launch for launch in found if any("fp8" in kind for _, kind in launch.types)]
+
+
+def recurrent_launches(architecture: str) -> list[Launch]:
+    """Return every distinct launch of recurrent layers, for one spec and a mixed step."""
+    found: dict[Launch, None] = {}
+
+    def record(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kw: Any) -> None:
+        found[launch_of(kernel, args, kw)] = None
+
+    target = Target(architecture, 132, nearest_tiles(architecture))
+    ops = TritonBackend(torch.device("meta"), torch.bfloat16, target)
+    spec = DeltaRuleSpec(key_heads=16, value_heads=32, key_dim=128, value_dim=128, kernel=4)
+    gates = DeltaRuleGates(spec, _empty(32, dtype=torch.float32), _empty(32, dtype=torch.float32))
+    x, weight = _empty(64, 16_384), _empty(4, spec.channels, dtype=torch.float32)
+    mixed, value = _empty(64, spec.channels), _empty(64, 32, 128)
+    conv = _empty(9, *spec.conv_shape)
+    state = _empty(9, *spec.recurrent_shape, dtype=torch.float32)
+    ids, lengths = _empty(8, dtype=torch.int64), _empty(9, dtype=torch.int32)
+    norm = norm_of(_empty(128))
+    with patch.object(JITFunction, "run", record):
+        for singles in (4, 8):
+            batch = ForwardBatch(ids, ids, [], [], singles, (), ids, lengths, lengths[:-1], ids)
+            ops.causal_conv(x, weight, conv, batch)
+            ops.delta_rule(mixed, _empty(64, 64), gates, state, batch)
+        ops.gated_norm(value, x[:, spec.channels :], norm)
+        ops.output_gate(value.flatten(1), value.flatten(1))
+    return list(found)
 
 
 def grids(

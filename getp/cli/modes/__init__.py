@@ -33,6 +33,9 @@ class Subject(Flag):
     PLAN = auto()
     TRACE = auto()
     JSON = auto()
+    TABLE = auto()
+    REFERENCE = auto()
+    PRICE = auto()
 
 
 _S = Subject
@@ -69,18 +72,38 @@ MODES = {
     "getp": Mode(
         "job",
         "complete a file of prompts",
-        _COMPLETES | _S.OUTPUT | _S.REPORT | _S.DETAILS | _S.JOB | _S.REPLICAS,
+        _COMPLETES
+        | _S.OUTPUT
+        | _S.REPORT
+        | _S.DETAILS
+        | _S.JOB
+        | _S.REPLICAS
+        | _S.TABLE
+        | _S.REFERENCE
+        | _S.PRICE,
     ),
     "decode": Mode(
         "decode", "print the answers of a result file as text", _S.INPUT | _S.OUTPUT | _S.LINE
     ),
     "eval": Mode(
-        "evaluate", "compare a result file with a reference", _S.INPUT | _S.REPORT | _S.EVALUATION
+        "evaluate",
+        "compare a result file with a reference",
+        _S.INPUT | _S.REPORT | _S.EVALUATION | _S.REFERENCE,
     ),
+    "merge": Mode("merge", "join the results of all shards of a job", _S.OUTPUT),
     "plan": Mode(
         "plan",
         "estimate the cost and speed of a step or a job on GPUs",
-        _S.INPUT | _S.PROMPT | _S.LENGTH | _S.DTYPE | _S.BATCH | _S.STEP | _S.PLAN | _S.DETAILS,
+        _S.INPUT
+        | _S.PROMPT
+        | _S.LENGTH
+        | _S.DTYPE
+        | _S.BATCH
+        | _S.STEP
+        | _S.PLAN
+        | _S.DETAILS
+        | _S.TABLE
+        | _S.PRICE,
     ),
     "profile": Mode(
         "profile",

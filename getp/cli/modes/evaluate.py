@@ -12,7 +12,8 @@ def run(settings: Settings) -> int:
     options, report = settings.result_file, settings.job.report
     if options.reference is None and options.expected is None:
         raise UsageProblem("mode eval needs --reference FILE or --expected FILE")
-    from getp.text.evaluate import evaluate
+    loading.check_agreement(settings)
+    from getp.text.evaluate import check_agreement, evaluate
 
     if report is not None:
         files = {"input": source, "reference": options.reference, "expected": options.expected}
@@ -26,4 +27,5 @@ def run(settings: Settings) -> int:
     )
     if report is not None:
         write_report(report, outcome)
+    check_agreement(outcome.get("reference"), options.require_agreement)
     return 0

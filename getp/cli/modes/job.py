@@ -10,6 +10,7 @@ from getp.cli import loading
 from getp.cli.settings import Settings
 from getp.cli.wording import option_name, program
 from getp.errors import UsageProblem
+from getp.files import STDIO
 from getp.terminal import print_message
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ def run(settings: Settings) -> int:
     loading.needed(settings, settings.prompt.input, "-i/--input FILE")
     loading.needed(settings, settings.job.output, "-o/--output FILE")
     loading.check_system(settings)
+    loading.check_agreement(settings)
+    if settings.result_file.reference is not None and settings.job.shard is not None:
+        raise UsageProblem("--reference does not apply to a shard: compare the merged results")
     if settings.parallel.ray_address is not None and settings.parallel.replicas is None:
         raise UsageProblem("--ray-address needs --replicas N or --replicas auto")
     from getp.job.run import read, run_job
@@ -89,12 +93,28 @@ def _reading_hint(settings: Settings) -> str:
     given = [settings.checkpoint] if settings.checkpoint is not None else []
     if settings.prompt.tokenizer is not None:
         given += ["-z", settings.prompt.tokenizer]
-    output = settings.job.output or ""
+    output = _of_shard(settings, settings.job.output or "")
     command = shlex.join([*program(), *given, "-m", "decode", "-i", output])
     return (
         f"{output} has token ids; this prints the answers as text (or use --output-format text):\n"
         f"    {command}"
     )
+
+
+def _price(settings: Settings) -> float | None:
+    """Return the price of a device per hour, if it is given. Raises UsageProblem."""
+    prices = settings.plan.price
+    if len(prices) > 1:
+        raise UsageProblem("--price was given several times: give one price in mode getp")
+    return prices[0] if prices else None
+
+
+def _of_shard(settings: Settings, path: str) -> str:
+    """Return the path of a file that each shard of the input has of its own."""
+    from getp.job.results import shard_path
+
+    shard = settings.job.shard
+    return path if shard is None or path == STDIO else shard_path(path, shard)
 
 
 def _adapters(settings: Settings) -> dict[str, str]:
@@ -110,6 +130,7 @@ def _adapters(settings: Settings) -> dict[str, str]:
 
 def _job(settings: Settings, tokenizer: "Tokenizer") -> "Job":
     from getp import fingerprint
+    from getp.job.inputs import Part
     from getp.job.request_reader import RequestDefaults
     from getp.job.run import Job
 
@@ -118,7 +139,9 @@ def _job(settings: Settings, tokenizer: "Tokenizer") -> "Job":
     checkpoint = loading.checkpoint_folder(settings)
     return Job(
         input=prompt.input or "",
-        output=options.output or "",
+        output=_of_shard(settings, options.output or ""),
+        columns=loading.columns(settings),
+        part=Part(settings.table.first, options.shard),
         checkpoint=loading.checkpoint_name(settings),
         defaults=RequestDefaults(
             defaults.params,
@@ -136,7 +159,10 @@ def _job(settings: Settings, tokenizer: "Tokenizer") -> "Job":
         },
         output_format=options.output_format,
         reading_hint=_reading_hint(settings),
-        report=options.report,
+        report=options.report and _of_shard(settings, options.report),
+        price=_price(settings),
+        reference=settings.result_file.reference,
+        required_agreement=settings.result_file.require_agreement,
         details=settings.details,
         restart=options.restart,
         accept_different_rounding=options.accept_different_rounding,

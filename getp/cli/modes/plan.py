@@ -135,4 +135,5 @@ def _requests(settings: Settings, path: str) -> "Requests":
     defaults = RequestDefaults(
         SamplingParams(**values), origins, chat=bool(prompt.chat_template), system=prompt.system
     )
-    return read_requests(path, folder, defaults)
+    columns = loading.columns(settings)
+    return read_requests(path, folder, defaults, columns, settings.table.first)

@@ -1,31 +1,22 @@
-"""The formats of a job's input and output: one module each, listed in `_MODULES`.
-
-The module of an input format defines `FORMAT`, an `InputFormat`; see `interface`.
-"""
-
-from importlib import import_module
+"""The formats of a job's input and output; see `interface`."""
 
 from getp.files import STDIO
+from getp.job.formats import jsonl, numbered_text, table, table_results
 from getp.job.formats.interface import InputFormat, OutputFormat
-from getp.job.formats.jsonl import BATCH_RESULTS
 from getp.job.formats.text_lines import TEXT_LINES
 from getp.job.formats.token_lines import TOKEN_LINES
 
-_MODULES = ("jsonl", "numbered_text")  # the last one recognises any file
-
-FORMATS: tuple[InputFormat, ...] = tuple(
-    import_module(f"{__name__}.{module}").FORMAT for module in _MODULES
-)
-
+# The last one recognises any file.
+FORMATS: tuple[InputFormat, ...] = (jsonl.FORMAT, *table.FORMATS, numbered_text.FORMAT)
 
 OUTPUT_FORMATS: dict[str, OutputFormat] = {
-    one.name: one for one in (TOKEN_LINES, TEXT_LINES, BATCH_RESULTS)
+    one.name: one for one in (TOKEN_LINES, TEXT_LINES, jsonl.BATCH_RESULTS, *table_results.FORMATS)
 }
 
 
 def input_format(path: str, start: bytes) -> InputFormat:
     """Return the format of a file: by its suffix or else by the bytes that it starts with."""
-    return _by_suffix(path) or next(one for one in FORMATS if one.recognises(start))
+    return format_of_suffix(path) or next(one for one in FORMATS if one.recognises(start))
 
 
 def output_format(path: str, source: InputFormat, name: str | None = None) -> OutputFormat:
@@ -37,10 +28,16 @@ def output_format(path: str, source: InputFormat, name: str | None = None) -> Ou
         return OUTPUT_FORMATS[name]
     if path == STDIO:
         return source.output
-    found = _by_suffix(path)
-    return TOKEN_LINES if found is None else found.output
+    plain = _uncompressed(path)
+    found = (form for form in OUTPUT_FORMATS.values() if plain.endswith(form.suffix))
+    return next(found, TOKEN_LINES)
 
 
-def _by_suffix(path: str) -> InputFormat | None:
-    plain = path.removesuffix(".gz").removesuffix(".zst")
+def format_of_suffix(path: str) -> InputFormat | None:
+    """Return the format of files with the suffix of this path; None if there is none."""
+    plain = _uncompressed(path)
     return next((one for one in FORMATS if plain.endswith(one.suffix)), None)
+
+
+def _uncompressed(path: str) -> str:
+    return path.removesuffix(".gz").removesuffix(".zst")

@@ -2,9 +2,9 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, ClassVar
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, TypeAlias
 
 from engine import Completion, SamplingParams
 from getp.defaults import FormatValues
@@ -12,6 +12,12 @@ from getp.files import MAX_LINE_BYTES, iter_lines, json_line
 from getp.ownership import ERROR_KEYS
 from getp.text.answer_text import Answer, read_answer
 from tokenizer import Message, Tokenizer
+
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
+
+Rows: TypeAlias = "Iterator[RecordBatch]"
+"""The rows of a table, in batches."""
 
 
 class BadRequestError(Exception):
@@ -113,6 +119,16 @@ class OutputFormat(ABC):
         values = failure.line, failure.index, failure.code, failure.message
         return json_line(dict(zip(ERROR_KEYS, values, strict=True)))
 
+    def write(
+        self, file: BinaryIO, results: Iterable[tuple[bool, bytes]], rows: "Rows | None"
+    ) -> None:
+        """Write the results, in input order; each is whether it succeeded, and its line.
+
+        rows: the rows of the input with all their columns, if it is a table.
+        """
+        for ok, line in results:
+            file.write((line if ok or self.holds_failures else b"") + b"\n")
+
 
 class InputFormat(ABC):
     """A format of requests. A record (in text formats: a line) holds at most one request."""
@@ -122,6 +138,8 @@ class InputFormat(ABC):
     has_ids: ClassVar[bool]  # whether requests have their own ids, which must be unique
     has_messages: ClassVar[bool]  # whether a request can be a conversation instead of a text
     output: ClassVar[OutputFormat]  # the format of results on standard output
+    record_word: ClassVar[str] = "line"  # what messages call a record
+    may_be_shard: ClassVar[bool] = False  # whether several files can make up one input
     defaults: ClassVar[FormatValues]  # what holds where nothing else does
     openai_defaults: ClassVar[FormatValues | None] = None  # for requests in OpenAI's format
 
@@ -129,9 +147,16 @@ class InputFormat(ABC):
     def recognises(self, start: bytes) -> bool:
         """Return whether a file that starts with these bytes is in this format."""
 
-    def records(self, file: BinaryIO) -> Iterator[bytes | None]:
-        """Yield every record of the file; None stands for a record that is too long."""
+    def records(self, file: BinaryIO, name: str) -> Iterator[bytes | None]:
+        """Yield every record of the file; None stands for a record that is too long.
+
+        name: of the file, for messages. Raises GetpError, OSError.
+        """
         return iter_lines(file)
+
+    def batches(self, file: BinaryIO, name: str) -> "Rows | None":
+        """Return the rows with all their columns if this is a table; otherwise None."""
+        return None
 
     def announced_count(self, name: str, first: bytes | None) -> int | None:
         """Return the number of requests that the first record announces, or None without one.

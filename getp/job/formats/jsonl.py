@@ -5,10 +5,10 @@ Blank lines are skipped. The result is an OpenAI batch result file.
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from engine import Completion
-from getp.defaults import JSONL, OPENAI
+from getp.defaults import JSONL, OPENAI, FormatValues
 from getp.errors import GetpError
 from getp.files import UTF8_BOM, json_line
 from getp.job.formats.interface import (
@@ -62,8 +62,9 @@ class Jsonl(InputFormat):
     """JSONL."""
 
     name, suffix, output = "jsonl", ".jsonl", BATCH_RESULTS
-    has_ids, has_messages = True, True
-    defaults, openai_defaults = JSONL, OPENAI
+    has_ids, has_messages, may_be_shard = True, True, True
+    defaults = JSONL
+    openai_defaults: ClassVar[FormatValues | None] = OPENAI
 
     def recognises(self, start: bytes) -> bool:
         first = start.removeprefix(UTF8_BOM).split(b"\n", 1)[0]
@@ -92,7 +93,7 @@ class Jsonl(InputFormat):
 
     def parse(self, line: Line, record: dict[str, Any]) -> ParsedBody:
         batch = not _BATCH_ONLY.isdisjoint(record)
-        return _parse_batch(record) if batch else _parse_flat(record)
+        return _parse_batch(record) if batch else parse_flat(record)
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def _parse_batch(record: Mapping[str, Any]) -> ParsedBody:
     return parsed
 
 
-def _parse_flat(record: Mapping[str, Any]) -> ParsedBody:
+def parse_flat(record: Mapping[str, Any]) -> ParsedBody:
     """Read a line with a "prompt" or "messages", and parameters beside it."""
     body = {name: value for name, value in record.items() if name not in ("id", "custom_id")}
     if body.get("messages") is None and body.get("prompt") is None:

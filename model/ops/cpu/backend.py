@@ -12,6 +12,7 @@ from model.ops.cpu.bindings import kernels, library
 from model.ops.cpu.onednn import OneDnnBackend
 from model.ops.cpu.packed import MXFP4, PANEL, Packed
 from model.ops.cpu.recorder import Recorder, leave_to_torch
+from model.ops.cpu.recurrent import CpuRecurrentOps
 from model.ops.cpu.sampling import sample, sample_by_kind, top_tokens
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.mxfp4 import MXFP4_BLOCK
@@ -31,7 +32,7 @@ from model.ops.specs import (
 )
 
 
-class CpuBackend(OneDnnBackend):
+class CpuBackend(CpuRecurrentOps, OneDnnBackend):
     """Native kernels for the sizes that they take; torch computes operations of other sizes.
 
     An operation that is left to torch cannot be recorded: `leave_to_torch` then raises.
@@ -106,7 +107,7 @@ class CpuBackend(OneDnnBackend):
 
     def empty_integers(self, shape: tuple[int, ...], form: IntegerFormat, parts: int = 1) -> Any:
         """As Backend.empty_integers."""
-        group = form.group or shape[-1]
+        group = form.group_of(shape[-1])
         if self._packs(shape, parts) and not (group % MXFP4_BLOCK or shape[-1] % group):
             return Packed.empty_integers(shape, form, parts)
         return super().empty_integers(shape, form, parts)
@@ -116,6 +117,12 @@ class CpuBackend(OneDnnBackend):
         cache = huge_pages.empty(self.cache_shape(shape), self.kv_dtype)
         huge_pages.interleave(cache)  # any thread may read any sequence
         return cache
+
+    def empty_state(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """As `empty_cache`."""
+        state = huge_pages.empty(shape, dtype)
+        huge_pages.interleave(state)
+        return state
 
     def recorder(self) -> Callable[[Compute], Compute] | None:
         """Return a recorder of the kernels' calls, if there are kernels."""

@@ -15,9 +15,12 @@ from model.ops.specs import IntegerFormat
 
 PANEL = 32  # outputs that are stored together; as in kernels/types.h
 DENSE, MXFP4, _INT8, _INT4 = range(4)  # kinds of weights; as in kernels/types.h
+ROTATED = "rotated 8"
+_ROWS = {"8": 0, ROTATED: 1, "16": 2}  # forms of rows; as in kernels/types.h
 _INT16_GROUP = 64  # inputs that share a scale as 16-bit integers; as in kernels/types.h
 _STORED_SCALE = 1 << 12  # float16 scales of integers are stored times this; as in gemm/int8.h
 _CHUNK_VALUES = 1 << 22  # that are quantized at once
+_MAX_QUANTIZED_GROUP = 64  # inputs; as in gemm/int8_pack.h
 _MAX_SCALE = 250  # largest code whose product with 6, FP4's maximum, is in the range of bf16
 
 
@@ -27,7 +30,7 @@ class _Weight(ctypes.Structure):
     _fields_ = [
         ("data", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("zeros", ctypes.c_void_p),
         ("bias", ctypes.c_void_p), ("outputs", ctypes.c_int64), ("inputs", ctypes.c_int64),
-        ("kind", ctypes.c_int64), ("group", ctypes.c_int64),
+        ("kind", ctypes.c_int64), ("group", ctypes.c_int64), ("rows", ctypes.c_int64),
     ]  # fmt: skip
 
 
@@ -46,9 +49,12 @@ class Packed:
         data: torch.Tensor,
         scales: torch.Tensor | None,
         zeros: torch.Tensor | None = None,
+        rows: str = "8",
     ):
-        """shape: that of the plain weights; the others: see Weight in kernels/types.h."""
-        self.shape, self.kind = shape, kind
+        """shape: that of the plain weights; rows: as in IntegerFormat; the others: see Weight in
+        kernels/types.h.
+        """
+        self.shape, self.kind, self.rows = shape, kind, rows
         self.inputs = shape[-1]
         self.data, self.scales, self.zeros = data, scales, zeros
         self._bias: torch.Tensor | None = None
@@ -85,14 +91,15 @@ class Packed:
         *stack, outputs, inputs = shape
         panels = (*stack, -(-outputs // PANEL))
         data = empty((*panels, inputs // 4, PANEL * form.bits // 8, 4), torch.uint8)
-        groups = inputs // (form.group or inputs)
+        groups = inputs // form.group_of(inputs)
         scales = empty((*panels, groups, PANEL), torch.float16)
         zeros = empty((*panels, groups, PANEL), torch.float16) if form.has_zeros else None
         _place(parts, stack, data, scales, zeros)
         if outputs % PANEL:  # see `empty`
             for tensor in (data, scales, *([] if zeros is None else [zeros])):
                 tensor.select(len(stack), -1).zero_()
-        return cls(tuple(shape), _INT8 if form.bits == 8 else _INT4, data, scales, zeros)
+        kind = _INT8 if form.bits == 8 else _INT4
+        return cls(tuple(shape), kind, data, scales, zeros, form.rows)
 
     @property
     def bits(self) -> int:
@@ -122,7 +129,7 @@ class Packed:
             return _Rows(self, *index.indices(self.shape[0]))
         scales = None if self.scales is None else self.scales[index]
         zeros = None if self.zeros is None else self.zeros[index]
-        return Packed(self.shape[1:], self.kind, self.data[index], scales, zeros)
+        return Packed(self.shape[1:], self.kind, self.data[index], scales, zeros, self.rows)
 
     def copy_(self, source: torch.Tensor | Mxfp4 | GroupedInt) -> None:
         """Fill all of a single weight. Raises ValueError for a scale that is out of range."""
@@ -158,7 +165,7 @@ class Packed:
                 struct.zeros = None if self.zeros is None else _address(self.zeros, i, count)
                 struct.bias = None if bias is None else _address(bias, i, count)
                 struct.outputs, struct.inputs = self.shape[-2:]
-                struct.kind, struct.group = self.kind, self.group
+                struct.kind, struct.group, struct.rows = self.kind, self.group, _ROWS[self.rows]
             self._structs, self._bias = structs, bias
         return ctypes.addressof(self._structs)
 
@@ -216,18 +223,19 @@ class _Rows:
 
     def _copy_integers(self, source: Any) -> None:
         """Copy integers that fit, or quantize any other source, some rows at a time."""
-        step = max(1, _CHUNK_VALUES // self._weight.inputs)
+        weight = self._weight
+        step = max(1, _CHUNK_VALUES // weight.inputs)
         for first in range(0, self._count, step):
             rows = source[first : min(first + step, self._count)]
             if not self._fits(rows):
                 values = rows if isinstance(rows, torch.Tensor) else rows.dense(torch.float32)
-                rows = quantize(values, self._weight.bits)
+                rows = quantize(values, self._weight.bits, weight.group, weight.rows)
             self._pack_integers(first, rows)
 
     def _fits(self, source: Any) -> bool:
         """Whether these are integers that the storage can hold as they are."""
         weight = self._weight
-        if not isinstance(source, GroupedInt):
+        if not isinstance(source, GroupedInt) or weight.rows == ROTATED:
             return False
         is_symmetric = source.offsets is None or not bool(_stored_zeros(source).any())
         return (
@@ -238,7 +246,7 @@ class _Rows:
 
     def _pack_integers(self, first: int, source: GroupedInt) -> None:
         """Pack integers as the rows from `first` on."""
-        weight = self._weight
+        weight, source = self._weight, _with_scales(source)
         assert weight.scales is not None
         stored = _stored_scales(source)
         zeros = None if weight.zeros is None else _stored_zeros(source)
@@ -255,22 +263,41 @@ class _Rows:
         )  # fmt: skip
 
 
-def quantize(values: torch.Tensor, bits: int) -> GroupedInt:
-    """values [out, in] of any dtype → integers with a scale, of 4 bits an offset, for 32 inputs.
+def quantize(values: torch.Tensor, bits: int, group: int, rows: str = "8") -> GroupedInt:
+    """values [out, in] of any dtype → integers with a scale, of 4 bits an offset, for each group.
 
-    Scales and the kernels' zeros are exact as float16; of several scales the one with the least
-    squared error is taken.
+    group: at most 64 inputs. Scales and the kernels' zeros are exact as float16; of several scales
+    the one with the least squared error is taken. rows: those of the format; with rotated ones
+    the integers are those of the rotated values.
     """
+    if group > _MAX_QUANTIZED_GROUP:
+        raise ValueError(f"weights cannot be rounded in groups of {group} inputs")
     values = values.float().contiguous()
     outputs, inputs = values.shape
     codes = torch.empty(outputs, inputs, dtype=torch.int8)
-    scales = torch.empty(outputs, inputs // MXFP4_BLOCK)
+    scales = torch.empty(outputs, inputs // group)
     offsets = None if bits == 8 else torch.empty_like(scales)
     kernels.quantize_weight(
-        values.data_ptr(), bits, outputs, inputs, codes.data_ptr(), scales.data_ptr(),
-        None if offsets is None else offsets.data_ptr(), torch.get_num_threads(),
+        values.data_ptr(), bits, group, rows == ROTATED, outputs, inputs, codes.data_ptr(),
+        scales.data_ptr(), None if offsets is None else offsets.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return GroupedInt(bits, codes, scales, offsets)
+
+
+def _with_scales(source: GroupedInt) -> GroupedInt:
+    """The same weights, where values that are nearly their offset are 0 · scale + offset.
+
+    Their offsets would be too large, or infinite, as multiples of their scales.
+    """
+    if source.offsets is None:
+        return source
+    constant = source.offsets.abs() > source.scales.abs() * 2**17
+    if not constant.any():
+        return source
+    codes = source.codes.masked_fill(constant.repeat_interleave(source.group, dim=1), 0)
+    scales = torch.where(constant, source.offsets, source.scales)
+    return GroupedInt(source.bits, codes, scales, source.offsets)
 
 
 def _stored_scales(source: GroupedInt) -> torch.Tensor:

@@ -92,14 +92,14 @@ void experts(const Weight* gate_up, const Weight* down, int64_t num_experts,
   divide(pairs * inputs < 1 << 15 ? 1 : threads, num_experts, 1, [=](int64_t e, int64_t last) {
     for (; e < last; e++)
       gather_rows(*gate_up, x, sorted_pairs + offsets[e], top_k,
-                  slice_rows(gathered, offsets[e], offsets[e + 1] - offsets[e], inputs));
+                  slice_rows(*gate_up, gathered, offsets[e], offsets[e + 1] - offsets[e]));
   });
   divide(threads, total, chunk, [=](int64_t first_item, int64_t last_item) {
     float* scratch = thread_scratch<float>(sums_offset);
     int64_t configured_rows = 0;
     for (int64_t i = first_item; i < last_item; i++) {
       const ExpertItem item = item_list[i];
-      const Rows rows = slice_rows(gathered, item.first, item.last - item.first, inputs);
+      const Rows rows = slice_rows(*gate_up, gathered, item.first, item.last - item.first);
       bf16* out_rows = inner + item.first * size;
       gated_block(gate_up[item.expert], item.panel, item.panel + 1, rows, activation, scratch,
                   configured_rows, [&](int64_t r) {
@@ -122,7 +122,7 @@ void experts(const Weight* gate_up, const Weight* down, int64_t num_experts,
       for (int64_t e = 0; e < num_experts; e++) {
         const int64_t last = offsets[e + 1];
         for (int64_t first = offsets[e]; first < last; first += span) {
-          const Rows rows = slice_rows(inner_rows, first, std::min(span, last - first), size);
+          const Rows rows = slice_rows(*down, inner_rows, first, std::min(span, last - first));
           for (int64_t panel = begin; panel < end; panel++) {
             float* panel_sums = sums + (panel - begin) * tokens * PANEL;
             rows_times_panels<1>(down[e], {panel}, rows, scratch, configured_rows, panel + 1,

@@ -6,6 +6,8 @@
 #include "gemm/int8_pack.h"
 #include "gemm/linear.h"
 #include "gemm/pack.h"
+#include "recurrent/causal_conv.h"
+#include "recurrent/delta_rule.h"
 #include "route.h"
 #include "table.h"
 #include "token_ops.h"
@@ -29,6 +31,10 @@ const Function functions[] = {
     NATIVE_FUNCTION(route),
     NATIVE_FUNCTION(add_gated),
     NATIVE_FUNCTION(experts),
+    NATIVE_FUNCTION(causal_conv),
+    NATIVE_FUNCTION(delta_rule),
+    NATIVE_FUNCTION(gated_norm),
+    NATIVE_FUNCTION(output_gate),
     NATIVE_FUNCTION(pack),
     NATIVE_FUNCTION(pack_mxfp4),
     NATIVE_FUNCTION(pack_int8),

@@ -27,7 +27,7 @@ using bf16 = uint16_t;
 constexpr int64_t PANEL = 32;        // outputs of a weight that are stored together
 constexpr int64_t MXFP4_GROUP = 32;  // inputs that share a scale in MXFP4
 constexpr int64_t INT16_GROUP = 64;  // inputs that share a scale as 16-bit integers
-constexpr int64_t INT8_GROUP = 32;   // inputs of a row that share a scale as 8-bit integers
+constexpr int64_t INT8_BLOCK = 32;   // inputs of a row that are stored together as integers
 constexpr int64_t ROW_BLOCK = 32;    // rows that are multiplied by a panel in one pass
 
 // A weight [outputs, inputs], stored as panels of 32 outputs. Python fills it in: see packed.py.
@@ -43,6 +43,10 @@ constexpr int64_t ROW_BLOCK = 32;    // rows that are multiplied by a panel in o
 // The nibbles of a word, from the lowest, belong to four vectors of bf16: two pairs of inputs, each
 // for outputs 0 to 15 and 16 to 31. Scales: uint8 [panels, groups, 32].
 enum : int64_t { DENSE, MXFP4, INT8, INT4 };  // packed.py has the same numbers
+//
+// Rows that are multiplied with INT8 and INT4 (see int8.h): ROWS_8 have 8 bits, ROTATED_8 have them
+// after a rotation that the weights also had, ROWS_16 have 16.
+enum : int64_t { ROWS_8, ROTATED_8, ROWS_16 };  // packed.py has the same numbers
 struct Weight {
   const void* data;
   const uint8_t* scales;  // or null
@@ -50,6 +54,7 @@ struct Weight {
   const bf16* bias;       // [outputs] or null
   int64_t outputs, inputs;
   int64_t kind, group;  // group: inputs that share a scale of INT8 and INT4
+  int64_t rows;         // of INT8 and INT4: the form of the rows
 };
 
 // The gated activation of an MLP. limit and alpha only count for CLAMPED_SWIGLU (gpt-oss).

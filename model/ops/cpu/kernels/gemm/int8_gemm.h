@@ -1,6 +1,7 @@
-// Matrix multiplication of rows of 8-bit integers with weights of 8 or 4 bits (see int8.h).
+// Matrix multiplication of rows of integers with weights of 8 or 4 bits (see int8.h).
 //
-// Sums over 32 inputs are exact; they are scaled and added up in float32, in the inputs' order.
+// Sums over the inputs that share a row's scale are exact; they are scaled and added up in float32,
+// in the inputs' order.
 #pragma once
 
 #include "int8.h"
@@ -8,146 +9,185 @@
 
 namespace {
 
-// The number of rows that share a pass over a panel: their integer and float32 sums fit the
-// registers.
-constexpr int INT8_PASS_ROWS = VECTOR_BITS == 512 ? 6 : 2;
-
-// The sums of a row's next 32 inputs before the first product.
-template <int BITS>
-INLINE vec_i32 begin_sums([[maybe_unused]] int32_t correction) {
-#if VECTOR_BITS == 256
-  return vec_i32{};
-#else
-  return vec_i32{} + correction;
-#endif
+// A tile is the sums of some rows and some vectors of a panel, which fit the registers: of all
+// vectors, or with AVX2 and more than two rows of two, whose codes of 4 bits are in the same bytes.
+constexpr int max_tile_rows(int terms) {
+  if (VECTOR_BITS == 512) return terms == 2 ? 4 : 6;
+  return VECTOR_BITS == 256 && terms == 1 ? 4 : 2;
 }
+constexpr int tile_vectors(int rows) { return VECTOR_BITS == 256 && rows > 2 ? 2 : VECTORS; }
 
+// The integer sums of a row of so many terms.
+constexpr int sum_count(int terms) { return VECTOR_BITS == 256 ? 1 : terms; }
+
+#if VECTOR_BITS == 256
+// sums += the products of pairs of integers of 16 bits, or (below) of unsigned and signed ones of 8
+// bits, whose sums have 16 bits. Inline assembly: see dot_int16.
+INLINE void add_int16_products(vec_i32& sums, vec_i32 weights, int32_t pair) {
+  const vec_i32 pairs = vec_i32{} + pair;
+  vec_i32 products;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"
+      : "+x"(sums), "=&x"(products)
+      : "x"(weights), "x"(pairs));
+}
+INLINE void add_int8_products(vec_i32& sums, vec_i32 weights, int32_t four) {
+  const vec_i32 row = vec_i32{} + four;
+  vec_i32 products;
+  asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0"
+      : "+x"(sums), "=&x"(products)
+      : "x"(weights), "x"(row));
+}
+#else
 // sums + the products of the codes of four inputs, plus their bias, and four integers of a row.
-template <int BITS>
 INLINE vec_i32 add_products(vec_i32 sums, vec_i32 codes, const int32_t* four) {
 #if VECTOR_BITS == 512
   // Each product loads the row's integers from memory: see dot_int16.
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(codes), "m"(*four));
-  return sums;
-#elif VECTOR_BITS == 256
-  // AVX2 multiplies unsigned with signed bytes to sums of two products in 16 bits. With 4 bits, all
-  // 32 inputs are added up in 16 bits; with 8 bits, magnitudes are multiplied, because products
-  // would not fit, and the row gets the sign.
-  const __m256i row = _mm256_set1_epi32(*four);
-  if constexpr (BITS == 4)
-    return (vec_i32)_mm256_add_epi16((__m256i)sums, _mm256_maddubs_epi16((__m256i)codes, row));
-  const __m256i weights = (__m256i)(codes ^ (int32_t)0x80808080);
-  const __m256i pairs =
-      _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(row, weights));
-  return sums + (vec_i32)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #else
   const int8_t* row = (const int8_t*)four;
   for (int i = 0; i < 4; i++) sums += (codes >> 8 * i & 255) * row[i];
-  return sums;
 #endif
+  return sums;
 }
+#endif
 
-// The sums of products of the codes without their bias.
-template <int BITS>
-INLINE vec_i32 end_sums(vec_i32 sums, [[maybe_unused]] int32_t correction) {
+// sums += the products of the codes of four inputs, plus their bias, and of inputs i to i + 3 of a
+// row's block.
+template <int TERMS>
+INLINE void add_row_products(vec_i32 (&sums)[sum_count(TERMS)], vec_i32 codes,
+                             const int8_t* block, int i) {
 #if VECTOR_BITS == 256
-  if constexpr (BITS == 4)
-    return (vec_i32)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1)) + correction;
-#endif
-  return sums;
-}
-
-// The codes of four inputs of all outputs, plus their bias.
-template <int BITS>
-INLINE void load_codes(const uint8_t* from, vec_i32 (&codes)[VECTORS]) {
-  if constexpr (BITS == 8) {
-#pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; v++) codes[v] = load_i32(from + v * 4 * LANES);
+  const auto* integers = (const int32_t*)(block + TERMS * i);
+  if constexpr (TERMS == 2) {
+    add_int16_products(sums[0], codes & 0x00ff00ff, integers[0]);
+    const __m256i odd = _mm256_srli_epi16((__m256i)codes, 8);
+    add_int16_products(sums[0], (vec_i32)odd, integers[1]);
   } else {
-    constexpr int HALF = VECTORS / 2;
-#pragma GCC unroll 4
-    for (int v = 0; v < HALF; v++) {
-      const vec_i32 nibbles = load_i32(from + v * 4 * LANES);
-      codes[v] = nibbles & 0x0f0f0f0f;
-      codes[HALF + v] = nibbles >> 4 & 0x0f0f0f0f;
-    }
+    add_int8_products(sums[0], codes, integers[0]);
   }
+#else
+#pragma GCC unroll 2
+  for (int t = 0; t < TERMS; t++)
+    sums[t] = add_products(sums[t], codes, (const int32_t*)(block + t * INT8_BLOCK + i));
+#endif
 }
 
-// c [COUNT, 32] = the rows of x from `row` on times a panel.
-template <int COUNT, int BITS, bool ZEROS>
-INLINE void int8_rows_times_panel(const Rows& x, int64_t row, const Weight& weight, int64_t panel,
-                                  float* c) {
+// The integer sums of a row before the first product, and the total after the last: products of the
+// codes without their bias.
+template <int TERMS>
+INLINE void begin_sums(vec_i32 (&sums)[sum_count(TERMS)], [[maybe_unused]] int32_t correction) {
+  for (vec_i32& each : sums) each = vec_i32{};
+  if (VECTOR_BITS != 256 || TERMS == 2) sums[sum_count(TERMS) - 1] += correction;
+}
+template <int TERMS>
+INLINE vec_i32 end_sums(const vec_i32 (&sums)[sum_count(TERMS)],
+                        [[maybe_unused]] int32_t correction) {
+#if VECTOR_BITS == 256
+  if constexpr (TERMS == 1)  // the sums have 16 bits
+    return (vec_i32)_mm256_madd_epi16((__m256i)sums[0], _mm256_set1_epi16(1)) + correction;
+#endif
+  if constexpr (sum_count(TERMS) == 2) return (sums[0] << 8) + sums[1];
+  return sums[0];
+}
+
+// The codes of four inputs, plus their bias, of the outputs in vector v.
+template <int BITS>
+INLINE vec_i32 load_codes(const uint8_t* from, int v) {
+  if constexpr (BITS == 8) return keep_in_register(load_i32(from + v * 4 * LANES));
+  constexpr int HALF = VECTORS / 2;
+  const vec_i32 nibbles = load_i32(from + v % HALF * 4 * LANES);
+  return (v < HALF ? nibbles : nibbles >> 4) & 0x0f0f0f0f;
+}
+
+// A tile of c [COUNT, 32] = the rows of x from `row` on times a panel.
+template <int COUNT, int TERMS, int BITS, bool ZEROS>
+INLINE void int8_rows_times_tile(const Rows& x, int64_t row, const Weight& weight, int64_t panel,
+                                 int tile, float* c) {
   constexpr int64_t PREFETCH = 4096;  // bytes of codes; measured
-  const int64_t inputs = weight.inputs, stride = x.stride;
+  constexpr int64_t ROW = TERMS * INT8_BLOCK;
+  constexpr int TILE_VECTORS = tile_vectors(COUNT), TILES = VECTORS / TILE_VECTORS;
+  const int64_t inputs = weight.inputs, stride = x.stride, group = row_group(weight);
   const auto* codes = (const uint8_t*)weight.data + panel * PANEL * inputs * BITS / 8;
   const int64_t first_scale = panel * PANEL * (inputs / weight.group);
   const auto* scales = (const uint16_t*)weight.scales + first_scale;
   const uint16_t* zeros = ZEROS ? weight.zeros + first_scale : nullptr;
-  const int8_t* integers = (const int8_t*)x.data + row * INT8_GROUP;
+  const int8_t* integers = (const int8_t*)x.data + row * ROW;
   const float* row_scales = x.scales + row;
   const int32_t* corrections = x.corrections + row;
   int64_t scale_end = weight.group;
-  vec_f32 acc[COUNT][VECTORS] = {};
-  for (int64_t k = 0; k < inputs; k += INT8_GROUP) {
+  vec_f32 acc[COUNT][TILE_VECTORS] = {};
+  for (int64_t k = 0; k < inputs;) {
     if (k == scale_end) {
       scales += PANEL;
       if (ZEROS) zeros += PANEL;
       scale_end += weight.group;
     }
-    vec_i32 sums[COUNT][VECTORS];
+    vec_i32 sums[COUNT][TILE_VECTORS][sum_count(TERMS)];
 #pragma GCC unroll 6
     for (int r = 0; r < COUNT; r++)
 #pragma GCC unroll 8
-      for (int v = 0; v < VECTORS; v++) sums[r][v] = begin_sums<BITS>(corrections[r]);
+      for (int i = 0; i < TILE_VECTORS; i++) begin_sums<TERMS>(sums[r][i], corrections[r]);
+    for (const int64_t end = k + group; k < end; k += INT8_BLOCK, integers += stride * ROW)
 #pragma GCC unroll 8
-    for (int i = 0; i < INT8_GROUP; i += 4, codes += 4 * PANEL * BITS / 8) {
-      vec_i32 unit[VECTORS];
-      load_codes<BITS>(codes, unit);
-      __builtin_prefetch(codes + PREFETCH);
-      if (BITS == 8) __builtin_prefetch(codes + PREFETCH + 64);
+      for (int i = 0; i < INT8_BLOCK; i += 4, codes += 4 * PANEL * BITS / 8) {
+        __builtin_prefetch(codes + PREFETCH);
+        if (BITS == 8) __builtin_prefetch(codes + PREFETCH + 64);
+#pragma GCC unroll 8
+        for (int v = 0; v < TILE_VECTORS; v++) {
+          const vec_i32 unit = load_codes<BITS>(codes, tile + v * TILES);
 #pragma GCC unroll 6
-      for (int r = 0; r < COUNT; r++) {
-        const auto* four = (const int32_t*)(integers + r * INT8_GROUP + i);
-#pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; v++) sums[r][v] = add_products<BITS>(sums[r][v], unit[v], four);
+          for (int r = 0; r < COUNT; r++)
+            add_row_products<TERMS>(sums[r][v], unit, integers + r * ROW, i);
+        }
       }
-    }
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; v++) {
-      const vec_f32 scale = load_f16(scales + v * LANES);
+    for (int v = 0; v < TILE_VECTORS; v++) {
+      const vec_f32 scale = load_f16(scales + (tile + v * TILES) * LANES);
       [[maybe_unused]] vec_f32 zero = {};
-      if (ZEROS) zero = load_f16(zeros + v * LANES);
+      if (ZEROS) zero = load_f16(zeros + (tile + v * TILES) * LANES);
 #pragma GCC unroll 6
       for (int r = 0; r < COUNT; r++) {
-        vec_f32 sum =
-            __builtin_convertvector(end_sums<BITS>(sums[r][v], corrections[r]), vec_f32);
+        const vec_i32 total = end_sums<TERMS>(sums[r][v], corrections[r]);
+        vec_f32 sum = __builtin_convertvector(total, vec_f32);
         if (ZEROS) sum += zero * (float)corrections[r];
         acc[r][v] += sum * (scale * row_scales[r]);
       }
     }
-    integers += stride * INT8_GROUP;
     row_scales += stride;
     corrections += stride;
   }
 #pragma GCC unroll 6
   for (int r = 0; r < COUNT; r++)
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; v++) store(c + r * PANEL + v * LANES, acc[r][v]);
+    for (int v = 0; v < TILE_VECTORS; v++)
+      store(c + r * PANEL + (tile + v * TILES) * LANES, acc[r][v]);
 }
 
-// The same for all rows of x.
-template <int BITS, bool ZEROS>
+// All tiles of all rows of x.
+template <int TERMS, int BITS, bool ZEROS>
 __attribute__((noinline)) static void int8_times_panel(const Rows& x, const Weight& weight,
                                                        int64_t panel, float* c) {
-  const int64_t passes = (x.count + INT8_PASS_ROWS - 1) / INT8_PASS_ROWS;
+  constexpr int TILE_ROWS = max_tile_rows(TERMS);
+  const int64_t passes = (x.count + TILE_ROWS - 1) / TILE_ROWS;
   for (int64_t pass = 0; pass < passes; pass++) {
     // Of nearly equal sizes: a small last pass would take as long as a large one.
     const int64_t row = x.count * pass / passes, end = x.count * (pass + 1) / passes;
-    with_constant<INT8_PASS_ROWS>(end - row, [&](auto count) {
-      int8_rows_times_panel<count.value, BITS, ZEROS>(x, row, weight, panel, c + row * PANEL);
+    with_constant<TILE_ROWS>(end - row, [&](auto count) {
+      for (int tile = 0; tile < VECTORS / tile_vectors(count.value); tile++)
+        int8_rows_times_tile<count.value, TERMS, BITS, ZEROS>(x, row, weight, panel, tile,
+                                                              c + row * PANEL);
     });
   }
+}
+
+template <int TERMS>
+INLINE void integers_times_panel(const Rows& x, const Weight& weight, int64_t panel, float* c) {
+  if (weight.kind == INT4)
+    return weight.zeros ? int8_times_panel<TERMS, 4, true>(x, weight, panel, c)
+                        : int8_times_panel<TERMS, 4, false>(x, weight, panel, c);
+  if constexpr (TERMS == 2 || VECTOR_BITS != 256)  // see row_terms
+    weight.zeros ? int8_times_panel<TERMS, 8, true>(x, weight, panel, c)
+                 : int8_times_panel<TERMS, 8, false>(x, weight, panel, c);
 }
 
 // See rows_times_panels in panels.h.
@@ -158,12 +198,10 @@ INLINE void int8_times_panels(const Weight& weight, const int64_t (&panels)[PANE
   const int64_t panel_stride = x.count * PANEL;
   for (int p = 0; p < PANELS; p++) {
     float* c = scratch + p * panel_stride;
-    if (weight.kind == INT8)
-      weight.zeros ? int8_times_panel<8, true>(x, weight, panels[p], c)
-                   : int8_times_panel<8, false>(x, weight, panels[p], c);
+    if (row_terms(weight) == 2)
+      integers_times_panel<2>(x, weight, panels[p], c);
     else
-      weight.zeros ? int8_times_panel<4, true>(x, weight, panels[p], c)
-                   : int8_times_panel<4, false>(x, weight, panels[p], c);
+      integers_times_panel<1>(x, weight, panels[p], c);
   }
   for (int64_t r = 0; r < x.count; r++)
     finish_row<PANELS>(r, scratch + r * PANEL, panel_stride, bias, finish);

@@ -23,16 +23,16 @@ INLINE vec_f32 to_codes(vec_f32 value, vec_f32 factor, vec_f32 shift, float low,
   return clamp_codes(__builtin_convertvector(rounded, vec_f32), low, high);
 }
 
-// The scales of groups for codes from -127 to 127, one group in each lane of values [32, LANES]:
+// The scales of groups for codes from -127 to 127, one group in each lane of values [size, LANES]:
 // those with the least squared error of some that map the largest magnitude to about 127.
-INLINE vec_f32 find_scales_int8(const vec_f32* values, vec_f32 largest) {
+INLINE vec_f32 find_scales_int8(const vec_f32* values, int64_t size, vec_f32 largest) {
   constexpr int STEPS = 24;  // of a quarter
   vec_f32 best = broadcast(INFINITY), best_scale = {};
   for (int step = 0; step < STEPS; step++) {
     const vec_f32 scale = round_to_f16(largest * (1 / (127 - 0.25f * step)));
     const vec_f32 factor = inverse(scale);
     vec_f32 error = {};
-    for (int i = 0; i < INT8_GROUP; i++) {
+    for (int64_t i = 0; i < size; i++) {
       const vec_f32 rest = values[i] - to_codes(values[i], factor, vec_f32{}, -127, 127) * scale;
       error += rest * rest;
     }
@@ -45,27 +45,28 @@ INLINE vec_f32 find_scales_int8(const vec_f32* values, vec_f32 largest) {
 // Scales and offsets of groups for codes from 0 to 15: those with the least squared error of some.
 // A candidate divides the range of the values into 15 steps or fewer; its scale and offset are then
 // the best for the codes that this gives.
-INLINE void find_scales_int4(const vec_f32* values, vec_f32 low, vec_f32 high, vec_f32& scale,
-                             vec_f32& offset) {
+INLINE void find_scales_int4(const vec_f32* values, int64_t size, vec_f32 low, vec_f32 high,
+                             vec_f32& scale, vec_f32& offset) {
   constexpr int STEPS = 16;  // of a fifth
+  const float count = (float)size;
   scale = (high - low) * (1.0f / 15), offset = low;
   vec_f32 best = broadcast(INFINITY);
   vec_f32 sum = {};
-  for (int i = 0; i < INT8_GROUP; i++) sum += values[i];
+  for (int64_t i = 0; i < size; i++) sum += values[i];
   for (int step = 0; step < STEPS; step++) {
     // With more than 15 steps, values at the ends are clamped.
     const vec_f32 factor = (15 + 0.2f * (step - 4)) * inverse(high - low), shift = -low * factor;
     vec_f32 codes_sum = {}, squares = {}, products = {};
-    for (int i = 0; i < INT8_GROUP; i++) {
+    for (int64_t i = 0; i < size; i++) {
       const vec_f32 codes = to_codes(values[i], factor, shift, 0, 15);
       codes_sum += codes, squares += codes * codes, products += values[i] * codes;
     }
     // Linear regression of the values on their codes.
-    const vec_f32 divisor = inverse(INT8_GROUP * squares - codes_sum * codes_sum);
-    const vec_f32 slope = (INT8_GROUP * products - sum * codes_sum) * divisor;
+    const vec_f32 divisor = inverse(count * squares - codes_sum * codes_sum);
+    const vec_f32 slope = (count * products - sum * codes_sum) * divisor;
     const vec_f32 start = (squares * sum - codes_sum * products) * divisor;
     vec_f32 error = divisor != 0.0f ? vec_f32{} : broadcast(INFINITY);  // of different codes
-    for (int i = 0; i < INT8_GROUP; i++) {
+    for (int64_t i = 0; i < size; i++) {
       const vec_f32 rest =
           values[i] - (to_codes(values[i], factor, shift, 0, 15) * slope + start);
       error += rest * rest;
@@ -76,46 +77,53 @@ INLINE void find_scales_int4(const vec_f32* values, vec_f32 low, vec_f32 high, v
   }
 }
 
-// from [rows, inputs] → codes [rows, inputs], scales and, of 4 bits, offsets [rows, inputs / 32]:
-// a value is code · scale + offset. Scales are not finite where a value is not. Scales and stored
-// zeros (see int8.h) are exact as float16.
-void quantize_weight(const float* from, int64_t bits, int64_t rows, int64_t inputs, int8_t* codes,
-                     float* scales, float* offsets, int threads) {
-  const int64_t groups = rows * inputs / INT8_GROUP;
+// The scales and, of 4 bits, offsets of groups, one in each lane of values [size, LANES].
+INLINE void find_scales(const vec_f32* values, int64_t size, int64_t bits, vec_f32& scale,
+                        vec_f32& offset) {
+  vec_f32 low = values[0], high = values[0];
+  for (int64_t i = 1; i < size; i++) {
+    low = values[i] < low ? values[i] : low;
+    high = values[i] > high ? values[i] : high;
+  }
+  const vec_f32 largest = -low > high ? -low : high;
+  if (bits == 8) {
+    scale = find_scales_int8(values, size, largest);
+    return;
+  }
+  // With nearly equal values, offsets would be large multiples of scales.
+  const vec_i32 narrow = (high - low) * 64 < largest;
+  low = narrow & (low > 0) ? vec_f32{} : low;
+  high = narrow & (high < 0) ? vec_f32{} : high;
+  find_scales_int4(values, size, low, high, scale, offset);
+  scale = round_to_f16(scale);
+  const vec_f32 zero = round_to_f16((offset * inverse(scale) + 8.0f) * -0.125f);
+  offset = (zero * -8.0f - 8.0f) * scale;
+}
+
+// from [rows, inputs] → codes [rows, inputs], scales and, of 4 bits, offsets [rows, groups]: a value
+// is code · scale + offset. A group has `size` inputs, at most 64. Scales are not finite where a
+// value is not. Scales and stored zeros (see int8.h) are exact as float16. is_rotated: groups are
+// multiplied with the Hadamard matrix first, as rows of ROTATED_8.
+void quantize_weight(const float* from, int64_t bits, int64_t size, bool is_rotated, int64_t rows,
+                     int64_t inputs, int8_t* codes, float* scales, float* offsets, int threads) {
+  const int64_t groups = rows * inputs / size;
   const float lowest = bits == 8 ? -127 : 0, highest = bits == 8 ? 127 : 15;
+  const float norm = is_rotated ? 1 / std::sqrt((float)size) : 1;
   divide(threads, (groups + LANES - 1) / LANES, 256, [=](int64_t begin, int64_t end) {
     for (int64_t first = begin * LANES; first < std::min(groups, end * LANES); first += LANES) {
       const int64_t count = std::min<int64_t>(LANES, groups - first);
-      vec_f32 values[INT8_GROUP] = {};
+      vec_f32 values[64] = {}, poison = {}, scale, offset = {};
       for (int64_t lane = 0; lane < count; lane++)
-        for (int64_t i = 0; i < INT8_GROUP; i++)
-          values[i][lane] = from[(first + lane) * INT8_GROUP + i];
-      vec_f32 low = values[0], high = values[0], poison = {};
-      for (const vec_f32 value : values) {
-        low = value < low ? value : low;
-        high = value > high ? value : high;
-        poison += value - value;  // NaN where the value is not finite
-      }
-      const vec_f32 largest = -low > high ? -low : high;
-      vec_f32 scale, offset = {};
-      if (bits == 8) {
-        scale = find_scales_int8(values, largest);
-      } else {
-        // With nearly equal values, offsets would be large multiples of scales.
-        const vec_i32 narrow = (high - low) * 64 < largest;
-        low = narrow & (low > 0) ? vec_f32{} : low;
-        high = narrow & (high < 0) ? vec_f32{} : high;
-        find_scales_int4(values, low, high, scale, offset);
-        scale = round_to_f16(scale);
-        const vec_f32 zero = round_to_f16((offset * inverse(scale) + 8.0f) * -0.125f);
-        offset = (zero * -8.0f - 8.0f) * scale;
-      }
+        for (int64_t i = 0; i < size; i++) values[i][lane] = from[(first + lane) * size + i] * norm;
+      if (is_rotated) hadamard_across(values, (int)size);
+      for (const vec_f32 value : values) poison += value - value;  // NaN for one that is not finite
+      find_scales(values, size, bits, scale, offset);
       const vec_f32 factor = inverse(scale), shift = -offset * factor;
-      for (int64_t i = 0; i < INT8_GROUP; i++) {
+      for (int64_t i = 0; i < size; i++) {
         const vec_i32 code = __builtin_convertvector(
             to_codes(values[i], factor, shift, lowest, highest), vec_i32);
         for (int64_t lane = 0; lane < count; lane++)
-          codes[(first + lane) * INT8_GROUP + i] = (int8_t)code[lane];
+          codes[(first + lane) * size + i] = (int8_t)code[lane];
       }
       for (int64_t lane = 0; lane < count; lane++) {
         scales[first + lane] = scale[lane] + poison[lane];

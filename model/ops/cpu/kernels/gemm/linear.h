@@ -83,7 +83,7 @@ INLINE void multiply(const Weight* weight, const bf16* x, int64_t rows, T* out, 
     int64_t configured_rows = 0;
     for (int64_t item = piece.first; item < piece.last; item++) {
       const int64_t first = item / panels * span, count = results.writable(item);
-      rows_times_panels<1>(*weight, {item % panels}, slice_rows(all, first, span, inputs), scratch,
+      rows_times_panels<1>(*weight, {item % panels}, slice_rows(*weight, all, first, span), scratch,
                            configured_rows, next_item(piece, item, size, threads) % panels,
                            [&](int64_t r, const vec_f32(&sums)[1][VECTORS]) {
                              vec_f32 row[VECTORS];
@@ -141,7 +141,7 @@ void gated_linear(const Weight* weight, const bf16* x, int64_t rows, int64_t kin
     const Results<bf16> results(out, outputs, panels, span, buffer);
     int64_t configured_rows = 0;
     for (int64_t item = piece.first; item < piece.last; item++) {
-      const Rows block = slice_rows(all, item / panels * span, span, inputs);
+      const Rows block = slice_rows(*weight, all, item / panels * span, span);
       gated_block(*weight, item % panels, next_item(piece, item, size, threads) % panels, block,
                   activation, scratch, configured_rows, [&](int64_t r) {
                     return results.at(piece.first, item - piece.first, r);

@@ -17,8 +17,9 @@ namespace {
 INLINE Rows allocate_rows(const Weight& weight, int index, int64_t count) {
   const int64_t inputs = weight.inputs;
   if (is_int8(weight)) {
-    const int64_t scales = count * (inputs / INT8_GROUP);
-    return {(const bf16*)shared_scratch<int8_t>(index, count * inputs), count, false,
+    const int64_t scales = count * (inputs / row_group(weight));
+    const int64_t integers = count * inputs * row_terms(weight);
+    return {(const bf16*)shared_scratch<int8_t>(index, integers), count, false,
             shared_scratch<float>(index, scales), count, shared_scratch<int32_t>(index, scales)};
   }
 #if INT16_GEMM
@@ -43,9 +44,8 @@ INLINE Rows rows_of(const Weight& weight, const bf16* x, int64_t rows) {
 // Fills row r of `rows`, which are integers, from x [inputs].
 INLINE void quantize_row_of(const Weight& weight, const bf16* x, const Rows& rows, int64_t r) {
   if (is_int8(weight))
-    return quantize_row_int8(x, weight.inputs, code_bias(weight.kind),
-                             (int8_t*)rows.data + r * INT8_GROUP, (float*)rows.scales + r,
-                             (int32_t*)rows.corrections + r, rows.stride);
+    return quantize_row_int8(weight, x, (int8_t*)rows.data + r * INT8_BLOCK * row_terms(weight),
+                             (float*)rows.scales + r, (int32_t*)rows.corrections + r, rows.stride);
 #if INT16_GEMM
   quantize_row(x, weight.inputs, (int16_t*)rows.data + r * INT16_GROUP, (float*)rows.scales + r,
                rows.stride);
@@ -63,17 +63,16 @@ INLINE void prepare_rows(const Weight& weight, const bf16* x, const Rows& rows, 
          });
 }
 
-// At most `max_count` rows from `first` on.
-INLINE Rows slice_rows(const Rows& x, int64_t first, int64_t max_count,
-                       [[maybe_unused]] int64_t inputs) {
+// At most `max_count` rows from `first` on, to be multiplied with this weight.
+INLINE Rows slice_rows(const Weight& weight, const Rows& x, int64_t first, int64_t max_count) {
   const int64_t count = std::min(max_count, x.count - first);
   if (x.corrections)
-    return {(const bf16*)((const int8_t*)x.data + first * INT8_GROUP), count, false,
-            x.scales + first, x.stride, x.corrections + first};
+    return {(const bf16*)((const int8_t*)x.data + first * INT8_BLOCK * row_terms(weight)), count,
+            false, x.scales + first, x.stride, x.corrections + first};
 #if INT16_GEMM
   return {x.data + first * INT16_GROUP, count, false, x.scales + first, x.stride, nullptr};
 #else
-  return {x.data + first * inputs, count, x.arranged, nullptr, count, nullptr};
+  return {x.data + first * weight.inputs, count, x.arranged, nullptr, count, nullptr};
 #endif
 }
 
@@ -136,7 +135,7 @@ INLINE int64_t rows_at_once(const Weight& weight, int64_t rows) {
   // Bytes. Processors with AMX have 2 MiB a core, those with BF16 alone (Zen 4, Zen 5) 1 MiB, which
   // the weights that are used and fetched share.
   const int64_t cache = BF16_DOT && !use_amx() ? 5 << 17 : 3 << 19;
-  const int64_t row_bytes = weight.inputs * (is_int8(weight) ? 1 : 2);
+  const int64_t row_bytes = weight.inputs * (is_int8(weight) ? row_terms(weight) : 2);
   const int64_t fitting = cache / row_bytes / ROW_BLOCK * ROW_BLOCK;
   const int64_t limit = std::max(ROW_BLOCK, fitting);
   rows = std::max<int64_t>(1, rows);  // the head has no rows in a step that samples no token

@@ -1,0 +1,1 @@
+"""Kernels of recurrent layers; the backend's part is `TritonRecurrentOps` in `operations.py`."""
