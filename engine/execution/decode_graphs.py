@@ -147,6 +147,7 @@ class DecodeGraphs:
         # capture would keep the lengths of its own step, and fails instead.
         self._host_context_lens: list[int] = []
         self._knows_lengths = knows_lengths
+        self._inputs: dict[int, GraphInputs] = {}
         self._replay: dict[int, Compute] = {}
         self._tails: dict[tuple[str, int], Compute] = {}
         # Largest first: the memory of its capture is enough for the smaller ones. If sizes are
@@ -154,7 +155,7 @@ class DecodeGraphs:
         for size in [1] if logits is None else reversed(self.sizes):
             row, slot, zero = (torch.full((size,), at, device=device) for at in (*padding, 0))
             slots = [slot] * len(block_tables)
-            inputs = GraphInputs.over(self._memory, size, len(block_tables))
+            inputs = self._inputs_of(size)
             inputs.fill(DecodeInputs(row, zero + 1, zero, slots))
             self._set_lengths([1] * size)
             self._captured(size)
@@ -165,6 +166,11 @@ class DecodeGraphs:
                 self._tails[name, size] = record(sample)
         if logits is None:
             self._captured(1)()
+
+    def _inputs_of(self, size: int) -> GraphInputs:
+        if size not in self._inputs:
+            self._inputs[size] = GraphInputs.over(self._memory, size, len(self._block_tables))
+        return self._inputs[size]
 
     def _captured(self, size: int) -> Compute:
         if size not in self._replay:
@@ -188,14 +194,14 @@ class DecodeGraphs:
 
         The number of sequences is one of the sizes. Does not wait for the device.
         """
-        size, groups = len(step.rows), len(self._block_tables)
-        inputs = GraphInputs.over(self._memory, size, groups)
-        # On a GPU each copy is a launch, so all inputs are copied at once.
-        staged = torch.empty(
-            inputs.buffer.shape, dtype=torch.uint8, pin_memory=self._memory.device.type != "cpu"
-        )
-        GraphInputs.over(staged, size, groups).fill(step)
-        inputs.buffer.copy_(staged, non_blocking=True)
+        size = len(step.rows)
+        inputs = self._inputs_of(size)
+        if self._memory.device.type == "cpu":
+            inputs.fill(step)
+        else:  # each copy is a launch, so all inputs are copied at once
+            staged = torch.empty(inputs.buffer.shape, dtype=torch.uint8, pin_memory=True)
+            GraphInputs.over(staged, size, len(self._block_tables)).fill(step)
+            inputs.buffer.copy_(staged, non_blocking=True)
         if self._knows_lengths:
             self._set_lengths(step.context_lens.tolist())
         logits = self._captured(size)()
@@ -208,7 +214,7 @@ class DecodeGraphs:
             self._host_context_lens[:] = context_lens
 
     def _compute(self, size: int) -> torch.Tensor:
-        inputs = GraphInputs.over(self._memory, size, len(self._block_tables))
+        inputs = self._inputs_of(size)
         batch = ForwardBatch(
             token_ids=inputs.rows,
             positions=inputs.positions,

@@ -160,6 +160,22 @@ def test_logits_are_capped_softly(shape: tuple[int, int], dtype: torch.dtype) ->
     assert cpu_backend(dtype).softcap(logits, None) is logits
 
 
+@pytest.mark.parametrize("vocab", [5, 1024, 2100])
+def test_argmax_is_the_first_of_the_largest_logits(vocab: int, dtype: torch.dtype) -> None:
+    logits = rand(7, vocab).round()  # many are equal
+    logits[1] = float("-inf")
+    logits[2, -1] = logits[2, 3] = 50.0
+    logits[3, -1] = 50.0
+    logits[4, vocab // 2], logits[4, 1] = float("nan"), float("inf")
+    logits[5] = float("nan")
+    values, tokens = cpu_backend(dtype).argmax(logits)
+    expected = torch.where(logits.isnan().any(1), float("nan"), logits.amax(1))
+    torch.testing.assert_close(values, expected, rtol=0, atol=0, equal_nan=True)
+    finite = [0, 1, 2, 3, 6]
+    assert tokens[finite].tolist() == logits[finite].argmax(1).tolist()
+    assert ((tokens >= 0) & (tokens < vocab)).all()  # also of rows that have none
+
+
 @pytest.mark.parametrize("rows", [0, 1, 40])
 @pytest.mark.parametrize("size", [40, 96, 1024])
 def test_a_norm_alone_equals_the_reference(size: int, rows: int, dtype: torch.dtype) -> None:

@@ -299,6 +299,12 @@ class CpuBackend(CpuRecurrentOps, OneDnnBackend):
         """As Backend.sample."""
         return sample(logits, temperature, top_k, top_p, uniform)
 
+    def argmax(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As Backend.argmax, in one call."""
+        if not self._has_kernels or logits.dtype != torch.float32:
+            return super().argmax(logits)
+        return native.argmax(logits.contiguous())
+
     def sample_rows(
         self,
         logits: torch.Tensor,

@@ -110,6 +110,17 @@ def softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
     return x
 
 
+def argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As Backend.argmax."""
+    rows, vocab = logits.shape
+    highest, tokens = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+    kernels.argmax(
+        logits.data_ptr(), rows, vocab, highest.data_ptr(), tokens.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return highest, tokens
+
+
 def rotate_and_write(qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:
     """As Backend.rotate_and_write, for head_dim and rotary_dim that are multiples of 32."""
     tokens, _, head_dim = qkv.shape

@@ -20,6 +20,7 @@ const Function functions[] = {
     NATIVE_FUNCTION(scale),
     NATIVE_FUNCTION(rms_norm),
     NATIVE_FUNCTION(softcap),
+    NATIVE_FUNCTION(argmax),
     NATIVE_FUNCTION(add_rms_norm),
     NATIVE_FUNCTION(scaled_sum),
     NATIVE_FUNCTION(gated),

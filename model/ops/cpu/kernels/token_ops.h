@@ -87,6 +87,46 @@ void softcap(float* x, float cap, int64_t count, int threads) {
   for (int64_t i = whole; i < count; i++) x[i] = cap_softly(broadcast(x[i]), cap)[0];
 }
 
+// The largest of `count` values, and the first place of it; NaN and any place if one of them is NaN.
+INLINE float find_largest(const float* x, int64_t count, int64_t& place) {
+  constexpr int64_t BLOCK = 1024;  // values; those of the largest stay in the cache
+  vec_i32 is_nan = {};
+  float largest = -INFINITY;
+  int64_t block = 0;
+  for (int64_t first = 0; first < count; first += BLOCK) {
+    const int64_t size = std::min(BLOCK, count - first), whole = size / (4 * LANES) * (4 * LANES);
+    vec_f32 max[4];
+    for (vec_f32& each : max) each = broadcast(-INFINITY);
+    for (int64_t i = 0; i < whole; i += 4 * LANES)
+      for (int v = 0; v < 4; v++) {
+        const vec_f32 value = load(x + first + i + v * LANES);
+        max[v] = value > max[v] ? value : max[v];
+        is_nan |= value != value;
+      }
+    float block_max = -INFINITY;
+    for (const vec_f32& each : max) block_max = std::max(block_max, reduce_max(each));
+    for (int64_t i = first + whole; i < first + size; i++) {
+      block_max = std::max(block_max, x[i]);
+      is_nan |= vec_i32{} - (x[i] != x[i]);
+    }
+    if (block_max > largest) largest = block_max, block = first;
+  }
+  place = std::find(x + block, x + std::min(count, block + BLOCK) - 1, largest) - x;
+  for (int i = 0; i < LANES; i++)
+    if (is_nan[i]) largest = NAN;
+  return largest;
+}
+
+// x [rows, size] → the largest value of each row and its place; of equal ones the first
+void argmax(const float* x, int64_t rows, int64_t size, float* largest, int64_t* places,
+            int threads) {
+  if (rows * size < 1 << 18) threads = 1;
+  divide(threads, rows, 1, [=](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++)
+      largest[row] = find_largest(x + row * size, size, places[row]);
+  });
+}
+
 // x and delta [rows, size] → their sum and its RMSNorm; without a delta, the RMSNorm of x. Without
 // a weight the sum takes the place of its norm.
 void add_rms_norm(const float* x, const bf16* delta, const float* weight, int64_t rows,

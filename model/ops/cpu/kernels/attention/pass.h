@@ -109,8 +109,8 @@ class ItemPass {
   RunningSoftmax* softmax;               // of this chunk
   RowTotal* totals;                      // of the chunks before it
   int64_t *first_visible, *visible_end;  // positions; alike for all KV heads
-  alignas(64) bf16 keys[SPAN * MAX_HEAD_DIM];
-  alignas(64) bf16 values[SPAN * MAX_HEAD_DIM];
+  alignas(64) Key keys[SPAN * MAX_HEAD_DIM];
+  alignas(64) Key values[SPAN * MAX_HEAD_DIM];
 
   static RowTotal total_of(const RunningSoftmax& row) { return {row.max, reduce_add(row.sums)}; }
 
@@ -156,24 +156,22 @@ class ItemPass {
         if (g < groups)
           transpose_keys(key_rows + g * KEYS, head_dim, keys + g * KEYS * head_dim);
       }
-      const bf16* interleaved = nullptr;
-#if BF16_DOT
       // Not for a single pass over the values.
+      const Key* prepared = nullptr;
       if (use_amx() || last - first > block_rows()) {
-        interleave_values(value_rows, count, head_dim, values);
-        interleaved = values;
+        prepare_values(value_rows, count, head_dim, values);
+        prepared = values;
       }
-#endif
       const int64_t tile_rows = std::min<int64_t>(16, last - first);
       for (int64_t row = first; row < last; row += block_rows())
         attend_rows(h, row, std::min(block_rows(), last - row), tile_rows, unit.at, count,
-                    interleaved, value_rows);
+                    prepared, value_rows);
     }
   }
 
   // `rows` rows from `row` on, with the keys and values of `count` positions of a span.
   void attend_rows(int64_t h, int64_t row, int64_t rows, [[maybe_unused]] int64_t tile_rows,
-                   int64_t at, int64_t count, [[maybe_unused]] const bf16* interleaved,
+                   int64_t at, int64_t count, const Key* prepared,
                    const bf16* const* value_rows) {
     alignas(64) float scores[BLOCK_ROWS * SPAN];
     alignas(64) bf16 weights[BLOCK_ROWS * SPAN];
@@ -201,12 +199,12 @@ class ItemPass {
       // Tiles may reach into other rows, to which they must add nothing.
       const int64_t padded = (rows + tile_rows - 1) / tile_rows * tile_rows;
       memset(weights + rows * SPAN, 0, (size_t)((padded - rows) * SPAN) * 2);
-      mix_tiles(weights, interleaved, rows, count, head_dim, output + i * head_dim);
+      mix_tiles(weights, prepared, rows, count, head_dim, output + i * head_dim);
     } else {
-      mix_pairs(weights, interleaved, value_rows, rows, count, head_dim, output + i * head_dim);
+      mix_pairs(weights, prepared, value_rows, rows, count, head_dim, output + i * head_dim);
     }
 #else
-    mix_values(scores, value_rows, rows, count, head_dim, output + i * head_dim);
+    mix_values(scores, prepared, value_rows, rows, count, head_dim, output + i * head_dim);
 #endif
   }
 };

@@ -53,8 +53,29 @@ INLINE void transpose_fours(Register (&r)[COUNT]) {
 #undef INTRINSIC
 #endif
 
-// Keys of 16 positions [KEYS, head_dim] → [head_dim / 2, KEYS, 2]
-INLINE void transpose_keys(const bf16* const* rows, int64_t head_dim, bf16* to) {
+// Queries and keys stay bf16 where there is a fast product of bf16 pairs, and become float32
+// elsewhere: keys once for all rows of a span. Transposed keys are [head_dim / 2, KEYS, 2] as bf16
+// and [head_dim, KEYS] as float32.
+#if BF16_DOT
+using Query = bf16;
+using Key = bf16;
+#else
+using Query = float;
+using Key = float;
+#endif
+
+// Stores transposed keys: LANES keys' pairs of values in two dimensions.
+INLINE void store_pairs(vec_i32 pairs, Key* to) {
+#if BF16_DOT
+  store_i32(to, pairs);
+#else
+  store(to, (vec_f32)(pairs << 16));
+  store(to + KEYS, (vec_f32)(pairs & (int32_t)0xffff0000));
+#endif
+}
+
+// Keys of 16 positions [KEYS, head_dim] → transposed
+INLINE void transpose_keys(const bf16* const* rows, int64_t head_dim, Key* to) {
 #if VECTOR_BITS == 512
   for (int64_t d = 0; d < head_dim; d += 8) {
     // Loads, of which there can be more at a time, save half of the shuffles.
@@ -67,7 +88,7 @@ INLINE void transpose_keys(const bf16* const* rows, int64_t head_dim, bf16* to) 
       r[i] = _mm512_mask_broadcast_i32x4(r[i], 0xf000, part(i + 12));
     }
     transpose_fours(r);
-    for (int i = 0; i < 4; i++) _mm512_storeu_si512(to + (d / 2 + i) * 2 * KEYS, r[i]);
+    for (int i = 0; i < 4; i++) store_pairs((vec_i32)r[i], to + (d + 2 * i) * KEYS);
   }
 #elif VECTOR_BITS == 256
   for (int64_t d = 0; d < head_dim; d += 16)
@@ -76,24 +97,16 @@ INLINE void transpose_keys(const bf16* const* rows, int64_t head_dim, bf16* to) 
       for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_si256((const __m256i*)(rows[part + i] + d));
       transpose_fours(r);
       for (int i = 0; i < 4; i++) {
-        bf16* out = to + (d / 2 + i) * 2 * KEYS + part * 2;
-        _mm256_storeu_si256((__m256i*)out, _mm256_permute2x128_si256(r[i], r[i + 4], 0x20));
-        _mm256_storeu_si256((__m256i*)(out + 8 * KEYS),
-                            _mm256_permute2x128_si256(r[i], r[i + 4], 0x31));
+        Key* out = to + (d + 2 * i) * KEYS + part;
+        store_pairs((vec_i32)_mm256_permute2x128_si256(r[i], r[i + 4], 0x20), out);
+        store_pairs((vec_i32)_mm256_permute2x128_si256(r[i], r[i + 4], 0x31), out + 8 * KEYS);
       }
     }
 #else
   for (int i = 0; i < KEYS; i++)
-    for (int64_t k = 0; k < head_dim; k += 2) memcpy(to + k * KEYS + i * 2, rows[i] + k, 4);
+    for (int64_t k = 0; k < head_dim; k++) to[k * KEYS + i] = to_float(rows[i][k]);
 #endif
 }
-
-// Queries stay bf16 where there is a fast product of bf16 pairs, and become float32 elsewhere.
-#if BF16_DOT
-using Query = bf16;
-#else
-using Query = float;
-#endif
 
 INLINE void load_queries(const bf16* from, int64_t count, Query* to) {
 #if BF16_DOT
@@ -103,43 +116,58 @@ INLINE void load_queries(const bf16* from, int64_t count, Query* to) {
 #endif
 }
 
+#if BF16_DOT
+
 // COUNT queries times GROUPS groups of 16 transposed keys. Each score is added up in the order of the
 // dimensions, whatever the other rows and groups.
 template <int COUNT, int GROUPS>
-INLINE void score_rows(const Query* query, const bf16* keys, int64_t head_dim, float* scores) {
-  constexpr int GROUP_PARTS = KEYS / LANES, PARTS = GROUPS * GROUP_PARTS;
-  vec_f32 acc[COUNT][PARTS] = {};
+INLINE void score_rows(const Query* query, const Key* keys, int64_t head_dim, float* scores) {
+  vec_f32 acc[COUNT][GROUPS] = {};
   for (int64_t k = 0; k < head_dim; k += 2) {
-    vec_i32 pairs[PARTS];
+    vec_i32 pairs[GROUPS];
 #pragma GCC unroll 4
-    for (int p = 0; p < PARTS; p++)
-      pairs[p] = keep_in_register(load_i32(keys + p / GROUP_PARTS * KEYS * head_dim + k * KEYS +
-                                           p % GROUP_PARTS * 2 * LANES));
+    for (int g = 0; g < GROUPS; g++)
+      pairs[g] = keep_in_register(load_i32(keys + (g * head_dim + k) * KEYS));
 #pragma GCC unroll 8
     for (int r = 0; r < COUNT; r++) {
-#if BF16_DOT
       int32_t pair;
       memcpy(&pair, query + r * head_dim + k, 4);
 #pragma GCC unroll 4
-      for (int p = 0; p < PARTS; p++)
-        acc[r][p] = dot_bf16(acc[r][p], pair - vec_i32{}, pairs[p]);
+      for (int g = 0; g < GROUPS; g++) acc[r][g] = dot_bf16(acc[r][g], pair - vec_i32{}, pairs[g]);
+    }
+  }
+  for (int r = 0; r < COUNT; r++)
+    for (int g = 0; g < GROUPS; g++) store(scores + r * SPAN + g * LANES, acc[r][g]);
+}
+
 #else
+
+// The same for one group.
+template <int COUNT, int GROUPS>
+INLINE void score_rows(const Query* query, const Key* keys, int64_t head_dim, float* scores) {
+  static_assert(GROUPS == 1);
+  constexpr int PARTS = KEYS / LANES;
+  vec_f32 acc[COUNT][PARTS] = {};
+  for (int64_t k = 0; k < head_dim; k++) {
+    vec_f32 key[PARTS];
 #pragma GCC unroll 4
-      for (int p = 0; p < PARTS; p++) {
-        acc[r][p] += (vec_f32)(pairs[p] << 16) * query[r * head_dim + k];
-        acc[r][p] += (vec_f32)(pairs[p] & (int32_t)0xffff0000) * query[r * head_dim + k + 1];
-      }
-#endif
+    for (int p = 0; p < PARTS; p++) key[p] = load(keys + k * KEYS + p * LANES);
+#pragma GCC unroll 12
+    for (int r = 0; r < COUNT; r++) {
+      const vec_f32 value = broadcast(query[r * head_dim + k]);
+#pragma GCC unroll 4
+      for (int p = 0; p < PARTS; p++) acc[r][p] += value * key[p];
     }
   }
   for (int r = 0; r < COUNT; r++)
     for (int p = 0; p < PARTS; p++) store(scores + r * SPAN + p * LANES, acc[r][p]);
 }
 
-// query [rows, head_dim] times `groups` groups of 16 transposed keys [groups, head_dim / 2, 16, 2]
-// → scores [rows, SPAN]. With AMX: up to 32 rows, of which memory is read and written to the end of
+#endif
+
+// query [rows, head_dim] times `groups` groups of 16 transposed keys → scores [rows, SPAN]. With AMX: up to 32 rows, of which memory is read and written to the end of
 // the last tile of `tile_rows` rows.
-INLINE void score(const Query* query, const bf16* keys, int64_t rows, int64_t groups,
+INLINE void score(const Query* query, const Key* keys, int64_t rows, int64_t groups,
                   int64_t head_dim, float* scores, [[maybe_unused]] int64_t tile_rows,
                   [[maybe_unused]] int64_t& configured_rows) {
 #if BF16_DOT
@@ -171,7 +199,8 @@ INLINE void score(const Query* query, const bf16* keys, int64_t rows, int64_t gr
     });
   constexpr int SCORED_ROWS = 6;
 #else
-  constexpr int SCORED_ROWS = VECTOR_BITS == 512 ? 8 : 3;  // whose scores stay in registers
+  // Whose scores stay in registers.
+  constexpr int SCORED_ROWS = VECTOR_BITS == 512 ? 12 : VECTOR_BITS == 256 ? 6 : 3;
 #endif
   for (int64_t g = 0; g < groups; g++)
     for_row_parts<SCORED_ROWS>(rows, [&](int64_t first, auto count) {

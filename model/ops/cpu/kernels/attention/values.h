@@ -5,6 +5,7 @@
 
 namespace {
 
+constexpr int MIXED_ROWS = 6;  // rows that share a pass over the values
 constexpr float LOG2_E = 1.44269504088896f;
 
 // The running softmax of one row (online softmax: Milakov and Gimelshein, 2018), in powers of 2.
@@ -95,7 +96,7 @@ INLINE void interleave(__m512i even, __m512i odd, vec_i32& low, vec_i32& high) {
 
 // Values of `count` positions [count, head_dim] → [32 or 64 positions / 2, head_dim, 2], padded
 // with zeros.
-INLINE void interleave_values(const bf16* const* rows, int64_t count, int64_t head_dim, bf16* to) {
+INLINE void prepare_values(const bf16* const* rows, int64_t count, int64_t head_dim, bf16* to) {
   const __m512i zero = _mm512_setzero_si512();
   for (int64_t i = 0; i < (count + 31) / 32 * 32; i += 2, to += 2 * head_dim)
     for (int64_t d = 0; d < head_dim; d += 32) {
@@ -165,7 +166,7 @@ INLINE void mix_pairs(const bf16* weights, const bf16* values, const bf16* const
       });
   };
   for (int64_t part = 0; part < head_dim; part += 64)
-    for_row_parts<6>(rows, [&](int64_t first, auto constant) {
+    for_row_parts<MIXED_ROWS>(rows, [&](int64_t first, auto constant) {
       if (head_dim - part >= 64)
         mix(first, part, constant, std::integral_constant<int, 4>());
       else
@@ -203,48 +204,53 @@ INLINE void mix_tiles(const bf16* weights, const bf16* values, int64_t rows, int
 
 #else
 
-// output [COUNT, PARTS vectors] += weights [COUNT, SPAN] times values [count]
-template <int COUNT, int PARTS>
-INLINE void add_weighted_values(const float* weights, const bf16* const* values, int64_t count,
-                                float* output, int64_t stride) {
-  vec_f32 acc[COUNT][PARTS];
+// Values of `count` positions [count, head_dim] as float32.
+INLINE void prepare_values(const bf16* const* rows, int64_t count, int64_t head_dim, float* to) {
+  for (int64_t i = 0; i < count; i++, to += head_dim)
+    for (int64_t d = 0; d < head_dim; d += LANES) store(to + d, load_bf16(rows[i] + d));
+}
+
+// output [COUNT, 2 vectors] += weights [COUNT, SPAN] times values of `count` positions, which
+// `load_value(i, value)` loads.
+template <int COUNT, typename LoadValue>
+INLINE void add_weighted_values(const float* weights, int64_t count, int64_t head_dim,
+                                float* output, LoadValue load_value) {
+  vec_f32 acc[COUNT][2];
   for (int r = 0; r < COUNT; r++)
-    for (int p = 0; p < PARTS; p++) acc[r][p] = load(output + r * stride + p * LANES);
+    for (int p = 0; p < 2; p++) acc[r][p] = load(output + r * head_dim + p * LANES);
   for (int64_t i = 0; i < count; i++) {
-    vec_f32 value[PARTS];
+    vec_f32 value[2];
+    load_value(i, value);
 #pragma GCC unroll 8
-    for (int p = 0; p < PARTS; p++) value[p] = load_bf16(values[i] + p * LANES);
-#pragma GCC unroll 4
     for (int r = 0; r < COUNT; r++) {
       const vec_f32 weight = broadcast(weights[r * SPAN + i]);
-#pragma GCC unroll 8
-      for (int p = 0; p < PARTS; p++) acc[r][p] += weight * value[p];
+      acc[r][0] += weight * value[0];
+      acc[r][1] += weight * value[1];
     }
   }
   for (int r = 0; r < COUNT; r++)
-    for (int p = 0; p < PARTS; p++) store(output + r * stride + p * LANES, acc[r][p]);
+    for (int p = 0; p < 2; p++) store(output + r * head_dim + p * LANES, acc[r][p]);
 }
 
-// output [rows, head_dim] += weights [rows, SPAN] times values of `count` positions, by vectors.
-INLINE void mix_values(const float* weights, const bf16* const* values, int64_t rows, int64_t count,
-                       int64_t head_dim, float* output) {
-  constexpr int MIXED_ROWS = VECTOR_BITS == 512 ? 4 : 2;  // that share a pass over the values
-  const bf16* part_values[SPAN];
-  for (int64_t part = 0; part < head_dim; part += 32) {
-    const bool wide = VECTOR_BITS == 512 && head_dim - part >= 64;  // 64 dimensions, not 32
-    for (int64_t i = 0; i < count; i++) part_values[i] = values[i] + part;
-    for (int64_t r = 0; r < rows; r += MIXED_ROWS)
-      with_constant<MIXED_ROWS>(std::min<int64_t>(MIXED_ROWS, rows - r), [&](auto constant) {
-        float* to = output + r * head_dim + part;
-        if (wide)
-          add_weighted_values<constant.value, 64 / LANES>(weights + r * SPAN, part_values, count,
-                                                          to, head_dim);
-        else
-          add_weighted_values<constant.value, 32 / LANES>(weights + r * SPAN, part_values, count,
-                                                          to, head_dim);
-      });
-    if (wide) part += 32;
-  }
+// output [rows, head_dim] += weights [rows, SPAN] times values of `count` positions: converted ones,
+// or, if that is null, those of `value_rows`, which are then converted for every few rows anew.
+INLINE void mix_values(const float* weights, const float* values, const bf16* const* value_rows,
+                       int64_t rows, int64_t count, int64_t head_dim, float* output) {
+  for (int64_t part = 0; part < head_dim; part += 2 * LANES)
+    for_row_parts<MIXED_ROWS>(rows, [&](int64_t first, auto constant) {
+      const auto add = [&](auto load_value) {
+        add_weighted_values<constant.value>(weights + first * SPAN, count, head_dim,
+                                            output + first * head_dim + part, load_value);
+      };
+      if (values)
+        add([&](int64_t i, vec_f32(&value)[2]) {
+          for (int p = 0; p < 2; p++) value[p] = load(values + i * head_dim + part + p * LANES);
+        });
+      else
+        add([&](int64_t i, vec_f32(&value)[2]) {
+          for (int p = 0; p < 2; p++) value[p] = load_bf16(value_rows[i] + part + p * LANES);
+        });
+    });
 }
 
 #endif
