@@ -100,7 +100,9 @@ def _balance_experts(engine: Engine) -> None:
     chosen = order[:, : moe.router.top_k].contiguous()
     weights = torch.full(chosen.shape, 1 / moe.router.top_k)
 
-    def route(logits: torch.Tensor, spec: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def route(
+        logits: torch.Tensor, spec: Any, correction: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return chosen[: len(logits)], weights[: len(logits)]
 
     engine.runner.backend.route = route  # type: ignore[method-assign,assignment]

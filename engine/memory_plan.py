@@ -13,8 +13,8 @@ import torch
 from engine.errors import EngineError
 from engine.execution.adjustments import adjustment_bytes
 from engine.execution.chunk_graphs import MAX_CHUNK_TOKENS
+from engine.execution.kv_tensors import KvLayout
 from engine.resolve import Settings, dtype_name
-from engine.scheduling.kv_cache import group_layers
 from model import ModelConfig
 from model.cost.operations import parameter_bytes
 from model.cost.workload import state_bytes
@@ -68,11 +68,12 @@ class MemoryPlan:
             packed = stored if library() is not None else 4 * size
             more = packed if config.tie_word_embeddings else packed - stored
             weights += more // ranks
-        rotary_rows = sum(rope.table_rows(config.max_positions) for rope in config.ropes)
-        weights += 4 * rotary_rows * config.rotary_dim
+        weights += sum(
+            4 * rope.table_rows(config.max_positions) * rotary_dim
+            for rope, rotary_dim in config.ropes
+        )
         rows = min(settings.max_batch_size, settings.max_batch_tokens)
-        windows = [layer.window for layer in config.layers]
-        groups = len(group_layers(windows, config.recurrent_layers))
+        groups = len(KvLayout.of(config, ranks, settings.dtype).groups)
         table = 4 * -(-config.max_positions // settings.block_size)
         # A CPU holds each table twice. A GPU's captured steps have up to four tables a row in all;
         # its host copies are not in the device's memory.
@@ -199,33 +200,40 @@ def _check(plan: MemoryPlan, kv: int, settings: Settings, available: int) -> Non
 def _activation_bytes(config: ModelConfig, item: int, ranks: int) -> int:
     """Activation bytes of one token where a layer needs the most; tensors are freed after use."""
     hidden, moe = config.hidden_size, config.moe
-    query = config.num_heads // ranks * config.head_dim
-    key = max(1, config.num_kv_heads // ranks) * config.head_dim
     # The residual stream, float32; then its norm; QKV before and after rotary; attention's output
     # and its projection.
-    stream = 4 * hidden
-    attention = item * (hidden + 2 * (query + 2 * key) + query + hidden)
+    stream, attention = 4 * hidden, 0
+    for heads in {config.heads(layer) for layer in config.layers if not layer.recurrent}:
+        query = config.num_heads // ranks * heads.head_dim
+        key = max(1, heads.num_kv_heads // ranks) * heads.head_dim
+        gate = 2 * query if config.output_gate else 0
+        values = hidden + 2 * (query + 2 * key) + query + gate + hidden
+        attention = max(attention, item * values)
     if config.delta_rule is not None:
         # Projections, the convolution's output, and the rule's before and after its norm.
         spec = config.delta_rule.part(ranks)
         width = spec.value_heads * spec.value_dim
-        recurrent = item * (2 * hidden + 2 * spec.channels + 3 * width)
-        attention = max(attention + item * 2 * query, recurrent)  # with the output's gate
+        attention = max(attention, item * (2 * hidden + 2 * spec.channels + 3 * width))
     latent = config.latent
     if latent is not None:
         # Latents of queries, the queries before and after their products, and the results of heads.
-        heads = config.num_heads // ranks
+        count = config.num_heads // ranks
         width = 2 * latent.plain_dim + 2 * config.rotary_dim + 2 * latent.rank + latent.value_dim
-        attention = item * (2 * hidden + 2 * (latent.query_rank or 0) + 2 * key + heads * width)
+        latents = 2 * (latent.query_rank or 0) + 2 * config.head_dim
+        attention = item * (2 * hidden + latents + count * width)
     mlp = 0
-    if any(not layer.sparse for layer in config.layers):
+    sizes = [config.mlp_size(layer) for layer in config.layers if config.has_mlp(layer)]
+    if sizes:
         # Gate and up in one tensor, then two tensors of half its size.
-        mlp = item * (2 * hidden + 4 * config.intermediate_size // ranks)
+        mlp = item * (2 * hidden + 2 * config.activation.parts * max(sizes) // ranks)
     if moe is not None:
         pair = item * (2 * hidden + 4 * moe.intermediate_size) + 2 * 4 * hidden  # float32 sums
         shared = item * (2 * hidden + 4 * moe.shared_size // ranks) if moe.shared_size else 0
-        mlp = max(mlp, item * 2 * hidden + moe.router.top_k * pair + shared)
-    return 2 * stream + max(attention, mlp)  # twice: before and after the addition
+        beside = item * hidden if moe.beside_mlp else 0  # the result of the dense MLP
+        mlp = max(mlp, item * 2 * hidden + moe.router.top_k * pair + shared + beside)
+    own = config.per_layer_size * len(config.layers)  # what layers read besides the stream
+    largest = 2 * stream + max(attention, mlp) + item * own  # twice: before and after the addition
+    return max(largest, stream + item * hidden + (8 + 3 * item) * own)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

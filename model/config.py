@@ -34,7 +34,8 @@ class RopeConfig:
     """Rotary embedding: base frequency and its scaling beyond the original context."""
 
     theta: float
-    kind: str = "default"  # default, linear, llama3, yarn, longrope, or none: no rotation
+    # default, linear, llama3, yarn, longrope, proportional, or none: no rotation
+    kind: str = "default"
     factor: float = 1.0
     original_max_positions: int = 0
     low_freq_factor: float = 1.0  # llama3
@@ -48,6 +49,8 @@ class RopeConfig:
     # longrope: divisors of the frequencies within and beyond the original context.
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+    is_reversed: bool = False  # rotates in the other direction
+    rotated_share: float = 1.0  # proportional: of the pairs of values; the others stay
     # Queries at position p are multiplied by 1 + query_beta · ln(1 + ⌊p / original_max_positions⌋).
     query_beta: float = 0.0
 
@@ -97,6 +100,9 @@ class MoeConfig:
     biases: bool  # router and experts have biases
     shared_size: int = 0  # inner size of the MLP that all tokens share beside them; 0: none
     shared_gate: bool = False  # its result is multiplied by a learned sigmoid
+    # Beside the experts, sparse layers have the dense MLP. Both, their sum, the router and what the
+    # experts read have a norm of their own.
+    beside_mlp: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,16 @@ class LayerFormats:
 
 
 @dataclass(frozen=True)
+class HeadSizes:
+    """The keys and values of a layer, and the size of its heads."""
+
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int  # the first values of each query and key head, which are rotated
+    values_are_keys: bool = False  # projected alike; keys then have a norm and are rotated
+
+
+@dataclass(frozen=True)
 class LayerConfig:
     """Properties that differ from layer to layer."""
 
@@ -136,6 +152,11 @@ class LayerConfig:
     rope: RopeConfig | None = None  # the layer's own rotary embedding; None: the model's
     recurrent: bool = False  # the gated delta rule with its state instead of attention
     formats: LayerFormats = LayerFormats()
+    heads: HeadSizes | None = None  # the layer's own; None: the model's
+    # An earlier layer with equal heads and window, to whose keys and values this one attends. It
+    # has none of its own.
+    kv_source: int | None = None
+    intermediate_size: int | None = None  # of its dense MLP; None: the model's
 
 
 @dataclass(frozen=True)
@@ -165,6 +186,8 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm on each query and key head before the rotation
     whole_qk_norm: bool = False  # if qk_norm: one over all query heads, one over all key heads
     rotates_before_qk_norm: bool = False  # if qk_norm: the rotation comes first
+    value_norm: bool = False  # if qk_norm: values have a norm without weights
+    embedding_norm: bool = False  # the embedding of each token has a norm without weights
     # If it is there, num_kv_heads is 1 and head_dim the size of what the KV cache has of a token.
     latent: LatentConfig | None = None
     sinks: bool = False  # a learned logit of each query head joins the softmax
@@ -175,6 +198,8 @@ class ModelConfig:
     logits_scale: float = 1.0  # multiplies the logits
     logits_softcap: float | None = None  # as attention_softcap, of the scaled logits
     activation: Activation = field(default_factory=Activation)
+    per_layer_size: int = 0  # of what each layer reads of a token's own embedding; 0: nothing
+    layer_scalars: bool = False  # the residual stream after a layer has a learned factor
     moe: MoeConfig | None = None
     output_gate: bool = False  # attention's output is multiplied by a sigmoid of its input
     delta_rule: DeltaRuleSpec | None = None  # of recurrent layers
@@ -186,10 +211,26 @@ class ModelConfig:
     # Of the checkpoint; see also LayerFormats.
     stored_formats: FormatRules = field(default_factory=FormatRules)
 
+    def heads(self, layer: LayerConfig) -> HeadSizes:
+        """The sizes of a layer's heads."""
+        return layer.heads or HeadSizes(self.num_kv_heads, self.head_dim, self.rotary_dim)
+
+    def mlp_size(self, layer: LayerConfig) -> int:
+        """The inner size of a layer's dense MLP."""
+        return layer.intermediate_size or self.intermediate_size
+
+    def has_mlp(self, layer: LayerConfig) -> bool:
+        """Whether a layer has a dense MLP, instead of experts or beside them."""
+        return not layer.sparse or (self.moe is not None and self.moe.beside_mlp)
+
+    def rope_of(self, layer: LayerConfig) -> tuple[RopeConfig, int]:
+        """A layer's rotary embedding, and how many values of each head it rotates."""
+        return layer.rope or self.rope, self.heads(layer).rotary_dim
+
     @cached_property
-    def ropes(self) -> tuple[RopeConfig, ...]:
-        """The different rotary embeddings of the layers, in the order of their first layers."""
-        return tuple(dict.fromkeys(layer.rope or self.rope for layer in self.layers))
+    def ropes(self) -> tuple[tuple[RopeConfig, int], ...]:
+        """The different results of `rope_of`, in the order of their first layers."""
+        return tuple(dict.fromkeys(map(self.rope_of, self.layers)))
 
     @property
     def recurrent_layers(self) -> tuple[int, ...]:

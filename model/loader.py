@@ -21,7 +21,7 @@ from model.formats import WeightFormat, full_interface
 from model.formats.dense import Dense
 from model.formats.integers import Integers
 from model.gguf.files import GgufFiles, is_gguf
-from model.ops.backend import Backend
+from model.ops.backend import Backend, normalize
 from model.ops.specs import Norm, Parameter
 from model.stored_weights import StoredMap
 from model.tensor_map import tensor_map
@@ -66,7 +66,8 @@ def load(
                 parameter.complete()
             del tensors, source
             files.close_if_large()
-    _tie_head(model, backend)
+        _fill_unstored(parameters)
+    _finish(model, backend)
 
 
 def check(model: Transformer, checkpoint: str | Path, adapters: AdapterList = ()) -> None:
@@ -90,7 +91,7 @@ def load_dummy(model: Transformer, backend: Backend, seed: int = 0) -> None:
         generator.manual_seed(seed + number)  # parameters that all ranks hold are equal on all
         parameter.fill_random(generator)
         parameter.complete()
-    _tie_head(model, backend)
+    _finish(model, backend)
 
 
 def _parameters(model: Transformer, backend: Backend) -> dict[tuple[int, str], "_Filling"]:
@@ -152,15 +153,16 @@ class _Filling:
         elif len(declared.shape) > 1:
             storage.uniform_(-0.03, 0.03, generator=generator)
         else:
-            storage.fill_(1.0 - declared.offset if isinstance(declared.holder, Norm) else 0.0)
+            is_factor = isinstance(declared.holder, Norm) or declared.attribute == "scalar"
+            storage.fill_(1.0 - declared.offset if is_factor else 0.0)
 
     def complete(self) -> None:
         """Set the attribute to the filled storage in the form that the operations take."""
         declared, storage = self.declared, self.storage()
         if self.format is not None:
             storage = self.format.finish(self.backend, storage)
-        elif declared.offset:
-            storage += declared.offset
+        elif declared.offset or declared.factor != 1:
+            storage.mul_(declared.factor).add_(declared.offset)
         setattr(declared.holder, declared.attribute, storage)
         self._storage = None
 
@@ -196,7 +198,21 @@ def _as_stored(
     return names.experts
 
 
-def _tie_head(model: Transformer, backend: Backend) -> None:
+def _fill_unstored(parameters: "dict[tuple[int, str], _Filling]") -> None:
+    """Fill the weights of norms that checkpoints do not have."""
+    for parameter in parameters.values():
+        holder = parameter.declared.holder
+        if isinstance(holder, Norm) and not holder.is_stored:
+            parameter.storage().fill_(1.0)
+            parameter.complete()
+
+
+def _finish(model: Transformer, backend: Backend) -> None:
+    """Tie the head and normalize the embedding, if the config says so."""
+    if model.config.embedding_norm:
+        assert model.embedding is not None  # it was just filled
+        for rows in model.embedding.split(1 << 12):  # bounds the memory of the float32 copy
+            rows.copy_(normalize(rows, model.config.norm.eps))
     if model.config.tie_word_embeddings:
         assert model.embedding is not None  # it was just filled
         model.head.weight = full_interface(model.head.format).tied(backend, model.embedding)
@@ -252,6 +268,14 @@ def _check_count(config: ModelConfig, files: Files) -> None:
         )
 
 
+def _unused_projections(config: ModelConfig, names: TensorNames) -> list[str]:
+    """Names of unused keys and values, stored with layers that attend to those of others."""
+    stems = [stem for stem, parts in names.attention if set(parts) <= {"k", "v"}]
+    stems += [names.k_norm, names.k_norm.replace("k_norm", "v_norm")]
+    layers = (i for i, layer in enumerate(config.layers) if layer.kv_source is not None)
+    return [names.layer.format(layer=i) + stem for i in layers for stem in stems]
+
+
 def _check(found: StoredMap, files: Files, config: ModelConfig, names: TensorNames) -> None:
     expected = found.expected
     for name, stored in expected.items():
@@ -271,11 +295,11 @@ def _check(found: StoredMap, files: Files, config: ModelConfig, names: TensorNam
                 f" expected {' or '.join(stored.dtypes)}"
             )
     beyond = range(len(config.layers), len(config.layers) + config.mtp_layers)
-    unused_layers = tuple(names.layer.format(layer=i) for i in beyond)
+    unused = (*(names.layer.format(layer=i) for i in beyond), *_unused_projections(config, names))
     for name in files.file_of:
         spare_head = name == names.head and config.tie_word_embeddings
         ignored = name.endswith(_IGNORED_SUFFIXES) or is_of_another_part(config.model_type, name)
-        ignored = ignored or found.is_unused(name) or name.startswith(unused_layers)
+        ignored = ignored or found.is_unused(name) or name.startswith(unused)
         if name not in expected and not spare_head and not ignored:
             raise CheckpointError(
                 f"{files.path(name)}: tensor {name!r} is not part of a {config.model_type} model"

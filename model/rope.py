@@ -21,7 +21,8 @@ def rope_table(rope: RopeConfig, rotary_dim: int, positions: int) -> torch.Tenso
         return torch.cat((ones, torch.zeros_like(ones)), dim=-1)
     factor = cos_sin_factor(rope)
     if rope.kind != "longrope":
-        return _rows(inverse_frequencies(rope, rotary_dim), positions) * factor
+        frequencies = inverse_frequencies(rope, rotary_dim)
+        return _rows(-frequencies if rope.is_reversed else frequencies, positions) * factor
     original = rope.original_max_positions
     short = _frequencies(rope.theta, rotary_dim, torch.tensor(rope.short_factors))
     table = _rows(short, min(positions, original))
@@ -46,11 +47,15 @@ def inverse_frequencies(rope: RopeConfig, rotary_dim: int) -> torch.Tensor:
 
     default: theta^(-2i/d) (RoFormer, 3.4.2). linear: divided by the factor. llama3: long
     wavelengths divided by the factor, with a smooth band between (Llama 3.1 model code).
-    yarn: "NTK-by-parts" (YaRN, 3.2).
+    yarn: "NTK-by-parts" (YaRN, 3.2). proportional: as linear in the first pairs of values, 0 in the
+    others (Gemma 4).
     """
     plain = _frequencies(rope.theta, rotary_dim)
     if rope.kind == "linear":
         return plain / rope.factor
+    if rope.kind == "proportional":
+        rotated = int(rope.rotated_share * rotary_dim // 2)
+        return torch.cat((plain[:rotated] / rope.factor, torch.zeros_like(plain[rotated:])))
     if rope.kind == "llama3":
         # The rotations within the original context decide how much a dimension is stretched.
         rotations = rope.original_max_positions * plain / (2 * math.pi)

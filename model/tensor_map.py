@@ -10,12 +10,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from model.config import ModelConfig
-from model.families.tensor_names import DeltaRuleNames, ExpertNames, LinearName, TensorNames
+from model.families.tensor_names import (
+    DeltaRuleNames,
+    ExpertNames,
+    LinearName,
+    PerLayerNames,
+    TensorNames,
+)
 from model.formats.format import Part
 from model.layers.attention import Attention
 from model.layers.delta_rule import DeltaRule
 from model.layers.latent_attention import LatentAttention
-from model.layers.mlp import Moe
+from model.layers.mlp import Mlp, MlpBesideExperts, Moe, PerLayerInputs, PerLayerMlp
 from model.ops.specs import Linear
 from model.sharding import Shard
 from model.transformer import Layer, Transformer
@@ -85,8 +91,9 @@ def tensor_map(model: Transformer, names: TensorNames) -> TensorMap:
     table, own = (config.vocab_size, config.hidden_size), (shard.vocab_part(config.vocab_size),)
     found.pieces += [
         _whole(_weight(names.embedding, table, own, is_embedding=True), model, "embedding"),
-        _whole(NamedWeight(names.final_norm, table[1:]), model.final_norm),
     ]
+    if model.final_norm.is_stored:
+        found.pieces.append(_whole(NamedWeight(names.final_norm, table[1:]), model.final_norm))
     if not config.tie_word_embeddings:
         found.pieces.append(_whole(_weight(names.head, table, own), model.head))
     for i, layer in enumerate(model.layers):
@@ -96,14 +103,44 @@ def tensor_map(model: Transformer, names: TensorNames) -> TensorMap:
         if isinstance(attention, DeltaRule):
             found.pieces += _delta_rule_pieces(prefix, names.delta_rule, attention, config, shard)
         else:
-            found.pieces += _attention(prefix, names.attention, attention, config, shard)
-        if isinstance(layer.mlp, Moe):
-            _add_experts(found, prefix, names.experts, layer.mlp, config)
-        else:
-            mlp, sizes = layer.mlp, (config.hidden_size, config.intermediate_size)
-            parts = _gated_parts(mlp.gate_up, mlp.down, *sizes, shard)
+            kv_heads = config.heads(config.layers[i]).num_kv_heads
+            found.pieces += _attention(prefix, names.attention, attention, config, kv_heads, shard)
+        mlp = layer.mlp.mlp if isinstance(layer.mlp, MlpBesideExperts) else layer.mlp
+        moe = layer.mlp.moe if isinstance(layer.mlp, MlpBesideExperts) else layer.mlp
+        if isinstance(moe, Moe):
+            _add_experts(found, prefix, names.experts, moe, config)
+        if isinstance(mlp, Mlp):
+            size = config.mlp_size(config.layers[i])
+            parts = _gated_parts(mlp.gate_up, mlp.down, config.hidden_size, size, shard)
             found.pieces += _linears(prefix, names.mlp, parts, shard)
+        if layer.per_layer is not None:
+            found.pieces += _per_layer_mlp(prefix, names.per_layer, layer.per_layer, shard)
+    if model.per_layer is not None:
+        found.pieces += _per_layer_inputs(names.per_layer, model.per_layer, config, shard)
     return found
+
+
+def _per_layer_mlp(
+    prefix: str, names: PerLayerNames, own: PerLayerMlp, shard: Shard
+) -> Iterator[Piece]:
+    hidden, size = own.gate.inputs, own.gate.outputs
+    parts = {
+        "gate": _LinearPart(own.gate, size, hidden),
+        "down": _LinearPart(own.down, hidden, size),
+    }
+    yield from _linears(prefix, ((names.gate, ("gate",)), (names.down, ("down",))), parts, shard)
+
+
+def _per_layer_inputs(
+    names: PerLayerNames, own: PerLayerInputs, config: ModelConfig, shard: Shard
+) -> Iterator[Piece]:
+    projection = own.projection
+    shape = config.vocab_size, projection.outputs
+    table = _weight(names.embedding, shape, (own.tokens,), is_embedding=True)
+    yield _whole(table, own, "table")
+    yield _whole(NamedWeight(names.norm, (own.norm.size,)), own.norm)
+    part = _LinearPart(projection, projection.outputs, projection.inputs)
+    yield from _linears("", ((names.projection, ("all",)),), {"all": part}, shard)
 
 
 def _weight(
@@ -121,11 +158,11 @@ def _whole(weight: NamedWeight, holder: Any, attribute: str = "weight") -> Piece
 def _layer_vectors(
     prefix: str, names: TensorNames, layer: Layer, config: ModelConfig, shard: Shard
 ) -> Iterator[Piece]:
-    attention = layer.attention
+    attention, mlp = layer.attention, layer.mlp
     norms = [
         (names.attention_norm, attention.norm),
-        (names.mlp_norm, layer.mlp.norm),
-        (names.mlp_post_norm, getattr(layer.mlp, "post_norm", None)),
+        (names.mlp_norm, mlp.norm),
+        (names.mlp_post_norm, getattr(mlp, "post_norm", None)),
     ]
     if isinstance(attention, DeltaRule):
         norms.append((names.delta_rule.norm, attention.head_norm))
@@ -135,9 +172,20 @@ def _layer_vectors(
         norms.append((names.k_norm, attention.heads.k_norm))
         norms.append((names.query_norm, getattr(attention, "query_norm", None)))
         norms.append((names.latent_norm, getattr(attention, "latent_norm", None)))
+    if isinstance(mlp, MlpBesideExperts):
+        norms += [
+            (names.experts.router_norm, mlp.router_norm),
+            (names.experts.norm, mlp.moe.norm),
+            (names.experts.mlp_post_norm, mlp.mlp.post_norm),
+            (names.experts.post_norm, mlp.experts_post_norm),
+        ]
+    if layer.per_layer is not None:
+        norms.append((names.per_layer.post_norm, layer.per_layer.post_norm))
     for name, norm in norms:
-        if norm is not None and not norm.is_identity:
+        if norm is not None and norm.is_stored:
             yield _whole(NamedWeight(prefix + name, (norm.size,)), norm)
+    if layer.has_scalar:
+        yield _whole(NamedWeight(prefix + names.layer_scalar, (1,)), layer, "scalar")
     if isinstance(attention, Attention) and attention.has_sinks:
         heads = shard.part(config.num_heads)
         sinks = NamedWeight(prefix + names.sinks, (config.num_heads,), (heads,))
@@ -149,10 +197,12 @@ def _attention(
     names: tuple[LinearName, ...],
     attention: Attention | LatentAttention,
     config: ModelConfig,
+    kv_heads: int,
     shard: Shard,
 ) -> Iterator[Piece]:
     if isinstance(attention, Attention):
-        yield from _linears(prefix, names, _attention_parts(attention, config, shard), shard)
+        parts = _attention_parts(attention, config, kv_heads, shard)
+        yield from _linears(prefix, names, parts, shard)
         return
     parts = _latent_parts(attention, config, shard)
     stored = tuple(name for name in names if set(name[1]) <= parts.keys())
@@ -214,23 +264,25 @@ def _head_linears(
 
 
 def _attention_parts(
-    attention: Attention, config: ModelConfig, shard: Shard
+    attention: Attention, config: ModelConfig, kv_heads: int, shard: Shard
 ) -> dict[str, _LinearPart]:
-    hidden, head_dim, own = config.hidden_size, config.head_dim, attention.heads
+    hidden, own = config.hidden_size, attention.heads
+    head_dim = own.head_dim
     q_rows = _of_heads(shard.part(config.num_heads), head_dim)
-    kv_rows = _of_heads(shard.kv_part(config.num_kv_heads), head_dim)
-    q_width, kv_width = config.num_heads * head_dim, config.num_kv_heads * head_dim
+    kv_rows = _of_heads(shard.kv_part(kv_heads), head_dim)
+    q_width, kv_width = config.num_heads * head_dim, kv_heads * head_dim
     first_k = own.heads * head_dim
     first_v = first_k + own.kv_heads * head_dim
     block = head_dim if attention.gate is not None else 0
     found = {
         "q": _LinearPart(attention.qkv, q_width, hidden, q_rows, block=block),
-        "k": _LinearPart(attention.qkv, kv_width, hidden, kv_rows, first=first_k),
-        "v": _LinearPart(attention.qkv, kv_width, hidden, kv_rows, first=first_v),
         "o": _LinearPart(attention.out, hidden, q_width, columns=q_rows),
     }
     if attention.gate is not None:
         found["gate"] = _LinearPart(attention.gate, q_width, hidden, q_rows, block=block)
+    for part, first in zip("kv", (first_k, first_v), strict=True):
+        if own.kv_heads and (part == "k" or not own.values_are_keys):
+            found[part] = _LinearPart(attention.qkv, kv_width, hidden, kv_rows, first=first)
     return found
 
 
@@ -291,12 +343,14 @@ def _gated_parts(
     gate_up: Linear, down: Linear, hidden: int, size: int, shard: Shard
 ) -> dict[str, _LinearPart]:
     """The parts of a gated MLP; size: its inner size on all ranks together."""
-    own = shard.part(size)
-    return {
-        "gate": _LinearPart(gate_up, size, hidden, own),
-        "up": _LinearPart(gate_up, size, hidden, own, first=size // shard.size),
+    own, each = shard.part(size), size // shard.size
+    found = {
+        "up": _LinearPart(gate_up, size, hidden, own, first=gate_up.outputs - each),
         "down": _LinearPart(down, hidden, size, columns=own),
     }
+    if gate_up.outputs > each:
+        found["gate"] = _LinearPart(gate_up, size, hidden, own)
+    return found
 
 
 def _linears(
@@ -307,6 +361,8 @@ def _linears(
 ) -> Iterator[Piece]:
     """The pieces of linears; the rows of a tensor are those of its parts, in order."""
     for stem, part_names in names:
+        if not parts.keys() & set(part_names):  # of other layers
+            continue
         if parts[part_names[0]].block:
             own = [parts[name] for name in part_names]
             yield from _alternating(prefix + stem, own)
@@ -394,7 +450,7 @@ def _add_experts(
     hidden, count = config.hidden_size, config.moe.num_experts
     parts = {"router": _LinearPart(moe.router, count, hidden)}
     linears: tuple[LinearName, ...] = ((names.router, ("router",)),)
-    if moe.router_spec.has_correction:
+    if moe.router_spec.has_correction or moe.router_spec.scales_experts:
         found.pieces.append(
             _whole(NamedWeight(prefix + names.correction, (count,)), moe, "correction")
         )
@@ -407,8 +463,8 @@ def _add_experts(
             parts["shared_gate"] = _LinearPart(shared.gate, 1, hidden)
             linears += ((names.shared_gate, ("shared_gate",)),)
     found.pieces += _linears(prefix, linears, parts, moe.shard)
-    for stem, own in names.linears:
-        target = _ExpertLinear(moe, names, own)
+    for stem, outputs in names.linears:
+        target = _ExpertLinear(moe, names, outputs)
         if "{expert}" in stem:
             _add_single_experts(found, prefix + stem, target, count)
         else:

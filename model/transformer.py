@@ -7,7 +7,7 @@ from model.config import LayerConfig, ModelConfig
 from model.layers.attention import Attention
 from model.layers.delta_rule import DeltaRule
 from model.layers.latent_attention import LatentAttention
-from model.layers.mlp import Mlp, Moe
+from model.layers.mlp import PerLayerInputs, PerLayerMlp, make_mlp
 from model.ops.specs import LayerState, Linear, Norm, Parameter, RopeArgs
 from model.ops.step_parts import EMBEDDING, FINAL_NORM, LM_HEAD
 from model.sharding import ALONE, Shard
@@ -30,11 +30,14 @@ class Layer:
     """Attention, or a recurrence in its place, and MLP, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, shard: Shard = ALONE):
-        self.rope_index = config.ropes.index(layer.rope or config.rope)
+        self.rope_index = config.ropes.index(config.rope_of(layer))
         self.attention: Attention | LatentAttention | DeltaRule = (
             DeltaRule if layer.recurrent else attention_of
         )(config, layer, shard)
-        self.mlp: Moe | Mlp = (Moe if layer.sparse else Mlp)(config, layer, shard)
+        self.mlp = make_mlp(config, layer, shard)
+        self.per_layer = PerLayerMlp(config) if config.per_layer_size else None
+        self.has_scalar = config.layer_scalars
+        self.scalar: torch.Tensor | None = None  # float32 [1]
 
     def parameters(self) -> Iterator[Parameter]:
         """Declare the norms, then the rest of the attention and of the MLP."""
@@ -42,6 +45,10 @@ class Layer:
         yield from self.mlp.norm.parameters()
         yield from self.attention.parameters()
         yield from self.mlp.parameters()
+        if self.per_layer is not None:
+            yield from self.per_layer.parameters()
+        if self.has_scalar:
+            yield Parameter(self, "scalar", (1,), is_float32=True)
 
 
 class Transformer:
@@ -58,6 +65,7 @@ class Transformer:
         self.embedding_shape = (vocab, hidden)
         self.embedding: torch.Tensor | None = None
         self.layers = [Layer(config, layer, shard) for layer in config.layers]
+        self.per_layer = PerLayerInputs(config, shard) if config.per_layer_size else None
         self.final_norm = Norm(hidden, config.norm)
         self.head = Linear(hidden, vocab, False, config.head_format)
         # For each of config.ropes: float32 [rows, rotary_dim].
@@ -75,14 +83,16 @@ class Transformer:
             yield from self.head.parameters()
         for layer in self.layers:
             yield from layer.parameters()
+        if self.per_layer is not None:
+            yield from self.per_layer.parameters()
 
     def prepare_rope(self, positions: int, device: "torch.device") -> None:
         """Tabulate cos and sin for positions up to (not including) `positions`."""
         from model.rope import query_scales, rope_table
 
         self.rope_tables = [
-            rope_table(rope, self.config.rotary_dim, positions).to(device)
-            for rope in self.config.ropes
+            rope_table(rope, rotary_dim, positions).to(device)
+            for rope, rotary_dim in self.config.ropes
         ]
         if self.config.rope.query_beta:
             self.query_scales = query_scales(self.config.rope, positions).to(device)
@@ -101,7 +111,8 @@ class Transformer:
         The residual stream and the logits are float32 in every compute dtype: rounding them would
         change more choices of tokens than rounding everything else does.
 
-        caches: KV tensors as from `Backend.empty_cache`, written in place.
+        caches: KV tensors as from `Backend.empty_cache`, written in place. Blocks may have any
+        distance from each other.
         layer_caches: for each layer, the index of its group in the batch and of its KV tensor.
         out: takes the logits, if it is given.
         states: those of the recurrent layers, in order; layer_caches is not read for these layers.
@@ -121,23 +132,27 @@ class Transformer:
         if query_scale is not None:
             query_scale = ops.gather(query_scale, batch.positions)
         delta: torch.Tensor | None = None
+        own = None if self.per_layer is None else self.per_layer(ops, x, batch.token_ids)
         next_state = iter(states)
-        for layer, (group, cache) in zip(self.layers, layer_caches, strict=True):
+        for i, (layer, (group, cache)) in enumerate(zip(self.layers, layer_caches, strict=True)):
             attention = layer.attention
             if isinstance(attention, DeltaRule):
                 x, delta = attention(ops, x, delta, next(next_state), batch)
-                x, delta = layer.mlp(ops, x, delta)
-                continue
-            tables = batch.groups[group]
-            rope = RopeArgs(
-                attention.heads,
-                cos_sin[layer.rope_index],
-                caches[cache],
-                tables.slot_mapping,
-                query_scale,
-            )
-            x, delta = attention(ops, x, delta, rope, batch, tables)
+            else:
+                tables = batch.groups[group]
+                rope = RopeArgs(
+                    attention.heads,
+                    cos_sin[layer.rope_index],
+                    caches[cache],
+                    tables.slot_mapping,
+                    query_scale,
+                )
+                x, delta = attention(ops, x, delta, rope, batch, tables)
             x, delta = layer.mlp(ops, x, delta)
+            if layer.per_layer is not None and own is not None:
+                x, delta = layer.per_layer(ops, x, delta, own[:, i])
+            if layer.scalar is not None:
+                x, delta = ops.scaled_sum(x, delta, layer.scalar), None
         if len(batch.logits_rows) < len(x):
             x = ops.gather(x, batch.logits_rows)
             delta = None if delta is None else ops.gather(delta, batch.logits_rows)

@@ -117,6 +117,53 @@ _DEEPSEEK_EXPERTS: dict[str, Any] = {
     "first_k_dense_replace": 1,
     "routed_scaling_factor": 1.5,
 }
+
+
+def _gemma4(head_dim: int = 16, **options: Any) -> Any:
+    """Layers without a window have heads twice as large."""
+    kind, local = options.pop("kind", tf.Gemma4TextConfig), ["sliding_attention"] * 2
+    sizes = {
+        "num_hidden_layers": 6,
+        "layer_types": [*local, "full_attention"] * 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": head_dim,
+        "global_head_dim": 2 * head_dim,
+        "sliding_window": 20,
+        "max_position_embeddings": 512,
+        "final_logit_softcapping": 20.0,
+    }
+    if kind is tf.Gemma4TextConfig:
+        sizes |= {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 512}
+    return kind(**{**_COMMON, **sizes, **options})
+
+
+def _gemma4_experts(head_dim: int = 16) -> Any:
+    """As 26B-A4B: experts beside the dense MLP, and fewer KV heads that are also the values."""
+    return _gemma4(
+        head_dim,
+        attention_k_eq_v=True,
+        num_key_value_heads=4,
+        num_global_key_value_heads=1,
+        enable_moe_block=True,
+        num_experts=6,
+        top_k_experts=2,
+        moe_intermediate_size=32,
+    )
+
+
+def _gemma4_shared(head_dim: int = 16) -> Any:
+    """As E2B: the last layers share keys and values, and have embeddings of their own."""
+    return _gemma4(
+        head_dim,
+        num_key_value_heads=1,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+        num_kv_shared_layers=3,
+        use_double_wide_mlp=True,
+        hidden_size_per_layer_input=32,
+    )
+
+
 _LATENT: dict[str, Any] = {
     "kv_lora_rank": 40,
     "q_lora_rank": 24,
@@ -299,6 +346,14 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "gemma3": lambda: tf.Gemma3Config(
         text_config=_gemma(tf.Gemma3TextConfig).to_dict(), vision_config=_VISION
     ),
+    "gemma4_text-experts": _gemma4_experts,
+    "gemma4_text-experts-wide": lambda: _gemma4_experts(32),
+    "gemma4_text-shared": _gemma4_shared,
+    "gemma4_text-shared-wide": lambda: _gemma4_shared(32),
+    "gemma4": lambda: tf.Gemma4Config(text_config=_gemma4_shared().to_dict()),
+    "gemma4_unified": lambda: tf.Gemma4UnifiedConfig(
+        text_config=_gemma4(kind=tf.Gemma4UnifiedTextConfig, attention_k_eq_v=True).to_dict()
+    ),
     "mistral3": lambda: tf.Mistral3Config(
         text_config=FAMILIES["mistral"]().to_dict(),
         vision_config={"model_type": "pixtral", "head_dim": 16, **_VISION},
@@ -366,6 +421,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         vision_config={k: v for k, v in _QWEN3_VISION.items() if "deepstack" not in k},
         tie_word_embeddings=True,
     ),
+    "qwen3_5_moe": lambda: tf.Qwen3_5MoeConfig(
+        text_config=_hybrid(tf.Qwen3_5MoeTextConfig, **_HYBRID_EXPERTS).to_dict(),
+        vision_config={k: v for k, v in _QWEN3_VISION.items() if "deepstack" not in k},
+    ),
     "qwen2_moe": lambda: _decoder(
         tf.Qwen2MoeConfig,
         num_experts=6,
@@ -419,6 +478,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         num_experts_per_tok=3,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
     ),
+    "arcee": lambda: _decoder(tf.ArceeConfig, attention_bias=True, mlp_bias=True),
+    "arcee-wide": lambda: _decoder(tf.ArceeConfig, **_WIDE_HEADS),
+    "nanochat": lambda: _decoder(tf.NanoChatConfig),
+    "nanochat-wide": lambda: _decoder(tf.NanoChatConfig, **_WIDE_HEADS),
     "granite": _granite,
     "granite-wide": lambda: _granite(**_WIDE_HEADS),
 }

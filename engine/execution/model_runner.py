@@ -19,31 +19,27 @@ from engine.execution.capture import (
     Record,
     capture_error,
 )
+from engine.execution.kv_tensors import KvLayout
 from engine.execution.sampler import Sampled, Sampler
 from engine.execution.step_graphs import StepGraphs
 from engine.execution.transfer import to_device
 from engine.parallel.step_message import StepMessage
 from engine.request import Request
 from engine.sampling_params import SamplingParams
-from engine.scheduling.kv_cache import NULL_BLOCK, BlockTables, LayerGroup, group_layers
+from engine.scheduling.kv_cache import NULL_BLOCK, BlockTables, LayerGroup
 from engine.scheduling.sequence import Chunk, Sequence, Step
 from model import ModelConfig, Transformer, loader
 from model.adapters import AdapterList
 from model.cost.workload import state_bytes
 from model.ops.backend import Backend, Compute, choose_backend
 from model.ops.forward_batch import ForwardBatch
-from model.ops.kv_values import rounded, vector_width
+from model.ops.kv_values import random_kv
 from model.ops.specs import LayerState
 from model.ops.step_parts import BATCH_PREPARATION, SAMPLING
 from model.sharding import ALONE, Shard
 
 _LIKELY_TOKENS = 256  # per sequence; their KV pages are touched before the first step on a CPU
 _MAX_TOUCHED_BYTES = 256 << 20
-
-
-def layer_groups(config: ModelConfig) -> list[LayerGroup]:
-    """The groups of a model's layers that have keys and values."""
-    return group_layers([layer.window for layer in config.layers], config.recurrent_layers)
 
 
 class ModelRunner:
@@ -62,21 +58,19 @@ class ModelRunner:
         shard: Shard = ALONE,
     ):
         self.device, self.dtype, self.shard = device, dtype, shard
-        self.groups: list[LayerGroup] = layer_groups(config)
         self.backend = choose_backend(device, dtype, config.kv_dtype)
         self.config = config.held(self.backend)
+        self._layout = KvLayout.of(config, shard.size, self.backend.kv_dtype)
+        self.groups: list[LayerGroup] = self._layout.groups
         self.model: Transformer | None = None
-        # One tensor for each layer of a group, as `Backend.empty_cache` returns it.
+        # See `KvLayout.allocate`.
         self.kv_caches: list[torch.Tensor] = []
         # Of each recurrent layer. Rows follow those of sequences and padding for snapshots.
         self.states: list[LayerState] = []
         self.sampler: Sampler | None = None
         self.batches: BatchBuilder | None = None
-        # For each layer: its group, and its KV tensor among those of the group.
-        self._layer_caches = [(0, 0)] * len(config.layers)
-        for g, group in enumerate(self.groups):
-            for i, layer in enumerate(group.layers):
-                self._layer_caches[layer] = (g, i)
+        # For each layer: its group, and its KV tensor.
+        self._layer_caches = self._layout.layer_caches
         self._graphs: StepGraphs | None = None
         self.block_size = 0
         # Exchanges a report with the other ranks; returns those of all ranks.
@@ -106,19 +100,11 @@ class ModelRunner:
 
     def block_bytes(self, block_size: int) -> int:
         """Bytes of one KV block over all layers of a group."""
-        layers = max(len(group.layers) for group in self.groups)
-        vectors = self.config.kv_vectors * layers * block_size * self._kv_heads
-        dtype = self.backend.kv_dtype
-        return vectors * vector_width(dtype, self.config.head_dim) * dtype.itemsize
+        return self._layout.block_bytes(block_size)
 
     def state_bytes(self) -> int:
         """Bytes of one sequence's state over all recurrent layers."""
         return state_bytes(self.config, self.dtype.itemsize, self.shard.size)
-
-    @property
-    def _kv_heads(self) -> int:
-        part = self.shard.kv_part(self.config.num_kv_heads)
-        return part.stop - part.start
 
     def allocate(
         self,
@@ -136,12 +122,7 @@ class ModelRunner:
         if self.model is None:
             raise RuntimeError("call load() before allocate()")
         self.block_size = block_size
-        blocks, vectors = num_blocks + 1, self.config.kv_vectors
-        shape = (vectors, blocks, block_size, self._kv_heads, self.config.head_dim)
-        self.kv_caches = [
-            self.backend.empty_cache(shape)
-            for _ in range(max(len(group.layers) for group in self.groups))
-        ]
+        self.kv_caches = self._layout.allocate(self.backend, num_blocks + 1, block_size)
         # Only the null block is read before it is written. On a CPU the blocks of a first batch
         # are touched now, since page faults would slow down its steps; other blocks of a large
         # pool cost nothing until they are used.
@@ -237,8 +218,7 @@ class ModelRunner:
     def fill_kv_randomly(self, last_block: int) -> None:
         """Write random values to the KV blocks 1 … last_block, for measurements without prefill."""
         for cache in self.kv_caches:
-            values = torch.randn(*cache.shape[2:4], self.config.head_dim)
-            cache[:, 1 : last_block + 1] = rounded(values, cache.dtype)
+            cache[:, 1 : last_block + 1] = random_kv(cache)
         for state in self.states:
             for tensor in state:
                 tensor.zero_()

@@ -1,7 +1,8 @@
 """The bookkeeping of the paged KV cache: blocks, reference counts and cached prefixes.
 
 Layers that share an attention window form a group with its own block tables; all groups use one
-pool, since every block has the same size. Block tables are indexed by absolute position: a group
+pool, since every block has the same size in memory. Layers with fewer or smaller heads than others
+have correspondingly more layers in a block. Block tables are indexed by absolute position: a group
 with a sliding window frees the blocks behind it and keeps the null block in their place, so a
 cached prefix is usable as long as the blocks within the window are still cached.
 
@@ -13,45 +14,59 @@ cached prefix is usable as long as the blocks within the window are still cached
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Container
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from engine.scheduling.state_cache import StateCache
 
 NULL_BLOCK = 0
 
 
+class KvKind(NamedTuple):
+    """What layers of a group have in common."""
+
+    window: int | None
+    width: int = 1  # bytes, or any other unit, of a position's keys
+
+
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers that share block tables; layer i of the group uses KV tensor i."""
+    """Layers that share block tables; layer i of the group uses KV tensor i // parts.
+
+    That is part i % parts of each block of the tensor.
+    """
 
     window: int | None
     layers: tuple[int, ...]
+    parts: int = 1
+
+    @property
+    def tensors(self) -> int:
+        """The KV tensors that the group uses."""
+        return -(-len(self.layers) // self.parts)
 
 
-def group_layers(
-    windows: SequenceOf[int | None], without_kv: Container[int] = ()
-) -> list[LayerGroup]:
-    """Group layers by window, into groups of one size so that blocks are interchangeable.
+def group_layers(layers: SequenceOf[KvKind | None]) -> list[LayerGroup]:
+    """Group layers by kind, into groups of one size so that blocks are interchangeable.
 
-    without_kv: layers that have no keys and values, and belong to no group.
-
-    A kind is all layers with the same window. The size is that of the smallest kind, so a kind with
-    k times as many layers becomes k groups. A group may have fewer layers than others; a part of
-    each of its blocks is then unused.
+    The size is in KV tensors, of which layers that are half as wide as the widest need half. It is
+    that of the smallest kind, so a kind that needs k times as many becomes k groups. A group may
+    need fewer than others; a part of each of its blocks is then unused. None: a layer without keys
+    and values of its own.
     """
-    kinds: dict[int | None, list[int]] = {}
-    for layer, window in enumerate(windows):
-        if layer not in without_kv:
-            kinds.setdefault(window, []).append(layer)
-    size = min(len(layers) for layers in kinds.values())
-    if max(len(layers) for layers in kinds.values()) <= 1.5 * size:
-        size = max(len(layers) for layers in kinds.values())
+    kinds: dict[KvKind, list[int]] = {}
+    for layer, kind in enumerate(layers):
+        if kind is not None:
+            kinds.setdefault(kind, []).append(layer)
+    widest = max(kind.width for kind in kinds)
+    parts = {kind: widest // kind.width for kind in kinds}
+    needed = [-(-len(own) // parts[kind]) for kind, own in kinds.items()]
+    size = max(needed) if max(needed) <= 1.5 * min(needed) else min(needed)
     return [
-        LayerGroup(window, tuple(layers[i : i + size]))
-        for window, layers in kinds.items()
-        for i in range(0, len(layers), size)
+        LayerGroup(kind.window, tuple(own[i : i + size * parts[kind]]), parts[kind])
+        for kind, own in kinds.items()
+        for i in range(0, len(own), size * parts[kind])
     ]
 
 

@@ -251,8 +251,8 @@ def check_agreement(settings: Settings) -> None:
 
 def columns(settings: Settings) -> "Columns":
     """Return the columns of an input that is a table. Raises UsageProblem."""
-    from getp.openai.body import FIELDS
     from getp.job.formats.table import Columns
+    from getp.openai.body import FIELDS
 
     options, parameters = settings.table, {}
     for given in options.parameter_column:

@@ -10,12 +10,14 @@ from model.checks.case import Case
 from model.checks.dense import (
     activate_cases,
     embed_cases,
+    gated_cases,
     linear_cases,
     logits_cases,
     norm_cases,
     norm_mlp_cases,
     norm_qkv_cases,
     rotate_cases,
+    scaled_sum_cases,
 )
 from model.checks.experts import (
     add_gated_cases,
@@ -71,12 +73,16 @@ def _fitting(size: Size, device: torch.device) -> Size:
 def _cases_of(
     operation: str, config: ModelConfig, shard: Shard, block_size: int, inputs: Inputs
 ) -> Iterator[Case]:
-    kinds = {layer.window: layer for layer in config.layers if not layer.recurrent}
+    kinds = {
+        (layer.window, config.heads(layer)): layer
+        for layer in config.layers
+        if layer.kv_source is None and not layer.recurrent
+    }
     layers = [attention_of(config, layer, shard) for layer in kinds.values()]
     attention = layers[0]
     latent = attention if isinstance(attention, LatentAttention) else None
     plain = attention if isinstance(attention, Attention) else None
-    dense = next((layer for layer in config.layers if not layer.sparse), None)
+    dense = next((layer for layer in config.layers if config.has_mlp(layer)), None)
     sparse = next((layer for layer in config.layers if layer.sparse), None)
     mlp = None if dense is None else Mlp(config, dense, shard)
     moe = None if sparse is None else Moe(config, sparse, shard)
@@ -98,7 +104,9 @@ def _cases_of(
         head = Transformer(config, shard).head
         yield from logits_cases(head, config.logits_scale, inputs)
     elif operation == "rotate_and_write" and plain is not None:
-        yield from rotate_cases(plain, config, block_size, inputs)
+        for layer in {layer.heads.head_dim: layer for layer in layers}.values():
+            if isinstance(layer, Attention):
+                yield from rotate_cases(layer, config, block_size, inputs)
     elif operation == "norm_qkv" and plain is not None:
         yield from norm_qkv_cases(plain, config, block_size, inputs)
     elif operation == "head_linear" and latent is not None:
@@ -112,6 +120,10 @@ def _cases_of(
         for gated in (mlp, shared):
             if gated is not None:
                 yield from activate_cases(gated.down.inputs, config.activation, inputs)
+    elif operation == "gated" and config.per_layer_size:
+        yield from gated_cases(config, inputs)
+    elif operation == "scaled_sum" and config.layer_scalars:
+        yield from scaled_sum_cases(config.hidden_size, inputs)
     elif operation == "norm_mlp" and mlp is not None:
         yield from norm_mlp_cases(mlp, inputs)
     elif operation == "route" and moe is not None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -94,7 +95,9 @@ class _Cache:
     ):
         blocks = -(-rows // block_size) + 2
         self.heads, self._dtype = heads, inputs.dtype
-        self.cos_sin = inputs.angles(rows, config.rotary_dim)
+        whole = config.rotary_dim == config.head_dim
+        rotary_dim = heads.head_dim if whole else config.rotary_dim
+        self.cos_sin = inputs.angles(rows, rotary_dim)
         self.query_scale = inputs.factors(rows) if config.rope.query_beta else None
         self.slots = inputs.order(blocks * block_size)[:rows]
         self.shape = (2, blocks, block_size, heads.kv_heads, heads.head_dim)
@@ -116,7 +119,7 @@ def rotate_cases(
 ) -> Iterator[Case]:
     """Yield the cases of norms of heads, rotation and the write of keys and values."""
     heads = _normed_heads(layer.heads, inputs)
-    width = heads.heads + 2 * heads.kv_heads
+    width = sum(heads.parts)
     for rows in _row_counts(inputs):
         qkv = inputs.normal(rows, width, heads.head_dim)
         cache = _Cache(heads, config, rows, block_size, inputs)
@@ -182,7 +185,7 @@ def norm_mlp_cases(layer: Mlp, inputs: Inputs) -> Iterator[Case]:
 def activate_cases(size: int, activation: Activation, inputs: Inputs) -> Iterator[Case]:
     """Yield the cases of the activation of gate and up, `size` values each."""
     for rows in _row_counts(inputs):
-        gate_up = inputs.normal(rows, 2 * size, scale=4.0)
+        gate_up = inputs.normal(rows, activation.parts * size, scale=4.0)
 
         def prepare(backend: Backend, gate_up: torch.Tensor = gate_up) -> Callable[[], Tensors]:
             own = gate_up.to(backend.dtype)
@@ -190,3 +193,34 @@ def activate_cases(size: int, activation: Activation, inputs: Inputs) -> Iterato
 
         moved = 3 * rows * size * inputs.dtype.itemsize
         yield Case("activate", f"{rows} rows", prepare, moved, 0)
+
+
+def gated_cases(config: ModelConfig, inputs: Inputs) -> Iterator[Case]:
+    """Yield the cases of the activation of a gate times the layer's part of an embedding."""
+    size = config.per_layer_size
+    for rows in _row_counts(inputs):
+        gate, own = inputs.normal(rows, size, scale=4.0), inputs.normal(rows, 3, size)
+
+        def prepare(
+            backend: Backend, gate: torch.Tensor = gate, own: torch.Tensor = own
+        ) -> Callable[[], Tensors]:
+            gates, ups = gate.to(backend.dtype), own.to(backend.dtype)[:, 1]
+            return lambda: (backend.gated(gates, ups, config.activation),)
+
+        yield Case("gated", f"{rows} rows", prepare, 3 * gate.numel() * inputs.dtype.itemsize, 0)
+
+
+def scaled_sum_cases(hidden: int, inputs: Inputs) -> Iterator[Case]:
+    """Yield the cases of a residual sum that is multiplied by the factor of a layer."""
+    for rows in _row_counts(inputs):
+        x = inputs.normal(rows, hidden, dtype=torch.float32)
+        delta, factor = inputs.normal(rows, hidden), inputs.factors(1)
+
+        def prepare(
+            backend: Backend, x: torch.Tensor = x, delta: torch.Tensor = delta, factor: Any = factor
+        ) -> Callable[[], Tensors]:
+            own = delta.to(backend.dtype)
+            return lambda: (backend.scaled_sum(x, own, factor),)
+
+        moved = rows * hidden * (8 + inputs.dtype.itemsize)
+        yield Case("scaled_sum", f"{rows} rows", prepare, moved, 0)

@@ -16,6 +16,7 @@ All figures are integers computed from the config alone, without torch. Conventi
 
 from collections import Counter
 from dataclasses import replace
+from itertools import chain
 
 from model.config import LatentConfig, LayerConfig, ModelConfig, MoeConfig
 from model.cost import flops
@@ -39,8 +40,9 @@ def check_tensor_parallel(config: ModelConfig, size: int) -> None:
     if _can_be_split(config, size):
         return
     possible = [n for n in range(1, config.num_heads + 1) if _can_be_split(config, n)]
-    parts = [f"{config.num_heads} heads", f"{config.num_kv_heads} KV heads"]
-    if any(not layer.sparse for layer in config.layers):
+    kv_heads = " and ".join(map(str, _kv_head_counts(config)))
+    parts = [f"{config.num_heads} heads", f"{kv_heads} KV heads"]
+    if any(config.has_mlp(layer) for layer in config.layers):
         parts.append(f"MLP {config.intermediate_size}")
     if config.moe is not None:
         parts.append(f"{config.moe.num_experts} experts")
@@ -58,16 +60,21 @@ def _can_be_split(config: ModelConfig, size: int) -> bool:
     """Return whether heads, experts and MLPs divide evenly and every GPU has vocabulary."""
     if config.whole_qk_norm and size > 1:
         return False  # a norm over the heads of all ranks would need one more exchange
-    kv, moe, rule = config.num_kv_heads, config.moe, config.delta_rule
-    dense = any(not layer.sparse for layer in config.layers)
+    moe, rule = config.moe, config.delta_rule
+    dense = any(config.has_mlp(layer) for layer in config.layers)
     return not (
         config.num_heads % size
-        or (kv % size and size % kv)
+        or any(kv % size and size % kv for kv in _kv_head_counts(config))
         or (rule is not None and rule.key_heads % size)
         or (moe is not None and (moe.num_experts % size or moe.shared_size % size))
         or (dense and config.intermediate_size % size)
         or (size - 1) * -(-config.vocab_size // size) >= config.vocab_size
     )
+
+
+def _kv_head_counts(config: ModelConfig) -> list[int]:
+    """Return the different numbers of KV heads that layers have."""
+    return list(dict.fromkeys(config.heads(layer).num_kv_heads for layer in config.layers))
 
 
 def distinct_experts(num_experts: int, top_k: int, tokens: int) -> float:
@@ -85,7 +92,7 @@ def operations(config: ModelConfig, work: Workload) -> list[Op]:
     found: dict[str, Op] = {}
     for layer, count in Counter(config.layers).items():
         block = shard.recurrent_block if layer.recurrent else shard.attention_block
-        for op in (*block(layer), *shard.mlp_block(layer)):
+        for op in chain(block(layer), shard.mlp_block(layer), shard.per_layer_block()):
             one = op.repeated(count)
             found[op.name] = found[op.name].plus(one) if op.name in found else one
     ops = [shard.embedding(), *(found[name] for name in _LAYER_OPS if name in found)]
@@ -125,11 +132,14 @@ def kv_bytes_per_sequence(
 
     The states of recurrent layers are included.
     """
-    vectors = config.kv_vectors * max(1, config.num_kv_heads // tensor_parallel)
-    with_kv = (layer for layer in config.layers if not layer.recurrent)
-    positions = sum(min(layer.window or context, context) for layer in with_kv)
-    states = state_bytes(config, DTYPE_BYTES[dtype], tensor_parallel)
-    return positions * vectors * kv_vector_bytes(config, dtype) + states
+    found = state_bytes(config, DTYPE_BYTES[dtype], tensor_parallel)
+    for layer, count in Counter(config.layers).items():
+        if layer.kv_source is None and not layer.recurrent:
+            heads = config.heads(layer)
+            vectors = config.kv_vectors * max(1, heads.num_kv_heads // tensor_parallel) * count
+            positions = min(layer.window or context, context)
+            found += positions * vectors * kv_vector_bytes(config, heads.head_dim, dtype)
+    return found
 
 
 def activation_accesses(fused: bool, sparse: bool = False) -> int:
@@ -143,6 +153,7 @@ def activation_accesses(fused: bool, sparse: bool = False) -> int:
 
 _LAYER_OPS = (
     "input_norm qkv_proj rope attention o_proj post_norm router gate_up_proj activation down_proj"
+    " per_layer_mlp"
 ).split()
 
 
@@ -154,7 +165,6 @@ class _ShardCost:
         self.parts = work.tensor_parallel
         self.item = DTYPE_BYTES[work.dtype]
         self.heads = config.num_heads // self.parts
-        self.kv_heads = max(1, config.num_kv_heads // self.parts)
         self.vocab = -(-config.vocab_size // self.parts)
 
     def op(
@@ -175,7 +185,18 @@ class _ShardCost:
         rows = min(tokens, self.config.vocab_size) * size * self.item
         written = tokens * size
         cost = Flops(vector=written if self.config.embedding_scale != 1 else 0)
-        return self.op("embedding", cost, rows, written, 1, fused=(written, 1))
+        own = self.config.per_layer_size * len(self.config.layers)
+        product = None
+        if own:  # the layers' own embedding and projection, see `model.mlp.PerLayerInputs`
+            cost += flops.linear(tokens, size, own, backward=self.work.backward)
+            rows += min(tokens, self.config.vocab_size) * own * self.item
+            rows += self.matrix(size, own, False)
+            product = Product(DENSE.name, tokens, size * own)
+            written += 4 * tokens * own
+        launches = 5 if own else 1
+        return self.op(
+            "embedding", cost, rows, written, launches, fused=(written, launches), product=product
+        )
 
     def norm(self, name: str, rows: int, fused: tuple[int, int] = (0, 0)) -> Op:
         size = self.config.hidden_size
@@ -194,16 +215,19 @@ class _ShardCost:
         c, work, back = self.config, self.work, self.work.backward
         if c.latent is not None:
             return self._latent_block(layer, c.latent)
-        tokens, hidden = work.tokens, c.hidden_size
-        query, key = self.heads * c.head_dim, self.kv_heads * c.head_dim
-        projected = query + 2 * key + (query if c.output_gate else 0)
-        rotated_heads = self.heads + self.kv_heads
-        rotate = flops.rotary(tokens, rotated_heads, c.rotary_dim)
+        tokens, hidden, sizes = work.tokens, c.hidden_size, c.heads(layer)
+        head_dim, stored_heads = sizes.head_dim, max(1, sizes.num_kv_heads // self.parts)
+        kv_heads = stored_heads if layer.kv_source is None else 0  # that this layer computes
+        query, key = self.heads * head_dim, kv_heads * head_dim
+        projected = query + (1 if sizes.values_are_keys else 2) * key
+        projected += query if c.output_gate else 0
+        rotated_heads = self.heads + kv_heads
+        rotate = flops.rotary(tokens, rotated_heads, sizes.rotary_dim)
         norm_weights = 0
         if c.qk_norm:
-            rotate += flops.rms_norm(tokens * rotated_heads, c.head_dim, back)
-            norm_weights = c.head_dim * (rotated_heads if c.whole_qk_norm else 2)
-        attend = flops.attention(work.attended(layer.window), self.heads, c.head_dim, back)
+            rotate += flops.rms_norm(tokens * rotated_heads, head_dim, back)
+            norm_weights = head_dim * (rotated_heads if c.whole_qk_norm else 2)
+        attend = flops.attention(work.attended(layer.window), self.heads, head_dim, back)
         if c.output_gate:
             attend += Flops(vector=3 * tokens * query, special=tokens * query)
         return [
@@ -230,9 +254,9 @@ class _ShardCost:
                 tokens * (2 * query + 2 * key),
                 1,
                 kv=2
-                * self.kv_heads
+                * stored_heads
                 * work.kv_positions(layer.window)
-                * kv_vector_bytes(c, work.dtype),
+                * kv_vector_bytes(c, head_dim, work.dtype),
             ),
             self.op(
                 "o_proj",
@@ -266,7 +290,7 @@ class _ShardCost:
         )
         expand = flops.linear(tokens, heads, values, backward=back)
         out = flops.linear(tokens, own, hidden, c.o_bias, back)
-        query, stored = heads * c.head_dim, kv_vector_bytes(c, work.dtype)
+        query, stored = heads * c.head_dim, kv_vector_bytes(c, c.head_dim, work.dtype)
         weights = sum(self.matrix(*shape, latent.bias, form) for shape in shapes)
         return [
             self.pre_norm("input_norm", fused=(tokens * hidden, 0)),
@@ -354,10 +378,26 @@ class _ShardCost:
         norm, moe = self.pre_norm("post_norm"), self.config.moe
         if not layer.sparse or moe is None:
             return [norm, *self._dense(layer)]
-        found = {op.name: op for op in self._experts(layer, moe)}
-        for op in self._shared_expert(layer, moe) if moe.shared_size else ():
+        found = {op.name: op for op in [norm, *self._experts(layer, moe)]}
+        beside = self._shared_expert(layer, moe) if moe.shared_size else []
+        if moe.beside_mlp:  # with norms before the router and the experts and after both parts
+            beside = [*self._dense(layer), *[norm] * 4]
+        for op in beside:
             found[op.name] = found[op.name].plus(op, 1)
-        return [norm, *found.values()]
+        return list(found.values())
+
+    def per_layer_block(self) -> list[Op]:
+        """Return the MLP that reads a layer's part of a token's own embedding, if there is one."""
+        tokens, hidden, size = self.work.tokens, self.config.hidden_size, self.config.per_layer_size
+        if not size:
+            return []
+        back = self.work.backward
+        cost = flops.linear(tokens, hidden, size, backward=back) * 2 + self._residual
+        cost += flops.swiglu(tokens, size, back) + flops.rms_norm(tokens, hidden, back)
+        weights = self.matrix(hidden, size, False) * 2 + hidden * self.item
+        product = Product(DENSE.name, tokens, 2 * hidden * size)
+        moved = tokens * (4 * hidden + 4 * size)
+        return [self.op("per_layer_mlp", cost, weights, moved, 6, product=product)]
 
     def head(self) -> list[Op]:
         """Return the final norm and the unembedding of the rows that need logits."""
@@ -392,21 +432,22 @@ class _ShardCost:
 
     def _dense(self, layer: LayerConfig) -> list[Op]:
         c, tokens, back = self.config, self.work.tokens, self.work.backward
-        hidden, size = c.hidden_size, c.intermediate_size // self.parts
+        hidden, size = c.hidden_size, c.mlp_size(layer) // self.parts
+        up = c.activation.parts * size
         down = flops.linear(tokens, size, hidden, c.mlp_bias, back)
         return self._mlp(
-            flops.linear(tokens, hidden, 2 * size, c.mlp_bias, back),
+            flops.linear(tokens, hidden, up, c.mlp_bias, back),
             flops.swiglu(tokens, size, back),
             down + self._residual,
             (
-                self.matrix(hidden, 2 * size, c.mlp_bias, layer.formats.gate_up),
+                self.matrix(hidden, up, c.mlp_bias, layer.formats.gate_up),
                 self.matrix(size, hidden, c.mlp_bias, layer.formats.down),
             ),
             pairs=tokens,
             size=size,
             gate_up_launches=2,
             products=(
-                Product(layer.formats.gate_up.name, tokens, 2 * hidden * size),
+                Product(layer.formats.gate_up.name, tokens, hidden * up),
                 Product(layer.formats.down.name, tokens, hidden * size),
             ),
         )

@@ -17,11 +17,11 @@ def kv_dtype(config: ModelConfig, dtype: str) -> str:
     return dtype if config.kv_dtype == "auto" else config.kv_dtype
 
 
-def kv_vector_bytes(config: ModelConfig, dtype: str) -> int:
+def kv_vector_bytes(config: ModelConfig, head_dim: int, dtype: str) -> int:
     """Return the bytes of a token's key or value of one head in the KV cache."""
     name = kv_dtype(config, dtype)
     scale = KV_SCALE_BYTES if name == "int8" else 0
-    return config.head_dim * _KV_DTYPE_BYTES[name] + scale
+    return head_dim * _KV_DTYPE_BYTES[name] + scale
 
 
 def state_bytes(config: ModelConfig, item: int, tensor_parallel: int = 1) -> int:

@@ -26,11 +26,13 @@ from model.gguf.names import stored_formats, tensor_names
 from model.stored_tensors import StoredTensors
 
 FAMILIES = (
+    "arcee",
     "deepseek_v2",
     "deepseek_v3",
     "exaone4",
     "gemma2",
     "gemma3_text",
+    "gemma4_text",
     "glm4_moe",
     "glm4_moe_lite",
     "gpt_oss",
@@ -42,6 +44,7 @@ FAMILIES = (
     "ministral3",
     "mistral",
     "mixtral",
+    "nanochat",
     "olmo2",
     "olmo3",
     "olmoe",

@@ -51,6 +51,7 @@ class Family:
     # The values of `hidden_act` that are supported.
     activations: Mapping[str, Activation] = field(default_factory=lambda: _SWIGLU)
     norm_offset: float = 0.0  # see NormSpec
+    norm_weights: bool = True  # see NormSpec
     partial_rotary: bool = False  # `partial_rotary_factor` is supported
     # The experts of a family that stores them in one tensor for all, where each has its own.
     single_experts: ExpertNames | None = None
@@ -100,7 +101,7 @@ class Family:
             "num_kv_heads": kv_heads,
             "head_dim": head_dim,
             "max_positions": positions,
-            "norm": NormSpec(keys.number("rms_norm_eps"), self.norm_offset),
+            "norm": NormSpec(keys.number("rms_norm_eps"), self.norm_offset, self.norm_weights),
             "activation": self.activations[activation],
             "tie_word_embeddings": keys.boolean("tie_word_embeddings"),
             "dtype": stated_dtype(keys) or "bfloat16",

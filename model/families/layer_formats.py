@@ -24,7 +24,8 @@ def with_layer_formats(config: ModelConfig, names: TensorNames) -> ModelConfig:
     layers, deadline = [], time.monotonic() + _MAX_SECONDS
     for i, layer in enumerate(config.layers):
         prefix = names.layer.format(layer=i)
-        layers.append(replace(layer, formats=_formats(rules, prefix, names, layer, experts)))
+        formats = _formats(rules, prefix, names, layer, config.has_mlp(layer), experts)
+        layers.append(replace(layer, formats=formats))
         if time.monotonic() > deadline:
             raise CheckpointError(
                 "the patterns of 'quantization_config' take too long to compare with all names: "
@@ -34,13 +35,18 @@ def with_layer_formats(config: ModelConfig, names: TensorNames) -> ModelConfig:
 
 
 def _formats(
-    rules: FormatRules, prefix: str, names: TensorNames, layer: LayerConfig, experts: int
+    rules: FormatRules,
+    prefix: str,
+    names: TensorNames,
+    layer: LayerConfig,
+    has_mlp: bool,
+    experts: int,
 ) -> LayerFormats:
     parts: Iterable[str]
     linears, parts, out = names.attention, _TO_HEADS, "o"
     if layer.recurrent:
         linears, parts, out = names.delta_rule.linears, ("q", "k", "v", "z"), "out"
-    mlp = names.experts.shared if layer.sparse else names.mlp
+    mlp = names.mlp if has_mlp else names.experts.shared
     found = LayerFormats(
         qkv=_common(_of(rules, prefix, linears, parts)),
         out=_common(_of(rules, prefix, linears, (out,))),

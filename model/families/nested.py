@@ -46,8 +46,23 @@ _LLAVA = tuple(
     for start in ("", "model.")
     for part in ("vision_tower", "multi_modal_projector")
 )
+_GEMMA4 = tuple(
+    f"{start}{part}."
+    for start in ("", "model.")
+    for part in ("vision_tower", "audio_tower", "vision_embedder", "embed_vision", "embed_audio")
+)
 NESTED = {
     "gemma3": Nested("gemma3_text", others=_LLAVA),
+    "gemma4": Nested("gemma4_text", others=_GEMMA4),
+    "gemma4_unified": Nested(
+        "gemma4_text",
+        {
+            "max_position_embeddings": 262_144,
+            "sliding_window": 1024,
+            "hidden_size_per_layer_input": 0,
+        },
+        others=_GEMMA4,
+    ),
     "mistral3": Nested("mistral", others=_LLAVA, other_texts=("ministral3",)),
     "qwen2_5_vl": Nested("qwen2", _QWEN_VL),
     "qwen2_vl": Nested("qwen2", _QWEN_VL),

@@ -10,6 +10,7 @@ so that ("self_attn.qkv_proj", ("q", "k", "v")) is one tensor with the rows of t
 families with output gates q and gate alternate in one tensor, head by head.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 LinearName = tuple[str, tuple[str, ...]]
@@ -39,6 +40,33 @@ class ExpertNames:
     interleaved: bool = False  # rows of gate and up alternate
     weight_suffix: str = ""  # after the name of a tensor for all experts
     bias_suffix: str = "_bias"
+    # Norms of families whose layers have a dense MLP beside the experts: before the router and the
+    # experts, after the dense MLP and after the experts. Those of the whole are as without experts.
+    router_norm: str = "router.scale"
+    norm: str = "pre_feedforward_layernorm_2.weight"
+    mlp_post_norm: str = "post_feedforward_layernorm_1.weight"
+    post_norm: str = "post_feedforward_layernorm_2.weight"
+
+
+@dataclass(frozen=True)
+class PerLayerNames:
+    """Of families whose layers read embeddings of their own; the last three are of each layer."""
+
+    embedding: str = "model.embed_tokens_per_layer.weight"
+    projection: str = "model.per_layer_model_projection"
+    norm: str = "model.per_layer_projection_norm.weight"
+    gate: str = "per_layer_input_gate"
+    down: str = "per_layer_projection"
+    post_norm: str = "post_per_layer_input_norm.weight"
+
+    def moved(self, move: Callable[[str], str]) -> "PerLayerNames":
+        """These names, with those that are not of each layer changed."""
+        return replace(
+            self,
+            embedding=move(self.embedding),
+            projection=move(self.projection),
+            norm=move(self.norm),
+        )
 
 
 @dataclass(frozen=True)
@@ -89,6 +117,8 @@ class TensorNames:
         ("mlp.down_proj", ("down",)),
     )
     experts: ExpertNames = field(default_factory=ExpertNames)
+    per_layer: "PerLayerNames" = field(default_factory=lambda: PerLayerNames())
+    layer_scalar: str = "layer_scalar"
 
     def under(self, prefix: str) -> "TensorNames":
         """These names after a prefix."""
@@ -98,6 +128,7 @@ class TensorNames:
             final_norm=prefix + self.final_norm,
             head=prefix + self.head,
             layer=prefix + self.layer,
+            per_layer=self.per_layer.moved(lambda name: prefix + name),
         )
 
     def within(self, part: str) -> "TensorNames":
@@ -108,6 +139,7 @@ class TensorNames:
             embedding=self.embedding.replace(whole, inner, 1),
             final_norm=self.final_norm.replace(whole, inner, 1),
             layer=self.layer.replace(whole, inner, 1),
+            per_layer=self.per_layer.moved(lambda name: name.replace(whole, inner, 1)),
         )
 
 

@@ -22,23 +22,33 @@ class Attention:
     """
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, shard: Shard = ALONE):
-        hidden, head_dim, spec = config.hidden_size, config.head_dim, config.norm
-        heads, kv_heads = config.num_heads // shard.size, max(1, config.num_kv_heads // shard.size)
+        hidden, sizes, spec = config.hidden_size, config.heads(layer), config.norm
+        heads, head_dim = config.num_heads // shard.size, sizes.head_dim
+        has_kv = layer.kv_source is None
+        kv_heads = max(1, sizes.num_kv_heads // shard.size) if has_kv else 0
         norms: tuple[Norm | None, Norm | None] = (None, None)
         if config.qk_norm:
             whole = config.whole_qk_norm
             widths = (heads * head_dim, kv_heads * head_dim) if whole else (head_dim, head_dim)
-            norms = Norm(widths[0], spec), Norm(widths[1], spec)
+            norms = Norm(widths[0], spec), Norm(widths[1], spec) if has_kv else None
         self.shard, self.residual_scale = shard, config.residual_scale
         self.norm = Norm(hidden, spec, is_identity=not config.pre_norms)
         self.post_norm = Norm(hidden, spec) if config.post_norms else None
-        self.heads = Heads(heads, kv_heads, head_dim, *norms, config.rotates_before_qk_norm)
+        self.heads = Heads(
+            heads,
+            kv_heads,
+            head_dim,
+            *norms,
+            config.rotates_before_qk_norm,
+            config.value_norm,
+            sizes.values_are_keys,
+        )
         self.spec = AttentionSpec(
             config.attention_scale or head_dim**-0.5, layer.window, config.attention_softcap
         )
         self.has_sinks = config.sinks
         self.sinks: torch.Tensor | None = None
-        forms, qkv_width = layer.formats, (heads + 2 * kv_heads) * head_dim
+        forms, qkv_width = layer.formats, sum(self.heads.parts) * head_dim
         self.qkv = Linear(hidden, qkv_width, config.qkv_bias, forms.qkv)
         self.gate = (
             Linear(hidden, heads * head_dim, config.qkv_bias, forms.qkv)

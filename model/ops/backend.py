@@ -55,6 +55,8 @@ OPERATIONS = (
     "latent_query",
     "attention",
     "activate",
+    "gated",
+    "scaled_sum",
     "norm_mlp",
     "route",
     "experts",
@@ -252,6 +254,15 @@ class Backend(RecurrentOps):
         summed = x if delta is None else x + delta
         return summed, rms_norm(summed, norm).to(self.dtype)
 
+    def scaled_sum(
+        self, x: torch.Tensor, delta: torch.Tensor, factor: torch.Tensor
+    ) -> torch.Tensor:
+        """x float32 and delta [tokens, size], factor float32 [1] → (x + delta) · factor, float32.
+
+        delta has no parts.
+        """
+        return (x + delta) * factor
+
     def rms_norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         """x [tokens, size] → its norm, in the same dtype."""
         return rms_norm(x, norm).to(x.dtype)
@@ -319,20 +330,24 @@ class Backend(RecurrentOps):
     def rotate_and_write(self, qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:
         """Norms of heads, rotary embedding and the write to the KV cache.
 
-        qkv [tokens, heads + 2 · kv_heads, head_dim]: queries, then keys, then values. Queries and
+        qkv [tokens, sum of `Heads.parts`, head_dim]: queries, then keys, then values. Queries and
         keys are normalized where the layer has such norms, each head or all heads at once, and the
         first rotary_dim values of each head are rotated by rope.cos_sin, before or after that;
         keys and values are stored in rope.kv at rope.slot_mapping → query [tokens, heads,
         head_dim], times rope.query_scale if there is one.
         """
         heads = rope.heads
-        query, key, value = qkv.split((heads.heads, heads.kv_heads, heads.kv_heads), dim=1)
+        query, key, *rest = qkv.split(heads.parts, dim=1)
+        value = rest[0] if rest else key
         if heads.rotates_before_norm:
             query, key = rotate(query, rope.cos_sin), rotate(key, rope.cos_sin)
         query, key = norm_heads(query, heads.q_norm), norm_heads(key, heads.k_norm)
         if not heads.rotates_before_norm:  # keys are then rounded once, to the cache's dtype
             query, key = rotate(query, rope.cos_sin), rotate(key.float(), rope.cos_sin)
-        write_kv(rope.kv, rope.slot_mapping, key, value)
+        if heads.norms_values and heads.q_norm is not None:
+            value = normalize(value, heads.q_norm.eps).to(value.dtype)
+        if heads.kv_heads:
+            write_kv(rope.kv, rope.slot_mapping, key, value)
         if rope.query_scale is not None:
             query = (query * rope.query_scale.unsqueeze(-1)).to(qkv.dtype)
         return query
@@ -423,11 +438,20 @@ class Backend(RecurrentOps):
             return self.activate(gate_up, activation)
 
     def activate(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
-        """gate_up [tokens, 2 · size], gate first → [tokens, size]; see `Activation`."""
-        gate, up = gate_up.chunk(2, dim=-1)
+        """gate_up [tokens, 2 · size], gate first → [tokens, size]; see `Activation`.
+
+        [tokens, size] if the activation is not gated.
+        """
+        gate, up = split_gate(gate_up, activation)
+        return self.gated(gate, up, activation)
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """gate and up [tokens, size], with any distance of rows → [tokens, size]."""
         limit = activation.limit
         if activation.kind == "gelu_tanh":
             return F.gelu(gate, approximate="tanh") * up
+        if activation.kind == "relu":
+            return F.relu(gate) * up
         if limit is None:
             return F.silu(gate) * up
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
@@ -438,9 +462,12 @@ class Backend(RecurrentOps):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [tokens, experts] → (experts int64, weights float32), both [tokens, top_k].
 
-        correction: float32 [experts], added to the scores for the choice alone.
+        correction: float32 [experts], added to the scores for the choice alone; or, if the router
+        scales experts, a factor of each expert's weights.
         """
-        logits = logits.float()
+        logits, factors = logits.float(), None
+        if router.scales_experts:
+            factors, correction = correction, None
         if router.softmax_after_top_k:
             chosen, experts = logits.topk(router.top_k, dim=-1)
             return experts, chosen.softmax(-1)
@@ -452,6 +479,8 @@ class Backend(RecurrentOps):
         weights = scores.gather(-1, experts)
         if router.normalize:
             weights = weights / (weights.sum(-1, keepdim=True) + SMALLEST_SUM)
+        if factors is not None:
+            weights = weights * factors[experts]
         return experts, self.scale(weights, router.scale)
 
     def shared_expert(
@@ -591,12 +620,21 @@ class Backend(RecurrentOps):
         return torch.where(highest.isfinite(), tokens, NO_TOKEN)
 
 
+def split_gate(gate_up: torch.Tensor, by: Activation) -> tuple[torch.Tensor, torch.Tensor]:
+    """gate_up [tokens, parts · size] → gate and up [tokens, size]; the same one without a gate."""
+    gate, *up = gate_up.chunk(by.parts, dim=-1)
+    return gate, up[0] if up else gate
+
+
 def rms_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     """x [..., size] by its root mean square over the last dimension, times the weight; float32."""
+    return x.float() if norm.is_identity else normalize(x, norm.eps) * norm.weight
+
+
+def normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [..., size] by its root mean square over the last dimension; float32."""
     x = x.float()
-    if norm.is_identity:
-        return x
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
 def norm_heads(x: torch.Tensor, norm: Norm | None) -> torch.Tensor:

@@ -25,9 +25,9 @@ def write_kv(kv: torch.Tensor, slot_mapping: torch.Tensor, *vectors: torch.Tenso
 
     Or a latent that is both in kv [1, …]. The last dimension of kv is `vector_width`.
     """
-    flat = _indexable(kv).flatten(1, 2)
-    for part, given in zip(flat, vectors, strict=True):
-        part.index_copy_(0, slot_mapping, _indexable(rounded(given, kv.dtype)))
+    blocks, offsets = slot_mapping // kv.shape[2], slot_mapping % kv.shape[2]
+    for part, given in zip(_indexable(kv), vectors, strict=True):
+        part[blocks, offsets] = _indexable(rounded(given, kv.dtype))
 
 
 def rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -52,8 +52,20 @@ def read_kv(stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def select_kv(stored: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Return the vectors [slots, …] of a cache's keys or values [all slots, …]."""
-    return _indexable(stored).index_select(0, slots).view(stored.dtype)
+    """Return the vectors [slots, …] of a cache's keys or values [blocks, block_size, …]."""
+    values, size = _indexable(stored), stored.shape[1]
+    if values.is_contiguous():
+        found = values.flatten(0, 1).index_select(0, slots)
+    else:  # blocks with the keys of other layers between them
+        found = values[slots // size, slots % size]
+    return found.view(stored.dtype)
+
+
+def random_kv(cache: torch.Tensor) -> torch.Tensor:
+    """Return random vectors for a block of a KV cache [2, blocks, block_size, kv_heads, …]."""
+    *shape, width = cache.shape[2:]
+    head_dim = width - KV_SCALE_BYTES if cache.dtype == torch.int8 else width
+    return rounded(torch.randn(*shape, head_dim), cache.dtype)
 
 
 def _indexable(values: torch.Tensor) -> torch.Tensor:

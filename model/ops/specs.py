@@ -49,7 +49,8 @@ class Parameter:
 
     `format` is None for a plain tensor; otherwise it is the format of a weight [..., out, in]. Its
     outputs consist of `parts` equal parts that are used together: gate and up. A plain tensor has
-    the compute dtype, or float32 if `is_float32`, and `offset` is added to the values as stored.
+    the compute dtype, or float32 if `is_float32`; its values are those stored times `factor`, plus
+    `offset`.
     """
 
     holder: Any
@@ -59,6 +60,7 @@ class Parameter:
     parts: int = 1
     is_float32: bool = False
     offset: float = 0.0
+    factor: float = 1.0
 
 
 @dataclass(eq=False)
@@ -106,6 +108,7 @@ class NormSpec:
 
     eps: float  # added to the mean of the squares
     weight_offset: float = 0.0  # added to stored weights: 1 where they are centered on zero (Gemma)
+    is_weighted: bool = True  # otherwise weights are 1 and are not stored
 
 
 @dataclass(eq=False)
@@ -115,7 +118,13 @@ class Norm:
     size: int
     spec: NormSpec
     is_identity: bool = False  # has no weight, and its result is what it is given
+    factor: float = 1.0  # multiplies stored weights
     weight: Any = None  # torch.Tensor once loaded
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether checkpoints have its weight."""
+        return self.spec.is_weighted and not self.is_identity
 
     @property
     def eps(self) -> float:
@@ -126,8 +135,8 @@ class Norm:
         """Declare the weight."""
         if self.is_identity:
             return
-        offset = self.spec.weight_offset
-        yield Parameter(self, "weight", (self.size,), is_float32=True, offset=offset)
+        offset, factor = self.spec.weight_offset, self.factor
+        yield Parameter(self, "weight", (self.size,), is_float32=True, offset=offset, factor=factor)
 
 
 @dataclass(eq=False)
@@ -174,6 +183,7 @@ class Heads:
     """The attention heads of one layer on this rank, with the norms of queries and keys if any.
 
     The norms are of each head, or if their size is that of all heads together, of all at once.
+    Without KV heads the layer attends to the keys and values of another.
     """
 
     heads: int
@@ -182,6 +192,13 @@ class Heads:
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     rotates_before_norm: bool = False
+    norms_values: bool = False  # if q_norm: values have a norm as well, without weights
+    values_are_keys: bool = False  # projected alike; the norm and the rotation of keys come later
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Heads of the projection: queries, keys and, unless they are projected alike, values."""
+        return (self.heads, self.kv_heads, *([] if self.values_are_keys else [self.kv_heads]))
 
     @property
     def has_whole_norms(self) -> bool:
@@ -276,12 +293,19 @@ class Activation:
     """SwiGLU of a gate and an up: silu(gate) · up; or gelu(gate) · up, by tanh ("gelu_tanh").
 
     With a limit (gpt-oss) the gate is clamped from above and up on both sides, and the result is
-    gate · sigmoid(alpha · gate) · (up + 1).
+    gate · sigmoid(alpha · gate) · (up + 1). "relu" is max(0, gate) · up. Without `is_gated` one
+    value takes the place of both, so that this is its square where it is positive.
     """
 
     limit: float | None = None
     alpha: float = 1.0
-    kind: Literal["silu", "gelu_tanh"] = "silu"
+    kind: Literal["silu", "gelu_tanh", "relu"] = "silu"
+    is_gated: bool = True
+
+    @property
+    def parts(self) -> int:
+        """Values of the first linear for each of the second."""
+        return 2 if self.is_gated else 1
 
 
 @dataclass(frozen=True)
@@ -304,6 +328,7 @@ class RouterSpec:
     has_correction: bool = False  # a learned bias of the scores for the choice, not for the weights
     groups: ExpertGroups | None = None
     scale: float = 1.0  # multiplies the weights
+    scales_experts: bool = False  # a learned factor of each expert multiplies its weights
 
     @property
     def ranks_scores(self) -> bool:
@@ -323,7 +348,8 @@ class Router(NamedTuple):
 
     linear: Linear
     spec: RouterSpec
-    correction: "torch.Tensor | None" = None  # float32 [experts], see RouterSpec
+    # float32 [experts]: what RouterSpec.has_correction or scales_experts says.
+    correction: "torch.Tensor | None" = None
 
 
 class ExpertShard(NamedTuple):

@@ -91,13 +91,15 @@ ROUTER = StepPart("router")
 GATE_UP_PROJ = StepPart("gate_up_proj")
 ACTIVATION = StepPart("activation")
 DOWN_PROJ = StepPart("down_proj")
+PER_LAYER_MLP = StepPart("per_layer_mlp")
 FINAL_NORM = StepPart("final_norm")
 LM_HEAD = StepPart("lm_head")
 SAMPLING = StepPart("sampling")
 
 ALL_PARTS = tuple(
     """scheduling batch_preparation embedding input_norm qkv_proj rope attention o_proj post_norm
-    router gate_up_proj activation down_proj final_norm lm_head sampling other""".split()
+    router gate_up_proj activation down_proj per_layer_mlp final_norm lm_head sampling
+    other""".split()
 )
 """The names of all parts in the order of a step; `other` is last."""
 

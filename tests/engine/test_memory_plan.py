@@ -14,6 +14,7 @@ import torch
 from engine import Engine, EngineConfig, EngineError
 from engine import engine as module
 from engine import memory_plan as memory
+from engine.execution.kv_tensors import KvLayout
 from engine.memory_plan import MemoryPlan, format_bytes, is_out_of_memory
 from engine.resolve import resolve
 from model import load_config
@@ -44,6 +45,14 @@ def test_the_plan_follows_from_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "library", lambda: None)  # torch's head is float32
     assert needs().weights == llama.weights + 2 * 128_256 * 4096
     assert needs(tie_word_embeddings=True).weights == needs().weights
+
+
+def test_recurrent_layers_have_no_place_in_kv_blocks() -> None:
+    config = named_config("qwen3.5-9b")  # one layer in four has attention, with 4 heads of 256
+    layout = KvLayout.of(config, 2, torch.bfloat16)
+    assert [group.layers for group in layout.groups] == [tuple(range(3, 32, 4))]
+    assert layout.block_bytes(16) == 8 * 2 * 16 * 2 * 256 * 2
+    assert [layout.layer_caches[layer] for layer in range(3, 32, 4)] == [(0, i) for i in range(8)]
 
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [32, 32]}

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine import Completion, Engine, EngineConfig, EngineError, Request, SamplingParams
-from engine.scheduling.kv_cache import KVCache, LayerGroup, group_layers
+from engine.scheduling.kv_cache import KVCache, KvKind, LayerGroup, group_layers
 from engine.scheduling.sequence import Step
 from engine.scheduling.speculation import Speculation
 from engine.scheduling.state_cache import StateCache
@@ -405,13 +405,30 @@ def test_blocks_behind_a_window_are_freed() -> None:
 
 
 def test_layers_are_grouped_so_that_blocks_are_interchangeable() -> None:
-    assert [g.layers for g in group_layers([None] * 3)] == [(0, 1, 2)]
-    assert group_layers([4, None, 4, None]) == [LayerGroup(4, (0, 2)), LayerGroup(None, (1, 3))]
-    uneven = group_layers([None, None, None, None, 9, None, None])
+    full, short, long = KvKind(None), KvKind(4), KvKind(9)
+    assert [g.layers for g in group_layers([full] * 3)] == [(0, 1, 2)]
+    pairs = group_layers([short, full, short, full])
+    assert pairs == [LayerGroup(4, (0, 2)), LayerGroup(None, (1, 3))]
+    uneven = group_layers([full, full, full, full, long, full, full])
     assert sorted(layer for group in uneven for layer in group.layers) == list(range(7))
     assert {len(group.layers) for group in uneven} == {1}
-    nearly = group_layers([None, 9, None, 9, None])
+    nearly = group_layers([full, long, full, long, full])
     assert [len(group.layers) for group in nearly] == [3, 2]
+
+
+def test_blocks_have_more_layers_of_those_with_smaller_heads() -> None:
+    wide, narrow = KvKind(9, 4096), KvKind(None, 2048)
+    # As in Gemma 4 31B: five layers with a window for each without.
+    groups = group_layers([*[wide] * 5, narrow] * 4)
+    assert groups[-1] == LayerGroup(None, (5, 11, 17, 23), parts=2)
+    assert {group.tensors for group in groups} == {2}
+    assert sum(len(group.layers) for group in groups) == 24
+    assert group_layers([wide, narrow, None, None]) == [
+        LayerGroup(9, (0,)),
+        LayerGroup(None, (1,), parts=2),
+    ]
+    # Two thirds as wide: one to a block, of which a part is unused.
+    assert group_layers([wide, KvKind(None, 3000)])[1].parts == 1
 
 
 def test_a_prompt_that_cannot_run_fails_alone(config_folder: Path) -> None:

@@ -18,11 +18,13 @@ from model.ops.specs import DeltaRuleSpec
 from model.rope import rope_table
 
 CLASSES: dict[str, Any] = {
+    "arcee": tf.ArceeConfig,
     "deepseek_v2": tf.DeepseekV2Config,
     "deepseek_v3": tf.DeepseekV3Config,
     "exaone4": tf.Exaone4Config,
     "gemma2": tf.Gemma2Config,
     "gemma3_text": tf.Gemma3TextConfig,
+    "gemma4_text": tf.Gemma4TextConfig,
     "glm4_moe": tf.Glm4MoeConfig,
     "glm4_moe_lite": tf.Glm4MoeLiteConfig,
     "gpt_oss": tf.GptOssConfig,
@@ -34,6 +36,7 @@ CLASSES: dict[str, Any] = {
     "ministral3": tf.Ministral3Config,
     "mistral": tf.MistralConfig,
     "mixtral": tf.MixtralConfig,
+    "nanochat": tf.NanoChatConfig,
     "olmo2": tf.Olmo2Config,
     "olmo3": tf.Olmo3Config,
     "olmoe": tf.OlmoeConfig,
@@ -111,6 +114,13 @@ OTHER: dict[str, Any] = {
     "attn_logit_softcapping": 20.0,
     "final_logit_softcapping": 10.0,
     "use_bidirectional_attention": False,
+    "hidden_size_per_layer_input": 64,
+    "vocab_size_per_layer_input": 100,
+    "attention_k_eq_v": True,
+    "num_kv_shared_layers": 1,
+    "use_double_wide_mlp": True,
+    "enable_moe_block": True,
+    "top_k_experts": 3,
     "attention_out_bias": True,
     "no_rope_layers": [1, 0, 1],
     "no_rope_layer_interval": 2,
@@ -134,11 +144,22 @@ def full_config(model_type: str) -> dict[str, Any]:
     values = SIZES | {key: OTHER[key] for key in own_keys(model_type)}
     if model_type == "gpt_oss":
         values["attention_bias"] = False
-    if model_type in ("gemma3_text", "olmo3"):
+    if model_type == "gemma4_text":
+        values["use_bidirectional_attention"] = "vision"
+        values["layer_types"] = ["full_attention", "sliding_attention", "full_attention"]
+        values["enable_moe_block"] = False
+    if model_type in ("arcee", "nanochat"):
+        values["hidden_act"] = "relu2"
+    if model_type == "nanochat":
+        values["tie_word_embeddings"] = False
+    if model_type in ("gemma3_text", "gemma4_text", "olmo3"):
         values["rope_parameters"] = {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
             "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
         }
+    if model_type == "gemma4_text":
+        rope = {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 5e5}
+        values["rope_parameters"]["full_attention"] = rope
     if model_type == "deepseek_v2":  # which has neither
         values |= {"mlp_bias": False, "norm_topk_prob": False}
     if model_type == "phi3":  # which has no linear scaling
@@ -170,6 +191,7 @@ def check(model_type: str, values: dict[str, Any]) -> ModelConfig:
     """Compare a config with what the config class makes of the same keys, and return it."""
     # The class changes what it gets.
     expected = CLASSES[model_type](**copy.deepcopy(values))
+    expected.allow_global_per_layer_attribute_access = True
     config = parse_config({**values, "model_type": model_type}, "config.json")
     hidden, heads = values["hidden_size"], values["num_attention_heads"]
     if model_type in LATENT:
@@ -194,7 +216,7 @@ def check(model_type: str, values: dict[str, Any]) -> ModelConfig:
     scale = hidden**0.5 if is_gemma else getattr(expected, "embedding_multiplier", 1.0)
     assert config.embedding_scale == scale
     assert config.residual_scale == getattr(expected, "residual_multiplier", 1.0)
-    attention = expected.query_pre_attn_scalar**-0.5 if is_gemma else None
+    attention = getattr(expected, "query_pre_attn_scalar", 1.0) ** -0.5 if is_gemma else None
     if model_type not in LATENT:
         assert config.attention_scale == getattr(expected, "attention_multiplier", attention)
     assert config.attention_softcap == getattr(expected, "attn_logit_softcapping", None)
@@ -237,6 +259,14 @@ def check_layers(config: ModelConfig, expected: Any) -> None:
     types = types or ["sliding_attention"] * expected.num_hidden_layers
     windows = [window if kind == "sliding_attention" else None for kind in types]
     assert [layer.window for layer in config.layers] == windows
+    if config.model_type == "gemma4_text":
+        shared = [mode == "reuse" for mode in expected.kv_sharing_modes]
+        assert [layer.kv_source is not None for layer in config.layers] == shared
+        for layer, own in zip(config.layers, expected.per_layer_config, strict=True):
+            heads = config.heads(layer)
+            assert (heads.num_kv_heads, heads.head_dim) == (own.num_key_value_heads, own.head_dim)
+            is_same = expected.attention_k_eq_v and own.head_dim != expected.head_dim
+            assert heads.values_are_keys == is_same
     assert [layer.recurrent for layer in config.layers] == [
         kind == "linear_attention" for kind in types
     ]
@@ -255,6 +285,8 @@ def check_layers(config: ModelConfig, expected: Any) -> None:
 
 
 def check_experts(config: ModelConfig, expected: Any) -> None:
+    if config.model_type == "gemma4_text" and expected.enable_moe_block:
+        expected.num_experts_per_tok = expected.top_k_experts
     if not hasattr(expected, "num_experts_per_tok"):
         assert config.moe is None
         return
@@ -305,18 +337,18 @@ def check_rope(config: ModelConfig, expected: Any) -> None:
     for layer, is_rotated in zip(config.layers, rotates, strict=True):
         assert (layer.rope is not None and layer.rope.kind == "none") != is_rotated
     if "rope_type" in parameters:
-        return check_one_rope(config, config.rope, parameters, expected)
+        return check_one_rope(config.rotary_dim, config.rope, parameters, expected)
     for layer, kind in zip(config.layers, expected.layer_types, strict=True):
         rope = layer.rope or config.rope
-        check_one_rope(config, rope, parameters[kind], expected, layer_type=kind)
+        dim = config.heads(layer).rotary_dim
+        check_one_rope(dim, rope, parameters[kind], expected, layer_type=kind)
     return None
 
 
 def check_one_rope(
-    config: ModelConfig, found: RopeConfig, rope: dict[str, Any], expected: Any, **layer: str
+    dim: int, found: RopeConfig, rope: dict[str, Any], expected: Any, **layer: str
 ) -> None:
     factor = 1.0
-    dim = config.rotary_dim
     if rope.get("alpha"):  # which only stretches the base (Hunyuan)
         theta = rope["rope_theta"] * rope["alpha"] ** (dim / (dim - 2))
         rope = {"rope_type": "default", "rope_theta": theta}
@@ -324,9 +356,11 @@ def check_one_rope(
         frequencies = rope["rope_theta"] ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     else:
         frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](expected, **layer)
+    if found.is_reversed:
+        frequencies = -frequencies
     angles = torch.outer(torch.arange(40.0), frequencies.float())
     table = torch.cat((angles.cos(), angles.sin()), dim=-1) * factor
-    torch.testing.assert_close(rope_table(found, config.rotary_dim, 40), table)
+    torch.testing.assert_close(rope_table(found, dim, 40), table)
 
 
 def test_every_key_of_a_config_class_is_understood() -> None:
@@ -340,6 +374,10 @@ def test_every_key_of_a_config_class_is_understood() -> None:
 def test_a_missing_key_has_the_value_of_transformers(model_type: str, missing: str) -> None:
     values = full_config(model_type)
     values.pop(missing, None)
+    if model_type == "gemma4_text" and missing == "layer_types":
+        values.pop("num_kv_shared_layers")  # no earlier layer of the last one's kind
+    if missing == "vocab_size_per_layer_input":
+        values["hidden_size_per_layer_input"] = 0
     if missing == "use_sliding_window":
         values.pop("layer_types", None)  # a sliding layer needs a window
     check(model_type, values)
@@ -347,7 +385,10 @@ def test_a_missing_key_has_the_value_of_transformers(model_type: str, missing: s
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_config_of_sizes_alone_is_that_of_transformers(model_type: str) -> None:
-    needed = {"num_experts_per_tok": 6} if model_type == "deepseek_v2" else {}
+    needed: dict[str, int] = {
+        "deepseek_v2": {"num_experts_per_tok": 6},
+        "gemma4_text": {"vocab_size_per_layer_input": 100},
+    }.get(model_type, {})
     if "linear_num_key_heads" in own_keys(model_type):  # one layer in four has attention
         needed = {"num_hidden_layers": 4}
     check(model_type, SIZES | needed)
@@ -356,6 +397,8 @@ def test_a_config_of_sizes_alone_is_that_of_transformers(model_type: str) -> Non
 @pytest.mark.parametrize(("model_type", "key"), NULLABLE)
 def test_null_is_not_the_default_of_a_missing_key(model_type: str, key: str) -> None:
     values = full_config(model_type) | {key: None}
+    if key == "layer_types":
+        values.pop("num_kv_shared_layers", None)
     if key == "sliding_window":
         values.pop("layer_types", None)
     check(model_type, values)

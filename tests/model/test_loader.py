@@ -152,7 +152,7 @@ def test_a_broken_index_is_refused(sharded: Path, text: str) -> None:
             {"model_type": "bert"},
             ["'bert' is not supported; supp", "gpt_oss", "qwen3_moe"],
         ),
-        ({"model_type": "qwen3_next"}, ["'qwen3_next' is not supported; the nearest is qwen3"]),
+        ({"model_type": "qwen3_nex"}, ["'qwen3_nex' is not supported; the nearest is qwen3_next"]),
         ({"logit_scale": 2.0}, ["'logit_scale' = 2.0 is not supported"]),
         ({"hidden_act": "gelu"}, ["hidden_act 'gelu'", "silu"]),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, ["'dynamic'", "yarn"]),

@@ -44,7 +44,11 @@ def logits_of(
     positions = torch.arange(count)
     slot_mapping = table[positions // size] * size + positions % size
     windows = list(dict.fromkeys(layer.window for layer in config.layers))
-    shape = (config.kv_vectors, len(table) + 1, size, config.num_kv_heads, config.head_dim)
+    heads = [config.heads(layer) for layer in config.layers]
+    shape = (config.kv_vectors, len(table) + 1, size)
+    sources = [
+        i if layer.kv_source is None else layer.kv_source for i, layer in enumerate(config.layers)
+    ]
     with torch.inference_mode():
         return model(
             backend,
@@ -60,8 +64,8 @@ def logits_of(
                 torch.tensor([count], dtype=torch.int32),
                 torch.tensor([1]),
             ),
-            [torch.zeros(shape) for _ in config.layers],
-            [(windows.index(layer.window), i) for i, layer in enumerate(config.layers)],
+            [torch.zeros(*shape, own.num_kv_heads, own.head_dim) for own in heads],
+            [(windows.index(config.layers[i].window), i) for i in sources],
             states=[
                 LayerState(
                     torch.full((3, *config.delta_rule.conv_shape), torch.nan),

@@ -13,6 +13,7 @@ NO_ROPE = RopeConfig(1.0, "none")
 _KEYS = {
     "default": "",
     "linear": "factor",
+    "proportional": "factor",
     "llama3": "factor low_freq_factor high_freq_factor original_max_position_embeddings",
     "yarn": (
         "factor original_max_position_embeddings beta_fast beta_slow truncate attention_factor"
@@ -45,6 +46,9 @@ def read_rope(
         (*_KEYS[kind].split(), "rope_theta", "rope_type", "type", "partial_rotary_factor")
     )
     share = rope.number("partial_rotary_factor", keys.get("partial_rotary_factor", 1.0))
+    if kind == "proportional" and share <= 1:
+        factor = rope.number("factor", 1.0)
+        return RopeConfig(theta, kind, factor, rotated_share=share), head_dim
     if share > 1 or (share < 1 and not partial):
         raise keys.fail(f"'partial_rotary_factor' of {share:g} is not supported")
     rotary_dim = int(head_dim * share)

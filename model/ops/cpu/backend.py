@@ -181,6 +181,15 @@ class CpuBackend(CpuRecurrentOps, OneDnnBackend):
         leave_to_torch()
         return super().add_rms_norm(x, delta, norm)
 
+    def scaled_sum(
+        self, x: torch.Tensor, delta: torch.Tensor, factor: torch.Tensor
+    ) -> torch.Tensor:
+        """As Backend.scaled_sum."""
+        if self._has_kernels:
+            return native.scaled_sum(x, delta, factor)
+        leave_to_torch()
+        return super().scaled_sum(x, delta, factor)
+
     def rms_norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         """As Backend.rms_norm."""
         if self._fits(norm.size, 16):
@@ -230,14 +239,17 @@ class CpuBackend(CpuRecurrentOps, OneDnnBackend):
 
     def gated_linear(self, x: torch.Tensor, linear: Linear, activation: Activation) -> torch.Tensor:
         """As Backend.gated_linear."""
-        if self._fits(linear.inputs, MXFP4_BLOCK) and not linear.outputs % (2 * PANEL):
+        fits = self._fits(linear.inputs, MXFP4_BLOCK) and not linear.outputs % (2 * PANEL)
+        if fits and activation.is_gated:
             return native.gated_linear(x, linear.weight, linear.bias, activation)
         return super().gated_linear(x, linear, activation)
 
-    def activate(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
-        """As Backend.activate."""
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """As Backend.gated."""
+        if self._fits(gate.shape[1], 16):
+            return native.gated(gate, up, activation)
         leave_to_torch()
-        return super().activate(gate_up, activation)
+        return super().gated(gate, up, activation)
 
     def route(
         self, logits: torch.Tensor, router: RouterSpec, correction: torch.Tensor | None = None

@@ -22,7 +22,7 @@ from model.ops.specs import (
     RouterSpec,
 )
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 MAX_GROUP = 32  # query heads of a KV head
 
 
@@ -84,6 +84,26 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return out
 
 
+def scaled_sum(x: torch.Tensor, delta: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """As Backend.scaled_sum."""
+    out = empty(x.shape, x.dtype)
+    kernels.scaled_sum(
+        x.data_ptr(), delta.data_ptr(), factor.data_ptr(), x.numel(), out.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """As Backend.gated, for a size that is a multiple of 16."""
+    out = empty(gate.shape, gate.dtype)
+    kernels.gated(
+        gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), *gate.shape,
+        *_activation(activation), out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
 def softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
     """As Backend.softcap."""
     kernels.softcap(x.data_ptr(), cap, x.numel(), torch.get_num_threads())
@@ -106,15 +126,14 @@ def rotate_and_write(qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:
     tokens, _, head_dim = qkv.shape
     heads, kv = rope.heads, rope.kv
     query = empty((tokens, heads.heads, head_dim), qkv.dtype)
-    q_norm = k_norm = None
-    eps = 0.0
-    if heads.q_norm is not None and heads.k_norm is not None:
-        q_norm, k_norm = heads.q_norm.weight.data_ptr(), heads.k_norm.weight.data_ptr()
-        eps = heads.q_norm.eps
+    q_norm, k_norm = (
+        None if norm is None else norm.weight.data_ptr() for norm in (heads.q_norm, heads.k_norm)
+    )
     kernels.rotate_and_write(
-        qkv.data_ptr(), rope.cos_sin.data_ptr(), kv.data_ptr(), kv.stride(0),
-        rope.slot_mapping.data_ptr(), q_norm, k_norm, heads.has_whole_norms,
-        heads.rotates_before_norm, eps,
+        qkv.data_ptr(), rope.cos_sin.data_ptr(), kv.data_ptr(), kv.stride(0), kv.shape[2],
+        kv.stride(1), rope.slot_mapping.data_ptr(), q_norm, k_norm, heads.has_whole_norms,
+        heads.rotates_before_norm, heads.norms_values, heads.values_are_keys,
+        0.0 if heads.q_norm is None else heads.q_norm.eps,
         None if rope.query_scale is None else rope.query_scale.data_ptr(), tokens, heads.heads,
         heads.kv_heads, head_dim, rope.cos_sin.shape[1], query.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -137,8 +156,8 @@ def attention(
         query.data_ptr(), kv.data_ptr(), kv.stride(0), table.data_ptr(), table.stride(0),
         batch.cu_seqlens_q.data_ptr(), batch.context_lens.data_ptr(),
         None if sinks is None else sinks.data_ptr(), table.shape[0], heads, kv.shape[3], head_dim,
-        kv.shape[2], _score_scale(spec, head_dim), spec.softcap or 0.0, spec.window or 0,
-        out.data_ptr(), torch.get_num_threads(),
+        kv.shape[2], kv.stride(1), _score_scale(spec, head_dim), spec.softcap or 0.0,
+        spec.window or 0, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -156,8 +175,8 @@ def _score_scale(spec: AttentionSpec, head_dim: int) -> float:
 
 def _activation(activation: Activation) -> tuple[int, float, float]:
     """The kind, limit and alpha of an activation, as in kernels/types.h."""
-    kind = 2 if activation.kind == "gelu_tanh" else int(activation.limit is not None)
-    return kind, activation.limit or 0.0, activation.alpha
+    kinds = {"silu": int(activation.limit is not None), "gelu_tanh": 2, "relu": 3}
+    return kinds[activation.kind], activation.limit or 0.0, activation.alpha
 
 
 def gated_linear(
@@ -186,8 +205,8 @@ def route(
     kernels.route(
         logits.data_ptr(), None if correction is None else correction.data_ptr(), rows, count,
         top_k, router.softmax_after_top_k, router.normalize, router.sigmoid, groups.count,
-        groups.chosen, groups.best, router.scale, expert_ids.data_ptr(), weights.data_ptr(),
-        torch.get_num_threads(),
+        groups.chosen, groups.best, router.scale, router.scales_experts, expert_ids.data_ptr(),
+        weights.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return expert_ids, weights
 

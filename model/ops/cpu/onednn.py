@@ -153,11 +153,10 @@ class OneDnnBackend(Backend):
         heads, head_dim = query.shape[1:]
         kv_heads = kv.shape[3]
         shared = heads // kv_heads
-        stored = kv.flatten(1, 2)
 
         def select(part: int, slots: torch.Tensor) -> torch.Tensor:
             """Keys (0) or values (-1) of these slots, [slots, kv_heads, head_dim]."""
-            return read_kv(select_kv(stored[part], slots), query.dtype)
+            return read_kv(select_kv(kv[part], slots), query.dtype)
 
         out = torch.empty_like(query)
         sinks = None if sinks is None else sinks.float().view(kv_heads, shared)

@@ -64,6 +64,7 @@ class _Call:
             "BLOCK_D": max(16, triton.next_power_of_2(dim - tail)),
             "BLOCK_T": max(16, triton.next_power_of_2(tail)),
             "BLOCK_SIZE": block_size,
+            "BLOCK_STRIDE": self.kv.stride(1),
             "SINKS": self.sinks is not None,
             "PRECISION": "ieee",
         }
@@ -138,7 +139,7 @@ def _attend_single_tokens(call: _Call, out: torch.Tensor) -> None:
         tile = target.tiles.decode_latent
     if kv.dtype in FP8:
         tile = replace(tile, warps=max(tile.warps, target.tiles.fp8_warps))
-    tile = for_dtype(tile, query.dtype)
+    tile = for_dtype(_for_wide_heads(tile, dim), query.dtype)
     split = Splitting.of(rows, kv_heads, call.spec.window, tile, target.processors)
     if target.vendor == "amd" and tile.warps > 1:
         # Nothing makes one wave wait for the stores of the others before it counts their part.
@@ -173,6 +174,15 @@ def _attend_single_tokens(call: _Call, out: torch.Tensor) -> None:
     )
 
 
+def _for_wide_heads(tile: Tile, dim: int) -> Tile:
+    """Return the tile, or for heads of more than 256 one of about the same registers."""
+    if dim <= 256:
+        return tile
+    return replace(
+        tile, m=min(tile.m, 32), n=16, warps=max(tile.warps, 4), stages=1, max_registers=0
+    )
+
+
 def _attend_chunks(call: _Call, out: torch.Tensor) -> None:
     query, kv, block_table, target = call.query, call.kv, call.block_table, call.target
     constants, batch = call.constants, call.batch
@@ -184,7 +194,7 @@ def _attend_chunks(call: _Call, out: torch.Tensor) -> None:
         tile = tiles.prefill_latent
     if kv.dtype in FP8:
         tile = replace(tile, n=min(tile.n, tiles.fp8_keys if dim <= 64 else tiles.fp8_keys_wide))
-    tile = for_dtype(tile, query.dtype)
+    tile = for_dtype(_for_wide_heads(tile, dim), query.dtype)
     height = max(tile.m, triton.next_power_of_2(group))
     blocks = (query.shape[0] - singles) // (height // group) + sequences - singles
     prefill_attention[(kv_heads * blocks,)](

@@ -36,7 +36,14 @@ from model.ops.triton.kernels.embedding import embed
 from model.ops.triton.linear import float32_product, head_linear, is_one_row, norm_linear
 from model.ops.triton.linear import linear as few_rows_linear
 from model.ops.triton.mxfp4 import dense_weights, pack
-from model.ops.triton.norm import activate, add_gated, add_rms_norm, delta_parts
+from model.ops.triton.norm import (
+    activate,
+    add_gated,
+    add_rms_norm,
+    delta_parts,
+    gated,
+    scaled_sum,
+)
 from model.ops.triton.recurrent.operations import TritonRecurrentOps
 from model.ops.triton.rotary import latent_query, rotate_and_write
 from model.ops.triton.route import MAX_PAIRS, route
@@ -160,6 +167,12 @@ class TritonBackend(TritonRecurrentOps, Backend):
         """As `Backend.add_rms_norm`."""
         return add_rms_norm(x, delta, norm, self.dtype, self._target("add_rms_norm"))
 
+    def scaled_sum(
+        self, x: torch.Tensor, delta: torch.Tensor, factor: torch.Tensor
+    ) -> torch.Tensor:
+        """As `Backend.scaled_sum`."""
+        return scaled_sum(x, delta, factor, self._target("scaled_sum"))
+
     def _fuses(self, x: torch.Tensor, norm: Norm, most_rows: int) -> bool:
         """Whether to fuse; not in float16, whose products may overflow before they are scaled."""
         is_fused = 0 < len(x) <= most_rows and not norm.is_identity
@@ -257,6 +270,10 @@ class TritonBackend(TritonRecurrentOps, Backend):
     def activate(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
         """As `Backend.activate`."""
         return activate(gate_up, activation, self._target("activate"))
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """As `Backend.gated`."""
+        return gated(gate, up, activation, self._target("gated"))
 
     def route(
         self, logits: torch.Tensor, router: RouterSpec, correction: torch.Tensor | None = None

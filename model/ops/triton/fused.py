@@ -104,6 +104,7 @@ def norm_qkv(
     heads = rope.heads
     rotates_whole_heads = rope.cos_sin.shape[1] == heads.head_dim
     is_plain = heads.q_norm is None and rope.query_scale is None
+    is_plain = is_plain and heads.kv_heads > 0 and not heads.values_are_keys
     if is_plain and rotates_whole_heads and heads.head_dim // 2 % HALF == 0:
         return norm_linear(x, delta, norm, qkv, target, rope=rope)
     summed, projected = norm_linear(x, delta, norm, qkv, target)

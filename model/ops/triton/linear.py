@@ -98,6 +98,8 @@ def norm_linear(
         HEADS=heads,
         KV_HEADS=kv_heads,
         DIM=dim,
+        BLOCK_SIZE=kv.shape[2] if heads else 0,
+        BLOCK_STRIDE=kv.stride(1) if heads else 0,
         STAGES=tile.stages,
         **tile.options,
         **target.launch_options,

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from model.ops.backend import split_gate
 from model.ops.specs import Activation, Norm
 from model.ops.triton.programmatic_launch import wait_for_previous_kernel
 from model.ops.triton.tiles import Target
@@ -112,28 +113,32 @@ def geglu(gate, up):
 
 @triton.jit
 def _activate(
-    gate_up_ptr,
+    gate_ptr,
+    up_ptr,
     out_ptr,
+    gate_stride,
+    up_stride,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
-    GELU: tl.constexpr,
+    KIND: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
-    """SwiGLU, or GELU times up, of a block of one row; grid (tokens, ⌈SIZE / BLOCK⌉).
+    """SwiGLU, or GELU or ReLU times up, of a block of one row; grid (tokens, ⌈SIZE / BLOCK⌉).
 
-    gate_up [tokens, 2 · SIZE] → out [tokens, SIZE].
+    gate, up [tokens, SIZE], with rows gate_stride and up_stride apart → out [tokens, SIZE].
     """
     wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < SIZE
-    source = gate_up_ptr + row * 2 * SIZE + at
-    gate = tl.load(source, inside, other=0.0)
-    up = tl.load(source + SIZE, inside, other=0.0)
-    if GELU:
+    gate = tl.load(gate_ptr + row * gate_stride + at, inside, other=0.0)
+    up = tl.load(up_ptr + row * up_stride + at, inside, other=0.0)
+    if KIND == "gelu_tanh":
         out = geglu(gate.to(tl.float32), up.to(tl.float32))
+    elif KIND == "relu":
+        out = tl.maximum(gate.to(tl.float32), 0.0) * up.to(tl.float32)
     else:
         out = swiglu(gate.to(tl.float32), up.to(tl.float32), LIMIT, ALPHA)
     tl.store(out_ptr + row * SIZE + at, out.to(gate.dtype), inside)
@@ -190,21 +195,69 @@ def add_gated(
     return out
 
 
-def activate(gate_up: torch.Tensor, activation: Activation, target: Target) -> torch.Tensor:
-    """As `Backend.activate`."""
-    gate_up = gate_up.contiguous()
-    tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
-    out = gate_up.new_empty(tokens, size)
+def gated(
+    gate: torch.Tensor, up: torch.Tensor, activation: Activation, target: Target
+) -> torch.Tensor:
+    """As `Backend.gated`; the last dimension of both is contiguous."""
+    tokens, size = gate.shape
+    out = gate.new_empty(tokens, size)
     if tokens:
         block = min(1024, triton.next_power_of_2(size))
         _activate[(tokens, triton.cdiv(size, block))](
-            gate_up,
+            gate,
+            up,
             out,
+            gate.stride(0),
+            up.stride(0),
             SIZE=size,
             BLOCK=block,
             LIMIT=activation.limit,
             ALPHA=activation.alpha,
-            GELU=activation.kind == "gelu_tanh",
+            KIND=activation.kind,
+            num_warps=4,
+            **target.launch_options,
+        )
+    return out
+
+
+def activate(gate_up: torch.Tensor, activation: Activation, target: Target) -> torch.Tensor:
+    """As `Backend.activate`."""
+    gate, up = split_gate(gate_up.contiguous(), activation)
+    return gated(gate, up, activation, target)
+
+
+@triton.jit
+def _scaled_sum(
+    x_ptr,
+    delta_ptr,
+    factor_ptr,
+    out_ptr,
+    size,
+    BLOCK: tl.constexpr,
+    PROGRAMMATIC_LAUNCH: tl.constexpr,
+):
+    """(x + delta) · factor; grid (⌈size / BLOCK⌉,). x, out float32, delta [size], factor [1]."""
+    wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    x = tl.load(x_ptr + at, inside, other=0.0) + tl.load(delta_ptr + at, inside, other=0.0)
+    tl.store(out_ptr + at, x * tl.load(factor_ptr), inside)
+
+
+def scaled_sum(
+    x: torch.Tensor, delta: torch.Tensor, factor: torch.Tensor, target: Target
+) -> torch.Tensor:
+    """As `Backend.scaled_sum`."""
+    x = x.contiguous()
+    out, block = torch.empty_like(x), 1024
+    if x.numel():
+        _scaled_sum[(triton.cdiv(x.numel(), block),)](
+            x,
+            delta.contiguous(),
+            factor,
+            out,
+            x.numel(),
+            BLOCK=block,
             num_warps=4,
             **target.launch_options,
         )

@@ -78,17 +78,23 @@ def _rotate_and_write(
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     ROTARY: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_STRIDE: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_H: tl.constexpr,
     NORMS: tl.constexpr,
     ROTATES_FIRST: tl.constexpr,
+    NORMS_VALUES: tl.constexpr,
+    VALUES_ARE_KEYS: tl.constexpr,
     QUERY_SCALE: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
     """Process a block of heads of one token; grid (tokens, ⌈(HEADS + 2 · KV_HEADS) / BLOCK_H⌉).
 
-    qkv [tokens, HEADS + 2 · KV_HEADS, DIM], cos_sin float32 [tokens, ROTARY], kv [2, slots,
-    KV_HEADS, DIM] with the values value_offset after the keys, out [tokens, HEADS, DIM].
+    qkv [tokens, HEADS + 2 · KV_HEADS, DIM] (KV_HEADS once if VALUES_ARE_KEYS), cos_sin float32
+    [tokens, ROTARY], kv [2, blocks, BLOCK_SIZE, KV_HEADS, DIM] with blocks BLOCK_STRIDE apart and
+    the values value_offset after the keys, out [tokens, HEADS, DIM]. NORMS_VALUES: values are
+    normalized without weights.
     The first ROTARY values of a head are rotated, with ROTATES_FIRST before the norms. query_scale
     float32 [tokens] multiplies queries. HALF is DIM / 2 rounded up to a power of 2.
     """
@@ -109,7 +115,10 @@ def _rotate_and_write(
     is_value = head >= HEADS + KV_HEADS
     mask = (head < HEADS + 2 * KV_HEADS)[:, None] & is_inside[None, :]
 
-    source = qkv_ptr + token * (HEADS + 2 * KV_HEADS) * DIM + head[:, None] * DIM + place[None, :]
+    source_head, WIDTH = head, HEADS + 2 * KV_HEADS
+    if VALUES_ARE_KEYS:
+        source_head, WIDTH = tl.where(is_value, head - KV_HEADS, head), HEADS + KV_HEADS
+    source = qkv_ptr + (token * WIDTH + source_head[:, None]) * DIM + place[None, :]
     first = tl.load(source, mask, other=0.0)
     second = tl.load(source + gap, mask, other=0.0)
     dtype = first.dtype
@@ -142,11 +151,17 @@ def _rotate_and_write(
     tl.store(target + gap, right.to(dtype), mask & is_query[:, None])
     slot = tl.load(slot_mapping_ptr + token)
     kv_head = tl.where(is_value, head - HEADS - KV_HEADS, head - HEADS)
-    target = kv_ptr + (slot * KV_HEADS + kv_head[:, None]) * DIM + place[None, :]
+    target = kv_ptr + slot // BLOCK_SIZE * BLOCK_STRIDE
+    target += (slot % BLOCK_SIZE * KV_HEADS + kv_head[:, None]) * DIM + place[None, :]
     target += tl.where(is_value, value_offset, 0)[:, None]
     is_written = mask & (head >= HEADS)[:, None]
-    left = tl.where(is_value[:, None], first.to(tl.float32), left)
-    right = tl.where(is_value[:, None], second.to(tl.float32), right)
+    low, high = first.to(tl.float32), second.to(tl.float32)
+    if NORMS_VALUES:
+        scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / DIM + eps)[:, None]
+        # Rounded as the result of a separate norm would be.
+        low, high = (low * scale).to(dtype).to(tl.float32), (high * scale).to(dtype).to(tl.float32)
+    left = tl.where(is_value[:, None], low, left)
+    right = tl.where(is_value[:, None], high, right)
     tl.store(target, rounded(left, kv_ptr.dtype.element_ty), is_written)
     tl.store(target + gap, rounded(right, kv_ptr.dtype.element_ty), is_written)
 
@@ -154,8 +169,9 @@ def _rotate_and_write(
 def rotate_and_write(qkv: torch.Tensor, rope: RopeArgs, target: Target) -> torch.Tensor:
     """As `Backend.rotate_and_write`."""
     qkv = qkv.contiguous()
-    tokens, width, dim = qkv.shape
+    tokens, _, dim = qkv.shape
     heads, kv = rope.heads, rope.kv
+    width = heads.heads + 2 * heads.kv_heads
     out = qkv.new_empty(tokens, heads.heads, dim)
     norms = heads.q_norm, heads.k_norm
     eps = 0.0 if norms[0] is None else norms[0].eps
@@ -190,13 +206,17 @@ def rotate_and_write(qkv: torch.Tensor, rope: RopeArgs, target: Target) -> torch
         kv.stride(0),
         eps,
         HEADS=heads.heads,
-        KV_HEADS=kv.shape[3],
+        KV_HEADS=heads.kv_heads,
         DIM=dim,
         ROTARY=rope.cos_sin.shape[1],
+        BLOCK_SIZE=kv.shape[2],
+        BLOCK_STRIDE=kv.stride(1),
         HALF=triton.next_power_of_2(dim // 2),
         BLOCK_H=block,
         NORMS=norms[0] is not None and not heads.has_whole_norms,
         ROTATES_FIRST=heads.rotates_before_norm,
+        NORMS_VALUES=heads.norms_values,
+        VALUES_ARE_KEYS=heads.values_are_keys,
         QUERY_SCALE=rope.query_scale is not None,
         num_warps=2,
         **target.launch_options,

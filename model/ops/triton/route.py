@@ -67,6 +67,7 @@ def _route_tokens(
     CHOSEN_GROUPS: tl.constexpr,
     GROUP_BEST: tl.constexpr,
     SCALE: tl.constexpr,
+    SCALES_EXPERTS: tl.constexpr,
 ):
     """Route the tokens `token` [BLOCK_T], as `_route` → chosen int32 [BLOCK_T, BLOCK_K]."""
     expert = tl.arange(0, BLOCK_E)
@@ -114,6 +115,8 @@ def _route_tokens(
             probs = probs / total[:, None]
     if SCALE != 1:
         probs *= SCALE
+    if SCALES_EXPERTS:
+        probs *= tl.load(correction_ptr + chosen)
     offset = token[:, None].to(tl.int64) * TOP_K + rank[None, :]
     mask = (token < tokens)[:, None] & (rank < TOP_K)[None, :]
     tl.store(chosen_ptr + offset, chosen.to(tl.int64), mask)
@@ -143,6 +146,7 @@ def _route(
     CHOSEN_GROUPS: tl.constexpr,
     GROUP_BEST: tl.constexpr,
     SCALE: tl.constexpr,
+    SCALES_EXPERTS: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
     """Route BLOCK_T tokens; grid (⌈tokens / BLOCK_T⌉,).
@@ -156,6 +160,7 @@ def _route(
         logits_ptr, correction_ptr, chosen_ptr, weights_ptr, token, tokens,
         EXPERTS, BLOCK_E, BLOCK_T, TOP_K, BLOCK_K, AFTER_TOP_K, NORMALIZE,
         RANKS_SCORES, SIGMOID, CORRECTED, GROUPS, BLOCK_G, CHOSEN_GROUPS, GROUP_BEST, SCALE,
+        SCALES_EXPERTS,
     )  # fmt: skip
 
 
@@ -184,6 +189,7 @@ def _route_and_sort(
     CHOSEN_GROUPS: tl.constexpr,
     GROUP_BEST: tl.constexpr,
     SCALE: tl.constexpr,
+    SCALES_EXPERTS: tl.constexpr,
     HELD: tl.constexpr,
     BLOCK_H: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
@@ -198,6 +204,7 @@ def _route_and_sort(
         logits_ptr, correction_ptr, chosen_ptr, weights_ptr, token, tokens,
         EXPERTS, BLOCK_E, BLOCK_T, TOP_K, BLOCK_K, AFTER_TOP_K, NORMALIZE,
         RANKS_SCORES, SIGMOID, CORRECTED, GROUPS, BLOCK_G, CHOSEN_GROUPS, GROUP_BEST, SCALE,
+        SCALES_EXPERTS,
     )  # fmt: skip
     PAIRS: tl.constexpr = BLOCK_T * BLOCK_K
     lane = tl.arange(0, PAIRS)
@@ -231,6 +238,7 @@ def _options(router: RouterSpec, experts: int) -> dict[str, Any]:
         "CHOSEN_GROUPS": groups.chosen,
         "GROUP_BEST": groups.best,
         "SCALE": router.scale,
+        "SCALES_EXPERTS": router.scales_experts,
     }
 
 

@@ -22,6 +22,8 @@ const Function functions[] = {
     NATIVE_FUNCTION(softcap),
     NATIVE_FUNCTION(argmax),
     NATIVE_FUNCTION(add_rms_norm),
+    NATIVE_FUNCTION(scaled_sum),
+    NATIVE_FUNCTION(gated),
     NATIVE_FUNCTION(rotate_and_write),
     NATIVE_FUNCTION(attention),
     NATIVE_FUNCTION(linear),

@@ -87,13 +87,15 @@ void route_by_scores(const bf16* logits, const float* correction, int64_t expert
     for (int64_t k = 0; k < by.top_k; k++) weights[k] /= top_k_sum;
 }
 
-// logits [rows, experts] → expert_ids and weights [rows, top_k]
+// logits [rows, experts] → expert_ids and weights [rows, top_k]. scales_experts: `correction` is not
+// added to the scores, but multiplies the weights.
 void route(const bf16* logits, const float* correction, int64_t rows, int64_t experts,
            int64_t top_k, bool softmax_after_top_k, bool normalize, bool sigmoid, int64_t groups,
-           int64_t chosen_groups, int64_t group_best, float scale, int64_t* expert_ids,
-           float* weights, int threads) {
+           int64_t chosen_groups, int64_t group_best, float scale, bool scales_experts,
+           int64_t* expert_ids, float* weights, int threads) {
   const Routing by{top_k,  softmax_after_top_k, normalize,  sigmoid,
                    groups, chosen_groups,       group_best, scale};
+  const float* added = scales_experts ? nullptr : correction;
   if (rows * experts < 1 << 11) threads = 1;
   divide(threads, rows, rows_per_piece(rows, threads), [=](int64_t first, int64_t last) {
     float* values = thread_scratch<float>(3 * experts + groups);
@@ -101,12 +103,14 @@ void route(const bf16* logits, const float* correction, int64_t rows, int64_t ex
       const bf16* from = logits + row * experts;
       int64_t* ids = expert_ids + row * top_k;
       float* to = weights + row * top_k;
-      if (sigmoid || correction || groups > 1)
-        route_by_scores(from, correction, experts, by, values, ids, to);
+      if (sigmoid || added || groups > 1)
+        route_by_scores(from, added, experts, by, values, ids, to);
       else
         route_by_logits(from, experts, by, values, ids, to);
       if (scale != 1)
         for (int64_t k = 0; k < top_k; k++) to[k] *= scale;
+      if (scales_experts)
+        for (int64_t k = 0; k < top_k; k++) to[k] *= correction[ids[k]];
     }
   });
 }

@@ -153,6 +153,33 @@ void add_rms_norm(const float* x, const bf16* delta, const float* weight, int64_
   });
 }
 
+// (x + delta) · factor, all [count], but for `factor`, a single value → out
+void scaled_sum(const float* x, const bf16* delta, const float* factor, int64_t count, float* out,
+                int threads) {
+  const int64_t whole = count / LANES * LANES;
+  if (count < 1 << 14) threads = 1;
+  divide(threads, whole / LANES, VECTORS_PER_PIECE, [=](int64_t first, int64_t last) {
+    for (int64_t i = first * LANES; i < last * LANES; i += LANES)
+      store(out + i, (load(x + i) + load_bf16(delta + i)) * *factor);
+  });
+  for (int64_t i = whole; i < count; i++) out[i] = (x[i] + to_float(delta[i])) * *factor;
+}
+
+// The activation of gates [rows, size] times as many ups, whose rows are `gate_stride` and
+// `up_stride` values apart → out [rows, size]
+void gated(const bf16* gate, int64_t gate_stride, const bf16* up, int64_t up_stride, int64_t rows,
+           int64_t size, int64_t kind, float limit, float alpha, bf16* out, int threads) {
+  const Activation by{kind, limit, alpha};
+  if (rows * size < 1 << 13) threads = 1;
+  divide(threads, rows, rows_per_piece(rows, threads), [=](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+      const bf16 *gates = gate + row * gate_stride, *ups = up + row * up_stride;
+      for (int64_t i = 0; i < size; i += LANES)
+        store_bf16(out + row * size + i, activate(load_bf16(gates + i), load_bf16(ups + i), by));
+    }
+  });
+}
+
 // The norms of the query or key heads of a layer, if any: float32 weights [head_dim], or with `whole`
 // [heads, head_dim], where one norm covers all heads. `last`: the rotation comes before it.
 struct HeadNorms {
@@ -215,30 +242,46 @@ INLINE void rotate_heads(const bf16* from, int64_t heads, const HeadNorms& norms
   }
 }
 
+// Values of heads [kv_heads, head_dim] → their place in the cache, normalized without weights if
+// `norms` is set.
+INLINE void write_values(const bf16* from, int64_t kv_heads, int64_t head_dim, bool norms,
+                         float eps, bf16* to) {
+  memcpy(to, from, (size_t)(kv_heads * head_dim) * 2);
+  for (int64_t head = 0; norms && head < kv_heads; head++, to += head_dim)
+    multiply_in_place(to, nullptr, norm_factor(sum_of_squares(to, head_dim), head_dim, eps),
+                      head_dim);
+}
+
 // qkv [tokens, heads + 2 · kv_heads, head_dim] → query [tokens, heads, head_dim], and keys and
-// values into their slots of the cache, where values are `value_offset` elements behind keys.
+// values into their slots of the cache: blocks of `block_size` slots are `block_stride` elements
+// apart, values are `value_offset` elements behind keys. values_are_keys: there are no values in
+// qkv, [tokens, heads + kv_heads, head_dim], but those before the norms and the rotation of keys.
 // cos_sin [tokens, rotary_dim], cos in the first half. q_norm, k_norm: see HeadNorms. query_scale
 // [tokens] or null: multiplies rotated queries.
 void rotate_and_write(const bf16* qkv, const float* cos_sin, bf16* kv, int64_t value_offset,
-                      const int64_t* slot_mapping, const float* q_norm, const float* k_norm,
-                      bool whole_norms, bool norms_last, float eps, const float* query_scale,
+                      int64_t block_size, int64_t block_stride, const int64_t* slot_mapping,
+                      const float* q_norm, const float* k_norm, bool whole_norms, bool norms_last,
+                      bool norms_values, bool values_are_keys, float eps, const float* query_scale,
                       int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
                       int64_t rotary_dim, bf16* query, int threads) {
+  const int64_t width = heads + (values_are_keys ? 1 : 2) * kv_heads;
   const HeadNorms q_norms{q_norm, whole_norms, norms_last, eps};
   const HeadNorms k_norms{k_norm, whole_norms, norms_last, eps};
   if (tokens * heads * head_dim < 1 << 13) threads = 1;
   divide(threads, tokens, rows_per_piece(tokens, threads), [=](int64_t first, int64_t last) {
     for (int64_t token = first; token < last; token++) {
-      const bf16* from = qkv + token * (heads + 2 * kv_heads) * head_dim;
+      const bf16* from = qkv + token * width * head_dim;
       const float *cos = cos_sin + token * rotary_dim, *sin = cos + rotary_dim / 2;
       bf16* to = query + token * heads * head_dim;
       rotate_heads(from, heads, q_norms, cos, sin, head_dim, rotary_dim, to);
       if (query_scale) multiply_in_place(to, nullptr, query_scale[token], heads * head_dim);
       from += heads * head_dim;
-      to = kv + slot_mapping[token] * kv_heads * head_dim;
+      if (!kv_heads) continue;
+      const int64_t slot = slot_mapping[token], block = slot / block_size;
+      to = kv + block * block_stride + (slot - block * block_size) * kv_heads * head_dim;
       rotate_heads(from, kv_heads, k_norms, cos, sin, head_dim, rotary_dim, to);
-      from += kv_heads * head_dim;
-      memcpy(to + value_offset, from, (size_t)(kv_heads * head_dim) * 2);
+      if (!values_are_keys) from += kv_heads * head_dim;
+      write_values(from, kv_heads, head_dim, norms_values, eps, to + value_offset);
     }
   });
 }

@@ -58,7 +58,7 @@ struct Weight {
 };
 
 // The gated activation of an MLP. limit and alpha only count for CLAMPED_SWIGLU (gpt-oss).
-enum : int64_t { SWIGLU, CLAMPED_SWIGLU, GELU_TANH };  // native.py has the same numbers
+enum : int64_t { SWIGLU, CLAMPED_SWIGLU, GELU_TANH, RELU };  // native.py has the same numbers
 struct Activation {
   int64_t kind;
   float limit, alpha;

@@ -182,6 +182,7 @@ INLINE vec_f32 activate(vec_f32 gate, vec_f32 up, Activation by) {
     const vec_f32 twice = 1.59576912160573f * (gate + 0.044715f * gate * gate * gate);
     return gate / (1.0f + exponential(-twice)) * up;
   }
+  if (by.kind == RELU) return (gate > 0.0f ? gate : vec_f32{}) * up;
   gate = gate > by.limit ? broadcast(by.limit) : gate;
   up = up > by.limit ? broadcast(by.limit) : up;
   up = up < -by.limit ? broadcast(-by.limit) : up;

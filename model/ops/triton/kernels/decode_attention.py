@@ -139,6 +139,7 @@ def _attend_to_part(
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    BLOCK_STRIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_G: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -171,8 +172,8 @@ def _attend_to_part(
     top, total, mixed = attend(
         top, total, mixed, query, query_tail, context_len, kv_ptr, value_offset,
         block_table_ptr + row * table_stride, kv_head, first, last, last, False,
-        SCALE, SOFTCAP, WINDOW, KV_HEADS, DIM, BLOCK_D, TAIL, BLOCK_T, BLOCK_SIZE, BLOCK_N,
-        PRECISION,
+        SCALE, SOFTCAP, WINDOW, KV_HEADS, DIM, BLOCK_D, TAIL, BLOCK_T, BLOCK_SIZE, BLOCK_STRIDE,
+        BLOCK_N, PRECISION,
     )  # fmt: skip
     if not SPLIT or parts <= 1:
         _store_result(
@@ -229,6 +230,7 @@ def decode_attention(
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    BLOCK_STRIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_G: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -261,7 +263,7 @@ def decode_attention(
                 row, part, kv_head, query_ptr, kv_ptr, value_offset, block_table_ptr, table_stride,
                 context_lens_ptr, sinks_ptr, out_ptr, mixed_ptr, stats_ptr, arrivals_ptr, max_parts,
                 part_len, SCALE, SOFTCAP, WINDOW, KV_HEADS, GROUP, DIM, TAIL, BLOCK_M, BLOCK_D,
-                BLOCK_T, BLOCK_SIZE, BLOCK_N, BLOCK_G, SPLIT, SINKS, PRECISION,
+                BLOCK_T, BLOCK_SIZE, BLOCK_STRIDE, BLOCK_N, BLOCK_G, SPLIT, SINKS, PRECISION,
             )  # fmt: skip
         index += extras
         has_work = has_work & is_extra

@@ -183,6 +183,8 @@ def fused_linear(
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_STRIDE: tl.constexpr,
     STAGES: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
@@ -270,7 +272,8 @@ def fused_linear(
         else:
             slot = tl.load(slot_mapping_ptr + row, row < rows, other=0)[None, :]
             kv_head = (head - HEADS) % KV_HEADS
-            place = kv_ptr + (slot * KV_HEADS + kv_head) * DIM + column[:, None]
+            place = kv_ptr + slot // BLOCK_SIZE * BLOCK_STRIDE + column[:, None]
+            place += (slot % BLOCK_SIZE * KV_HEADS + kv_head) * DIM
             place += tl.where(is_rotated, 0, value_offset)
             tl.store(place, rounded(left, kv_ptr.dtype.element_ty), inside)
             tl.store(place + DIM // 2, rounded(right, kv_ptr.dtype.element_ty), inside)

@@ -34,6 +34,7 @@ def attend(
     TAIL: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    BLOCK_STRIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -52,19 +53,19 @@ def attend(
     for start in tl.range(first, last, BLOCK_N):
         at = start + tl.arange(0, BLOCK_N)
         block = tl.load(block_table_ptr + at // BLOCK_SIZE, at < last, other=0)
-        slot = block.to(tl.int64) * BLOCK_SIZE + at % BLOCK_SIZE
+        block_start = kv_ptr + block.to(tl.int64) * BLOCK_STRIDE
         # Slots outside the context may hold anything, also NaN. The scores of such keys are
         # replaced, but a probability of 0 times a value of NaN is NaN, so values are zeroed.
         inside = (at < last)[:, None] & (dim < DIM - TAIL)[None, :]
         if TAIL:
-            source = kv_ptr + slot[:, None] * DIM + dim[None, :]
-            key = tl.load(source, inside, other=0.0)
+            source = (block_start + at % BLOCK_SIZE * DIM)[:, None]
+            key = tl.load(source + dim[None, :], inside, other=0.0)
             value = key
-            behind = tl.arange(0, BLOCK_T)
-            place = kv_ptr + slot[:, None] * DIM + DIM - TAIL + behind[None, :]
-            tail = tl.load(place, (behind < TAIL)[None, :], other=0.0)
+            behind = tl.arange(0, BLOCK_T)[None, :]
+            tail = tl.load(source + (DIM - TAIL) + behind, behind < TAIL, other=0.0)
         else:
-            source = kv_ptr + (slot * KV_HEADS + kv_head)[:, None] * DIM + dim[None, :]
+            place = (at % BLOCK_SIZE * KV_HEADS + kv_head) * DIM
+            source = (block_start + place)[:, None] + dim[None, :]
             if BLOCK_D == DIM:
                 key = tl.load(source)
             else:

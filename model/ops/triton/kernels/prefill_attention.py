@@ -35,6 +35,7 @@ def prefill_attention(
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    BLOCK_STRIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -94,7 +95,7 @@ def prefill_attention(
     top, total, mixed = attend(
         top, total, mixed, query, query_tail, position, kv_ptr, value_offset, block_table_ptr,
         kv_head, first, unmasked, last, True, SCALE, SOFTCAP, WINDOW, KV_HEADS, DIM, BLOCK_D, TAIL,
-        BLOCK_T, BLOCK_SIZE, BLOCK_N, PRECISION,
+        BLOCK_T, BLOCK_SIZE, BLOCK_STRIDE, BLOCK_N, PRECISION,
     )  # fmt: skip
     mixed = normalize(top, total, mixed, sinks_ptr, head, is_row, SINKS)
     tl.store(out_ptr + place * OUT + dim[None, :], mixed.to(query.dtype), mask)

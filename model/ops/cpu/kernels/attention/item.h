@@ -14,13 +14,13 @@ constexpr int64_t CHUNK = 1024;
 struct AttentionInput {
   const bf16* query;
   bf16* out;
-  const bf16* keys;      // [blocks, block_size, kv_heads, head_dim]
+  const bf16* keys;      // [blocks, block_size, kv_heads, head_dim], blocks `block_stride` apart
   int64_t value_offset;  // of the values, behind the keys
   const int32_t* block_tables;
   int64_t block_table_stride;
   const int32_t *cu_seqlens_q, *context_lens;
   const bf16* sinks;
-  int64_t sequences, heads, kv_heads, head_dim, block_size;
+  int64_t sequences, heads, kv_heads, head_dim, block_size, block_stride;
   float scale, cap;
   int64_t window;
 
@@ -104,7 +104,7 @@ INLINE int64_t find_offsets(const AttentionInput& input, const Item& item, const
   for (int64_t i = first - unit.at; i < count;) {
     const int64_t block = (unit.at + i) / block_size, within = unit.at + i - block * block_size;
     const int64_t last = std::min(count, i + block_size - within);
-    int64_t offset = (block_table[block] * block_size + within) * stride +
+    int64_t offset = block_table[block] * input.block_stride + within * stride +
                      item.kv_head * input.head_dim;
     for (; i < last; i++, offset += stride) offsets[i] = offset;
   }
