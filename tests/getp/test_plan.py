@@ -328,7 +328,7 @@ def test_each_request_has_its_own_limit_and_refused_ones_are_reported(
         {"prompt": "abcd"},
         {"prompt": [1, 2, 3], "max_tokens": 99},
         {"messages": [{"role": "user", "content": "abcdefgh"}, {"role": "user", "content": "a"}]},
-        {"prompt": "abcd", "n": 2},
+        {"prompt": "abcd", "n": "2"},
         {"prompt": "a" * 400},
     ]
     file.write_text("".join(json.dumps(body) + "\n" for body in bodies))
@@ -339,7 +339,7 @@ def test_each_request_has_its_own_limit_and_refused_ones_are_reported(
     # A token is four bytes; the last prompt leaves no room within 50 positions.
     assert (job["requests"], job["requests_refused"]) == (4, 2)
     assert (job["prompt_tokens"], job["output_tokens"]) == (2 + 1 + 3 + 3, 1 + 7 + 47 + 7)
-    assert "would refuse 1 request; the first is in line 5: 'n' must be 1" in err
+    assert "would refuse 1 request; the first is in line 5: 'n' must be an integer" in err
     assert cli.run([*args, "-z", str(write_tokenizer(tmp_path / "tokenizer"))]) == 0
     assert "(counted), at most 62 output tokens" in capsys.readouterr().out
 
