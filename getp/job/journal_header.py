@@ -79,7 +79,7 @@ def comparable(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     if found.get("output format") == _OLD_IDS:
         found["output format"] = "ids"
     for name, neutral in _NEUTRAL.items():  # older journals lack them
-        if found.get(name) == neutral:
+        if name in found and found[name] == neutral:
             del found[name]
     temperature = found.get("temperature")
     if found.get("input format") != "text":  # older journals have one for all requests

@@ -31,7 +31,7 @@ def route_cases(layer: Moe, inputs: Inputs) -> Iterator[Case]:
 
 def _correction(layer: Moe, count: int, inputs: Inputs) -> torch.Tensor | None:
     """Return the correction of a router of `count` experts, if the layer has one."""
-    if not layer.router_spec.has_correction:
+    if not (layer.router_spec.has_correction or layer.router_spec.scales_experts):
         return None
     return inputs.normal(count, scale=0.2, dtype=torch.float32)
 

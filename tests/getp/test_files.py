@@ -178,7 +178,7 @@ def test_json_array_is_refused_with_the_remedy(tmp_path: Path, data: bytes) -> N
 def test_error_names_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(GetpError, match=r"cannot read .*nowhere.*No such file"):
         scan(str(tmp_path / "nowhere"))
-    with pytest.raises(GetpError, match="directory"):
+    with pytest.raises(GetpError, match="has no files of requests"):
         scan(str(tmp_path))
 
 

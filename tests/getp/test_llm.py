@@ -244,7 +244,7 @@ def test_the_checkpoint_recommends_the_sampling(
 ) -> None:
     model = tmp_path / "model"
     shutil.copytree(ROOT / "data" / "model", model)
-    recommended = {"do_sample": True, "temperature": 50.0, "max_new_tokens": 5, "min_p": 0.1}
+    recommended = {"do_sample": True, "temperature": 50.0, "max_new_tokens": 5, "typical_p": 0.1}
     file = model / "generation_config.json"
     values = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps(values | recommended))
@@ -253,7 +253,7 @@ def test_the_checkpoint_recommends_the_sampling(
         assert len({tuple(answer.token_ids) for answer in output.outputs}) == 3
         assert all(len(answer.token_ids) <= 5 for answer in output.outputs)
         assert len(llm.generate("3+4=", SHORT)[0].outputs[0].token_ids) <= 8
-    assert "min_p 0.1 is not supported; it is ignored" in caplog.text
+    assert "typical_p 0.1 is not supported; it is ignored" in caplog.text
 
 
 def test_a_closed_llm_says_so() -> None:
