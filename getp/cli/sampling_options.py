@@ -113,7 +113,7 @@ SAMPLING_OPTIONS: tuple[Decorator, ...] = (
         type=Integer(0, 2**31 - 1),
         metavar="ID",
         multiple=True,
-        help="End an answer at this token, too. Can be repeated.",
+        help="Also end an answer at this token. Can be repeated.",
     ),
     _length(
         "--include-stop",
