@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from model.formats.dense import DENSE, FLOATS, Dequantized
-from model.formats.format import Part, StoredTensor
+from model.formats.format import Part, StoredTensor, WeightFormat
+from model.formats.integers import integers_of
 from model.formats.packing import grouped, scaled, unpack
 from model.formats.rules import HEAD_IS_DENSE, FormatRules, Rule, names
 
@@ -28,6 +29,11 @@ class Awq(Dequantized):
     group: int | None  # inputs that share a scale; None: all of them
 
     name = "AWQ int4"
+
+    @property
+    def kept(self) -> WeightFormat:
+        """As WeightFormat.kept."""
+        return integers_of(_BITS, self.group, has_zeros=True)
 
     def stored(
         self, name: str, shape: tuple[int, ...], part: Part = (), *, transposed: bool = False

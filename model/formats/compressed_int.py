@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from model.formats.dense import FLOATS, Dequantized
+from model.formats.dense import DENSE, FLOATS, Dequantized
 from model.formats.format import Find, Part, StoredTensor, WeightFormat
+from model.formats.integers import integers_of
 from model.formats.packing import by_index, cut, grouped, in_order, scaled, unpack
 
 if TYPE_CHECKING:
@@ -26,16 +27,24 @@ class CompressedInt(Dequantized):
     group: int | None  # inputs that share a scale; None: all, and a single scale may be for all
     is_symmetric: bool  # no zero points
     is_packed: bool
+    is_ordered: bool = False  # the inputs' groups are given one by one, in the files
     # Of one weight in a checkpoint:
     scale_shape: tuple[int, ...] | None = None
     has_shape: bool = False
-    has_index: bool = False  # the inputs' groups are given one by one
+    has_index: bool = False
     first: int = 0  # input of the part that is read
 
     @property
     def name(self) -> str:  # type: ignore[override]
         """As reports show it."""
         return f"int{self.bits}"
+
+    @property
+    def kept(self) -> WeightFormat:
+        """As WeightFormat.kept: dense if the inputs of a group are not neighbours."""
+        if self.is_ordered:
+            return DENSE
+        return integers_of(self.bits, self.group, has_zeros=not self.is_symmetric)
 
     @property
     def _per_word(self) -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from model.formats.dense import DENSE, FLOATS, Dequantized
 from model.formats.format import Find, Part, StoredTensor, WeightFormat
+from model.formats.integers import integers_of
 from model.formats.packing import by_index, grouped, in_order, scaled, unpack
 from model.formats.rules import HEAD_IS_DENSE, FormatRules, Rule, checked
 
@@ -35,6 +36,13 @@ class Gptq(Dequantized):
     def name(self) -> str:  # type: ignore[override]
         """As reports show it."""
         return f"GPTQ int{self.bits}"
+
+    @property
+    def kept(self) -> WeightFormat:
+        """As WeightFormat.kept: dense if the inputs of a group are not neighbours."""
+        if self.is_ordered:
+            return DENSE
+        return integers_of(self.bits, self.group, has_zeros=True)
 
     @property
     def _per_word(self) -> int:

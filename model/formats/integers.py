@@ -26,12 +26,14 @@ class Integers(WeightFormat):
     """Codes of `bits` bits with a float16 scale, and a float16 zero if has_zeros, per group.
 
     group: inputs that share a scale, a multiple of 32; 0: all of them. As a format of a checkpoint
-    it is that of dense weights, which are quantized as they are loaded.
+    it is that of dense weights, which are quantized as they are loaded. quantizes: whether this is
+    wanted; otherwise only integers are taken.
     """
 
     bits: int
     group: int = QUANTIZED_GROUP
     has_zeros: bool = False  # values are (code + zero) · scale; otherwise code · scale
+    quantizes: bool = True
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -56,12 +58,16 @@ class Integers(WeightFormat):
         """As WeightFormat.finish."""
         return DENSE.finish(backend, storage)
 
+    def takes(self, stored: WeightFormat) -> bool:
+        """As WeightFormat.takes."""
+        return self.quantizes or stored.kept == self
+
     def fill_random(self, storage: Any, generator: torch.Generator) -> None:
         """As WeightFormat.fill_random."""
         DENSE.fill_random(storage, generator)
 
-    def dense(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """As WeightFormat.dense: only backends with kernels hold integers."""
+    def dense(self, weight: Any, dtype: torch.dtype) -> torch.Tensor:
+        """As WeightFormat.dense."""
         return DENSE.dense(weight, dtype)
 
     def bytes(self, shape: tuple[int, ...], item: int) -> int:
@@ -72,7 +78,17 @@ class Integers(WeightFormat):
 
     def held(self, backend: Backend, *, stacked: bool) -> WeightFormat:
         """As WeightFormat.held: dense where the backend has no kernels for integers."""
-        return self if backend.keeps_integers else DENSE
+        return self if backend.keeps_integers(self.quantizes) else DENSE
+
+
+def integers_of(bits: int, group: int | None, *, has_zeros: bool) -> WeightFormat:
+    """The format in memory of a checkpoint's integers of 4 or 8 bits, with float16 scales.
+
+    group: inputs that share a scale; None: all of them. Dense for what no kernel takes.
+    """
+    if group is not None and group % QUANTIZED_GROUP:
+        return DENSE
+    return Integers(bits, group or 0, has_zeros, quantizes=False)
 
 
 INT8, INT4 = Integers(8), Integers(4, has_zeros=True)
