@@ -22,6 +22,7 @@ from model.checks.experts import experts_cases, norm_experts_cases, route_cases
 from model.checks.inputs import FULL, SMALL, Inputs, Size
 from model.checks.sampling import argmax_cases, sample_cases, top_tokens_cases
 from model.config import ModelConfig
+from model.formats import DENSE
 from model.mlp import Mlp, Moe
 from model.ops.backend import OPERATIONS
 from model.sharding import ALONE, Shard
@@ -80,6 +81,13 @@ def _cases_of(
         yield from linear_cases("attention's output", attention.out, inputs)
         if moe is not None:
             yield from linear_cases("router", moe.router, inputs)
+        # Dense ones are computed in fused operations, or by torch.
+        linears = {"QKV": attention.qkv}
+        if mlp is not None:
+            linears |= {"gate and up": mlp.gate_up, "down": mlp.down}
+        for name, linear in linears.items():
+            if linear.format != DENSE:
+                yield from linear_cases(name, linear, inputs)
     elif operation == "logits":
         head = Transformer(config, shard).head
         yield from logits_cases(head, config.logits_scale, inputs)

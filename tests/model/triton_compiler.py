@@ -174,9 +174,7 @@ def quantized_launches(
     return list(found)
 
 
-def _quantized_call(
-    ops: TritonBackend, config: ModelConfig, form: WeightFormat, rows: int
-) -> None:
+def _quantized_call(ops: TritonBackend, config: ModelConfig, form: WeightFormat, rows: int) -> None:
     hidden, moe, x = config.hidden_size, config.moe, _empty(rows, config.hidden_size)
     if moe is None:
         size = config.intermediate_size

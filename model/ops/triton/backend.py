@@ -122,7 +122,11 @@ class TritonBackend(Backend):
 
     def pack_experts(self, weights: Any) -> Any:
         """As `Backend.pack_experts`: weights stay as they are."""
-        return dense_weights(weights) if isinstance(weights, torch.Tensor) else weights
+        return dense_weights(weights) if isinstance(weights, torch.Tensor) else self.pack(weights)
+
+    def pack(self, weight: Any) -> Any:
+        """As `Backend.pack`."""
+        return weight.finished() if isinstance(weight, QuantizedWeight) else weight
 
     def empty_integers(self, shape: tuple[int, ...], form: IntegerFormat, parts: int = 1) -> Any:
         """As `Backend.empty_integers`: for kernels that unpack them."""

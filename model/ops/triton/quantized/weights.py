@@ -158,6 +158,12 @@ class QuantizedWeight:
             own = source.input_scale.to(self.device)
             torch.maximum(self.input_scale, own, out=self.input_scale)
 
+    def finished(self) -> QuantizedWeight:
+        """Return the filled weight; without a static scale of inputs, they get their own."""
+        if self.input_scale is None or float(self.input_scale) > 0:
+            return self
+        return replace(self, input_scale=None)
+
     def random_(self, generator: torch.Generator) -> None:
         """Fill with random values of up to about 0.03."""
         size = 0.03 / {"int4": 16, "int8": 256}.get(self.kind, 448.0)
