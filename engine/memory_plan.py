@@ -189,7 +189,8 @@ def _activation_bytes(config: ModelConfig, item: int, ranks: int) -> int:
         mlp = item * (2 * hidden + 4 * config.intermediate_size // ranks)
     if moe is not None:
         pair = item * (2 * hidden + 4 * moe.intermediate_size) + 2 * 4 * hidden  # float32 sums
-        mlp = max(mlp, item * 2 * hidden + moe.router.top_k * pair)
+        shared = item * (2 * hidden + 4 * moe.shared_size // ranks) if moe.shared_size else 0
+        mlp = max(mlp, item * 2 * hidden + moe.router.top_k * pair + shared)
     return 2 * stream + max(attention, mlp)  # twice: before and after the addition
 
 

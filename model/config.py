@@ -78,6 +78,8 @@ class MoeConfig:
     intermediate_size: int
     router: RouterSpec
     biases: bool  # router and experts have biases
+    shared_size: int = 0  # inner size of the MLP that all tokens share beside them; 0: none
+    shared_gate: bool = False  # its result is multiplied by a learned sigmoid
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class LayerFormats:
 
     qkv: WeightFormat = DENSE
     out: WeightFormat = DENSE
-    gate_up: WeightFormat = DENSE  # of a dense MLP
+    gate_up: WeightFormat = DENSE  # of a dense MLP, or of the expert that all tokens share
     down: WeightFormat = DENSE
     experts: WeightFormat = DENSE
 
@@ -154,6 +156,9 @@ class ModelConfig:
     logits_softcap: float | None = None  # as attention_softcap, of the scaled logits
     activation: Activation = field(default_factory=Activation)
     moe: MoeConfig | None = None
+    mtp_layers: int = (
+        0  # stored after the other layers: they predict further tokens, and do not run
+    )
     head_format: WeightFormat = HEAD
     kv_dtype: str = "auto"  # of the KV cache: one of KV_DTYPES; auto: the compute dtype
     # Of the checkpoint; see also LayerFormats.

@@ -280,10 +280,12 @@ def _check(found: StoredMap, files: Files, config: ModelConfig, names: TensorNam
                 f"{files.path(name)}: tensor {name!r} has dtype {dtype},"
                 f" expected {' or '.join(stored.dtypes)}"
             )
+    beyond = range(len(config.layers), len(config.layers) + config.mtp_layers)
+    unused_layers = tuple(names.layer.format(layer=i) for i in beyond)
     for name in files.file_of:
         spare_head = name == names.head and config.tie_word_embeddings
         ignored = name.endswith(_IGNORED_SUFFIXES) or is_of_another_part(config.model_type, name)
-        ignored = ignored or found.is_unused(name)
+        ignored = ignored or found.is_unused(name) or name.startswith(unused_layers)
         if name not in expected and not spare_head and not ignored:
             raise CheckpointError(
                 f"{files.path(name)}: tensor {name!r} is not part of a {config.model_type} model"

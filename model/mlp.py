@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from model.config import LayerConfig, ModelConfig
+from model.config import LayerConfig, ModelConfig, MoeConfig
 from model.formats import DENSE
 from model.ops.specs import (
     Experts,
@@ -12,6 +12,7 @@ from model.ops.specs import (
     Norm,
     Parameter,
     Router,
+    SharedExpert,
 )
 from model.ops.step_parts import GATE_UP_PROJ, POST_NORM
 from model.sharding import ALONE, Shard
@@ -55,9 +56,10 @@ class Mlp:
 
 
 class Moe:
-    """The weighted sum of top_k experts for each token.
+    """The weighted sum of top_k experts for each token, and the expert that all share, if any.
 
-    Experts are distributed whole over the ranks, and every rank has the router.
+    Experts are distributed whole over the ranks, a shared expert by its inner size, and every rank
+    has the router.
     """
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, shard: Shard = ALONE):
@@ -70,12 +72,14 @@ class Moe:
         self.router_spec = moe.router
         self.norm = Norm(config.hidden_size, config.norm)
         self.router = Linear(config.hidden_size, moe.num_experts, moe.biases, DENSE)
+        self.correction: torch.Tensor | None = None
         self.experts = Experts(
             moe.num_experts // shard.size,
             config.hidden_size,
             moe.intermediate_size,
             moe.biases,
             layer.formats.experts,
+            shared=_shared_expert(config.hidden_size, moe, layer, shard),
         )
 
     def __call__(
@@ -90,7 +94,7 @@ class Moe:
                 x,
                 delta,
                 self.norm,
-                Router(self.router, self.router_spec),
+                Router(self.router, self.router_spec, self.correction),
                 self.experts,
                 self.activation,
                 self.expert_shard,
@@ -99,5 +103,25 @@ class Moe:
 
     def parameters(self) -> Iterator[Parameter]:
         """Declare the router and the experts."""
-        for holder in (self.router, self.experts):
-            yield from holder.parameters()
+        shared = self.experts.shared
+        yield from self.router.parameters()
+        yield from self.experts.parameters()
+        if self.router_spec.has_correction:
+            yield Parameter(self, "correction", (self.router.outputs,), is_float32=True)
+        if shared is not None:
+            for linear in (shared.gate_up, shared.down, shared.gate):
+                if linear is not None:
+                    yield from linear.parameters()
+
+
+def _shared_expert(
+    hidden: int, moe: MoeConfig, layer: LayerConfig, shard: Shard
+) -> SharedExpert | None:
+    if not moe.shared_size:
+        return None
+    size, forms = moe.shared_size // shard.size, layer.formats
+    return SharedExpert(
+        Linear(hidden, 2 * size, False, forms.gate_up),
+        Linear(size, hidden, False, forms.down, sum_over_ranks=True),
+        Linear(hidden, 1, False, DENSE) if moe.shared_gate else None,
+    )

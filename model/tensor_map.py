@@ -13,7 +13,7 @@ from model.attention import Attention
 from model.config import ModelConfig
 from model.families.tensor_names import ExpertNames, LinearName, TensorNames
 from model.formats.format import Part
-from model.mlp import Mlp, Moe
+from model.mlp import Moe
 from model.ops.specs import Linear
 from model.sharding import Shard
 from model.transformer import Layer, Transformer
@@ -91,7 +91,8 @@ def tensor_map(model: Transformer, names: TensorNames) -> TensorMap:
         if isinstance(layer.mlp, Moe):
             _add_experts(found, prefix, names.experts, layer.mlp, config)
         else:
-            parts = _mlp_parts(layer.mlp, config, shard)
+            mlp, sizes = layer.mlp, (config.hidden_size, config.intermediate_size)
+            parts = _gated_parts(mlp.gate_up, mlp.down, *sizes, shard)
             found.pieces += _linears(prefix, names.mlp, parts, shard)
     return found
 
@@ -149,13 +150,15 @@ def _of_heads(heads: slice, head_dim: int) -> slice:
     return slice(heads.start * head_dim, heads.stop * head_dim)
 
 
-def _mlp_parts(mlp: Mlp, config: ModelConfig, shard: Shard) -> dict[str, _LinearPart]:
-    hidden, size = config.hidden_size, config.intermediate_size
+def _gated_parts(
+    gate_up: Linear, down: Linear, hidden: int, size: int, shard: Shard
+) -> dict[str, _LinearPart]:
+    """The parts of a gated MLP; size: its inner size on all ranks together."""
     own = shard.part(size)
     return {
-        "gate": _LinearPart(mlp.gate_up, size, hidden, own),
-        "up": _LinearPart(mlp.gate_up, size, hidden, own, first=size // shard.size),
-        "down": _LinearPart(mlp.down, hidden, size, columns=own),
+        "gate": _LinearPart(gate_up, size, hidden, own),
+        "up": _LinearPart(gate_up, size, hidden, own, first=size // shard.size),
+        "down": _LinearPart(down, hidden, size, columns=own),
     }
 
 
@@ -205,8 +208,21 @@ def _add_experts(
 ) -> None:
     assert config.moe is not None  # the config says that the layer is sparse
     hidden, count = config.hidden_size, config.moe.num_experts
-    router = _LinearPart(moe.router, count, hidden)
-    found.pieces += _linears(prefix, ((names.router, ("router",)),), {"router": router}, moe.shard)
+    parts = {"router": _LinearPart(moe.router, count, hidden)}
+    linears: tuple[LinearName, ...] = ((names.router, ("router",)),)
+    if moe.router_spec.has_correction:
+        found.pieces.append(
+            _whole(NamedWeight(prefix + names.correction, (count,)), moe, "correction")
+        )
+    shared = moe.experts.shared
+    if shared is not None:
+        size = config.moe.shared_size
+        parts |= _gated_parts(shared.gate_up, shared.down, hidden, size, moe.shard)
+        linears += names.shared
+        if shared.gate is not None:
+            parts["shared_gate"] = _LinearPart(shared.gate, 1, hidden)
+            linears += ((names.shared_gate, ("shared_gate",)),)
+    found.pieces += _linears(prefix, linears, parts, moe.shard)
     for stem, parts in names.linears:
         target = _ExpertLinear(moe, names, parts)
         if "{expert}" in stem:

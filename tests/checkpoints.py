@@ -86,6 +86,14 @@ def _gemma(kind: Any, **options: Any) -> Any:
     return kind(**{**_COMMON, **sizes, **options})
 
 
+_DEEPSEEK_EXPERTS: dict[str, Any] = {
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 16,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+}
 _VISION: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -302,6 +310,35 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "hunyuan_v1_dense-wide": lambda: _decoder(
         tf.HunYuanDenseV1Config, **{**_WIDE_HEADS, "head_dim": 64}
     ),
+    "qwen2_moe": lambda: _decoder(
+        tf.Qwen2MoeConfig,
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=64,
+        mlp_only_layers=[1],
+        use_sliding_window=True,
+        sliding_window=24,
+    ),
+    "olmoe": lambda: _decoder(
+        tf.OlmoeConfig, intermediate_size=32, num_experts=6, num_experts_per_tok=3
+    ),
+    "glm4_moe": lambda: _decoder(tf.Glm4MoeConfig, **_DEEPSEEK_EXPERTS, attention_bias=True),
+    "glm4_moe-wide": lambda: _decoder(
+        tf.Glm4MoeConfig,
+        **{**_DEEPSEEK_EXPERTS, **_WIDE_HEADS},
+        n_group=4,
+        topk_group=2,
+        use_qk_norm=True,
+    ),
+    "minimax_m2": lambda: _decoder(
+        tf.MiniMaxM2Config,
+        head_dim=32,
+        intermediate_size=32,
+        num_local_experts=8,
+        num_experts_per_tok=3,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    ),
     "granite": _granite,
     "granite-wide": lambda: _granite(**_WIDE_HEADS),
 }
@@ -320,6 +357,9 @@ def write_checkpoint(folder: Path, name: str, max_shard_size: str = "5GB") -> Pa
                 value.normal_(0, 0.5)
             else:
                 value.uniform_(0.5, 1.5)
+        for buffer_name, value in model.named_buffers():
+            if "correction" in buffer_name:
+                value.normal_(0, 0.2)
     model.generation_config.eos_token_id = 0
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder

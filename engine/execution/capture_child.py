@@ -32,7 +32,8 @@ def small_runner(
     """A runner with the layers of the model; layers of the same kind share one set of weights."""
     config = replace(config, vocab_size=min(config.vocab_size, _MAX_VOCAB))
     if config.moe is not None:
-        experts = min(config.moe.num_experts, 2 * config.moe.router.top_k)
+        router = config.moe.router
+        experts = min(config.moe.num_experts, router.smallest_count(2 * router.top_k))
         config = replace(config, moe=replace(config.moe, num_experts=experts))
     runner = ModelRunner(config, device, dtype)
     config = runner.config

@@ -18,7 +18,12 @@ from model.checks.dense import (
     norm_qkv_cases,
     rotate_cases,
 )
-from model.checks.experts import experts_cases, norm_experts_cases, route_cases
+from model.checks.experts import (
+    add_gated_cases,
+    experts_cases,
+    norm_experts_cases,
+    route_cases,
+)
 from model.checks.inputs import FULL, SMALL, Inputs, Size
 from model.checks.sampling import argmax_cases, sample_cases, top_tokens_cases
 from model.config import ModelConfig
@@ -72,6 +77,7 @@ def _cases_of(
     sparse = next((layer for layer in config.layers if layer.sparse), None)
     mlp = None if dense is None else Mlp(config, dense, shard)
     moe = None if sparse is None else Moe(config, sparse, shard)
+    shared = None if moe is None else moe.experts.shared
     vocab = config.vocab_size
     if operation == "embed":
         yield from embed_cases(config, inputs)
@@ -81,10 +87,16 @@ def _cases_of(
         yield from linear_cases("attention's output", attention.out, inputs)
         if moe is not None:
             yield from linear_cases("router", moe.router, inputs)
+        if shared is not None:
+            yield from linear_cases("the shared expert's output", shared.down, inputs)
+            if shared.gate is not None:
+                yield from linear_cases("the shared expert's gate", shared.gate, inputs)
         # Dense ones are computed in fused operations, or by torch.
         linears = {"QKV": attention.qkv}
         if mlp is not None:
             linears |= {"gate and up": mlp.gate_up, "down": mlp.down}
+        if shared is not None:
+            linears |= {"the shared expert's gate and up": shared.gate_up}
         for name, linear in linears.items():
             if linear.format != DENSE:
                 yield from linear_cases(name, linear, inputs)
@@ -98,14 +110,18 @@ def _cases_of(
     elif operation == "attention":
         for layer in layers:
             yield from attention_cases(layer, block_size, inputs)
-    elif operation == "activate" and mlp is not None:
-        yield from activate_cases(mlp.down.inputs, config.activation, inputs)
+    elif operation == "activate":
+        for gated in (mlp, shared):
+            if gated is not None:
+                yield from activate_cases(gated.down.inputs, config.activation, inputs)
     elif operation == "norm_mlp" and mlp is not None:
         yield from norm_mlp_cases(mlp, inputs)
     elif operation == "route" and moe is not None:
         yield from route_cases(moe, inputs)
     elif operation == "experts" and moe is not None:
         yield from experts_cases(moe, inputs)
+    elif operation == "add_gated" and shared is not None:
+        yield from add_gated_cases(shared, config.hidden_size, inputs)
     elif operation == "norm_experts" and moe is not None:
         yield from norm_experts_cases(moe, inputs)
     elif operation == "argmax":

@@ -57,6 +57,9 @@ qwen3-30b-a3b-2507   qwen3_moe  2048   768  48  32  4 128 151936 262144 1e7
 qwen3-coder-30b-a3b  qwen3_moe  2048   768  48  32  4 128 151936 262144 1e7
 qwen3-235b-a22b      qwen3_moe  4096  1536  94  64  4 128 151936  40960 1e6
 qwen3-235b-a22b-2507 qwen3_moe  4096  1536  94  64  4 128 151936 262144 5e6
+qwen1.5-moe-a2.7b    qwen2_moe  2048  5632  24  16 16 128 151936  32768 1e6
+olmoe-1b-7b          olmoe      2048  1024  16  16 16 128  50304   4096 1e4
+glm-4.5-air          glm4_moe   4096 10944  46  96  8 128 151552 131072 1e6
 gpt-oss-20b          gpt_oss    2880  2880  24  64  8  64 201088 131072 1.5e5
 gpt-oss-120b         gpt_oss    2880  2880  36  64  8  64 201088 131072 1.5e5
 """
@@ -107,6 +110,14 @@ _MORE: dict[str, dict[str, Any]] = {
     "qwen3-30b": _qwen3_moe(mlp=6144, expert=768),
     "qwen3-coder-30b": _qwen3_moe(mlp=5472, expert=768),
     "qwen3-235b": _qwen3_moe(mlp=12_288, expert=1536),
+    "qwen1.5-moe": {
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+    },
+    "olmoe": {"num_experts": 64, "num_experts_per_tok": 8},
+    "glm-4.5-air": {"attention_bias": True, "num_experts_per_tok": 8},
     "gpt-oss-20b": {**_GPT_OSS, "num_local_experts": 32},
     "gpt-oss-120b": {**_GPT_OSS, "num_local_experts": 128},
 }

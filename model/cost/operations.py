@@ -15,8 +15,9 @@ All figures are integers computed from the config alone, without torch. Conventi
 """
 
 from collections import Counter
+from dataclasses import replace
 
-from model.config import LayerConfig, ModelConfig
+from model.config import LayerConfig, ModelConfig, MoeConfig
 from model.cost import flops
 from model.cost.flops import Flops
 from model.cost.workload import DTYPE_BYTES, Bytes, Op, Product, Workload, kv_vector_bytes
@@ -35,6 +36,8 @@ def check_tensor_parallel(config: ModelConfig, size: int) -> None:
         parts.append(f"MLP {config.intermediate_size}")
     if config.moe is not None:
         parts.append(f"{config.moe.num_experts} experts")
+        if config.moe.shared_size:
+            parts.append(f"shared expert {config.moe.shared_size}")
     raise ValueError(
         f"this model ({', '.join(parts)}) cannot be split {size} ways; possible: "
         f"{', '.join(map(str, possible))}"
@@ -50,7 +53,7 @@ def _can_be_split(config: ModelConfig, size: int) -> bool:
     return not (
         config.num_heads % size
         or (kv % size and size % kv)
-        or (moe is not None and moe.num_experts % size)
+        or (moe is not None and (moe.num_experts % size or moe.shared_size % size))
         or (dense and config.intermediate_size % size)
         or (size - 1) * -(-config.vocab_size // size) >= config.vocab_size
     )
@@ -222,8 +225,13 @@ class _ShardCost:
 
     def mlp_block(self, layer: LayerConfig) -> list[Op]:
         """Return norm, the router if there are experts, gate/up, activation, down with residual."""
-        norm = self.pre_norm("post_norm")
-        return [norm, *(self._experts(layer) if layer.sparse else self._dense(layer))]
+        norm, moe = self.pre_norm("post_norm"), self.config.moe
+        if not layer.sparse or moe is None:
+            return [norm, *self._dense(layer)]
+        found = {op.name: op for op in self._experts(layer, moe)}
+        for op in self._shared_expert(layer, moe) if moe.shared_size else ():
+            found[op.name] = found[op.name].plus(op, 1)
+        return [norm, *found.values()]
 
     def head(self) -> list[Op]:
         """Return the final norm and the unembedding of the rows that need logits."""
@@ -277,10 +285,39 @@ class _ShardCost:
             ),
         )
 
-    def _experts(self, layer: LayerConfig) -> list[Op]:
+    def _shared_expert(self, layer: LayerConfig, moe: MoeConfig) -> list[Op]:
+        """Return what the expert that all tokens share adds to the operations of the others."""
+        tokens, back, forms = self.work.tokens, self.work.backward, layer.formats
+        hidden, size = self.config.hidden_size, moe.shared_size // self.parts
+        down = flops.linear(tokens, size, hidden, backward=back)
+        down += flops.weighted_sum(tokens, 1, hidden, back)
+        gate_bytes = 0
+        if moe.shared_gate:
+            down += flops.linear(tokens, hidden, 1, backward=back)
+            gate_bytes = self.matrix(hidden, 1, False)
+        ops = self._mlp(
+            flops.linear(tokens, hidden, 2 * size, backward=back),
+            flops.swiglu(tokens, size, back),
+            down,
+            (
+                self.matrix(hidden, 2 * size, False, forms.gate_up),
+                self.matrix(size, hidden, False, forms.down) + gate_bytes,
+            ),
+            pairs=tokens,
+            size=size,
+            gate_up_launches=1,
+            products=(
+                Product(forms.gate_up.name, tokens, 2 * hidden * size),
+                Product(forms.down.name, tokens, hidden * size),
+            ),
+        )
+        if self.work.fused:  # in the kernel of the other experts
+            return [replace(op, launches=0, bytes=replace(op.bytes, activations=0)) for op in ops]
+        *first, last = ops  # the results of all ranks are added with those of the other experts
+        return [*first, replace(last, launches=last.launches - self._all_reduce)]
+
+    def _experts(self, layer: LayerConfig, moe: MoeConfig) -> list[Op]:
         c, tokens, back = self.config, self.work.tokens, self.work.backward
-        moe = c.moe
-        assert moe is not None  # the config says that the layer is sparse
         hidden, size = c.hidden_size, moe.intermediate_size
         # Pairs of token and expert on this GPU, rounded to the nearest integer.
         pairs = (tokens * moe.router.top_k + self.parts // 2) // self.parts

@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from model.config import DTYPES, LayerConfig, ModelConfig, MoeConfig
+from model.config import DTYPES, LayerConfig, ModelConfig
 from model.families.config_keys.keys import Keys
 from model.families.config_keys.rope_keys import read_rope
 from model.families.tensor_names import TensorNames
 from model.formats import QUANTIZATIONS
-from model.ops.specs import Activation, NormSpec, RouterSpec
+from model.ops.specs import Activation, NormSpec
 
 # The keys that every family understands, and their values where they are missing; None: no value.
 # The sizes have none: every config states them, and a wrong number of heads would not be noticed.
@@ -164,24 +164,6 @@ def attention_biases(keys: Keys) -> dict[str, Any]:
     """The fields that `attention_bias` sets: biases of q, k, v and of the output."""
     bias = keys.boolean("attention_bias")
     return {"qkv_bias": bias, "o_bias": bias}
-
-
-def softmax_moe(keys: Keys, experts: int, size: int, normalize: bool) -> MoeConfig:
-    """Experts without biases whose router weights are a softmax over all experts."""
-    return MoeConfig(
-        num_experts=experts,
-        intermediate_size=size,
-        router=RouterSpec(top_k(keys, experts), softmax_after_top_k=False, normalize=normalize),
-        biases=False,
-    )
-
-
-def top_k(keys: Keys, experts: int) -> int:
-    """Experts of each token. Raises CheckpointError if there are fewer."""
-    count = keys.integer("num_experts_per_tok")
-    if count > experts:
-        raise keys.fail(f"num_experts_per_tok {count} is more than the {experts} experts")
-    return count
 
 
 def stated_dtype(keys: Keys) -> str | None:

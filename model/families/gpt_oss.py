@@ -2,7 +2,8 @@
 
 from model.config import MoeConfig
 from model.families.config_keys.keys import Keys
-from model.families.family import Family, attention_biases, layers, top_k
+from model.families.config_keys.moe_keys import top_k
+from model.families.family import Family, attention_biases, layers
 from model.families.tensor_names import ExpertNames, TensorNames
 from model.ops.specs import Activation, RouterSpec
 

@@ -35,9 +35,12 @@ def with_layer_formats(config: ModelConfig, names: TensorNames) -> ModelConfig:
 def _formats(
     rules: FormatRules, prefix: str, names: TensorNames, layer: LayerConfig, experts: int
 ) -> LayerFormats:
-    attention = LayerFormats(
+    mlp = names.experts.shared if layer.sparse else names.mlp
+    found = LayerFormats(
         qkv=_common(_of(rules, prefix, names.attention, "qkv")),
         out=_common(_of(rules, prefix, names.attention, "o")),
+        gate_up=_common(_of(rules, prefix, mlp, ("gate", "up"))),
+        down=_common(_of(rules, prefix, mlp, ("down",))),
     )
     if layer.sparse:
         stems = [stem for stem, _ in names.experts.linears]
@@ -46,12 +49,8 @@ def _formats(
             for stem in stems
             for expert in range(experts if "{expert}" in stem else 1)
         )
-        return replace(attention, experts=_common(every))
-    return replace(
-        attention,
-        gate_up=_common(_of(rules, prefix, names.mlp, ("gate", "up"))),
-        down=_common(_of(rules, prefix, names.mlp, ("down",))),
-    )
+        return replace(found, experts=_common(every))
+    return found
 
 
 def _of(

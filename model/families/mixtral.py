@@ -1,8 +1,20 @@
 """Mixtral: Mistral with experts."""
 
 from model.families.config_keys.keys import Keys
-from model.families.family import Family, layers, softmax_moe
+from model.families.config_keys.moe_keys import softmax_moe
+from model.families.family import Family, layers
 from model.families.tensor_names import ExpertNames, TensorNames
+
+BLOCK_SPARSE = ExpertNames(
+    router="block_sparse_moe.gate",
+    correction="block_sparse_moe.e_score_correction_bias",
+    linears=(
+        ("block_sparse_moe.experts.{expert}.w1", ("gate",)),
+        ("block_sparse_moe.experts.{expert}.w3", ("up",)),
+        ("block_sparse_moe.experts.{expert}.w2", ("down",)),
+    ),
+)
+"""The names of Mixtral's experts, and of a correction that only other families have."""
 
 
 def _fields(keys: Keys) -> dict[str, object]:
@@ -26,16 +38,7 @@ FAMILY = Family(
         "num_experts_per_tok": 2,
     },
     _fields,
-    TensorNames(
-        experts=ExpertNames(
-            router="block_sparse_moe.gate",
-            linears=(
-                ("block_sparse_moe.experts.{expert}.w1", ("gate",)),
-                ("block_sparse_moe.experts.{expert}.w3", ("up",)),
-                ("block_sparse_moe.experts.{expert}.w2", ("down",)),
-            ),
-        )
-    ),
+    TensorNames(experts=BLOCK_SPARSE),
     neutral={"norm_topk_prob": True},  # the weights of the chosen experts always sum to 1
     aliases={"num_experts": "num_local_experts"},
 )

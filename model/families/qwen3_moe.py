@@ -1,10 +1,9 @@
 """Qwen3 with experts in some or all layers."""
 
-from dataclasses import replace
-
 from model.config import LayerConfig
 from model.families.config_keys.keys import Keys
-from model.families.family import Family, attention_biases, layers, qwen_window, softmax_moe
+from model.families.config_keys.moe_keys import by_sparse_step, softmax_moe
+from model.families.family import Family, attention_biases, layers, qwen_window
 
 
 def _fields(keys: Keys) -> dict[str, object]:
@@ -17,17 +16,11 @@ def _fields(keys: Keys) -> dict[str, object]:
 
 
 def _layers(keys: Keys) -> tuple[LayerConfig, ...]:
-    step, dense = keys.integer("decoder_sparse_step"), keys.get("mlp_only_layers", [])
-    if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
-        raise keys.fail(f"'mlp_only_layers' must be a list of layers, not {dense!r}")
-    window, dense_layers = qwen_window(keys), set(dense)  # a list may be as long as a file allows
+    window = qwen_window(keys)
     found = layers(keys, window)
     if any(layer.window != window for layer in found):
         raise keys.fail("'layer_types' must be the same for all layers, as 'use_sliding_window'")
-    return tuple(
-        replace(layer, sparse=i not in dense_layers and (i + 1) % step == 0)
-        for i, layer in enumerate(found)
-    )
+    return by_sparse_step(keys, found)
 
 
 FAMILY = Family(

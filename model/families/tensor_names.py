@@ -18,6 +18,13 @@ class ExpertNames:
     """The experts of a layer; the defaults are those of most families."""
 
     router: str = "mlp.gate"
+    correction: str = "mlp.gate.e_score_correction_bias"  # see RouterSpec
+    shared: tuple[LinearName, ...] = (
+        ("mlp.shared_experts.gate_proj", ("gate",)),
+        ("mlp.shared_experts.up_proj", ("up",)),
+        ("mlp.shared_experts.down_proj", ("down",)),
+    )
+    shared_gate: str = "mlp.shared_expert_gate"
     # A name with {expert} is one tensor for each expert. A name without it is one tensor for all
     # experts, with the suffixes below.
     linears: tuple[LinearName, ...] = (

@@ -27,6 +27,7 @@ from model.ops.sampling import (
 from model.ops.specs import (
     Activation,
     AttentionSpec,
+    ExpertGroups,
     Experts,
     ExpertShard,
     Float8Format,
@@ -37,6 +38,7 @@ from model.ops.specs import (
     Router,
     RouterSpec,
     SamplingTables,
+    SharedExpert,
 )
 from model.ops.step_parts import ACTIVATION, DOWN_PROJ, INPUT_NORM, POST_NORM, ROPE, ROUTER
 
@@ -52,6 +54,7 @@ OPERATIONS = (
     "norm_mlp",
     "route",
     "experts",
+    "add_gated",
     "norm_experts",
     "argmax",
     "top_tokens",
@@ -59,6 +62,9 @@ OPERATIONS = (
 )
 """Operations whose kernels are checked and chosen; one that runs others comes after them."""
 _HEAD_TOKENS = 1 << 14  # tokens of the vocabulary whose logits are computed at once
+
+SMALLEST_SUM = 1e-20
+"""Is added to the sum of a token's router weights, of which sigmoids may all be 0."""
 
 Compute = Callable[[], torch.Tensor]
 
@@ -301,7 +307,7 @@ class Backend:
         activation: Activation,
         shard: ExpertShard = ExpertShard(),  # noqa: B008 - immutable
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`add_rms_norm`, `linear`, `route` and `experts` → (x + delta, the experts of its norm).
+        """`add_rms_norm`, `linear`, `route`, `experts`, `shared_expert` → (x + delta, their sum).
 
         A backend may leave their sum to the next norm and return [tokens, parts, hidden], where it
         takes such a delta and the shard holds all experts.
@@ -309,8 +315,12 @@ class Backend:
         with POST_NORM:
             x, normed = self.add_rms_norm(x, delta, norm)
         with ROUTER:
-            chosen, weights = self.route(self.linear(normed, router.linear), router.spec)
-        return x, self.experts(normed, chosen, weights, experts, activation, shard)
+            logits = self.linear(normed, router.linear)
+            chosen, weights = self.route(logits, router.spec, router.correction)
+        out = self.experts(normed, chosen, weights, experts, activation, shard)
+        if experts.shared is not None:
+            out = self.shared_expert(normed, out, experts.shared, activation)
+        return x, out
 
     def rotate_and_write(self, qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:
         """Norms of heads, rotary embedding and the write to the KV cache.
@@ -396,16 +406,48 @@ class Backend:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         return gate * torch.sigmoid(activation.alpha * gate) * (up + 1)
 
-    def route(self, logits: torch.Tensor, router: RouterSpec) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [tokens, experts] → (experts int64, weights float32), both [tokens, top_k]."""
+    def route(
+        self, logits: torch.Tensor, router: RouterSpec, correction: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [tokens, experts] → (experts int64, weights float32), both [tokens, top_k].
+
+        correction: float32 [experts], added to the scores for the choice alone.
+        """
         logits = logits.float()
         if router.softmax_after_top_k:
             chosen, experts = logits.topk(router.top_k, dim=-1)
             return experts, chosen.softmax(-1)
-        weights, experts = logits.softmax(-1).topk(router.top_k, dim=-1)
+        scores = router_scores(logits, router)
+        ranks = scores if correction is None else scores + correction
+        if router.groups is not None:
+            ranks = within_best_groups(ranks, router.groups)
+        experts = ranks.topk(router.top_k, dim=-1).indices
+        weights = scores.gather(-1, experts)
         if router.normalize:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return experts, weights
+            weights = weights / (weights.sum(-1, keepdim=True) + SMALLEST_SUM)
+        return experts, self.scale(weights, router.scale)
+
+    def shared_expert(
+        self, x: torch.Tensor, routed: torch.Tensor, shared: SharedExpert, activation: Activation
+    ) -> torch.Tensor:
+        """x [tokens, hidden] → its shared expert, which is added to the sum of the others."""
+        inner = self.gated_linear(x, shared.gate_up, activation)
+        with DOWN_PROJ:
+            out = self.linear(inner, shared.down)
+            gate = None if shared.gate is None else self.linear(x, shared.gate)
+            return self.add_gated(routed, out, gate)
+
+    def add_gated(
+        self, x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None
+    ) -> torch.Tensor:
+        """x + sigmoid(gate) · y [tokens, size], or x + y without a gate [tokens, 1].
+
+        x may also be the parts of a sum as from `norm_experts`, [tokens, parts, size].
+        """
+        if x.dim() == 3:
+            x = x.sum(1, dtype=torch.float32)
+        wide = y.float() if gate is None else gate.float().sigmoid() * y.float()
+        return (x.float() + wide).to(y.dtype)
 
     def experts(
         self,
@@ -530,6 +572,26 @@ def rotate(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
     first, second = rotary.float().chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return torch.cat((rotated.to(x.dtype), rest), dim=-1)
+
+
+def router_scores(logits: torch.Tensor, router: RouterSpec) -> torch.Tensor:
+    """Logits float32 [tokens, experts] → scores, of which the weights of the chosen are taken."""
+    return logits.sigmoid() if router.sigmoid else logits.softmax(-1)
+
+
+def group_scores(ranks: torch.Tensor, groups: ExpertGroups) -> torch.Tensor:
+    """ranks [tokens, experts] → the sum of the highest of each group [tokens, groups]."""
+    return ranks.unflatten(-1, (groups.count, -1)).topk(groups.best, dim=-1).values.sum(-1)
+
+
+def within_best_groups(ranks: torch.Tensor, groups: ExpertGroups) -> torch.Tensor:
+    """ranks [tokens, experts] → the same, but -inf for experts that are not in the best groups."""
+    totals = group_scores(ranks, groups)
+    best = totals.topk(groups.chosen, dim=-1).indices
+    is_out = torch.ones_like(totals, dtype=torch.bool).scatter_(-1, best, False)
+    return ranks.masked_fill(
+        is_out.repeat_interleave(ranks.shape[-1] // groups.count, -1), float("-inf")
+    )
 
 
 def _row(bias: torch.Tensor | None, expert: int) -> torch.Tensor | None:

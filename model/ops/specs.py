@@ -125,9 +125,21 @@ class Norm:
 
 
 @dataclass(eq=False)
+class SharedExpert:
+    """The MLP that all tokens share beside their experts, split over ranks by its inner size.
+
+    The result is multiplied by the sigmoid of `gate`, if there is one: a linear with one output.
+    """
+
+    gate_up: Linear
+    down: Linear
+    gate: Linear | None = None
+
+
+@dataclass(eq=False)
 class Experts:
     """The experts of one layer on this rank, stacked: gate_up [count, 2 · size, hidden] with all
-    gate rows first, down [count, hidden, size], and their biases.
+    gate rows first, down [count, hidden, size], and their biases; and the shared expert, if any.
     """
 
     count: int
@@ -139,9 +151,10 @@ class Experts:
     gate_up_bias: "torch.Tensor | None" = None
     down: Any = None
     down_bias: "torch.Tensor | None" = None
+    shared: SharedExpert | None = None
 
     def parameters(self) -> Iterator[Parameter]:
-        """Declare the biases and the weights."""
+        """Declare the biases and the weights, without those of the shared expert."""
         if self.has_bias:
             yield Parameter(self, "gate_up_bias", (self.count, 2 * self.size))
             yield Parameter(self, "down_bias", (self.count, self.hidden))
@@ -203,12 +216,37 @@ class Activation:
 
 
 @dataclass(frozen=True)
+class ExpertGroups:
+    """Equal groups of neighbouring experts, to the best of which a token's experts are limited."""
+
+    count: int
+    chosen: int  # groups that a token's experts may come from
+    best: int  # a group's score is the sum of as many of its highest scores
+
+
+@dataclass(frozen=True)
 class RouterSpec:
     """How router logits select experts and their weights."""
 
     top_k: int
     softmax_after_top_k: bool  # gpt-oss: softmax over the chosen logits; else over all experts
     normalize: bool  # divide the chosen weights by their sum
+    sigmoid: bool = False  # a score is the sigmoid of its logit, instead of a softmax
+    has_correction: bool = False  # a learned bias of the scores for the choice, not for the weights
+    groups: ExpertGroups | None = None
+    scale: float = 1.0  # multiplies the weights
+
+    @property
+    def ranks_scores(self) -> bool:
+        """Whether the order of experts is not that of their logits."""
+        return self.sigmoid or self.has_correction or self.groups is not None
+
+    def smallest_count(self, experts: int) -> int:
+        """The smallest number of experts from `experts` on that the groups can divide."""
+        if self.groups is None:
+            return experts
+        count, chosen, best = self.groups.count, self.groups.chosen, self.groups.best
+        return count * max(-(-experts // count), -(-self.top_k // chosen), best)
 
 
 class Router(NamedTuple):
@@ -216,6 +254,7 @@ class Router(NamedTuple):
 
     linear: Linear
     spec: RouterSpec
+    correction: "torch.Tensor | None" = None  # float32 [experts], see RouterSpec
 
 
 class ExpertShard(NamedTuple):

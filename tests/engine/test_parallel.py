@@ -140,6 +140,7 @@ def near_ties(alone: dict[int, Completion], found: dict[int, Completion]) -> int
         ("odd-vocabulary", 2),
         ("phi3-longrope", 2),
         ("granite", 2),
+        ("glm4_moe", 2),
     ],
 )
 def test_several_ranks_give_the_tokens_and_logits_of_one(

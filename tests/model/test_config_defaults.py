@@ -19,17 +19,21 @@ CLASSES: dict[str, Any] = {
     "exaone4": tf.Exaone4Config,
     "gemma2": tf.Gemma2Config,
     "gemma3_text": tf.Gemma3TextConfig,
+    "glm4_moe": tf.Glm4MoeConfig,
     "gpt_oss": tf.GptOssConfig,
     "granite": tf.GraniteConfig,
     "hunyuan_v1_dense": tf.HunYuanDenseV1Config,
     "llama": tf.LlamaConfig,
+    "minimax_m2": tf.MiniMaxM2Config,
     "ministral3": tf.Ministral3Config,
     "mistral": tf.MistralConfig,
     "mixtral": tf.MixtralConfig,
     "olmo2": tf.Olmo2Config,
     "olmo3": tf.Olmo3Config,
+    "olmoe": tf.OlmoeConfig,
     "phi3": tf.Phi3Config,
     "qwen2": tf.Qwen2Config,
+    "qwen2_moe": tf.Qwen2MoeConfig,
     "qwen3": tf.Qwen3Config,
     "qwen3_moe": tf.Qwen3MoeConfig,
     "seed_oss": tf.SeedOssConfig,
@@ -66,6 +70,17 @@ OTHER: dict[str, Any] = {
     "decoder_sparse_step": 2,
     "mlp_only_layers": [1],
     "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 80,
+    "qkv_bias": False,
+    "clip_qkv": None,
+    "n_routed_experts": 32,
+    "n_shared_experts": 2,
+    "n_group": 8,
+    "topk_group": 4,
+    "first_k_dense_replace": 2,
+    "routed_scaling_factor": 2.5,
+    "use_qk_norm": True,
+    "num_mtp_layers": 2,
     "swiglu_alpha": 1.5,
     "swiglu_limit": 5.0,
     "embedding_multiplier": 3.0,
@@ -126,13 +141,15 @@ def check(model_type: str, values: dict[str, Any]) -> ModelConfig:
     hidden, heads = values["hidden_size"], values["num_attention_heads"]
     head_dim = getattr(expected, "head_dim", None) or hidden // heads
     assert config.head_dim == head_dim
-    assert config.num_kv_heads == expected.num_key_value_heads
+    assert config.num_kv_heads == (expected.num_key_value_heads or heads)
     assert config.max_positions == expected.max_position_embeddings
     assert config.norm.eps == expected.rms_norm_eps
     assert config.tie_word_embeddings == expected.tie_word_embeddings
     stated_bias = getattr(expected, "attention_bias", False)
-    assert config.o_bias == getattr(expected, "attention_out_bias", stated_bias)
-    assert config.qkv_bias == getattr(expected, "attention_bias", model_type == "qwen2")
+    stated_out_bias = getattr(expected, "attention_out_bias", stated_bias)
+    assert config.o_bias == (stated_out_bias and model_type != "glm4_moe")
+    own_bias = getattr(expected, "qkv_bias", model_type == "qwen2")
+    assert config.qkv_bias == getattr(expected, "attention_bias", own_bias)
     assert config.mlp_bias == getattr(expected, "mlp_bias", False)
     stop_ids = expected.eos_token_id if expected.eos_token_id is not None else []
     assert config.stop_ids == set(stop_ids if isinstance(stop_ids, list) else [stop_ids])
@@ -170,18 +187,33 @@ def check_experts(config: ModelConfig, expected: Any) -> None:
         assert config.moe is None
         return
     assert config.moe is not None
-    assert config.moe.num_experts == expected.num_local_experts  # for Qwen3-MoE, too
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    count = next(getattr(expected, name) for name in names if hasattr(expected, name))
+    assert config.moe.num_experts == count
     assert config.moe.router.top_k == expected.num_experts_per_tok
     size = getattr(expected, "moe_intermediate_size", expected.intermediate_size)
     assert config.moe.intermediate_size == size
+    shared = getattr(expected, "n_shared_experts", 0) * size
+    shared = getattr(expected, "shared_expert_intermediate_size", shared)
+    assert config.moe.shared_size == shared
+    assert config.moe.shared_gate == (shared > 0 and not hasattr(expected, "n_shared_experts"))
+    assert config.moe.router.scale == getattr(expected, "routed_scaling_factor", 1.0)
+    groups, stated = config.moe.router.groups, getattr(expected, "n_group", 1)
+    if (stated or 1) > 1:
+        assert groups is not None
+        assert (groups.count, groups.chosen) == (stated, expected.topk_group)
+    else:
+        assert groups is None
+    assert config.mtp_layers == getattr(expected, "num_mtp_layers", 0)
     if hasattr(expected, "norm_topk_prob"):
         assert config.moe.router.normalize == expected.norm_topk_prob
     step, dense = (
         getattr(expected, "decoder_sparse_step", 1),
         getattr(expected, "mlp_only_layers", []),
     )
+    first = getattr(expected, "first_k_dense_replace", 0)
     for i, layer in enumerate(config.layers):
-        assert layer.sparse == (i not in dense and (i + 1) % step == 0)
+        assert layer.sparse == (i >= first and i not in dense and (i + 1) % step == 0)
     if hasattr(expected, "swiglu_limit"):
         assert config.activation.limit == expected.swiglu_limit
         assert config.activation.alpha == expected.swiglu_alpha

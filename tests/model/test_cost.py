@@ -38,6 +38,20 @@ def test_only_chosen_experts_are_read() -> None:
     assert read == {1: 24 * 4 * one, 2: 24 * round(7.5 * one), 4096: 24 * 32 * one}
 
 
+def test_a_shared_expert_is_read_and_computed_for_every_token() -> None:
+    config = named_config("qwen1.5-moe-a2.7b")
+    assert config.moe is not None
+    routed = dataclasses.replace(config, moe=dataclasses.replace(config.moe, shared_size=0))
+    work = Workload("decode", 3, 1, 9, "bfloat16")
+    whole, part = ({op.name: op for op in operations(each, work)} for each in (config, routed))
+    for name, outputs in (("gate_up_proj", 2 * 5632), ("down_proj", 5632)):
+        shared = 24 * 2048 * outputs
+        gate = 24 * 2048 if name == "down_proj" else 0  # which has one output
+        assert whole[name].bytes.weights - part[name].bytes.weights == 2 * (shared + gate)
+        assert whole[name].flops.matrix - part[name].flops.matrix == 2 * 3 * (shared + gate)
+        assert whole[name].layer_count == part[name].layer_count == 24
+
+
 def test_all_figures_are_integers_even_with_a_fraction_of_an_expert() -> None:
     work = Workload("decode", 3, 1, 9, "bfloat16", tensor_parallel=8)
     for op in operations(named_config("gpt-oss-120b"), work):
@@ -69,7 +83,7 @@ def test_causal_attention_counts_each_pair_once(
 @pytest.mark.parametrize("fused", [False, True])
 def test_two_gpus_halve_the_work(name: str, fused: bool) -> None:
     config = named_config(name)
-    if config.num_heads % 2 or config.num_kv_heads % 2:
+    if config.num_heads % 2 or config.num_kv_heads % 2 or config.whole_qk_norm:
         pytest.skip("cannot be split in equal parts")
     one = total(operations(config, Workload("prefill", 4, 64, 64, "bfloat16", fused=fused)))
     two = total(operations(config, Workload("prefill", 4, 64, 64, "bfloat16", 2, fused=fused)))

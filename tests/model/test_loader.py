@@ -55,6 +55,19 @@ def test_an_extra_tensor_is_named(folder: Path) -> None:
     fails(folder, "model.layers.9.extra", "not part of a qwen2 model")
 
 
+def test_layers_for_further_tokens_are_not_loaded(
+    tmp_path: Path, checkpoint: Callable[[str], Path]
+) -> None:
+    folder = shutil.copytree(checkpoint("glm4_moe"), tmp_path / "mtp")
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.4.eh_proj.weight"] = torch.ones(2, 2)  # the model has 4 layers
+    save_file(tensors, path)
+    load(folder)
+    edit_config(folder, num_nextn_predict_layers=0, num_mtp_layers=None)
+    fails(folder, "model.layers.4.eh_proj.weight", "not part of a glm4_moe model")
+
+
 def test_a_misshapen_tensor_is_named_with_both_shapes(folder: Path) -> None:
     change_tensors(folder, lambda t: t.update({"model.norm.weight": torch.zeros(63)}))
     fails(folder, "model.norm.weight", "[63]", "[64]")

@@ -14,6 +14,7 @@ from model.ops.mxfp4 import dequantize_mxfp4
 from model.ops.specs import (
     Activation,
     AttentionSpec,
+    ExpertGroups,
     ExpertShard,
     Norm,
     NormSpec,
@@ -35,6 +36,17 @@ from tests.model.ops_helpers import (
     rope_args,
 )
 
+ROUTERS = [
+    RouterSpec(4, True, False),
+    RouterSpec(4, False, True),
+    RouterSpec(4, False, False, scale=2.5),
+    RouterSpec(3, False, True, sigmoid=True),
+    RouterSpec(4, False, False, groups=ExpertGroups(4, 2, 1)),
+    RouterSpec(3, False, True, has_correction=True),
+    RouterSpec(
+        3, False, True, sigmoid=True, has_correction=True, groups=ExpertGroups(4, 2, 2), scale=1.5
+    ),
+]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 
@@ -380,13 +392,38 @@ def test_a_gated_linear_equals_the_reference(
     torch.testing.assert_close(found.float(), expected, rtol=3e-2, atol=5e-2)
 
 
-@pytest.mark.parametrize(("after", "normalize"), [(True, False), (False, True), (False, False)])
-def test_routers_equal_the_reference(after: bool, normalize: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("router", ROUTERS)
+def test_routers_equal_the_reference(router: RouterSpec, dtype: torch.dtype) -> None:
     logits = torch.stack([torch.randperm(16) for _ in range(9)]).to(dtype) / 4
-    router = RouterSpec(4, after, normalize)
-    expected = reference(dtype).route(logits, router)
-    for found, wanted in zip(cpu_backend(dtype).route(logits, router), expected, strict=True):
-        torch.testing.assert_close(found, wanted)
+    correction = rand(16, seed=1) / 4 if router.has_correction else None
+    expected = reference(dtype).route(logits, router, correction)
+    found = cpu_backend(dtype).route(logits, router, correction)
+    for own, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, wanted)
+
+
+def test_routing_limits_experts_to_the_best_groups_and_weighs_them_without_the_correction() -> None:
+    """By hand: three groups of two; the best expert of all is in the worst group."""
+    scores = torch.tensor([[0.9, 0.1, 0.6, 0.6, 0.7, 0.5]])
+    logits, correction = torch.logit(scores), torch.tensor([0.0, 0, 0, 0.25, 0, 0])
+    groups = ExpertGroups(3, 2, 2)
+    router = RouterSpec(3, False, True, sigmoid=True, has_correction=True, groups=groups, scale=2.0)
+    experts, weights = cpu_backend().route(logits, router, correction)
+    assert experts.tolist() == [[3, 4, 2]]
+    torch.testing.assert_close(weights, 2 * torch.tensor([[0.6, 0.7, 0.6]]) / 1.9)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("size", [40, 96])
+def test_a_shared_result_is_added_by_its_gate(size: int, gated: bool, dtype: torch.dtype) -> None:
+    x, y = rand(5, size, dtype=dtype), rand(5, size, seed=1, dtype=dtype)
+    gate = rand(5, 1, seed=2, dtype=dtype) if gated else None
+    factor = 1.0 if gate is None else torch.sigmoid(gate.float())
+    expected = (x.float() + factor * y.float()).to(dtype)
+    torch.testing.assert_close(cpu_backend(dtype).add_gated(x, y, gate), expected)
+    parts = torch.stack((x, x, y), 1)
+    expected = (2 * x.float() + y.float() + factor * y.float()).to(dtype)
+    torch.testing.assert_close(cpu_backend(dtype).add_gated(parts, y, gate), expected)
 
 
 @pytest.mark.parametrize("kind", ["cpu", "triton"])

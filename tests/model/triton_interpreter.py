@@ -27,6 +27,7 @@ from model.ops.mxfp4 import Mxfp4
 from model.ops.specs import (
     Activation,
     AttentionSpec,
+    ExpertGroups,
     ExpertShard,
     Norm,
     NormSpec,
@@ -133,6 +134,7 @@ def test_a_delta_may_be_the_parts_that_norm_experts_returns(
         (1, 32, 4, AFTER_TOP_K),
         (3, 6, 3, RouterSpec(3, False, True)),
         (16, 12, 8, RouterSpec(8, False, False)),
+        (3, 12, 4, RouterSpec(4, False, True, True, True, ExpertGroups(4, 3, 2), 1.5)),
     ],
 )
 def test_norm_router_and_experts(
@@ -164,7 +166,8 @@ def test_norm_router_and_experts(
         biases = rand(held, 2 * size, seed=3, dtype=dtype), rand(held, hidden, seed=5, dtype=dtype)
         experts = experts_of(gate_up, biases[0], down, biases[1])
         ops, shard = kernels(dtype, fused_router=16), ExpertShard(rank, ranks)
-        arguments = x, delta, norm_of(norm), Router(router, spec)
+        correction = rand(count, seed=8) / 4 if spec.has_correction else None
+        arguments = x, delta, norm_of(norm), Router(router, spec, correction)
         expected_sum, expected = reference(dtype).norm_experts(*arguments, experts, GPT_OSS, shard)
         launched.clear()
         found = ops.norm_experts(*arguments, packed_experts(ops, experts), GPT_OSS, shard)
@@ -452,15 +455,33 @@ def test_gated_activations(activation: Activation, dtype: torch.dtype) -> None:
     close(kernels().activate(gate_up, activation), REFERENCE.activate(gate_up, activation), 2)
 
 
-@pytest.mark.parametrize(("after", "normalize"), [(True, False), (False, True), (False, False)])
-@pytest.mark.parametrize(("count", "top_k"), [(8, 2), (6, 3), (128, 8)])
-def test_router(count: int, top_k: int, after: bool, normalize: bool) -> None:
+@pytest.mark.parametrize(
+    "router",
+    [
+        RouterSpec(3, True, False),
+        RouterSpec(3, False, True),
+        RouterSpec(3, False, False, scale=2.5),
+        RouterSpec(3, False, True, sigmoid=True),
+        RouterSpec(2, False, False, groups=ExpertGroups(3, 2, 1)),
+        RouterSpec(3, False, True, True, True, ExpertGroups(3, 2, 2), 1.5),
+    ],
+)
+@pytest.mark.parametrize("count", [6, 120])
+def test_router(count: int, router: RouterSpec) -> None:
     logits = rand(9, count)
-    router = RouterSpec(top_k, after, normalize)
-    chosen, weights = kernels().route(logits, router)
-    expected_experts, expected_weights = REFERENCE.route(logits, router)
+    correction = rand(count, seed=1) / 4 if router.has_correction else None
+    chosen, weights = kernels().route(logits, router, correction)
+    expected_experts, expected_weights = REFERENCE.route(logits, router, correction)
     assert torch.equal(chosen, expected_experts)
     close(weights, expected_weights)
+
+
+@pytest.mark.parametrize("shape", [(3, 40), (2, 3, 40)])
+@pytest.mark.parametrize("gated", [False, True])
+def test_add_gated(gated: bool, shape: tuple[int, ...]) -> None:
+    x, y = rand(*shape), rand(shape[0], 40, seed=1)
+    gate = rand(shape[0], 1, seed=2) if gated else None
+    close(kernels().add_gated(x, y, gate), REFERENCE.add_gated(x, y, gate))
 
 
 def test_a_row_of_nan_is_routed_to_valid_experts() -> None:

@@ -1,1 +1,1 @@
-"""The keys of config.json: typed reading (`Keys`), and those of rotary embeddings."""
+"""The keys of config.json: typed reading (`Keys`), and those of rotary embeddings and experts."""

@@ -48,9 +48,14 @@ _MAXIMUM = {
     "head_dim": 1 << 14,
     "num_experts": 1 << 12,
     "num_local_experts": 1 << 12,
+    "n_routed_experts": 1 << 12,
+    "n_shared_experts": 1 << 6,
+    "n_group": 1 << 10,
+    "num_nextn_predict_layers": 1 << 10,
     "hidden_size": 1 << 20,
     "intermediate_size": 1 << 20,
     "moe_intermediate_size": 1 << 20,
+    "shared_expert_intermediate_size": 1 << 20,
     "vocab_size": 1 << 24,
 }
 

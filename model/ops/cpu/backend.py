@@ -232,12 +232,23 @@ class CpuBackend(OneDnnBackend):
         leave_to_torch()
         return super().activate(gate_up, activation)
 
-    def route(self, logits: torch.Tensor, router: RouterSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    def route(
+        self, logits: torch.Tensor, router: RouterSpec, correction: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """As Backend.route."""
         if self._has_kernels:
-            return native.route(logits, router)
+            return native.route(logits, router, correction)
         leave_to_torch()
-        return super().route(logits, router)
+        return super().route(logits, router, correction)
+
+    def add_gated(
+        self, x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As Backend.add_gated."""
+        if x.dim() == 2 and self._fits(y.shape[1], 16):
+            return native.add_gated(x, y, gate)
+        leave_to_torch()
+        return super().add_gated(x, y, gate)
 
     def experts(
         self,

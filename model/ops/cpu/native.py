@@ -12,7 +12,15 @@ from model.ops.cpu.bindings import kernels
 from model.ops.cpu.packed import Packed
 from model.ops.cpu.recorder import empty
 from model.ops.forward_batch import ForwardBatch, GroupTables
-from model.ops.specs import Activation, AttentionSpec, Experts, Norm, RopeArgs, RouterSpec
+from model.ops.specs import (
+    Activation,
+    AttentionSpec,
+    ExpertGroups,
+    Experts,
+    Norm,
+    RopeArgs,
+    RouterSpec,
+)
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 32  # query heads of a KV head
@@ -156,16 +164,31 @@ def gated_linear(
     return out
 
 
-def route(logits: torch.Tensor, router: RouterSpec) -> tuple[torch.Tensor, torch.Tensor]:
+def route(
+    logits: torch.Tensor, router: RouterSpec, correction: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """As Backend.route."""
     (rows, count), top_k = logits.shape, router.top_k
     expert_ids = empty((rows, top_k), torch.int64)
     weights = empty((rows, top_k), torch.float32)
+    groups = router.groups or ExpertGroups(1, 1, 1)
     kernels.route(
-        logits.data_ptr(), rows, count, top_k, router.softmax_after_top_k, router.normalize,
-        expert_ids.data_ptr(), weights.data_ptr(), torch.get_num_threads(),
+        logits.data_ptr(), None if correction is None else correction.data_ptr(), rows, count,
+        top_k, router.softmax_after_top_k, router.normalize, router.sigmoid, groups.count,
+        groups.chosen, groups.best, router.scale, expert_ids.data_ptr(), weights.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return expert_ids, weights
+
+
+def add_gated(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    """As Backend.add_gated, for a size that is a multiple of 16."""
+    out = empty(y.shape, y.dtype)
+    kernels.add_gated(
+        x.data_ptr(), y.data_ptr(), None if gate is None else gate.data_ptr(), *y.shape,
+        out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 def experts(

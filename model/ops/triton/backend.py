@@ -36,7 +36,7 @@ from model.ops.triton.kernels.embedding import embed
 from model.ops.triton.linear import float32_product, is_one_row, norm_linear
 from model.ops.triton.linear import linear as few_rows_linear
 from model.ops.triton.mxfp4 import dense_weights, pack
-from model.ops.triton.norm import activate, add_rms_norm, delta_parts
+from model.ops.triton.norm import activate, add_gated, add_rms_norm, delta_parts
 from model.ops.triton.quantized.linear import quantized_linear
 from model.ops.triton.quantized.weights import UNIT, QuantizedWeight
 from model.ops.triton.rotary import rotate_and_write
@@ -242,7 +242,10 @@ class TritonBackend(Backend):
         most_rows = min(self._target("norm_experts").tiles.fused_router, most_rows)
         is_kernel = not any(map(self.selection.is_torch, _IN_EXPERTS))
         if 0 < len(x) <= most_rows and is_kernel and not norm.is_identity:
-            return norm_experts(*arguments, self._target("experts"))
+            summed, normed, out = norm_experts(*arguments, self._target("experts"))
+            if experts.shared is not None:
+                out = self.shared_expert(normed, out, experts.shared, activation)
+            return summed, out
         return super().norm_experts(*arguments)
 
     def rotate_and_write(self, qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:
@@ -266,9 +269,17 @@ class TritonBackend(Backend):
         """As `Backend.activate`."""
         return activate(gate_up, activation, self._target("activate"))
 
-    def route(self, logits: torch.Tensor, router: RouterSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    def route(
+        self, logits: torch.Tensor, router: RouterSpec, correction: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Backend.route`."""
-        return route(logits, router, self._target("route"))
+        return route(logits, router, correction, self._target("route"))
+
+    def add_gated(
+        self, x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As `Backend.add_gated`."""
+        return add_gated(x, y, gate, self._target("add_gated"))
 
     def experts(
         self,

@@ -134,24 +134,25 @@ def norm_experts(
     activation: Activation,
     shard: ExpertShard,
     target: Target,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `Backend.norm_experts`: norm and router, route and sort, and the experts' two products.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Norm and router, route and sort, and the experts' two products.
 
-    The result is left unsummed, [tokens, top_k, hidden], if the shard holds all experts.
+    Returns the result of `Backend.norm_experts` without the shared expert, and between its parts
+    the norm. Experts are left unsummed, [tokens, top_k, hidden], if the shard holds all of them.
     """
     normed = torch.empty_like(x, dtype=router.linear.weight.dtype)
     logits = x.new_empty(len(x), router.linear.outputs, dtype=torch.float32)
     summed, _ = norm_linear(x, delta, norm, router.linear, target, out=logits, normed=normed)
     first = shard.rank * experts.count
     chosen, weights, order, expert_starts = route_and_sort(
-        logits, router.spec, first, experts.count, target
+        logits, router, first, experts.count, target
     )
     pairs = expert_pairs(
         normed, weights, order, expert_starts, experts, activation, shard.size, target
     )
     if shard.size == 1:
-        return summed, pairs
-    return summed, sum_pairs(pairs, chosen, first, experts.count, target)
+        return summed, normed, pairs
+    return summed, normed, sum_pairs(pairs, chosen, first, experts.count, target)
 
 
 def _mlp(

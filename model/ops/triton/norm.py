@@ -139,6 +139,57 @@ def _activate(
     tl.store(out_ptr + row * SIZE + at, out.to(gate.dtype), inside)
 
 
+@triton.jit
+def _add_gated(
+    x_ptr,
+    y_ptr,
+    gate_ptr,
+    out_ptr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    GATED: tl.constexpr,
+    PROGRAMMATIC_LAUNCH: tl.constexpr,
+):
+    """Add y [tokens, SIZE], by the sigmoid of its gate [tokens], to x; grid (tokens, blocks).
+
+    x [tokens, PARTS, SIZE] → out [tokens, SIZE].
+    """
+    wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < SIZE
+    y = tl.load(y_ptr + row * SIZE + at, inside, other=0.0).to(tl.float32)
+    if GATED:
+        y *= tl.sigmoid(tl.load(gate_ptr + row).to(tl.float32))
+    y = add_delta(y, x_ptr + row * PARTS * SIZE, at, inside, SIZE, PARTS)
+    tl.store(out_ptr + row * SIZE + at, y.to(out_ptr.dtype.element_ty), inside)
+
+
+def add_gated(
+    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None, target: Target
+) -> torch.Tensor:
+    """As `Backend.add_gated`."""
+    x, y = x.contiguous(), y.contiguous()
+    tokens, size = y.shape
+    out = torch.empty_like(y)
+    if tokens:
+        block = min(1024, triton.next_power_of_2(size))
+        _add_gated[(tokens, triton.cdiv(size, block))](
+            x,
+            y,
+            y if gate is None else gate.contiguous(),
+            out,
+            SIZE=size,
+            BLOCK=block,
+            PARTS=delta_parts(x),
+            GATED=gate is not None,
+            num_warps=4,
+            **target.launch_options,
+        )
+    return out
+
+
 def activate(gate_up: torch.Tensor, activation: Activation, target: Target) -> torch.Tensor:
     """As `Backend.activate`."""
     gate_up = gate_up.contiguous()

@@ -6,6 +6,7 @@
 #include "gemm/int8_pack.h"
 #include "gemm/linear.h"
 #include "gemm/pack.h"
+#include "route.h"
 #include "table.h"
 #include "token_ops.h"
 
@@ -24,6 +25,7 @@ const Function functions[] = {
     NATIVE_FUNCTION(logits),
     NATIVE_FUNCTION(gated_linear),
     NATIVE_FUNCTION(route),
+    NATIVE_FUNCTION(add_gated),
     NATIVE_FUNCTION(experts),
     NATIVE_FUNCTION(pack),
     NATIVE_FUNCTION(pack_mxfp4),

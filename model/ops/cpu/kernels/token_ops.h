@@ -1,5 +1,4 @@
-// Operations on each token by itself: embeddings, scaling, RMSNorm, rotary with the KV write, the
-// router.
+// Operations on each token by itself: embeddings, scaling, RMSNorm, rotary with the KV write, sums.
 #pragma once
 
 #include "scratch.h"
@@ -204,37 +203,16 @@ void rotate_and_write(const bf16* qkv, const float* cos_sin, bf16* kv, int64_t v
   });
 }
 
-void route_row(const bf16* logits, int64_t experts, int64_t top_k, bool softmax_after_top_k,
-               bool normalize, float* values, int64_t* expert_ids, float* weights) {
-  float max = -INFINITY, sum = 0;
-  for (int64_t e = 0; e < experts; e++) {
-    values[e] = to_float(logits[e]);
-    max = std::max(max, values[e]);
-  }
-  if (!softmax_after_top_k)
-    for (int64_t e = 0; e < experts; e++) sum += std::exp(values[e] - max);
-  float top_k_sum = 0;
-  for (int64_t k = 0; k < top_k; k++) {
-    const int64_t best = std::max_element(values, values + experts) - values;
-    expert_ids[k] = best;
-    weights[k] = std::exp(values[best] - max);
-    top_k_sum += weights[k];
-    values[best] = -INFINITY;
-  }
-  const float divisor = softmax_after_top_k || normalize ? top_k_sum : sum;
-  for (int64_t k = 0; k < top_k; k++) weights[k] /= divisor;
-}
-
-// logits [rows, experts] → expert_ids and weights [rows, top_k]
-void route(const bf16* logits, int64_t rows, int64_t experts, int64_t top_k,
-           bool softmax_after_top_k, bool normalize, int64_t* expert_ids, float* weights,
-           int threads) {
-  if (rows * experts < 1 << 11) threads = 1;
+// x + y · sigmoid(gate) [rows, size], or x + y without a gate [rows] → out
+void add_gated(const bf16* x, const bf16* y, const bf16* gate, int64_t rows, int64_t size,
+               bf16* out, int threads) {
+  if (rows * size < 1 << 14) threads = 1;
   divide(threads, rows, rows_per_piece(rows, threads), [=](int64_t first, int64_t last) {
-    float* values = thread_scratch<float>(experts);
-    for (int64_t row = first; row < last; row++)
-      route_row(logits + row * experts, experts, top_k, softmax_after_top_k, normalize, values,
-                expert_ids + row * top_k, weights + row * top_k);
+    for (int64_t row = first; row < last; row++) {
+      const float factor = gate ? 1.0f / (1.0f + std::exp(-to_float(gate[row]))) : 1.0f;
+      for (int64_t i = row * size; i < (row + 1) * size; i += LANES)
+        store_bf16(out + i, load_bf16(x + i) + load_bf16(y + i) * factor);
+    }
   });
 }
 
