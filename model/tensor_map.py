@@ -223,8 +223,8 @@ def _add_experts(
             parts["shared_gate"] = _LinearPart(shared.gate, 1, hidden)
             linears += ((names.shared_gate, ("shared_gate",)),)
     found.pieces += _linears(prefix, linears, parts, moe.shard)
-    for stem, parts in names.linears:
-        target = _ExpertLinear(moe, names, parts)
+    for stem, own in names.linears:
+        target = _ExpertLinear(moe, names, own)
         if "{expert}" in stem:
             _add_single_experts(found, prefix + stem, target, count)
         else:

@@ -49,8 +49,8 @@ def time_quantized(limits: Limits) -> Iterator[Row]:
     config, ops = named_config("llama-3-8b"), kernels()
     hidden, size = config.hidden_size, config.intermediate_size
     qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    shapes = (qkv, hidden), (hidden, config.num_heads * config.head_dim)
-    shapes += (2 * size, hidden), (hidden, size)
+    attended = config.num_heads * config.head_dim
+    shapes = ((qkv, hidden), (hidden, attended), (2 * size, hidden), (hidden, size))
     generator = torch.Generator(CUDA).manual_seed(0)
     dense = [linear_of(rand(*shape, dtype=torch.bfloat16, scale=0.02)) for shape in shapes]
     inputs = {

@@ -163,7 +163,9 @@ def add_gated_cases(shared: SharedExpert, hidden: int, inputs: Inputs) -> Iterat
         def prepare(
             backend: Backend, x: torch.Tensor = x, y: torch.Tensor = y, gate: Any = gate
         ) -> Callable[[], Tensors]:
-            own = [None if one is None else one.to(backend.dtype) for one in (x, y, gate)]
+            own: list[Any] = [
+                None if one is None else one.to(backend.dtype) for one in (x, y, gate)
+            ]
             return lambda: (backend.add_gated(own[0], own[1], own[2]),)
 
         moved = (x.numel() + 2 * y.numel()) * item

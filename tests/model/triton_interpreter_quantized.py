@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton.runtime import interpreter
 
 from model import ModelConfig, load_config
 from model.checks import cases, problem
@@ -31,6 +32,20 @@ INTEGERS: list[Any] = [
 ] + [Integers(8, 0, False, quantizes=False), Integers(8, 32, True, quantizes=False)]
 UNROUNDED: list[Any] = [Float8(), Float8(32)]
 ROUNDED: list[Any] = [FP8, Float8(128, "dynamic"), Float8(0, "static")]
+
+
+@pytest.fixture(autouse=True)
+def nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter round to e4m3 as GPUs do; its own code can halve a number."""
+    original = interpreter._convert_float
+
+    def convert(values: Any, kind: Any, wanted: Any, mode: Any) -> Any:
+        found = {"fp8e4nv": torch.float8_e4m3fn, "fp8e4b8": torch.float8_e4m3fnuz}.get(wanted.name)
+        if found is None or kind.name != "fp32":
+            return original(values, kind, wanted, mode)
+        return torch.tensor(values).to(found).view(torch.uint8).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
 
 
 def filled(form: Any, shape: tuple[int, ...], backend: Backend = KERNELS) -> tuple[Any, Any]:
@@ -103,8 +118,8 @@ def test_inputs_and_weights_in_e4m3(form: Any, rows: int, architecture: str) -> 
         torch.testing.assert_close(scales, groups.abs().amax(-1) / limit)
     rounded = codes.float().unflatten(1, (-1, weight.group)) * scales.unsqueeze(-1)
     wanted = groups.clamp(-limit * scales.unsqueeze(-1), limit * scales.unsqueeze(-1))
-    # Within one step: the interpreter does not round to nearest, and has no subnormal numbers.
-    assert ((rounded - wanted).abs() <= wanted.abs() / 8 + 2**-6 * scales.unsqueeze(-1)).all()
+    steps = wanted.abs() / 16 + 2**-9 * scales.unsqueeze(-1)
+    assert ((rounded - wanted).abs() <= steps).all()
     layer = Linear(256, 40, False, form, weight=weight)
     expected = rounded.flatten(1) @ source.dense(torch.float32).T
     close(ops.linear(x, layer), expected)
@@ -136,7 +151,7 @@ def test_experts(form: Any, tokens: int, has_bias: bool) -> None:
     chosen, shares = REFERENCE.route(logits, RouterSpec(2, True, False))
     expected = REFERENCE.experts(x, chosen, shares, experts(0), activation)
     found = KERNELS.experts(x, chosen, shares, experts(1), activation)
-    close(found, expected, 0.15 if getattr(form, "inputs", "") else 1e-5)
+    close(found, expected, 0.08 if getattr(form, "inputs", "") else 1e-5)
 
 
 def test_a_shape_that_kernels_do_not_take_becomes_dense() -> None:
