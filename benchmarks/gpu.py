@@ -182,16 +182,22 @@ def run_all(
 
     for name in filter(results.is_done, names):
         print(f"{name}: already measured")
+
+    def try_variants(failed: list[str]) -> None:
+        if failed and end - time.monotonic() > _LEAST_S:
+            for outcome in find_variants(failed, run):
+                show(outcome)
+
     left_names = [name for name in names if not results.is_done(name)]
+    stopped = list[str]()  # for their variants there is time when everything else has run
     for group in _groups(left_names):
-        outcomes = list[Outcome]()
+        wrong = list[str]()
         for outcome in _run_group(group, run):
             show(outcome)
-            outcomes.append(outcome)
-        failed = [each for each in outcomes if each.problem and SECTIONS[each.name].operations]
-        if failed and end - time.monotonic() > _LEAST_S:
-            for outcome in find_variants([each.name for each in failed], run):
-                show(outcome)
+            if outcome.problem and SECTIONS[outcome.name].operations:
+                (stopped if outcome.is_stopped else wrong).append(outcome.name)
+        try_variants(wrong)
+    try_variants(stopped)
     results.finish()
     return 1 if results.failed(names) else 0
 

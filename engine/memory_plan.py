@@ -183,6 +183,12 @@ def _activation_bytes(config: ModelConfig, item: int, ranks: int) -> int:
     # and its projection.
     stream = 4 * hidden
     attention = item * (hidden + 2 * (query + 2 * key) + query + hidden)
+    latent = config.latent
+    if latent is not None:
+        # Latents of queries, the queries before and after their products, and the results of heads.
+        heads = config.num_heads // ranks
+        width = 2 * latent.plain_dim + 2 * config.rotary_dim + 2 * latent.rank + latent.value_dim
+        attention = item * (2 * hidden + 2 * (latent.query_rank or 0) + 2 * key + heads * width)
     mlp = 0
     if any(not layer.sparse for layer in config.layers):
         # Gate and up in one tensor, then two tensors of half its size.

@@ -71,6 +71,23 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class LatentConfig:
+    """Multi-head latent attention (DeepSeek-V2, 2.1).
+
+    The keys and values of all heads are linear in one latent vector of each token, which the KV
+    cache has in their place, with one rotated key for all heads behind it.
+    """
+
+    rank: int  # size of the latent of keys and values
+    query_rank: int | None  # size of the latent of queries; None: they have none
+    plain_dim: int  # values of a head's query and key that are not rotated
+    value_dim: int  # of a head's value
+    norm: NormSpec  # of latents
+    has_interleaved_pairs: bool = True  # stored rows of rotated pairs are next to each other
+    bias: bool = False  # of the projections to latents
+
+
+@dataclass(frozen=True)
 class MoeConfig:
     """Sparse mixture-of-experts MLP."""
 
@@ -147,6 +164,8 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm on each query and key head before the rotation
     whole_qk_norm: bool = False  # if qk_norm: one over all query heads, one over all key heads
     rotates_before_qk_norm: bool = False  # if qk_norm: the rotation comes first
+    # If it is there, num_kv_heads is 1 and head_dim the size of what the KV cache has of a token.
+    latent: LatentConfig | None = None
     sinks: bool = False  # a learned logit of each query head joins the softmax
     embedding_scale: float = 1.0  # multiplies the embedding of each token
     residual_scale: float = 1.0  # multiplies what attention and MLP add to the residual stream
@@ -168,6 +187,11 @@ class ModelConfig:
     def ropes(self) -> tuple[RopeConfig, ...]:
         """The different rotary embeddings of the layers, in the order of their first layers."""
         return tuple(dict.fromkeys(layer.rope or self.rope for layer in self.layers))
+
+    @property
+    def kv_vectors(self) -> int:
+        """Vectors of a token and KV head in the cache: key and value, or a latent that is both."""
+        return 2 if self.latent is None else 1
 
     def held(self, backend: "Backend") -> "ModelConfig":
         """This config with the formats of the weights on a backend."""

@@ -13,6 +13,7 @@ from model.attention import Attention
 from model.config import ModelConfig
 from model.families.tensor_names import ExpertNames, LinearName, TensorNames
 from model.formats.format import Part
+from model.latent_attention import LatentAttention
 from model.mlp import Moe
 from model.ops.specs import Linear
 from model.sharding import Shard
@@ -68,6 +69,9 @@ class _LinearPart:
     rows: slice = field(default_factory=_all)  # this rank's part of the outputs
     columns: slice = field(default_factory=_all)  # this rank's part of the inputs
     first: int = 0  # row of the linear where this rank's rows begin
+    # Rows are in groups of so many, and of the last so many of a group the stored ones alternate
+    # between the two coordinates of rotated pairs, which are halves in the linear.
+    pairs: tuple[int, int] = (0, 0)
 
 
 def tensor_map(model: Transformer, names: TensorNames) -> TensorMap:
@@ -86,8 +90,7 @@ def tensor_map(model: Transformer, names: TensorNames) -> TensorMap:
     for i, layer in enumerate(model.layers):
         prefix = names.layer.format(layer=i)
         found.pieces += _layer_vectors(prefix, names, layer, config, shard)
-        parts = _attention_parts(layer.attention, config, shard)
-        found.pieces += _linears(prefix, names.attention, parts, shard)
+        found.pieces += _attention(prefix, names.attention, layer.attention, config, shard)
         if isinstance(layer.mlp, Moe):
             _add_experts(found, prefix, names.experts, layer.mlp, config)
         else:
@@ -120,13 +123,84 @@ def _layer_vectors(
         (names.mlp_post_norm, getattr(layer.mlp, "post_norm", None)),
         (names.q_norm, attention.heads.q_norm),
         (names.k_norm, attention.heads.k_norm),
+        (names.query_norm, getattr(attention, "query_norm", None)),
+        (names.latent_norm, getattr(attention, "latent_norm", None)),
     ):
         if norm is not None and not norm.is_identity:
             yield _whole(NamedWeight(prefix + name, (norm.size,)), norm)
-    if attention.has_sinks:
+    if attention.has_sinks and isinstance(attention, Attention):
         heads = shard.part(config.num_heads)
         sinks = NamedWeight(prefix + names.sinks, (config.num_heads,), (heads,))
         yield _whole(sinks, attention, "sinks")
+
+
+def _attention(
+    prefix: str,
+    names: tuple[LinearName, ...],
+    attention: Attention | LatentAttention,
+    config: ModelConfig,
+    shard: Shard,
+) -> Iterator[Piece]:
+    if isinstance(attention, Attention):
+        yield from _linears(prefix, names, _attention_parts(attention, config, shard), shard)
+        return
+    parts = _latent_parts(attention, config, shard)
+    stored = tuple(name for name in names if set(name[1]) <= parts.keys())
+    yield from _linears(prefix, stored, parts, shard)
+    (stem,) = (stem for stem, own in names if own == ("kv",))
+    yield from _head_linears(f"{prefix}{stem}.weight", attention, config, shard)
+
+
+def _latent_parts(
+    attention: LatentAttention, config: ModelConfig, shard: Shard
+) -> dict[str, _LinearPart]:
+    latent, hidden, rotary = config.latent, config.hidden_size, config.rotary_dim
+    assert latent is not None  # the model has such attention
+    head_dim, heads = latent.plain_dim + rotary, shard.part(config.num_heads)
+    pairs = rotary if latent.has_interleaved_pairs else 0
+    query = "direct_q" if attention.query_down is None else "q"
+    parts = {
+        query: _LinearPart(
+            attention.query,
+            config.num_heads * head_dim,
+            attention.query.inputs,
+            _of_heads(heads, head_dim),
+            pairs=(head_dim, pairs),
+        ),
+        "kv_down": _LinearPart(
+            attention.latent, config.head_dim, hidden, pairs=(config.head_dim, pairs)
+        ),
+        "o": _LinearPart(
+            attention.out,
+            hidden,
+            config.num_heads * latent.value_dim,
+            columns=_of_heads(heads, latent.value_dim),
+        ),
+    }
+    if attention.query_down is not None:
+        parts["q_down"] = _LinearPart(attention.query_down, attention.query_down.outputs, hidden)
+    return parts
+
+
+def _head_linears(
+    name: str, attention: LatentAttention, config: ModelConfig, shard: Shard
+) -> Iterator[Piece]:
+    """The pieces of the projection from latents to each head's keys, transposed, and values."""
+    absorb, expand = attention.absorb, attention.expand
+    keys, rows = absorb.inputs, absorb.inputs + expand.outputs
+    own = _of_heads(shard.part(config.num_heads), rows)
+    weight = _weight(name, (config.num_heads * rows, expand.inputs), (own,))
+
+    def write_keys(storage: Any, source: Any) -> None:
+        for head in range(absorb.heads):
+            storage[head].copy_(source[head * rows : head * rows + keys].T)
+
+    def write_values(storage: Any, source: Any) -> None:
+        for head in range(expand.heads):
+            storage[head].copy_(source[head * rows + keys : (head + 1) * rows])
+
+    yield Piece(weight, absorb, "weight", write_keys)
+    yield Piece(weight, expand, "weight", write_values)
 
 
 def _attention_parts(
@@ -184,6 +258,8 @@ def _linear(
     name: str, part: _LinearPart, outputs: int, rows: slice, shard: Shard
 ) -> Iterator[Piece]:
     linear, write = part.linear, _write_rows(part.first, rows.stop - rows.start)
+    if part.pairs[1]:
+        write = _write_pairs(rows.stop - rows.start, *part.pairs)
     weight = _weight(f"{name}.weight", (outputs, part.inputs), (rows, part.columns))
     yield Piece(weight, linear, "weight", write)
     if linear.has_bias:
@@ -195,6 +271,20 @@ def _linear(
 def _write_rows(first: int, count: int) -> Callable[[Any, Any], None]:
     def write(storage: Any, source: Any) -> None:
         storage[first : first + count].copy_(source)
+
+    return write
+
+
+def _write_pairs(count: int, group: int, paired: int) -> Callable[[Any, Any], None]:
+    """Write rows in the order of `_LinearPart.pairs`."""
+
+    def write(storage: Any, source: Any) -> None:
+        for start in range(0, count, group):
+            stop, first = start + group, start + group - paired
+            storage[start:first].copy_(source[start:first])
+            middle = first + paired // 2
+            storage[first:middle].copy_(source[first:stop:2])
+            storage[middle:stop].copy_(source[first + 1 : stop : 2])
 
     return write
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from model.attention import Attention
 from model.config import LayerConfig, ModelConfig
+from model.latent_attention import LatentAttention
 from model.mlp import Mlp, Moe
 from model.ops.specs import Linear, Norm, Parameter, RopeArgs
 from model.ops.step_parts import EMBEDDING, FINAL_NORM, LM_HEAD
@@ -17,12 +18,19 @@ if TYPE_CHECKING:
     from model.ops.forward_batch import ForwardBatch
 
 
+def attention_of(
+    config: ModelConfig, layer: LayerConfig, shard: Shard = ALONE
+) -> Attention | LatentAttention:
+    """Declare the attention of a layer."""
+    return (Attention if config.latent is None else LatentAttention)(config, layer, shard)
+
+
 class Layer:
     """Pre-norm attention and MLP, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, shard: Shard = ALONE):
         self.rope_index = config.ropes.index(layer.rope or config.rope)
-        self.attention = Attention(config, layer, shard)
+        self.attention = attention_of(config, layer, shard)
         self.mlp: Moe | Mlp = (Moe if layer.sparse else Mlp)(config, layer, shard)
 
     def parameters(self) -> Iterator[Parameter]:
@@ -89,7 +97,7 @@ class Transformer:
         The residual stream and the logits are float32 in every compute dtype: rounding them would
         change more choices of tokens than rounding everything else does.
 
-        caches: KV tensors [2, blocks, block_size, kv_heads, head_dim], written in place.
+        caches: KV tensors as from `Backend.empty_cache`, written in place.
         layer_caches: for each layer, the index of its group in the batch and of its KV tensor.
         out: takes the logits, if it is given.
         """

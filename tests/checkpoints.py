@@ -94,6 +94,22 @@ _DEEPSEEK_EXPERTS: dict[str, Any] = {
     "first_k_dense_replace": 1,
     "routed_scaling_factor": 1.5,
 }
+_LATENT: dict[str, Any] = {
+    "kv_lora_rank": 40,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 24,
+    "v_head_dim": 20,
+}
+# Sizes that the native kernels of the CPU take.
+_LATENT_WIDE: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 64,
+    "q_lora_rank": 64,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+}
 _VISION: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -330,6 +346,30 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         n_group=4,
         topk_group=2,
         use_qk_norm=True,
+    ),
+    "deepseek_v2": lambda: _decoder(
+        tf.DeepseekV2Config,
+        **{**_DEEPSEEK_EXPERTS, **_LATENT, "q_lora_rank": None, "num_key_value_heads": 4},
+        topk_method="group_limited_greedy",
+        n_group=4,
+        topk_group=2,
+        rope_parameters={**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+    ),
+    "deepseek_v3": lambda: _decoder(
+        tf.DeepseekV3Config,
+        **{**_DEEPSEEK_EXPERTS, **_LATENT, "num_key_value_heads": 4},
+        n_group=4,
+        topk_group=2,
+        attention_bias=True,
+        rope_parameters={**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+    ),
+    "glm4_moe_lite": lambda: _decoder(
+        tf.Glm4MoeLiteConfig,
+        **{**_LATENT, **_DEEPSEEK_EXPERTS, "num_key_value_heads": 4, "v_head_dim": 48},
+    ),
+    "deepseek_v3-wide": lambda: _decoder(
+        tf.DeepseekV3Config,
+        **{**_DEEPSEEK_EXPERTS, **_LATENT_WIDE},
     ),
     "minimax_m2": lambda: _decoder(
         tf.MiniMaxM2Config,

@@ -35,6 +35,7 @@ from benchmarks.gpu_sections.processes import Outcome
 from benchmarks.gpu_sections.sections import (
     FULL,
     FULL_BUDGET_S,
+    PARITY_PARTS,
     QUICK,
     QUICK_BUDGET_S,
     SECTIONS,
@@ -245,6 +246,53 @@ def test_a_failed_check_is_repeated_with_variants_that_may_help(
     assert rows[-1] == verdict
     assert len(rows) == len(variants.VARIANTS) + 1
     assert "variants of check-norms" not in sections
+
+
+def test_variants_of_checks_that_ran_out_of_time_are_tried_after_the_loads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried = list[str]()
+
+    def start(outcome: Outcome) -> None:
+        tried.append(outcome.name)
+        if outcome.name.startswith("check-"):
+            problems = {"check-norms": "stopped after 30 s: a norm", "check-experts": "differs"}
+            outcome.problem = problems[outcome.name]
+
+    assert run_all(start, monkeypatch, names=("check-norms", "check-experts", "quick-nano")) == 1
+    variants_of = {name: tried[3:].index(name) for name in ("check-norms", "check-experts")}
+    assert variants_of["check-experts"] < tried[3:].index("quick-nano") < variants_of["check-norms"]
+
+
+def test_only_notices_of_the_gpu_are_problems_of_a_parity_check(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("transformers")
+    noticed = ["cpu"]
+
+    @contextmanager
+    def engine(path: Path, config: EngineConfig, notice: Callable[[str], None], **_: Any) -> Any:
+        if config.device in noticed:
+            notice("weights become dense")
+        yield SimpleNamespace(generate=lambda requests: [])
+
+    monkeypatch.setattr(model_checks, "Engine", engine)
+    monkeypatch.setattr(model_checks, "COMPUTES", True)
+    assert list(model_checks._parity(["mxfp4"])) == [None, None]
+    noticed.append("cuda")
+    assert list(model_checks._parity(["mxfp4"])) == ["mxfp4: CheckError: weights become dense"]
+
+
+def test_every_family_is_in_one_part_of_the_parity_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    from tests.checkpoints import FAMILIES
+
+    monkeypatch.setattr(model_checks, "_parity", list)
+    parts = [model_checks.check_parity_others(i + 1) for i in range(PARITY_PARTS)]
+    names = [str(name) for part in parts for name in part]
+    quick = {*model_checks.QUICK_DENSE, *model_checks.QUICK_EXPERTS} - {"mxfp4"}
+    assert sorted([*names, *quick]) == sorted(FAMILIES)
+    assert sum(name.startswith("parity-others") for name in FULL) == PARITY_PARTS
 
 
 def test_variants_change_the_kernels_of_new_backends_only_in_their_context() -> None:

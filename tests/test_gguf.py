@@ -1,10 +1,7 @@
 """Jobs with a model in one GGUF file, through the command line."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,10 +13,11 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
 from getp import fingerprint
 from getp.checkpoints import load_tokenizer
+from getp.cli.main import run
 from model.ops.mxfp4 import dequantize_mxfp4
 from tests.checkpoints import edit_config
 from tests.gguf_files import write_gguf
-from tests.test_end_to_end import DATA, ROOT, getp, share_correct
+from tests.test_end_to_end import DATA, getp, share_correct
 from tokenizer import Tokenizer
 
 
@@ -91,18 +89,16 @@ def test_every_byte_counts_for_its_fingerprint(model: Path, tmp_path: Path) -> N
     assert fingerprint.of_checkpoint(other) != fingerprint.of_checkpoint(model)
 
 
-def test_plan_knows_it(model: Path) -> None:
-    plan = getp(model, "-m", "plan", "--gpu", "H100 SXM").stdout
-    assert "embedded.gguf" in plan
+def test_plan_knows_it(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([str(model), "-m", "plan", "--gpu", "H100 SXM"]) == 0
+    assert "embedded.gguf" in capsys.readouterr().out
 
 
-def test_a_damaged_file_is_one_line_on_stderr(model: Path, tmp_path: Path) -> None:
+def test_a_damaged_file_is_one_line_on_stderr(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(model.read_bytes()[:-100])
-    result = subprocess.run(
-        [sys.executable, "run.py", str(damaged), "-i", "hello"],
-        cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
-    assert result.returncode == 1
-    assert "damaged.gguf: is truncated" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert run([str(damaged), "-i", "hello"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "damaged.gguf: is truncated" in line

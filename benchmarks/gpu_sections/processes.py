@@ -19,6 +19,7 @@ from benchmarks.gpu_sections.sections import SECTIONS
 SCRIPT = Path(__file__).resolve().parent.parent / "gpu.py"
 RESULT_PREFIX = "section result: "
 _POLL_S = 0.2
+_STOPPED = "stopped after "
 
 
 @dataclass
@@ -33,6 +34,11 @@ class Outcome:
     rows: list[dict[str, Any]] = field(default_factory=list)
     problem: str = ""
     seconds: float | None = None
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the section ran out of time, which does not mean that a result is wrong."""
+        return self.problem.startswith(_STOPPED)
 
 
 def run_section(name: str, arguments: str) -> None:
@@ -71,7 +77,7 @@ def start_section(
             status = process.poll()
             outcome.problem = f"status {status}" if status else ""
             if status is None:
-                outcome.problem = f"stopped after {limit_s:.0f} s"
+                outcome.problem = f"{_STOPPED}{limit_s:.0f} s"
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -20,6 +20,7 @@ from benchmarks.gpu_sections.inputs import (
 )
 from benchmarks.gpu_sections.loads import dummy_engine, equal_load, run_load
 from benchmarks.gpu_sections.measure import Limits, Row, seconds_of
+from model.attention import Attention
 from model.cost.known_models import named_config
 from model.mlp import Mlp
 from model.ops.backend import Backend
@@ -37,6 +38,7 @@ def time_fusions(limits: Limits) -> Iterator[Row]:
     for name in ("qwen2-0.5b", "llama-3-8b"):
         layer = random_layer(name)
         assert isinstance(layer.mlp, Mlp)
+        assert isinstance(layer.attention, Attention)
         mlp = (layer.mlp.gate_up, layer.mlp.down)
         parts = (
             ("QKV", partial(project_of, layer=layer), (layer.attention.qkv,), ("fused_qkv",)),
@@ -78,6 +80,7 @@ def time_fusions(limits: Limits) -> Iterator[Row]:
 def project_of(ops: Backend, layer: Layer) -> Callable[[torch.Tensor, torch.Tensor], Any]:
     """Return the operations of a layer before attention, starting with the norm; up to 64 rows."""
     attention, heads = layer.attention, layer.attention.heads
+    assert isinstance(attention, Attention)
     kv = rand(2, 4, 16, heads.kv_heads, heads.head_dim, dtype=torch.bfloat16)
     cos_sin = rand(64, heads.head_dim, dtype=torch.float32)
     slots = torch.arange(64, device=CUDA)

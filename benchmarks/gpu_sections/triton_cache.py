@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 
 from benchmarks.gpu_sections.compile_ahead import compile_together
 from engine.execution.decode_graphs import capture_sizes
+from model.attention import Attention
 from model.checks import FULL, cases
 from model.config import ModelConfig
 from model.cost.known_models import named_config
@@ -29,7 +30,7 @@ from model.mlp import Moe
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.specs import Experts, RopeArgs, SamplingTables
 from model.ops.triton.backend import TritonBackend
-from model.ops.triton.mxfp4 import ExpertWeights
+from model.ops.triton.mxfp4 import ExpertWeights, words_shape
 from model.ops.triton.tiles import TILES, Target
 from model.transformer import Transformer
 
@@ -187,7 +188,8 @@ def _experts(shape: tuple[int, ...], is_mxfp4: bool, ops: TritonBackend) -> Any:
     if not is_mxfp4:
         return ops.pack_experts(_empty(*shape, dtype=ops.dtype))
     count, outputs, inputs = shape
-    values = _empty(count, outputs, inputs // 8, dtype=torch.int32)
+    shape = words_shape(outputs, inputs, ops.target.mxfp4_rows)
+    values = _empty(count, *shape, dtype=torch.int32)
     scales = _empty(count, -(-inputs // 128), outputs, dtype=torch.int32)
     return ExpertWeights(values, scales, ops.target.mxfp4_run)
 
@@ -218,6 +220,7 @@ def _layer_calls(model: Transformer, ops: TritonBackend) -> Iterator[Callable[[]
     """
     layer = model.layers[0]
     attention, heads = layer.attention, layer.attention.heads
+    assert isinstance(attention, Attention)  # of the models that are compared
     kv = ops.empty_cache((2, 4096, _BLOCK, heads.kv_heads, heads.head_dim))
     for rows in _CHECK_ROWS:
         x = _empty(rows, model.config.hidden_size)

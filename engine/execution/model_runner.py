@@ -94,7 +94,8 @@ class ModelRunner:
     def block_bytes(self, block_size: int) -> int:
         """Bytes of one KV block over all layers of a group."""
         layers = max(len(group.layers) for group in self.groups)
-        vectors, dtype = 2 * layers * block_size * self._kv_heads, self.backend.kv_dtype
+        vectors = self.config.kv_vectors * layers * block_size * self._kv_heads
+        dtype = self.backend.kv_dtype
         return vectors * vector_width(dtype, self.config.head_dim) * dtype.itemsize
 
     @property
@@ -112,7 +113,8 @@ class ModelRunner:
         if self.model is None:
             raise RuntimeError("call load() before allocate()")
         self.block_size = block_size
-        shape = (2, num_blocks + 1, block_size, self._kv_heads, self.config.head_dim)
+        blocks, vectors = num_blocks + 1, self.config.kv_vectors
+        shape = (vectors, blocks, block_size, self._kv_heads, self.config.head_dim)
         self.kv_caches = [
             self.backend.empty_cache(shape)
             for _ in range(max(len(group.layers) for group in self.groups))

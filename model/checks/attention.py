@@ -7,6 +7,7 @@ import torch
 from model.attention import Attention
 from model.checks.case import Case, Tensors
 from model.checks.inputs import Inputs
+from model.latent_attention import LatentAttention
 from model.ops.backend import Backend
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.kv_values import read_kv, rounded, vector_width
@@ -18,7 +19,9 @@ Length = tuple[int, int]
 """New tokens of a sequence, and its context with them."""
 
 
-def attention_cases(layer: Attention, block_size: int, inputs: Inputs) -> Iterator[Case]:
+def attention_cases(
+    layer: Attention | LatentAttention, block_size: int, inputs: Inputs
+) -> Iterator[Case]:
     """Yield the cases of one kind of layer: single tokens, chunks, and both in one step."""
     window, size = layer.spec.window, inputs.size
     name = "" if window is None else f", window {window}"
@@ -45,7 +48,7 @@ def attention_cases(layer: Attention, block_size: int, inputs: Inputs) -> Iterat
 
 
 def _case(
-    layer: Attention,
+    layer: Attention | LatentAttention,
     lengths: Sequence[Length],
     block_size: int,
     inputs: Inputs,
@@ -56,7 +59,8 @@ def _case(
     batch, group, blocks = paged_batch(lengths, spec.window, block_size, inputs)
     tokens = sum(query for query, _ in lengths)
     query = inputs.normal(tokens, heads.heads, heads.head_dim)
-    kv = inputs.normal(2, blocks, block_size, heads.kv_heads, heads.head_dim)
+    vectors = 2 if spec.latent_dim is None else 1
+    kv = inputs.normal(vectors, blocks, block_size, heads.kv_heads, heads.head_dim)
     _mark_edges(query, kv, lengths, group, spec.window, inputs)
     kv = read_kv(rounded(kv, inputs.kv_dtype), torch.float32)  # the same values for every backend
     _set_unread_to_nan(kv, lengths, group, spec.window)
@@ -77,7 +81,7 @@ def _case(
         positions += min(context, count - 1 + (spec.window or context))
     item = inputs.dtype.itemsize
     vector = vector_width(inputs.kv_dtype, heads.head_dim) * inputs.kv_dtype.itemsize
-    moved = 2 * positions * heads.kv_heads * vector + 2 * query.numel() * item
+    moved = vectors * positions * heads.kv_heads * vector + 2 * query.numel() * item
     flops = 4 * pairs * heads.heads * heads.head_dim
     return Case("attention", label, prepare, moved, flops, is_timed)
 

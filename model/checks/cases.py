@@ -25,13 +25,15 @@ from model.checks.experts import (
     route_cases,
 )
 from model.checks.inputs import FULL, SMALL, Inputs, Size
+from model.checks.latent import head_linear_cases, latent_query_cases
 from model.checks.sampling import argmax_cases, sample_cases, top_tokens_cases
 from model.config import ModelConfig
 from model.formats import DENSE
+from model.latent_attention import LatentAttention
 from model.mlp import Mlp, Moe
 from model.ops.backend import OPERATIONS
 from model.sharding import ALONE, Shard
-from model.transformer import Transformer
+from model.transformer import Transformer, attention_of
 
 _WEIGHTS_IN_MEMORY = 16
 
@@ -71,8 +73,10 @@ def _cases_of(
     operation: str, config: ModelConfig, shard: Shard, block_size: int, inputs: Inputs
 ) -> Iterator[Case]:
     kinds = {layer.window: layer for layer in config.layers}
-    layers = [Attention(config, layer, shard) for layer in kinds.values()]
+    layers = [attention_of(config, layer, shard) for layer in kinds.values()]
     attention = layers[0]
+    latent = attention if isinstance(attention, LatentAttention) else None
+    plain = attention if isinstance(attention, Attention) else None
     dense = next((layer for layer in config.layers if not layer.sparse), None)
     sparse = next((layer for layer in config.layers if layer.sparse), None)
     mlp = None if dense is None else Mlp(config, dense, shard)
@@ -92,7 +96,9 @@ def _cases_of(
             if shared.gate is not None:
                 yield from linear_cases("the shared expert's gate", shared.gate, inputs)
         # Dense ones are computed in fused operations, or by torch.
-        linears = {"QKV": attention.qkv}
+        linears = {} if plain is None else {"QKV": plain.qkv}
+        if latent is not None:
+            linears |= {"the query": latent.query, "the latent": latent.latent}
         if mlp is not None:
             linears |= {"gate and up": mlp.gate_up, "down": mlp.down}
         if shared is not None:
@@ -103,10 +109,14 @@ def _cases_of(
     elif operation == "logits":
         head = Transformer(config, shard).head
         yield from logits_cases(head, config.logits_scale, inputs)
-    elif operation == "rotate_and_write":
-        yield from rotate_cases(attention, config, block_size, inputs)
-    elif operation == "norm_qkv":
-        yield from norm_qkv_cases(attention, config, block_size, inputs)
+    elif operation == "rotate_and_write" and plain is not None:
+        yield from rotate_cases(plain, config, block_size, inputs)
+    elif operation == "norm_qkv" and plain is not None:
+        yield from norm_qkv_cases(plain, config, block_size, inputs)
+    elif operation == "head_linear" and latent is not None:
+        yield from head_linear_cases(latent, inputs)
+    elif operation == "latent_query" and latent is not None:
+        yield from latent_query_cases(latent, config.rotary_dim, block_size, inputs)
     elif operation == "attention":
         for layer in layers:
             yield from attention_cases(layer, block_size, inputs)

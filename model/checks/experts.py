@@ -163,10 +163,9 @@ def add_gated_cases(shared: SharedExpert, hidden: int, inputs: Inputs) -> Iterat
         def prepare(
             backend: Backend, x: torch.Tensor = x, y: torch.Tensor = y, gate: Any = gate
         ) -> Callable[[], Tensors]:
-            own: list[Any] = [
-                None if one is None else one.to(backend.dtype) for one in (x, y, gate)
-            ]
-            return lambda: (backend.add_gated(own[0], own[1], own[2]),)
+            own = [one.to(backend.dtype) for one in (x, y)]
+            own_gate = None if gate is None else gate.to(backend.dtype)
+            return lambda: (backend.add_gated(own[0], own[1], own_gate),)
 
         moved = (x.numel() + 2 * y.numel()) * item
         yield Case("add_gated", f"{shape[0]} rows", prepare, moved, 0)

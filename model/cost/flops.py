@@ -63,6 +63,15 @@ def attention(pairs: int, heads: int, head_dim: int, backward: bool = False) -> 
     return Flops(4 * pairs * heads * head_dim, 4 * pairs * heads, pairs * heads)
 
 
+def latent_attention(
+    pairs: int, heads: int, head_dim: int, rank: int, backward: bool = False
+) -> Flops:
+    """As `attention`, with scores over head_dim values and sums over the first `rank` of them."""
+    whole = attention(pairs, heads, head_dim, backward)
+    products = 4 if backward else 2  # that are as many values less
+    return whole + Flops(matrix=-products * pairs * heads * (head_dim - rank))
+
+
 def softmax(rows: int, size: int, backward: bool = False) -> Flops:
     """Softmax of [rows, size]: 3 vector and 1 special per element, as in attention."""
     if backward:

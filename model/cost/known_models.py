@@ -60,6 +60,10 @@ qwen3-235b-a22b-2507 qwen3_moe  4096  1536  94  64  4 128 151936 262144 5e6
 qwen1.5-moe-a2.7b    qwen2_moe  2048  5632  24  16 16 128 151936  32768 1e6
 olmoe-1b-7b          olmoe      2048  1024  16  16 16 128  50304   4096 1e4
 glm-4.5-air          glm4_moe   4096 10944  46  96  8 128 151552 131072 1e6
+deepseek-v2-lite     deepseek_v2 2048 10944 27 16 16  64 102400 163840 1e4
+deepseek-v3          deepseek_v3 7168 18432 61 128 128 64 129280 163840 1e4
+kimi-k2              kimi_k2    7168 18432  61  64 64  64 163840 131072 5e4
+glm-4.7-flash        glm4_moe_lite 2048 10240 47 20 20 64 154880 202752 1e6
 gpt-oss-20b          gpt_oss    2880  2880  24  64  8  64 201088 131072 1.5e5
 gpt-oss-120b         gpt_oss    2880  2880  36  64  8  64 201088 131072 1.5e5
 """
@@ -73,6 +77,18 @@ def _qwen3_moe(mlp: int, expert: int) -> dict[str, Any]:
         "num_experts": 128,
         "num_experts_per_tok": 8,
         "norm_topk_prob": True,
+    }
+
+
+def _deepseek_yarn(mscale: float) -> dict[str, Any]:
+    return {
+        "rope_type": "yarn",
+        "factor": 40.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": mscale,
+        "mscale_all_dim": mscale,
     }
 
 
@@ -118,6 +134,22 @@ _MORE: dict[str, dict[str, Any]] = {
     },
     "olmoe": {"num_experts": 64, "num_experts_per_tok": 8},
     "glm-4.5-air": {"attention_bias": True, "num_experts_per_tok": 8},
+    "deepseek-v2-lite": {
+        "q_lora_rank": None,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 1408,
+        "num_experts_per_tok": 6,
+        "rope_scaling": _deepseek_yarn(0.707),
+    },
+    "deepseek-v3": {"rope_scaling": _deepseek_yarn(1.0)},
+    "kimi-k2": {
+        "n_routed_experts": 384,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 2.827,
+        "rope_scaling": {**_deepseek_yarn(1.0), "factor": 32.0, "beta_fast": 1.0},
+    },
     "gpt-oss-20b": {**_GPT_OSS, "num_local_experts": 32},
     "gpt-oss-120b": {**_GPT_OSS, "num_local_experts": 128},
 }

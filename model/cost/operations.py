@@ -17,7 +17,7 @@ All figures are integers computed from the config alone, without torch. Conventi
 from collections import Counter
 from dataclasses import replace
 
-from model.config import LayerConfig, ModelConfig, MoeConfig
+from model.config import LatentConfig, LayerConfig, ModelConfig, MoeConfig
 from model.cost import flops
 from model.cost.flops import Flops
 from model.cost.workload import DTYPE_BYTES, Bytes, Op, Product, Workload, kv_vector_bytes
@@ -110,7 +110,7 @@ def kv_bytes_per_sequence(
     config: ModelConfig, context: int, dtype: str, tensor_parallel: int = 1
 ) -> int:
     """Return the bytes of keys and values of one sequence of `context` positions on one GPU."""
-    vectors = 2 * max(1, config.num_kv_heads // tensor_parallel)
+    vectors = config.kv_vectors * max(1, config.num_kv_heads // tensor_parallel)
     positions = sum(min(layer.window or context, context) for layer in config.layers)
     return positions * vectors * kv_vector_bytes(config, dtype)
 
@@ -180,6 +180,8 @@ class _ShardCost:
     def attention_block(self, layer: LayerConfig) -> list[Op]:
         """Return norm, QKV, rotary with the norms of the heads, attention, output with residual."""
         c, work, back = self.config, self.work, self.work.backward
+        if c.latent is not None:
+            return self._latent_block(layer, c.latent)
         tokens, hidden = work.tokens, c.hidden_size
         query, key = self.heads * c.head_dim, self.kv_heads * c.head_dim
         rotated_heads = self.heads + self.kv_heads
@@ -225,6 +227,65 @@ class _ShardCost:
                 2 + self._all_reduce,
                 fused=(tokens * hidden, 1 + self._all_reduce),
                 product=_product(layer.formats.out, tokens, query * hidden),
+            ),
+        ]
+
+    def _latent_block(self, layer: LayerConfig, latent: LatentConfig) -> list[Op]:
+        """Return the same operations of latent attention, whose latents every GPU has."""
+        c, work, back, form = self.config, self.work, self.work.backward, layer.formats.qkv
+        tokens, hidden, heads = work.tokens, c.hidden_size, self.heads
+        width, own = heads * (latent.plain_dim + c.rotary_dim), heads * latent.value_dim
+        shapes = [(latent.query_rank or hidden, width), (hidden, c.head_dim)]
+        if latent.query_rank:
+            shapes.append((hidden, latent.query_rank))
+        keys, values = latent.plain_dim * latent.rank, latent.rank * latent.value_dim
+        norms = latent.rank + (latent.query_rank or 0)
+        project = flops.rms_norm(tokens, norms, back)
+        project += flops.linear(tokens, heads, keys, backward=back)
+        for inputs, outputs in shapes:
+            project += flops.linear(tokens, inputs, outputs, backward=back)
+        moved = tokens * sum(inputs + outputs for inputs, outputs in shapes)
+        multiplied = heads * keys + sum(inputs * outputs for inputs, outputs in shapes)
+        attend = flops.latent_attention(
+            work.attended(layer.window), heads, c.head_dim, latent.rank, back
+        )
+        expand = flops.linear(tokens, heads, values, backward=back)
+        out = flops.linear(tokens, own, hidden, c.o_bias, back)
+        query, stored = heads * c.head_dim, kv_vector_bytes(c, work.dtype)
+        weights = sum(self.matrix(*shape, latent.bias, form) for shape in shapes)
+        return [
+            self.pre_norm("input_norm", fused=(tokens * hidden, 0)),
+            self.op(
+                "qkv_proj",
+                project,
+                weights + (norms + heads * keys) * self.item,
+                moved + tokens * (width + query),
+                len(shapes) + (3 if latent.query_rank else 2),
+                product=Product(form.name, tokens, multiplied),
+            ),
+            self.op(
+                "rope",
+                flops.rotary(tokens, heads + 1, c.rotary_dim),
+                0,
+                2 * tokens * (heads * c.rotary_dim + c.head_dim),
+                1,
+            ),
+            self.op(
+                "attention",
+                attend,
+                0,
+                tokens * (query + heads * latent.rank),
+                1,
+                kv=work.kv_positions(layer.window) * stored,
+            ),
+            self.op(
+                "o_proj",
+                expand + out + self._residual,
+                self.matrix(own, hidden, c.o_bias, layer.formats.out) + heads * values * self.item,
+                tokens * (heads * latent.rank + 2 * own + 2 * hidden),
+                3 + self._all_reduce,
+                fused=(tokens * hidden, 1 + self._all_reduce),
+                product=Product(layer.formats.out.name, tokens, own * hidden + heads * values),
             ),
         ]
 

@@ -26,13 +26,17 @@ from model.gguf.names import stored_formats, tensor_names
 from model.stored_tensors import StoredTensors
 
 FAMILIES = (
+    "deepseek_v2",
+    "deepseek_v3",
     "exaone4",
     "gemma2",
     "gemma3_text",
     "glm4_moe",
+    "glm4_moe_lite",
     "gpt_oss",
     "granite",
     "hunyuan_v1_dense",
+    "kimi_k2",
     "llama",
     "minimax_m2",
     "ministral3",

@@ -8,6 +8,7 @@ from model.config import CheckpointError, LayerConfig, LayerFormats, ModelConfig
 from model.families.tensor_names import LinearName, TensorNames
 from model.formats import DENSE, FormatRules, WeightFormat
 
+_TO_HEADS = ("q", "k", "v", "q_down", "direct_q", "kv_down")  # parts of attention
 _MAX_SECONDS = 10.0  # for all names of a model, far more than any needs
 
 
@@ -37,8 +38,8 @@ def _formats(
 ) -> LayerFormats:
     mlp = names.experts.shared if layer.sparse else names.mlp
     found = LayerFormats(
-        qkv=_common(_of(rules, prefix, names.attention, "qkv")),
-        out=_common(_of(rules, prefix, names.attention, "o")),
+        qkv=_common(_of(rules, prefix, names.attention, _TO_HEADS)),
+        out=_common(_of(rules, prefix, names.attention, ("o",))),
         gate_up=_common(_of(rules, prefix, mlp, ("gate", "up"))),
         down=_common(_of(rules, prefix, mlp, ("down",))),
     )

@@ -3,6 +3,8 @@
 Linears are described by the parts of the decoder that they contain, in order of their rows:
 
     attention: q, k, v, o        dense MLP and experts: gate, up, down
+    latent attention: q_down and q, or direct_q; kv_down; kv (for each head its keys' rows, then its
+    values'); o
 
 so that ("self_attn.qkv_proj", ("q", "k", "v")) is one tensor with the rows of three parts.
 """
@@ -53,6 +55,8 @@ class TensorNames:
     q_norm: str = "self_attn.q_norm.weight"
     k_norm: str = "self_attn.k_norm.weight"
     sinks: str = "self_attn.sinks"
+    query_norm: str = "self_attn.q_a_layernorm.weight"  # of latents
+    latent_norm: str = "self_attn.kv_a_layernorm.weight"
     attention: tuple[LinearName, ...] = (
         ("self_attn.q_proj", ("q",)),
         ("self_attn.k_proj", ("k",)),

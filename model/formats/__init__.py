@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from model.formats import awq, compressed_tensors, fp8, gptq, mxfp4, nvfp4
-from model.formats.dense import DENSE, HEAD
+from model.formats.dense import DENSE, HEAD, PER_HEAD
 from model.formats.float8 import FP8
 from model.formats.format import StoredTensor, WeightFormat, full_interface
 from model.formats.integers import INT4, INT8
@@ -27,6 +27,7 @@ __all__ = [
     "INT4",
     "INT8",
     "MXFP4",
+    "PER_HEAD",
     "QUANTIZATIONS",
     "FormatRules",
     "StoredTensor",

@@ -31,6 +31,7 @@ from model.ops.specs import (
     Experts,
     ExpertShard,
     Float8Format,
+    HeadLinear,
     IntegerFormat,
     Linear,
     Norm,
@@ -49,6 +50,8 @@ OPERATIONS = (
     "logits",
     "rotate_and_write",
     "norm_qkv",
+    "head_linear",
+    "latent_query",
     "attention",
     "activate",
     "norm_mlp",
@@ -188,8 +191,8 @@ class Backend:
     def empty_cache(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Return uninitialized memory for KV blocks [2, blocks, block_size, kv_heads, head_dim].
 
-        It has the cache's dtype, and as last dimension `kv_values.vector_width`. Raises
-        OutOfMemoryError or MemoryError.
+        Of latents, which are keys and values in one, [1, blocks, …]. It has the cache's dtype, and
+        as last dimension `kv_values.vector_width`. Raises OutOfMemoryError or MemoryError.
         """
         return torch.empty(self.cache_shape(shape), dtype=self.kv_dtype, device=self.device)
 
@@ -343,6 +346,37 @@ class Backend:
             query = (query * rope.query_scale.unsqueeze(-1)).to(qkv.dtype)
         return query
 
+    def head_linear(self, x: torch.Tensor, linear: HeadLinear) -> torch.Tensor:
+        """x [tokens, heads, in] → the product of each head with its weight [tokens, heads, out].
+
+        The values of a head of x must be next to each other, but heads need not be. The result may
+        be longer in memory, too.
+        """
+        return torch.einsum("thi,hoi->tho", x, linear.weight)
+
+    def latent_query(
+        self,
+        query: torch.Tensor,
+        latent: torch.Tensor,
+        norm: Norm,
+        absorb: HeadLinear,
+        rope: RopeArgs,
+    ) -> torch.Tensor:
+        """Queries of latents, and the write of the tokens' latents to the KV cache.
+
+        query [tokens, heads, plain + rotary_dim]: the plain values, which `absorb` multiplies by
+        the rows of W_UK (DeepSeek-V2, 2.1.2), and the rotated ones; latent [tokens, rank +
+        rotary_dim]: the latent, which is normalized, and the key that is rotated for all heads →
+        [tokens, heads, rank + rotary_dim]. Latents are stored like that in rope.kv.
+        """
+        rotary = rope.cos_sin.shape[1]
+        plain, turned = query.split((query.shape[2] - rotary, rotary), dim=-1)
+        compressed, key = latent.unsqueeze(1).split((latent.shape[1] - rotary, rotary), dim=-1)
+        key = rotate(key.float(), rope.cos_sin)
+        write_kv(rope.kv, rope.slot_mapping, torch.cat((rms_norm(compressed, norm), key), dim=-1))
+        absorbed = self.head_linear(plain, absorb)
+        return torch.cat((absorbed, rotate(turned, rope.cos_sin)), dim=-1)
+
     def attention(
         self,
         query: torch.Tensor,
@@ -356,18 +390,20 @@ class Backend:
 
         query [tokens, heads, head_dim] (head h reads KV head h // (heads / kv_heads)); kv as
         `empty_cache` returns it; sinks [heads] or None → [tokens, heads, head_dim]. A sink is one
-        more column of the softmax, after scaling, that is then dropped.
+        more column of the softmax, after scaling, that is then dropped. With a spec.latent_dim the
+        result is [tokens, heads, latent_dim], whose heads may be further apart in memory.
         """
         if len(batch.host_context_lens) != len(batch.host_query_lens):
             raise RuntimeError("torch's attention needs lengths that a captured step does not have")
         _, heads, _ = query.shape
         kv_heads = kv.shape[3]
-        out = torch.empty_like(query)
+        out = query.new_empty(*query.shape[:2], spec.latent_dim or query.shape[2])
         first = 0
         lengths = zip(batch.host_query_lens, batch.host_context_lens, strict=True)
         for row, (count, context) in enumerate(lengths):
             stored = kv[:, group.block_table[row]].flatten(1, 2)[:, :context]
-            key, value = read_kv(stored, torch.float32)
+            vectors = read_kv(stored, torch.float32)
+            key, value = vectors[0], vectors[-1][..., : out.shape[2]]
             q = query[first : first + count].float().unflatten(1, (kv_heads, heads // kv_heads))
             scores = torch.einsum("qhgd,khd->hgqk", q, key) * spec.scale
             if spec.softcap is not None:

@@ -20,15 +20,13 @@ def vector_width(dtype: torch.dtype, head_dim: int) -> int:
     return head_dim + KV_SCALE_BYTES if dtype == torch.int8 else head_dim
 
 
-def write_kv(
-    kv: torch.Tensor, slot_mapping: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> None:
+def write_kv(kv: torch.Tensor, slot_mapping: torch.Tensor, *vectors: torch.Tensor) -> None:
     """Store key and value [tokens, kv_heads, head_dim] in kv [2, blocks, block_size, kv_heads, …].
 
-    The last dimension of kv is `vector_width`.
+    Or a latent that is both in kv [1, …]. The last dimension of kv is `vector_width`.
     """
     flat = _indexable(kv).flatten(1, 2)
-    for part, given in zip(flat, (key, value), strict=True):
+    for part, given in zip(flat, vectors, strict=True):
         part.index_copy_(0, slot_mapping, _indexable(rounded(given, kv.dtype)))
 
 

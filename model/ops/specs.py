@@ -94,6 +94,22 @@ class Linear:
             yield Parameter(self, "bias", (self.outputs,))
 
 
+@dataclass(eq=False)
+class HeadLinear:
+    """A linear layer of each attention head, without biases: weight [heads, outputs, inputs]."""
+
+    heads: int
+    inputs: int
+    outputs: int
+    format: WeightFormat
+    weight: Any = None
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Declare the weights."""
+        shape = (self.heads, self.outputs, self.inputs)
+        yield Parameter(self, "weight", shape, self.format)
+
+
 @dataclass(frozen=True)
 class NormSpec:
     """The kind of a model's norms: RMSNorm, with what differs between families."""
@@ -200,6 +216,8 @@ class AttentionSpec:
     scale: float  # of the scores
     window: int | None  # sliding window in tokens, the token itself included
     softcap: float | None = None  # scores s become softcap · tanh(s / softcap)
+    # Values are the first so many values of keys, and the cache has keys alone; None: it has both.
+    latent_dim: int | None = None
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,8 @@ def run(
 # few_blocks: enough for one of the longest requests and little more.
 @pytest.mark.parametrize("lookahead", [0, 1])
 @pytest.mark.parametrize(
-    ("name", "few_blocks"), [("gpt_oss", 21), ("qwen2-window-yarn", 44), ("qwen3_moe", 14)]
+    ("name", "few_blocks"),
+    [("gpt_oss", 21), ("qwen2-window-yarn", 44), ("qwen3_moe", 14), ("deepseek_v3", 14)],
 )
 def test_batching_chunking_caching_and_preemption_do_not_change_tokens(
     name: str, few_blocks: int, lookahead: int, checkpoint: Callable[[str], Path]

@@ -141,6 +141,7 @@ def near_ties(alone: dict[int, Completion], found: dict[int, Completion]) -> int
         ("phi3-longrope", 2),
         ("granite", 2),
         ("glm4_moe", 2),
+        ("deepseek_v3", 2),
     ],
 )
 def test_several_ranks_give_the_tokens_and_logits_of_one(
@@ -267,7 +268,8 @@ def parts_of(model: Transformer) -> dict[str, torch.Tensor]:
     """The tensors of a model that ranks divide; the name says along which dimension."""
     found: dict[str, Any] = {"embedding": model.embedding}
     for i, layer in enumerate(model.layers):
-        attention: Attention = layer.attention
+        attention = layer.attention
+        assert isinstance(attention, Attention)
         own = attention.heads
         widths = [n * own.head_dim for n in (own.heads, *[own.kv_heads] * 2)]
         qkv: Any = attention.qkv.weight

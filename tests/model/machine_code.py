@@ -15,6 +15,7 @@ _MATRIX = re.compile(r"[HIQO]G?MMA\b|UTC[HIQO]MMA\b|v_(?:s?w?mfma|smfmac|s?wmma)
 _BARRIER = re.compile(r"BAR\b|s_barrier(?!_signal)")
 _NVIDIA_LOAD = re.compile(r"LDG(?:STS)?\b")
 _AMD_LOAD = re.compile(r"(?:global|flat|buffer)_load_(?:lds_)?(\w+)")
+_AMD_SHARED_STORE = re.compile(r"ds_(?:write|store)(_?2)?(?:addr|st64)?_b(\d+)")
 _AMD_BYTES = {"ubyte": 1, "sbyte": 1, "ushort": 2, "sshort": 2, "short": 2, "dword": 4}
 
 
@@ -36,6 +37,12 @@ class Instruction:
     def is_barrier(self) -> bool:
         """Whether all warps of a program wait for each other here."""
         return _BARRIER.match(self.name) is not None
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of shared memory that one thread of an AMD GPU writes; 0 for others."""
+        found = _AMD_SHARED_STORE.match(self.name)
+        return int(found[2]) // 8 * (2 if found[1] else 1) if found else 0
 
     @property
     def loaded_bytes(self) -> int:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as tf
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import yarn_apply_mscale
 
 from model.config import CheckpointError, ModelConfig, RopeConfig
 from model.families import FAMILIES, family, parse_config
@@ -16,13 +17,17 @@ from model.families.family import _DEFAULTS
 from model.rope import rope_table
 
 CLASSES: dict[str, Any] = {
+    "deepseek_v2": tf.DeepseekV2Config,
+    "deepseek_v3": tf.DeepseekV3Config,
     "exaone4": tf.Exaone4Config,
     "gemma2": tf.Gemma2Config,
     "gemma3_text": tf.Gemma3TextConfig,
     "glm4_moe": tf.Glm4MoeConfig,
+    "glm4_moe_lite": tf.Glm4MoeLiteConfig,
     "gpt_oss": tf.GptOssConfig,
     "granite": tf.GraniteConfig,
     "hunyuan_v1_dense": tf.HunYuanDenseV1Config,
+    "kimi_k2": tf.DeepseekV3Config,  # to which it is equal but for its name
     "llama": tf.LlamaConfig,
     "minimax_m2": tf.MiniMaxM2Config,
     "ministral3": tf.Ministral3Config,
@@ -81,6 +86,14 @@ OTHER: dict[str, Any] = {
     "routed_scaling_factor": 2.5,
     "use_qk_norm": True,
     "num_mtp_layers": 2,
+    "kv_lora_rank": 96,
+    "q_lora_rank": 80,
+    "qk_nope_head_dim": 40,
+    "qk_rope_head_dim": 24,
+    "v_head_dim": 56,
+    "rope_interleave": False,
+    "topk_method": "group_limited_greedy",
+    "mlp_layer_types": ["sparse", "dense", "sparse"],
     "swiglu_alpha": 1.5,
     "swiglu_limit": 5.0,
     "embedding_multiplier": 3.0,
@@ -117,12 +130,20 @@ def full_config(model_type: str) -> dict[str, Any]:
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
             "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
         }
+    if model_type == "deepseek_v2":  # which has neither
+        values |= {"mlp_bias": False, "norm_topk_prob": False}
     if model_type == "phi3":  # which has no linear scaling
         values["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
     return values
 
 
-CASES = [(model_type, key) for model_type in FAMILIES for key in ["nothing", *own_keys(model_type)]]
+CASES = [
+    (model_type, key)
+    for model_type in FAMILIES
+    for key in ["nothing", *own_keys(model_type)]
+    # Which no config lacks.
+    if model_type != "deepseek_v2" or key not in ("num_experts_per_tok", "topk_group")
+]
 # Keys for which null is a value; of others it is an error in transformers.
 NULLABLE = [
     (model_type, key)
@@ -139,9 +160,12 @@ def check(model_type: str, values: dict[str, Any]) -> ModelConfig:
     expected = CLASSES[model_type](**copy.deepcopy(values))
     config = parse_config({**values, "model_type": model_type}, "config.json")
     hidden, heads = values["hidden_size"], values["num_attention_heads"]
-    head_dim = getattr(expected, "head_dim", None) or hidden // heads
-    assert config.head_dim == head_dim
-    assert config.num_kv_heads == (expected.num_key_value_heads or heads)
+    if model_type in LATENT:
+        check_latent(config, expected)
+    else:
+        head_dim = getattr(expected, "head_dim", None) or hidden // heads
+        assert config.head_dim == head_dim
+        assert config.num_kv_heads == (expected.num_key_value_heads or heads)
     assert config.max_positions == expected.max_position_embeddings
     assert config.norm.eps == expected.rms_norm_eps
     assert config.tie_word_embeddings == expected.tie_word_embeddings
@@ -149,7 +173,8 @@ def check(model_type: str, values: dict[str, Any]) -> ModelConfig:
     stated_out_bias = getattr(expected, "attention_out_bias", stated_bias)
     assert config.o_bias == (stated_out_bias and model_type != "glm4_moe")
     own_bias = getattr(expected, "qkv_bias", model_type == "qwen2")
-    assert config.qkv_bias == getattr(expected, "attention_bias", own_bias)
+    if model_type not in LATENT:
+        assert config.qkv_bias == getattr(expected, "attention_bias", own_bias)
     assert config.mlp_bias == getattr(expected, "mlp_bias", False)
     stop_ids = expected.eos_token_id if expected.eos_token_id is not None else []
     assert config.stop_ids == set(stop_ids if isinstance(stop_ids, list) else [stop_ids])
@@ -158,7 +183,8 @@ def check(model_type: str, values: dict[str, Any]) -> ModelConfig:
     assert config.embedding_scale == scale
     assert config.residual_scale == getattr(expected, "residual_multiplier", 1.0)
     attention = expected.query_pre_attn_scalar**-0.5 if is_gemma else None
-    assert config.attention_scale == getattr(expected, "attention_multiplier", attention)
+    if model_type not in LATENT:
+        assert config.attention_scale == getattr(expected, "attention_multiplier", attention)
     assert config.attention_softcap == getattr(expected, "attn_logit_softcapping", None)
     assert config.logits_softcap == getattr(expected, "final_logit_softcapping", None)
     assert (config.activation.kind == "gelu_tanh") == is_gemma
@@ -170,6 +196,25 @@ def check(model_type: str, values: dict[str, Any]) -> ModelConfig:
     check_experts(config, expected)
     check_rope(config, expected)
     return config
+
+
+LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k2")
+
+
+def check_latent(config: ModelConfig, expected: Any) -> None:
+    latent, rotary = config.latent, expected.qk_rope_head_dim
+    assert latent is not None
+    assert (config.num_kv_heads, config.head_dim) == (1, expected.kv_lora_rank + rotary)
+    assert config.rotary_dim == rotary
+    assert latent.rank == expected.kv_lora_rank
+    assert latent.query_rank == expected.q_lora_rank
+    assert latent.plain_dim == expected.qk_nope_head_dim
+    assert latent.value_dim == expected.v_head_dim
+    assert latent.bias == expected.attention_bias
+    assert latent.has_interleaved_pairs == getattr(expected, "rope_interleave", True)
+    scale = (latent.plain_dim + rotary) ** -0.5
+    scale = yarn_apply_mscale(expected.rope_parameters, scale)
+    assert config.attention_scale == pytest.approx(scale)
 
 
 def check_layers(config: ModelConfig, expected: Any) -> None:
@@ -199,12 +244,15 @@ def check_experts(config: ModelConfig, expected: Any) -> None:
     assert config.moe.shared_gate == (shared > 0 and not hasattr(expected, "n_shared_experts"))
     assert config.moe.router.scale == getattr(expected, "routed_scaling_factor", 1.0)
     groups, stated = config.moe.router.groups, getattr(expected, "n_group", 1)
+    if getattr(expected, "topk_method", "group_limited_greedy") == "greedy":
+        stated = 1
     if (stated or 1) > 1:
         assert groups is not None
         assert (groups.count, groups.chosen) == (stated, expected.topk_group)
     else:
         assert groups is None
-    assert config.mtp_layers == getattr(expected, "num_mtp_layers", 0)
+    stated = getattr(expected, "num_nextn_predict_layers", 0)
+    assert config.mtp_layers == getattr(expected, "num_mtp_layers", stated)
     if hasattr(expected, "norm_topk_prob"):
         assert config.moe.router.normalize == expected.norm_topk_prob
     step, dense = (
@@ -213,6 +261,9 @@ def check_experts(config: ModelConfig, expected: Any) -> None:
     )
     first = getattr(expected, "first_k_dense_replace", 0)
     for i, layer in enumerate(config.layers):
+        if hasattr(expected, "mlp_layer_types"):
+            assert layer.sparse == (expected.mlp_layer_types[i] == "sparse")
+            continue
         assert layer.sparse == (i >= first and i not in dense and (i + 1) % step == 0)
     if hasattr(expected, "swiglu_limit"):
         assert config.activation.limit == expected.swiglu_limit
@@ -269,7 +320,8 @@ def test_a_missing_key_has_the_value_of_transformers(model_type: str, missing: s
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_config_of_sizes_alone_is_that_of_transformers(model_type: str) -> None:
-    check(model_type, SIZES)
+    needed = {"num_experts_per_tok": 6} if model_type == "deepseek_v2" else {}
+    check(model_type, SIZES | needed)
 
 
 @pytest.mark.parametrize(("model_type", "key"), NULLABLE)

@@ -52,6 +52,15 @@ def test_a_shared_expert_is_read_and_computed_for_every_token() -> None:
         assert whole[name].layer_count == part[name].layer_count == 24
 
 
+def test_latents_take_the_place_of_keys_and_values() -> None:
+    config = named_config("deepseek-v2-lite")
+    assert kv_bytes_per_sequence(config, 1, "bfloat16") == 27 * 576 * 2  # DeepSeek-V2, table 1
+    assert kv_bytes_per_sequence(config, 1, "bfloat16", tensor_parallel=4) == 27 * 576 * 2
+    ops = {op.name: op for op in operations(config, Workload("decode", 1, 1, 1000, "bfloat16"))}
+    assert ops["attention"].bytes.kv == 27 * 576 * 2 * 1000
+    assert ops["attention"].flops.matrix == 27 * 16 * 2 * (576 + 512) * 1000
+
+
 def test_all_figures_are_integers_even_with_a_fraction_of_an_expert() -> None:
     work = Workload("decode", 3, 1, 9, "bfloat16", tensor_parallel=8)
     for op in operations(named_config("gpt-oss-120b"), work):
@@ -83,12 +92,14 @@ def test_causal_attention_counts_each_pair_once(
 @pytest.mark.parametrize("fused", [False, True])
 def test_two_gpus_halve_the_work(name: str, fused: bool) -> None:
     config = named_config(name)
-    if config.num_heads % 2 or config.num_kv_heads % 2 or config.whole_qk_norm:
+    has_halves = not config.num_kv_heads % 2 or config.latent is not None
+    if config.num_heads % 2 or not has_halves or config.whole_qk_norm:
         pytest.skip("cannot be split in equal parts")
     one = total(operations(config, Workload("prefill", 4, 64, 64, "bfloat16", fused=fused)))
     two = total(operations(config, Workload("prefill", 4, 64, 64, "bfloat16", 2, fused=fused)))
     assert two.flops.matrix == pytest.approx(one.flops.matrix / 2, rel=0.005)  # each has the router
-    assert two.bytes.kv == one.bytes.kv / 2
+    kv_shares = 2 if config.latent is None else 1  # every GPU has the latents
+    assert two.bytes.kv == one.bytes.kv / kv_shares
     assert two.bytes.weights == pytest.approx(one.bytes.weights / 2, rel=0.01)
 
 

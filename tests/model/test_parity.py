@@ -40,7 +40,7 @@ def logits_of(
     positions = torch.arange(count)
     slot_mapping = table[positions // size] * size + positions % size
     windows = list(dict.fromkeys(layer.window for layer in config.layers))
-    shape = (2, len(table) + 1, size, config.num_kv_heads, config.head_dim)
+    shape = (config.kv_vectors, len(table) + 1, size, config.num_kv_heads, config.head_dim)
     with torch.inference_mode():
         return model(
             backend,

@@ -39,7 +39,7 @@ from model.ops.specs import (
 )
 from model.ops.triton.backend import TritonBackend
 from model.ops.triton.linear import norm_linear
-from model.ops.triton.mxfp4 import ExpertWeights, dense_weights
+from model.ops.triton.mxfp4 import ExpertWeights, dense_weights, words_shape
 from model.ops.triton.tiles import Target, nearest_tiles
 from tests.model.ops_helpers import heads_with_norms, linear_of, norm_of, rope_args
 
@@ -344,7 +344,7 @@ def _moe_calls(ops: TritonBackend, config: ModelConfig, rows: int) -> Iterator[C
     weights = _empty(rows, spec.top_k, dtype=torch.float32)
     biases = (_empty(count, 2 * size), _empty(count, hidden)) if biased else (None, None)
     dense = (_empty(count, 2 * size, hidden), _empty(count, hidden, size))
-    packed = partial(_packed, run=ops.target.mxfp4_run)
+    packed = partial(_packed, target=ops.target)
     for stack, form in ((dense_weights, DENSE), (packed, MXFP4)):
         up, down = map(stack, dense)
         experts = Experts(count, hidden, size, biased, form, up, biases[0], down, biases[1])
@@ -353,11 +353,11 @@ def _moe_calls(ops: TritonBackend, config: ModelConfig, rows: int) -> Iterator[C
         yield partial(ops.norm_experts, stream, x, norm, Router(router, spec), experts, activation)
 
 
-def _packed(weight: torch.Tensor, run: int) -> ExpertWeights:
+def _packed(weight: torch.Tensor, target: Target) -> ExpertWeights:
     count, outputs, inputs = weight.shape
-    values = _empty(count, outputs, inputs // 8, dtype=torch.int32)
+    values = _empty(count, *words_shape(outputs, inputs, target.mxfp4_rows), dtype=torch.int32)
     scales = _empty(count, -(-inputs // 128), outputs, dtype=torch.int32)
-    return ExpertWeights(values, scales, run)
+    return ExpertWeights(values, scales, target.mxfp4_run)
 
 
 def compile_launch(launch: Launch, architecture: str) -> Compiled:

@@ -574,6 +574,29 @@ def test_experts_with_any_number_of_rows(top_k: int, packed: bool) -> None:
     close(found, REFERENCE.experts(x, chosen, weights, experts, GPT_OSS), 3)
 
 
+@pytest.mark.parametrize("columns", [32, 64, 128])
+def test_mxfp4_in_the_order_of_amds_lanes_gives_the_same_results(columns: int) -> None:
+    """Inputs and outputs fill neither all blocks of 128 columns nor all tiles."""
+    count, hidden, size, tokens = 3, 96, 160, 18
+    x, chosen = rand(tokens, hidden, dtype=torch.float16), torch.arange(2 * tokens).view(-1, 2) % 3
+    stored = [(2 * size, hidden), (hidden, size)]
+    weights = [Mxfp4(*quantize_mxfp4(rand(count, *s, seed=4) * 0.2)) for s in stored]
+    experts = experts_of(weights[0], None, weights[1], None)
+    tile = (Tile(16, 64, columns, 4, 1),)
+    ops = kernels(torch.float16, mxfp4_gate_up=tile, mxfp4_down=tile)
+    lanes = TritonBackend(CPU, torch.float16, replace(ops.target, architecture="gfx942"))
+    found = []
+    for backend in (ops, lanes):
+        packed = packed_experts(backend, experts)
+        assert packed.gate_up.is_packed
+        assert packed.down.is_packed
+        found.append(backend.experts(x, chosen, rand(tokens, 2), packed, PLAIN))
+    assert packed.down.values.shape == (count, hidden // 16, 2 * 16 * 16)
+    assert torch.equal(*found)
+    odd = Mxfp4(*quantize_mxfp4(rand(1, 2 * 24, hidden)))  # 24 rows of gate: one block and a half
+    assert not lanes.pack_mxfp4(odd).is_packed
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("tokens", [1, 100])
 def test_a_shard_computes_only_its_own_experts(tokens: int, rank: int) -> None:
@@ -637,7 +660,7 @@ def unpacked(  # type: ignore[no-untyped-def]
 def test_mxfp4_is_unpacked_to_the_dtype_of_the_product(dtype: torch.dtype, run: int) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(1, 16, 1, 16).repeat(1, 1, 4, 1)
     weights = Mxfp4(codes, torch.arange(65, 129, dtype=torch.uint8).view(1, 16, 4))
-    words, out = mxfp4.pack(weights, dtype, run), torch.empty(16, 128, dtype=dtype)
+    words, out = mxfp4.pack(weights, dtype, run, 1), torch.empty(16, 128, dtype=dtype)
     assert words.is_packed
     kind = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
     unpacked[(1,)](words.values, words.scales, out, K=128, RUN=run, DTYPE=kind)
@@ -652,7 +675,7 @@ def test_a_word_holds_the_values_that_a_lane_of_the_matrix_instruction_needs(run
         blocks = torch.zeros(1, 2, 1, 16, dtype=torch.uint8)
         blocks[..., column // 2] = nibble
         weights = Mxfp4(blocks, torch.full((1, 2, 1), 120, dtype=torch.uint8))
-        words = mxfp4.pack(weights, torch.bfloat16, run).values[0, 0]
+        words = mxfp4.pack(weights, torch.bfloat16, run, 1).values[0, 0]
         assert words.nonzero().tolist() == [[column // run % 4]]
 
 

@@ -21,7 +21,7 @@ _HARMLESS = frozenset(
     bos_token_id decoder_start_token_id eod_token_id pad_token_id sep_token_id unk_token_id
 
     attention_dropout attn_pdrop embd_pdrop resid_pdrop residual_dropout
-    router_aux_loss_coef router_jitter_noise
+    aux_loss_alpha ep_size router_aux_loss_coef router_jitter_noise seq_aux
 
     bad_words_ids begin_suppress_tokens cache_implementation diversity_penalty do_sample
     early_stopping encoder_no_repeat_ngram_size epsilon_cutoff eta_cutoff
@@ -46,6 +46,11 @@ _MAXIMUM = {
     "num_attention_heads": 1 << 14,
     "num_key_value_heads": 1 << 14,
     "head_dim": 1 << 14,
+    "kv_lora_rank": 1 << 14,
+    "q_lora_rank": 1 << 16,
+    "qk_nope_head_dim": 1 << 14,
+    "qk_rope_head_dim": 1 << 14,
+    "v_head_dim": 1 << 14,
     "num_experts": 1 << 12,
     "num_local_experts": 1 << 12,
     "n_routed_experts": 1 << 12,

@@ -94,6 +94,15 @@ def ropes_by_layer_type(keys: Keys, local_theta: float) -> tuple[RopeConfig, Rop
     return whole[0], local[0], whole[1]
 
 
+def score_factor(keys: Keys) -> float:
+    """What `mscale_all_dim` multiplies attention's scores by (DeepSeek's code of YaRN)."""
+    rope = _parameters(keys)
+    share = rope.optional_number("mscale_all_dim")
+    if share is None or rope.get("rope_type", rope.get("type", "default")) == "default":
+        return 1.0
+    return (0.1 * share * math.log(max(rope.number("factor"), 1.0)) + 1) ** 2
+
+
 def _yarn_attention_factor(rope: Keys) -> float | None:
     """The stated factor, or that of `mscale` and `mscale_all_dim` (DeepSeek's code of YaRN)."""
     stated = rope.optional_number("attention_factor")

@@ -22,6 +22,7 @@ from model.ops.specs import (
     AttentionSpec,
     Experts,
     ExpertShard,
+    HeadLinear,
     IntegerFormat,
     Linear,
     Norm,
@@ -204,6 +205,11 @@ class CpuBackend(OneDnnBackend):
         leave_to_torch()
         return super().rotate_and_write(qkv, rope)
 
+    def head_linear(self, x: torch.Tensor, linear: HeadLinear) -> torch.Tensor:
+        """As Backend.head_linear."""
+        leave_to_torch()
+        return super().head_linear(x, linear)
+
     def attention(
         self,
         query: torch.Tensor,
@@ -216,6 +222,7 @@ class CpuBackend(OneDnnBackend):
         """As Backend.attention."""
         _, heads, head_dim = query.shape
         fits = heads // kv.shape[3] <= native.MAX_GROUP and head_dim <= native.MAX_HEAD_DIM
+        fits = fits and spec.latent_dim is None
         if fits and self._fits(head_dim, 32) and self.kv_dtype == self.dtype:
             return native.attention(query, kv, batch, group, spec, sinks)
         leave_to_torch()

@@ -166,7 +166,7 @@ class OneDnnBackend(Backend):
         stored = kv.flatten(1, 2)
 
         def select(part: int, slots: torch.Tensor) -> torch.Tensor:
-            """Keys (0) or values (1) of these slots, [slots, kv_heads, head_dim]."""
+            """Keys (0) or values (-1) of these slots, [slots, kv_heads, head_dim]."""
             return read_kv(select_kv(stored[part], slots), query.dtype)
 
         out = torch.empty_like(query)
@@ -177,7 +177,7 @@ class OneDnnBackend(Backend):
             mixed, lse = _flash(
                 query[:count].view(count, kv_heads, shared, head_dim),
                 select(0, plan.single.slots).view(shape).transpose(1, 2),
-                select(1, plan.single.slots).view(shape).transpose(1, 2),
+                select(-1, plan.single.slots).view(shape).transpose(1, 2),
                 attn_mask=plan.single.mask.expand(-1, 1, shared, -1),
                 scale=spec.scale,
             )
@@ -195,7 +195,7 @@ class OneDnnBackend(Backend):
             mixed, lse = _flash(
                 own.permute(1, 2, 0, 3),
                 by_head(select(0, chunk.slots)),
-                by_head(select(1, chunk.slots)),
+                by_head(select(-1, chunk.slots)),
                 is_causal=chunk.mask is None,
                 attn_mask=chunk.mask,
                 scale=spec.scale,
@@ -204,7 +204,7 @@ class OneDnnBackend(Backend):
                 mixed = mixed * torch.sigmoid(lse - sinks[:, :, None]).unsqueeze(-1).to(mixed.dtype)
             mixed = mixed.permute(2, 0, 1, 3).reshape(count, heads, head_dim)
             out[chunk.first : chunk.last] = mixed
-        return out
+        return out[..., : spec.latent_dim]
 
     def argmax(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As Backend.argmax, in two passes: the block of the largest logit, then its place.

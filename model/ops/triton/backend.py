@@ -146,7 +146,7 @@ class TritonBackend(Backend):
 
     def pack_mxfp4(self, weights: Any) -> Any:
         """As `Backend.pack_mxfp4`: packed in words, or dense if a scale is out of range."""
-        return pack(weights, self.dtype, self.target.mxfp4_run)
+        return pack(weights, self.dtype, self.target.mxfp4_run, self.target.mxfp4_rows)
 
     def embed(
         self, table: torch.Tensor, ids: torch.Tensor, scale: float, first: int = 0
@@ -262,6 +262,8 @@ class TritonBackend(Backend):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As `Backend.attention`."""
+        if spec.latent_dim is not None:
+            return super().attention(query, kv, batch, group, spec, sinks)
         target = self._target("attention")
         return attention(query, kv, batch, group, spec, sinks, target, self._arrivals)
 

@@ -94,6 +94,7 @@ def expert_pairs(
             "BLOCK_E": triton.next_power_of_2(count),
             "HIDDEN": hidden,
             "SIZE": size,
+            "ROW": weights.row,
             "BLOCK_M": tile.m,
             "SHORT": tiles.short if tiles.short < tile.m else 0,
             "BLOCK_N": tile.n,

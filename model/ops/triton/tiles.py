@@ -285,6 +285,15 @@ class Target:
         return 4 if self.architecture in ("gfx90a", "gfx942") else 8
 
     @property
+    def mxfp4_rows(self) -> int:
+        """How many rows of an MXFP4 weight are stored together, in the order of a wave's lanes.
+
+        Lanes of MFMA and WMMA hold columns of 16 rows. Other GPUs exchange words through shared
+        memory, in which they arrive.
+        """
+        return 16 if self.vendor == "amd" else 1
+
+    @property
     def fp8(self) -> torch.dtype | None:
         """The form of e4m3 that the hardware converts: OCP's, or of gfx942 ("fnuz"); None: none."""
         if self.vendor == "nvidia":

@@ -46,9 +46,10 @@ def _down_rows(
     expert,
     first,
     end,
-    out,
+    first_out,
     HIDDEN: tl.constexpr,
     SIZE: tl.constexpr,
+    ROW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     MORE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -57,11 +58,12 @@ def _down_rows(
     BIAS: tl.constexpr,
     VENDOR: tl.constexpr,
 ):
-    """Compute columns `out` of BLOCK_M + MORE rows from `first` on, for `experts_down`."""
+    """Compute BLOCK_N columns from `first_out` on of BLOCK_M + MORE rows from `first` on."""
     row = first + tl.arange(0, BLOCK_M)
+    out = first_out + tl.arange(0, BLOCK_N)
     dtype = x_ptr.dtype.element_ty
     source = x_ptr + tl.minimum(row, end - 1)[:, None].to(tl.int64) * SIZE
-    weight_ptr += expert.to(tl.int64) * (HIDDEN * SIZE // (8 if RUN else 1))
+    weight_ptr += expert.to(tl.int64) * (HIDDEN * ROW)
     scale_ptr += expert.to(tl.int64) * (HIDDEN * ((SIZE + 127) // 128))
     bias_ptr += expert * HIDDEN
     mixed = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -75,8 +77,9 @@ def _down_rows(
         if MORE:
             more_x = load_rows(more_source, at, more_row < end, SIZE, MORE, BLOCK_K)
         w = load_weights(
-            weight_ptr, scale_ptr, out, k, HIDDEN, SIZE, HIDDEN, BLOCK_K, RUN, VENDOR, dtype
-        )
+            weight_ptr, scale_ptr, first_out, k, HIDDEN, SIZE, ROW, HIDDEN, BLOCK_N, BLOCK_K, RUN,
+            VENDOR, dtype,
+        )  # fmt: skip
         mixed = multiply(w, x, mixed, RUN, VENDOR)
         if MORE:
             more_mixed = multiply(w, more_x, more_mixed, RUN, VENDOR)
@@ -104,6 +107,7 @@ def experts_down(
     BLOCK_E: tl.constexpr,
     HIDDEN: tl.constexpr,
     SIZE: tl.constexpr,
+    ROW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SHORT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -125,21 +129,23 @@ def experts_down(
     )
     if expert >= EXPERTS:
         return
-    out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_out = tl.program_id(0) * BLOCK_N
     if SHORT > 0 and end - first <= SHORT:
         _down_rows(
             x_ptr, weight_ptr, scale_ptr, bias_ptr, router_weights_ptr, order_ptr, out_ptr, expert,
-            first, end, out, HIDDEN, SIZE, SHORT, 0, BLOCK_N, BLOCK_K, RUN, BIAS, VENDOR,
+            first, end, first_out, HIDDEN, SIZE, ROW, SHORT, 0, BLOCK_N, BLOCK_K, RUN, BIAS, VENDOR,
         )  # fmt: skip
     elif SHORT > 0 and end - first > BLOCK_M:
         _down_rows(
             x_ptr, weight_ptr, scale_ptr, bias_ptr, router_weights_ptr, order_ptr, out_ptr, expert,
-            first, end, out, HIDDEN, SIZE, BLOCK_M, SHORT, BLOCK_N, BLOCK_K, RUN, BIAS, VENDOR,
+            first, end, first_out, HIDDEN, SIZE, ROW, BLOCK_M, SHORT, BLOCK_N, BLOCK_K, RUN, BIAS,
+            VENDOR,
         )  # fmt: skip
     else:
         _down_rows(
             x_ptr, weight_ptr, scale_ptr, bias_ptr, router_weights_ptr, order_ptr, out_ptr, expert,
-            first, end, out, HIDDEN, SIZE, BLOCK_M, 0, BLOCK_N, BLOCK_K, RUN, BIAS, VENDOR,
+            first, end, first_out, HIDDEN, SIZE, ROW, BLOCK_M, 0, BLOCK_N, BLOCK_K, RUN, BIAS,
+            VENDOR,
         )  # fmt: skip
 
 

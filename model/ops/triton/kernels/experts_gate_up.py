@@ -55,10 +55,11 @@ def _gate_up_rows(
     expert,
     first,
     end,
-    out,
+    first_out,
     TOP_K: tl.constexpr,
     HIDDEN: tl.constexpr,
     SIZE: tl.constexpr,
+    ROW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     MORE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -69,14 +70,15 @@ def _gate_up_rows(
     ALPHA: tl.constexpr,
     VENDOR: tl.constexpr,
 ):
-    """Compute columns `out` of BLOCK_M + MORE rows from `first` on, for `experts_gate_up`."""
+    """Compute BLOCK_N columns from `first_out` on of BLOCK_M + MORE rows from `first` on."""
     row = first + tl.arange(0, BLOCK_M)
+    out = first_out + tl.arange(0, BLOCK_N)
     source = _tokens(x_ptr, order_ptr, row, end, TOP_K, HIDDEN)
     dtype = x_ptr.dtype.element_ty
-    weight_ptr += expert.to(tl.int64) * (2 * SIZE * HIDDEN // (8 if RUN else 1))
-    up_ptr = weight_ptr + SIZE * HIDDEN // (8 if RUN else 1)
-    ROW: tl.constexpr = 2 * SIZE
-    scale_ptr += expert.to(tl.int64) * (ROW * ((HIDDEN + 127) // 128))
+    weight_ptr += expert.to(tl.int64) * (2 * SIZE * ROW)
+    up_ptr = weight_ptr + SIZE * ROW
+    SCALES: tl.constexpr = 2 * SIZE
+    scale_ptr += expert.to(tl.int64) * (SCALES * ((HIDDEN + 127) // 128))
     bias_ptr += expert * (2 * SIZE)
     gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -91,14 +93,16 @@ def _gate_up_rows(
         if MORE:
             more_x = load_rows(more_source, at, more_row < end, HIDDEN, MORE, BLOCK_K)
         w = load_weights(
-            weight_ptr, scale_ptr, out, k, SIZE, HIDDEN, ROW, BLOCK_K, RUN, VENDOR, dtype
-        )
+            weight_ptr, scale_ptr, first_out, k, SIZE, HIDDEN, ROW, SCALES, BLOCK_N, BLOCK_K,
+            RUN, VENDOR, dtype,
+        )  # fmt: skip
         gate = multiply(w, x, gate, RUN, VENDOR)
         if MORE:
             more_gate = multiply(w, more_x, more_gate, RUN, VENDOR)
         w = load_weights(
-            up_ptr, scale_ptr + SIZE, out, k, SIZE, HIDDEN, ROW, BLOCK_K, RUN, VENDOR, dtype
-        )
+            up_ptr, scale_ptr + SIZE, first_out, k, SIZE, HIDDEN, ROW, SCALES, BLOCK_N, BLOCK_K,
+            RUN, VENDOR, dtype,
+        )  # fmt: skip
         up = multiply(w, x, up, RUN, VENDOR)
         if MORE:
             more_up = multiply(w, more_x, more_up, RUN, VENDOR)
@@ -123,6 +127,7 @@ def experts_gate_up(
     BLOCK_E: tl.constexpr,
     HIDDEN: tl.constexpr,
     SIZE: tl.constexpr,
+    ROW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SHORT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -147,20 +152,22 @@ def experts_gate_up(
     )
     if expert >= EXPERTS:
         return
-    out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_out = tl.program_id(0) * BLOCK_N
     if SHORT > 0 and end - first <= SHORT:
         _gate_up_rows(
-            x_ptr, weight_ptr, scale_ptr, bias_ptr, order_ptr, out_ptr, expert, first, end, out,
-            TOP_K, HIDDEN, SIZE, SHORT, 0, BLOCK_N, BLOCK_K, RUN, BIAS, LIMIT, ALPHA, VENDOR,
+            x_ptr, weight_ptr, scale_ptr, bias_ptr, order_ptr, out_ptr, expert, first, end,
+            first_out, TOP_K, HIDDEN, SIZE, ROW, SHORT, 0, BLOCK_N, BLOCK_K, RUN, BIAS, LIMIT,
+            ALPHA, VENDOR,
         )  # fmt: skip
     elif SHORT > 0 and end - first > BLOCK_M:
         _gate_up_rows(
-            x_ptr, weight_ptr, scale_ptr, bias_ptr, order_ptr, out_ptr, expert, first, end, out,
-            TOP_K, HIDDEN, SIZE, BLOCK_M, SHORT, BLOCK_N, BLOCK_K, RUN, BIAS, LIMIT, ALPHA,
-            VENDOR,
+            x_ptr, weight_ptr, scale_ptr, bias_ptr, order_ptr, out_ptr, expert, first, end,
+            first_out, TOP_K, HIDDEN, SIZE, ROW, BLOCK_M, SHORT, BLOCK_N, BLOCK_K, RUN, BIAS, LIMIT,
+            ALPHA, VENDOR,
         )  # fmt: skip
     else:
         _gate_up_rows(
-            x_ptr, weight_ptr, scale_ptr, bias_ptr, order_ptr, out_ptr, expert, first, end, out,
-            TOP_K, HIDDEN, SIZE, BLOCK_M, 0, BLOCK_N, BLOCK_K, RUN, BIAS, LIMIT, ALPHA, VENDOR,
+            x_ptr, weight_ptr, scale_ptr, bias_ptr, order_ptr, out_ptr, expert, first, end,
+            first_out, TOP_K, HIDDEN, SIZE, ROW, BLOCK_M, 0, BLOCK_N, BLOCK_K, RUN, BIAS, LIMIT,
+            ALPHA, VENDOR,
         )  # fmt: skip
