@@ -36,8 +36,9 @@ def _compile(architecture: str, only: str, configs: list[str], rows: list[int]) 
             counts: dict[str, int] = {}
             found_launches = compiler.launches(architecture)
             if "quantize" in only:  # products with weights of 4 and 8 bits, in all their formats
-                shapes = {"rows": compiler.ROWS, "configs": compiler.CONFIGS}
-                found_launches = compiler.quantized_launches(architecture, **shapes)
+                found_launches = compiler.quantized_launches(
+                    architecture, rows=compiler.ROWS, configs=compiler.CONFIGS
+                )
             for launch in found_launches:
                 name = launch.kernel.__name__
                 number = counts[name] = counts.get(name, 0) + 1
