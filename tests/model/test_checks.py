@@ -37,11 +37,12 @@ def test_a_right_backend_has_no_problem(
         sparse = "experts" in {case.op for case in found}
         dense = "norm_mlp" in {case.op for case in found}
         assert sparse or dense
-        assert {case.op for case in found} == set(OPERATIONS) - (
-            set() if sparse else {"route", "experts", "norm_experts"}
-        ) - (set() if dense else {"activate", "norm_mlp"}) - (
-            set() if name.startswith(("glm4_moe", "deepseek")) else {"add_gated"}
-        )
+        unused = set() if sparse else {"route", "experts", "norm_experts"}
+        unused |= set() if dense else {"activate", "norm_mlp"}
+        unused |= set() if config.moe and config.moe.shared_size else {"add_gated"}
+        latent = {"head_linear", "latent_query"}
+        unused |= latent if config.latent is None else {"norm_qkv", "rotate_and_write"}
+        assert {case.op for case in found} == set(OPERATIONS) - unused
         assert all(case.bytes > 0 for case in found)
 
 

@@ -19,6 +19,7 @@ from model.ops.specs import (
     AttentionSpec,
     Experts,
     ExpertShard,
+    HeadLinear,
     Linear,
     Norm,
     RopeArgs,
@@ -31,6 +32,7 @@ from model.ops.triton.experts import experts as grouped_experts
 from model.ops.triton.fused import norm_experts, norm_mlp, norm_qkv
 from model.ops.triton.kernels.cache_keys import fix_cache_keys
 from model.ops.triton.kernels.embedding import embed
+from model.ops.triton.latent import head_linear, latent_query
 from model.ops.triton.linear import float32_product, is_one_row, norm_linear
 from model.ops.triton.linear import linear as few_rows_linear
 from model.ops.triton.mxfp4 import dense_weights, pack
@@ -222,6 +224,21 @@ class TritonBackend(Backend):
     def rotate_and_write(self, qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:
         """As `Backend.rotate_and_write`."""
         return rotate_and_write(qkv, rope, self._target("rotate_and_write"))
+
+    def head_linear(self, x: torch.Tensor, linear: HeadLinear) -> torch.Tensor:
+        """As `Backend.head_linear`."""
+        return head_linear(x, linear)
+
+    def latent_query(
+        self,
+        query: torch.Tensor,
+        latent: torch.Tensor,
+        norm: Norm,
+        absorb: HeadLinear,
+        rope: RopeArgs,
+    ) -> torch.Tensor:
+        """As `Backend.latent_query`."""
+        return latent_query(query, latent, norm, absorb, rope, self._target("latent_query"))
 
     def attention(
         self,
