@@ -216,7 +216,7 @@ def mxfp4(weight: torch.Tensor, random: np.random.Generator) -> Encoded:
 
 def is_linear(module: str) -> bool:
     """Whether a module is a linear of a layer, without the router."""
-    return module.endswith("_proj")
+    return module.endswith(("_proj", "_proj_with_mqa"))
 
 
 def write_quantized(

@@ -41,6 +41,11 @@ def test_fused_tensors_are_divided_into_their_parts(name: str, write: Write) -> 
     compute_alike(*of_case(write, name, "phi3-window"))
 
 
+@pytest.mark.parametrize("name", ["fp8 small blocks", "w4 group"])
+def test_projections_to_latents_and_heads_are_dequantized(name: str, write: Write) -> None:
+    compute_alike(*of_case(write, name, "deepseek_v3-wide"))
+
+
 def parameters(folder: Path, shard: Shard) -> list[torch.Tensor]:
     """All parameters of a rank, in float32 without a layout of its own."""
     backend = choose_backend(CPU, torch.float32)
