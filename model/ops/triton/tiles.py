@@ -89,7 +89,6 @@ _NVIDIA_DECODE = Tile(16, 32, 0, 1, 5)
 _NVIDIA_DECODE_256 = Tile(16, 32, 0, 2, 5)  # with one warp, registers would spill
 # Two tiles of 18 KiB are in flight; with one warp the results of 16 heads would not fit.
 _NVIDIA_DECODE_LATENT = Tile(16, 16, 0, 4, 5)
-_NVIDIA_PREFILL_LATENT = Tile(64, 16, 0, 8, 5)
 _HOPPER = Tiles(
     decode=_NVIDIA_DECODE,
     decode_256=_NVIDIA_DECODE_256,
@@ -98,7 +97,7 @@ _HOPPER = Tiles(
     prefill_wide=Tile(64, 64, 0, 4, 4),
     prefill_256=Tile(128, 32, 0, 8, 4),
     decode_latent=_NVIDIA_DECODE_LATENT,
-    prefill_latent=_NVIDIA_PREFILL_LATENT,
+    prefill_latent=Tile(64, 16, 0, 8, 5),
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
     # The highest tiles leave room for two programs: one multiplies while the other unpacks.
     mxfp4_gate_up=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 4, 3)),
@@ -131,7 +130,7 @@ _AMPERE = Tiles(
     prefill_wide=Tile(128, 64, 0, 8, 4),
     prefill_256=Tile(64, 32, 0, 8, 4),
     decode_latent=_NVIDIA_DECODE_LATENT,
-    prefill_latent=_NVIDIA_PREFILL_LATENT,
+    prefill_latent=Tile(32, 16, 0, 4, 5),  # sm_86 has 99 KiB
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)),
     mxfp4_gate_up=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 32, 4, 4)),
     mxfp4_down=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 4), Tile(128, 64, 32, 4, 4)),
