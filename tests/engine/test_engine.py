@@ -86,6 +86,7 @@ def test_batching_chunking_caching_and_preemption_do_not_change_tokens(
         "ministral3-wide",
         "hunyuan_v1_dense-wide",
         "glm4_moe-wide",
+        "deepseek_v3-wide",
     ],
 )
 def test_batching_does_not_change_tokens_in_bfloat16_with_native_kernels(

@@ -21,7 +21,12 @@ _MOST_PROGRAMS = (2**31 - 1, 65_535, 65_535)  # on each axis of a grid, on NVIDI
 
 
 def attend(
-    monkeypatch: pytest.MonkeyPatch, architecture: str, singles: int, chunk: int, dim: int
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    singles: int,
+    chunk: int,
+    dim: int,
+    latent_dim: int | None = None,
 ) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """The launches (kernel, arguments, named arguments) of a step of single tokens and a chunk."""
     found = []
@@ -41,7 +46,10 @@ def attend(
     batch = ForwardBatch(ids, ids, [], [], singles, (), ids, starts, starts[:-1])
     table = GroupTables(empty(sequences, 512, dtype=torch.int32), ids)
     query, kv = empty(singles + chunk, 16, dim), empty(2, 60_000, 16, 2, dim)
-    ops.attention(query, kv, batch, table, AttentionSpec(dim**-0.5, None), empty(16))
+    if latent_dim is not None:
+        kv = empty(1, 60_000, 16, 1, dim)
+    spec = AttentionSpec(dim**-0.5, None, latent_dim=latent_dim)
+    ops.attention(query, kv, batch, table, spec, empty(16) if latent_dim is None else None)
     return found
 
 
@@ -68,8 +76,12 @@ def test_single_tokens_beside_chunks_are_computed_as_single_tokens(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_heads_of_256_compile_and_fit(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    launches = attend(monkeypatch, architecture, 8, 100, 256)
+@pytest.mark.parametrize("latent_dim", [None, 512])
+def test_heads_of_256_and_latents_compile_and_fit(
+    latent_dim: int | None, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dim = 256 if latent_dim is None else latent_dim + 64
+    launches = attend(monkeypatch, architecture, 8, 100, dim, latent_dim)
     monkeypatch.undo()
     for kernel, args, named in launches:
         options = {name: value for name, value in named.items() if name != "grid"}

@@ -18,6 +18,7 @@ from triton.runtime.interpreter import interpreter_builder
 
 from engine import Engine, EngineConfig, Request, SamplingParams
 from engine.execution import model_runner
+from model.formats import PER_HEAD
 from model.ops.backend import Backend
 from model.ops.cpu.backend import CpuBackend
 from model.ops.forward_batch import ForwardBatch, GroupTables
@@ -28,6 +29,8 @@ from model.ops.specs import (
     AttentionSpec,
     ExpertGroups,
     ExpertShard,
+    HeadLinear,
+    Heads,
     Norm,
     NormSpec,
     RopeArgs,
@@ -443,6 +446,36 @@ def test_scores_are_capped_softly(cap: float) -> None:
         spec = AttentionSpec(0.5, window, cap)
         expected = REFERENCE.attention(query, kv, batch, group, spec)
         close(kernels().attention(query, kv, batch, group, spec), expected)
+
+
+@pytest.mark.parametrize("heads", [5, 24])
+def test_attention_to_latents(heads: int) -> None:
+    lengths = [(1, 50), (1, 1), (1, 33), (20, 20), (7, 40)]
+    batch, group, blocks = paged(lengths, None, block_size=16)
+    query = rand(sum(q for q, _ in lengths), heads, 40 + 24)
+    kv, spec = rand(1, blocks, 16, 1, 40 + 24, seed=1), AttentionSpec(0.2, None, latent_dim=40)
+    for row, (_, context) in enumerate(lengths):
+        if context % 16:  # slots behind the context may hold anything
+            kv[:, group.block_table[row, context // 16], context % 16 :] = float("nan")
+    expected = REFERENCE.attention(query, kv, batch, group, spec)
+    close(kernels().attention(query, kv, batch, group, spec), expected)
+
+
+@pytest.mark.parametrize("heads", [3, 20])
+def test_queries_of_latents(heads: int) -> None:
+    query, latent = rand(5, heads, 24 + 16), rand(5, 40 + 16, seed=1)
+    norm, angle = norm_of(rand(40, seed=2) + 1), rand(5, 8, seed=3)
+    absorb = HeadLinear(heads, 24, 40, PER_HEAD, rand(heads, 40, 24, seed=4))
+    cos_sin, slots = torch.cat((angle.cos(), angle.sin()), 1), torch.tensor([3, 17, 0, 30, 5])
+    found = []
+    for ops in (REFERENCE, kernels()):
+        kv = torch.zeros(1, 2, 16, 1, 56)
+        rope = RopeArgs(Heads(heads, 1, 56), cos_sin, kv, slots)
+        found.append((ops.latent_query(query, latent, norm, absorb, rope), kv))
+    for one, other in zip(*found, strict=True):
+        close(other, one)
+    x = rand(5, heads, 30)[..., :24]
+    close(kernels().head_linear(x, absorb), REFERENCE.head_linear(x, absorb))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -16,6 +16,7 @@ from model.ops.triton.tiles import Target, Tile, for_dtype
 _MIN_TILES = 4  # KV tiles in each part, since combining parts takes time
 _MAX_PARTS = 64  # of a row
 _MAX_ROWS = 64  # (rows · KV heads) that each processor has if long rows are still split
+_LATENT_HEADS = 16  # the most that a program computes, whose results are long
 _EXTRAS = 4  # programs on each processor for the further parts of long rows
 
 
@@ -29,7 +30,7 @@ class _Call:
     """The arguments of one attention operation, and the shapes that its launches share."""
 
     query: torch.Tensor  # [tokens, heads, head_dim], contiguous
-    kv: torch.Tensor  # [2, blocks, block_size, kv_heads, head_dim], in any floating-point dtype
+    kv: torch.Tensor  # as `Backend.empty_cache` returns it, in any floating-point dtype
     batch: ForwardBatch
     block_table: torch.Tensor  # int32 [sequences, blocks]
     spec: AttentionSpec
@@ -47,6 +48,11 @@ class _Call:
         """Compile-time constants of the kernels that read keys and values."""
         _, heads, dim = self.query.shape
         _, _, block_size, kv_heads, _ = self.kv.shape
+        tail = 0
+        if self.spec.latent_dim is not None:
+            # Parts of the heads take the place of KV heads, since results of all do not fit.
+            tail = dim - self.spec.latent_dim
+            kv_heads = heads // _largest_divisor(heads, _LATENT_HEADS)
         return {
             "SCALE": self.spec.scale,
             "SOFTCAP": self.spec.softcap,
@@ -54,7 +60,9 @@ class _Call:
             "KV_HEADS": kv_heads,
             "GROUP": heads // kv_heads,
             "DIM": dim,
-            "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+            "TAIL": tail,
+            "BLOCK_D": max(16, triton.next_power_of_2(dim - tail)),
+            "BLOCK_T": max(16, triton.next_power_of_2(tail)),
             "BLOCK_SIZE": block_size,
             "SINKS": self.sinks is not None,
             "PRECISION": "ieee",
@@ -73,7 +81,7 @@ def attention(
 ) -> torch.Tensor:
     """As `Backend.attention`; a sequence of length 0, which only pads a batch, gives zeros."""
     call = _Call(query.contiguous(), kv, batch, group.block_table, spec, sinks, target, arrivals)
-    out = torch.empty_like(call.query)
+    out = query.new_empty(*query.shape[:2], spec.latent_dim or query.shape[2])
     if batch.num_single:
         _attend_single_tokens(call, out)
     if batch.context_lens.shape[0] > batch.num_single:
@@ -116,12 +124,18 @@ class Splitting:
         return cls(max_parts, part_len, extras)
 
 
+def _largest_divisor(count: int, limit: int) -> int:
+    return next(n for n in range(min(count, limit), 0, -1) if count % n == 0)
+
+
 def _attend_single_tokens(call: _Call, out: torch.Tensor) -> None:
     query, kv, block_table, target = call.query, call.kv, call.block_table, call.target
     constants, rows = call.constants, call.batch.num_single
-    _, heads, dim = query.shape
+    _, heads, dim = out.shape
     kv_heads, group = constants["KV_HEADS"], constants["GROUP"]
     tile = target.tiles.decode if dim <= 128 else target.tiles.decode_256
+    if constants["TAIL"]:
+        tile = target.tiles.decode_latent
     if kv.dtype in FP8:
         tile = replace(tile, warps=max(tile.warps, target.tiles.fp8_warps))
     tile = for_dtype(tile, query.dtype)
@@ -166,6 +180,8 @@ def _attend_chunks(call: _Call, out: torch.Tensor) -> None:
     kv_heads, group, dim = constants["KV_HEADS"], constants["GROUP"], constants["DIM"]
     tiles = target.tiles
     tile = tiles.prefill if dim <= 64 else tiles.prefill_wide if dim <= 128 else tiles.prefill_256
+    if constants["TAIL"]:
+        tile = tiles.prefill_latent
     if kv.dtype in FP8:
         tile = replace(tile, n=min(tile.n, tiles.fp8_keys if dim <= 64 else tiles.fp8_keys_wide))
     tile = for_dtype(tile, query.dtype)

@@ -19,6 +19,7 @@ from model.ops.specs import (
     AttentionSpec,
     Experts,
     ExpertShard,
+    HeadLinear,
     Linear,
     Norm,
     RopeArgs,
@@ -31,6 +32,7 @@ from model.ops.triton.experts import experts as grouped_experts
 from model.ops.triton.fused import norm_experts, norm_mlp, norm_qkv
 from model.ops.triton.kernels.cache_keys import fix_cache_keys
 from model.ops.triton.kernels.embedding import embed
+from model.ops.triton.latent import head_linear, latent_query
 from model.ops.triton.linear import float32_product, is_one_row, norm_linear
 from model.ops.triton.linear import linear as few_rows_linear
 from model.ops.triton.mxfp4 import dense_weights, pack
@@ -223,6 +225,21 @@ class TritonBackend(Backend):
         """As `Backend.rotate_and_write`."""
         return rotate_and_write(qkv, rope, self._target("rotate_and_write"))
 
+    def head_linear(self, x: torch.Tensor, linear: HeadLinear) -> torch.Tensor:
+        """As `Backend.head_linear`."""
+        return head_linear(x, linear)
+
+    def latent_query(
+        self,
+        query: torch.Tensor,
+        latent: torch.Tensor,
+        norm: Norm,
+        absorb: HeadLinear,
+        rope: RopeArgs,
+    ) -> torch.Tensor:
+        """As `Backend.latent_query`."""
+        return latent_query(query, latent, norm, absorb, rope, self._target("latent_query"))
+
     def attention(
         self,
         query: torch.Tensor,
@@ -233,8 +250,6 @@ class TritonBackend(Backend):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As `Backend.attention`."""
-        if spec.latent_dim is not None:
-            return super().attention(query, kv, batch, group, spec, sinks)
         target = self._target("attention")
         return attention(query, kv, batch, group, spec, sinks, target, self._arrivals)
 

@@ -22,7 +22,10 @@ Choice = str | Mapping[str, Any]
 STORAGE: dict[str, tuple[str, ...]] = {"experts": ("pack_experts", "pack_mxfp4")}
 
 _ONE_ROW = Tile(1, 16, 256, 4, 3)
-_ATTENTION = ("decode", "decode_256", "prefill", "prefill_wide", "prefill_256")
+_ATTENTION = (
+    *("decode", "decode_256", "decode_latent"),
+    *("prefill", "prefill_wide", "prefill_256", "prefill_latent"),
+)
 
 
 @dataclass(frozen=True)

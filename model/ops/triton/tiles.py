@@ -50,6 +50,9 @@ class Tiles:
     prefill: Tile  # attention of chunks, head size up to 64
     prefill_wide: Tile  # attention of chunks, head size up to 128
     prefill_256: Tile  # attention of chunks, larger heads
+    # Attention to latents of 512, of which a program computes at least 16 rows.
+    decode_latent: Tile
+    prefill_latent: Tile
     # By rising m: the first with room for an expert's mean rows is used. Tiles of one m are by
     # falling n: a narrow one is used where wide ones give too few programs.
     experts: tuple[Tile, ...]
@@ -84,6 +87,8 @@ class Tiles:
 # 96 KiB. At 4.3 TB/s and a latency of about 800 ns, 132 processors need 26 KB each (Little's law).
 _NVIDIA_DECODE = Tile(16, 32, 0, 1, 5)
 _NVIDIA_DECODE_256 = Tile(16, 32, 0, 2, 5)  # with one warp, registers would spill
+# Two tiles of 18 KiB are in flight; with one warp the results of 16 heads would not fit.
+_NVIDIA_DECODE_LATENT = Tile(16, 16, 0, 4, 5)
 _HOPPER = Tiles(
     decode=_NVIDIA_DECODE,
     decode_256=_NVIDIA_DECODE_256,
@@ -91,6 +96,8 @@ _HOPPER = Tiles(
     prefill=Tile(128, 64, 0, 8, 4, max_registers=128),
     prefill_wide=Tile(64, 64, 0, 4, 4),
     prefill_256=Tile(128, 32, 0, 8, 4),
+    decode_latent=_NVIDIA_DECODE_LATENT,
+    prefill_latent=Tile(64, 16, 0, 8, 5),
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
     # The highest tiles leave room for two programs: one multiplies while the other unpacks.
     mxfp4_gate_up=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 4, 3)),
@@ -122,6 +129,8 @@ _AMPERE = Tiles(
     prefill=Tile(128, 64, 0, 8, 4),
     prefill_wide=Tile(128, 64, 0, 8, 4),
     prefill_256=Tile(64, 32, 0, 8, 4),
+    decode_latent=_NVIDIA_DECODE_LATENT,
+    prefill_latent=Tile(32, 16, 0, 4, 5),  # sm_86 has 99 KiB
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)),
     mxfp4_gate_up=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 32, 4, 4)),
     mxfp4_down=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 4), Tile(128, 64, 32, 4, 4)),
@@ -137,6 +146,8 @@ _CDNA = Tiles(
     prefill=Tile(128, 32, 0, 4, 2),
     prefill_wide=Tile(128, 32, 0, 4, 2, matrix_instruction=16, waves_per_simd=2),
     prefill_256=Tile(128, 32, 0, 4, 2),
+    decode_latent=Tile(16, 16, 0, 4, 1),
+    prefill_latent=Tile(32, 16, 0, 4, 1),
     experts=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2), Tile(128, 64, 64, 8, 2)),
     mxfp4_gate_up=(
         Tile(16, 64, 128, 4, 2),
@@ -160,6 +171,8 @@ SMALL = Tiles(
     prefill=Tile(64, 32, 0, 4, 2),
     prefill_wide=Tile(64, 32, 0, 8, 2),
     prefill_256=Tile(64, 32, 0, 8, 2),
+    decode_latent=Tile(16, 16, 0, 4, 1),
+    prefill_latent=Tile(16, 16, 0, 8, 1),
     experts=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 32, 4, 2)),
     mxfp4_gate_up=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2)),
     mxfp4_down=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2)),

@@ -6,6 +6,7 @@
 #include "gemm/int8_pack.h"
 #include "gemm/linear.h"
 #include "gemm/pack.h"
+#include "latent.h"
 #include "route.h"
 #include "table.h"
 #include "token_ops.h"
@@ -20,6 +21,8 @@ const Function functions[] = {
     NATIVE_FUNCTION(softcap),
     NATIVE_FUNCTION(add_rms_norm),
     NATIVE_FUNCTION(rotate_and_write),
+    NATIVE_FUNCTION(head_linear),
+    NATIVE_FUNCTION(write_latents),
     NATIVE_FUNCTION(attention),
     NATIVE_FUNCTION(linear),
     NATIVE_FUNCTION(logits),

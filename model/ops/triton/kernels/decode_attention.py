@@ -60,14 +60,14 @@ def _combine_parts(
     stats_ptr,
     parts,
     GROUP: tl.constexpr,
-    DIM: tl.constexpr,
+    OUT: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Combine the parts of a row in their order: as `attend` of all its keys."""
     member, dim = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     is_member = member < GROUP
-    mask = is_member[:, None] & (dim < DIM)[None, :]
+    mask = is_member[:, None] & (dim < OUT)[None, :]
     top = tl.full((BLOCK_G,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
     mixed = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
@@ -77,7 +77,7 @@ def _combine_parts(
         at = part * GROUP + member
         part_top = tl.load(stats_ptr + part * GROUP + at, is_member, other=0.0)
         part_total = tl.load(stats_ptr + (part + 1) * GROUP + at, is_member, other=0.0)
-        part_mixed = tl.load(mixed_ptr + at[:, None] * DIM + dim[None, :], mask, other=0.0)
+        part_mixed = tl.load(mixed_ptr + at[:, None] * OUT + dim[None, :], mask, other=0.0)
         higher = tl.maximum(top, part_top)  # finite: a part has at least one key
         shrink, part_shrink = tl.exp2(top - higher), tl.exp2(part_top - higher)
         total = total * shrink + part_total * part_shrink
@@ -97,7 +97,7 @@ def _store_result(
     out_ptr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    DIM: tl.constexpr,
+    OUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SINKS: tl.constexpr,
@@ -105,8 +105,8 @@ def _store_result(
     member, dim = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     head = kv_head * GROUP + member
     mixed = normalize(top, total, mixed, sinks_ptr, head, member < GROUP, SINKS)
-    target = out_ptr + (row * (KV_HEADS * GROUP) + head)[:, None] * DIM + dim[None, :]
-    mask = (member < GROUP)[:, None] & (dim < DIM)[None, :]
+    target = out_ptr + (row * (KV_HEADS * GROUP) + head)[:, None] * OUT + dim[None, :]
+    mask = (member < GROUP)[:, None] & (dim < OUT)[None, :]
     tl.store(target, mixed.to(out_ptr.dtype.element_ty), mask)
 
 
@@ -134,8 +134,10 @@ def _attend_to_part(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
+    TAIL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -145,9 +147,15 @@ def _attend_to_part(
 ):
     row = row.to(tl.int64)
     member, dim = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    mask = (member < GROUP)[:, None] & (dim < DIM)[None, :]
+    OUT: tl.constexpr = DIM - TAIL  # values of a head's result
+    mask = (member < GROUP)[:, None] & (dim < OUT)[None, :]
     source = query_ptr + ((row * KV_HEADS + kv_head) * GROUP + member)[:, None] * DIM
     query = tl.load(source + dim[None, :], mask, other=0.0)
+    query_tail = query
+    if TAIL:
+        behind = tl.arange(0, BLOCK_T)[None, :]
+        is_inside = (member < GROUP)[:, None] & (behind < TAIL)
+        query_tail = tl.load(source + OUT + behind, is_inside, other=0.0)
 
     context_len = tl.load(context_lens_ptr + row)
     attended = _attended_len(context_len, WINDOW)
@@ -161,21 +169,22 @@ def _attend_to_part(
     total = tl.zeros((BLOCK_M,), tl.float32)
     mixed = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     top, total, mixed = attend(
-        top, total, mixed, query, context_len, kv_ptr, value_offset,
+        top, total, mixed, query, query_tail, context_len, kv_ptr, value_offset,
         block_table_ptr + row * table_stride, kv_head, first, last, last, False,
-        SCALE, SOFTCAP, WINDOW, KV_HEADS, DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N, PRECISION,
+        SCALE, SOFTCAP, WINDOW, KV_HEADS, DIM, BLOCK_D, TAIL, BLOCK_T, BLOCK_SIZE, BLOCK_N,
+        PRECISION,
     )  # fmt: skip
     if not SPLIT or parts <= 1:
         _store_result(
             top, total, mixed, row, kv_head, sinks_ptr, out_ptr,
-            KV_HEADS, GROUP, DIM, BLOCK_M, BLOCK_D, SINKS,
+            KV_HEADS, GROUP, OUT, BLOCK_M, BLOCK_D, SINKS,
         )  # fmt: skip
     else:
         own = row * KV_HEADS + kv_head
-        mixed_ptr += own * max_parts * GROUP * DIM
+        mixed_ptr += own * max_parts * GROUP * OUT
         stats_ptr += own * max_parts * GROUP * 2
         at = part * GROUP + member
-        tl.store(mixed_ptr + at[:, None] * DIM + dim[None, :], mixed, mask)
+        tl.store(mixed_ptr + at[:, None] * OUT + dim[None, :], mixed, mask)
         tl.store(stats_ptr + part * GROUP + at, top, member < GROUP)
         tl.store(stats_ptr + (part + 1) * GROUP + at, total, member < GROUP)
         # One thread adds to the counter, for the stores of all threads before the barrier. The
@@ -184,11 +193,11 @@ def _attend_to_part(
         if tl.atomic_add(arrivals_ptr + own, 1, sem="acq_rel", scope="gpu") == parts - 1:
             tl.store(arrivals_ptr + own, 0)  # for the next launch
             all_top, all_total, all_mixed = _combine_parts(
-                mixed_ptr, stats_ptr, parts, GROUP, DIM, BLOCK_G, BLOCK_D
+                mixed_ptr, stats_ptr, parts, GROUP, OUT, BLOCK_G, BLOCK_D
             )
             _store_result(
                 all_top, all_total, all_mixed, row, kv_head, sinks_ptr, out_ptr,
-                KV_HEADS, GROUP, DIM, BLOCK_G, BLOCK_D, SINKS,
+                KV_HEADS, GROUP, OUT, BLOCK_G, BLOCK_D, SINKS,
             )  # fmt: skip
 
 
@@ -215,8 +224,10 @@ def decode_attention(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
+    TAIL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -227,11 +238,12 @@ def decode_attention(
 ):
     """Attend with one token's group of heads to parts of its KV; grid ((extras + rows) · KV_HEADS).
 
-    query, out [rows, heads, DIM], context_lens int32 [rows]. SPLIT: rows longer than part_len have
-    up to max_parts parts. Each writes mixed float32 [rows, KV_HEADS, max_parts, GROUP, DIM] and
-    stats float32 [rows, KV_HEADS, max_parts, 2, GROUP] (maximum of the scores in base 2, sum of
-    exponentials), and the one that ends last combines them. It is known by the counters arrivals
-    int32 [rows · KV_HEADS], which are 0 before and after each launch.
+    query [rows, heads, DIM], out [rows, heads, DIM - TAIL], context_lens int32 [rows]. With a TAIL
+    (see `attend`) KV_HEADS is the number of parts of the heads. SPLIT: rows longer than part_len
+    have up to max_parts parts. Each writes mixed float32 [rows, KV_HEADS, max_parts, GROUP,
+    DIM - TAIL] and stats float32 [rows, KV_HEADS, max_parts, 2, GROUP] (maximum of the scores in
+    base 2, sum of exponentials), and the one that ends last combines them. It is known by the
+    counters arrivals int32 [rows · KV_HEADS], which are 0 before and after each launch.
     """
     wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     kv_head, slot = tl.program_id(0) % KV_HEADS, tl.program_id(0) // KV_HEADS
@@ -248,8 +260,8 @@ def decode_attention(
             _attend_to_part(
                 row, part, kv_head, query_ptr, kv_ptr, value_offset, block_table_ptr, table_stride,
                 context_lens_ptr, sinks_ptr, out_ptr, mixed_ptr, stats_ptr, arrivals_ptr, max_parts,
-                part_len, SCALE, SOFTCAP, WINDOW, KV_HEADS, GROUP, DIM, BLOCK_M, BLOCK_D,
-                BLOCK_SIZE, BLOCK_N, BLOCK_G, SPLIT, SINKS, PRECISION,
+                part_len, SCALE, SOFTCAP, WINDOW, KV_HEADS, GROUP, DIM, TAIL, BLOCK_M, BLOCK_D,
+                BLOCK_T, BLOCK_SIZE, BLOCK_N, BLOCK_G, SPLIT, SINKS, PRECISION,
             )  # fmt: skip
         index += extras
         has_work = has_work & is_extra

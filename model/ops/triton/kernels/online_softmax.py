@@ -15,6 +15,7 @@ def attend(
     total,
     mixed,
     query,
+    query_tail,
     position,
     kv_ptr,
     value_offset,
@@ -30,11 +31,16 @@ def attend(
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Online softmax of rows (query [rows, BLOCK_D], position [rows]) over keys [first, last).
+
+    With a TAIL the cache has latents, which all heads share: values are keys without their last
+    TAIL values, and query_tail [rows, BLOCK_T] is multiplied by those.
 
     Updates the maximum of the scores (base 2), the sum of their exponentials and the weighted sum
     of values. CAUSAL: keys are masked by position and WINDOW. Without a window all rows attend to
@@ -47,17 +53,27 @@ def attend(
         at = start + tl.arange(0, BLOCK_N)
         block = tl.load(block_table_ptr + at // BLOCK_SIZE, at < last, other=0)
         slot = block.to(tl.int64) * BLOCK_SIZE + at % BLOCK_SIZE
-        source = kv_ptr + (slot * KV_HEADS + kv_head)[:, None] * DIM + dim[None, :]
-        if BLOCK_D == DIM:
-            key = tl.load(source)
-        else:
-            key = tl.load(source, (dim < DIM)[None, :], other=0.0)
         # Slots outside the context may hold anything, also NaN. The scores of such keys are
         # replaced, but a probability of 0 times a value of NaN is NaN, so values are zeroed.
-        inside = (at < last)[:, None] & (dim < DIM)[None, :]
-        value = tl.load(source + value_offset, inside, other=0.0)
+        inside = (at < last)[:, None] & (dim < DIM - TAIL)[None, :]
+        if TAIL:
+            source = kv_ptr + slot[:, None] * DIM + dim[None, :]
+            key = tl.load(source, inside, other=0.0)
+            value = key
+            behind = tl.arange(0, BLOCK_T)
+            place = kv_ptr + slot[:, None] * DIM + DIM - TAIL + behind[None, :]
+            tail = tl.load(place, (behind < TAIL)[None, :], other=0.0)
+        else:
+            source = kv_ptr + (slot * KV_HEADS + kv_head)[:, None] * DIM + dim[None, :]
+            if BLOCK_D == DIM:
+                key = tl.load(source)
+            else:
+                key = tl.load(source, (dim < DIM)[None, :], other=0.0)
+            value = tl.load(source + value_offset, inside, other=0.0)
         # A cache in fp8 is converted: products of fp8 would also need the query in fp8.
         scores = tl.dot(query, key.to(query.dtype).T, input_precision=PRECISION)
+        if TAIL:
+            scores = tl.dot(query_tail, tail.to(query.dtype).T, scores, input_precision=PRECISION)
         if SOFTCAP is None:
             scores *= SCALE * LOG2E
         else:  # cap · tanh(s / cap) = cap · (1 - 2 / (e^(2s / cap) + 1))

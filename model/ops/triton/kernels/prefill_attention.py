@@ -30,8 +30,10 @@ def prefill_attention(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
+    TAIL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SINKS: tl.constexpr,
@@ -68,9 +70,15 @@ def prefill_attention(
     head = kv_head * GROUP + member % GROUP
     dim = tl.arange(0, BLOCK_D)
     is_row = (member < QUERIES * GROUP) & (index < count)
-    mask = is_row[:, None] & (dim < DIM)[None, :]
-    place = ((start + index).to(tl.int64) * (KV_HEADS * GROUP) + head)[:, None] * DIM + dim[None, :]
-    query = tl.load(query_ptr + place, mask, other=0.0)
+    OUT: tl.constexpr = DIM - TAIL  # values of a head's result
+    mask = is_row[:, None] & (dim < OUT)[None, :]
+    place = ((start + index).to(tl.int64) * (KV_HEADS * GROUP) + head)[:, None]
+    query = tl.load(query_ptr + place * DIM + dim[None, :], mask, other=0.0)
+    query_tail = query
+    if TAIL:
+        behind = tl.arange(0, BLOCK_T)[None, :]
+        source = query_ptr + place * DIM + OUT + behind
+        query_tail = tl.load(source, is_row[:, None] & (behind < TAIL), other=0.0)
 
     before = tl.load(context_lens_ptr + low) - count
     position = before + index
@@ -84,9 +92,9 @@ def prefill_attention(
     block_table_ptr += low.to(tl.int64) * table_stride
     unmasked = (before + skipped + 1) // BLOCK_N * BLOCK_N  # the first query attends to itself
     top, total, mixed = attend(
-        top, total, mixed, query, position, kv_ptr, value_offset, block_table_ptr, kv_head, first,
-        unmasked, last, True, SCALE, SOFTCAP, WINDOW, KV_HEADS, DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N,
-        PRECISION,
+        top, total, mixed, query, query_tail, position, kv_ptr, value_offset, block_table_ptr,
+        kv_head, first, unmasked, last, True, SCALE, SOFTCAP, WINDOW, KV_HEADS, DIM, BLOCK_D, TAIL,
+        BLOCK_T, BLOCK_SIZE, BLOCK_N, PRECISION,
     )  # fmt: skip
     mixed = normalize(top, total, mixed, sinks_ptr, head, is_row, SINKS)
-    tl.store(out_ptr + place, mixed.to(query.dtype), mask)
+    tl.store(out_ptr + place * OUT + dim[None, :], mixed.to(query.dtype), mask)
