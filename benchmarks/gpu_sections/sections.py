@@ -88,11 +88,10 @@ def _load(
 _PARITY = (
     "embed", "logits", "linear", "add_rms_norm", "norm_qkv", "norm_mlp", "rotate_and_write",
     "attention", "activate", "route", "experts", "norm_experts", "pack_experts", "pack_mxfp4",
-    "sample_rows",
+    "sample_rows", "gated", "scaled_sum", "add_gated", "head_linear", "latent_query",
 )  # fmt: skip
-PARITY_PARTS = (
-    6  # of the other families, in processes of their own: most of their time is compiling
-)
+# Of the other families, in processes of their own: most of their time is compiling.
+PARITY_PARTS = 6
 _TRT = "TensorRT-LLM on an H200"
 _COURSE = "39,120 (gpt-oss-team01, bf16, eight MI250 dies)"
 
@@ -116,9 +115,8 @@ QUICK: dict[str, Section] = {
         ("route", "experts", "norm_experts", "pack_experts", "pack_mxfp4"),
     ),
     "check-sampling": Section(
-        _check("check_sampling"), 30, "top-k and top-p", False, 
+        _check("check_sampling"), 30, "top-k and top-p", False,
         ("adjust_logits", "sample_rows", "argmax", "top_tokens"),
-
     ),
     "check-fusions": Section(
         _check("check_fusions"), 30, "fused norms", False, ("linear", "norm_qkv", "norm_mlp")
