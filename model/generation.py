@@ -89,10 +89,7 @@ def _temperature(keys: Keys, name: str) -> float:
 
 
 def _top_p(keys: Keys, name: str) -> float:
-    value = keys.get(name)
-    if not _is_number(value) or not 0 < value <= 1:
-        raise keys.fail(f"'{name}' must be a number above 0 and at most 1, not {value!r}")
-    return float(value)
+    return _positive_number(keys, name, 1)
 
 
 def _top_k(keys: Keys, name: str) -> int:
@@ -107,9 +104,13 @@ def _min_p(keys: Keys, name: str) -> float:
 
 
 def _repetition_penalty(keys: Keys, name: str) -> float:
+    return _positive_number(keys, name, 100)
+
+
+def _positive_number(keys: Keys, name: str, most: int) -> float:
     value = keys.get(name)
-    if not _is_number(value) or not 0 < value <= 100:
-        raise keys.fail(f"'{name}' must be a number above 0 and at most 100, not {value!r}")
+    if not _is_number(value) or not 0 < value <= most:
+        raise keys.fail(f"'{name}' must be a number above 0 and at most {most}, not {value!r}")
     return float(value)
 
 

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from getp.errors import GetpError
 from getp.files import STDIO, is_stream, open_input, open_output
@@ -105,18 +105,22 @@ def merge_shards(output: str) -> int:
         if isinstance(form, TableFormat) and form.name not in DELIMITERS:
             write_batches(file, form.name, _table_batches(paths, form.name))
             return len(paths)
-        for number, path in enumerate(paths):
-            with open_input(path) as part:
-                if isinstance(form, TableFormat) and number:
-                    read_header(part, DELIMITERS[form.name])  # the first shard has written it
-                shutil.copyfileobj(part, file)
+        delimiter = DELIMITERS[form.name] if isinstance(form, TableFormat) else None
+        _join(paths, file, delimiter)
     failures = [name for name in map(errors_path, paths) if os.path.exists(name)]
     if failures:
         with open_output(errors_path(output)) as file:
-            for path in failures:
-                with open_input(path) as part:
-                    shutil.copyfileobj(part, file)
+            _join(failures, file)
     return len(paths)
+
+
+def _join(paths: Sequence[str], file: BinaryIO, delimiter: str | None = None) -> None:
+    """Copy files one after the other; delimiter: of tables, which only the first gives a header."""
+    for number, path in enumerate(paths):
+        with open_input(path) as part:
+            if delimiter is not None and number:
+                read_header(part, delimiter)
+            shutil.copyfileobj(part, file)
 
 
 def _split(path: str) -> tuple[str, str]:
@@ -132,13 +136,13 @@ def _split(path: str) -> tuple[str, str]:
 def _finished_shards(output: str) -> list[str]:
     """Return the paths of all shards' results. Raises GetpError unless each one is there."""
     stem, suffix = _split(output)
-    found: dict[int, set[int]] = {}
+    found: set[int] = set()  # how many shards there are, by the names
     names = [*glob.glob(f"{glob.escape(stem)}-*-of-*{glob.escape(suffix)}")]
     names += glob.glob(f"{glob.escape(stem)}-*-of-*{glob.escape(suffix)}.journal")
     for name in names:
         middle = name.removesuffix(".journal")[len(stem) + 1 :].removesuffix(suffix)
         if match := _SHARD.fullmatch(middle):
-            found.setdefault(int(match[2]), set()).add(int(match[1]))
+            found.add(int(match[2]))
     if len(found) != 1:
         counts = " and ".join(f"of {count} shards" for count in sorted(found))
         problem = (
@@ -147,7 +151,7 @@ def _finished_shards(output: str) -> list[str]:
             else (f"has no shards: there is no file {stem}-*-of-*{suffix}")
         )
         raise GetpError(f"{output} {problem}")
-    shards = next(iter(found))
+    (shards,) = found
     paths = [shard_path(output, (number, shards)) for number in range(1, shards + 1)]
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,16 +65,16 @@ def _figures(
     def course(draw: Callable[["Axes", Sequence[Moment]], None]) -> Callable[["Axes"], None] | None:
         return (lambda axes: draw(axes, moments)) if moments else None
 
-    def latency(values: Sequence[float], label: str) -> Callable[["Axes"], None] | None:
-        return (lambda axes: _draw_latency(axes, values, label)) if values else None
+    def latency(values: Sequence[float]) -> Callable[["Axes"], None] | None:
+        return (lambda axes: _draw_latency(axes, values)) if values else None
 
     has_roof = bool(report["peak_flops"] and report["mfu"] and report["mbu"])
     return [
         ("Throughput", course(_draw_throughput)),
         ("Requests", course(_draw_requests)),
         ("KV cache", course(_draw_kv)),
-        ("Time to first token", latency(measured.ttft_s.values, "seconds")),
-        ("Time per output token", latency(measured.per_token_s.values, "seconds")),
+        ("Time to first token", latency(measured.ttft_s.values)),
+        ("Time per output token", latency(measured.per_token_s.values)),
         ("Roofline", (lambda axes: _draw_roofline(axes, report)) if has_roof else None),
     ]
 
@@ -105,20 +105,26 @@ def _figure(draw: Callable[["Axes"], None]) -> str:
 
 
 def _draw_throughput(axes: "Axes", moments: Sequence[Moment]) -> None:
-    times = [each.seconds for each in moments]
-    axes.plot(times, [each.output_tok_s for each in moments], color=_BLUE, label="output")
-    prompts = [each.prompt_tok_s for each in moments]
-    axes.plot(times, prompts, color=_ORANGE, label="prompt", linestyle="--")
-    axes.set(xlabel="seconds", ylabel="tokens per second", ylim=(0, None))
-    _legend(axes)
+    output = [each.output_tok_s for each in moments]
+    prompt = [each.prompt_tok_s for each in moments]
+    _draw_courses(axes, moments, "tokens per second", {"output": output, "prompt": prompt})
 
 
 def _draw_requests(axes: "Axes", moments: Sequence[Moment]) -> None:
+    running, waiting = [each.running for each in moments], [each.waiting for each in moments]
+    _draw_courses(axes, moments, "requests", {"running": running, "waiting": waiting})
+
+
+def _draw_courses(
+    axes: "Axes", moments: Sequence[Moment], unit: str, courses: Mapping[str, Sequence[float]]
+) -> None:
+    """Draw two values over time, by their names."""
     times = [each.seconds for each in moments]
-    axes.plot(times, [each.running for each in moments], color=_BLUE, label="running")
-    waiting = [each.waiting for each in moments]
-    axes.plot(times, waiting, color=_ORANGE, label="waiting", linestyle="--")
-    axes.set(xlabel="seconds", ylabel="requests", ylim=(0, None))
+    for (name, values), colour, style in zip(
+        courses.items(), (_BLUE, _ORANGE), ("-", "--"), strict=True
+    ):
+        axes.plot(times, values, color=colour, label=name, linestyle=style)
+    axes.set(xlabel="seconds", ylabel=unit, ylim=(0, None))
     _legend(axes)
 
 
@@ -128,11 +134,11 @@ def _draw_kv(axes: "Axes", moments: Sequence[Moment]) -> None:
     axes.set(xlabel="seconds", ylabel="% of blocks in use", ylim=(0, 100))
 
 
-def _draw_latency(axes: "Axes", values: Sequence[float], label: str) -> None:
+def _draw_latency(axes: "Axes", values: Sequence[float]) -> None:
     ordered = sorted(values)
     shares = [100 * (rank + 1) / len(ordered) for rank in range(len(ordered))]
     axes.step(ordered, shares, color=_BLUE, where="post")
-    axes.set(xlabel=label, ylabel="% of requests", ylim=(0, 102), xlim=(0, None))
+    axes.set(xlabel="seconds", ylabel="% of requests", ylim=(0, 102), xlim=(0, None))
 
 
 def _draw_roofline(axes: "Axes", report: Report) -> None:

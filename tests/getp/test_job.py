@@ -388,3 +388,20 @@ def test_results_are_compared_with_a_reference(tmp_path: Path) -> None:
         run(job(tmp_path, data, required_agreement=0.9, **given))
     with pytest.raises(GetpError, match=r"reference\.txt has 3 answers, but .* has 2 requests"):
         run(job(tmp_path, b"2\nab\ncd\n", **given))
+
+
+def test_report_may_be_a_page_with_all_figures(tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    texts = "\n".join(f"prompt {n}" for n in range(11))
+    assert run(job(tmp_path, f"11\n{texts}".encode(), report=str(page), price=3.6)) == 0
+    text = page.read_text()
+    data = re.search(r'<script type="application/json" id="report">(.*)</script>', text)
+    assert data is not None
+    report = json.loads(data[1].replace("<\\/", "</"))
+    assert report["requests_done"] == 11
+    seconds = report["warm_up_s"] + report["inference_s"] + report["finish_s"]
+    assert report["cost"] == pytest.approx(3.6 / 3600 * seconds)
+    assert text.count("<svg") >= 2  # the latencies; the course needs a longer job
+    without_names = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    without_names = re.sub(r'xmlns(:\w+)?="[^"]*"', "", without_names)
+    assert "http" not in without_names  # the page needs no other file

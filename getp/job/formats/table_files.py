@@ -124,7 +124,7 @@ def _text_lines(file: BinaryIO) -> Iterator[str]:
 
 @contextmanager
 def _as_os_errors() -> Iterator[None]:
-    """Turn pyarrow's errors into OSError, which whoever opened the file reports with its name."""
+    """Turn pyarrow's errors into OSError; the opener of the file reports it with its name."""
     import pyarrow as pa
 
     try:
