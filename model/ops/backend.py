@@ -17,6 +17,7 @@ from model.ops.adjustments import adjust_logits
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.kv_values import read_kv, vector_width, write_kv
 from model.ops.mxfp4 import Mxfp4
+from model.ops.quantized import GroupedFloat, GroupedInt
 from model.ops.recurrent import RecurrentOps
 from model.ops.sampling import (
     NO_TOKEN,
@@ -32,6 +33,7 @@ from model.ops.specs import (
     ExpertGroups,
     Experts,
     ExpertShard,
+    Float8Format,
     HeadLinear,
     IntegerFormat,
     Linear,
@@ -165,17 +167,32 @@ class Backend(RecurrentOps):
         """Return filled MXFP4 weights in the form that `linear` or `experts` is fastest with."""
         return weights
 
-    @property
-    def keeps_integers(self) -> bool:
-        """Whether weights stay integers of 8 or 4 bits in memory; otherwise they are dense."""
-        return False
+    def keeps_integers(self, quantizes: bool) -> bool:
+        """Return whether weights are integers of 8 or 4 bits in memory; otherwise they are dense.
+
+        quantizes: weights that are dense in files; otherwise those that are integers there.
+        """
+        return not quantizes
 
     def empty_integers(self, shape: tuple[int, ...], form: IntegerFormat, parts: int = 1) -> Any:
         """Return storage for integers [out, in] or [experts, out, in], filled as `empty_weight`'s.
 
         Dense where the kernels do not take the shape.
         """
-        return self.empty_weight(shape, parts)
+        if shape[-1] % form.group_of(shape[-1]):
+            return self.empty_weight(shape, parts)
+        return GroupedInt.empty(shape, form, self.device)
+
+    def keeps_float8(self, quantizes: bool) -> bool:
+        """As `keeps_integers`, of weights in e4m3."""
+        return True
+
+    def empty_float8(self, shape: tuple[int, ...], form: Float8Format, parts: int = 1) -> Any:
+        """As `empty_integers`, for weights in e4m3."""
+        group = form.group or shape[-1]
+        if shape[-1] % group:
+            return self.empty_weight(shape, parts)
+        return GroupedFloat.empty(shape, group, self.device)
 
     def empty_cache(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Return uninitialized memory for KV blocks [2, blocks, block_size, kv_heads, head_dim].
@@ -235,9 +252,12 @@ class Backend(RecurrentOps):
         self, x: torch.Tensor, head: Linear, scale: float, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x [rows, hidden] → x · weightᵀ · scale, float32 [rows, vocab]; `out` if it is given."""
-        parts = head.weight.split(_HEAD_TOKENS)  # bounds the memory of the float32 copy
-        x = x.float()
-        logits = torch.cat([F.linear(x, part.float()) for part in parts], dim=1, out=out)
+        x, weight = x.float(), head.weight
+        parts = []
+        for first in range(0, len(weight), _HEAD_TOKENS):  # bounds the memory of the float32 copy
+            part = head.format.dense(weight[first : first + _HEAD_TOKENS], x.dtype)
+            parts.append(F.linear(x, part.float()))
+        logits = torch.cat(parts, dim=1, out=out)
         return self.scale(logits, scale) if out is None else logits.mul_(scale)
 
     def add_rms_norm(
