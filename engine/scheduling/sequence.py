@@ -64,6 +64,11 @@ class Sequence:
         return "length" if len(self.tokens) >= self.max_tokens else None
 
     @property
+    def priority(self) -> int:
+        """The priority of the request: sequences with a lower number come first."""
+        return self.request.priority
+
+    @property
     def given_token(self) -> int | None:
         """The last token of a decode, if the host knows it or a thinking budget gives it."""
         at = self.computed - 1
