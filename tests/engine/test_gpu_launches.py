@@ -171,7 +171,7 @@ _FP8_LAYER = (
         ("gpt_oss-wide", 1, [("fused_linear", *_ONE_ROW_ATTENTION, *_MOE)] * 4),
         ("gpt_oss-wide", 16, [(*_QKV, "decode_attention", "linear", *_MOE)] * 4),
         ("gpt_oss-wide", 256, [(*_QKV, *_ATTENTION, *_LARGE_MOE)] * 4),
-        ("llama-llama3-rope", 3, [_FP8_LAYER] * 4),
+        ("llama-llama3-rope", 4, [_FP8_LAYER] * 4),
     ],
 )
 def test_kernels_of_a_decode_step(
