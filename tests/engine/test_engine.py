@@ -94,6 +94,7 @@ def test_batching_chunking_caching_and_preemption_do_not_change_tokens(
         "hunyuan_v1_dense-wide",
         "qwen3_5_text-wide",
         "glm4_moe-wide",
+        "deepseek_v3-wide",
         "gemma4_text-experts-wide",
         "gemma4_text-shared-wide",
         "nanochat-wide",
