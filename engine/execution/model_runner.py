@@ -38,6 +38,9 @@ from model.ops.specs import LayerState
 from model.ops.step_parts import BATCH_PREPARATION, SAMPLING
 from model.sharding import ALONE, Shard
 
+RowMasks = tuple[list[int], torch.Tensor]
+"""Rows, and the bits of the tokens that each may sample: int32 [rows, words], on the host."""
+
 _LIKELY_TOKENS = 256  # per sequence; their KV pages are touched before the first step on a CPU
 _MAX_TOUCHED_BYTES = 256 << 20
 
@@ -311,8 +314,11 @@ class ModelRunner:
         """Drop captured steps: the following steps are not replayed."""
         self._graphs = None
 
-    def launch(self, step: Step) -> Sampled:
-        """Start the step; the result holds the next token of each of `step.sampling()`."""
+    def launch(self, step: Step, masks: Callable[[], RowMasks] | None = None) -> Sampled:
+        """Start the step; the result holds the next token of each of `step.sampling()`.
+
+        masks: what its rows with a grammar may sample, asked for when the model has been launched.
+        """
         if self.model is None or self.sampler is None:
             raise RuntimeError("the engine is not warmed up: call warm_up() first")
         starts = row_starts(step)
@@ -321,11 +327,22 @@ class ModelRunner:
             self.sampler.set_params(rows, params)
         self.sampler.adjustments.update(step, starts)
         non_greedy = {i: s.request.params for i, s in enumerate(step.sampling()) if not s.greedy}
-        return self.compute(StepMessage.of(step, all_greedy=not non_greedy), non_greedy)
+        set_masks = None
+        if masks is not None:
+            set_masks = partial(_set_masks, self.sampler, masks)
+        return self.compute(StepMessage.of(step, all_greedy=not non_greedy), non_greedy, set_masks)
 
     @torch.inference_mode()
-    def compute(self, message: StepMessage, non_greedy: Mapping[int, SamplingParams]) -> Sampled:
-        """Start a step; non_greedy: as in `Sampler.sample`, known only to rank 0."""
+    def compute(
+        self,
+        message: StepMessage,
+        non_greedy: Mapping[int, SamplingParams],
+        before_sampling: Callable[[], None] | None = None,
+    ) -> Sampled:
+        """Start a step; non_greedy: as in `Sampler.sample`, known only to rank 0.
+
+        before_sampling: is called when the logits have been launched.
+        """
         assert self.sampler is not None
         assert self.batches is not None
         graphs = self._graphs
@@ -344,8 +361,17 @@ class ModelRunner:
             logits = self.forward(batch) if replayed is None else replayed
             self._copy_states(message.saved)
         else:
-            logits, rows, positions, tokens = graphs.replay_decodes(message, non_greedy)
+            logits, rows, positions, tokens = graphs.replay_decodes(
+                message, non_greedy, before_sampling
+            )
             if tokens is not None:
                 return Sampled(tokens)
+            before_sampling = None
+        if before_sampling is not None:
+            before_sampling()
         with SAMPLING:
             return self.sampler.sample(logits, rows, positions, non_greedy, message.all_greedy)
+
+
+def _set_masks(sampler: Sampler, masks: Callable[[], RowMasks]) -> None:
+    sampler.adjustments.set_masks(*masks())

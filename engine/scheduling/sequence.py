@@ -9,6 +9,7 @@ from engine.scheduling.kv_cache import BlockTables
 from engine.scheduling.thinking import Thinking
 
 if TYPE_CHECKING:
+    from engine.execution.matchers import Matcher
     from engine.scheduling.speculation import Lookup
 
 
@@ -38,6 +39,7 @@ class Sequence:
     lookup: "Lookup | None" = None  # proposes its next tokens
     stop_id: int | None = None  # that ended it
     thinking: Thinking | None = None
+    matcher: "Matcher | None" = None  # says which tokens its grammar allows
 
     def __post_init__(self) -> None:
         """Derive the length and whether sampling is greedy."""
@@ -49,7 +51,10 @@ class Sequence:
             self.thinking = Thinking(params.thinking)
 
     def append(self, token: int, now: float) -> FinishReason | None:
-        """Add an output token; returns the finish reason if the sequence ends with it."""
+        """Add an output token; returns the finish reason if the sequence ends with it.
+
+        Raises RequestError if its grammar cannot be used.
+        """
         self.tokens.append(token)
         if self.thinking is not None:
             self.thinking.append(token)
@@ -59,7 +64,7 @@ class Sequence:
         if token in self.stop_ids:
             self.stop_id = token
             return "stop"
-        if stop_requested:
+        if stop_requested or (self.matcher is not None and self.matcher.append(token)):
             return "stop"
         return "length" if len(self.tokens) >= self.max_tokens else None
 

@@ -15,6 +15,7 @@ from getp.job.inputs import Source
 from getp.openai.parsed import BadRequestError, ParsedBody
 from getp.terminal import warn
 from getp.text.answer_text import PLAIN, AnswerOptions
+from getp.text.grammars import after_thinking
 from getp.text.prompts import (
     bad_word_ids,
     chat_template,
@@ -139,11 +140,14 @@ class RequestReader:
         changes = {"chat": chat, "min_tokens": params.min_new_tokens, **body.answer}
         if body.stops is not None:
             changes["stops"] = body.stops
+        prompt_ids = self.encode(body, chat, params.max_positions)
+        if chat:
+            params = after_thinking(params, self._tokenizer, prompt_ids)
         return JobRequest(
             line.index,
             line.number,
             custom_id,
-            self.encode(body, chat, params.max_positions),
+            prompt_ids,
             params,
             replace(self.defaults.answer, **changes),
             body.n,

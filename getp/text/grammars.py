@@ -1,0 +1,22 @@
+"""Where the part of an answer begins that a grammar concerns."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from engine import SamplingParams
+from tokenizer import Tokenizer
+from tokenizer.harmony import supports_harmony
+
+_FINAL_CHANNEL = "<|channel|>final<|message|>"
+
+
+def after_thinking(
+    params: SamplingParams, tokenizer: Tokenizer, prompt_ids: Sequence[int]
+) -> SamplingParams:
+    """Return the parameters of a chat's answer, whose grammar concerns only what the user reads."""
+    if params.grammar is None or not supports_harmony(tokenizer):
+        return params
+    start = tuple(tokenizer.encode(_FINAL_CHANNEL, special=False))
+    if tuple(prompt_ids[-len(start) :]) == start:
+        return params
+    return replace(params, grammar=replace(params.grammar, after_ids=start))
