@@ -13,8 +13,8 @@ class Grammar:
     """What the output of a request must match, from its first token to the one that ends it.
 
     A token that could not lead to a match is never sampled, and the request ends when the match is
-    complete. One that ends at its limit of tokens (finish reason "length") has the start of a match.
-    The package llguidance computes which tokens are allowed.
+    complete. If it ends at its limit of tokens (finish reason "length"), its output is the start of
+    a match. The package llguidance computes which tokens are allowed.
 
     `kind` is the language of `text`: a JSON schema, a regular expression, or a grammar in Lark's
     syntax (or in GBNF, llama.cpp's). `after_ids` are tokens that begin the part which must match:
@@ -34,7 +34,7 @@ class Grammar:
             raise TypeError(f"the text of a grammar must be a string, not {self.text!r:.80}")
 
     @classmethod
-    def json_schema(cls, schema: Mapping[str, Any] | bool) -> "Grammar":
+    def json_schema(cls, schema: Mapping[str, Any]) -> "Grammar":
         """Return the grammar of the JSON texts that are valid under a schema."""
         return cls("json_schema", json.dumps(schema))
 

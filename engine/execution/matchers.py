@@ -91,7 +91,7 @@ class Matchers:
             import llguidance
         except ModuleNotFoundError:
             raise RequestError(
-                "a {grammar} needs the package llguidance: pip install 'getp[structured]'"
+                "the {grammar} needs the package llguidance: pip install 'getp[structured]'"
             ) from None
         return llguidance
 
@@ -104,7 +104,7 @@ class Matchers:
             )
         except ValueError as error:
             raise RequestError(
-                "{grammar} does not support this tokenizer: {reason}", reason=error
+                "the {grammar} cannot be used with this tokenizer: {reason}", reason=error
             ) from error
 
     @cached_property
@@ -177,5 +177,5 @@ class Matchers:
 
 def _error(reason: str) -> RequestError:
     """The error of a grammar that the library does not accept."""
-    lines = [line.strip() for line in reason.strip().splitlines()]
-    return RequestError("{grammar} cannot be used: {reason}", reason=" ".join(filter(None, lines)))
+    lines = " ".join(filter(None, map(str.strip, reason.splitlines())))
+    return RequestError("the {grammar} cannot be used: {reason}", reason=lines)

@@ -63,8 +63,8 @@ def _schema(name: str, value: Any) -> Grammar:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise _invalid(name, f"a JSON schema, but its text is not JSON: {error}") from error
-    if not isinstance(value, (dict, bool)):
-        raise _invalid(name, "a JSON schema: an object")
+    if not isinstance(value, dict):
+        raise _invalid(name, "a JSON schema that is an object")
     return Grammar.json_schema(value)
 
 

@@ -2,14 +2,12 @@
 
 import json
 import random
-
-
+import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 
 from getp import LLM, Grammar, SamplingParams
@@ -17,6 +15,8 @@ from getp.checkpoints import embedded_model
 from getp.openai.body import read_body
 from getp.openai.parsed import BadRequestError
 
+jsonschema = pytest.importorskip("jsonschema")
+pytest.importorskip("llguidance")
 # Keywords of JSON Schema that llguidance refuses; the test is that it names them.
 _UNSUPPORTED: dict[str, Any] = {
     "not": {"type": "null"},
@@ -129,13 +129,77 @@ def test_every_output_is_valid_under_its_schema(llm: LLM) -> None:
         if unsupported:
             assert done.error is not None
             assert all(f'"{name}"' in done.error for name in unsupported)
-        elif done.finish_reason == "error":
-            # Valid schemas that nothing satisfies, such as a minimum of ten for at most nine.
-            assert "Unsatisfiable" in str(done.error)
         elif done.finish_reason == "stop":
             checker = jsonschema.FormatChecker()
             jsonschema.validate(json.loads(done.text), schema, format_checker=checker)
         else:
+            assert done.finish_reason == "length"
             assert len(done.token_ids) == 100
     assert reasons["stop"] > 400
     assert reasons["error"] > 30
+
+
+def body(**fields: Any) -> dict[str, Any]:
+    return {"prompt": "x", **fields}
+
+
+@pytest.mark.parametrize(
+    ("fields", "grammar"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, Grammar.json_object()),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"a": 1}}}},
+            Grammar.json_schema({"a": 1}),
+        ),
+        ({"guided_json": '{"a": 1}'}, Grammar.json_schema({"a": 1})),
+        ({"guided_regex": "a+"}, Grammar("regex", "a+")),
+        ({"guided_choice": ["a", 'b"']}, Grammar("lark", 'start: "a" | "b\\""')),
+        ({"guided_grammar": 'start: "a"'}, Grammar("lark", 'start: "a"')),
+        ({"structured_outputs": {"regex": "b", "json": None}}, Grammar("regex", "b")),
+    ],
+)
+def test_the_fields_of_openai_and_vllm_are_read(fields: Any, grammar: Grammar | None) -> None:
+    assert read_body(body(**fields), chat=False).params.get("grammar") == grammar
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"response_format": {"type": "xml"}}, "'response_format' must be {'type': 'text'}"),
+        ({"response_format": {"type": "json_schema"}}, "whose 'json_schema' has a 'schema'"),
+        ({"guided_json": "{"}, "'guided_json' must be a JSON schema, but its text is not JSON"),
+        ({"guided_json": True}, "'guided_json' must be a JSON schema that is an object"),
+        ({"guided_choice": []}, "'guided_choice' must be a list of at least one string"),
+        ({"guided_regex": "a", "guided_grammar": "b"}, "'guided_regex' and 'guided_grammar' are"),
+        ({"structured_outputs": {"structural_tag": "a"}}, "does not support 'structural_tag'"),
+        ({"structured_outputs": []}, "'structured_outputs' must be an object with one of json"),
+    ],
+)
+def test_invalid_fields_are_refused(fields: Any, message: str) -> None:
+    with pytest.raises(BadRequestError, match=message):
+        read_body(body(**fields), chat=False)
+
+
+def test_the_answer_matches_after_the_thinking_of_a_chat() -> None:
+    question = [{"role": "user", "content": "What is 17 plus 25?"}]
+    with LLM() as model:
+        params = SamplingParams(grammar=Grammar.choice(["41", "42", "43"]))
+        ((found,),) = (each.outputs for each in model.chat(question, params))
+        assert (found.text, found.finish_reason) == ("42", "stop")
+        assert found.reasoning
+        # The grammar forbids what the model would have said.
+        params = SamplingParams(grammar=Grammar("regex", "-[0-9]{3}"))
+        ((found,),) = (each.outputs for each in model.chat(question, params))
+        assert re.fullmatch("-[0-9]{3}", found.text)
+
+
+def test_a_missing_package_is_named(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    monkeypatch.delitem(llm.engine.__dict__, "matchers", raising=False)
+    params = SamplingParams(max_new_tokens=3, grammar=Grammar.json_object())
+    failed, fine = llm.generate(["x", "y"], [params, SamplingParams(max_new_tokens=3)])
+    assert failed.outputs[0].error == (
+        "the grammar needs the package llguidance: pip install 'getp[structured]'"
+    )
+    assert fine.outputs[0].error is None
