@@ -10,13 +10,13 @@ import torch
 
 from engine.errors import EngineError, RequestError
 from engine.execution.matchers import Matchers
-from engine.execution.model_runner import ModelRunner, RowMasks
+from engine.execution.model_runner import ModelRunner
 from engine.execution.sampler import Sampled
 from engine.memory_plan import available_bytes, format_bytes, is_out_of_memory
 from engine.request import Completion, FinishReason
 from engine.resolve import Settings, dtype_name
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.sequence import Sequence, Step
+from engine.scheduling.sequence import MasksOfRows, Sequence, Step
 from engine.stats import EngineStats
 from model.ops.sampling import NO_TOKEN
 from model.ops.step_parts import SCHEDULING
@@ -63,8 +63,9 @@ class StepLoop:
         if not step.size:
             return self.read()
         done: list[Completion] = []
+        step.masks = self._masks(step, done)
         try:
-            sampled = self._runner.launch(step, self._masks(step, done))
+            sampled = self._runner.launch(step)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -80,7 +81,7 @@ class StepLoop:
             self.scheduler.speculation.measured(step, time.perf_counter() - scheduled)
         return done
 
-    def _masks(self, step: Step, done: list[Completion]) -> Callable[[], RowMasks] | None:
+    def _masks(self, step: Step, done: list[Completion]) -> MasksOfRows | None:
         """What returns the masks of a step after its model has been launched; None: it has none.
 
         They are computed in a thread while the model runs, if every token is known. Otherwise the
@@ -95,7 +96,7 @@ class StepLoop:
             masks = matchers.begin([matcher for _, _, matcher in found])
             return lambda: ([row for _, row, _ in found], masks())
 
-        def read_and_compute() -> RowMasks:
+        def read_and_compute() -> tuple[list[int], torch.Tensor]:
             done.extend(self.read())
             running = [(row, matcher) for s, row, matcher in found if not s.finished]
             rows = [row for row, _ in running]

@@ -27,7 +27,7 @@ from engine.parallel.step_message import StepMessage
 from engine.request import Request
 from engine.sampling_params import SamplingParams
 from engine.scheduling.kv_cache import NULL_BLOCK, BlockTables, LayerGroup
-from engine.scheduling.sequence import Chunk, Sequence, Step
+from engine.scheduling.sequence import Chunk, MasksOfRows, Sequence, Step
 from model import ModelConfig, Transformer, loader
 from model.adapters import AdapterList
 from model.cost.workload import state_bytes
@@ -37,9 +37,6 @@ from model.ops.kv_values import random_kv
 from model.ops.specs import LayerState
 from model.ops.step_parts import BATCH_PREPARATION, SAMPLING
 from model.sharding import ALONE, Shard
-
-RowMasks = tuple[list[int], torch.Tensor]
-"""Rows, and the bits of the tokens that each may sample: int32 [rows, words], on the host."""
 
 _LIKELY_TOKENS = 256  # per sequence; their KV pages are touched before the first step on a CPU
 _MAX_TOUCHED_BYTES = 256 << 20
@@ -314,11 +311,8 @@ class ModelRunner:
         """Drop captured steps: the following steps are not replayed."""
         self._graphs = None
 
-    def launch(self, step: Step, masks: Callable[[], RowMasks] | None = None) -> Sampled:
-        """Start the step; the result holds the next token of each of `step.sampling()`.
-
-        masks: what its rows with a grammar may sample, asked for when the model has been launched.
-        """
+    def launch(self, step: Step) -> Sampled:
+        """Start the step; the result holds the next token of each of `step.sampling()`."""
         if self.model is None or self.sampler is None:
             raise RuntimeError("the engine is not warmed up: call warm_up() first")
         starts = row_starts(step)
@@ -327,9 +321,7 @@ class ModelRunner:
             self.sampler.set_params(rows, params)
         self.sampler.adjustments.update(step, starts)
         non_greedy = {i: s.request.params for i, s in enumerate(step.sampling()) if not s.greedy}
-        set_masks = None
-        if masks is not None:
-            set_masks = partial(_set_masks, self.sampler, masks)
+        set_masks = None if step.masks is None else partial(_set_masks, self.sampler, step.masks)
         return self.compute(StepMessage.of(step, all_greedy=not non_greedy), non_greedy, set_masks)
 
     @torch.inference_mode()
@@ -373,5 +365,5 @@ class ModelRunner:
             return self.sampler.sample(logits, rows, positions, non_greedy, message.all_greedy)
 
 
-def _set_masks(sampler: Sampler, masks: Callable[[], RowMasks]) -> None:
+def _set_masks(sampler: Sampler, masks: MasksOfRows) -> None:
     sampler.adjustments.set_masks(*masks())

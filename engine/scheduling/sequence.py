@@ -1,5 +1,6 @@
 """A request in the engine (Sequence) and the tokens that one step computes (Chunk, Step)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,8 @@ from engine.scheduling.kv_cache import BlockTables
 from engine.scheduling.thinking import Thinking
 
 if TYPE_CHECKING:
+    import torch
+
     from engine.execution.matchers import Matcher
     from engine.scheduling.speculation import Lookup
 
@@ -123,6 +126,10 @@ class Draft:
         return range(self.first_row, self.first_row + len(self.tokens))
 
 
+MasksOfRows = Callable[[], tuple[list[int], "torch.Tensor"]]
+"""Returns rows, and the bits of the tokens that each may sample: int32 [rows, words]."""
+
+
 @dataclass
 class Step:
     """One step: one token of each decoding sequence, drafts, chunks with single-token ones first.
@@ -141,6 +148,8 @@ class Step:
     # States of recurrent layers that are copied before and after the step: (from row, to row).
     restored: list[tuple[int, int]] = field(default_factory=list)
     saved: list[tuple[int, int]] = field(default_factory=list)
+    # Of rows whose sequences have a grammar; called when the model has been launched.
+    masks: MasksOfRows | None = None
 
     @property
     def size(self) -> int:

@@ -376,10 +376,11 @@ class AdjustmentTables(NamedTuple):
     Columns of `factors`: the repetition, frequency and presence penalties, then how far below the
     largest logit min-p removes tokens (-inf: nowhere). Columns of `starts`: how many tokens of the
     sequence were counted when its row was set, the number of its entries, whether it has penalties,
-    and whether it has a mask. An element of `counts` is twice the token's occurrences in the output,
-    plus 1 if it is in the prompt. Columns of `entries`: a token, the positions from the first to
-    before the second at which its bias applies, and the token before it that is needed (-1: any). A
-    bit of `masks` is 1 if the token may be sampled; token 0 has the lowest bit of the first word.
+    and whether it has a mask. An element of `counts` is twice the token's occurrences in the
+    output, plus 1 if it is in the prompt. Columns of `entries`: a token, the positions from the
+    first to before the second at which its bias applies, and the token before it that is needed
+    (-1: any). A bit of `masks` is 1 if the token may be sampled; token 0 has the lowest bit of the
+    first word.
     """
 
     factors: "torch.Tensor"  # float32 [rows, 4]

@@ -84,7 +84,7 @@ class HistoryRunner:
         assert block != NULL_BLOCK
         return block, at % self.block_size
 
-    def launch(self, step: Step, masks: object = None) -> Sampled:
+    def launch(self, step: Step) -> Sampled:
         self.steps += 1
         for sequence in step.changed_tables:
             self.tables[sequence.row] = [list(table) for table in sequence.block_tables.tables]

@@ -351,13 +351,13 @@ def test_a_decode_step_is_launched_without_waiting_for_the_device(
             with torch.utils._python_dispatch._disable_current_modes():
                 return forward(batch)
 
-        def launch_guarded(step: Any, masks: Any) -> Any:
+        def launch_guarded(step: Any) -> Any:
             nonlocal guarded
             if step.chunks:
-                return launch(step, masks)
+                return launch(step)
             guarded += 1
             with NoWaiting():
-                return launch(step, masks)
+                return launch(step)
 
         runner.forward = unguarded  # type: ignore[method-assign]
         runner.launch = launch_guarded  # type: ignore[method-assign]
