@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -110,6 +111,7 @@ class Engine:
         self._kernels: Kernels | None = None
         self._steps: StepLoop | None = None
         self._generating = False
+        self._cancelled: deque[int] = deque()  # ids of requests that are to end
         # The iterators that `generate` has returned and that still exist.
         self._iterators: WeakSet[Generator[Completion, None, None]] = WeakSet()
         self._threads = torch.get_num_threads()
@@ -273,12 +275,22 @@ class Engine:
         without an id gets its position as its id; one without a seed gets a random seed. A request
         that cannot run completes with finish reason "error" and does not affect the others. Closing
         the iterator, or an exception, cancels all unfinished requests; the engine can then run
-        others. Raises TypeError for anything but requests, EngineError if memory runs out and
-        RuntimeError if `generate` is already running.
+        others. With a `priority` above 0, any number of requests is taken, so that they do not
+        keep others from being taken: their source must limit them. Raises TypeError for anything
+        but requests, EngineError if memory runs out and RuntimeError if `generate` is already
+        running.
         """
         iterator = self._completions(numbered(requests))
         self._iterators.add(iterator)
         return iterator
+
+    def cancel(self, request_id: int) -> None:
+        """End a running or waiting request before the next step; others are not affected.
+
+        It completes with the finish reason "cancelled". May be called from any thread while
+        `generate` runs; an id that is not in the engine has no effect.
+        """
+        self._cancelled.append(request_id)
 
     def _completions(self, source: Iterator[Request | None]) -> Generator[Completion, None, None]:
         self.warm_up()
@@ -292,7 +304,7 @@ class Engine:
         self._generating, complete, more = True, False, True
         try:
             while more or scheduler.running or scheduler.waiting:
-                room = self.max_batch_size - len(scheduler.waiting)
+                room = self.max_batch_size - scheduler.first_waiting
                 taken, more = take_requests(source, room) if more else ([], False)
                 for request in taken:
                     if request.params.grammar is not None:
@@ -308,6 +320,9 @@ class Engine:
                         yield admitted
                     else:
                         scheduler.add(admitted)
+                if self._cancelled:
+                    cancelled = {self._cancelled.popleft() for _ in range(len(self._cancelled))}
+                    yield from steps.cancel_requests(cancelled)
                 if scheduler.running or scheduler.waiting:
                     yield from steps.run_step()
             complete = True

@@ -3,7 +3,7 @@
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import replace
 
 import torch
@@ -144,6 +144,8 @@ class StepLoop:
                     was_forced = sequence.thinking is not None and sequence.thinking.was_forced
                     own = replace(logprobs[i], logprob=0.0) if was_forced else logprobs[i]
                     sequence.logprobs.append(own)
+                    if sequence.request.on_logprobs is not None:
+                        sequence.request.on_logprobs(own)
                 if reason is not None:
                     ended.append(sequence)
                     done.append(sequence.completion(reason, now))
@@ -162,6 +164,17 @@ class StepLoop:
         if thinking.was_forced or thinking.forced is not None:
             self.scheduler.forced.append(sequence)
         return reason
+
+    def cancel_requests(self, request_ids: Set[int]) -> list[Completion]:
+        """Remove the sequences of these requests, as far as they are not finished."""
+        scheduler, now = self.scheduler, time.perf_counter()
+        found = [
+            sequence
+            for sequence in (*scheduler.running, *scheduler.waiting)
+            if sequence.request.request_id in request_ids
+        ]
+        scheduler.finish(found)
+        return [sequence.completion("cancelled", now) for sequence in found]
 
     def cancel(self) -> None:
         """Remove every sequence, after an error or when the caller stops early."""

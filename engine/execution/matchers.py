@@ -57,9 +57,10 @@ class Matcher:
         """The library's state. Raises RequestError."""
         return self._compiled.result().deep_copy()
 
-    def append(self, token: int) -> bool:
+    def append(self, token: int, was_forced: bool = False) -> bool:
         """Follow the next token of the output; returns whether the match is complete with it.
 
+        was_forced: it ends the thinking, and is not part of what must match.
         Raises RequestError if the grammar cannot be used, or is too complex to go on.
         """
         if self.error is not None:
@@ -68,6 +69,8 @@ class Matcher:
             self._last = [*self._last, token][-len(self._after) :]
             if self._last == self._after:
                 self._after = []
+            return False
+        if was_forced:
             return False
         self.state.consume_token(token)
         if self.state.is_error():

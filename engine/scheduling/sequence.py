@@ -67,9 +67,17 @@ class Sequence:
         if token in self.stop_ids:
             self.stop_id = token
             return "stop"
-        if stop_requested or (self.matcher is not None and self.matcher.append(token)):
+        if stop_requested:
+            return "stop"
+        was_forced = self.thinking is not None and self.thinking.was_forced
+        if self.matcher is not None and self.matcher.append(token, was_forced):
             return "stop"
         return "length" if len(self.tokens) >= self.max_tokens else None
+
+    @property
+    def priority(self) -> int:
+        """The priority of the request: sequences with a lower number come first."""
+        return self.request.priority
 
     @property
     def given_token(self) -> int | None:

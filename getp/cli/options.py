@@ -270,6 +270,7 @@ _ALL: tuple[Decorator, ...] = (
         "Results are the same either way.",
     ),
     _batch(
+        "-tp",
         "--tensor-parallel",
         type=Integer(1, 1024),
         metavar="N",
