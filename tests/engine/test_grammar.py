@@ -8,7 +8,15 @@ from unittest.mock import patch
 
 import pytest
 
-from engine import Completion, Engine, EngineConfig, Grammar, Request, SamplingParams
+from engine import (
+    Completion,
+    Engine,
+    EngineConfig,
+    Grammar,
+    Request,
+    SamplingParams,
+    ThinkingBudget,
+)
 from engine.execution import model_runner
 from engine.scheduling.speculation import Speculation
 from tests.engine.captures import Taping, TensorLengths
@@ -42,7 +50,8 @@ PARAMS = [
         min_p=0.01,
         frequency_penalty=0.3,
         grammar=Grammar("lark", 'start: ("ab" | "xyz")~8', after_ids=(9,)),
-        logit_bias={9: 8.0},
+        # The last of the forced tokens ends the thinking, and is not part of what must match.
+        thinking=ThinkingBudget(4, (40,), (9,), forced_ids=(8, 9, 7), is_open=True),
     ),
 ]
 
@@ -81,7 +90,9 @@ def test_results_depend_on_neither_the_batch_nor_how_steps_run(
         entry.top[0][0] != token
         for entry, token in zip(alone[1].logprobs, alone[1].token_ids, strict=True)
     )
-    constrained = TOKENIZER.decode(alone[3].token_ids[alone[3].token_ids.index(9) + 1 :])
+    assert alone[3].token_ids[4:7] == [8, 9, 7]
+    constrained = TOKENIZER.decode(alone[3].token_ids[7:])
+    assert len(constrained) > 10
     assert constrained.replace("ab", "").replace("xyz", "") in ("", "a", "x", "xy")
     drafts = patch.object(Speculation, "_best_limit", return_value=3)
     with drafts, engine_of(folder, speculation=True) as engine:
