@@ -6,12 +6,14 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from getp import LLM, Grammar, SamplingParams
 from getp.checkpoints import embedded_model
+from getp.job.formats.jsonl import parse_flat
 from getp.openai.body import read_body
 from getp.openai.parsed import BadRequestError
 
@@ -203,3 +205,15 @@ def test_a_missing_package_is_named(llm: LLM, monkeypatch: pytest.MonkeyPatch) -
         "the grammar needs the package llguidance: pip install 'getp[structured]'"
     )
     assert fine.outputs[0].error is None
+
+
+def test_the_example_of_the_readme_runs() -> None:
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    example = re.search(r"\*\*Structured output\*\*.*?```\n(\{.*?)\n```", readme, re.DOTALL)
+    assert example is not None
+    request = json.loads(example[1])
+    with LLM() as model:
+        params = SamplingParams(**parse_flat(request).params)
+        ((found,),) = (each.outputs for each in model.generate(request["prompt"], params))
+    assert json.loads(found.text).keys() == {"sum"}
+    assert found.finish_reason == "stop"
