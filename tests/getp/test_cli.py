@@ -336,7 +336,7 @@ def test_errors_of_a_job_name_the_options(
 def test_tp_is_short_for_tensor_parallel_and_not_a_temperature(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert cli.run(["-m", "plan", "-tp", "4"]) == 1
+    assert cli.run(["-m", "plan", "-tp", "4"]) == 2
     assert "--tensor-parallel: this model" in capsys.readouterr().err
 
 
