@@ -34,6 +34,7 @@ from getp.text.evaluate import check_agreement, compare
 from getp.text.prompts import chat_template
 from getp.text.result_file import read_results
 from getp.text.samples import choose_samples, sample_params
+from getp.units import counted
 from tokenizer import Tokenizer
 
 __all__ = ["Job", "JobRun", "read", "run_job"]
@@ -175,6 +176,7 @@ class JobRun:
     def _samples(self, request: JobRequest) -> Iterator[Request]:
         """Yield the engine's requests for the answers of a request, which share its prompt."""
         self._running[request.index] = running = _Running(request)
+        self.measured.cut_prompts += request.truncated != "none"
         for number in range(request.best_of):
             watcher = StopWatcher(
                 self.tokenizer, request.prompt_ids, request.answer, self._stop.check
@@ -260,6 +262,9 @@ def _report(
             f"getp: {failed} of {run.source.total} requests failed: see {where}; the first is "
             f"{run.source.format.record_word} {error['line']}: {error['message']}"
         )
+    if run.measured.cut_prompts:
+        prompts = counted(run.measured.cut_prompts, "prompt")
+        print_message(f"getp: cut to the limit by {job.name_of('truncate')}: {prompts}")
     report = job_report(run.measured, run.engine.summary(), job.checkpoint, job.price)
     report["agreement"] = agreement
     if job.report is not None and job.report.endswith(html_report.SUFFIX):
