@@ -201,7 +201,9 @@ def load_engine(settings: Settings) -> "Engine":
                 f"--device {device}: GPUs that torch finds on this machine: {count}; {remedy}"
             )
     config = replace(settings.engine, tensor_parallel=ranks)
-    return Engine(checkpoint_folder(settings), config, notice=warn)
+    engine = Engine(checkpoint_folder(settings), config, notice=warn)
+    engine.tokenizer_json = lambda: load_tokenizer(settings).to_json()
+    return engine
 
 
 def load_cluster(settings: Settings) -> "Cluster":

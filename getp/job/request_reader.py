@@ -15,6 +15,7 @@ from getp.job.inputs import Source
 from getp.openai.parsed import BadRequestError, ParsedBody
 from getp.terminal import warn
 from getp.text.answer_text import PLAIN, AnswerOptions
+from getp.text.grammars import after_thinking
 from getp.text.parts.thinking import thinking_budget
 from getp.text.parts.tool_calls import format_of
 from getp.text.prompts import (
@@ -151,12 +152,15 @@ class RequestReader:
             functions = (tool["function"] for tool in body.tools)
             changes["tools"] = {each["name"]: each.get("parameters") for each in functions}
         prompt_ids, is_cut = self._prompt(body, chat, params)
+        params = self._with_budget(params, body, prompt_ids)
+        if chat:
+            params = after_thinking(params, self._tokenizer, prompt_ids)
         return JobRequest(
             line.index,
             line.number,
             custom_id,
             prompt_ids,
-            self._with_budget(params, body, prompt_ids),
+            params,
             replace(self.defaults.answer, **changes),
             body.n,
             body.best_of or body.n,

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from getp.openai.grammars import read_guided, read_response_format, read_structured_outputs
 from getp.openai.messages import read_messages
 from getp.openai.parsed import BadRequestError, ParsedBody
 from getp.openai.tools import read_parallel_calls, read_tool_choice, read_tools
@@ -214,6 +215,12 @@ _COMMON_READERS: dict[str, _FieldReader] = {
     "stop_token_ids": _read_token_ids,
     "include_stop_str_in_output": _read_answer_flag,
     "skip_special_tokens": _read_answer_flag,
+    "response_format": read_response_format,
+    "guided_json": read_guided,
+    "guided_regex": read_guided,
+    "guided_choice": read_guided,
+    "guided_grammar": read_guided,
+    "structured_outputs": read_structured_outputs,
     "thinking_token_budget": _read_thinking_budget,
 }
 _TEXT_READERS: dict[str, _FieldReader] = {"prompt": _read_prompt, "logprobs": _read_text_logprobs}

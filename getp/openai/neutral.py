@@ -25,12 +25,6 @@ _NEUTRAL_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     "return_tokens_as_token_ids": ((False,), _NOT_SUPPORTED),
     "prompt_logprobs": ((False,), _NOT_SUPPORTED),
     "truncate_prompt_tokens": ((), _NOT_SUPPORTED),
-    "response_format": (({"type": "text"},), "must be {'type': 'text'}"),
-    "guided_json": ((), _NOT_SUPPORTED),
-    "guided_regex": ((), _NOT_SUPPORTED),
-    "guided_choice": ((), _NOT_SUPPORTED),
-    "guided_grammar": ((), _NOT_SUPPORTED),
-    "structured_outputs": ((), _NOT_SUPPORTED),
     "vllm_xargs": (({},), _NOT_SUPPORTED),
 }
 _NEUTRAL_IN_TEXT = {
