@@ -171,7 +171,7 @@ class AnswerText:
         if self._parts is not None:
             return self._apply_stops(self._parts.push(token_id))
         return self._apply_stops(
-            self._in_channels(self._channels and self._channels.push(token_id))
+            self._in_channels(self._channels.push(token_id) if self._channels else None)
         )
 
     def push_all(self, token_ids: Sequence[int]) -> list[ChannelText]:
@@ -187,7 +187,7 @@ class AnswerText:
         if self._parts is not None:
             last = self._apply_stops(self._parts.flush())
         else:
-            found = self._in_channels(self._channels and self._channels.flush())
+            found = self._in_channels(self._channels.flush() if self._channels else None)
             last = self._apply_stops(found + (self._forced.flush() if self._forced else []))
         held = "" if self.stopped else self._stops.flush()
         self._final.append(held)

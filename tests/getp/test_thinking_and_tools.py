@@ -185,7 +185,7 @@ def test_a_forced_call_is_valid_under_the_schema_of_its_tool(
     thinking_model: str, tmp_path: Path
 ) -> None:
     pytest.importorskip("llguidance")
-    schema = {"$defs": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
+    schema: dict[str, Any] = {"$defs": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
     schema |= {"properties": {"city": {"$ref": "#/$defs/city"}}, "additionalProperties": False}
     tools = [TOOL, {"type": "function", "function": {"name": "map", "parameters": schema}}]
     common: dict[str, Any] = {"messages": HI, "tools": tools, "max_tokens": 150}
