@@ -62,10 +62,24 @@ def rounded(values: torch.Tensor, form: Integers) -> torch.Tensor:
 
 
 def rows_of_8_bits(rows: int, inputs: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows that 8-bit integers with a scale for each 32 represent exactly."""
+    """Rows that 8-bit integers with a scale for each 32 represent exactly.
+
+    The sum of two neighbours is not larger than they are, as AVX2 needs it.
+    """
     codes = torch.randint(-127, 128, (rows, inputs))
     codes[:, ::32] = 127
+    codes[:, 1::2] = codes[:, 1::2].abs() * -codes[:, ::2].sign()
     return (codes * 2.0**-6).to(dtype)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_products_of_8_bits_fit_their_sums(sign: int, dtype: torch.dtype) -> None:
+    """AVX2 adds two of them in 16 bits."""
+    form = Integers(8, 64)
+    codes = torch.full((32, 64), 127, dtype=torch.int8)
+    weight = stored(dtype, GroupedInt(8, codes, torch.full((32, 1), 2.0**-7), None), form)
+    found = cpu_backend(dtype).linear(torch.full((3, 64), sign, dtype=dtype), linear_of(weight))
+    torch.testing.assert_close(found.float(), torch.full((3, 32), sign * 63.5), rtol=1e-2, atol=0.0)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
