@@ -195,7 +195,8 @@ TILES: dict[str, Tiles] = {
     "sm_100": _BLACKWELL,
     "sm_103": _BLACKWELL,
     # Without the asynchronous matrix instructions of sm_90 and sm_100.
-    "sm_120": replace(_AMPERE, fp8_warps=2),
+    # With 64 keys, chunks with heads of 128 spill registers there.
+    "sm_120": replace(_AMPERE, prefill_wide=Tile(128, 32, 0, 8, 4), fp8_warps=2),
     "gfx90a": _CDNA,
     "gfx942": _CDNA,
     "gfx950": _CDNA4,
