@@ -46,8 +46,15 @@ class JobEngine(Protocol):
     def warm_up(self) -> None:
         """Load the model and prepare the first step."""
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Run the requests; yield completions in any order."""
+    @property
+    def max_positions(self) -> int:
+        """Return the most tokens of a request, prompt included; known after `warm_up`."""
+
+    def generate(self, requests: Iterable[Request | None]) -> Iterator[Completion]:
+        """Run the requests; yield completions in any order. None: none is available now."""
+
+    def cancel(self, request_id: int) -> None:
+        """End a request that runs, from any thread."""
 
     def finish(self) -> None:
         """Free memory and processes."""
