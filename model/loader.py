@@ -21,7 +21,8 @@ from model.formats import WeightFormat, full_interface
 from model.formats.dense import Dense
 from model.formats.integers import Integers
 from model.gguf.files import GgufFiles, is_gguf
-from model.ops.backend import Backend, normalize
+from model.ops.backend import Backend
+from model.ops.dense import normalize
 from model.ops.specs import Norm, Parameter
 from model.stored_weights import StoredMap
 from model.tensor_map import tensor_map

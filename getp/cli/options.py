@@ -272,6 +272,7 @@ _ALL: tuple[Decorator, ...] = (
         "Results are the same either way.",
     ),
     _batch(
+        "-tp",
         "--tensor-parallel",
         type=Integer(1, 1024),
         metavar="N",

@@ -27,7 +27,8 @@ from getp.library.arguments import (
 from getp.openai.body import read_body
 from getp.openai.parsed import BadRequestError
 from getp.terminal import catch_ctrl_c
-from getp.text.answer_text import AnswerOptions, StopWatcher, ToolCall, read_answer
+from getp.text.answer_text import AnswerOptions, StopWatcher, read_answer
+from getp.text.parts.tool_bodies import ToolCall
 from getp.text.prompts import check_length, render_chat
 from getp.text.samples import sample_params
 from getp.units import counted

@@ -78,7 +78,7 @@ def _message(answer: Answer, key: str) -> dict[str, Any]:
         message["content"] = answer.content or None
         message["tool_calls"] = [
             {
-                "id": f"call_{key}_{number}",
+                "id": call.id or f"call_{key}_{number}",
                 "type": "function",
                 "function": {
                     "name": call.recipient.removeprefix("functions."),

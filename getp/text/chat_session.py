@@ -198,7 +198,8 @@ def stream_answer(
     with catch_ctrl_c() as interrupted:
 
         def on_token(token_id: int) -> bool:
-            screen.show(answer.push(token_id))
+            for piece in answer.push(token_id):
+                screen.show(piece)
             after_token()
             return answer.stopped or interrupted()
 

@@ -9,7 +9,8 @@ import torch
 from model.checks.case import Case, Tensors
 from model.checks.inputs import Inputs, Weights, parameter_bytes
 from model.layers.mlp import Moe
-from model.ops.backend import Backend, group_scores, router_scores, within_best_groups
+from model.ops.backend import Backend
+from model.ops.experts import group_scores, router_scores, within_best_groups
 from model.ops.specs import Experts, Norm, Router, RouterSpec, SharedExpert
 
 

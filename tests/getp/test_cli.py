@@ -333,6 +333,13 @@ def test_errors_of_a_job_name_the_options(
     assert "add --restart to start over" in error
 
 
+def test_tp_is_short_for_tensor_parallel_and_not_a_temperature(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.run(["-m", "plan", "-tp", "4"]) == 2
+    assert "--tensor-parallel: this model" in capsys.readouterr().err
+
+
 def test_errors_of_the_engine_name_the_options(
     checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
