@@ -46,15 +46,8 @@ class JobEngine(Protocol):
     def warm_up(self) -> None:
         """Load the model and prepare the first step."""
 
-    @property
-    def max_positions(self) -> int:
-        """Return the most tokens of a request, prompt included; known after `warm_up`."""
-
-    def generate(self, requests: Iterable[Request | None]) -> Iterator[Completion]:
-        """Run the requests; yield completions in any order. None: none is available now."""
-
-    def cancel(self, request_id: int) -> None:
-        """End a request that runs, from any thread."""
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Run the requests; yield completions in any order."""
 
     def finish(self) -> None:
         """Free memory and processes."""

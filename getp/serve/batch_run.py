@@ -12,11 +12,11 @@ from getp.job.formats.interface import Failure, JobRequest, Line
 from getp.job.formats.jsonl import Jsonl
 from getp.job.inputs import Source, scan
 from getp.job.job import Job, open_journal
-from getp.job.job_engine import JobEngine
 from getp.job.job_requests import MAX_PREFETCHED_TOKENS, JobRequests, prefetch_cost
 from getp.job.ordering import order_for_throughput
 from getp.job.prefetch import Prefetcher
 from getp.openai.parsed import BadRequestError, ParsedBody
+from getp.serve.engine_thread import ServeEngine
 from tokenizer import Tokenizer
 
 
@@ -41,7 +41,7 @@ class BatchRun:
     `take` and `record` are for the engine's thread.
     """
 
-    def __init__(self, job: Job, endpoint: str, tokenizer: Tokenizer, engine: JobEngine) -> None:
+    def __init__(self, job: Job, endpoint: str, tokenizer: Tokenizer, engine: ServeEngine) -> None:
         """Read the input and the journal. Raises GetpError."""
         source = scan(job.input)
         if not source.total:

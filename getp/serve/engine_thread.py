@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -20,6 +20,24 @@ ONLINE, BATCH = 0, 1
 
 _POLL_S = 0.05  # longest wait for a batch whose next request is not read yet
 _GROUP = 32  # of the batch, one in so many may wait in a GPU's engine, to be admitted in a group
+
+
+class ServeEngine(JobEngine, Protocol):
+    """An engine that takes requests as they come, and ends single ones."""
+
+    @property
+    def max_batch_size(self) -> int:
+        """Return the number of requests that can run at once."""
+
+    @property
+    def max_positions(self) -> int:
+        """Return the most tokens of a request, prompt included; known after `warm_up`."""
+
+    def generate(self, requests: Iterable[Request | None]) -> Iterator[Completion]:
+        """Run the requests; yield completions in any order. None: none is available now."""
+
+    def cancel(self, request_id: int) -> None:
+        """End a request that runs, from any thread."""
 
 
 class BatchSource(Protocol):
@@ -62,7 +80,7 @@ class Mailbox:
 class EngineThread:
     """Owns the engine: only its thread calls `warm_up`, `generate` and `finish`."""
 
-    def __init__(self, engine: JobEngine, max_queue: int) -> None:
+    def __init__(self, engine: ServeEngine, max_queue: int) -> None:
         """max_queue: online requests that may wait for others to finish."""
         self.engine = engine
         self.mailbox = Mailbox()
@@ -86,11 +104,6 @@ class EngineThread:
         self._thread.start()
 
     @property
-    def capacity(self) -> int:
-        """The number of requests that can run at once; known when the engine is warm."""
-        return int(getattr(self.engine, "max_batch_size", 1))
-
-    @property
     def running(self) -> int:
         """The number of requests in the engine, of both kinds, those that wait there included."""
         return len(self._owners)
@@ -112,7 +125,10 @@ class EngineThread:
         if self.error is not None or self._stopping:
             raise ApiError(503, "the server is stopping", "stopping")
         with self._lock:
-            if self._online and self._online + len(requests) > self.capacity + self._max_queue:
+            if (
+                self._online
+                and self._online + len(requests) > self.engine.max_batch_size + self._max_queue
+            ):
                 raise ApiError(
                     429,
                     f"{self._online} requests are running or waiting already: try again later",
@@ -196,8 +212,12 @@ class EngineThread:
         with self._lock:
             if self._queue:
                 return self._queue.popleft()
-        surplus = self.capacity // _GROUP if self.engine.device.type == "cuda" else 0
-        if self._stopping or self.batches is None or self.running >= self.capacity + surplus:
+        surplus = self.engine.max_batch_size // _GROUP if self.engine.device.type == "cuda" else 0
+        if (
+            self._stopping
+            or self.batches is None
+            or self.running >= self.engine.max_batch_size + surplus
+        ):
             return None
         number = next(self._numbers)
         found = self.batches.take(number)

@@ -11,14 +11,13 @@ from typing import Any
 import uvicorn
 
 from getp.errors import GetpError, UsageProblem
-from getp.job.job_engine import JobEngine
 from getp.job.signals import GracefulStop
 from getp.serve import config as limits
 from getp.serve.app import Service, make_app
 from getp.serve.batch_routes import BatchRoutes
 from getp.serve.batches import Batches
 from getp.serve.config import ServeConfig
-from getp.serve.engine_thread import EngineThread
+from getp.serve.engine_thread import EngineThread, ServeEngine
 from getp.serve.http import Guard, TimedProtocol
 from getp.terminal import print_message
 from tokenizer import Tokenizer
@@ -28,7 +27,7 @@ _END_S = 5.0  # for the engine to end a step and to free its memory
 
 def serve(
     config: ServeConfig,
-    engine: JobEngine,
+    engine: ServeEngine,
     tokenizer: Tokenizer,
     stop: GracefulStop | None = None,
 ) -> int:
@@ -102,7 +101,7 @@ class _Server(uvicorn.Server):
         thread, deadline = self._service.thread, time.monotonic() + self._grace_s
         self._service.stopping = True
         thread.stop(cancel=False)
-        self.config.timeout_graceful_shutdown = self._grace_s  # type: ignore[assignment]
+        self.config.timeout_graceful_shutdown = self._grace_s
         await super().shutdown(sockets)
         while not thread.ended.is_set() and time.monotonic() < deadline:
             await asyncio.sleep(0.02)

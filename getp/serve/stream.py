@@ -95,9 +95,8 @@ class ChunkStream:
         ends = token in request.params.stop_ids or token in model_ids
         if choice.text.stopped or (ends and not request.answer.include_stop):
             return
-        piece = choice.text.push(token)
-        if piece is not None and (piece.text or piece.recipient is not None):
-            choice.pieces.append(piece)
+        pieces = choice.text.push(token)
+        choice.pieces += [each for each in pieces if each.text or each.recipient is not None]
 
     def _parts_with_logprobs(self, choice: _Choice, logprobs: TokenLogprobs) -> list[Chunk]:
         """Return the parts of the last token's text, the first with its log-probabilities."""
@@ -132,7 +131,7 @@ class ChunkStream:
             number = choice.calls[piece.message] = len(choice.calls)
             call["function"]["name"] = piece.recipient.removeprefix("functions.")
             key = self._key if choice.index == 0 else f"{self._key}_{choice.index}"
-            call |= {"id": f"call_{key}_{number}", "type": "function"}
+            call |= {"id": piece.call_id or f"call_{key}_{number}", "type": "function"}
         return {"tool_calls": [{"index": number, **call}]}
 
     def _opening(self, choice: _Choice) -> Chunk:

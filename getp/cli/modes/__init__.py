@@ -88,7 +88,7 @@ MODES = {
     "serve": Mode(
         "serve",
         "serve OpenAI's API, with batches",
-        (_COMPLETES & ~_S.INPUT & ~_S.PROMPT) | _S.REPLICAS | _S.GRACE | _S.SERVE,
+        (_COMPLETES & ~_S.INPUT & ~_S.PROMPT) | _S.GRACE | _S.SERVE,
     ),
     "decode": Mode(
         "decode", "print the answers of a result file as text", _S.INPUT | _S.OUTPUT | _S.LINE

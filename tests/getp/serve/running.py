@@ -41,7 +41,9 @@ class RunningServer:
 
     def __init__(self, data: Path | None = None, engine: Any = None, **config: Any) -> None:
         tokenizer = load_tokenizer(embedded_model())
-        self.engine = engine or Engine(embedded_model(), EngineConfig(device="cpu", max_batch_size=16))
+        self.engine = engine or Engine(
+            embedded_model(), EngineConfig(device="cpu", max_batch_size=16)
+        )
         params = SamplingParams(seed=1, stop_ids=tokenizer.stop_ids)
         job = Job("", "", MODEL, RequestDefaults(params, {}))
         self.port = free_port()

@@ -9,6 +9,7 @@ import urllib.request
 from contextlib import suppress
 from itertools import chain
 from typing import Any
+from unittest.mock import patch
 
 import openai
 import pytest
@@ -168,14 +169,13 @@ def test_a_client_that_hangs_up_frees_its_sequences(server: RunningServer, strea
 def test_a_full_queue_refuses_further_requests(server: RunningServer) -> None:
     scheduler, held = server.engine.steps.scheduler, threading.Event()
     schedule = scheduler.schedule
-    scheduler.schedule = lambda: held.wait(60) and schedule()
+    hold = patch.object(scheduler, "schedule", lambda: held.wait(60) and schedule())
     try:
-        with pytest.raises(openai.RateLimitError) as caught:
+        with hold, pytest.raises(openai.RateLimitError) as caught:
             asyncio.run(_fill(server))
         assert caught.value.response.headers["retry-after"] == "1"
     finally:
         held.set()
-        scheduler.schedule = schedule
     wait_until(lambda: server.metric("getp_online_requests") == 0)
 
 
