@@ -16,6 +16,7 @@ from engine.config import EngineConfig
 from engine.errors import EngineError
 from engine.execution.capture import Capture, GpuCapture
 from engine.execution.capture_fallback import crash_of_hip
+from engine.execution.matchers import Matchers
 from engine.execution.model_runner import ModelRunner
 from engine.kernels import choose_kernels, described
 from engine.memory_plan import (
@@ -98,6 +99,8 @@ class Engine:
             None if settings.on_cpu else GpuCapture
         )
         self.checks_kernels = not settings.on_cpu and not config.trust_kernels
+        # Returns the content of tokenizer.json, which grammars need; set it before they are used.
+        self.tokenizer_json: Callable[[], str] | None = None
         self.workers = workers or WorkerPool(self.tensor_parallel)
         self._keep_workers = workers is not None
         self.runner = (
@@ -152,6 +155,14 @@ class Engine:
         self.choose_kernels()
         assert self._kernels is not None
         return self._kernels
+
+    @cached_property
+    def matchers(self) -> Matchers | None:
+        """What says which tokens the grammars of requests allow; None without `tokenizer_json`."""
+        if self.tokenizer_json is None:
+            return None
+        config = self.model_config
+        return Matchers(self.tokenizer_json, config.vocab_size, config.stop_ids)
 
     @cached_property
     def capture_crash(self) -> str:
@@ -238,6 +249,8 @@ class Engine:
         for iterator in list(self._iterators):
             iterator.close()
         self._steps = None
+        if "matchers" in self.__dict__ and self.matchers is not None:
+            self.matchers.close()
         self._free()
         if not self.settings.on_cpu:
             torch.cuda.empty_cache()
@@ -294,8 +307,14 @@ class Engine:
                 room = self.max_batch_size - scheduler.first_waiting
                 taken, more = take_requests(source, room) if more else ([], False)
                 for request in taken:
+                    if request.params.grammar is not None:
+                        steps.matchers = self.matchers
                     admitted = admit(
-                        request, self.model_config, self.max_positions, scheduler.cache
+                        request,
+                        self.model_config,
+                        self.max_positions,
+                        scheduler.cache,
+                        steps.matchers,
                     )
                     if isinstance(admitted, Completion):
                         yield admitted

@@ -88,6 +88,11 @@ class ChatTemplate:
             _READS_ARGUMENTS.search(self.source)
         )
 
+    @cached_property
+    def needs_short_ids(self) -> bool:
+        """Whether the template refuses ids of calls that do not have nine characters (Mistral)."""
+        return "length != 9" in self.source
+
     def render(
         self,
         messages: Sequence[Message],

@@ -217,7 +217,9 @@ def load_engine(settings: Settings) -> "Engine":
                 f"--device {device}: GPUs that torch finds on this machine: {count}; {remedy}"
             )
     config = replace(settings.engine, tensor_parallel=ranks)
-    return Engine(checkpoint_folder(settings), config, notice=warn)
+    engine = Engine(checkpoint_folder(settings), config, notice=warn)
+    engine.tokenizer_json = lambda: load_tokenizer(settings).to_json()
+    return engine
 
 
 def load_cluster(settings: Settings) -> "Cluster":
@@ -256,6 +258,27 @@ def check_system(settings: Settings) -> None:
     """Raise UsageProblem for a system prompt without a chat template."""
     if settings.prompt.system is not None and not settings.prompt.chat_template:
         raise UsageProblem(f"-y/--system needs --chat-template in mode {settings.mode}")
+
+
+def check_variables(settings: Settings) -> None:
+    """Raise UsageProblem for variables of the chat template, which the prompts do not use."""
+    if settings.prompt.variables:
+        raise UsageProblem(
+            "--reasoning-effort and --chat-template-kwargs need --chat-template: prompts are "
+            "completed as they are"
+        )
+
+
+def check_thinking(settings: Settings, tokenizer: "Tokenizer") -> None:
+    """Raise UsageProblem for a budget of a model that does not mark its thinking."""
+    from getp.text.parts.thinking import thinking_budget
+
+    tokens = settings.sampling.thinking_budget
+    if tokens is not None and thinking_budget(tokenizer, (), tokens) is None:
+        raise UsageProblem(
+            "--thinking-budget needs a model whose chat template marks its thinking, such as "
+            "<think>"
+        )
 
 
 def check_agreement(settings: Settings) -> None:

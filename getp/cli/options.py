@@ -13,6 +13,7 @@ from getp.cli.click_types import (
     Device,
     Dtype,
     Integer,
+    JsonObject,
     Number,
     Option,
     Replicas,
@@ -144,6 +145,14 @@ _ALL: tuple[Decorator, ...] = (
         metavar="N",
     ),
     _job(
+        "--truncate",
+        type=click.Choice(["none", "left", "right"]),
+        default="none",
+        show_default=True,
+        help="Cut prompts that are too long at their beginning (left) or end (right) instead of "
+        "failing them; in a conversation, the longest message.",
+    ),
+    _job(
         "--flush-interval",
         type=Number(0, _MAX_SECONDS),
         default=1.0,
@@ -210,6 +219,19 @@ _ALL: tuple[Decorator, ...] = (
         default=None,
         help="Apply the model's chat template to prompts, or use them as they are.  "
         "[default: in generate and chat the template, if the model has one; otherwise --raw]",
+    ),
+    _prompt(
+        "--reasoning-effort",
+        metavar="LEVEL",
+        help="How much the model thinks, such as low, medium or high; none turns thinking off "
+        "where the chat template can.",
+    ),
+    _prompt(
+        "--chat-template-kwargs",
+        type=JsonObject(),
+        default="{}",
+        metavar="JSON",
+        help="Variables of the chat template, such as '{\"enable_thinking\": false}'.",
     ),
     *SAMPLING_OPTIONS,
     _engine(

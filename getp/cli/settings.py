@@ -19,6 +19,17 @@ class PromptOptions:
     tokenizer: str | None
     system: str | None
     chat_template: bool | None  # None: the mode's default
+    chat_template_kwargs: Mapping[str, Any]
+    reasoning_effort: str | None
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The variables of the chat template."""
+        effort = self.reasoning_effort
+        return {
+            **self.chat_template_kwargs,
+            **({"reasoning_effort": effort} if effort is not None else {}),
+        }
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,7 @@ class SamplingOptions:
     stop_token_ids: tuple[int, ...]
     include_stop: bool
     keep_special_tokens: bool
+    thinking_budget: int | None
     ignore_eos: bool
 
     @property
@@ -62,6 +74,7 @@ class JobOptions:
     restart: bool
     accept_different_rounding: bool
     max_errors: int | None
+    truncate: Literal["none", "left", "right"]
     flush_interval: float  # seconds
     grace: float  # seconds
     schedule: Literal["throughput", "first"]

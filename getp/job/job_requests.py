@@ -82,6 +82,7 @@ class JobRequests:
             self.record_failure(request)
             return
         self._running[request.index] = running = _Running(request)
+        self.measured.cut_prompts += request.truncated != "none"
         for number in range(request.best_of):
             watcher = StopWatcher(self._tokenizer, request.prompt_ids, request.answer, self._check)
             running.watchers.append(watcher)

@@ -30,6 +30,7 @@ from getp.terminal import print_last_line, print_message
 from getp.text.evaluate import check_agreement, compare
 from getp.text.prompts import chat_template
 from getp.text.result_file import read_results
+from getp.units import counted
 from tokenizer import Tokenizer
 
 __all__ = ["Job", "JobRun", "read", "run_job"]
@@ -150,6 +151,9 @@ def _report(
             f"getp: {failed} of {run.source.total} requests failed: see {where}; the first is "
             f"{run.source.format.record_word} {error['line']}: {error['message']}"
         )
+    if run.measured.cut_prompts:
+        prompts = counted(run.measured.cut_prompts, "prompt")
+        print_message(f"getp: cut to the limit by {job.name_of('truncate')}: {prompts}")
     report = job_report(run.measured, run.engine.summary(), job.checkpoint, job.price)
     report["agreement"] = agreement
     if job.report is not None and job.report.endswith(html_report.SUFFIX):

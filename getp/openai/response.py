@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from engine import Completion, TokenLogprobs
+from getp.openai.tools import calls_of
 from getp.text.answer_text import Answer
 from getp.text.samples import Samples
 from tokenizer import StreamDecoder, Tokenizer
@@ -76,17 +77,7 @@ def _message(answer: Answer, key: str) -> dict[str, Any]:
         message["reasoning_content"] = answer.reasoning
     if answer.tool_calls:
         message["content"] = answer.content or None
-        message["tool_calls"] = [
-            {
-                "id": call.id or f"call_{key}_{number}",
-                "type": "function",
-                "function": {
-                    "name": call.recipient.removeprefix("functions."),
-                    "arguments": call.arguments,
-                },
-            }
-            for number, call in enumerate(answer.tool_calls)
-        ]
+        message["tool_calls"] = calls_of(answer.tool_calls, key)
     return message
 
 

@@ -1,5 +1,6 @@
 """Converts the tokens of an answer to text, during generation or afterwards."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -33,6 +34,15 @@ class Answer:
     content: str = ""  # the text for the user
     reasoning: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
+
+    @property
+    def with_calls(self) -> str:
+        """The content, then each call on a line of its own, as JSON."""
+        calls = [
+            f'{{"name": {json.dumps(call.recipient)}, "arguments": {call.arguments or "{}"}}}'
+            for call in self.tool_calls
+        ]
+        return "\n".join([self.content, *calls] if self.content else calls)
 
 
 def read_answer(

@@ -61,10 +61,10 @@ class SamplingOps:
         """Change the logits by what the rows' requests ask for, in place, and return them.
 
         The arguments are those of `sample_rows`, which follows. First the biases that apply at the
-        row's position, then the repetition, frequency and presence penalties, then min-p, whose
-        tokens become -inf. The row's last token is counted before, unless it was counted when the
-        row was set. Nothing here waits for the device or depends on its values, so that a GPU can
-        capture it.
+        row's position, then the mask, whose tokens without a bit become -inf, then the repetition,
+        frequency and presence penalties, then min-p, whose tokens become -inf, too. The row's last
+        token is counted before, unless it was counted when the row was set. Nothing here waits for
+        the device or depends on its values, so that a GPU can capture it.
         """
         return adjust_logits(logits, rows, last, positions, tables)
 

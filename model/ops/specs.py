@@ -375,14 +375,17 @@ class AdjustmentTables(NamedTuple):
 
     Columns of `factors`: the repetition, frequency and presence penalties, then how far below the
     largest logit min-p removes tokens (-inf: nowhere). Columns of `starts`: how many tokens of the
-    sequence were counted when its row was set, the number of its entries, and whether it has
-    penalties. An element of `counts` is twice the token's occurrences in the output, plus 1 if it
-    is in the prompt. Columns of `entries`: a token, the positions from the first to before the
-    second at which its bias applies, and the token before it that is needed (-1: any).
+    sequence were counted when its row was set, the number of its entries, whether it has penalties,
+    and whether it has a mask. An element of `counts` is twice the token's occurrences in the
+    output, plus 1 if it is in the prompt. Columns of `entries`: a token, the positions from the
+    first to before the second at which its bias applies, and the token before it that is needed
+    (-1: any). A bit of `masks` is 1 if the token may be sampled; token 0 has the lowest bit of the
+    first word.
     """
 
     factors: "torch.Tensor"  # float32 [rows, 4]
-    starts: "torch.Tensor"  # int32 [rows, 3]
+    starts: "torch.Tensor"  # int32 [rows, 4]
     counts: "torch.Tensor"  # int16 [rows, vocab]
     entries: "torch.Tensor"  # int32 [rows, entries, 4]
     biases: "torch.Tensor"  # float32 [rows, entries], -inf for a token that must not be sampled
+    masks: "torch.Tensor"  # int32 [rows, ⌈vocab / 32⌉]

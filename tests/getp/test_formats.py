@@ -214,7 +214,7 @@ def test_stop_string_of_a_request_truncates_its_text(tmp_path: Path) -> None:
             "invalid_value",
             "differ",
         ),
-        (batch_line(CHAT, messages=HI, tools=[{}]), "unsupported_parameter", "'tools'"),
+        (batch_line(CHAT, messages=HI, tools=[{}]), "invalid_value", "'tools'"),
         (batch_line(CHAT, messages=HI, top_logprobs=2), "invalid_value", "'logprobs': true"),
         (batch_line(CHAT, messages=HI, top_logprobs=21, logprobs=True), "invalid_value", "'top_l"),
         (batch_line(CHAT, messages=HI, prompt="x"), "invalid_value", "are both given"),

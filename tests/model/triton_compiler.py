@@ -245,10 +245,11 @@ def _sampling_calls(
     )
     adjustments = AdjustmentTables(
         _empty(1024, 4, dtype=torch.float32),
-        _empty(1024, 3, dtype=torch.int32),
+        _empty(1024, 4, dtype=torch.int32),
         _empty(1024, config.vocab_size, dtype=torch.int16),
         _empty(1024, 3072, 4, dtype=torch.int32),
         _empty(1024, 3072, dtype=torch.float32),
+        _empty(1024, -(-config.vocab_size // 32), dtype=torch.int32),
     )
     yield lambda: ops.sample_rows(logits, ids, last)
     for dtype in (torch.int32, torch.int64):

@@ -34,8 +34,11 @@ def run(settings: Settings) -> int:
     from getp.job.run import read, run_job
 
     tokenizer = loading.load_tokenizer(settings)
+    loading.check_thinking(settings, tokenizer)
     job = _job(settings, tokenizer)
     source = read(job)
+    if not source.format.has_messages and not settings.prompt.chat_template:
+        loading.check_variables(settings)
     job = replace(job, expected_s=_expected_seconds(settings, job, source))
     if not source.format.has_messages and settings.prompt.chat_template is None:
         _note_unused_template(tokenizer)
@@ -134,6 +137,9 @@ def _job(settings: Settings, tokenizer: "Tokenizer") -> "Job":
             defaults.origins,
             loading.answer_options(settings, bool(prompt.chat_template)),
             prompt.system,
+            prompt.variables,
+            settings.sampling.thinking_budget,
+            options.truncate,
         ),
         seed_given=settings.sampling.seed is not None,
         identity=loading.identity(settings),
