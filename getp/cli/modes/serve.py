@@ -26,6 +26,7 @@ def run(settings: Settings) -> int:
     from getp.serve.server import serve
 
     tokenizer = loading.load_tokenizer(settings)
+    loading.check_thinking(settings, tokenizer)
     config = _config(settings, tokenizer)
     return serve(config, loading.load_engine(settings), tokenizer)
 
@@ -43,7 +44,12 @@ def _config(settings: Settings, tokenizer: "Tokenizer") -> "ServeConfig":
         input="",
         output="",
         checkpoint=name,
-        defaults=RequestDefaults(defaults.params, defaults.origins, answer),
+        defaults=RequestDefaults(
+            defaults.params,
+            defaults.origins,
+            answer,
+            thinking_budget=settings.sampling.thinking_budget,
+        ),
         seed_given=settings.sampling.seed is not None,
         identity=loading.identity(settings),
         name_of=option_name,

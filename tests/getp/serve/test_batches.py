@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +134,14 @@ def test_two_batches_share_the_engine_and_online_requests_come_first(
         finished(client, each)
 
 
+SECTION = (ROOT / "README.md").read_text().split("### A server\n")[1].split("\n### ")[0]
+START, CURL, PROGRAM = re.findall(r"```(?:python)?\n(.*?)```", SECTION, re.DOTALL)
+
+
 def serve(data: Path, port: int) -> "subprocess.Popen[str]":
-    command = [sys.executable, "run.py", "-m", "serve", "--port", str(port), "--data", str(data)]
+    """Start the server with the README's command."""
+    names = {"python": sys.executable, "served": str(data)}
+    command = [names.get(word, word) for word in shlex.split(START)] + ["--port", str(port)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
@@ -167,6 +176,7 @@ def test_a_killed_server_goes_on_and_runs_no_finished_request_again(tmp_path: Pa
             if line.startswith("getp_output_tokens_total")
         ]
         assert generated[0] <= 100 * (300 - len(before))
+        check_readme(tmp_path, port)
         stream: Any = client.completions.create(
             model=MODEL, prompt="1", max_tokens=400, stream=True, extra_body={"ignore_eos": True}
         )
@@ -177,3 +187,14 @@ def test_a_killed_server_goes_on_and_runs_no_finished_request_again(tmp_path: Pa
     finally:
         process.kill()
         process.wait()
+
+
+def check_readme(folder: Path, port: int) -> None:
+    """Run the README's other commands."""
+    curl, program = (text.replace(":8000", f":{port}") for text in (CURL, PROGRAM))
+    run: Any = partial(subprocess.run, cwd=folder, check=True, capture_output=True, text=True)
+    answer = json.loads(run(["sh", "-c", curl]).stdout)
+    assert answer["choices"][0]["message"]["content"] == "42"
+    (folder / "requests.jsonl").write_bytes(lines(2))
+    printed = run([sys.executable, "-c", program]).stdout
+    assert len(printed.strip().splitlines()) == 2
