@@ -58,7 +58,7 @@ def test_another_host_needs_a_key_or_insecure() -> None:
     with pytest.raises(UsageProblem, match="api_key"):
         _listen(ServeConfig("0.0.0.0", 0, "m", job))
     for safe in ({"api_key": "k"}, {"insecure": True}):
-        _listen(ServeConfig("0.0.0.0", 0, "m", job, **safe)).close()  # type: ignore[arg-type]
+        _listen(ServeConfig("0.0.0.0", 0, "m", job, **safe)).close()
 
 
 def test_a_client_that_does_not_read_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +98,7 @@ def test_heads_and_bodies_that_arrive_too_slowly_end(
         writer.close()
         return received
 
-    async def replies() -> list[bytes]:
+    async def replies() -> tuple[bytes, bytes, bytes]:
         head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
         return await asyncio.gather(
             reply(b""), reply(head), reply(head + b"content-length: 9\r\n\r\n{")
