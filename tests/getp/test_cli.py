@@ -108,7 +108,10 @@ def test_version_option_prints_the_version_of_the_package() -> None:
         (["-m", "getp", "-i", "x"], ["mode getp needs -o/--output FILE"]),
         (["-m", "decode"], ["mode decode needs -i/--input FILE"]),
         (["-m", "eval", "-i", "x"], ["--reference FILE or --expected FILE"]),
-        (["-m", "eval", "-t", "1"], ["-t/--temperature applies only to -m generate, -m chat, -m getp"]),
+        (
+            ["-m", "eval", "-t", "1"],
+            ["-t/--temperature applies only to -m generate, -m chat"],
+        ),
         (["--nonsense"], ["--nonsense"]),
         (["-z", "/nowhere"], ["-z/--tokenizer /nowhere does not exist", "OWNER/NAME"]),
     ],
