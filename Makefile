@@ -1,6 +1,9 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip install --disable-pip-version-check --constraint constraints.txt
 
+# Where this is set, every process that a test starts would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: getp test clean help
 
 getp: .venv/getp  ## set up .venv, then run data/input.txt through the embedded model

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import model  # noqa: F401  before torch: sets how OpenMP threads wait and filters a warning
 from engine.config import EngineConfig
 from engine.errors import EngineError, RequestError
+from engine.grammar import Grammar
 from engine.request import Completion, Request, TokenLogprobs
 from engine.sampling_params import SamplingParams, ThinkingBudget
 from engine.stats import EngineStats
@@ -24,6 +25,7 @@ __all__ = [
     "EngineConfig",
     "EngineError",
     "EngineStats",
+    "Grammar",
     "ReplicaSummary",
     "Request",
     "RequestError",

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -15,6 +16,7 @@ from engine.config import EngineConfig
 from engine.errors import EngineError
 from engine.execution.capture import Capture, GpuCapture
 from engine.execution.capture_fallback import crash_of_hip
+from engine.execution.matchers import Matchers
 from engine.execution.model_runner import ModelRunner
 from engine.kernels import choose_kernels, described
 from engine.memory_plan import (
@@ -97,6 +99,8 @@ class Engine:
             None if settings.on_cpu else GpuCapture
         )
         self.checks_kernels = not settings.on_cpu and not config.trust_kernels
+        # Returns the content of tokenizer.json, which grammars need; set it before they are used.
+        self.tokenizer_json: Callable[[], str] | None = None
         self.workers = workers or WorkerPool(self.tensor_parallel)
         self._keep_workers = workers is not None
         self.runner = (
@@ -107,6 +111,7 @@ class Engine:
         self._kernels: Kernels | None = None
         self._steps: StepLoop | None = None
         self._generating = False
+        self._cancelled: deque[int] = deque()  # ids of requests that are to end
         # The iterators that `generate` has returned and that still exist.
         self._iterators: WeakSet[Generator[Completion, None, None]] = WeakSet()
         self._threads = torch.get_num_threads()
@@ -150,6 +155,14 @@ class Engine:
         self.choose_kernels()
         assert self._kernels is not None
         return self._kernels
+
+    @cached_property
+    def matchers(self) -> Matchers | None:
+        """What says which tokens the grammars of requests allow; None without `tokenizer_json`."""
+        if self.tokenizer_json is None:
+            return None
+        config = self.model_config
+        return Matchers(self.tokenizer_json, config.vocab_size, config.stop_ids)
 
     @cached_property
     def capture_crash(self) -> str:
@@ -236,6 +249,8 @@ class Engine:
         for iterator in list(self._iterators):
             iterator.close()
         self._steps = None
+        if "matchers" in self.__dict__ and self.matchers is not None:
+            self.matchers.close()
         self._free()
         if not self.settings.on_cpu:
             torch.cuda.empty_cache()
@@ -260,12 +275,22 @@ class Engine:
         without an id gets its position as its id; one without a seed gets a random seed. A request
         that cannot run completes with finish reason "error" and does not affect the others. Closing
         the iterator, or an exception, cancels all unfinished requests; the engine can then run
-        others. Raises TypeError for anything but requests, EngineError if memory runs out and
-        RuntimeError if `generate` is already running.
+        others. With a `priority` above 0, any number of requests is taken, so that they do not
+        keep others from being taken: their source must limit them. Raises TypeError for anything
+        but requests, EngineError if memory runs out and RuntimeError if `generate` is already
+        running.
         """
         iterator = self._completions(numbered(requests))
         self._iterators.add(iterator)
         return iterator
+
+    def cancel(self, request_id: int) -> None:
+        """End a running or waiting request before the next step; others are not affected.
+
+        It completes with the finish reason "cancelled". May be called from any thread while
+        `generate` runs; an id that is not in the engine has no effect.
+        """
+        self._cancelled.append(request_id)
 
     def _completions(self, source: Iterator[Request | None]) -> Generator[Completion, None, None]:
         self.warm_up()
@@ -279,16 +304,25 @@ class Engine:
         self._generating, complete, more = True, False, True
         try:
             while more or scheduler.running or scheduler.waiting:
-                room = self.max_batch_size - len(scheduler.waiting)
+                room = self.max_batch_size - scheduler.first_waiting
                 taken, more = take_requests(source, room) if more else ([], False)
                 for request in taken:
+                    if request.params.grammar is not None:
+                        steps.matchers = self.matchers
                     admitted = admit(
-                        request, self.model_config, self.max_positions, scheduler.cache
+                        request,
+                        self.model_config,
+                        self.max_positions,
+                        scheduler.cache,
+                        steps.matchers,
                     )
                     if isinstance(admitted, Completion):
                         yield admitted
                     else:
                         scheduler.add(admitted)
+                if self._cancelled:
+                    cancelled = {self._cancelled.popleft() for _ in range(len(self._cancelled))}
+                    yield from steps.cancel_requests(cancelled)
                 if scheduler.running or scheduler.waiting:
                     yield from steps.run_step()
             complete = True

@@ -24,14 +24,18 @@ class Request:
 
     `on_token` is called with each new token id as soon as it is known, stop tokens included. If it
     returns True, the request ends (finish reason "stop"). Streaming and stop strings are built on
-    it, as the engine does not handle text. Raises TypeError for a prompt that is not a sequence of
-    integers; arrays and tensors with one dimension are converted.
+    it, as the engine does not handle text. `on_logprobs` is called after it with the token's
+    log-probabilities, if the request asks for them. Requests with a lower `priority` number run
+    first, and others are preempted for them. Raises TypeError for a prompt that is not a sequence
+    of integers; arrays and tensors with one dimension are converted.
     """
 
     prompt_ids: Sequence[int]
     params: SamplingParams = field(default_factory=SamplingParams)
     request_id: int = BY_POSITION  # copied to the completion
     on_token: Callable[[int], bool | None] | None = None
+    priority: int = 0
+    on_logprobs: Callable[["TokenLogprobs"], None] | None = None
 
     def __post_init__(self) -> None:
         """Convert the prompt, and raise TypeError for an argument of the wrong type."""

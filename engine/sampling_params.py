@@ -7,6 +7,7 @@ from numbers import Integral, Real
 from reprlib import repr  # long values are shortened
 
 from engine.errors import EngineError
+from engine.grammar import Grammar
 
 # Abstract types come last, because they are slow to check.
 NUMBER, INTEGER = (float, int, Real), (int, Integral)
@@ -95,6 +96,7 @@ class SamplingParams:
     # Sequences of tokens that the output never contains.
     bad_words: tuple[tuple[int, ...], ...] = ()
     thinking: ThinkingBudget | None = None
+    grammar: Grammar | None = None  # what the output must match
 
     def __post_init__(self) -> None:
         """Raise an error that names the first parameter with a wrong type or value."""
@@ -119,6 +121,8 @@ class SamplingParams:
         self._read_bad_words()
         if self.thinking is not None and not isinstance(self.thinking, ThinkingBudget):
             raise TypeError(f"thinking must be a ThinkingBudget or None, not {repr(self.thinking)}")
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise TypeError(f"grammar must be a Grammar or None, not {repr(self.grammar)}")
 
     def _read_bias(self) -> None:
         """Bring `logit_bias` into one form, by token. Raises TypeError, EngineError."""
@@ -174,6 +178,7 @@ class SamplingParams:
             or self.logit_bias
             or self.bad_words
             or self.min_new_tokens
+            or self.grammar is not None
             or (self.min_p and self.temperature)
         )
 

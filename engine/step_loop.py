@@ -3,19 +3,20 @@
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import replace
 
 import torch
 
 from engine.errors import EngineError, RequestError
+from engine.execution.matchers import Matchers
 from engine.execution.model_runner import ModelRunner
 from engine.execution.sampler import Sampled
 from engine.memory_plan import available_bytes, format_bytes, is_out_of_memory
 from engine.request import Completion, FinishReason
 from engine.resolve import Settings, dtype_name
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.sequence import Sequence, Step
+from engine.scheduling.sequence import MasksOfRows, Sequence, Step
 from engine.stats import EngineStats
 from model.ops.sampling import NO_TOKEN
 from model.ops.step_parts import SCHEDULING
@@ -42,6 +43,7 @@ class StepLoop:
         self._runner, self._settings = runner, settings
         self._stats, self._notice = stats, notice
         self._launched: deque[tuple[Step, Sampled]] = deque()  # steps whose tokens are not read
+        self.matchers: Matchers | None = None  # of the requests with a grammar
 
     @property
     def pending(self) -> int:
@@ -60,22 +62,47 @@ class StepLoop:
         self._stats.schedule_s += scheduled - start
         if not step.size:
             return self.read()
+        done: list[Completion] = []
+        step.masks = self._masks(step, done)
         try:
             sampled = self._runner.launch(step)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            done = self.read()
+            done += self.read()
             self._back_off(step, error)
             return done
         self._stats.model_s += time.perf_counter() - scheduled
         self.scheduler.note_success()
         self._stats.count(step, self.scheduler)
         self._launched.append((step, sampled))
-        done = self.read(self.lookahead)
+        done += self.read(self.lookahead)
         if self.scheduler.speculation is not None:
             self.scheduler.speculation.measured(step, time.perf_counter() - scheduled)
         return done
+
+    def _masks(self, step: Step, done: list[Completion]) -> MasksOfRows | None:
+        """What returns the masks of a step after its model has been launched; None: it has none.
+
+        They are computed in a thread while the model runs, if every token is known. Otherwise the
+        result reads earlier steps first, and adds the requests that finish with them to `done`.
+        """
+        found = [(s, s.row, s.matcher) for s in step.sampling() if s.matcher is not None]
+        if not found:
+            return None
+        matchers = self.matchers
+        assert matchers is not None
+        if not self._launched:
+            masks = matchers.begin([matcher for _, _, matcher in found])
+            return lambda: ([row for _, row, _ in found], masks())
+
+        def read_and_compute() -> tuple[list[int], torch.Tensor]:
+            done.extend(self.read())
+            running = [(row, matcher) for s, row, matcher in found if not s.finished]
+            rows = [row for row, _ in running]
+            return rows, matchers.masks([matcher for _, matcher in running])
+
+        return read_and_compute
 
     def read(self, keep: int = 0) -> list[Completion]:
         """Read the launched steps, except for the last `keep`; returns the finished requests."""
@@ -100,18 +127,25 @@ class StepLoop:
                         continue
                 if token == NO_TOKEN:
                     ended.append(sequence)
-                    error = _not_finite(self._settings.dtype)
+                    error = _not_finite(self._settings.dtype, sequence.matcher is not None)
                     done.append(sequence.completion("error", now, error))
                     continue
                 self._stats.generated_tokens += 1
-                if sequence.thinking is None:
-                    reason = sequence.append(token, now)
-                else:
-                    reason = self._append_forced(sequence, token, now)
+                try:
+                    if sequence.thinking is None:
+                        reason = sequence.append(token, now)
+                    else:
+                        reason = self._append_forced(sequence, token, now)
+                except RequestError as failure:  # its grammar cannot be used
+                    ended.append(sequence)
+                    done.append(sequence.completion("error", now, failure))
+                    continue
                 if sequence.logprobs is not None:
                     was_forced = sequence.thinking is not None and sequence.thinking.was_forced
                     own = replace(logprobs[i], logprob=0.0) if was_forced else logprobs[i]
                     sequence.logprobs.append(own)
+                    if sequence.request.on_logprobs is not None:
+                        sequence.request.on_logprobs(own)
                 if reason is not None:
                     ended.append(sequence)
                     done.append(sequence.completion(reason, now))
@@ -130,6 +164,17 @@ class StepLoop:
         if thinking.was_forced or thinking.forced is not None:
             self.scheduler.forced.append(sequence)
         return reason
+
+    def cancel_requests(self, request_ids: Set[int]) -> list[Completion]:
+        """Remove the sequences of these requests, as far as they are not finished."""
+        scheduler, now = self.scheduler, time.perf_counter()
+        found = [
+            sequence
+            for sequence in (*scheduler.running, *scheduler.waiting)
+            if sequence.request.request_id in request_ids
+        ]
+        scheduler.finish(found)
+        return [sequence.completion("cancelled", now) for sequence in found]
 
     def cancel(self) -> None:
         """Remove every sequence, after an error or when the caller stops early."""
@@ -162,8 +207,13 @@ class StepLoop:
         )
 
 
-def _not_finite(dtype: torch.dtype) -> RequestError:
+def _not_finite(dtype: torch.dtype, has_grammar: bool) -> RequestError:
     """The error of a request whose logits are not finite, with a remedy."""
+    if has_grammar:
+        return RequestError(
+            "no token can be sampled: {bad_words}, {min_new_tokens} or {logit_bias} forbid every "
+            "token that the {grammar} allows, or the model's logits are not finite"
+        )
     remedies = {
         torch.float16: "use {dtype} bfloat16 or float32",
         torch.bfloat16: "use {dtype} float32",

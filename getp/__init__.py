@@ -3,7 +3,7 @@
 Owns text, files and the terminal; never touches tensors. `getp.cli.main` is the command and
 `getp.job.run` the main job. As a library:
 
-    from getp import LLM, Engine, Request, SamplingParams, Tokenizer
+    from getp import LLM, Engine, Grammar, Request, SamplingParams, Tokenizer
 
 These names are imported lazily, so that `import getp` stays fast.
 """
@@ -47,7 +47,7 @@ _check_packages()
 import model  # noqa: E402, F401  before torch: it sets how OpenMP threads wait
 
 if TYPE_CHECKING:
-    from engine import Completion, Engine, EngineConfig, Request, SamplingParams
+    from engine import Completion, Engine, EngineConfig, Grammar, Request, SamplingParams
     from getp.library.llm import LLM, CompletionOutput, RequestOutput
     from tokenizer import Tokenizer
 
@@ -57,6 +57,7 @@ _MODULES = {
     "CompletionOutput": "getp.library.llm",
     "Engine": "engine",
     "EngineConfig": "engine",
+    "Grammar": "engine",
     "Request": "engine",
     "RequestOutput": "getp.library.llm",
     "SamplingParams": "engine",
@@ -69,6 +70,7 @@ __all__ = [
     "CompletionOutput",
     "Engine",
     "EngineConfig",
+    "Grammar",
     "Request",
     "RequestOutput",
     "SamplingParams",

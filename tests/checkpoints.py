@@ -407,7 +407,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "qwen3_5_text": lambda: _hybrid(tf.Qwen3_5TextConfig),
     "qwen3_5_text-wide": lambda: _hybrid(
         tf.Qwen3_5TextConfig,
-        **{**_WIDE_HEADS, "head_dim": 128, "linear_key_head_dim": 32, "linear_num_key_heads": 1},
+        **{**_WIDE_HEADS, "head_dim": 128, "linear_key_head_dim": 32},
     ),
     "qwen3_5_moe_text": lambda: _hybrid(tf.Qwen3_5MoeTextConfig, **_HYBRID_EXPERTS),
     "qwen3_next": lambda: _hybrid(

@@ -70,7 +70,7 @@ class ChatTemplate:
 
         Raises TemplateError if the template is not valid.
         """
-        return _sandbox.variables(self._source)
+        return _sandbox.variables(self.source)
 
     def check(self) -> None:
         """Raise TemplateError if the template is not valid."""
@@ -79,14 +79,24 @@ class ChatTemplate:
     @cached_property
     def distinguishes_none(self) -> bool:
         """Whether the template handles a message whose content is None."""
-        return _TESTS_NONE.search(self._source) is not None
+        return _TESTS_NONE.search(self.source) is not None
 
     @cached_property
     def writes_arguments_as_text(self) -> bool:
         """Whether the template needs the arguments of a tool call as text, not as an object."""
-        return bool(_JOINS_ARGUMENTS.search(self._source)) and not (
-            _READS_ARGUMENTS.search(self._source)
+        return bool(_JOINS_ARGUMENTS.search(self.source)) and not (
+            _READS_ARGUMENTS.search(self.source)
         )
+
+    @cached_property
+    def reads_thinking(self) -> bool:
+        """Whether the reasoning of earlier messages has the key `thinking`, as in gpt-oss."""
+        return "message.thinking" in self.source and "reasoning_content" not in self.source
+
+    @cached_property
+    def needs_short_ids(self) -> bool:
+        """Whether the template refuses ids of calls that do not have nine characters (Mistral)."""
+        return "length != 9" in self.source
 
     def render(
         self,
@@ -102,14 +112,15 @@ class ChatTemplate:
         """
         names: dict[str, Any] = {"tools": None, "documents": None, "add_generation_prompt": True}
         names |= self._special_tokens | dict(variables or {}) | {"messages": messages}
-        return _sandbox.render(self._source, names, now)
+        return _sandbox.render(self.source, names, now)
 
     def close(self) -> None:
         """End the process of the sandbox; it starts again when a template needs it."""
         _sandbox.close()
 
     @cached_property
-    def _source(self) -> str:
+    def source(self) -> str:
+        """The text of the template. Raises TemplateError if it is not UTF-8 or too long."""
         given = self._given
         try:
             text = given if isinstance(given, str) else given.decode("utf-8")

@@ -30,6 +30,7 @@ class ChannelText(NamedTuple):
     text: str
     recipient: str | None = None  # the tool that the message calls
     message: int = 0  # number of the message in the answer
+    call_id: str = ""  # of a call, if the model writes one; not in this format
 
 
 def supports_harmony(tokenizer: Tokenizer) -> bool:

@@ -1,6 +1,6 @@
 """Incremental decoding: text from tokens that arrive one at a time, and stop strings."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from tokenizer.tokenizer import Tokenizer
@@ -22,9 +22,12 @@ class StreamDecoder:
     is short, so the cost of a token does not grow with the length of the text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special: bool = True, kept: Set[int] = frozenset()
+    ) -> None:
+        """kept: special tokens that are part of the text nevertheless."""
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special else frozenset()
+        self._skipped = tokenizer.special_ids - kept if skip_special else frozenset()
         self._context: list[int] = []  # tokens emitted last
         self._context_text = ""
         self._held: list[int] = []  # tokens not yet emitted

@@ -89,6 +89,10 @@ class Tokenizer:
         template = ChatTemplate(text, special_tokens) if isinstance(text, str) else None
         return cls(backend, special_tokens, template)
 
+    def to_json(self) -> str:
+        """Return the content of a tokenizer.json, added tokens included."""
+        return self._backend.to_str()
+
     @property
     def vocab_size(self) -> int:
         """Number of tokens, including added tokens."""

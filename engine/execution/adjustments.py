@@ -46,7 +46,12 @@ class RowStart:
 
 def adjustment_bytes(vocab: int) -> int:
     """The memory of a row of the tables."""
-    return 2 * vocab + 20 * MAX_ENTRIES + 28
+    return 2 * vocab + 20 * MAX_ENTRIES + 32 + 4 * mask_words(vocab)
+
+
+def mask_words(vocab: int) -> int:
+    """The int32 of a mask of tokens."""
+    return -(-vocab // 32)
 
 
 def row_starts(step: Step) -> list[RowStart]:
@@ -74,12 +79,13 @@ class LogitAdjustments:
         with torch.inference_mode(False):
             return AdjustmentTables(
                 torch.tensor(NO_FACTORS, device=device).repeat(rows, 1),
-                torch.zeros(rows, 3, dtype=torch.int32, device=device),
+                torch.zeros(rows, 4, dtype=torch.int32, device=device),
                 # Not zeros: a row is written when a sequence with penalties starts in it, and on a
                 # CPU the memory of others is never touched.
                 torch.empty(rows, self._vocab, dtype=torch.int16, device=device),
                 torch.zeros(rows, MAX_ENTRIES, 4, dtype=torch.int32, device=device),
                 torch.zeros(rows, MAX_ENTRIES, device=device),
+                torch.empty(rows, mask_words(self._vocab), dtype=torch.int32, device=device),
             )
 
     def allocate(self) -> None:
@@ -116,11 +122,17 @@ class LogitAdjustments:
             entries.append(
                 (start.row, [*_entries(start.sequence, tokens[:-1], len(tokens), self._vocab)])
             )
-            counted.append((len(tokens), len(entries[-1][1]), start.params.has_penalties))
+            has_mask = start.params.grammar is not None
+            counted.append((len(tokens), len(entries[-1][1]), start.params.has_penalties, has_mask))
         self._write(self.tables.factors, rows, [_factors(start.params) for start in starts])
         self._write(self.tables.starts, rows, counted)
         self._set_entries(entries)
         self._set_counts([start for start in starts if start.params.has_penalties])
+
+    def set_masks(self, rows: list[int], masks: torch.Tensor) -> None:
+        """Set which tokens rows may sample; masks: int32 [rows, words], on the host."""
+        index = to_device(torch.tensor(rows, dtype=torch.int64), self._device)
+        self.tables.masks.index_copy_(0, index, to_device(masks, self._device))
 
     def _set_counts(self, starts: SequenceOf[RowStart]) -> None:
         if not starts:

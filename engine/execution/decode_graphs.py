@@ -189,10 +189,16 @@ class DecodeGraphs:
         for own, given in zip(self._block_tables, block_tables, strict=True):
             own[: len(given), : given.shape[1]].copy_(given, non_blocking=True)
 
-    def __call__(self, step: DecodeInputs, tail: str = "") -> Replayed:
+    def __call__(
+        self,
+        step: DecodeInputs,
+        tail: str = "",
+        before_tail: Callable[[], None] | None = None,
+    ) -> Replayed:
         """Replay a step, and its end of this name if that is captured.
 
-        The number of sequences is one of the sizes. Does not wait for the device.
+        The number of sequences is one of the sizes. Does not wait for the device. before_tail: is
+        called between the two.
         """
         size = len(step.rows)
         inputs = self._inputs_of(size)
@@ -205,6 +211,8 @@ class DecodeGraphs:
         if self._knows_lengths:
             self._set_lengths(step.context_lens.tolist())
         logits = self._captured(size)()
+        if before_tail is not None:
+            before_tail()
         sample = self._tails.get((tail, size))
         tokens = None if sample is None else sample()
         return Replayed(logits, inputs.rows, inputs.context_lens, tokens)

@@ -27,7 +27,7 @@ from engine.parallel.step_message import StepMessage
 from engine.request import Request
 from engine.sampling_params import SamplingParams
 from engine.scheduling.kv_cache import NULL_BLOCK, BlockTables, LayerGroup
-from engine.scheduling.sequence import Chunk, Sequence, Step
+from engine.scheduling.sequence import Chunk, MasksOfRows, Sequence, Step
 from model import ModelConfig, Transformer, loader
 from model.adapters import AdapterList
 from model.cost.workload import state_bytes
@@ -321,11 +321,20 @@ class ModelRunner:
             self.sampler.set_params(rows, params)
         self.sampler.adjustments.update(step, starts)
         non_greedy = {i: s.request.params for i, s in enumerate(step.sampling()) if not s.greedy}
-        return self.compute(StepMessage.of(step, all_greedy=not non_greedy), non_greedy)
+        set_masks = None if step.masks is None else partial(_set_masks, self.sampler, step.masks)
+        return self.compute(StepMessage.of(step, all_greedy=not non_greedy), non_greedy, set_masks)
 
     @torch.inference_mode()
-    def compute(self, message: StepMessage, non_greedy: Mapping[int, SamplingParams]) -> Sampled:
-        """Start a step; non_greedy: as in `Sampler.sample`, known only to rank 0."""
+    def compute(
+        self,
+        message: StepMessage,
+        non_greedy: Mapping[int, SamplingParams],
+        before_sampling: Callable[[], None] | None = None,
+    ) -> Sampled:
+        """Start a step; non_greedy: as in `Sampler.sample`, known only to rank 0.
+
+        before_sampling: is called when the logits have been launched.
+        """
         assert self.sampler is not None
         assert self.batches is not None
         graphs = self._graphs
@@ -344,8 +353,17 @@ class ModelRunner:
             logits = self.forward(batch) if replayed is None else replayed
             self._copy_states(message.saved)
         else:
-            logits, rows, positions, tokens = graphs.replay_decodes(message, non_greedy)
+            logits, rows, positions, tokens = graphs.replay_decodes(
+                message, non_greedy, before_sampling
+            )
             if tokens is not None:
                 return Sampled(tokens)
+            before_sampling = None
+        if before_sampling is not None:
+            before_sampling()
         with SAMPLING:
             return self.sampler.sample(logits, rows, positions, non_greedy, message.all_greedy)
+
+
+def _set_masks(sampler: Sampler, masks: MasksOfRows) -> None:
+    sampler.adjustments.set_masks(*masks())

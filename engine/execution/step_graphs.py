@@ -1,6 +1,6 @@
 """The captured steps of a runner: steps of decodes alone, and small steps with chunks."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -86,11 +86,15 @@ class StepGraphs:
         return None if self._chunks is None else self._chunks(batch)
 
     def replay_decodes(
-        self, message: StepMessage, non_greedy: Mapping[int, SamplingParams]
+        self,
+        message: StepMessage,
+        non_greedy: Mapping[int, SamplingParams],
+        before_sampling: Callable[[], None] | None = None,
     ) -> Replayed:
         """Replay a step of decodes, padded; returns the results of its sequences.
 
-        The tokens are sampled as well, unless log-probabilities are needed.
+        The tokens are sampled as well, unless log-probabilities are needed. before_sampling: is
+        called when the logits have been launched.
         """
         tail = _GREEDY if message.all_greedy else _tail(non_greedy.values())
         batches, graphs, size = self._batches, self._decodes, message.size
@@ -103,7 +107,7 @@ class StepGraphs:
             tables = batches.select_tables(inputs.rows, longest)
             graphs.set_block_tables([pin(table, self._device) for table in tables])
             self._tables = rows, blocks
-        return graphs(inputs, tail).first(size)
+        return graphs(inputs, tail, before_sampling).first(size)
 
 
 def _tails(sampler: Sampler, shard: Shard) -> dict[str, Tail]:

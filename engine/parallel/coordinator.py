@@ -7,7 +7,7 @@ ranks. Each of them runs `worker.run`: a ModelRunner on its share of the model.
     others:          receive the step → compute own share ⇄ exchange ⇄
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +90,16 @@ class CoordinatorRunner(ModelRunner):
                 self._on_all("uncapture")
             raise
 
-    def compute(self, message: StepMessage, non_greedy: Mapping[int, SamplingParams]) -> Sampled:
+    def compute(
+        self,
+        message: StepMessage,
+        non_greedy: Mapping[int, SamplingParams],
+        before_sampling: Callable[[], None] | None = None,
+    ) -> Sampled:
         """ModelRunner.compute on every rank."""
         with self._workers.collective():
             self._workers.send_step(message)
-            return super().compute(message, non_greedy)
+            return super().compute(message, non_greedy, before_sampling)
 
     def free(self) -> None:
         """ModelRunner.free on every rank; workers that cannot receive a message are killed."""

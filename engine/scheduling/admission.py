@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 
 from engine.errors import RequestError
+from engine.execution.matchers import Matchers
 from engine.request import Completion, Request
 from engine.sampling_params import MAX_BIASED_TOKENS, SamplingParams
 from engine.scheduling.kv_cache import KVCache
@@ -23,15 +24,22 @@ def take_requests(source: Iterator[Request | None], room: int) -> tuple[list[Req
 
 
 def admit(
-    request: Request, model: ModelConfig, max_positions: int, cache: KVCache
+    request: Request,
+    model: ModelConfig,
+    max_positions: int,
+    cache: KVCache,
+    matchers: Matchers | None = None,
 ) -> Sequence | Completion:
     """The request as a sequence that can be queued, or its completion if it cannot run.
 
     max_positions: what the engine allows, which a small KV cache can reduce below the model's.
+    matchers: of grammars; None: the engine has no tokenizer for them.
     """
     now, params = time.perf_counter(), request.params
     limit = min(max_positions, params.max_positions or max_positions)
     error = _check(request, limit, model)
+    if params.grammar is not None and matchers is None:
+        error = RequestError("a {grammar} needs a tokenizer: set Engine.tokenizer_json")
     if error is not None:
         return Completion(
             request.request_id,
@@ -46,7 +54,7 @@ def admit(
     if params.max_new_tokens is not None:
         limit = min(limit, len(request.prompt_ids) + params.max_new_tokens)
     eos_ids = frozenset[int]() if params.ignore_eos else model.stop_ids
-    return Sequence(
+    sequence = Sequence(
         request,
         list(request.prompt_ids),
         limit,
@@ -56,6 +64,9 @@ def admit(
         logprobs=None if params.logprobs is None else [],
         rope_context=model.rope.recompute_length,
     )
+    if params.grammar is not None and matchers is not None:
+        sequence.matcher = matchers.start(params.grammar, sequence.stop_ids)
+    return sequence
 
 
 def _check(request: Request, limit: int, model: ModelConfig) -> RequestError | None:

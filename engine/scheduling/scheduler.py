@@ -5,6 +5,10 @@ arrival, then waiting ones while token budget, batch size and free blocks allow.
 reserve memory for the output; when blocks run out, the sequence that arrived last is preempted and
 recomputed later (most of it from the prefix cache).
 
+Requests with a lower `priority` number come first in everything: in the order of both queues, in
+the token budget, and in memory: for a waiting one, running sequences with a higher number are
+preempted.
+
 A step of decodes alone can be much cheaper to launch than one with chunks, if it is replayed as a
 graph. With `group_size` set, waiting sequences are therefore admitted in groups once the batch is
 full: one step with many chunks replaces many steps with one chunk each.
@@ -13,6 +17,8 @@ A step may be scheduled before the tokens of the previous one are known. A seque
 stop token is then computed for one more step, whose result is dropped.
 """
 
+import math
+from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -34,6 +40,7 @@ class Scheduler:
     # finished, for at most `group_size` steps. 0: sequences are admitted as soon as there is room.
     group_size: int = 0
     speculation: Speculation | None = None  # only if the tokens of every earlier step are known
+    # Both sorted by priority, sequences with the same one by arrival.
     waiting: deque[Sequence] = field(default_factory=deque)
     running: list[Sequence] = field(default_factory=list)
     preemptions: int = 0
@@ -48,6 +55,7 @@ class Scheduler:
     _finished_since_full: int = 0  # sequences
     _steps_since_full: int = 0
     _free_rows: list[int] = field(default_factory=list)
+    _preempted: float = math.inf  # the lowest priority of a sequence preempted in this step
 
     def __post_init__(self) -> None:
         """Remember the given limits, to which a back-off returns in the end."""
@@ -59,9 +67,17 @@ class Scheduler:
         """Rows that no running sequence uses."""
         return list(self._free_rows)
 
+    @property
+    def first_waiting(self) -> int:
+        """The number of waiting sequences with priority 0 or lower."""
+        return bisect_right(self.waiting, 0, key=lambda sequence: sequence.priority)
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; it must be able to run alone (`KVCache.capacity`)."""
-        self.waiting.append(sequence)
+        at = len(self.waiting)
+        while at and self.waiting[at - 1].priority > sequence.priority:
+            at -= 1
+        self.waiting.insert(at, sequence)
 
     def schedule(self) -> Step:
         """The next step, with its blocks allocated; empty if every last token is scheduled.
@@ -72,12 +88,46 @@ class Scheduler:
         self.forced.clear()
         if self.cache.states is not None:
             self.cache.states.begin_step()
-        decodes, context_lens = step.decodes, step.context_lens
-        budget, preemptions = self.max_batch_tokens, self.preemptions
-        outgrown = []
+        budget, self._preempted, self.gathering = self.max_batch_tokens, math.inf, False
+        outgrown: list[Sequence] = []
+        priorities = self._priorities()
+        for priority in priorities:
+            budget = self._continue_running(priority, budget, step, outgrown)
+            if self._preempted <= priority:
+                self.lacks_blocks = True
+            elif priority == priorities[-1] and self._waits_for_group():
+                self.gathering = self._finished_since_full > 0
+            else:
+                budget = self._admit_waiting(priority, budget, step)
+        self._restart(outgrown)
+        step.forced = [sequence for sequence in step.forced if sequence.row >= 0]
+        step.chunks.sort(key=lambda chunk: chunk.end - chunk.start > 1)  # stable
+        step.context_lens += [chunk.end for chunk in step.chunks]
+        if self.speculation is not None:
+            self.speculation.extend(step, self.cache, self.max_batch_tokens)
+        return step
+
+    def _priorities(self) -> list[int]:
+        """The priorities of all sequences, the first to run first; at least one."""
+        ends = {
+            queue[i].priority for queue in (self.running, self.waiting) if queue for i in (0, -1)
+        }
+        if len(ends) < 2:
+            return [*ends] or [0]
+        return sorted({sequence.priority for sequence in (*self.running, *self.waiting)})
+
+    def _continue_running(
+        self, priority: int, budget: int, step: Step, outgrown: list[Sequence]
+    ) -> int:
+        """Plan the next tokens of running sequences with this priority; returns the budget left.
+
+        outgrown: receives those that must be recomputed from their beginning.
+        """
         for sequence in self.running:  # preemption shortens this list at its end
             if not budget:
                 break
+            if sequence.priority != priority:
+                continue
             start = sequence.computed
             if not sequence.decoding:
                 end = _chunk_end(sequence, start, min(sequence.length, start + budget))
@@ -92,22 +142,10 @@ class Scheduler:
             ):
                 sequence.computed = start + 1
                 sequence.length = start + 2
-                decodes.append(sequence)
-                context_lens.append(start + 1)
+                step.decodes.append(sequence)
+                step.context_lens.append(start + 1)
                 budget -= 1
-        self.gathering = False
-        if preemptions < self.preemptions:
-            self.lacks_blocks = True
-        elif self._waits_for_group():
-            self.gathering = self._finished_since_full > 0
-        else:
-            self._admit_waiting(budget, step)
-        self._restart(outgrown)
-        step.chunks.sort(key=lambda chunk: chunk.end - chunk.start > 1)  # stable
-        context_lens += [chunk.end for chunk in step.chunks]
-        if self.speculation is not None:
-            self.speculation.extend(step, self.cache, self.max_batch_tokens)
-        return step
+        return budget
 
     def _restart(self, sequences: list[Sequence]) -> None:
         """Return sequences to the queue, to be recomputed with the long factors of longrope.
@@ -118,7 +156,14 @@ class Scheduler:
             if sequence.row >= 0:  # not preempted since
                 self.running.remove(sequence)
                 self._release(sequence)
-                self.waiting.appendleft(sequence)
+                self._return_to_queue(sequence)
+
+    def _return_to_queue(self, sequence: Sequence) -> None:
+        """Queue a sequence that ran before, as the first with its priority."""
+        at = 0
+        while at < len(self.waiting) and self.waiting[at].priority < sequence.priority:
+            at += 1
+        self.waiting.insert(at, sequence)
 
     def _waits_for_group(self) -> bool:
         """Whether admission waits for more sequences to finish; counts the steps that it waits."""
@@ -131,18 +176,29 @@ class Scheduler:
         )
         return self._full
 
-    def _admit_waiting(self, budget: int, step: Step) -> None:
-        """Start waiting sequences, in order, while there is room."""
+    def _admit_waiting(self, priority: int, budget: int, step: Step) -> int:
+        """Start waiting sequences with this priority, in order; returns the budget left."""
         self.lacks_blocks = False
-        while self.waiting and budget:
+        while budget and self.waiting and self.waiting[0].priority == priority:
+            sequence = self.waiting[0]
             has_row = len(self.running) < self.max_batch_size
-            tokens = self._admit(self.waiting[0], budget, step) if has_row else 0
-            if not tokens:
+            tokens = self._admit(sequence, budget, step) if has_row else 0
+            if tokens:
+                self.waiting.popleft()
+                at = bisect_right(self.running, priority, key=lambda each: each.priority)
+                self.running.insert(at, sequence)
+                budget -= tokens
+            elif (
+                self.running
+                and self.running[-1].priority > priority
+                and not sequence.block_tables.awaits_snapshot
+            ):
+                self._preempt_last()
+            else:
                 self._full, self._finished_since_full, self._steps_since_full = True, 0, 0
                 self.lacks_blocks = has_row
                 break
-            self.running.append(self.waiting.popleft())
-            budget -= tokens
+        return budget
 
     def back_off(self, step: Step) -> bool:
         """Undo a step that ran out of memory and halve the limits.
@@ -238,7 +294,8 @@ class Scheduler:
     def _preempt_last(self) -> Sequence:
         victim = self.running.pop()
         self._release(victim)
-        self.waiting.appendleft(victim)
+        self._return_to_queue(victim)
+        self._preempted = min(self._preempted, victim.priority)
         self.preemptions += 1
         return victim
 

@@ -1,5 +1,6 @@
 """A request in the engine (Sequence) and the tokens that one step computes (Chunk, Step)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,9 @@ from engine.scheduling.kv_cache import BlockTables
 from engine.scheduling.thinking import Thinking
 
 if TYPE_CHECKING:
+    import torch
+
+    from engine.execution.matchers import Matcher
     from engine.scheduling.speculation import Lookup
 
 
@@ -38,6 +42,7 @@ class Sequence:
     lookup: "Lookup | None" = None  # proposes its next tokens
     stop_id: int | None = None  # that ended it
     thinking: Thinking | None = None
+    matcher: "Matcher | None" = None  # says which tokens its grammar allows
 
     def __post_init__(self) -> None:
         """Derive the length and whether sampling is greedy."""
@@ -49,7 +54,10 @@ class Sequence:
             self.thinking = Thinking(params.thinking)
 
     def append(self, token: int, now: float) -> FinishReason | None:
-        """Add an output token; returns the finish reason if the sequence ends with it."""
+        """Add an output token; returns the finish reason if the sequence ends with it.
+
+        Raises RequestError if its grammar cannot be used.
+        """
         self.tokens.append(token)
         if self.thinking is not None:
             self.thinking.append(token)
@@ -61,7 +69,15 @@ class Sequence:
             return "stop"
         if stop_requested:
             return "stop"
+        was_forced = self.thinking is not None and self.thinking.was_forced
+        if self.matcher is not None and self.matcher.append(token, was_forced):
+            return "stop"
         return "length" if len(self.tokens) >= self.max_tokens else None
+
+    @property
+    def priority(self) -> int:
+        """The priority of the request: sequences with a lower number come first."""
+        return self.request.priority
 
     @property
     def given_token(self) -> int | None:
@@ -118,6 +134,10 @@ class Draft:
         return range(self.first_row, self.first_row + len(self.tokens))
 
 
+MasksOfRows = Callable[[], tuple[list[int], "torch.Tensor"]]
+"""Returns rows, and the bits of the tokens that each may sample: int32 [rows, words]."""
+
+
 @dataclass
 class Step:
     """One step: one token of each decoding sequence, drafts, chunks with single-token ones first.
@@ -136,6 +156,8 @@ class Step:
     # States of recurrent layers that are copied before and after the step: (from row, to row).
     restored: list[tuple[int, int]] = field(default_factory=list)
     saved: list[tuple[int, int]] = field(default_factory=list)
+    # Of rows whose sequences have a grammar; called when the model has been launched.
+    masks: MasksOfRows | None = None
 
     @property
     def size(self) -> int:

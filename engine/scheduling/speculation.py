@@ -100,9 +100,11 @@ class Speculation:
     def _propose(self, sequence: Sequence) -> list[int]:
         if sequence.lookup is None:
             sequence.lookup = Lookup()
-        # A token is sampled after the last draft token, and longrope's factors may change.
+        # A token is sampled after the last draft token. Longrope's factors may change, and what a
+        # grammar allows after a draft is not known.
         room = sequence.max_tokens - sequence.length
-        most = 0 if sequence.rope_context else min(MAX_DRAFT_TOKENS, room)
+        is_free = not sequence.rope_context and sequence.matcher is None
+        most = min(MAX_DRAFT_TOKENS, room) if is_free else 0
         return sequence.lookup.propose(sequence.tokens, most)
 
     def _has_room(self, cache: KVCache, sequence: Sequence, end: int, step: Step) -> bool:

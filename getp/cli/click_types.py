@@ -1,5 +1,6 @@
 """Option, command and parameter types that click lacks."""
 
+import json
 import math
 import os
 import re
@@ -172,6 +173,24 @@ class Shard(click.ParamType):
         if match is None or not 1 <= int(match[1]) <= int(match[2]):
             self.fail(f"{value!r} is not I/N with I from 1 to N, such as 1/8", param, ctx)
         return int(match[1]), int(match[2])
+
+
+class JsonObject(click.ParamType):
+    """A JSON object."""
+
+    name = "JSON"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> dict[str, Any]:
+        """Return the object."""
+        try:
+            found = json.loads(value) if isinstance(value, str) else value
+        except (ValueError, RecursionError) as error:
+            self.fail(f"{value!r} is not JSON: {error}", param, ctx)
+        if not isinstance(found, dict):
+            self.fail(f"{value!r} is not a JSON object, such as '{{\"name\": 1}}'", param, ctx)
+        return found
 
 
 class Adapter(click.ParamType):

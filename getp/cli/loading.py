@@ -175,6 +175,22 @@ def length_and_sampling(settings: Settings) -> "tuple[dict[str, Any], dict[str, 
     }
 
 
+def identity(settings: Settings) -> dict[str, str]:
+    """Return fingerprints of the files that results depend on, for journals."""
+    from getp import fingerprint
+
+    adapters = " ".join(
+        f"{fingerprint.of_adapter(Path(folder))}:{weight:g}"
+        for folder, weight in settings.engine.adapter
+    )
+    return {
+        "checkpoint": fingerprint.of_checkpoint(checkpoint_folder(settings)),
+        "tokenizer": fingerprint.of_tokenizer(tokenizer_path(settings)),
+        **({"adapters": adapters} if adapters else {}),  # older journals lack it
+        "weights": "dummy" if settings.engine.dummy_weights else "the checkpoint's",
+    }
+
+
 def load_engine(settings: Settings) -> "Engine":
     """Create the engine, which loads weights in `warm_up`. Raises UsageProblem, EngineError."""
     import torch
@@ -201,7 +217,9 @@ def load_engine(settings: Settings) -> "Engine":
                 f"--device {device}: GPUs that torch finds on this machine: {count}; {remedy}"
             )
     config = replace(settings.engine, tensor_parallel=ranks)
-    return Engine(checkpoint_folder(settings), config, notice=warn)
+    engine = Engine(checkpoint_folder(settings), config, notice=warn)
+    engine.tokenizer_json = lambda: load_tokenizer(settings).to_json()
+    return engine
 
 
 def load_cluster(settings: Settings) -> "Cluster":
@@ -240,6 +258,27 @@ def check_system(settings: Settings) -> None:
     """Raise UsageProblem for a system prompt without a chat template."""
     if settings.prompt.system is not None and not settings.prompt.chat_template:
         raise UsageProblem(f"-y/--system needs --chat-template in mode {settings.mode}")
+
+
+def check_variables(settings: Settings) -> None:
+    """Raise UsageProblem for variables of the chat template, which the prompts do not use."""
+    if settings.prompt.variables:
+        raise UsageProblem(
+            "--reasoning-effort and --chat-template-kwargs need --chat-template: prompts are "
+            "completed as they are"
+        )
+
+
+def check_thinking(settings: Settings, tokenizer: "Tokenizer") -> None:
+    """Raise UsageProblem for a budget of a model that does not mark its thinking."""
+    from getp.text.parts.thinking import thinking_budget
+
+    tokens = settings.sampling.thinking_budget
+    if tokens is not None and thinking_budget(tokenizer, (), tokens) is None:
+        raise UsageProblem(
+            "--thinking-budget needs a model whose chat template marks its thinking, such as "
+            "<think>"
+        )
 
 
 def check_agreement(settings: Settings) -> None:

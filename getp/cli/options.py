@@ -13,6 +13,7 @@ from getp.cli.click_types import (
     Device,
     Dtype,
     Integer,
+    JsonObject,
     Number,
     Option,
     Replicas,
@@ -23,7 +24,8 @@ from getp.cli.click_types import (
 from getp.cli.modes import MODES, Subject
 from getp.cli.plan_options import PLAN_OPTIONS
 from getp.cli.sampling_options import SAMPLING_OPTIONS
-from model.config import KV_DTYPES
+from getp.cli.serve_options import SERVE_OPTIONS
+from model.config import KV_DTYPES, QUANTIZED
 
 _MAX_SECONDS = 365 * 24 * 3600  # one year; Python cannot wait for much longer
 
@@ -143,6 +145,14 @@ _ALL: tuple[Decorator, ...] = (
         metavar="N",
     ),
     _job(
+        "--truncate",
+        type=click.Choice(["none", "left", "right"]),
+        default="none",
+        show_default=True,
+        help="Cut prompts that are too long at their beginning (left) or end (right) instead of "
+        "failing them; in a conversation, the longest message.",
+    ),
+    _job(
         "--flush-interval",
         type=Number(0, _MAX_SECONDS),
         default=1.0,
@@ -152,6 +162,7 @@ _ALL: tuple[Decorator, ...] = (
     ),
     _job(
         "--grace",
+        subject=Subject.GRACE,
         type=Number(0, _MAX_SECONDS),
         default=10.0,
         show_default=True,
@@ -209,6 +220,19 @@ _ALL: tuple[Decorator, ...] = (
         help="Apply the model's chat template to prompts, or use them as they are.  "
         "[default: in generate and chat the template, if the model has one; otherwise --raw]",
     ),
+    _prompt(
+        "--reasoning-effort",
+        metavar="LEVEL",
+        help="How much the model thinks, such as low, medium or high; none turns thinking off "
+        "where the chat template can.",
+    ),
+    _prompt(
+        "--chat-template-kwargs",
+        type=JsonObject(),
+        default="{}",
+        metavar="JSON",
+        help="Variables of the chat template, such as '{\"enable_thinking\": false}'.",
+    ),
     *SAMPLING_OPTIONS,
     _engine(
         "--device",
@@ -238,11 +262,11 @@ _ALL: tuple[Decorator, ...] = (
     _engine(
         "--quantize",
         subject=Subject.DTYPE,
-        type=click.Choice(["int8", "int4"]),
-        help="On a CPU, convert 16-bit weights to integers with a scale for each 32 as they are "
-        "loaded: faster, with less memory and less precision. The head becomes int8 in either; the "
-        "embedding keeps its dtype (if they are tied, the head is a copy).  [default: keep the "
-        "checkpoint's]",
+        type=click.Choice([*QUANTIZED]),
+        help="Convert 16-bit weights as they are loaded, with less memory and less precision: on a "
+        "CPU to integers with a scale for each 32 (faster); on a GPU to fp8 (e4m3) with a scale "
+        "for each output (on a CPU fp8 is slow). The head becomes int8 or fp8; the embedding keeps "
+        "its dtype (if they are tied, the head is a copy).  [default: keep the checkpoint's]",
     ),
     _batch("--max-batch-size", type=Integer(min=1), help="Maximum concurrent requests."),
     _batch("--max-batch-tokens", type=Integer(min=1), help="Maximum tokens computed in one step."),
@@ -270,6 +294,7 @@ _ALL: tuple[Decorator, ...] = (
         "Results are the same either way.",
     ),
     _batch(
+        "-tp",
         "--tensor-parallel",
         type=Integer(1, 1024),
         metavar="N",
@@ -308,6 +333,7 @@ _ALL: tuple[Decorator, ...] = (
         help="Run the replicas on this Ray cluster (auto: the one of this host).  "
         "[default: a private Ray instance on this host]",
     ),
+    *SERVE_OPTIONS,
     *PLAN_OPTIONS,
     in_group(_HELP)("--debug", is_flag=True, help="Show tracebacks."),
     click.version_option(

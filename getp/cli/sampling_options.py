@@ -94,6 +94,13 @@ SAMPLING_OPTIONS: tuple[Decorator, ...] = (
         help="Tokens before which an answer does not end.  [default: 0]",
     ),
     _length(
+        "--thinking-budget",
+        subject=Subject.STOPPING,
+        type=Integer(min=0),
+        metavar="N",
+        help="Tokens after which a model that thinks must answer.  [default: no limit]",
+    ),
+    _length(
         "--stop",
         subject=Subject.STOPPING,
         metavar="TEXT",

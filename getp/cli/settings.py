@@ -19,6 +19,17 @@ class PromptOptions:
     tokenizer: str | None
     system: str | None
     chat_template: bool | None  # None: the mode's default
+    chat_template_kwargs: Mapping[str, Any]
+    reasoning_effort: str | None
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The variables of the chat template."""
+        effort = self.reasoning_effort
+        return {
+            **self.chat_template_kwargs,
+            **({"reasoning_effort": effort} if effort is not None else {}),
+        }
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,7 @@ class SamplingOptions:
     stop_token_ids: tuple[int, ...]
     include_stop: bool
     keep_special_tokens: bool
+    thinking_budget: int | None
     ignore_eos: bool
 
     @property
@@ -62,6 +74,7 @@ class JobOptions:
     restart: bool
     accept_different_rounding: bool
     max_errors: int | None
+    truncate: Literal["none", "left", "right"]
     flush_interval: float  # seconds
     grace: float  # seconds
     schedule: Literal["throughput", "first"]
@@ -125,6 +138,19 @@ class PlanOptions:
 
 
 @dataclass(frozen=True)
+class ServeOptions:
+    """Where a server listens, who may use it, and where it keeps batches."""
+
+    host: str
+    port: int  # 0: a free one
+    api_key: str | None
+    insecure: bool
+    data: str | None
+    model_name: str | None
+    max_queue: int
+
+
+@dataclass(frozen=True)
 class Settings:
     """The values of all options of a command line."""
 
@@ -138,6 +164,7 @@ class Settings:
     result_file: ResultFileOptions
     step: StepOptions
     plan: PlanOptions
+    serve: ServeOptions
     details: bool  # print the long tables, too
     json: bool  # print JSON instead of tables
     engine: "EngineConfig"  # the defaults in mode plan, which has no engine
@@ -163,6 +190,7 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
         _pick(ResultFileOptions, given),
         _pick(StepOptions, given),
         _pick(PlanOptions, given),
+        _pick(ServeOptions, given),
         given["details"],
         given["json"],
         engine,

@@ -40,6 +40,9 @@ _OPTIONS = {
     "chat_template": "--chat-template",
     "raw": "--raw",
     "system": "-y/--system",
+    "chat_template_kwargs": "--chat-template-kwargs",
+    "thinking_budget": "--thinking-budget",
+    "truncate": "--truncate",
     "stop": "--stop",
     "input": "-i/--input",
     "output": "-o/--output",
@@ -69,6 +72,12 @@ _OPTIONS = {
     "plot": "--plot",
     "trace": "--trace",
     "format": "--format",
+    "host": "--host",
+    "port": "--port",
+    "api_key": "--api-key",
+    "insecure": "--insecure",
+    "data": "--data",
+    "max_queue": "--max-queue",
 }
 
 

@@ -101,7 +101,9 @@ class Replica:
                 f"{setup.checkpoint} on host {host} differs from the checkpoint on the driver's "
                 "host"
             )
-        return setup.make_engine(setup.checkpoint, setup.config, notice=self._notices.append)
+        engine = setup.make_engine(setup.checkpoint, setup.config, notice=self._notices.append)
+        engine.tokenizer_json = lambda: load_tokenizer(setup.tokenizer).to_json()
+        return engine
 
     def rounding(
         self, preferred: Mapping[str, Any] | None, expected_s: float | None

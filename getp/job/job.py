@@ -201,11 +201,22 @@ def _fingerprint(job: Job, source: Source, engine: JobEngine) -> dict[str, Any]:
         "chat template": defaults.answer.chat,
         "system": defaults.system,
         "capped": defaults.is_set("max_positions"),
+        **set_options(defaults),
     }
     if form.openai_defaults is not None:
         named["openai temperature"] = defaults.fill(form.openai_defaults).temperature
     as_json: dict[str, Any] = json.loads(json.dumps(named))
     return as_json
+
+
+def set_options(defaults: RequestDefaults) -> dict[str, Any]:
+    """Return options that older journals lack, as far as they are set."""
+    found = {
+        "chat_template_kwargs": defaults.variables or None,
+        "thinking_budget": defaults.thinking_budget,
+        "truncate": None if defaults.truncate == "none" else defaults.truncate,
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _changed(options: AnswerOptions, neutral: AnswerOptions) -> dict[str, Any]:

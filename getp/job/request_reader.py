@@ -2,8 +2,8 @@
 
 import hashlib
 from array import array
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -15,6 +15,9 @@ from getp.job.inputs import Source
 from getp.openai.parsed import BadRequestError, ParsedBody
 from getp.terminal import warn
 from getp.text.answer_text import PLAIN, AnswerOptions
+from getp.text.grammars import after_thinking
+from getp.text.parts.thinking import thinking_budget
+from getp.text.parts.tool_calls import format_of
 from getp.text.prompts import (
     bad_word_ids,
     chat_template,
@@ -22,8 +25,11 @@ from getp.text.prompts import (
     request_seed,
     system_message,
     template_messages,
+    template_variables,
 )
-from tokenizer import TemplateError, Tokenizer, TokenizerError
+from getp.text.truncate import Side, Truncation
+from tokenizer import ChatTemplate, Message, TemplateError, Tokenizer, TokenizerError
+from tokenizer.harmony import supports_harmony
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,9 @@ class RequestDefaults(Defaults):
 
     answer: AnswerOptions = PLAIN
     system: str | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)  # of the chat template
+    thinking_budget: int | None = None  # tokens
+    truncate: Side = "none"  # where prompts that are too long are cut
 
 
 class SeenIds:
@@ -79,7 +88,7 @@ class RequestReader:
         max_positions: the model's limit. name_of: how messages name settings. notice: is called
         with a warning that concerns many requests, once.
         """
-        self._notice, self._noticed_unused = notice, False
+        self._notice, self._noticed = notice, set[str]()
         self._now = now
         self._max_positions = max_positions
         self._format = source.format
@@ -104,7 +113,7 @@ class RequestReader:
                 raise BadRequestError("duplicate_custom_id", f"duplicate custom_id {custom_id!r}")
             if not needed:
                 return None
-            return self._request(line, custom_id, self._format.parse(line, record))
+            return self.request(line, custom_id, self._format.parse(line, record))
         except BadRequestError as error:
             return Failure(line.index, line.number, custom_id, error.code, str(error))
         except Exception as error:  # a single request must never end the job
@@ -118,7 +127,7 @@ class RequestReader:
         """
         if body.prompt == "":
             raise BadRequestError("empty_prompt", "the prompt is empty")
-        by_template = body.messages is not None or (chat and isinstance(body.prompt, str))
+        by_template = _is_by_template(body, chat)
         if not by_template and isinstance(body.prompt, list):
             return body.prompt
         text = self._rendered(body) if by_template else str(body.prompt)
@@ -133,48 +142,120 @@ class RequestReader:
         except TokenizerError as error:
             raise BadRequestError("not_encodable", str(error)) from error
 
-    def _request(self, line: Line, custom_id: str, body: ParsedBody) -> JobRequest:
+    def request(self, line: Line, custom_id: str, body: ParsedBody) -> JobRequest:
+        """Return the request of a body. Raises BadRequestError."""
         chat = self.defaults.answer.chat if body.chat is None else body.chat
         params = self._params(body, line.index)
         changes = {"chat": chat, "min_tokens": params.min_new_tokens, **body.answer}
         if body.stops is not None:
             changes["stops"] = body.stops
+        if body.tools and body.tool_choice != "none":
+            functions = (tool["function"] for tool in body.tools)
+            changes["tools"] = {each["name"]: each.get("parameters") for each in functions}
+        prompt_ids, is_cut = self._prompt(body, chat, params)
+        params = self._with_budget(params, body, prompt_ids)
+        if chat:
+            params = after_thinking(params, self._tokenizer, prompt_ids)
         return JobRequest(
             line.index,
             line.number,
             custom_id,
-            self.encode(body, chat, params.max_positions),
+            prompt_ids,
             params,
             replace(self.defaults.answer, **changes),
             body.n,
             body.best_of or body.n,
+            self.defaults.truncate if is_cut else "none",
         )
 
-    def _rendered(self, body: ParsedBody) -> str:
+    def _with_budget(
+        self, params: SamplingParams, body: ParsedBody, prompt_ids: list[int]
+    ) -> SamplingParams:
+        """Return the parameters with the request's budget of thinking tokens, or the job's."""
+        own, default = body.thinking_budget, self.defaults.thinking_budget
+        tokens = default if own is None else own
+        if tokens in (None, -1) or self._tokenizer is None:
+            return params
+        budget = thinking_budget(self._tokenizer, prompt_ids, tokens)
+        if budget is None and own is not None:
+            raise BadRequestError(
+                "unsupported_parameter",
+                "'thinking_token_budget' needs a model whose chat template marks its thinking, "
+                "such as <think>",
+            )
+        return replace(params, thinking=budget)
+
+    def _prompt(
+        self, body: ParsedBody, chat: bool, params: SamplingParams
+    ) -> tuple[list[int], bool]:
+        """Return the prompt's token ids, and whether it was cut. Raises BadRequestError."""
+        limit = min(self._max_positions, params.max_positions or NO_LIMIT)
+        side = self.defaults.truncate
+        if side == "none" or limit == NO_LIMIT or self._tokenizer is None or body.prompt == "":
+            return self.encode(body, chat, params.max_positions), False
+        cut = Truncation(side, self._tokenizer, limit, params.max_new_tokens)
         try:
-            return self._render(body)
+            if isinstance(body.prompt, list):
+                return cut.ids(body.prompt)
+            if not _is_by_template(body, chat):
+                return cut.text(str(body.prompt))
+            return cut.conversation(
+                self._messages(body), lambda messages: self._rendered(body, messages)
+            )
+        except TokenizerError as error:
+            raise BadRequestError("not_encodable", str(error)) from error
+        except GetpError as error:
+            raise BadRequestError("prompt_too_long", worded(error, self._name_of)) from error
+
+    def _rendered(self, body: ParsedBody, messages: Sequence[Message] | None = None) -> str:
+        """Return the text of a conversation; messages: in place of the request's own."""
+        try:
+            return self._render(body, self._messages(body) if messages is None else messages)
         except TemplateError as error:
             raise BadRequestError("template_failed", str(error)) from error
         except GetpError as error:
             raise BadRequestError("no_chat_template", worded(error, self._name_of)) from error
 
-    def _render(self, body: ParsedBody) -> str:
+    def _render(self, body: ParsedBody, messages: Sequence[Message]) -> str:
         template = chat_template(self._tokenizer)
-        unused = sorted(set(body.variables) - template.variables)
-        if unused and not self._noticed_unused:
-            self._noticed_unused = True
-            self._notice(
+        given = template_variables(template, {**self.defaults.variables, **body.variables})
+        unused = sorted(set(given) - template.variables)
+        if unused:
+            self._notice_once(
+                "variable",
                 f"this model's chat template does not use {unused[0][:80]!r}: it is ignored, and "
-                "so are other such values (this is said once)"
+                "so are other such values (this is said once)",
             )
+        variables = {name: given[name] for name in given.keys() - {*unused}}
+        if body.tools and body.tool_choice != "none":
+            self._check_tools(template)
+            variables["tools"] = body.tools
+        return template.render(template_messages(template, messages), variables, self._now)
+
+    def _check_tools(self, template: ChatTemplate) -> None:
+        """Raise BadRequestError for a template without tools."""
+        if "tools" not in template.variables:
+            raise BadRequestError(
+                "unsupported_parameter", "'tools': this model's chat template does not use tools"
+            )
+        if format_of(template) is None and not supports_harmony(self._tokenizer):
+            self._notice_once(
+                "tools",
+                "this model's chat template shows no known format of tool calls: they stay part of "
+                "the text",
+            )
+
+    def _notice_once(self, about: str, text: str) -> None:
+        if about not in self._noticed:
+            self._noticed.add(about)
+            self._notice(text)
+
+    def _messages(self, body: ParsedBody) -> list[Message]:
         system = system_message(self.defaults.system)
         if body.messages is None:
-            messages = [*system, {"role": "user", "content": body.prompt}]
-        else:
-            has_system = body.messages[0].get("role") in ("system", "developer")
-            messages = body.messages if has_system else [*system, *body.messages]
-        variables = {name: body.variables[name] for name in body.variables.keys() - {*unused}}
-        return template.render(template_messages(template, messages), variables, self._now)
+            return [*system, {"role": "user", "content": body.prompt}]
+        has_system = body.messages[0].get("role") in ("system", "developer")
+        return body.messages if has_system else [*system, *body.messages]
 
     def _params(self, body: ParsedBody, index: int) -> SamplingParams:
         defaults = self._openai_params if body.openai else self._other_params
@@ -191,3 +272,7 @@ class RequestReader:
         except ValueError as error:
             message = worded(error, lambda name: repr(body.names.get(name, name)))
             raise BadRequestError("invalid_value", message) from error
+
+
+def _is_by_template(body: ParsedBody, chat: bool) -> bool:
+    return body.messages is not None or (chat and isinstance(body.prompt, str))

@@ -27,7 +27,9 @@ from getp.library.arguments import (
 from getp.openai.body import read_body
 from getp.openai.parsed import BadRequestError
 from getp.terminal import catch_ctrl_c
-from getp.text.answer_text import AnswerOptions, StopWatcher, ToolCall, read_answer
+from getp.text.answer_text import AnswerOptions, StopWatcher, read_answer
+from getp.text.grammars import after_thinking
+from getp.text.parts.tool_bodies import ToolCall
 from getp.text.prompts import check_length, render_chat
 from getp.text.samples import sample_params
 from getp.units import counted
@@ -45,7 +47,7 @@ class CompletionOutput:
     text: str  # without the stop string
     token_ids: list[int]  # the stop token included
     finish_reason: FinishReason
-    reasoning: str = ""  # of gpt-oss in a chat
+    reasoning: str = ""  # in a chat, of a model that marks its thinking
     tool_calls: list[ToolCall] = field(default_factory=list)  # of gpt-oss in a chat
     logprobs: list[TokenLogprobs] | None = None
     error: str | None = None  # set when finish_reason is "error"
@@ -101,6 +103,7 @@ class LLM:
         given = Defaults(SamplingParams(**recommended), dict.fromkeys(recommended, "checkpoint"))
         self._default_params = given.fill(JSONL)
         self.engine = Engine(folder, config)
+        self.engine.tokenizer_json = self.tokenizer.to_json
         self.engine.warm_up()
         self._running, self._closed = threading.RLock(), threading.Event()
         self._finalizer = weakref.finalize(
@@ -208,6 +211,8 @@ class LLM:
                         watcher = StopWatcher(self.tokenizer, list(prompt.ids), options, check)
                         watchers[first + index] = watcher
                         sample = sample_params(self._with_stop_ids(own), index, n, n)
+                        if prompt.chat:
+                            sample = after_thinking(sample, self.tokenizer, prompt.ids)
                         yield Request(prompt.ids, sample, first + index, watcher)
 
             with closing(self.engine.generate(requests())) as completions:

@@ -10,6 +10,7 @@ from typing import Any
 from getp.openai.fields import READERS, invalid
 from getp.openai.neutral import IGNORED_FIELDS, NEUTRAL, equals_neutral
 from getp.openai.parsed import BadRequestError, ParsedBody
+from getp.openai.tools import check_tools
 
 CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
 
@@ -48,6 +49,7 @@ def _check_together(parsed: ParsedBody, body: Mapping[str, Any], chat: bool) -> 
         )
     if chat and body.get("logprobs") is not True and parsed.params.pop("logprobs", 0):
         raise BadRequestError("invalid_value", "'top_logprobs' needs 'logprobs': true")
+    check_tools(parsed)
     if parsed.best_of is not None and parsed.best_of < parsed.n:
         raise invalid("best_of", f"at least 'n', which is {parsed.n}, not {parsed.best_of}")
 

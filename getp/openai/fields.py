@@ -5,8 +5,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from getp.openai.grammars import read_guided, read_response_format, read_structured_outputs
 from getp.openai.messages import read_messages
 from getp.openai.parsed import BadRequestError, ParsedBody
+from getp.openai.tools import read_parallel_calls, read_tool_choice, read_tools
 
 _MAX_STOPS, _MAX_STOP_LENGTH = 16, 1024
 _MAX_SAMPLES = 128  # of a prompt, as OpenAI's limit for n
@@ -178,6 +180,14 @@ def _read_reasoning_effort(body: ParsedBody, name: str, value: Any) -> None:
     body.variables[name] = value
 
 
+def _read_thinking_budget(body: ParsedBody, name: str, value: Any) -> None:
+    _read_integer(body, name, value)
+    budget = body.params.pop(name)
+    if budget < -1:
+        raise invalid(name, f"0 or more, or -1 for no limit, not {budget}")
+    body.thinking_budget = budget
+
+
 def _read_variables(body: ParsedBody, name: str, value: Any) -> None:
     if not isinstance(value, dict) or "messages" in value:
         raise invalid(name, "an object without 'messages'")
@@ -205,6 +215,13 @@ _COMMON_READERS: dict[str, _FieldReader] = {
     "stop_token_ids": _read_token_ids,
     "include_stop_str_in_output": _read_answer_flag,
     "skip_special_tokens": _read_answer_flag,
+    "response_format": read_response_format,
+    "guided_json": read_guided,
+    "guided_regex": read_guided,
+    "guided_choice": read_guided,
+    "guided_grammar": read_guided,
+    "structured_outputs": read_structured_outputs,
+    "thinking_token_budget": _read_thinking_budget,
 }
 _TEXT_READERS: dict[str, _FieldReader] = {"prompt": _read_prompt, "logprobs": _read_text_logprobs}
 _CHAT_READERS: dict[str, _FieldReader] = {
@@ -214,6 +231,9 @@ _CHAT_READERS: dict[str, _FieldReader] = {
     "top_logprobs": _read_top_logprobs,
     "reasoning_effort": _read_reasoning_effort,
     "chat_template_kwargs": _read_variables,
+    "tools": read_tools,
+    "tool_choice": read_tool_choice,
+    "parallel_tool_calls": read_parallel_calls,
 }
 READERS = {True: _COMMON_READERS | _CHAT_READERS, False: _COMMON_READERS | _TEXT_READERS}
 """For chats (True) and texts: field → its reader, which raises BadRequestError."""

@@ -5,12 +5,12 @@ from typing import Any
 # Fields that do not affect the tokens. `model` is ignored because a job has only one model.
 IGNORED_FIELDS = frozenset(
     """model user metadata store service_tier safety_identifier prompt_cache_key
-    prompt_cache_retention stream stream_options parallel_tool_calls request_id priority
+    prompt_cache_retention stream stream_options request_id priority
     cache_salt""".split()
 )
 # Unsupported fields: the values that have no effect, and the error message for any other value.
 _NOT_SUPPORTED = "is not supported"
-_NO_TOOLS = "must be 'none' or 'auto' (tools are not supported)"
+_OLD_TOOLS = "is OpenAI's former field: use 'tools' and 'tool_choice'"
 _NEUTRAL_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     "echo": ((False,), "must be false (echo is not supported)"),
     "suffix": (("",), _NOT_SUPPORTED),
@@ -25,12 +25,6 @@ _NEUTRAL_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     "return_tokens_as_token_ids": ((False,), _NOT_SUPPORTED),
     "prompt_logprobs": ((False,), _NOT_SUPPORTED),
     "truncate_prompt_tokens": ((), _NOT_SUPPORTED),
-    "response_format": (({"type": "text"},), "must be {'type': 'text'}"),
-    "guided_json": ((), _NOT_SUPPORTED),
-    "guided_regex": ((), _NOT_SUPPORTED),
-    "guided_choice": ((), _NOT_SUPPORTED),
-    "guided_grammar": ((), _NOT_SUPPORTED),
-    "structured_outputs": ((), _NOT_SUPPORTED),
     "vllm_xargs": (({},), _NOT_SUPPORTED),
 }
 _NEUTRAL_IN_TEXT = {
@@ -44,10 +38,8 @@ _NEUTRAL_IN_CHAT = {
     "verbosity": (("medium",), "must be 'medium'"),
     "modalities": ((["text"],), "must be ['text']"),
     "documents": (([],), _NOT_SUPPORTED),
-    "tools": (([],), _NOT_SUPPORTED),
-    "tool_choice": (("none", "auto"), _NO_TOOLS),
-    "functions": (([],), _NOT_SUPPORTED),
-    "function_call": (("none", "auto"), _NO_TOOLS),
+    "functions": (([],), _OLD_TOOLS),
+    "function_call": (("none", "auto"), _OLD_TOOLS),
 }
 NEUTRAL = {
     True: _NEUTRAL_VALUES | _NEUTRAL_IN_CHAT,

@@ -1,7 +1,7 @@
 """What a request asks for, whatever its format."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from tokenizer import Message
 
@@ -30,3 +30,7 @@ class ParsedBody:
     n: int = 1  # answers
     best_of: int | None = None  # answers of which the n most likely are returned; None: n
     answer: dict[str, Any] = field(default_factory=dict)  # fields of AnswerOptions
+    thinking_budget: int | None = None  # tokens, -1: no limit; None: the job's
+    tools: list[dict[str, Any]] = field(default_factory=list)  # as the template gets them
+    tool_choice: Literal["none", "auto", "required"] = "auto"
+    called_tool: str | None = None  # the only tool that may be called

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from engine import Completion, TokenLogprobs
+from getp.openai.tools import calls_of
 from getp.text.answer_text import Answer
 from getp.text.samples import Samples
 from tokenizer import StreamDecoder, Tokenizer
@@ -62,10 +63,10 @@ def _choice(
         choice["message"] = _message(answer, key)
         if answer.tool_calls and reason == "stop":
             reason = "tool_calls"
-        choice["logprobs"] = _chat_logprobs(completion, tokenizer)
+        choice["logprobs"] = chat_logprobs(completion, tokenizer)
     else:
         choice["text"] = answer.content
-        choice["logprobs"] = _text_logprobs(completion, tokenizer, len(answer.content))
+        choice["logprobs"] = text_logprobs(completion, tokenizer, len(answer.content))
     choice["finish_reason"] = reason
     return choice
 
@@ -76,17 +77,7 @@ def _message(answer: Answer, key: str) -> dict[str, Any]:
         message["reasoning_content"] = answer.reasoning
     if answer.tool_calls:
         message["content"] = answer.content or None
-        message["tool_calls"] = [
-            {
-                "id": f"call_{key}_{number}",
-                "type": "function",
-                "function": {
-                    "name": call.recipient.removeprefix("functions."),
-                    "arguments": call.arguments,
-                },
-            }
-            for number, call in enumerate(answer.tool_calls)
-        ]
+        message["tool_calls"] = calls_of(answer.tool_calls, key)
     return message
 
 
@@ -101,7 +92,8 @@ def _logprobs(completion: Completion) -> list[tuple[int, TokenLogprobs]]:
     return list(zip(completion.token_ids, completion.logprobs or (), strict=False))
 
 
-def _chat_logprobs(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any] | None:
+def chat_logprobs(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """Return the log-probabilities of a message, None if they were not asked for."""
     if completion.logprobs is None:
         return None
     content = [
@@ -114,7 +106,7 @@ def _chat_logprobs(completion: Completion, tokenizer: Tokenizer) -> dict[str, An
     return {"content": content, "refusal": None}
 
 
-def _text_logprobs(
+def text_logprobs(
     completion: Completion, tokenizer: Tokenizer, length: int
 ) -> dict[str, Any] | None:
     """Return the log-probabilities of a text of `length` characters; special tokens add no text."""

@@ -44,6 +44,7 @@ def job_report(
         "requests_done": measured.done,
         "requests_failed": measured.failed,
         "requests_cut": measured.cut,
+        "prompts_cut": measured.cut_prompts,
         "requests_ignored": measured.ignored,
         "prompt_tokens": measured.prompt_tokens,
         "cached_tokens": measured.cached_tokens,

@@ -38,6 +38,7 @@ class Measurements:
     failed: int = 0
     ignored: int = 0  # records of the input after the announced number of requests
     cut: int = 0  # completed requests truncated at the length limit
+    cut_prompts: int = 0  # requests whose prompt was cut because it was too long
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0

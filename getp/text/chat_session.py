@@ -2,21 +2,22 @@
 
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from engine import Completion, Request, SamplingParams
 from getp.errors import GetpError, Interrupted, NameOf, worded
-from getp.terminal import catch_ctrl_c, print_message
+from getp.terminal import catch_ctrl_c, print_message, warn
 from getp.text.answer_text import PLAIN, AnswerOptions, AnswerText
 from getp.text.chat_input import chat_input
+from getp.text.parts.thinking import thinking_budget
 from getp.text.prompts import (
-    chat_template,
     encode_chat,
     encode_prompt,
     request_seed,
     system_message,
+    unused_variables,
 )
 from getp.text.screen import Screen
 from tokenizer import Message, Tokenizer, TokenizerError
@@ -40,6 +41,8 @@ class ChatSettings:
     params: SamplingParams  # the seed is the chat's; each answer derives its own from it
     answer: AnswerOptions = PLAIN
     system: str | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)  # of the chat template
+    thinking_budget: int | None = None  # tokens
     name_of: NameOf = str  # how messages name settings
 
 
@@ -54,7 +57,9 @@ class Reply:
 
 def generate(settings: ChatSettings, text: str, tokenizer: Tokenizer, engine: "Engine") -> None:
     """Stream the answer to one prompt. Raises GetpError; Interrupted on Ctrl-C."""
-    ids = encode_prompt(tokenizer, text, settings.answer.chat, settings.system)
+    if settings.answer.chat:
+        _note_unused(tokenizer, settings)
+    ids = encode_prompt(tokenizer, text, settings.answer.chat, settings.system, settings.variables)
     with engine:
         reply = stream_answer(settings, ids, 0, tokenizer, engine)
     _check(reply, settings)
@@ -65,7 +70,7 @@ def generate(settings: ChatSettings, text: str, tokenizer: Tokenizer, engine: "E
 
 def chat(settings: ChatSettings, first: str | None, tokenizer: Tokenizer, engine: "Engine") -> None:
     """Chat until the user quits. `first` is the first message, if it is already known."""
-    chat_template(tokenizer)  # fail before the model loads
+    _note_unused(tokenizer, settings)  # fails before the model loads
     with chat_input() as messages:
         if messages.help:
             print_message("loading the model; type /help for the commands")
@@ -135,7 +140,7 @@ class Conversation:
         return True
 
     def _answer(self) -> Reply:
-        ids = encode_chat(self._tokenizer, [*system_message(self._system), *self._turns])
+        ids = self._encode(self._turns)
         limit = self._engine.max_positions
         if self._settings.params.max_positions is not None:
             limit = min(limit, self._settings.params.max_positions)
@@ -148,6 +153,10 @@ class Conversation:
         _check(reply, self._settings)
         return reply
 
+    def _encode(self, turns: Sequence[Message]) -> list[int]:
+        messages = [*system_message(self._system), *turns]
+        return encode_chat(self._tokenizer, messages, self._settings.variables)
+
     def _refuse(self, tokens: int, limit: int) -> NoReturn:
         """Raise GetpError for a prompt that leaves no room for an answer."""
         fields = {"limit": limit, "model": self._engine.model_config.max_positions}
@@ -156,8 +165,7 @@ class Conversation:
             longer = " or start the chat with {max_positions} 0 for the model's limit of {model}"
         elif limit < fields["model"]:
             longer = " or start the chat with more {kv_memory} (the model's limit is {model})"
-        last = [*system_message(self._system), self._turns[-1]]
-        alone = len(encode_chat(self._tokenizer, last))
+        alone = len(self._encode(self._turns[-1:]))
         if alone >= limit:
             raise GetpError(
                 "the message alone is {tokens} tokens long and the limit is {limit} tokens: make "
@@ -171,6 +179,12 @@ class Conversation:
             tokens=tokens,
             **fields,
         )
+
+
+def _note_unused(tokenizer: Tokenizer, settings: ChatSettings) -> None:
+    """Say which variables the template does not use. Raises GetpError without a usable template."""
+    for name in unused_variables(tokenizer, settings.variables):
+        warn(f"this model's chat template does not use {name!r}: it is ignored")
 
 
 def _check(reply: Reply, settings: ChatSettings) -> None:
@@ -195,10 +209,14 @@ def stream_answer(
     answer = AnswerText(tokenizer, prompt_ids, settings.answer)
     screen = Screen(sys.stdout, sys.stderr)
     params = replace(settings.params, seed=request_seed(settings.params.seed, number))
+    if settings.thinking_budget is not None:
+        budget = thinking_budget(tokenizer, prompt_ids, settings.thinking_budget)
+        params = replace(params, thinking=budget)
     with catch_ctrl_c() as interrupted:
 
         def on_token(token_id: int) -> bool:
-            screen.show(answer.push(token_id))
+            for piece in answer.push(token_id):
+                screen.show(piece)
             after_token()
             return answer.stopped or interrupted()
 

@@ -1,5 +1,6 @@
 """Encodes prompts and conversations, and derives the seed of each request."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,6 +8,9 @@ from typing import Any
 from getp.errors import GetpError
 from tokenizer import ChatTemplate, Message, Tokenizer
 
+_EFFORT = "reasoning_effort"
+_SWITCHES = ("enable_thinking", "thinking")  # Qwen, GLM and others; DeepSeek, Kimi, Granite
+_SHORT_ID = 9  # characters of the only ids that Mistral's templates accept
 _MASK = 2**64 - 1
 _MIN_CHECKED_LENGTH = 1 << 20  # characters; shorter texts are encoded without a check
 
@@ -32,13 +36,55 @@ def template_messages(template: ChatTemplate, messages: Sequence[Message]) -> li
     return [_template_message(template, message) for message in messages]
 
 
+def template_variables(template: ChatTemplate, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the variables for this template. Raises TemplateError.
+
+    Where it has no `reasoning_effort`, the effort "none" sets its switch for thinking to false.
+    """
+    found = dict(given)
+    if found.get(_EFFORT) == "none" and _EFFORT not in template.variables:
+        switches = [name for name in _SWITCHES if name in template.variables]
+        found |= dict.fromkeys(switches, False)
+        if switches:
+            del found[_EFFORT]
+    return found
+
+
 def _template_message(template: ChatTemplate, message: Message) -> Message:
     found = dict(message)
     if found.get("content") is None and not template.distinguishes_none:
         found["content"] = ""
+    if template.reads_thinking:
+        _move_reasoning(found)
     if template.writes_arguments_as_text and "tool_calls" in found:
         found["tool_calls"] = [_with_text_arguments(call) for call in found["tool_calls"]]
+    if template.needs_short_ids:
+        _shorten_ids(found)
     return found
+
+
+def _move_reasoning(message: dict[str, Any]) -> None:
+    """Give a message the key of gpt-oss's template, which refuses it beside content and calls."""
+    reasoning = message.pop("reasoning_content", None)
+    if reasoning and not (message.get("content") and message.get("tool_calls")):
+        message.setdefault("thinking", reasoning)
+
+
+def _shorten_ids(message: dict[str, Any]) -> None:
+    """Give calls ids of the length that the template accepts, and their results the same."""
+    if "tool_calls" in message:
+        message["tool_calls"] = [
+            {**call, "id": _short_id(call.get("id"))} for call in message["tool_calls"]
+        ]
+    if "tool_call_id" in message:
+        message["tool_call_id"] = _short_id(message["tool_call_id"])
+
+
+def _short_id(given: Any) -> str:
+    text = str(given)
+    if len(text) == _SHORT_ID and text.isalnum():
+        return text
+    return hashlib.blake2b(text.encode("utf-8", "replace")).hexdigest()[:_SHORT_ID]
 
 
 def _with_text_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,10 +93,12 @@ def _with_text_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": text}}
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+def encode_chat(
+    tokenizer: Tokenizer, messages: Sequence[Message], variables: Mapping[str, Any] | None = None
+) -> list[int]:
     """Return the prompt for the next answer of a conversation. Raises GetpError, TokenizerError."""
     # The template writes the first special token.
-    return tokenizer.encode(render_chat(tokenizer, messages), special=False)
+    return tokenizer.encode(render_chat(tokenizer, messages, variables), special=False)
 
 
 def render_chat(
@@ -61,7 +109,8 @@ def render_chat(
     Raises GetpError, TokenizerError.
     """
     template = chat_template(tokenizer)
-    return template.render(template_messages(template, messages), variables)
+    found = template_variables(template, variables or {})
+    return template.render(template_messages(template, messages), found)
 
 
 def check_length(tokenizer: Tokenizer, text: str, limit: int) -> None:
@@ -82,11 +131,24 @@ def check_length(tokenizer: Tokenizer, text: str, limit: int) -> None:
         )
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str, chat: bool, system: str | None) -> list[int]:
+def encode_prompt(
+    tokenizer: Tokenizer,
+    text: str,
+    chat: bool,
+    system: str | None,
+    variables: Mapping[str, Any] | None = None,
+) -> list[int]:
     """Return a prompt's ids: of `text` as it is, or of a chat with `text` as its only message."""
     if not chat:
         return tokenizer.encode(text)
-    return encode_chat(tokenizer, [*system_message(system), {"role": "user", "content": text}])
+    messages = [*system_message(system), {"role": "user", "content": text}]
+    return encode_chat(tokenizer, messages, variables)
+
+
+def unused_variables(tokenizer: Tokenizer, given: Mapping[str, Any]) -> list[str]:
+    """Return the variables that the chat template does not use. Raises GetpError, TemplateError."""
+    template = chat_template(tokenizer)
+    return sorted(set(template_variables(template, given)) - template.variables)
 
 
 def bad_word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:

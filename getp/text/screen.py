@@ -20,9 +20,9 @@ class Screen:
         self._channel: tuple[str, str | None, int] | None = None
         self._last = "\n"  # last character written, on either stream
 
-    def show(self, piece: ChannelText | None) -> None:
+    def show(self, piece: ChannelText) -> None:
         """Write a piece of the answer at once."""
-        if piece is None or not piece.text:
+        if not piece.text:
             return
         if piece.channel == FINAL:
             self._leave_channel()

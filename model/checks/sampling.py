@@ -96,7 +96,7 @@ def top_tokens_cases(vocab: int, inputs: Inputs) -> Iterator[Case]:
 
 
 def adjust_cases(vocab: int, inputs: Inputs) -> Iterator[Case]:
-    """Yield the cases of changes of logits: rows with biases, penalties, min-p, and with none."""
+    """Yield the cases of changes of logits: rows with biases, a mask, penalties, min-p, or none."""
     for rows in (1, inputs.size.rows):
         yield _adjust_case(rows, vocab, inputs)
 
@@ -109,18 +109,19 @@ def _adjust_case(rows: int, vocab: int, inputs: Inputs) -> Case:
     neutral = torch.tensor(NO_FACTORS, device=inputs.device)
     factors[:, :3] = torch.where(is_penalized[:, None], factors[:, :3], neutral[:3])
     factors[:, 3] = torch.where(has_min_p, factors[:, 3], neutral[3])
-    starts = torch.stack((100 + row % 2, 4 * (row % 5), is_penalized), 1).int()
+    starts = torch.stack((100 + row % 2, 4 * (row % 5), is_penalized, row % 4 == 3), 1).int()
     token = torch.arange(vocab, device=inputs.device)
     counts = ((token + row[:, None]) % 11 % 5).to(torch.int16)
     entries = torch.zeros(rows, 16, 4, dtype=torch.int32, device=inputs.device)
     entries[:, :, 0] = torch.arange(16, device=inputs.device) * (vocab // 16)
     entries[:, :, 2], entries[:, :, 3] = 1 << 30, -1
     biases = torch.ones(rows, 16, device=inputs.device)
+    masks = torch.full((rows, -(-vocab // 32)), 0x5A0F83C1, dtype=torch.int32, device=inputs.device)
 
     def prepare(backend: Backend) -> Callable[[], Tensors]:
         def call() -> Tensors:
             own = counts.clone()
-            tables = AdjustmentTables(factors, starts, own, entries, biases)
+            tables = AdjustmentTables(factors, starts, own, entries, biases, masks)
             last = row % vocab
             found = backend.adjust_logits(logits.clone(), row, last, row * 0 + 101, tables)
             # Rounding decides where min-p ends.

@@ -21,7 +21,7 @@ def adjust_logits(
 ) -> torch.Tensor:
     """As `Backend.adjust_logits`, without reading a value on the host."""
     factors, previous, positions = tables.factors[rows], last[rows], positions.int()
-    start, entries, has_penalties = tables.starts[rows].unbind(1)
+    start, entries, has_penalties, has_mask = tables.starts[rows].unbind(1)
     counts = tables.counts
     old = counts[rows, previous]
     grows = (positions > start) & (has_penalties > 0) & (old < MAX_COUNT - 1)
@@ -31,11 +31,20 @@ def adjust_logits(
     applies &= (positions[:, None] >= first) & (positions[:, None] < end)
     applies &= (before < 0) | (before == previous[:, None])
     logits.scatter_add_(1, token.long(), torch.where(applies, tables.biases[rows], 0.0))
+    masks = torch.where(has_mask[:, None] > 0, tables.masks[rows], -1)
+    logits.masked_fill_(forbidden(masks, logits.shape[1]), float("-inf"))
     repetition, frequency, presence, distance = factors.unsqueeze(2).unbind(1)
     found = counts[rows] * has_penalties[:, None]
     logits.copy_(penalized(logits, found, repetition, frequency, presence))
     highest = logits.amax(1, keepdim=True)
     return logits.masked_fill_(logits < highest + distance, float("-inf"))
+
+
+def forbidden(masks: torch.Tensor, vocab: int) -> torch.Tensor:
+    """Return bool [rows, vocab], True where the bit of masks int32 [rows, words] is 0."""
+    bits = torch.arange(8, dtype=torch.uint8, device=masks.device)
+    found = masks.contiguous().view(torch.uint8).unsqueeze(-1) >> bits & 1
+    return found.view(len(masks), -1)[:, :vocab] == 0
 
 
 def penalized(

@@ -1,6 +1,9 @@
 """Backend: every operation of the decoder in plain torch, the reference for all kernels.
 
-Written for clarity instead of speed: it computes in float32 internally and runs on any device.
+Most stand in files by subject (dense, experts, recurrent, sampling); here are the storage layouts
+and attention. They are written for clarity instead of speed: they compute in float32 internally and
+run on any device.
+
 `CpuBackend` (model.ops.cpu) and `TritonBackend` (model.ops.triton) override the operations and
 storage layouts for which they have faster kernels. A fused operation is a method like any other:
 its base form runs the steps one after the other.
@@ -11,38 +14,25 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from model.ops.adjustments import adjust_logits
+from model.ops.dense import normalize, rms_norm
+from model.ops.experts import ExpertOps
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.kv_values import read_kv, vector_width, write_kv
 from model.ops.mxfp4 import Mxfp4
+from model.ops.quantized import GroupedFloat, GroupedInt
 from model.ops.recurrent import RecurrentOps
-from model.ops.sampling import (
-    NO_TOKEN,
-    keyed_uniform,
-    sample_sorted,
-    sample_vocabulary,
-    top_tokens,
-)
+from model.ops.sampling import SamplingOps
 from model.ops.specs import (
-    Activation,
-    AdjustmentTables,
     AttentionSpec,
-    ExpertGroups,
-    Experts,
-    ExpertShard,
+    Float8Format,
     HeadLinear,
     IntegerFormat,
     Linear,
     Norm,
     RopeArgs,
-    Router,
-    RouterSpec,
-    SamplingTables,
-    SharedExpert,
 )
-from model.ops.step_parts import ACTIVATION, DOWN_PROJ, INPUT_NORM, POST_NORM, ROPE, ROUTER
+from model.ops.step_parts import INPUT_NORM, ROPE
 
 OPERATIONS = (
     "embed",
@@ -72,10 +62,6 @@ OPERATIONS = (
     "sample_rows",
 )
 """Operations whose kernels are checked and chosen; one that runs others comes after them."""
-_HEAD_TOKENS = 1 << 14  # tokens of the vocabulary whose logits are computed at once
-
-SMALLEST_SUM = 1e-20
-"""Is added to the sum of a token's router weights, of which sigmoids may all be 0."""
 
 Compute = Callable[[], torch.Tensor]
 
@@ -84,7 +70,7 @@ class KvDtypeError(ValueError):
     """The backend has no operations on a KV cache of this dtype; the text says why."""
 
 
-class Backend(RecurrentOps):
+class Backend(ExpertOps, RecurrentOps, SamplingOps):
     """The operations on one device in one compute dtype.
 
     kv_dtype: of the KV cache, "auto" (the compute dtype) or one of `model.config.KV_DTYPES`. Raises
@@ -169,17 +155,32 @@ class Backend(RecurrentOps):
         """Return filled MXFP4 weights in the form that `linear` or `experts` is fastest with."""
         return weights
 
-    @property
-    def keeps_integers(self) -> bool:
-        """Whether weights stay integers of 8 or 4 bits in memory; otherwise they are dense."""
-        return False
+    def keeps_integers(self, quantizes: bool) -> bool:
+        """Return whether weights are integers of 8 or 4 bits in memory; otherwise they are dense.
+
+        quantizes: weights that are dense in files; otherwise those that are integers there.
+        """
+        return not quantizes
 
     def empty_integers(self, shape: tuple[int, ...], form: IntegerFormat, parts: int = 1) -> Any:
         """Return storage for integers [out, in] or [experts, out, in], filled as `empty_weight`'s.
 
         Dense where the kernels do not take the shape.
         """
-        return self.empty_weight(shape, parts)
+        if shape[-1] % form.group_of(shape[-1]):
+            return self.empty_weight(shape, parts)
+        return GroupedInt.empty(shape, form, self.device)
+
+    def keeps_float8(self, quantizes: bool) -> bool:
+        """As `keeps_integers`, of weights in e4m3."""
+        return True
+
+    def empty_float8(self, shape: tuple[int, ...], form: Float8Format, parts: int = 1) -> Any:
+        """As `empty_integers`, for weights in e4m3."""
+        group = form.group or shape[-1]
+        if shape[-1] % group:
+            return self.empty_weight(shape, parts)
+        return GroupedFloat.empty(shape, group, self.device)
 
     def empty_cache(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Return uninitialized memory for KV blocks [2, blocks, block_size, kv_heads, head_dim].
@@ -210,71 +211,6 @@ class Backend(RecurrentOps):
 
     # Operations
 
-    def gather(self, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """table [rows, size], ids int64 [tokens], each a valid row → [tokens, size]."""
-        return table[ids]
-
-    def embed(
-        self, table: torch.Tensor, ids: torch.Tensor, scale: float, first: int = 0
-    ) -> torch.Tensor:
-        """The start of the residual stream: rows of the embedding times `scale`, in float32.
-
-        table [rows, hidden] has the tokens from `first` on; ids int64 [tokens] → float32
-        [tokens, hidden], zeros for tokens that the table does not have.
-        """
-        rows = ids - first
-        is_elsewhere = (rows < 0) | (rows >= len(table))
-        x = table[rows.masked_fill(is_elsewhere, 0)].float()
-        return self.scale(x.masked_fill(is_elsewhere.unsqueeze(1), 0), scale)
-
-    def scale(self, x: torch.Tensor, factor: float) -> torch.Tensor:
-        """x of any shape → x · factor; x itself if the factor is 1."""
-        return x if factor == 1 else x * factor
-
-    def linear(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
-        """x [tokens, in] → x · weightᵀ + bias [tokens, out]."""
-        return F.linear(x, linear.format.dense(linear.weight, x.dtype), linear.bias)
-
-    def logits(
-        self, x: torch.Tensor, head: Linear, scale: float, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """x [rows, hidden] → x · weightᵀ · scale, float32 [rows, vocab]; `out` if it is given."""
-        parts = head.weight.split(_HEAD_TOKENS)  # bounds the memory of the float32 copy
-        x = x.float()
-        logits = torch.cat([F.linear(x, part.float()) for part in parts], dim=1, out=out)
-        return self.scale(logits, scale) if out is None else logits.mul_(scale)
-
-    def add_rms_norm(
-        self, x: torch.Tensor, delta: torch.Tensor | None, norm: Norm
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The residual stream x float32 and delta [tokens, size] → (x + delta, its norm).
-
-        Without a delta (x, its norm). The sum is float32, the norm has the compute dtype; it is
-        the sum itself in that dtype where the model has no norm at this place. From a
-        backend whose `norm_experts` returns parts, delta may also be [tokens, parts, size].
-        """
-        if delta is not None and delta.dim() == 3:
-            delta = delta.sum(1, dtype=torch.float32)
-        summed = x if delta is None else x + delta
-        return summed, rms_norm(summed, norm).to(self.dtype)
-
-    def scaled_sum(
-        self, x: torch.Tensor, delta: torch.Tensor, factor: torch.Tensor
-    ) -> torch.Tensor:
-        """x float32 and delta [tokens, size], factor float32 [1] → (x + delta) · factor, float32.
-
-        delta has no parts.
-        """
-        return (x + delta) * factor
-
-    def rms_norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
-        """x [tokens, size] → its norm, in the same dtype."""
-        return rms_norm(x, norm).to(x.dtype)
-
-    def softcap(self, logits: torch.Tensor, cap: float | None) -> torch.Tensor:
-        """Logits float32 [rows, vocab] → cap · tanh(logits / cap), in place, if there is a cap."""
-        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
-
     def norm_qkv(
         self,
         x: torch.Tensor,
@@ -289,47 +225,6 @@ class Backend(RecurrentOps):
         projected = self.linear(normed, qkv).unflatten(-1, (-1, rope.heads.head_dim))
         with ROPE:
             return x, self.rotate_and_write(projected, rope)
-
-    def norm_mlp(
-        self,
-        x: torch.Tensor,
-        delta: torch.Tensor,
-        norm: Norm,
-        gate_up: Linear,
-        down: Linear,
-        activation: Activation,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`add_rms_norm`, `gated_linear` and `linear` → (x + delta, the MLP of its norm)."""
-        with POST_NORM:
-            x, normed = self.add_rms_norm(x, delta, norm)
-        inner = self.gated_linear(normed, gate_up, activation)
-        with DOWN_PROJ:
-            return x, self.linear(inner, down)
-
-    def norm_experts(
-        self,
-        x: torch.Tensor,
-        delta: torch.Tensor,
-        norm: Norm,
-        router: Router,
-        experts: Experts,
-        activation: Activation,
-        shard: ExpertShard = ExpertShard(),  # noqa: B008 - immutable
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`add_rms_norm`, `linear`, `route`, `experts`, `shared_expert` → (x + delta, their sum).
-
-        A backend may leave their sum to the next norm and return [tokens, parts, hidden], where it
-        takes such a delta and the shard holds all experts.
-        """
-        with POST_NORM:
-            x, normed = self.add_rms_norm(x, delta, norm)
-        with ROUTER:
-            logits = self.linear(normed, router.linear)
-            chosen, weights = self.route(logits, router.spec, router.correction)
-        out = self.experts(normed, chosen, weights, experts, activation, shard)
-        if experts.shared is not None:
-            out = self.shared_expert(normed, out, experts.shared, activation)
-        return x, out
 
     def rotate_and_write(self, qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:
         """Norms of heads, rotary embedding and the write to the KV cache.
@@ -435,211 +330,6 @@ class Backend(RecurrentOps):
             first += count
         return out
 
-    def gated_linear(self, x: torch.Tensor, linear: Linear, activation: Activation) -> torch.Tensor:
-        """x [tokens, in] → `linear` to [tokens, 2 · size], then `activate` → [tokens, size]."""
-        gate_up = self.linear(x, linear)
-        with ACTIVATION:
-            return self.activate(gate_up, activation)
-
-    def activate(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
-        """gate_up [tokens, 2 · size], gate first → [tokens, size]; see `Activation`.
-
-        [tokens, size] if the activation is not gated.
-        """
-        gate, up = split_gate(gate_up, activation)
-        return self.gated(gate, up, activation)
-
-    def gated(self, gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
-        """gate and up [tokens, size], with any distance of rows → [tokens, size]."""
-        limit = activation.limit
-        if activation.kind == "gelu_tanh":
-            return F.gelu(gate, approximate="tanh") * up
-        if activation.kind == "relu":
-            return F.relu(gate) * up
-        if limit is None:
-            return F.silu(gate) * up
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-        return gate * torch.sigmoid(activation.alpha * gate) * (up + 1)
-
-    def route(
-        self, logits: torch.Tensor, router: RouterSpec, correction: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [tokens, experts] → (experts int64, weights float32), both [tokens, top_k].
-
-        correction: float32 [experts], added to the scores for the choice alone; or, if the router
-        scales experts, a factor of each expert's weights.
-        """
-        logits, factors = logits.float(), None
-        if router.scales_experts:
-            factors, correction = correction, None
-        if router.softmax_after_top_k:
-            chosen, experts = logits.topk(router.top_k, dim=-1)
-            return experts, chosen.softmax(-1)
-        scores = router_scores(logits, router)
-        ranks = scores if correction is None else scores + correction
-        if router.groups is not None:
-            ranks = within_best_groups(ranks, router.groups)
-        experts = ranks.topk(router.top_k, dim=-1).indices
-        weights = scores.gather(-1, experts)
-        if router.normalize:
-            weights = weights / (weights.sum(-1, keepdim=True) + SMALLEST_SUM)
-        if factors is not None:
-            weights = weights * factors[experts]
-        return experts, self.scale(weights, router.scale)
-
-    def shared_expert(
-        self, x: torch.Tensor, routed: torch.Tensor, shared: SharedExpert, activation: Activation
-    ) -> torch.Tensor:
-        """x [tokens, hidden] → its shared expert, which is added to the sum of the others."""
-        inner = self.gated_linear(x, shared.gate_up, activation)
-        with DOWN_PROJ:
-            out = self.linear(inner, shared.down)
-            gate = None if shared.gate is None else self.linear(x, shared.gate)
-            return self.add_gated(routed, out, gate)
-
-    def add_gated(
-        self, x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None
-    ) -> torch.Tensor:
-        """x + sigmoid(gate) · y [tokens, size], or x + y without a gate [tokens, 1].
-
-        x may also be the parts of a sum as from `norm_experts`, [tokens, parts, size].
-        """
-        if x.dim() == 3:
-            x = x.sum(1, dtype=torch.float32)
-        wide = y.float() if gate is None else gate.float().sigmoid() * y.float()
-        return (x.float() + wide).to(y.dtype)
-
-    def experts(
-        self,
-        x: torch.Tensor,
-        chosen: torch.Tensor,
-        weights: torch.Tensor,
-        experts: Experts,
-        activation: Activation,
-        shard: ExpertShard = ExpertShard(),  # noqa: B008 - immutable
-    ) -> torch.Tensor:
-        """Weighted sum of each token's experts, of those that this shard holds.
-
-        x [tokens, hidden]; chosen (expert ids over all shards) and weights [tokens, top_k] →
-        [tokens, hidden].
-        """
-        out = torch.zeros_like(x, dtype=torch.float32)
-        first = shard.rank * experts.count
-        for expert in range(experts.count):
-            token, rank = torch.where(chosen == first + expert)
-            weight = experts.format.dense(experts.gate_up[expert], x.dtype)
-            inner = F.linear(x[token], weight, _row(experts.gate_up_bias, expert))
-            with ACTIVATION:
-                inner = self.activate(inner, activation)
-            with DOWN_PROJ:
-                weight = experts.format.dense(experts.down[expert], x.dtype)
-                result = F.linear(inner, weight, _row(experts.down_bias, expert))
-                out.index_add_(0, token, result.float() * weights[token, rank, None].float())
-        return out.to(x.dtype)
-
-    def argmax(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [rows, vocab] → (largest logit, its token) [rows]; of equal ones the first."""
-        return logits.max(-1)
-
-    def top_tokens(self, logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The largest logits of each row, equal ones by id: (values, ids int64) [rows, count].
-
-        logits [rows, vocab]; fewer than `count` if the vocabulary is smaller.
-        """
-        return top_tokens(logits, count)
-
-    def sample(
-        self,
-        logits: torch.Tensor,
-        temperature: torch.Tensor,
-        top_k: torch.Tensor | None,
-        top_p: torch.Tensor,
-        uniform: torch.Tensor,
-    ) -> torch.Tensor:
-        """Sample a token for each row from its softmax after truncation by top-k, then top-p.
-
-        logits [rows, vocab]; for each row temperature float32, above 0; top_k int64, how many
-        tokens may be sampled, 0 for all (None: all in every row); top_p float32, the share of the
-        probability that top-k leaves which the most likely tokens must reach; uniform float64 in
-        [0, 1) → int64 [rows].
-
-        Tokens are ordered by probability, equal ones by id, both for the limits and for the inverse
-        of the cumulative distribution at `uniform`. The limits need this order anyway, and a sample
-        among the most likely tokens then does not depend on the number of others. A row of NaN
-        yields a valid token.
-        """
-        return sample_sorted(logits, temperature, top_k, top_p, uniform)
-
-    def adjust_logits(
-        self,
-        logits: torch.Tensor,
-        rows: torch.Tensor,
-        last: torch.Tensor,
-        positions: torch.Tensor,
-        tables: AdjustmentTables,
-    ) -> torch.Tensor:
-        """Change the logits by what the rows' requests ask for, in place, and return them.
-
-        The arguments are those of `sample_rows`, which follows. First the biases that apply at the
-        row's position, then the repetition, frequency and presence penalties, then min-p, whose
-        tokens become -inf. The row's last token is counted before, unless it was counted when the
-        row was set. Nothing here waits for the device or depends on its values, so that a GPU can
-        capture it.
-        """
-        return adjust_logits(logits, rows, last, positions, tables)
-
-    def sample_rows(
-        self,
-        logits: torch.Tensor,
-        rows: torch.Tensor,
-        last: torch.Tensor,
-        positions: torch.Tensor | None = None,
-        tables: SamplingTables | None = None,
-    ) -> torch.Tensor:
-        """Choose each sequence's next token and write it to `last`, by the sequence's row.
-
-        logits float32 [n, vocab]; rows int64 [n], the sequences' rows; last int64 [all rows];
-        positions int32 or int64 [n], the index of the new token in its sequence. A row's token is
-        the most likely one at temperature 0 or without tables, from `sample` if top-k or top-p
-        leaves tokens out, and else from `sample_vocabulary`, with the number of `keyed_uniform`.
-
-        Returns the tokens int64 [n], NO_TOKEN where the row's largest logit is not finite; such a
-        row has a valid token in `last`. Nothing here waits for the device or depends on its values,
-        so that a GPU can capture it.
-        """
-        highest, tokens = self.argmax(logits)
-        if tables is not None and positions is not None:
-            temperature, top_p = tables.temperature_and_top_p[rows].unbind(1)
-            top_k, seeds = tables.top_k_and_seed[rows].unbind(1)
-            is_greedy = temperature == 0
-            temperature = torch.where(is_greedy, 1.0, temperature)
-            uniform = keyed_uniform(seeds, positions.long())
-            sampled = torch.where(
-                (top_k > 0) | (top_p < 1),
-                self.sample(logits, temperature, top_k, top_p, uniform),
-                sample_vocabulary(logits, highest, temperature, uniform),
-            )
-            tokens = torch.where(is_greedy, tokens, sampled)
-        last.index_copy_(0, rows, tokens)
-        return torch.where(highest.isfinite(), tokens, NO_TOKEN)
-
-
-def split_gate(gate_up: torch.Tensor, by: Activation) -> tuple[torch.Tensor, torch.Tensor]:
-    """gate_up [tokens, parts · size] → gate and up [tokens, size]; the same one without a gate."""
-    gate, *up = gate_up.chunk(by.parts, dim=-1)
-    return gate, up[0] if up else gate
-
-
-def rms_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
-    """x [..., size] by its root mean square over the last dimension, times the weight; float32."""
-    return x.float() if norm.is_identity else normalize(x, norm.eps) * norm.weight
-
-
-def normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [..., size] by its root mean square over the last dimension; float32."""
-    x = x.float()
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-
 
 def norm_heads(x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
     """The norm of each head of x [tokens, heads, head_dim], or of all at once, by its size."""
@@ -659,30 +349,6 @@ def rotate(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
     first, second = rotary.float().chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return torch.cat((rotated.to(x.dtype), rest), dim=-1)
-
-
-def router_scores(logits: torch.Tensor, router: RouterSpec) -> torch.Tensor:
-    """Logits float32 [tokens, experts] → scores, of which the weights of the chosen are taken."""
-    return logits.sigmoid() if router.sigmoid else logits.softmax(-1)
-
-
-def group_scores(ranks: torch.Tensor, groups: ExpertGroups) -> torch.Tensor:
-    """ranks [tokens, experts] → the sum of the highest of each group [tokens, groups]."""
-    return ranks.unflatten(-1, (groups.count, -1)).topk(groups.best, dim=-1).values.sum(-1)
-
-
-def within_best_groups(ranks: torch.Tensor, groups: ExpertGroups) -> torch.Tensor:
-    """ranks [tokens, experts] → the same, but -inf for experts that are not in the best groups."""
-    totals = group_scores(ranks, groups)
-    best = totals.topk(groups.chosen, dim=-1).indices
-    is_out = torch.ones_like(totals, dtype=torch.bool).scatter_(-1, best, False)
-    return ranks.masked_fill(
-        is_out.repeat_interleave(ranks.shape[-1] // groups.count, -1), float("-inf")
-    )
-
-
-def _row(bias: torch.Tensor | None, expert: int) -> torch.Tensor | None:
-    return None if bias is None else bias[expert]
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, kv_dtype: str = "auto") -> Backend:

@@ -1,4 +1,4 @@
-"""Sampling from logits in plain torch: top-k, top-p and the inverse of the cumulative.
+"""The choice of tokens in plain torch: adjusted logits, top-k, top-p, the inverse cumulative.
 
 Random numbers depend on seed and position alone, not on the batch.
 """
@@ -7,8 +7,101 @@ from collections.abc import Callable
 
 import torch
 
+from model.ops.adjustments import adjust_logits
+from model.ops.specs import AdjustmentTables, SamplingTables
+
 NO_TOKEN = -1  # in place of a token, for a row whose logits are not finite
 _BLOCK = 1024  # tokens of the vocabulary that are reduced together
+
+
+class SamplingOps:
+    """The part of `Backend` that chooses the next tokens."""
+
+    def argmax(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [rows, vocab] → (largest logit, its token) [rows]; of equal ones the first."""
+        return logits.max(-1)
+
+    def top_tokens(self, logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The largest logits of each row, equal ones by id: (values, ids int64) [rows, count].
+
+        logits [rows, vocab]; fewer than `count` if the vocabulary is smaller.
+        """
+        return top_tokens(logits, count)
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        temperature: torch.Tensor,
+        top_k: torch.Tensor | None,
+        top_p: torch.Tensor,
+        uniform: torch.Tensor,
+    ) -> torch.Tensor:
+        """Sample a token for each row from its softmax after truncation by top-k, then top-p.
+
+        logits [rows, vocab]; for each row temperature float32, above 0; top_k int64, how many
+        tokens may be sampled, 0 for all (None: all in every row); top_p float32, the share of the
+        probability that top-k leaves which the most likely tokens must reach; uniform float64 in
+        [0, 1) → int64 [rows].
+
+        Tokens are ordered by probability, equal ones by id, both for the limits and for the inverse
+        of the cumulative distribution at `uniform`. The limits need this order anyway, and a sample
+        among the most likely tokens then does not depend on the number of others. A row of NaN
+        yields a valid token.
+        """
+        return sample_sorted(logits, temperature, top_k, top_p, uniform)
+
+    def adjust_logits(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        last: torch.Tensor,
+        positions: torch.Tensor,
+        tables: AdjustmentTables,
+    ) -> torch.Tensor:
+        """Change the logits by what the rows' requests ask for, in place, and return them.
+
+        The arguments are those of `sample_rows`, which follows. First the biases that apply at the
+        row's position, then the mask, whose tokens without a bit become -inf, then the repetition,
+        frequency and presence penalties, then min-p, whose tokens become -inf, too. The row's last
+        token is counted before, unless it was counted when the row was set. Nothing here waits for
+        the device or depends on its values, so that a GPU can capture it.
+        """
+        return adjust_logits(logits, rows, last, positions, tables)
+
+    def sample_rows(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        last: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        tables: SamplingTables | None = None,
+    ) -> torch.Tensor:
+        """Choose each sequence's next token and write it to `last`, by the sequence's row.
+
+        logits float32 [n, vocab]; rows int64 [n], the sequences' rows; last int64 [all rows];
+        positions int32 or int64 [n], the index of the new token in its sequence. A row's token is
+        the most likely one at temperature 0 or without tables, from `sample` if top-k or top-p
+        leaves tokens out, and else from `sample_vocabulary`, with the number of `keyed_uniform`.
+
+        Returns the tokens int64 [n], NO_TOKEN where the row's largest logit is not finite; such a
+        row has a valid token in `last`. Nothing here waits for the device or depends on its values,
+        so that a GPU can capture it.
+        """
+        highest, tokens = self.argmax(logits)
+        if tables is not None and positions is not None:
+            temperature, top_p = tables.temperature_and_top_p[rows].unbind(1)
+            top_k, seeds = tables.top_k_and_seed[rows].unbind(1)
+            is_greedy = temperature == 0
+            temperature = torch.where(is_greedy, 1.0, temperature)
+            uniform = keyed_uniform(seeds, positions.long())
+            sampled = torch.where(
+                (top_k > 0) | (top_p < 1),
+                self.sample(logits, temperature, top_k, top_p, uniform),
+                sample_vocabulary(logits, highest, temperature, uniform),
+            )
+            tokens = torch.where(is_greedy, tokens, sampled)
+        last.index_copy_(0, rows, tokens)
+        return torch.where(highest.isfinite(), tokens, NO_TOKEN)
 
 
 def keyed_uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -43,6 +43,22 @@ class IntegerFormat(Protocol):
         """
 
 
+class Float8Format(Protocol):
+    """The part of a format in e4m3 that the layout in memory depends on."""
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale, a multiple of 32; 0: all."""
+
+    @property
+    def inputs(self) -> str:
+        """How the inputs of linears become e4m3, "dynamic" or "static"; "": they do not."""
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether dense weights become e4m3."""
+
+
 @dataclass(frozen=True)
 class Parameter:
     """A declared parameter: an attribute of its holder, which the loader sets.
@@ -375,14 +391,17 @@ class AdjustmentTables(NamedTuple):
 
     Columns of `factors`: the repetition, frequency and presence penalties, then how far below the
     largest logit min-p removes tokens (-inf: nowhere). Columns of `starts`: how many tokens of the
-    sequence were counted when its row was set, the number of its entries, and whether it has
-    penalties. An element of `counts` is twice the token's occurrences in the output, plus 1 if it
-    is in the prompt. Columns of `entries`: a token, the positions from the first to before the
-    second at which its bias applies, and the token before it that is needed (-1: any).
+    sequence were counted when its row was set, the number of its entries, whether it has penalties,
+    and whether it has a mask. An element of `counts` is twice the token's occurrences in the
+    output, plus 1 if it is in the prompt. Columns of `entries`: a token, the positions from the
+    first to before the second at which its bias applies, and the token before it that is needed
+    (-1: any). A bit of `masks` is 1 if the token may be sampled; token 0 has the lowest bit of the
+    first word.
     """
 
     factors: "torch.Tensor"  # float32 [rows, 4]
-    starts: "torch.Tensor"  # int32 [rows, 3]
+    starts: "torch.Tensor"  # int32 [rows, 4]
     counts: "torch.Tensor"  # int16 [rows, vocab]
     entries: "torch.Tensor"  # int32 [rows, entries, 4]
     biases: "torch.Tensor"  # float32 [rows, entries], -inf for a token that must not be sampled
+    masks: "torch.Tensor"  # int32 [rows, ⌈vocab / 32⌉]

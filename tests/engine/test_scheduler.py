@@ -4,6 +4,7 @@
 """
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -57,6 +58,7 @@ def loads(draw: st.DrawFn) -> dict[str, Any]:
         "snapshots": draw(st.sampled_from([None, None, 0, 1, 3]), label="snapshots"),
         "stop_ids": draw(st.frozensets(st.integers(0, VOCAB - 1), max_size=1), label="stop_ids"),
         "requests": [([*head, *tail], count) for head, tail, count in requests],
+        "priorities": draw(st.lists(st.integers(0, 2), max_size=12), label="priorities"),
     }
 
 
@@ -97,6 +99,7 @@ def run(
     engine: Engine,
     requests: list[tuple[list[int], int]],
     stop_ids: frozenset[int] = frozenset(),
+    priorities: Sequence[int] = (),
 ) -> dict[int, Completion]:
     params = [
         SamplingParams(max_new_tokens=n, ignore_eos=True, stop_ids=stop_ids) for _, n in requests
@@ -104,7 +107,8 @@ def run(
     return {
         done.request_id: done
         for done in engine.generate(
-            Request(prompt, params[i], i) for i, (prompt, _) in enumerate(requests)
+            Request(prompt, params[i], i, priority=dict(enumerate(priorities)).get(i, 0))
+            for i, (prompt, _) in enumerate(requests)
         )
     }
 
@@ -138,7 +142,7 @@ def test_every_request_completes_correctly_and_no_block_is_leaked(
 
 
 def check_load(engine: Engine, load: dict[str, Any]) -> None:
-    done = run(engine, load["requests"], load["stop_ids"])
+    done = run(engine, load["requests"], load["stop_ids"], load["priorities"])
     assert sorted(done) == list(range(len(load["requests"])))
     for i, (prompt, count) in enumerate(load["requests"]):
         result = done[i]
@@ -204,6 +208,61 @@ def test_a_request_is_admitted_at_once_while_there_is_room(config_folder: Path) 
     arriving = iter([Request([1], params, 0), None, None, Request([2], params, 1)])
     first, second = sorted(engine.generate(arriving), key=lambda done: done.first_token)
     assert second.first_token < first.finished
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_a_prior_request_waits_for_at_most_two_steps_of_others(
+    config_folder: Path, lookahead: int
+) -> None:
+    """The others fill the batch, the token budget and the KV cache, and still complete."""
+    others = [([i % VOCAB] * 60, 30) for i in range(12)]
+    limits = {"blocks": 40, "max_batch_size": 4, "max_batch_tokens": 20, "lookahead": lookahead}
+    alone, _ = make_engine(config_folder, {**ROOMY, **limits})
+    expected = {i: done.token_ids for i, done in run(alone, others).items()}
+    engine, _ = make_engine(config_folder, {**ROOMY, **limits})
+    arrivals, delays = dict[int, int](), list[int]()
+
+    def source() -> Iterator[Request | None]:
+        for i, (prompt, count) in enumerate(others):
+            params = SamplingParams(max_new_tokens=count, ignore_eos=True)
+            yield Request(prompt, params, i, priority=1)
+        for number in range(100, 110):
+            for _ in range(7):
+                yield None
+            arrivals[number] = engine.stats.steps
+
+            def note(token: int, number: int = number) -> None:
+                if number in arrivals:
+                    delays.append(engine.stats.steps - arrivals.pop(number))
+
+            yield Request([5] * 15, SamplingParams(max_new_tokens=3), number, note)
+
+    done = {each.request_id: each for each in engine.generate(source())}
+    assert len(delays) == 10
+    assert max(delays) <= 1 + lookahead  # the step in progress at the arrival comes before
+    assert engine.stats.preemptions > 0
+    assert {i: done[i].token_ids for i in expected} == expected
+    assert_no_block_is_leaked(engine)
+
+
+def test_a_cancelled_request_frees_its_blocks_at_once(config_folder: Path) -> None:
+    engine, _ = make_engine(config_folder, {**ROOMY, "max_batch_size": 2, "lookahead": 1})
+    params = SamplingParams(max_new_tokens=40, ignore_eos=True)
+    rest: list[int] = []
+
+    def cancel(token: int) -> None:
+        if not rest:
+            rest.append(engine.steps.scheduler.cache.num_used)
+            for request_id in (0, 2, 77):  # running, waiting, unknown
+                engine.cancel(request_id)
+
+    requests = [Request([i] * 9, params, i, cancel if i == 1 else None) for i in range(4)]
+    done = {each.request_id: each for each in engine.generate(requests)}
+    reasons = {i: each.finish_reason for i, each in done.items()}
+    assert reasons == {0: "cancelled", 1: "length", 2: "cancelled", 3: "length"}
+    assert len(done[0].token_ids) <= 2
+    assert done[3].first_token < done[1].finished  # it runs in the place of the cancelled one
+    assert_no_block_is_leaked(engine)
 
 
 @settings(max_examples=60, deadline=None)

@@ -57,7 +57,7 @@ def test_help_lists_every_option_in_groups_and_imports_no_torch() -> None:
     )
     assert done.returncode == 0
     titles = re.findall(r"^(\w+):$", done.stdout, re.MULTILINE)
-    assert titles == ["Job", "Prompt", "Sampling", "Length", "Engine", "Plan", "Help"]
+    assert titles == ["Job", "Prompt", "Sampling", "Length", "Engine", "Server", "Plan", "Help"]
 
 
 def test_version_option_prints_the_version_of_the_package() -> None:
@@ -108,7 +108,10 @@ def test_version_option_prints_the_version_of_the_package() -> None:
         (["-m", "getp", "-i", "x"], ["mode getp needs -o/--output FILE"]),
         (["-m", "decode"], ["mode decode needs -i/--input FILE"]),
         (["-m", "eval", "-i", "x"], ["--reference FILE or --expected FILE"]),
-        (["-m", "eval", "-t", "1"], ["-t/--temperature applies only to -m generate, -m chat and"]),
+        (
+            ["-m", "eval", "-t", "1"],
+            ["-t/--temperature applies only to -m generate, -m chat"],
+        ),
         (["--nonsense"], ["--nonsense"]),
         (["-z", "/nowhere"], ["-z/--tokenizer /nowhere does not exist", "OWNER/NAME"]),
     ],
@@ -331,6 +334,13 @@ def test_errors_of_a_job_name_the_options(
     error = capsys.readouterr().err.splitlines()[-1]
     assert "started with -t/--temperature 0.0, now 0.5; -s/--seed" in error
     assert "add --restart to start over" in error
+
+
+def test_tp_is_short_for_tensor_parallel_and_not_a_temperature(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.run(["-m", "plan", "-tp", "4"]) == 2
+    assert "--tensor-parallel: this model" in capsys.readouterr().err
 
 
 def test_errors_of_the_engine_name_the_options(

@@ -14,6 +14,7 @@ def run(settings: Settings) -> int:
     from getp.text import chat_session
 
     tokenizer = loading.load_tokenizer(settings)
+    loading.check_thinking(settings, tokenizer)
     engine = loading.load_engine(one_at_a_time(settings))
     chat = chat_settings(settings, loading.sampling_params(settings, tokenizer, CHAT), chat=True)
     chat_session.chat(chat, settings.prompt.input, tokenizer, engine)

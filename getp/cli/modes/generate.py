@@ -22,6 +22,8 @@ def run(settings: Settings) -> int:
     given = settings.prompt
     if given.system is not None and given.chat_template is False:
         raise UsageProblem("-y/--system needs the chat template: remove --raw")
+    if given.chat_template is False:
+        loading.check_variables(settings)
     from getp.defaults import TEXT
     from getp.text import chat_session
 
@@ -35,6 +37,8 @@ def run(settings: Settings) -> int:
         print_message(
             "getp: using the model's chat template (--raw: complete the bare text)", dim=True
         )
+    if by_template:
+        loading.check_thinking(settings, tokenizer)
     chat_session.generate(chat, prompt, tokenizer, engine)
     return 0
 
@@ -56,7 +60,9 @@ def chat_settings(settings: Settings, params: "SamplingParams", chat: bool) -> "
     return ChatSettings(
         params,
         loading.answer_options(settings, chat),
-        system=settings.prompt.system,
+        settings.prompt.system,
+        settings.prompt.variables,
+        settings.sampling.thinking_budget,
         name_of=option_name,
     )
 

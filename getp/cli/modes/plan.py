@@ -133,6 +133,8 @@ def _requests(settings: Settings, path: str) -> "Requests":
     folder = loading.tokenizer_path(settings) if prompt.tokenizer or has_tokenizer else None
     values, origins = loading.length_and_sampling(settings)
     answer = loading.answer_options(settings, bool(prompt.chat_template))
-    defaults = RequestDefaults(SamplingParams(**values), origins, answer, system=prompt.system)
+    defaults = RequestDefaults(
+        SamplingParams(**values), origins, answer, prompt.system, prompt.variables
+    )
     columns = loading.columns(settings)
     return read_requests(path, folder, defaults, columns, settings.table.first)

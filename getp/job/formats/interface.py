@@ -13,6 +13,7 @@ from getp.openai.parsed import BadRequestError, ParsedBody
 from getp.ownership import ERROR_KEYS
 from getp.text.answer_text import PLAIN, Answer, AnswerOptions, read_answer
 from getp.text.samples import Samples
+from getp.text.truncate import Side
 from tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class JobRequest:
     answer: AnswerOptions = PLAIN
     n: int = 1  # answers
     best_of: int = 1  # answers that are generated; the n most likely are returned
+    truncated: Side = "none"  # where the prompt was cut
 
 
 @dataclass(frozen=True, slots=True)

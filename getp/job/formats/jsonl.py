@@ -38,6 +38,8 @@ class BatchResults(OutputFormat):
         key = context.key(request.index)
         answers = [context.answer(request, each) for each in samples.chosen]
         body = response_body(context, key, request.answer.chat, answers, samples)
+        if request.truncated != "none":
+            body["truncated"] = request.truncated
         response = {"status_code": 200, "request_id": f"req_{key}", "body": body}
         return _result_line(key, request.custom_id, response, None)
 

@@ -9,6 +9,8 @@ from getp.errors import GetpError
 from getp.files import json_line
 from getp.job.formats.interface import Failure, JobRequest, OutputFormat, ResultContext, Rows
 from getp.job.formats.table_files import DELIMITERS, KINDS, import_arrow
+from getp.openai.tools import calls_of
+from getp.text.answer_text import Answer
 from getp.text.samples import Samples
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ class TableResults(OutputFormat):
                 ANSWER: answer.content,
                 "other_answers": [each.content for each in others] or None,
                 "reasoning": answer.reasoning or None,
+                "tool_calls": _calls_text(answer, context.key(request.index)),
+                "truncated": None if request.truncated == "none" else request.truncated,
                 "finish_reason": completion.finish_reason,
                 "prompt_tokens": completion.prompt_tokens,
                 "completion_tokens": samples.completion_tokens,
@@ -88,10 +92,17 @@ def write_batches(file: BinaryIO, kind: str, batches: Iterator["pa.RecordBatch"]
                 ) from error
 
 
+def _calls_text(answer: Answer, key: str) -> str | None:
+    """Return the calls of tools as JSON, as responses have them."""
+    if not answer.tool_calls:
+        return None
+    return json.dumps(calls_of(answer.tool_calls, key), ensure_ascii=False)
+
+
 def _result_schema() -> "pa.Schema":
     import pyarrow as pa
 
-    names = ("reasoning", "finish_reason")
+    names = ("reasoning", "tool_calls", "truncated", "finish_reason")
     counts = ("prompt_tokens", "completion_tokens")
     return pa.schema(
         [(_ID, pa.string()), (ANSWER, pa.string()), ("other_answers", pa.list_(pa.string()))]

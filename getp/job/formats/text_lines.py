@@ -6,13 +6,13 @@ from getp.text.samples import Samples
 
 
 class TextLines(OutputFormat):
-    """Text lines: the answers without reasoning, with newlines and backslashes escaped."""
+    """The answers without reasoning, with calls of tools as JSON, and newlines escaped."""
 
     name, suffix = "text", ".txt"
 
     def completed(self, context: ResultContext, request: JobRequest, samples: Samples) -> bytes:
         answer = context.answer(request, samples.chosen[0])
-        return escape(answer.content).encode("utf-8", "replace")
+        return escape(answer.with_calls).encode("utf-8", "replace")
 
 
 TEXT_LINES = TextLines()

@@ -22,9 +22,12 @@ def adjust_logits(
         start,
         entries,
         has_penalties,
+        has_mask,
     ) in zip(logits, steps, factors, starts, strict=True):
         if entries:
             _add_biases(own, tables.entries[row, :entries], tables.biases[row], position, previous)
+        if has_mask:
+            own.masked_fill_(_forbidden(tables.masks[row], len(own)), -math.inf)
         if has_penalties:
             counts = tables.counts[row]
             if position > start and (old := int(counts[previous])) < MAX_COUNT - 1:
@@ -34,6 +37,14 @@ def adjust_logits(
         if math.isfinite(distance):
             own.masked_fill_(own < own.max() + distance, -math.inf)
     return logits
+
+
+_FORBIDDEN = torch.tensor([[not byte >> bit & 1 for bit in range(8)] for byte in range(256)])
+
+
+def _forbidden(mask: torch.Tensor, vocab: int) -> torch.Tensor:
+    """Return bool [vocab], True where the bit of mask int32 [words] is 0."""
+    return _FORBIDDEN.index_select(0, mask.view(torch.uint8).int()).view(-1)[:vocab]
 
 
 def _add_biases(

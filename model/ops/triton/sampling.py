@@ -34,7 +34,7 @@ def adjust_logits(
         return logits
     blocks, per_program = _division(count, vocab, target)
     grid = count, triton.cdiv(blocks, per_program)
-    factors, starts, counts, entries, biases = tables
+    factors, starts, counts, entries, biases, masks = tables
     maxima = logits.new_empty(count, blocks)
     options = {"num_warps": 4, **target.launch_options}
     add_biases[(count,)](
@@ -53,7 +53,8 @@ def adjust_logits(
     )
     sizes = vocab, blocks, per_program
     options["BLOCK"] = _BLOCK
-    apply_penalties[grid](logits, rows, factors, starts, counts, maxima, *sizes, **options)
+    changes = factors, starts, counts, masks
+    apply_penalties[grid](logits, rows, *changes, maxima, *sizes, **options)
     parts = triton.next_power_of_2(blocks)
     apply_min_p[grid](logits, rows, factors, maxima, *sizes, PARTS=parts, **options)
     return logits

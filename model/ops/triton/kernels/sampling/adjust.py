@@ -1,4 +1,4 @@
-"""Changes of the logits of a step's rows, in place: biases, then penalties, then min-p.
+"""Changes of the logits of a step's rows, in place: biases, mask, penalties, min-p.
 
 Three kernels, because each needs what all programs of a row have written before. A row without
 changes of a kind is left as it is.
@@ -38,9 +38,9 @@ def add_biases(
     index = tl.load(rows_ptr + row)
     previous = tl.load(last_ptr + index)
     position = tl.load(positions_ptr + row).to(tl.int32)
-    start = tl.load(starts_ptr + index * 3)
-    entries = tl.load(starts_ptr + index * 3 + 1)
-    if (tl.load(starts_ptr + index * 3 + 2) > 0) & (position > start):
+    start = tl.load(starts_ptr + index * 4)
+    entries = tl.load(starts_ptr + index * 4 + 1)
+    if (tl.load(starts_ptr + index * 4 + 2) > 0) & (position > start):
         at = counts_ptr + index * vocab + previous
         old = tl.load(at).to(tl.int32)
         tl.store(at, tl.where(old < _MAX_COUNT, old + 2, old).to(tl.int16))
@@ -68,6 +68,7 @@ def apply_penalties(
     factors_ptr,
     starts_ptr,
     counts_ptr,
+    masks_ptr,
     maxima_ptr,
     vocab,
     blocks,
@@ -75,23 +76,28 @@ def apply_penalties(
     BLOCK: tl.constexpr,
     PROGRAMMATIC_LAUNCH: tl.constexpr,
 ):
-    """Apply the penalties; grid (n, programs of a row).
+    """Apply the mask and the penalties; grid (n, programs of a row).
 
     Writes the maximum of each block of rows with min-p to maxima float32 [n, blocks].
     """
     wait_for_previous_kernel(PROGRAMMATIC_LAUNCH)
     row, program = tl.program_id(0).to(tl.int64), tl.program_id(1)
     index = tl.load(rows_ptr + row)
-    has_penalties = tl.load(starts_ptr + index * 3 + 2) > 0
+    has_penalties = tl.load(starts_ptr + index * 4 + 2) > 0
+    has_mask = tl.load(starts_ptr + index * 4 + 3) > 0
+    words = tl.cdiv(vocab, 32)
     repetition = tl.load(factors_ptr + index * 4)
     frequency = tl.load(factors_ptr + index * 4 + 1)
     presence = tl.load(factors_ptr + index * 4 + 2)
     has_min_p = tl.load(factors_ptr + index * 4 + 3) > -float("inf")
-    if has_penalties | has_min_p:
+    if has_penalties | has_min_p | has_mask:
         first = program * blocks_of_program
         for block in range(first, tl.minimum(first + blocks_of_program, blocks)):
             at = block * BLOCK + tl.arange(0, BLOCK)
             logits = tl.load(logits_ptr + row * vocab + at, at < vocab, other=-float("inf"))
+            if has_mask:
+                word = tl.load(masks_ptr + index * words + at // 32, at < vocab, other=0)
+                logits = tl.where(((word >> (at % 32)) & 1) != 0, logits, -float("inf"))
             if has_penalties:
                 counts = tl.load(counts_ptr + index * vocab + at, at < vocab, other=0).to(tl.int32)
                 repeated = tl.where(logits > 0, logits / repetition, logits * repetition)
@@ -99,6 +105,7 @@ def apply_penalties(
                 outputs = counts >> 1
                 logits -= frequency * outputs.to(tl.float32)
                 logits -= tl.where(outputs > 0, presence, 0.0)
+            if has_penalties | has_mask:
                 tl.store(logits_ptr + row * vocab + at, logits, at < vocab)
             if has_min_p:
                 comparable = tl.where(logits == logits, logits, float("inf"))
