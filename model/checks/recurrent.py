@@ -51,7 +51,10 @@ def delta_rule_cases(layer: DeltaRule, inputs: Inputs) -> Iterator[Case]:
     for label, lengths, is_timed in _steps(inputs):
         batch, rows = _batch(lengths, inputs)
         tokens = sum(count for count, _ in lengths)
-        mixed, gates = inputs.normal(tokens, spec.channels), inputs.normal(tokens, 2 * spec.value_heads)
+        mixed, gates = (
+            inputs.normal(tokens, spec.channels),
+            inputs.normal(tokens, 2 * spec.value_heads),
+        )
         before = inputs.normal(rows, *spec.recurrent_shape, dtype=torch.float32, scale=0.3)
 
         def prepare(

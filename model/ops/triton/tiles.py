@@ -106,7 +106,7 @@ _HOPPER = Tiles(
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
     # The highest tiles leave room for two programs: one multiplies while the other unpacks.
     mxfp4_gate_up=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 4, 3)),
-    mxfp4_down=(Tile(16, 64, 128, 4, 6), Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 4, 128)),
+    mxfp4_down=(Tile(16, 64, 128, 4, 6), Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 4, 4)),
     # Narrow tiles at few rows let every processor load weights: 4096 rows are 256 programs.
     quantized=(
         Tile(16, 64, 128, 4, 6),
