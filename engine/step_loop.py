@@ -1,5 +1,6 @@
 """Runs the steps of a warm engine: schedule, launch, read tokens, back off when out of memory."""
 
+import math
 import time
 import traceback
 from collections import deque
@@ -13,7 +14,7 @@ from engine.execution.matchers import Matchers
 from engine.execution.model_runner import ModelRunner
 from engine.execution.sampler import Sampled
 from engine.memory_plan import available_bytes, format_bytes, is_out_of_memory
-from engine.request import Completion, FinishReason
+from engine.request import Completion, FinishReason, TokenLogprobs
 from engine.resolve import Settings, dtype_name
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import MasksOfRows, Sequence, Step
@@ -150,10 +151,36 @@ class StepLoop:
                     ended.append(sequence)
                     done.append(sequence.completion(reason, now))
                     self._stats.count_finished(done[-1])
+            done += self._read_prompts(step, sampled.read_scores(), ended)
             if self.scheduler.speculation is not None:
                 self._stats.accepted_tokens += self.scheduler.speculation.settle(step)
             if ended:
                 self.scheduler.finish(ended)
+        return done
+
+    def _read_prompts(
+        self, step: Step, scores: list[TokenLogprobs], ended: list[Sequence]
+    ) -> list[Completion]:
+        """Read the scores of prompts; the requests that finish are returned and added to `ended`."""
+        done, first, now = [], 0, time.perf_counter()
+        for chunk in step.chunks:
+            sequence, at = chunk.sequence, chunk.scored
+            own = scores[first : first + len(at)]
+            first += len(at)
+            if sequence.finished or sequence in ended:
+                continue
+            if own:
+                # A sequence that was preempted may score positions again.
+                sequence.add_scores(own[sequence.unscored - at.start :])
+            error = None
+            if any(math.isnan(entry.logprob) for entry in own):
+                error = _not_finite(self._settings.dtype, False)
+            if error is not None or chunk.is_final:
+                sequence.first_token = now
+                ended.append(sequence)
+                done.append(sequence.completion("length" if error is None else "error", now, error))
+                if error is None:
+                    self._stats.count_finished(done[-1])
         return done
 
     def _append_forced(self, sequence: Sequence, token: int, now: float) -> FinishReason | None:
