@@ -87,12 +87,6 @@ class Head(Dense):
 class PerHead(Dense):
     """A stack of dense weights, one for each attention head."""
 
-    def allocate(self, backend: Backend, shape: tuple[int, ...], parts: int = 1) -> Any:
-        """As WeightFormat.allocate."""
-        import torch
-
-        return torch.empty(shape, dtype=backend.dtype, device=backend.device)
-
     def finish(self, backend: Backend, storage: Any) -> Any:
         """As WeightFormat.finish."""
         return storage

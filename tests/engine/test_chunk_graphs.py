@@ -71,7 +71,7 @@ def test_replayed_steps_with_chunks_give_the_same_tokens(
     monkeypatch.setattr(model_runner, "choose_backend", TensorLengths)
     if not is_full:
         monkeypatch.setattr(chunk_graphs, "_CHUNK_TOKENS", (64, 128))
-    requests = load()
+    requests = load(longest=15)
     requests += [Request([9], SamplingParams(max_new_tokens=3, ignore_eos=True), 100)]
     expected, _, replayed = tokens_of(checkpoint(name), requests, None, **settings)
     assert not replayed

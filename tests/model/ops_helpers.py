@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 
-from model.formats import DENSE, MXFP4
+from model.formats import DENSE, MXFP4, PER_HEAD
 from model.ops.backend import Backend
 from model.ops.cpu.backend import CpuBackend
 from model.ops.mxfp4 import Mxfp4
-from model.ops.specs import Experts, Heads, Linear, Norm, NormSpec, RopeArgs
+from model.ops.specs import Experts, HeadLinear, Heads, Linear, Norm, NormSpec, RopeArgs
 
 CPU = torch.device("cpu")
 
@@ -50,6 +50,15 @@ def packed_linear(backend: Backend, weight: torch.Tensor, bias: Any = None) -> L
     storage[: len(weight)].copy_(weight)
     layer.weight = backend.pack(storage)
     return layer
+
+
+def head_linear_of(backend: Backend, weight: torch.Tensor) -> HeadLinear:
+    """Linears of heads with this weight [heads, outputs, inputs], in the form of a backend."""
+    heads, outputs, inputs = weight.shape
+    storage = PER_HEAD.allocate(backend, tuple(weight.shape))
+    for head in range(heads):
+        storage[head].copy_(weight[head])
+    return HeadLinear(heads, inputs, outputs, PER_HEAD, PER_HEAD.finish(backend, storage))
 
 
 def norm_of(weight: torch.Tensor, eps: float = 1e-5) -> Norm:

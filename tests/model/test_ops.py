@@ -16,6 +16,7 @@ from model.ops.specs import (
     AttentionSpec,
     ExpertGroups,
     ExpertShard,
+    Heads,
     Norm,
     NormSpec,
     RopeArgs,
@@ -25,6 +26,7 @@ from tests.model.ops_helpers import (
     CPU,
     cpu_backend,
     experts_of,
+    head_linear_of,
     heads_with_norms,
     linear_of,
     norm_of,
@@ -133,6 +135,37 @@ def test_attention_with_another_scale_equals_the_reference(
     expected = reference(dtype).attention(query, kv, batch, group, spec, sinks)
     found = cpu_backend(dtype).attention(query, kv, batch, group, spec, sinks)
     torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+# Sizes that are left to torch, heads of two groups, and the widest latents.
+@pytest.mark.parametrize("sizes", [(5, 24, 40, 16), (40, 32, 64, 32), (3, 64, 512, 64)])
+def test_attention_to_latents_equals_the_reference(
+    sizes: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    heads, plain, rank, rotary = sizes
+    lengths = [(1, 200), (1, 65), (70, 190), (3, 3)]
+    batch, group, blocks = paged(lengths, None, block_size=8)
+    tokens, angle = sum(q for q, _ in lengths), rand(76, rotary // 2, seed=5)
+    query = rand(tokens, heads, plain + rotary, dtype=dtype)
+    latent, norm = rand(tokens, rank + rotary, seed=1, dtype=dtype), norm_of(rand(rank, seed=2) + 1)
+    cos_sin = torch.cat((angle.cos(), angle.sin()), 1)[:tokens]
+    slots = torch.randperm(blocks * 8, generator=torch.Generator().manual_seed(0))[:tokens]
+    up, down = rand(heads, rank, plain, seed=3, dtype=dtype), rand(heads, 32, rank, seed=4)
+    results = []
+    for ops in (reference(dtype), cpu_backend(dtype)):
+        kv = rand(1, blocks, 8, 1, rank + rotary, seed=6, dtype=dtype)
+        rope = RopeArgs(Heads(heads, 1, rank + rotary), cos_sin, kv, slots)
+        absorb, expand = (head_linear_of(ops, w * 0.2) for w in (up, down.to(dtype)))
+        queries = ops.latent_query(query, latent, norm, absorb, rope)
+        spec = AttentionSpec(0.1, None, latent_dim=rank)
+        mixed = ops.attention(queries, kv, batch, group, spec)
+        assert mixed.shape == (tokens, heads, rank)
+        results.append((queries, kv, mixed, ops.head_linear(mixed, expand)))
+    for wanted, found in zip(*results, strict=True):
+        scale = float(wanted.abs().max())
+        torch.testing.assert_close(
+            found.float() / scale, wanted.float() / scale, rtol=0, atol=TOLERANCE[dtype] / 2
+        )
 
 
 @pytest.mark.parametrize("cap", [0.5, 5.0, 50.0])

@@ -216,8 +216,25 @@ class CpuBackend(CpuRecurrentOps, OneDnnBackend):
 
     def head_linear(self, x: torch.Tensor, linear: HeadLinear) -> torch.Tensor:
         """As Backend.head_linear."""
+        if self._packs((linear.heads, linear.outputs, linear.inputs)):
+            return native.head_linear(x, linear)
         leave_to_torch()
         return super().head_linear(x, linear)
+
+    def latent_query(
+        self,
+        query: torch.Tensor,
+        latent: torch.Tensor,
+        norm: Norm,
+        absorb: HeadLinear,
+        rope: RopeArgs,
+    ) -> torch.Tensor:
+        """As Backend.latent_query."""
+        fits = self._packs((absorb.heads, absorb.outputs, absorb.inputs))
+        if fits and self._fits(rope.cos_sin.shape[1], 32) and self.kv_dtype == self.dtype:
+            return native.latent_query(query, latent, norm, absorb, rope)
+        leave_to_torch()
+        return super().latent_query(query, latent, norm, absorb, rope)
 
     def attention(
         self,
@@ -230,8 +247,8 @@ class CpuBackend(CpuRecurrentOps, OneDnnBackend):
     ) -> torch.Tensor:
         """As Backend.attention."""
         _, heads, head_dim = query.shape
-        fits = heads // kv.shape[3] <= native.MAX_GROUP and head_dim <= native.MAX_HEAD_DIM
-        fits = fits and spec.latent_dim is None
+        fits = heads // kv.shape[3] <= native.MAX_GROUP or spec.latent_dim is not None
+        fits = fits and head_dim <= native.MAX_HEAD_DIM
         if fits and self._fits(head_dim, 32) and self.kv_dtype == self.dtype:
             return native.attention(query, kv, batch, group, spec, sinks)
         leave_to_torch()

@@ -17,12 +17,13 @@ from model.ops.specs import (
     AttentionSpec,
     ExpertGroups,
     Experts,
+    HeadLinear,
     Norm,
     RopeArgs,
     RouterSpec,
 )
 
-MAX_HEAD_DIM = 512
+MAX_HEAD_DIM = 576
 MAX_GROUP = 32  # query heads of a KV head
 
 
@@ -148,17 +149,55 @@ def attention(
     spec: AttentionSpec,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """As Backend.attention, for a head_dim that is a multiple of 32; reads the blocks in place."""
+    """As Backend.attention, for a head_dim that is a multiple of 32; reads the blocks in place.
+
+    All values of a latent are summed, though the last ones are not asked for.
+    """
     out = empty(query.shape, query.dtype)
     _, heads, head_dim = query.shape
-    table = group.block_table
+    table, is_latent = group.block_table, spec.latent_dim is not None
+    kv_heads = heads // _largest_divisor(heads, MAX_GROUP) if is_latent else kv.shape[3]
     kernels.attention(
-        query.data_ptr(), kv.data_ptr(), kv.stride(0), table.data_ptr(), table.stride(0),
-        batch.cu_seqlens_q.data_ptr(), batch.context_lens.data_ptr(),
-        None if sinks is None else sinks.data_ptr(), table.shape[0], heads, kv.shape[3], head_dim,
-        kv.shape[2], kv.stride(1), _score_scale(spec, head_dim), spec.softcap or 0.0,
+        query.data_ptr(), kv.data_ptr(), 0 if is_latent else kv.stride(0), table.data_ptr(),
+        table.stride(0), batch.cu_seqlens_q.data_ptr(), batch.context_lens.data_ptr(),
+        None if sinks is None else sinks.data_ptr(), table.shape[0], heads, kv_heads, kv.shape[3],
+        head_dim, kv.shape[2], kv.stride(1), _score_scale(spec, head_dim), spec.softcap or 0.0,
         spec.window or 0, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
+    return out[..., : spec.latent_dim] if is_latent else out
+
+
+def _largest_divisor(count: int, limit: int) -> int:
+    return next(n for n in range(min(count, limit), 0, -1) if count % n == 0)
+
+
+def head_linear(x: torch.Tensor, linear: HeadLinear) -> torch.Tensor:
+    """As Backend.head_linear, for weights in the layout of the kernels."""
+    out = empty((x.shape[0], linear.heads, linear.outputs), x.dtype)
+    _head_linear(x, linear, out)
+    return out
+
+
+def _head_linear(x: torch.Tensor, linear: HeadLinear, out: torch.Tensor) -> None:
+    kernels.head_linear(
+        linear.weight.described(None), linear.heads, x.data_ptr(), x.shape[0], x.stride(0),
+        x.stride(1), out.data_ptr(), out.stride(0), out.stride(1), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def latent_query(
+    query: torch.Tensor, latent: torch.Tensor, norm: Norm, absorb: HeadLinear, rope: RopeArgs
+) -> torch.Tensor:
+    """As Backend.latent_query, for a rank and rotary_dim that are multiples of 32."""
+    (tokens, heads, _), rotary = query.shape, rope.cos_sin.shape[1]
+    out = empty((tokens, heads, norm.size + rotary), query.dtype)
+    kernels.write_latents(
+        query.data_ptr(), latent.data_ptr(), norm.weight.data_ptr(), norm.eps,
+        rope.cos_sin.data_ptr(), rope.kv.data_ptr(), rope.kv.shape[2], rope.kv.stride(1),
+        rope.slot_mapping.data_ptr(), tokens, heads, absorb.inputs, norm.size, rotary,
+        out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    _head_linear(query, absorb, out)
     return out
 
 

@@ -46,20 +46,8 @@ const std::vector<ExpertItem>& expert_items(const PairsByExpert& sorted, int64_t
 // One expert's rows of x in the order of its pairs, in the number format that is multiplied.
 void gather_rows(const Weight& weight, const bf16* x, const int64_t* pairs, int64_t top_k,
                  const Rows& to) {
-  const int64_t inputs = weight.inputs;
-  for (int64_t r = 0; r < to.count; r++) {
-    const bf16* from = x + pairs[r] / top_k * inputs;
-    if (takes_integers(weight)) {
-      quantize_row_of(weight, from, to, r);
-      continue;
-    }
-    if (!to.arranged) {
-      memcpy((bf16*)to.data + r * inputs, from, (size_t)inputs * 2);
-      continue;
-    }
-    for (int64_t k = 0; k < inputs; k += 32)
-      memcpy((bf16*)to.data + arranged_offset(r, to.count, inputs, k), from + k, 64);
-  }
+  for (int64_t r = 0; r < to.count; r++)
+    take_row(weight, x + pairs[r] / top_k * weight.inputs, to, r);
 }
 
 // x [tokens, inputs] → out [tokens, outputs]: the experts expert_ids [tokens, top_k] of each token,

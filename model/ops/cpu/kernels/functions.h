@@ -6,6 +6,7 @@
 #include "gemm/int8_pack.h"
 #include "gemm/linear.h"
 #include "gemm/pack.h"
+#include "latent.h"
 #include "recurrent/causal_conv.h"
 #include "recurrent/delta_rule.h"
 #include "route.h"
@@ -25,6 +26,8 @@ const Function functions[] = {
     NATIVE_FUNCTION(scaled_sum),
     NATIVE_FUNCTION(gated),
     NATIVE_FUNCTION(rotate_and_write),
+    NATIVE_FUNCTION(head_linear),
+    NATIVE_FUNCTION(write_latents),
     NATIVE_FUNCTION(attention),
     NATIVE_FUNCTION(linear),
     NATIVE_FUNCTION(logits),

@@ -8,9 +8,10 @@ namespace {
 
 constexpr int64_t MAX_OUTPUT = 1 << 14;  // values that one thread accumulates at a time
 
-// The most query rows of a KV head that are computed together, without sequences that share pages.
+// The most query rows of a KV head that are computed together, without sequences that share pages:
+// at least those of one token.
 INLINE int64_t max_rows(int64_t head_dim) {
-  return std::min<int64_t>(128, MAX_OUTPUT / 2 / head_dim);
+  return std::max(MAX_GROUP, std::min<int64_t>(128, MAX_OUTPUT / 2 / head_dim));
 }
 
 // Up to this many rows, a sequence is decoding, or nearly: it reads pages together with others. A
@@ -169,8 +170,9 @@ INLINE void merge_chunks(const AttentionInput& input, const Item& item, const Su
 }
 
 // query [tokens, heads, head_dim] → out, over the sequences' blocks in the cache: keys and values
-// [blocks, block_size, kv_heads, head_dim] each, blocks `block_stride` elements apart, values
-// `value_offset` elements behind keys.
+// [blocks, block_size, stored_heads, head_dim] each, blocks `block_stride` elements apart, values
+// `value_offset` elements behind keys. stored_heads is kv_heads, or 1 if groups of the heads, of
+// which there are kv_heads, read the same.
 // block_tables [sequences, block_table_stride], cu_seqlens_q [sequences + 1], context_lens
 // [sequences], sinks [heads] or null; scale: the factor of the scores; cap: their soft limit, 0 for
 // none; window: the positions that a token attends to, 0 for all.
@@ -178,12 +180,12 @@ INLINE void merge_chunks(const AttentionInput& input, const Item& item, const Su
 void attention(const bf16* query, const bf16* kv, int64_t value_offset,
                const int32_t* block_tables, int64_t block_table_stride,
                const int32_t* cu_seqlens_q, const int32_t* context_lens, const bf16* sinks,
-               int64_t sequences, int64_t heads, int64_t kv_heads, int64_t head_dim,
-               int64_t block_size, int64_t block_stride, float scale, float cap, int64_t window,
-               bf16* out, int threads) {
+               int64_t sequences, int64_t heads, int64_t kv_heads, int64_t stored_heads,
+               int64_t head_dim, int64_t block_size, int64_t block_stride, float scale, float cap,
+               int64_t window, bf16* out, int threads) {
   const AttentionInput input{query, out, kv, value_offset, block_tables, block_table_stride,
                              cu_seqlens_q, context_lens, sinks, sequences, heads, kv_heads,
-                             head_dim, block_size, block_stride, scale, cap, window};
+                             stored_heads, head_dim, block_size, block_stride, scale, cap, window};
   static thread_local Division division;
   division.members.clear();
   division.pieces.clear();

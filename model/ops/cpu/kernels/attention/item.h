@@ -9,22 +9,24 @@ namespace {
 // Positions whose softmax and output are summed up apart from those of other chunks, so that
 // threads can share a long context. Always the same positions, so that results do not depend on it.
 constexpr int64_t CHUNK = 1024;
+constexpr int64_t MAX_GROUP = 32;  // query heads of a KV head; native.py has the same number
 
 // The arguments of `attention`.
 struct AttentionInput {
   const bf16* query;
   bf16* out;
-  const bf16* keys;      // [blocks, block_size, kv_heads, head_dim], blocks `block_stride` apart
+  const bf16* keys;      // [blocks, block_size, stored_heads, head_dim], blocks `block_stride` apart
   int64_t value_offset;  // of the values, behind the keys
   const int32_t* block_tables;
   int64_t block_table_stride;
   const int32_t *cu_seqlens_q, *context_lens;
   const bf16* sinks;
-  int64_t sequences, heads, kv_heads, head_dim, block_size, block_stride;
+  int64_t sequences, heads, kv_heads, stored_heads, head_dim, block_size, block_stride;
   float scale, cap;
   int64_t window;
 
   int64_t group() const { return heads / kv_heads; }  // query heads of a KV head
+  int64_t head_stride() const { return stored_heads == kv_heads ? head_dim : 0; }
   int64_t query_len(int64_t s) const { return cu_seqlens_q[s + 1] - cu_seqlens_q[s]; }
   const int32_t* block_table(int64_t s) const { return block_tables + s * block_table_stride; }
   int64_t block_count(int64_t s) const { return (context_lens[s] + block_size - 1) / block_size; }
@@ -99,13 +101,13 @@ INLINE int64_t find_offsets(const AttentionInput& input, const Item& item, const
     end = std::max(end, item.members[m].end);
   }
   const int64_t first = std::max(unit.at, low), count = std::min(SPAN, end - unit.at);
-  const int64_t stride = input.kv_heads * input.head_dim, block_size = input.block_size;
+  const int64_t stride = input.stored_heads * input.head_dim, block_size = input.block_size;
   const int32_t* block_table = input.block_table(item.members[unit.first].sequence);
   for (int64_t i = first - unit.at; i < count;) {
     const int64_t block = (unit.at + i) / block_size, within = unit.at + i - block * block_size;
     const int64_t last = std::min(count, i + block_size - within);
     int64_t offset = block_table[block] * input.block_stride + within * stride +
-                     item.kv_head * input.head_dim;
+                     item.kv_head * input.head_stride();
     for (; i < last; i++, offset += stride) offsets[i] = offset;
   }
   for (int64_t i = 0; i < first - unit.at; i++) offsets[i] = offsets[first - unit.at];

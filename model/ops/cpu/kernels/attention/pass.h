@@ -143,13 +143,14 @@ class ItemPass {
     while (first < last && visible_end[first] <= unit.at) first++;
     while (first < last && first_visible[last - 1] >= unit.at + count) last--;
     for (int64_t h = 0; h < item.kv_heads; h++) {
+      const int64_t head = h * input.head_stride();
       for (int64_t i = 0; i < groups * KEYS; i++) {
-        key_rows[i] = input.keys + offsets[i < count ? i : 0] + h * head_dim;
+        key_rows[i] = input.keys + offsets[i < count ? i : 0] + head;
         value_rows[i] = key_rows[i] + input.value_offset;
       }
       for (int64_t g = 0; g < SPAN / KEYS; g++) {
         for (int64_t i = g * KEYS; i < std::min(next_count, (g + 1) * KEYS); i++)
-          for (int64_t d = h * head_dim; d < (h + 1) * head_dim; d += 32) {
+          for (int64_t d = head; d < head + head_dim; d += 32) {
             __builtin_prefetch(input.keys + next_offsets[i] + d, 0, 2);
             __builtin_prefetch(input.keys + input.value_offset + next_offsets[i] + d, 0, 2);
           }

@@ -9,7 +9,7 @@ namespace {
 constexpr int64_t SPAN = 64;             // positions that are processed together
 constexpr int KEYS = 16;                 // of them, the keys whose scores are computed together
 constexpr int64_t BLOCK_ROWS = BF16_DOT ? 32 : 12;  // the most query rows of a pass over a span
-constexpr int64_t MAX_HEAD_DIM = 512;
+constexpr int64_t MAX_HEAD_DIM = 576;
 
 // Query rows of a pass over a span: two AMX tiles, or few enough that their scores and output stay
 // in the first-level cache.

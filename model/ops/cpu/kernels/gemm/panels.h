@@ -52,6 +52,18 @@ INLINE void quantize_row_of(const Weight& weight, const bf16* x, const Rows& row
 #endif
 }
 
+// Fills row r of `rows`, which are memory of allocate_rows, from x [inputs].
+INLINE void take_row(const Weight& weight, const bf16* x, const Rows& rows, int64_t r) {
+  const int64_t inputs = weight.inputs;
+  if (takes_integers(weight)) return quantize_row_of(weight, x, rows, r);
+  if (!rows.arranged) {
+    memcpy((bf16*)rows.data + r * inputs, x, (size_t)inputs * 2);
+    return;
+  }
+  for (int64_t k = 0; k < inputs; k += 32)
+    memcpy((bf16*)rows.data + arranged_offset(r, rows.count, inputs, k), x + k, 64);
+}
+
 // Fills `rows` from x [rows.count, inputs] if they are integers.
 INLINE void prepare_rows(const Weight& weight, const bf16* x, const Rows& rows, int threads) {
   if (!takes_integers(weight)) return;
