@@ -115,10 +115,13 @@ class StepLoop:
             now = time.perf_counter()
             self._stats.model_s += now - start
             ended: list[Sequence] = []
+            done += self._read_prompts(step, sampled.read_scores(), ended)
+            complete = {*ended}
             rejected = set[Sequence]()  # sequences with a wrong draft token; later ones are dropped
             sampled_rows = zip(step.sampling(), step.preceding_drafts(), tokens, strict=True)
             for i, (sequence, draft, token) in enumerate(sampled_rows):
-                if sequence.finished:  # this step was launched before its end was known
+                # Finished: this step was launched before its end was known.
+                if sequence.finished or sequence in complete:
                     continue
                 if draft is not None:
                     if sequence in rejected or sequence in ended:
@@ -151,7 +154,6 @@ class StepLoop:
                     ended.append(sequence)
                     done.append(sequence.completion(reason, now))
                     self._stats.count_finished(done[-1])
-            done += self._read_prompts(step, sampled.read_scores(), ended)
             if self.scheduler.speculation is not None:
                 self._stats.accepted_tokens += self.scheduler.speculation.settle(step)
             if ended:
@@ -161,13 +163,13 @@ class StepLoop:
     def _read_prompts(
         self, step: Step, scores: list[TokenLogprobs], ended: list[Sequence]
     ) -> list[Completion]:
-        """Read the scores of prompts; the requests that finish are returned and added to `ended`."""
+        """Read the scores of prompts; returns requests that finish, and adds them to `ended`."""
         done, first, now = [], 0, time.perf_counter()
         for chunk in step.chunks:
             sequence, at = chunk.sequence, chunk.scored
             own = scores[first : first + len(at)]
             first += len(at)
-            if sequence.finished or sequence in ended:
+            if sequence.finished:
                 continue
             if own:
                 # A sequence that was preempted may score positions again.
