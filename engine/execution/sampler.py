@@ -163,7 +163,10 @@ class Sampler:
             return ()
         total = logits.logsumexp(-1, keepdim=True)
         own = (logits.gather(1, targets.unsqueeze(1)) - total).squeeze(1)
-        values, ids = self._backend.top_tokens(logits, count)
+        if count == 1:
+            values, ids = (each.unsqueeze(1) for each in self._backend.argmax(logits))
+        else:
+            values, ids = self._backend.top_tokens(logits, count)
         return own, values - total, ids
 
     def sample_greedy(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ class Subject(Flag):
     SAMPLING = auto()
     STOPPING = auto()
     LENGTH = auto()
+    WINDOW = auto()
     DTYPE = auto()
     BATCH = auto()
     DEVICE = auto()
@@ -45,6 +46,7 @@ _COMPLETES = (
     | _S.SAMPLING
     | _S.STOPPING
     | _S.LENGTH
+    | _S.WINDOW
     | _S.DTYPE
     | _S.BATCH
     | _S.DEVICE
@@ -82,6 +84,11 @@ MODES = {
         | _S.REFERENCE
         | _S.PRICE,
     ),
+    "score": Mode(
+        "score",
+        "log-likelihood and perplexity of given texts",
+        _S.INPUT | _S.OUTPUT | _S.REPORT | _S.WINDOW | _S.DTYPE | _S.BATCH | _S.DEVICE | _S.ENGINE,
+    ),
     "decode": Mode(
         "decode", "print the answers of a result file as text", _S.INPUT | _S.OUTPUT | _S.LINE
     ),
@@ -97,6 +104,7 @@ MODES = {
         _S.INPUT
         | _S.PROMPT
         | _S.LENGTH
+        | _S.WINDOW
         | _S.DTYPE
         | _S.BATCH
         | _S.STEP
