@@ -41,7 +41,7 @@ def write_results(
     because such a job cannot be resumed.
     """
     if not form.holds_failures:
-        _write_errors(journal, output)
+        _write_errors(journal, output, source.format.record_word)
     try:
         return _write(journal, source, output, form)
     except (GetpError, OSError) as error:
@@ -71,7 +71,8 @@ def _write(journal: Journal, source: Source, output: str, form: OutputFormat) ->
     return failures[0] if failures else None
 
 
-def _write_errors(journal: Journal, output: str) -> None:
+def _write_errors(journal: Journal, output: str, word: str) -> None:
+    """Write or print the failures; word: what the input's records are called."""
     if not journal.failed:
         if not is_stream(output):
             Path(errors_path(output)).unlink(missing_ok=True)  # of an earlier run
@@ -80,7 +81,7 @@ def _write_errors(journal: Journal, output: str) -> None:
     if is_stream(output):
         for line in failures:
             failure = json.loads(line)
-            print_message(f"getp: line {failure['line']} failed: {failure['message']}")
+            print_message(f"getp: {word} {failure['line']} failed: {failure['message']}")
         return
     with open_output(errors_path(output)) as file:
         for line in failures:
@@ -157,6 +158,13 @@ def _finished_shards(output: str) -> list[str]:
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise GetpError(f"not all shards are finished: {missing[0]}{more} does not exist")
+    unfinished = [path for path in paths if os.path.exists(f"{os.path.realpath(path)}.journal")]
+    if unfinished:
+        more = f" and {len(unfinished) - 1} more" if len(unfinished) > 1 else ""
+        raise GetpError(
+            f"not all shards are finished: {unfinished[0]}{more} has a journal beside it, of a "
+            "newer run: repeat its command to finish that, or delete the journal"
+        )
     return paths
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from getp.text.parts.thinking import Markers, ThinkingParser, is_open, markers_of
 from getp.text.parts.tool_bodies import Schemas
-from getp.text.parts.tool_calls import ToolCallParser, ToolFormat, format_of
+from getp.text.parts.tool_calls import FORCED, ToolCallParser, ToolFormat, format_of
 from tokenizer import StreamDecoder, Tokenizer
 from tokenizer.harmony import FINAL, ChannelText
 
@@ -18,15 +18,19 @@ class TextParts:
         prompt_ids: Sequence[int],
         chat: bool,
         tools: Schemas | None,
+        forced: bool,
         skip_special: bool,
     ) -> None:
         """chat: the prompt came from the chat template; otherwise all text is content.
 
-        tools: the request's tools and their parameters; None: calls are text.
+        tools: the request's tools and their parameters; None: calls are text. forced: the answer is
+        a list of calls.
         """
         template = tokenizer.template if chat else None
         markers = markers_of(template)
         form = format_of(template) if tools is not None else None
+        if forced:
+            form = FORCED
         kept = _special_ids(tokenizer, markers, form)
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids - kept if skip_special else frozenset()
