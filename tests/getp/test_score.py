@@ -86,11 +86,11 @@ def test_scores_equal_those_of_transformers(
     (tmp_path / "long.txt").write_text(text)
     capsys.readouterr()
     assert getp(folder, *options, "-i", tmp_path / "long.txt", "-n", 16) == 0
-    found = re.search(r"log-likelihood: (-[0-9.]+), perplexity", capsys.readouterr().out)
-    assert found is not None
+    shown = re.search(r"log-likelihood: (-[0-9.]+), perplexity", capsys.readouterr().out)
+    assert shown is not None
     parts = windows(len(ids), 1, 16)
     logprob = sum(expected(ids[start:end], first - start)[0] for start, end, first in parts)
-    assert float(found[1]) == pytest.approx(logprob, abs=1e-4 * len(ids))
+    assert float(shown[1]) == pytest.approx(logprob, abs=1e-4 * len(ids))
 
 
 @pytest.mark.parametrize(("tokens", "first", "length"), [(50, 1, 16), (50, 30, 16), (9, 4, 16)])
