@@ -46,9 +46,12 @@ class DenseOps:
         self, x: torch.Tensor, head: Linear, scale: float, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x [rows, hidden] → x · weightᵀ · scale, float32 [rows, vocab]; `out` if it is given."""
-        parts = head.weight.split(_HEAD_TOKENS)  # bounds the memory of the float32 copy
-        x = x.float()
-        logits = torch.cat([F.linear(x, part.float()) for part in parts], dim=1, out=out)
+        x, weight = x.float(), head.weight
+        parts = []
+        for first in range(0, len(weight), _HEAD_TOKENS):  # bounds the memory of the float32 copy
+            part = head.format.dense(weight[first : first + _HEAD_TOKENS], x.dtype)
+            parts.append(F.linear(x, part.float()))
+        logits = torch.cat(parts, dim=1, out=out)
         return self.scale(logits, scale) if out is None else logits.mul_(scale)
 
     def add_rms_norm(

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from openai.types.chat import ChatCompletion
 
 from engine import Completion, Request, SamplingParams
 from getp.cli import main as cli
+from getp.job.job import set_options
+from getp.job.request_reader import RequestDefaults
 from getp.text import chat_session
 from getp.text.answer_text import Answer, AnswerOptions, read_answer
 from getp.text.chat_session import ChatSettings
@@ -335,4 +338,8 @@ def test_options_that_cannot_have_an_effect_are_refused(
     assert cli.run(["-m", "getp", *files, "--reasoning-effort", "low"]) == 2
     assert "need --chat-template" in capsys.readouterr().err
     assert cli.run(["-m", "generate", "-i", "x", "--chat-template-kwargs", "[1]"]) == 2
+    defaults = RequestDefaults(SamplingParams())
+    assert set_options(defaults) == {}  # older journals stay valid
+    set_ones = replace(defaults, thinking_budget=0, truncate="left", variables={"x": 1})
+    assert set_options(set_ones).keys() == {"thinking_budget", "truncate", "chat_template_kwargs"}
     assert "is not a JSON object" in capsys.readouterr().err
