@@ -98,11 +98,11 @@ def test_kernels_compile_and_fit_their_targets(architecture: str) -> None:
         TILES[architecture].programmatic_launch
     }
     tiles = TILES[architecture]
-    for kernel, packed in (
+    for name, packed in (
         ("experts_gate_up", tiles.mxfp4_gate_up),
         ("experts_down", tiles.mxfp4_down),
     ):
-        experts = [dict(x.constants) for x in chosen if x.kernel.__name__ == kernel]
+        experts = [dict(x.constants) for x in chosen if x.kernel.__name__ == name]
         found = {(bool(x["RUN"]), x["BLOCK_M"], x["BLOCK_N"]) for x in experts}
         dense = {(False, tile.m, tile.n) for tile in tiles.experts}
         assert found == dense | {(True, tile.m, tile.n) for tile in packed}
