@@ -45,10 +45,15 @@ class DenseOps:
     def logits(
         self, x: torch.Tensor, head: Linear, scale: float, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """x [rows, hidden] → x · weightᵀ · scale, float32 [rows, vocab]; `out` if it is given."""
+        """x [rows, hidden] → (x · weightᵀ + bias) · scale, float32 [rows, vocab]; `out` if given.
+
+        Also for the logits of experts: head is a linear of the format `HEAD`.
+        """
         parts = head.weight.split(_HEAD_TOKENS)  # bounds the memory of the float32 copy
         x = x.float()
         logits = torch.cat([F.linear(x, part.float()) for part in parts], dim=1, out=out)
+        if head.bias is not None:
+            logits += head.bias
         return self.scale(logits, scale) if out is None else logits.mul_(scale)
 
     def add_rms_norm(

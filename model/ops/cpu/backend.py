@@ -169,7 +169,7 @@ class CpuBackend(CpuRecurrentOps, OneDnnBackend):
         if not self._fits(head.inputs, MXFP4_BLOCK):
             leave_to_torch()
             return super().logits(x, head, scale, out)
-        logits = native.logits(x, head.weight, scale)
+        logits = native.logits(x, head.weight, head.bias, scale)
         return logits if out is None else out.copy_(logits)
 
     def add_rms_norm(

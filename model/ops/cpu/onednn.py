@@ -71,7 +71,8 @@ class OneDnnBackend(Backend):
         self, x: torch.Tensor, head: Linear, scale: float, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """As Backend.logits, for a weight from `pack_head`."""
-        logits = self.scale(torch.nn.functional.linear(x.float(), head.weight), scale)
+        bias = None if head.bias is None else head.bias.float()
+        logits = self.scale(torch.nn.functional.linear(x.float(), head.weight, bias), scale)
         return logits if out is None else out.copy_(logits)
 
     def experts(

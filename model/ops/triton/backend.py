@@ -159,6 +159,8 @@ class TritonBackend(TritonRecurrentOps, Backend):
             norm_linear(x, None, None, head, target, out=out)
         else:
             float32_product(x, head.weight, out)
+            if head.bias is not None:
+                out += head.bias
         return out if scale == 1 else out.mul_(scale)
 
     def add_rms_norm(
