@@ -34,7 +34,12 @@ def _compile(architecture: str, only: str, configs: list[str], rows: list[int]) 
         for count in rows:
             compiler.CONFIGS, compiler.ROWS = (named_config(config),), (count,)  # type: ignore[assignment]
             counts: dict[str, int] = {}
-            for launch in compiler.launches(architecture):
+            found_launches = compiler.launches(architecture)
+            if "quantize" in only:  # products with weights of 4 and 8 bits, in all their formats
+                found_launches = compiler.quantized_launches(
+                    architecture, rows=compiler.ROWS, configs=compiler.CONFIGS
+                )
+            for launch in found_launches:
                 name = launch.kernel.__name__
                 number = counts[name] = counts.get(name, 0) + 1
                 if only not in name:

@@ -9,6 +9,7 @@ that git revision, each with both lines.
 
     python benchmarks/kernel_counts.py sm_90 --only decode --config gpt-oss-20b --rows 1 --rows 64
     python benchmarks/kernel_counts.py gfx942 --only experts --against HEAD~1
+    python benchmarks/kernel_counts.py sm_90 --only quantized --config llama-3-8b --rows 1
 """
 
 import os

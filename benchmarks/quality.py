@@ -83,7 +83,7 @@ Which ocean is the largest?""".split("\n")
 @click.option("--kv-dtype", "kv_dtypes", default=["auto"], multiple=True, help="Can be repeated.")
 @click.option("--device", default="auto", show_default=True)
 @click.option(
-    "--quantize", multiple=True, help="Also measure with weights in int8 or int4. Can be repeated."
+    "--quantize", multiple=True, help="Also measure with weights in int8, int4 or fp8. Repeatable."
 )
 @click.option("--tokens", default=32, show_default=True, help="Tokens of each answer, at most.")
 @click.option("--transformers", "with_transformers", is_flag=True, help="Measure transformers too.")

@@ -53,7 +53,7 @@ _GROUPS = {
 @click.option("--load", "kind", type=click.Choice(get_args(Load)), required=True)
 @click.option("--dtype", default="auto", show_default=True)
 @click.option("--device", default="auto", show_default=True)
-@click.option("--quantize", help="int8 or int4: convert the weights as they are loaded.")
+@click.option("--quantize", help="int8, int4 or fp8: convert the weights as they are loaded.")
 @click.option("--prefix-cache/--no-prefix-cache", default=False, show_default=True)
 @click.option("--dummy-weights", is_flag=True, help="Random weights from config.json alone.")
 @click.option(

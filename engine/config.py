@@ -24,7 +24,7 @@ class EngineConfig:
     # Of the KV cache: auto (the compute dtype), one of DTYPES, fp8 (e4m3) or int8. Those of 8 bits
     # hold twice as many tokens as bfloat16; `model.ops.kv_values` states their errors.
     kv_dtype: str = "auto"
-    quantize: str | None = None  # int8 or int4: convert dense weights as they are loaded
+    quantize: str | None = None  # int8, int4 or fp8: convert dense weights as they load
     max_batch_size: int | None = None  # requests that run at once
     max_batch_tokens: int | None = None  # tokens computed in one step
     kv_memory: int | None = None  # bytes of the KV cache; None: sized from available memory
@@ -67,7 +67,7 @@ class EngineConfig:
         if self.quantize is not None and self.quantize not in QUANTIZED:
             raise EngineError(
                 "{quantize} must be {known}, not {given}",
-                known=" or ".join(QUANTIZED),
+                known=", ".join(QUANTIZED),
                 given=repr(self.quantize),
             )
         for name in ("max_batch_size", "max_batch_tokens", "block_size", "tensor_parallel"):

@@ -11,6 +11,7 @@ import torch
 from engine.config import EngineConfig
 from engine.errors import EngineError
 from model import ModelConfig, load_config
+from model.config import QUANTIZED
 from model.cost.batch_limits import (
     CPU_BATCH_SIZE,
     cpu_batch_tokens,
@@ -19,6 +20,7 @@ from model.cost.batch_limits import (
 )
 from model.cost.measure import hardware_name
 from model.cost.operations import check_tensor_parallel
+from model.formats import DENSE
 from model.ops.backend import Backend, KvDtypeError, choose_backend
 from model.ops.cpu.bindings import library
 
@@ -48,7 +50,8 @@ def resolve(config: EngineConfig, model: ModelConfig) -> Settings:
     if config.tensor_parallel > 1:
         device = rank_0_device(model, config.tensor_parallel, device)
     dtype = choose_dtype(config.dtype, model.dtype, device)
-    if config.quantize and not choose_backend(device, dtype).keeps_integers:
+    form = QUANTIZED[config.quantize] if config.quantize else DENSE
+    if form.held(choose_backend(device, dtype), stacked=False) != form:
         raise EngineError(
             "{quantize} {name} needs getp's native kernels for CPUs, which compute in bfloat16; "
             "this run would be on {where} in {type}: use {device} cpu and {dtype} bfloat16, or "

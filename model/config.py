@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from model.formats import DENSE, HEAD, INT4, INT8, FormatRules, WeightFormat
+from model.formats import DENSE, FP8, HEAD, INT4, INT8, FormatRules, WeightFormat
 from model.ops.specs import Activation, DeltaRuleSpec, NormSpec, RouterSpec
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 KV_DTYPES = (*DTYPES, "fp8", "int8")
 """Names of the supported dtypes of the KV cache, see `model.ops.kv_values`."""
 
-QUANTIZED = {"int8": INT8, "int4": INT4}
+QUANTIZED: dict[str, WeightFormat] = {"int8": INT8, "int4": INT4, "fp8": FP8}
 """Formats into which weights of 16 or 32 bits can be converted as they are loaded."""
 
 _MAX_JSON_BYTES = 64 << 20  # far above any config
@@ -254,12 +254,12 @@ class ModelConfig:
     def quantized(self, name: str) -> "ModelConfig":
         """This config with the dense weights of linears in a format of `QUANTIZED`.
 
-        The head becomes int8 in either. Embedding, router, norms and biases stay as they are, and
-        so do weights that the checkpoint stores in fewer bits.
+        The head becomes fp8 with fp8, else int8. Embedding, router, norms and biases stay as they
+        are, and so do weights that the checkpoint stores in fewer bits.
         """
         form = QUANTIZED[name]
         layers = (replace(layer, formats=layer.formats.quantized(form)) for layer in self.layers)
-        return replace(self, layers=tuple(layers), head_format=INT8)
+        return replace(self, layers=tuple(layers), head_format=FP8 if form == FP8 else INT8)
 
 
 def conversion_hint(folder: Path) -> str:

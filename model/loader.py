@@ -17,8 +17,9 @@ from model.checkpoint_files import CheckpointFiles
 from model.config import CheckpointError, ModelConfig, MoeConfig
 from model.families import is_of_another_part, stored_names
 from model.families.tensor_names import ExpertNames, TensorNames, names_by
-from model.formats import WeightFormat, full_interface
+from model.formats import DENSE, WeightFormat, full_interface
 from model.formats.dense import Dense
+from model.formats.float8 import Float8
 from model.formats.integers import Integers
 from model.gguf.files import GgufFiles, is_gguf
 from model.ops.backend import Backend
@@ -50,7 +51,7 @@ def load(
         changes = _checked_adapters(model, files, found, adapters, stack)
         parameters = _parameters(model, backend)
         for stored in found.pieces:
-            parameters[stored.piece.holder_key].pieces_left += 1
+            parameters[stored.piece.holder_key].expect(stored.format)
         # In file order, so that each file is read once, front to back.
         for stored in sorted(found.pieces, key=lambda stored: files.order(stored.tensors[0].name)):
             piece, parameter = stored.piece, parameters[stored.piece.holder_key]
@@ -109,13 +110,22 @@ class _Filling:
     declared: Parameter
     backend: Backend
     pieces_left: int = 0
+    _becomes_dense: bool = False
     _storage: Any = None
 
     @property
     def format(self) -> WeightFormat | None:
         """The weight's format; None for a plain tensor."""
         declared = self.declared.format
-        return None if declared is None else full_interface(declared)
+        if declared is None or self._becomes_dense:
+            return None if declared is None else DENSE
+        return full_interface(declared)
+
+    def expect(self, stored: WeightFormat) -> None:
+        """Count a piece that is stored in this format."""
+        self.pieces_left += 1
+        if self.format is not None and not self.format.takes(stored):
+            self._becomes_dense = True
 
     def storage(self) -> Any:
         """The parameter's storage, which is allocated at first use."""
@@ -134,7 +144,7 @@ class _Filling:
         Raises ValueError if it is dense and the storage is not.
         """
         is_dense = self.format is None or isinstance(self.format, Dense)
-        if isinstance(self.format, Integers):  # dense if the kernels do not take the shape
+        if isinstance(self.format, Integers | Float8):  # dense if kernels do not take the shape
             is_dense = not getattr(self.storage(), "group", 0)
         if isinstance(source, torch.Tensor):
             if not is_dense and not getattr(self.format, "quantizes", False):

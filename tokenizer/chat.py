@@ -89,6 +89,11 @@ class ChatTemplate:
         )
 
     @cached_property
+    def reads_thinking(self) -> bool:
+        """Whether the reasoning of earlier messages has the key `thinking`, as in gpt-oss."""
+        return "message.thinking" in self.source and "reasoning_content" not in self.source
+
+    @cached_property
     def needs_short_ids(self) -> bool:
         """Whether the template refuses ids of calls that do not have nine characters (Mistral)."""
         return "length != 9" in self.source

@@ -1,7 +1,7 @@
 """Checks of kernels on a GPU, at the true widths of real models, and that repetition is exact."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import chain
 
 import torch
@@ -9,6 +9,7 @@ import torch
 from benchmarks.gpu_sections.inputs import COMPUTES, CUDA, fused, kernels, one_row
 from model.checks import Case, cases, problem, reference_of
 from model.checks.case import error_text
+from model.config import ModelConfig
 from model.cost.known_models import named_config
 from model.ops.backend import Backend
 
@@ -53,18 +54,24 @@ def check_fusions() -> Iterator[str | None]:
 
 def compare(backend: Backend, *operations: str) -> Iterator[str | None]:
     """Yield the problem of each case of these operations in MODELS, or None."""
-    reference = reference_of(backend)
     for model in MODELS:
-        config = named_config(model)
-        for case in cases(
-            config, CUDA, backend.dtype, kv_dtype=backend.kv_dtype, operations=operations
-        ):
-            print(f"{model}, {case}", file=sys.stderr, flush=True)  # shows where a check hangs
-            if COMPUTES:
-                found = problem(case, backend, reference) or difference(case, backend)
-            else:
-                found = failure(case, backend)
-            yield None if found is None else f"{model}, {case}: {found}"
+        yield from problems_of(backend, model, named_config(model), operations)
+
+
+def problems_of(
+    backend: Backend, name: str, config: ModelConfig, operations: Collection[str]
+) -> Iterator[str | None]:
+    """Yield the problem of each case of these operations of a model, or None."""
+    reference = reference_of(backend)
+    for case in cases(
+        config, CUDA, backend.dtype, kv_dtype=backend.kv_dtype, operations=operations
+    ):
+        print(f"{name}, {case}", file=sys.stderr, flush=True)  # shows where a check hangs
+        if COMPUTES:
+            found = problem(case, backend, reference) or difference(case, backend)
+        else:
+            found = failure(case, backend)
+        yield None if found is None else f"{name}, {case}: {found}"
 
 
 def failure(case: Case, backend: Backend) -> str | None:

@@ -169,6 +169,10 @@ FULL: dict[str, Section] = {
         )
         for part in range(1, PARITY_PARTS + 1)
     },
+    "check-quantized": Section(
+        _check("check_quantized", "quantized"), 40, "linears and experts in 4 and 8 bits", False,
+        ("linear", "logits", "norm_mlp", "experts", "norm_experts", "pack", "pack_experts"),
+    ),
     "gpt-oss": Section(
         _load("gpt-oss-20b", "gpt-oss-20b 14/991 × 4096", ("equal_load", 4096, 14, 991), 12, 1024,
               _COURSE, running=True),
@@ -206,18 +210,19 @@ FULL: dict[str, Section] = {
     ),
     "attention": Section(_of("kernels", "time_attention"), 16, "attention kernels"),
     "experts": Section(_of("kernels", "time_experts"), 16, "grouped matrix products"),
+    "quantized": Section(_of("quantized", "time_quantized"), 12, "linears in 4 and 8 bits"),
     "sampling": Section(_of("kernels", "time_sampling"), 9, "top-k and top-p against a sort"),
     "torch": Section(
-        _of("anchors", "time_torch_kernels"), 24, "SDPA, FlexAttention and torch._grouped_mm"
+        _of("anchors", "time_torch_kernels"), 20, "SDPA, FlexAttention and torch._grouped_mm"
     ),
     "overlap": Section(_of("switches", "time_overlap"), 12, "programmatic launch on or off"),
     "fusions": Section(_of("switches", "time_fusions"), 16, "fused norms on or off"),
-    "graphs": Section(_of("switches", "time_graphs"), 24, "graphs on or off"),
+    "graphs": Section(_of("switches", "time_graphs"), 20, "graphs on or off"),
     "sweep-decode": Section(_of("sweeps", "sweep_decode"), 16, "tiles of decode attention"),
     "sweep-prefill": Section(_of("sweeps", "sweep_prefill"), 16, "tiles of prefill attention"),
     "sweep-experts": Section(_of("sweeps", "sweep_experts"), 20, "tiles of MXFP4 experts"),
     "sweep-one-row": Section(_of("sweeps", "sweep_one_row"), 10, "tiles of a single row"),
-    "transformers": Section(_of("anchors", "time_transformers"), 18, "transformers"),
+    "transformers": Section(_of("anchors", "time_transformers"), 14, "transformers"),
 }  # fmt: skip
 # Not counted in the budget: rarely installed, and otherwise over at once.
 FULL["vllm"] = Section(_of("anchors", "time_vllm"), 120, "vLLM, if installed")

@@ -15,7 +15,7 @@ from model.cost.interconnect import LINKS
 from model.cost.operations import activation_accesses, operations, parameter_bytes, total
 from model.cost.roofline import Bound, largest_batch
 from model.cost.workload import Op
-from model.formats import MXFP4
+from model.formats import DENSE, MXFP4
 from model.formats.dense import Dequantized
 
 _OPERATION_COLUMNS = (
@@ -78,10 +78,11 @@ def _title(plan: Plan) -> str:
 def _formats(config: ModelConfig) -> str:
     """The formats of the weights, as an addition to the dtype; empty if all are dense."""
     kept = dict.fromkeys(layer.formats.experts.name for layer in config.layers if layer.sparse)
-    dequantized = dict.fromkeys(
-        form.name for form in config.stored_formats.formats if isinstance(form, Dequantized)
-    )
+    stored = [form for form in config.stored_formats.formats if isinstance(form, Dequantized)]
+    dequantized = dict.fromkeys(form.name for form in stored if form.kept == DENSE)
+    packed = dict.fromkeys(form.name for form in stored if form.kept != DENSE)
     found = f" (dequantized from {', '.join(dequantized)})" if dequantized else ""
+    found += f", weights in {' and '.join(packed)}" if packed else ""
     return found + "".join(f", experts in {name}" for name in kept if name == MXFP4.name)
 
 

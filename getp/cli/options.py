@@ -24,7 +24,8 @@ from getp.cli.click_types import (
 from getp.cli.modes import MODES, Subject
 from getp.cli.plan_options import PLAN_OPTIONS
 from getp.cli.sampling_options import SAMPLING_OPTIONS
-from model.config import KV_DTYPES
+from getp.cli.serve_options import SERVE_OPTIONS
+from model.config import KV_DTYPES, QUANTIZED
 
 _MAX_SECONDS = 365 * 24 * 3600  # one year; Python cannot wait for much longer
 
@@ -161,6 +162,7 @@ _ALL: tuple[Decorator, ...] = (
     ),
     _job(
         "--grace",
+        subject=Subject.GRACE,
         type=Number(0, _MAX_SECONDS),
         default=10.0,
         show_default=True,
@@ -260,11 +262,11 @@ _ALL: tuple[Decorator, ...] = (
     _engine(
         "--quantize",
         subject=Subject.DTYPE,
-        type=click.Choice(["int8", "int4"]),
-        help="On a CPU, convert 16-bit weights to integers with a scale for each 32 as they are "
-        "loaded: faster, with less memory and less precision. The head becomes int8 in either; the "
-        "embedding keeps its dtype (if they are tied, the head is a copy).  [default: keep the "
-        "checkpoint's]",
+        type=click.Choice([*QUANTIZED]),
+        help="Convert 16-bit weights as they are loaded, with less memory and less precision: on a "
+        "CPU to integers with a scale for each 32 (faster); on a GPU to fp8 (e4m3) with a scale "
+        "for each output (on a CPU fp8 is slow). The head becomes int8 or fp8; the embedding keeps "
+        "its dtype (if they are tied, the head is a copy).  [default: keep the checkpoint's]",
     ),
     _batch("--max-batch-size", type=Integer(min=1), help="Maximum concurrent requests."),
     _batch("--max-batch-tokens", type=Integer(min=1), help="Maximum tokens computed in one step."),
@@ -331,6 +333,7 @@ _ALL: tuple[Decorator, ...] = (
         help="Run the replicas on this Ray cluster (auto: the one of this host).  "
         "[default: a private Ray instance on this host]",
     ),
+    *SERVE_OPTIONS,
     *PLAN_OPTIONS,
     in_group(_HELP)("--debug", is_flag=True, help="Show tracebacks."),
     click.version_option(

@@ -14,18 +14,22 @@ from getp.errors import GetpError
 from getp.files import STDIO, is_stream, open_input, open_output
 from getp.job.formats import format_of_suffix
 from getp.job.formats.interface import OutputFormat
+from getp.job.formats.jsonl import FORMAT as JSONL
 from getp.job.formats.table import TableFormat
 from getp.job.formats.table_files import DELIMITERS, Table, empty_batch, read_header
 from getp.job.formats.table_results import write_batches
 from getp.job.inputs import Source
 from getp.job.journal import Journal
+from getp.job.request_reader import SeenIds
 from getp.ownership import errors_path
-from getp.terminal import discard_output, print_message
+from getp.terminal import discard_output, print_message, warn
+from getp.units import counted
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 _COMPRESSION = (".gz", ".zst")
+_RESULT_ID = re.compile(rb'\{"id":"[^"]*","custom_id":("(?:[^"\\]|\\.)*"),"response":\{')
 _SHARD = re.compile(r"([0-9]+)-of-([0-9]+)")
 
 
@@ -41,7 +45,7 @@ def write_results(
     because such a job cannot be resumed.
     """
     if not form.holds_failures:
-        _write_errors(journal, output)
+        _write_errors(journal, output, source.format.record_word)
     try:
         return _write(journal, source, output, form)
     except (GetpError, OSError) as error:
@@ -71,7 +75,8 @@ def _write(journal: Journal, source: Source, output: str, form: OutputFormat) ->
     return failures[0] if failures else None
 
 
-def _write_errors(journal: Journal, output: str) -> None:
+def _write_errors(journal: Journal, output: str, word: str) -> None:
+    """Write or print the failures; word: what the input's records are called."""
     if not journal.failed:
         if not is_stream(output):
             Path(errors_path(output)).unlink(missing_ok=True)  # of an earlier run
@@ -80,7 +85,7 @@ def _write_errors(journal: Journal, output: str) -> None:
     if is_stream(output):
         for line in failures:
             failure = json.loads(line)
-            print_message(f"getp: line {failure['line']} failed: {failure['message']}")
+            print_message(f"getp: {word} {failure['line']} failed: {failure['message']}")
         return
     with open_output(errors_path(output)) as file:
         for line in failures:
@@ -107,11 +112,27 @@ def merge_shards(output: str) -> int:
             return len(paths)
         delimiter = DELIMITERS[form.name] if isinstance(form, TableFormat) else None
         _join(paths, file, delimiter)
+    if form is JSONL:
+        _note_repeated_ids(output)
     failures = [name for name in map(errors_path, paths) if os.path.exists(name)]
     if failures:
         with open_output(errors_path(output)) as file:
             _join(failures, file)
     return len(paths)
+
+
+def _note_repeated_ids(path: str) -> None:
+    """Warn of ids that several shards have: each shard could check only its own."""
+    with open_input(path) as file:
+        seen = SeenIds(sum(1 for _ in file))
+    with open_input(path) as file:
+        found = (match[1] for match in map(_RESULT_ID.match, file) if match)
+        repeated = [text for text in found if not seen.add(text.decode())]
+    if repeated:
+        warn(
+            f"{path}: {counted(len(repeated), 'request')} in different shards have ids of others, "
+            f"the first {repeated[0].decode()}; one job would have failed them"
+        )
 
 
 def _join(paths: Sequence[str], file: BinaryIO, delimiter: str | None = None) -> None:
@@ -157,6 +178,13 @@ def _finished_shards(output: str) -> list[str]:
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise GetpError(f"not all shards are finished: {missing[0]}{more} does not exist")
+    unfinished = [path for path in paths if os.path.exists(f"{os.path.realpath(path)}.journal")]
+    if unfinished:
+        more = f" and {len(unfinished) - 1} more" if len(unfinished) > 1 else ""
+        raise GetpError(
+            f"not all shards are finished: {unfinished[0]}{more} has a journal beside it, of a "
+            "newer run: repeat its command to finish that, or delete the journal"
+        )
     return paths
 
 

@@ -63,10 +63,10 @@ def _choice(
         choice["message"] = _message(answer, key)
         if answer.tool_calls and reason == "stop":
             reason = "tool_calls"
-        choice["logprobs"] = _chat_logprobs(completion, tokenizer)
+        choice["logprobs"] = chat_logprobs(completion, tokenizer)
     else:
         choice["text"] = answer.content
-        choice["logprobs"] = _text_logprobs(completion, tokenizer, len(answer.content))
+        choice["logprobs"] = text_logprobs(completion, tokenizer, len(answer.content))
     choice["finish_reason"] = reason
     return choice
 
@@ -92,7 +92,8 @@ def _logprobs(completion: Completion) -> list[tuple[int, TokenLogprobs]]:
     return list(zip(completion.token_ids, completion.logprobs or (), strict=False))
 
 
-def _chat_logprobs(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any] | None:
+def chat_logprobs(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """Return the log-probabilities of a message, None if they were not asked for."""
     if completion.logprobs is None:
         return None
     content = [
@@ -105,7 +106,7 @@ def _chat_logprobs(completion: Completion, tokenizer: Tokenizer) -> dict[str, An
     return {"content": content, "refusal": None}
 
 
-def _text_logprobs(
+def text_logprobs(
     completion: Completion, tokenizer: Tokenizer, length: int
 ) -> dict[str, Any] | None:
     """Return the log-probabilities of a text of `length` characters; special tokens add no text."""

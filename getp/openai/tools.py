@@ -1,7 +1,9 @@
 """The tools of a chat: what a request says about them, and calls as responses have them."""
 
+from collections.abc import Mapping
 from typing import Any
 
+from engine import Grammar
 from getp.openai.parsed import BadRequestError, ParsedBody
 from getp.text.parts.tool_bodies import ToolCall
 
@@ -47,7 +49,7 @@ def read_parallel_calls(body: ParsedBody, name: str, value: Any) -> None:
 
 
 def check_tools(body: ParsedBody) -> None:
-    """Raise BadRequestError for a choice of tools that cannot be met."""
+    """Make a forced call a grammar of the answer. Raises BadRequestError."""
     if body.tool_choice != "required":
         return
     known = [tool["function"]["name"] for tool in body.tools]
@@ -56,10 +58,46 @@ def check_tools(body: ParsedBody) -> None:
     if body.called_tool is not None and body.called_tool not in known:
         shown = repr(body.called_tool[:80])
         raise BadRequestError("invalid_value", f"'tool_choice': {shown} is not one of 'tools'")
-    raise BadRequestError(
-        "unsupported_parameter",
-        "'tool_choice' must be 'none' or 'auto': calls cannot be forced",
-    )
+    if "grammar" in body.params:
+        raise BadRequestError(
+            "invalid_value",
+            f"{body.names['grammar']!r} and a 'tool_choice' that forces a call are both given: "
+            "give only one of them",
+        )
+    body.params["grammar"] = _call_grammar(body)
+    body.names["grammar"] = "tool_choice"
+    body.answer["forced_calls"] = True
+
+
+def _call_grammar(body: ParsedBody) -> Grammar:
+    """Return the grammar of a list of calls of the tools that may be called."""
+    functions = [tool["function"] for tool in body.tools]
+    if body.called_tool is not None:
+        functions = [each for each in functions if each["name"] == body.called_tool][:1]
+    shared: dict[str, Any] = {}
+    calls = [_call_schema(function, shared) for function in functions]
+    schema: dict[str, Any] = {"type": "array", "items": {"anyOf": calls}, "minItems": 1, **shared}
+    if body.called_tool is not None or body.answer.get("one_call"):
+        schema["maxItems"] = 1
+    return Grammar.json_schema(schema)
+
+
+def _call_schema(function: Mapping[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a call; the definitions go to `shared`, since paths begin at the top."""
+    parameters = {"type": "object", **(function.get("parameters") or {})}
+    for key in ("$defs", "definitions"):
+        for name, value in (parameters.pop(key, None) or {}).items():
+            if shared.setdefault(key, {}).setdefault(name, value) != value:
+                raise BadRequestError(
+                    "invalid_value",
+                    f"'tools': two of them define {name[:80]!r} in {key!r} differently",
+                )
+    return {
+        "type": "object",
+        "properties": {"name": {"const": function["name"]}, "arguments": parameters},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
 
 
 def calls_of(calls: list[ToolCall], key: str) -> list[dict[str, Any]]:

@@ -85,7 +85,7 @@ def _figure(draw: Callable[["Axes"], None]) -> str:
     from matplotlib.figure import Figure
 
     # The same salt gives the same ids, so equal reports have equal bytes.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "getp", "font.size": 9}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "getp", "font.size": 11}):
         figure = Figure(figsize=(5.2, 2.7), layout="constrained")
         figure.patch.set_alpha(0)
         axes = figure.subplots()
@@ -101,7 +101,7 @@ def _figure(draw: Callable[["Axes"], None]) -> str:
     for black in ("#000000", "black"):
         element = element.replace(f"stroke: {black}", "stroke: currentColor")
         element = element.replace(f"fill: {black}", "fill: currentColor")
-    return element.replace("<text ", '<text fill="currentColor" ')
+    return element.replace("<text", '<text fill="currentColor"')
 
 
 def _draw_throughput(axes: "Axes", moments: Sequence[Moment]) -> None:
@@ -124,14 +124,14 @@ def _draw_courses(
         courses.items(), (_BLUE, _ORANGE), ("-", "--"), strict=True
     ):
         axes.plot(times, values, color=colour, label=name, linestyle=style)
-    axes.set(xlabel="seconds", ylabel=unit, ylim=(0, None))
+    axes.set(xlabel="seconds", ylabel=unit, xlim=(0, None), ylim=(0, None))
     _legend(axes)
 
 
 def _draw_kv(axes: "Axes", moments: Sequence[Moment]) -> None:
     shares = [100 * each.kv_use for each in moments]
     axes.fill_between([each.seconds for each in moments], shares, color=_GREEN, alpha=0.4)
-    axes.set(xlabel="seconds", ylabel="% of blocks in use", ylim=(0, 100))
+    axes.set(xlabel="seconds", ylabel="% of blocks in use", xlim=(0, None), ylim=(0, 100))
 
 
 def _draw_latency(axes: "Axes", values: Sequence[float]) -> None:
@@ -142,6 +142,8 @@ def _draw_latency(axes: "Axes", values: Sequence[float]) -> None:
 
 
 def _draw_roofline(axes: "Axes", report: Report) -> None:
+    from matplotlib.ticker import EngFormatter, NullFormatter
+
     peak, bandwidth = report["peak_flops"], report["bandwidth"]
     speed = report["mfu"] * peak
     intensity = speed / (report["mbu"] * bandwidth)
@@ -150,8 +152,11 @@ def _draw_roofline(axes: "Axes", report: Report) -> None:
     axes.plot([low, ridge, high], [low * bandwidth, peak, peak], color=_GREY, label="limit")
     axes.plot([intensity], [speed], "o", color=_ORANGE, label="this run")
     axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="FLOP/s")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(EngFormatter(sep=""))
+        axis.set_minor_formatter(NullFormatter())
     _legend(axes)
 
 
 def _legend(axes: "Axes") -> None:
-    axes.legend(frameon=False, fontsize=8, labelcolor="#000000")
+    axes.legend(frameon=False, fontsize=10, labelcolor="#000000")

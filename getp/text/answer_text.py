@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from getp.text.parts.text_parts import TextParts
 from getp.text.parts.tool_bodies import Schemas, ToolCall
+from getp.text.parts.tool_calls import FORCED, ToolCallParser
 from tokenizer import HarmonyParser, StopStrings, Tokenizer
 from tokenizer.harmony import FINAL, ChannelText, supports_harmony
 
@@ -21,6 +22,7 @@ class AnswerOptions:
     min_tokens: int = 0  # tokens in which no stop string counts
     tools: Schemas | None = None  # whose calls are separated from the text; None: they are text
     one_call: bool = False  # the answer ends after its first call
+    forced_calls: bool = False  # its grammar makes the answer a list of calls
 
 
 PLAIN = AnswerOptions()
@@ -137,12 +139,20 @@ class AnswerText:
     ) -> None:
         self.in_channels = options.chat and supports_harmony(tokenizer)
         self._channels: HarmonyParser | None = None
+        self._forced: ToolCallParser | None = None  # in the channel `final`
         self._parts: TextParts | None = None
         if self.in_channels:
             self._channels = HarmonyParser(tokenizer, prompt_ids)
+            if options.forced_calls:
+                self._forced = ToolCallParser(FORCED, options.tools or {})
         else:
             self._parts = TextParts(
-                tokenizer, prompt_ids, options.chat, options.tools, options.skip_special
+                tokenizer,
+                prompt_ids,
+                options.chat,
+                options.tools,
+                options.forced_calls,
+                options.skip_special,
             )
         self._stops = StopStrings(options.stops, options.include_stop)
         self._unchecked = options.min_tokens  # tokens in which no stop string counts
@@ -160,7 +170,9 @@ class AnswerText:
         self._unchecked -= 1
         if self._parts is not None:
             return self._apply_stops(self._parts.push(token_id))
-        return self._apply_stops([self._channels.push(token_id) if self._channels else None])
+        return self._apply_stops(
+            self._in_channels(self._channels.push(token_id) if self._channels else None)
+        )
 
     def push_all(self, token_ids: Sequence[int]) -> list[ChannelText]:
         """Process all tokens of an answer that has no stop strings."""
@@ -175,17 +187,23 @@ class AnswerText:
         if self._parts is not None:
             last = self._apply_stops(self._parts.flush())
         else:
-            last = self._apply_stops([self._channels.flush() if self._channels else None])
+            found = self._in_channels(self._channels.flush() if self._channels else None)
+            last = self._apply_stops(found + (self._forced.flush() if self._forced else []))
         held = "" if self.stopped else self._stops.flush()
         self._final.append(held)
         return [*last, ChannelText(FINAL, held)] if held else last
 
-    def _apply_stops(self, pieces: Sequence[ChannelText | None]) -> list[ChannelText]:
+    def _in_channels(self, piece: ChannelText | None) -> list[ChannelText]:
+        if piece is not None and piece.channel == FINAL and self._forced is not None:
+            return self._forced.push(piece.text)
+        return [] if piece is None else [piece]
+
+    def _apply_stops(self, pieces: Sequence[ChannelText]) -> list[ChannelText]:
         """Return the pieces up to what ends the answer."""
         found = []
         for piece in pieces:
-            if piece is None or self.stopped:
-                continue
+            if self.stopped:
+                break
             if piece.channel == FINAL:
                 text = self._until_stop(piece.text)
                 self._final.append(text)

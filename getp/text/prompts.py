@@ -54,11 +54,20 @@ def _template_message(template: ChatTemplate, message: Message) -> Message:
     found = dict(message)
     if found.get("content") is None and not template.distinguishes_none:
         found["content"] = ""
+    if template.reads_thinking:
+        _move_reasoning(found)
     if template.writes_arguments_as_text and "tool_calls" in found:
         found["tool_calls"] = [_with_text_arguments(call) for call in found["tool_calls"]]
     if template.needs_short_ids:
         _shorten_ids(found)
     return found
+
+
+def _move_reasoning(message: dict[str, Any]) -> None:
+    """Give a message the key of gpt-oss's template, which refuses it beside content and calls."""
+    reasoning = message.pop("reasoning_content", None)
+    if reasoning and not (message.get("content") and message.get("tool_calls")):
+        message.setdefault("thinking", reasoning)
 
 
 def _shorten_ids(message: dict[str, Any]) -> None:

@@ -40,6 +40,7 @@ class Case:
     bytes: int
     flops: int
     is_timed: bool = False  # large enough to show which kernel is faster
+    tolerance: float = 0.0  # if larger than that of the dtype: kernels may round inputs
 
     def run(self, backend: Backend) -> Tensors:
         """Return the results on a backend."""
@@ -69,9 +70,9 @@ def problem(
         call = case.prepare(backend)
         with new_memory_is_nan():
             found = call()
-        wrong = compare(found, expected, backend.dtype)
+        wrong = compare(found, expected, backend.dtype, case.tolerance)
         if wrong is None and capture is not None:
-            wrong = compare(capture(call)(), expected, backend.dtype)
+            wrong = compare(capture(call)(), expected, backend.dtype, case.tolerance)
             wrong = wrong and f"replayed: {wrong}"
         return wrong
     except torch.OutOfMemoryError:
@@ -104,12 +105,14 @@ def error_text(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}".removesuffix(": ")
 
 
-def compare(found: Tensors, expected: Tensors, dtype: torch.dtype) -> str | None:
+def compare(
+    found: Tensors, expected: Tensors, dtype: torch.dtype, tolerance: float = 0.0
+) -> str | None:
     """Return the first difference between results and what was expected.
 
-    Whole numbers must be equal; floating-point numbers may differ by the tolerance of the dtype, or
-    of their own one if that is larger, relative to the largest expected value of their tensor. NaN
-    is always wrong.
+    Whole numbers must be equal; floating-point numbers may differ by the largest of the given
+    tolerance and those of the dtype and their own one, relative to the largest expected value of
+    their tensor. NaN is always wrong.
     """
     for number, (one, want) in enumerate(zip(found, expected, strict=True)):
         name = f"result {number}"
@@ -126,7 +129,7 @@ def compare(found: Tensors, expected: Tensors, dtype: torch.dtype) -> str | None
             return f"{name} has values that are not finite"
         largest = float(want.abs().max()) if want.numel() else 1.0
         share = float(error) / (largest or 1.0)
-        if share > max(_TOLERANCE[dtype], _TOLERANCE.get(one.dtype, 0.0)):
+        if share > max(_TOLERANCE[dtype], _TOLERANCE.get(one.dtype, 0.0), tolerance):
             return f"{name} differs by {share:.1e} of its largest value"
     return None
 

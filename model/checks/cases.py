@@ -29,6 +29,7 @@ from model.checks.inputs import FULL, SMALL, Inputs, Size
 from model.checks.latent import head_linear_cases, latent_query_cases
 from model.checks.sampling import adjust_cases, argmax_cases, sample_cases, top_tokens_cases
 from model.config import ModelConfig
+from model.formats import DENSE
 from model.layers.attention import Attention
 from model.layers.latent_attention import LatentAttention
 from model.layers.mlp import Mlp, Moe
@@ -100,6 +101,17 @@ def _cases_of(
             yield from linear_cases("the shared expert's output", shared.down, inputs)
             if shared.gate is not None:
                 yield from linear_cases("the shared expert's gate", shared.gate, inputs)
+        # Dense ones are computed in fused operations, or by torch.
+        linears = {} if plain is None else {"QKV": plain.qkv}
+        if latent is not None:
+            linears |= {"the query": latent.query, "the latent": latent.latent}
+        if mlp is not None:
+            linears |= {"gate and up": mlp.gate_up, "down": mlp.down}
+        if shared is not None:
+            linears |= {"the shared expert's gate and up": shared.gate_up}
+        for name, linear in linears.items():
+            if linear.format != DENSE:
+                yield from linear_cases(name, linear, inputs)
     elif operation == "logits":
         head = Transformer(config, shard).head
         yield from logits_cases(head, config.logits_scale, inputs)

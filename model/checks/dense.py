@@ -9,6 +9,7 @@ import torch
 from model.checks.case import Case, Tensors
 from model.checks.inputs import Inputs, Weights
 from model.config import ModelConfig
+from model.formats import DENSE
 from model.layers.attention import Attention
 from model.layers.mlp import Mlp
 from model.ops.backend import Backend
@@ -67,7 +68,10 @@ def linear_cases(name: str, declared: Linear, inputs: Inputs) -> Iterator[Case]:
 
         moved = weights.bytes(item) + rows * (declared.inputs + declared.outputs) * item
         flops = 2 * rows * declared.inputs * declared.outputs
-        yield Case("linear", f"{name}, {rows} rows", prepare, moved, flops, rows == 1)
+        # A product with packed weights has tiles of its own for many rows.
+        is_timed = rows == 1 or (rows == inputs.size.rows and declared.format != DENSE)
+        label = f"{name}, {rows} rows"
+        yield Case("linear", label, prepare, moved, flops, is_timed, weights.tolerance)
 
 
 def logits_cases(head: Linear, scale: float, inputs: Inputs) -> Iterator[Case]:
@@ -84,7 +88,8 @@ def logits_cases(head: Linear, scale: float, inputs: Inputs) -> Iterator[Case]:
 
         moved = weights.bytes(item) + rows * (head.inputs * item + 4 * outputs)
         flops = 2 * rows * head.inputs * outputs
-        yield Case("logits", f"{rows} rows", prepare, moved, flops, rows == 1)
+        label = f"{rows} rows"
+        yield Case("logits", label, prepare, moved, flops, rows == 1, weights.tolerance)
 
 
 class _Cache:
@@ -159,7 +164,8 @@ def norm_qkv_cases(
             moved = weights.bytes(item) + rows * (8 * hidden + 2 * layer.qkv.outputs * item)
             flops = 2 * rows * hidden * layer.qkv.outputs
             label = f"{rows} rows" + (", no delta" if delta is None else "")
-            yield Case("norm_qkv", label, prepare, moved, flops, rows == 1 and delta is not None)
+            is_timed = rows == 1 and delta is not None
+            yield Case("norm_qkv", label, prepare, moved, flops, is_timed, weights.tolerance)
 
 
 def norm_mlp_cases(layer: Mlp, inputs: Inputs) -> Iterator[Case]:
@@ -179,7 +185,9 @@ def norm_mlp_cases(layer: Mlp, inputs: Inputs) -> Iterator[Case]:
 
         moved = gate_up.bytes(item) + down.bytes(item) + rows * hidden * (8 + 2 * item)
         flops = 2 * rows * hidden * (layer.gate_up.outputs + layer.down.inputs)
-        yield Case("norm_mlp", f"{rows} rows", prepare, moved, flops, rows == 1)
+        tolerance = max(gate_up.tolerance, down.tolerance)
+        label = f"{rows} rows"
+        yield Case("norm_mlp", label, prepare, moved, flops, rows == 1, tolerance)
 
 
 def activate_cases(size: int, activation: Activation, inputs: Inputs) -> Iterator[Case]:

@@ -81,7 +81,8 @@ def _experts_case(
     moved = weights.bytes(item) * used // experts.count + 2 * x.numel() * item
     flops = 6 * int(held.sum()) * experts.hidden * experts.size
     is_timed = tokens == 1 or tokens >= inputs.size.rows
-    return Case("experts", f"{label}, {tokens} tokens", prepare, moved, flops, is_timed)
+    label = f"{label}, {tokens} tokens"
+    return Case("experts", label, prepare, moved, flops, is_timed, weights.tolerance)
 
 
 def norm_experts_cases(layer: Moe, inputs: Inputs) -> Iterator[Case]:
@@ -113,7 +114,8 @@ def norm_experts_cases(layer: Moe, inputs: Inputs) -> Iterator[Case]:
         moved = router.bytes(item) + experts.bytes(item) * used // experts.holder.count
         flops = 6 * rows * spec.top_k * hidden * experts.holder.size
         moved += rows * hidden * (8 + 2 * item)
-        yield Case("norm_experts", f"{rows} rows", prepare, moved, flops, rows == 1)
+        label = f"{rows} rows"
+        yield Case("norm_experts", label, prepare, moved, flops, rows == 1, experts.tolerance)
 
 
 def _clear_rows(

@@ -91,6 +91,11 @@ class Weights:
         """Return the bytes of all parameters; item: bytes of one value in the compute dtype."""
         return parameter_bytes(self.holder, item)
 
+    @property
+    def tolerance(self) -> float:
+        """The error, by the largest result, of kernels that round the inputs of these layers."""
+        return rounding_error(self.holder)
+
     def on(self, backend: Backend) -> Any:
         """Return the layer with its parameters in a backend's form."""
         if self._loaded is None or self._loaded[0] is not backend:
@@ -112,6 +117,15 @@ class Weights:
             for expert in range(shape[0]):
                 storage[expert][0:rows].copy_(source[expert][0:rows])
         return form.finish(backend, storage)
+
+
+def rounding_error(holder: Any) -> float:
+    """Return the largest error of a layer that comes from rounding its inputs to e4m3.
+
+    A value is off by up to 1/16, a sum of many by a third of that; two layers follow each other.
+    """
+    forms = (p.format for p in holder.parameters())
+    return 0.08 if any(getattr(form, "inputs", "") for form in forms) else 0.0
 
 
 def parameter_bytes(holder: Any, item: int) -> int:

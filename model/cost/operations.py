@@ -157,6 +157,11 @@ _LAYER_OPS = (
 ).split()
 
 
+def _product(form: WeightFormat, rows: float, weights: float) -> Product:
+    """Return the product of rows with a weight; e4m3 is multiplied with e4m3 where inputs are."""
+    return Product(form.name, rows, weights, is_float8=bool(getattr(form.kept, "inputs", "")))
+
+
 class _ShardCost:
     """The cost of the operations on one GPU's shard of the model, each for one layer."""
 
@@ -238,7 +243,7 @@ class _ShardCost:
                 self.matrix(hidden, projected, c.qkv_bias, layer.formats.qkv),
                 tokens * (hidden + projected),
                 3,
-                product=Product(layer.formats.qkv.name, tokens, hidden * projected),
+                product=_product(layer.formats.qkv, tokens, hidden * projected),
             ),
             self.op(
                 "rope",
@@ -265,7 +270,7 @@ class _ShardCost:
                 tokens * (query + 2 * hidden),
                 2 + self._all_reduce,
                 fused=(tokens * hidden, 1 + self._all_reduce),
-                product=Product(layer.formats.out.name, tokens, query * hidden),
+                product=_product(layer.formats.out, tokens, query * hidden),
             ),
         ]
 
@@ -411,6 +416,7 @@ class _ShardCost:
         if self.config.logits_scale != 1:
             cost += Flops(vector=rows * self.vocab)
         weights = self.matrix(hidden, self.vocab, False, self.config.head_format)
+        head = _product(self.config.head_format, rows, hidden * self.vocab)
         return [
             self.norm("final_norm", rows),
             self.op(
@@ -420,7 +426,7 @@ class _ShardCost:
                 moved,
                 1,
                 fused=(moved, 1),
-                product=Product(DENSE.name, rows, hidden * self.vocab),
+                product=replace(head, kind=DENSE.name),
             ),
         ]
 
@@ -451,8 +457,8 @@ class _ShardCost:
             size=size,
             gate_up_launches=2,
             products=(
-                Product(layer.formats.gate_up.name, tokens, hidden * up),
-                Product(layer.formats.down.name, tokens, hidden * size),
+                _product(layer.formats.gate_up, tokens, hidden * up),
+                _product(layer.formats.down, tokens, hidden * size),
             ),
         )
 
@@ -478,8 +484,8 @@ class _ShardCost:
             size=size,
             gate_up_launches=1,
             products=(
-                Product(forms.gate_up.name, tokens, 2 * hidden * size),
-                Product(forms.down.name, tokens, hidden * size),
+                _product(forms.gate_up, tokens, 2 * hidden * size),
+                _product(forms.down, tokens, hidden * size),
             ),
         )
         if self.work.fused:
@@ -521,8 +527,8 @@ class _ShardCost:
             size=size,
             gate_up_launches=1,
             products=(
-                Product(layer.formats.experts.name, pairs / read, 2 * read * hidden * size),
-                Product(layer.formats.experts.name, pairs / read, read * hidden * size),
+                _product(layer.formats.experts, pairs / read, 2 * read * hidden * size),
+                _product(layer.formats.experts, pairs / read, read * hidden * size),
             ),
         )
         return [router, *rest]

@@ -64,8 +64,9 @@ def bound(
 
     measured_s: the time that the measured rates of kernels predict, in place of the bound.
     """
+    matrix = _matrix_seconds(step, device, dtype)
     compute = max(
-        step.flops.matrix / device.peak(dtype),
+        matrix,
         step.flops.vector / device.vector,
         step.flops.special / device.special,
     )
@@ -81,11 +82,19 @@ def bound(
         memory,
         launch,
         tok_s=tokens / seconds,
-        mfu=step.flops.matrix / device.peak(dtype) / seconds,
+        mfu=matrix / seconds,
         mbu=memory / seconds,
         link_s=link,
         measured_s=measured_s,
     )
+
+
+def _matrix_seconds(step: Op, device: Device, dtype: str) -> float:
+    """Return the seconds of the matrix products at the peaks of the dtypes that they multiply."""
+    peak = device.peak(dtype)
+    eights = sum(product.flops for product in step.products if product.is_float8)
+    float8 = device.peaks.get("float8", peak)
+    return (step.flops.matrix - eights) / peak + eights / float8
 
 
 def _limit_name(longest: float, **limits: float) -> Limit:

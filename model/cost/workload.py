@@ -64,6 +64,12 @@ class Product:
     rows: float  # for each weight; experts: the mean of those that are read
     weights: float  # the number of their values
     count: int = 1  # products with different weights
+    is_float8: bool = False  # of e4m3 with e4m3, on devices that have such products
+
+    @property
+    def flops(self) -> float:
+        """Return the FLOPs of all of them."""
+        return 2 * self.rows * self.weights
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from model.formats import awq, compressed_tensors, fp8, gptq, mxfp4, nvfp4
 from model.formats.dense import DENSE, HEAD, PER_HEAD
+from model.formats.float8 import FP8
 from model.formats.format import StoredTensor, WeightFormat, full_interface
 from model.formats.integers import INT4, INT8
 from model.formats.mxfp4 import MXFP4
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DENSE",
+    "FP8",
     "HEAD",
     "INT4",
     "INT8",

@@ -32,8 +32,8 @@ class Awq(Dequantized):
 
     @property
     def kept(self) -> WeightFormat:
-        """As Dequantized.kept."""
-        return integers_of(_BITS, self.group)
+        """As WeightFormat.kept."""
+        return integers_of(_BITS, self.group, has_zeros=True)
 
     def stored(
         self, name: str, shape: tuple[int, ...], part: Part = (), *, transposed: bool = False

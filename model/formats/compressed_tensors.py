@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from model.formats.compressed_int import CompressedInt
 from model.formats.dense import DENSE
+from model.formats.float8 import Inputs
 from model.formats.format import WeightFormat
 from model.formats.fp8 import Fp8, block_size
 from model.formats.mxfp4 import PackedMxfp4
@@ -138,6 +139,14 @@ class _Scheme:
         return cls(keys, keys.integer("num_bits"), is_float, size, block)
 
 
+def _inputs(group: Keys) -> Inputs:
+    """How a group with weights in FP8 rounds the inputs of its modules."""
+    values = group.get("input_activations")
+    if not isinstance(values, dict) or values.get("type") != "float" or values.get("num_bits") != 8:
+        return ""
+    return "static" if values.get("dynamic") is False else "dynamic"
+
+
 def _format(group: Keys, of_all: Any) -> WeightFormat:
     """The format of a group; of_all: the format that all groups have if they state none."""
     weights = group.get("weights")
@@ -162,7 +171,9 @@ def _format(group: Keys, of_all: Any) -> WeightFormat:
     elif not is_symmetric:
         raise scheme.keys.fail("'symmetric' must be true for weights of type float")
     elif kind in ((f"{start}-quantized", 8, True) for start in ("float", "naive", "mxfp8")):
-        return Fp8(scheme.block if scheme.group is None else (1, scheme.group), "_scale")
+        if scheme.group is not None:  # kernels round inputs by token, or by token and block
+            return Fp8((1, scheme.group), scale="_scale")
+        return Fp8(scheme.block, _inputs(group), scale="_scale")
     elif kind == ("nvfp4-pack-quantized", 4, True) and scheme.group == 16:
         return Nvfp4()
     elif kind == ("mxfp4-pack-quantized", 4, True) and scheme.group == 32:

@@ -55,9 +55,11 @@ class Dense(WeightFormat):
         else:  # a layout of the backend's own
             storage.random_(generator)
 
-    def dense(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """As WeightFormat.dense."""
-        return weight
+    def dense(self, weight: Any, dtype: torch.dtype) -> torch.Tensor:
+        """As WeightFormat.dense; storage of another format that is not dense is converted."""
+        kept = getattr(weight, "group", 0)
+        found: torch.Tensor = weight.dense(dtype) if kept else weight
+        return found
 
     def bytes(self, shape: tuple[int, ...], item: int) -> int:
         """As WeightFormat.bytes."""
@@ -98,7 +100,7 @@ PER_HEAD = PerHead()
 
 
 class Dequantized(Dense):
-    """A format of checkpoints alone: in memory weights become another format, or dense.
+    """A format of files alone: in memory weights become another format (`kept`), or dense.
 
     Subclasses define `stored` and `source`.
     """
@@ -107,7 +109,7 @@ class Dequantized(Dense):
 
     @property
     def kept(self) -> WeightFormat:
-        """The format in memory of a backend with all kernels."""
+        """As WeightFormat.kept: dense, unless a subclass knows another one."""
         return DENSE
 
     def as_stored(self, name: str, shape: tuple[int, ...], part: Part, find: Find) -> WeightFormat:
@@ -117,6 +119,11 @@ class Dequantized(Dense):
     def variant(self, name: str, shape: tuple[int, ...], part: Part, find: Find) -> WeightFormat:
         """As `as_stored`, of a weight that was quantized."""
         return self
+
+    def bytes(self, shape: tuple[int, ...], item: int) -> int:
+        """As WeightFormat.bytes, of the format that is kept."""
+        kept = self.kept
+        return super().bytes(shape, item) if kept == DENSE else kept.bytes(shape, item)
 
     def held(self, backend: Backend, *, stacked: bool) -> WeightFormat:
         """As WeightFormat.held."""

@@ -94,6 +94,18 @@ class WeightFormat(ABC):
     def bytes(self, shape: tuple[int, ...], item: int) -> int:
         """Bytes of a weight in memory; item: bytes of one value in the dtype of the activations."""
 
+    @property
+    def kept(self) -> WeightFormat:
+        """The format in memory on a backend with all kernels."""
+        return self
+
+    def takes(self, stored: WeightFormat) -> bool:
+        """Whether storage of this format can be filled from a weight with this format in files.
+
+        Otherwise the weight, and those that lie in the same storage, become dense.
+        """
+        return True
+
     @abstractmethod
     def held(self, backend: Backend, *, stacked: bool) -> WeightFormat:
         """The format in memory on this backend of a weight, or of a stack of experts."""

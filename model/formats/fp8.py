@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from model.formats.dense import FLOATS, Dequantized
+from model.formats.dense import DENSE, FLOATS, Dequantized
+from model.formats.float8 import Float8, Inputs
 from model.formats.format import Find, Part, StoredTensor, WeightFormat
 from model.formats.rules import HEAD_IS_DENSE, FormatRules, excluded, refuse_kv_cache
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from model.families.config_keys.keys import Keys
 
 _SCALES = (*FLOATS, "F8_E8M0", "U8")  # the last two: exponents with bias 127
+_INPUT_SCALES = ("input_scale", "activation_scale")
+_UNIT = 32  # kernels take groups of a multiple of this
 _NAMES = ("_scale_inv", "_scale")  # all of them multiply; an inverse is meant of the quantization
 
 
@@ -24,12 +27,22 @@ class Fp8(Dequantized):
 
     # Outputs and inputs that share a scale; None: one for each output, or for the whole tensor.
     block: tuple[int, int] | None = None
+    inputs: Inputs = ""  # how the checkpoint rounds the inputs of linears
     # Of one weight in a checkpoint:
     scale: str = _NAMES[0]
     scale_shape: tuple[int, ...] = ()
     first: tuple[int, int] = (0, 0)  # output and input of the part that is read
+    input_scale: tuple[str, tuple[int, ...]] | None = None  # name and shape
 
     name = "FP8"
+
+    @property
+    def kept(self) -> WeightFormat:
+        """As WeightFormat.kept: dense if a rank's part divides a block of inputs."""
+        _, width = self.block or (1, 0)
+        if width % _UNIT or (width and self.first[1] % width):
+            return DENSE
+        return Float8(width, self.inputs)
 
     def variant(self, name: str, shape: tuple[int, ...], part: Part, find: Find) -> WeightFormat:
         """As Dequantized.variant: with the name and the shape of the scales, and the part."""
@@ -43,7 +56,16 @@ class Fp8(Dequantized):
             scale=scale,
             scale_shape=given if given in allowed else allowed[0],
             first=(first[0], first[1]) if len(first) == 2 else (first[0] if first else 0, 0),
+            input_scale=self._input_scale(name, find) if self.inputs == "static" else None,
         )
+
+    def _input_scale(self, name: str, find: Find) -> tuple[str, tuple[int, ...]] | None:
+        stem = name.removesuffix("weight")
+        for scale in _INPUT_SCALES:
+            found = find(stem + scale)
+            if found is not None and found[0] in ((), (1,)):
+                return stem + scale, found[0]
+        return None
 
     def _scale_shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
         outputs, inputs = shape
@@ -56,10 +78,13 @@ class Fp8(Dequantized):
         self, name: str, shape: tuple[int, ...], part: Part = (), *, transposed: bool = False
     ) -> list[StoredTensor]:
         """As WeightFormat.stored: the scales are always read as a whole."""
-        return [
+        found = [
             StoredTensor(name, shape, ("F8_E4M3",), part),
             StoredTensor(name + self.scale, self.scale_shape, _SCALES),
         ]
+        if self.input_scale is not None:
+            found.append(StoredTensor(*self.input_scale, FLOATS))
+        return found
 
     def source(self, tensors: list[torch.Tensor], *, transposed: bool = False) -> Any:
         """As WeightFormat.source: GroupedFloat; a block of inputs may be divided."""
@@ -67,18 +92,20 @@ class Fp8(Dequantized):
 
         from model.ops.quantized import GroupedFloat
 
-        codes, scales = tensors
+        codes, scales, *rest = tensors
         scales = as_float32(scales)
+        input_scale = rest[0].float().reshape(1) if rest else None
         outputs, inputs = codes.shape
         if self.block is None:
             rows = scales.reshape(-1, 1)
             first = self.first[0] if len(rows) > 1 else 0
-            return GroupedFloat(codes, rows[first : first + outputs].expand(outputs, 1))
+            rows = rows[first : first + outputs].expand(outputs, 1)
+            return GroupedFloat(codes, rows, input_scale)
         height, width = self.block
         rows = scales[(self.first[0] + torch.arange(outputs)) // height]
         columns = (self.first[1] + torch.arange(inputs)) // width
         aligned = self.first[1] % width == 0 and inputs % width == 0
-        return GroupedFloat(codes, rows[:, columns[::width] if aligned else columns])
+        return GroupedFloat(codes, rows[:, columns[::width] if aligned else columns], input_scale)
 
 
 def as_float32(scales: torch.Tensor) -> torch.Tensor:
@@ -110,7 +137,8 @@ def read_settings(keys: Keys) -> FormatRules:
     keys.one_of("scale_fmt", "float", "ue8m0")
     keys.one_of("expert_dtype", "fp8")
     scheme = keys.one_of("activation_scheme", "dynamic", "static")
-    form = Fp8(block_size(keys, "weight_block_size"))
+    block = block_size(keys, "weight_block_size")
+    form = Fp8(block, "static" if scheme == "static" and block is None else "dynamic")
     exceptions = [excluded(keys, key) for key in ("modules_to_not_convert", "ignored_layers")]
     activations = f"FP8 ({scheme} scales)"
     return FormatRules((*exceptions, HEAD_IS_DENSE), form, activations=activations)

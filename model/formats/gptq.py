@@ -39,8 +39,10 @@ class Gptq(Dequantized):
 
     @property
     def kept(self) -> WeightFormat:
-        """As Dequantized.kept: dense if the inputs of a group are not neighbours."""
-        return DENSE if self.is_ordered else integers_of(self.bits, self.group)
+        """As WeightFormat.kept: dense if the inputs of a group are not neighbours."""
+        if self.is_ordered:
+            return DENSE
+        return integers_of(self.bits, self.group, has_zeros=True)
 
     @property
     def _per_word(self) -> int:

@@ -65,12 +65,16 @@ class Integers(WeightFormat):
         """As WeightFormat.finish."""
         return DENSE.finish(backend, storage)
 
+    def takes(self, stored: WeightFormat) -> bool:
+        """As WeightFormat.takes."""
+        return self.quantizes or stored.kept == self
+
     def fill_random(self, storage: Any, generator: torch.Generator) -> None:
         """As WeightFormat.fill_random."""
         DENSE.fill_random(storage, generator)
 
-    def dense(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """As WeightFormat.dense: only backends with kernels hold integers."""
+    def dense(self, weight: Any, dtype: torch.dtype) -> torch.Tensor:
+        """As WeightFormat.dense."""
         return DENSE.dense(weight, dtype)
 
     def bytes(self, shape: tuple[int, ...], item: int) -> int:
@@ -81,17 +85,17 @@ class Integers(WeightFormat):
 
     def held(self, backend: Backend, *, stacked: bool) -> WeightFormat:
         """As WeightFormat.held: dense where the backend has no kernels for integers."""
-        return self if backend.keeps_integers else DENSE
+        return self if backend.keeps_integers(self.quantizes) else DENSE
 
 
-def integers_of(bits: int, group: int | None, *, zeros: bool = True) -> WeightFormat:
-    """The format in memory of a checkpoint's integers of 4 or 8 bits, with scales and zeros.
+def integers_of(bits: int, group: int | None, *, has_zeros: bool) -> WeightFormat:
+    """The format in memory of a checkpoint's integers of 4 or 8 bits.
 
     group: inputs that share a scale; None: all of them. Dense for what the kernels do not take.
     """
     if group is not None and group % _SMALLEST_GROUP:
         return DENSE
-    return Integers(bits, group or 0, has_zeros=zeros, rows="16", quantizes=False)
+    return Integers(bits, group or 0, has_zeros, rows="16", quantizes=False)
 
 
 INT8 = Integers(8, 64, rows="rotated 8")

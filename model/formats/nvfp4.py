@@ -90,7 +90,7 @@ def read_settings(keys: Keys) -> FormatRules:
     refuse_kv_cache(keys)
     refuse_kv_cache(keys, "kv_cache_quant_algo")
     algorithm = keys.one_of("quant_algo", "NVFP4", "FP8")
-    form: WeightFormat = Fp8(scale="_scale")
+    form: WeightFormat = Fp8(inputs="static", scale="_scale")
     if algorithm == "NVFP4":
         keys.one_of("group_size", _VALUES)
         form = Nvfp4(is_modelopt=True)

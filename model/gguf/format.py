@@ -53,9 +53,9 @@ class GgufFormat(Dequantized):
 
     @property
     def kept(self) -> WeightFormat:
-        """As Dequantized.kept: dense for types whose groups are of 16 values."""
+        """As WeightFormat.kept: dense for types whose groups are of 16 values."""
         bits, has_zeros = _INTEGERS.get(self.type, (0, False))
-        return integers_of(bits, _GROUP, zeros=has_zeros) if bits else DENSE
+        return integers_of(bits, _GROUP, has_zeros=has_zeros) if bits else DENSE
 
     def held(self, backend: Backend, *, stacked: bool) -> WeightFormat:
         """As WeightFormat.held."""

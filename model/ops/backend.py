@@ -20,10 +20,12 @@ from model.ops.experts import ExpertOps
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.kv_values import read_kv, vector_width, write_kv
 from model.ops.mxfp4 import Mxfp4
+from model.ops.quantized import GroupedFloat, GroupedInt
 from model.ops.recurrent import RecurrentOps
 from model.ops.sampling import SamplingOps
 from model.ops.specs import (
     AttentionSpec,
+    Float8Format,
     HeadLinear,
     IntegerFormat,
     Linear,
@@ -152,17 +154,32 @@ class Backend(ExpertOps, RecurrentOps, SamplingOps):
         """Return filled MXFP4 weights in the form that `linear` or `experts` is fastest with."""
         return weights
 
-    @property
-    def keeps_integers(self) -> bool:
-        """Whether weights stay integers of 8 or 4 bits in memory; otherwise they are dense."""
-        return False
+    def keeps_integers(self, quantizes: bool) -> bool:
+        """Return whether weights are integers of 8 or 4 bits in memory; otherwise they are dense.
+
+        quantizes: weights that are dense in files; otherwise those that are integers there.
+        """
+        return not quantizes
 
     def empty_integers(self, shape: tuple[int, ...], form: IntegerFormat, parts: int = 1) -> Any:
         """Return storage for integers [out, in] or [experts, out, in], filled as `empty_weight`'s.
 
         Dense where the kernels do not take the shape.
         """
-        return self.empty_weight(shape, parts)
+        if shape[-1] % form.group_of(shape[-1]):
+            return self.empty_weight(shape, parts)
+        return GroupedInt.empty(shape, form, self.device)
+
+    def keeps_float8(self, quantizes: bool) -> bool:
+        """As `keeps_integers`, of weights in e4m3."""
+        return True
+
+    def empty_float8(self, shape: tuple[int, ...], form: Float8Format, parts: int = 1) -> Any:
+        """As `empty_integers`, for weights in e4m3."""
+        group = form.group or shape[-1]
+        if shape[-1] % group:
+            return self.empty_weight(shape, parts)
+        return GroupedFloat.empty(shape, group, self.device)
 
     def empty_cache(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Return uninitialized memory for KV blocks [2, blocks, block_size, kv_heads, head_dim].

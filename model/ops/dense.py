@@ -49,9 +49,12 @@ class DenseOps:
 
         Also for the logits of experts: head is a linear of the format `HEAD`.
         """
-        parts = head.weight.split(_HEAD_TOKENS)  # bounds the memory of the float32 copy
-        x = x.float()
-        logits = torch.cat([F.linear(x, part.float()) for part in parts], dim=1, out=out)
+        x, weight = x.float(), head.weight
+        parts = []
+        for first in range(0, len(weight), _HEAD_TOKENS):  # bounds the memory of the float32 copy
+            part = head.format.dense(weight[first : first + _HEAD_TOKENS], x.dtype)
+            parts.append(F.linear(x, part.float()))
+        logits = torch.cat(parts, dim=1, out=out)
         if head.bias is not None:
             logits += head.bias
         return self.scale(logits, scale) if out is None else logits.mul_(scale)

@@ -43,6 +43,22 @@ class IntegerFormat(Protocol):
         """
 
 
+class Float8Format(Protocol):
+    """The part of a format in e4m3 that the layout in memory depends on."""
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale, a multiple of 32; 0: all."""
+
+    @property
+    def inputs(self) -> str:
+        """How the inputs of linears become e4m3, "dynamic" or "static"; "": they do not."""
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether dense weights become e4m3."""
+
+
 @dataclass(frozen=True)
 class Parameter:
     """A declared parameter: an attribute of its holder, which the loader sets.

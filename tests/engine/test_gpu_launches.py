@@ -155,6 +155,11 @@ _EXPERTS = ("experts_gate_up", "experts_down")
 _MOE = ("fused_linear", "_route_and_sort", *_EXPERTS)  # the next norm sums the experts
 _ROUTE = ("_add_rms_norm", "linear", "_route", "_count_by_expert", "_sort_by_expert")
 _LARGE_MOE = (*_ROUTE, *_EXPERTS, "sum_experts")
+_FP8 = ("quantize_rows", "quantized_product")
+_FP8_LAYER = (
+    *("_add_rms_norm", *_FP8, "_rotate_and_write", "decode_attention", *_FP8),
+    *("_add_rms_norm", *_FP8, "_activate", *_FP8),
+)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +171,7 @@ _LARGE_MOE = (*_ROUTE, *_EXPERTS, "sum_experts")
         ("gpt_oss-wide", 1, [("fused_linear", *_ONE_ROW_ATTENTION, *_MOE)] * 4),
         ("gpt_oss-wide", 16, [(*_QKV, "decode_attention", "linear", *_MOE)] * 4),
         ("gpt_oss-wide", 256, [(*_QKV, *_ATTENTION, *_LARGE_MOE)] * 4),
+        ("llama-llama3-rope", 4, [_FP8_LAYER] * 4),
     ],
 )
 def test_kernels_of_a_decode_step(
@@ -182,6 +188,9 @@ def test_kernels_of_a_decode_step(
 
     monkeypatch.setattr("model.ops.triton.backend.float32_product", product)
     settings: Any = {"dtype": "bfloat16", "max_batch_size": rows, "kv_memory": 32 << 20}
+    is_fp8 = layers[0] == _FP8_LAYER
+    if is_fp8:
+        settings["quantize"] = "fp8"
     with Engine(checkpoint(name), EngineConfig(**settings)) as engine:
         steps: dict[int, list[list[str]]] = {}
 
@@ -196,7 +205,7 @@ def test_kernels_of_a_decode_step(
         engine.runner.capture(Noting())
     # The last tokens, their embeddings, and the angles of their positions.
     expected = ["index", "_embed", "index", *sum(layers, ()), "_add_rms_norm"]
-    expected += ["fused_linear" if rows == 1 else "linear"]
+    expected += _FP8 if is_fp8 else ["fused_linear" if rows == 1 else "linear"]
     decode, greedy, sampled, adjusted = steps[rows]
     assert decode == expected  # the head writes into the buffer of the logits
     zeros = ["zero_"]  # of this test, see above

@@ -213,6 +213,8 @@ def test_modes_generate_and_chat_follow_the_checkpoint(
     assert cli.run([str(checkpoint.path), "-i", "hi", "--top-k", "3"]) == 0
     found = [sampling(request.params) for request in engine.requests]
     assert found == [(0.0, 1.0, 0), (0.6, 0.95, 3)]
+    assert cli.run([str(checkpoint.path), "-i", "hi", "--generation-config", "none"]) == 0
+    assert sampling(engine.requests[-1].params) == (0.0, 1.0, 0)
     err = capsys.readouterr().err
     assert "getp: temperature 0 (greedy, default); at most 1024" in err
     assert "getp: temperature 0.6 (generation_config.json), top_p 0.95 (" in err

@@ -193,7 +193,7 @@ def test_stop_string_of_a_request_truncates_its_text(tmp_path: Path) -> None:
         ({"prompt": "x", "top_k": -2}, "invalid_value", "'top_k'"),
         ({"prompt": "x", "min_p": 1.1}, "invalid_value", "'min_p' must be from 0 to 1, not 1.1"),
         ({"prompt": "x", "presence_penalty": 3}, "invalid_value", "'presence_penalty' must be"),
-        ({"prompt": "x", "guided_json": {}}, "unsupported_parameter", "'guided_json'"),
+        ({"prompt": "x", "guided_json": 5}, "invalid_value", "'guided_json'"),
         ({"prompt": "x", "top_logprobs": 1}, "unsupported_parameter", "only to chats"),
         ({"prompt": "x", "messages": HI}, "invalid_value", "'messages' and 'prompt' are both"),
         ({"custom_id": "c"}, "missing_parameter", "'prompt' or 'messages'"),

@@ -103,12 +103,31 @@ def test_weights_that_no_kernel_reads_are_planned_as_dense_ones(
     tmp_path: Path, capsys: Printed
 ) -> None:
     dense = KNOWN_CONFIGS["qwen3-30b-a3b"]
-    settings = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    settings = {"quant_method": "fp8", "weight_block_size": [24, 24]}
     (tmp_path / "config.json").write_text(json.dumps({**dense, "quantization_config": settings}))
     plan, usual = planned(capsys, str(tmp_path)), planned(capsys, "qwen3-30b-a3b")
     assert {**plan, "model": "qwen3-30b-a3b"} == usual
     assert cli.run([str(tmp_path), "-m", "plan"]) == 0
     assert "bfloat16 (dequantized from FP8)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_fp8_takes_its_bytes_and_is_multiplied_at_the_peak_of_fp8(
+    tmp_path: Path, capsys: Printed
+) -> None:
+    config = KNOWN_CONFIGS["llama-3-8b"]
+    settings = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    work = ["--phase", "prefill", "--batch", "1", "--context", "4096"]
+    for gpu, share in (("H100", 0.6), ("A100", 1.0)):  # an A100 has no products of e4m3
+        eight, usual = (planned(capsys, name, "--gpu", gpu, *work) for name in (
+            str(tmp_path), "llama-3-8b"
+        ))  # fmt: skip
+        weights = [plan["total"]["bytes"]["weights"] for plan in (eight, usual)]
+        assert 0.5 < weights[0] / weights[1] < 0.6
+        times = [plan["gpus"][0]["seconds"] for plan in (eight, usual)]
+        assert 0.8 * share < times[0] / times[1] <= share
+    assert cli.run([str(tmp_path), "-m", "plan"]) == 0
+    assert "bfloat16, weights in FP8" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("args", [["--batch", "64"], ["--phase", "prefill", "--batch", "4096"]])

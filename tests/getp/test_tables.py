@@ -102,6 +102,27 @@ def test_a_table_is_read_as_the_same_requests_in_jsonl(tmp_path: Path, kind: str
             assert one["error"] == other["error"]
 
 
+def test_ids_that_two_shards_have_are_noticed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [{"id": name, "prompt": "hi", "max_tokens": 1} for name in ("a", 'q"', 'q"', "a")]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    files = ["-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")]
+    for shard in ("1/2", "2/2"):
+        assert cli.run(["-m", "getp", *files, "--shard", shard]) == 0
+    assert cli.run(["-m", "merge", *files[2:]]) == 0
+    err = capsys.readouterr().err
+    assert 'out.jsonl: 2 requests in different shards have ids of others, the first "q\\""' in err
+
+
+def test_failures_beside_a_stream_of_answers_name_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "in.csv")
+    assert run(job(path, "-", columns=COLUMNS, output_format="text")) == SOME_FAILED
+    assert "getp: row 3 failed: the prompt is empty" in capsys.readouterr().err
+
+
 def test_messages_may_be_lists_or_json(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "hi"}]
     nested = write(tmp_path / "a.parquet", [{"messages": messages}])
@@ -264,7 +285,9 @@ def test_an_unusable_url_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("output", ["out.jsonl", "out.parquet", "out.csv", "out.txt"])
-def test_merged_shards_equal_the_whole_job(tmp_path: Path, output: str) -> None:
+def test_merged_shards_equal_the_whole_job(
+    tmp_path: Path, output: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write(
         tmp_path / "in.parquet", [*ROWS, *({**row, "key": row["key"] + 9} for row in ROWS)]
     )
@@ -289,6 +312,11 @@ def test_merged_shards_equal_the_whole_job(tmp_path: Path, output: str) -> None:
         assert read(whole) == read(merged)
     else:
         assert whole.read_bytes() == merged.read_bytes()
+    # A shard that runs again has its journal beside its last results.
+    shard = f"{Path(output).stem}-2-of-3{Path(output).suffix}"
+    (tmp_path / f"{shard}.journal").touch()
+    assert cli.run(merge) == 1
+    assert f"{shard} has a journal beside it" in capsys.readouterr().err
 
 
 def test_only_the_first_requests_run(tmp_path: Path) -> None:

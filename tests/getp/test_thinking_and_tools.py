@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from openai.types.chat import ChatCompletion
 
 from engine import Completion, Request, SamplingParams
 from getp.cli import main as cli
+from getp.job.job import set_options
+from getp.job.request_reader import RequestDefaults
 from getp.text import chat_session
-from getp.text.answer_text import Answer, AnswerOptions
+from getp.text.answer_text import Answer, AnswerOptions, read_answer
 from getp.text.chat_session import ChatSettings
 from getp.text.parts.tool_bodies import ToolCall
+from getp.text.prompts import template_messages
 from getp.text.truncate import Truncation
-from tests.getp.helpers import FakeEngine, byte_level, fake_engine
+from tests.getp.helpers import FakeEngine, byte_level, fake_engine, small_tokenizer
 from tests.getp.test_formats import CHAT, HI, batch_line, body, run
 from tokenizer import ChatTemplate, Tokenizer
 
@@ -180,6 +184,65 @@ def test_calls_of_tools_are_parts_of_responses(tmp_path: Path) -> None:
     assert not prompts[1].startswith("weather ")
 
 
+def test_a_forced_call_is_valid_under_the_schema_of_its_tool(
+    thinking_model: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("llguidance")
+    schema: dict[str, Any] = {"$defs": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
+    schema |= {"properties": {"city": {"$ref": "#/$defs/city"}}, "additionalProperties": False}
+    tools = [TOOL, {"type": "function", "function": {"name": "map", "parameters": schema}}]
+    common: dict[str, Any] = {"messages": HI, "tools": tools, "max_tokens": 150}
+    named = {"type": "function", "function": {"name": "map"}}
+    other = {"type": "function", "function": {"name": "other"}}
+    lines = [
+        {"id": "named", **common, "tool_choice": named, "thinking_token_budget": 2},
+        {"id": "any", **common, "tool_choice": "required", "reasoning_effort": "none",
+         "tools": tools[1:], "parallel_tool_calls": False},
+        {"id": "unknown", **common, "tool_choice": other},
+        {"id": "both", **common, "tool_choice": named, "response_format": {"type": "json_object"}},
+    ]  # fmt: skip
+    found = run_job(thinking_model, tmp_path / "a", lines)
+    assert "'other' is not one of 'tools'" in found["unknown"]["message"]
+    assert "give only one of them" in found["both"]["message"]
+    assert message(found["named"])["reasoning_content"]
+    for key in ("named", "any"):
+        (call,) = message(found[key])["tool_calls"]
+        assert call["function"]["name"] == "map"
+        assert json.loads(call["function"]["arguments"])["city"] in ("Paris", "Rome")
+        assert found[key]["choices"][0]["finish_reason"] == "tool_calls"
+        assert message(found[key])["content"] is None
+
+
+def test_forced_calls_are_read_in_the_final_channel() -> None:
+    tokenizer = small_tokenizer()
+    options = AnswerOptions(chat=True, tools={"f": None}, forced_calls=True)
+    text = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>"
+    for calls, found in (('[{"name":"f","arguments":{}}]', ("", ["f"])), ('[{"na', ('[{"na', []))):
+        answer = read_answer(tokenizer, tokenizer.encode(text + calls), (), options)
+        assert answer.reasoning == "hm"
+        assert (answer.content, [each.recipient for each in answer.tool_calls]) == found
+
+
+def test_earlier_messages_have_the_form_that_the_template_accepts() -> None:
+    call = {"id": "call_abc", "function": {"name": "f", "arguments": {}}}
+    turns: list[dict[str, Any]] = [
+        {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_abc", "content": "1"},
+        {"role": "assistant", "content": "x", "reasoning_content": "hm", "tool_calls": [call]},
+    ]
+    oss = ChatTemplate("{{ message.thinking }}")
+    assert [each.get("thinking") for each in template_messages(oss, turns)] == ["hm", None, None]
+    mistral = ChatTemplate("{% if tool_call.id | length != 9 %}{% endif %}{{ reasoning_content }}")
+    first, result, _ = template_messages(mistral, turns)
+    assert first["tool_calls"][0]["id"] == result["tool_call_id"]
+    assert re.fullmatch(r"[a-z0-9]{9}", result["tool_call_id"])
+    assert first["reasoning_content"] == "hm"
+    assert template_messages(mistral, [{**turns[1], "tool_call_id": "abcdefghi"}])[0][
+        "tool_call_id"
+    ] == "abcdefghi"  # fmt: skip
+    assert turns[0]["tool_calls"] == [call]
+
+
 def test_a_template_without_tools_refuses_them_and_an_unknown_format_is_noticed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -275,4 +338,8 @@ def test_options_that_cannot_have_an_effect_are_refused(
     assert cli.run(["-m", "getp", *files, "--reasoning-effort", "low"]) == 2
     assert "need --chat-template" in capsys.readouterr().err
     assert cli.run(["-m", "generate", "-i", "x", "--chat-template-kwargs", "[1]"]) == 2
+    defaults = RequestDefaults(SamplingParams())
+    assert set_options(defaults) == {}  # older journals stay valid
+    set_ones = replace(defaults, thinking_budget=0, truncate="left", variables={"x": 1})
+    assert set_options(set_ones).keys() == {"thinking_budget", "truncate", "chat_template_kwargs"}
     assert "is not a JSON object" in capsys.readouterr().err

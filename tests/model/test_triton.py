@@ -34,6 +34,7 @@ def test_a_run_on_the_cpu_does_not_import_triton_kernels() -> None:
         "triton_interpreter_sampling.py",
         "triton_interpreter_checks.py",
         "triton_interpreter_recurrent.py",
+        "triton_interpreter_quantized.py",
     ],
 )
 def test_kernels_equal_their_references_in_the_interpreter(file: str) -> None:
@@ -124,6 +125,26 @@ def test_kernels_compile_and_fit_their_targets(architecture: str) -> None:
             threads = 64 * dict(launch.options)["num_warps"]
             stored = threads * sum(x.shared_bytes for x in innermost_loop(code))
             assert stored <= 2 * named["BLOCK_M"] * named["BLOCK_K"], str(launch)
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *SIMILAR_ARCHITECTURES])
+def test_products_with_packed_weights_compile_and_fit_their_targets(architecture: str) -> None:
+    """The highest tiles, which need the most registers; the others are like those of MXFP4."""
+    pytest.importorskip("triton")
+    from tests.model.occupancy import PROCESSORS
+    from tests.model.triton_compiler import CONFIGS, QUANTIZED, compile_launch, quantized_launches
+
+    four_bits, _, _, channels, blocks = QUANTIZED
+    launches = quantized_launches(architecture, [four_bits, channels], [1024], [CONFIGS[2]])
+    if architecture in ("sm_90", "gfx942"):  # experts and few rows
+        launches += quantized_launches(architecture, [blocks], [1], [CONFIGS[4]])
+    has_float8 = any(architecture in each for each in FP8.values())
+    kinds = {dict(launch.constants).get("KIND") for launch in launches} - {None}
+    assert kinds == {"int4", "fp8x8" if has_float8 else "fp8"}
+    for launch in launches:
+        compiled = compile_launch(launch, architecture)
+        assert not compiled.spills, f"{launch}: {compiled.spills} spilled"
+        assert compiled.shared <= PROCESSORS[architecture].program_shared, str(launch)
 
 
 FP8 = {

@@ -3,6 +3,7 @@
 The operations run on tensors without storage, and launches are recorded instead of executed.
 """
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -21,7 +22,9 @@ from triton.runtime.jit import JITFunction
 
 from model import ModelConfig
 from model.cost.known_models import named_config
-from model.formats import DENSE, MXFP4
+from model.formats import DENSE, FP8, MXFP4, WeightFormat
+from model.formats.float8 import Float8
+from model.formats.integers import Integers
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.specs import (
     Activation,
@@ -30,6 +33,7 @@ from model.ops.specs import (
     DeltaRuleGates,
     DeltaRuleSpec,
     Experts,
+    Linear,
     Norm,
     NormSpec,
     RopeArgs,
@@ -165,6 +169,56 @@ def recurrent_launches(architecture: str) -> list[Launch]:
         ops.gated_norm(value, x[:, spec.channels :], norm)
         ops.output_gate(value.flatten(1), value.flatten(1))
     return list(found)
+
+
+QUANTIZED: tuple[WeightFormat, ...] = (
+    Integers(4, 128, True, quantizes=False),
+    Integers(8, 0, False, quantizes=False),
+    Float8(),
+    FP8,
+    Float8(128, "dynamic"),
+)
+
+
+def quantized_launches(
+    architecture: str,
+    forms: Sequence[WeightFormat] = QUANTIZED,
+    rows: Sequence[int] = (1, 64, 1024),
+    configs: Sequence[ModelConfig] | None = None,
+) -> list[Launch]:
+    """Return every distinct launch of a product with weights in these formats.
+
+    By default those of the down projection of Llama-3-8B and of the experts of Qwen3-30B-A3B.
+    """
+    found: dict[Launch, None] = {}
+
+    def record(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kw: Any) -> None:
+        if "quantize" in kernel.__name__:
+            found[launch_of(kernel, args, kw)] = None
+
+    known = Target(architecture, 132, nearest_tiles(architecture))
+    ops = TritonBackend(torch.device("meta"), torch.bfloat16, known)
+    with patch.object(JITFunction, "run", record):
+        for config in configs or (CONFIGS[2], CONFIGS[4]):
+            for form, count in itertools.product(forms, rows):
+                _quantized_call(ops, config, form, count)
+    return list(found)
+
+
+def _quantized_call(ops: TritonBackend, config: ModelConfig, form: WeightFormat, rows: int) -> None:
+    hidden, moe, x = config.hidden_size, config.moe, _empty(rows, config.hidden_size)
+    if moe is None:
+        size = config.intermediate_size
+        weight = form.allocate(ops, (hidden, size))
+        ops.linear(_empty(rows, size), Linear(size, hidden, False, form, weight=weight))
+        return
+    count, size = moe.num_experts, moe.intermediate_size
+    shapes = (count, 2 * size, hidden), (count, hidden, size)
+    up, down = (form.allocate(ops, shape) for shape in shapes)
+    chosen = _empty(rows, moe.router.top_k, dtype=torch.int64)
+    weights = _empty(rows, moe.router.top_k, dtype=torch.float32)
+    experts = Experts(count, hidden, size, False, form, up, None, down, None)
+    ops.experts(x, chosen, weights, experts, Activation())
 
 
 def grids(

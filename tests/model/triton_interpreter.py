@@ -6,6 +6,7 @@ imported, so test_triton.py runs it in a separate process.
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from model.ops.triton.attention import Splitting
 from model.ops.triton.backend import TritonBackend
 from model.ops.triton.mxfp4 import unpack
 from model.ops.triton.sort_by_expert import sort_by_expert
-from model.ops.triton.tiles import Target, Tile, target_of
+from model.ops.triton.tiles import Target, Tile, chosen_tile, row_blocks, target_of
 from tests.checkpoints import quantize_mxfp4, write_checkpoint
 from tests.model.ops_helpers import (
     CPU,
@@ -719,8 +720,7 @@ def test_a_narrow_tile_is_used_where_wide_ones_give_too_few_programs(
     rows: int, processors: int, width: int
 ) -> None:
     choices = Tile(16, 64, 64, 4, 2), Tile(16, 32, 64, 2, 2), Tile(64, 128, 64, 8, 2)
-    target = replace(target_of(CPU), processors=processors)
-    tile = expert_kernels._tile(choices, rows / 4, 2 * rows, 8, 2880, target)
+    tile = chosen_tile(choices, rows / 4, partial(row_blocks, 2 * rows, 8), 2880, processors)
     assert (tile.m, tile.n) == (16, width)
 
 
@@ -728,7 +728,7 @@ def test_a_narrow_tile_is_used_where_wide_ones_give_too_few_programs(
 def float16_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let float16 stand for bfloat16, which the interpreter does not multiply."""
 
-    def fuses(ops: TritonBackend, x: torch.Tensor, norm: Norm, most_rows: int) -> bool:
+    def fuses(ops: TritonBackend, x: torch.Tensor, norm: Norm, most_rows: int, *_: Any) -> bool:
         return 0 < len(x) <= most_rows
 
     monkeypatch.setattr(TritonBackend, "_fuses", fuses)

@@ -36,6 +36,8 @@ class Subject(Flag):
     TABLE = auto()
     REFERENCE = auto()
     PRICE = auto()
+    GRACE = auto()
+    SERVE = auto()
 
 
 _S = Subject
@@ -80,7 +82,13 @@ MODES = {
         | _S.REPLICAS
         | _S.TABLE
         | _S.REFERENCE
-        | _S.PRICE,
+        | _S.PRICE
+        | _S.GRACE,
+    ),
+    "serve": Mode(
+        "serve",
+        "serve OpenAI's API, with batches",
+        (_COMPLETES & ~_S.INPUT & ~_S.PROMPT) | _S.GRACE | _S.SERVE,
     ),
     "decode": Mode(
         "decode", "print the answers of a result file as text", _S.INPUT | _S.OUTPUT | _S.LINE

@@ -19,23 +19,24 @@ _MAX_MARKER_TOKENS = 16  # at the end of a prompt; a marker in text and the whit
 
 
 class Markers(NamedTuple):
-    """The texts around the thinking, and what ends it when it has taken too long."""
+    """The texts around the thinking, and what stands beside its end if that is forced."""
 
     start: str
     end: str
-    forced: str
+    before_end: str = ""
+    after_end: str = ""
 
 
 _MARKERS = (
-    Markers("<think>", "</think>", "\n</think>\n\n"),
-    Markers("<seed:think>", "</seed:think>", "</seed:think>"),
-    Markers("[THINK]", "[/THINK]", "[/THINK]"),  # Magistral, Ministral 3
-    Markers("<|channel>thought\n", "<channel|>", "\n<channel|>"),  # Gemma 4
+    Markers("<think>", "</think>", "\n", "\n\n"),
+    Markers("<seed:think>", "</seed:think>"),
+    Markers("[THINK]", "[/THINK]"),  # Magistral, Ministral 3
+    Markers("<|channel>thought\n", "<channel|>", "\n"),  # Gemma 4
 )
 _HARMONY = Markers(
     "<|channel|>analysis<|message|>",
     "<|end|>",
-    "<|end|><|start|>assistant<|channel|>final<|message|>",
+    after_end="<|start|>assistant<|channel|>final<|message|>",
 )
 
 
@@ -62,8 +63,19 @@ def thinking_budget(
     markers = _HARMONY if supports_harmony(tokenizer) else markers_of(tokenizer.template)
     if markers is None:
         return None
-    start, end, forced = (tuple(tokenizer.encode(text, special=False)) for text in markers)
-    return ThinkingBudget(max_tokens, start, end, forced, is_open(markers, tokenizer, prompt_ids))
+    start, end, before, after = (tuple(tokenizer.encode(text, special=False)) for text in markers)
+    opened = is_open(markers, tokenizer, prompt_ids)
+    return ThinkingBudget(max_tokens, start, end, before + end + after, opened)
+
+
+def without_thinking(template: ChatTemplate | None, text: str) -> str:
+    """Return the text of an answer without its thinking, where the prompt is not known."""
+    markers = markers_of(template)
+    if markers is None or markers.end not in text:
+        return text
+    parser = ThinkingParser(markers, not text.lstrip().startswith(markers.start))
+    pieces = parser.push(text) + parser.flush()
+    return "".join(piece.text for piece in pieces if piece.channel == FINAL)
 
 
 class ThinkingParser:

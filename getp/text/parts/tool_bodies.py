@@ -39,6 +39,7 @@ _ARG = re.compile(
 _NAME = re.compile(
     r"\s*(?:\[TOOL_CALLS\])?\s*([\w.\-]+)\s*(?:\[CALL_ID\]([\w\-]+))?(?:\[ARGS\])?\s*"
 )
+_BARE_KEY = re.compile(r"([{,]\s*)([^\s{}\[\]:,\"]+)\s*:")
 _DEEPSEEK = re.compile(
     r"\s*<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>(?P<old>[^\n]+)\n```json\n(?P<code>.*?)\n```"
     r"|(?P<name>.*?)<｜tool▁sep｜>(?P<plain>.*?))\s*<｜tool▁call▁end｜>\s*",
@@ -117,6 +118,21 @@ def read_kimi(body: str, schemas: Schemas) -> list[ToolCall] | None:
     return _read_matches(
         _KIMI, body, lambda match: (match["name"], match["arguments"], match["id"])
     )
+
+
+def read_gemma(body: str, schemas: Schemas) -> list[ToolCall] | None:
+    """Read call:NAME{key:<|"|>text<|"|>,other:1} of Gemma 4: JSON with other quotes."""
+    match = re.fullmatch(r"\s*call:([\w.\-]+)(\{.*\})\s*", body, re.DOTALL)
+    if match is None:
+        return None
+    parts = match[2].split('<|"|>')  # each second one is a text
+    for at, part in enumerate(parts):
+        parts[at] = json.dumps(part) if at % 2 else _BARE_KEY.sub(r'\1"\2":', part)
+    try:
+        (value,) = _json_values("".join(parts))
+        return [ToolCall(match[1], _arguments(value))]
+    except (ValueError, RecursionError):
+        return None
 
 
 def _read_matches(

@@ -12,6 +12,7 @@ from getp.text.parts.tool_bodies import (
     Schemas,
     ToolCall,
     read_deepseek,
+    read_gemma,
     read_json,
     read_kimi,
     read_known,
@@ -32,7 +33,7 @@ class ToolFormat:
     begin: str
     end: str | None  # None: a call goes on to the end of the answer
     read: Callable[[str, Schemas], list[ToolCall] | None]
-    may_be_bare: bool = False  # an answer that begins with { is a call, too
+    bare: str | None = None  # an answer that begins with this character is a call, too
     mentions: tuple[str, ...] = ()  # what a template of this format has besides the marker
     inside: tuple[str, ...] = ()  # markers between, which may be special tokens
 
@@ -54,11 +55,15 @@ _FORMATS = (
         read_kimi,
         inside=("<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"),
     ),
+    ToolFormat("<|tool_call>", "<tool_call|>", read_gemma, inside=('<|"|>',)),
     ToolFormat("<|tool_call|>", "<|/tool_call|>", read_json),  # Phi-4-mini
     ToolFormat(
-        "<|python_tag|>", None, read_known, may_be_bare=True, mentions=('"parameters": dictionary',)
+        "<|python_tag|>", None, read_known, bare="{", mentions=('"parameters": dictionary',)
     ),  # Llama 3
 )
+
+FORCED = ToolFormat("[", None, read_json, bare="[")
+"""How an answer is read whose grammar makes it a list of calls, whatever the model's format."""
 
 
 def format_of(template: ChatTemplate | None) -> ToolFormat | None:
@@ -117,7 +122,7 @@ class ToolCallParser:
         if self._after_call:
             self._held = self._held.lstrip()
         held, begin = self._held, self._form.begin
-        if self._is_start and self._form.may_be_bare and held.lstrip().startswith("{"):
+        if self._is_start and self._form.bare and held.lstrip()[:1] == self._form.bare:
             self._begin, text = "", held[: len(held) - len(held.lstrip())]
         elif begin in held:
             text, _, held = held.partition(begin)

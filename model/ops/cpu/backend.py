@@ -17,6 +17,7 @@ from model.ops.cpu.recurrent import CpuRecurrentOps
 from model.ops.cpu.sampling import sample, sample_by_kind, top_tokens
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.mxfp4 import MXFP4_BLOCK
+from model.ops.quantized import GroupedFloat
 from model.ops.sampling import NO_TOKEN
 from model.ops.specs import (
     Activation,
@@ -66,11 +67,15 @@ class CpuBackend(CpuRecurrentOps, OneDnnBackend):
 
     def pack(self, weight: Any) -> Any:
         """As Backend.pack; weights for the kernels were packed as they were filled."""
-        return weight if self._packs(weight.shape) else super().pack(weight)
+        if isinstance(weight, GroupedFloat) or self._packs(weight.shape):
+            return weight
+        return super().pack(weight)
 
     def pack_experts(self, weights: Any) -> Any:
         """As Backend.pack_experts; see `pack`."""
-        return weights if self._packs(weights.shape) else super().pack_experts(weights)
+        if isinstance(weights, GroupedFloat) or self._packs(weights.shape):
+            return weights
+        return super().pack_experts(weights)
 
     def empty_head(self, shape: tuple[int, ...]) -> Any:
         """As `empty_weight`."""
@@ -102,8 +107,7 @@ class CpuBackend(CpuRecurrentOps, OneDnnBackend):
         """As `pack_experts`, for MXFP4."""
         return weights if self._packs(weights.shape) else super().pack_mxfp4(weights)
 
-    @property
-    def keeps_integers(self) -> bool:
+    def keeps_integers(self, quantizes: bool) -> bool:
         """As Backend.keeps_integers: if there are kernels."""
         return self._has_kernels
 
@@ -112,7 +116,7 @@ class CpuBackend(CpuRecurrentOps, OneDnnBackend):
         group = form.group_of(shape[-1])
         if self._packs(shape, parts) and not (group % MXFP4_BLOCK or shape[-1] % group):
             return Packed.empty_integers(shape, form, parts)
-        return super().empty_integers(shape, form, parts)
+        return self.empty_weight(shape, parts)
 
     def empty_cache(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Return memory of which pages that are never touched cost nothing."""
@@ -155,9 +159,14 @@ class CpuBackend(CpuRecurrentOps, OneDnnBackend):
         leave_to_torch()
         return super().scale(x, factor)
 
+    def _is_native(self, linear: Linear) -> bool:
+        """Whether the kernels take the weight of a linear: none reads e4m3."""
+        is_e4m3 = isinstance(linear.weight, GroupedFloat)
+        return self._fits(linear.inputs, MXFP4_BLOCK) and not is_e4m3
+
     def linear(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
         """As Backend.linear."""
-        if self._fits(linear.inputs, MXFP4_BLOCK):
+        if self._is_native(linear):
             return native.linear(x, linear.weight, linear.bias)
         leave_to_torch()
         return super().linear(x, linear)
@@ -166,7 +175,7 @@ class CpuBackend(CpuRecurrentOps, OneDnnBackend):
         self, x: torch.Tensor, head: Linear, scale: float, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """As Backend.logits."""
-        if not self._fits(head.inputs, MXFP4_BLOCK):
+        if not self._is_native(head):
             leave_to_torch()
             return super().logits(x, head, scale, out)
         logits = native.logits(x, head.weight, head.bias, scale)
@@ -256,7 +265,7 @@ class CpuBackend(CpuRecurrentOps, OneDnnBackend):
 
     def gated_linear(self, x: torch.Tensor, linear: Linear, activation: Activation) -> torch.Tensor:
         """As Backend.gated_linear."""
-        fits = self._fits(linear.inputs, MXFP4_BLOCK) and not linear.outputs % (2 * PANEL)
+        fits = self._is_native(linear) and not linear.outputs % (2 * PANEL)
         if fits and activation.is_gated:
             return native.gated_linear(x, linear.weight, linear.bias, activation)
         return super().gated_linear(x, linear, activation)
@@ -297,6 +306,7 @@ class CpuBackend(CpuRecurrentOps, OneDnnBackend):
     ) -> torch.Tensor:
         """As Backend.experts."""
         fits = self._packs((experts.count, 2 * experts.size, experts.hidden), 2)
+        fits = fits and not isinstance(experts.down, GroupedFloat)
         if fits and shard.size == 1:
             return native.experts(x, chosen, weights, experts, activation)
         if not fits:

@@ -38,6 +38,14 @@ class OneDnnBackend(Backend):
         """As Backend.keeps_mxfp4: torch has no kernel for MXFP4."""
         return False
 
+    def keeps_integers(self, quantizes: bool) -> bool:
+        """As Backend.keeps_integers: torch has no kernel for integers."""
+        return False
+
+    def keeps_float8(self, quantizes: bool) -> bool:
+        """As Backend.keeps_float8: only on request, since each product converts the weight."""
+        return quantizes
+
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the weight in oneDNN's layout where it has one for the dtype."""
         if weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
@@ -65,12 +73,14 @@ class OneDnnBackend(Backend):
 
     def linear(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
         """As Backend.linear, for weights from `pack`."""
-        return _linear(x, linear.weight, linear.bias)
+        return _linear(x, linear.format.dense(linear.weight, x.dtype), linear.bias)
 
     def logits(
         self, x: torch.Tensor, head: Linear, scale: float, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """As Backend.logits, for a weight from `pack_head`."""
+        if not isinstance(head.weight, torch.Tensor):
+            return super().logits(x, head, scale, out)
         bias = None if head.bias is None else head.bias.float()
         logits = self.scale(torch.nn.functional.linear(x.float(), head.weight, bias), scale)
         return logits if out is None else out.copy_(logits)
@@ -97,7 +107,7 @@ class OneDnnBackend(Backend):
         def multiply(rows: torch.Tensor, packed: Any, biases: Any) -> torch.Tensor:
             slices = rows.split([count for _, count in used])
             results = [
-                _linear(part, packed[expert], biases[expert])
+                _linear(part, experts.format.dense(packed[expert], x.dtype), biases[expert])
                 for part, (expert, _) in zip(slices, used, strict=True)
             ]
             return torch.cat(results)

@@ -20,7 +20,9 @@ from model.ops.specs import (
     AttentionSpec,
     Experts,
     ExpertShard,
+    Float8Format,
     HeadLinear,
+    IntegerFormat,
     Linear,
     Norm,
     RopeArgs,
@@ -44,6 +46,8 @@ from model.ops.triton.norm import (
     gated,
     scaled_sum,
 )
+from model.ops.triton.quantized.linear import quantized_linear
+from model.ops.triton.quantized.weights import UNIT, QuantizedWeight
 from model.ops.triton.recurrent.operations import TritonRecurrentOps
 from model.ops.triton.rotary import latent_query, rotate_and_write
 from model.ops.triton.route import MAX_PAIRS, route
@@ -127,8 +131,24 @@ class TritonBackend(TritonRecurrentOps, Backend):
         return self._with(replace(self.target, tiles=tiles), selection)
 
     def pack_experts(self, weights: Any) -> Any:
-        """As `Backend.pack_experts`: dense weights stay as they are."""
-        return dense_weights(weights)
+        """As `Backend.pack_experts`: weights stay as they are."""
+        return dense_weights(weights) if isinstance(weights, torch.Tensor) else self.pack(weights)
+
+    def pack(self, weight: Any) -> Any:
+        """As `Backend.pack`."""
+        return weight.finished() if isinstance(weight, QuantizedWeight) else weight
+
+    def empty_integers(self, shape: tuple[int, ...], form: IntegerFormat, parts: int = 1) -> Any:
+        """As `Backend.empty_integers`: for kernels that unpack them."""
+        if not _fits(shape, form.group_of(shape[-1])):
+            return self.empty_weight(shape, parts)
+        return QuantizedWeight.integers(shape, form, self.device, self.target.mxfp4_run)
+
+    def empty_float8(self, shape: tuple[int, ...], form: Float8Format, parts: int = 1) -> Any:
+        """As `Backend.empty_float8`: in the form of the hardware, or for kernels that convert."""
+        if not _fits(shape, form.group):
+            return self.empty_weight(shape, parts)
+        return QuantizedWeight.float8(shape, form, self.device, self.target)
 
     def keeps_mxfp4(self, stacked: bool) -> bool:
         """As `Backend.keeps_mxfp4`: only experts, of whose kernels there are such."""
@@ -146,6 +166,8 @@ class TritonBackend(TritonRecurrentOps, Backend):
 
     def linear(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
         """As `Backend.linear`."""
+        if isinstance(linear.weight, QuantizedWeight):
+            return quantized_linear(x, linear.weight, linear.bias, self._target("linear"))
         return few_rows_linear(x, linear, self._target("linear"))
 
     def logits(
@@ -155,7 +177,9 @@ class TritonBackend(TritonRecurrentOps, Backend):
         target = self._target("logits")
         if out is None:
             out = x.new_empty(len(x), len(head.weight), dtype=torch.float32)
-        if is_one_row(x, target):
+        if isinstance(head.weight, QuantizedWeight):
+            quantized_linear(x, head.weight, None, target, out)
+        elif is_one_row(x, target):
             norm_linear(x, None, None, head, target, out=out)
         else:
             float32_product(x, head.weight, out)
@@ -175,9 +199,13 @@ class TritonBackend(TritonRecurrentOps, Backend):
         """As `Backend.scaled_sum`."""
         return scaled_sum(x, delta, factor, self._target("scaled_sum"))
 
-    def _fuses(self, x: torch.Tensor, norm: Norm, most_rows: int) -> bool:
-        """Whether to fuse; not in float16, whose products may overflow before they are scaled."""
+    def _fuses(self, x: torch.Tensor, norm: Norm, most_rows: int, *linears: Linear) -> bool:
+        """Whether to fuse; not in float16, whose products may overflow before they are scaled.
+
+        linears: those that would be in the kernel, whose weights must be dense.
+        """
         is_fused = 0 < len(x) <= most_rows and not norm.is_identity
+        is_fused = is_fused and all(isinstance(each.weight, torch.Tensor) for each in linears)
         return is_fused and self.dtype != torch.float16
 
     def norm_qkv(
@@ -192,7 +220,7 @@ class TritonBackend(TritonRecurrentOps, Backend):
         target = self._target("norm_qkv")
         # A tile of rows does not have the registers to sum parts of a delta.
         is_one_delta = delta_parts(delta) <= 1 or is_one_row(x, target)
-        if self._fuses(x, norm, target.tiles.fused_qkv) and is_one_delta:
+        if self._fuses(x, norm, target.tiles.fused_qkv, qkv) and is_one_delta:
             return norm_qkv(x, delta, norm, qkv, rope, target)
         return super().norm_qkv(x, delta, norm, qkv, rope)
 
@@ -210,7 +238,8 @@ class TritonBackend(TritonRecurrentOps, Backend):
         tiles = target.tiles
         has_bias = gate_up.has_bias or down.has_bias
         most_rows = max(tiles.fused_gate_up, 0 if has_bias else tiles.fused_mlp)
-        if self._fuses(x, norm, most_rows) and activation == Activation():
+        is_plain = activation == Activation()
+        if is_plain and self._fuses(x, norm, most_rows, gate_up, down):
             return norm_mlp(x, delta, norm, gate_up, down, target)
         return super().norm_mlp(x, delta, norm, gate_up, down, activation)
 
@@ -325,3 +354,8 @@ class TritonBackend(TritonRecurrentOps, Backend):
         """As `Backend.sample_rows`."""
         target = self._target("sample_rows")
         return sample_rows(logits, rows, last, positions, tables, target)
+
+
+def _fits(shape: tuple[int, ...], group: int) -> bool:
+    """Whether kernels take weights of this shape with a scale for `group` inputs (0: all)."""
+    return shape[-1] % (group or UNIT) == 0 and shape[-1] % UNIT == 0

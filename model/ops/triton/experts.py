@@ -1,5 +1,6 @@
 """Launches of the mixture-of-experts MLP: sort by expert, gate and up, down, weighted sum."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,35 +10,11 @@ from model.ops.specs import Activation, Experts, ExpertShard
 from model.ops.triton.kernels.experts_down import experts_down, sum_experts
 from model.ops.triton.kernels.experts_gate_up import experts_gate_up
 from model.ops.triton.mxfp4 import ExpertWeights
+from model.ops.triton.norm import activate
+from model.ops.triton.quantized.linear import Pairs, quantized_down, quantized_gate_up
+from model.ops.triton.quantized.weights import QuantizedWeight
 from model.ops.triton.sort_by_expert import sort_by_expert
-from model.ops.triton.tiles import Target, Tile, for_dtype
-
-
-def row_blocks(pairs: int, experts: int, height: int) -> int:
-    """Return the maximum number of blocks of `height` rows that pairs of these experts can need."""
-    used = min(pairs, experts)
-    return used + (pairs - used) // height
-
-
-def _tile(
-    choices: tuple[Tile, ...],
-    mean_rows: float,
-    pairs: int,
-    count: int,
-    columns: int,
-    target: Target,
-) -> Tile:
-    """Return the lowest tile with room for the mean number of rows of an expert.
-
-    Of tiles of that height the widest whose programs fill the device twice, else the narrowest.
-    """
-    height = next((tile.m for tile in choices if tile.m >= mean_rows), choices[-1].m)
-    *wider, narrowest = (tile for tile in choices if tile.m == height)
-    blocks = row_blocks(pairs, count, height)
-    for tile in wider:
-        if blocks * triton.cdiv(columns, tile.n) >= 2 * target.processors:
-            return tile
-    return narrowest
+from model.ops.triton.tiles import Target, Tile, chosen_tile, for_dtype, row_blocks
 
 
 def experts(
@@ -49,7 +26,7 @@ def experts(
     shard: ExpertShard,
     target: Target,
 ) -> torch.Tensor:
-    """As `Backend.experts`, for weights as `mxfp4.ExpertWeights`."""
+    """As `Backend.experts`, for weights as `mxfp4.ExpertWeights` or `QuantizedWeight`."""
     x, chosen = x.contiguous(), chosen.contiguous()
     if not len(x):
         return torch.empty_like(x)
@@ -108,7 +85,8 @@ def expert_pairs(
         weights: ExpertWeights, columns: int, packed: tuple[Tile, ...]
     ) -> tuple[tuple[int, int], dict[str, Any]]:
         choices = packed if weights.is_packed else tiles.experts
-        tile = _tile(choices, mean_rows, tokens * top_k, count, columns, target)
+        blocks = partial(row_blocks, tokens * top_k, count)
+        tile = chosen_tile(choices, mean_rows, blocks, columns, target.processors)
         tile = for_dtype(tile, x.dtype)
         grid = triton.cdiv(columns, tile.n), row_blocks(tokens * top_k, count, tile.m)
         return grid, {
@@ -127,22 +105,29 @@ def expert_pairs(
             **target.launch_options,
         }
 
-    inner = x.new_empty(tokens * top_k, size)
-    grid, options = launch(gate_up, size, tiles.mxfp4_gate_up)
-    experts_gate_up[grid](
-        x,
-        gate_up.values,
-        gate_up.scales,
-        x if gate_up_bias is None else gate_up_bias,
-        order,
-        expert_starts,
-        inner,
-        TOP_K=top_k,
-        BIAS=gate_up_bias is not None,
-        LIMIT=activation.limit,
-        ALPHA=activation.alpha,
-        **options,
-    )
+    sorted_pairs = Pairs(order, expert_starts, weights, mean_rows)
+    if isinstance(gate_up, QuantizedWeight):
+        both = quantized_gate_up(x, gate_up, gate_up_bias, sorted_pairs, target)
+        inner = activate(both, activation, target)
+    else:
+        inner = x.new_empty(tokens * top_k, size)
+        grid, options = launch(gate_up, size, tiles.mxfp4_gate_up)
+        experts_gate_up[grid](
+            x,
+            gate_up.values,
+            gate_up.scales,
+            x if gate_up_bias is None else gate_up_bias,
+            order,
+            expert_starts,
+            inner,
+            TOP_K=top_k,
+            BIAS=gate_up_bias is not None,
+            LIMIT=activation.limit,
+            ALPHA=activation.alpha,
+            **options,
+        )
+    if isinstance(down, QuantizedWeight):
+        return quantized_down(inner, down, down_bias, sorted_pairs, target)
     pairs = x.new_empty(tokens, top_k, hidden)
     grid, options = launch(down, hidden, tiles.mxfp4_down)
     experts_down[grid](

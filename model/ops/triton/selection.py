@@ -93,6 +93,10 @@ def candidates(op: str, target: Target) -> list[Choice]:
         found.append({name: getattr(SMALL, name) for name in (*packed, "experts")})
     elif op == "norm_experts":
         found.append({"fused_router": 0 if tiles.fused_router else 16})
+    if op in ("linear", "logits", "experts"):
+        quantized = ("quantized", "fp8")
+        found += [{name: _narrow(getattr(tiles, name))} for name in quantized]
+        found.append({name: getattr(SMALL, name) for name in quantized})
     if tiles.programmatic_launch:
         found.append({"programmatic_launch": False})
     prior = {name: getattr(tiles, name) for each in found for name in each}

@@ -4,6 +4,7 @@ They are chosen by hand to fit a target's shared memory and registers; nothing i
 runs. An architecture that is not listed uses those of the nearest older one of its vendor.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,6 +60,10 @@ class Tiles:
     # The same for packed weights. Gate and up take two sums and twice as much of a stage.
     mxfp4_gate_up: tuple[Tile, ...]
     mxfp4_down: tuple[Tile, ...]
+    # Weights of 4 and 8 bits, in linears and experts, chosen as those of experts: unpacked for
+    # products in 16 bits, and e4m3 as it is. A step has at most the inputs that share a scale.
+    quantized: tuple[Tile, ...]
+    fp8: tuple[Tile, ...]
     # Up to so many last rows of an expert are computed with the rows before them, or in a tile of
     # this height if there are none. 0: they have a tile of their own.
     short: int = 0
@@ -102,6 +107,19 @@ _HOPPER = Tiles(
     # The highest tiles leave room for two programs: one multiplies while the other unpacks.
     mxfp4_gate_up=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 4, 3)),
     mxfp4_down=(Tile(16, 64, 128, 4, 6), Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 4, 128)),
+    # Narrow tiles at few rows let every processor load weights: 4096 rows are 256 programs.
+    quantized=(
+        Tile(16, 64, 128, 4, 6),
+        Tile(16, 16, 128, 1, 8),
+        Tile(64, 64, 64, 4, 4),
+        Tile(128, 128, 64, 8, 4),
+    ),
+    fp8=(
+        Tile(16, 64, 128, 4, 6),
+        Tile(16, 16, 128, 1, 8),
+        Tile(64, 64, 128, 4, 4),
+        Tile(128, 128, 128, 8, 4),
+    ),
     # Of 1024 tokens each expert of gpt-oss gets 128 ± 11, so every other one has more than 128.
     short=32,
     fused=Tile(16, 32, 128, 2, 5),  # each of 4 warps would read all of x for half of the weights
@@ -134,6 +152,18 @@ _AMPERE = Tiles(
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)),
     mxfp4_gate_up=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 32, 4, 4)),
     mxfp4_down=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 4), Tile(128, 64, 32, 4, 4)),
+    quantized=(
+        Tile(16, 64, 128, 4, 4),
+        Tile(16, 16, 128, 1, 6),
+        Tile(64, 64, 64, 4, 4),
+        Tile(128, 64, 32, 4, 4),
+    ),
+    fp8=(
+        Tile(16, 64, 128, 4, 4),
+        Tile(16, 16, 128, 1, 6),
+        Tile(64, 64, 128, 4, 3),
+        Tile(128, 64, 64, 4, 4),
+    ),
     fused=Tile(16, 32, 64, 4, 3),
     fp8_keys_wide=32,
 )
@@ -161,6 +191,18 @@ _CDNA = Tiles(
         Tile(64, 64, 64, 4, 2),
         Tile(128, 64, 64, 8, 2),
     ),
+    quantized=(
+        Tile(16, 64, 128, 4, 2),
+        Tile(16, 16, 128, 1, 2),
+        Tile(64, 64, 64, 4, 2),
+        Tile(128, 64, 64, 8, 2),
+    ),
+    fp8=(
+        Tile(16, 64, 128, 4, 2),
+        Tile(16, 16, 128, 1, 2),
+        Tile(64, 64, 128, 4, 2),
+        Tile(128, 64, 128, 8, 2),
+    ),
     fused=Tile(16, 16, 32, 4, 2),
 )
 # The registers of these heads have room for two waves without asking.
@@ -176,6 +218,8 @@ SMALL = Tiles(
     experts=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 32, 4, 2)),
     mxfp4_gate_up=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2)),
     mxfp4_down=(Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2)),
+    quantized=(Tile(16, 64, 64, 4, 2), Tile(16, 16, 64, 1, 2), Tile(64, 64, 64, 4, 2)),
+    fp8=(Tile(16, 64, 64, 4, 2), Tile(16, 16, 64, 1, 2), Tile(64, 64, 64, 4, 2)),
     fused=Tile(16, 32, 32, 4, 2),
     fused_router=8,  # with 16 rows and 128 experts registers spill on a Radeon
 )
@@ -295,6 +339,32 @@ def architecture_of(device: torch.device) -> str:
     if torch.version.hip:
         return str(properties.gcnArchName).split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+def row_blocks(pairs: int, experts: int, height: int) -> int:
+    """Return the maximum number of blocks of `height` rows that pairs of these experts can need."""
+    used = min(pairs, experts)
+    return used + (pairs - used) // height
+
+
+def chosen_tile(
+    choices: Sequence[Tile],
+    mean_rows: float,
+    blocks: Callable[[int], int],
+    columns: int,
+    processors: int,
+) -> Tile:
+    """Return the lowest tile with room for the mean number of rows (of an expert).
+
+    Of tiles of that height the widest whose programs fill the device twice, else the narrowest.
+    blocks: the number of row blocks, by their height.
+    """
+    height = next((tile.m for tile in choices if tile.m >= mean_rows), choices[-1].m)
+    *wider, narrowest = (tile for tile in choices if tile.m == height)
+    for tile in wider:
+        if blocks(height) * -(-columns // tile.n) >= 2 * processors:
+            return tile
+    return narrowest
 
 
 def for_dtype(tile: Tile, dtype: torch.dtype) -> Tile:
