@@ -175,6 +175,22 @@ def length_and_sampling(settings: Settings) -> "tuple[dict[str, Any], dict[str, 
     }
 
 
+def identity(settings: Settings) -> dict[str, str]:
+    """Return fingerprints of the files that results depend on, for journals."""
+    from getp import fingerprint
+
+    adapters = " ".join(
+        f"{fingerprint.of_adapter(Path(folder))}:{weight:g}"
+        for folder, weight in settings.engine.adapter
+    )
+    return {
+        "checkpoint": fingerprint.of_checkpoint(checkpoint_folder(settings)),
+        "tokenizer": fingerprint.of_tokenizer(tokenizer_path(settings)),
+        **({"adapters": adapters} if adapters else {}),  # older journals lack it
+        "weights": "dummy" if settings.engine.dummy_weights else "the checkpoint's",
+    }
+
+
 def load_engine(settings: Settings) -> "Engine":
     """Create the engine, which loads weights in `warm_up`. Raises UsageProblem, EngineError."""
     import torch

@@ -24,6 +24,7 @@ from getp.cli.click_types import (
 from getp.cli.modes import MODES, Subject
 from getp.cli.plan_options import PLAN_OPTIONS
 from getp.cli.sampling_options import SAMPLING_OPTIONS
+from getp.cli.serve_options import SERVE_OPTIONS
 from model.config import KV_DTYPES, QUANTIZED
 
 _MAX_SECONDS = 365 * 24 * 3600  # one year; Python cannot wait for much longer
@@ -161,6 +162,7 @@ _ALL: tuple[Decorator, ...] = (
     ),
     _job(
         "--grace",
+        subject=Subject.GRACE,
         type=Number(0, _MAX_SECONDS),
         default=10.0,
         show_default=True,
@@ -331,6 +333,7 @@ _ALL: tuple[Decorator, ...] = (
         help="Run the replicas on this Ray cluster (auto: the one of this host).  "
         "[default: a private Ray instance on this host]",
     ),
+    *SERVE_OPTIONS,
     *PLAN_OPTIONS,
     in_group(_HELP)("--debug", is_flag=True, help="Show tracebacks."),
     click.version_option(

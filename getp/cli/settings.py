@@ -138,6 +138,19 @@ class PlanOptions:
 
 
 @dataclass(frozen=True)
+class ServeOptions:
+    """Where a server listens, who may use it, and where it keeps batches."""
+
+    host: str
+    port: int  # 0: a free one
+    api_key: str | None
+    insecure: bool
+    data: str | None
+    model_name: str | None
+    max_queue: int
+
+
+@dataclass(frozen=True)
 class Settings:
     """The values of all options of a command line."""
 
@@ -151,6 +164,7 @@ class Settings:
     result_file: ResultFileOptions
     step: StepOptions
     plan: PlanOptions
+    serve: ServeOptions
     details: bool  # print the long tables, too
     json: bool  # print JSON instead of tables
     engine: "EngineConfig"  # the defaults in mode plan, which has no engine
@@ -176,6 +190,7 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
         _pick(ResultFileOptions, given),
         _pick(StepOptions, given),
         _pick(PlanOptions, given),
+        _pick(ServeOptions, given),
         given["details"],
         given["json"],
         engine,

@@ -72,6 +72,12 @@ _OPTIONS = {
     "plot": "--plot",
     "trace": "--trace",
     "format": "--format",
+    "host": "--host",
+    "port": "--port",
+    "api_key": "--api-key",
+    "insecure": "--insecure",
+    "data": "--data",
+    "max_queue": "--max-queue",
 }
 
 

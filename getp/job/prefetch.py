@@ -80,12 +80,21 @@ class Prefetcher(Generic[_Item]):
 
     def until(self, stopped: Callable[[], bool]) -> Iterator[_Item]:
         """Yield the items until they end, or until `stopped` returns true."""
+        return (item for item in self._arranged(stopped, _POLL_S) if item is not None)
+
+    def poll(self) -> Iterator[_Item | None]:
+        """Yield the items until they end; None if the next one is not ready yet."""
+        return self._arranged(self._closed.is_set, 0)
+
+    def _arranged(self, stopped: Callable[[], bool], wait_s: float) -> Iterator[_Item | None]:
+        """Yield the items in order; None after each wait of `wait_s` for the next one."""
         window: list[_Item] = []
         missing = self._limit  # cost that the window still lacks
         while not stopped():
             try:
-                chunk = self._queue.get(timeout=_POLL_S)
+                chunk = self._queue.get(wait_s > 0, wait_s)
             except queue.Empty:
+                yield None
                 continue
             window += chunk.items
             missing -= chunk.cost

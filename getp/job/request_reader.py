@@ -113,7 +113,7 @@ class RequestReader:
                 raise BadRequestError("duplicate_custom_id", f"duplicate custom_id {custom_id!r}")
             if not needed:
                 return None
-            return self._request(line, custom_id, self._format.parse(line, record))
+            return self.request(line, custom_id, self._format.parse(line, record))
         except BadRequestError as error:
             return Failure(line.index, line.number, custom_id, error.code, str(error))
         except Exception as error:  # a single request must never end the job
@@ -142,7 +142,8 @@ class RequestReader:
         except TokenizerError as error:
             raise BadRequestError("not_encodable", str(error)) from error
 
-    def _request(self, line: Line, custom_id: str, body: ParsedBody) -> JobRequest:
+    def request(self, line: Line, custom_id: str, body: ParsedBody) -> JobRequest:
+        """Return the request of a body. Raises BadRequestError."""
         chat = self.defaults.answer.chat if body.chat is None else body.chat
         params = self._params(body, line.index)
         changes = {"chat": chat, "min_tokens": params.min_new_tokens, **body.answer}

@@ -57,7 +57,7 @@ def test_help_lists_every_option_in_groups_and_imports_no_torch() -> None:
     )
     assert done.returncode == 0
     titles = re.findall(r"^(\w+):$", done.stdout, re.MULTILINE)
-    assert titles == ["Job", "Prompt", "Sampling", "Length", "Engine", "Plan", "Help"]
+    assert titles == ["Job", "Prompt", "Sampling", "Length", "Engine", "Server", "Plan", "Help"]
 
 
 def test_version_option_prints_the_version_of_the_package() -> None:
@@ -95,7 +95,7 @@ def test_version_option_prints_the_version_of_the_package() -> None:
         (["--dtype", "int8"], ["'--dtype'", "'int8'", "'bfloat16'"]),
         (["--stop", ""], ["--stop", "empty"]),
         (["--line", "1"], ["--line applies only to -m decode"]),
-        (["-o", "x"], ["-o/--output applies only to -m getp, -m decode and -m merge"]),
+        (["-o", "x"], ["-o/--output applies only to -m getp, -m score, -m decode and -m merge"]),
         (["--restart"], ["--restart applies only to -m getp"]),
         (["-m", "doctor", "-i", "x"], ["-i/--input applies only to -m generate, -m chat"]),
         (["-m", "profile", "-i", "x"], ["-i/--input applies only to -m generate, -m chat"]),
@@ -108,7 +108,10 @@ def test_version_option_prints_the_version_of_the_package() -> None:
         (["-m", "getp", "-i", "x"], ["mode getp needs -o/--output FILE"]),
         (["-m", "decode"], ["mode decode needs -i/--input FILE"]),
         (["-m", "eval", "-i", "x"], ["--reference FILE or --expected FILE"]),
-        (["-m", "eval", "-t", "1"], ["-t/--temperature applies only to -m generate, -m chat and"]),
+        (
+            ["-m", "eval", "-t", "1"],
+            ["-t/--temperature applies only to -m generate, -m chat"],
+        ),
         (["--nonsense"], ["--nonsense"]),
         (["-z", "/nowhere"], ["-z/--tokenizer /nowhere does not exist", "OWNER/NAME"]),
     ],

@@ -3,7 +3,6 @@
 import shlex
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from getp.cli import loading
@@ -120,26 +119,13 @@ def _of_shard(settings: Settings, path: str) -> str:
     return path if shard is None or path == STDIO else shard_path(path, shard)
 
 
-def _adapters(settings: Settings) -> dict[str, str]:
-    """Return what identifies the adapters; nothing without any, as in older journals."""
-    from getp import fingerprint
-
-    found = [
-        f"{fingerprint.of_adapter(Path(folder))}:{weight:g}"
-        for folder, weight in settings.engine.adapter
-    ]
-    return {"adapters": " ".join(found)} if found else {}
-
-
 def _job(settings: Settings, tokenizer: "Tokenizer") -> "Job":
-    from getp import fingerprint
     from getp.job.inputs import Part
     from getp.job.request_reader import RequestDefaults
     from getp.job.run import Job
 
     options, prompt = settings.job, settings.prompt
     defaults = loading.sampling_defaults(settings, tokenizer)
-    checkpoint = loading.checkpoint_folder(settings)
     return Job(
         input=prompt.input or "",
         output=_of_shard(settings, options.output or ""),
@@ -156,12 +142,7 @@ def _job(settings: Settings, tokenizer: "Tokenizer") -> "Job":
             options.truncate,
         ),
         seed_given=settings.sampling.seed is not None,
-        identity={
-            "checkpoint": fingerprint.of_checkpoint(checkpoint),
-            "tokenizer": fingerprint.of_tokenizer(loading.tokenizer_path(settings)),
-            **_adapters(settings),
-            "weights": "dummy" if settings.engine.dummy_weights else "the checkpoint's",
-        },
+        identity=loading.identity(settings),
         output_format=options.output_format,
         reading_hint=_reading_hint(settings),
         report=options.report and _of_shard(settings, options.report),
