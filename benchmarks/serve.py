@@ -148,6 +148,7 @@ def _clients(port: int, counts: list[int], requests: int, model: str | None) -> 
         start = time.perf_counter()
         answers = asyncio.run(closed_loop(port, bodies, count, _PATH))
         seconds = time.perf_counter() - start
+        assert all(each.chunks > 32 for each in answers), "answers are shorter than asked for"
         found[str(count)] = {"tok_s": round(64 * len(bodies) / seconds, 1), **_times(answers)}
     return found
 
