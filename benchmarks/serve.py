@@ -56,7 +56,7 @@ def _times(answers: list[Answer]) -> dict[str, float]:
 def _latency(server: ServerProcess, rate: float, seconds: float, shape: tuple[int, int]) -> Any:
     """Return times to first token of requests that arrive at this rate per second."""
     chance = random.Random(1)
-    gaps = []
+    gaps: list[float] = []
     while sum(gaps) < seconds:
         gaps.append(chance.expovariate(rate))
     bodies = [_body(*shape, seed) for seed in range(len(gaps))]
