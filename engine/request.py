@@ -134,6 +134,8 @@ class Completion:
     prompt_tokens: int = 0
     cached_tokens: int = 0  # prompt tokens whose KV came from the prefix cache
     logprobs: list[TokenLogprobs] | None = None
+    # Of the prompt's tokens from `prompt_logprobs_from` to the last one.
+    prompt_logprobs: list[TokenLogprobs] | None = None
     arrived: float = 0.0  # when the engine took the request
     first_token: float = 0.0  # when the first output token was known
     finished: float = 0.0

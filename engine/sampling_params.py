@@ -27,6 +27,8 @@ _PARAM_TYPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
     ("stop_ids", (frozenset, Set), "a set of token ids"),
     ("ignore_eos", (bool,), "True or False"),
     ("logprobs", _OPTIONAL, "an integer or None"),
+    ("prompt_logprobs", _OPTIONAL, "an integer or None"),
+    ("prompt_logprobs_from", INTEGER, "an integer"),
 )
 _RANGES = (
     ("temperature", 0, float("inf"), "0 or more"),
@@ -35,9 +37,11 @@ _RANGES = (
     ("presence_penalty", -2, 2, "from -2 to 2"),
     ("frequency_penalty", -2, 2, "from -2 to 2"),
     ("min_new_tokens", 0, float("inf"), "0 or more"),
-    ("max_new_tokens", 1, float("inf"), "1 or more"),
+    ("max_new_tokens", 0, float("inf"), "0 or more"),
     ("max_positions", 1, float("inf"), "1 or more"),
     ("logprobs", 0, 20, "from 0 to 20"),
+    ("prompt_logprobs", 0, 20, "from 0 to 20"),
+    ("prompt_logprobs_from", 1, float("inf"), "1 or more"),
 )
 _MAX_REPETITION_PENALTY = 100.0
 _MAX_BIAS = 100.0
@@ -97,6 +101,10 @@ class SamplingParams:
     bad_words: tuple[tuple[int, ...], ...] = ()
     thinking: ThinkingBudget | None = None
     grammar: Grammar | None = None  # what the output must match
+    # As logprobs, of the tokens of the prompt from this position on (at least from the second one).
+    # KV of earlier positions may come from the prefix cache.
+    prompt_logprobs: int | None = None
+    prompt_logprobs_from: int = 1
 
     def __post_init__(self) -> None:
         """Raise an error that names the first parameter with a wrong type or value."""

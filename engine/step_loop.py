@@ -1,5 +1,6 @@
 """Runs the steps of a warm engine: schedule, launch, read tokens, back off when out of memory."""
 
+import math
 import time
 import traceback
 from collections import deque
@@ -13,7 +14,7 @@ from engine.execution.matchers import Matchers
 from engine.execution.model_runner import ModelRunner
 from engine.execution.sampler import Sampled
 from engine.memory_plan import available_bytes, format_bytes, is_out_of_memory
-from engine.request import Completion, FinishReason
+from engine.request import Completion, FinishReason, TokenLogprobs
 from engine.resolve import Settings, dtype_name
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import MasksOfRows, Sequence, Step
@@ -114,10 +115,13 @@ class StepLoop:
             now = time.perf_counter()
             self._stats.model_s += now - start
             ended: list[Sequence] = []
+            done += self._read_prompts(step, sampled.read_scores(), ended)
+            complete = {*ended}
             rejected = set[Sequence]()  # sequences with a wrong draft token; later ones are dropped
             sampled_rows = zip(step.sampling(), step.preceding_drafts(), tokens, strict=True)
             for i, (sequence, draft, token) in enumerate(sampled_rows):
-                if sequence.finished:  # this step was launched before its end was known
+                # Finished: this step was launched before its end was known.
+                if sequence.finished or sequence in complete:
                     continue
                 if draft is not None:
                     if sequence in rejected or sequence in ended:
@@ -154,6 +158,31 @@ class StepLoop:
                 self._stats.accepted_tokens += self.scheduler.speculation.settle(step)
             if ended:
                 self.scheduler.finish(ended)
+        return done
+
+    def _read_prompts(
+        self, step: Step, scores: list[TokenLogprobs], ended: list[Sequence]
+    ) -> list[Completion]:
+        """Read the scores of prompts; returns requests that finish, and adds them to `ended`."""
+        done, first, now = [], 0, time.perf_counter()
+        for chunk in step.chunks:
+            sequence, at = chunk.sequence, chunk.scored
+            own = scores[first : first + len(at)]
+            first += len(at)
+            if sequence.finished:
+                continue
+            if own:
+                # A sequence that was preempted may score positions again.
+                sequence.add_scores(own[sequence.unscored - at.start :])
+            error = None
+            if any(math.isnan(entry.logprob) for entry in own):
+                error = _not_finite(self._settings.dtype, False)
+            if error is not None or chunk.is_final:
+                sequence.first_token = now
+                ended.append(sequence)
+                done.append(sequence.completion("length" if error is None else "error", now, error))
+                if error is None:
+                    self._stats.count_finished(done[-1])
         return done
 
     def _append_forced(self, sequence: Sequence, token: int, now: float) -> FinishReason | None:

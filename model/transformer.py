@@ -106,7 +106,22 @@ class Transformer:
         out: "torch.Tensor | None" = None,
         states: Sequence[LayerState] = (),
     ) -> "torch.Tensor":
-        """Logits float32 [rows, vocab] of `batch.logits_rows`; vocab is this rank's part.
+        """Logits float32 [rows, vocab] of `batch.logits_rows`; out: takes them, if it is given.
+
+        The rest is as in `hidden`.
+        """
+        x, delta = self.hidden(ops, batch, caches, layer_caches, states)
+        return self.logits(ops, x, delta, batch.logits_rows, out)
+
+    def hidden(
+        self,
+        ops: "Backend",
+        batch: "ForwardBatch",
+        caches: "Sequence[torch.Tensor]",
+        layer_caches: Sequence[tuple[int, int]],
+        states: Sequence[LayerState] = (),
+    ) -> "tuple[torch.Tensor, torch.Tensor | None]":
+        """The residual stream after the layers [tokens, hidden], and what is still added to it.
 
         The residual stream and the logits are float32 in every compute dtype: rounding them would
         change more choices of tokens than rounding everything else does.
@@ -114,7 +129,6 @@ class Transformer:
         caches: KV tensors as from `Backend.empty_cache`, written in place. Blocks may have any
         distance from each other.
         layer_caches: for each layer, the index of its group in the batch and of its KV tensor.
-        out: takes the logits, if it is given.
         states: those of the recurrent layers, in order; layer_caches is not read for these layers.
         """
         assert self.embedding is not None
@@ -153,9 +167,20 @@ class Transformer:
                 x, delta = layer.per_layer(ops, x, delta, own[:, i])
             if layer.scalar is not None:
                 x, delta = ops.scaled_sum(x, delta, layer.scalar), None
-        if len(batch.logits_rows) < len(x):
-            x = ops.gather(x, batch.logits_rows)
-            delta = None if delta is None else ops.gather(delta, batch.logits_rows)
+        return x, delta
+
+    def logits(
+        self,
+        ops: "Backend",
+        x: "torch.Tensor",
+        delta: "torch.Tensor | None",
+        rows: "torch.Tensor",
+        out: "torch.Tensor | None" = None,
+    ) -> "torch.Tensor":
+        """Logits float32 [rows, vocab] of these rows of `hidden`; vocab is this rank's part."""
+        if len(rows) < len(x):
+            x = ops.gather(x, rows)
+            delta = None if delta is None else ops.gather(delta, rows)
         with FINAL_NORM:
             _, normed = ops.add_rms_norm(x, delta, self.final_norm)
         with LM_HEAD:

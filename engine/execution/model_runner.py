@@ -21,6 +21,7 @@ from engine.execution.capture import (
 )
 from engine.execution.kv_tensors import KvLayout
 from engine.execution.sampler import Sampled, Sampler
+from engine.execution.scoring import Targets, score
 from engine.execution.step_graphs import StepGraphs
 from engine.execution.transfer import to_device
 from engine.parallel.step_message import StepMessage
@@ -287,6 +288,20 @@ class ModelRunner:
         """The logits float32 [len(batch.logits_rows), this rank's part of the vocabulary]."""
         return self.forward_on(self.backend, batch)
 
+    def _forward_scored(
+        self,
+        batch: ForwardBatch,
+        rows: SequenceOf[tuple[int, int]],
+        targets: Targets | None,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """As `forward`, and the results of `score` for these ranges of the batch's tokens."""
+        assert self.model is not None
+        assert self.sampler is not None
+        ops = self.backend
+        x, delta = self.model.hidden(ops, batch, self.kv_caches, self._layer_caches, self.states)
+        scores = score(self.sampler, partial(self.model.logits, ops, x, delta), rows, targets)
+        return self.model.logits(ops, x, delta, batch.logits_rows), scores
+
     def forward_on(
         self, ops: Backend, batch: ForwardBatch, out: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -322,7 +337,8 @@ class ModelRunner:
         self.sampler.adjustments.update(step, starts)
         non_greedy = {i: s.request.params for i, s in enumerate(step.sampling()) if not s.greedy}
         set_masks = None if step.masks is None else partial(_set_masks, self.sampler, step.masks)
-        return self.compute(StepMessage.of(step, all_greedy=not non_greedy), non_greedy, set_masks)
+        message = StepMessage.of(step, all_greedy=not non_greedy)
+        return self.compute(message, non_greedy, set_masks, Targets.of(step))
 
     @torch.inference_mode()
     def compute(
@@ -330,14 +346,16 @@ class ModelRunner:
         message: StepMessage,
         non_greedy: Mapping[int, SamplingParams],
         before_sampling: Callable[[], None] | None = None,
+        targets: Targets | None = None,
     ) -> Sampled:
-        """Start a step; non_greedy: as in `Sampler.sample`, known only to rank 0.
+        """Start a step; non_greedy: as in `Sampler.sample`, known only to rank 0, like the others.
 
-        before_sampling: is called when the logits have been launched.
+        before_sampling: is called when the logits have been launched. targets: of scored rows.
         """
         assert self.sampler is not None
         assert self.batches is not None
         graphs = self._graphs
+        scores: tuple[torch.Tensor, ...] = ()
         if message.block_tables:
             self.batches.update_tables(message)
             if graphs is not None:
@@ -349,8 +367,11 @@ class ModelRunner:
         if graphs is None or message.starts:
             with BATCH_PREPARATION:
                 batch, rows, positions = self.batches.build(message, self.sampler.last)
-            replayed = None if graphs is None else graphs.replay_chunks(batch)
-            logits = self.forward(batch) if replayed is None else replayed
+            if message.scored:
+                logits, scores = self._forward_scored(batch, message.scored, targets)
+            else:
+                replayed = None if graphs is None else graphs.replay_chunks(batch)
+                logits = self.forward(batch) if replayed is None else replayed
             self._copy_states(message.saved)
         else:
             logits, rows, positions, tokens = graphs.replay_decodes(
@@ -362,7 +383,10 @@ class ModelRunner:
         if before_sampling is not None:
             before_sampling()
         with SAMPLING:
-            return self.sampler.sample(logits, rows, positions, non_greedy, message.all_greedy)
+            sampled = self.sampler.sample(logits, rows, positions, non_greedy, message.all_greedy)
+        if scores:
+            sampled.add_scores(scores)
+        return sampled
 
 
 def _set_masks(sampler: Sampler, masks: MasksOfRows) -> None:

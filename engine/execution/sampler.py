@@ -7,7 +7,7 @@ from copy import copy
 import torch
 
 from engine.execution.adjustments import LogitAdjustments
-from engine.execution.transfer import to_device
+from engine.execution.transfer import HostCopy, to_device
 from engine.request import TokenLogprobs
 from engine.sampling_params import SamplingParams
 from model.ops.backend import Backend
@@ -21,7 +21,7 @@ _MAX_INT64 = 2**63 - 1
 
 
 class Sampled:
-    """The sampled tokens of a step, which are copied to the host asynchronously."""
+    """The results of a step: sampled tokens, and scores of prompts; copied asynchronously."""
 
     def __init__(
         self,
@@ -35,33 +35,38 @@ class Sampled:
         logprobs: for these rows the sampled token's [rows], then values and ids [rows, tokens].
         """
         self._logprob_counts = logprob_counts or {}
-        self._tensors = (tokens, *logprobs)
-        self._event: torch.cuda.Event | None = None
-        if tokens.device.type == "cuda":
-            copies = [torch.empty_like(t, device="cpu", pin_memory=True) for t in self._tensors]
-            for copy, tensor in zip(copies, self._tensors, strict=True):
-                copy.copy_(tensor, non_blocking=True)
-            self._tensors = tuple(copies)
-            self._event = torch.cuda.Event()
-            self._event.record()
+        self._results = HostCopy(tokens, *logprobs)
+        self._scores: HostCopy | None = None
+
+    def add_scores(self, scores: tuple[torch.Tensor, ...]) -> None:
+        """Add the log-probabilities of tokens of prompts, in the form of those of sampled ones."""
+        self._scores = HostCopy(*scores)
 
     def read(self) -> tuple[list[int], dict[int, TokenLogprobs]]:
         """Wait for the step; returns each row's token, and log-probabilities by row if requested.
 
         The token is NO_TOKEN if the row's logits are not finite.
         """
-        if self._event is not None:
-            self._event.synchronize()
-        tokens = self._tensors[0].tolist()
+        tokens, *logprobs = self._results.read()
         if not self._logprob_counts:
             return tokens, {}
-        sampled, values, ids = (tensor.tolist() for tensor in self._tensors[1:])
+        sampled, values, ids = logprobs
         return tokens, {
             row: TokenLogprobs(
                 sampled[i], tuple(zip(ids[i][:count], values[i][:count], strict=True))
             )
             for i, (row, count) in enumerate(self._logprob_counts.items())
         }
+
+    def read_scores(self) -> list[TokenLogprobs]:
+        """Wait for the step; returns the log-probabilities of all scored rows."""
+        if self._scores is None:
+            return []
+        found, values, ids = self._scores.read()
+        return [
+            TokenLogprobs(own, tuple(zip(i, v, strict=True)))
+            for own, v, i in zip(found, values, ids, strict=True)
+        ]
 
 
 class Sampler:
@@ -74,7 +79,7 @@ class Sampler:
     def __init__(self, rows: int, backend: Backend, shard: Shard = ALONE, vocab: int = 0):
         """vocab: the size of the whole vocabulary."""
         device = backend.device
-        self._shard, self._vocab = shard, vocab
+        self._shard, self.vocab = shard, vocab
         self.last = torch.zeros(rows, dtype=torch.int64, device=device)  # token sampled last
         self._backend, self._device = backend, device
         self._tables = SamplingTables(
@@ -134,7 +139,7 @@ class Sampler:
         if not counts:
             sample = self.sample_adjusted if adjusts else self.sample_rows
             return Sampled(sample(logits, rows, positions))
-        logits = self._shard.gather_logits(logits, self._vocab)
+        logits = self._shard.gather_logits(logits, self.vocab)
         at = to_device(torch.tensor(list(counts)), self._device)
         original = logits[at]  # a copy
         tokens = self._sample_gathered(logits, rows, positions, adjusts)
@@ -144,11 +149,31 @@ class Sampler:
         values, ids = self._backend.top_tokens(original, max(counts.values()))
         return Sampled(tokens, (sampled, values - total, ids), counts)
 
+    def score(
+        self, logits: torch.Tensor, targets: torch.Tensor, count: int
+    ) -> tuple[torch.Tensor, ...]:
+        """The log-probabilities of tokens, and of the most likely ones: float32 [n], [n, count].
+
+        logits float32 [n, this rank's part of the vocabulary]; targets int64 [n], known only to
+        rank 0. The third result has the ids of the most likely tokens, int64 [n, count]. On other
+        ranks there is no result.
+        """
+        logits = self._shard.gather_logits(logits, self.vocab)
+        if self._shard.rank:
+            return ()
+        total = logits.logsumexp(-1, keepdim=True)
+        own = (logits.gather(1, targets.unsqueeze(1)) - total).squeeze(1)
+        if count == 1:
+            values, ids = (each.unsqueeze(1) for each in self._backend.argmax(logits))
+        else:
+            values, ids = self._backend.top_tokens(logits, count)
+        return own, values - total, ids
+
     def sample_greedy(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """As `sample_rows` in a step in which every sequence is greedy."""
         if self._shard.size == 1:
             return self._backend.sample_rows(logits, rows, self.last)
-        highest, tokens = self._shard.argmax(*self._backend.argmax(logits), self._vocab)
+        highest, tokens = self._shard.argmax(*self._backend.argmax(logits), self.vocab)
         self.last.index_copy_(0, rows, tokens)
         return torch.where(highest.isfinite(), tokens, NO_TOKEN)
 
@@ -162,14 +187,14 @@ class Sampler:
         Every argument is on the device, and no kernel, size or argument depends on the parameters:
         on a GPU this can be captured once for each n and replayed with other rows and parameters.
         """
-        logits = self._shard.gather_logits(logits, self._vocab)
+        logits = self._shard.gather_logits(logits, self.vocab)
         return self._sample_gathered(logits, rows, positions)
 
     def sample_adjusted(
         self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
         """As `sample_rows` in a step in which a row changes its logits, in place."""
-        logits = self._shard.gather_logits(logits, self._vocab)
+        logits = self._shard.gather_logits(logits, self.vocab)
         return self._sample_gathered(logits, rows, positions, adjusts=True)
 
     def _sample_gathered(

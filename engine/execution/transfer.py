@@ -1,4 +1,6 @@
-"""Copies of host tensors to the device."""
+"""Copies between host and device that do not block the host."""
+
+from typing import Any
 
 import torch
 
@@ -11,3 +13,24 @@ def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 def pin(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The host tensor in pinned memory, which the device can copy asynchronously."""
     return values if device.type == "cpu" else values.pin_memory()
+
+
+class HostCopy:
+    """Tensors of one device, which are copied to the host without blocking it."""
+
+    def __init__(self, *tensors: torch.Tensor):
+        self._tensors = tensors
+        self._event: torch.cuda.Event | None = None
+        if tensors[0].device.type == "cuda":
+            copies = [torch.empty_like(t, device="cpu", pin_memory=True) for t in tensors]
+            for copy, tensor in zip(copies, tensors, strict=True):
+                copy.copy_(tensor, non_blocking=True)
+            self._tensors = tuple(copies)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> list[Any]:
+        """Wait for the copies; returns each as nested lists."""
+        if self._event is not None:
+            self._event.synchronize()
+        return [tensor.tolist() for tensor in self._tensors]

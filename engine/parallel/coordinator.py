@@ -16,6 +16,7 @@ import torch
 from engine.execution.capture import Capture, CaptureMode
 from engine.execution.model_runner import ModelRunner
 from engine.execution.sampler import Sampled
+from engine.execution.scoring import Targets
 from engine.parallel.step_message import StepMessage
 from engine.parallel.worker_pool import WorkerPool
 from engine.resolve import dtype_name
@@ -95,11 +96,12 @@ class CoordinatorRunner(ModelRunner):
         message: StepMessage,
         non_greedy: Mapping[int, SamplingParams],
         before_sampling: Callable[[], None] | None = None,
+        targets: Targets | None = None,
     ) -> Sampled:
         """ModelRunner.compute on every rank."""
         with self._workers.collective():
             self._workers.send_step(message)
-            return super().compute(message, non_greedy, before_sampling)
+            return super().compute(message, non_greedy, before_sampling, targets)
 
     def free(self) -> None:
         """ModelRunner.free on every rank; workers that cannot receive a message are killed."""

@@ -24,6 +24,8 @@ class StepMessage:
     given: SequenceOf[tuple[int, int]] = ()  # (row, token): replaces what the row sampled last
     restored: SequenceOf[tuple[int, int]] = ()  # as in Step
     saved: SequenceOf[tuple[int, int]] = ()
+    # Of every chunk with scored tokens: the first of its rows that are scored, and their number.
+    scored: SequenceOf[tuple[int, int]] = ()
 
     @classmethod
     def of(cls, step: Step, all_greedy: bool) -> "StepMessage":
@@ -38,6 +40,12 @@ class StepMessage:
             rows += draft.rows
             tables += [(row, draft.sequence.block_tables.tables) for row in draft.rows]
             given += zip(draft.rows, draft.tokens, strict=True)
+        scored = []
+        first = len(rows)
+        for chunk in chunks:
+            if chunk.scored:
+                scored.append((first + chunk.scored.start - 1 - chunk.start, len(chunk.scored)))
+            first += chunk.end - chunk.start
         return cls(
             len(rows),
             rows + [chunk.sequence.row for chunk in chunks],
@@ -51,6 +59,7 @@ class StepMessage:
             given,
             step.restored,
             step.saved,
+            scored,
         )
 
     @property
@@ -60,7 +69,8 @@ class StepMessage:
 
     def packed(self) -> array:
         """All fields as int32, lengths first."""
-        tables, pairs = self.block_tables, (self.given, self.restored, self.saved)
+        tables = self.block_tables
+        pairs = self.given, self.restored, self.saved, self.scored
         counts = self.decodes, self.size, len(self.tokens), *map(len, pairs), len(tables)
         packed = array("i", [*counts, self.all_greedy])
         packed.extend(itertools.chain(self.rows, self.context_lens))
@@ -76,8 +86,8 @@ class StepMessage:
     @classmethod
     def unpacked(cls, packed: array, groups: int) -> "StepMessage":
         """The message from `packed`; groups: block tables of each sequence."""
-        decodes, size, count, *pairs, changed, all_greedy = packed[:8]
-        at = 8
+        decodes, size, count, *pairs, changed, all_greedy = packed[:9]
+        at = 9
         lists = []
         for length in (size, size, *[size - decodes] * 3, count, *(2 * n for n in pairs)):
             lists.append(packed[at : at + length].tolist())

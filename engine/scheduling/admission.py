@@ -74,7 +74,7 @@ def _check(request: Request, limit: int, model: ModelConfig) -> RequestError | N
     ids, vocab = request.prompt_ids, model.vocab_size
     if not len(ids):
         return RequestError("the prompt is empty")
-    if len(ids) >= limit:
+    if len(ids) + (request.params.max_new_tokens != 0) > limit:
         reason = "the model's limit"
         if limit == request.params.max_positions:
             reason = "set by {max_positions}; the model's limit is {model_limit}"

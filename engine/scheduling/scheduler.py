@@ -138,6 +138,8 @@ class Scheduler:
             if sequence.priority != priority:
                 continue
             start = sequence.computed
+            if start == sequence.length:  # it has no output, and is complete when it is read
+                continue
             if not sequence.decoding:
                 end = _chunk_end(sequence, start, min(sequence.length, start + budget))
                 if self._make_room(sequence, start, end, step):
@@ -268,6 +270,7 @@ class Scheduler:
         self.cache.release(sequence.block_tables)
         self._free_rows.append(sequence.row)
         sequence.row = -1
+        sequence.forget_unread_scores()
         sequence.computed = 0
         sequence.decoding = False
 
@@ -287,8 +290,11 @@ class Scheduler:
 
     def _plan(self, sequence: Sequence, end: int, step: Step) -> None:
         """Add the sequence's tokens up to `end` to the step."""
-        samples = end == sequence.length
-        step.chunks.append(Chunk(sequence, sequence.computed, end, samples))
+        samples = end == sequence.length < sequence.max_tokens
+        prompt = len(sequence.request.prompt_ids)
+        scored = range(max(sequence.next_scored, sequence.computed + 1), min(end + 1, prompt))
+        sequence.next_scored = max(sequence.next_scored, scored.stop)
+        step.chunks.append(Chunk(sequence, sequence.computed, end, samples, scored))
         sequence.computed = end
         sequence.decoding = samples
         sequence.length += samples
@@ -320,7 +326,10 @@ class Scheduler:
         if 0 < sequence.rope_context < len(sequence.tokens):
             sequence.block_tables.use_salt(b"long")
         tables = sequence.block_tables
-        cached = self.cache.match_prefix(tables, sequence.tokens)
+        known = sequence.tokens
+        if sequence.next_scored < len(sequence.request.prompt_ids):
+            known = known[: sequence.next_scored]  # scoring needs the row before
+        cached = self.cache.match_prefix(tables, known)
         if tables.awaits_snapshot:
             self.cache.release(tables)
             return 0

@@ -1,7 +1,7 @@
 """A request in the engine (Sequence) and the tokens that one step computes (Chunk, Step)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from engine.errors import RequestError
@@ -41,6 +41,8 @@ class Sequence:
     snapshot_at: int = 0  # the position whose state is kept for others; 0: none
     lookup: "Lookup | None" = None  # proposes its next tokens
     stop_id: int | None = None  # that ended it
+    prompt_logprobs: list[TokenLogprobs] | None = None  # those that the host has read
+    next_scored: int = 0  # the first position of the prompt that no launched step scores
     thinking: Thinking | None = None
     matcher: "Matcher | None" = None  # says which tokens its grammar allows
 
@@ -50,8 +52,31 @@ class Sequence:
         params = self.request.params
         is_plain = params.logprobs is None and not params.adjusts_logits
         self.greedy = params.temperature == 0 and is_plain
+        if params.prompt_logprobs is not None:
+            self.prompt_logprobs = []
+        self.forget_unread_scores()
         if params.thinking is not None:
             self.thinking = Thinking(params.thinking)
+
+    @property
+    def unscored(self) -> int:
+        """The first position of the prompt whose log-probability the host has not read."""
+        if self.prompt_logprobs is None:
+            return len(self.request.prompt_ids)
+        return self.request.params.prompt_logprobs_from + len(self.prompt_logprobs)
+
+    def add_scores(self, scores: list[TokenLogprobs]) -> None:
+        """Add the log-probabilities of the prompt's next tokens."""
+        if self.prompt_logprobs is not None:
+            count = self.request.params.prompt_logprobs
+            self.prompt_logprobs += [
+                entry if len(entry.top) == count else replace(entry, top=entry.top[:count])
+                for entry in scores
+            ]
+
+    def forget_unread_scores(self) -> None:
+        """Let following steps score what launched steps score, which may be recomputed."""
+        self.next_scored = self.unscored
 
     def append(self, token: int, now: float) -> FinishReason | None:
         """Add an output token; returns the finish reason if the sequence ends with it.
@@ -100,6 +125,7 @@ class Sequence:
             prompt_tokens=prompt,
             cached_tokens=self.cached,
             logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
             arrived=self.arrived,
             first_token=self.first_token,
             finished=now,
@@ -115,6 +141,13 @@ class Chunk:
     start: int
     end: int
     samples: bool  # the step samples the sequence's next token
+    # Positions of prompt tokens whose log-probabilities are computed, each from the row before.
+    scored: range = range(0)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the sequence ends with this chunk, as it has no output."""
+        return not self.samples and self.end == self.sequence.max_tokens
 
 
 @dataclass(frozen=True)

@@ -75,12 +75,16 @@ SAMPLING_OPTIONS: tuple[Decorator, ...] = (
     _length(
         "-n",
         "--max-length",
+        subject=Subject.WINDOW,
         type=Integer(min=0),
-        help="Maximum total tokens per request (prompt + answer); 0: the model's limit.  "
+        help="Maximum total tokens per request (prompt + answer; score: of a window of a long "
+        "text); 0: the model's limit.  "
         f"[default: {DEFAULT_MAX_LENGTH}; the model's limit for JSONL, in chat, and with "
         "--max-new-tokens]",
     ),
-    _length("--steps", hidden=True, type=Integer(min=0)),  # the old name of --max-length
+    _length(
+        "--steps", hidden=True, subject=Subject.WINDOW, type=Integer(min=0)
+    ),  # the old name of --max-length
     _length(
         "--max-new-tokens",
         type=Integer(min=1),

@@ -201,7 +201,7 @@ def _fingerprint(job: Job, source: Source, engine: JobEngine) -> dict[str, Any]:
         "chat template": defaults.answer.chat,
         "system": defaults.system,
         "capped": defaults.is_set("max_positions"),
-        **_set_options(defaults),
+        **set_options(defaults),
     }
     if form.openai_defaults is not None:
         named["openai temperature"] = defaults.fill(form.openai_defaults).temperature
@@ -209,7 +209,7 @@ def _fingerprint(job: Job, source: Source, engine: JobEngine) -> dict[str, Any]:
     return as_json
 
 
-def _set_options(defaults: RequestDefaults) -> dict[str, Any]:
+def set_options(defaults: RequestDefaults) -> dict[str, Any]:
     """Return options that older journals lack, as far as they are set."""
     found = {
         "chat_template_kwargs": defaults.variables or None,

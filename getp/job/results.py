@@ -14,18 +14,22 @@ from getp.errors import GetpError
 from getp.files import STDIO, is_stream, open_input, open_output
 from getp.job.formats import format_of_suffix
 from getp.job.formats.interface import OutputFormat
+from getp.job.formats.jsonl import FORMAT as JSONL
 from getp.job.formats.table import TableFormat
 from getp.job.formats.table_files import DELIMITERS, Table, empty_batch, read_header
 from getp.job.formats.table_results import write_batches
 from getp.job.inputs import Source
 from getp.job.journal import Journal
+from getp.job.request_reader import SeenIds
 from getp.ownership import errors_path
-from getp.terminal import discard_output, print_message
+from getp.terminal import discard_output, print_message, warn
+from getp.units import counted
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 _COMPRESSION = (".gz", ".zst")
+_RESULT_ID = re.compile(rb'\{"id":"[^"]*","custom_id":("(?:[^"\\]|\\.)*"),"response":\{')
 _SHARD = re.compile(r"([0-9]+)-of-([0-9]+)")
 
 
@@ -108,11 +112,27 @@ def merge_shards(output: str) -> int:
             return len(paths)
         delimiter = DELIMITERS[form.name] if isinstance(form, TableFormat) else None
         _join(paths, file, delimiter)
+    if form is JSONL:
+        _note_repeated_ids(output)
     failures = [name for name in map(errors_path, paths) if os.path.exists(name)]
     if failures:
         with open_output(errors_path(output)) as file:
             _join(failures, file)
     return len(paths)
+
+
+def _note_repeated_ids(path: str) -> None:
+    """Warn of ids that several shards have: each shard could check only its own."""
+    with open_input(path) as file:
+        seen = SeenIds(sum(1 for _ in file))
+    with open_input(path) as file:
+        found = (match[1] for match in map(_RESULT_ID.match, file) if match)
+        repeated = [text for text in found if not seen.add(text.decode())]
+    if repeated:
+        warn(
+            f"{path}: {counted(len(repeated), 'request')} in different shards have ids of others, "
+            f"the first {repeated[0].decode()}; one job would have failed them"
+        )
 
 
 def _join(paths: Sequence[str], file: BinaryIO, delimiter: str | None = None) -> None:

@@ -47,7 +47,7 @@ class CompletionOutput:
     text: str  # without the stop string
     token_ids: list[int]  # the stop token included
     finish_reason: FinishReason
-    reasoning: str = ""  # of gpt-oss in a chat
+    reasoning: str = ""  # in a chat, of a model that marks its thinking
     tool_calls: list[ToolCall] = field(default_factory=list)  # of gpt-oss in a chat
     logprobs: list[TokenLogprobs] | None = None
     error: str | None = None  # set when finish_reason is "error"

@@ -49,6 +49,11 @@ def _check_together(parsed: ParsedBody, body: Mapping[str, Any], chat: bool) -> 
         )
     if chat and body.get("logprobs") is not True and parsed.params.pop("logprobs", 0):
         raise BadRequestError("invalid_value", "'top_logprobs' needs 'logprobs': true")
+    if parsed.answer.get("echo") and "logprobs" in parsed.params:
+        # Also of the prompt.
+        most = max(parsed.params.get("prompt_logprobs", 0), parsed.params["logprobs"])
+        parsed.params["prompt_logprobs"] = most
+        parsed.names.setdefault("prompt_logprobs", "logprobs")
     check_tools(parsed)
     if parsed.best_of is not None and parsed.best_of < parsed.n:
         raise invalid("best_of", f"at least 'n', which is {parsed.n}, not {parsed.best_of}")

@@ -118,6 +118,7 @@ def _read_answer_flag(body: ParsedBody, name: str, value: Any) -> None:
 _ANSWER_OPTIONS = {
     "include_stop_str_in_output": "include_stop",
     "skip_special_tokens": "skip_special",
+    "echo": "echo",
 }
 
 
@@ -168,6 +169,12 @@ def _read_text_logprobs(body: ParsedBody, name: str, value: Any) -> None:
         _read_integer(body, name, value)
 
 
+def _read_prompt_logprobs(body: ParsedBody, name: str, value: Any) -> None:
+    if value is not False:
+        _read_integer(body, name, value)
+        body.answer["with_prompt_logprobs"] = True
+
+
 def _read_top_logprobs(body: ParsedBody, name: str, value: Any) -> None:
     _read_integer(body, name, value)
     body.params["logprobs"] = body.params.pop(name)
@@ -215,6 +222,7 @@ _COMMON_READERS: dict[str, _FieldReader] = {
     "stop_token_ids": _read_token_ids,
     "include_stop_str_in_output": _read_answer_flag,
     "skip_special_tokens": _read_answer_flag,
+    "prompt_logprobs": _read_prompt_logprobs,
     "response_format": read_response_format,
     "guided_json": read_guided,
     "guided_regex": read_guided,
@@ -223,7 +231,11 @@ _COMMON_READERS: dict[str, _FieldReader] = {
     "structured_outputs": read_structured_outputs,
     "thinking_token_budget": _read_thinking_budget,
 }
-_TEXT_READERS: dict[str, _FieldReader] = {"prompt": _read_prompt, "logprobs": _read_text_logprobs}
+_TEXT_READERS: dict[str, _FieldReader] = {
+    "prompt": _read_prompt,
+    "logprobs": _read_text_logprobs,
+    "echo": _read_answer_flag,
+}
 _CHAT_READERS: dict[str, _FieldReader] = {
     "messages": _read_messages,
     "max_completion_tokens": _read_integer,

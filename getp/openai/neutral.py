@@ -12,7 +12,6 @@ IGNORED_FIELDS = frozenset(
 _NOT_SUPPORTED = "is not supported"
 _OLD_TOOLS = "is OpenAI's former field: use 'tools' and 'tool_choice'"
 _NEUTRAL_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
-    "echo": ((False,), "must be false (echo is not supported)"),
     "suffix": (("",), _NOT_SUPPORTED),
     "length_penalty": ((1,), "must be 1 (beam search is not supported)"),
     "typical_p": ((1,), "must be 1 (typical sampling is not supported)"),
@@ -23,7 +22,6 @@ _NEUTRAL_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     "detokenize": ((True,), "must be true"),
     "return_token_ids": ((False,), _NOT_SUPPORTED),
     "return_tokens_as_token_ids": ((False,), _NOT_SUPPORTED),
-    "prompt_logprobs": ((False,), _NOT_SUPPORTED),
     "truncate_prompt_tokens": ((), _NOT_SUPPORTED),
     "vllm_xargs": (({},), _NOT_SUPPORTED),
 }
@@ -31,6 +29,7 @@ _NEUTRAL_IN_TEXT = {
     "add_special_tokens": ((True,), "must be true"),
 }
 _NEUTRAL_IN_CHAT = {
+    "echo": ((False,), "must be false (echo is not supported in chats)"),
     "add_special_tokens": ((False,), "must be false (the chat template writes them)"),
     "add_generation_prompt": ((True,), "must be true"),
     "continue_final_message": ((False,), "must be false (this is not supported)"),

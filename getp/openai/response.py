@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from engine import Completion, TokenLogprobs
+from engine import Completion
+from getp.openai.logprobs import chat_logprobs, prompt_logprobs, text_logprobs
 from getp.openai.tools import calls_of
 from getp.text.answer_text import Answer
 from getp.text.samples import Samples
-from tokenizer import StreamDecoder, Tokenizer
-
-_MIN_LOGPROB = -9999.0  # OpenAI's value for minus infinity, which JSON does not have
+from tokenizer import Tokenizer
 
 
 class ResponseContext(Protocol):
@@ -36,13 +35,15 @@ def response_body(
     It does not depend on the rest of the batch, so a resumed job writes the same bytes.
     """
     prompt, output = samples.chosen[0].prompt_tokens, samples.completion_tokens
-    return {
+    body: dict[str, Any] = {
         "id": f"chatcmpl-{key}" if chat else f"cmpl-{key}",
         "object": "chat.completion" if chat else "text_completion",
         "created": context.created,
         "model": context.model,
         "choices": [
-            _choice(context.tokenizer, key if index == 0 else f"{key}_{index}", chat, *parts)
+            _choice(
+                context.tokenizer, key if index == 0 else f"{key}_{index}", chat, *parts, samples
+            )
             | {"index": index}
             for index, parts in enumerate(zip(answers, samples.chosen, strict=True))
         ],
@@ -52,10 +53,19 @@ def response_body(
             "total_tokens": prompt + output,
         },
     }
+    if chat and answers[0].scored_ids:
+        ids = answers[0].scored_ids
+        body["prompt_logprobs"] = prompt_logprobs(context.tokenizer, ids, samples.prompt_logprobs)
+    return body
 
 
 def _choice(
-    tokenizer: Tokenizer, key: str, chat: bool, answer: Answer, completion: Completion
+    tokenizer: Tokenizer,
+    key: str,
+    chat: bool,
+    answer: Answer,
+    completion: Completion,
+    samples: Samples,
 ) -> dict[str, Any]:
     choice: dict[str, Any] = {"index": 0}
     reason: str = completion.finish_reason
@@ -65,8 +75,13 @@ def _choice(
             reason = "tool_calls"
         choice["logprobs"] = chat_logprobs(completion, tokenizer)
     else:
-        choice["text"] = answer.content
-        choice["logprobs"] = text_logprobs(completion, tokenizer, len(answer.content))
+        echoed = answer.echoed_ids
+        choice["text"] = text = answer.echoed + answer.content
+        scores = samples.prompt_logprobs if echoed else ()
+        choice["logprobs"] = text_logprobs(completion, tokenizer, len(text), echoed, scores)
+        if answer.scored_ids:
+            scores = samples.prompt_logprobs
+            choice["prompt_logprobs"] = prompt_logprobs(tokenizer, answer.scored_ids, scores)
     choice["finish_reason"] = reason
     return choice
 
@@ -79,56 +94,3 @@ def _message(answer: Answer, key: str) -> dict[str, Any]:
         message["content"] = answer.content or None
         message["tool_calls"] = calls_of(answer.tool_calls, key)
     return message
-
-
-def _token_entry(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
-    text = tokenizer.decode([token_id], skip_special=False)
-    # A partial character decodes to U+FFFD, so its bytes are not known.
-    token_bytes = None if "\ufffd" in text else list(text.encode())
-    return {"token": text, "logprob": max(logprob, _MIN_LOGPROB), "bytes": token_bytes}
-
-
-def _logprobs(completion: Completion) -> list[tuple[int, TokenLogprobs]]:
-    return list(zip(completion.token_ids, completion.logprobs or (), strict=False))
-
-
-def chat_logprobs(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """Return the log-probabilities of a message, None if they were not asked for."""
-    if completion.logprobs is None:
-        return None
-    content = [
-        {
-            **_token_entry(tokenizer, token_id, entry.logprob),
-            "top_logprobs": [_token_entry(tokenizer, other, value) for other, value in entry.top],
-        }
-        for token_id, entry in _logprobs(completion)
-    ]
-    return {"content": content, "refusal": None}
-
-
-def text_logprobs(
-    completion: Completion, tokenizer: Tokenizer, length: int
-) -> dict[str, Any] | None:
-    """Return the log-probabilities of a text of `length` characters; special tokens add no text."""
-    if completion.logprobs is None:
-        return None
-    tokens, tops, offsets = [], [], []
-    decoder, offset = StreamDecoder(tokenizer), 0
-    for token_id, entry in _logprobs(completion):
-        token = _token_entry(tokenizer, token_id, entry.logprob)
-        tokens.append(token)
-        # Several tokens may have the same text, such as parts of characters. The sampled one is
-        # always in the map, and of the others with the same text the most likely.
-        top = {token["token"]: token["logprob"]}
-        for other in (_token_entry(tokenizer, *pair) for pair in entry.top):
-            top.setdefault(other["token"], other["logprob"])
-        tops.append(top)
-        # A token that continues a character begins where the character does.
-        offsets.append(min(offset, length))
-        offset += len(decoder.push(token_id))
-    return {
-        "tokens": [token["token"] for token in tokens],
-        "token_logprobs": [token["logprob"] for token in tokens],
-        "top_logprobs": tops,
-        "text_offset": offsets,
-    }

@@ -67,7 +67,7 @@ class Measurements:
     def add(self, completions: Sequence[Completion]) -> None:
         """Count a request that succeeded, with all of its answers."""
         self.done += 1
-        self.cut += any(each.finish_reason == "length" for each in completions)
+        self.cut += any(each.finish_reason == "length" and each.token_ids for each in completions)
         self.prompt_tokens += completions[0].prompt_tokens
         self.cached_tokens += completions[0].cached_tokens
         for completion in completions:

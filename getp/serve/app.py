@@ -78,6 +78,11 @@ class Service:
         requests = await to_thread.run_sync(self._reader.read, body, chat, limiter=self._limiter)
         if stream and any(each.best_of > each.n for each in requests):
             raise ApiError(400, "'best_of' above 'n' cannot be streamed", "invalid_value")
+        if stream and any(
+            each.answer.echo or each.answer.with_prompt_logprobs for each in requests
+        ):
+            message = "'echo' and 'prompt_logprobs' cannot be streamed"
+            raise ApiError(400, message, "invalid_value")
         return Call(self.thread, self.tokenizer, requests, stream, self.metrics)
 
     async def answer(self, call: Call) -> dict[str, Any]:

@@ -71,7 +71,7 @@ class Reader:
         self._count += 1
         request = self._reader.request(Line(self._count, 1, b""), "", parsed)
         tokens = len(request.prompt_ids)
-        if tokens >= self.max_positions:
+        if tokens + (request.params.max_new_tokens != 0) > self.max_positions:
             raise BadRequestError(
                 "prompt_too_long",
                 f"the prompt has {tokens} tokens, which leaves no room for an answer: the model's "

@@ -23,6 +23,8 @@ class AnswerOptions:
     tools: Schemas | None = None  # whose calls are separated from the text; None: they are text
     one_call: bool = False  # the answer ends after its first call
     forced_calls: bool = False  # its grammar makes the answer a list of calls
+    echo: bool = False  # the answer begins with its prompt
+    with_prompt_logprobs: bool = False  # the log-probabilities of the prompt are part of it
 
 
 PLAIN = AnswerOptions()
@@ -36,6 +38,9 @@ class Answer:
     content: str = ""  # the text for the user
     reasoning: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
+    echoed: str = ""  # the prompt, if the answer begins with it
+    echoed_ids: Sequence[int] = ()
+    scored_ids: Sequence[int] = ()  # the prompt, if its log-probabilities are part of the answer
 
     @property
     def with_calls(self) -> str:
@@ -58,6 +63,26 @@ def read_answer(
 
     stop_id: the last token, if it ended the request; it is part of the text only on request.
     """
+    answer = _read_output(tokenizer, token_ids, prompt_ids, options, stop_id)
+    if options.echo:
+        answer.echoed_ids = prompt_ids
+        answer.echoed = prompt = tokenizer.decode(prompt_ids, skip_special=options.skip_special)
+        # A decoder may leave out the space at the start of a text.
+        whole = tokenizer.decode([*prompt_ids, *token_ids], skip_special=options.skip_special)
+        if whole[len(prompt) :].startswith(" ") and not answer.content.startswith(" "):
+            answer.echoed += " "
+    if options.with_prompt_logprobs:
+        answer.scored_ids = prompt_ids
+    return answer
+
+
+def _read_output(
+    tokenizer: Tokenizer,
+    token_ids: Sequence[int],
+    prompt_ids: Sequence[int],
+    options: AnswerOptions,
+    stop_id: int | None,
+) -> Answer:
     if stop_id is not None and not options.include_stop:
         token_ids = token_ids[:-1]
     text = AnswerText(tokenizer, prompt_ids, options)

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from getp.errors import GetpError
 from getp.files import UTF8_BOM, path_name, read_bytes, split_lines
 from getp.terminal import warn
+from getp.text.parts.thinking import without_thinking
 from getp.units import counted
 from tokenizer import Tokenizer, answer_text
 
@@ -38,7 +39,8 @@ class Results:
         if self.ids is None:
             return self.texts
         tokenizer = load_tokenizer()
-        return [answer_text(tokenizer, row) for row in self.ids]
+        texts = (answer_text(tokenizer, row) for row in self.ids)
+        return [without_thinking(tokenizer.template, text) for text in texts]
 
 
 def read_results(path: str) -> Results:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from engine import Completion, SamplingParams
+from engine import Completion, SamplingParams, TokenLogprobs
 from getp.text.prompts import request_seed
 
 
@@ -16,6 +16,7 @@ class Samples:
 
     chosen: Sequence[Completion]
     completion_tokens: int
+    prompt_logprobs: Sequence[TokenLogprobs] = ()  # of the prompt from its second token on
 
 
 def sample_params(params: SamplingParams, index: int, n: int, best_of: int) -> SamplingParams:
@@ -28,7 +29,8 @@ def sample_params(params: SamplingParams, index: int, n: int, best_of: int) -> S
         return params
     seed = params.seed if index == 0 else request_seed(params.seed, index)
     logprobs = 0 if params.logprobs is None and best_of > n else params.logprobs
-    return replace(params, seed=seed, logprobs=logprobs)
+    scored = params.prompt_logprobs if index == 0 else None  # the prompt is the same
+    return replace(params, seed=seed, logprobs=logprobs, prompt_logprobs=scored)
 
 
 def choose_samples(completions: Sequence[Completion], n: int, with_logprobs: bool) -> Samples:
@@ -42,7 +44,8 @@ def choose_samples(completions: Sequence[Completion], n: int, with_logprobs: boo
         chosen = chosen[:n]
     if not with_logprobs:
         chosen = [replace(each, logprobs=None) if each.logprobs else each for each in chosen]
-    return Samples(chosen, sum(len(each.token_ids) for each in completions))
+    scores = next((each.prompt_logprobs for each in completions if each.prompt_logprobs), [])
+    return Samples(chosen, sum(len(each.token_ids) for each in completions), scores)
 
 
 def _mean_logprob(completion: Completion) -> float:

@@ -43,7 +43,11 @@ OPERATIONS = (
     "norm_qkv",
     "head_linear",
     "latent_query",
+    "causal_conv",
+    "delta_rule",
+    "gated_norm",
     "attention",
+    "output_gate",
     "activate",
     "gated",
     "scaled_sum",
@@ -133,7 +137,10 @@ class Backend(ExpertOps, RecurrentOps, SamplingOps):
         return self.empty_weight(shape)
 
     def pack_head(self, weight: Any) -> Any:
-        """Return a filled weight in the form that `logits` takes: the head's or the embedding."""
+        """Return a filled weight in the form that `logits` takes: the head's or a router's.
+
+        The head's may be the embedding.
+        """
         return weight
 
     def keeps_mxfp4(self, stacked: bool) -> bool:

@@ -29,6 +29,9 @@ def next_token(tokens: Sequence[int]) -> int:
 class Sampled(list[int]):
     """Tokens of a launched step."""
 
+    def read_scores(self) -> list[Any]:
+        return []
+
     def read(self) -> tuple[list[int], dict[int, Any]]:
         return list(self), {}
 

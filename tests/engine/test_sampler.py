@@ -286,7 +286,7 @@ def test_uniform_numbers_are_uniform_and_differ_by_seed_and_position() -> None:
 
 @pytest.mark.parametrize(
     ("parameter", "value"),
-    [("temperature", -1), ("top_p", 0), ("top_p", 1.5), ("top_k", -1), ("max_new_tokens", 0)],
+    [("temperature", -1), ("top_p", 0), ("top_p", 1.5), ("top_k", -1), ("max_new_tokens", -1)],
 )
 def test_a_parameter_out_of_range_is_named(parameter: str, value: float) -> None:
     with pytest.raises(ValueError, match=parameter):

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from getp.text.answer_text import Answer, AnswerOptions, AnswerText, _join, read_answer
+from getp.text.parts.thinking import without_thinking
+from getp.text.parts.tool_calls import format_of
 from tests.getp.helpers import TEXTS, byte_level
 from tokenizer import ChatTemplate, Tokenizer
 
@@ -110,6 +112,14 @@ ANSWERS: list[tuple[str, str, str, str, list[tuple[str, str]]]] = [
         "",
         [("weather", PARIS)],
     ),
+    (
+        '<|tool_call>{"<tool_call|>"}',
+        '<|tool_call>call:weather{city:<|"|>Paris<|"|>,days:2}<tool_call|>'
+        '<|tool_call>call:weather{note:<|"|>a, b:"c"<|"|>,x:{y:[true,<|"|>é<|"|>]}}<tool_call|>',
+        "",
+        "",
+        [("weather", PARIS), ("weather", '{"note": "a, b:\\"c\\"", "x": {"y": [true, "é"]}}')],
+    ),
 ]  # fmt: skip
 # What cannot be read stays text, all of it.
 TEXT_ONLY = [
@@ -201,6 +211,25 @@ def test_an_answer_begins_in_the_thinking_that_the_prompt_opened() -> None:
     assert raw.content == text
 
 
+@pytest.mark.parametrize("source", [HERMES, MISTRAL, LLAMA, DEEPSEEK, KIMI, "<|tool_call>"])
+def test_hostile_answers_are_read_in_linear_time(source: str) -> None:
+    form = format_of(ChatTemplate(source))
+    assert form is not None
+    starts = ("", "f", "<function=f>", "<arg_key>", "call:f{", "<|tool_call_begin|>",
+              "<｜tool▁call▁begin｜>f<｜tool▁sep｜>")  # fmt: skip
+    for start in starts:
+        for filler in (" ", "\n", "1:", "{", "</parameter>", "<arg_key>", "<｜tool▁sep｜>"):
+            form.read(start + filler * 100_000, TOOLS)  # a hang fails the test run
+
+
+def test_results_are_compared_without_thinking() -> None:
+    template = ChatTemplate(THINK)
+    for text in ("<think>hm</think>\n4", "hm</think>4"):
+        assert without_thinking(template, text) == "4"
+        assert without_thinking(None, text) == text
+    assert without_thinking(template, "<think>hm") == "<think>hm"
+
+
 def test_stop_strings_and_the_first_call_end_an_answer() -> None:
     stopped = read(THINK, "<think>a STOP</think>b STOP c", stops=("STOP",))
     assert parts(stopped) == ("b ", "a STOP", [])
@@ -212,7 +241,7 @@ def test_stop_strings_and_the_first_call_end_an_answer() -> None:
 
 
 def test_ids_of_calls_are_kept_where_the_model_writes_them() -> None:
-    answer = read(KIMI, ANSWERS[-1][1], tools=TOOLS)
+    answer = read(KIMI, ANSWERS[-2][1], tools=TOOLS)
     assert [call.id for call in answer.tool_calls] == ["functions.weather:0"]
     surrogate = '<tool_call>{"name": "now", "arguments": {"x": "\\ud800é"}}</tool_call>'
     (call,) = read(HERMES, surrogate, tools=TOOLS).tool_calls

@@ -95,7 +95,7 @@ def test_version_option_prints_the_version_of_the_package() -> None:
         (["--dtype", "int8"], ["'--dtype'", "'int8'", "'bfloat16'"]),
         (["--stop", ""], ["--stop", "empty"]),
         (["--line", "1"], ["--line applies only to -m decode"]),
-        (["-o", "x"], ["-o/--output applies only to -m getp, -m decode and -m merge"]),
+        (["-o", "x"], ["-o/--output applies only to -m getp, -m score, -m decode and -m merge"]),
         (["--restart"], ["--restart applies only to -m getp"]),
         (["-m", "doctor", "-i", "x"], ["-i/--input applies only to -m generate, -m chat"]),
         (["-m", "profile", "-i", "x"], ["-i/--input applies only to -m generate, -m chat"]),

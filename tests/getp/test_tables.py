@@ -102,6 +102,19 @@ def test_a_table_is_read_as_the_same_requests_in_jsonl(tmp_path: Path, kind: str
             assert one["error"] == other["error"]
 
 
+def test_ids_that_two_shards_have_are_noticed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [{"id": name, "prompt": "hi", "max_tokens": 1} for name in ("a", 'q"', 'q"', "a")]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    files = ["-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")]
+    for shard in ("1/2", "2/2"):
+        assert cli.run(["-m", "getp", *files, "--shard", shard]) == 0
+    assert cli.run(["-m", "merge", *files[2:]]) == 0
+    err = capsys.readouterr().err
+    assert 'out.jsonl: 2 requests in different shards have ids of others, the first "q\\""' in err
+
+
 def test_failures_beside_a_stream_of_answers_name_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from openai.types.chat import ChatCompletion
 
 from engine import Completion, Request, SamplingParams
 from getp.cli import main as cli
+from getp.job.job import set_options
+from getp.job.request_reader import RequestDefaults
 from getp.text import chat_session
 from getp.text.answer_text import Answer, AnswerOptions, read_answer
 from getp.text.chat_session import ChatSettings
@@ -107,7 +110,24 @@ def test_a_budget_ends_the_thinking_of_its_request_alone(
     }
 
 
+def test_a_budget_ends_the_analysis_of_a_model_with_channels(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "data" / "model", tmp_path / "model")
+    file = tmp_path / "model" / "chat_template.jinja"
+    file.write_text(file.read_text().rstrip() + "<|channel|>analysis<|message|>")
+    question = [{"role": "user", "content": "What is 17 plus 25?"}]
+    lines = [
+        {"id": "two", "messages": question, "thinking_token_budget": 2},
+        {"id": "none", "messages": question, "thinking_token_budget": 0},
+    ]
+    found = run_job(str(tmp_path / "model"), tmp_path / "out", lines)
+    for key, thought in (("two", True), ("none", False)):
+        assert bool(message(found[key]).get("reasoning_content")) == thought
+        assert message(found[key])["content"]
+        assert found[key]["choices"][0]["finish_reason"] == "stop"
+
+
 def test_examples_of_the_readme_run(thinking_model: str, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in re.findall(r'^\{"id": .*\}$', text, re.MULTILINE)]
     assert len(lines) >= 4
@@ -335,4 +355,8 @@ def test_options_that_cannot_have_an_effect_are_refused(
     assert cli.run(["-m", "getp", *files, "--reasoning-effort", "low"]) == 2
     assert "need --chat-template" in capsys.readouterr().err
     assert cli.run(["-m", "generate", "-i", "x", "--chat-template-kwargs", "[1]"]) == 2
+    defaults = RequestDefaults(SamplingParams())
+    assert set_options(defaults) == {}  # older journals stay valid
+    set_ones = replace(defaults, thinking_budget=0, truncate="left", variables={"x": 1})
+    assert set_options(set_ones).keys() == {"thinking_budget", "truncate", "chat_template_kwargs"}
     assert "is not a JSON object" in capsys.readouterr().err

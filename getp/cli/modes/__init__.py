@@ -25,6 +25,7 @@ class Subject(Flag):
     SAMPLING = auto()
     STOPPING = auto()
     LENGTH = auto()
+    WINDOW = auto()
     DTYPE = auto()
     BATCH = auto()
     DEVICE = auto()
@@ -47,6 +48,7 @@ _COMPLETES = (
     | _S.SAMPLING
     | _S.STOPPING
     | _S.LENGTH
+    | _S.WINDOW
     | _S.DTYPE
     | _S.BATCH
     | _S.DEVICE
@@ -90,6 +92,11 @@ MODES = {
         "serve OpenAI's API, with batches",
         (_COMPLETES & ~_S.INPUT & ~_S.PROMPT) | _S.GRACE | _S.SERVE,
     ),
+    "score": Mode(
+        "score",
+        "log-likelihood and perplexity of given texts",
+        _S.INPUT | _S.OUTPUT | _S.REPORT | _S.WINDOW | _S.DTYPE | _S.BATCH | _S.DEVICE | _S.ENGINE,
+    ),
     "decode": Mode(
         "decode", "print the answers of a result file as text", _S.INPUT | _S.OUTPUT | _S.LINE
     ),
@@ -105,6 +112,7 @@ MODES = {
         _S.INPUT
         | _S.PROMPT
         | _S.LENGTH
+        | _S.WINDOW
         | _S.DTYPE
         | _S.BATCH
         | _S.STEP

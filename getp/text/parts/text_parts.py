@@ -1,12 +1,17 @@
 """The parts of an answer's text: thinking, content and calls of tools."""
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 from getp.text.parts.thinking import Markers, ThinkingParser, is_open, markers_of
 from getp.text.parts.tool_bodies import Schemas
 from getp.text.parts.tool_calls import FORCED, ToolCallParser, ToolFormat, format_of
 from tokenizer import StreamDecoder, Tokenizer
 from tokenizer.harmony import FINAL, ChannelText
+
+_known: WeakKeyDictionary[
+    Tokenizer, dict[tuple[Markers | None, ToolFormat | None], frozenset[int]]
+] = WeakKeyDictionary()
 
 
 class TextParts:
@@ -79,6 +84,15 @@ def _special_ids(
     tokenizer: Tokenizer, markers: Markers | None, form: ToolFormat | None
 ) -> frozenset[int]:
     """Return the special tokens among the markers; the parsers need their text."""
+    known = _known.setdefault(tokenizer, {})
+    if (markers, form) not in known:
+        known[markers, form] = _find_special_ids(tokenizer, markers, form)
+    return known[markers, form]
+
+
+def _find_special_ids(
+    tokenizer: Tokenizer, markers: Markers | None, form: ToolFormat | None
+) -> frozenset[int]:
     texts = [] if markers is None else [markers.start, markers.end]
     if form is not None:
         texts += [form.begin, form.end or "", *form.inside]

@@ -68,6 +68,16 @@ def thinking_budget(
     return ThinkingBudget(max_tokens, start, end, before + end + after, opened)
 
 
+def without_thinking(template: ChatTemplate | None, text: str) -> str:
+    """Return the text of an answer without its thinking, where the prompt is not known."""
+    markers = markers_of(template)
+    if markers is None or markers.end not in text:
+        return text
+    parser = ThinkingParser(markers, not text.lstrip().startswith(markers.start))
+    pieces = parser.push(text) + parser.flush()
+    return "".join(piece.text for piece in pieces if piece.channel == FINAL)
+
+
 class ThinkingParser:
     """Separates the thinking at the start of an answer from what follows.
 

@@ -12,6 +12,7 @@ from getp.text.parts.tool_bodies import (
     Schemas,
     ToolCall,
     read_deepseek,
+    read_gemma,
     read_json,
     read_kimi,
     read_known,
@@ -54,6 +55,7 @@ _FORMATS = (
         read_kimi,
         inside=("<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"),
     ),
+    ToolFormat("<|tool_call>", "<tool_call|>", read_gemma, inside=('<|"|>',)),
     ToolFormat("<|tool_call|>", "<|/tool_call|>", read_json),  # Phi-4-mini
     ToolFormat(
         "<|python_tag|>", None, read_known, bare="{", mentions=('"parameters": dictionary',)

@@ -52,7 +52,7 @@ from model.ops.triton.recurrent.operations import TritonRecurrentOps
 from model.ops.triton.rotary import latent_query, rotate_and_write
 from model.ops.triton.route import MAX_PAIRS, route
 from model.ops.triton.sampling import adjust_logits, sample_rows
-from model.ops.triton.selection import STORAGE, Choice, Selection, candidates, describe
+from model.ops.triton.selection import TORCH_METHODS, Choice, Selection, candidates, describe
 from model.ops.triton.tiles import Target, target_of
 
 fix_cache_keys()  # of all kernels: their modules are imported above
@@ -82,7 +82,7 @@ class TritonBackend(TritonRecurrentOps, Backend):
         self._targets = {op: selection.target(op, self.target) for op in selection.choices}
         for op in selection.choices:
             if selection.is_torch(op):
-                for name in (op, *STORAGE.get(op, ())):
+                for name in (op, *TORCH_METHODS.get(op, ())):
                     setattr(self, name, MethodType(getattr(Backend, name), self))
         self._arrivals = arrival_counters(self.target, device)
 
@@ -173,8 +173,13 @@ class TritonBackend(TritonRecurrentOps, Backend):
     def logits(
         self, x: torch.Tensor, head: Linear, scale: float, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """As `Backend.logits`."""
+        """As `Backend.logits`, but rounded if there is a bias and more than one row.
+
+        Only gpt-oss's router has one, which is trained with rounded logits; this saves a launch.
+        """
         target = self._target("logits")
+        if head.bias is not None and not is_one_row(x, target):
+            return few_rows_linear(x, head, target)
         if out is None:
             out = x.new_empty(len(x), len(head.weight), dtype=torch.float32)
         if isinstance(head.weight, QuantizedWeight):
