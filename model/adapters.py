@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from model.config import CheckpointError, open_regular, read_json
 from model.families.config_keys.keys import Keys
 from model.formats.rules import checked
-from model.tensor_map import NamedWeight
+from model.tensors.pieces import NamedWeight
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """The files of an adapter."""

@@ -26,7 +26,7 @@ from model.ops.backend import Backend
 from model.ops.dense import normalize
 from model.ops.specs import Norm, Parameter
 from model.stored_weights import StoredMap
-from model.tensor_map import tensor_map
+from model.tensors.tensor_map import tensor_map
 from model.transformer import Transformer
 
 Files = CheckpointFiles | GgufFiles

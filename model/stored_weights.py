@@ -6,7 +6,7 @@ from model.formats import DENSE, FormatRules, StoredTensor, WeightFormat
 from model.formats.dense import Dequantized
 from model.formats.format import Find
 from model.formats.mxfp4 import PackedMxfp4
-from model.tensor_map import NamedWeight, Piece, TensorMap
+from model.tensors.pieces import NamedWeight, Piece, TensorMap
 
 # Calibrated scales of activations, and of keys and values: they are computed in a higher precision.
 _UNUSED = (

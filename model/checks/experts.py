@@ -20,13 +20,12 @@ def route_cases(layer: Moe, inputs: Inputs) -> Iterator[Case]:
     correction = _correction(layer, count, inputs)
     for rows in (1, 5, inputs.size.rows):
         order = torch.stack([inputs.order(count) for _ in range(rows)])
-        logits = ((order - count // 2) / 16).to(inputs.dtype)
+        logits = ((order - count // 2) / 16).float()
 
         def prepare(backend: Backend, logits: torch.Tensor = logits) -> Callable[[], Tensors]:
-            own = logits.to(backend.dtype)
-            return lambda: backend.route(own, router, correction)
+            return lambda: backend.route(logits, router, correction)
 
-        moved = rows * (count * inputs.dtype.itemsize + 12 * router.top_k)
+        moved = rows * (4 * count + 12 * router.top_k)
         yield Case("route", f"{rows} rows", prepare, moved, 0)
 
 

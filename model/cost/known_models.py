@@ -22,6 +22,9 @@ gemma-3-1b           gemma3_text 1152 6912  26   4  1 256 262144  32768 1e6   ti
 gemma-3-4b           gemma3_text 2560 10240 34   8  4 256 262208 131072 1e6   tied
 gemma-3-12b          gemma3_text 3840 15360 48  16  8 256 262208 131072 1e6   tied
 gemma-3-27b          gemma3_text 5376 21504 62  32 16 128 262208 131072 1e6   tied
+gemma-4-e2b          gemma4_text 1536 6144  35   8  1 256 262144 131072 1e6   tied
+gemma-4-26b-a4b      gemma4_text 2816 2112  30  16  8 256 262144 262144 1e6   tied
+gemma-4-31b          gemma4_text 5376 21504 60  32 16 256 262144 262144 1e6   tied
 granite-3.3-8b       granite    4096 12800  40  32  8 128  49159 131072 1e7   tied
 llama-2-7b           llama      4096 11008  32  32 32 128  32000   4096 1e4
 llama-3-8b           llama      4096 14336  32  32  8 128 128256   8192 5e5
@@ -98,6 +101,12 @@ def _deepseek_yarn(mscale: float) -> dict[str, Any]:
 
 
 _GEMMA3 = {"sliding_window": 1024, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+_GEMMA4 = {  # of the models without per-layer embeddings
+    "sliding_window": 1024,
+    "final_logit_softcapping": 30.0,
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0,
+}
 _GPT_OSS = {
     "num_experts_per_tok": 4,
     "sliding_window": 128,
@@ -118,6 +127,21 @@ _MORE: dict[str, dict[str, Any]] = {
     "gemma-3-4b": _GEMMA3,
     "gemma-3-12b": _GEMMA3,
     "gemma-3-27b": {**_GEMMA3, "query_pre_attn_scalar": 168},
+    "gemma-4-e2b": {
+        "layer_types": [*["sliding_attention"] * 4, "full_attention"] * 7,
+        "final_logit_softcapping": 30.0,
+        "num_kv_shared_layers": 20,
+        "use_double_wide_mlp": True,
+    },
+    "gemma-4-26b-a4b": {
+        **_GEMMA4,
+        "num_global_key_value_heads": 2,
+        "enable_moe_block": True,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 704,
+    },
+    "gemma-4-31b": {**_GEMMA4, "num_global_key_value_heads": 4},
     "granite-3.3-8b": {
         "attention_multiplier": 0.0078125,
         "embedding_multiplier": 12.0,

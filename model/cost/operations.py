@@ -200,7 +200,7 @@ class _ShardCost:
             written += 4 * tokens * own
         launches = 5 if own else 1
         return self.op(
-            "embedding", cost, rows, written, launches, fused=(written, launches), product=product
+            "embedding", cost, rows, written, launches, fused=(written, 1), product=product
         )
 
     def norm(self, name: str, rows: int, fused: tuple[int, int] = (0, 0)) -> Op:
@@ -381,12 +381,16 @@ class _ShardCost:
     def mlp_block(self, layer: LayerConfig) -> list[Op]:
         """Return norm, the router if there are experts, gate/up, activation, down with residual."""
         norm, moe = self.pre_norm("post_norm"), self.config.moe
+        if self.config.post_norms:  # of what attention and MLP add, as the first is timed
+            own = self.norm("post_norm", self.work.tokens)
+            norm = norm.plus(own, 1).plus(own, 1)
         if not layer.sparse or moe is None:
             return [norm, *self._dense(layer)]
         found = {op.name: op for op in [norm, *self._experts(layer, moe)]}
         beside = self._shared_expert(layer, moe) if moe.shared_size else []
         if moe.beside_mlp:  # with norms before the router and the experts and after both parts
-            beside = [*self._dense(layer), *[norm] * 4]
+            beside = self._in_one_kernel(self._dense(layer))
+            beside += [self.pre_norm("post_norm")] * 4
         for op in beside:
             found[op.name] = found[op.name].plus(op, 1)
         return list(found.values())
@@ -484,10 +488,16 @@ class _ShardCost:
                 _product(forms.down, tokens, hidden * size),
             ),
         )
-        if self.work.fused:  # in the kernel of the other experts
-            return [replace(op, launches=0, bytes=replace(op.bytes, activations=0)) for op in ops]
+        if self.work.fused:
+            return self._in_one_kernel(ops)
         *first, last = ops  # the results of all ranks are added with those of the other experts
         return [*first, replace(last, launches=last.launches - self._all_reduce)]
+
+    def _in_one_kernel(self, ops: list[Op]) -> list[Op]:
+        """Return the operations of an MLP; fused, as parts of the experts' kernel."""
+        if not self.work.fused:
+            return ops
+        return [replace(op, launches=0, bytes=replace(op.bytes, activations=0)) for op in ops]
 
     def _experts(self, layer: LayerConfig, moe: MoeConfig) -> list[Op]:
         c, tokens, back = self.config, self.work.tokens, self.work.backward

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from model.config import LayerConfig, ModelConfig, MoeConfig
-from model.formats import DENSE
+from model.formats import DENSE, HEAD
 from model.ops.specs import (
     Experts,
     ExpertShard,
@@ -72,7 +72,7 @@ class Moe:
         self.activation = config.activation
         self.router_spec = moe.router
         self.norm = Norm(config.hidden_size, config.norm)
-        self.router = Linear(config.hidden_size, moe.num_experts, moe.biases, DENSE)
+        self.router = Linear(config.hidden_size, moe.num_experts, moe.biases, HEAD)
         self.correction: torch.Tensor | None = None
         self.experts = Experts(
             moe.num_experts // shard.size,
@@ -136,7 +136,7 @@ class MlpBesideExperts:
         x, dense = self.mlp(ops, x, delta)
         with ROUTER:
             _, normed = ops.add_rms_norm(x, None, self.router_norm)
-            logits = ops.linear(normed, moe.router)
+            logits = ops.logits(normed, moe.router, 1)
             chosen, weights = ops.route(logits, moe.router_spec, moe.correction)
         with GATE_UP_PROJ:
             _, normed = ops.add_rms_norm(x, None, moe.norm)

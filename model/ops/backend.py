@@ -133,7 +133,10 @@ class Backend(ExpertOps, RecurrentOps, SamplingOps):
         return self.empty_weight(shape)
 
     def pack_head(self, weight: Any) -> Any:
-        """Return a filled weight in the form that `logits` takes: the head's or the embedding."""
+        """Return a filled weight in the form that `logits` takes: the head's or a router's.
+
+        The head's may be the embedding.
+        """
         return weight
 
     def keeps_mxfp4(self, stacked: bool) -> bool:

@@ -45,13 +45,18 @@ class DenseOps:
     def logits(
         self, x: torch.Tensor, head: Linear, scale: float, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """x [rows, hidden] → x · weightᵀ · scale, float32 [rows, vocab]; `out` if it is given."""
+        """x [rows, hidden] → (x · weightᵀ + bias) · scale, float32 [rows, vocab]; `out` if given.
+
+        Also for the logits of experts: head is a linear of the format `HEAD`.
+        """
         x, weight = x.float(), head.weight
         parts = []
         for first in range(0, len(weight), _HEAD_TOKENS):  # bounds the memory of the float32 copy
             part = head.format.dense(weight[first : first + _HEAD_TOKENS], x.dtype)
             parts.append(F.linear(x, part.float()))
         logits = torch.cat(parts, dim=1, out=out)
+        if head.bias is not None:
+            logits += head.bias
         return self.scale(logits, scale) if out is None else logits.mul_(scale)
 
     def add_rms_norm(

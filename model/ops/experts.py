@@ -33,7 +33,7 @@ class ExpertOps(DenseOps):
         activation: Activation,
         shard: ExpertShard = ExpertShard(),  # noqa: B008 - immutable
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`add_rms_norm`, `linear`, `route`, `experts`, `shared_expert` → (x + delta, their sum).
+        """`add_rms_norm`, `logits`, `route`, `experts`, `shared_expert` → (x + delta, their sum).
 
         A backend may leave their sum to the next norm and return [tokens, parts, hidden], where it
         takes such a delta and the shard holds all experts.
@@ -41,7 +41,7 @@ class ExpertOps(DenseOps):
         with POST_NORM:
             x, normed = self.add_rms_norm(x, delta, norm)
         with ROUTER:
-            logits = self.linear(normed, router.linear)
+            logits = self.logits(normed, router.linear, 1)
             chosen, weights = self.route(logits, router.spec, router.correction)
         out = self.experts(normed, chosen, weights, experts, activation, shard)
         if experts.shared is not None:
@@ -51,12 +51,14 @@ class ExpertOps(DenseOps):
     def route(
         self, logits: torch.Tensor, router: RouterSpec, correction: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [tokens, experts] → (experts int64, weights float32), both [tokens, top_k].
+        """Logits [tokens, experts] → (experts int64, weights), both [tokens, top_k].
+
+        Logits and weights are float32.
 
         correction: float32 [experts], added to the scores for the choice alone; or, if the router
         scales experts, a factor of each expert's weights.
         """
-        logits, factors = logits.float(), None
+        factors = None
         if router.scales_experts:
             factors, correction = correction, None
         if router.softmax_after_top_k:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from getp.text.answer_text import Answer, AnswerOptions, AnswerText, _join, read_answer
 from getp.text.parts.thinking import without_thinking
+from getp.text.parts.tool_calls import format_of
 from tests.getp.helpers import TEXTS, byte_level
 from tokenizer import ChatTemplate, Tokenizer
 
@@ -208,6 +209,17 @@ def test_an_answer_begins_in_the_thinking_that_the_prompt_opened() -> None:
         AnswerOptions(),
     )  # fmt: skip
     assert raw.content == text
+
+
+@pytest.mark.parametrize("source", [HERMES, MISTRAL, LLAMA, DEEPSEEK, KIMI, "<|tool_call>"])
+def test_hostile_answers_are_read_in_linear_time(source: str) -> None:
+    form = format_of(ChatTemplate(source))
+    assert form is not None
+    starts = ("", "f", "<function=f>", "<arg_key>", "call:f{", "<|tool_call_begin|>",
+              "<｜tool▁call▁begin｜>f<｜tool▁sep｜>")  # fmt: skip
+    for start in starts:
+        for filler in (" ", "\n", "1:", "{", "</parameter>", "<arg_key>", "<｜tool▁sep｜>"):
+            form.read(start + filler * 100_000, TOOLS)  # a hang fails the test run
 
 
 def test_results_are_compared_without_thinking() -> None:

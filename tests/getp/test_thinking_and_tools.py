@@ -110,7 +110,24 @@ def test_a_budget_ends_the_thinking_of_its_request_alone(
     }
 
 
+def test_a_budget_ends_the_analysis_of_a_model_with_channels(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "data" / "model", tmp_path / "model")
+    file = tmp_path / "model" / "chat_template.jinja"
+    file.write_text(file.read_text().rstrip() + "<|channel|>analysis<|message|>")
+    question = [{"role": "user", "content": "What is 17 plus 25?"}]
+    lines = [
+        {"id": "two", "messages": question, "thinking_token_budget": 2},
+        {"id": "none", "messages": question, "thinking_token_budget": 0},
+    ]
+    found = run_job(str(tmp_path / "model"), tmp_path / "out", lines)
+    for key, thought in (("two", True), ("none", False)):
+        assert bool(message(found[key]).get("reasoning_content")) == thought
+        assert message(found[key])["content"]
+        assert found[key]["choices"][0]["finish_reason"] == "stop"
+
+
 def test_examples_of_the_readme_run(thinking_model: str, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in re.findall(r'^\{"id": .*\}$', text, re.MULTILINE)]
     assert len(lines) >= 4

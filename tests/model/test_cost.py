@@ -118,6 +118,15 @@ def test_two_gpus_halve_the_work(name: str, fused: bool) -> None:
     assert two.bytes.weights == pytest.approx((one.bytes.weights + 2 * whole) / 2, rel=0.001)
 
 
+@pytest.mark.parametrize("name", ["gemma-2-2b", "gemma-3-1b", "llama-3.2-1b", "qwen3-0.6b"])
+def test_a_step_reads_every_weight_once(name: str) -> None:
+    """Also the norms before and after attention and MLP; tied embeddings are read as the head."""
+    config = named_config(name)
+    ops = operations(config, Workload("decode", 1, 1, 1, "bfloat16"))
+    read = sum(op.bytes.weights for op in ops if op.name != "embedding")
+    assert read == parameter_bytes(config, "bfloat16")
+
+
 def test_an_impossible_split_is_refused() -> None:
     with pytest.raises(ValueError, match="14 heads"):
         operations(named_config("qwen2-0.5b"), Workload("decode", 1, 1, 1, "float32", 4))

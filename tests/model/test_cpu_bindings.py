@@ -151,7 +151,7 @@ def test_recorded_calls_repeat_arguments_of_every_type(library: ctypes.CDLL) -> 
         x.data_ptr(), None, weight.data_ptr(), 3, 32, 0.5, None, normed.data_ptr(), 1
     )
     recorded.route(
-        normed.data_ptr(), None, 3, 32, 4, False, True, False, 1, 1, 1, 1.0, False,
+        x.data_ptr(), None, 3, 32, 4, False, True, False, 1, 1, 1, 1.0, False,
         expert_ids.data_ptr(), weights.data_ptr(), 1,
     )  # fmt: skip
     results = normed, expert_ids, weights

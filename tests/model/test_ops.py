@@ -2,10 +2,12 @@
 
 from importlib import import_module
 from inspect import signature
+from typing import Any
 
 import pytest
 import torch
 
+from model.formats import HEAD
 from model.ops.backend import Backend
 from model.ops.cpu.bindings import kernels
 from model.ops.cpu.onednn import OneDnnBackend
@@ -17,9 +19,11 @@ from model.ops.specs import (
     ExpertGroups,
     ExpertShard,
     Heads,
+    Linear,
     Norm,
     NormSpec,
     RopeArgs,
+    Router,
     RouterSpec,
 )
 from tests.model.ops_helpers import (
@@ -443,12 +447,37 @@ def test_a_gated_linear_equals_the_reference(
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_routers_equal_the_reference(router: RouterSpec, dtype: torch.dtype) -> None:
-    logits = torch.stack([torch.randperm(16) for _ in range(9)]).to(dtype) / 4
+    logits = torch.stack([torch.randperm(16) for _ in range(9)]) / 4
     correction = rand(16, seed=1) / 4 if router.has_correction else None
     expected = reference(dtype).route(logits, router, correction)
     found = cpu_backend(dtype).route(logits, router, correction)
     for own, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(own, wanted)
+
+
+def test_router_logits_are_not_rounded(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two experts whose logits are 2 and 2 + 2**-8, which is nearer than values of bfloat16."""
+    ops, weight = cpu_backend(dtype), torch.full((2, 64), 1 / 32)
+    weight[1, 0] += 2**-8
+    storage = HEAD.allocate(ops, (2, 64))
+    storage[:2].copy_(weight.to(dtype))
+    router = Router(
+        Linear(64, 2, False, HEAD, weight=HEAD.finish(ops, storage)),
+        RouterSpec(1, False, True, sigmoid=True),
+    )
+    chosen, route = [], ops.route
+
+    def spy(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        experts, weights = route(*arguments)
+        chosen.append(experts.tolist())
+        return experts, weights
+
+    monkeypatch.setattr(ops, "route", spy)
+    down, gate_up = rand(2, 64, 32, dtype=dtype), rand(2, 64, 64, dtype=dtype)
+    experts = packed_experts(ops, experts_of(gate_up, None, down, None))
+    delta, norm = torch.zeros(3, 64, dtype=dtype), norm_of(torch.ones(64))
+    ops.norm_experts(torch.ones(3, 64), delta, norm, router, experts, Activation())
+    assert chosen == [[[1]] * 3]
 
 
 def test_routing_limits_experts_to_the_best_groups_and_weighs_them_without_the_correction() -> None:

@@ -375,11 +375,12 @@ def _moe_calls(ops: TritonBackend, config: ModelConfig, rows: int) -> Iterator[C
     moe, hidden = config.moe, config.hidden_size
     assert moe is not None
     count, size, biased = moe.num_experts, moe.intermediate_size, moe.biases
-    x, scores, norm = _empty(rows, hidden), _empty(rows, count), norm_of(_empty(hidden))
+    x, norm = _empty(rows, hidden), norm_of(_empty(hidden))
     stream = _empty(rows, hidden, dtype=torch.float32)
+    scores = _empty(rows, count, dtype=torch.float32)
     router = linear_of(_empty(count, hidden), _empty(count) if biased else None)
     spec = moe.router
-    yield lambda: ops.linear(x, router)
+    yield lambda: ops.logits(x, router, 1)
     yield lambda: ops.route(scores, spec)
     chosen = _empty(rows, spec.top_k, dtype=torch.int64)
     weights = _empty(rows, spec.top_k, dtype=torch.float32)

@@ -34,20 +34,18 @@ _INVOKE_PARAMETER = re.compile(
     r'\s*<parameter name="([^"]+)">(.*?)</parameter>(?=\s*(?:<parameter |$))', re.DOTALL
 )
 _ARG = re.compile(
-    r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>(?=\s*(?:<arg_key>|$))", re.DOTALL
+    r"\s*<arg_key>([^<]*)</arg_key>\s*<arg_value>(.*?)</arg_value>(?=\s*(?:<arg_key>|$))", re.DOTALL
 )
-_NAME = re.compile(
-    r"\s*(?:\[TOOL_CALLS\])?\s*([\w.\-]+)\s*(?:\[CALL_ID\]([\w\-]+))?(?:\[ARGS\])?\s*"
-)
+_NAME = re.compile(r"([\w.\-]+)\s*(?:\[CALL_ID\]([\w\-]+))?(?:\[ARGS\])?")
 _BARE_KEY = re.compile(r"([{,]\s*)([^\s{}\[\]:,\"]+)\s*:")
 _DEEPSEEK = re.compile(
-    r"\s*<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>(?P<old>[^\n]+)\n```json\n(?P<code>.*?)\n```"
-    r"|(?P<name>.*?)<｜tool▁sep｜>(?P<plain>.*?))\s*<｜tool▁call▁end｜>\s*",
+    r"\s*<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>(?P<old>[^\n]+)\n```json\n(?P<code>.*?)\n```\s*"
+    r"|(?P<name>[^<]*)<｜tool▁sep｜>(?P<plain>.*?))<｜tool▁call▁end｜>\s*",
     re.DOTALL,
 )
 _KIMI = re.compile(
-    r"\s*<\|tool_call_begin\|>\s*(?P<id>(?:functions\.)?(?P<name>.+?)(?::\d+)?)\s*"
-    r"<\|tool_call_argument_begin\|>(?P<arguments>.*?)<\|tool_call_end\|>\s*",
+    r"\s*<\|tool_call_begin\|>(?P<id>[^<]*)<\|tool_call_argument_begin\|>"
+    r"(?P<arguments>.*?)<\|tool_call_end\|>\s*",
     re.DOTALL,
 )
 
@@ -89,18 +87,21 @@ def read_known(body: str, schemas: Schemas) -> list[ToolCall] | None:
 
 def read_mistral(body: str, schemas: Schemas) -> list[ToolCall] | None:
     """Read a JSON list, or NAME[ARGS]{…}, also several of them."""
-    if body.lstrip()[:1] == "[" and not body.lstrip().startswith("[TOOL_CALLS]"):
+    rest = body.strip()
+    if rest[:1] == "[" and not rest.startswith("[TOOL_CALLS]"):
         return read_json(body, schemas)
-    calls, at = [], 0
-    while at < len(body.rstrip()):
-        name = _NAME.match(body, at)
+    calls = []
+    while rest:
+        name = _NAME.match(rest := rest.removeprefix("[TOOL_CALLS]").lstrip())
         if name is None:
             return None
         try:
-            arguments, at = _DECODER.raw_decode(body, name.end())
+            rest = rest[name.end() :].lstrip()
+            arguments, end = _DECODER.raw_decode(rest)
             calls.append(ToolCall(name[1], _arguments(arguments), name[2] or ""))
         except (ValueError, RecursionError):
             return None
+        rest = rest[end:].lstrip()
     return calls or None
 
 
@@ -115,9 +116,13 @@ def read_deepseek(body: str, schemas: Schemas) -> list[ToolCall] | None:
 
 def read_kimi(body: str, schemas: Schemas) -> list[ToolCall] | None:
     """Read the calls of Kimi K2, whose ids are part of its prompts."""
-    return _read_matches(
-        _KIMI, body, lambda match: (match["name"], match["arguments"], match["id"])
-    )
+
+    def parts(match: re.Match[str]) -> tuple[str, str, str]:
+        own_id = match["id"].strip()
+        name, _, number = own_id.removeprefix("functions.").rpartition(":")
+        return (name if name and number.isdecimal() else own_id), match["arguments"], own_id
+
+    return _read_matches(_KIMI, body, parts)
 
 
 def read_gemma(body: str, schemas: Schemas) -> list[ToolCall] | None:

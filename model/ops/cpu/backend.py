@@ -178,7 +178,7 @@ class CpuBackend(CpuRecurrentOps, OneDnnBackend):
         if not self._is_native(head):
             leave_to_torch()
             return super().logits(x, head, scale, out)
-        logits = native.logits(x, head.weight, scale)
+        logits = native.logits(x, head.weight, head.bias, scale)
         return logits if out is None else out.copy_(logits)
 
     def add_rms_norm(

@@ -52,11 +52,13 @@ def linear(x: torch.Tensor, weight: Packed, bias: torch.Tensor | None) -> torch.
     return out
 
 
-def logits(x: torch.Tensor, weight: Packed, scale: float) -> torch.Tensor:
+def logits(
+    x: torch.Tensor, weight: Packed, bias: torch.Tensor | None, scale: float
+) -> torch.Tensor:
     """As Backend.logits."""
     out = empty((x.shape[0], weight.shape[0]), torch.float32)
     kernels.logits(
-        weight.described(None), x.data_ptr(), x.shape[0], scale, out.data_ptr(),
+        weight.described(bias), x.data_ptr(), x.shape[0], scale, out.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return out

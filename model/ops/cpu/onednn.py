@@ -81,7 +81,8 @@ class OneDnnBackend(Backend):
         """As Backend.logits, for a weight from `pack_head`."""
         if not isinstance(head.weight, torch.Tensor):
             return super().logits(x, head, scale, out)
-        logits = self.scale(torch.nn.functional.linear(x.float(), head.weight), scale)
+        bias = None if head.bias is None else head.bias.float()
+        logits = self.scale(torch.nn.functional.linear(x.float(), head.weight, bias), scale)
         return logits if out is None else out.copy_(logits)
 
     def experts(

@@ -173,8 +173,13 @@ class TritonBackend(TritonRecurrentOps, Backend):
     def logits(
         self, x: torch.Tensor, head: Linear, scale: float, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """As `Backend.logits`."""
+        """As `Backend.logits`, but rounded if there is a bias and more than one row.
+
+        Only gpt-oss's router has one, which is trained with rounded logits; this saves a launch.
+        """
         target = self._target("logits")
+        if head.bias is not None and not is_one_row(x, target):
+            return few_rows_linear(x, head, target)
         if out is None:
             out = x.new_empty(len(x), len(head.weight), dtype=torch.float32)
         if isinstance(head.weight, QuantizedWeight):

@@ -21,11 +21,11 @@ INLINE int64_t take_highest(float* values, int64_t count) {
 }
 
 // Experts in the order of their logits.
-void route_by_logits(const bf16* logits, int64_t experts, const Routing& by, float* values,
+void route_by_logits(const float* logits, int64_t experts, const Routing& by, float* values,
                      int64_t* expert_ids, float* weights) {
   float max = -INFINITY, sum = 0;
   for (int64_t e = 0; e < experts; e++) {
-    values[e] = to_float(logits[e]);
+    values[e] = logits[e];
     max = std::max(max, values[e]);
   }
   if (!by.softmax_after_top_k)
@@ -63,12 +63,12 @@ void keep_best_groups(float* ranks, int64_t experts, const Routing& by, float* s
 
 // Experts in the order of their scores plus `correction` [experts], if it is not null, of the best
 // groups. scores: [3 · experts + groups]
-void route_by_scores(const bf16* logits, const float* correction, int64_t experts,
+void route_by_scores(const float* logits, const float* correction, int64_t experts,
                      const Routing& by, float* scores, int64_t* expert_ids, float* weights) {
   float *ranks = scores + experts, *scratch = ranks + experts, max = -INFINITY, sum = 0;
-  for (int64_t e = 0; e < experts; e++) max = std::max(max, to_float(logits[e]));
+  for (int64_t e = 0; e < experts; e++) max = std::max(max, logits[e]);
   for (int64_t e = 0; e < experts; e++) {
-    const float logit = to_float(logits[e]);
+    const float logit = logits[e];
     scores[e] = by.sigmoid ? 1.0f / (1.0f + std::exp(-logit)) : std::exp(logit - max);
     sum += scores[e];
   }
@@ -89,7 +89,7 @@ void route_by_scores(const bf16* logits, const float* correction, int64_t expert
 
 // logits [rows, experts] → expert_ids and weights [rows, top_k]. scales_experts: `correction` is not
 // added to the scores, but multiplies the weights.
-void route(const bf16* logits, const float* correction, int64_t rows, int64_t experts,
+void route(const float* logits, const float* correction, int64_t rows, int64_t experts,
            int64_t top_k, bool softmax_after_top_k, bool normalize, bool sigmoid, int64_t groups,
            int64_t chosen_groups, int64_t group_best, float scale, bool scales_experts,
            int64_t* expert_ids, float* weights, int threads) {
@@ -100,7 +100,7 @@ void route(const bf16* logits, const float* correction, int64_t rows, int64_t ex
   divide(threads, rows, rows_per_piece(rows, threads), [=](int64_t first, int64_t last) {
     float* values = thread_scratch<float>(3 * experts + groups);
     for (int64_t row = first; row < last; row++) {
-      const bf16* from = logits + row * experts;
+      const float* from = logits + row * experts;
       int64_t* ids = expert_ids + row * top_k;
       float* to = weights + row * top_k;
       if (sigmoid || added || groups > 1)
