@@ -265,7 +265,8 @@ def test_a_failed_start_ends_the_job_with_the_error_of_the_engine(one_ray: str) 
 def test_a_server_streams_cancels_and_runs_batches_on_replicas(
     one_ray: str, tmp_path: Path
 ) -> None:
-    server = RunningServer(tmp_path, engine=Cluster(MODEL, MODEL, SMALL, replicas=2))
+    cluster = Cluster(MODEL, MODEL, SMALL, replicas=2)
+    server = RunningServer(tmp_path, engine=cluster)
     chat: Any = server.client.chat.completions
     asked = {"model": "embedded", "messages": MESSAGES, "temperature": 0, "logprobs": True}
     whole = chat.create(**asked)
@@ -282,7 +283,7 @@ def test_a_server_streams_cancels_and_runs_batches_on_replicas(
     batch = start(server.client, lines(20))
     assert finished(server.client, batch).request_counts.completed == 20
     assert server.stop() == 0
-    server.engine.close()
+    cluster.close()
 
 
 def test_a_callback_that_cannot_be_sent_to_a_replica_is_refused() -> None:
