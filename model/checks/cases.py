@@ -27,10 +27,17 @@ from model.checks.experts import (
 )
 from model.checks.inputs import FULL, SMALL, Inputs, Size
 from model.checks.latent import head_linear_cases, latent_query_cases
+from model.checks.recurrent import (
+    causal_conv_cases,
+    delta_rule_cases,
+    gated_norm_cases,
+    output_gate_cases,
+)
 from model.checks.sampling import adjust_cases, argmax_cases, sample_cases, top_tokens_cases
 from model.config import ModelConfig
 from model.formats import DENSE
 from model.layers.attention import Attention
+from model.layers.delta_rule import DeltaRule
 from model.layers.latent_attention import LatentAttention
 from model.layers.mlp import Mlp, Moe
 from model.ops.backend import OPERATIONS
@@ -85,6 +92,8 @@ def _cases_of(
     plain = attention if isinstance(attention, Attention) else None
     dense = next((layer for layer in config.layers if config.has_mlp(layer)), None)
     sparse = next((layer for layer in config.layers if layer.sparse), None)
+    recurrent = next((layer for layer in config.layers if layer.recurrent), None)
+    rule = None if recurrent is None else DeltaRule(config, recurrent, shard)
     mlp = None if dense is None else Mlp(config, dense, shard)
     moe = None if sparse is None else Moe(config, sparse, shard)
     shared = None if moe is None else moe.experts.shared
@@ -125,6 +134,14 @@ def _cases_of(
         yield from head_linear_cases(latent, inputs)
     elif operation == "latent_query" and latent is not None:
         yield from latent_query_cases(latent, config.rotary_dim, block_size, inputs)
+    elif operation == "causal_conv" and rule is not None:
+        yield from causal_conv_cases(rule, inputs)
+    elif operation == "delta_rule" and rule is not None:
+        yield from delta_rule_cases(rule, inputs)
+    elif operation == "gated_norm" and rule is not None:
+        yield from gated_norm_cases(rule, inputs)
+    elif operation == "output_gate" and config.output_gate:
+        yield from output_gate_cases(attention.out.inputs, inputs)
     elif operation == "attention":
         for layer in layers:
             yield from attention_cases(layer, block_size, inputs)

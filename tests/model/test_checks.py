@@ -20,7 +20,7 @@ from tests.model.ops_helpers import CPU
 FAMILIES = ["gpt_oss-wide", "qwen2", "qwen3", "qwen3_moe", "granite"]
 FAMILIES += ["gemma4_text-experts-wide", "gemma4_text-shared-wide", "nanochat-wide"]
 FAMILIES += ["olmo2-wide", "ministral3-wide", "hunyuan_v1_dense-wide", "glm4_moe-wide"]
-FAMILIES += ["deepseek_v3-wide"]
+FAMILIES += ["deepseek_v3-wide", "qwen3_5_text"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -43,6 +43,8 @@ def test_a_right_backend_has_no_problem(
         unused |= set() if config.moe and config.moe.shared_size else {"add_gated"}
         unused |= set() if config.layer_scalars else {"scaled_sum"}
         unused |= set() if config.per_layer_size else {"gated"}
+        recurrent = {"causal_conv", "delta_rule", "gated_norm", "output_gate"}
+        unused |= set() if config.delta_rule else recurrent
         latent = {"head_linear", "latent_query"}
         unused |= latent if config.latent is None else {"norm_qkv", "rotate_and_write"}
         assert {case.op for case in found} == set(OPERATIONS) - unused

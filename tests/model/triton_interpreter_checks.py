@@ -23,6 +23,7 @@ from model.ops.cpu.backend import CpuBackend
 from model.ops.triton import attention, experts, linear, norm, rotary, route, sampling
 from model.ops.triton.backend import TritonBackend
 from model.ops.triton.kernels import embedding
+from model.ops.triton.recurrent import convolution, delta_rule
 from model.ops.triton.selection import TORCH, Selection, candidates, describe
 from model.ops.triton.tiles import TILES, Target, Tile, target_of
 from tests.checkpoints import write_checkpoint, write_mxfp4_pair
@@ -112,7 +113,13 @@ FAULTS: list[tuple[str, Any, str, Callable[[Any], Any]]] = [
     ("experts", experts, "experts_down", lambda k: Changed(k, setting(BIAS=False))),
     ("experts", experts, "sum_experts", Missing),
     ("sample_rows", sampling, "choose_tokens", Missing),
+    ("causal_conv", convolution, "_causal_conv", lambda k: Changed(k, setting(BLOCK_C=32))),
+    ("delta_rule", delta_rule, "_single_token", lambda k: Changed(k, setting(BLOCK_V=16))),
+    ("delta_rule", delta_rule, "_chunks", lambda k: Changed(k, setting(BLOCK_K=8))),
+    ("gated_norm", convolution, "_gated_norm", Missing),
 ]
+FAMILIES = {"activate": "qwen3_moe", "norm_mlp": "qwen3_moe"}
+FAMILIES |= dict.fromkeys(("causal_conv", "delta_rule", "gated_norm"), "qwen3_5_text")
 
 
 def verifier_of(path: Path, backend: TritonBackend, capture: Any = None) -> Verifier:
@@ -126,7 +133,7 @@ def test_a_fault_is_found_and_plain_torch_serves_instead(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     op, module, name, change = fault
-    path = folder("qwen3_moe" if op in ("activate", "norm_mlp") else "gpt_oss-wide")
+    path = folder(FAMILIES.get(op, "gpt_oss-wide"))
     monkeypatch.setattr(module, name, change(getattr(module, name)))
     monkeypatch.setattr("model.checks.verify.OPERATIONS", (op,))
     found = verify(verifier_of(path, kernels()))

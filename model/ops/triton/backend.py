@@ -52,7 +52,7 @@ from model.ops.triton.recurrent.operations import TritonRecurrentOps
 from model.ops.triton.rotary import latent_query, rotate_and_write
 from model.ops.triton.route import MAX_PAIRS, route
 from model.ops.triton.sampling import adjust_logits, sample_rows
-from model.ops.triton.selection import STORAGE, Choice, Selection, candidates, describe
+from model.ops.triton.selection import TORCH_METHODS, Choice, Selection, candidates, describe
 from model.ops.triton.tiles import Target, target_of
 
 fix_cache_keys()  # of all kernels: their modules are imported above
@@ -82,7 +82,7 @@ class TritonBackend(TritonRecurrentOps, Backend):
         self._targets = {op: selection.target(op, self.target) for op in selection.choices}
         for op in selection.choices:
             if selection.is_torch(op):
-                for name in (op, *STORAGE.get(op, ())):
+                for name in (op, *TORCH_METHODS.get(op, ())):
                     setattr(self, name, MethodType(getattr(Backend, name), self))
         self._arrivals = arrival_counters(self.target, device)
 

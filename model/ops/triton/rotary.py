@@ -218,7 +218,7 @@ def rotate_and_write(qkv: torch.Tensor, rope: RopeArgs, target: Target) -> torch
         NORMS_VALUES=heads.norms_values,
         VALUES_ARE_KEYS=heads.values_are_keys,
         QUERY_SCALE=rope.query_scale is not None,
-        num_warps=2,
+        num_warps=4,  # with 2, some forms spill registers
         **target.launch_options,
     )
     return out

@@ -18,8 +18,12 @@ TORCH = "torch"
 Choice = str | Mapping[str, Any]
 """TORCH, or values of fields of `Tiles` as JSON has them."""
 
-# Where torch computes an operation, these methods must store its weights as torch reads them.
-STORAGE: dict[str, tuple[str, ...]] = {"experts": ("pack_experts", "pack_mxfp4")}
+# Where torch computes an operation, it also takes these methods: those that store its weights, and
+# what the plain operation calls that runs the same kernel.
+TORCH_METHODS: dict[str, tuple[str, ...]] = {
+    "activate": ("gated",),
+    "experts": ("pack_experts", "pack_mxfp4"),
+}
 
 _ONE_ROW = Tile(1, 16, 256, 4, 3)
 _ATTENTION = (

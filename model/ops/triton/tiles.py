@@ -106,7 +106,7 @@ _HOPPER = Tiles(
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
     # The highest tiles leave room for two programs: one multiplies while the other unpacks.
     mxfp4_gate_up=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 4, 3)),
-    mxfp4_down=(Tile(16, 64, 128, 4, 6), Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 4, 128)),
+    mxfp4_down=(Tile(16, 64, 128, 4, 6), Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 4, 4)),
     # Narrow tiles at few rows let every processor load weights: 4096 rows are 256 programs.
     quantized=(
         Tile(16, 64, 128, 4, 6),
@@ -239,7 +239,8 @@ TILES: dict[str, Tiles] = {
     "sm_100": _BLACKWELL,
     "sm_103": _BLACKWELL,
     # Without the asynchronous matrix instructions of sm_90 and sm_100.
-    "sm_120": replace(_AMPERE, fp8_warps=2),
+    # With 64 keys, chunks with heads of 128 spill registers there.
+    "sm_120": replace(_AMPERE, prefill_wide=Tile(128, 32, 0, 8, 4), fp8_warps=2),
     "gfx90a": _CDNA,
     "gfx942": _CDNA,
     "gfx950": _CDNA4,
