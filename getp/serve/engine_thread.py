@@ -109,6 +109,11 @@ class EngineThread:
         return len(self._owners)
 
     @property
+    def queued(self) -> int:
+        """The number of online requests that the engine has not taken."""
+        return len(self._queue)
+
+    @property
     def online(self) -> int:
         """The number of online requests, those in the queue included."""
         return self._online
