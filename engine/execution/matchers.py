@@ -9,6 +9,7 @@ samples: a GPU computes in the meantime (`StepLoop`).
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -100,11 +101,12 @@ class Matchers:
 
     @cached_property
     def _tokenizer(self) -> "llguidance.LLTokenizer":
-        ends = sorted(self._stop_ids) or None
+        text, ends = self._tokenizer_json(), sorted(self._stop_ids) or None
         try:
-            return self._library.LLTokenizer(
-                self._tokenizer_json(), n_vocab=self._vocab, eos_token=ends
-            )
+            with suppress(ValueError):
+                return self._library.LLTokenizer(text, n_vocab=self._vocab, eos_token=ends)
+            # It has more tokens than the model.
+            return self._library.LLTokenizer(text, eos_token=ends)
         except ValueError as error:
             raise RequestError(
                 "the {grammar} cannot be used with this tokenizer: {reason}", reason=error
@@ -153,19 +155,22 @@ class Matchers:
 
         A matcher with an error allows every token.
         """
-        found = torch.full((len(matchers), self.words), _ALL, dtype=torch.int32)
-        ready = []
-        for i, matcher in enumerate(matchers):
-            if matcher.is_waiting:
-                for token in matcher.stop_ids:
-                    found[i].view(torch.uint8)[token // 8] &= 255 ^ 1 << token % 8
-            elif matcher.error is None:
-                ready.append((matcher.state, i))
+        ready = [
+            (matcher.state, i)
+            for i, matcher in enumerate(matchers)
+            if not matcher.is_waiting and matcher.error is None
+        ]
+        words = self.words
         if ready:
-            self._executor.unsafe_compute_mask_ptr(
-                ready, found.data_ptr(), 4 * self.words, len(found)
-            )
-        return found
+            words = max(words, -(-self._tokenizer.vocab_size // 32))
+        found = torch.full((len(matchers), words), _ALL, dtype=torch.int32)
+        for i, matcher in enumerate(matchers):
+            for token in matcher.stop_ids if matcher.is_waiting else ():
+                if 0 <= token < self._vocab:
+                    found[i].view(torch.uint8)[token // 8] &= 255 ^ 1 << token % 8
+        if ready:
+            self._executor.unsafe_compute_mask_ptr(ready, found.data_ptr(), 4 * words, len(found))
+        return found[:, : self.words]
 
     def begin(self, matchers: Sequence[Matcher]) -> Callable[[], torch.Tensor]:
         """Start to compute `masks` in a thread; the result waits for them."""

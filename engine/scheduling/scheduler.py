@@ -7,7 +7,8 @@ recomputed later (most of it from the prefix cache).
 
 Requests with a lower `priority` number come first in everything: in the order of both queues, in
 the token budget, and in memory: for a waiting one, running sequences with a higher number are
-preempted.
+preempted. While there are requests with the lowest number, the others have only a part of the
+token budget, so that steps stay short.
 
 A step of decodes alone can be much cheaper to launch than one with chunks, if it is replayed as a
 graph. With `group_size` set, waiting sequences are therefore admitted in groups once the batch is
@@ -26,6 +27,7 @@ from engine.scheduling.kv_cache import KVCache
 from engine.scheduling.sequence import Chunk, Sequence, Step
 from engine.scheduling.speculation import Speculation
 
+_SHARED_PART = 4  # one in so many tokens of a step is for requests that are not the first
 _STEPS_BEFORE_GROWTH = 128  # successful steps after a back-off until the limits grow again
 
 
@@ -72,6 +74,11 @@ class Scheduler:
         """The number of waiting sequences with priority 0 or lower."""
         return bisect_right(self.waiting, 0, key=lambda sequence: sequence.priority)
 
+    @property
+    def _shared_tokens(self) -> int:
+        """Tokens of all but the first sequences in a step: enough for their decodes."""
+        return max(self.max_batch_size, self.max_batch_tokens // _SHARED_PART)
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; it must be able to run alone (`KVCache.capacity`)."""
         at = len(self.waiting)
@@ -92,6 +99,8 @@ class Scheduler:
         outgrown: list[Sequence] = []
         priorities = self._priorities()
         for priority in priorities:
+            if priority != priorities[0]:  # a short step, since the first ones wait for its end
+                budget = min(budget, self._shared_tokens)
             budget = self._continue_running(priority, budget, step, outgrown)
             if self._preempted <= priority:
                 self.lacks_blocks = True

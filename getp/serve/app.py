@@ -6,9 +6,10 @@ import secrets
 import time
 import traceback
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -28,6 +29,7 @@ from getp.serve.stream import ChunkStream
 from getp.terminal import print_message
 from tokenizer import Tokenizer
 
+_READING_THREADS = 4  # that encode prompts at once
 _HUNG_UP = 499  # status of an answer that nobody receives; nginx uses it, too
 
 
@@ -43,6 +45,10 @@ class Service:
         self._reader = Reader(config.job, tokenizer, thread.engine.max_positions)
         self._context = ResultContext(tokenizer, config.model_name, secrets.token_hex(8), 0)
         self._numbers = itertools.count()
+
+    @cached_property
+    def _limiter(self) -> CapacityLimiter:
+        return CapacityLimiter(_READING_THREADS)
 
     def routes(self) -> list[Route]:
         """Return the routes of this service."""
@@ -69,7 +75,7 @@ class Service:
         if name is not None and name != self.config.model_name:
             raise not_found("model", str(name))
         # In a thread: long prompts and chat templates take a while.
-        requests = await to_thread.run_sync(self._reader.read, body, chat)
+        requests = await to_thread.run_sync(self._reader.read, body, chat, limiter=self._limiter)
         if stream and any(each.best_of > each.n for each in requests):
             raise ApiError(400, "'best_of' above 'n' cannot be streamed", "invalid_value")
         if stream and any(
@@ -123,7 +129,7 @@ class Service:
     async def _tokenize(self, request: Request) -> Response:
         body = await json_body(request)
         chat = body.get("messages") is not None
-        ids = await to_thread.run_sync(self._reader.prompt_ids, body, chat)
+        ids = await to_thread.run_sync(self._reader.prompt_ids, body, chat, limiter=self._limiter)
         limit = self.thread.engine.max_positions
         return JSONResponse({"count": len(ids), "max_model_len": limit, "tokens": ids})
 

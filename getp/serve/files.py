@@ -93,6 +93,11 @@ class FileStore:
             raise not_found("file", file_id)
         return found
 
+    def name(self, file_id: str) -> str:
+        """Return what the client calls a file; "" for one that was deleted."""
+        found = self._files.get(file_id)
+        return "" if found is None else found.filename
+
     def all(self) -> list[StoredFile]:
         """Return all files, the newest first."""
         with self._lock:

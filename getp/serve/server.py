@@ -19,6 +19,7 @@ from getp.serve.batches import Batches
 from getp.serve.config import ServeConfig
 from getp.serve.engine_thread import EngineThread, ServeEngine
 from getp.serve.http import Guard, TimedProtocol
+from getp.serve.status import Status
 from getp.terminal import print_message
 from tokenizer import Tokenizer
 
@@ -48,10 +49,11 @@ def serve(
         batches = None
         if config.data is not None:
             batches = Batches(config.data, config.job, tokenizer, thread)
-        routes = BatchRoutes(batches).routes()
+        status = Status(service, batches)
+        routes = [*BatchRoutes(batches).routes(), *status.routes()]
         app = Guard(make_app(service, routes), config.api_key, _is_loopback(config.host))
         server = _Server(app, config, service, stop)
-        server.batches = batches
+        server.batches, server.status = batches, status
         print_message(f"getp: serving {config.model_name} at {_url(listener)}")
         asyncio.run(server.serve(sockets=[listener]))
     if thread.error is not None:
@@ -79,6 +81,7 @@ class _Server(uvicorn.Server):
         )
         self._service, self._stop, self._grace_s = service, stop, config.grace_s
         self.batches: Batches | None = None
+        self.status: Status | None = None
 
     def capture_signals(self) -> AbstractContextManager[None]:
         """Leave signals to GracefulStop."""
@@ -91,8 +94,9 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to stop."""
-        if self.batches is not None:
-            self.batches.tick()
+        for each in (self.batches, self.status):
+            if each is not None:
+                each.tick()
         ended = self._service.thread.error is not None
         return await super().on_tick(counter) or self._stop.requested or ended
 

@@ -183,8 +183,8 @@ def test_the_end_of_a_step_is_replayed_unless_logprobs_are_wanted(
             assert runner._graphs is not None
             graphs = runner._graphs._decodes
 
-            def noted(inputs: Any, tail: str) -> Any:
-                found = graphs(inputs, tail)  # noqa: B023
+            def noted(inputs: Any, tail: str, *rest: Any) -> Any:
+                found = graphs(inputs, tail, *rest)  # noqa: B023
                 replayed[tail, found.tokens is not None] += 1  # noqa: B023
                 return found
 

@@ -6,6 +6,7 @@ import threading
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +23,7 @@ from engine import (
     Engine,
     EngineConfig,
     EngineError,
+    Grammar,
     Request,
     SamplingParams,
     kernels,
@@ -171,6 +173,34 @@ def test_several_ranks_give_the_tokens_and_logits_of_one(
     }
 
 
+def test_prompts_and_grammars_are_those_of_one_rank(
+    folder: Callable[[str], Path], ranks: Callable[[int], WorkerPool]
+) -> None:
+    pytest.importorskip("llguidance")
+    embedded = Path(__file__).resolve().parents[2] / "data/model/tokenizer.json"
+    params = SamplingParams(
+        max_new_tokens=12,
+        temperature=0.8,
+        seed=3,
+        prompt_logprobs=2,
+        grammar=Grammar("regex", "[a-f]{4}-[0-9]+"),
+    )
+    requests = [Request([*range(5, 60)], params, 0), Request([7, 8], replace(params, seed=4), 1)]
+    found = []
+    for workers in (None, ranks(2)):
+        config = EngineConfig(dtype="float32", kv_memory=16 << 20, max_batch_tokens=16)
+        with Engine(folder("odd-vocabulary"), config, workers=workers) as engine:
+            engine.tokenizer_json = embedded.read_text
+            found.append(sorted(engine.generate(requests), key=lambda c: c.request_id))
+    for alone, parallel in zip(*found, strict=True):
+        assert alone.error is None
+        assert parallel.token_ids == alone.token_ids
+        scores = zip(alone.prompt_logprobs or (), parallel.prompt_logprobs or (), strict=True)
+        for mine, other in scores:
+            assert other.logprob == pytest.approx(mine.logprob, abs=1e-4)
+            assert [id_ for id_, _ in other.top] == [id_ for id_, _ in mine.top]
+
+
 def test_a_step_is_one_broadcast_unless_it_is_long(
     folder: Callable[[str], Path],
     ranks: Callable[[int], WorkerPool],
@@ -224,7 +254,7 @@ def test_a_packed_message_is_unpacked_unchanged(data: st.DataObject) -> None:
         data.draw(_ints),
         tables,
         data.draw(st.booleans()),
-        *(data.draw(_pairs) for _ in range(3)),
+        *(data.draw(_pairs) for _ in range(4)),
     )
     assert StepMessage.unpacked(message.packed(), groups) == message
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from model.config import CheckpointError, ModelConfig
 from model.cost.devices import DEVICES, UnknownDeviceError, find_device
 from model.cost.known_models import KNOWN_CONFIGS, named_config
+from model.cost.mlp_cost import distinct_experts
 from model.cost.operations import (
-    distinct_experts,
     kv_bytes_per_sequence,
     operations,
     parameter_bytes,

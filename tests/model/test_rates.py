@@ -5,7 +5,8 @@ from dataclasses import fields
 import pytest
 
 from model.cost.known_models import named_config
-from model.cost.operations import distinct_experts, operations
+from model.cost.mlp_cost import distinct_experts
+from model.cost.operations import operations
 from model.cost.rates import Rates, step_seconds
 from model.cost.workload import Op, Workload
 

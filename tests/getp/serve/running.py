@@ -63,9 +63,13 @@ class RunningServer:
         with urllib.request.urlopen(self.url + path, timeout=60) as response:
             return str(response.read().decode())
 
-    def metric(self, name: str) -> float:
+    def metrics(self) -> dict[str, float]:
         lines = self.get("/metrics").splitlines()
-        return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
+        pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, value in pairs}
+
+    def metric(self, name: str) -> float:
+        return self.metrics()[name]
 
     def stop(self) -> Any:
         """Do what a signal does; return the exit status or the error."""

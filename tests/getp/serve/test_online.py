@@ -14,6 +14,7 @@ from unittest.mock import patch
 import openai
 import pytest
 
+from benchmarks.serve_stress import left_over, stress
 from getp.serve import config
 from tests.getp.serve.running import MESSAGES, MODEL, QUESTION, RunningServer, wait_until
 
@@ -185,3 +186,14 @@ async def _fill(server: RunningServer) -> None:
     ) as client:
         create: Any = client.completions.create
         await asyncio.gather(*(create(model=MODEL, prompt="1", n=100) for _ in range(6)))
+
+
+def test_impolite_clients_leave_nothing_behind(server: RunningServer) -> None:
+    before = threading.active_count()
+    done = asyncio.run(stress(server.port, 200, 24))
+    assert sum(done.values()) == 200
+    assert not any(left_over(server).values())
+    scheduler = server.engine.steps.scheduler
+    assert scheduler.cache.num_used == 0
+    assert len(scheduler.free_rows) == server.engine.max_batch_size
+    assert threading.active_count() <= before + 4  # of the pool that encodes prompts
