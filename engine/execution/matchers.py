@@ -74,9 +74,18 @@ class Matcher:
         if was_forced:
             return False
         self.state.consume_token(token)
-        if self.state.is_error():
-            raise _error(self.state.get_error())
+        self.check()
         return bool(self.state.is_stopped())
+
+    def check(self) -> None:
+        """Raise RequestError if the grammar cannot be used, or cannot go on.
+
+        The library allows the tokens that end the output where nothing else is possible.
+        """
+        if self.error is not None:
+            raise self.error
+        if not self._after and self.state.is_error():
+            raise _error(self.state.get_error())
 
 
 class Matchers:
@@ -185,5 +194,9 @@ class Matchers:
 
 def _error(reason: str) -> RequestError:
     """The error of a grammar that the library does not accept."""
-    lines = " ".join(filter(None, map(str.strip, reason.splitlines())))
-    return RequestError("the {grammar} cannot be used: {reason}", reason=lines)
+    reason = reason.partition("<state>")[0]  # what follows is for developers of the library
+    if reason.startswith("NoExtensionBias"):
+        reason = "no text can match it, or complete what was written"
+    # Without the lines that only point at a column of the line above.
+    lines = [line.strip() for line in reason.splitlines() if line.strip("|^ ")]
+    return RequestError("the {grammar} cannot be used: {reason}", reason=" ".join(lines))
