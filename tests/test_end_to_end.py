@@ -133,6 +133,7 @@ def test_the_make_targets_and_options_in_the_readme_exist() -> None:
     assert all(f"\n{target}:" in makefile for target in targets)
     options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
     known = getp("--help").stdout
-    # Options of benchmarks, Ray and torchrun.
+    # Options of benchmarks, Ray, torchrun and lm-evaluation-harness.
     others = {"--load", "--quick", "--help", "--head", "--port", "--address", "--nproc-per-node"}
+    others |= {"--model", "--tasks"}
     assert all(option in known for option in options - others), options

@@ -60,6 +60,8 @@ class RequestOutput:
     prompt: str | None  # the text that was encoded; None if token ids were given
     prompt_token_ids: Sequence[int]
     outputs: list[CompletionOutput]
+    # Of the prompt's tokens from `prompt_logprobs_from` on, if they were asked for.
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,7 @@ class LLM:
         check_samples(n, params)
         prompts: list[_Encoded] = []
         found: dict[int, CompletionOutput] = {}
+        scores: dict[int, list[TokenLogprobs]] = {}  # by number of the prompt
         with self._running, catch_ctrl_c() as pressed:
 
             def check() -> None:
@@ -219,9 +222,11 @@ class LLM:
                 for done in completions:
                     number, index = divmod(done.request_id, n)
                     watcher = watchers.pop(done.request_id)
+                    if done.prompt_logprobs is not None:
+                        scores[number] = done.prompt_logprobs
                     found[done.request_id] = self._output(done, index, prompts[number], watcher)
             check()
-        return _in_order(prompts, found, n)
+        return _in_order(prompts, found, scores, n)
 
     def _check_open(self) -> None:
         if self._closed.is_set():
@@ -277,7 +282,10 @@ def _encoded_or_error(encode: Callable[[], _Encoded]) -> _Encoded:
 
 
 def _in_order(
-    prompts: Sequence[_Encoded], found: Mapping[int, CompletionOutput], n: int
+    prompts: Sequence[_Encoded],
+    found: Mapping[int, CompletionOutput],
+    scores: Mapping[int, list[TokenLogprobs]],
+    n: int,
 ) -> list[RequestOutput]:
     """Return the answers prompt by prompt, and log how many failed and why the first did."""
     results, errors = [], []
@@ -288,7 +296,7 @@ def _in_order(
             outputs = [found[number * n + index] for index in range(n)]
         if (reason := next((each.error for each in outputs if each.error), None)) is not None:
             errors.append(f"prompt {number}: {reason}")
-        results.append(RequestOutput(prompt.text, prompt.ids, outputs))
+        results.append(RequestOutput(prompt.text, prompt.ids, outputs, scores.get(number)))
     if errors:
         _log.warning("%s failed; %s", counted(len(errors), "prompt"), errors[0])
     return results

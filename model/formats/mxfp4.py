@@ -62,8 +62,10 @@ class Mxfp4Format(WeightFormat):
         storage.random_(generator)
 
     def dense(self, weight: Any, dtype: torch.dtype) -> torch.Tensor:
-        """As WeightFormat.dense."""
-        values: torch.Tensor = weight.dense(dtype)
+        """As WeightFormat.dense, also for a weight which `finish` made dense."""
+        from model.ops.mxfp4 import Mxfp4
+
+        values: torch.Tensor = weight.dense(dtype) if isinstance(weight, Mxfp4) else weight
         return values
 
     def bytes(self, shape: tuple[int, ...], item: int) -> int:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from getp import LLM, SamplingParams
 from getp.cli.main import command
 from getp.text.score import windows
 from tokenizer import Tokenizer
@@ -155,6 +156,18 @@ def test_prompts_are_part_of_the_results(tmp_path: Path) -> None:
     (score,) = lines_of(output)
     scored = bodies[4]["choices"][0]["logprobs"]["token_logprobs"][len(ids) :]
     assert score["logprob"] == pytest.approx(sum(scored), abs=1e-3)
+
+
+def test_a_library_returns_the_scores_of_prompts() -> None:
+    params = SamplingParams(max_new_tokens=1, temperature=1.0, prompt_logprobs=1)
+    with LLM(dtype="float32") as llm:
+        scored, plain = llm.generate([PAIR[0]] * 2, [params, SamplingParams(max_new_tokens=1)], n=1)
+        both, _ = llm.generate([PAIR[0]] * 2, params, n=2)
+    assert scored.prompt_logprobs is not None
+    assert len(scored.prompt_logprobs) == len(scored.prompt_token_ids) - 1
+    assert both.prompt_logprobs is not None
+    assert len(both.prompt_logprobs) == len(scored.prompt_logprobs)
+    assert plain.prompt_logprobs is None
 
 
 def test_the_example_of_the_readme_runs(

@@ -215,5 +215,5 @@ def test_the_example_of_the_readme_runs() -> None:
     with LLM() as model:
         params = SamplingParams(**parse_flat(request).params)
         ((found,),) = (each.outputs for each in model.generate(request["prompt"], params))
-    assert json.loads(found.text).keys() == {"sum"}
-    assert found.finish_reason == "stop"
+        assert json.loads(found.text).keys() == {"sum"}
+        assert found.finish_reason == "stop"
