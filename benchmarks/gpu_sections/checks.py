@@ -14,6 +14,7 @@ from model.cost.known_models import named_config
 from model.ops.backend import Backend
 
 MODELS = ("gpt-oss-20b", "qwen3-0.6b", "qwen2-0.5b", "llama-3.1-8b")
+RECURRENT = "qwen3.5-0.8b"
 _REPEATS = 10
 
 
@@ -34,6 +35,12 @@ def check_attention() -> Iterator[str | None]:
 def check_experts() -> Iterator[str | None]:
     """Check router and experts."""
     return compare(kernels(), "route", "experts", "norm_experts")
+
+
+def check_recurrent() -> Iterator[str | None]:
+    """Check convolution, delta rule and gates of recurrent layers."""
+    operations = ("causal_conv", "delta_rule", "gated_norm", "output_gate")
+    return problems_of(kernels(), RECURRENT, named_config(RECURRENT), operations)
 
 
 def check_sampling() -> Iterator[str | None]:

@@ -114,6 +114,10 @@ QUICK: dict[str, Section] = {
         _check("check_experts"), 30, "router and experts", False,
         ("route", "experts", "norm_experts", "pack_experts", "pack_mxfp4"),
     ),
+    "check-recurrent": Section(
+        _check("check_recurrent"), 30, "recurrent layers", False,
+        ("causal_conv", "delta_rule", "gated_norm", "output_gate"),
+    ),
     "check-sampling": Section(
         _check("check_sampling"), 30, "top-k and top-p", False,
         ("adjust_logits", "sample_rows", "argmax", "top_tokens"),

@@ -238,7 +238,7 @@ def _layer_calls(model: Transformer, ops: TritonBackend) -> Iterator[Callable[[]
         rope = RopeArgs(heads, cos_sin, kv, slots)
         yield partial(ops.norm_qkv, x.float(), x, attention.norm, attention.qkv, rope)
         if isinstance(layer.mlp, Moe):
-            yield partial(ops.linear, x, layer.mlp.router)
+            yield partial(ops.logits, x, layer.mlp.router, 1)
 
 
 def _tiny_calls(architecture: str) -> Iterator[Callable[[], Any]]:
