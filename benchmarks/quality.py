@@ -5,13 +5,21 @@ of the same prompts and answers, and answers the same prompts itself. The figure
 Kullback-Leibler divergence from float32's distribution in nats, and the share of positions at which
 the most likely token is the same, both over whole texts and over the answers alone; and how many
 answers are equal as a whole. With --transformers the same figures of transformers in that dtype are
-added. Prints a table, then one JSON object as the last line.
+added.
+
+`python benchmarks/quality.py CHECKPOINT TEXT` reads a file instead, as llama.cpp's llama-perplexity
+does with --kl-divergence, so that figures can be compared: in windows of 512 tokens the second half
+is predicted, and the perplexity is added.
+
+Prints a table, then one JSON object as the last line.
 """
 
 import itertools
 import json
+import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +39,8 @@ from getp.text.prompts import encode_prompt
 from model.config import DTYPES
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from tokenizer import Tokenizer
+
+_WINDOW = 512  # tokens; llama-perplexity's context
 
 Logits = Callable[[list[int]], torch.Tensor]
 """Token ids of a sequence → the logits of every position [tokens, vocab]."""
@@ -78,7 +88,9 @@ Which ocean is the largest?""".split("\n")
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(exists=True, file_okay=False))
+@click.argument("checkpoint", type=click.Path(exists=True))
+@click.argument("text", type=click.Path(exists=True, dir_okay=False), required=False)
+@click.option("--against", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16")
 @click.option("--kv-dtype", "kv_dtypes", default=["auto"], multiple=True, help="Can be repeated.")
 @click.option("--device", default="auto", show_default=True)
@@ -86,27 +98,36 @@ Which ocean is the largest?""".split("\n")
     "--quantize", multiple=True, help="Also measure with weights in int8, int4 or fp8. Repeatable."
 )
 @click.option("--tokens", default=32, show_default=True, help="Tokens of each answer, at most.")
+@click.option("--windows", default=16, show_default=True, help="Windows of a text, at most.")
 @click.option("--transformers", "with_transformers", is_flag=True, help="Measure transformers too.")
 def main(
     checkpoint: str,
+    text: str | None,
+    against: str,
     dtype: str,
     kv_dtypes: tuple[str, ...],
     device: str,
     quantize: tuple[str, ...],
     tokens: int,
+    windows: int,
     with_transformers: bool,
 ) -> None:
     """Compare a dtype with float32 on a checkpoint, dtypes of the KV cache, quantized weights."""
+    exact = EngineConfig(dtype=against, device=device)
+    configs = {}
+    for kv_dtype, form in itertools.product(kv_dtypes, (None, *quantize)):
+        name = f"getp {form or dtype}" + ("" if kv_dtype == "auto" else f", KV cache in {kv_dtype}")
+        configs[name] = replace(exact, dtype=dtype, kv_dtype=kv_dtype, quantize=form)
+    if text is not None:
+        _compare_on_text(checkpoint, text, windows, exact, configs)
+        return
     prompts = _prompts(checkpoint)
-    exact = EngineConfig(dtype="float32", device=device)
     reference = _answers(checkpoint, exact, prompts, tokens)
     texts = [prompt + answer for prompt, answer in zip(prompts, reference, strict=True)]
     starts = [len(prompt) - 1 for prompt in prompts]  # where the answer's first token is predicted
     expected = _distributions(_own(checkpoint, exact, texts), texts)
     measured = {}
-    for kv_dtype, form in itertools.product(kv_dtypes, (None, *quantize)):
-        config = EngineConfig(dtype=dtype, kv_dtype=kv_dtype, device=device, quantize=form)
-        name = f"getp {form or dtype}" + ("" if kv_dtype == "auto" else f", KV cache in {kv_dtype}")
+    for name, config in configs.items():
         measured[name] = (
             _distributions(_own(checkpoint, config, texts), texts),
             _answers(checkpoint, config, prompts, tokens),
@@ -122,6 +143,49 @@ def main(
         for name, (found, answers) in measured.items()
     }
     _print(rows, len(prompts))
+
+
+def _compare_on_text(
+    checkpoint: str,
+    path: str,
+    windows: int,
+    exact: EngineConfig,
+    configs: dict[str, EngineConfig],
+) -> None:
+    """Print the figures of the second halves of windows of a text, window by window."""
+    ids = Tokenizer.load(checkpoint).encode(Path(path).read_text("utf-8"))
+    texts = [ids[i : i + _WINDOW] for i in range(0, len(ids) - _WINDOW + 1, _WINDOW)][:windows]
+    if not texts:
+        raise click.ClickException(f"{path}: has {len(ids)} tokens, fewer than {_WINDOW}")
+    logits = _own(checkpoint, exact, texts)
+    expected = [_second_half(logits, text) for text in texts]
+    table = Table("engine", "positions", "perplexity", "KL divergence", "same top token")
+    rows = {}
+    for name, config in {f"getp {exact.dtype}": exact, **configs}.items():
+        logits = _own(checkpoint, config, texts)
+        losses, parts = 0.0, []
+        for text, distribution in zip(texts, expected, strict=True):
+            found = _second_half(logits, text)
+            parts.append(_figures([distribution], [found]))
+            wanted = torch.tensor(text[-len(found) :])[:, None]
+            losses -= float(found.gather(1, wanted).sum(dtype=torch.float64))
+        count = sum(part["positions"] for part in parts)
+        row = {key: sum(part[key] for part in parts) / len(parts) for key in parts[0]}
+        rows[name] = {**row, "positions": count, "perplexity": math.exp(losses / count)}
+        table.add_row(
+            name,
+            str(count),
+            f"{rows[name]['perplexity']:.4f}",
+            f"{row['kl_divergence']:.3e}",
+            f"{row['same_top_token']:.2%}",
+        )
+    Console().print(table)
+    print(json.dumps({"windows": len(texts), "engines": rows}))
+
+
+def _second_half(logits: Logits, ids: list[int]) -> torch.Tensor:
+    """The log-probabilities of the tokens after the middle of a window and one more."""
+    return logits(ids[:-1])[len(ids) // 2 :].float().log_softmax(-1).cpu()
 
 
 def _prompts(checkpoint: str) -> list[list[int]]:

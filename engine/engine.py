@@ -124,6 +124,11 @@ class Engine:
         self.finish()
 
     @property
+    def max_running(self) -> int:
+        """The requests that can run at once."""
+        return self.max_batch_size
+
+    @property
     def kv_dtype(self) -> str:
         """The dtype of the KV cache, one of `KV_DTYPES`."""
         return kv_dtype(self.model_config, dtype_name(self.dtype))

@@ -186,7 +186,8 @@ class Matchers:
         return self._computing.submit(self.masks, matchers).result
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads; grammars are compiled again when they are needed again."""
+        self._compiled.clear()
         for name in ("_compiling", "_computing"):
             if name in self.__dict__:
                 self.__dict__.pop(name).shutdown(wait=False, cancel_futures=True)

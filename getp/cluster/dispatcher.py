@@ -138,6 +138,13 @@ class Dispatcher(Generic[Item]):
                 self.busy_s[replica] += now - state.busy_since
         return items
 
+    def find(self, request_id: int) -> tuple[int, Item] | None:
+        """Return the replica that runs a request, and the request; None if none does."""
+        for index, replica in self._replicas.items():
+            if request_id in replica.requests:
+                return index, replica.requests[request_id]
+        return None
+
     def _assign_quarantined(self, assigned: dict[int, list[Item]], now: float) -> None:
         """Assign one quarantined request to each idle replica."""
         for index in sorted(self._available):

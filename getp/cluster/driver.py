@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,11 +24,19 @@ from engine.resolve import (
     held_config,
     load_model_config,
 )
+from engine.scheduling.admission import take_requests
 from engine.summary import peak_resident_bytes
 from getp import __version__, fingerprint
 from getp.cluster.dispatcher import Dispatcher, collect_delay_s, max_in_flight
 from getp.cluster.ray_session import RaySession, death_reason
-from getp.cluster.replica import Replica, ReplicaSetup, Results, StartReport, request_message
+from getp.cluster.replica import (
+    Replica,
+    ReplicaSetup,
+    Results,
+    StartReport,
+    StreamedToken,
+    request_message,
+)
 from getp.cluster.replica_state import Event, Handler, ReplicaState, merged_stats, missing_notice
 from getp.errors import GetpError
 from getp.rounding import check_replica
@@ -39,6 +46,7 @@ from model import CheckpointError
 from model.cost.workload import kv_dtype
 
 _MAX_DEATHS = 3  # deaths of a replica in a row, without a finished request in between
+_SOURCE_POLL_S = 0.005  # between two questions to a source that had no request
 _POLL_S = 0.1  # longest wait for results before signals are handled
 _SLOW_START_S = 30.0  # time without a start after which a message names the missing replicas
 
@@ -72,7 +80,8 @@ class Cluster:
         self.dtype = choose_dtype(config.dtype, self.model_config.dtype, self.device)
         self.tensor_parallel = config.tensor_parallel
         self.held_config = held_config(self.model_config, self.device, self.dtype)
-        self.max_batch_size = 0  # per replica; known after `warm_up`
+        self.max_batch_size = 0  # per replica; known after `warm_up`, as the next one
+        self.max_positions = self.model_config.max_positions
         self.replicas = [ReplicaState(index) for index in range(self.resources.replicas)]
         self._setup = ReplicaSetup(
             str(checkpoint.resolve()),
@@ -88,6 +97,8 @@ class Cluster:
         self._kernel_request: tuple[Mapping[str, Any] | None, float | None] = None, None
         self._running = False
         self._inference_s = 0.0  # in `generate`
+        self._cancelled: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._streamed: dict[int, int] = {}  # tokens passed on, by request
         self._last_notice = 0.0  # time of the last message on missing replicas
 
     @property
@@ -151,18 +162,28 @@ class Cluster:
             self._handle_event(_POLL_S)
         started = [replica.started for replica in self.replicas if replica.started]
         self.max_batch_size = max(each.max_batch_size for each in started)
+        self.max_positions = min(each.max_positions for each in started)
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+    @property
+    def max_running(self) -> int:
+        """The requests that run at once in all replicas; known after `warm_up`."""
+        return self.max_batch_size * len(self.replicas)
+
+    def cancel(self, request_id: int) -> None:
+        """End a request that runs, as `Engine.cancel`."""
+        self._cancelled.put(request_id)
+
+    def generate(self, requests: Iterable[Request | None]) -> Iterator[Completion]:
         """Run the requests, which must have different ids; like `Engine.generate`.
 
         `on_token` must be a StopWatcher or None: a request's stop strings are detected where it
-        runs.
+        runs. One with `streams` receives each token shortly after it is known.
         """
         self.warm_up()
         start = time.perf_counter()
         complete = False
         try:
-            yield from self._completions(filter(None, numbered(requests)))
+            yield from self._completions(numbered(requests))
             complete = True
         finally:
             self._inference_s += time.perf_counter() - start
@@ -178,19 +199,30 @@ class Cluster:
         self._stop()
         self._session.close()
 
-    def _completions(self, source: Iterator[Request]) -> Iterator[Completion]:
+    def _completions(self, source: Iterator[Request | None]) -> Iterator[Completion]:
         more = True
         check: Callable[[], None] | None = None  # raises when the job should stop
         while more or self._dispatcher.unfinished:
             wanted = self._dispatcher.assignable if more else 0
-            new = list(islice(source, wanted))
-            more = more and len(new) == wanted
+            new, more = take_requests(source, wanted) if more else ([], False)
             if new and isinstance(new[0].on_token, StopWatcher):
                 check = new[0].on_token.check
             self._assign(new, last=not more)
-            yield from self._handle_event(0 if more and self._dispatcher.assignable else _POLL_S)
+            self._send_cancelled()
+            has_room = more and self._dispatcher.assignable
+            # If the source had no more for now, the next one should not wait for long.
+            wait_s = _POLL_S if not has_room else 0.0 if len(new) == wanted else _SOURCE_POLL_S
+            yield from self._handle_event(wait_s)
             if check is not None:
                 check()
+
+    def _send_cancelled(self) -> None:
+        while not self._cancelled.empty():
+            request_id = self._cancelled.get()
+            found = self._dispatcher.find(request_id)
+            if found is not None:
+                replica = self.replicas[found[0]]
+                self._call(replica, replica.actor.cancel.remote(request_id), _ignore_answer)
 
     def _assign(self, new: list[Request], last: bool) -> None:
         """Send new requests, and those of dead replicas, to replicas with free capacity."""
@@ -257,13 +289,31 @@ class Cluster:
         replica.update(results)
         for notice in results.notices:
             warn(f"replica {replica.index}: {notice}")
+        self._pass_on(results.tokens)
         done = [completion for completion, _ in results.finished]
         ids = [completion.request_id for completion in done]
         requests = self._dispatcher.remove_finished(replica.index, ids, time.perf_counter())
         for request, (_, error) in zip(requests, results.finished, strict=True):
+            self._streamed.pop(request.request_id, None)
             if error is not None and isinstance(request.on_token, StopWatcher):
                 request.on_token.error = error
         return done
+
+    def _pass_on(self, tokens: list[StreamedToken]) -> None:
+        """Call the callbacks of streamed requests.
+
+        A request that runs again after the death of a replica repeats tokens: these are dropped.
+        """
+        for request_id, position, token, logprobs in tokens:
+            found = self._dispatcher.find(request_id)
+            if found is None or position != self._streamed.get(request_id, 0):
+                continue
+            self._streamed[request_id] = position + 1
+            _, request = found
+            if request.on_token is not None:
+                request.on_token(token)
+            if request.on_logprobs is not None and logprobs is not None:
+                request.on_logprobs(logprobs)
 
     def _handle_death(self, replica: ReplicaState, error: Exception) -> None:
         """Restart a dead replica. Raises GetpError if it keeps dying, or the error of its start."""

@@ -12,25 +12,44 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from engine import Completion, Engine, EngineConfig, EngineStats, Request, SamplingParams
+from engine import (
+    Completion,
+    Engine,
+    EngineConfig,
+    EngineStats,
+    Request,
+    SamplingParams,
+    TokenLogprobs,
+)
 from getp import __version__, fingerprint
 from getp.checkpoints import load_tokenizer
 from getp.errors import GetpError
 from getp.text.answer_text import AnswerOptions, StopWatcher
 from tokenizer import Tokenizer
 
-RequestMessage = tuple[Sequence[int], SamplingParams, int, AnswerOptions]
-"""A request in serializable form: prompt ids, parameters, id, what stop strings depend on."""
+RequestMessage = tuple[Sequence[int], SamplingParams, int, AnswerOptions, int, bool]
+"""A request in serializable form: prompt ids, parameters, id, what its text depends on, priority,
+and whether its tokens are sent as soon as they are known."""
+
+StreamedToken = tuple[int, int, int, TokenLogprobs | None]
+"""The id of a request, the position of a token in its output, the token, its log-probabilities."""
 
 
 def request_message(request: Request) -> RequestMessage:
     """Convert a request for sending. Raises TypeError unless `on_token` is None or StopWatcher."""
-    options = AnswerOptions()
+    options, streams = AnswerOptions(), False
     if request.on_token is not None:
         if not isinstance(request.on_token, StopWatcher):
             raise TypeError("on_token of a request to replicas must be a StopWatcher")
-        options = request.on_token.options
-    return request.prompt_ids, request.params, request.request_id, options
+        options, streams = request.on_token.options, request.on_token.streams
+    return (
+        request.prompt_ids,
+        request.params,
+        request.request_id,
+        options,
+        request.priority,
+        streams,
+    )
 
 
 @dataclass(frozen=True)
@@ -54,6 +73,7 @@ class StartReport:
     device: str
     max_batch_size: int
     rounding: Mapping[str, Any]  # as Engine.rounding
+    max_positions: int  # as Engine.max_positions
 
 
 @dataclass(frozen=True)
@@ -61,6 +81,7 @@ class Results:
     """Finished requests, each with its text error or None, and the replica's statistics."""
 
     finished: list[tuple[Completion, str | None]]
+    tokens: list[StreamedToken]  # of requests that are streamed
     stats: EngineStats
     notices: list[str]
     peak_memory: int
@@ -81,6 +102,7 @@ class Replica:
         self._running = 0  # requests inside the engine
         self._watchers: dict[int, StopWatcher] = {}  # of requests with stop strings
         self._finished: list[tuple[Completion, str | None]] = []
+        self._tokens: list[StreamedToken] = []
         self._notices: list[str] = []
         self._error: BaseException | None = None
         self._tokenizer: Tokenizer | None = None
@@ -127,6 +149,7 @@ class Replica:
             summary.device,
             summary.max_batch_size,
             self._engine.rounding,
+            self._engine.max_positions,
         )
 
     def submit(self, chunk: bytes) -> None:
@@ -137,23 +160,37 @@ class Replica:
             self._inbox.extend(requests)
             self._changed.notify_all()
 
+    def cancel(self, request_id: int) -> None:
+        """End a request that is not finished."""
+        with self._changed:
+            waiting = [each for each in self._inbox if each.request_id == request_id]
+            for request in waiting:
+                self._inbox.remove(request)
+                self._finished.append((Completion(request_id, [], "cancelled"), None))
+            self._changed.notify_all()
+        if not waiting:
+            self._engine.cancel(request_id)
+
     def collect(self, delay_s: float, timeout_s: float) -> bytes:
-        """Return pickled `Results`, `delay_s` after the first result or at the timeout.
+        """Return pickled `Results`, `delay_s` after the first result or token, or at the timeout.
 
         Raises the error that ended the engine.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._finished or self._error, timeout=timeout_s)
+            self._changed.wait_for(
+                lambda: self._finished or self._tokens or self._error, timeout=timeout_s
+            )
         if self._error is None:
             time.sleep(delay_s)
         with self._changed:
             finished, self._finished = self._finished, []
+            tokens, self._tokens = self._tokens, []
         if self._error is not None and not finished:
             raise self._error
         notices, self._notices[:] = list(self._notices), []
         summary = self._engine.summary()
         peaks = summary.peak_memory_bytes, summary.peak_gpu_memory_bytes or 0
-        return pickle.dumps(Results(finished, summary.stats, notices, *peaks))
+        return pickle.dumps(Results(finished, tokens, summary.stats, notices, *peaks))
 
     def _request(
         self,
@@ -161,14 +198,24 @@ class Replica:
         params: SamplingParams,
         request_id: int,
         options: AnswerOptions,
+        priority: int,
+        streams: bool,
     ) -> Request:
-        if not options.stops:
-            return Request(prompt_ids, params, request_id)
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self._setup.tokenizer)
-        watcher = StopWatcher(self._tokenizer, prompt_ids, options)
-        self._watchers[request_id] = watcher
-        return Request(prompt_ids, params, request_id, watcher)
+        watcher: StopWatcher | None = None
+        if options.stops or options.one_call:
+            if self._tokenizer is None:
+                self._tokenizer = load_tokenizer(self._setup.tokenizer)
+            watcher = self._watchers[request_id] = StopWatcher(self._tokenizer, prompt_ids, options)
+        if not streams:
+            return Request(prompt_ids, params, request_id, watcher, priority)
+        sender = _TokenSender(self._send, request_id, watcher, params.logprobs is not None)
+        notify = None if params.logprobs is None else sender.add_logprobs
+        return Request(prompt_ids, params, request_id, sender, priority, notify)
+
+    def _send(self, token: StreamedToken) -> None:
+        with self._changed:
+            self._tokens.append(token)
+            self._changed.notify_all()
 
     def _requests(self) -> Iterator[Request | None]:
         """Yield the requests in the inbox; block while both inbox and engine are empty."""
@@ -193,3 +240,30 @@ class Replica:
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
+
+
+class _TokenSender:
+    """Sends the tokens of a request, each with its log-probabilities if there are any."""
+
+    def __init__(
+        self,
+        send: Callable[[StreamedToken], None],
+        request_id: int,
+        watcher: StopWatcher | None,
+        with_logprobs: bool,
+    ) -> None:
+        self._send, self._id, self._watcher = send, request_id, watcher
+        self._with_logprobs, self._count, self._token = with_logprobs, 0, 0
+
+    def __call__(self, token_id: int) -> bool:
+        """Return whether the request ends with this token."""
+        self._token = token_id
+        if not self._with_logprobs:
+            self._send((self._id, self._count, token_id, None))
+            self._count += 1
+        return self._watcher is not None and self._watcher(token_id)
+
+    def add_logprobs(self, logprobs: TokenLogprobs) -> None:
+        """Send the last token with these."""
+        self._send((self._id, self._count, self._token, logprobs))
+        self._count += 1

@@ -26,8 +26,8 @@ class ServeEngine(JobEngine, Protocol):
     """An engine that takes requests as they come, and ends single ones."""
 
     @property
-    def max_batch_size(self) -> int:
-        """Return the number of requests that can run at once."""
+    def max_running(self) -> int:
+        """Return the number of requests that can run at once; known after `warm_up`."""
 
     @property
     def max_positions(self) -> int:
@@ -132,7 +132,7 @@ class EngineThread:
         with self._lock:
             if (
                 self._online
-                and self._online + len(requests) > self.engine.max_batch_size + self._max_queue
+                and self._online + len(requests) > self.engine.max_running + self._max_queue
             ):
                 raise ApiError(
                     429,
@@ -217,11 +217,11 @@ class EngineThread:
         with self._lock:
             if self._queue:
                 return self._queue.popleft()
-        surplus = self.engine.max_batch_size // _GROUP if self.engine.device.type == "cuda" else 0
+        surplus = self.engine.max_running // _GROUP if self.engine.device.type == "cuda" else 0
         if (
             self._stopping
             or self.batches is None
-            or self.running >= self.engine.max_batch_size + surplus
+            or self.running >= self.engine.max_running + surplus
         ):
             return None
         number = next(self._numbers)

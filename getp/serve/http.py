@@ -29,9 +29,16 @@ _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 class TimedProtocol(H11Protocol):
     """Closes connections that do not send the head of a request in time."""
 
+    _timer: asyncio.TimerHandle | None = None
+
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self._watch(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._timer is not None:
+            self._timer.cancel()  # it refers to this connection
 
     def _watch(self, before: object) -> None:
         """Check regularly that the client is not in the middle of the same head as before."""
@@ -42,7 +49,7 @@ class TimedProtocol(H11Protocol):
         if current is not None and current == before:
             self.transport.close()
             return
-        self.loop.call_later(config.HEADER_S, self._watch, current)
+        self._timer = self.loop.call_later(config.HEADER_S, self._watch, current)
 
 
 class Guard:

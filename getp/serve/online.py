@@ -107,6 +107,8 @@ class Event(NamedTuple):
 class _TokenSender(StopWatcher):
     """A StopWatcher that also passes each token on."""
 
+    streams = True
+
     def __init__(self, call: "Call", request: JobRequest, prompt: int, number: int) -> None:
         super().__init__(call.tokenizer, request.prompt_ids, request.answer)
         self._call, self._event = call, Event(prompt, number)

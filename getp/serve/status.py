@@ -73,7 +73,7 @@ class Status:
                 "device": engine.device.type,
                 "chat": self._service.tokenizer.template is not None,
                 "max_positions": engine.max_positions,
-                "max_batch_size": engine.max_batch_size,
+                "max_batch_size": engine.max_running,
                 "uptime_s": round(time.monotonic() - self._started, 1),
                 "window_s": _WINDOW_S,
                 "history": list(self._history),

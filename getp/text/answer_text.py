@@ -120,6 +120,9 @@ class StopWatcher:
     token and may raise. An error while decoding ends only this request and is stored in `error`.
     """
 
+    streams = False
+    """Whether each token is wanted as soon as it is known, also from a replica."""
+
     def __init__(
         self,
         tokenizer: Tokenizer,

@@ -25,6 +25,8 @@ from getp.job import run as job_run
 from getp.job.journal import Journal
 from getp.job.request_reader import RequestDefaults
 from tests.getp.helpers import FakeEngine
+from tests.getp.serve.running import MESSAGES, RunningServer, wait_until
+from tests.getp.serve.test_batches import finished, lines, start
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -257,6 +259,30 @@ def test_a_failed_start_ends_the_job_with_the_error_of_the_engine(one_ray: str) 
     cluster = Cluster(MODEL, MODEL, replace(SMALL, kv_memory=1), replicas=1)
     with pytest.raises(EngineError, match="kv_memory 1 means 1 bytes, which hold 0 blocks"):
         cluster.warm_up()
+    cluster.close()
+
+
+def test_a_server_streams_cancels_and_runs_batches_on_replicas(
+    one_ray: str, tmp_path: Path
+) -> None:
+    cluster = Cluster(MODEL, MODEL, SMALL, replicas=2)
+    server = RunningServer(tmp_path, engine=cluster)
+    chat: Any = server.client.chat.completions
+    asked = {"model": "embedded", "messages": MESSAGES, "temperature": 0, "logprobs": True}
+    whole = chat.create(**asked)
+    assert whole.choices[0].message.content == "42"
+    choices = [chunk.choices[0] for chunk in chat.create(**asked, stream=True)]
+    assert "".join(each.delta.content or "" for each in choices) == "42"
+    entries = [entry for each in choices if each.logprobs for entry in each.logprobs.content]
+    assert len(entries) == whole.usage.completion_tokens
+    long: Any = {"max_tokens": 400, "extra_body": {"ignore_eos": True}, "n": 40}
+    stream = server.client.completions.create(model="embedded", prompt="1", stream=True, **long)
+    next(iter(stream))
+    stream.close()  # more than run at once: some wait in the replicas, some here
+    wait_until(lambda: server.metric("getp_online_requests") == 0)
+    batch = start(server.client, lines(20))
+    assert finished(server.client, batch).request_counts.completed == 20
+    assert server.stop() == 0
     cluster.close()
 
 

@@ -90,7 +90,7 @@ MODES = {
     "serve": Mode(
         "serve",
         "serve OpenAI's API, with batches",
-        (_COMPLETES & ~_S.INPUT & ~_S.PROMPT) | _S.GRACE | _S.SERVE,
+        (_COMPLETES & ~_S.INPUT & ~_S.PROMPT) | _S.REPLICAS | _S.GRACE | _S.SERVE,
     ),
     "score": Mode(
         "score",

@@ -1,5 +1,6 @@
 """Mode serve: OpenAI's API over HTTP, online and in batches."""
 
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +29,10 @@ def run(settings: Settings) -> int:
     tokenizer = loading.load_tokenizer(settings)
     loading.check_thinking(settings, tokenizer)
     config = _config(settings, tokenizer)
-    return serve(config, loading.load_engine(settings), tokenizer)
+    if settings.parallel.replicas is None:
+        return serve(config, loading.load_engine(settings), tokenizer)
+    with closing(loading.load_cluster(settings)) as cluster:
+        return serve(config, cluster, tokenizer)
 
 
 def _config(settings: Settings, tokenizer: "Tokenizer") -> "ServeConfig":

@@ -22,13 +22,20 @@ constexpr int sum_count(int terms) { return VECTOR_BITS == 256 ? 1 : terms; }
 
 #if VECTOR_BITS == 256
 // sums += the products of pairs of integers of 16 bits, or (below) of unsigned and signed ones of 8
-// bits, whose sums have 16 bits. Inline assembly: see dot_int16.
+// bits, whose sums have 16 bits or, wide, are added up in 32. Inline assembly: see dot_int16.
 INLINE void add_int16_products(vec_i32& sums, vec_i32 weights, int32_t pair) {
   const vec_i32 pairs = vec_i32{} + pair;
   vec_i32 products;
   asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"
       : "+x"(sums), "=&x"(products)
       : "x"(weights), "x"(pairs));
+}
+INLINE void add_wide_products(vec_i32& sums, vec_i32 weights, int32_t four) {
+  const vec_i32 row = vec_i32{} + four, ones = vec_i32{} + 0x10001;
+  vec_i32 products;
+  asm("vpmaddubsw %3, %2, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0"
+      : "+x"(sums), "=&x"(products)
+      : "x"(weights), "x"(row), "x"(ones));
 }
 INLINE void add_int8_products(vec_i32& sums, vec_i32 weights, int32_t four) {
   const vec_i32 row = vec_i32{} + four;
@@ -53,7 +60,7 @@ INLINE vec_i32 add_products(vec_i32 sums, vec_i32 codes, const int32_t* four) {
 
 // sums += the products of the codes of four inputs, plus their bias, and of inputs i to i + 3 of a
 // row's block.
-template <int TERMS>
+template <int TERMS, int BITS>
 INLINE void add_row_products(vec_i32 (&sums)[sum_count(TERMS)], vec_i32 codes,
                              const int8_t* block, int i) {
 #if VECTOR_BITS == 256
@@ -62,6 +69,8 @@ INLINE void add_row_products(vec_i32 (&sums)[sum_count(TERMS)], vec_i32 codes,
     add_int16_products(sums[0], codes & 0x00ff00ff, integers[0]);
     const __m256i odd = _mm256_srli_epi16((__m256i)codes, 8);
     add_int16_products(sums[0], (vec_i32)odd, integers[1]);
+  } else if constexpr (BITS == 8) {
+    add_wide_products(sums[0], codes, integers[0]);
   } else {
     add_int8_products(sums[0], codes, integers[0]);
   }
@@ -74,16 +83,16 @@ INLINE void add_row_products(vec_i32 (&sums)[sum_count(TERMS)], vec_i32 codes,
 
 // The integer sums of a row before the first product, and the total after the last: products of the
 // codes without their bias.
-template <int TERMS>
+template <int TERMS, int BITS>
 INLINE void begin_sums(vec_i32 (&sums)[sum_count(TERMS)], [[maybe_unused]] int32_t correction) {
   for (vec_i32& each : sums) each = vec_i32{};
-  if (VECTOR_BITS != 256 || TERMS == 2) sums[sum_count(TERMS) - 1] += correction;
+  if (!sums_are_short(TERMS, BITS)) sums[sum_count(TERMS) - 1] += correction;
 }
-template <int TERMS>
+template <int TERMS, int BITS>
 INLINE vec_i32 end_sums(const vec_i32 (&sums)[sum_count(TERMS)],
                         [[maybe_unused]] int32_t correction) {
 #if VECTOR_BITS == 256
-  if constexpr (TERMS == 1)  // the sums have 16 bits
+  if constexpr (sums_are_short(TERMS, BITS))
     return (vec_i32)_mm256_madd_epi16((__m256i)sums[0], _mm256_set1_epi16(1)) + correction;
 #endif
   if constexpr (sum_count(TERMS) == 2) return (sums[0] << 8) + sums[1];
@@ -126,7 +135,7 @@ INLINE void int8_rows_times_tile(const Rows& x, int64_t row, const Weight& weigh
 #pragma GCC unroll 6
     for (int r = 0; r < COUNT; r++)
 #pragma GCC unroll 8
-      for (int i = 0; i < TILE_VECTORS; i++) begin_sums<TERMS>(sums[r][i], corrections[r]);
+      for (int i = 0; i < TILE_VECTORS; i++) begin_sums<TERMS, BITS>(sums[r][i], corrections[r]);
     for (const int64_t end = k + group; k < end; k += INT8_BLOCK, integers += stride * ROW)
 #pragma GCC unroll 8
       for (int i = 0; i < INT8_BLOCK; i += 4, codes += 4 * PANEL * BITS / 8) {
@@ -137,7 +146,7 @@ INLINE void int8_rows_times_tile(const Rows& x, int64_t row, const Weight& weigh
           const vec_i32 unit = load_codes<BITS>(codes, tile + v * TILES);
 #pragma GCC unroll 6
           for (int r = 0; r < COUNT; r++)
-            add_row_products<TERMS>(sums[r][v], unit, integers + r * ROW, i);
+            add_row_products<TERMS, BITS>(sums[r][v], unit, integers + r * ROW, i);
         }
       }
 #pragma GCC unroll 8
@@ -147,7 +156,7 @@ INLINE void int8_rows_times_tile(const Rows& x, int64_t row, const Weight& weigh
       if (ZEROS) zero = load_f16(zeros + (tile + v * TILES) * LANES);
 #pragma GCC unroll 6
       for (int r = 0; r < COUNT; r++) {
-        const vec_i32 total = end_sums<TERMS>(sums[r][v], corrections[r]);
+        const vec_i32 total = end_sums<TERMS, BITS>(sums[r][v], corrections[r]);
         vec_f32 sum = __builtin_convertvector(total, vec_f32);
         if (ZEROS) sum += zero * (float)corrections[r];
         acc[r][v] += sum * (scale * row_scales[r]);
@@ -185,9 +194,8 @@ INLINE void integers_times_panel(const Rows& x, const Weight& weight, int64_t pa
   if (weight.kind == INT4)
     return weight.zeros ? int8_times_panel<TERMS, 4, true>(x, weight, panel, c)
                         : int8_times_panel<TERMS, 4, false>(x, weight, panel, c);
-  if constexpr (TERMS == 2 || VECTOR_BITS != 256)  // see row_terms
-    weight.zeros ? int8_times_panel<TERMS, 8, true>(x, weight, panel, c)
-                 : int8_times_panel<TERMS, 8, false>(x, weight, panel, c);
+  weight.zeros ? int8_times_panel<TERMS, 8, true>(x, weight, panel, c)
+               : int8_times_panel<TERMS, 8, false>(x, weight, panel, c);
 }
 
 // See rows_times_panels in panels.h.
