@@ -20,7 +20,6 @@ from model.cost.batch_limits import (
 )
 from model.cost.measure import hardware_name
 from model.cost.operations import check_tensor_parallel
-from model.formats import DENSE
 from model.ops.backend import Backend, KvDtypeError, choose_backend
 from model.ops.cpu.bindings import library
 
@@ -50,8 +49,8 @@ def resolve(config: EngineConfig, model: ModelConfig) -> Settings:
     if config.tensor_parallel > 1:
         device = rank_0_device(model, config.tensor_parallel, device)
     dtype = choose_dtype(config.dtype, model.dtype, device)
-    form = QUANTIZED[config.quantize] if config.quantize else DENSE
-    if form.held(choose_backend(device, dtype), stacked=False) != form:
+    form = QUANTIZED.get(config.quantize or "")
+    if form and form.held(choose_backend(device, dtype), stacked=False) != form:
         raise EngineError(
             "{quantize} {name} needs getp's native kernels for CPUs, which compute in bfloat16; "
             "this run would be on {where} in {type}: use {device} cpu and {dtype} bfloat16, or "

@@ -74,9 +74,18 @@ class Matcher:
         if was_forced:
             return False
         self.state.consume_token(token)
-        if self.state.is_error():
-            raise _error(self.state.get_error())
+        self.check()
         return bool(self.state.is_stopped())
+
+    def check(self) -> None:
+        """Raise RequestError if the grammar cannot be used, or cannot go on.
+
+        The library allows the tokens that end the output where nothing else is possible.
+        """
+        if self.error is not None:
+            raise self.error
+        if not self._after and self.state.is_error():
+            raise _error(self.state.get_error())
 
 
 class Matchers:
@@ -177,7 +186,8 @@ class Matchers:
         return self._computing.submit(self.masks, matchers).result
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads; grammars are compiled again when they are needed again."""
+        self._compiled.clear()
         for name in ("_compiling", "_computing"):
             if name in self.__dict__:
                 self.__dict__.pop(name).shutdown(wait=False, cancel_futures=True)
@@ -185,5 +195,9 @@ class Matchers:
 
 def _error(reason: str) -> RequestError:
     """The error of a grammar that the library does not accept."""
-    lines = " ".join(filter(None, map(str.strip, reason.splitlines())))
-    return RequestError("the {grammar} cannot be used: {reason}", reason=lines)
+    reason = reason.partition("<state>")[0]  # what follows is for developers of the library
+    if reason.startswith("NoExtensionBias"):
+        reason = "no text can match it, or complete what was written"
+    # Without the lines that only point at a column of the line above.
+    lines = [line.strip() for line in reason.splitlines() if line.strip("|^ ")]
+    return RequestError("the {grammar} cannot be used: {reason}", reason=" ".join(lines))

@@ -91,6 +91,8 @@ class Sequence:
         stop_requested = self.request.on_token is not None and self.request.on_token(token)
         if token in self.stop_ids:
             self.stop_id = token
+            if self.matcher is not None:
+                self.matcher.check()
             return "stop"
         if stop_requested:
             return "stop"

@@ -176,11 +176,15 @@ def _finished_shards(output: str) -> list[str]:
     paths = [shard_path(output, (number, shards)) for number in range(1, shards + 1)]
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise GetpError(f"not all shards are finished: {missing[0]}{more} does not exist")
+        more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
+        raise GetpError(
+            "not all shards are finished: {missing} missing: run the job with {shard} for each of "
+            "them, then merge again",
+            missing=missing[0] + more,
+        )
     unfinished = [path for path in paths if os.path.exists(f"{os.path.realpath(path)}.journal")]
     if unfinished:
-        more = f" and {len(unfinished) - 1} more" if len(unfinished) > 1 else ""
+        more = f" (and {len(unfinished) - 1} more)" if len(unfinished) > 1 else ""
         raise GetpError(
             f"not all shards are finished: {unfinished[0]}{more} has a journal beside it, of a "
             "newer run: repeat its command to finish that, or delete the journal"

@@ -6,7 +6,7 @@ from typing import Any
 IGNORED_FIELDS = frozenset(
     """model user metadata store service_tier safety_identifier prompt_cache_key
     prompt_cache_retention stream stream_options request_id priority
-    cache_salt""".split()
+    cache_salt guided_decoding_backend""".split()
 )
 # Unsupported fields: the values that have no effect, and the error message for any other value.
 _NOT_SUPPORTED = "is not supported"

@@ -26,7 +26,9 @@ def read_tools(body: ParsedBody, name: str, value: Any) -> None:
         if not isinstance(function.get("name"), str) or not function["name"]:
             raise _invalid(name, f"a list of functions; tool {number} has no 'name'")
         if not isinstance(function.get("parameters") or {}, dict):
-            raise _invalid(name, f"a list of functions; tool {number}: 'parameters' is no object")
+            raise _invalid(
+                name, f"a list of functions; tool {number}: 'parameters' is not an object"
+            )
     body.tools = value
 
 

@@ -15,7 +15,8 @@ from typing import Any, BinaryIO
 from engine import Completion, Engine, Request, SamplingParams
 from getp.errors import SOME_FAILED, GetpError, NameOf, worded
 from getp.files import STDIO, iter_lines, json_line, open_input, open_output, write_report
-from getp.terminal import print_last_line, print_message
+from getp.terminal import print_last_line, print_message, warn
+from getp.units import counted
 from tokenizer import Tokenizer, TokenizerError
 
 _JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst", STDIO)
@@ -86,6 +87,7 @@ class Scorer:
         self._running: dict[int, tuple[_Score, list[int]]] = {}  # by the id of a window's request
         self._waiting: list[_Score] = []  # in the order of the file
         self.texts = self.failed = self.tokens = self.greedy = 0
+        self.first_error: str | None = None
         self.logprob = 0.0
 
     def scores(self, texts: Iterable[_Text]) -> Iterator[dict[str, Any]]:
@@ -104,6 +106,7 @@ class Scorer:
         for score in complete:
             self.texts += 1
             self.failed += score.error is not None
+            self.first_error = self.first_error or score.error
             if score.error is None:
                 self.tokens += score.tokens
                 self.logprob += score.logprob
@@ -160,20 +163,27 @@ def read_texts(file: BinaryIO, name: str, tokenizer: Tokenizer) -> Iterator[_Tex
     try:
         text = file.read().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise GetpError(f"{name} is not UTF-8: {error}") from error
+        raise GetpError(f"{name} is neither JSONL nor a text in UTF-8: {error}") from error
     yield _Text("0", tokenizer.encode(text))
 
 
 def _read_line(line: bytes | None, index: int, tokenizer: Tokenizer) -> _Text:
     key = f"request-{index}"
     try:
-        record = json.loads(line or b"null")
+        record = _parsed(line)
         if not isinstance(record, dict):
-            raise ValueError("the line is not a JSON object, or is too long")
+            raise ValueError("it is not a JSON object, or too long")
         key = str(record.get("id", record.get("custom_id", key)))
         return _encoded(key, record, tokenizer)
-    except (ValueError, RecursionError, TokenizerError) as error:
+    except (ValueError, TokenizerError) as error:
         return _Text(key, error=f"line {index + 1}: {error}")
+
+
+def _parsed(line: bytes | None) -> Any:
+    try:
+        return json.loads(line or b"null")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it is not valid JSON: {error}") from error
 
 
 def _encoded(key: str, record: dict[str, Any], tokenizer: Tokenizer) -> _Text:
@@ -207,6 +217,9 @@ def score_file(scorer: Scorer, source: str, output: str | None, tokenizer: Token
             with open_output(output) as target:
                 for result in results:
                     target.write(json_line(result) + b"\n")
+    if scorer.first_error is not None:
+        texts = counted(scorer.texts, "text")
+        warn(f"{scorer.failed} of {texts} failed; the first is {scorer.first_error}")
     return SOME_FAILED if scorer.failed else 0
 
 

@@ -117,6 +117,8 @@ def test_a_grammar_that_cannot_be_used_fails_alone(checkpoint: Callable[[str], P
         (Grammar.json_schema({"type": "array", "items": False, "minItems": 1}), "Unsatisfiable"),
         (Grammar("regex", "(a"), "unclosed group"),
         (Grammar("lark", "start: foo"), 'unknown name: "foo"'),
+        (Grammar("regex", r"[^\s\S]"), "cannot be used: no text can match it"),
+        (Grammar.json_schema({"$ref": "#"}), "cannot be used: no text can match it"),
     ]
     params = [SamplingParams(max_new_tokens=4, grammar=grammar) for grammar, _ in bad]
     with engine_of(checkpoint("qwen2")) as engine:

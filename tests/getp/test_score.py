@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from getp import LLM, SamplingParams
 from getp.cli.main import command
+from getp.errors import UsageProblem
 from getp.text.score import windows
 from tokenizer import Tokenizer
 
@@ -69,6 +70,9 @@ def test_scores_equal_those_of_transformers(
     status = getp(folder, *options, "-i", source, "-o", output, "--report", report)
     whole, pair, bad, empty = lines_of(output)
     assert status == 3
+    assert "1 of 4 texts failed; the first is line 3: it needs a" in capsys.readouterr().err
+    with pytest.raises(UsageProblem, match="must be 2 or more"):
+        getp(folder, *options, "-i", source, "-n", 1)
     assert "needs a 'text', or a 'prompt' and a 'completion'" in bad["error"]
     assert (empty["tokens"], empty["perplexity"]) == (0, None)
     ids, context = TOKENIZER.encode(text), TOKENIZER.encode(PAIR[0])

@@ -139,6 +139,22 @@ def test_messages_may_be_lists_or_json(tmp_path: Path) -> None:
     assert prompts[3] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_parameters_in_columns_of_text_are_json_or_texts(tmp_path: Path, kind: str) -> None:
+    """As in CSV, so in Parquet: data sets keep objects as JSON. Empty cells set nothing."""
+    rows: list[dict[str, Any]] = [
+        {"prompt": "5", "response_format": '{"type": "text"}', "stop": "4", "guided_regex": "[0]"},
+        {"prompt": "", "response_format": "", "stop": '["4", "5"]', "guided_regex": ""},
+    ]
+    names = {name: name for name in rows[0] if name != "prompt"}
+    path = write(tmp_path / f"in.{kind}", rows)
+    found = [json.loads(line.data or b"") for line in scan(path, Columns(parameters=names)).lines()]
+    assert found == [
+        {"prompt": "5", "response_format": {"type": "text"}, "stop": "4", "guided_regex": "[0]"},
+        {"prompt": "", "stop": ["4", "5"]},
+    ]
+
+
 def test_invalid_utf8_fails_alone(tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_bytes(b"prompt\nab\n\xff\xfe\ncd\n")
     table = pa.table({"prompt": pa.array([b"ab", b"\xff\xfe", b"cd"]).view(pa.string())})

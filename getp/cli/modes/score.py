@@ -3,6 +3,7 @@
 from getp.cli import loading
 from getp.cli.settings import Settings
 from getp.cli.wording import option_name
+from getp.errors import UsageProblem
 from getp.files import check_writable
 
 
@@ -10,6 +11,10 @@ def run(settings: Settings) -> int:
     """Score the file; return the exit status. Raises GetpError and errors of the engine."""
     source = loading.needed(settings, settings.prompt.input, "-i/--input FILE")
     output, report = settings.job.output, settings.job.report
+    if settings.sampling.given_length == 1:
+        raise UsageProblem(
+            "-n/--max-length must be 2 or more here: a token is scored after another"
+        )
     for path, role in ((output, "output"), (report, "report")):
         if path is not None:
             check_writable(path, role, {"input": source})

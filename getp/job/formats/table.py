@@ -9,13 +9,14 @@ from getp.errors import GetpError
 from getp.files import MAX_LINE_BYTES
 from getp.job.formats.interface import Line, ParsedBody
 from getp.job.formats.jsonl import Jsonl, parse_flat
-from getp.job.formats.table_files import DELIMITERS, KINDS, Table, empty_batch
+from getp.job.formats.table_files import KINDS, Table, empty_batch
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 _PROMPTS = ("prompt", "messages")  # the columns that hold the prompt if none is named
 _ID = "custom_id"
+_TEXTS = (_ID, "guided_regex", "guided_grammar", "reasoning_effort")  # are never JSON
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,11 @@ class TableFormat(Jsonl):
     def records(self, file: BinaryIO, name: str) -> Iterator[bytes | None]:
         table = Table(file, self.name)
         chosen = self._choose(table.schema, name)
-        decode = _decode_cell if self.name in DELIMITERS else _unchanged
         for batch in table.batches(list(dict.fromkeys(chosen.values()))):
             cells = [_values(batch.column(column)) for column in chosen.values()]
             for row in zip(*cells, strict=True):
                 fields = zip(chosen, row, strict=True)
-                yield _record({key: decode(key, cell) for key, cell in fields})
+                yield _record({key: _value(key, cell) for key, cell in fields})
 
     def batches(self, file: BinaryIO, name: str) -> Iterator["pa.RecordBatch"]:
         table = Table(file, self.name)
@@ -129,23 +129,18 @@ def _values(column: "pa.Array") -> list[Any]:
         return [None if each is None else each.decode("utf-8", "surrogateescape") for each in cells]
 
 
-def _unchanged(key: str, cell: Any) -> Any:
-    # In a column of text, messages are JSON.
-    return _json_or_text(cell) if key == "messages" and isinstance(cell, str) else cell
-
-
-def _decode_cell(key: str, cell: str) -> Any:
-    """Return the value of a cell of CSV, in which everything is text."""
-    if key in ("prompt", _ID):
-        return cell if key == "prompt" else cell or None
-    return _json_or_text(cell) if cell else None
-
-
-def _json_or_text(cell: str) -> Any:
+def _value(key: str, cell: Any) -> Any:
+    """Return the value of a field of a request; in a cell with text it is JSON or a text."""
+    if not isinstance(cell, str) or key == "prompt":
+        return cell
+    if key in _TEXTS or not cell:
+        return cell or None
     try:
-        return json.loads(cell)
+        value = json.loads(cell)
     except (ValueError, RecursionError):
         return cell
+    is_text = key == "stop" and not isinstance(value, str | list)  # "stop" may be "4"
+    return cell if is_text else value
 
 
 def _record(row: Mapping[str, Any]) -> bytes | None:
