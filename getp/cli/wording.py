@@ -52,6 +52,7 @@ _OPTIONS = {
     "parameter_column": "--parameter-column",
     "first": "--first",
     "shard": "--shard",
+    "reference": "--reference",
     "require_agreement": "--require-agreement",
     "details": "--details",
     "json": "--json",

@@ -11,7 +11,7 @@ from typing import Any
 from engine.resolve import KERNEL_CHOICES, dtype_name
 from getp import __version__
 from getp.defaults import describe
-from getp.errors import GetpError, NameOf
+from getp.errors import GetpError, NameOf, UsageProblem
 from getp.files import check_writable, is_stream
 from getp.job.formats import output_format
 from getp.job.formats.table import Columns
@@ -84,6 +84,13 @@ def read(job: Job) -> Source:
         )
     if job.reference is not None:
         files["reference"] = job.reference
+        form = output_format(job.output, source.format, job.output_format).name
+        if form not in ("ids", "jsonl") or is_stream(job.output):
+            raise UsageProblem(
+                "{reference} compares a file of token ids or JSONL, but the output is {given}: "
+                "give {output} a file with the suffix .jsonl, or {output_format} ids",
+                given="a stream" if is_stream(job.output) else form,
+            )
         answers = len(read_results(job.reference))
         if answers != source.total:
             raise GetpError(

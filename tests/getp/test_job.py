@@ -386,6 +386,9 @@ def test_results_are_compared_with_a_reference(tmp_path: Path) -> None:
     assert agreement["first_difference"]["line"] == 2
     with pytest.raises(GetpError, match="2 of 3 answers equal"):
         run(job(tmp_path, data, required_agreement=0.9, **given))
+    for output in ("out.csv", "-"):  # before the job runs
+        with pytest.raises(GetpError, match="compares a file of token ids or JSONL"):
+            run(replace(job(tmp_path, data, **given), output=output))
     with pytest.raises(GetpError, match=r"reference\.txt has 3 answers, but .* has 2 requests"):
         run(job(tmp_path, b"2\nab\ncd\n", **given))
 
