@@ -34,10 +34,11 @@ class Matcher:
     def __init__(
         self,
         compiled: "Future[llguidance.LLMatcher]",
-        after_ids: Sequence[int],
+        grammar: Grammar,
         stop_ids: frozenset[int],
     ):
-        self._compiled, self._after, self.stop_ids = compiled, list(after_ids), stop_ids
+        self._compiled, self._kind, self.stop_ids = compiled, grammar.kind, stop_ids
+        self._after = list(grammar.after_ids)
         self._last: list[int] = []  # the newest tokens, until those of `after_ids` have occurred
 
     @property
@@ -62,10 +63,8 @@ class Matcher:
         """Follow the next token of the output; returns whether the match is complete with it.
 
         was_forced: it ends the thinking, and is not part of what must match.
-        Raises RequestError if the grammar cannot be used, or is too complex to go on.
+        Call `check` before. Raises RequestError if the grammar is too complex to go on.
         """
-        if self.error is not None:
-            raise self.error
         if self._after:
             self._last = [*self._last, token][-len(self._after) :]
             if self._last == self._after:
@@ -85,7 +84,7 @@ class Matcher:
         if self.error is not None:
             raise self.error
         if not self._after and self.state.is_error():
-            raise _error(self.state.get_error())
+            raise _error(self._kind, self.state.get_error())
 
 
 class Matchers:
@@ -142,7 +141,7 @@ class Matchers:
         self._compiled[key] = compiled
         if len(self._compiled) > _CACHED:
             self._compiled.popitem(last=False)
-        return Matcher(compiled, grammar.after_ids, stop_ids)
+        return Matcher(compiled, grammar, stop_ids)
 
     def _compile(self, kind: str, text: str) -> "llguidance.LLMatcher":
         library, tokenizer = self._library, self._tokenizer
@@ -153,10 +152,10 @@ class Matchers:
             else:
                 grammar = library.grammar_from("grammar" if kind == "lark" else kind, text)
         except ValueError as error:
-            raise _error(str(error)) from error
+            raise _error(kind, str(error)) from error
         matcher = library.LLMatcher(tokenizer, grammar, log_level=0)
         if matcher.is_error():
-            raise _error(matcher.get_error())
+            raise _error(kind, matcher.get_error())
         return matcher
 
     def masks(self, matchers: Sequence[Matcher]) -> torch.Tensor:
@@ -193,11 +192,13 @@ class Matchers:
                 self.__dict__.pop(name).shutdown(wait=False, cancel_futures=True)
 
 
-def _error(reason: str) -> RequestError:
+def _error(kind: str, reason: str) -> RequestError:
     """The error of a grammar that the library does not accept."""
     reason = reason.partition("<state>")[0]  # what follows is for developers of the library
     if reason.startswith("NoExtensionBias"):
         reason = "no text can match it, or complete what was written"
     # Without the lines that only point at a column of the line above.
     lines = [line.strip() for line in reason.splitlines() if line.strip("|^ ")]
-    return RequestError("the {grammar} cannot be used: {reason}", reason=" ".join(lines))
+    names = {"json_schema": "JSON schema", "regex": "regular expression"}
+    name = names.get(kind, "grammar")
+    return RequestError("the {name} cannot be used: {reason}", name=name, reason=" ".join(lines))

@@ -83,6 +83,8 @@ class Sequence:
 
         Raises RequestError if its grammar cannot be used.
         """
+        if self.matcher is not None:
+            self.matcher.check()  # before anybody receives a token that its mask did not choose
         self.tokens.append(token)
         if self.thinking is not None:
             self.thinking.append(token)
@@ -91,8 +93,6 @@ class Sequence:
         stop_requested = self.request.on_token is not None and self.request.on_token(token)
         if token in self.stop_ids:
             self.stop_id = token
-            if self.matcher is not None:
-                self.matcher.check()
             return "stop"
         if stop_requested:
             return "stop"

@@ -112,7 +112,10 @@ def test_results_depend_on_neither_the_batch_nor_how_steps_run(
 def test_a_grammar_that_cannot_be_used_fails_alone(checkpoint: Callable[[str], Path]) -> None:
     schema = {"type": "object", "properties": {"a": {"not": {"type": "null"}}}}
     bad = [
-        (Grammar.json_schema(schema), 'the grammar cannot be used: Unimplemented keys: ["not"]'),
+        (
+            Grammar.json_schema(schema),
+            'the JSON schema cannot be used: Unimplemented keys: ["not"]',
+        ),
         (Grammar.json_schema({"type": "strin"}), "Invalid type: strin"),
         (Grammar.json_schema({"type": "array", "items": False, "minItems": 1}), "Unsatisfiable"),
         (Grammar("regex", "(a"), "unclosed group"),
@@ -125,6 +128,7 @@ def test_a_grammar_that_cannot_be_used_fails_alone(checkpoint: Callable[[str], P
         *failed, fine = complete(engine, [*params, PARAMS[2]])
         for done, (_, message) in zip(failed, bad, strict=True):
             assert message in str(done.error)
+            assert len(done.token_ids) == 0
         assert len(fine.token_ids) == 25
         (done,) = complete(
             engine, [SamplingParams(grammar=Grammar("regex", "a"), bad_words=((LETTER,),))]
