@@ -1,6 +1,7 @@
 """Finding, loading and calling the library of native CPU kernels; recording of its calls."""
 
 import ctypes
+import os
 from functools import partial
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -30,6 +31,22 @@ def test_the_environment_chooses_the_instruction_set(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv(bindings.VARIABLE, "sse")
     with pytest.raises(ValueError, match="must be none, avx2, vnni, avx512, amx, not 'sse'"):
         bindings.library.__wrapped__()
+
+
+def test_a_library_that_is_older_than_its_sources_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv(bindings.VARIABLE, raising=False)
+    monkeypatch.setattr(bindings, "__file__", str(tmp_path / "bindings.py"))
+    file, source = tmp_path / f"_kernels{EXTENSION_SUFFIXES[0]}", tmp_path / "kernels/gemm/a.h"
+    file.touch()
+    source.parent.mkdir(parents=True)
+    source.touch()
+    assert not bindings.is_outdated(file)  # a copy, whose times say nothing
+    later = file.stat().st_mtime + 3600
+    os.utime(source, (later, later))
+    with pytest.warns(UserWarning, match="is older than its sources; run `pip install -e .`"):
+        assert bindings.library.__wrapped__() is None
 
 
 def test_a_warning_says_why_there_are_no_kernels(

@@ -25,6 +25,8 @@ LEVELS = ("none", "avx2", "vnni", "avx512", "amx")
 architectures: the compiler's vectors), AVX-512 with VNNI, AVX-512 with BF16, and that with AMX.
 With avx2 (on x86) and vnni, linears multiply 16-bit integers."""
 
+_COPY_S = 60  # a copy of a folder may get the times of copying, in any order
+
 
 class KernelsError(ValueError):
     """GETP_CPU_KERNELS names kernels that are not available, or the library is out of date."""
@@ -154,6 +156,9 @@ def library() -> ctypes.CDLL | None:
     if file is None:
         _warn("they were not built; run `pip install -e .` where there is a C++ compiler")
         return None
+    if is_outdated(file):
+        _warn(f"{file.name} is older than its sources; run `pip install -e .` again")
+        return None
     try:
         loaded = load(file)
     except (OSError, AttributeError) as error:
@@ -170,6 +175,17 @@ def library() -> ctypes.CDLL | None:
     if len(topology().nodes) > 1:
         set_nodes(loaded, [[*chain(*cores)] for cores in topology().nodes.values()])
     return loaded
+
+
+def is_outdated(file: Path) -> bool:
+    """Whether sources in the folder `kernels` beside a library changed after it was built.
+
+    Functions of another version can have the same arguments with another meaning, and then give
+    wrong results without an error.
+    """
+    built = file.stat().st_mtime + _COPY_S
+    sources = (each for each in file.with_name("kernels").rglob("*") if each.is_file())
+    return any(source.stat().st_mtime > built for source in sources)
 
 
 def load(file: Path) -> ctypes.CDLL:
