@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import model  # noqa: F401  before torch: sets how OpenMP threads wait and filters a warning
 from engine.config import EngineConfig
-from engine.errors import EngineError, RequestError
+from engine.errors import EngineError, GrammarError, RequestError
 from engine.grammar import Grammar
 from engine.request import Completion, Request, TokenLogprobs
 from engine.sampling_params import SamplingParams, ThinkingBudget
@@ -26,6 +26,7 @@ __all__ = [
     "EngineError",
     "EngineStats",
     "Grammar",
+    "GrammarError",
     "ReplicaSummary",
     "Request",
     "RequestError",

@@ -47,5 +47,9 @@ class RequestError(EngineError):
     """One request cannot run, or cannot continue; other requests are not affected."""
 
 
+class GrammarError(RequestError):
+    """The grammar of a request cannot be used."""
+
+
 def _rebuild(kind: type[EngineError], text: str, fields: dict[str, Any]) -> EngineError:
     return kind(text, **fields)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from engine.errors import RequestError
+from engine.errors import GrammarError, RequestError
 from engine.grammar import Grammar
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ class Matchers:
                 self.__dict__.pop(name).shutdown(wait=False, cancel_futures=True)
 
 
-def _error(kind: str, reason: str) -> RequestError:
+def _error(kind: str, reason: str) -> GrammarError:
     """The error of a grammar that the library does not accept."""
     reason = reason.partition("<state>")[0]  # what follows is for developers of the library
     if reason.startswith("NoExtensionBias"):
@@ -201,4 +201,4 @@ def _error(kind: str, reason: str) -> RequestError:
     lines = [line.strip() for line in reason.splitlines() if line.strip("|^ ")]
     names = {"json_schema": "JSON schema", "regex": "regular expression"}
     name = names.get(kind, "grammar")
-    return RequestError("the {name} cannot be used: {reason}", name=name, reason=" ".join(lines))
+    return GrammarError("the {name} cannot be used: {reason}", name=name, reason=" ".join(lines))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from engine import Completion, Request, TokenLogprobs
+from engine import Completion, GrammarError, Request, TokenLogprobs
 from getp.errors import worded
 from getp.job.formats.interface import JobRequest, Line, ResultContext
 from getp.job.formats.jsonl import FORMAT
@@ -206,6 +206,7 @@ class Call:
             raise ApiError(500, watcher.error or "", "internal_error")
         message = worded(completion.error, lambda name: _NAMES.get(name, repr(name)))
         refused = completion.finished > 0 and completion.finished == completion.arrived
+        refused |= isinstance(completion.error, GrammarError)
         raise ApiError(400 if refused else 500, message, "request_error")
 
     async def completions(self) -> list[list[Completion]]:

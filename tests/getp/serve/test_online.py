@@ -105,6 +105,7 @@ COMPLETE = "/v1/completions"
         (COMPLETE, {"prompt": "1", "stream": "yes"}, 400, "invalid_value"),
         (COMPLETE, {"prompt": "1 " * 600}, 400, "context_length_exceeded"),
         (COMPLETE, {"prompt": [10**6]}, 400, "request_error"),
+        (COMPLETE, {"prompt": "1", "guided_regex": "("}, 400, "request_error"),
         ("/v1/nothing", {}, 404, None),
         ("/health", {}, 405, None),
         ("/v1/batches", {"endpoint": COMPLETE, "completion_window": "24h"}, 400, "invalid_value"),
