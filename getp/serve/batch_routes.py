@@ -44,7 +44,7 @@ class BatchRoutes:
     def _batches(self) -> Batches:
         if self._given is None:
             raise ApiError(
-                501, "this server has no folder for batches: start it with --data", "no_data_folder"
+                501, "this server was started without a folder for batches", "no_data_folder"
             )
         if self._given.closed:
             raise ApiError(503, "the server is stopping", "stopping")
