@@ -203,7 +203,9 @@ def integer_rows(source: Any, bits: int, group: int, *, has_zeros: bool) -> Grou
     if offsets is None:
         offsets = torch.zeros_like(scales)
     if not has_zeros and not torch.equal(offsets, symmetric):
-        raise ValueError("zero points are stored, but the config says that the weights are symmetric")
+        raise ValueError(
+            "zero points are stored, but the config says that the weights are symmetric"
+        )
     repeats = source.group // group
     return GroupedInt(
         bits,
