@@ -38,13 +38,14 @@ class Matcher:
         stop_ids: frozenset[int],
     ):
         self._compiled, self._kind, self.stop_ids = compiled, grammar.kind, stop_ids
-        self._after = list(grammar.after_ids)
+        self._after = [*grammar.after_ids]
         self._last: list[int] = []  # the newest tokens, until those of `after_ids` have occurred
+        self.opening_id = grammar.opening_id  # allowed as the first token; None after that
 
     @property
     def is_waiting(self) -> bool:
         """Whether the part of the output that must match has not begun."""
-        return bool(self._after)
+        return bool(self._after) and self.opening_id is None
 
     @cached_property
     def error(self) -> RequestError | None:
@@ -65,10 +66,15 @@ class Matcher:
         was_forced: it ends the thinking, and is not part of what must match.
         Call `check` before. Raises RequestError if the grammar is too complex to go on.
         """
-        if self._after:
-            self._last = [*self._last, token][-len(self._after) :]
-            if self._last == self._after:
+        if self.opening_id is not None:
+            if token != self.opening_id:
                 self._after = []
+            self.opening_id = None
+        if self._after:
+            self._last = [*self._last, token][-len(self._after[0]) :]
+            if tuple(self._last) == self._after[0]:
+                self._last = []
+                del self._after[0]
             return False
         if was_forced:
             return False
@@ -83,7 +89,7 @@ class Matcher:
         """
         if self.error is not None:
             raise self.error
-        if not self._after and self.state.is_error():
+        if not self.is_waiting and self.state.is_error():
             raise _error(self._kind, self.state.get_error())
 
 
@@ -172,12 +178,15 @@ class Matchers:
         if ready:
             words = max(words, -(-self._tokenizer.vocab_size // 32))
         found = torch.full((len(matchers), words), _ALL, dtype=torch.int32)
-        for i, matcher in enumerate(matchers):
-            for token in matcher.stop_ids if matcher.is_waiting else ():
-                if 0 <= token < self._vocab:
-                    found[i].view(torch.uint8)[token // 8] &= 255 ^ 1 << token % 8
         if ready:
             self._executor.unsafe_compute_mask_ptr(ready, found.data_ptr(), 4 * words, len(found))
+        for i, matcher in enumerate(matchers):
+            allowed = found[i].view(torch.uint8)
+            for token in matcher.stop_ids if matcher.is_waiting else ():
+                if 0 <= token < self._vocab:
+                    allowed[token // 8] &= 255 ^ 1 << token % 8
+            if matcher.opening_id is not None and matcher.error is None:
+                allowed[matcher.opening_id // 8] |= 1 << matcher.opening_id % 8
         return found[:, : self.words]
 
     def begin(self, matchers: Sequence[Matcher]) -> Callable[[], torch.Tensor]:

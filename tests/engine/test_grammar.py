@@ -49,9 +49,19 @@ PARAMS = [
         max_new_tokens=30,
         min_p=0.01,
         frequency_penalty=0.3,
-        grammar=Grammar("lark", 'start: ("ab" | "xyz")~8', after_ids=(9,)),
+        grammar=Grammar("lark", 'start: ("ab" | "xyz")~8', after_ids=((9,),)),
         # The last of the forced tokens ends the thinking, and is not part of what must match.
         thinking=ThinkingBudget(4, (40,), (9,), forced_ids=(8, 9, 7), is_open=True),
+    ),
+    # The output may begin with 40, or with a match.
+    *(
+        SamplingParams(
+            max_new_tokens=24,
+            grammar=Grammar("regex", "[a-d ]{30,}", after_ids=((8,), (9,)), opening_id=40),
+            thinking=ThinkingBudget(3, (40,), (9,), forced_ids=(8, 7, 9)),
+            logit_bias={40: bias},
+        )
+        for bias in (90.0, -90.0)
     ),
 ]
 
@@ -94,6 +104,9 @@ def test_results_depend_on_neither_the_batch_nor_how_steps_run(
     constrained = TOKENIZER.decode(alone[3].token_ids[7:])
     assert len(constrained) > 10
     assert constrained.replace("ab", "").replace("xyz", "") in ("", "a", "x", "xy")
+    assert alone[4].token_ids[:7] == [40, 40, 40, 40, 8, 7, 9]
+    for ids in (alone[4].token_ids[7:], alone[5].token_ids):
+        assert not set(TOKENIZER.decode(ids)) - set("abcd ")
     drafts = patch.object(Speculation, "_best_limit", return_value=3)
     with drafts, engine_of(folder, speculation=True) as engine:
         assert results(complete(engine, PARAMS)) == expected
