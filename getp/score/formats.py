@@ -1,71 +1,127 @@
-"""Mode score: log-likelihood and perplexity of given texts, or of given completions of prompts.
+"""The input and the results of mode score, as formats of a job.
 
 Each text is scored in windows that the model can hold; a later window repeats the second half of
-the one before, so that each token is scored once and has at least half a window before it.
+the one before, so that each token is scored once and has at least half a window before it. Each
+window is a request of the job.
 """
 
 import json
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
-from engine import Completion, Engine, Request, SamplingParams
-from getp.errors import SOME_FAILED, GetpError, NameOf, worded
-from getp.files import STDIO, iter_lines, json_line, open_input, open_output, write_report
-from getp.terminal import print_last_line, print_message, warn
-from getp.units import counted
+from getp.defaults import FormatValues
+from getp.errors import GetpError
+from getp.files import STDIO, iter_lines, json_line, path_name
+from getp.job.formats.interface import (
+    Failure,
+    InputFormat,
+    JobRequest,
+    Line,
+    OutputFormat,
+    ResultContext,
+    Rows,
+)
+from getp.openai.parsed import BadRequestError, ParsedBody
+from getp.text.samples import Samples
 from tokenizer import Tokenizer, TokenizerError
 
-_JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst", STDIO)
-
-
-@dataclass(frozen=True)
-class _Text:
-    """A text to score: its token ids from position `first` on."""
-
-    key: str
-    ids: list[int] = field(default_factory=list)
-    first: int = 1
-    error: str | None = None
+_JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst", path_name(STDIO))
+# The id of a window is that of its text after one of these.
+_LAST, _OTHER = ".", "-"
 
 
 @dataclass
-class _Score:
-    """What is known about a text."""
+class Totals:
+    """What is known about all texts."""
 
-    text: _Text
-    missing: int = 0  # windows that are not read
+    texts: int = 0
+    failed: int = 0
     tokens: int = 0
     logprob: float = 0.0
-    is_greedy: bool = True
-    error: str | None = None
+    greedy: int = 0
+    first_error: str | None = None
 
-    def add(self, completion: Completion, ids: list[int], name_of: NameOf) -> None:
-        """Add the scores of a window; ids: the tokens that are scored in it."""
-        self.missing -= 1
-        if completion.error is not None:
-            self.error = self.error or worded(completion.error, name_of)
-        entries = completion.prompt_logprobs or []
-        self.tokens += len(entries)
-        self.logprob += math.fsum(entry.logprob for entry in entries)
-        self.is_greedy &= all(
-            entry.top[0][0] == token for entry, token in zip(entries, ids, strict=False)
-        )
+    def add(self, result: dict[str, Any]) -> None:
+        """Add the result of a text."""
+        self.texts += 1
+        if "error" in result:
+            self.failed += 1
+            self.first_error = self.first_error or result["error"]
+            return
+        self.tokens += result["tokens"]
+        self.logprob += result["logprob"]
+        self.greedy += result["is_greedy"]
 
-    def values(self) -> dict[str, Any]:
-        """Return the result, for JSON."""
-        if self.error is not None:
-            return {"id": self.text.key, "error": self.error}
+    def summary(self) -> dict[str, Any]:
+        """Return the totals, for the report."""
         return {
-            "id": self.text.key,
+            "texts": self.texts,
+            "failed": self.failed,
             "tokens": self.tokens,
             "logprob": self.logprob,
             "perplexity": perplexity(self.logprob, self.tokens),
-            "is_greedy": self.is_greedy,
+            "greedy": self.greedy,
         }
+
+
+class ScoreResults(OutputFormat):
+    """One line for each text, in JSON; the journal has one for each window."""
+
+    name, suffix, holds_failures = "scores", ".jsonl", True
+
+    def __init__(self) -> None:
+        self.totals = Totals()  # of the results that are written
+
+    def completed(self, context: ResultContext, request: JobRequest, samples: Samples) -> bytes:
+        """Return the scores of a window."""
+        entries, first = samples.prompt_logprobs, request.params.prompt_logprobs_from
+        likeliest = [entry.top[0][0] for entry in entries]
+        return json_line(
+            {
+                "id": request.custom_id,
+                "tokens": len(entries),
+                "logprob": math.fsum(entry.logprob for entry in entries),
+                "is_greedy": likeliest == request.prompt_ids[first:],
+            }
+        )
+
+    def failed(self, context: ResultContext, failure: Failure) -> bytes:
+        """Return the error of a window."""
+        return json_line({"id": failure.custom_id, "error": failure.message})
+
+    def write(
+        self, file: BinaryIO, results: Iterable[tuple[bool, bytes]], rows: "Rows | None"
+    ) -> None:
+        """Write the result of each text."""
+        self.totals = Totals()
+        windows: list[dict[str, Any]] = []
+        for _, line in results:
+            windows.append(json.loads(line))
+            if windows[-1]["id"].startswith(_LAST):
+                result = _joined(windows)
+                self.totals.add(result)
+                file.write(json_line(result) + b"\n")
+                windows = []
+
+
+def _joined(windows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the result of a text from those of its windows."""
+    key = windows[0]["id"][1:]
+    error = next((each["error"] for each in windows if "error" in each), None)
+    if error is not None:
+        return {"id": key, "error": error}
+    tokens = sum(each["tokens"] for each in windows)
+    logprob = math.fsum(each["logprob"] for each in windows)
+    return {
+        "id": key,
+        "tokens": tokens,
+        "logprob": logprob,
+        "perplexity": perplexity(logprob, tokens),
+        "is_greedy": all(each["is_greedy"] for each in windows),
+    }
 
 
 def perplexity(logprob: float, tokens: int) -> float | None:
@@ -75,70 +131,58 @@ def perplexity(logprob: float, tokens: int) -> float | None:
     return math.exp(-logprob / tokens)
 
 
-class Scorer:
-    """Scores the texts of a file with an engine, in flat memory, in the order of the file."""
+class ScoreTexts(InputFormat):
+    """JSONL with texts or pairs of a prompt and a completion; any other file is one text.
 
-    def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, max_length: int | None, name_of: NameOf
-    ) -> None:
-        """max_length: tokens of a window; None: as many as the engine allows."""
-        self._engine, self._tokenizer, self._name_of = engine, tokenizer, name_of
-        self._max_length = max_length
-        self._running: dict[int, tuple[_Score, list[int]]] = {}  # by the id of a window's request
-        self._waiting: list[_Score] = []  # in the order of the file
-        self.texts = self.failed = self.tokens = self.greedy = 0
-        self.first_error: str | None = None
-        self.logprob = 0.0
+    A record is a window, as JSON: the id, the token ids and the first of them that is scored, or an
+    error.
+    """
 
-    def scores(self, texts: Iterable[_Text]) -> Iterator[dict[str, Any]]:
-        """Yield the result of each text, in order. Raises the errors of the engine."""
-        self._engine.warm_up()
-        with closing(self._engine.generate(self._requests(texts))) as completions:
-            for completion in completions:
-                score, ids = self._running.pop(completion.request_id)
-                score.add(completion, ids, self._name_of)
-                yield from self._complete()
-        yield from self._complete()
+    name, suffix = "texts to score", ""
+    has_ids, has_messages, only_scores = False, False, True
+    defaults: ClassVar[FormatValues] = {}
 
-    def _complete(self) -> Iterator[dict[str, Any]]:
-        complete = list(takewhile(lambda score: not score.missing, self._waiting))
-        del self._waiting[: len(complete)]
-        for score in complete:
-            self.texts += 1
-            self.failed += score.error is not None
-            self.first_error = self.first_error or score.error
-            if score.error is None:
-                self.tokens += score.tokens
-                self.logprob += score.logprob
-                self.greedy += score.is_greedy
-            yield score.values()
+    def __init__(self, tokenizer: Tokenizer, length: int, output: ScoreResults) -> None:
+        """length: the most tokens of a window."""
+        self._tokenizer, self._length = tokenizer, length
+        self.output = output  # type: ignore[misc]
 
-    def _requests(self, texts: Iterable[_Text]) -> Iterator[Request]:
-        longest = self._engine.max_positions
-        length = min(self._max_length or longest, longest)
-        number = 0
-        for text in texts:
-            parts = list(windows(len(text.ids), text.first, length))
-            score = _Score(text, missing=len(parts), error=text.error)
-            self._waiting.append(score)
+    def recognises(self, start: bytes) -> bool:
+        """Return False: it is always chosen by the mode."""
+        return False
+
+    def is_request(self, number: int, data: bytes | None) -> bool:
+        """Return True: each record is a window."""
+        return True
+
+    def records(self, file: BinaryIO, name: str) -> Iterator[bytes | None]:
+        """Yield the windows of all texts of a file. Raises GetpError."""
+        for text in _read_texts(file, name, self._tokenizer):
+            if text.error is not None:
+                yield json_line({"id": _LAST + text.key, "error": text.error})
+                continue
+            # A text without a token to score has one window, so that it has a result.
+            parts = list(windows(len(text.ids), text.first, self._length)) or [(0, 1, 1)]
             for start, end, first in parts:
-                params = SamplingParams(
-                    max_new_tokens=0, prompt_logprobs=1, prompt_logprobs_from=first - start
-                )
-                self._running[number] = score, text.ids[first:end]
-                yield Request(text.ids[start:end], params, number)
-                number += 1
+                key = (_LAST if end >= len(text.ids) else _OTHER) + text.key
+                ids = text.ids[start:end] or [0]
+                yield json_line({"id": key, "ids": ids, "first": first - start})
 
-    def summary(self) -> dict[str, Any]:
-        """Return the totals."""
-        return {
-            "texts": self.texts,
-            "failed": self.failed,
-            "tokens": self.tokens,
-            "logprob": self.logprob,
-            "perplexity": perplexity(self.logprob, self.tokens),
-            "greedy": self.greedy,
+    def identify(self, line: Line) -> tuple[str, dict[str, Any]]:
+        """Return the id of a window, and the window."""
+        window: dict[str, Any] = json.loads(line.data or b"")
+        return window["id"], window
+
+    def parse(self, line: Line, record: dict[str, Any]) -> ParsedBody:
+        """Return the request of a window. Raises BadRequestError."""
+        if "error" in record:
+            raise BadRequestError("invalid_text", record["error"])
+        params = {
+            "max_new_tokens": 0,
+            "prompt_logprobs": 1,
+            "prompt_logprobs_from": record["first"],
         }
+        return ParsedBody(prompt=record["ids"], params=params)
 
 
 def windows(tokens: int, first: int, length: int) -> Iterator[tuple[int, int, int]]:
@@ -153,7 +197,17 @@ def windows(tokens: int, first: int, length: int) -> Iterator[tuple[int, int, in
         at = end
 
 
-def read_texts(file: BinaryIO, name: str, tokenizer: Tokenizer) -> Iterator[_Text]:
+@dataclass(frozen=True)
+class _Text:
+    """A text to score: its token ids from position `first` on."""
+
+    key: str
+    ids: list[int] = field(default_factory=list)
+    first: int = 1
+    error: str | None = None
+
+
+def _read_texts(file: BinaryIO, name: str, tokenizer: Tokenizer) -> Iterator[_Text]:
     """Yield the texts of a file: those of JSONL, or the whole file as one text."""
     if name.endswith(_JSONL):
         for index, line in enumerate(iter_lines(file)):
@@ -201,35 +255,3 @@ def _encoded(key: str, record: dict[str, Any], tokenizer: Tokenizer) -> _Text:
     common = zip(context, ids, strict=False)
     length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], common))
     return _Text(key, ids, max(length, 1))
-
-
-def score_file(scorer: Scorer, source: str, output: str | None, tokenizer: Tokenizer) -> int:
-    """Score a file, write a result for each text if there is an output; return the exit status.
-
-    Raises GetpError and the errors of the engine.
-    """
-    with open_input(source) as file:
-        results = scorer.scores(read_texts(file, source, tokenizer))
-        if output is None:
-            for _ in results:
-                pass
-        else:
-            with open_output(output) as target:
-                for result in results:
-                    target.write(json_line(result) + b"\n")
-    if scorer.first_error is not None:
-        texts = counted(scorer.texts, "text")
-        warn(f"{scorer.failed} of {texts} failed; the first is {scorer.first_error}")
-    return SOME_FAILED if scorer.failed else 0
-
-
-def print_summary(summary: dict[str, Any], output: str | None, report: str | None) -> None:
-    """Print the totals, and write them to the report file if there is one."""
-    if report is not None:
-        write_report(report, summary)
-    shown = "unknown" if summary["perplexity"] is None else f"{summary['perplexity']:.6g}"
-    line = (
-        f"texts: {summary['texts']} ({summary['failed']} failed), tokens scored: "
-        f"{summary['tokens']}, log-likelihood: {summary['logprob']:.6f}, perplexity: {shown}"
-    )
-    (print_message if STDIO in (output, report) else print_last_line)(line)
