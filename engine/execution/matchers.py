@@ -8,7 +8,7 @@ samples: a GPU computes in the meantime (`StepLoop`).
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,15 @@ class Matcher:
     def is_waiting(self) -> bool:
         """Whether the part of the output that must match has not begun."""
         return bool(self._after) and self.opening_id is None
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the grammar is compiled, or known to be one that cannot be used."""
+        return self._compiled.done()
+
+    def wait(self, seconds: float) -> None:
+        """Wait until the grammar is compiled, but not for longer."""
+        wait([self._compiled], seconds)
 
     @cached_property
     def error(self) -> RequestError | None:
@@ -160,6 +169,7 @@ class Matchers:
         except ValueError as error:
             raise _error(kind, str(error)) from error
         matcher = library.LLMatcher(tokenizer, grammar, log_level=0)
+        matcher.compute_bitmask()  # for some grammars it takes seconds, or fails
         if matcher.is_error():
             raise _error(kind, matcher.get_error())
         return matcher
@@ -203,7 +213,8 @@ class Matchers:
 
 def _error(kind: str, reason: str) -> GrammarError:
     """The error of a grammar that the library does not accept."""
-    reason = reason.partition("<state>")[0]  # what follows is for developers of the library
+    # What follows is for developers of the library.
+    reason = reason.partition("<state>")[0].partition("<backtrace>")[0]
     if reason.startswith("NoExtensionBias"):
         reason = "no text can match it, or complete what was written"
     # Without the lines that only point at a column of the line above.

@@ -1,6 +1,7 @@
 """Grammars in the engine: the same tokens however steps run; errors that concern one request."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from engine import (
     ThinkingBudget,
 )
 from engine.execution import model_runner
+from engine.execution.matchers import Matchers
 from engine.scheduling.speculation import Speculation
 from tests.engine.captures import Taping, TensorLengths
 from tokenizer import Tokenizer
@@ -155,3 +157,24 @@ def test_a_grammar_that_cannot_be_used_fails_alone(checkpoint: Callable[[str], P
     (done,) = complete(engine, [PARAMS[0]])
     engine.finish()
     assert "set Engine.tokenizer_json" in str(done.error)
+
+
+def test_a_grammar_that_compiles_slowly_delays_no_other_request(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_compile, compiled = threading.Event(), Matchers._compile
+
+    def compile_slowly(self: Matchers, kind: str, text: str) -> Any:
+        assert may_compile.wait(60)
+        return compiled(self, kind, text)
+
+    monkeypatch.setattr(Matchers, "_compile", compile_slowly)
+    found: list[tuple[int, str]] = []
+    with engine_of(checkpoint("qwen2")) as engine:
+        for done in engine.generate([Request(PROMPT, PARAMS[i], i) for i in (1, 2, 0)]):
+            found.append((done.request_id, done.finish_reason))
+            if done.request_id == 2:
+                engine.cancel(0)
+            elif done.request_id == 0:
+                may_compile.set()
+    assert found == [(2, "length"), (0, "cancelled"), (1, "length")]
