@@ -120,7 +120,7 @@ def test_two_batches_share_the_engine_and_online_requests_come_first(
     server: RunningServer,
 ) -> None:
     client = server.client
-    long = lines(200, max_tokens=60, ignore_eos=True)
+    long = lines(400, max_tokens=60, ignore_eos=True)
     pair = [start(client, long), start(client, long)]
     found = lambda: [client.batches.retrieve(each.id) for each in pair]  # noqa: E731
     wait_until(lambda: all(each.status == "in_progress" for each in found()))
