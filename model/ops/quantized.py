@@ -175,7 +175,7 @@ def float8_rows(source: Any, group: int) -> GroupedFloat:
     if isinstance(source, torch.Tensor):
         values = source.float().unflatten(-1, (-1, group))
         scales = values.abs().amax(-1) / _MAX_E4M3
-        if not bool(scales.isfinite().all()):
+        if bool(scales.isfinite().logical_not().any()):  # as QuantizedWeight._copy_integers
             raise ValueError("a weight is not finite")
         values = values / scales.masked_fill(scales == 0, 1).unsqueeze(-1)
         return GroupedFloat(values.flatten(-2).to(torch.float8_e4m3fn), scales)
