@@ -120,7 +120,7 @@ def test_two_batches_share_the_engine_and_online_requests_come_first(
     server: RunningServer,
 ) -> None:
     client = server.client
-    long = lines(80, max_tokens=60, ignore_eos=True)
+    long = lines(400, max_tokens=60, ignore_eos=True)
     pair = [start(client, long), start(client, long)]
     completed = lambda each: client.batches.retrieve(each.id).request_counts.completed  # noqa: E731
     wait_until(lambda: max(map(completed, pair)) >= 24)
