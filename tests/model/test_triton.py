@@ -33,6 +33,7 @@ def test_a_run_on_the_cpu_does_not_import_triton_kernels() -> None:
         "triton_interpreter.py",
         "triton_interpreter_sampling.py",
         "triton_interpreter_checks.py",
+        "triton_interpreter_faults.py",
         "triton_interpreter_recurrent.py",
         "triton_interpreter_quantized.py",
     ],
