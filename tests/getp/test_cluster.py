@@ -109,7 +109,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> bytes:
         work = job(tmp_path_factory.mktemp("one"), mixed_requests(60))
         assert run(work, one_engine()) == SOME_FAILED
     result = Path(work.output).read_bytes()
-    assert len(re.findall(rb"[0-9]{3} apples", result)) > 10
+    assert len(re.findall(rb"[0-9]{3} apples", result)) > 5
     codes = re.findall(rb'"code": ?"(\w+)"', result)
     assert set(codes) == {b"request_error", b"unknown_parameter"}
     assert result.count(b'"finish_reason":"stop"') + result.count(b'"finish_reason": "stop"') > 20
