@@ -104,8 +104,6 @@ def _cases_of(
         yield from norm_cases(attention.norm, inputs)
     elif operation == "linear":
         yield from linear_cases("attention's output", attention.out, inputs)
-        if moe is not None:
-            yield from linear_cases("router", moe.router, inputs)
         if shared is not None:
             yield from linear_cases("the shared expert's output", shared.down, inputs)
             if shared.gate is not None:
@@ -123,7 +121,9 @@ def _cases_of(
                 yield from linear_cases(name, linear, inputs)
     elif operation == "logits":
         head = Transformer(config, shard).head
-        yield from logits_cases(head, config.logits_scale, inputs)
+        yield from logits_cases("head", head, config.logits_scale, inputs)
+        if moe is not None:
+            yield from logits_cases("router", moe.router, 1, inputs)
     elif operation == "rotate_and_write" and plain is not None:
         for layer in {layer.heads.head_dim: layer for layer in layers}.values():
             if isinstance(layer, Attention):

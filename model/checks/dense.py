@@ -74,8 +74,8 @@ def linear_cases(name: str, declared: Linear, inputs: Inputs) -> Iterator[Case]:
         yield Case("linear", label, prepare, moved, flops, is_timed, weights.tolerance)
 
 
-def logits_cases(head: Linear, scale: float, inputs: Inputs) -> Iterator[Case]:
-    """Yield the cases of the head, with as many tokens as the size of the inputs allows."""
+def logits_cases(name: str, head: Linear, scale: float, inputs: Inputs) -> Iterator[Case]:
+    """Yield the cases of the head or a router, with as many outputs as the inputs' size allows."""
     item = inputs.dtype.itemsize
     outputs = min(head.outputs, max(64, inputs.size.weight_bytes // (head.inputs * item)))
     weights = Weights(replace(head, outputs=outputs), inputs)
@@ -88,8 +88,9 @@ def logits_cases(head: Linear, scale: float, inputs: Inputs) -> Iterator[Case]:
 
         moved = weights.bytes(item) + rows * (head.inputs * item + 4 * outputs)
         flops = 2 * rows * head.inputs * outputs
-        label = f"{rows} rows"
-        yield Case("logits", label, prepare, moved, flops, rows == 1, weights.tolerance)
+        is_timed = rows == 1 and name == "head"
+        label = f"{name}, {rows} rows"
+        yield Case("logits", label, prepare, moved, flops, is_timed, weights.tolerance)
 
 
 class _Cache:

@@ -104,12 +104,13 @@ def adjust_cases(vocab: int, inputs: Inputs) -> Iterator[Case]:
 def _adjust_case(rows: int, vocab: int, inputs: Inputs) -> Case:
     logits = inputs.normal(rows, vocab, dtype=torch.float32) * 3
     row = torch.arange(rows, device=inputs.device)
-    is_penalized, has_min_p = row % 3 == 0, row % 2 == 0
-    factors = torch.stack((1.2 + row * 0, 0.1 + row * 0, 0.3 + row * 0, -2.0 + row * 0), 1)
+    left = rows - 1 - row  # so that the last row, which a wrong grid leaves out, has every change
+    is_penalized, has_min_p = left % 3 == 0, left % 2 == 0
+    factors = torch.stack((1.2 + row * 0, 0.1 + row * 0, 0.3 + row * 0, -10.0 + row * 0), 1)
     neutral = torch.tensor(NO_FACTORS, device=inputs.device)
     factors[:, :3] = torch.where(is_penalized[:, None], factors[:, :3], neutral[:3])
     factors[:, 3] = torch.where(has_min_p, factors[:, 3], neutral[3])
-    starts = torch.stack((100 + row % 2, 4 * (row % 5), is_penalized, row % 4 == 3), 1).int()
+    starts = torch.stack((100 + left % 2, (left + 1) % 5 * 4, is_penalized, left % 4 == 0), 1).int()
     token = torch.arange(vocab, device=inputs.device)
     counts = ((token + row[:, None]) % 11 % 5).to(torch.int16)
     entries = torch.zeros(rows, 16, 4, dtype=torch.int32, device=inputs.device)
@@ -124,9 +125,11 @@ def _adjust_case(rows: int, vocab: int, inputs: Inputs) -> Case:
             tables = AdjustmentTables(factors, starts, own, entries, biases, masks)
             last = row % vocab
             found = backend.adjust_logits(logits.clone(), row, last, row * 0 + 101, tables)
-            # Rounding decides where min-p ends.
-            near = found.amax(1, keepdim=True) - 2 + 1e-3
-            return torch.where(found < near, -1e9, found), own
+            # Rounding decides about logits at the end of min-p: they are removed here in any case.
+            least = torch.where(has_min_p, found.amax(1) + factors[:, 3], -torch.inf)[:, None]
+            is_kept = found > least + 1e-3
+            is_too_low = (found > -torch.inf) & (found < least - 1e-3)
+            return found.masked_fill(~is_kept, 0), is_kept, is_too_low, own
 
         return call
 

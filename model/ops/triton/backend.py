@@ -178,12 +178,13 @@ class TritonBackend(TritonRecurrentOps, Backend):
         Only gpt-oss's router has one, which is trained with rounded logits; this saves a launch.
         """
         target = self._target("logits")
-        if head.bias is not None and not is_one_row(x, target):
+        is_packed = isinstance(head.weight, QuantizedWeight)
+        if head.bias is not None and not is_packed and not is_one_row(x, target):
             return few_rows_linear(x, head, target)
         if out is None:
-            out = x.new_empty(len(x), len(head.weight), dtype=torch.float32)
-        if isinstance(head.weight, QuantizedWeight):
-            quantized_linear(x, head.weight, None, target, out)
+            out = x.new_empty(len(x), head.outputs, dtype=torch.float32)
+        if is_packed:
+            quantized_linear(x, head.weight, head.bias, target, out)
         elif is_one_row(x, target):
             norm_linear(x, None, None, head, target, out=out)
         else:
