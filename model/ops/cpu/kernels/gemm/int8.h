@@ -5,8 +5,8 @@
 // 8 bits, value = 256 · first + second; beside values that are rounded to bfloat16 they are as good
 // as exact. With 8 bits, one large value makes the others of its group inexact. ROTATED_8 spreads
 // it: the values of a group are multiplied with an orthogonal matrix (see rotation.h), as the
-// weights were before they were rounded, so that the products are the same. With AVX-512 all inputs
-// of a row are then one group.
+// weights were before they were rounded, so that the products are the same. With AVX-512 groups then
+// have up to 512 inputs.
 //
 // Rows are stored as [inputs / 32, rows, terms, 32], with 64 in place of 32 for AMX if the group is a
 // multiple; each group has a scale and a correction. AVX2
@@ -177,44 +177,50 @@ __attribute__((noinline)) static void quantize_row_groups(const Weight& weight, 
 }
 
 #if VECTOR_BITS == 512
-// The same for a row of ROTATED_8 whose inputs are one group.
-__attribute__((noinline)) static void quantize_whole_row(const Weight& weight, const bf16* from,
-                                                         int8_t* to, float* scales,
-                                                         int32_t* corrections, int64_t stride) {
-  const int64_t inputs = weight.inputs, block = row_block(weight);
-  float* values = thread_scratch<float>(inputs);
-  for (int64_t i = 0; i < inputs; i += LANES) store(values + i, load_bf16(from + i));
-  rotate_group(values, inputs);
-  vec_i32 max_bits = {};
-  for (int64_t i = 0; i < inputs; i += LANES) {
-    const vec_i32 bits = (vec_i32)load(values + i) & 0x7fffffff;
-    max_bits = bits > max_bits ? bits : max_bits;
-  }
-  // Bits of infinity and of NaN are larger than those of any number.
-  const int32_t max_of_bits = _mm512_reduce_max_epi32((__m512i)max_bits);
-  const bool is_finite = max_of_bits < 0x7f800000;
-  float max;
-  memcpy(&max, &max_of_bits, 4);
-  const float factor = is_finite && max > 0x1p-100f ? 127 / max : 0;
-  vec_i32 sums = {};
-  for (int64_t k = 0; k < inputs; k += block, to += stride * block)
-    for (int64_t i = 0; i < block; i += LANES) {
-      const vec_i32 codes = is_finite ? round_small(load(values + k + i) * factor) : vec_i32{};
-      *(vec_i8_unaligned*)(to + i) = __builtin_convertvector(codes, vec_i8);
-      sums += codes;
+// The same for ROTATED_8 and groups of any size.
+__attribute__((noinline)) static void quantize_rotated_row(const Weight& weight, const bf16* from,
+                                                           int8_t* to, float* scales,
+                                                           int32_t* corrections, int64_t stride) {
+  constexpr float LARGEST = 127.49f;  // is rounded to 127
+  const int64_t group = row_group(weight), block = row_block(weight);
+  float *values = thread_scratch<float>(group), row_correction = 0;
+  for (int64_t first = 0; first < weight.inputs; first += group) {
+    for (int64_t i = 0; i < group; i += LANES) store(values + i, load_bf16(from + first + i));
+    rotate_group(values, group);
+    vec_i32 max_bits = {};
+    for (int64_t i = 0; i < group; i += LANES) {
+      const vec_i32 bits = (vec_i32)load(values + i) & 0x7fffffff;
+      max_bits = bits > max_bits ? bits : max_bits;
     }
-  const int32_t sum = (int32_t)reduce_add(__builtin_convertvector(sums, vec_f32));  // exact
-  *scales = is_finite ? max / (127 * STORED_SCALE) : NAN;
-  *corrections = -code_bias(weight.kind) * sum;
-  scales[stride] = *scales * (float)*corrections;
+    // Bits of infinity and of NaN are larger than those of any number.
+    const int32_t max_of_bits = _mm512_reduce_max_epi32((__m512i)max_bits);
+    const bool is_finite = max_of_bits < 0x7f800000;
+    float max;
+    memcpy(&max, &max_of_bits, 4);
+    const float factor = is_finite && max > 0x1p-100f ? LARGEST / max : 0;
+    vec_i32 sums = {};
+    for (int64_t k = 0; k < group; k += block, to += stride * block)
+      for (int64_t i = 0; i < block; i += LANES) {
+        const vec_i32 codes = is_finite ? round_small(load(values + k + i) * factor) : vec_i32{};
+        *(vec_i8_unaligned*)(to + i) = __builtin_convertvector(codes, vec_i8);
+        sums += codes;
+      }
+    const int32_t sum = (int32_t)reduce_add(__builtin_convertvector(sums, vec_f32));  // exact
+    *scales = is_finite ? max / (LARGEST * STORED_SCALE) : NAN;
+    *corrections = -code_bias(weight.kind) * sum;
+    row_correction += *scales * (float)*corrections;
+    scales += stride;
+    corrections += stride;
+  }
+  *scales = row_correction;
 }
 #endif
 
 INLINE void quantize_row_int8(const Weight& weight, const bf16* from, int8_t* to, float* scales,
                               int32_t* corrections, int64_t stride) {
 #if VECTOR_BITS == 512
-  if (weight.rows == ROTATED_8 && row_group(weight) == weight.inputs)
-    return quantize_whole_row(weight, from, to, scales, corrections, stride);
+  if (weight.rows == ROTATED_8)
+    return quantize_rotated_row(weight, from, to, scales, corrections, stride);
 #endif
   const int64_t group = row_group(weight);
   const auto quantize = group == 128  ? quantize_row_groups<128>

@@ -30,7 +30,7 @@ INLINE vec_f32 find_scales_int8(const vec_f32* values, int64_t size, vec_f32 lar
   constexpr int STEPS = 24;  // of a quarter
   vec_f32 best = broadcast(INFINITY), best_scale = {};
   for (int step = 0; step < STEPS; step++) {
-    const vec_f32 scale = round_to_f16(largest * (1 / (127 - 0.25f * step)));
+    const vec_f32 scale = round_to_f16(largest * (1 / (127.49f - 0.25f * step)));
     const vec_f32 factor = inverse(scale);
     vec_f32 error = {};
     for (int64_t i = 0; i < size; i++) {

@@ -18,11 +18,15 @@ constexpr int64_t common_group(int64_t weight_group) {
   return group;
 }
 
-// The neighbouring inputs that are rotated together, of those that share a weight's scale. AVX2,
-// whose rows have fewer steps (see int8.h), needs smaller groups; larger ones exceed 32-bit sums.
+// The neighbouring inputs that are rotated together and share a row's scale, of those that share a
+// weight's. The fewer there are, the more exact rows are, and the more sums have to be scaled. AVX2,
+// whose rows have fewer steps (see int8.h), needs small groups.
 constexpr int64_t rotated_group(int64_t weight_group) {
-  if (VECTOR_BITS == 512 && weight_group <= 1 << 16) return weight_group;
-  return std::min<int64_t>(64, common_group(weight_group));
+  if (VECTOR_BITS != 512 || weight_group % 64)
+    return std::min<int64_t>(64, common_group(weight_group));
+  int64_t parts = (weight_group + 511) / 512;
+  while (weight_group / 64 % parts) parts++;
+  return weight_group / parts;
 }
 
 // `values`, each of whose lanes is exchanged with the one that is STEP further or before.
