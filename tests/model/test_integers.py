@@ -106,7 +106,7 @@ def test_rows_are_rounded_to_their_bits(form: Integers, dtype: torch.dtype) -> N
 
 def test_a_rotation_spreads_the_largest_values(dtype: torch.dtype) -> None:
     """With 8 bits, one large value takes the bits of the others of its group."""
-    values, x = rand(64, 320), rand(9, 320, dtype=dtype)
+    values, x = rand(64, 640), rand(9, 640, dtype=dtype)
     x[:, 40] *= 50
     errors = []
     for form in (INT8, Integers(8, 64)):
@@ -122,8 +122,8 @@ def test_a_rotation_spreads_the_largest_values(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("form", [INT8, INT4], ids=str)
 def test_products_do_not_depend_on_the_number_of_rows(form: Integers, dtype: torch.dtype) -> None:
     backend = cpu_backend(dtype)
-    layer = linear_of(stored(dtype, integers(form, 96, 320), form))
-    x = rand(45, 320, dtype=dtype)
+    layer = linear_of(stored(dtype, integers(form, 96, 640), form))
+    x = rand(45, 640, dtype=dtype)
     together = backend.linear(x, layer)
     for rows in range(1, 45):
         assert torch.equal(backend.linear(x[:rows].contiguous(), layer), together[:rows])
