@@ -281,6 +281,15 @@ def check_thinking(settings: Settings, tokenizer: "Tokenizer") -> None:
         )
 
 
+def check_json_report(settings: Settings) -> None:
+    """Raise UsageProblem for a report as HTML in a mode that writes only JSON."""
+    if (settings.job.report or "").endswith(".html"):
+        raise UsageProblem(
+            f"mode {settings.mode} writes its report as JSON: give --report a name with the suffix "
+            ".json"
+        )
+
+
 def check_agreement(settings: Settings) -> None:
     """Raise UsageProblem for a required agreement without a reference."""
     options = settings.result_file
