@@ -46,5 +46,6 @@ class Grammar:
     @classmethod
     def choice(cls, texts: Sequence[str]) -> "Grammar":
         """Return the grammar of these texts alone."""
-        # Lark's strings have the escapes of JSON's.
-        return cls("lark", "start: " + " | ".join(json.dumps(text) for text in texts))
+        # Lark's strings have the escapes of JSON's. One terminal: a rule has at most 2,000 choices.
+        found = " | ".join(json.dumps(text) for text in texts)
+        return cls("lark", f"start: CHOICE\nCHOICE: {found}")

@@ -10,6 +10,9 @@ from getp.openai.parsed import BadRequestError, ParsedBody
 _FORMATS = "{'type': 'text'}, {'type': 'json_object'} or {'type': 'json_schema', 'json_schema': …}"
 
 
+_MAX_LENGTH = 1 << 18  # characters of a grammar, whose compilation delays other requests
+
+
 def _invalid(name: str, wanted: str) -> BadRequestError:
     return BadRequestError("invalid_value", f"{name!r} must be {wanted}")
 
@@ -53,6 +56,8 @@ def _set(body: ParsedBody, name: str, grammar: Grammar) -> None:
         raise BadRequestError(
             "invalid_value", f"{first!r} and {name!r} are both given: give only one of them"
         )
+    if len(grammar.text) > _MAX_LENGTH:
+        raise _invalid(name, f"a grammar of at most {_MAX_LENGTH} characters")
     body.params["grammar"] = grammar
     body.names["grammar"] = name
 

@@ -12,7 +12,7 @@ from typing import Any
 from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
@@ -27,7 +27,7 @@ from getp.serve.metrics import Metrics
 from getp.serve.online import Call, Reader, full_response, new_context
 from getp.serve.stream import ChunkStream
 from getp.terminal import print_message
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, TokenizerError
 
 _READING_THREADS = 4  # that encode prompts at once
 _HUNG_UP = 499  # status of an answer that nobody receives; nginx uses it, too
@@ -139,7 +139,7 @@ class Service:
             raise ApiError(400, "'tokens' must be a list of token ids", "invalid_value", "tokens")
         try:
             text = await to_thread.run_sync(lambda: self.tokenizer.decode(ids, skip_special=False))
-        except (OverflowError, ValueError) as error:
+        except TokenizerError as error:
             raise ApiError(400, f"'tokens': {error}", "invalid_value", "tokens") from error
         return JSONResponse({"prompt": text})
 
@@ -205,6 +205,9 @@ def make_app(service: Service, routes: list[Route]) -> ASGIApp:
         print_message(f"getp: error: {error}")  # which names files of this machine
         return error_response(ApiError(500, "the server cannot do this now: see its log"))
 
+    async def hung_up(request: Request, error: Exception) -> Response:
+        return Response(status_code=_HUNG_UP)
+
     async def unexpected(request: Request, error: Exception) -> Response:
         service.metrics.failed.inc()
         print_message("".join(traceback.format_exception(error)))
@@ -215,6 +218,7 @@ def make_app(service: Service, routes: list[Route]) -> ASGIApp:
         exception_handlers={
             ApiError: api_error,
             HTTPException: http_error,
+            ClientDisconnect: hung_up,  # before the body was complete
             GetpError: not_stored,
             Exception: unexpected,
         },

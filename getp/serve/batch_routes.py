@@ -1,5 +1,6 @@
 """The routes of files and batches."""
 
+import re
 import shutil
 from collections.abc import Sequence
 from functools import partial
@@ -108,7 +109,7 @@ class BatchRoutes:
 def _page(request: Request, found: Sequence[dict[str, Any]], longest: int) -> dict[str, Any]:
     """Return the part of a list that a client asks for. Raises ApiError."""
     given, after = request.query_params.get("limit"), request.query_params.get("after")
-    if given is not None and not (given.isdigit() and 1 <= int(given) <= longest):
+    if given is not None and not (re.fullmatch("[0-9]{1,5}", given) and 1 <= int(given) <= longest):
         raise ApiError(400, f"'limit' must be from 1 to {longest}", "invalid_value", "limit")
     limit = min(20, longest) if given is None and longest <= 100 else int(given or longest)
     if after is not None:

@@ -118,6 +118,9 @@ class Batches:
         if self.files.get(file_id).purpose != "batch":
             raise _invalid("input_file_id", "a file with the purpose 'batch'")
         _check_metadata(metadata)
+        limit = config.MAX_UNFINISHED_BATCHES
+        if sum(each.status in UNFINISHED for each in self.all()) >= limit:
+            raise ApiError(429, f"{limit} batches are unfinished: try again later", "queue_full")
         now = int(time.time())
         batch = Batch(
             {

@@ -13,19 +13,21 @@ MAX_FILES = 10_000
 MAX_ACTIVE_BATCHES = 16
 """Batches that run at once; others wait."""
 
+MAX_UNFINISHED_BATCHES = 1000
+
 MAX_SAMPLES = 128
 """Answers of one request: its prompts times n."""
 
 MAX_HEADER_BYTES = 64 << 10
 HEADER_S = 20.0
-"""Seconds in which a client must send the head of a request."""
+"""Seconds in which a client must send the head of a request, or read something of an answer."""
 
 BODY_S = 60.0
 """Seconds in which a client must send the body of a request that is not an upload."""
 
 UPLOAD_S = 3600.0
 PIECE_S = 30.0
-"""Longest pause between two pieces of a body, and longest wait for a client to read."""
+"""Longest pause between two pieces of a body."""
 
 MAX_CONNECTIONS = 4096
 

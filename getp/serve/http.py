@@ -3,13 +3,11 @@
 import asyncio
 import hmac
 import json
-import math
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
-import h11
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -27,7 +25,7 @@ _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
 class TimedProtocol(H11Protocol):
-    """Closes connections that do not send the head of a request in time."""
+    """Closes connections whose client does not send a request's head in time, or does not read."""
 
     _timer: asyncio.TimerHandle | None = None
 
@@ -41,15 +39,18 @@ class TimedProtocol(H11Protocol):
             self._timer.cancel()  # it refers to this connection
 
     def _watch(self, before: object) -> None:
-        """Check regularly that the client is not in the middle of the same head as before."""
-        if self.transport.is_closing():
-            return
-        idle = self.conn.their_state is h11.IDLE
-        current = (self.cycle, self.conn) if idle else None
+        """Check regularly that the client has not left the connection as it was before."""
+        current = self._awaited()
         if current is not None and current == before:
-            self.transport.close()
+            self.transport.abort()  # it would not close before everything is sent
             return
         self._timer = self.loop.call_later(config.HEADER_S, self._watch, current)
+
+    def _awaited(self) -> object:
+        """Return what changes when the client goes on; None if it need do nothing."""
+        unsent = self.transport.get_write_buffer_size()
+        idle = self.cycle is None or self.cycle.response_complete
+        return (self.cycle, unsent) if unsent or idle else None
 
 
 class Guard:
@@ -78,9 +79,10 @@ class Guard:
         if self._loopback and self._key is None and _name_of(f"//{host}") not in _LOCAL_NAMES:
             # Another site's name that resolves to this machine: its page must not read answers.
             raise ApiError(403, "use the name localhost or an address", "wrong_host")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and origin.partition("://")[2] != host:
             raise ApiError(403, "pages of other sites may not use this server", "wrong_origin")
-        if self._key is None or request.url.path in _OPEN_PATHS:
+        # Not request.url.path, which some versions of Starlette make from the header Host.
+        if self._key is None or request.scope["path"] in _OPEN_PATHS:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not given:
@@ -98,7 +100,7 @@ def _name_of(url: str) -> str | None:
 
 def _limited(request: Request, receive: Receive) -> Receive:
     """Return a `receive` that raises ApiError for a body that is too large or too slow."""
-    upload = request.url.path == "/v1/files"
+    upload = request.scope["path"] == "/v1/files"
     limit = config.MAX_FILE_BYTES if upload else config.MAX_BODY_BYTES
     length = request.headers.get("content-length", "0")
     if not length.isdigit() or int(length) > limit:
@@ -140,7 +142,10 @@ async def json_body(request: Request) -> dict[str, Any]:
     """Return the body, a JSON object. Raises ApiError."""
     data = await request.body()
     try:
-        body = json.loads(data, parse_constant=_refuse_constant)
+        text = data.decode()
+        body = json.loads(text, parse_constant=_refuse_constant)
+        if "\\ud" in text.lower():  # half of a surrogate pair has no place in an answer
+            json.dumps(body, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not valid JSON: {error}", "invalid_json") from None
     if not isinstance(body, dict):
@@ -160,7 +165,7 @@ async def watch_disconnect(receive: Receive, disconnected: Callable[[], None]) -
 
 
 class EventStream:
-    """A response of server-sent events; a client that reads too slowly is disconnected."""
+    """A response of server-sent events."""
 
     def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
         """events: pieces of the stream. close: is called at its end, however it ends."""
@@ -169,52 +174,15 @@ class EventStream:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Send the stream."""
         watch = asyncio.ensure_future(watch_disconnect(receive, self._close))
-        guard = _SlowReader(asyncio.current_task())
         headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
         headers.append((b"cache-control", b"no-cache"))
         try:
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             async for data in self._events:
-                guard.begin()
                 await send({"type": "http.response.body", "body": data, "more_body": True})
-                guard.end()
             await send({"type": "http.response.body", "body": b""})
-        except asyncio.CancelledError:
-            if not guard.expired:
-                raise
-            # The server closes the connection, since the response is not complete.
         finally:
-            guard.close()
             self._close()
             watch.cancel()
             with suppress(asyncio.CancelledError):
                 await watch
-
-
-class _SlowReader:
-    """Cancels a task that waits too long for a client to read; cheaper than a timeout per piece."""
-
-    def __init__(self, task: "asyncio.Task[Any] | None") -> None:
-        self.expired = False
-        self._task, self._since = task, math.inf
-        self._loop = asyncio.get_running_loop()
-        self._timer = self._loop.call_later(config.PIECE_S, self._check)
-
-    def begin(self) -> None:
-        """Note that a piece is being sent."""
-        self._since = self._loop.time()
-
-    def end(self) -> None:
-        """Note that it was sent."""
-        self._since = math.inf
-
-    def close(self) -> None:
-        """End the watch."""
-        self._timer.cancel()
-
-    def _check(self) -> None:
-        self.expired = self._loop.time() - self._since > config.PIECE_S
-        if self.expired and self._task is not None:
-            self._task.cancel()
-        else:
-            self._timer = self._loop.call_later(config.PIECE_S, self._check)

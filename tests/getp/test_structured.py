@@ -156,7 +156,7 @@ def body(**fields: Any) -> dict[str, Any]:
         ),
         ({"guided_json": '{"a": 1}'}, Grammar.json_schema({"a": 1})),
         ({"guided_regex": "a+"}, Grammar("regex", "a+")),
-        ({"guided_choice": ["a", 'b"']}, Grammar("lark", 'start: "a" | "b\\""')),
+        ({"guided_choice": ["a", 'b"']}, Grammar("lark", 'start: CHOICE\nCHOICE: "a" | "b\\""')),
         ({"guided_grammar": 'start: "a"'}, Grammar("lark", 'start: "a"')),
         ({"structured_outputs": {"regex": "b", "json": None}}, Grammar("regex", "b")),
     ],
@@ -186,7 +186,7 @@ def test_invalid_fields_are_refused(fields: Any, message: str) -> None:
 def test_the_answer_matches_after_the_thinking_of_a_chat() -> None:
     question = [{"role": "user", "content": "What is 17 plus 25?"}]
     with LLM() as model:
-        params = SamplingParams(grammar=Grammar.choice(["41", "42", "43"]))
+        params = SamplingParams(grammar=Grammar.choice([str(number) for number in range(3000)]))
         ((found,),) = (each.outputs for each in model.chat(question, params))
         assert (found.text, found.finish_reason) == ("42", "stop")
         assert found.reasoning

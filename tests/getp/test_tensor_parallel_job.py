@@ -156,7 +156,8 @@ def wait_for_results(output: Path, count: int, job: "subprocess.Popen[bytes]", l
 
 
 def children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")  # those of each thread
+    return [int(word) for path in tasks for word in path.read_text().split()]
 
 
 def wait_for_the_end_of(pid: int) -> None:

@@ -48,8 +48,11 @@ TOOL = {
 
 @pytest.fixture(scope="module")
 def thinking_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The embedded model with a template that begins in the thinking, and without channels."""
-    folder = tmp_path_factory.mktemp("model")
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+def write_model(folder: Path) -> str:
+    """Write the embedded model with a template that begins in the thinking, without channels."""
     for file in (ROOT / "data" / "model").iterdir():
         shutil.copy(file, folder)
     text = (folder / "tokenizer.json").read_text()

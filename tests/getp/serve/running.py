@@ -39,11 +39,17 @@ def wait_until(condition: Any, seconds: float = 60) -> None:
 class RunningServer:
     """A server, from its construction to `stop`."""
 
-    def __init__(self, data: Path | None = None, engine: Any = None, **config: Any) -> None:
-        tokenizer = load_tokenizer(embedded_model())
-        self.engine = engine or Engine(
-            embedded_model(), EngineConfig(device="cpu", max_batch_size=16)
-        )
+    def __init__(
+        self,
+        data: Path | None = None,
+        engine: Any = None,
+        model: Path | None = None,
+        **config: Any,
+    ) -> None:
+        model = model or embedded_model()
+        tokenizer = load_tokenizer(model)
+        self.engine = engine or Engine(model, EngineConfig(device="cpu", max_batch_size=16))
+        self.engine.tokenizer_json = tokenizer.to_json
         params = SamplingParams(seed=1, stop_ids=tokenizer.stop_ids)
         job = Job("", "", MODEL, RequestDefaults(params, {}))
         self.port = free_port()

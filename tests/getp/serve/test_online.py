@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from contextlib import suppress
 from itertools import chain
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -17,6 +18,7 @@ import pytest
 from benchmarks.serve_stress import left_over, stress
 from getp.serve import config
 from tests.getp.serve.running import MESSAGES, MODEL, QUESTION, RunningServer, wait_until
+from tests.getp.test_thinking_and_tools import write_model
 
 LONG: dict[str, Any] = {"max_tokens": 60, "extra_body": {"ignore_eos": True}}
 
@@ -67,6 +69,46 @@ def test_text_completions_have_samples_seeds_stops_and_several_prompts(
     assert complete.create(model=MODEL, prompt=ids, temperature=0).choices[0].text == "42"
 
 
+def schema(name: str, *values: Any) -> dict[str, Any]:
+    """The schema of objects with one property, which has one of these values."""
+    found = {"type": "object", "properties": {name: {"enum": values}}, "required": [name]}
+    return {**found, "additionalProperties": False}
+
+
+def test_a_response_format_is_kept_in_streams_too(server: RunningServer) -> None:
+    pytest.importorskip("llguidance")
+    wanted = {"type": "json_schema", "json_schema": {"name": "sum", "schema": schema("sum", 42)}}
+    create: Any = server.client.chat.completions.create
+    asked = {"model": MODEL, "messages": MESSAGES, "temperature": 0, "response_format": wanted}
+    content = create(**asked).choices[0].message.content
+    assert json.loads(content) == {"sum": 42}
+    parts = [chunk.choices[0].delta.content or "" for chunk in create(**asked, stream=True)]
+    assert "".join(parts) == content
+    assert len([*filter(None, parts)]) > 1
+
+
+def test_a_tool_is_called_in_streams_too(tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
+    server = RunningServer(model=Path(write_model(tmp_path)))
+    create: Any = server.client.chat.completions.create
+    tool = {"type": "function", "function": {"name": "add", "parameters": schema("a", 17, 25)}}
+    asked = {"model": MODEL, "messages": MESSAGES, "temperature": 0, "tools": [tool]}
+    asked |= {"tool_choice": "required", "parallel_tool_calls": False, "reasoning_effort": "none"}
+    choice = create(**asked).choices[0]
+    assert choice.finish_reason == "tool_calls"
+    (call,) = choice.message.tool_calls
+    assert call.function.name == "add"
+    assert json.loads(call.function.arguments)["a"] in (17, 25)
+    choices = [chunk.choices[0] for chunk in create(**asked, stream=True)]
+    assert choices[-1].finish_reason == "tool_calls"
+    parts = [each for choice in choices for each in choice.delta.tool_calls or []]
+    assert parts[0].function.name == "add"
+    arguments = "".join(each.function.arguments or "" for each in parts)
+    assert json.loads(arguments) == json.loads(call.function.arguments)
+    assert {each.index for each in parts} == {0}
+    assert server.stop() == 0
+
+
 def test_many_clients_at_once_get_their_own_answers(server: RunningServer) -> None:
     async def ask(client: openai.AsyncOpenAI, number: int) -> str:
         question = [{"role": "user", "content": f"What is {number} plus 3?"}]
@@ -86,7 +128,7 @@ def test_many_clients_at_once_get_their_own_answers(server: RunningServer) -> No
 
 
 def post(server: RunningServer, path: str, body: Any, **headers: str) -> str:
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     request = urllib.request.Request(server.url + path, data, headers)
     with urllib.request.urlopen(request, timeout=60) as response:
         return str(response.read().decode())
@@ -99,6 +141,8 @@ COMPLETE = "/v1/completions"
     ("path", "body", "status", "code"),
     [
         (COMPLETE, b"{", 400, "invalid_json"),
+        (COMPLETE, b'{"prompt": "\\ud800"}', 400, "invalid_json"),
+        (COMPLETE, b'{"prompt": "\xed\xa0\x80"}', 400, "invalid_json"),
         (COMPLETE, {"model": "other", "prompt": "1"}, 404, "not_found"),
         (COMPLETE, {"prompt": "1", "n": 0}, 400, "invalid_value"),
         (COMPLETE, {"prompt": ["1"] * 5, "n": 100}, 400, "invalid_value"),
@@ -106,6 +150,9 @@ COMPLETE = "/v1/completions"
         (COMPLETE, {"prompt": "1 " * 600}, 400, "context_length_exceeded"),
         (COMPLETE, {"prompt": [10**6]}, 400, "request_error"),
         (COMPLETE, {"prompt": "1", "guided_regex": "("}, 400, "request_error"),
+        (COMPLETE, {"prompt": "1", "guided_choice": ["x" * (1 << 18)]}, 400, "invalid_value"),
+        ("/detokenize", {"tokens": [10**30]}, 400, "invalid_value"),
+        ("/v1/files?limit=%C2%B2", None, 400, "invalid_value"),
         ("/v1/nothing", {}, 404, None),
         ("/health", {}, 405, None),
         ("/v1/batches", {"endpoint": COMPLETE, "completion_window": "24h"}, 400, "invalid_value"),

@@ -1,7 +1,9 @@
 """Who may use a server, and what slow clients can hold on to."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import socket
+import threading
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from getp.errors import UsageProblem
 from getp.serve import config
 from getp.serve.config import ServeConfig
-from getp.serve.http import EventStream, Guard
+from getp.serve.http import Guard, TimedProtocol
 from getp.serve.server import _listen
 
 
@@ -51,6 +53,8 @@ def test_only_clients_with_the_key_are_served() -> None:
     assert status(guard, "/metrics", host) == 401
     assert status(guard, "/health", host) == 200
     assert status(guard, "/v1/models", {**host, "authorization": "Bearer clé"}) == 401
+    assert status(guard, "/v1/models", {"host": "server.example/health?"}) == 401
+    assert status(guard, "/health", {**host, "origin": "http://[server.example"}) == 403
 
 
 def test_another_host_needs_a_key_or_insecure() -> None:
@@ -61,28 +65,28 @@ def test_another_host_needs_a_key_or_insecure() -> None:
         _listen(ServeConfig("0.0.0.0", 0, "m", job, **safe)).close()
 
 
-def test_a_client_that_does_not_read_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "PIECE_S", 0.05)
-    closed: list[bool] = []
+def test_a_client_that_does_not_read_is_disconnected(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, lost = b" " * (16 << 20), threading.Event()
+    file = server.client.files.create(file=("big", data), purpose="batch")
+    end = TimedProtocol.connection_lost
 
-    async def events() -> AsyncIterator[bytes]:
-        while True:
-            yield b"data: {}\n\n"
+    def note(connection: TimedProtocol, error: Exception | None) -> None:
+        end(connection, error)
+        lost.set()
 
-    async def send(message: Any) -> None:
-        if message["type"] == "http.response.body":
-            await asyncio.Event().wait()
-
-    async def receive() -> Any:
-        await asyncio.Event().wait()
-
-    async def run() -> None:
-        await asyncio.wait_for(
-            EventStream(events(), lambda: closed.append(True))({}, receive, send), 30
-        )
-
-    asyncio.run(run())
-    assert closed
+    monkeypatch.setattr(TimedProtocol, "connection_lost", note)
+    monkeypatch.setattr(config, "HEADER_S", 0.1)
+    with socket.create_connection(("127.0.0.1", server.port), 60) as client:
+        path = f"/v1/files/{file.id}/content"
+        client.sendall(f"GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
+        assert lost.wait(60)
+        received = 0
+        with suppress(OSError):
+            while part := client.recv(1 << 20):
+                received += len(part)
+    assert received < len(data)
 
 
 def test_heads_and_bodies_that_arrive_too_slowly_end(
@@ -98,12 +102,16 @@ def test_heads_and_bodies_that_arrive_too_slowly_end(
         writer.close()
         return received
 
-    async def replies() -> tuple[bytes, bytes, bytes]:
+    async def replies() -> tuple[bytes, bytes, bytes, bytes]:
         head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
         return await asyncio.gather(
-            reply(b""), reply(head), reply(head + b"content-length: 9\r\n\r\n{")
+            reply(b""),
+            reply(head),
+            reply(head + b"content-length: 9\r\n\r\n{"),
+            reply(b"GET /nothing HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n1"),
         )
 
-    nothing, partial, body = asyncio.run(replies())
+    nothing, partial, body, rest = asyncio.run(replies())
     assert nothing == partial == b""
+    assert rest.startswith(b"HTTP/1.1 404 ")
     assert body.startswith(b"HTTP/1.1 408 ")
