@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_sections.inputs import CUDA, rand
+from benchmarks.gpu_sections.inputs import COMPUTES, CUDA, rand
 from benchmarks.gpu_sections.kernels import ATTENTION_SHAPES, COUNT, SIZE, TOP_K
 from benchmarks.gpu_sections.loads import dummy_checkpoint, nano_load
 from benchmarks.gpu_sections.measure import Limits, Row, note, seconds_of
 from model.cost.known_models import KNOWN_CONFIGS
+
+if not COMPUTES:  # cuDNN does not take the simulated GPU, so torch's own attention is called there
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def optional(title: str, rows: Callable[[], Iterator[Row]]) -> Iterator[Row]:
@@ -92,6 +95,7 @@ def _flex(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Call
         mask = create_block_mask(
             lambda batch, head, row, key: row >= key, None, None, count, count, device=CUDA
         )
+    torch.compiler.reset()  # after eight shapes torch would no longer compile
     compiled: Any = torch.compile(flex_attention, dynamic=False)
     return partial(compiled, query, keys, values, block_mask=mask, enable_gqa=True)
 
