@@ -1,6 +1,8 @@
 """Fixtures of the model's tests."""
 
+import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,24 @@ from model.ops.cpu import backend
 from model.ops.cpu.bindings import LEVELS
 from tests.model.emulator import native_level
 from tests.quantized_checkpoints import Encoder, Pair, Write, write_quantized
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    def call_device_function(function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Triton's own way replaces the whole language in each call, a third of all time.
+
+        The kernel has done so already, except for the module of Triton's own device functions.
+        """
+        if tl.core.is_builtin(tl.load) or tl.core.is_builtin(tl.core.load):
+            interpreter._patch_lang(function.fn)
+        return function.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call_device_function
+    # Looking for overflows of integers takes another fifth; no test is near one.
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
 
 
 @pytest.fixture(params=["float32", *(f"bfloat16-{level}" for level in LEVELS)])
