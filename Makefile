@@ -17,17 +17,21 @@ test: .venv/test  ## set up .venv, then lint, type check and test
 
 # torch is installed first and alone, at the pinned version, so that no other requirement selects a
 # different build of it. pip is not quiet: this takes minutes.
-.venv/getp: pyproject.toml constraints.txt
+.venv/torch: constraints.txt
 	@echo "Installing torch, then getp, into .venv: pip shows what it downloads and how large it is"
 	$(PYTHON) -m venv .venv
 	$(PIP) torch
+	touch $@
+
+.venv/getp: .venv/torch pyproject.toml
 	$(PIP) --editable .
 	touch $@
 
-# --no-compile saves time: the tests import only a small part of these packages.
-.venv/test: .venv/getp
+# Without .venv/getp, so that the native kernels are compiled once. --no-compile saves time: the
+# tests import only a small part of these packages.
+.venv/test: .venv/torch pyproject.toml
 	$(PIP) --no-compile --editable '.[test]'
-	touch $@
+	touch .venv/getp $@
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*  ## /make \1\t/p' Makefile

@@ -36,7 +36,7 @@ def test_installation_says_what_it_does_and_lets_pip_show_its_progress(
     assert lines[0].startswith("Installing torch, then getp, into .venv: pip shows")
     installs = [line for line in lines if line.startswith("pip install")]
     assert installs[0].endswith(" torch")
-    assert len(installs) == (2 if target.endswith("getp") else 3)
+    assert len(installs) == 2
     for line in installs:
         assert not re.search(r" (-q|--quiet|--progress-bar[= ]off)\b", line)
 

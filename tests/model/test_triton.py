@@ -55,6 +55,8 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx950", "gfx1
 # Their kernels with tiles are compiled, for a few models; the others, and all weights in other
 # formats, have nearly the same code as those of an architecture above.
 SIMILAR_ARCHITECTURES = ("sm_86", "sm_89", "sm_103", "sm_120", "gfx1100", "gfx1151")
+# Of those with the same tiles as one before them, a launch of each kernel is compiled.
+SAME_TILES = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_103": "sm_100", "gfx1151": "gfx1100"}
 
 
 def test_nothing_is_tuned_while_a_job_runs() -> None:
@@ -94,6 +96,9 @@ def test_kernels_compile_and_fit_their_targets(architecture: str) -> None:
     else:
         chosen = launches(architecture, FEW_CONFIGS, FEW_ROWS)
         chosen = [launch for launch in chosen if launch.is_tiled]
+    if architecture in SAME_TILES:
+        assert TILES[architecture] == TILES[SAME_TILES[architecture]]
+        chosen = list({launch.kernel: launch for launch in chosen}.values())
     # Either every launch may start early, or none.
     assert {dict(x.options).get("launch_pdl", False) for x in chosen} == {
         TILES[architecture].programmatic_launch
@@ -106,7 +111,8 @@ def test_kernels_compile_and_fit_their_targets(architecture: str) -> None:
         experts = [dict(x.constants) for x in chosen if x.kernel.__name__ == name]
         found = {(bool(x["RUN"]), x["BLOCK_M"], x["BLOCK_N"]) for x in experts}
         dense = {(False, tile.m, tile.n) for tile in tiles.experts}
-        assert found == dense | {(True, tile.m, tile.n) for tile in packed}
+        every = dense | {(True, tile.m, tile.n) for tile in packed}
+        assert found == every or (architecture in SAME_TILES and found < every)
     for launch, kernel, code in compiled(chosen, architecture):
         named = dict(launch.constants)
         if launch.kernel.__name__ == "decode_attention" and architecture.startswith("sm_"):
@@ -148,7 +154,7 @@ def test_kernels_of_a_cache_in_fp8_compile_where_the_hardware_has_the_form(form:
     from tests.model.compiled_kernels import compiled
     from tests.model.triton_compiler import fp8_launches
 
-    for architecture in sorted(FP8[form] - {"sm_103"}):  # the code and the tiles of sm_100
+    for architecture in sorted(FP8[form] - {"sm_89", "sm_103"}):  # like sm_90 and sm_100
         launches = fp8_launches(architecture)
         assert {launch.kernel.__name__ for launch in launches} >= {
             "_rotate_and_write", "decode_attention", "prefill_attention",
