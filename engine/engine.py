@@ -33,6 +33,7 @@ from engine.parallel.worker_pool import WorkerPool
 from engine.request import Completion, Request, numbered
 from engine.resolve import dtype_name, load_model_config, resolve, rounding
 from engine.scheduling.admission import admit, take_requests
+from engine.scheduling.sequence import Sequence
 from engine.stats import EngineStats
 from engine.step_loop import StepLoop
 from engine.summary import RunSummary, longest_wait, peak_resident_bytes, thread_waits
@@ -50,6 +51,7 @@ _ONE_THREAD_HIDDEN_SIZE = 512
 # a captured step (benchmarks/RESULTS.md). Waiting until one in 32 sequences has finished leaves
 # 1/64 of the batch unused on average.
 _GPU_GROUP_SIZE = 32
+_COMPILING_S = 0.01  # longest wait for a grammar before new requests are taken
 _gpu_engines: "WeakSet[Engine]" = WeakSet()  # engines of this process that hold GPU memory
 
 
@@ -305,11 +307,12 @@ class Engine:
                 "close it; finish() also ends it"
             )
         steps, scheduler = self.steps, self.steps.scheduler
+        compiling = list[Sequence]()  # their grammars are; those of others must not wait for them
         start, waits = time.perf_counter(), thread_waits()
         self._generating, complete, more = True, False, True
         try:
-            while more or scheduler.running or scheduler.waiting:
-                room = self.max_batch_size - scheduler.first_waiting
+            while more or scheduler.running or scheduler.waiting or compiling:
+                room = self.max_batch_size - scheduler.first_waiting - len(compiling)
                 taken, more = take_requests(source, room) if more else ([], False)
                 for request in taken:
                     if request.params.grammar is not None:
@@ -323,11 +326,15 @@ class Engine:
                     )
                     if isinstance(admitted, Completion):
                         yield admitted
+                    elif admitted.matcher is not None:
+                        compiling.append(admitted)
                     else:
                         scheduler.add(admitted)
+                if compiling:
+                    yield from self._start_compiled(compiling)
                 if self._cancelled:
                     cancelled = {self._cancelled.popleft() for _ in range(len(self._cancelled))}
-                    yield from steps.cancel_requests(cancelled)
+                    yield from steps.cancel_requests(cancelled, compiling)
                 if scheduler.running or scheduler.waiting:
                     yield from steps.run_step()
             complete = True
@@ -338,6 +345,22 @@ class Engine:
             self._generating = False
             self.stats.inference_s += time.perf_counter() - start
             self.stats.cpu_wait_s += longest_wait(waits, thread_waits())
+
+    def _start_compiled(self, compiling: list[Sequence]) -> Iterator[Completion]:
+        """Queue the sequences whose grammars are compiled; yield those that cannot run."""
+        scheduler = self.steps.scheduler
+        first = compiling[0].matcher
+        if not (scheduler.running or scheduler.waiting) and first is not None:
+            first.wait(_COMPILING_S)
+        for sequence in compiling.copy():
+            matcher = sequence.matcher
+            if matcher is None or not matcher.is_compiled:
+                continue
+            compiling.remove(sequence)
+            if matcher.error is None:
+                scheduler.add(sequence)
+            else:
+                yield sequence.completion("error", time.perf_counter(), matcher.error)
 
     def summary(self) -> RunSummary:
         """The summary that reports need of the runs so far; also valid after `finish`."""

@@ -17,14 +17,17 @@ class Grammar:
     a match. The package llguidance computes which tokens are allowed.
 
     `kind` is the language of `text`: a JSON schema, a regular expression, or a grammar in Lark's
-    syntax (or in GBNF, llama.cpp's). `after_ids` are tokens that begin the part which must match:
-    before their first occurrence every token except the stop ids is allowed; (): all of the output
-    must match.
+    syntax (or in GBNF, llama.cpp's). `after_ids` are sequences of tokens; the part that must match
+    begins after they have occurred, one after the other, with any tokens between. Until then every
+    token except the stop ids is allowed. (): all of the output must match. With `opening_id` this
+    holds for an output that begins with this token, which is then allowed: any other must match as
+    a whole.
     """
 
     kind: Kind
     text: str
-    after_ids: tuple[int, ...] = ()
+    after_ids: tuple[tuple[int, ...], ...] = ()
+    opening_id: int | None = None
 
     def __post_init__(self) -> None:
         """Raise TypeError or ValueError for a grammar that cannot be meant."""

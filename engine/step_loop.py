@@ -194,16 +194,20 @@ class StepLoop:
             self.scheduler.forced.append(sequence)
         return reason
 
-    def cancel_requests(self, request_ids: Set[int]) -> list[Completion]:
-        """Remove the sequences of these requests, as far as they are not finished."""
+    def cancel_requests(self, request_ids: Set[int], compiling: list[Sequence]) -> list[Completion]:
+        """Remove the sequences of these requests, as far as they are not finished.
+
+        compiling: sequences that are not queued yet.
+        """
         scheduler, now = self.scheduler, time.perf_counter()
-        found = [
-            sequence
-            for sequence in (*scheduler.running, *scheduler.waiting)
-            if sequence.request.request_id in request_ids
-        ]
-        scheduler.finish(found)
-        return [sequence.completion("cancelled", now) for sequence in found]
+        queued, not_queued = (
+            [each for each in sequences if each.request.request_id in request_ids]
+            for sequences in ((*scheduler.running, *scheduler.waiting), compiling)
+        )
+        scheduler.finish(queued)
+        for sequence in not_queued:
+            compiling.remove(sequence)
+        return [sequence.completion("cancelled", now) for sequence in queued + not_queued]
 
     def cancel(self) -> None:
         """Remove every sequence, after an error or when the caller stops early."""

@@ -334,4 +334,6 @@ def _reported(url: str, verb: str = "read") -> Iterator[None]:
     except Exception as error:
         # The exceptions of remote file systems have no common class but Exception.
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if isinstance(error, FileNotFoundError):  # its text may be the path alone
+            reason = "no such file"
         raise GetpError(f"cannot {verb} {url}: {reason}") from error

@@ -19,8 +19,11 @@ from tokenizer.sandbox import Sandbox
 _MAX_SOURCE = 1 << 20  # characters; templates on the Hub have at most tens of thousands
 _sandbox = Sandbox()  # of all templates of this process
 
-# content is none, content'] == None
-_TESTS_NONE = re.compile(r"content['\"]?\]?\s*(is\s+(not\s+)?|[!=]=\s*)none\b", re.IGNORECASE)
+# content is none, content'] == None; but reasoning_content is none
+_TESTS_NONE = re.compile(
+    r"(?<!\w)content['\"]?\]?\s*(is\s+(not\s+)?|[!=]=\s*)none\b", re.IGNORECASE
+)
+_TESTS_EMPTY = re.compile(r"(?<!\w)content['\"]?\]?\s*==\s*(''|\"\")")  # content == ''
 # arguments'] + '…', '…' ~ call.arguments, {{ call.arguments }}
 _JOINS_ARGUMENTS = re.compile(
     r"arguments['\"]?\]?\s*[+~]|[+~]\s*[\w.\['\"\]]{0,99}\barguments['\"]?\]?|"
@@ -78,8 +81,12 @@ class ChatTemplate:
 
     @cached_property
     def distinguishes_none(self) -> bool:
-        """Whether the template handles a message whose content is None."""
-        return _TESTS_NONE.search(self.source) is not None
+        """Whether a message whose content is None is another one than without text.
+
+        A template that tests for both may yet fail at None (Ministral 3).
+        """
+        tests_empty = _TESTS_EMPTY.search(self.source) is not None
+        return _TESTS_NONE.search(self.source) is not None and not tests_empty
 
     @cached_property
     def writes_arguments_as_text(self) -> bool:

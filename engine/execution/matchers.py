@@ -8,7 +8,7 @@ samples: a GPU computes in the meantime (`StepLoop`).
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -38,13 +38,23 @@ class Matcher:
         stop_ids: frozenset[int],
     ):
         self._compiled, self._kind, self.stop_ids = compiled, grammar.kind, stop_ids
-        self._after = list(grammar.after_ids)
+        self._after = [*grammar.after_ids]
         self._last: list[int] = []  # the newest tokens, until those of `after_ids` have occurred
+        self.opening_id = grammar.opening_id  # allowed as the first token; None after that
 
     @property
     def is_waiting(self) -> bool:
         """Whether the part of the output that must match has not begun."""
-        return bool(self._after)
+        return bool(self._after) and self.opening_id is None
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the grammar is compiled, or known to be one that cannot be used."""
+        return self._compiled.done()
+
+    def wait(self, seconds: float) -> None:
+        """Wait until the grammar is compiled, but not for longer."""
+        wait([self._compiled], seconds)
 
     @cached_property
     def error(self) -> RequestError | None:
@@ -65,10 +75,15 @@ class Matcher:
         was_forced: it ends the thinking, and is not part of what must match.
         Call `check` before. Raises RequestError if the grammar is too complex to go on.
         """
-        if self._after:
-            self._last = [*self._last, token][-len(self._after) :]
-            if self._last == self._after:
+        if self.opening_id is not None:
+            if token != self.opening_id:
                 self._after = []
+            self.opening_id = None
+        if self._after:
+            self._last = [*self._last, token][-len(self._after[0]) :]
+            if tuple(self._last) == self._after[0]:
+                self._last = []
+                del self._after[0]
             return False
         if was_forced:
             return False
@@ -83,7 +98,7 @@ class Matcher:
         """
         if self.error is not None:
             raise self.error
-        if not self._after and self.state.is_error():
+        if not self.is_waiting and self.state.is_error():
             raise _error(self._kind, self.state.get_error())
 
 
@@ -154,6 +169,7 @@ class Matchers:
         except ValueError as error:
             raise _error(kind, str(error)) from error
         matcher = library.LLMatcher(tokenizer, grammar, log_level=0)
+        matcher.compute_bitmask()  # for some grammars it takes seconds, or fails
         if matcher.is_error():
             raise _error(kind, matcher.get_error())
         return matcher
@@ -172,12 +188,15 @@ class Matchers:
         if ready:
             words = max(words, -(-self._tokenizer.vocab_size // 32))
         found = torch.full((len(matchers), words), _ALL, dtype=torch.int32)
-        for i, matcher in enumerate(matchers):
-            for token in matcher.stop_ids if matcher.is_waiting else ():
-                if 0 <= token < self._vocab:
-                    found[i].view(torch.uint8)[token // 8] &= 255 ^ 1 << token % 8
         if ready:
             self._executor.unsafe_compute_mask_ptr(ready, found.data_ptr(), 4 * words, len(found))
+        for i, matcher in enumerate(matchers):
+            allowed = found[i].view(torch.uint8)
+            for token in matcher.stop_ids if matcher.is_waiting else ():
+                if 0 <= token < self._vocab:
+                    allowed[token // 8] &= 255 ^ 1 << token % 8
+            if matcher.opening_id is not None and matcher.error is None:
+                allowed[matcher.opening_id // 8] |= 1 << matcher.opening_id % 8
         return found[:, : self.words]
 
     def begin(self, matchers: Sequence[Matcher]) -> Callable[[], torch.Tensor]:
@@ -194,7 +213,8 @@ class Matchers:
 
 def _error(kind: str, reason: str) -> GrammarError:
     """The error of a grammar that the library does not accept."""
-    reason = reason.partition("<state>")[0]  # what follows is for developers of the library
+    # What follows is for developers of the library.
+    reason = reason.partition("<state>")[0].partition("<backtrace>")[0]
     if reason.startswith("NoExtensionBias"):
         reason = "no text can match it, or complete what was written"
     # Without the lines that only point at a column of the line above.

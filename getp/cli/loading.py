@@ -13,7 +13,7 @@ from getp import EMBEDDED, checkpoints, hub
 from getp.checkpoints import embedded_model, find_model
 from getp.cli.settings import Settings
 from getp.cli.wording import option_name
-from getp.errors import GetpError, UsageProblem
+from getp.errors import GetpError, UsageProblem, worded
 from getp.terminal import print_message, warn
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def sampling_defaults(settings: Settings, tokenizer: "Tokenizer") -> "Defaults":
 
     Without a given seed it is random. Raises UsageProblem, CheckpointError.
     """
-    from engine import SamplingParams
+    from engine import EngineError, SamplingParams
     from getp.defaults import Defaults
     from getp.text.prompts import bad_word_ids
     from model.generation import unsupported_generation
@@ -114,13 +114,16 @@ def sampling_defaults(settings: Settings, tokenizer: "Tokenizer") -> "Defaults":
         for setting in unsupported_generation(checkpoint_folder(settings)):
             warn(f"generation_config.json asks for {setting}, which is not supported: ignored")
     eos_ids = frozenset[int]() if options.ignore_eos else tokenizer.stop_ids
-    params = SamplingParams(
-        **values,
-        seed=secrets.randbelow(2**32) if options.seed is None else options.seed,
-        stop_ids=eos_ids | frozenset(options.stop_token_ids),
-        ignore_eos=options.ignore_eos,
-        bad_words=bad_word_ids(tokenizer, options.bad_words),
-    )
+    try:
+        params = SamplingParams(
+            **values,
+            seed=secrets.randbelow(2**32) if options.seed is None else options.seed,
+            stop_ids=eos_ids | frozenset(options.stop_token_ids),
+            ignore_eos=options.ignore_eos,
+            bad_words=bad_word_ids(tokenizer, options.bad_words),
+        )
+    except EngineError as error:
+        raise UsageProblem(worded(error, option_name)) from None
     return Defaults(params, origins)
 
 
@@ -278,6 +281,15 @@ def check_thinking(settings: Settings, tokenizer: "Tokenizer") -> None:
         raise UsageProblem(
             "--thinking-budget needs a model whose chat template marks its thinking, such as "
             "<think>"
+        )
+
+
+def check_json_report(settings: Settings) -> None:
+    """Raise UsageProblem for a report as HTML in a mode that writes only JSON."""
+    if (settings.job.report or "").endswith(".html"):
+        raise UsageProblem(
+            f"mode {settings.mode} writes its report as JSON: give --report a name with the suffix "
+            ".json"
         )
 
 

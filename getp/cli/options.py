@@ -42,6 +42,7 @@ def with_options(function: _Decorated) -> _Decorated:
 _JOB, _ENGINE, _HELP = OptionGroup("Job"), OptionGroup("Engine"), OptionGroup("Help")
 
 _job = in_group(_JOB, Subject.JOB)
+_resume = in_group(_JOB, Subject.RESUME)
 _prompt = in_group(OptionGroup("Prompt"), Subject.PROMPT)
 _engine = in_group(_ENGINE, Subject.ENGINE)
 _batch = in_group(_ENGINE, Subject.BATCH)
@@ -131,14 +132,16 @@ _ALL: tuple[Decorator, ...] = (
         is_flag=True,
         help="doctor: print one JSON object instead of tables.",
     ),
-    _job("--restart", is_flag=True, help="Discard the journal and start over instead of resuming."),
-    _job(
+    _resume(
+        "--restart", is_flag=True, help="Discard the journal and start over instead of resuming."
+    ),
+    _resume(
         "--accept-different-rounding",
         is_flag=True,
         help="In 16 bits, also resume a job that was started with other kernels or another kind of "
         "GPU, and run replicas on hosts that differ: nearly tied tokens may differ.",
     ),
-    _job(
+    _resume(
         "--max-errors",
         type=Integer(min=0),
         help="Stop the job after more than N failed requests.  [default: never]",
@@ -152,7 +155,7 @@ _ALL: tuple[Decorator, ...] = (
         help="Cut prompts that are too long at their beginning (left) or end (right) instead of "
         "failing them; in a conversation, the longest message.",
     ),
-    _job(
+    _resume(
         "--flush-interval",
         type=Number(0, _MAX_SECONDS),
         default=1.0,

@@ -5,7 +5,7 @@
 
 import heapq
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -13,6 +13,7 @@ Item = TypeVar("Item")
 
 _RUNS_PER_REPLICA = 8  # runs of neighbouring requests in one assignment to a replica
 _MAX_ASSIGNED = 128  # requests assigned to a replica at once
+_MAX_GROUP = 8  # requests that stay together even if their replica gets more than others
 
 
 def max_in_flight(batch: int) -> int:
@@ -42,14 +43,22 @@ class _Replica(Generic[Item]):
     def load(self) -> float:
         return len(self.requests) / self.capacity
 
+    @property
+    def free(self) -> int:
+        return max(0, self.capacity - len(self.requests))
+
 
 class Dispatcher(Generic[Item]):
     """Tracks the requests of every replica, and assigns new ones to the least loaded replicas.
 
-    Times (`now`) are seconds on any clock.
+    Times (`now`) are seconds on any clock. together: whether a request shares its prompt with the
+    one before: up to 8 such requests run on the same replica, which computes their prompt once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, together: Callable[[Item, Item], bool] | None = None) -> None:
+        self._together = together
+        self._group: deque[Item] = deque(maxlen=_MAX_GROUP)  # assigned last, sharing a prompt
+        self._group_replica = -1
         self.busy_s: defaultdict[int, float] = defaultdict(float)  # time with requests, by replica
         self.losses: dict[int, int] = {}  # request → number of replicas that died while running it
         self.unfinished = 0  # requests received that have no result yet
@@ -77,7 +86,7 @@ class Dispatcher(Generic[Item]):
         if dead is None:
             return []
         self._available.discard(replica)
-        self._free -= dead.capacity - len(dead.requests)
+        self._free -= dead.free
         if dead.requests:
             self.busy_s[replica] += now - dead.busy_since
         for request_id, item in dead.requests.items():
@@ -112,16 +121,18 @@ class Dispatcher(Generic[Item]):
             if last and self._quarantine:
                 self._assign_quarantined(assigned, now)
             return assigned
+        self._assign_group(waiting, assigned, now)
         by_load = [(self._replicas[index].load, index) for index in self._available]
         heapq.heapify(by_load)
         run = max(1, len(waiting) // (_RUNS_PER_REPLICA * max(1, len(by_load))))
         while waiting and by_load:
             _, index = heapq.heappop(by_load)
             replica = self._replicas[index]
-            count = min(run, replica.capacity - len(replica.requests), len(waiting))
+            count = min(run, replica.free, len(waiting))
             for _ in range(count):
                 assigned[index].append(self._assign_one(index, waiting.popleft(), now))
-            if len(replica.requests) < replica.capacity:
+            self._assign_group(waiting, assigned, now)
+            if replica.free:
                 heapq.heappush(by_load, (replica.load, index))
         self._retries.extend(waiting)  # more were lost than the other replicas can take
         return assigned
@@ -129,11 +140,13 @@ class Dispatcher(Generic[Item]):
     def remove_finished(self, replica: int, request_ids: Iterable[int], now: float) -> list[Item]:
         """Remove finished requests from a replica, by id; return them."""
         state = self._replicas[replica]
+        before = state.free
         items = [state.requests.pop(request_id) for request_id in request_ids]
-        self._free += len(items)
+        self._free += state.free - before
         self.unfinished -= len(items)
         if items:
-            self._available.add(replica)
+            if state.free:
+                self._available.add(replica)
             if not state.requests:
                 self.busy_s[replica] += now - state.busy_since
         return items
@@ -151,12 +164,39 @@ class Dispatcher(Generic[Item]):
             if self._quarantine and not self._replicas[index].requests:
                 assigned[index] = [self._assign_one(index, self._quarantine.popleft(), now)]
 
+    def _assign_group(
+        self,
+        waiting: "deque[tuple[int, Item]]",
+        assigned: "defaultdict[int, list[Item]]",
+        now: float,
+    ) -> None:
+        """Assign those of the waiting requests that share the prompt of the last one."""
+        index = self._group_replica
+        replica = self._replicas.get(index)
+        while (
+            waiting
+            and replica is not None
+            and self._shares_prompt(waiting[0][1])
+            and len(self._group) < _MAX_GROUP
+            # Beyond its capacity, but not so far that other replicas run out of requests.
+            and len(replica.requests) < replica.capacity + replica.capacity // 5
+        ):
+            assigned[index].append(self._assign_one(index, waiting.popleft(), now))
+
+    def _shares_prompt(self, item: Item) -> bool:
+        return bool(self._together and self._group and self._together(self._group[-1], item))
+
     def _assign_one(self, index: int, request: tuple[int, Item], now: float) -> Item:
         replica = self._replicas[index]
         if not replica.requests:
             replica.busy_since = now
+        if index != self._group_replica or not self._shares_prompt(request[1]):
+            self._group.clear()
+        self._group.append(request[1])
+        self._group_replica = index
+        before = replica.free
         replica.requests[request[0]] = request[1]
-        self._free -= 1
-        if len(replica.requests) == replica.capacity:
+        self._free -= before - replica.free
+        if not replica.free:
             self._available.discard(index)
         return request[1]

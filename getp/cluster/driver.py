@@ -91,7 +91,7 @@ class Cluster:
             make_engine,
             replace(config, device=self.device.type),
         )
-        self._dispatcher: Dispatcher[Request] = Dispatcher()
+        self._dispatcher = Dispatcher(_share_prompt)
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._accept_different_rounding = accept_different_rounding
         self._kernel_request: tuple[Mapping[str, Any] | None, float | None] = None, None
@@ -355,9 +355,14 @@ class Cluster:
                 self._session.ray.kill(replica.actor)
                 replica.actor = None
         busy_s = self._dispatcher.busy_s
-        self._dispatcher = Dispatcher()
+        self._dispatcher = Dispatcher(_share_prompt)
         self._dispatcher.busy_s = busy_s
         self._running = False
+
+
+def _share_prompt(first: Request, second: Request) -> bool:
+    """Whether two requests are for answers to the same prompt."""
+    return first.prompt_ids is second.prompt_ids
 
 
 def _ignore_answer(replica: ReplicaState, answer: None) -> list[Completion]:

@@ -100,16 +100,22 @@ class Source:
                         return
 
 
-def scan(path: str, columns: Columns | None = None, part: Part | None = None) -> Source:
+def scan(
+    path: str,
+    columns: Columns | None = None,
+    part: Part | None = None,
+    form: InputFormat | None = None,
+) -> Source:
     """Make the first pass over an input, which may be standard input (`-`). Raises GetpError.
 
-    columns: of a table; None: the usual ones. part: None for all. The error names line 1 if the
-    announced number of requests is not a number, or exceeds the number of requests that follow.
+    columns: of a table; None: the usual ones. part: None for all. form: None: that of the files.
+    The error names line 1 if the announced number of requests is not a number, or exceeds the
+    number of requests that follow.
     """
     part = part or Part()
     name, files = path_name(path), input_files(path)
     spool = _copy_to_spool(path) if files == [path] and is_stream(path) else None
-    form = _format(files, spool, columns)
+    form = form or _format(files, spool, columns)
     digest, records = hashlib.blake2b(digest_size=16), 0
     announced: int | None = None
     checksums = array("I")

@@ -14,6 +14,7 @@ from getp.defaults import describe
 from getp.errors import GetpError, NameOf, UsageProblem
 from getp.files import check_writable, is_stream
 from getp.job.formats import output_format
+from getp.job.formats.interface import InputFormat
 from getp.job.formats.table import Columns
 from getp.job.inputs import Part, Source, scan
 from getp.job.job_engine import JobEngine
@@ -40,6 +41,7 @@ class Job:
     defaults: RequestDefaults
     seed_given: bool = True  # if not, a resumed job uses the random seed of the first run
     identity: Mapping[str, str] = field(default_factory=dict)  # fingerprints of the files
+    format: InputFormat | None = None  # of the input; None: by its files
     columns: Columns | None = None  # of an input that is a table; None: the usual ones
     part: Part = field(default_factory=Part)
     output_format: str | None = None  # a name in OUTPUT_FORMATS; None: by the output's suffix
@@ -69,7 +71,7 @@ def read(job: Job) -> Source:
 
     Call it before anything slow, so that a mistyped path is reported at once.
     """
-    source = scan(job.input, job.columns, job.part)
+    source = scan(job.input, job.columns, job.part, job.format)
     if source.ignored:
         warn(
             f"{source.name}: ignoring {counted(source.ignored, 'extra line')} after the "
@@ -124,15 +126,19 @@ def _announce_replacements(job: Job, source: Source) -> None:
         print_message(f"getp: {', '.join(existing)} {verbs} will be replaced when the job is done")
 
 
-def open_journal(job: Job, source: Source, engine: JobEngine) -> Journal:
-    """Open the journal beside the output; a temporary one if the output is not a regular file.
-
-    The kernels are chosen first, since rounding depends on them: those of the journal if there is
-    one, so that the rest of the job rounds like its first part.
-    """
+def choose_kernels(job: Job, engine: JobEngine) -> None:
+    """Choose those of the journal if there is one: the rest of the job rounds like its start."""
     earlier = None if is_stream(job.output) or job.restart else noted_rounding(job.journal_path)
     preferred = None if earlier is None else earlier.get(KERNEL_CHOICES, {})
     engine.choose_kernels(preferred, job.expected_s)
+
+
+def open_journal(job: Job, source: Source, engine: JobEngine) -> Journal:
+    """Open the journal beside the output; a temporary one if the output is not a regular file.
+
+    The kernels are chosen first, since rounding depends on them.
+    """
+    choose_kernels(job, engine)
     header = {
         "fingerprint": _fingerprint(job, source, engine),
         "seed": job.defaults.params.seed,

@@ -21,6 +21,10 @@ class JobEngine(Protocol):
         """Return the config of the checkpoint."""
 
     @property
+    def max_positions(self) -> int:
+        """Return the longest request, prompt included; known after `warm_up`."""
+
+    @property
     def device(self) -> torch.device:
         """Return the device; for replicas, the type of their devices."""
 

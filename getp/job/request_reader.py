@@ -13,6 +13,7 @@ from getp.errors import GetpError, NameOf, worded
 from getp.job.formats.interface import Failure, JobRequest, Line
 from getp.job.inputs import Source
 from getp.openai.parsed import BadRequestError, ParsedBody
+from getp.openai.tools import check_template
 from getp.terminal import warn
 from getp.text.answer_text import PLAIN, AnswerOptions
 from getp.text.grammars import after_thinking
@@ -149,9 +150,8 @@ class RequestReader:
         changes = {"chat": chat, "min_tokens": params.min_new_tokens, **body.answer}
         if body.stops is not None:
             changes["stops"] = body.stops
-        if body.tools and body.tool_choice != "none":
-            functions = (tool["function"] for tool in body.tools)
-            changes["tools"] = {each["name"]: each.get("parameters") for each in functions}
+        if body.offered_tools:
+            changes["tools"] = body.offered_tools
         prompt_ids, is_cut = self._prompt(body, chat, params)
         params = self._with_budget(params, body, prompt_ids)
         if chat:
@@ -227,17 +227,14 @@ class RequestReader:
                 "so are other such values (this is said once)",
             )
         variables = {name: given[name] for name in given.keys() - {*unused}}
-        if body.tools and body.tool_choice != "none":
+        if body.offered_tools:
             self._check_tools(template)
             variables["tools"] = body.tools
         return template.render(template_messages(template, messages), variables, self._now)
 
     def _check_tools(self, template: ChatTemplate) -> None:
         """Raise BadRequestError for a template without tools."""
-        if "tools" not in template.variables:
-            raise BadRequestError(
-                "unsupported_parameter", "'tools': this model's chat template does not use tools"
-            )
+        check_template(template)
         if format_of(template) is None and not supports_harmony(self._tokenizer):
             self._notice_once(
                 "tools",

@@ -40,10 +40,25 @@ def run_job(job: Job, source: Source, tokenizer: Tokenizer, engine: JobEngine) -
     """Run the whole job; return the exit status. Raises Interrupted when a signal ends it."""
     if job.defaults.answer.chat:
         chat_template(tokenizer)  # raises one error instead of one per request
+    run, failed, first_failure = complete(job, source, tokenizer, engine)
+    agreement = _agreement(run)
+    _report(run, failed, first_failure, agreement)
+    check_agreement(agreement, job.required_agreement)
+    return SOME_FAILED if failed else 0
+
+
+def complete(
+    job: Job, source: Source, tokenizer: Tokenizer, engine: JobEngine
+) -> "tuple[JobRun, int, bytes | None]":
+    """Complete all requests and write the results. Raises Interrupted when a signal ends it.
+
+    Returns the run, how many requests failed, and the line of the first of them.
+    """
     with ExitStack() as stack:
         stop = stack.enter_context(GracefulStop(job.grace_s))
         journal = stack.enter_context(open_journal(job, source, engine))
-        print_defaults(job, source, journal.header["seed"])
+        if not source.format.only_scores:
+            print_defaults(job, source, journal.header["seed"])
         run = JobRun(job, source, tokenizer, engine, journal, stop)
         try:
             run.complete_requests()
@@ -55,10 +70,7 @@ def run_job(job: Job, source: Source, tokenizer: Tokenizer, engine: JobEngine) -
             raise
         first_failure = write_results(journal, source, job.output, run.requests.format)
         journal.remove()
-    agreement = _agreement(run)
-    _report(run, journal.failed, first_failure, agreement)
-    check_agreement(agreement, job.required_agreement)
-    return SOME_FAILED if journal.failed else 0
+    return run, journal.failed, first_failure
 
 
 class JobRun:

@@ -6,6 +6,8 @@ from reprlib import repr  # long values are shortened
 from typing import Any
 
 from engine import SamplingParams
+from getp.openai.body import read_body
+from getp.openai.parsed import BadRequestError
 from tokenizer import Message
 
 Prompt = str | Sequence[int]
@@ -105,3 +107,15 @@ def template_variables(given: Any) -> dict[str, Any]:
             f"{repr(given)}"
         )
     return dict(given)
+
+
+def tool_fields(tools: Any, choice: Any) -> dict[str, Any]:
+    """Return the fields of a request with these tools. Raises TypeError, ValueError."""
+    if isinstance(tools, (str, bytes, Mapping)) or not isinstance(tools, Iterable):
+        raise TypeError(f"tools must be a list of tools, not {repr(tools)}")
+    found = {"tools": list(tools), "tool_choice": choice}
+    try:
+        read_body({"messages": [{"role": "user", "content": "-"}], **found}, chat=True)
+    except BadRequestError as error:
+        raise ValueError(str(error)) from None
+    return found

@@ -9,7 +9,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from engine import Completion, Engine, EngineConfig, Request, SamplingParams, TokenLogprobs
+from engine import (
+    Completion,
+    Engine,
+    EngineConfig,
+    Grammar,
+    Request,
+    SamplingParams,
+    TokenLogprobs,
+)
 from engine.request import FinishReason
 from getp.checkpoints import embedded_model, find_model, load_tokenizer
 from getp.defaults import JSONL, Defaults
@@ -22,15 +30,17 @@ from getp.library.arguments import (
     list_of_prompts,
     params_for_each,
     template_variables,
+    tool_fields,
     tuple_of_stops,
 )
 from getp.openai.body import read_body
 from getp.openai.parsed import BadRequestError
+from getp.openai.tools import check_template
 from getp.terminal import catch_ctrl_c
-from getp.text.answer_text import AnswerOptions, StopWatcher, read_answer
+from getp.text.answer_text import PLAIN, AnswerOptions, StopWatcher, read_answer
 from getp.text.grammars import after_thinking
 from getp.text.parts.tool_bodies import ToolCall
-from getp.text.prompts import check_length, render_chat
+from getp.text.prompts import chat_template, check_length, render_chat
 from getp.text.samples import sample_params
 from getp.units import counted
 from model.generation import recommended_sampling, unsupported_generation
@@ -48,7 +58,7 @@ class CompletionOutput:
     token_ids: list[int]  # the stop token included
     finish_reason: FinishReason
     reasoning: str = ""  # in a chat, of a model that marks its thinking
-    tool_calls: list[ToolCall] = field(default_factory=list)  # of gpt-oss in a chat
+    tool_calls: list[ToolCall] = field(default_factory=list)  # in a chat with tools
     logprobs: list[TokenLogprobs] | None = None
     error: str | None = None  # set when finish_reason is "error"
 
@@ -68,7 +78,8 @@ class RequestOutput:
 class _Encoded:
     text: str | None
     ids: Sequence[int]
-    chat: bool = False
+    answer: AnswerOptions = PLAIN
+    grammar: Grammar | None = None  # of calls of tools
     error: str | None = None
 
 
@@ -153,16 +164,20 @@ class LLM:
         n: int = 1,
         stop: str | Sequence[str] = (),
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        tool_choice: str | Mapping[str, Any] = "auto",
     ) -> list[RequestOutput]:
         """Answer a conversation, or several, with the checkpoint's chat template.
 
         A conversation is a list of messages such as {"role": "user", "content": "Hello"}.
-        chat_template_kwargs: variables of the template, such as {"enable_thinking": False}. The
-        rest is as in `generate`.
+        chat_template_kwargs: variables of the template, such as {"enable_thinking": False}. tools,
+        tool_choice: as in a JSONL request; the calls are in `tool_calls`. The rest is as in
+        `generate`.
         """
-        variables = template_variables(chat_template_kwargs)
+        fields = {"chat_template_kwargs": template_variables(chat_template_kwargs)}
+        fields |= tool_fields(tools, tool_choice)
         given = list_of_conversations(messages)
-        encoders = [lambda turns=turns: self._encode_chat(turns, variables) for turns in given]
+        encoders = [lambda turns=turns: self._encode_chat(turns, fields) for turns in given]
         return self._run(encoders, sampling_params, n, stop)
 
     def _encode(self, prompt: Prompt) -> _Encoded:
@@ -171,12 +186,17 @@ class LLM:
         check_length(self.tokenizer, prompt, self.engine.max_positions)
         return _Encoded(prompt, self.tokenizer.encode(prompt))
 
-    def _encode_chat(self, turns: Sequence[Message], variables: Mapping[str, Any]) -> _Encoded:
-        messages = [dict(turn) for turn in turns]
-        body = read_body({"messages": messages, "chat_template_kwargs": variables}, chat=True)
-        text = render_chat(self.tokenizer, body.messages or [], body.variables)
+    def _encode_chat(self, turns: Sequence[Message], fields: Mapping[str, Any]) -> _Encoded:
+        body = read_body({"messages": [dict(turn) for turn in turns], **fields}, chat=True)
+        tools, variables = body.offered_tools, body.variables
+        if tools:
+            check_template(chat_template(self.tokenizer))
+            variables = {**variables, "tools": body.tools}
+        text = render_chat(self.tokenizer, body.messages or [], variables)
         check_length(self.tokenizer, text, self.engine.max_positions)
-        return _Encoded(text, self.tokenizer.encode(text, special=False), chat=True)
+        ids = self.tokenizer.encode(text, special=False)
+        options = AnswerOptions(chat=True, tools=tools or None, **body.answer)
+        return _Encoded(text, ids, options, body.params.get("grammar"))
 
     def _run(
         self,
@@ -210,11 +230,13 @@ class LLM:
                     first = len(prompts) * n
                     prompts.append(prompt)
                     for index in range(n if prompt.error is None else 0):
-                        options = AnswerOptions(prompt.chat, stops, min_tokens=own.min_new_tokens)
+                        options = replace(prompt.answer, stops=stops, min_tokens=own.min_new_tokens)
                         watcher = StopWatcher(self.tokenizer, list(prompt.ids), options, check)
                         watchers[first + index] = watcher
                         sample = sample_params(self._with_stop_ids(own), index, n, n)
-                        if prompt.chat:
+                        if prompt.grammar is not None:
+                            sample = replace(sample, grammar=prompt.grammar)
+                        if options.chat:
                             sample = after_thinking(sample, self.tokenizer, prompt.ids)
                         yield Request(prompt.ids, sample, first + index, watcher)
 

@@ -34,3 +34,11 @@ class ParsedBody:
     tools: list[dict[str, Any]] = field(default_factory=list)  # as the template gets them
     tool_choice: Literal["none", "auto", "required"] = "auto"
     called_tool: str | None = None  # the only tool that may be called
+
+    @property
+    def offered_tools(self) -> dict[str, Any]:
+        """For each tool that the model may call, the schema of its parameters."""
+        if self.tool_choice == "none":
+            return {}
+        functions = (tool["function"] for tool in self.tools)
+        return {each["name"]: each.get("parameters") for each in functions}

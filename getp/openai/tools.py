@@ -6,6 +6,7 @@ from typing import Any
 from engine import Grammar
 from getp.openai.parsed import BadRequestError, ParsedBody
 from getp.text.parts.tool_bodies import ToolCall
+from tokenizer import ChatTemplate
 
 _CHOICES = "'none', 'auto', 'required' or {'type': 'function', 'function': {'name': …}}"
 _MAX_TOOLS = 1024
@@ -48,6 +49,14 @@ def read_parallel_calls(body: ParsedBody, name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise _invalid(name, "true or false")
     body.answer["one_call"] = not value
+
+
+def check_template(template: ChatTemplate) -> None:
+    """Raise BadRequestError for a template without tools."""
+    if "tools" not in template.variables:
+        raise BadRequestError(
+            "unsupported_parameter", "'tools': this model's chat template does not use tools"
+        )
 
 
 def check_tools(body: ParsedBody) -> None:

@@ -1,6 +1,7 @@
 """Grammars in the engine: the same tokens however steps run; errors that concern one request."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from engine import (
     ThinkingBudget,
 )
 from engine.execution import model_runner
+from engine.execution.matchers import Matchers
 from engine.scheduling.speculation import Speculation
 from tests.engine.captures import Taping, TensorLengths
 from tokenizer import Tokenizer
@@ -49,9 +51,19 @@ PARAMS = [
         max_new_tokens=30,
         min_p=0.01,
         frequency_penalty=0.3,
-        grammar=Grammar("lark", 'start: ("ab" | "xyz")~8', after_ids=(9,)),
+        grammar=Grammar("lark", 'start: ("ab" | "xyz")~8', after_ids=((9,),)),
         # The last of the forced tokens ends the thinking, and is not part of what must match.
         thinking=ThinkingBudget(4, (40,), (9,), forced_ids=(8, 9, 7), is_open=True),
+    ),
+    # The output may begin with 40, or with a match.
+    *(
+        SamplingParams(
+            max_new_tokens=24,
+            grammar=Grammar("regex", "[a-d ]{30,}", after_ids=((8,), (9,)), opening_id=40),
+            thinking=ThinkingBudget(3, (40,), (9,), forced_ids=(8, 7, 9)),
+            logit_bias={40: bias},
+        )
+        for bias in (90.0, -90.0)
     ),
 ]
 
@@ -94,6 +106,9 @@ def test_results_depend_on_neither_the_batch_nor_how_steps_run(
     constrained = TOKENIZER.decode(alone[3].token_ids[7:])
     assert len(constrained) > 10
     assert constrained.replace("ab", "").replace("xyz", "") in ("", "a", "x", "xy")
+    assert alone[4].token_ids[:7] == [40, 40, 40, 40, 8, 7, 9]
+    for ids in (alone[4].token_ids[7:], alone[5].token_ids):
+        assert not set(TOKENIZER.decode(ids)) - set("abcd ")
     drafts = patch.object(Speculation, "_best_limit", return_value=3)
     with drafts, engine_of(folder, speculation=True) as engine:
         assert results(complete(engine, PARAMS)) == expected
@@ -142,3 +157,24 @@ def test_a_grammar_that_cannot_be_used_fails_alone(checkpoint: Callable[[str], P
     (done,) = complete(engine, [PARAMS[0]])
     engine.finish()
     assert "set Engine.tokenizer_json" in str(done.error)
+
+
+def test_a_grammar_that_compiles_slowly_delays_no_other_request(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_compile, compiled = threading.Event(), Matchers._compile
+
+    def compile_slowly(self: Matchers, kind: str, text: str) -> Any:
+        assert may_compile.wait(60)
+        return compiled(self, kind, text)
+
+    monkeypatch.setattr(Matchers, "_compile", compile_slowly)
+    found: list[tuple[int, str]] = []
+    with engine_of(checkpoint("qwen2")) as engine:
+        for done in engine.generate([Request(PROMPT, PARAMS[i], i) for i in (1, 2, 0)]):
+            found.append((done.request_id, done.finish_reason))
+            if done.request_id == 2:
+                engine.cancel(0)
+            elif done.request_id == 0:
+                may_compile.set()
+    assert found == [(2, "length"), (0, "cancelled"), (1, "length")]

@@ -74,6 +74,7 @@ def test_version_option_prints_the_version_of_the_package() -> None:
         (["-t", "nan"], ["'--temperature'", "nan", "finite"]),
         (["-t", "inf"], ["'--temperature'", "inf", "finite"]),
         (["-p", "nan"], ["'--top-p'", "nan", "finite"]),
+        (["--min-tokens", "9", "--max-new-tokens", "2"], ["--min-tokens", "--max-new-tokens", "9"]),
         (["--flush-interval", "nan"], ["'--flush-interval'", "nan", "finite"]),
         (["--flush-interval", "inf"], ["'--flush-interval'", "inf"]),
         (["--flush-interval", "1e300"], ["'--flush-interval'", "1e+300", "0<=x<=31536000"]),

@@ -76,6 +76,12 @@ def run(work: job_run.Job, engine: Any) -> int:
     return job_run.run_job(work, job_run.read(work), Tokenizer.load(MODEL), engine)
 
 
+def one_engine() -> Engine:
+    engine = Engine(MODEL, SMALL)
+    engine.tokenizer_json = (MODEL / "tokenizer.json").read_text
+    return engine
+
+
 def mixed_requests(count: int) -> list[dict[str, Any]]:
     """Valid and invalid requests of every kind, enough for each replica to get some of each."""
     records = []
@@ -85,6 +91,8 @@ def mixed_requests(count: int) -> list[dict[str, Any]]:
             record |= {"temperature": 1.5, "max_tokens": 3 + index % 7, "ignore_eos": True}
         if index % 5 == 2:
             record["stop"] = str((index + 17) % 10)
+        if index % 4 == 3:
+            record |= {"guided_regex": "[0-9]{3} apples", "temperature": 1}
         if index % 11 == 6:
             record["prompt"] = "x" * 900  # too long, which only the engine detects
         if index % 11 == 7:
@@ -99,8 +107,9 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOURCE_DATE_EPOCH", "1750000000")
         work = job(tmp_path_factory.mktemp("one"), mixed_requests(60))
-        assert run(work, Engine(MODEL, SMALL)) == SOME_FAILED
+        assert run(work, one_engine()) == SOME_FAILED
     result = Path(work.output).read_bytes()
+    assert len(re.findall(rb"[0-9]{3} apples", result)) > 5
     codes = re.findall(rb'"code": ?"(\w+)"', result)
     assert set(codes) == {b"request_error", b"unknown_parameter"}
     assert result.count(b'"finish_reason":"stop"') + result.count(b'"finish_reason": "stop"') > 20
@@ -218,7 +227,7 @@ def test_one_engine_resumes_a_job_that_replicas_started(
         run(work, cluster)
     assert all(replica.actor is None for replica in cluster.replicas)
     cluster.close()
-    assert run(work, Engine(MODEL, SMALL)) == SOME_FAILED
+    assert run(work, one_engine()) == SOME_FAILED
     assert "resuming: " in capsys.readouterr().err
     assert Path(work.output).read_bytes() == expected
 

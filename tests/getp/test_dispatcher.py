@@ -15,12 +15,15 @@ from getp.errors import UsageProblem
 GPU_HOST = {"CPU": 64.0, "GPU": 8.0}
 
 
-@given(st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 12), st.integers(0, 120))
+@given(
+    st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 12), st.integers(0, 120), st.booleans()
+)
 def test_every_request_finishes_exactly_once_when_replicas_die(
-    seed: int, replicas: int, size: int, total: int
+    seed: int, replicas: int, size: int, total: int, in_groups: bool
 ) -> None:
     rng = random.Random(seed)
-    dispatcher: Dispatcher[str] = Dispatcher()
+    dispatcher: Dispatcher[str] = Dispatcher((lambda a, b: a[:9] == b[:9]) if in_groups else None)
+    most = size + size // 5 * in_groups
     held: dict[int, dict[int, str]] = {index: {} for index in range(replicas)}
     for index in held:
         dispatcher.add(index, size)
@@ -35,7 +38,7 @@ def test_every_request_finishes_exactly_once_when_replicas_die(
             for item in items:
                 assert not any(item in each.values() for each in held.values())
                 held[index][int(item.split()[1])] = item
-        assert all(len(each) <= size for each in held.values())
+        assert all(len(each) <= most for each in held.values())
         index = rng.randrange(replicas)
         if deaths < 20 and rng.random() < 0.3:
             assert set(dispatcher.remove(index, now)) == set(held[index])
@@ -51,6 +54,28 @@ def test_every_request_finishes_exactly_once_when_replicas_die(
     assert sorted(done) == list(range(total))
     assert dispatcher.assignable == replicas * size
     assert all(busy <= now for busy in dispatcher.busy_s.values())
+
+
+@pytest.mark.parametrize("size", [10, 320])
+def test_a_replica_gets_all_answers_to_a_prompt_also_when_requests_finish_one_by_one(
+    size: int,
+) -> None:
+    dispatcher: Dispatcher[int] = Dispatcher(lambda a, b: a // 2 == b // 2)
+    dispatcher.add(0, size)
+    dispatcher.add(1, size)
+    source, rng = iter([(n, n) for n in range(1000)]), random.Random(1)
+    replica_of: dict[int, int] = {}
+    held: list[list[int]] = [[], []]
+    while len(replica_of) < 1000:
+        new = list(islice(source, dispatcher.assignable))
+        for index, items in dispatcher.assign(new, False, 0.0).items():
+            held[index] += items
+            replica_of |= dict.fromkeys(items, index)
+        index = rng.randrange(2)
+        dispatcher.remove_finished(index, [held[index].pop(0)], 0.0)
+    split = sum(replica_of[n] != replica_of[n + 1] for n in range(0, 1000, 2))
+    assert split < 25
+    assert all(len(each) > size * 0.8 for each in held)
 
 
 def test_requests_are_spread_evenly_in_number_and_length() -> None:

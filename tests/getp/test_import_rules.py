@@ -16,7 +16,8 @@ MAX_FILES = 14  # source files in a folder, beside __init__.py
 # getp/text are shared; getp's __init__ may name what it exports.
 SHARED = "shared"
 MAY_IMPORT = {
-    "cli": {"job", "openai", "serve", "analysis", "cluster", "report", SHARED},
+    "cli": {"job", "openai", "score", "serve", "analysis", "cluster", "report", SHARED},
+    "score": {"job", "openai", SHARED},
     "serve": {"job", "report", "openai", SHARED},
     "library": {"openai", SHARED},
     "analysis": {"job", "report", "openai", SHARED},

@@ -20,6 +20,7 @@ from engine import Request, SamplingParams
 from getp import LLM
 from getp.errors import UsageProblem
 from getp.text.prompts import encode_chat
+from tokenizer import ChatTemplate
 from tokenizer.chat import _sandbox
 
 ROOT = Path(__file__).parents[2]
@@ -203,6 +204,31 @@ def test_arguments_of_the_wrong_type_are_named(llm: LLM, call: Any, message: str
     with pytest.raises(TypeError, match=message):
         call(llm)
     assert texts(llm, "3+4=")
+
+
+def test_chat_takes_tools(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llguidance")
+    properties = {"a": {"enum": [17, 25]}}
+    parameters = {"properties": properties, "required": ["a"], "additionalProperties": False}
+    tool = {"type": "function", "function": {"name": "add", "parameters": parameters}}
+    with pytest.raises(TypeError, match="tools must be a list of tools, not 'add'"):
+        llm.chat(CONVERSATION, tools="add")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="tool 1 is not a function"):
+        llm.chat(CONVERSATION, tools=[{}])
+    with pytest.raises(ValueError, match="'tool_choice' needs 'tools'"):
+        llm.chat(CONVERSATION, tool_choice="required")
+    (refused,) = llm.chat(CONVERSATION, tools=[tool])
+    assert "does not use tools" in str(refused.outputs[0].error)
+    source = llm.tokenizer.template.source if llm.tokenizer.template else ""
+    template = ChatTemplate("{% if tools %}{% endif %}" + source)
+    monkeypatch.setattr(llm.tokenizer, "template", template)
+    named = {"type": "function", "function": {"name": "add"}}
+    (output,) = llm.chat(
+        CONVERSATION, SamplingParams(max_new_tokens=90), tools=[tool], tool_choice=named
+    )
+    ((call,),) = (each.tool_calls for each in output.outputs)
+    assert call.recipient == "add"
+    assert json.loads(call.arguments)["a"] in (17, 25)
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,19 @@ PRINTED = """{% for m in messages %}{{ m.content | trim }}|{% if 'tool_calls' in
 {%- endif %}{% endfor %}"""
 
 
-@pytest.mark.parametrize(("template", "empty"), [(OBJECT, "|"), (JOINED, ""), (PRINTED, "|")])
+# As Qwen3's and Ministral 3's, which test for None and yet fail at it.
+THOUGHT = """{% for m in messages %}{% if m.reasoning_content is not none %}{% endif %}
+{%- if 'x' in m.content %}{% endif %}{{ m.content }}|{% for call in m.tool_calls or [] %}
+{{- call.function.name }}{{ call.function.arguments | tojson }}|{% endfor %}{% endfor %}"""
+MEASURED = """{% for m in messages %}{% if m['content'] is none or m['content'] == '' %}{% endif %}
+{%- if m['content'] | length %}{{ m['content'] }}{% endif %}|{% for call in m.tool_calls or [] %}
+{{- call.function.name }}{{ call.function.arguments | tojson }}|{% endfor %}{% endfor %}"""
+
+
+@pytest.mark.parametrize(
+    ("template", "empty"),
+    [(OBJECT, "|"), (JOINED, ""), (PRINTED, "|"), (THOUGHT, "|"), (MEASURED, "|")],
+)
 @pytest.mark.parametrize("arguments", ['{"city": "Paris"}', {"city": "Paris"}])
 def test_tool_calls_reach_templates_in_the_form_that_they_need(
     tmp_path: Path, template: str, empty: str, arguments: Any

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from getp import LLM, SamplingParams
 from getp.cli.main import command
-from getp.errors import UsageProblem
-from getp.text.score import windows
+from getp.errors import GetpError, UsageProblem
+from getp.job.journal import Journal
+from getp.score.formats import windows
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +74,8 @@ def test_scores_equal_those_of_transformers(
     assert "1 of 4 texts failed; the first is line 3: it needs a" in capsys.readouterr().err
     with pytest.raises(UsageProblem, match="must be 2 or more"):
         getp(folder, *options, "-i", source, "-n", 1)
+    with pytest.raises(UsageProblem, match="mode score writes its report as JSON"):
+        getp(folder, *options, "-i", source, "--report", "report.html")
     assert "needs a 'text', or a 'prompt' and a 'completion'" in bad["error"]
     assert (empty["tokens"], empty["perplexity"]) == (0, None)
     ids, context = TOKENIZER.encode(text), TOKENIZER.encode(PAIR[0])
@@ -108,6 +111,35 @@ def test_windows_score_each_token_once_after_half_a_window(
     for start, end, begin in found:
         assert 0 <= start < begin < end <= min(start + length, tokens)
         assert begin - start >= length // 2 or start == 0
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "long.txt").write_text("What is 17 plus 25? " * 20)
+    options = ("-m", "score", "-i", tmp_path / "long.txt", "--dtype", "float32", "-n")
+    assert getp(*options, 16, "-o", tmp_path / "whole.jsonl") == 0
+    output, append = tmp_path / "out.jsonl", Journal.append
+
+    def full(self: Journal, index: int, ok: bool, line: bytes) -> None:
+        if self.done == 5:
+            raise GetpError("the disk is full")
+        append(self, index, ok, line)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", full)
+        with pytest.raises(GetpError, match="the disk is full"):
+            getp(*options, 16, "-o", output)
+    assert re.search(r"5 of \d\d requests are done and saved", capsys.readouterr().err)
+    with pytest.raises(GetpError, match=r"started with .*max_positions 16, now 24"):
+        getp(*options, 24, "-o", output)
+    assert getp(*options, 16, "-o", output) == 0
+    assert "resuming: 5 of " in capsys.readouterr().err
+    (found,), (whole,) = lines_of(output), lines_of(tmp_path / "whole.jsonl")
+    assert found == whole | {  # the last digits depend on the batch
+        name: pytest.approx(whole[name], rel=1e-6) for name in ("logprob", "perplexity")
+    }
+    assert not output.with_name("out.jsonl.journal").exists()
 
 
 def test_prompts_are_part_of_the_results(tmp_path: Path) -> None:

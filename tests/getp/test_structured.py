@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 
 from getp import LLM, Grammar, SamplingParams
 from getp.checkpoints import embedded_model
 from getp.job.formats.jsonl import parse_flat
 from getp.openai.body import read_body
 from getp.openai.parsed import BadRequestError
+from getp.text.grammars import after_thinking
+from tests.getp.helpers import metaspace, small_tokenizer
+from tokenizer import ChatTemplate, Tokenizer
 
 jsonschema = pytest.importorskip("jsonschema")
 pytest.importorskip("llguidance")
@@ -194,6 +198,37 @@ def test_the_answer_matches_after_the_thinking_of_a_chat() -> None:
         params = SamplingParams(grammar=Grammar("regex", "-[0-9]{3}"))
         ((found,),) = (each.outputs for each in model.chat(question, params))
         assert re.fullmatch("-[0-9]{3}", found.text)
+
+
+def with_markers() -> Tokenizer:
+    backend = tokenizers.Tokenizer.from_str(metaspace().to_str())
+    backend.add_tokens(["<think>", "</think>"])  # not special, as those of Qwen3
+    return Tokenizer(backend, {}, ChatTemplate("{{ messages }}</think>", {}))
+
+
+def test_thinking_comes_before_the_match_if_the_template_or_the_model_opens_it() -> None:
+    plain = SamplingParams(grammar=Grammar("regex", "a"))
+    tokenizer = with_markers()
+    start, end = (tokenizer.encode(text, special=False) for text in ("<think>", "</think>"))
+
+    def found(prompt: str, tokenizer: Tokenizer = tokenizer) -> Grammar:
+        ids = tokenizer.encode(prompt, special=False)
+        grammar = after_thinking(plain, tokenizer, ids).grammar
+        assert grammar is not None
+        return grammar
+
+    assert found("a<think>\n") == Grammar("regex", "a", after_ids=(tuple(end),))
+    assert found("a") == Grammar("regex", "a", after_ids=(tuple(end),), opening_id=start[0])
+    assert found("a<think>\n\n</think>\n\n") == plain.grammar  # switched off
+    text = Tokenizer(metaspace(), {}, ChatTemplate("{{ messages }}</think>", {}))
+    assert found("a", text) == plain.grammar  # a match may begin with "<", too
+    harmony = small_tokenizer()
+    parts = found("a<|start|>assistant", harmony).after_ids
+    assert [harmony.decode(ids, skip_special=False) for ids in parts] == [
+        "<|channel|>final",
+        "<|message|>",
+    ]
+    assert found("a<|channel|>final<|message|>", harmony) == plain.grammar
 
 
 def test_a_missing_package_is_named(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -296,7 +296,7 @@ def test_input_and_output_may_be_urls(
 def test_an_unusable_url_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(GetpError, match=r"cannot read nowhere://x/in.jsonl: .*nowhere"):
         scan("nowhere://x/in.jsonl")
-    with pytest.raises(GetpError, match=r"cannot read memory://absent.jsonl"):
+    with pytest.raises(GetpError, match=r"cannot read memory://absent.jsonl: no such file"):
         scan("memory://absent.jsonl")
 
 

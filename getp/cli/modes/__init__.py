@@ -18,6 +18,7 @@ class Subject(Flag):
     REPORT = auto()
     DETAILS = auto()
     JOB = auto()
+    RESUME = auto()
     REPLICAS = auto()
     LINE = auto()
     EVALUATION = auto()
@@ -81,6 +82,7 @@ MODES = {
         | _S.REPORT
         | _S.DETAILS
         | _S.JOB
+        | _S.RESUME
         | _S.REPLICAS
         | _S.TABLE
         | _S.REFERENCE
@@ -95,7 +97,17 @@ MODES = {
     "score": Mode(
         "score",
         "log-likelihood and perplexity of given texts",
-        _S.INPUT | _S.OUTPUT | _S.REPORT | _S.WINDOW | _S.DTYPE | _S.BATCH | _S.DEVICE | _S.ENGINE,
+        _S.INPUT
+        | _S.OUTPUT
+        | _S.REPORT
+        | _S.RESUME
+        | _S.REPLICAS
+        | _S.WINDOW
+        | _S.DTYPE
+        | _S.BATCH
+        | _S.DEVICE
+        | _S.ENGINE
+        | _S.GRACE,
     ),
     "decode": Mode(
         "decode", "print the answers of a result file as text", _S.INPUT | _S.OUTPUT | _S.LINE

@@ -13,6 +13,7 @@ def run(settings: Settings) -> int:
     if options.reference is None and options.expected is None:
         raise UsageProblem("mode eval needs --reference FILE or --expected FILE")
     loading.check_agreement(settings)
+    loading.check_json_report(settings)
     from getp.text.evaluate import check_agreement, evaluate
 
     if report is not None:

@@ -24,6 +24,8 @@ def output_format(path: str, source: InputFormat, name: str | None = None) -> Ou
 
     On standard output (`-`) the default is the counterpart of the input's format.
     """
+    if source.only_scores:
+        return source.output
     if name is not None:
         return OUTPUT_FORMATS[name]
     if path == STDIO:

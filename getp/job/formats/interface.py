@@ -123,6 +123,8 @@ class InputFormat(ABC):
     may_be_shard: ClassVar[bool] = False  # whether several files can make up one input
     defaults: ClassVar[FormatValues]  # what holds where nothing else does
     openai_defaults: ClassVar[FormatValues | None] = None  # for requests in OpenAI's format
+    # Whether prompts are scored, without answers; results are then always in the format `output`.
+    only_scores: ClassVar[bool] = False
 
     @abstractmethod
     def recognises(self, start: bytes) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
-from getp.text.parts.thinking import Markers, ThinkingParser, is_open, markers_of
+from getp.text.parts.thinking import Markers, ThinkingParser, ends_with, markers_of
 from getp.text.parts.tool_bodies import Schemas
 from getp.text.parts.tool_calls import FORCED, ToolCallParser, ToolFormat, format_of
 from tokenizer import StreamDecoder, Tokenizer
@@ -43,7 +43,8 @@ class TextParts:
         self._thinking: ThinkingParser | None = None
         self._calls: ToolCallParser | None = None
         if markers is not None:
-            self._thinking = ThinkingParser(markers, is_open(markers, tokenizer, prompt_ids))
+            is_open = ends_with(markers.start, tokenizer, prompt_ids)
+            self._thinking = ThinkingParser(markers, is_open)
         if form is not None:
             self._calls = ToolCallParser(form, tools or {})
 

@@ -50,10 +50,10 @@ def markers_of(template: ChatTemplate | None) -> Markers | None:
         return None
 
 
-def is_open(markers: Markers, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> bool:
-    """Whether the answer to this prompt begins within the thinking."""
+def ends_with(marker: str, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> bool:
+    """Whether a prompt ends with this marker of thinking, and white space after it."""
     end = tokenizer.decode(list(prompt_ids[-_MAX_MARKER_TOKENS:]), skip_special=False)
-    return end.rstrip().endswith(markers.start.rstrip())
+    return end.rstrip().endswith(marker.rstrip())
 
 
 def thinking_budget(
@@ -64,7 +64,7 @@ def thinking_budget(
     if markers is None:
         return None
     start, end, before, after = (tuple(tokenizer.encode(text, special=False)) for text in markers)
-    opened = is_open(markers, tokenizer, prompt_ids)
+    opened = ends_with(markers.start, tokenizer, prompt_ids)
     return ThinkingBudget(max_tokens, start, end, before + end + after, opened)
 
 

@@ -85,6 +85,8 @@ def test_the_page_shows_the_server_and_answers_a_prompt(
     wait_until(lambda: browser.value("document.querySelector('h1')?.textContent") == MODEL)
     wait_until(lambda: browser.value("document.querySelector('figure b').textContent") != "")
     assert browser.value("document.documentElement.scrollWidth") <= width
+    counts = "document.querySelector('#batches th:nth-child(5)')"
+    assert browser.value(f"{counts}.getBoundingClientRect().right") <= width
     rows = browser.value("document.querySelector('#batches tbody').textContent")
     assert "completed" in rows
     assert "3 of 3" in rows
