@@ -139,6 +139,8 @@ def test_products_with_packed_weights_compile_and_fit_their_targets(architecture
     launches = quantized_launches(architecture, [four_bits, blocks], [1024], [CONFIGS[2]])
     if architecture in ("sm_90", "gfx942"):  # experts and few rows
         launches += quantized_launches(architecture, [blocks], [1], [CONFIGS[4]])
+    if architecture in ("sm_100", "gfx942", "gfx950"):  # loops over few groups are unrolled
+        launches += quantized_launches(architecture, [blocks], [512, 4096], [CONFIGS[4]])
     has_float8 = any(architecture in each for each in FP8.values())
     kinds = {dict(launch.constants).get("KIND") for launch in launches} - {None}
     assert kinds == {"int4", "fp8x8" if has_float8 else "fp8"}

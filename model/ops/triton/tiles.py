@@ -164,7 +164,7 @@ _AMPERE = Tiles(
         Tile(16, 64, 128, 4, 4),
         Tile(16, 16, 128, 1, 6),
         Tile(64, 64, 128, 4, 3),
-        Tile(128, 64, 64, 4, 4),
+        Tile(128, 64, 64, 8, 4),  # with 4 warps, registers spill where each 128 inputs have a scale
     ),
     fused=Tile(16, 32, 64, 4, 3),
     fp8_keys_wide=32,
@@ -203,7 +203,7 @@ _CDNA = Tiles(
         Tile(16, 64, 128, 4, 2),
         Tile(16, 16, 128, 1, 2),
         Tile(64, 64, 128, 4, 2),
-        Tile(128, 64, 128, 8, 2),
+        Tile(128, 64, 64, 8, 2),  # twice as deep, it spills where each 128 inputs have a scale
     ),
     fused=Tile(16, 16, 32, 4, 2),
 )
