@@ -163,8 +163,9 @@ _AMPERE = Tiles(
     fp8=(
         Tile(16, 64, 128, 4, 4),
         Tile(16, 16, 128, 1, 6),
-        Tile(64, 64, 128, 4, 3),
-        Tile(128, 64, 64, 8, 4),  # with 4 warps, registers spill where each 128 inputs have a scale
+        # Deeper, or with fewer warps, these spill where each 128 inputs have a scale.
+        Tile(64, 64, 64, 4, 4),
+        Tile(128, 64, 64, 8, 4),
     ),
     fused=Tile(16, 32, 64, 4, 3),
     fp8_keys_wide=32,
