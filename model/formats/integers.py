@@ -78,7 +78,7 @@ class Integers(WeightFormat):
         return DENSE.dense(weight, dtype)
 
     def bytes(self, shape: tuple[int, ...], item: int) -> int:
-        """As WeightFormat.bytes: 66 for 64 values of INT8, 20 for 32 of INT4."""
+        """As WeightFormat.bytes: 20 for 32 values of INT4."""
         *outer, inputs = shape
         scales = -(-inputs // self.group_of(inputs)) * _SCALE_BYTES
         return math.prod(outer) * (inputs * self.bits // 8 + scales * (1 + self.has_zeros))
@@ -98,5 +98,5 @@ def integers_of(bits: int, group: int | None, *, has_zeros: bool) -> WeightForma
     return Integers(bits, group or 0, has_zeros, rows="16", quantizes=False)
 
 
-INT8 = Integers(8, 64, rows="rotated 8")
+INT8 = Integers(8, 0, rows="rotated 8")
 INT4 = Integers(4, 32, has_zeros=True)

@@ -286,6 +286,21 @@ EMULATED void emulated_dpbf16ps(int sums, int a, int b) {
   }
 }
 
+// Sums of signed bytes of rows times unsigned ones.
+EMULATED void emulated_dpbsud(int sums, int a, int b) {
+  if (!tiles.configured || tiles.rows[b] * 4 != tiles.bytes[a] ||
+      tiles.rows[sums] != tiles.rows[a] || tiles.bytes[sums] != tiles.bytes[b])
+    abort();
+  for (int row = 0; row < tiles.rows[sums]; row++) {
+    int32_t value[16];
+    memcpy(value, tiles.data[sums][row], 64);
+    for (int k = 0; k < tiles.rows[b]; k++)
+      for (int i = 0; i < 64; i++)
+        value[i / 4] += (int8_t)tiles.data[a][row][4 * k + i % 4] * tiles.data[b][k][i];
+    memcpy(tiles.data[sums][row], value, 64);
+  }
+}
+
 #undef _mm512_reduce_ps
 #undef _tile_loadconfig
 #undef _tile_release
@@ -293,6 +308,7 @@ EMULATED void emulated_dpbf16ps(int sums, int a, int b) {
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbf16ps
+#undef _tile_dpbsud
 #define _mm512_fmadd_ps emulated_fmadd_ps
 #define _mm512_add_epi16 emulated_add_epi16
 #define _mm512_broadcast_i32x4 emulated_broadcast
@@ -334,3 +350,4 @@ EMULATED void emulated_dpbf16ps(int sums, int a, int b) {
 #define _tile_stored emulated_stored
 #define _tile_zero emulated_zero
 #define _tile_dpbf16ps emulated_dpbf16ps
+#define _tile_dpbsud emulated_dpbsud

@@ -7,7 +7,7 @@ import torch
 
 from model.formats.integers import INT4, INT8, Integers
 from model.ops.cpu.bindings import library
-from model.ops.cpu.packed import Packed, quantize
+from model.ops.cpu.packed import Packed, quantize, rotate
 from model.ops.quantized import GroupedInt
 from model.ops.specs import Activation
 from tests.model.ops_helpers import cpu_backend, experts_of, linear_of, rand, reference
@@ -53,15 +53,8 @@ def rounded(values: torch.Tensor, form: Integers) -> torch.Tensor:
     """The values in float32 that weights have after they were quantized."""
     group = form.group_of(values.shape[-1])
     found = quantize(values, form.bits, group, form.rows).dense(torch.float32)
-    return rotated(found, group) if form.rows == "rotated 8" else found
-
-
-def rotated(values: torch.Tensor, group: int) -> torch.Tensor:
-    """The values, of which each group is multiplied with a Hadamard matrix."""
-    matrix = torch.ones(1, 1)
-    while len(matrix) < group:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return (values.unflatten(-1, (-1, group)) @ matrix / group**0.5).flatten(-2)
+    # Values are rotated back with the transposed matrix of the rotation.
+    return found @ rotate(torch.eye(group), group).T if form.rows == "rotated 8" else found
 
 
 def rows_of_8_bits(rows: int, inputs: int, dtype: torch.dtype) -> torch.Tensor:
@@ -113,7 +106,7 @@ def test_rows_are_rounded_to_their_bits(form: Integers, dtype: torch.dtype) -> N
 
 def test_a_rotation_spreads_the_largest_values(dtype: torch.dtype) -> None:
     """With 8 bits, one large value takes the bits of the others of its group."""
-    values, x = rand(64, 320), rand(9, 320, dtype=dtype)
+    values, x = rand(64, 640), rand(9, 640, dtype=dtype)
     x[:, 40] *= 50
     errors = []
     for form in (INT8, Integers(8, 64)):
@@ -129,8 +122,8 @@ def test_a_rotation_spreads_the_largest_values(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("form", [INT8, INT4], ids=str)
 def test_products_do_not_depend_on_the_number_of_rows(form: Integers, dtype: torch.dtype) -> None:
     backend = cpu_backend(dtype)
-    layer = linear_of(stored(dtype, integers(form, 96, 320), form))
-    x = rand(45, 320, dtype=dtype)
+    layer = linear_of(stored(dtype, integers(form, 96, 640), form))
+    x = rand(45, 640, dtype=dtype)
     together = backend.linear(x, layer)
     for rows in range(1, 45):
         assert torch.equal(backend.linear(x[:rows].contiguous(), layer), together[:rows])
@@ -183,17 +176,17 @@ def native() -> None:
         pytest.skip("the native kernels were not built here")
 
 
-@pytest.mark.parametrize(("form", "error"), [(INT8, 0.0056), (INT4, 0.073)], ids=str)
+@pytest.mark.parametrize(("form", "error"), [(INT8, 0.0077), (INT4, 0.073)], ids=str)
 @pytest.mark.usefixtures("native")
 def test_quantization_searches_for_the_scale_with_the_least_error(
     form: Integers, error: float
 ) -> None:
-    """Scales from the ends of the range have an error of 0.0060 and 0.078 on normal numbers."""
+    """Scales from the ends of the range have an error of 0.0078 and 0.078 on normal numbers."""
     torch.manual_seed(0)
     values = torch.randn(64, 896)
     assert relative_error(rounded(values, form), values) < error
-    found = quantize(values, form.bits, form.group, form.rows)
-    again = quantize(values.clone(), form.bits, form.group, form.rows)
+    found = quantize(values, form.bits, form.group_of(896), form.rows)
+    again = quantize(values.clone(), form.bits, form.group_of(896), form.rows)
     assert torch.equal(found.codes, again.codes)
     assert torch.equal(found.scales, again.scales)
 
@@ -215,10 +208,10 @@ def test_storage_has_the_declared_bytes_and_the_values_of_its_source(form: Integ
     parts = [part for part in (weight.data, weight.scales, weight.zeros) if part is not None]
     assert sum(part.nbytes for part in parts) == form.bytes((64, 320), 2)
     x = torch.eye(320)
-    if form == INT8:  # rows of which one value is left after the kernel's rotation are exact
-        x = rotated(x, 64)
+    if form == INT8:  # rows of which one value is left after the kernel's rotation lose half a step
+        x = rotate(x, 320).T.contiguous()
     found = cpu_backend(torch.bfloat16).linear(x.bfloat16(), linear_of(weight)).float().T
-    torch.testing.assert_close(found, rounded(values, form) @ x.T, rtol=2**-8, atol=1e-6)
+    torch.testing.assert_close(found, rounded(values, form) @ x.T, rtol=2**-7, atol=1e-6)
 
 
 @pytest.mark.usefixtures("native")

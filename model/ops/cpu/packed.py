@@ -20,7 +20,6 @@ _ROWS = {"8": 0, ROTATED: 1, "16": 2}  # forms of rows; as in kernels/types.h
 _INT16_GROUP = 64  # inputs that share a scale as 16-bit integers; as in kernels/types.h
 _STORED_SCALE = 1 << 12  # float16 scales of integers are stored times this; as in gemm/int8.h
 _CHUNK_VALUES = 1 << 22  # that are quantized at once
-_MAX_QUANTIZED_GROUP = 64  # inputs; as in gemm/int8_pack.h
 _MAX_SCALE = 250  # largest code whose product with 6, FP4's maximum, is in the range of bf16
 
 
@@ -266,23 +265,32 @@ class _Rows:
 def quantize(values: torch.Tensor, bits: int, group: int, rows: str = "8") -> GroupedInt:
     """values [out, in] of any dtype → integers with a scale, of 4 bits an offset, for each group.
 
-    group: at most 64 inputs. Scales and the kernels' zeros are exact as float16; of several scales
-    the one with the least squared error is taken. rows: those of the format; with rotated ones
-    the integers are those of the rotated values.
+    Scales and the kernels' zeros are exact as float16; of several scales the one with the least
+    squared error is taken. rows: those of the format; with rotated ones the integers are those of
+    the rotated values.
     """
-    if group > _MAX_QUANTIZED_GROUP:
-        raise ValueError(f"weights cannot be rounded in groups of {group} inputs")
     values = values.float().contiguous()
     outputs, inputs = values.shape
+    if rows == ROTATED:
+        values = rotate(values, group)
     codes = torch.empty(outputs, inputs, dtype=torch.int8)
     scales = torch.empty(outputs, inputs // group)
     offsets = None if bits == 8 else torch.empty_like(scales)
     kernels.quantize_weight(
-        values.data_ptr(), bits, group, rows == ROTATED, outputs, inputs, codes.data_ptr(),
-        scales.data_ptr(), None if offsets is None else offsets.data_ptr(),
-        torch.get_num_threads(),
+        values.data_ptr(), bits, group, outputs, inputs, codes.data_ptr(), scales.data_ptr(),
+        None if offsets is None else offsets.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return GroupedInt(bits, codes, scales, offsets)
+
+
+def rotate(values: torch.Tensor, group: int) -> torch.Tensor:
+    """values float32 [rows, in] → those that are rounded to "rotated 8" bits: see gemm/rotation.h.
+
+    group: inputs that share a scale of the weights.
+    """
+    rotated = values.clone()
+    kernels.rotate(rotated.data_ptr(), group, values.numel() // group, torch.get_num_threads())
+    return rotated
 
 
 def _with_scales(source: GroupedInt) -> GroupedInt:

@@ -8,7 +8,7 @@
 
 #pragma GCC push_options
 #pragma GCC target( \
-    "avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,amx-tile,amx-bf16")
+    "avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,amx-tile,amx-bf16,amx-int8")
 #include "functions.h"
 #pragma GCC pop_options
 

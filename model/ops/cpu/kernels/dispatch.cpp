@@ -27,8 +27,8 @@ extern "C" int getp_has_level(int level) {
     case 3: return vnni && has_bf16;
   }
   if (!vnni || !has_bf16 || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return 0;
-  const bool amx_bf16 = edx & (1u << 22), amx_tile = edx & (1u << 24);
-  if (!amx_bf16 || !amx_tile) return 0;
+  constexpr unsigned AMX = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8
+  if ((edx & AMX) != AMX) return 0;
   constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
   return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 #else

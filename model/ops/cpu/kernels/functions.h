@@ -42,6 +42,7 @@ const Function functions[] = {
     NATIVE_FUNCTION(pack),
     NATIVE_FUNCTION(pack_mxfp4),
     NATIVE_FUNCTION(pack_int8),
+    NATIVE_FUNCTION(rotate),
     NATIVE_FUNCTION(quantize_weight),
 };
 

@@ -13,17 +13,17 @@ INLINE T* thread_scratch(int64_t count) {
   return (T*)(((uintptr_t)scratch.data() + 63) & ~(uintptr_t)63);
 }
 
-// At least `count` uninitialized values that the calling thread shares with its team. Scratches of
-// different `index` (0 to 2) are in use at the same time.
+// The same for values that the calling thread shares with its team. Scratches of different `index`
+// (0 to 2) are in use at the same time.
 template <typename T>
 INLINE T* shared_scratch(int index, int64_t count) {
   static thread_local std::vector<T> scratches[3];
   std::vector<T>& scratch = scratches[index];
-  if ((int64_t)scratch.size() < count) {
+  if ((int64_t)scratch.size() < count + 64) {
     wait_for_late_threads();  // which may still read the memory that is freed
-    scratch.resize((size_t)count);
+    scratch.resize((size_t)count + 64);
   }
-  return scratch.data();
+  return (T*)(((uintptr_t)scratch.data() + 63) & ~(uintptr_t)63);
 }
 
 }  // namespace

@@ -203,12 +203,12 @@ void attention(const bf16* query, const bf16* kv, int64_t value_offset,
   const Item *items = division.items.data(), *split = division.split.data();
   const int64_t count = (int64_t)division.items.size(), splits = (int64_t)division.split.size();
   divide(threads, count, 1, [=](int64_t first, int64_t last) {
-    int64_t configured_rows = 0;
+    int64_t configuration = 0;
     for (int64_t i = first; i < last; i++) {
-      ItemPass pass(input, items[i], configured_rows);
+      ItemPass pass(input, items[i], configuration);
       pass.run(partials);
     }
-    release_tiles(configured_rows);
+    release_tiles(configuration);
   });
   divide(threads, splits, 1, [=](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i++) merge_chunks(input, split[i], partials);

@@ -34,8 +34,8 @@ INLINE void finish_row(const RowTotal& total, const float* output, int64_t head_
 
 class ItemPass {
  public:
-  ItemPass(const AttentionInput& attention, const Item& an_item, int64_t& rows_of_tiles)
-      : input(attention), item(an_item), configured_rows(rows_of_tiles),
+  ItemPass(const AttentionInput& attention, const Item& an_item, int64_t& tile_configuration)
+      : input(attention), item(an_item), configuration(tile_configuration),
         head_dim(attention.head_dim), row_count(an_item.kv_heads * an_item.rows),
         scale{(attention.cap ? 1 : attention.scale) * LOG2_E, attention.scale, attention.cap} {
     take_memory();
@@ -100,7 +100,7 @@ class ItemPass {
  private:
   const AttentionInput& input;
   const Item& item;
-  int64_t& configured_rows;
+  int64_t& configuration;
   const int64_t head_dim, row_count;
   const ScoreScale scale;
   // Rows of each KV head, in memory of the thread. Tiles of queries and output reach beyond them.
@@ -179,7 +179,7 @@ class ItemPass {
     [[maybe_unused]] alignas(64) char discarded[16 * 64];
     const int64_t groups = (count + KEYS - 1) / KEYS, i = h * item.rows + row;
     score(queries + i * head_dim, keys, rows, groups, head_dim, scores, tile_rows,
-          configured_rows);
+          configuration);
     for (int64_t r = 0; r < rows; r++) {
       const int64_t from = first_visible[row + r] - at, to = visible_end[row + r] - at;
       const auto compute = [&](auto parts, auto masked) {

@@ -169,11 +169,11 @@ INLINE void score_rows(const Query* query, const Key* keys, int64_t head_dim, fl
 // the last tile of `tile_rows` rows.
 INLINE void score(const Query* query, const Key* keys, int64_t rows, int64_t groups,
                   int64_t head_dim, float* scores, [[maybe_unused]] int64_t tile_rows,
-                  [[maybe_unused]] int64_t& configured_rows) {
+                  [[maybe_unused]] int64_t& configuration) {
 #if BF16_DOT
   if (use_amx()) {
     asm volatile("" : : : "memory");
-    if (configured_rows != tile_rows) configure_tiles(configured_rows = tile_rows);
+    configure_tiles(tile_rows, 64, configuration);
     for (int64_t g = 0; g < groups; g++, keys += KEYS * head_dim, scores += KEYS) {
       _tile_zero(0);
       _tile_zero(2);

@@ -15,12 +15,15 @@ struct TileConfig {
   uint8_t rows[16] = {};
 };
 
-// Tiles 0 to 3 hold sums, 4 and 5 rows of a, 6 and 7 the two halves of a panel.
-INLINE void configure_tiles(int64_t rows) {
+// Tiles 0 to 3 hold sums, 4 and 5 rows of a with `bytes` each, 6 and 7 the two halves of a panel.
+// configuration: the last one of this thread, 0 for none.
+INLINE void configure_tiles(int64_t rows, int64_t bytes, int64_t& configuration) {
+  if (configuration == (rows << 8 | bytes)) return;
+  configuration = rows << 8 | bytes;
   TileConfig config;
   for (int tile = 0; tile < 8; tile++) {
-    config.row_bytes[tile] = 64;
-    config.rows[tile] = tile < 6 ? (uint8_t)rows : 16;
+    config.row_bytes[tile] = tile == 4 || tile == 5 ? (uint16_t)bytes : 64;
+    config.rows[tile] = (uint8_t)(tile < 6 ? rows : bytes / 4);
   }
   asm volatile("" : : "r"(&config) : "memory");  // the intrinsic does not say that it reads it
   _tile_loadconfig(&config);
@@ -39,6 +42,14 @@ INLINE TileRows tile_rows(const Rows& x, int64_t first, int64_t inputs) {
   const int64_t count = std::min<int64_t>(16, x.count - first);
   if (x.arranged) return {x.data + first * inputs, 32, 32 * count};
   return {x.data + std::max<int64_t>(0, std::min(first, x.count - 16)) * inputs, inputs, 32};
+}
+
+// Where row r is among those of two tiles from `first` on. A tile of the last sixteen rows repeats
+// some of the one before it.
+INLINE int64_t tile_place(const Rows& x, int64_t r, int64_t first) {
+  const int64_t repeated = x.arranged || x.count <= 16 ? 0 : -x.count & 15;
+  const int64_t partial = x.count - (16 - repeated);
+  return r - first + (repeated && r >= partial ? repeated : 0);
 }
 
 // c [32, 32], or [16, 32] without TWO: the rows of two tiles, or of the first, times a panel, whose
@@ -124,10 +135,10 @@ __attribute__((noinline)) static void multiply_few_by_mxfp4(
 template <int PANELS, typename Finish>
 INLINE void tiles_times_panels(const Weight& weight, const int64_t (&panels)[PANELS], const Rows& x,
                                const vec_f32 (&bias)[PANELS][VECTORS], float* scratch,
-                               int64_t& configured_rows, Finish& finish) {
+                               int64_t& configuration, Finish& finish) {
   constexpr int64_t BLOCK = ROW_BLOCK * PANEL, PREFETCH = 32;  // inputs; measured
   const int64_t inputs = weight.inputs, rows = std::min<int64_t>(16, x.count);
-  if (configured_rows != rows) configure_tiles(configured_rows = rows);
+  configure_tiles(rows, 64, configuration);
   const int64_t panel_bytes = inputs * PANEL * (weight.kind == MXFP4 ? 1 : 4) / 2;
   for (int64_t row = 0; row < x.count; row += ROW_BLOCK) {
     const TileRows first = tile_rows(x, row, inputs);
@@ -160,14 +171,9 @@ INLINE void tiles_times_panels(const Weight& weight, const int64_t (&panels)[PAN
       else
         multiply(std::false_type());
     }
-    // A second tile of the last sixteen rows repeats some of the first: see tile_rows.
     const int64_t end = std::min(x.count, row + ROW_BLOCK);
-    const int64_t repeated = x.arranged || x.count <= 16 ? 0 : -x.count & 15;
-    const int64_t partial = x.count - (16 - repeated);
-    for (int64_t r = row; r < end; r++) {
-      const int64_t place = r - row + (repeated && r >= partial ? repeated : 0);
-      finish_row<PANELS>(r, scratch + place * PANEL, BLOCK, bias, finish);
-    }
+    for (int64_t r = row; r < end; r++)
+      finish_row<PANELS>(r, scratch + tile_place(x, r, row) * PANEL, BLOCK, bias, finish);
   }
 }
 

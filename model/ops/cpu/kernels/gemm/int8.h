@@ -4,10 +4,12 @@
 // 32,639 (ROWS_16): an integer is off by at most one half. The integers of ROWS_16 have two terms of
 // 8 bits, value = 256 · first + second; beside values that are rounded to bfloat16 they are as good
 // as exact. With 8 bits, one large value makes the others of its group inexact. ROTATED_8 spreads
-// it: the values of a group are multiplied with a Hadamard matrix, whose rows are orthonormal, as
-// the weights were before they were rounded, so that the products are the same.
+// it: the values of a group are multiplied with an orthogonal matrix (see rotation.h), as the
+// weights were before they were rounded, so that the products are the same. With AVX-512 groups then
+// have up to 512 inputs.
 //
-// Rows are stored as [inputs / 32, rows, terms, 32]; each group has a scale and a correction. AVX2
+// Rows are stored as [inputs / 32, rows, terms, 32], with 64 in place of 32 for AMX if the group is a
+// multiple; each group has a scale and a correction. AVX2
 // multiplies ROWS_16 as integers of 16 bits: of four inputs, 0 and 2 are next to each other, then 1
 // and 3. It adds two products of 8 bits in 16 bits: with INT8, whose codes plus 128 are up to 255,
 // the sum of two neighbours is therefore 128 at most, like each of them. After a rotation this makes
@@ -17,10 +19,14 @@
 // products begin.
 //
 // A weight is (code + zero) · scale; symmetric weights have no zeros. Zeros are stored divided by
-// the negative bias, so that they are multiplied with the correction.
+// the negative bias, so that they are multiplied with the correction. Weights without zeros whose
+// scales belong to all inputs are scaled after the last product; the correction is then that of the
+// whole row in float32, with which the sum begins.
 #pragma once
 
-#include "../vectors.h"
+#include "../scratch.h"
+#include "rotation.h"
+#include "rows.h"
 
 namespace {
 
@@ -42,14 +48,43 @@ INLINE bool limits_neighbours(const Weight& weight) {
   return VECTOR_BITS == 256 && weight.kind == INT8 && row_terms(weight) == 1;
 }
 
+// What a weight's sums are multiplied with: scales of groups, without and with zeros, or of outputs.
+enum Scaling { GROUPS, GROUPS_WITH_ZEROS, OUTPUTS };
+INLINE Scaling scaling_of(const Weight& weight) {
+  if (weight.zeros) return GROUPS_WITH_ZEROS;
+  return weight.group == weight.inputs ? OUTPUTS : GROUPS;
+}
+
+// Calls `f` with a weight's terms, bits and scaling as compile-time constants.
+template <typename F>
+INLINE void with_form(const Weight& weight, F f) {
+  const auto with_scaling = [&](auto terms, auto bits) {
+    switch (scaling_of(weight)) {
+      case GROUPS: return f(terms, bits, std::integral_constant<Scaling, GROUPS>());
+      case OUTPUTS: return f(terms, bits, std::integral_constant<Scaling, OUTPUTS>());
+      case GROUPS_WITH_ZEROS:
+        return f(terms, bits, std::integral_constant<Scaling, GROUPS_WITH_ZEROS>());
+    }
+  };
+  with_constant<2>(row_terms(weight), [&](auto terms) {
+    if (weight.kind == INT4)
+      with_scaling(terms, std::integral_constant<int, 4>());
+    else
+      with_scaling(terms, std::integral_constant<int, 8>());
+  });
+}
+
 // The inputs of a row that share a scale; they share the weights' scales too. Integer sums over 128
 // inputs fit 32 bits; those of AVX2 with codes of 4 and rows of 8 bits fit 16 bits over 32 inputs.
-constexpr int64_t MAX_ROW_GROUP = 128;
 INLINE int64_t row_group(const Weight& weight) {
-  const int64_t bits = weight.kind == INT4 ? 4 : 8;
-  int64_t group = sums_are_short(row_terms(weight), bits) ? 32 : MAX_ROW_GROUP;
-  while (weight.group % group) group /= 2;
-  return group;
+  if (weight.rows == ROTATED_8) return rotated_group(weight.group);
+  if (sums_are_short(row_terms(weight), weight.kind == INT4 ? 4 : 8)) return 32;
+  return common_group(weight.group);
+}
+
+// The inputs of a row that are stored together: a row of a tile of AMX, or 32.
+INLINE int64_t row_block(const Weight& weight) {
+  return use_amx() && row_group(weight) % 64 == 0 ? 64 : 32;
 }
 
 // To the nearest integer, ties to even, for values below 2^22.
@@ -70,60 +105,28 @@ INLINE vec_f32 load_f16(const uint16_t* from) {
 #endif
 }
 
-// Multiplies `count` vectors with the Hadamard matrix of their size, a power of two, in place. Its
-// entries are 1 and -1; the rows are orthonormal after a division by the root of the size.
-template <typename V>
-INLINE void hadamard_across(V* values, int count) {
-  for (int step = 1; step < count; step *= 2)
-    for (int i = 0; i < count; i++) {
-      if (i & step) continue;
-      const V a = values[i], b = values[i + step];
-      values[i] = a + b, values[i + step] = a - b;
-    }
+// acc + the products of a group, from their integer sums, which do not include the correction if
+// outputs are scaled.
+template <Scaling SCALING>
+INLINE vec_f32 add_group(vec_f32 acc, vec_i32 sums, vec_f32 scale, [[maybe_unused]] vec_f32 zero,
+                          float row_scale, [[maybe_unused]] int32_t correction) {
+  vec_f32 values = __builtin_convertvector(sums, vec_f32);
+  if (SCALING == OUTPUTS) return acc + values * row_scale;
+  if (SCALING == GROUPS_WITH_ZEROS) values += zero * (float)correction;
+  return acc + values * (scale * row_scale);
 }
 
-// `values`, each of whose lanes is exchanged with the one that is STEP further or before.
-template <int STEP>
-INLINE vec_f32 exchanged(vec_f32 values) {
-  vec_i32 partner;
-#pragma GCC unroll 16
-  for (int lane = 0; lane < LANES; lane++) partner[lane] = lane ^ STEP;
-  return __builtin_shuffle(values, partner);
-}
-
-// The same for the values within vectors.
-template <int COUNT, int STEP = 1>
-INLINE void hadamard(vec_f32 (&values)[COUNT]) {
-  if constexpr (STEP < LANES) {
-    vec_f32 sign;
-#pragma GCC unroll 16
-    for (int lane = 0; lane < LANES; lane++) sign[lane] = lane & STEP ? -1.0f : 1.0f;
-#pragma GCC unroll 32
-    for (int i = 0; i < COUNT; i++) values[i] = exchanged<STEP>(values[i]) + values[i] * sign;
-    hadamard<COUNT, 2 * STEP>(values);
-  } else {
-#pragma GCC unroll 32
-    for (int pair = 0; pair < COUNT / 2; pair++) {
-      constexpr int DISTANCE = STEP / LANES;
-      if constexpr (DISTANCE < COUNT) {
-        const int i = pair / DISTANCE * 2 * DISTANCE + pair % DISTANCE;
-        const vec_f32 a = values[i], b = values[i + DISTANCE];
-        values[i] = a + b, values[i + DISTANCE] = a - b;
-      }
-    }
-    if constexpr (STEP / LANES < COUNT) hadamard<COUNT, 2 * STEP>(values);
-  }
-}
-
-// One row [inputs] → integers, scales and corrections, for this weight. The row is one of `stride`.
+// One row [inputs] → integers, scales and corrections, for this weight; one more scale is the
+// correction of the whole row, in float32. The row is one of `stride`.
 template <int GROUP>
 __attribute__((noinline)) static void quantize_row_groups(const Weight& weight, const bf16* from,
                                                           int8_t* to, float* scales,
                                                           int32_t* corrections, int64_t stride) {
-  constexpr int BLOCK_PARTS = INT8_BLOCK / LANES, PARTS = GROUP / LANES;
-  const int64_t terms = row_terms(weight);
+  constexpr int PARTS = GROUP / LANES;
+  const int64_t terms = row_terms(weight), block = row_block(weight), parts = block / LANES;
   const float largest = terms == 2 ? 32639 : 127;
   const float norm = weight.rows == ROTATED_8 ? 1 / std::sqrt((float)GROUP) : 1;
+  float row_correction = 0;
   for (int64_t k = 0; k < weight.inputs; k += GROUP) {
     vec_f32 value[PARTS], sums = {};
     vec_i32 max_bits = {}, infinite = {};
@@ -146,7 +149,7 @@ __attribute__((noinline)) static void quantize_row_groups(const Weight& weight, 
 #pragma GCC unroll 32
     for (int i = 0; i < PARTS; i++) {
       const vec_i32 codes = is_finite ? round_small(value[i] * factor) : vec_i32{};
-      int8_t* out = to + i / BLOCK_PARTS * stride * terms * INT8_BLOCK + i % BLOCK_PARTS * LANES;
+      int8_t* out = to + i / parts * stride * terms * block + i % parts * LANES;
       if (terms == 1) {
         *(vec_i8_unaligned*)out = __builtin_convertvector(codes, vec_i8);
         sums += __builtin_convertvector(codes, vec_f32);
@@ -155,26 +158,70 @@ __attribute__((noinline)) static void quantize_row_groups(const Weight& weight, 
       sums += __builtin_convertvector(codes, vec_f32);
 #if VECTOR_BITS == 256
       const vec_i16 pairs = __builtin_convertvector(codes, vec_i16);
-      *(vec_i16_unaligned*)(to + i / BLOCK_PARTS * stride * terms * INT8_BLOCK +
-                            i % BLOCK_PARTS * 2 * LANES) =
+      *(vec_i16_unaligned*)(to + i / parts * stride * terms * block + i % parts * 2 * LANES) =
           __builtin_shuffle(pairs, vec_i16{0, 2, 1, 3, 4, 6, 5, 7});
 #else
       const vec_i32 first = (codes + 128) >> 8, second = codes - (first << 8);
       *(vec_i8_unaligned*)out = __builtin_convertvector(first, vec_i8);
-      *(vec_i8_unaligned*)(out + INT8_BLOCK) = __builtin_convertvector(second, vec_i8);
+      *(vec_i8_unaligned*)(out + block) = __builtin_convertvector(second, vec_i8);
 #endif
     }
     *scales = is_finite ? max / (largest * STORED_SCALE) : NAN;
     *corrections = -code_bias(weight.kind) * (int32_t)reduce_add(sums);
+    row_correction += *scales * (float)*corrections;
     to += stride * terms * GROUP;
     scales += stride;
     corrections += stride;
   }
+  *scales = row_correction;
 }
+
+#if VECTOR_BITS == 512
+// The same for ROTATED_8 and groups of any size.
+__attribute__((noinline)) static void quantize_rotated_row(const Weight& weight, const bf16* from,
+                                                           int8_t* to, float* scales,
+                                                           int32_t* corrections, int64_t stride) {
+  constexpr float LARGEST = 127.49f;  // is rounded to 127
+  const int64_t group = row_group(weight), block = row_block(weight);
+  float *values = thread_scratch<float>(group), row_correction = 0;
+  for (int64_t first = 0; first < weight.inputs; first += group) {
+    for (int64_t i = 0; i < group; i += LANES) store(values + i, load_bf16(from + first + i));
+    rotate_group(values, group);
+    vec_i32 max_bits = {};
+    for (int64_t i = 0; i < group; i += LANES) {
+      const vec_i32 bits = (vec_i32)load(values + i) & 0x7fffffff;
+      max_bits = bits > max_bits ? bits : max_bits;
+    }
+    // Bits of infinity and of NaN are larger than those of any number.
+    const int32_t max_of_bits = _mm512_reduce_max_epi32((__m512i)max_bits);
+    const bool is_finite = max_of_bits < 0x7f800000;
+    float max;
+    memcpy(&max, &max_of_bits, 4);
+    const float factor = is_finite && max > 0x1p-100f ? LARGEST / max : 0;
+    vec_i32 sums = {};
+    for (int64_t k = 0; k < group; k += block, to += stride * block)
+      for (int64_t i = 0; i < block; i += LANES) {
+        const vec_i32 codes = is_finite ? round_small(load(values + k + i) * factor) : vec_i32{};
+        *(vec_i8_unaligned*)(to + i) = __builtin_convertvector(codes, vec_i8);
+        sums += codes;
+      }
+    const int32_t sum = (int32_t)reduce_add(__builtin_convertvector(sums, vec_f32));  // exact
+    *scales = is_finite ? max / (LARGEST * STORED_SCALE) : NAN;
+    *corrections = -code_bias(weight.kind) * sum;
+    row_correction += *scales * (float)*corrections;
+    scales += stride;
+    corrections += stride;
+  }
+  *scales = row_correction;
+}
+#endif
 
 INLINE void quantize_row_int8(const Weight& weight, const bf16* from, int8_t* to, float* scales,
                               int32_t* corrections, int64_t stride) {
-  static_assert(MAX_ROW_GROUP == 128);
+#if VECTOR_BITS == 512
+  if (weight.rows == ROTATED_8)
+    return quantize_rotated_row(weight, from, to, scales, corrections, stride);
+#endif
   const int64_t group = row_group(weight);
   const auto quantize = group == 128  ? quantize_row_groups<128>
                         : group == 64 ? quantize_row_groups<64>

@@ -109,7 +109,7 @@ INLINE vec_i32 load_codes(const uint8_t* from, int v) {
 }
 
 // A tile of c [COUNT, 32] = the rows of x from `row` on times a panel.
-template <int COUNT, int TERMS, int BITS, bool ZEROS>
+template <int COUNT, int TERMS, int BITS, Scaling SCALING>
 INLINE void int8_rows_times_tile(const Rows& x, int64_t row, const Weight& weight, int64_t panel,
                                  int tile, float* c) {
   constexpr int64_t PREFETCH = 4096;  // bytes of codes; measured
@@ -119,23 +119,26 @@ INLINE void int8_rows_times_tile(const Rows& x, int64_t row, const Weight& weigh
   const auto* codes = (const uint8_t*)weight.data + panel * PANEL * inputs * BITS / 8;
   const int64_t first_scale = panel * PANEL * (inputs / weight.group);
   const auto* scales = (const uint16_t*)weight.scales + first_scale;
-  const uint16_t* zeros = ZEROS ? weight.zeros + first_scale : nullptr;
+  const uint16_t* zeros = SCALING == GROUPS_WITH_ZEROS ? weight.zeros + first_scale : nullptr;
   const int8_t* integers = (const int8_t*)x.data + row * ROW;
   const float* row_scales = x.scales + row;
   const int32_t* corrections = x.corrections + row;
   int64_t scale_end = weight.group;
   vec_f32 acc[COUNT][TILE_VECTORS] = {};
+  if (SCALING == OUTPUTS)
+    for (int r = 0; r < COUNT; r++)
+      for (vec_f32& each : acc[r]) each = broadcast(row_scales[inputs / group * stride + r]);
   for (int64_t k = 0; k < inputs;) {
     if (k == scale_end) {
       scales += PANEL;
-      if (ZEROS) zeros += PANEL;
+      if (zeros) zeros += PANEL;
       scale_end += weight.group;
     }
     vec_i32 sums[COUNT][TILE_VECTORS][sum_count(TERMS)];
 #pragma GCC unroll 6
     for (int r = 0; r < COUNT; r++)
 #pragma GCC unroll 8
-      for (int i = 0; i < TILE_VECTORS; i++) begin_sums<TERMS, BITS>(sums[r][i], corrections[r]);
+      for (int i = 0; i < TILE_VECTORS; i++) begin_sums<TERMS, BITS>(sums[r][i], SCALING == OUTPUTS ? 0 : corrections[r]);
     for (const int64_t end = k + group; k < end; k += INT8_BLOCK, integers += stride * ROW)
 #pragma GCC unroll 8
       for (int i = 0; i < INT8_BLOCK; i += 4, codes += 4 * PANEL * BITS / 8) {
@@ -151,29 +154,31 @@ INLINE void int8_rows_times_tile(const Rows& x, int64_t row, const Weight& weigh
       }
 #pragma GCC unroll 8
     for (int v = 0; v < TILE_VECTORS; v++) {
-      const vec_f32 scale = load_f16(scales + (tile + v * TILES) * LANES);
-      [[maybe_unused]] vec_f32 zero = {};
-      if (ZEROS) zero = load_f16(zeros + (tile + v * TILES) * LANES);
+      const int64_t output = (tile + v * TILES) * LANES;
+      const vec_f32 scale = load_f16(scales + output);
+      const vec_f32 zero = zeros ? load_f16(zeros + output) : vec_f32{};
 #pragma GCC unroll 6
       for (int r = 0; r < COUNT; r++) {
-        const vec_i32 total = end_sums<TERMS, BITS>(sums[r][v], corrections[r]);
-        vec_f32 sum = __builtin_convertvector(total, vec_f32);
-        if (ZEROS) sum += zero * (float)corrections[r];
-        acc[r][v] += sum * (scale * row_scales[r]);
+        const vec_i32 total =
+            end_sums<TERMS, BITS>(sums[r][v], SCALING == OUTPUTS ? 0 : corrections[r]);
+        acc[r][v] = add_group<SCALING>(acc[r][v], total, scale, zero, row_scales[r],
+                                        corrections[r]);
       }
     }
     row_scales += stride;
     corrections += stride;
   }
-#pragma GCC unroll 6
-  for (int r = 0; r < COUNT; r++)
 #pragma GCC unroll 8
-    for (int v = 0; v < TILE_VECTORS; v++)
-      store(c + r * PANEL + (tile + v * TILES) * LANES, acc[r][v]);
+  for (int v = 0; v < TILE_VECTORS; v++) {
+    const int64_t output = (tile + v * TILES) * LANES;
+    const vec_f32 scale = SCALING == OUTPUTS ? load_f16(scales + output) : broadcast(1);
+#pragma GCC unroll 6
+    for (int r = 0; r < COUNT; r++) store(c + r * PANEL + output, acc[r][v] * scale);
+  }
 }
 
 // All tiles of all rows of x.
-template <int TERMS, int BITS, bool ZEROS>
+template <int TERMS, int BITS, Scaling SCALING>
 __attribute__((noinline)) static void int8_times_panel(const Rows& x, const Weight& weight,
                                                        int64_t panel, float* c) {
   constexpr int TILE_ROWS = max_tile_rows(TERMS);
@@ -183,19 +188,10 @@ __attribute__((noinline)) static void int8_times_panel(const Rows& x, const Weig
     const int64_t row = x.count * pass / passes, end = x.count * (pass + 1) / passes;
     with_constant<TILE_ROWS>(end - row, [&](auto count) {
       for (int tile = 0; tile < VECTORS / tile_vectors(count.value); tile++)
-        int8_rows_times_tile<count.value, TERMS, BITS, ZEROS>(x, row, weight, panel, tile,
-                                                              c + row * PANEL);
+        int8_rows_times_tile<count.value, TERMS, BITS, SCALING>(x, row, weight, panel, tile,
+                                                                c + row * PANEL);
     });
   }
-}
-
-template <int TERMS>
-INLINE void integers_times_panel(const Rows& x, const Weight& weight, int64_t panel, float* c) {
-  if (weight.kind == INT4)
-    return weight.zeros ? int8_times_panel<TERMS, 4, true>(x, weight, panel, c)
-                        : int8_times_panel<TERMS, 4, false>(x, weight, panel, c);
-  weight.zeros ? int8_times_panel<TERMS, 8, true>(x, weight, panel, c)
-               : int8_times_panel<TERMS, 8, false>(x, weight, panel, c);
 }
 
 // See rows_times_panels in panels.h.
@@ -204,13 +200,11 @@ INLINE void int8_times_panels(const Weight& weight, const int64_t (&panels)[PANE
                               const vec_f32 (&bias)[PANELS][VECTORS], float* scratch,
                               Finish& finish) {
   const int64_t panel_stride = x.count * PANEL;
-  for (int p = 0; p < PANELS; p++) {
-    float* c = scratch + p * panel_stride;
-    if (row_terms(weight) == 2)
-      integers_times_panel<2>(x, weight, panels[p], c);
-    else
-      integers_times_panel<1>(x, weight, panels[p], c);
-  }
+  with_form(weight, [&](auto terms, auto bits, auto scaling) {
+    for (int p = 0; p < PANELS; p++)
+      int8_times_panel<terms.value, bits.value, scaling.value>(x, weight, panels[p],
+                                                               scratch + p * panel_stride);
+  });
   for (int64_t r = 0; r < x.count; r++)
     finish_row<PANELS>(r, scratch + r * PANEL, panel_stride, bias, finish);
 }

@@ -1,6 +1,7 @@
 // Weights of 8 and 4 bits: from float32 to codes and scales, and codes in the kernels' layout.
 #pragma once
 
+#include "../scratch.h"
 #include "int8.h"
 
 namespace {
@@ -29,7 +30,7 @@ INLINE vec_f32 find_scales_int8(const vec_f32* values, int64_t size, vec_f32 lar
   constexpr int STEPS = 24;  // of a quarter
   vec_f32 best = broadcast(INFINITY), best_scale = {};
   for (int step = 0; step < STEPS; step++) {
-    const vec_f32 scale = round_to_f16(largest * (1 / (127 - 0.25f * step)));
+    const vec_f32 scale = round_to_f16(largest * (1 / (127.49f - 0.25f * step)));
     const vec_f32 factor = inverse(scale);
     vec_f32 error = {};
     for (int64_t i = 0; i < size; i++) {
@@ -101,22 +102,20 @@ INLINE void find_scales(const vec_f32* values, int64_t size, int64_t bits, vec_f
 }
 
 // from [rows, inputs] → codes [rows, inputs], scales and, of 4 bits, offsets [rows, groups]: a value
-// is code · scale + offset. A group has `size` inputs, at most 64. Scales are not finite where a
-// value is not. Scales and stored zeros (see int8.h) are exact as float16. is_rotated: groups are
-// multiplied with the Hadamard matrix first, as rows of ROTATED_8.
-void quantize_weight(const float* from, int64_t bits, int64_t size, bool is_rotated, int64_t rows,
-                     int64_t inputs, int8_t* codes, float* scales, float* offsets, int threads) {
+// is code · scale + offset. A group has `size` inputs. Scales are not finite where a value is not.
+// Scales and stored zeros (see int8.h) are exact as float16.
+void quantize_weight(const float* from, int64_t bits, int64_t size, int64_t rows, int64_t inputs,
+                     int8_t* codes, float* scales, float* offsets, int threads) {
   const int64_t groups = rows * inputs / size;
   const float lowest = bits == 8 ? -127 : 0, highest = bits == 8 ? 127 : 15;
-  const float norm = is_rotated ? 1 / std::sqrt((float)size) : 1;
   divide(threads, (groups + LANES - 1) / LANES, 256, [=](int64_t begin, int64_t end) {
     for (int64_t first = begin * LANES; first < std::min(groups, end * LANES); first += LANES) {
       const int64_t count = std::min<int64_t>(LANES, groups - first);
-      vec_f32 values[64] = {}, poison = {}, scale, offset = {};
+      vec_f32 *values = (vec_f32*)thread_scratch<float>(size * LANES), poison = {}, scale, offset = {};
+      memset(values, 0, (size_t)size * sizeof *values);
       for (int64_t lane = 0; lane < count; lane++)
-        for (int64_t i = 0; i < size; i++) values[i][lane] = from[(first + lane) * size + i] * norm;
-      if (is_rotated) hadamard_across(values, (int)size);
-      for (const vec_f32 value : values) poison += value - value;  // NaN for one that is not finite
+        for (int64_t i = 0; i < size; i++) values[i][lane] = from[(first + lane) * size + i];
+      for (int64_t i = 0; i < size; i++) poison += values[i] - values[i];  // NaN if not finite
       find_scales(values, size, bits, scale, offset);
       const vec_f32 factor = inverse(scale), shift = -offset * factor;
       for (int64_t i = 0; i < size; i++) {

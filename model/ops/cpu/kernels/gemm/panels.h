@@ -9,6 +9,7 @@
 #else
 #include "amx.h"
 #include "bf16.h"
+#include "int8_amx.h"
 #endif
 
 namespace {
@@ -17,10 +18,13 @@ namespace {
 INLINE Rows allocate_rows(const Weight& weight, int index, int64_t count) {
   const int64_t inputs = weight.inputs;
   if (is_int8(weight)) {
-    const int64_t scales = count * (inputs / row_group(weight));
-    const int64_t integers = count * inputs * row_terms(weight);
+    // With many rows, the blocks of a tile's rows are in different sets of the first-level cache.
+    const int64_t stride = use_amx() && count > 32 ? (count + 31) / 64 * 64 + 32 : count;
+    const int64_t scales = stride * (inputs / row_group(weight));
+    const int64_t integers = stride * inputs * row_terms(weight);
     return {(const bf16*)shared_scratch<int8_t>(index, integers), count, false,
-            shared_scratch<float>(index, scales), count, shared_scratch<int32_t>(index, scales)};
+            shared_scratch<float>(index, scales + stride), stride,
+            shared_scratch<int32_t>(index, scales)};
   }
 #if INT16_GEMM
   const int64_t scales = count * scale_count(inputs);
@@ -44,7 +48,8 @@ INLINE Rows rows_of(const Weight& weight, const bf16* x, int64_t rows) {
 // Fills row r of `rows`, which are integers, from x [inputs].
 INLINE void quantize_row_of(const Weight& weight, const bf16* x, const Rows& rows, int64_t r) {
   if (is_int8(weight))
-    return quantize_row_int8(weight, x, (int8_t*)rows.data + r * INT8_BLOCK * row_terms(weight),
+    return quantize_row_int8(weight, x,
+                             (int8_t*)rows.data + r * row_block(weight) * row_terms(weight),
                              (float*)rows.scales + r, (int32_t*)rows.corrections + r, rows.stride);
 #if INT16_GEMM
   quantize_row(x, weight.inputs, (int16_t*)rows.data + r * INT16_GROUP, (float*)rows.scales + r,
@@ -79,8 +84,8 @@ INLINE void prepare_rows(const Weight& weight, const bf16* x, const Rows& rows, 
 INLINE Rows slice_rows(const Weight& weight, const Rows& x, int64_t first, int64_t max_count) {
   const int64_t count = std::min(max_count, x.count - first);
   if (x.corrections)
-    return {(const bf16*)((const int8_t*)x.data + first * INT8_BLOCK * row_terms(weight)), count,
-            false, x.scales + first, x.stride, x.corrections + first};
+    return {(const bf16*)((const int8_t*)x.data + first * row_block(weight) * row_terms(weight)),
+            count, false, x.scales + first, x.stride, x.corrections + first};
 #if INT16_GEMM
   return {x.data + first * INT16_GROUP, count, false, x.scales + first, x.stride, nullptr};
 #else
@@ -90,7 +95,10 @@ INLINE Rows slice_rows(const Weight& weight, const Rows& x, int64_t first, int64
 
 // The number of float32 values that rows_times_panels needs as scratch.
 INLINE int64_t scratch_size(const Weight& weight, int64_t rows, int64_t panels) {
-  if (!use_amx() || is_int8(weight)) return panels * rows * PANEL;
+#if BF16_DOT
+  if (use_amx() && is_int8(weight)) return integer_tiles_scratch(weight, panels);
+#endif
+  if (!use_amx()) return panels * rows * PANEL;
   const int64_t unpacked =
       weight.kind == MXFP4 ? std::max(weight.inputs, 4 * MXFP4_GROUP) * PANEL / 2 : 0;
   return panels * (ROW_BLOCK * PANEL + unpacked);
@@ -99,30 +107,34 @@ INLINE int64_t scratch_size(const Weight& weight, int64_t rows, int64_t panels) 
 // x [rows, inputs] times one panel, or two whose sums are used together, plus their biases; calls
 // finish(r, sums [PANELS, 32]) for each row in turn. A row's products are added up in the same
 // order whatever the number of rows: a result does not depend on the batch.
-// configured_rows: those of the tiles that this thread configured last, 0 before the first call.
+// configuration: that of the tiles of this thread: see amx.h; 0 before the first call.
 // next_panel: the one that this thread probably multiplies next.
 template <int PANELS, typename Finish>
 INLINE void rows_times_panels(const Weight& weight, const int64_t (&panels)[PANELS], const Rows& x,
-                              float* scratch, [[maybe_unused]] int64_t& configured_rows,
+                              float* scratch, [[maybe_unused]] int64_t& configuration,
                               [[maybe_unused]] int64_t next_panel, Finish finish) {
   vec_f32 bias[PANELS][VECTORS];
   for (int p = 0; p < PANELS; p++) load_bias(weight, panels[p], bias[p]);
+#if BF16_DOT
+  if (use_amx()) {
+    if (is_int8(weight))
+      return integer_tiles_times_panels<PANELS>(weight, panels, x, bias, scratch, configuration,
+                                                finish);
+    return tiles_times_panels<PANELS>(weight, panels, x, bias, scratch, configuration, finish);
+  }
+#endif
   if (is_int8(weight))
     return int8_times_panels<PANELS>(weight, panels, x, bias, scratch, finish);
 #if INT16_GEMM
   int16_times_panels<PANELS>(weight, panels, x, bias, scratch, finish);
 #else
-#if BF16_DOT
-  if (use_amx())
-    return tiles_times_panels<PANELS>(weight, panels, x, bias, scratch, configured_rows, finish);
-#endif
   bf16_times_panels<PANELS>(weight, panels, next_panel, x, bias, scratch, finish);
 #endif
 }
 
-INLINE void release_tiles([[maybe_unused]] int64_t configured_rows) {
+INLINE void release_tiles([[maybe_unused]] int64_t configuration) {
 #if BF16_DOT
-  if (configured_rows) _tile_release();
+  if (configuration) _tile_release();
 #endif
 }
 
