@@ -434,6 +434,7 @@ int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *is_active) {
     *flags = 0;
     return one(is_active);
 }
+int cuModuleLoad(void **module, const char *file) { return handle(module); }
 int cuModuleLoadData(void **module, const void *image) { return handle(module); }
 int cuModuleGetFunction(void **function, void *module, const char *name) { return handle(function); }
 int cuFuncGetAttribute(int *value, int wanted, void *function) {
@@ -451,6 +452,7 @@ NO_OP(cuCtxSetLimit)
 NO_OP(cuModuleUnload)
 NO_OP(cuFuncSetAttribute)
 NO_OP(cuFuncSetCacheConfig)
+NO_OP(cuLaunchKernel)
 NO_OP(cuLaunchKernelEx)
 NO_OP(cuOccupancyMaxActiveClusters)
 NO_OP(cuTensorMapEncodeTiled)

@@ -554,6 +554,26 @@ def test_a_sweep_ends_in_time_and_says_what_it_left_out(monkeypatch: pytest.Monk
     )
 
 
+def test_other_kernels_that_compile_for_long_are_left_out_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton")
+    from benchmarks.gpu_sections import anchors
+
+    now = [0.0]
+
+    def seconds_of(call: Any) -> float:
+        now[0] += 4.0
+        return 1.0
+
+    monkeypatch.setattr(anchors, "rand", lambda *shape, dtype: torch.empty(shape, device="meta"))
+    monkeypatch.setattr(anchors, "seconds_of", seconds_of)
+    monkeypatch.setattr(anchors.time, "time", lambda: now[0])
+    rows = list(anchors._attention(Limits(1.0, 1.0, 15.0), "Flex", lambda *_: print))
+    assert [row.name.endswith("for lack of time") for row in rows] == [False] * 3 + [True] * 9
+    assert rows[3].name == ("Flex: decode 16/8 heads of 128, 64 x 2000: left out for lack of time")
+
+
 def test_a_sweep_leaves_out_tiles_that_do_not_fit_into_registers() -> None:
     pytest.importorskip("triton")
     from benchmarks.gpu_sections.sweeps import _tiles

@@ -3,6 +3,7 @@
 All of them are optional: what is missing or fails is named in a row and does not stop the others.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,11 +12,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_sections.inputs import CUDA, rand
+from benchmarks.gpu_sections.inputs import COMPUTES, CUDA, rand
 from benchmarks.gpu_sections.kernels import ATTENTION_SHAPES, COUNT, SIZE, TOP_K
 from benchmarks.gpu_sections.loads import dummy_checkpoint, nano_load
 from benchmarks.gpu_sections.measure import Limits, Row, note, seconds_of
 from model.cost.known_models import KNOWN_CONFIGS
+
+if not COMPUTES:  # cuDNN does not take the simulated GPU, so torch's own attention is called there
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def optional(title: str, rows: Callable[[], Iterator[Row]]) -> Iterator[Row]:
@@ -31,32 +35,45 @@ def time_torch_kernels(limits: Limits) -> Iterator[Row]:
     """Time torch's attention and grouped products on the shapes of `kernels`."""
     sections = {
         "SDPA": partial(_attention, limits, "SDPA", _sdpa),
-        "FlexAttention": partial(_attention, limits, "FlexAttention", _flex),
         "torch._grouped_mm": partial(_grouped_mm, limits),
+        # Last, because it compiles for seconds for each shape.
+        "FlexAttention": partial(_attention, limits, "FlexAttention", _flex),
     }
     for title, rows in sections.items():
         yield from optional(title, rows)
 
 
+_MARGIN = 1.5  # times the longest shape so far: what the next one may take
+_STEPS = ((64, 2000), (256, 1000), (1, 8192))  # rows and context; one row: a whole prompt
 _Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Callable[[], Any]]
 
 
 def _attention(limits: Limits, title: str, attend: _Attend) -> Iterator[Row]:
-    """Time attention over dense keys and values, which a paged cache does not have."""
-    for heads, kv_heads, dim in ATTENTION_SHAPES:
-        for rows, context in ((64, 2000), (256, 1000)):
-            query = rand(rows, heads, 1, dim, dtype=torch.bfloat16)
-            keys, values = rand(2, rows, kv_heads, context, dim, dtype=torch.bfloat16)
-            rate = 2 * keys.nbytes / seconds_of(attend(query, keys, values))
-            name = f"{title}: decode {heads}/{kv_heads} heads of {dim}, {rows} x {context}"
+    """Time attention over dense keys and values, which a paged cache does not have.
+
+    Shapes are left out if another one would probably not be done when the section is stopped.
+    """
+    longest = 0.0
+    for (heads, kv_heads, dim), (rows, context) in itertools.product(ATTENTION_SHAPES, _STEPS):
+        is_decode = rows > 1
+        shape = f"{heads}/{kv_heads} heads of {dim}"
+        name = f"{title}: decode {shape}, {rows} x {context}"
+        if not is_decode:
+            name = f"{title}: prefill {shape}, {context} tokens"
+        started = time.time()
+        if started + _MARGIN * longest > limits.until:
+            yield note(f"{name}: left out for lack of time")
+            continue
+        query = rand(rows, heads, 1 if is_decode else context, dim, dtype=torch.bfloat16)
+        keys, values = rand(2, rows, kv_heads, context, dim, dtype=torch.bfloat16)
+        spent = seconds_of(attend(query, keys, values))
+        longest = max(longest, time.time() - started)
+        if is_decode:
+            rate = 2 * keys.nbytes / spent
             yield Row(name, rate / 1e12, "TB/s", rate / limits.copy, "copy")
-        count = 8192
-        query = rand(1, heads, count, dim, dtype=torch.bfloat16)
-        keys, values = rand(2, 1, kv_heads, count, dim, dtype=torch.bfloat16)
-        flops = 4 * heads * dim * count * (count + 1) / 2
-        rate = flops / seconds_of(attend(query, keys, values))
-        name = f"{title}: prefill {heads}/{kv_heads} heads of {dim}, {count} tokens"
-        yield Row(name, rate / 1e12, "TFLOP/s", rate / limits.product, "product")
+        else:
+            rate = 4 * heads * dim * context * (context + 1) / 2 / spent
+            yield Row(name, rate / 1e12, "TFLOP/s", rate / limits.product, "product")
 
 
 def _sdpa(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Callable[[], Any]:
@@ -78,6 +95,7 @@ def _flex(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Call
         mask = create_block_mask(
             lambda batch, head, row, key: row >= key, None, None, count, count, device=CUDA
         )
+    torch.compiler.reset()  # after eight shapes torch would no longer compile
     compiled: Any = torch.compile(flex_attention, dynamic=False)
     return partial(compiled, query, keys, values, block_mask=mask, enable_gqa=True)
 

@@ -138,6 +138,8 @@ _BLACKWELL = replace(  # Hopper's attention, expert and single-row tiles spill t
     experts=(Tile(16, 64, 128, 4, 3), Tile(64, 64, 128, 4, 2), Tile(128, 128, 64, 8, 3)),
     mxfp4_gate_up=(Tile(16, 64, 128, 4, 4), Tile(64, 64, 128, 4, 2), Tile(128, 128, 64, 8, 3)),
     mxfp4_down=(Tile(16, 64, 128, 4, 6), Tile(64, 64, 128, 4, 4), Tile(128, 128, 64, 8, 4)),
+    # Hopper's two highest tiles spill where each 128 inputs have a scale.
+    fp8=(*_HOPPER.fp8[:2], Tile(64, 64, 64, 4, 6), Tile(128, 64, 128, 4, 4)),
     fp8_keys=32,
     fp8_warps=2,
 )
@@ -161,8 +163,9 @@ _AMPERE = Tiles(
     fp8=(
         Tile(16, 64, 128, 4, 4),
         Tile(16, 16, 128, 1, 6),
-        Tile(64, 64, 128, 4, 3),
-        Tile(128, 64, 64, 4, 4),
+        # Deeper, or with fewer warps, these spill where each 128 inputs have a scale.
+        Tile(64, 64, 64, 4, 4),
+        Tile(128, 64, 64, 8, 4),
     ),
     fused=Tile(16, 32, 64, 4, 3),
     fp8_keys_wide=32,
@@ -201,7 +204,7 @@ _CDNA = Tiles(
         Tile(16, 64, 128, 4, 2),
         Tile(16, 16, 128, 1, 2),
         Tile(64, 64, 128, 4, 2),
-        Tile(128, 64, 128, 8, 2),
+        Tile(128, 64, 64, 8, 2),  # twice as deep, it spills where each 128 inputs have a scale
     ),
     fused=Tile(16, 16, 32, 4, 2),
 )
