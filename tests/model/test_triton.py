@@ -147,6 +147,16 @@ def test_products_with_packed_weights_compile_and_fit_their_targets(architecture
     compiled(launches, architecture)
 
 
+def test_formats_that_do_not_fit_the_sizes_of_a_model_have_no_launches() -> None:
+    pytest.importorskip("triton")
+    from tests.model.triton_compiler import CONFIGS, QUANTIZED, quantized_launches
+
+    assert CONFIGS[0].hidden_size == 2880  # no multiple of 64
+    counts = [len(quantized_launches("sm_90", [form], [1], CONFIGS[:1])) for form in QUANTIZED]
+    assert counts[0] > 0
+    assert 0 in counts
+
+
 FP8 = {
     "*fp8e4nv": {"sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx950", "gfx1201"},
     "*fp8e4b8": {"gfx942"},

@@ -215,11 +215,15 @@ def _quantized_call(ops: TritonBackend, config: ModelConfig, form: WeightFormat,
     if moe is None:
         size = config.intermediate_size
         weight = form.allocate(ops, (hidden, size))
+        if isinstance(weight, torch.Tensor):  # a format that these sizes do not fit
+            return
         ops.linear(_empty(rows, size), Linear(size, hidden, False, form, weight=weight))
         return
     count, size = moe.num_experts, moe.intermediate_size
     shapes = (count, 2 * size, hidden), (count, hidden, size)
     up, down = (form.allocate(ops, shape) for shape in shapes)
+    if isinstance(up, torch.Tensor) or isinstance(down, torch.Tensor):
+        return
     chosen = _empty(rows, moe.router.top_k, dtype=torch.int64)
     weights = _empty(rows, moe.router.top_k, dtype=torch.float32)
     experts = Experts(count, hidden, size, False, form, up, None, down, None)
