@@ -31,7 +31,7 @@ _REPLACEMENTS = {
     "gemm/int16_gemm.h": [
         (r'asm\("vpdpwssd[^;]*;', "acc = emulated_vpdpwssd(acc, weights, pair);")
     ],
-    "gemm/int8_gemm.h": [(r'asm\("vpdpbusd[^;]*;', "sums = emulated_vpdpbusd(sums, codes, four);")],
+    "gemm/int8/gemm.h": [(r'asm\("vpdpbusd[^;]*;', "sums = emulated_vpdpbusd(sums, codes, four);")],
 }
 # The emulated kernels for VNNI take the place of those for AVX2, which need no emulation.
 _OPTIONS = ["-std=c++17", "-O1", "-mavx2", "-mfma", "-pthread", "-fPIC", "-Wno-psabi", "-w"]

@@ -18,7 +18,7 @@ DENSE, MXFP4, _INT8, _INT4 = range(4)  # kinds of weights; as in kernels/types.h
 ROTATED = "rotated 8"
 _ROWS = {"8": 0, ROTATED: 1, "16": 2}  # forms of rows; as in kernels/types.h
 _INT16_GROUP = 64  # inputs that share a scale as 16-bit integers; as in kernels/types.h
-_STORED_SCALE = 1 << 12  # float16 scales of integers are stored times this; as in gemm/int8.h
+_STORED_SCALE = 1 << 12  # float16 scales of integers are stored times this; as in gemm/int8/int8.h
 _CHUNK_VALUES = 1 << 22  # that are quantized at once
 _MAX_SCALE = 250  # largest code whose product with 6, FP4's maximum, is in the range of bf16
 
@@ -284,7 +284,7 @@ def quantize(values: torch.Tensor, bits: int, group: int, rows: str = "8") -> Gr
 
 
 def rotate(values: torch.Tensor, group: int) -> torch.Tensor:
-    """values float32 [rows, in] → those that are rounded to "rotated 8" bits: see gemm/rotation.h.
+    """values float32 [rows, in] → those that are rounded to "rotated 8" bits: see gemm/int8/rotation.h.
 
     group: inputs that share a scale of the weights.
     """
@@ -320,7 +320,7 @@ def _stored_scales(source: GroupedInt) -> torch.Tensor:
 
 
 def _stored_zeros(source: GroupedInt) -> torch.Tensor:
-    """The zeros as the kernels read them, float16 [rows, groups]: see gemm/int8.h.
+    """The zeros as the kernels read them, float16 [rows, groups]: see gemm/int8/int8.h.
 
     They are offset / scale, plus 8 for codes from 0 to 15, divided by the codes' negative bias.
     """

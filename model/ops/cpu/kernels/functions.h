@@ -3,7 +3,7 @@
 
 #include "attention/attention.h"
 #include "experts.h"
-#include "gemm/int8_pack.h"
+#include "gemm/int8/pack.h"
 #include "gemm/linear.h"
 #include "gemm/pack.h"
 #include "latent.h"

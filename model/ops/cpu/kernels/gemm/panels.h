@@ -2,14 +2,14 @@
 #pragma once
 
 #include "../scratch.h"
-#include "int8_gemm.h"
+#include "int8/gemm.h"
 #include "rows.h"
 #if INT16_GEMM
 #include "int16_gemm.h"
 #else
 #include "amx.h"
 #include "bf16.h"
-#include "int8_amx.h"
+#include "int8/amx.h"
 #endif
 
 namespace {

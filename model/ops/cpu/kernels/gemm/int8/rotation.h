@@ -6,7 +6,7 @@
 // the largest power of two of each.
 #pragma once
 
-#include "../vectors.h"
+#include "../../vectors.h"
 
 namespace {
 

@@ -1,7 +1,7 @@
 // Weights of 8 and 4 bits: from float32 to codes and scales, and codes in the kernels' layout.
 #pragma once
 
-#include "../scratch.h"
+#include "../../scratch.h"
 #include "int8.h"
 
 namespace {

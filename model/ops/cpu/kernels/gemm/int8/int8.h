@@ -24,9 +24,9 @@
 // whole row in float32, with which the sum begins.
 #pragma once
 
-#include "../scratch.h"
+#include "../../scratch.h"
 #include "rotation.h"
-#include "rows.h"
+#include "../rows.h"
 
 namespace {
 

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "int8.h"
-#include "rows.h"
+#include "../rows.h"
 
 namespace {
 

@@ -1,9 +1,9 @@
 // Matrix multiplication of rows of integers with weights of 8 or 4 bits (see int8.h) with AMX.
 //
-// Results equal those of int8_gemm.h: sums of a group are exact, and scaled in the same order.
+// Results equal those of gemm.h: sums of a group are exact, and scaled in the same order.
 #pragma once
 
-#include "amx.h"
+#include "../amx.h"
 #include "int8.h"
 
 #if BF16_DOT
