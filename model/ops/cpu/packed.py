@@ -284,7 +284,7 @@ def quantize(values: torch.Tensor, bits: int, group: int, rows: str = "8") -> Gr
 
 
 def rotate(values: torch.Tensor, group: int) -> torch.Tensor:
-    """values float32 [rows, in] → those that are rounded to "rotated 8" bits: see gemm/int8/rotation.h.
+    """values float32 [rows, in] → those rounded to "rotated 8" bits: see gemm/int8/rotation.h.
 
     group: inputs that share a scale of the weights.
     """
