@@ -96,7 +96,7 @@ def _check(kind: str, received: bytes, question: str, expected: dict[str, str]) 
         events = [part[6:] for part in content.split(b"\n") if part.startswith(b"data: ")]
         assert events[-1].strip() == b"[DONE]", received[-500:]
         text = "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1])
-    # The same whoever else was in the batch.
+    # The same whatever else was in the batch.
     assert expected.setdefault(question, text) == text, (question, text)
 
 

@@ -78,13 +78,13 @@ class ScoreResults(OutputFormat):
     def completed(self, context: ResultContext, request: JobRequest, samples: Samples) -> bytes:
         """Return the scores of a window."""
         entries, first = samples.prompt_logprobs, request.params.prompt_logprobs_from
-        likeliest = [entry.top[0][0] for entry in entries]
+        most_likely = [entry.top[0][0] for entry in entries]
         return json_line(
             {
                 "id": request.custom_id,
                 "tokens": len(entries),
                 "logprob": math.fsum(entry.logprob for entry in entries),
-                "is_greedy": likeliest == request.prompt_ids[first:],
+                "is_greedy": most_likely == request.prompt_ids[first:],
             }
         )
 

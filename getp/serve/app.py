@@ -30,7 +30,7 @@ from getp.terminal import print_message
 from tokenizer import Tokenizer, TokenizerError
 
 _READING_THREADS = 4  # that encode prompts at once
-_HUNG_UP = 499  # status of an answer that nobody receives; nginx uses it, too
+_HUNG_UP = 499  # status of an answer that no client receives; nginx uses it, too
 
 
 class Service:

@@ -20,7 +20,7 @@ _ID = re.compile(r"file-[0-9a-f]{24}")
 
 
 def new_key() -> str:
-    """Return 24 hexadecimal digits that nobody can guess; later ones are greater."""
+    """Return 24 hexadecimal digits that cannot be guessed; later ones are greater."""
     return f"{time.time_ns() // 10**6:012x}{secrets.token_hex(6)}"
 
 

@@ -70,6 +70,42 @@ class Dense(WeightFormat):
         return self
 
 
+class FilledFromDense(WeightFormat):
+    """A packed form in memory; a checkpoint has dense weights for it, or stores the form itself.
+
+    quantizes: whether dense weights are packed as they are loaded; otherwise only the form itself
+    is taken.
+    """
+
+    quantizes: bool
+
+    def stored(
+        self, name: str, shape: tuple[int, ...], part: Part = (), *, transposed: bool = False
+    ) -> list[StoredTensor]:
+        """As WeightFormat.stored: dense."""
+        return DENSE.stored(name, shape, part, transposed=transposed)
+
+    def source(self, tensors: list[torch.Tensor], *, transposed: bool = False) -> torch.Tensor:
+        """As WeightFormat.source."""
+        return DENSE.source(tensors, transposed=transposed)
+
+    def finish(self, backend: Backend, storage: Any) -> Any:
+        """As WeightFormat.finish."""
+        return DENSE.finish(backend, storage)
+
+    def takes(self, stored: WeightFormat) -> bool:
+        """As WeightFormat.takes."""
+        return self.quantizes or stored.kept == self
+
+    def fill_random(self, storage: Any, generator: torch.Generator) -> None:
+        """As WeightFormat.fill_random."""
+        DENSE.fill_random(storage, generator)
+
+    def dense(self, weight: Any, dtype: torch.dtype) -> torch.Tensor:
+        """As WeightFormat.dense."""
+        return DENSE.dense(weight, dtype)
+
+
 class Head(Dense):
     """A dense weight of the head, which backends may keep in another form than other weights."""
 

@@ -9,12 +9,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from model.formats.dense import DENSE
-from model.formats.format import Part, StoredTensor, WeightFormat
+from model.formats.dense import DENSE, FilledFromDense
+from model.formats.format import WeightFormat
 
 if TYPE_CHECKING:
-    import torch
-
     from model.ops.backend import Backend
 
 Inputs = Literal["", "dynamic", "static"]
@@ -24,7 +22,7 @@ _SCALE_BYTES = 4
 
 
 @dataclass(frozen=True)
-class Float8(WeightFormat):
+class Float8(FilledFromDense):
     """One byte per value, and a float32 scale for each output and group of inputs.
 
     group: inputs that share a scale; 0: all of them. inputs: how kernels that multiply e4m3 round
@@ -38,35 +36,9 @@ class Float8(WeightFormat):
 
     name = "fp8"
 
-    def stored(
-        self, name: str, shape: tuple[int, ...], part: Part = (), *, transposed: bool = False
-    ) -> list[StoredTensor]:
-        """As WeightFormat.stored: dense."""
-        return DENSE.stored(name, shape, part, transposed=transposed)
-
-    def source(self, tensors: list[torch.Tensor], *, transposed: bool = False) -> torch.Tensor:
-        """As WeightFormat.source."""
-        return DENSE.source(tensors, transposed=transposed)
-
     def allocate(self, backend: Backend, shape: tuple[int, ...], parts: int = 1) -> Any:
         """As WeightFormat.allocate; rows are filled from GroupedFloat, or also from a tensor."""
         return backend.empty_float8(shape, self, parts)
-
-    def finish(self, backend: Backend, storage: Any) -> Any:
-        """As WeightFormat.finish."""
-        return DENSE.finish(backend, storage)
-
-    def takes(self, stored: WeightFormat) -> bool:
-        """As WeightFormat.takes."""
-        return self.quantizes or stored.kept == self
-
-    def fill_random(self, storage: Any, generator: torch.Generator) -> None:
-        """As WeightFormat.fill_random."""
-        DENSE.fill_random(storage, generator)
-
-    def dense(self, weight: Any, dtype: torch.dtype) -> torch.Tensor:
-        """As WeightFormat.dense."""
-        return DENSE.dense(weight, dtype)
 
     def bytes(self, shape: tuple[int, ...], item: int) -> int:
         """As WeightFormat.bytes."""

@@ -9,12 +9,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from model.formats.dense import DENSE
-from model.formats.format import Part, StoredTensor, WeightFormat
+from model.formats.dense import DENSE, FilledFromDense
+from model.formats.format import WeightFormat
 
 if TYPE_CHECKING:
-    import torch
-
     from model.ops.backend import Backend
 
 _SMALLEST_GROUP = 32  # of inputs that share a scale: the kernels need a multiple of it
@@ -22,7 +20,7 @@ _SCALE_BYTES = 2  # of a scale, and of a zero
 
 
 @dataclass(frozen=True)
-class Integers(WeightFormat):
+class Integers(FilledFromDense):
     """Codes of `bits` bits with a float16 scale, and a float16 zero if has_zeros, per group.
 
     group: inputs that share a scale, a multiple of 32; 0: all of them. rows: as in IntegerFormat.
@@ -47,35 +45,9 @@ class Integers(WeightFormat):
             return inputs
         return self.group if inputs % self.group == 0 else _SMALLEST_GROUP
 
-    def stored(
-        self, name: str, shape: tuple[int, ...], part: Part = (), *, transposed: bool = False
-    ) -> list[StoredTensor]:
-        """As WeightFormat.stored: dense."""
-        return DENSE.stored(name, shape, part, transposed=transposed)
-
-    def source(self, tensors: list[torch.Tensor], *, transposed: bool = False) -> torch.Tensor:
-        """As WeightFormat.source."""
-        return DENSE.source(tensors, transposed=transposed)
-
     def allocate(self, backend: Backend, shape: tuple[int, ...], parts: int = 1) -> Any:
         """As WeightFormat.allocate; rows are filled from a tensor or from GroupedInt."""
         return backend.empty_integers(shape, self, parts)
-
-    def finish(self, backend: Backend, storage: Any) -> Any:
-        """As WeightFormat.finish."""
-        return DENSE.finish(backend, storage)
-
-    def takes(self, stored: WeightFormat) -> bool:
-        """As WeightFormat.takes."""
-        return self.quantizes or stored.kept == self
-
-    def fill_random(self, storage: Any, generator: torch.Generator) -> None:
-        """As WeightFormat.fill_random."""
-        DENSE.fill_random(storage, generator)
-
-    def dense(self, weight: Any, dtype: torch.dtype) -> torch.Tensor:
-        """As WeightFormat.dense."""
-        return DENSE.dense(weight, dtype)
 
     def bytes(self, shape: tuple[int, ...], item: int) -> int:
         """As WeightFormat.bytes: 20 for 32 values of INT4."""
