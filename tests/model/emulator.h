@@ -74,6 +74,7 @@ static Ints widen_all(Narrow narrow) {
 }
 EMULATED __m512i emulated_cvtepu16_epi32(__m256i a) { return (__m512i)widen_all<uint16_t>(a); }
 EMULATED __m512i emulated_cvtepu8_epi32(__m128i a) { return (__m512i)widen_all<uint8_t>(a); }
+EMULATED __m512i emulated_cvtepi8_epi32(__m128i a) { return (__m512i)widen_all<int8_t>(a); }
 
 EMULATED __m512i emulated_cvtps_epi32(__m512 a) {
   Ints value;
@@ -315,6 +316,7 @@ EMULATED void emulated_dpbsud(int sums, int a, int b) {
 #define _mm512_cmple_epu16_mask emulated_cmple_epu16
 #define _mm512_cvtepu16_epi32 emulated_cvtepu16_epi32
 #define _mm512_cvtepu8_epi32 emulated_cvtepu8_epi32
+#define _mm512_cvtepi8_epi32 emulated_cvtepi8_epi32
 #define _mm512_cvtneps_pbh emulated_cvtneps_pbh
 #define _mm512_cvtph_ps emulated_cvtph_ps
 #define _mm512_cvtps_epi32 emulated_cvtps_epi32

@@ -111,6 +111,8 @@ class ItemPass {
   int64_t *first_visible, *visible_end;  // positions; alike for all KV heads
   alignas(64) Key keys[SPAN * MAX_HEAD_DIM];
   alignas(64) Key values[SPAN * MAX_HEAD_DIM];
+  alignas(64) bf16 unpacked_keys[SPAN * MAX_HEAD_DIM], unpacked_values[SPAN * MAX_HEAD_DIM];
+  SpanScales scales;  // of what was unpacked
 
   static RowTotal total_of(const RunningSoftmax& row) { return {row.max, reduce_add(row.sums)}; }
 
@@ -135,8 +137,9 @@ class ItemPass {
   // unit's keys and values are prefetched: pages may be anywhere, which no processor predicts.
   void attend_unit(const Unit& unit, const int64_t* offsets, int64_t count,
                    const int64_t* next_offsets, int64_t next_count) {
+    const uint8_t *stored_keys[SPAN], *stored_values[SPAN];
     const bf16 *key_rows[SPAN], *value_rows[SPAN];
-    const int64_t groups = (count + KEYS - 1) / KEYS;
+    const int64_t groups = (count + KEYS - 1) / KEYS, vector_bytes = input.vector_bytes();
     const Member& last_member = item.members[unit.last - 1];
     int64_t first = item.members[unit.first].row;
     int64_t last = last_member.row + (last_member.last - last_member.first) * input.group();
@@ -145,18 +148,27 @@ class ItemPass {
     for (int64_t h = 0; h < item.kv_heads; h++) {
       const int64_t head = h * input.head_stride();
       for (int64_t i = 0; i < groups * KEYS; i++) {
-        key_rows[i] = input.keys + offsets[i < count ? i : 0] + head;
-        value_rows[i] = key_rows[i] + input.value_offset;
+        stored_keys[i] = input.keys + offsets[i < count ? i : 0] + head;
+        stored_values[i] = stored_keys[i] + input.value_offset;
       }
       for (int64_t g = 0; g < SPAN / KEYS; g++) {
         for (int64_t i = g * KEYS; i < std::min(next_count, (g + 1) * KEYS); i++)
-          for (int64_t d = head; d < head + head_dim; d += 32) {
+          for (int64_t d = head; d < head + vector_bytes; d += 64) {
             __builtin_prefetch(input.keys + next_offsets[i] + d, 0, 2);
             __builtin_prefetch(input.keys + input.value_offset + next_offsets[i] + d, 0, 2);
           }
-        if (g < groups)
-          transpose_keys(key_rows + g * KEYS, head_dim, keys + g * KEYS * head_dim);
+        if (g >= groups) continue;
+        unpack(stored_keys, g * KEYS, KEYS, unpacked_keys, key_rows, scales.keys);
+        transpose_keys(key_rows + g * KEYS, head_dim, keys + g * KEYS * head_dim);
       }
+      if (input.value_offset) {
+        unpack(stored_values, 0, count, unpacked_values, value_rows, scales.values);
+      } else {
+        std::copy(key_rows, key_rows + count, value_rows);
+        std::copy(scales.keys, scales.keys + count, scales.values);
+      }
+      if (count % 2) value_rows[count] = value_rows[0];  // with a weight of 0
+      std::fill(scales.values + count, scales.values + SPAN, 0.0f);
       // Not for a single pass over the values.
       const Key* prepared = nullptr;
       if (use_amx() || last - first > block_rows()) {
@@ -167,6 +179,20 @@ class ItemPass {
       for (int64_t row = first; row < last; row += block_rows())
         attend_rows(h, row, std::min(block_rows(), last - row), tile_rows, unit.at, count,
                     prepared, value_rows);
+    }
+  }
+
+  // The vectors `stored` from `first` on as bf16: where they are, or unpacked, with their scales.
+  void unpack(const uint8_t* const* stored, int64_t first, int64_t count, bf16* unpacked,
+              const bf16** rows, float* vector_scales) {
+    for (int64_t i = first; i < first + count; i++) {
+      if (input.form == KV_BF16) {
+        rows[i] = (const bf16*)stored[i];
+        continue;
+      }
+      bf16* to = unpacked + i * head_dim;
+      vector_scales[i] = unpack_vector(stored[i], head_dim, input.form, to);
+      rows[i] = to;
     }
   }
 
@@ -184,7 +210,8 @@ class ItemPass {
       const int64_t from = first_visible[row + r] - at, to = visible_end[row + r] - at;
       const auto compute = [&](auto parts, auto masked) {
         softmax_span<parts.value * KEYS / LANES, masked.value>(
-            scores + r * SPAN, weights + r * SPAN, scale, from, to, head_dim, softmax[i + r],
+            scores + r * SPAN, weights + r * SPAN, scale,
+            input.form == KV_BF16 ? nullptr : &scales, from, to, head_dim, softmax[i + r],
             output + (i + r) * head_dim);
       };
       if (from <= 0 && to >= SPAN)

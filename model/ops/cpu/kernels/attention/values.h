@@ -20,6 +20,11 @@ struct ScoreScale {
   float factor, scale, cap;
 };
 
+// The scales of a span's keys and values in 8 bits.
+struct SpanScales {
+  alignas(64) float keys[SPAN], values[SPAN];
+};
+
 // Not inlined, so that it rounds alike wherever it is used: see merge_rows.
 __attribute__((noinline)) static void rescale_row(float by_exponent, int64_t head_dim,
                                                   RunningSoftmax& row, float* output) {
@@ -30,17 +35,19 @@ __attribute__((noinline)) static void rescale_row(float by_exponent, int64_t hea
 
 // Turns a row's scores of PARTS vectors of a span, of which positions [from, to) are visible (all
 // without MASKED), into weights relative to the largest score so far, and rescales the row's sums
-// and output to that. The weights replace the scores, or go to `weights` as bf16 [SPAN].
+// and output to that. The weights replace the scores, or go to `weights` as bf16 [SPAN]; they and
+// the scores are multiplied by the scales of values and keys, if there are any.
 template <int PARTS, bool MASKED>
 INLINE void softmax_span(float* scores, [[maybe_unused]] bf16* weights, const ScoreScale& scale,
-                         int64_t from, int64_t to, int64_t head_dim, RunningSoftmax& row,
-                         float* output) {
+                         const SpanScales* scales, int64_t from, int64_t to, int64_t head_dim,
+                         RunningSoftmax& row, float* output) {
   vec_i32 lane;
   for (int i = 0; i < LANES; i++) lane[i] = i;
   const vec_f32 masked = broadcast(-INFINITY);
   vec_f32 score[PARTS], part_max = masked, sums = {};
   for (int p = 0; p < PARTS; p++) {
     score[p] = load(scores + p * LANES);
+    if (scales) score[p] *= load(scales->keys + p * LANES);
     if (scale.cap) score[p] = cap_softly(score[p] * scale.scale, scale.cap);
     if (MASKED) {
       const vec_i32 position = lane + p * LANES;
@@ -54,6 +61,7 @@ INLINE void softmax_span(float* scores, [[maybe_unused]] bf16* weights, const Sc
   for (int p = 0; p < PARTS; p++) {
     score[p] = power_of_2(score[p] * scale.factor - base);
     sums += score[p];
+    if (scales) score[p] *= load(scales->values + p * LANES);
   }
 #if BF16_DOT
   for (int p = 0; p < SPAN / LANES; p++)
