@@ -102,6 +102,12 @@ EMULATED Halves emulated_cvtneps_pbh(__m512 a) {
   }
   return value;
 }
+EMULATED __m512i emulated_cvtne2ps_pbh(__m512 high, __m512 low) {
+  const Halves halves[2] = {emulated_cvtneps_pbh(low), emulated_cvtneps_pbh(high)};
+  __m512i value;
+  memcpy(&value, halves, 64);
+  return value;
+}
 
 // sums + the products of two pairs of bf16, or of 16-bit integers, in each lane.
 template <typename A, typename B>
@@ -317,6 +323,7 @@ EMULATED void emulated_dpbsud(int sums, int a, int b) {
 #define _mm512_cvtepu16_epi32 emulated_cvtepu16_epi32
 #define _mm512_cvtepu8_epi32 emulated_cvtepu8_epi32
 #define _mm512_cvtepi8_epi32 emulated_cvtepi8_epi32
+#define _mm512_cvtne2ps_pbh emulated_cvtne2ps_pbh
 #define _mm512_cvtneps_pbh emulated_cvtneps_pbh
 #define _mm512_cvtph_ps emulated_cvtph_ps
 #define _mm512_cvtps_epi32 emulated_cvtps_epi32
