@@ -148,6 +148,11 @@ class Dequantized(Dense):
         """As WeightFormat.kept: dense, unless a subclass knows another one."""
         return DENSE
 
+    @property
+    def change(self) -> str:
+        """What a notice says of the way to the kept format; empty if it has the files' bits."""
+        return ""
+
     def as_stored(self, name: str, shape: tuple[int, ...], part: Part, find: Find) -> WeightFormat:
         """As WeightFormat.as_stored: DENSE if the weight was not quantized."""
         return DENSE if is_dense(name, find) else self.variant(name, shape, part, find)
