@@ -73,11 +73,8 @@ class Dense(WeightFormat):
 class FilledFromDense(WeightFormat):
     """A packed form in memory; a checkpoint has dense weights for it, or stores the form itself.
 
-    quantizes: whether dense weights are packed as they are loaded; otherwise only the form itself
-    is taken.
+    Unless it quantizes, only the form itself is taken.
     """
-
-    quantizes: bool
 
     def stored(
         self, name: str, shape: tuple[int, ...], part: Part = (), *, transposed: bool = False
