@@ -28,6 +28,8 @@ _INTEGERS = {
     "Q4_K": (4, True),
     "Q3_K": (8, False),
     "Q2_K": (8, False),
+    "IQ4_NL": (8, False),
+    "IQ4_XS": (8, False),
 }
 """Bits that a type has in memory, and whether it has zeros."""
 _SMALL_GROUPS = ("Q2_K", "Q3_K", "Q6_K")  # 16 values share a scale

@@ -221,6 +221,9 @@ def test_stop_tokens_are_also_known_by_their_texts(
         (lambda w: w.add_causal_attention(False), "'qwen2.attention.causal' = False"),
         (lambda w: w.kv_data[0].pop("qwen2.block_count"), "no 'qwen2.block_count'"),
         (lambda w: w.add_string("general.architecture", "mamba"), "'mamba' is not supported"),
+        (lambda w: w.add_uint32("tokenizer.ggml.tokens", 7), "ggml.tokens' must be a list"),
+        (lambda w: w.add_bool("tokenizer.ggml.token_type", True), "token_type' must be a list"),
+        (lambda w: w.add_string("qwen2.rope.freq_base", "x" * 9999), "above 0, not 'x{900,1000}…"),
         (lambda w: w.add_value_length(7), "'qwen2.attention.value_length' must be"),
         (lambda w: w.add_block_count(9), "'blk.4.attn_norm.weight' of shape"),
         (lambda w: w.add_embedding_length(32), "its metadata requires"),
@@ -253,9 +256,9 @@ def text(value: str) -> bytes:
     return struct.pack("<Q", len(value.encode())) + value.encode()
 
 
-def tensor(kind: int, shape: list[int], start: int = 0) -> bytes:
+def tensor(kind: int, shape: list[int], start: int = 0, name: str = "t") -> bytes:
     dimensions = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
-    return text("t") + dimensions + struct.pack("<IQ", kind, start)
+    return text(name) + dimensions + struct.pack("<IQ", kind, start)
 
 
 @pytest.mark.parametrize(
@@ -284,6 +287,10 @@ def tensor(kind: int, shape: list[int], start: int = 0) -> bytes:
         (header(tensors=1, rest=tensor(0, [8], 1)), "starts at 1"),
         (header(tensors=1, rest=tensor(0, [8], 1 << 40)), "is truncated: tensor 't'"),
         (header(tensors=2, rest=tensor(0, [8]) * 2), "'t' is there twice"),
+        (
+            header(tensors=2, rest=tensor(0, [16]) + tensor(0, [8], 32, "u") + bytes(128)),
+            "tensors 't' and 'u' overlap",
+        ),
         (header(keys=1, rest=text("split.count") + struct.pack("<Id", 12, 2.5)), "'split.count'"),
     ],
 )  # fmt: skip
