@@ -18,7 +18,7 @@ from engine.resolve import Settings, dtype_name
 from model import ModelConfig
 from model.cost.operations import parameter_bytes
 from model.cost.workload import state_bytes
-from model.formats import DENSE, WeightFormat, full_interface
+from model.formats import DENSE, HEAD, WeightFormat
 from model.formats.dense import Dequantized
 from model.gguf import read_gguf
 from model.ops.backend import choose_backend
@@ -61,13 +61,10 @@ class MemoryPlan:
         config, ranks, on_cpu = settings.model, settings.tensor_parallel, settings.on_cpu
         item = settings.dtype.itemsize
         weights = parameter_bytes(config, dtype_name(settings.dtype), ranks)
-        if on_cpu and settings.dtype == torch.bfloat16:
+        if on_cpu and settings.dtype == torch.bfloat16 and config.head_format == HEAD:
             # The head is packed, besides an embedding that it is tied to; torch's is float32.
-            # A head in fewer bits is counted with the weights, unless it is tied.
-            size = config.vocab_size * config.hidden_size
-            head = full_interface(config.head_format)
-            stored = head.bytes((config.vocab_size, config.hidden_size), item)
-            packed = stored if library() is not None else 4 * size
+            stored = item * config.vocab_size * config.hidden_size
+            packed = stored if library() is not None else 2 * stored
             more = packed if config.tie_word_embeddings else packed - stored
             weights += more // ranks
         weights += sum(
