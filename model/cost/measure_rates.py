@@ -35,6 +35,9 @@ _LOGITS = 64, 1 << 17
 # small operations from Python take 0.35 ms; both wait for code and data that kernels evicted.
 _HOST_OPERATIONS = 300
 
+Times = Sequence[float]
+"""The seconds of a computation in each pass."""
+
 
 @dataclass(frozen=True)
 class _Timed:
@@ -50,14 +53,14 @@ def measure_rates(target: torch.device) -> Rates:
         single = choose_backend(target, torch.float32)
         half = choose_backend(target, torch.bfloat16)
         timed = _dense(single)
-        seconds = _medians(timed)
-        products = {"float32": _speeds(seconds)}
+        products = {"float32": _speeds(_medians(_times(timed)))}
         timed = {**_dense(half), **_host(), **_others(half)}
         if half.keeps_mxfp4(stacked=True):
             timed |= _experts(half)
-        seconds = _medians(timed)
+        times = _times(timed)
+        seconds = _medians(times)
         products["bfloat16"] = _speeds(seconds)
-        activated_s = max(0.0, seconds["gated"] - seconds["plain"])
+        activated_s = _difference(times, "gated", "plain")
         if half.keeps_mxfp4(stacked=True):
             # Their kernel includes the activation, which the cost model has as an operation.
             per_row = activated_s / (3 * _SIZE)
@@ -65,24 +68,24 @@ def measure_rates(target: torch.device) -> Rates:
                 (rows, max(0.0, seconds[f"experts {rows}"] - per_row * rows), 0.0)
                 for rows in _EXPERT_ROWS
             ]
-    return _rates(products, seconds, activated_s, half.dtype.itemsize)
+    return _rates(products, times, activated_s, half.dtype.itemsize)
 
 
 def _rates(
-    products: Mapping[str, Speeds], seconds: Mapping[str, float], activated_s: float, item: int
+    products: Mapping[str, Speeds], times: Mapping[str, Times], activated_s: float, item: int
 ) -> Rates:
-    short, long = seconds["decode short"], seconds["decode"]
-    position_s = max(0.0, long - short) / (_CONTEXT - _SHORT)
+    seconds = _medians(times)
+    position_s = _difference(times, "decode", "decode short") / (_CONTEXT - _SHORT)
     # As the cost model counts them: a norm reads and writes each value once, an activation reads
     # two for each that it writes.
     moved, activated = 2 * item, 3 * item
-    moved_byte_s = max(0.0, seconds["norms"] - seconds["small norms"]) / (moved * _SIZE)
+    moved_byte_s = _difference(times, "norms", "small norms") / (moved * _SIZE)
     return Rates(
         products,
         kernel_s=seconds["small norms"],
         kv_byte_s=seconds["decode all heads"] / (2 * _CONTEXT * _HEADS * _HEAD_DIM * item),
         decode_s=position_s / (_HEADS * _HEAD_DIM),
-        sequence_s=max(0.0, short - position_s * _SHORT),
+        sequence_s=max(0.0, seconds["decode short"] - position_s * _SHORT),
         prefill_s=seconds["prefill"],
         moved_byte_s=moved_byte_s / _TOKENS,
         activated_byte_s=activated_s / activated,
@@ -197,7 +200,7 @@ def _others(backend: Backend) -> dict[str, _Timed]:
         return _Timed(_replayed(backend, compute), layers * _SEQUENCES)
 
     prefill = _attention(backend, _HEADS // 4, 1, _QUERY, _CONTEXT, layers=1)
-    return {
+    return {  # those that are subtracted from each other next to each other
         "small norms": _Timed(_replayed(backend, _norms(backend, 1)), _NORMS),
         "norms": _Timed(_replayed(backend, _norms(backend, _TOKENS)), _NORMS),
         "decode": decode(_HEADS // 8, _CONTEXT),
@@ -283,12 +286,25 @@ def _replayed(backend: Backend, compute: Compute) -> Compute:
     return run
 
 
-def _medians(timed: Mapping[str, _Timed]) -> dict[str, float]:
-    """Return the median seconds of each computation, divided by its count; all take turns."""
+def _times(timed: Mapping[str, _Timed]) -> dict[str, Times]:
+    """Return the seconds of each computation in each pass, divided by its count."""
     times: dict[str, list[float]] = {name: [] for name in timed}
     for _ in range(_PASSES):
         for name, one in timed.items():
             start = time.perf_counter()
             one.compute()
             times[name].append((time.perf_counter() - start) / one.count)
+    return dict(times)
+
+
+def _medians(times: Mapping[str, Times]) -> dict[str, float]:
     return {name: median(taken) for name, taken in times.items()}
+
+
+def _difference(times: Mapping[str, Times], longer: str, shorter: str) -> float:
+    """Return the median of the differences within a pass, 0 at least.
+
+    The passes differ more than the two computations do where other work uses the machine.
+    """
+    pairs = zip(times[longer], times[shorter], strict=True)
+    return max(0.0, median(long - short for long, short in pairs))
