@@ -129,7 +129,8 @@ _NEUTRAL = tuple(
     low_gpu_mem_usage enable_quanted_input enable_minmax_tuning enable_norm_bias_tuning
     gradient_accumulate_steps scale_dtype quant_block_list to_quant_block_names
     cache_block_outputs block_name_to_quantize module_name_preceding_first_block model_seqlen
-    use_cuda_fp16 use_exllama disable_exllama exllama_config backend mse act_group_aware version""".split()
+    use_cuda_fp16 use_exllama disable_exllama exllama_config backend mse act_group_aware
+    version""".split()
 )
 
 
