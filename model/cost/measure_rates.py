@@ -3,7 +3,7 @@
 Each kind of kernel runs through the backend as in a replayed step, over more weights or keys and
 values than the caches hold. All kinds take turns, so that a slow period of the machine affects few
 of the runs of each, and the median of its runs counts, because a step is predicted and not the best
-case. Takes a few seconds.
+case. Takes about ten seconds.
 """
 
 import time
@@ -15,6 +15,8 @@ import torch
 
 from model.cost.rates import Rates, Speeds
 from model.formats import DENSE, MXFP4
+from model.formats.format import WeightFormat
+from model.formats.integers import INT4, INT8
 from model.ops.backend import Backend, Compute, choose_backend
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.specs import Activation, AttentionSpec, Experts, Linear, Norm, NormSpec
@@ -52,14 +54,16 @@ def measure_rates(target: torch.device) -> Rates:
     with torch.inference_mode():
         single = choose_backend(target, torch.float32)
         half = choose_backend(target, torch.bfloat16)
-        timed = _dense(single)
-        products = {"float32": _speeds(_medians(_times(timed)))}
-        timed = {**_dense(half), **_host(), **_others(half)}
+        products = {"float32": _speeds(_medians(_times(_linears(single, DENSE))))}
+        timed = {**_linears(half, DENSE), **_activations(half), **_host(), **_others(half)}
         if half.keeps_mxfp4(stacked=True):
             timed |= _experts(half)
         times = _times(timed)
         seconds = _medians(times)
         products["bfloat16"] = _speeds(seconds)
+        for form in INT8, INT4:
+            if half.keeps_integers(quantizes=True):
+                products[form.name] = _speeds(_medians(_times(_linears(half, form))))
         activated_s = _difference(times, "gated", "plain")
         if half.keeps_mxfp4(stacked=True):
             # Their kernel includes the activation, which the cost model has as an operation.
@@ -105,16 +109,16 @@ def _speeds(seconds: Mapping[str, float]) -> Speeds:
     return speeds
 
 
-def _dense(backend: Backend) -> dict[str, _Timed]:
-    """Return products, and products with an activation.
+def _linears(backend: Backend, form: WeightFormat) -> dict[str, _Timed]:
+    """Return products with weights of a form in memory.
 
     Each takes the result of the one before it, which is then in the caches of other cores, as in a
     step.
     """
     up, down = (_WIDER * _SIZE, _SIZE), (_SIZE, _WIDER * _SIZE)
-    pairs = _WEIGHT_BYTES // (2 * _WIDER * _SIZE**2 * backend.dtype.itemsize)
-    wide = [_linear(backend, *sizes) for _ in range(pairs) for sizes in (up, down)]
-    narrow = [_linear(backend, _SIZE, _SIZE) for _ in range(_WIDER * pairs)]
+    pairs = _WEIGHT_BYTES // (2 * form.bytes(up, backend.dtype.itemsize))
+    wide = [_linear(backend, form, *sizes) for _ in range(pairs) for sizes in (up, down)]
+    narrow = [_linear(backend, form, _SIZE, _SIZE) for _ in range(_WIDER * pairs)]
     timed = {}
     for rows in _ROWS:
         used = min(pairs, max(1, _MAX_WEIGHT_ROWS // (2 * _WIDER * _SIZE**2 * rows)))
@@ -122,7 +126,13 @@ def _dense(backend: Backend) -> dict[str, _Timed]:
         for name, linears in (("wide", wide[: 2 * used]), ("narrow", narrow[: _WIDER * used])):
             compute = _replayed(backend, _chain(backend.linear, x, linears))
             timed[f"{name} {rows}"] = _Timed(compute, len(linears))
-    x, first = _random(backend, _TOKENS, _SIZE), wide[:8:2]
+    return timed
+
+
+def _activations(backend: Backend) -> dict[str, _Timed]:
+    """Return products with an activation, and without."""
+    linears = [_linear(backend, DENSE, _WIDER * _SIZE, _SIZE) for _ in range(4)]
+    x = _random(backend, _TOKENS, _SIZE)
 
     def gated(_: torch.Tensor, linear: Linear) -> torch.Tensor:
         return backend.gated_linear(x, linear, Activation())
@@ -130,17 +140,18 @@ def _dense(backend: Backend) -> dict[str, _Timed]:
     def plain(_: torch.Tensor, linear: Linear) -> torch.Tensor:
         return backend.linear(x, linear)
 
-    for name, product in (("gated", gated), ("plain", plain)):
-        count = len(first) * _TOKENS * _WIDER * _SIZE // 2
-        timed[name] = _Timed(_replayed(backend, _chain(product, x, first)), count)
-    return timed
+    count = len(linears) * _TOKENS * _WIDER * _SIZE // 2
+    return {
+        name: _Timed(_replayed(backend, _chain(product, x, linears)), count)
+        for name, product in (("gated", gated), ("plain", plain))
+    }
 
 
-def _linear(backend: Backend, outputs: int, inputs: int) -> Linear:
-    storage = backend.empty_weight((outputs, inputs))
-    storage[0:outputs].copy_(_random(backend, outputs, inputs) * inputs**-0.5)
-    weight = backend.pack(storage)
-    return Linear(inputs, outputs, has_bias=False, format=DENSE, weight=weight)
+def _linear(backend: Backend, form: WeightFormat, outputs: int, inputs: int) -> Linear:
+    storage = form.allocate(backend, (outputs, inputs))
+    form.fill_random(storage, torch.Generator().manual_seed(0))
+    weight = form.finish(backend, storage)
+    return Linear(inputs, outputs, has_bias=False, format=form, weight=weight)
 
 
 def _random(backend: Backend, rows: int, columns: int) -> torch.Tensor:
