@@ -24,7 +24,7 @@ from engine.memory_plan import (
     MemoryPlan,
     available_bytes,
     check_before_loading,
-    dequantization_notice,
+    conversion_notice,
     format_bytes,
     is_out_of_memory,
 )
@@ -91,9 +91,9 @@ class Engine:
         self.max_positions = self.model_config.max_positions  # less if the KV cache is smaller
         self.stats = EngineStats()
         self.notice = notice
-        dequantized = dequantization_notice(self.checkpoint, self.model_config, settings)
-        if dequantized:
-            notice(dequantized)
+        converted = conversion_notice(self.checkpoint, self.model_config, settings)
+        if converted:
+            notice(converted)
         # Chosen for the device; a change takes effect at the next warm_up.
         self.lookahead = 0 if settings.on_cpu else 1  # see StepLoop
         self.group_size = 0 if settings.on_cpu else _GPU_GROUP_SIZE  # see Scheduler

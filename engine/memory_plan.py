@@ -18,7 +18,9 @@ from engine.resolve import Settings, dtype_name
 from model import ModelConfig
 from model.cost.operations import parameter_bytes
 from model.cost.workload import state_bytes
-from model.formats import DENSE, WeightFormat, full_interface
+from model.formats import DENSE, HEAD, WeightFormat
+from model.formats.dense import Dequantized
+from model.gguf import read_gguf
 from model.ops.backend import choose_backend
 from model.ops.cpu.bindings import library
 
@@ -59,13 +61,10 @@ class MemoryPlan:
         config, ranks, on_cpu = settings.model, settings.tensor_parallel, settings.on_cpu
         item = settings.dtype.itemsize
         weights = parameter_bytes(config, dtype_name(settings.dtype), ranks)
-        if on_cpu and settings.dtype == torch.bfloat16:
+        if on_cpu and settings.dtype == torch.bfloat16 and config.head_format == HEAD:
             # The head is packed, besides an embedding that it is tied to; torch's is float32.
-            # A head in fewer bits is counted with the weights, unless it is tied.
-            size = config.vocab_size * config.hidden_size
-            head = full_interface(config.head_format)
-            stored = head.bytes((config.vocab_size, config.hidden_size), item)
-            packed = stored if library() is not None else 4 * size
+            stored = item * config.vocab_size * config.hidden_size
+            packed = stored if library() is not None else 2 * stored
             more = packed if config.tie_word_embeddings else packed - stored
             weights += more // ranks
         weights += sum(
@@ -244,8 +243,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
-def dequantization_notice(checkpoint: Path, config: ModelConfig, settings: Settings) -> str:
-    """What a user should know of weights that have no kernel here; empty if all have one.
+def conversion_notice(checkpoint: Path, config: ModelConfig, settings: Settings) -> str:
+    """What a user should know of weights that are not kept as they are stored; empty without any.
 
     config: of the checkpoint, in whose files they are smaller than they will be in memory.
     """
@@ -253,25 +252,35 @@ def dequantization_notice(checkpoint: Path, config: ModelConfig, settings: Setti
     for layer in settings.model.layers:
         forms = layer.formats
         kept |= {forms.qkv, forms.out, forms.gate_up, forms.down, forms.experts} - {DENSE}
-    names = dict.fromkeys(
-        form.name
-        for form in config.stored_formats.formats
-        if not kept & {form.held(backend, stacked=stacked) for stacked in (False, True)}
-    )
-    if not names:
+    changes: dict[str, dict[str, None]] = {}
+    for form in config.stored_formats.formats:
+        quantization = settings.model.quantization
+        change = f"dequantized to {dtype_name(settings.dtype)}"
+        if quantization is not None:
+            change = f"converted to {quantization}"
+        if kept & {form.held(backend, stacked=stacked) for stacked in (False, True)}:
+            change = form.change if isinstance(form, Dequantized) else ""
+        if change:
+            changes.setdefault(change, {})[form.name] = None
+    if not changes:
         return ""
-    dtype = dtype_name(settings.dtype)
-    needed = format_bytes(parameter_bytes(settings.model, dtype))
-    files = [checkpoint] if checkpoint.is_file() else checkpoint.glob("*.safetensors")
+    needed = format_bytes(parameter_bytes(settings.model, dtype_name(settings.dtype)))
+    files = (
+        read_gguf(checkpoint).files if checkpoint.is_file() else checkpoint.glob("*.safetensors")
+    )
     stored = sum(file.stat().st_size for file in files)
+    texts = (f"those in {' and '.join(names)} are {change}" for change, names in changes.items())
     text = (
-        f"the weights in {' and '.join(names)} are dequantized to {dtype} when they are loaded,"
+        f"the weights{' and '.join(texts).removeprefix('those')} when they are loaded,"
         f" because there is no kernel for them on {settings.device.type}: the weights take {needed}"
         f"{f' instead of {format_bytes(stored)}' if stored else ''}"
     )
     activations = config.stored_formats.activations
     if activations:
-        text += f"; activations stay in {dtype} instead of {activations}, which is more precise"
+        text += (
+            f"; activations stay in {dtype_name(settings.dtype)} instead of {activations}, which is"
+            " more precise"
+        )
     return text
 
 

@@ -20,6 +20,7 @@ from model.cost.batch_limits import (
 )
 from model.cost.measure import hardware_name
 from model.cost.operations import check_tensor_parallel
+from model.loader import with_adapters
 from model.ops.backend import Backend, KvDtypeError, choose_backend
 from model.ops.cpu.bindings import library
 
@@ -84,7 +85,14 @@ def load_model_config(
     checkpoint: str | Path, config: EngineConfig, notice: Callable[[str], None] = lambda text: None
 ) -> ModelConfig:
     """The config of a checkpoint with the KV cache and the weights that the settings ask for."""
-    found = replace(load_config(checkpoint, notice), kv_dtype=config.kv_dtype)
+    stored = load_config(checkpoint, notice)
+    found = with_adapters(stored, checkpoint, config.adapter)
+    if found != stored:
+        notice(
+            "weights that an adapter changes are not kept in the checkpoint's format, but in the "
+            "compute dtype, which takes more memory"
+        )
+    found = replace(found, kv_dtype=config.kv_dtype)
     return found.quantized(config.quantize) if config.quantize else found
 
 

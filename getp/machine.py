@@ -1,4 +1,4 @@
-"""The peaks of this machine, with a message when they are measured, which takes some seconds."""
+"""The peaks of this machine, with a message when they are measured: about ten seconds."""
 
 import torch
 
@@ -13,7 +13,7 @@ def local_device(target: torch.device | None = None, remeasure: bool = False) ->
     target None: the GPU if there is one, else the CPU.
     """
     if remeasure or measure.cached_device(target) is None:
-        print_message("getp: measuring the peak speed of this machine (once; a few seconds)")
+        print_message("getp: measuring the peak speed of this machine (once; about 10 s)")
     return measure.local_device(target, remeasure)
 
 

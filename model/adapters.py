@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from model.adapted_experts import ChangedStack, ExpertWeight, as_float32
 from model.config import CheckpointError, open_regular, read_json
 from model.families.config_keys.keys import Keys
 from model.formats.rules import checked
@@ -31,6 +32,7 @@ _PREFIX = "base_model.model."
 _UNDERSTOOD = (
     *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
     *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"),
+    *("target_parameters",),
     *("layers_pattern", "init_lora_weights", "lora_dropout", "task_type", "inference_mode"),
     *("base_model_name_or_path", "revision", "auto_mapping", "peft_version", "runtime_config"),
     *("megatron_core", "qalora_group_size", "ensure_weight_tying", "eva_config"),
@@ -56,6 +58,16 @@ class _Change:
     tensors: Mapping[str, str]  # kind → name in the adapter's file
 
     @property
+    def is_of_experts(self) -> bool:
+        """Whether it changes a parameter of all experts of a layer."""
+        return self.module.replace(".base_layer", "").endswith(".experts") and "A" in self.tensors
+
+    @property
+    def shapes(self) -> str:
+        """The shapes of A and B, for errors."""
+        return " and ".join(str([*self.adapter.shape(self.tensors[kind])]) for kind in ("A", "B"))
+
+    @property
     def replaces(self) -> bool:
         """Whether the result does not depend on the checkpoint's weight."""
         return not self.tensors.keys().isdisjoint(("whole", "base"))
@@ -78,6 +90,20 @@ class _Change:
         scale = self.adapter.scale(self.module, len(first))
         return values + second[rows] @ first[:, columns] * scale
 
+    def fits(self, part: ExpertWeight, weight: NamedWeight) -> bool:
+        """Whether this is a change of the experts' parameter that a weight is a part of."""
+        shapes = [self.adapter.shape(self.tensors[kind]) for kind in ("B", "A")]
+        return tuple(shape[i] for i, shape in enumerate(shapes)) == part.shape(weight)
+
+    def of_expert(self, part: ExpertWeight, weight: NamedWeight, expert: int) -> torch.Tensor:
+        """What is added to a weight of one expert, float32. Raises CheckpointError."""
+        outputs, inputs = part.shape(weight)
+        first = self.adapter.tensor(self.tensors["A"], (None, inputs))
+        second = self.adapter.tensor(self.tensors["B"], (outputs, len(first)))
+        module = f"{self.module.replace('.base_layer', '')}.{part.parameter}"
+        scale = self.adapter.scale(module, len(first) / part.count)
+        return part.change(first, second, expert) * scale
+
 
 class _Adapter:
     """One adapter's files."""
@@ -91,6 +117,7 @@ class _Adapter:
         with self._worded_errors():
             self._file: Any = stack.enter_context(safe_open(folder / WEIGHTS, framework="pt"))
             self._names = list(self._file.keys())
+        self._last: dict[str, torch.Tensor] = {}  # tensors, of which experts read parts
 
     def changes(self) -> dict[str, _Change]:
         """What it changes, by module. Raises CheckpointError for a tensor that is not known."""
@@ -122,12 +149,13 @@ class _Adapter:
 
     def tensor(self, name: str, shape: tuple[int | None, ...]) -> torch.Tensor:
         """A tensor in float32; None in its shape is any size. Raises CheckpointError."""
+        own = self.shape(name)
+        fits = len(own) == len(shape) and all(
+            size in (None, each) for size, each in zip(shape, own, strict=True)
+        )
+        if fits and name in self._last:
+            return self._last[name]
         with self._worded_errors():
-            found = self._file.get_slice(name)
-            own = tuple(found.get_shape())
-            fits = len(own) == len(shape) and all(
-                size in (None, each) for size, each in zip(shape, own, strict=True)
-            )
             if not fits:
                 wanted = ", ".join("rank" if size is None else str(size) for size in shape)
                 raise CheckpointError(
@@ -137,14 +165,20 @@ class _Adapter:
             values: torch.Tensor = self._file.get_tensor(name)
         if not values.is_floating_point():
             raise CheckpointError(f"{self.folder / WEIGHTS}: tensor {name!r} is not floating-point")
-        return values.float()
+        self._last = {**dict([*self._last.items()][-3:]), name: values.float()}
+        return self._last[name]
 
-    def scale(self, module: str, rank: int) -> float:
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        with self._worded_errors():
+            return tuple(self._file.get_slice(name).get_shape())
+
+    def scale(self, module: str, rank: float) -> float:
         """The factor of B · A. Raises CheckpointError."""
         stated = self._by_pattern("rank_pattern", module, self._keys.integer("r", 8))
         if stated != rank:
             raise CheckpointError(
-                f"{self.folder / WEIGHTS}: the rank of {module!r} is {rank}, but {CONFIG} states "
+                f"{self.folder / WEIGHTS}: the rank of {module!r} is {rank:g}, but {CONFIG} states "
                 f"{stated}"
             )
         alpha = self._by_pattern("alpha_pattern", module, self._keys.number("lora_alpha", 8))
@@ -178,7 +212,8 @@ class Adapters:
     """Several adapters of one model; files stay open until the stack is closed.
 
     names: the tensors' names in the checkpoint, by their names in transformers, where they differ.
-    Raises CheckpointError for an adapter that cannot be read or is of another kind.
+    experts: the weights of experts, by their names in the checkpoint. Raises CheckpointError for an
+    adapter that cannot be read or is of another kind.
     """
 
     def __init__(
@@ -186,10 +221,18 @@ class Adapters:
         given: AdapterList,
         stack: contextlib.ExitStack,
         names: Mapping[str, str] | None = None,
+        experts: Mapping[str, ExpertWeight] | None = None,
     ):
         self._changes: dict[str, list[_Change]] = {}
+        self._experts = experts or {}
+        self._of_experts: dict[str, list[_Change]] = {}  # by layer, as ExpertWeight has it
+        layers = dict.fromkeys(part.layer for part in self._experts.values())
         for folder, factor in given:
             for module, change in _Adapter(Path(folder), factor, stack).changes().items():
+                layer = next((layer for layer in layers if module.startswith(layer)), None)
+                if layer is not None and change.is_of_experts:
+                    self._of_experts.setdefault(layer, []).append(change)
+                    continue
                 name = f"{module}.weight"
                 self._changes.setdefault((names or {}).get(name, name), []).append(change)
         for name, changes in self._changes.items():
@@ -198,6 +241,17 @@ class Adapters:
                     f"{changes[-1].adapter.folder}: several adapters change {name!r}, and one of "
                     "them replaces it as a whole"
                 )
+
+    @property
+    def changed(self) -> list[str]:
+        """The names of the weights that change; of a layer whose experts change, of all experts."""
+        experts = (name for name, part in self._experts.items() if part.layer in self._of_experts)
+        return [*self._changes, *experts]
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a weight is one of `changed`."""
+        part = self._experts.get(str(name))
+        return name in self._changes or (part is not None and part.layer in self._of_experts)
 
     def check(
         self, weights: Iterable[NamedWeight], elsewhere: Container[str], tied: Container[str]
@@ -220,22 +274,55 @@ class Adapters:
                 continue
             if weight is None or weight.module is None or len(weight.shape) != 2:
                 raise CheckpointError(
-                    f"{folder}: changes {name!r}, which is not a weight of this model"
+                    f"{folder}: changes {name!r}, which is not a linear or embedding of this model"
                 )
             for change in changes:
                 none = NamedWeight(name, weight.shape, (slice(0, 0), slice(0, 0)))
                 change.apply(none, torch.zeros(0, 0))  # the shapes
+        fitting = []
+        for name, part in self._experts.items():
+            if name in known:
+                own = self._changes_of(part, known[name])
+                fitting += own
+                for change in own[: part.expert in (None, 0)]:
+                    change.of_expert(part, known[name], 0)  # the rank
+        for change in (each for changes in self._of_experts.values() for each in changes):
+            if change not in fitting:
+                raise CheckpointError(
+                    f"{change.adapter.folder}: changes {change.module!r} with tensors of shapes "
+                    f"{change.shapes}, which are not those of this model's experts"
+                )
+
+    def _changes_of(self, part: ExpertWeight, weight: NamedWeight) -> list[_Change]:
+        """The changes of the parameter of experts that a weight is a part of."""
+        return [c for c in self._of_experts.get(part.layer, ()) if c.fits(part, weight)]
 
     def merged(self, weight: NamedWeight, source: Any) -> Any:
         """A weight with all changes, in float32; as it is without any."""
+        part = self._experts.get(weight.name)
+        of_experts = [] if part is None else self._changes_of(part, weight)
+        if part is not None and of_experts:
+            return self._merged_experts(part, of_experts, weight, source)
         changes = self._changes.get(weight.name, ())
         if not changes:
             return source
-        is_dense = isinstance(source, torch.Tensor)
-        values = source.float() if is_dense else source.dense(torch.float32)
+        values = as_float32(source)
         for change in changes:
             values = change.apply(weight, values)
         return values
+
+    def _merged_experts(
+        self, part: ExpertWeight, changes: list[_Change], weight: NamedWeight, source: Any
+    ) -> Any:
+        def change(expert: int, values: torch.Tensor) -> torch.Tensor:
+            for each in changes:
+                values = values + each.of_expert(part, weight, expert)
+            return values
+
+        if part.expert is not None:
+            return change(part.expert, as_float32(source))
+        numbers = range(part.count)[weight.part[0]]
+        return ChangedStack(source, lambda index, values: change(numbers[index], values))
 
 
 def _read_config(path: Path) -> Keys:
@@ -245,7 +332,12 @@ def _read_config(path: Path) -> Keys:
         raise keys.fail(
             f"peft_type {keys.get('peft_type')!r:.60} is not supported; supported: LORA"
         )
-    keys.refuse_unknown(_UNDERSTOOD, {"bias": "none", "fan_in_fan_out": False})
+    try:
+        keys.refuse_unknown(_UNDERSTOOD, {"bias": "none", "fan_in_fan_out": False})
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; what is not supported here, PEFT's merge_and_unload merges into the model"
+        ) from None
     start = keys.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(_OTHER_BASES):
         raise keys.fail(

@@ -12,15 +12,18 @@ from typing import Any
 
 import torch
 
+from model.adapted_experts import ChangedStack, expert_weights
 from model.adapters import AdapterList, Adapters
 from model.checkpoint_files import CheckpointFiles
 from model.config import CheckpointError, ModelConfig, MoeConfig
 from model.families import is_of_another_part, stored_names
+from model.families.layer_formats import with_layer_formats
 from model.families.tensor_names import ExpertNames, TensorNames, names_by
 from model.formats import DENSE, WeightFormat, full_interface
 from model.formats.dense import Dense
 from model.formats.float8 import Float8
 from model.formats.integers import Integers
+from model.formats.rules import Rule
 from model.gguf.files import GgufFiles, is_gguf
 from model.ops.backend import Backend
 from model.ops.dense import normalize
@@ -46,12 +49,13 @@ def load(
     before any large read.
     """
     with contextlib.ExitStack() as stack:
-        files = _open(model, checkpoint, stack)
+        files = _open(model.config, checkpoint, stack)
         found = _checked_map(model, files)
         changes = _checked_adapters(model, files, found, adapters, stack)
         parameters = _parameters(model, backend)
         for stored in found.pieces:
-            parameters[stored.piece.holder_key].expect(stored.format)
+            is_changed = stored.piece.weight.name in changes
+            parameters[stored.piece.holder_key].expect(stored.format, is_changed)
         # In file order, so that each file is read once, front to back.
         for stored in sorted(found.pieces, key=lambda stored: files.order(stored.tensors[0].name)):
             piece, parameter = stored.piece, parameters[stored.piece.holder_key]
@@ -75,14 +79,30 @@ def load(
 def check(model: Transformer, checkpoint: str | Path, adapters: AdapterList = ()) -> None:
     """Raise CheckpointError as `load` does, from the headers of the files alone."""
     with contextlib.ExitStack() as stack:
-        files = _open(model, checkpoint, stack)
+        files = _open(model.config, checkpoint, stack)
         _checked_adapters(model, files, _checked_map(model, files), adapters, stack)
 
 
-def _open(model: Transformer, checkpoint: str | Path, stack: contextlib.ExitStack) -> Files:
+def with_adapters(
+    config: ModelConfig, checkpoint: str | Path, adapters: AdapterList
+) -> ModelConfig:
+    """The config with dense formats of the weights that adapters change. Raises CheckpointError."""
+    rules = config.stored_formats
+    if not (adapters and rules.formats):
+        return config
+    with contextlib.ExitStack() as stack:
+        files = _open(config, checkpoint, stack)
+        changes = _adapters(config, files, adapters, stack)
+        dense = Rule(DENSE, exact=frozenset(n.removesuffix(".weight") for n in changes.changed))
+        changed = replace(config, stored_formats=replace(rules, named=(dense, *rules.named)))
+        found = with_layer_formats(changed, _stored_names(config, files))
+    return replace(found, stored_formats=rules)
+
+
+def _open(config: ModelConfig, checkpoint: str | Path, stack: contextlib.ExitStack) -> Files:
     path = Path(checkpoint)
     if is_gguf(path):
-        return GgufFiles(path, model.config, stack)
+        return GgufFiles(path, config, stack)
     return CheckpointFiles(path, stack)
 
 
@@ -121,10 +141,13 @@ class _Filling:
             return None if declared is None else DENSE
         return full_interface(declared)
 
-    def expect(self, stored: WeightFormat) -> None:
-        """Count a piece that is stored in this format."""
+    def expect(self, stored: WeightFormat, is_changed: bool) -> None:
+        """Count a piece that is stored in this format; is_changed: an adapter changes it."""
         self.pieces_left += 1
-        if self.format is not None and not self.format.takes(stored):
+        if self.format is None or isinstance(self.format, Dense):
+            return
+        is_taken = self.format.quantizes if is_changed else self.format.takes(stored)
+        if not is_taken:
             self._becomes_dense = True
 
     def storage(self) -> Any:
@@ -146,9 +169,8 @@ class _Filling:
         is_dense = self.format is None or isinstance(self.format, Dense)
         if isinstance(self.format, Integers | Float8):  # dense if kernels do not take the shape
             is_dense = not getattr(self.storage(), "group", 0)
-        if isinstance(source, torch.Tensor):
-            if not is_dense and not getattr(self.format, "quantizes", False):
-                assert self.format is not None
+        if isinstance(source, torch.Tensor | ChangedStack):
+            if self.format is not None and not is_dense and not self.format.quantizes:
                 raise ValueError(
                     f"stored dense, though by 'quantization_config' it is {self.format.name}: name"
                     " it there as an exception"
@@ -253,14 +275,22 @@ def _checked_adapters(
     stack: contextlib.ExitStack,
 ) -> Adapters:
     """The adapters, which fit the model."""
-    if not given:
-        return Adapters((), stack)
-    config, names = model.config, _stored_names(model.config, files)
-    others = names_by(stored_names(config.model_type, ()), names, len(config.layers))
-    changes = Adapters(given, stack, others)
-    tied = (names.embedding, names.head) if config.tie_word_embeddings else ()
+    changes = _adapters(model.config, files, given, stack)
+    names = _stored_names(model.config, files)
+    tied = (names.embedding, names.head) if model.config.tie_word_embeddings else ()
     changes.check((stored.piece.weight for stored in found.pieces), found.expected, tied)
     return changes
+
+
+def _adapters(
+    config: ModelConfig, files: Files, given: AdapterList, stack: contextlib.ExitStack
+) -> Adapters:
+    """The adapters with the names that the checkpoint has for what they change."""
+    if not given:
+        return Adapters((), stack)
+    names, theirs = _stored_names(config, files), stored_names(config.model_type, ())
+    others = names_by(theirs, names, len(config.layers))
+    return Adapters(given, stack, others, expert_weights(config, names, theirs))
 
 
 def _check_count(config: ModelConfig, files: Files) -> None:

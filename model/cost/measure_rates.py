@@ -3,7 +3,7 @@
 Each kind of kernel runs through the backend as in a replayed step, over more weights or keys and
 values than the caches hold. All kinds take turns, so that a slow period of the machine affects few
 of the runs of each, and the median of its runs counts, because a step is predicted and not the best
-case. Takes a few seconds.
+case. Takes about ten seconds.
 """
 
 import time
@@ -15,6 +15,8 @@ import torch
 
 from model.cost.rates import Rates, Speeds
 from model.formats import DENSE, MXFP4
+from model.formats.format import WeightFormat
+from model.formats.integers import INT4, INT8
 from model.ops.backend import Backend, Compute, choose_backend
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.specs import Activation, AttentionSpec, Experts, Linear, Norm, NormSpec
@@ -35,6 +37,9 @@ _LOGITS = 64, 1 << 17
 # small operations from Python take 0.35 ms; both wait for code and data that kernels evicted.
 _HOST_OPERATIONS = 300
 
+Times = Sequence[float]
+"""The seconds of a computation in each pass."""
+
 
 @dataclass(frozen=True)
 class _Timed:
@@ -49,15 +54,17 @@ def measure_rates(target: torch.device) -> Rates:
     with torch.inference_mode():
         single = choose_backend(target, torch.float32)
         half = choose_backend(target, torch.bfloat16)
-        timed = _dense(single)
-        seconds = _medians(timed)
-        products = {"float32": _speeds(seconds)}
-        timed = {**_dense(half), **_host(), **_others(half)}
+        products = {"float32": _speeds(_medians(_times(_linears(single, DENSE))))}
+        timed = {**_linears(half, DENSE), **_activations(half), **_host(), **_others(half)}
         if half.keeps_mxfp4(stacked=True):
             timed |= _experts(half)
-        seconds = _medians(timed)
+        times = _times(timed)
+        seconds = _medians(times)
         products["bfloat16"] = _speeds(seconds)
-        activated_s = max(0.0, seconds["gated"] - seconds["plain"])
+        for form in INT8, INT4:
+            if half.keeps_integers(quantizes=True):
+                products[form.name] = _speeds(_medians(_times(_linears(half, form))))
+        activated_s = _difference(times, "gated", "plain")
         if half.keeps_mxfp4(stacked=True):
             # Their kernel includes the activation, which the cost model has as an operation.
             per_row = activated_s / (3 * _SIZE)
@@ -65,24 +72,24 @@ def measure_rates(target: torch.device) -> Rates:
                 (rows, max(0.0, seconds[f"experts {rows}"] - per_row * rows), 0.0)
                 for rows in _EXPERT_ROWS
             ]
-    return _rates(products, seconds, activated_s, half.dtype.itemsize)
+    return _rates(products, times, activated_s, half.dtype.itemsize)
 
 
 def _rates(
-    products: Mapping[str, Speeds], seconds: Mapping[str, float], activated_s: float, item: int
+    products: Mapping[str, Speeds], times: Mapping[str, Times], activated_s: float, item: int
 ) -> Rates:
-    short, long = seconds["decode short"], seconds["decode"]
-    position_s = max(0.0, long - short) / (_CONTEXT - _SHORT)
+    seconds = _medians(times)
+    position_s = _difference(times, "decode", "decode short") / (_CONTEXT - _SHORT)
     # As the cost model counts them: a norm reads and writes each value once, an activation reads
     # two for each that it writes.
     moved, activated = 2 * item, 3 * item
-    moved_byte_s = max(0.0, seconds["norms"] - seconds["small norms"]) / (moved * _SIZE)
+    moved_byte_s = _difference(times, "norms", "small norms") / (moved * _SIZE)
     return Rates(
         products,
         kernel_s=seconds["small norms"],
         kv_byte_s=seconds["decode all heads"] / (2 * _CONTEXT * _HEADS * _HEAD_DIM * item),
         decode_s=position_s / (_HEADS * _HEAD_DIM),
-        sequence_s=max(0.0, short - position_s * _SHORT),
+        sequence_s=max(0.0, seconds["decode short"] - position_s * _SHORT),
         prefill_s=seconds["prefill"],
         moved_byte_s=moved_byte_s / _TOKENS,
         activated_byte_s=activated_s / activated,
@@ -102,16 +109,16 @@ def _speeds(seconds: Mapping[str, float]) -> Speeds:
     return speeds
 
 
-def _dense(backend: Backend) -> dict[str, _Timed]:
-    """Return products, and products with an activation.
+def _linears(backend: Backend, form: WeightFormat) -> dict[str, _Timed]:
+    """Return products with weights of a form in memory.
 
     Each takes the result of the one before it, which is then in the caches of other cores, as in a
     step.
     """
     up, down = (_WIDER * _SIZE, _SIZE), (_SIZE, _WIDER * _SIZE)
-    pairs = _WEIGHT_BYTES // (2 * _WIDER * _SIZE**2 * backend.dtype.itemsize)
-    wide = [_linear(backend, *sizes) for _ in range(pairs) for sizes in (up, down)]
-    narrow = [_linear(backend, _SIZE, _SIZE) for _ in range(_WIDER * pairs)]
+    pairs = _WEIGHT_BYTES // (2 * form.bytes(up, backend.dtype.itemsize))
+    wide = [_linear(backend, form, *sizes) for _ in range(pairs) for sizes in (up, down)]
+    narrow = [_linear(backend, form, _SIZE, _SIZE) for _ in range(_WIDER * pairs)]
     timed = {}
     for rows in _ROWS:
         used = min(pairs, max(1, _MAX_WEIGHT_ROWS // (2 * _WIDER * _SIZE**2 * rows)))
@@ -119,7 +126,13 @@ def _dense(backend: Backend) -> dict[str, _Timed]:
         for name, linears in (("wide", wide[: 2 * used]), ("narrow", narrow[: _WIDER * used])):
             compute = _replayed(backend, _chain(backend.linear, x, linears))
             timed[f"{name} {rows}"] = _Timed(compute, len(linears))
-    x, first = _random(backend, _TOKENS, _SIZE), wide[:8:2]
+    return timed
+
+
+def _activations(backend: Backend) -> dict[str, _Timed]:
+    """Return products with an activation, and without."""
+    linears = [_linear(backend, DENSE, _WIDER * _SIZE, _SIZE) for _ in range(4)]
+    x = _random(backend, _TOKENS, _SIZE)
 
     def gated(_: torch.Tensor, linear: Linear) -> torch.Tensor:
         return backend.gated_linear(x, linear, Activation())
@@ -127,17 +140,18 @@ def _dense(backend: Backend) -> dict[str, _Timed]:
     def plain(_: torch.Tensor, linear: Linear) -> torch.Tensor:
         return backend.linear(x, linear)
 
-    for name, product in (("gated", gated), ("plain", plain)):
-        count = len(first) * _TOKENS * _WIDER * _SIZE // 2
-        timed[name] = _Timed(_replayed(backend, _chain(product, x, first)), count)
-    return timed
+    count = len(linears) * _TOKENS * _WIDER * _SIZE // 2
+    return {
+        name: _Timed(_replayed(backend, _chain(product, x, linears)), count)
+        for name, product in (("gated", gated), ("plain", plain))
+    }
 
 
-def _linear(backend: Backend, outputs: int, inputs: int) -> Linear:
-    storage = backend.empty_weight((outputs, inputs))
-    storage[0:outputs].copy_(_random(backend, outputs, inputs) * inputs**-0.5)
-    weight = backend.pack(storage)
-    return Linear(inputs, outputs, has_bias=False, format=DENSE, weight=weight)
+def _linear(backend: Backend, form: WeightFormat, outputs: int, inputs: int) -> Linear:
+    storage = form.allocate(backend, (outputs, inputs))
+    form.fill_random(storage, torch.Generator().manual_seed(0))
+    weight = form.finish(backend, storage)
+    return Linear(inputs, outputs, has_bias=False, format=form, weight=weight)
 
 
 def _random(backend: Backend, rows: int, columns: int) -> torch.Tensor:
@@ -197,7 +211,7 @@ def _others(backend: Backend) -> dict[str, _Timed]:
         return _Timed(_replayed(backend, compute), layers * _SEQUENCES)
 
     prefill = _attention(backend, _HEADS // 4, 1, _QUERY, _CONTEXT, layers=1)
-    return {
+    return {  # those that are subtracted from each other next to each other
         "small norms": _Timed(_replayed(backend, _norms(backend, 1)), _NORMS),
         "norms": _Timed(_replayed(backend, _norms(backend, _TOKENS)), _NORMS),
         "decode": decode(_HEADS // 8, _CONTEXT),
@@ -283,12 +297,25 @@ def _replayed(backend: Backend, compute: Compute) -> Compute:
     return run
 
 
-def _medians(timed: Mapping[str, _Timed]) -> dict[str, float]:
-    """Return the median seconds of each computation, divided by its count; all take turns."""
+def _times(timed: Mapping[str, _Timed]) -> dict[str, Times]:
+    """Return the seconds of each computation in each pass, divided by its count."""
     times: dict[str, list[float]] = {name: [] for name in timed}
     for _ in range(_PASSES):
         for name, one in timed.items():
             start = time.perf_counter()
             one.compute()
             times[name].append((time.perf_counter() - start) / one.count)
+    return dict(times)
+
+
+def _medians(times: Mapping[str, Times]) -> dict[str, float]:
     return {name: median(taken) for name, taken in times.items()}
+
+
+def _difference(times: Mapping[str, Times], longer: str, shorter: str) -> float:
+    """Return the median of the differences within a pass, 0 at least.
+
+    The passes differ more than the two computations do where other work uses the machine.
+    """
+    pairs = zip(times[longer], times[shorter], strict=True)
+    return max(0.0, median(long - short for long, short in pairs))

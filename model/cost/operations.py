@@ -29,7 +29,7 @@ from model.cost.workload import (
     kv_vector_bytes,
     state_bytes,
 )
-from model.formats import DENSE, full_interface
+from model.formats import DENSE, HEAD, full_interface
 from model.sharding import Shard
 from model.transformer import Transformer
 
@@ -104,15 +104,18 @@ def total(ops: list[Op]) -> Op:
 def parameter_bytes(config: ModelConfig, dtype: str, tensor_parallel: int = 1) -> int:
     """Return the bytes of weights that one GPU stores, norms in the same dtype as the rest.
 
-    A tied embedding counts once.
+    A tied embedding counts once, unless the head is a copy of it in another format.
     """
     check_tensor_parallel(config, tensor_parallel)
     item = DTYPE_BYTES[dtype]
     # The first rank, because the last may have a smaller part of the vocabulary.
     model = Transformer(config, Shard(0, tensor_parallel))
+    stored = [*model.parameters()]
+    if config.tie_word_embeddings and config.head_format != HEAD:
+        stored += model.head.parameters()
     return sum(
         full_interface(parameter.format or DENSE).bytes(parameter.shape, item)
-        for parameter in model.parameters()
+        for parameter in stored
     )
 
 

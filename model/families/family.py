@@ -187,9 +187,14 @@ def _formats(keys: Keys, has_experts: bool) -> dict[str, Any]:
     if not isinstance(settings, dict):
         settings = {"quant_method": settings}
     method = settings.get("quant_method")
+    if method is None and any(settings.get(key) for key in ("load_in_4bit", "load_in_8bit")):
+        method = "bitsandbytes"
     if not isinstance(method, str) or method not in QUANTIZATIONS:
         known = ", ".join(QUANTIZATIONS)
-        raise keys.fail(f"quantization {method!r} is not supported; supported: {known}")
+        raise keys.fail(
+            f"quantization {method!r:.60} is not supported; supported: {known}, or the model's "
+            "checkpoint in 16 bits, which can be quantized as it is loaded"
+        )
     if method == "mxfp4" and not has_experts:
         raise keys.fail(f"quantization {method!r} is supported for experts only")
     return {"stored_formats": QUANTIZATIONS[method](keys.inside("quantization_config", settings))}

@@ -73,6 +73,6 @@ def _of(
 
 
 def _common(formats: Iterable[WeightFormat]) -> WeightFormat:
-    """The format of all, or dense if they differ."""
-    different = set(formats)
-    return different.pop() if len(different) == 1 else DENSE
+    """The format of all, or one of those that become the same in memory; dense if they differ."""
+    different = {form.kept: form for form in formats}
+    return different.popitem()[1] if len(different) == 1 else DENSE

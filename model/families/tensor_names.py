@@ -151,4 +151,8 @@ def names_by(names: TensorNames, others: TensorNames, layers: int) -> dict[str, 
         for layer in range(layers if parts in by_parts else 0):
             old, new = names.layer.format(layer=layer), others.layer.format(layer=layer)
             found[f"{old}{stem}.weight"] = f"{new}{by_parts[parts]}.weight"
+    for layer in range(layers):
+        old, new = names.layer.format(layer=layer), others.layer.format(layer=layer)
+        for router in (names.experts.router, "mlp.gate"):  # transformers' own since version 5
+            found[f"{old}{router}.weight"] = f"{new}{others.experts.router}.weight"
     return {old: new for old, new in found.items() if old != new}

@@ -76,9 +76,16 @@ _DEFAULTS: dict[str, Any] = {
     "zero_point": True,
     "version": None,
     "format": None,
+    "checkpoint_format": None,
+    "desc_act": False,
+    "lm_head": False,
+    "pack_dtype": "int32",
     "modules_to_not_convert": None,
 }
-_NEUTRAL = ("backend", "do_fuse", "exllama_config", "fuse_max_seq_len", "modules_to_fuse")
+_NEUTRAL = tuple(
+    """backend do_fuse exllama_config fuse_max_seq_len modules_to_fuse method meta sym
+    hyb_act""".split()  # the zero points are stored, symmetric or not
+)
 
 
 def read_settings(keys: Keys) -> FormatRules:
@@ -86,7 +93,11 @@ def read_settings(keys: Keys) -> FormatRules:
     keys = keys.with_defaults(_DEFAULTS, _NEUTRAL)
     keys.one_of("bits", _BITS)
     keys.one_of("zero_point", True)
-    version = keys.get("version", keys.get("format"))
+    for key in ("desc_act", "lm_head"):
+        keys.one_of(key, False)
+    keys.one_of("pack_dtype", "int32")
+    stated = (keys.get(key) for key in ("version", "format", "checkpoint_format"))
+    version = next((value for value in stated if value is not None), None)
     if str(version or "gemm").lower() != "gemm":
         raise keys.fail(f"version {version!r:.60} is not supported; supported: gemm")
     group = None if keys.get("group_size") == -1 else keys.integer("group_size")

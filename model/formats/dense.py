@@ -73,11 +73,8 @@ class Dense(WeightFormat):
 class FilledFromDense(WeightFormat):
     """A packed form in memory; a checkpoint has dense weights for it, or stores the form itself.
 
-    quantizes: whether dense weights are packed as they are loaded; otherwise only the form itself
-    is taken.
+    Unless it quantizes, only the form itself is taken.
     """
-
-    quantizes: bool
 
     def stored(
         self, name: str, shape: tuple[int, ...], part: Part = (), *, transposed: bool = False
@@ -147,6 +144,11 @@ class Dequantized(Dense):
     def kept(self) -> WeightFormat:
         """As WeightFormat.kept: dense, unless a subclass knows another one."""
         return DENSE
+
+    @property
+    def change(self) -> str:
+        """What a notice says of the way to the kept format; empty if it has the files' bits."""
+        return ""
 
     def as_stored(self, name: str, shape: tuple[int, ...], part: Part, find: Find) -> WeightFormat:
         """As WeightFormat.as_stored: DENSE if the weight was not quantized."""

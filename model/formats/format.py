@@ -36,6 +36,7 @@ class WeightFormat(ABC):
     """
 
     name: str  # as reports show it
+    quantizes: bool = False  # whether dense weights take this form as they are loaded
 
     @abstractmethod
     def stored(

@@ -120,10 +120,14 @@ _DEFAULTS: dict[str, Any] = {
     "modules_in_block_to_quantize": None,
     "pack_dtype": "int32",
     "is_marlin_format": False,
+    "data_type": "int",  # of AutoRound, which exports this format, too
 }
 _NEUTRAL = tuple(
     """true_sequential static_groups damp_percent damp_auto_increment model_name_or_path
-    model_file_base_name meta quantizer tokenizer dataset batch_size pad_token_id max_input_length
+    model_file_base_name meta quantizer tokenizer dataset batch_size pad_token_id
+    max_input_length method autoround_version provider iters nsamples seqlen lr minmax_lr amp
+    low_gpu_mem_usage enable_quanted_input enable_minmax_tuning enable_norm_bias_tuning
+    gradient_accumulate_steps scale_dtype quant_block_list to_quant_block_names
     cache_block_outputs block_name_to_quantize module_name_preceding_first_block model_seqlen
     use_cuda_fp16 use_exllama disable_exllama exllama_config backend mse act_group_aware
     version""".split()
@@ -136,6 +140,7 @@ def read_settings(keys: Keys) -> FormatRules:
     keys.boolean("sym")  # symmetric or not, the zero points are stored
     keys.one_of("pack_dtype", "int32")
     keys.one_of("is_marlin_format", False)
+    keys.one_of("data_type", "int")
     stated = "checkpoint_format" if keys.get("checkpoint_format") is not None else "format"
     version = keys.one_of(stated, None, "gptq", "gptq_v2")
     form = _format(keys, Gptq(4, None, zero_offset=0 if version == "gptq_v2" else 1))

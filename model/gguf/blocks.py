@@ -131,6 +131,24 @@ def _q6_k(data: torch.Tensor) -> _Read:
     return 8, codes.to(torch.int8) - 32, scales, None
 
 
+# The values of 4 bits in IQ4_NL and IQ4_XS.
+_NON_LINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+def _non_linear(codes: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(_NON_LINEAR, dtype=torch.int8)[codes.int()]
+
+
+def _iq4_nl(data: torch.Tensor) -> _Read:
+    return 8, _non_linear(_nibbles(data[..., 2:])), _half(data[..., :2]), None
+
+
+def _iq4_xs(data: torch.Tensor) -> _Read:
+    high, low = _planes(data[..., 2:4], 1, 2), _planes(data[..., 4:8], 1, 4)
+    scales = _half(data[..., :2]) * ((low | (high << 4)).to(torch.int8) - 32)
+    return 8, _non_linear(_planes(data[..., 8:], 16, 4)), scales, None
+
+
 _READERS: dict[str, Callable[[torch.Tensor], _Read]] = {
     "Q8_0": _q8_0,
     "Q4_0": _q4_0,
@@ -142,4 +160,6 @@ _READERS: dict[str, Callable[[torch.Tensor], _Read]] = {
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
+    "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
 }

@@ -208,6 +208,8 @@ def _finish_gemma3(gguf: Gguf, config: Values) -> None:
     # The largest model scales its scores otherwise. llama.cpp knows it by its layers.
     config["query_pre_attn_scalar"] = hidden // heads if layers == 62 else config["head_dim"]
     pattern = config.get("sliding_window_pattern")
+    if isinstance(pattern, str | float):
+        raise gguf.fail(f"'gemma3.attention.sliding_window_pattern' is {pattern!r:.60}")
     if pattern is not None and not isinstance(pattern, int):
         config["layer_types"] = [
             "sliding_attention" if sliding else "full_attention" for sliding in pattern

@@ -186,7 +186,17 @@ class _Reader:
                     "download it again"
                 )
             found[name] = GgufTensor(self._path, start, tensor.type, tensor.shape)
+        self._check_order(found)
         return found
+
+    def _check_order(self, tensors: Mapping[str, GgufTensor]) -> None:
+        """Raise CheckpointError for tensors that have bytes in common."""
+        end, before = 0, ""
+        for name, tensor in sorted(tensors.items(), key=lambda item: item[1].start):
+            if tensor.start < end:
+                raise self._fail(f"is damaged: tensors {before!r:.60} and {name!r:.60} overlap")
+            end = tensor.start + _product(tensor.shape[:-1]) * tensor.row_bytes
+            before = name
 
     def _tensor(self, name: str, alignment: int) -> GgufTensor:
         """A tensor whose start is counted from the end of the header."""

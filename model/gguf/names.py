@@ -1,10 +1,11 @@
 """The names and the formats of tensors in GGUF files."""
 
+import re
 from dataclasses import replace
 
 from model.families.tensor_names import ExpertNames, TensorNames
 from model.formats.rules import FormatRules, Rule
-from model.gguf.format import GgufFormat
+from model.gguf.format import GgufFormat, has_integers
 from model.gguf.header import Gguf
 
 _NAMES = TensorNames(
@@ -59,12 +60,21 @@ def tensor_names(gguf: Gguf) -> TensorNames:
 
 def stored_formats(gguf: Gguf) -> FormatRules:
     """The formats of the weights, which are tensor by tensor what the file says."""
-    modules: dict[str, list[str]] = {}
-    for name, tensor in gguf.tensors.items():
-        if tensor.type.values > 1:
-            modules.setdefault(tensor.type.name, []).append(name.removesuffix(".weight"))
-    rules = (Rule(GgufFormat(kind), exact=frozenset(own)) for kind, own in modules.items())
-    return FormatRules(tuple(rules))
+    matrices: dict[str, set[str]] = {}  # types of the tensors of each
+    quantized = {name: t.type.name for name, t in gguf.tensors.items() if t.type.values > 1}
+    for name, kind in quantized.items():
+        matrices.setdefault(_matrix(name), set()).add(kind)
+    modules: dict[GgufFormat, list[str]] = {}
+    for name, kind in quantized.items():
+        kinds = matrices[_matrix(name)]
+        form = GgufFormat(kind, is_mixed=len(kinds) > 1 and all(map(has_integers, kinds)))
+        modules.setdefault(form, []).append(name.removesuffix(".weight"))
+    return FormatRules(tuple(Rule(form, exact=frozenset(own)) for form, own in modules.items()))
+
+
+def _matrix(name: str) -> str:
+    """What the names of tensors have in common that have one format: a matrix, or all experts."""
+    return re.sub(r"(?<=\.attn_)[qkv](?=\.)|(?<=\.ffn_)(gate|up|(gate|up|down)(?=_exps))", "", name)
 
 
 def rotated_rows(gguf: Gguf, name: str, heads: int, kv_heads: int, head_dim: int) -> int:

@@ -9,6 +9,7 @@ _STOPS = frozenset(
     <|end_of_text|> <EOT> <end_of_utterance>""".split()
 )
 _KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+_LISTS = ("tokens", "token_type")
 _CONTROL = 3  # the type of special tokens
 
 
@@ -21,8 +22,10 @@ def stop_ids(gguf: Gguf) -> list[int]:
             if not isinstance(value, int) or isinstance(value, bool):
                 raise gguf.fail(f"'{key}' must be a token id, not {value!r:.60}")
             found.add(value)
-    tokens = gguf.metadata.get("tokenizer.ggml.tokens", [])
-    types = gguf.metadata.get("tokenizer.ggml.token_type", ())
+    tokens, types = (gguf.metadata.get(f"tokenizer.ggml.{key}", ()) for key in _LISTS)
+    for key, value in zip(_LISTS, (tokens, types), strict=True):
+        if isinstance(value, str | int | float):
+            raise gguf.fail(f"'tokenizer.ggml.{key}' must be a list, not {value!r:.60}")
     by_text = {
         token: number
         for number, (token, kind) in enumerate(zip(tokens, types, strict=False))

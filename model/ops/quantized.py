@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -168,10 +168,13 @@ def row_chunks(source: Any) -> Iterator[slice]:
 def float8_rows(source: Any, group: int) -> GroupedFloat:
     """Return rows in E4M3 with a scale for each `group` of inputs.
 
-    source: GroupedFloat in E4M3 whose groups are multiples of these, or a tensor [rows, in], which
-    is rounded: the largest value of a group becomes 448. Raises ValueError for values that are not
-    finite, and for other groups.
+    source: GroupedFloat in E4M3 whose groups are multiples of these, or another weight [rows, in],
+    which is rounded: the largest value of a group becomes 448. Raises ValueError for values that
+    are not finite.
     """
+    fits = isinstance(source, GroupedFloat) and source.group % group == 0
+    if not (fits or isinstance(source, torch.Tensor)):
+        source = source.dense(torch.float32)
     if isinstance(source, torch.Tensor):
         values = source.float().unflatten(-1, (-1, group))
         scales = values.abs().amax(-1) / _MAX_E4M3
@@ -180,8 +183,6 @@ def float8_rows(source: Any, group: int) -> GroupedFloat:
             raise ValueError("a weight is not finite")
         values = values / scales.masked_fill(scales == 0, 1).unsqueeze(-1)
         return GroupedFloat(values.flatten(-2).to(torch.float8_e4m3fn), scales)
-    if source.group % group:
-        raise ValueError(f"{source.group} inputs share a scale, which is not a multiple of {group}")
     if bool((source.codes.view(torch.uint8) & 0x7F == 0x7F).any()):
         raise ValueError("a weight is not finite")
     scales = source.scales.repeat_interleave(source.group // group, -1)
@@ -191,9 +192,14 @@ def float8_rows(source: Any, group: int) -> GroupedFloat:
 def integer_rows(source: Any, bits: int, group: int, *, has_zeros: bool) -> GroupedInt:
     """Return integers with a scale and an offset for each `group` of inputs.
 
-    Raises ValueError unless they have these bits, groups that are multiples of these, and zeros
+    Integers of 4 bits are also some of 8 bits, and smaller groups are rounded to 8 bits again.
+    Raises ValueError unless others have these bits, groups that are multiples of these, and zeros
     only if the storage has them.
     """
+    if bits == 8 and has_zeros:
+        source = with_8_bits(source)
+    if bits == 8 and source.group < group:
+        source = _rounded(source, group)
     if source.bits != bits or source.group % group:
         raise ValueError(
             f"{source.bits} bits with a scale for each {source.group} do not fit {bits} bits"
@@ -214,3 +220,17 @@ def integer_rows(source: Any, bits: int, group: int, *, has_zeros: bool) -> Grou
         scales.repeat_interleave(repeats, -1),
         offsets.repeat_interleave(repeats, -1),
     )
+
+
+def with_8_bits(source: Any) -> Any:
+    """Integers of 4 bits with offsets as integers of 8 bits; others as they are."""
+    has_codes = isinstance(source, GroupedInt) and source.bits == 4 and source.offsets is not None
+    return replace(source, bits=8) if has_codes else source
+
+
+def _rounded(source: Any, group: int) -> GroupedInt:
+    """Integers of 8 bits without offsets: values change by up to 1/254 of a group's largest."""
+    values = source.dense(torch.float32).unflatten(-1, (-1, group))
+    scales = values.abs().amax(-1) / 127
+    codes = (values / scales.masked_fill(scales == 0, 1).unsqueeze(-1)).round_().flatten(-2)
+    return GroupedInt(8, codes.to(torch.int8), scales, None)

@@ -20,6 +20,7 @@ from engine.resolve import resolve
 from model import load_config
 from model.cost.known_models import named_config
 from model.cost.operations import parameter_bytes
+from model.formats import FP8 as FP8_FORMAT
 from model.ops.backend import choose_backend
 from tests.engine.test_engine import load
 from tests.quantized_checkpoints import fp8_blocks, is_linear, mxfp4, write_quantized
@@ -46,6 +47,16 @@ def test_the_plan_follows_from_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "library", lambda: None)  # torch's head is float32
     assert needs().weights == llama.weights + 2 * 128_256 * 4096
     assert needs(tie_word_embeddings=True).weights == needs().weights
+
+
+def test_a_head_that_is_quantized_is_counted_beside_the_embedding_that_it_copies() -> None:
+    config = replace(named_config("llama-3-8b"), tie_word_embeddings=True).quantized("fp8")
+    untied = replace(config, tie_word_embeddings=False)
+    assert parameter_bytes(config, "bfloat16") == parameter_bytes(untied, "bfloat16")
+    assert (
+        needs(tie_word_embeddings=True, head_format=FP8_FORMAT).weights
+        == needs(head_format=FP8_FORMAT).weights
+    )
 
 
 def test_recurrent_layers_have_no_place_in_kv_blocks() -> None:

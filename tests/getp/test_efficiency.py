@@ -230,6 +230,6 @@ def test_a_measurement_of_this_machine_is_announced_once(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(measure, "measure", lambda target: {"date": "2030-01-02", **rates})
     cpu = replace(RUN, device="cpu", device_type="cpu")
-    for message in ("getp: measuring the peak speed of this machine (once; a few seconds)\n", ""):
+    for message in ("getp: measuring the peak speed of this machine (once; about 10 s)\n", ""):
         run_efficiency(cpu, 1.2, 0)
         assert capsys.readouterr().err == message

@@ -17,6 +17,7 @@ from getp.units import duration, quantity
 from model.cost import measure, measure_rates
 from model.cost.known_models import KNOWN_CONFIGS
 from model.cost.rates import Rates
+from model.ops.backend import choose_backend
 from tests.getp.helpers import write_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -536,6 +537,8 @@ def test_this_machine_can_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["memory"] > 2**28
     rates = Rates.parse(json.loads(json.dumps(found["rates"])))
     assert rates.products.keys() >= {"float32", "bfloat16"}
+    if choose_backend(torch.device("cpu"), torch.bfloat16).keeps_integers(quantizes=True):
+        assert rates.products.keys() >= {"int8", "int4"}
     for speeds in rates.products.values():
         assert all(each > 0 or more > 0 for _, each, more in speeds)
     assert min(rates.kernel_s, rates.kv_byte_s, rates.prefill_s, rates.logit_s, rates.host_s) > 0

@@ -1,6 +1,7 @@
 // Checks of kernels/threads: each is a mode of this program, which ends with 1 and a line if it
 // fails. A check that waits for something that never happens does not end.
 #include <sched.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -120,6 +121,33 @@ void check_nodes() {
   for (auto& item : written[0]) require(item == 1, "each item is computed once");
 }
 
+// The length of this thread's turns on a core in nanoseconds; 0 if it is the system's.
+uint64_t turn_ns() {
+  uint64_t attributes[6] = {};  // struct sched_attr; its runtime is the fourth
+  syscall(SYS_sched_getattr, 0, attributes, sizeof attributes, 0);
+  return attributes[3];
+}
+
+void check_turns() {
+  static std::atomic<uint64_t> of_main{0}, of_worker{0};
+  static std::atomic<bool> met_main{false}, met_worker{false};
+  const uint64_t before = turn_ns();
+  divide(2, ITEMS, 1, [](int64_t, int64_t) {
+    (is_main() ? of_main : of_worker) = turn_ns();
+    (is_main() ? met_main : met_worker) = true;
+    while (!met_main || !met_worker) std::this_thread::yield();
+  });
+  require(of_main == of_worker, "both threads have turns of the same length");
+  if (of_main != before) {
+    const pid_t child = fork();
+    if (!child) _exit(turn_ns() != before);
+    int status = 1;
+    waitpid(child, &status, 0);
+    require(status == 0, "a process that is started has turns of the system's length");
+  }
+  if (of_main == before) printf("this system does not let a thread shorten its turns\n");
+}
+
 int main(int, char** arguments) {
   const std::string check = arguments[1];
   if (check == "worker") {
@@ -145,6 +173,8 @@ int main(int, char** arguments) {
     require_each_written(2);
     int status = 0;
     if (child) require(waitpid(child, &status, 0) == child && status == 0, "a forked process works");
+  } else if (check == "turns") {
+    check_turns();
   } else {
     check_nodes();
   }

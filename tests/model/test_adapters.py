@@ -10,14 +10,18 @@ import torch
 from safetensors.torch import load_file
 
 from model import CheckpointError, Transformer, load_config, loader
-from model.ops.backend import choose_backend
+from model.formats import DENSE
+from model.ops.backend import Backend, choose_backend
 from model.sharding import Shard
 from tests.adapters import random_lora, write_adapter, write_changed
 from tests.gguf_files import write_gguf
+from tests.quantized_cases import CASES
+from tests.quantized_checkpoints import Write, is_linear
 
 CPU = torch.device("cpu")
 Q, DOWN = "model.layers.1.self_attn.q_proj", "model.layers.2.mlp.down_proj"
 Adapter = tuple[str, float]
+Tensors = dict[str, torch.Tensor]
 
 
 def parameters(
@@ -110,6 +114,95 @@ def test_embedding_and_a_whole_head(tmp_path: Path, checkpoint: Callable[[str], 
         parameters(source, adapter, adapter)
 
 
+def expert_lora(checkpoint: Path, layer: int, seed: int = 0) -> tuple[Tensors, Tensors]:
+    """A and B of all experts of a layer as PEFT names them, and their products [experts, out, in].
+
+    Compared with PEFT 0.21.2.
+    """
+    config, generator = load_config(checkpoint), torch.Generator().manual_seed(seed)
+    assert config.moe is not None
+    count, size, hidden = config.moe.num_experts, config.moe.intermediate_size, config.hidden_size
+    module, tensors, products = f"model.layers.{layer}.mlp.experts", {}, {}
+    sizes = {"gate_up_proj": (2 * size, hidden, ".base_layer"), "down_proj": (hidden, size, "")}
+    for name, (outputs, inputs, nested) in sizes.items():
+        a = torch.randn(count * 4, inputs, generator=generator) * 0.2
+        b = torch.randn(outputs, 4 * count, generator=generator) * 0.2
+        tensors[f"{module}{nested}.lora_A.weight"] = a
+        tensors[f"{module}{nested}.lora_B.weight"] = b
+        products[name] = torch.einsum(
+            "ore,eri->eoi", b.view(outputs, 4, count), a.view(count, 4, inputs)
+        )
+    return tensors, products
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss"])
+def test_parameters_of_all_experts(
+    name: str, tmp_path: Path, checkpoint: Callable[[str], Path]
+) -> None:
+    source, layer = checkpoint(name), 2
+    tensors, products = expert_lora(source, layer)
+    config = {"target_parameters": ["x"], "alpha_pattern": {"experts.down_proj": 10}}
+    adapter = (str(write_adapter(tmp_path / "a", tensors, config)), 1.0)
+    up, down = products["gate_up_proj"] * 6 / 4, products["down_proj"] * 10 / 4
+    prefix, size = f"model.layers.{layer}.mlp.experts", up.shape[1] // 2
+    changes = {f"{prefix}.gate_up_proj": up.mT, f"{prefix}.down_proj": down.mT}
+    if name != "gpt_oss":
+        own = {"gate_proj": up[:, :size], "up_proj": up[:, size:], "down_proj": down}
+        if name == "mixtral":
+            prefix = f"model.layers.{layer}.block_sparse_moe.experts"
+            own = dict(zip(("w1", "w3", "w2"), own.values(), strict=True))
+        changes = {
+            f"{prefix}.{expert}.{stem}.weight": values[expert]
+            for stem, values in own.items()
+            for expert in range(len(up))
+        }
+    expected = write_changed(tmp_path / "merged", source, changes)
+    for rank in range(2):
+        assert_equal(
+            parameters(source, adapter, rank=rank, ranks=2),
+            parameters(expected, rank=rank, ranks=2),
+        )
+    if name != "qwen3_moe":  # of which GGUF files have experts in every layer
+        path = write_gguf(source, tmp_path / "model.gguf")
+        assert_equal(parameters(path, adapter), parameters(source, adapter))
+    wrong = {key: value for key, value in tensors.items() if "base_layer" not in key}
+    for number, key in enumerate(wrong):
+        wrong[key] = torch.zeros(4 * len(up), 40) if number == 0 else wrong[key]
+    folder = write_adapter(tmp_path / "b", wrong, config)
+    with pytest.raises(CheckpointError, match=r"shapes \[24, 40\] and .* this model's experts"):
+        parameters(source, (str(folder), 1.0))
+
+
+@pytest.mark.parametrize("name", ["w4 group", "mxfp4", "fp8 channel"])
+def test_quantized_weights_that_change_become_dense(
+    name: str, tmp_path: Path, write: Write
+) -> None:
+    settings, encoder = CASES[name]
+    quantized, dense = write("qwen2", settings, lambda m: encoder if is_linear(m) else None)
+    tensors = random_lora(dense, Q) | random_lora(dense, DOWN)
+    adapter = (str(write_adapter(tmp_path / "a", tensors)), 1.0)
+    merged = write_changed(
+        tmp_path / "merged",
+        dense,
+        {f"{module}.weight": product(tensors, module) * 6 / 4 for module in (Q, DOWN)},
+    )
+    backend = Backend(CPU, torch.float32)  # keeps all formats
+    config = load_config(quantized)
+    changed = loader.with_adapters(config, quantized, [adapter])
+    assert [layer.formats.qkv == DENSE for layer in changed.layers[:3]] == [False, True, False]
+    assert [layer.formats.down == DENSE for layer in changed.layers[:3]] == [False, False, True]
+    for own in (config, changed):  # ranks besides the first one have the checkpoint's
+        model = Transformer(own.held(backend))
+        loader.load(model, quantized, backend, [adapter])
+        wanted = Transformer(load_config(merged))
+        loader.load(wanted, merged, backend)
+        for found, plain in zip(model.parameters(), wanted.parameters(), strict=True):
+            values, expected = (getattr(each.holder, each.attribute) for each in (found, plain))
+            if not isinstance(values, torch.Tensor):
+                values = values.dense(torch.float32)
+            torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_gguf_file_takes_adapters_by_the_names_of_transformers(
     tmp_path: Path, checkpoint: Callable[[str], Path]
 ) -> None:
@@ -128,7 +221,7 @@ def test_a_gguf_file_takes_adapters_by_the_names_of_transformers(
         ({"lora_bias": True}, "'lora_bias' = True is not supported"),
         ({"fan_in_fan_out": True}, "'fan_in_fan_out' must be false"),
         ({"new_key": 3}, "'new_key' = 3 is not supported"),
-        ({"target_parameters": ["x"]}, "'target_parameters'"),
+        ({"use_dora": True}, "PEFT's merge_and_unload merges into the model"),
         ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base model"),
         ({"r": 5}, f"the rank of '{Q}' is 4, but adapter_config.json states 5"),
@@ -155,7 +248,7 @@ def test_what_is_not_understood_is_refused(
         ({f"{Q}.lora_magnitude_vector": torch.zeros(4)}, "lora_magnitude_vector' is not supported"),
         ({"model.layers.9.self_attn.q_proj.lora_A.weight": torch.zeros(4, 64),
           "model.layers.9.self_attn.q_proj.lora_B.weight": torch.zeros(128, 4)},
-         "'model.layers.9.self_attn.q_proj.weight', which is not a weight of this model"),
+         "'model.layers.9.self_attn.q_proj.weight', which is not a linear or embedding"),
         ({f"{Q}.lora_A.weight": torch.zeros(4, 63), f"{Q}.lora_B.weight": torch.zeros(128, 4)},
          "has shape [4, 63], but the model requires [rank, 64]"),
         ({f"{Q}.lora_A.weight": torch.zeros(4, 64), f"{Q}.lora_B.weight": torch.zeros(128, 5)},

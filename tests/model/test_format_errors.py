@@ -59,6 +59,10 @@ def test_damaged_tensors_are_refused_by_name(
     ("settings", "words"),
     [
         ({"quant_method": "bitsandbytes"}, ["'bitsandbytes' is not supported", "awq", "gptq"]),
+        ({"load_in_4bit": True}, ["'bitsandbytes' is not supported", "checkpoint in 16 bits"]),
+        ({**GPTQ, "data_type": "mx_fp"}, ["'data_type' = mx_fp is not supported"]),
+        ({"quant_method": "awq", "checkpoint_format": "gemv"}, ["'gemv' is not supported"]),
+        ({"quant_method": "awq", "desc_act": True}, ["'desc_act' = True is not supported"]),
         ({**FP8, "activation_scheme": "token"}, ["'activation_scheme' = token", "dynamic, static"]),
         ({**FP8, "fmt": "e5m2"}, ["'fmt' = e5m2"]),
         ({**FP8, "weight_block_size": [128]}, ["'weight_block_size' must be two integers"]),
@@ -148,6 +152,32 @@ def test_a_pattern_that_could_take_long_is_refused_at_once(pattern: str) -> None
 )
 def test_usual_patterns_are_accepted(pattern: str) -> None:
     assert parse_config(_config({**W4, "ignore": [pattern]}), "config.json").layers
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {  # AutoRound's export to GPTQ
+            **{"autoround_version": "0.4.5", "bits": 4, "damp_percent": 0.01, "data_type": "int"},
+            **{"desc_act": False, "enable_quanted_input": True, "group_size": 128, "iters": 200},
+            **{"low_gpu_mem_usage": True, "lr": 0.005, "minmax_lr": 0.005, "nsamples": 128},
+            **{"provider": "auto-round", "quant_method": "gptq", "scale_dtype": "torch.float16"},
+            **{"seqlen": 2048, "sym": True, "true_sequential": False},
+        },
+        {  # GPTQModel's
+            **{"bits": 4, "checkpoint_format": "gptq", "desc_act": False, "format": "gptq"},
+            **{"group_size": 128, "hyb_act": False, "lm_head": False, "meta": {"mse": 0.0}},
+            **{"method": "gptq", "pack_dtype": "int32", "quant_method": "gptq", "sym": True},
+        },
+        {  # GPTQModel's AWQ
+            **{"bits": 4, "checkpoint_format": "gemm", "desc_act": False, "format": "gemm"},
+            **{"group_size": 128, "lm_head": False, "meta": {}, "pack_dtype": "int32"},
+            **{"quant_method": "awq", "sym": True, "zero_point": True},
+        },
+    ],
+)
+def test_settings_of_other_programs_are_read(settings: dict[str, Any]) -> None:
+    assert len(parse_config(_config(settings), "config.json").stored_formats.formats) == 1
 
 
 def _config(settings: dict[str, Any]) -> dict[str, Any]:

@@ -9,17 +9,22 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
 
+from engine import Engine, EngineConfig
 from model import CheckpointError, Transformer, load_config, loader
+from model.formats.integers import Integers
 from model.gguf.blocks import read_floats, read_integers, read_mxfp4
 from model.gguf.header import read_gguf
 from model.gguf.tensor_types import TENSOR_TYPES, TensorType
-from model.ops.backend import choose_backend
+from model.ops.backend import Backend, choose_backend
+from model.ops.cpu.bindings import library
 from model.sharding import Shard
-from tests.checkpoints import edit_config, write_checkpoint, write_mxfp4_pair
+from tests.checkpoints import FAMILIES, edit_config, write_checkpoint, write_mxfp4_pair
 from tests.gguf_files import write_gguf
+from tests.model import test_parity
 from tests.model.test_parity import assert_close, logits_of, prompt
 
 CPU = torch.device("cpu")
@@ -216,6 +221,9 @@ def test_stop_tokens_are_also_known_by_their_texts(
         (lambda w: w.add_causal_attention(False), "'qwen2.attention.causal' = False"),
         (lambda w: w.kv_data[0].pop("qwen2.block_count"), "no 'qwen2.block_count'"),
         (lambda w: w.add_string("general.architecture", "mamba"), "'mamba' is not supported"),
+        (lambda w: w.add_uint32("tokenizer.ggml.tokens", 7), "ggml.tokens' must be a list"),
+        (lambda w: w.add_bool("tokenizer.ggml.token_type", True), "token_type' must be a list"),
+        (lambda w: w.add_string("qwen2.rope.freq_base", "x" * 9999), "above 0, not 'x{900,1000}…"),
         (lambda w: w.add_value_length(7), "'qwen2.attention.value_length' must be"),
         (lambda w: w.add_block_count(9), "'blk.4.attn_norm.weight' of shape"),
         (lambda w: w.add_embedding_length(32), "its metadata requires"),
@@ -248,9 +256,9 @@ def text(value: str) -> bytes:
     return struct.pack("<Q", len(value.encode())) + value.encode()
 
 
-def tensor(kind: int, shape: list[int], start: int = 0) -> bytes:
+def tensor(kind: int, shape: list[int], start: int = 0, name: str = "t") -> bytes:
     dimensions = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
-    return text("t") + dimensions + struct.pack("<IQ", kind, start)
+    return text(name) + dimensions + struct.pack("<IQ", kind, start)
 
 
 @pytest.mark.parametrize(
@@ -279,6 +287,10 @@ def tensor(kind: int, shape: list[int], start: int = 0) -> bytes:
         (header(tensors=1, rest=tensor(0, [8], 1)), "starts at 1"),
         (header(tensors=1, rest=tensor(0, [8], 1 << 40)), "is truncated: tensor 't'"),
         (header(tensors=2, rest=tensor(0, [8]) * 2), "'t' is there twice"),
+        (
+            header(tensors=2, rest=tensor(0, [16]) + tensor(0, [8], 32, "u") + bytes(128)),
+            "tensors 't' and 'u' overlap",
+        ),
         (header(keys=1, rest=text("split.count") + struct.pack("<Id", 12, 2.5)), "'split.count'"),
     ],
 )  # fmt: skip
@@ -305,3 +317,72 @@ def test_a_folder_with_a_gguf_file_names_it(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
     with pytest.raises(CheckpointError, match=r"give the GGUF file itself: .*model\.gguf"):
         load_config(tmp_path)
+
+
+def _mixed(name: str, values: np.ndarray) -> Kind:
+    return Kind.Q8_0 if "attn_v" in name or "down" in name else Kind.Q4_0
+
+
+@pytest.mark.parametrize("name", ["llama-llama3-rope", "mixtral"])
+def test_tensors_of_several_types_become_int8_where_they_have_one_format(
+    name: str, tmp_path: Path, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of files with Q4_K_M, some values and some of the experts' last linears have 6 bits."""
+    path, ids = write_gguf(checkpoint(name), tmp_path / "mixed.gguf", _mixed), prompt(30)
+    formats = load_config(path).layers[0].formats
+    assert [form.kept.name for form in (formats.qkv, formats.out)] == ["int8", "int4"]
+    assert formats.experts.kept.name == ("int8" if name == "mixtral" else "dense")
+    exact = logits_of(path, ids)  # dense
+    assert _error(logits_of(path, ids, dtype=torch.bfloat16), exact) < 0.06
+    monkeypatch.setattr(test_parity, "choose_backend", lambda *_: Backend(CPU, torch.float32))
+    assert_close(logits_of(path, ids), exact)
+
+
+def _error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((found - exact).norm() / exact.norm())
+
+
+def _random_blocks(values: np.ndarray, kind: Kind) -> np.ndarray:
+    """Blocks of a type that the package gguf only reads."""
+    count, size = gguf.GGML_QUANT_SIZES[kind]
+    random = np.random.default_rng(len(values))
+    data = random.integers(0, 256, (values.size // count, size), np.uint8)
+    scales = (random.uniform(0.3, 1, len(data)) * 1e-3).astype(np.float16)
+    for at in {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}.get(kind.name, ()):
+        data[:, at : at + 2] = scales.view(np.uint8).reshape(-1, 2)
+    return data.reshape(*values.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("kind", [Kind.Q2_K, Kind.Q3_K, Kind.Q6_K])
+def test_types_with_a_scale_for_16_values_are_rounded_to_int8(
+    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 8,
+    }
+    llama = FAMILIES["llama-llama3-rope"]().to_dict() | sizes
+    monkeypatch.setitem(FAMILIES, "wide", lambda: transformers.LlamaConfig(**llama))
+    quantize = gguf.quants.quantize
+    monkeypatch.setattr(
+        gguf.quants,
+        "quantize",
+        lambda v, k: _random_blocks(v, k) if k == kind else quantize(v, k),
+    )
+    path = write_gguf(
+        write_checkpoint(tmp_path / "hf", "wide"), tmp_path / "model.gguf",
+        lambda name, values: kind if name.startswith("blk.") else Kind.F32,
+    )  # fmt: skip
+    ids, form = prompt(30), Integers(8, 32, rows="16", quantizes=False)
+    assert load_config(path).layers[0].formats.qkv.kept == form
+    exact = logits_of(path, ids)  # dense
+    assert _error(logits_of(path, ids, dtype=torch.bfloat16), exact) < 0.03
+    found: list[str] = []
+    Engine(path, EngineConfig(device="cpu", dtype="bfloat16"), notice=found.append)
+    if library() is not None:
+        (notice,) = found
+        assert f"weights in {kind.name} are rounded to int8 with a scale for 32 values" in notice
+    monkeypatch.setattr(test_parity, "choose_backend", lambda *_: Backend(CPU, torch.float32))
+    assert 0 < _error(logits_of(path, ids), exact) < 0.02

@@ -292,7 +292,7 @@ def engine_with(
     """An engine that runs and checks the kernels in the interpreter; its notices."""
     patch.setattr(model_runner, "choose_backend", lambda *_: backend)
     # It is about the device, a CPU, and not about the backend.
-    patch.setattr("engine.engine.dequantization_notice", lambda *_: "")
+    patch.setattr("engine.engine.conversion_notice", lambda *_: "")
     notices: list[str] = []
     config = EngineConfig(dtype="float32", kv_memory=1 << 20, max_batch_tokens=64, **settings)
     engine = Engine(path, config, notice=notices.append)

@@ -65,6 +65,9 @@ _MAXIMUM = {
 }
 
 
+_MAX_PROBLEM = 1000  # characters of a message
+
+
 class Keys:
     """The keys of one JSON object and the file or name that errors refer to.
 
@@ -78,6 +81,8 @@ class Keys:
 
     def fail(self, problem: str) -> CheckpointError:
         """The error to raise for a problem with these keys."""
+        if len(problem) > _MAX_PROBLEM:  # a value of the file can have any length
+            problem = f"{problem[:_MAX_PROBLEM]}…"
         return CheckpointError(f"{self.source}: {problem}")
 
     def get(self, key: str, default: Any = None) -> Any:

@@ -10,7 +10,7 @@ import torch
 from model.ops.cpu.bindings import kernels
 from model.ops.cpu.huge_pages import empty, place_parts
 from model.ops.mxfp4 import MXFP4_BLOCK, Mxfp4
-from model.ops.quantized import GroupedInt
+from model.ops.quantized import GroupedInt, with_8_bits
 from model.ops.specs import IntegerFormat
 
 PANEL = 32  # outputs that are stored together; as in kernels/types.h
@@ -226,6 +226,8 @@ class _Rows:
         step = max(1, _CHUNK_VALUES // weight.inputs)
         for first in range(0, self._count, step):
             rows = source[first : min(first + step, self._count)]
+            if weight.bits == 8 and weight.zeros is not None:
+                rows = with_8_bits(rows)
             if not self._fits(rows):
                 values = rows if isinstance(rows, torch.Tensor) else rows.dense(torch.float32)
                 rows = quantize(values, self._weight.bits, weight.group, weight.rows)

@@ -28,6 +28,7 @@ constexpr int64_t PANEL = 32;        // outputs of a weight that are stored toge
 constexpr int64_t MXFP4_GROUP = 32;  // inputs that share a scale in MXFP4
 constexpr int64_t INT16_GROUP = 64;  // inputs that share a scale as 16-bit integers
 constexpr int64_t INT8_BLOCK = 32;   // inputs of a row that are stored together as integers
+constexpr int64_t TILE_INPUTS = 64;  // the same of rows on tiles of AMX
 constexpr int64_t ROW_BLOCK = 32;    // rows that are multiplied by a panel in one pass
 
 // A weight [outputs, inputs], stored as panels of 32 outputs. Python fills it in: see packed.py.

@@ -49,7 +49,7 @@ INLINE Rows rows_of(const Weight& weight, const bf16* x, int64_t rows) {
 INLINE void quantize_row_of(const Weight& weight, const bf16* x, const Rows& rows, int64_t r) {
   if (is_int8(weight))
     return quantize_row_int8(weight, x,
-                             (int8_t*)rows.data + r * row_block(weight) * row_terms(weight),
+                             (int8_t*)rows.data + r * row_block(weight, rows.stride) * row_terms(weight),
                              (float*)rows.scales + r, (int32_t*)rows.corrections + r, rows.stride);
 #if INT16_GEMM
   quantize_row(x, weight.inputs, (int16_t*)rows.data + r * INT16_GROUP, (float*)rows.scales + r,
@@ -84,7 +84,7 @@ INLINE void prepare_rows(const Weight& weight, const bf16* x, const Rows& rows, 
 INLINE Rows slice_rows(const Weight& weight, const Rows& x, int64_t first, int64_t max_count) {
   const int64_t count = std::min(max_count, x.count - first);
   if (x.corrections)
-    return {(const bf16*)((const int8_t*)x.data + first * row_block(weight) * row_terms(weight)),
+    return {(const bf16*)((const int8_t*)x.data + first * row_block(weight, x.stride) * row_terms(weight)),
             count, false, x.scales + first, x.stride, x.corrections + first};
 #if INT16_GEMM
   return {x.data + first * INT16_GROUP, count, false, x.scales + first, x.stride, nullptr};
@@ -96,9 +96,9 @@ INLINE Rows slice_rows(const Weight& weight, const Rows& x, int64_t first, int64
 // The number of float32 values that rows_times_panels needs as scratch.
 INLINE int64_t scratch_size(const Weight& weight, int64_t rows, int64_t panels) {
 #if BF16_DOT
-  if (use_amx() && is_int8(weight)) return integer_tiles_scratch(weight, panels);
+  if (is_int8(weight) && on_tiles(weight, rows)) return integer_tiles_scratch(weight, panels);
 #endif
-  if (!use_amx()) return panels * rows * PANEL;
+  if (!use_amx() || is_int8(weight)) return panels * rows * PANEL;
   const int64_t unpacked =
       weight.kind == MXFP4 ? std::max(weight.inputs, 4 * MXFP4_GROUP) * PANEL / 2 : 0;
   return panels * (ROW_BLOCK * PANEL + unpacked);
@@ -116,12 +116,11 @@ INLINE void rows_times_panels(const Weight& weight, const int64_t (&panels)[PANE
   vec_f32 bias[PANELS][VECTORS];
   for (int p = 0; p < PANELS; p++) load_bias(weight, panels[p], bias[p]);
 #if BF16_DOT
-  if (use_amx()) {
-    if (is_int8(weight))
-      return integer_tiles_times_panels<PANELS>(weight, panels, x, bias, scratch, configuration,
-                                                finish);
+  if (is_int8(weight) && on_tiles(weight, x.stride))
+    return integer_tiles_times_panels<PANELS>(weight, panels, x, bias, scratch, configuration,
+                                              finish);
+  if (use_amx() && !is_int8(weight))
     return tiles_times_panels<PANELS>(weight, panels, x, bias, scratch, configuration, finish);
-  }
 #endif
   if (is_int8(weight))
     return int8_times_panels<PANELS>(weight, panels, x, bias, scratch, finish);

@@ -73,7 +73,7 @@ template <bool TWO, int TERMS, int BITS, Scaling SCALING>
 INLINE void multiply_integer_tiles(const Weight& weight, const CodesPanel& panel, const Rows& x,
                                    int64_t first, int64_t second, float* c, int32_t* sums) {
   constexpr int64_t PREFETCH = 4096;  // bytes
-  const int64_t group = row_group(weight), block = row_block(weight), row_bytes = TERMS * block;
+  const int64_t group = row_group(weight), block = TILE_INPUTS, row_bytes = TERMS * block;
   const int64_t groups = weight.inputs / group, step = x.stride * row_bytes;
   const int64_t block_bytes = block * PANEL * BITS / 8, count = std::min<int64_t>(16, x.count);
   const int8_t* rows = (const int8_t*)x.data;
@@ -170,7 +170,7 @@ template <bool TWO>
 INLINE void multiply_whole_rows(const Weight& weight, const uint8_t* codes, int64_t lines,
                                 const Rows& x, int64_t first, int64_t second, int32_t* sums) {
   constexpr int64_t PREFETCH = 4096;  // bytes
-  const int64_t block = row_block(weight), step = x.stride * block;
+  const int64_t block = TILE_INPUTS, step = x.stride * block;
   const int8_t *a = (const int8_t*)x.data + first * block, *end = a + weight.inputs * x.stride;
   const int64_t distance = (second - first) * block;
   _tile_zero(0);
@@ -214,7 +214,7 @@ INLINE void whole_rows_times_panels(const Weight& weight, const int64_t (&panels
     for (int p = 0; p < PANELS; p++) {
       const auto* codes = (const uint8_t*)weight.data + panels[p] * weight.inputs * PANEL;
       int32_t* to = sums + p * BLOCK_SUMS;
-      const int64_t lines = row ? 0 : row_block(weight) * PANEL / 64;
+      const int64_t lines = row ? 0 : TILE_INPUTS * PANEL / 64;
       if (row + 16 < x.count)
         multiply_whole_rows<true>(weight, codes, lines, x, first, second, to);
       else
@@ -249,7 +249,7 @@ INLINE void integer_tiles_times_panels(const Weight& weight, const int64_t (&pan
                                        const Rows& x, const vec_f32 (&bias)[PANELS][VECTORS],
                                        float* scratch, int64_t& configuration, Finish& finish) {
   const int64_t inputs = weight.inputs, rows = std::min<int64_t>(16, x.count);
-  configure_tiles(rows, row_block(weight), configuration);
+  configure_tiles(rows, TILE_INPUTS, configuration);
   if (row_group(weight) == inputs && weight.kind == INT8 && weight.rows == ROTATED_8)
     return whole_rows_times_panels<PANELS>(weight, panels, x, bias, (int32_t*)scratch, finish);
   int32_t* sums = (int32_t*)(scratch + PANELS * BLOCK_SUMS);
@@ -266,7 +266,7 @@ INLINE void integer_tiles_times_panels(const Weight& weight, const int64_t (&pan
           unpacked + p * inputs * PANEL,
           kept,
           row > 0,
-          row ? 0 : panel_bytes / 64 * row_block(weight) / inputs};
+          row ? 0 : panel_bytes / 64 * TILE_INPUTS / inputs};
       with_form(weight, [&](auto terms, auto bits, auto scaling) {
         multiply_integer_block<terms.value, bits.value, scaling.value>(
             weight, panel, x, row, scratch + p * BLOCK_SUMS, sums);

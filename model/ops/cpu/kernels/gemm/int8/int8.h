@@ -8,8 +8,8 @@
 // weights were before they were rounded, so that the products are the same. With AVX-512 groups then
 // have up to 512 inputs.
 //
-// Rows are stored as [inputs / 32, rows, terms, 32], with 64 in place of 32 for AMX if the group is a
-// multiple; each group has a scale and a correction. AVX2
+// Rows are stored as [inputs / 32, rows, terms, 32], with 64 in place of 32 for AMX's tiles; each
+// group has a scale and a correction. AVX2
 // multiplies ROWS_16 as integers of 16 bits: of four inputs, 0 and 2 are next to each other, then 1
 // and 3. It adds two products of 8 bits in 16 bits: with INT8, whose codes plus 128 are up to 255,
 // the sum of two neighbours is therefore 128 at most, like each of them. After a rotation this makes
@@ -82,9 +82,15 @@ INLINE int64_t row_group(const Weight& weight) {
   return common_group(weight.group);
 }
 
-// The inputs of a row that are stored together: a row of a tile of AMX, or 32.
-INLINE int64_t row_block(const Weight& weight) {
-  return use_amx() && row_group(weight) % 64 == 0 ? 64 : 32;
+// Whether rows, `stride` in all, are multiplied on AMX's tiles. They are slower with few rows, and
+// where groups of 32 inputs fill half of a tile and are scaled one by one.
+INLINE bool on_tiles(const Weight& weight, int64_t stride) {
+  return use_amx() && stride > 8 && row_group(weight) % TILE_INPUTS == 0;
+}
+
+// The inputs of a row that are stored together.
+INLINE int64_t row_block(const Weight& weight, int64_t stride) {
+  return on_tiles(weight, stride) ? TILE_INPUTS : INT8_BLOCK;
 }
 
 // To the nearest integer, ties to even, for values below 2^22.
@@ -123,7 +129,7 @@ __attribute__((noinline)) static void quantize_row_groups(const Weight& weight, 
                                                           int8_t* to, float* scales,
                                                           int32_t* corrections, int64_t stride) {
   constexpr int PARTS = GROUP / LANES;
-  const int64_t terms = row_terms(weight), block = row_block(weight), parts = block / LANES;
+  const int64_t terms = row_terms(weight), block = row_block(weight, stride), parts = block / LANES;
   const float largest = terms == 2 ? 32639 : 127;
   const float norm = weight.rows == ROTATED_8 ? 1 / std::sqrt((float)GROUP) : 1;
   float row_correction = 0;
@@ -182,7 +188,7 @@ __attribute__((noinline)) static void quantize_rotated_row(const Weight& weight,
                                                            int8_t* to, float* scales,
                                                            int32_t* corrections, int64_t stride) {
   constexpr float LARGEST = 127.49f;  // is rounded to 127
-  const int64_t group = row_group(weight), block = row_block(weight);
+  const int64_t group = row_group(weight), block = row_block(weight, stride);
   float *values = thread_scratch<float>(group), row_correction = 0;
   for (int64_t first = 0; first < weight.inputs; first += group) {
     for (int64_t i = 0; i < group; i += LANES) store(values + i, load_bf16(from + first + i));
