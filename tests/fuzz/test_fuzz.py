@@ -15,10 +15,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from model import CheckpointError
+from model import CheckpointError, Transformer, load_config, loader
 from model.families import parse_config
 from model.formats import QUANTIZATIONS
 from model.gguf import read_gguf
+from tests.adapters import random_lora, write_adapter
 from tests.fuzz.targets import (
     MODEL,
     TARGETS,
@@ -145,6 +146,18 @@ def test_unexpected_settings_of_a_quantization_are_read_or_refused(
     config = {**MODEL, "quantization_config": {**chosen, "quant_method": method}}
     with contextlib.suppress(CheckpointError):
         parse_config(config, "config.json")
+
+
+@given(st.data())
+def test_damaged_adapters_are_read_or_refused(
+    tmp_path: Path, checkpoint: Callable[[str], Path], data: st.DataObject
+) -> None:
+    source, folder = checkpoint("qwen2"), tmp_path / "adapter"
+    write_adapter(folder, random_lora(source, "model.layers.1.self_attn.q_proj"))
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).write_bytes(data.draw(damaged((folder / name).read_bytes())))
+    with contextlib.suppress(CheckpointError):
+        loader.check(Transformer(load_config(source)), source, [(str(folder), 1.0)])
 
 
 @given(st.data())
