@@ -148,16 +148,24 @@ def test_unexpected_settings_of_a_quantization_are_read_or_refused(
         parse_config(config, "config.json")
 
 
+@pytest.fixture
+def adapted(tmp_path: Path, checkpoint: Callable[[str], Path]) -> tuple[Path, Transformer, Path]:
+    """A checkpoint, its model and an adapter of it."""
+    source = checkpoint("qwen2")
+    tensors = random_lora(source, "model.layers.1.self_attn.q_proj")
+    return source, Transformer(load_config(source)), write_adapter(tmp_path / "valid", tensors)
+
+
 @given(st.data())
 def test_damaged_adapters_are_read_or_refused(
-    tmp_path: Path, checkpoint: Callable[[str], Path], data: st.DataObject
+    tmp_path: Path, adapted: tuple[Path, Transformer, Path], data: st.DataObject
 ) -> None:
-    source, folder = checkpoint("qwen2"), tmp_path / "adapter"
-    write_adapter(folder, random_lora(source, "model.layers.1.self_attn.q_proj"))
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (folder / name).write_bytes(data.draw(damaged((folder / name).read_bytes())))
+    (tmp_path / "adapter").mkdir(exist_ok=True)
+    source, model, valid = adapted
+    for file in valid.iterdir():
+        (tmp_path / "adapter" / file.name).write_bytes(data.draw(damaged(file.read_bytes())))
     with contextlib.suppress(CheckpointError):
-        loader.check(Transformer(load_config(source)), source, [(str(folder), 1.0)])
+        loader.check(model, source, [(str(tmp_path / "adapter"), 1.0)])
 
 
 @given(st.data())
