@@ -166,11 +166,12 @@ def test_parameters_of_all_experts(
         path = write_gguf(source, tmp_path / "model.gguf")
         assert_equal(parameters(path, adapter), parameters(source, adapter))
     wrong = {key: value for key, value in tensors.items() if "base_layer" not in key}
-    for number, key in enumerate(wrong):
-        wrong[key] = torch.zeros(4 * len(up), 40) if number == 0 else wrong[key]
-    folder = write_adapter(tmp_path / "b", wrong, config)
-    with pytest.raises(CheckpointError, match=r"shapes \[24, 40\] and .* this model's experts"):
-        parameters(source, (str(folder), 1.0))
+    for shape in ((4 * len(up), 40), ()):
+        wrong[f"model.layers.{layer}.mlp.experts.lora_A.weight"] = torch.zeros(shape)
+        folder = write_adapter(tmp_path / "b", wrong, config)
+        with pytest.raises(CheckpointError) as caught:
+            parameters(source, (str(folder), 1.0))
+        assert f"tensors of shapes {[*shape]} and" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["w4 group", "mxfp4", "fp8 channel"])
@@ -288,4 +289,7 @@ def test_missing_and_damaged_files_are_named(
         parameters(source, (str(folder), 1.0))
     weights.unlink()
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: not a regular file"):
+        parameters(source, (str(folder), 1.0))
+    (folder / "adapter_model.bin").touch()
+    with pytest.raises(CheckpointError, match=r"adapter_model\.bin, which .* save_pretrained"):
         parameters(source, (str(folder), 1.0))
