@@ -59,12 +59,13 @@ INLINE void write_vector(const float* from, int64_t size, int64_t form, uint8_t*
   }
 }
 
-// Values that bf16 holds exactly → bf16
-INLINE void store_exact_bf16(bf16* to, vec_f32 value) {
+// Two vectors of values that bf16 holds exactly → bf16
+INLINE void store_exact_bf16(bf16* to, vec_f32 low, vec_f32 high) {
 #if BF16_DOT
-  store_bf16(to, value);
+  store_i32(to, (vec_i32)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
 #else
-  *(vec_i16_unaligned*)to = __builtin_convertvector((vec_i32)value >> 16, vec_i16);
+  *(vec_i16_unaligned*)to = __builtin_convertvector((vec_i32)low >> 16, vec_i16);
+  *(vec_i16_unaligned*)(to + LANES) = __builtin_convertvector((vec_i32)high >> 16, vec_i16);
 #endif
 }
 
@@ -116,12 +117,14 @@ INLINE bool has_e4m3_nan(const uint8_t* from, int64_t size) {
 // which it returns. Bf16 holds them exactly. A vector with a NaN has the scale NaN.
 INLINE float unpack_vector(const uint8_t* from, int64_t size, int64_t form, bf16* to) {
   if (form == KV_INT8) {
-    for (int64_t i = 0; i < size; i += LANES) store_exact_bf16(to + i, load_int8(from + i));
+    for (int64_t i = 0; i < size; i += 2 * LANES)
+      store_exact_bf16(to + i, load_int8(from + i), load_int8(from + i + LANES));
     float scale;
     memcpy(&scale, from + size, 4);
     return scale;
   }
-  for (int64_t i = 0; i < size; i += LANES) store_exact_bf16(to + i, load_e4m3(from + i));
+  for (int64_t i = 0; i < size; i += 2 * LANES)
+    store_exact_bf16(to + i, load_e4m3(from + i), load_e4m3(from + i + LANES));
   return has_e4m3_nan(from, size) ? NAN : 256.0f;
 }
 

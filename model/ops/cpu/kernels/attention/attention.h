@@ -11,7 +11,8 @@ constexpr int64_t MAX_OUTPUT = 1 << 14;  // values that one thread accumulates a
 // The most query rows of a KV head that are computed together, without sequences that share pages:
 // at least those of one token.
 INLINE int64_t max_rows(int64_t head_dim) {
-  return std::max(MAX_GROUP, std::min<int64_t>(128, MAX_OUTPUT / 2 / head_dim));
+  const int64_t most = use_amx() ? 256 : 128;
+  return std::max(MAX_GROUP, std::min(most, most * MAX_OUTPUT / 256 / head_dim));
 }
 
 // Up to this many rows, a sequence is decoding, or nearly: it reads pages together with others. A

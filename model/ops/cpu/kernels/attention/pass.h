@@ -140,7 +140,8 @@ class ItemPass {
                    const int64_t* next_offsets, int64_t next_count) {
     const uint8_t *stored_keys[SPAN], *stored_values[SPAN];
     const bf16 *key_rows[SPAN], *value_rows[SPAN];
-    const int64_t groups = (count + KEYS - 1) / KEYS, vector_bytes = input.vector_bytes();
+    const int64_t groups = (count + KEYS - 1) / KEYS;
+    const int64_t value_bytes = (input.form == KV_BF16 ? 2 : 1) * head_dim;
     const Member& last_member = item.members[unit.last - 1];
     int64_t first = item.members[unit.first].row;
     int64_t last = last_member.row + (last_member.last - last_member.first) * input.group();
@@ -154,7 +155,7 @@ class ItemPass {
       }
       for (int64_t g = 0; g < SPAN / KEYS; g++) {
         for (int64_t i = g * KEYS; i < std::min(next_count, (g + 1) * KEYS); i++)
-          for (int64_t d = head; d < head + vector_bytes; d += 64) {
+          for (int64_t d = head; d < head + value_bytes; d += 64) {
             __builtin_prefetch(input.keys + next_offsets[i] + d, 0, 2);
             __builtin_prefetch(input.keys + input.value_offset + next_offsets[i] + d, 0, 2);
           }
@@ -240,7 +241,7 @@ class ItemPass {
       if (next < span.last)
         steps.start_scores(queries + place(next), keys, rows_from(next), groups, scores[1 - b]);
       compute_weights(span, row, rows, scores[b], weights[b], [&](int64_t r) {
-        if (r % 4 == 3) steps.step_or_store();
+        if (r % 8 == 7 && !steps.step()) keep_tiles_awake(configuration);
       });
       steps.finish();
       // Tiles may reach into other rows, to which they must add nothing.
