@@ -3,7 +3,8 @@
 Prefill: prompts of each length, alone: tokens a second, and the share of attention in a second run
 with every part timed. Decode: requests at each length of context, all over the same context, which
 is put into the prefix cache with random contents instead of computing it. `--requests 64` shows
-what shared prefixes cost. Prints a table, then one JSON object as the last line.
+what shared prefixes cost, with `--separate` what they cost if each request has pages of its own.
+Prints a table, then one JSON object as the last line.
 """
 
 import json
@@ -33,6 +34,7 @@ _OWN_TOKENS = 16  # of a prompt, behind the shared context
 @click.option("--prompts", default="2000,8000", show_default=True, help="Prefill lengths.")
 @click.option("--contexts", default="4000,16000", show_default=True, help="Decode contexts.")
 @click.option("--requests", default=1, show_default=True, help="Requests over each context.")
+@click.option("--separate", is_flag=True, help="A context of its own for each request.")
 @click.option("--steps", default=24, show_default=True, help="Timed decode steps.")
 @click.option("--repeats", default=3, show_default=True, help="Runs, of which the fastest counts.")
 @click.option("--dtype", default="auto", show_default=True)
@@ -43,6 +45,7 @@ def main(
     prompts: str,
     contexts: str,
     requests: int,
+    separate: bool,
     steps: int,
     repeats: int,
     dtype: str,
@@ -72,9 +75,10 @@ def main(
             figures[name] = {"tok_s": length / min(times)}
             loads[name] = [prompt_of(length, repeats)], 1
         for depth in depths:
-            context = prompt_of(depth, -1)
-            cache_context(engine, context)
-            own = [context + prompt_of(_OWN_TOKENS, i) for i in range(requests)]
+            prefixes = [prompt_of(depth, -1 - i) for i in range(requests if separate else 1)]
+            for prefix in prefixes:
+                cache_context(engine, prefix)
+            own = [prefixes[i % len(prefixes)] + prompt_of(_OWN_TOKENS, i) for i in range(requests)]
             generate(engine, own, 1)
             seconds = min(
                 generate(engine, own, 1 + steps) - generate(engine, own, 1) for _ in range(repeats)

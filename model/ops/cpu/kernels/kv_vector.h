@@ -113,15 +113,19 @@ INLINE bool has_e4m3_nan(const uint8_t* from, int64_t size) {
   return ((words)found)[0] | ((words)found)[1] | ((words)found)[2] | ((words)found)[3];
 }
 
+INLINE float int8_scale(const uint8_t* from, int64_t size) {
+  float scale;
+  memcpy(&scale, from + size, 4);
+  return scale;
+}
+
 // A vector of the cache with 8 bits → its values [size], a multiple of 32, in units of its scale,
 // which it returns. Bf16 holds them exactly. A vector with a NaN has the scale NaN.
 INLINE float unpack_vector(const uint8_t* from, int64_t size, int64_t form, bf16* to) {
   if (form == KV_INT8) {
     for (int64_t i = 0; i < size; i += 2 * LANES)
       store_exact_bf16(to + i, load_int8(from + i), load_int8(from + i + LANES));
-    float scale;
-    memcpy(&scale, from + size, 4);
-    return scale;
+    return int8_scale(from, size);
   }
   for (int64_t i = 0; i < size; i += 2 * LANES)
     store_exact_bf16(to + i, load_e4m3(from + i), load_e4m3(from + i + LANES));

@@ -20,6 +20,7 @@ constexpr int VECTORS = PANEL / LANES;   // vectors of a panel's outputs
 
 typedef float vec_f32 __attribute__((vector_size(4 * LANES)));
 typedef int32_t vec_i32 __attribute__((vector_size(4 * LANES)));  // or pairs of bf16 or int16
+typedef uint32_t vec_u32 __attribute__((vector_size(4 * LANES)));
 typedef int16_t vec_i16 __attribute__((vector_size(2 * LANES)));  // or bf16
 typedef float vec_f32_unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t vec_i32_unaligned __attribute__((vector_size(4 * LANES), aligned(1), may_alias));

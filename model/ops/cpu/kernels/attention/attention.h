@@ -166,7 +166,8 @@ INLINE void merge_chunks(const AttentionInput& input, const Item& item, const Su
     RowTotal total = first_total(input, head);
     for (int64_t c = 0, row = item.partial + i; c < chunks; c++, row += rows)
       merge_rows(partials.totals[row], partials.outputs + row * head_dim, head_dim, total, output);
-    finish_row(total, output, head_dim, input.out + (token * input.heads + head) * head_dim);
+    finish_row(total, output, head_dim, input.form == KV_INT8,
+               input.out + (token * input.heads + head) * head_dim);
   });
 }
 

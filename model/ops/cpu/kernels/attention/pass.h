@@ -21,13 +21,15 @@ INLINE RowTotal first_total(const AttentionInput& input, int64_t head) {
 }
 
 // Divides a row's output [head_dim] by the sum of its weights.
-INLINE void finish_row(const RowTotal& total, const float* output, int64_t head_dim, bf16* out) {
+// has_order: values were not interleaved in another order.
+INLINE void finish_row(const RowTotal& total, const float* output, int64_t head_dim,
+                       [[maybe_unused]] bool has_order, bf16* out) {
   const float factor = total.sum > 0 ? 1 / total.sum : 0;
   for (int64_t d = 0; d < head_dim; d += 32) {
     vec_f32 value[VECTORS];
     for (int v = 0; v < VECTORS; v++) value[v] = load(output + d + v * LANES) * factor;
 #if BF16_DOT
-    restore_order(value[0], value[1]);
+    if (!has_order) restore_order(value[0], value[1]);
 #endif
     for (int v = 0; v < VECTORS; v++) store_bf16(out + d + v * LANES, value[v]);
   }
@@ -93,7 +95,7 @@ class ItemPass {
     }
     end_chunk();
     for_rows(input, item, [&](int64_t i, int64_t token, int64_t head) {
-      finish_row(totals[i], total_output + i * head_dim, head_dim,
+      finish_row(totals[i], total_output + i * head_dim, head_dim, input.form == KV_INT8,
                  input.out + (token * input.heads + head) * head_dim);
     });
   }
@@ -139,7 +141,7 @@ class ItemPass {
   void attend_unit(const Unit& unit, const int64_t* offsets, int64_t count,
                    const int64_t* next_offsets, int64_t next_count) {
     const uint8_t *stored_keys[SPAN], *stored_values[SPAN];
-    const bf16 *key_rows[SPAN], *value_rows[SPAN];
+    const bf16* value_rows[SPAN];
     const int64_t groups = (count + KEYS - 1) / KEYS;
     const int64_t value_bytes = (input.form == KV_BF16 ? 2 : 1) * head_dim;
     const Member& last_member = item.members[unit.last - 1];
@@ -160,26 +162,50 @@ class ItemPass {
             __builtin_prefetch(input.keys + input.value_offset + next_offsets[i] + d, 0, 2);
           }
         if (g >= groups) continue;
-        unpack(stored_keys, g * KEYS, KEYS, unpacked_keys, key_rows, scales.keys);
-        transpose_keys(key_rows + g * KEYS, head_dim, keys + g * KEYS * head_dim);
+        load_keys(stored_keys, g * KEYS);
       }
-      if (input.value_offset) {
-        unpack(stored_values, 0, count, unpacked_values, value_rows, scales.values);
-      } else {
-        std::copy(key_rows, key_rows + count, value_rows);
-        std::copy(scales.keys, scales.keys + count, scales.values);
-      }
-      if (count % 2) value_rows[count] = value_rows[0];  // with a weight of 0
-      std::fill(scales.values + count, scales.values + SPAN, 0.0f);
       // Not for a single pass over the values.
-      const Key* prepared = nullptr;
-      if (use_amx() || last - first > block_rows()) {
-        prepare_values(value_rows, count, head_dim, values);
-        prepared = values;
-      }
+      const bool prepares = use_amx() || last - first > block_rows();
+      const Key* prepared = load_values(stored_values, count, prepares, value_rows);
       const int64_t tile_rows = std::min<int64_t>(16, last - first);
       attend_rows({h, first, last, tile_rows, unit.at, count, prepared, value_rows});
     }
+  }
+
+  // Whether int8 becomes bf16 while keys are transposed and values interleaved.
+  bool converts_int8() const { return BF16_DOT && input.form == KV_INT8; }
+
+  // Transposes a group of keys from position `first` of the span on.
+  void load_keys(const uint8_t* const* stored, int64_t first) {
+    Key* to = keys + first * head_dim;
+#if BF16_DOT
+    if (converts_int8()) {
+      for (int64_t i = first; i < first + KEYS; i++)
+        scales.keys[i] = int8_scale(stored[i], head_dim) * 0x1p-24f;
+      return transpose_int8_keys(stored + first, head_dim, to);
+    }
+#endif
+    const bf16* rows[SPAN];
+    unpack(stored, first, KEYS, unpacked_keys, rows, scales.keys);
+    transpose_keys(rows + first, head_dim, to);
+  }
+
+  // Values of a span → prepared if they must be, or else null and `rows`
+  const Key* load_values(const uint8_t* const* stored, int64_t count, bool prepares,
+                         const bf16** rows) {
+    std::fill(scales.values + count, scales.values + SPAN, 0.0f);
+#if BF16_DOT
+    if (converts_int8()) {
+      for (int64_t i = 0; i < count; i++) scales.values[i] = int8_scale(stored[i], head_dim);
+      prepare_int8_values(stored, count, head_dim, values);
+      return values;
+    }
+#endif
+    unpack(stored, 0, count, unpacked_values, rows, scales.values);
+    if (count % 2) rows[count] = rows[0];  // with a weight of 0
+    if (!prepares) return nullptr;
+    prepare_values(rows, count, head_dim, values);
+    return values;
   }
 
   // The vectors `stored` from `first` on as bf16: where they are, or unpacked, with their scales.

@@ -74,19 +74,27 @@ INLINE void store_pairs(vec_i32 pairs, Key* to) {
 #endif
 }
 
+#if VECTOR_BITS == 512
+// 16 bytes of 16 rows, for `transpose_fours`. Loads, of which there can be more at a time, save half
+// of the shuffles.
+template <typename F>
+INLINE void load_fours(__m512i (&r)[4], F address) {
+  const auto part = [&](int row) { return _mm_loadu_si128((const __m128i*)address(row)); };
+  for (int i = 0; i < 4; i++) {
+    r[i] = _mm512_maskz_broadcast_i32x4(0x000f, part(i));
+    r[i] = _mm512_mask_broadcast_i32x4(r[i], 0x00f0, part(i + 4));
+    r[i] = _mm512_mask_broadcast_i32x4(r[i], 0x0f00, part(i + 8));
+    r[i] = _mm512_mask_broadcast_i32x4(r[i], 0xf000, part(i + 12));
+  }
+}
+#endif
+
 // Keys of 16 positions [KEYS, head_dim] → transposed
 INLINE void transpose_keys(const bf16* const* rows, int64_t head_dim, Key* to) {
 #if VECTOR_BITS == 512
   for (int64_t d = 0; d < head_dim; d += 8) {
-    // Loads, of which there can be more at a time, save half of the shuffles.
     __m512i r[4];
-    for (int i = 0; i < 4; i++) {
-      const auto part = [&](int row) { return _mm_loadu_si128((const __m128i*)(rows[row] + d)); };
-      r[i] = _mm512_maskz_broadcast_i32x4(0x000f, part(i));
-      r[i] = _mm512_mask_broadcast_i32x4(r[i], 0x00f0, part(i + 4));
-      r[i] = _mm512_mask_broadcast_i32x4(r[i], 0x0f00, part(i + 8));
-      r[i] = _mm512_mask_broadcast_i32x4(r[i], 0xf000, part(i + 12));
-    }
+    load_fours(r, [&](int row) { return rows[row] + d; });
     transpose_fours(r);
     for (int i = 0; i < 4; i++) store_pairs((vec_i32)r[i], to + (d + 2 * i) * KEYS);
   }
@@ -107,6 +115,26 @@ INLINE void transpose_keys(const bf16* const* rows, int64_t head_dim, Key* to) {
     for (int64_t k = 0; k < head_dim; k++) to[k * KEYS + i] = to_float(rows[i][k]);
 #endif
 }
+
+#if BF16_DOT
+// Keys of 16 positions in int8 → transposed, as multiples of 2²⁴: steps in the highest bits of an
+// integer become the high half of a float32 without a shift to the right.
+INLINE void transpose_int8_keys(const uint8_t* const* rows, int64_t head_dim, bf16* to) {
+  const int32_t highest = (int32_t)0xff000000;
+  const auto to_float = [](vec_i32 v) { return (vec_u32) __builtin_convertvector(v, vec_f32); };
+  for (int64_t d = 0; d < head_dim; d += 16) {
+    __m512i r[4];
+    load_fours(r, [&](int row) { return rows[row] + d; });
+    transpose_fours(r);
+    for (int i = 0; i < 4; i++, to += 4 * KEYS) {  // four dimensions
+      const vec_i32 v = (vec_i32)r[i];
+      store_i32(to, (vec_i32)(to_float(v << 24) >> 16 | to_float((v << 16) & highest)));
+      store_i32(to + 2 * KEYS,
+                (vec_i32)(to_float((v << 8) & highest) >> 16 | to_float(v & highest)));
+    }
+  }
+}
+#endif
 
 INLINE void load_queries(const bf16* from, int64_t count, Query* to) {
 #if BF16_DOT

@@ -1,6 +1,7 @@
 // The online softmax of attention and the weighted sum of the values of a span of positions.
 #pragma once
 
+#include "../kv_vector.h"
 #include "scores.h"
 
 namespace {
@@ -147,6 +148,17 @@ INLINE void prepare_values(const bf16* const* rows, int64_t count, int64_t head_
                  i + 1 < count ? _mm512_loadu_si512(rows[i + 1] + d) : zero, low, high);
       store_i32(to + d * 2, low);
       store_i32(to + d * 2 + 32, high);
+    }
+}
+
+// The same of values in int8, but in the order of dimensions.
+INLINE void prepare_int8_values(const uint8_t* const* rows, int64_t count, int64_t head_dim,
+                                bf16* to) {
+  for (int64_t i = 0; i < (count + 31) / 32 * 32; i += 2, to += 2 * head_dim)
+    for (int64_t d = 0; d < head_dim; d += LANES) {
+      const vec_f32 even = i < count ? load_int8(rows[i] + d) : vec_f32{};
+      const vec_f32 odd = i + 1 < count ? load_int8(rows[i + 1] + d) : vec_f32{};
+      store_i32(to + d * 2, (vec_i32)((vec_u32)even >> 16 | (vec_u32)odd));
     }
 }
 
