@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model  # noqa: F401, I001  before torch: sets how OpenMP threads wait
 
 import click
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from engine import Engine, EngineConfig, Request, SamplingParams
+from model.ops.kv_values import random_kv
 from model.ops.step_parts import observe
 
 _OWN_TOKENS = 16  # of a prompt, behind the shared context
@@ -36,6 +36,7 @@ _OWN_TOKENS = 16  # of a prompt, behind the shared context
 @click.option("--steps", default=24, show_default=True, help="Timed decode steps.")
 @click.option("--repeats", default=3, show_default=True, help="Runs, of which the fastest counts.")
 @click.option("--dtype", default="auto", show_default=True)
+@click.option("--kv-dtype", default="auto", show_default=True, help="Dtype of the KV cache.")
 @click.option("--dummy-weights", is_flag=True, help="Random weights from config.json alone.")
 def main(
     checkpoint: str,
@@ -45,6 +46,7 @@ def main(
     steps: int,
     repeats: int,
     dtype: str,
+    kv_dtype: str,
     dummy_weights: bool,
 ) -> None:
     """Print prefill and decode tokens a second."""
@@ -53,6 +55,7 @@ def main(
     )
     config = EngineConfig(
         dtype=dtype,
+        kv_dtype=kv_dtype,
         dummy_weights=dummy_weights,
         max_batch_size=requests,
         speculation=False,  # random weights repeat themselves, which text does not
@@ -127,8 +130,8 @@ def cache_context(engine: Engine, tokens: list[int]) -> None:
         raise click.UsageError(f"the KV cache has no room for a context of {len(tokens)}")
     for kv in engine.runner.kv_caches:
         for table in tables.tables:
-            blocks = torch.tensor(table)
-            kv[:, blocks] = torch.randn_like(kv[:, blocks])
+            for block in table:
+                kv[:, block] = random_kv(kv)
     cache.index_full_blocks(tables, tokens, len(tokens))
     cache.release(tables)
 

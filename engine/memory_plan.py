@@ -254,7 +254,10 @@ def conversion_notice(checkpoint: Path, config: ModelConfig, settings: Settings)
         kept |= {forms.qkv, forms.out, forms.gate_up, forms.down, forms.experts} - {DENSE}
     changes: dict[str, dict[str, None]] = {}
     for form in config.stored_formats.formats:
+        quantization = settings.model.quantization
         change = f"dequantized to {dtype_name(settings.dtype)}"
+        if quantization is not None:
+            change = f"converted to {quantization}"
         if kept & {form.held(backend, stacked=stacked) for stacked in (False, True)}:
             change = form.change if isinstance(form, Dequantized) else ""
         if change:

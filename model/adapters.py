@@ -24,6 +24,7 @@ from model.tensors.pieces import NamedWeight
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """The files of an adapter."""
+_PICKLED = "adapter_model.bin"  # what PEFT wrote in their place
 
 AdapterList = Sequence[tuple[str, float]]
 """Directories of adapters, each with the factor of its changes."""
@@ -92,8 +93,8 @@ class _Change:
 
     def fits(self, part: ExpertWeight, weight: NamedWeight) -> bool:
         """Whether this is a change of the experts' parameter that a weight is a part of."""
-        shapes = [self.adapter.shape(self.tensors[kind]) for kind in ("B", "A")]
-        return tuple(shape[i] for i, shape in enumerate(shapes)) == part.shape(weight)
+        a, b = (self.adapter.shape(self.tensors[kind]) for kind in ("A", "B"))
+        return len(a) == len(b) == 2 and (b[0], a[1]) == part.shape(weight)
 
     def of_expert(self, part: ExpertWeight, weight: NamedWeight, expert: int) -> torch.Tensor:
         """What is added to a weight of one expert, float32. Raises CheckpointError."""
@@ -113,6 +114,11 @@ class _Adapter:
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such directory of an adapter")
         self._keys = _read_config(folder / CONFIG)
+        if (folder / _PICKLED).exists() and not (folder / WEIGHTS).exists():
+            raise CheckpointError(
+                f"{folder}: contains {_PICKLED}, which is not supported, because loading it can run"
+                f" code: convert it to {WEIGHTS} with PEFT's save_pretrained"
+            )
         open_regular(folder / WEIGHTS).close()  # the library would open anything
         with self._worded_errors():
             self._file: Any = stack.enter_context(safe_open(folder / WEIGHTS, framework="pt"))

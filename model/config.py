@@ -207,6 +207,7 @@ class ModelConfig:
         0  # stored after the other layers: they predict further tokens, and do not run
     )
     head_format: WeightFormat = HEAD
+    quantization: str | None = None  # of QUANTIZED: what dense weights become as they are loaded
     kv_dtype: str = "auto"  # of the KV cache: one of KV_DTYPES; auto: the compute dtype
     # Of the checkpoint; see also LayerFormats.
     stored_formats: FormatRules = field(default_factory=FormatRules)
@@ -243,23 +244,33 @@ class ModelConfig:
         return 2 if self.latent is None else 1
 
     def held(self, backend: "Backend") -> "ModelConfig":
-        """This config with the formats of the weights on a backend."""
+        """This config with the formats of the weights on a backend.
+
+        Stored formats of which it has no kernel are quantized like dense weights, if these are.
+        """
         kinds = {
-            layer: replace(layer, formats=layer.formats.held(backend)) for layer in set(self.layers)
+            layer: replace(layer, formats=self._held(layer, backend)) for layer in set(self.layers)
         }
         layers = tuple(kinds[layer] for layer in self.layers)
         head = self.head_format.held(backend, stacked=False)
         return replace(self, layers=layers, head_format=head)
 
+    def _held(self, layer: LayerConfig, backend: "Backend") -> LayerFormats:
+        formats = layer.formats.held(backend)
+        if self.quantization is None:
+            return formats
+        return formats.quantized(QUANTIZED[self.quantization]).held(backend)
+
     def quantized(self, name: str) -> "ModelConfig":
         """This config with the dense weights of linears in a format of `QUANTIZED`.
 
         The head becomes fp8 with fp8, else int8. Embedding, router, norms and biases stay as they
-        are, and so do weights that the checkpoint stores in fewer bits.
+        are, and so do weights that the checkpoint stores in fewer bits, where a kernel reads them.
         """
         form = QUANTIZED[name]
         layers = (replace(layer, formats=layer.formats.quantized(form)) for layer in self.layers)
-        return replace(self, layers=tuple(layers), head_format=FP8 if form == FP8 else INT8)
+        head = FP8 if form == FP8 else INT8
+        return replace(self, layers=tuple(layers), head_format=head, quantization=name)
 
 
 def conversion_hint(folder: Path) -> str:

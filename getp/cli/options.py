@@ -267,9 +267,10 @@ _ALL: tuple[Decorator, ...] = (
         subject=Subject.DTYPE,
         type=click.Choice([*QUANTIZED]),
         help="Convert 16-bit weights as they are loaded, with less memory and less precision: on a "
-        "CPU to integers with a scale for each 32 (faster); on a GPU to fp8 (e4m3) with a scale "
-        "for each output (on a CPU fp8 is slow). The head becomes int8 or fp8; the embedding keeps "
-        "its dtype (if they are tied, the head is a copy).  [default: keep the checkpoint's]",
+        "CPU to int8 (a scale for each output) or int4 (one for each 32 inputs), which are faster; "
+        "on a GPU to fp8 (e4m3; a scale for each output; slow on a CPU). The head becomes int8 or "
+        "fp8; the embedding keeps its dtype (if they are tied, the head is a copy).  "
+        "[default: keep the checkpoint's]",
     ),
     _batch("--max-batch-size", type=Integer(min=1), help="Maximum concurrent requests."),
     _batch("--max-batch-tokens", type=Integer(min=1), help="Maximum tokens computed in one step."),

@@ -168,10 +168,13 @@ def row_chunks(source: Any) -> Iterator[slice]:
 def float8_rows(source: Any, group: int) -> GroupedFloat:
     """Return rows in E4M3 with a scale for each `group` of inputs.
 
-    source: GroupedFloat in E4M3 whose groups are multiples of these, or a tensor [rows, in], which
-    is rounded: the largest value of a group becomes 448. Raises ValueError for values that are not
-    finite, and for other groups.
+    source: GroupedFloat in E4M3 whose groups are multiples of these, or another weight [rows, in],
+    which is rounded: the largest value of a group becomes 448. Raises ValueError for values that
+    are not finite.
     """
+    fits = isinstance(source, GroupedFloat) and source.group % group == 0
+    if not (fits or isinstance(source, torch.Tensor)):
+        source = source.dense(torch.float32)
     if isinstance(source, torch.Tensor):
         values = source.float().unflatten(-1, (-1, group))
         scales = values.abs().amax(-1) / _MAX_E4M3
@@ -180,8 +183,6 @@ def float8_rows(source: Any, group: int) -> GroupedFloat:
             raise ValueError("a weight is not finite")
         values = values / scales.masked_fill(scales == 0, 1).unsqueeze(-1)
         return GroupedFloat(values.flatten(-2).to(torch.float8_e4m3fn), scales)
-    if source.group % group:
-        raise ValueError(f"{source.group} inputs share a scale, which is not a multiple of {group}")
     if bool((source.codes.view(torch.uint8) & 0x7F == 0x7F).any()):
         raise ValueError("a weight is not finite")
     scales = source.scales.repeat_interleave(source.group // group, -1)

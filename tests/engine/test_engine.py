@@ -90,6 +90,8 @@ def test_batching_chunking_caching_and_preemption_do_not_change_tokens(
     [
         "gpt_oss-wide",
         "qwen3",
+        "qwen3, KV in int8",
+        "qwen3, KV in fp8",
         "qwen3_moe",
         "granite-wide",
         "phi3-partial-rotary-wide",
@@ -99,6 +101,7 @@ def test_batching_chunking_caching_and_preemption_do_not_change_tokens(
         "qwen3_5_text-wide",
         "glm4_moe-wide",
         "deepseek_v3-wide",
+        "deepseek_v3-wide, KV in int8",
         "gemma4_text-experts-wide",
         "gemma4_text-shared-wide",
         "nanochat-wide",
@@ -110,8 +113,10 @@ def test_batching_does_not_change_tokens_in_bfloat16_with_native_kernels(
     """The native kernels sum each row in the same order, whatever the batch contains."""
     if library() is None:
         pytest.skip("no native kernels were built here")
+    name, _, kv_dtype = name.partition(", KV in ")
     folder, requests = checkpoint(name), load()
     settings: dict[str, Any] = {"dtype": "bfloat16", "max_batch_size": 1, "prefix_cache": False}
+    settings["kv_dtype"] = kv_dtype or "auto"
     with Engine(folder, EngineConfig(kv_memory=32 << 20, **settings)) as engine:
         assert engine.runner.captured  # recorded: torch computes no operation
         engine.runner.uncapture()

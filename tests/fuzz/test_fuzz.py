@@ -15,10 +15,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from model import CheckpointError
+from model import CheckpointError, Transformer, load_config, loader
 from model.families import parse_config
 from model.formats import QUANTIZATIONS
 from model.gguf import read_gguf
+from tests.adapters import random_lora, write_adapter
 from tests.fuzz.targets import (
     MODEL,
     TARGETS,
@@ -145,6 +146,26 @@ def test_unexpected_settings_of_a_quantization_are_read_or_refused(
     config = {**MODEL, "quantization_config": {**chosen, "quant_method": method}}
     with contextlib.suppress(CheckpointError):
         parse_config(config, "config.json")
+
+
+@pytest.fixture
+def adapted(tmp_path: Path, checkpoint: Callable[[str], Path]) -> tuple[Path, Transformer, Path]:
+    """A checkpoint, its model and an adapter of it."""
+    source = checkpoint("qwen2")
+    tensors = random_lora(source, "model.layers.1.self_attn.q_proj")
+    return source, Transformer(load_config(source)), write_adapter(tmp_path / "valid", tensors)
+
+
+@given(st.data())
+def test_damaged_adapters_are_read_or_refused(
+    tmp_path: Path, adapted: tuple[Path, Transformer, Path], data: st.DataObject
+) -> None:
+    (tmp_path / "adapter").mkdir(exist_ok=True)
+    source, model, valid = adapted
+    for file in valid.iterdir():
+        (tmp_path / "adapter" / file.name).write_bytes(data.draw(damaged(file.read_bytes())))
+    with contextlib.suppress(CheckpointError):
+        loader.check(model, source, [(str(tmp_path / "adapter"), 1.0)])
 
 
 @given(st.data())

@@ -74,6 +74,7 @@ static Ints widen_all(Narrow narrow) {
 }
 EMULATED __m512i emulated_cvtepu16_epi32(__m256i a) { return (__m512i)widen_all<uint16_t>(a); }
 EMULATED __m512i emulated_cvtepu8_epi32(__m128i a) { return (__m512i)widen_all<uint8_t>(a); }
+EMULATED __m512i emulated_cvtepi8_epi32(__m128i a) { return (__m512i)widen_all<int8_t>(a); }
 
 EMULATED __m512i emulated_cvtps_epi32(__m512 a) {
   Ints value;
@@ -99,6 +100,12 @@ EMULATED Halves emulated_cvtneps_pbh(__m512 a) {
       bits += 0x7fff + (bits >> 16 & 1);
     value[i] = (int16_t)(bits >> 16);
   }
+  return value;
+}
+EMULATED __m512i emulated_cvtne2ps_pbh(__m512 high, __m512 low) {
+  const Halves halves[2] = {emulated_cvtneps_pbh(low), emulated_cvtneps_pbh(high)};
+  __m512i value;
+  memcpy(&value, halves, 64);
   return value;
 }
 
@@ -315,6 +322,8 @@ EMULATED void emulated_dpbsud(int sums, int a, int b) {
 #define _mm512_cmple_epu16_mask emulated_cmple_epu16
 #define _mm512_cvtepu16_epi32 emulated_cvtepu16_epi32
 #define _mm512_cvtepu8_epi32 emulated_cvtepu8_epi32
+#define _mm512_cvtepi8_epi32 emulated_cvtepi8_epi32
+#define _mm512_cvtne2ps_pbh emulated_cvtne2ps_pbh
 #define _mm512_cvtneps_pbh emulated_cvtneps_pbh
 #define _mm512_cvtph_ps emulated_cvtph_ps
 #define _mm512_cvtps_epi32 emulated_cvtps_epi32

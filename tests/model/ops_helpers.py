@@ -32,9 +32,9 @@ def reference(dtype: torch.dtype = torch.float32) -> Backend:
     return Backend(CPU, dtype)
 
 
-def cpu_backend(dtype: torch.dtype = torch.float32) -> CpuBackend:
+def cpu_backend(dtype: torch.dtype = torch.float32, kv_dtype: str = "auto") -> CpuBackend:
     """The backend of a CPU, with the kernels that are in use now."""
-    return CpuBackend(CPU, dtype)
+    return CpuBackend(CPU, dtype, kv_dtype)
 
 
 def linear_of(weight: Any, bias: torch.Tensor | None = None) -> Linear:

@@ -7,6 +7,7 @@ import torch
 
 from model.ops.cpu.backend import CpuBackend
 from model.ops.forward_batch import ForwardBatch, GroupTables
+from model.ops.kv_values import rounded
 from model.ops.specs import AttentionSpec
 from tests.model.emulator import native_level
 from tests.model.ops_helpers import cpu_backend, rand, reference
@@ -50,9 +51,9 @@ def shared_tables(contexts: list[int], shared: list[int], window: int | None) ->
 
 @pytest.fixture(params=["avx2", "vnni", "avx512", "amx"])
 def backend(request: pytest.FixtureRequest) -> Iterator[CpuBackend]:
-    """The backend with the kernels of each instruction set."""
+    """The backend with the kernels of each instruction set; they take caches of several dtypes."""
     with native_level(request.param):
-        yield cpu_backend(torch.bfloat16)
+        yield cpu_backend(torch.bfloat16, "int8")
 
 
 def attend_alone(
@@ -77,8 +78,13 @@ def attend_alone(
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("heads", [(7, 1), (4, 2)])
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int8])
 def test_shared_blocks_give_the_same_bits_as_reading_them_for_each(
-    heads: tuple[int, int], window: int | None, sinks: bool, backend: CpuBackend
+    kv_dtype: torch.dtype,
+    heads: tuple[int, int],
+    window: int | None,
+    sinks: bool,
+    backend: CpuBackend,
 ) -> None:
     """Prefixes of different lengths, some within others, and some that end within a span."""
     contexts = [300, 200, 211, 230, 290, 130, 77, 300, 240]
@@ -86,7 +92,7 @@ def test_shared_blocks_give_the_same_bits_as_reading_them_for_each(
     lengths = [(1 + i % 3 * (window is None), context) for i, context in enumerate(contexts)]
     tables = shared_tables(contexts, shared, window)
     query = rand(sum(count for count, _ in lengths), heads[0], 64, dtype=torch.bfloat16)
-    kv = rand(2, 400, BLOCK, heads[1], 64, seed=1, dtype=torch.bfloat16)
+    kv = rounded(rand(2, 400, BLOCK, heads[1], 64, seed=1), kv_dtype)
     column = rand(heads[0], seed=2, dtype=torch.bfloat16) if sinks else None
     spec = AttentionSpec(64**-0.5, window)
     batch, group = batch_of(lengths, tables)
@@ -98,13 +104,14 @@ def test_shared_blocks_give_the_same_bits_as_reading_them_for_each(
 
 
 @pytest.mark.parametrize("window", [None, 1500])
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int8])
 def test_threads_and_chunks_of_a_long_context_do_not_change_a_bit(
-    window: int | None, backend: CpuBackend
+    kv_dtype: torch.dtype, window: int | None, backend: CpuBackend
 ) -> None:
     """One token, a few, and a prompt that ends with them; more chunks than one, and shared ones."""
     contexts, query_lens = [2600, 2600, 1030, 2600], [1, 3, 1, 100]
     tables = shared_tables(contexts, [0, 2600, 1000, 2600], None)
-    kv = rand(2, 500, BLOCK, 1, 32, seed=1, dtype=torch.bfloat16)
+    kv = rounded(rand(2, 500, BLOCK, 1, 32, seed=1), kv_dtype)
     lengths = list(zip(query_lens, contexts, strict=True))
     tokens = rand(100, 3, 32, dtype=torch.bfloat16)
     query = torch.cat([tokens[-1:], tokens[-3:], tokens[:1], tokens])

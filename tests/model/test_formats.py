@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from model import CheckpointError, Transformer, load_config, loader
+from model.config import QUANTIZED
 from model.formats import DENSE, MXFP4
 from model.formats.integers import Integers
 from model.ops.backend import Backend, choose_backend
@@ -57,6 +58,32 @@ def test_integers_keep_their_bits_where_there_are_kernels(name: str, write: Writ
         for folder in (quantized, dense)
     ]
     assert errors[0] < 1.1 * errors[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "form", "dtype"),
+    [
+        ("gptq order", "qwen2", "fp8", torch.float32),
+        ("w4 group", "qwen3_moe", "fp8", torch.float32),
+        ("mxfp4", "qwen3_moe", "fp8", torch.float32),
+        ("fp8 channel", "qwen2", "int8", torch.bfloat16),
+        ("fp8 small blocks", "qwen3_moe", "int4", torch.bfloat16),
+    ],
+)
+def test_weights_without_a_kernel_can_be_quantized_as_they_are_loaded(
+    name: str, family: str, form: str, dtype: torch.dtype, write: Write
+) -> None:
+    backend = choose_backend(CPU, dtype)
+    if QUANTIZED[form].held(backend, stacked=False) == DENSE:
+        pytest.skip("no kernel reads integers here")
+    pair, ids = of_case(write, name, family), prompt(20)
+    quantized, dense = (
+        logits_of(folder, ids, lambda config: config.quantized(form), dtype) for folder in pair
+    )
+    assert (quantized - dense).norm() < 1e-5 * dense.norm()
+    held = load_config(pair[0]).quantized(form).held(backend)
+    assert {layer.formats.qkv for layer in held.layers} == {QUANTIZED[form]}
+    assert held.held(backend) == held
 
 
 @pytest.mark.parametrize("name", ["fp8 small blocks", "fp8 channel", "w4 group order"])

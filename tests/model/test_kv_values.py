@@ -10,7 +10,7 @@ from model.ops.backend import Backend
 from model.ops.cpu.backend import CpuBackend
 from model.ops.kv_values import read_kv, rounded
 from model.ops.specs import AttentionSpec
-from tests.model.ops_helpers import CPU, rand, reference, rope_args
+from tests.model.ops_helpers import CPU, cpu_backend, rand, reference, rope_args
 from tests.model.test_ops import paged
 
 FP8 = torch.float8_e4m3fn
@@ -50,11 +50,33 @@ def test_int8_is_off_by_at_most_half_of_the_vectors_own_step() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+def test_all_kernels_write_the_same_bytes(name: str, dtype: torch.dtype) -> None:
+    """Ties, values beyond the range, subnormal ones, vectors of zeros, NaN and infinity."""
+    ops, tokens, dim = cpu_backend(dtype, name), 64, 64
+    qkv = rand(tokens, 3, dim) * torch.logspace(-9, 9, tokens, base=2)[:, None, None]
+    qkv[0], qkv[1], qkv[2, :, ::2] = 0, torch.arange(dim) / 32 + 1, 127
+    qkv[3, :, 45], qkv[4, :, 46] = float("nan"), float("inf")  # not rotated
+    qkv[5] = (torch.arange(dim) - 32) * 2.0**-10
+    kv = ops.empty_cache((2, 8, 8, 1, dim))
+    kv.view(torch.uint8).zero_()
+    cos_sin = torch.tensor([1.0] * 16 + [0.0] * 16).expand(tokens, 32).contiguous()
+    args = rope_args(kv, cos_sin, torch.arange(tokens), 1)
+    args.heads.head_dim = dim
+    ops.rotate_and_write(qkv.to(dtype), args)
+    expected = rounded(qkv.to(dtype)[:, 1:].transpose(0, 1), kv.dtype).view(2, 8, 8, 1, -1)
+    found, wanted = read_kv(kv, torch.float32), read_kv(expected, torch.float32)
+    finite = torch.arange(64) != (4 if name == "int8" else -1)  # infinity has no steps
+    found, wanted = found.flatten(1, 2)[:, finite], wanted.flatten(1, 2)[:, finite]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+    if name == "int8":
+        assert not read_kv(kv, torch.float32).flatten(1, 2)[:, 4].isfinite().all()
+
+
 @pytest.mark.parametrize("name", KV_DTYPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [Backend, CpuBackend])
 def test_what_is_written_is_what_attention_reads(
-    kind: type[Backend], dtype: torch.dtype, name: str
+    kind: type[Backend], name: str, dtype: torch.dtype
 ) -> None:
     ops, kv_heads, dim = kind(CPU, dtype, name), 2, 32
     batch, group, blocks = paged([(1, 30), (1, 9), (12, 12), (5, 20)], None, 8)

@@ -12,6 +12,7 @@ from model.ops.backend import Backend
 from model.ops.cpu.bindings import kernels
 from model.ops.cpu.onednn import OneDnnBackend
 from model.ops.forward_batch import ForwardBatch, GroupTables
+from model.ops.kv_values import read_kv, rounded
 from model.ops.mxfp4 import dequantize_mxfp4
 from model.ops.specs import (
     Activation,
@@ -141,10 +142,40 @@ def test_attention_with_another_scale_equals_the_reference(
     torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize(("heads", "head_dim"), [((4, 4), 64), ((6, 2), 96), ((14, 1), 128)])
+@pytest.mark.parametrize("kv_dtype", ["fp8", "int8"])
+def test_attention_to_8_bits_equals_the_reference(
+    kv_dtype: str,
+    heads: tuple[int, int],
+    head_dim: int,
+    window: int | None,
+    dtype: torch.dtype,
+) -> None:
+    """Single tokens, chunks of prompts and whole ones; vectors have scales over some octaves."""
+    lengths = [(1, 200), (1, 65), (1, 17), (70, 190), (3, 130), (20, 20)]
+    batch, group, blocks = paged(lengths, window, block_size=8)
+    ops, tokens = cpu_backend(dtype, kv_dtype), sum(q for q, _ in lengths)
+    query, sinks = rand(tokens, heads[0], head_dim, dtype=dtype), rand(heads[0], seed=2)
+    values = rand(2, blocks, 8, heads[1], head_dim, seed=1)
+    values *= 2.0 ** (torch.arange(blocks * 8).view(-1, 8, 1, 1) % 5 - 3)
+    for row, (_, context) in enumerate(lengths):  # slots beyond the end may hold any value
+        if context % 8:
+            values[:, group.block_table[row, context // 8], context % 8 :] = float("nan")
+    kv = rounded(values, ops.kv_dtype)
+    spec = AttentionSpec(head_dim**-0.5, window)
+    stored = read_kv(kv, torch.float32)
+    stored[:, 0] = kv.view(torch.uint8)[:, 0] = 0
+    expected = reference(dtype).attention(query, stored, batch, group, spec, sinks.to(dtype))
+    found = ops.attention(query, kv, batch, group, spec, sinks.to(dtype))
+    torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
 # Sizes that are left to torch, heads of two groups, and the widest latents.
 @pytest.mark.parametrize("sizes", [(5, 24, 40, 16), (40, 32, 64, 32), (3, 64, 512, 64)])
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8", "int8"])
 def test_attention_to_latents_equals_the_reference(
-    sizes: tuple[int, int, int, int], dtype: torch.dtype
+    kv_dtype: str, sizes: tuple[int, int, int, int], dtype: torch.dtype
 ) -> None:
     heads, plain, rank, rotary = sizes
     lengths = [(1, 200), (1, 65), (70, 190), (3, 3)]
@@ -156,15 +187,16 @@ def test_attention_to_latents_equals_the_reference(
     slots = torch.randperm(blocks * 8, generator=torch.Generator().manual_seed(0))[:tokens]
     up, down = rand(heads, rank, plain, seed=3, dtype=dtype), rand(heads, 32, rank, seed=4)
     results = []
-    for ops in (reference(dtype), cpu_backend(dtype)):
-        kv = rand(1, blocks, 8, 1, rank + rotary, seed=6, dtype=dtype)
+    for ops in (Backend(CPU, dtype, kv_dtype), cpu_backend(dtype, kv_dtype)):
+        kv = rounded(rand(1, blocks, 8, 1, rank + rotary, seed=6), ops.kv_dtype)
         rope = RopeArgs(Heads(heads, 1, rank + rotary), cos_sin, kv, slots)
         absorb, expand = (head_linear_of(ops, w * 0.2) for w in (up, down.to(dtype)))
         queries = ops.latent_query(query, latent, norm, absorb, rope)
         spec = AttentionSpec(0.1, None, latent_dim=rank)
         mixed = ops.attention(queries, kv, batch, group, spec)
         assert mixed.shape == (tokens, heads, rank)
-        results.append((queries, kv, mixed, ops.head_linear(mixed, expand)))
+        stored = read_kv(kv, torch.float32)
+        results.append((queries, stored, mixed, ops.head_linear(mixed, expand)))
     for wanted, found in zip(*results, strict=True):
         scale = float(wanted.abs().max())
         torch.testing.assert_close(

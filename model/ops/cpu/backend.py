@@ -218,7 +218,7 @@ class CpuBackend(CpuRecurrentOps, OneDnnBackend):
     def rotate_and_write(self, qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:
         """As Backend.rotate_and_write."""
         fits = self._fits(rope.heads.head_dim, 32) and self._fits(rope.cos_sin.shape[1], 32)
-        if fits and self.kv_dtype == self.dtype:
+        if fits and self.kv_dtype in native.KV_FORMS:
             return native.rotate_and_write(qkv, rope)
         leave_to_torch()
         return super().rotate_and_write(qkv, rope)
@@ -240,7 +240,7 @@ class CpuBackend(CpuRecurrentOps, OneDnnBackend):
     ) -> torch.Tensor:
         """As Backend.latent_query."""
         fits = self._packs((absorb.heads, absorb.outputs, absorb.inputs))
-        if fits and self._fits(rope.cos_sin.shape[1], 32) and self.kv_dtype == self.dtype:
+        if fits and self._fits(rope.cos_sin.shape[1], 32) and self.kv_dtype in native.KV_FORMS:
             return native.latent_query(query, latent, norm, absorb, rope)
         leave_to_torch()
         return super().latent_query(query, latent, norm, absorb, rope)
@@ -258,7 +258,7 @@ class CpuBackend(CpuRecurrentOps, OneDnnBackend):
         _, heads, head_dim = query.shape
         fits = heads // kv.shape[3] <= native.MAX_GROUP or spec.latent_dim is not None
         fits = fits and head_dim <= native.MAX_HEAD_DIM
-        if fits and self._fits(head_dim, 32) and self.kv_dtype == self.dtype:
+        if fits and self._fits(head_dim, 32) and self.kv_dtype in native.KV_FORMS:
             return native.attention(query, kv, batch, group, spec, sinks)
         leave_to_torch()
         return super().attention(query, kv, batch, group, spec, sinks)

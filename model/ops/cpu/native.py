@@ -25,6 +25,8 @@ from model.ops.specs import (
 
 MAX_HEAD_DIM = 576
 MAX_GROUP = 32  # query heads of a KV head
+KV_FORMS = {torch.bfloat16: 0, torch.int8: 1, torch.float8_e4m3fn: 2}
+"""The dtypes of KV caches that the kernels take, numbered as in kernels/kv_vector.h."""
 
 
 def embed(table: torch.Tensor, ids: torch.Tensor, scale: float, first: int) -> torch.Tensor:
@@ -133,10 +135,10 @@ def rotate_and_write(qkv: torch.Tensor, rope: RopeArgs) -> torch.Tensor:
         None if norm is None else norm.weight.data_ptr() for norm in (heads.q_norm, heads.k_norm)
     )
     kernels.rotate_and_write(
-        qkv.data_ptr(), rope.cos_sin.data_ptr(), kv.data_ptr(), kv.stride(0), kv.shape[2],
-        kv.stride(1), rope.slot_mapping.data_ptr(), q_norm, k_norm, heads.has_whole_norms,
-        heads.rotates_before_norm, heads.norms_values, heads.values_are_keys,
-        0.0 if heads.q_norm is None else heads.q_norm.eps,
+        qkv.data_ptr(), rope.cos_sin.data_ptr(), kv.data_ptr(), KV_FORMS[kv.dtype],
+        _stride_bytes(kv, 0), kv.shape[2], _stride_bytes(kv, 1), rope.slot_mapping.data_ptr(),
+        q_norm, k_norm, heads.has_whole_norms, heads.rotates_before_norm, heads.norms_values,
+        heads.values_are_keys, 0.0 if heads.q_norm is None else heads.q_norm.eps,
         None if rope.query_scale is None else rope.query_scale.data_ptr(), tokens, heads.heads,
         heads.kv_heads, head_dim, rope.cos_sin.shape[1], query.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -160,13 +162,18 @@ def attention(
     table, is_latent = group.block_table, spec.latent_dim is not None
     kv_heads = heads // _largest_divisor(heads, MAX_GROUP) if is_latent else kv.shape[3]
     kernels.attention(
-        query.data_ptr(), kv.data_ptr(), 0 if is_latent else kv.stride(0), table.data_ptr(),
-        table.stride(0), batch.cu_seqlens_q.data_ptr(), batch.context_lens.data_ptr(),
+        query.data_ptr(), kv.data_ptr(), KV_FORMS[kv.dtype],
+        0 if is_latent else _stride_bytes(kv, 0), table.data_ptr(), table.stride(0),
+        batch.cu_seqlens_q.data_ptr(), batch.context_lens.data_ptr(),
         None if sinks is None else sinks.data_ptr(), table.shape[0], heads, kv_heads, kv.shape[3],
-        head_dim, kv.shape[2], kv.stride(1), _score_scale(spec, head_dim), spec.softcap or 0.0,
-        spec.window or 0, out.data_ptr(), torch.get_num_threads(),
+        head_dim, kv.shape[2], _stride_bytes(kv, 1), _score_scale(spec, head_dim),
+        spec.softcap or 0.0, spec.window or 0, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out[..., : spec.latent_dim] if is_latent else out
+
+
+def _stride_bytes(tensor: torch.Tensor, dim: int) -> int:
+    return tensor.stride(dim) * tensor.element_size()
 
 
 def _largest_divisor(count: int, limit: int) -> int:
@@ -195,9 +202,9 @@ def latent_query(
     out = empty((tokens, heads, norm.size + rotary), query.dtype)
     kernels.write_latents(
         query.data_ptr(), latent.data_ptr(), norm.weight.data_ptr(), norm.eps,
-        rope.cos_sin.data_ptr(), rope.kv.data_ptr(), rope.kv.shape[2], rope.kv.stride(1),
-        rope.slot_mapping.data_ptr(), tokens, heads, absorb.inputs, norm.size, rotary,
-        out.data_ptr(), torch.get_num_threads(),
+        rope.cos_sin.data_ptr(), rope.kv.data_ptr(), KV_FORMS[rope.kv.dtype], rope.kv.shape[2],
+        _stride_bytes(rope.kv, 1), rope.slot_mapping.data_ptr(), tokens, heads, absorb.inputs,
+        norm.size, rotary, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     _head_linear(query, absorb, out)
     return out

@@ -44,10 +44,11 @@ void head_linear(const Weight* weights, int64_t heads, const bf16* x, int64_t ro
 
 // query [tokens, heads, plain + rotary]: its last values, rotated → the last values of out [tokens,
 // heads, rank + rotary]. latent [tokens, rank + rotary]: its first values, normalized, and its last
-// ones, rotated → their slots of the cache: blocks of `block_size` slots [rank + rotary] are
-// `block_stride` elements apart. cos_sin: see rotate_and_write.
+// ones, rotated → their slots of the cache: blocks of `block_size` slots are `block_stride` bytes
+// apart; form: see kv_vector.h. cos_sin: see rotate_and_write.
 void write_latents(const bf16* query, const bf16* latent, const float* norm, float eps,
-                   const float* cos_sin, bf16* kv, int64_t block_size, int64_t block_stride,
+                   const float* cos_sin, uint8_t* kv, int64_t form, int64_t block_size,
+                   int64_t block_stride,
                    const int64_t* slot_mapping, int64_t tokens, int64_t heads, int64_t plain,
                    int64_t rank, int64_t rotary, bf16* out, int threads) {
   if (tokens * heads * rotary < 1 << 13) threads = 1;
@@ -56,11 +57,21 @@ void write_latents(const bf16* query, const bf16* latent, const float* norm, flo
       const float *cos = cos_sin + token * rotary, *sin = cos + rotary / 2;
       const bf16* from = latent + token * (rank + rotary);
       const int64_t slot = slot_mapping[token], block = slot / block_size;
-      bf16* to = kv + block * block_stride + (slot - block * block_size) * (rank + rotary);
+      uint8_t* to = kv + block * block_stride +
+                    (slot - block * block_size) * kv_vector_bytes(form, rank + rotary);
       const float factor = norm_factor(sum_of_squares(from, rank), rank, eps);
-      for (int64_t i = 0; i < rank; i += LANES)
-        store_bf16(to + i, load_bf16(from + i) * factor * load(norm + i));
-      rotate_head(from + rank, nullptr, 1, cos, sin, rotary, rotary, to + rank);
+      const auto compute = [&](auto* values) {
+        for (int64_t i = 0; i < rank; i += LANES)
+          store_values(values + i, load_bf16(from + i) * factor * load(norm + i));
+        rotate_head(from + rank, nullptr, 1, cos, sin, rotary, rotary, values + rank);
+      };
+      if (form == KV_BF16) {
+        compute((bf16*)to);
+      } else {
+        float* values = thread_scratch<float>(rank + rotary);
+        compute(values);
+        write_vector(values, rank + rotary, form, to);
+      }
       for (int64_t row = token * heads; row < (token + 1) * heads; row++)
         rotate_head(query + row * (plain + rotary) + plain, nullptr, 1, cos, sin, rotary, rotary,
                     out + row * (rank + rotary) + rank);

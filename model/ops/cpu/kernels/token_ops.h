@@ -1,8 +1,8 @@
 // Operations on each token by itself: embeddings, scaling, RMSNorm, rotary with the KV write, sums.
 #pragma once
 
+#include "kv_vector.h"
 #include "scratch.h"
-#include "vectors.h"
 
 namespace {
 
@@ -43,9 +43,6 @@ void scale(const bf16* x, float factor, int64_t count, bf16* out, int threads) {
   });
   for (int64_t i = whole; i < count; i++) out[i] = to_bf16(to_float(x[i]) * factor);
 }
-
-INLINE vec_f32 load_values(const bf16* from) { return load_bf16(from); }
-INLINE vec_f32 load_values(const float* from) { return load(from); }
 
 template <typename T>
 INLINE float sum_of_squares(const T* x, int64_t size) {
@@ -194,8 +191,9 @@ INLINE float norm_factor(float squares, int64_t size, float eps) {
 
 // Rotates the first rotary_dim values of one head [head_dim], whose halves are the two coordinates.
 // Every value is multiplied by `factor` and its weight before that, if there are weights.
+template <typename T>
 INLINE void rotate_head(const bf16* from, const float* weights, float factor, const float* cos,
-                        const float* sin, int64_t head_dim, int64_t rotary_dim, bf16* to) {
+                        const float* sin, int64_t head_dim, int64_t rotary_dim, T* to) {
   const int64_t half = rotary_dim / 2;
   for (int64_t i = 0; i < half; i += LANES) {
     vec_f32 first = load_bf16(from + i), second = load_bf16(from + half + i);
@@ -203,28 +201,30 @@ INLINE void rotate_head(const bf16* from, const float* weights, float factor, co
       first = first * factor * load(weights + i);
       second = second * factor * load(weights + half + i);
     }
-    store_bf16(to + i, first * load(cos + i) - second * load(sin + i));
-    store_bf16(to + half + i, second * load(cos + i) + first * load(sin + i));
+    store_values(to + i, first * load(cos + i) - second * load(sin + i));
+    store_values(to + half + i, second * load(cos + i) + first * load(sin + i));
   }
-  if (weights)
-    for (int64_t i = rotary_dim; i < head_dim; i += LANES)
-      store_bf16(to + i, load_bf16(from + i) * factor * load(weights + i));
-  else
-    memcpy(to + rotary_dim, from + rotary_dim, (size_t)(head_dim - rotary_dim) * 2);
+  for (int64_t i = rotary_dim; i < head_dim; i += LANES) {
+    vec_f32 value = load_bf16(from + i);
+    if (weights) value = value * factor * load(weights + i);
+    store_values(to + i, value);
+  }
 }
 
 // x [count] · factor, times the weights if there are any, in place.
-INLINE void multiply_in_place(bf16* x, const float* weights, float factor, int64_t count) {
+template <typename T>
+INLINE void multiply_in_place(T* x, const float* weights, float factor, int64_t count) {
   for (int64_t i = 0; i < count; i += LANES) {
-    vec_f32 value = load_bf16(x + i) * factor;
+    vec_f32 value = load_values(x + i) * factor;
     if (weights) value *= load(weights + i);
-    store_bf16(x + i, value);
+    store_values(x + i, value);
   }
 }
 
 // Norms and rotation of `heads` heads of a token: from, to [heads, head_dim].
+template <typename T>
 INLINE void rotate_heads(const bf16* from, int64_t heads, const HeadNorms& norms, const float* cos,
-                         const float* sin, int64_t head_dim, int64_t rotary_dim, bf16* to) {
+                         const float* sin, int64_t head_dim, int64_t rotary_dim, T* to) {
   const int64_t count = norms.whole ? heads : 1, groups = heads / count, size = count * head_dim;
   const bool is_first = norms.weights && !norms.last;
   for (int64_t group = 0; group < groups; group++, from += size, to += size) {
@@ -242,24 +242,55 @@ INLINE void rotate_heads(const bf16* from, int64_t heads, const HeadNorms& norms
   }
 }
 
-// Values of heads [kv_heads, head_dim] → their place in the cache, normalized without weights if
-// `norms` is set.
-INLINE void write_values(const bf16* from, int64_t kv_heads, int64_t head_dim, bool norms,
-                         float eps, bf16* to) {
-  memcpy(to, from, (size_t)(kv_heads * head_dim) * 2);
-  for (int64_t head = 0; norms && head < kv_heads; head++, to += head_dim)
-    multiply_in_place(to, nullptr, norm_factor(sum_of_squares(to, head_dim), head_dim, eps),
-                      head_dim);
+// Values of heads [kv_heads, head_dim] → `to`, normalized without weights if `norms` is set.
+template <typename T>
+INLINE void norm_values(const bf16* from, int64_t kv_heads, int64_t head_dim, bool norms, float eps,
+                        T* to) {
+  for (int64_t head = 0; head < kv_heads; head++, from += head_dim, to += head_dim) {
+    const float squares = norms ? sum_of_squares(from, head_dim) : 0;
+    const float factor = norms ? norm_factor(squares, head_dim, eps) : 1;
+    for (int64_t i = 0; i < head_dim; i += LANES)
+      store_values(to + i, load_bf16(from + i) * factor);
+  }
+}
+
+// The arguments of `rotate_and_write` for a slot of the cache.
+struct KvSlot {
+  const bf16 *key, *value;  // [kv_heads, head_dim] each
+  const HeadNorms& norms;   // of keys
+  bool norms_values;
+  const float *cos, *sin;
+  int64_t kv_heads, head_dim, rotary_dim;
+
+  template <typename T>
+  void compute(T* keys, T* values) const {
+    rotate_heads(key, kv_heads, norms, cos, sin, head_dim, rotary_dim, keys);
+    norm_values(value, kv_heads, head_dim, norms_values, norms.eps, values);
+  }
+};
+
+// Keys and values of a token → their places in the cache.
+INLINE void write_slot(const KvSlot& slot, int64_t form, uint8_t* keys, uint8_t* values) {
+  if (form == KV_BF16) return slot.compute((bf16*)keys, (bf16*)values);
+  const int64_t size = slot.kv_heads * slot.head_dim, bytes = kv_vector_bytes(form, slot.head_dim);
+  float* computed = thread_scratch<float>(2 * size);
+  slot.compute(computed, computed + size);
+  for (int64_t i = 0; i < size; i += slot.head_dim, keys += bytes, values += bytes) {
+    write_vector(computed + i, slot.head_dim, form, keys);
+    write_vector(computed + size + i, slot.head_dim, form, values);
+  }
 }
 
 // qkv [tokens, heads + 2 · kv_heads, head_dim] → query [tokens, heads, head_dim], and keys and
-// values into their slots of the cache: blocks of `block_size` slots are `block_stride` elements
-// apart, values are `value_offset` elements behind keys. values_are_keys: there are no values in
-// qkv, [tokens, heads + kv_heads, head_dim], but those before the norms and the rotation of keys.
+// values into their slots of the cache: blocks of `block_size` slots are `block_stride` bytes apart,
+// values are `value_offset` bytes behind keys; form: see kv_vector.h. values_are_keys: there are no
+// values in qkv, [tokens, heads + kv_heads, head_dim], but those before the norms and the rotation
+// of keys.
 // cos_sin [tokens, rotary_dim], cos in the first half. q_norm, k_norm: see HeadNorms. query_scale
 // [tokens] or null: multiplies rotated queries.
-void rotate_and_write(const bf16* qkv, const float* cos_sin, bf16* kv, int64_t value_offset,
-                      int64_t block_size, int64_t block_stride, const int64_t* slot_mapping,
+void rotate_and_write(const bf16* qkv, const float* cos_sin, uint8_t* kv, int64_t form,
+                      int64_t value_offset, int64_t block_size, int64_t block_stride,
+                      const int64_t* slot_mapping,
                       const float* q_norm, const float* k_norm, bool whole_norms, bool norms_last,
                       bool norms_values, bool values_are_keys, float eps, const float* query_scale,
                       int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
@@ -278,10 +309,11 @@ void rotate_and_write(const bf16* qkv, const float* cos_sin, bf16* kv, int64_t v
       from += heads * head_dim;
       if (!kv_heads) continue;
       const int64_t slot = slot_mapping[token], block = slot / block_size;
-      to = kv + block * block_stride + (slot - block * block_size) * kv_heads * head_dim;
-      rotate_heads(from, kv_heads, k_norms, cos, sin, head_dim, rotary_dim, to);
-      if (!values_are_keys) from += kv_heads * head_dim;
-      write_values(from, kv_heads, head_dim, norms_values, eps, to + value_offset);
+      uint8_t* keys = kv + block * block_stride +
+                      (slot - block * block_size) * kv_heads * kv_vector_bytes(form, head_dim);
+      const bf16* values = values_are_keys ? from : from + kv_heads * head_dim;
+      write_slot({from, values, k_norms, norms_values, cos, sin, kv_heads, head_dim, rotary_dim},
+                 form, keys, keys + value_offset);
     }
   });
 }

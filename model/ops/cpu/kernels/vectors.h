@@ -84,6 +84,11 @@ INLINE void store_bf16(bf16* to, vec_f32 value) {
 #endif
 }
 
+INLINE vec_f32 load_values(const bf16* from) { return load_bf16(from); }
+INLINE vec_f32 load_values(const float* from) { return load(from); }
+INLINE void store_values(bf16* to, vec_f32 values) { store_bf16(to, values); }
+INLINE void store_values(float* to, vec_f32 values) { store(to, values); }
+
 INLINE float reduce_add(vec_f32 value) {
 #if VECTOR_BITS == 512
   return _mm512_reduce_add_ps((__m512)value);

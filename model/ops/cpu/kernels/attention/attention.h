@@ -170,20 +170,20 @@ INLINE void merge_chunks(const AttentionInput& input, const Item& item, const Su
 }
 
 // query [tokens, heads, head_dim] → out, over the sequences' blocks in the cache: keys and values
-// [blocks, block_size, stored_heads, head_dim] each, blocks `block_stride` elements apart, values
-// `value_offset` elements behind keys. stored_heads is kv_heads, or 1 if groups of the heads, of
-// which there are kv_heads, read the same.
+// [blocks, block_size, stored_heads] vectors each, of a form in kv_vector.h, blocks `block_stride`
+// bytes apart, values `value_offset` bytes behind keys: 0 if they are the same. stored_heads is
+// kv_heads, or 1 if groups of the heads, of which there are kv_heads, read the same.
 // block_tables [sequences, block_table_stride], cu_seqlens_q [sequences + 1], context_lens
 // [sequences], sinks [heads] or null; scale: the factor of the scores; cap: their soft limit, 0 for
 // none; window: the positions that a token attends to, 0 for all.
 // Blocks with which several sequences begin are read together (Juravsky et al., Hydragen, 2024).
-void attention(const bf16* query, const bf16* kv, int64_t value_offset,
+void attention(const bf16* query, const uint8_t* kv, int64_t form, int64_t value_offset,
                const int32_t* block_tables, int64_t block_table_stride,
                const int32_t* cu_seqlens_q, const int32_t* context_lens, const bf16* sinks,
                int64_t sequences, int64_t heads, int64_t kv_heads, int64_t stored_heads,
                int64_t head_dim, int64_t block_size, int64_t block_stride, float scale, float cap,
                int64_t window, bf16* out, int threads) {
-  const AttentionInput input{query, out, kv, value_offset, block_tables, block_table_stride,
+  const AttentionInput input{query, out, kv, form, value_offset, block_tables, block_table_stride,
                              cu_seqlens_q, context_lens, sinks, sequences, heads, kv_heads,
                              stored_heads, head_dim, block_size, block_stride, scale, cap, window};
   static thread_local Division division;

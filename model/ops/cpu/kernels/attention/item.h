@@ -2,6 +2,7 @@
 // several sequences share what they read of common blocks.
 #pragma once
 
+#include "../kv_vector.h"
 #include "scores.h"
 
 namespace {
@@ -15,7 +16,8 @@ constexpr int64_t MAX_GROUP = 32;  // query heads of a KV head; native.py has th
 struct AttentionInput {
   const bf16* query;
   bf16* out;
-  const bf16* keys;      // [blocks, block_size, stored_heads, head_dim], blocks `block_stride` apart
+  const uint8_t* keys;   // [blocks, block_size, stored_heads] vectors, blocks `block_stride` apart
+  int64_t form;          // of vectors: see kv_vector.h
   int64_t value_offset;  // of the values, behind the keys
   const int32_t* block_tables;
   int64_t block_table_stride;
@@ -26,7 +28,8 @@ struct AttentionInput {
   int64_t window;
 
   int64_t group() const { return heads / kv_heads; }  // query heads of a KV head
-  int64_t head_stride() const { return stored_heads == kv_heads ? head_dim : 0; }
+  int64_t vector_bytes() const { return kv_vector_bytes(form, head_dim); }
+  int64_t head_stride() const { return stored_heads == kv_heads ? vector_bytes() : 0; }
   int64_t query_len(int64_t s) const { return cu_seqlens_q[s + 1] - cu_seqlens_q[s]; }
   const int32_t* block_table(int64_t s) const { return block_tables + s * block_table_stride; }
   int64_t block_count(int64_t s) const { return (context_lens[s] + block_size - 1) / block_size; }
@@ -90,7 +93,7 @@ INLINE Unit find_unit(const Item& item, int64_t at, int64_t member) {
   return {item.to, 0, 0};
 }
 
-// Finds the offsets in the cache of a unit's positions and returns their number. Positions that no
+// Finds the offsets in the cache, in bytes, of a unit's positions and returns their number. Positions that no
 // row attends to are not read: they get the offset of the first that is.
 INLINE int64_t find_offsets(const AttentionInput& input, const Item& item, const Unit& unit,
                             int64_t* offsets) {
@@ -101,7 +104,7 @@ INLINE int64_t find_offsets(const AttentionInput& input, const Item& item, const
     end = std::max(end, item.members[m].end);
   }
   const int64_t first = std::max(unit.at, low), count = std::min(SPAN, end - unit.at);
-  const int64_t stride = input.stored_heads * input.head_dim, block_size = input.block_size;
+  const int64_t stride = input.stored_heads * input.vector_bytes(), block_size = input.block_size;
   const int32_t* block_table = input.block_table(item.members[unit.first].sequence);
   for (int64_t i = first - unit.at; i < count;) {
     const int64_t block = (unit.at + i) / block_size, within = unit.at + i - block * block_size;

@@ -3,6 +3,7 @@
 
 #include "../scratch.h"
 #include "item.h"
+#include "tiles.h"
 #include "values.h"
 
 namespace {
@@ -111,6 +112,8 @@ class ItemPass {
   int64_t *first_visible, *visible_end;  // positions; alike for all KV heads
   alignas(64) Key keys[SPAN * MAX_HEAD_DIM];
   alignas(64) Key values[SPAN * MAX_HEAD_DIM];
+  alignas(64) bf16 unpacked_keys[SPAN * MAX_HEAD_DIM], unpacked_values[SPAN * MAX_HEAD_DIM];
+  SpanScales scales;  // of what was unpacked
 
   static RowTotal total_of(const RunningSoftmax& row) { return {row.max, reduce_add(row.sums)}; }
 
@@ -135,8 +138,9 @@ class ItemPass {
   // unit's keys and values are prefetched: pages may be anywhere, which no processor predicts.
   void attend_unit(const Unit& unit, const int64_t* offsets, int64_t count,
                    const int64_t* next_offsets, int64_t next_count) {
+    const uint8_t *stored_keys[SPAN], *stored_values[SPAN];
     const bf16 *key_rows[SPAN], *value_rows[SPAN];
-    const int64_t groups = (count + KEYS - 1) / KEYS;
+    const int64_t groups = (count + KEYS - 1) / KEYS, vector_bytes = input.vector_bytes();
     const Member& last_member = item.members[unit.last - 1];
     int64_t first = item.members[unit.first].row;
     int64_t last = last_member.row + (last_member.last - last_member.first) * input.group();
@@ -145,18 +149,27 @@ class ItemPass {
     for (int64_t h = 0; h < item.kv_heads; h++) {
       const int64_t head = h * input.head_stride();
       for (int64_t i = 0; i < groups * KEYS; i++) {
-        key_rows[i] = input.keys + offsets[i < count ? i : 0] + head;
-        value_rows[i] = key_rows[i] + input.value_offset;
+        stored_keys[i] = input.keys + offsets[i < count ? i : 0] + head;
+        stored_values[i] = stored_keys[i] + input.value_offset;
       }
       for (int64_t g = 0; g < SPAN / KEYS; g++) {
         for (int64_t i = g * KEYS; i < std::min(next_count, (g + 1) * KEYS); i++)
-          for (int64_t d = head; d < head + head_dim; d += 32) {
+          for (int64_t d = head; d < head + vector_bytes; d += 64) {
             __builtin_prefetch(input.keys + next_offsets[i] + d, 0, 2);
             __builtin_prefetch(input.keys + input.value_offset + next_offsets[i] + d, 0, 2);
           }
-        if (g < groups)
-          transpose_keys(key_rows + g * KEYS, head_dim, keys + g * KEYS * head_dim);
+        if (g >= groups) continue;
+        unpack(stored_keys, g * KEYS, KEYS, unpacked_keys, key_rows, scales.keys);
+        transpose_keys(key_rows + g * KEYS, head_dim, keys + g * KEYS * head_dim);
       }
+      if (input.value_offset) {
+        unpack(stored_values, 0, count, unpacked_values, value_rows, scales.values);
+      } else {
+        std::copy(key_rows, key_rows + count, value_rows);
+        std::copy(scales.keys, scales.keys + count, scales.values);
+      }
+      if (count % 2) value_rows[count] = value_rows[0];  // with a weight of 0
+      std::fill(scales.values + count, scales.values + SPAN, 0.0f);
       // Not for a single pass over the values.
       const Key* prepared = nullptr;
       if (use_amx() || last - first > block_rows()) {
@@ -164,49 +177,112 @@ class ItemPass {
         prepared = values;
       }
       const int64_t tile_rows = std::min<int64_t>(16, last - first);
-      for (int64_t row = first; row < last; row += block_rows())
-        attend_rows(h, row, std::min(block_rows(), last - row), tile_rows, unit.at, count,
-                    prepared, value_rows);
+      attend_rows({h, first, last, tile_rows, unit.at, count, prepared, value_rows});
     }
   }
 
-  // `rows` rows from `row` on, with the keys and values of `count` positions of a span.
-  void attend_rows(int64_t h, int64_t row, int64_t rows, [[maybe_unused]] int64_t tile_rows,
-                   int64_t at, int64_t count, const Key* prepared,
-                   const bf16* const* value_rows) {
+  // The vectors `stored` from `first` on as bf16: where they are, or unpacked, with their scales.
+  void unpack(const uint8_t* const* stored, int64_t first, int64_t count, bf16* unpacked,
+              const bf16** rows, float* vector_scales) {
+    for (int64_t i = first; i < first + count; i++) {
+      if (input.form == KV_BF16) {
+        rows[i] = (const bf16*)stored[i];
+        continue;
+      }
+      bf16* to = unpacked + i * head_dim;
+      vector_scales[i] = unpack_vector(stored[i], head_dim, input.form, to);
+      rows[i] = to;
+    }
+  }
+
+  // Rows [first, last) of a KV head, and the `count` positions from `at` on that they attend to.
+  struct RowSpan {
+    int64_t head, first, last, tile_rows, at, count;
+    const Key* prepared;  // values, or null
+    const bf16* const* value_rows;
+  };
+
+  void attend_rows(const RowSpan& span) {
+#if BF16_DOT
+    if (use_amx()) return attend_tiles(span);
+#endif
     alignas(64) float scores[BLOCK_ROWS * SPAN];
     alignas(64) bf16 weights[BLOCK_ROWS * SPAN];
-    [[maybe_unused]] alignas(64) char discarded[16 * 64];
-    const int64_t groups = (count + KEYS - 1) / KEYS, i = h * item.rows + row;
-    score(queries + i * head_dim, keys, rows, groups, head_dim, scores, tile_rows,
-          configuration);
-    for (int64_t r = 0; r < rows; r++) {
-      const int64_t from = first_visible[row + r] - at, to = visible_end[row + r] - at;
-      const auto compute = [&](auto parts, auto masked) {
-        softmax_span<parts.value * KEYS / LANES, masked.value>(
-            scores + r * SPAN, weights + r * SPAN, scale, from, to, head_dim, softmax[i + r],
-            output + (i + r) * head_dim);
-      };
-      if (from <= 0 && to >= SPAN)
-        compute(std::integral_constant<int, SPAN / KEYS>(), std::false_type());
-      else
-        with_constant<SPAN / KEYS>(groups, [&](auto parts) { compute(parts, std::true_type()); });
+    const int64_t groups = (span.count + KEYS - 1) / KEYS;
+    for (int64_t row = span.first; row < span.last; row += block_rows()) {
+      const int64_t rows = std::min(block_rows(), span.last - row);
+      const int64_t i = (span.head * item.rows + row) * head_dim;
+      score(queries + i, keys, rows, groups, head_dim, scores);
+      compute_weights(span, row, rows, scores, weights, [](int64_t) {});
 #if BF16_DOT
-      if (use_amx() && r % 8 == 7) _tile_stored(6, discarded, 64);  // idle tiles become slow
-#endif
-    }
-#if BF16_DOT
-    if (use_amx()) {
-      // Tiles may reach into other rows, to which they must add nothing.
-      const int64_t padded = (rows + tile_rows - 1) / tile_rows * tile_rows;
-      memset(weights + rows * SPAN, 0, (size_t)((padded - rows) * SPAN) * 2);
-      mix_tiles(weights, prepared, rows, count, head_dim, output + i * head_dim);
-    } else {
-      mix_pairs(weights, prepared, value_rows, rows, count, head_dim, output + i * head_dim);
-    }
+      mix_pairs(weights, span.prepared, span.value_rows, rows, span.count, head_dim, output + i);
 #else
-    mix_values(scores, prepared, value_rows, rows, count, head_dim, output + i * head_dim);
+      mix_values(scores, span.prepared, span.value_rows, rows, span.count, head_dim, output + i);
 #endif
+    }
+  }
+
+#if BF16_DOT
+  // While a block of rows has its softmax, the values of the block before it are added, and the
+  // scores of the next one computed.
+  void attend_tiles(const RowSpan& span) {
+    alignas(64) float scores[2][BLOCK_ROWS * SPAN];
+    alignas(64) bf16 weights[2][BLOCK_ROWS * SPAN];
+    const int64_t groups = (span.count + KEYS - 1) / KEYS;
+    const auto rows_from = [&](int64_t row) { return std::min(BLOCK_ROWS, span.last - row); };
+    const auto place = [&](int64_t row) { return (span.head * item.rows + row) * head_dim; };
+    configure_tiles(span.tile_rows, 64, configuration);
+    TileSteps steps(head_dim);
+    steps.start_scores(queries + place(span.first), keys, rows_from(span.first), groups, scores[0]);
+    steps.finish();
+    for (int64_t row = span.first, b = 0; row < span.last; row += BLOCK_ROWS, b = 1 - b) {
+      const int64_t rows = rows_from(row), next = row + BLOCK_ROWS;
+      if (next < span.last)
+        steps.start_scores(queries + place(next), keys, rows_from(next), groups, scores[1 - b]);
+      compute_weights(span, row, rows, scores[b], weights[b], [&](int64_t r) {
+        if (r % 4 == 3) steps.step_or_store();
+      });
+      steps.finish();
+      // Tiles may reach into other rows, to which they must add nothing.
+      const int64_t padded = (rows + span.tile_rows - 1) / span.tile_rows * span.tile_rows;
+      memset(weights[b] + rows * SPAN, 0, (size_t)((padded - rows) * SPAN) * 2);
+      steps.start_values(weights[b], span.prepared, rows, span.count, output + place(row));
+    }
+    steps.finish();
+  }
+#endif
+
+  // The softmax of `rows` rows from `row` on.
+  template <typename F>
+  void compute_weights(const RowSpan& span, int64_t row, int64_t rows, float* scores, bf16* weights,
+                       F end_row) {
+    const int64_t groups = (span.count + KEYS - 1) / KEYS, i = span.head * item.rows + row;
+    const auto sees_all = [&](int64_t r) {
+      return first_visible[row + r] <= span.at && visible_end[row + r] >= span.at + SPAN;
+    };
+    const bool is_plain = !scale.cap && input.form == KV_BF16;
+    for (int64_t r = 0, last; r < rows; r = last) {
+      last = r + 1;
+      const SoftmaxRows part{scores + r * SPAN, weights + r * SPAN, scale,
+                             input.form == KV_BF16 ? nullptr : &scales,
+                             first_visible + row + r, visible_end + row + r, span.at, head_dim,
+                             softmax + i + r, output + (i + r) * head_dim};
+      if (sees_all(r)) {
+        while (last < rows && sees_all(last)) last++;
+        if (is_plain)
+          softmax_rows<SPAN / KEYS, false, true>(part, last - r, end_row);
+        else
+          softmax_rows<SPAN / KEYS, false, false>(part, last - r, end_row);
+      } else {
+        while (last < rows && !sees_all(last)) last++;
+        with_constant<SPAN / KEYS>(groups, [&](auto parts) {
+          if (is_plain)
+            softmax_rows<parts.value, true, true>(part, last - r, end_row);
+          else
+            softmax_rows<parts.value, true, false>(part, last - r, end_row);
+        });
+      }
+    }
   }
 };
 

@@ -165,32 +165,10 @@ INLINE void score_rows(const Query* query, const Key* keys, int64_t head_dim, fl
 
 #endif
 
-// query [rows, head_dim] times `groups` groups of 16 transposed keys → scores [rows, SPAN]. With AMX: up to 32 rows, of which memory is read and written to the end of
-// the last tile of `tile_rows` rows.
+// query [rows, head_dim] times `groups` groups of 16 transposed keys → scores [rows, SPAN]
 INLINE void score(const Query* query, const Key* keys, int64_t rows, int64_t groups,
-                  int64_t head_dim, float* scores, [[maybe_unused]] int64_t tile_rows,
-                  [[maybe_unused]] int64_t& configuration) {
+                  int64_t head_dim, float* scores) {
 #if BF16_DOT
-  if (use_amx()) {
-    asm volatile("" : : : "memory");
-    configure_tiles(tile_rows, 64, configuration);
-    for (int64_t g = 0; g < groups; g++, keys += KEYS * head_dim, scores += KEYS) {
-      _tile_zero(0);
-      _tile_zero(2);
-      for (int64_t k = 0; k < head_dim; k += 32) {
-        _tile_loadd(6, keys + k * 16, 64);
-        _tile_loadd(4, query + k, head_dim * 2);
-        _tile_dpbf16ps(0, 4, 6);
-        if (rows > 16) {
-          _tile_loadd(5, query + 16 * head_dim + k, head_dim * 2);
-          _tile_dpbf16ps(2, 5, 6);
-        }
-      }
-      _tile_stored(0, scores, SPAN * 4);
-      if (rows > 16) _tile_stored(2, scores + 16 * SPAN, SPAN * 4);
-    }
-    return;
-  }
   // The sums of six rows with a span, or with a group of its keys, stay in registers.
   if (groups == SPAN / KEYS)
     return for_row_parts<6>(rows, [&](int64_t first, auto count) {

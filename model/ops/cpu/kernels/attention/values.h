@@ -20,6 +20,23 @@ struct ScoreScale {
   float factor, scale, cap;
 };
 
+// The scales of a span's keys and values in 8 bits.
+struct SpanScales {
+  alignas(64) float keys[SPAN], values[SPAN];
+};
+
+#if BF16_DOT
+// Values of the first PARTS vectors of a span as bf16, and zeros for the rest.
+template <int PARTS>
+INLINE void store_bf16_span(bf16* to, const vec_f32 (&values)[PARTS]) {
+  for (int p = 0; p < SPAN / LANES; p += 2) {
+    const vec_f32 low = p < PARTS ? values[p] : vec_f32{};
+    const vec_f32 high = p + 1 < PARTS ? values[p + 1] : vec_f32{};
+    store_i32(to + p * LANES, (vec_i32)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+  }
+}
+#endif
+
 // Not inlined, so that it rounds alike wherever it is used: see merge_rows.
 __attribute__((noinline)) static void rescale_row(float by_exponent, int64_t head_dim,
                                                   RunningSoftmax& row, float* output) {
@@ -28,44 +45,69 @@ __attribute__((noinline)) static void rescale_row(float by_exponent, int64_t hea
   for (int64_t i = 0; i < head_dim; i += LANES) store(output + i, load(output + i) * factor);
 }
 
-// Turns a row's scores of PARTS vectors of a span, of which positions [from, to) are visible (all
-// without MASKED), into weights relative to the largest score so far, and rescales the row's sums
-// and output to that. The weights replace the scores, or go to `weights` as bf16 [SPAN].
-template <int PARTS, bool MASKED>
-INLINE void softmax_span(float* scores, [[maybe_unused]] bf16* weights, const ScoreScale& scale,
-                         int64_t from, int64_t to, int64_t head_dim, RunningSoftmax& row,
-                         float* output) {
+// Rows whose scores of a span become weights.
+struct SoftmaxRows {
+  float* scores;  // [rows, SPAN]
+  bf16* weights;  // likewise
+  const ScoreScale& scale;
+  const SpanScales* scales;                    // or null
+  const int64_t *first_visible, *visible_end;  // positions that each row sees
+  int64_t at, head_dim;                        // at: the first position of the span
+  RunningSoftmax* softmax;
+  float* output;  // [rows, head_dim]
+};
+
+// Turns scores of PARTS groups of keys, of which each row sees some (all without MASKED), into
+// weights relative to the largest score so far, and rescales the row's sums and output to that. The
+// weights replace the scores, or go to `weights` as bf16; they and the scores are multiplied by the
+// scales of values and keys, if there are any. PLAIN: there are none, and no cap of scores.
+// `end_row(r)` is called after each row.
+template <int PARTS, bool MASKED, bool PLAIN, typename F>
+__attribute__((noinline)) void softmax_rows(const SoftmaxRows& rows, int64_t count, F end_row) {
+  constexpr int VECTORS_USED = PARTS * KEYS / LANES;
   vec_i32 lane;
   for (int i = 0; i < LANES; i++) lane[i] = i;
+  const ScoreScale scale = rows.scale;
   const vec_f32 masked = broadcast(-INFINITY);
-  vec_f32 score[PARTS], part_max = masked, sums = {};
-  for (int p = 0; p < PARTS; p++) {
-    score[p] = load(scores + p * LANES);
-    if (scale.cap) score[p] = cap_softly(score[p] * scale.scale, scale.cap);
-    if (MASKED) {
-      const vec_i32 position = lane + p * LANES;
-      score[p] = (position >= (int32_t)from) & (position < (int32_t)to) ? score[p] : masked;
+  for (int64_t r = 0; r < count; r++) {
+    float* scores = rows.scores + r * SPAN;
+    RunningSoftmax& row = rows.softmax[r];
+    vec_f32 score[VECTORS_USED], part_max = masked, sums = {};
+#pragma GCC unroll 16
+    for (int p = 0; p < VECTORS_USED; p++) {
+      score[p] = load(scores + p * LANES);
+      if (!PLAIN && rows.scales) score[p] *= load(rows.scales->keys + p * LANES);
+      if (!PLAIN && scale.cap) score[p] = cap_softly(score[p] * scale.scale, scale.cap);
+      if (MASKED) {
+        const vec_i32 position = lane + p * LANES;
+        const int32_t from = (int32_t)std::max<int64_t>(0, rows.first_visible[r] - rows.at);
+        const int32_t to = (int32_t)std::min(SPAN, rows.visible_end[r] - rows.at);
+        score[p] = (position >= from) & (position < to) ? score[p] : masked;
+      }
+      part_max = score[p] > part_max ? score[p] : part_max;
     }
-    part_max = score[p] > part_max ? score[p] : part_max;
-  }
-  const float max = std::max(row.max, reduce_max(part_max) * scale.factor);
-  // If nothing is visible yet, not even a sink, max is -inf, too.
-  const float base = max > -INFINITY ? max : 0;
-  for (int p = 0; p < PARTS; p++) {
-    score[p] = power_of_2(score[p] * scale.factor - base);
-    sums += score[p];
-  }
+    const float max = std::max(row.max, reduce_max(part_max) * scale.factor);
+    // If nothing is visible yet, not even a sink, max is -inf, too.
+    const float base = max > -INFINITY ? max : 0;
+#pragma GCC unroll 16
+    for (int p = 0; p < VECTORS_USED; p++) {
+      score[p] = power_of_2(score[p] * scale.factor - base);
+      sums += score[p];
+      if (!PLAIN && rows.scales) score[p] *= load(rows.scales->values + p * LANES);
+    }
 #if BF16_DOT
-  for (int p = 0; p < SPAN / LANES; p++)
-    store_bf16(weights + p * LANES, p < PARTS ? score[p] : vec_f32{});
+    store_bf16_span(rows.weights + r * SPAN, score);
 #else
-  for (int p = 0; p < PARTS; p++) store(scores + p * LANES, score[p]);
+    for (int p = 0; p < VECTORS_USED; p++) store(scores + p * LANES, score[p]);
 #endif
-  if (max > row.max) {
-    if (row.max > -INFINITY) rescale_row(row.max - max, head_dim, row, output);
-    row.max = max;
+    if (max > row.max) {
+      if (row.max > -INFINITY)
+        rescale_row(row.max - max, rows.head_dim, row, rows.output + r * rows.head_dim);
+      row.max = max;
+    }
+    row.sums += sums;
+    end_row(r);
   }
-  row.sums += sums;
 }
 
 // The softmax and output of a row after some chunks of positions.
@@ -172,34 +214,6 @@ INLINE void mix_pairs(const bf16* weights, const bf16* values, const bf16* const
       else
         mix(first, part, constant, std::integral_constant<int, 2>());
     });
-}
-
-// output [rows, head_dim] += weights bf16 [rows, SPAN] times `count` interleaved values, by AMX.
-INLINE void mix_tiles(const bf16* weights, const bf16* values, int64_t rows, int64_t count,
-                      int64_t head_dim, float* output) {
-  asm volatile("" : : : "memory");
-  const bool two_row_tiles = rows > 16, two_spans = count > 32;
-  const int64_t stride = SPAN * 2, output_stride = head_dim * 4;
-  _tile_loadd(4, weights, stride);
-  if (two_row_tiles) _tile_loadd(5, weights + 16 * SPAN, stride);
-  if (two_spans) _tile_loadd(1, weights + 32, stride);
-  if (two_spans && two_row_tiles) _tile_loadd(3, weights + 16 * SPAN + 32, stride);
-  for (int64_t d = 0; d < head_dim; d += 16) {
-    _tile_loadd(0, output + d, output_stride);
-    _tile_loadd(6, values + d * 2, output_stride);
-    _tile_dpbf16ps(0, 4, 6);
-    if (two_row_tiles) {
-      _tile_loadd(2, output + 16 * head_dim + d, output_stride);
-      _tile_dpbf16ps(2, 5, 6);
-    }
-    if (two_spans) {
-      _tile_loadd(7, values + 32 * head_dim + d * 2, output_stride);
-      _tile_dpbf16ps(0, 1, 7);
-      if (two_row_tiles) _tile_dpbf16ps(2, 3, 7);
-    }
-    _tile_stored(0, output + d, output_stride);
-    if (two_row_tiles) _tile_stored(2, output + 16 * head_dim + d, output_stride);
-  }
 }
 
 #else

@@ -137,8 +137,6 @@ INLINE void release_tiles([[maybe_unused]] int64_t configuration) {
 #endif
 }
 
-INLINE void store_values(bf16* to, vec_f32 values) { store_bf16(to, values); }
-INLINE void store_values(float* to, vec_f32 values) { store(to, values); }
 INLINE void store_value(bf16* to, float value) { *to = to_bf16(value); }
 INLINE void store_value(float* to, float value) { *to = value; }
 
