@@ -33,9 +33,10 @@ _REPLACEMENTS = {
     ],
     "gemm/int8/gemm.h": [(r'asm\("vpdpbusd[^;]*;', "sums = emulated_vpdpbusd(sums, codes, four);")],
 }
-# The emulated kernels for VNNI take the place of those for AVX2, which need no emulation.
+# The emulated kernels for VNNI take the place of those for AVX2, with AVX-VNNI or without.
 _OPTIONS = ["-std=c++17", "-O1", "-mavx2", "-mfma", "-pthread", "-fPIC", "-Wno-psabi", "-w"]
-_OPTIONS += ["-Davx2_kernels=vnni_kernels", "-include", str(_EMULATOR)]
+_OPTIONS += ["-Davx2_kernels=vnni_kernels", "-Davx_vnni_kernels=vnni_kernels"]
+_OPTIONS += ["-include", str(_EMULATOR)]
 
 
 @functools.cache
