@@ -239,7 +239,8 @@ class Engine:
         if self.settings.on_cpu:
             torch.set_num_threads(threads)
         if isinstance(self.runner, CoordinatorRunner):
-            self.runner.connect(self.checkpoint, self.config.quantize, threads)
+            adapters = () if self.config.dummy_weights else self.config.adapter
+            self.runner.connect(self.checkpoint, self.config.quantize, adapters, threads)
 
     def available_bytes(self) -> int:
         """Bytes that can still be allocated, here and on every other rank."""

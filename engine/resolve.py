@@ -86,11 +86,12 @@ def load_model_config(
 ) -> ModelConfig:
     """The config of a checkpoint with the KV cache and the weights that the settings ask for."""
     stored = load_config(checkpoint, notice)
-    found = with_adapters(stored, checkpoint, config.adapter)
+    adapters = () if config.dummy_weights else config.adapter
+    found = with_adapters(stored, checkpoint, adapters)
     if found != stored:
         notice(
-            "weights that an adapter changes are not kept in the checkpoint's format, but in the "
-            "compute dtype, which takes more memory"
+            "weights that an adapter changes lose the checkpoint's format: they are dense, "
+            "which takes more memory, unless they are quantized as they are loaded"
         )
     found = replace(found, kv_dtype=config.kv_dtype)
     return found.quantized(config.quantize) if config.quantize else found

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from model import load_config
+
+Tensors = dict[str, torch.Tensor]
 CONFIG: dict[str, Any] = {
     "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 6, "bias": "none",
     "lora_dropout": 0.1, "target_modules": ["q_proj"], "fan_in_fan_out": False,
@@ -50,3 +53,26 @@ def write_changed(folder: Path, checkpoint: Path, changes: dict[str, torch.Tenso
         tensors[name] = (tensors[name].double() + change.double()).float()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+def expert_lora(
+    checkpoint: Path, layer: int, seed: int = 0
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A and B of all experts of a layer as PEFT names them, and their products [experts, out, in].
+
+    Compared with PEFT 0.21.2.
+    """
+    config, generator = load_config(checkpoint), torch.Generator().manual_seed(seed)
+    assert config.moe is not None
+    count, size, hidden = config.moe.num_experts, config.moe.intermediate_size, config.hidden_size
+    module, tensors, products = f"model.layers.{layer}.mlp.experts", {}, {}
+    sizes = {"gate_up_proj": (2 * size, hidden, ".base_layer"), "down_proj": (hidden, size, "")}
+    for name, (outputs, inputs, nested) in sizes.items():
+        a = torch.randn(count * 4, inputs, generator=generator) * 0.2
+        b = torch.randn(outputs, 4 * count, generator=generator) * 0.2
+        tensors[f"{module}{nested}.lora_A.weight"] = a
+        tensors[f"{module}{nested}.lora_B.weight"] = b
+        products[name] = torch.einsum(
+            "ore,eri->eoi", b.view(outputs, 4, count), a.view(count, 4, inputs)
+        )
+    return tensors, products

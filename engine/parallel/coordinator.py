@@ -34,14 +34,17 @@ class CoordinatorRunner(ModelRunner):
         super().__init__(config, device, dtype, workers.shard)
         self._workers = workers
 
-    def connect(self, checkpoint: Path, quantize: str | None, threads: int) -> None:
+    def connect(
+        self, checkpoint: Path, quantize: str | None, adapters: AdapterList, threads: int
+    ) -> None:
         """Start the workers and create a runner on each; threads: per worker, on a CPU.
 
-        quantize: as in EngineConfig.
+        quantize: as in EngineConfig. adapters: none if their changes are not loaded.
         """
         self._workers.start(self.device)
         self.shard = self._workers.shard
-        args = (str(checkpoint), dtype_name(self.dtype), self.config.kv_dtype, quantize, threads)
+        dtypes = dtype_name(self.dtype), self.config.kv_dtype
+        args = (str(checkpoint), *dtypes, quantize, adapters, threads)
         self._workers.call("make_runner", args, lambda: None)
 
     def set_kernels(self, choices: Mapping[str, Any]) -> None:

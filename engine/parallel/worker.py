@@ -32,6 +32,7 @@ from engine.parallel.channel import (
 from engine.parallel.step_message import StepMessage
 from engine.resolve import choose_dtype, load_model_config
 from engine.stats import EngineStats
+from model.adapters import AdapterList
 
 
 def run(channel: Channel, device: torch.device) -> None:
@@ -78,11 +79,13 @@ def _make_runner(
     dtype: str,
     kv_dtype: str,
     quantize: str | None,
+    adapters: AdapterList,
     threads: int,
 ) -> ModelRunner:
     if device.type == "cpu":
         torch.set_num_threads(threads)
-    config = load_model_config(checkpoint, EngineConfig(kv_dtype=kv_dtype, quantize=quantize))
+    given = EngineConfig(kv_dtype=kv_dtype, quantize=quantize, adapter=tuple(adapters))
+    config = load_model_config(checkpoint, given)
     runner = ModelRunner(config, device, choose_dtype(dtype, dtype, device), channel.shard)
     runner.exchange_reports = channel.gather_reports
     return runner

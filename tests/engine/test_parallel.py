@@ -47,6 +47,7 @@ from model.layers.mlp import Mlp, Moe
 from model.ops.backend import Backend, Compute, choose_backend
 from model.ops.cpu.backend import CpuBackend
 from model.sharding import Shard
+from tests.adapters import expert_lora, write_adapter
 from tests.checkpoints import edit_config, write_mxfp4_pair
 from tests.engine.captures import Repeating, Taping
 from tests.engine.test_decode_graphs import FromTensors
@@ -127,6 +128,17 @@ def near_ties(alone: dict[int, Completion], found: dict[int, Completion]) -> int
             assert first - second < NEAR, (i, at)
             ties += 1
     return ties
+
+
+def test_an_adapter_over_mxfp4_experts_is_that_of_one_rank(
+    folder: Callable[[str], Path], ranks: Callable[[int], WorkerPool], tmp_path: Path
+) -> None:
+    source = folder("mxfp4")
+    tensors, _ = expert_lora(source, 1)
+    adapter = str(write_adapter(tmp_path, tensors, {"target_parameters": ["experts"]}))
+    given: dict[str, Any] = {"adapter": ((adapter, 1.0),)}
+    alone = run(source, load(logprobs=2)[:3], **given)
+    assert near_ties(alone, run(source, load()[:3], ranks(2), **given)) <= 1
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from model import CheckpointError, Transformer, load_config, loader
 from model.formats import DENSE
 from model.ops.backend import Backend, choose_backend
 from model.sharding import Shard
-from tests.adapters import random_lora, write_adapter, write_changed
+from tests.adapters import expert_lora, random_lora, write_adapter, write_changed
 from tests.gguf_files import write_gguf
 from tests.quantized_cases import CASES
 from tests.quantized_checkpoints import Write, is_linear
@@ -112,27 +112,6 @@ def test_embedding_and_a_whole_head(tmp_path: Path, checkpoint: Callable[[str], 
         parameters(source, (adapter[0], 0.5))
     with pytest.raises(CheckpointError, match="several adapters change 'lm_head"):
         parameters(source, adapter, adapter)
-
-
-def expert_lora(checkpoint: Path, layer: int, seed: int = 0) -> tuple[Tensors, Tensors]:
-    """A and B of all experts of a layer as PEFT names them, and their products [experts, out, in].
-
-    Compared with PEFT 0.21.2.
-    """
-    config, generator = load_config(checkpoint), torch.Generator().manual_seed(seed)
-    assert config.moe is not None
-    count, size, hidden = config.moe.num_experts, config.moe.intermediate_size, config.hidden_size
-    module, tensors, products = f"model.layers.{layer}.mlp.experts", {}, {}
-    sizes = {"gate_up_proj": (2 * size, hidden, ".base_layer"), "down_proj": (hidden, size, "")}
-    for name, (outputs, inputs, nested) in sizes.items():
-        a = torch.randn(count * 4, inputs, generator=generator) * 0.2
-        b = torch.randn(outputs, 4 * count, generator=generator) * 0.2
-        tensors[f"{module}{nested}.lora_A.weight"] = a
-        tensors[f"{module}{nested}.lora_B.weight"] = b
-        products[name] = torch.einsum(
-            "ore,eri->eoi", b.view(outputs, 4, count), a.view(count, 4, inputs)
-        )
-    return tensors, products
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss"])
