@@ -192,10 +192,16 @@ def test_rounding_names_kernels_processor_and_ranks(monkeypatch: pytest.MonkeyPa
         assert "EPYC" not in name  # the same on every processor of this level
     kernels = Kernels()
     names = set()
-    for level, integers in (("avx2", True), ("vnni", True), ("avx512", False), ("amx", False)):
+    for level, integers in (
+        ("avx2", True),
+        ("avx_vnni", True),
+        ("vnni", True),
+        ("avx512", False),
+        ("amx", False),
+    ):
         kernels.level, kernels.int16_weights = level, integers
         names.add(kernels.form)
-    assert len(names) == 4
+    assert len(names) == 5
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     kernels.level, kernels.int16_weights = "avx2", False
     assert kernels.form == "portable (aarch64), bfloat16"

@@ -21,21 +21,26 @@ from model.ops.cpu.bindings import kernels
 _SOURCES = Path(bindings.__file__).parent / "kernels"
 _EMULATOR = Path(__file__).with_name("emulator.h")
 _CACHE = Path(__file__).parents[2] / ".pytest_cache"
-_UNITS = ("dispatch.cpp", "vnni.cpp", "avx512.cpp", "threads/team.cpp")
+_UNITS = ("dispatch.cpp", "units/vnni.cpp", "units/avx512.cpp", "threads/team.cpp")
 # Code that needs a processor with the instruction set → its replacement.
 _REPLACEMENTS = {
     "dispatch.cpp": [(r"(int getp_has_level\(int level\) {)", r"\1 return level > 0;")],
-    "vnni.cpp": [(r"#pragma GCC target\([^)]*\)", '#pragma GCC target("avx2,fma,f16c,bmi2")')],
-    "avx512.cpp": [(r"#pragma GCC target\([^)]*\)", '#pragma GCC target("avx2,fma,f16c,bmi2")')],
+    "units/vnni.cpp": [
+        (r"#pragma GCC target\([^)]*\)", '#pragma GCC target("avx2,fma,f16c,bmi2")')
+    ],
+    "units/avx512.cpp": [
+        (r"#pragma GCC target\([^)]*\)", '#pragma GCC target("avx2,fma,f16c,bmi2")')
+    ],
     "vectors.h": [(r'asm\("" : "\+v"\(value\)\);', "")],
     "gemm/int16_gemm.h": [
         (r'asm\("vpdpwssd[^;]*;', "acc = emulated_vpdpwssd(acc, weights, pair);")
     ],
     "gemm/int8/gemm.h": [(r'asm\("vpdpbusd[^;]*;', "sums = emulated_vpdpbusd(sums, codes, four);")],
 }
-# The emulated kernels for VNNI take the place of those for AVX2, which need no emulation.
+# The emulated kernels for VNNI take the place of those for AVX2, with AVX-VNNI or without.
 _OPTIONS = ["-std=c++17", "-O1", "-mavx2", "-mfma", "-pthread", "-fPIC", "-Wno-psabi", "-w"]
-_OPTIONS += ["-Davx2_kernels=vnni_kernels", "-include", str(_EMULATOR)]
+_OPTIONS += ["-Davx2_kernels=vnni_kernels", "-Davx_vnni_kernels=vnni_kernels"]
+_OPTIONS += ["-include", str(_EMULATOR)]
 
 
 @functools.cache

@@ -64,7 +64,7 @@ def logits_of(
                 torch.tensor([count], dtype=torch.int32),
                 torch.tensor([1]),
             ),
-            [torch.zeros(*shape, own.num_kv_heads, own.head_dim) for own in heads],
+            [torch.zeros(*shape, own.num_kv_heads, own.head_dim, dtype=dtype) for own in heads],
             [(windows.index(config.layers[i].window), i) for i in sources],
             states=[
                 LayerState(

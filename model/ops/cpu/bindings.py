@@ -20,10 +20,10 @@ from model.ops.cpu import onednn
 from model.ops.cpu.topology import topology
 
 VARIABLE = "GETP_CPU_KERNELS"
-LEVELS = ("none", "avx2", "vnni", "avx512", "amx")
+LEVELS = ("none", "avx2", "avx_vnni", "vnni", "avx512", "amx")
 """Values of the variable, numbered as in kernels/dispatch.cpp: torch alone, AVX2 (other
-architectures: the compiler's vectors), AVX-512 with VNNI, AVX-512 with BF16, and that with AMX.
-With avx2 (on x86) and vnni, linears multiply 16-bit integers."""
+architectures: the compiler's vectors), AVX2 with AVX-VNNI, AVX-512 with VNNI, AVX-512 with BF16,
+and that with AMX. With avx2 (on x86), avx_vnni and vnni, linears multiply 16-bit integers."""
 
 _COPY_S = 60  # a copy of a folder may get the times of copying, in any order
 

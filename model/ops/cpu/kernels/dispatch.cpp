@@ -1,7 +1,7 @@
 // The C interface of the library: supported instruction sets, their functions, and replay of calls.
 //
-// Levels are numbered as in bindings.py: 1 AVX2 (other architectures: portable), 2 AVX-512 with
-// VNNI, 3 that with BF16, 4 that with BF16 and AMX.
+// Levels are numbered as in bindings.py: 1 AVX2 (other architectures: portable), 2 that with
+// AVX-VNNI, 3 AVX-512 with VNNI, 4 that with BF16, 5 that with BF16 and AMX.
 
 #include "table.h"
 
@@ -20,11 +20,14 @@ extern "C" int getp_has_level(int level) {
   unsigned eax, ebx, ecx, edx;
   const bool vnni = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
-  const bool has_bf16 = __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & (1u << 5));
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) eax = 0;
+  const bool has_avx_vnni = eax & (1u << 4), has_bf16 = eax & (1u << 5);
   switch (level) {
-    case 1: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    case 2: return vnni;
-    case 3: return vnni && has_bf16;
+    case 1: return avx2;
+    case 2: return avx2 && has_avx_vnni;
+    case 3: return vnni;
+    case 4: return vnni && has_bf16;
   }
   if (!vnni || !has_bf16 || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return 0;
   constexpr unsigned AMX = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8
@@ -41,19 +44,24 @@ extern "C" int getp_best_level() {
 #if defined(__x86_64__)
   // Without AMX, Intel's processors multiply 16-bit integers up to four times as fast as bf16;
   // AMD's multiply both at the same rate.
-  if (!getp_has_level(4) && getp_has_level(2) && __builtin_cpu_is("intel")) return 2;
+  if (!getp_has_level(5) && getp_has_level(3) && __builtin_cpu_is("intel")) return 3;
 #endif
-  for (int level = 4; level > 0; level--)
+  for (int level = 5; level > 0; level--)
     if (getp_has_level(level)) return level;
   return 0;
 }
 
 // The functions of a level that this processor supports. Only those of the latest call may be used:
-// levels 3 and 4 share their functions.
+// levels 4 and 5 share their functions.
 extern "C" const Kernels* getp_kernels([[maybe_unused]] int level) {
 #if defined(__x86_64__)
-  amx_enabled = level == 4;
-  return level >= 3 ? &avx512_kernels : level == 2 ? &vnni_kernels : &avx2_kernels;
+  amx_enabled = level == 5;
+  switch (level) {
+    case 1: return &avx2_kernels;
+    case 2: return &avx_vnni_kernels;
+    case 3: return &vnni_kernels;
+  }
+  return &avx512_kernels;
 #else
   return &portable_kernels;
 #endif

@@ -20,7 +20,8 @@ struct Kernels {
   int64_t int16_weights;  // whether bf16 weights are stored as 16-bit integers with scales
 };
 
-extern HIDDEN const Kernels avx2_kernels, vnni_kernels, avx512_kernels, portable_kernels;
+extern HIDDEN const Kernels avx2_kernels, avx_vnni_kernels, vnni_kernels, avx512_kernels,
+    portable_kernels;
 
 namespace {
 

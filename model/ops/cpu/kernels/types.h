@@ -1,6 +1,6 @@
 // Types and constants that all units share, and every system header.
 //
-// Each unit (avx2.cpp, vnni.cpp, ...) includes this file before it chooses an instruction set with
+// Each unit (units/avx2.cpp, ...) includes this file before it chooses an instruction set with
 // `#pragma GCC target`: templates of the standard library are then compiled for any processor. The
 // linker keeps only one of the units' copies. All code of this library that is compiled for an
 // instruction set is in an anonymous namespace, so that units never share it.

@@ -12,6 +12,9 @@
 #endif
 // Whether there is an instruction for products of bf16 pairs; such processors may also have AMX.
 #define BF16_DOT (VECTOR_BITS == 512 && !INT16_GEMM)
+#ifndef AVX_VNNI
+#define AVX_VNNI 0  // with VECTOR_BITS 256: whether VPDPBUSD and VPDPWSSD are there
+#endif
 
 namespace {
 

@@ -15,6 +15,9 @@ INLINE vec_i32 dot_int16(vec_i32 acc, vec_i32 weights, const int32_t* pair) {
   // Each product loads its pair from memory: twice as fast as sharing a pair in a register, which
   // is what compilers generate from intrinsics.
   asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(weights), "m"(*pair));
+#elif AVX_VNNI
+  const vec_i32 pairs = vec_i32{} + *pair;
+  asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(acc) : "x"(weights), "x"(pairs));
 #else
   // Inline assembly: GCC would reorder the sums of intrinsics and keep all products on the stack.
   const vec_i32 pairs = vec_i32{} + *pair;

@@ -13,6 +13,7 @@ namespace {
 // vectors, or with AVX2 and more than two rows of two, whose codes of 4 bits are in the same bytes.
 constexpr int max_tile_rows(int terms) {
   if (VECTOR_BITS == 512) return terms == 2 ? 4 : 6;
+  if (AVX_VNNI && terms == 1) return 6;
   return VECTOR_BITS == 256 && terms == 1 ? 4 : 2;
 }
 constexpr int tile_vectors(int rows) { return VECTOR_BITS == 256 && rows > 2 ? 2 : VECTORS; }
@@ -22,22 +23,31 @@ constexpr int sum_count(int terms) { return VECTOR_BITS == 256 ? 1 : terms; }
 
 #if VECTOR_BITS == 256
 // sums += the products of pairs of integers of 16 bits, or (below) of unsigned and signed ones of 8
-// bits, whose sums have 16 bits or, wide, are added up in 32. Inline assembly: see dot_int16.
+// bits, whose sums are added up in 32 bits or, short, in 16. Inline assembly: see dot_int16.
 INLINE void add_int16_products(vec_i32& sums, vec_i32 weights, int32_t pair) {
   const vec_i32 pairs = vec_i32{} + pair;
+#if AVX_VNNI
+  asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sums) : "x"(weights), "x"(pairs));
+#else
   vec_i32 products;
   asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"
       : "+x"(sums), "=&x"(products)
       : "x"(weights), "x"(pairs));
+#endif
 }
 INLINE void add_wide_products(vec_i32& sums, vec_i32 weights, int32_t four) {
-  const vec_i32 row = vec_i32{} + four, ones = vec_i32{} + 0x10001;
+  const vec_i32 row = vec_i32{} + four;
+#if AVX_VNNI
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(weights), "x"(row));
+#else
+  const vec_i32 ones = vec_i32{} + 0x10001;
   vec_i32 products;
   asm("vpmaddubsw %3, %2, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0"
       : "+x"(sums), "=&x"(products)
       : "x"(weights), "x"(row), "x"(ones));
+#endif
 }
-INLINE void add_int8_products(vec_i32& sums, vec_i32 weights, int32_t four) {
+INLINE void add_short_products(vec_i32& sums, vec_i32 weights, int32_t four) {
   const vec_i32 row = vec_i32{} + four;
   vec_i32 products;
   asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0"
@@ -69,10 +79,10 @@ INLINE void add_row_products(vec_i32 (&sums)[sum_count(TERMS)], vec_i32 codes,
     add_int16_products(sums[0], codes & 0x00ff00ff, integers[0]);
     const __m256i odd = _mm256_srli_epi16((__m256i)codes, 8);
     add_int16_products(sums[0], (vec_i32)odd, integers[1]);
-  } else if constexpr (BITS == 8) {
-    add_wide_products(sums[0], codes, integers[0]);
+  } else if constexpr (sums_are_short(TERMS, BITS)) {
+    add_short_products(sums[0], codes, integers[0]);
   } else {
-    add_int8_products(sums[0], codes, integers[0]);
+    add_wide_products(sums[0], codes, integers[0]);
   }
 #else
 #pragma GCC unroll 2

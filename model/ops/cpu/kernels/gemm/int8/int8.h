@@ -5,13 +5,13 @@
 // 8 bits, value = 256 · first + second; beside values that are rounded to bfloat16 they are as good
 // as exact. With 8 bits, one large value makes the others of its group inexact. ROTATED_8 spreads
 // it: the values of a group are multiplied with an orthogonal matrix (see rotation.h), as the
-// weights were before they were rounded, so that the products are the same. With AVX-512 groups then
-// have up to 512 inputs.
+// weights were before they were rounded, so that the products are the same. With AVX-512 and
+// AVX-VNNI groups then have up to 512 inputs.
 //
 // Rows are stored as [inputs / 32, rows, terms, 32], with 64 in place of 32 for AMX's tiles; each
 // group has a scale and a correction. AVX2
 // multiplies ROWS_16 as integers of 16 bits: of four inputs, 0 and 2 are next to each other, then 1
-// and 3. It adds two products of 8 bits in 16 bits: with INT8, whose codes plus 128 are up to 255,
+// and 3. Without AVX-VNNI it adds two products of 8 bits in 16 bits: with INT8, whose codes plus 128 are up to 255,
 // the sum of two neighbours is therefore 128 at most, like each of them. After a rotation this makes
 // the steps of a row a fourth larger on average.
 // Weights are multiplied as unsigned numbers, which are larger than their codes by a bias of 128 or
@@ -42,10 +42,10 @@ constexpr int32_t code_bias(int64_t kind) { return kind == INT8 ? 128 : 8; }
 INLINE int64_t row_terms(const Weight& weight) { return weight.rows == ROWS_16 ? 2 : 1; }
 // Whether sums of products are kept in 16 bits, and whether two neighbours have to fit them.
 constexpr bool sums_are_short(int64_t terms, int64_t bits) {
-  return VECTOR_BITS == 256 && terms == 1 && bits == 4;
+  return VECTOR_BITS == 256 && !AVX_VNNI && terms == 1 && bits == 4;
 }
 INLINE bool limits_neighbours(const Weight& weight) {
-  return VECTOR_BITS == 256 && weight.kind == INT8 && row_terms(weight) == 1;
+  return VECTOR_BITS == 256 && !AVX_VNNI && weight.kind == INT8 && row_terms(weight) == 1;
 }
 
 // What a weight's sums are multiplied with: scales of groups, without and with zeros, or of outputs.
@@ -182,7 +182,6 @@ __attribute__((noinline)) static void quantize_row_groups(const Weight& weight, 
   *scales = row_correction;
 }
 
-#if VECTOR_BITS == 512
 // The same for ROTATED_8 and groups of any size.
 __attribute__((noinline)) static void quantize_rotated_row(const Weight& weight, const bf16* from,
                                                            int8_t* to, float* scales,
@@ -199,7 +198,8 @@ __attribute__((noinline)) static void quantize_rotated_row(const Weight& weight,
       max_bits = bits > max_bits ? bits : max_bits;
     }
     // Bits of infinity and of NaN are larger than those of any number.
-    const int32_t max_of_bits = _mm512_reduce_max_epi32((__m512i)max_bits);
+    int32_t max_of_bits = 0;
+    for (int lane = 0; lane < LANES; lane++) max_of_bits = std::max(max_of_bits, max_bits[lane]);
     const bool is_finite = max_of_bits < 0x7f800000;
     float max;
     memcpy(&max, &max_of_bits, 4);
@@ -220,14 +220,11 @@ __attribute__((noinline)) static void quantize_rotated_row(const Weight& weight,
   }
   *scales = row_correction;
 }
-#endif
 
 INLINE void quantize_row_int8(const Weight& weight, const bf16* from, int8_t* to, float* scales,
                               int32_t* corrections, int64_t stride) {
-#if VECTOR_BITS == 512
-  if (weight.rows == ROTATED_8)
+  if (LONG_ROTATIONS && weight.rows == ROTATED_8)
     return quantize_rotated_row(weight, from, to, scales, corrections, stride);
-#endif
   const int64_t group = row_group(weight);
   const auto quantize = group == 128  ? quantize_row_groups<128>
                         : group == 64 ? quantize_row_groups<64>

@@ -19,10 +19,11 @@ constexpr int64_t common_group(int64_t weight_group) {
 }
 
 // The neighbouring inputs that are rotated together and share a row's scale, of those that share a
-// weight's. The fewer there are, the more exact rows are, and the more sums have to be scaled. AVX2,
-// whose rows have fewer steps (see int8.h), needs small groups.
+// weight's. The fewer there are, the more exact rows are, and the more sums have to be scaled. AVX2
+// alone, whose rows have fewer steps (see int8.h), needs small groups.
+constexpr bool LONG_ROTATIONS = VECTOR_BITS == 512 || AVX_VNNI;
 constexpr int64_t rotated_group(int64_t weight_group) {
-  if (VECTOR_BITS != 512 || weight_group % 64)
+  if (!LONG_ROTATIONS || weight_group % 64)
     return std::min<int64_t>(64, common_group(weight_group));
   int64_t parts = (weight_group + 511) / 512;
   while (weight_group / 64 % parts) parts++;

@@ -4,7 +4,7 @@
 #define VECTOR_BITS 128
 #define INT16_GEMM 0
 
-#include "functions.h"
+#include "../functions.h"
 
 const Kernels portable_kernels{functions, FUNCTION_COUNT, false};
 

@@ -4,11 +4,11 @@
 #define VECTOR_BITS 256
 #define INT16_GEMM 1
 
-#include "types.h"
+#include "../types.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,bmi2")
-#include "functions.h"
+#include "../functions.h"
 #pragma GCC pop_options
 
 const Kernels avx2_kernels{functions, FUNCTION_COUNT, true};
