@@ -58,6 +58,12 @@ def _check(folder: Path) -> None:
             "the directory {folder} does not exist. " + hint, folder=repr(str(folder))
         )
     if not folder.is_dir():
+        if not (folder.resolve().parent / "config.json").exists():
+            raise UsageProblem(
+                "{folder} is neither a model directory nor a GGUF file (an input file is given "
+                "with {input})",
+                folder=folder,
+            )
         raise UsageProblem(
             "{folder} is not a GGUF file: give the directory, {parent} (an input file is given "
             "with {input})",

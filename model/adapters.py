@@ -112,7 +112,11 @@ class _Adapter:
     def __init__(self, folder: Path, factor: float, stack: contextlib.ExitStack):
         self.folder, self._factor = folder, factor
         if not folder.is_dir():
-            raise CheckpointError(f"{folder}: no such directory of an adapter")
+            raise CheckpointError(f"the directory of the adapter {folder} does not exist")
+        if not (folder / CONFIG).exists():
+            raise CheckpointError(
+                f"{folder} is not an adapter in PEFT's format: it has no {CONFIG}"
+            )
         self._keys = _read_config(folder / CONFIG)
         if (folder / _PICKLED).exists() and not (folder / WEIGHTS).exists():
             raise CheckpointError(

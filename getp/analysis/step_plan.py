@@ -58,8 +58,9 @@ def make_plan(
     Raises UsageProblem for sizes that contradict each other.
     """
     decode = phase == "decode"
-    query = query or (1 if decode else min(_DEFAULT_QUERY, context or _DEFAULT_QUERY))
-    context = context or (max(query, _DEFAULT_CONTEXT) if decode else query)
+    limit = model.config.max_positions
+    query = query or (1 if decode else min(_DEFAULT_QUERY, context or limit))
+    context = context or (max(query, min(_DEFAULT_CONTEXT, limit)) if decode else query)
     dtype = model.config.dtype if dtype == "auto" else dtype
     if query > context:
         raise UsageProblem(
@@ -70,11 +71,8 @@ def make_plan(
     check_split(model, tensor_parallel)
     work = Workload(cast(Phase, phase), batch, query, context, dtype, tensor_parallel, fused=fused)
     ops = operations(model.config, work)
-    if context > model.config.max_positions:
-        warn(
-            f"a context of {context} tokens exceeds the limit of {model.name}: "
-            f"{model.config.max_positions} tokens"
-        )
+    if context > limit:
+        warn(f"a context of {context} tokens exceeds the limit of {model.name}: {limit} tokens")
     bounds = [bound_step(model.config, work, device) for device in gpus]
     return Plan(model, work, ops, total(ops), bounds)
 

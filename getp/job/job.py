@@ -72,6 +72,8 @@ def read(job: Job) -> Source:
     Call it before anything slow, so that a mistyped path is reported at once.
     """
     source = scan(job.input, job.columns, job.part, job.format)
+    if not source.total:
+        warn(f"{source.name} has no requests")
     if source.ignored:
         warn(
             f"{source.name}: ignoring {counted(source.ignored, 'extra line')} after the "

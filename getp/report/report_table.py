@@ -121,6 +121,11 @@ def _efficiency(r: Report, details: bool) -> list[tuple[str, str]]:
         f"{r['limit_share']:.1%} of the {kind} peak of {device.replace('local', 'this machine')} "
         f"({r['bound']}-bound)"
     )
+    if kind == "measured" and r["limit_share"] > 1:
+        share += (
+            "; above 100%: the data was in caches, or the peak was measured on a busy machine "
+            "(again: -m plan --gpu local --measure)"
+        )
     # The utilization of what bounds the run is the share itself.
     other = f"MBU {r['mbu']:.1%}" if r["bound"] == "compute" else f"MFU {r['mfu']:.1%}"
     return [

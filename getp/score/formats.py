@@ -237,7 +237,10 @@ def _parsed(line: bytes | None) -> Any:
     try:
         return json.loads(line or b"null")
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is not valid JSON: {error}") from error
+        cause = error
+        if isinstance(error, json.JSONDecodeError):  # its line number is that within this line
+            cause = ValueError(f"{error.msg} at column {error.colno}")
+        raise ValueError(f"it is not valid JSON: {cause}") from error
 
 
 def _encoded(key: str, record: dict[str, Any], tokenizer: Tokenizer) -> _Text:

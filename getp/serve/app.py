@@ -73,7 +73,7 @@ class Service:
             raise ApiError(503, "the server is stopping", "stopping")
         name = body.get("model")
         if name is not None and name != self.config.model_name:
-            raise not_found("model", str(name))
+            raise self._no_model(str(name))
         # In a thread: long prompts and chat templates take a while.
         requests = await to_thread.run_sync(self._reader.read, body, chat, limiter=self._limiter)
         if stream and any(each.best_of > each.n for each in requests):
@@ -114,8 +114,11 @@ class Service:
     async def _model(self, request: Request) -> Response:
         name = request.path_params["name"]
         if name != self.config.model_name:
-            raise not_found("model", name)
+            raise self._no_model(name)
         return JSONResponse(self._model_object())
+
+    def _no_model(self, name: str) -> ApiError:
+        return not_found("model", name, f"; this server has {self.config.model_name!r}")
 
     def _model_object(self) -> dict[str, Any]:
         return {

@@ -87,6 +87,10 @@ class Batches:
             raise GetpError(
                 "{data} {folder} is used by another server: give another folder", folder=folder
             ) from None
+        except FileExistsError:
+            raise GetpError(
+                "cannot use {data} {folder}: it is not a folder", folder=folder
+            ) from None
         except OSError as error:
             raise GetpError(
                 "cannot use {data} {folder}: {reason}", folder=folder, reason=error.strerror

@@ -41,6 +41,6 @@ def bad_request(error: BadRequestError) -> ApiError:
     return ApiError(500 if code == "internal_error" else 400, str(error), code)
 
 
-def not_found(kind: str, name: str) -> ApiError:
+def not_found(kind: str, name: str, hint: str = "") -> ApiError:
     """Return the error of an object that does not exist."""
-    return ApiError(404, f"there is no {kind} {name[:100]!r}", "not_found")
+    return ApiError(404, f"there is no {kind} {name[:100]!r}{hint}", "not_found")

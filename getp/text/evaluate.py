@@ -189,7 +189,8 @@ def _entry(file: str, found: Agreement | Score, similar: Similarity | None) -> d
 
 def _show_similarity(table: Table, similar: Similarity | None) -> None:
     if similar is None:
-        table.add_row("chrF, ROUGE-L", f"not computed: {INSTALL}")
+        # Text, not markup: the command contains square brackets.
+        table.add_row("chrF, ROUGE-L", Text(f"not computed: {INSTALL}"))
     else:
         table.add_row("chrF, ROUGE-L", f"{similar.chrf:.4f}, {similar.rouge_l:.4f} (1: equal)")
 

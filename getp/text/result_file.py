@@ -77,7 +77,7 @@ def _token_ids(line: bytes, where: str) -> TokenIds:
             shown = word[:40].decode("utf-8", "replace")
             raise GetpError(
                 f"{where}: {shown!r} is not a token id; give a result of mode getp that has token "
-                "ids or is JSONL"
+                "ids or is JSONL (tables and text files have the answers as text already)"
             )
     return array("i", map(int, words))
 

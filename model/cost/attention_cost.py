@@ -100,7 +100,7 @@ class AttentionCost(ShardCost):
                 weights + (norms + heads * keys) * self.item,
                 moved + tokens * (width + query),
                 len(shapes) + (3 if latent.query_rank else 2),
-                product=Product(form.name, tokens, multiplied),
+                product=Product(form.kept.name, tokens, multiplied),
             ),
             self.op(
                 "rope",
@@ -124,7 +124,7 @@ class AttentionCost(ShardCost):
                 tokens * (heads * latent.rank + 2 * own + 2 * hidden),
                 3 + self.all_reduce,
                 fused=(tokens * hidden, 1 + self.all_reduce),
-                product=Product(layer.formats.out.name, tokens, own * hidden + heads * values),
+                product=Product(layer.formats.out.kept.name, tokens, own * hidden + heads * values),
             ),
         ]
 
@@ -152,7 +152,7 @@ class AttentionCost(ShardCost):
                 + self.matrix(hidden, gates, False),
                 tokens * (hidden + wide + gates),
                 2,
-                product=Product(layer.formats.qkv.name, tokens, hidden * (wide + gates)),
+                product=Product(layer.formats.qkv.kept.name, tokens, hidden * (wide + gates)),
             ),
             self.op(
                 "attention",
@@ -169,6 +169,6 @@ class AttentionCost(ShardCost):
                 tokens * (values + 2 * hidden),
                 2 + self.all_reduce,
                 fused=(tokens * hidden, 1 + self.all_reduce),
-                product=Product(layer.formats.out.name, tokens, values * hidden),
+                product=Product(layer.formats.out.kept.name, tokens, values * hidden),
             ),
         ]

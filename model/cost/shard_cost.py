@@ -11,7 +11,8 @@ from model.formats import DENSE, WeightFormat
 
 def product_of(form: WeightFormat, rows: float, weights: float) -> Product:
     """Return the product of rows with a weight; e4m3 is multiplied with e4m3 where inputs are."""
-    return Product(form.name, rows, weights, is_float8=bool(getattr(form.kept, "inputs", "")))
+    kept = form.kept
+    return Product(kept.name, rows, weights, is_float8=bool(getattr(kept, "inputs", "")))
 
 
 class ShardCost:

@@ -60,7 +60,7 @@ class Bytes:
 class Product:
     """Products of rows with weights that are read once for all of these rows."""
 
-    kind: str  # the format of the weights; "dense": in the dtype of the step
+    kind: str  # the format of the weights in memory; "dense": in the dtype of the step
     rows: float  # for each weight; experts: the mean of those that are read
     weights: float  # the number of their values
     count: int = 1  # products with different weights

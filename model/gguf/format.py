@@ -13,8 +13,6 @@ from model.formats.mxfp4 import MXFP4
 if TYPE_CHECKING:
     import torch
 
-    from model.ops.backend import Backend
-
 
 _GROUP = 32  # values that share a scale in memory
 _INTEGERS = {
@@ -66,6 +64,8 @@ class GgufFormat(Dequantized):
     @property
     def kept(self) -> WeightFormat:
         """As WeightFormat.kept: 8 bits for a matrix of several types."""
+        if self.type == "MXFP4":
+            return MXFP4
         bits, has_zeros = (8, True) if self.is_mixed else _INTEGERS.get(self.type, (0, False))
         return integers_of(bits, _GROUP, has_zeros=has_zeros) if bits else DENSE
 
@@ -77,9 +77,3 @@ class GgufFormat(Dequantized):
         if self.type.startswith("Q4"):
             return "converted to int8 where they have one format with other types" * self.is_mixed
         return "" if self.type == "Q8_0" else "converted to int8 with the same values"
-
-    def held(self, backend: Backend, *, stacked: bool) -> WeightFormat:
-        """As WeightFormat.held."""
-        if self.type == "MXFP4":
-            return MXFP4.held(backend, stacked=stacked)
-        return super().held(backend, stacked=stacked)

@@ -271,6 +271,13 @@ def test_prompt_comes_from_the_option_or_from_standard_input(
         prompt_text(None)
 
 
+def test_a_prompt_that_names_a_file_is_completed_with_a_notice(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert prompt_text(__file__) == __file__
+    assert f"-m getp runs the file {__file__}" in capsys.readouterr().err
+
+
 def test_control_characters_of_the_model_do_not_reach_a_terminal() -> None:
     out, aside = Terminal(), Terminal()
     screen = Screen(out, aside)

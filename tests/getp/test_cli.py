@@ -360,7 +360,8 @@ def test_errors_of_the_engine_name_the_options(
     [
         ("nowhere", "Give a directory, or the name of a model on the Hugging Face Hub, OWNER/NAME"),
         ("What is it?", "does not exist. A prompt is given with -i/--input"),
-        ("file", "is not a GGUF file: give the directory, "),
+        ("file", "is neither a model directory nor a GGUF file (an input file is given with -i"),
+        ("model/config.json", "is not a GGUF file: give the directory, "),
         ("empty", "is not a Hugging Face model directory (no config.json, no tokenizer.json)"),
     ],
 )
@@ -369,6 +370,8 @@ def test_wrong_checkpoint_path_is_explained(
 ) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
     assert cli.run([str(tmp_path / path), "-i", "hi"]) == 2
     assert words in capsys.readouterr().err
 

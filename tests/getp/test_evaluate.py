@@ -215,6 +215,15 @@ def test_similar_texts_are_measured(tmp_path: Path) -> None:
     assert 0.7 < found["chrf"] < 1
 
 
+def test_the_package_that_similarity_needs_is_named_with_its_brackets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("getp.text.evaluate.similarity", lambda *texts: None)
+    source = tokens(tmp_path / "a", "one")
+    evaluate(source, source, None, lambda: TOKENIZER)
+    assert "not computed: pip install 'getp[eval]'" in capsys.readouterr().out
+
+
 def test_a_low_agreement_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tokens(tmp_path / "a", "one", "two", "six", "ten")
     other = tokens(tmp_path / "b", "one", "two", "six", "TEN")

@@ -311,6 +311,13 @@ def test_a_job_that_does_not_use_the_chat_template_runs_whatever_is_in_it(tmp_pa
     assert len(engine.requests) == 1
 
 
+def test_an_input_without_requests_causes_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(job(tmp_path, b"0\n"))
+    assert "input.txt has no requests" in capsys.readouterr().err
+
+
 def test_lines_after_the_last_prompt_cause_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -210,6 +210,17 @@ def test_a_context_beyond_the_model_is_planned_with_a_warning(capsys: Printed) -
     assert "8192 tokens" in capsys.readouterr().err
 
 
+def test_the_default_context_is_within_the_models_limit(capsys: Printed) -> None:
+    assert cli.run(["-m", "plan"]) == 0
+    printed = capsys.readouterr()
+    assert "context 512," in printed.out
+    assert not printed.err
+    assert cli.run(["-m", "plan", "--phase", "prefill"]) == 0
+    printed = capsys.readouterr()
+    assert "query 512, context 512," in printed.out
+    assert not printed.err
+
+
 def test_a_plan_imports_no_torch() -> None:
     program = (
         "import sys; from getp.cli.main import run; status = run(['qwen2-0.5b', '-m', 'plan']); "

@@ -108,6 +108,11 @@ def test_the_efficiency_is_stated_once(
     )
 
 
+def test_more_than_the_measured_peak_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = printed(capsys, False, limit_share=1.2)["efficiency"]
+    assert "above 100%: the data was in caches, or the peak was measured" in shown
+
+
 def test_replicas_are_one_row_that_names_those_that_died(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -57,6 +57,7 @@ def test_scores_equal_those_of_transformers(
         {"text": 3},
         {"id": "empty", "text": ""},
     )
+    source.write_text(source.read_text() + '{"text":\n')
     output, report = tmp_path / "out.jsonl", tmp_path / "report.json"
     options = (
         "-m",
@@ -69,15 +70,16 @@ def test_scores_equal_those_of_transformers(
         "8MiB",
     )
     status = getp(folder, *options, "-i", source, "-o", output, "--report", report)
-    whole, pair, bad, empty = lines_of(output)
+    whole, pair, bad, empty, cut = lines_of(output)
     assert status == 3
-    assert "1 of 4 texts failed; the first is line 3: it needs a" in capsys.readouterr().err
+    assert "2 of 5 texts failed; the first is line 3: it needs a" in capsys.readouterr().err
     with pytest.raises(UsageProblem, match="must be 2 or more"):
         getp(folder, *options, "-i", source, "-n", 1)
     with pytest.raises(UsageProblem, match="mode score writes its report as JSON"):
         getp(folder, *options, "-i", source, "--report", "report.html")
     assert "needs a 'text', or a 'prompt' and a 'completion'" in bad["error"]
     assert (empty["tokens"], empty["perplexity"]) == (0, None)
+    assert cut["error"] == "line 5: it is not valid JSON: Expecting value at column 9"
     ids, context = TOKENIZER.encode(text), TOKENIZER.encode(PAIR[0])
     both = TOKENIZER.encode("".join(PAIR))
     for found, (logprob, is_greedy), tokens in (
@@ -89,7 +91,7 @@ def test_scores_equal_those_of_transformers(
         assert (found["tokens"], found["is_greedy"]) == (tokens, is_greedy)
     totals = json.loads(report.read_text())
     assert totals["logprob"] == whole["logprob"] + pair["logprob"]
-    assert (totals["texts"], totals["failed"]) == (4, 1)
+    assert (totals["texts"], totals["failed"]) == (5, 2)
     # A text file is one text, in windows of at most 16 tokens.
     (tmp_path / "long.txt").write_text(text)
     capsys.readouterr()

@@ -259,8 +259,10 @@ def test_missing_and_damaged_files_are_named(
     tmp_path: Path, checkpoint: Callable[[str], Path]
 ) -> None:
     source = checkpoint("llama-llama3-rope")
-    with pytest.raises(CheckpointError, match="no such directory of an adapter"):
+    with pytest.raises(CheckpointError, match=r"adapter .*/a does not exist"):
         parameters(source, (str(tmp_path / "a"), 1.0))
+    with pytest.raises(CheckpointError, match=r"not an adapter .* no adapter_config\.json"):
+        parameters(source, (str(tmp_path), 1.0))
     folder = write_adapter(tmp_path / "a", random_lora(source, Q))
     weights = folder / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])

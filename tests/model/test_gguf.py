@@ -15,7 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from engine import Engine, EngineConfig
 from model import CheckpointError, Transformer, load_config, loader
+from model.cost.operations import operations
+from model.cost.workload import Workload
 from model.formats.integers import Integers
+from model.formats.mxfp4 import MXFP4
 from model.gguf.blocks import read_floats, read_integers, read_mxfp4
 from model.gguf.header import read_gguf
 from model.gguf.tensor_types import TENSOR_TYPES, TensorType
@@ -147,7 +150,8 @@ def test_mxfp4_experts_stay_packed_in_their_other_order(tmp_path: Path) -> None:
     assert kinds == {"F32", "MXFP4"}
     ids = prompt(60)
     assert_close(logits_of(path, ids), logits_of(tmp_path / "packed", ids))
-    assert load_config(path).layers[0].formats.experts.name == "MXFP4"
+    experts = load_config(path).layers[0].formats.experts
+    assert (experts.name, experts.kept) == ("MXFP4", MXFP4)
 
 
 @pytest.mark.parametrize("name", ["llama-llama3-rope", "gpt_oss"])
@@ -329,8 +333,12 @@ def test_tensors_of_several_types_become_int8_where_they_have_one_format(
 ) -> None:
     """Of files with Q4_K_M, some values and some of the experts' last linears have 6 bits."""
     path, ids = write_gguf(checkpoint(name), tmp_path / "mixed.gguf", _mixed), prompt(30)
-    formats = load_config(path).layers[0].formats
+    config = load_config(path)
+    formats = config.layers[0].formats
     assert [form.kept.name for form in (formats.qkv, formats.out)] == ["int8", "int4"]
+    ops = {op.name: op for op in operations(config, Workload("decode", 1, 1, 9, "bfloat16"))}
+    kinds = [ops[op].products[0].kind for op in ("qkv_proj", "o_proj")]
+    assert kinds == ["int8", "int4"]  # by which measured rates are found
     assert formats.experts.kept.name == ("int8" if name == "mixtral" else "dense")
     exact = logits_of(path, ids)  # dense
     limit = 0.2 if name == "mixtral" else 0.06  # rounding can change a token's experts

@@ -1,5 +1,6 @@
 """Mode generate: complete one prompt, streamed to the terminal."""
 
+import os
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -84,5 +85,9 @@ def prompt_text(given: str | None) -> str:
             raise GetpError(f"the prompt on standard input is not UTF-8: {error}") from error
         given = given.removesuffix("\n").removesuffix("\r")  # `echo` adds it
     if not given:
-        raise UsageProblem("the prompt (-i/--input) must not be empty")
+        raise UsageProblem("the prompt is empty: give it with -i/--input TEXT, or pipe it in")
+    if os.path.isfile(given):
+        print_message(
+            f"getp: in mode generate -i/--input is the prompt itself; -m getp runs the file {given}"
+        )
     return given

@@ -21,9 +21,7 @@ def run(settings: Settings) -> int:
     """Serve until a signal arrives; return the exit status. Raises GetpError."""
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
-        raise GetpError(
-            f"mode serve needs {', '.join(missing)}: install it with pip install 'getp[serve]'"
-        )
+        raise GetpError(f"mode serve needs {', '.join(missing)}: pip install 'getp[serve]'")
     from getp.serve.server import serve
 
     tokenizer = loading.load_tokenizer(settings)

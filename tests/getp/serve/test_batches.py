@@ -14,7 +14,8 @@ from typing import Any
 import openai
 import pytest
 
-from getp.serve.batches import UNFINISHED
+from getp.errors import GetpError
+from getp.serve.batches import UNFINISHED, Batches
 from tests.getp.serve.running import MODEL, QUESTION, RunningServer, free_port, wait_until
 
 CHAT = "/v1/chat/completions"
@@ -114,6 +115,13 @@ def test_a_file_that_is_no_batch_fails_its_batch(server: RunningServer) -> None:
     assert failed.status == "failed"
     assert "JSON array" in failed.errors.data[0].message
     assert str(server.config.data) not in failed.errors.data[0].message
+
+
+def test_a_file_instead_of_the_folder_of_batches_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    nothing: Any = None
+    with pytest.raises(GetpError, match="file: it is not a folder"):
+        Batches(tmp_path / "file", nothing, nothing, nothing)
 
 
 def test_two_batches_share_the_engine_and_online_requests_come_first(

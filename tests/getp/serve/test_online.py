@@ -143,7 +143,6 @@ COMPLETE = "/v1/completions"
         (COMPLETE, b"{", 400, "invalid_json"),
         (COMPLETE, b'{"prompt": "\\ud800"}', 400, "invalid_json"),
         (COMPLETE, b'{"prompt": "\xed\xa0\x80"}', 400, "invalid_json"),
-        (COMPLETE, {"model": "other", "prompt": "1"}, 404, "not_found"),
         (COMPLETE, {"prompt": "1", "n": 0}, 400, "invalid_value"),
         (COMPLETE, {"prompt": ["1"] * 5, "n": 100}, 400, "invalid_value"),
         (COMPLETE, {"prompt": "1", "stream": "yes"}, 400, "invalid_value"),
@@ -168,6 +167,14 @@ def test_what_cannot_be_answered_has_an_error_in_openais_shape(
     assert error["code"] == code
     assert set(error) == {"message", "type", "param", "code"}
     assert error["message"]
+
+
+def test_the_error_on_an_unknown_model_names_the_served_one(server: RunningServer) -> None:
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        post(server, COMPLETE, {"model": "other", "prompt": "1"})
+    error = json.loads(caught.value.read())["error"]
+    assert (caught.value.code, error["code"]) == (404, "not_found")
+    assert error["message"] == f"there is no model 'other'; this server has '{MODEL}'"
 
 
 def test_a_body_beyond_the_limit_is_refused_before_it_is_read(server: RunningServer) -> None:

@@ -21,7 +21,7 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(
     monkeypatch.setattr(mode, "find_spec", lambda name: None if name == "uvicorn" else object())
     assert cli.run(["-m", "serve"]) == 1
     message = capsys.readouterr().err
-    assert "mode serve needs uvicorn: install it with pip install 'getp[serve]'" in message
+    assert "mode serve needs uvicorn: pip install 'getp[serve]'" in message
 
 
 def test_the_first_of_two_ranks_serves_and_a_second_signal_ends_both_at_once(
