@@ -369,7 +369,7 @@ def test_the_error_of_a_killed_rank_names_it(folder: Callable[[str], Path]) -> N
 def test_errors_on_other_ranks_are_raised_on_rank_0(ranks: Callable[[int], WorkerPool]) -> None:
     ranks(2).start(CPU)
     with pytest.raises(CheckpointError, match="rank 1: /nowhere"):
-        ranks(2).call("make_runner", ("/nowhere", "float32", "auto", None, 1), lambda: None)
+        ranks(2).call("make_runner", ("/nowhere", "float32", "auto", None, (), 1), lambda: None)
     own = WorkerPool(2)
     own.start(CPU)
 
