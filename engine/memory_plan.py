@@ -252,19 +252,18 @@ def conversion_notice(checkpoint: Path, config: ModelConfig, settings: Settings)
     for layer in settings.model.layers:
         forms = layer.formats
         kept |= {forms.qkv, forms.out, forms.gate_up, forms.down, forms.experts} - {DENSE}
+    dtype, quantization = dtype_name(settings.dtype), settings.model.quantization
+    to_other = f"converted to {quantization}" if quantization else f"dequantized to {dtype}"
     changes: dict[str, dict[str, None]] = {}
     for form in config.stored_formats.formats:
-        quantization = settings.model.quantization
-        change = f"dequantized to {dtype_name(settings.dtype)}"
-        if quantization is not None:
-            change = f"converted to {quantization}"
+        change = to_other
         if kept & {form.held(backend, stacked=stacked) for stacked in (False, True)}:
             change = form.change if isinstance(form, Dequantized) else ""
         if change:
             changes.setdefault(change, {})[form.name] = None
     if not changes:
         return ""
-    needed = format_bytes(parameter_bytes(settings.model, dtype_name(settings.dtype)))
+    needed = format_bytes(parameter_bytes(settings.model, dtype))
     files = (
         read_gguf(checkpoint).files if checkpoint.is_file() else checkpoint.glob("*.safetensors")
     )
@@ -277,10 +276,7 @@ def conversion_notice(checkpoint: Path, config: ModelConfig, settings: Settings)
     )
     activations = config.stored_formats.activations
     if activations:
-        text += (
-            f"; activations stay in {dtype_name(settings.dtype)} instead of {activations}, which is"
-            " more precise"
-        )
+        text += f"; activations stay in {dtype} instead of {activations}, which is more precise"
     return text
 
 

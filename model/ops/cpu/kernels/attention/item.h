@@ -93,8 +93,8 @@ INLINE Unit find_unit(const Item& item, int64_t at, int64_t member) {
   return {item.to, 0, 0};
 }
 
-// Finds the offsets in the cache, in bytes, of a unit's positions and returns their number. Positions that no
-// row attends to are not read: they get the offset of the first that is.
+// Finds the offsets in the cache, in bytes, of a unit's positions and returns their number.
+// Positions that no row attends to are not read: they get the offset of the first that is.
 INLINE int64_t find_offsets(const AttentionInput& input, const Item& item, const Unit& unit,
                             int64_t* offsets) {
   if (unit.at >= item.to) return 0;

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "int8.h"
+#include "../int16_gemm.h"
 #include "../rows.h"
 
 namespace {
@@ -22,19 +23,8 @@ constexpr int tile_vectors(int rows) { return VECTOR_BITS == 256 && rows > 2 ? 2
 constexpr int sum_count(int terms) { return VECTOR_BITS == 256 ? 1 : terms; }
 
 #if VECTOR_BITS == 256
-// sums += the products of pairs of integers of 16 bits, or (below) of unsigned and signed ones of 8
-// bits, whose sums are added up in 32 bits or, short, in 16. Inline assembly: see dot_int16.
-INLINE void add_int16_products(vec_i32& sums, vec_i32 weights, int32_t pair) {
-  const vec_i32 pairs = vec_i32{} + pair;
-#if AVX_VNNI
-  asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sums) : "x"(weights), "x"(pairs));
-#else
-  vec_i32 products;
-  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"
-      : "+x"(sums), "=&x"(products)
-      : "x"(weights), "x"(pairs));
-#endif
-}
+// sums += the products of unsigned and signed integers of 8 bits, whose sums are added up in 32 bits
+// or (below) in 16. Inline assembly: see dot_int16.
 INLINE void add_wide_products(vec_i32& sums, vec_i32 weights, int32_t four) {
   const vec_i32 row = vec_i32{} + four;
 #if AVX_VNNI
@@ -76,9 +66,9 @@ INLINE void add_row_products(vec_i32 (&sums)[sum_count(TERMS)], vec_i32 codes,
 #if VECTOR_BITS == 256
   const auto* integers = (const int32_t*)(block + TERMS * i);
   if constexpr (TERMS == 2) {
-    add_int16_products(sums[0], codes & 0x00ff00ff, integers[0]);
+    sums[0] = dot_int16(sums[0], codes & 0x00ff00ff, integers);
     const __m256i odd = _mm256_srli_epi16((__m256i)codes, 8);
-    add_int16_products(sums[0], (vec_i32)odd, integers[1]);
+    sums[0] = dot_int16(sums[0], (vec_i32)odd, integers + 1);
   } else if constexpr (sums_are_short(TERMS, BITS)) {
     add_short_products(sums[0], codes, integers[0]);
   } else {
