@@ -27,6 +27,7 @@ from engine.memory_plan import (
     conversion_notice,
     format_bytes,
     is_out_of_memory,
+    quantization_notice,
 )
 from engine.parallel.coordinator import CoordinatorRunner
 from engine.parallel.worker_pool import WorkerPool
@@ -91,9 +92,12 @@ class Engine:
         self.max_positions = self.model_config.max_positions  # less if the KV cache is smaller
         self.stats = EngineStats()
         self.notice = notice
-        converted = conversion_notice(self.checkpoint, self.model_config, settings)
-        if converted:
-            notice(converted)
+        for text in (
+            conversion_notice(self.checkpoint, self.model_config, settings),
+            quantization_notice(self.model_config, settings),
+        ):
+            if text:
+                notice(text)
         # Chosen for the device; a change takes effect at the next warm_up.
         self.lookahead = 0 if settings.on_cpu else 1  # see StepLoop
         self.group_size = 0 if settings.on_cpu else _GPU_GROUP_SIZE  # see Scheduler

@@ -16,13 +16,15 @@ from engine.execution.chunk_graphs import MAX_CHUNK_TOKENS
 from engine.execution.kv_tensors import KvLayout
 from engine.resolve import Settings, dtype_name
 from model import ModelConfig
+from model.config import QUANTIZED
 from model.cost.operations import parameter_bytes
 from model.cost.workload import state_bytes
-from model.formats import DENSE, HEAD, WeightFormat
+from model.formats import DENSE, HEAD, WeightFormat, full_interface
 from model.formats.dense import Dequantized
 from model.gguf import read_gguf
 from model.ops.backend import choose_backend
 from model.ops.cpu.bindings import library
+from model.transformer import Layer
 
 # Bytes for each logit of a row that is sampled by sorting it in full: scaled logits, sorted
 # float32 values and int64 ids, three float64 rows of probabilities at once, and masks.
@@ -248,10 +250,7 @@ def conversion_notice(checkpoint: Path, config: ModelConfig, settings: Settings)
 
     config: of the checkpoint, in whose files they are smaller than they will be in memory.
     """
-    backend, kept = choose_backend(settings.device, settings.dtype), set[WeightFormat]()
-    for layer in settings.model.layers:
-        forms = layer.formats
-        kept |= {forms.qkv, forms.out, forms.gate_up, forms.down, forms.experts} - {DENSE}
+    backend, kept = choose_backend(settings.device, settings.dtype), _kept(settings.model)
     dtype, quantization = dtype_name(settings.dtype), settings.model.quantization
     to_other = f"converted to {quantization}" if quantization else f"dequantized to {dtype}"
     changes: dict[str, dict[str, None]] = {}
@@ -278,6 +277,25 @@ def conversion_notice(checkpoint: Path, config: ModelConfig, settings: Settings)
     if activations:
         text += f"; activations stay in {dtype} instead of {activations}, which is more precise"
     return text
+
+
+def quantization_notice(config: ModelConfig, settings: Settings) -> str:
+    """Says that no weight of a layer becomes what was asked for; empty if one does.
+
+    config: of the checkpoint.
+    """
+    name = settings.model.quantization
+    if name is None or QUANTIZED[name] in _kept(settings.model):
+        return ""
+    stored = " and ".join(form.name for form in config.stored_formats.formats)
+    return f"quantizing to {name} changes only the head: all other weights stay {stored}"
+
+
+def _kept(model: ModelConfig) -> set[WeightFormat]:
+    """Return the formats other than dense that the layers' weights have."""
+    layers = (Layer(model, layer) for layer in set(model.layers))
+    formats = {parameter.format for layer in layers for parameter in layer.parameters()}
+    return {full_interface(form) for form in formats if form is not None} - {DENSE}
 
 
 def format_bytes(count: int) -> str:

@@ -80,11 +80,10 @@ MXFP4 = {
 }
 
 
-def notices(checkpoint: Path, dtype: str) -> list[str]:
+def notices(checkpoint: Path, dtype: str, quantize: str | None = None) -> list[str]:
     found: list[str] = []
-    engine = Engine(
-        checkpoint, EngineConfig(device="cpu", dtype=dtype, kv_memory=8 << 20), notice=found.append
-    )
+    config = EngineConfig(device="cpu", dtype=dtype, kv_memory=8 << 20, quantize=quantize)
+    engine = Engine(checkpoint, config, notice=found.append)
     engine.warm_up()
     engine.finish()
     return found
@@ -120,6 +119,9 @@ def test_weights_with_a_kernel_need_no_notice(
     assert "the weights in mxfp4 are dequantized to float32" in notice
     if memory.library() is not None:
         assert notices(folder, "bfloat16") == []
+        (notice,) = notices(folder, "bfloat16", "int4")
+        assert notice == "quantizing to int4 changes only the head: all other weights stay mxfp4"
+        assert notices(tmp_path / "dense", "bfloat16", "int4") == []
         held = resolve(EngineConfig(device="cpu", dtype="bfloat16"), load_config(folder)).model
         dense = load_config(tmp_path / "dense")
         whole = parameter_bytes(dense, "bfloat16")
