@@ -215,7 +215,9 @@ def _operations(profile: Profile, work: Workload) -> list[Op]:
 def _cost(profile: Profile, op: Op, work: Workload) -> float:
     """Return what the seconds of an operation are proportional to in different steps."""
     rates = profile.device.rates
-    return _limit(profile, [op], work.dtype) if rates is None else rates.op_seconds(op, work)
+    if rates is None:
+        return _limit(profile, [op], work.dtype)
+    return rates.op_seconds(op, profile.config, work)
 
 
 def _limit(profile: Profile, ops: list[Op], dtype: str) -> float:

@@ -19,6 +19,7 @@ from model.formats.format import WeightFormat
 from model.formats.integers import INT4, INT8
 from model.ops.backend import Backend, Compute, choose_backend
 from model.ops.forward_batch import ForwardBatch, GroupTables
+from model.ops.kv_values import rounded, vector_width
 from model.ops.specs import Activation, AttentionSpec, Experts, Linear, Norm, NormSpec
 
 _PASSES = 9
@@ -56,6 +57,10 @@ def measure_rates(target: torch.device) -> Rates:
         half = choose_backend(target, torch.bfloat16)
         products = {"float32": _speeds(_medians(_times(_linears(single, DENSE))))}
         timed = {**_linears(half, DENSE), **_activations(half), **_host(), **_others(half)}
+        caches = {"bfloat16": half}
+        if half.recorder() is not None:
+            caches |= {name: choose_backend(target, half.dtype, name) for name in ("int8", "fp8")}
+        timed |= {f"decode {name}": _decode(of, _HEADS, _CONTEXT) for name, of in caches.items()}
         if half.keeps_mxfp4(stacked=True):
             timed |= _experts(half)
         times = _times(timed)
@@ -72,11 +77,16 @@ def measure_rates(target: torch.device) -> Rates:
                 (rows, max(0.0, seconds[f"experts {rows}"] - per_row * rows), 0.0)
                 for rows in _EXPERT_ROWS
             ]
-    return _rates(products, times, activated_s, half.dtype.itemsize)
+    kv_bytes = {name: _kv_vector_bytes(backend) for name, backend in caches.items()}
+    return _rates(products, times, activated_s, half.dtype.itemsize, kv_bytes)
 
 
 def _rates(
-    products: Mapping[str, Speeds], times: Mapping[str, Times], activated_s: float, item: int
+    products: Mapping[str, Speeds],
+    times: Mapping[str, Times],
+    activated_s: float,
+    item: int,
+    kv_bytes: Mapping[str, int],
 ) -> Rates:
     seconds = _medians(times)
     position_s = _difference(times, "decode", "decode short") / (_CONTEXT - _SHORT)
@@ -87,7 +97,10 @@ def _rates(
     return Rates(
         products,
         kernel_s=seconds["small norms"],
-        kv_byte_s=seconds["decode all heads"] / (2 * _CONTEXT * _HEADS * _HEAD_DIM * item),
+        kv_byte_s={
+            name: seconds[f"decode {name}"] / (2 * _CONTEXT * _HEADS * vector)
+            for name, vector in kv_bytes.items()
+        },
         decode_s=position_s / (_HEADS * _HEAD_DIM),
         sequence_s=max(0.0, seconds["decode short"] - position_s * _SHORT),
         prefill_s=seconds["prefill"],
@@ -203,23 +216,27 @@ def _others(backend: Backend) -> dict[str, _Timed]:
     logits = torch.empty(_LOGITS)
     first = _CONTEXT - _QUERY + 1  # positions that the first query of a prefill sees
     pairs = _QUERY * first + _QUERY * (_QUERY - 1) // 2
-    layer = 2 * _SEQUENCES * _HEAD_DIM * backend.dtype.itemsize
-
-    def decode(kv_heads: int, context: int) -> _Timed:
-        layers = max(1, _KV_BYTES // (layer * kv_heads * context))
-        compute = _attention(backend, kv_heads, _SEQUENCES, 1, context, layers)
-        return _Timed(_replayed(backend, compute), layers * _SEQUENCES)
-
     prefill = _attention(backend, _HEADS // 4, 1, _QUERY, _CONTEXT, layers=1)
     return {  # those that are subtracted from each other next to each other
         "small norms": _Timed(_replayed(backend, _norms(backend, 1)), _NORMS),
         "norms": _Timed(_replayed(backend, _norms(backend, _TOKENS)), _NORMS),
-        "decode": decode(_HEADS // 8, _CONTEXT),
-        "decode short": decode(_HEADS // 8, _SHORT),
-        "decode all heads": decode(_HEADS, _CONTEXT),
+        "decode": _decode(backend, _HEADS // 8, _CONTEXT),
+        "decode short": _decode(backend, _HEADS // 8, _SHORT),
         "prefill": _Timed(_replayed(backend, prefill), pairs * _HEADS * _HEAD_DIM),
         "logits": _Timed(lambda: backend.argmax(logits.fill_(1.0)), logits.numel()),
     }
+
+
+def _decode(backend: Backend, kv_heads: int, context: int) -> _Timed:
+    """Return attention of single queries."""
+    layer = 2 * _SEQUENCES * kv_heads * context * _kv_vector_bytes(backend)
+    layers = max(1, _KV_BYTES // layer)
+    compute = _attention(backend, kv_heads, _SEQUENCES, 1, context, layers)
+    return _Timed(_replayed(backend, compute), layers * _SEQUENCES)
+
+
+def _kv_vector_bytes(backend: Backend) -> int:
+    return vector_width(backend.kv_dtype, _HEAD_DIM) * backend.kv_dtype.itemsize
 
 
 def _host() -> dict[str, _Timed]:
@@ -267,8 +284,9 @@ def _attention(
         cu_seqlens_q=torch.arange(0, tokens + 1, query, dtype=torch.int32),
         context_lens=torch.full((sequences,), context, dtype=torch.int32),
     )
-    kv = backend.empty_cache((layers, 2, 1 + sequences * blocks, _BLOCK, kv_heads, _HEAD_DIM))
-    kv.copy_(torch.randn(kv.shape[1:]))
+    shape = 2, 1 + sequences * blocks, _BLOCK, kv_heads, _HEAD_DIM
+    kv = backend.empty_cache((layers, *shape))
+    kv.copy_(rounded(torch.randn(shape), kv.dtype))
     x = torch.randn(tokens, _HEADS, _HEAD_DIM).to(backend.dtype)
     spec = AttentionSpec(_HEAD_DIM**-0.5, window=None)
 

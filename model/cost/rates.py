@@ -9,11 +9,14 @@ sizes, and a step takes the sum of its operations' times, since a CPU runs them 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from model.config import ModelConfig
 from model.cost.operations import operations
-from model.cost.workload import Op, Product, Workload
+from model.cost.workload import Op, Product, Workload, kv_dtype
+
+T = TypeVar("T")
+_BY_NAME = "products", "kv_byte_s"  # rates that are several
 
 Speeds = Sequence[tuple[float, float, float]]
 """(rows, seconds for each weight, seconds for each product besides) by growing rows."""
@@ -25,7 +28,8 @@ class Rates:
 
     products: Mapping[str, Speeds]  # by the dtype or the format of the weights
     kernel_s: float  # of each other kernel
-    kv_byte_s: float  # for each byte of keys and values that attention of single queries reads
+    # By the dtype of the KV cache: for each byte of it that attention of single queries reads.
+    kv_byte_s: Mapping[str, float]
     decode_s: float  # for each query head, position and value of it; the longer time counts
     sequence_s: float  # of attention for each sequence besides
     prefill_s: float  # of attention of many queries, for each query head, position and value of it
@@ -47,10 +51,12 @@ class Rates:
         }
         if not products or not all(products.values()):
             raise ValueError("no rates of products")
-        others = [field.name for field in fields(cls) if field.name != "products"]
-        return cls(products, **{name: float(value[name]) for name in others})
+        kv_byte_s = {str(dtype): float(each) for dtype, each in dict(value["kv_byte_s"]).items()}
+        others = (field.name for field in fields(cls) if field.name not in _BY_NAME)
+        single = {name: float(value[name]) for name in others}
+        return cls(products=products, kv_byte_s=kv_byte_s, **single)
 
-    def op_seconds(self, op: Op, work: Workload) -> float:
+    def op_seconds(self, op: Op, config: ModelConfig, work: Workload) -> float:
         """Return the seconds of an operation of a step."""
         if op.products:
             return sum(self._product_seconds(product, work.dtype) for product in op.products)
@@ -60,7 +66,8 @@ class Rates:
             if work.query > 1:
                 return seconds + values * self.prefill_s
             seconds += op.layer_count * work.batch * self.sequence_s
-            return seconds + max(op.bytes.kv * self.kv_byte_s, values * self.decode_s)
+            byte_s = _first(self.kv_byte_s, kv_dtype(config, work.dtype), work.dtype)
+            return seconds + max(op.bytes.kv * byte_s, values * self.decode_s)
         if op.name == "activation":  # in the same kernel as the product before it
             return op.bytes.activations * self.activated_byte_s
         return seconds + op.bytes.activations * self.moved_byte_s
@@ -70,8 +77,7 @@ class Rates:
 
         Between measured numbers of rows the time grows linearly, and beyond them in proportion.
         """
-        names = product.kind, dtype, *self.products
-        speeds = self.products[next(name for name in names if name in self.products)]
+        speeds = _first(self.products, product.kind, dtype)
         times = [each * product.weights + besides * product.count for _, each, besides in speeds]
         measured = [rows for rows, _, _ in speeds]
         i = bisect_left(measured, product.rows)
@@ -83,6 +89,11 @@ class Rates:
         return times[i - 1] + share * (times[i] - times[i - 1])
 
 
+def _first(measured: Mapping[str, T], *names: str) -> T:
+    """Return what was measured for the first of these names, or else for any."""
+    return measured[next(name for name in (*names, *measured) if name in measured)]
+
+
 def step_seconds(config: ModelConfig, work: Workload, rates: Rates) -> float:
     """Return the predicted seconds of a step, sampling included and scheduling excluded."""
     work = replace(work, causal=True, fused=False)
@@ -92,4 +103,4 @@ def step_seconds(config: ModelConfig, work: Workload, rates: Rates) -> float:
 def ops_seconds(ops: Iterable[Op], config: ModelConfig, work: Workload, rates: Rates) -> float:
     """Return the seconds of these operations, one after the other, and of sampling."""
     sampling = work.logits_rows * config.vocab_size * rates.logit_s
-    return rates.host_s + sampling + sum(rates.op_seconds(op, work) for op in ops)
+    return rates.host_s + sampling + sum(rates.op_seconds(op, config, work) for op in ops)

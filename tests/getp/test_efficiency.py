@@ -170,7 +170,9 @@ def test_the_largest_loss_is_one_sentence(
 
 def test_on_a_cpu_the_loss_may_be_other_processes_or_a_small_batch() -> None:
     """Time in which other processes had the cores does not count as kernels below peak speed."""
-    rates = Rates({"bfloat16": [(1, 1e-12, 0.0), (64, 2e-12, 0.0)]}, *[0.0] * 9)
+    rates = Rates(
+        {"bfloat16": [(1, 1e-12, 0.0), (64, 2e-12, 0.0)]}, 0.0, {"bfloat16": 0.0}, *[0.0] * 7
+    )
     cpu = replace(H100, peaks={"bfloat16": 1e15}, bandwidth=1e15, launch_s=0.0, rates=rates)
     for wait, batch, sentence in (
         (0.7, 32, "70% of the time other processes used the processor's cores"),

@@ -493,7 +493,9 @@ def test_a_cpu_is_planned_at_the_rates_of_its_kernels(
     entry = {"date": "2030-01-02", "peaks": {"float32": 1e11}, "bandwidth": 1e10, "launch_s": 0}
     rates = Rates(
         {"bfloat16": [(1, 1e-12, 0.0), (64, 1e-12, 0.0)]},
-        *(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+        0.0,
+        {"bfloat16": 0.0},
+        *(0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
         0.25,
     )
     entry |= {"memory": 2**34, "rates": rates.as_json()}
@@ -552,7 +554,9 @@ def test_this_machine_can_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         assert rates.products.keys() >= {"int8", "int4"}
     for speeds in rates.products.values():
         assert all(each > 0 or more > 0 for _, each, more in speeds)
-    assert min(rates.kernel_s, rates.kv_byte_s, rates.prefill_s, rates.logit_s, rates.host_s) > 0
+        assert rates.kv_byte_s.keys() == {"bfloat16", "int8", "fp8"}
+    assert min(rates.kernel_s, rates.prefill_s, rates.logit_s, rates.host_s) > 0
+    assert min(rates.kv_byte_s.values()) > 0
 
 
 def test_a_slow_product_is_not_timed_at_larger_sizes(

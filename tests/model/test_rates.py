@@ -1,6 +1,7 @@
 """The time of a step at measured rates of kernels."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,9 @@ PRODUCTS = {
     "bfloat16": [(1.0, 1.0, 10.0), (4.0, 1.0, 10.0), (8.0, 2.0, 10.0)],
     "mxfp4": [(1.0, 0.5, 0.0), (16.0, 2.0, 0.0)],
 }
-ZERO = {field.name: 0.0 for field in fields(Rates) if field.name != "products"}
+ZERO: dict[str, Any] = {field.name: 0.0 for field in fields(Rates) if field.name != "products"}
+ZERO["kv_byte_s"] = {"bfloat16": 0.0}
+QWEN2 = named_config("qwen2-0.5b")
 
 
 def ops_of(name: str, work: Workload) -> dict[str, Op]:
@@ -30,7 +33,7 @@ def test_products_take_the_time_of_their_rows(rows: int, each: float) -> None:
     op = ops_of("qwen2-0.5b", work)["down_proj"]
     besides = 10.0 * (2 if rows == 16 else 1)
     expected = 24 * (4864 * 896 * each + besides)
-    assert Rates(PRODUCTS, **ZERO).op_seconds(op, work) == pytest.approx(expected)
+    assert Rates(PRODUCTS, **ZERO).op_seconds(op, QWEN2, work) == pytest.approx(expected)
 
 
 def test_experts_take_the_time_of_the_rows_that_each_one_has() -> None:
@@ -56,14 +59,20 @@ def test_products_are_all_matrix_operations_but_attention() -> None:
 def test_attention_reads_keys_and_values_or_computes() -> None:
     work = Workload("decode", 3, 1, 1000, "bfloat16", causal=True)
     op = ops_of("qwen2-0.5b", work)["attention"]
-    memory = Rates(PRODUCTS, **{**ZERO, "kv_byte_s": 1.0, "sequence_s": 2.0})
-    assert memory.op_seconds(op, work) == pytest.approx(op.bytes.kv + 24 * 3 * 2)
-    compute = Rates(PRODUCTS, **{**ZERO, "kv_byte_s": 1e-9, "decode_s": 1.0})
-    assert compute.op_seconds(op, work) == pytest.approx(24 * 3 * 1000 * 14 * 64)
+    memory = Rates(
+        PRODUCTS, **{**ZERO, "kv_byte_s": {"bfloat16": 1.0, "int8": 1.5}, "sequence_s": 2.0}
+    )
+    assert memory.op_seconds(op, QWEN2, work) == pytest.approx(op.bytes.kv + 24 * 3 * 2)
+    int8 = replace(QWEN2, kv_dtype="int8")
+    for config, each in ((int8, 1.5), (replace(QWEN2, kv_dtype="fp8"), 1.0)):
+        found = memory.op_seconds(op, config, work)
+        assert found == pytest.approx(each * op.bytes.kv + 24 * 3 * 2)
+    compute = Rates(PRODUCTS, **{**ZERO, "kv_byte_s": {"bfloat16": 1e-9}, "decode_s": 1.0})
+    assert compute.op_seconds(op, QWEN2, work) == pytest.approx(24 * 3 * 1000 * 14 * 64)
     chunk = Workload("prefill", 1, 100, 100, "bfloat16", causal=True)
     prefill = Rates(PRODUCTS, **{**ZERO, "prefill_s": 1.0})
     op = ops_of("qwen2-0.5b", chunk)["attention"]
-    assert prefill.op_seconds(op, chunk) == pytest.approx(24 * 5050 * 14 * 64)
+    assert prefill.op_seconds(op, QWEN2, chunk) == pytest.approx(24 * 5050 * 14 * 64)
 
 
 def test_a_step_adds_the_choice_of_tokens_and_the_host() -> None:
