@@ -2,10 +2,10 @@
 
 Each load is other work on the same cores, of equal or of lowest priority, always there or starting
 and stopping at random; or a core is taken away for 50 ms at random. One stream is decoded `--runs`
-times beside each load, by this engine and by each `--peer`, in turn. Prints the worst and the
-median of the runs in tokens a second, and the worst as a part of the fair share: that of the cores
-that the scheduler owes this engine's threads, times the engine's median without other work. The
-last line is one JSON object.
+times by this engine while the other work is paused, by this engine beside it, and by each `--peer`
+beside it, in turn. Prints the worst and the median of the runs in tokens a second, and the worst as
+a part of the fair share: that of the cores that the scheduler owes this engine's threads during the
+run, times the engine's median while the other work is paused. The last line is one JSON object.
 
 A peer is a name and a shell command, which decodes once for each line of its input and prints a
 line whose last number is the tokens a second:
@@ -25,9 +25,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -70,23 +69,25 @@ _WEIGHT = {0: 1024, 19: 15}  # of a thread by its nice value: Linux's sched_prio
 class Load:
     """Other work: a number of processes of one kind."""
 
-    code: str = ""
-    processes: int = 0
+    code: str
+    processes: int
     threads: int = 1  # of each process
     nice: int = 0
     is_random: bool = False  # starts and stops at random, half of the time each
 
-    def fair_share(self, threads: int) -> float:
-        """The part of the cores for an engine of `threads` threads, as many as there are cores."""
+    def fair_share(self, threads: int, part: float) -> float:
+        """The part of the cores for an engine of `threads` threads, as many as there are cores.
+
+        part: of the time, in which the processes were not stopped.
+        """
         if self.code == _TAKE_CORE:
             return 1 - 0.05 / _CYCLE_S / threads
+        own = threads * _WEIGHT[0]
         others = self.processes * self.threads * _WEIGHT[self.nice]
-        share = threads * _WEIGHT[0] / (threads * _WEIGHT[0] + others)
-        return (1 + share) / 2 if self.is_random else share
+        return 1 - part * others / (own + others)
 
 
 LOADS = {
-    "none": Load(),
     "1 process": Load(_COUNT, 1),
     "2 processes": Load(_COUNT, 2),
     "4 processes": Load(_COUNT, 4),
@@ -128,38 +129,79 @@ class Peer:
         self._process.communicate()
 
 
-@contextlib.contextmanager
-def running(load: Load) -> Iterator[None]:
-    """Run the processes of a load."""
-    command = [sys.executable, "-c", load.code]
-    processes = [
-        subprocess.Popen(command, preexec_fn=lambda: os.nice(load.nice) and None)
-        for _ in range(load.processes)
-    ]
-    stopped = threading.Event()
-    switch = threading.Thread(target=_switch, args=(processes, stopped))
-    if processes:
+class Others:
+    """The processes of a load, which run while they are not paused."""
+
+    def __init__(self, load: Load):
+        self._load = load
+        self._lock = threading.Lock()
+        self._is_paused, self._is_running = False, True
+        self._ran_s, self._since = 0.0, time.perf_counter()
+        self._stopped = threading.Event()
+        command = [sys.executable, "-c", load.code]
+        self._processes = [
+            subprocess.Popen(command, preexec_fn=lambda: os.nice(load.nice) and None)
+            for _ in range(load.processes)
+        ]
+        self._switch = threading.Thread(target=self._start_and_stop)
         time.sleep(4 if load.code == _MATRIX else 0.2)  # until they have started
-    if load.is_random:
-        switch.start()
-    try:
-        yield
-    finally:
-        stopped.set()
         if load.is_random:
-            switch.join()
-        for process in processes:
+            self._switch.start()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the processes for a while."""
+        with self._lock:
+            self._is_paused = True
+            self._run(False)
+        yield
+        with self._lock:
+            self._is_paused = False
+            self._run(True)
+
+    def ran_s(self) -> float:
+        """Return for how many seconds the processes were not stopped."""
+        with self._lock:
+            return self._ran_s + self._is_running * (time.perf_counter() - self._since)
+
+    def close(self) -> None:
+        """End the processes."""
+        self._stopped.set()
+        if self._load.is_random:
+            self._switch.join()
+        for process in self._processes:
             process.kill()
             process.wait()
 
+    def _start_and_stop(self) -> None:
+        rng, runs = random.Random(0), True
+        while not self._stopped.wait(rng.uniform(0.02, 0.3)):
+            runs = not runs
+            with self._lock:
+                if not self._is_paused:
+                    self._run(runs)
 
-def _switch(processes: list[subprocess.Popen[bytes]], stopped: threading.Event) -> None:
-    """Stop and continue the processes at random."""
-    rng, runs = random.Random(0), True
-    while not stopped.wait(rng.uniform(0.02, 0.3)):
-        runs = not runs
-        for process in processes:
+    def _run(self, runs: bool) -> None:
+        for process in self._processes:
             process.send_signal(signal.SIGCONT if runs else signal.SIGSTOP)
+        now = time.perf_counter()
+        self._ran_s += self._is_running * (now - self._since)
+        self._is_running, self._since = runs, now
+
+
+@dataclass
+class Runs:
+    """The speeds beside a load, in tokens a second."""
+
+    alone: list[float] = field(default_factory=list)  # of this engine while the load is paused
+    beside: list[float] = field(default_factory=list)  # of this engine beside the load
+    shares: list[float] = field(default_factory=list)  # of the cores, its fair ones in these runs
+    peers: dict[str, list[float]] = field(default_factory=dict)  # beside the load, by name
+
+    def of_fair_shares(self) -> list[float]:
+        """Return the speeds as parts of those that the fair shares of the cores allow."""
+        quiet = statistics.median(self.alone)
+        return [v / (share * quiet) for v, share in zip(self.beside, self.shares, strict=True)]
 
 
 @click.command()
@@ -172,47 +214,55 @@ def main(
     checkpoint: str, runs: int, tokens: int, names: tuple[str, ...], peers: list[tuple[str, str]]
 ) -> None:
     """Print how fast one stream is decoded beside other processes."""
-    results: dict[str, dict[str, list[float]]] = {}
-    chosen = list(dict.fromkeys(("none", *(names or LOADS))))
+    results: dict[str, Runs] = {}
     config = EngineConfig(prefix_cache=False, speculation=False, max_batch_size=4)
     request = Request(list(range(100, 116)), SamplingParams(max_new_tokens=tokens, ignore_eos=True))
     others = [Peer(*peer) for peer in peers]
+    threads = os.cpu_count() or 1
     with Engine(checkpoint, config) as engine:
-        list(engine.generate([request]))  # records the steps
-        for name in chosen:
-            speeds: dict[str, list[float]] = defaultdict(list)
-            with running(LOADS[name]):
+
+        def decode() -> float:
+            start = time.perf_counter()
+            list(engine.generate([request]))
+            return time.perf_counter() - start
+
+        decode()  # records the steps
+        for name in names or LOADS:
+            found = results[name] = Runs(peers={peer.name: [] for peer in others})
+            load = Others(LOADS[name])
+            try:
                 for _ in range(runs):
-                    start = time.perf_counter()
-                    list(engine.generate([request]))
-                    speeds["getp"].append(tokens / (time.perf_counter() - start))
+                    with load.paused():
+                        found.alone.append(tokens / decode())
+                    before = load.ran_s()
+                    seconds = decode()
+                    part = (load.ran_s() - before) / seconds
+                    found.beside.append(tokens / seconds)
+                    found.shares.append(LOADS[name].fair_share(threads, part))
                     for peer in others:
-                        speeds[peer.name].append(peer.run())
-            results[name] = speeds
+                        found.peers[peer.name].append(peer.run())
+            finally:
+                load.close()
     for peer in others:
         peer.close()
-    report(results, os.cpu_count() or 1)
+    report(results)
 
 
-def report(results: dict[str, dict[str, list[float]]], threads: int) -> None:
+def report(results: Mapping[str, Runs]) -> None:
     """Print the table, then the JSON line."""
     table = Table("load", "fair share", "engine", "worst", "median", "worst of fair share")
-    figures = []
-    for name, speeds in results.items():
-        share = LOADS[name].fair_share(threads)
-        for engine, values in speeds.items():
-            quiet = statistics.median(results["none"][engine])
-            worst, median = min(values), statistics.median(values)
-            table.add_row(
-                name, f"{share:.2f}", engine, f"{worst:.1f}", f"{median:.1f}",
-                f"{worst / (share * quiet):.2f}",
-            )  # fmt: skip
-            figures.append(
-                {"load": name, "engine": engine, "fair_share": round(share, 3)}
-                | {"tok_s": [round(value, 1) for value in values]}
-            )
+    for name, runs in results.items():
+        share = f"{statistics.median(runs.shares):.2f}"
+        alone = f"{min(runs.alone) / statistics.median(runs.alone):.2f}"
+        for engine, speeds, worst in (
+            ("getp, load paused", runs.alone, alone),
+            ("getp", runs.beside, f"{min(runs.of_fair_shares()):.2f}"),
+            *((peer, values, "") for peer, values in runs.peers.items()),
+        ):
+            median = f"{statistics.median(speeds):.1f}"
+            table.add_row(name, share, engine, f"{min(speeds):.1f}", median, worst)
     Console().print(table)
-    print(json.dumps(figures))
+    print(json.dumps({name: asdict(runs) for name, runs in results.items()}))
 
 
 if __name__ == "__main__":
