@@ -2,21 +2,22 @@
 
     steps   decode steps beside what `-m plan --gpu local` predicts for them
     jobs    whole jobs beside what `-m plan -i FILE --gpu local` predicts
-    gains   the throughput at twice to eight times the batch beside what `-m profile` predicts
+    gains   the throughput at eight times the batch beside what `-m profile` predicts
     losses  the largest loss that the report of a job names where it is provoked
 
-The rates of this machine's kernels are measured again before each round, because a shared machine
-changes between two speeds; medians of all rounds count. Experts are chosen at random, see
-`_balance_experts`. Prints a table, then one JSON object.
+The rates of this machine's kernels are measured again before and after each round, because a shared
+machine changes its speed; the mean of both predictions counts, and the median of all rounds.
+Experts are chosen at random, see `_balance_experts`. Prints a table, then one JSON object.
 """
 
 import json
+import math
 import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ _LONGEST_JOB_S = 45.0
 _SPIN = "while True: pass"
 
 Point = tuple[int, int]  # batch and context
+Measured = tuple[Callable[[Device], float], float]  # how a device predicts it, and the value
 
 
 @click.command()
@@ -69,19 +71,23 @@ def main(
     with Engine(checkpoint, _CONFIG) as engine:
         engine.warm_up()
         _balance_experts(engine)
+        after = replace(device, rates=measure_rates(CPU))
         for _ in range(rounds):
-            device = replace(device, rates=measure_rates(CPU))
+            before, measured = after, {}
             for point in ((batch, context) for context in contexts for batch in batches):
-                pair = measure(engine, device, *point)
-                if pair is not None:
-                    found.setdefault(point, []).append(pair)
+                if (one := measure(engine, before, *point)) is not None:
+                    measured[point] = one
+            after = replace(device, rates=measure_rates(CPU))
+            for point, (predict, value) in measured.items():
+                predicted = statistics.mean((predict(before), predict(after)))
+                found.setdefault(point, []).append((predicted, value))
     rows = []
     for (batch, context), pairs in found.items():
-        predicted, measured = (statistics.median(values) for values in zip(*pairs, strict=True))
+        predicted, value = (statistics.median(values) for values in zip(*pairs, strict=True))
         error = statistics.median(p / m for p, m in pairs) - 1
         print(
             f"batch {batch:>3}, context {context:>5}: predicted {predicted:.4g}, "
-            f"measured {measured:.4g}, error {error:+.1%}"
+            f"measured {value:.4g}, error {error:+.1%}"
         )
         rows.append({"batch": batch, "context": context, "error": error, "pairs": pairs})
     print(json.dumps(rows))
@@ -108,8 +114,8 @@ def _balance_experts(engine: Engine) -> None:
     engine.runner.backend.route = route  # type: ignore[method-assign,assignment]
 
 
-def _step(engine: Engine, device: Device, batch: int, context: int) -> tuple[float, float]:
-    """Return the predicted and the measured seconds of a decode step, replayed as in a job."""
+def _step(engine: Engine, device: Device, batch: int, context: int) -> Measured:
+    """Return the seconds of a decode step, replayed as in a job."""
     probe = StepProbe(engine, batch, 1, context, replayed=True)
     for _ in range(2):  # the first is recorded
         probe.step()
@@ -120,30 +126,29 @@ def _step(engine: Engine, device: Device, batch: int, context: int) -> tuple[flo
         times.append(time.perf_counter() - start)
     probe.release()
     work = Workload("decode", batch, 1, context, dtype_name(engine.dtype))
-    return bound_step(engine.held_config, work, device).seconds, statistics.median(times)
+    return lambda at: bound_step(engine.held_config, work, at).seconds, statistics.median(times)
 
 
-def _job(engine: Engine, device: Device, batch: int, context: int) -> tuple[float, float] | None:
-    """Return the predicted and the measured seconds of a job whose requests run at once.
+def _job(engine: Engine, device: Device, batch: int, context: int) -> Measured | None:
+    """Return the seconds of a job whose requests run at once.
 
     None if it would take too long.
     """
     prompt, dtype = context - _NEW_TOKENS // 2, dtype_name(engine.dtype)
     known = Model("checkpoint", engine.held_config)
-    predicted = job_plan.predict(
-        known,
-        job_plan.Job([prompt] * batch, [_NEW_TOKENS] * batch),
-        device,
-        dtype,
-        job_plan.Limits(),
-        job_plan.efficiency_of(device, dtype, known),
-    ).seconds
-    if predicted is None or predicted > _LONGEST_JOB_S:
+
+    def predict(at: Device) -> float:
+        job = job_plan.Job([prompt] * batch, [_NEW_TOKENS] * batch)
+        efficiency = job_plan.efficiency_of(at, dtype, known)
+        found = job_plan.predict(known, job, at, dtype, job_plan.Limits(), efficiency).seconds
+        return math.inf if found is None else found
+
+    if predict(device) > _LONGEST_JOB_S:
         return None
     start = time.perf_counter()
     for _ in engine.generate(_requests(engine, batch, prompt)):
         pass
-    return predicted, time.perf_counter() - start
+    return predict, time.perf_counter() - start
 
 
 def _requests(
@@ -158,8 +163,8 @@ def _requests(
         yield Request(tokens, SamplingParams(max_new_tokens=output, ignore_eos=True))
 
 
-def _gain(engine: Engine, device: Device, batch: int, context: int) -> tuple[float, float] | None:
-    """Return the tokens per second that a profile predicts for eight times the batch, and those.
+def _gain(engine: Engine, device: Device, batch: int, context: int) -> Measured | None:
+    """Return the tokens per second at eight times the batch, which a profile predicts.
 
     None if the engine does not run as many sequences.
     """
@@ -167,8 +172,11 @@ def _gain(engine: Engine, device: Device, batch: int, context: int) -> tuple[flo
         return None
     now = _profile(engine, device, batch, context)
     larger = replace(now.work, batch=8 * batch)
-    predicted = larger.tokens / advice.predicted_seconds(now, larger)
-    return predicted, _profile(engine, device, 8 * batch, context).tok_s
+
+    def predict(at: Device) -> float:
+        return larger.tokens / advice.predicted_seconds(replace(now, device=at), larger)
+
+    return predict, _profile(engine, device, 8 * batch, context).tok_s
 
 
 def _profile(engine: Engine, device: Device, batch: int, context: int) -> Profile:
@@ -179,7 +187,7 @@ def _losses(checkpoint: Path) -> list[dict[str, Any]]:
     """Provoke losses; return what was to be named, and what the report names."""
     cases: tuple[tuple[str, str, dict[str, Any], dict[str, Any], int], ...] = (
         ("nothing", "below peak speed", {"max_batch_size": 16}, {"count": 16}, 0),
-        ("a small KV pool", "KV memory was full", {"kv_memory": 16 << 20}, {"count": 32}, 0),
+        ("a small KV pool", "KV memory was full", {"kv_memory": 4 << 20}, {"count": 16}, 0),
         ("slow input", "waited for prompts", {}, {"count": 6, "wait_s": 1.5}, 0),
         ("a batch of one", "batch was 1 of 64: too few", {}, {"count": 1, "output": 64}, 0),
         ("busy cores", "other processes", {"max_batch_size": 16}, {"count": 16}, 2),

@@ -133,8 +133,9 @@ def figures(
 ) -> dict[str, object]:
     """Return the rates of a run and its shares of the limits in `peaks` (`measure.measure`)."""
     name = dtype_name(engine.dtype)
-    flops, moved = run_cost(engine.held_config, name, stats)
-    compute, memory = flops.matrix / peaks["peaks"][name], moved.total / peaks["bandwidth"]
+    cost = run_cost(engine.held_config, name, stats)
+    compute = cost.flops.matrix / peaks["peaks"][name]
+    memory = cost.bytes.total / peaks["bandwidth"]
     return {
         "seconds": round(seconds, 3),
         "tok_s": round(stats.output_tokens / seconds, 1),

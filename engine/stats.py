@@ -12,6 +12,7 @@ class EngineStats:
     """Counters since the engine was made; times in seconds."""
 
     steps: int = 0
+    launched_steps: int = 0  # those whose operations were launched one by one, not replayed
     prompt_tokens: int = 0  # of finished requests
     cached_tokens: int = 0  # of these, found in the prefix cache
     output_tokens: int = 0

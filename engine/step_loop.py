@@ -76,6 +76,7 @@ class StepLoop:
         self._stats.model_s += time.perf_counter() - scheduled
         self.scheduler.note_success()
         self._stats.count(step, self.scheduler)
+        self._stats.launched_steps += not self._runner.captured
         self._launched.append((step, sampled))
         done += self.read(self.lookahead)
         if self.scheduler.speculation is not None:

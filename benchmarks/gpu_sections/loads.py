@@ -220,8 +220,9 @@ def _rate(
     engine: Engine, title: str, stats: EngineStats, spent: float, limits: Limits, published: str
 ) -> Row:
     """Return the row of a rate of output tokens, with its share of the GPU's limit."""
-    cost, moved = run_cost(engine.model_config, "bfloat16", stats)
+    cost = run_cost(engine.model_config, "bfloat16", stats)
     # A request's first token comes from its last prefill chunk, the others from decode steps.
     tokens = stats.decode_tokens + stats.prefill_chunks
-    least, of = max((moved.total / limits.copy, "copy"), (cost.matrix / limits.product, "product"))
+    copy_s, product_s = cost.bytes.total / limits.copy, cost.flops.matrix / limits.product
+    least, of = max((copy_s, "copy"), (product_s, "product"))
     return Row(title, tokens / spent, "tok/s", least / spent, of, published)

@@ -10,7 +10,7 @@ from typing import Any
 from getp.analysis.profile import HOST_PARTS, Component, Profile, merge_fused_ops
 from getp.units import duration, percent, quantity
 from model.cost.operations import operations, total
-from model.cost.roofline import largest_batch
+from model.cost.roofline import largest_batch, matrix_seconds
 from model.cost.workload import Op, Workload
 
 _MIN_GAIN = 0.01  # smaller gains are not listed
@@ -57,7 +57,7 @@ def find_bottleneck(profile: Profile) -> Bottleneck:
     """
     step, device = total(profile.ops), profile.device
     compute = max(
-        step.flops.matrix / device.peak(profile.work.dtype),
+        matrix_seconds(step, device, profile.work.dtype),
         step.flops.vector / device.vector,
         step.flops.special / device.special,
     )
@@ -134,13 +134,16 @@ def _fusions(profile: Profile) -> list[Advice]:
 
 
 def _host(profile: Profile) -> list[Advice]:
-    """Return the changes that overlap host and GPU; none on a CPU."""
+    """Return the changes that overlap host and GPU; none on a CPU.
+
+    The profiled step is neither replayed nor scheduled ahead, because its parts are timed.
+    """
     if not profile.on_gpu:
         return []
     host = profile.seconds_of(*HOST_PARTS)
     return [
-        _saving(profile, "capture the step as a graph", launch_seconds(profile)),
-        _saving(profile, "schedule the next step while this one runs", host),
+        _saving(profile, "capture the step as a graph, as jobs do", launch_seconds(profile)),
+        _saving(profile, "schedule the next step while this one runs, as jobs do", host),
     ]
 
 
@@ -196,12 +199,13 @@ def predicted_seconds(profile: Profile, work: Workload) -> float:
     """Return the seconds of another step with the same number of launches.
 
     The time of a part grows with that at the measured rates of kernels, where there are some, or
-    else with its roofline limit; with the number of tokens if the cost model does not know it.
+    else with its roofline limit. Of parts that the cost model does not know, sampling grows with
+    the number of tokens; scheduling and the like take most of their time however many there are.
     """
     ops = {op.name: op for op in _operations(profile, work)}
     step = launch_seconds(profile)
     for part in profile.components:
-        growth = work.tokens / profile.work.tokens
+        growth = work.tokens / profile.work.tokens if part.name == "sampling" else 1.0
         if part.op.layer_count and (now := _cost(profile, part.op, profile.work)):
             growth = _cost(profile, ops[part.name], work) / now
         step += _own_seconds(profile, part) * growth
@@ -225,7 +229,7 @@ def _limit(profile: Profile, ops: list[Op], dtype: str) -> float:
     device = profile.device
     return sum(
         max(
-            op.flops.matrix / device.peak(dtype),
+            matrix_seconds(op, device, dtype),
             op.flops.vector / device.vector,
             op.flops.special / device.special,
             op.bytes.total / device.bandwidth,

@@ -3,8 +3,8 @@
 A job is modelled as full prefill steps, then decode steps with the batch sizes that follow from
 the output lengths, at the mean context. Each step is bounded as in `model.cost.roofline`, with
 compute and memory slowed down by an efficiency; scheduling, sampling and other host time are not
-included. On this machine's CPU a step takes its time at the measured rates of kernels. Several GPUs
-use tensor parallelism, replicas or both.
+included. On this machine's CPU a step takes its time at the measured rates of kernels, which
+include them. Several GPUs use tensor parallelism, replicas or both.
 """
 
 import contextlib
@@ -168,8 +168,8 @@ def _predict_engine(
 ) -> Prediction:
     """Predict a job on one engine, without its price."""
     parts, count = limits.tensor_parallel, len(job.prompts)
-    longest = round((job.prompt_tokens + job.output_tokens) / count)
-    room = largest_batch(model.config, Workload("decode", 1, 1, longest, dtype, parts), device)
+    mean_length = round((job.prompt_tokens + job.output_tokens) / count)
+    room = largest_batch(model.config, Workload("decode", 1, 1, mean_length, dtype, parts), device)
     max_size, max_tokens = limits.on(device, model, dtype)
     if room < 1:
         return Prediction(device.name, efficiency, max_size, max_tokens, tensor_parallel=parts)
@@ -285,7 +285,8 @@ def efficiency_of(device: Device, dtype: str, model: Model) -> Efficiency:
         return Efficiency(1.0, 1.0, f"peaks {device.source}, assumed to be reached by every step")
     found = cached_device()
     if found is not None and found.is_a(device):
-        compute = min(1.0, found.device.peak(dtype) / device.peak(dtype))
+        computed = found.device.computes_in(dtype)
+        compute = min(1.0, found.device.peak(computed) / device.peak(computed))
         memory = min(1.0, found.device.bandwidth / device.bandwidth)
         return Efficiency(compute, memory, f"peaks {found.device.source}")
     return Efficiency(ASSUMED_EFFICIENCY, ASSUMED_EFFICIENCY, ASSUMED)
@@ -314,6 +315,7 @@ def as_json(
         "model": model.name,
         "dtype": dtype,
         "kv_dtype": kv_dtype(model.config, dtype),
+        "quantization": model.config.quantization,
         "requests": len(job.prompts),
         "requests_refused": job.refused,
         "prompt_tokens": job.prompt_tokens,

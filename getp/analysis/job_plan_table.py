@@ -22,8 +22,9 @@ def print_job(
     """
     console = tables.console()
     console.print(
-        f"{model.name}, {dtype}: {counted(len(job.prompts), 'request')}, {job.prompt_tokens:,} "
-        f"prompt tokens ({token_source}), at most {job.output_tokens:,} output tokens",
+        f"{model.name}, {dtype}{_changed(model)}: {counted(len(job.prompts), 'request')}, "
+        f"{job.prompt_tokens:,} prompt tokens ({token_source}), "
+        f"at most {job.output_tokens:,} output tokens",
         style="bold",
         soft_wrap=True,
     )
@@ -45,6 +46,13 @@ def print_job(
         table.add_row(one.name, *layout, *_cells(one, details, priced))
     tables.show(console, table)
     console.print(_notes(predictions), style="dim", soft_wrap=True)
+
+
+def _changed(model: Model) -> str:
+    """Return the quantization and the KV cache's dtype, where they are not the checkpoint's."""
+    config = model.config
+    found = f", quantized to {config.quantization}" if config.quantization else ""
+    return found + ("" if config.kv_dtype == "auto" else f", KV cache in {config.kv_dtype}")
 
 
 def _layout(one: Prediction) -> str:
@@ -75,10 +83,11 @@ def _cells(one: Prediction, details: bool, priced: bool) -> list[str]:
 
 def _notes(predictions: Sequence[Prediction]) -> str:
     lines = [
-        "Every request is assumed to generate up to its limit. Host time (scheduling,",
-        "sampling and other work) is not included, nor is the time that a request waits",
-        "before its first step.",
+        "Every request is assumed to generate up to its limit. The time to the first token",
+        "does not include the time that a request waits before its first step.",
     ]
+    if not all(one.efficiency.at_rates for one in predictions):
+        lines.append("Host time (scheduling, sampling and other work) is not included.")
     of_limits: dict[str, list[str]] = {}
     for one in predictions:
         size, tokens = (

@@ -71,7 +71,7 @@ def as_json(profile: Profile, model: str) -> dict[str, Any]:
         "dtype": work.dtype,
         "device": {"name": profile.device.name, "source": profile.device.source},
         "step_s": profile.step_s,
-        "followed_step_s": profile.times.timed_s,
+        "timed_step_s": profile.times.timed_s,
         "slowdown": profile.times.slowdown,
         "steps_measured": profile.times.steps,
         "tok_s": profile.tok_s,

@@ -104,6 +104,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "context": work.context,
         "dtype": work.dtype,
         "kv_dtype": kv_dtype(plan.model.config, work.dtype),
+        "quantization": plan.model.config.quantization,
+        "fused": work.fused,
         "ops": [{"name": op.name, "layer_count": op.layer_count, **_cost(op)} for op in plan.ops],
         "total": _cost(plan.total),
         "tensor_parallel": work.tensor_parallel,

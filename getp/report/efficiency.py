@@ -10,10 +10,10 @@ from getp.machine import peaks_of
 from getp.report.losses import FinishedRun, largest_loss
 from model.config import ModelConfig
 from model.cost.devices import Device, device_of_driver
-from model.cost.flops import Flops
 from model.cost.measure import store_efficiency
 from model.cost.operations import operations, total
-from model.cost.workload import Bytes, Phase, Workload
+from model.cost.roofline import matrix_seconds
+from model.cost.workload import Op, Phase, Workload
 
 _MIN_SECONDS = 1.0  # in a shorter run the start-up distorts the efficiency
 
@@ -45,8 +45,9 @@ def run_efficiency(run: RunSummary, inference_s: float, requests: int) -> RunEff
     # A tensor-parallel engine counts the work of all GPUs: compare one GPU's share with its peaks.
     # Ranks on a CPU share one processor, and the peaks of replicas are summed.
     ranks = run.tensor_parallel if run.device_type == "cuda" and not run.replicas else 1
-    cost, moved = run_cost(run.config, run.dtype, run.stats, ranks)
-    compute, memory = cost.matrix / device.peak(run.dtype), moved.total / device.bandwidth
+    cost = run_cost(run.config, run.dtype, run.stats, ranks)
+    compute = matrix_seconds(cost, device, run.dtype)
+    memory = cost.bytes.total / device.bandwidth
     limit = max(compute, memory)
     finished = FinishedRun(
         run.config, run.dtype, device, run.stats, run.max_batch_size, inference_s, requests
@@ -63,29 +64,27 @@ def run_efficiency(run: RunSummary, inference_s: float, requests: int) -> RunEff
     )
 
 
-def run_cost(
-    config: ModelConfig, dtype: str, stats: EngineStats, tensor_parallel: int = 1
-) -> tuple[Flops, Bytes]:
-    """Return the FLOPs and bytes of all steps, as if kernels were fused.
+def run_cost(config: ModelConfig, dtype: str, stats: EngineStats, tensor_parallel: int = 1) -> Op:
+    """Return the cost of all steps as that of one operation, as if kernels were fused.
 
-    The cost is computed at the mean context of decoded tokens and the mean size of prefill chunks,
-    which is exact except for windows and rounding. Each step reads the weights once.
+    It is computed at the mean context of decoded tokens and the mean size of prefill chunks, which
+    is exact except for windows and rounding. Each step reads the weights once.
     """
-    cost, moved = Flops(), Bytes()
+    parts = []
     if stats.decode_tokens:
         context = max(1, round(stats.decode_context / stats.decode_tokens))
         step = total(operations(config, _work("decode", 1, context, dtype, tensor_parallel)))
-        cost += step.flops * stats.decode_tokens
-        moved += Bytes(0, step.bytes.activations, step.bytes.kv) * stats.decode_tokens
+        parts.append(step.repeated(stats.decode_tokens))
     if stats.prefill_chunks:
         query = max(1, round(stats.prefill_tokens / stats.prefill_chunks))
         context = max(query, round(stats.prefill_context / stats.prefill_chunks))
         step = total(operations(config, _work("prefill", query, context, dtype, tensor_parallel)))
-        cost += step.flops * stats.prefill_chunks
-        moved += Bytes(0, step.bytes.activations, step.bytes.kv) * stats.prefill_chunks
+        parts.append(step.repeated(stats.prefill_chunks))
+    run = total(parts)
     tokens = max(1, round((stats.decode_tokens + stats.prefill_tokens) / stats.steps))
     step = total(operations(config, Workload("decode", tokens, 1, 1, dtype, tensor_parallel)))
-    return cost, moved + Bytes(step.bytes.weights) * stats.steps
+    weights = step.bytes.weights * stats.steps
+    return replace(run, bytes=replace(run.bytes, weights=weights))
 
 
 def record_efficiency(

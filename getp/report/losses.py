@@ -141,7 +141,7 @@ def _below_peak(run: FinishedRun, limit_s: float) -> list[_Loss]:
     excess_s = max(0.0, run.stats.model_s - limit_s - waited_s)
     work = Workload("decode", 1, 1, 1, run.dtype)
     launches = total(operations(run.config, work)).launches
-    launch_s = min(excess_s, run.stats.steps * launches * run.device.launch_s)
+    launch_s = min(excess_s, run.stats.launched_steps * launches * run.device.launch_s)
     below_peak_s = excess_s - launch_s
     return [
         _Loss(

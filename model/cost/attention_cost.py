@@ -5,6 +5,7 @@ from model.cost import flops
 from model.cost.flops import Flops
 from model.cost.shard_cost import ShardCost, product_of
 from model.cost.workload import Op, Product, kv_vector_bytes
+from model.formats import DENSE
 
 
 class AttentionCost(ShardCost):
@@ -38,7 +39,7 @@ class AttentionCost(ShardCost):
                 self.matrix(hidden, projected, c.qkv_bias, layer.formats.qkv),
                 tokens * (hidden + projected),
                 3,
-                product=product_of(layer.formats.qkv, tokens, hidden * projected),
+                products=(product_of(layer.formats.qkv, tokens, hidden * projected),),
             ),
             self.op(
                 "rope",
@@ -65,7 +66,7 @@ class AttentionCost(ShardCost):
                 tokens * (query + 2 * hidden),
                 2 + self.all_reduce,
                 fused=(tokens * hidden, 1 + self.all_reduce),
-                product=product_of(layer.formats.out, tokens, query * hidden),
+                products=(product_of(layer.formats.out, tokens, query * hidden),),
             ),
         ]
 
@@ -84,7 +85,7 @@ class AttentionCost(ShardCost):
         for inputs, outputs in shapes:
             project += flops.linear(tokens, inputs, outputs, backward=back)
         moved = tokens * sum(inputs + outputs for inputs, outputs in shapes)
-        multiplied = heads * keys + sum(inputs * outputs for inputs, outputs in shapes)
+        multiplied = sum(inputs * outputs for inputs, outputs in shapes)
         attend = flops.latent_attention(
             work.attended(layer.window), heads, c.head_dim, latent.rank, back
         )
@@ -100,7 +101,10 @@ class AttentionCost(ShardCost):
                 weights + (norms + heads * keys) * self.item,
                 moved + tokens * (width + query),
                 len(shapes) + (3 if latent.query_rank else 2),
-                product=Product(form.kept.name, tokens, multiplied),
+                products=(
+                    product_of(form, tokens, multiplied),
+                    Product(DENSE.name, tokens, heads * keys),
+                ),
             ),
             self.op(
                 "rope",
@@ -124,7 +128,10 @@ class AttentionCost(ShardCost):
                 tokens * (heads * latent.rank + 2 * own + 2 * hidden),
                 3 + self.all_reduce,
                 fused=(tokens * hidden, 1 + self.all_reduce),
-                product=Product(layer.formats.out.kept.name, tokens, own * hidden + heads * values),
+                products=(
+                    product_of(layer.formats.out, tokens, own * hidden),
+                    Product(DENSE.name, tokens, heads * values),
+                ),
             ),
         ]
 
@@ -152,7 +159,10 @@ class AttentionCost(ShardCost):
                 + self.matrix(hidden, gates, False),
                 tokens * (hidden + wide + gates),
                 2,
-                product=Product(layer.formats.qkv.kept.name, tokens, hidden * (wide + gates)),
+                products=(
+                    product_of(layer.formats.qkv, tokens, hidden * wide),
+                    Product(DENSE.name, tokens, hidden * gates),
+                ),
             ),
             self.op(
                 "attention",
@@ -169,6 +179,6 @@ class AttentionCost(ShardCost):
                 tokens * (values + 2 * hidden),
                 2 + self.all_reduce,
                 fused=(tokens * hidden, 1 + self.all_reduce),
-                product=Product(layer.formats.out.kept.name, tokens, values * hidden),
+                products=(product_of(layer.formats.out, tokens, values * hidden),),
             ),
         ]

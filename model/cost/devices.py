@@ -117,6 +117,10 @@ DEVICES: tuple[Device, ...] = (
         vector=15.7, gb_s=900, gb=32, special_share=8, bfloat16=False, link="NVLink 2",
     ),
     _device(
+        "V100 16GB", "NVIDIA V100 datasheet (SXM2), not checked again", half=125, single=15.7,
+        vector=15.7, gb_s=900, gb=16, special_share=8, bfloat16=False, link="NVLink 2",
+    ),
+    _device(
         "A10", "NVIDIA A10 datasheet", half=125, tfloat32=62.5, single=31.2, vector=31.2,
         gb_s=600, gb=24,
     ),
@@ -182,7 +186,7 @@ _ALIASES = {
 
 # The names that drivers report.
 _DRIVER_NAMES = {
-    "Tesla V100-SXM2-16GB": "V100",
+    "Tesla V100-SXM2-16GB": "V100 16GB",
     "Tesla V100-SXM2-32GB": "V100",
     "NVIDIA A10": "A10",
     "NVIDIA A100-SXM4-40GB": "A100 SXM 40GB",

@@ -105,10 +105,13 @@ def recorded_efficiency(device: Device, model: str) -> tuple[float, str] | None:
 
 
 def measure(target: torch.device) -> dict[str, Any]:
-    """Measure peak FLOP/s of matrix products by dtype, read bandwidth and launch time.
+    """Measure what `measure_peaks` does, and on a CPU also the rates of the kernels."""
+    rates = measure_rates(target).as_json() if target.type == "cpu" else None
+    return {**measure_peaks(target), "rates": rates}
 
-    On a CPU also the rates of the kernels.
-    """
+
+def measure_peaks(target: torch.device) -> dict[str, Any]:
+    """Measure peak FLOP/s of matrix products by dtype, read bandwidth and launch time."""
     dtypes = ["float32", "bfloat16", *(["float16"] if target.type == "cuda" else [])]
     return {
         "date": datetime.date.today().isoformat(),
@@ -116,7 +119,6 @@ def measure(target: torch.device) -> dict[str, Any]:
         "bandwidth": _read_rate(target),
         "launch_s": _launch_time(target),
         "memory": _memory(target),
-        "rates": measure_rates(target).as_json() if target.type == "cpu" else None,
     }
 
 

@@ -1,9 +1,9 @@
 """Measure the speeds of this processor's kernels, for `model.cost.rates`.
 
 Each kind of kernel runs through the backend as in a replayed step, over more weights or keys and
-values than the caches hold. All kinds take turns, so that a slow period of the machine affects few
-of the runs of each, and the median of its runs counts, because a step is predicted and not the best
-case. Takes about ten seconds.
+values than the caches hold. Kinds take turns (products in float32, int8 and int4 have turns of
+their own), so that a slow period of the machine affects few of the runs of each, and the median of
+its runs counts, because a step is predicted and not the best case. Takes about ten seconds.
 """
 
 import time
@@ -33,6 +33,7 @@ _TOKENS, _NORMS = 64, 64  # of norms; of activations
 _HEADS, _HEAD_DIM, _BLOCK = 16, 64, 16  # of attention
 _CONTEXT, _SHORT, _QUERY, _SEQUENCES = 1024, 128, 512, 32
 _KV_BYTES = 1 << 26
+_KV_SHARED = 1, 4, 8  # query heads that share a KV head
 _LOGITS = 64, 1 << 17
 # The host's part of a step (scheduling, batch, sampling, bookkeeping) takes 1.1 to 1.2 ms where 100
 # small operations from Python take 0.35 ms; both wait for code and data that kernels evicted.
@@ -60,7 +61,8 @@ def measure_rates(target: torch.device) -> Rates:
         caches = {"bfloat16": half}
         if half.recorder() is not None:
             caches |= {name: choose_backend(target, half.dtype, name) for name in ("int8", "fp8")}
-        timed |= {f"decode {name}": _decode(of, _HEADS, _CONTEXT) for name, of in caches.items()}
+        for name, backend in caches.items():
+            timed |= _decodes(backend, name)
         if half.keeps_mxfp4(stacked=True):
             timed |= _experts(half)
         times = _times(timed)
@@ -77,8 +79,7 @@ def measure_rates(target: torch.device) -> Rates:
                 (rows, max(0.0, seconds[f"experts {rows}"] - per_row * rows), 0.0)
                 for rows in _EXPERT_ROWS
             ]
-    kv_bytes = {name: _kv_vector_bytes(backend) for name, backend in caches.items()}
-    return _rates(products, times, activated_s, half.dtype.itemsize, kv_bytes)
+    return _rates(products, times, activated_s, half.dtype.itemsize, tuple(caches))
 
 
 def _rates(
@@ -86,10 +87,24 @@ def _rates(
     times: Mapping[str, Times],
     activated_s: float,
     item: int,
-    kv_bytes: Mapping[str, int],
+    kv_dtypes: Sequence[str],
 ) -> Rates:
     seconds = _medians(times)
-    position_s = _difference(times, "decode", "decode short") / (_CONTEXT - _SHORT)
+    most = _KV_SHARED[-1]
+    longer, shorter = f"decode {kv_dtypes[0]} {most}", "decode short"
+    position_s = _difference(times, longer, shorter) / (_CONTEXT - _SHORT)
+    sequence_s = max(0.0, seconds[shorter] - position_s * _SHORT)
+    decode = {
+        name: [
+            (
+                shared,
+                max(0.0, seconds[f"decode {name} {shared}"] - sequence_s)
+                / (_CONTEXT * (_HEADS // shared) * _HEAD_DIM),
+            )
+            for shared in _KV_SHARED
+        ]
+        for name in kv_dtypes
+    }
     # As the cost model counts them: a norm reads and writes each value once, an activation reads
     # two for each that it writes.
     moved, activated = 2 * item, 3 * item
@@ -97,12 +112,8 @@ def _rates(
     return Rates(
         products,
         kernel_s=seconds["small norms"],
-        kv_byte_s={
-            name: seconds[f"decode {name}"] / (2 * _CONTEXT * _HEADS * vector)
-            for name, vector in kv_bytes.items()
-        },
-        decode_s=position_s / (_HEADS * _HEAD_DIM),
-        sequence_s=max(0.0, seconds["decode short"] - position_s * _SHORT),
+        decode=decode,
+        sequence_s=sequence_s,
         prefill_s=seconds["prefill"],
         moved_byte_s=moved_byte_s / _TOKENS,
         activated_byte_s=activated_s / activated,
@@ -217,26 +228,28 @@ def _others(backend: Backend) -> dict[str, _Timed]:
     first = _CONTEXT - _QUERY + 1  # positions that the first query of a prefill sees
     pairs = _QUERY * first + _QUERY * (_QUERY - 1) // 2
     prefill = _attention(backend, _HEADS // 4, 1, _QUERY, _CONTEXT, layers=1)
-    return {  # those that are subtracted from each other next to each other
+    return {
         "small norms": _Timed(_replayed(backend, _norms(backend, 1)), _NORMS),
         "norms": _Timed(_replayed(backend, _norms(backend, _TOKENS)), _NORMS),
-        "decode": _decode(backend, _HEADS // 8, _CONTEXT),
-        "decode short": _decode(backend, _HEADS // 8, _SHORT),
         "prefill": _Timed(_replayed(backend, prefill), pairs * _HEADS * _HEAD_DIM),
         "logits": _Timed(lambda: backend.argmax(logits.fill_(1.0)), logits.numel()),
     }
 
 
-def _decode(backend: Backend, kv_heads: int, context: int) -> _Timed:
-    """Return attention of single queries."""
-    layer = 2 * _SEQUENCES * kv_heads * context * _kv_vector_bytes(backend)
-    layers = max(1, _KV_BYTES // layer)
-    compute = _attention(backend, kv_heads, _SEQUENCES, 1, context, layers)
-    return _Timed(_replayed(backend, compute), layers * _SEQUENCES)
+def _decodes(backend: Backend, name: str) -> dict[str, _Timed]:
+    """Return attention of single queries, some of which share a KV head."""
 
+    def decode(shared: int, context: int) -> _Timed:
+        heads = _HEADS // shared
+        vector = vector_width(backend.kv_dtype, _HEAD_DIM) * backend.kv_dtype.itemsize
+        layers = max(1, _KV_BYTES // (2 * _SEQUENCES * heads * context * vector))
+        compute = _attention(backend, heads, _SEQUENCES, 1, context, layers)
+        return _Timed(_replayed(backend, compute), layers * _SEQUENCES)
 
-def _kv_vector_bytes(backend: Backend) -> int:
-    return vector_width(backend.kv_dtype, _HEAD_DIM) * backend.kv_dtype.itemsize
+    timed = {f"decode {name} {shared}": decode(shared, _CONTEXT) for shared in _KV_SHARED}
+    if backend.kv_dtype == backend.dtype:
+        timed["decode short"] = decode(_KV_SHARED[-1], _SHORT)  # next to what it is subtracted from
+    return timed
 
 
 def _host() -> dict[str, _Timed]:
@@ -286,7 +299,7 @@ def _attention(
     )
     shape = 2, 1 + sequences * blocks, _BLOCK, kv_heads, _HEAD_DIM
     kv = backend.empty_cache((layers, *shape))
-    kv.copy_(rounded(torch.randn(shape), kv.dtype))
+    kv.copy_(rounded(torch.randn(2, 1, *shape[2:]), kv.dtype))
     x = torch.randn(tokens, _HEADS, _HEAD_DIM).to(backend.dtype)
     spec = AttentionSpec(_HEAD_DIM**-0.5, window=None)
 

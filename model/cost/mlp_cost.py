@@ -49,7 +49,7 @@ class MlpCost(ShardCost):
         weights = self.matrix(hidden, size, False) * 2 + hidden * self.item
         product = Product(DENSE.name, tokens, 2 * hidden * size)
         moved = tokens * (4 * hidden + 4 * size)
-        return [self.op("per_layer_mlp", cost, weights, moved, 6, product=product)]
+        return [self.op("per_layer_mlp", cost, weights, moved, 6, products=(product,))]
 
     def _dense(self, layer: LayerConfig) -> list[Op]:
         c, tokens, back = self.config, self.work.tokens, self.work.backward
@@ -127,7 +127,7 @@ class MlpCost(ShardCost):
             self.matrix(hidden, moe.num_experts, moe.biases),
             tokens * (hidden + moe.num_experts),
             2,
-            product=Product(DENSE.name, tokens, hidden * moe.num_experts),
+            products=(Product(DENSE.name, tokens, hidden * moe.num_experts),),
         )
         rest = self._mlp(
             flops.linear(pairs, hidden, 2 * size, moe.biases, back),
@@ -150,17 +150,18 @@ class MlpCost(ShardCost):
     ) -> list[Op]:  # fmt: skip
         """Return gate/up, activation and down; products: of the first and of the last."""
         written, reduce = self.work.tokens * self.config.hidden_size, self.all_reduce
+        parts = self.config.activation.parts
         read = pairs * self.config.hidden_size
         return [
             self.op(
                 "gate_up_proj",
                 gate_up,
                 weights[0],
-                read + 2 * pairs * size,
+                read + parts * pairs * size,
                 gate_up_launches,
-                product=products[0],
+                products=products[:1],
             ),
-            self.op("activation", activation, 0, 3 * pairs * size, 1),
+            self.op("activation", activation, 0, (parts + 1) * pairs * size, 1),
             self.op(
                 "down_proj",
                 down,
@@ -168,6 +169,6 @@ class MlpCost(ShardCost):
                 pairs * size + 2 * written,
                 2 + reduce,
                 fused=(written, 1 + reduce),
-                product=products[1],
+                products=products[1:],
             ),
         ]

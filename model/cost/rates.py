@@ -9,17 +9,28 @@ sizes, and a step takes the sum of its operations' times, since a CPU runs them 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from model.config import ModelConfig
 from model.cost.operations import operations
-from model.cost.workload import Op, Product, Workload, kv_dtype
+from model.cost.workload import (
+    DTYPE_BYTES,
+    Op,
+    Product,
+    Workload,
+    kv_dtype,
+    kv_vector_bytes,
+    state_bytes,
+)
 
-T = TypeVar("T")
-_BY_NAME = "products", "kv_byte_s"  # rates that are several
+_BY_NAME = "products", "decode"  # rates that are several
 
 Speeds = Sequence[tuple[float, float, float]]
 """(rows, seconds for each weight, seconds for each product besides) by growing rows."""
+
+
+KvSpeeds = Sequence[tuple[float, float]]
+"""(query heads that share a KV head, seconds for each value of its keys), by growing heads."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +39,8 @@ class Rates:
 
     products: Mapping[str, Speeds]  # by the dtype or the format of the weights
     kernel_s: float  # of each other kernel
-    # By the dtype of the KV cache: for each byte of it that attention of single queries reads.
-    kv_byte_s: Mapping[str, float]
-    decode_s: float  # for each query head, position and value of it; the longer time counts
-    sequence_s: float  # of attention for each sequence besides
+    decode: Mapping[str, KvSpeeds]  # of attention of single queries, by the KV cache's dtype
+    sequence_s: float  # of it for each sequence besides
     prefill_s: float  # of attention of many queries, for each query head, position and value of it
     moved_byte_s: float  # for each byte that norms, embeddings and rotations read and write
     activated_byte_s: float  # for each byte that activations are counted to read and write
@@ -44,17 +53,25 @@ class Rates:
 
     @classmethod
     def parse(cls, value: Mapping[str, Any]) -> "Rates":
-        """Return the rates in a file's object. Raises TypeError, KeyError, ValueError."""
+        """Return the rates in a file's object.
+
+        Raises TypeError, KeyError, ValueError and AttributeError.
+        """
         products = {
             str(kind): [(float(rows), float(each), float(more)) for rows, each, more in speeds]
             for kind, speeds in value["products"].items()
         }
         if not products or not all(products.values()):
             raise ValueError("no rates of products")
-        kv_byte_s = {str(dtype): float(each) for dtype, each in dict(value["kv_byte_s"]).items()}
+        decode = {
+            str(dtype): [(float(heads), float(each)) for heads, each in speeds]
+            for dtype, speeds in value["decode"].items()
+        }
+        if not decode or not all(decode.values()):
+            raise ValueError("no rates of attention")
         others = (field.name for field in fields(cls) if field.name not in _BY_NAME)
         single = {name: float(value[name]) for name in others}
-        return cls(products=products, kv_byte_s=kv_byte_s, **single)
+        return cls(products=products, decode=decode, **single)
 
     def op_seconds(self, op: Op, config: ModelConfig, work: Workload) -> float:
         """Return the seconds of an operation of a step."""
@@ -66,36 +83,56 @@ class Rates:
             if work.query > 1:
                 return seconds + values * self.prefill_s
             seconds += op.layer_count * work.batch * self.sequence_s
-            byte_s = _first(self.kv_byte_s, kv_dtype(config, work.dtype), work.dtype)
-            return seconds + max(op.bytes.kv * byte_s, values * self.decode_s)
+            states = (
+                2 * work.batch * state_bytes(config, DTYPE_BYTES[work.dtype], work.tensor_parallel)
+            )
+            kv = op.bytes.kv - states
+            seconds += states * self.moved_byte_s  # those of recurrent layers, read and written
+            return seconds + (self._decode_seconds(kv, values, config, work.dtype) if kv else 0.0)
         if op.name == "activation":  # in the same kernel as the product before it
             return op.bytes.activations * self.activated_byte_s
         return seconds + op.bytes.activations * self.moved_byte_s
 
     def _product_seconds(self, product: Product, dtype: str) -> float:
-        """Return the seconds of products.
+        """Return the seconds of products."""
+        names = product.kind, dtype, "bfloat16", *self.products
+        speeds = self.products[next(name for name in names if name in self.products)]
+        times = [
+            (rows, each * product.weights + besides * product.count)
+            for rows, each, besides in speeds
+        ]
+        return _between(times, product.rows)
 
-        Between measured numbers of rows the time grows linearly, and beyond them in proportion.
+    def _decode_seconds(
+        self, kv_bytes: int, query_values: float, config: ModelConfig, dtype: str
+    ) -> float:
+        """Return the seconds of attention of single queries.
+
+        A KV cache whose dtype was not measured takes the time of as many bytes of another.
+        query_values: head_dim for each query head and position.
         """
-        speeds = _first(self.products, product.kind, dtype)
-        times = [each * product.weights + besides * product.count for _, each, besides in speeds]
-        measured = [rows for rows, _, _ in speeds]
-        i = bisect_left(measured, product.rows)
-        if i == 0:
-            return times[0]
-        if i == len(speeds):
-            return times[-1] * product.rows / measured[-1]
-        share = (product.rows - measured[i - 1]) / (measured[i] - measured[i - 1])
-        return times[i - 1] + share * (times[i] - times[i - 1])
+        name, size = kv_dtype(config, dtype), config.head_dim
+        if name not in self.decode:
+            name = next(iter(self.decode))
+        vectors = kv_bytes / kv_vector_bytes(replace(config, kv_dtype=name), size, dtype)
+        key_values = vectors / config.kv_vectors * size
+        return key_values * _between(self.decode[name], query_values / key_values)
 
 
-def _first(measured: Mapping[str, T], *names: str) -> T:
-    """Return what was measured for the first of these names, or else for any."""
-    return measured[next(name for name in (*names, *measured) if name in measured)]
+def _between(measured: Sequence[tuple[float, float]], at: float) -> float:
+    """Return a time between measured ones, which grows linearly; beyond them in proportion."""
+    points = [point for point, _ in measured]
+    i = bisect_left(points, at)
+    if i == 0:
+        return measured[0][1]
+    if i == len(points):
+        return measured[-1][1] * at / points[-1]
+    (before, time), (after, later) = measured[i - 1 : i + 1]
+    return time + (at - before) / (after - before) * (later - time)
 
 
 def step_seconds(config: ModelConfig, work: Workload, rates: Rates) -> float:
-    """Return the predicted seconds of a step, sampling included and scheduling excluded."""
+    """Return the predicted seconds of a step, with sampling and the host's part."""
     work = replace(work, causal=True, fused=False)
     return ops_seconds(operations(config, work), config, work, rates)
 

@@ -64,7 +64,7 @@ def bound(
 
     measured_s: the time that the measured rates of kernels predict, in place of the bound.
     """
-    matrix = _matrix_seconds(step, device, dtype)
+    matrix = matrix_seconds(step, device, dtype)
     compute = max(
         matrix,
         step.flops.vector / device.vector,
@@ -89,7 +89,7 @@ def bound(
     )
 
 
-def _matrix_seconds(step: Op, device: Device, dtype: str) -> float:
+def matrix_seconds(step: Op, device: Device, dtype: str) -> float:
     """Return the seconds of the matrix products at the peaks of the dtypes that they multiply."""
     peak = device.peak(dtype)
     eights = sum(product.flops for product in step.products if product.is_float8)

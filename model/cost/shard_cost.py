@@ -1,7 +1,5 @@
 """What the costs of all operations share, and those of embedding and head."""
 
-from dataclasses import replace
-
 from model.config import ModelConfig
 from model.cost import flops
 from model.cost.flops import Flops
@@ -27,12 +25,12 @@ class ShardCost:
 
     def op(
         self, name: str, cost: Flops, weights: int, moved: int, launches: int, *,
-        kv: int = 0, fused: tuple[int, int] = (0, 0), product: Product | None = None,
+        kv: int = 0, fused: tuple[int, int] = (0, 0), products: tuple[Product, ...] = (),
     ) -> Op:  # fmt: skip
         """Make an operation. weights, kv: bytes; moved: values; fused: (moved, launches)."""
         moved, launches = fused if self.work.fused else (moved, launches)
         cost_bytes = Bytes(weights, moved * self.item, kv)
-        return Op(name, 1, cost, cost_bytes, launches, () if product is None else (product,))
+        return Op(name, 1, cost, cost_bytes, launches, products)
 
     def matrix(self, inputs: int, outputs: int, bias: bool, form: WeightFormat = DENSE) -> int:
         """Return the bytes of the weight and bias of a linear layer."""
@@ -44,16 +42,16 @@ class ShardCost:
         written = tokens * size
         cost = Flops(vector=written if self.config.embedding_scale != 1 else 0)
         own = self.config.per_layer_size * len(self.config.layers)
-        product = None
+        products: tuple[Product, ...] = ()
         if own:  # the layers' own embedding and projection, see `model.mlp.PerLayerInputs`
             cost += flops.linear(tokens, size, own, backward=self.work.backward)
             rows += min(tokens, self.config.vocab_size) * own * self.item
             rows += self.matrix(size, own, False)
-            product = Product(DENSE.name, tokens, size * own)
+            products = (Product(DENSE.name, tokens, size * own),)
             written += 4 * tokens * own
         launches = 5 if own else 1
         return self.op(
-            "embedding", cost, rows, written, launches, fused=(written, 1), product=product
+            "embedding", cost, rows, written, launches, fused=(written, 1), products=products
         )
 
     def norm(self, name: str, rows: int, fused: tuple[int, int] = (0, 0)) -> Op:
@@ -86,7 +84,7 @@ class ShardCost:
                 moved,
                 1,
                 fused=(moved, 1),
-                product=replace(head, kind=DENSE.name),
+                products=(head,),
             ),
         ]
 

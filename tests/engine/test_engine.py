@@ -378,3 +378,12 @@ def test_a_head_that_is_not_the_tied_embedding_is_noticed_and_changes_the_answer
         (tied,) = engine.generate([request])
     assert [text for text in notices if "'tie_word_embeddings' is true" in text] == notices != []
     assert untied.token_ids == [(tied.token_ids[0] + 1) % 512]
+
+
+def test_steps_that_are_not_replayed_are_counted(checkpoint: Callable[[str], Path]) -> None:
+    for dtype in ("float32", "bfloat16"):
+        with Engine(checkpoint("qwen3"), EngineConfig(dtype=dtype, kv_memory=8 << 20)) as engine:
+            list(engine.generate([Request([1, 2, 3], SamplingParams(max_new_tokens=3))]))
+            replays = dtype == "bfloat16" and engine.runner.backend.recorder() is not None
+            assert engine.stats.steps > 0
+            assert engine.stats.launched_steps == (0 if replays else engine.stats.steps)

@@ -39,7 +39,7 @@ def _raise(*arguments: Any) -> None:
 
 
 device.describe_library = _one_level
-device.measure_rates = lambda device: RatesReport(1e10, 1e10, 1e-6, {"float32": 1e11})
+device.report_rates = lambda device: RatesReport(1e10, 1e10, 1e-6, {"float32": 1e11})
 _linear, fault = native.linear, sys.argv[1]
 if fault == "wrong linear":
     native.linear = _wrong_linear

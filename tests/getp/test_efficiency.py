@@ -35,6 +35,7 @@ LLAMA3, H100 = named_config("llama-3-8b"), find_device("H100 SXM")
 # 100 steps, each of 32 tokens decoded at a context of 1024: 5.8 ms at best.
 DECODING = EngineStats(
     steps=100,
+    launched_steps=100,
     batch_sum=3200,
     decode_tokens=3200,
     decode_context=3200 * 1024,
@@ -64,13 +65,13 @@ def efficiency_of(
 
 def test_the_cost_of_a_run_is_the_cost_of_its_steps() -> None:
     step = total(operations(LLAMA3, Workload("decode", 32, 1, 1024, "bfloat16", fused=True)))
-    cost, moved = run_cost(LLAMA3, "bfloat16", DECODING)
-    assert cost.matrix == 100 * step.flops.matrix
-    assert moved.kv == 100 * step.bytes.kv
-    assert moved.weights == pytest.approx(100 * step.bytes.weights, rel=1e-3)
+    cost = run_cost(LLAMA3, "bfloat16", DECODING)
+    assert cost.flops.matrix == 100 * step.flops.matrix
+    assert cost.bytes.kv == 100 * step.bytes.kv
+    assert cost.bytes.weights == pytest.approx(100 * step.bytes.weights, rel=1e-3)
     prompts = EngineStats(steps=1, prefill_chunks=4, prefill_tokens=400, prefill_context=400)
     work = Workload("prefill", 4, 100, 100, "bfloat16", fused=True, causal=True)
-    assert run_cost(LLAMA3, "bfloat16", prompts)[0] == total(operations(LLAMA3, work)).flops
+    assert run_cost(LLAMA3, "bfloat16", prompts).flops == total(operations(LLAMA3, work)).flops
 
 
 def test_utilization_is_relative_to_the_peaks_of_the_device() -> None:
@@ -136,6 +137,7 @@ def test_only_the_efficiency_of_a_long_run_on_one_device_is_recorded(
     ("stats", "inference_s", "max_batch_size", "sentence"),
     [
         (DECODING, 1.0, 32, "36% of the time was spent on launching 483 operations"),
+        (replace(DECODING, launched_steps=0), 1.0, 32, "42% of the time is kernels and sampling"),
         (
             replace(DECODING, model_s=3.0),
             3.0,
@@ -171,7 +173,7 @@ def test_the_largest_loss_is_one_sentence(
 def test_on_a_cpu_the_loss_may_be_other_processes_or_a_small_batch() -> None:
     """Time in which other processes had the cores does not count as kernels below peak speed."""
     rates = Rates(
-        {"bfloat16": [(1, 1e-12, 0.0), (64, 2e-12, 0.0)]}, 0.0, {"bfloat16": 0.0}, *[0.0] * 7
+        {"bfloat16": [(1, 1e-12, 0.0), (64, 2e-12, 0.0)]}, 0.0, {"bfloat16": [(1, 0.0)]}, *[0.0] * 6
     )
     cpu = replace(H100, peaks={"bfloat16": 1e15}, bandwidth=1e15, launch_s=0.0, rates=rates)
     for wait, batch, sentence in (

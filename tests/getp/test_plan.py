@@ -43,6 +43,8 @@ def test_a_plan_in_json_has_every_operation_and_their_sum(capsys: Printed) -> No
     assert list(plan) == [
         *settings,
         "kv_dtype",
+        "quantization",
+        "fused",
         "ops",
         "total",
         "tensor_parallel",
@@ -242,7 +244,7 @@ def test_a_roofline_is_drawn(tmp_path: Path, capsys: Printed, suffix: str, begin
     if suffix == ".svg":
         assert b"H100 SXM (ridge 295)" in drawn
     assert cli.run(["qwen2-0.5b", "-m", "plan", "--gpu", "all", "--plot", str(file)]) == 2
-    assert "18 rooflines are too many for one plot" in capsys.readouterr().err
+    assert "19 rooflines are too many for one plot" in capsys.readouterr().err
 
 
 def test_the_error_without_matplotlib_says_what_to_install(
@@ -494,8 +496,8 @@ def test_a_cpu_is_planned_at_the_rates_of_its_kernels(
     rates = Rates(
         {"bfloat16": [(1, 1e-12, 0.0), (64, 1e-12, 0.0)]},
         0.0,
-        {"bfloat16": 0.0},
-        *(0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+        {"bfloat16": [(1, 0.0)]},
+        *(0.0, 0.0, 0.0, 0.0, 0.0),
         0.25,
     )
     entry |= {"memory": 2**34, "rates": rates.as_json()}
@@ -554,9 +556,9 @@ def test_this_machine_can_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         assert rates.products.keys() >= {"int8", "int4"}
     for speeds in rates.products.values():
         assert all(each > 0 or more > 0 for _, each, more in speeds)
-        assert rates.kv_byte_s.keys() == {"bfloat16", "int8", "fp8"}
+        assert rates.decode.keys() == {"bfloat16", "int8", "fp8"}
     assert min(rates.kernel_s, rates.prefill_s, rates.logit_s, rates.host_s) > 0
-    assert min(rates.kv_byte_s.values()) > 0
+    assert all(each > 0 for speeds in rates.decode.values() for _, each in speeds)
 
 
 def test_a_slow_product_is_not_timed_at_larger_sizes(

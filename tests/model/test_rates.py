@@ -16,7 +16,7 @@ PRODUCTS = {
     "mxfp4": [(1.0, 0.5, 0.0), (16.0, 2.0, 0.0)],
 }
 ZERO: dict[str, Any] = {field.name: 0.0 for field in fields(Rates) if field.name != "products"}
-ZERO["kv_byte_s"] = {"bfloat16": 0.0}
+ZERO["decode"] = {"bfloat16": [(1.0, 0.0)]}
 QWEN2 = named_config("qwen2-0.5b")
 
 
@@ -56,19 +56,30 @@ def test_products_are_all_matrix_operations_but_attention() -> None:
                 assert flops == pytest.approx(op.flops.matrix)
 
 
-def test_attention_reads_keys_and_values_or_computes() -> None:
+def test_attention_takes_the_time_of_as_many_query_heads_as_share_a_kv_head() -> None:
     work = Workload("decode", 3, 1, 1000, "bfloat16", causal=True)
-    op = ops_of("qwen2-0.5b", work)["attention"]
-    memory = Rates(
-        PRODUCTS, **{**ZERO, "kv_byte_s": {"bfloat16": 1.0, "int8": 1.5}, "sequence_s": 2.0}
-    )
-    assert memory.op_seconds(op, QWEN2, work) == pytest.approx(op.bytes.kv + 24 * 3 * 2)
-    int8 = replace(QWEN2, kv_dtype="int8")
-    for config, each in ((int8, 1.5), (replace(QWEN2, kv_dtype="fp8"), 1.0)):
-        found = memory.op_seconds(op, config, work)
-        assert found == pytest.approx(each * op.bytes.kv + 24 * 3 * 2)
-    compute = Rates(PRODUCTS, **{**ZERO, "kv_byte_s": {"bfloat16": 1e-9}, "decode_s": 1.0})
-    assert compute.op_seconds(op, QWEN2, work) == pytest.approx(24 * 3 * 1000 * 14 * 64)
+    decode = {"bfloat16": [(1.0, 1.0), (4.0, 2.0), (8.0, 6.0)], "int8": [(1.0, 5.0), (8.0, 5.0)]}
+    rates = Rates(PRODUCTS, **{**ZERO, "decode": decode, "sequence_s": 2.0})
+    keys = 24 * 3 * 1000 * 64
+    for heads, kv_heads, each in ((1, 1, 1.0), (7, 1, 5.0), (14, 2, 5.0), (16, 1, 12.0)):
+        config = replace(QWEN2, num_heads=heads, num_kv_heads=kv_heads)
+        op = {op.name: op for op in operations(config, work)}["attention"]
+        found = rates.op_seconds(op, config, work)
+        assert found == pytest.approx(kv_heads * keys * each + 24 * 3 * 2)
+
+
+@pytest.mark.parametrize(("dtype", "each"), [("int8", 5.0), ("fp8", 0.5), ("float32", 2.0)])
+def test_a_kv_cache_takes_the_time_of_its_dtype_or_of_as_many_bytes(
+    dtype: str, each: float
+) -> None:
+    work = Workload("decode", 3, 1, 1000, "bfloat16", causal=True)
+    decode = {"bfloat16": [(1.0, 1.0), (20.0, 1.0)], "int8": [(1.0, 5.0), (8.0, 5.0)]}
+    rates, config = Rates(PRODUCTS, **{**ZERO, "decode": decode}), replace(QWEN2, kv_dtype=dtype)
+    op = {op.name: op for op in operations(config, work)}["attention"]
+    assert rates.op_seconds(op, config, work) == pytest.approx(24 * 3 * 1000 * 2 * 64 * each)
+
+
+def test_attention_of_chunks_computes() -> None:
     chunk = Workload("prefill", 1, 100, 100, "bfloat16", causal=True)
     prefill = Rates(PRODUCTS, **{**ZERO, "prefill_s": 1.0})
     op = ops_of("qwen2-0.5b", chunk)["attention"]
@@ -86,4 +97,6 @@ def test_a_step_adds_the_choice_of_tokens_and_the_host() -> None:
 def test_rates_without_products_are_refused(products: dict[str, list[float]]) -> None:
     with pytest.raises(ValueError, match="no rates of products"):
         Rates.parse({**ZERO, "products": products})
+    with pytest.raises(ValueError, match="no rates of attention"):
+        Rates.parse({**ZERO, "products": PRODUCTS, "decode": {}})
     assert Rates.parse(Rates(PRODUCTS, **ZERO).as_json()) == Rates(PRODUCTS, **ZERO)

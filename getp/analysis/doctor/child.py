@@ -101,7 +101,7 @@ def _tasks(request: Request) -> Iterator[_Task]:
         describe_device,
         describe_library,
         find_device,
-        measure_rates,
+        report_rates,
     )
     from getp.analysis.doctor.kernels import kernel_tasks, score
 
@@ -111,7 +111,7 @@ def _tasks(request: Request) -> Iterator[_Task]:
         yield Started(next(numbers), "device"), lambda: describe_device(device, notices)
         if device.type == "cpu":
             yield Started(next(numbers), _LIBRARY), describe_library
-        yield Started(next(numbers), "speed"), lambda: measure_rates(device)
+        yield Started(next(numbers), "speed"), lambda: report_rates(device)
     for model in request.models:
         try:
             for task in kernel_tasks(model, device, request.machine):

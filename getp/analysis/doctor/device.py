@@ -103,9 +103,9 @@ def describe_library() -> LibraryReport:
     return LibraryReport(bindings.kernels.level, ("none", *levels), chosen)
 
 
-def measure_rates(device: torch.device) -> RatesReport:
+def report_rates(device: torch.device) -> RatesReport:
     """Measure the rates of this machine now, whatever is in the cache."""
-    found = measure.measure(device)
+    found = measure.measure_peaks(device)
     return RatesReport(
         read=found["bandwidth"],
         copy=measure.copy_rate(device),
