@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model  # noqa: F401, I001  before torch: sets how OpenMP threads wait
 
 import click
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -218,7 +219,6 @@ def main(
     config = EngineConfig(prefix_cache=False, speculation=False, max_batch_size=4)
     request = Request(list(range(100, 116)), SamplingParams(max_new_tokens=tokens, ignore_eos=True))
     others = [Peer(*peer) for peer in peers]
-    threads = os.cpu_count() or 1
     with Engine(checkpoint, config) as engine:
 
         def decode() -> float:
@@ -227,6 +227,11 @@ def main(
             return time.perf_counter() - start
 
         decode()  # records the steps
+        threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+        if threads != cores:
+            raise click.ClickException(
+                f"the engine has {threads} threads for {cores} cores: fair shares are not known"
+            )
         for name in names or LOADS:
             found = results[name] = Runs(peers={peer.name: [] for peer in others})
             load = Others(LOADS[name])

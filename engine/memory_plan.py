@@ -24,6 +24,7 @@ from model.formats.dense import Dequantized
 from model.gguf import read_gguf
 from model.ops.backend import choose_backend
 from model.ops.cpu.bindings import library
+from model.ops.cpu.topology import cgroups
 from model.transformer import Layer
 
 # Bytes for each logit of a row that is sampled by sorting it in full: scaled logits, sorted
@@ -65,16 +66,17 @@ class MemoryPlan:
         weights = parameter_bytes(config, dtype_name(settings.dtype), ranks)
         if on_cpu and settings.dtype == torch.bfloat16 and config.head_format == HEAD:
             # The head is packed, besides an embedding that it is tied to; torch's is float32.
-            stored = item * config.vocab_size * config.hidden_size
-            packed = stored if library() is not None else 2 * stored
-            more = packed if config.tie_word_embeddings else packed - stored
+            head = item * config.vocab_size * config.hidden_size
+            packed = head if library() is not None else 2 * head
+            more = packed if config.tie_word_embeddings else packed - head
             weights += more // ranks
         weights += sum(
             4 * rope.table_rows(config.max_positions) * rotary_dim
             for rope, rotary_dim in config.ropes
         )
         rows = min(settings.max_batch_size, settings.max_batch_tokens)
-        groups = len(KvLayout.of(config, ranks, settings.dtype).groups)
+        stored = torch.int8 if config.kv_dtype == "int8" else settings.dtype  # int8 has scales
+        groups = len(KvLayout.of(config, ranks, stored).groups)
         table = 4 * -(-config.max_positions // settings.block_size)
         # A CPU holds each table twice. A GPU's captured steps have up to four tables a row in all;
         # its host copies are not in the device's memory.
@@ -181,11 +183,11 @@ def _check(plan: MemoryPlan, kv: int, settings: Settings, available: int) -> Non
     else:
         advice = "lower {max_batch_tokens} (activations) or {max_batch_size} (logits, block tables)"
     raise EngineError(
-        "not enough memory on {where}: weights {weights} + KV cache {at_least}{kv} + "
+        "not enough memory on {where}: {weights}KV cache {at_least}{kv} + "
         "activations {activations} + logits {logits} + block tables {rows}{states} = {needed}, but "
         "only {available} are available; " + advice,
         where=settings.device,
-        weights=format_bytes(plan.weights),
+        weights=f"weights {format_bytes(plan.weights)} + " if plan.weights else "",
         at_least="" if given else "at least ",
         kv=format_bytes(kv),
         activations=format_bytes(plan.activations),
@@ -339,16 +341,22 @@ def _ulimit_available() -> int | None:
     return max(0, limit - pages * os.sysconf("SC_PAGE_SIZE"))
 
 
-def _cgroup_available() -> list[int]:
-    """Bytes that the control group leaves, if it has a limit (cgroup v2, then v1)."""
-    root = Path("/sys/fs/cgroup")
+def _cgroup_available(root: Path = Path("/")) -> list[int]:
+    """Bytes that each cgroup of this process with a limit leaves (version 2 or 1).
+
+    Cached files count as used there, although those that are not in use are dropped when needed.
+    """
     found = []
-    for limit, used in (
-        (root / "memory.max", root / "memory.current"),
-        (root / "memory/memory.limit_in_bytes", root / "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            found.append(max(0, int(limit.read_text()) - int(used.read_text())))
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
+    for folder in cgroups("memory", root):
+        for limit, used, cached in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            try:
+                left = int((folder / limit).read_text()) - int((folder / used).read_text())
+                fields = (folder / "memory.stat").read_text().split()
+            except (OSError, ValueError):  # no such file, or "max"
+                continue
+            dropped = int(fields[fields.index(cached) + 1]) if cached in fields else 0
+            found.append(max(0, left + dropped))
     return found

@@ -23,7 +23,8 @@ def job_report(
 ) -> Report:
     """Return the report of a finished job. price: of a device per hour."""
     stats = run.stats
-    devices = run.device_count * (run.tensor_parallel if run.device_type == "cuda" else 1)
+    counted = run.replicas or run.device_type == "cpu"
+    devices = run.device_count if counted else run.tensor_parallel
     replicas = [asdict(replica) for replica in run.replicas]
     return {
         "checkpoint": checkpoint,

@@ -330,3 +330,30 @@ def test_a_step_that_runs_out_of_memory_is_repeated_in_parts(
     assert engine.stats.back_offs == 3
     assert len(notices) == 3
     assert "continuing with at most 5 requests and" in notices[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "names"),
+    [
+        ("0::/job/step", "", ("memory.max", "memory.current", "inactive_file")),
+        (
+            "9:memory:/job/step",
+            "memory/",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
+)
+def test_memory_that_a_cgroup_leaves_includes_cached_files(
+    tmp_path: Path, line: str, folder: str, names: tuple[str, str, str]
+) -> None:
+    limit, used, cached = names
+    group = tmp_path / "sys/fs/cgroup" / folder / "job"
+    (group / "step").mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"{line}\n")
+    (group / limit).write_text("1000\n")  # of a group around that of the process
+    (group / used).write_text("700\n")
+    (group / "memory.stat").write_text(f"anon 100\n{cached} 500\n")
+    (group / "step" / limit).write_text("max\n")
+    (group / "step" / used).write_text("650\n")
+    assert memory._cgroup_available(tmp_path) == [800]

@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,23 +73,27 @@ def _cpu_list(path: Path) -> list[int]:
         return []
 
 
-def _quota(root: Path) -> int | None:
-    """Return the smallest CPU quota of this process's cgroups (version 2 or 1)."""
+def cgroups(controller: str, root: Path = Path("/")) -> Iterator[Path]:
+    """Yield the folders of this process's cgroup with a controller, and of those around it.
+
+    Version 2 or 1. In a container the cgroup's path may be that of the host, which is not mounted.
+    """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
-        return None
-    quotas = []
+        return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        mount = root / "sys/fs/cgroup" / ("" if not controllers else "cpu")
-        # In a container the path may be that of the host, which is not mounted here.
+        mount = root / "sys/fs/cgroup" / (controller if controllers else "")
         folder = mount / path.strip("/")
-        for parent in (folder, *folder.parents):
-            if parent.is_relative_to(mount):
-                quotas += _quota_of(parent)
+        yield from (each for each in (folder, *folder.parents) if each.is_relative_to(mount))
+
+
+def _quota(root: Path) -> int | None:
+    """Return the smallest CPU quota of this process's cgroups."""
+    quotas = [quota for folder in cgroups("cpu", root) for quota in _quota_of(folder)]
     return math.ceil(min(quotas)) if quotas else None
 
 
