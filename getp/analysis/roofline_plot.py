@@ -5,6 +5,7 @@ from pathlib import Path
 
 from getp.analysis.roofline_text import (
     LETTERS,
+    check_count,
     group_points,
     intensity_range,
     operation_points,
@@ -49,13 +50,7 @@ def draw_roofline(
 ) -> None:
     """Draw the roof of each device and the operations on it. Raises GetpError, UsageProblem."""
     check_plot(path)
-    if len(devices) > len(_COLOURS):
-        raise UsageProblem(
-            "{plot}: {count} rooflines are too many for one plot; give at most {most} GPUs with "
-            "{gpu}",
-            count=len(devices),
-            most=len(_COLOURS),
-        )
+    check_count(devices, len(_COLOURS))
     from matplotlib.figure import Figure
 
     points = operation_points(ops)

@@ -4,6 +4,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 
+from getp.errors import UsageProblem
 from getp.units import quantity
 from model.cost.devices import Device
 from model.cost.workload import Op
@@ -46,9 +47,24 @@ def intensity_range(
     return math.floor(math.log10(min(values))), math.ceil(math.log10(max(values) * 1.5))
 
 
+def check_count(devices: Sequence[Device], most: int) -> None:
+    """Raise UsageProblem if a plot could not show the rooflines of so many devices."""
+    if len(devices) > most:
+        raise UsageProblem(
+            "{plot}: {count} rooflines are too many for one plot; give at most {most} GPUs with "
+            "{gpu}",
+            count=len(devices),
+            most=most,
+        )
+
+
 def roofline_text(ops: Sequence[Op], devices: Sequence[Device], dtype: str, width: int) -> str:
-    """Return lines of at most `width` columns: rooflines drawn as digits, operations as letters."""
-    points, devices = operation_points(ops), devices[: len(_DIGITS)]
+    """Return lines of at most `width` columns: rooflines drawn as digits, operations as letters.
+
+    Raises UsageProblem for more devices than there are digits.
+    """
+    check_count(devices, len(_DIGITS))
+    points = operation_points(ops)
     low, high = intensity_range(points, [device.ridge(dtype) for device in devices])
     columns = max(20, min(width, 120) - _MARGIN - 1)
     points = group_points(points, (high - low) / columns)  # one letter per column

@@ -12,7 +12,7 @@ import pytest
 
 from getp.analysis.doctor import examine, host, processes, reports
 from getp.analysis.doctor.conclusions import Series, checks_of
-from getp.analysis.doctor.findings import Check
+from getp.analysis.doctor.findings import Check, KernelCheck
 from getp.analysis.doctor.reports import (
     DeviceReport,
     Failed,
@@ -359,6 +359,29 @@ def test_a_check_that_raises_fails_and_does_not_end_the_others(
     diagnosis = examine.examine("m", (), "cpu", lambda text: None)
     assert [check.finding for check in diagnosis.failed] == ["ZeroDivisionError: of the test"]
     assert [check.name for check in diagnosis.checks[:2]] == ["versions", "temporary files"]
+
+
+def test_kernels_are_not_compared_with_the_rates_of_another_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rates = RatesReport(1.0, 2.0, 3.0, {"float32": 4.0})
+    gpu, cpu = (DeviceReport(kind, "n", 2, 1, 1, kind.upper()) for kind in ("cuda", "cpu"))
+    series = (
+        Series("triton", device=gpu, rates=rates),
+        Series("native", device=cpu),  # whose rates could not be measured
+        Series("avx2"),
+    )
+    given: list[RatesReport | None] = []
+    monkeypatch.setattr(examine, "_all_series", lambda *_: iter(series))
+    monkeypatch.setattr(examine, "checks_of", lambda *_: ())
+
+    def kernels_of(_: Series, rates: RatesReport | None) -> list[KernelCheck]:
+        given.append(rates)
+        return []
+
+    monkeypatch.setattr(examine, "kernels_of", kernels_of)
+    examine.examine("m", ("m",), "auto", lambda text: None)
+    assert given == [rates, None, None]
 
 
 @needs_library

@@ -245,6 +245,15 @@ def test_a_kernel_that_ended_its_process_fails() -> None:
     assert "GETP_CPU_KERNELS" in (check.remedy or "")
 
 
+def test_a_kernel_without_memory_for_its_check_is_not_to_be_reported() -> None:
+    failure = child._failed("linear: 1 rows", MemoryError("of the test"), "m")
+    series = conclusions.Series("avx512", failed=[failure])
+    assert conclusions.kernels_of(series, None) == []
+    (check,) = conclusions.checks_of(series)
+    assert (check.name, check.state) == ("linear: 1 rows", "failed")
+    assert (check.remedy or "").startswith("free memory")
+
+
 def test_a_failing_reference_says_nothing_about_kernels() -> None:
     error = ReferenceFailedError("linear: 1 rows: plain torch fails: RuntimeError: no device")
     failure = child._failed("linear: 1 rows", error, "m")

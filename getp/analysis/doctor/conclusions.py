@@ -75,10 +75,12 @@ def checks_of(series: Series) -> Iterator[Check]:
         finding = f"{without_reference[0].cause}; {cases} could not be made"
         yield Check(f"{REFERENCE}, {series.backend}", "failed", finding, INSTALL)
     for failure in series.failed:
-        if not failure.model and failure.name != REFERENCE:
-            if failure.remedy:
-                yield Check(failure.name, "failed", failure.cause, failure.remedy)
-            elif failure.name == "device":
+        if failure.name == REFERENCE:
+            continue
+        if failure.remedy:
+            yield Check(failure.name, "failed", failure.cause, failure.remedy)
+        elif not failure.model:
+            if failure.name == "device":
                 yield Check("device", "failed", failure.cause, INSTALL)
             else:
                 name = f"{failure.name}, {series.backend}"
@@ -98,7 +100,7 @@ def kernels_of(series: Series, rates: RatesReport | None) -> list[KernelCheck]:
     """
     found = [_kernel(report, rates) for report in series.kernels]
     for failure in series.failed:
-        if failure.model:
+        if failure.model and not failure.remedy:
             op, label = failure.name.split(": ", 1)
             found.append(KernelCheck(series.backend, failure.model, op, label, failure.cause))
     return found

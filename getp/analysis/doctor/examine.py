@@ -30,7 +30,8 @@ def examine(model: str, models: tuple[str, ...], device: str, progress: Progress
     kernels: list[KernelCheck] = []
     rates, on_gpu = None, False
     for series in _all_series(models, device, progress):
-        rates = series.rates or rates  # measured once for all instruction sets
+        if series.device is not None:  # measured once for all instruction sets of a CPU
+            rates = series.rates
         on_gpu |= series.device is not None and series.device.type == "cuda"
         checks += checks_of(series)
         kernels += kernels_of(series, rates)
