@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,9 @@ from engine import (
 from engine.summary import longest_wait, thread_waits
 from getp import machine
 from getp.report.efficiency import RunEfficiency, record_efficiency, run_cost, run_efficiency
+from getp.report.job_report import job_report
 from getp.report.losses import FinishedRun, largest_loss
+from getp.report.measurements import Measurements
 from model.cost import measure
 from model.cost.devices import find_device
 from model.cost.known_models import named_config
@@ -237,3 +240,27 @@ def test_a_measurement_of_this_machine_is_announced_once(
     for message in ("getp: measuring the peak speed of this machine (once; about 10 s)\n", ""):
         run_efficiency(cpu, 1.2, 0)
         assert capsys.readouterr().err == message
+
+
+def test_products_of_e4m3_count_at_their_peak() -> None:
+    work = EngineStats(steps=1, prefill_chunks=1, prefill_tokens=4096, prefill_context=4096)
+    dense = run_efficiency(replace(RUN, stats=work), 1.0, 0)
+    eights = run_efficiency(replace(RUN, stats=work, config=LLAMA3.quantized("fp8")), 1.0, 0)
+    assert dense.mfu is not None
+    assert eights.mfu is not None
+    assert 0.5 * dense.mfu < eights.mfu < 0.6 * dense.mfu  # attention stays in 16 bits
+
+
+@pytest.mark.parametrize(
+    ("fields", "devices"),
+    [
+        ({}, 1),
+        ({"tensor_parallel": 2}, 2),
+        ({"device_count": 4, "tensor_parallel": 2, "replicas": (REPLICA, REPLICA)}, 4),
+        ({"device_type": "cpu", "device": "cpu", "tensor_parallel": 2}, 1),
+    ],
+)
+def test_a_job_costs_the_price_of_each_device_once(fields: dict[str, Any], devices: int) -> None:
+    measured = Measurements(inference_s=1800.0)
+    report = job_report(measured, replace(RUN, stats=EngineStats(), **fields), "m", price=3.0)
+    assert report["cost"] == pytest.approx(3.0 * devices / 2)

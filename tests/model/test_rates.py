@@ -9,7 +9,7 @@ from model.cost.known_models import named_config
 from model.cost.mlp_cost import distinct_experts
 from model.cost.operations import operations
 from model.cost.rates import Rates, step_seconds
-from model.cost.workload import Op, Workload
+from model.cost.workload import Op, Workload, state_bytes
 
 PRODUCTS = {
     "bfloat16": [(1.0, 1.0, 10.0), (4.0, 1.0, 10.0), (8.0, 2.0, 10.0)],
@@ -100,3 +100,36 @@ def test_rates_without_products_are_refused(products: dict[str, list[float]]) ->
     with pytest.raises(ValueError, match="no rates of attention"):
         Rates.parse({**ZERO, "products": PRODUCTS, "decode": {}})
     assert Rates.parse(Rates(PRODUCTS, **ZERO).as_json()) == Rates(PRODUCTS, **ZERO)
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_a_quantized_head_is_a_product_in_its_format(name: str) -> None:
+    work = Workload("decode", 1, 1, 9, "bfloat16")
+    ops = {op.name: op for op in operations(QWEN2.quantized(name), work)}
+    kinds = {op.products[0].kind for op in (ops["lm_head"], ops["down_proj"])}
+    assert kinds == {name}
+
+
+def test_states_of_recurrent_layers_take_the_time_of_their_bytes() -> None:
+    config = named_config("qwen3-next-80b-a3b")
+    work = Workload("decode", 3, 1, 1000, "bfloat16", causal=True)
+    op = {op.name: op for op in operations(config, work)}["attention"]
+    rates = Rates(PRODUCTS, **{**ZERO, "moved_byte_s": 1.0})
+    states = 2 * 3 * state_bytes(config, 2)
+    assert 0 < states < op.bytes.kv
+    for kv_dtype in ("auto", "int8"):
+        found = rates.op_seconds(op, replace(config, kv_dtype=kv_dtype), work)
+        assert found == pytest.approx(states)
+    decode = Rates(PRODUCTS, **{**ZERO, "decode": {"bfloat16": [(1.0, 1.0), (99.0, 1.0)]}})
+    keys = (op.bytes.kv - states) / 4  # a key and a value of two bytes each
+    assert decode.op_seconds(op, config, work) == pytest.approx(keys)
+
+
+def test_only_the_stored_weights_of_latent_attention_are_products_in_their_format() -> None:
+    config = named_config("deepseek-v3").quantized("fp8")
+    work = Workload("decode", 1, 1, 9, "bfloat16")
+    ops = {op.name: op for op in operations(config, work)}
+    for name in ("qkv_proj", "o_proj"):
+        assert {(each.kind, each.is_float8) for each in ops[name].products} == {
+            ("fp8", True), ("dense", False),
+        }  # fmt: skip
