@@ -136,8 +136,7 @@ class Others:
     def __init__(self, load: Load):
         self._load = load
         self._lock = threading.Lock()
-        self._is_paused, self._is_running = False, True
-        self._ran_s, self._since = 0.0, time.perf_counter()
+        self._is_running, self._ran_s, self._since = True, 0.0, time.perf_counter()
         self._stopped = threading.Event()
         command = [sys.executable, "-c", load.code]
         self._processes = [
@@ -152,12 +151,9 @@ class Others:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Stop the processes for a while."""
-        with self._lock:
-            self._is_paused = True
+        with self._lock:  # a load at random waits until the pause is over
             self._run(False)
-        yield
-        with self._lock:
-            self._is_paused = False
+            yield
             self._run(True)
 
     def ran_s(self) -> float:
@@ -179,8 +175,7 @@ class Others:
         while not self._stopped.wait(rng.uniform(0.02, 0.3)):
             runs = not runs
             with self._lock:
-                if not self._is_paused:
-                    self._run(runs)
+                self._run(runs)
 
     def _run(self, runs: bool) -> None:
         for process in self._processes:

@@ -21,8 +21,9 @@ def print_job(
     token_source: how tokens were counted. details: also the time and the batch of each phase.
     """
     console = tables.console()
+    planned = ", ".join([model.name, dtype, *model.changes])
     console.print(
-        f"{model.name}, {dtype}{_changed(model)}: {counted(len(job.prompts), 'request')}, "
+        f"{planned}: {counted(len(job.prompts), 'request')}, "
         f"{job.prompt_tokens:,} prompt tokens ({token_source}), "
         f"at most {job.output_tokens:,} output tokens",
         style="bold",
@@ -46,13 +47,6 @@ def print_job(
         table.add_row(one.name, *layout, *_cells(one, details, priced))
     tables.show(console, table)
     console.print(_notes(predictions), style="dim", soft_wrap=True)
-
-
-def _changed(model: Model) -> str:
-    """Return the quantization and the KV cache's dtype, where they are not the checkpoint's."""
-    config = model.config
-    found = f", quantized to {config.quantization}" if config.quantization else ""
-    return found + ("" if config.kv_dtype == "auto" else f", KV cache in {config.kv_dtype}")
 
 
 def _layout(one: Prediction) -> str:

@@ -29,6 +29,13 @@ class Model:
     name: str
     config: ModelConfig
 
+    @property
+    def changes(self) -> list[str]:
+        """Return the quantization and the KV cache's dtype in words, where they were asked for."""
+        form, kv = self.config.quantization, self.config.kv_dtype
+        found = [f"quantized to {form}"] if form else []
+        return found if kv == "auto" else [*found, f"KV cache in {kv}"]
+
 
 def is_known(name: str) -> bool:
     """Return whether this is the name of a well-known model, whose config comes with getp."""

@@ -61,15 +61,14 @@ def write_plot(plan: Plan, path: str) -> None:
 
 
 def _title(plan: Plan) -> str:
-    work, config = plan.work, plan.model.config
+    work = plan.work
     words = [
         f"{plan.model.name}: {work.phase}",
         f"batch {work.batch:,}",
         f"query {work.query:,}",
         f"context {work.context:,}",
-        work.dtype + _formats(config),
-        *([f"quantized to {config.quantization}"] if config.quantization else []),
-        *([] if config.kv_dtype == "auto" else [f"KV cache in {config.kv_dtype}"]),
+        work.dtype + _formats(plan.model.config),
+        *plan.model.changes,
     ]
     if work.tensor_parallel > 1:
         words.append(f"split over {work.tensor_parallel} GPUs (figures per GPU)")
