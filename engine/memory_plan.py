@@ -3,6 +3,7 @@
 Available memory respects the limits of a container (cgroup) and of a shell (ulimit).
 """
 
+import contextlib
 import os
 import resource
 from dataclasses import dataclass, replace
@@ -354,9 +355,10 @@ def _cgroup_available(root: Path = Path("/")) -> list[int]:
         ):
             try:
                 left = int((folder / limit).read_text()) - int((folder / used).read_text())
-                fields = (folder / "memory.stat").read_text().split()
             except (OSError, ValueError):  # no such file, or "max"
                 continue
-            dropped = int(fields[fields.index(cached) + 1]) if cached in fields else 0
-            found.append(max(0, left + dropped))
+            with contextlib.suppress(OSError, ValueError):
+                fields = (folder / "memory.stat").read_text().split()
+                left += int(fields[fields.index(cached) + 1])
+            found.append(max(0, left))
     return found

@@ -357,3 +357,5 @@ def test_memory_that_a_cgroup_leaves_includes_cached_files(
     (group / "step" / limit).write_text("max\n")
     (group / "step" / used).write_text("650\n")
     assert memory._cgroup_available(tmp_path) == [800]
+    (group / "memory.stat").unlink()
+    assert memory._cgroup_available(tmp_path) == [300]
