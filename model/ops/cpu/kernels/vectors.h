@@ -58,6 +58,10 @@ INLINE vec_f32 load_bf16(const bf16* from) {
 #endif
 }
 
+// The low and the high halves of pairs of bf16
+INLINE vec_f32 low_bf16(vec_i32 pairs) { return (vec_f32)(pairs << 16); }
+INLINE vec_f32 high_bf16(vec_i32 pairs) { return (vec_f32)(pairs & (int32_t)0xffff0000); }
+
 INLINE float to_float(bf16 value) {
   uint32_t bits = (uint32_t)value << 16;
   float result;
@@ -72,16 +76,20 @@ INLINE bf16 to_bf16(float value) {
   return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest, ties to even
 }
 
-INLINE void store_bf16(bf16* to, vec_f32 value) {
-#if BF16_DOT
-  *(vec_i16_unaligned*)to = (vec_i16)_mm512_cvtneps_pbh((__m512)value);
-#else
+// Bf16 in the high halves: rounds to nearest, ties to even. The low halves are undefined.
+INLINE vec_i32 round_to_bf16(vec_f32 value) {
   const vec_i32 bits = (vec_i32)value;
   const vec_i32 even = bits + 0x7fff + ((bits >> 16) & 1);
   const vec_i32 quiet = bits | 0x400000;
   const vec_i32 is_nan = (bits & 0x7fffffff) > 0x7f800000;
-  const vec_i32 rounded = ((is_nan & quiet) | (~is_nan & even)) >> 16;
-  *(vec_i16_unaligned*)to = __builtin_convertvector(rounded, vec_i16);
+  return (is_nan & quiet) | (~is_nan & even);
+}
+
+INLINE void store_bf16(bf16* to, vec_f32 value) {
+#if BF16_DOT
+  *(vec_i16_unaligned*)to = (vec_i16)_mm512_cvtneps_pbh((__m512)value);
+#else
+  *(vec_i16_unaligned*)to = __builtin_convertvector(round_to_bf16(value) >> 16, vec_i16);
 #endif
 }
 
@@ -125,9 +133,8 @@ INLINE vec_f32 dot_bf16(vec_f32 acc, vec_i32 a, vec_i32 b) {
 #if BF16_DOT
   return (vec_f32)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
 #else
-  const int32_t high = (int32_t)0xffff0000;
-  acc += (vec_f32)(a << 16) * (vec_f32)(b << 16);
-  acc += (vec_f32)(a & high) * (vec_f32)(b & high);
+  acc += low_bf16(a) * low_bf16(b);
+  acc += high_bf16(a) * high_bf16(b);
   return acc;
 #endif
 }

@@ -21,18 +21,24 @@ INLINE RowTotal first_total(const AttentionInput& input, int64_t head) {
 }
 
 // Divides a row's output [head_dim] by the sum of its weights.
-// has_order: values were not interleaved in another order.
+// has_order: values were not interleaved in another order; only with BF16_DOT.
 INLINE void finish_row(const RowTotal& total, const float* output, int64_t head_dim,
                        [[maybe_unused]] bool has_order, bf16* out) {
   const float factor = total.sum > 0 ? 1 / total.sum : 0;
+#if BF16_DOT
   for (int64_t d = 0; d < head_dim; d += 32) {
     vec_f32 value[VECTORS];
     for (int v = 0; v < VECTORS; v++) value[v] = load(output + d + v * LANES) * factor;
-#if BF16_DOT
     if (!has_order) restore_order(value[0], value[1]);
-#endif
     for (int v = 0; v < VECTORS; v++) store_bf16(out + d + v * LANES, value[v]);
   }
+#else
+  for (int64_t d = 0; d < head_dim; d += 2 * LANES) {
+    const vec_u32 even = (vec_u32)round_to_bf16(load(output + d) * factor);
+    const vec_i32 odd = round_to_bf16(load(output + d + LANES) * factor);
+    store_i32(out + d, (vec_i32)(even >> 16) | (odd & (int32_t)0xffff0000));
+  }
+#endif
 }
 
 class ItemPass {
@@ -107,13 +113,13 @@ class ItemPass {
   const int64_t head_dim, row_count;
   const ScoreScale scale;
   // Rows of each KV head, in memory of the thread. Tiles of queries and output reach beyond them.
-  Query* queries;                        // [KV heads, rows, head_dim]
+  Operand* queries;                        // [KV heads, rows, head_dim]
   float *output, *total_output;          // likewise; of this chunk and of those before it
   RunningSoftmax* softmax;               // of this chunk
   RowTotal* totals;                      // of the chunks before it
   int64_t *first_visible, *visible_end;  // positions; alike for all KV heads
-  alignas(64) Key keys[SPAN * MAX_HEAD_DIM];
-  alignas(64) Key values[SPAN * MAX_HEAD_DIM];
+  alignas(64) bf16 keys[SPAN * MAX_HEAD_DIM];
+  alignas(64) Operand values[SPAN * MAX_HEAD_DIM];
   alignas(64) bf16 unpacked_keys[SPAN * MAX_HEAD_DIM], unpacked_values[SPAN * MAX_HEAD_DIM];
   SpanScales scales;  // of what was unpacked
 
@@ -155,20 +161,30 @@ class ItemPass {
         stored_keys[i] = input.keys + offsets[i < count ? i : 0] + head;
         stored_values[i] = stored_keys[i] + input.value_offset;
       }
+      NextSpan next;
+#if !BF16_DOT
+      next.value_bytes = value_bytes / head_dim;
+      for (int64_t i = 0; i < SPAN; i++) {
+        next.keys[i] = i < next_count ? input.keys + next_offsets[i] + head : stored_keys[0];
+        next.values[i] = next.keys[i] + input.value_offset;
+      }
+#endif
       for (int64_t g = 0; g < SPAN / KEYS; g++) {
+#if BF16_DOT
         for (int64_t i = g * KEYS; i < std::min(next_count, (g + 1) * KEYS); i++)
           for (int64_t d = head; d < head + value_bytes; d += 64) {
             __builtin_prefetch(input.keys + next_offsets[i] + d, 0, 2);
             __builtin_prefetch(input.keys + input.value_offset + next_offsets[i] + d, 0, 2);
           }
+#endif
         if (g >= groups) continue;
         load_keys(stored_keys, g * KEYS);
       }
       // Not for a single pass over the values.
       const bool prepares = use_amx() || last - first > block_rows();
-      const Key* prepared = load_values(stored_values, count, prepares, value_rows);
+      const Operand* prepared = load_values(stored_values, count, prepares, next, value_rows);
       const int64_t tile_rows = std::min<int64_t>(16, last - first);
-      attend_rows({h, first, last, tile_rows, unit.at, count, prepared, value_rows});
+      attend_rows({h, first, last, tile_rows, unit.at, count, prepared, value_rows, &next});
     }
   }
 
@@ -177,7 +193,7 @@ class ItemPass {
 
   // Transposes a group of keys from position `first` of the span on.
   void load_keys(const uint8_t* const* stored, int64_t first) {
-    Key* to = keys + first * head_dim;
+    bf16* to = keys + first * head_dim;
 #if BF16_DOT
     if (converts_int8()) {
       for (int64_t i = first; i < first + KEYS; i++)
@@ -191,8 +207,8 @@ class ItemPass {
   }
 
   // Values of a span → prepared if they must be, or else null and `rows`
-  const Key* load_values(const uint8_t* const* stored, int64_t count, bool prepares,
-                         const bf16** rows) {
+  const Operand* load_values(const uint8_t* const* stored, int64_t count, bool prepares,
+                             [[maybe_unused]] const NextSpan& next, const bf16** rows) {
     std::fill(scales.values + count, scales.values + SPAN, 0.0f);
 #if BF16_DOT
     if (converts_int8()) {
@@ -204,7 +220,11 @@ class ItemPass {
     unpack(stored, 0, count, unpacked_values, rows, scales.values);
     if (count % 2) rows[count] = rows[0];  // with a weight of 0
     if (!prepares) return nullptr;
+#if BF16_DOT
     prepare_values(rows, count, head_dim, values);
+#else
+    prepare_values(rows, count, head_dim, next, values);
+#endif
     return values;
   }
 
@@ -225,8 +245,9 @@ class ItemPass {
   // Rows [first, last) of a KV head, and the `count` positions from `at` on that they attend to.
   struct RowSpan {
     int64_t head, first, last, tile_rows, at, count;
-    const Key* prepared;  // values, or null
+    const Operand* prepared;  // values, or null
     const bf16* const* value_rows;
+    const NextSpan* next;
   };
 
   void attend_rows(const RowSpan& span) {
@@ -239,12 +260,14 @@ class ItemPass {
     for (int64_t row = span.first; row < span.last; row += block_rows()) {
       const int64_t rows = std::min(block_rows(), span.last - row);
       const int64_t i = (span.head * item.rows + row) * head_dim;
-      score(queries + i, keys, rows, groups, head_dim, scores);
+      const NextSpan* next = row == span.first ? span.next : nullptr;
+      score(queries + i, keys, rows, groups, head_dim, next, scores);
       compute_weights(span, row, rows, scores, weights, [](int64_t) {});
 #if BF16_DOT
       mix_pairs(weights, span.prepared, span.value_rows, rows, span.count, head_dim, output + i);
 #else
-      mix_values(scores, span.prepared, span.value_rows, rows, span.count, head_dim, output + i);
+      mix_values(scores, span.prepared, span.value_rows, rows, span.count, head_dim, next,
+                 output + i);
 #endif
     }
   }

@@ -15,6 +15,13 @@ constexpr int64_t MAX_HEAD_DIM = 576;
 // in the first-level cache.
 INLINE int64_t block_rows() { return use_amx() ? BLOCK_ROWS : 12; }
 
+// Where the next span's keys and values are. They are prefetched while a span is computed, evenly:
+// processors drop prefetches that come faster than memory answers.
+struct NextSpan {
+  const uint8_t *keys[SPAN], *values[SPAN];
+  int64_t value_bytes;  // of each value of a vector
+};
+
 // Calls `f` with the first row and the number of rows, a compile-time constant, of each of the
 // fewest parts of up to MAX rows, which are about equal.
 template <int MAX, typename F>
@@ -53,26 +60,13 @@ INLINE void transpose_fours(Register (&r)[COUNT]) {
 #undef INTRINSIC
 #endif
 
-// Queries and keys stay bf16 where there is a fast product of bf16 pairs, and become float32
-// elsewhere: keys once for all rows of a span. Transposed keys are [head_dim / 2, KEYS, 2] as bf16
-// and [head_dim, KEYS] as float32.
+// Queries and prepared values stay bf16 where there is a fast product of bf16 pairs, and become
+// float32 elsewhere.
 #if BF16_DOT
-using Query = bf16;
-using Key = bf16;
+using Operand = bf16;
 #else
-using Query = float;
-using Key = float;
+using Operand = float;
 #endif
-
-// Stores transposed keys: LANES keys' pairs of values in two dimensions.
-INLINE void store_pairs(vec_i32 pairs, Key* to) {
-#if BF16_DOT
-  store_i32(to, pairs);
-#else
-  store(to, (vec_f32)(pairs << 16));
-  store(to + KEYS, (vec_f32)(pairs & (int32_t)0xffff0000));
-#endif
-}
 
 #if VECTOR_BITS == 512
 // 16 bytes of 16 rows, for `transpose_fours`. Loads, of which there can be more at a time, save half
@@ -89,14 +83,14 @@ INLINE void load_fours(__m512i (&r)[4], F address) {
 }
 #endif
 
-// Keys of 16 positions [KEYS, head_dim] → transposed
-INLINE void transpose_keys(const bf16* const* rows, int64_t head_dim, Key* to) {
+// Keys of 16 positions [KEYS, head_dim] → transposed [head_dim / 2, KEYS, 2]
+INLINE void transpose_keys(const bf16* const* rows, int64_t head_dim, bf16* to) {
 #if VECTOR_BITS == 512
   for (int64_t d = 0; d < head_dim; d += 8) {
     __m512i r[4];
     load_fours(r, [&](int row) { return rows[row] + d; });
     transpose_fours(r);
-    for (int i = 0; i < 4; i++) store_pairs((vec_i32)r[i], to + (d + 2 * i) * KEYS);
+    for (int i = 0; i < 4; i++) store_i32(to + (d + 2 * i) * KEYS, (vec_i32)r[i]);
   }
 #elif VECTOR_BITS == 256
   for (int64_t d = 0; d < head_dim; d += 16)
@@ -105,14 +99,14 @@ INLINE void transpose_keys(const bf16* const* rows, int64_t head_dim, Key* to) {
       for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_si256((const __m256i*)(rows[part + i] + d));
       transpose_fours(r);
       for (int i = 0; i < 4; i++) {
-        Key* out = to + (d + 2 * i) * KEYS + part;
-        store_pairs((vec_i32)_mm256_permute2x128_si256(r[i], r[i + 4], 0x20), out);
-        store_pairs((vec_i32)_mm256_permute2x128_si256(r[i], r[i + 4], 0x31), out + 8 * KEYS);
+        bf16* out = to + (d + 2 * i) * KEYS + 2 * part;
+        store_i32(out, (vec_i32)_mm256_permute2x128_si256(r[i], r[i + 4], 0x20));
+        store_i32(out + 8 * KEYS, (vec_i32)_mm256_permute2x128_si256(r[i], r[i + 4], 0x31));
       }
     }
 #else
   for (int i = 0; i < KEYS; i++)
-    for (int64_t k = 0; k < head_dim; k++) to[k * KEYS + i] = to_float(rows[i][k]);
+    for (int64_t k = 0; k < head_dim; k++) to[(k / 2 * KEYS + i) * 2 + k % 2] = rows[i][k];
 #endif
 }
 
@@ -136,7 +130,7 @@ INLINE void transpose_int8_keys(const uint8_t* const* rows, int64_t head_dim, bf
 }
 #endif
 
-INLINE void load_queries(const bf16* from, int64_t count, Query* to) {
+INLINE void load_queries(const bf16* from, int64_t count, Operand* to) {
 #if BF16_DOT
   memcpy(to, from, (size_t)count * 2);
 #else
@@ -149,7 +143,7 @@ INLINE void load_queries(const bf16* from, int64_t count, Query* to) {
 // COUNT queries times GROUPS groups of 16 transposed keys. Each score is added up in the order of the
 // dimensions, whatever the other rows and groups.
 template <int COUNT, int GROUPS>
-INLINE void score_rows(const Query* query, const Key* keys, int64_t head_dim, float* scores) {
+INLINE void score_rows(const Operand* query, const bf16* keys, int64_t head_dim, float* scores) {
   vec_f32 acc[COUNT][GROUPS] = {};
   for (int64_t k = 0; k < head_dim; k += 2) {
     vec_i32 pairs[GROUPS];
@@ -170,22 +164,39 @@ INLINE void score_rows(const Query* query, const Key* keys, int64_t head_dim, fl
 
 #else
 
-// The same for one group.
-template <int COUNT, int GROUPS>
-INLINE void score_rows(const Query* query, const Key* keys, int64_t head_dim, float* scores) {
-  static_assert(GROUPS == 1);
+// The same for one group. PREFETCHES: the KEYS vectors of `next_keys`, meanwhile.
+template <int COUNT, bool PREFETCHES>
+INLINE void score_rows(const Operand* query, const bf16* keys, int64_t head_dim,
+                       const uint8_t* const* next_keys, int64_t value_bytes, float* scores) {
   constexpr int PARTS = KEYS / LANES;
   vec_f32 acc[COUNT][PARTS] = {};
-  for (int64_t k = 0; k < head_dim; k++) {
-    vec_f32 key[PARTS];
-#pragma GCC unroll 4
-    for (int p = 0; p < PARTS; p++) key[p] = load(keys + k * KEYS + p * LANES);
+  const auto multiply = [&](int64_t k, const vec_f32(&key)[PARTS]) {
 #pragma GCC unroll 12
     for (int r = 0; r < COUNT; r++) {
       const vec_f32 value = broadcast(query[r * head_dim + k]);
 #pragma GCC unroll 4
       for (int p = 0; p < PARTS; p++) acc[r][p] += value * key[p];
     }
+  };
+  const auto multiply_pairs = [&](int64_t k) {
+    vec_f32 even[PARTS], odd[PARTS];
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; p++) {
+      const vec_i32 pairs = load_i32(keys + k * KEYS + 2 * p * LANES);
+      even[p] = low_bf16(pairs), odd[p] = high_bf16(pairs);
+    }
+    multiply(k, even);
+    multiply(k + 1, odd);
+  };
+  if (PREFETCHES) {
+    // A cache line of 32 values with every two dimensions: KEYS vectors with all of them.
+    for (int64_t i = 0, k = 0; i < KEYS; i++)
+      for (int64_t at = 0; at < head_dim; at += 32, k += 2) {
+        __builtin_prefetch(next_keys[i] + at * value_bytes, 0, 2);
+        multiply_pairs(k);
+      }
+  } else {
+    for (int64_t k = 0; k < head_dim; k += 2) multiply_pairs(k);
   }
   for (int r = 0; r < COUNT; r++)
     for (int p = 0; p < PARTS; p++) store(scores + r * SPAN + p * LANES, acc[r][p]);
@@ -194,8 +205,10 @@ INLINE void score_rows(const Query* query, const Key* keys, int64_t head_dim, fl
 #endif
 
 // query [rows, head_dim] times `groups` groups of 16 transposed keys → scores [rows, SPAN]
-INLINE void score(const Query* query, const Key* keys, int64_t rows, int64_t groups,
-                  int64_t head_dim, float* scores) {
+// next: what to prefetch, or null. Not inlined: the compiler would have too few registers for it.
+__attribute__((noinline)) static void score(const Operand* query, const bf16* keys, int64_t rows,
+                                            int64_t groups, int64_t head_dim,
+                                            [[maybe_unused]] const NextSpan* next, float* scores) {
 #if BF16_DOT
   // The sums of six rows with a span, or with a group of its keys, stay in registers.
   if (groups == SPAN / KEYS)
@@ -203,16 +216,27 @@ INLINE void score(const Query* query, const Key* keys, int64_t rows, int64_t gro
       score_rows<count.value, SPAN / KEYS>(query + first * head_dim, keys, head_dim,
                                            scores + first * SPAN);
     });
-  constexpr int SCORED_ROWS = 6;
-#else
-  // Whose scores stay in registers.
-  constexpr int SCORED_ROWS = VECTOR_BITS == 512 ? 12 : VECTOR_BITS == 256 ? 6 : 3;
-#endif
   for (int64_t g = 0; g < groups; g++)
-    for_row_parts<SCORED_ROWS>(rows, [&](int64_t first, auto count) {
+    for_row_parts<6>(rows, [&](int64_t first, auto count) {
       score_rows<count.value, 1>(query + first * head_dim, keys + g * KEYS * head_dim, head_dim,
                                  scores + first * SPAN + g * KEYS);
     });
+#else
+  // Whose scores stay in registers, next to the keys.
+  constexpr int SCORED_ROWS = VECTOR_BITS == 512 ? 12 : VECTOR_BITS == 256 ? 4 : 2;
+  for (int64_t g = 0; g < groups; g++)
+    for_row_parts<SCORED_ROWS>(rows, [&](int64_t first, auto count) {
+      const auto score_part = [&](auto prefetches, const uint8_t* const* next_keys, int64_t bytes) {
+        score_rows<count.value, prefetches.value>(query + first * head_dim,
+                                                  keys + g * KEYS * head_dim, head_dim, next_keys,
+                                                  bytes, scores + first * SPAN + g * KEYS);
+      };
+      if (next && first == 0)
+        score_part(std::true_type(), next->keys + g * KEYS, next->value_bytes);
+      else
+        score_part(std::false_type(), nullptr, 0);
+    });
+#endif
 }
 
 }  // namespace

@@ -230,10 +230,17 @@ INLINE void mix_pairs(const bf16* weights, const bf16* values, const bf16* const
 
 #else
 
-// Values of `count` positions [count, head_dim] as float32.
-INLINE void prepare_values(const bf16* const* rows, int64_t count, int64_t head_dim, float* to) {
+// Values of `count` positions [count, head_dim] as float32, in the order of outputs: of each two
+// vectors the even dimensions, then the odd ones. Prefetches those of `next`.
+INLINE void prepare_values(const bf16* const* rows, int64_t count, int64_t head_dim,
+                           const NextSpan& next, float* to) {
   for (int64_t i = 0; i < count; i++, to += head_dim)
-    for (int64_t d = 0; d < head_dim; d += LANES) store(to + d, load_bf16(rows[i] + d));
+    for (int64_t d = 0; d < head_dim; d += 2 * LANES) {
+      if (d % 32 == 0) __builtin_prefetch(next.values[i] + d * next.value_bytes, 0, 2);
+      const vec_i32 pairs = load_i32(rows[i] + d);
+      store(to + d, low_bf16(pairs));
+      store(to + d + LANES, high_bf16(pairs));
+    }
 }
 
 // output [COUNT, 2 vectors] += weights [COUNT, SPAN] times values of `count` positions, which
@@ -258,25 +265,43 @@ INLINE void add_weighted_values(const float* weights, int64_t count, int64_t hea
     for (int p = 0; p < 2; p++) store(output + r * head_dim + p * LANES, acc[r][p]);
 }
 
-// output [rows, head_dim] += weights [rows, SPAN] times values of `count` positions: converted ones,
-// or, if that is null, those of `value_rows`, which are then converted for every few rows anew.
-INLINE void mix_values(const float* weights, const float* values, const bf16* const* value_rows,
-                       int64_t rows, int64_t count, int64_t head_dim, float* output) {
-  for (int64_t part = 0; part < head_dim; part += 2 * LANES)
-    for_row_parts<MIXED_ROWS>(rows, [&](int64_t first, auto constant) {
+// output [rows, head_dim] += weights [rows, SPAN] times values of `count` positions: prepared ones,
+// or, if that is null, those of `value_rows`, which are then converted for every few rows anew while
+// the values of `next`, if that is not null, are prefetched. Not inlined: see `score`.
+__attribute__((noinline)) static void mix_values(const float* weights, const float* values,
+                                                 const bf16* const* value_rows, int64_t rows,
+                                                 int64_t count, int64_t head_dim,
+                                                 const NextSpan* next, float* output) {
+  constexpr int64_t PART = 2 * LANES;                              // dimensions
+  constexpr int64_t LINE_PARTS = std::max<int64_t>(1, 32 / PART);  // of a cache line
+  for_row_parts<MIXED_ROWS>(rows, [&](int64_t first, auto constant) {
+    for (int64_t part = 0; part < head_dim; part += PART) {
       const auto add = [&](auto load_value) {
         add_weighted_values<constant.value>(weights + first * SPAN, count, head_dim,
                                             output + first * head_dim + part, load_value);
       };
-      if (values)
+      const auto load_pairs = [&](int64_t i, vec_f32(&value)[2]) {
+        const vec_i32 pairs = load_i32(value_rows[i] + part);
+        value[0] = low_bf16(pairs), value[1] = high_bf16(pairs);
+      };
+      if (values) {
         add([&](int64_t i, vec_f32(&value)[2]) {
           for (int p = 0; p < 2; p++) value[p] = load(values + i * head_dim + part + p * LANES);
         });
-      else
+      } else if (next && first == 0) {
+        // With each part of a cache line, the next lines of an equal part of the positions.
+        const uint8_t* const* next_values =
+            next->values + part / PART % LINE_PARTS * SPAN / LINE_PARTS;
+        const int64_t at = part / 32 * 32 * next->value_bytes;
         add([&](int64_t i, vec_f32(&value)[2]) {
-          for (int p = 0; p < 2; p++) value[p] = load_bf16(value_rows[i] + part + p * LANES);
+          __builtin_prefetch(next_values[i / LINE_PARTS] + at, 0, 2);
+          load_pairs(i, value);
         });
-    });
+      } else {
+        add(load_pairs);
+      }
+    }
+  });
 }
 
 #endif
