@@ -58,7 +58,7 @@ INLINE vec_f32 load_bf16(const bf16* from) {
 #endif
 }
 
-// The low and the high halves of pairs of bf16
+// The low and the high halves of pairs of bf16, as float32
 INLINE vec_f32 low_bf16(vec_i32 pairs) { return (vec_f32)(pairs << 16); }
 INLINE vec_f32 high_bf16(vec_i32 pairs) { return (vec_f32)(pairs & (int32_t)0xffff0000); }
 

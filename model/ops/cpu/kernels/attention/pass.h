@@ -21,7 +21,8 @@ INLINE RowTotal first_total(const AttentionInput& input, int64_t head) {
 }
 
 // Divides a row's output [head_dim] by the sum of its weights.
-// has_order: values were not interleaved in another order; only with BF16_DOT.
+// Outputs are in another order than dimensions: without BF16_DOT the even ones of each two vectors
+// are before the odd ones, with it in that of `restore_order`, unless `has_order`.
 INLINE void finish_row(const RowTotal& total, const float* output, int64_t head_dim,
                        [[maybe_unused]] bool has_order, bf16* out) {
   const float factor = total.sum > 0 ? 1 / total.sum : 0;
@@ -113,8 +114,8 @@ class ItemPass {
   const int64_t head_dim, row_count;
   const ScoreScale scale;
   // Rows of each KV head, in memory of the thread. Tiles of queries and output reach beyond them.
-  Operand* queries;                        // [KV heads, rows, head_dim]
-  float *output, *total_output;          // likewise; of this chunk and of those before it
+  Operand* queries;                      // [KV heads, rows, head_dim]
+  float *output, *total_output;          // likewise; of this chunk and before it; see finish_row
   RunningSoftmax* softmax;               // of this chunk
   RowTotal* totals;                      // of the chunks before it
   int64_t *first_visible, *visible_end;  // positions; alike for all KV heads
@@ -149,7 +150,7 @@ class ItemPass {
     const uint8_t *stored_keys[SPAN], *stored_values[SPAN];
     const bf16* value_rows[SPAN];
     const int64_t groups = (count + KEYS - 1) / KEYS;
-    const int64_t value_bytes = (input.form == KV_BF16 ? 2 : 1) * head_dim;
+    const int64_t value_bytes = input.form == KV_BF16 ? 2 : 1;
     const Member& last_member = item.members[unit.last - 1];
     int64_t first = item.members[unit.first].row;
     int64_t last = last_member.row + (last_member.last - last_member.first) * input.group();
@@ -163,22 +164,22 @@ class ItemPass {
       }
       NextSpan next;
 #if !BF16_DOT
-      next.value_bytes = value_bytes / head_dim;
+      next.value_bytes = value_bytes;
+      // Beyond its positions: a vector that has been read, so that loops need no limit.
       for (int64_t i = 0; i < SPAN; i++) {
         next.keys[i] = i < next_count ? input.keys + next_offsets[i] + head : stored_keys[0];
         next.values[i] = next.keys[i] + input.value_offset;
       }
 #endif
-      for (int64_t g = 0; g < SPAN / KEYS; g++) {
+      for (int64_t g = 0; g < (BF16_DOT ? SPAN / KEYS : groups); g++) {
 #if BF16_DOT
         for (int64_t i = g * KEYS; i < std::min(next_count, (g + 1) * KEYS); i++)
-          for (int64_t d = head; d < head + value_bytes; d += 64) {
+          for (int64_t d = head; d < head + value_bytes * head_dim; d += 64) {
             __builtin_prefetch(input.keys + next_offsets[i] + d, 0, 2);
             __builtin_prefetch(input.keys + input.value_offset + next_offsets[i] + d, 0, 2);
           }
 #endif
-        if (g >= groups) continue;
-        load_keys(stored_keys, g * KEYS);
+        if (g < groups) load_keys(stored_keys, g * KEYS);
       }
       // Not for a single pass over the values.
       const bool prepares = use_amx() || last - first > block_rows();
@@ -208,7 +209,7 @@ class ItemPass {
 
   // Values of a span → prepared if they must be, or else null and `rows`
   const Operand* load_values(const uint8_t* const* stored, int64_t count, bool prepares,
-                             [[maybe_unused]] const NextSpan& next, const bf16** rows) {
+                             const NextSpan& next, const bf16** rows) {
     std::fill(scales.values + count, scales.values + SPAN, 0.0f);
 #if BF16_DOT
     if (converts_int8()) {
@@ -220,11 +221,7 @@ class ItemPass {
     unpack(stored, 0, count, unpacked_values, rows, scales.values);
     if (count % 2) rows[count] = rows[0];  // with a weight of 0
     if (!prepares) return nullptr;
-#if BF16_DOT
-    prepare_values(rows, count, head_dim, values);
-#else
     prepare_values(rows, count, head_dim, next, values);
-#endif
     return values;
   }
 

@@ -15,11 +15,11 @@ constexpr int64_t MAX_HEAD_DIM = 576;
 // in the first-level cache.
 INLINE int64_t block_rows() { return use_amx() ? BLOCK_ROWS : 12; }
 
-// Where the next span's keys and values are. They are prefetched while a span is computed, evenly:
-// processors drop prefetches that come faster than memory answers.
+// Where the next span's keys and values are. As many of them as a span has positions are prefetched
+// while it is computed, evenly: processors drop prefetches that come faster than memory answers.
 struct NextSpan {
   const uint8_t *keys[SPAN], *values[SPAN];
-  int64_t value_bytes;  // of each value of a vector
+  int64_t value_bytes;  // of one value
 };
 
 // Calls `f` with the first row and the number of rows, a compile-time constant, of each of the
@@ -61,7 +61,7 @@ INLINE void transpose_fours(Register (&r)[COUNT]) {
 #endif
 
 // Queries and prepared values stay bf16 where there is a fast product of bf16 pairs, and become
-// float32 elsewhere.
+// float32 elsewhere; keys are always bf16.
 #if BF16_DOT
 using Operand = bf16;
 #else
@@ -189,7 +189,7 @@ INLINE void score_rows(const Operand* query, const bf16* keys, int64_t head_dim,
     multiply(k + 1, odd);
   };
   if (PREFETCHES) {
-    // A cache line of 32 values with every two dimensions: KEYS vectors with all of them.
+    // 32 values, a cache line of bf16, with every two dimensions: KEYS vectors with all of them.
     for (int64_t i = 0, k = 0; i < KEYS; i++)
       for (int64_t at = 0; at < head_dim; at += 32, k += 2) {
         __builtin_prefetch(next_keys[i] + at * value_bytes, 0, 2);
@@ -222,7 +222,7 @@ __attribute__((noinline)) static void score(const Operand* query, const bf16* ke
                                  scores + first * SPAN + g * KEYS);
     });
 #else
-  // Whose scores stay in registers, next to the keys.
+  // Rows whose scores stay in registers beside the keys.
   constexpr int SCORED_ROWS = VECTOR_BITS == 512 ? 12 : VECTOR_BITS == 256 ? 4 : 2;
   for (int64_t g = 0; g < groups; g++)
     for_row_parts<SCORED_ROWS>(rows, [&](int64_t first, auto count) {

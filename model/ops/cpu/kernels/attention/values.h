@@ -139,7 +139,8 @@ INLINE void interleave(__m512i even, __m512i odd, vec_i32& low, vec_i32& high) {
 
 // Values of `count` positions [count, head_dim] → [32 or 64 positions / 2, head_dim, 2], padded
 // with zeros.
-INLINE void prepare_values(const bf16* const* rows, int64_t count, int64_t head_dim, bf16* to) {
+INLINE void prepare_values(const bf16* const* rows, int64_t count, int64_t head_dim,
+                           const NextSpan&, bf16* to) {
   const __m512i zero = _mm512_setzero_si512();
   for (int64_t i = 0; i < (count + 31) / 32 * 32; i += 2, to += 2 * head_dim)
     for (int64_t d = 0; d < head_dim; d += 32) {
@@ -272,8 +273,7 @@ __attribute__((noinline)) static void mix_values(const float* weights, const flo
                                                  const bf16* const* value_rows, int64_t rows,
                                                  int64_t count, int64_t head_dim,
                                                  const NextSpan* next, float* output) {
-  constexpr int64_t PART = 2 * LANES;                              // dimensions
-  constexpr int64_t LINE_PARTS = std::max<int64_t>(1, 32 / PART);  // of a cache line
+  constexpr int64_t PART = 2 * LANES;  // dimensions
   for_row_parts<MIXED_ROWS>(rows, [&](int64_t first, auto constant) {
     for (int64_t part = 0; part < head_dim; part += PART) {
       const auto add = [&](auto load_value) {
@@ -289,12 +289,11 @@ __attribute__((noinline)) static void mix_values(const float* weights, const flo
           for (int p = 0; p < 2; p++) value[p] = load(values + i * head_dim + part + p * LANES);
         });
       } else if (next && first == 0) {
-        // With each part of a cache line, the next lines of an equal part of the positions.
-        const uint8_t* const* next_values =
-            next->values + part / PART % LINE_PARTS * SPAN / LINE_PARTS;
-        const int64_t at = part / 32 * 32 * next->value_bytes;
+        // Each part of 32 dimensions prefetches all of them, of as large a part of the positions.
+        const uint8_t* const* next_values = next->values + part % 32 * SPAN / 32;
+        const int64_t at = (part - part % 32) * next->value_bytes;
         add([&](int64_t i, vec_f32(&value)[2]) {
-          __builtin_prefetch(next_values[i / LINE_PARTS] + at, 0, 2);
+          __builtin_prefetch(next_values[i * PART / 32] + at, 0, 2);
           load_pairs(i, value);
         });
       } else {
