@@ -82,6 +82,7 @@ def main(
         quantize=quantize,
         prefix_cache=prefix_cache,
         dummy_weights=dummy_weights,
+        max_batch_size=1 if kind == "single" else None,  # as for a prompt on the command line
         speculation=False,  # random weights repeat themselves, which text does not
     )
     with Engine(checkpoint, config) as engine:

@@ -17,6 +17,7 @@ class EngineStats:
     cached_tokens: int = 0  # of these, found in the prefix cache
     output_tokens: int = 0
     generated_tokens: int = 0  # output tokens so far, those of unfinished requests included
+    compressed_steps: int = 0  # those that read dense weights in 12 bits: see Backend
     preemptions: int = 0
     back_offs: int = 0  # steps that ran out of memory and were rolled back
     batch_sum: int = 0  # sequences in a step, summed over steps
@@ -66,8 +67,8 @@ class EngineStats:
             }
         )
 
-    def count(self, step: Step, scheduler: Scheduler) -> None:
-        """Count a step that was launched."""
+    def count(self, step: Step, scheduler: Scheduler) -> int:
+        """Count a step that was launched, and return the number of its tokens."""
         self.steps += 1
         sequences = step.size - step.draft_tokens
         self.batch_sum += sequences
@@ -98,6 +99,7 @@ class EngineStats:
                 self.gathering_steps += 1
             elif scheduler.lacks_blocks:
                 self.kv_full_steps += 1
+        return computed
 
     def count_finished(self, completion: Completion) -> None:
         """Count a request that has finished."""

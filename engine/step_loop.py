@@ -75,7 +75,8 @@ class StepLoop:
             return done
         self._stats.model_s += time.perf_counter() - scheduled
         self.scheduler.note_success()
-        self._stats.count(step, self.scheduler)
+        tokens = self._stats.count(step, self.scheduler)
+        self._stats.compressed_steps += self._runner.backend.reads_compressed(tokens)
         self._stats.launched_steps += not self._runner.captured
         self._launched.append((step, sampled))
         done += self.read(self.lookahead)

@@ -13,8 +13,10 @@ from model.cost.devices import Device, device_of_driver
 from model.cost.measure import store_efficiency
 from model.cost.operations import operations, total
 from model.cost.roofline import matrix_seconds
-from model.cost.workload import Op, Phase, Workload
+from model.cost.workload import DTYPE_BYTES, Op, Phase, Workload
+from model.formats import DENSE
 
+_COMPRESSED_BYTES = 1.5  # of a value of weights that are compressed: see EngineStats
 _MIN_SECONDS = 1.0  # in a shorter run the start-up distorts the efficiency
 
 
@@ -68,7 +70,8 @@ def run_cost(config: ModelConfig, dtype: str, stats: EngineStats, tensor_paralle
     """Return the cost of all steps as that of one operation, as if kernels were fused.
 
     It is computed at the mean context of decoded tokens and the mean size of prefill chunks, which
-    is exact except for windows and rounding. Each step reads the weights once.
+    is exact except for windows and rounding. Each step reads the weights once, some of them dense
+    weights in 12 bits.
     """
     parts = []
     if stats.decode_tokens:
@@ -82,8 +85,10 @@ def run_cost(config: ModelConfig, dtype: str, stats: EngineStats, tensor_paralle
         parts.append(step.repeated(stats.prefill_chunks))
     run = total(parts)
     tokens = max(1, round((stats.decode_tokens + stats.prefill_tokens) / stats.steps))
-    step = total(operations(config, Workload("decode", tokens, 1, 1, dtype, tensor_parallel)))
-    weights = step.bytes.weights * stats.steps
+    ops = operations(config, Workload("decode", tokens, 1, 1, dtype, tensor_parallel))
+    weights = total(ops).bytes.weights * stats.steps
+    dense = sum(each.weights for op in ops for each in op.products if each.kind == DENSE.name)
+    weights -= round(stats.compressed_steps * dense * (DTYPE_BYTES[dtype] - _COMPRESSED_BYTES))
     return replace(run, bytes=replace(run.bytes, weights=weights))
 
 

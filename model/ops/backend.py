@@ -80,6 +80,8 @@ class Backend(ExpertOps, RecurrentOps, SamplingOps):
     def __init__(self, device: torch.device, dtype: torch.dtype, kv_dtype: str = "auto"):
         self.device, self.dtype, self.kv_name = device, dtype, kv_dtype
         self.kv_dtype = dtype if kv_dtype == "auto" else self.stored_kv_dtype(kv_dtype)
+        # Bytes that copies of weights may take, in a form that is faster with few rows.
+        self.copy_bytes = 0
 
     def stored_kv_dtype(self, name: str) -> torch.dtype:
         """Return the dtype in memory of one of `model.config.KV_DTYPES`. Raises KvDtypeError."""
@@ -142,6 +144,17 @@ class Backend(ExpertOps, RecurrentOps, SamplingOps):
         The head's may be the embedding.
         """
         return weight
+
+    def compress(self) -> None:
+        """Make copies of all weights that will have one: see `reads_compressed`."""
+
+    def reads_compressed(self, rows: int) -> bool:
+        """Count a step, and return whether it reads 12 bits for each value of dense weights.
+
+        Steps of few rows do once copies of the weights are made: by `compress`, or little by little
+        in such steps, after so many of them that it pays. A run of large batches makes none.
+        """
+        return False
 
     def keeps_mxfp4(self, stacked: bool) -> bool:
         """Return whether a weight, or a stack of experts, stays MXFP4 in memory.

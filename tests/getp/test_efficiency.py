@@ -77,6 +77,13 @@ def test_the_cost_of_a_run_is_the_cost_of_its_steps() -> None:
     assert run_cost(LLAMA3, "bfloat16", prompts).flops == total(operations(LLAMA3, work)).flops
 
 
+def test_steps_with_compressed_weights_read_12_bits_of_a_value() -> None:
+    """But for the embedding, which every token reads a row of, and norms."""
+    every = run_cost(LLAMA3, "bfloat16", replace(DECODING, compressed_steps=DECODING.steps))
+    read = run_cost(LLAMA3, "bfloat16", DECODING).bytes.weights
+    assert every.bytes.weights == pytest.approx(0.75 * read, rel=2e-3)
+
+
 def test_utilization_is_relative_to_the_peaks_of_the_device() -> None:
     efficiency = efficiency_of(DECODING, inference_s=1.2)
     assert efficiency.bound == "memory"

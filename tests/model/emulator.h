@@ -58,6 +58,39 @@ EMULATED __m512i emulated_maskz_broadcast(uint32_t mask, __m128i a) {
   return emulated_mask_broadcast((__m512i)Ints{}, mask, a);
 }
 
+EMULATED __m512i emulated_sub_epi16(__m512i a, __m512i b) { return (__m512i)((Words)a - (Words)b); }
+
+EMULATED uint32_t emulated_cmplt_epu16(__m512i a, __m512i b) {
+  uint32_t mask = 0;
+  for (int i = 0; i < 32; i++) mask |= (uint32_t)(((Words)a)[i] < ((Words)b)[i]) << i;
+  return mask;
+}
+EMULATED uint32_t emulated_testn_epi16(__m512i a, __m512i b) {
+  uint32_t mask = 0;
+  for (int i = 0; i < 32; i++) mask |= (uint32_t)((((Words)a)[i] & ((Words)b)[i]) == 0) << i;
+  return mask;
+}
+EMULATED __m512i emulated_maskz_mov_epi16(uint32_t mask, __m512i a) {
+  Words value;
+  for (int i = 0; i < 32; i++) value[i] = mask >> i & 1 ? ((Words)a)[i] : 0;
+  return (__m512i)value;
+}
+EMULATED __m512i emulated_slli_epi16(__m512i a, unsigned count) {
+  return (__m512i)((Words)a << (int)count);
+}
+EMULATED __m512i emulated_maskz_slli_epi16(uint32_t mask, __m512i a, unsigned count) {
+  return emulated_maskz_mov_epi16(mask, emulated_slli_epi16(a, count));
+}
+EMULATED __m512i emulated_ternarylogic(__m512i a, __m512i b, __m512i c, int table) {
+  Bytes value = {};
+  for (int i = 0; i < 512; i++) {
+    const auto bit = [i](__m512i of) { return ((Bytes)of)[i / 8] >> i % 8 & 1; };
+    const int index = bit(a) << 2 | bit(b) << 1 | bit(c);
+    value[i / 8] = (uint8_t)(value[i / 8] | (table >> index & 1) << i % 8);
+  }
+  return (__m512i)value;
+}
+
 EMULATED uint32_t emulated_cmple_epu16(__m512i a, __m512i b) {
   uint32_t mask = 0;
   for (int i = 0; i < 32; i++) mask |= (uint32_t)(((Words)a)[i] <= ((Words)b)[i]) << i;
@@ -308,7 +341,10 @@ EMULATED void emulated_dpbsud(int sums, int a, int b) {
   }
 }
 
+#undef _mm512_maskz_slli_epi16
 #undef _mm512_reduce_ps
+#undef _mm512_slli_epi16
+#undef _mm512_ternarylogic_epi32
 #undef _tile_loadconfig
 #undef _tile_release
 #undef _tile_loadd
@@ -320,6 +356,7 @@ EMULATED void emulated_dpbsud(int sums, int a, int b) {
 #define _mm512_add_epi16 emulated_add_epi16
 #define _mm512_broadcast_i32x4 emulated_broadcast
 #define _mm512_cmple_epu16_mask emulated_cmple_epu16
+#define _mm512_cmplt_epu16_mask emulated_cmplt_epu16
 #define _mm512_cvtepu16_epi32 emulated_cvtepu16_epi32
 #define _mm512_cvtepu8_epi32 emulated_cvtepu8_epi32
 #define _mm512_cvtepi8_epi32 emulated_cvtepi8_epi32
@@ -330,6 +367,8 @@ EMULATED void emulated_dpbsud(int sums, int a, int b) {
 #define _mm512_dpbf16_ps emulated_dpbf16_ps
 #define _mm512_load_si512 emulated_load
 #define _mm512_loadu_si512 emulated_load
+#define _mm512_maskz_mov_epi16 emulated_maskz_mov_epi16
+#define _mm512_maskz_slli_epi16 emulated_maskz_slli_epi16
 #define _mm512_maskz_srav_epi16 emulated_maskz_srav_epi16
 #define _mm512_mask_broadcast_i32x4 emulated_mask_broadcast
 #define _mm512_maskz_broadcast_i32x4 emulated_maskz_broadcast
@@ -344,9 +383,13 @@ EMULATED void emulated_dpbsud(int sums, int a, int b) {
 #define _mm512_setzero_si512 emulated_setzero
 #define _mm512_shuffle_epi8 emulated_shuffle_epi8
 #define _mm512_scalef_ps emulated_scalef_ps
+#define _mm512_slli_epi16 emulated_slli_epi16
 #define _mm512_slli_epi32 emulated_slli_epi32
 #define _mm512_srli_epi16 emulated_srli_epi16
 #define _mm512_storeu_si512 emulated_store
+#define _mm512_sub_epi16 emulated_sub_epi16
+#define _mm512_ternarylogic_epi32 emulated_ternarylogic
+#define _mm512_testn_epi16_mask emulated_testn_epi16
 #define _mm512_unpackhi_epi16 unpacked<uint16_t, true>
 #define _mm512_unpacklo_epi16 unpacked<uint16_t, false>
 #define _mm512_unpackhi_epi32 unpacked<uint32_t, true>

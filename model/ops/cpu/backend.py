@@ -1,6 +1,7 @@
 """The operations on a CPU: native kernels for bfloat16 where they are built, else torch."""
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from model.ops.cpu import huge_pages, native
 from model.ops.cpu.adjustments import adjust_logits
 from model.ops.cpu.bindings import kernels, library
 from model.ops.cpu.onednn import OneDnnBackend
-from model.ops.cpu.packed import MXFP4, PANEL, Packed
+from model.ops.cpu.packed import COMPRESSED_ROWS, MXFP4, PANEL, Packed
 from model.ops.cpu.recorder import Recorder, leave_to_torch
 from model.ops.cpu.recurrent import CpuRecurrentOps
 from model.ops.cpu.sampling import sample, sample_by_kind, top_tokens
@@ -34,6 +35,11 @@ from model.ops.specs import (
     SamplingTables,
 )
 
+# The copies of all weights take about as long as they save in a hundred steps of few rows, and a
+# run may end after fewer, as jobs do: see Backend.reads_compressed.
+_SMALL_STEPS = 32
+_VALUES_OF_STEP = 1 << 24  # that are compressed in a step: some ten milliseconds
+
 
 class CpuBackend(CpuRecurrentOps, OneDnnBackend):
     """Native kernels for the sizes that they take; torch computes operations of other sizes.
@@ -44,6 +50,9 @@ class CpuBackend(CpuRecurrentOps, OneDnnBackend):
     def __init__(self, device: torch.device, dtype: torch.dtype, kv_dtype: str = "auto"):
         super().__init__(device, dtype, kv_dtype)
         self._has_kernels = dtype == torch.bfloat16 and library() is not None
+        self._compresses = False
+        self._to_compress: list[weakref.ref[Packed]] = []
+        self._small_steps = 0
 
     def kernels(self, processor: str) -> str:
         """As Backend.kernels; the native kernels round alike on every processor of their level."""
@@ -67,12 +76,16 @@ class CpuBackend(CpuRecurrentOps, OneDnnBackend):
 
     def pack(self, weight: Any) -> Any:
         """As Backend.pack; weights for the kernels were packed as they were filled."""
+        if isinstance(weight, Packed):
+            return self._with_copy(weight)
         if isinstance(weight, GroupedFloat) or self._packs(weight.shape):
             return weight
         return super().pack(weight)
 
     def pack_experts(self, weights: Any) -> Any:
         """As Backend.pack_experts; see `pack`."""
+        if isinstance(weights, Packed):
+            return self._with_copy(weights)
         if isinstance(weights, GroupedFloat) or self._packs(weights.shape):
             return weights
         return super().pack_experts(weights)
@@ -88,10 +101,44 @@ class CpuBackend(CpuRecurrentOps, OneDnnBackend):
         if not self._packs(tuple(weight.shape)):
             return super().pack_head(weight)
         if isinstance(weight, Packed):
-            return weight
+            return self._with_copy(weight)
         packed = Packed.empty(weight.shape)
         packed.copy_(weight)
-        return packed
+        return self._with_copy(packed)
+
+    def _with_copy(self, weight: Packed) -> Packed:
+        """Return the weight, which will have a compressed copy if there is memory for it."""
+        size = weight.compressed_bytes
+        if 0 < size <= self.copy_bytes:
+            self.copy_bytes -= size
+            self._to_compress.append(weakref.ref(weight))
+            self._compresses = True
+        return weight
+
+    def compress(self) -> None:
+        """As Backend.compress."""
+        while self._to_compress:
+            self._compress_next()
+
+    def reads_compressed(self, rows: int) -> bool:
+        """As Backend.reads_compressed."""
+        if not self._compresses or not 0 < rows <= COMPRESSED_ROWS:
+            return False
+        if not self._to_compress:
+            return True
+        self._small_steps += 1
+        values = 0
+        while self._small_steps > _SMALL_STEPS and self._to_compress and values < _VALUES_OF_STEP:
+            values += self._compress_next()
+        return False
+
+    def _compress_next(self) -> int:
+        """Make the copy of one weight, and return the number of its values."""
+        weight = self._to_compress.pop()()
+        if weight is None:
+            return 0
+        weight.compress()
+        return math.prod(weight.shape)
 
     def keeps_mxfp4(self, stacked: bool) -> bool:
         """As Backend.keeps_mxfp4: if there are kernels."""

@@ -97,6 +97,11 @@ class Kernels:
         )
 
     @property
+    def compresses(self) -> bool:
+        """Whether there are products of compressed bf16 weights: see gemm/compressed.h."""
+        return self.level == "avx512"
+
+    @property
     def form(self) -> str:
         """The instruction set and the arithmetic of linears, on which rounding depends."""
         on_x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")

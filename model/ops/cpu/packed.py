@@ -20,6 +20,9 @@ _ROWS = {"8": 0, ROTATED: 1, "16": 2}  # forms of rows; as in kernels/types.h
 _INT16_GROUP = 64  # inputs that share a scale as 16-bit integers; as in kernels/types.h
 _STORED_SCALE = 1 << 12  # float16 scales of integers are stored times this; as in gemm/int8/int8.h
 _CHUNK_VALUES = 1 << 22  # that are quantized at once
+COMPRESSED_ROWS = 8  # that are multiplied with a compressed copy, at most; as in gemm/compressed.h
+_COMPRESSED_UNIT = 192  # bytes of 4 inputs of a compressed panel; as in gemm/compressed.h
+_MOST_EXCEPTIONS = 1 / 512  # of the values of a compressed weight
 _MAX_SCALE = 250  # largest code whose product with 6, FP4's maximum, is in the range of bf16
 
 
@@ -30,6 +33,8 @@ class _Weight(ctypes.Structure):
         ("data", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("zeros", ctypes.c_void_p),
         ("bias", ctypes.c_void_p), ("outputs", ctypes.c_int64), ("inputs", ctypes.c_int64),
         ("kind", ctypes.c_int64), ("group", ctypes.c_int64), ("rows", ctypes.c_int64),
+        ("compressed", ctypes.c_void_p), ("bases", ctypes.c_void_p),
+        ("exceptions", ctypes.c_void_p), ("ends", ctypes.c_void_p),
     ]  # fmt: skip
 
 
@@ -56,6 +61,8 @@ class Packed:
         self.shape, self.kind, self.rows = shape, kind, rows
         self.inputs = shape[-1]
         self.data, self.scales, self.zeros = data, scales, zeros
+        self._compressed: tuple[torch.Tensor, ...] | None = None  # CompressedWeight in types.h
+        self._parts = 1
         self._bias: torch.Tensor | None = None
         self._structs: ctypes.Array[_Weight] | None = None
 
@@ -82,7 +89,9 @@ class Packed:
             data.select(len(stack), -1).zero_()
             if scales is not None:
                 scales.select(len(stack), -1).fill_(127)
-        return cls(tuple(shape), kind, data, scales)
+        weight = cls(tuple(shape), kind, data, scales)
+        weight._parts = parts
+        return weight
 
     @classmethod
     def empty_integers(cls, shape: Sequence[int], form: IntegerFormat, parts: int = 1) -> "Packed":
@@ -134,6 +143,48 @@ class Packed:
         """Fill all of a single weight. Raises ValueError for a scale that is out of range."""
         _Rows(self, 0, self.shape[0], 1).copy_(source)
 
+    @property
+    def compressed_bytes(self) -> int:
+        """The bytes of a compressed copy; 0 where the kernels use none."""
+        if self.kind != DENSE or not kernels.compresses:
+            return 0
+        return self.data.numel() // (4 * PANEL) * _COMPRESSED_UNIT
+
+    def compress(self) -> None:
+        """Add a compressed copy to a filled weight, unless its exponents differ too much."""
+        *panels, pairs, _, _ = self.data.shape
+        count, threads = math.prod(panels), torch.get_num_threads()
+        bases = torch.empty(count, dtype=torch.uint8)
+        ends = torch.zeros(count + 1, dtype=torch.int32)
+        kernels.choose_exponents(
+            self.data.data_ptr(), self.inputs, count, bases.data_ptr(), ends[1:].data_ptr(), threads
+        )
+        ends = ends.cumsum(0, dtype=torch.int32)
+        total = int(ends[-1])
+        if total > self.data.numel() * _MOST_EXCEPTIONS:
+            return
+        exceptions = torch.empty((total, 2), dtype=torch.int32)
+        data = empty((*panels, pairs // 2, _COMPRESSED_UNIT), torch.uint8)
+        _place(self._parts, self.shape[:-2], data)
+        kernels.compress(
+            self.data.data_ptr(), self.inputs, count, bases.data_ptr(), ends.data_ptr(),
+            data.data_ptr(), exceptions.data_ptr(), threads,
+        )  # fmt: skip
+        self._compressed = data, bases, exceptions, ends
+        for i in range(len(self._structs or ())):
+            self._refer_to_copy(i)
+
+    def _refer_to_copy(self, index: int) -> None:
+        """Write the addresses of the copy to a structure, which steps may have recorded."""
+        if self._structs is None or self._compressed is None:
+            return
+        struct, count = self._structs[index], len(self._structs)
+        data, bases, exceptions, ends = self._compressed
+        struct.bases = _address(bases, index, count)
+        struct.exceptions = exceptions.data_ptr()
+        struct.ends = ends[index * (len(bases) // count) :].data_ptr()
+        struct.compressed = _address(data, index, count)  # last: threads look at this first
+
     def random_(self, generator: torch.Generator) -> None:
         """Fill with random values of a typical magnitude."""
         if self.scales is None:
@@ -166,6 +217,8 @@ class Packed:
                 struct.outputs, struct.inputs = self.shape[-2:]
                 struct.kind, struct.group, struct.rows = self.kind, self.group, _ROWS[self.rows]
             self._structs, self._bias = structs, bias
+            for i in range(count):
+                self._refer_to_copy(i)
         return ctypes.addressof(self._structs)
 
 

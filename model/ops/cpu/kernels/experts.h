@@ -84,26 +84,26 @@ void experts(const Weight* gate_up, const Weight* down, int64_t num_experts,
   });
   divide(threads, total, chunk, [=](int64_t first_item, int64_t last_item) {
     float* scratch = thread_scratch<float>(sums_offset);
-    int64_t configuration = 0;
+    Carried carried;
     for (int64_t i = first_item; i < last_item; i++) {
       const ExpertItem item = item_list[i];
       const Rows rows = slice_rows(*gate_up, gathered, item.first, item.last - item.first);
       bf16* out_rows = inner + item.first * size;
       gated_block(gate_up[item.expert], item.panel, item.panel + 1, rows, activation, scratch,
-                  configuration, [&](int64_t r) {
+                  carried, [&](int64_t r) {
                     return out_rows + (rows.arranged ? arranged_offset(r, rows.count, size,
                                                                        item.panel * PANEL)
                                                      : r * size + item.panel * PANEL);
                   });
     }
-    release_tiles(configuration);
+    release_tiles(carried.tiles);
   });
   prepare_rows(*down, inner, inner_rows, threads);
   const int64_t parts = (panels + panels_at_once - 1) / panels_at_once;
   divide(threads, parts, 1, [=](int64_t part, int64_t last_part) {
     float* scratch = thread_scratch<float>(sums_offset + panels_at_once * tokens * PANEL);
     float* sums = scratch + sums_offset;
-    int64_t configuration = 0;
+    Carried carried;
     for (; part < last_part; part++) {
       const int64_t begin = part * panels_at_once, end = std::min(panels, begin + panels_at_once);
       memset(sums, 0, (size_t)((end - begin) * tokens * PANEL) * 4);
@@ -113,7 +113,7 @@ void experts(const Weight* gate_up, const Weight* down, int64_t num_experts,
           const Rows rows = slice_rows(*down, inner_rows, first, std::min(span, last - first));
           for (int64_t panel = begin; panel < end; panel++) {
             float* panel_sums = sums + (panel - begin) * tokens * PANEL;
-            rows_times_panels<1>(down[e], {panel}, rows, scratch, configuration, panel + 1,
+            rows_times_panels<1>(down[e], {panel}, rows, scratch, carried, panel + 1,
                                  [&](int64_t r, const vec_f32(&products)[1][VECTORS]) {
                                    const int64_t pair = sorted_pairs[first + r];
                                    float* to = panel_sums + pair / top_k * PANEL;
@@ -131,7 +131,7 @@ void experts(const Weight* gate_up, const Weight* down, int64_t num_experts,
           write_row(row, out + token * outputs + panel * PANEL, outputs - panel * PANEL);
         }
     }
-    release_tiles(configuration);
+    release_tiles(carried.tiles);
   });
 }
 

@@ -3,6 +3,7 @@
 
 #include "attention/attention.h"
 #include "experts.h"
+#include "gemm/compressed.h"
 #include "gemm/int8/pack.h"
 #include "gemm/linear.h"
 #include "gemm/pack.h"
@@ -44,6 +45,10 @@ const Function functions[] = {
     NATIVE_FUNCTION(pack_int8),
     NATIVE_FUNCTION(rotate),
     NATIVE_FUNCTION(quantize_weight),
+#if BF16_DOT
+    NATIVE_FUNCTION(choose_exponents),
+    NATIVE_FUNCTION(compress),
+#endif
 };
 
 }  // namespace

@@ -26,19 +26,19 @@ void head_linear(const Weight* weights, int64_t heads, const bf16* x, int64_t ro
   const int64_t size = items_per_piece(items, inputs, 1, std::min(rows, span), threads);
   divide(threads, items, size, [=](int64_t first_item, int64_t last_item) {
     float* scratch = thread_scratch<float>(scratch_size(*weights, span, 1));
-    int64_t configured_rows = 0;
+    Carried carried;
     for (int64_t item = first_item; item < last_item; item++) {
       const int64_t panel = item % panels, head = item / panels / spans;
       const int64_t first = item / panels % spans * span, count = std::min(span, rows - first);
       bf16* to = out + first * out_row_stride + head * out_head_stride + panel * PANEL;
       rows_times_panels<1>(weights[head], {panel},
                            slice_rows(*weights, gathered, head * rows + first, count), scratch,
-                           configured_rows, (panel + 1) % panels,
+                           carried, (panel + 1) % panels,
                            [&](int64_t r, const vec_f32(&sums)[1][VECTORS]) {
                              write_row(sums[0], to + r * out_row_stride, PANEL);
                            });
     }
-    release_tiles(configured_rows);
+    release_tiles(carried.tiles);
   });
 }
 

@@ -48,6 +48,21 @@ enum : int64_t { DENSE, MXFP4, INT8, INT4 };  // packed.py has the same numbers
 // Rows that are multiplied with INT8 and INT4 (see int8.h): ROWS_8 have 8 bits, ROTATED_8 have them
 // after a rotation that the weights also had, ROWS_16 have 16.
 enum : int64_t { ROWS_8, ROTATED_8, ROWS_16 };  // packed.py has the same numbers
+
+// A bf16 weight may have a copy in 12 bits (gemm/compressed.h): for each panel and 4 inputs, 64
+// bytes of signs and mantissas for each pair of inputs, then 64 bytes of exponents less the panel's
+// base. Values whose exponents do not fit are 0 there and in a list, with their place in the panel.
+struct Exception {
+  uint32_t place, value;  // place: in the panel as bf16
+};
+
+struct CompressedWeight {
+  const uint8_t* data;          // or null
+  const uint8_t* bases;         // [panels]
+  const Exception* exceptions;  // in the order of panels and places
+  const uint32_t* ends;         // [panels + 1]; panel p has those from ends[p] to ends[p + 1]
+};
+
 struct Weight {
   const void* data;
   const uint8_t* scales;  // or null
@@ -56,6 +71,7 @@ struct Weight {
   int64_t outputs, inputs;
   int64_t kind, group;  // group: inputs that share a scale of INT8 and INT4
   int64_t rows;         // of INT8 and INT4: the form of the rows
+  CompressedWeight compressed;
 };
 
 // The gated activation of an MLP. limit and alpha only count for CLAMPED_SWIGLU (gpt-oss).

@@ -1,36 +1,41 @@
 // Matrix multiplication in bf16 with vectors: c [count, 32] = rows [count, inputs] times a panel.
 #pragma once
 
+#include "compressed.h"
 #include "mxfp4.h"
 #include "rows.h"
 
 namespace {
 
-// c [COUNT, 32] = rows times a panel's next `inputs`, added to c if `accumulate`. Meanwhile the
-// memory at `next` is fetched into the second-level cache, `step` bytes (at most 128) with each two
-// inputs.
-template <int COUNT>
+// c [COUNT, 32] = rows times a panel's next `inputs`, added to c if `accumulate`. With each STEP
+// inputs, from k on, `step` bytes (at most 64 an input) at `next` are fetched into the second-level
+// cache, and expand(k) is called.
+template <int COUNT, int64_t STEP, typename Expand>
 INLINE void bf16_rows_times_panel(const bf16* a, int64_t stride, const bf16* panel, int64_t inputs,
-                                  const char* next, int64_t step, float* c, bool accumulate) {
+                                  const char* next, int64_t step, float* c, bool accumulate,
+                                  Expand expand) {
   vec_f32 acc[COUNT][VECTORS] = {};
   if (accumulate)
     for (int r = 0; r < COUNT; r++)
       for (int v = 0; v < VECTORS; v++) acc[r][v] = load(c + r * PANEL + v * LANES);
-  for (int64_t k = 0; k < inputs; k += 2) {
-    vec_i32 weights[VECTORS];
-#pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; v++)
-      weights[v] = keep_in_register(load_i32(panel + k * PANEL + v * 2 * LANES));
-    __builtin_prefetch(next, 0, 2);
-    __builtin_prefetch(next + 64, 0, 2);
+  for (int64_t first = 0; first < inputs; first += STEP) {
+    for (int64_t line = 0; line < STEP; line++) __builtin_prefetch(next + 64 * line, 0, 2);
     next += step;
-#pragma GCC unroll 12
-    for (int r = 0; r < COUNT; r++) {
-      int32_t pair;
-      memcpy(&pair, a + r * stride + k, 4);
-      const vec_i32 pairs = keep_in_register(pair - vec_i32{});
+    expand(first);
+#pragma GCC unroll 2
+    for (int64_t k = first; k < first + STEP; k += 2) {
+      vec_i32 weights[VECTORS];
 #pragma GCC unroll 8
-      for (int v = 0; v < VECTORS; v++) acc[r][v] = dot_bf16(acc[r][v], pairs, weights[v]);
+      for (int v = 0; v < VECTORS; v++)
+        weights[v] = keep_in_register(load_i32(panel + k * PANEL + v * 2 * LANES));
+#pragma GCC unroll 12
+      for (int r = 0; r < COUNT; r++) {
+        int32_t pair;
+        memcpy(&pair, a + r * stride + k, 4);
+        const vec_i32 pairs = keep_in_register(pair - vec_i32{});
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; v++) acc[r][v] = dot_bf16(acc[r][v], pairs, weights[v]);
+      }
     }
   }
   for (int r = 0; r < COUNT; r++)
@@ -46,8 +51,8 @@ __attribute__((noinline)) static void bf16_block_times_panel(
   const int64_t step = (2 * bytes / inputs + passes - 1) / passes;
   for (int64_t row = 0; row < count; row += pass_rows, next += step * inputs / 2) {
     with_constant<PASS_ROWS>(std::min(pass_rows, count - row), [&](auto constant) {
-      bf16_rows_times_panel<constant.value>(a + row * stride, stride, panel, inputs, next, step,
-                                            c + row * PANEL, accumulate);
+      bf16_rows_times_panel<constant.value, 2>(a + row * stride, stride, panel, inputs, next, step,
+                                               c + row * PANEL, accumulate, [](int64_t) {});
     });
   }
 }
@@ -89,5 +94,60 @@ INLINE void bf16_times_panels(const Weight& weight, const int64_t (&panels)[PANE
   for (int64_t r = 0; r < x.count; r++)
     finish_row<PANELS>(r, scratch + r * PANEL, panel_stride, bias, finish);
 }
+
+#if BF16_DOT
+// c [count, 32] of at most COMPRESSED_ROWS rows = rows times an expanded span, added to c if
+// `accumulate`. Meanwhile `ahead` is expanded to `to`, and memory at `next` is fetched.
+__attribute__((noinline)) static void compressed_block_times_panel(
+    const bf16* a, int64_t stride, int64_t count, const bf16* panel, int64_t inputs,
+    const char* next, float* c, bool accumulate, const CompressedSpan& ahead, bf16* to) {
+  const CompressedSpan span = ahead;
+  const int64_t expanded = std::min(inputs, span.inputs);
+  with_constant<COMPRESSED_ROWS>(count, [&](auto constant) {
+    constexpr int64_t STEP = CompressedSpan::STEP;
+    bf16_rows_times_panel<constant.value, STEP>(a, stride, panel, inputs, next,
+                                                STEP * COMPRESSED_INPUT_BYTES, c, accumulate,
+                                                [&](int64_t k) {
+                                                  if (k < expanded) span.expand(k, to);
+                                                });
+  });
+  span.complete(expanded, to);
+}
+
+// As bf16_times_panels, with the compressed copy of a weight, for at most COMPRESSED_ROWS rows.
+// While they are multiplied by a span of inputs, the next span is expanded, at last that of the
+// next panel. The spans are in `scratch` after the sums.
+template <int PANELS, typename Finish>
+INLINE void compressed_times_panels(const Weight& weight, const int64_t (&panels)[PANELS],
+                                    int64_t next_panel, const Rows& x,
+                                    const vec_f32 (&bias)[PANELS][VECTORS], float* scratch,
+                                    Carried& carried, Finish& finish) {
+  constexpr int64_t FETCHED = 2;  // spans after the one that is multiplied; measured
+  const int64_t inputs = weight.inputs, panel_stride = x.count * PANEL;
+  const int64_t per_panel = (inputs + EXPANDED_INPUTS - 1) / EXPANDED_INPUTS;
+  const int64_t step = ((inputs + per_panel - 1) / per_panel + 31) / 32 * 32;
+  const int64_t next_in_turn = std::min(next_panel, (weight.outputs - 1) / PANEL);
+  const auto panel_of = [&](int64_t i) {
+    return i / per_panel < PANELS ? panels[i / per_panel] : next_in_turn;
+  };
+  const auto buffer = [&](int64_t i) {
+    return (bf16*)(scratch + PANELS * panel_stride) + (i & 1) * (EXPANDED_BYTES / 4);
+  };
+  CompressedSpan span(weight, panels[0], 0, step);
+  if (carried.expanded != span.from) span.complete(0, buffer(carried.buffer));
+  for (int64_t i = 0; i < PANELS * per_panel; i++, carried.buffer++) {
+    const int64_t k = i % per_panel * step, fetched = i + FETCHED;
+    const CompressedSpan ahead(weight, panel_of(i + 1), (i + 1) % per_panel * step, step);
+    compressed_block_times_panel(
+        x.data + k, inputs, x.count, buffer(carried.buffer), span.inputs,
+        compressed_inputs(weight, panel_of(fetched), fetched % per_panel * step),
+        scratch + i / per_panel * panel_stride, k > 0, ahead, buffer(carried.buffer + 1));
+    span = ahead;
+  }
+  carried.expanded = span.from;
+  for (int64_t r = 0; r < x.count; r++)
+    finish_row<PANELS>(r, scratch + r * PANEL, panel_stride, bias, finish);
+}
+#endif
 
 }  // namespace

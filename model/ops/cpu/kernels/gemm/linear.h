@@ -80,18 +80,18 @@ INLINE void multiply(const Weight* weight, const bf16* x, int64_t rows, T* out, 
     float* scratch = thread_scratch<float>(scratch_floats + size * span * PANEL);
     T* buffer = buffered ? (T*)(scratch + scratch_floats) : nullptr;
     const Results<T> results(out, outputs, panels, span, buffer);
-    int64_t configuration = 0;
+    Carried carried;
     for (int64_t item = piece.first; item < piece.last; item++) {
       const int64_t first = item / panels * span, count = results.writable(item);
       rows_times_panels<1>(*weight, {item % panels}, slice_rows(*weight, all, first, span), scratch,
-                           configuration, next_item(piece, item, size, threads) % panels,
+                           carried, next_item(piece, item, size, threads) % panels,
                            [&](int64_t r, const vec_f32(&sums)[1][VECTORS]) {
                              vec_f32 row[VECTORS];
                              for (int v = 0; v < VECTORS; v++) row[v] = transform(sums[0][v]);
                              write_row(row, results.at(piece.first, item - piece.first, r), count);
                            });
     }
-    release_tiles(configuration);
+    release_tiles(carried.tiles);
     if (piece.commit()) results.write(piece, rows);
   });
 }
@@ -112,10 +112,10 @@ void logits(const Weight* weight, const bf16* x, int64_t rows, float scale, floa
 // of gates that this thread probably multiplies next.
 template <typename Place>
 INLINE void gated_block(const Weight& weight, int64_t panel, int64_t next_panel, const Rows& x,
-                        Activation activation, float* scratch, int64_t& configuration,
+                        Activation activation, float* scratch, Carried& carried,
                         Place place) {
   rows_times_panels<2>(weight, {panel, panel + weight.outputs / 2 / PANEL}, x, scratch,
-                       configuration, next_panel,
+                       carried, next_panel,
                        [&](int64_t r, const vec_f32(&sums)[2][VECTORS]) {
                          bf16* to = place(r);
                          for (int v = 0; v < VECTORS; v++)
@@ -139,15 +139,15 @@ void gated_linear(const Weight* weight, const bf16* x, int64_t rows, int64_t kin
     float* scratch = thread_scratch<float>(scratch_floats + size * span * PANEL);
     bf16* buffer = buffered ? (bf16*)(scratch + scratch_floats) : nullptr;
     const Results<bf16> results(out, outputs, panels, span, buffer);
-    int64_t configuration = 0;
+    Carried carried;
     for (int64_t item = piece.first; item < piece.last; item++) {
       const Rows block = slice_rows(*weight, all, item / panels * span, span);
       gated_block(*weight, item % panels, next_item(piece, item, size, threads) % panels, block,
-                  activation, scratch, configuration, [&](int64_t r) {
+                  activation, scratch, carried, [&](int64_t r) {
                     return results.at(piece.first, item - piece.first, r);
                   });
     }
-    release_tiles(configuration);
+    release_tiles(carried.tiles);
     if (piece.commit()) results.write(piece, rows);
   });
 }

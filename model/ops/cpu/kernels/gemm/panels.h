@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../scratch.h"
+#include "compressed.h"
 #include "int8/gemm.h"
 #include "rows.h"
 #if INT16_GEMM
@@ -98,7 +99,9 @@ INLINE int64_t scratch_size(const Weight& weight, int64_t rows, int64_t panels) 
 #if BF16_DOT
   if (is_int8(weight) && on_tiles(weight, rows)) return integer_tiles_scratch(weight, panels);
 #endif
-  if (!use_amx() || is_int8(weight)) return panels * rows * PANEL;
+  if (!use_amx() || is_int8(weight))
+    // With room for spans: a copy may be added while a late thread still works.
+    return panels * rows * PANEL + (BF16_DOT ? EXPANDED_BYTES / 4 : 0);
   const int64_t unpacked =
       weight.kind == MXFP4 ? std::max(weight.inputs, 4 * MXFP4_GROUP) * PANEL / 2 : 0;
   return panels * (ROW_BLOCK * PANEL + unpacked);
@@ -107,26 +110,30 @@ INLINE int64_t scratch_size(const Weight& weight, int64_t rows, int64_t panels) 
 // x [rows, inputs] times one panel, or two whose sums are used together, plus their biases; calls
 // finish(r, sums [PANELS, 32]) for each row in turn. A row's products are added up in the same
 // order whatever the number of rows: a result does not depend on the batch.
-// configuration: that of the tiles of this thread: see amx.h; 0 before the first call.
 // next_panel: the one that this thread probably multiplies next.
 template <int PANELS, typename Finish>
 INLINE void rows_times_panels(const Weight& weight, const int64_t (&panels)[PANELS], const Rows& x,
-                              float* scratch, [[maybe_unused]] int64_t& configuration,
+                              float* scratch, [[maybe_unused]] Carried& carried,
                               [[maybe_unused]] int64_t next_panel, Finish finish) {
   vec_f32 bias[PANELS][VECTORS];
   for (int p = 0; p < PANELS; p++) load_bias(weight, panels[p], bias[p]);
 #if BF16_DOT
   if (is_int8(weight) && on_tiles(weight, x.stride))
-    return integer_tiles_times_panels<PANELS>(weight, panels, x, bias, scratch, configuration,
+    return integer_tiles_times_panels<PANELS>(weight, panels, x, bias, scratch, carried.tiles,
                                               finish);
   if (use_amx() && !is_int8(weight))
-    return tiles_times_panels<PANELS>(weight, panels, x, bias, scratch, configuration, finish);
+    return tiles_times_panels<PANELS>(weight, panels, x, bias, scratch, carried.tiles, finish);
 #endif
   if (is_int8(weight))
     return int8_times_panels<PANELS>(weight, panels, x, bias, scratch, finish);
 #if INT16_GEMM
   int16_times_panels<PANELS>(weight, panels, x, bias, scratch, finish);
 #else
+#if BF16_DOT
+  if (weight.compressed.data && x.count <= COMPRESSED_ROWS)
+    return compressed_times_panels<PANELS>(weight, panels, next_panel, x, bias, scratch, carried,
+                                           finish);
+#endif
   bf16_times_panels<PANELS>(weight, panels, next_panel, x, bias, scratch, finish);
 #endif
 }

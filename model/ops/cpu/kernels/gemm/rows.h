@@ -19,6 +19,15 @@ struct Rows {
   const int32_t* corrections;  // null but for int8
 };
 
+// What a thread keeps from one call of rows_times_panels to the next, of one piece of work.
+struct Carried {
+  int64_t tiles = 0;  // the configuration of its tiles, or 0: see amx.h
+  // The data of a span that is expanded in the scratch already, and in which of the two places: see
+  // compressed_times_panels.
+  const char* expanded = nullptr;
+  int64_t buffer = 0;
+};
+
 // Whether rows are multiplied with AMX.
 INLINE bool use_amx() {
 #if BF16_DOT
