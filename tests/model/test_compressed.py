@@ -85,6 +85,25 @@ def test_experts_have_the_same_bits(backend: CpuBackend) -> None:
         assert torch.equal(found, wanted)
 
 
+def test_experts_of_few_and_of_many_rows_do_not_disturb_each_other(backend: CpuBackend) -> None:
+    """One thread computes all parts of `down`, each with both experts in turn."""
+    up, down = (torch.stack([weight_of(*shape)] * 2) for shape in ((2 * 64, 160), (160, 64)))
+    experts = experts_of(up, None, down, None)
+    compressed, plain = (packed_experts(b, experts) for b in (backend, cpu_backend(torch.bfloat16)))
+    backend.compress()
+    x, shares = rand(40, 160).bfloat16(), torch.ones(40, 1)
+    chosen = (torch.arange(40) >= 3).long().unsqueeze(1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found, wanted = (
+            backend.experts(x, chosen, shares, each, Activation()) for each in (compressed, plain)
+        )
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found, wanted)
+
+
 def test_copies_stay_within_the_memory_for_them(backend: CpuBackend) -> None:
     backend.copy_bytes = 64 * 256 * 3 // 2
     first, second = (packed_linear(backend, rand(64, 256).bfloat16()) for _ in range(2))

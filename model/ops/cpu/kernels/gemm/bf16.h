@@ -1,7 +1,6 @@
 // Matrix multiplication in bf16 with vectors: c [count, 32] = rows [count, inputs] times a panel.
 #pragma once
 
-#include "compressed.h"
 #include "mxfp4.h"
 #include "rows.h"
 
@@ -116,12 +115,12 @@ __attribute__((noinline)) static void compressed_block_times_panel(
 
 // As bf16_times_panels, with the compressed copy of a weight, for at most COMPRESSED_ROWS rows.
 // While they are multiplied by a span of inputs, the next span is expanded, at last that of the
-// next panel. The spans are in `scratch` after the sums.
+// next panel.
 template <int PANELS, typename Finish>
 INLINE void compressed_times_panels(const Weight& weight, const int64_t (&panels)[PANELS],
                                     int64_t next_panel, const Rows& x,
                                     const vec_f32 (&bias)[PANELS][VECTORS], float* scratch,
-                                    Carried& carried, Finish& finish) {
+                                    ExpandedSpans& expanded, Finish& finish) {
   constexpr int64_t FETCHED = 2;  // spans after the one that is multiplied; measured
   const int64_t inputs = weight.inputs, panel_stride = x.count * PANEL;
   const int64_t per_panel = (inputs + EXPANDED_INPUTS - 1) / EXPANDED_INPUTS;
@@ -130,21 +129,18 @@ INLINE void compressed_times_panels(const Weight& weight, const int64_t (&panels
   const auto panel_of = [&](int64_t i) {
     return i / per_panel < PANELS ? panels[i / per_panel] : next_in_turn;
   };
-  const auto buffer = [&](int64_t i) {
-    return (bf16*)(scratch + PANELS * panel_stride) + (i & 1) * (EXPANDED_BYTES / 4);
-  };
   CompressedSpan span(weight, panels[0], 0, step);
-  if (carried.expanded != span.from) span.complete(0, buffer(carried.buffer));
-  for (int64_t i = 0; i < PANELS * per_panel; i++, carried.buffer++) {
+  if (expanded.from != span.from) span.complete(0, expanded.values[expanded.index]);
+  for (int64_t i = 0; i < PANELS * per_panel; i++, expanded.index = 1 - expanded.index) {
     const int64_t k = i % per_panel * step, fetched = i + FETCHED;
     const CompressedSpan ahead(weight, panel_of(i + 1), (i + 1) % per_panel * step, step);
     compressed_block_times_panel(
-        x.data + k, inputs, x.count, buffer(carried.buffer), span.inputs,
+        x.data + k, inputs, x.count, expanded.values[expanded.index], span.inputs,
         compressed_inputs(weight, panel_of(fetched), fetched % per_panel * step),
-        scratch + i / per_panel * panel_stride, k > 0, ahead, buffer(carried.buffer + 1));
+        scratch + i / per_panel * panel_stride, k > 0, ahead, expanded.values[1 - expanded.index]);
     span = ahead;
   }
-  carried.expanded = span.from;
+  expanded.from = span.from;
   for (int64_t r = 0; r < x.count; r++)
     finish_row<PANELS>(r, scratch + r * PANEL, panel_stride, bias, finish);
 }

@@ -8,9 +8,6 @@ namespace {
 
 constexpr int COMPRESSED_ROWS = 8;        // with more, the weights as bf16 are faster
 constexpr int64_t EXPANDED_INPUTS = 128;  // of a span: two expanded ones stay in the first level
-// Of two expanded spans. They are 2 KiB apart modulo 4 KiB: a load would otherwise wait for the
-// store to the other span.
-constexpr int64_t EXPANDED_BYTES = 2 * (EXPANDED_INPUTS * PANEL * 2 + 2048);
 constexpr int64_t COMPRESSED_INPUT_BYTES = PANEL * 3 / 2;  // of a panel
 
 #if BF16_DOT
@@ -174,6 +171,14 @@ class CompressedSpan {
   uint32_t first_place;
   const Exception *exceptions, *end;
   __m512i exponents;
+};
+
+// A thread's two expanded spans: one that is multiplied, and the next one.
+struct ExpandedSpans {
+  // 2 KiB apart modulo 4 KiB: a load would otherwise wait for the store to the other span.
+  alignas(64) bf16 values[2][EXPANDED_INPUTS * PANEL + 1024];
+  const char* from = nullptr;  // the data of the span that was expanded last, and its place
+  int64_t index = 0;
 };
 #endif
 

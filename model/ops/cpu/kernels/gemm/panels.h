@@ -2,7 +2,6 @@
 #pragma once
 
 #include "../scratch.h"
-#include "compressed.h"
 #include "int8/gemm.h"
 #include "rows.h"
 #if INT16_GEMM
@@ -99,9 +98,7 @@ INLINE int64_t scratch_size(const Weight& weight, int64_t rows, int64_t panels) 
 #if BF16_DOT
   if (is_int8(weight) && on_tiles(weight, rows)) return integer_tiles_scratch(weight, panels);
 #endif
-  if (!use_amx() || is_int8(weight))
-    // With room for spans: a copy may be added while a late thread still works.
-    return panels * rows * PANEL + (BF16_DOT ? EXPANDED_BYTES / 4 : 0);
+  if (!use_amx() || is_int8(weight)) return panels * rows * PANEL;
   const int64_t unpacked =
       weight.kind == MXFP4 ? std::max(weight.inputs, 4 * MXFP4_GROUP) * PANEL / 2 : 0;
   return panels * (ROW_BLOCK * PANEL + unpacked);
@@ -131,8 +128,8 @@ INLINE void rows_times_panels(const Weight& weight, const int64_t (&panels)[PANE
 #else
 #if BF16_DOT
   if (weight.compressed.data && x.count <= COMPRESSED_ROWS)
-    return compressed_times_panels<PANELS>(weight, panels, next_panel, x, bias, scratch, carried,
-                                           finish);
+    return compressed_times_panels<PANELS>(weight, panels, next_panel, x, bias, scratch,
+                                           carried.expanded, finish);
 #endif
   bf16_times_panels<PANELS>(weight, panels, next_panel, x, bias, scratch, finish);
 #endif

@@ -1,7 +1,7 @@
 // Rows that are multiplied with a weight's panels, and the handling of the sums.
 #pragma once
 
-#include "../vectors.h"
+#include "compressed.h"
 
 namespace {
 
@@ -22,10 +22,9 @@ struct Rows {
 // What a thread keeps from one call of rows_times_panels to the next, of one piece of work.
 struct Carried {
   int64_t tiles = 0;  // the configuration of its tiles, or 0: see amx.h
-  // The data of a span that is expanded in the scratch already, and in which of the two places: see
-  // compressed_times_panels.
-  const char* expanded = nullptr;
-  int64_t buffer = 0;
+#if BF16_DOT
+  ExpandedSpans expanded;
+#endif
 };
 
 // Whether rows are multiplied with AMX.
