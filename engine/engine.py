@@ -53,7 +53,7 @@ _ONE_THREAD_HIDDEN_SIZE = 512
 # 1/64 of the batch unused on average.
 _GPU_GROUP_SIZE = 32
 _FEW_REQUESTS = 8  # with at most so many at once, copies of weights are made before the first step
-_COPY_PART = 4  # of the memory that a run leaves, one part may be taken by copies of weights
+_COPY_SHARE = 0.25  # of the memory that a run leaves, for copies of weights
 _COMPILING_S = 0.01  # longest wait for a grammar before new requests are taken
 _gpu_engines: "WeakSet[Engine]" = WeakSet()  # engines of this process that hold GPU memory
 
@@ -223,8 +223,8 @@ class Engine:
                 self.runner.set_kernels(self.kernels.choices)
             check_before_loading(plan, cost, self.settings, self.available_bytes())
             if self.tensor_parallel == 1:
-                left = self.available_bytes() - plan.total
-                self.runner.backend.copy_bytes = max(0, left) // _COPY_PART
+                left = self.available_bytes() - plan.total - (self.settings.kv_memory or 0)
+                self.runner.backend.allow_copies(int(max(0, left) * _COPY_SHARE))
             loading = time.perf_counter()
             self.runner.load(self.checkpoint, self.config.dummy_weights, self.config.adapter)
             if self.max_batch_size <= _FEW_REQUESTS:

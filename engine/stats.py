@@ -17,7 +17,7 @@ class EngineStats:
     cached_tokens: int = 0  # of these, found in the prefix cache
     output_tokens: int = 0
     generated_tokens: int = 0  # output tokens so far, those of unfinished requests included
-    compressed_steps: int = 0  # those that read dense weights in 12 bits: see Backend
+    compressed_steps: float = 0.0  # for each, the share of dense weights that it read in 12 bits
     preemptions: int = 0
     back_offs: int = 0  # steps that ran out of memory and were rolled back
     batch_sum: int = 0  # sequences in a step, summed over steps

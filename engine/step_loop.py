@@ -76,12 +76,14 @@ class StepLoop:
         self._stats.model_s += time.perf_counter() - scheduled
         self.scheduler.note_success()
         tokens = self._stats.count(step, self.scheduler)
-        self._stats.compressed_steps += self._runner.backend.reads_compressed(tokens)
         self._stats.launched_steps += not self._runner.captured
         self._launched.append((step, sampled))
         done += self.read(self.lookahead)
         if self.scheduler.speculation is not None:
             self.scheduler.speculation.measured(step, time.perf_counter() - scheduled)
+        noted = time.perf_counter()
+        self._stats.compressed_steps += self._runner.backend.note_step(tokens)
+        self._stats.model_s += time.perf_counter() - noted
         return done
 
     def _masks(self, step: Step, done: list[Completion]) -> MasksOfRows | None:

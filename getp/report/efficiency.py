@@ -87,7 +87,9 @@ def run_cost(config: ModelConfig, dtype: str, stats: EngineStats, tensor_paralle
     tokens = max(1, round((stats.decode_tokens + stats.prefill_tokens) / stats.steps))
     ops = operations(config, Workload("decode", tokens, 1, 1, dtype, tensor_parallel))
     weights = total(ops).bytes.weights * stats.steps
-    dense = sum(each.weights for op in ops for each in op.products if each.kind == DENSE.name)
+    dense: float = sum(
+        each.weights for op in ops for each in op.products if each.kind == DENSE.name
+    )
     weights -= round(stats.compressed_steps * dense * (DTYPE_BYTES[dtype] - _COMPRESSED_BYTES))
     return replace(run, bytes=replace(run.bytes, weights=weights))
 

@@ -24,7 +24,7 @@ from model.ops.specs import Activation, AttentionSpec, Experts, Linear, Norm, No
 
 _PASSES = 9
 _SIZE, _WIDER = 1024, 4  # values of a row; products with many weights have `_WIDER` times as many
-_ROWS = 1, 2, 4, 8, 16, 32, 64, 128, 512
+_ROWS = 1, 2, 4, 8, 9, 16, 32, 64, 128, 512
 _WEIGHT_BYTES = 1 << 27
 _MAX_WEIGHT_ROWS = 1 << 30  # weights times rows: with more rows, fewer weights are used
 _EXPERTS, _TOP_K = 32, 4
@@ -56,7 +56,7 @@ def measure_rates(target: torch.device) -> Rates:
     with torch.inference_mode():
         single = choose_backend(target, torch.float32)
         half = choose_backend(target, torch.bfloat16)
-        half.copy_bytes = 2 * _WEIGHT_BYTES  # as a run has where there is enough memory
+        half.allow_copies(2 * _WEIGHT_BYTES)  # as a run has where there is enough memory
         products = {"float32": _speeds(_medians(_times(_linears(single, DENSE))))}
         timed = {**_linears(half, DENSE), **_activations(half), **_host(), **_others(half)}
         caches = {"bfloat16": half}

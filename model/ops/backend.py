@@ -80,8 +80,6 @@ class Backend(ExpertOps, RecurrentOps, SamplingOps):
     def __init__(self, device: torch.device, dtype: torch.dtype, kv_dtype: str = "auto"):
         self.device, self.dtype, self.kv_name = device, dtype, kv_dtype
         self.kv_dtype = dtype if kv_dtype == "auto" else self.stored_kv_dtype(kv_dtype)
-        # Bytes that copies of weights may take, in a form that is faster with few rows.
-        self.copy_bytes = 0
 
     def stored_kv_dtype(self, name: str) -> torch.dtype:
         """Return the dtype in memory of one of `model.config.KV_DTYPES`. Raises KvDtypeError."""
@@ -145,16 +143,22 @@ class Backend(ExpertOps, RecurrentOps, SamplingOps):
         """
         return weight
 
-    def compress(self) -> None:
-        """Make copies of all weights that will have one: see `reads_compressed`."""
+    def allow_copies(self, size: int) -> None:
+        """Let weights that are packed from now on have copies of `size` bytes in all.
 
-    def reads_compressed(self, rows: int) -> bool:
-        """Count a step, and return whether it reads 12 bits for each value of dense weights.
-
-        Steps of few rows do once copies of the weights are made: by `compress`, or little by little
-        in such steps, after so many of them that it pays. A run of large batches makes none.
+        Steps of few rows read these copies, which have 12 bits for each value of a dense weight.
+        They are made by `compress`, or little by little after steps of few rows.
         """
-        return False
+
+    def compress(self) -> None:
+        """Make all copies of weights that are allowed."""
+
+    def note_step(self, rows: int) -> float:
+        """Note a step, and return the share of the dense weights that it read in 12 bits a value.
+
+        After so many steps of few rows that it pays, some of the copies are made.
+        """
+        return 0.0
 
     def keeps_mxfp4(self, stacked: bool) -> bool:
         """Return whether a weight, or a stack of experts, stays MXFP4 in memory.

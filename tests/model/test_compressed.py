@@ -20,7 +20,7 @@ def backend() -> Iterator[CpuBackend]:
     """A backend that makes copies."""
     with native_level("avx512"):
         backend = cpu_backend(torch.bfloat16)
-        backend.copy_bytes = 1 << 30
+        backend.allow_copies(1 << 30)
         yield backend
 
 
@@ -105,12 +105,13 @@ def test_experts_of_few_and_of_many_rows_do_not_disturb_each_other(backend: CpuB
 
 
 def test_copies_stay_within_the_memory_for_them(backend: CpuBackend) -> None:
-    backend.copy_bytes = 64 * 256 * 3 // 2
+    backend.allow_copies(64 * 256 * 3 // 2)
     first, second = (packed_linear(backend, rand(64, 256).bfloat16()) for _ in range(2))
     backend.compress()
     assert has_copy(first)
     assert not has_copy(second)
-    assert backend.copy_bytes == 0
+    assert backend.note_step(1) == 0.5
+    assert backend.note_step(COMPRESSED_ROWS + 1) == 0
 
 
 def test_copies_are_made_after_some_steps_of_few_rows(backend: CpuBackend) -> None:
@@ -122,10 +123,10 @@ def test_copies_are_made_after_some_steps_of_few_rows(backend: CpuBackend) -> No
     wanted = backend.linear(x, plain)
     assert torch.equal(backend.linear(x, layers[0]), wanted)  # before there is a copy
     described = layers[0].weight.described(None)
-    assert not any(backend.reads_compressed(rows) for rows in (0, COMPRESSED_ROWS + 1) * 100)
+    assert not any(backend.note_step(rows) for rows in (0, COMPRESSED_ROWS + 1) * 100)
     assert not any(map(has_copy, layers))
     steps = 0
-    while not backend.reads_compressed(1):
+    while backend.note_step(1) < 1:
         steps += 1
     assert steps > 30
     assert all(map(has_copy, layers))
@@ -140,6 +141,20 @@ def test_weights_that_are_freed_need_no_copies(backend: CpuBackend) -> None:
     kept = packed_linear(backend, rand(64, 256).bfloat16())
     backend.compress()
     assert has_copy(kept)
+
+
+def test_without_memory_for_copies_steps_go_on(
+    backend: CpuBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = packed_linear(backend, rand(64, 256).bfloat16())
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("model.ops.cpu.packed.empty", fail)
+    backend.compress()
+    assert backend.note_step(1) == 0
+    assert not has_copy(layer)
 
 
 @pytest.mark.parametrize("value", [2.0**-30, float("inf"), float("nan")])

@@ -35,10 +35,52 @@ from model.ops.specs import (
     SamplingTables,
 )
 
-# The copies of all weights take about as long as they save in a hundred steps of few rows, and a
-# run may end after fewer, as jobs do: see Backend.reads_compressed.
-_SMALL_STEPS = 32
-_VALUES_OF_STEP = 1 << 24  # that are compressed in a step: some ten milliseconds
+
+class _Copies:
+    """The compressed copies of dense weights, of `left` bytes at most."""
+
+    # All copies take about as long as they save in a hundred steps of few rows, and a run may end
+    # after fewer, as jobs do.
+    _FIRST_STEPS = 32
+    _VALUES_OF_STEP = 1 << 24  # that are compressed after a step, at least: some ten milliseconds
+
+    def __init__(self, left: int):
+        self._left, self._steps = left, 0
+        self._dense = self._copied = 0  # values
+        self._missing: list[weakref.ref[Packed]] = []
+
+    def add(self, weight: Packed) -> None:
+        """Count a weight; it will have a copy if the memory for it is left."""
+        if not weight.compressed_bytes:
+            return
+        self._dense += math.prod(weight.shape)
+        if weight.compressed_bytes <= self._left:
+            self._left -= weight.compressed_bytes
+            self._missing.append(weakref.ref(weight))
+
+    def make(self, values: float) -> None:
+        """Make copies of at least so many values, as far as there are weights without one."""
+        while self._missing and values > 0:
+            weight = self._missing.pop()()
+            if weight is None:  # freed
+                continue
+            try:
+                done = weight.compress()
+            except (MemoryError, RuntimeError):  # there is less memory than there was
+                self._missing.clear()
+                return
+            self._copied += math.prod(weight.shape) * done
+            values -= math.prod(weight.shape)
+
+    def note_step(self, rows: int) -> float:
+        """As Backend.note_step."""
+        if not self._dense or not 0 < rows <= COMPRESSED_ROWS:
+            return 0.0
+        share = self._copied / self._dense
+        self._steps += 1
+        if self._steps > self._FIRST_STEPS:
+            self.make(self._VALUES_OF_STEP)
+        return share
 
 
 class CpuBackend(CpuRecurrentOps, OneDnnBackend):
@@ -50,9 +92,7 @@ class CpuBackend(CpuRecurrentOps, OneDnnBackend):
     def __init__(self, device: torch.device, dtype: torch.dtype, kv_dtype: str = "auto"):
         super().__init__(device, dtype, kv_dtype)
         self._has_kernels = dtype == torch.bfloat16 and library() is not None
-        self._compresses = False
-        self._to_compress: list[weakref.ref[Packed]] = []
-        self._small_steps = 0
+        self._copies = _Copies(0)
 
     def kernels(self, processor: str) -> str:
         """As Backend.kernels; the native kernels round alike on every processor of their level."""
@@ -106,39 +146,22 @@ class CpuBackend(CpuRecurrentOps, OneDnnBackend):
         packed.copy_(weight)
         return self._with_copy(packed)
 
-    def _with_copy(self, weight: Packed) -> Packed:
-        """Return the weight, which will have a compressed copy if there is memory for it."""
-        size = weight.compressed_bytes
-        if 0 < size <= self.copy_bytes:
-            self.copy_bytes -= size
-            self._to_compress.append(weakref.ref(weight))
-            self._compresses = True
-        return weight
+    def allow_copies(self, size: int) -> None:
+        """As Backend.allow_copies."""
+        self._copies = _Copies(size)
 
     def compress(self) -> None:
         """As Backend.compress."""
-        while self._to_compress:
-            self._compress_next()
+        self._copies.make(math.inf)
 
-    def reads_compressed(self, rows: int) -> bool:
-        """As Backend.reads_compressed."""
-        if not self._compresses or not 0 < rows <= COMPRESSED_ROWS:
-            return False
-        if not self._to_compress:
-            return True
-        self._small_steps += 1
-        values = 0
-        while self._small_steps > _SMALL_STEPS and self._to_compress and values < _VALUES_OF_STEP:
-            values += self._compress_next()
-        return False
+    def note_step(self, rows: int) -> float:
+        """As Backend.note_step."""
+        return self._copies.note_step(rows)
 
-    def _compress_next(self) -> int:
-        """Make the copy of one weight, and return the number of its values."""
-        weight = self._to_compress.pop()()
-        if weight is None:
-            return 0
-        weight.compress()
-        return math.prod(weight.shape)
+    def _with_copy(self, weight: Packed) -> Packed:
+        """Return the weight, which will have a compressed copy if there is memory for it."""
+        self._copies.add(weight)
+        return weight
 
     def keeps_mxfp4(self, stacked: bool) -> bool:
         """As Backend.keeps_mxfp4: if there are kernels."""

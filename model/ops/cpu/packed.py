@@ -150,8 +150,11 @@ class Packed:
             return 0
         return self.data.numel() // (4 * PANEL) * _COMPRESSED_UNIT
 
-    def compress(self) -> None:
-        """Add a compressed copy to a filled weight, unless its exponents differ too much."""
+    def compress(self) -> bool:
+        """Add a compressed copy to a filled weight; False if its exponents differ too much.
+
+        Raises MemoryError and RuntimeError for lack of memory.
+        """
         *panels, pairs, _, _ = self.data.shape
         count, threads = math.prod(panels), torch.get_num_threads()
         bases = torch.empty(count, dtype=torch.uint8)
@@ -159,10 +162,10 @@ class Packed:
         kernels.choose_exponents(
             self.data.data_ptr(), self.inputs, count, bases.data_ptr(), ends[1:].data_ptr(), threads
         )
+        total = int(ends.sum(dtype=torch.int64))
+        if total > min(self.data.numel() * _MOST_EXCEPTIONS, 2**31 - 1):
+            return False
         ends = ends.cumsum(0, dtype=torch.int32)
-        total = int(ends[-1])
-        if total > self.data.numel() * _MOST_EXCEPTIONS:
-            return
         exceptions = torch.empty((total, 2), dtype=torch.int32)
         data = empty((*panels, pairs // 2, _COMPRESSED_UNIT), torch.uint8)
         _place(self._parts, self.shape[:-2], data)
@@ -173,6 +176,7 @@ class Packed:
         self._compressed = data, bases, exceptions, ends
         for i in range(len(self._structs or ())):
             self._refer_to_copy(i)
+        return True
 
     def _refer_to_copy(self, index: int) -> None:
         """Write the addresses of the copy to a structure, which steps may have recorded."""
@@ -183,7 +187,7 @@ class Packed:
         struct.bases = _address(bases, index, count)
         struct.exceptions = exceptions.data_ptr()
         struct.ends = ends[index * (len(bases) // count) :].data_ptr()
-        struct.compressed = _address(data, index, count)  # last: threads look at this first
+        struct.compressed = _address(data, index, count)
 
     def random_(self, generator: torch.Generator) -> None:
         """Fill with random values of a typical magnitude."""

@@ -7,9 +7,9 @@
 namespace {
 
 // c [COUNT, 32] = rows times a panel's next `inputs`, added to c if `accumulate`. With each STEP
-// inputs, from k on, `step` bytes (at most 64 an input) at `next` are fetched into the second-level
-// cache, and expand(k) is called.
-template <int COUNT, int64_t STEP, typename Expand>
+// inputs, from k on, `step` bytes at `next` (at most LINES cache lines) are fetched into the
+// second-level cache, and expand(k) is called.
+template <int COUNT, int64_t STEP, int64_t LINES, typename Expand>
 INLINE void bf16_rows_times_panel(const bf16* a, int64_t stride, const bf16* panel, int64_t inputs,
                                   const char* next, int64_t step, float* c, bool accumulate,
                                   Expand expand) {
@@ -18,7 +18,7 @@ INLINE void bf16_rows_times_panel(const bf16* a, int64_t stride, const bf16* pan
     for (int r = 0; r < COUNT; r++)
       for (int v = 0; v < VECTORS; v++) acc[r][v] = load(c + r * PANEL + v * LANES);
   for (int64_t first = 0; first < inputs; first += STEP) {
-    for (int64_t line = 0; line < STEP; line++) __builtin_prefetch(next + 64 * line, 0, 2);
+    for (int64_t line = 0; line < LINES; line++) __builtin_prefetch(next + 64 * line, 0, 2);
     next += step;
     expand(first);
 #pragma GCC unroll 2
@@ -50,8 +50,9 @@ __attribute__((noinline)) static void bf16_block_times_panel(
   const int64_t step = (2 * bytes / inputs + passes - 1) / passes;
   for (int64_t row = 0; row < count; row += pass_rows, next += step * inputs / 2) {
     with_constant<PASS_ROWS>(std::min(pass_rows, count - row), [&](auto constant) {
-      bf16_rows_times_panel<constant.value, 2>(a + row * stride, stride, panel, inputs, next, step,
-                                               c + row * PANEL, accumulate, [](int64_t) {});
+      bf16_rows_times_panel<constant.value, 2, 2>(a + row * stride, stride, panel, inputs, next,
+                                                  step, c + row * PANEL, accumulate,
+                                                  [](int64_t) {});
     });
   }
 }
@@ -104,11 +105,11 @@ __attribute__((noinline)) static void compressed_block_times_panel(
   const int64_t expanded = std::min(inputs, span.inputs);
   with_constant<COMPRESSED_ROWS>(count, [&](auto constant) {
     constexpr int64_t STEP = CompressedSpan::STEP;
-    bf16_rows_times_panel<constant.value, STEP>(a, stride, panel, inputs, next,
-                                                STEP * COMPRESSED_INPUT_BYTES, c, accumulate,
-                                                [&](int64_t k) {
-                                                  if (k < expanded) span.expand(k, to);
-                                                });
+    constexpr int64_t BYTES = STEP * COMPRESSED_INPUT_BYTES;
+    bf16_rows_times_panel<constant.value, STEP, BYTES / 64>(a, stride, panel, inputs, next, BYTES, c,
+                                                            accumulate, [&](int64_t k) {
+                                                              if (k < expanded) span.expand(k, to);
+                                                            });
   });
   span.complete(expanded, to);
 }

@@ -1,5 +1,5 @@
-// Compressed bf16 weights: the same values in 12 bits, if nearly all exponents of a panel are among
-// fifteen in a row. Of the values of trained and random weights, about one in 10,000 is an exception.
+// Compressed bf16 weights: the same values in 12 bits, if in each panel nearly all exponents are
+// among fifteen in a row. Of trained and random weights' values about one in 10,000 is an exception.
 #pragma once
 
 #include "../vectors.h"
@@ -13,7 +13,7 @@ constexpr int64_t COMPRESSED_INPUT_BYTES = PANEL * 3 / 2;  // of a panel
 #if BF16_DOT
 INLINE int exponent_of(bf16 value) { return value >> 7 & 255; }
 
-// The base with the most of some of the values in its window, the highest of several.
+// The base whose window holds most of a sample of the values; of several, the highest.
 INLINE int best_base(const bf16* values, int64_t size) {
   uint32_t counts[256] = {};
   for (int64_t i = 0; i < size; i += i % 64 == 63 ? 7 * 64 + 1 : 1) counts[exponent_of(values[i])]++;
@@ -67,7 +67,7 @@ INLINE __m512i swap_bytes(__m512i words) {
 }
 
 // Four inputs of a panel as bf16 → compressed ones at `to`, and exceptions at `next`. An exponent is
-// stored as 1 to 15 if it is `base` and as much, and as 0 if it is 0: of zeros and subnormal numbers.
+// stored as 1 to 15 if it is base + 1 to base + 15, and as 0 if it is 0: of zeros and subnormals.
 INLINE void compress_inputs(const bf16* values, int64_t place, int base, uint8_t* to,
                             Exception*& next) {
   __m512i codes = _mm512_setzero_si512();
@@ -160,8 +160,11 @@ class CompressedSpan {
   void complete(int64_t k, bf16* to) const {
     for (; k < inputs; k += STEP) expand(k, to);
     const uint32_t end_place = first_place + (uint32_t)(inputs * PANEL);
-    for (const Exception* each = exceptions; each < end && each->place < end_place; each++)
-      if (each->place >= first_place) to[each->place - first_place] = (bf16)each->value;
+    const Exception* each = std::lower_bound(
+        exceptions, end, first_place,
+        [](const Exception& one, uint32_t place) { return one.place < place; });
+    for (; each < end && each->place < end_place; each++)
+      to[each->place - first_place] = (bf16)each->value;
   }
 
   const char* from;
