@@ -19,13 +19,13 @@ class HostCopy:
     """Tensors of one device, which are copied to the host without blocking it."""
 
     def __init__(self, *tensors: torch.Tensor):
-        self._tensors = tensors
         self._event: torch.cuda.Event | None = None
-        if tensors[0].device.type == "cuda":
-            copies = [torch.empty_like(t, device="cpu", pin_memory=True) for t in tensors]
-            for copy, tensor in zip(copies, tensors, strict=True):
-                copy.copy_(tensor, non_blocking=True)
-            self._tensors = tuple(copies)
+        on_gpu = tensors[0].device.type == "cuda"
+        # On a CPU a copy, too: the next replayed step writes its results to the same memory.
+        self._tensors = [torch.empty_like(t, device="cpu", pin_memory=on_gpu) for t in tensors]
+        for copy, tensor in zip(self._tensors, tensors, strict=True):
+            copy.copy_(tensor, non_blocking=True)
+        if on_gpu:
             self._event = torch.cuda.Event()
             self._event.record()
 
