@@ -221,9 +221,10 @@ class Engine:
             self._set_threads()
             if self.kernels.choices:
                 self.runner.set_kernels(self.kernels.choices)
-            check_before_loading(plan, cost, self.settings, self.available_bytes())
+            available = self.available_bytes()
+            check_before_loading(plan, cost, self.settings, available)
             if self.tensor_parallel == 1:
-                left = self.available_bytes() - plan.total - (self.settings.kv_memory or 0)
+                left = available - plan.total - (self.settings.kv_memory or 0)
                 self.runner.backend.allow_copies(int(max(0, left) * _COPY_SHARE))
             loading = time.perf_counter()
             self.runner.load(self.checkpoint, self.config.dummy_weights, self.config.adapter)

@@ -174,20 +174,20 @@ class Packed:
             data.data_ptr(), exceptions.data_ptr(), threads,
         )  # fmt: skip
         self._compressed = data, bases, exceptions, ends
-        for i in range(len(self._structs or ())):
-            self._refer_to_copy(i)
+        self._refer_to_copy()
         return True
 
-    def _refer_to_copy(self, index: int) -> None:
-        """Write the addresses of the copy to a structure, which steps may have recorded."""
+    def _refer_to_copy(self) -> None:
+        """Write the addresses of the copy to the structures, which steps may have recorded."""
         if self._structs is None or self._compressed is None:
             return
-        struct, count = self._structs[index], len(self._structs)
         data, bases, exceptions, ends = self._compressed
-        struct.bases = _address(bases, index, count)
-        struct.exceptions = exceptions.data_ptr()
-        struct.ends = ends[index * (len(bases) // count) :].data_ptr()
-        struct.compressed = _address(data, index, count)
+        count = len(self._structs)
+        for i, struct in enumerate(self._structs):
+            struct.compressed = _address(data, i, count)
+            struct.bases = _address(bases, i, count)
+            struct.exceptions = exceptions.data_ptr()
+            struct.ends = ends[i * (len(bases) // count) :].data_ptr()
 
     def random_(self, generator: torch.Generator) -> None:
         """Fill with random values of a typical magnitude."""
@@ -221,8 +221,7 @@ class Packed:
                 struct.outputs, struct.inputs = self.shape[-2:]
                 struct.kind, struct.group, struct.rows = self.kind, self.group, _ROWS[self.rows]
             self._structs, self._bias = structs, bias
-            for i in range(count):
-                self._refer_to_copy(i)
+            self._refer_to_copy()
         return ctypes.addressof(self._structs)
 
 
