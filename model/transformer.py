@@ -110,8 +110,8 @@ class Transformer:
 
         The rest is as in `hidden`.
         """
-        x, delta = self.hidden(ops, batch, caches, layer_caches, states)
-        return self.logits(ops, x, delta, batch.logits_rows, out)
+        x, delta = self.hidden(ops, batch, caches, layer_caches, states, batch.logits_rows)
+        return self.logits(ops, x, delta, out=out)
 
     def hidden(
         self,
@@ -120,8 +120,12 @@ class Transformer:
         caches: "Sequence[torch.Tensor]",
         layer_caches: Sequence[tuple[int, int]],
         states: Sequence[LayerState] = (),
+        rows: "torch.Tensor | None" = None,
     ) -> "tuple[torch.Tensor, torch.Tensor | None]":
-        """The residual stream after the layers [tokens, hidden], and what is still added to it.
+        """The residual stream after the layers [rows, hidden], and what is still added to it.
+
+        rows: int64, the tokens of the batch that it is computed for, in order; None: all of them.
+        Of the last layer, the other tokens only need their keys and values.
 
         The residual stream and the logits are float32 in every compute dtype: rounding them would
         change more choices of tokens than rounding everything else does.
@@ -162,9 +166,15 @@ class Transformer:
                     query_scale,
                 )
                 x, delta = attention(ops, x, delta, rope, batch, tables)
+            inputs = None if own is None else own[:, i]
+            if layer is self.layers[-1] and rows is not None and len(rows) < len(x):
+                x, delta = ops.gather(x, rows), ops.gather(delta, rows)
+                inputs = None if inputs is None else ops.gather(inputs, rows)
+                if not len(rows):
+                    break
             x, delta = layer.mlp(ops, x, delta)
-            if layer.per_layer is not None and own is not None:
-                x, delta = layer.per_layer(ops, x, delta, own[:, i])
+            if layer.per_layer is not None and inputs is not None:
+                x, delta = layer.per_layer(ops, x, delta, inputs)
             if layer.scalar is not None:
                 x, delta = ops.scaled_sum(x, delta, layer.scalar), None
         return x, delta
@@ -174,11 +184,14 @@ class Transformer:
         ops: "Backend",
         x: "torch.Tensor",
         delta: "torch.Tensor | None",
-        rows: "torch.Tensor",
+        rows: "torch.Tensor | None" = None,
         out: "torch.Tensor | None" = None,
     ) -> "torch.Tensor":
-        """Logits float32 [rows, vocab] of these rows of `hidden`; vocab is this rank's part."""
-        if len(rows) < len(x):
+        """Logits float32 [rows, vocab] of these rows of `hidden`, or of all of them.
+
+        vocab is this rank's part.
+        """
+        if rows is not None:
             x = ops.gather(x, rows)
             delta = None if delta is None else ops.gather(delta, rows)
         with FINAL_NORM:

@@ -224,6 +224,12 @@ EMULATED float emulated_reduce_max_ps(__m512 a) {
   return most;
 }
 
+EMULATED uint32_t emulated_cmplt_ps(__m512 a, __m512 b) {
+  uint32_t mask = 0;
+  for (int i = 0; i < 16; i++) mask |= (uint32_t)(((Floats)a)[i] < ((Floats)b)[i]) << i;
+  return mask;
+}
+
 // What is left of each value when it is rounded: 0 as the last argument rounds to nearest, 1 down.
 EMULATED __m512 emulated_reduce_ps(__m512 a, int rounding) {
   if (rounding != 0 && rounding != 1) abort();
@@ -341,6 +347,7 @@ EMULATED void emulated_dpbsud(int sums, int a, int b) {
   }
 }
 
+#undef _mm512_cmplt_ps_mask
 #undef _mm512_maskz_slli_epi16
 #undef _mm512_reduce_ps
 #undef _mm512_slli_epi16
@@ -357,6 +364,7 @@ EMULATED void emulated_dpbsud(int sums, int a, int b) {
 #define _mm512_broadcast_i32x4 emulated_broadcast
 #define _mm512_cmple_epu16_mask emulated_cmple_epu16
 #define _mm512_cmplt_epu16_mask emulated_cmplt_epu16
+#define _mm512_cmplt_ps_mask emulated_cmplt_ps
 #define _mm512_cvtepu16_epi32 emulated_cvtepu16_epi32
 #define _mm512_cvtepu8_epi32 emulated_cvtepu8_epi32
 #define _mm512_cvtepi8_epi32 emulated_cvtepi8_epi32

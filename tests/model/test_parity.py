@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,16 +30,20 @@ def logits_of(
     ids: list[int],
     change: Callable[[ModelConfig], ModelConfig] = lambda c: c,
     dtype: torch.dtype = torch.float32,
+    rows: list[int] | None = None,
+    watch: Callable[[Transformer], None] = lambda _: None,
 ) -> torch.Tensor:
-    """All logits of one sequence in one chunk, with blocks in a scrambled order.
+    """Logits of one sequence in one chunk, with blocks in a scrambled order.
 
-    change: of the config that the checkpoint has.
+    change: of the config that the checkpoint has; rows: of these tokens, or of all of them; watch:
+    is called with the model before it runs.
     """
     backend = choose_backend(CPU, dtype)
     config = change(load_config(folder)).held(backend)
     model = Transformer(config)
     loader.load(model, folder, backend)
     model.prepare_rope(config.max_positions, CPU)
+    watch(model)
     count, size = len(ids), 16
     table = torch.randperm(count // size + 1, generator=torch.Generator().manual_seed(0)) + 1
     positions = torch.arange(count)
@@ -59,7 +64,7 @@ def logits_of(
                 [count],
                 0,
                 tuple(GroupTables(table[None].int(), slot_mapping) for _ in windows),
-                positions,
+                positions if rows is None else torch.tensor(rows, dtype=torch.int64),
                 torch.tensor([0, count], dtype=torch.int32),
                 torch.tensor([count], dtype=torch.int32),
                 torch.tensor([1]),
@@ -89,6 +94,28 @@ def test_logits_equal_transformers_beyond_window_and_original_context(
 ) -> None:
     ids = prompt(200)
     assert_close(logits_of(checkpoint(name), ids), peer(name).logits(ids))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_last_mlp_runs_for_the_tokens_whose_logits_are_needed(
+    name: str, checkpoint: Callable[[str], Path]
+) -> None:
+    ids, found = prompt(40), []
+
+    def watch(model: Transformer) -> None:
+        last = model.layers[-1]
+
+        def counted(ops: Any, x: torch.Tensor, delta: torch.Tensor, run: Any = last.mlp) -> Any:
+            found.append(len(x))
+            return run(ops, x, delta)
+
+        last.mlp = counted  # type: ignore[assignment]
+
+    expected = logits_of(checkpoint(name), ids)
+    assert_close(logits_of(checkpoint(name), ids, rows=[7, 39], watch=watch), expected[[7, 39]])
+    assert found == [2]
+    assert logits_of(checkpoint(name), ids, rows=[], watch=watch).shape == (0, expected.shape[1])
+    assert found == [2]
 
 
 @pytest.mark.parametrize("length", [40, 64, 65])

@@ -128,6 +128,16 @@ INLINE float reduce_max(vec_f32 value) {
 #endif
 }
 
+INLINE bool any_larger(vec_f32 value, float limit) {
+#if VECTOR_BITS == 512
+  return _mm512_cmplt_ps_mask((__m512)broadcast(limit), (__m512)value) != 0;
+#elif VECTOR_BITS == 256
+  return _mm256_movemask_ps((__m256)(value > limit)) != 0;
+#else
+  return reduce_max(value) > limit;
+#endif
+}
+
 // acc + the products of two pairs of bf16 in each lane.
 INLINE vec_f32 dot_bf16(vec_f32 acc, vec_i32 a, vec_i32 b) {
 #if BF16_DOT

@@ -73,7 +73,7 @@ __attribute__((noinline)) void softmax_rows(const SoftmaxRows& rows, int64_t cou
   for (int64_t r = 0; r < count; r++) {
     float* scores = rows.scores + r * SPAN;
     RunningSoftmax& row = rows.softmax[r];
-    vec_f32 score[VECTORS_USED], part_max = masked, sums = {};
+    vec_f32 score[VECTORS_USED], part_max, sums = {};
 #pragma GCC unroll 16
     for (int p = 0; p < VECTORS_USED; p++) {
       score[p] = load(scores + p * LANES);
@@ -85,9 +85,11 @@ __attribute__((noinline)) void softmax_rows(const SoftmaxRows& rows, int64_t cou
         const int32_t to = (int32_t)std::min(SPAN, rows.visible_end[r] - rows.at);
         score[p] = (position >= from) & (position < to) ? score[p] : masked;
       }
-      part_max = score[p] > part_max ? score[p] : part_max;
+      part_max = p && part_max > score[p] ? part_max : score[p];
     }
-    const float max = std::max(row.max, reduce_max(part_max) * scale.factor);
+    // Rarely is there a larger score; weights then need not wait until lanes are compared.
+    float max = row.max;
+    if (any_larger(part_max * scale.factor, max)) max = reduce_max(part_max) * scale.factor;
     // If nothing is visible yet, not even a sink, max is -inf, too.
     const float base = max > -INFINITY ? max : 0;
 #pragma GCC unroll 16
