@@ -2,7 +2,7 @@
 //
 // The unit defines VECTOR_BITS (512: AVX-512, 256: AVX2, 128: portable) and INT16_GEMM (whether
 // linears multiply 16-bit integers). The vector types are GCC's, each of one register: GCC keeps
-// longer ones in memory.
+// longer ones in memory, and arrays of vectors too, unless every loop over them is unrolled.
 #pragma once
 
 #include "types.h"

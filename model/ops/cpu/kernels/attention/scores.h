@@ -144,7 +144,11 @@ INLINE void load_queries(const bf16* from, int64_t count, Operand* to) {
 // dimensions, whatever the other rows and groups.
 template <int COUNT, int GROUPS>
 INLINE void score_rows(const Operand* query, const bf16* keys, int64_t head_dim, float* scores) {
-  vec_f32 acc[COUNT][GROUPS] = {};
+  vec_f32 acc[COUNT][GROUPS];
+#pragma GCC unroll 8
+  for (int r = 0; r < COUNT; r++)
+#pragma GCC unroll 4
+    for (int g = 0; g < GROUPS; g++) acc[r][g] = vec_f32{};
   for (int64_t k = 0; k < head_dim; k += 2) {
     vec_i32 pairs[GROUPS];
 #pragma GCC unroll 4
@@ -158,7 +162,9 @@ INLINE void score_rows(const Operand* query, const bf16* keys, int64_t head_dim,
       for (int g = 0; g < GROUPS; g++) acc[r][g] = dot_bf16(acc[r][g], pair - vec_i32{}, pairs[g]);
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < COUNT; r++)
+#pragma GCC unroll 4
     for (int g = 0; g < GROUPS; g++) store(scores + r * SPAN + g * LANES, acc[r][g]);
 }
 

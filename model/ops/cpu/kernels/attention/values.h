@@ -180,7 +180,9 @@ template <int COUNT, int PARTS, typename LoadPair>
 INLINE void add_weighted_pairs(const bf16* weights, int64_t pairs, int64_t head_dim, float* output,
                                LoadPair load_pair) {
   vec_f32 acc[COUNT][PARTS];
+#pragma GCC unroll 8
   for (int r = 0; r < COUNT; r++)
+#pragma GCC unroll 4
     for (int p = 0; p < PARTS; p++) acc[r][p] = load(output + r * head_dim + p * LANES);
   for (int64_t i = 0; i < pairs; i++) {
     vec_i32 value[PARTS];
@@ -194,7 +196,9 @@ INLINE void add_weighted_pairs(const bf16* weights, int64_t pairs, int64_t head_
         acc[r][p] = dot_bf16(acc[r][p], pair - vec_i32{}, keep_in_register(value[p]));
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < COUNT; r++)
+#pragma GCC unroll 4
     for (int p = 0; p < PARTS; p++) store(output + r * head_dim + p * LANES, acc[r][p]);
 }
 

@@ -13,10 +13,12 @@ template <int COUNT, int64_t STEP, int64_t LINES, typename Expand>
 INLINE void bf16_rows_times_panel(const bf16* a, int64_t stride, const bf16* panel, int64_t inputs,
                                   const char* next, int64_t step, float* c, bool accumulate,
                                   Expand expand) {
-  vec_f32 acc[COUNT][VECTORS] = {};
-  if (accumulate)
-    for (int r = 0; r < COUNT; r++)
-      for (int v = 0; v < VECTORS; v++) acc[r][v] = load(c + r * PANEL + v * LANES);
+  vec_f32 acc[COUNT][VECTORS];
+#pragma GCC unroll 12
+  for (int r = 0; r < COUNT; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; v++)
+      acc[r][v] = accumulate ? load(c + r * PANEL + v * LANES) : vec_f32{};
   for (int64_t first = 0; first < inputs; first += STEP) {
     for (int64_t line = 0; line < LINES; line++) __builtin_prefetch(next + 64 * line, 0, 2);
     next += step;
@@ -37,7 +39,9 @@ INLINE void bf16_rows_times_panel(const bf16* a, int64_t stride, const bf16* pan
       }
     }
   }
+#pragma GCC unroll 12
   for (int r = 0; r < COUNT; r++)
+#pragma GCC unroll 8
     for (int v = 0; v < VECTORS; v++) store(c + r * PANEL + v * LANES, acc[r][v]);
 }
 
