@@ -4,7 +4,8 @@ All figures are integers computed from the config alone, without torch. Conventi
 
 - `context` includes the query tokens. Attention scores cover query · context positions (the
   convention of the documents and of MFU), or only the positions that a causal mask keeps if
-  `causal` is set. A sliding window limits both.
+  `causal` is set. A sliding window limits both. With `causal`, the last MLP runs only for the rows
+  that need logits.
 - Keys and values cross the memory bus once per position: new ones when they are written, earlier
   ones when they are read. With a sliding window only positions inside it are read.
 - Unfused, each operation reads its input and writes its output (qwen2-layer-data-flow). Fused, a
@@ -15,6 +16,7 @@ All figures are integers computed from the config alone, without torch. Conventi
 """
 
 from collections import Counter
+from dataclasses import replace
 from itertools import chain
 
 from model.config import ModelConfig
@@ -80,10 +82,14 @@ def operations(config: ModelConfig, work: Workload) -> list[Op]:
     """Return the operations of the step in order. Raises ValueError for an impossible split."""
     check_tensor_parallel(config, work.tensor_parallel)
     shard = _ShardCost(config, work)
+    layers, last = list(config.layers), []
+    if work.causal and work.logits_rows < work.tokens:
+        few = _ShardCost(config, replace(work, batch=work.logits_rows, query=1))
+        last = [(layers.pop(), 1, few)]
     found: dict[str, Op] = {}
-    for layer, count in Counter(config.layers).items():
+    for layer, count, mlp in [(*each, shard) for each in Counter(layers).items()] + last:
         block = shard.recurrent_block if layer.recurrent else shard.attention_block
-        for op in chain(block(layer), shard.mlp_block(layer), shard.per_layer_block()):
+        for op in chain(block(layer), mlp.mlp_block(layer), mlp.per_layer_block()):
             one = op.repeated(count)
             found[op.name] = found[op.name].plus(one) if op.name in found else one
     ops = [shard.embedding(), *(found[name] for name in _LAYER_OPS if name in found)]

@@ -113,8 +113,8 @@ class Op:
 class Workload:
     """One step: `batch` sequences with `query` new tokens each, ending at length `context`.
 
-    causal: count only the attention pairs that a causal mask keeps. Raises ValueError for invalid
-    sizes.
+    causal: count only the attention pairs that a causal mask keeps, and the last MLP only for the
+    rows that need logits. Raises ValueError for invalid sizes.
     """
 
     phase: Phase

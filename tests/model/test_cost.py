@@ -88,6 +88,15 @@ def test_causal_attention_counts_each_pair_once(
     assert work.kv_positions(window) == batch * (context - first_read)
 
 
+@pytest.mark.parametrize(("causal", "rows"), [(True, 23 * 200 + 2), (False, 24 * 200)])
+def test_the_last_mlp_counts_the_rows_that_need_logits(causal: bool, rows: int) -> None:
+    work = Workload("prefill", 2, 100, 100, "bfloat16", causal=causal)
+    ops = {op.name: op for op in operations(named_config("qwen2-0.5b"), work)}
+    assert ops["gate_up_proj"].flops.matrix == rows * 2 * 896 * 2 * 4864
+    assert ops["gate_up_proj"].layer_count == 24
+    assert ops["o_proj"].flops.matrix == 24 * 200 * 2 * 896 * 896
+
+
 def _width_on_every_gpu(config: ModelConfig) -> int:
     """Return the outputs of a token's projections that each GPU computes whole, in all layers.
 
