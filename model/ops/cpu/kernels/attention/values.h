@@ -87,9 +87,11 @@ __attribute__((noinline)) void softmax_rows(const SoftmaxRows& rows, int64_t cou
       }
       part_max = p && part_max > score[p] ? part_max : score[p];
     }
-    // Rarely is there a larger score; weights then need not wait until lanes are compared.
+    // Rarely is there a larger score; weights then need not wait until lanes are compared. Not with
+    // a single vector, whose product GCC would use again below, rounded: not as with several.
     float max = row.max;
-    if (any_larger(part_max * scale.factor, max)) max = reduce_max(part_max) * scale.factor;
+    if (VECTORS_USED == 1 || any_larger(part_max * scale.factor, max))
+      max = std::max(max, reduce_max(part_max) * scale.factor);
     // If nothing is visible yet, not even a sink, max is -inf, too.
     const float base = max > -INFINITY ? max : 0;
 #pragma GCC unroll 16
