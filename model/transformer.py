@@ -167,7 +167,8 @@ class Transformer:
                 )
                 x, delta = attention(ops, x, delta, rope, batch, tables)
             inputs = None if own is None else own[:, i]
-            if layer is self.layers[-1] and rows is not None and len(rows) < len(x):
+            is_last = i + 1 == len(self.layers)
+            if is_last and rows is not None and len(rows) < len(x):
                 x, delta = ops.gather(x, rows), ops.gather(delta, rows)
                 inputs = None if inputs is None else ops.gather(inputs, rows)
                 if not len(rows):
