@@ -154,6 +154,7 @@ class Transformer:
         next_state = iter(states)
         for i, (layer, (group, cache)) in enumerate(zip(self.layers, layer_caches, strict=True)):
             attention = layer.attention
+            is_last = i + 1 == len(self.layers)
             if isinstance(attention, DeltaRule):
                 x, delta = attention(ops, x, delta, next(next_state), batch)
             else:
@@ -165,9 +166,11 @@ class Transformer:
                     tables.slot_mapping,
                     query_scale,
                 )
+                if is_last and rows is not None and not len(rows):
+                    attention.write(ops, x, delta, rope)
+                    return ops.gather(x, rows), None
                 x, delta = attention(ops, x, delta, rope, batch, tables)
             inputs = None if own is None else own[:, i]
-            is_last = i + 1 == len(self.layers)
             if is_last and rows is not None and len(rows) < len(x):
                 x, delta = ops.gather(x, rows), ops.gather(delta, rows)
                 inputs = None if inputs is None else ops.gather(inputs, rows)

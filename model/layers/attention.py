@@ -70,14 +70,10 @@ class Attention:
 
         Keys and values of the new tokens are written to rope.kv.
         """
-        if self.gate is None:
-            with QKV_PROJ:
-                x, query = ops.norm_qkv(x, delta, self.norm, self.qkv, rope)
-        else:
-            x, query, gate = self._gated_query(ops, x, delta, rope, self.gate)
+        x, query, gate = self._query(ops, x, delta, rope)
         with ATTENTION:
             mixed = ops.attention(query, rope.kv, batch, group, self.spec, self.sinks).flatten(1)
-            if self.gate is not None:
+            if gate is not None:
                 mixed = ops.output_gate(mixed, gate)
         with O_PROJ:
             out = ops.linear(mixed, self.out)
@@ -87,22 +83,26 @@ class Attention:
                 out = ops.rms_norm(out, self.post_norm)
         return x, ops.scale(out, self.residual_scale)
 
-    def _gated_query(
-        self,
-        ops: "Backend",
-        x: "torch.Tensor",
-        delta: "torch.Tensor | None",
-        rope: RopeArgs,
-        gate: Linear,
-    ) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
-        """As `Backend.norm_qkv`, and the output's gate from the same norm."""
+    def write(
+        self, ops: "Backend", x: "torch.Tensor", delta: "torch.Tensor | None", rope: RopeArgs
+    ) -> None:
+        """Only write the keys and values of the new tokens to rope.kv."""
+        self._query(ops, x, delta, rope)
+
+    def _query(
+        self, ops: "Backend", x: "torch.Tensor", delta: "torch.Tensor | None", rope: RopeArgs
+    ) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]":
+        """As `Backend.norm_qkv`, and the output's gate from the same norm, if there is one."""
+        if self.gate is None:
+            with QKV_PROJ:
+                return *ops.norm_qkv(x, delta, self.norm, self.qkv, rope), None
         with INPUT_NORM:
             x, normed = ops.add_rms_norm(x, delta, self.norm)
         with QKV_PROJ:
             qkv = ops.linear(normed, self.qkv).unflatten(-1, (-1, self.heads.head_dim))
-            gate_in = ops.linear(normed, gate)
+            gate = ops.linear(normed, self.gate)
         with ROPE:
-            return x, ops.rotate_and_write(qkv, rope), gate_in
+            return x, ops.rotate_and_write(qkv, rope), gate
 
     def parameters(self) -> Iterator[Parameter]:
         """Declare the linears, the norms of heads and the sinks."""

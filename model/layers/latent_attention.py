@@ -68,6 +68,24 @@ class LatentAttention:
 
         The latents of the new tokens are written to rope.kv.
         """
+        x, query = self._query(ops, x, delta, rope)
+        with ATTENTION:
+            mixed = ops.attention(query, rope.kv, batch, group, self.spec)
+        with O_PROJ:
+            values = ops.head_linear(mixed, self.expand)
+            out = self.shard.sum(ops.linear(values.flatten(1), self.out))
+        return x, ops.scale(out, self.residual_scale)
+
+    def write(
+        self, ops: "Backend", x: "torch.Tensor", delta: "torch.Tensor | None", rope: RopeArgs
+    ) -> None:
+        """Only write the latents of the new tokens to rope.kv."""
+        self._query(ops, x, delta, rope)
+
+    def _query(
+        self, ops: "Backend", x: "torch.Tensor", delta: "torch.Tensor | None", rope: RopeArgs
+    ) -> "tuple[torch.Tensor, torch.Tensor]":
+        """(x + delta, the query of its norm); the new tokens' latents are written to rope.kv."""
         with QKV_PROJ:
             with INPUT_NORM:
                 x, normed = ops.add_rms_norm(x, delta, self.norm)
@@ -77,13 +95,7 @@ class LatentAttention:
             query = ops.linear(source, self.query).unflatten(-1, (self.heads.heads, -1))
             latent = ops.linear(normed, self.latent)
             with ROPE:
-                query = ops.latent_query(query, latent, self.latent_norm, self.absorb, rope)
-        with ATTENTION:
-            mixed = ops.attention(query, rope.kv, batch, group, self.spec)
-        with O_PROJ:
-            values = ops.head_linear(mixed, self.expand)
-            out = self.shard.sum(ops.linear(values.flatten(1), self.out))
-        return x, ops.scale(out, self.residual_scale)
+                return x, ops.latent_query(query, latent, self.latent_norm, self.absorb, rope)
 
     def parameters(self) -> Iterator[Parameter]:
         """Declare the linears and the norms of latents."""

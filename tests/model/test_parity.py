@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from engine import Engine, EngineConfig, Request, SamplingParams
 from model import ModelConfig, Transformer, load_config, loader
+from model.layers.delta_rule import DeltaRule
 from model.ops.backend import choose_backend
 from model.ops.forward_batch import ForwardBatch, GroupTables
 from model.ops.specs import LayerState
@@ -97,7 +98,7 @@ def test_logits_equal_transformers_beyond_window_and_original_context(
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_last_mlp_runs_for_the_tokens_whose_logits_are_needed(
+def test_the_last_layer_computes_what_the_needed_logits_depend_on(
     name: str, checkpoint: Callable[[str], Path]
 ) -> None:
     ids, found = prompt(40), []
@@ -114,7 +115,14 @@ def test_the_last_mlp_runs_for_the_tokens_whose_logits_are_needed(
     expected = logits_of(checkpoint(name), ids)
     assert_close(logits_of(checkpoint(name), ids, rows=[7, 39], watch=watch), expected[[7, 39]])
     assert found == [2]
-    assert logits_of(checkpoint(name), ids, rows=[], watch=watch).shape == (0, expected.shape[1])
+
+    def only_write(model: Transformer) -> None:
+        watch(model)
+        if not isinstance(model.layers[-1].attention, DeltaRule):
+            del model.layers[-1].attention.out
+
+    none = logits_of(checkpoint(name), ids, rows=[], watch=only_write)
+    assert none.shape == (0, expected.shape[1])
     assert found == [2]
 
 

@@ -11,7 +11,7 @@ constexpr int64_t MAX_OUTPUT = 1 << 14;  // values that one thread accumulates a
 // The most query rows of a KV head that are computed together, without sequences that share pages:
 // at least those of one token.
 INLINE int64_t max_rows(int64_t head_dim) {
-  const int64_t most = use_amx() ? 256 : 128;
+  const int64_t most = BF16_DOT ? 256 : 128;
   return std::max(MAX_GROUP, std::min(most, most * MAX_OUTPUT / 256 / head_dim));
 }
 
