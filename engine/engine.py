@@ -40,6 +40,7 @@ from engine.step_loop import StepLoop
 from engine.summary import RunSummary, longest_wait, peak_resident_bytes, thread_waits
 from engine.warm_up import prepare
 from model.checks.verify import Kernels
+from model.cost.batch_limits import COMPRESSED_ROWS
 from model.cost.workload import kv_dtype
 from model.ops.cpu.topology import usable_threads
 
@@ -52,7 +53,6 @@ _ONE_THREAD_HIDDEN_SIZE = 512
 # a captured step (benchmarks/RESULTS.md). Waiting until one in 32 sequences has finished leaves
 # 1/64 of the batch unused on average.
 _GPU_GROUP_SIZE = 32
-_FEW_REQUESTS = 8  # with at most so many at once, copies of weights are made before the first step
 _COPY_SHARE = 0.25  # of the memory that a run leaves, for copies of weights
 _COMPILING_S = 0.01  # longest wait for a grammar before new requests are taken
 _gpu_engines: "WeakSet[Engine]" = WeakSet()  # engines of this process that hold GPU memory
@@ -228,7 +228,7 @@ class Engine:
                 self.runner.backend.allow_copies(int(max(0, left) * _COPY_SHARE))
             loading = time.perf_counter()
             self.runner.load(self.checkpoint, self.config.dummy_weights, self.config.adapter)
-            if self.max_batch_size <= _FEW_REQUESTS:
+            if self.max_batch_size <= COMPRESSED_ROWS:
                 self.runner.backend.compress()
             self.stats.load_s += time.perf_counter() - loading
             self._steps = prepare(self, plan, cost)

@@ -19,7 +19,9 @@ from getp.analysis.lookup import LOCAL, Model
 from getp.analysis.step_plan import check_split
 from getp.errors import GetpError
 from model.cost.batch_limits import (
+    COMPRESSED_ROWS,
     CPU_BATCH_SIZE,
+    STEPS_BEFORE_COPIES,
     cpu_batch_tokens,
     default_batch_size,
     default_batch_tokens,
@@ -182,14 +184,22 @@ def _predict_engine(
     decoded = job.output_tokens - count  # the prefill produces the first token of each request
     decode_steps, decode_s = 0, 0.0
     bounds: defaultdict[str, float] = defaultdict(float)  # seconds of decode steps by their limit
+    early = STEPS_BEFORE_COPIES if max_size > COMPRESSED_ROWS else 0
     for number, tokens in decode_batches(job, max_batch) if decoded else ():
         mean_batch, context = max(1, round(tokens / number)), _mean_context(job)
         decode = Workload("decode", mean_batch, 1, context, dtype, parts)
-        step = _step_time(model, decode, device, efficiency)
-        decode_steps += number
-        decode_s += step.seconds * number
-        link_s += step.link_s * number
-        bounds[step.limit] += step.seconds * number
+        slow = 0  # steps of few rows, before there are copies of weights
+        if device.rates is not None and mean_batch <= device.rates.copied_rows:
+            slow = min(number, early)
+            early -= slow
+        for steps, at in ((slow, _without_copies(device)), (number - slow, device)):
+            if not steps:
+                continue
+            step = _step_time(model, decode, at, efficiency)
+            decode_steps += steps
+            decode_s += step.seconds * steps
+            link_s += step.link_s * steps
+            bounds[step.limit] += step.seconds * steps
     seconds = prefill_s + decode_s
     return Prediction(
         name=device.name,
@@ -209,6 +219,11 @@ def _predict_engine(
         tensor_parallel=parts,
         link_s=link_s,
     )
+
+
+def _without_copies(device: Device) -> Device:
+    """Return the device as it is before a run has made compressed copies of weights."""
+    return device if device.rates is None else replace(device, rates=device.rates.without_copies())
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ its runs counts, because a step is predicted and not the best case. Takes about 
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
@@ -72,6 +72,7 @@ def measure_rates(target: torch.device) -> Rates:
         for form in INT8, INT4:
             if half.keeps_integers(quantizes=True):
                 products[form.name] = _speeds(_medians(_times(_linears(half, form))))
+        copied_rows = max((rows for rows in _ROWS if half.note_step(rows)), default=0)
         activated_s = _difference(times, "gated", "plain")
         if half.keeps_mxfp4(stacked=True):
             # Their kernel includes the activation, which the cost model has as an operation.
@@ -80,7 +81,8 @@ def measure_rates(target: torch.device) -> Rates:
                 (rows, max(0.0, seconds[f"experts {rows}"] - per_row * rows), 0.0)
                 for rows in _EXPERT_ROWS
             ]
-    return _rates(products, times, activated_s, half.dtype.itemsize, tuple(caches))
+    rates = _rates(products, times, activated_s, half.dtype.itemsize, tuple(caches))
+    return replace(rates, copied_rows=float(copied_rows))
 
 
 def _rates(

@@ -24,6 +24,7 @@ from model.cost.workload import (
 )
 
 _BY_NAME = "products", "decode"  # rates that are several
+_COPIED = "bfloat16"  # the dtype of weights of which there may be copies
 
 Speeds = Sequence[tuple[float, float, float]]
 """(rows, seconds for each weight, seconds for each product besides) by growing rows."""
@@ -46,6 +47,7 @@ class Rates:
     activated_byte_s: float  # for each byte that activations are counted to read and write
     logit_s: float  # for each logit that is written and compared
     host_s: float  # of each step: scheduling, preparation of the batch and the like
+    copied_rows: float = 0.0  # up to so many read copies of weights: see `without_copies`
 
     def as_json(self) -> dict[str, Any]:
         """Return the values for a file; `parse` reads them."""
@@ -72,6 +74,14 @@ class Rates:
         others = (field.name for field in fields(cls) if field.name not in _BY_NAME)
         single = {name: float(value[name]) for name in others}
         return cls(products=products, decode=decode, **single)
+
+    def without_copies(self) -> "Rates":
+        """Return the rates of a step before there are compressed copies of weights.
+
+        Few rows then take as long as some more: all of them wait for the weights.
+        """
+        speeds = [one for one in self.products.get(_COPIED, ()) if one[0] > self.copied_rows]
+        return replace(self, products={**self.products, _COPIED: speeds}) if speeds else self
 
     def op_seconds(self, op: Op, config: ModelConfig, work: Workload) -> float:
         """Return the seconds of an operation of a step."""

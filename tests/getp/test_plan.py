@@ -3,6 +3,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -513,6 +514,15 @@ def test_a_cpu_is_planned_at_the_rates_of_its_kernels(
     assert job["per_token_s"] == pytest.approx(0.25 + weights * 1e-12)
     assert (job["max_batch_size"], job["max_batch_tokens"]) == (64, 512)
     assert job["efficiency"]["at_rates"]
+    # Until copies of weights are made, 32 steps of up to 8 rows take the time of more rows.
+    speeds = [(8, 1e-12, 0.0), (9, 4e-12, 0.0), (64, 4e-12, 0.0)]
+    entry["rates"] = replace(rates, products={"bfloat16": speeds}, copied_rows=8.0).as_json()
+    measure.write_cache({measure.cache_key(cpu): entry})
+    for options, early in (([], 32), (["--max-batch-size", "8"], 0)):
+        (job,) = planned(capsys, "qwen2-0.5b", "-i", prompts, "--gpu", "local", *options)["gpus"]
+        steps = job["decode_steps"]
+        expected = 0.25 * steps + weights * 1e-12 * (steps + 3 * min(early, steps))
+        assert job["decode_s"] == pytest.approx(expected)
     for options in ([], ["-i", prompts]):
         assert cli.run(["qwen2-0.5b", "-m", "plan", "--gpu", "local", *options]) == 0
         assert "at the measured rates of its kernels" in capsys.readouterr().out

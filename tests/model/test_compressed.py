@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from model.cost.batch_limits import COMPRESSED_ROWS
 from model.ops.cpu.backend import CpuBackend
-from model.ops.cpu.packed import COMPRESSED_ROWS, Packed
+from model.ops.cpu.packed import Packed
 from model.ops.specs import Activation, Linear
 from tests.model.emulator import native_level
 from tests.model.ops_helpers import cpu_backend, experts_of, packed_experts, packed_linear, rand

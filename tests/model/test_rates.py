@@ -102,6 +102,18 @@ def test_rates_without_products_are_refused(products: dict[str, list[float]]) ->
     assert Rates.parse(Rates(PRODUCTS, **ZERO).as_json()) == Rates(PRODUCTS, **ZERO)
 
 
+def test_without_copies_few_rows_take_the_time_of_more() -> None:
+    rates = Rates(PRODUCTS, **{**ZERO, "copied_rows": 4.0})
+    work = Workload("decode", 2, 1, 9, "bfloat16")
+    op, eight = (ops_of("qwen2-0.5b", replace(work, batch=rows))["down_proj"] for rows in (2, 8))
+    expected = rates.op_seconds(eight, QWEN2, replace(work, batch=8))
+    assert rates.without_copies().op_seconds(op, QWEN2, work) == expected
+    assert rates.op_seconds(op, QWEN2, work) < expected
+    assert rates.without_copies().products["mxfp4"] == PRODUCTS["mxfp4"]
+    without = Rates(PRODUCTS, **ZERO)
+    assert without.without_copies() == without
+
+
 @pytest.mark.parametrize("name", ["int8", "fp8"])
 def test_a_quantized_head_is_a_product_in_its_format(name: str) -> None:
     work = Workload("decode", 1, 1, 9, "bfloat16")

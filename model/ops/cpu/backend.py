@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
+from model.cost.batch_limits import COMPRESSED_ROWS, STEPS_BEFORE_COPIES
 from model.ops.backend import Compute
 from model.ops.cpu import huge_pages, native
 from model.ops.cpu.adjustments import adjust_logits
 from model.ops.cpu.bindings import kernels, library
 from model.ops.cpu.onednn import OneDnnBackend
-from model.ops.cpu.packed import COMPRESSED_ROWS, MXFP4, PANEL, Packed
+from model.ops.cpu.packed import MXFP4, PANEL, Packed
 from model.ops.cpu.recorder import Recorder, leave_to_torch
 from model.ops.cpu.recurrent import CpuRecurrentOps
 from model.ops.cpu.sampling import sample, sample_by_kind, top_tokens
@@ -39,9 +40,6 @@ from model.ops.specs import (
 class _Copies:
     """The compressed copies of dense weights, of `left` bytes at most."""
 
-    # All copies take about as long as they save in a hundred steps of few rows, and a run may end
-    # after fewer, as jobs do.
-    _FIRST_STEPS = 32
     _VALUES_OF_STEP = 1 << 24  # that are compressed after a step, at least: some ten milliseconds
 
     def __init__(self, left: int):
@@ -78,7 +76,7 @@ class _Copies:
             return 0.0
         share = self._copied / self._dense
         self._steps += 1
-        if self._steps > self._FIRST_STEPS:
+        if self._steps > STEPS_BEFORE_COPIES:
             self.make(self._VALUES_OF_STEP)
         return share
 

@@ -20,7 +20,6 @@ _ROWS = {"8": 0, ROTATED: 1, "16": 2}  # forms of rows; as in kernels/types.h
 _INT16_GROUP = 64  # inputs that share a scale as 16-bit integers; as in kernels/types.h
 _STORED_SCALE = 1 << 12  # float16 scales of integers are stored times this; as in gemm/int8/int8.h
 _CHUNK_VALUES = 1 << 22  # that are quantized at once
-COMPRESSED_ROWS = 8  # that are multiplied with a compressed copy, at most; as in gemm/compressed.h
 _COMPRESSED_UNIT = 192  # bytes of 4 inputs of a compressed panel; as in gemm/compressed.h
 _MOST_EXCEPTIONS = 1 / 512  # of the values of a compressed weight
 _MAX_SCALE = 250  # largest code whose product with 6, FP4's maximum, is in the range of bf16
