@@ -1,7 +1,7 @@
 """The bottleneck of a measured step, and changes that would help, with their predicted gains.
 
-A change saves launches, bytes or host time, or it scales the time of each part without its launches
-in proportion to what the cost model predicts for the part.
+A change saves launches, bytes or host time, or the time of each part without its launches grows
+as the cost model predicts for the part.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -198,18 +198,31 @@ def _smaller_dtype(profile: Profile) -> list[Advice]:
 def predicted_seconds(profile: Profile, work: Workload) -> float:
     """Return the seconds of another step with the same number of launches.
 
-    The time of a part grows with that at the measured rates of kernels, where there are some, or
-    else with its roofline limit. Of parts that the cost model does not know, sampling grows with
-    the number of tokens; scheduling and the like take most of their time however many there are.
+    The time of a part grows as that at the measured rates of kernels, where there are some, or else
+    in proportion to its roofline limit. What a part takes beyond the rates, such as the time of
+    Python before a kernel, remains. Of parts that the cost model does not know, sampling grows with
+    the number of logits; scheduling and the like take most of their time however many there are.
     """
     ops = {op.name: op for op in _operations(profile, work)}
     step = launch_seconds(profile)
     for part in profile.components:
-        growth = work.tokens / profile.work.tokens if part.name == "sampling" else 1.0
-        if part.op.layer_count and (now := _cost(profile, part.op, profile.work)):
-            growth = _cost(profile, ops[part.name], work) / now
-        step += _own_seconds(profile, part) * growth
+        seconds = _own_seconds(profile, part)
+        now = later = 0.0
+        if part.name == "sampling":
+            now, later = (_sampling_cost(profile, each) for each in (profile.work, work))
+        elif part.op.layer_count:
+            now = _cost(profile, part.op, profile.work)
+            later = _cost(profile, ops[part.name], work)
+        explained = seconds if profile.device.rates is None else min(seconds, now)
+        step += seconds + (explained * (later / now - 1) if now else 0.0)
     return step
+
+
+def _sampling_cost(profile: Profile, work: Workload) -> float:
+    """Return what the seconds of sampling are proportional to in different steps."""
+    rates = profile.device.rates
+    logits = work.logits_rows * profile.config.vocab_size
+    return logits if rates is None else logits * rates.logit_s
 
 
 def _operations(profile: Profile, work: Workload) -> list[Op]:

@@ -16,7 +16,7 @@ from torch.autograd import DeviceType
 
 from engine import Engine, EngineConfig, EngineError, Request, SamplingParams
 from engine.step_probe import StepProbe
-from getp.analysis.advice import advise, find_bottleneck
+from getp.analysis.advice import advise, find_bottleneck, predicted_seconds
 from getp.analysis.part_timer import Launches, count_events, time_parts
 from getp.analysis.profile import Profile, Times, assemble, measure_times
 from getp.analysis.profile_table import print_profile
@@ -24,6 +24,7 @@ from getp.cli import main as cli
 from model.cost.devices import find_device
 from model.cost.known_models import named_config
 from model.cost.operations import parameter_bytes, total
+from model.cost.rates import Rates
 from model.cost.roofline import USABLE_MEMORY
 from model.cost.workload import Workload
 from model.ops.cpu.backend import CpuBackend
@@ -336,6 +337,24 @@ def test_a_larger_batch_is_advised_while_it_is_faster_and_fits() -> None:
     weights, sequence = parameter_bytes(QWEN2, "bfloat16"), 1000 * 2 * 2 * 64 * 2 * 24
     full = replace(RTX3090, memory=round((weights + 5 * sequence) / USABLE_MEMORY))
     assert best(example_profile(device=full)) == ["a batch of 4 instead of 1"]
+
+
+@pytest.mark.parametrize(("measured", "larger"), [(3.0, 4.0), (1.0, 2.0), (0.5, 1.0)])
+def test_what_a_part_takes_beyond_the_rates_does_not_grow(measured: float, larger: float) -> None:
+    """At the rates the product takes 1 s for one row and 2 s for two, and sampling 1 s for each."""
+    weight = 1 / (24 * 4864 * 896)
+    rates = Rates(
+        {"bfloat16": [(1, weight, 0.0), (2, 2 * weight, 0.0)]},
+        *(0.0, {"bfloat16": [(1, 0.0)]}, 0.0, 0.0, 0.0, 0.0),
+        *(1 / QWEN2.vocab_size, 0.0),
+    )
+    found = example_profile(
+        device=replace(RTX3090, rates=rates, launch_s=0.0),
+        times=Times(measured + 1.5, {"down_proj": measured, "sampling": 1.5}),
+        launches=Launches({"down_proj": 24, "sampling": 1}),
+    )
+    two = replace(found.work, batch=2)
+    assert predicted_seconds(found, two) == pytest.approx(larger + 2.5)
 
 
 def test_options_that_a_profile_cannot_use_are_refused(
