@@ -73,6 +73,8 @@ class ModelRunner:
         # For each layer: its group, and its KV tensor.
         self._layer_caches = self._layout.layer_caches
         self._graphs: StepGraphs | None = None
+        # On a CPU, of steps that are not replayed: see `forward`.
+        self._logits: torch.Tensor | None = None
         self.block_size = 0
         # Exchanges a report with the other ranks; returns those of all ranks.
         self.exchange_reports: Callable[[str], list[str]] = lambda report: [report]
@@ -138,6 +140,9 @@ class ModelRunner:
             cache[:, :touched].zero_()
         self.states = self._empty_states(max_batch_size + 1 + snapshots)
         self.model.prepare_rope(max_positions, self.device)
+        if self.device.type == "cpu":
+            part = self.shard.vocab_part(self.config.vocab_size)
+            self._logits = torch.empty(max_batch_size, part.stop - part.start)
         self.sampler = Sampler(max_batch_size + 1, self.backend, self.shard, self.config.vocab_size)
         self.batches = BatchBuilder(
             len(self.groups),
@@ -285,8 +290,16 @@ class ModelRunner:
                 self._make_graphs(recorder, self.backend, None)
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """The logits float32 [len(batch.logits_rows), this rank's part of the vocabulary]."""
-        return self.forward_on(self.backend, batch)
+        """The logits float32 [len(batch.logits_rows), this rank's part of the vocabulary].
+
+        On a CPU they are in memory that the next call writes again: new memory of this size comes
+        from the system, and 64 rows of 150,000 logits would wait for it nearly as long as for their
+        computation.
+        """
+        out, count = self._logits, len(batch.logits_rows)
+        if out is not None:
+            out = out[:count] if count <= len(out) else None
+        return self.forward_on(self.backend, batch, out)
 
     def _forward_scored(
         self,
@@ -321,6 +334,7 @@ class ModelRunner:
         self.batches = None
         self.kv_caches = []
         self.states = []
+        self._logits = None
 
     def uncapture(self) -> None:
         """Drop captured steps: the following steps are not replayed."""

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine import Completion, Engine, EngineConfig, Request, SamplingParams
+from engine.execution.model_runner import ModelRunner
 from model.ops.cpu.bindings import library
+from model.ops.forward_batch import ForwardBatch
 from tests.checkpoints import Peer
 
 
@@ -387,3 +389,23 @@ def test_steps_that_are_not_replayed_are_counted(checkpoint: Callable[[str], Pat
             replays = dtype == "bfloat16" and engine.runner.backend.recorder() is not None
             assert engine.stats.steps > 0
             assert engine.stats.launched_steps == (0 if replays else engine.stats.steps)
+
+
+def test_steps_that_are_not_replayed_write_logits_to_the_same_memory_of_a_cpu(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = []
+    forward = ModelRunner.forward
+
+    def watched(runner: ModelRunner, batch: ForwardBatch) -> torch.Tensor:
+        logits = forward(runner, batch)
+        places.append(logits.data_ptr())
+        return logits
+
+    monkeypatch.setattr(ModelRunner, "forward", watched)
+    folder, requests = checkpoint("qwen3"), load(6)
+    for dtype in ("float32", "bfloat16"):
+        places.clear()
+        run(folder, requests, dtype=dtype, max_batch_size=4, max_batch_tokens=16)
+        assert len(places) > 10
+        assert len(set(places)) == 1

@@ -246,8 +246,7 @@ class CpuBackend(CpuRecurrentOps, OneDnnBackend):
         if not self._is_native(head):
             leave_to_torch()
             return super().logits(x, head, scale, out)
-        logits = native.logits(x, head.weight, head.bias, scale)
-        return logits if out is None else out.copy_(logits)
+        return native.logits(x, head.weight, head.bias, scale, out)
 
     def add_rms_norm(
         self, x: torch.Tensor, delta: torch.Tensor | None, norm: Norm

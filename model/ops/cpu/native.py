@@ -55,10 +55,15 @@ def linear(x: torch.Tensor, weight: Packed, bias: torch.Tensor | None) -> torch.
 
 
 def logits(
-    x: torch.Tensor, weight: Packed, bias: torch.Tensor | None, scale: float
+    x: torch.Tensor,
+    weight: Packed,
+    bias: torch.Tensor | None,
+    scale: float,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As Backend.logits."""
-    out = empty((x.shape[0], weight.shape[0]), torch.float32)
+    """As Backend.logits; out: contiguous."""
+    if out is None:
+        out = empty((x.shape[0], weight.shape[0]), torch.float32)
     kernels.logits(
         weight.described(bias), x.data_ptr(), x.shape[0], scale, out.data_ptr(),
         torch.get_num_threads(),
