@@ -40,9 +40,9 @@ from engine.step_loop import StepLoop
 from engine.summary import RunSummary, longest_wait, peak_resident_bytes, thread_waits
 from engine.warm_up import prepare
 from model.checks.verify import Kernels
-from model.cost.batch_limits import COMPRESSED_ROWS
 from model.cost.workload import kv_dtype
 from model.ops.cpu.topology import usable_threads
+from model.ops.specs import COMPRESSED_ROWS
 
 _log = logging.getLogger(__name__)
 

@@ -19,9 +19,7 @@ from getp.analysis.lookup import LOCAL, Model
 from getp.analysis.step_plan import check_split
 from getp.errors import GetpError
 from model.cost.batch_limits import (
-    COMPRESSED_ROWS,
     CPU_BATCH_SIZE,
-    STEPS_BEFORE_COPIES,
     cpu_batch_tokens,
     default_batch_size,
     default_batch_tokens,
@@ -30,6 +28,7 @@ from model.cost.devices import Device
 from model.cost.operations import check_tensor_parallel
 from model.cost.roofline import bound_step, largest_batch
 from model.cost.workload import Workload, kv_dtype
+from model.ops.specs import COMPRESSED_ROWS, STEPS_BEFORE_COPIES
 
 if TYPE_CHECKING:
     from getp.analysis.job_requests import Requests

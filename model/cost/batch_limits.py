@@ -19,17 +19,6 @@ CPU_BATCH_SIZE = 64
 """How many requests run at once on a CPU."""
 
 
-COMPRESSED_ROWS = 8  # as in model/ops/cpu/kernels/gemm/compressed.h
-"""The most rows of a step on a CPU that are multiplied with compressed copies of weights."""
-
-STEPS_BEFORE_COPIES = 32
-"""The steps with so few rows that a run computes before it makes the copies.
-
-All copies take about as long as they save in a hundred such steps, and a run may end after fewer,
-as jobs do. Where so few requests run at once, they are made before the first step.
-"""
-
-
 def cpu_batch_tokens(config: ModelConfig) -> int:
     """Return how many tokens a step computes on a CPU, chunks and decodes together.
 

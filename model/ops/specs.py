@@ -14,6 +14,16 @@ if TYPE_CHECKING:
 KV_SCALE_BYTES = 4
 """The scale of a vector of the KV cache in int8; see `kv_values.py`."""
 
+COMPRESSED_ROWS = 8  # as in model/ops/cpu/kernels/gemm/compressed.h
+"""The most rows of a step on a CPU that are multiplied with compressed copies of weights."""
+
+STEPS_BEFORE_COPIES = 32
+"""The steps with so few rows that a run computes before it makes the copies.
+
+All copies take about as long as they save in a hundred such steps, and a run may end after fewer,
+as jobs do. Where so few requests run at once, they are made before the first step.
+"""
+
 
 class WeightFormat(Protocol):
     """The part of a weight format that operations use; `model.formats` has the rest."""

@@ -5,10 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from model.cost.batch_limits import COMPRESSED_ROWS
 from model.ops.cpu.backend import CpuBackend
 from model.ops.cpu.packed import Packed
-from model.ops.specs import Activation, Linear
+from model.ops.specs import COMPRESSED_ROWS, Activation, Linear
 from tests.model.emulator import native_level
 from tests.model.ops_helpers import cpu_backend, experts_of, packed_experts, packed_linear, rand
 

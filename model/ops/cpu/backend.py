@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from model.cost.batch_limits import COMPRESSED_ROWS, STEPS_BEFORE_COPIES
 from model.ops.backend import Compute
 from model.ops.cpu import huge_pages, native
 from model.ops.cpu.adjustments import adjust_logits
@@ -22,6 +21,8 @@ from model.ops.mxfp4 import MXFP4_BLOCK
 from model.ops.quantized import GroupedFloat
 from model.ops.sampling import NO_TOKEN
 from model.ops.specs import (
+    COMPRESSED_ROWS,
+    STEPS_BEFORE_COPIES,
     Activation,
     AdjustmentTables,
     AttentionSpec,

@@ -81,9 +81,12 @@ class OneDnnBackend(Backend):
         """As Backend.logits, for a weight from `pack_head`."""
         if not isinstance(head.weight, torch.Tensor):
             return super().logits(x, head, scale, out)
-        bias = None if head.bias is None else head.bias.float()
-        logits = self.scale(torch.nn.functional.linear(x.float(), head.weight, bias), scale)
-        return logits if out is None else out.copy_(logits)
+        x, weight = x.float(), head.weight.t()
+        if head.bias is None:
+            logits = torch.mm(x, weight, out=out)
+        else:
+            logits = torch.addmm(head.bias.float(), x, weight, out=out)
+        return logits if scale == 1 else logits.mul_(scale)
 
     def experts(
         self,
