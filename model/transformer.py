@@ -155,6 +155,7 @@ class Transformer:
         for i, (layer, (group, cache)) in enumerate(zip(self.layers, layer_caches, strict=True)):
             attention = layer.attention
             is_last = i + 1 == len(self.layers)
+            only_writes = is_last and rows is not None and not len(rows)
             if isinstance(attention, DeltaRule):
                 x, delta = attention(ops, x, delta, next(next_state), batch)
             else:
@@ -166,16 +167,16 @@ class Transformer:
                     tables.slot_mapping,
                     query_scale,
                 )
-                if is_last and rows is not None and not len(rows):
-                    attention.write(ops, x, delta, rope)
-                    return ops.gather(x, rows), None
+                if only_writes:
+                    attention.project_and_write(ops, x, delta, rope)
+                    return x[:0], None
                 x, delta = attention(ops, x, delta, rope, batch, tables)
+            if only_writes:
+                return x[:0], None
             inputs = None if own is None else own[:, i]
             if is_last and rows is not None and len(rows) < len(x):
                 x, delta = ops.gather(x, rows), ops.gather(delta, rows)
                 inputs = None if inputs is None else ops.gather(inputs, rows)
-                if not len(rows):
-                    break
             x, delta = layer.mlp(ops, x, delta)
             if layer.per_layer is not None and inputs is not None:
                 x, delta = layer.per_layer(ops, x, delta, inputs)

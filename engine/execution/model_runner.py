@@ -141,8 +141,7 @@ class ModelRunner:
         self.states = self._empty_states(max_batch_size + 1 + snapshots)
         self.model.prepare_rope(max_positions, self.device)
         if self.device.type == "cpu":
-            part = self.shard.vocab_part(self.config.vocab_size)
-            self._logits = torch.empty(max_batch_size, part.stop - part.start)
+            self._logits = self.empty_logits(max_batch_size)
         self.sampler = Sampler(max_batch_size + 1, self.backend, self.shard, self.config.vocab_size)
         self.batches = BatchBuilder(
             len(self.groups),
@@ -201,12 +200,16 @@ class ModelRunner:
 
         With several ranks the logits are only allocated: what else is captured then is small.
         """
-        part = self.shard.vocab_part(self.config.vocab_size)
-        logits = torch.zeros(rows, part.stop - part.start, device=self.device)
+        logits = self.empty_logits(rows).zero_()
         if self.shard.size == 1:
             sampler = Sampler(rows, self.backend, vocab=self.config.vocab_size)
             each = torch.arange(rows, device=self.device)
             sampler.sample_adjusted(logits, each, each.int()).tolist()
+
+    def empty_logits(self, rows: int) -> torch.Tensor:
+        """Memory for logits float32 [rows, this rank's part of the vocabulary]."""
+        part = self.shard.vocab_part(self.config.vocab_size)
+        return torch.empty(rows, part.stop - part.start, dtype=torch.float32, device=self.device)
 
     def _prompts(self, count: int, length: int, params: SamplingParams) -> Step:
         """A step of `count` prompts of one length, all in the null block."""

@@ -45,11 +45,8 @@ class StepGraphs:
         rows, width, groups = batches.padding_row, batches.width, len(runner.groups)
         padding_block = runner.kv_caches[0].shape[1] - 1
         self._block_size = block_size = runner.block_size
-        device, part = runner.device, runner.shard.vocab_part(runner.config.vocab_size)
-        logits = None
-        if mode is not None:
-            shape = rows, part.stop - part.start
-            logits = torch.empty(shape, dtype=torch.float32, device=device)
+        device = runner.device
+        logits = None if mode is None else runner.empty_logits(rows)
         is_whole = mode in (CaptureMode.WHOLE, CaptureMode.PLAIN_LAUNCH)
         # Rows whose block tables the graphs have now, and the longest context length in blocks.
         self._tables: tuple[list[int], int] | None = None

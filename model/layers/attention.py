@@ -70,7 +70,7 @@ class Attention:
 
         Keys and values of the new tokens are written to rope.kv.
         """
-        x, query, gate = self._query(ops, x, delta, rope)
+        x, query, gate = self.project_and_write(ops, x, delta, rope)
         with ATTENTION:
             mixed = ops.attention(query, rope.kv, batch, group, self.spec, self.sinks).flatten(1)
             if gate is not None:
@@ -83,13 +83,7 @@ class Attention:
                 out = ops.rms_norm(out, self.post_norm)
         return x, ops.scale(out, self.residual_scale)
 
-    def write(
-        self, ops: "Backend", x: "torch.Tensor", delta: "torch.Tensor | None", rope: RopeArgs
-    ) -> None:
-        """Only write the keys and values of the new tokens to rope.kv."""
-        self._query(ops, x, delta, rope)
-
-    def _query(
+    def project_and_write(
         self, ops: "Backend", x: "torch.Tensor", delta: "torch.Tensor | None", rope: RopeArgs
     ) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]":
         """As `Backend.norm_qkv`, and the output's gate from the same norm, if there is one."""

@@ -68,7 +68,7 @@ class LatentAttention:
 
         The latents of the new tokens are written to rope.kv.
         """
-        x, query = self._query(ops, x, delta, rope)
+        x, query = self.project_and_write(ops, x, delta, rope)
         with ATTENTION:
             mixed = ops.attention(query, rope.kv, batch, group, self.spec)
         with O_PROJ:
@@ -76,13 +76,7 @@ class LatentAttention:
             out = self.shard.sum(ops.linear(values.flatten(1), self.out))
         return x, ops.scale(out, self.residual_scale)
 
-    def write(
-        self, ops: "Backend", x: "torch.Tensor", delta: "torch.Tensor | None", rope: RopeArgs
-    ) -> None:
-        """Only write the latents of the new tokens to rope.kv."""
-        self._query(ops, x, delta, rope)
-
-    def _query(
+    def project_and_write(
         self, ops: "Backend", x: "torch.Tensor", delta: "torch.Tensor | None", rope: RopeArgs
     ) -> "tuple[torch.Tensor, torch.Tensor]":
         """(x + delta, the query of its norm); the new tokens' latents are written to rope.kv."""
